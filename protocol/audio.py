@@ -1,0 +1,140 @@
+"""PCM to a file as it arrives: WAV that is valid at every moment, or raw where the output cannot seek."""
+
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+from protocol.messages import AudioFormat
+
+#: RIFF keeps sizes in 32 bits; its own counts 36 bytes of header as well.
+MAX_DATA_BYTES = 0xFFFF_FFFF - 36
+HEADER_BYTES = 44
+
+
+def wav_header(audio_format: AudioFormat, data_bytes: int) -> bytes:
+    """The 44 bytes before `data_bytes` of PCM (RIFF/WAVE, Microsoft's WAVEFORMAT with tag 1)."""
+    return struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        b"RIFF",
+        36 + data_bytes,
+        b"WAVE",
+        b"fmt ",
+        16,
+        1,
+        audio_format.channels,
+        audio_format.sample_rate,
+        audio_format.sample_rate * audio_format.sample_bytes,
+        audio_format.sample_bytes,
+        16,
+        b"data",
+        data_bytes,
+    )
+
+
+class AudioWriter:
+    """Writes one request's audio to a path or an open file.
+
+    A file becomes a WAV: each write appends samples first and the header's sizes after, so a program killed between
+    the two leaves a WAV that is shorter by one write, and never one that promises more than it holds. What cannot
+    seek (a pipe, a terminal) gets the raw PCM.
+
+    A file that was there keeps its content until `begin`; one that this writer made and never began is removed.
+
+    Args:
+        target: a path, or a binary file that is then not closed.
+
+    Raises:
+        OSError: the path cannot be written.
+    """
+
+    def __init__(self, target: str | Path | BinaryIO) -> None:
+        self.format: AudioFormat | None = None
+        self.data_bytes = 0
+        self._made: Path | None = None
+        if isinstance(target, str | Path):
+            path = Path(target)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                self._made = path
+            except FileExistsError:
+                fd = _open_existing(path)
+            self._fd = fd
+            self._owned = True
+        else:
+            target.flush()
+            self._fd = target.fileno()
+            self._owned = False
+        # A file that somebody else opened may hold more than ours (`>> log`): only a path is made a WAV.
+        self.is_wav = self._owned and stat.S_ISREG(os.fstat(self._fd).st_mode)
+
+    @property
+    def seconds(self) -> float:
+        """How long the audio is that was written since it began."""
+        return 0.0 if self.format is None else self.data_bytes / self.format.sample_bytes / self.format.sample_rate
+
+    def begin(self, audio_format: AudioFormat) -> None:
+        """Begin the audio, or begin it anew: what was written is dropped, where the output can seek."""
+        self.format, self.data_bytes = audio_format, 0
+        self._made = None
+        if self.is_wav:
+            os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            self._write_all(wav_header(audio_format, 0))
+
+    def write(self, pcm: bytes) -> None:
+        """Append whole samples.
+
+        Raises:
+            RuntimeError: the audio has not begun.
+            ValueError: the file would exceed the 4 GiB of a WAV; it stays as it is.
+            OSError: the disk is full, the pipe is closed. What is there stays valid.
+        """
+        if self.format is None:
+            raise RuntimeError("write() before begin()")
+        if not pcm:
+            return
+        if self.is_wav and self.data_bytes + len(pcm) > MAX_DATA_BYTES:
+            raise ValueError("a WAV file holds at most 4 GiB")
+        self._write_all(pcm)
+        self.data_bytes += len(pcm)
+        if self.is_wav:
+            os.pwrite(self._fd, wav_header(self.format, self.data_bytes), 0)
+
+    def write_binary(self, data: bytes) -> None:
+        """Append bytes that are no audio; then no header is written, and `begin` must not follow.
+
+        Raises:
+            RuntimeError: the audio has begun.
+            OSError: as `write`.
+        """
+        if self.format is not None:
+            raise RuntimeError("write_binary() after begin()")
+        if self.is_wav:
+            os.ftruncate(self._fd, 0)
+            self.is_wav = False
+        self._made = None
+        self._write_all(data)
+
+    def close(self) -> None:
+        """Close the file; harmless when closed."""
+        if not self._owned or self._fd < 0:
+            return
+        if self.is_wav and self.format is not None and os.fstat(self._fd).st_size > HEADER_BYTES + self.data_bytes:
+            os.ftruncate(self._fd, HEADER_BYTES + self.data_bytes)  # of a write that failed half way
+        os.close(self._fd)
+        self._fd = -1
+        if self._made is not None:
+            self._made.unlink(missing_ok=True)
+
+    def _write_all(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+
+def _open_existing(path: Path) -> int:
+    # A pipe that nobody reads yet is to be waited for, so no O_NONBLOCK; opened for reading too, it would never break.
+    access = os.O_WRONLY if not path.is_file() else os.O_RDWR
+    return os.open(path, access | os.O_CLOEXEC)

@@ -1,0 +1,238 @@
+"""The client for programs without Trio: the same calls, each of which waits.
+
+    with protocol.blocking.open_relay("ws://gpu.example.org:8765") as relay:
+        with relay.submit("tts", {"text": "Hello"}) as stream:
+            for pcm in stream.audio():
+                player.write(pcm)
+            print(stream.result())
+
+Trio runs in one thread beside the program, from the beginning of the `open_relay` block to its end. Any thread may call,
+also several at once. Ctrl-C ends the call it interrupts, and leaving the blocks then cancels the request as usual.
+"""
+
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, contextmanager
+from functools import partial
+from typing import Any, Generic, Self, TypeVar
+
+import trio
+
+from protocol import client
+from protocol import stream as streams
+from protocol.fields import Value
+from protocol.messages import AudioFormat, Frame, Queued, StatusReply, Welcome
+
+T = TypeVar("T")
+
+
+class _Portal:
+    """Runs async functions in a thread's Trio for callers in other threads."""
+
+    def __init__(self) -> None:
+        self._begun: Future[trio.lowlevel.TrioToken] = Future()
+        self._closed = trio.Event()
+        self._thread = threading.Thread(target=self._run, name="protocol.blocking", daemon=True)
+
+    def open(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+        self._token = self._begun.result()
+
+    def close(self) -> None:
+        """End the thread; every call in it must have ended."""
+        self._token.run_sync_soon(self._closed.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        trio.run(self._main)
+
+    async def _main(self) -> None:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._begun.set_result(trio.lowlevel.current_trio_token())
+            await self._closed.wait()
+
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Run `function` there and wait for what it returns or raises.
+
+        An exception in the waiting thread itself, Ctrl-C above all, cancels the function, waits for it to end, and
+        goes on its way.
+        """
+        outcome: Future[T] = Future()
+        scope = trio.CancelScope()
+        self._start(function, args, outcome, scope)
+        try:
+            return outcome.result()
+        except BaseException:
+            if not outcome.done():
+                self._token.run_sync_soon(scope.cancel)
+                outcome.exception()
+            raise
+
+    @contextmanager
+    def enter(self, block: AbstractAsyncContextManager[T]) -> Iterator[T]:
+        """The block's value, while a task of its own holds the block open."""
+        entered: Future[T] = Future()
+        left: Future[None] = Future()
+        leave = trio.Event()
+        scope = trio.CancelScope()
+
+        async def hold() -> None:
+            async with block as value:
+                entered.set_result(value)
+                await leave.wait()
+
+        self._start(hold, (), left, scope)
+        left.add_done_callback(partial(_pass_on, entered))
+        try:
+            yield entered.result()
+        except BaseException:
+            # Also where Ctrl-C came while the block was being entered.
+            self._token.run_sync_soon(scope.cancel)
+            left.exception()
+            raise
+        self._token.run_sync_soon(leave.set)
+        left.result()
+
+    def _start(
+        self,
+        function: Callable[..., Awaitable[T]],
+        args: tuple[Any, ...],
+        outcome: "Future[T]",
+        scope: trio.CancelScope,
+    ) -> None:
+        async def task() -> None:
+            with scope:
+                try:
+                    outcome.set_result(await function(*args))
+                except trio.Cancelled:
+                    raise
+                except BaseException as fault:  # noqa: BLE001  it is raised again, in the caller's thread
+                    outcome.set_exception(fault)
+            if not outcome.done():
+                outcome.set_exception(InterruptedError("the call was interrupted"))
+
+        self._token.run_sync_soon(partial(self._nursery.start_soon, task))
+
+
+def _pass_on(entered: "Future[Any]", left: "Future[None]") -> None:
+    """What a block raised before it was entered is raised to who waits to enter it."""
+    if not entered.done():
+        entered.set_exception(left.exception() or RuntimeError("the block ended before it began"))
+
+
+_END = object()
+
+
+class _Waiting(Generic[T]):
+    """An async iterator, waited for step by step."""
+
+    def __init__(self, portal: _Portal, steps: AsyncIterator[T]) -> None:
+        self._portal = portal
+        self._steps = steps
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        step: Any = self._portal.call(self._step)
+        if step is _END:
+            raise StopIteration
+        result: T = step
+        return result
+
+    async def _step(self) -> Any:
+        try:
+            return await anext(self._steps)
+        except StopAsyncIteration:
+            return _END
+
+
+class Stream:
+    """As `protocol.stream.Stream`: iterate it for frames, or take `events()` or `audio()`."""
+
+    def __init__(self, portal: _Portal, stream: streams.Stream) -> None:
+        self._portal = portal
+        self._stream = stream
+        self._frames = _Waiting[Frame](portal, stream)
+
+    def __iter__(self) -> Iterator[Frame]:
+        return self._frames
+
+    @property
+    def request_id(self) -> str:
+        """Its id."""
+        return self._stream.request_id
+
+    @property
+    def format(self) -> AudioFormat | None:
+        """Of the audio, once the first of it is there."""
+        return self._stream.format
+
+    @property
+    def place(self) -> Queued | None:
+        """Its last known place in the queue."""
+        return self._stream.place
+
+    def events(self) -> Iterator[streams.Event]:
+        """As `protocol.stream.Stream.events`."""
+        return _Waiting(self._portal, self._stream.events())
+
+    def audio(self, on_restart: Callable[[], None] | None = None) -> Iterator[bytes]:
+        """As `protocol.stream.Stream.audio`; `on_restart` is called in Trio's thread and must not call this module."""
+        return _Waiting(self._portal, self._stream.audio(on_restart))
+
+    def result(self) -> dict[str, Value]:
+        """As `protocol.stream.Stream.result`."""
+        return self._portal.call(self._stream.result)
+
+
+class Relay:
+    """As `protocol.client.Relay`; made by `open_relay`."""
+
+    def __init__(self, portal: _Portal, relay: client.Relay) -> None:
+        self._portal = portal
+        self._relay = relay
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the relay said at the last login."""
+        return self._relay.welcome
+
+    @contextmanager
+    def submit(self, space: str, params: Mapping[str, Value] | None = None, **options: Any) -> Iterator[Stream]:
+        """As `protocol.client.Relay.submit`, with the same options."""
+        with self._portal.enter(self._relay.submit(space, params, **options)) as stream:
+            yield Stream(self._portal, stream)
+
+    @contextmanager
+    def attach(self, request_id: str, after_seq: int = -1) -> Iterator[Stream]:
+        """As `protocol.client.Relay.attach`."""
+        with self._portal.enter(self._relay.attach(request_id, after_seq)) as stream:
+            yield Stream(self._portal, stream)
+
+    def cancel(self, request_id: str, reason: str = "") -> StatusReply:
+        """As `protocol.client.Relay.cancel`."""
+        return self._portal.call(self._relay.cancel, request_id, reason)
+
+    def status(self, request_id: str) -> StatusReply:
+        """As `protocol.client.Relay.status`."""
+        return self._portal.call(self._relay.status, request_id)
+
+    def spaces(self) -> list[dict[str, Value]]:
+        """As `protocol.client.Relay.spaces`."""
+        return self._portal.call(self._relay.spaces)
+
+
+@contextmanager
+def open_relay(url: str | None = None, **options: Any) -> Iterator[Relay]:
+    """As `protocol.client.open_relay`, with the same options; callbacks are called in Trio's thread."""
+    portal = _Portal()
+    portal.open()
+    try:
+        with portal.enter(client.open_relay(url, **options)) as relay:
+            yield Relay(portal, relay)
+    finally:
+        portal.close()

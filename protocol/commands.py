@@ -1,0 +1,268 @@
+"""What each command of `relay` does."""
+
+import argparse
+import base64
+import json
+import sys
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from protocol.audio import AudioWriter
+from protocol.client import Relay, open_relay
+from protocol.errors import EncodeError, LinkError, RequestError
+from protocol.fields import Part, Value
+from protocol.messages import Audio, AudioFormat, Output, Queued, Snapshot, Started, Welcome
+from protocol.messages import Progress as ProgressFrame
+from protocol.stream import Event, Restarted, Stream
+from protocol.terminal import Progress, table
+
+
+def _open(args: argparse.Namespace, progress: Progress) -> AbstractAsyncContextManager[Relay]:
+    lost = False
+
+    def on_reconnect(fault: LinkError, delay_s: float) -> None:
+        nonlocal lost
+        lost = True
+        progress.note(f"connection lost ({fault}), trying again in {delay_s:.1f} s")
+
+    def on_up(_welcome: Welcome) -> None:
+        if lost:
+            progress.note("connected again")
+
+    return open_relay(args.url, token=args.token, role=args.role, on_reconnect=on_reconnect, on_up=on_up)
+
+
+async def say(args: argparse.Namespace, progress: Progress) -> None:
+    """Speak a text."""
+    text = args.text
+    if text == "-":
+        text = (await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)).rstrip("\n")
+    if not text.strip():
+        raise ValueError("the text is empty: there is nothing to say")
+    if any(name == "text" for name, _value in args.param):
+        raise ValueError("--param text=... and TEXT are the same thing; give one of them")
+    await _submit(args, progress, {"text": text})
+
+
+async def submit(args: argparse.Namespace, progress: Progress) -> None:
+    """Submit any request."""
+    await _submit(args, progress, {})
+
+
+async def _submit(args: argparse.Namespace, progress: Progress, params: dict[str, Value]) -> None:
+    params |= dict(args.param)
+    inputs = {name: Path(path) for name, path in args.input}
+    sink = Sink(args, progress, args.space)
+    try:
+        async with (
+            _open(args, progress) as relay,
+            relay.submit(
+                args.space,
+                params,
+                inputs=inputs,
+                priority=args.priority,
+                queue_timeout_s=args.queue_timeout,
+                run_timeout_s=args.run_timeout,
+                detach=args.detach,
+                retry=args.retry,
+            ) as stream,
+        ):
+            if args.detach:
+                sink.line({"type": "accepted", "request_id": stream.request_id} if args.json else stream.request_id)
+            else:
+                await sink.take(stream)
+    except EncodeError as fault:
+        raise ValueError(f"the request is more than a relay takes: {fault}") from fault
+    finally:
+        sink.close()
+
+
+async def attach(args: argparse.Namespace, progress: Progress) -> None:
+    """Follow a request."""
+    sink = Sink(args, progress, "relay")
+    try:
+        async with _open(args, progress) as relay, relay.attach(args.request_id, args.after_seq) as stream:
+            await sink.take(stream)
+    finally:
+        sink.close()
+
+
+async def status(args: argparse.Namespace, progress: Progress) -> None:
+    """Show how a request stands."""
+    async with _open(args, progress) as relay:
+        _print_status(args, (await relay.status(args.request_id)).to_map())
+
+
+async def cancel(args: argparse.Namespace, progress: Progress) -> None:
+    """Cancel a request."""
+    async with _open(args, progress) as relay:
+        reply = await relay.cancel(args.request_id, args.reason)
+        if reply.state in ("completed", "failed"):
+            progress.note(f"too late: the request has {reply.state}")
+        _print_status(args, reply.to_map())
+
+
+def _print_status(args: argparse.Namespace, row: dict[str, Value]) -> None:
+    del row["type"]
+    print(_json(row) if args.json else "\n".join(f"{name}: {value}" for name, value in row.items()), flush=True)
+
+
+async def spaces(args: argparse.Namespace, progress: Progress) -> None:
+    """List the spaces."""
+    async with _open(args, progress) as relay:
+        rows = await relay.spaces()
+    if args.json:
+        print(_json(rows), flush=True)
+        return
+    columns = ("name", "state", "engine", "workers", "slots", "queued", "running", "description")
+    cells = [[str(row.get(column, "")) for column in columns] for row in rows]
+    print(table([[column.upper() for column in columns], *cells]), flush=True)
+
+
+async def watch(args: argparse.Namespace, progress: Progress) -> None:
+    """Follow everything."""
+    async with _open(args, progress) as relay, relay.watch(args.topics) as changes:
+        async for change in changes:
+            if args.json:
+                print(_json(change.to_map()), flush=True)
+                continue
+            word = "is" if isinstance(change, Snapshot) else "now"
+            for topic, rows in change.data.items():
+                for row in rows:
+                    print(topic, word, " ".join(f"{key}={value}" for key, value in row.items()))
+            for topic, gone in getattr(change, "gone", {}).items():
+                for name in gone:
+                    print(topic, "gone", name)
+            sys.stdout.flush()
+
+
+class Sink:
+    """Where the output of one request goes: audio and binary to files, other values to stdout, the rest to stderr.
+
+    Raises:
+        ValueError: the options contradict each other.
+        OSError: the output file cannot be written; before anything is submitted.
+    """
+
+    def __init__(self, args: argparse.Namespace, progress: Progress, name: str) -> None:
+        self._progress = progress
+        self._name = name
+        self._json: bool = args.json
+        self._pipe = args.output == "-"
+        self._where = ""
+        self._writer: AudioWriter | None = None
+        self._binary_bytes = 0
+        if args.output is not None and getattr(args, "detach", False):
+            raise ValueError("--detach waits for no output; leave out -o, and fetch it with: relay attach ID -o FILE")
+        if self._pipe:
+            if args.json:
+                raise ValueError("--json and -o - both want standard output")
+            if sys.stdout.isatty():
+                raise ValueError("standard output is a terminal; raw PCM goes to a pipe or a file")
+            self._writer = AudioWriter(sys.stdout.buffer)
+        elif args.output is not None:
+            self._where = args.output
+            self._writer = AudioWriter(Path(args.output))
+
+    async def take(self, stream: Stream) -> None:
+        """Everything that comes, until the end; raises as the stream."""
+        self._name = f"{self._name}-{stream.request_id[:8]}"
+        try:
+            async for event in stream.events():
+                if self._json:
+                    self.line(_told(event))
+                await self._take(event)
+        except RequestError as fault:
+            if self._json:
+                told = {"code": fault.code, "message": fault.message, "details": fault.details}
+                self.line({"type": "failed", "request_id": fault.request_id, **told, "retryable": fault.retryable})
+            raise
+        finally:
+            if self._audio_s and not stream.ended:
+                self._progress.note(
+                    f"{self._audio_s:.1f} s of audio were written to {self._where or 'standard output'}"
+                )
+        self._progress.completed(self._audio_s, self._where if self._audio_s or self._binary_bytes else "")
+
+    @property
+    def _audio_s(self) -> float:
+        return self._writer.seconds if self._writer is not None else 0.0
+
+    async def _take(self, event: Event) -> None:
+        if isinstance(event, Queued):
+            self._progress.queued(event)
+        elif isinstance(event, Started):
+            self._progress.started()
+            if event.format is not None:
+                self._begin(event.format)
+        elif isinstance(event, ProgressFrame):
+            self._progress.progress(event.state, event.fraction, event.message)
+        elif isinstance(event, Audio):
+            await self._write(event.pcm)
+            self._progress.audio(self._audio_s)
+        elif isinstance(event, Output):
+            if isinstance(event.data, bytes):
+                await self._binary(event.data)
+            elif not self._json and not self._pipe:
+                self.line(event.data)
+        elif isinstance(event, Restarted):
+            words = "the file begins anew" if not self._pipe else "what was written is followed by all of it again"
+            self._progress.note(f"the worker was lost and another starts over; {words}")
+
+    def _begin(self, audio_format: AudioFormat) -> None:
+        if self._writer is None:
+            self._where = f"{self._name}.wav"
+            self._writer = AudioWriter(Path(self._where))
+        self._writer.begin(audio_format)
+
+    async def _write(self, pcm: bytes) -> None:
+        if self._writer is None or self._writer.format is None:
+            raise ValueError("the request sends audio without having said its format")
+        if self._writer.is_wav:
+            self._writer.write(pcm)
+        else:
+            # A player takes a pipe in real time: waiting for it here would hold up the pings.
+            await trio.to_thread.run_sync(self._writer.write, pcm, abandon_on_cancel=True)
+
+    async def _binary(self, data: bytes) -> None:
+        if self._writer is None:
+            self._where = f"{self._name}.bin"
+            self._writer = AudioWriter(Path(self._where))
+        if self._writer.format is not None:
+            self._progress.note(f"{len(data)} bytes of binary output dropped: the output file holds the audio")
+            return
+        self._binary_bytes += len(data)
+        await trio.to_thread.run_sync(self._writer.write_binary, data, abandon_on_cancel=self._pipe)
+
+    def line(self, value: Any) -> None:
+        """A line on stdout: text as it is, all else as JSON."""
+        print(value if isinstance(value, str) and not self._json else _json(value), flush=True)
+
+    def close(self) -> None:
+        """Leave a whole file behind, or none."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _told(event: Event) -> dict[str, Value]:
+    """An event as a JSON line: audio by its size."""
+    if isinstance(event, Audio):
+        told = event.to_map()
+        told["bytes"] = len(told.pop("pcm"))
+        return told
+    if isinstance(event, Part):
+        return event.to_map()
+    return {"type": "restarted", "request_id": event.request_id, "attempt": event.attempt, "seq": event.seq}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=_base64)
+
+
+def _base64(value: Any) -> dict[str, str]:
+    if not isinstance(value, bytes):
+        raise TypeError(type(value).__name__)
+    return {"base64": base64.b64encode(value).decode("ascii")}

@@ -1,0 +1,164 @@
+"""Error codes of the wire, and the exceptions of both ends.
+
+Three kinds of error, never mixed (see CONTRIBUTING.md): a peer that breaks the rules is `ProtocolError`; a transport
+that went is `LinkClosed` (this side did it) or `LinkBroken` (the other side, or the network); a refusal is
+a value, `protocol.messages.Rejected`, and travels as one.
+"""
+
+from enum import StrEnum
+
+
+class ErrorCode(StrEnum):
+    """Every code that `error`, `rejected` and `failed` messages may carry (DESIGN §5)."""
+
+    PROTOCOL_ERROR = "protocol_error"
+    UNKNOWN_TYPE = "unknown_type"
+    UNAUTHENTICATED = "unauthenticated"
+    FORBIDDEN = "forbidden"
+    SPACE_NOT_FOUND = "space_not_found"
+    SPACE_EXISTS = "space_exists"
+    SPACE_PAUSED = "space_paused"
+    SPACE_FULL = "space_full"
+    NO_WORKER = "no_worker"
+    INVALID_PARAMS = "invalid_params"
+    INPUT_MISSING = "input_missing"
+    INPUT_TOO_LARGE = "input_too_large"
+    INPUT_MISMATCH = "input_mismatch"
+    QUEUE_FULL = "queue_full"
+    RATE_LIMITED = "rate_limited"
+    ID_CONFLICT = "id_conflict"
+    REQUEST_NOT_FOUND = "request_not_found"
+    QUEUE_TIMEOUT = "queue_timeout"
+    RUN_TIMEOUT = "run_timeout"
+    IDLE_TIMEOUT = "idle_timeout"
+    WORKER_LOST = "worker_lost"
+    ENGINE_FAILED = "engine_failed"
+    MODEL_NOT_LOADED = "model_not_loaded"
+    RESULT_TOO_LARGE = "result_too_large"
+    SLOW_CONSUMER = "slow_consumer"
+    STORAGE_FULL = "storage_full"
+    SHUTTING_DOWN = "shutting_down"
+    INTERNAL = "internal"
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same request, sent again later and unchanged, may succeed."""
+        return self in _RETRYABLE
+
+
+_RETRYABLE = frozenset(
+    {
+        ErrorCode.SPACE_PAUSED,
+        ErrorCode.SPACE_FULL,
+        ErrorCode.NO_WORKER,
+        ErrorCode.QUEUE_FULL,
+        ErrorCode.RATE_LIMITED,
+        ErrorCode.QUEUE_TIMEOUT,
+        ErrorCode.RUN_TIMEOUT,
+        ErrorCode.IDLE_TIMEOUT,
+        ErrorCode.WORKER_LOST,
+        ErrorCode.ENGINE_FAILED,
+        ErrorCode.MODEL_NOT_LOADED,
+        ErrorCode.SLOW_CONSUMER,
+        ErrorCode.STORAGE_FULL,
+        ErrorCode.SHUTTING_DOWN,
+        ErrorCode.INTERNAL,
+    }
+)
+
+
+class ProtocolError(Exception):
+    """The peer broke the rules of the wire: answered with `error`, then the connection is closed.
+
+    `UnknownType` alone is answered without closing.
+    """
+
+    code = ErrorCode.PROTOCOL_ERROR
+    #: What the connection is closed with (RFC 6455 section 7.4.1).
+    close_code = 1002
+
+
+class TextReceived(ProtocolError):
+    """A text message came where every message is binary."""
+
+    close_code = 1003
+
+
+class UnknownType(ProtocolError):
+    """A well-formed message whose `type` this end does not take from this peer."""
+
+    code = ErrorCode.UNKNOWN_TYPE
+
+
+class EncodeError(ValueError):
+    """A message of our own that the wire cannot carry: too large, too deep, or of a type msgpack has no word for."""
+
+
+class LinkError(Exception):
+    """The transport is gone; nothing more can be sent or received on this link."""
+
+
+class LinkClosed(LinkError):
+    """This side closed the link."""
+
+
+class LinkBroken(LinkError):
+    """The other side closed the link, or the network did."""
+
+
+class ConnectError(LinkError):
+    """No link could be made: nothing listens there, TLS failed, or the relay refused the handshake."""
+
+
+class LoginRefused(ConnectError):
+    """The relay answered, and refused the login. Trying again unchanged will not help.
+
+    Attributes:
+        code: why, one of `ErrorCode` (`unauthenticated`, `forbidden`, `space_not_found`, ...).
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RequestError(Exception):
+    """A request ended otherwise than `completed`.
+
+    Attributes:
+        request_id: the request's id.
+        code: one of `ErrorCode`.
+        message: what happened and what to do next.
+        details: for `invalid_params`, field -> what is wrong with it; else more figures, or empty.
+        retryable: whether sending the same request again may help.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        code: str,
+        message: str,
+        details: dict[str, object] | None = None,
+        retryable: bool = False,
+    ) -> None:
+        super().__init__(f"{code}: {message}")
+        self.request_id = request_id
+        self.code = code
+        self.message = message
+        self.details = details or {}
+        self.retryable = retryable
+
+
+class RequestRejected(RequestError):
+    """The relay did not take the request."""
+
+
+class RequestFailed(RequestError):
+    """The request was taken, and failed."""
+
+
+class RequestCancelled(RequestError):
+    """The request was cancelled: by its client, an operator or a closed connection."""
+
+    def __init__(self, request_id: str, reason: str) -> None:
+        super().__init__(request_id, "cancelled", reason)

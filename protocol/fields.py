@@ -1,0 +1,244 @@
+"""Rules for the fields of messages: each says in words what is wrong; and `Part`, a map with fields of its own."""
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import attrs
+
+#: What msgpack can carry; the depth and size limits are the codec's.
+Value = Any
+#: Returns for a value that keeps the rule; raises ValueError saying what is wrong with another.
+Rule = Callable[[Value], None]
+PartT = TypeVar("PartT", bound="Part")
+
+_WIRE_NAMES = {"NoneType": "nil", "dict": "map", "list": "array", "str": "string", "bytes": "binary", "bool": "boolean"}
+
+
+class FieldError(ValueError):
+    """A field's value breaks its rule; the text begins with the field's name."""
+
+
+def kind_of(value: Value) -> str:
+    """The wire's word for the type of `value`."""
+    name = type(value).__name__
+    return _WIRE_NAMES.get(name, name)
+
+
+def text(at_most: int, pattern: re.Pattern[str] | None = None, what: str = "") -> Rule:
+    """A string of `at_most` characters that, where a pattern is given, is `what` the pattern describes."""
+
+    def check(value: Value) -> None:
+        if not isinstance(value, str):
+            raise ValueError(f"must be a string, not {kind_of(value)}")
+        if len(value) > at_most:
+            raise ValueError(f"is {len(value)} characters long; the limit is {at_most}")
+        if pattern is not None and pattern.fullmatch(value) is None:
+            raise ValueError(f"{value[:80]!r} is not {what}")
+
+    return check
+
+
+def one_of(*choices: str) -> Rule:
+    """One of these strings."""
+
+    def check(value: Value) -> None:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}, not {str(value)[:80]!r}")
+
+    return check
+
+
+def integer(at_least: int, at_most: int = 2**53) -> Rule:
+    """An integer in a range; a boolean is none."""
+
+    def check(value: Value) -> None:
+        if type(value) is not int:
+            raise ValueError(f"must be an integer, not {kind_of(value)}")
+        if not at_least <= value <= at_most:
+            raise ValueError(f"is {value}; it must lie in {at_least}..{at_most}")
+
+    return check
+
+
+def number(at_least: float = 0.0, at_most: float = 1e12) -> Rule:
+    """An integer or float in a range; NaN lies in none."""
+
+    def check(value: Value) -> None:
+        if type(value) is not float and type(value) is not int:
+            raise ValueError(f"must be a number, not {kind_of(value)}")
+        if not at_least <= value <= at_most:
+            raise ValueError(f"is {value}; it must lie in {at_least}..{at_most}")
+
+    return check
+
+
+def boolean(value: Value) -> None:
+    """True or false."""
+    if type(value) is not bool:
+        raise ValueError(f"must be true or false, not {kind_of(value)}")
+
+
+def binary(at_most: int) -> Rule:
+    """Up to `at_most` bytes."""
+
+    def check(value: Value) -> None:
+        if not isinstance(value, bytes):
+            raise ValueError(f"must be binary, not {kind_of(value)}")
+        if len(value) > at_most:
+            raise ValueError(f"is {len(value)} bytes long; the limit is {at_most}")
+
+    return check
+
+
+def a_map(value: Value) -> None:
+    """A map."""
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a map, not {kind_of(value)}")
+
+
+def array_of(rule: Rule, at_least: int = 0) -> Rule:
+    """An array of `at_least` items, each of which keeps `rule`."""
+
+    def check(value: Value) -> None:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"must be an array, not {kind_of(value)}")
+        if len(value) < at_least:
+            raise ValueError(f"has {len(value)} items; it needs {at_least}")
+        for item in value:
+            rule(item)
+
+    return check
+
+
+def maybe(rule: Rule) -> Rule:
+    """None, or what keeps `rule`."""
+
+    def check(value: Value) -> None:
+        if value is not None:
+            rule(value)
+
+    return check
+
+
+def anything(_value: Value) -> None:
+    """Whatever the codec let through."""
+
+
+def _named(rule: Rule) -> Callable[[Any, "attrs.Attribute[Any]", Any], None]:
+    def validate(_self: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        try:
+            rule(value)
+        except ValueError as fault:
+            raise FieldError(f"{attribute.name}: {fault}") from None
+
+    return validate
+
+
+def field(rule: Rule, default: Any = attrs.NOTHING) -> Any:
+    """An attrs field whose value keeps `rule`; without a default it must be there."""
+    return attrs.field(validator=_named(rule), default=default)
+
+
+def map_field() -> Any:
+    """An attrs field that holds a map; empty by default."""
+    return attrs.field(validator=_named(a_map), factory=dict)
+
+
+def array_field(rule: Rule) -> Any:
+    """An attrs field that holds an array whose items keep `rule`; empty by default."""
+    return attrs.field(validator=_named(array_of(rule)), factory=list)
+
+
+class Part:
+    """A map inside a message that has fields of its own; subclasses are frozen attrs classes."""
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Wire names of the fields, in order."""
+        names: tuple[str, ...] | None = cls.__dict__.get("_names")
+        if names is None:
+            names = tuple(attribute.name for attribute in attrs.fields(cls))  # type: ignore[arg-type]
+            cls._names = names  # type: ignore[attr-defined]
+        return names
+
+    @classmethod
+    def missing(cls, wire: dict[str, Value]) -> str:
+        """Names of the fields that must be in `wire` and are not."""
+        required = (a.name for a in attrs.fields(cls) if a.default is attrs.NOTHING)  # type: ignore[arg-type]
+        return ", ".join(name for name in required if name not in wire)
+
+    def to_map(self) -> dict[str, Value]:
+        """The fields as they go on the wire: `None` left out, parts as maps."""
+        wire: dict[str, Value] = {}
+        for name in self.field_names():
+            value = getattr(self, name)
+            if value is not None:
+                wire[name] = _to_wire(value) if isinstance(value, Part | tuple | dict) else value
+        return wire
+
+
+def _to_wire(value: Value) -> Value:
+    if isinstance(value, Part):
+        return value.to_map()
+    if isinstance(value, tuple | list):
+        return [_to_wire(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _to_wire(item) for key, item in value.items()}
+    return value
+
+
+def parse_part(cls: type[PartT], value: Value) -> PartT:
+    """The `Part` that a map stands for; keys it does not know are dropped.
+
+    Raises:
+        ValueError: it is no map, or a field is missing or wrong.
+    """
+    if isinstance(value, cls):
+        return value
+    a_map(value)
+    if missing := cls.missing(value):
+        raise ValueError(f"lacks {missing}")
+    return cls(**{name: value[name] for name in cls.field_names() if name in value})
+
+
+def part_field(cls: type[Part]) -> Any:
+    """An attrs field that holds a part, or None."""
+
+    def convert(value: Value, _self: Any, attribute: "attrs.Attribute[Any]") -> Value:
+        try:
+            return None if value is None else parse_part(cls, value)
+        except ValueError as fault:
+            raise FieldError(f"{attribute.name}: {fault}") from None
+
+    return attrs.field(converter=attrs.Converter(convert, takes_self=True, takes_field=True), default=None)
+
+
+def parts_field(cls: type[Part], name_rule: Rule) -> Any:
+    """An attrs field that holds a map of name -> part."""
+
+    def convert(value: Value, _self: Any, attribute: "attrs.Attribute[Any]") -> Value:
+        try:
+            a_map(value)
+            parsed = {}
+            for name, item in value.items():
+                name_rule(name)
+                parsed[name] = parse_part(cls, item)
+        except ValueError as fault:
+            raise FieldError(f"{attribute.name}: {fault}") from None
+        return parsed
+
+    return attrs.field(converter=attrs.Converter(convert, takes_self=True, takes_field=True), factory=dict)
+
+
+def part_list_field(cls: type[Part]) -> Any:
+    """An attrs field that holds an array of parts."""
+
+    def convert(value: Value, _self: Any, attribute: "attrs.Attribute[Any]") -> Value:
+        try:
+            array_of(anything)(value)
+            return tuple(parse_part(cls, item) for item in value)
+        except ValueError as fault:
+            raise FieldError(f"{attribute.name}: {fault}") from None
+
+    return attrs.field(converter=attrs.Converter(convert, takes_self=True, takes_field=True), default=())

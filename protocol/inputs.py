@@ -1,0 +1,92 @@
+"""What a request takes along: read, hashed, announced, and sent in pieces that leave room for others."""
+
+import hashlib
+import mimetypes
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import trio
+
+from protocol.errors import LinkError
+from protocol.link import Link
+from protocol.messages import KIB, MAX_INPUT_CHUNK_BYTES, Input, InputInfo
+
+InputSource = bytes | Path | tuple[bytes | Path, str]
+
+#: More than any relay takes; said before such a file is read into memory.
+MAX_INPUT_BYTES = 1024 * KIB * KIB
+#: Pieces are queued until the link's backlog has this size, and again when it has fallen to `LOW_WATER_BYTES`.
+#: Two pieces deep: the link never runs dry, and a message of someone else waits for half a MiB at most.
+HIGH_WATER_BYTES = 2 * MAX_INPUT_CHUNK_BYTES
+LOW_WATER_BYTES = MAX_INPUT_CHUNK_BYTES
+
+
+async def read_inputs(sources: Mapping[str, InputSource]) -> tuple[dict[str, bytes], dict[str, InputInfo]]:
+    """The bytes of each input, and what a `submit` announces of them.
+
+    Args:
+        sources: name -> bytes, a path, or either with its media type. The type of a path is guessed from its name,
+            that of bytes is `application/octet-stream`.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is larger than any relay takes, or a name or media type breaks the rules of the wire.
+    """
+    data: dict[str, bytes] = {}
+    infos: dict[str, InputInfo] = {}
+    for name, given in sources.items():
+        source, media_type = given if isinstance(given, tuple) else (given, None)
+        if isinstance(source, Path):
+            media_type = media_type or mimetypes.guess_type(source.name)[0]
+            data[name] = await trio.to_thread.run_sync(_read, source)
+        else:
+            data[name] = bytes(source)
+        infos[name] = InputInfo(
+            media_type=media_type or "application/octet-stream",
+            size=len(data[name]),
+            sha256=await trio.to_thread.run_sync(_digest, data[name]),
+        )
+    return data, infos
+
+
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > MAX_INPUT_BYTES:
+        raise ValueError(f"input file {path} has more than {MAX_INPUT_BYTES >> 20} MiB, which no relay takes")
+    return path.read_bytes()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class Upload:
+    """Sends a request's inputs over one link, piece by piece, from the link's own `on_drained`."""
+
+    def __init__(self, link: Link, request_id: str, inputs: Mapping[str, bytes]) -> None:
+        self._link = link
+        self._pieces = _pieces(request_id, inputs)
+        self._remove = link.on_drained(self._pump, LOW_WATER_BYTES)
+        self._pump()
+
+    def stop(self) -> None:
+        """Send no more."""
+        self._remove()
+        self._pieces = iter(())
+
+    def _pump(self) -> None:
+        try:
+            while self._link.backlog_bytes < HIGH_WATER_BYTES:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    self._remove()
+                    return
+                self._link.send(piece)
+        except LinkError:  # the next link begins anew
+            self.stop()
+
+
+def _pieces(request_id: str, inputs: Mapping[str, bytes]) -> Iterator[Input]:
+    for name, data in inputs.items():
+        for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
+            piece = data[offset : offset + MAX_INPUT_CHUNK_BYTES]
+            yield Input(request_id=request_id, name=name, offset=offset, data=piece)

@@ -1,0 +1,609 @@
+"""Every message of `relay.v1.msgpack` as a frozen class; `docs/protocol.md` is the same in prose.
+
+A class says its wire name in `TYPE` and its fields, in wire order, as attrs fields whose validators hold the
+limits. Unknown keys are dropped on the way in, `None` is left out on the way out. Which end may send what
+stands in the tables at the foot.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import attrs
+
+from protocol.errors import ErrorCode, ProtocolError
+from protocol.fields import (
+    Part,
+    Value,
+    a_map,
+    anything,
+    array_field,
+    array_of,
+    binary,
+    boolean,
+    field,
+    integer,
+    map_field,
+    maybe,
+    number,
+    one_of,
+    part_field,
+    part_list_field,
+    parts_field,
+    text,
+)
+
+PROTOCOL_VERSION = 1
+SUBPROTOCOL = "relay.v1.msgpack"
+PATH = "/v1/relay"
+
+KIB = 1024
+#: Every message but those of `BULK` types.
+MAX_CONTROL_BYTES = 64 * KIB
+#: A whole message of any type, its envelope included.
+MAX_MESSAGE_BYTES = 1024 * KIB
+#: `data` of one `input` message: small enough that an upload and live audio share a link fairly.
+MAX_INPUT_CHUNK_BYTES = 256 * KIB
+#: `pcm` of one `audio` message: what is left of a message when its envelope (below 200 bytes) is paid for.
+MAX_PCM_BYTES = MAX_MESSAGE_BYTES - 1 * KIB
+MAX_TEXT_CHARS = 4096
+HELLO_TIMEOUT_S = 3.0
+
+ID_PATTERN = re.compile(r"[0-9a-f]{32}")
+SPACE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
+SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
+
+ROLES = ("client", "worker", "operator")
+RETRY_POLICIES = ("never", "before_output", "always")
+PROGRESS_STATES = ("loading", "generating", "encoding")
+LIVE_STATES = ("uploading", "queued", "running")
+ENDED_STATES = ("completed", "failed", "cancelled")
+
+_request_id = text(32, ID_PATTERN, "a request id (32 lower-case hex digits)")
+_space = text(64, SPACE_PATTERN, "a space name ([A-Za-z0-9][A-Za-z0-9._-]{0,63})")
+_seq = integer(0, 2**31)
+_attempt = integer(0, 1_000_000)
+_code = text(64)
+_words = text(MAX_TEXT_CHARS)
+_input_name = text(32, NAME_PATTERN, "an input name ([a-z][a-z0-9_]{0,31})")
+
+
+@attrs.frozen(kw_only=True)
+class AudioFormat(Part):
+    """How `pcm` is to be heard.
+
+    Args:
+        encoding: `pcm_s16le`, the only one: signed 16-bit, little-endian, channels interleaved.
+        sample_rate: Hz, 8,000..192,000.
+        channels: 1 or 2.
+    """
+
+    encoding: str = field(one_of("pcm_s16le"), "pcm_s16le")
+    sample_rate: int = field(integer(8_000, 192_000))
+    channels: int = field(integer(1, 2), 1)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample over all channels."""
+        return 2 * self.channels
+
+
+@attrs.frozen(kw_only=True)
+class InputInfo(Part):
+    """An input that a `submit` announces.
+
+    Args:
+        media_type: as HTTP's, e.g. `audio/wav`.
+        size: bytes.
+        sha256: of the whole, 64 lower-case hex digits.
+    """
+
+    media_type: str = field(text(128))
+    size: int = field(integer(0))
+    sha256: str = field(text(64, SHA256_PATTERN, "a SHA-256 (64 lower-case hex digits)"))
+
+
+@attrs.frozen(kw_only=True)
+class InputRule(Part):
+    """What an engine takes under one input name.
+
+    Args:
+        media_types: accepted ones; empty takes any.
+        max_bytes: largest size.
+        required: whether a request without it is refused.
+    """
+
+    media_types: list[str] = array_field(text(128))
+    max_bytes: int = field(integer(1), 16 * 1024 * KIB)
+    required: bool = field(boolean, False)
+
+
+@attrs.frozen(kw_only=True)
+class Running(Part):
+    """Where an attempt stands: `next_seq` is the first frame not yet made (worker) or not yet held (relay)."""
+
+    request_id: str = field(_request_id)
+    attempt: int = field(_attempt)
+    next_seq: int = field(_seq)
+
+
+class Message(Part):
+    """One message of the wire."""
+
+    TYPE: ClassVar[str]
+
+    @classmethod
+    def from_map(cls, wire: dict[str, Value]) -> Self:
+        """The message that a decoded map stands for; keys it does not know are dropped.
+
+        Raises:
+            ProtocolError: a field is missing, of the wrong type or out of its range; the text names it.
+        """
+        if missing := cls.missing(wire):
+            raise ProtocolError(f"{cls.TYPE}: lacks {missing}")
+        try:
+            return cls(**{name: wire[name] for name in cls.field_names() if name in wire})
+        except ValueError as fault:
+            raise ProtocolError(f"{cls.TYPE}.{fault}") from None
+
+    def to_map(self) -> dict[str, Value]:
+        """As `Part.to_map`, with `type` first."""
+        return {"type": self.TYPE, **super().to_map()}
+
+
+class Frame(Message):
+    """One message of a request's output: numbered `seq` 0, 1, 2... within `attempt`."""
+
+    ENDS: ClassVar[bool] = False
+    request_id: str
+    attempt: int
+    seq: int
+
+
+# -- both ways -
+
+
+@attrs.frozen(kw_only=True)
+class Hello(Message):
+    """First message of every connection, within `HELLO_TIMEOUT_S`."""
+
+    TYPE: ClassVar[str] = "hello"
+    version: int = field(integer(1, 1_000))
+    role: str = field(one_of(*ROLES))
+    token: str | None = field(maybe(text(256)), None)
+    agent: str = field(text(128), "")
+    #: An operator that may look and not steer; the relay holds it to that.
+    readonly: bool = field(boolean, False)
+
+
+@attrs.frozen(kw_only=True)
+class Ping(Message):
+    """Asks for a `pong`; liveness itself uses WebSocket pings."""
+
+    TYPE: ClassVar[str] = "ping"
+    timestamp: float = field(number())
+
+
+@attrs.frozen(kw_only=True)
+class Pong(Message):
+    """Answers a `ping` with its own timestamp and the server's clock (Unix seconds)."""
+
+    TYPE: ClassVar[str] = "pong"
+    timestamp: float = field(number())
+    server_time: float | None = field(maybe(number()), None)
+
+
+@attrs.frozen(kw_only=True)
+class Error(Message):
+    """The peer broke a rule. The connection closes after every code but `unknown_type`."""
+
+    TYPE: ClassVar[str] = "error"
+    code: str = field(_code)
+    message: str = field(_words)
+    details: dict[str, Value] = map_field()
+    request_id: str | None = field(maybe(text(128)), None)
+
+
+@attrs.frozen(kw_only=True)
+class Input(Message):
+    """A piece of an input, in order and without gaps; client to relay, and relay to worker after `assign`."""
+
+    TYPE: ClassVar[str] = "input"
+    request_id: str = field(_request_id)
+    name: str = field(_input_name)
+    offset: int = field(integer(0))
+    data: bytes = field(binary(MAX_INPUT_CHUNK_BYTES))
+
+
+@attrs.frozen(kw_only=True)
+class Cancel(Message):
+    """Client to relay: stop this request. Relay to worker: the same."""
+
+    TYPE: ClassVar[str] = "cancel"
+    request_id: str = field(_request_id)
+    reason: str = field(_words, "")
+
+
+# -- from the relay ----------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Welcome(Message):
+    """The login holds."""
+
+    TYPE: ClassVar[str] = "welcome"
+    connection_id: str = field(text(64))
+    principal: str = field(text(128))
+    limits: dict[str, Value] = map_field()
+    ping_interval_s: float = field(number(0.01, 3600), 5.0)
+    server: str = field(text(128), "")
+
+
+@attrs.frozen(kw_only=True)
+class Accepted(Message):
+    """The request is safe in the relay's store (fsynced) and this connection holds it."""
+
+    TYPE: ClassVar[str] = "accepted"
+    request_id: str = field(_request_id)
+
+
+@attrs.frozen(kw_only=True)
+class Queued(Message):
+    """Where the request stands: `position` from 1, `of` all queued in the space, `eta_s` until it starts."""
+
+    TYPE: ClassVar[str] = "queued"
+    request_id: str = field(_request_id)
+    position: int = field(integer(1))
+    of: int = field(integer(1))
+    eta_s: float | None = field(maybe(number()), None)
+
+
+@attrs.frozen(kw_only=True)
+class Rejected(Message):
+    """A refusal: of a `submit`, `attach`, `status`, `cancel`, `register` or `steer`. The connection goes on."""
+
+    TYPE: ClassVar[str] = "rejected"
+    request_id: str | None = field(maybe(text(128)), None)
+    code: str = field(_code)
+    message: str = field(_words)
+    retryable: bool = field(boolean, False)
+    retry_after_s: float | None = field(maybe(number()), None)
+    details: dict[str, Value] = map_field()
+
+    @classmethod
+    def because(
+        cls,
+        code: ErrorCode,
+        message: str,
+        *,
+        request_id: str | None = None,
+        details: dict[str, Value] | None = None,
+        retry_after_s: float | None = None,
+    ) -> "Rejected":
+        """A refusal whose `retryable` is the code's own."""
+        return cls(
+            request_id=request_id,
+            code=code.value,
+            message=message,
+            retryable=code.retryable,
+            retry_after_s=retry_after_s,
+            details=details or {},
+        )
+
+
+@attrs.frozen(kw_only=True)
+class StatusReply(Message):
+    """Answers `status`: the request as it stands. `position`, `of`, `eta_s` while queued; `code` once failed."""
+
+    TYPE: ClassVar[str] = "status"
+    request_id: str = field(_request_id)
+    space: str = field(_space)
+    state: str = field(one_of(*LIVE_STATES, *ENDED_STATES))
+    attempt: int = field(_attempt, 0)
+    next_seq: int = field(_seq, 0)
+    age_s: float = field(number(), 0.0)
+    position: int | None = field(maybe(integer(1)), None)
+    of: int | None = field(maybe(integer(1)), None)
+    eta_s: float | None = field(maybe(number()), None)
+    code: str | None = field(maybe(_code), None)
+    message: str | None = field(maybe(_words), None)
+
+
+@attrs.frozen(kw_only=True)
+class SpacesReply(Message):
+    """Answers `spaces`: a page of the spaces this principal may use; `more` says that another page follows."""
+
+    TYPE: ClassVar[str] = "spaces"
+    spaces: list[dict[str, Value]] = field(array_of(a_map))
+    more: bool = field(boolean, False)
+
+
+@attrs.frozen(kw_only=True)
+class Registered(Message):
+    """The worker serves its spaces now; what it is to do with the requests it named as running."""
+
+    TYPE: ClassVar[str] = "registered"
+    worker_id: str = field(text(64))
+    resume: tuple[Running, ...] = part_list_field(Running)
+    abandon: list[str] = array_field(_request_id)
+
+
+@attrs.frozen(kw_only=True)
+class Assign(Message):
+    """Run this request; its inputs follow as `input` messages. Frames below `from_seq` need not be sent."""
+
+    TYPE: ClassVar[str] = "assign"
+    request_id: str = field(_request_id)
+    attempt: int = field(integer(1, 1_000_000))
+    from_seq: int = field(_seq, 0)
+    space: str = field(_space)
+    principal: str = field(text(128))
+    params: dict[str, Value] = map_field()
+    inputs: dict[str, InputInfo] = parts_field(InputInfo, _input_name)
+    run_timeout_s: float = field(number(0.0, 1e9))
+
+
+@attrs.frozen(kw_only=True)
+class Drain(Message):
+    """To a worker: finish what runs, take nothing new, then leave."""
+
+    TYPE: ClassVar[str] = "drain"
+    reason: str = field(_words, "")
+
+
+@attrs.frozen(kw_only=True)
+class Undrain(Message):
+    """To a worker: take new requests again."""
+
+    TYPE: ClassVar[str] = "undrain"
+
+
+@attrs.frozen(kw_only=True)
+class Ack(Message):
+    """The relay holds this attempt's frames up to `seq`; acknowledged to its end, the worker forgets it."""
+
+    TYPE: ClassVar[str] = "ack"
+    request_id: str = field(_request_id)
+    attempt: int = field(_attempt)
+    seq: int = field(_seq)
+
+
+@attrs.frozen(kw_only=True)
+class Snapshot(Message):
+    """Answers `watch`: a page of everything, topic -> list of maps; `more` says that another page follows."""
+
+    TYPE: ClassVar[str] = "snapshot"
+    data: dict[str, Value] = field(a_map)
+    more: bool = field(boolean, False)
+
+
+@attrs.frozen(kw_only=True)
+class Delta(Message):
+    """What changed since: topic -> list of maps to put in place by their id; `gone`: topic -> ids."""
+
+    TYPE: ClassVar[str] = "delta"
+    data: dict[str, Value] = map_field()
+    gone: dict[str, Value] = map_field()
+
+
+@attrs.frozen(kw_only=True)
+class Done(Message):
+    """Answers a `steer` that was carried out; `data` holds what it asked for."""
+
+    TYPE: ClassVar[str] = "done"
+    steer_id: str = field(text(64), "")
+    action: str = field(text(64))
+    target: str = field(text(128), "")
+    data: dict[str, Value] = map_field()
+
+
+# -- from clients ------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Submit(Message):
+    """A new request. Sent again with the same id and content it re-attaches; with other content it is refused."""
+
+    TYPE: ClassVar[str] = "submit"
+    request_id: str = field(_request_id)
+    space: str = field(_space)
+    params: dict[str, Value] = map_field()
+    inputs: dict[str, InputInfo] = parts_field(InputInfo, _input_name)
+    priority: int = field(integer(0, 9), 5)
+    queue_timeout_s: float | None = field(maybe(number(0.001, 1e7)), None)
+    run_timeout_s: float | None = field(maybe(number(0.001, 1e7)), None)
+    detach: bool = field(boolean, False)
+    retry: str = field(one_of(*RETRY_POLICIES), "before_output")
+
+
+@attrs.frozen(kw_only=True)
+class Attach(Message):
+    """Read a request's frames from behind `after_seq` of `attempt` (0: of whichever there is)."""
+
+    TYPE: ClassVar[str] = "attach"
+    request_id: str = field(_request_id)
+    attempt: int = field(_attempt, 0)
+    after_seq: int = field(integer(-1, 2**31), -1)
+
+
+@attrs.frozen(kw_only=True)
+class Status(Message):
+    """Asks how a request stands."""
+
+    TYPE: ClassVar[str] = "status"
+    request_id: str = field(_request_id)
+
+
+@attrs.frozen(kw_only=True)
+class Spaces(Message):
+    """Asks for the spaces this principal may use."""
+
+    TYPE: ClassVar[str] = "spaces"
+
+
+# -- from workers ------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Register(Message):
+    """Serve these spaces. Sent again on the same connection, it changes `slots` alone.
+
+    Args:
+        worker: the worker's name, for people.
+        instance: one per process start, so that a worker that comes back is known for the same.
+        params: JSON Schema (2020-12) of `submit.params`.
+        inputs: input name -> what is taken.
+        format: of the audio this engine makes, or None where it makes none.
+        reproducible: same params (and seed) make the same frames.
+        running: the attempts it still has frames of.
+    """
+
+    TYPE: ClassVar[str] = "register"
+    worker: str = field(text(128))
+    instance: str = field(text(32, ID_PATTERN, "an instance id (32 lower-case hex digits)"))
+    spaces: list[str] = field(array_of(_space, at_least=1))
+    slots: int = field(integer(0, 1_000), 1)
+    engine: str = field(text(128), "")
+    params: dict[str, Value] = map_field()
+    inputs: dict[str, InputRule] = parts_field(InputRule, _input_name)
+    format: AudioFormat | None = part_field(AudioFormat)
+    reproducible: bool = field(boolean, False)
+    running: tuple[Running, ...] = part_list_field(Running)
+
+
+@attrs.frozen(kw_only=True)
+class Started(Frame):
+    """The engine began; `format` of the audio to come, None where there is none."""
+
+    TYPE: ClassVar[str] = "started"
+    request_id: str = field(_request_id)
+    attempt: int = field(_attempt)
+    seq: int = field(_seq)
+    format: AudioFormat | None = part_field(AudioFormat)
+
+
+@attrs.frozen(kw_only=True)
+class Progress(Frame):
+    """How far it is."""
+
+    TYPE: ClassVar[str] = "progress"
+    request_id: str = field(_request_id)
+    attempt: int = field(_attempt)
+    seq: int = field(_seq)
+    state: str = field(one_of(*PROGRESS_STATES), "generating")
+    fraction: float = field(number(0.0, 1.0), 0.0)
+    message: str = field(_words, "")
+
+
+@attrs.frozen(kw_only=True)
+class Audio(Frame):
+    """Whole samples of the `started` format."""
+
+    TYPE: ClassVar[str] = "audio"
+    request_id: str = field(_request_id)
+    attempt: int = field(_attempt)
+    seq: int = field(_seq)
+    pcm: bytes = field(binary(MAX_PCM_BYTES))
+
+
+@attrs.frozen(kw_only=True)
+class Output(Frame):
+    """A value that is not speech: any msgpack value up to 64 KiB, or binary up to a message's size."""
+
+    TYPE: ClassVar[str] = "output"
+    request_id: str = field(_request_id)
+    attempt: int = field(_attempt)
+    seq: int = field(_seq)
+    data: Value = field(anything, None)
+
+
+@attrs.frozen(kw_only=True)
+class Completed(Frame):
+    """The end, with the request's figures."""
+
+    TYPE: ClassVar[str] = "completed"
+    ENDS: ClassVar[bool] = True
+    request_id: str = field(_request_id)
+    attempt: int = field(_attempt)
+    seq: int = field(_seq)
+    result: dict[str, Value] = map_field()
+
+
+@attrs.frozen(kw_only=True)
+class Failed(Frame):
+    """The end: it failed."""
+
+    TYPE: ClassVar[str] = "failed"
+    ENDS: ClassVar[bool] = True
+    request_id: str = field(_request_id)
+    attempt: int = field(_attempt)
+    seq: int = field(_seq)
+    code: str = field(_code)
+    message: str = field(_words)
+    details: dict[str, Value] = map_field()
+    retryable: bool = field(boolean, False)
+
+
+@attrs.frozen(kw_only=True)
+class Cancelled(Frame):
+    """The end: it was cancelled."""
+
+    TYPE: ClassVar[str] = "cancelled"
+    ENDS: ClassVar[bool] = True
+    request_id: str = field(_request_id)
+    attempt: int = field(_attempt)
+    seq: int = field(_seq)
+    reason: str = field(_words, "")
+
+
+@attrs.frozen(kw_only=True)
+class Draining(Message):
+    """The worker takes nothing new and leaves when what runs has ended."""
+
+    TYPE: ClassVar[str] = "draining"
+
+
+# -- from operators ----------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Watch(Message):
+    """Asks for `snapshot` and `delta`s; no topics means all of them."""
+
+    TYPE: ClassVar[str] = "watch"
+    topics: list[str] = array_field(text(64))
+
+
+@attrs.frozen(kw_only=True)
+class Steer(Message):
+    """Do `action` to `target`; `options` as the action needs. The answer carries the same `steer_id`."""
+
+    TYPE: ClassVar[str] = "steer"
+    steer_id: str = field(text(64), "")
+    action: str = field(text(64))
+    target: str = field(text(128), "")
+    options: dict[str, Value] = map_field()
+
+
+Table = Mapping[str, type[Message]]
+
+
+def _table(*classes: type[Message]) -> dict[str, type[Message]]:
+    return {cls.TYPE: cls for cls in classes}
+
+
+FRAMES: Table = _table(Started, Progress, Audio, Output, Completed, Failed, Cancelled)
+#: May exceed `MAX_CONTROL_BYTES`, up to `MAX_MESSAGE_BYTES`, and must then be a flat map.
+BULK = frozenset({"audio", "input", "output"})
+
+FROM_ANYONE: Table = _table(Hello)
+FROM_CLIENT: Table = _table(Ping, Pong, Submit, Input, Cancel, Attach, Status, Spaces)
+FROM_WORKER: Table = {**_table(Ping, Pong, Register, Draining), **FRAMES}
+#: An operator is a client that may also watch and steer.
+FROM_OPERATOR: Table = {**FROM_CLIENT, **_table(Watch, Steer)}
+FROM_RELAY: Table = {
+    **_table(Ping, Pong, Error, Welcome, Accepted, Queued, Rejected, StatusReply, SpacesReply),
+    **_table(Registered, Assign, Input, Cancel, Drain, Undrain, Ack, Snapshot, Delta, Done),
+    **FRAMES,
+}

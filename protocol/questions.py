@@ -1,0 +1,109 @@
+"""What was asked of the relay and not answered yet."""
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import attrs
+import trio
+
+from protocol.errors import LinkBroken, RequestRejected
+from protocol.messages import Done, Error, Message, Rejected, Spaces, SpacesReply, Status, StatusReply, Steer
+
+
+@attrs.define(eq=False)
+class Question:
+    """A message of ours that the relay answers.
+
+    Attributes:
+        repeat: whether it may be asked again over a new link; a steer would be carried out twice.
+        answer: there once `done` is set, unless `fault` is, or the link went (then neither is).
+    """
+
+    ask: Message
+    repeat: bool = True
+    answer: Message | None = None
+    fault: Callable[[], Exception] | None = None
+    done: trio.Event = attrs.field(factory=trio.Event)
+    #: Of `spaces`, whose answer comes in pages.
+    pages: list[SpacesReply] = attrs.field(factory=list)
+
+    @property
+    def about(self) -> str | None:
+        """What a `rejected` for it carries as `request_id`."""
+        if isinstance(self.ask, Steer):
+            return self.ask.steer_id
+        return self.ask.request_id if isinstance(self.ask, Status) else None
+
+
+class Questions:
+    """Open questions in the order asked, which is the order in which a relay answers those of one kind."""
+
+    def __init__(self) -> None:
+        self._open: deque[Question] = deque()
+
+    def add(self, question: Question) -> None:
+        """It was, or is about to be, sent."""
+        self._open.append(question)
+
+    def forget(self, question: Question) -> None:
+        """Nobody waits for it any more; a late answer is dropped."""
+        if question in self._open:
+            self._open.remove(question)
+
+    def rejected(self, refusal: Rejected) -> bool:
+        """Take a refusal; False where no question asked for it."""
+        question = next((one for one in self._open if one.about == refusal.request_id), None)
+        if question is None:
+            return False
+        target = question.ask.target if isinstance(question.ask, Steer) else refusal.request_id or ""
+        self._refuse(question, target, refusal, refusal.retryable)
+        return True
+
+    def refuse_all(self, error: Error) -> None:
+        """The relay does not know something that was asked, and does not say what."""
+        for question in tuple(self._open):
+            self._refuse(question, "", error, False)
+
+    def _refuse(self, question: Question, target: str, why: Rejected | Error, retryable: bool) -> None:
+        fault = partial(RequestRejected, target, why.code, why.message, dict(why.details), retryable)
+        self._settle(question, fault=fault)
+
+    def status_reply(self, reply: StatusReply) -> None:
+        """Take the answer to `status`."""
+        self._answer(Status, reply.request_id, reply)
+
+    def done(self, done: Done) -> None:
+        """Take the answer to `steer`."""
+        self._answer(Steer, done.steer_id, done)
+
+    def spaces_reply(self, reply: SpacesReply) -> None:
+        """Take a page of the answer to `spaces`."""
+        question = next((one for one in self._open if isinstance(one.ask, Spaces)), None)
+        if question is not None:
+            question.pages.append(reply)
+            if not reply.more:
+                self._settle(question, reply)
+
+    def _answer(self, kind: type[Message], about: str, answer: Message) -> None:
+        question = next((one for one in self._open if isinstance(one.ask, kind) and one.about == about), None)
+        if question is not None:
+            self._settle(question, answer)
+
+    def _settle(
+        self, question: Question, answer: Message | None = None, fault: Callable[[], Exception] | None = None
+    ) -> None:
+        self._open.remove(question)
+        question.answer, question.fault = answer, fault
+        question.done.set()
+
+    def link_lost(self, why: str) -> None:
+        """No answers come any more: who asked asks again, except what must not be."""
+        unknown = partial(LinkBroken, f"{why}; whether it was carried out is not known")
+        for question in tuple(self._open):
+            self._settle(question, fault=None if question.repeat else unknown)
+
+    def fail(self, fault: Callable[[], Exception]) -> None:
+        """Nothing will be answered any more."""
+        for question in tuple(self._open):
+            self._settle(question, fault=fault)

@@ -1,0 +1,119 @@
+"""What a person sees on stderr while a request is on its way: one line, rewritten on a terminal."""
+
+import shutil
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from protocol.messages import Queued
+
+#: On a terminal: as often as an eye follows.
+REDRAW_S = 0.1
+#: In a log: often enough to see that it goes on.
+PLAIN_S = 5.0
+
+
+class Progress:
+    """Tells how a request gets on.
+
+    Args:
+        out: where to.
+        quiet: say nothing but errors.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, out: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._out = out
+        self._quiet = quiet
+        self._clock = clock
+        self._live = out.isatty()
+        self._drawn = False
+        self._said_at = float("-inf")
+        self._began_at = clock()
+        self._started_at: float | None = None
+        self._first_audio_s: float | None = None
+
+    def queued(self, place: Queued) -> None:
+        """Its place in the queue."""
+        eta = "" if place.eta_s is None else f", starts in about {_seconds(place.eta_s)}"
+        self._status(f"queued: position {place.position} of {place.of}{eta}", urgent=True)
+
+    def started(self) -> None:
+        """It runs."""
+        self._started_at = self._clock()
+        self._status("running", urgent=False)
+
+    def progress(self, state: str, fraction: float, message: str) -> None:
+        """What the engine says of itself."""
+        self._status(f"{state} {fraction:.0%}" + (f": {message}" if message else ""), urgent=False)
+
+    def audio(self, seconds: float) -> None:
+        """So much audio has come."""
+        if self._first_audio_s is None:
+            self._first_audio_s = self._clock() - self._began_at
+        self._status(f"{seconds:.1f} s of audio{self._speed(seconds)}", urgent=False)
+
+    def completed(self, seconds: float, where: str) -> None:
+        """The end, well; `seconds` of audio, 0 where there was none."""
+        took_s = self._clock() - self._began_at
+        if seconds:
+            first = "" if self._first_audio_s is None else f", first audio after {self._first_audio_s:.2f} s"
+            text = f"{seconds:.1f} s of audio in {took_s:.1f} s{self._speed(seconds)}{first}"
+        else:
+            text = f"done in {took_s:.1f} s"
+        self.note(text + (f" -> {where}" if where else ""))
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if not self._quiet:
+            self._wipe()
+            self._say(f"{text}\n")
+
+    def error(self, text: str) -> None:
+        """A line that stays and is said even when quiet."""
+        self._wipe()
+        self._say(f"relay: {text}\n")
+
+    def close(self) -> None:
+        """Take the rewritten line away."""
+        self._wipe()
+
+    def _speed(self, seconds: float) -> str:
+        since_s = self._clock() - (self._started_at if self._started_at is not None else self._began_at)
+        return f", {seconds / since_s:.1f}x real time" if since_s > 0.01 else ""
+
+    def _status(self, text: str, *, urgent: bool) -> None:
+        now = self._clock()
+        if self._quiet or (not urgent and now - self._said_at < (REDRAW_S if self._live else PLAIN_S)):
+            return
+        self._said_at = now
+        if self._live:
+            # Return, the text, and clear what is left of the longer line before it.
+            # A line that wraps could not be taken back.
+            self._say(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K")
+            self._drawn = True
+        else:
+            self._say(f"{text}\n")
+
+    def _wipe(self) -> None:
+        if self._drawn:
+            self._say("\r\x1b[K")
+            self._drawn = False
+
+    def _say(self, text: str) -> None:
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except (OSError, ValueError):  # a terminal that is gone must not stop the audio
+            self._quiet = True
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows, the first of them the heads, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)

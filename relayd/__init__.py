@@ -1,0 +1,1 @@
+"""The daemon: queues requests, hands them to workers and streams the results back."""

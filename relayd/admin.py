@@ -1,0 +1,250 @@
+"""What the admin commands do: on a running daemon through the socket in its state folder, else on its store."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+import attrs
+import trio
+
+from protocol.client import Relay, open_relay
+from protocol.errors import ConnectError, LinkError, LoginRefused, RequestRejected
+from protocol.fields import Value
+from protocol.messages import SPACE_PATTERN, Snapshot
+from relayd.auth import Tokens, parse_expires
+from relayd.config import Config, ConfigError, SpaceConfig
+from relayd.rows import Row, token_row
+from relayd.store.base import DeleteSpace, PutSpace, PutToken, SpaceRecord, StoreError, StoreInUse
+from relayd.store.opening import OfflineStore, open_offline
+
+#: For a daemon on the same machine to answer a command.
+ANSWER_S = 10.0
+
+
+class AdminError(Exception):
+    """The command was not carried out; the text says why and what to do."""
+
+
+class NotRunning(AdminError):
+    """The command needs a running daemon, and there is none."""
+
+
+class Admin(Protocol):
+    """The commands, wherever they are carried out."""
+
+    async def create_space(self, name: str, options: dict[str, Value]) -> None:
+        """Make a space."""
+
+    async def spaces(self) -> list[Row]:
+        """All spaces."""
+
+    async def set_paused(self, name: str, paused: bool) -> None:
+        """Pause a space or resume it."""
+
+    async def delete_space(self, name: str) -> None:
+        """Delete a space that is at rest."""
+
+    async def create_token(self, name: str, role: str, spaces: list[str], expires: str | None) -> Row:
+        """Make a token; `token` of the row is its text."""
+
+    async def tokens(self) -> list[Row]:
+        """All tokens, without their texts."""
+
+    async def revoke_token(self, which: str) -> list[str]:
+        """Revoke a token by its id, or all of a principal; the ids."""
+
+    async def rows(self, topic: str) -> list[Row]:
+        """`workers` or `requests`, as they are now."""
+
+    async def drain(self) -> int:
+        """Have the daemon finish what runs and leave; how many requests run."""
+
+
+@asynccontextmanager
+async def open_admin(config: Config) -> AsyncIterator[Admin]:
+    """The commands for the daemon of this configuration, running or not.
+
+    Raises:
+        AdminError: neither the daemon nor its store can be had.
+    """
+    path = config.socket_path
+    if path is not None and await trio.Path(path).exists():
+        try:
+            with trio.fail_after(ANSWER_S):
+                async with open_relay(f"unix:{path}", token="", role="operator", agent="relayd-admin") as relay:
+                    yield Online(relay)
+                    return
+        except LoginRefused as fault:
+            raise AdminError(f"the relay at {path} does not let this user in: {fault}") from None
+        except ConnectError:
+            pass  # a socket that a killed daemon left
+        except RequestRejected as fault:
+            raise AdminError(fault.message) from None
+        except LinkError as fault:
+            raise AdminError(f"the relay went away: {fault}") from None
+        except trio.TooSlowError:
+            raise AdminError(f"the relay at {path} did not answer within {ANSWER_S:g} s") from None
+    if config.store == "memory":
+        raise NotRunning(f'no relay runs on {config.state_dir}, and with store = "memory" it keeps nothing meanwhile')
+    try:
+        with open_offline(config.state_dir) as store:
+            yield Offline(config, store)
+    except StoreInUse as fault:
+        raise AdminError(f"a relay is just starting or stopping: {fault}") from None
+    except StoreError as fault:
+        raise AdminError(str(fault)) from None
+
+
+@attrs.define
+class Online:
+    """On a running daemon."""
+
+    relay: Relay
+
+    async def create_space(self, name: str, options: dict[str, Value]) -> None:
+        """See `Admin`."""
+        await self.relay.steer("create_space", name, **options)
+
+    async def spaces(self) -> list[Row]:
+        """See `Admin`."""
+        return await self.rows("spaces")
+
+    async def set_paused(self, name: str, paused: bool) -> None:
+        """See `Admin`."""
+        await self.relay.steer("pause_space" if paused else "resume_space", name)
+
+    async def delete_space(self, name: str) -> None:
+        """See `Admin`."""
+        await self.relay.steer("delete_space", name)
+
+    async def create_token(self, name: str, role: str, spaces: list[str], expires: str | None) -> Row:
+        """See `Admin`."""
+        return await self.relay.steer("create_token", name, role=role, spaces=spaces, expires=expires)
+
+    async def tokens(self) -> list[Row]:
+        """See `Admin`."""
+        rows: list[Row] = []
+        while True:
+            page = await self.relay.steer("list_tokens", after=rows[-1]["token_id"] if rows else "")
+            rows += page["tokens"]
+            if not page["more"]:
+                return rows
+
+    async def revoke_token(self, which: str) -> list[str]:
+        """See `Admin`."""
+        revoked: list[str] = (await self.relay.steer("revoke_token", which))["revoked"]
+        return revoked
+
+    async def rows(self, topic: str) -> list[Row]:
+        """See `Admin`."""
+        async with self.relay.watch([topic]) as watch:
+            async for change in watch:
+                if isinstance(change, Snapshot):
+                    return list(change.data.get(topic, []))
+        raise AdminError("the relay ended the watch")
+
+    async def drain(self) -> int:
+        """See `Admin`."""
+        running: int = (await self.relay.steer("drain"))["running"]
+        return running
+
+
+@attrs.define
+class Offline:
+    """On the store of a daemon that does not run."""
+
+    config: Config
+    store: OfflineStore
+
+    def _space(self, name: str) -> SpaceRecord:
+        stored = {record.name: record for record in self.store.load().spaces}
+        if name in self.config.spaces:
+            fresh = SpaceRecord(name=name, config=self.config.spaces[name], made_by="config", created_at=time.time())
+            return stored.get(name, fresh)
+        if name in stored:
+            return stored[name]
+        raise AdminError(f"space {name!r} does not exist; make it with: relayd space create {name}")
+
+    async def create_space(self, name: str, options: dict[str, Value]) -> None:
+        """See `Admin`."""
+        if not SPACE_PATTERN.fullmatch(name):
+            raise AdminError(
+                f"{name!r} is no space name: a letter or digit, then letters, digits and . _ -, 64 at most"
+            )
+        if name in self.config.spaces or any(record.name == name for record in self.store.load().spaces):
+            raise AdminError(f"space {name!r} exists already; choose another name, or delete that one first")
+        try:
+            config = SpaceConfig.from_map(options)
+        except ConfigError as fault:
+            raise AdminError(f"space {name!r}: {'; '.join(fault.faults)}") from None
+        self.store.commit(PutSpace(SpaceRecord(name=name, config=config, created_at=time.time())))
+
+    async def spaces(self) -> list[Row]:
+        """See `Admin`."""
+        names = {*self.config.spaces, *(r.name for r in self.store.load().spaces if r.made_by == "command")}
+        records = [self._space(name) for name in sorted(names)]
+        return [
+            {
+                "name": record.name,
+                "state": "paused" if record.paused else "no worker",
+                "workers": 0,
+                "max_workers": record.config.max_workers,
+                "slots": 0,
+                "busy": 0,
+                "queued": sum(
+                    r.submit.space == record.name and r.state == "queued" for r in self.store.load().requests
+                ),
+                "engine": record.engine,
+                "description": record.config.description,
+            }
+            for record in records
+        ]
+
+    async def set_paused(self, name: str, paused: bool) -> None:
+        """See `Admin`."""
+        self.store.commit(PutSpace(attrs.evolve(self._space(name), paused=paused)))
+
+    async def delete_space(self, name: str) -> None:
+        """See `Admin`."""
+        if name in self.config.spaces:
+            raise AdminError(f"space {name!r} stands in relayd.toml; take it out there")
+        self._space(name)
+        if waiting := [r for r in self.store.load().requests if r.submit.space == name and r.ended_at is None]:
+            raise AdminError(
+                f"space {name!r} still has {len(waiting)} requests; start the relay and let them end first"
+            )
+        self.store.commit(DeleteSpace(name))
+
+    async def create_token(self, name: str, role: str, spaces: list[str], expires: str | None) -> Row:
+        """See `Admin`."""
+        now, tokens = time.time(), Tokens(self.store.load().tokens)
+        try:
+            expires_at = parse_expires(expires, now) if expires is not None else None
+            token = tokens.create(role=role, name=name, now=now, spaces=spaces, expires_at=expires_at)
+        except ValueError as fault:
+            raise AdminError(str(fault)) from None
+        self.store.commit(PutToken(token.record))
+        return {"token": token.text, "token_id": token.record.token_id}
+
+    async def tokens(self) -> list[Row]:
+        """See `Admin`."""
+        return [token_row(record, time.time()) for record in Tokens(self.store.load().tokens).list()]
+
+    async def revoke_token(self, which: str) -> list[str]:
+        """See `Admin`."""
+        revoked = Tokens(self.store.load().tokens).revoke(which, time.time())
+        if not revoked:
+            raise AdminError(f"no live token has the id or the principal {which!r}; see relayd token list")
+        self.store.commit(*map(PutToken, revoked))
+        return [record.token_id for record in revoked]
+
+    async def rows(self, topic: str) -> list[Row]:
+        """See `Admin`."""
+        raise NotRunning(
+            f"no relay runs on {self.config.state_dir}, so there are no {topic}; start it with relayd serve"
+        )
+
+    async def drain(self) -> int:
+        """See `Admin`."""
+        raise NotRunning(f"no relay runs on {self.config.state_dir}")

@@ -1,0 +1,227 @@
+"""The command `relayd`: serve, look after spaces and tokens, and the demo."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from protocol.fields import Value
+from protocol.messages import ROLES
+from relayd.admin import Admin, AdminError, NotRunning, open_admin
+from relayd.app import serve
+from relayd.config import Config, ConfigError, SpaceConfig, load_config
+from relayd.demo import DEFAULT_TEXT, DemoFailed, run_demo
+from relayd.listener import ListenError
+from relayd.logs import set_up_logs
+from relayd.rows import Row
+from relayd.settings import parse_annotation
+from relayd.store.base import StoreError
+
+DONE, FAILED, USAGE, CANNOT_CONNECT, INTERRUPTED = 0, 1, 2, 3, 130
+
+Command = Callable[[Admin, argparse.Namespace], Awaitable[None]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code (DESIGN §11)."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except ConfigError as fault:
+        print(f"relayd: {fault}", file=sys.stderr)
+        return USAGE
+    except NotRunning as fault:
+        print(f"relayd: {fault}", file=sys.stderr)
+        return CANNOT_CONNECT
+    except (AdminError, StoreError, ListenError, DemoFailed) as fault:
+        print(f"relayd: {fault}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # `relayd requests | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _config(args: argparse.Namespace) -> Config:
+    overrides = {"listen": getattr(args, "listen", None), "state_dir": args.state_dir}
+    return load_config(args.config, environ=os.environ, overrides=overrides)
+
+
+# -- commands -----------------------------------------------------------------------------------------------------
+
+
+def _serve(args: argparse.Namespace) -> int:
+    config = _config(args)
+    set_up_logs(config.log)
+    trio.run(serve, config)
+    return DONE
+
+
+def _check_config(args: argparse.Namespace) -> int:
+    config = _config(args)
+    names = ", ".join(sorted(config.spaces)) or "none"
+    print(f"ok: listens on {config.listen or 'no TCP port'}, state in {config.state_dir}, spaces: {names}")
+    return DONE
+
+
+def _demo(args: argparse.Namespace) -> int:
+    trio.run(run_demo, args.text, args.output, args.keep)
+    return DONE
+
+
+def _admin(command: Command) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        config = _config(args)
+
+        async def work() -> None:
+            async with open_admin(config) as admin:
+                await command(admin, args)
+
+        trio.run(work)
+        return DONE
+
+    return run
+
+
+async def _space_create(admin: Admin, args: argparse.Namespace) -> None:
+    options: dict[str, Value] = {key: getattr(args, key) for key in SpaceConfig.field_names()}
+    await admin.create_space(args.name, {key: value for key, value in options.items() if value is not None})
+    print(f"space {args.name} created", file=sys.stderr)
+
+
+async def _space_list(admin: Admin, args: argparse.Namespace) -> None:
+    _print_rows(await admin.spaces(), ("name", "state", "workers", "slots", "busy", "queued", "engine"), args.json)
+
+
+async def _space_pause(admin: Admin, args: argparse.Namespace) -> None:
+    await admin.set_paused(args.name, True)
+    print(f"space {args.name} paused: what runs goes on, nothing new starts or is taken", file=sys.stderr)
+
+
+async def _space_resume(admin: Admin, args: argparse.Namespace) -> None:
+    await admin.set_paused(args.name, False)
+    print(f"space {args.name} resumed", file=sys.stderr)
+
+
+async def _space_delete(admin: Admin, args: argparse.Namespace) -> None:
+    await admin.delete_space(args.name)
+    print(f"space {args.name} deleted", file=sys.stderr)
+
+
+async def _token_create(admin: Admin, args: argparse.Namespace) -> None:
+    row = await admin.create_token(args.name, args.role, args.space, args.expires)
+    print(f"{row['token_id']}: keep the token, it is shown only now", file=sys.stderr)
+    print(row["token"])
+
+
+async def _token_list(admin: Admin, args: argparse.Namespace) -> None:
+    rows = await admin.tokens()
+    _print_rows(rows, ("token_id", "principal", "role", "spaces", "state", "created", "expires"), args.json)
+
+
+async def _token_revoke(admin: Admin, args: argparse.Namespace) -> None:
+    print(f"revoked {', '.join(await admin.revoke_token(args.which))}", file=sys.stderr)
+
+
+async def _workers(admin: Admin, args: argparse.Namespace) -> None:
+    columns = ("worker_id", "state", "spaces", "engine", "slots", "busy", "rtt_ms", "peer", "principal")
+    _print_rows(await admin.rows("workers"), columns, args.json)
+
+
+async def _requests(admin: Admin, args: argparse.Namespace) -> None:
+    columns = ("request_id", "state", "space", "principal", "attempt", "age_s", "audio_s", "worker_id", "code")
+    _print_rows(await admin.rows("requests"), columns, args.json)
+
+
+async def _drain(admin: Admin, args: argparse.Namespace) -> None:
+    running = await admin.drain()
+    print(f"the relay takes nothing new and leaves when {running} running requests have ended", file=sys.stderr)
+
+
+def _print_rows(rows: list[Row], columns: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    table = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: Value) -> str:
+    if value is None:
+        return "-"
+    return ",".join(map(str, value)) or "-" if isinstance(value, list) else str(value) or "-"
+
+
+# -- arguments ----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", type=Path, help="default: ./relayd.toml, else /etc/relayd/relayd.toml")
+    common.add_argument("--state-dir", type=Path, help="store and socket; default: ~/.local/state/relayd")
+    listing = argparse.ArgumentParser(add_help=False, parents=[common])
+    listing.add_argument("--json", action="store_true", help="one JSON array")
+    parser = argparse.ArgumentParser(prog="relayd", description="Use a GPU that has no public address.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(under: Any, name: str, run: Callable[[argparse.Namespace], int], words: str, parent: Any = common) -> Any:
+        command = under.add_parser(name, parents=[parent], help=words, description=words)
+        command.set_defaults(run=run)
+        return command
+
+    command = add(commands, "serve", _serve, "run the relay until SIGTERM")
+    command.add_argument("--listen", metavar="HOST:PORT", help="default: 127.0.0.1:8765")
+    add(commands, "check-config", _check_config, "read the configuration and tell every fault")
+    demo = commands.add_parser("demo", help="hear a sentence through a relay and a worker started for it")
+    demo.add_argument("text", nargs="?", default=DEFAULT_TEXT)
+    demo.add_argument("-o", "--output", type=Path, default=Path("hello.wav"))
+    demo.add_argument("--keep", action="store_true", help="leave relay and worker running, and tell how to use them")
+    demo.set_defaults(run=_demo)
+
+    spaces = commands.add_parser("space", help="make and look after spaces").add_subparsers(
+        metavar="WHAT", required=True
+    )
+    create = add(spaces, "create", _admin(_space_create), "make a space")
+    create.add_argument("name")
+    for field in attrs.fields(SpaceConfig):
+        kind, _rule = parse_annotation(field.type)
+        plain = kind if kind in (int, float, str) else int if "int" in str(kind) else str
+        create.add_argument(f"--{field.name.replace('_', '-')}", type=plain, help=f"default: {field.default}")
+    add(spaces, "list", _admin(_space_list), "all spaces", listing)
+    for name, run, words in (
+        ("pause", _space_pause, "start nothing new in a space, and take nothing new"),
+        ("resume", _space_resume, "undo pause"),
+        ("delete", _space_delete, "delete a space that is at rest"),
+    ):
+        add(spaces, name, _admin(run), words).add_argument("name")
+
+    tokens = commands.add_parser("token", help="make and revoke tokens").add_subparsers(metavar="WHAT", required=True)
+    create = add(tokens, "create", _admin(_token_create), "make a token and print it, alone, on stdout")
+    create.add_argument("--role", required=True, choices=ROLES)
+    create.add_argument("--name", required=True, help="the principal it speaks for")
+    create.add_argument(
+        "--space", action="append", default=[], metavar="PATTERN", help="spaces it may use; default: all"
+    )
+    create.add_argument("--expires", metavar="WHEN", help="12h, 30d, or a date like 2031-12-31; default: never")
+    add(tokens, "list", _admin(_token_list), "all tokens, without their texts", listing)
+    add(tokens, "revoke", _admin(_token_revoke), "revoke a token and drop its connections").add_argument(
+        "which", metavar="ID|NAME"
+    )
+
+    add(commands, "workers", _admin(_workers), "the workers of the running relay", listing)
+    add(commands, "requests", _admin(_requests), "the requests of the running relay", listing)
+    add(commands, "drain", _admin(_drain), "have the running relay finish what runs, and leave")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""A client's connection: its messages in, its requests' frames out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import trio
+
+from protocol.codec import decode, encode
+from protocol.errors import ErrorCode, LinkError, UnknownType
+from protocol.link import Link
+from protocol.messages import (
+    FROM_CLIENT,
+    Accepted,
+    Attach,
+    Cancel,
+    Error,
+    Input,
+    Message,
+    Ping,
+    Pong,
+    Queued,
+    Rejected,
+    Spaces,
+    SpacesReply,
+    Status,
+    StatusReply,
+    Submit,
+    Table,
+)
+from relayd.auth import Principal
+from relayd.framelog import LOW_WATER_BYTES, FrameReader
+from relayd.intake import Intake
+from relayd.relay import Relay
+from relayd.requests import Request
+from relayd.rows import pages, space_row
+from relayd.states import Place, State
+
+Handler = Callable[[Any], None]
+
+
+@attrs.define(eq=False)
+class ClientLink:
+    """One connection of a client, or of an operator in its part as a client.
+
+    It is the sink of its requests' frames: `send_nowait` never raises, because a client that is gone must not trouble
+    the worker whose frame it was to get.
+    """
+
+    connection_id: str
+    link: Link
+    principal: Principal
+    relay: Relay
+    intake: Intake
+    takes: Table = FROM_CLIENT
+    readers: dict[str, FrameReader] = attrs.field(factory=dict)
+    held: dict[str, Request] = attrs.field(factory=dict)
+    handlers: dict[type[Message], Handler] = attrs.field(init=False)
+    frames_sent: int = 0
+    bytes_sent: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        self.handlers = {
+            Ping: self._ping,
+            Pong: lambda _pong: None,
+            Submit: self._submit,
+            Input: self._input,
+            Cancel: self._cancel,
+            Attach: self._attach,
+            Status: self._status,
+            Spaces: self._spaces,
+        }
+
+    # -- as a sink and a holder
+
+    @property
+    def backlog_bytes(self) -> int:
+        """What the connection has not taken yet."""
+        return self.link.backlog_bytes
+
+    def send_nowait(self, data: bytes) -> None:
+        """Send a frame; without effect on a link that is gone."""
+        try:
+            self.link.send_nowait(data)
+        except LinkError:
+            return
+        self.frames_sent += 1
+        self.bytes_sent += len(data)
+
+    def send(self, message: Message) -> None:
+        """Send a message of the relay's own; without effect on a link that is gone."""
+        self.send_nowait(encode(message))
+
+    def hear_read(self, reader: FrameReader) -> None:
+        """All of a request's frames are sent."""
+        if self.readers.get(reader.key) is reader:
+            del self.readers[reader.key]
+
+    def hear_ended(self, request: Request) -> None:
+        """The request needs no holder any more."""
+        self.held.pop(request.request_id, None)
+
+    def hear_accepted(self, request: Request) -> None:
+        """The request is safe in the store."""
+        self.send(Accepted(request_id=request.request_id))
+
+    def hear_rejected(self, request: Request, refusal: Rejected) -> None:
+        """The request was not taken after all."""
+        self._let_go(request)
+        self.send(refusal)
+
+    def hear_place(self, request: Request, place: Place) -> None:
+        """The request's place in the queue."""
+        self.send(Queued(request_id=request.request_id, position=place.position, of=place.of, eta_s=place.eta_s))
+
+    # -- its life
+
+    async def serve(self) -> None:
+        """Take its messages until the link is gone; then let go of all it held.
+
+        Raises:
+            ProtocolError: the client broke the rules.
+        """
+        self.link.on_drained(self._pump, LOW_WATER_BYTES)
+        try:
+            async for data in self.link:
+                try:
+                    message = decode(data, self.takes)
+                except UnknownType as fault:
+                    self.send(Error(code=fault.code, message=str(fault)))
+                    continue
+                self.handlers[type(message)](message)
+        finally:
+            for reader in self.readers.values():
+                reader.close()
+            for request in list(self.held.values()):
+                self._let_go(request)
+
+    def unfinished(self) -> list[FrameReader]:
+        """Readers of ended requests that have not sent all yet."""
+        return [reader for reader in self.readers.values() if reader.log.ended and not reader.done]
+
+    def _pump(self) -> None:
+        """The link has drained: the readers that waited for it go on."""
+        for reader in list(self.readers.values()):
+            reader.pump()
+
+    def _hold(self, request: Request) -> None:
+        self.held[request.request_id] = request
+        request.holders.add(self)
+        request.unheld_at = None
+        request.notify()
+
+    def _let_go(self, request: Request) -> None:
+        if reader := self.readers.pop(request.request_id, None):
+            reader.close()
+        if self.held.pop(request.request_id, None) is None:
+            return
+        request.holders.discard(self)
+        if not request.holders and request.live:
+            request.unheld_at = trio.current_time()
+            request.notify()
+
+    def _read(self, request: Request, seq: int) -> None:
+        """Send the request's frames from `seq` on, in place of where an earlier reader here stood."""
+        if old := self.readers.pop(request.request_id, None):
+            old.close()
+        reader = FrameReader(request.request_id, request.log, self, seq)
+        self.readers[request.request_id] = reader
+        reader.open()
+
+    # -- messages
+
+    def _ping(self, ping: Ping) -> None:
+        self.send(Pong(timestamp=ping.timestamp, server_time=self.relay.now_unix()))
+
+    def _submit(self, submit: Submit) -> None:
+        request = self.intake.submit(submit, self.principal, self)
+        if isinstance(request, Rejected):
+            self.send(request)
+        elif not request.has_result:
+            self.send(_result_gone(request))
+        else:
+            if request.accepted:
+                self.hear_accepted(request)
+            if request.live:
+                self._hold(request)
+                self._tell_place(request)
+            self._read(request, 0)
+
+    def _input(self, piece: Input) -> None:
+        request = self.held.get(piece.request_id)
+        if request is not None:  # else it was refused while the piece was on its way
+            self.intake.add_input(request, piece)
+
+    def _cancel(self, cancel: Cancel) -> None:
+        request = self._find(cancel.request_id)
+        if isinstance(request, Rejected):
+            self.send(request)
+        elif request.live:
+            self.relay.cancel(request, cancel.reason or f"cancelled by {self.principal.name}")
+
+    def _attach(self, attach: Attach) -> None:
+        request = self._find(attach.request_id)
+        if isinstance(request, Rejected):
+            self.send(request)
+        elif not request.has_result:
+            self.send(_result_gone(request))
+        else:
+            if request.accepted:
+                self.hear_accepted(request)
+            if request.live and request.principal == self.principal.name:  # an operator listens in, and holds nothing
+                self._hold(request)
+            self._tell_place(request)
+            self._read(request, request.log.place(attach.attempt, attach.after_seq))
+
+    def _tell_place(self, request: Request) -> None:
+        if request.entry.state is State.QUEUED:
+            space = request.submit.space
+            if place := self.relay.scheduler.places(space, trio.current_time()).get(request.request_id):
+                self.hear_place(request, place)
+
+    def _status(self, status: Status) -> None:
+        request = self._find(status.request_id)
+        if isinstance(request, Rejected):
+            self.send(request)
+            return
+        entry, now = request.entry, trio.current_time()
+        reply = StatusReply(
+            request_id=request.request_id,
+            space=entry.space,
+            state=entry.state,
+            attempt=entry.attempt,
+            next_seq=request.log.next_seq,
+            age_s=round(max(0.0, now - request.created_at), 3),
+            code=request.code,
+            message=request.message,
+        )
+        if entry.state is State.QUEUED:
+            place = self.relay.scheduler.places(entry.space, now)[request.request_id]
+            reply = attrs.evolve(reply, position=place.position, of=place.of, eta_s=place.eta_s)
+        self.send(reply)
+
+    def _spaces(self, _spaces: Spaces) -> None:
+        names = sorted(name for name in self.relay.spaces if self.principal.may_use(name))
+        rows = [space_row(self.relay, name, with_params=True) for name in names]
+        for page, more in pages([row for row in rows if row is not None]):
+            self.send(SpacesReply(spaces=page, more=more))
+
+    def _find(self, request_id: str) -> Request | Rejected:
+        """A request of this principal's; an operator's are all."""
+        request = self.relay.requests.get(request_id)
+        if request is None or (request.principal != self.principal.name and self.principal.role != "operator"):
+            message = f"request {request_id} is not known here: it was never accepted, is another's, or ended long ago"
+            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, request_id=request_id)
+        return request
+
+
+def _result_gone(request: Request) -> Rejected:
+    return Rejected.because(
+        ErrorCode.REQUEST_NOT_FOUND,
+        f"request {request.request_id} has {request.entry.state}, and its result is not kept any more; "
+        "submit it again with a new id",
+        request_id=request.request_id,
+    )

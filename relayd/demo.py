@@ -1,0 +1,231 @@
+"""`relayd demo`: a relay and a worker as processes of their own, a sentence through both, and nothing left behind."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from protocol.audio import AudioWriter
+from protocol.client import open_relay
+from protocol.errors import LinkError, RequestError
+from protocol.messages import Accepted, Audio, AudioFormat, Queued, Started
+from relayd.auth import Tokens
+from relayd.config import load_config
+from relayd.store.base import PutToken
+from relayd.store.opening import open_offline
+
+DEFAULT_TEXT = (
+    "Hello world. This sentence was spoken by a worker, sent through a relay while it was being made, "
+    "and written down as it arrived. 你好，世界。"
+)
+SPACE = "tts"
+#: For a process to say that it is ready: a cold start of Python on a slow disk takes seconds.
+READY_S = 30.0
+STOP_S = 5.0
+LOOK_AGAIN_S = 0.02
+CHUNKS_A_LINE = 25
+SPEAK_S = 120.0
+
+
+class DemoFailed(Exception):
+    """The demo did not come to its end; the text says where it stopped."""
+
+
+@attrs.define
+class Demo:
+    """What was started: told at the end, or left running."""
+
+    folder: Path
+    url: str = ""
+    client_token: str = ""
+    worker_token: str = ""
+    #: Name -> process id.
+    pids: dict[str, int] = attrs.field(factory=dict)
+
+
+async def run_demo(text: str, output: Path, keep: bool) -> None:
+    """Speak `text` through a relay and a worker started for it, and write it to `output`.
+
+    Args:
+        text: what to say; must not be empty.
+        output: the WAV file.
+        keep: leave both running, and tell how to use and how to stop them.
+
+    Raises:
+        DemoFailed: something did not start, or the request failed.
+    """
+    if not text.strip():
+        raise DemoFailed("there is nothing to say; give a text, as in: relayd demo 'Hello.'")
+    if find_spec("espeakng_loader") is None:
+        raise DemoFailed("the demo speaks with espeak-ng; install it with: pip install 'relayd[espeak]'")
+    demo = Demo(Path(tempfile.mkdtemp(prefix="relayd-demo-")))
+    kept = False
+    try:
+        async with _process(demo, "relay", _relay_command(demo), keep) as relay:
+            demo.url = (await _until(relay, relay, "listening"))["urls"][0]
+            _tell("relay", f"listens on {demo.url}")
+            async with _process(demo, "worker", _worker_command(demo), keep, RELAY_TOKEN=demo.worker_token) as worker:
+                await _until(relay, worker, "worker registered")
+                _tell("worker", f"registered space {SPACE!r}: espeak-ng, 1 slot, a process of its own")
+                await _speak(demo, text, output)
+        kept = keep
+    finally:
+        if not kept:
+            shutil.rmtree(demo.folder, ignore_errors=True)
+    if kept:
+        _tell_commands(demo)
+
+
+def _relay_command(demo: Demo) -> list[str]:
+    """The relay's command; its state folder is made, and tokens for the two that will connect."""
+    state_dir = demo.folder / "state"
+    config = demo.folder / "relayd.toml"
+    config.write_text(f'listen = "127.0.0.1:0"\nstate_dir = "state"\n[log]\nformat = "json"\n[spaces.{SPACE}]\n')
+    load_config(config, environ={})
+    with open_offline(state_dir) as store:
+        tokens = Tokens()
+        for role in ("worker", "client"):
+            token = tokens.create(role=role, name=f"demo-{role}", now=time.time(), spaces=[SPACE])
+            store.commit(PutToken(token.record))
+            setattr(demo, f"{role}_token", token.text)
+    return [sys.executable, "-m", "relayd.cli", "serve", "--config", str(config)]
+
+
+def _worker_command(demo: Demo) -> list[str]:
+    run = [sys.executable, "-m", "gpuworker.cli", "run", "--relay", demo.url, "--space", SPACE]
+    return [*run, "--engine", "espeak", "--name", "demo"]
+
+
+@attrs.frozen
+class Part:
+    """A process of the demo, and the file that holds what it says."""
+
+    name: str
+    process: trio.Process
+    log: Path
+
+
+@asynccontextmanager
+async def _process(demo: Demo, name: str, command: list[str], keep: bool, **environ: str) -> AsyncIterator[Part]:
+    """A process in a session of its own; stopped at the end, unless all went well and it is to be kept."""
+    log = demo.folder / f"{name}.log"
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RELAY_", "RELAYD_"))}
+    with log.open("wb") as out:
+        process = await trio.lowlevel.open_process(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=inherited | environ, start_new_session=True
+        )
+    demo.pids[name] = process.pid
+    done = False
+    try:
+        yield Part(name, process, log)
+        done = True
+    finally:
+        if not (keep and done):
+            with trio.CancelScope(shield=True):
+                await _stop(process)
+
+
+async def _stop(process: trio.Process) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    with trio.move_on_after(STOP_S):
+        await process.wait()
+        return
+    process.kill()
+    await process.wait()
+
+
+async def _until(relay: Part, part: Part, event: str) -> dict[str, Any]:
+    """Wait until the relay logs an event, which shows that `part` is ready."""
+    with trio.move_on_after(READY_S):
+        while part.process.poll() is None:
+            for line in (await trio.Path(relay.log).read_text()).splitlines():
+                told = _parse(line)
+                if told.get("event") == event:
+                    return told
+            await trio.sleep(LOOK_AGAIN_S)
+    said = (await trio.Path(part.log).read_text()).strip()[-2000:]
+    code = part.process.returncode
+    why = f"was not ready within {READY_S:g} s" if code is None else f"ended with code {code}"
+    raise DemoFailed(f"the {part.name} {why}; it said:\n{said or '(nothing)'}")
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return {}  # half a line, or a traceback
+    return told if isinstance(told, dict) else {}
+
+
+async def _speak(demo: Demo, text: str, output: Path) -> None:
+    """The client's part: submit, tell what happens as it happens, write the file."""
+    _tell("client", f"says {text!r}")
+    writer = AudioWriter(output)
+    began, first_s, chunks = time.perf_counter(), 0.0, 0
+    try:
+        with trio.fail_after(SPEAK_S):
+            async with (
+                open_relay(demo.url, token=demo.client_token, agent="relayd-demo") as relay,
+                relay.submit(SPACE, {"text": text}) as stream,
+            ):
+                async for event in stream.events():
+                    now_s = time.perf_counter() - began
+                    if isinstance(event, Accepted):
+                        _tell("relay", f"accepted request {event.request_id[:8]}, {_ms(now_s)} after it was sent")
+                    elif isinstance(event, Queued):
+                        _tell("relay", f"queued: position {event.position} of {event.of}")
+                    elif isinstance(event, Started):
+                        _tell("worker", f"started, {_ms(now_s)}")
+                        writer.begin(event.format or AudioFormat(sample_rate=22_050))
+                    elif isinstance(event, Audio):
+                        writer.write(event.pcm)
+                        chunks += 1
+                        if chunks == 1:
+                            first_s = now_s
+                            _tell("client", f"first audio, {_ms(now_s)}")
+                        elif chunks % CHUNKS_A_LINE == 0:
+                            _tell("client", f"chunk {chunks}, {writer.seconds:.1f} s of audio, {_ms(now_s)}")
+                await stream.result()
+    except (LinkError, RequestError, ValueError, OSError) as fault:
+        raise DemoFailed(f"the sentence did not get through: {fault}") from fault
+    except trio.TooSlowError:
+        raise DemoFailed(f"the sentence did not get through within {SPEAK_S:g} s") from None
+    finally:
+        writer.close()
+    took_s = time.perf_counter() - began
+    _tell("client", f"wrote {output}: {writer.seconds:.1f} s of speech in {chunks} chunks")
+    _tell("", f"first audio after {_ms(first_s)}, all of it after {_ms(took_s)}")
+    _tell("", f"real-time factor {took_s / writer.seconds:.3f} ({writer.seconds / took_s:.0f}x faster than it plays)")
+
+
+def _tell(who: str, what: str) -> None:
+    print(f"{who:7} {what}", flush=True)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms"
+
+
+def _tell_commands(demo: Demo) -> None:
+    pids = " ".join(str(pid) for pid in demo.pids.values())
+    print(
+        f"\nBoth still run. Try:\n"
+        f"  export RELAY_URL={demo.url} RELAY_TOKEN={demo.client_token}\n"
+        f"  relay say 'And now another sentence.' --space {SPACE} -o another.wav\n"
+        f"Stop them with:\n"
+        f"  kill {pids}; rm -r {shlex.quote(str(demo.folder))}"
+    )

@@ -1,0 +1,132 @@
+"""The queue of one space: who is next, and who stands where. Pure."""
+
+from collections.abc import Callable, Iterator
+from itertools import chain, zip_longest
+from typing import Generic, Protocol, TypeVar
+
+import attrs
+
+
+class Waiting(Protocol):
+    """What the queue has to know of a request."""
+
+    request_id: str
+    principal: str
+    #: 0..9; a higher one is served first.
+    priority: int
+    #: Number in order of arrival.
+    ticket: int
+
+
+WaitingT = TypeVar("WaitingT", bound=Waiting)
+Lane = dict[str, WaitingT]
+
+
+@attrs.define(eq=False)
+class _Level(Generic[WaitingT]):
+    """One priority. `first` is served before the lanes: requests whose attempt was lost, which keep their place.
+
+    `lanes` holds one lane a principal, in order of turn; a lane is request id -> request, by ticket.
+    """
+
+    first: Lane[WaitingT] = attrs.field(factory=dict)
+    lanes: dict[str, Lane[WaitingT]] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False)
+class FairQueue(Generic[WaitingT]):
+    """Priority, inside it round-robin over principals, inside that first come first served (DESIGN §7).
+
+    With one principal and one priority it is plain FIFO.
+    """
+
+    _promoted: Lane[WaitingT] = attrs.field(factory=dict)
+    _levels: dict[int, _Level[WaitingT]] = attrs.field(factory=dict)
+    _members: Lane[WaitingT] = attrs.field(factory=dict)
+    _per_principal: dict[str, int] = attrs.field(factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, item: WaitingT) -> bool:
+        return item.request_id in self._members
+
+    def waiting_of(self, principal: str) -> int:
+        """How many requests of `principal` wait."""
+        return self._per_principal.get(principal, 0)
+
+    def push(self, item: WaitingT) -> None:
+        """Stand `item` in line by its ticket, behind its principal's earlier ones."""
+        self._count(item)
+        lane = self._level(item).lanes.setdefault(item.principal, {})
+        overtaken = bool(lane) and next(reversed(lane.values())).ticket > item.ticket
+        lane[item.request_id] = item
+        if overtaken:  # rare: an upload that took longer than a later one's
+            level = self._level(item)
+            level.lanes[item.principal] = dict(sorted(lane.items(), key=lambda pair: pair[1].ticket))
+
+    def push_back(self, item: WaitingT) -> None:
+        """Give `item` back the place it was served from: before the lanes of its priority, by ticket."""
+        self._count(item)
+        level = self._level(item)
+        level.first[item.request_id] = item
+        level.first = dict(sorted(level.first.items(), key=lambda pair: pair[1].ticket))
+
+    def promote(self, item: WaitingT) -> None:
+        """To the very front, before every priority; the last one promoted is first."""
+        self.remove(item)
+        self._count(item)
+        self._promoted = {item.request_id: item, **self._promoted}
+
+    def remove(self, item: WaitingT) -> None:
+        """Take `item` out, wherever it stands."""
+        del self._members[item.request_id]
+        left = self._per_principal[item.principal] - 1
+        if left:
+            self._per_principal[item.principal] = left
+        else:
+            del self._per_principal[item.principal]
+        if self._promoted.pop(item.request_id, None) is not None:
+            return
+        level = self._levels[item.priority]
+        if level.first.pop(item.request_id, None) is None:
+            lane = level.lanes[item.principal]
+            del lane[item.request_id]
+            if not lane:
+                del level.lanes[item.principal]
+        if not level.first and not level.lanes:
+            del self._levels[item.priority]
+
+    def pop(self, may_run: Callable[[str], bool]) -> WaitingT | None:
+        """Take out the next request whose principal `may_run`; its principal's turn is over then."""
+        for item in chain(self._promoted.values(), *(self._in_turn(level, 1) for level in self._by_priority())):
+            if may_run(item.principal):
+                level = self._levels.get(item.priority)
+                from_lane = level is not None and item.request_id in level.lanes.get(item.principal, ())
+                self.remove(item)
+                if from_lane and level is not None and item.principal in level.lanes:
+                    level.lanes[item.principal] = level.lanes.pop(item.principal)  # to the end of the turn
+                return item
+        return None
+
+    def __iter__(self) -> Iterator[WaitingT]:
+        """All of them, in the order in which they will be served as things stand."""
+        return chain(self._promoted.values(), *(self._in_turn(level) for level in self._by_priority()))
+
+    def _by_priority(self) -> list[_Level[WaitingT]]:
+        return [self._levels[priority] for priority in sorted(self._levels, reverse=True)]
+
+    def _in_turn(self, level: _Level[WaitingT], rounds: int | None = None) -> Iterator[WaitingT]:
+        yield from level.first.values()
+        lanes = [lane.values() for lane in level.lanes.values()]
+        for number, turn in enumerate(zip_longest(*lanes)):
+            if number == rounds:
+                return
+            yield from (item for item in turn if item is not None)
+
+    def _level(self, item: WaitingT) -> _Level[WaitingT]:
+        return self._levels.setdefault(item.priority, _Level())
+
+    def _count(self, item: WaitingT) -> None:
+        self._members[item.request_id] = item
+        self._per_principal[item.principal] = self._per_principal.get(item.principal, 0) + 1

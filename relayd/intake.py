@@ -1,0 +1,221 @@
+"""How a request gets in: checked, its inputs gathered, made safe in the store, then `accepted` and queued.
+
+One task takes the whole requests in the order in which they became whole and commits them in batches, so that one
+fsync serves all that wait, and the order of arrival is the order of the queue.
+"""
+
+import time
+
+import attrs
+import structlog
+import trio
+
+from protocol.errors import ErrorCode
+from protocol.messages import Input, Rejected, Submit
+from protocol.params import check_params
+from relayd.auth import Principal
+from relayd.relay import Relay, Space
+from relayd.requests import Holder, Request
+from relayd.scheduler import no_such_space
+from relayd.states import Entry, State
+from relayd.store.base import PutRequest, RequestRecord, StoreError
+
+log = structlog.get_logger("relayd")
+
+#: Requests committed by one fsync at most: 64 KiB each, so a batch stays below 4 MiB without inputs.
+MAX_BATCH = 64
+
+
+@attrs.define(eq=False)
+class Intake:
+    """Takes requests in, and holds them for the connections that sent them."""
+
+    relay: Relay
+    _whole: trio.MemorySendChannel[Request] = attrs.field(init=False)
+    _to_store: trio.MemoryReceiveChannel[Request] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        # Unbounded: every space bounds its own admitted requests by max_queued already.
+        self._whole, self._to_store = trio.open_memory_channel[Request](float("inf"))
+
+    def submit(self, submit: Submit, principal: Principal, holder: Holder) -> Request | Rejected:
+        """Take a `submit`: a new request, or the same one sent again, which `holder` then holds too."""
+        relay = self.relay
+        known = relay.requests.get(submit.request_id)
+        if known is not None:
+            if known.principal != principal.name or not known.same_content(submit):
+                message = f"request {submit.request_id} exists already with other content; use a new id"
+                return Rejected.because(ErrorCode.ID_CONFLICT, message, request_id=submit.request_id)
+            return known
+        refusal = self._refuse(submit, principal)
+        if refusal:
+            return refusal
+        now = trio.current_time()
+        relay.scheduler.limit_running(principal.name, principal.limits.max_running)
+        config = relay.spaces[submit.space].config
+        entry = Entry(
+            request_id=submit.request_id,
+            space=submit.space,
+            principal=principal.name,
+            priority=submit.priority,
+            ticket=relay.next_ticket(),
+            retry=submit.retry,
+        )
+        if refusal := relay.scheduler.admit(entry):
+            return refusal
+        request = Request(
+            submit=submit,
+            principal=principal.name,
+            entry=entry,
+            created_at=now,
+            created_unix=time.time(),
+            queued_at=now,
+            queue_timeout_s=config.queue_timeout_s if submit.queue_timeout_s is None else submit.queue_timeout_s,
+            run_timeout_s=config.run_timeout_s if submit.run_timeout_s is None else submit.run_timeout_s,
+            idle_timeout_s=config.idle_timeout_s,
+        )
+        request.holders.add(holder)
+        relay.keep(request)
+        self._if_whole(request)
+        return request
+
+    def _refuse(self, submit: Submit, principal: Principal) -> Rejected | None:
+        request_id = submit.request_id
+        if self.relay.draining.is_set():
+            message = "the relay is shutting down; send the request again when it is back"
+            return Rejected.because(ErrorCode.SHUTTING_DOWN, message, request_id=request_id, retry_after_s=5.0)
+        if not principal.may_use(submit.space):
+            message = f"principal {principal.name!r} may not use space {submit.space!r}; ask for a token that may"
+            return Rejected.because(ErrorCode.FORBIDDEN, message, request_id=request_id)
+        space = self.relay.spaces.get(submit.space)
+        if space is None:
+            return no_such_space(submit.space, request_id)
+        most = principal.limits.max_queued
+        if most is not None and self.relay.scheduler.waiting_of(principal.name) >= most:
+            message = f"the token of {principal.name!r} allows {most} queued requests; wait for one to start"
+            return Rejected.because(ErrorCode.QUEUE_FULL, message, request_id=request_id)
+        if faults := check_params(space.params, submit.params):
+            told = "; ".join(f"{field or 'params'} {what}" for field, what in faults.items())
+            return Rejected.because(
+                ErrorCode.INVALID_PARAMS,
+                f"space {space.name!r} does not take these params: {told}",
+                request_id=request_id,
+                details=dict(faults),
+            )
+        return self._refuse_inputs(submit, space)
+
+    def _refuse_inputs(self, submit: Submit, space: Space) -> Rejected | None:
+        request_id = submit.request_id
+        total = sum(info.size for info in submit.inputs.values())
+        most = self.relay.config.limits.max_input_bytes
+        if total > most:
+            message = f"the inputs have {total} bytes; the relay takes {most} a request"
+            return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
+        if not space.engine:
+            return None  # no worker has said yet what it takes; it will check for itself
+        for name, rule in space.inputs.items():
+            if rule.required and name not in submit.inputs:
+                message = f"space {space.name!r} needs input {name!r}; send it with --input {name}=FILE"
+                return Rejected.because(ErrorCode.INPUT_MISSING, message, request_id=request_id)
+        for name, info in submit.inputs.items():
+            taken = space.inputs.get(name)
+            if taken is None:
+                takes = ", ".join(sorted(space.inputs)) or "none"
+                message = f"space {space.name!r} does not take input {name!r}; it takes {takes}"
+                return Rejected.because(
+                    ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": "is not taken"}
+                )
+            if info.size > taken.max_bytes:
+                message = f"input {name!r} has {info.size} bytes; space {space.name!r} takes {taken.max_bytes}"
+                return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
+            if taken.media_types and info.media_type not in taken.media_types:
+                message = f"input {name!r} is {info.media_type}; space {space.name!r} takes {taken.media_types}"
+                return Rejected.because(
+                    ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": message}
+                )
+        return None
+
+    def add_input(self, request: Request, piece: Input) -> None:
+        """Take a piece of an input; the request is refused if it does not fit what was announced."""
+        if request.entry.state is not State.UPLOADING or request.accepted:
+            return  # sent again by a client that did not know yet
+        if fault := request.add_input(piece.name, piece.offset, piece.data):
+            have = len(request.inputs.get(piece.name, b""))
+            message = (
+                f"input {piece.name!r} at offset {piece.offset}: {have} bytes of it have come, and it was announced as "
+            )
+            info = request.submit.inputs.get(piece.name)
+            self._turn_away(request, fault, message + (f"{info.size}" if info else "nothing"))
+        else:
+            self._if_whole(request)
+
+    def _if_whole(self, request: Request) -> None:
+        if request.missing_input() is not None:
+            return
+        if damaged := request.damaged_input():
+            message = f"input {damaged!r} is not what its sha256 announced; send the request again with a new id"
+            self._turn_away(request, ErrorCode.INPUT_MISMATCH, message)
+        else:
+            self._whole.send_nowait(request)
+
+    def _turn_away(self, request: Request, code: ErrorCode, message: str) -> None:
+        """Refuse a request that was never accepted; its id is free again."""
+        refusal = Rejected.because(code, message, request_id=request.request_id)
+        for holder in tuple(request.holders):
+            holder.hear_rejected(request, refusal)
+        relay = self.relay
+        decisions = relay.scheduler.end(request.request_id, State.FAILED, trio.current_time())
+        request.notify()
+        relay.forget(request)
+        relay.carry_out(decisions)
+
+    async def serve(self) -> None:
+        """Make whole requests safe and queue them, batch by batch, until cancelled."""
+        async for first in self._to_store:
+            batch = [first]
+            while len(batch) < MAX_BATCH:
+                try:
+                    batch.append(self._to_store.receive_nowait())
+                except trio.WouldBlock:
+                    break
+            batch = [request for request in batch if request.live]
+            try:
+                await self.relay.store.commit(*map(_put, batch))
+            except StoreError as fault:
+                log.error("store failed", why=str(fault), requests=len(batch))
+                for request in batch:
+                    self._turn_away(request, fault.code, f"the relay could not store the request: {fault}")
+                continue
+            for request in batch:
+                self._accept(request)
+
+    def _accept(self, request: Request) -> None:
+        request.accepted = True
+        relay = self.relay
+        if not request.live:  # cancelled while the store was writing
+            relay.record(request)
+            return
+        for holder in tuple(request.holders):
+            holder.hear_accepted(request)
+        request.queued_at = trio.current_time()
+        log.info(
+            "request accepted",
+            request_id=request.request_id,
+            space=request.submit.space,
+            principal=request.principal,
+        )
+        relay.carry_out(relay.scheduler.enqueue(request.entry, request.queued_at))
+        request.notify()
+        relay.touch("requests", request.request_id)
+
+
+def _put(request: Request) -> PutRequest:
+    record = RequestRecord(
+        request_id=request.request_id,
+        principal=request.principal,
+        ticket=request.entry.ticket,
+        submit=request.submit,
+        state=State.QUEUED,
+        created_at=request.created_unix,
+    )
+    return PutRequest(record, {name: bytes(data) for name, data in request.inputs.items()})

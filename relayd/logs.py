@@ -1,0 +1,110 @@
+"""Logs on stderr: for a person on a terminal, one JSON object a line elsewhere; stdlib loggers go the same way.
+
+A module says `log = get_logger(__name__)` and then `log.info("what happened", key=value)`. Whatever is
+logged, no token leaves: the finished line is searched for them.
+"""
+
+import logging
+import re
+import sys
+import traceback
+from typing import TextIO
+
+import structlog
+from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
+
+from relayd.settings import LogConfig
+
+#: Loggers that tell every message of every connection at `debug`.
+QUIET_LOGGERS = ("trio-websocket",)
+_TOKEN = re.compile(r"(rly_[a-z]_)[A-Za-z0-9_-]{16,}")
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """The logger of a module; may be made before `set_up_logs`."""
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    return logger
+
+
+def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
+    """Send all logs of the process to `stream`. May be called again.
+
+    Args:
+        config: level and format.
+        stream: stderr if None.
+    """
+    stream = stream or sys.stderr
+    console = config.format == "console" or (config.format == "auto" and stream.isatty())
+    common: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[
+            # Asks the stdlib logger at every call, so that `set_level` works on loggers that are in use.
+            structlog.stdlib.filter_by_level,
+            *common,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            structlog.processors.StackInfoRenderer(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    render = _console_processors(stream.isatty()) if console else _json_processors()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        _Redacting(
+            foreign_pre_chain=[*common, structlog.stdlib.ExtraAdder()],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
+    )
+    # A log that cannot be written (the terminal went away) must not print tracebacks into what is left.
+    logging.raiseExceptions = False
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    set_level(config.level)
+
+
+def set_level(level: str) -> None:
+    """Change what is logged from now on: `debug`, `info`, `warning` or `error`."""
+    logging.getLogger().setLevel(level.upper())
+
+
+class _Redacting(structlog.stdlib.ProcessorFormatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """The finished line, with tokens cut to their prefix."""
+        return _TOKEN.sub(r"\1[secret]", super().format(record))
+
+
+def _json_processors() -> list[Processor]:
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=repr)]
+
+
+def _console_processors(colors: bool) -> list[Processor]:
+    # Plain tracebacks: the coloured ones show local variables, which is where secrets and megabytes are.
+    renderer = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_plain_traceback)
+    return [_printable, renderer]
+
+
+def _plain_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
+    lines = "".join(traceback.format_exception(*exc_info)).splitlines()
+    stream.write("\n" + "\n".join(map(_escape, lines)))
+
+
+def _escape(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _printable(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    """Escape control characters: what a peer sends must not steer the terminal."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = _escape(value)
+    return event

@@ -1,0 +1,287 @@
+"""An operator's part of a connection: `watch` what goes on, and `steer` it."""
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import attrs
+import structlog
+import trio
+
+from protocol.errors import ErrorCode
+from protocol.fields import Value
+from protocol.messages import ROLES, SPACE_PATTERN, Delta, Done, Message, Rejected, Snapshot, Steer, Watch
+from relayd.auth import Tokens, parse_expires
+from relayd.client_link import ClientLink
+from relayd.config import ConfigError, SpaceConfig
+from relayd.relay import Relay, Space
+from relayd.requests import Request
+from relayd.rows import TOPICS, Row, client_row, pages, relay_row, request_row, space_row, token_row, worker_row
+from relayd.states import State
+from relayd.store.base import DeleteSpace, PutSpace, PutToken, StoreError
+
+log = structlog.get_logger("relayd.operator")
+
+#: DESIGN §5: deltas at most 4 times a second.
+DELTA_INTERVAL_S = 0.25
+#: With more than this waiting for a slow terminal, deltas are put off; they only grow older, not more.
+MAX_PENDING_BYTES = 64 * 1024
+
+_ROWS: dict[str, Callable[[Relay, str], Row | None]] = {
+    "relay": lambda relay, _key: relay_row(relay),
+    "spaces": space_row,
+    "workers": worker_row,
+    "requests": request_row,
+    "clients": client_row,
+}
+
+Answer = dict[str, Value] | Rejected
+
+
+@attrs.define(eq=False)
+class Operator:
+    """What an operator's connection can do beyond a client's. `nursery` is the connection's."""
+
+    client: ClientLink
+    relay: Relay
+    tokens: Tokens
+    nursery: trio.Nursery
+    drain: Callable[[str], None]
+    handlers: dict[type[Message], Callable[[Any], None]] = attrs.field(init=False)
+    actions: dict[str, Callable[[Steer], Awaitable[Answer]]] = attrs.field(init=False)
+    _topics: frozenset[str] = frozenset()
+    #: Rows to be told anew: (topic, key).
+    _touched: set[tuple[str, str]] = attrs.field(factory=set)
+
+    def __attrs_post_init__(self) -> None:
+        self.handlers = {Watch: self._watch, Steer: self._steer}
+        self.actions = {
+            "cancel": self._cancel,
+            "promote": self._promote,
+            "drain_worker": self._drain_worker,
+            "undrain_worker": self._undrain_worker,
+            "pause_space": self._pause_space,
+            "resume_space": self._resume_space,
+            "create_space": self._create_space,
+            "delete_space": self._delete_space,
+            "create_token": self._create_token,
+            "list_tokens": self._list_tokens,
+            "revoke_token": self._revoke_token,
+            "disconnect": self._disconnect,
+            "drain": self._drain,
+        }
+
+    def close(self) -> None:
+        """Watch no more."""
+        self.relay.watchers.discard(self)
+
+    # -- watching
+
+    def touch(self, topic: str, key: str) -> None:
+        """A row may look otherwise now."""
+        if topic in self._topics:
+            self._touched.add((topic, key))
+
+    def _watch(self, watch: Watch) -> None:
+        begin = not self._topics
+        self._topics = frozenset(watch.topics or TOPICS) & frozenset(TOPICS)
+        self.relay.watchers.add(self)
+        self._touched.clear()
+        rows = [(topic, row) for topic in TOPICS if topic in self._topics for row in self._all_rows(topic)]
+        # One page carries rows of several topics; each goes back to its own.
+        for page, more in pages([{"": topic, **row} for topic, row in rows]):
+            data: dict[str, list[Row]] = {topic: [] for topic in sorted(self._topics)}
+            for row in page:
+                data[row.pop("")].append(row)
+            self.client.send(Snapshot(data=data, more=more))
+        if begin and self._topics:
+            self.nursery.start_soon(self._send_deltas)
+
+    def _all_rows(self, topic: str) -> list[Row]:
+        relay = self.relay
+        keys = {
+            "relay": ["relay"],
+            "spaces": sorted(relay.spaces),
+            "workers": sorted(relay.scheduler.workers),
+            "requests": list(relay.requests),
+            "clients": list(relay.clients),
+        }[topic]
+        return [row for key in keys if (row := _ROWS[topic](relay, key)) is not None]
+
+    async def _send_deltas(self) -> None:
+        """Tell what changed, coalesced; a terminal that does not keep up gets fewer."""
+        while True:
+            await trio.sleep(DELTA_INTERVAL_S)
+            if self.client.backlog_bytes > MAX_PENDING_BYTES or not self._touched:
+                continue
+            touched, self._touched = self._touched, set()
+            if "relay" in self._topics:
+                touched.add(("relay", "relay"))
+            rows: list[Row] = []
+            gone: dict[str, list[str]] = {}
+            for topic, key in sorted(touched):
+                row = _ROWS[topic](self.relay, key)
+                if row is None:
+                    gone.setdefault(topic, []).append(key)
+                else:
+                    rows.append({"": topic, **row})
+            for page, _more in pages(rows):
+                data: dict[str, list[Row]] = {}
+                for row in page:
+                    data.setdefault(row.pop(""), []).append(row)
+                if data:
+                    self.client.send(Delta(data=data))
+            for topic, keys in gone.items():
+                for begin in range(0, len(keys), 1_000):
+                    self.client.send(Delta(gone={topic: keys[begin : begin + 1_000]}))
+
+    # -- steering
+
+    def _steer(self, steer: Steer) -> None:
+        self.nursery.start_soon(self._carry_out, steer)
+
+    async def _carry_out(self, steer: Steer) -> None:
+        action = self.actions.get(steer.action)
+        principal = self.client.principal
+        answer: Answer
+        if action is None:
+            answer = _no(f"steer action {steer.action!r} is unknown; there are {', '.join(self.actions)}")
+        elif principal.readonly and steer.action != "list_tokens":
+            answer = Rejected.because(ErrorCode.FORBIDDEN, "this connection is read-only; connect without --readonly")
+        else:
+            try:
+                answer = await action(steer)
+            except StoreError as fault:
+                answer = Rejected.because(fault.code, str(fault))
+            log.warning(
+                "steered",
+                action=steer.action,
+                target=steer.target,
+                by=principal.name,
+                answer=answer.code if isinstance(answer, Rejected) else "done",
+            )
+        if isinstance(answer, Rejected):
+            self.client.send(attrs.evolve(answer, request_id=steer.steer_id or None))
+        else:
+            self.client.send(Done(steer_id=steer.steer_id, action=steer.action, target=steer.target, data=answer))
+
+    def _request(self, request_id: str) -> Request | Rejected:
+        request = self.relay.requests.get(request_id)
+        return request or Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"request {request_id} is not known here")
+
+    async def _cancel(self, steer: Steer) -> Answer:
+        request = self._request(steer.target)
+        if isinstance(request, Rejected):
+            return request
+        if request.live:
+            self.relay.cancel(request, f"cancelled by operator {self.client.principal.name}")
+        return {"state": str(request.entry.state)}
+
+    async def _promote(self, steer: Steer) -> Answer:
+        refusal = self.relay.scheduler.promote(steer.target)
+        self.relay.carry_out([])  # the places have moved
+        return refusal or {}
+
+    async def _drain_worker(self, steer: Steer) -> Answer:
+        port = self.relay.workers.get(steer.target)
+        if port is None:
+            return self._no_worker(steer.target)
+        self.relay.drain_worker(steer.target)
+        port.drain(f"drained by operator {self.client.principal.name}")
+        return {}
+
+    async def _undrain_worker(self, steer: Steer) -> Answer:
+        port = self.relay.workers.get(steer.target)
+        if port is None:
+            return self._no_worker(steer.target)
+        port.undrain()
+        self.relay.undrain_worker(steer.target)
+        return {}
+
+    def _no_worker(self, worker_id: str) -> Rejected:
+        known = ", ".join(sorted(self.relay.workers)) or "none"
+        return _no(f"worker {worker_id!r} is not connected; connected: {known}")
+
+    async def _pause_space(self, steer: Steer) -> Answer:
+        return self.relay.set_paused(steer.target, True) or {}
+
+    async def _resume_space(self, steer: Steer) -> Answer:
+        return self.relay.set_paused(steer.target, False) or {}
+
+    async def _create_space(self, steer: Steer) -> Answer:
+        name = steer.target
+        if not SPACE_PATTERN.fullmatch(name):
+            return _no(f"{name!r} is no space name: a letter or digit, then letters, digits and . _ -, 64 at most")
+        if name in self.relay.spaces:
+            message = f"space {name!r} exists already; choose another name, or delete that one first"
+            return Rejected.because(ErrorCode.SPACE_EXISTS, message)
+        try:
+            config = SpaceConfig.from_map(steer.options)
+        except ConfigError as fault:
+            return _no(f"space {name!r}: {'; '.join(fault.faults)}")
+        space = Space(name=name, config=config)
+        await self.relay.open_space(space)
+        await self.relay.store.commit(PutSpace(self.relay.space_record(space)))
+        return {}
+
+    async def _delete_space(self, steer: Steer) -> Answer:
+        space = self.relay.spaces.get(steer.target)
+        if space is not None and space.made_by == "config":
+            return _no(f"space {space.name!r} stands in relayd.toml; take it out there and restart")
+        if refusal := self.relay.close_space(steer.target):
+            return refusal
+        await self.relay.store.commit(DeleteSpace(steer.target))
+        return {}
+
+    async def _create_token(self, steer: Steer) -> Answer:
+        options, now = steer.options, time.time()
+        spaces = options.get("spaces", [])
+        role, expires = options.get("role"), options.get("expires")
+        if role not in ROLES or not isinstance(spaces, list) or not all(isinstance(one, str) for one in spaces):
+            return _no("create_token takes role (client, worker or operator), spaces (array of patterns) and expires")
+        try:
+            expires_at = parse_expires(str(expires), now) if expires is not None else None
+            token = self.tokens.create(role=role, name=steer.target, now=now, spaces=spaces, expires_at=expires_at)
+        except ValueError as fault:
+            return _no(str(fault))
+        try:
+            await self.relay.store.commit(PutToken(token.record))
+        except StoreError:
+            self.tokens.forget(token.record.token_id)
+            raise
+        return {"token": token.text, "token_id": token.record.token_id}
+
+    async def _list_tokens(self, steer: Steer) -> Answer:
+        after = str(steer.options.get("after", ""))
+        records = [token_row(record, time.time()) for record in self.tokens.list()]
+        keys = [row["token_id"] for row in records]
+        begin = keys.index(after) + 1 if after in keys else 0
+        page, more = next(iter(pages(records[begin:])))
+        return {"tokens": page, "more": more}
+
+    async def _revoke_token(self, steer: Steer) -> Answer:
+        revoked = self.tokens.revoke(steer.target, time.time())
+        if not revoked:
+            return _no(f"no live token has the id or the principal {steer.target!r}; see relayd token list")
+        ids = {record.token_id for record in revoked}
+        for connection in list(self.relay.connections.values()):
+            if connection.principal.token_id in ids:
+                connection.disconnect("its token was revoked")
+        await self.relay.store.commit(*map(PutToken, revoked))
+        return {"revoked": sorted(ids)}
+
+    async def _disconnect(self, steer: Steer) -> Answer:
+        connection = self.relay.connections.get(steer.target)
+        if connection is None:
+            return _no(f"connection {steer.target!r} is not there")
+        connection.disconnect(f"disconnected by operator {self.client.principal.name}")
+        return {}
+
+    async def _drain(self, steer: Steer) -> Answer:
+        self.drain(f"asked by operator {self.client.principal.name}")
+        running = sum(request.entry.state is State.RUNNING for request in self.relay.requests.values())
+        return {"running": running}
+
+
+def _no(message: str) -> Rejected:
+    return Rejected.because(ErrorCode.INVALID_PARAMS, message)

@@ -1,0 +1,47 @@
+"""Tells queued requests their places, each time they change and at most four times a second."""
+
+import time
+
+import trio
+
+from relayd.relay import Relay
+from relayd.requests import Request
+from relayd.states import Place
+
+#: DESIGN §5: `queued` is pushed at most 4 times a second.
+INTERVAL_S = 0.25
+#: Telling may take this part of the relay's time at most: with 10,000 in a queue each step moves them all.
+MAX_SHARE = 0.1
+
+
+async def serve_places(relay: Relay) -> None:
+    """Push `queued` to the holders of every request whose place changed, until cancelled."""
+    while True:
+        await relay.moved.wait()
+        relay.moved = trio.Event()
+        began = time.perf_counter()
+        tell_places(relay)
+        await trio.sleep(max(INTERVAL_S, (time.perf_counter() - began) / MAX_SHARE))
+
+
+def tell_places(relay: Relay) -> None:
+    """One round: every space that moved since the last."""
+    now = trio.current_time()
+    spaces = relay.scheduler.moved & relay.spaces.keys()
+    relay.scheduler.moved.clear()
+    for name in spaces:
+        relay.touch("spaces", name)
+        if not relay.scheduler.spaces[name].queue:
+            continue
+        for request_id, place in relay.scheduler.places(name, now).items():
+            request = relay.requests[request_id]
+            if request.told_place != (place.position, place.of):
+                tell(request, place)
+                relay.touch("requests", request_id)
+
+
+def tell(request: Request, place: Place) -> None:
+    """Push one request's place to those that hold it."""
+    request.told_place = (place.position, place.of)
+    for holder in request.holders:
+        holder.hear_place(request, place)

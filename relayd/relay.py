@@ -1,0 +1,505 @@
+"""The relay's state: spaces, workers, requests and clients, and every change to them.
+
+Changes are made by plain functions, in one piece; what the scheduler decides is carried out here, by messages that are
+queued on links and by changes posted to the store. Nothing here awaits but the tasks at the foot: one a space, one a
+live request. See `relayd.intake` for how a request gets in.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+import structlog
+import trio
+
+from protocol.codec import encode
+from protocol.errors import ErrorCode
+from protocol.fields import Value
+from protocol.messages import (
+    AudioFormat,
+    Cancelled,
+    Failed,
+    InputRule,
+    Register,
+    Rejected,
+)
+from relayd.config import Config, SpaceConfig
+from relayd.requests import UNHEARD_GRACE_S, Expiry, Request
+from relayd.scheduler import Scheduler
+from relayd.states import Decision, Finish, Joined, Requeued, SpaceRules, Start, State, Stop, WorkerState
+from relayd.store.base import PutSpace, SpaceRecord, Store, UpdateRequest
+
+if TYPE_CHECKING:
+    from relayd.client_link import ClientLink
+    from relayd.wire import Connection
+
+log = structlog.get_logger("relayd")
+
+
+class WorkerPort(Protocol):
+    """A worker's connection, as far as the relay's state sees it."""
+
+    @property
+    def worker_id(self) -> str:
+        """The relay's name for it."""
+
+    @property
+    def principal(self) -> str:
+        """Whose it is."""
+
+    @property
+    def engine(self) -> str:
+        """What it runs."""
+
+    @property
+    def agent(self) -> str:
+        """Its program and version."""
+
+    @property
+    def peer(self) -> str:
+        """Where it connects from."""
+
+    @property
+    def rtt_s(self) -> float | None:
+        """Round trip of the last ping."""
+
+    def assign(self, request: Request, from_seq: int) -> None:
+        """Send `assign`, and the inputs behind it."""
+
+    def cancel(self, request_id: str, reason: str) -> None:
+        """Send `cancel`."""
+
+    def drain(self, reason: str) -> None:
+        """Send `drain`."""
+
+    def undrain(self) -> None:
+        """Send `undrain`."""
+
+    def disconnect(self, reason: str) -> None:
+        """End the connection."""
+
+
+class Watcher(Protocol):
+    """Somebody who wants to know what changed."""
+
+    def touch(self, topic: str, key: str) -> None:
+        """The row `key` of `topic` may look otherwise now."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class Space:
+    """A space: its configuration, what its worker registered, and the nursery its requests live in."""
+
+    name: str
+    config: SpaceConfig
+    made_by: str = "command"
+    created_at: float = attrs.field(factory=time.time)
+    engine: str = ""
+    params: dict[str, Value] = attrs.field(factory=dict)
+    inputs: dict[str, InputRule] = attrs.field(factory=dict)
+    format: AudioFormat | None = None
+    ended: dict[str, int] = attrs.field(factory=dict)
+    nursery: trio.Nursery | None = None
+    closed: trio.Event = attrs.field(factory=trio.Event)
+
+
+def rules_of(config: SpaceConfig) -> SpaceRules:
+    """A space's configuration, as far as scheduling goes."""
+    return SpaceRules(
+        max_workers=config.max_workers,
+        max_queued=config.max_queued,
+        max_queued_per_principal=config.max_queued_per_principal,
+        max_running_per_principal=config.max_running_per_principal,
+        refuse_when_empty=config.when_empty == "refuse",
+        max_attempts=config.max_attempts,
+    )
+
+
+@attrs.define(eq=False)
+class Relay:
+    """All that the daemon knows."""
+
+    config: Config
+    store: Store
+    nursery: trio.Nursery
+    scheduler: Scheduler = attrs.field(factory=Scheduler)
+    spaces: dict[str, Space] = attrs.field(factory=dict)
+    requests: dict[str, Request] = attrs.field(factory=dict)
+    workers: dict[str, WorkerPort] = attrs.field(factory=dict)
+    connections: dict[str, "Connection"] = attrs.field(factory=dict)
+    clients: dict[str, "ClientLink"] = attrs.field(factory=dict)
+    watchers: set[Watcher] = attrs.field(factory=set)
+    #: Set whenever a queue moved: places are to be told.
+    moved: trio.Event = attrs.field(factory=trio.Event)
+    #: Set when the daemon takes nothing new and leaves once what runs has ended.
+    draining: trio.Event = attrs.field(factory=trio.Event)
+    started_unix: float = attrs.field(factory=time.time)
+    frames: int = 0
+    frame_bytes: int = 0
+    #: Frames of attempts that were over: dropped.
+    fenced_frames: int = 0
+    _ticket: int = 0
+
+    # -- spaces
+
+    async def open_space(self, space: Space, *, paused: bool = False) -> None:
+        """Open a space that is not open."""
+        self.spaces[space.name] = space
+        self.scheduler.add_space(space.name, rules_of(space.config), paused=paused)
+        await self.nursery.start(self._serve_space, space)
+        self.touch("spaces", space.name)
+
+    def close_space(self, name: str) -> Rejected | None:
+        """Close a space that is at rest."""
+        if refusal := self.scheduler.remove_space(name):
+            return refusal
+        self.spaces.pop(name).closed.set()
+        self.touch("spaces", name)
+        return None
+
+    def set_paused(self, name: str, paused: bool) -> Rejected | None:
+        """Pause or resume a space."""
+        if not paused:
+            decisions = self.scheduler.resume_space(name, trio.current_time())
+            if isinstance(decisions, Rejected):
+                return decisions
+            self.carry_out(decisions)
+        elif refusal := self.scheduler.pause_space(name):
+            return refusal
+        self._tell_moved()
+        self.store.post(PutSpace(self.space_record(self.spaces[name])))
+        log.info("space paused" if paused else "space resumed", space=name)
+        return None
+
+    def space_record(self, space: Space) -> SpaceRecord:
+        """A space as the store keeps it."""
+        return SpaceRecord(
+            name=space.name,
+            config=space.config,
+            paused=self.scheduler.spaces[space.name].paused,
+            made_by=space.made_by,
+            engine=space.engine,
+            params=space.params,
+            inputs=space.inputs,
+            format=space.format,
+            created_at=space.created_at,
+        )
+
+    # -- workers
+
+    def register(self, port: WorkerPort, register: Register) -> Rejected | Joined:
+        """A worker registers; what it is to resume and abandon comes back, what else follows is carried out."""
+        now = trio.current_time()
+        if other := self.workers.get(port.worker_id):
+            if other.principal != port.principal:
+                message = f"worker {port.worker_id!r} belongs to another principal; give this one another --name"
+                return Rejected.because(ErrorCode.FORBIDDEN, message)
+            if other is not port:
+                other.disconnect("the same worker connected anew")
+        worker = WorkerState(
+            worker_id=port.worker_id,
+            instance=register.instance,
+            spaces=tuple(register.spaces),
+            slots=register.slots,
+            reproducible=f"{register.engine} {register.format}" if register.reproducible else "",
+        )
+        before = self.workers.get(port.worker_id)
+        self.workers[port.worker_id] = port
+        joined = self.scheduler.join(worker, {r.request_id: r.attempt for r in register.running}, now)
+        if isinstance(joined, Rejected):
+            if before is None:
+                del self.workers[port.worker_id]
+            return joined
+        for name in register.spaces:
+            space = self.spaces[name]
+            space.engine, space.params, space.inputs = register.engine, register.params, register.inputs
+            space.format = register.format
+            self.store.post(PutSpace(self.space_record(space)))
+            self.touch("spaces", name)
+        for entry in joined.resume:
+            self.requests[entry.request_id].last_frame_at = now
+            self.requests[entry.request_id].notify()
+        self.touch("workers", port.worker_id)
+        self._tell_moved()
+        return joined
+
+    def settle(self, register: Register, worker_id: str, joined: Joined) -> None:
+        """Carry out what follows from a registration that was answered.
+
+        A process of the same name that died is not awaited any longer: what ran there is lost.
+        """
+        for worker in list(self.scheduler.workers.values()):
+            name = worker.worker_id.removesuffix(worker.instance[:8])
+            if not worker.linked and worker.worker_id != worker_id and name == f"{register.worker}-":
+                for request_id in list(worker.held):
+                    self._lose(request_id, ErrorCode.WORKER_LOST, f"worker {worker.worker_id} was started anew")
+        self.carry_out(joined.decisions)
+
+    def unlink(self, port: WorkerPort) -> None:
+        """A worker's connection is gone; it has its time to come back."""
+        if self.workers.get(port.worker_id) is not port:
+            return  # it has come back already
+        del self.workers[port.worker_id]
+        for entry in self.scheduler.unlink(port.worker_id, trio.current_time()):
+            request = self.requests[entry.request_id]
+            request.worker_grace_s = self.config.limits.worker_grace_s
+            if not entry.has_output:
+                request.worker_grace_s = min(UNHEARD_GRACE_S, request.worker_grace_s)
+            request.notify()
+            self.touch("requests", entry.request_id)
+        self.touch("workers", port.worker_id)
+        self._tell_moved()
+
+    def set_slots(self, port: WorkerPort, slots: int) -> None:
+        """A worker has more or fewer slots than before."""
+        self.carry_out(self.scheduler.set_slots(port.worker_id, slots, trio.current_time()))
+        self.touch("workers", port.worker_id)
+
+    def drain_worker(self, worker_id: str) -> None:
+        """Hand a worker nothing new."""
+        self.scheduler.drain(worker_id)
+        log.info("worker drains", worker=worker_id)
+        self.touch("workers", worker_id)
+        self._tell_moved()
+
+    def undrain_worker(self, worker_id: str) -> None:
+        """Hand a worker requests again."""
+        self.carry_out(self.scheduler.undrain(worker_id, trio.current_time()))
+        log.info("worker takes requests again", worker=worker_id)
+        self.touch("workers", worker_id)
+
+    # -- requests
+
+    def now_unix(self) -> float:
+        """The wall clock, Unix seconds; for people alone, never for a deadline."""
+        return time.time()
+
+    def next_ticket(self) -> int:
+        """The next number in order of arrival."""
+        self._ticket += 1
+        return self._ticket
+
+    def keep(self, request: Request) -> None:
+        """Take a request in whose entry the scheduler has; its task watches its deadlines from now on."""
+        self.requests[request.request_id] = request
+        self._ticket = max(self._ticket, request.entry.ticket)
+        nursery = self.spaces[request.submit.space].nursery
+        assert nursery is not None
+        nursery.start_soon(self._watch_deadlines, request, name=f"request {request.request_id}")
+        self.touch("requests", request.request_id)
+
+    def forget(self, request: Request) -> None:
+        """Drop a request that has ended, or was never accepted."""
+        self.requests.pop(request.request_id, None)
+        self.touch("requests", request.request_id)
+
+    def cancel(self, request: Request, reason: str) -> None:
+        """Stop a request, wherever it is."""
+        if request.stopped_at is None:
+            self.carry_out(self.scheduler.cancel(request.request_id, reason))
+
+    def fail(self, request: Request, code: ErrorCode, message: str) -> None:
+        """End a request as failed, and stop what runs of it."""
+        self.carry_out(self.scheduler.fail(request.request_id, code, message))
+
+    def _lose(self, request_id: str, code: ErrorCode, message: str) -> None:
+        self.carry_out(self.scheduler.lose(request_id, code, message, trio.current_time()))
+
+    def carry_out(self, decisions: Iterable[Decision]) -> None:
+        """Do what the scheduler decided."""
+        for decision in decisions:
+            match decision:
+                case Start():
+                    self._start(self.requests[decision.entry.request_id], decision.from_seq)
+                case Stop():
+                    if request := self.requests.get(decision.request_id):
+                        request.stopped_at = trio.current_time()
+                        request.notify()
+                    if port := self.workers.get(decision.worker_id):
+                        port.cancel(decision.request_id, decision.reason)
+                case Requeued():
+                    request = self.requests[decision.entry.request_id]
+                    request.queued_at = trio.current_time()
+                    request.stopped_at = None
+                    request.notify()
+                    self._note(request, "request queued again", losses=decision.entry.losses)
+                    self.record(request)
+                case Finish():
+                    self._finish(self.requests[decision.entry.request_id], decision.code, decision.message)
+        self._tell_moved()
+
+    def _start(self, request: Request, from_seq: int) -> None:
+        entry = request.entry
+        request.last_frame_at = trio.current_time()
+        request.stopped_at = None
+        if entry.attempt and (entry.attempt > 1 or request.log.next_seq > from_seq):
+            request.log.restart(entry.attempt, from_seq)
+        request.notify()
+        self._note(request, "request started", attempt=entry.attempt, worker=entry.worker_id)
+        self.record(request)
+        self.workers[entry.worker_id or ""].assign(request, from_seq)
+
+    def _finish(self, request: Request, code: ErrorCode | None, message: str) -> None:
+        """End a request by a frame of the relay's own."""
+        request_id, attempt, seq = request.request_id, request.entry.attempt, request.log.next_seq
+        if code is None:
+            cancelled = Cancelled(request_id=request_id, attempt=attempt, seq=seq, reason=message)
+            self.end(request, encode(cancelled), State.CANCELLED, message=message)
+        else:
+            failed = Failed(
+                request_id=request_id,
+                attempt=attempt,
+                seq=seq,
+                code=code,
+                message=message,
+                details=request.details,
+                retryable=code.retryable,
+            )
+            self.end(request, encode(failed), State.FAILED, code=code, message=message)
+
+    def end(
+        self, request: Request, last_frame: bytes, state: State, *, code: str | None = None, message: str | None = None
+    ) -> None:
+        """A request has its last frame: tell its readers, and give what it held to others."""
+        now = trio.current_time()
+        request.ended_at, request.code, request.message = now, code, message
+        request.inputs.clear()
+        decisions = self.scheduler.end(request.request_id, state, now)
+        request.log.append(last_frame, ends=True)
+        for holder in request.holders:
+            holder.hear_ended(request)
+        request.holders.clear()
+        request.notify()
+        space = self.spaces[request.submit.space]
+        space.ended[state] = space.ended.get(state, 0) + 1
+        self._note(request, f"request {state}", code=code, why=message, took_s=round(now - request.created_at, 3))
+        if request.accepted:
+            self.record(request)
+        self.carry_out(decisions)
+
+    def record(self, request: Request) -> None:
+        """Post how a request stands to the store."""
+        entry = request.entry
+        self.store.post(
+            UpdateRequest(
+                request_id=request.request_id,
+                state=entry.state,
+                attempt=entry.attempt,
+                losses=entry.losses,
+                has_output=entry.has_output,
+                reproducible=entry.reproducible,
+                ended_at=time.time() if request.ended_at is not None else None,
+                code=request.code,
+                message=request.message,
+            )
+        )
+
+    # -- from the worker's frames
+
+    def attempt_of(self, port: WorkerPort, request_id: str, attempt: int) -> Request | None:
+        """The live request that this worker runs as this attempt; None if that attempt is over."""
+        request = self.requests.get(request_id)
+        if request is None or not request.live:
+            return None
+        entry = request.entry
+        return request if (entry.attempt, entry.worker_id) == (attempt, port.worker_id) else None
+
+    def attempt_failed(self, request: Request, port: WorkerPort, failed: Failed) -> None:
+        """An engine crashed under an attempt: that request alone is tried again or fails, as at a worker's loss."""
+        request.details = failed.details
+        self.scheduler.workers[port.worker_id].held.pop(request.request_id, None)
+        self._lose(request.request_id, ErrorCode(failed.code), failed.message)
+
+    def release(self, port: WorkerPort, request_id: str, attempt: int) -> None:
+        """A worker let go of an attempt."""
+        self.carry_out(self.scheduler.release(port.worker_id, request_id, attempt, trio.current_time()))
+        self.touch("workers", port.worker_id)
+
+    async def input_of(self, request: Request, name: str) -> bytes | bytearray:
+        """An input of a live request; from the store where it is not in memory any more."""
+        data = request.inputs.get(name)
+        return data if data is not None else await self.store.read_input(request.request_id, name)
+
+    # -- who wants to know
+
+    def touch(self, topic: str, key: str) -> None:
+        """Tell the watchers that a row may look otherwise."""
+        for watcher in self.watchers:
+            watcher.touch(topic, key)
+
+    def queued_of(self, space: str) -> Iterator[Request]:
+        """The queued requests of a space, in order."""
+        return (self.requests[entry.request_id] for entry in self.scheduler.spaces[space].queue)
+
+    def _tell_moved(self) -> None:
+        if self.scheduler.moved:
+            self.moved.set()
+
+    def _note(self, request: Request, event: str, **more: object) -> None:
+        log.info(
+            event,
+            request_id=request.request_id,
+            space=request.submit.space,
+            principal=request.principal,
+            **{key: value for key, value in more.items() if value is not None},
+        )
+        self.touch("requests", request.request_id)
+
+    # -- tasks
+
+    async def _serve_space(self, space: Space, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The nursery of a space's requests; closing the space cancels what is left in it."""
+        async with trio.open_nursery() as nursery:
+            space.nursery = nursery
+            task_status.started()
+            await space.closed.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _watch_deadlines(self, request: Request) -> None:
+        """The task of a live request: wait until something changes or a deadline comes, until it has ended.
+
+        Frames move the idle deadline without waking this task; it looks again when the old one comes.
+        """
+        limits = self.config.limits
+        while request.live:
+            changed = request.changed
+            when, expiry = request.deadline(limits.resume_window_s, limits.cancel_grace_s)
+            with trio.move_on_at(when):
+                await changed.wait()
+                continue
+            when, expiry = request.deadline(limits.resume_window_s, limits.cancel_grace_s)
+            if when <= trio.current_time():
+                try:
+                    self._expire(request, expiry)
+                except Exception:
+                    log.exception("request broke the relay's own rules", request_id=request.request_id)
+                    self.fail(request, ErrorCode.INTERNAL, "the relay made a mistake with this request; see its log")
+
+    def _expire(self, request: Request, expiry: Expiry) -> None:
+        """Carry out what a deadline says."""
+        request_id = request.request_id
+        match expiry:
+            case Expiry.NOBODY_HOLDS:
+                self.cancel(request, "its client went away and did not come back")
+            case Expiry.QUEUE_TIMEOUT:
+                self.fail(
+                    request,
+                    ErrorCode.QUEUE_TIMEOUT,
+                    f"no slot of space {request.submit.space!r} was free within {request.queue_timeout_s:g} s; "
+                    "try again later, or with a longer queue_timeout_s",
+                )
+            case Expiry.RUN_TIMEOUT:
+                self.fail(
+                    request,
+                    ErrorCode.RUN_TIMEOUT,
+                    f"it ran for {request.run_timeout_s:g} s; ask for less, or raise run_timeout_s",
+                )
+            case Expiry.IDLE_TIMEOUT:
+                message = f"its worker sent nothing for {request.idle_timeout_s:g} s"
+                self._lose(request_id, ErrorCode.IDLE_TIMEOUT, message)
+            case Expiry.WORKER_GONE:
+                message = f"worker {request.entry.worker_id or '(before the restart)'} is gone"
+                self._lose(request_id, ErrorCode.WORKER_LOST, message)
+            case Expiry.CANCEL_UNANSWERED:
+                self.carry_out([Finish(request.entry, None, "its worker did not answer the cancel")])

@@ -1,0 +1,160 @@
+"""A request while the relay knows it: what was asked, who holds it, its frame log and its deadlines."""
+
+import hashlib
+from enum import Enum
+from typing import Protocol
+
+import attrs
+import msgpack
+import trio
+
+from protocol.errors import ErrorCode
+from protocol.messages import AudioFormat, Rejected, Submit
+from relayd.framelog import FrameLog, Sink
+from relayd.states import Entry, Place, State
+
+#: How long an attempt that has put out nothing waits for its worker's return before it is tried elsewhere. A worker
+#: reconnects within 0.5 s when only its network blinked; DESIGN §6 promises the second attempt within 2 s.
+UNHEARD_GRACE_S = 1.5
+
+
+class Expiry(Enum):
+    """What happens to a request at its next deadline."""
+
+    NOBODY_HOLDS = "nobody holds it"
+    QUEUE_TIMEOUT = "queue_timeout"
+    RUN_TIMEOUT = "run_timeout"
+    IDLE_TIMEOUT = "idle_timeout"
+    WORKER_GONE = "worker_gone"
+    CANCEL_UNANSWERED = "cancel_unanswered"
+
+
+class Holder(Sink, Protocol):
+    """A client's connection, as far as its requests see it."""
+
+    def hear_accepted(self, request: "Request") -> None:
+        """The request is safe; its frames may be read."""
+
+    def hear_place(self, request: "Request", place: Place) -> None:
+        """Where the request stands in the queue."""
+
+    def hear_rejected(self, request: "Request", refusal: Rejected) -> None:
+        """The request was not taken after all."""
+
+    def hear_ended(self, request: "Request") -> None:
+        """The request needs no holder any more."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class Request:
+    """One request. `entry` is the scheduler's part of it; times are monotonic seconds unless they say otherwise."""
+
+    submit: Submit
+    principal: str
+    entry: Entry
+    created_at: float
+    created_unix: float
+    queue_timeout_s: float
+    run_timeout_s: float
+    idle_timeout_s: float
+    log: FrameLog = attrs.field(factory=FrameLog)
+    inputs: dict[str, bytearray] = attrs.field(factory=dict)
+    _digests: dict[str, "hashlib._Hash"] = attrs.field(factory=dict)
+    holders: set[Holder] = attrs.field(factory=set)
+    #: Whether `accepted` was sent: it is in the store.
+    accepted: bool = False
+    unheld_at: float | None = None
+    queued_at: float = 0.0
+    last_frame_at: float = 0.0
+    #: When its worker was told to stop, while it has not answered.
+    stopped_at: float | None = None
+    #: How long its worker may stay away, from `entry.lost_at` on.
+    worker_grace_s: float = 0.0
+    first_frame_at: float | None = None
+    ended_at: float | None = None
+    format: AudioFormat | None = None
+    audio_bytes: int = 0
+    fraction: float | None = None
+    code: str | None = None
+    message: str | None = None
+    details: dict[str, object] = attrs.field(factory=dict)
+    #: Position and queue length last told to the holders.
+    told_place: tuple[int, int] | None = None
+    #: False once its frames were dropped to save memory, or by a restart.
+    has_result: bool = True
+    changed: trio.Event = attrs.field(factory=trio.Event)
+
+    @property
+    def request_id(self) -> str:
+        """The client's own id for it."""
+        return self.submit.request_id
+
+    @property
+    def live(self) -> bool:
+        """Whether it has not ended."""
+        return self.entry.state.live
+
+    def same_content(self, submit: Submit) -> bool:
+        """Whether `submit` asks for exactly this."""
+        return content_hash(self.submit) == content_hash(submit)
+
+    def notify(self) -> None:
+        """Wake the request's task: a deadline may lie elsewhere now."""
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def missing_input(self) -> str | None:
+        """Name of an input that has not come whole yet."""
+        return next((n for n, info in self.submit.inputs.items() if len(self.inputs.get(n, b"")) < info.size), None)
+
+    def add_input(self, name: str, offset: int, data: bytes) -> ErrorCode | None:
+        """Take a piece of an input; pieces that came before (a client that reconnected) are passed over.
+
+        Returns:
+            None if it fits; else what is wrong: not announced, a gap, or more than was announced.
+        """
+        info = self.submit.inputs.get(name)
+        if info is None:
+            return ErrorCode.INPUT_MISMATCH
+        have = self.inputs.setdefault(name, bytearray())
+        if offset > len(have):
+            return ErrorCode.INPUT_MISMATCH
+        if offset + len(data) > info.size:
+            return ErrorCode.INPUT_TOO_LARGE
+        fresh = data[len(have) - offset :]
+        have += fresh
+        self._digests.setdefault(name, hashlib.sha256()).update(fresh)
+        return None
+
+    def damaged_input(self) -> str | None:
+        """Name of an input whose bytes are not those whose SHA-256 was announced."""
+        for name, info in self.submit.inputs.items():
+            digest = self._digests.get(name) or hashlib.sha256()
+            if digest.hexdigest() != info.sha256:
+                return name
+        return None
+
+    def deadline(self, resume_window_s: float, cancel_grace_s: float) -> tuple[float, Expiry]:
+        """When something happens to it if nothing else does before, and what."""
+        entry = self.entry
+        due: list[tuple[float, Expiry]] = []
+        if self.unheld_at is not None and not self.submit.detach and self.stopped_at is None:
+            due.append((self.unheld_at + resume_window_s, Expiry.NOBODY_HOLDS))
+        if entry.state is not State.RUNNING:
+            due.append((self.queued_at + self.queue_timeout_s, Expiry.QUEUE_TIMEOUT))
+        elif self.stopped_at is not None:
+            due.append((self.stopped_at + cancel_grace_s, Expiry.CANCEL_UNANSWERED))
+        else:
+            due.append((entry.started_at + self.run_timeout_s, Expiry.RUN_TIMEOUT))
+            if entry.lost_at is not None:
+                due.append((entry.lost_at + self.worker_grace_s, Expiry.WORKER_GONE))
+            else:
+                due.append((self.last_frame_at + self.idle_timeout_s, Expiry.IDLE_TIMEOUT))
+        return min(due, key=lambda pair: pair[0])
+
+
+def content_hash(submit: Submit) -> bytes:
+    """SHA-256 of all that a `submit` asks for, its id aside."""
+    wire = submit.to_map()
+    del wire["request_id"]
+    return hashlib.sha256(msgpack.packb(wire)).digest()

@@ -1,0 +1,478 @@
+"""The scheduler: which request runs where, and what becomes of it when its worker goes. Pure.
+
+Events in, decisions out: no `await`, no clock, no I/O. A method changes the state and returns what the caller is to
+do about it; the caller must do all of it. Times come in as arguments, monotonic seconds.
+
+What the relay counts as busy is not what runs but what a worker has not let go of: a slot is free again only when its
+worker says so, or is gone. So a request may have ended (timed out, cancelled) while its slot is still held.
+"""
+
+import heapq
+from collections.abc import Iterable, Mapping
+from functools import partial
+from statistics import fmean
+
+import attrs
+
+from protocol.errors import ErrorCode
+from protocol.messages import Rejected
+from relayd.states import (
+    Decision,
+    Entry,
+    Finish,
+    Joined,
+    Place,
+    Requeued,
+    SpaceRules,
+    SpaceState,
+    Start,
+    State,
+    Stop,
+    WorkerState,
+)
+
+
+@attrs.define(eq=False)
+class Scheduler:
+    """Spaces, workers and live requests, and the rules between them."""
+
+    spaces: dict[str, SpaceState] = attrs.field(factory=dict)
+    workers: dict[str, WorkerState] = attrs.field(factory=dict)
+    entries: dict[str, Entry] = attrs.field(factory=dict)
+    #: True: hand nothing out any more (the daemon drains).
+    draining: bool = False
+    #: Spaces whose queue or pace changed since the caller last looked.
+    moved: set[str] = attrs.field(factory=set)
+    #: Principal -> requests it may have running in all spaces together.
+    _max_running: dict[str, int] = attrs.field(factory=dict)
+    _uses: int = 0
+
+    # -- spaces
+
+    def add_space(self, name: str, rules: SpaceRules, *, paused: bool = False) -> None:
+        """Open a space."""
+        self.spaces[name] = SpaceState(name=name, rules=rules, paused=paused)
+
+    def remove_space(self, name: str) -> Rejected | None:
+        """Close a space that nothing waits or runs in and no worker serves."""
+        space = self.spaces.get(name)
+        if space is None:
+            return no_such_space(name)
+        if space.queue or space.running or space.admitted:
+            return Rejected.because(
+                ErrorCode.SPACE_EXISTS,
+                f"space {name!r} still has {len(space.queue) + len(space.admitted)} queued and {len(space.running)} "
+                "running requests; pause it and let them end, or cancel them, then delete it",
+            )
+        if workers := self.workers_of(name):
+            return Rejected.because(
+                ErrorCode.SPACE_EXISTS,
+                f"space {name!r} is served by {', '.join(w.worker_id for w in workers)}; stop it first, then delete it",
+            )
+        del self.spaces[name]
+        return None
+
+    def pause_space(self, name: str) -> Rejected | None:
+        """Hand nothing of this space out, and take nothing new."""
+        if name not in self.spaces:
+            return no_such_space(name)
+        self.spaces[name].paused = True
+        self.moved.add(name)
+        return None
+
+    def resume_space(self, name: str, now: float) -> Rejected | list[Decision]:
+        """Undo `pause_space`."""
+        if name not in self.spaces:
+            return no_such_space(name)
+        self.spaces[name].paused = False
+        self.moved.add(name)
+        return self._hand_out(now)
+
+    # -- workers
+
+    def join(self, worker: WorkerState, running: Mapping[str, int], now: float) -> Rejected | Joined:
+        """A worker registers, for the first time or again (same id).
+
+        Args:
+            worker: as it is now; what it held before is taken over from the state of the same id.
+            running: request id -> attempt, of all it still has frames of.
+            now: monotonic seconds.
+        """
+        for name in worker.spaces:
+            if refusal := self._no_room(name, worker.worker_id):
+                return refusal
+        known = self.workers.get(worker.worker_id)
+        held_before = known.held if known else {}
+        if known:
+            worker.last_used = known.last_used
+        self.workers[worker.worker_id] = worker
+        self.moved.update(worker.spaces)
+        resume, abandon, decisions = [], [], list[Decision]()
+        for request_id, attempt in running.items():
+            entry = self._claim(worker, request_id, attempt)
+            if entry is None:
+                abandon.append(request_id)
+            else:
+                resume.append(entry)
+        for request_id in held_before.keys() - running.keys():  # handed out, and the cut swallowed it
+            entry = self.entries.get(request_id)
+            if entry is not None and entry.worker_id == worker.worker_id:
+                decisions += self._hand_again(entry, worker, now)
+        return Joined(resume, abandon, [*decisions, *self._hand_out(now)])
+
+    def _no_room(self, name: str, worker_id: str) -> Rejected | None:
+        space = self.spaces.get(name)
+        if space is None:
+            return no_such_space(name)
+        others = [w for w in self.workers_of(name) if w.worker_id != worker_id]
+        if len(others) < space.rules.max_workers:
+            return None
+        count = f"{len(others)} worker{'s' if len(others) != 1 else ''}"
+        return Rejected.because(
+            ErrorCode.SPACE_FULL,
+            f"space {name!r} already has its {count} ({', '.join(w.worker_id for w in others)}); "
+            "stop that one, or raise max_workers in relayd.toml",
+        )
+
+    def _claim(self, worker: WorkerState, request_id: str, attempt: int) -> Entry | None:
+        """The entry of an attempt that a worker goes on with, or None if it is over or somebody else's now."""
+        entry = self.entries.get(request_id)
+        if entry is None or entry.attempt != attempt or not entry.state.live:
+            return None
+        if entry.state is State.QUEUED:  # given up too early: nobody has begun it anew, so it runs where it ran
+            self.spaces[entry.space].queue.remove(entry)
+        elif entry.worker_id not in (None, worker.worker_id):
+            return None
+        self._run_on(entry, worker)
+        worker.held[request_id] = attempt
+        return entry
+
+    def _hand_again(self, entry: Entry, worker: WorkerState, now: float) -> list[Decision]:
+        """A worker came back without an attempt that was handed to it: nothing of it was made, so nothing is lost."""
+        if entry.next_seq and not entry.reproducible:
+            return self.lose(entry.request_id, ErrorCode.WORKER_LOST, "its worker came back without it", now)
+        self._run_on(entry, worker)
+        worker.held[entry.request_id] = entry.attempt
+        return [Start(entry, entry.next_seq)]
+
+    def release(self, worker_id: str, request_id: str, attempt: int, now: float) -> list[Decision]:
+        """A worker let go of an attempt: whatever became of it, its slot is free."""
+        worker = self.workers.get(worker_id)
+        if worker is None or worker.held.get(request_id) != attempt:
+            return []
+        del worker.held[request_id]
+        self._touch(worker)
+        return self._hand_out(now)
+
+    def set_slots(self, worker_id: str, slots: int, now: float) -> list[Decision]:
+        """A worker has more or fewer slots; what runs goes on."""
+        worker = self.workers[worker_id]
+        worker.slots = slots
+        self.moved.update(worker.spaces)
+        return self._hand_out(now)
+
+    def drain(self, worker_id: str) -> None:
+        """Hand this worker nothing new."""
+        worker = self.workers[worker_id]
+        worker.draining = True
+        self.moved.update(worker.spaces)
+
+    def undrain(self, worker_id: str, now: float) -> list[Decision]:
+        """Undo `drain`."""
+        worker = self.workers[worker_id]
+        worker.draining = False
+        self.moved.update(worker.spaces)
+        return self._hand_out(now)
+
+    def unlink(self, worker_id: str, now: float) -> list[Entry]:
+        """A worker's link is gone: it may come back. Returns what ran there; the caller calls `lose` in its time."""
+        worker = self.workers[worker_id]
+        worker.linked = False
+        self.moved.update(worker.spaces)
+        away = [entry for entry in map(self.entries.get, worker.held) if entry and entry.worker_id == worker_id]
+        for entry in away:
+            entry.lost_at = now
+        # Attempts that were fenced off already have nobody waiting for them.
+        worker.held = {entry.request_id: entry.attempt for entry in away}
+        if not worker.held:
+            del self.workers[worker_id]
+        return away
+
+    # -- requests
+
+    def admit(self, entry: Entry, *, retry_after_s: float | None = None) -> Rejected | None:
+        """Take a new request in, if its space has room; it is queued by `enqueue` once it is whole and stored."""
+        space = self.spaces.get(entry.space)
+        if space is None:
+            return no_such_space(entry.space, entry.request_id)
+        rules = space.rules
+        if space.paused:
+            return _refuse(entry, ErrorCode.SPACE_PAUSED, f"space {space.name!r} is paused; try again later")
+        if rules.refuse_when_empty and not self.workers_of(space.name):
+            return _refuse(
+                entry, ErrorCode.NO_WORKER, f"space {space.name!r} has no worker now; start one with gpuworker run"
+            )
+        if len(space.queue) + len(space.admitted) >= rules.max_queued:
+            return _refuse(
+                entry,
+                ErrorCode.QUEUE_FULL,
+                f"space {space.name!r} has its {rules.max_queued} requests queued; try again later",
+                retry_after_s if retry_after_s is not None else self._wait_s(space),
+            )
+        mine = space.queue.waiting_of(entry.principal)
+        mine += sum(principal == entry.principal for principal in space.admitted.values())
+        if mine >= rules.max_queued_per_principal:
+            return _refuse(
+                entry,
+                ErrorCode.QUEUE_FULL,
+                f"{entry.principal!r} has {mine} requests queued in space {space.name!r}, which is its limit; "
+                "wait for one to start",
+                retry_after_s if retry_after_s is not None else self._wait_s(space),
+            )
+        self.entries[entry.request_id] = entry
+        space.admitted[entry.request_id] = entry.principal
+        return None
+
+    def enqueue(self, entry: Entry, now: float) -> list[Decision]:
+        """An admitted request is whole and safe: it waits for a slot from now on."""
+        space = self.spaces[entry.space]
+        space.admitted.pop(entry.request_id, None)
+        entry.state = State.QUEUED
+        space.queue.push(entry)
+        self.moved.add(space.name)
+        return self._hand_out(now)
+
+    def restore(self, entry: Entry, now: float) -> None:
+        """Take back a request of the store after a restart, by ascending ticket; `resume` hands out afterwards."""
+        space = self.spaces[entry.space]
+        self.entries[entry.request_id] = entry
+        if entry.state is State.RUNNING:
+            entry.lost_at = now
+            space.running[entry.request_id] = entry
+        else:
+            entry.state = State.QUEUED
+            space.queue.push(entry)
+
+    def end(self, request_id: str, state: State, now: float) -> list[Decision]:
+        """A request has its last frame. A slot it may hold is freed by `release`."""
+        entry = self.entries.pop(request_id, None)
+        if entry is None:
+            return []
+        space = self.spaces[entry.space]
+        if entry in space.queue:
+            space.queue.remove(entry)
+        space.admitted.pop(request_id, None)
+        if space.running.pop(request_id, None) is not None and state is State.COMPLETED:
+            space.recent_runs_s.append(max(0.0, now - entry.started_at))
+        entry.state = state
+        self.moved.add(space.name)
+        return self._hand_out(now)
+
+    def cancel(self, request_id: str, reason: str) -> list[Decision]:
+        """Stop a request: what waits leaves at once, what runs is told to its worker, which answers `cancelled`."""
+        entry = self.entries.get(request_id)
+        if entry is None:
+            return []
+        if entry.state is State.RUNNING and entry.worker_id and entry.lost_at is None:
+            return [Stop(entry.worker_id, request_id, reason)]
+        return [*self._stop(entry, reason), Finish(entry, None, reason)]
+
+    def fail(self, request_id: str, code: ErrorCode, message: str) -> list[Decision]:
+        """End a request as failed; what runs of it is stopped, and its slot freed when the worker answers."""
+        entry = self.entries.get(request_id)
+        return [] if entry is None else [*self._stop(entry, message), Finish(entry, code, message)]
+
+    def lose(self, request_id: str, code: ErrorCode, message: str, now: float) -> list[Decision]:
+        """An attempt is lost (worker gone, engine crashed or hung): queue it again, or fail it, by its retry policy.
+
+        Args:
+            request_id: of a running request.
+            code: why; what the request fails with if it is not tried again.
+            message: the same in words.
+            now: monotonic seconds.
+        """
+        entry = self.entries.get(request_id)
+        if entry is None or entry.state is not State.RUNNING:
+            return []
+        entry.losses += 1
+        space = self.spaces[entry.space]
+        stop = self._stop(entry, message)
+        if entry.losses >= space.rules.max_attempts:
+            words = (
+                f"{message}; it was attempt {entry.attempt} and {entry.losses} have been lost now, so it is given up"
+            )
+            return [*stop, Finish(entry, code, words)]
+        if entry.retry == "never" or (entry.retry == "before_output" and entry.has_output and not entry.reproducible):
+            why = "retry is 'never'" if entry.retry == "never" else f"{entry.next_seq} frames were delivered already"
+            return [*stop, Finish(entry, code, f"{message}; not tried again, because {why}")]
+        self._forget_run(entry)
+        entry.state = State.QUEUED
+        space.queue.push_back(entry)
+        self.moved.add(space.name)
+        return [*stop, Requeued(entry), *self._hand_out(now)]
+
+    def promote(self, request_id: str) -> Rejected | None:
+        """Put a queued request to the front of its space."""
+        entry = self.entries.get(request_id)
+        if entry is None or entry.state is not State.QUEUED:
+            state = "unknown or ended" if entry is None else entry.state
+            return Rejected.because(
+                ErrorCode.REQUEST_NOT_FOUND, f"request {request_id} is {state}; only a queued one can be promoted"
+            )
+        self.spaces[entry.space].queue.promote(entry)
+        self.moved.add(entry.space)
+        return None
+
+    def limit_running(self, principal: str, at_most: int | None) -> None:
+        """Let `principal` have `at_most` running requests in all spaces together; None lifts the limit."""
+        if at_most is None:
+            self._max_running.pop(principal, None)
+        else:
+            self._max_running[principal] = at_most
+
+    def waiting_of(self, principal: str) -> int:
+        """Requests of `principal` that are admitted or queued, in all spaces together."""
+        return sum(
+            space.queue.waiting_of(principal) + list(space.admitted.values()).count(principal)
+            for space in self.spaces.values()
+        )
+
+    def resume(self, now: float) -> list[Decision]:
+        """Hand out what can be handed out, after `restore`."""
+        return self._hand_out(now)
+
+    # -- telling
+
+    def places(self, name: str, now: float) -> dict[str, Place]:
+        """Request id -> place, for all that is queued in a space."""
+        space = self.spaces[name]
+        of = len(space.queue)
+        waits = self._waits_s(space, of, now)
+        return {
+            entry.request_id: Place(index + 1, of, waits[index] if waits else None)
+            for index, entry in enumerate(space.queue)
+        }
+
+    def slots_of(self, name: str) -> tuple[int, int]:
+        """Slots busy and slots in all of the linked workers of a space."""
+        workers = self.workers_of(name)
+        return sum(len(w.held) for w in workers), sum(w.slots for w in workers)
+
+    def workers_of(self, name: str) -> list[WorkerState]:
+        """Linked workers of a space."""
+        return [worker for worker in self.workers.values() if worker.linked and name in worker.spaces]
+
+    # -- inside
+
+    def _waits_s(self, space: SpaceState, count: int, now: float) -> list[float] | None:
+        """Seconds until each of the first `count` queued ones starts, if the space's pace is known.
+
+        Each slot is free when what runs in it is through; the queue then takes the earliest slot each time.
+        """
+        slots = sum(w.slots for w in self.workers_of(space.name) if not w.draining)
+        if not space.recent_runs_s or not slots or space.paused:
+            return None
+        run_s = fmean(space.recent_runs_s)
+        busy = [max(0.0, run_s - (now - entry.started_at)) for entry in space.running.values()]
+        free_at = sorted(busy)[:slots] + [0.0] * (slots - len(busy))
+        heapq.heapify(free_at)
+        return [round(heapq.heappushpop(free_at, free_at[0] + run_s), 1) for _ in range(count)]
+
+    def _wait_s(self, space: SpaceState) -> float | None:
+        if not space.recent_runs_s:
+            return None
+        slots = self.slots_of(space.name)[1]
+        return round(fmean(space.recent_runs_s) / max(1, slots), 1)
+
+    def _hand_out(self, now: float) -> list[Decision]:
+        """Give free slots to waiting requests, one space after another, so that no space starves another."""
+        decisions: list[Decision] = []
+        if self.draining:
+            return decisions
+        waiting = [space for space in self.spaces.values() if space.queue and not space.paused]
+        while waiting:
+            waiting = [space for space in waiting if self._hand_one(space, now, decisions) and space.queue]
+        return decisions
+
+    def _hand_one(self, space: SpaceState, now: float, decisions: list[Decision]) -> bool:
+        worker = self._best_worker(space.name)
+        if worker is None:
+            return False
+        entry = space.queue.pop(partial(self._may_run, space))
+        if entry is None:
+            return False
+        if entry.has_output and entry.retry != "always" and entry.reproducible != worker.reproducible:
+            message = f"{entry.next_seq} frames were delivered, and no worker that could go on from there is left"
+            decisions.append(Finish(entry, ErrorCode.WORKER_LOST, message))
+        else:
+            decisions.append(self._start(entry, worker, now))
+        return True
+
+    def _best_worker(self, name: str) -> WorkerState | None:
+        """Most free slots, then the longest idle."""
+        free = [worker for worker in self.workers_of(name) if worker.free_slots]
+        return min(free, key=lambda worker: (-worker.free_slots, worker.last_used), default=None)
+
+    def _may_run(self, space: SpaceState, principal: str) -> bool:
+        limit = space.rules.max_running_per_principal
+        if limit is not None and _running_of(principal, space) >= limit:
+            return False
+        limit = self._max_running.get(principal)
+        return limit is None or sum(_running_of(principal, each) for each in self.spaces.values()) < limit
+
+    def _start(self, entry: Entry, worker: WorkerState, now: float) -> Start:
+        goes_on = bool(entry.reproducible) and entry.reproducible == worker.reproducible
+        self._run_on(entry, worker)
+        entry.attempt += 1
+        entry.started_at = now
+        entry.reproducible = worker.reproducible
+        if not goes_on:
+            entry.has_output, entry.next_seq = False, 0
+        worker.held[entry.request_id] = entry.attempt
+        self._touch(worker)
+        return Start(entry, entry.next_seq)
+
+    def _run_on(self, entry: Entry, worker: WorkerState) -> None:
+        entry.state = State.RUNNING
+        entry.worker_id = worker.worker_id
+        entry.lost_at = None
+        self.spaces[entry.space].running[entry.request_id] = entry
+        self.moved.add(entry.space)
+
+    def _forget_run(self, entry: Entry) -> None:
+        """The entry runs nowhere any more; a worker that is away has one thing less to come back to."""
+        self.spaces[entry.space].running.pop(entry.request_id, None)
+        entry.worker_id, entry.lost_at = None, None
+
+    def _stop(self, entry: Entry, reason: str) -> Iterable[Stop]:
+        """Tell a linked worker to stop; forget what a worker that is away held."""
+        worker = self.workers.get(entry.worker_id or "")
+        if worker is None or entry.request_id not in worker.held:
+            return ()
+        if worker.linked:
+            return (Stop(worker.worker_id, entry.request_id, reason),)
+        del worker.held[entry.request_id]
+        if not worker.held:
+            del self.workers[worker.worker_id]
+        return ()
+
+    def _touch(self, worker: WorkerState) -> None:
+        self._uses += 1
+        worker.last_used = self._uses
+
+
+def no_such_space(name: str, request_id: str | None = None) -> Rejected:
+    """The refusal for a space that is not there."""
+    return Rejected.because(
+        ErrorCode.SPACE_NOT_FOUND,
+        f"space {name!r} does not exist; make it with: relayd space create {name}",
+        request_id=request_id,
+    )
+
+
+def _running_of(principal: str, space: SpaceState) -> int:
+    return sum(entry.principal == principal for entry in space.running.values())
+
+
+def _refuse(entry: Entry, code: ErrorCode, message: str, retry_after_s: float | None = None) -> Rejected:
+    return Rejected.because(code, message, request_id=entry.request_id, retry_after_s=retry_after_s)

@@ -1,0 +1,330 @@
+"""The SQLite file: its tables, and records and changes as rows. Blocks; `relayd.store.sqlite` runs it in threads."""
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import attrs
+import msgpack
+
+from protocol.errors import ProtocolError
+from protocol.fields import parse_part
+from protocol.messages import AudioFormat, InputRule, Submit
+from relayd.settings import ConfigError, SpaceConfig
+from relayd.store.base import (
+    Change,
+    DeleteRequest,
+    DeleteSpace,
+    DeleteToken,
+    Loaded,
+    PutRequest,
+    PutSpace,
+    PutToken,
+    RequestRecord,
+    SpaceRecord,
+    StorageFull,
+    StoreError,
+    TokenLimits,
+    TokenRecord,
+    UpdateRequest,
+    open_private,
+)
+
+DATABASE_NAME = "relayd.db"
+#: "rlyd" in ASCII; tells `file` and us whose database this is.
+APPLICATION_ID = 0x726C7964
+#: For a person with the sqlite3 shell in the middle of a transaction.
+BUSY_TIMEOUT_S = 5.0
+#: Less than this free, and an I/O error is put down to the full disk that it almost always is.
+FULL_BELOW_BYTES = 1024 * 1024
+
+Statement = tuple[str, tuple[Any, ...]]
+RecordT = TypeVar("RecordT")
+
+#: Steps from one schema version to the next: the first makes version 1 of an empty file. Only ever append.
+_MIGRATIONS = (
+    """
+    CREATE TABLE spaces (name TEXT PRIMARY KEY, config TEXT NOT NULL, paused INTEGER NOT NULL, made_by TEXT NOT NULL,
+        engine TEXT NOT NULL, params BLOB NOT NULL, inputs BLOB NOT NULL, format BLOB, created_at REAL NOT NULL);
+    CREATE TABLE tokens (token_id TEXT PRIMARY KEY, principal TEXT NOT NULL, role TEXT NOT NULL, spaces TEXT NOT NULL,
+        sha256 BLOB NOT NULL UNIQUE, limits TEXT NOT NULL, created_at REAL NOT NULL, expires_at REAL, revoked_at REAL);
+    CREATE TABLE requests (request_id TEXT PRIMARY KEY, principal TEXT NOT NULL, ticket INTEGER NOT NULL,
+        submit BLOB NOT NULL, state TEXT NOT NULL, attempt INTEGER NOT NULL, losses INTEGER NOT NULL,
+        has_output INTEGER NOT NULL, reproducible TEXT NOT NULL, created_at REAL NOT NULL, ended_at REAL,
+        code TEXT, message TEXT);
+    CREATE TABLE inputs (request_id TEXT NOT NULL, name TEXT NOT NULL, data BLOB NOT NULL,
+        PRIMARY KEY (request_id, name));
+    """,
+)
+SCHEMA_VERSION = len(_MIGRATIONS)
+
+
+class BadChange(StoreError):
+    """SQLite will never take this change, whatever the state of the disk."""
+
+
+class Database:
+    """Two connections to one file, one that writes and one that reads; each for one thread at a time."""
+
+    def __init__(self, path: Path, writer: sqlite3.Connection, reader: sqlite3.Connection) -> None:
+        self._path = path
+        self._writer = writer
+        self._reader = reader
+        #: Transactions that were committed.
+        self.transactions = 0
+
+    @classmethod
+    def open(cls, state_dir: Path) -> Self:
+        """Open the database in a folder that is there and locked; make it, or bring it up to date.
+
+        Raises:
+            StoreError: it cannot be opened, is damaged, is no database of ours, or a newer relayd wrote it.
+        """
+        path = state_dir / DATABASE_NAME
+        try:
+            os.close(open_private(path))
+        except OSError as fault:
+            raise StoreError(f"cannot open {path}: {fault.strerror}; it must belong to the daemon's user") from fault
+        with contextlib.ExitStack() as opened:
+            try:
+                writer = opened.enter_context(contextlib.closing(_connect(path)))
+                _bring_up_to_date(writer, path)
+                writer.execute("PRAGMA journal_mode = WAL")
+                # FULL has every commit fsynced in WAL mode; NORMAL would not (sqlite.org/pragma.html).
+                writer.execute("PRAGMA synchronous = FULL")
+                # Give back what one huge transaction made of the WAL.
+                writer.execute(f"PRAGMA journal_size_limit = {64 * 1024 * 1024}")
+                reader = opened.enter_context(contextlib.closing(_connect(path)))
+                reader.execute("PRAGMA query_only = ON")
+            except sqlite3.Error as fault:
+                raise _in_words(fault, path) from fault
+            opened.pop_all()
+        return cls(path, writer, reader)
+
+    def close(self) -> None:
+        """Close both connections; the last to close folds the WAL into the file."""
+        self._reader.close()
+        self._writer.close()
+
+    # -- writing -
+
+    def statements(self, changes: Iterable[Change]) -> list[Statement]:
+        """What `changes` are in SQL."""
+        return [statement for change in changes for statement in _statements(change)]
+
+    def write(self, statements: Sequence[Statement]) -> StoreError | None:
+        """Make all of `statements` durable, or none of them and say why."""
+        if not statements:
+            return None
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            for sql, values in statements:
+                self._writer.execute(sql, values)
+            self._writer.execute("COMMIT")
+        except (sqlite3.Error, OverflowError) as fault:
+            error = _in_words(fault, self._path)
+            error.__cause__ = fault
+            return error
+        finally:
+            if self._writer.in_transaction:
+                # Why it is left open is on its way up; if this fails too, still nothing of it is written.
+                with contextlib.suppress(sqlite3.Error):
+                    self._writer.execute("ROLLBACK")
+        self.transactions += 1
+        return None
+
+    # -- reading -
+
+    def load(self) -> Loaded:
+        """As `Store.load`, for what is committed."""
+        damaged: list[str] = []
+
+        def records(table: str, order: str, parse: Callable[[sqlite3.Row], RecordT]) -> tuple[RecordT, ...]:
+            rows = self._reader.execute(f"SELECT * FROM {table} ORDER BY {order}")
+            return tuple(_parsed(rows, table, parse, damaged))
+
+        try:
+            return Loaded(
+                spaces=records("spaces", "name", _space),
+                tokens=records("tokens", "created_at, token_id", _token),
+                requests=records("requests", "ticket, request_id", _request),
+                damaged=tuple(damaged),
+            )
+        except sqlite3.Error as fault:
+            raise _in_words(fault, self._path) from fault
+
+    def read_input(self, request_id: str, name: str) -> bytes:
+        """As `Store.read_input`."""
+        try:
+            row = self._reader.execute(
+                "SELECT data FROM inputs WHERE request_id = ? AND name = ?", (request_id, name)
+            ).fetchone()
+        except sqlite3.Error as fault:
+            raise _in_words(fault, self._path) from fault
+        if row is None:
+            raise KeyError(name)
+        return bytes(row["data"])
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # No thread is bound to a connection; who calls makes sure that one at a time uses it.
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    return connection
+
+
+def _bring_up_to_date(connection: sqlite3.Connection, path: Path) -> None:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if application != APPLICATION_ID and (application or version or tables):
+        raise StoreError(f"{path} is the database of another program; name another folder with --state-dir")
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} was written by a newer relayd (schema {version}; this one knows {SCHEMA_VERSION}): "
+            "upgrade relayd, or name another folder with --state-dir"
+        )
+    for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
+        # A transaction each, so that a crash in between leaves one version or the next.
+        connection.executescript(
+            f"BEGIN IMMEDIATE; {script} PRAGMA application_id = {APPLICATION_ID}; "
+            f"PRAGMA user_version = {number}; COMMIT;"
+        )
+
+
+def _in_words(fault: Exception, path: Path) -> StoreError:
+    """SQLite's error as ours, with what to do about it."""
+    code = getattr(fault, "sqlite_errorcode", 0) & 0xFF
+    full = code == sqlite3.SQLITE_FULL
+    if code == sqlite3.SQLITE_IOERR:
+        with contextlib.suppress(OSError):
+            full = shutil.disk_usage(path.parent).free < FULL_BELOW_BYTES
+    if full:
+        return StorageFull(f"no room left for {path}: free some space on its disk")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return StoreError(f"{path} is damaged, or no SQLite database ({fault}): move it away, or restore a backup")
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return StoreError(f"{path} cannot be written ({fault}): it and its folder must belong to the daemon's user")
+    kind = StoreError if isinstance(fault, sqlite3.OperationalError) else BadChange
+    return kind(f"{path}: {fault}")
+
+
+# -- changes to rows ----------------------------------------------------------------------------------------------
+
+
+def _statements(change: Change) -> list[Statement]:
+    match change:
+        case PutSpace(space):
+            return [_put_space(space)]
+        case DeleteSpace(name):
+            return [("DELETE FROM spaces WHERE name = ?", (name,))]
+        case PutToken(token):
+            return [_put_token(token)]
+        case DeleteToken(token_id):
+            return [("DELETE FROM tokens WHERE token_id = ?", (token_id,))]
+        case PutRequest(request, inputs):
+            return [
+                _replace("requests", {**_columns(request), "submit": msgpack.packb(request.submit.to_map())}),
+                _drop_inputs(request.request_id),
+                *(
+                    ("INSERT INTO inputs (request_id, name, data) VALUES (?, ?, ?)", (request.request_id, name, data))
+                    for name, data in inputs.items()
+                ),
+            ]
+        case UpdateRequest(request_id=request_id):
+            fields = change.fields()
+            columns = ", ".join(f"{name} = ?" for name in fields)
+            update = (f"UPDATE requests SET {columns} WHERE request_id = ?", (*fields.values(), request_id))
+            return [update, _drop_inputs(request_id)] if change.ends else [update]
+        case DeleteRequest(request_id):
+            return [("DELETE FROM requests WHERE request_id = ?", (request_id,)), _drop_inputs(request_id)]
+
+
+def _drop_inputs(request_id: str) -> Statement:
+    return ("DELETE FROM inputs WHERE request_id = ?", (request_id,))
+
+
+def _columns(record: Any) -> dict[str, Any]:
+    return attrs.asdict(record, recurse=False)
+
+
+def _replace(table: str, columns: dict[str, Any]) -> Statement:
+    places = ", ".join("?" * len(columns))
+    return (f"REPLACE INTO {table} ({', '.join(columns)}) VALUES ({places})", tuple(columns.values()))
+
+
+def _put_space(record: SpaceRecord) -> Statement:
+    return _replace(
+        "spaces",
+        {
+            **_columns(record),
+            "config": json.dumps(record.config.to_map()),
+            "params": msgpack.packb(record.params),
+            "inputs": msgpack.packb({name: rule.to_map() for name, rule in record.inputs.items()}),
+            "format": msgpack.packb(record.format.to_map()) if record.format else None,
+        },
+    )
+
+
+def _put_token(record: TokenRecord) -> Statement:
+    columns = {**_columns(record), "spaces": json.dumps(record.spaces), "limits": json.dumps(_columns(record.limits))}
+    return _replace("tokens", columns)
+
+
+# -- rows to records ----------------------------------------------------------------------------------------------
+
+
+def _parsed(
+    rows: Iterable[sqlite3.Row], table: str, parse: Callable[[sqlite3.Row], RecordT], damaged: list[str]
+) -> Iterable[RecordT]:
+    for row in rows:
+        try:
+            yield parse(row)
+        except (ValueError, TypeError, LookupError, AttributeError, ProtocolError, ConfigError) as fault:
+            damaged.append(f"{table}: {row[0]}: {type(fault).__name__}: {fault}")
+
+
+def _space(row: sqlite3.Row) -> SpaceRecord:
+    # A setting that only a newer relayd knows must not cost the space.
+    known = {key: value for key, value in json.loads(row["config"]).items() if key in SpaceConfig.field_names()}
+    return SpaceRecord(
+        name=row["name"],
+        config=SpaceConfig.from_map(known),
+        paused=bool(row["paused"]),
+        made_by=row["made_by"],
+        engine=row["engine"],
+        params=msgpack.unpackb(row["params"]),
+        inputs={name: parse_part(InputRule, rule) for name, rule in msgpack.unpackb(row["inputs"]).items()},
+        format=parse_part(AudioFormat, msgpack.unpackb(row["format"])) if row["format"] else None,
+        created_at=row["created_at"],
+    )
+
+
+def _token(row: sqlite3.Row) -> TokenRecord:
+    limits = json.loads(row["limits"])
+    known = {field.name for field in attrs.fields(TokenLimits)}
+    if not isinstance(row["sha256"], bytes):
+        raise ValueError("its hash is no bytes")
+    return TokenRecord(
+        token_id=row["token_id"],
+        principal=row["principal"],
+        role=row["role"],
+        spaces=tuple(json.loads(row["spaces"])),
+        sha256=row["sha256"],
+        limits=TokenLimits(**{key: value for key, value in limits.items() if key in known}),
+        created_at=row["created_at"],
+        expires_at=row["expires_at"],
+        revoked_at=row["revoked_at"],
+    )
+
+
+def _request(row: sqlite3.Row) -> RequestRecord:
+    columns = {name: row[name] for name in row.keys() if name in {f.name for f in attrs.fields(RequestRecord)}}  # noqa: SIM118
+    columns["submit"] = Submit.from_map(msgpack.unpackb(row["submit"]))
+    columns["has_output"] = bool(row["has_output"])
+    return RequestRecord(**columns)

@@ -1,0 +1,80 @@
+"""A store that forgets: for tests, demos, and relays whose requests need not outlive them."""
+
+import attrs
+import trio
+
+from relayd.store.base import (
+    Change,
+    DeleteRequest,
+    DeleteSpace,
+    DeleteToken,
+    Loaded,
+    PutRequest,
+    PutSpace,
+    PutToken,
+    RequestRecord,
+    SpaceRecord,
+    Store,
+    TokenRecord,
+    UpdateRequest,
+)
+
+
+class MemoryStore(Store):
+    """As any other store, but for durability: every change is made at the call."""
+
+    def __init__(self) -> None:
+        self._spaces: dict[str, SpaceRecord] = {}
+        self._tokens: dict[str, TokenRecord] = {}
+        self._requests: dict[str, RequestRecord] = {}
+        self._inputs: dict[str, dict[str, bytes]] = {}
+
+    async def load(self) -> Loaded:
+        """As `Store.load`."""
+        await trio.lowlevel.checkpoint()
+        return Loaded(
+            spaces=tuple(sorted(self._spaces.values(), key=lambda record: record.name)),
+            tokens=tuple(sorted(self._tokens.values(), key=lambda record: (record.created_at, record.token_id))),
+            requests=tuple(sorted(self._requests.values(), key=lambda record: record.ticket)),
+        )
+
+    async def commit(self, *changes: Change) -> None:
+        """As `Store.commit`; the changes are made before the checkpoint, so also when it is cancelled."""
+        self.post(*changes)
+        await trio.lowlevel.checkpoint()
+
+    def post(self, *changes: Change) -> None:
+        """As `Store.post`."""
+        for change in changes:
+            self._make(change)
+
+    def _make(self, change: Change) -> None:
+        match change:
+            case PutSpace(record):
+                self._spaces[record.name] = record
+            case DeleteSpace(name):
+                self._spaces.pop(name, None)
+            case PutToken(token):
+                self._tokens[token.token_id] = token
+            case DeleteToken(token_id):
+                self._tokens.pop(token_id, None)
+            case PutRequest(request, inputs):
+                self._requests[request.request_id] = request
+                self._inputs[request.request_id] = {name: bytes(data) for name, data in inputs.items()}
+            case UpdateRequest(request_id=request_id):
+                if known := self._requests.get(request_id):
+                    self._requests[request_id] = attrs.evolve(known, **change.fields())
+                    if change.ends:
+                        self._inputs.pop(request_id, None)
+            case DeleteRequest(request_id):
+                self._requests.pop(request_id, None)
+                self._inputs.pop(request_id, None)
+
+    async def flush(self) -> None:
+        """As `Store.flush`: nothing is ever queued."""
+        await trio.lowlevel.checkpoint()
+
+    async def read_input(self, request_id: str, name: str) -> bytes:
+        """As `Store.read_input`."""
+        await trio.lowlevel.checkpoint()
+        return self._inputs[request_id][name]

@@ -1,0 +1,216 @@
+"""The durable store: one writer task, and for all commits that wait at one moment one transaction and one fsync."""
+
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import attrs
+import trio
+
+from relayd.logs import get_logger
+from relayd.store.base import MAX_POSTED, Change, Loaded, StorageFull, Store, StoreError
+from relayd.store.database import BadChange, Database, Statement
+
+log = get_logger(__name__)
+
+#: At the end, how long the queue may take to be written.
+CLOSE_S = 10.0
+#: Pause before posted changes that a full disk did not take are tried again; a `commit` in between tries them at once.
+RETRY_S = 1.0
+#: Bytes of inputs in one transaction, so that a small commit never waits for more than this behind large ones.
+MAX_BATCH_BYTES = 32 * 1024 * 1024
+
+
+@attrs.define(eq=False)
+class _Entry:
+    """What one call queued. `done` is None for a post."""
+
+    statements: list[Statement]
+    size_bytes: int
+    done: trio.Event | None
+    error: StoreError | None = None
+
+
+class SqliteStore(Store):
+    """See `open_sqlite`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._queue: deque[_Entry] = deque()
+        self._posted = 0
+        #: Set by whatever is queued; and by what is not to wait for a full disk's pause.
+        self._queued = trio.Event()
+        self._urgent = trio.Event()
+        self._closing = False
+        self._holding = False
+        self._scope = trio.CancelScope(shield=True)
+        # Threads of its own: a pool full of name look-ups must not hold up `accepted`.
+        self._write_limiter = trio.CapacityLimiter(1)
+        self._read_limiter = trio.CapacityLimiter(1)
+        #: Posts that were lost: over MAX_POSTED, refused by SQLite for good, or still waiting at the end.
+        self.dropped = 0
+
+    @property
+    def transactions(self) -> int:
+        """Transactions written so far, each with one fsync."""
+        return self._database.transactions
+
+    @property
+    def queued(self) -> int:
+        """Calls whose changes are not written yet."""
+        return len(self._queue)
+
+    async def load(self) -> Loaded:
+        """As `Store.load`."""
+        await self.flush()
+        return await trio.to_thread.run_sync(self._database.load, limiter=self._read_limiter)
+
+    async def read_input(self, request_id: str, name: str) -> bytes:
+        """As `Store.read_input`."""
+        return await trio.to_thread.run_sync(self._database.read_input, request_id, name, limiter=self._read_limiter)
+
+    async def commit(self, *changes: Change) -> None:
+        """As `Store.commit`."""
+        if self._closing:
+            raise StoreError("the store is closed")
+        done = trio.Event()
+        entry = self._enqueue(changes, done)
+        self._urgent.set()
+        await done.wait()
+        if entry.error is not None:
+            # One fault may fail many callers, and an exception object serves one.
+            raise type(entry.error)(*entry.error.args) from entry.error
+
+    async def flush(self) -> None:
+        """As `Store.flush`: a commit of nothing, which still waits its turn."""
+        await self.commit()
+
+    def post(self, *changes: Change) -> None:
+        """As `Store.post`."""
+        if self._closing or self._posted >= MAX_POSTED:
+            self._drop("the store is closed" if self._closing else f"{MAX_POSTED} wait for the disk already")
+            return
+        self._enqueue(changes, None)
+        self._posted += 1
+
+    def _enqueue(self, changes: tuple[Change, ...], done: trio.Event | None) -> _Entry:
+        # Made into SQL here, so that a change that cannot be is told to who made it.
+        statements = self._database.statements(changes)
+        size = sum(len(v) for _, values in statements for v in values if isinstance(v, bytes | bytearray))
+        entry = _Entry(statements, size, done)
+        self._queue.append(entry)
+        self._queued.set()
+        return entry
+
+    def _drop(self, why: str) -> None:
+        self.dropped += 1
+        log.error("a change was not stored", why=why, dropped=self.dropped)
+
+    # -- the writer -
+
+    async def serve_writes(self) -> None:
+        """Write what is queued until `stop`; a cancellation from outside does not reach it."""
+        with self._scope:
+            while self._queue or not self._closing:
+                if not self._queue:
+                    self._queued = trio.Event()
+                    await self._queued.wait()
+                elif not await self._write_batch():
+                    if self._closing:
+                        break
+                    await self._pause()
+        for entry in self._queue:
+            if entry.done is None:
+                self._drop("the store was closed before the disk took it")
+            elif not entry.done.is_set():
+                entry.error = StoreError("the store was closed before the disk took it")
+                entry.done.set()
+
+    def stop(self) -> None:
+        """Take nothing more; write what is queued, within `CLOSE_S`."""
+        self._closing = True
+        self._scope.deadline = trio.current_time() + CLOSE_S
+        self._queued.set()
+        self._urgent.set()
+
+    async def _pause(self) -> None:
+        if any(entry.done is not None for entry in self._queue):
+            return
+        self._urgent = trio.Event()
+        with trio.move_on_after(RETRY_S):
+            await self._urgent.wait()
+
+    async def _write_batch(self) -> bool:
+        """Write the first entries of the queue; False if posts among them stay, to be tried again."""
+        batch = self._next_batch()
+        error = await self._write(batch)
+        one_by_one = len(batch) > 1 and isinstance(error, StorageFull | BadChange)
+        held: list[_Entry] = []
+        for entry in batch:
+            if one_by_one and not held:
+                error = await self._write([entry])
+            if error is not None and entry.done is None and not isinstance(error, BadChange):
+                held.append(entry)
+            else:
+                # What comes after a held post fails with it: made before it, it would break the order.
+                self._conclude(entry, error)
+        for _ in batch:
+            self._queue.popleft()
+        self._queue.extendleft(reversed(held))
+        self._tell_holding(held, error)
+        return not held
+
+    def _next_batch(self) -> list[_Entry]:
+        batch: list[_Entry] = []
+        size = 0
+        for entry in self._queue:
+            size += entry.size_bytes
+            if batch and size > MAX_BATCH_BYTES:
+                break
+            batch.append(entry)
+        return batch
+
+    async def _write(self, batch: list[_Entry]) -> StoreError | None:
+        statements = [statement for entry in batch for statement in entry.statements]
+        return await trio.to_thread.run_sync(self._database.write, statements, limiter=self._write_limiter)
+
+    def _conclude(self, entry: _Entry, error: StoreError | None) -> None:
+        if entry.done is not None:
+            entry.error = error
+            entry.done.set()
+            return
+        self._posted -= 1
+        if error is not None:
+            self._drop(str(error))
+
+    def _tell_holding(self, held: list[_Entry], error: StoreError | None) -> None:
+        if bool(held) != self._holding:
+            self._holding = bool(held)
+            if held:
+                log.error("the disk takes no changes; trying again", error=str(error), waiting=len(self._queue))
+            else:
+                log.info("the disk takes changes again")
+
+
+@contextlib.asynccontextmanager
+async def open_sqlite(state_dir: Path) -> AsyncIterator[SqliteStore]:
+    """The store in `state_dir`, which is there and locked by the caller.
+
+    Raises:
+        StoreError: the database cannot be used; the text says why.
+
+    Cancellation: the writer outlives it until the block is left, so that cleanup may still commit.
+    """
+    database = await trio.to_thread.run_sync(Database.open, state_dir)
+    try:
+        async with trio.open_nursery() as nursery:
+            store = SqliteStore(database)
+            nursery.start_soon(store.serve_writes)
+            try:
+                yield store
+            finally:
+                store.stop()
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(database.close)

@@ -1,0 +1,307 @@
+"""A worker's connection: its frames in, its assignments out.
+
+A frame is appended to its request's log as the bytes that came; only the envelope is looked at here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import structlog
+import trio
+
+from protocol.codec import decode
+from protocol.errors import ErrorCode, LinkError, ProtocolError, UnknownType
+from protocol.link import Link
+from protocol.messages import (
+    FROM_WORKER,
+    MAX_INPUT_CHUNK_BYTES,
+    Ack,
+    Assign,
+    Audio,
+    Cancel,
+    Cancelled,
+    Completed,
+    Drain,
+    Draining,
+    Error,
+    Failed,
+    Frame,
+    Input,
+    Message,
+    Output,
+    Ping,
+    Pong,
+    Progress,
+    Register,
+    Registered,
+    Rejected,
+    Running,
+    Started,
+    Undrain,
+)
+from protocol.params import check_schema
+from relayd.auth import Principal
+from relayd.relay import Relay
+from relayd.requests import Request
+from relayd.states import State
+
+log = structlog.get_logger("relayd.worker")
+
+#: Codes of `failed` that tell of a broken engine, not of a bad request: such an attempt may be tried again.
+ENGINE_FAULTS = frozenset({ErrorCode.ENGINE_FAILED, ErrorCode.MODEL_NOT_LOADED})
+#: Input bytes on their way to a worker at once, so that assignments and cancels are not stuck behind an upload.
+FEED_BYTES = 1024 * 1024
+
+
+@attrs.define(eq=False)
+class WorkerLink:
+    """One connection of a worker. `serve` is its task; `nursery` holds the inputs on their way to it."""
+
+    connection_id: str
+    link: Link
+    principal_: Principal
+    relay: Relay
+    nursery: trio.Nursery
+    agent: str = ""
+    worker_id: str = ""
+    engine: str = ""
+    registered: bool = False
+    handlers: dict[type[Message], Callable[[Any, bytes], None]] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.handlers = {
+            Ping: self._ping,
+            Pong: lambda _pong, _data: None,
+            Register: self._register,
+            Draining: self._draining,
+            Started: self._frame,
+            Progress: self._frame,
+            Audio: self._frame,
+            Output: self._frame,
+            Completed: self._last_frame,
+            Failed: self._last_frame,
+            Cancelled: self._last_frame,
+        }
+
+    @property
+    def principal(self) -> str:
+        """Whose worker it is."""
+        return self.principal_.name
+
+    @property
+    def peer(self) -> str:
+        """Where it connects from."""
+        return self.link.peer
+
+    @property
+    def rtt_s(self) -> float | None:
+        """Round trip of the last ping."""
+        return self.link.rtt_s
+
+    # -- what the relay asks of it
+
+    def send(self, message: Message) -> None:
+        """Send a message; without effect on a link that is gone, whose end is seen elsewhere."""
+        try:
+            self.link.send(message)
+        except LinkError:
+            return
+
+    def assign(self, request: Request, from_seq: int) -> None:
+        """Hand it a request; the inputs follow as fast as it takes them."""
+        submit, entry = request.submit, request.entry
+        self.send(
+            Assign(
+                request_id=request.request_id,
+                attempt=entry.attempt,
+                from_seq=from_seq,
+                space=submit.space,
+                principal=request.principal,
+                params=submit.params,
+                inputs=submit.inputs,
+                run_timeout_s=request.run_timeout_s,
+            )
+        )
+        if submit.inputs:
+            self.nursery.start_soon(self._feed, request, entry.attempt)
+
+    async def _feed(self, request: Request, attempt: int) -> None:
+        """Send the inputs of an attempt, for as long as it is the one that runs here."""
+        try:
+            for name in request.submit.inputs:
+                data = await self.relay.input_of(request, name)
+                for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
+                    await self.link.drained(FEED_BYTES)
+                    if self.relay.attempt_of(self, request.request_id, attempt) is None:
+                        return
+                    piece = bytes(data[offset : offset + MAX_INPUT_CHUNK_BYTES])
+                    self.send(Input(request_id=request.request_id, name=name, offset=offset, data=piece))
+        except LinkError:
+            return
+
+    def cancel(self, request_id: str, reason: str) -> None:
+        """Have it stop a request."""
+        self.send(Cancel(request_id=request_id, reason=reason))
+
+    def drain(self, reason: str) -> None:
+        """Have it finish and leave."""
+        self.send(Drain(reason=reason))
+
+    def undrain(self) -> None:
+        """Have it take requests again."""
+        self.send(Undrain())
+
+    def disconnect(self, reason: str) -> None:
+        """Cut it off; it may come back."""
+        self.link.abort(reason)
+
+    # -- its life
+
+    async def serve(self) -> None:
+        """Take its messages until the link is gone.
+
+        Raises:
+            ProtocolError: the worker broke the rules.
+        """
+        try:
+            async for data in self.link:
+                try:
+                    message = decode(data, FROM_WORKER)
+                except UnknownType as fault:
+                    self.send(Error(code=fault.code, message=str(fault)))
+                    continue
+                if not self.registered and not isinstance(message, Register | Ping | Pong):
+                    raise ProtocolError(f"{message.TYPE} before register")
+                self.handlers[type(message)](message, data)
+        finally:
+            if self.registered:
+                log.info("worker disconnected", worker=self.worker_id, why=self.link.reason or "closed")
+                self.relay.unlink(self)
+
+    # -- messages
+
+    def _ping(self, ping: Ping, _data: bytes) -> None:
+        self.send(Pong(timestamp=ping.timestamp, server_time=self.relay.now_unix()))
+
+    def _register(self, register: Register, _data: bytes) -> None:
+        if self.registered:
+            self.relay.set_slots(self, register.slots)
+            return
+        self.worker_id = f"{register.worker}-{register.instance[:8]}"
+        self.engine = register.engine
+        if refusal := self._refusal(register):
+            self.send(refusal)
+            return
+        joined = self.relay.register(self, register)
+        if isinstance(joined, Rejected):
+            log.warning("worker refused", worker=self.worker_id, code=joined.code, why=joined.message)
+            self.send(joined)
+            return
+        self.registered = True
+        log.info(
+            "worker registered",
+            worker=self.worker_id,
+            spaces=register.spaces,
+            slots=register.slots,
+            engine=register.engine,
+            resumes=len(joined.resume),
+        )
+        # Answered before anything that follows from it is carried out: an `assign` finds the worker ready.
+        resume = tuple(
+            Running(
+                request_id=entry.request_id,
+                attempt=entry.attempt,
+                next_seq=self.relay.requests[entry.request_id].log.next_seq,
+            )
+            for entry in joined.resume
+        )
+        self.send(Registered(worker_id=self.worker_id, resume=resume, abandon=joined.abandon))
+        for entry in joined.resume:  # what was to be stopped while it was away
+            request = self.relay.requests[entry.request_id]
+            if request.stopped_at is not None:
+                self.cancel(request.request_id, "cancelled while the worker was away")
+        self.relay.settle(register, self.worker_id, joined)
+
+    def _refusal(self, register: Register) -> Rejected | None:
+        for name in register.spaces:
+            if not self.principal_.may_use(name):
+                message = f"principal {self.principal!r} may not serve space {name!r}; ask for a token that may"
+                return Rejected.because(ErrorCode.FORBIDDEN, message)
+        if self.relay.draining.is_set():
+            return Rejected.because(
+                ErrorCode.SHUTTING_DOWN, "the relay is shutting down; try again when it is back", retry_after_s=5.0
+            )
+        try:
+            check_schema(register.params)
+        except ValueError as fault:
+            return Rejected.because(ErrorCode.INVALID_PARAMS, f"register: {fault}")
+        return None
+
+    def _draining(self, _draining: Draining, _data: bytes) -> None:
+        self.relay.drain_worker(self.worker_id)
+
+    def _frame(self, frame: Frame, data: bytes) -> None:
+        """A frame that is not the last: into the log as it came, or dropped if its attempt is over."""
+        request = self._request_of(frame)
+        if request is None or not self._is_next(request, frame):
+            return
+        entry, now = request.entry, trio.current_time()
+        if isinstance(frame, Audio):
+            form = request.format
+            if form is None or len(frame.pcm) % form.sample_bytes:
+                raise ProtocolError("audio before `started` with a format, or not of whole samples")
+            request.audio_bytes += len(frame.pcm)
+            entry.has_output = True
+        elif isinstance(frame, Output):
+            entry.has_output = True
+        elif isinstance(frame, Started):
+            request.format = frame.format
+            request.audio_bytes = 0
+        elif isinstance(frame, Progress):
+            request.fraction = frame.fraction
+        if entry.has_output and request.first_frame_at is None:
+            request.first_frame_at = now
+        request.last_frame_at = now
+        relay = self.relay
+        relay.frames += 1
+        relay.frame_bytes += len(data)
+        request.log.append(data)
+        entry.next_seq = request.log.next_seq
+        relay.touch("requests", request.request_id)
+        limit = relay.config.limits.max_result_bytes
+        if request.log.bytes_held > limit:
+            relay.fail(
+                request,
+                ErrorCode.RESULT_TOO_LARGE,
+                f"its result is over {limit} bytes; ask for less, or raise limits.max_result_bytes",
+            )
+
+    def _last_frame(self, frame: Frame, data: bytes) -> None:
+        """The attempt's end: its slot is free, whether anybody still waits for it or not."""
+        request = self._request_of(frame)
+        relay = self.relay
+        if request is not None and self._is_next(request, frame):
+            if isinstance(frame, Failed) and frame.retryable and frame.code in ENGINE_FAULTS:
+                relay.attempt_failed(request, self, frame)
+            elif isinstance(frame, Completed):
+                relay.end(request, data, State.COMPLETED)
+            elif isinstance(frame, Failed):
+                relay.end(request, data, State.FAILED, code=frame.code, message=frame.message)
+            elif isinstance(frame, Cancelled):
+                relay.end(request, data, State.CANCELLED, message=frame.reason)
+        self.send(Ack(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq))
+        relay.release(self, frame.request_id, frame.attempt)
+
+    def _request_of(self, frame: Frame) -> Request | None:
+        request = self.relay.attempt_of(self, frame.request_id, frame.attempt)
+        if request is None:
+            self.relay.fenced_frames += 1
+        return request
+
+    def _is_next(self, request: Request, frame: Frame) -> bool:
+        """Whether it is the frame that is missing; one that is here already was sent again after a cut."""
+        missing = request.log.next_seq
+        if frame.seq > missing:
+            raise ProtocolError(f"frame {frame.seq} of request {frame.request_id}, and {missing} has not come")
+        return frame.seq == missing
