@@ -6,7 +6,7 @@
                 player.write(pcm)
             print(stream.result())
 
-Trio runs in one thread beside the program, from the beginning of the `open_relay` block to its end. Any thread may call,
+Trio runs in one thread beside the program, while the `open_relay` block lasts. Any thread may call,
 also several at once. Ctrl-C ends the call it interrupts, and leaving the blocks then cancels the request as usual.
 """
 

@@ -135,9 +135,9 @@ def _named(rule: Rule) -> Callable[[Any, "attrs.Attribute[Any]", Any], None]:
     return validate
 
 
-def field(rule: Rule, default: Any = attrs.NOTHING) -> Any:
-    """An attrs field whose value keeps `rule`; without a default it must be there."""
-    return attrs.field(validator=_named(rule), default=default)
+def field(rule: Rule, default: Any = attrs.NOTHING, *, secret: bool = False) -> Any:
+    """An attrs field whose value keeps `rule`; without a default it must be there. A secret one has no `repr`."""
+    return attrs.field(validator=_named(rule), default=default, repr=not secret)
 
 
 def map_field() -> Any:

@@ -32,12 +32,18 @@ from protocol.fields import (
     parts_field,
     text,
 )
+from protocol.parts import ID_PATTERN as ID_PATTERN
+from protocol.parts import KIB as KIB
+from protocol.parts import AudioFormat as AudioFormat
+from protocol.parts import InputInfo as InputInfo
+from protocol.parts import InputRule as InputRule
+from protocol.parts import Running as Running
+from protocol.parts import attempt_rule, request_id_rule, seq_rule
 
 PROTOCOL_VERSION = 1
 SUBPROTOCOL = "relay.v1.msgpack"
 PATH = "/v1/relay"
 
-KIB = 1024
 #: Every message but those of `BULK` types.
 MAX_CONTROL_BYTES = 64 * KIB
 #: A whole message of any type, its envelope included.
@@ -49,10 +55,8 @@ MAX_PCM_BYTES = MAX_MESSAGE_BYTES - 1 * KIB
 MAX_TEXT_CHARS = 4096
 HELLO_TIMEOUT_S = 3.0
 
-ID_PATTERN = re.compile(r"[0-9a-f]{32}")
 SPACE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
-SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 ROLES = ("client", "worker", "operator")
 RETRY_POLICIES = ("never", "before_output", "always")
@@ -60,72 +64,10 @@ PROGRESS_STATES = ("loading", "generating", "encoding")
 LIVE_STATES = ("uploading", "queued", "running")
 ENDED_STATES = ("completed", "failed", "cancelled")
 
-_request_id = text(32, ID_PATTERN, "a request id (32 lower-case hex digits)")
 _space = text(64, SPACE_PATTERN, "a space name ([A-Za-z0-9][A-Za-z0-9._-]{0,63})")
-_seq = integer(0, 2**31)
-_attempt = integer(0, 1_000_000)
 _code = text(64)
 _words = text(MAX_TEXT_CHARS)
 _input_name = text(32, NAME_PATTERN, "an input name ([a-z][a-z0-9_]{0,31})")
-
-
-@attrs.frozen(kw_only=True)
-class AudioFormat(Part):
-    """How `pcm` is to be heard.
-
-    Args:
-        encoding: `pcm_s16le`, the only one: signed 16-bit, little-endian, channels interleaved.
-        sample_rate: Hz, 8,000..192,000.
-        channels: 1 or 2.
-    """
-
-    encoding: str = field(one_of("pcm_s16le"), "pcm_s16le")
-    sample_rate: int = field(integer(8_000, 192_000))
-    channels: int = field(integer(1, 2), 1)
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of one sample over all channels."""
-        return 2 * self.channels
-
-
-@attrs.frozen(kw_only=True)
-class InputInfo(Part):
-    """An input that a `submit` announces.
-
-    Args:
-        media_type: as HTTP's, e.g. `audio/wav`.
-        size: bytes.
-        sha256: of the whole, 64 lower-case hex digits.
-    """
-
-    media_type: str = field(text(128))
-    size: int = field(integer(0))
-    sha256: str = field(text(64, SHA256_PATTERN, "a SHA-256 (64 lower-case hex digits)"))
-
-
-@attrs.frozen(kw_only=True)
-class InputRule(Part):
-    """What an engine takes under one input name.
-
-    Args:
-        media_types: accepted ones; empty takes any.
-        max_bytes: largest size.
-        required: whether a request without it is refused.
-    """
-
-    media_types: list[str] = array_field(text(128))
-    max_bytes: int = field(integer(1), 16 * 1024 * KIB)
-    required: bool = field(boolean, False)
-
-
-@attrs.frozen(kw_only=True)
-class Running(Part):
-    """Where an attempt stands: `next_seq` is the first frame not yet made (worker) or not yet held (relay)."""
-
-    request_id: str = field(_request_id)
-    attempt: int = field(_attempt)
-    next_seq: int = field(_seq)
 
 
 class Message(Part):
@@ -171,7 +113,7 @@ class Hello(Message):
     TYPE: ClassVar[str] = "hello"
     version: int = field(integer(1, 1_000))
     role: str = field(one_of(*ROLES))
-    token: str | None = field(maybe(text(256)), None)
+    token: str | None = field(maybe(text(256)), None, secret=True)
     agent: str = field(text(128), "")
     #: An operator that may look and not steer; the relay holds it to that.
     readonly: bool = field(boolean, False)
@@ -210,7 +152,7 @@ class Input(Message):
     """A piece of an input, in order and without gaps; client to relay, and relay to worker after `assign`."""
 
     TYPE: ClassVar[str] = "input"
-    request_id: str = field(_request_id)
+    request_id: str = field(request_id_rule)
     name: str = field(_input_name)
     offset: int = field(integer(0))
     data: bytes = field(binary(MAX_INPUT_CHUNK_BYTES))
@@ -221,7 +163,7 @@ class Cancel(Message):
     """Client to relay: stop this request. Relay to worker: the same."""
 
     TYPE: ClassVar[str] = "cancel"
-    request_id: str = field(_request_id)
+    request_id: str = field(request_id_rule)
     reason: str = field(_words, "")
 
 
@@ -245,7 +187,7 @@ class Accepted(Message):
     """The request is safe in the relay's store (fsynced) and this connection holds it."""
 
     TYPE: ClassVar[str] = "accepted"
-    request_id: str = field(_request_id)
+    request_id: str = field(request_id_rule)
 
 
 @attrs.frozen(kw_only=True)
@@ -253,7 +195,7 @@ class Queued(Message):
     """Where the request stands: `position` from 1, `of` all queued in the space, `eta_s` until it starts."""
 
     TYPE: ClassVar[str] = "queued"
-    request_id: str = field(_request_id)
+    request_id: str = field(request_id_rule)
     position: int = field(integer(1))
     of: int = field(integer(1))
     eta_s: float | None = field(maybe(number()), None)
@@ -297,11 +239,11 @@ class StatusReply(Message):
     """Answers `status`: the request as it stands. `position`, `of`, `eta_s` while queued; `code` once failed."""
 
     TYPE: ClassVar[str] = "status"
-    request_id: str = field(_request_id)
+    request_id: str = field(request_id_rule)
     space: str = field(_space)
     state: str = field(one_of(*LIVE_STATES, *ENDED_STATES))
-    attempt: int = field(_attempt, 0)
-    next_seq: int = field(_seq, 0)
+    attempt: int = field(attempt_rule, 0)
+    next_seq: int = field(seq_rule, 0)
     age_s: float = field(number(), 0.0)
     position: int | None = field(maybe(integer(1)), None)
     of: int | None = field(maybe(integer(1)), None)
@@ -326,7 +268,7 @@ class Registered(Message):
     TYPE: ClassVar[str] = "registered"
     worker_id: str = field(text(64))
     resume: tuple[Running, ...] = part_list_field(Running)
-    abandon: list[str] = array_field(_request_id)
+    abandon: list[str] = array_field(request_id_rule)
 
 
 @attrs.frozen(kw_only=True)
@@ -334,9 +276,9 @@ class Assign(Message):
     """Run this request; its inputs follow as `input` messages. Frames below `from_seq` need not be sent."""
 
     TYPE: ClassVar[str] = "assign"
-    request_id: str = field(_request_id)
+    request_id: str = field(request_id_rule)
     attempt: int = field(integer(1, 1_000_000))
-    from_seq: int = field(_seq, 0)
+    from_seq: int = field(seq_rule, 0)
     space: str = field(_space)
     principal: str = field(text(128))
     params: dict[str, Value] = map_field()
@@ -364,9 +306,9 @@ class Ack(Message):
     """The relay holds this attempt's frames up to `seq`; acknowledged to its end, the worker forgets it."""
 
     TYPE: ClassVar[str] = "ack"
-    request_id: str = field(_request_id)
-    attempt: int = field(_attempt)
-    seq: int = field(_seq)
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
 
 
 @attrs.frozen(kw_only=True)
@@ -406,7 +348,7 @@ class Submit(Message):
     """A new request. Sent again with the same id and content it re-attaches; with other content it is refused."""
 
     TYPE: ClassVar[str] = "submit"
-    request_id: str = field(_request_id)
+    request_id: str = field(request_id_rule)
     space: str = field(_space)
     params: dict[str, Value] = map_field()
     inputs: dict[str, InputInfo] = parts_field(InputInfo, _input_name)
@@ -422,8 +364,8 @@ class Attach(Message):
     """Read a request's frames from behind `after_seq` of `attempt` (0: of whichever there is)."""
 
     TYPE: ClassVar[str] = "attach"
-    request_id: str = field(_request_id)
-    attempt: int = field(_attempt, 0)
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule, 0)
     after_seq: int = field(integer(-1, 2**31), -1)
 
 
@@ -432,7 +374,7 @@ class Status(Message):
     """Asks how a request stands."""
 
     TYPE: ClassVar[str] = "status"
-    request_id: str = field(_request_id)
+    request_id: str = field(request_id_rule)
 
 
 @attrs.frozen(kw_only=True)
@@ -477,9 +419,9 @@ class Started(Frame):
     """The engine began; `format` of the audio to come, None where there is none."""
 
     TYPE: ClassVar[str] = "started"
-    request_id: str = field(_request_id)
-    attempt: int = field(_attempt)
-    seq: int = field(_seq)
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
     format: AudioFormat | None = part_field(AudioFormat)
 
 
@@ -488,9 +430,9 @@ class Progress(Frame):
     """How far it is."""
 
     TYPE: ClassVar[str] = "progress"
-    request_id: str = field(_request_id)
-    attempt: int = field(_attempt)
-    seq: int = field(_seq)
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
     state: str = field(one_of(*PROGRESS_STATES), "generating")
     fraction: float = field(number(0.0, 1.0), 0.0)
     message: str = field(_words, "")
@@ -501,9 +443,9 @@ class Audio(Frame):
     """Whole samples of the `started` format."""
 
     TYPE: ClassVar[str] = "audio"
-    request_id: str = field(_request_id)
-    attempt: int = field(_attempt)
-    seq: int = field(_seq)
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
     pcm: bytes = field(binary(MAX_PCM_BYTES))
 
 
@@ -512,9 +454,9 @@ class Output(Frame):
     """A value that is not speech: any msgpack value up to 64 KiB, or binary up to a message's size."""
 
     TYPE: ClassVar[str] = "output"
-    request_id: str = field(_request_id)
-    attempt: int = field(_attempt)
-    seq: int = field(_seq)
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
     data: Value = field(anything, None)
 
 
@@ -524,9 +466,9 @@ class Completed(Frame):
 
     TYPE: ClassVar[str] = "completed"
     ENDS: ClassVar[bool] = True
-    request_id: str = field(_request_id)
-    attempt: int = field(_attempt)
-    seq: int = field(_seq)
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
     result: dict[str, Value] = map_field()
 
 
@@ -536,9 +478,9 @@ class Failed(Frame):
 
     TYPE: ClassVar[str] = "failed"
     ENDS: ClassVar[bool] = True
-    request_id: str = field(_request_id)
-    attempt: int = field(_attempt)
-    seq: int = field(_seq)
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
     code: str = field(_code)
     message: str = field(_words)
     details: dict[str, Value] = map_field()
@@ -551,9 +493,9 @@ class Cancelled(Frame):
 
     TYPE: ClassVar[str] = "cancelled"
     ENDS: ClassVar[bool] = True
-    request_id: str = field(_request_id)
-    attempt: int = field(_attempt)
-    seq: int = field(_seq)
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
     reason: str = field(_words, "")
 
 

@@ -60,8 +60,18 @@ def _config(args: argparse.Namespace) -> Config:
 def _serve(args: argparse.Namespace) -> int:
     config = _config(args)
     set_up_logs(config.log)
-    trio.run(serve, config)
+    faults: list[BaseException] = []
+    try:
+        trio.run(serve, config)
+    except* (StoreError, ListenError) as group:
+        faults += _leaves(group)  # told as any other command's, without the nurseries that it came through
+    if faults:
+        raise faults[0]
     return DONE
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    return [leaf for e in group.exceptions for leaf in (_leaves(e) if isinstance(e, BaseExceptionGroup) else [e])]
 
 
 def _check_config(args: argparse.Namespace) -> int:

@@ -179,15 +179,23 @@ class Intake:
                 except trio.WouldBlock:
                     break
             batch = [request for request in batch if request.live]
-            try:
-                await self.relay.store.commit(*map(_put, batch))
-            except StoreError as fault:
-                log.error("store failed", why=str(fault), requests=len(batch))
+            faults: dict[str, StoreError] = {}
+            async with trio.open_nursery() as nursery:
                 for request in batch:
-                    self._turn_away(request, fault.code, f"the relay could not store the request: {fault}")
-                continue
+                    nursery.start_soon(self._commit, request, faults)
             for request in batch:
-                self._accept(request)
+                if fault := faults.get(request.request_id):
+                    self._turn_away(request, fault.code, f"the relay could not store the request: {fault}")
+                else:
+                    self._accept(request)
+
+    async def _commit(self, request: Request, faults: dict[str, StoreError]) -> None:
+        """Make one request safe; the store puts the commits of a batch into one transaction, and fails only the guilty."""
+        try:
+            await self.relay.store.commit(_put(request))
+        except StoreError as fault:
+            log.error("store failed", why=str(fault), request_id=request.request_id)
+            faults[request.request_id] = fault
 
     def _accept(self, request: Request) -> None:
         request.accepted = True

@@ -83,7 +83,7 @@ def describe(picture: Picture) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="relay-tui", description="See a relay's spaces, workers and requests.")
-    parser.add_argument("--url", help="ws://host:port, wss://... or unix:PATH; default: RELAY_URL, else the local socket")
+    parser.add_argument("--url", help="ws://host:port or unix:PATH; default: RELAY_URL, else the local socket")
     parser.add_argument("--readonly", action="store_true", help="look and never steer; the relay holds it to that")
     parser.add_argument("--once", action="store_true", help="print one picture and leave")
     parser.add_argument("--json", action="store_true", help="with --once: as JSON")

@@ -1,0 +1,234 @@
+"""One attempt of a request on this worker: chunks become numbered frames, kept until the relay holds them all."""
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from gpuworker.drive import End
+from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk, ProgressChunk
+from gpuworker.uploads import Uploads
+from protocol.codec import encode
+from protocol.errors import EncodeError, ErrorCode
+from protocol.fields import Value
+from protocol.messages import (
+    KIB,
+    Assign,
+    Audio,
+    AudioFormat,
+    Cancelled,
+    Completed,
+    Failed,
+    Frame,
+    Output,
+    Progress,
+    Running,
+    Started,
+)
+
+#: `pcm` of one frame: half a second at 48 kHz stereo and less than a second of anything usual, so that a cancel
+#: or another request's audio never waits long behind it. A whole number of samples in every format.
+FRAME_PCM_BYTES = 64 * KIB
+#: As the relay's own default; the relay names its own in `welcome.limits`.
+MAX_RESULT_BYTES = 64 * KIB * KIB
+
+log = logging.getLogger("gpuworker")
+
+
+class Attempt:
+    """Frames of one attempt, appended by the slot that runs it and read by the link's feeder.
+
+    All of them are kept until the relay has acknowledged the last: a relay that is started again may have lost some.
+    So `max_bytes` is what an attempt costs the worker at most; over it, the attempt fails.
+
+    Args:
+        assign: what the relay asked for.
+        reproducible: the engine's; then frames below `assign.from_seq`, which the relay holds, are neither kept nor sent.
+        max_bytes: of its frames.
+        on_frames: called after each change that gives the feeder something to send.
+        on_overflow: called once, when `max_bytes` is passed; the engine should be stopped.
+
+    Attributes:
+        first_seq: of the frames that are kept.
+        next_seq: of the frame made next.
+        cursor: `seq` of the frame that the link at hand is to get next.
+        ended: its last frame is made.
+        dropped: nobody wants its frames any more.
+        uploads: its inputs as they come in.
+    """
+
+    def __init__(
+        self,
+        assign: Assign,
+        *,
+        reproducible: bool,
+        max_bytes: int = MAX_RESULT_BYTES,
+        on_frames: Callable[["Attempt"], None] = lambda _attempt: None,
+        on_overflow: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.assign = assign
+        self.request_id = assign.request_id
+        self.number = assign.attempt
+        self.first_seq = assign.from_seq if reproducible else 0
+        self.next_seq = 0
+        self.cursor = self.first_seq
+        self.ended = False
+        self.dropped = False
+        self.outcome = ""
+        self.uploads = Uploads(assign.inputs)
+        self.cancel_reason: str | None = None
+        self.scope = trio.CancelScope()
+        self.stop_engine: Callable[[], None] | None = None
+        self._frames: list[bytes] = []
+        self._bytes = 0
+        self._max_bytes = max_bytes
+        self._overflown = False
+        self._on_frames = on_frames
+        self._on_overflow = on_overflow
+        self._format: AudioFormat | None = None
+        self._began: float | None = None
+        self._first_output_at: float | None = None
+        self._pcm_bytes = 0
+        self._chunks = 0
+
+    # -- for the feeder and the relay
+
+    @property
+    def running(self) -> Running:
+        """Where it stands, as `register` tells it."""
+        return Running(request_id=self.request_id, attempt=self.number, next_seq=self.next_seq)
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether the link at hand lacks a frame that is made."""
+        return self.cursor < self.next_seq and not self.dropped
+
+    def next_frame(self) -> bytes:
+        """The frame at `cursor`, which moves on. Only while `has_frames`."""
+        data = self._frames[self.cursor - self.first_seq]
+        self.cursor += 1
+        return data
+
+    def resume_at(self, seq: int) -> None:
+        """A new link is to get the frames from `seq` on."""
+        self.cursor = max(seq, self.first_seq)
+
+    # -- for whoever runs it
+
+    def begin(self, now: float) -> None:
+        """The engine starts, at Trio time `now`."""
+        self._began = now
+
+    def cancel(self, reason: str) -> None:
+        """Stop it: before it has a slot at once, in its slot before the engine's next chunk."""
+        if self.cancel_reason is None and not self.ended:
+            self.cancel_reason = reason
+            if self.stop_engine is not None:
+                self.stop_engine()
+            else:
+                self.scope.cancel()
+
+    def take(self, chunk: Chunk) -> None:
+        """Make the frames of a chunk. Nothing is made of what comes after a cancel or an overflow."""
+        if self.ended or self.dropped or self._overflown or self.cancel_reason is not None:
+            return
+        if isinstance(chunk, AudioChunk):
+            self._note_output()
+            self._pcm_bytes += len(chunk.pcm)
+            for start in range(0, len(chunk.pcm), FRAME_PCM_BYTES):
+                pcm = chunk.pcm[start : start + FRAME_PCM_BYTES]
+                self._append(Audio(request_id=self.request_id, attempt=self.number, seq=self.next_seq, pcm=pcm))
+        elif isinstance(chunk, OutputChunk):
+            self._note_output()
+            self._append(Output(request_id=self.request_id, attempt=self.number, seq=self.next_seq, data=chunk.data))
+        elif isinstance(chunk, ProgressChunk):
+            self._append(
+                Progress(
+                    request_id=self.request_id,
+                    attempt=self.number,
+                    seq=self.next_seq,
+                    state=chunk.state,
+                    fraction=chunk.fraction,
+                    message=chunk.message,
+                )
+            )
+        elif isinstance(chunk, FormatChunk):
+            self._format = chunk.format
+            self._append(
+                Started(request_id=self.request_id, attempt=self.number, seq=self.next_seq, format=chunk.format)
+            )
+
+    def _note_output(self) -> None:
+        self._chunks += 1
+        if self._first_output_at is None:
+            self._first_output_at = trio.current_time()
+
+    def finish(self, end: End) -> None:
+        """Make the last frame; the first call counts."""
+        if self.ended or self.dropped:
+            return
+        if self._overflown:
+            end = End.failed(
+                ErrorCode.RESULT_TOO_LARGE,
+                f"its result is over {self._max_bytes} bytes; ask for less, or raise limits.max_result_bytes of the relay",
+            )
+        elif self.next_seq < self.first_seq:
+            # The relay holds more frames of an earlier attempt than this one made.
+            if end.outcome == "completed":
+                end = End.failed(ErrorCode.ENGINE_FAILED, "the engine is not reproducible: it made less than before")
+            self.next_seq = self.first_seq
+        self.outcome = end.outcome
+        self.ended = True
+        try:
+            self._append(self._last_frame(end))
+        except EncodeError as fault:
+            # Only details that an engine made up can be that large.
+            self._append(self._last_frame(End.failed(ErrorCode.ENGINE_FAILED, f"{end.message[:500]} ({fault})")))
+
+    def _last_frame(self, end: End) -> Frame:
+        if end.outcome == "completed":
+            return Completed(
+                request_id=self.request_id,
+                attempt=self.number,
+                seq=self.next_seq,
+                result=self.result(trio.current_time()),
+            )
+        if end.outcome == "cancelled":
+            reason = self.cancel_reason or "the worker stopped it"
+            return Cancelled(request_id=self.request_id, attempt=self.number, seq=self.next_seq, reason=reason)
+        return Failed(
+            request_id=self.request_id,
+            attempt=self.number,
+            seq=self.next_seq,
+            code=end.code,
+            message=end.message,
+            details=end.details,
+            retryable=end.retryable,
+        )
+
+    def result(self, now: float) -> dict[str, Value]:
+        """The figures of `completed`, at Trio time `now`."""
+        began = now if self._began is None else self._began
+        figures: dict[str, Value] = {"chunks": self._chunks, "run_s": round(now - began, 6)}
+        if self._first_output_at is not None:
+            figures["first_frame_s"] = round(self._first_output_at - began, 6)
+        if self._format is not None:
+            samples = self._pcm_bytes // self._format.sample_bytes
+            figures |= {
+                "duration_s": round(samples / self._format.sample_rate, 6),
+                "samples": samples,
+                "sample_rate": self._format.sample_rate,
+            }
+        return figures
+
+    def _append(self, frame: Frame) -> None:
+        data = encode(frame)
+        self.next_seq += 1
+        if frame.seq < self.first_seq:
+            return
+        self._frames.append(data)
+        self._bytes += len(data)
+        if self._bytes > self._max_bytes and not self.ended and not self._overflown:
+            self._overflown = True
+            self._on_overflow()
+        self._on_frames(self)

@@ -1,0 +1,147 @@
+"""One run of an engine, from its params to its end; the same in a slot's process and in a slot's thread."""
+
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
+
+import attrs
+
+from gpuworker.engines.base import (
+    AudioChunk,
+    Chunk,
+    Engine,
+    EngineError,
+    EngineInput,
+    FormatChunk,
+    OutputChunk,
+    ProgressChunk,
+)
+from protocol import codec
+from protocol.errors import EncodeError, ErrorCode
+from protocol.fields import Value
+from protocol.messages import MAX_TEXT_CHARS, PROGRESS_STATES
+
+#: `details` go on the wire in a control message, with the message beside them.
+MAX_DETAILS = 32
+
+
+@attrs.frozen(kw_only=True)
+class End:
+    """How a run ended. `code` to `retryable` are those of `failed`; `restart`: the engine must be started anew."""
+
+    outcome: Literal["completed", "failed", "cancelled"]
+    code: str = ""
+    message: str = ""
+    details: dict[str, Value] = attrs.field(factory=dict)
+    retryable: bool = False
+    restart: bool = False
+
+    @classmethod
+    def failed(cls, code: ErrorCode, message: str, *, retryable: bool = False) -> "End":
+        """A failure without details."""
+        return cls(outcome="failed", code=code.value, message=message[:MAX_TEXT_CHARS], retryable=retryable)
+
+    @classmethod
+    def from_error(cls, fault: Exception) -> "End":
+        """The failure that an exception of the engine stands for."""
+        if isinstance(fault, EngineError):
+            return cls(
+                outcome="failed",
+                code=fault.code.value,
+                message=fault.message,
+                details={name[:64]: value for name, value in list(fault.details.items())[:MAX_DETAILS]},
+                retryable=fault.retryable,
+                restart=fault.restart,
+            )
+        return cls.failed(ErrorCode.ENGINE_FAILED, f"{type(fault).__name__}: {fault}")
+
+
+def drive(
+    engine: Engine,
+    params: dict[str, Value],
+    inputs: Mapping[str, EngineInput],
+    cancelled: Callable[[], bool],
+    emit: Callable[[Chunk], None],
+) -> End:
+    """Run one request to its end; never raises for what the engine does.
+
+    The first chunk emitted is always a `FormatChunk`. `cancelled` is looked at before and after each chunk is made,
+    so that nothing is emitted once it is true.
+
+    Args:
+        engine: loaded, and idle.
+        params: of the request, checked.
+        inputs: by name, whole.
+        cancelled: whether to stop; any thread may make it true.
+        emit: takes each chunk; may block.
+    """
+    engine.cancelled = cancelled
+    try:
+        late = engine.capabilities.late_format
+        chunks = engine.generate(params, inputs)
+        try:
+            return _drain(chunks, FormatChunk(engine.format_for(params)) if not late else None, cancelled, emit)
+        finally:
+            if (close := getattr(chunks, "close", None)) is not None:
+                close()
+    except Exception as fault:  # noqa: BLE001 - the one broad catch a request: an engine may raise anything
+        if not isinstance(fault, EngineError):
+            traceback.print_exc(file=sys.stderr)
+        if cancelled() and not (isinstance(fault, EngineError) and fault.restart):
+            return End(outcome="cancelled")
+        return End.from_error(fault)
+
+
+def _drain(
+    chunks: Iterator[Chunk], told: FormatChunk | None, cancelled: Callable[[], bool], emit: Callable[[Chunk], None]
+) -> End:
+    if told is not None:
+        emit(told)
+    while not cancelled():
+        chunk = next(chunks, None)
+        if chunk is None:
+            break
+        if cancelled():
+            return End(outcome="cancelled")
+        if isinstance(chunk, FormatChunk):
+            if told is not None:
+                raise EngineError("the engine told its format twice, or too late")
+            told = chunk
+        elif told is None:
+            told = FormatChunk(None)
+            emit(told)
+        if (fit := _fit(chunk, told)) is not None:
+            emit(fit)
+    if cancelled():
+        return End(outcome="cancelled")
+    if told is None:
+        emit(FormatChunk(None))
+    return End(outcome="completed")
+
+
+def _fit(chunk: Chunk, told: FormatChunk) -> Chunk | None:
+    """`chunk` as the wire takes it; None where there is nothing in it.
+
+    Raises:
+        EngineError: the wire cannot take it.
+    """
+    if isinstance(chunk, AudioChunk):
+        if told.format is None:
+            raise EngineError("the engine made audio without telling its format")
+        if len(chunk.pcm) % told.format.sample_bytes:
+            raise EngineError(f"the engine made {len(chunk.pcm)} bytes of audio, which is no whole number of samples")
+        return chunk if chunk.pcm else None
+    if isinstance(chunk, ProgressChunk):
+        fraction = 0.0 if math.isnan(chunk.fraction) else min(1.0, max(0.0, float(chunk.fraction)))
+        state = chunk.state if chunk.state in PROGRESS_STATES else "generating"
+        return ProgressChunk(state, fraction, str(chunk.message)[:MAX_TEXT_CHARS])
+    if isinstance(chunk, OutputChunk):
+        try:
+            codec.pack({"type": "output", "data": chunk.data})
+        except EncodeError as fault:
+            raise EngineError(f"the wire cannot carry this {type(chunk.data).__name__}: {fault}") from None
+    elif not isinstance(chunk, FormatChunk):
+        raise EngineError(f"the engine yielded {type(chunk).__name__}, which is no chunk")
+    return chunk

@@ -1,0 +1,133 @@
+"""Engine `espeak`: real speech from libespeak-ng, without weights or a GPU. GPL-3.0, therefore an optional extra.
+
+Not reproducible: what it makes of a text depends a little on what its process spoke before (8.24 s, then 8.25 s).
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+from gpuworker.engines.base import (
+    AudioChunk,
+    Capabilities,
+    Chunk,
+    Engine,
+    EngineInput,
+    InvalidParams,
+    Missing,
+    Option,
+    OptionError,
+    OptionValue,
+)
+from gpuworker.engines.libespeak import libespeak
+from protocol.fields import Value
+from protocol.messages import AudioFormat
+
+AUTO = "auto"
+#: English at the default rate: 20 minutes, 54 MB of PCM, just under the relay's `max_result_bytes`.
+MAX_TEXT_CHARS = 20_000
+#: Code points spoken with the Chinese voice: ideographs, their punctuation and the full-width forms.
+_HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+_HAN_PUNCTUATION = ((0x3000, 0x303F), (0xFF00, 0xFFEF))
+
+
+def _within(char: str, ranges: tuple[tuple[int, int], ...]) -> bool:
+    return any(low <= ord(char) <= high for low, high in ranges)
+
+
+def script_runs(text: str, chinese_voice: str, other_voice: str) -> list[tuple[str, str]]:
+    """`text` cut where its script changes, as (voice, text).
+
+    A run begins at an ideograph or at a letter of another script; digits, signs and spaces stay with what is
+    before them, at the start of the text with what follows.
+    """
+    runs: list[tuple[str, str]] = []
+    begin, voice = 0, ""
+    for place, char in enumerate(text):
+        if _within(char, _HAN) or (not voice and _within(char, _HAN_PUNCTUATION)):
+            wanted = chinese_voice
+        elif char.isalpha() and not _within(char, _HAN_PUNCTUATION):
+            wanted = other_voice
+        else:
+            continue
+        if voice and wanted != voice:
+            runs.append((voice, text[begin:place]))
+            begin = place
+        voice = wanted
+    runs.append((voice or other_voice, text[begin:]))
+    return runs
+
+
+class EspeakEngine(Engine):
+    """Speech by libespeak-ng, streamed from its callback."""
+
+    SUMMARY: ClassVar[str] = "real speech by libespeak-ng in 140 languages; no weights, no GPU"
+    OPTIONS: ClassVar[Mapping[str, Option]] = {
+        "chinese_voice": Option(default="cmn", help="speaks Chinese characters where a request names no voice"),
+        "voice": Option(default="en-us", help="speaks everything else where a request names no voice"),
+    }
+
+    def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
+        super().__init__(options)
+        self._capabilities = Capabilities()
+
+    @classmethod
+    def missing(cls) -> list[Missing]:
+        """The wheel that carries the library."""
+        if importlib.util.find_spec("espeakng_loader"):
+            return []
+        return [Missing("the espeakng-loader package (libespeak-ng)", "pip install 'relayd[espeak]'")]
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Audio at the library's 22,050 Hz; its voices as an enum of the param `voice`."""
+        return self._capabilities
+
+    def load(self) -> None:
+        """Load the library, read its voices, and speak a word in both of the voices it will need."""
+        library = libespeak()
+        for name in ("chinese_voice", "voice"):
+            if self.options[name] not in library.voices:
+                raise OptionError(f"-o {name}={self.options[name]}: is no voice; there are {', '.join(library.voices)}")
+        self._capabilities = Capabilities(
+            format=AudioFormat(sample_rate=library.sample_rate), params=_params([AUTO, *library.voices])
+        )
+        for _ in self.generate({"text": "a 好"}, {}):
+            pass
+
+    def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
+        """Speech in 100 ms chunks, from the library's callback."""
+        del inputs
+        text, voice = params["text"], params.get("voice", AUTO)
+        if not text.strip():
+            raise InvalidParams({"text": "holds nothing to speak"})
+        if voice == AUTO:
+            runs = script_runs(text, str(self.options["chinese_voice"]), str(self.options["voice"]))
+        else:
+            runs = [(voice, text)]
+        speech = libespeak().speak(
+            runs,
+            rate_wpm=params.get("rate", 175),
+            pitch=params.get("pitch", 50),
+            volume=params.get("volume", 100),
+        )
+        try:
+            for pcm in speech:
+                yield AudioChunk(pcm)
+        finally:
+            speech.close()
+
+
+def _params(voices: list[str]) -> dict[str, Value]:
+    return {
+        "type": "object",
+        "properties": {
+            "text": {"type": "string", "minLength": 1, "maxLength": MAX_TEXT_CHARS},
+            "voice": {"enum": voices, "default": AUTO, "description": "auto: by script, Chinese or other"},
+            "rate": {"type": "integer", "minimum": 80, "maximum": 450, "default": 175, "description": "words a minute"},
+            "pitch": {"type": "integer", "minimum": 0, "maximum": 100, "default": 50},
+            "volume": {"type": "integer", "minimum": 0, "maximum": 200, "default": 100},
+        },
+        "required": ["text"],
+        "additionalProperties": False,
+    }

@@ -1,0 +1,134 @@
+"""Engine `function`: any Python callable as an engine, `-o call=module:callable`.
+
+What it returns, or each item of what it yields, becomes output:
+
+| value | becomes |
+| --- | --- |
+| (sample_rate, array), as Gradio has it | audio at that rate |
+| numpy array or torch tensor: float -1..1, int16 or int32; mono, (n, 2) or (2, n) | audio at option `sample_rate` |
+| bytes | audio where option `sample_rate` is given (16-bit, little-endian), else binary output |
+| str, dict, list, number, bool | output |
+| a chunk of `gpuworker.engines.base` | itself |
+| None | nothing |
+
+Its parameters become the params: the JSON Schema is derived from annotations and defaults. A parameter
+annotated `bytes` or `EngineInput` is an uploaded input of its name; one called `cancelled` gets a callable that
+tells whether to stop. A class is made once, at load, and its instance called: the place for a model.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gpuworker.engines.base import (
+    Capabilities,
+    Chunk,
+    Engine,
+    EngineError,
+    EngineInput,
+    FormatChunk,
+    Option,
+    OptionError,
+    OptionValue,
+)
+from gpuworker.engines.results import Results
+from gpuworker.engines.signature import Signature, read_signature
+from protocol.fields import Value
+from protocol.messages import AudioFormat
+
+
+class FunctionEngine(Engine):
+    """Calls one Python callable; see the module.
+
+    Args:
+        options: as `OPTIONS`.
+        call: the callable itself, in place of the option `call`.
+    """
+
+    SUMMARY: ClassVar[str] = "any Python callable, plain or generator: -o call=module:callable"
+    OPTIONS: ClassVar[Mapping[str, Option]] = {
+        "call": Option(required=True, help="module:callable; the working directory is searched too"),
+        "sample_rate": Option(kind=int, help="Hz of the audio it makes; bytes are then audio"),
+        "channels": Option(kind=int, default=1, help="1 or 2, with sample_rate"),
+        "reproducible": Option(kind=bool, default=False, help="the same params always make the same output"),
+    }
+
+    def __init__(
+        self, options: Mapping[str, OptionValue] | None = None, call: Callable[..., Any] | None = None
+    ) -> None:
+        super().__init__(options)
+        self._call = call
+        self._signature: Signature | None = None
+        self._format: AudioFormat | None = None
+        if self.options["sample_rate"] is not None:
+            try:
+                self._format = AudioFormat(
+                    sample_rate=int(self.options["sample_rate"]), channels=int(self.options["channels"] or 0)
+                )
+            except ValueError as fault:
+                raise OptionError(f"-o {fault}") from None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Its parameters as params and inputs; the format is known ahead only with option `sample_rate`."""
+        assert self._signature is not None
+        return Capabilities(
+            format=self._format,
+            late_format=self._format is None,
+            reproducible=bool(self.options["reproducible"]),
+            params=self._signature.params,
+            inputs=self._signature.inputs,
+        )
+
+    def load(self) -> None:
+        """Import the callable; make the instance where it is a class.
+
+        Raises:
+            EngineError: it cannot be found, made or served.
+        """
+        found = self._call if self._call is not None else _find(str(self.options["call"]))
+        if isinstance(found, type):
+            found = found()
+        if not callable(found):
+            raise EngineError(f"{self.options['call']}: {type(found).__name__} is not callable")
+        self._call = found
+        self._signature = read_signature(found)
+
+    def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
+        """Call it, and turn what comes back into chunks."""
+        assert self._call is not None
+        assert self._signature is not None
+        results = Results(self._format)
+        arguments = self._signature.arguments(params, inputs, self.cancelled)
+        returned = self._call(**arguments)
+        if not isinstance(returned, Iterator):
+            yield from results.chunks(returned)
+        else:
+            try:
+                for item in returned:
+                    yield from results.chunks(item)
+            finally:
+                if inspect.isgenerator(returned):
+                    returned.close()
+        if not results.told_format:
+            yield FormatChunk(None)
+
+
+def _find(path: str) -> Any:
+    module_name, colon, name = path.partition(":")
+    if not colon or not name or not module_name:
+        raise EngineError(f"-o call={path}: write it as module:callable")
+    # A console script does not search the directory it is started in; `python -m` does.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as fault:
+        raise EngineError(f"-o call={path}: {fault}") from fault
+    return found

@@ -1,0 +1,219 @@
+r"""Engine `mock`: a tune instead of speech, at a pace and with the faults that its params ask for.
+
+Made for tests and load. The samples are a pure function of `text`, `seed` and the sample rate: notes of 200 ms, picked
+by SHA-256, so that a lost, doubled or moved piece of audio shows. `duration_s`, `chunk_ms` and `speed` cut
+and pace the same tune. No numpy; a chunk is sliced from notes computed at load, so hundreds of streams are cheap.
+
+Params (all but `text` optional):
+
+| name | is |
+| --- | --- |
+| text | what it pretends to say; may be empty |
+| seed | picks the tune (0) |
+| duration_s | seconds of audio; by default 2..5 by the text's length, full at 200 characters |
+| chunk_ms | audio in one chunk (option `chunk_ms`, 100) |
+| speed | audio seconds made in a second of work; 0: as fast as it can (option `speed`, 1) |
+| delay_s | wait before the first chunk (option `delay_s`, 0) |
+| progress | a `progress` chunk before each this many chunks; 0: none |
+| output | `audio`, or `text`: one word a chunk as `output` instead of audio |
+| fail | {how: raise, hang, exit or slow; at: the chunk before which, from 0; seconds: of `slow` (1); \
+code: of `exit` (3); retryable: of `raise`} |
+"""
+
+import hashlib
+import math
+import os
+import sys
+import time
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+from gpuworker.engines.base import (
+    AudioChunk,
+    Capabilities,
+    Chunk,
+    Engine,
+    EngineError,
+    EngineInput,
+    Option,
+    OptionError,
+    OptionValue,
+    OutputChunk,
+    ProgressChunk,
+)
+from protocol.fields import Value
+from protocol.messages import AudioFormat
+
+NOTE_MS = 200
+#: Hz; multiples of 5, so that a note holds whole cycles and two notes join without a click.
+NOTES_HZ = (220, 245, 260, 295, 330, 350, 390, 440, 495, 525, 585, 660, 700, 785, 880, 990)
+AMPLITUDE = 8_000
+#: Longest sleep between two looks at `cancelled`, seconds.
+NAP_S = 0.05
+FULL_LENGTH_CHARS = 200
+
+PARAMS: dict[str, Value] = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string", "maxLength": 20_000},
+        "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1, "default": 0},
+        "duration_s": {"type": "number", "minimum": 0, "maximum": 3_600},
+        "chunk_ms": {"type": "integer", "minimum": 1, "maximum": 5_000},
+        "speed": {"type": "number", "minimum": 0, "maximum": 100_000},
+        "delay_s": {"type": "number", "minimum": 0, "maximum": 3_600},
+        "progress": {"type": "integer", "minimum": 0, "maximum": 1_000, "default": 0},
+        "output": {"enum": ["audio", "text"], "default": "audio"},
+        "fail": {
+            "type": "object",
+            "properties": {
+                "how": {"enum": ["raise", "hang", "exit", "slow"]},
+                "at": {"type": "integer", "minimum": 0, "default": 0},
+                "seconds": {"type": "number", "minimum": 0, "maximum": 3_600, "default": 1},
+                "code": {"type": "integer", "minimum": 0, "maximum": 255, "default": 3},
+                "retryable": {"type": "boolean", "default": False},
+            },
+            "required": ["how"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["text"],
+    "additionalProperties": False,
+}
+
+
+class Tune:
+    """Samples by position; the same for the same text and seed."""
+
+    def __init__(self, sample_rate: int) -> None:
+        self.note_samples = sample_rate * NOTE_MS // 1000
+        self._notes = [self._note(hz, sample_rate) for hz in NOTES_HZ]
+
+    def _note(self, hz: int, sample_rate: int) -> bytes:
+        step = 2 * math.pi * hz / sample_rate
+        samples = array("h", (round(AMPLITUDE * math.sin(step * i)) for i in range(self.note_samples)))
+        if sys.byteorder == "big":
+            samples.byteswap()
+        return samples.tobytes()
+
+    def pcm(self, key: bytes, start: int, samples: int) -> bytes:
+        """`samples` samples from `start` on of the tune that `key` picks."""
+        pieces = []
+        while samples > 0:
+            number, offset = divmod(start, self.note_samples)
+            taken = min(samples, self.note_samples - offset)
+            pieces.append(self._notes[self._pick(key, number)][2 * offset : 2 * (offset + taken)])
+            start += taken
+            samples -= taken
+        return b"".join(pieces)
+
+    @staticmethod
+    def _pick(key: bytes, number: int) -> int:
+        block, place = divmod(number, 32)
+        return hashlib.sha256(key + block.to_bytes(4, "big")).digest()[place] & 15
+
+
+def tune_key(text: str, seed: int) -> bytes:
+    """What picks the notes of a text."""
+    return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
+
+
+def default_duration_s(text: str) -> float:
+    """Seconds of audio, and at speed 1 of work, that a text makes when nothing else is asked for: 2..5."""
+    return 2.0 + 3.0 * min(len(text), FULL_LENGTH_CHARS) / FULL_LENGTH_CHARS
+
+
+class MockEngine(Engine):
+    """A tune at a scripted pace, with scripted faults; see the module."""
+
+    SUMMARY: ClassVar[str] = "a deterministic tune with scripted delays and faults, for tests and load"
+    OPTIONS: ClassVar[Mapping[str, Option]] = {
+        "sample_rate": Option(kind=int, default=24_000, help="Hz"),
+        "chunk_ms": Option(kind=int, default=100, help="audio in one chunk, where the request does not say"),
+        "speed": Option(kind=float, default=1.0, help="audio seconds a second, where the request does not say"),
+        "delay_s": Option(kind=float, default=0.0, help="wait before the first chunk, where the request does not say"),
+        "load_s": Option(kind=float, default=0.0, help="seconds that loading takes"),
+        "load_fails": Option(kind=bool, default=False, help="loading fails"),
+    }
+
+    def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
+        super().__init__(options)
+        try:
+            self._format = AudioFormat(sample_rate=int(self.options["sample_rate"] or 0))
+        except ValueError as fault:
+            raise OptionError(f"-o {fault}") from None
+        self._tune: Tune | None = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Audio at the option's rate; reproducible."""
+        return Capabilities(format=self._format, reproducible=True, params=PARAMS)
+
+    def load(self) -> None:
+        """Compute the notes."""
+        time.sleep(float(self.options["load_s"] or 0))
+        if self.options["load_fails"]:
+            raise EngineError("loading fails, as -o load_fails=true asks")
+        self._tune = Tune(self._format.sample_rate)
+
+    def format_for(self, params: dict[str, Value]) -> AudioFormat | None:
+        """None for `output: text`."""
+        return None if params.get("output") == "text" else self._format
+
+    def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
+        """The tune, or the words, at the pace asked for."""
+        del inputs
+        text = params["text"]
+        chunk_s = self._figure(params, "chunk_ms") / 1000
+        speed = self._figure(params, "speed")
+        progress = params.get("progress", 0)
+        fail = params.get("fail", {})
+        pieces = self._words(text) if params.get("output") == "text" else self._audio(params, chunk_s)
+        due = time.monotonic()
+        self._sleep_until(due := due + self._figure(params, "delay_s"))
+        number = 0
+        for number, (piece, fraction) in enumerate(pieces):
+            if progress and number % progress == 0:
+                yield ProgressChunk("generating", fraction)
+            if number == fail.get("at", 0):
+                self._fail(fail)
+            if speed:
+                self._sleep_until(due := due + chunk_s / speed)
+            yield piece
+        if fail and fail.get("at", 0) > number:
+            self._fail(fail)
+
+    def _figure(self, params: dict[str, Value], name: str) -> float:
+        return float(params.get(name, self.options[name]) or 0)
+
+    def _audio(self, params: dict[str, Value], chunk_s: float) -> Iterator[tuple[Chunk, float]]:
+        assert self._tune is not None
+        rate = self._format.sample_rate
+        key = tune_key(params["text"], params.get("seed", 0))
+        total = round(params.get("duration_s", default_duration_s(params["text"])) * rate)
+        step = max(1, round(chunk_s * rate))
+        for start in range(0, total, step):
+            yield AudioChunk(self._tune.pcm(key, start, min(step, total - start))), start / total
+
+    @staticmethod
+    def _words(text: str) -> Iterator[tuple[Chunk, float]]:
+        words = text.split() or [""]
+        for number, word in enumerate(words):
+            yield OutputChunk(word), number / len(words)
+
+    def _sleep_until(self, due: float) -> None:
+        while (left := due - time.monotonic()) > 0 and not self.cancelled():
+            time.sleep(min(left, NAP_S))
+
+    @staticmethod
+    def _fail(fail: dict[str, Value]) -> None:
+        how = fail.get("how")
+        if how == "raise":
+            raise EngineError("the request asked for this failure", retryable=fail.get("retryable", False))
+        if how == "exit":
+            print(f"exiting with code {fail.get('code', 3)}, as the request asked", file=sys.stderr, flush=True)
+            os._exit(fail.get("code", 3))
+        while how == "hang":  # deaf to `cancelled`: only a kill ends it
+            time.sleep(3600)
+        if how == "slow":
+            time.sleep(fail.get("seconds", 1))

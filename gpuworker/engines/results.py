@@ -1,0 +1,124 @@
+"""What a served function returns, as chunks. numpy is imported only when an array comes back."""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from gpuworker.engines.base import AudioChunk, Chunk, EngineError, FormatChunk, OutputChunk, ProgressChunk
+from protocol.messages import AudioFormat
+
+
+class Results:
+    """Turns the values of one run into chunks.
+
+    Args:
+        format: of its audio where it is known ahead; then no `FormatChunk` is made.
+
+    Attributes:
+        told_format: the format is settled, ahead or by a chunk.
+    """
+
+    def __init__(self, format: AudioFormat | None) -> None:  # noqa: A002 - the wire's word
+        self._ahead = format is not None
+        self._format = format
+        self._rest = b""
+        self.told_format = self._ahead
+
+    def chunks(self, value: Any) -> Iterator[Chunk]:
+        """Chunks of one value.
+
+        Raises:
+            EngineError: it is no output, or audio whose format is not known or not that of the audio before it.
+        """
+        if value is None:
+            return
+        if isinstance(value, FormatChunk):
+            if not self.told_format:
+                self._format, self.told_format = value.format, True
+                yield value
+        elif isinstance(value, AudioChunk | OutputChunk | ProgressChunk):
+            if isinstance(value, AudioChunk) and self._format is None:
+                raise EngineError("an AudioChunk came before a FormatChunk; give -o sample_rate=… or yield one first")
+            yield from self._after_format(None, value)
+        elif isinstance(value, tuple) and len(value) == 2 and type(value[0]) is int and _is_array(value[1]):
+            yield from self._array(value[1], value[0])
+        elif _is_array(value):
+            yield from self._array(value, None)
+        elif isinstance(value, bytes | bytearray | memoryview) and self._ahead:
+            yield from self._audio(bytes(value))
+        elif isinstance(value, bytearray | memoryview):
+            yield from self._after_format(None, OutputChunk(bytes(value)))
+        else:
+            yield from self._after_format(None, OutputChunk(list(value) if isinstance(value, tuple) else value))
+
+    def _after_format(self, format: AudioFormat | None, chunk: Chunk) -> Iterator[Chunk]:  # noqa: A002
+        if not self.told_format:
+            self._format, self.told_format = format, True
+            yield FormatChunk(format)
+        yield chunk
+
+    def _array(self, array: Any, sample_rate: int | None) -> Iterator[Chunk]:
+        if sample_rate is None and self._format is None:
+            raise EngineError(
+                "an array came back without its rate: return (sample_rate, array), or give -o sample_rate=…"
+            )
+        pcm, channels = array_pcm(array)
+        try:
+            format_ = AudioFormat(sample_rate=sample_rate or self._format.sample_rate, channels=channels)  # type: ignore[union-attr]
+        except ValueError as fault:
+            raise EngineError(f"the function's audio: {fault}") from None
+        if self.told_format and format_ != self._format:
+            raise EngineError(
+                f"the function's audio is {_words(format_)}; the request's format is {_words(self._format)}"
+            )
+        yield from self._after_format(format_, AudioChunk(pcm))
+
+    def _audio(self, pcm: bytes) -> Iterator[Chunk]:
+        """Bytes of audio; part of a sample waits for the rest of it."""
+        assert self._format is not None
+        pcm = self._rest + pcm
+        whole = len(pcm) - len(pcm) % self._format.sample_bytes
+        self._rest = pcm[whole:]
+        if whole:
+            yield AudioChunk(pcm[:whole])
+
+
+def _words(format_: AudioFormat | None) -> str:
+    return "none" if format_ is None else f"{format_.sample_rate} Hz, {format_.channels} channel(s)"
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is a numpy array or a torch tensor, without importing either."""
+    return hasattr(value, "__array__") and hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def array_pcm(array: Any) -> tuple[bytes, int]:
+    """An array of samples as (pcm, channels).
+
+    Args:
+        array: numpy array or torch tensor; float -1..1 (more is clipped), int16 or int32; shape (n,), (n, 1), (n, 2),
+            (1, n) or (2, n).
+
+    Raises:
+        EngineError: another dtype or shape, or it holds NaN.
+    """
+    numpy = importlib.import_module("numpy")
+    if hasattr(array, "detach"):  # torch, maybe on the GPU, maybe bfloat16, which numpy has not
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array
+    samples = numpy.asarray(array)
+    if samples.ndim == 2 and samples.shape[0] <= 2 < samples.shape[1]:
+        samples = samples.T
+    if samples.ndim == 1:
+        samples = samples[:, None]
+    if samples.ndim != 2 or samples.shape[1] not in (1, 2):
+        raise EngineError(f"an array of shape {samples.shape} is no audio; return (n,), (n, 2) or (2, n)")
+    if samples.dtype.kind == "f":
+        if numpy.isnan(samples).any():
+            raise EngineError("the audio array holds NaN")
+        samples = numpy.round(numpy.clip(samples, -1.0, 1.0) * 32767.0)
+    elif samples.dtype == numpy.int32:
+        samples = samples >> 16
+    elif samples.dtype != numpy.int16:
+        raise EngineError(f"an array of {samples.dtype} is no audio; return float, int16 or int32")
+    return samples.astype("<i2").tobytes(), samples.shape[1]

@@ -1,0 +1,132 @@
+"""A callable's parameters as a JSON Schema, its inputs, and the arguments to call it with."""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+
+from gpuworker.engines.base import EngineError, EngineInput
+from protocol.fields import Value
+from protocol.messages import NAME_PATTERN, InputRule
+
+#: The parameter that gets a callable telling whether to stop.
+CANCELLED = "cancelled"
+
+_JSON_TYPES: dict[Any, str] = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    dict: "object",
+    list: "array",
+    type(None): "null",
+}
+
+
+@attrs.frozen(kw_only=True)
+class Signature:
+    """What a callable takes.
+
+    Args:
+        params: JSON Schema of its parameters.
+        inputs: those that are uploaded.
+        whole_inputs: those of them that want an `EngineInput`, not its bytes.
+        wants_cancelled: it has a parameter `cancelled`.
+    """
+
+    params: dict[str, Value]
+    inputs: dict[str, InputRule]
+    whole_inputs: frozenset[str]
+    wants_cancelled: bool
+
+    def arguments(
+        self, params: dict[str, Value], inputs: Mapping[str, EngineInput], cancelled: Callable[[], bool]
+    ) -> dict[str, Any]:
+        """Keyword arguments of one call."""
+        arguments: dict[str, Any] = dict(params)
+        for name, given in inputs.items():
+            if name in self.inputs:
+                arguments[name] = given if name in self.whole_inputs else given.data
+        if self.wants_cancelled:
+            arguments[CANCELLED] = cancelled
+        return arguments
+
+
+def read_signature(call: Callable[..., Any]) -> Signature:
+    """What `call` takes.
+
+    Raises:
+        EngineError: it is async, has parameters that cannot be passed by name, or hides its signature.
+    """
+    target = call if inspect.isroutine(call) else type(call).__call__
+    if inspect.iscoroutinefunction(target) or inspect.isasyncgenfunction(target):
+        raise EngineError(f"{_name(call)} is async; serve a plain function or generator")
+    try:
+        parameters = inspect.signature(call).parameters
+    except (TypeError, ValueError) as fault:
+        raise EngineError(f"{_name(call)} does not tell its parameters ({fault}); wrap it in a function") from fault
+    try:
+        hints = typing.get_type_hints(target)
+    except Exception:  # noqa: BLE001 - an annotation may be any expression; without it the parameter takes anything
+        hints = {}
+    properties: dict[str, Value] = {}
+    required: list[str] = []
+    inputs: dict[str, InputRule] = {}
+    whole_inputs: set[str] = set()
+    open_ended = False
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            open_ended = True
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            raise EngineError(f"{_name(call)}: parameter {name!r} cannot be passed by name; wrap it in a function")
+        elif parameter.kind is parameter.VAR_POSITIONAL or name == CANCELLED:
+            continue
+        else:
+            hint = hints.get(name, parameter.annotation)
+            optional = parameter.default is not parameter.empty
+            wanted = [part for part in _parts(hint) if part in (bytes, EngineInput)]
+            if wanted:
+                if not NAME_PATTERN.fullmatch(name):
+                    raise EngineError(f"{_name(call)}: {name!r} is no input name ([a-z][a-z0-9_]{{0,31}})")
+                inputs[name] = InputRule(required=not optional)
+                whole_inputs.update({name} if EngineInput in wanted else ())
+                continue
+            properties[name] = _schema(hint, parameter.default)
+            if not optional:
+                required.append(name)
+    schema: dict[str, Value] = {"type": "object", "properties": properties, "additionalProperties": open_ended}
+    if required:
+        schema["required"] = required
+    return Signature(
+        params=schema,
+        inputs=inputs,
+        whole_inputs=frozenset(whole_inputs),
+        wants_cancelled=CANCELLED in parameters,
+    )
+
+
+def _name(call: Callable[..., Any]) -> str:
+    return str(getattr(call, "__qualname__", type(call).__qualname__))
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; else the hint alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _schema(hint: Any, default: Any) -> dict[str, Value]:
+    schema: dict[str, Value] = {}
+    if typing.get_origin(hint) is typing.Literal:
+        schema["enum"] = list(typing.get_args(hint))
+    else:
+        names = [_JSON_TYPES.get(typing.get_origin(part) or part) for part in _parts(hint)]
+        if None not in names:  # one that JSON has no word for: takes anything
+            if default is None and "null" not in names:
+                names.append("null")
+            schema["type"] = names[0] if len(names) == 1 else names
+    if default is not inspect.Parameter.empty and isinstance(default, str | int | float | bool | None):
+        schema["default"] = default
+    return schema

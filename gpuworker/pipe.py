@@ -1,0 +1,111 @@
+"""What the worker and a slot's process say to each other: maps in msgpack, each behind its length in 4 bytes.
+
+Worker to slot: `load` (engine, options), `run` (run, params, inputs), `cancel` (run). Slot to worker: `ready`
+(capabilities), `load_failed` (message), then a run's chunks `format` `audio` `progress` `output`, and `end`.
+Private to one version of gpuworker: both ends are always the same installation.
+"""
+
+from typing import Any
+
+import attrs
+import msgpack
+
+from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk, OutputChunk, ProgressChunk
+from protocol.fields import Value, parse_part
+from protocol.messages import AudioFormat, InputRule
+
+#: Holds all inputs of a request; more is a fault in gpuworker itself.
+MAX_BYTES = 256 * 1024 * 1024
+_HEAD_BYTES = 4
+
+Said = dict[str, Any]
+
+
+class PipeError(Exception):
+    """What came is no message of this pipe."""
+
+
+def pack(said: Said) -> bytes:
+    """One message as bytes."""
+    body: bytes = msgpack.packb(said)
+    return len(body).to_bytes(_HEAD_BYTES, "big") + body
+
+
+class Inbox:
+    """Bytes as they come, to messages."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def feed(self, data: bytes) -> list[Said]:
+        """The messages that `data` completes.
+
+        Raises:
+            PipeError: the length or the body is nonsense.
+        """
+        held = self._held
+        held += data
+        said: list[Said] = []
+        at = 0
+        while len(held) - at >= _HEAD_BYTES:
+            size = int.from_bytes(held[at : at + _HEAD_BYTES], "big")
+            if size > MAX_BYTES:
+                raise PipeError(f"a message of {size} bytes")
+            end = at + _HEAD_BYTES + size
+            if len(held) < end:
+                break
+            try:
+                message = msgpack.unpackb(held[at + _HEAD_BYTES : end])
+            except (ValueError, TypeError) as fault:
+                raise PipeError(str(fault)) from None
+            said.append(message)
+            at = end
+        del held[:at]
+        return said
+
+
+def chunk_said(chunk: Chunk) -> Said:
+    """A chunk as a message."""
+    if isinstance(chunk, AudioChunk):
+        return {"is": "audio", "pcm": chunk.pcm}
+    if isinstance(chunk, ProgressChunk):
+        return {"is": "progress", **attrs.asdict(chunk)}
+    if isinstance(chunk, OutputChunk):
+        return {"is": "output", "data": chunk.data}
+    return {"is": "format", "format": chunk.format.to_map() if chunk.format else None}
+
+
+def said_chunk(said: Said) -> Chunk | None:
+    """The chunk in a message; None where it is another message."""
+    kind = said["is"]
+    if kind == "audio":
+        return AudioChunk(said["pcm"])
+    if kind == "progress":
+        return ProgressChunk(said["state"], said["fraction"], said["message"])
+    if kind == "output":
+        return OutputChunk(said["data"])
+    if kind == "format":
+        return FormatChunk(parse_part(AudioFormat, said["format"]) if said["format"] else None)
+    return None
+
+
+def capabilities_said(capabilities: Capabilities) -> dict[str, Value]:
+    """Capabilities as a map."""
+    return {
+        "format": capabilities.format.to_map() if capabilities.format else None,
+        "late_format": capabilities.late_format,
+        "reproducible": capabilities.reproducible,
+        "params": capabilities.params,
+        "inputs": {name: rule.to_map() for name, rule in capabilities.inputs.items()},
+    }
+
+
+def said_capabilities(said: dict[str, Value]) -> Capabilities:
+    """Capabilities out of a map."""
+    return Capabilities(
+        format=parse_part(AudioFormat, said["format"]) if said["format"] else None,
+        late_format=said["late_format"],
+        reproducible=said["reproducible"],
+        params=said["params"],
+        inputs={name: parse_part(InputRule, rule) for name, rule in said["inputs"].items()},
+    )

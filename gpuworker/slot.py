@@ -1,0 +1,128 @@
+"""A slot's process: `python -P -m gpuworker.slot FD PARENT_PID`. Loads one engine and runs one request at a time.
+
+It talks to the worker over the socket `FD` alone. It ends with the worker, however that ends: by the parent-death
+signal, and by the end of the socket. Signals are the worker's business: it ignores those that a terminal or systemd
+sends to all.
+"""
+
+import ctypes
+import faulthandler
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any
+
+import attrs
+
+from gpuworker import pipe
+from gpuworker.drive import drive
+from gpuworker.engines.base import Chunk, Engine, EngineError, EngineInput, OptionError
+from gpuworker.engines.catalog import EngineNotFound, find_engine
+
+_PR_SET_PDEATHSIG = 1
+_READ_BYTES = 64 * 1024
+
+
+def _shield(parent_pid: int) -> None:
+    """Die with the parent, ignore what the terminal and systemd send to the whole group, keep stdout off the pipe."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it went before the line above
+        os._exit(0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()
+    os.dup2(2, 1)  # an engine may print; so may its C libraries
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper here
+
+
+class SlotProcess:
+    """The slot's side of the pipe.
+
+    Args:
+        sock: connected to the worker.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._commands: queue.SimpleQueue[pipe.Said] = queue.SimpleQueue()
+        self._cancelled_run = -1
+
+    def read_commands(self) -> None:
+        """Reader thread: takes commands to its end, which is that of the process.
+
+        It alone sees a `cancel` while the engine works, and the end of the worker while the engine hangs.
+        """
+        inbox = pipe.Inbox()
+        while True:
+            try:
+                data = self._sock.recv(_READ_BYTES)
+                commands = inbox.feed(data)
+            except (OSError, pipe.PipeError):
+                os._exit(1)
+            if not data:
+                os._exit(0)
+            for said in commands:
+                if said["do"] == "cancel":
+                    self._cancelled_run = max(self._cancelled_run, said["run"])
+                else:
+                    self._commands.put(said)
+
+    def _say(self, said: pipe.Said) -> None:
+        # Blocks while the worker does not read: the socket's buffer is all that a slot runs ahead of it.
+        self._sock.sendall(pipe.pack(said))
+
+    def serve(self) -> None:
+        """Load, then run what comes, until the engine must be started anew."""
+        engine = self._load(self._commands.get())
+        if engine is None:
+            return
+        while True:
+            said = self._commands.get()
+            run: int = said["run"]
+
+            def cancelled(run: int = run) -> bool:
+                return self._cancelled_run >= run
+
+            def emit(chunk: Chunk) -> None:
+                self._say(pipe.chunk_said(chunk))
+
+            inputs = {name: EngineInput(**given) for name, given in said["inputs"].items()}
+            end = drive(engine, said["params"], inputs, cancelled, emit)
+            self._say({"is": "end", **attrs.asdict(end)})
+            if end.restart:
+                return
+
+    def _load(self, said: dict[str, Any]) -> Engine | None:
+        try:
+            engine = find_engine(said["engine"])(said["options"])
+            engine.load()
+            self._say({"is": "ready", "capabilities": pipe.capabilities_said(engine.capabilities)})
+        except (EngineError, OptionError, EngineNotFound) as fault:
+            self._say({"is": "load_failed", "message": str(fault)})
+        except Exception as fault:  # noqa: BLE001 - a model's loader may raise anything; the worker tells its owner
+            traceback.print_exc()
+            self._say({"is": "load_failed", "message": f"{type(fault).__name__}: {fault}"})
+        else:
+            return engine
+        return None
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of the process."""
+    _shield(int(arguments[1]))
+    with socket.socket(fileno=int(arguments[0])) as sock:
+        sock.set_inheritable(False)
+        process = SlotProcess(sock)
+        threading.Thread(target=process.read_commands, name="commands", daemon=True).start()
+        process.serve()
+        sys.stderr.flush()
+        # Not by returning: threads and atexit handlers of a failed engine may hang.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,83 @@
+"""A request's inputs as they come in behind its `assign`, until they are whole."""
+
+import hashlib
+from collections.abc import Mapping
+
+import trio
+
+from gpuworker.drive import End
+from gpuworker.engines.base import EngineInput
+from protocol.errors import ErrorCode
+from protocol.messages import Input, InputInfo, InputRule
+
+
+class Uploads:
+    """Pieces of inputs, in order and without gaps, checked against what `assign` announced.
+
+    What it holds is bounded by the sizes announced, which the relay has held to its limits.
+
+    Args:
+        infos: name -> what is announced.
+    """
+
+    def __init__(self, infos: Mapping[str, InputInfo]) -> None:
+        self._infos = dict(infos)
+        self._held = {name: bytearray() for name in infos}
+        self.fault: End | None = None
+        self.settled = trio.Event()
+        self._settle()
+
+    def refuse_by(self, rules: Mapping[str, InputRule]) -> None:
+        """Hold what is announced to an engine's rules; `fault` says what is wrong."""
+        for name, rule in rules.items():
+            if rule.required and name not in self._infos:
+                self._fail(ErrorCode.INPUT_MISSING, f"input {name!r} is required; submit it with the request")
+        for name, info in self._infos.items():
+            allowed = rules.get(name)
+            if allowed is None:
+                takes = ", ".join(sorted(rules)) or "none"
+                self._fail(ErrorCode.INVALID_PARAMS, f"input {name!r} is unknown; this engine takes {takes}")
+            elif info.size > allowed.max_bytes:
+                self._fail(ErrorCode.INPUT_TOO_LARGE, f"input {name!r} has {info.size} bytes, over {allowed.max_bytes}")
+            elif allowed.media_types and info.media_type not in allowed.media_types:
+                takes = ", ".join(allowed.media_types)
+                self._fail(ErrorCode.INVALID_PARAMS, f"input {name!r} is {info.media_type!r}; it must be {takes}")
+
+    def add(self, piece: Input) -> None:
+        """Take a piece; one that does not fit makes the `fault`."""
+        if self.settled.is_set():
+            return
+        held = self._held.get(piece.name)
+        if held is None:
+            self._fail(ErrorCode.INPUT_MISMATCH, f"input {piece.name!r} was not announced")
+            return
+        if piece.offset != len(held) or piece.offset + len(piece.data) > self._infos[piece.name].size:
+            self._fail(
+                ErrorCode.INPUT_MISMATCH,
+                f"input {piece.name!r}: {len(piece.data)} bytes at {piece.offset}, where {len(held)} of "
+                f"{self._infos[piece.name].size} had come",
+            )
+            return
+        held += piece.data
+        self._settle()
+
+    def _settle(self) -> None:
+        if any(len(self._held[name]) < info.size for name, info in self._infos.items()):
+            return
+        for name, info in self._infos.items():
+            if hashlib.sha256(self._held[name]).hexdigest() != info.sha256:
+                self._fail(
+                    ErrorCode.INPUT_MISMATCH, f"input {name!r} does not have the SHA-256 announced; send it again"
+                )
+        self.settled.set()
+
+    def _fail(self, code: ErrorCode, message: str) -> None:
+        if self.fault is None:
+            self.fault = End.failed(code, message, retryable=code is ErrorCode.INPUT_MISMATCH)
+        self.settled.set()
+
+    def take(self) -> dict[str, EngineInput]:
+        """The inputs, whole; they are given away once."""
+        inputs = {name: EngineInput(bytes(self._held.pop(name)), info.media_type) for name, info in self._infos.items()}
+        self._infos = {}
+        return inputs

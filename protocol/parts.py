@@ -1,0 +1,74 @@
+"""Maps with fields of their own that messages carry, and the rules of what names and numbers them."""
+
+import re
+
+import attrs
+
+from protocol.fields import Part, array_field, boolean, field, integer, one_of, text
+
+KIB = 1024
+ID_PATTERN = re.compile(r"[0-9a-f]{32}")
+SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
+
+request_id_rule = text(32, ID_PATTERN, "a request id (32 lower-case hex digits)")
+seq_rule = integer(0, 2**31)
+attempt_rule = integer(0, 1_000_000)
+
+
+@attrs.frozen(kw_only=True)
+class AudioFormat(Part):
+    """How `pcm` is to be heard.
+
+    Args:
+        encoding: `pcm_s16le`, the only one: signed 16-bit, little-endian, channels interleaved.
+        sample_rate: Hz, 8,000..192,000.
+        channels: 1 or 2.
+    """
+
+    encoding: str = field(one_of("pcm_s16le"), "pcm_s16le")
+    sample_rate: int = field(integer(8_000, 192_000))
+    channels: int = field(integer(1, 2), 1)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample over all channels."""
+        return 2 * self.channels
+
+
+@attrs.frozen(kw_only=True)
+class InputInfo(Part):
+    """An input that a `submit` announces.
+
+    Args:
+        media_type: as HTTP's, e.g. `audio/wav`.
+        size: bytes.
+        sha256: of the whole, 64 lower-case hex digits.
+    """
+
+    media_type: str = field(text(128))
+    size: int = field(integer(0))
+    sha256: str = field(text(64, SHA256_PATTERN, "a SHA-256 (64 lower-case hex digits)"))
+
+
+@attrs.frozen(kw_only=True)
+class InputRule(Part):
+    """What an engine takes under one input name.
+
+    Args:
+        media_types: accepted ones; empty takes any.
+        max_bytes: largest size.
+        required: whether a request without it is refused.
+    """
+
+    media_types: list[str] = array_field(text(128))
+    max_bytes: int = field(integer(1), 16 * 1024 * KIB)
+    required: bool = field(boolean, False)
+
+
+@attrs.frozen(kw_only=True)
+class Running(Part):
+    """Where an attempt stands: `next_seq` is the first frame not yet made (worker) or not yet held (relay)."""
+
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    next_seq: int = field(seq_rule)

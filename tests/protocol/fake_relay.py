@@ -1,0 +1,150 @@
+"""A relay that does what a test's script says, over streams in memory or a socket."""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import attrs
+import trio
+import trio.testing
+
+from protocol.address import Address
+from protocol.codec import decode
+from protocol.errors import LinkBroken
+from protocol.link import Link, serve_link
+from protocol.messages import (
+    FROM_ANYONE,
+    FROM_OPERATOR,
+    SUBPROTOCOL,
+    Accepted,
+    Audio,
+    AudioFormat,
+    Completed,
+    Error,
+    Failed,
+    Frame,
+    Hello,
+    Message,
+    Queued,
+    Started,
+    Submit,
+    Welcome,
+)
+from protocol.websocket import open_upgrade
+
+M = TypeVar("M", bound=Message)
+
+FORMAT = AudioFormat(sample_rate=24_000)
+ADDRESS = Address(kind="tcp", host="relay.test", port=1)
+URL = "ws://relay.test:1"
+ID = "0123456789abcdef0123456789abcdef"
+
+
+@attrs.define
+class Connection:
+    """One client's connection, its hello taken and answered."""
+
+    link: Link
+    stream: trio.abc.Stream
+    hello: Hello
+    #: Every message taken by `expect`.
+    heard: list[Message] = attrs.field(factory=list)
+
+    async def expect(self, kind: type[M]) -> M:
+        """The next message, which must be of this kind."""
+        message = decode(await self.link.receive(), FROM_OPERATOR)
+        self.heard.append(message)
+        assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
+        return message
+
+    def send(self, *messages: Message) -> None:
+        for message in messages:
+            self.link.send(message)
+
+    async def accept(self) -> Submit:
+        """Take a submit and accept it."""
+        submit = await self.expect(Submit)
+        self.send(Accepted(request_id=submit.request_id))
+        return submit
+
+    async def cut(self) -> None:
+        """Once all is sent, break the connection as a network does: no close frame."""
+        await self.link.drained()
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.aclose_forcefully(self.stream)
+
+    async def hold(self) -> None:
+        """Take messages until the client goes."""
+        async for data in self.link:
+            self.heard.append(decode(data, FROM_OPERATOR))
+
+
+Script = Callable[[Connection], Awaitable[None]]
+
+
+async def serve(stream: trio.abc.Stream, script: Script) -> None:
+    """One connection."""
+    async with open_upgrade(stream) as request:
+        ws = await request.accept(subprotocol=SUBPROTOCOL)
+        async with serve_link(ws, peer="client") as link:
+            try:
+                hello = decode(await link.receive(), FROM_ANYONE)
+            except LinkBroken:
+                return
+            assert isinstance(hello, Hello)
+            if hello.token == "wrong" or script is refuse:
+                link.send(Error(code="unauthenticated", message="this token is not known"))
+                return
+            link.send(Welcome(connection_id="c1", principal="tester", server="fake"))
+            connection = Connection(link, stream, hello)
+            await script(connection)
+
+
+async def refuse(_connection: Connection) -> None:
+    """As a script: the login is refused."""
+
+
+class FakeRelay:
+    """Answers each connection with the next script; the last script answers all that follow."""
+
+    def __init__(self, nursery: trio.Nursery, *scripts: Script) -> None:
+        self._nursery = nursery
+        self._scripts = list(scripts)
+        self.connections = 0
+
+    def next_script(self) -> Script:
+        self.connections += 1
+        return self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
+
+    async def connect(self, _address: Address) -> trio.abc.Stream:
+        """A new connection's client end."""
+        await trio.lowlevel.checkpoint()
+        ours, theirs = trio.testing.memory_stream_pair()
+        self._nursery.start_soon(serve, theirs, self.next_script())
+        return ours
+
+
+def frames(request_id: str, *pcm: bytes, attempt: int = 1, seq: int = 0, ends: bool = True) -> list[Frame]:
+    """started, audio..., completed, from `seq` on of the same sequence."""
+    every: list[Frame] = [Started(request_id=request_id, attempt=attempt, seq=0, format=FORMAT)]
+    every += [Audio(request_id=request_id, attempt=attempt, seq=number, pcm=data) for number, data in enumerate(pcm, 1)]
+    if ends:
+        result = {"samples": sum(map(len, pcm)) // 2}
+        every.append(Completed(request_id=request_id, attempt=attempt, seq=len(pcm) + 1, result=result))
+    return every[seq:]
+
+
+async def speak(connection: Connection) -> None:
+    """Serve any number of submits, each with a place in the queue and three chunks."""
+    async for data in connection.link:
+        message = decode(data, FROM_OPERATOR)
+        connection.heard.append(message)
+        if isinstance(message, Submit):
+            connection.send(Accepted(request_id=message.request_id))
+            connection.send(Queued(request_id=message.request_id, position=1, of=1, eta_s=2.0))
+            connection.send(*frames(message.request_id, b"\1\0" * 2400, b"\2\0" * 2400, b"\3\0" * 2400))
+
+
+def failed(request_id: str, seq: int = 0, **more: object) -> Failed:
+    return Failed.from_map(
+        {"request_id": request_id, "attempt": 1, "seq": seq, "code": "engine_failed", "message": "it broke", **more}
+    )

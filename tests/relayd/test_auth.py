@@ -1,0 +1,305 @@
+import datetime
+import os
+import re
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.errors import ErrorCode
+from protocol.messages import Hello, Rejected
+from relayd.auth import (
+    NewToken,
+    PeerCredentials,
+    Principal,
+    Tokens,
+    hash_token,
+    iso_time,
+    parse_expires,
+    peer_credentials,
+)
+from relayd.store import TokenLimits
+
+NOW = 1_800_000_000.0
+DAEMON = 1000
+STRANGER = PeerCredentials(pid=7, uid=4242, gid=4242)
+
+
+def make_tokens() -> Tokens:
+    return Tokens(local_uids=(DAEMON, 0))
+
+
+def hello(role: str, token: str | None = None, **fields: Any) -> Hello:
+    return Hello(version=1, role=role, token=token, **fields)
+
+
+def create(tokens: Tokens, role: str = "client", name: str = "ann", **fields: Any) -> NewToken:
+    return tokens.create(role=role, name=name, now=NOW, **fields)
+
+
+def refusal(outcome: Principal | Rejected) -> tuple[str, str]:
+    assert isinstance(outcome, Rejected)
+    assert not outcome.retryable
+    return outcome.code, outcome.message
+
+
+@pytest.mark.parametrize(("role", "prefix"), [("client", "rly_c_"), ("worker", "rly_w_"), ("operator", "rly_o_")])
+def test_a_token_has_its_roles_prefix_and_256_random_bits(role: str, prefix: str) -> None:
+    new = create(make_tokens(), role)
+    assert re.fullmatch(prefix + "[A-Za-z0-9_-]{43}", new.text)
+
+
+def test_only_the_hash_of_a_token_is_kept_and_nothing_of_it_is_shown() -> None:
+    tokens = make_tokens()
+    new = create(tokens)
+    (record,) = tokens.list()
+    assert record.sha256 == hash_token(new.text)
+    assert new.text not in repr(new)
+    assert repr(record.sha256) not in repr(record)
+
+
+@pytest.mark.parametrize(
+    ("token_role", "role", "code"),
+    [
+        ("client", "client", None),
+        ("client", "worker", "forbidden"),
+        ("client", "operator", "forbidden"),
+        ("worker", "client", "forbidden"),
+        ("worker", "worker", None),
+        ("worker", "operator", "forbidden"),
+        ("operator", "client", None),
+        ("operator", "worker", "forbidden"),
+        ("operator", "operator", None),
+    ],
+)
+def test_a_token_opens_only_the_roles_it_is_for(token_role: str, role: str, code: str | None) -> None:
+    tokens = make_tokens()
+    new = create(tokens, token_role, spaces=["tts"], limits=TokenLimits(max_queued=3), expires_at=NOW + 60)
+    outcome = tokens.log_in(hello(role, new.text, readonly=True), None, NOW)
+    if code is None:
+        assert outcome == Principal(
+            name="ann",
+            role=role,
+            spaces=("tts",),
+            token_id=new.record.token_id,
+            readonly=True,
+            limits=TokenLimits(max_queued=3),
+            expires_at=NOW + 60,
+        )
+        return
+    told, message = refusal(outcome)
+    assert told == code
+    assert f"'{token_role}'" in message
+    assert f"'{role}'" in message
+    assert f"relayd token create --role {role}" in message
+    assert new.text not in message
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        (None, "asks for a token: set RELAY_TOKEN or RELAY_TOKEN_FILE"),
+        ("", "asks for a token"),
+        ("letmein", "no token of a relay"),
+        ("rly_c_" + "x" * 43, "does not know the token"),
+        ("rly_c_" + "x" * 43 + "\n", "does not know the token"),
+    ],
+)
+def test_a_token_that_is_missing_or_unknown_is_unauthenticated(token: str | None, words: str) -> None:
+    tokens = make_tokens()
+    create(tokens)
+    code, message = refusal(tokens.log_in(hello("client", token), None, NOW))
+    assert code == ErrorCode.UNAUTHENTICATED
+    assert words in message
+    assert not token or token not in message
+
+
+def test_a_token_ends_at_its_expiry_and_says_so() -> None:
+    tokens = make_tokens()
+    new = create(tokens, expires_at=NOW + 10)
+    assert isinstance(tokens.log_in(hello("client", new.text), None, NOW + 9.9), Principal)
+    code, message = refusal(tokens.log_in(hello("client", new.text), None, NOW + 10))
+    assert code == ErrorCode.UNAUTHENTICATED
+    assert f"expired at {iso_time(NOW + 10)}" in message
+
+
+def test_revoking_one_of_two_tokens_leaves_the_other() -> None:
+    tokens = make_tokens()
+    old, new = create(tokens), create(tokens)
+    (revoked,) = tokens.revoke(old.record.token_id, NOW)
+    assert revoked.revoked_at == NOW
+    code, message = refusal(tokens.log_in(hello("client", old.text), None, NOW))
+    assert (code, "was revoked" in message) == (ErrorCode.UNAUTHENTICATED, True)
+    assert isinstance(tokens.log_in(hello("client", new.text), None, NOW), Principal)
+
+
+def test_revoking_by_name_ends_every_token_of_that_principal_alone() -> None:
+    tokens = make_tokens()
+    mine = [create(tokens), create(tokens, "worker")]
+    other = create(tokens, name="bob")
+    assert {record.token_id for record in tokens.revoke("ann", NOW)} == {new.record.token_id for new in mine}
+    assert tokens.revoke("ann", NOW) == []
+    assert tokens.revoke("nobody", NOW) == []
+    assert isinstance(tokens.log_in(hello("client", other.text), None, NOW), Principal)
+
+
+def test_a_principal_has_at_most_two_live_tokens_for_a_role() -> None:
+    tokens = make_tokens()
+    first = create(tokens, expires_at=NOW + 5)
+    create(tokens)
+    create(tokens, "worker")
+    create(tokens, name="bob")
+    with pytest.raises(
+        ValueError, match=f"2 live client tokens already .*{first.record.token_id}.*relayd token revoke"
+    ):
+        create(tokens)
+    tokens.create(role="client", name="ann", now=NOW + 5)
+
+
+def test_tokens_are_the_same_after_a_restart() -> None:
+    tokens = make_tokens()
+    live, gone = create(tokens), create(tokens)
+    tokens.revoke(gone.record.token_id, NOW)
+    again = Tokens(tokens.list(), local_uids=(DAEMON,))
+    assert again.list() == tokens.list()
+    assert isinstance(again.log_in(hello("client", live.text), None, NOW), Principal)
+    assert isinstance(again.log_in(hello("client", gone.text), None, NOW), Rejected)
+
+
+def test_a_forgotten_token_opens_nothing() -> None:
+    tokens = make_tokens()
+    new = create(tokens)
+    tokens.forget(new.record.token_id)
+    tokens.forget("tok_none")
+    assert tokens.get(new.record.token_id) is None
+    assert "does not know" in refusal(tokens.log_in(hello("client", new.text), None, NOW))[1]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"role": "admin"},
+        {"name": ""},
+        {"name": "an n"},
+        {"name": "x" * 65},
+        {"name": "tok_12345678"},
+        {"name": "語"},
+        {"spaces": [""]},
+        {"spaces": ["a b"]},
+        {"spaces": ["tts", "ü"]},
+        {"expires_at": NOW},
+    ],
+)
+def test_bad_arguments_make_no_token(fields: dict[str, Any]) -> None:
+    tokens = make_tokens()
+    with pytest.raises(ValueError, match=r"role|name|pattern|expired"):
+        create(tokens, **fields)
+    assert tokens.list() == []
+
+
+@pytest.mark.parametrize("role", ["client", "worker", "operator"])
+@pytest.mark.parametrize("uid", [DAEMON, 0])
+def test_the_daemons_user_and_root_need_no_token_on_the_unix_socket(role: str, uid: int) -> None:
+    outcome = make_tokens().log_in(hello(role), PeerCredentials(1, uid, uid), NOW)
+    assert isinstance(outcome, Principal)
+    assert outcome.local
+    assert outcome.token_id is None
+    assert outcome.role == role
+    assert outcome.may_use("anything")
+    if uid == 0:
+        assert outcome.name == "root"
+
+
+def test_other_users_need_a_token_on_the_unix_socket_too() -> None:
+    tokens = make_tokens()
+    code, message = refusal(tokens.log_in(hello("client"), STRANGER, NOW))
+    assert code == ErrorCode.UNAUTHENTICATED
+    assert "user id 4242 needs a token" in message
+    assert isinstance(tokens.log_in(hello("client", create(tokens).text), STRANGER, NOW), Principal)
+
+
+def test_on_the_unix_socket_a_token_counts_before_the_user() -> None:
+    tokens = make_tokens()
+    root = PeerCredentials(1, 0, 0)
+    assert isinstance(tokens.log_in(hello("client", "rly_c_wrong"), root, NOW), Rejected)
+    outcome = tokens.log_in(hello("client", create(tokens).text), root, NOW)
+    assert isinstance(outcome, Principal)
+    assert (outcome.name, outcome.local) == ("ann", False)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "space", "may"),
+    [
+        ((), "tts", True),
+        (("tts",), "tts", True),
+        (("tts",), "TTS", False),
+        (("tts",), "tts2", False),
+        (("tts*",), "tts2", True),
+        (("lab-?", "x"), "lab-7", True),
+        (("[ab]c",), "bc", True),
+        (("[!ab]c",), "bc", False),
+    ],
+)
+def test_space_patterns_are_those_of_fnmatch_with_case(patterns: tuple[str, ...], space: str, may: bool) -> None:
+    assert Principal(name="ann", role="client", spaces=patterns).may_use(space) is may
+
+
+def test_peer_credentials_are_those_of_the_process_that_connected(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        connecting = threading.Thread(target=client.connect, args=(str(tmp_path / "s"),))
+        connecting.start()
+        server, _ = listener.accept()
+        connecting.join()
+        with server:
+            assert peer_credentials(server) == PeerCredentials(os.getpid(), os.getuid(), os.getgid())
+
+
+def test_a_tcp_peer_has_no_credentials() -> None:
+    with socket.socket(socket.AF_INET) as sock:
+        assert peer_credentials(sock) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ("90s", NOW + 90),
+        ("45m", NOW + 45 * 60),
+        ("12h", NOW + 12 * 3600),
+        ("30d", NOW + 30 * 86_400),
+        ("2w", NOW + 14 * 86_400),
+        ("2031-12-31", datetime.datetime(2031, 12, 31, tzinfo=datetime.UTC).timestamp()),
+        ("2031-12-31T10:00:00", datetime.datetime(2031, 12, 31, 10, tzinfo=datetime.UTC).timestamp()),
+        ("2031-12-31T10:00:00+02:00", datetime.datetime(2031, 12, 31, 8, tzinfo=datetime.UTC).timestamp()),
+    ],
+)
+def test_expires_takes_spans_and_dates(text: str, at: float) -> None:
+    assert parse_expires(text, NOW) == at
+
+
+@pytest.mark.parametrize("text", ["", "30", "0d", "-1d", "1.5h", "30 d", "1y", "soon", "2020-01-01", "999999w"])
+def test_expires_refuses_what_it_cannot_read_and_what_has_passed(text: str) -> None:
+    with pytest.raises(ValueError, match=r"neither|past"):
+        parse_expires(text, NOW)
+
+
+@given(st.text(max_size=20))
+def test_any_expires_is_a_moment_to_come_or_a_value_error(text: str) -> None:
+    try:
+        at = parse_expires(text, NOW)
+    except ValueError:
+        return
+    assert at > NOW
+    assert iso_time(at).endswith("Z")
+
+
+@given(token=st.text(max_size=256), role=st.sampled_from(["client", "worker", "operator"]))
+def test_no_guess_logs_in(token: str, role: str) -> None:
+    tokens = make_tokens()
+    create(tokens)
+    assert isinstance(tokens.log_in(hello(role, token), STRANGER, NOW), Rejected)
