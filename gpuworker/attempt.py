@@ -43,7 +43,8 @@ class Attempt:
 
     Args:
         assign: what the relay asked for.
-        reproducible: the engine's; then frames below `assign.from_seq`, which the relay holds, are neither kept nor sent.
+        reproducible: the engine's; then frames below `assign.from_seq`, which the relay holds, are neither kept
+            nor sent.
         max_bytes: of its frames.
         on_frames: called after each change that gives the feeder something to send.
         on_overflow: called once, when `max_bytes` is passed; the engine should be stopped.
@@ -167,12 +168,14 @@ class Attempt:
         """Make the last frame; the first call counts."""
         if self.ended or self.dropped:
             return
+        if self.cancel_reason is not None:
+            end = End(outcome="cancelled")  # even if it came to its end just now: chunks since the cancel are lost
         if self._overflown:
             end = End.failed(
                 ErrorCode.RESULT_TOO_LARGE,
-                f"its result is over {self._max_bytes} bytes; ask for less, or raise limits.max_result_bytes of the relay",
+                f"its result is over {self._max_bytes} bytes; ask for less, or raise the relay's max_result_bytes",
             )
-        elif self.next_seq < self.first_seq:
+        if self.next_seq < self.first_seq:
             # The relay holds more frames of an earlier attempt than this one made.
             if end.outcome == "completed":
                 end = End.failed(ErrorCode.ENGINE_FAILED, "the engine is not reproducible: it made less than before")

@@ -58,7 +58,10 @@ def parse_address(url: str) -> Address:
         if not path:
             raise ValueError("relay URL 'unix:' lacks the path of the socket (unix:/run/relayd/relayd.sock)")
         return Address(kind="unix", path=os.path.expanduser(path))  # noqa: PTH111  Path would drop a trailing '/'
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as fault:
+        raise ValueError(f"relay URL {url!r}: {fault}") from None
     kind = _SCHEMES.get(parts.scheme)
     if kind is None:
         hint = f"; did you mean {_MISTAKEN[parts.scheme]}://?" if parts.scheme in _MISTAKEN else ""

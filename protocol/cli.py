@@ -66,7 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     add("spaces", commands.spaces, [], "List the spaces.")
     watch = add("watch", commands.watch, [], "Follow everything that happens (operators).")
     watch.add_argument("topics", nargs="*", metavar="TOPIC", help="relay, spaces, workers, requests, clients; or all")
-    watch.set_defaults(role="operator")
     return parser
 
 
@@ -74,7 +73,7 @@ def _common() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--url", help="where the relay is (default: $RELAY_URL, else the local socket)")
     parser.add_argument("--token-file", metavar="FILE", help="file that holds the token (default: $RELAY_TOKEN...)")
-    parser.add_argument("--role", choices=("client", "operator"), default="client", help="log in as (default: client)")
+    parser.add_argument("--role", choices=("client", "operator"), help="log in as (default: client; watch: operator)")
     parser.add_argument("--json", action="store_true", help="print JSON; of a request, one line for each message")
     parser.add_argument("--quiet", "-q", action="store_true", help="no progress, only faults")
     return parser

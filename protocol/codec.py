@@ -152,7 +152,11 @@ def encode(message: Message) -> bytes:
     Raises:
         EncodeError: it holds something msgpack has no word for, or is over a limit of the wire.
     """
-    return pack(message.to_map())
+    try:
+        wire = message.to_map()
+    except RecursionError:
+        raise EncodeError(f"{message.TYPE}: nested deeper than {MAX_DEPTH}") from None
+    return pack(wire)
 
 
 def pack(wire: Mapping[str, Value]) -> bytes:

@@ -32,7 +32,8 @@ def _open(args: argparse.Namespace, progress: Progress) -> AbstractAsyncContextM
         if lost:
             progress.note("connected again")
 
-    return open_relay(args.url, token=args.token, role=args.role, on_reconnect=on_reconnect, on_up=on_up)
+    role = args.role or ("operator" if args.run is watch else "client")
+    return open_relay(args.url, token=args.token, role=role, on_reconnect=on_reconnect, on_up=on_up)
 
 
 async def say(args: argparse.Namespace, progress: Progress) -> None:

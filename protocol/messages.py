@@ -223,11 +223,11 @@ class Rejected(Message):
         details: dict[str, Value] | None = None,
         retry_after_s: float | None = None,
     ) -> "Rejected":
-        """A refusal whose `retryable` is the code's own."""
+        """A refusal whose `retryable` is the code's own; names of any length may be in `message`, so it is cut."""
         return cls(
             request_id=request_id,
             code=code.value,
-            message=message,
+            message=message[:MAX_TEXT_CHARS],
             retryable=code.retryable,
             retry_after_s=retry_after_s,
             details=details or {},

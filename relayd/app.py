@@ -90,6 +90,8 @@ async def serve(config: Config, *, on_ready: Callable[[Sequence[str]], None] | N
                 await relay.draining.wait()
                 accepting.cancel()
                 await _until_idle(relay, shutdown, config.drain_timeout_s)
+                for space in relay.spaces.values():  # no deadline counts while the links are being closed
+                    space.closed.set()
                 await _close_links(relay)
                 connections.cancel_scope.cancel()
             nursery.cancel_scope.cancel()

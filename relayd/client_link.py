@@ -37,6 +37,8 @@ from relayd.rows import pages, space_row
 from relayd.states import Place, State
 
 Handler = Callable[[Any], None]
+#: The largest of the wire.
+MAX_SEQ = 2**31
 
 
 @attrs.define(eq=False)
@@ -133,6 +135,7 @@ class ClientLink:
         finally:
             for reader in self.readers.values():
                 reader.close()
+            self.readers.clear()
             for request in list(self.held.values()):
                 self._let_go(request)
 
@@ -144,6 +147,10 @@ class ClientLink:
         """The link has drained: the readers that waited for it go on."""
         for reader in list(self.readers.values()):
             reader.pump()
+
+    def _may_hold(self, request: Request) -> bool:
+        """An operator listens in, and who only looks does, too; neither keeps a request alive."""
+        return request.principal == self.principal.name and not self.principal.readonly
 
     def _hold(self, request: Request) -> None:
         self.held[request.request_id] = request
@@ -175,6 +182,9 @@ class ClientLink:
         self.send(Pong(timestamp=ping.timestamp, server_time=self.relay.now_unix()))
 
     def _submit(self, submit: Submit) -> None:
+        if self.principal.readonly:
+            self.send(_only_looks(submit.request_id))
+            return
         request = self.intake.submit(submit, self.principal, self)
         if isinstance(request, Rejected):
             self.send(request)
@@ -194,6 +204,9 @@ class ClientLink:
             self.intake.add_input(request, piece)
 
     def _cancel(self, cancel: Cancel) -> None:
+        if self.principal.readonly:
+            self.send(_only_looks(cancel.request_id))
+            return
         request = self._find(cancel.request_id)
         if isinstance(request, Rejected):
             self.send(request)
@@ -209,7 +222,9 @@ class ClientLink:
         else:
             if request.accepted:
                 self.hear_accepted(request)
-            if request.live and request.principal == self.principal.name:  # an operator listens in, and holds nothing
+            if attach.attempt == request.entry.attempt and attach.after_seq >= request.log.next_seq:
+                request.heard_seq = max(request.heard_seq, min(attach.after_seq + 1, MAX_SEQ))
+            if request.live and self._may_hold(request):
                 self._hold(request)
             self._tell_place(request)
             self._read(request, request.log.place(attach.attempt, attach.after_seq))
@@ -254,6 +269,11 @@ class ClientLink:
             message = f"request {request_id} is not known here: it was never accepted, is another's, or ended long ago"
             return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, request_id=request_id)
         return request
+
+
+def _only_looks(request_id: str) -> Rejected:
+    message = "this connection is read-only; connect without --readonly"
+    return Rejected.because(ErrorCode.FORBIDDEN, message, request_id=request_id)
 
 
 def _result_gone(request: Request) -> Rejected:

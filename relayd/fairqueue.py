@@ -97,10 +97,13 @@ class FairQueue(Generic[WaitingT]):
         if not level.first and not level.lanes:
             del self._levels[item.priority]
 
-    def pop(self, may_run: Callable[[str], bool]) -> WaitingT | None:
-        """Take out the next request whose principal `may_run`; its principal's turn is over then."""
+    def pop(self, may_run: Callable[[WaitingT], bool]) -> WaitingT | None:
+        """Take out the next request that `may_run`; its principal's turn is over then.
+
+        Of a principal's lane only the head is asked about: what holds it holds those behind it.
+        """
         for item in chain(self._promoted.values(), *(self._in_turn(level, 1) for level in self._by_priority())):
-            if may_run(item.principal):
+            if may_run(item):
                 level = self._levels.get(item.priority)
                 from_lane = level is not None and item.request_id in level.lanes.get(item.principal, ())
                 self.remove(item)

@@ -10,8 +10,9 @@ import attrs
 import structlog
 import trio
 
-from protocol.errors import ErrorCode
-from protocol.messages import Input, Rejected, Submit
+from protocol.codec import encode
+from protocol.errors import EncodeError, ErrorCode
+from protocol.messages import Assign, Input, Rejected, Submit
 from protocol.params import check_params
 from relayd.auth import Principal
 from relayd.relay import Relay, Space
@@ -24,6 +25,10 @@ log = structlog.get_logger("relayd")
 
 #: Requests committed by one fsync at most: 64 KiB each, so a batch stays below 4 MiB without inputs.
 MAX_BATCH = 64
+#: The largest of the wire.
+MAX_ATTEMPT, MAX_SEQ = 1_000_000, 2**31
+#: Of the name of a field and of what is wrong with it: sixteen of both fit a message.
+MAX_FIELD_CHARS, MAX_FAULT_CHARS = 64, 180
 
 
 @attrs.define(eq=False)
@@ -74,9 +79,10 @@ class Intake:
             run_timeout_s=config.run_timeout_s if submit.run_timeout_s is None else submit.run_timeout_s,
             idle_timeout_s=config.idle_timeout_s,
         )
-        request.holders.add(holder)
         relay.keep(request)
-        self._if_whole(request)
+        if refusal := self._if_whole(request):
+            return refusal
+        request.holders.add(holder)
         return request
 
     def _refuse(self, submit: Submit, principal: Principal) -> Rejected | None:
@@ -95,6 +101,8 @@ class Intake:
             message = f"the token of {principal.name!r} allows {most} queued requests; wait for one to start"
             return Rejected.because(ErrorCode.QUEUE_FULL, message, request_id=request_id)
         if faults := check_params(space.params, submit.params):
+            # Names and limits in them are the client's and the worker's, and of any length.
+            faults = {field[:MAX_FIELD_CHARS]: what[:MAX_FAULT_CHARS] for field, what in faults.items()}
             told = "; ".join(f"{field or 'params'} {what}" for field, what in faults.items())
             return Rejected.because(
                 ErrorCode.INVALID_PARAMS,
@@ -102,6 +110,11 @@ class Intake:
                 request_id=request_id,
                 details=dict(faults),
             )
+        try:
+            encode(_largest_assign(submit, principal))
+        except EncodeError as fault:
+            message = f"the request is too large to be handed to a worker ({fault}); send large values as inputs"
+            return Rejected.because(ErrorCode.INVALID_PARAMS, message, request_id=request_id)
         return self._refuse_inputs(submit, space)
 
     def _refuse_inputs(self, submit: Submit, space: Space) -> Rejected | None:
@@ -120,7 +133,7 @@ class Intake:
         for name, info in submit.inputs.items():
             taken = space.inputs.get(name)
             if taken is None:
-                takes = ", ".join(sorted(space.inputs)) or "none"
+                takes = ", ".join(sorted(space.inputs)) or "none"  # 64 names of 32 characters
                 message = f"space {space.name!r} does not take input {name!r}; it takes {takes}"
                 return Rejected.because(
                     ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": "is not taken"}
@@ -129,15 +142,16 @@ class Intake:
                 message = f"input {name!r} has {info.size} bytes; space {space.name!r} takes {taken.max_bytes}"
                 return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
             if taken.media_types and info.media_type not in taken.media_types:
-                message = f"input {name!r} is {info.media_type}; space {space.name!r} takes {taken.media_types}"
+                what = f"is {info.media_type!r}; it takes {', '.join(taken.media_types)}"[:MAX_FAULT_CHARS]
+                message = f"space {space.name!r}: input {name!r} {what}"
                 return Rejected.because(
-                    ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": message}
+                    ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": what}
                 )
         return None
 
     def add_input(self, request: Request, piece: Input) -> None:
         """Take a piece of an input; the request is refused if it does not fit what was announced."""
-        if request.entry.state is not State.UPLOADING or request.accepted:
+        if request.whole or not request.live:
             return  # sent again by a client that did not know yet
         if fault := request.add_input(piece.name, piece.offset, piece.data):
             have = len(request.inputs.get(piece.name, b""))
@@ -149,16 +163,18 @@ class Intake:
         else:
             self._if_whole(request)
 
-    def _if_whole(self, request: Request) -> None:
+    def _if_whole(self, request: Request) -> Rejected | None:
+        """Pass a request on to the store if all of it has come; if it came damaged, it is turned away."""
         if request.missing_input() is not None:
-            return
+            return None
         if damaged := request.damaged_input():
             message = f"input {damaged!r} is not what its sha256 announced; send the request again with a new id"
-            self._turn_away(request, ErrorCode.INPUT_MISMATCH, message)
-        else:
-            self._whole.send_nowait(request)
+            return self._turn_away(request, ErrorCode.INPUT_MISMATCH, message)
+        request.whole = True
+        self._whole.send_nowait(request)
+        return None
 
-    def _turn_away(self, request: Request, code: ErrorCode, message: str) -> None:
+    def _turn_away(self, request: Request, code: ErrorCode, message: str) -> Rejected:
         """Refuse a request that was never accepted; its id is free again."""
         refusal = Rejected.because(code, message, request_id=request.request_id)
         for holder in tuple(request.holders):
@@ -168,6 +184,7 @@ class Intake:
         request.notify()
         relay.forget(request)
         relay.carry_out(decisions)
+        return refusal
 
     async def serve(self) -> None:
         """Make whole requests safe and queue them, batch by batch, until cancelled."""
@@ -184,22 +201,28 @@ class Intake:
                 for request in batch:
                     nursery.start_soon(self._commit, request, faults)
             for request in batch:
-                if fault := faults.get(request.request_id):
-                    self._turn_away(request, fault.code, f"the relay could not store the request: {fault}")
-                else:
-                    self._accept(request)
+                try:
+                    self._conclude(request, faults.get(request.request_id))
+                except Exception:
+                    log.exception("request broke the relay's own rules", request_id=request.request_id)
+                    self.relay.fail_broken(request)
 
     async def _commit(self, request: Request, faults: dict[str, StoreError]) -> None:
-        """Make one request safe; the store puts the commits of a batch into one transaction, and fails only the guilty."""
+        """Make one request safe; the store makes one transaction of a batch's commits, and fails only the guilty."""
         try:
             await self.relay.store.commit(_put(request))
         except StoreError as fault:
             log.error("store failed", why=str(fault), request_id=request.request_id)
             faults[request.request_id] = fault
 
-    def _accept(self, request: Request) -> None:
-        request.accepted = True
+    def _conclude(self, request: Request, fault: StoreError | None) -> None:
+        """The store has answered: queue the request, or turn it away."""
         relay = self.relay
+        if fault is not None:
+            if request.live:
+                self._turn_away(request, fault.code, f"the relay could not store the request: {fault}")
+            return
+        request.accepted = True
         if not request.live:  # cancelled while the store was writing
             relay.record(request)
             return
@@ -215,6 +238,20 @@ class Intake:
         relay.carry_out(relay.scheduler.enqueue(request.entry, request.queued_at))
         request.notify()
         relay.touch("requests", request.request_id)
+
+
+def _largest_assign(submit: Submit, principal: Principal) -> Assign:
+    """The `assign` that a request leads to, with numbers as long as they can get: it is longer than its `submit`."""
+    return Assign(
+        request_id=submit.request_id,
+        attempt=MAX_ATTEMPT,
+        from_seq=MAX_SEQ,
+        space=submit.space,
+        principal=principal.name,
+        params=submit.params,
+        inputs=submit.inputs,
+        run_timeout_s=1.0,
+    )
 
 
 def _put(request: Request) -> PutRequest:

@@ -24,6 +24,8 @@ log = structlog.get_logger("relayd.operator")
 
 #: DESIGN §5: deltas at most 4 times a second.
 DELTA_INTERVAL_S = 0.25
+#: For one action and its commit.
+STEER_S = 10.0
 #: With more than this waiting for a slow terminal, deltas are put off; they only grow older, not more.
 MAX_PENDING_BYTES = 64 * 1024
 
@@ -50,6 +52,7 @@ class Operator:
     handlers: dict[type[Message], Callable[[Any], None]] = attrs.field(init=False)
     actions: dict[str, Callable[[Steer], Awaitable[Answer]]] = attrs.field(init=False)
     _topics: frozenset[str] = frozenset()
+    _tells: bool = False
     #: Rows to be told anew: (topic, key).
     _touched: set[tuple[str, str]] = attrs.field(factory=set)
 
@@ -83,7 +86,6 @@ class Operator:
             self._touched.add((topic, key))
 
     def _watch(self, watch: Watch) -> None:
-        begin = not self._topics
         self._topics = frozenset(watch.topics or TOPICS) & frozenset(TOPICS)
         self.relay.watchers.add(self)
         self._touched.clear()
@@ -94,7 +96,8 @@ class Operator:
             for row in page:
                 data[row.pop("")].append(row)
             self.client.send(Snapshot(data=data, more=more))
-        if begin and self._topics:
+        if not self._tells:
+            self._tells = True
             self.nursery.start_soon(self._send_deltas)
 
     def _all_rows(self, topic: str) -> list[Row]:
@@ -141,6 +144,15 @@ class Operator:
         self.nursery.start_soon(self._carry_out, steer)
 
     async def _carry_out(self, steer: Steer) -> None:
+        """Do what is asked, and answer.
+
+        Cancellation: shielded, within `STEER_S`: a token that revokes itself, or an operator who hangs up, must not
+        leave a thing done in memory that the store never hears of.
+        """
+        with trio.move_on_after(STEER_S, shield=True):
+            await self._answer(steer)
+
+    async def _answer(self, steer: Steer) -> None:
         action = self.actions.get(steer.action)
         principal = self.client.principal
         answer: Answer
@@ -221,7 +233,11 @@ class Operator:
             return _no(f"space {name!r}: {'; '.join(fault.faults)}")
         space = Space(name=name, config=config)
         await self.relay.open_space(space)
-        await self.relay.store.commit(PutSpace(self.relay.space_record(space)))
+        try:
+            await self.relay.store.commit(PutSpace(self.relay.space_record(space)))
+        except StoreError:
+            self.relay.close_space(name)
+            raise
         return {}
 
     async def _delete_space(self, steer: Steer) -> Answer:

@@ -14,9 +14,10 @@ import structlog
 import trio
 
 from protocol.codec import encode
-from protocol.errors import ErrorCode
+from protocol.errors import EncodeError, ErrorCode
 from protocol.fields import Value
 from protocol.messages import (
+    MAX_TEXT_CHARS,
     AudioFormat,
     Cancelled,
     Failed,
@@ -28,7 +29,7 @@ from relayd.config import Config, SpaceConfig
 from relayd.requests import UNHEARD_GRACE_S, Expiry, Request
 from relayd.scheduler import Scheduler
 from relayd.states import Decision, Finish, Joined, Requeued, SpaceRules, Start, State, Stop, WorkerState
-from relayd.store.base import PutSpace, SpaceRecord, Store, UpdateRequest
+from relayd.store.base import PutSpace, SpaceRecord, Store, StoreError, UpdateRequest
 
 if TYPE_CHECKING:
     from relayd.client_link import ClientLink
@@ -191,12 +192,10 @@ class Relay:
     def register(self, port: WorkerPort, register: Register) -> Rejected | Joined:
         """A worker registers; what it is to resume and abandon comes back, what else follows is carried out."""
         now = trio.current_time()
-        if other := self.workers.get(port.worker_id):
-            if other.principal != port.principal:
-                message = f"worker {port.worker_id!r} belongs to another principal; give this one another --name"
-                return Rejected.because(ErrorCode.FORBIDDEN, message)
-            if other is not port:
-                other.disconnect("the same worker connected anew")
+        before = self.workers.get(port.worker_id)
+        if before is not None and before.principal != port.principal:
+            message = f"worker {port.worker_id!r} belongs to another principal; give this one another --name"
+            return Rejected.because(ErrorCode.FORBIDDEN, message)
         worker = WorkerState(
             worker_id=port.worker_id,
             instance=register.instance,
@@ -204,13 +203,12 @@ class Relay:
             slots=register.slots,
             reproducible=f"{register.engine} {register.format}" if register.reproducible else "",
         )
-        before = self.workers.get(port.worker_id)
-        self.workers[port.worker_id] = port
         joined = self.scheduler.join(worker, {r.request_id: r.attempt for r in register.running}, now)
         if isinstance(joined, Rejected):
-            if before is None:
-                del self.workers[port.worker_id]
             return joined
+        self.workers[port.worker_id] = port
+        if before is not None:
+            before.disconnect("the same worker connected anew")
         for name in register.spaces:
             space = self.spaces[name]
             space.engine, space.params, space.inputs = register.engine, register.params, register.inputs
@@ -227,11 +225,13 @@ class Relay:
     def settle(self, register: Register, worker_id: str, joined: Joined) -> None:
         """Carry out what follows from a registration that was answered.
 
-        A process of the same name that died is not awaited any longer: what ran there is lost.
+        A process of the same name that is away is not awaited any longer if this one has its place: what ran there
+        is lost. Where there is room for both, they may be two that were cut off together.
         """
+        mine = worker_id.removesuffix(register.instance[:8])
         for worker in list(self.scheduler.workers.values()):
             name = worker.worker_id.removesuffix(worker.instance[:8])
-            if not worker.linked and worker.worker_id != worker_id and name == f"{register.worker}-":
+            if not worker.linked and name == mine and self.scheduler.shut_out(worker):
                 for request_id in list(worker.held):
                     self._lose(request_id, ErrorCode.WORKER_LOST, f"worker {worker.worker_id} was started anew")
         self.carry_out(joined.decisions)
@@ -296,12 +296,15 @@ class Relay:
 
     def cancel(self, request: Request, reason: str) -> None:
         """Stop a request, wherever it is."""
-        if request.stopped_at is None:
-            self.carry_out(self.scheduler.cancel(request.request_id, reason))
+        self.carry_out(self.scheduler.cancel(request.request_id, reason))
 
     def fail(self, request: Request, code: ErrorCode, message: str) -> None:
         """End a request as failed, and stop what runs of it."""
         self.carry_out(self.scheduler.fail(request.request_id, code, message))
+
+    def fail_broken(self, request: Request) -> None:
+        """End a request over which the relay's own code fell."""
+        self.fail(request, ErrorCode.INTERNAL, "the relay made a mistake with this request; see its log")
 
     def _lose(self, request_id: str, code: ErrorCode, message: str) -> None:
         self.carry_out(self.scheduler.lose(request_id, code, message, trio.current_time()))
@@ -322,6 +325,7 @@ class Relay:
                     request = self.requests[decision.entry.request_id]
                     request.queued_at = trio.current_time()
                     request.stopped_at = None
+                    request.details = {}
                     request.notify()
                     self._note(request, "request queued again", losses=decision.entry.losses)
                     self.record(request)
@@ -333,6 +337,8 @@ class Relay:
         entry = request.entry
         request.last_frame_at = trio.current_time()
         request.stopped_at = None
+        request.told_place = None
+        request.heard_seq = 0
         if entry.attempt and (entry.attempt > 1 or request.log.next_seq > from_seq):
             request.log.restart(entry.attempt, from_seq)
         request.notify()
@@ -342,7 +348,9 @@ class Relay:
 
     def _finish(self, request: Request, code: ErrorCode | None, message: str) -> None:
         """End a request by a frame of the relay's own."""
-        request_id, attempt, seq = request.request_id, request.entry.attempt, request.log.next_seq
+        request_id, attempt = request.request_id, request.entry.attempt
+        seq = max(request.log.next_seq, request.heard_seq)
+        message = message[:MAX_TEXT_CHARS]  # a worker's or a client's words may be in it
         if code is None:
             cancelled = Cancelled(request_id=request_id, attempt=attempt, seq=seq, reason=message)
             self.end(request, encode(cancelled), State.CANCELLED, message=message)
@@ -356,12 +364,18 @@ class Relay:
                 details=request.details,
                 retryable=code.retryable,
             )
-            self.end(request, encode(failed), State.FAILED, code=code, message=message)
+            try:
+                data = encode(failed)
+            except EncodeError:  # the details are a worker's
+                data = encode(attrs.evolve(failed, details={}))
+            self.end(request, data, State.FAILED, code=code, message=message)
 
     def end(
         self, request: Request, last_frame: bytes, state: State, *, code: str | None = None, message: str | None = None
     ) -> None:
         """A request has its last frame: tell its readers, and give what it held to others."""
+        if not request.live:
+            return
         now = trio.current_time()
         request.ended_at, request.code, request.message = now, code, message
         request.inputs.clear()
@@ -416,10 +430,16 @@ class Relay:
         self.carry_out(self.scheduler.release(port.worker_id, request_id, attempt, trio.current_time()))
         self.touch("workers", port.worker_id)
 
-    async def input_of(self, request: Request, name: str) -> bytes | bytearray:
-        """An input of a live request; from the store where it is not in memory any more."""
-        data = request.inputs.get(name)
-        return data if data is not None else await self.store.read_input(request.request_id, name)
+    async def input_of(self, request: Request, name: str) -> bytes | bytearray | None:
+        """An input of a request, from the store where it is not in memory any more; None if the request is over."""
+        if request.live and not request.inputs.get(name) and request.submit.inputs[name].size:
+            try:
+                request.inputs[name] = bytearray(await self.store.read_input(request.request_id, name))
+            except (StoreError, KeyError) as fault:
+                if request.live:
+                    log.error("input lost", request_id=request.request_id, input=name, why=repr(fault))
+                    self.fail(request, ErrorCode.INTERNAL, f"the relay lost input {name!r}; send the request again")
+        return request.inputs.get(name, b"") if request.live else None
 
     # -- who wants to know
 
@@ -474,7 +494,7 @@ class Relay:
                     self._expire(request, expiry)
                 except Exception:
                     log.exception("request broke the relay's own rules", request_id=request.request_id)
-                    self.fail(request, ErrorCode.INTERNAL, "the relay made a mistake with this request; see its log")
+                    self.fail_broken(request)
 
     def _expire(self, request: Request, expiry: Expiry) -> None:
         """Carry out what a deadline says."""

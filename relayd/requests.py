@@ -61,6 +61,8 @@ class Request:
     inputs: dict[str, bytearray] = attrs.field(factory=dict)
     _digests: dict[str, "hashlib._Hash"] = attrs.field(factory=dict)
     holders: set[Holder] = attrs.field(factory=set)
+    #: Whether all of its inputs have come: it is on its way to the store, and takes no more of them.
+    whole: bool = False
     #: Whether `accepted` was sent: it is in the store.
     accepted: bool = False
     unheld_at: float | None = None
@@ -78,6 +80,8 @@ class Request:
     code: str | None = None
     message: str | None = None
     details: dict[str, object] = attrs.field(factory=dict)
+    #: Where a listener stands that heard more than the log holds, because the relay was restarted in between.
+    heard_seq: int = 0
     #: Position and queue length last told to the holders.
     told_place: tuple[int, int] | None = None
     #: False once its frames were dropped to save memory, or by a restart.

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 import msgpack
 import trio
 
+from protocol.codec import encode
+from protocol.errors import EncodeError
 from protocol.fields import Value
-from protocol.messages import KIB
+from protocol.messages import KIB, SpacesReply
 from relayd.auth import iso_time
 from relayd.states import State
 from relayd.store.base import TokenRecord
@@ -34,6 +36,14 @@ def pages(rows: list[Row]) -> Iterator[tuple[list[Row], bool]]:
         page.append(row)
         size += cost
     yield page, False
+
+
+def _listable(row: Row) -> bool:
+    """Whether a row fits a page; one level deeper than in `register`, a schema may also be nested too deep."""
+    try:
+        return len(encode(SpacesReply(spaces=[row]))) <= PAGE_BYTES
+    except EncodeError:
+        return False
 
 
 def relay_row(relay: "Relay") -> Row:
@@ -79,7 +89,7 @@ def space_row(relay: "Relay", name: str, *, with_params: bool = False) -> Row | 
     if with_params:
         row["inputs"] = {key: rule.to_map() for key, rule in space.inputs.items()}
         row["params"] = space.params
-        if len(msgpack.packb(row)) > PAGE_BYTES:  # a schema of 30 KiB is a worker's right, and no listing's
+        if not _listable(row):  # a schema of 30 KiB is a worker's right, and no listing's
             row["params"] = {"description": "too large to be listed"}
     return row
 
@@ -99,7 +109,7 @@ def worker_row(relay: "Relay", worker_id: str) -> Row | None:
     return {
         "worker_id": worker_id,
         "state": state,
-        "spaces": list(worker.spaces),
+        "spaces": list(worker.spaces)[:64],
         "engine": port.engine if port else "",
         "agent": port.agent if port else "",
         "principal": port.principal if port else "",

@@ -104,7 +104,7 @@ class Scheduler:
         known = self.workers.get(worker.worker_id)
         held_before = known.held if known else {}
         if known:
-            worker.last_used = known.last_used
+            worker.last_used, worker.draining = known.last_used, known.draining
         self.workers[worker.worker_id] = worker
         self.moved.update(worker.spaces)
         resume, abandon, decisions = [], [], list[Decision]()
@@ -114,11 +114,15 @@ class Scheduler:
                 abandon.append(request_id)
             else:
                 resume.append(entry)
-        for request_id in held_before.keys() - running.keys():  # handed out, and the cut swallowed it
+        for request_id in [held for held in held_before if held not in worker.held]:  # handed out; the cut swallowed it
             entry = self.entries.get(request_id)
             if entry is not None and entry.worker_id == worker.worker_id:
                 decisions += self._hand_again(entry, worker, now)
         return Joined(resume, abandon, [*decisions, *self._hand_out(now)])
+
+    def shut_out(self, worker: WorkerState) -> bool:
+        """Whether a worker that is away could not come back now, because another has its place."""
+        return any(self._no_room(name, worker.worker_id) for name in worker.spaces)
 
     def _no_room(self, name: str, worker_id: str) -> Rejected | None:
         space = self.spaces.get(name)
@@ -137,7 +141,7 @@ class Scheduler:
     def _claim(self, worker: WorkerState, request_id: str, attempt: int) -> Entry | None:
         """The entry of an attempt that a worker goes on with, or None if it is over or somebody else's now."""
         entry = self.entries.get(request_id)
-        if entry is None or entry.attempt != attempt or not entry.state.live:
+        if entry is None or not attempt or entry.attempt != attempt or entry.space not in worker.spaces:
             return None
         if entry.state is State.QUEUED:  # given up too early: nobody has begun it anew, so it runs where it ran
             self.spaces[entry.space].queue.remove(entry)
@@ -149,7 +153,9 @@ class Scheduler:
 
     def _hand_again(self, entry: Entry, worker: WorkerState, now: float) -> list[Decision]:
         """A worker came back without an attempt that was handed to it: nothing of it was made, so nothing is lost."""
-        if entry.next_seq and not entry.reproducible:
+        if entry.stopping is not None:
+            return [Finish(entry, None, entry.stopping)]
+        if entry.space not in worker.spaces or (entry.next_seq and not entry.reproducible):
             return self.lose(entry.request_id, ErrorCode.WORKER_LOST, "its worker came back without it", now)
         self._run_on(entry, worker)
         worker.held[entry.request_id] = entry.attempt
@@ -243,7 +249,7 @@ class Scheduler:
         return self._hand_out(now)
 
     def restore(self, entry: Entry, now: float) -> None:
-        """Take back a request of the store after a restart, by ascending ticket; `resume` hands out afterwards."""
+        """Take back a request of the store after a restart, by ascending ticket; no worker is there yet to take it."""
         space = self.spaces[entry.space]
         self.entries[entry.request_id] = entry
         if entry.state is State.RUNNING:
@@ -261,6 +267,7 @@ class Scheduler:
         space = self.spaces[entry.space]
         if entry in space.queue:
             space.queue.remove(entry)
+        self._forget_away(entry)
         space.admitted.pop(request_id, None)
         if space.running.pop(request_id, None) is not None and state is State.COMPLETED:
             space.recent_runs_s.append(max(0.0, now - entry.started_at))
@@ -274,8 +281,11 @@ class Scheduler:
         if entry is None:
             return []
         if entry.state is State.RUNNING and entry.worker_id and entry.lost_at is None:
+            if entry.stopping is not None:
+                return []
+            entry.stopping = reason
             return [Stop(entry.worker_id, request_id, reason)]
-        return [*self._stop(entry, reason), Finish(entry, None, reason)]
+        return [*self._stop(entry, reason), Finish(entry, None, entry.stopping or reason)]
 
     def fail(self, request_id: str, code: ErrorCode, message: str) -> list[Decision]:
         """End a request as failed; what runs of it is stopped, and its slot freed when the worker answers."""
@@ -294,9 +304,11 @@ class Scheduler:
         entry = self.entries.get(request_id)
         if entry is None or entry.state is not State.RUNNING:
             return []
+        stop = self._stop(entry, message)
+        if entry.stopping is not None:
+            return [*stop, Finish(entry, None, entry.stopping)]
         entry.losses += 1
         space = self.spaces[entry.space]
-        stop = self._stop(entry, message)
         if entry.losses >= space.rules.max_attempts:
             words = (
                 f"{message}; it was attempt {entry.attempt} and {entry.losses} have been lost now, so it is given up"
@@ -336,10 +348,6 @@ class Scheduler:
             space.queue.waiting_of(principal) + list(space.admitted.values()).count(principal)
             for space in self.spaces.values()
         )
-
-    def resume(self, now: float) -> list[Decision]:
-        """Hand out what can be handed out, after `restore`."""
-        return self._hand_out(now)
 
     # -- telling
 
@@ -395,23 +403,25 @@ class Scheduler:
         return decisions
 
     def _hand_one(self, space: SpaceState, now: float, decisions: list[Decision]) -> bool:
-        worker = self._best_worker(space.name)
-        if worker is None:
+        linked = self.workers_of(space.name)
+        if not any(worker.free_slots for worker in linked):
             return False
-        entry = space.queue.pop(partial(self._may_run, space))
+        entry = space.queue.pop(partial(self._may_go, space, linked))
         if entry is None:
             return False
-        if entry.has_output and entry.retry != "always" and entry.reproducible != worker.reproducible:
+        worker = _best_worker(entry, linked)
+        if worker is None:
             message = f"{entry.next_seq} frames were delivered, and no worker that could go on from there is left"
             decisions.append(Finish(entry, ErrorCode.WORKER_LOST, message))
         else:
             decisions.append(self._start(entry, worker, now))
         return True
 
-    def _best_worker(self, name: str) -> WorkerState | None:
-        """Most free slots, then the longest idle."""
-        free = [worker for worker in self.workers_of(name) if worker.free_slots]
-        return min(free, key=lambda worker: (-worker.free_slots, worker.last_used), default=None)
+    def _may_go(self, space: SpaceState, linked: list[WorkerState], entry: Entry) -> bool:
+        """Whether an entry can be handed out now, or has nobody left who could ever go on with it."""
+        if not self._may_run(space, entry.principal):
+            return False
+        return _best_worker(entry, linked) is not None or not any(_can_take(entry, worker) for worker in linked)
 
     def _may_run(self, space: SpaceState, principal: str) -> bool:
         limit = space.rules.max_running_per_principal
@@ -451,14 +461,31 @@ class Scheduler:
             return ()
         if worker.linked:
             return (Stop(worker.worker_id, entry.request_id, reason),)
-        del worker.held[entry.request_id]
-        if not worker.held:
-            del self.workers[worker.worker_id]
+        self._forget_away(entry)
         return ()
+
+    def _forget_away(self, entry: Entry) -> None:
+        """A worker that is away has one thing less to come back to; with nothing left it is forgotten."""
+        worker = self.workers.get(entry.worker_id or "")
+        if worker is not None and not worker.linked:
+            worker.held.pop(entry.request_id, None)
+            if not worker.held:
+                del self.workers[worker.worker_id]
 
     def _touch(self, worker: WorkerState) -> None:
         self._uses += 1
         worker.last_used = self._uses
+
+
+def _can_take(entry: Entry, worker: WorkerState) -> bool:
+    """Whether a worker could run `entry` if it had a slot: what was heard already, only its equal can go on from."""
+    return not entry.has_output or entry.retry == "always" or entry.reproducible == worker.reproducible
+
+
+def _best_worker(entry: Entry, linked: list[WorkerState]) -> WorkerState | None:
+    """Most free slots, then the longest idle; never one that has not let go of an earlier attempt yet."""
+    free = (w for w in linked if w.free_slots and entry.request_id not in w.held and _can_take(entry, w))
+    return min(free, key=lambda worker: (-worker.free_slots, worker.last_used), default=None)
 
 
 def no_such_space(name: str, request_id: str | None = None) -> Rejected:

@@ -50,6 +50,8 @@ class Entry:
     started_at: float = 0.0
     #: Since when its worker has been away; None while it is linked.
     lost_at: float | None = None
+    #: Why its worker was told to stop it for good; such a request ends with its attempt, however that ends.
+    stopping: str | None = None
     #: Who makes the same frames from the same params: the engine and its format in words; "" for nobody.
     reproducible: str = ""
     has_output: bool = False

@@ -7,7 +7,8 @@ and `operator`'s business.
 import importlib.metadata
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import attrs
 import structlog
@@ -165,26 +166,10 @@ class Gate:
         relay = self.relay
         connection = Connection(secrets.token_hex(8), link, principal)
         relay.connections[connection.connection_id] = connection
-        limits = relay.config.limits
-        link.send(
-            Welcome(
-                connection_id=connection.connection_id,
-                principal=principal.name,
-                limits={
-                    "max_control_bytes": MAX_CONTROL_BYTES,
-                    "max_message_bytes": MAX_MESSAGE_BYTES,
-                    "max_input_chunk_bytes": MAX_INPUT_CHUNK_BYTES,
-                    "max_input_bytes": limits.max_input_bytes,
-                    "max_result_bytes": limits.max_result_bytes,
-                    "resume_window_s": limits.resume_window_s,
-                },
-                ping_interval_s=limits.ping_interval_s,
-                server=SERVER,
-            )
-        )
         log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
         play = {"worker": self._play_worker, "operator": self._play_operator}.get(principal.role, self._play_client)
         try:
+            link.send(self._welcome(connection))
             with trio.move_on_after(_left_s(principal)) as token_life:
                 await play(connection, hello)
             if token_life.cancelled_caught:
@@ -193,18 +178,32 @@ class Gate:
             del relay.connections[connection.connection_id]
             log.info("disconnected", peer=link.peer, principal=principal.name, why=link.reason or "closed")
 
+    def _welcome(self, connection: Connection) -> Welcome:
+        limits = self.relay.config.limits
+        return Welcome(
+            connection_id=connection.connection_id,
+            principal=connection.principal.name,
+            limits={
+                "max_control_bytes": MAX_CONTROL_BYTES,
+                "max_message_bytes": MAX_MESSAGE_BYTES,
+                "max_input_chunk_bytes": MAX_INPUT_CHUNK_BYTES,
+                "max_input_bytes": limits.max_input_bytes,
+                "max_result_bytes": limits.max_result_bytes,
+                "resume_window_s": limits.resume_window_s,
+            },
+            ping_interval_s=limits.ping_interval_s,
+            server=SERVER,
+        )
+
     async def _play_client(self, connection: Connection, hello: Hello) -> None:
         await self._with_client(self._client(connection), None)
 
     async def _play_operator(self, connection: Connection, hello: Hello) -> None:
         client = self._client(connection, FROM_OPERATOR)
-        async with trio.open_nursery() as nursery:
+        async with _open_nursery() as nursery:
             operator = Operator(client, self.relay, self.tokens, nursery, self.drain)
             client.handlers |= operator.handlers
-            try:
-                await self._with_client(client, operator)
-            finally:
-                nursery.cancel_scope.cancel()
+            await self._with_client(client, operator)
 
     def _client(self, connection: Connection, takes: Table = FROM_CLIENT) -> ClientLink:
         return ClientLink(
@@ -224,14 +223,25 @@ class Gate:
             relay.touch("clients", client.connection_id)
 
     async def _play_worker(self, connection: Connection, hello: Hello) -> None:
-        async with trio.open_nursery() as nursery:
+        async with _open_nursery() as nursery:
             worker = WorkerLink(
                 connection.connection_id, connection.link, connection.principal, self.relay, nursery, hello.agent
             )
-            try:
-                await worker.serve()
-            finally:
-                nursery.cancel_scope.cancel()
+            await worker.serve()
+
+
+@asynccontextmanager
+async def _open_nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery that ends with its block; the block's own exception comes out bare, so that its kind still counts."""
+    fault: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        except Exception as raised:  # noqa: BLE001  raised again below, outside the nursery
+            fault = raised
+        nursery.cancel_scope.cancel()
+    if fault is not None:
+        raise fault
 
 
 def _left_s(principal: Principal) -> float:

@@ -50,6 +50,8 @@ log = structlog.get_logger("relayd.worker")
 
 #: Codes of `failed` that tell of a broken engine, not of a bad request: such an attempt may be tried again.
 ENGINE_FAULTS = frozenset({ErrorCode.ENGINE_FAILED, ErrorCode.MODEL_NOT_LOADED})
+#: Of a worker's name in its id, which the wire gives 64 characters.
+MAX_NAME_CHARS = 48
 #: Input bytes on their way to a worker at once, so that assignments and cancels are not stuck behind an upload.
 FEED_BYTES = 1024 * 1024
 
@@ -131,6 +133,8 @@ class WorkerLink:
         try:
             for name in request.submit.inputs:
                 data = await self.relay.input_of(request, name)
+                if data is None:
+                    return
                 for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
                     await self.link.drained(FEED_BYTES)
                     if self.relay.attempt_of(self, request.request_id, attempt) is None:
@@ -188,7 +192,7 @@ class WorkerLink:
         if self.registered:
             self.relay.set_slots(self, register.slots)
             return
-        self.worker_id = f"{register.worker}-{register.instance[:8]}"
+        self.worker_id = f"{register.worker[:MAX_NAME_CHARS]}-{register.instance[:8]}"
         self.engine = register.engine
         if refusal := self._refusal(register):
             self.send(refusal)
@@ -217,10 +221,9 @@ class WorkerLink:
             for entry in joined.resume
         )
         self.send(Registered(worker_id=self.worker_id, resume=resume, abandon=joined.abandon))
-        for entry in joined.resume:  # what was to be stopped while it was away
-            request = self.relay.requests[entry.request_id]
-            if request.stopped_at is not None:
-                self.cancel(request.request_id, "cancelled while the worker was away")
+        for entry in joined.resume:  # it may not have heard the `cancel`
+            if entry.stopping is not None:
+                self.cancel(entry.request_id, entry.stopping)
         self.relay.settle(register, self.worker_id, joined)
 
     def _refusal(self, register: Register) -> Rejected | None:
@@ -247,6 +250,7 @@ class WorkerLink:
         if request is None or not self._is_next(request, frame):
             return
         entry, now = request.entry, trio.current_time()
+        had_output = entry.has_output
         if isinstance(frame, Audio):
             form = request.format
             if form is None or len(frame.pcm) % form.sample_bytes:
@@ -269,6 +273,8 @@ class WorkerLink:
         request.log.append(data)
         entry.next_seq = request.log.next_seq
         relay.touch("requests", request.request_id)
+        if entry.has_output and not had_output:
+            relay.record(request)  # a relay that is started again must not try anew what was heard
         limit = relay.config.limits.max_result_bytes
         if request.log.bytes_held > limit:
             relay.fail(
@@ -281,7 +287,10 @@ class WorkerLink:
         """The attempt's end: its slot is free, whether anybody still waits for it or not."""
         request = self._request_of(frame)
         relay = self.relay
-        if request is not None and self._is_next(request, frame):
+        is_next = request is not None and self._is_next(request, frame)
+        # Sent first, so that a worker forgets this attempt before it is handed the next.
+        self.send(Ack(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq))
+        if request is not None and is_next:
             if isinstance(frame, Failed) and frame.retryable and frame.code in ENGINE_FAULTS:
                 relay.attempt_failed(request, self, frame)
             elif isinstance(frame, Completed):
@@ -290,7 +299,6 @@ class WorkerLink:
                 relay.end(request, data, State.FAILED, code=frame.code, message=frame.message)
             elif isinstance(frame, Cancelled):
                 relay.end(request, data, State.CANCELLED, message=frame.reason)
-        self.send(Ack(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq))
         relay.release(self, frame.request_id, frame.attempt)
 
     def _request_of(self, frame: Frame) -> Request | None:

@@ -46,6 +46,7 @@ class FunctionEngine(Engine):
     Args:
         options: as `OPTIONS`.
         call: the callable itself, in place of the option `call`.
+        params: JSON Schema of its params, in place of the one read from its signature.
     """
 
     SUMMARY: ClassVar[str] = "any Python callable, plain or generator: -o call=module:callable"
@@ -57,10 +58,14 @@ class FunctionEngine(Engine):
     }
 
     def __init__(
-        self, options: Mapping[str, OptionValue] | None = None, call: Callable[..., Any] | None = None
+        self,
+        options: Mapping[str, OptionValue] | None = None,
+        call: Callable[..., Any] | None = None,
+        params: Mapping[str, Value] | None = None,
     ) -> None:
         super().__init__(options)
         self._call = call
+        self._params = params
         self._signature: Signature | None = None
         self._format: AudioFormat | None = None
         if self.options["sample_rate"] is not None:
@@ -79,7 +84,7 @@ class FunctionEngine(Engine):
             format=self._format,
             late_format=self._format is None,
             reproducible=bool(self.options["reproducible"]),
-            params=self._signature.params,
+            params=self._signature.params if self._params is None else dict(self._params),
             inputs=self._signature.inputs,
         )
 

@@ -1,6 +1,9 @@
 """A relay that does what a test's script says, over streams in memory or a socket."""
 
+import contextlib
+import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TypeVar
 
 import attrs
@@ -148,3 +151,50 @@ def failed(request_id: str, seq: int = 0, **more: object) -> Failed:
     return Failed.from_map(
         {"request_id": request_id, "attempt": 1, "seq": seq, "code": "engine_failed", "message": "it broke", **more}
     )
+
+
+class RelayThread:
+    """A fake relay on a unix socket, in a thread of its own, for tests of what is not Trio; gives its URL.
+
+    A fault of a script is raised at the end of the block.
+    """
+
+    def __init__(self, directory: Path, *scripts: Script) -> None:
+        self._path = directory / "relay.sock"
+        self._scripts = scripts
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fake relay")
+        self._fault: BaseException | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._scope = trio.CancelScope()
+
+    def __enter__(self) -> str:
+        self._thread.start()
+        self._ready.wait()
+        return f"unix:{self._path}"
+
+    def __exit__(self, kind: object, *_more: object) -> None:
+        assert self._token is not None
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._scope.cancel)
+        self._thread.join()
+        if self._fault is not None and kind is None:
+            raise self._fault
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main)
+        except BaseException as fault:  # noqa: BLE001  raised again at the end of the block
+            self._fault = fault
+
+    async def _main(self) -> None:
+        with self._scope, trio.socket.socket(trio.socket.AF_UNIX) as listening:
+            await listening.bind(str(self._path))
+            listening.listen()
+            self._token = trio.lowlevel.current_trio_token()
+            self._ready.set()
+            async with trio.open_nursery() as nursery:
+                fake = FakeRelay(nursery, *self._scripts)
+                while True:
+                    connection, _peer = await listening.accept()
+                    nursery.start_soon(serve, trio.SocketStream(connection), fake.next_script())

@@ -1,7 +1,7 @@
 """The client against a scripted relay: one request's life, cuts in every phase, questions, inputs."""
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,8 @@ async def take_by(way: str, stream: Stream, got: list[object]) -> None:
     if way == "result":
         await stream.result()
         return
-    async for piece in {"frames": stream, "events": stream.events(), "audio": stream.audio()}[way]:
+    ways: dict[str, AsyncIterable[object]] = {"frames": stream, "events": stream.events(), "audio": stream.audio()}
+    async for piece in ways[way]:
         got.append(piece)  # noqa: PERF401  what came before an exception must be there
 
 

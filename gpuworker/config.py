@@ -1,0 +1,141 @@
+"""What a worker is told: command line, environment and defaults as one frozen value."""
+
+import argparse
+import os
+import re
+import socket
+from collections.abc import Mapping
+
+import attrs
+
+from gpuworker.engines.base import Engine, OptionError, OptionValue
+from gpuworker.engines.catalog import EngineNotFound, find_engine, parse_options
+from gpuworker.runner import CANCEL_GRACE_S, LOAD_TIMEOUT_S
+from gpuworker.worker import DRAIN_TIMEOUT_S
+from protocol.address import Address, from_environment, read_token, token_from_environment
+from protocol.messages import SPACE_PATTERN
+
+DEFAULT_SPACE = "tts"
+DEFAULT_ENGINE = "espeak"
+MAX_SLOTS = 1_000
+
+
+class ConfigError(ValueError):
+    """Wrong use: the text says what and what is right."""
+
+
+@attrs.frozen(kw_only=True)
+class WorkerConfig:
+    """One worker's configuration; fields as the options of `gpuworker run`."""
+
+    address: Address
+    token: str | None
+    spaces: tuple[str, ...]
+    engine: str
+    engine_class: type[Engine]
+    options: dict[str, OptionValue]
+    slots: int
+    name: str
+    in_threads: bool
+    load_timeout_s: float
+    cancel_grace_s: float
+    drain_timeout_s: float
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `gpuworker run`."""
+    parser.add_argument(
+        "--relay", metavar="URL", help="ws://, wss:// or unix:PATH; else RELAY_URL, else this machine's relay"
+    )
+    parser.add_argument("--space", action="append", metavar="NAME", help=f"to serve; may be repeated ({DEFAULT_SPACE})")
+    parser.add_argument(
+        "--engine", default=DEFAULT_ENGINE, metavar="NAME", help=f"see `gpuworker engines` ({DEFAULT_ENGINE})"
+    )
+    parser.add_argument(
+        "--slots", type=int, default=1, metavar="N", help="requests at once, each in its own process (1)"
+    )
+    parser.add_argument(
+        "-o",
+        action="append",
+        default=[],
+        dest="options",
+        metavar="KEY=VALUE",
+        help="an option of the engine; repeatable",
+    )
+    parser.add_argument("--token-file", metavar="FILE", help="holds the token; else RELAY_TOKEN or RELAY_TOKEN_FILE")
+    parser.add_argument("--name", help="of this worker, for people (the machine's name)")
+    parser.add_argument(
+        "--load-timeout", type=float, default=LOAD_TIMEOUT_S, metavar="S", help=f"for loading ({LOAD_TIMEOUT_S:g})"
+    )
+    parser.add_argument(
+        "--cancel-grace",
+        type=float,
+        default=CANCEL_GRACE_S,
+        metavar="S",
+        help=f"from cancel to kill ({CANCEL_GRACE_S:g})",
+    )
+    parser.add_argument(
+        "--drain-timeout", type=float, default=DRAIN_TIMEOUT_S, metavar="S", help=f"to finish in ({DRAIN_TIMEOUT_S:g})"
+    )
+    parser.add_argument(
+        "--in-threads", action="store_true", help="slots as threads: no isolation, less memory; for load tests"
+    )
+
+
+def read_config(given: argparse.Namespace, environ: Mapping[str, str] | None = None) -> WorkerConfig:
+    """The configuration that a command line and the environment stand for.
+
+    Raises:
+        ConfigError: with every fault there is, one a line.
+    """
+    environ = os.environ if environ is None else environ
+    faults: list[str] = []
+    address, token, engine_class = None, None, None
+    options: dict[str, OptionValue] = {}
+    try:
+        address = from_environment(given.relay, environ)
+    except ValueError as fault:
+        faults.append(str(fault))
+    try:
+        token = read_token(given.token_file) if given.token_file else token_from_environment(environ)
+    except ValueError as fault:
+        faults.append(str(fault))
+    spaces = tuple(dict.fromkeys(given.space or [DEFAULT_SPACE]))
+    faults += [
+        f"--space {space}: no space name ({SPACE_PATTERN.pattern})"
+        for space in spaces
+        if not SPACE_PATTERN.fullmatch(space)
+    ]
+    if not 1 <= given.slots <= MAX_SLOTS:
+        faults.append(f"--slots {given.slots}: must lie in 1..{MAX_SLOTS}")
+    for name in ("load_timeout", "cancel_grace", "drain_timeout"):
+        if not 0 <= getattr(given, name) < float("inf"):
+            faults.append(f"--{name.replace('_', '-')} {getattr(given, name)}: must be seconds, 0 or more")
+    try:
+        engine_class = find_engine(given.engine)
+        options = parse_options(engine_class.OPTIONS, given.options)
+        engine_class(options)  # what only the engine can check
+        faults += [f"engine {given.engine!r} needs {it.what}: {it.install}" for it in engine_class.missing()]
+    except (EngineNotFound, OptionError) as fault:
+        faults.append(str(fault))
+    if faults or address is None or engine_class is None:
+        raise ConfigError("\n".join(faults))
+    return WorkerConfig(
+        address=address,
+        token=token,
+        spaces=spaces,
+        engine=given.engine,
+        engine_class=engine_class,
+        options=options,
+        slots=given.slots,
+        name=worker_name(given.name),
+        in_threads=given.in_threads,
+        load_timeout_s=given.load_timeout,
+        cancel_grace_s=given.cancel_grace,
+        drain_timeout_s=given.drain_timeout,
+    )
+
+
+def worker_name(given: str | None) -> str:
+    """A name for people: the one given, else the machine's."""
+    return re.sub(r"\s+", "-", (given or socket.gethostname() or "worker").strip())[:64] or "worker"

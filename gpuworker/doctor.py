@@ -1,0 +1,128 @@
+"""`gpuworker doctor`: what can run here, what is missing and how to install it, and whether the relay answers."""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Literal
+
+import attrs
+import trio
+
+from gpuworker.config import ConfigError
+from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine
+from protocol.address import Address, from_environment, read_token, token_from_environment
+from protocol.errors import LinkError, LoginRefused, ProtocolError
+from protocol.link import log_in, open_link
+from protocol.messages import PROTOCOL_VERSION, Hello
+
+NVIDIA_SMI_S = 10.0
+TORCH_S = 60.0
+MIN_PYTHON = (3, 11)
+
+Outcome = Literal["ok", "missing", "failed", "unreachable"]
+
+
+@attrs.frozen(kw_only=True)
+class Finding:
+    """One thing looked at: what it is, how it is, in words, and the command that mends it."""
+
+    what: str
+    outcome: Outcome
+    words: str
+    install: str = ""
+
+
+def add_doctor_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `gpuworker doctor`."""
+    parser.add_argument("--relay", metavar="URL", help="tried, with the token, where given or in RELAY_URL")
+    parser.add_argument("--token-file", metavar="FILE", help="holds the token; else RELAY_TOKEN or RELAY_TOKEN_FILE")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run_doctor(given: argparse.Namespace, environ: Mapping[str, str] | None = None) -> int:
+    """Print what was found; 1 if no engine runs or the login fails, 3 if the relay does not answer."""
+    environ = os.environ if environ is None else environ
+    findings = [_python(), *_engines(), _gpu()]
+    url = given.relay or environ.get("RELAY_URL")
+    if url:
+        try:
+            address = from_environment(url, environ)
+            token = read_token(given.token_file) if given.token_file else token_from_environment(environ)
+        except ValueError as fault:
+            raise ConfigError(str(fault)) from None
+        findings.append(trio.run(_relay, address, token))
+    if given.json:
+        print(json.dumps([attrs.asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.what:<18} {finding.outcome:<12} {finding.words}")
+            if finding.install:
+                print(f"{'':<18} {'':<12} install it with: {finding.install}")
+    if any(finding.outcome == "unreachable" for finding in findings):
+        return 3
+    engines = [finding for finding in findings if finding.what.startswith("engine ")]
+    runs = any(finding.outcome == "ok" for finding in engines)
+    return 0 if runs and all(finding.outcome != "failed" for finding in findings) else 1
+
+
+def _python() -> Finding:
+    words = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    if sys.platform != "linux":
+        return Finding(what="python", outcome="failed", words=f"{words}; slots need Linux (pidfd, parent-death signal)")
+    return Finding(what="python", outcome="ok" if sys.version_info >= MIN_PYTHON else "failed", words=words)
+
+
+def _engines() -> list[Finding]:
+    findings = []
+    for name in engine_names():
+        what = f"engine {name}"
+        try:
+            engine = find_engine(name)
+        except EngineNotFound as fault:
+            findings.append(Finding(what=what, outcome="missing", words=str(fault)))
+            continue
+        lacking = engine.missing()
+        findings += [
+            Finding(what=what, outcome="missing", words=f"needs {lack.what}", install=lack.install) for lack in lacking
+        ] or [Finding(what=what, outcome="ok", words=engine.SUMMARY)]
+    return findings
+
+
+def _gpu() -> Finding:
+    """By nvidia-smi, which needs no Python package; then whether torch sees it, asked of a process of its own."""
+    words = "none seen (no nvidia-smi); espeak, mock and function need none"
+    outcome: Outcome = "missing"
+    if smi := shutil.which("nvidia-smi"):
+        query = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        told = _output(query, NVIDIA_SMI_S)
+        outcome, words = ("ok", "; ".join(told.splitlines())) if told else ("failed", "nvidia-smi does not answer")
+    if find_spec("torch") is not None:
+        script = "import torch; print(torch.__version__, 'sees', torch.cuda.device_count(), 'GPU(s)')"
+        words += f"; torch {_output([sys.executable, '-c', script], TORCH_S) or 'cannot be imported'}"
+    return Finding(what="gpu", outcome=outcome, words=words)
+
+
+def _output(command: list[str], limit_s: float) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+async def _relay(address: Address, token: str | None) -> Finding:
+    what = "relay"
+    hello = Hello(version=PROTOCOL_VERSION, role="worker", token=token, agent="gpuworker-doctor")
+    try:
+        async with open_link(address) as link:
+            welcome = await log_in(link, hello)
+            return Finding(what=what, outcome="ok", words=f"{address} takes the token, as {welcome.principal!r}")
+    except LoginRefused as refusal:
+        return Finding(what=what, outcome="failed", words=f"{address} refuses the login: {refusal.code}: {refusal}")
+    except (LinkError, ProtocolError) as fault:
+        return Finding(what=what, outcome="unreachable", words=f"{address}: {fault}")

@@ -1,0 +1,141 @@
+"""A slot whose engine runs in a thread of this process: for `gpuworker.embed`, and for load tests without isolation."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import attrs
+import trio
+
+from gpuworker.drive import End, drive
+from gpuworker.engines.base import Capabilities, Chunk, Engine, EngineError, OptionError
+from gpuworker.runner import CANCEL_GRACE_S, RESTART_FIRST_S, RESTART_LONGEST_S, Job, Run, Slot
+from protocol.backoff import Backoff
+
+log = logging.getLogger("gpuworker.slot")
+
+
+@attrs.define(eq=False)
+class _Order:
+    """A job on its way to the thread."""
+
+    job: Job
+    run: Run
+    stop: threading.Event = attrs.field(factory=threading.Event)
+
+
+class ThreadSlot(Slot):
+    """A slot in a thread. Nothing is contained: a crash takes the program along, and a hang cannot be killed.
+
+    A run that does not stop within the grace is given up: its request ends as cancelled, what it still makes
+    is thrown away, and the slot is out of service until the thread comes back.
+
+    Args:
+        index: from 0.
+        make_engine: called in the slot's thread, for each life of it.
+        cancel_grace_s: from a cancel to giving the run up.
+    """
+
+    def __init__(
+        self, index: int, make_engine: Callable[[], Engine], *, cancel_grace_s: float = CANCEL_GRACE_S
+    ) -> None:
+        super().__init__(index)
+        self._make_engine = make_engine
+        self._cancel_grace_s = cancel_grace_s
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._order: _Order | None = None
+
+    async def serve(self) -> None:
+        """Load the engine and keep it alive, in a new thread after each death."""
+        backoff = Backoff(RESTART_FIRST_S, RESTART_LONGEST_S)
+        while True:
+            ended = trio.Event()
+            self._orders = queue.SimpleQueue()
+            token = trio.lowlevel.current_trio_token()
+            began = trio.current_time()
+            # A daemon: the program's end must not wait for a run. Trio's own threads are shared, and an engine
+            # may want all its calls in one.
+            threading.Thread(
+                target=self._live, args=(token, self._orders, ended), name=f"gpuworker-{self.index}", daemon=True
+            ).start()
+            try:
+                await ended.wait()
+            finally:
+                if self._order is not None:
+                    self._order.stop.set()
+                self._orders.put(None)
+            backoff.lived(trio.current_time() - began)
+            await trio.sleep(backoff.next_s())
+
+    # -- in the thread
+
+    def _live(
+        self, token: trio.lowlevel.TrioToken, orders: "queue.SimpleQueue[_Order | None]", ended: trio.Event
+    ) -> None:
+        def tell(call: Callable[..., object], *arguments: object) -> None:
+            trio.from_thread.run_sync(call, *arguments, trio_token=token)
+
+        try:
+            try:
+                engine = self._make_engine()
+                engine.load()
+                capabilities = engine.capabilities
+            except (EngineError, OptionError) as fault:
+                tell(self._load_failed, str(fault))
+            except Exception as fault:
+                log.exception("%s: the engine cannot be loaded", self.name)
+                tell(self._load_failed, f"{type(fault).__name__}: {fault}")
+            else:
+                tell(self._loaded, capabilities)
+                while (order := orders.get()) is not None:
+                    run = order.run
+
+                    def emit(chunk: Chunk, run: Run = run) -> None:
+                        tell(self._emitted, run, chunk)
+
+                    end = drive(engine, order.job.params, order.job.inputs, order.stop.is_set, emit)
+                    tell(self._run_ended, run, end)
+                    if end.restart:
+                        break
+                engine.close()
+            tell(ended.set)
+        except trio.RunFinishedError:
+            return  # the worker is gone; nobody is left to tell
+
+    # -- in Trio
+
+    def _loaded(self, capabilities: Capabilities) -> None:
+        self.capabilities = capabilities
+        self._set_ready(True)
+
+    def _load_failed(self, fault: str) -> None:
+        log.error("%s: the engine cannot be loaded: %s", self.name, fault)
+        self._set_ready(False, fault)
+
+    def _emitted(self, run: Run, chunk: Chunk) -> None:
+        if run is self._run and run.end is None:
+            run.emit(chunk)
+
+    def _run_ended(self, run: Run, end: End) -> None:
+        self._order = None
+        self._set_ready(not end.restart)
+        run.finish(end)
+
+    async def _start(self, job: Job, run: Run) -> None:
+        self._order = _Order(job, run)
+        self._orders.put(self._order)
+
+    async def _stop_when_asked(self, run: Run) -> None:
+        await run.cancel_asked.wait()
+        if self._order is not None:
+            self._order.stop.set()
+        await trio.sleep(self._cancel_grace_s)
+        log.warning("%s: did not stop within %g s of a cancel; given up", self.name, self._cancel_grace_s)
+        self._set_ready(False)  # until `_run_ended`
+        run.finish(End(outcome="cancelled"))
+
+    def _force(self, run: Run) -> None:
+        if self._order is not None:
+            self._order.stop.set()
+            self._set_ready(False)

@@ -1,0 +1,222 @@
+"""The attempts that this worker runs or still has frames of, and the slots they run in. Knows no link."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import attrs
+import trio
+
+from gpuworker.attempt import Attempt
+from gpuworker.drive import End
+from gpuworker.engines.base import Capabilities
+from gpuworker.runner import Job, Slot
+from protocol.errors import ErrorCode
+from protocol.messages import MAX_TEXT_CHARS, Ack, Assign, Input, Running
+from protocol.params import check_params
+
+#: For a slot to come free for what was assigned. The relay counts slots, so this is for what crosses on the way: a slot
+#: that died, or one whose last attempt was abandoned and has not stopped yet.
+SLOT_WAIT_S = 10.0
+#: Past `run_timeout_s`, which is the relay's to enforce; this worker sees to it where the relay is not to be reached.
+RUN_TIMEOUT_MARGIN_S = 5.0
+
+log = logging.getLogger("gpuworker")
+
+
+@attrs.define
+class Tally:
+    """Attempts that came to their end, by how."""
+
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+class Work:
+    """Runs what is assigned.
+
+    Args:
+        slots: where it runs; something else serves them.
+        nursery: for the attempts, which outlive every link.
+
+    Attributes:
+        attempts: by request id; one each, the newest. They stay until the relay has acknowledged their end.
+        on_frames: called with an attempt that has new frames.
+        on_change: called when an attempt came, ended or left, or a slot changed.
+    """
+
+    def __init__(self, slots: Sequence[Slot], nursery: trio.Nursery) -> None:
+        self.slots = slots
+        self.attempts: dict[str, Attempt] = {}
+        self.tally = Tally()
+        self.on_frames: Callable[[Attempt], None] = lambda _attempt: None
+        self._nursery = nursery
+        self._changed = trio.lowlevel.ParkingLot()
+
+    def changed(self) -> None:
+        """Wake whoever waits for a free slot or for the end of something."""
+        self._changed.unpark_all()
+
+    async def change(self) -> None:
+        """Wait for the next change."""
+        await self._changed.park()
+
+    @property
+    def ready_slots(self) -> int:
+        """Slots with a live engine, busy ones too: what the relay may count on."""
+        return sum(slot.ready for slot in self.slots)
+
+    @property
+    def running(self) -> list[Attempt]:
+        """Attempts that have not ended."""
+        return [attempt for attempt in self.attempts.values() if not attempt.ended]
+
+    def standing(self) -> tuple[Running, ...]:
+        """Every attempt with its next seq, for `register`."""
+        return tuple(attempt.running for attempt in self.attempts.values())
+
+    # -- what the relay says
+
+    def accept(self, assign: Assign, capabilities: Capabilities, max_bytes: int) -> None:
+        """Run this. The same attempt again is ignored; a higher one takes the place of the one before."""
+        held = self.attempts.get(assign.request_id)
+        if held is not None:
+            if assign.attempt <= held.number:
+                log.warning("request %s: attempt %d came again", assign.request_id[:8], assign.attempt)
+                return
+            self.drop(held, "superseded by a new attempt")
+
+        def overflow() -> None:
+            if attempt.stop_engine is not None:
+                attempt.stop_engine()
+
+        attempt = Attempt(
+            assign,
+            reproducible=capabilities.reproducible,
+            max_bytes=max_bytes,
+            on_frames=lambda attempt: self.on_frames(attempt),
+            on_overflow=overflow,
+        )
+        self.attempts[attempt.request_id] = attempt
+        log.info(
+            "request %s of %s: attempt %d in space %r",
+            attempt.request_id[:8],
+            assign.principal,
+            attempt.number,
+            assign.space,
+        )
+        if faults := check_params(capabilities.params, assign.params):
+            words = "; ".join(f"{name or 'params'} {fault}" for name, fault in faults.items())
+            self._finish(
+                attempt,
+                End(
+                    outcome="failed",
+                    code=ErrorCode.INVALID_PARAMS.value,
+                    message=words[:MAX_TEXT_CHARS],
+                    details=dict(faults),
+                ),
+            )
+            return
+        attempt.uploads.refuse_by(capabilities.inputs)
+        self._nursery.start_soon(self._run, attempt)
+
+    def upload(self, piece: Input) -> None:
+        """A piece of an input; for an attempt that is not here it says nothing."""
+        if (attempt := self.attempts.get(piece.request_id)) is not None:
+            attempt.uploads.add(piece)
+
+    def cancel(self, request_id: str, reason: str) -> None:
+        """Stop it; `cancelled` follows. What has ended, or is not here, needs nothing."""
+        if (attempt := self.attempts.get(request_id)) is not None:
+            attempt.cancel(reason or "cancelled")
+
+    def acknowledge(self, ack: Ack) -> None:
+        """Forget an attempt that has ended and that the relay holds to its end."""
+        attempt = self.attempts.get(ack.request_id)
+        if attempt is not None and attempt.number == ack.attempt and attempt.ended and ack.seq >= attempt.next_seq - 1:
+            del self.attempts[ack.request_id]
+            self.changed()
+
+    def drop(self, attempt: Attempt, reason: str) -> None:
+        """Forget it, and stop it where it runs: nobody wants its frames any more."""
+        log.info("request %s: attempt %d dropped: %s", attempt.request_id[:8], attempt.number, reason)
+        attempt.cancel(reason)
+        attempt.dropped = True
+        if self.attempts.get(attempt.request_id) is attempt:
+            del self.attempts[attempt.request_id]
+        self.changed()
+
+    def link_went(self) -> None:
+        """The rest of what was being uploaded will not come: the relay starts such a request anew."""
+        for attempt in list(self.attempts.values()):
+            if not attempt.uploads.settled.is_set():
+                self.drop(attempt, "the link went before its inputs were here")
+
+    # -- running
+
+    async def _run(self, attempt: Attempt) -> None:
+        end = End(outcome="cancelled")
+        with attempt.scope:
+            await attempt.uploads.settled.wait()
+            end = attempt.uploads.fault or await self._run_in_slot(attempt)
+        self._finish(attempt, end)
+
+    async def _run_in_slot(self, attempt: Attempt) -> End:
+        slot = await self._free_slot()
+        if slot is None:
+            return End.failed(
+                ErrorCode.ENGINE_FAILED, f"no slot of the worker came free within {SLOT_WAIT_S:g} s", retryable=True
+            )
+        attempt.stop_engine = slot.cancel
+        attempt.begin(trio.current_time())
+        job = Job(attempt.assign.params, attempt.uploads.take())
+        limit_s = attempt.assign.run_timeout_s
+        async with trio.open_nursery() as nursery:
+            if limit_s > 0:
+                nursery.start_soon(self._stop_overdue, attempt, limit_s + RUN_TIMEOUT_MARGIN_S)
+            end = await slot.run(job, attempt.take)
+            nursery.cancel_scope.cancel()
+        return end
+
+    @staticmethod
+    async def _stop_overdue(attempt: Attempt, limit_s: float) -> None:
+        await trio.sleep(limit_s)
+        attempt.cancel(f"{ErrorCode.RUN_TIMEOUT.value}: it ran for more than {limit_s:g} s")
+
+    async def _free_slot(self) -> Slot | None:
+        with trio.move_on_after(SLOT_WAIT_S):
+            while True:
+                for slot in self.slots:
+                    if slot.free:
+                        return slot
+                await self._changed.park()
+        return None
+
+    def _finish(self, attempt: Attempt, end: End) -> None:
+        if attempt.dropped:
+            return
+        attempt.finish(end)
+        setattr(self.tally, attempt.outcome, getattr(self.tally, attempt.outcome) + 1)
+        log.log(
+            logging.WARNING if attempt.outcome == "failed" else logging.INFO,
+            "request %s: %s",
+            attempt.request_id[:8],
+            _in_words(attempt, end),
+        )
+        self.changed()
+
+
+def _in_words(attempt: Attempt, end: End) -> str:
+    if attempt.outcome == "failed":
+        return f"failed: {end.code}: {end.message}"
+    if attempt.outcome == "cancelled":
+        return f"cancelled: {attempt.cancel_reason or 'the worker stopped it'}"
+    figures = attempt.result(trio.current_time())
+    run_s = figures["run_s"]
+    if not figures.get("duration_s"):
+        return f"done in {run_s:.2f} s, {figures['chunks']} chunks"
+    speed = figures["duration_s"] / max(run_s, 1e-6)
+    return (
+        f"done in {run_s:.2f} s: {figures['duration_s']:.2f} s of audio ({speed:.1f} times real time), "
+        f"first after {figures['first_frame_s'] * 1000:.0f} ms"
+    )

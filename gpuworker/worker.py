@@ -1,0 +1,398 @@
+"""The worker: dials out to the relay, registers its spaces, and keeps at it for ever."""
+
+import logging
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import trio
+
+from gpuworker.attempt import MAX_RESULT_BYTES, Attempt
+from gpuworker.engines.base import Capabilities
+from gpuworker.feeder import Feeder
+from gpuworker.identity import Identity as Identity
+from gpuworker.identity import State, WorkerStatus
+from gpuworker.identity import WorkerError as WorkerError
+from gpuworker.runner import Slot
+from gpuworker.work import Work
+from protocol.address import Address
+from protocol.codec import decode
+from protocol.errors import ErrorCode, LinkError, LoginRefused, ProtocolError, UnknownType
+from protocol.link import Backoff, Connect, Link, keep_linked
+from protocol.messages import (
+    FROM_RELAY,
+    PROTOCOL_VERSION,
+    Ack,
+    Assign,
+    Cancel,
+    Drain,
+    Draining,
+    Error,
+    Hello,
+    Input,
+    Message,
+    Ping,
+    Pong,
+    Register,
+    Registered,
+    Rejected,
+    Undrain,
+    Welcome,
+)
+
+#: For what runs to end once the worker drains: as the relay's own `drain_timeout_s`.
+DRAIN_TIMEOUT_S = 120.0
+#: For the relay to acknowledge the last frames before a draining worker leaves without.
+ACK_S = 10.0
+#: Between two tries to register where the relay said no and may say yes later.
+REGISTER_AGAIN_FIRST_S = 1.0
+REGISTER_AGAIN_LONGEST_S = 30.0
+
+log = logging.getLogger("gpuworker")
+
+
+class Worker:
+    """One worker. `run` is all of its life.
+
+    Args:
+        identity: who it is.
+        address: where the relay listens.
+        slots: at least one.
+        drain_timeout_s: for what runs to end once it drains.
+        connect_to: makes the transport; for tests and tunnels.
+        ssl_context: for wss://.
+        on_status: called in the Trio thread after each change of `status`.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        address: Address,
+        slots: Sequence[Slot],
+        *,
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
+        connect_to: Connect | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        on_status: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._identity = identity
+        self._address = address
+        self._slots = slots
+        self._drain_timeout_s = drain_timeout_s
+        self._connect_to = connect_to
+        self._ssl_context = ssl_context
+        self._on_status = on_status
+        self._work: Work | None = None
+        self._scope = trio.CancelScope()
+        self._link: Link | None = None
+        self._feeder: Feeder | None = None
+        self._announced: int | None = None
+        self._registered_once = False
+        self._register_again = Backoff(REGISTER_AGAIN_FIRST_S, REGISTER_AGAIN_LONGEST_S)
+        self._refused = trio.Event()
+        self._max_result_bytes = MAX_RESULT_BYTES
+        self._drain_asked = trio.Event()
+        self._drains = False
+        self._leave = trio.Event()
+        self._failure: WorkerError | None = None
+        self._fault = ""
+        self._stopped = False
+        self._handlers: dict[type[Message], Callable[[Any], None]] = {
+            Registered: self._on_registered,
+            Rejected: self._on_rejected,
+            Assign: self._on_assign,
+            Input: lambda piece: self._held_work.upload(piece),
+            Cancel: lambda cancel: self._held_work.cancel(cancel.request_id, cancel.reason),
+            Ack: lambda ack: self._held_work.acknowledge(ack),
+            Drain: lambda drain: self.drain(drain.reason or "the relay asked for it"),
+            Undrain: lambda _undrain: self._undrain(),
+            Ping: lambda ping: self._say(Pong(timestamp=ping.timestamp)),
+            Pong: lambda _pong: None,
+            Error: self._on_error,
+        }
+
+    # -- for the program around it
+
+    async def run(self) -> None:
+        """Load, connect, serve; returns once drained or stopped.
+
+        Raises:
+            WorkerError: the engine cannot be loaded, or the relay refuses this worker for good.
+
+        Cancellation: what runs is killed; the relay gives it to another worker, or tells its client `worker_lost`.
+        """
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self._work = Work(self._slots, nursery)
+                    self._work.on_frames = self._on_frames
+                    for slot in self._slots:
+                        slot.on_change = self._slot_changed
+                        nursery.start_soon(slot.serve)
+                    nursery.start_soon(self._leave_when_drained)
+                    await self._keep_linked()
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._stopped = True
+            self._on_status()
+        if self._failure is not None:
+            raise self._failure
+
+    def drain(self, reason: str) -> None:
+        """Take nothing new, finish what runs, deliver it, then `run` returns."""
+        if self._drains:
+            return
+        self._drains = True
+        running = len(self._work.running) if self._work else 0
+        log.info("draining (%s): %s", reason, f"{running} running" if running else "nothing runs")
+        if self._announced is not None:
+            self._say(Draining())
+        self._drain_asked.set()
+        self._on_status()
+
+    def stop(self) -> None:
+        """End now: what runs is killed."""
+        self._scope.cancel()
+
+    @property
+    def status(self) -> WorkerStatus:
+        """How it stands."""
+        work = self._work
+        state: State = "connecting"
+        if self._stopped:
+            state = "stopped"
+        elif self._drains:
+            state = "draining"
+        elif not self._registered_once and (work is None or not work.ready_slots):
+            state = "loading"
+        elif self._feeder is not None:
+            state = "registered"
+        return WorkerStatus(
+            state=state,
+            relay=str(self._address),
+            spaces=self._identity.spaces,
+            slots=work.ready_slots if work else 0,
+            running=len(work.running) if work else 0,
+            completed=work.tally.completed if work else 0,
+            failed=work.tally.failed if work else 0,
+            cancelled=work.tally.cancelled if work else 0,
+            fault=self._fault,
+        )
+
+    # -- the link
+
+    @property
+    def _held_work(self) -> Work:
+        assert self._work is not None
+        return self._work
+
+    @property
+    def _capabilities(self) -> Capabilities | None:
+        return next((slot.capabilities for slot in self._slots if slot.capabilities is not None), None)
+
+    async def _keep_linked(self) -> None:
+        hello = Hello(version=PROTOCOL_VERSION, role="worker", token=self._identity.token, agent="gpuworker")
+        try:
+            await keep_linked(
+                self._address,
+                hello,
+                self._serve,
+                on_down=self._on_down,
+                ssl_context=self._ssl_context,
+                connect_to=self._connect_to,
+            )
+        except LoginRefused as refusal:
+            self._fail(refusal.code, f"the relay at {self._address} refused the login: {refusal}")
+
+    def _on_down(self, fault: LinkError, delay_s: float) -> None:
+        self._fault = str(fault)
+        log.warning("no link to %s: %s; next try in %.1f s", self._address, fault, delay_s)
+        self._on_status()
+
+    async def _serve(self, link: Link, welcome: Welcome) -> None:
+        """One link, from its login to its end; returns with the link alive when the worker leaves."""
+        log.info("connected to %s as %r", self._address, welcome.principal)
+        limit = welcome.limits.get("max_result_bytes")
+        self._max_result_bytes = limit if type(limit) is int and limit > 0 else MAX_RESULT_BYTES
+        self._link, self._announced = link, None
+        self._refused = trio.Event()
+        broken_rule: ProtocolError | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._register, link)
+                nursery.start_soon(self._feed, link)
+                nursery.start_soon(self._cancel_at_leave, nursery.cancel_scope)
+                try:
+                    async for data in link:
+                        self._hear(data)
+                except ProtocolError as fault:  # kept, as a nursery would wrap it in a group
+                    broken_rule = fault
+                nursery.cancel_scope.cancel()
+        finally:
+            self._link, self._feeder, self._announced = None, None, None
+            self._held_work.link_went()
+            self._on_status()
+        if broken_rule is not None:
+            raise broken_rule
+
+    async def _cancel_at_leave(self, scope: trio.CancelScope) -> None:
+        await self._leave.wait()
+        scope.cancel()
+
+    def _hear(self, data: bytes) -> None:
+        try:
+            message = decode(data, FROM_RELAY)
+            handler = self._handlers[type(message)]
+        except (UnknownType, KeyError) as fault:
+            log.warning("the relay sent what a worker does not take: %s", fault)  # a newer relay, maybe
+            return
+        handler(message)
+
+    def _say(self, message: Message) -> None:
+        """Send; a link that is gone is seen by its reader."""
+        if self._link is not None:
+            try:
+                self._link.send(message)
+            except LinkError:
+                return
+
+    # -- registering
+
+    async def _register(self, link: Link) -> None:
+        """Send `register` once an engine is loaded, and again after a refusal that may pass."""
+        while True:
+            while (capabilities := self._capabilities) is None or not (
+                self._registered_once or self._held_work.ready_slots
+            ):
+                await self._held_work.change()
+            self._refused = trio.Event()
+            self._announced = self._held_work.ready_slots
+            self._say(self._registration(capabilities, self._announced))
+            await self._refused.wait()
+            delay_s = self._register_again.next_s()
+            log.info("registering again in %.1f s", delay_s)
+            await trio.sleep(delay_s)
+
+    def _registration(self, capabilities: Capabilities, slots: int) -> Register:
+        return Register(
+            worker=self._identity.name,
+            instance=self._identity.instance,
+            spaces=list(self._identity.spaces),
+            slots=slots,
+            engine=self._identity.engine,
+            params=capabilities.params,
+            inputs=capabilities.inputs,
+            format=capabilities.format,
+            reproducible=capabilities.reproducible,
+            running=self._held_work.standing(),
+        )
+
+    def _slot_changed(self) -> None:
+        work = self._held_work
+        work.changed()
+        slots = work.ready_slots
+        if self._feeder is not None and slots != self._announced:
+            capabilities = self._capabilities
+            assert capabilities is not None
+            self._announced = slots
+            self._say(self._registration(capabilities, slots))
+        if self._capabilities is None and (fault := next((s.load_fault for s in self._slots if s.load_fault), "")):
+            self._fail(ErrorCode.MODEL_NOT_LOADED.value, f"engine {self._identity.engine!r} cannot be loaded: {fault}")
+        self._on_status()
+
+    def _on_registered(self, registered: Registered) -> None:
+        if self._feeder is not None or self._link is None:
+            return
+        work = self._held_work
+        self._registered_once = True
+        self._fault = ""
+        self._feeder = Feeder(self._link)
+        self._register_again = Backoff(REGISTER_AGAIN_FIRST_S, REGISTER_AGAIN_LONGEST_S)
+        spaces = ", ".join(map(repr, self._identity.spaces))
+        plural = "" if self._announced == 1 else "s"
+        log.info("registered space %s with %d slot%s as %s", spaces, self._announced, plural, registered.worker_id)
+        resume = {(entry.request_id, entry.attempt): entry.next_seq for entry in registered.resume}
+        for attempt in list(work.attempts.values()):
+            seq = resume.get((attempt.request_id, attempt.number))
+            if seq is None:  # named in `abandon`, or not known to the relay at all
+                work.drop(attempt, "the relay no longer waits for it")
+            else:
+                attempt.resume_at(seq)
+                self._feeder.add(attempt)
+        self._slot_changed()  # one may have changed since `register` was sent
+        if self._drains:
+            self._say(Draining())
+        work.changed()
+
+    def _on_rejected(self, rejected: Rejected) -> None:
+        log.error("the relay refuses: %s: %s", rejected.code, rejected.message)
+        self._fault = rejected.message
+        if self._feeder is not None:
+            return
+        # Before it ever served, whoever started it is there to read this: tell, and end. `space_full` is mostly a
+        # second worker started by mistake. Later it is a relay that was configured anew, or a worker's old
+        # connection that the relay still counts; both may pass.
+        if not self._registered_once and (not rejected.retryable or rejected.code == ErrorCode.SPACE_FULL):
+            self._fail(rejected.code, rejected.message)
+        else:
+            self._refused.set()
+        self._on_status()
+
+    def _fail(self, code: str, message: str) -> None:
+        if self._failure is None:
+            self._failure = WorkerError(code, message)
+            self._fault = message
+        self._scope.cancel()
+
+    # -- work
+
+    def _on_frames(self, attempt: Attempt) -> None:
+        if self._feeder is not None:
+            self._feeder.add(attempt)
+
+    def _on_assign(self, assign: Assign) -> None:
+        capabilities = self._capabilities
+        if capabilities is None or self._feeder is None:
+            raise ProtocolError("assign before registered")
+        self._held_work.accept(assign, capabilities, self._max_result_bytes)
+        self._on_status()
+
+    def _on_error(self, error: Error) -> None:
+        self._fault = f"{error.code}: {error.message}"
+        log.error("the relay reports: %s", self._fault)
+
+    async def _feed(self, link: Link) -> None:
+        while self._feeder is None:
+            await self._held_work.change()
+        try:
+            await self._feeder.run()
+        except LinkError:  # its reader ends, too, and tells
+            return
+
+    # -- leaving
+
+    def _undrain(self) -> None:
+        if self._drains:
+            log.info("not draining any more: the relay asked for it")
+            self._drains = False
+            self._drain_asked = trio.Event()
+            self._held_work.changed()
+            self._on_status()
+
+    async def _leave_when_drained(self) -> None:
+        work = self._held_work
+        while True:
+            await self._drain_asked.wait()
+            with trio.move_on_after(self._drain_timeout_s):
+                while self._drains and work.running:
+                    await work.change()
+            with trio.move_on_after(ACK_S):
+                while self._drains and work.attempts:
+                    await work.change()
+            if self._drains:
+                break
+        if work.attempts:
+            log.warning("leaving with %d requests not delivered", len(work.attempts))
+        self._leave.set()
+        if self._link is None:
+            self._scope.cancel()

@@ -1,0 +1,705 @@
+"""The worker against a scripted relay: what it registers, runs, keeps, resumes and leaves."""
+
+import hashlib
+from collections.abc import Callable
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from gpuworker.attempt import FRAME_PCM_BYTES
+from gpuworker.drive import End
+from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk
+from gpuworker.feeder import FEED_BYTES
+from gpuworker.identity import WorkerError
+from gpuworker.runner import Job
+from gpuworker.worker import ACK_S
+from protocol.errors import ErrorCode
+from protocol.messages import (
+    Ack,
+    Audio,
+    Cancel,
+    Cancelled,
+    Completed,
+    Drain,
+    Draining,
+    Error,
+    Failed,
+    Frame,
+    Input,
+    InputInfo,
+    InputRule,
+    Output,
+    Register,
+    Rejected,
+    Running,
+    Started,
+    Undrain,
+)
+from tests.gpuworker.worker_side import (
+    FORMAT,
+    ID,
+    OTHER,
+    Desk,
+    ScriptedSlot,
+    assign,
+    run_with,
+    script,
+    speak,
+    worker_with,
+)
+from tests.protocol.fake_relay import Connection, refuse
+
+
+Emit = Callable[[Chunk], None]
+
+
+def seqs(frames: list[Frame]) -> list[int]:
+    return [frame.seq for frame in frames]
+
+
+@pytest.mark.trio
+async def test_a_worker_registers_what_its_engine_announced_and_turns_chunks_into_numbered_frames(
+    autojump_clock: MockClock,
+) -> None:
+    async def relay(desk: Desk) -> None:
+        register = await desk.register()
+        assert (register.spaces, register.slots, register.format) == (["tts"], 1, FORMAT)
+        assert register.params == {"type": "object"}
+        desk.send(assign())
+        frames = await desk.frames()
+        assert [type(frame) for frame in frames] == [Started, Audio, Audio, Audio, Completed]
+        assert seqs(frames) == [0, 1, 2, 3, 4]
+        last = frames[-1]
+        assert isinstance(last, Completed)
+        assert last.result == {
+            "chunks": 3,
+            "run_s": 3.0,
+            "first_frame_s": 1.0,
+            "duration_s": 0.3,
+            "samples": 7200,
+            "sample_rate": 24000,
+        }
+        desk.send(assign(OTHER))  # the slot is free when the end is told
+        assert len(await desk.frames()) == 5
+
+    await run_with(script(relay), slots=(ScriptedSlot(params={"type": "object"}),))
+
+
+@pytest.mark.trio
+async def test_a_worker_registers_only_once_its_engine_is_loaded(autojump_clock: MockClock) -> None:
+    async def relay(desk: Desk) -> None:
+        await desk.silent(59)
+        assert (await desk.register()).slots == 1
+
+    await run_with(script(relay), slots=(ScriptedSlot(load_s=60),))
+
+
+@pytest.mark.trio
+async def test_after_a_cut_the_frames_go_on_where_the_relay_has_them_none_twice_none_missing(
+    autojump_clock: MockClock,
+) -> None:
+    got: list[Frame] = []
+
+    async def first(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        for _ in range(2):
+            message = await desk.hear()
+            assert isinstance(message, Frame)
+            got.append(message)
+        await desk.connection.cut()
+
+    async def second(desk: Desk) -> None:
+        await trio.sleep(2.5)  # it goes on making frames meanwhile
+        register = await desk.register(Running(request_id=ID, attempt=1, next_seq=2))
+        (running,) = register.running
+        assert (running.request_id, running.attempt) == (ID, 1)
+        assert running.next_seq >= 3
+        got.extend(await desk.frames())
+        assert seqs(got) == [0, 1, 2, 3, 4]
+        assert [frame.pcm[:1] for frame in got if isinstance(frame, Audio)] == [b"\0", b"\1", b"\2"]
+
+    await run_with(script(first), script(second))
+
+
+@pytest.mark.trio
+async def test_a_relay_that_lost_everything_gets_every_frame_again(autojump_clock: MockClock) -> None:
+    async def first(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        await trio.sleep(10)
+        await desk.connection.cut()
+
+    async def second(desk: Desk) -> None:
+        register = await desk.register(Running(request_id=ID, attempt=1, next_seq=0))
+        assert register.running == (Running(request_id=ID, attempt=1, next_seq=5),)
+        assert seqs(await desk.frames()) == [0, 1, 2, 3, 4]
+        await desk.connection.cut()
+
+    async def third(desk: Desk) -> None:
+        assert (await desk.register()).running == ()  # acknowledged to its end: forgotten
+
+    await run_with(script(first), script(second), script(third))
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("named", [True, False], ids=["in abandon", "in neither list"])
+async def test_what_the_relay_abandons_is_stopped_and_its_slot_is_used_again(
+    named: bool, autojump_clock: MockClock
+) -> None:
+    slot = ScriptedSlot()
+
+    async def first(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        await desk.expect(Started)
+        await desk.connection.cut()
+
+    async def second(desk: Desk) -> None:
+        await desk.register(abandon=(ID,) if named else ())
+        desk.send(assign(OTHER))
+        frames = await desk.frames()
+        assert {frame.request_id for frame in frames} == {OTHER}
+        assert len(frames) == 5
+        assert slot.cancels == 1
+
+    await run_with(script(first), script(second), slots=(slot,))
+
+
+@pytest.mark.trio
+async def test_a_cancel_ends_in_cancelled_and_nothing_is_sent_of_what_the_engine_makes_after_it(
+    autojump_clock: MockClock,
+) -> None:
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        await desk.expect(Started)
+        await desk.expect(Audio)
+        began = trio.current_time()
+        desk.send(Cancel(request_id=ID, reason="enough"))
+        (last,) = await desk.frames()
+        assert isinstance(last, Cancelled)
+        assert (last.seq, last.reason) == (2, "enough")
+        assert trio.current_time() - began <= 1.0 + 1e-6
+        desk.send(Cancel(request_id=ID, reason="again"), Cancel(request_id=OTHER, reason="never came"))
+        await desk.silent(5)
+
+    await run_with(script(relay), slots=(ScriptedSlot(stop_s=1.0),))
+
+
+@pytest.mark.trio
+async def test_a_request_that_ends_as_it_is_cancelled_is_cancelled_not_completed_with_a_gap(
+    autojump_clock: MockClock,
+) -> None:
+    async def deaf(job: Job, emit: Emit) -> End:
+        with trio.CancelScope(shield=True):
+            return await speak(job, emit)
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        await desk.expect(Started)
+        desk.send(Cancel(request_id=ID, reason="x"))
+        (last,) = await desk.frames()
+        assert isinstance(last, Cancelled)
+
+    await run_with(script(relay), slots=(ScriptedSlot(deaf, stop_s=100),))
+
+
+@pytest.mark.trio
+async def test_params_that_break_the_schema_fail_with_the_fields_and_never_reach_the_engine(
+    autojump_clock: MockClock,
+) -> None:
+    schema = {"type": "object", "properties": {"text": {"type": "string"}}, "additionalProperties": False}
+    slot = ScriptedSlot(params=schema)
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(params={"text": 3, "loud": True}))
+        (last,) = await desk.frames()
+        assert isinstance(last, Failed)
+        assert (last.seq, last.code, set(last.details)) == (0, "invalid_params", {"text", "loud"})
+        assert slot.jobs == []
+
+    await run_with(script(relay), slots=(slot,))
+
+
+DATA = b"x" * 300_000
+
+
+def info(data: bytes = DATA) -> InputInfo:
+    return InputInfo(media_type="audio/wav", size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def pieces(data: bytes = DATA, name: str = "prompt_wav") -> list[Input]:
+    step = 100_000
+    return [
+        Input(request_id=ID, name=name, offset=start, data=data[start : start + step])
+        for start in range(0, len(data), step)
+    ]
+
+
+@pytest.mark.trio
+async def test_an_engine_gets_its_inputs_whole_and_only_then(autojump_clock: MockClock) -> None:
+    slot = ScriptedSlot(inputs={"prompt_wav": InputRule()})
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(inputs={"prompt_wav": info()}), *pieces()[:-1])
+        await desk.silent(5)
+        assert slot.jobs == []
+        desk.send(pieces()[-1])
+        assert len(await desk.frames()) == 5
+        assert slot.jobs[0].inputs["prompt_wav"].data == DATA
+        assert slot.jobs[0].inputs["prompt_wav"].media_type == "audio/wav"
+
+    await run_with(script(relay), slots=(slot,))
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("announced", "sent", "code"),
+    [
+        ({"prompt_wav": info()}, pieces(b"y" * 300_000), "input_mismatch"),
+        ({"prompt_wav": info()}, pieces()[1:], "input_mismatch"),
+        ({"prompt_wav": info(b"z" * 5)}, pieces(), "input_mismatch"),
+        ({"prompt_wav": info()}, pieces(name="other"), "input_mismatch"),
+        ({}, [], "input_missing"),
+        ({"prompt_wav": info(), "unknown": info(b"")}, pieces(), "invalid_params"),
+        ({"prompt_wav": info(b"z" * 500_000)}, [], "input_too_large"),
+    ],
+    ids=["wrong sha256", "a gap", "too long", "not announced", "missing", "unknown", "too large"],
+)
+async def test_inputs_that_are_not_what_was_announced_or_allowed_fail_the_request(
+    announced: dict[str, InputInfo], sent: list[Input], code: str, autojump_clock: MockClock
+) -> None:
+    slot = ScriptedSlot(inputs={"prompt_wav": InputRule(required=True, max_bytes=400_000)})
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(inputs=announced), *sent)
+        (last,) = await desk.frames()
+        assert isinstance(last, Failed)
+        assert last.code == code
+        assert slot.jobs == []
+
+    await run_with(script(relay), slots=(slot,))
+
+
+@pytest.mark.trio
+async def test_a_cancel_while_inputs_come_in_ends_at_once_and_a_cut_then_drops_the_attempt(
+    autojump_clock: MockClock,
+) -> None:
+    slot = ScriptedSlot(inputs={"prompt_wav": InputRule()})
+
+    async def first(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(inputs={"prompt_wav": info()}), pieces()[0], Cancel(request_id=ID, reason="no"))
+        (last,) = await desk.frames()
+        assert isinstance(last, Cancelled)
+        desk.send(assign(attempt=2, inputs={"prompt_wav": info()}), pieces()[0])
+        await trio.testing.wait_all_tasks_blocked()
+        await desk.connection.cut()
+
+    async def second(desk: Desk) -> None:
+        assert (await desk.register()).running == ()  # the rest of the input would never come
+
+    await run_with(script(first), script(second), slots=(slot,))
+
+
+@pytest.mark.trio
+async def test_the_same_attempt_again_is_ignored_and_a_higher_one_takes_its_place(autojump_clock: MockClock) -> None:
+    slot = ScriptedSlot(stop_s=0.5)
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(), assign())
+        await desk.expect(Started)
+        desk.send(assign(attempt=2))
+        frames = await desk.frames()
+        assert {frame.attempt for frame in frames} == {2}
+        assert seqs(frames) == [0, 1, 2, 3, 4]
+        desk.send(assign(attempt=1))  # and an old one never comes back
+        await desk.silent(5)
+        assert len(slot.jobs) == 2
+
+    await run_with(script(relay), slots=(slot,))
+
+
+@pytest.mark.trio
+async def test_a_reproducible_engine_goes_on_at_from_seq_and_another_starts_again_at_0(
+    autojump_clock: MockClock,
+) -> None:
+    async def relay(desk: Desk) -> None:
+        register = await desk.register()
+        desk.send(assign(attempt=2, from_seq=2))
+        assert seqs(await desk.frames()) == ([2, 3, 4] if register.reproducible else [0, 1, 2, 3, 4])
+
+    await run_with(script(relay), slots=(ScriptedSlot(reproducible=True),))
+    await run_with(script(relay), slots=(ScriptedSlot(reproducible=False),))
+
+
+@pytest.mark.trio
+async def test_an_engine_that_makes_less_than_before_fails_where_the_relay_waits_for_a_frame(
+    autojump_clock: MockClock,
+) -> None:
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(attempt=2, from_seq=9))
+        (last,) = await desk.frames()
+        assert isinstance(last, Failed)
+        assert (last.seq, last.code) == (9, "engine_failed")
+
+    await run_with(script(relay), slots=(ScriptedSlot(reproducible=True),))
+
+
+@pytest.mark.trio
+async def test_a_large_chunk_is_split_into_frames_of_whole_samples(autojump_clock: MockClock) -> None:
+    pcm = bytes(range(250)) * 1000
+
+    async def play(job: Job, emit: Emit) -> End:
+        emit(FormatChunk(FORMAT))
+        emit(AudioChunk(pcm))
+        return End(outcome="completed")
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        audio = [frame.pcm for frame in await desk.frames() if isinstance(frame, Audio)]
+        assert b"".join(audio) == pcm
+        assert all(len(piece) <= FRAME_PCM_BYTES and len(piece) % 4 == 0 for piece in audio[:-1])
+
+    await run_with(script(relay), slots=(ScriptedSlot(play),))
+
+
+@pytest.mark.trio
+async def test_a_result_over_the_relays_limit_fails_and_stops_the_engine(autojump_clock: MockClock) -> None:
+    async def play(job: Job, emit: Emit) -> End:
+        emit(FormatChunk(FORMAT))
+        while True:
+            await trio.sleep(0.01)
+            emit(AudioChunk(bytes(1024 * 1024)))
+
+    slot = ScriptedSlot(play)
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        frames = await desk.frames()
+        last = frames[-1]
+        assert isinstance(last, Failed)
+        assert last.code == "result_too_large"
+        assert slot.cancels == 1
+        assert sum(len(frame.pcm) for frame in frames if isinstance(frame, Audio)) <= 66 * 1024 * 1024
+
+    await run_with(script(relay), slots=(slot,))
+
+
+@pytest.mark.trio
+async def test_a_slot_that_dies_is_taken_off_the_count_before_its_request_fails_and_put_back_later(
+    autojump_clock: MockClock,
+) -> None:
+    slot = ScriptedSlot()
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        await desk.expect(Started)
+        slot.die(back_s=3)
+        assert (await desk.expect(Register)).slots == 0
+        (last,) = await desk.frames()
+        assert isinstance(last, Failed)
+        assert (last.code, last.retryable) == ("engine_failed", True)
+        assert (await desk.expect(Register)).slots == 1
+        desk.send(assign(attempt=2))
+        assert len(await desk.frames()) == 5
+
+    await run_with(script(relay), slots=(slot,))
+
+
+@pytest.mark.trio
+async def test_what_is_assigned_while_a_slot_starts_again_waits_for_it(autojump_clock: MockClock) -> None:
+    slot = ScriptedSlot()
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        slot.die(back_s=3)
+        desk.send(assign())
+        assert (await desk.expect(Register)).slots == 0
+        assert (await desk.expect(Register)).slots == 1
+        assert len(await desk.frames()) == 5
+        slot.die(back_s=300)
+        desk.send(assign(OTHER))
+        assert (await desk.expect(Register)).slots == 0
+        (last,) = await desk.frames()
+        assert isinstance(last, Failed)
+        assert (last.code, last.retryable) == ("engine_failed", True)
+
+    await run_with(script(relay), slots=(slot,))
+
+
+@pytest.mark.trio
+async def test_the_worker_stops_a_run_whose_time_is_over_when_the_relay_cannot(autojump_clock: MockClock) -> None:
+    async def play(job: Job, emit: Emit) -> End:
+        emit(FormatChunk(None))
+        await trio.sleep_forever()
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(run_timeout_s=10.0))
+        last = (await desk.frames())[-1]
+        assert isinstance(last, Cancelled)
+        assert last.reason.startswith("run_timeout")
+
+    await run_with(script(relay), slots=(ScriptedSlot(play),))
+
+
+# -- the link ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_two_requests_share_a_link_and_a_replay_never_overfills_it(autojump_clock: MockClock) -> None:
+    size = 12 * 1024 * 1024
+    backlogs = []
+
+    async def play(job: Job, emit: Emit) -> End:
+        emit(FormatChunk(FORMAT))
+        for _ in range(size // FRAME_PCM_BYTES):
+            emit(AudioChunk(bytes(FRAME_PCM_BYTES)))
+        return End(outcome="completed")
+
+    async def first(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(), assign(OTHER))
+        await trio.testing.wait_all_tasks_blocked()
+        await desk.connection.cut()
+
+    ids: list[str] = []
+
+    async def second(desk: Desk) -> None:
+        await desk.register(
+            Running(request_id=ID, attempt=1, next_seq=0), Running(request_id=OTHER, attempt=1, next_seq=0)
+        )
+        ends = 0
+        while ends < 2:
+            message = await desk.hear()
+            assert isinstance(message, Frame)
+            assert worker._link is not None
+            backlogs.append(worker._link.backlog_bytes)
+            ids.append(message.request_id)
+            ends += message.ENDS
+        done.set()
+
+    done = trio.Event()
+    slots = (ScriptedSlot(play), ScriptedSlot(play))
+    async with worker_with(script(first), script(second), slots=slots) as worker, trio.open_nursery() as nursery:
+        nursery.start_soon(worker.run)
+        await done.wait()
+        nursery.cancel_scope.cancel()
+    assert max(backlogs) <= FEED_BYTES + FRAME_PCM_BYTES + 1024
+    assert all(ids[start : start + 2] in ([ID, OTHER], [OTHER, ID]) for start in range(2, len(ids) - 4, 2))
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("code", ["space_not_found", "forbidden", "space_full", "invalid_params"])
+async def test_a_refused_first_registration_ends_the_worker_with_the_relays_words(
+    code: str, autojump_clock: MockClock
+) -> None:
+    async def relay(desk: Desk) -> None:
+        await desk.expect(Register)
+        desk.send(Rejected.because(ErrorCode(code), "space 'tts' says no; do this"))
+        await trio.sleep_forever()
+
+    async with worker_with(script(relay)) as worker:
+        with pytest.raises(WorkerError, match="says no; do this") as caught:
+            await worker.run()
+    assert caught.value.code == code
+    assert worker.status.state == "stopped"
+
+
+@pytest.mark.trio
+async def test_a_relay_that_shuts_down_is_asked_again_and_so_is_one_that_took_the_worker_before(
+    autojump_clock: MockClock,
+) -> None:
+    async def first(desk: Desk) -> None:
+        await desk.expect(Register)
+        desk.send(Rejected.because(ErrorCode.SHUTTING_DOWN, "later"))
+        await desk.register()
+        await desk.connection.cut()
+
+    async def second(desk: Desk) -> None:
+        await desk.expect(Register)
+        desk.send(Rejected.because(ErrorCode.SPACE_FULL, "space 'tts' already has its 1 worker"))
+        await desk.register()
+        desk.send(assign())
+        assert len(await desk.frames()) == 5
+
+    await run_with(script(first), script(second))
+
+
+@pytest.mark.trio
+async def test_a_refused_login_ends_the_worker(autojump_clock: MockClock) -> None:
+    async with worker_with(refuse) as worker:
+        with pytest.raises(WorkerError, match="not known") as caught:
+            await worker.run()
+    assert caught.value.code == "unauthenticated"
+
+
+@pytest.mark.trio
+async def test_an_engine_that_cannot_be_loaded_ends_the_worker(autojump_clock: MockClock) -> None:
+    class Broken(ScriptedSlot):
+        async def serve(self) -> None:
+            await trio.sleep(1)
+            self._set_ready(False, "no such model")
+            await trio.sleep_forever()
+
+    async def relay(desk: Desk) -> None:
+        await trio.sleep_forever()
+
+    async with worker_with(script(relay), slots=(Broken(),)) as worker:
+        with pytest.raises(WorkerError, match="no such model") as caught:
+            await worker.run()
+    assert caught.value.code == "model_not_loaded"
+
+
+@pytest.mark.trio
+async def test_what_the_relay_says_that_a_worker_does_not_know_is_passed_over(autojump_clock: MockClock) -> None:
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.connection.link.send_nowait(b"\x81\xa4type\xa6future")
+        desk.send(Error(code="unknown_type", message="what?"))
+        desk.send(assign())
+        assert len(await desk.frames()) == 5
+
+    await run_with(script(relay))
+
+
+@pytest.mark.trio
+async def test_a_relay_that_breaks_the_rules_is_left_and_connected_to_anew(autojump_clock: MockClock) -> None:
+    async def first(desk: Desk) -> None:
+        await desk.register()
+        desk.connection.link.send_nowait(b"\xc1 garbage")
+        async for _ in desk.connection.link:
+            pass
+        assert desk.connection.link.close_code == 1002
+
+    async def second(desk: Desk) -> None:
+        await desk.register()
+
+    await run_with(script(first), script(second))
+
+
+# -- leaving -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_a_drain_finishes_what_runs_delivers_it_and_leaves(autojump_clock: MockClock) -> None:
+    heard: list[Frame] = []
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        await desk.expect(Started)
+        desk.send(Drain(reason="maintenance"))
+        await desk.expect(Audio)
+        await desk.expect(Draining)
+        heard.extend(await desk.frames())
+        async for _ in desk.connection.link:
+            raise AssertionError("nothing more was expected")
+
+    async with worker_with(script(relay)) as worker:
+        with trio.fail_after(60):
+            await worker.run()
+    assert isinstance(heard[-1], Completed)
+    assert worker.status.state == "stopped"
+
+
+@pytest.mark.trio
+async def test_a_drained_worker_with_nothing_to_do_leaves_at_once_linked_or_not(autojump_clock: MockClock) -> None:
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(Drain())
+        await desk.expect(Draining)
+        async for _ in desk.connection.link:
+            pass
+
+    async with worker_with(script(relay)) as worker:
+        with trio.fail_after(1):
+            await worker.run()
+
+    async def never(connection: Connection) -> None:
+        await trio.sleep_forever()
+
+    async with worker_with(never, slots=(ScriptedSlot(load_s=60),)) as worker, trio.open_nursery() as nursery:
+        nursery.start_soon(worker.run)
+        await trio.sleep(5)
+        with trio.fail_after(1):
+            worker.drain("SIGTERM")
+            while worker.status.state != "stopped":
+                await trio.testing.wait_all_tasks_blocked()
+                await trio.sleep(0.01)
+
+
+@pytest.mark.trio
+async def test_a_drained_worker_waits_for_the_last_ack_only_so_long(autojump_clock: MockClock) -> None:
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(), Drain())
+        async for _ in desk.connection.link:
+            pass  # and no ack
+
+    async with worker_with(script(relay)) as worker:
+        began = trio.current_time()
+        await worker.run()
+        assert 3 + ACK_S <= trio.current_time() - began <= 3.5 + ACK_S
+
+
+@pytest.mark.trio
+async def test_undrain_takes_a_drain_back(autojump_clock: MockClock) -> None:
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(), Drain(), Undrain())
+        first = await desk.hear()
+        assert isinstance(first, Started | Draining)
+        frames = [first, *await desk.frames()]
+        assert isinstance(frames[-1], Completed)
+        desk.send(Ack(request_id=ID, attempt=1, seq=4), assign(OTHER))
+        assert len(await desk.frames()) == 5
+
+    await run_with(script(relay))
+
+
+@pytest.mark.trio
+async def test_stop_ends_at_once_whatever_runs(autojump_clock: MockClock) -> None:
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        await desk.expect(Started)
+        worker.stop()
+        async for _ in desk.connection.link:
+            pass
+
+    async with worker_with(script(relay)) as worker:
+        with trio.fail_after(1):
+            await worker.run()
+
+
+@pytest.mark.trio
+async def test_an_output_that_is_no_audio_goes_as_it_is(autojump_clock: MockClock) -> None:
+    async def play(job: Job, emit: Emit) -> End:
+        emit(FormatChunk(None))
+        emit(OutputChunk({"answer": [1, "two", None]}))
+        return End(outcome="completed")
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        started, output, _completed = await desk.frames()
+        assert isinstance(started, Started)
+        assert started.format is None
+        assert isinstance(output, Output)
+        assert output.data == {"answer": [1, "two", None]}
+
+    await run_with(script(relay), slots=(ScriptedSlot(play, format=None),))
