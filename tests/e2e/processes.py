@@ -61,6 +61,17 @@ class Proc:
         found: dict[str, Any] = await self.until(wanted, after)
         return found
 
+    async def audio_chunks(self, at_least: int | None) -> None:
+        """Wait until a `relay --json` has printed so many audio frames; None: until it prints no more."""
+        assert self.process.stdout is not None
+        heard = b""
+        with trio.fail_after(PATIENCE_S):
+            while at_least is None or heard.count(b'"audio"') < at_least:
+                data = await self.process.stdout.receive_some()
+                if not data:
+                    return
+                heard += data
+
     def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

@@ -51,7 +51,6 @@ from tests.gpuworker.worker_side import (
 )
 from tests.protocol.fake_relay import Connection, refuse
 
-
 Emit = Callable[[Chunk], None]
 
 
@@ -462,7 +461,7 @@ async def test_the_worker_stops_a_run_whose_time_is_over_when_the_relay_cannot(a
 @pytest.mark.trio
 async def test_two_requests_share_a_link_and_a_replay_never_overfills_it(autojump_clock: MockClock) -> None:
     size = 12 * 1024 * 1024
-    backlogs = []
+    backlogs: list[int] = []
 
     async def play(job: Job, emit: Emit) -> End:
         emit(FormatChunk(FORMAT))

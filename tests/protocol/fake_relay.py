@@ -169,8 +169,11 @@ class RelayThread:
         self._scope = trio.CancelScope()
 
     def __enter__(self) -> str:
+        self._path.unlink(missing_ok=True)
         self._thread.start()
         self._ready.wait()
+        if self._fault is not None:
+            raise self._fault
         return f"unix:{self._path}"
 
     def __exit__(self, kind: object, *_more: object) -> None:
@@ -186,6 +189,8 @@ class RelayThread:
             trio.run(self._main)
         except BaseException as fault:  # noqa: BLE001  raised again at the end of the block
             self._fault = fault
+        finally:
+            self._ready.set()
 
     async def _main(self) -> None:
         with self._scope, trio.socket.socket(trio.socket.AF_UNIX) as listening:

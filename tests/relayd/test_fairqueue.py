@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from relayd.fairqueue import FairQueue
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Item:
     request_id: str
     principal: str = "ann"
