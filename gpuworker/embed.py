@@ -85,16 +85,14 @@ class Handle:
         self._thread.start()
         atexit.register(self.stop)
         with self._changed:
-            self._changed.wait_for(lambda: self._status is not None or self._failure is not None)
+            self._changed.wait_for(lambda: self._status is not None or self._ended.is_set())
             self._changed.wait_for(self._answered, wait_s)
         if self._failure is not None:
-            self._ended.wait(STOP_S)
             raise EmbedError(str(self._failure)) from self._failure
 
     def _answered(self) -> bool:
-        return self._failure is not None or (
-            self._status is not None and self._status.state in ("registered", "draining", "stopped")
-        )
+        # Not by the state "stopped", which is told a moment before its reason.
+        return self._ended.is_set() or (self._status is not None and self._status.state in ("registered", "draining"))
 
     def _note(self) -> None:
         with self._changed:

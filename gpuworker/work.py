@@ -50,12 +50,14 @@ class Work:
         self.attempts: dict[str, Attempt] = {}
         self.tally = Tally()
         self.on_frames: Callable[[Attempt], None] = lambda _attempt: None
+        self.on_change: Callable[[], None] = lambda: None
         self._nursery = nursery
         self._changed = trio.lowlevel.ParkingLot()
 
     def changed(self) -> None:
-        """Wake whoever waits for a free slot or for the end of something."""
+        """Wake whoever waits for a free slot or for the end of something, and tell `on_change`."""
         self._changed.unpark_all()
+        self.on_change()
 
     async def change(self) -> None:
         """Wait for the next change."""
@@ -98,6 +100,7 @@ class Work:
             on_overflow=overflow,
         )
         self.attempts[attempt.request_id] = attempt
+        self.changed()
         log.info(
             "request %s of %s: attempt %d in space %r",
             attempt.request_id[:8],

@@ -126,6 +126,7 @@ class Worker:
                 async with trio.open_nursery() as nursery:
                     self._work = Work(self._slots, nursery)
                     self._work.on_frames = self._on_frames
+                    self._work.on_change = self._on_status
                     for slot in self._slots:
                         slot.on_change = self._slot_changed
                         nursery.start_soon(slot.serve)
@@ -355,7 +356,6 @@ class Worker:
         if capabilities is None or self._feeder is None:
             raise ProtocolError("assign before registered")
         self._held_work.accept(assign, capabilities, self._max_result_bytes)
-        self._on_status()
 
     def _on_error(self, error: Error) -> None:
         self._fault = f"{error.code}: {error.message}"

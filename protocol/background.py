@@ -23,6 +23,8 @@ async def open_background(
     fault: BaseException | None = None
     ended = trio.Event()
 
+    # Ctrl-C is for the program's own code: in here it would end the link before it could say goodbye.
+    @trio.lowlevel.enable_ki_protection
     async def shielded() -> None:
         with trio.CancelScope(shield=True):
             try:

@@ -33,6 +33,7 @@ class _Portal:
     def __init__(self) -> None:
         self._begun: Future[trio.lowlevel.TrioToken] = Future()
         self._closed = trio.Event()
+        self._open: dict[Future[None], trio.CancelScope] = {}
         self._thread = threading.Thread(target=self._run, name="protocol.blocking", daemon=True)
 
     def open(self) -> None:
@@ -41,7 +42,7 @@ class _Portal:
         self._token = self._begun.result()
 
     def close(self) -> None:
-        """End the thread; every call in it must have ended."""
+        """End the thread, and whatever still runs in it."""
         self._token.run_sync_soon(self._closed.set)
         self._thread.join()
 
@@ -53,6 +54,7 @@ class _Portal:
             self._nursery = nursery
             self._begun.set_result(trio.lowlevel.current_trio_token())
             await self._closed.wait()
+            nursery.cancel_scope.cancel()
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run `function` there and wait for what it returns or raises.
@@ -78,14 +80,16 @@ class _Portal:
         left: Future[None] = Future()
         leave = trio.Event()
         scope = trio.CancelScope()
+        self._open[left] = scope
 
         async def hold() -> None:
             async with block as value:
                 entered.set_result(value)
                 await leave.wait()
 
-        self._start(hold, (), left, scope)
         left.add_done_callback(partial(_pass_on, entered))
+        left.add_done_callback(self._open.pop)
+        self._start(hold, (), left, scope)
         try:
             yield entered.result()
         except BaseException:
@@ -95,6 +99,16 @@ class _Portal:
             raise
         self._token.run_sync_soon(leave.set)
         left.result()
+
+    def end_blocks(self, *, but: int) -> None:
+        """End the blocks that are open beyond the first `but`, the last one first.
+
+        Ctrl-C can come just between a block's beginning and the `with` statement's taking note of it, which then never
+        ends it.
+        """
+        for left, scope in reversed(list(self._open.items())[but:]):
+            self._token.run_sync_soon(scope.cancel)
+            left.exception()
 
     def _start(
         self,
@@ -233,6 +247,9 @@ def open_relay(url: str | None = None, **options: Any) -> Iterator[Relay]:
     portal.open()
     try:
         with portal.enter(client.open_relay(url, **options)) as relay:
-            yield Relay(portal, relay)
+            try:
+                yield Relay(portal, relay)
+            finally:
+                portal.end_blocks(but=1)
     finally:
         portal.close()

@@ -255,6 +255,7 @@ class Link:
             await trio.aclose_forcefully(self._socket.transport)
             self._stopped.set()
 
+    @trio.lowlevel.enable_ki_protection
     async def _read(self) -> None:
         while True:
             while self._inbox_bytes > MAX_INBOX_BYTES:
@@ -281,6 +282,7 @@ class Link:
             said = f": {closed.reason}" if closed.reason else ""
             self._end(LinkBroken, f"{self.peer} closed the connection ({closed.code}{said})", closed.code)
 
+    @trio.lowlevel.enable_ki_protection
     async def _write(self) -> None:
         while True:
             while not self._outbox:
@@ -316,6 +318,7 @@ class Link:
             if self._backlog_bytes <= low_water < before:
                 callback()
 
+    @trio.lowlevel.enable_ki_protection
     async def _ping(self) -> None:
         """One ping in flight is enough: TCP loses none, and any other byte is a sign of life as well."""
         while True:
@@ -327,6 +330,7 @@ class Link:
                 return
             self.rtt_s = trio.current_time() - began
 
+    @trio.lowlevel.enable_ki_protection
     async def _watch(self) -> None:
         while True:
             silent_s = trio.current_time() - self.last_heard

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"relay-tui: {fault}", file=sys.stderr)
         return USAGE
     except (LinkError, trio.TooSlowError) as fault:
-        print(f"relay-tui: cannot connect: {fault or 'the relay did not answer'}", file=sys.stderr)
+        print(f"relay-tui: cannot connect: {str(fault) or 'the relay did not answer'}", file=sys.stderr)
         return CANNOT_CONNECT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

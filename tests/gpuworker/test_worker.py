@@ -104,18 +104,14 @@ async def test_after_a_cut_the_frames_go_on_where_the_relay_has_them_none_twice_
     async def first(desk: Desk) -> None:
         await desk.register()
         desk.send(assign())
-        for _ in range(2):
-            message = await desk.hear()
-            assert isinstance(message, Frame)
-            got.append(message)
+        got.append(await desk.expect(Started))
+        await trio.sleep(1.5)  # frame 1 is on its way, and lost
         await desk.connection.cut()
 
     async def second(desk: Desk) -> None:
-        await trio.sleep(2.5)  # it goes on making frames meanwhile
-        register = await desk.register(Running(request_id=ID, attempt=1, next_seq=2))
+        register = await desk.register(Running(request_id=ID, attempt=1, next_seq=1))
         (running,) = register.running
-        assert (running.request_id, running.attempt) == (ID, 1)
-        assert running.next_seq >= 3
+        assert (running.request_id, running.attempt, running.next_seq) == (ID, 1, 2)
         got.extend(await desk.frames())
         assert seqs(got) == [0, 1, 2, 3, 4]
         assert [frame.pcm[:1] for frame in got if isinstance(frame, Audio)] == [b"\0", b"\1", b"\2"]
@@ -193,8 +189,10 @@ async def test_a_request_that_ends_as_it_is_cancelled_is_cancelled_not_completed
     autojump_clock: MockClock,
 ) -> None:
     async def deaf(job: Job, emit: Emit) -> End:
-        with trio.CancelScope(shield=True):
+        scope = trio.CancelScope(shield=True)
+        with scope:
             return await speak(job, emit)
+        raise AssertionError("nobody cancels it")
 
     async def relay(desk: Desk) -> None:
         await desk.register()
@@ -316,11 +314,10 @@ async def test_the_same_attempt_again_is_ignored_and_a_higher_one_takes_its_plac
         await desk.register()
         desk.send(assign(), assign())
         await desk.expect(Started)
-        desk.send(assign(attempt=2))
+        desk.send(assign(attempt=2), assign(attempt=1))
         frames = await desk.frames()
         assert {frame.attempt for frame in frames} == {2}
         assert seqs(frames) == [0, 1, 2, 3, 4]
-        desk.send(assign(attempt=1))  # and an old one never comes back
         await desk.silent(5)
         assert len(slot.jobs) == 2
 
@@ -460,7 +457,7 @@ async def test_the_worker_stops_a_run_whose_time_is_over_when_the_relay_cannot(a
 
 @pytest.mark.trio
 async def test_two_requests_share_a_link_and_a_replay_never_overfills_it(autojump_clock: MockClock) -> None:
-    size = 12 * 1024 * 1024
+    size = 3 * 1024 * 1024
     backlogs: list[int] = []
 
     async def play(job: Job, emit: Emit) -> End:
@@ -602,8 +599,8 @@ async def test_a_drain_finishes_what_runs_delivers_it_and_leaves(autojump_clock:
         desk.send(assign())
         await desk.expect(Started)
         desk.send(Drain(reason="maintenance"))
-        await desk.expect(Audio)
         await desk.expect(Draining)
+        await desk.expect(Audio)
         heard.extend(await desk.frames())
         async for _ in desk.connection.link:
             raise AssertionError("nothing more was expected")

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -316,18 +315,24 @@ def test_spaces_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)[0]["name"] == "tts"
 
 
-def test_watch_prints_what_changes_until_it_is_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_watch_prints_what_changes_until_it_is_interrupted() -> None:
     async def script(connection: Connection) -> None:
         assert connection.hello.role == "operator"
         assert (await connection.expect(Watch)).topics == ["workers"]
         connection.send(Snapshot(data={"workers": [{"worker_id": "w1", "state": "idle"}]}))
         connection.send(Delta(data={"workers": [{"worker_id": "w2", "state": "busy"}]}, gone={"workers": ["w1"]}))
-        await connection.link.drained()
-        os.kill(os.getpid(), signal.SIGINT)
         await connection.hold()
 
-    assert run(script, "watch", "workers", "--quiet") == 130
-    assert capsys.readouterr().out.splitlines()[:1] == ["workers is worker_id=w1 state=idle"]
+    with RelayThread(Path.cwd(), script) as url:
+        command = [sys.executable, "-m", "protocol.cli", "watch", "workers", "-q", "--url", url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPO, text=True) as watch:
+            assert watch.stdout is not None
+            assert watch.stderr is not None
+            lines = [watch.stdout.readline().rstrip() for _ in range(3)]
+            watch.send_signal(signal.SIGINT)
+            assert watch.stderr.read() == ""
+        assert watch.returncode == 130
+    assert lines == ["workers is worker_id=w1 state=idle", "workers now worker_id=w2 state=busy", "workers gone w1"]
 
 
 @pytest.mark.parametrize(

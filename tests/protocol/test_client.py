@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from protocol import (
     AudioRestarted,
@@ -26,9 +28,11 @@ from protocol import (
 )
 from protocol.address import Address
 from protocol.backoff import Backoff
+from protocol.codec import decode
 from protocol.errors import LinkError
 from protocol.inputs import HIGH_WATER_BYTES
 from protocol.messages import (
+    FROM_OPERATOR,
     Accepted,
     Attach,
     Audio,
@@ -330,6 +334,47 @@ async def test_cut_in_mid_stream_it_attaches_behind_the_last_frame_and_nothing_i
     assert [frame.seq for frame in got] == [0, 1, 2, 3, 4]
     assert b"".join(frame.pcm for frame in got if isinstance(frame, Audio)) == A + B + C
     assert [(attach.attempt, attach.after_seq) for attach in attaches] == [(1, 1), (1, 2)]
+
+
+@given(
+    cuts=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), max_size=6),
+    attempts=st.lists(st.integers(1, 12), max_size=3, unique=True),
+)
+@settings(max_examples=60, deadline=None)
+def test_wherever_the_connection_is_cut_each_frame_comes_once_and_in_order(
+    cuts: list[tuple[int, int]], attempts: list[int]
+) -> None:
+    """`cuts`: after how many frames, and how many are sent again; `attempts`: at which frame a new one begins."""
+    chunks = [bytes([number, 0]) * 50 for number in range(10)]
+    attempt_of = {seq: 1 + sum(begin <= seq for begin in attempts) for seq in range(12)}
+
+    def log(request_id: str) -> list[Frame]:
+        every = frames(request_id, *chunks)
+        return [type(frame).from_map({**frame.to_map(), "attempt": attempt_of[frame.seq]}) for frame in every]
+
+    def cut_after(count: int, again: int) -> Script:
+        async def script(connection: Connection) -> None:
+            message = decode(await connection.link.receive(), FROM_OPERATOR)
+            assert isinstance(message, Submit | Attach)
+            begin = message.after_seq + 1 if isinstance(message, Attach) else 0
+            if count:  # else it is cut before `accepted`
+                connection.send(Accepted(request_id=message.request_id))
+                connection.send(*log(message.request_id)[max(0, begin - again) : begin + count])
+            await connection.cut()
+
+        return script
+
+    async def main() -> None:
+        async with (
+            relay_with(*(cut_after(*cut) for cut in cuts), cut_after(12, 2)) as relay,
+            relay.submit("tts") as stream,
+        ):
+            got = [frame async for frame in stream]
+            assert [frame.seq for frame in got] == list(range(12))
+            assert [frame.pcm for frame in got if isinstance(frame, Audio)] == chunks
+            assert stream.restarts == 0
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 @pytest.mark.trio

@@ -405,6 +405,57 @@ async def test_a_ping_that_meets_our_close_frame_harms_nobody(autojump_clock: tr
 
 
 @pytest.mark.trio
+async def test_a_cancelled_receive_loses_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    async with link_pair() as (client, relay):
+        for number in range(30):
+            with trio.move_on_after(0.01 * (number % 3)):
+                await relay.receive()
+                pytest.fail("nothing was sent")
+            client.send_nowait(bytes([number]))
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await relay.receive()
+            assert scope.cancelled_caught
+            assert await relay.receive() == bytes([number])
+
+
+@pytest.mark.trio
+async def test_a_cancelled_wait_for_drained_leaves_the_link_whole(autojump_clock: trio.testing.MockClock) -> None:
+    async with link_pair() as (client, relay):
+        client.send_nowait(b"x" * 100_000)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.drained()
+        assert scope.cancelled_caught
+        assert len(await relay.receive()) == 100_000
+
+
+@pytest.mark.trio
+async def test_a_cancelled_close_still_sends_the_backlog_and_the_close_frame(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with link_pair() as (client, relay):
+        client.send_nowait(b"the last words")
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.aclose(1001, "going away")
+        assert await relay.receive() == b"the last words"
+        with pytest.raises(LinkBroken, match="1001: going away"):
+            await relay.receive()
+
+
+@pytest.mark.trio
+async def test_ctrl_c_is_not_delivered_into_the_links_own_tasks(autojump_clock: trio.testing.MockClock) -> None:
+    async with link_pair() as (client, _relay):
+        protected: list[bool] = []
+        client.on_drained(lambda: protected.append(trio.lowlevel.currently_ki_protected()), 0)
+        client.send_nowait(b"x")
+        await client.drained()
+    assert protected == [True]
+
+
+@pytest.mark.trio
 async def test_abort_cuts_the_transport_and_wakes_everyone(autojump_clock: trio.testing.MockClock) -> None:
     async with link_pair() as (client, relay):
 

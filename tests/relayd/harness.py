@@ -2,12 +2,13 @@
 
 import hashlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
+import pytest
 import trio
 
 from protocol.address import parse_address
@@ -22,13 +23,19 @@ from protocol.messages import (
     Completed,
     Frame,
     Hello,
+    InputInfo,
     Message,
+    Ping,
+    Pong,
     Register,
+    Rejected,
     Started,
+    Submit,
     Welcome,
 )
 from relayd.app import serve
 from relayd.config import Config, load_config
+from relayd.relay import Relay
 
 FORMAT = AudioFormat(sample_rate=24_000)
 SCHEMA: dict[str, Any] = {
@@ -70,6 +77,79 @@ async def running(config: Config) -> AsyncIterator[list[str]]:
         nursery.cancel_scope.cancel()
 
 
+@attrs.define(eq=False)
+class Daemon:
+    """A daemon that runs in the test's event loop, and what it holds in memory."""
+
+    urls: list[str]
+    relay: Relay
+
+    @property
+    def url(self) -> str:
+        """Of its unix socket, where a test needs no token."""
+        return self.urls[-1]
+
+    async def at_rest(self) -> None:
+        """Wait until no request lives; then nothing may be left of any."""
+        relay = self.relay
+        await until(lambda: not any(request.live for request in relay.requests.values()))
+        await until(lambda: not any(worker.held for worker in relay.scheduler.workers.values()))
+        await until(lambda: not any(request.log.readers for request in relay.requests.values()))
+        assert not relay.scheduler.entries
+        assert not any(space.admitted or space.running or space.queue for space in relay.scheduler.spaces.values())
+        assert not any(client.held or client.readers for client in relay.clients.values())
+        assert not any(request.holders or request.inputs for request in relay.requests.values())
+
+    async def goes_on(self) -> None:
+        """A whole request, through the space `check`."""
+        async with (
+            fake_worker(self.url, spaces=("check",), name="checker") as worker,
+            peer(self.url, "client") as client,
+        ):
+            submit = a_submit(space="check")
+            client.send(submit)
+            worker.speak(await worker.assigned(), [samples(10)])
+            frames = await client.frames(submit)
+            assert [frame.TYPE for frame in frames] == ["started", "audio", "completed"]
+        await until(lambda: not self.relay.scheduler.workers_of("check"))
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for what other tasks are about to make true."""
+    with trio.fail_after(10):
+        while not true():  # noqa: ASYNC110  what other tasks hold has no event
+            await trio.sleep(0.002)
+
+
+@asynccontextmanager
+async def daemon(state_dir: Path, **overrides: Any) -> AsyncIterator[Daemon]:
+    """A daemon with a space `check` beside those asked for; it is cut off at the end as by a crash."""
+    spaces = {"tts": {}, "check": {}} | overrides.pop("spaces", {})
+    config = a_config(state_dir, **({"store": "memory", "spaces": spaces} | overrides))
+    made: list[Relay] = []
+
+    def make(*args: Any) -> Relay:
+        made.append(Relay(*args))
+        return made[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relayd.app.Relay", make)
+        async with running(config) as urls:
+            yield Daemon(urls, made[0])
+
+
+def a_submit(text: Any = "hello", **fields: Any) -> Submit:
+    """A request to speak."""
+    plain: dict[str, Any] = {"request_id": an_id(), "space": "tts", "params": {"text": text}}
+    return Submit(**(plain | fields))
+
+
+def an_input(data: bytes, **fields: Any) -> InputInfo:
+    """How `data` is announced."""
+    plain = {"media_type": "audio/wav", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return InputInfo(**(plain | fields))
+
+
 def an_id() -> str:
     """A fresh request or instance id."""
     return secrets.token_hex(16)
@@ -92,6 +172,27 @@ class Peer:
                 message = decode(await self.link.receive(), FROM_RELAY)
                 if not kinds or isinstance(message, kinds):
                     return message
+
+    async def frames(self, submit: Submit, first: int = 0) -> list[Any]:
+        """The request's frames to its end; each is the one that is due."""
+        frames: list[Any] = []
+        while not frames or not frames[-1].ENDS:
+            message = await self.next(Frame, Rejected)
+            if message.request_id == submit.request_id:
+                assert isinstance(message, Frame), message
+                assert message.seq == first + len(frames)
+                frames.append(message)
+        return frames
+
+    async def cut(self) -> None:
+        """Cut the connection without a word, as a network does."""
+        self.link.abort("cut by the test")
+        await self.link.aclose()
+
+    async def settled(self) -> None:
+        """Wait until the relay has read all that was sent."""
+        self.send(Ping(timestamp=1.0))
+        await self.next(Pong)
 
 
 @asynccontextmanager
@@ -164,5 +265,3 @@ def samples(count: int, seed: int = 1) -> bytes:
         data += hashlib.sha256(f"{seed}:{block}".encode()).digest()
         block += 1
     return data[: 2 * count]
-
-

@@ -304,8 +304,8 @@ def test_a_worker_that_comes_back_goes_on_with_what_it_ran() -> None:
     bench.join()
     bench.queue("a")
     bench.queue("b")
-    assert [entry.request_id for entry in bench.scheduler.unlink("box", bench.now)] == ["a"]
-    assert bench["a"].lost_at == bench.now
+    (away,) = bench.scheduler.unlink("box", bench.now)
+    assert (away.request_id, away.lost_at) == ("a", bench.now)
     joined = bench.join(running={"a": 1, "of another life": 4})
     assert [entry.request_id for entry in joined.resume] == ["a"]
     assert joined.abandon == ["of another life"]
@@ -398,7 +398,8 @@ def test_a_lost_attempt_is_not_handed_to_a_worker_that_has_not_let_go_of_it() ->
     assert bench["a"].attempt == 2
 
 
-REPRODUCIBLE, OTHER = {"reproducible": TONE}, {"reproducible": "chime 8000"}
+REPRODUCIBLE: dict[str, Any] = {"reproducible": TONE}
+OTHER: dict[str, Any] = {"reproducible": "chime 8000"}
 
 
 @pytest.mark.parametrize(
@@ -412,7 +413,7 @@ REPRODUCIBLE, OTHER = {"reproducible": TONE}, {"reproducible": "chime 8000"}
         ("never", REPRODUCIBLE, True, ErrorCode.WORKER_LOST),
     ],
 )
-def test_what_becomes_of_a_lost_attempt(retry: str, worker: dict[str, str], heard: bool, outcome: object) -> None:
+def test_what_becomes_of_a_lost_attempt(retry: str, worker: dict[str, Any], heard: bool, outcome: object) -> None:
     bench = Bench()
     bench.join(**worker)
     bench.queue("a", retry=retry)
@@ -431,7 +432,7 @@ def test_what_becomes_of_a_lost_attempt(retry: str, worker: dict[str, str], hear
     ("retry", "second", "from_seq"),
     [("before_output", REPRODUCIBLE, 3), ("always", REPRODUCIBLE, 3), ("always", OTHER, 0), ("always", {}, 0)],
 )
-def test_where_the_second_attempt_begins(retry: str, second: dict[str, str], from_seq: int) -> None:
+def test_where_the_second_attempt_begins(retry: str, second: dict[str, Any], from_seq: int) -> None:
     bench = Bench()
     bench.join("one", **REPRODUCIBLE)
     bench.queue("a", retry=retry)
@@ -471,6 +472,7 @@ def test_what_was_heard_waits_for_a_busy_equal_and_lets_others_by() -> None:
 def test_a_request_is_given_up_after_its_last_attempt() -> None:
     bench = Bench(max_attempts=3)
     bench.queue("a")
+    decisions: list[Decision] = []
     for attempt in (1, 2, 3):
         bench.join(f"box{attempt}")
         assert bench["a"].attempt == attempt

@@ -1,0 +1,58 @@
+"""`python -m bench [FIGURE]...`: measure, and print a table or JSON."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench import codec, memory, relay, store
+from bench.figures import Row, table
+from bench.machine import machine_line
+
+#: Name -> what it measures. A new figure is a module with `measure` and a line here.
+FIGURES: dict[str, Callable[[], list[Row]]] = {
+    "relay": relay.measure,
+    "memory": memory.measure,
+    "codec": codec.measure,
+    "store": store.measure,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 1 where a figure breaks what the docs claim."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Figures of this machine, as ratios.")
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}; default: all")
+    parser.add_argument("--list", action="store_true", help="name the figures and measure nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+    parser.add_argument("-o", "--output", type=Path, help="write to this file as well")
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.figures if name not in FIGURES]:
+        parser.error(f"no figure is named {', '.join(unknown)}; there are {', '.join(FIGURES)}")
+    if args.list:
+        for name, measure in FIGURES.items():
+            print(f"{name:8} {(sys.modules[measure.__module__].__doc__ or '').splitlines()[0]}")
+        return 0
+    machine, began, rows = machine_line(), time.monotonic(), []
+    for name in args.figures or FIGURES:
+        print(f"measuring {name}...", file=sys.stderr, flush=True)
+        rows += FIGURES[name]()
+    took_s = round(time.monotonic() - began)
+    if args.json:
+        told = {"machine": machine, "date": _today(), "took_s": took_s, "rows": [row.to_map() for row in rows]}
+        text = json.dumps(told, ensure_ascii=False, indent=1)
+    else:
+        text = f"{machine}\n\n{table(rows)}\n\n{_today()}, {took_s} s."
+    print(text)
+    if args.output is not None:
+        args.output.write_text(f"{text}\n")
+    return 0 if all(row.kept for row in rows) else 1
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""What a measurement gives: a `Row` with its unit, what it stands against, and how far the rounds lay apart."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class Row:
+    """One figure.
+
+    Args:
+        figure: the group it belongs to, as named on the command line.
+        name: what was measured.
+        unit: of `value` and `against`.
+        value: median of the rounds.
+        against: the same of what it is compared with, measured in the same rounds; None where it stands alone.
+        peer: what it is compared with.
+        ratios: `value` / `against` of each round. Their median is the figure: the machine's mood cancels out in it.
+        limit: the most that `value` may be, where the docs claim one.
+    """
+
+    figure: str
+    name: str
+    unit: str
+    value: float
+    against: float | None = None
+    peer: str = ""
+    ratios: tuple[float, ...] = ()
+    limit: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Median of the rounds' ratios."""
+        return statistics.median(self.ratios) if self.ratios else None
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is within what the docs claim."""
+        return self.limit is None or self.value <= self.limit
+
+    def to_map(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**attrs.asdict(self), "ratio": self.ratio, "kept": self.kept}
+
+
+def paired(
+    figure: str,
+    name: str,
+    unit: str,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    peer: str,
+    *,
+    limit: float | None = None,
+) -> Row:
+    """A row from rounds that were measured side by side."""
+    return Row(
+        figure=figure,
+        name=name,
+        unit=unit,
+        value=statistics.median(ours),
+        against=statistics.median(theirs),
+        peer=peer,
+        ratios=tuple(a / b for a, b in zip(ours, theirs, strict=True)),
+        limit=limit,
+    )
+
+
+def alternate(rounds: int, first: Callable[[], Any], second: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
+    """Call both `rounds` times, in the order AB BA AB..., so that a machine that slows down slows both."""
+    ours: list[Any] = []
+    theirs: list[Any] = []
+    for number in range(rounds):
+        if number % 2 == 0:
+            ours.append(first())
+            theirs.append(second())
+        else:
+            theirs.append(second())
+            ours.append(first())
+    return ours, theirs
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Rows as a Markdown table."""
+    lines = [
+        "| figure | what | value | against | ratio (lowest..highest round) |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        against = "" if row.against is None else f"{_number(row.against)} {row.unit} ({row.peer})"
+        lines.append(f"| {row.figure} | {row.name} | {_number(row.value)} {row.unit} | {against} | {_remark(row)} |")
+    return "\n".join(lines)
+
+
+def _remark(row: Row) -> str:
+    words = []
+    if row.ratio is not None:
+        words.append(f"**{_number(row.ratio)}** ({_number(min(row.ratios))}..{_number(max(row.ratios))})")
+    if row.limit is not None:
+        words.append(f"claim: at most {_number(row.limit)} {row.unit}: {'kept' if row.kept else '**BROKEN**'}")
+    return "; ".join(words)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,254 @@
+"""`gpuworker run | engines | doctor`: what they print and how they exit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from gpuworker.cli import main
+from gpuworker.config import ConfigError, WorkerConfig, add_run_options, read_config
+from gpuworker.engines.base import Missing
+from gpuworker.engines.espeak import EspeakEngine
+from protocol.errors import ErrorCode
+from protocol.messages import Completed, Draining, Register, Rejected
+from tests.gpuworker.worker_side import Desk, assign, script
+from tests.protocol.fake_relay import RelayThread, refuse
+
+PATIENCE_S = 20
+
+
+@pytest.fixture(autouse=True)
+def _no_relay_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RELAY_URL", "RELAY_TOKEN", "RELAY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+def config(*arguments: str, **environ: str) -> WorkerConfig:
+    parser = ArgumentParser()
+    add_run_options(parser)
+    return read_config(parser.parse_args(arguments), environ)
+
+
+def test_run_has_defaults_for_everything_and_takes_relay_and_token_from_the_environment(tmp_path: Path) -> None:
+    plain = config(HOME=str(tmp_path))
+    assert (plain.spaces, plain.engine, plain.slots, plain.token) == (("tts",), "espeak", 1, None)
+    assert plain.address.kind == "unix"
+    told = config("--space", "a", "--space", "b", RELAY_URL="ws://relay.test:9", RELAY_TOKEN="rly_w_1")
+    assert (str(told.address), told.token, told.spaces) == ("ws://relay.test:9", "rly_w_1", ("a", "b"))
+    (tmp_path / "token").write_text("rly_w_2\n")
+    told = config("--relay", "wss://other.test", "--token-file", str(tmp_path / "token"), RELAY_TOKEN="rly_w_1")
+    assert (str(told.address), told.token) == ("wss://other.test:443", "rly_w_2")
+    mock = config("--engine", "mock", "-o", "sample_rate=48000", "-o", "speed=2", "--slots", "3", "--name", "my box")
+    assert (mock.options["sample_rate"], mock.options["speed"], mock.slots, mock.name) == (48_000, 2.0, 3, "my-box")
+
+
+def test_run_tells_every_fault_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config("--relay", "http://x", "--space", "a/b", "--slots", "0", "--engine", "nope", "--cancel-grace", "-1")
+    words = str(caught.value)
+    for part in ("ws://", "a/b", "--slots 0", "nope", "--cancel-grace"):
+        assert part in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--engine", "mock", "-o", "sample_rate=1"], "sample_rate"),
+        (["--engine", "mock", "-o", "nothing=1"], "no such option"),
+        (["--engine", "function"], "call"),
+        (["--token-file", "/nonexistent/token"], "cannot be read"),
+    ],
+)
+def test_wrong_use_exits_2_with_words(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", *arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_engine_whose_needs_are_missing_is_refused_with_the_command_that_installs_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(EspeakEngine, "missing", classmethod(lambda _cls: [Missing("a wheel", "pip install a-wheel")]))
+    assert call("run", "--engine", "espeak") == 2
+    assert "pip install a-wheel" in capsys.readouterr().err
+    assert call("engines", "--json") == 0
+    listed = {engine["name"]: engine for engine in json.loads(capsys.readouterr().out)}
+    assert not listed["espeak"]["runs_here"]
+    assert listed["espeak"]["missing"] == [{"what": "a wheel", "install": "pip install a-wheel"}]
+    assert listed["mock"]["runs_here"]
+    assert call("doctor") == 0  # others run
+    assert "install it with: pip install a-wheel" in capsys.readouterr().out
+
+
+def test_engines_lists_options_for_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("engines") == 0
+    text = capsys.readouterr().out
+    assert "espeak" in text
+    assert "-o call=STR" in text
+    assert call("engines", "--json") == 0
+    listed = {engine["name"]: engine for engine in json.loads(capsys.readouterr().out)}
+    assert listed["mock"]["options"]["sample_rate"] == {
+        "kind": "int",
+        "default": 24_000,
+        "required": False,
+        "help": "Hz",
+    }
+
+
+def test_doctor_tries_the_relay_and_the_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def relay(desk: Desk) -> None:
+        async for _ in desk.connection.link:
+            pass
+
+    def relay_finding() -> Any:
+        return next(found for found in json.loads(capsys.readouterr().out) if found["what"] == "relay")
+
+    with RelayThread(tmp_path, script(relay)) as url:
+        assert call("doctor", "--json", "--relay", url) == 0
+        assert relay_finding()["outcome"] == "ok"
+    assert call("doctor", "--json", "--relay", f"unix:{tmp_path}/nobody.sock") == 3
+    assert relay_finding()["outcome"] == "unreachable"
+    (tmp_path / "relay.sock").unlink()
+    with RelayThread(tmp_path, refuse) as url:
+        assert call("doctor", "--json", "--relay", url) == 1
+        found = relay_finding()
+        assert (found["outcome"], "unauthenticated" in found["words"]) == ("failed", True)
+    assert call("doctor", "--relay", "http://x") == 2
+
+
+# -- `gpuworker run` as a process --------------------------------------------------------------------------------
+
+
+@contextmanager
+def worker(url: str, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-m", "gpuworker.cli", "run", "--relay", url, *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        with process:
+            yield process
+    finally:
+        process.kill()
+
+
+MOCK = ("--engine", "mock", "-o", "speed=4")
+
+
+def test_sigterm_finishes_what_runs_and_exits_0(tmp_path: Path) -> None:
+    started = threading.Event()
+    last: list[Any] = []
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(params={"text": "x", "duration_s": 2}))
+        await desk.hear()
+        started.set()
+        while not isinstance(await desk.hear(), Draining):
+            pass
+        last.extend(await desk.frames())
+        async for _ in desk.connection.link:
+            pass
+
+    with RelayThread(tmp_path, script(relay)) as url, worker(url, *MOCK) as process:
+        assert started.wait(PATIENCE_S)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0
+    assert isinstance(last[-1], Completed)
+    for words in ("registered space 'tts' with 1 slot", "of ann: attempt 1", "done in", "draining (SIGTERM"):
+        assert words in told
+
+
+def test_a_second_interrupt_stops_at_once_and_no_process_is_left(tmp_path: Path) -> None:
+    started = threading.Event()
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(params={"text": "x", "duration_s": 3_000}))
+        await desk.hear()
+        started.set()
+        async for _ in desk.connection.link:
+            pass
+
+    with RelayThread(tmp_path, script(relay)) as url, worker(url, *MOCK) as process:
+        assert started.wait(PATIENCE_S)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 1
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 130
+        assert time.monotonic() - began < 5
+        assert not Path(f"/proc/{children[0]}").exists()
+
+
+def test_a_refusal_exits_1_with_the_relays_words(tmp_path: Path) -> None:
+    async def relay(desk: Desk) -> None:
+        await desk.expect(Register)
+        desk.send(Rejected.because(ErrorCode.SPACE_NOT_FOUND, "there is no space 'tts'; make it"))
+        await trio.sleep_forever()
+
+    with RelayThread(tmp_path, script(relay)) as url, worker(url, *MOCK) as process:
+        _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert "gpuworker: space_not_found: there is no space 'tts'; make it" in told
+
+
+def test_an_engine_that_cannot_be_loaded_exits_1_with_its_words(tmp_path: Path) -> None:
+    async def relay(desk: Desk) -> None:
+        async for _ in desk.connection.link:
+            pass
+
+    with (
+        RelayThread(tmp_path, script(relay)) as url,
+        worker(url, "--engine", "mock", "-o", "load_fails=true") as process,
+    ):
+        _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert "model_not_loaded: engine 'mock' cannot be loaded: loading fails" in told
+
+
+def test_slots_in_threads_need_no_processes(tmp_path: Path) -> None:
+    done = threading.Event()
+
+    async def relay(desk: Desk) -> None:
+        while (await desk.expect(Register)).slots < 20:
+            pass
+        done.set()
+        async for _ in desk.connection.link:
+            pass
+
+    async def agree(desk: Desk) -> None:
+        register = await desk.register()
+        if register.slots < 20:
+            await relay(desk)
+        done.set()
+        async for _ in desk.connection.link:
+            pass
+
+    with (
+        RelayThread(tmp_path, script(agree)) as url,
+        worker(url, *MOCK, "--slots", "20", "--in-threads") as process,
+    ):
+        assert done.wait(PATIENCE_S)
+        assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() == []
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0

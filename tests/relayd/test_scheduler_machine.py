@@ -1,0 +1,376 @@
+"""The scheduler under every order of events that Hypothesis can think of, against the books a test keeps by itself."""
+
+from itertools import count
+
+import attrs
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from protocol.errors import ErrorCode
+from protocol.messages import Rejected
+from relayd.scheduler import Scheduler
+from relayd.states import Decision, Entry, Finish, Joined, Requeued, SpaceRules, Start, State, Stop, WorkerState
+
+SPACES = {
+    "tts": SpaceRules(max_workers=2, max_queued=8),
+    "other": SpaceRules(max_workers=3, max_running_per_principal=1, max_attempts=2),
+}
+WORKERS = {"one": "", "two": "tone", "three": "tone"}
+picks = st.integers(0, 1000)
+
+
+@attrs.define
+class Box:
+    """A worker as it is: what it was handed and has not let go of, linked or not."""
+
+    spaces: tuple[str, ...]
+    slots: int
+    linked: bool = True
+    draining: bool = False
+    #: request id -> attempt.
+    runs: dict[str, int] = attrs.field(factory=dict)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler()
+        for name, rules in SPACES.items():
+            self.scheduler.add_space(name, rules)
+        self.boxes: dict[str, Box] = {}
+        self.live: dict[str, Entry] = {}
+        self.ended: dict[str, State] = {}
+        self.admitted: set[str] = set()
+        self.stopping: set[str] = set()
+        self.starts: dict[str, list[int]] = {}
+        self.tickets = count(1)
+        self.now = 100.0
+
+    # -- what a caller does with decisions
+
+    def carry_out(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            match decision:
+                case Start(entry, from_seq):
+                    assert entry.request_id in self.live
+                    box = self.boxes[entry.worker_id or ""]
+                    again = self.starts.setdefault(entry.request_id, [])
+                    assert box.linked
+                    assert entry.request_id not in box.runs, "one attempt at a time"
+                    assert not again or entry.attempt >= again[-1]
+                    assert len(again) < 20
+                    if not again or entry.attempt > again[-1]:
+                        assert not box.draining
+                        assert not self.scheduler.spaces[entry.space].paused
+                        assert len(box.runs) < box.slots, "never more than slots"
+                    assert entry.request_id not in self.stopping
+                    assert from_seq == entry.next_seq
+                    again.append(entry.attempt)
+                    box.runs[entry.request_id] = entry.attempt
+                case Stop(worker_id, request_id):
+                    assert request_id in self.boxes[worker_id].runs
+                    assert self.boxes[worker_id].linked
+                case Requeued(entry):
+                    assert entry.request_id in self.live
+                    assert entry.request_id not in self.stopping
+                case Finish(entry, code):
+                    assert (code is None) or entry.request_id not in self.stopping
+                    self.end(entry.request_id, State.CANCELLED if code is None else State.FAILED)
+
+    def end(self, request_id: str, state: State) -> None:
+        assert request_id not in self.ended, "ended once"
+        del self.live[request_id]
+        self.admitted.discard(request_id)
+        self.stopping.discard(request_id)
+        self.ended[request_id] = state
+        self.carry_out(self.scheduler.end(request_id, state, self.now))
+        assert self.scheduler.end(request_id, state, self.now) == []
+
+    def pick(self, names: list[str], choice: int) -> str:
+        return names[choice % len(names)]
+
+    def runs(self) -> list[str]:
+        """Requests that run on a linked worker."""
+        return [name for name, e in self.live.items() if e.state is State.RUNNING and e.lost_at is None]
+
+    @initialize(spaces=st.lists(st.sampled_from([*SPACES]), max_size=5), first=st.sampled_from([*WORKERS]))
+    def begin(self, spaces: list[str], first: str) -> None:
+        """Something to do from the start: Hypothesis turns rules off at random, also those that make work."""
+        self.join(first, 2, ("tts", "other"), set())
+        for number, space in enumerate(spaces):
+            self.submit(space, "ann" if number % 3 else "bob", 5, "before_output", True)
+
+    # -- clients
+
+    @rule(
+        space=st.sampled_from([*SPACES]),
+        principal=st.sampled_from(["ann", "bob"]),
+        priority=st.sampled_from([5, 5, 9]),
+        retry=st.sampled_from(["never", "before_output", "before_output", "always"]),
+        whole=st.sampled_from([True, True, True, False]),
+    )
+    def submit(self, space: str, principal: str, priority: int, retry: str, whole: bool) -> None:
+        ticket = next(self.tickets)
+        entry = Entry(
+            request_id=f"r{ticket}", space=space, principal=principal, priority=priority, ticket=ticket, retry=retry
+        )
+        waiting = sum(e.space == space and e.state in (State.QUEUED, State.UPLOADING) for e in self.live.values())
+        refusal = self.scheduler.admit(entry)
+        full = self.scheduler.spaces[space].paused or waiting >= SPACES[space].max_queued
+        assert (refusal is not None) == full
+        if refusal is None:
+            self.live[entry.request_id] = entry
+            self.admitted.add(entry.request_id)
+            if whole:
+                self.enqueue(entry.ticket, entry.request_id)
+
+    @precondition(lambda self: self.admitted)
+    @rule(choice=picks)
+    def enqueue(self, choice: int, name: str | None = None) -> None:
+        name = name or self.pick(sorted(self.admitted), choice)
+        self.admitted.discard(name)
+        self.carry_out(self.scheduler.enqueue(self.live[name], self.now))
+
+    @precondition(lambda self: self.live)
+    @rule(choice=picks)
+    def cancel(self, choice: int) -> None:
+        name = self.pick([*self.live], choice)
+        decisions = self.scheduler.cancel(name, "enough")
+        if any(isinstance(decision, Stop) for decision in decisions):
+            self.stopping.add(name)
+        assert decisions or name in self.stopping
+        self.carry_out(decisions)
+
+    @precondition(lambda self: self.live)
+    @rule(choice=picks)
+    def time_out(self, choice: int) -> None:
+        name = self.pick([*self.live], choice)
+        if name not in self.stopping:
+            self.carry_out(self.scheduler.fail(name, ErrorCode.RUN_TIMEOUT, "slow"))
+            assert name in self.ended
+
+    @precondition(lambda self: self.live)
+    @rule(choice=picks)
+    def promote(self, choice: int) -> None:
+        name = self.pick([*self.live], choice)
+        entry = self.live[name]
+        refusal = self.scheduler.promote(name)
+        assert (refusal is None) == (entry.state is State.QUEUED)
+        if refusal is None:
+            assert next(iter(self.scheduler.places(entry.space, self.now))) == name
+
+    # -- workers
+
+    @rule(
+        worker_id=st.sampled_from([*WORKERS]),
+        slots=st.sampled_from([2, 1, 3, 0]),
+        spaces=st.sampled_from([("tts",), ("other",), ("tts", "other")]),
+        forgets=st.sets(picks, max_size=2),
+    )
+    def join(self, worker_id: str, slots: int, spaces: tuple[str, ...], forgets: set[int]) -> None:
+        """A new process, or one that comes back after a cut, perhaps before the cut was seen."""
+        before = self.boxes.get(worker_id)
+        if before is not None:
+            spaces = before.spaces
+        runs = dict(before.runs) if before else {}
+        for choice in forgets:  # what a cut swallowed on its way
+            if runs and (name := self.pick([*runs], choice)) and not self.heard(name):
+                del runs[name]
+        state = WorkerState(
+            worker_id=worker_id, instance="i", spaces=spaces, slots=slots, reproducible=WORKERS[worker_id]
+        )
+        others = {
+            name: [b for i, b in self.boxes.items() if i != worker_id and b.linked and name in b.spaces]
+            for name in spaces
+        }
+        joined = self.scheduler.join(state, runs, self.now)
+        if any(len(others[name]) >= SPACES[name].max_workers for name in spaces):
+            assert isinstance(joined, Rejected)
+            assert joined.code == ErrorCode.SPACE_FULL
+            return
+        assert isinstance(joined, Joined)
+        assert {e.request_id for e in joined.resume} | set(joined.abandon) == set(runs)
+        resumed = {entry.request_id: entry.attempt for entry in joined.resume}
+        assert all(runs[name] == attempt for name, attempt in resumed.items())
+        self.boxes[worker_id] = Box(spaces, slots, True, state.draining, resumed)
+        self.carry_out(joined.decisions)
+
+    def heard(self, name: str) -> bool:
+        return name in self.live and self.live[name].next_seq > 0
+
+    @precondition(lambda self: any(box.linked for box in self.boxes.values()))
+    @rule(choice=picks)
+    def unlink(self, choice: int) -> None:
+        worker_id = self.pick([name for name, box in self.boxes.items() if box.linked], choice)
+        away = {entry.request_id for entry in self.scheduler.unlink(worker_id, self.now)}
+        self.boxes[worker_id].linked = False
+        assert away == {n for n, e in self.live.items() if e.worker_id == worker_id and e.state is State.RUNNING}
+
+    @rule(choice=picks)
+    def give_up_on_a_worker_that_is_away(self, choice: int) -> None:
+        away = [name for name, e in self.live.items() if e.lost_at is not None]
+        if away:
+            name = self.pick(away, choice)
+            self.carry_out(self.scheduler.lose(name, ErrorCode.WORKER_LOST, "gone", self.now))
+            assert name in self.ended or self.live[name].lost_at is None
+
+    @rule(choice=picks)
+    def hang(self, choice: int) -> None:
+        if runs := [name for name in self.runs() if name not in self.stopping]:
+            self.carry_out(self.scheduler.lose(self.pick(runs, choice), ErrorCode.IDLE_TIMEOUT, "hung", self.now))
+
+    @rule(choice=picks)
+    def crash(self, choice: int) -> None:
+        if runs := self.runs():
+            name = self.pick(runs, choice)
+            entry = self.live[name]
+            worker_id = entry.worker_id or ""
+            del self.boxes[worker_id].runs[name]
+            del self.scheduler.workers[worker_id].held[name]
+            self.carry_out(self.scheduler.lose(name, ErrorCode.ENGINE_FAILED, "crashed", self.now))
+
+    @rule(choice=picks, audible=st.booleans())
+    def put_out_a_frame(self, choice: int, audible: bool) -> None:
+        if runs := self.runs():
+            entry = self.live[self.pick(runs, choice)]
+            entry.next_seq += 1
+            entry.has_output |= audible
+
+    @precondition(lambda self: any(box.linked and box.runs for box in self.boxes.values()))
+    @rule(choice=picks)
+    def finish(self, choice: int) -> None:
+        """A worker sends the last frame of an attempt, which may be over here."""
+        self.now += 1
+        held = [(w, n, a) for w, box in self.boxes.items() if box.linked for n, a in box.runs.items()]
+        worker_id, name, attempt = held[choice % len(held)]
+        del self.boxes[worker_id].runs[name]
+        entry = self.live.get(name)
+        if entry is not None and (entry.worker_id, entry.attempt) == (worker_id, attempt):
+            self.end(name, State.CANCELLED if name in self.stopping else State.COMPLETED)
+        self.carry_out(self.scheduler.release(worker_id, name, attempt, self.now))
+
+    @precondition(lambda self: any(box.linked for box in self.boxes.values()))
+    @rule(choice=picks, slots=st.integers(0, 3))
+    def set_slots(self, choice: int, slots: int) -> None:
+        worker_id = self.pick([name for name, box in self.boxes.items() if box.linked], choice)
+        self.boxes[worker_id].slots = slots
+        self.carry_out(self.scheduler.set_slots(worker_id, slots, self.now))
+
+    @precondition(lambda self: any(box.linked for box in self.boxes.values()))
+    @rule(choice=picks)
+    def drain_or_undrain(self, choice: int) -> None:
+        worker_id = self.pick([name for name, box in self.boxes.items() if box.linked], choice)
+        box = self.boxes[worker_id]
+        box.draining = not box.draining
+        if box.draining:
+            self.scheduler.drain(worker_id)
+        else:
+            self.carry_out(self.scheduler.undrain(worker_id, self.now))
+
+    # -- the relay
+
+    @rule(space=st.sampled_from([*SPACES]))
+    def pause_or_resume(self, space: str) -> None:
+        if not self.scheduler.spaces[space].paused:
+            assert self.scheduler.pause_space(space) is None
+        else:
+            decisions = self.scheduler.resume_space(space, self.now)
+            assert not isinstance(decisions, Rejected)
+            self.carry_out(decisions)
+
+    @rule()
+    def restart(self) -> None:
+        """The relay is killed and comes back with what its store has: all that was enqueued."""
+        paused = {name for name, space in self.scheduler.spaces.items() if space.paused}
+        self.scheduler = Scheduler()
+        for name, rules in SPACES.items():
+            self.scheduler.add_space(name, rules, paused=name in paused)
+        for name in self.admitted:
+            del self.live[name]
+        self.admitted.clear()
+        self.stopping.clear()
+        for box in self.boxes.values():
+            box.linked = box.draining = False
+        old, self.live = self.live, {}
+        for entry in sorted(old.values(), key=lambda entry: entry.ticket):
+            anew = attrs.evolve(entry, worker_id=None, lost_at=None, stopping=None, next_seq=0)
+            self.live[entry.request_id] = anew
+            self.scheduler.restore(anew, self.now)
+
+    # -- what always holds
+
+    @invariant()
+    def none_is_lost(self) -> None:
+        assert self.scheduler.entries == self.live
+        for name, entry in self.live.items():
+            space = self.scheduler.spaces[entry.space]
+            places = [name in space.admitted, entry in space.queue, name in space.running]
+            assert places.count(True) == 1
+            assert places.index(True) == [State.UPLOADING, State.QUEUED, State.RUNNING].index(entry.state)
+        for space in self.scheduler.spaces.values():
+            assert len(space.queue) + len(space.running) + len(space.admitted) == sum(
+                entry.space == space.name for entry in self.live.values()
+            )
+
+    @invariant()
+    def its_books_are_the_workers_own(self) -> None:
+        for worker_id, box in self.boxes.items():
+            state = self.scheduler.workers.get(worker_id)
+            if box.linked:
+                assert state is not None
+                assert state.held == box.runs
+            else:
+                assert state is None or state.held.keys() <= self.live.keys()
+                assert state is None or state.held, "a worker that is away with nothing is forgotten"
+        for name, entry in self.live.items():
+            on = [w for w, box in self.boxes.items() if box.linked and box.runs.get(name) == entry.attempt > 0]
+            assert len(on) <= 1, "never two that run the same attempt"
+            if entry.state is State.RUNNING and entry.lost_at is None:
+                assert on == [entry.worker_id]
+            if entry.state is State.RUNNING and entry.lost_at is not None and entry.worker_id is not None:
+                assert name in self.scheduler.workers[entry.worker_id].held
+
+    @invariant()
+    def no_slot_idles_while_somebody_could_run(self) -> None:
+        for space in self.scheduler.spaces.values():
+            if space.paused:
+                continue
+            linked = [w for w in self.scheduler.workers_of(space.name) if w.free_slots]
+            for entry in space.queue:
+                if space.name == "other" and any(e.principal == entry.principal for e in space.running.values()):
+                    continue
+                for worker in linked:
+                    mismatch = entry.has_output and entry.retry != "always"
+                    assert entry.request_id in worker.held or (mismatch and entry.reproducible != worker.reproducible)
+
+    @invariant()
+    def places_are_told_for_all_that_wait(self) -> None:
+        for name, space in self.scheduler.spaces.items():
+            places = list(self.scheduler.places(name, self.now).values())
+            assert [place.position for place in places] == list(range(1, len(space.queue) + 1))
+
+    def teardown(self) -> None:
+        """Whatever happened, all that waits gets its turn, and ends."""
+        for name in SPACES:
+            if self.scheduler.spaces[name].paused:
+                self.pause_or_resume(name)
+        for name in sorted(self.admitted):
+            self.enqueue(0, name)
+        for name, box in list(self.boxes.items()):
+            if box.linked:
+                self.unlink([n for n, b in self.boxes.items() if b.linked].index(name))
+        while away := [name for name, e in self.live.items() if e.lost_at is not None]:
+            self.carry_out(self.scheduler.lose(away[0], ErrorCode.WORKER_LOST, "gone", self.now))
+        assert not self.scheduler.workers
+        self.boxes.clear()
+        self.join("two", 2, ("tts", "other"), set())
+        for _ in range(len(self.live)):
+            if any(box.runs for box in self.boxes.values()):
+                self.finish(0)
+        assert not self.live
+        assert not self.scheduler.workers["two"].held
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
