@@ -135,7 +135,8 @@ def serve(
     """Serve `call` as a space, from a thread of this program.
 
     Args:
-        call: any callable, as engine `function` takes it, or a subclass of `Engine` without required options.
+        call: any callable, as engine `function` takes it, or a subclass of `Engine` without required options. Of a
+            class, each slot makes an instance of its own in its own thread.
         space: its name at the relay.
         url: of the relay; else RELAY_URL, else this machine's relay.
         token: of a worker; else RELAY_TOKEN or RELAY_TOKEN_FILE.
@@ -169,7 +170,9 @@ def serve(
         options = {"sample_rate": sample_rate, "channels": channels, "reproducible": reproducible}
         make_engine = partial(FunctionEngine, options, call, params)
         try:
-            make_engine().load()  # here, so that its faults are raised where they were made
+            engine = make_engine()
+            if not isinstance(call, type):  # that would be made twice, and each may be a model
+                engine.load()  # here, so that its faults are raised where they were made
         except (EngineError, OptionError) as fault:
             raise EmbedError(str(fault)) from None
     identity = Identity(

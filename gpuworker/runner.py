@@ -104,6 +104,7 @@ class Slot(ABC):
         """
         assert self.free
         self._run = run = Run(emit)
+        self.on_change()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stop_when_asked, run)

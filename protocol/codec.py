@@ -3,7 +3,7 @@
 msgpack's own decoder raises at least seven kinds of exception on bad bytes, and its limits hold too late: 1 MiB
 of empty maps costs 72 MiB. So `check_bytes` walks the bytes first, in Python, without building anything;
 only what passes is unpacked, by an Unpacker made for that one message, so a damaged one is never used again.
-The walk is bounded by `MAX_VALUES`, which keeps the worst case below 2 ms on a slow core.
+The walk is bounded by `MAX_VALUES`, which keeps the worst message near 2 ms (`make bench` prints it).
 """
 
 from collections.abc import Mapping
@@ -37,11 +37,9 @@ def _fixed_sizes() -> tuple[int, ...]:
 
 
 _FIXED = _fixed_sizes()
-#: First byte -> size of the big-endian length that follows it.
-_LENGTH = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
-_STRINGS = frozenset((*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB))
-_SIZED_SCALARS = frozenset((0xC4, 0xC5, 0xC6, 0xD9, 0xDA, 0xDB))
-_MAPS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
+#: First byte -> 1 where it begins a string, or a map.
+_STRING = bytes(first in (*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB) for first in range(256))
+_MAP = bytes(first in (*range(0x80, 0x90), 0xDE, 0xDF) for first in range(256))
 
 
 def check_bytes(data: bytes) -> None:
@@ -53,55 +51,73 @@ def check_bytes(data: bytes) -> None:
     size = len(data)
     if size > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"message of {size} bytes; the limit is {MAX_MESSAGE_BYTES}")
-    if not size or data[0] not in _MAPS:
+    if not size or not _MAP[data[0]]:
         raise ProtocolError("a message must be one msgpack map")
-    max_depth = MAX_DEPTH if size <= MAX_CONTROL_BYTES else 1  # a large message must be flat
+    try:
+        end = _walk(data, MAX_DEPTH if size <= MAX_CONTROL_BYTES else 1)  # a large message must be flat
+    except IndexError:
+        raise ProtocolError("cut short") from None
+    if end != size:
+        raise ProtocolError("cut short" if end > size else f"{size - end} bytes follow the message's map")
+
+
+def _walk(data: bytes, max_depth: int) -> int:
+    """Where the value that `data` begins with ends; beyond `data` if it is cut short in a length or a scalar.
+
+    Lengths of one and two bytes are put together by hand: `int.from_bytes` of a slice takes four times as long.
+
+    Raises:
+        ProtocolError: it breaks a limit.
+        IndexError: it is cut short before a value.
+    """
+    fixed, is_string, is_map = _FIXED, _STRING, _MAP
     at = values = containers = 0
-    left, in_map = 1, False  # values still to come in the container at hand; a map counts keys and values
-    outer: list[tuple[int, bool]] = []
+    left, in_map = 1, 0  # values still to come in the container at hand; a map counts keys and values
+    outer: list[tuple[int, int]] = []
     while True:
         while not left:
             if not outer:
-                if at != size:
-                    raise ProtocolError(f"{size - at} bytes follow the message's map" if at < size else "cut short")
-                return
+                return at
             left, in_map = outer.pop()
-        if at >= size:
-            raise ProtocolError("cut short")
         first = data[at]
-        if in_map and not left & 1 and first not in _STRINGS:
+        if in_map and not left & 1 and not is_string[first]:
             raise ProtocolError("a map key is not a string")
         left -= 1
-        if step := _FIXED[first]:
+        if step := fixed[first]:
             at += step
             continue
-        if width := _LENGTH.get(first):
-            at += 1 + width
-            if at > size:
-                raise ProtocolError("cut short")
-            length = int.from_bytes(data[at - width : at])
-            if first in _SIZED_SCALARS:
-                at += length
-                continue
-        elif 0x80 <= first < 0xA0:
+        if first in (0xD9, 0xC4):  # strings and binary with a length of one byte, two, four
+            at += 2 + data[at + 1]
+            continue
+        if first in (0xDA, 0xC5):
+            at += 3 + (data[at + 1] << 8 | data[at + 2])
+            continue
+        if first in (0xDB, 0xC6):
+            at += 5 + int.from_bytes(data[at + 1 : at + 5])
+            continue
+        if 0x80 <= first < 0xA0:
             length = first & 15
             at += 1
+        elif first in (0xDC, 0xDE):
+            length = data[at + 1] << 8 | data[at + 2]
+            at += 3
+        elif first in (0xDD, 0xDF):
+            length = int.from_bytes(data[at + 1 : at + 5])
+            at += 5
         else:
             raise ProtocolError("an extension type, or a byte msgpack never uses")
         containers += 1
         if containers > MAX_CONTAINERS:
             raise ProtocolError(f"more than {MAX_CONTAINERS} maps and arrays")
         outer.append((left, in_map))
-        in_map = first in _MAPS
+        in_map = is_map[first]
         if in_map and length > MAX_MAP:
             raise ProtocolError(f"a map of {length}; the limit is {MAX_MAP}")
         if length > MAX_ARRAY:
             raise ProtocolError(f"an array of {length}; the limit is {MAX_ARRAY}")
         if len(outer) > max_depth:
-            raise ProtocolError(
-                f"nested deeper than {max_depth}"
-                + ("" if size <= MAX_CONTROL_BYTES else f" in a message over {MAX_CONTROL_BYTES} bytes")
-            )
+            flat = f" in a message over {MAX_CONTROL_BYTES} bytes" if max_depth == 1 else ""
+            raise ProtocolError(f"nested deeper than {max_depth}{flat}")
         left = 2 * length if in_map else length
         values += left
         if values > MAX_VALUES:

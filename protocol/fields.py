@@ -165,8 +165,11 @@ class Part:
     @classmethod
     def missing(cls, wire: dict[str, Value]) -> str:
         """Names of the fields that must be in `wire` and are not."""
-        required = (a.name for a in attrs.fields(cls) if a.default is attrs.NOTHING)  # type: ignore[arg-type]
-        return ", ".join(name for name in required if name not in wire)
+        required: tuple[str, ...] | None = cls.__dict__.get("_required")
+        if required is None:
+            required = tuple(a.name for a in attrs.fields(cls) if a.default is attrs.NOTHING)  # type: ignore[arg-type]
+            cls._required = required  # type: ignore[attr-defined]
+        return ", ".join([name for name in required if name not in wire])
 
     def to_map(self) -> dict[str, Value]:
         """The fields as they go on the wire: `None` left out, parts as maps."""

@@ -14,6 +14,9 @@ What it returns, or each item of what it yields, becomes output:
 Its parameters become the params: the JSON Schema is derived from annotations and defaults. A parameter
 annotated `bytes` or `EngineInput` is an uploaded input of its name; one called `cancelled` gets a callable that
 tells whether to stop. A class is made once, at load, and its instance called: the place for a model.
+
+The relay ends a request that shows nothing for its space's `idle_timeout_s` (30). A function that thinks longer than
+that yields a `ProgressChunk` now and then; for one that cannot, raise the space's limit.
 """
 
 import importlib

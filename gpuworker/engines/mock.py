@@ -213,6 +213,8 @@ class MockEngine(Engine):
         if how == "exit":
             print(f"exiting with code {fail.get('code', 3)}, as the request asked", file=sys.stderr, flush=True)
             os._exit(fail.get("code", 3))
+        if how == "hang":
+            print("hanging, as the request asked", file=sys.stderr, flush=True)
         while how == "hang":  # deaf to `cancelled`: only a kill ends it
             time.sleep(3600)
         if how == "slow":

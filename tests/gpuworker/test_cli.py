@@ -133,6 +133,31 @@ def test_doctor_tries_the_relay_and_the_token(tmp_path: Path, capsys: pytest.Cap
     assert call("doctor", "--relay", "http://x") == 2
 
 
+@pytest.mark.parametrize(
+    ("body", "outcome", "words"),
+    [
+        ("echo 'NVIDIA H200, 143771 MiB, 570.00'", "ok", "NVIDIA H200, 143771 MiB"),
+        ("exit 9", "failed", "does not answer"),
+    ],
+)
+def test_doctor_names_the_gpu_that_nvidia_smi_sees(
+    body: str,
+    outcome: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\n{body}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert call("doctor", "--json") == (0 if outcome == "ok" else 1)
+    gpu = next(found for found in json.loads(capsys.readouterr().out) if found["what"] == "gpu")
+    assert gpu["outcome"] == outcome
+    assert words in gpu["words"]
+
+
 # -- `gpuworker run` as a process --------------------------------------------------------------------------------
 
 

@@ -240,3 +240,26 @@ def test_an_engine_class_is_served_too(tmp_path: Path, handles: list[Handle]) ->
         handles.append(serve(MockEngine, url=url, space="tts"))
         until(lambda: len(seen) == 1 + 12)
     assert seen[0].reproducible
+
+
+def test_a_class_is_made_once_for_each_slot_and_in_its_thread(tmp_path: Path, handles: list[Handle]) -> None:
+    made: list[str] = []
+
+    class Model:
+        def __init__(self) -> None:
+            made.append(threading.current_thread().name)
+
+        def __call__(self, text: str) -> str:
+            return text
+
+    async def relay(desk: Desk) -> None:
+        register = await desk.register()
+        while register.slots < 2:
+            register = await desk.expect(Register)
+        await trio.sleep_forever()
+
+    with RelayThread(tmp_path, script(relay)) as url:
+        handle = serve(Model, url=url, space="tts", slots=2)
+        handles.append(handle)
+        until(lambda: handle.status().slots == 2)
+    assert sorted(made) == ["gpuworker-0", "gpuworker-1"]

@@ -173,13 +173,20 @@ async def test_a_cancel_stops_the_engine_before_its_next_chunk_and_the_next_requ
 
 @pytest.mark.trio
 async def test_a_hang_is_killed_after_the_grace_and_the_slot_comes_back() -> None:
-    async with serving(mock_slot(cancel_grace_s=0.3)) as bench:
+    slot = mock_slot(cancel_grace_s=0.3)
 
-        def take(chunk: Chunk) -> None:
-            bench.slot.cancel()
+    async def cancel_in_the_hang() -> None:
+        await bench.until(lambda: slot.busy)
+        child = slot._child
+        assert child is not None
+        while not any("hanging" in line for line in child.lines):  # noqa: ASYNC110 - stderr makes no event here
+            await trio.sleep(0.01)
+        slot.cancel()
 
+    async with serving(slot) as bench, trio.open_nursery() as nursery:
+        nursery.start_soon(cancel_in_the_hang)
         began = trio.current_time()
-        end = await bench.run({"text": "x", "fail": {"how": "hang", "at": 1}}, take)
+        end = await bench.run({"text": "x", "fail": {"how": "hang", "at": 1}})
         assert end.outcome == "cancelled"
         assert trio.current_time() - began < 5
         assert (await bench.run({"text": "x"})).outcome == "completed"

@@ -196,10 +196,11 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer(url: str, role: str, token: str | None = None, **more: Any) -> AsyncIterator[Peer]:
+async def peer(url: str, role: str, token: str | None = None, *, readonly: bool = False) -> AsyncIterator[Peer]:
     """A logged-in connection."""
-    async with open_link(parse_address(url), **more) as link:
-        yield Peer(link, await log_in(link, Hello(version=PROTOCOL_VERSION, role=role, token=token)))
+    async with open_link(parse_address(url)) as link:
+        hello = Hello(version=PROTOCOL_VERSION, role=role, token=token, readonly=readonly)
+        yield Peer(link, await log_in(link, hello))
 
 
 @attrs.define(eq=False)

@@ -349,7 +349,7 @@ async def test_outputs_of_functions_cross_as_well(tmp_path: Path) -> None:
 async def test_what_waits_and_what_runs_outlives_the_relay(tmp_path: Path) -> None:
     instance = an_id()
     submits = [a_submit(f"number {number}", inputs={"voice": an_input(PCM[0])}) for number in range(4)]
-    rules = {"inputs": {"voice": {}}}
+    rules: dict[str, Any] = {"inputs": {"voice": {}}}
     async with (
         daemon(tmp_path, store="sqlite") as relay,
         fake_worker(relay.url, instance=instance, **rules) as worker,
@@ -428,24 +428,24 @@ async def test_an_input_that_the_store_lost_costs_its_request_alone(tmp_path: Pa
 @pytest.mark.trio
 async def test_a_draining_daemon_finishes_what_runs_and_keeps_what_waits(tmp_path: Path) -> None:
     runs, waits, late = a_submit(), a_submit(), a_submit()
-    async with daemon(tmp_path, store="sqlite", limits={"resume_window_s": 0}) as relay:
-        async with (
-            fake_worker(relay.url) as worker,
-            peer(relay.url, "client") as client,
-            peer(relay.url, "operator") as operator,
-        ):
-            client.send(runs)
-            assign = await worker.assigned()
-            client.send(waits)
-            await client.next(Queued)
-            operator.send(Steer(action="drain"))
-            assert (await operator.next(Done)).data == {"running": 1}
-            client.send(late)
-            refusal = await client.next(Rejected)
-            assert (refusal.code, refusal.retryable) == ("shutting_down", True)
-            worker.speak(assign, PCM)
-            assert heard(await client.frames(runs)) == b"".join(PCM)
-            await until(lambda: all(one.link.gone is not None for one in (client, worker.peer, operator)))
+    async with (
+        daemon(tmp_path, store="sqlite", limits={"resume_window_s": 0}) as relay,
+        fake_worker(relay.url) as worker,
+        peer(relay.url, "client") as client,
+        peer(relay.url, "operator") as operator,
+    ):
+        client.send(runs)
+        assign = await worker.assigned()
+        client.send(waits)
+        await client.next(Queued)
+        operator.send(Steer(action="drain"))
+        assert (await operator.next(Done)).data == {"running": 1}
+        client.send(late)
+        refusal = await client.next(Rejected)
+        assert (refusal.code, refusal.retryable) == ("shutting_down", True)
+        worker.speak(assign, PCM)
+        assert heard(await client.frames(runs)) == b"".join(PCM)
+        await until(lambda: all(one.link.gone is not None for one in (client, worker.peer, operator)))
     async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
         client.send(Status(request_id=waits.request_id))
         assert (await client.next(StatusReply)).state == "queued"

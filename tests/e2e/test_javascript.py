@@ -1,0 +1,191 @@
+"""docs/examples/client.mjs, a client in another language that was written from docs/protocol.md alone."""
+
+import shutil
+import signal
+import wave
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+
+from tests.e2e.processes import Place, Proc, a_place, a_relay, a_worker
+
+CLIENT = Path(__file__).parents[2] / "docs" / "examples" / "client.mjs"
+NODE = shutil.which("node")
+MOCK = ("--engine", "mock")
+
+
+@attrs.frozen
+class JavaScriptPlace(Place):
+    """A place where `client.mjs` is a command as well."""
+
+    def command(self, name: str, *args: str) -> list[str]:
+        if name != CLIENT.name:
+            return super().command(name, *args)
+        assert NODE is not None, "there is no `node` on PATH; `make test` puts one into .venv/bin"
+        assert (CLIENT.parent / "node_modules").is_dir(), "`make test` installs what client.mjs needs"
+        return [NODE, str(CLIENT), *args]
+
+
+def a_javascript_place(folder: Path) -> JavaScriptPlace:
+    place = a_place(folder)
+    return JavaScriptPlace(place.folder, place.environ)
+
+
+async def access(place: Place, relay: Proc) -> tuple[str, str]:
+    """The URL of a relay, and a token for it."""
+    token, _ = await place.run("relayd", "token", "create", "--role", "client", "--name", "js")
+    return (await relay.event("listening"))["urls"][0], token.decode().strip()
+
+
+def sound_of(path: Path) -> tuple[int, int, int, bytes]:
+    with wave.open(str(path)) as wav:
+        sound = (wav.getnchannels(), wav.getsampwidth(), wav.getframerate(), wav.readframes(wav.getnframes()))
+    assert path.stat().st_size == 44 + len(sound[-1])  # the sizes of the header are those of the file
+    return sound
+
+
+@attrs.define(eq=False)
+class Line:
+    """TCP connections to a relay, of which the first is cut when so many bytes have come from there."""
+
+    port: int
+    cut_after: int
+    connections: int = 0
+    cuts: int = 0
+    _came: int = 0
+
+    async def carry(self, client: trio.SocketStream) -> None:
+        self.connections += 1
+        relay = await trio.open_tcp_stream("127.0.0.1", self.port)
+        async with client, relay, trio.open_nursery() as both:
+            both.start_soon(self._pump, client, relay, both.cancel_scope)
+            both.start_soon(self._pump, relay, client, both.cancel_scope)
+
+    async def _pump(self, source: trio.SocketStream, sink: trio.SocketStream, line: trio.CancelScope) -> None:
+        with suppress(trio.BrokenResourceError):
+            async for data in source:
+                await sink.send_all(data)
+                self._came += len(data)
+                if self._came >= self.cut_after and not self.cuts:
+                    self.cuts += 1
+                    break
+        line.cancel()
+
+
+@asynccontextmanager
+async def a_line(url: str, cut_after: int) -> AsyncIterator[tuple[str, Line]]:
+    """A URL that leads to the relay at `url`, and what carries it there."""
+    line = Line(int(url.rpartition(":")[2]), cut_after)
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, line.carry, [listener])
+        yield f"ws://127.0.0.1:{listener.socket.getsockname()[1]}", line
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_it_writes_the_samples_that_relay_say_writes(tmp_path: Path) -> None:
+    place = a_javascript_place(tmp_path)
+    async with a_relay(place) as relay, a_worker(place, relay, *MOCK):
+        url, token = await access(place, relay)
+        await place.run("relay", "say", "A tune, 一首歌.", "-p", "duration_s=0.73", "-o", "python.wav")
+        spoken = (url, "tts", "A tune, 一首歌.", "js.wav", "duration_s=0.73")
+        _, said = await place.run("client.mjs", *spoken, RELAY_TOKEN=token)
+    assert "first audio after" in said
+    assert sound_of(tmp_path / "js.wav") == sound_of(tmp_path / "python.wav")
+    assert len(sound_of(tmp_path / "js.wav")[-1]) == 2 * round(0.73 * 24_000)
+
+
+@pytest.mark.trio
+async def test_it_tells_its_place_while_another_is_served(tmp_path: Path) -> None:
+    place = a_javascript_place(tmp_path)
+    async with a_relay(place) as relay, a_worker(place, relay, *MOCK):
+        url, token = await access(place, relay)
+        async with place.start("relay", "say", "first", "-p", "duration_s=1", "-o", "first.wav"):
+            await relay.event("request started")
+            spoken = (url, "tts", "second", "second.wav", "duration_s=0.1")
+            _, said = await place.run("client.mjs", *spoken, RELAY_TOKEN=token)
+    assert "place 1 of 1" in said
+
+
+@pytest.mark.trio
+async def test_a_refusal_ends_with_1_and_what_is_wrong(tmp_path: Path) -> None:
+    place = a_javascript_place(tmp_path)
+    async with a_relay(place) as relay, a_worker(place, relay, *MOCK):
+        url, token = await access(place, relay)
+        _, said = await place.run("client.mjs", url, "nowhere", "hi", "no.wav", code=1, RELAY_TOKEN=token)
+        assert "space 'nowhere' does not exist" in said
+        wrong = (url, "tts", "hi", "no.wav", "speed=fast", "colour=red")
+        _, said = await place.run("client.mjs", *wrong, code=1, RELAY_TOKEN=token)
+        assert "\n  speed: must be a number" in said
+        assert "\n  colour: is unknown" in said
+        failing = (url, "tts", "hi", "part.wav", 'fail={"how": "raise", "at": 2}')
+        _, said = await place.run("client.mjs", *failing, code=1, RELAY_TOKEN=token)
+        assert "the request asked for this failure" in said
+    assert not (tmp_path / "no.wav").exists()
+    assert len(sound_of(tmp_path / "part.wav")[-1]) == 2 * 4_800  # two chunks came before it
+
+
+@pytest.mark.trio
+async def test_without_a_connection_it_ends_with_3_and_wrongly_called_with_2(tmp_path: Path) -> None:
+    place = a_javascript_place(tmp_path)
+    async with a_relay(place) as relay:
+        url, token = await access(place, relay)
+        wrong = token[:-4] + ("AAAA" if token[-4:] != "AAAA" else "BBBB")
+        _, said = await place.run("client.mjs", url, "tts", "hi", "no.wav", code=3, RELAY_TOKEN=wrong)
+        assert "token" in said
+        assert "(unauthenticated)" in said
+        _, said = await place.run("client.mjs", f"{url}/elsewhere", "tts", "hi", "no.wav", code=3, RELAY_TOKEN=token)
+        assert "HTTP 404" in said
+    _, said = await place.run("client.mjs", url, "tts", "hi", "no.wav", code=3, RELAY_TOKEN=token)
+    assert "cannot connect" in said
+    _, said = await place.run("client.mjs", url, "tts", "hi", code=2)
+    assert "usage:" in said
+
+
+@pytest.mark.trio
+async def test_a_cut_in_mid_stream_costs_no_sample(tmp_path: Path) -> None:
+    place = a_javascript_place(tmp_path)
+    async with a_relay(place) as relay, a_worker(place, relay, *MOCK):
+        url, token = await access(place, relay)
+        await place.run("relay", "say", "cut", "-p", "duration_s=2", "-o", "whole.wav")
+        async with a_line(url, cut_after=30_000) as (cut_url, line):
+            spoken = (cut_url, "tts", "cut", "cut.wav", "duration_s=2")
+            _, said = await place.run("client.mjs", *spoken, RELAY_TOKEN=token)
+    assert (line.cuts, line.connections) == (1, 2)
+    assert "trying again" in said
+    assert sound_of(tmp_path / "cut.wav") == sound_of(tmp_path / "whole.wav")
+
+
+@pytest.mark.trio
+async def test_a_relay_killed_in_mid_stream_costs_no_sample(tmp_path: Path) -> None:
+    place = a_javascript_place(tmp_path)
+    async with a_relay(place) as relay, a_worker(place, relay, *MOCK):
+        url, token = await access(place, relay)
+        await place.run("relay", "say", "killed", "-p", "duration_s=2", "-o", "whole.wav")
+        spoken = (url, "tts", "killed", "killed.wav", "duration_s=2")
+        async with place.start("client.mjs", *spoken, RELAY_TOKEN=token) as client:
+            await client.until(lambda line: "first audio" in line)
+            relay.send_signal(signal.SIGKILL)
+            await relay.ended()
+            async with a_relay(place, "--listen", url.removeprefix("ws://")):
+                assert await client.ended() == 0
+    assert sound_of(tmp_path / "killed.wav") == sound_of(tmp_path / "whole.wav")
+
+
+@pytest.mark.trio
+async def test_an_interrupt_cancels_and_leaves_a_valid_file(tmp_path: Path) -> None:
+    place = a_javascript_place(tmp_path)
+    async with a_relay(place) as relay, a_worker(place, relay, *MOCK):
+        url, token = await access(place, relay)
+        spoken = (url, "tts", "long", "cut.wav", "duration_s=100")
+        async with place.start("client.mjs", *spoken, RELAY_TOKEN=token) as client:
+            await client.until(lambda line: "first audio" in line)
+            client.send_signal(signal.SIGINT)
+            assert await client.ended() == 130
+        await relay.event("request cancelled")
+    assert len(sound_of(tmp_path / "cut.wav")[-1]) >= 4_800
