@@ -43,14 +43,14 @@ class Attempt:
 
     Args:
         assign: what the relay asked for.
-        reproducible: the engine's; then frames below `assign.from_seq`, which the relay holds, are neither kept
-            nor sent.
+        reproducible: the engine's; then frames below `assign.from_seq`, which the relay holds, are not sent. They
+            are kept all the same: a relay that is started again has none and asks from 0.
         max_bytes: of its frames.
         on_frames: called after each change that gives the feeder something to send.
         on_overflow: called once, when `max_bytes` is passed; the engine should be stopped.
 
     Attributes:
-        first_seq: of the frames that are kept.
+        from_seq: of the frame that the relay lacked when it handed the attempt out.
         next_seq: of the frame made next.
         cursor: `seq` of the frame that the link at hand is to get next.
         ended: its last frame is made.
@@ -70,9 +70,9 @@ class Attempt:
         self.assign = assign
         self.request_id = assign.request_id
         self.number = assign.attempt
-        self.first_seq = assign.from_seq if reproducible else 0
+        self.from_seq = assign.from_seq if reproducible else 0
         self.next_seq = 0
-        self.cursor = self.first_seq
+        self.cursor = self.from_seq
         self.ended = False
         self.dropped = False
         self.outcome = ""
@@ -81,6 +81,9 @@ class Attempt:
         self.scope = trio.CancelScope()
         self.stop_engine: Callable[[], None] | None = None
         self._frames: list[bytes] = []
+        #: `seq` of the first of `_frames`; above 0 once `_end` stands alone in place of frames that were never made.
+        self._base = 0
+        self._end: End | None = None
         self._bytes = 0
         self._max_bytes = max_bytes
         self._overflown = False
@@ -106,13 +109,15 @@ class Attempt:
 
     def next_frame(self) -> bytes:
         """The frame at `cursor`, which moves on. Only while `has_frames`."""
-        data = self._frames[self.cursor - self.first_seq]
+        data = self._frames[self.cursor - self._base]
         self.cursor += 1
         return data
 
     def resume_at(self, seq: int) -> None:
         """A new link is to get the frames from `seq` on."""
-        self.cursor = max(seq, self.first_seq)
+        if seq < self._base and self._end is not None:  # that relay has none of the frames that made the others void
+            self._end_at(seq, self._end)
+        self.cursor = max(seq, self._base)
 
     # -- for whoever runs it
 
@@ -175,18 +180,25 @@ class Attempt:
                 ErrorCode.RESULT_TOO_LARGE,
                 f"its result is over {self._max_bytes} bytes; ask for less, or raise the relay's max_result_bytes",
             )
-        if self.next_seq < self.first_seq:
-            # The relay holds more frames of an earlier attempt than this one made.
-            if end.outcome == "completed":
-                end = End.failed(ErrorCode.ENGINE_FAILED, "the engine is not reproducible: it made less than before")
-            self.next_seq = self.first_seq
+        short = self.next_seq < self.from_seq  # the relay holds more frames of an earlier attempt than this one made
+        if short and end.outcome == "completed":
+            end = End.failed(ErrorCode.ENGINE_FAILED, "the engine is not reproducible: it made less than before")
         self.outcome = end.outcome
         self.ended = True
+        if short:
+            self._end_at(self.from_seq, end)
+            return
         try:
             self._append(self._last_frame(end))
         except EncodeError as fault:
             # Only details that an engine made up can be that large.
             self._append(self._last_frame(End.failed(ErrorCode.ENGINE_FAILED, f"{end.message[:500]} ({fault})")))
+
+    def _end_at(self, seq: int, end: End) -> None:
+        """Let the last frame be number `seq`, and the only one."""
+        self._end, self._base, self.next_seq = end, seq, seq
+        self._frames.clear()
+        self._append(self._last_frame(end))
 
     def _last_frame(self, end: End) -> Frame:
         if end.outcome == "completed":
@@ -227,8 +239,6 @@ class Attempt:
     def _append(self, frame: Frame) -> None:
         data = encode(frame)
         self.next_seq += 1
-        if frame.seq < self.first_seq:
-            return
         self._frames.append(data)
         self._bytes += len(data)
         if self._bytes > self._max_bytes and not self.ended and not self._overflown:

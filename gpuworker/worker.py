@@ -207,6 +207,9 @@ class Worker:
 
     def _on_down(self, fault: LinkError, delay_s: float) -> None:
         self._fault = str(fault)
+        if self._leave.is_set():  # the link went in the moment of leaving: nothing is left to connect for
+            self._scope.cancel()
+            return
         log.warning("no link to %s: %s; next try in %.1f s", self._address, fault, delay_s)
         self._on_status()
 

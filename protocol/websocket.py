@@ -124,6 +124,11 @@ class Socket(WebSocketConnection):
         finally:
             self._open_handshake.set()
 
+    async def hang_up(self) -> None:
+        """Cut the transport and have `read` return, also where it waits for a message of its to be taken."""
+        await trio.aclose_forcefully(self._stream)
+        await self._recv_channel.aclose()
+
     async def shake_hands(self, address: Address) -> None:
         """Wait for the relay's answer to our handshake.
 
@@ -240,7 +245,7 @@ async def open_socket(stream: trio.abc.Stream, address: Address) -> AsyncIterato
     )
 
     async def hang_up() -> None:
-        await trio.aclose_forcefully(stream)
+        await socket.hang_up()
 
     async with open_background(socket.read, hang_up):
         await socket.shake_hands(address)
@@ -258,7 +263,7 @@ async def open_upgrade(stream: trio.abc.Stream) -> AsyncIterator[WebSocketReques
     socket = Socket.over(stream, ConnectionType.SERVER)
 
     async def hang_up() -> None:
-        await trio.aclose_forcefully(stream)
+        await socket.hang_up()
 
     async with open_background(socket.read, hang_up):
         yield await socket._get_request()

@@ -338,6 +338,27 @@ async def test_a_reproducible_engine_goes_on_at_from_seq_and_another_starts_agai
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize("from_seq", [2, 9])
+async def test_a_relay_that_was_started_again_gets_all_frames_of_a_repeated_attempt_from_0(
+    from_seq: int, autojump_clock: MockClock
+) -> None:
+    async def first(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(attempt=2, from_seq=from_seq))
+        await desk.expect(Audio if from_seq == 2 else Failed)
+        await desk.connection.cut()
+
+    async def second(desk: Desk) -> None:
+        register = await desk.register(Running(request_id=ID, attempt=2, next_seq=0))
+        assert [(r.request_id, r.attempt) for r in register.running] == [(ID, 2)]
+        frames = await desk.frames()
+        assert seqs(frames) == ([0, 1, 2, 3, 4] if from_seq == 2 else [0])
+        assert isinstance(frames[-1], Completed if from_seq == 2 else Failed)
+
+    await run_with(script(first), script(second), slots=(ScriptedSlot(reproducible=True),))
+
+
+@pytest.mark.trio
 async def test_an_engine_that_makes_less_than_before_fails_where_the_relay_waits_for_a_frame(
     autojump_clock: MockClock,
 ) -> None:

@@ -66,10 +66,8 @@ BAD_BYTES = {
     "no type": packed(a=1),
     "a list as type": packed(type=["submit"]),
     "an integer key": b"\x81\x01\x02",
-    "a field missing": packed(type="submit"),
-    "a bad id": packed(type="status", request_id="../../etc/passwd"),
-    "a number that is a bool": packed(type="submit", request_id="0" * 32, space="tts", priority=True),
-    "hello again": packed(type="hello", version="one", role="client"),
+    "a field missing": packed(type="ping"),
+    "a number that is a bool": packed(type="ping", timestamp=True),
 }
 
 
@@ -81,12 +79,10 @@ async def test_bad_bytes_are_answered_and_close_that_connection_alone(tmp_path: 
             async with peer(relay.url, role) as bad:
                 bad.link.send_nowait(data)
                 error = await bad.next(Error)
-                expected = "unknown_type" if what == "hello again" else "protocol_error"
-                assert (what, error.code) == (what, expected)
-                if what != "hello again":
-                    with pytest.raises(LinkBroken):
-                        await bad.next(Pong)
-                    assert bad.link.close_code == 1002
+                assert (what, error.code) == (what, "protocol_error")
+                with pytest.raises(LinkBroken):
+                    await bad.next(Pong)
+                assert bad.link.close_code == 1002
         await witness.settled()
         await until(lambda: len(relay.relay.connections) == 1)
         await relay.goes_on()
@@ -112,7 +108,7 @@ async def test_a_text_message_closes_with_1003(tmp_path: Path, role: str) -> Non
         async with trio.open_nursery() as nursery:
             ws = await connect_websocket_url(nursery, url, subprotocols=["relay.v1.msgpack"])
             await ws.send_message(packed(type="hello", version=1, role=role, token=token))
-            assert decode(await ws.get_message(), FROM_RELAY).TYPE == "welcome"
+            assert await received(ws) == "welcome"
             await ws.send_message("hello?")
             error = decode(await ws.get_message(), FROM_RELAY)
             assert isinstance(error, Error)
