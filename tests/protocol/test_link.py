@@ -315,6 +315,16 @@ async def test_a_full_inbox_holds_the_peer_up_and_loses_nothing(
 
 
 @pytest.mark.trio
+async def test_a_link_that_is_cut_while_its_inbox_is_full_ends(autojump_clock: trio.testing.MockClock) -> None:
+    with trio.fail_after(60):
+        async with link_pair(max_backlog_bytes=64 * MAX_MESSAGE_BYTES) as (client, relay):
+            for _ in range(24):
+                relay.send_nowait(b"x" * MAX_MESSAGE_BYTES)
+            await trio.testing.wait_all_tasks_blocked()
+            client.abort("done with it")
+
+
+@pytest.mark.trio
 async def test_a_cancelled_block_sends_what_was_queued_and_no_half_frame(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
