@@ -236,8 +236,14 @@ class Stream:
             self._upload = None
 
     def _take_frame(self, frame: Frame) -> None:
-        if frame.attempt < self.attempt or (frame.attempt == self.attempt and frame.seq < self.next_seq):
-            return  # of an attempt that is over, or sent twice around a reconnect
+        if frame.attempt < self.attempt:
+            return  # of an attempt that is over
+        if frame.seq < self.next_seq and frame.attempt == self.attempt:
+            # Sent twice around a reconnect, unless a relay that was restarted, and lost the frames before it, ends
+            # the request itself.
+            if isinstance(frame, Failed | Cancelled):
+                self._take_end(frame)
+            return
         if frame.seq > self.next_seq:
             words = f"request {self.request_id}: frame {frame.seq} came where {self.next_seq} was due"
             self.fail(partial(ProtocolError, words))
@@ -254,15 +260,16 @@ class Stream:
                 self.queue_s = trio.current_time() - self._began_at
         elif isinstance(frame, Completed):
             self._result = frame.result
-        elif isinstance(frame, Failed):
-            told = (frame.code, frame.message, dict(frame.details), frame.retryable)
-            self._end(frame, partial(RequestFailed, self.request_id, *told))
-        elif isinstance(frame, Cancelled):
-            self._end(frame, partial(RequestCancelled, self.request_id, frame.reason))
+        elif isinstance(frame, Failed | Cancelled):
+            self._events.remove(frame)  # it is told by the exception
+            self._take_end(frame)
 
-    def _end(self, frame: Frame, fault: Callable[[], Exception]) -> None:
-        self._events.remove(frame)  # it is told by the exception
-        self.fail(fault)
+    def _take_end(self, frame: Failed | Cancelled) -> None:
+        if isinstance(frame, Failed):
+            told = (frame.code, frame.message, dict(frame.details), frame.retryable)
+            self.fail(partial(RequestFailed, self.request_id, *told))
+        else:
+            self.fail(partial(RequestCancelled, self.request_id, frame.reason))
 
     def _restart(self, frame: Frame) -> None:
         """Frames from `frame.seq` on are void. If the consumer has none of them yet, it need not know."""

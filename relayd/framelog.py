@@ -80,10 +80,11 @@ class FrameLog:
     def place(self, attempt: int, after_seq: int) -> int:
         """Where a reader goes on that has the frames of `attempt` up to `after_seq`.
 
-        An attempt of 0 has seen none, and a later attempt may have begun lower than it got.
+        An attempt of 0 has seen none, and a later attempt may have begun lower than it got. The last frame of a log
+        that has ended is given to every reader: after a restart of the relay it may lie below what the reader has.
         """
         begun = [seq for number, seq in self._starts if number > attempt > 0]
-        return min(after_seq + 1, self.next_seq, *begun)
+        return min(after_seq + 1, self.next_seq - self.ended, *begun)
 
 
 @attrs.define(eq=False)

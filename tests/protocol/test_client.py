@@ -42,6 +42,7 @@ from protocol.messages import (
     Delta,
     Done,
     Error,
+    Failed,
     Frame,
     Input,
     Message,
@@ -390,6 +391,29 @@ async def test_a_request_the_relay_forgot_while_we_were_away_fails(autojump_cloc
 
     async with relay_with(first, second) as relay, relay.submit("tts") as stream:
         with pytest.raises(RequestFailed, match="request_not_found"):
+            await stream.result()
+
+
+@pytest.mark.trio
+async def test_an_end_below_what_was_heard_still_ends_the_request(autojump_clock: trio.testing.MockClock) -> None:
+    """A relay that was killed has lost the frames; when it gives the request up, its last frame has a low number."""
+
+    async def first(connection: Connection) -> None:
+        request_id = (await connection.accept()).request_id
+        connection.send(*frames(request_id, A, B)[:3])
+        await connection.cut()
+
+    async def second(connection: Connection) -> None:
+        attach = await connection.expect(Attach)
+        words = "its worker did not come back"
+        connection.send(
+            Accepted(request_id=attach.request_id),
+            Failed(request_id=attach.request_id, attempt=1, seq=0, code="worker_lost", message=words),
+        )
+        await connection.hold()
+
+    async with relay_with(first, second) as relay, relay.submit("tts") as stream:
+        with pytest.raises(RequestFailed, match="worker_lost"), trio.fail_after(60):
             await stream.result()
 
 

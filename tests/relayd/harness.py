@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 import pytest
+import structlog
 import trio
 
 from protocol.address import parse_address
@@ -69,12 +70,22 @@ async def running(config: Config) -> AsyncIterator[list[str]]:
         urls.extend(given)
         ready.set()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: serve(config, on_ready=on_ready))
-        with trio.fail_after(10):
-            await ready.wait()
-        yield urls
-        nursery.cancel_scope.cancel()
+    # Plain tracebacks: structlog's own show local variables, and take minutes for the megabytes in some of them.
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+        ]
+    )
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: serve(config, on_ready=on_ready))
+            with trio.fail_after(10):
+                await ready.wait()
+            yield urls
+            nursery.cancel_scope.cancel()
+    finally:
+        structlog.reset_defaults()
 
 
 @attrs.define(eq=False)
@@ -146,7 +157,7 @@ def a_submit(text: Any = "hello", **fields: Any) -> Submit:
 
 def an_input(data: bytes, **fields: Any) -> InputInfo:
     """How `data` is announced."""
-    plain = {"media_type": "audio/wav", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    plain: dict[str, Any] = {"media_type": "audio/wav", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return InputInfo(**(plain | fields))
 
 
@@ -247,12 +258,13 @@ async def fake_worker(
     """A registered worker, its `registered` taken; see `FakeWorker.peer` for a refusal."""
     async with peer(url, "worker", token) as raw:
         worker = FakeWorker(raw, instance or an_id(), name)
+        told: dict[str, Any] = {"engine": "fake", "params": SCHEMA, "format": FORMAT}
         raw.send(
             Register(
                 worker=name,
                 instance=worker.instance,
                 spaces=list(spaces),
-                **({"engine": "fake", "params": SCHEMA, "format": FORMAT} | register),
+                **(told | register),
             )
         )
         yield worker

@@ -7,7 +7,6 @@ from typing import Any
 import msgpack
 import pytest
 import trio
-from trio_websocket import ConnectionClosed, connect_websocket_url
 
 from protocol.address import parse_address
 from protocol.codec import decode
@@ -100,24 +99,15 @@ async def test_an_unknown_type_is_answered_and_the_connection_goes_on(tmp_path: 
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize("role", ["client", "worker"])
+@pytest.mark.parametrize("role", ["client", "worker", "operator"])
 async def test_a_text_message_closes_with_1003(tmp_path: Path, role: str) -> None:
-    async with daemon(tmp_path, listen="127.0.0.1:0") as relay:
-        token = await a_token(relay, role)
-        url = relay.urls[0] + "/v1/relay"
-        async with trio.open_nursery() as nursery:
-            ws = await connect_websocket_url(nursery, url, subprotocols=["relay.v1.msgpack"])
-            await ws.send_message(packed(type="hello", version=1, role=role, token=token))
-            assert await received(ws) == "welcome"
-            await ws.send_message("hello?")
-            error = decode(await ws.get_message(), FROM_RELAY)
-            assert isinstance(error, Error)
-            assert error.code == "protocol_error"
-            with pytest.raises(ConnectionClosed) as closed:
-                await ws.get_message()
-            assert closed.value.reason is not None
-            assert closed.value.reason.code == 1003
-            nursery.cancel_scope.cancel()
+    async with daemon(tmp_path) as relay:
+        async with peer(relay.url, role) as bad:
+            await bad.link._socket.send_message("hello?")
+            assert (await bad.next(Error)).code == "protocol_error"
+            with pytest.raises(LinkBroken):
+                await bad.next(Pong)
+            assert bad.link.close_code == 1003
         await relay.goes_on()
 
 
@@ -292,8 +282,13 @@ async def test_watching_tells_a_snapshot_and_then_what_changes(tmp_path: Path) -
 
 @pytest.mark.trio
 async def test_many_rows_come_in_pages(tmp_path: Path) -> None:
-    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client, peer(relay.url, "operator") as watcher:
-        submits = [a_submit("x" * 300) for _ in range(100)]
+    spaces = {"tts": {"max_queued_per_principal": 250}}
+    async with (
+        daemon(tmp_path, spaces=spaces) as relay,
+        peer(relay.url, "client") as client,
+        peer(relay.url, "operator") as watcher,
+    ):
+        submits = [a_submit() for _ in range(250)]
         for submit in submits:
             client.send(submit)
         await client.settled()

@@ -112,19 +112,22 @@ async def test_a_worker_that_is_cut_off_goes_on_and_the_listener_hears_the_same_
 @pytest.mark.trio
 async def test_a_worker_that_connects_anew_before_the_cut_was_seen_takes_its_own_place(tmp_path: Path) -> None:
     instance = an_id()
-    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
-        async with fake_worker(relay.url, instance=instance) as old:
-            submit = a_submit()
-            client.send(submit)
-            assign = await old.assigned()
-            running = (Running(request_id=submit.request_id, attempt=1, next_seq=0),)
-            async with fake_worker(relay.url, instance=instance, running=running) as new:
-                assert len((await new.peer.next(Registered)).resume) == 1
-                await until(lambda: old.peer.link.gone is not None)
-                new.speak(assign, PCM)
-                assert heard(await client.frames(submit)) == b"".join(PCM)
-                await relay.at_rest()
-                assert len(relay.relay.workers) == 1
+    async with (
+        daemon(tmp_path) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url, instance=instance) as old,
+    ):
+        submit = a_submit()
+        client.send(submit)
+        assign = await old.assigned()
+        running = (Running(request_id=submit.request_id, attempt=1, next_seq=0),)
+        async with fake_worker(relay.url, instance=instance, running=running) as new:
+            assert len((await new.peer.next(Registered)).resume) == 1
+            await until(lambda: old.peer.link.gone is not None)
+            new.speak(assign, PCM)
+            assert heard(await client.frames(submit)) == b"".join(PCM)
+            await relay.at_rest()
+            assert len(relay.relay.workers) == 1
 
 
 @pytest.mark.trio
@@ -397,12 +400,15 @@ async def test_what_was_heard_before_a_restart_is_not_tried_anew_and_its_end_is_
         worker.speak(await worker.assigned(), PCM[:2], end=False)
         await client.next(Audio)
         await relay.relay.store.flush()
-    async with daemon(tmp_path, store="sqlite", limits={"worker_grace_s": 0.1}) as relay:
-        async with fake_worker(relay.url, name="other"), peer(relay.url, "client") as client:
-            client.send(Attach(request_id=submit.request_id, attempt=1, after_seq=2))
-            failed = await client.next(Failed)
-            assert (failed.code, failed.attempt, failed.seq) == ("worker_lost", 1, 3)
-            await relay.at_rest()
+    async with (
+        daemon(tmp_path, store="sqlite", limits={"worker_grace_s": 0.1}) as relay,
+        fake_worker(relay.url, name="other"),
+        peer(relay.url, "client") as client,
+    ):
+        client.send(Attach(request_id=submit.request_id, attempt=1, after_seq=2))
+        failed = await client.next(Failed)
+        assert (failed.code, failed.attempt, failed.seq) == ("worker_lost", 1, 3)
+        await relay.at_rest()
 
 
 @pytest.mark.trio
