@@ -37,8 +37,6 @@ from relayd.rows import pages, space_row
 from relayd.states import Place, State
 
 Handler = Callable[[Any], None]
-#: The largest of the wire.
-MAX_SEQ = 2**31
 
 
 @attrs.define(eq=False)
@@ -222,8 +220,6 @@ class ClientLink:
         else:
             if request.accepted:
                 self.hear_accepted(request)
-            if attach.attempt == request.entry.attempt and attach.after_seq >= request.log.next_seq:
-                request.heard_seq = max(request.heard_seq, min(attach.after_seq + 1, MAX_SEQ))
             if request.live and self._may_hold(request):
                 self._hold(request)
             self._tell_place(request)

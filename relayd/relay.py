@@ -338,7 +338,6 @@ class Relay:
         request.last_frame_at = trio.current_time()
         request.stopped_at = None
         request.told_place = None
-        request.heard_seq = 0
         if entry.attempt and (entry.attempt > 1 or request.log.next_seq > from_seq):
             request.log.restart(entry.attempt, from_seq)
         request.notify()
@@ -348,8 +347,7 @@ class Relay:
 
     def _finish(self, request: Request, code: ErrorCode | None, message: str) -> None:
         """End a request by a frame of the relay's own."""
-        request_id, attempt = request.request_id, request.entry.attempt
-        seq = max(request.log.next_seq, request.heard_seq)
+        request_id, attempt, seq = request.request_id, request.entry.attempt, request.log.next_seq
         message = message[:MAX_TEXT_CHARS]  # a worker's or a client's words may be in it
         if code is None:
             cancelled = Cancelled(request_id=request_id, attempt=attempt, seq=seq, reason=message)
@@ -361,13 +359,13 @@ class Relay:
                 seq=seq,
                 code=code,
                 message=message,
-                details=request.details,
+                details=request.details | request.delivered(),
                 retryable=code.retryable,
             )
             try:
                 data = encode(failed)
             except EncodeError:  # the details are a worker's
-                data = encode(attrs.evolve(failed, details={}))
+                data = encode(attrs.evolve(failed, details=request.delivered()))
             self.end(request, data, State.FAILED, code=code, message=message)
 
     def end(

@@ -80,8 +80,6 @@ class Request:
     code: str | None = None
     message: str | None = None
     details: dict[str, object] = attrs.field(factory=dict)
-    #: Where a listener stands that heard more than the log holds, because the relay was restarted in between.
-    heard_seq: int = 0
     #: Position and queue length last told to the holders.
     told_place: tuple[int, int] | None = None
     #: False once its frames were dropped to save memory, or by a restart.
@@ -101,6 +99,19 @@ class Request:
     def same_content(self, submit: Submit) -> bool:
         """Whether `submit` asks for exactly this."""
         return content_hash(self.submit) == content_hash(submit)
+
+    @property
+    def audio_s(self) -> float | None:
+        """Seconds of audio that the attempt at hand has put out; None where it makes none."""
+        if self.format is None:
+            return None
+        return round(self.audio_bytes / self.format.sample_bytes / self.format.sample_rate, 3)
+
+    def delivered(self) -> dict[str, object]:
+        """How much of it was put out, for the `details` of its failure; empty where nothing was."""
+        if not self.log.next_seq:
+            return {}
+        return {"delivered_frames": self.log.next_seq} | ({"delivered_s": self.audio_s} if self.audio_s else {})
 
     def notify(self) -> None:
         """Wake the request's task: a deadline may lie elsewhere now."""

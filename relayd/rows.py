@@ -128,9 +128,6 @@ def request_row(relay: "Relay", request_id: str) -> Row | None:
         return None
     now = trio.current_time()
     end = request.ended_at if request.ended_at is not None else now
-    audio_s = None
-    if request.format is not None:
-        audio_s = round(request.audio_bytes / request.format.sample_bytes / request.format.sample_rate, 3)
     first = request.first_frame_at
     return {
         "request_id": request_id,
@@ -146,7 +143,7 @@ def request_row(relay: "Relay", request_id: str) -> Row | None:
         "fraction": request.fraction,
         "frames": request.log.next_seq,
         "bytes": request.log.bytes_held,
-        "audio_s": audio_s,
+        "audio_s": request.audio_s,
         "readers": len(request.log.readers),
         "code": request.code,
         "message": request.message,

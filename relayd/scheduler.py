@@ -315,7 +315,8 @@ class Scheduler:
             )
             return [*stop, Finish(entry, code, words)]
         if entry.retry == "never" or (entry.retry == "before_output" and entry.has_output and not entry.reproducible):
-            why = "retry is 'never'" if entry.retry == "never" else f"{entry.next_seq} frames were delivered already"
+            heard = f"{entry.next_seq} frames were" if entry.next_seq else "some of it was"  # 0: before a restart
+            why = "retry is 'never'" if entry.retry == "never" else f"{heard} delivered already"
             return [*stop, Finish(entry, code, f"{message}; not tried again, because {why}")]
         self._forget_run(entry)
         entry.state = State.QUEUED
