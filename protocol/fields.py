@@ -1,10 +1,12 @@
-"""Rules for the fields of messages: each says in words what is wrong; and `Part`, a map with fields of its own."""
+"""Rules for the fields of messages, which say in words what is wrong; `Part`, a map with fields, and `Message`."""
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import attrs
+
+from protocol.errors import ProtocolError
 
 #: What msgpack can carry; the depth and size limits are the codec's.
 Value = Any
@@ -189,6 +191,30 @@ def _to_wire(value: Value) -> Value:
     if isinstance(value, dict):
         return {key: _to_wire(item) for key, item in value.items()}
     return value
+
+
+class Message(Part):
+    """One message of the wire."""
+
+    TYPE: ClassVar[str]
+
+    @classmethod
+    def from_map(cls, wire: dict[str, Value]) -> Self:
+        """The message that a decoded map stands for; keys it does not know are dropped.
+
+        Raises:
+            ProtocolError: a field is missing, of the wrong type or out of its range; the text names it.
+        """
+        if missing := cls.missing(wire):
+            raise ProtocolError(f"{cls.TYPE}: lacks {missing}")
+        try:
+            return cls(**{name: wire[name] for name in cls.field_names() if name in wire})
+        except ValueError as fault:
+            raise ProtocolError(f"{cls.TYPE}.{fault}") from None
+
+    def to_map(self) -> dict[str, Value]:
+        """As `Part.to_map`, with `type` first."""
+        return {"type": self.TYPE, **super().to_map()}
 
 
 def parse_part(cls: type[PartT], value: Value) -> PartT:

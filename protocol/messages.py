@@ -7,16 +7,15 @@ stands in the tables at the foot.
 
 import re
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import attrs
 
-from protocol.errors import ErrorCode, ProtocolError
+from protocol.errors import ErrorCode
+from protocol.fields import Message as Message
 from protocol.fields import (
-    Part,
     Value,
     a_map,
-    anything,
     array_field,
     array_of,
     binary,
@@ -32,6 +31,18 @@ from protocol.fields import (
     parts_field,
     text,
 )
+from protocol.frames import MAX_MESSAGE_BYTES as MAX_MESSAGE_BYTES
+from protocol.frames import MAX_PCM_BYTES as MAX_PCM_BYTES
+from protocol.frames import MAX_TEXT_CHARS as MAX_TEXT_CHARS
+from protocol.frames import PROGRESS_STATES as PROGRESS_STATES
+from protocol.frames import Audio as Audio
+from protocol.frames import Cancelled as Cancelled
+from protocol.frames import Completed as Completed
+from protocol.frames import Failed as Failed
+from protocol.frames import Frame as Frame
+from protocol.frames import Output as Output
+from protocol.frames import Progress as Progress
+from protocol.frames import Started as Started
 from protocol.parts import ID_PATTERN as ID_PATTERN
 from protocol.parts import KIB as KIB
 from protocol.parts import AudioFormat as AudioFormat
@@ -46,13 +57,8 @@ PATH = "/v1/relay"
 
 #: Every message but those of `BULK` types.
 MAX_CONTROL_BYTES = 64 * KIB
-#: A whole message of any type, its envelope included.
-MAX_MESSAGE_BYTES = 1024 * KIB
 #: `data` of one `input` message: small enough that an upload and live audio share a link fairly.
 MAX_INPUT_CHUNK_BYTES = 256 * KIB
-#: `pcm` of one `audio` message: what is left of a message when its envelope (below 200 bytes) is paid for.
-MAX_PCM_BYTES = MAX_MESSAGE_BYTES - 1 * KIB
-MAX_TEXT_CHARS = 4096
 HELLO_TIMEOUT_S = 3.0
 
 SPACE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -60,7 +66,6 @@ NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 ROLES = ("client", "worker", "operator")
 RETRY_POLICIES = ("never", "before_output", "always")
-PROGRESS_STATES = ("loading", "generating", "encoding")
 LIVE_STATES = ("uploading", "queued", "running")
 ENDED_STATES = ("completed", "failed", "cancelled")
 
@@ -68,39 +73,6 @@ _space = text(64, SPACE_PATTERN, "a space name ([A-Za-z0-9][A-Za-z0-9._-]{0,63})
 _code = text(64)
 _words = text(MAX_TEXT_CHARS)
 _input_name = text(32, NAME_PATTERN, "an input name ([a-z][a-z0-9_]{0,31})")
-
-
-class Message(Part):
-    """One message of the wire."""
-
-    TYPE: ClassVar[str]
-
-    @classmethod
-    def from_map(cls, wire: dict[str, Value]) -> Self:
-        """The message that a decoded map stands for; keys it does not know are dropped.
-
-        Raises:
-            ProtocolError: a field is missing, of the wrong type or out of its range; the text names it.
-        """
-        if missing := cls.missing(wire):
-            raise ProtocolError(f"{cls.TYPE}: lacks {missing}")
-        try:
-            return cls(**{name: wire[name] for name in cls.field_names() if name in wire})
-        except ValueError as fault:
-            raise ProtocolError(f"{cls.TYPE}.{fault}") from None
-
-    def to_map(self) -> dict[str, Value]:
-        """As `Part.to_map`, with `type` first."""
-        return {"type": self.TYPE, **super().to_map()}
-
-
-class Frame(Message):
-    """One message of a request's output: numbered `seq` 0, 1, 2... within `attempt`."""
-
-    ENDS: ClassVar[bool] = False
-    request_id: str
-    attempt: int
-    seq: int
 
 
 # -- both ways -
@@ -412,91 +384,6 @@ class Register(Message):
     format: AudioFormat | None = part_field(AudioFormat)
     reproducible: bool = field(boolean, False)
     running: tuple[Running, ...] = part_list_field(Running)
-
-
-@attrs.frozen(kw_only=True)
-class Started(Frame):
-    """The engine began; `format` of the audio to come, None where there is none."""
-
-    TYPE: ClassVar[str] = "started"
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
-    format: AudioFormat | None = part_field(AudioFormat)
-
-
-@attrs.frozen(kw_only=True)
-class Progress(Frame):
-    """How far it is."""
-
-    TYPE: ClassVar[str] = "progress"
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
-    state: str = field(one_of(*PROGRESS_STATES), "generating")
-    fraction: float = field(number(0.0, 1.0), 0.0)
-    message: str = field(_words, "")
-
-
-@attrs.frozen(kw_only=True)
-class Audio(Frame):
-    """Whole samples of the `started` format."""
-
-    TYPE: ClassVar[str] = "audio"
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
-    pcm: bytes = field(binary(MAX_PCM_BYTES))
-
-
-@attrs.frozen(kw_only=True)
-class Output(Frame):
-    """A value that is not speech: any msgpack value up to 64 KiB, or binary up to a message's size."""
-
-    TYPE: ClassVar[str] = "output"
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
-    data: Value = field(anything, None)
-
-
-@attrs.frozen(kw_only=True)
-class Completed(Frame):
-    """The end, with the request's figures."""
-
-    TYPE: ClassVar[str] = "completed"
-    ENDS: ClassVar[bool] = True
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
-    result: dict[str, Value] = map_field()
-
-
-@attrs.frozen(kw_only=True)
-class Failed(Frame):
-    """The end: it failed."""
-
-    TYPE: ClassVar[str] = "failed"
-    ENDS: ClassVar[bool] = True
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
-    code: str = field(_code)
-    message: str = field(_words)
-    details: dict[str, Value] = map_field()
-    retryable: bool = field(boolean, False)
-
-
-@attrs.frozen(kw_only=True)
-class Cancelled(Frame):
-    """The end: it was cancelled."""
-
-    TYPE: ClassVar[str] = "cancelled"
-    ENDS: ClassVar[bool] = True
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
-    reason: str = field(_words, "")
 
 
 @attrs.frozen(kw_only=True)

@@ -1,0 +1,124 @@
+"""Frames: the messages of a request's output, numbered within an attempt."""
+
+from typing import ClassVar
+
+import attrs
+
+from protocol.fields import (
+    Message,
+    Value,
+    anything,
+    binary,
+    boolean,
+    field,
+    map_field,
+    number,
+    one_of,
+    part_field,
+    text,
+)
+from protocol.parts import KIB, AudioFormat, attempt_rule, request_id_rule, seq_rule
+
+#: A whole message of any type, its envelope included.
+MAX_MESSAGE_BYTES = 1024 * KIB
+#: `pcm` of one `audio` message: what is left of a message when its envelope (below 200 bytes) is paid for.
+MAX_PCM_BYTES = MAX_MESSAGE_BYTES - 1 * KIB
+MAX_TEXT_CHARS = 4096
+PROGRESS_STATES = ("loading", "generating", "encoding")
+
+_code = text(64)
+_words = text(MAX_TEXT_CHARS)
+
+
+class Frame(Message):
+    """One message of a request's output: numbered `seq` 0, 1, 2... within `attempt`."""
+
+    ENDS: ClassVar[bool] = False
+    request_id: str
+    attempt: int
+    seq: int
+
+
+@attrs.frozen(kw_only=True)
+class Started(Frame):
+    """The engine began; `format` of the audio to come, None where there is none."""
+
+    TYPE: ClassVar[str] = "started"
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
+    format: AudioFormat | None = part_field(AudioFormat)
+
+
+@attrs.frozen(kw_only=True)
+class Progress(Frame):
+    """How far it is."""
+
+    TYPE: ClassVar[str] = "progress"
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
+    state: str = field(one_of(*PROGRESS_STATES), "generating")
+    fraction: float = field(number(0.0, 1.0), 0.0)
+    message: str = field(_words, "")
+
+
+@attrs.frozen(kw_only=True)
+class Audio(Frame):
+    """Whole samples of the `started` format."""
+
+    TYPE: ClassVar[str] = "audio"
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
+    pcm: bytes = field(binary(MAX_PCM_BYTES))
+
+
+@attrs.frozen(kw_only=True)
+class Output(Frame):
+    """A value that is not speech: any msgpack value up to 64 KiB, or binary up to a message's size."""
+
+    TYPE: ClassVar[str] = "output"
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
+    data: Value = field(anything, None)
+
+
+@attrs.frozen(kw_only=True)
+class Completed(Frame):
+    """The end, with the request's figures."""
+
+    TYPE: ClassVar[str] = "completed"
+    ENDS: ClassVar[bool] = True
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
+    result: dict[str, Value] = map_field()
+
+
+@attrs.frozen(kw_only=True)
+class Failed(Frame):
+    """The end: it failed."""
+
+    TYPE: ClassVar[str] = "failed"
+    ENDS: ClassVar[bool] = True
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
+    code: str = field(_code)
+    message: str = field(_words)
+    details: dict[str, Value] = map_field()
+    retryable: bool = field(boolean, False)
+
+
+@attrs.frozen(kw_only=True)
+class Cancelled(Frame):
+    """The end: it was cancelled."""
+
+    TYPE: ClassVar[str] = "cancelled"
+    ENDS: ClassVar[bool] = True
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
+    reason: str = field(_words, "")
