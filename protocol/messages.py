@@ -342,6 +342,14 @@ class Attach(Message):
 
 
 @attrs.frozen(kw_only=True)
+class Leave(Message):
+    """This connection reads and holds the request no more; not answered. The request goes on for whoever else does."""
+
+    TYPE: ClassVar[str] = "leave"
+    request_id: str = field(request_id_rule)
+
+
+@attrs.frozen(kw_only=True)
 class Status(Message):
     """Asks how a request stands."""
 
@@ -427,7 +435,7 @@ FRAMES: Table = _table(Started, Progress, Audio, Output, Completed, Failed, Canc
 BULK = frozenset({"audio", "input", "output"})
 
 FROM_ANYONE: Table = _table(Hello)
-FROM_CLIENT: Table = _table(Ping, Pong, Submit, Input, Cancel, Attach, Status, Spaces)
+FROM_CLIENT: Table = _table(Ping, Pong, Submit, Input, Cancel, Attach, Leave, Status, Spaces)
 FROM_WORKER: Table = {**_table(Ping, Pong, Register, Draining), **FRAMES}
 #: An operator is a client that may also watch and steer.
 FROM_OPERATOR: Table = {**FROM_CLIENT, **_table(Watch, Steer)}

@@ -1,4 +1,4 @@
-"""What a person sees on stderr while a request is on its way: one line, rewritten on a terminal."""
+"""What a person sees in a terminal: how a request gets on, tables, and text of others made harmless."""
 
 import shutil
 import time
@@ -11,6 +11,14 @@ from protocol.messages import Queued
 REDRAW_S = 0.1
 #: In a log: often enough to see that it goes on.
 PLAIN_S = 5.0
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, newlines too, escaped as Python writes them.
+
+    What a peer chose (a message, a name, a description) must neither steer the terminal nor fake a line of its own.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Progress:
@@ -67,12 +75,12 @@ class Progress:
         """A line that stays."""
         if not self._quiet:
             self._wipe()
-            self._say(f"{text}\n")
+            self._say(f"{printable(text)}\n")
 
     def error(self, text: str) -> None:
         """A line that stays and is said even when quiet."""
         self._wipe()
-        self._say(f"relay: {text}\n")
+        self._say(f"relay: {printable(text)}\n")
 
     def close(self) -> None:
         """Take the rewritten line away."""
@@ -87,6 +95,7 @@ class Progress:
         if self._quiet or (not urgent and now - self._said_at < (REDRAW_S if self._live else PLAIN_S)):
             return
         self._said_at = now
+        text = printable(text)
         if self._live:
             # Return, the text, and clear what is left of the longer line before it.
             # A line that wraps could not be taken back.
@@ -113,7 +122,8 @@ def _seconds(seconds: float) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Rows, the first of them the heads, in columns."""
+    """Rows, the first of them the heads, in columns; the cells made `printable`."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(lines)

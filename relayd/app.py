@@ -9,7 +9,7 @@ import structlog
 import trio
 
 from relayd.auth import Tokens
-from relayd.config import Config, SpaceConfig
+from relayd.config import Config
 from relayd.intake import Intake
 from relayd.listener import describe, open_listeners, serve_listeners, tls_context
 from relayd.places import serve_places
@@ -26,6 +26,8 @@ log = structlog.get_logger("relayd")
 CLOSE_S = 3.0
 #: How often ended requests are looked over.
 REAP_INTERVAL_S = 5.0
+#: Ended requests that are remembered at most; the oldest go first. One costs about 2 KiB without its frames.
+MAX_ENDED = 10_000
 GOING_AWAY = 1001
 
 
@@ -175,7 +177,6 @@ async def _open(relay: Relay, record: SpaceRecord) -> None:
 def _revive(relay: Relay, record: RequestRecord) -> Request:
     """A request of the store. Its deadlines begin anew: the clock that measured them stopped with the last run."""
     now, state = trio.current_time(), State(record.state)
-    config: SpaceConfig = relay.spaces[record.submit.space].config
     submit = record.submit
     entry = Entry(
         request_id=record.request_id,
@@ -191,42 +192,48 @@ def _revive(relay: Relay, record: RequestRecord) -> Request:
         reproducible=record.reproducible,
         has_output=record.has_output,
     )
-    return Request(
-        submit=submit,
-        principal=record.principal,
-        entry=entry,
-        created_at=now,
-        created_unix=record.created_at,
-        queued_at=now,
-        queue_timeout_s=config.queue_timeout_s if submit.queue_timeout_s is None else submit.queue_timeout_s,
-        run_timeout_s=config.run_timeout_s if submit.run_timeout_s is None else submit.run_timeout_s,
-        idle_timeout_s=config.idle_timeout_s,
+    request = Request.of(
+        submit,
+        record.principal,
+        entry,
+        relay.spaces[submit.space].config,
+        record.created_at,
+        whole=True,
         accepted=True,
         unheld_at=now,
-        last_frame_at=now,
         worker_grace_s=relay.config.limits.worker_grace_s,
         ended_at=None if state.live else now,
         code=record.code,
         message=record.message,
         has_result=state.live,
     )
+    if not state.live:
+        request.shed()
+    return request
 
 
 async def _reap(relay: Relay) -> None:
     """Forget ended requests after `results.retain_s`, and drop the oldest results while all are over their memory."""
-    results = relay.config.results
     while True:
         await trio.sleep(REAP_INTERVAL_S)
-        now = trio.current_time()
-        ended = [r for r in relay.requests.values() if r.ended_at is not None and not r.log.readers]
-        ended.sort(key=lambda request: request.ended_at or 0.0)
-        held = sum(request.log.bytes_held for request in relay.requests.values())
-        for request in ended:
-            if now - (request.ended_at or 0.0) >= results.retain_s:
-                held -= request.log.bytes_held
-                relay.forget(request)
-                relay.store.post(DeleteRequest(request.request_id))
-            elif held > results.memory_bytes and request.has_result:
-                held -= request.log.bytes_held
-                request.has_result = False
-                request.log.drop()
+        try:
+            _reap_once(relay, trio.current_time())
+        except Exception:
+            log.exception("reaping broke the relay's own rules")
+
+
+def _reap_once(relay: Relay, now: float) -> None:
+    results = relay.config.results
+    ended = [r for r in relay.requests.values() if r.ended_at is not None and not r.log.readers]
+    ended.sort(key=lambda request: request.ended_at or 0.0)
+    held = sum(request.log.bytes_held for request in relay.requests.values())
+    too_many = len(ended) - MAX_ENDED
+    for number, request in enumerate(ended):
+        if number < too_many or now - (request.ended_at or 0.0) >= results.retain_s:
+            held -= request.log.bytes_held
+            relay.forget(request)
+            relay.store.post(DeleteRequest(request.request_id))
+        elif held > results.memory_bytes and request.has_result:
+            held -= request.log.bytes_held
+            request.has_result = False
+            request.log.drop()

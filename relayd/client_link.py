@@ -16,6 +16,7 @@ from protocol.messages import (
     Cancel,
     Error,
     Input,
+    Leave,
     Message,
     Ping,
     Pong,
@@ -67,6 +68,7 @@ class ClientLink:
             Input: self._input,
             Cancel: self._cancel,
             Attach: self._attach,
+            Leave: self._leave,
             Status: self._status,
             Spaces: self._spaces,
         }
@@ -225,6 +227,12 @@ class ClientLink:
             self._tell_place(request)
             self._read(request, request.log.place(attach.attempt, attach.after_seq))
 
+    def _leave(self, leave: Leave) -> None:
+        if request := self.held.get(leave.request_id):
+            self._let_go(request)
+        elif reader := self.readers.pop(leave.request_id, None):
+            reader.close()
+
     def _tell_place(self, request: Request) -> None:
         if request.entry.state is State.QUEUED:
             space = request.submit.space
@@ -261,7 +269,11 @@ class ClientLink:
     def _find(self, request_id: str) -> Request | Rejected:
         """A request of this principal's; an operator's are all."""
         request = self.relay.requests.get(request_id)
-        if request is None or (request.principal != self.principal.name and self.principal.role != "operator"):
+        mine = request is not None and (
+            self.principal.role == "operator"
+            or (request.principal == self.principal.name and self.principal.may_use(request.entry.space))
+        )
+        if request is None or not mine:
             message = f"request {request_id} is not known here: it was never accepted, is another's, or ended long ago"
             return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, request_id=request_id)
         return request

@@ -23,6 +23,8 @@ from relayd.store.base import PutRequest, RequestRecord, StoreError
 
 log = structlog.get_logger("relayd")
 
+#: Inputs in memory at once, announced or here, until the store has them; one request may always be as large as it may.
+MAX_UPLOADING_BYTES = 256 * 1024 * 1024
 #: Requests committed by one fsync at most: 64 KiB each, so a batch stays below 4 MiB without inputs.
 MAX_BATCH = 64
 #: The largest of the wire.
@@ -40,7 +42,7 @@ class Intake:
     _to_store: trio.MemoryReceiveChannel[Request] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        # Unbounded: every space bounds its own admitted requests by max_queued already.
+        # Unbounded: every space bounds its admitted requests by max_queued, and all their inputs are bounded together.
         self._whole, self._to_store = trio.open_memory_channel[Request](float("inf"))
 
     def submit(self, submit: Submit, principal: Principal, holder: Holder) -> Request | Rejected:
@@ -55,9 +57,7 @@ class Intake:
         refusal = self._refuse(submit, principal)
         if refusal:
             return refusal
-        now = trio.current_time()
         relay.scheduler.limit_running(principal.name, principal.limits.max_running)
-        config = relay.spaces[submit.space].config
         entry = Entry(
             request_id=submit.request_id,
             space=submit.space,
@@ -68,17 +68,7 @@ class Intake:
         )
         if refusal := relay.scheduler.admit(entry):
             return refusal
-        request = Request(
-            submit=submit,
-            principal=principal.name,
-            entry=entry,
-            created_at=now,
-            created_unix=time.time(),
-            queued_at=now,
-            queue_timeout_s=config.queue_timeout_s if submit.queue_timeout_s is None else submit.queue_timeout_s,
-            run_timeout_s=config.run_timeout_s if submit.run_timeout_s is None else submit.run_timeout_s,
-            idle_timeout_s=config.idle_timeout_s,
-        )
+        request = Request.of(submit, principal.name, entry, relay.spaces[submit.space].config, time.time())
         relay.keep(request)
         if refusal := self._if_whole(request):
             return refusal
@@ -124,6 +114,9 @@ class Intake:
         if total > most:
             message = f"the inputs have {total} bytes; the relay takes {most} a request"
             return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
+        if total and total + self._uploading_bytes() > max(MAX_UPLOADING_BYTES, most):
+            message = "too many inputs are being uploaded at this moment; send the request again in a little while"
+            return Rejected.because(ErrorCode.RATE_LIMITED, message, request_id=request_id, retry_after_s=2.0)
         if not space.engine:
             return None  # no worker has said yet what it takes; it will check for itself
         for name, rule in space.inputs.items():
@@ -148,6 +141,11 @@ class Intake:
                     ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": what}
                 )
         return None
+
+    def _uploading_bytes(self) -> int:
+        """Bytes announced by the requests that are not in the store yet."""
+        admitted = [name for space in self.relay.scheduler.spaces.values() for name in space.admitted]
+        return sum(info.size for name in admitted for info in self.relay.requests[name].submit.inputs.values())
 
     def add_input(self, request: Request, piece: Input) -> None:
         """Take a piece of an input; the request is refused if it does not fit what was announced."""
@@ -223,6 +221,7 @@ class Intake:
                 self._turn_away(request, fault.code, f"the relay could not store the request: {fault}")
             return
         request.accepted = True
+        request.drop_inputs()
         if not request.live:  # cancelled while the store was writing
             relay.record(request)
             return

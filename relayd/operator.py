@@ -10,33 +10,21 @@ import trio
 
 from protocol.errors import ErrorCode
 from protocol.fields import Value
-from protocol.messages import ROLES, SPACE_PATTERN, Delta, Done, Message, Rejected, Snapshot, Steer, Watch
+from protocol.messages import ROLES, SPACE_PATTERN, Done, Message, Rejected, Steer, Watch
 from relayd.auth import Tokens, parse_expires
 from relayd.client_link import ClientLink
 from relayd.config import ConfigError, SpaceConfig
 from relayd.relay import Relay, Space
 from relayd.requests import Request
-from relayd.rows import TOPICS, Row, client_row, pages, relay_row, request_row, space_row, token_row, worker_row
+from relayd.rows import pages, token_row
 from relayd.states import State
-from relayd.store.base import DeleteSpace, PutSpace, PutToken, StoreError
+from relayd.store.base import DeleteSpace, PutSpace, PutToken, StoreError, TokenLimits
+from relayd.watching import Watching
 
 log = structlog.get_logger("relayd.operator")
 
-#: DESIGN §5: deltas at most 4 times a second.
-DELTA_INTERVAL_S = 0.25
 #: For one action and its commit.
 STEER_S = 10.0
-#: With more than this waiting for a slow terminal, deltas are put off; they only grow older, not more.
-MAX_PENDING_BYTES = 64 * 1024
-
-_ROWS: dict[str, Callable[[Relay, str], Row | None]] = {
-    "relay": lambda relay, _key: relay_row(relay),
-    "spaces": space_row,
-    "workers": worker_row,
-    "requests": request_row,
-    "clients": client_row,
-}
-
 Answer = dict[str, Value] | Rejected
 
 
@@ -51,10 +39,7 @@ class Operator:
     drain: Callable[[str], None]
     handlers: dict[type[Message], Callable[[Any], None]] = attrs.field(init=False)
     actions: dict[str, Callable[[Steer], Awaitable[Answer]]] = attrs.field(init=False)
-    _topics: frozenset[str] = frozenset()
-    _tells: bool = False
-    #: Rows to be told anew: (topic, key).
-    _touched: set[tuple[str, str]] = attrs.field(factory=set)
+    _watching: Watching | None = None
 
     def __attrs_post_init__(self) -> None:
         self.handlers = {Watch: self._watch, Steer: self._steer}
@@ -76,67 +61,15 @@ class Operator:
 
     def close(self) -> None:
         """Watch no more."""
-        self.relay.watchers.discard(self)
-
-    # -- watching
-
-    def touch(self, topic: str, key: str) -> None:
-        """A row may look otherwise now."""
-        if topic in self._topics:
-            self._touched.add((topic, key))
+        if self._watching is not None:
+            self.relay.watchers.discard(self._watching)
 
     def _watch(self, watch: Watch) -> None:
-        self._topics = frozenset(watch.topics or TOPICS) & frozenset(TOPICS)
-        self.relay.watchers.add(self)
-        self._touched.clear()
-        rows = [(topic, row) for topic in TOPICS if topic in self._topics for row in self._all_rows(topic)]
-        # One page carries rows of several topics; each goes back to its own.
-        for page, more in pages([{"": topic, **row} for topic, row in rows]):
-            data: dict[str, list[Row]] = {topic: [] for topic in sorted(self._topics)}
-            for row in page:
-                data[row.pop("")].append(row)
-            self.client.send(Snapshot(data=data, more=more))
-        if not self._tells:
-            self._tells = True
-            self.nursery.start_soon(self._send_deltas)
-
-    def _all_rows(self, topic: str) -> list[Row]:
-        relay = self.relay
-        keys = {
-            "relay": ["relay"],
-            "spaces": sorted(relay.spaces),
-            "workers": sorted(relay.scheduler.workers),
-            "requests": list(relay.requests),
-            "clients": list(relay.clients),
-        }[topic]
-        return [row for key in keys if (row := _ROWS[topic](relay, key)) is not None]
-
-    async def _send_deltas(self) -> None:
-        """Tell what changed, coalesced; a terminal that does not keep up gets fewer."""
-        while True:
-            await trio.sleep(DELTA_INTERVAL_S)
-            if self.client.backlog_bytes > MAX_PENDING_BYTES or not self._touched:
-                continue
-            touched, self._touched = self._touched, set()
-            if "relay" in self._topics:
-                touched.add(("relay", "relay"))
-            rows: list[Row] = []
-            gone: dict[str, list[str]] = {}
-            for topic, key in sorted(touched):
-                row = _ROWS[topic](self.relay, key)
-                if row is None:
-                    gone.setdefault(topic, []).append(key)
-                else:
-                    rows.append({"": topic, **row})
-            for page, _more in pages(rows):
-                data: dict[str, list[Row]] = {}
-                for row in page:
-                    data.setdefault(row.pop(""), []).append(row)
-                if data:
-                    self.client.send(Delta(data=data))
-            for topic, keys in gone.items():
-                for begin in range(0, len(keys), 1_000):
-                    self.client.send(Delta(gone={topic: keys[begin : begin + 1_000]}))
+        if self._watching is None:
+            self._watching = Watching(self.client, self.relay)
+            self.relay.watchers.add(self._watching)
+            self.nursery.start_soon(self._watching.serve)
+        self._watching.begin(watch.topics)
 
     # -- steering
 
@@ -246,7 +179,12 @@ class Operator:
             return _no(f"space {space.name!r} stands in relayd.toml; take it out there and restart")
         if refusal := self.relay.close_space(steer.target):
             return refusal
-        await self.relay.store.commit(DeleteSpace(steer.target))
+        try:
+            await self.relay.store.commit(DeleteSpace(steer.target))
+        except StoreError:
+            assert space is not None  # it was there to be closed
+            await self.relay.open_space(Space(name=space.name, config=space.config))
+            raise
         return {}
 
     async def _create_token(self, steer: Steer) -> Answer:
@@ -256,8 +194,11 @@ class Operator:
         if role not in ROLES or not isinstance(spaces, list) or not all(isinstance(one, str) for one in spaces):
             return _no("create_token takes role (client, worker or operator), spaces (array of patterns) and expires")
         try:
+            limits = parse_limits(options.get("limits", {}))
             expires_at = parse_expires(str(expires), now) if expires is not None else None
-            token = self.tokens.create(role=role, name=steer.target, now=now, spaces=spaces, expires_at=expires_at)
+            token = self.tokens.create(
+                role=role, name=steer.target, now=now, spaces=spaces, expires_at=expires_at, limits=limits
+            )
         except ValueError as fault:
             return _no(str(fault))
         try:
@@ -297,6 +238,21 @@ class Operator:
         self.drain(f"asked by operator {self.client.principal.name}")
         running = sum(request.entry.state is State.RUNNING for request in self.relay.requests.values())
         return {"running": running}
+
+
+def parse_limits(wire: Value) -> TokenLimits:
+    """A token's limits from a map of them.
+
+    Raises:
+        ValueError: one is unknown, or no whole number from 1 on.
+    """
+    known = [field.name for field in attrs.fields(TokenLimits)]
+    if not isinstance(wire, dict) or not all(name in known for name in wire):
+        raise ValueError(f"limits is a map of {', '.join(known)}")
+    for name, value in wire.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"limits.{name} must be a whole number from 1 on, not {value!r}")
+    return TokenLimits(**wire)
 
 
 def _no(message: str) -> Rejected:

@@ -2,11 +2,14 @@
 
 import time
 
+import structlog
 import trio
 
 from relayd.relay import Relay
 from relayd.requests import Request
 from relayd.states import Place
+
+log = structlog.get_logger("relayd.places")
 
 #: DESIGN §5: `queued` is pushed at most 4 times a second.
 INTERVAL_S = 0.25
@@ -20,7 +23,10 @@ async def serve_places(relay: Relay) -> None:
         await relay.moved.wait()
         relay.moved = trio.Event()
         began = time.perf_counter()
-        tell_places(relay)
+        try:
+            tell_places(relay)
+        except Exception:
+            log.exception("telling places broke the relay's own rules")
         await trio.sleep(max(INTERVAL_S, (time.perf_counter() - began) / MAX_SHARE))
 
 

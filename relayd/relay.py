@@ -146,9 +146,9 @@ class Relay:
 
     async def open_space(self, space: Space, *, paused: bool = False) -> None:
         """Open a space that is not open."""
+        await self.nursery.start(self._serve_space, space)  # first: a request that finds the space needs its nursery
         self.spaces[space.name] = space
         self.scheduler.add_space(space.name, rules_of(space.config), paused=paused)
-        await self.nursery.start(self._serve_space, space)
         self.touch("spaces", space.name)
 
     def close_space(self, name: str) -> Rejected | None:
@@ -376,7 +376,7 @@ class Relay:
             return
         now = trio.current_time()
         request.ended_at, request.code, request.message = now, code, message
-        request.inputs.clear()
+        request.shed()
         decisions = self.scheduler.end(request.request_id, state, now)
         request.log.append(last_frame, ends=True)
         for holder in request.holders:

@@ -2,14 +2,16 @@
 
 import hashlib
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 import msgpack
 import trio
 
 from protocol.errors import ErrorCode
+from protocol.fields import Value
 from protocol.messages import AudioFormat, Rejected, Submit
+from relayd.config import SpaceConfig
 from relayd.framelog import FrameLog, Sink
 from relayd.states import Entry, Place, State
 
@@ -57,6 +59,8 @@ class Request:
     queue_timeout_s: float
     run_timeout_s: float
     idle_timeout_s: float
+    #: SHA-256 of what was asked for.
+    content: bytes
     log: FrameLog = attrs.field(factory=FrameLog)
     inputs: dict[str, bytearray] = attrs.field(factory=dict)
     _digests: dict[str, "hashlib._Hash"] = attrs.field(factory=dict)
@@ -96,9 +100,40 @@ class Request:
         """Whether it has not ended."""
         return self.entry.state.live
 
+    @classmethod
+    def of(
+        cls, submit: Submit, principal: str, entry: Entry, config: SpaceConfig, created_unix: float, **more: Any
+    ) -> "Request":
+        """A request whose times begin now; what it does not say of its deadlines, its space does."""
+        now = trio.current_time()
+        return cls(
+            submit=submit,
+            principal=principal,
+            entry=entry,
+            created_at=now,
+            created_unix=created_unix,
+            queued_at=now,
+            last_frame_at=now,
+            queue_timeout_s=config.queue_timeout_s if submit.queue_timeout_s is None else submit.queue_timeout_s,
+            run_timeout_s=config.run_timeout_s if submit.run_timeout_s is None else submit.run_timeout_s,
+            idle_timeout_s=config.idle_timeout_s,
+            content=content_hash(submit),
+            **more,
+        )
+
+    def shed(self) -> None:
+        """It has ended: let go of what only a run needs, which may be 64 KiB and all of its inputs."""
+        self.submit = attrs.evolve(self.submit, params={}, inputs={})
+        self.drop_inputs()
+
+    def drop_inputs(self) -> None:
+        """Let go of the inputs' bytes: the store has them."""
+        self.inputs.clear()
+        self._digests.clear()
+
     def same_content(self, submit: Submit) -> bool:
         """Whether `submit` asks for exactly this."""
-        return content_hash(self.submit) == content_hash(submit)
+        return self.content == content_hash(submit)
 
     @property
     def audio_s(self) -> float | None:
@@ -169,7 +204,13 @@ class Request:
 
 
 def content_hash(submit: Submit) -> bytes:
-    """SHA-256 of all that a `submit` asks for, its id aside."""
+    """SHA-256 of all that a `submit` asks for, its id aside; the order of a map's keys does not count."""
     wire = submit.to_map()
     del wire["request_id"]
-    return hashlib.sha256(msgpack.packb(wire)).digest()
+    return hashlib.sha256(msgpack.packb(_in_order(wire))).digest()
+
+
+def _in_order(value: Value) -> Value:
+    if isinstance(value, dict):
+        return {key: _in_order(value[key]) for key in sorted(value)}
+    return [_in_order(item) for item in value] if isinstance(value, list) else value

@@ -47,6 +47,8 @@ log = structlog.get_logger("relayd.wire")
 #: For the request's head; a slow one is cut off (DESIGN §10).
 HANDSHAKE_S = 5.0
 SERVER = f"relayd/{importlib.metadata.version('relayd')}"
+#: Connections that have not logged in, beyond `max_connections`: with 900 of those, a limit of 1,024 files holds.
+MAX_STRANGERS = 64
 POLICY_VIOLATION = 1008
 INTERNAL_ERROR = 1011
 
@@ -73,6 +75,8 @@ class Gate:
     tokens: Tokens
     #: Begins the daemon's drain; an operator may ask for it.
     drain: Callable[[str], None]
+    #: Connections from their first byte on, logged in or not.
+    _open: int = 0
 
     async def serve(self, stream: trio.abc.Stream, peer: str, credentials: PeerCredentials | None) -> None:
         """One connection, from its first byte to its last; no fault of it gets out.
@@ -82,6 +86,10 @@ class Gate:
             peer: where it comes from, for logs.
             credentials: of a unix socket's peer.
         """
+        if self._open >= self.relay.config.limits.max_connections + MAX_STRANGERS:
+            log.warning("too many connections; hung up on one", peer=peer, open=self._open)
+            return
+        self._open += 1
         try:
             with trio.CancelScope(deadline=trio.current_time() + HANDSHAKE_S) as handshake:
                 async with open_upgrade(stream) as request:
@@ -105,6 +113,8 @@ class Gate:
             log.debug("connection lost", peer=peer, why=str(fault))
         except Exception:
             log.exception("connection broke the relay's own rules", peer=peer)
+        finally:
+            self._open -= 1
 
     def _refusal(self, request: WebSocketRequest) -> tuple[int, str] | None:
         """HTTP status and words for a handshake that is not for us."""

@@ -17,6 +17,14 @@ import WebSocket from "ws";
 // ignoreUndefined: a field without a value is left out, as §3 wants it.
 const pack = (message) => encode(message, { ignoreUndefined: true });
 
+/** A message of the relay, or why it is none. */
+function unpack(data, isBinary) {
+  const message = isBinary ? decode(data) : null;
+  if (typeof message?.type !== "string") throw new TypeError("a message that is no map with a type");
+  if (message.type === "audio" && !(message.pcm instanceof Uint8Array)) throw new TypeError("audio without pcm");
+  return message;
+}
+
 /** `code` is one of §11, "connection", "cancelled" or "frames_missing"; `details` of "invalid_params" go field by field. */
 export class RelayError extends Error {
   constructor(code, message, { details = {}, retryable = false } = {}) {
@@ -40,7 +48,7 @@ class Request extends EventEmitter {
   #attempt = 0; // of the last frame taken …
   #next = 0; // … and the seq that is to come: all that §6 needs to know
   #bytesBefore = []; // seq → bytes of audio before that frame: where to cut when an attempt begins lower down
-  #gaps = 0;
+  #gaps = 0; // in its whole life
   #later;
 
   constructor(client, space, params, options) {
@@ -67,9 +75,8 @@ class Request extends EventEmitter {
     } else {
       const place = { attempt: this.#attempt, after_seq: this.#next - 1 };
       this.#client._send(pack({ type: "attach", request_id: this.id, ...place }));
-      this.#client._send(pack({ type: "status", request_id: this.id }));
     }
-    // Nothing answers a cancel itself, so one that was sent may have been lost with its connection.
+    // Nothing answers a cancel itself, so one that was sent may have been lost with its connection (§5.5).
     if (this.#cancel) this.#client._send(this.#cancel);
   }
 
@@ -78,15 +85,10 @@ class Request extends EventEmitter {
       this.#accepted = true;
     } else if (message.type === "queued") {
       this.emit("queued", message);
-    } else if (message.type === "rejected" && message.code === "shutting_down" && !this.#accepted) {
+    } else if (message.type === "rejected" && message.code === "shutting_down") { // of a submit; §7
       this.#later = setTimeout(() => this._resume(), 1000 * (message.retry_after_s ?? 1));
     } else if (message.type === "rejected") {
       this._end(new RelayError(message.code, message.message, message));
-    } else if (message.type === "status") {
-      // A relay that was restarted may have ended it while we were away, by a last frame that we are past. It makes only
-      // these two; a `completed` here is no such end: its frames are still under way, or `rejected` said they are lost.
-      const over = message.state === "failed" || message.state === "cancelled";
-      if (over && (message.next_seq ?? 0) <= this.#next) this.#fail(message.code ?? message.state, message);
     } else if (Number.isInteger(message.seq)) {
       this.#frame(message);
     }
@@ -110,18 +112,14 @@ class Request extends EventEmitter {
     if (type === "audio") this.bytes += frame.pcm.length;
     this.emit(type, frame, this.#bytesBefore[seq]); // a type of a later version reaches nobody: passed over (§1)
     if (type === "completed") this._end(null, frame.result ?? {});
-    if (type === "failed") this.#fail(frame.code, frame);
-    if (type === "cancelled") this.#fail(type, { message: frame.reason });
+    if (type === "failed") this._end(new RelayError(frame.code, frame.message, frame));
+    if (type === "cancelled") this._end(new RelayError(type, frame.reason));
   }
 
   #missing() {
-    if (this.#gaps++ === 0) return this.#client._drop(); // and re-attach, once
+    if (this.#gaps++ === 0) return this.#client._drop(`frame ${this.#next} is missing`); // and re-attach, once
     this.cancel("frames are missing");
     this._end(new RelayError("frames_missing", `the relay left out frame ${this.#next}, twice`));
-  }
-
-  #fail(code, message) {
-    this._end(new RelayError(code, message.message, message));
   }
 
   _end(error, result) {
@@ -164,49 +162,55 @@ export class RelayClient {
     this.#stop.abort();
     const ws = this.#ws;
     if (!ws || ws.readyState === WebSocket.CLOSED) return;
-    const cut = setTimeout(() => ws.terminate(), 2000);
     await new Promise((resolve) => ws.once("close", resolve).close(1000));
-    clearTimeout(cut);
   }
 
   _send(bytes) {
     if (this.connected) this.#ws.send(bytes); // else _resume() says it on the next connection
   }
 
-  _drop() {
+  /** The relay broke a rule: leaves this connection; it is made anew. */
+  _drop(why) {
     this.connected = false;
-    this.#ws.terminate();
+    this.#log(`the relay broke a rule: ${why}`);
+    this.#ws.close(1002);
   }
 
   /** Connects and logs in. What goes wrong is thrown, here; a connection that is lost later is made anew. */
   connect() {
     return new Promise((resolve, reject) => {
-      const ws = new WebSocket(this.#url, "relay.v1.msgpack", { perMessageDeflate: false, handshakeTimeout: 10_000 });
+      const options = { perMessageDeflate: false, handshakeTimeout: 10_000, closeTimeout: 2000 };
+      const ws = new WebSocket(this.#url, "relay.v1.msgpack", options);
       this.#ws = ws;
       let welcomed = 0; // when
-      let deadAfter = 15_000;
+      let deadAfter = 10_000; // until then (§2.5)
       let silence;
       let fault; // the first is the cause, the others are what comes of it
       const broke = (code, message, final = false) => {
         fault ??= Object.assign(new RelayError(code, message), { final });
       };
-      const heard = () => { // the relay pings: a connection without a sound is dead, whatever TCP believes (§2.4)
+      const heard = () => { // a connection without a byte is dead, whatever TCP believes (§2.4)
         clearTimeout(silence);
         silence = setTimeout(() => ws.terminate(), deadAfter);
       };
 
+      ws.on("upgrade", ({ socket }) => socket.on("data", heard)); // pings too, which the library answers
       ws.on("open", () => {
         heard();
         ws.send(this.#hello);
       });
-      ws.on("ping", heard).on("pong", heard); // the library answers pings
       ws.on("message", (data, isBinary) => {
-        if (!isBinary || (welcomed && !this.connected)) return; // the latter was dropped: it is not heard any more
-        heard();
-        const message = decode(data);
+        if (ws.readyState !== WebSocket.OPEN) return; // it was dropped
+        let message;
+        try {
+          message = unpack(data, isBinary);
+        } catch (error) {
+          return this._drop(error.message);
+        }
         if (message.type === "welcome") {
           welcomed = Date.now();
-          deadAfter = Math.max(deadAfter, 3000 * (message.ping_interval_s ?? 5));
+          deadAfter = Math.max(15_000, 3000 * (message.ping_interval_s ?? 5));
+          heard();
           this.connected = true;
           resolve(this);
           for (const request of this._requests.values()) request._resume();
@@ -220,7 +224,7 @@ export class RelayClient {
         let why = "";
         answer.setEncoding("utf8").on("data", (text) => (why += text)).on("error", () => {});
         answer.on("close", () => {
-          broke("connection", `HTTP ${answer.statusCode}: ${why.trim()}`, answer.statusCode < 500);
+          broke("connection", `HTTP ${answer.statusCode}: ${why.trim()}`);
           ws.terminate();
         });
       });
@@ -228,8 +232,7 @@ export class RelayClient {
       ws.on("close", (code) => {
         clearTimeout(silence);
         this.connected = false;
-        const final = [1002, 1003, 1008, 1009].includes(code); // §2.5
-        broke(code === 1011 ? "internal" : "connection", `closed with code ${code}`, final);
+        broke("connection", `closed with code ${code}`, code === 1009); // the other final ones come with an `error` (§2.5)
         if (welcomed) this.#reconnect(fault, Date.now() - welcomed);
         else reject(fault);
       });
@@ -238,7 +241,7 @@ export class RelayClient {
 
   async #reconnect(fault, held) {
     if (held >= 5000) this.#ceiling = 0.5;
-    // The relay's own mistake, twice at once: what we send will break it again.
+    // The relay's own mistake, twice within 5 s: what we send will break it again.
     if (fault.code === "internal" && this.#mistaken && held < 5000) fault.final = true;
     this.#mistaken = fault.code === "internal";
     while (!this.#stop.signal.aborted && !fault.final) {

@@ -12,7 +12,7 @@ import pytest
 import structlog
 import trio
 
-from protocol.address import parse_address
+from protocol.address import Address, parse_address
 from protocol.codec import decode
 from protocol.link import Link, log_in, open_link
 from protocol.messages import (
@@ -34,6 +34,7 @@ from protocol.messages import (
     Submit,
     Welcome,
 )
+from protocol.websocket import connect
 from relayd.app import serve
 from relayd.config import Config, load_config
 from relayd.relay import Relay
@@ -206,10 +207,48 @@ class Peer:
         await self.next(Pong)
 
 
+@attrs.define(eq=False)
+class Cable:
+    """A way to the relay that can be pulled: from then on nothing crosses it, and neither end is told."""
+
+    pulled: bool = False
+
+    async def connect(self, address: Address) -> trio.abc.Stream:
+        """For `open_link`."""
+        return CableStream(await connect(address), self)
+
+
+@attrs.define(eq=False)
+class CableStream(trio.abc.Stream):
+    """A stream over a `Cable`."""
+
+    stream: trio.abc.Stream
+    cable: Cable
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        data = await self.stream.receive_some(max_bytes)
+        if self.cable.pulled:
+            await trio.sleep_forever()
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if not self.cable.pulled:
+            await self.stream.send_all(data)
+        await trio.lowlevel.checkpoint()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+
 @asynccontextmanager
-async def peer(url: str, role: str, token: str | None = None, *, readonly: bool = False) -> AsyncIterator[Peer]:
-    """A logged-in connection."""
-    async with open_link(parse_address(url)) as link:
+async def peer(
+    url: str, role: str, token: str | None = None, *, readonly: bool = False, **link_options: Any
+) -> AsyncIterator[Peer]:
+    """A logged-in connection; `link_options` are those of `open_link`."""
+    async with open_link(parse_address(url), **link_options) as link:
         hello = Hello(version=PROTOCOL_VERSION, role=role, token=token, readonly=readonly)
         yield Peer(link, await log_in(link, hello))
 
@@ -253,10 +292,11 @@ async def fake_worker(
     instance: str | None = None,
     spaces: tuple[str, ...] = ("tts",),
     token: str | None = None,
+    cable: Cable | None = None,
     **register: Any,
 ) -> AsyncIterator[FakeWorker]:
     """A registered worker, its `registered` taken; see `FakeWorker.peer` for a refusal."""
-    async with peer(url, "worker", token) as raw:
+    async with peer(url, "worker", token, connect_to=cable.connect if cable else None) as raw:
         worker = FakeWorker(raw, instance or an_id(), name)
         told: dict[str, Any] = {"engine": "fake", "params": SCHEMA, "format": FORMAT}
         raw.send(
