@@ -262,4 +262,5 @@ def _put(request: Request) -> PutRequest:
         state=State.QUEUED,
         created_at=request.created_unix,
     )
-    return PutRequest(record, {name: bytes(data) for name, data in request.inputs.items()})
+    # An input of no bytes has no pieces, and is one all the same.
+    return PutRequest(record, {name: bytes(request.inputs.get(name, b"")) for name in request.submit.inputs})

@@ -428,16 +428,16 @@ class Relay:
         self.carry_out(self.scheduler.release(port.worker_id, request_id, attempt, trio.current_time()))
         self.touch("workers", port.worker_id)
 
-    async def input_of(self, request: Request, name: str) -> bytes | bytearray | None:
-        """An input of a request, from the store where it is not in memory any more; None if the request is over."""
-        if request.live and not request.inputs.get(name) and request.submit.inputs[name].size:
-            try:
-                request.inputs[name] = bytearray(await self.store.read_input(request.request_id, name))
-            except (StoreError, KeyError) as fault:
-                if request.live:
-                    log.error("input lost", request_id=request.request_id, input=name, why=repr(fault))
-                    self.fail(request, ErrorCode.INTERNAL, f"the relay lost input {name!r}; send the request again")
-        return request.inputs.get(name, b"") if request.live else None
+    async def input_of(self, request: Request, name: str) -> bytes | None:
+        """An input of an accepted request, which lies in the store; None if the request is over."""
+        try:
+            data = await self.store.read_input(request.request_id, name)
+        except (StoreError, KeyError) as fault:
+            if request.live:
+                log.error("input lost", request_id=request.request_id, input=name, why=repr(fault))
+                self.fail(request, ErrorCode.INTERNAL, f"the relay lost input {name!r}; send the request again")
+            return None
+        return data if request.live else None
 
     # -- who wants to know
 

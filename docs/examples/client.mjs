@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-// A client of the wire protocol `relay.v1.msgpack`, written from ../protocol.md alone; the § in comments are its sections.
+// A client of the wire protocol `relay.v1.msgpack`, written from ../protocol.md alone; a § is a section of that.
 //
 //   RELAY_TOKEN=rly_c_… node client.mjs ws://HOST:8765 SPACE TEXT OUT.wav [PARAM=VALUE]…
 //
@@ -25,7 +25,7 @@ function unpack(data, isBinary) {
   return message;
 }
 
-/** `code` is one of §11, "connection", "cancelled" or "frames_missing"; `details` of "invalid_params" go field by field. */
+/** `code` is one of §11, "connection", "cancelled" or "frames_missing"; `details` of "invalid_params" are by field. */
 export class RelayError extends Error {
   constructor(code, message, { details = {}, retryable = false } = {}) {
     super(message || code);
@@ -54,7 +54,7 @@ class Request extends EventEmitter {
   constructor(client, space, params, options) {
     super();
     this.#client = client;
-    // Packed once: when it is sent again it must be the same, down to the order of keys (§5.2).
+    // Packed once: when it is sent again it must be the same (§5.2).
     this.#submit = pack({ type: "submit", request_id: this.id, space, params, ...options });
     this.done = new Promise((resolve, reject) => {
       this._settle = (error, result) => (error ? reject(error) : resolve(result));
@@ -215,7 +215,8 @@ export class RelayClient {
           resolve(this);
           for (const request of this._requests.values()) request._resume();
         } else if (message.type === "error" && !(message.code === "unknown_type" && welcomed)) {
-          broke(message.code, message.message, !["rate_limited", "internal"].includes(message.code)); // its close follows
+          const final = !["rate_limited", "internal"].includes(message.code); // the retryable ones of §11
+          broke(message.code, message.message, final); // the close follows
         } else {
           this._requests.get(message.request_id)?._take(message);
         }
@@ -232,7 +233,7 @@ export class RelayClient {
       ws.on("close", (code) => {
         clearTimeout(silence);
         this.connected = false;
-        broke("connection", `closed with code ${code}`, code === 1009); // the other final ones come with an `error` (§2.5)
+        broke("connection", `closed with code ${code}`, code === 1009); // other final ones have an `error` (§2.5)
         if (welcomed) this.#reconnect(fault, Date.now() - welcomed);
         else reject(fault);
       });

@@ -11,11 +11,15 @@ import attrs
 import pytest
 import trio
 
+from protocol.errors import LinkError
+from protocol.messages import Attach
 from tests.e2e.processes import Place, Proc, a_place, a_relay, a_worker
+from tests.protocol.fake_relay import Connection, FakeRelay, frames, serve
 
 CLIENT = Path(__file__).parents[2] / "docs" / "examples" / "client.mjs"
 NODE = shutil.which("node")
 MOCK = ("--engine", "mock")
+PCM = (b"\1\0" * 2_400, b"\2\0" * 2_400, b"\3\0" * 2_400)
 
 
 @attrs.frozen
@@ -175,6 +179,60 @@ async def test_a_relay_killed_in_mid_stream_costs_no_sample(tmp_path: Path) -> N
             async with a_relay(place, "--listen", url.removeprefix("ws://")):
                 assert await client.ended() == 0
     assert sound_of(tmp_path / "killed.wav") == sound_of(tmp_path / "whole.wav")
+
+
+@pytest.mark.trio
+async def test_it_hears_of_an_end_that_a_new_relay_made_while_it_was_away(tmp_path: Path) -> None:
+    place = a_javascript_place(tmp_path)
+    async with a_relay(place) as relay, a_worker(place, relay, *MOCK) as worker:
+        url, token = await access(place, relay)
+        spoken = (url, "tts", "long", "part.wav", "duration_s=100")
+        async with place.start("client.mjs", *spoken, RELAY_TOKEN=token) as client:
+            await client.until(lambda line: "first audio" in line)
+            request_id = (await relay.event("request started"))["request_id"]
+            client.send_signal(signal.SIGSTOP)
+            for gone in (relay, worker):
+                gone.send_signal(signal.SIGKILL)
+                await gone.ended()
+            async with a_relay(place, "--listen", url.removeprefix("ws://")) as relay:
+                # Its last frame has seq 0, and the client is past that.
+                await place.run("relay", "cancel", request_id, "--role", "operator", "--reason", "nobody wants it")
+                client.send_signal(signal.SIGCONT)
+                assert await client.ended() == 1
+        assert any("nobody wants it (cancelled)" in line for line in client.lines)
+    assert len(sound_of(tmp_path / "part.wav")[-1]) >= 4_800
+
+
+@pytest.mark.trio
+async def test_a_message_that_breaks_the_rules_has_it_come_back_for_the_rest(tmp_path: Path) -> None:
+    place = a_javascript_place(tmp_path)
+    closed_with: list[int | None] = []
+
+    async def misspeak(connection: Connection) -> None:
+        submit = await connection.accept()
+        first, second, *_rest = frames(submit.request_id, *PCM)
+        connection.send(first, second)
+        connection.link.send_nowait(b"\xc1")
+        with pytest.raises(LinkError):
+            await connection.link.receive()
+        closed_with.append(connection.link.close_code)
+
+    async def go_on(connection: Connection) -> None:
+        attach = await connection.expect(Attach)
+        assert (attach.attempt, attach.after_seq) == (1, 1)
+        connection.send(*frames(attach.request_id, *PCM, seq=2))
+        await connection.hold()
+
+    async with trio.open_nursery() as nursery:
+        fake = FakeRelay(nursery, misspeak, go_on)
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, lambda stream: serve(stream, fake.next_script()), [listener])
+        url = f"ws://127.0.0.1:{listener.socket.getsockname()[1]}"
+        _, said = await place.run("client.mjs", url, "tts", "hi", "whole.wav", RELAY_TOKEN="any")
+        nursery.cancel_scope.cancel()
+    assert "the relay broke a rule" in said
+    assert closed_with == [1002]
+    assert sound_of(tmp_path / "whole.wav")[-1] == b"".join(PCM)
 
 
 @pytest.mark.trio

@@ -9,7 +9,7 @@ from typing import Any, cast
 import attrs
 import pytest
 
-from protocol import codec, messages
+from protocol import backoff, codec, duplex, link, messages
 from protocol.codec import decode, encode
 from protocol.errors import ErrorCode
 from protocol.fields import Part
@@ -170,6 +170,22 @@ def test_the_fixed_limits_are_those_of_the_codec() -> None:
     ]
     values = [row[1].split()[0] for row in table(section("4 Limits"))]
     assert [value for value in values if value[0].isdigit()] == [f"{limit:,}" for limit in limits]
+
+
+def test_the_times_told_for_connecting_and_for_liveness_are_those_of_the_reference_client() -> None:
+    closing, liveness = section("2.5 Closing"), section("2.4 Liveness")
+    assert f"may take {link.CONNECT_TIMEOUT_S:g} s up to the 101" in closing
+    assert f"then {link.LOGIN_TIMEOUT_S:g} s more up to `welcome`" in closing
+    assert f"starts at {backoff.FIRST_S:g} s and doubles to {backoff.LONGEST_S:g} s" in closing
+    assert f"after a login that held for {backoff.HELD_S:g} s" in closing
+    assert f"`ping_interval_s` (in `welcome`; {duplex.PING_INTERVAL_S:g} s by default)" in liveness
+    assert f"the larger of {duplex.DEAD_AFTER_S:g} s and 3 × `ping_interval_s`" in liveness
+
+
+def test_a_refused_login_is_tried_again_exactly_where_its_code_is_retryable() -> None:
+    rows_ = table(section("2.3 `hello` and `welcome`"))
+    told = {code(row[0]): row[2].startswith("later") for row in rows_}
+    assert told == {each: ErrorCode(each).retryable for each in told}
 
 
 def test_every_limit_that_a_relay_can_be_set_to_is_named() -> None:
