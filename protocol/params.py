@@ -7,7 +7,7 @@ expressions, comparisons of all with all. And every check has a budget of steps.
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -19,6 +19,7 @@ MAX_FAULTS = 16
 #: Of one fault, so that all of them fit a message with room to spare.
 MAX_FIELD_CHARS = 128
 MAX_WORDS_CHARS = 300
+MAX_CHOICES_TOLD = 32
 
 #: Schemas in one another, the outermost counted.
 MAX_DEPTH = 8
@@ -26,10 +27,13 @@ MAX_DEPTH = 8
 MAX_BRANCHES = 8
 #: Keywords, subschemas, choices and names in a schema, all together. 2 ms to walk; espeak's, with 140 voices, has 180.
 MAX_PARTS = 2_048
-#: Of one check; a step is a keyword looked at for a value. 3 ms; an array of 1,024 numbers with a range takes 5,000.
+#: Of one check; a step is a keyword looked at for a value. 3 ms; an array of 1,024 numbers with a range takes 6,200.
 MAX_STEPS = 10_000
+#: A value met by a schema.
+VISIT_STEPS = 3
 
-_Found = Iterator[tuple[str, str]]
+_Path = tuple[str | int, ...]
+_Found = Iterator[tuple[_Path, str]]
 _NUMBER = number(-sys.float_info.max, sys.float_info.max)
 _COUNT = integer(0)
 _ANNOTATION = text(65_536)
@@ -120,7 +124,7 @@ class _Walk:
         for keyword, rule in schema.items():
             here = (*path, str(keyword))
             if keyword in _RULES:
-                if isinstance(rule, list) and keyword in ("enum", "required"):
+                if isinstance(rule, list | tuple) and keyword in ("enum", "required"):
                     self._count(len(rule))
                 try:
                     _RULES[keyword](rule)
@@ -134,7 +138,7 @@ class _Walk:
                 for name, inner in rule.items():
                     self.schema(inner, (*here, str(name)), depth + 1)
             elif keyword in _BRANCHES:
-                if not isinstance(rule, list) or not 1 <= len(rule) <= MAX_BRANCHES:
+                if not isinstance(rule, list | tuple) or not 1 <= len(rule) <= MAX_BRANCHES:
                     raise _fault(here, f"must be an array of 1 to {MAX_BRANCHES} schemas")
                 for place, inner in enumerate(rule):
                     self.schema(inner, (*here, str(place)), depth + 1)
@@ -145,7 +149,9 @@ class _Walk:
     def _count(self, parts: int) -> None:
         self.parts += parts
         if self.parts > MAX_PARTS:
-            raise ValueError(f"params is too large a schema; it may have {MAX_PARTS} keywords, choices and names in all")
+            raise ValueError(
+                f"params is too large a schema: more than {MAX_PARTS:,} keywords, choices and names in all"
+            )
 
 
 def _fault(path: tuple[str, ...], words: str) -> ValueError:
@@ -169,8 +175,9 @@ def check_params(schema: dict[str, Value], params: dict[str, Value]) -> dict[str
     if not schema:
         return faults
     try:
-        for field, words in _Check().faults(schema, params, ""):
-            faults.setdefault(_cut(field, MAX_FIELD_CHARS), _cut(words, MAX_WORDS_CHARS))
+        for path, words in _Check().faults(schema, params, ()):
+            field = _cut(".".join(str(part)[:MAX_FIELD_CHARS] for part in path), MAX_FIELD_CHARS)
+            faults.setdefault(field, _cut(words, MAX_WORDS_CHARS))
             if len(faults) >= MAX_FAULTS:
                 break
     except _TooLong:
@@ -194,19 +201,22 @@ class _Check:
 
     steps: int = 0
 
-    def faults(self, schema: Value, value: Value, path: str) -> _Found:
+    def faults(self, schema: Value, value: Value, path: _Path) -> _Found:
         if isinstance(schema, bool):
+            self._spend(VISIT_STEPS)
             if not schema:
                 yield path, "must not be there"
             return
-        self._spend(1 + len(schema))
+        self._spend(VISIT_STEPS + len(schema))
         if "type" in schema and not _is_any(value, schema["type"]):
+            self._spend(4)  # here and below: words take longer than a step
             yield path, f"must be {_types(schema['type'])}, not {kind_of(value)}"
             return  # whatever else is wrong with it follows from that
-        if "enum" in schema:
-            self._spend(len(schema["enum"]) // 8)  # a comparison is that much faster than a step
-            if not any(_same(value, choice) for choice in schema["enum"]):
-                yield path, f"must be one of {', '.join(_short(choice) for choice in schema['enum'][:100])}"
+        if choices := schema.get("enum"):
+            self._spend(len(choices) // 4)  # a comparison is that much faster than a step
+            if value not in choices or not self._is_one_of(value, choices):
+                self._spend(MAX_CHOICES_TOLD)
+                yield path, f"must be one of {', '.join(map(_short, choices[:MAX_CHOICES_TOLD]))}"
         if "const" in schema and not _same(value, schema["const"]):
             yield path, f"must be {_short(schema['const'])}"
         if isinstance(value, str):
@@ -221,32 +231,38 @@ class _Check:
             if keyword in schema:
                 yield from self._branches(keyword, schema[keyword], value, path)
 
-    def _map(self, schema: dict[str, Value], value: dict[str, Value], path: str) -> _Found:
+    def _is_one_of(self, value: Value, choices: list[Value]) -> bool:
+        """Whether it is, where `in` says so: to that, 1 is true."""
+        if not isinstance(value, int | float):
+            return True
+        self._spend(len(choices))
+        return any(_same(value, choice) for choice in choices)
+
+    def _map(self, schema: dict[str, Value], value: dict[str, Value], path: _Path) -> _Found:
         properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-        prefix = f"{path}." if path else ""
         self._spend(len(value))
         if names := schema.get("required"):
             self._spend(len(names))
             for name in names:
                 if name not in value:
-                    yield f"{prefix}{name}", "is required"
+                    yield (*path, name), "is required"
         yield from _count(schema, len(value), path, "Properties", "entries")
         for name, inner in value.items():
             if name in properties:
-                yield from self.faults(properties[name], inner, f"{prefix}{name}")
+                yield from self.faults(properties[name], inner, (*path, name))
             elif others is False:
-                yield f"{prefix}{name}", f"is unknown; it takes {', '.join(sorted(properties)) or 'nothing'}"
+                self._spend(len(properties))
+                yield (*path, name), f"is unknown; it takes {', '.join(sorted(properties)) or 'nothing'}"
             elif others is not True:
-                yield from self.faults(others, inner, f"{prefix}{name}")
+                yield from self.faults(others, inner, (*path, name))
 
-    def _array(self, schema: dict[str, Value], value: list[Value], path: str) -> _Found:
+    def _array(self, schema: dict[str, Value], value: Sequence[Value], path: _Path) -> _Found:
         yield from _count(schema, len(value), path, "Items", "items")
-        if "items" in schema:
-            prefix = f"{path}." if path else ""
+        if schema.get("items", True) not in (True, {}):
             for place, inner in enumerate(value):
-                yield from self.faults(schema["items"], inner, f"{prefix}{place}")
+                yield from self.faults(schema["items"], inner, (*path, place))
 
-    def _branches(self, keyword: str, branches: list[Value], value: Value, path: str) -> _Found:
+    def _branches(self, keyword: str, branches: list[Value], value: Value, path: _Path) -> _Found:
         if keyword == "allOf":
             for branch in branches:
                 yield from self.faults(branch, value, path)
@@ -259,9 +275,9 @@ class _Check:
                 if keyword == "anyOf":
                     return
             else:
-                whys.append(fault[1] if fault[0] == path else f"{fault[0]} {fault[1]}")
+                whys.append(" ".join([*(str(part)[:MAX_FIELD_CHARS] for part in fault[0][len(path) :]), fault[1]]))
         if not fits:
-            yield path, " or ".join(dict.fromkeys(whys))
+            yield path, _cut(" or ".join(dict.fromkeys(whys)), MAX_WORDS_CHARS)
         elif fits > 1:
             yield path, f"fits {fits} of the alternatives of which it must fit one"
 
@@ -296,7 +312,7 @@ def _same(value: Value, other: Value) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
-def _length(schema: dict[str, Value], value: str, path: str) -> _Found:
+def _length(schema: dict[str, Value], value: str, path: _Path) -> _Found:
     at_least, at_most = schema.get("minLength", 0), schema.get("maxLength", math.inf)
     if len(value) < at_least:
         yield path, "must not be empty" if at_least == 1 else f"must have at least {at_least} characters"
@@ -304,14 +320,14 @@ def _length(schema: dict[str, Value], value: str, path: str) -> _Found:
         yield path, f"must have at most {at_most} characters"
 
 
-def _count(schema: dict[str, Value], count: int, path: str, of: str, what: str) -> _Found:
+def _count(schema: dict[str, Value], count: int, path: _Path, of: str, what: str) -> _Found:
     if count < schema.get(f"min{of}", 0):
         yield path, f"must have at least {schema[f'min{of}']} {what}"
     if count > schema.get(f"max{of}", math.inf):
         yield path, f"must have at most {schema[f'max{of}']} {what}"
 
 
-def _range(schema: dict[str, Value], value: float, path: str) -> _Found:
+def _range(schema: dict[str, Value], value: float, path: _Path) -> _Found:
     # Asked so that NaN lies in no range.
     if "minimum" in schema and not value >= schema["minimum"]:
         yield path, f"must be at least {schema['minimum']}"
@@ -330,7 +346,7 @@ def _is_multiple(value: float, of: float) -> bool:
         return value % of == 0
     times = value / of
     # 0.3 / 0.1 is 2.9999999999999996.
-    return math.isfinite(times) and math.isclose(times, round(times), rel_tol=1e-9, abs_tol=1e-9)
+    return math.isfinite(times) and math.isclose(times, round(times), rel_tol=1e-9)
 
 
 def _types(rule: Value) -> str:

@@ -1,13 +1,13 @@
 """The relay's state: spaces, workers, requests and clients, and every change to them.
 
 Changes are made by plain functions, in one piece; what the scheduler decides is carried out here, by messages that are
-queued on links and by changes posted to the store. Nothing here awaits but the tasks at the foot: one a space, one a
-live request. See `relayd.intake` for how a request gets in.
+queued on links and by changes posted to the store. See `relayd.intake` for how a request gets in,
+`relayd.spaces` and `relayd.deadlines` for the tasks.
 """
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import attrs
 import structlog
@@ -15,20 +15,21 @@ import trio
 
 from protocol.codec import encode
 from protocol.errors import EncodeError, ErrorCode
-from protocol.fields import Value
 from protocol.messages import (
     MAX_TEXT_CHARS,
-    AudioFormat,
     Cancelled,
     Failed,
-    InputRule,
     Register,
     Rejected,
 )
-from relayd.config import Config, SpaceConfig
-from relayd.requests import UNHEARD_GRACE_S, Expiry, Request
+from relayd.config import Config
+from relayd.deadlines import watch_deadlines
+from relayd.ports import Watcher, WorkerPort
+from relayd.requests import UNHEARD_GRACE_S, Request
 from relayd.scheduler import Scheduler
-from relayd.states import Decision, Finish, Joined, Requeued, SpaceRules, Start, State, Stop, WorkerState
+from relayd.spaces import Space as Space
+from relayd.spaces import rules_of, serve_space
+from relayd.states import Decision, Finish, Joined, Requeued, Start, State, Stop, WorkerState
 from relayd.store.base import PutSpace, SpaceRecord, Store, StoreError, UpdateRequest
 
 if TYPE_CHECKING:
@@ -36,85 +37,6 @@ if TYPE_CHECKING:
     from relayd.wire import Connection
 
 log = structlog.get_logger("relayd")
-
-
-class WorkerPort(Protocol):
-    """A worker's connection, as far as the relay's state sees it."""
-
-    @property
-    def worker_id(self) -> str:
-        """The relay's name for it."""
-
-    @property
-    def principal(self) -> str:
-        """Whose it is."""
-
-    @property
-    def engine(self) -> str:
-        """What it runs."""
-
-    @property
-    def agent(self) -> str:
-        """Its program and version."""
-
-    @property
-    def peer(self) -> str:
-        """Where it connects from."""
-
-    @property
-    def rtt_s(self) -> float | None:
-        """Round trip of the last ping."""
-
-    def assign(self, request: Request, from_seq: int) -> None:
-        """Send `assign`, and the inputs behind it."""
-
-    def cancel(self, request_id: str, reason: str) -> None:
-        """Send `cancel`."""
-
-    def drain(self, reason: str) -> None:
-        """Send `drain`."""
-
-    def undrain(self) -> None:
-        """Send `undrain`."""
-
-    def disconnect(self, reason: str) -> None:
-        """End the connection."""
-
-
-class Watcher(Protocol):
-    """Somebody who wants to know what changed."""
-
-    def touch(self, topic: str, key: str) -> None:
-        """The row `key` of `topic` may look otherwise now."""
-
-
-@attrs.define(eq=False, kw_only=True)
-class Space:
-    """A space: its configuration, what its worker registered, and the nursery its requests live in."""
-
-    name: str
-    config: SpaceConfig
-    made_by: str = "command"
-    created_at: float = attrs.field(factory=time.time)
-    engine: str = ""
-    params: dict[str, Value] = attrs.field(factory=dict)
-    inputs: dict[str, InputRule] = attrs.field(factory=dict)
-    format: AudioFormat | None = None
-    ended: dict[str, int] = attrs.field(factory=dict)
-    nursery: trio.Nursery | None = None
-    closed: trio.Event = attrs.field(factory=trio.Event)
-
-
-def rules_of(config: SpaceConfig) -> SpaceRules:
-    """A space's configuration, as far as scheduling goes."""
-    return SpaceRules(
-        max_workers=config.max_workers,
-        max_queued=config.max_queued,
-        max_queued_per_principal=config.max_queued_per_principal,
-        max_running_per_principal=config.max_running_per_principal,
-        refuse_when_empty=config.when_empty == "refuse",
-        max_attempts=config.max_attempts,
-    )
 
 
 @attrs.define(eq=False)
@@ -146,7 +68,7 @@ class Relay:
 
     async def open_space(self, space: Space, *, paused: bool = False) -> None:
         """Open a space that is not open."""
-        await self.nursery.start(self._serve_space, space)  # first: a request that finds the space needs its nursery
+        await self.nursery.start(serve_space, space)  # first: a request that finds the space needs its nursery
         self.spaces[space.name] = space
         self.scheduler.add_space(space.name, rules_of(space.config), paused=paused)
         self.touch("spaces", space.name)
@@ -233,7 +155,7 @@ class Relay:
             name = worker.worker_id.removesuffix(worker.instance[:8])
             if not worker.linked and name == mine and self.scheduler.shut_out(worker):
                 for request_id in list(worker.held):
-                    self._lose(request_id, ErrorCode.WORKER_LOST, f"worker {worker.worker_id} was started anew")
+                    self.lose(request_id, ErrorCode.WORKER_LOST, f"worker {worker.worker_id} was started anew")
         self.carry_out(joined.decisions)
 
     def unlink(self, port: WorkerPort) -> None:
@@ -286,7 +208,7 @@ class Relay:
         self._ticket = max(self._ticket, request.entry.ticket)
         nursery = self.spaces[request.submit.space].nursery
         assert nursery is not None
-        nursery.start_soon(self._watch_deadlines, request, name=f"request {request.request_id}")
+        nursery.start_soon(watch_deadlines, self, request, name=f"request {request.request_id}")
         self.touch("requests", request.request_id)
 
     def forget(self, request: Request) -> None:
@@ -306,7 +228,8 @@ class Relay:
         """End a request over which the relay's own code fell."""
         self.fail(request, ErrorCode.INTERNAL, "the relay made a mistake with this request; see its log")
 
-    def _lose(self, request_id: str, code: ErrorCode, message: str) -> None:
+    def lose(self, request_id: str, code: ErrorCode, message: str) -> None:
+        """An attempt is lost: tried again, or the request fails, by its retry policy."""
         self.carry_out(self.scheduler.lose(request_id, code, message, trio.current_time()))
 
     def carry_out(self, decisions: Iterable[Decision]) -> None:
@@ -421,7 +344,7 @@ class Relay:
         """An engine crashed under an attempt: that request alone is tried again or fails, as at a worker's loss."""
         request.details = failed.details
         self.scheduler.workers[port.worker_id].held.pop(request.request_id, None)
-        self._lose(request.request_id, ErrorCode(failed.code), failed.message)
+        self.lose(request.request_id, ErrorCode(failed.code), failed.message)
 
     def release(self, port: WorkerPort, request_id: str, attempt: int) -> None:
         """A worker let go of an attempt."""
@@ -463,61 +386,3 @@ class Relay:
             **{key: value for key, value in more.items() if value is not None},
         )
         self.touch("requests", request.request_id)
-
-    # -- tasks
-
-    async def _serve_space(self, space: Space, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """The nursery of a space's requests; closing the space cancels what is left in it."""
-        async with trio.open_nursery() as nursery:
-            space.nursery = nursery
-            task_status.started()
-            await space.closed.wait()
-            nursery.cancel_scope.cancel()
-
-    async def _watch_deadlines(self, request: Request) -> None:
-        """The task of a live request: wait until something changes or a deadline comes, until it has ended.
-
-        Frames move the idle deadline without waking this task; it looks again when the old one comes.
-        """
-        limits = self.config.limits
-        while request.live:
-            changed = request.changed
-            when, expiry = request.deadline(limits.resume_window_s, limits.cancel_grace_s)
-            with trio.move_on_at(when):
-                await changed.wait()
-                continue
-            when, expiry = request.deadline(limits.resume_window_s, limits.cancel_grace_s)
-            if when <= trio.current_time():
-                try:
-                    self._expire(request, expiry)
-                except Exception:
-                    log.exception("request broke the relay's own rules", request_id=request.request_id)
-                    self.fail_broken(request)
-
-    def _expire(self, request: Request, expiry: Expiry) -> None:
-        """Carry out what a deadline says."""
-        request_id = request.request_id
-        match expiry:
-            case Expiry.NOBODY_HOLDS:
-                self.cancel(request, "its client went away and did not come back")
-            case Expiry.QUEUE_TIMEOUT:
-                self.fail(
-                    request,
-                    ErrorCode.QUEUE_TIMEOUT,
-                    f"no slot of space {request.submit.space!r} was free within {request.queue_timeout_s:g} s; "
-                    "try again later, or with a longer queue_timeout_s",
-                )
-            case Expiry.RUN_TIMEOUT:
-                self.fail(
-                    request,
-                    ErrorCode.RUN_TIMEOUT,
-                    f"it ran for {request.run_timeout_s:g} s; ask for less, or raise run_timeout_s",
-                )
-            case Expiry.IDLE_TIMEOUT:
-                message = f"its worker sent nothing for {request.idle_timeout_s:g} s"
-                self._lose(request_id, ErrorCode.IDLE_TIMEOUT, message)
-            case Expiry.WORKER_GONE:
-                message = f"worker {request.entry.worker_id or '(before the restart)'} is gone"
-                self._lose(request_id, ErrorCode.WORKER_LOST, message)
-            case Expiry.CANCEL_UNANSWERED:
-                self.carry_out([Finish(request.entry, None, "its worker did not answer the cancel")])

@@ -7,15 +7,14 @@ What the relay counts as busy is not what runs but what a worker has not let go 
 worker says so, or is gone. So a request may have ended (timed out, cancelled) while its slot is still held.
 """
 
-import heapq
 from collections.abc import Iterable, Mapping
 from functools import partial
-from statistics import fmean
 
 import attrs
 
 from protocol.errors import ErrorCode
 from protocol.messages import Rejected
+from relayd import eta
 from relayd.states import (
     Decision,
     Entry,
@@ -206,7 +205,7 @@ class Scheduler:
 
     # -- requests
 
-    def admit(self, entry: Entry, *, retry_after_s: float | None = None) -> Rejected | None:
+    def admit(self, entry: Entry) -> Rejected | None:
         """Take a new request in, if its space has room; it is queued by `enqueue` once it is whole and stored."""
         space = self.spaces.get(entry.space)
         if space is None:
@@ -223,7 +222,7 @@ class Scheduler:
                 entry,
                 ErrorCode.QUEUE_FULL,
                 f"space {space.name!r} has its {rules.max_queued} requests queued; try again later",
-                retry_after_s if retry_after_s is not None else self._wait_s(space),
+                eta.pace_s(space, self.slots_of(space.name)[1]),
             )
         mine = space.queue.waiting_of(entry.principal)
         mine += sum(principal == entry.principal for principal in space.admitted.values())
@@ -233,7 +232,7 @@ class Scheduler:
                 ErrorCode.QUEUE_FULL,
                 f"{entry.principal!r} has {mine} requests queued in space {space.name!r}, which is its limit; "
                 "wait for one to start",
-                retry_after_s if retry_after_s is not None else self._wait_s(space),
+                eta.pace_s(space, self.slots_of(space.name)[1]),
             )
         self.entries[entry.request_id] = entry
         space.admitted[entry.request_id] = entry.principal
@@ -356,7 +355,8 @@ class Scheduler:
         """Request id -> place, for all that is queued in a space."""
         space = self.spaces[name]
         of = len(space.queue)
-        waits = self._waits_s(space, of, now)
+        slots = sum(worker.slots for worker in self.workers_of(name) if not worker.draining)
+        waits = eta.waits_s(space, slots, of, now)
         return {
             entry.request_id: Place(index + 1, of, waits[index] if waits else None)
             for index, entry in enumerate(space.queue)
@@ -372,26 +372,6 @@ class Scheduler:
         return [worker for worker in self.workers.values() if worker.linked and name in worker.spaces]
 
     # -- inside
-
-    def _waits_s(self, space: SpaceState, count: int, now: float) -> list[float] | None:
-        """Seconds until each of the first `count` queued ones starts, if the space's pace is known.
-
-        Each slot is free when what runs in it is through; the queue then takes the earliest slot each time.
-        """
-        slots = sum(w.slots for w in self.workers_of(space.name) if not w.draining)
-        if not space.recent_runs_s or not slots or space.paused:
-            return None
-        run_s = fmean(space.recent_runs_s)
-        busy = [max(0.0, run_s - (now - entry.started_at)) for entry in space.running.values()]
-        free_at = sorted(busy)[:slots] + [0.0] * (slots - len(busy))
-        heapq.heapify(free_at)
-        return [round(heapq.heappushpop(free_at, free_at[0] + run_s), 1) for _ in range(count)]
-
-    def _wait_s(self, space: SpaceState) -> float | None:
-        if not space.recent_runs_s:
-            return None
-        slots = self.slots_of(space.name)[1]
-        return round(fmean(space.recent_runs_s) / max(1, slots), 1)
 
     def _hand_out(self, now: float) -> list[Decision]:
         """Give free slots to waiting requests, one space after another, so that no space starves another."""

@@ -1,0 +1,55 @@
+"""What the relay's state knows of the connections of workers and of those that watch."""
+
+from typing import Protocol
+
+from relayd.requests import Request
+
+
+class WorkerPort(Protocol):
+    """A worker's connection, as far as the relay's state sees it."""
+
+    @property
+    def worker_id(self) -> str:
+        """The relay's name for it."""
+
+    @property
+    def principal(self) -> str:
+        """Whose it is."""
+
+    @property
+    def engine(self) -> str:
+        """What it runs."""
+
+    @property
+    def agent(self) -> str:
+        """Its program and version."""
+
+    @property
+    def peer(self) -> str:
+        """Where it connects from."""
+
+    @property
+    def rtt_s(self) -> float | None:
+        """Round trip of the last ping."""
+
+    def assign(self, request: Request, from_seq: int) -> None:
+        """Send `assign`, and the inputs behind it."""
+
+    def cancel(self, request_id: str, reason: str) -> None:
+        """Send `cancel`."""
+
+    def drain(self, reason: str) -> None:
+        """Send `drain`."""
+
+    def undrain(self) -> None:
+        """Send `undrain`."""
+
+    def disconnect(self, reason: str) -> None:
+        """End the connection."""
+
+
+class Watcher(Protocol):
+    """Somebody who wants to know what changed."""
+
+    def touch(self, topic: str, key: str) -> None:
+        """The row `key` of `topic` may look otherwise now."""
