@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := protocol relayd gpuworker tui tests bench
 TEXT ?=
 ARGS ?=
+export TEXT # the shell takes it from the environment, so that no quote or $ in it is the shell's
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint types contracts bench clean
@@ -13,7 +14,7 @@ help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## hear a sentence through a relay and a worker: writes hello.wav
-	@$(BIN)/relayd demo -o hello.wav $(if $(TEXT),"$(TEXT)")
+	@$(BIN)/relayd demo -o hello.wav $${TEXT:+"$$TEXT"}
 
 test: $(VENV)/.dev $(VENV)/.node ## all tests, as CI runs them
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)

@@ -9,7 +9,7 @@ from gpuworker.drive import End
 from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk, ProgressChunk
 from gpuworker.uploads import Uploads
 from protocol.codec import encode
-from protocol.errors import EncodeError, ErrorCode
+from protocol.errors import ErrorCode
 from protocol.fields import Value
 from protocol.messages import (
     KIB,
@@ -47,7 +47,6 @@ class Attempt:
             are kept all the same: a relay that is started again has none and asks from 0.
         max_bytes: of its frames.
         on_frames: called after each change that gives the feeder something to send.
-        on_overflow: called once, when `max_bytes` is passed; the engine should be stopped.
 
     Attributes:
         from_seq: of the frame that the relay lacked when it handed the attempt out.
@@ -56,6 +55,7 @@ class Attempt:
         ended: its last frame is made.
         dropped: nobody wants its frames any more.
         uploads: its inputs as they come in.
+        stop_engine: asks the engine to stop; only while it runs, as its slot then belongs to another attempt.
     """
 
     def __init__(
@@ -65,7 +65,6 @@ class Attempt:
         reproducible: bool,
         max_bytes: int = MAX_RESULT_BYTES,
         on_frames: Callable[["Attempt"], None] = lambda _attempt: None,
-        on_overflow: Callable[[], None] = lambda: None,
     ) -> None:
         self.assign = assign
         self.request_id = assign.request_id
@@ -86,9 +85,9 @@ class Attempt:
         self._end: End | None = None
         self._bytes = 0
         self._max_bytes = max_bytes
-        self._overflown = False
+        #: How it ends whatever the engine does: its frames cannot be kept, or the wire cannot take one.
+        self._fault: End | None = None
         self._on_frames = on_frames
-        self._on_overflow = on_overflow
         self._format: AudioFormat | None = None
         self._began: float | None = None
         self._first_output_at: float | None = None
@@ -135,9 +134,24 @@ class Attempt:
                 self.scope.cancel()
 
     def take(self, chunk: Chunk) -> None:
-        """Make the frames of a chunk. Nothing is made of what comes after a cancel or an overflow."""
-        if self.ended or self.dropped or self._overflown or self.cancel_reason is not None:
+        """Make the frames of a chunk. Nothing is made of what comes after a cancel or an overflow.
+
+        Never raises: a chunk that the wire cannot take ends the attempt as failed, and stops its engine.
+        """
+        if self.ended or self.dropped or self._fault is not None or self.cancel_reason is not None:
             return
+        try:
+            self._take(chunk)
+        except (ValueError, TypeError) as refusal:  # EncodeError and FieldError among them
+            words = f"the wire cannot carry what the engine made: {refusal}"
+            self._fail(End.failed(ErrorCode.ENGINE_FAILED, words))
+
+    def _fail(self, fault: End) -> None:
+        self._fault = fault
+        if self.stop_engine is not None:
+            self.stop_engine()
+
+    def _take(self, chunk: Chunk) -> None:
         if isinstance(chunk, AudioChunk):
             self._note_output()
             self._pcm_bytes += len(chunk.pcm)
@@ -169,17 +183,18 @@ class Attempt:
         if self._first_output_at is None:
             self._first_output_at = trio.current_time()
 
-    def finish(self, end: End) -> None:
-        """Make the last frame; the first call counts."""
+    def finish(self, end: End) -> End:
+        """Make the last frame; the first call counts.
+
+        Returns:
+            the end that it came to, which a cancel or a fault of its frames may have made another.
+        """
         if self.ended or self.dropped:
-            return
+            return end
         if self.cancel_reason is not None:
             end = End(outcome="cancelled")  # even if it came to its end just now: chunks since the cancel are lost
-        if self._overflown:
-            end = End.failed(
-                ErrorCode.RESULT_TOO_LARGE,
-                f"its result is over {self._max_bytes} bytes; ask for less, or raise the relay's max_result_bytes",
-            )
+        if self._fault is not None:
+            end = self._fault
         short = self.next_seq < self.from_seq  # the relay holds more frames of an earlier attempt than this one made
         if short and end.outcome == "completed":
             end = End.failed(ErrorCode.ENGINE_FAILED, "the engine is not reproducible: it made less than before")
@@ -187,18 +202,21 @@ class Attempt:
         self.ended = True
         if short:
             self._end_at(self.from_seq, end)
-            return
-        try:
-            self._append(self._last_frame(end))
-        except EncodeError as fault:
-            # Only details that an engine made up can be that large.
-            self._append(self._last_frame(End.failed(ErrorCode.ENGINE_FAILED, f"{end.message[:500]} ({fault})")))
+        else:
+            self._append_last(end)
+        return end
 
     def _end_at(self, seq: int, end: End) -> None:
         """Let the last frame be number `seq`, and the only one."""
-        self._end, self._base, self.next_seq = end, seq, seq
+        self._end, self._base, self.next_seq, self._bytes = end, seq, seq, 0
         self._frames.clear()
-        self._append(self._last_frame(end))
+        self._append_last(end)
+
+    def _append_last(self, end: End) -> None:
+        try:
+            self._append(self._last_frame(end))
+        except ValueError as refusal:  # EncodeError and FieldError
+            self._append(self._last_frame(end.without_details(refusal)))
 
     def _last_frame(self, end: End) -> Frame:
         if end.outcome == "completed":
@@ -241,7 +259,7 @@ class Attempt:
         self.next_seq += 1
         self._frames.append(data)
         self._bytes += len(data)
-        if self._bytes > self._max_bytes and not self.ended and not self._overflown:
-            self._overflown = True
-            self._on_overflow()
+        if self._bytes > self._max_bytes and not self.ended and self._fault is None:
+            words = f"its result is over {self._max_bytes} bytes; ask for less, or raise the relay's max_result_bytes"
+            self._fail(End.failed(ErrorCode.RESULT_TOO_LARGE, words))
         self._on_frames(self)

@@ -15,10 +15,12 @@ from gpuworker.config import ConfigError, WorkerConfig, add_run_options, read_co
 from gpuworker.doctor import add_doctor_options, run_doctor
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine
 from gpuworker.identity import Identity, WorkerError
+from gpuworker.loglines import LineFormatter
 from gpuworker.runner import ProcessSlot, Slot
 from gpuworker.thread_slot import ThreadSlot
 from gpuworker.worker import Worker
 from protocol.fields import Value
+from protocol.terminal import printable
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
@@ -60,12 +62,14 @@ def _parser() -> argparse.ArgumentParser:
 def run_worker(given: argparse.Namespace) -> int:
     """Register with a relay and run its requests. SIGTERM or Ctrl-C finishes what runs first, a second one does not."""
     config = read_config(given)
-    logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("gpuworker").setLevel(logging.INFO)
     try:
         return trio.run(_serve, config)
     except WorkerError as fault:
-        print(f"gpuworker: {fault.code}: {fault}", file=sys.stderr)
+        print(printable(f"gpuworker: {fault.code}: {fault}"), file=sys.stderr)
         return FAILED
 
 

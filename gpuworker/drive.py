@@ -17,6 +17,8 @@ from gpuworker.engines.base import (
     FormatChunk,
     OutputChunk,
     ProgressChunk,
+    error_text,
+    wire_text,
 )
 from protocol import codec
 from protocol.errors import EncodeError, ErrorCode
@@ -25,6 +27,8 @@ from protocol.messages import MAX_TEXT_CHARS, PROGRESS_STATES
 
 #: `details` go on the wire in a control message, with the message beside them.
 MAX_DETAILS = 32
+#: The longest envelope there is: what the wire takes in it, it takes in any. Its id is 32 digits long.
+_ENVELOPE: dict[str, Value] = {"request_id": "f" * 32, "attempt": 1_000_000, "seq": 2**31}
 
 
 @attrs.frozen(kw_only=True)
@@ -41,21 +45,32 @@ class End:
     @classmethod
     def failed(cls, code: ErrorCode, message: str, *, retryable: bool = False) -> "End":
         """A failure without details."""
-        return cls(outcome="failed", code=code.value, message=message[:MAX_TEXT_CHARS], retryable=retryable)
+        message = wire_text(message)[:MAX_TEXT_CHARS]
+        return cls(outcome="failed", code=code.value, message=message, retryable=retryable)
 
     @classmethod
-    def from_error(cls, fault: Exception) -> "End":
+    def from_error(cls, fault: BaseException) -> "End":
         """The failure that an exception of the engine stands for."""
-        if isinstance(fault, EngineError):
-            return cls(
-                outcome="failed",
-                code=fault.code.value,
-                message=fault.message,
-                details={name[:64]: value for name, value in list(fault.details.items())[:MAX_DETAILS]},
-                retryable=fault.retryable,
-                restart=fault.restart,
-            )
-        return cls.failed(ErrorCode.ENGINE_FAILED, f"{type(fault).__name__}: {fault}")
+        if not isinstance(fault, EngineError):
+            return cls.failed(ErrorCode.ENGINE_FAILED, f"{type(fault).__name__}: {error_text(fault)}")
+        end = cls(
+            outcome="failed",
+            code=str(fault.code)[:64],
+            message=wire_text(str(fault.message))[:MAX_TEXT_CHARS],
+            details={wire_text(str(name))[:64]: value for name, value in list(fault.details.items())[:MAX_DETAILS]},
+            retryable=bool(fault.retryable),
+            restart=bool(fault.restart),
+        )
+        try:
+            codec.pack({"type": "failed", **_ENVELOPE, "message": end.message, "details": end.details})
+        except EncodeError as refusal:
+            return end.without_details(refusal)
+        return end
+
+    def without_details(self, refusal: Exception) -> "End":
+        """This end where the wire refused it; only details that an engine made up can be what it refused."""
+        message = wire_text(f"{self.message[:500]} (its details are left out: {refusal})")[:MAX_TEXT_CHARS]
+        return attrs.evolve(self, message=message, details={})
 
 
 def drive(
@@ -86,7 +101,7 @@ def drive(
         finally:
             if (close := getattr(chunks, "close", None)) is not None:
                 close()
-    except Exception as fault:  # noqa: BLE001 - the one broad catch a request: an engine may raise anything
+    except (Exception, SystemExit) as fault:  # noqa: BLE001 - the one broad catch a request: engines raise anything
         if not isinstance(fault, EngineError):
             traceback.print_exc(file=sys.stderr)
         if cancelled() and not (isinstance(fault, EngineError) and fault.restart):
@@ -136,10 +151,10 @@ def _fit(chunk: Chunk, told: FormatChunk) -> Chunk | None:
     if isinstance(chunk, ProgressChunk):
         fraction = 0.0 if math.isnan(chunk.fraction) else min(1.0, max(0.0, float(chunk.fraction)))
         state = chunk.state if chunk.state in PROGRESS_STATES else "generating"
-        return ProgressChunk(state, fraction, str(chunk.message)[:MAX_TEXT_CHARS])
+        return ProgressChunk(state, fraction, wire_text(str(chunk.message))[:MAX_TEXT_CHARS])
     if isinstance(chunk, OutputChunk):
         try:
-            codec.pack({"type": "output", "data": chunk.data})
+            codec.pack({"type": "output", **_ENVELOPE, "data": chunk.data})
         except EncodeError as fault:
             raise EngineError(f"the wire cannot carry this {type(chunk.data).__name__}: {fault}") from None
     elif not isinstance(chunk, FormatChunk):

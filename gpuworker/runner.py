@@ -11,7 +11,7 @@ import trio
 from gpuworker import pipe
 from gpuworker.child import Child, open_child
 from gpuworker.drive import End
-from gpuworker.engines.base import Capabilities, Chunk, EngineInput, OptionValue
+from gpuworker.engines.base import Capabilities, Chunk, EngineInput, OptionValue, error_text
 from protocol.backoff import Backoff
 from protocol.errors import ErrorCode
 from protocol.fields import Value
@@ -39,15 +39,32 @@ class Run:
     """A job in a slot, from its start to its end."""
 
     def __init__(self, emit: Callable[[Chunk], None]) -> None:
-        self.emit = emit
+        self._emit = emit
+        self._fault: End | None = None
         self.end: End | None = None
         self.ended = trio.Event()
         self.cancel_asked = trio.Event()
 
+    def emit(self, chunk: Chunk) -> None:
+        """Hand a chunk on. Never raises: what takes it and breaks stops this run, not the slot it came out of."""
+        if self._fault is None:
+            try:
+                self._emit(chunk)
+            except Exception as fault:
+                log.exception("what the engine made cannot be taken")
+                self.fail(fault)
+
+    def fail(self, fault: Exception) -> None:
+        """Stop it; it then ends as failed."""
+        self._fault = End.failed(ErrorCode.ENGINE_FAILED, f"what the engine made cannot be taken: {error_text(fault)}")
+        self.cancel_asked.set()
+
     def finish(self, end: End) -> None:
         """It ended; the first call counts. Whatever ends a run that was asked to stop, it was cancelled."""
         if self.end is None:
-            if end.outcome == "failed" and self.cancel_asked.is_set():
+            if self._fault is not None:
+                end = attrs.evolve(self._fault, restart=end.restart)
+            elif end.outcome == "failed" and self.cancel_asked.is_set():
                 end = End(outcome="cancelled", restart=end.restart)
             self.end = end
             self.ended.set()
@@ -226,7 +243,12 @@ class ProcessSlot(Slot):
 
     def _take(self, said: dict[str, Any]) -> None:
         run = self._run
-        chunk = pipe.said_chunk(said)
+        try:
+            chunk = pipe.said_chunk(said)
+        except ValueError as fault:  # a format that is none
+            if run is not None:
+                run.fail(fault)
+            return
         if chunk is not None:
             if run is not None:
                 run.emit(chunk)

@@ -20,7 +20,7 @@ import attrs
 
 from gpuworker import pipe
 from gpuworker.drive import drive
-from gpuworker.engines.base import Chunk, Engine, EngineError, EngineInput, OptionError
+from gpuworker.engines.base import Chunk, Engine, EngineError, EngineInput, OptionError, error_text
 from gpuworker.engines.catalog import EngineNotFound, find_engine
 
 _PR_SET_PDEATHSIG = 1
@@ -102,10 +102,10 @@ class SlotProcess:
             engine.load()
             self._say({"is": "ready", "capabilities": pipe.capabilities_said(engine.capabilities)})
         except (EngineError, OptionError, EngineNotFound) as fault:
-            self._say({"is": "load_failed", "message": str(fault)})
+            self._say({"is": "load_failed", "message": error_text(fault)})
         except Exception as fault:  # noqa: BLE001 - a model's loader may raise anything; the worker tells its owner
             traceback.print_exc()
-            self._say({"is": "load_failed", "message": f"{type(fault).__name__}: {fault}"})
+            self._say({"is": "load_failed", "message": f"{type(fault).__name__}: {error_text(fault)}"})
         else:
             return engine
         return None

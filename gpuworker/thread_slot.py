@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from gpuworker.drive import End, drive
-from gpuworker.engines.base import Capabilities, Chunk, Engine, EngineError, OptionError
+from gpuworker.engines.base import Capabilities, Chunk, Engine, EngineError, OptionError, error_text
 from gpuworker.runner import CANCEL_GRACE_S, RESTART_FIRST_S, RESTART_LONGEST_S, Job, Run, Slot
 from protocol.backoff import Backoff
 
@@ -82,10 +82,10 @@ class ThreadSlot(Slot):
                 engine.load()
                 capabilities = engine.capabilities
             except (EngineError, OptionError) as fault:
-                tell(self._load_failed, str(fault))
+                tell(self._load_failed, error_text(fault))
             except Exception as fault:
                 log.exception("%s: the engine cannot be loaded", self.name)
-                tell(self._load_failed, f"{type(fault).__name__}: {fault}")
+                tell(self._load_failed, f"{type(fault).__name__}: {error_text(fault)}")
             else:
                 tell(self._loaded, capabilities)
                 while (order := orders.get()) is not None:

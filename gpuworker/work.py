@@ -8,7 +8,7 @@ import trio
 
 from gpuworker.attempt import Attempt
 from gpuworker.drive import End
-from gpuworker.engines.base import Capabilities
+from gpuworker.engines.base import Capabilities, error_text
 from gpuworker.runner import Job, Slot
 from protocol.errors import ErrorCode
 from protocol.messages import MAX_TEXT_CHARS, Ack, Assign, Input, Running
@@ -87,17 +87,11 @@ class Work:
                 log.warning("request %s: attempt %d came again", assign.request_id[:8], assign.attempt)
                 return
             self.drop(held, "superseded by a new attempt")
-
-        def overflow() -> None:
-            if attempt.stop_engine is not None:
-                attempt.stop_engine()
-
         attempt = Attempt(
             assign,
             reproducible=capabilities.reproducible,
             max_bytes=max_bytes,
             on_frames=lambda attempt: self.on_frames(attempt),
-            on_overflow=overflow,
         )
         self.attempts[attempt.request_id] = attempt
         self.changed()
@@ -108,17 +102,8 @@ class Work:
             attempt.number,
             assign.space,
         )
-        if faults := check_params(capabilities.params, assign.params):
-            words = "; ".join(f"{name or 'params'} {fault}" for name, fault in faults.items())
-            self._finish(
-                attempt,
-                End(
-                    outcome="failed",
-                    code=ErrorCode.INVALID_PARAMS.value,
-                    message=words[:MAX_TEXT_CHARS],
-                    details=dict(faults),
-                ),
-            )
+        if fault := _params_fault(capabilities, assign):
+            self._finish(attempt, fault)
             return
         attempt.uploads.refuse_by(capabilities.inputs)
         self._nursery.start_soon(self._run, attempt)
@@ -160,8 +145,12 @@ class Work:
     async def _run(self, attempt: Attempt) -> None:
         end = End(outcome="cancelled")
         with attempt.scope:
-            await attempt.uploads.settled.wait()
-            end = attempt.uploads.fault or await self._run_in_slot(attempt)
+            try:
+                await attempt.uploads.settled.wait()
+                end = attempt.uploads.fault or await self._run_in_slot(attempt)
+            except Exception as fault:  # the one broad catch a request: the worker and the other slots go on
+                log.exception("request %s: attempt %d broke", attempt.request_id[:8], attempt.number)
+                end = End.failed(ErrorCode.INTERNAL, f"the worker broke: {error_text(fault)}", retryable=True)
         self._finish(attempt, end)
 
     async def _run_in_slot(self, attempt: Attempt) -> End:
@@ -177,7 +166,10 @@ class Work:
         async with trio.open_nursery() as nursery:
             if limit_s > 0:
                 nursery.start_soon(self._stop_overdue, attempt, limit_s + RUN_TIMEOUT_MARGIN_S)
-            end = await slot.run(job, attempt.take)
+            try:
+                end = await slot.run(job, attempt.take)
+            finally:  # at once: whatever awaits between here and the end may see the next attempt in the slot
+                attempt.stop_engine = None
             nursery.cancel_scope.cancel()
         return end
 
@@ -198,7 +190,7 @@ class Work:
     def _finish(self, attempt: Attempt, end: End) -> None:
         if attempt.dropped:
             return
-        attempt.finish(end)
+        end = attempt.finish(end)
         setattr(self.tally, attempt.outcome, getattr(self.tally, attempt.outcome) + 1)
         log.log(
             logging.WARNING if attempt.outcome == "failed" else logging.INFO,
@@ -207,6 +199,25 @@ class Work:
             _in_words(attempt, end),
         )
         self.changed()
+
+
+def _params_fault(capabilities: Capabilities, assign: Assign) -> End | None:
+    """How an attempt fails whose params break the engine's schema, or whose schema breaks the check."""
+    try:
+        faults = check_params(capabilities.params, assign.params)
+    except Exception as fault:  # a schema is the engine's: a pattern that is no regex, a `$ref` to nowhere
+        log.exception("request %s: its params cannot be checked", assign.request_id[:8])
+        words = f"the params cannot be checked against the engine's schema: {type(fault).__name__}: {error_text(fault)}"
+        return End.failed(ErrorCode.ENGINE_FAILED, words)
+    if not faults:
+        return None
+    words = "; ".join(f"{name or 'params'} {fault}" for name, fault in faults.items())
+    return End(
+        outcome="failed",
+        code=ErrorCode.INVALID_PARAMS.value,
+        message=words[:MAX_TEXT_CHARS],
+        details=dict(faults),
+    )
 
 
 def _in_words(attempt: Attempt, end: End) -> str:

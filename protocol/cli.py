@@ -2,11 +2,9 @@
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -16,12 +14,9 @@ from protocol import commands
 from protocol.address import read_token
 from protocol.background import open_background
 from protocol.errors import ConnectError, LinkError, LoginRefused, ProtocolError, RequestError
+from protocol.exits import CANNOT_CONNECT, DONE, FAILED, INTERRUPTED, PIPE_CLOSED, USAGE, quiet_stdout
 from protocol.messages import RETRY_POLICIES
 from protocol.terminal import Progress
-
-DONE, FAILED, MISUSED, NO_CONNECTION, INTERRUPTED = 0, 1, 2, 3, 130
-#: What a shell reports of a program that SIGPIPE ended; `relay say -o - | head` ends so.
-PIPE_CLOSED = 128 + signal.SIGPIPE
 
 Command = Callable[[argparse.Namespace, Progress], Awaitable[None]]
 
@@ -148,10 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return trio.run(_run, args, progress)
     except LoginRefused as fault:
         progress.error(f"the relay refused the login: {fault} ({fault.code})")
-        return NO_CONNECTION
+        return CANNOT_CONNECT
     except ConnectError as fault:
         progress.error(str(fault))
-        return NO_CONNECTION
+        return CANNOT_CONNECT
     except RequestError as fault:
         progress.error(f"{fault.message or 'ended'} ({fault.code})")
         for field, what in fault.details.items():
@@ -161,14 +156,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress.error(str(fault))
         return FAILED
     except BrokenPipeError:
-        _drop_stdout()
+        quiet_stdout()
         return PIPE_CLOSED
     except OSError as fault:
         progress.error(f"{fault.filename}: {fault.strerror}" if fault.filename else str(fault.strerror or fault))
-        return FAILED if fault.filename is None else MISUSED
+        return FAILED if fault.filename is None else USAGE
     except ValueError as fault:
         progress.error(str(fault))
-        return MISUSED
+        return USAGE
     except KeyboardInterrupt:  # a second one, while the first was being obeyed
         return INTERRUPTED
     except BaseExceptionGroup as group:  # the same, where it hit one of the link's tasks
@@ -204,12 +199,6 @@ async def _run(args: argparse.Namespace, progress: Progress) -> int:
             return DONE
     progress.note("interrupted")
     return 128 + caught[0] if caught else INTERRUPTED
-
-
-def _drop_stdout() -> None:
-    # What is still buffered would raise again, with a traceback, when the interpreter flushes at its end.
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from protocol.messages import (
     Done,
     Error,
     Hello,
+    Leave,
     Message,
     Ping,
     Pong,
@@ -136,7 +137,7 @@ class Relay:
             run_timeout_s: how long it may run; None takes the space's.
             detach: the request goes on when its client is gone.
             retry: when its worker is lost, try elsewhere `never`, `before_output` (while nothing was streamed) or
-                `always`; see `protocol.stream.Restarted` for the last.
+                `always`; see `protocol.stream.Restarted` for what that does to frames that were given out.
             request_id: 32 lower-case hex digits, to submit what may have been submitted before; None makes one.
 
         Raises:
@@ -165,7 +166,9 @@ class Relay:
             await stream.wait_accepted()
             yield stream
         finally:
-            if not detach and not stream.ended:
+            if detach:
+                self._let_go(stream)
+            elif not stream.ended:
                 await self._leave(stream)
             self._close(stream)
 
@@ -185,6 +188,7 @@ class Relay:
             self._open(stream)
             yield stream
         finally:
+            self._let_go(stream)
             self._close(stream)
 
     async def cancel(self, request_id: str, reason: str = "") -> StatusReply:
@@ -260,6 +264,11 @@ class Relay:
     def _close(self, stream: Stream) -> None:
         if self._streams.get(stream.request_id) is stream:
             del self._streams[stream.request_id]
+
+    def _let_go(self, stream: Stream) -> None:
+        """Have the relay send nothing more of it to this connection, and not count it as a holder."""
+        if not stream.ended and self._streams.get(stream.request_id) is stream:
+            self._send_if_up(Leave(request_id=stream.request_id))
 
     async def _leave(self, stream: Stream) -> None:
         stream.fail(partial(LinkClosed, "the stream's block was left"))

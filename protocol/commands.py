@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import json
 import sys
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -17,7 +16,7 @@ from protocol.fields import Part, Value
 from protocol.messages import Audio, AudioFormat, Output, Queued, Snapshot, Started, Welcome
 from protocol.messages import Progress as ProgressFrame
 from protocol.stream import Event, Restarted, Stream
-from protocol.terminal import Progress, table
+from protocol.terminal import Progress, printable, printable_json, printable_lines, table
 
 
 def _open(args: argparse.Namespace, progress: Progress) -> AbstractAsyncContextManager[Relay]:
@@ -108,7 +107,8 @@ async def cancel(args: argparse.Namespace, progress: Progress) -> None:
 
 def _print_status(args: argparse.Namespace, row: dict[str, Value]) -> None:
     del row["type"]
-    print(_json(row) if args.json else "\n".join(f"{name}: {value}" for name, value in row.items()), flush=True)
+    lines = "\n".join(printable(f"{name}: {value}") for name, value in row.items())
+    print(_json(row) if args.json else lines, flush=True)
 
 
 async def spaces(args: argparse.Namespace, progress: Progress) -> None:
@@ -133,10 +133,10 @@ async def watch(args: argparse.Namespace, progress: Progress) -> None:
             word = "is" if isinstance(change, Snapshot) else "now"
             for topic, rows in change.data.items():
                 for row in rows:
-                    print(topic, word, " ".join(f"{key}={value}" for key, value in row.items()))
+                    print(printable(f"{topic} {word} " + " ".join(f"{key}={value}" for key, value in row.items())))
             for topic, gone in getattr(change, "gone", {}).items():
                 for name in gone:
-                    print(topic, "gone", name)
+                    print(printable(f"{topic} gone {name}"))
             sys.stdout.flush()
 
 
@@ -211,7 +211,7 @@ class Sink:
                 self.line(event.data)
         elif isinstance(event, Restarted):
             words = "the file begins anew" if not self._pipe else "what was written is followed by all of it again"
-            self._progress.note(f"the worker was lost and another starts over; {words}")
+            self._progress.note(f"the request starts over; {words}")
 
     def _begin(self, audio_format: AudioFormat) -> None:
         if self._writer is None:
@@ -239,8 +239,12 @@ class Sink:
         await trio.to_thread.run_sync(self._writer.write_binary, data, abandon_on_cancel=self._pipe)
 
     def line(self, value: Any) -> None:
-        """A line on stdout: text as it is, all else as JSON."""
-        print(value if isinstance(value, str) and not self._json else _json(value), flush=True)
+        """A line on stdout: text as it is, but harmless where it goes to a terminal; all else as JSON."""
+        if not isinstance(value, str) or self._json:
+            value = _json(value)
+        elif sys.stdout.isatty():
+            value = printable_lines(value)
+        print(value, flush=True)
 
     def close(self) -> None:
         """Leave a whole file behind, or none."""
@@ -260,7 +264,7 @@ def _told(event: Event) -> dict[str, Value]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=_base64)
+    return printable_json(value, _base64)
 
 
 def _base64(value: Any) -> dict[str, str]:

@@ -28,7 +28,7 @@ MAX_BRANCHES = 8
 #: Keywords, subschemas, choices and names in a schema, all together. 2 ms to walk; espeak's, with 140 voices, has 180.
 MAX_PARTS = 2_048
 #: Of one check; a step is a keyword looked at for a value. 3 ms; an array of 1,024 numbers with a range takes 6,200.
-MAX_STEPS = 10_000
+MAX_STEPS = 8_000
 #: A value met by a schema.
 VISIT_STEPS = 3
 
@@ -240,7 +240,7 @@ class _Check:
 
     def _map(self, schema: dict[str, Value], value: dict[str, Value], path: _Path) -> _Found:
         properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-        self._spend(len(value))
+        self._spend(2 + 2 * len(value))
         if names := schema.get("required"):
             self._spend(len(names))
             for name in names:
@@ -275,7 +275,8 @@ class _Check:
                 if keyword == "anyOf":
                     return
             else:
-                whys.append(" ".join([*(str(part)[:MAX_FIELD_CHARS] for part in fault[0][len(path) :]), fault[1]]))
+                below = ".".join(str(part)[:MAX_FIELD_CHARS] for part in fault[0][len(path) :])
+                whys.append(f"{below} {fault[1]}" if below else fault[1])
         if not fits:
             yield path, _cut(" or ".join(dict.fromkeys(whys)), MAX_WORDS_CHARS)
         elif fits > 1:

@@ -40,8 +40,10 @@ from protocol.messages import (
 class Restarted:
     """A new attempt begins below frames that were given out already: those from `seq` on are void, and come anew.
 
-    Only a request with `retry="always"` on an engine that is not reproducible does this, and then from seq 0. It
-    stands among the `events()` of a stream and is no message of the wire.
+    It comes when the attempt was lost with its frames and the request may be tried again (`retry`): with "always" on
+    an engine that is not reproducible, whatever was given out; with "before_output" after no more than `started` and
+    `progress`; and with either after relay and worker were both started anew, since then nobody holds the frames that
+    were. It stands among the `events()` of a stream and is no message of the wire.
     """
 
     request_id: str

@@ -1,9 +1,11 @@
 """What a person sees in a terminal: how a request gets on, tables, and text of others made harmless."""
 
+import json
 import shutil
 import time
+import unicodedata
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 from protocol.messages import Queued
 
@@ -18,7 +20,23 @@ def printable(text: str) -> str:
 
     What a peer chose (a message, a name, a description) must neither steer the terminal nor fake a line of its own.
     """
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(c if _is_harmless(c) else ascii(c)[1:-1] for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """As `printable`, for text that may have lines: newlines stay."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def printable_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """`value` as one line of JSON in which nothing steers a terminal: json.dumps leaves 0x7f to 0x9f as they are."""
+    text = json.dumps(value, ensure_ascii=False, default=default)
+    return text if text.isprintable() else "".join(c if _is_harmless(c) else json.dumps(c)[1:-1] for c in text)
+
+
+def _is_harmless(char: str) -> bool:
+    # Spaces of other scripts, such as the ideographic one, are not printable to Python.
+    return char.isprintable() or unicodedata.category(char) == "Zs"
 
 
 class Progress:

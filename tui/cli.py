@@ -1,8 +1,6 @@
 """The command `relay-tui`. So far it prints one picture of the relay; the live screen comes with Part 4."""
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
 
@@ -10,10 +8,11 @@ import trio
 
 from protocol.client import open_relay
 from protocol.errors import LinkError
+from protocol.exits import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, quiet_stdout
 from protocol.fields import Value
 from protocol.messages import Snapshot
+from protocol.terminal import printable, printable_json
 
-DONE, FAILED, USAGE, CANNOT_CONNECT, INTERRUPTED = 0, 1, 2, 3, 130
 #: For the relay to tell all it knows.
 ANSWER_S = 10.0
 
@@ -28,15 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     try:
         picture = trio.run(take_picture, args.url, args.readonly)
-        print(json.dumps(picture, ensure_ascii=False) if args.json else describe(picture), flush=True)
+        print(printable_json(picture) if args.json else describe(picture), flush=True)
     except ValueError as fault:
-        print(f"relay-tui: {fault}", file=sys.stderr)
+        print(f"relay-tui: {printable(str(fault))}", file=sys.stderr)
         return USAGE
     except (LinkError, trio.TooSlowError) as fault:
-        print(f"relay-tui: cannot connect: {str(fault) or 'the relay did not answer'}", file=sys.stderr)
+        why = printable(str(fault)) or "the relay did not answer"
+        print(f"relay-tui: cannot connect: {why}", file=sys.stderr)
         return CANNOT_CONNECT
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        quiet_stdout()
     except KeyboardInterrupt:
         return INTERRUPTED
     return DONE
@@ -78,7 +78,7 @@ def describe(picture: Picture) -> str:
     for row in picture.get("requests", []):
         audio = "" if row["audio_s"] is None else f", {row['audio_s']:.1f} s of audio"
         lines.append(f"request {row['request_id']}: {row['state']} in {row['space']}, {row['age_s']:.1f} s{audio}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _parser() -> argparse.ArgumentParser:

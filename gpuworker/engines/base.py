@@ -44,7 +44,11 @@ class ProgressChunk:
 
 @attrs.frozen
 class OutputChunk:
-    """A value that is not speech: anything msgpack has a word for, up to 64 KiB, or binary up to 1 MiB - 1 KiB."""
+    """A value that is not speech: anything msgpack has a word for.
+
+    The bound is the whole message's, so keep 1 KiB for what is around the value: 64 KiB - 1 KiB for maps and arrays,
+    1 MiB - 1 KiB for binary and strings. A larger one fails its request.
+    """
 
     data: Value
 
@@ -125,6 +129,20 @@ class Missing:
 # -- errors ------------------------------------------------------------------------------------------------------
 
 
+def wire_text(text: str) -> str:
+    """`text` with "?" for each lone surrogate, as a file name that is not UTF-8 holds: UTF-8 has no bytes for one."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def error_text(fault: BaseException) -> str:
+    """What an exception says of itself, as the wire takes it; never raises."""
+    try:
+        words = str(fault)
+    except Exception:  # noqa: BLE001 - an engine's own exception may have any __str__
+        words = "(it cannot be put in words)"
+    return wire_text(words)
+
+
 class EngineError(Exception):
     """A run, or a load, that failed for a reason the engine can name; told to the client as `failed`.
 
@@ -145,6 +163,7 @@ class EngineError(Exception):
         retryable: bool = False,
         restart: bool = False,
     ) -> None:
+        message = wire_text(message)
         super().__init__(message)
         self.message = message[:MAX_WORDS_CHARS]
         self.code = code

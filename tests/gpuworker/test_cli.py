@@ -21,7 +21,7 @@ from gpuworker.config import ConfigError, WorkerConfig, add_run_options, read_co
 from gpuworker.engines.base import Missing
 from gpuworker.engines.espeak import EspeakEngine
 from protocol.errors import ErrorCode
-from protocol.messages import Completed, Draining, Register, Rejected
+from protocol.messages import Cancel, Completed, Drain, Draining, Register, Rejected
 from tests.gpuworker.worker_side import Desk, assign, script
 from tests.protocol.fake_relay import RelayThread, refuse
 
@@ -172,6 +172,22 @@ def worker(url: str, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
         process.kill()
 
 
+def until_said(process: "subprocess.Popen[str]", words: str) -> None:
+    """Read its stderr up to a line with `words`; a process that never says them is killed."""
+    assert process.stderr is not None
+    watchdog = threading.Timer(PATIENCE_S, process.kill)
+    watchdog.start()
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if words in line:
+                return
+    finally:
+        watchdog.cancel()
+    raise AssertionError(f"it never said {words!r}; it said:\n{''.join(said)}")
+
+
 MOCK = ("--engine", "mock", "-o", "speed=4")
 
 
@@ -216,7 +232,7 @@ def test_a_second_interrupt_stops_at_once_and_no_process_is_left(tmp_path: Path)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 1
         process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
+        until_said(process, "draining (SIGINT")
         assert process.poll() is None
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -225,16 +241,40 @@ def test_a_second_interrupt_stops_at_once_and_no_process_is_left(tmp_path: Path)
         assert not Path(f"/proc/{children[0]}").exists()
 
 
+def test_nothing_that_a_client_chose_reaches_the_terminal_raw(tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07\n12:00:00 I fake"
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(params={"text": "x", "duration_s": 3_000}))
+        await desk.hear()
+        desk.send(Cancel(request_id=assign().request_id, reason=evil))
+        await desk.frames()
+        desk.send(assign(attempt=2, params={"text": 1, evil: 1}))
+        await desk.frames()
+        desk.send(Rejected.because(ErrorCode.SPACE_FULL, evil))
+        desk.send(Drain())
+        async for _ in desk.connection.link:
+            pass
+
+    with RelayThread(tmp_path, script(relay)) as url, worker(url, *MOCK) as process:
+        _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0
+    assert all(line.isprintable() for line in told.split("\n"))
+    assert not [line for line in told.split("\n") if line.startswith("12:00:00 I fake")]
+    assert told.count(r"\x1b]0;owned\x07\n12:00:00 I fake") >= 3
+
+
 def test_a_refusal_exits_1_with_the_relays_words(tmp_path: Path) -> None:
     async def relay(desk: Desk) -> None:
         await desk.expect(Register)
-        desk.send(Rejected.because(ErrorCode.SPACE_NOT_FOUND, "there is no space 'tts'; make it"))
+        desk.send(Rejected.because(ErrorCode.SPACE_NOT_FOUND, "there is no space 'tts'; make it\x1b[2J"))
         await trio.sleep_forever()
 
     with RelayThread(tmp_path, script(relay)) as url, worker(url, *MOCK) as process:
         _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
-    assert "gpuworker: space_not_found: there is no space 'tts'; make it" in told
+    assert r"gpuworker: space_not_found: there is no space 'tts'; make it\x1b[2J" in told
 
 
 def test_an_engine_that_cannot_be_loaded_exits_1_with_its_words(tmp_path: Path) -> None:

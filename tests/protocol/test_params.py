@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.params import MAX_FAULTS, check_params, check_schema
+from protocol.params import KEYWORDS, MAX_DEPTH, MAX_FAULTS, check_params, check_schema
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -57,26 +58,163 @@ def test_the_number_of_faults_and_their_length_are_bounded() -> None:
     assert len(told["a"]) <= 300
 
 
+FULL: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "All of it",
+    "type": "object",
+    "properties": {
+        "word": {"type": ["string", "null"], "minLength": 1, "maxLength": 9, "format": "word", "examples": ["a", "b"]},
+        "share": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "multipleOf": 0.1, "default": 0.5},
+        "even": {"type": "integer", "minimum": -4, "maximum": 4, "multipleOf": 2, "description": "even"},
+        "on": {"const": True},
+        "pick": {"enum": [1, "one", None, 2.5, False]},
+        "list": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 3},
+        "map": {"type": "object", "minProperties": 1, "maxProperties": 2, "additionalProperties": {"type": "boolean"}},
+        "either": {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 0}]},
+        "one": {"oneOf": [{"type": "integer"}, {"type": "number", "minimum": 10}]},
+        "all": {"allOf": [{"type": "integer"}, {"minimum": 3}, True]},
+        "never": False,
+        "old": {"deprecated": True, "$comment": "gone soon"},
+    },
+    "required": ["word"],
+    "additionalProperties": False,
+}
+
+
+def test_every_keyword_of_the_list_is_taken() -> None:
+    check_schema(FULL)
+    used = {word for word in KEYWORDS if f"'{word}'" in str(FULL)}
+    assert used == set(KEYWORDS)
+
+
 @pytest.mark.parametrize(
-    "schema",
+    ("schema", "words"),
     [
-        {"type": "text"},
-        {"properties": []},
-        {"minimum": "1"},
-        {"$ref": "https://example.org/schema.json"},
-        {"properties": {"a": {"$ref": "file:///etc/passwd"}}},
-        {"allOf": [{"$ref": "other.json#/a"}]},
+        ([], "params must be a map, not array"),
+        ({"type": "text"}, "params.type must be one of string, "),
+        ({"type": []}, "params.type must be one of string, "),
+        ({"properties": []}, "params.properties must be a map, not array"),
+        ({"properties": {"a": 1}}, "params.properties.a must be a schema"),
+        ({"properties": {"a": {"minimum": "1"}}}, "params.properties.a.minimum must be a number"),
+        ({"minimum": float("nan")}, "params.minimum "),
+        ({"multipleOf": 0}, "params.multipleOf "),
+        ({"minLength": -1}, "params.minLength "),
+        ({"enum": []}, "params.enum "),
+        ({"enum": [{}]}, "params.enum "),
+        ({"const": []}, "params.const "),
+        ({"required": [1]}, "params.required "),
+        ({"anyOf": []}, "params.anyOf must be an array of 1 to 8 schemas"),
+        ({"anyOf": [{}] * 9}, "params.anyOf must be an array of 1 to 8 schemas"),
+        ({"$ref": "#"}, "params.$ref is a keyword that a relay does not take; write out"),
+        ({"$ref": "#/$defs/nowhere"}, "params.$ref is"),
+        ({"$ref": "https://example.org/schema.json"}, "params.$ref is"),
+        ({"properties": {"a": {"$ref": "file:///etc/passwd"}}}, "params.properties.a.$ref is"),
+        ({"items": {"allOf": [{"$dynamicRef": "#x"}]}}, "params.items.allOf.0.$dynamicRef is"),
+        ({"$defs": {"word": {"type": "string"}}}, "params.$defs is"),
+        ({"properties": {"a": {"pattern": "^(a+)+$"}}}, "params.properties.a.pattern is a keyword that a relay does"),
+        ({"patternProperties": {".": {}}}, "params.patternProperties is"),
+        ({"additionalProperties": {"uniqueItems": True}}, "params.additionalProperties.uniqueItems is"),
+        ({"not": {}}, "params.not is"),
+        ({"if": {}}, "params.if is"),
+        ({1: 2}, "params.1 is"),
     ],
 )
-def test_a_schema_that_is_none_or_points_outside_is_refused(schema: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="params"):
+def test_a_schema_that_is_none_or_uses_another_keyword_is_refused_by_name(schema: Any, words: str) -> None:
+    with pytest.raises(ValueError) as caught:
         check_schema(schema)
+    assert str(caught.value).startswith(words)
 
 
-def test_a_schema_may_point_into_itself() -> None:
-    schema = {"$defs": {"word": {"type": "string"}}, "properties": {"text": {"$ref": "#/$defs/word"}}}
+def nested(depth: int) -> dict[str, Any]:
+    return {"items": nested(depth - 1)} if depth > 1 else {}
+
+
+def test_the_depth_and_the_size_of_a_schema_are_bounded() -> None:
+    check_schema(nested(MAX_DEPTH))
+    with pytest.raises(ValueError, match="stands too deep"):
+        check_schema(nested(MAX_DEPTH + 1))
+    with pytest.raises(ValueError, match="stands too deep"):
+        check_schema(nested(400))
+    choices = {"enum": list(range(1_000))}
+    check_schema({"properties": {"a": choices, "b": choices}})
+    with pytest.raises(ValueError, match="too large"):
+        check_schema({"properties": {name: choices for name in "abc"}})
+    with pytest.raises(ValueError, match="too large"):
+        check_schema({"properties": {f"{n}": {"properties": {f"{n}": {} for n in range(60)}} for n in range(60)}})
+
+
+NUMBERS = {"items": {"type": "number", "minimum": 0, "maximum": 1}}
+NAMES = [f"{number:060}" for number in range(1_000)]
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"items": NUMBERS}, [[0.5] * 1_000] * 60),
+        ({"items": {"items": {"type": "number"}}}, [[0.5] * 1_000] * 60),
+        ({"items": {"enum": NAMES}}, NAMES),
+        ({"items": {"enum": list(range(1_000))}}, [999] * 1_000),
+        ({"items": {"allOf": [{"allOf": [{"multipleOf": 0.1}] * 8}] * 8}}, [0.3] * 1_000),
+        ({"items": {"required": NAMES}}, [dict.fromkeys(NAMES)] * 1_000),
+        ({"items": {"items": {"anyOf": [False, {}]}}}, [[0] * 1_000] * 60),
+    ],
+)
+def test_a_check_that_would_hold_the_relay_up_is_given_up(schema: dict[str, Any], value: Any) -> None:
+    schema = {"properties": {"a": schema}}
     check_schema(schema)
-    assert check_params(schema, {"text": 1}) == {"text": "must be a string, not int"}
+    assert list(check_params(schema, {"a": value})) == [""]
+    assert "could not be checked: it takes more than" in check_params(schema, {"a": value})[""]
+
+
+def test_an_array_of_1024_numbers_with_a_range_is_well_within_the_budget() -> None:
+    schema = {"properties": {"a": NUMBERS}}
+    assert check_params(schema, {"a": [0.5] * 1_024}) == {}
+    assert check_params(schema, {"a": [0.5] * 1_023 + [2]}) == {"a.1023": "must be at most 1"}
+
+
+@pytest.mark.parametrize("schema", [{"minimum": "x", "properties": 5}, {"type": 5}, {"properties": {"a": {"enum": 1}}}])
+def test_nothing_is_raised_even_by_a_schema_that_was_never_checked(schema: dict[str, Any]) -> None:
+    assert check_params(schema, {"a": 1})[""].startswith("could not be checked: ")
+
+
+def test_values_that_contain_themselves_or_are_of_no_wire_type_raise_nothing() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    schema = {"properties": {"a": nested(7), "b": {"type": "integer", "multipleOf": 0.1}}}
+    assert check_params(schema, {"a": loop, "b": 10**400})[""].startswith("could not be checked: OverflowError")
+    assert check_params(schema, {"a": loop, "b": object()}) == {"b": "must be an integer, not object"}
+    assert check_params({"properties": {"b": {"minimum": 0}}}, {"b": float("nan")}) == {"b": "must be at least 0"}
+
+
+@pytest.mark.parametrize(
+    ("params", "faults"),
+    [
+        ({"share": 0.3, "even": -2.0, "on": True, "pick": False, "either": 5, "one": 3, "all": 3}, {}),
+        ({"share": 0.35}, {"share": "must be a multiple of 0.1"}),
+        ({"share": 1}, {"share": "must be less than 1"}),
+        ({"share": 0}, {"share": "must be more than 0"}),
+        ({"on": 1}, {"on": "must be True"}),
+        ({"pick": 0}, {"pick": "must be one of 1, one, None, 2.5, False"}),
+        ({"pick": True}, {"pick": "must be one of 1, one, None, 2.5, False"}),
+        ({"list": []}, {"list": "must have at least 1 items"}),
+        ({"list": [1, "2"]}, {"list.1": "must be an integer, not string"}),
+        ({"map": {}}, {"map": "must have at least 1 entries"}),
+        ({"map": {"x": 1}}, {"map.x": "must be a boolean, not int"}),
+        ({"either": -1}, {"either": "must be a string, not int or must be at least 0"}),
+        ({"one": 10}, {"one": "fits 2 of the alternatives of which it must fit one"}),
+        ({"all": 1}, {"all": "must be at least 3"}),
+        ({"never": None}, {"never": "must not be there"}),
+    ],
+)
+def test_the_words_of_every_keyword(params: dict[str, Any], faults: dict[str, str]) -> None:
+    assert check_params(FULL, {"word": None, **params}) == faults
+
+
+def test_field_names_are_cut_and_choices_not_told_without_end() -> None:
+    told = check_params({"additionalProperties": False}, {"k" * 50_000: 1})
+    assert [len(field) for field in told] == [128]
+    told = check_params({"properties": {"a": {"enum": NAMES}}}, {"a": "x"})
+    assert len(told["a"]) <= 300
 
 
 params = st.dictionaries(
@@ -100,3 +238,59 @@ params = st.dictionaries(
 def test_any_params_give_faults_in_words_and_no_exception(given_params: dict[str, Any]) -> None:
     told = check_params(SCHEMA, given_params)
     assert all(told.values())
+
+
+bounds = st.integers(-3, 3) | st.sampled_from([0.5, -0.5, 2.0])
+counts = st.integers(0, 3)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([0.0, 0.5, 1.0, -2.5]) | st.text("ab", max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=1), inner, max_size=3),
+    max_leaves=8,
+)
+scalars = st.none() | st.booleans() | st.integers(-3, 3) | st.text("ab", max_size=2)
+leaves = st.booleans() | st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.lists(st.sampled_from(["string", "integer", "number", "boolean", "object", "array", "null"]))
+        .filter(bool)
+        .map(lambda names: names[0] if len(names) == 1 else list(dict.fromkeys(names))),
+        "enum": st.lists(scalars, min_size=1, max_size=4),
+        "const": scalars,
+        "minimum": bounds,
+        "maximum": bounds,
+        "exclusiveMinimum": bounds,
+        "exclusiveMaximum": bounds,
+        "multipleOf": st.sampled_from([1, 2, 0.5]),
+        "minLength": counts,
+        "maxLength": counts,
+        "minItems": counts,
+        "maxItems": counts,
+        "minProperties": counts,
+        "maxProperties": counts,
+        "required": st.lists(st.text("ab", max_size=1), unique=True, max_size=2),
+    },
+)
+schemas = st.recursive(
+    leaves,
+    lambda inner: st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(["object", "array"]),
+            "properties": st.dictionaries(st.text("ab", max_size=1), inner, max_size=2),
+            "additionalProperties": inner,
+            "items": inner,
+            **{name: st.lists(inner, min_size=1, max_size=3) for name in ("anyOf", "oneOf", "allOf")},
+        },
+    ),
+    max_leaves=6,
+).filter(lambda schema: isinstance(schema, dict))
+
+
+@given(schemas, st.dictionaries(st.text("ab", max_size=1), values, max_size=3))
+@settings(max_examples=400, deadline=None)
+def test_it_takes_what_a_validator_of_the_whole_of_json_schema_takes(
+    schema: dict[str, Any], given_params: dict[str, Any]
+) -> None:
+    check_schema(schema)
+    told = check_params(schema, given_params)
+    assert (not told) == jsonschema.Draft202012Validator(schema).is_valid(given_params), told

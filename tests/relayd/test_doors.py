@@ -3,7 +3,8 @@
 import socket
 import ssl
 import stat
-from collections.abc import Iterator, MutableMapping
+from collections.abc import AsyncIterator, Iterator, MutableMapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,19 @@ import structlog
 import trio
 
 from protocol.address import parse_address
-from protocol.errors import ConnectError, LinkBroken, LoginRefused
+from protocol.errors import ConnectError, LoginRefused
 from protocol.link import log_in, open_link
 from protocol.messages import (
     PATH,
     PROTOCOL_VERSION,
     SUBPROTOCOL,
     Ack,
-    Assign,
     Attach,
     Audio,
     Cancel,
     Cancelled,
-    Completed,
     Hello,
-    Pong,
     Queued,
-    Registered,
     Rejected,
     Status,
     StatusReply,
@@ -41,10 +38,8 @@ from relayd.store.base import PutToken, StoreInUse, TokenLimits
 from relayd.store.opening import open_offline
 from tests.relayd.harness import (
     Cable,
-    Daemon,
     a_config,
     a_submit,
-    an_id,
     daemon,
     fake_worker,
     peer,
@@ -70,12 +65,16 @@ def faults(logs: Logs) -> Logs:
     return [line for line in logs if line["log_level"] == "error"]
 
 
-async def dial(url: str) -> trio.SocketStream:
+@asynccontextmanager
+async def dial(url: str) -> AsyncIterator[trio.SocketStream]:
     """A bare stream to a door, TLS not spoken."""
     address = parse_address(url)
     if address.kind == "unix":
-        return await trio.open_unix_socket(address.path)
-    return await trio.open_tcp_stream(address.host, address.port)
+        stream = await trio.open_unix_socket(address.path)
+    else:
+        stream = await trio.open_tcp_stream(address.host, address.port)
+    async with stream:
+        yield stream
 
 
 async def rest_of(stream: trio.abc.ReceiveStream) -> bytes:
@@ -132,8 +131,8 @@ async def test_all_goes_over_tls_and_its_door_takes_nothing_in_plain_text(
         with pytest.raises(ConnectError):
             async with peer(url.replace("wss:", "ws:"), "client", text):
                 pytest.fail("entered")
-        silent = await dial(url)
-        assert await rest_of(silent) == b""
+        async with dial(url) as silent:
+            assert await rest_of(silent) == b""
         await until(lambda: not relay.relay.connections)
         await relay.goes_on()
     assert not faults(logs)
@@ -176,9 +175,9 @@ async def test_a_handshake_that_is_not_for_the_relay_is_refused_in_words(
     tmp_path: Path, logs: Logs, head: bytes, status: int, words: bytes
 ) -> None:
     async with daemon(tmp_path, allowed_origins=[HERE]) as relay:
-        stream = await dial(relay.url)
-        await stream.send_all(head)
-        answer = await rest_of(stream)
+        async with dial(relay.url) as stream:
+            await stream.send_all(head)
+            answer = await rest_of(stream)
         assert answer.startswith(f"HTTP/1.1 {status} ".encode())
         assert words in answer.partition(b"\r\n\r\n")[2]
         await relay.goes_on()
@@ -190,14 +189,12 @@ async def test_a_handshake_that_is_not_for_the_relay_is_refused_in_words(
     ("allowed", "origin"), [([], ""), ([HERE], HERE), ([ELSEWHERE, HERE], HERE), (["*"], ELSEWHERE), (["*"], "null")]
 )
 async def test_no_origin_and_those_allowed_are_taken(tmp_path: Path, allowed: list[str], origin: str) -> None:
-    async with daemon(tmp_path, allowed_origins=allowed) as relay:
-        stream = await dial(relay.url)
+    async with daemon(tmp_path, allowed_origins=allowed) as relay, dial(relay.url) as stream:
         await stream.send_all(a_head(PATH + "?x=1", "chat, " + SUBPROTOCOL, Origin=origin))
         with trio.fail_after(5):
             answer = bytes(await stream.receive_some())
         assert answer.startswith(b"HTTP/1.1 101 ")
         assert f"sec-websocket-protocol: {SUBPROTOCOL}\r\n".encode() in answer.lower()
-        await stream.aclose()
 
 
 NO_HANDSHAKES = {
@@ -223,13 +220,12 @@ async def test_what_is_no_handshake_is_cut_off_and_is_no_fault_of_the_relays(
 ) -> None:
     monkeypatch.setattr("relayd.wire.HANDSHAKE_S", 0.2)
     async with daemon(tmp_path, listen="127.0.0.1:0", limits={"hello_timeout_s": 0.2}) as relay:
-        stream = await dial(relay.urls[0])
-        await stream.send_all(NO_HANDSHAKES[what])
-        if hangs_up:  # over all that it was answered: the relay's next send is reset
-            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            await stream.aclose()
-        else:
-            await rest_of(stream)
+        async with dial(relay.urls[0]) as stream:
+            await stream.send_all(NO_HANDSHAKES[what])
+            if hangs_up:  # without a goodbye: what the relay sends is reset
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            else:
+                await rest_of(stream)
         await relay.goes_on()
     assert not faults(logs)
 
@@ -238,11 +234,11 @@ async def test_what_is_no_handshake_is_cut_off_and_is_no_fault_of_the_relays(
 async def test_a_head_that_trickles_is_cut_off_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relayd.wire.HANDSHAKE_S", 0.1)
     async with daemon(tmp_path) as relay:
-        stream = await dial(relay.url)
-        with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
-            for byte in a_head()[:40] * 100:
-                await stream.send_all(bytes([byte]))
-                await trio.sleep(0.01)
+        async with dial(relay.url) as stream:
+            with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
+                for byte in a_head()[:40] * 100:
+                    await stream.send_all(bytes([byte]))
+                    await trio.sleep(0.01)
         await relay.goes_on()
 
 
@@ -305,7 +301,7 @@ async def test_a_door_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        listen = "127.0.0.1:{}".format(other.getsockname()[1])
+        listen = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(ListenError, match=rf"cannot listen on {listen}: Address already in use; choose another"):
             await serve(a_config(tmp_path, listen=listen))
     (tmp_path / "relayd.sock").mkdir()
