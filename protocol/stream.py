@@ -40,10 +40,11 @@ from protocol.messages import (
 class Restarted:
     """A new attempt begins below frames that were given out already: those from `seq` on are void, and come anew.
 
-    It comes when the attempt was lost with its frames and the request may be tried again (`retry`): with "always" on
-    an engine that is not reproducible, whatever was given out; with "before_output" after no more than `started` and
-    `progress`; and with either after relay and worker were both started anew, since then nobody holds the frames that
-    were. It stands among the `events()` of a stream and is no message of the wire.
+    It comes, as a rule with seq 0, when the worker of an engine that is not reproducible was lost and the request is
+    tried again: `retry="always"` voids whatever was given out, "before_output" no more than `started` and `progress`.
+    And it comes when the relay and the worker were both started anew, after which nobody holds the earlier frames; a
+    reproducible engine then makes the same ones again. It stands among the `events()` of a stream and is no message
+    of the wire.
     """
 
     request_id: str

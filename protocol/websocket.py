@@ -11,14 +11,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
-from trio_websocket import ConnectionRejected, WebSocketConnection, WebSocketRequest
+from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection, WebSocketRequest
 from wsproto import ConnectionType, WSConnection
 from wsproto.connection import ConnectionState
 from wsproto.events import BytesMessage, CloseConnection, Event, Pong, TextMessage
 
 from protocol.address import Address
 from protocol.background import open_background
-from protocol.errors import ConnectError
+from protocol.errors import ConnectError, LinkBroken
 from protocol.messages import KIB, MAX_MESSAGE_BYTES, SUBPROTOCOL
 
 #: trio-websocket asks for 4 KiB at a time: 256 turns of the event loop for a full message. 64 KiB makes it 16.
@@ -121,6 +121,8 @@ class Socket(WebSocketConnection):
             await self._reader_task()
         except ConnectionRejected as refusal:
             self.refusal = refusal
+        except ConnectionClosed:
+            pass  # the peer broke HTTP or WebSocket and hung up before it was told
         finally:
             self._open_handshake.set()
 
@@ -259,11 +261,29 @@ async def open_upgrade(stream: trio.abc.Stream) -> AsyncIterator[WebSocketReques
     Use it in place of `trio_websocket.wrap_server_stream`: its reader is shielded, so that a cancellation never
     leaves half a pong on the wire, and the stream is closed at the end of the block, after `reject()` too. Set a
     deadline around entering it: it waits for the request's head.
+
+    Raises:
+        LinkBroken: the peer hung up, or spoke no HTTP, before the handshake was done.
     """
     socket = Socket.over(stream, ConnectionType.SERVER)
+    request: WebSocketRequest | None = None
+    waiting = trio.CancelScope()
+
+    async def read() -> None:
+        try:
+            await socket.read()
+        finally:
+            waiting.cancel()  # no head will come any more
 
     async def hang_up() -> None:
         await socket.hang_up()
 
-    async with open_background(socket.read, hang_up):
-        yield await socket._get_request()
+    async with open_background(read, hang_up):
+        with waiting:
+            request = await socket._get_request()
+        if request is None:
+            raise LinkBroken("no WebSocket handshake came")
+        try:
+            yield request
+        except ConnectionClosed:
+            raise LinkBroken("the peer hung up during the handshake") from None

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Protocol
 
 import attrs
@@ -14,6 +15,7 @@ from protocol.fields import Value
 from protocol.messages import SPACE_PATTERN, Snapshot
 from relayd.auth import Tokens, parse_expires
 from relayd.config import Config, ConfigError, SpaceConfig
+from relayd.operator import parse_limits
 from relayd.rows import Row, token_row
 from relayd.store.base import DeleteSpace, PutSpace, PutToken, SpaceRecord, StoreError, StoreInUse
 from relayd.store.opening import OfflineStore, open_offline
@@ -45,8 +47,10 @@ class Admin(Protocol):
     async def delete_space(self, name: str) -> None:
         """Delete a space that is at rest."""
 
-    async def create_token(self, name: str, role: str, spaces: list[str], expires: str | None) -> Row:
-        """Make a token; `token` of the row is its text."""
+    async def create_token(
+        self, name: str, role: str, spaces: list[str], expires: str | None, limits: dict[str, int]
+    ) -> Row:
+        """Make a token; `token` of the row is its text. `limits`: of `TokenLimits`, those that are set."""
 
     async def tokens(self) -> list[Row]:
         """All tokens, without their texts."""
@@ -69,31 +73,45 @@ async def open_admin(config: Config) -> AsyncIterator[Admin]:
         AdminError: neither the daemon nor its store can be had.
     """
     path = config.socket_path
-    if path is not None and await trio.Path(path).exists():
-        try:
-            with trio.fail_after(ANSWER_S):
-                async with open_relay(f"unix:{path}", token="", role="operator", agent="relayd-admin") as relay:
+    try:
+        with trio.fail_after(ANSWER_S):
+            async with AsyncExitStack() as stack:
+                if path is not None and (relay := await _connect(stack, path)) is not None:
                     yield Online(relay)
                     return
-        except LoginRefused as fault:
-            raise AdminError(f"the relay at {path} does not let this user in: {fault}") from None
-        except ConnectError:
-            pass  # a socket that a killed daemon left
-        except RequestRejected as fault:
-            raise AdminError(fault.message) from None
-        except LinkError as fault:
-            raise AdminError(f"the relay went away: {fault}") from None
-        except trio.TooSlowError:
-            raise AdminError(f"the relay at {path} did not answer within {ANSWER_S:g} s") from None
+    except RequestRejected as fault:
+        raise AdminError(fault.message) from None
+    except LinkError as fault:
+        raise AdminError(f"the relay went away: {fault}") from None
+    except trio.TooSlowError:
+        raise AdminError(f"the relay at {path} did not answer within {ANSWER_S:g} s") from None
     if config.store == "memory":
+        if path is None:
+            raise AdminError('with store = "memory" and unix_socket = false no command reaches the relay or its store')
         raise NotRunning(f'no relay runs on {config.state_dir}, and with store = "memory" it keeps nothing meanwhile')
     try:
         with open_offline(config.state_dir) as store:
             yield Offline(config, store)
     except StoreInUse as fault:
-        raise AdminError(f"a relay is just starting or stopping: {fault}") from None
+        why = "a relay is just starting or stopping"
+        if path is None:
+            why = "a relay runs, and with unix_socket = false no command reaches it"
+        raise AdminError(f"{why}: {fault}") from None
     except StoreError as fault:
         raise AdminError(str(fault)) from None
+
+
+async def _connect(stack: AsyncExitStack, path: Path) -> Relay | None:
+    """The daemon behind the socket at `path`, until `stack` ends; None where nobody listens there."""
+    if not await trio.Path(path).exists():
+        return None
+    opening = open_relay(f"unix:{path}", token="", role="operator", agent="relayd-admin")
+    try:
+        return await stack.enter_async_context(opening)
+    except LoginRefused as fault:
+        raise AdminError(f"the relay at {path} does not let this user in: {fault}") from None
+    except ConnectError:  # a socket that a killed daemon left
+        return None
 
 
 @attrs.define
@@ -118,9 +136,12 @@ class Online:
         """See `Admin`."""
         await self.relay.steer("delete_space", name)
 
-    async def create_token(self, name: str, role: str, spaces: list[str], expires: str | None) -> Row:
+    async def create_token(
+        self, name: str, role: str, spaces: list[str], expires: str | None, limits: dict[str, int]
+    ) -> Row:
         """See `Admin`."""
-        return await self.relay.steer("create_token", name, role=role, spaces=spaces, expires=expires)
+        options: dict[str, Value] = {"role": role, "spaces": spaces, "expires": expires, "limits": limits}
+        return await self.relay.steer("create_token", name, **options)
 
     async def tokens(self) -> list[Row]:
         """See `Admin`."""
@@ -216,12 +237,16 @@ class Offline:
             )
         self.store.commit(DeleteSpace(name))
 
-    async def create_token(self, name: str, role: str, spaces: list[str], expires: str | None) -> Row:
+    async def create_token(
+        self, name: str, role: str, spaces: list[str], expires: str | None, limits: dict[str, int]
+    ) -> Row:
         """See `Admin`."""
         now, tokens = time.time(), Tokens(self.store.load().tokens)
         try:
             expires_at = parse_expires(expires, now) if expires is not None else None
-            token = tokens.create(role=role, name=name, now=now, spaces=spaces, expires_at=expires_at)
+            token = tokens.create(
+                role=role, name=name, now=now, spaces=spaces, expires_at=expires_at, limits=parse_limits(limits)
+            )
         except ValueError as fault:
             raise AdminError(str(fault)) from None
         self.store.commit(PutToken(token.record))

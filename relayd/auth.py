@@ -36,6 +36,8 @@ _PREFIXES = {role: f"rly_{role[0]}_" for role in ROLES}
 _LOGINS = {"client": {"client"}, "worker": {"worker"}, "operator": {"operator", "client"}}
 _SPAN = re.compile(r"([1-9][0-9]{0,5})([smhdw])")
 _SPAN_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
+#: 9999-12-31T23:59:59Z; datetime knows no later second.
+_LAST_S = 253_402_300_799.0
 #: struct ucred of Linux: pid, uid, gid (unix(7), SO_PEERCRED).
 _UCRED = struct.Struct("3i")
 
@@ -296,14 +298,18 @@ def parse_expires(text: str, now: float) -> float:
         raise ValueError(f"{text!r} is neither a span like 12h or 30d nor a date like 2031-12-31") from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=datetime.UTC)
-    if moment.timestamp() <= now:
+    at = moment.timestamp()
+    if at <= now:
         raise ValueError(f"{text} lies in the past")
-    return moment.timestamp()
+    if at >= _LAST_S:  # a zone west of Greenwich can lead there
+        raise ValueError(f"{text} lies beyond the year 9999; a token without --expires never ends")
+    return at
 
 
 def iso_time(unix_s: float) -> str:
-    """`unix_s` as ISO 8601, UTC, to the second."""
-    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    """`unix_s` as ISO 8601, UTC, to the second; what no date can tell as the nearest that can."""
+    at = min(max(unix_s, 0.0), _LAST_S) if unix_s == unix_s else 0.0  # NaN is not itself
+    return datetime.datetime.fromtimestamp(int(at), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _command(role: str) -> str:

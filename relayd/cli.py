@@ -1,7 +1,6 @@
 """The command `relayd`: serve, look after spaces and tokens, and the demo."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,8 +10,10 @@ from typing import Any
 import attrs
 import trio
 
+from protocol.exits import CANNOT_CONNECT, DONE, FAILED, INTERRUPTED, USAGE, quiet_stdout
 from protocol.fields import Value
 from protocol.messages import ROLES
+from protocol.terminal import printable, printable_json, printable_lines, table
 from relayd.admin import Admin, AdminError, NotRunning, open_admin
 from relayd.app import serve
 from relayd.config import Config, ConfigError, SpaceConfig, load_config
@@ -21,9 +22,9 @@ from relayd.listener import ListenError
 from relayd.logs import set_up_logs
 from relayd.rows import Row
 from relayd.settings import parse_annotation
-from relayd.store.base import StoreError
+from relayd.store.base import StoreError, TokenLimits
 
-DONE, FAILED, USAGE, CANNOT_CONNECT, INTERRUPTED = 0, 1, 2, 3, 130
+_LIMITS = tuple(field.name for field in attrs.fields(TokenLimits))
 
 Command = Callable[[Admin, argparse.Namespace], Awaitable[None]]
 
@@ -34,19 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except ConfigError as fault:
-        print(f"relayd: {fault}", file=sys.stderr)
-        return USAGE
+        return _complain(printable_lines(str(fault)), USAGE)
     except NotRunning as fault:
-        print(f"relayd: {fault}", file=sys.stderr)
-        return CANNOT_CONNECT
-    except (AdminError, StoreError, ListenError, DemoFailed) as fault:
-        print(f"relayd: {fault}", file=sys.stderr)
-        return FAILED
+        return _complain(printable(str(fault)), CANNOT_CONNECT)
+    except DemoFailed as fault:  # with the last lines of what it started
+        return _complain(printable_lines(str(fault)), FAILED)
+    except (AdminError, StoreError, ListenError) as fault:
+        return _complain(printable(str(fault)), FAILED)
     except BrokenPipeError:  # `relayd requests | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        quiet_stdout()
         return DONE
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _complain(words: str, code: int) -> int:
+    print(f"relayd: {words}", file=sys.stderr)
+    return code
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -126,14 +131,15 @@ async def _space_delete(admin: Admin, args: argparse.Namespace) -> None:
 
 
 async def _token_create(admin: Admin, args: argparse.Namespace) -> None:
-    row = await admin.create_token(args.name, args.role, args.space, args.expires)
+    limits = {key: value for key in _LIMITS if (value := getattr(args, key)) is not None}
+    row = await admin.create_token(args.name, args.role, args.space, args.expires, limits)
     print(f"{row['token_id']}: keep the token, it is shown only now", file=sys.stderr)
     print(row["token"])
 
 
 async def _token_list(admin: Admin, args: argparse.Namespace) -> None:
     rows = await admin.tokens()
-    _print_rows(rows, ("token_id", "principal", "role", "spaces", "state", "created", "expires"), args.json)
+    _print_rows(rows, ("token_id", "principal", "role", "spaces", "state", "created", "expires", "limits"), args.json)
 
 
 async def _token_revoke(admin: Admin, args: argparse.Namespace) -> None:
@@ -157,17 +163,16 @@ async def _drain(admin: Admin, args: argparse.Namespace) -> None:
 
 def _print_rows(rows: list[Row], columns: Sequence[str], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(rows, ensure_ascii=False))
+        print(printable_json(rows))
         return
-    table = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(table([list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]))
 
 
 def _cell(value: Value) -> str:
     if value is None:
         return "-"
+    if isinstance(value, dict):
+        value = [f"{key}={one}" for key, one in value.items()]
     return ",".join(map(str, value)) or "-" if isinstance(value, list) else str(value) or "-"
 
 
@@ -222,6 +227,12 @@ def _parser() -> argparse.ArgumentParser:
         "--space", action="append", default=[], metavar="PATTERN", help="spaces it may use; default: all"
     )
     create.add_argument("--expires", metavar="WHEN", help="12h, 30d, or a date like 2031-12-31; default: never")
+    for name, words in (
+        ("queued", "requests it may have queued"),
+        ("running", "requests it may have running; more wait"),
+        ("connections", "connections it may have open"),
+    ):
+        create.add_argument(f"--max-{name}", type=int, metavar="N", help=f"{words}, over all spaces; default: no limit")
     add(tokens, "list", _admin(_token_list), "all tokens, without their texts", listing)
     add(tokens, "revoke", _admin(_token_revoke), "revoke a token and drop its connections").add_argument(
         "which", metavar="ID|NAME"

@@ -71,6 +71,10 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
         raise DemoFailed("there is nothing to say; give a text, as in: relayd demo 'Hello.'")
     if find_spec("espeakng_loader") is None:
         raise DemoFailed("the demo speaks with espeak-ng; install it with: pip install 'relayd[espeak]'")
+    try:
+        writer = AudioWriter(output)
+    except OSError as fault:
+        raise DemoFailed(f"cannot write {output}: {fault.strerror}") from None
     demo = Demo(Path(tempfile.mkdtemp(prefix="relayd-demo-")))
     kept = False
     try:
@@ -80,9 +84,10 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
             async with _process(demo, "worker", _worker_command(demo), keep, RELAY_TOKEN=demo.worker_token) as worker:
                 await _until(relay, worker, "worker registered")
                 _tell("worker", f"registered space {SPACE!r}: espeak-ng, 1 slot, a process of its own")
-                await _speak(demo, text, output)
+                await _speak(demo, text, output, writer)
         kept = keep
     finally:
+        writer.close()
         if not kept:
             shutil.rmtree(demo.folder, ignore_errors=True)
     if kept:
@@ -171,10 +176,9 @@ def _parse(line: str) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-async def _speak(demo: Demo, text: str, output: Path) -> None:
+async def _speak(demo: Demo, text: str, output: Path, writer: AudioWriter) -> None:
     """The client's part: submit, tell what happens as it happens, write the file."""
     _tell("client", f"says {text!r}")
-    writer = AudioWriter(output)
     began, first_s, chunks = time.perf_counter(), 0.0, 0
     try:
         with trio.fail_after(SPEAK_S):
@@ -204,8 +208,8 @@ async def _speak(demo: Demo, text: str, output: Path) -> None:
         raise DemoFailed(f"the sentence did not get through: {fault}") from fault
     except trio.TooSlowError:
         raise DemoFailed(f"the sentence did not get through within {SPEAK_S:g} s") from None
-    finally:
-        writer.close()
+    if not writer.seconds:
+        raise DemoFailed("the request ended well and without any audio; give a text with words in it")
     took_s = time.perf_counter() - began
     _tell("client", f"wrote {output}: {writer.seconds:.1f} s of speech in {chunks} chunks")
     _tell("", f"first audio after {_ms(first_s)}, all of it after {_ms(took_s)}")

@@ -37,7 +37,7 @@ async def open_listeners(config: Config) -> AsyncIterator[list[trio.SocketListen
         ListenError: an address is taken, or not this machine's.
     """
     listeners: list[trio.SocketListener] = []
-    path = config.socket_path
+    path, ours = config.socket_path, None
     try:
         if config.listen_address is not None:
             host, port = config.listen_address
@@ -50,25 +50,28 @@ async def open_listeners(config: Config) -> AsyncIterator[list[trio.SocketListen
                 ) from fault
         if path is not None:
             listeners.append(await _unix_listener(path, config.unix_socket_mode))
+            ours = path
         yield listeners
     finally:
         for listener in listeners:
             listener.socket.close()
-        if path is not None:
-            path.unlink(missing_ok=True)
+        if ours is not None:
+            ours.unlink(missing_ok=True)
 
 
 async def _unix_listener(path: Path, mode: int) -> trio.SocketListener:
-    # The state folder's lock is ours, so a file that is there was left by a relay that was killed.
-    await trio.Path(path).unlink(missing_ok=True)
     sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
-    before = os.umask(0o777 & ~mode)
     try:
-        await sock.bind(str(path))
+        # The state folder's lock is ours, so a file that is there was left by a relay that was killed.
+        await trio.Path(path).unlink(missing_ok=True)
+        before = os.umask(0o777 & ~mode)
+        try:
+            await sock.bind(str(path))
+        finally:
+            os.umask(before)
     except OSError as fault:
+        sock.close()
         raise ListenError(f"cannot make the socket {path}: {fault.strerror}") from fault
-    finally:
-        os.umask(before)
     sock.listen(BACKLOG)
     return trio.SocketListener(sock)
 
@@ -130,7 +133,8 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(config.tls.cert, config.tls.key)
+        # A password, even of no length, keeps OpenSSL from asking for one at the terminal of an encrypted key.
+        context.load_cert_chain(config.tls.cert, config.tls.key, password="")
     except (OSError, ssl.SSLError) as fault:
         raise ListenError(
             f"cannot use the certificate {config.tls.cert} with the key {config.tls.key}: {fault}"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import attrs
 import msgpack
 import trio
 
@@ -178,4 +179,5 @@ def token_row(record: TokenRecord, now: float) -> Row:
         "state": state,
         "created": iso_time(record.created_at),
         "expires": iso_time(record.expires_at) if record.expires_at is not None else None,
+        "limits": {name: most for name, most in attrs.asdict(record.limits).items() if most is not None},
     }

@@ -51,6 +51,7 @@ SERVER = f"relayd/{importlib.metadata.version('relayd')}"
 MAX_STRANGERS = 64
 POLICY_VIOLATION = 1008
 INTERNAL_ERROR = 1011
+FULL = "the relay has all the connections it takes; try again later"
 
 
 @attrs.define(eq=False)
@@ -128,9 +129,10 @@ class Gate:
             return 400, f"ask for the WebSocket subprotocol {SUBPROTOCOL}"
         if origin and origin not in allowed and "*" not in allowed:
             return 403, f"origin {origin} is not in allowed_origins of relayd.toml"
-        if len(relay.connections) >= relay.config.limits.max_connections:
-            return 503, "the relay has all the connections it takes; try again later"
-        return None
+        return (503, FULL) if self._full() else None
+
+    def _full(self) -> bool:
+        return len(self.relay.connections) >= self.relay.config.limits.max_connections
 
     async def _serve_link(self, link: Link, credentials: PeerCredentials | None) -> None:
         try:
@@ -164,6 +166,8 @@ class Gate:
         principal = self.tokens.log_in(hello, credentials, time.time())
         if isinstance(principal, Rejected):
             return principal
+        if self._full():  # others have logged in since its handshake
+            return Rejected.because(ErrorCode.RATE_LIMITED, FULL)
         most = principal.limits.max_connections
         mine = sum(other.principal.token_id == principal.token_id for other in self.relay.connections.values())
         if most is not None and mine >= most:

@@ -62,19 +62,20 @@ async def take_picture(url: str | None, readonly: bool) -> Picture:
 
 def describe(picture: Picture) -> str:
     """The picture as lines of text."""
-    lines = []
-    for row in picture.get("relay", []):
-        lines.append(
-            f"relay {row['state']}, up {row['uptime_s']:.0f} s, "
-            f"{row['workers']} workers, {row['queued']} queued, {row['running']} running"
-        )
+    lines = [
+        f"relay {row['state']}, up {row['uptime_s']:.0f} s, "
+        f"{row['workers']} workers, {row['queued']} queued, {row['running']} running"
+        for row in picture.get("relay", [])
+    ]
     for row in picture.get("spaces", []):
         busy = f"{row['busy']}/{row['slots']} slots busy, {row['queued']} queued"
         lines.append(f"space {row['name']}: {row['state']}, {busy}, {row['failed']} failed")
     if not picture.get("workers"):
         lines.append("no worker has registered yet: run gpuworker run --relay URL --space NAME")
-    for row in picture.get("workers", []):
-        lines.append(f"worker {row['worker_id']}: {row['state']}, {row['engine']}, {','.join(row['spaces'])}")
+    lines += [
+        f"worker {row['worker_id']}: {row['state']}, {row['engine']}, {','.join(row['spaces'])}"
+        for row in picture.get("workers", [])
+    ]
     for row in picture.get("requests", []):
         audio = "" if row["audio_s"] is None else f", {row['audio_s']:.1f} s of audio"
         lines.append(f"request {row['request_id']}: {row['state']} in {row['space']}, {row['age_s']:.1f} s{audio}")

@@ -20,7 +20,6 @@ from tests.e2e.processes import PATIENCE_S, Place, Proc, a_place, a_relay
 #: of a server's pool, one model behind a lock, a handle that the page asks and stops.
 PROGRAM = """
 import json, sys, threading
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
@@ -55,14 +54,14 @@ class Page(BaseHTTPRequestHandler):
             released.set()
         elif asked.path == "/stop":
             said["stopped"] = handle.stop()
-        elif asked.path == "/quit":
-            threading.Thread(target=server.shutdown).start()
         status = handle.status()
         said |= {"state": status.state, "running": status.running, "completed": status.completed}
         body = json.dumps(said).encode()
         self.send_response(200)
         self.end_headers()
         self.wfile.write(body)
+        if asked.path == "/quit":
+            threading.Thread(target=server.shutdown).start()
 
     def log_message(self, *given):
         pass

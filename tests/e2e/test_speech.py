@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.e2e.processes import a_place, a_relay, a_worker
+from tests.e2e.processes import PATIENCE_S, a_place, a_relay, a_worker
 
 
 def seconds_of(path: Path) -> float:
@@ -45,33 +45,62 @@ async def test_a_sentence_in_two_languages_is_spoken_and_again_after_the_worker_
 @pytest.mark.trio
 async def test_the_first_audio_of_a_long_text_comes_long_before_its_last(tmp_path: Path) -> None:
     place = a_place(tmp_path)
+    async with a_relay(place) as relay, a_worker(place, relay, *MOCK):
+        say = ("say", "a tune in real time", "-p", "duration_s=100", "-o", "long.wav", "--json")
+        async with place.start("relay", *say) as client:
+            await client.audio_chunks(1)  # less patient than the request is long
+            out, _ = await place.run("relayd", "requests", "--json")
+            assert [row["state"] for row in json.loads(out)] == ["running"]
+            assert not any("request completed" in line for line in relay.lines)
+            client.send_signal(signal.SIGINT)
+            assert await client.ended() == 130
+    assert 0 < seconds_of(tmp_path / "long.wav") < 100
+
+
+@pytest.mark.trio
+async def test_a_long_text_comes_whole_and_in_many_pieces(tmp_path: Path) -> None:
+    place = a_place(tmp_path)
     text = "This sentence is one of very many. " * 400
     async with a_relay(place) as relay, a_worker(place, relay, "--engine", "espeak"):
         out, _ = await place.run("relay", "say", text, "--json", "-o", "long.wav")
     kinds = [json.loads(line)["type"] for line in out.splitlines()]
     assert kinds.count("audio") > 1_000
     assert seconds_of(tmp_path / "long.wav") > 300
-    # What is made while it streams cannot be made first: the log is fed frame by frame, not once at the end.
-    assert kinds.index("audio") < 5
+
+
+def processes_in(tmpdir: Path) -> list[int]:
+    """Processes that were started, or whose parents were, with this TMPDIR; a zombie has no environment and is none."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"TMPDIR={tmpdir}".encode() in entry.read_bytes().split(b"\0"):
+                found.append(int(entry.parent.name))
+        except OSError:  # gone, or another user's
+            continue
+    return found
 
 
 @pytest.mark.trio
 async def test_demo_speaks_and_leaves_nothing_behind(tmp_path: Path) -> None:
     place = a_place(tmp_path)
-    (tmp_path / "tmp").mkdir()
-    out, _ = await place.run("relayd", "demo", "Hello there.", "-o", "hello.wav", TMPDIR=str(tmp_path / "tmp"))
+    tmpdir = tmp_path / "tmp"
+    tmpdir.mkdir()
+    out, _ = await place.run("relayd", "demo", "Hello there.", "-o", "hello.wav", TMPDIR=str(tmpdir))
+    assert processes_in(tmpdir) == []
     said = out.decode()
     for words in ("listens on ws://127.0.0.1:", "registered space 'tts'", "first audio", "real-time factor"):
         assert words in said
     assert seconds_of(tmp_path / "hello.wav") > 0.5
     assert level_of(tmp_path / "hello.wav") > 0.02
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert list(tmpdir.iterdir()) == []
 
 
 @pytest.mark.trio
 async def test_kept_demo_tells_a_command_that_works_and_one_that_ends_it(tmp_path: Path) -> None:
     place = a_place(tmp_path)
-    out, _ = await place.run("relayd", "demo", "--keep", "Hello.", "-o", "hello.wav", TMPDIR=str(tmp_path))
+    tmpdir = tmp_path / "tmp"
+    tmpdir.mkdir()
+    out, _ = await place.run("relayd", "demo", "--keep", "Hello.", "-o", "hello.wav", TMPDIR=str(tmpdir))
     said = out.decode()
     url, token = re.search(r"export RELAY_URL=(\S+) RELAY_TOKEN=(\S+)", said).groups()  # type: ignore[union-attr]
     kill = re.search(r"  (kill .*)", said)
@@ -79,8 +108,13 @@ async def test_kept_demo_tells_a_command_that_works_and_one_that_ends_it(tmp_pat
     try:
         await place.run("relay", "say", "Another.", "-o", "another.wav", RELAY_URL=url, RELAY_TOKEN=token)
         assert seconds_of(tmp_path / "another.wav") > 0.3
+        assert {int(pid) for pid in re.findall(r"\b\d+\b", kill[1].partition(";")[0])} < set(processes_in(tmpdir))
     finally:
         await trio.run_process(["sh", "-c", kill[1]])
+    with trio.fail_after(PATIENCE_S):
+        while processes_in(tmpdir):  # noqa: ASYNC110 - they are no children of ours: nothing tells their end
+            await trio.sleep(0.05)
+    assert list(tmpdir.iterdir()) == []
 
 
 MOCK = ("--engine", "mock")

@@ -17,7 +17,9 @@ from protocol.messages import (
     Attach,
     Cancel,
     Delta,
+    Error,
     Input,
+    Leave,
     Output,
     Queued,
     Rejected,
@@ -31,7 +33,7 @@ from protocol.messages import (
     Watch,
 )
 from protocol.messages import Progress as ProgressFrame
-from protocol.terminal import Progress, table
+from protocol.terminal import Progress, printable, printable_json, printable_lines, table
 from tests.protocol.fake_relay import FORMAT, ID, Connection, RelayThread, Script, failed, frames, speak
 
 PCM = b"\1\0" * 2400 + b"\2\0" * 2400 + b"\3\0" * 2400
@@ -238,7 +240,7 @@ def test_detach_prints_the_id_alone_and_does_not_wait(capsys: pytest.CaptureFixt
     async def script(connection: Connection) -> None:
         submits.append(await connection.accept())
         await connection.hold()
-        assert len(connection.heard) == 1
+        assert [type(message) for message in connection.heard] == [Submit, Leave]
 
     assert run(script, "say", "hi", "--detach") == 0
     assert submits[0].detach
@@ -277,7 +279,7 @@ def test_a_restarted_request_begins_the_file_anew(capsys: pytest.CaptureFixture[
 
     assert run(script, "say", "hi", "-o", "out.wav", "--retry", "always") == 0
     assert samples("out.wav") == PCM
-    assert "another starts over; the file begins anew" in capsys.readouterr().err
+    assert "the request starts over; the file begins anew" in capsys.readouterr().err
 
 
 def test_status_and_cancel_show_how_the_request_stands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -439,3 +441,65 @@ def test_a_terminal_that_is_gone_stops_nothing() -> None:
 def test_a_table_has_its_columns_in_line() -> None:
     assert table([["A", "LONG"], ["wide", "b"]]) == "A     LONG\nwide  b"
     assert FORMAT.sample_bytes == 2
+
+
+# -- text of others --------------------------------------------------------------------------------------------------
+
+#: Clears the screen, fakes a line, changes the colour by an 8-bit CSI, and turns the direction of writing.
+EVIL = "\x1b[2J\nrelay: done\x9b31m\u202e"
+HARMLESS = "\\x1b[2J\\nrelay: done\\x9b31m\\u202e"
+
+
+def test_printable_escapes_what_steers_a_terminal_and_nothing_else() -> None:
+    assert printable(EVIL) == HARMLESS
+    assert printable("\r\t\x00\x7f\ud800") == "\\r\\t\\x00\\x7f\\ud800"
+    assert printable("你好\u3000Grüße, 'quoted' \\n") == "你好\u3000Grüße, 'quoted' \\n"
+    assert printable_lines("one\x1b\ntwo") == "one\\x1b\ntwo"
+
+
+def test_printable_json_is_the_same_json() -> None:
+    value = {"message": EVIL, "plain": "你好"}
+    line = printable_json(value)
+    assert json.loads(line) == value
+    assert printable(line) == line
+    assert "你好" in line
+
+
+def test_nothing_a_peer_says_steers_the_terminal_from_progress_or_tables() -> None:
+    out = Terminal()
+    progress = Progress(out)
+    progress.progress("generating", 0.5, EVIL)
+    progress.note(EVIL)
+    progress.error(EVIL)
+    assert out.getvalue().replace("\r", "").replace("\x1b[K", "") == (
+        f"generating 50%: {HARMLESS}{HARMLESS}\nrelay: {HARMLESS}\n"
+    )
+    assert table([["NAME"], [EVIL]]) == f"NAME\n{HARMLESS}"
+
+
+@pytest.mark.parametrize("command", ["status", "spaces", "watch", "say"])
+def test_nothing_a_peer_says_steers_the_terminal_from_a_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def script(connection: Connection) -> None:
+        if command == "status":
+            await connection.expect(Status)
+            connection.send(StatusReply(request_id=ID, space="tts", state="failed", message=EVIL))
+        elif command == "spaces":
+            await connection.expect(Spaces)
+            connection.send(SpacesReply(spaces=[{"name": "tts", "description": EVIL}]))
+        elif command == "watch":
+            await connection.expect(Watch)
+            connection.send(Snapshot(data={"workers": [{"worker_id": EVIL}]}), Delta(gone={"workers": [EVIL]}))
+            connection.send(Error(code="unknown_type", message=EVIL))  # which ends it
+        else:
+            request_id = (await connection.accept()).request_id
+            connection.send(failed(request_id, message=EVIL, details={EVIL: EVIL}))
+        await connection.hold()
+
+    argv = {"status": ["status", ID], "spaces": ["spaces"], "watch": ["watch"], "say": ["say", "hi"]}[command]
+    run(script, *argv)
+    out, err = capsys.readouterr()
+    said = (out + err).rstrip("\n").split("\n")
+    assert any(HARMLESS in line for line in said)
+    assert all(printable(line) == line and not line.startswith("relay: done") for line in said)

@@ -45,6 +45,7 @@ from protocol.messages import (
     Failed,
     Frame,
     Input,
+    Leave,
     Message,
     Ping,
     Pong,
@@ -259,7 +260,57 @@ async def test_a_detached_request_is_left_to_itself_once_accepted(autojump_clock
 
     async with relay_with(script) as relay, relay.submit("tts", detach=True) as stream:
         assert stream.accepted
-    assert [type(message) for message in heard] == [Submit]
+    assert [type(message) for message in heard] == [Submit, Leave]
+    assert heard[1] == Leave(request_id=stream.request_id)
+
+
+@pytest.mark.trio
+async def test_what_has_ended_or_was_cancelled_by_leaving_is_not_left_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    heard: list[Message] = []
+
+    async def script(connection: Connection) -> None:
+        for _ in range(2):
+            submit = await connection.accept()
+            if submit.detach:
+                connection.send(*frames(submit.request_id, A))
+        await connection.expect(Cancel)
+        attach = await connection.expect(Attach)
+        connection.send(Accepted(request_id=attach.request_id), *frames(attach.request_id, A))
+        await connection.hold()
+        heard.extend(connection.heard)
+
+    async with relay_with(script) as relay:
+        async with relay.submit("tts", detach=True) as stream:
+            await stream.result()
+        async with relay.submit("tts"):
+            pass
+        async with relay.attach(ID) as stream:
+            await stream.result()
+    assert [type(message) for message in heard] == [Submit, Submit, Cancel, Attach]
+
+
+@pytest.mark.trio
+async def test_leaving_what_is_only_read_while_the_link_is_down_waits_for_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.expect(Attach)
+        await connection.cut()
+
+    async def no_way(_address: Address) -> trio.abc.Stream:
+        raise ConnectError("down")
+
+    async with trio.open_nursery() as nursery:
+        fake = FakeRelay(nursery, script)
+        ways = [fake.connect]
+        began = 0.0
+        async with open_relay(URL, connect_to=lambda address: (ways.pop() if ways else no_way)(address)) as relay:
+            async with relay.attach(ID):
+                await trio.sleep(20)
+                began = trio.current_time()
+            assert trio.current_time() == began
 
 
 @pytest.mark.trio
@@ -602,7 +653,7 @@ async def test_attaching_reads_from_behind_the_given_frame_and_leaving_cancels_n
     async with relay_with(script) as relay, relay.attach(ID, after_seq=1) as stream:
         assert (await anext(stream)).seq == 2
         assert (await anext(stream)).seq == 3
-    assert [type(message) for message in heard] == [Attach]
+    assert [type(message) for message in heard] == [Attach, Leave]
 
 
 @pytest.mark.trio

@@ -1,5 +1,6 @@
 """Params against a worker's schema: faults by field, in words; and schemas that are none."""
 
+import re
 from typing import Any
 
 import jsonschema
@@ -120,9 +121,8 @@ def test_every_keyword_of_the_list_is_taken() -> None:
     ],
 )
 def test_a_schema_that_is_none_or_uses_another_keyword_is_refused_by_name(schema: Any, words: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
         check_schema(schema)
-    assert str(caught.value).startswith(words)
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def test_the_depth_and_the_size_of_a_schema_are_bounded() -> None:
     choices = {"enum": list(range(1_000))}
     check_schema({"properties": {"a": choices, "b": choices}})
     with pytest.raises(ValueError, match="too large"):
-        check_schema({"properties": {name: choices for name in "abc"}})
+        check_schema({"properties": dict.fromkeys("abc", choices)})
     with pytest.raises(ValueError, match="too large"):
         check_schema({"properties": {f"{n}": {"properties": {f"{n}": {} for n in range(60)}} for n in range(60)}})
 

@@ -224,11 +224,13 @@ class CableStream(trio.abc.Stream):
 
     stream: trio.abc.Stream
     cable: Cable
+    _closed: trio.Event = attrs.field(factory=trio.Event)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         data = await self.stream.receive_some(max_bytes)
         if self.cable.pulled:
-            await trio.sleep_forever()
+            await self._closed.wait()
+            raise trio.ClosedResourceError
         return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -240,6 +242,7 @@ class CableStream(trio.abc.Stream):
         await self.stream.wait_send_all_might_not_block()
 
     async def aclose(self) -> None:
+        self._closed.set()
         await self.stream.aclose()
 
 

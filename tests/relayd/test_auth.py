@@ -288,6 +288,18 @@ def test_expires_refuses_what_it_cannot_read_and_what_has_passed(text: str) -> N
         parse_expires(text, NOW)
 
 
+@pytest.mark.parametrize("text", ["9999-12-31T23:59:59-05:00", "9999-12-31T23:59:59.9", "9999-12-31T23:59:59"])
+def test_expires_refuses_a_moment_that_a_list_of_tokens_could_not_tell(text: str) -> None:
+    with pytest.raises(ValueError, match="beyond the year 9999"):
+        parse_expires(text, NOW)
+    assert parse_expires("9999-12-31T18:59:58-05:00", NOW) == 253_402_300_798
+
+
+@given(st.floats())
+def test_every_number_has_a_time_in_words(unix_s: float) -> None:
+    assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", iso_time(unix_s))
+
+
 @given(st.text(max_size=20))
 def test_any_expires_is_a_moment_to_come_or_a_value_error(text: str) -> None:
     try:

@@ -58,3 +58,8 @@ async def test_json_is_one_object_on_stdout(tmp_path: Path) -> None:
             env=dict(os.environ),
         )
     assert {"relay", "spaces", "workers", "requests", "clients"} == json.loads(done.stdout).keys()
+
+
+def test_a_worker_cannot_steer_the_terminal_by_what_it_calls_itself() -> None:
+    row = {"worker_id": "w\x1b[2J", "state": "idle", "engine": "mock\nrelay stopped", "spaces": ["tts"]}
+    assert describe({"workers": [row]}) == "worker w\\x1b[2J: idle, mock\\nrelay stopped, tts"
