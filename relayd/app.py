@@ -187,6 +187,7 @@ def _revive(relay: Relay, record: RequestRecord) -> Request:
         retry=submit.retry,
         state=state,
         attempt=record.attempt,
+        unsure=state.live,
         losses=record.losses,
         started_at=now,
         reproducible=record.reproducible,

@@ -108,7 +108,7 @@ class Scheduler:
         self.moved.update(worker.spaces)
         resume, abandon, decisions = [], [], list[Decision]()
         for request_id, attempt in running.items():
-            entry = self._claim(worker, request_id, attempt)
+            entry = self._claim(worker, request_id, attempt, now)
             if entry is None:
                 abandon.append(request_id)
             else:
@@ -137,15 +137,20 @@ class Scheduler:
             "stop that one, or raise max_workers in relayd.toml",
         )
 
-    def _claim(self, worker: WorkerState, request_id: str, attempt: int) -> Entry | None:
+    def _claim(self, worker: WorkerState, request_id: str, attempt: int, now: float) -> Entry | None:
         """The entry of an attempt that a worker goes on with, or None if it is over or somebody else's now."""
         entry = self.entries.get(request_id)
-        if entry is None or not attempt or entry.attempt != attempt or entry.space not in worker.spaces:
+        if entry is None or not attempt or entry.space not in worker.spaces:
+            return None
+        if attempt != entry.attempt and not (entry.unsure and attempt == entry.attempt + 1):
             return None
         if entry.state is State.QUEUED:  # given up too early: nobody has begun it anew, so it runs where it ran
             self.spaces[entry.space].queue.remove(entry)
         elif entry.worker_id not in (None, worker.worker_id):
             return None
+        if attempt != entry.attempt:  # the relay was killed before the store had written that it began
+            entry.attempt, entry.started_at, entry.reproducible = attempt, now, worker.reproducible
+        entry.unsure = False
         self._run_on(entry, worker)
         worker.held[request_id] = attempt
         return entry
@@ -414,7 +419,8 @@ class Scheduler:
     def _start(self, entry: Entry, worker: WorkerState, now: float) -> Start:
         goes_on = bool(entry.reproducible) and entry.reproducible == worker.reproducible
         self._run_on(entry, worker)
-        entry.attempt += 1
+        entry.attempt += 2 if entry.unsure else 1  # never a number that may have been given out already
+        entry.unsure = False
         entry.started_at = now
         entry.reproducible = worker.reproducible
         if not goes_on:

@@ -43,6 +43,8 @@ class Entry:
     retry: str = "before_output"
     state: State = State.UPLOADING
     attempt: int = 0
+    #: After a restart: one attempt more may have begun than the store had written.
+    unsure: bool = False
     losses: int = 0
     #: Where the attempt runs; None while queued, and after a restart until its worker has come back.
     worker_id: str | None = None

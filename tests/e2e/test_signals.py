@@ -37,17 +37,16 @@ async def test_a_second_sigterm_leaves_at_once_and_what_runs_to_its_worker(tmp_p
 async def test_a_relay_killed_in_mid_stream_and_started_again_costs_a_pause_and_no_sample(tmp_path: Path) -> None:
     place = a_place(tmp_path)
     say = ("say", "a tune of three seconds", "--param", "duration_s=3")
-    async with a_relay(place) as relay:
-        async with a_worker(place, relay, *MOCK) as worker:
-            await place.run("relay", *say, "--param", "speed=0", "-o", "whole.wav")
-            async with place.start("relay", *say, "-o", "cut.wav", "--json") as client:
-                await client.audio_chunks(5)
-                relay.send_signal(signal.SIGKILL)
-                await relay.ended()
-                async with a_relay(place):
-                    await client.audio_chunks(None)
-                    assert await client.ended() == 0
-                assert worker.process.poll() is None
+    async with a_relay(place) as relay, a_worker(place, relay, *MOCK) as worker:
+        await place.run("relay", *say, "--param", "speed=0", "-o", "whole.wav")
+        async with place.start("relay", *say, "-o", "cut.wav", "--json") as client:
+            await client.audio_chunks(5)
+            relay.send_signal(signal.SIGKILL)
+            await relay.ended()
+            async with a_relay(place):
+                await client.audio_chunks(None)
+                assert await client.ended() == 0
+            assert worker.process.poll() is None
     whole = (tmp_path / "whole.wav").read_bytes()
     assert len(whole) > 3 * 2 * 16_000
     assert (tmp_path / "cut.wav").read_bytes() == whole

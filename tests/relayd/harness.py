@@ -2,8 +2,8 @@
 
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,15 @@ async def running(config: Config) -> AsyncIterator[list[str]]:
             nursery.cancel_scope.cancel()
     finally:
         structlog.reset_defaults()
+
+
+@contextmanager
+def kept_logs() -> Iterator[list[MutableMapping[str, Any]]]:
+    """What daemons log inside the block, in place of telling it on stdout."""
+    with structlog.testing.capture_logs() as logs, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structlog, "configure", lambda **_: None)
+        patch.setattr(structlog, "reset_defaults", lambda: None)
+        yield logs
 
 
 @attrs.define(eq=False)

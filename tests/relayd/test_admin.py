@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from protocol.errors import LinkBroken, LoginRefused
 from relayd.admin import AdminError, NotRunning, open_admin
 from relayd.cli import main
 from relayd.config import load_config
-from tests.relayd.harness import Daemon, a_submit, daemon, fake_worker, peer, until
+from tests.relayd.harness import Daemon, a_submit, daemon, fake_worker, kept_logs, peer, until
 
 CONFIG = 'listen = ""\n[spaces.tts]\ndescription = "of the file"\n'
 
@@ -59,13 +59,18 @@ def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def _the_daemon_logs_elsewhere() -> Iterator[None]:
+    with kept_logs():
+        yield
+
+
 @asynccontextmanager
 async def a_shell(folder: Path, capsys: pytest.CaptureFixture[str], *, online: bool) -> AsyncIterator[Shell]:
     """A folder with a configuration, and a daemon on it or none."""
     (folder / "relayd.toml").write_text(CONFIG)
     if online:
         async with daemon(folder, store="sqlite") as relay:
-            # Its own log goes to stdout here, so commands are to be compared when it says nothing.
             yield Shell(folder, capsys, relay)
     else:
         yield Shell(folder, capsys, None)
@@ -214,7 +219,6 @@ async def test_the_running_daemon_tells_its_workers_and_requests_and_drains(
             out, _ = await shell.run("requests")
             assert out.splitlines()[0].split()[:3] == ["request_id", "state", "space"]
             assert submit.request_id in out
-            assert "served by box-" in await shell.fails("space", "delete", "check") or True
             _, said = await shell.run("drain")
             assert "leaves when 1 running requests have ended" in said
             assert relay.relay.draining.is_set()
@@ -279,7 +283,7 @@ async def test_wrong_settings_and_wrong_usage_end_with_2(tmp_path: Path, capsys:
         (tmp_path / "relayd.toml").write_text("listen = 5\n")
         for command in (("check-config",), ("space", "list"), ("serve",)):
             _, said = await shell.run(*command, code=2)
-            assert "listen: is no setting; did you mean listen?" in said
+            assert "listen: must be a string" in said
 
 
 @pytest.mark.trio
@@ -295,6 +299,6 @@ async def test_a_program_gets_the_same_as_errors(tmp_path: Path) -> None:
         with pytest.raises(AdminError, match="no live token"):
             async with open_admin(config) as admin:
                 await admin.revoke_token("nobody")
-        with pytest.raises(AdminError, match="stands in relayd.toml"):
+        with pytest.raises(AdminError, match=r"stands in relayd\.toml"):
             async with open_admin(config) as admin:
                 await admin.delete_space("tts")

@@ -122,7 +122,7 @@ def test_what_a_worker_calls_itself_cannot_steer_the_terminal(capsys: pytest.Cap
 def test_a_demo_that_cannot_write_its_file_says_so_and_starts_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo.tempfile, "mkdtemp", None)
+    monkeypatch.setattr("tempfile.mkdtemp", None)
     assert main(["demo", "Hello.", "-o", str(tmp_path / "nowhere" / "x.wav")]) == 1
     assert "relayd: cannot write" in capsys.readouterr().err
 

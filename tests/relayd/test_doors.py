@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 import trio
 
 from protocol.address import parse_address
@@ -42,6 +41,7 @@ from tests.relayd.harness import (
     a_submit,
     daemon,
     fake_worker,
+    kept_logs,
     peer,
     samples,
     seat,
@@ -54,11 +54,10 @@ Logs = list[MutableMapping[str, Any]]
 
 
 @pytest.fixture
-def logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Logs]:
-    """What the daemon logs; the harness is kept from setting it up otherwise."""
-    with structlog.testing.capture_logs() as captured:
-        monkeypatch.setattr(structlog, "configure", lambda **_: None)
-        yield captured
+def logs() -> Iterator[Logs]:
+    """What the daemon logs."""
+    with kept_logs() as kept:
+        yield kept
 
 
 def faults(logs: Logs) -> Logs:

@@ -567,6 +567,23 @@ def test_after_a_restart_what_nobody_runs_is_tried_again_first() -> None:
     assert bench.order() == ["a", "b"]
 
 
+@pytest.mark.parametrize("state", [State.QUEUED, State.RUNNING])
+def test_an_attempt_that_the_store_had_not_written_goes_on_where_it_runs(state: State) -> None:
+    bench = Bench()
+    bench.scheduler.restore(bench.entry("a", state=state, attempt=1, unsure=True), bench.now)
+    joined = bench.join(running={"a": 2}, reproducible="mock")
+    assert [entry.request_id for entry in joined.resume] == ["a"]
+    assert (bench["a"].attempt, bench["a"].reproducible, bench["a"].state) == (2, "mock", State.RUNNING)
+    assert bench.join(running={"a": 3}).abandon == ["a"], "and never a second time"
+
+
+def test_an_attempt_after_a_restart_has_a_number_that_was_never_given_out() -> None:
+    bench = Bench()
+    bench.scheduler.restore(bench.entry("a", attempt=1, unsure=True), bench.now)
+    assert started(bench.join().decisions) == ["a"]
+    assert bench["a"].attempt == 3
+
+
 def test_requeueing_says_so_before_it_starts_anew() -> None:
     bench = Bench(max_workers=2)
     bench.join("one")
