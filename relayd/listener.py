@@ -133,10 +133,14 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        # A password, even of no length, keeps OpenSSL from asking for one at the terminal of an encrypted key.
-        context.load_cert_chain(config.tls.cert, config.tls.key, password="")
+        context.load_cert_chain(config.tls.cert, config.tls.key, password=_no_password)
     except (OSError, ssl.SSLError) as fault:
         raise ListenError(
             f"cannot use the certificate {config.tls.cert} with the key {config.tls.key}: {fault}"
         ) from fault
     return context
+
+
+def _no_password() -> str:
+    """Without this OpenSSL would ask at the terminal for the password of a locked key, and a daemon would hang."""
+    raise OSError("the key is locked with a password, which relayd cannot ask for; give it without one")

@@ -3,6 +3,7 @@
 tls/ holds a self-signed certificate for localhost and its key, made for these tests and of use to nobody:
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -days 36500 -nodes -keyout key.pem -out cert.pem
 -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1
+locked.pem is that key with a password: openssl ec -aes128 -passout pass:secret -in key.pem -out locked.pem
 """
 
 import ssl

@@ -140,12 +140,12 @@ async def test_a_certificate_that_cannot_be_used_is_told_before_anything_opens(t
     with pytest.raises(ConfigError, match=r"tls.cert: .*nowhere.pem: No such file"):
         a_config(tmp_path, tls={"cert": tmp_path / "nowhere.pem", "key": TLS / "key.pem"})
     (tmp_path / "junk.pem").write_text("not a certificate\n")
-    for cert, key in (
-        (tmp_path / "junk.pem", TLS / "key.pem"),
-        (TLS / "cert.pem", tmp_path / "junk.pem"),
-        (TLS / "cert.pem", TLS / "locked.pem"),  # its password is asked of nobody
+    for cert, key, why in (
+        (tmp_path / "junk.pem", TLS / "key.pem", ""),
+        (TLS / "cert.pem", tmp_path / "junk.pem", ""),
+        (TLS / "cert.pem", TLS / "locked.pem", "the key is locked with a password"),
     ):
-        with pytest.raises(ListenError, match=rf"cannot use the certificate .*{cert.name} with the key .*{key.name}"):
+        with pytest.raises(ListenError, match=rf"the certificate .*{cert.name} with the key .*{key.name}: .*{why}"):
             await serve(a_config(tmp_path, tls={"cert": cert, "key": key}))
     assert not (tmp_path / "relayd.sock").exists()
 
