@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,10 +18,9 @@ from gpuworker.loglines import LineFormatter
 from gpuworker.runner import ProcessSlot, Slot
 from gpuworker.thread_slot import ThreadSlot
 from gpuworker.worker import Worker
+from protocol.exits import DONE, FAILED, INTERRUPTED, USAGE, quiet_stdout
 from protocol.fields import Value
 from protocol.terminal import printable
-
-DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code: int = given.command(given)
     except ConfigError as fault:
         print(f"gpuworker: {fault}", file=sys.stderr)
-        code = WRONG_USE
+        code = USAGE
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough; nothing more may be written, at exit neither
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        quiet_stdout()
         code = DONE
     sys.exit(code)
 

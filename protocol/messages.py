@@ -59,7 +59,6 @@ PATH = "/v1/relay"
 MAX_CONTROL_BYTES = 64 * KIB
 #: `data` of one `input` message: small enough that an upload and live audio share a link fairly.
 MAX_INPUT_CHUNK_BYTES = 256 * KIB
-HELLO_TIMEOUT_S = 3.0
 
 SPACE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -80,7 +79,7 @@ _input_name = text(32, NAME_PATTERN, "an input name ([a-z][a-z0-9_]{0,31})")
 
 @attrs.frozen(kw_only=True)
 class Hello(Message):
-    """First message of every connection, within `HELLO_TIMEOUT_S`."""
+    """First message of every connection, within 3 s (the relay's `limits.hello_timeout_s`)."""
 
     TYPE: ClassVar[str] = "hello"
     version: int = field(integer(1, 1_000))

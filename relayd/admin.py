@@ -13,9 +13,8 @@ from protocol.client import Relay, open_relay
 from protocol.errors import ConnectError, LinkError, LoginRefused, RequestRejected
 from protocol.fields import Value
 from protocol.messages import SPACE_PATTERN, Snapshot
-from relayd.auth import Tokens, parse_expires
+from relayd.auth import Tokens, parse_expires, parse_limits
 from relayd.config import Config, ConfigError, SpaceConfig
-from relayd.operator import parse_limits
 from relayd.rows import Row, token_row
 from relayd.store.base import DeleteSpace, PutSpace, PutToken, SpaceRecord, StoreError, StoreInUse
 from relayd.store.opening import OfflineStore, open_offline

@@ -20,6 +20,7 @@ from typing import Protocol
 import attrs
 
 from protocol.errors import ErrorCode
+from protocol.fields import Value
 from protocol.messages import ROLES, Hello, Rejected
 from relayd.store.base import TokenLimits, TokenRecord
 
@@ -218,6 +219,10 @@ class Tokens:
         for pattern in patterns:
             if not SPACE_GLOB.fullmatch(pattern):
                 raise ValueError(f"space pattern {pattern!r}: a space name, in which * ? and [...] may stand")
+        if patterns and role == "operator":
+            raise ValueError(
+                "an operator sees and steers all spaces; leave out --space, or make a client or worker token"
+            )
         if expires_at is not None and expires_at <= now:
             raise ValueError(f"the token would have expired at {iso_time(expires_at)} already")
         live = [r for r in self._by_id.values() if r.principal == name and r.role == role and r.live(now)]
@@ -264,10 +269,6 @@ class Tokens:
         if record := self._by_id.pop(token_id, None):
             del self._by_sha256[record.sha256]
 
-    def get(self, token_id: str) -> TokenRecord | None:
-        """The record of a token."""
-        return self._by_id.get(token_id)
-
     def list(self) -> list[TokenRecord]:
         """All records, the oldest first; those that are revoked or expired, too."""
         return sorted(self._by_id.values(), key=lambda record: (record.created_at, record.token_id))
@@ -304,6 +305,21 @@ def parse_expires(text: str, now: float) -> float:
     if at >= _LAST_S:  # a zone west of Greenwich can lead there
         raise ValueError(f"{text} lies beyond the year 9999; a token without --expires never ends")
     return at
+
+
+def parse_limits(wire: Value) -> TokenLimits:
+    """A token's limits from a map of them.
+
+    Raises:
+        ValueError: one is unknown, or no whole number from 1 on.
+    """
+    known = [field.name for field in attrs.fields(TokenLimits)]
+    if not isinstance(wire, dict) or not all(name in known for name in wire):
+        raise ValueError(f"limits is a map of {', '.join(known)}")
+    for name, value in wire.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"limits.{name} must be a whole number from 1 on, not {value!r}")
+    return TokenLimits(**wire)
 
 
 def iso_time(unix_s: float) -> str:

@@ -13,6 +13,7 @@ from typing import TextIO
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
+from protocol.terminal import printable
 from relayd.settings import LogConfig
 
 #: Loggers that tell every message of every connection at `debug`.
@@ -95,16 +96,12 @@ def _console_processors(colors: bool) -> list[Processor]:
 
 def _plain_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
     lines = "".join(traceback.format_exception(*exc_info)).splitlines()
-    stream.write("\n" + "\n".join(map(_escape, lines)))
-
-
-def _escape(text: str) -> str:
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    stream.write("\n" + "\n".join(map(printable, lines)))
 
 
 def _printable(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
     """Escape control characters: what a peer sends must not steer the terminal."""
     for key, value in event.items():
         if isinstance(value, str):
-            event[key] = _escape(value)
+            event[key] = printable(value)
     return event

@@ -11,14 +11,14 @@ import trio
 from protocol.errors import ErrorCode
 from protocol.fields import Value
 from protocol.messages import ROLES, SPACE_PATTERN, Done, Message, Rejected, Steer, Watch
-from relayd.auth import Tokens, parse_expires
+from relayd.auth import Tokens, parse_expires, parse_limits
 from relayd.client_link import ClientLink
 from relayd.config import ConfigError, SpaceConfig
 from relayd.relay import Relay, Space
 from relayd.requests import Request
 from relayd.rows import pages, token_row
 from relayd.states import State
-from relayd.store.base import DeleteSpace, PutSpace, PutToken, StoreError, TokenLimits
+from relayd.store.base import DeleteSpace, PutSpace, PutToken, StoreError
 from relayd.watching import Watching
 
 log = structlog.get_logger("relayd.operator")
@@ -238,21 +238,6 @@ class Operator:
         self.drain(f"asked by operator {self.client.principal.name}")
         running = sum(request.entry.state is State.RUNNING for request in self.relay.requests.values())
         return {"running": running}
-
-
-def parse_limits(wire: Value) -> TokenLimits:
-    """A token's limits from a map of them.
-
-    Raises:
-        ValueError: one is unknown, or no whole number from 1 on.
-    """
-    known = [field.name for field in attrs.fields(TokenLimits)]
-    if not isinstance(wire, dict) or not all(name in known for name in wire):
-        raise ValueError(f"limits is a map of {', '.join(known)}")
-    for name, value in wire.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"limits.{name} must be a whole number from 1 on, not {value!r}")
-    return TokenLimits(**wire)
 
 
 def _no(message: str) -> Rejected:

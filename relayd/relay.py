@@ -6,7 +6,7 @@ queued on links and by changes posted to the store. See `relayd.intake` for how 
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import attrs
@@ -368,10 +368,6 @@ class Relay:
         """Tell the watchers that a row may look otherwise."""
         for watcher in self.watchers:
             watcher.touch(topic, key)
-
-    def queued_of(self, space: str) -> Iterator[Request]:
-        """The queued requests of a space, in order."""
-        return (self.requests[entry.request_id] for entry in self.scheduler.spaces[space].queue)
 
     def _tell_moved(self) -> None:
         if self.scheduler.moved:

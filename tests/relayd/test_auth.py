@@ -78,13 +78,14 @@ def test_only_the_hash_of_a_token_is_kept_and_nothing_of_it_is_shown() -> None:
 )
 def test_a_token_opens_only_the_roles_it_is_for(token_role: str, role: str, code: str | None) -> None:
     tokens = make_tokens()
-    new = create(tokens, token_role, spaces=["tts"], limits=TokenLimits(max_queued=3), expires_at=NOW + 60)
+    spaces = () if token_role == "operator" else ("tts",)
+    new = create(tokens, token_role, spaces=spaces, limits=TokenLimits(max_queued=3), expires_at=NOW + 60)
     outcome = tokens.log_in(hello(role, new.text, readonly=True), None, NOW)
     if code is None:
         assert outcome == Principal(
             name="ann",
             role=role,
-            spaces=("tts",),
+            spaces=spaces,
             token_id=new.record.token_id,
             readonly=True,
             limits=TokenLimits(max_queued=3),
@@ -175,7 +176,7 @@ def test_a_forgotten_token_opens_nothing() -> None:
     new = create(tokens)
     tokens.forget(new.record.token_id)
     tokens.forget("tok_none")
-    assert tokens.get(new.record.token_id) is None
+    assert tokens.list() == []
     assert "does not know" in refusal(tokens.log_in(hello("client", new.text), None, NOW))[1]
 
 
@@ -315,3 +316,8 @@ def test_no_guess_logs_in(token: str, role: str) -> None:
     tokens = make_tokens()
     create(tokens)
     assert isinstance(tokens.log_in(hello(role, token), STRANGER, NOW), Rejected)
+
+
+def test_an_operators_token_is_for_all_spaces() -> None:
+    with pytest.raises(ValueError, match="an operator sees and steers all spaces"):
+        Tokens().create(role="operator", name="ann", now=0.0, spaces=["tts"])
