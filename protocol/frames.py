@@ -30,13 +30,14 @@ _code = text(64)
 _words = text(MAX_TEXT_CHARS)
 
 
+@attrs.frozen(kw_only=True)
 class Frame(Message):
-    """One message of a request's output: numbered `seq` 0, 1, 2... within `attempt`."""
+    """One message of a request's output: numbered `seq` 0, 1, 2... within `attempt`. `ENDS`: it is the last one."""
 
     ENDS: ClassVar[bool] = False
-    request_id: str
-    attempt: int
-    seq: int
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    seq: int = field(seq_rule)
 
 
 @attrs.frozen(kw_only=True)
@@ -44,9 +45,6 @@ class Started(Frame):
     """The engine began; `format` of the audio to come, None where there is none."""
 
     TYPE: ClassVar[str] = "started"
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
     format: AudioFormat | None = part_field(AudioFormat)
 
 
@@ -55,9 +53,6 @@ class Progress(Frame):
     """How far it is."""
 
     TYPE: ClassVar[str] = "progress"
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
     state: str = field(one_of(*PROGRESS_STATES), "generating")
     fraction: float = field(number(0.0, 1.0), 0.0)
     message: str = field(_words, "")
@@ -68,9 +63,6 @@ class Audio(Frame):
     """Whole samples of the `started` format."""
 
     TYPE: ClassVar[str] = "audio"
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
     pcm: bytes = field(binary(MAX_PCM_BYTES))
 
 
@@ -79,9 +71,6 @@ class Output(Frame):
     """A value that is not speech: any msgpack value up to 64 KiB, or binary up to a message's size."""
 
     TYPE: ClassVar[str] = "output"
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
     data: Value = field(anything, None)
 
 
@@ -91,9 +80,6 @@ class Completed(Frame):
 
     TYPE: ClassVar[str] = "completed"
     ENDS: ClassVar[bool] = True
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
     result: dict[str, Value] = map_field()
 
 
@@ -103,9 +89,6 @@ class Failed(Frame):
 
     TYPE: ClassVar[str] = "failed"
     ENDS: ClassVar[bool] = True
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
     code: str = field(_code)
     message: str = field(_words)
     details: dict[str, Value] = map_field()
@@ -118,7 +101,4 @@ class Cancelled(Frame):
 
     TYPE: ClassVar[str] = "cancelled"
     ENDS: ClassVar[bool] = True
-    request_id: str = field(request_id_rule)
-    attempt: int = field(attempt_rule)
-    seq: int = field(seq_rule)
     reason: str = field(_words, "")

@@ -548,12 +548,16 @@ async def test_a_locked_database_fails_the_commit_and_not_the_store(
         assert [record.ticket for record in (await store.load()).requests] == [2]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_a_command_run_by_root_leaves_files_to_the_folders_owner(tmp_path: Path) -> None:
-    os.chown(tmp_path, 12345, 12345)
+def test_a_command_run_by_root_leaves_files_to_the_folders_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: set[tuple[int, int]] = set()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", lambda _fd, uid, gid: given.add((uid, gid)))
+    folder = tmp_path.stat()
     with open_offline(tmp_path) as offline:
         offline.commit(PutToken(token()))
-        assert {path.stat().st_uid for path in tmp_path.iterdir()} == {12345}
+    assert given == {(folder.st_uid, folder.st_gid)}
 
 
 numbers = st.integers(0, 3)
