@@ -160,7 +160,7 @@ class Gate:
             if message.version != PROTOCOL_VERSION:
                 raise ProtocolError(f"version {message.version}; this relay speaks version {PROTOCOL_VERSION}")
             return message
-        raise ProtocolError(f"no hello within {hello_timeout_s:g} s")
+        raise _Silent(f"no hello within {hello_timeout_s:g} s; connect again")
 
     def _log_in(self, hello: Hello, credentials: PeerCredentials | None) -> Principal | Rejected:
         principal = self.tokens.log_in(hello, credentials, time.time())
@@ -256,6 +256,13 @@ async def _open_nursery() -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
     if fault is not None:
         raise fault
+
+
+class _Silent(ProtocolError):
+    """No `hello` came in time. A network that stood still does that too, so whoever it was may try again."""
+
+    code = ErrorCode.IDLE_TIMEOUT
+    close_code = POLICY_VIOLATION
 
 
 def _left_s(principal: Principal) -> float:
