@@ -229,6 +229,11 @@ def _reap_once(relay: Relay, now: float) -> None:
     ended.sort(key=lambda request: request.ended_at or 0.0)
     held = sum(request.log.bytes_held for request in relay.requests.values())
     too_many = len(ended) - MAX_ENDED
+    for request in ended:
+        # Its listeners are away: their links are gone, and the window in which they may come back is over.
+        away = all(holder not in relay.clients.values() for holder in request.unheard)
+        if request.owed and away and now - (request.ended_at or 0.0) >= relay.config.limits.resume_window_s:
+            relay.conclude(request)
     for number, request in enumerate(ended):
         if number < too_many or now - (request.ended_at or 0.0) >= results.retain_s:
             held -= request.log.bytes_held

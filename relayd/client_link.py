@@ -56,6 +56,8 @@ class ClientLink:
     takes: Table = FROM_CLIENT
     readers: dict[str, FrameReader] = attrs.field(factory=dict)
     held: dict[str, Request] = attrs.field(factory=dict)
+    #: Ended requests whose last frame is queued here.
+    sending: list[Request] = attrs.field(factory=list)
     handlers: dict[type[Message], Handler] = attrs.field(init=False)
     frames_sent: int = 0
     bytes_sent: int = 0
@@ -97,6 +99,9 @@ class ClientLink:
         """All of a request's frames are sent."""
         if self.readers.get(reader.key) is reader:
             del self.readers[reader.key]
+        request = self.relay.requests.get(reader.key)
+        if request is not None and self in request.unheard:
+            self.sending.append(request)
 
     def hear_ended(self, request: Request) -> None:
         """The request needs no holder any more."""
@@ -124,6 +129,7 @@ class ClientLink:
             ProtocolError: the client broke the rules.
         """
         self.link.on_drained(self._pump, LOW_WATER_BYTES)
+        self.link.on_drained(self._sent, 0)
         try:
             async for data in self.link:
                 try:
@@ -138,6 +144,13 @@ class ClientLink:
             self.readers.clear()
             for request in list(self.held.values()):
                 self._let_go(request)
+            # What ended and was not heard here may be asked for again within the resume window; the reaper sees to it.
+
+    def _sent(self) -> None:
+        """All that was queued has left: so have the last frames of the requests that were read to their ends."""
+        sent, self.sending = self.sending, []
+        for request in sent:
+            self.relay.heard(request, self)
 
     def unfinished(self) -> list[FrameReader]:
         """Readers of ended requests that have not sent all yet."""
@@ -224,6 +237,9 @@ class ClientLink:
                 self.hear_accepted(request)
             if request.live and self._may_hold(request):
                 self._hold(request)
+            elif request.owed is not None and self._may_hold(request):
+                here = set(self.relay.clients.values())
+                request.unheard = {holder for holder in request.unheard if holder in here} | {self}
             self._tell_place(request)
             self._read(request, request.log.place(attach.attempt, attach.after_seq))
 
@@ -232,6 +248,8 @@ class ClientLink:
             self._let_go(request)
         elif reader := self.readers.pop(leave.request_id, None):
             reader.close()
+            if (ended := self.relay.requests.get(leave.request_id)) is not None and self in ended.unheard:
+                self.relay.heard(ended, self)  # or as good as that
 
     def _tell_place(self, request: Request) -> None:
         if request.entry.state is State.QUEUED:

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from protocol.messages import Ack
 from relayd.requests import Request
 
 
@@ -37,6 +38,9 @@ class WorkerPort(Protocol):
 
     def cancel(self, request_id: str, reason: str) -> None:
         """Send `cancel`."""
+
+    def acknowledge(self, ack: Ack) -> None:
+        """Send `ack`."""
 
     def drain(self, reason: str) -> None:
         """Send `drain`."""

@@ -17,6 +17,7 @@ from protocol.codec import encode
 from protocol.errors import EncodeError, ErrorCode
 from protocol.messages import (
     MAX_TEXT_CHARS,
+    Ack,
     Cancelled,
     Failed,
     Register,
@@ -25,7 +26,7 @@ from protocol.messages import (
 from relayd.config import Config
 from relayd.deadlines import watch_deadlines
 from relayd.ports import Watcher, WorkerPort
-from relayd.requests import UNHEARD_GRACE_S, Request
+from relayd.requests import UNHEARD_GRACE_S, Holder, Request
 from relayd.scheduler import Scheduler
 from relayd.spaces import Space as Space
 from relayd.spaces import rules_of, serve_space
@@ -137,6 +138,9 @@ class Relay:
             space.format = register.format
             self.store.post(PutSpace(self.space_record(space)))
             self.touch("spaces", name)
+        for request_id in joined.abandon:  # its copy goes with this answer
+            if (ended := self.requests.get(request_id)) is not None and not ended.live and ended.owed is not None:
+                self.conclude(ended)
         for entry in joined.resume:
             self.requests[entry.request_id].last_frame_at = now
             self.requests[entry.request_id].notify()
@@ -213,6 +217,8 @@ class Relay:
 
     def forget(self, request: Request) -> None:
         """Drop a request that has ended, or was never accepted."""
+        if request.owed is not None:
+            self.conclude(request)
         self.requests.pop(request.request_id, None)
         self.touch("requests", request.request_id)
 
@@ -292,11 +298,30 @@ class Relay:
             self.end(request, data, State.FAILED, code=code, message=message)
 
     def end(
-        self, request: Request, last_frame: bytes, state: State, *, code: str | None = None, message: str | None = None
+        self,
+        request: Request,
+        last_frame: bytes,
+        state: State,
+        *,
+        code: str | None = None,
+        message: str | None = None,
+        owed: tuple[str, Ack] | None = None,
     ) -> None:
-        """A request has its last frame: tell its readers, and give what it held to others."""
+        """A request has its last frame: tell its readers, and give what it held to others.
+
+        Args:
+            request: a live one; else nothing happens.
+            last_frame: as its readers get it.
+            state: how it ended.
+            code: why it failed.
+            message: the same in words.
+            owed: the acknowledgement of a frame of a worker's, and the worker's id; sent once the holders have it all.
+        """
         if not request.live:
             return
+        request.owed = owed
+        if owed is not None:
+            request.unheard = set(request.holders)
         now = trio.current_time()
         request.ended_at, request.code, request.message = now, code, message
         request.shed()
@@ -309,9 +334,24 @@ class Relay:
         space = self.spaces[request.submit.space]
         space.ended[state] = space.ended.get(state, 0) + 1
         self._note(request, f"request {state}", code=code, why=message, took_s=round(now - request.created_at, 3))
+        if not request.unheard:
+            self.conclude(request)
+        self.carry_out(decisions)
+
+    def heard(self, request: Request, holder: Holder) -> None:
+        """A holder of an ended request has been sent all of it."""
+        request.unheard.discard(holder)
+        if not request.live and not request.unheard:
+            self.conclude(request)
+
+    def conclude(self, request: Request) -> None:
+        """Nobody needs the worker's copy of an ended request any more: store its end, and acknowledge it."""
+        request.unheard.clear()
+        owed, request.owed = request.owed, None
         if request.accepted:
             self.record(request)
-        self.carry_out(decisions)
+        if owed is not None and (port := self.workers.get(owed[0])):
+            port.acknowledge(owed[1])
 
     def record(self, request: Request) -> None:
         """Post how a request stands to the store."""

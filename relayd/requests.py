@@ -10,7 +10,7 @@ import trio
 
 from protocol.errors import ErrorCode
 from protocol.fields import Value
-from protocol.messages import AudioFormat, Rejected, Submit
+from protocol.messages import Ack, AudioFormat, Rejected, Submit
 from relayd.config import SpaceConfig
 from relayd.framelog import FrameLog, Sink
 from relayd.states import Entry, Place, State
@@ -65,6 +65,11 @@ class Request:
     inputs: dict[str, bytearray] = attrs.field(factory=dict)
     _digests: dict[str, "hashlib._Hash"] = attrs.field(factory=dict)
     holders: set[Holder] = attrs.field(factory=set)
+    #: Once it has ended: those that held it and have not been sent all of it yet. Until they have, or stay away, its
+    #: end is neither stored nor acknowledged: a relay that is killed now gets all frames from the worker again.
+    unheard: set[Holder] = attrs.field(factory=set)
+    #: The acknowledgement that its worker waits for, and which worker that is.
+    owed: tuple[str, Ack] | None = None
     #: Whether all of its inputs have come: it is on its way to the store, and takes no more of them.
     whole: bool = False
     #: Whether `accepted` was sent: it is in the store.

@@ -148,6 +148,10 @@ class WorkerLink:
         """Have it stop a request."""
         self.send(Cancel(request_id=request_id, reason=reason))
 
+    def acknowledge(self, ack: Ack) -> None:
+        """Have it forget an attempt."""
+        self.send(ack)
+
     def drain(self, reason: str) -> None:
         """Have it finish and leave."""
         self.send(Drain(reason=reason))
@@ -288,17 +292,19 @@ class WorkerLink:
         request = self._request_of(frame)
         relay = self.relay
         is_next = request is not None and self._is_next(request, frame)
-        # Sent first, so that a worker forgets this attempt before it is handed the next.
-        self.send(Ack(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq))
-        if request is not None and is_next:
-            if isinstance(frame, Failed) and frame.retryable and frame.code in ENGINE_FAULTS:
-                relay.attempt_failed(request, self, frame)
-            elif isinstance(frame, Completed):
-                relay.end(request, data, State.COMPLETED)
-            elif isinstance(frame, Failed):
-                relay.end(request, data, State.FAILED, code=frame.code, message=frame.message)
-            elif isinstance(frame, Cancelled):
-                relay.end(request, data, State.CANCELLED, message=frame.reason)
+        ack = Ack(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq)
+        owed = (self.worker_id, ack)
+        if request is None or not is_next:
+            self.send(ack)
+        elif isinstance(frame, Failed) and frame.retryable and frame.code in ENGINE_FAULTS:
+            self.send(ack)  # first, so that the worker forgets this attempt before it is handed the next
+            relay.attempt_failed(request, self, frame)
+        elif isinstance(frame, Completed):
+            relay.end(request, data, State.COMPLETED, owed=owed)
+        elif isinstance(frame, Failed):
+            relay.end(request, data, State.FAILED, code=frame.code, message=frame.message, owed=owed)
+        elif isinstance(frame, Cancelled):
+            relay.end(request, data, State.CANCELLED, message=frame.reason, owed=owed)
         relay.release(self, frame.request_id, frame.attempt)
 
     def _request_of(self, frame: Frame) -> Request | None:
