@@ -14,7 +14,7 @@ from relayd.intake import Intake
 from relayd.listener import describe, open_listeners, serve_listeners, tls_context
 from relayd.places import serve_places
 from relayd.relay import Relay, Space
-from relayd.requests import Request
+from relayd.requests import Holder, Request
 from relayd.states import Entry, State
 from relayd.store.base import DeleteRequest, DeleteSpace, Loaded, PutSpace, RequestRecord, SpaceRecord
 from relayd.store.opening import open_store
@@ -229,10 +229,11 @@ def _reap_once(relay: Relay, now: float) -> None:
     ended.sort(key=lambda request: request.ended_at or 0.0)
     held = sum(request.log.bytes_held for request in relay.requests.values())
     too_many = len(ended) - MAX_ENDED
+    here: set[Holder] = set(relay.clients.values())
     for request in ended:
         # Its listeners are away: their links are gone, and the window in which they may come back is over.
-        away = all(holder not in relay.clients.values() for holder in request.unheard)
-        if request.owed and away and now - (request.ended_at or 0.0) >= relay.config.limits.resume_window_s:
+        since = max(request.ended_at or 0.0, request.unheld_at or 0.0)
+        if request.owed and now - since >= relay.config.limits.resume_window_s and not request.unheard & here:
             relay.conclude(request)
     for number, request in enumerate(ended):
         if number < too_many or now - (request.ended_at or 0.0) >= results.retain_s:

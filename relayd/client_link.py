@@ -139,12 +139,15 @@ class ClientLink:
                     continue
                 self.handlers[type(message)](message)
         finally:
+            ended = [*self.sending, *map(self.relay.requests.get, self.readers)]
             for reader in self.readers.values():
                 reader.close()
             self.readers.clear()
             for request in list(self.held.values()):
                 self._let_go(request)
-            # What ended and was not heard here may be asked for again within the resume window; the reaper sees to it.
+            for unheard in ended:  # may be asked for again within the resume window; the reaper sees to it
+                if unheard is not None and self in unheard.unheard:
+                    unheard.unheld_at = trio.current_time()
 
     def _sent(self) -> None:
         """All that was queued has left: so have the last frames of the requests that were read to their ends."""
@@ -170,6 +173,12 @@ class ClientLink:
         request.holders.add(self)
         request.unheld_at = None
         request.notify()
+
+    def _wait_for_end(self, request: Request) -> None:
+        """An ended request's worker keeps it until this connection has it, in place of those that are gone."""
+        if request.owed is not None and self._may_hold(request):
+            here = set(self.relay.clients.values())
+            request.unheard = {holder for holder in request.unheard if holder in here} | {self}
 
     def _let_go(self, request: Request) -> None:
         if reader := self.readers.pop(request.request_id, None):
@@ -209,6 +218,8 @@ class ClientLink:
             if request.live:
                 self._hold(request)
                 self._tell_place(request)
+            else:
+                self._wait_for_end(request)
             self._read(request, 0)
 
     def _input(self, piece: Input) -> None:
@@ -235,11 +246,10 @@ class ClientLink:
         else:
             if request.accepted:
                 self.hear_accepted(request)
-            if request.live and self._may_hold(request):
+            if not request.live:
+                self._wait_for_end(request)
+            elif self._may_hold(request):
                 self._hold(request)
-            elif request.owed is not None and self._may_hold(request):
-                here = set(self.relay.clients.values())
-                request.unheard = {holder for holder in request.unheard if holder in here} | {self}
             self._tell_place(request)
             self._read(request, request.log.place(attach.attempt, attach.after_seq))
 

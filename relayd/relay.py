@@ -334,7 +334,8 @@ class Relay:
         space = self.spaces[request.submit.space]
         space.ended[state] = space.ended.get(state, 0) + 1
         self._note(request, f"request {state}", code=code, why=message, took_s=round(now - request.created_at, 3))
-        if not request.unheard:
+        # Without `detach` somebody may come back for it, also where nobody holds it in this moment.
+        if owed is None or (request.submit.detach and not request.unheard):
             self.conclude(request)
         self.carry_out(decisions)
 

@@ -141,3 +141,38 @@ async def test_a_worker_that_comes_back_is_told_to_forget_what_has_ended(tmp_pat
         async with peer(relay.url, "client") as client:  # the relay has it all
             client.send(Attach(request_id=request.request_id))
             assert (await client.next(Completed)).seq == 4
+
+
+@pytest.mark.trio
+async def test_one_that_ends_while_its_client_is_away_waits_for_it_through_the_resume_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "REAP_INTERVAL_S", 0.01)
+    async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker:
+        async with peer(relay.url, "client") as client:
+            submit = a_submit()
+            client.send(submit)
+            assign = await begun(worker, submit)
+            await client.next(Audio)
+        request = relay.relay.requests[submit.request_id]
+        await until(lambda: not request.holders)
+        finish(worker, assign)
+        await until(lambda: not request.live)
+        await silent(worker)
+        async with peer(relay.url, "client") as client:
+            client.send(Attach(request_id=submit.request_id))
+            await client.next(Completed)
+            assert (await worker.peer.next(Ack)).seq == 4
+
+
+@pytest.mark.trio
+async def test_a_slow_listener_that_is_cut_long_after_the_end_has_its_whole_resume_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "REAP_INTERVAL_S", 0.01)
+    async with daemon(tmp_path, results={"retain_s": 10_000}) as relay, fake_worker(relay.url) as worker:
+        request = await ended_unheard(relay, worker)
+        await until(lambda: request.unheld_at is not None)
+        request.ended_at = trio.current_time() - 1_000  # it read for that long before it was cut
+        await silent(worker)
+        assert request.owed is not None
