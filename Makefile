@@ -48,8 +48,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[espeak]'
 	@touch $@
 
+# voxcpm without what it names and an engine never imports: docs/decisions/0010-voxcpm-install.md.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps voxcpm
 	@touch $@ $(VENV)/.demo
 
 # The wheel's own `node` is a Python script around the program, and signals would end there.

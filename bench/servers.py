@@ -74,7 +74,7 @@ def open_relayd() -> Iterator[Server]:
                 store.commit(PutToken(token.record))
                 issued[role] = token.text
         command = [*relayd_command(), "serve", "--config", str(folder / "relayd.toml")]
-        with _process(command, folder / "log") as process:
+        with open_process(command, folder / "log") as process:
             port = _port_in_log(process, folder / "log")
             yield Server("relayd", process.pid, port, issued)
 
@@ -89,15 +89,16 @@ def open_plain() -> Iterator[Server]:
     """The relay of a few lines, `bench.plain_relay`."""
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as name:
         log = Path(name, "log")
-        with _process([sys.executable, "-m", "bench.plain_relay"], log) as process:
+        with open_process([sys.executable, "-m", "bench.plain_relay"], log) as process:
             yield Server("plain trio-websocket", process.pid, _port_in_log(process, log))
 
 
 @contextmanager
-def _process(command: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def open_process(command: list[str], log: Path, **environ: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that writes to `log` and sees no relay of the environment but in `environ`; ended with the block."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RELAY_", "RELAYD_"))}
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=inherited)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=inherited | environ)
     try:
         yield process
     finally:

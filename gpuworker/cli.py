@@ -1,6 +1,7 @@
 """`gpuworker run | engines | doctor`."""
 
 import argparse
+import faulthandler
 import json
 import logging
 import signal
@@ -16,10 +17,12 @@ from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine
 from gpuworker.identity import Identity, WorkerError
 from gpuworker.loglines import LineFormatter
 from gpuworker.runner import ProcessSlot, Slot
+from gpuworker.systemd import Service
 from gpuworker.thread_slot import ThreadSlot
 from gpuworker.worker import Worker
 from protocol.exits import DONE, FAILED, INTERRUPTED, USAGE, quiet_stdout
 from protocol.fields import Value
+from protocol.systemd import ServiceManager
 from protocol.terminal import printable
 
 
@@ -64,6 +67,7 @@ def run_worker(given: argparse.Namespace) -> int:
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("gpuworker").setLevel(logging.INFO)
+    faulthandler.enable()  # systemd's watchdog ends a worker that hangs with SIGABRT: the log then says where it stood
     try:
         return trio.run(_serve, config)
     except WorkerError as fault:
@@ -72,12 +76,15 @@ def run_worker(given: argparse.Namespace) -> int:
 
 
 async def _serve(config: WorkerConfig) -> int:
+    slots = make_slots(config)
     worker = Worker(
         Identity(name=config.name, spaces=config.spaces, engine=config.engine, token=config.token),
         config.address,
-        make_slots(config),
+        slots,
         drain_timeout_s=config.drain_timeout_s,
     )
+    manager = ServiceManager.from_environment()
+    service = Service(worker, slots, manager, config.cancel_grace_s, config.drain_timeout_s)
     heard: list[int] = []
     failure: WorkerError | None = None
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -88,10 +95,12 @@ async def _serve(config: WorkerConfig) -> int:
                     heard.append(number)
                     if len(heard) == 1:
                         worker.drain(f"{signal.Signals(number).name}; once more to stop at once")
+                        service.stopping()
                     else:
                         worker.stop()
 
             nursery.start_soon(listen)
+            nursery.start_soon(service.serve)
             try:
                 await worker.run()
             except WorkerError as fault:  # kept, as a nursery would wrap it in a group

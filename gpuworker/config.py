@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from gpuworker.engines.base import Engine, OptionError, OptionValue
+from gpuworker.engines.base import Engine, Missing, OptionError, OptionValue
 from gpuworker.engines.catalog import EngineNotFound, find_engine, parse_options
 from gpuworker.runner import CANCEL_GRACE_S, LOAD_TIMEOUT_S
 from gpuworker.worker import DRAIN_TIMEOUT_S
@@ -48,20 +48,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--relay", metavar="URL", help="ws://, wss:// or unix:PATH; else RELAY_URL, else this machine's relay"
     )
     parser.add_argument("--space", action="append", metavar="NAME", help=f"to serve; may be repeated ({DEFAULT_SPACE})")
-    parser.add_argument(
-        "--engine", default=DEFAULT_ENGINE, metavar="NAME", help=f"see `gpuworker engines` ({DEFAULT_ENGINE})"
-    )
-    parser.add_argument(
-        "--slots", type=int, default=1, metavar="N", help="requests at once, each in its own process (1)"
-    )
-    parser.add_argument(
-        "-o",
-        action="append",
-        default=[],
-        dest="options",
-        metavar="KEY=VALUE",
-        help="an option of the engine; repeatable",
-    )
+    add_engine_options(parser, DEFAULT_ENGINE, f"see `gpuworker engines` ({DEFAULT_ENGINE})")
     parser.add_argument("--token-file", metavar="FILE", help="holds the token; else RELAY_TOKEN or RELAY_TOKEN_FILE")
     parser.add_argument("--name", help="of this worker, for people (the machine's name)")
     parser.add_argument(
@@ -79,6 +66,22 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--in-threads", action="store_true", help="slots as threads: no isolation, less memory; for load tests"
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser, default: str | None, words: str) -> None:
+    """`--engine`, `--slots` and `-o`."""
+    parser.add_argument("--engine", default=default, metavar="NAME", help=words)
+    parser.add_argument(
+        "--slots", type=int, default=1, metavar="N", help="requests at once, each in its own process (1)"
+    )
+    parser.add_argument(
+        "-o",
+        action="append",
+        default=[],
+        dest="options",
+        metavar="KEY=VALUE",
+        help="an option of the engine; repeatable",
     )
 
 
@@ -115,7 +118,7 @@ def read_config(given: argparse.Namespace, environ: Mapping[str, str] | None = N
         engine_class = find_engine(given.engine)
         options = parse_options(engine_class.OPTIONS, given.options)
         engine_class(options)  # what only the engine can check
-        faults += [f"engine {given.engine!r} needs {it.what}: {it.install}" for it in engine_class.missing()]
+        faults += [needs(given.engine, lack) for lack in engine_class.check(options, given.slots)]
     except (EngineNotFound, OptionError) as fault:
         faults.append(str(fault))
     if faults or address is None or engine_class is None:
@@ -134,6 +137,11 @@ def read_config(given: argparse.Namespace, environ: Mapping[str, str] | None = N
         cancel_grace_s=given.cancel_grace,
         drain_timeout_s=given.drain_timeout,
     )
+
+
+def needs(engine: str, lack: Missing) -> str:
+    """What an engine lacks, in a sentence."""
+    return f"engine {engine!r} needs {lack.what}" + (f": {lack.install}" if lack.install else "")
 
 
 def worker_name(given: str | None) -> str:

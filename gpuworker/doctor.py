@@ -14,8 +14,9 @@ from typing import Literal
 import attrs
 import trio
 
-from gpuworker.config import ConfigError
-from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine
+from gpuworker.config import ConfigError, add_engine_options
+from gpuworker.engines.base import OptionError
+from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine, parse_options
 from protocol.address import Address, from_environment, read_token, token_from_environment
 from protocol.errors import LinkError, LoginRefused, ProtocolError
 from protocol.link import log_in, open_link
@@ -43,12 +44,20 @@ def add_doctor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--relay", metavar="URL", help="tried, with the token, where given or in RELAY_URL")
     parser.add_argument("--token-file", metavar="FILE", help="holds the token; else RELAY_TOKEN or RELAY_TOKEN_FILE")
     parser.add_argument("--json", action="store_true", help="as JSON")
+    add_engine_options(parser, None, "look at this one alone, as `gpuworker run` would with these options")
 
 
 def run_doctor(given: argparse.Namespace, environ: Mapping[str, str] | None = None) -> int:
-    """Print what was found; 1 if no engine runs or the login fails, 3 if the relay does not answer."""
+    """Print what was found; 1 if no engine runs or the login fails, 3 if the relay does not answer.
+
+    Raises:
+        ConfigError: the relay's address, the engine or its options are wrong.
+    """
     environ = os.environ if environ is None else environ
-    findings = [_python(), *_engines(), _gpu()]
+    if given.engine is None and (given.options or given.slots != 1):
+        raise ConfigError("--slots and -o are an engine's: give --engine too")
+    engines = _engines() if given.engine is None else _engine(given.engine, given.options, given.slots)
+    findings = [_python(), *engines, _gpu()]
     url = given.relay or environ.get("RELAY_URL")
     if url:
         try:
@@ -66,7 +75,6 @@ def run_doctor(given: argparse.Namespace, environ: Mapping[str, str] | None = No
                 print(f"{'':<18} {'':<12} install it with: {finding.install}")
     if any(finding.outcome == "unreachable" for finding in findings):
         return 3
-    engines = [finding for finding in findings if finding.what.startswith("engine ")]
     runs = any(finding.outcome == "ok" for finding in engines)
     return 0 if runs and all(finding.outcome != "failed" for finding in findings) else 1
 
@@ -92,6 +100,25 @@ def _engines() -> list[Finding]:
             Finding(what=what, outcome="missing", words=f"needs {lack.what}", install=lack.install) for lack in lacking
         ] or [Finding(what=what, outcome="ok", words=engine.SUMMARY)]
     return findings
+
+
+def _engine(name: str, given: list[str], slots: int) -> list[Finding]:
+    """One engine, run with these options in so many slots."""
+    if slots < 1:
+        raise ConfigError(f"--slots {slots}: must be 1 or more")
+    try:
+        engine = find_engine(name)
+        options = parse_options(engine.OPTIONS, given)
+        engine(options)  # what only the engine can check
+    except (EngineNotFound, OptionError) as fault:
+        raise ConfigError(str(fault)) from None
+    what = f"engine {name}"
+    outlook = engine.outlook(options, slots)
+    lacking = [
+        Finding(what=what, outcome="missing", words=f"needs {lack.what}", install=lack.install)
+        for lack in engine.check(options, slots)
+    ]
+    return lacking or [Finding(what=what, outcome="ok", words="; ".join(filter(None, (engine.SUMMARY, outlook))))]
 
 
 def _gpu() -> Finding:

@@ -83,7 +83,7 @@ def drive(
     """Run one request to its end; never raises for what the engine does.
 
     The first chunk emitted is always a `FormatChunk`. `cancelled` is looked at before and after each chunk is made,
-    so that nothing is emitted once it is true.
+    and before each report, so that nothing is emitted once it is true.
 
     Args:
         engine: loaded, and idle.
@@ -93,11 +93,15 @@ def drive(
         emit: takes each chunk; may block.
     """
     engine.cancelled = cancelled
+    outlet = _Outlet(cancelled, emit)
+    engine.report = outlet.report
     try:
         late = engine.capabilities.late_format
         chunks = engine.generate(params, inputs)
         try:
-            return _drain(chunks, FormatChunk(engine.format_for(params)) if not late else None, cancelled, emit)
+            if not late:
+                outlet.put(FormatChunk(engine.format_for(params)))
+            return _drain(chunks, outlet, cancelled)
         finally:
             if (close := getattr(chunks, "close", None)) is not None:
                 close()
@@ -107,32 +111,58 @@ def drive(
         if cancelled() and not (isinstance(fault, EngineError) and fault.restart):
             return End(outcome="cancelled")
         return End.from_error(fault)
+    finally:
+        engine.report = Engine.report  # what is reported between two runs belongs to neither
 
 
-def _drain(
-    chunks: Iterator[Chunk], told: FormatChunk | None, cancelled: Callable[[], bool], emit: Callable[[Chunk], None]
-) -> End:
-    if told is not None:
-        emit(told)
+class _Outlet:
+    """Where the chunks of a run go out: its format first, and each as the wire takes it."""
+
+    def __init__(self, cancelled: Callable[[], bool], emit: Callable[[Chunk], None]) -> None:
+        self.told: FormatChunk | None = None
+        self._cancelled = cancelled
+        self._emit = emit
+
+    def put(self, chunk: Chunk) -> None:
+        """What the engine yielded.
+
+        Raises:
+            EngineError: the wire cannot take it, or it is the second format.
+        """
+        if isinstance(chunk, FormatChunk):
+            if self.told is not None:
+                raise EngineError("the engine told its format twice, or too late")
+            self.told = chunk
+        elif self.told is None:
+            self.told = FormatChunk(None)
+            self._emit(self.told)
+        if (fit := _fit(chunk, self.told)) is not None:
+            self._emit(fit)
+
+    def report(self, progress: ProgressChunk) -> None:
+        """`Engine.report` of this run.
+
+        Raises:
+            EngineError: it is no `ProgressChunk`.
+        """
+        if not isinstance(progress, ProgressChunk):
+            raise EngineError(f"the engine reported {type(progress).__name__}, which is no ProgressChunk")
+        if self.told is not None and not self._cancelled():
+            self.put(progress)
+
+
+def _drain(chunks: Iterator[Chunk], outlet: _Outlet, cancelled: Callable[[], bool]) -> End:
     while not cancelled():
         chunk = next(chunks, None)
         if chunk is None:
             break
         if cancelled():
             return End(outcome="cancelled")
-        if isinstance(chunk, FormatChunk):
-            if told is not None:
-                raise EngineError("the engine told its format twice, or too late")
-            told = chunk
-        elif told is None:
-            told = FormatChunk(None)
-            emit(told)
-        if (fit := _fit(chunk, told)) is not None:
-            emit(fit)
+        outlet.put(chunk)
     if cancelled():
         return End(outcome="cancelled")
-    if told is None:
-        emit(FormatChunk(None))
+    if outlet.told is None:
+        outlet.put(FormatChunk(None))
     return End(outcome="completed")
 
 

@@ -95,6 +95,7 @@ def capabilities_said(capabilities: Capabilities) -> dict[str, Value]:
         "format": capabilities.format.to_map() if capabilities.format else None,
         "late_format": capabilities.late_format,
         "reproducible": capabilities.reproducible,
+        "fingerprint": capabilities.fingerprint,
         "params": capabilities.params,
         "inputs": {name: rule.to_map() for name, rule in capabilities.inputs.items()},
     }
@@ -106,6 +107,7 @@ def said_capabilities(said: dict[str, Value]) -> Capabilities:
         format=parse_part(AudioFormat, said["format"]) if said["format"] else None,
         late_format=said["late_format"],
         reproducible=said["reproducible"],
+        fingerprint=said["fingerprint"],
         params=said["params"],
         inputs={name: parse_part(InputRule, rule) for name, rule in said["inputs"].items()},
     )

@@ -101,6 +101,11 @@ class Slot(ABC):
         return self._run is not None
 
     @property
+    def stopping(self) -> Run | None:
+        """The run in it that was told to stop and has not left yet."""
+        return self._run if self._run is not None and self._run.cancel_asked.is_set() else None
+
+    @property
     def free(self) -> bool:
         """Whether `run` may be called now."""
         return self.ready and not self.busy

@@ -5,6 +5,7 @@ import ssl
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import attrs
 import trio
 
 from gpuworker.attempt import MAX_RESULT_BYTES, Attempt
@@ -86,7 +87,8 @@ class Worker:
         self._scope = trio.CancelScope()
         self._link: Link | None = None
         self._feeder: Feeder | None = None
-        self._announced: int | None = None
+        #: What a `register` sent again may change, as it was sent last: slots, reproducible, fingerprint.
+        self._announced: tuple[int, bool, str] | None = None
         self._registered_once = False
         self._register_again = Backoff(REGISTER_AGAIN_FIRST_S, REGISTER_AGAIN_LONGEST_S)
         self._refused = trio.Event()
@@ -177,7 +179,7 @@ class Worker:
             completed=work.tally.completed if work else 0,
             failed=work.tally.failed if work else 0,
             cancelled=work.tally.cancelled if work else 0,
-            fault=self._fault,
+            fault=self._fault or next((f"{s.name}: {s.load_fault}" for s in self._slots if s.load_fault), ""),
         )
 
     # -- the link
@@ -189,7 +191,12 @@ class Worker:
 
     @property
     def _capabilities(self) -> Capabilities | None:
-        return next((slot.capabilities for slot in self._slots if slot.capabilities is not None), None)
+        """Of the slots' engines; not reproducible where two of them make other samples than each other."""
+        loaded = [slot.capabilities for slot in self._slots if slot.capabilities is not None]
+        if not loaded:
+            return None
+        alike = all((its.format, its.fingerprint) == (loaded[0].format, loaded[0].fingerprint) for its in loaded)
+        return loaded[0] if alike else attrs.evolve(loaded[0], reproducible=False)
 
     async def _keep_linked(self) -> None:
         hello = Hello(version=PROTOCOL_VERSION, role="worker", token=self._identity.token, agent="gpuworker")
@@ -270,37 +277,42 @@ class Worker:
             ):
                 await self._held_work.change()
             self._refused = trio.Event()
-            self._announced = self._held_work.ready_slots
-            self._say(self._registration(capabilities, self._announced))
+            self._announced = self._standing(capabilities)
+            self._say(self._registration(capabilities))
             await self._refused.wait()
             delay_s = self._register_again.next_s()
             log.info("registering again in %.1f s", delay_s)
             await trio.sleep(delay_s)
 
-    def _registration(self, capabilities: Capabilities, slots: int) -> Register:
+    def _standing(self, capabilities: Capabilities) -> tuple[int, bool, str]:
+        return self._held_work.ready_slots, capabilities.reproducible, capabilities.fingerprint
+
+    def _registration(self, capabilities: Capabilities) -> Register:
         return Register(
             worker=self._identity.name,
             instance=self._identity.instance,
             spaces=list(self._identity.spaces),
-            slots=slots,
+            slots=self._held_work.ready_slots,
             engine=self._identity.engine,
             params=capabilities.params,
             inputs=capabilities.inputs,
             format=capabilities.format,
             reproducible=capabilities.reproducible,
+            fingerprint=capabilities.fingerprint,
             running=self._held_work.standing(),
         )
 
     def _slot_changed(self) -> None:
         work = self._held_work
         work.changed()
-        slots = work.ready_slots
-        if self._feeder is not None and slots != self._announced:
-            capabilities = self._capabilities
-            assert capabilities is not None
-            self._announced = slots
-            self._say(self._registration(capabilities, slots))
-        if self._capabilities is None and (fault := next((s.load_fault for s in self._slots if s.load_fault), "")):
+        capabilities = self._capabilities
+        if self._feeder is not None and self._announced is not None and capabilities is not None:
+            before, self._announced = self._announced, self._standing(capabilities)
+            if before[1] and not self._announced[1]:
+                log.warning("its slots do not make the same samples: a request cut off in one cannot go on in another")
+            if before != self._announced:
+                self._say(self._registration(capabilities))
+        if capabilities is None and (fault := next((s.load_fault for s in self._slots if s.load_fault), "")):
             self._fail(ErrorCode.MODEL_NOT_LOADED.value, f"engine {self._identity.engine!r} cannot be loaded: {fault}")
         self._on_status()
 
@@ -313,8 +325,9 @@ class Worker:
         self._feeder = Feeder(self._link)
         self._register_again = Backoff(REGISTER_AGAIN_FIRST_S, REGISTER_AGAIN_LONGEST_S)
         spaces = ", ".join(map(repr, self._identity.spaces))
-        plural = "" if self._announced == 1 else "s"
-        log.info("registered space %s with %d slot%s as %s", spaces, self._announced, plural, registered.worker_id)
+        slots = self._announced[0] if self._announced is not None else 0
+        plural = "" if slots == 1 else "s"
+        log.info("registered space %s with %d slot%s as %s", spaces, slots, plural, registered.worker_id)
         resume = {(entry.request_id, entry.attempt): entry.next_seq for entry in registered.resume}
         for attempt in list(work.attempts.values()):
             seq = resume.get((attempt.request_id, attempt.number))

@@ -219,7 +219,8 @@ class _Check:
                 self._spend(MAX_CHOICES_TOLD)
                 yield path, f"must be one of {', '.join(map(_short, choices[:MAX_CHOICES_TOLD]))}"
         if "const" in schema and not _same(value, schema["const"]):
-            yield path, f"must be {_short(schema['const'])}"
+            why = schema.get("description")
+            yield path, f"must be {_short(schema['const'])}" + (f": {why}" if isinstance(why, str) and why else "")
         if isinstance(value, str):
             yield from _length(schema, value, path)
         elif isinstance(value, dict):
@@ -360,4 +361,6 @@ def _types(rule: Value) -> str:
 
 
 def _short(choice: Value) -> str:
+    if choice is None or isinstance(choice, bool):
+        return "null" if choice is None else str(choice).lower()  # as a client writes it
     return _cut(choice if isinstance(choice, str) else str(choice), MAX_FIELD_CHARS)

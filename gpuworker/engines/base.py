@@ -15,6 +15,8 @@ from protocol.fields import Value
 from protocol.messages import AudioFormat, InputRule
 
 OptionValue = str | int | float | bool | None
+#: Of `Capabilities.fingerprint`, as the wire takes it.
+MAX_FINGERPRINT_CHARS = 200
 #: Details of an error quoted on the wire: a field's fault is a sentence, not a traceback.
 MAX_WORDS_CHARS = 2_000
 
@@ -87,6 +89,9 @@ class Capabilities:
         late_format: only a run tells the format, by a `FormatChunk` as its first chunk.
         reproducible: the same params and inputs make the same chunks, in any process on this kind of machine.
             A run is then repeated after a loss and goes on where it stopped, so announce it truthfully.
+        fingerprint: whatever else its samples depend on (the model's files, the device, versions of libraries), at
+            most 200 characters. Reproducible workers whose engine, format and fingerprint are the same stand in for
+            each other in mid-stream; others never do.
         params: JSON Schema (2020-12) of the params. The relay checks it before queueing. Voices, models and the like
             belong here, as an `enum`.
         inputs: input name -> what is taken.
@@ -95,6 +100,7 @@ class Capabilities:
     format: AudioFormat | None = None
     late_format: bool = False
     reproducible: bool = False
+    fingerprint: str = attrs.field(default="", validator=attrs.validators.max_len(MAX_FINGERPRINT_CHARS))
     params: dict[str, Value] = attrs.field(factory=dict)
     inputs: dict[str, InputRule] = attrs.field(factory=dict)
 
@@ -120,10 +126,10 @@ class Option:
 
 @attrs.frozen
 class Missing:
-    """Something an engine needs that is not here, and the command that installs it."""
+    """Something an engine needs that is not here, and the command that installs it; "" where no command does."""
 
     what: str
-    install: str
+    install: str = ""
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
@@ -191,6 +197,10 @@ def _never() -> bool:
     return False
 
 
+def _to_nobody(progress: ProgressChunk) -> None:
+    del progress
+
+
 class Engine(ABC):
     """Makes chunks from params. One instance serves one slot: `generate` is never entered twice at once.
 
@@ -207,6 +217,11 @@ class Engine(ABC):
     #: an engine that works long before its next chunk may look itself, and return.
     cancelled: Callable[[], bool] = staticmethod(_never)
 
+    #: Sends a `ProgressChunk` at once, from inside work that is long before its next chunk; from the thread of
+    #: `generate` only. The slot sets it for the time of a run. Nothing is sent after a cancel, nor before an engine
+    #: with `late_format` has told its format. A reproducible engine reports by its steps, never by the clock.
+    report: Callable[[ProgressChunk], None] = staticmethod(_to_nobody)
+
     def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
         self.options: dict[str, OptionValue] = {name: option.default for name, option in self.OPTIONS.items()}
         self.options.update(options or {})
@@ -215,6 +230,26 @@ class Engine(ABC):
     def missing(cls) -> list[Missing]:
         """What this machine lacks to run it; empty when it can run. Must not import anything heavy."""
         return []
+
+    @classmethod
+    def check(cls, options: Mapping[str, OptionValue], slots: int) -> list[Missing]:
+        """What this machine lacks to run it in this way: what `missing` tells, and memory, say.
+
+        Asked by `gpuworker run` before its slots start, and by `gpuworker doctor --engine`. Must not import
+        anything heavy.
+
+        Args:
+            options: a value for each of `OPTIONS`.
+            slots: how many engines are to run side by side.
+        """
+        del options, slots
+        return cls.missing()
+
+    @classmethod
+    def outlook(cls, options: Mapping[str, OptionValue], slots: int) -> str:
+        """What it will take of this machine to run it in this way, in words for `doctor`; as light as `check`."""
+        del options, slots
+        return ""
 
     @property
     @abstractmethod

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gpuworker.engines.base import (
+    MAX_FINGERPRINT_CHARS,
     Capabilities,
     Chunk,
     Engine,
@@ -87,6 +88,7 @@ class FunctionEngine(Engine):
             format=self._format,
             late_format=self._format is None,
             reproducible=bool(self.options["reproducible"]),
+            fingerprint=str(self.options.get("call") or "")[:MAX_FINGERPRINT_CHARS],
             params=self._signature.params if self._params is None else dict(self._params),
             inputs=self._signature.inputs,
         )

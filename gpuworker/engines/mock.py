@@ -23,6 +23,7 @@ code: of `exit` (3); retryable: of `raise`} |
 import hashlib
 import math
 import os
+import secrets
 import sys
 import time
 from array import array
@@ -132,6 +133,7 @@ class MockEngine(Engine):
         "chunk_ms": Option(kind=int, default=100, help="audio in one chunk, where the request does not say"),
         "speed": Option(kind=float, default=1.0, help="audio seconds a second, where the request does not say"),
         "delay_s": Option(kind=float, default=0.0, help="wait before the first chunk, where the request does not say"),
+        "reproducible": Option(kind=bool, default=True, help="false: the same tune, cut anew at random each time"),
         "load_s": Option(kind=float, default=0.0, help="seconds that loading takes"),
         "load_fails": Option(kind=bool, default=False, help="loading fails"),
     }
@@ -146,8 +148,11 @@ class MockEngine(Engine):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Audio at the option's rate; reproducible."""
-        return Capabilities(format=self._format, reproducible=True, params=PARAMS)
+        """Audio at the option's rate; reproducible, where that is not opted out of, by mocks that cut it alike."""
+        cut = f"chunks of {self.options['chunk_ms']} ms"
+        return Capabilities(
+            format=self._format, reproducible=bool(self.options["reproducible"]), fingerprint=cut, params=PARAMS
+        )
 
     def load(self) -> None:
         """Compute the notes."""
@@ -192,8 +197,16 @@ class MockEngine(Engine):
         key = tune_key(params["text"], params.get("seed", 0))
         total = round(params.get("duration_s", default_duration_s(params["text"])) * rate)
         step = max(1, round(chunk_s * rate))
-        for start in range(0, total, step):
-            yield AudioChunk(self._tune.pcm(key, start, min(step, total - start))), start / total
+        start = 0
+        while start < total:
+            length = min(total - start, step if self.options["reproducible"] else self._odd_length(step))
+            yield AudioChunk(self._tune.pcm(key, start, length)), start / total
+            start += length
+
+    @staticmethod
+    def _odd_length(step: int) -> int:
+        """Samples of a chunk that no second attempt would cut alike; half a step to one and a half."""
+        return max(1, step // 2 + secrets.randbelow(step + 1))
 
     @staticmethod
     def _words(text: str) -> Iterator[tuple[Chunk, float]]:

@@ -338,6 +338,30 @@ async def test_a_reproducible_engine_goes_on_at_from_seq_and_another_starts_agai
 
 
 @pytest.mark.trio
+async def test_a_worker_is_reproducible_while_all_its_slots_make_the_same_samples(autojump_clock: MockClock) -> None:
+    slots = (
+        ScriptedSlot(reproducible=True, fingerprint="a"),
+        ScriptedSlot(reproducible=True, fingerprint="a", load_s=1),
+        ScriptedSlot(reproducible=True, fingerprint="b", load_s=2),
+    )
+
+    async def relay(desk: Desk) -> None:
+        first = await desk.register()
+        told = [first, await desk.expect(Register), await desk.expect(Register)]
+        assert [(it.slots, it.reproducible, it.fingerprint) for it in told] == [
+            (1, True, "a"),
+            (2, True, "a"),
+            (3, False, "a"),
+        ]
+        slots[2].die()  # and comes back as the others are
+        slots[2].capabilities = slots[0].capabilities
+        told = [await desk.expect(Register), await desk.expect(Register)]
+        assert [(it.slots, it.reproducible) for it in told] == [(2, False), (3, True)]
+
+    await run_with(script(relay), slots=slots)
+
+
+@pytest.mark.trio
 @pytest.mark.parametrize("from_seq", [2, 9])
 async def test_a_relay_that_was_started_again_gets_all_frames_of_a_repeated_attempt_from_0(
     from_seq: int, autojump_clock: MockClock

@@ -193,9 +193,9 @@ def test_values_that_contain_themselves_or_are_of_no_wire_type_raise_nothing() -
         ({"share": 0.35}, {"share": "must be a multiple of 0.1"}),
         ({"share": 1}, {"share": "must be less than 1"}),
         ({"share": 0}, {"share": "must be more than 0"}),
-        ({"on": 1}, {"on": "must be True"}),
-        ({"pick": 0}, {"pick": "must be one of 1, one, None, 2.5, False"}),
-        ({"pick": True}, {"pick": "must be one of 1, one, None, 2.5, False"}),
+        ({"on": 1}, {"on": "must be true"}),
+        ({"pick": 0}, {"pick": "must be one of 1, one, null, 2.5, false"}),
+        ({"pick": True}, {"pick": "must be one of 1, one, null, 2.5, false"}),
         ({"list": []}, {"list": "must have at least 1 items"}),
         ({"list": [1, "2"]}, {"list.1": "must be an integer, not string"}),
         ({"map": {}}, {"map": "must have at least 1 entries"}),
@@ -208,6 +208,12 @@ def test_values_that_contain_themselves_or_are_of_no_wire_type_raise_nothing() -
 )
 def test_the_words_of_every_keyword(params: dict[str, Any], faults: dict[str, str]) -> None:
     assert check_params(FULL, {"word": None, **params}) == faults
+
+
+def test_a_const_says_why_there_is_no_choice() -> None:
+    schema = {"properties": {"loud": {"const": False, "description": "this worker has no speaker"}}}
+    assert check_params(schema, {"loud": True}) == {"loud": "must be false: this worker has no speaker"}
+    assert check_params(schema, {"loud": False}) == {}
 
 
 def test_field_names_are_cut_and_choices_not_told_without_end() -> None:

@@ -1,0 +1,134 @@
+"""The whole path: the real relayd, `gpuworker run --engine voxcpm`, and a client a slot, over loopback."""
+
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import trio
+
+from bench.servers import SPACE, Server, open_process
+from bench.voxcpm_plain import last_words
+from bench.voxcpm_round import Deadline, Failed, Gauge, Job, OutOfTime, Side, Spoken
+from protocol.client import Relay, open_relay
+from protocol.errors import LinkError, RequestCancelled, RequestFailed, RequestRejected
+
+_LOOK_AGAIN_S = 0.1
+_SAMPLE_BYTES = 2
+
+
+def measure_path(
+    server: Server,
+    model: Path,
+    device: str,
+    slots: int,
+    job: Job,
+    rounds: int,
+    deadline: Deadline,
+    *,
+    optimize: bool,
+    gauge: Gauge,
+    environ: dict[str, str],
+) -> Side:
+    """A new worker with so many slots, and as many clients that submit together, a round more than is counted.
+
+    Raises:
+        Failed, OutOfTime: the worker does not come up, or a request fails.
+    """
+    command = [
+        *(sys.executable, "-m", "gpuworker.cli", "run", "--relay", f"ws://127.0.0.1:{server.port}"),
+        *("--space", SPACE, "--engine", "voxcpm", "--slots", str(slots), "-o", f"model={model}"),
+        *("-o", f"device={device}", "-o", "offline=true", "-o", f"optimize={str(optimize).lower()}"),
+    ]
+    with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
+        log = Path(folder, "log")
+        with open_process(command, log, RELAY_TOKEN=server.tokens["worker"], **environ) as worker:
+            measured, memory = trio.run(_measure, server, worker, log, slots, job, rounds, deadline, gauge)
+        load_s = [float(told) for told in re.findall(r"voxcpm loaded in ([\d.]+) s", log.read_text(errors="replace"))]
+    return Side(measured, frozenset(), load_s, memory)
+
+
+async def _measure(
+    server: Server,
+    worker: "subprocess.Popen[bytes]",
+    log: Path,
+    slots: int,
+    job: Job,
+    rounds: int,
+    deadline: Deadline,
+    gauge: Gauge,
+) -> tuple[list[list[Spoken]], int | None]:
+    with trio.move_on_after(deadline.left_s()):
+        async with AsyncExitStack() as connections:
+            url, token = f"ws://127.0.0.1:{server.port}", server.tokens["client"]
+            clients = [
+                await connections.enter_async_context(open_relay(url, token=token, reconnect=False))
+                for _ in range(slots)
+            ]
+            await _wait_ready(clients[0], worker, log, slots)
+            measured = [await _round(clients, job, deadline) for _ in range(1 + rounds)]
+            return measured[1:], gauge.used([worker.pid])
+    raise OutOfTime
+
+
+async def _wait_ready(client: Relay, worker: "subprocess.Popen[bytes]", log: Path, slots: int) -> None:
+    """Until the relay knows all slots, and no worker of an earlier round."""
+    while True:
+        space = next(space for space in await client.spaces() if space["name"] == SPACE)
+        if (space["workers"], space["slots"]) == (1, slots):
+            return
+        _check(worker, log)
+        await trio.sleep(_LOOK_AGAIN_S)
+
+
+def _check(worker: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Raise what keeps a worker from getting ready."""
+    ended = worker.poll() is not None
+    if fault := re.search(r"cannot be loaded: (.*)", log.read_text(errors="replace")):
+        raise Failed(fault[1][-600:])
+    if ended:
+        raise Failed(last_words(log))
+
+
+async def _round(clients: list[Relay], job: Job, deadline: Deadline) -> list[Spoken]:
+    outcomes: list[Spoken | Failed] = []
+    left_s = deadline.left_s()
+
+    async def one(client: Relay) -> None:
+        try:
+            outcomes.append(await _speak(client, job, left_s))
+        except (LinkError, RequestRejected, RequestFailed, RequestCancelled) as fault:
+            outcomes.append(Failed(str(fault)))
+
+    async with trio.open_nursery() as nursery:
+        for client in clients:
+            nursery.start_soon(one, client)
+    spoken = []
+    for outcome in outcomes:
+        if isinstance(outcome, Failed):
+            raise outcome
+        spoken.append(outcome)
+    return spoken
+
+
+async def _speak(client: Relay, job: Job, at_most_s: float) -> Spoken:
+    params = {
+        "text": job.text,
+        "seed": job.seed,
+        "inference_timesteps": job.timesteps,
+        "retry_badcase_ratio_threshold": job.ratio,
+    }
+    began, first_s, chunks = time.perf_counter(), 0.0, []
+    async with client.submit(SPACE, params, queue_timeout_s=at_most_s, run_timeout_s=at_most_s) as stream:
+        async for pcm in stream.audio():
+            first_s = first_s or time.perf_counter() - began
+            chunks.append(pcm)
+        wall_s = time.perf_counter() - began
+        assert stream.format is not None
+        pcm = b"".join(chunks)
+        audio_s = len(pcm) / _SAMPLE_BYTES / stream.format.sample_rate
+        return Spoken(first_s, wall_s, audio_s, hashlib.sha256(pcm).hexdigest())

@@ -1,0 +1,234 @@
+"""Plain voxcpm, as a program without relayd calls it: a process a slot, each with a model of its own.
+
+`python -m bench.voxcpm_plain MODEL DEVICE OPTIMIZE` is such a process: a line of JSON in, a line of JSON out.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import attrs
+
+from bench.voxcpm_round import Deadline, Failed, Gauge, Job, OutOfTime, Side, Spoken
+
+_STOP_S = 5.0
+_LAST_WORDS = 6
+
+
+@attrs.frozen
+class Talker:
+    """One process with a model, ready to speak."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    _heard: bytearray = attrs.field(factory=bytearray)
+
+    def send(self, job: Job, *, deterministic: bool) -> None:
+        """Have it speak."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # what it died of is asked for with its answer
+            self.process.stdin.write(json.dumps({**attrs.asdict(job), "deterministic": deterministic}).encode() + b"\n")
+
+    def answer(self, deadline: Deadline) -> dict[str, Any]:
+        """Its next line.
+
+        Raises:
+            Failed: it has ended.
+        """
+        assert self.process.stdout is not None
+        while b"\n" not in self._heard:
+            ready, _, _ = select.select([self.process.stdout], [], [], deadline.left_s())
+            if not ready:
+                raise OutOfTime
+            data = os.read(self.process.stdout.fileno(), 65_536)
+            if not data:
+                raise Failed(last_words(self.log))
+            self._heard.extend(data)
+        line, _, rest = bytes(self._heard).partition(b"\n")
+        self._heard[:] = rest
+        told: dict[str, Any] = json.loads(line)
+        return told
+
+
+def last_words(log: Path) -> str:
+    """The end of a log, in one line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    return " ".join(list(filter(None, lines))[-_LAST_WORDS:])[-600:] or "it ended without a word"
+
+
+class Plain:
+    """Any number of plain processes; more can be added.
+
+    Attributes:
+        versions: what they run on, in words, once there is one.
+    """
+
+    def __init__(self, model: Path, device: str, *, optimize: bool, gauge: Gauge, environ: dict[str, str]) -> None:
+        self._command = [sys.executable, "-m", "bench.voxcpm_plain", str(model), device, str(int(optimize))]
+        self._gauge = gauge
+        self._environ = {**os.environ, **environ}
+        self._open = ExitStack()
+        self._folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="relayd-bench-")))
+        self._talkers: list[Talker] = []
+        self._load_s: list[float] = []
+        self._references: set[str] = set()
+        self.versions = ""
+
+    def __enter__(self) -> "Plain":
+        return self
+
+    def __exit__(self, *_fault: object) -> None:
+        self._open.close()
+
+    @property
+    def count(self) -> int:
+        """Processes that are ready."""
+        return len(self._talkers)
+
+    def add(self, job: Job, deadline: Deadline) -> None:
+        """One process more. It speaks once under the engine's own settings: the samples to compare with.
+
+        Raises:
+            Failed, OutOfTime: it does not come up; it is gone then.
+        """
+        log = self._folder / f"{self.count}.log"
+        began = time.monotonic()
+        with ExitStack() as starting:
+            talker = Talker(starting.enter_context(_process(self._command, log, self._environ)), log)
+            self.versions = talker.answer(deadline)["versions"]
+            load_s = time.monotonic() - began
+            talker.send(job, deterministic=True)
+            self._references.add(_spoken(talker.answer(deadline)).digest)
+            self._open.push(starting.pop_all())
+        self._load_s.append(load_s)
+        self._talkers.append(talker)
+
+    def measure(self, job: Job, rounds: int, deadline: Deadline) -> Side:
+        """All of them speak, a round more than is counted.
+
+        Raises:
+            Failed, OutOfTime: a process has ended, or takes too long; they are of no use then.
+        """
+        measured = [self._round(job, deadline) for _ in range(1 + rounds)][1:]
+        memory = self._gauge.used([talker.process.pid for talker in self._talkers])
+        return Side(measured, frozenset(self._references), list(self._load_s), memory)
+
+    def _round(self, job: Job, deadline: Deadline) -> list[Spoken]:
+        for talker in self._talkers:
+            talker.send(job, deterministic=False)
+        return [_spoken(talker.answer(deadline)) for talker in self._talkers]
+
+
+def _spoken(told: dict[str, Any]) -> Spoken:
+    return Spoken(told["first_s"], told["wall_s"], told["audio_s"], told["digest"])
+
+
+@contextlib.contextmanager
+def _process(command: list[str], log: Path, environ: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, env=environ, bufsize=0
+        )
+    assert process.stdin is not None
+    with process:
+        try:
+            yield process
+        finally:
+            process.stdin.close()  # the end of its input is the end of an idle one, and of what compiles for it
+            for stop in (process.terminate, process.kill):
+                try:
+                    process.wait(_STOP_S)
+                except subprocess.TimeoutExpired:
+                    stop()
+
+
+# -- in the process ----------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Load the model, then speak each job that comes; ends with its stdin."""
+    folder, device, optimize = sys.argv[1:]
+    # What libraries print is no answer.
+    with os.fdopen(os.dup(1), "w", buffering=1) as answers:
+        os.dup2(2, 1)
+        _serve(Path(folder), device, bool(int(optimize)), answers)
+    return 0
+
+
+def _serve(folder: Path, device: str, optimize: bool, answers: IO[str]) -> None:
+    from gpuworker.engines.voxcpm.join import pcm16
+    from gpuworker.engines.voxcpm.loading import import_voxcpm
+
+    # For its stand-in, where torchaudio is not installed or does not load; and for a log without progress bars.
+    _torchaudio, voxcpm = import_voxcpm()
+    import numpy as np
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device if ":" in device else "cuda:0")
+    # voxcpm compiles for exactly "cuda", whichever GPU that then is.
+    name = device.partition(":")[0]
+    model = voxcpm.VoxCPM.from_pretrained(
+        str(folder), load_denoiser=False, optimize=optimize, device=name, local_files_only=True
+    )
+    answers.write(json.dumps({"versions": _versions(device)}) + "\n")
+    for line in sys.stdin:
+        job = json.loads(line)
+        # As the engine has it; plain voxcpm leaves the choice to cuDNN, and may make other samples each time.
+        torch.backends.cudnn.deterministic = job["deterministic"]
+        began = time.perf_counter()
+        torch.manual_seed(job["seed"])
+        stream = model.generate_streaming(
+            text=job["text"],
+            inference_timesteps=job["timesteps"],
+            retry_badcase=False,
+            retry_badcase_ratio_threshold=job["ratio"],
+        )
+        chunks, first_s = [], 0.0
+        for chunk in stream:
+            first_s = first_s or time.perf_counter() - began
+            chunks.append(chunk)
+        wall_s = time.perf_counter() - began
+        if len(chunks) != job["steps"]:
+            raise RuntimeError(f"{len(chunks)} steps in place of {job['steps']}: this model was not made for the bench")
+        samples = np.concatenate(chunks)
+        told = {
+            "first_s": first_s,
+            "wall_s": wall_s,
+            "audio_s": len(samples) / model.tts_model.sample_rate,
+            "digest": hashlib.sha256(pcm16(samples)).hexdigest(),
+        }
+        answers.write(json.dumps(told) + "\n")
+
+
+def _versions(device: str) -> str:
+    import torch
+
+    words = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for name in ("triton", "torchaudio", "voxcpm", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            words.append(f"{name} {importlib.metadata.version(name)}")
+    if device != "cpu":
+        gpu = torch.cuda.get_device_properties(device)
+        words.insert(0, f"{gpu.name}, {gpu.total_memory / 1024**3:.1f} GiB")
+        cudnn: Any = torch.backends.cudnn
+        words.append(f"CUDA {torch.version.cuda}, cuDNN {cudnn.version()}")
+    else:
+        words.insert(0, f"CPU, {torch.get_num_threads()} thread(s) a process")
+    return ", ".join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Engine `voxcpm`: its options, what it announces, and how it loads. Nothing heavy is imported before `load`."""
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from gpuworker.engines.base import (
+    Capabilities,
+    Chunk,
+    Engine,
+    EngineError,
+    EngineInput,
+    Missing,
+    Option,
+    OptionError,
+    OptionValue,
+)
+from gpuworker.engines.voxcpm.hosts import parse_hosts
+from gpuworker.engines.voxcpm.memory import lacking_memory, memory_outlook
+from gpuworker.engines.voxcpm.schema import MAX_VOICES, Abilities, input_rules, params_schema
+from protocol.fields import Value
+from protocol.messages import AudioFormat
+
+if TYPE_CHECKING:
+    from gpuworker.engines.voxcpm.speaker import Speaker
+    from gpuworker.engines.voxcpm.voices import Voice
+
+#: Modules that voxcpm needs, by the names they are imported by; `relayd[voxcpm]` has them all.
+NEEDS = (
+    "torch",
+    "transformers",
+    "einops",
+    "pydantic",
+    "librosa",
+    "soundfile",
+    "soxr",
+    "safetensors",
+    "huggingface_hub",
+    "tqdm",
+    "numpy",
+    "regex",
+)
+VOXCPM = "voxcpm==2.0.3"
+DEFAULT_VOICES = Path("voices")
+#: Of encoded prompts kept: a minute of VoxCPM2's has 375 patches of 1 KiB.
+MAX_CACHE_BYTES = 256 * 1024 * 1024
+#: Runs of the self-check where kernels are chosen by measuring; a CPU's are not.
+CHECK_RUNS = 3
+
+
+class VoxcpmEngine(Engine):
+    """Speech by a VoxCPM model, streamed step by step."""
+
+    SUMMARY: ClassVar[str] = "speech by VoxCPM2, 1.5 and 0.5B: streaming, voices, cloning; wants a GPU"
+    OPTIONS: ClassVar[Mapping[str, Option]] = {
+        "model": Option(default="openbmb/VoxCPM2", help="Hugging Face id, or a folder with the model's files"),
+        "device": Option(default="auto", help="auto, cuda, cuda:1, cpu …"),
+        "optimize": Option(
+            kind=bool, default=True, help="compile the model, on device cuda only: slower start, faster"
+        ),
+        "denoiser": Option(kind=bool, default=False, help="load the denoiser too, for requests with denoise"),
+        "offline": Option(kind=bool, default=False, help="load from disk alone"),
+        "voices": Option(help="folder of named voices, NAME.wav with NAME.txt (default: voices, where there is one)"),
+        "url_hosts": Option(
+            help="hosts from which prompt audio may be fetched, a.example,.b.example; a run is then not repeatable"
+        ),
+        "max_prompt_s": Option(kind=float, default=50.0, help="length of prompt and reference audio, at most"),
+        "check_memory": Option(kind=bool, default=True, help="refuse to start more slots than there is memory for"),
+        "voice_cache": Option(kind=int, default=32, help="encoded prompts that are kept"),
+    }
+
+    def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
+        super().__init__(options)
+        try:
+            self._hosts = parse_hosts(str(self.options["url_hosts"] or ""))
+        except OptionError as fault:
+            raise OptionError(f"-o url_hosts={self.options['url_hosts']}: {fault}") from None
+        self._max_prompt_s = float(self.options["max_prompt_s"] or 0)
+        self._voice_cache = int(self.options["voice_cache"] or 0)
+        if not 1 <= self._max_prompt_s <= 300:
+            raise OptionError(f"-o max_prompt_s={self._max_prompt_s:g}: must be 1 to 300 s")
+        if not 0 <= self._voice_cache <= 10_000:
+            raise OptionError(f"-o voice_cache={self._voice_cache}: must be 0 to 10000")
+        self._capabilities = Capabilities()
+        self._speaker: Speaker | None = None
+
+    @classmethod
+    def missing(cls) -> list[Missing]:
+        """The packages: two commands, as voxcpm asks for many that speaking does not need, some without a wheel."""
+        found = []
+        lacks = [name for name in NEEDS if not importlib.util.find_spec(name)]
+        if lacks:
+            found.append(Missing(f"the packages of voxcpm ({', '.join(lacks)})", "pip install 'relayd[voxcpm]'"))
+        if not importlib.util.find_spec("voxcpm"):
+            found.append(Missing("the voxcpm package", f"pip install --no-deps {VOXCPM}"))
+        return found
+
+    @classmethod
+    def check(cls, options: Mapping[str, OptionValue], slots: int) -> list[Missing]:
+        """The packages, options that cannot be, and memory for so many models side by side."""
+        found = cls.missing()
+        try:
+            options = cls(options).options
+        except OptionError as fault:
+            return [*found, Missing(str(fault), "")]
+        if not options["check_memory"]:
+            return found
+        return found + lacking_memory(str(options["model"]), str(options["device"]), slots)
+
+    @classmethod
+    def outlook(cls, options: Mapping[str, OptionValue], slots: int) -> str:
+        """The memory that so many models side by side take."""
+        return memory_outlook(str(options["model"]), str(options["device"]), slots)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Audio at the model's rate; its voices as an enum of the param `voice`."""
+        return self._capabilities
+
+    def load(self) -> None:
+        """Read the model, find the voices, and let it speak a few steps."""
+        if lacks := self.missing():
+            raise EngineError("engine voxcpm needs " + "; ".join(f"{lack.what}: {lack.install}" for lack in lacks))
+        from gpuworker.engines.voxcpm.model import Model
+        from gpuworker.engines.voxcpm.prompts import Prompts
+        from gpuworker.engines.voxcpm.speaker import Speaker
+        from gpuworker.engines.voxcpm.voices import PromptCaches
+        from gpuworker.engines.voxcpm.warmup import warm_up
+
+        model = Model.load(
+            str(self.options["model"]),
+            device=str(self.options["device"]),
+            optimize=bool(self.options["optimize"]),
+            denoiser=bool(self.options["denoiser"]),
+            offline=bool(self.options["offline"]),
+        )
+        voices = self._voices(need_text=not model.clones)
+        on_cpu = model.device == "cpu"
+        checked = warm_up(model, 1 if on_cpu else CHECK_RUNS)
+        can = Abilities(
+            clones=model.clones,
+            normalizes=model.can_normalize,
+            denoises=model.can_denoise,
+            fetches=bool(self._hosts),
+            voices=tuple(voices),
+        )
+        self._capabilities = Capabilities(
+            format=AudioFormat(sample_rate=model.sample_rate),
+            # What is fetched may be another thing the next time; the worker cannot promise for it.
+            reproducible=checked.repeats and not self._hosts,
+            fingerprint=_fingerprint(model.fingerprint, checked.digest, voices),
+            params=params_schema(can),
+            inputs=input_rules(can),
+        )
+        prompts = Prompts(
+            model=model,
+            voices=voices,
+            hosts=self._hosts,
+            max_prompt_s=self._max_prompt_s,
+            caches=PromptCaches(self._voice_cache, MAX_CACHE_BYTES),
+        )
+        self._speaker = Speaker(model=model, prompts=prompts)
+        _log(
+            f"{self.options['model']} on {model.device}: {model.sample_rate} Hz, {len(voices)} voices, "
+            + ("the same seed makes the same samples" if self._capabilities.reproducible else "not reproducible")
+        )
+
+    def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
+        """The speech of one request; see `Speaker.speak`."""
+        assert self._speaker is not None
+        return self._speaker.speak(params, inputs, cancelled=self.cancelled, report=self.report)
+
+    def _voices(self, *, need_text: bool) -> dict[str, "Voice"]:
+        from gpuworker.engines.voxcpm.voices import find_voices
+
+        given = self.options["voices"]
+        folder = DEFAULT_VOICES if given is None else Path(str(given))
+        if given is None and not folder.is_dir():
+            return {}
+        voices, left_out = find_voices(folder, need_text=need_text)
+        for words in left_out:
+            _log(words)
+        for name in sorted(voices)[MAX_VOICES:]:
+            _log(f"voice {name} is left out: a worker lists {MAX_VOICES}")
+        return {name: voices[name] for name in sorted(voices)[:MAX_VOICES]}
+
+
+def _fingerprint(model: str, digest: str, voices: Mapping[str, "Voice"]) -> str:
+    """All that the samples of a request depend on beside the request."""
+    named = hashlib.sha256("\n".join(f"{name} {voice.digest}" for name, voice in voices.items()).encode()).hexdigest()
+    return f"{model[:150]} {digest} {named[:16]}"
+
+
+def _log(words: str) -> None:
+    print(f"voxcpm: {words}", file=sys.stderr, flush=True)

@@ -1,0 +1,35 @@
+"""What voxcpm and torch raise, in words that say what to do."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from gpuworker.engines.base import EngineError
+
+
+@contextlib.contextmanager
+def named_faults(context: int) -> Iterator[None]:
+    """Raise what is known of voxcpm's and torch's errors as EngineError with what to do; let the others fly."""
+    try:
+        yield
+    except torch.OutOfMemoryError as fault:
+        raise EngineError(
+            f"the GPU is out of memory ({str(fault).splitlines()[0]}); run fewer slots on it (--slots), or leave it to "
+            "this worker alone",
+            retryable=True,
+            restart=True,
+        ) from fault
+    except RuntimeError as fault:
+        # torch.AcceleratorError from 2.8 on, a plain RuntimeError before.
+        if not str(fault).startswith("CUDA error"):
+            raise
+        # What a failed kernel leaves behind is undefined: only a new process may use the device again.
+        raise EngineError(f"the GPU failed: {str(fault).splitlines()[0]}", retryable=True, restart=True) from fault
+    except ValueError as fault:
+        if str(fault) != "KV cache is full":
+            raise
+        raise EngineError(
+            f"prompt, text and speech filled all {context} places of the model before the speech ended; shorten the "
+            "text or the prompt audio, or lower retry_badcase_ratio_threshold"
+        ) from fault

@@ -1,0 +1,75 @@
+"""What the samples of a model depend on beside the request and its seed, as one short digest."""
+
+import hashlib
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+#: Weights of gigabytes are told apart by their size and this much of them: the start (all tensors' names and places),
+#: the end, and blocks spread evenly between, as a fine-tuned model differs from its origin in values alone.
+_EDGE_BYTES = 1024 * 1024
+_BLOCKS, _BLOCK_BYTES = 64, 16 * 1024
+
+
+def model_fingerprint(folder: Path, *, device: str, dtype: str, compiled: bool) -> str:
+    """16 hex digits: two processes with the same ones make the same samples from the same request and seed.
+
+    Covered: the model's files, the versions of voxcpm and torch (with CUDA and cuDNN), dtype, compiled or not, and the
+    kind of device: the GPU's name, or the CPU's model, instruction set and number of threads, as sums depend on them.
+    Not covered: what kernels are chosen by timing them (torch.compile may); the engine's self-check covers that.
+
+    Args:
+        folder: of the model's files.
+        device: "cpu", "mps", "cuda" or "cuda:1".
+    """
+    digest = hashlib.sha256()
+    for name in ("voxcpm", "transformers"):
+        digest.update(f"{name} {version(name)}\n".encode())
+    digest.update(f"{torch.__version__} {dtype} {'compiled' if compiled else 'eager'}\n".encode())
+    digest.update("\n".join(_device_words(device)).encode())
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".pth", ".bin", ".model"):
+            digest.update(f"\n{file.name} {file.stat().st_size}\n".encode())
+            for block in _sampled(file):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _device_words(device: str) -> Iterator[str]:
+    if device.startswith("cuda"):
+        yield torch.cuda.get_device_name(device)
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch gives it no types
+        yield f"cuda {torch.version.cuda} cudnn {cudnn}"
+        return
+    yield device
+    yield _cpu_name()
+    yield f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _sampled(file: Path) -> Iterator[bytes]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= 2 * _EDGE_BYTES + _BLOCKS * _BLOCK_BYTES:
+            yield stream.read()
+            return
+        yield stream.read(_EDGE_BYTES)
+        for i in range(_BLOCKS):
+            stream.seek(_EDGE_BYTES + (size - 2 * _EDGE_BYTES) * i // _BLOCKS)
+            yield stream.read(_BLOCK_BYTES)
+        stream.seek(size - _EDGE_BYTES)
+        yield stream.read()

@@ -1,0 +1,89 @@
+"""Where a model's files are: a folder as given, or a snapshot from the Hugging Face hub; and whether they are whole."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from gpuworker.engines.base import EngineError
+
+ARCHITECTURES = ("voxcpm2", "voxcpm")
+#: "owner/name": what the hub takes, and no path of a file system but a relative one of two parts.
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+#: What voxcpm reads, each with what may stand in its place.
+_FILES = (
+    ("config.json",),
+    ("model.safetensors", "pytorch_model.bin"),
+    ("audiovae.safetensors", "audiovae.pth"),
+    ("tokenizer.json", "tokenizer.model"),
+)
+
+
+def find_folder(model: str, *, offline: bool = False, revision: str | None = None) -> Path:
+    """The folder of `model`, fetched from the hub if need be and allowed.
+
+    Args:
+        model: a folder, or a hub id such as `openbmb/VoxCPM2`.
+        offline: take what is on disk alone.
+        revision: of the hub's repository, a commit or tag; None takes its newest.
+
+    Raises:
+        EngineError: it is neither, or the hub does not give it.
+    """
+    if model and (folder := _expanded(model)).is_dir():
+        return folder
+    if not _REPOSITORY.fullmatch(model):
+        raise EngineError(
+            f"model {model!r} is no folder here and no Hugging Face id; give a folder with the model's files, or an id "
+            "such as openbmb/VoxCPM2"
+        )
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=offline))
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as fault:
+        off = offline or isinstance(fault.__cause__ or fault, errors.OfflineModeIsEnabled)
+        raise EngineError(_not_here(model, off)) from fault
+    except errors.GatedRepoError as fault:
+        raise EngineError(f"model {model} wants an account that was let in: `hf auth login` first") from fault
+    except errors.RevisionNotFoundError as fault:
+        raise EngineError(f"model {model} has no revision {revision!r} on the Hugging Face hub") from fault
+    except errors.RepositoryNotFoundError as fault:
+        raise EngineError(f"the Hugging Face hub has no {model}; is it spelled right, or is it a folder?") from fault
+    except (errors.HfHubHTTPError, OSError) as fault:
+        raise EngineError(f"model {model} could not be fetched ({fault}); try again, or give a folder") from fault
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # "~name" of nobody here
+        return Path(path)
+
+
+def _not_here(model: str, offline: bool) -> str:
+    why = "fetching is switched off (offline)" if offline else "the Hugging Face hub cannot be reached"
+    return (
+        f"model {model} is neither a folder here nor in this machine's Hugging Face cache, and {why}; fetch it once "
+        f"with `hf download {model}`, or give the folder of its files"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json, once all that voxcpm reads is there.
+
+    Raises:
+        EngineError: a file is missing or is no config, or the architecture is not one of voxcpm's.
+    """
+    lacks = [" or ".join(names) for names in _FILES if not any((folder / name).is_file() for name in names)]
+    if lacks:
+        raise EngineError(f"{folder} holds no VoxCPM model: {', '.join(lacks)} missing; was the download cut off?")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise EngineError(f"{folder / 'config.json'} is not JSON ({fault}); fetch the model again") from fault
+    arch = str(config.get("architecture", "voxcpm")).lower() if isinstance(config, dict) else "none"
+    if arch not in ARCHITECTURES:
+        known = " and ".join(ARCHITECTURES)
+        raise EngineError(f"{folder} holds a model of architecture {arch!r}; voxcpm speaks {known}")
+    return dict(config)

@@ -1,0 +1,158 @@
+"""Which hosts may be fetched from, by name and by address, and what a URL asks of them."""
+
+import ipaddress
+import re
+import socket
+from urllib.parse import quote, urlsplit
+
+import attrs
+
+from gpuworker.engines.base import OptionError
+
+MAX_URL_CHARS = 2_048
+DEFAULT_PORTS = {"http": 80, "https": 443}
+#: Taken where a listed host names no port.
+PORTS = (80, 443)
+
+_HOST = re.compile(r"[a-z0-9_](?:[a-z0-9._-]{0,251}[a-z0-9_])?")
+#: In a path or query, either a sign of it or encoded already.
+SAFE = "/%:=&?~#+!$,;'@()*[]"
+#: Not public for all that `is_global` says, in some version of Python or in all: protocol assignments (Oracle's
+#: metadata among them), 6to4 relays, Azure's services for its own machines.
+_OURS = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")))
+_GLOBAL_V6 = ipaddress.ip_network("2000::/3")
+#: Addresses with an IPv4 address in them, which a gateway would go on to: Teredo and others, 6to4. NAT64 and
+#: IPv4-mapped ones lie outside 2000::/3.
+_TUNNELS = (ipaddress.ip_network("2001::/23"), ipaddress.ip_network("2002::/16"))
+
+
+class FetchRefused(ValueError):
+    """Not fetched; the text says why and what to do."""
+
+
+def _host_name(host: str) -> str:
+    """As it is compared: lower-case ASCII; an IPv6 address in its shortest form, without brackets."""
+    try:
+        return str(ipaddress.IPv6Address(host))
+    except ValueError:
+        name = host.encode("idna").decode().lower().removesuffix(".")  # UnicodeError is a ValueError
+        if _HOST.fullmatch(name) is None:
+            raise ValueError("no host name") from None
+        return name
+
+
+@attrs.frozen
+class Listed:
+    """A host that may be fetched from: `example.org`, `.example.org` (what is below it), either with `:port`."""
+
+    host: str
+    port: int | None = None
+    below: bool = False
+
+    @classmethod
+    def parse(cls, entry: str) -> "Listed":
+        """From its text.
+
+        Raises:
+            OptionError: it is none.
+        """
+        try:
+            parts = urlsplit("//" + entry.removeprefix("."))
+            if parts.path or parts.query or parts.fragment or "@" in parts.netloc or parts.port == 0:
+                raise ValueError("more than a host")
+            return cls(_host_name(parts.hostname or ""), parts.port, entry.startswith("."))
+        except ValueError:
+            raise OptionError(
+                f"{entry!r} is no host to fetch from; give names as example.org, .example.org (all below it) "
+                "or example.org:8443"
+            ) from None
+
+    def takes(self, host: str, port: int) -> bool:
+        """Whether it lists this one."""
+        if port not in (PORTS if self.port is None else (self.port,)):
+            return False
+        return host.endswith("." + self.host) if self.below else host == self.host
+
+
+def parse_hosts(option: str) -> tuple[str, ...]:
+    """Hosts from an option's text, with commas between.
+
+    Raises:
+        OptionError: one of them is none.
+    """
+    entries = tuple(entry.strip() for entry in option.split(",") if entry.strip())
+    for entry in entries:
+        Listed.parse(entry)
+    return entries
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to a machine on the internet, and leads nowhere else."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address) and (
+        ip.scope_id is not None or ip not in _GLOBAL_V6 or any(ip in net for net in _TUNNELS)
+    ):
+        return False
+    return ip.is_global and not ip.is_multicast and not any(ip in net for net in _OURS)
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """All addresses of a host.
+
+    Raises:
+        OSError: it has none.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+@attrs.frozen
+class Target:
+    """What a URL asks for.
+
+    Args:
+        scheme: `http` or `https`.
+        host: as `Listed` compares it.
+        path: with the query, percent-encoded.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @classmethod
+    def parse(cls, url: str) -> "Target":
+        """From a URL.
+
+        Raises:
+            FetchRefused: it is none, or has in it what has no place in a request's params.
+        """
+        if len(url) > MAX_URL_CHARS:
+            raise FetchRefused(f"is a URL of {len(url)} characters; the limit is {MAX_URL_CHARS}")
+        if not url.isprintable() or " " in url or "\\" in url:
+            raise FetchRefused("holds a space or a sign that no URL has; percent-encode it")
+        try:
+            parts = urlsplit(url)
+            scheme, port = parts.scheme, parts.port
+            if scheme not in ("http", "https"):
+                raise FetchRefused("is no http or https URL")
+            if "@" in parts.netloc:
+                raise FetchRefused("has a user name or password in it; leave it out")
+            host = _host_name(parts.hostname or "")
+        except FetchRefused:
+            raise
+        except ValueError:
+            raise FetchRefused("is no URL of a host; give https://HOST/PATH") from None
+        path = quote(parts.path, SAFE) or "/"
+        if parts.query:
+            path += "?" + quote(parts.query, SAFE)
+        return cls(scheme, host, DEFAULT_PORTS[scheme] if port is None else port, path)
+
+    @property
+    def authority(self) -> str:
+        """Host and port, as a URL has them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

@@ -1,0 +1,114 @@
+"""What loading a model takes round the model: importing voxcpm, the device, the denoiser."""
+
+import contextlib
+import functools
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from gpuworker.engines.base import EngineError
+from gpuworker.engines.voxcpm.torchaudio_stand_in import TorchaudioInUse, ensure_torchaudio
+
+#: Of what is built with voxcpm 2.0.3 on Python 3.11 and torch 2.13; nothing that a GPU's owner could do about.
+_KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    (r"`torch\.nn\.utils\.weight_norm` is deprecated", FutureWarning),
+    (r"`torch\.jit\.script` is deprecated", DeprecationWarning),
+    (r"'(aifc|audioop|sunau)' is deprecated", DeprecationWarning),
+)
+
+
+@contextlib.contextmanager
+def known_warnings() -> Iterator[None]:
+    """Keep back the deprecations that importing and loading voxcpm is known for, and no other warning."""
+    with warnings.catch_warnings():
+        for message, category in _KNOWN_WARNINGS:
+            warnings.filterwarnings("ignore", message=message, category=category)
+        yield
+
+
+def import_voxcpm() -> tuple[TorchaudioInUse, Any]:
+    """The package, with the torchaudio it got; it draws no bars.
+
+    Raises:
+        EngineError: it is not installed, or something that it needs is not.
+    """
+    torchaudio = ensure_torchaudio()
+    try:
+        with known_warnings():
+            import voxcpm
+            from voxcpm.model import voxcpm as first
+            from voxcpm.model import voxcpm2 as second
+    except ImportError as fault:
+        raise EngineError(
+            f"voxcpm cannot be imported ({fault}); pip install 'relayd[voxcpm]', then "
+            "pip install --no-deps voxcpm==2.0.3"
+        ) from fault
+    for module in (first, second):
+        # A bar drawn at every step of every request, into a log.
+        if not isinstance(module.tqdm, functools.partial):
+            module.tqdm = functools.partial(module.tqdm, disable=True)
+    return torchaudio, voxcpm
+
+
+def choose_device(device: str) -> str:
+    """What `device` means here: "cuda:0" for "cuda", say.
+
+    Args:
+        device: auto, cpu, mps, cuda or cuda:N.
+
+    Raises:
+        EngineError: there is no such device here.
+    """
+    asked = device.strip().lower()
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if asked == "auto":
+        asked = "cuda" if cuda else "mps" if mps else "cpu"
+    if asked == "cpu" or (asked == "mps" and mps):
+        return asked
+    kind, _, number = asked.partition(":")
+    if kind != "cuda" or not (number.isdecimal() or asked == "cuda"):
+        raise EngineError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N, or mps on a Mac that has it")
+    if not cuda:
+        built = f"torch {torch.__version__} is built without CUDA: install one with it"
+        if torch.version.cuda:
+            built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}: what does nvidia-smi say?"
+        raise EngineError(f"device {device}: torch finds no CUDA GPU here ({built}); or use -o device=auto")
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise EngineError(f"device {device}: there are {count} GPUs here, from cuda:0 on")
+    return f"cuda:{int(number)}" if number else f"cuda:{torch.cuda.current_device()}"
+
+
+def load_denoiser(torchaudio: TorchaudioInUse, *, offline: bool) -> Any:
+    """voxcpm's denoiser of prompt audio, which comes from ModelScope.
+
+    Raises:
+        EngineError: packages are missing, or ModelScope does not give it.
+    """
+    lacks = [] if importlib.util.find_spec("modelscope") else ["modelscope"]
+    if torchaudio.kind == "stand-in":
+        lacks.append("torchaudio")
+    elif torchaudio.kind == "real, our load":
+        # It writes files with torchaudio as well, which from 2.9 on asks torchcodec.
+        lacks.append("torchcodec")
+    if lacks:
+        raise EngineError(f"the denoiser needs {' and '.join(lacks)}: pip install {' '.join(lacks)}; or leave it out")
+    if offline:
+        raise EngineError("the denoiser is looked up at ModelScope at each start, which offline forbids; drop either")
+    try:
+        from voxcpm.zipenhancer import ZipEnhancer
+
+        return ZipEnhancer()
+    except Exception as fault:  # modelscope's faults have no kind of their own
+        raise EngineError(
+            f"the denoiser cannot be loaded ({fault}); is ModelScope in reach? Or leave it out"
+        ) from fault
+
+
+def log(words: str) -> None:
+    """A line for the worker's log."""
+    print(f"voxcpm: {words}", file=sys.stderr, flush=True)

@@ -1,0 +1,285 @@
+"""How much memory slots of a VoxCPM model take, and how much there is: asked before any is started.
+
+Estimates, from the checkpoint's files where they are on this machine, else from a table of the released models. They
+are there to refuse what cannot go well, so `-o check_memory=false` overrules them.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from gpuworker.engines.base import Missing
+
+GIB = 1024**3
+#: What a slot takes on a GPU beside its model: the CUDA context, kernels and their work space, what is computed, the
+#: graphs of torch.compile. With it VoxCPM2 comes to the "~8 GB" of the VoxCPM project's README, whose "~6 GB" and
+#: "~5 GB" for the smaller ones lie further above their files.
+CUDA_OVERHEAD_BYTES = 5 * GIB // 2
+#: The same on a CPU: the interpreter, torch and librosa are 0.6 GiB before anything is computed.
+CPU_OVERHEAD_BYTES = GIB
+NVIDIA_SMI_S = 10.0
+#: Of a safetensors file; the released ones have 100 KB.
+MAX_HEADER_BYTES = 64 * 1024 * 1024
+#: As `get_dtype` of voxcpm 2.0.3 names them. The VAE is float32 always (`from_local`).
+_ELEMENT_BYTES = {"bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2, "float32": 4, "fp32": 4}
+_FLOAT32_BYTES = 4
+MEMINFO = Path("/proc/meminfo")
+
+
+@attrs.frozen(kw_only=True)
+class Need:
+    """Bytes of a model.
+
+    Args:
+        weights: of the language models and all round them, as they are computed with.
+        vae: of the audio VAE, in float32.
+        cache: of both language models' KV caches, which are taken whole at load.
+        building: of main memory while it loads: voxcpm builds the model there in float32 first, whatever the device.
+    """
+
+    weights: int
+    vae: int
+    cache: int
+    building: int
+
+    @property
+    def model(self) -> int:
+        """Bytes of a loaded model."""
+        return self.weights + self.vae + self.cache
+
+
+def _released(parameters: int, vae_parameters: int, layers: int, head: int, context: int) -> Need:
+    kv_heads = 2
+    return Need(
+        weights=2 * parameters,
+        vae=_FLOAT32_BYTES * vae_parameters,
+        cache=2 * 2 * layers * kv_heads * head * context,
+        building=_FLOAT32_BYTES * (parameters + vae_parameters),
+    )
+
+
+#: The released models, all bfloat16. Parameters: counted by `bench.voxcpm_checkpoint.parameter_count`, but for 1.5
+#: the 0.8B of the VoxCPM README. Layers are those of both language models; sources as in that module.
+RELEASED: Mapping[str, Need] = {
+    "openbmb/voxcpm2": _released(2_290_004_544, 94_213_957, 28 + 8, 128, 8_192),
+    "openbmb/voxcpm1.5": _released(800_000_000, 95_000_000, 24 + 8, 64, 8_192),
+    "openbmb/voxcpm-0.5b": _released(652_287_296, 75_355_202, 24 + 6, 64, 4_096),
+}
+
+
+# -- what a model needs ------------------------------------------------------------------------------------------
+
+
+def need_of(model: str) -> Need | None:
+    """Bytes of a model; None where nothing is known of it, as of a fine-tuned one that is still to be downloaded.
+
+    Args:
+        model: as option `model`: a folder, or a Hugging Face id.
+    """
+    folder = _folder(model)
+    if folder is not None and (need := _need_of_files(folder)) is not None:
+        return need
+    return RELEASED.get(model.lower())
+
+
+def _folder(model: str) -> Path | None:
+    """The folder of a model's files: itself, or its snapshot in the Hugging Face cache, by that cache's own layout."""
+    if Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return None
+    cache = _cache() / f"models--{model.replace('/', '--')}"
+    try:
+        revision = (cache / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    snapshot = cache / "snapshots" / revision
+    return snapshot if revision and snapshot.is_dir() else None
+
+
+def _cache() -> Path:
+    if cache := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(cache).expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or f"{caches}/huggingface").expanduser() / "hub"
+
+
+def _need_of_files(folder: Path) -> Need | None:
+    """By the files of a checkpoint; None where they are not all there, or not what they should be."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        width = _ELEMENT_BYTES[str(config.get("dtype", "bfloat16"))]
+        elements = _elements(folder / "model.safetensors", folder / "pytorch_model.bin", width)
+        vae_elements = _elements(folder / "audiovae.safetensors", folder / "audiovae.pth", _FLOAT32_BYTES)
+        return Need(
+            weights=width * elements,
+            vae=_FLOAT32_BYTES * vae_elements,
+            cache=_cache_elements(config) * width,
+            building=_FLOAT32_BYTES * (elements + vae_elements),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return None
+
+
+def _elements(tensors: Path, pickled: Path, width: int) -> int:
+    """Numbers in a weights file: of safetensors by its header, of a pickle by its size with `width` bytes each."""
+    if not tensors.is_file():
+        return pickled.stat().st_size // width
+    with tensors.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"{tensors}: no safetensors file")
+        header: dict[str, Any] = json.loads(file.read(size))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+def _cache_elements(config: dict[str, Any]) -> int:
+    """Numbers in both KV caches, as `setup_cache` of voxcpm 2.0.3 takes them."""
+    lm = config["lm_config"]
+    head = lm.get("kv_channels") or lm["hidden_size"] // lm["num_attention_heads"]
+    layers = lm["num_hidden_layers"] + config.get("residual_lm_num_layers", 8)
+    return int(2 * layers * lm["num_key_value_heads"] * head * config.get("max_length", 8_192))
+
+
+# -- what there is -----------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Free:
+    """Free memory: bytes, and of what, for people; `gpu` or main memory."""
+
+    size: int
+    where: str
+    gpu: bool
+
+
+def free_memory(device: str) -> Free | None:
+    """What is free where a model of option `device` would go; None where this cannot be told.
+
+    By nvidia-smi, which needs no Python package. It numbers GPUs by PCI bus, CUDA by speed unless CUDA_DEVICE_ORDER
+    says PCI_BUS_ID: with unequal GPUs set that, or the figures may be those of another one.
+    """
+    device = device.strip().lower()
+    if device == "cpu":
+        return free_main_memory()
+    if device != "auto" and not re.fullmatch(r"cuda(:\d+)?", device):
+        return None
+    if shutil.which("nvidia-smi") is None:
+        return free_main_memory() if device == "auto" else None
+    gpus = _visible(_gpus())
+    if gpus is None:
+        return None
+    if not gpus:
+        return free_main_memory() if device == "auto" else None
+    number = int(device.partition(":")[2] or 0)
+    return gpus[number] if number < len(gpus) else None
+
+
+def free_main_memory() -> Free | None:
+    """What programs may still take without swapping."""
+    try:
+        told = MEMINFO.read_text()
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", told, re.MULTILINE)
+    return Free(int(found[1]) * 1024, "this machine", gpu=False) if found else None
+
+
+def _gpus() -> dict[str, Free] | None:
+    """Index and UUID of each GPU, to what is free on it; None where nvidia-smi does not say."""
+    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free,name", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    gpus = {}
+    for line in told.splitlines():
+        fields = [field.strip() for field in line.split(",", 3)]
+        if len(fields) != 4 or not fields[2].isdigit():  # "[N/A]" of a GPU cut into MIG instances
+            return None
+        gpus[f"{fields[0]} {fields[1]}"] = Free(int(fields[2]) * 1024**2, fields[3], gpu=True)
+    return gpus
+
+
+def _visible(gpus: dict[str, Free] | None) -> list[Free] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; None where that cannot be told."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpus is None or chosen is None:
+        return None if gpus is None else list(gpus.values())
+    if chosen.strip().startswith("MIG-"):
+        return None
+    visible = []
+    for name in filter(None, map(str.strip, chosen.split(","))):
+        # An index, or the beginning of a UUID; CUDA stops at the first that it does not know.
+        matches = [gpu for key, gpu in gpus.items() if key.split()[0] == name or key.split()[1].startswith(name)]
+        if len(matches) != 1:
+            break
+        visible += matches
+    return visible
+
+
+# -- both --------------------------------------------------------------------------------------------------------
+
+
+def lacking_memory(model: str, device: str, slots: int) -> list[Missing]:
+    """What `slots` of a model lack; empty where they fit, and where it cannot be told."""
+    need, free = need_of(model), free_memory(device)
+    if need is None or free is None:
+        return []
+    each = slot_bytes(need, gpu=free.gpu)
+    room = free.size if free.gpu else free.size - (need.building - need.weights)  # the last one is built in it, too
+    lacks = []
+    if each * slots > room:
+        fit = max(0, room // each)
+        advice = (
+            f"use --slots {fit}" if fit else "not one fits, so free some, or take a smaller model (openbmb/VoxCPM-0.5B)"
+        )
+        what = (
+            f"about {_gib(free.size - room + each * slots)} of {_kind(free)} for {_slots(slots)} of {model}, "
+            f"{_gib(free.size)} are free on {free.where}; {advice}; -o check_memory=false starts them all the same"
+        )
+        lacks.append(Missing(what))
+    if free.gpu and (main := free_main_memory()) is not None and main.size < need.building:
+        what = (
+            f"about {_gib(need.building)} of main memory for a while to load {model}, {_gib(main.size)} are free on "
+            "this machine; free some, or add swap; -o check_memory=false tries all the same"
+        )
+        lacks.append(Missing(what))
+    return lacks
+
+
+def memory_outlook(model: str, device: str, slots: int) -> str:
+    """What `slots` of a model take of what there is, in words."""
+    need, free = need_of(model), free_memory(device)
+    if need is None:
+        return f"how much memory {model} takes is not known before it is here"
+    each = slot_bytes(need, gpu=free is None or free.gpu)
+    words = f"{_slots(slots)} of {model} {'takes' if slots == 1 else 'take'} about {_gib(each * slots)}"
+    if free is None:
+        return f"{words}; how much is free cannot be told"
+    return f"{words} of {_kind(free)}, {_gib(free.size)} are free on {free.where}"
+
+
+def slot_bytes(need: Need, *, gpu: bool) -> int:
+    """What one slot takes, model and overhead."""
+    return need.model + (CUDA_OVERHEAD_BYTES if gpu else CPU_OVERHEAD_BYTES)
+
+
+def _kind(free: Free) -> str:
+    return "GPU memory" if free.gpu else "memory"
+
+
+def _slots(slots: int) -> str:
+    return f"{slots} slot" + ("" if slots == 1 else "s")
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -1,0 +1,157 @@
+"""The voice of a request: its prompt and reference audio, fetched, decoded, encoded, and kept for the next one."""
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuworker.engines.base import EngineError, EngineInput, InvalidParams
+from gpuworker.engines.voxcpm.fetch import fetch
+from gpuworker.engines.voxcpm.hosts import FetchRefused
+from gpuworker.engines.voxcpm.model import Model, PromptCache
+from gpuworker.engines.voxcpm.reference import AudioFault, decode
+from gpuworker.engines.voxcpm.schema import MAX_INPUT_BYTES
+from gpuworker.engines.voxcpm.voices import PromptCaches, Voice
+from protocol.fields import Value
+
+#: A fetch is part of the run: a slot waits for it.
+FETCH_S = 20.0
+
+
+class Stopped(Exception):
+    """The run is cancelled; its work ends here."""
+
+
+@attrs.frozen
+class Source:
+    """Audio of a voice: the field it came by, its bytes, and what tells them from others."""
+
+    field: str
+    data: bytes
+    digest: str
+
+
+@attrs.frozen
+class Prompt:
+    """An encoded voice, and the field it came by."""
+
+    cache: PromptCache
+    field: str
+
+
+@attrs.frozen(kw_only=True)
+class Prompts:
+    """Finds the voice that a request asks for.
+
+    Args:
+        model: that encodes it.
+        voices: of this worker, by name.
+        hosts: from which audio may be fetched, as `parse_hosts` made them.
+        max_prompt_s: length of the audio, s.
+        caches: of what was encoded.
+    """
+
+    model: Model
+    voices: Mapping[str, Voice]
+    hosts: Collection[str]
+    max_prompt_s: float
+    caches: PromptCaches[PromptCache]
+
+    def find(
+        self,
+        given: Mapping[str, Value],
+        inputs: Mapping[str, EngineInput],
+        *,
+        described: bool,
+        cancelled: Callable[[], bool],
+    ) -> Prompt | None:
+        """The encoded voice of a request; None where it names none and sends no audio.
+
+        Args:
+            given: its params, which keep the schema and the rules.
+            inputs: `prompt_wav`, `reference_wav`.
+            described: a description of the voice goes before the text.
+            cancelled: whether to stop.
+
+        Raises:
+            InvalidParams: the audio cannot be had or used.
+            EngineError: the worker's own audio cannot, or the model failed.
+            Stopped: it was cancelled.
+        """
+        text = given.get("prompt_text")
+        if (name := given.get("voice")) is not None:
+            voice = self.voices[name]
+            source = Source("voice", voice.read(), voice.digest)
+            reference = source if self.model.clones else None
+            # A described voice is cloned by its reference alone: what goes on from a prompt keeps that one's manner.
+            prompt = source if voice.text is not None and not (reference and described) else None
+            text = voice.text if prompt else None
+        else:
+            prompt = self._source("prompt_wav", given, inputs, cancelled)
+            reference = self._source("reference_wav", given, inputs, cancelled)
+        if (first := prompt or reference) is None:
+            return None
+        cache = self._encoded(prompt, text, reference, given["denoise"], cancelled)
+        if cancelled():
+            raise Stopped
+        return Prompt(cache, first.field)
+
+    def _source(
+        self,
+        name: str,
+        given: Mapping[str, Value],
+        inputs: Mapping[str, EngineInput],
+        cancelled: Callable[[], bool],
+    ) -> Source | None:
+        if name in inputs:
+            field, data = name, inputs[name].data
+        elif (url := given.get(f"{name}_url")) is not None:
+            field = f"{name}_url"
+            try:
+                data = fetch(url, self.hosts, max_bytes=MAX_INPUT_BYTES, timeout_s=FETCH_S, cancelled=cancelled)
+            except FetchRefused as fault:
+                if cancelled():
+                    raise Stopped from None
+                raise InvalidParams({field: str(fault)}) from None
+        else:
+            return None
+        return Source(field, data, hashlib.sha256(data).hexdigest())
+
+    def _encoded(
+        self,
+        prompt: Source | None,
+        prompt_text: str | None,
+        reference: Source | None,
+        denoise: bool,
+        cancelled: Callable[[], bool],
+    ) -> PromptCache:
+        what = (prompt and prompt.digest, prompt_text, reference and reference.digest, denoise)
+        key = hashlib.sha256(repr(what).encode()).hexdigest()
+        if (known := self.caches.get(key)) is not None:
+            return known
+        samples: dict[str, NDArray[np.float32]] = {}
+        faults: dict[str, str] = {}
+        for source in (prompt, reference):
+            if source is not None and source.field not in samples:
+                try:
+                    samples[source.field] = decode(
+                        source.data, rate=self.model.prompt_rate, max_seconds=self.max_prompt_s
+                    )
+                except AudioFault as fault:
+                    faults[source.field] = str(fault)
+        if "voice" in faults:
+            raise EngineError(f"the audio of this voice {faults['voice']}; the worker's owner must replace it")
+        if faults:
+            raise InvalidParams(faults)
+        if cancelled():
+            raise Stopped
+        encoded = self.model.encode(
+            prompt=samples[prompt.field] if prompt else None,
+            prompt_text=prompt_text,
+            reference=samples[reference.field] if reference else None,
+            denoise=denoise,
+        )
+        self.caches.put(key, encoded, encoded.nbytes)
+        return encoded

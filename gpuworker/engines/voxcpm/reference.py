@@ -1,0 +1,124 @@
+"""Uploaded audio as the samples a model is prompted with: decoded, mixed to mono, resampled, and held to limits.
+
+The bytes may be anything: what is read of them, and for how long, is bounded by the limits and never by what a header
+says. Samples come out as `librosa.load(file, sr=rate)` makes them, bit by bit: that is what voxcpm itself would read.
+"""
+
+import io
+import math
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+#: What the first bytes are. libsndfile knows 20 more formats, most of them read by code that nobody looks at.
+_STARTS = (b"fLaC", b"OggS", b"ID3")
+#: libsndfile's names for the formats taken; an ID3 tag may stand before others.
+_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
+READABLE = "WAV, FLAC, MP3, OGG"
+
+#: From the least a telephone has to the most a studio uses.
+MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 384_000
+MAX_CHANNELS = 8
+#: The loudest sample of audio that is called silent: -60 dBFS, below the noise of a quiet room.
+SILENT = 1e-3
+#: Float samples and lossy decoders go a little over full scale; 20 dB over it is a file with another scale.
+MAX_PEAK = 10.0
+#: Read at once: of 8 channels 2 MiB.
+BLOCK_FRAMES = 65_536
+
+
+class AudioFault(ValueError):
+    """Audio that cannot be used; the text goes on from the input's name and says what to do."""
+
+
+class _Straight(soundfile.SoundFile):
+    """Read from its beginning to its end.
+
+    soundfile seeks after each read, to where it is already. That fails at the end of a file whose length is not known.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+def decode(data: bytes, *, rate: int, max_seconds: float, min_seconds: float = 0.2) -> NDArray[np.float32]:
+    """Samples of an audio file.
+
+    Args:
+        data: a WAV, FLAC, MP3 or OGG (Vorbis, Opus) file, whatever it is called.
+        rate: Hz of the samples returned.
+        max_seconds: refused when longer; at most so much is decoded (and a block).
+        min_seconds: refused when shorter.
+
+    Returns:
+        float32, shape (n,), mono, -1..1, or a little over where a lossy or float file goes over.
+
+    Raises:
+        AudioFault: it is no audio of these formats, too long, too short, silent, or has samples that are no numbers.
+            Nothing else is raised, whatever the bytes are.
+    """
+    if not _may_be_audio(data):
+        raise AudioFault(f"is not audio that can be read ({READABLE})")
+    try:
+        with _Straight(io.BytesIO(data)) as file:
+            samples = _read(file, max_seconds)
+            given_rate: int = file.samplerate
+    except soundfile.LibsndfileError as fault:
+        raise AudioFault(
+            f"is not audio that can be read ({READABLE}); save it anew, as 16-bit WAV for instance "
+            f"(libsndfile: {fault.error_string.strip()})"
+        ) from None
+    if (seconds := len(samples) / given_rate) < min_seconds:
+        raise AudioFault(f"is {math.floor(seconds * 100) / 100:g} s long; give at least {min_seconds:g} s")
+    peak = float(np.max(np.abs(samples)))
+    if peak < SILENT:
+        level = f"its loudest sample is at {20 * math.log10(peak):.0f} dB" if peak else "all samples are 0"
+        raise AudioFault(f"is silent ({level}); give a recording of speech")
+    return _resample(samples, given_rate, rate)
+
+
+def _may_be_audio(data: bytes) -> bool:
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        return True
+    # 11 bits set begin a frame of MPEG audio (ISO 11172-3, 2.4.2.3).
+    return data.startswith(_STARTS) or (len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0)
+
+
+def _read(file: _Straight, max_seconds: float) -> NDArray[np.float32]:
+    """All of it, mono, at its own rate."""
+    if file.format not in _FORMATS:
+        raise AudioFault(f"is {file.format} audio; give {READABLE}")
+    if not MIN_RATE_HZ <= file.samplerate <= MAX_RATE_HZ:
+        raise AudioFault(f"has {file.samplerate} samples a second; give {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz")
+    if file.channels > MAX_CHANNELS:
+        raise AudioFault(f"has {file.channels} channels; give at most {MAX_CHANNELS}, best mono")
+    max_frames = math.floor(max_seconds * file.samplerate)
+    # A stream that was written without knowing its length says 2**63 - 1: then only reading tells.
+    if max_frames < file.frames < 2**62:
+        seconds = math.ceil(file.frames / file.samplerate * 10) / 10
+        raise AudioFault(f"is {seconds:.10g} s long; give at most {max_seconds:g} s")
+    blocks, frames = [np.zeros(0, np.float32)], 0
+    buffer = np.empty((BLOCK_FRAMES, file.channels), np.float32)
+    while len(block := file.read(out=buffer)):
+        frames += len(block)
+        if frames > max_frames:
+            raise AudioFault(f"is too long; give at most {max_seconds:g} s")
+        peak = np.max(np.abs(block))
+        if not np.isfinite(peak):
+            raise AudioFault("has samples that are no numbers (NaN or infinity); save it anew, as 16-bit WAV")
+        if peak > MAX_PEAK:
+            raise AudioFault(f"has samples up to {peak:g}, where full scale is 1; divide them by it")
+        # As librosa.to_mono does it: another order of adding makes other last bits.
+        blocks.append(np.mean(block.T, axis=0))
+    return np.concatenate(blocks)
+
+
+def _resample(samples: NDArray[np.float32], given: int, wanted: int) -> NDArray[np.float32]:
+    """At another rate, as librosa.resample with soxr_hq, which also evens out the length."""
+    if given == wanted:
+        return samples
+    resampled = np.asarray(soxr.resample(samples, given, wanted, quality="HQ"), np.float32)
+    length = math.ceil(len(samples) * (wanted / given))
+    return np.pad(resampled[:length], (0, max(0, length - len(resampled))))

@@ -1,0 +1,282 @@
+"""A long text cut into pieces that a speech model takes, where a speaker would pause.
+
+Boundaries are those of Unicode (UAX 29: sentences, words, grapheme clusters; UAX 14: where no Japanese line starts), by
+the properties that the `regex` package knows, and tightened for abbreviations, initials, ordinals, quoted speech and
+wrapped lines. The rules err towards too few sentence ends: one missed only makes a piece longer, a wrong one puts a
+pause after "Dr.". `pysbd` and `uniseg` were weighed: the first knows a closed list of languages and rewrites
+text, the second knows no abbreviations either.
+"""
+
+import functools
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import attrs
+
+# Followed by a name or a number, hardly ever by the next sentence.
+ABBREVIATIONS = (
+    "Mr|Mrs|Ms|Mx|Dr|Drs|Dra|Prof|St|Ste|Mt|Ft|Gen|Col|Maj|Capt|Cmdr|Lt|Sgt|Rev|Hon|Gov|Sen|Rep|Pres|Sr|Sra|Srta|"
+    "Mme|Mlle|Hr|Nr|bzw|ca|cf|vs|viz|approx|dept|est|fig|figs|Fig|Figs|vol|Vol|ed|eds|г|ул|им|рис"
+)
+# Words of their own, abbreviations only before a number: "No. 5", "Jan. 3", "pp. 4-7".
+BEFORE_NUMBERS = "No|Nos|no|nos|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec|pp|Art|Sec|Ch|chap|Ex|стр"
+#: Thai and Lao vowels written before the consonant that they are spoken after.
+LEADING_VOWELS = frozenset("เแโใไເແໂໃໄ")
+#: Longest look back or forth of a rule, characters: keeps the whole linear.
+LOOK_CHARS = 40
+
+_MARK = r"[\p{SB=STerm}\p{SB=ATerm}…‥⋯]"
+# What closes a quotation or bracket. „…“ and »…« close with what opens elsewhere: then no letter follows.
+_CLOSING = r"""(?:[\p{Pe}\p{Pf}"'*_]|\p{Pi}(?![\p{L}\p{N}])|[\u00a0\u202f\ ][»›](?![\p{L}\p{N}]))*+"""
+_CASELESS = r"""[\p{Ps}\p{Pi}"']*\p{SB=OLetter}"""
+
+
+@attrs.frozen
+class _Patterns:
+    """The compiled rules."""
+
+    cluster: Any
+    sentence: Any
+    line: Any
+    clause: Any
+    space: Any
+    word: Any
+    spoken: Any
+    opening: Any
+    clinging: Any
+    goes_on: Any
+    caseless: Any
+    lower: Any
+    wrapped: Any
+    abbreviation: Any
+    before_number: Any
+    number: Any
+    description: Any
+
+
+@functools.cache
+def _patterns() -> _Patterns:
+    """Compiles the rules once; `regex` comes with the extra `voxcpm`, and machines without it import this module."""
+    import regex
+
+    def rule(pattern: str) -> Any:
+        return regex.compile(pattern, regex.VERSION1)
+
+    return _Patterns(
+        cluster=rule(r"\X"),
+        sentence=rule(rf"(?P<marks>(?:{_MARK}\p{{M}}*+)++)(?P<closing>{_CLOSING})(?P<gap>\s*+)"),
+        line=rule(r"(?P<breaks>(?:\R[^\S\v\f\r\n\x85\u2028\u2029]*+)++)"),
+        clause=rule(
+            rf"(?:[,;:](?={_CLOSING}(?:\s|{_CASELESS}))"
+            r"|[\p{Terminal_Punctuation}--\p{Sentence_Terminal}--[,;:]](?!(?<=\p{N}.)\p{N})"
+            r"|[—―⸺]++|(?<=\S\ )[-–]++(?=\s)"
+            rf"|(?:[!?…‥⋯]++|\.{{2,}}+)(?={_CLOSING}\s)"
+            rf"){_CLOSING}\s*+"
+        ),
+        space=rule(r"[\s\u200b]++"),
+        word=rule(r"(?w)\b"),
+        spoken=rule(r"[\p{L}\p{N}]"),
+        opening=rule(r"[\p{Ps}\p{Pi}¿¡]\s*$"),
+        clinging=rule(r"[\p{LB=CJ}\p{LB=NS}]"),
+        goes_on=rule(rf"[,;:，；：、､،؛]|{_MARK}"),
+        caseless=rule(_CASELESS),
+        lower=rule(rf"[^\p{{L}}]{{0,{LOOK_CHARS}}}\p{{Lower}}"),
+        wrapped=rule(r"""[\p{Ps}\p{Pi}"']*+\p{Lower}"""),
+        # A single letter is an initial or the end of "e.g."; one or two digits are an ordinal or a list's number.
+        abbreviation=rule(
+            rf"(?<![\p{{L}}\p{{M}}\p{{N}}])(?:(?!I$)\p{{L}}\p{{M}}*+|{ABBREVIATIONS})$"
+            r"|(?<![\p{L}\p{N}.,:/-])\p{Nd}{1,2}$"
+        ),
+        before_number=rule(rf"(?<![\p{{L}}\p{{M}}\p{{N}}])(?:{BEFORE_NUMBERS})$"),
+        number=rule(r"\p{N}"),
+        description=rule(r"\s*+[(（][^)）]*+[)）]"),
+    )
+
+
+def _is_sentence_end(text: str, match: Any) -> bool:
+    """Whether the marks found end a sentence, and are not within a number, a name, an abbreviation or quoted speech."""
+    rules = _patterns()
+    marks, closing, gap, after = match["marks"], match["closing"], match["gap"], match.end()
+    if rules.goes_on.match(text, after):
+        return False
+    may_be_inside = all(mark in ".․﹒．…‥⋯" for mark in marks)
+    if not gap:
+        if may_be_inside or marks.isascii():  # 3.14, example.com, ?q=1; but ASCII marks in Chinese text end sentences
+            if not rules.caseless.match(text, after):
+                return False
+        elif closing and text.startswith(("と", "って"), after):  # 「…。」と言った
+            return False
+    elif (may_be_inside or closing) and rules.lower.match(text, after):  # "Well... yes", "Really?" he asked
+        return False
+    if marks == "." and not closing:
+        before = text[max(0, match.start() - LOOK_CHARS) : match.start()]
+        if rules.abbreviation.search(before):
+            return False
+        if rules.before_number.search(before) and rules.number.match(text, after):
+            return False
+    return True
+
+
+def _sentence_ends(text: str) -> Iterator[int]:
+    rules = _patterns()
+    for match in rules.sentence.finditer(text):
+        if _is_sentence_end(text, match):
+            yield match.end()
+    for match in rules.line.finditer(text):
+        # A line that goes on in lower case was wrapped, unless an empty line stands between.
+        is_paragraph = len(match["breaks"].splitlines()) > 1
+        if is_paragraph or not rules.wrapped.match(text, match.end()):
+            yield match.end()
+
+
+@attrs.frozen
+class _Text:
+    """A text with the places where it may be cut. Places are counted in grapheme clusters, from 0 to `size`.
+
+    Attributes:
+        offsets: of each place in the text, in characters (`size` + 1 of them).
+        content: for each place, the first cluster at or after it that is not white space.
+        filled: for each place, the end of the last cluster before it that is not white space.
+        spoken: for each place, the first cluster at or after it that has a letter or digit; `size` where none follows.
+        levels: cuts in ascending order, each list ending with `size`; from the best level to the worst.
+    """
+
+    text: str
+    size: int
+    offsets: Sequence[int]
+    content: Sequence[int]
+    filled: Sequence[int]
+    spoken: Sequence[int]
+    levels: Sequence[Sequence[int]]
+
+    def piece(self, start: int, stop: int) -> str:
+        """What stands between two places, without the white space round it."""
+        return self.text[self.offsets[self.content[start]] : self.offsets[self.filled[stop]]]
+
+
+def _next_where(hits: Sequence[bool]) -> list[int]:
+    """For each place, the first hit at or after it, or the number of hits where none follows."""
+    found = [len(hits)] * (len(hits) + 1)
+    for place in range(len(hits) - 1, -1, -1):
+        found[place] = place if hits[place] else found[place + 1]
+    return found
+
+
+def _read(text: str) -> _Text:
+    rules = _patterns()
+    clusters: list[str] = rules.cluster.findall(text)
+    size = len(clusters)
+    offsets = list(accumulate(map(len, clusters), initial=0))
+    places = {offset: place for place, offset in enumerate(offsets)}
+    spoken = _next_where([bool(rules.spoken.search(cluster)) for cluster in clusters])
+
+    def at_places(ends: Iterable[int]) -> set[int]:
+        """Cuts at these offsets; those within a grapheme cluster are none."""
+        return {places[end] for end in ends if end in places}
+
+    def tidy(cuts: Collection[int]) -> list[int]:
+        """Leaves out cuts that would part marks from the words they belong to: before or after what is not spoken."""
+        kept: list[int] = []
+        start = 0
+        for cut in sorted({*cuts, size} - {0}):
+            if spoken[start] < cut:
+                kept.append(cut)
+            elif kept and (cut == size or not rules.opening.search(text, offsets[start], offsets[cut])):
+                kept[-1] = cut
+            start = cut
+        return kept or [size]
+
+    def may_part(place: int) -> bool:
+        return not (clusters[place - 1][0] in LEADING_VOWELS or rules.clinging.match(clusters[place]))
+
+    inner = {place for place in range(1, size) if may_part(place)}
+    return _Text(
+        text=text,
+        size=size,
+        offsets=offsets,
+        content=_next_where([not cluster.isspace() for cluster in clusters]),
+        filled=list(
+            accumulate(range(size), lambda end, place: end if clusters[place].isspace() else place + 1, initial=0)
+        ),
+        spoken=spoken,
+        levels=[
+            tidy(at_places(_sentence_ends(text))),
+            tidy(at_places(match.end() for match in rules.clause.finditer(text))),
+            tidy(at_places(match.end() for match in rules.space.finditer(text))),
+            tidy(at_places(match.start() for match in rules.word.finditer(text)) & inner),
+            tidy(inner),
+        ],
+    )
+
+
+def _reach(start: int, size: int, guess: int, fits: Callable[[int], bool]) -> int:
+    """The farthest place up to which all fits, one cluster at least; doubling, then halving, from a guess."""
+    good, bad = start + 1, size + 1
+    probe = min(max(good, start + guess), size)
+    while good + 1 < bad:
+        if fits(probe):
+            good = probe
+        else:
+            bad = max(probe, good)
+        probe = min(size, 2 * good - start) if bad > size else (good + bad) // 2
+    return good
+
+
+def _best_cut(levels: Iterable[Sequence[int]], after: int, reach: int, fits: Callable[[int], bool]) -> int | None:
+    """The last cut of the best level that has one after `after` and up to `reach`; none where none has."""
+    for cuts in levels:
+        first, at, step = bisect_right(cuts, after), bisect_right(cuts, reach) - 1, 1
+        while at >= first:
+            # Asked again, as a tokenizer may need more tokens for less text.
+            if cuts[at] == reach or fits(cuts[at]):
+                return cuts[at]
+            at -= step
+            step *= 2
+    return None
+
+
+def split(text: str, limit: int, measure: Callable[[str], int]) -> list[str]:
+    """Cuts a text into pieces that fit, each as long as it can be for a good cut.
+
+    Cuts are made at ends of sentences and lines where one is within reach, else at clause marks, else at white space,
+    else at word edges, else between grapheme clusters, which are never cut. Only white space at the cuts is lost.
+    A "(description)" that the text begins with stays whole, with what follows it, where it fits.
+
+    Args:
+        text: any text; line breaks may be of any kind.
+        limit: the most that `measure` may give for a piece, in its unit.
+        measure: size of a text, such as its tokens; should not grow smaller for longer texts. Asked O(log n) times a
+            piece, with texts at most about twice as long as the piece; and once with the whole.
+
+    Returns:
+        The text itself where it fits; nothing where it is only white space; else pieces that fit, with no white space
+        round them. A grapheme cluster that alone is over the limit is a piece nevertheless: who calls must look.
+        A piece without letter or digit comes only from a text without, or from a run of marks that is over the limit.
+    """
+    if not text or text.isspace():
+        return []
+    whole = measure(text)
+    if whole <= limit:
+        return [text]
+    parts = _read(text)
+    description = _patterns().description.match(text)
+    after = bisect_right(parts.offsets, description.end() - 1) if description else 0
+    pieces: list[str] = []
+    start, guess = parts.content[0], parts.size * max(limit, 1) // max(whole, 1)
+    while start < parts.size:
+
+        def fits(stop: int, start: int = start) -> bool:
+            return measure(parts.piece(start, stop)) <= limit
+
+        reach = _reach(start, parts.size, guess, fits)
+        stop = None
+        if after > start:
+            # With a word of what follows the description at least; else it is too long, and cut like any text.
+            stop = _best_cut(parts.levels[:-1], parts.spoken[after], reach, fits)
+        stop = stop or _best_cut(parts.levels, parts.spoken[start], reach, fits) or reach
+        pieces.append(parts.piece(start, stop))
+        guess = reach - start
+        start = parts.content[stop]
+    return pieces

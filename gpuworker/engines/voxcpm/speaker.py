@@ -1,0 +1,220 @@
+"""One request of engine `voxcpm`, from its params and inputs to its audio.
+
+The order is that of a reproducible run: check, encode the voice (which may come out of the cache, and draws nothing
+from the random generator), seed, speak.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuworker.engines.base import AudioChunk, EngineInput, InvalidParams, ProgressChunk
+from gpuworker.engines.voxcpm.join import join, pcm16
+from gpuworker.engines.voxcpm.model import Model, PromptCache, Settings
+from gpuworker.engines.voxcpm.prompts import Prompt, Prompts, Stopped
+from gpuworker.engines.voxcpm.rules import find_faults, speakable
+from gpuworker.engines.voxcpm.schema import DEFAULTS, NON_STREAMING
+from gpuworker.engines.voxcpm.sentences import split
+from protocol.fields import Value
+
+#: 64 KiB of PCM: speech made whole is handed on in such pieces.
+CHUNK_SAMPLES = 32_768
+#: Steps of the model between two words on how far it is; by steps, so that a repeated run has the same frames.
+PROGRESS_STEPS = 5
+#: As `generate` of the voxcpm package has it: no piece has more steps.
+MAX_STEPS = 4_096
+#: What the package adds to tokens * ratio; and a few tokens for its marks and for what comes together at a seam.
+SPARE_STEPS, SPARE_TOKENS = 10, 8
+#: Pieces of fewer tokens are no sentences: a prompt that leaves no more room is refused.
+MIN_PIECE_TOKENS = 16
+#: A description of the voice before the text, as VoxCPM2 takes it.
+_LEAD = re.compile(r"\s*[(（][^()（）]{1,400}[)）]")
+_BRACKETS = re.compile(r"[()（）]")
+_SPACE = re.compile(r"\s+")
+
+
+@attrs.frozen(kw_only=True)
+class Speaker:
+    """Speaks requests, one at a time.
+
+    Args:
+        model: loaded.
+        prompts: finds the voice of a request.
+    """
+
+    model: Model
+    prompts: Prompts
+
+    def speak(
+        self,
+        params: Mapping[str, Value],
+        inputs: Mapping[str, EngineInput],
+        *,
+        cancelled: Callable[[], bool],
+        report: Callable[[ProgressChunk], None],
+    ) -> Iterator[AudioChunk]:
+        """The audio of one request, at the model's rate, mono.
+
+        In mode streaming each chunk of the model is yielded as it is made: 80 or 160 ms. A text that the model takes
+        in one piece has the very samples that the voxcpm package makes of it with the same seed.
+
+        Args:
+            params: keep the schema.
+            inputs: `prompt_wav`, `reference_wav`.
+            cancelled: whether to stop; looked at before each step of the model where none yields.
+            report: takes word of how far it is, in mode non_streaming.
+
+        Raises:
+            InvalidParams: what no schema can say; every faulty field is named.
+            EngineError: the model failed.
+        """
+        given = {**DEFAULTS, **{name: value for name, value in params.items() if value is not None}}
+        if faults := find_faults(given, inputs):
+            raise InvalidParams(faults)
+        settings = Settings(
+            cfg_value=float(given["cfg_value"]),
+            inference_timesteps=int(given["inference_timesteps"]),
+            max_len=MAX_STEPS,
+            retry_badcase=given["retry_badcase"],
+            retry_badcase_max_times=int(given["retry_badcase_max_times"]),
+            ratio_threshold=float(given["retry_badcase_ratio_threshold"]),
+        )
+        lead, text = self._words(given)
+        try:
+            prompt = self.prompts.find(given, inputs, described=bool(lead), cancelled=cancelled)
+            run = _Run(
+                model=self.model,
+                settings=settings,
+                pieces=self._pieces(lead, text, prompt, settings),
+                lead=lead,
+                prompt=prompt.cache if prompt else None,
+                cancelled=cancelled,
+                report=report,
+            )
+            self.model.seed(int(given["seed"]))
+            made = run.whole() if given["mode"] == NON_STREAMING else run.streamed()
+            with closing(join(made, len(run.pieces), self.model.sample_rate)) as speech:
+                for samples in speech:
+                    for start in range(0, len(samples), CHUNK_SAMPLES):
+                        yield AudioChunk(pcm16(samples[start : start + CHUNK_SAMPLES]))
+        except Stopped:
+            return
+
+    def _words(self, given: Mapping[str, Value]) -> tuple[str, str]:
+        """The description of the voice that goes before every piece of its own ("" for none), and the text."""
+        text = given["text"]
+        if given["normalize"]:
+            text = self.model.normalize(_spaced(text))
+            if not speakable(text):
+                raise InvalidParams({"text": "holds nothing to speak once it is normalized"})
+        if not self.model.clones:
+            return "", text
+        if (description := given.get("voice_description")) is not None:
+            return f"({_BRACKETS.sub('', _spaced(description)).strip()})", text
+        found = _LEAD.match(text)
+        if found is None or not speakable(text[found.end() :]):
+            return "", text
+        return _spaced(found[0]), text[found.end() :]
+
+    def _pieces(self, lead: str, text: str, prompt: Prompt | None, settings: Settings) -> list[str]:
+        """`text` as one piece if the model takes it, with its prompt and the steps it may have; else in several.
+
+        A voice that the model chose itself is kept by letting the later pieces go on from the first: that is then
+        their prompt, so each piece gets half the room.
+        """
+        room = self.model.context - SPARE_TOKENS - (prompt.cache.patches if prompt else 0)
+        tokens = self.model.tokens(lead + _spaced(text))
+        if tokens + most_steps(tokens, settings) <= room:
+            return [_spaced(text)]
+        share = room if prompt else room // 2
+        limit = int((share - SPARE_STEPS - SPARE_TOKENS) / (1 + settings.ratio_threshold)) - self.model.tokens(lead)
+        if limit < MIN_PIECE_TOKENS:
+            field = prompt.field if prompt else "voice_description"
+            raise InvalidParams(
+                {field: f"leaves too little of the model's {self.model.context} steps; send less of it"}
+            )
+
+        def measure(piece: str) -> int:
+            return self.model.tokens(_spaced(piece))
+
+        # Its line ends are ends of sentences, so it is split as it came.
+        pieces = [_spaced(piece) for piece in split(text, limit, measure)]
+        if max(map(measure, pieces)) > limit:
+            raise InvalidParams({"text": "has a character with more marks on it than the model takes"})
+        return pieces
+
+
+def _spaced(text: str) -> str:
+    """With one space for all white space together, as the voxcpm package does it."""
+    return _SPACE.sub(" ", text)
+
+
+def most_steps(tokens: int, settings: Settings) -> int:
+    """Steps at which the package ends the speech of so many tokens."""
+    return min(int(tokens * settings.ratio_threshold + SPARE_STEPS), settings.max_len)
+
+
+@attrs.define(kw_only=True)
+class _Run:
+    """The pieces of one request, being spoken.
+
+    The piece before must have ended when the next is asked for: a model that speaks two at once corrupts both.
+    """
+
+    model: Model
+    settings: Settings
+    pieces: list[str]
+    lead: str
+    prompt: PromptCache | None
+    cancelled: Callable[[], bool]
+    report: Callable[[ProgressChunk], None]
+
+    def streamed(self) -> Iterator[Iterator[NDArray[np.float32]]]:
+        """Each piece as an iterator over its chunks, float32 of shape (n,)."""
+        for number, piece in enumerate(self.pieces):
+            text = self.lead + piece
+            with closing(self.model.stream(text, self.prompt, self.settings)) as speech:
+                yield iter(speech)
+                if self._goes_on(number):
+                    self._go_on_from(speech.as_prompt(_before_next(text), None))
+
+    def whole(self) -> Iterator[Iterator[NDArray[np.float32]]]:
+        """Each piece as an iterator over one array."""
+        for number, piece in enumerate(self.pieces):
+            text = self.lead + piece
+            speech = self.model.whole(text, self.prompt, self.settings, self._on_step(number, text))
+            yield iter([speech.samples])
+            if self._goes_on(number):
+                self._go_on_from(speech.as_prompt(_before_next(text), None))
+
+    def _goes_on(self, number: int) -> bool:
+        return number == 0 and self.prompt is None and len(self.pieces) > 1
+
+    def _go_on_from(self, prompt: PromptCache) -> None:
+        self.prompt, self.lead = prompt, ""
+
+    def _on_step(self, number: int, text: str) -> Callable[[int], None]:
+        """What the model calls at each of its steps: stops it once cancelled, and tells how far it is."""
+        most = most_steps(self.model.tokens(text), self.settings)
+        made = 0
+
+        def on_step(_step: int) -> None:
+            nonlocal made
+            if self.cancelled():
+                raise Stopped
+            made += 1
+            if made % PROGRESS_STEPS == 0:  # a bad case that is made again does not take it back
+                self.report(ProgressChunk("generating", (number + min(made / most, 1.0)) / len(self.pieces)))
+
+        return on_step
+
+
+def _before_next(text: str) -> str:
+    """`text` as it stands before the next piece: the white space between them is in neither."""
+    wide = unicodedata.east_asian_width(text[-1]) in "WF"
+    return text if wide or text[-1].isspace() else text + " "

@@ -1,0 +1,245 @@
+"""A worker's named voices: NAME.wav (or .flac .mp3 .ogg) and NAME.txt, what is said in it, side by side in a folder.
+
+And the cache of prompts made from them. Nothing heavy is imported: audio is decoded where it is used.
+"""
+
+import hashlib
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import attrs
+
+from gpuworker.engines.base import EngineError, wire_text
+from protocol.messages import SPACE_PATTERN
+
+#: In the order of preference where one name has several.
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+TEXT_SUFFIX = ".txt"
+#: Their names go into the params schema as an enum: 500 of 64 characters are 33 of the 64 KiB a register message has.
+MAX_VOICES = 500
+#: Files looked at in a folder; there are two a voice.
+MAX_ENTRIES = 10_000
+#: Of one voice. A minute of 48 kHz stereo at 24 bits is 17 MB.
+MAX_AUDIO_BYTES = 32 * 2**20
+#: A fast speaker says 25 characters a second.
+MAX_TEXT_CHARS = 2_000
+MAX_TEXT_BYTES = 4 * MAX_TEXT_CHARS + 1_024
+#: Told one by one.
+MAX_WORDS = 50
+
+ValueT = TypeVar("ValueT")
+
+
+@attrs.frozen
+class Voice:
+    """One voice of the folder.
+
+    Args:
+        name: as a request asks for it.
+        audio: its file, links followed.
+        text: what is said in it, without white space around; None where there is no transcript.
+        digest: SHA-256, hexadecimal, of the audio and the transcript: changes when either does.
+    """
+
+    name: str
+    audio: Path
+    text: str | None
+    digest: str
+
+    def read(self) -> bytes:
+        """Its audio file.
+
+        Raises:
+            EngineError: it is gone, or is not what it was when the worker announced it.
+        """
+        try:
+            data = _read(self.audio, MAX_AUDIO_BYTES)
+        except (OSError, _LeftOut) as fault:
+            raise EngineError(f"voice {self.name!r} cannot be read: {_words(fault)}; start the worker again") from None
+        if _digest(hashlib.sha256(data), self.text) != self.digest:
+            raise EngineError(f"voice {self.name!r} has changed since the worker started; start the worker again")
+        return data
+
+
+class _LeftOut(Exception):
+    """Why a file is not used."""
+
+
+def find_voices(folder: Path, *, need_text: bool = False) -> tuple[dict[str, Voice], list[str]]:
+    """The voices of a folder, and what in it is none.
+
+    Args:
+        folder: looked at itself, not the folders in it. Hidden files are passed over.
+        need_text: leave out voices without a transcript (VoxCPM 1.x takes none).
+
+    Returns:
+        name -> voice, sorted, at most `MAX_VOICES`; and a sentence for each file that was left out.
+
+    Raises:
+        EngineError: the folder cannot be read.
+    """
+    try:
+        root = folder.resolve(strict=True)
+        with os.scandir(root) as entries:
+            names = [entry.name for entry, _ in zip(entries, range(MAX_ENTRIES + 1), strict=False)]
+    except (OSError, RuntimeError) as fault:  # RuntimeError: links that lead round
+        raise EngineError(
+            f"the folder of voices {str(folder)!r} cannot be read: {_words(fault)}; "
+            "make it, or give another with -o voices=FOLDER"
+        ) from None
+    words = _Told()
+    if len(names) > MAX_ENTRIES:
+        words.add(f"{str(folder)!r} has more than {MAX_ENTRIES} files; some were not looked at")
+    audio, texts = _sorted_out(sorted(names[:MAX_ENTRIES]), words)
+    voices: dict[str, Voice] = {}
+    for name, file in sorted(audio.items()):
+        if len(voices) == MAX_VOICES:
+            words.add(f"voice {name!r} and those after it: a worker takes at most {MAX_VOICES} voices")
+            break
+        try:
+            voices[name] = _voice(root, name, file, texts.pop(name, None), need_text)
+        except (OSError, _LeftOut) as fault:
+            words.add(f"voice {name!r}: {_words(fault)}")
+    for name, file in sorted(texts.items()):
+        if name not in audio:
+            words.add(f"{file!r}: there is no {name}.wav (or {' '.join(AUDIO_SUFFIXES[1:])}) beside it")
+    return voices, words.told()
+
+
+@attrs.define
+class _Told:
+    words: list[str] = attrs.field(factory=list)
+    more: int = 0
+
+    def add(self, words: str) -> None:
+        if len(self.words) < MAX_WORDS:
+            self.words.append("left out: " + wire_text(words))
+        else:
+            self.more += 1
+
+    def told(self) -> list[str]:
+        return [*self.words, f"left out: {self.more} more"] if self.more else self.words
+
+
+def _sorted_out(files: list[str], words: _Told) -> tuple[dict[str, str], dict[str, str]]:
+    """Name -> audio file, name -> transcript."""
+    audio: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    for file in files:
+        name, suffix = os.path.splitext(file)  # noqa: PTH122 - names, not paths
+        if file.startswith("."):
+            continue
+        if suffix.lower() not in (*AUDIO_SUFFIXES, TEXT_SUFFIX):
+            words.add(f"{file!r}: a voice is NAME{' or NAME'.join(AUDIO_SUFFIXES)}, and NAME{TEXT_SUFFIX}")
+        elif SPACE_PATTERN.fullmatch(name) is None:
+            words.add(f"{file!r}: a voice's name has 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or digit")
+        else:
+            found = texts if suffix.lower() == TEXT_SUFFIX else audio
+            first, second = sorted((found.get(name, file), file), key=_preference)
+            found[name] = first
+            if first != second:
+                words.add(f"{second!r}: {first!r} is there as well, and is used")
+    return audio, texts
+
+
+def _preference(file: str) -> tuple[int, str]:
+    suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 - as above
+    return (AUDIO_SUFFIXES.index(suffix) if suffix in AUDIO_SUFFIXES else 0), file
+
+
+def _voice(root: Path, name: str, audio: str, text_file: str | None, need_text: bool) -> Voice:
+    path = _inside(root, audio)
+    text = None
+    if text_file is not None:
+        text = _transcript(_read(_inside(root, text_file), MAX_TEXT_BYTES), text_file)
+    if text is None and need_text:
+        raise _LeftOut(f"this model needs what is said in it, in {name}{TEXT_SUFFIX}")
+    data = _read(path, MAX_AUDIO_BYTES)
+    if not data:
+        raise _LeftOut(f"{audio!r} is empty")
+    return Voice(name, path, text, _digest(hashlib.sha256(data), text))
+
+
+def _inside(root: Path, file: str) -> Path:
+    """Where `file` is, all links followed."""
+    try:
+        path = (root / file).resolve(strict=True)
+    except RuntimeError:
+        raise _LeftOut(f"{file!r} is a link that leads round") from None
+    if not path.is_relative_to(root):
+        raise _LeftOut(f"{file!r} is a link out of the folder; copy the file into it")
+    return path
+
+
+def _read(path: Path, at_most: int) -> bytes:
+    # Not blocking: a pipe nobody writes to would be waited for at open.
+    with open(path, "rb", opener=lambda file, flags: os.open(file, flags | os.O_NONBLOCK | os.O_NOFOLLOW)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise _LeftOut(f"{path.name!r} is no regular file")
+        data = file.read(at_most + 1)
+    if len(data) > at_most:
+        raise _LeftOut(f"{path.name!r} has more than {at_most:,} bytes; shorten it")
+    return data
+
+
+def _transcript(data: bytes, file: str) -> str | None:
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise _LeftOut(f"{file!r} is not UTF-8; save it as that") from None
+    if len(text) > MAX_TEXT_CHARS:
+        raise _LeftOut(f"{file!r} has {len(text)} characters; it may have {MAX_TEXT_CHARS}")
+    return text or None
+
+
+def _digest(audio: "hashlib._Hash", text: str | None) -> str:
+    return hashlib.sha256(audio.digest() + (b"" if text is None else text.encode())).hexdigest()
+
+
+def _words(fault: Exception) -> str:
+    return (fault.strerror or type(fault).__name__) if isinstance(fault, OSError) else str(fault)
+
+
+class PromptCaches(Generic[ValueT]):
+    """The values put last or asked for last, as many as fit both bounds.
+
+    Args:
+        at_most: how many.
+        max_bytes: all of them together; one that alone is larger is not kept.
+    """
+
+    def __init__(self, at_most: int, max_bytes: int) -> None:
+        self._at_most = at_most
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[Hashable, tuple[ValueT, int]] = OrderedDict()
+        #: Of all that is kept.
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
+    def get(self, key: Hashable) -> ValueT | None:
+        """The value, None where it is not kept (any more)."""
+        if (kept := self._kept.get(key)) is None:
+            return None
+        self._kept.move_to_end(key)
+        return kept[0]
+
+    def put(self, key: Hashable, value: ValueT, nbytes: int) -> None:
+        """Keep `value`, and let go of what was not asked for longest."""
+        if (before := self._kept.pop(key, None)) is not None:
+            self.nbytes -= before[1]
+        if nbytes > self._max_bytes:
+            return
+        self._kept[key] = (value, nbytes)
+        self.nbytes += nbytes
+        while len(self._kept) > self._at_most or self.nbytes > self._max_bytes:
+            _, (_, freed) = self._kept.popitem(last=False)
+            self.nbytes -= freed

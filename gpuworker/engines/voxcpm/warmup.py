@@ -1,0 +1,60 @@
+"""The first runs of a model just loaded: they pay what only a first run costs, and tell whether it repeats itself."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuworker.engines.voxcpm.model import Model, PromptCache, Settings
+
+TEXT = "Hello, this is the first sentence."
+#: Steps of one run. The first after a prompt is another than the rest, and a CUDA graph is replayed from the third on.
+STEPS = 4
+TONE_HZ, TONE_S = 220.0, 0.5
+
+
+@attrs.frozen
+class WarmUp:
+    """What the first runs showed.
+
+    Args:
+        digest: of their samples, 16 hex digits. Two processes with another one make other samples, whatever else they
+            have in common: CUDA kernels are chosen by measuring, and CPUs round in their own ways.
+        repeats: the same seed made the same samples each time.
+    """
+
+    digest: str
+    repeats: bool
+
+
+def warm_up(model: Model, runs: int) -> WarmUp:
+    """Speak a few steps in every way a request may ask for, `runs` times.
+
+    The prompt goes the way of an uploaded one: the first file that librosa reads takes it seconds.
+
+    Raises:
+        EngineError: the model cannot speak.
+    """
+    times = np.arange(round(TONE_S * model.prompt_rate), dtype=np.float32) / model.prompt_rate
+    tone = (0.3 * np.sin(2 * np.pi * TONE_HZ * times)).astype(np.float32)
+    digests = set()
+    for _ in range(runs):
+        prompt = model.encode(prompt=tone, prompt_text="Ah.", reference=tone if model.clones else None)
+        digest = hashlib.sha256()
+        for cache in (None, prompt):
+            for samples in _short_run(model, cache):
+                digest.update(samples.tobytes())
+        digests.add(digest.hexdigest()[:16])
+    return WarmUp("".join(sorted(digests))[:16], repeats=len(digests) == 1)
+
+
+def _short_run(model: Model, cache: PromptCache | None) -> Iterator[NDArray[np.float32]]:
+    settings = Settings(cfg_value=2.0, inference_timesteps=4, max_len=STEPS, retry_badcase=False)
+    model.seed(0)
+    with closing(model.stream(TEXT, cache, settings)) as speech:
+        yield from islice(speech, STEPS)
+    yield model.whole(TEXT, cache, settings, lambda _step: None).samples

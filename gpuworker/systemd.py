@@ -1,0 +1,96 @@
+"""The worker as a service: tells systemd how it stands, and gives signs of life while it is really alive.
+
+Ready is a worker whose engine is loaded in a slot, whether or not its relay is there: a relay that is down at boot must
+not fail the unit, as the worker keeps at it for ever. Alive means that the event loop turns and that no slot is stuck:
+a run that was told to stop is ended by force after its grace, so one that still stands long after shows that the worker
+has lost hold of its slots. An engine that hangs, crashes or cannot be loaded is the slot's business alone.
+"""
+
+from collections.abc import Sequence
+
+import attrs
+import trio
+
+from gpuworker.identity import WorkerStatus
+from gpuworker.runner import Run, Slot
+from gpuworker.worker import ACK_S, Worker
+from protocol.systemd import ServiceManager, serve_watchdog
+
+#: How often the line of `systemctl status` is looked over, and how soon the first slot's being loaded is told.
+STATUS_INTERVAL_S = 1.0
+#: Past the grace of a cancel: for the kill, and for a process that the kernel is slow to let go of.
+STUCK_S = 30.0
+#: After the drain: slots are killed and reaped.
+LEAVE_S = 20.0
+
+
+@attrs.define(eq=False)
+class Service:
+    """What systemd is told of a worker.
+
+    Args:
+        worker: not running yet.
+        slots: its slots.
+        manager: told.
+        cancel_grace_s: the slots' own.
+        drain_timeout_s: the worker's own.
+    """
+
+    worker: Worker
+    slots: Sequence[Slot]
+    manager: ServiceManager
+    cancel_grace_s: float
+    drain_timeout_s: float
+    #: Run that was told to stop -> when that was first seen.
+    _stopping: dict[Run, float] = attrs.field(factory=dict)
+
+    async def serve(self) -> None:
+        """Tell, until cancelled; begins with the worker's `run`."""
+        if not self.manager.present:
+            return
+        while not any(slot.ready for slot in self.slots):
+            self.manager.status(self.status())
+            await trio.sleep(STATUS_INTERVAL_S)
+        self.manager.ready(self.status())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_watchdog, self.manager, {"slots": self.check_slots})
+            while True:
+                await trio.sleep(STATUS_INTERVAL_S)
+                self._look_at_slots()
+                self.manager.status(self.status())
+
+    def stopping(self) -> None:
+        """A signal has it drain and leave. Where the relay asked for that, it may still take it back."""
+        self.manager.stopping(self.status(), self.drain_timeout_s + ACK_S + LEAVE_S)
+
+    def status(self) -> str:
+        """The worker in one line."""
+        return in_words(self.worker.status, len(self.slots))
+
+    def _look_at_slots(self) -> None:
+        now = trio.current_time()
+        runs = [slot.stopping for slot in self.slots]
+        self._stopping = {run: self._stopping.get(run, now) for run in runs if run is not None}
+
+    async def check_slots(self) -> str:
+        """For the watchdog."""
+        await trio.lowlevel.checkpoint()
+        self._look_at_slots()
+        patience_s = self.cancel_grace_s + STUCK_S
+        long_ago = trio.current_time() - patience_s
+        overdue = [s.name for s in self.slots if s.stopping and self._stopping[s.stopping] < long_ago]
+        return f"{', '.join(overdue)} told to stop more than {patience_s:g} s ago, and still running" if overdue else ""
+
+
+def in_words(status: WorkerStatus, slots: int) -> str:
+    """A worker's status in one line."""
+    spaces = ", ".join(status.spaces)
+    where = {
+        "loading": "loading its engine",
+        "connecting": f"no link to {status.relay}",
+        "registered": f"registered at {status.relay}",
+        "draining": "draining",
+        "stopped": "stopped",
+    }[status.state]
+    words = f"{where}; space {spaces}: {status.slots} of {slots} slots ready, {status.running} running"
+    return f"{words}; {status.fault}" if status.fault else words

@@ -1,0 +1,270 @@
+"""Uploaded audio: what voxcpm would read of it, and nothing worse than an AudioFault for any bytes."""
+
+import io
+import struct
+import tracemalloc
+import warnings
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from gpuworker.engines.voxcpm.reference import AudioFault, decode
+
+RATE = 16_000
+FORMATS = {
+    "wav": ("WAV", "PCM_16"),
+    "wav-8": ("WAV", "PCM_U8"),
+    "wav-24": ("WAV", "PCM_24"),
+    "wav-32": ("WAV", "PCM_32"),
+    "wav-float": ("WAV", "FLOAT"),
+    "wav-double": ("WAV", "DOUBLE"),
+    "wav-alaw": ("WAV", "ALAW"),
+    "wav-ulaw": ("WAV", "ULAW"),
+    "wav-adpcm": ("WAV", "MS_ADPCM"),
+    "wavex": ("WAVEX", "PCM_24"),
+    "flac": ("FLAC", "PCM_16"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
+    "vorbis": ("OGG", "VORBIS"),
+    "opus": ("OGG", "OPUS"),
+}
+
+
+def tone(seconds: float, rate: int = RATE, channels: int = 1, level: float = 0.3) -> NDArray[np.float32]:
+    """(n, channels), another pitch in each."""
+    time = np.arange(round(seconds * rate)) / rate
+    return np.stack([level * np.sin(2 * np.pi * 220 * (1 + at) * time) for at in range(channels)], 1).astype(np.float32)
+
+
+def encode(samples: NDArray[np.float32], rate: int = RATE, name: str = "wav") -> bytes:
+    kind, subtype = FORMATS[name]
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+def load(data: bytes, rate: int) -> NDArray[np.float32]:
+    """What voxcpm reads of it."""
+    with warnings.catch_warnings():
+        # audioread, which librosa imports at its first file, asks for these of Python 3.11.
+        warnings.filterwarnings("ignore", "'(aifc|audioop|sunau)' is deprecated", DeprecationWarning)
+        samples, _ = librosa.load(io.BytesIO(data), sr=rate, mono=True)
+    return np.asarray(samples)
+
+
+def fault(data: bytes, max_seconds: float = 50.0) -> str:
+    with pytest.raises(AudioFault) as caught:
+        decode(data, rate=RATE, max_seconds=max_seconds)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("given_rate", "rate"), [(48_000, 16_000), (16_000, 16_000), (24_000, 44_100), (8_000, 48_000)]
+)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_samples_are_bit_for_bit_those_librosa_loads(name: str, given_rate: int, rate: int, channels: int) -> None:
+    data = encode(tone(1.003, given_rate, channels), given_rate, name)
+    samples = decode(data, rate=rate, max_seconds=50)
+    wanted = load(data, rate)
+    assert samples.dtype == np.float32
+    assert samples.ndim == 1
+    np.testing.assert_array_equal(samples, wanted)
+    assert 0.1 < np.abs(samples).max() < 1
+
+
+def test_six_channels_over_many_blocks_are_mixed_as_librosa_mixes_them() -> None:
+    data = encode(tone(10, 44_100, 6), 44_100, "wav-float")
+    wanted = load(data, 48_000)
+    np.testing.assert_array_equal(decode(data, rate=48_000, max_seconds=50), wanted)
+
+
+def test_a_file_at_the_models_rate_is_not_touched() -> None:
+    samples = tone(1)[:, 0]
+    np.testing.assert_array_equal(decode(encode(samples, name="wav-float"), rate=RATE, max_seconds=50), samples)
+
+
+def test_an_mp3_may_begin_with_a_tag() -> None:
+    tag = b"ID3\x03\x00\x00\x00\x00\x00\x0a" + b"\x00" * 10
+    data = encode(tone(1), name="mp3")
+    assert len(decode(tag + data, rate=RATE, max_seconds=50)) == len(decode(data, rate=RATE, max_seconds=50))
+
+
+# -- limits ------------------------------------------------------------------------------------------------------
+
+
+def test_too_long_says_how_long_and_how_long_it_may_be() -> None:
+    assert fault(encode(tone(3)), max_seconds=2.5) == "is 3 s long; give at most 2.5 s"
+    assert fault(encode(tone(2.51)), max_seconds=2.5) == "is 2.6 s long; give at most 2.5 s"
+    assert len(decode(encode(tone(2.5)), rate=RATE, max_seconds=2.5)) == 40_000
+
+
+def test_too_short_says_so() -> None:
+    assert fault(encode(tone(0.1999))) == "is 0.19 s long; give at least 0.2 s"
+    assert fault(encode(tone(0))) == "is 0 s long; give at least 0.2 s"
+    assert len(decode(encode(tone(0.2)), rate=RATE, max_seconds=1)) == 3_200
+
+
+def test_a_silent_recording_is_refused() -> None:
+    assert fault(encode(tone(1, level=0))) == "is silent (all samples are 0); give a recording of speech"
+    assert fault(encode(tone(1, level=0.0005))).startswith("is silent (its loudest sample is at -66 dB)")
+    left = tone(1)
+    assert fault(encode(np.concatenate([left, -left], 1))).startswith("is silent")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
+def test_samples_that_are_no_numbers_are_refused(bad: float) -> None:
+    samples = tone(1).astype(np.float64)
+    samples[77] = bad
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format="WAV", subtype="DOUBLE")
+    assert fault(file.getvalue()) == "has samples that are no numbers (NaN or infinity); save it anew, as 16-bit WAV"
+
+
+def test_float_samples_on_another_scale_are_refused_and_a_little_over_full_scale_is_taken() -> None:
+    assert fault(encode(tone(1, level=32_768), name="wav-float")) == (
+        "has samples up to 32768, where full scale is 1; divide them by it"
+    )
+    assert decode(encode(tone(1, level=1.5), name="wav-float"), rate=RATE, max_seconds=2).max() == pytest.approx(1.5)
+
+
+def test_a_rate_or_a_number_of_channels_that_no_recording_has_is_refused() -> None:
+    assert fault(encode(tone(1, 1_000), 1_000)) == "has 1000 samples a second; give 4000 to 384000 Hz"
+    assert fault(encode(tone(0.01, 999_999), 999_999)).startswith("has 999999 samples a second")
+    assert fault(encode(tone(0.3, channels=9))) == "has 9 channels; give at most 8, best mono"
+    data = encode(tone(1))
+    for rate in (0, 2**31, 2**32 - 1):
+        assert fault(data[:24] + struct.pack("<I", rate) + data[28:])
+
+
+# -- bytes that are no audio --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff",
+        b"RIFF",
+        b"hello, this is text",
+        b"\0" * 1_000,
+        b"%PDF-1.7",
+        b"\0\0\0\x20ftypM4A ",
+        b"FORM\0\0\0\0AIFF",
+    ],
+)
+def test_what_does_not_begin_as_audio_is_not_audio(data: bytes) -> None:
+    assert fault(data) == "is not audio that can be read (WAV, FLAC, MP3, OGG)"
+
+
+def test_another_format_that_libsndfile_knows_is_refused() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, tone(1), RATE, format="AIFF")
+    assert fault(file.getvalue()) == "is not audio that can be read (WAV, FLAC, MP3, OGG)"
+    tag = b"ID3\x03\x00\x00\x00\x00\x00\x00"
+    assert "read (WAV, FLAC, MP3, OGG)" in fault(tag + file.getvalue()) or "AIFF" in fault(tag + file.getvalue())
+
+
+def test_a_damaged_file_says_what_to_do() -> None:
+    words = fault(encode(tone(1))[:30])
+    assert words.startswith(
+        "is not audio that can be read (WAV, FLAC, MP3, OGG); save it anew, as 16-bit WAV for instance (libsndfile: "
+    )
+
+
+def flac_frames_told(data: bytes, frames: int) -> bytes:
+    """With another number of samples in its STREAMINFO (36 bits at byte 21.5; RFC 9639, 8.2)."""
+    return data[:21] + bytes([data[21] & 0xF0 | frames >> 32]) + (frames & 0xFFFFFFFF).to_bytes(4, "big") + data[26:]
+
+
+def test_a_header_that_tells_too_little_does_not_let_more_through() -> None:
+    data = flac_frames_told(encode(tone(30), name="flac"), 0)  # 0: not known
+    assert fault(data, max_seconds=2) == "is too long; give at most 2 s"
+    assert len(decode(data, rate=RATE, max_seconds=50)) == 30 * RATE
+
+
+def test_a_header_that_tells_too_much_is_believed() -> None:
+    data = flac_frames_told(encode(tone(1), name="flac"), 2**35)
+    assert fault(data).endswith(" s long; give at most 50 s")
+
+
+def test_a_wav_written_to_a_pipe_has_no_size_and_is_read() -> None:
+    data = encode(tone(1))
+    at = data.index(b"data")
+    endless = data[:4] + b"\xff" * 4 + data[8 : at + 4] + b"\xff" * 4 + data[at + 8 :]
+    np.testing.assert_array_equal(decode(endless, rate=RATE, max_seconds=50), decode(data, rate=RATE, max_seconds=50))
+
+
+def test_an_hour_packed_into_little_is_cut_off_in_little_memory() -> None:
+    hour = io.BytesIO()
+    with soundfile.SoundFile(hour, "w", 48_000, 8, format="FLAC", subtype="PCM_16") as file:
+        silence = np.zeros((48_000, 8), np.int16)
+        for _ in range(600):
+            file.write(silence)
+    data = flac_frames_told(hour.getvalue(), 0)
+    assert len(data) < 600_000
+    tracemalloc.start()
+    try:
+        assert fault(data) == "is too long; give at most 50 s"
+        assert tracemalloc.get_traced_memory()[1] < 50 * 48_000 * 4 + 2**23
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_million_empty_chunks_are_not_walked() -> None:
+    data = encode(tone(1))
+    assert fault(data[:12] + b"junk\0\0\0\0" * 1_000_000 + data[12:])
+
+
+SEEDS = [
+    encode(tone(0.5, 48_000 if name == "opus" else RATE), 48_000 if name == "opus" else RATE, name) for name in FORMATS
+]
+
+
+def fault_or_samples(data: bytes) -> str | NDArray[np.float32]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            return decode(data, rate=24_000, max_seconds=2)
+        except AudioFault as words:
+            return str(words)
+
+
+def check(found: str | NDArray[np.float32]) -> None:
+    if isinstance(found, str):
+        assert 0 < len(found) < 250
+        assert "BytesIO" not in found
+    else:
+        assert 0.19 * 24_000 <= len(found) <= 2 * 24_000 + 1
+        assert np.isfinite(found).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=12),
+    st.lists(st.tuples(st.integers(0, 120), st.integers(0, 255)), max_size=6),
+    st.floats(0, 1),
+)
+def test_a_garbled_or_cut_file_is_audio_or_a_fault(
+    seed: bytes, anywhere: list[tuple[float, int]], early: list[tuple[int, int]], keep: float
+) -> None:
+    data = bytearray(seed)
+    for place, byte in anywhere:
+        data[int(place * (len(data) - 1))] = byte
+    for at, byte in early:
+        data[at] = byte
+    check(fault_or_samples(bytes(data)))
+    check(fault_or_samples(bytes(data[: int(keep * len(data))])))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([b"", b"RIFF\x24\0\0\0WAVEfmt ", b"fLaC", b"OggS", b"ID3", b"\xff\xfb"]), st.binary(max_size=400)
+)
+def test_any_bytes_are_audio_or_a_fault(start: bytes, rest: bytes) -> None:
+    check(fault_or_samples(start + rest))
