@@ -194,11 +194,17 @@ class Relay:
     async def cancel(self, request_id: str, reason: str = "") -> StatusReply:
         """Cancel a request, and return how it stands then; one that runs ends a moment later.
 
+        While its stream is open on this relay, every new link tells the relay again, so that no cut and no restart
+        loses it.
+
         Raises:
             RequestRejected: `request_not_found`.
         """
+        cancel = Cancel(request_id=request_id, reason=reason)
+        if stream := self._streams.get(request_id):
+            stream.keep_cancel(cancel)
         # A cancel that is carried out has no answer: the status behind it tells that it was read.
-        return await self._ask(Status(request_id=request_id), StatusReply, Cancel(request_id=request_id, reason=reason))
+        return await self._ask(Status(request_id=request_id), StatusReply, cancel)
 
     async def status(self, request_id: str) -> StatusReply:
         """How a request stands.

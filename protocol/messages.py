@@ -368,7 +368,7 @@ class Spaces(Message):
 
 @attrs.frozen(kw_only=True)
 class Register(Message):
-    """Serve these spaces. Sent again on the same connection, it changes `slots` alone.
+    """Serve these spaces. Sent again on the same connection, it changes `slots`, `reproducible` and `fingerprint`.
 
     Args:
         worker: the worker's name, for people.
@@ -376,7 +376,8 @@ class Register(Message):
         params: JSON Schema (2020-12) of `submit.params`.
         inputs: input name -> what is taken.
         format: of the audio this engine makes, or None where it makes none.
-        reproducible: same params (and seed) make the same frames.
+        reproducible: same params (and seed) make the same frames, by any worker of this engine, format and fingerprint.
+        fingerprint: whatever else the frames depend on: model files, device, versions.
         running: the attempts it still has frames of.
     """
 
@@ -390,6 +391,7 @@ class Register(Message):
     inputs: dict[str, InputRule] = parts_field(InputRule, _input_name)
     format: AudioFormat | None = part_field(AudioFormat)
     reproducible: bool = field(boolean, False)
+    fingerprint: str = field(text(200), "")
     running: tuple[Running, ...] = part_list_field(Running)
 
 

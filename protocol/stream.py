@@ -26,6 +26,7 @@ from protocol.messages import (
     Attach,
     Audio,
     AudioFormat,
+    Cancel,
     Cancelled,
     Completed,
     Failed,
@@ -64,7 +65,7 @@ class Stream:
 
     `async for frame in stream`, `stream.events()` and `stream.audio()` share one position: take one of them. Each
     ends after `completed`, and raises where the request ended otherwise: RequestRejected, RequestFailed,
-    RequestCancelled; ProtocolError where the relay left out a frame; LinkError where the relay is gone for good.
+    RequestCancelled; ProtocolError where the relay left out frames twice; LinkError where the relay is gone for good.
 
     What is not taken yet is kept here, so that a slow reader of one stream never holds up another. It is bounded by
     the relay's `max_result_bytes` (64 MiB by default).
@@ -100,6 +101,9 @@ class Stream:
         self._inputs = inputs or {}
         self._upload: Upload | None = None
         self._began_at = trio.current_time()
+        self._link: Link | None = None
+        self._cancel: bytes | None = None
+        self._left_out = False
         self._given_seq = after_seq + 1  # below it, frames are in the hands of the consumer
         self._events: deque[Event] = deque()
         self._changed = trio.Event()
@@ -190,12 +194,19 @@ class Stream:
         """Ask for the request over a new link: again as a whole while it may be unknown, else for what is missing."""
         if self.ended:
             return
+        self._link = link
         if self._submit is not None and not self.accepted:
             link.send_nowait(self._submit)
             self._upload = Upload(link, self.request_id, self._inputs)
         else:
             attach = Attach(request_id=self.request_id, attempt=self.attempt, after_seq=self.next_seq - 1)
             link.send_nowait(encode(attach))
+        if self._cancel is not None:
+            link.send_nowait(self._cancel)
+
+    def keep_cancel(self, cancel: Cancel) -> None:
+        """Say this again over each new link, until the end: a relay that was killed may have forgotten it."""
+        self._cancel = encode(cancel)
 
     def take(self, message: Accepted | Queued | Rejected | Frame) -> None:
         """Take what the relay says of this request."""
@@ -248,8 +259,10 @@ class Stream:
                 self._take_end(frame)
             return
         if frame.seq > self.next_seq:
-            words = f"request {self.request_id}: frame {frame.seq} came where {self.next_seq} was due"
-            self.fail(partial(ProtocolError, words))
+            if isinstance(frame, Failed | Cancelled):
+                self._take_end(frame)  # the relay had to let go of the frames before it
+            else:
+                self._miss_frame(frame)
             return
         if frame.seq < self.next_seq:
             self._restart(frame)
@@ -266,6 +279,20 @@ class Stream:
         elif isinstance(frame, Failed | Cancelled):
             self._events.remove(frame)  # it is told by the exception
             self._take_end(frame)
+
+    def _miss_frame(self, frame: Frame) -> None:
+        """A fault of the relay's, or on the way: asking anew over another link may mend it, once.
+
+        Raises:
+            ProtocolError: the first time; the link is then closed, and `open` called with the next.
+        """
+        words = f"request {self.request_id}: frame {frame.seq} came where {self.next_seq} was due"
+        if not self._left_out:
+            self._left_out = True
+            raise ProtocolError(words)
+        self.fail(partial(ProtocolError, f"{words}; the result is incomplete"))
+        if self._submit is not None and self._link is not None and self._link.gone is None:
+            self._link.send(Cancel(request_id=self.request_id, reason="frames were left out twice"))
 
     def _take_end(self, frame: Failed | Cancelled) -> None:
         if isinstance(frame, Failed):

@@ -269,6 +269,28 @@ class Tokens:
         if record := self._by_id.pop(token_id, None):
             del self._by_sha256[record.sha256]
 
+    def read_again(self, records: Iterable[TokenRecord], known: Iterable[str]) -> set[str]:
+        """Let the store's records count. One that was revoked here stays so: its commit may have failed.
+
+        Args:
+            records: all that the store holds.
+            known: ids that were here when the store was asked; one made since may not be among `records` yet.
+
+        Returns:
+            Ids that were not revoked before, and now are, or are gone.
+        """
+        open_before = {record.token_id for record in self._by_id.values() if record.revoked_at is None}
+        found = {record.token_id: record for record in records}
+        for token_id in known:
+            if token_id not in found:
+                self.forget(token_id)
+        for token_id, record in found.items():
+            before = self._by_id.get(token_id)
+            if before is None or before.revoked_at is None:
+                self.forget(token_id)  # its hash may be another
+                self._keep(record)
+        return {t for t in open_before if t not in self._by_id or self._by_id[t].revoked_at is not None}
+
     def list(self) -> list[TokenRecord]:
         """All records, the oldest first; those that are revoked or expired, too."""
         return sorted(self._by_id.values(), key=lambda record: (record.created_at, record.token_id))

@@ -1,9 +1,11 @@
 """The command `relayd`: serve, look after spaces and tokens, and the demo."""
 
 import argparse
+import faulthandler
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +67,10 @@ def _config(args: argparse.Namespace) -> Config:
 def _serve(args: argparse.Namespace) -> int:
     config = _config(args)
     set_up_logs(config.log)
+    faulthandler.enable()  # systemd's watchdog ends a relay that hangs with SIGABRT: the log then says where it stood
     faults: list[BaseException] = []
     try:
-        trio.run(serve, config)
+        trio.run(partial(serve, config, reread=partial(_config, args)))
     except* (StoreError, ListenError) as group:
         faults += _leaves(group)  # told as any other command's, without the nurseries that it came through
     if faults:

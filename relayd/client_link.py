@@ -56,8 +56,6 @@ class ClientLink:
     takes: Table = FROM_CLIENT
     readers: dict[str, FrameReader] = attrs.field(factory=dict)
     held: dict[str, Request] = attrs.field(factory=dict)
-    #: Ended requests whose last frame is queued here.
-    sending: list[Request] = attrs.field(factory=list)
     handlers: dict[type[Message], Handler] = attrs.field(init=False)
     frames_sent: int = 0
     bytes_sent: int = 0
@@ -99,9 +97,13 @@ class ClientLink:
         """All of a request's frames are sent."""
         if self.readers.get(reader.key) is reader:
             del self.readers[reader.key]
-        request = self.relay.requests.get(reader.key)
-        if request is not None and self in request.unheard:
-            self.sending.append(request)
+
+    def hear_broken(self, reader: FrameReader) -> None:
+        """The rest of a result that was being sent is lost."""
+        if self.readers.get(reader.key) is reader:
+            del self.readers[reader.key]
+            message = "the relay cannot read the result back from its disk; see its log, and submit it again"
+            self.send(Rejected.because(ErrorCode.INTERNAL, message, request_id=reader.key))
 
     def hear_ended(self, request: Request) -> None:
         """The request needs no holder any more."""
@@ -129,7 +131,6 @@ class ClientLink:
             ProtocolError: the client broke the rules.
         """
         self.link.on_drained(self._pump, LOW_WATER_BYTES)
-        self.link.on_drained(self._sent, 0)
         try:
             async for data in self.link:
                 try:
@@ -139,21 +140,11 @@ class ClientLink:
                     continue
                 self.handlers[type(message)](message)
         finally:
-            ended = [*self.sending, *map(self.relay.requests.get, self.readers)]
             for reader in self.readers.values():
                 reader.close()
             self.readers.clear()
             for request in list(self.held.values()):
                 self._let_go(request)
-            for unheard in ended:  # may be asked for again within the resume window; the reaper sees to it
-                if unheard is not None and self in unheard.unheard:
-                    unheard.unheld_at = trio.current_time()
-
-    def _sent(self) -> None:
-        """All that was queued has left: so have the last frames of the requests that were read to their ends."""
-        sent, self.sending = self.sending, []
-        for request in sent:
-            self.relay.heard(request, self)
 
     def unfinished(self) -> list[FrameReader]:
         """Readers of ended requests that have not sent all yet."""
@@ -173,12 +164,6 @@ class ClientLink:
         request.holders.add(self)
         request.unheld_at = None
         request.notify()
-
-    def _wait_for_end(self, request: Request) -> None:
-        """An ended request's worker keeps it until this connection has it, in place of those that are gone."""
-        if request.owed is not None and self._may_hold(request):
-            here = set(self.relay.clients.values())
-            request.unheard = {holder for holder in request.unheard if holder in here} | {self}
 
     def _let_go(self, request: Request) -> None:
         if reader := self.readers.pop(request.request_id, None):
@@ -218,8 +203,6 @@ class ClientLink:
             if request.live:
                 self._hold(request)
                 self._tell_place(request)
-            else:
-                self._wait_for_end(request)
             self._read(request, 0)
 
     def _input(self, piece: Input) -> None:
@@ -246,9 +229,7 @@ class ClientLink:
         else:
             if request.accepted:
                 self.hear_accepted(request)
-            if not request.live:
-                self._wait_for_end(request)
-            elif self._may_hold(request):
+            if request.live and self._may_hold(request):
                 self._hold(request)
             self._tell_place(request)
             self._read(request, request.log.place(attach.attempt, attach.after_seq))
@@ -258,8 +239,6 @@ class ClientLink:
             self._let_go(request)
         elif reader := self.readers.pop(leave.request_id, None):
             reader.close()
-            if (ended := self.relay.requests.get(leave.request_id)) is not None and self in ended.unheard:
-                self.relay.heard(ended, self)  # or as good as that
 
     def _tell_place(self, request: Request) -> None:
         if request.entry.state is State.QUEUED:

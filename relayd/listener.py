@@ -15,7 +15,7 @@ import structlog
 import trio
 
 from relayd.auth import PeerCredentials, peer_credentials
-from relayd.config import Config
+from relayd.config import Config, Tls
 from relayd.wire import Gate
 
 log = structlog.get_logger("relayd.listener")
@@ -132,13 +132,20 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     if config.tls is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.tls.cert, config.tls.key, password=_no_password)
-    except (OSError, ssl.SSLError) as fault:
-        raise ListenError(
-            f"cannot use the certificate {config.tls.cert} with the key {config.tls.key}: {fault}"
-        ) from fault
+    load_certificate(context, config.tls)
     return context
+
+
+def load_certificate(context: ssl.SSLContext, tls: Tls) -> None:
+    """Have `context` show what `tls` names, in all handshakes from now on.
+
+    Raises:
+        ListenError: it cannot be used; the context is then good for nothing.
+    """
+    try:
+        context.load_cert_chain(tls.cert, tls.key, password=_no_password)
+    except (OSError, ssl.SSLError) as fault:
+        raise ListenError(f"cannot use the certificate {tls.cert} with the key {tls.key}: {fault}") from fault
 
 
 def _no_password() -> str:

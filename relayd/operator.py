@@ -176,7 +176,7 @@ class Operator:
     async def _delete_space(self, steer: Steer) -> Answer:
         space = self.relay.spaces.get(steer.target)
         if space is not None and space.made_by == "config":
-            return _no(f"space {space.name!r} stands in relayd.toml; take it out there and restart")
+            return _no(f"space {space.name!r} stands in relayd.toml; take it out there and reload or restart")
         if refusal := self.relay.close_space(steer.target):
             return refusal
         try:

@@ -23,10 +23,11 @@ from protocol.messages import (
     Register,
     Rejected,
 )
-from relayd.config import Config
+from relayd.config import Config, SpaceConfig
 from relayd.deadlines import watch_deadlines
 from relayd.ports import Watcher, WorkerPort
-from relayd.requests import UNHEARD_GRACE_S, Holder, Request
+from relayd.requests import UNHEARD_GRACE_S, Request
+from relayd.results import Results
 from relayd.scheduler import Scheduler
 from relayd.spaces import Space as Space
 from relayd.spaces import rules_of, serve_space
@@ -59,11 +60,15 @@ class Relay:
     #: Set when the daemon takes nothing new and leaves once what runs has ended.
     draining: trio.Event = attrs.field(factory=trio.Event)
     started_unix: float = attrs.field(factory=time.time)
+    results: Results = attrs.field(init=False)
     frames: int = 0
     frame_bytes: int = 0
     #: Frames of attempts that were over: dropped.
     fenced_frames: int = 0
     _ticket: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        self.results = Results(self)
 
     # -- spaces
 
@@ -81,6 +86,13 @@ class Relay:
         self.spaces.pop(name).closed.set()
         self.touch("spaces", name)
         return None
+
+    def change_space(self, space: Space, config: SpaceConfig) -> None:
+        """Give an open space other settings. Requests that are there keep the timeouts that they came in with."""
+        space.config = config
+        self.carry_out(self.scheduler.set_rules(space.name, rules_of(config), trio.current_time()))
+        self.store.post(PutSpace(self.space_record(space)))
+        self.touch("spaces", space.name)
 
     def set_paused(self, name: str, paused: bool) -> Rejected | None:
         """Pause or resume a space."""
@@ -124,7 +136,7 @@ class Relay:
             instance=register.instance,
             spaces=tuple(register.spaces),
             slots=register.slots,
-            reproducible=f"{register.engine} {register.format}" if register.reproducible else "",
+            reproducible=_words_of_output(register),
         )
         joined = self.scheduler.join(worker, {r.request_id: r.attempt for r in register.running}, now)
         if isinstance(joined, Rejected):
@@ -138,9 +150,6 @@ class Relay:
             space.format = register.format
             self.store.post(PutSpace(self.space_record(space)))
             self.touch("spaces", name)
-        for request_id in joined.abandon:  # its copy goes with this answer
-            if (ended := self.requests.get(request_id)) is not None and not ended.live and ended.owed is not None:
-                self.conclude(ended)
         for entry in joined.resume:
             self.requests[entry.request_id].last_frame_at = now
             self.requests[entry.request_id].notify()
@@ -177,9 +186,10 @@ class Relay:
         self.touch("workers", port.worker_id)
         self._tell_moved()
 
-    def set_slots(self, port: WorkerPort, slots: int) -> None:
-        """A worker has more or fewer slots than before."""
-        self.carry_out(self.scheduler.set_slots(port.worker_id, slots, trio.current_time()))
+    def register_again(self, port: WorkerPort, register: Register) -> None:
+        """A worker has more or fewer slots than before, or others, which make other samples."""
+        self.scheduler.workers[port.worker_id].reproducible = _words_of_output(register)
+        self.carry_out(self.scheduler.set_slots(port.worker_id, register.slots, trio.current_time()))
         self.touch("workers", port.worker_id)
 
     def drain_worker(self, worker_id: str) -> None:
@@ -209,6 +219,7 @@ class Relay:
     def keep(self, request: Request) -> None:
         """Take a request in whose entry the scheduler has; its task watches its deadlines from now on."""
         self.requests[request.request_id] = request
+        self.results.adopt(request)
         self._ticket = max(self._ticket, request.entry.ticket)
         nursery = self.spaces[request.submit.space].nursery
         assert nursery is not None
@@ -217,9 +228,8 @@ class Relay:
 
     def forget(self, request: Request) -> None:
         """Drop a request that has ended, or was never accepted."""
-        if request.owed is not None:
-            self.conclude(request)
         self.requests.pop(request.request_id, None)
+        self.results.forget(request)
         self.touch("requests", request.request_id)
 
     def cancel(self, request: Request, reason: str) -> None:
@@ -248,6 +258,8 @@ class Relay:
                     if request := self.requests.get(decision.request_id):
                         request.stopped_at = trio.current_time()
                         request.notify()
+                        if request.entry.stopping is not None:
+                            self.record(request)  # a relay that is started again must not let it run on
                     if port := self.workers.get(decision.worker_id):
                         port.cancel(decision.request_id, decision.reason)
                 case Requeued():
@@ -315,18 +327,18 @@ class Relay:
             state: how it ended.
             code: why it failed.
             message: the same in words.
-            owed: the acknowledgement of a frame of a worker's, and the worker's id; sent once the holders have it all.
+            owed: the acknowledgement of a frame of a worker's, and the worker's id; sent once all of it is safe.
         """
         if not request.live:
             return
         request.owed = owed
-        if owed is not None:
-            request.unheard = set(request.holders)
         now = trio.current_time()
         request.ended_at, request.code, request.message = now, code, message
         request.shed()
         decisions = self.scheduler.end(request.request_id, state, now)
-        request.log.append(last_frame, ends=True)
+        known = owed is not None or not request.accepted  # a restart would find it out again, or needs not know
+        if known:
+            request.log.append(last_frame, ends=True)
         for holder in request.holders:
             holder.hear_ended(request)
         request.holders.clear()
@@ -334,41 +346,33 @@ class Relay:
         space = self.spaces[request.submit.space]
         space.ended[state] = space.ended.get(state, 0) + 1
         self._note(request, f"request {state}", code=code, why=message, took_s=round(now - request.created_at, 3))
-        # Without `detach` somebody may come back for it, also where nobody holds it in this moment.
-        if owed is None or (request.submit.detach and not request.unheard):
-            self.conclude(request)
+        if request.accepted:
+            self.results.conclude_soon(request, None if known else last_frame)
         self.carry_out(decisions)
 
-    def heard(self, request: Request, holder: Holder) -> None:
-        """A holder of an ended request has been sent all of it."""
-        request.unheard.discard(holder)
-        if not request.live and not request.unheard:
-            self.conclude(request)
-
-    def conclude(self, request: Request) -> None:
-        """Nobody needs the worker's copy of an ended request any more: store its end, and acknowledge it."""
-        request.unheard.clear()
-        owed, request.owed = request.owed, None
-        if request.accepted:
-            self.record(request)
-        if owed is not None and (port := self.workers.get(owed[0])):
-            port.acknowledge(owed[1])
+    def owes(self, request_id: str, attempt: int) -> bool:
+        """Whether this attempt has ended its request, and is acknowledged as soon as that is safe."""
+        request = self.requests.get(request_id)
+        return request is not None and request.owed is not None and request.owed[1].attempt == attempt
 
     def record(self, request: Request) -> None:
         """Post how a request stands to the store."""
+        self.store.post(self.standing(request))
+
+    def standing(self, request: Request) -> UpdateRequest:
+        """How a request stands, as the store keeps it."""
         entry = request.entry
-        self.store.post(
-            UpdateRequest(
-                request_id=request.request_id,
-                state=entry.state,
-                attempt=entry.attempt,
-                losses=entry.losses,
-                has_output=entry.has_output,
-                reproducible=entry.reproducible,
-                ended_at=time.time() if request.ended_at is not None else None,
-                code=request.code,
-                message=request.message,
-            )
+        return UpdateRequest(
+            request_id=request.request_id,
+            state=entry.state,
+            attempt=entry.attempt,
+            losses=entry.losses,
+            has_output=entry.has_output,
+            reproducible=entry.reproducible,
+            stopping=entry.stopping,
+            ended_at=time.time() if request.ended_at is not None else None,
+            code=request.code,
+            message=request.message,
         )
 
     # -- from the worker's frames
@@ -423,3 +427,8 @@ class Relay:
             **{key: value for key, value in more.items() if value is not None},
         )
         self.touch("requests", request.request_id)
+
+
+def _words_of_output(register: Register) -> str:
+    """What the frames of a reproducible worker depend on, "" of any other: who has the same words makes the same."""
+    return f"{register.engine} {register.format} {register.fingerprint}" if register.reproducible else ""

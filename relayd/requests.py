@@ -65,10 +65,7 @@ class Request:
     inputs: dict[str, bytearray] = attrs.field(factory=dict)
     _digests: dict[str, "hashlib._Hash"] = attrs.field(factory=dict)
     holders: set[Holder] = attrs.field(factory=set)
-    #: Once it has ended: those that held it and have not been sent all of it yet. Until they have, or stay away, its
-    #: end is neither stored nor acknowledged: a relay that is killed now gets all frames from the worker again.
-    unheard: set[Holder] = attrs.field(factory=set)
-    #: The acknowledgement that its worker waits for, and which worker that is.
+    #: The acknowledgement that its worker waits for until the end is safe, and which worker that is.
     owed: tuple[str, Ack] | None = None
     #: Whether all of its inputs have come: it is on its way to the store, and takes no more of them.
     whole: bool = False
@@ -91,7 +88,7 @@ class Request:
     details: dict[str, object] = attrs.field(factory=dict)
     #: Position and queue length last told to the holders.
     told_place: tuple[int, int] | None = None
-    #: False once its frames were dropped to save memory, or by a restart.
+    #: False once it is completed and its frames are not kept any more.
     has_result: bool = True
     changed: trio.Event = attrs.field(factory=trio.Event)
 

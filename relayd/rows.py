@@ -60,6 +60,9 @@ def relay_row(relay: "Relay") -> Row:
         "frames": relay.frames,
         "frame_bytes": relay.frame_bytes,
         "fenced_frames": relay.fenced_frames,
+        "result_memory_bytes": relay.results.memory.held_bytes,
+        "result_disk_bytes": relay.results.disk_bytes,
+        "results_unsaved": len(relay.results.unsealed),
     }
 
 
@@ -143,7 +146,7 @@ def request_row(relay: "Relay", request_id: str) -> Row | None:
         "first_frame_s": round(first - request.created_at, 3) if first is not None else None,
         "fraction": request.fraction,
         "frames": request.log.next_seq,
-        "bytes": request.log.bytes_held,
+        "bytes": request.log.size_bytes,
         "audio_s": request.audio_s,
         "readers": len(request.log.readers),
         "code": request.code,

@@ -52,6 +52,12 @@ class Scheduler:
         """Open a space."""
         self.spaces[name] = SpaceState(name=name, rules=rules, paused=paused)
 
+    def set_rules(self, name: str, rules: SpaceRules, now: float) -> list[Decision]:
+        """Change what a space allows; who is in already stays, also beyond a limit that is lower now."""
+        self.spaces[name].rules = rules
+        self.moved.add(name)
+        return self._hand_out(now)
+
     def remove_space(self, name: str) -> Rejected | None:
         """Close a space that nothing waits or runs in and no worker serves."""
         space = self.spaces.get(name)
@@ -159,7 +165,8 @@ class Scheduler:
         """A worker came back without an attempt that was handed to it: nothing of it was made, so nothing is lost."""
         if entry.stopping is not None:
             return [Finish(entry, None, entry.stopping)]
-        if entry.space not in worker.spaces or (entry.next_seq and not entry.reproducible):
+        goes_on = bool(entry.reproducible) and entry.reproducible == worker.reproducible
+        if entry.space not in worker.spaces or (entry.next_seq and not goes_on):
             return self.lose(entry.request_id, ErrorCode.WORKER_LOST, "its worker came back without it", now)
         self._run_on(entry, worker)
         worker.held[entry.request_id] = entry.attempt

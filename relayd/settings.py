@@ -180,10 +180,17 @@ class Limits:
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
 class Results:
-    """How long, and in how much memory, results of ended requests are kept."""
+    """How long, and where, what requests put out is kept.
+
+    Args:
+        retain_s: an ended request and its result are known this long.
+        memory_bytes: of all frames in memory; what is more lies in files in the state folder.
+        disk_bytes: of all those files; the oldest results go first.
+    """
 
     retain_s: Annotated[float, _from_zero_s] = 600.0
     memory_bytes: Annotated[int, _bytes] = 256 * MIB
+    disk_bytes: Annotated[int, _bytes] = 2048 * MIB
 
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)

@@ -54,7 +54,7 @@ class Entry:
     lost_at: float | None = None
     #: Why its worker was told to stop it for good; such a request ends with its attempt, however that ends.
     stopping: str | None = None
-    #: Who makes the same frames from the same params: the engine and its format in words; "" for nobody.
+    #: Who makes the same frames from the same params: engine, format and fingerprint in words; "" for nobody.
     reproducible: str = ""
     has_output: bool = False
     next_seq: int = 0

@@ -194,7 +194,7 @@ class WorkerLink:
 
     def _register(self, register: Register, _data: bytes) -> None:
         if self.registered:
-            self.relay.set_slots(self, register.slots)
+            self.relay.register_again(self, register)
             return
         self.worker_id = f"{register.worker[:MAX_NAME_CHARS]}-{register.instance[:8]}"
         self.engine = register.engine
@@ -224,7 +224,10 @@ class WorkerLink:
             )
             for entry in joined.resume
         )
-        self.send(Registered(worker_id=self.worker_id, resume=resume, abandon=joined.abandon))
+        # What has ended here and is not safe yet is kept there: it is acknowledged in a moment.
+        owed = tuple(each for each in register.running if self.relay.owes(each.request_id, each.attempt))
+        abandon = sorted(set(joined.abandon).difference(each.request_id for each in owed))
+        self.send(Registered(worker_id=self.worker_id, resume=resume + owed, abandon=abandon))
         for entry in joined.resume:  # it may not have heard the `cancel`
             if entry.stopping is not None:
                 self.cancel(entry.request_id, entry.stopping)
@@ -280,7 +283,7 @@ class WorkerLink:
         if entry.has_output and not had_output:
             relay.record(request)  # a relay that is started again must not try anew what was heard
         limit = relay.config.limits.max_result_bytes
-        if request.log.bytes_held > limit:
+        if request.log.size_bytes > limit:
             relay.fail(
                 request,
                 ErrorCode.RESULT_TOO_LARGE,
@@ -295,7 +298,8 @@ class WorkerLink:
         ack = Ack(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq)
         owed = (self.worker_id, ack)
         if request is None or not is_next:
-            self.send(ack)
+            if not relay.owes(frame.request_id, frame.attempt):
+                self.send(ack)
         elif isinstance(frame, Failed) and frame.retryable and frame.code in ENGINE_FAULTS:
             self.send(ack)  # first, so that the worker forgets this attempt before it is handed the next
             relay.attempt_failed(request, self, frame)

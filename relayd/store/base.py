@@ -109,6 +109,7 @@ class RequestRecord:
         state: one of the states of DESIGN §2.
         has_output: whether a listener may have heard something of the current attempt.
         reproducible: as the scheduler's `Entry.reproducible`, of the current attempt.
+        stopping: why it is being stopped for good while it runs; None where it is not.
         code: why it failed.
     """
 
@@ -121,6 +122,7 @@ class RequestRecord:
     losses: int = 0
     has_output: bool = False
     reproducible: str = ""
+    stopping: str | None = None
     created_at: float
     ended_at: float | None = None
     code: str | None = None
@@ -179,6 +181,7 @@ class UpdateRequest:
     losses: int
     has_output: bool = False
     reproducible: str = ""
+    stopping: str | None = None
     ended_at: float | None = None
     code: str | None = None
     message: str | None = None

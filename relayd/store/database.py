@@ -60,6 +60,7 @@ _MIGRATIONS = (
     CREATE TABLE inputs (request_id TEXT NOT NULL, name TEXT NOT NULL, data BLOB NOT NULL,
         PRIMARY KEY (request_id, name));
     """,
+    "ALTER TABLE requests ADD COLUMN stopping TEXT;",
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 

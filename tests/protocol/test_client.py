@@ -446,8 +446,11 @@ async def test_a_request_the_relay_forgot_while_we_were_away_fails(autojump_cloc
 
 
 @pytest.mark.trio
-async def test_an_end_below_what_was_heard_still_ends_the_request(autojump_clock: trio.testing.MockClock) -> None:
-    """A relay that was killed has lost the frames; when it gives the request up, its last frame has a low number."""
+@pytest.mark.parametrize("seq", [0, 3, 9])
+async def test_an_end_below_or_beyond_what_was_heard_still_ends_the_request(
+    autojump_clock: trio.testing.MockClock, seq: int
+) -> None:
+    """A relay that was killed has lost the frames, one whose disk is full had to let go of them."""
 
     async def first(connection: Connection) -> None:
         request_id = (await connection.accept()).request_id
@@ -459,7 +462,7 @@ async def test_an_end_below_what_was_heard_still_ends_the_request(autojump_clock
         words = "its worker did not come back"
         connection.send(
             Accepted(request_id=attach.request_id),
-            Failed(request_id=attach.request_id, attempt=1, seq=0, code="worker_lost", message=words),
+            Failed(request_id=attach.request_id, attempt=1, seq=seq, code="worker_lost", message=words),
         )
         await connection.hold()
 
@@ -468,23 +471,82 @@ async def test_an_end_below_what_was_heard_still_ends_the_request(autojump_clock
             await stream.result()
 
 
+async def leave_out_frame_2(connection: Connection) -> None:
+    """What is submitted or attached to comes, without its third frame if that is asked for."""
+    async for data in connection.link:
+        message = decode(data, FROM_OPERATOR)
+        connection.heard.append(message)
+        if isinstance(message, Submit | Attach):
+            every = frames(message.request_id, A, B, C, seq=getattr(message, "after_seq", -1) + 1)
+            whole = isinstance(message, Submit) and message.params["text"] == "whole"
+            connection.send(Accepted(request_id=message.request_id))
+            connection.send(*(frame for frame in every if whole or frame.seq != 2))
+
+
 @pytest.mark.trio
-async def test_a_left_out_frame_is_a_protocol_error_of_that_stream_alone(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    async def script(connection: Connection) -> None:
-        submit = await connection.accept()
-        every = frames(submit.request_id, A, B, C)
-        connection.send(every[0], every[1], every[3])
-        assert (await connection.expect(Submit)).request_id != submit.request_id
-        connection.send(*frames(connection.heard[-1].request_id, A))  # type: ignore[attr-defined]
+async def test_a_left_out_frame_is_asked_for_once_over_a_new_link(autojump_clock: trio.testing.MockClock) -> None:
+    asked: list[Attach] = []
+    codes: list[int | None] = []
+
+    async def first(connection: Connection) -> None:
+        await leave_out_frame_2(connection)
+        codes.append(connection.link.close_code)
+
+    async def second(connection: Connection) -> None:
+        asked.append(await connection.expect(Attach))
+        connection.send(*frames(asked[0].request_id, A, B, C, seq=asked[0].after_seq + 1))
         await connection.hold()
 
+    async with relay_with(first, second) as relay:
+        assert await all_audio(relay) == A + B + C
+    assert codes == [1002]
+    assert [(attach.attempt, attach.after_seq) for attach in asked] == [(1, 1)]
+
+
+@pytest.mark.trio
+async def test_frames_left_out_twice_end_that_stream_alone_and_cancel_its_request(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    connections: list[Connection] = []
+
+    async def script(connection: Connection) -> None:
+        connections.append(connection)
+        await leave_out_frame_2(connection)
+
     async with relay_with(script) as relay:
-        async with relay.submit("tts") as stream:
-            with pytest.raises(ProtocolError, match="frame 3 came where 2 was due"):
+        async with relay.submit("tts", {"text": "hi"}) as stream:
+            with pytest.raises(ProtocolError, match="frame 3 came where 2 was due; the result is incomplete"):
                 await stream.result()
-        assert await all_audio(relay) == A
+            lost = stream.request_id
+        async with relay.submit("tts", {"text": "whole"}) as stream:
+            assert b"".join([pcm async for pcm in stream.audio()]) == A + B + C
+        async with relay.attach(lost) as stream:  # who only listens cancels nothing
+            with pytest.raises(ProtocolError, match="the result is incomplete"):
+                await stream.result()
+    heard = [message for connection in connections for message in connection.heard]
+    assert [message.request_id for message in heard if isinstance(message, Cancel)] == [lost]
+
+
+@pytest.mark.trio
+async def test_a_cancel_is_said_again_over_each_new_link_until_the_end(autojump_clock: trio.testing.MockClock) -> None:
+    async def first(connection: Connection) -> None:
+        submit = await connection.accept()
+        await connection.expect(Cancel)
+        await connection.expect(Status)
+        connection.send(StatusReply(request_id=submit.request_id, space="tts", state="running"))
+        await connection.cut()
+
+    async def second(connection: Connection) -> None:  # was killed before it had written the cancel down
+        attach = await connection.expect(Attach)
+        cancel = await connection.expect(Cancel)
+        assert cancel.reason == "enough"
+        connection.send(Cancelled(request_id=attach.request_id, attempt=1, seq=0, reason=cancel.reason))
+        await connection.hold()
+
+    async with relay_with(first, second) as relay, relay.submit("tts", {"text": "hi"}) as stream:
+        assert (await relay.cancel(stream.request_id, "enough")).state == "running"
+        with pytest.raises(RequestCancelled, match="enough"):
+            await stream.result()
 
 
 @pytest.mark.trio

@@ -97,6 +97,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "detach": st.booleans(),
     "engine": words,
     "eta_s": st.none() | numbers,
+    "fingerprint": words,
     "format": st.none() | formats,
     "fraction": st.floats(0, 1),
     "from_seq": seqs,

@@ -22,7 +22,7 @@ from protocol.messages import (
     Status,
     StatusReply,
 )
-from relayd import app, intake, wire
+from relayd import intake, results, wire
 from relayd.states import State
 from relayd.store import StoreError
 from tests.relayd.harness import a_submit, an_input, daemon, fake_worker, peer, samples, until
@@ -94,8 +94,8 @@ async def test_the_order_of_keys_makes_no_other_request(tmp_path: Path) -> None:
 
 @pytest.mark.trio
 async def test_ended_requests_are_bounded_in_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "MAX_ENDED", 3)
-    monkeypatch.setattr(app, "REAP_INTERVAL_S", 0.01)
+    monkeypatch.setattr(results, "MAX_ENDED", 3)
+    monkeypatch.setattr(results, "REAP_INTERVAL_S", 0.01)
     async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
         submits = [a_submit() for _ in range(6)]
         for submit in submits:

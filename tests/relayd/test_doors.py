@@ -413,7 +413,7 @@ async def test_a_stalled_reader_is_cut_off_and_another_of_the_same_request_misse
 
 @pytest.fixture
 def _reaps_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.app.REAP_INTERVAL_S", 0.02)
+    monkeypatch.setattr("relayd.results.REAP_INTERVAL_S", 0.02)
 
 
 @pytest.mark.trio
@@ -455,7 +455,7 @@ async def test_the_oldest_results_make_room_and_whoever_asks_for_them_is_told(tm
             worker.speak(await worker.assigned(), PCM)
             await client.frames(submit)
         requests = [relay.relay.requests[submit.request_id] for submit in submits]
-        await until(lambda: sum(request.log.bytes_held for request in requests) <= 20_000)
+        await until(lambda: sum(request.log.memory_bytes for request in requests) <= 20_000)
         await trio.sleep(0.1)  # five more looks take nothing more
         assert [request.has_result for request in requests] == [False, False, True, True]
         for message in (Attach(request_id=submits[0].request_id), submits[0]):
@@ -486,7 +486,7 @@ async def test_a_result_is_not_dropped_under_its_reader(tmp_path: Path) -> None:
             await until(lambda: not request.live)
             await trio.sleep(0.1)  # five looks
             assert request.log.readers
-            assert request.log.bytes_held > 2_800_000
+            assert request.log.memory_bytes > 2_800_000
             client.link.abort("done")
         await until(lambda: not relay.relay.requests)
 

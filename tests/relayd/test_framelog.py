@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relayd.framelog import HIGH_WATER_BYTES, FrameLog, FrameReader
+from relayd.framelog import FRAME_COST_BYTES, HIGH_WATER_BYTES, FrameLog, FrameReader
 
 #: Four of them fill a sink.
 BIG = HIGH_WATER_BYTES // 4
@@ -22,6 +22,9 @@ class Bucket:
 
     def hear_read(self, reader: FrameReader) -> None:
         self.read.append(reader.key)
+
+    def hear_broken(self, reader: FrameReader) -> None:
+        raise AssertionError("nothing is read back here")
 
 
 def frame(number: int, size: int = 10) -> bytes:
@@ -104,7 +107,7 @@ def test_a_restart_forgets_what_lies_behind_it_and_takes_readers_back() -> None:
         log.append(frame(number))
     log.restart(2, 1)
     assert log.next_seq == 1
-    assert log.bytes_held == len(frame(0))
+    assert log.size_bytes == len(frame(0))
     log.append(frame(7))
     assert bucket.got == [frame(0), frame(1), frame(2), frame(7)]
 
@@ -131,7 +134,7 @@ def test_dropping_frees_the_memory() -> None:
     log = FrameLog()
     log.append(frame(0), ends=True)
     log.drop()
-    assert log.bytes_held == 0
+    assert log.memory_bytes == log.memory.held_bytes == log.size_bytes == 0
 
 
 steps = st.lists(
@@ -168,7 +171,8 @@ def test_every_reader_ends_with_every_frame_in_order(plan: list[tuple[str, int]]
             del truth[min(value, len(truth)) :]
             log.restart(attempt, len(truth))
         assert log.next_seq == len(truth)
-        assert log.bytes_held == sum(map(len, truth))
+        assert log.size_bytes == sum(map(len, truth))
+        assert log.memory_bytes == log.memory.held_bytes == log.size_bytes + FRAME_COST_BYTES * len(truth)
     truth.append(tagged(1))
     log.append(truth[-1], ends=True)
     for reader, bucket in readers:

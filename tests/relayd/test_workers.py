@@ -202,6 +202,64 @@ async def test_a_worker_gone_in_mid_stream_is_never_a_silent_cut(
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize(("first", "second"), [("a", "a"), ("a", "b"), ("a", ""), ("", "")])
+async def test_only_a_worker_of_the_same_fingerprint_goes_on_in_mid_stream(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    async with daemon(tmp_path, limits={"worker_grace_s": 0.05}) as relay, peer(relay.url, "client") as client:
+        submit = a_submit()
+        async with fake_worker(relay.url, reproducible=True, fingerprint=first) as worker:
+            client.send(submit)
+            worker.speak(await worker.assigned(), PCM[:2], end=False)
+            await client.next(Audio)
+            await client.next(Audio)
+            await worker.peer.cut()
+        async with fake_worker(relay.url, reproducible=True, fingerprint=second) as worker:
+            if first == second:
+                assign = await worker.assigned()
+                assert assign.from_seq == 3
+                worker.speak(assign, PCM, first=3)
+                assert heard(await client.frames(submit, first=3)) == b"".join(PCM[2:])
+            else:
+                failed = await client.next(Failed)
+                assert (failed.code, failed.details["delivered_frames"]) == ("worker_lost", 3)
+            await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_worker_that_registers_again_as_another_does_not_go_on_in_mid_stream(tmp_path: Path) -> None:
+    spaces = {"tts": {"max_workers": 2}}
+    async with (
+        daemon(tmp_path, spaces=spaces, limits={"worker_grace_s": 0.05}) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url, name="other", slots=0, reproducible=True, fingerprint="a") as other,
+    ):
+        await other.peer.next(Registered)
+        submit = a_submit()
+        async with fake_worker(relay.url, reproducible=True, fingerprint="a") as worker:
+            client.send(submit)
+            worker.speak(await worker.assigned(), PCM[:2], end=False)
+            await client.next(Audio)
+            await client.next(Audio)
+            other.send(
+                Register(
+                    worker="other",
+                    instance=other.instance,
+                    spaces=["tts"],
+                    engine="fake",
+                    slots=1,
+                    format=FORMAT,
+                    reproducible=False,
+                    fingerprint="a",
+                )
+            )
+            await other.peer.settled()
+            await worker.peer.cut()
+        assert (await client.next(Failed)).code == "worker_lost"
+        await relay.at_rest()
+
+
+@pytest.mark.trio
 async def test_a_worker_started_anew_is_not_waited_for(tmp_path: Path) -> None:
     async with daemon(tmp_path, limits={"worker_grace_s": 60}) as relay, peer(relay.url, "client") as client:
         submit = a_submit()

@@ -1,0 +1,56 @@
+"""The socket that a service tells systemd things through, as a test listens at it."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+import trio
+
+PATIENCE_S = 40.0
+
+
+@attrs.define(eq=False)
+class FakeSystemd:
+    """What was said, message by message; `address` is for `NOTIFY_SOCKET`."""
+
+    address: str
+    plain: socket.socket
+    sock: trio.socket.SocketType
+
+    async def next(self) -> dict[str, str]:
+        """The next message; its lines by name."""
+        with trio.fail_after(PATIENCE_S):
+            data = await self.sock.recv(65_536)
+        return dict(line.split("=", 1) for line in data.decode().split("\n"))
+
+    async def until(self, name: str, words: str = "") -> dict[str, str]:
+        """The next message with a line `name` that has `words` in it; others are passed over."""
+        with trio.fail_after(PATIENCE_S):
+            while name not in (said := await self.next()) or words not in said[name]:
+                pass
+        return said
+
+    async def silent(self, seconds: float, name: str) -> None:
+        """No message with a line `name` comes for so long."""
+        with trio.move_on_after(seconds):
+            await self.until(name)
+            raise AssertionError(f"did not expect {name}")
+
+    def drain(self) -> None:
+        """Forget what has come so far."""
+        while True:
+            try:
+                self.plain.recv(65_536)
+            except BlockingIOError:
+                return
+
+
+@contextmanager
+def fake_systemd(address: str | Path) -> Iterator[FakeSystemd]:
+    """A manager at `address`, a path or an abstract name that begins with `@`."""
+    name = str(address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as plain:
+        plain.bind("\0" + name[1:] if name.startswith("@") else name)
+        yield FakeSystemd(name, plain, trio.socket.from_stdlib_socket(plain))
