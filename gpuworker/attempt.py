@@ -144,10 +144,11 @@ class Attempt:
             self._take(chunk)
         except (ValueError, TypeError) as refusal:  # EncodeError and FieldError among them
             words = f"the wire cannot carry what the engine made: {refusal}"
-            self._fail(End.failed(ErrorCode.ENGINE_FAILED, words))
+            self.fail(End.failed(ErrorCode.ENGINE_FAILED, words))
 
-    def _fail(self, fault: End) -> None:
-        self._fault = fault
+    def fail(self, fault: End) -> None:
+        """Stop it in its slot, and let it end as `fault`, unless it was cancelled or failed before."""
+        self._fault = self._fault or fault
         if self.stop_engine is not None:
             self.stop_engine()
 
@@ -261,5 +262,5 @@ class Attempt:
         self._bytes += len(data)
         if self._bytes > self._max_bytes and not self.ended and self._fault is None:
             words = f"its result is over {self._max_bytes} bytes; ask for less, or raise the relay's max_result_bytes"
-            self._fail(End.failed(ErrorCode.RESULT_TOO_LARGE, words))
+            self.fail(End.failed(ErrorCode.RESULT_TOO_LARGE, words))
         self._on_frames(self)

@@ -52,7 +52,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token-file", metavar="FILE", help="holds the token; else RELAY_TOKEN or RELAY_TOKEN_FILE")
     parser.add_argument("--name", help="of this worker, for people (the machine's name)")
     parser.add_argument(
-        "--load-timeout", type=float, default=LOAD_TIMEOUT_S, metavar="S", help=f"for loading ({LOAD_TIMEOUT_S:g})"
+        "--load-timeout",
+        type=float,
+        default=LOAD_TIMEOUT_S,
+        metavar="S",
+        help=f"for loading, a download aside ({LOAD_TIMEOUT_S:g})",
     )
     parser.add_argument(
         "--cancel-grace",

@@ -1,7 +1,8 @@
 """What the worker and a slot's process say to each other: maps in msgpack, each behind its length in 4 bytes.
 
-Worker to slot: `load` (engine, options), `run` (run, params, inputs), `cancel` (run). Slot to worker: `ready`
-(capabilities), `load_failed` (message), then a run's chunks `format` `audio` `progress` `output`, and `end`.
+Worker to slot: `load` (engine, options), `run` (run, params, inputs), `cancel` (run). Slot to worker: `progress` of a
+long load, `ready` (capabilities), `load_failed` (message), then a run's chunks `format` `audio` `progress` `output`,
+and `end`.
 Private to one version of gpuworker: both ends are always the same installation.
 """
 

@@ -19,7 +19,9 @@ from protocol.fields import Value
 #: Between a slot's death and its next process, doubling; a crash loop must not eat the machine.
 RESTART_FIRST_S = 0.2
 RESTART_LONGEST_S = 60.0
-#: A model of some GB from a slow disk takes minutes, from a slow network more.
+#: From one sign of life of a load to the next, or to its end: a model of some GB from a slow disk takes minutes.
+#: A download gives signs of life; a limit to all of it would kill one from a slow network again and again, as the
+#: hub's library begins anew each time.
 LOAD_TIMEOUT_S = 900.0
 #: From a cancel to the kill. Longer than any chunk takes to make: a killed slot loads its model again.
 CANCEL_GRACE_S = 5.0
@@ -172,7 +174,7 @@ class ProcessSlot(Slot):
         engine: its name in the catalog.
         options: its options, as values.
         loading: held while an engine loads, so that the models of several slots are not read at once.
-        load_timeout_s: after this a load is killed, and tried again.
+        load_timeout_s: after so long without a sign of life a load is killed, and tried again.
         cancel_grace_s: from a cancel to the kill.
     """
 
@@ -221,7 +223,9 @@ class ProcessSlot(Slot):
             began = trio.current_time()
             with trio.move_on_after(self._load_timeout_s) as deadline:
                 await child.send({"do": "load", "engine": self._engine, "options": self._options})
-                answer = next(iter(await child.receive()), None)
+                while answer is None and (batch := await child.receive()):
+                    answer = next((said for said in batch if said["is"] != "progress"), None)
+                    deadline.deadline = trio.current_time() + self._load_timeout_s
         if answer is not None and answer["is"] == "ready":
             self.capabilities = pipe.said_capabilities(answer["capabilities"])
             log.info("%s: %s loaded in %.1f s", self.name, self._engine, trio.current_time() - began)
@@ -231,7 +235,7 @@ class ProcessSlot(Slot):
         if answer is not None:
             fault = str(answer["message"])
         elif deadline.cancelled_caught:
-            fault = f"not loaded within {self._load_timeout_s:g} s; killed"
+            fault = f"not loaded within {self._load_timeout_s:g} s; killed (--load-timeout gives it longer)"
         else:
             fault = await child.gone()
         log.error("%s: %s cannot be loaded: %s", self.name, self._engine, fault)

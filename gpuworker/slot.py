@@ -99,7 +99,9 @@ class SlotProcess:
     def _load(self, said: dict[str, Any]) -> Engine | None:
         try:
             engine = find_engine(said["engine"])(said["options"])
+            engine.report = lambda progress: self._say(pipe.chunk_said(progress))
             engine.load()
+            engine.report = Engine.report
             self._say({"is": "ready", "capabilities": pipe.capabilities_said(engine.capabilities)})
         except (EngineError, OptionError, EngineNotFound) as fault:
             self._say({"is": "load_failed", "message": error_text(fault)})

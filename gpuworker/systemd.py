@@ -18,6 +18,9 @@ from protocol.systemd import ServiceManager, serve_watchdog
 
 #: How often the line of `systemctl status` is looked over, and how soon the first slot's being loaded is told.
 STATUS_INTERVAL_S = 1.0
+#: Between two signs of life while engines load. How long that may take is the worker's own business: a download may
+#: take hours, and a load that hangs is given up after `--load-timeout`.
+START_S = 60.0
 #: Past the grace of a cancel: for the kill, and for a process that the kernel is slow to let go of.
 STUCK_S = 30.0
 #: After the drain: slots are killed and reaped.
@@ -49,7 +52,7 @@ class Service:
         if not self.manager.present:
             return
         while not any(slot.ready for slot in self.slots):
-            self.manager.status(self.status())
+            self.manager.starting(self.status(), START_S)
             await trio.sleep(STATUS_INTERVAL_S)
         self.manager.ready(self.status())
         async with trio.open_nursery() as nursery:

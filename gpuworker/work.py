@@ -176,7 +176,7 @@ class Work:
     @staticmethod
     async def _stop_overdue(attempt: Attempt, limit_s: float) -> None:
         await trio.sleep(limit_s)
-        attempt.cancel(f"{ErrorCode.RUN_TIMEOUT.value}: it ran for more than {limit_s:g} s")
+        attempt.fail(End.failed(ErrorCode.RUN_TIMEOUT, f"it ran for more than {limit_s:g} s"))
 
     async def _free_slot(self) -> Slot | None:
         with trio.move_on_after(SLOT_WAIT_S):

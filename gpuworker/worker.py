@@ -195,7 +195,7 @@ class Worker:
         loaded = [slot.capabilities for slot in self._slots if slot.capabilities is not None]
         if not loaded:
             return None
-        alike = all((its.format, its.fingerprint) == (loaded[0].format, loaded[0].fingerprint) for its in loaded)
+        alike = len({(str(its.format), its.fingerprint, its.reproducible) for its in loaded}) == 1
         return loaded[0] if alike else attrs.evolve(loaded[0], reproducible=False)
 
     async def _keep_linked(self) -> None:

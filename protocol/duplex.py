@@ -1,6 +1,6 @@
-"""The `Link`: its queues and the four tasks that serve them. `protocol.link` makes them.
+"""The `Link`: its queues and the five tasks that serve them. `protocol.link` makes them.
 
-One task always reads, one alone writes, two see to liveness. Nobody else touches the transport: `send_nowait` only
+One task always reads, one alone writes, three see to liveness. Nobody else touches the transport: `send_nowait` only
 queues. So a cancelled request can never leave half a frame on the wire, and a peer that stops reading holds up
 nothing but its own backlog.
 """
@@ -13,21 +13,27 @@ import trio
 from trio_websocket import ConnectionClosed
 
 from protocol.codec import encode
-from protocol.errors import LinkBroken, LinkClosed, LinkError, TextReceived
+from protocol.errors import ErrorCode, LinkBroken, LinkClosed, LinkError, TextReceived
 from protocol.messages import KIB, MAX_MESSAGE_BYTES, Message
 from protocol.websocket import Socket
 
 PING_INTERVAL_S = 5.0
 #: Three pings unanswered, and no other byte.
 DEAD_AFTER_S = 15.0
-#: For one message of at most 1 MiB: a peer that takes less than 17 KiB/s is as good as gone.
+#: For anything at all of what waits to be taken; a peer that takes little at a time is slow, and not gone.
 SEND_TIMEOUT_S = 60.0
+#: Looks at whether the peer takes something, in that time: what it last took may be known so much too late.
+LOOKS = 8
+#: Between two looks at whether the machine of a silent peer is still there.
+PATIENCE_S = 1.0
 #: For what is queued to go out, and again for the peer to answer our close frame.
 CLOSE_S = 2.0
 #: Messages read and not yet taken by `receive`. Eight of the largest; with more the peer is made to wait.
 MAX_INBOX_BYTES = 8 * MAX_MESSAGE_BYTES
 #: Messages queued and not yet taken by the transport: a quarter of the largest result.
 MAX_BACKLOG_BYTES = 16 * MAX_MESSAGE_BYTES
+#: RFC 6455 section 7.4.1: a peer that does not read.
+POLICY_VIOLATION = 1008
 #: What one message costs beside its bytes, so that a queue of tiny ones is bounded too.
 MESSAGE_COST_BYTES = 64
 
@@ -40,6 +46,9 @@ class Link:
         rtt_s: seconds that the last ping took, None before the first pong.
         reason: why the link is gone, in words; empty while it lives.
         close_code: the WebSocket close code, ours or the peer's; None while it lives or where there was none.
+        stalled: whether it ended, or is about to, because the peer took nothing.
+        patient: whether a peer that is silent, but whose machine answers, is given `send_timeout_s` to take what is
+            on its way to it, and not `dead_after_s`: a program that reads nothing answers no pings either.
     """
 
     def __init__(
@@ -51,11 +60,15 @@ class Link:
         dead_after_s: float,
         send_timeout_s: float,
         max_backlog_bytes: int,
+        farewell: Message | None = None,
     ) -> None:
         self.peer = peer
         self.rtt_s: float | None = None
         self.reason = ""
         self.close_code: int | None = None
+        self.stalled = False
+        self.patient = False
+        self._farewell = farewell
         self._socket = socket
         self._ping_interval_s = ping_interval_s
         self._dead_after_s = dead_after_s
@@ -73,6 +86,7 @@ class Link:
         self._outbox_changed = trio.Event()
         self._drained: list[tuple[int, Callable[[], None]]] = []
         self._taken = trio.Event()
+        self._sending = False
         self._reader_waits = False
 
     # -- sending ---------------------------------------------------------------------------------------------
@@ -87,14 +101,15 @@ class Link:
 
         Raises:
             LinkClosed: this side closed the link.
-            LinkBroken: the link is gone, or broke just now because the peer does not take what is queued.
+            LinkBroken: the link is gone, or broke just now because the peer does not take what is queued; LinkClosed
+                where the link has a farewell for such a peer.
             ValueError: the message is longer than any peer takes.
         """
         self._check()
         if len(data) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
         if self._backlog_bytes + len(data) > self._max_backlog_bytes:
-            self._end(LinkBroken, f"slow consumer: {self._backlog_bytes} bytes wait for {self.peer} to take them")
+            self._stall(f"{self._backlog_bytes} bytes wait for {self.peer} to take them")
             self._check()
         self._outbox.append(data)
         self._backlog_bytes += len(data)
@@ -239,6 +254,23 @@ class Link:
         self._taken.set()
         self._scope.cancel()
 
+    def _stall(self, why: str) -> None:
+        """The peer does not take what waits for it: that is dropped, and the link closed with its farewell.
+
+        What is on its way must get through first; a peer that reads nothing is cut off after `aclose`'s time.
+        """
+        self.stalled = True
+        reason = f"{ErrorCode.SLOW_CONSUMER}: {why}"
+        if self._farewell is None:
+            self._end(LinkBroken, reason)
+            return
+        self._backlog_bytes -= sum(map(len, self._outbox))
+        self._outbox.clear()
+        self.send(self._farewell)
+        self.reason, self._closing = reason, (POLICY_VIOLATION, reason[:123])
+        self._inbox_changed.set()
+        self._taken.set()
+
     # -- the tasks -------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -250,6 +282,7 @@ class Link:
                     nursery.start_soon(self._write)
                     nursery.start_soon(self._ping)
                     nursery.start_soon(self._watch)
+                    nursery.start_soon(self._watch_taking)
         finally:
             self._end(LinkBroken, "the link's tasks ended")
             await trio.aclose_forcefully(self._socket.transport)
@@ -294,19 +327,17 @@ class Link:
                 self._outbox_changed = trio.Event()
                 await self._outbox_changed.wait()
             data = self._outbox.popleft()
-            with trio.move_on_after(self._send_timeout_s) as deadline:
-                try:
-                    await self._socket.send_message(data)
-                except ConnectionClosed:
-                    # The reader ends the link when it has read to the end, and then knows the reason.
-                    if self._closing is None:
-                        await trio.sleep(CLOSE_S)
-                    self._end(LinkBroken, f"connection to {self.peer} lost", 1006)
-                    return
-            if deadline.cancelled_caught:
-                # Half a frame may be out: the transport is good for nothing more, and `_end` has it cut.
-                self._end(LinkBroken, f"{self.peer} took no data for {self._send_timeout_s:g} s")
+            self._socket.transport.taken_at = trio.current_time()
+            self._sending = True
+            try:
+                await self._socket.send_message(data)
+            except ConnectionClosed:
+                # The reader ends the link when it has read to the end, and then knows the reason.
+                if self._closing is None:
+                    await trio.sleep(CLOSE_S)
+                self._end(LinkBroken, f"connection to {self.peer} lost", 1006)
                 return
+            self._sending = False
             self._sent(len(data))
 
     def _sent(self, size: int) -> None:
@@ -314,7 +345,7 @@ class Link:
         self._backlog_bytes -= size
         self._taken.set()
         self._taken = trio.Event()
-        for low_water, callback in tuple(self._drained):
+        for low_water, callback in tuple(self._drained) if self._closing is None else ():
             if self._backlog_bytes <= low_water < before:
                 callback()
 
@@ -328,7 +359,8 @@ class Link:
                 await self._socket.ping()
             except ConnectionClosed:
                 return
-            self.rtt_s = trio.current_time() - began
+            self._socket.transport.taken_at = now = trio.current_time()  # what lay before the ping was read, too
+            self.rtt_s = now - began
 
     @trio.lowlevel.enable_ki_protection
     async def _watch(self) -> None:
@@ -337,6 +369,24 @@ class Link:
             if self._reader_waits:  # we do not listen, so silence means nothing
                 silent_s = 0.0
             elif silent_s >= self._dead_after_s:
-                self._end(LinkBroken, f"nothing heard from {self.peer} for {silent_s:.0f} s")
-                return
+                if not (self.patient and self._sending and self._socket.transport.answered):
+                    self._end(LinkBroken, f"nothing heard from {self.peer} for {silent_s:.0f} s")
+                    return
+                silent_s = self._dead_after_s - PATIENCE_S
             await trio.sleep(self._dead_after_s - silent_s)
+
+    @trio.lowlevel.enable_ki_protection
+    async def _watch_taking(self) -> None:
+        transport = self._socket.transport
+        while self._closing is None:
+            transport.look()
+            left_s = self._send_timeout_s
+            if self._sending:
+                left_s -= trio.current_time() - transport.taken_at
+            if left_s <= 0:
+                self._stall(f"{self.peer} took no data for {self._send_timeout_s:g} s")
+                await trio.sleep(2 * CLOSE_S)
+                # Half a frame may be out: the transport is good for nothing more, and `_end` has it cut.
+                self._end(LinkBroken, self.reason)
+                return
+            await trio.sleep(min(left_s, self._send_timeout_s / LOOKS))

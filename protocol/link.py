@@ -15,7 +15,7 @@ from protocol.duplex import CLOSE_S as CLOSE_S
 from protocol.duplex import DEAD_AFTER_S, MAX_BACKLOG_BYTES, PING_INTERVAL_S, SEND_TIMEOUT_S
 from protocol.duplex import Link as Link
 from protocol.errors import ConnectError, ErrorCode, LinkBroken, LinkError, LoginRefused, ProtocolError
-from protocol.messages import FROM_RELAY, Error, Hello, Rejected, Welcome
+from protocol.messages import FROM_RELAY, Error, Hello, Message, Rejected, Welcome
 from protocol.websocket import Socket, connect, open_socket
 
 #: TCP, TLS and WebSocket handshakes together.
@@ -33,6 +33,7 @@ async def serve_link(
     dead_after_s: float = DEAD_AFTER_S,
     send_timeout_s: float = SEND_TIMEOUT_S,
     max_backlog_bytes: int = MAX_BACKLOG_BYTES,
+    farewell: Message | None = None,
 ) -> AsyncIterator[Link]:
     """A link over a WebSocket whose handshake is done, either side; closed at the end of the block.
 
@@ -43,8 +44,11 @@ async def serve_link(
         peer: who it is, for people.
         ping_interval_s: seconds between WebSocket pings.
         dead_after_s: seconds of silence after which the link is broken.
-        send_timeout_s: seconds that one message may take to be taken.
-        max_backlog_bytes: with more queued, the link breaks ("slow consumer").
+        send_timeout_s: with something to send, and nothing of it taken for so many seconds, the link breaks
+            ("slow_consumer").
+        max_backlog_bytes: with more queued, the same.
+        farewell: for such a peer, in place of what it did not take; the link is then closed, and counts as closed by
+            this side, after at most twice `CLOSE_S`.
 
     Cancellation: the block alone is cancelled; what is queued still goes out, within `CLOSE_S`.
     """
@@ -55,6 +59,7 @@ async def serve_link(
         dead_after_s=dead_after_s,
         send_timeout_s=send_timeout_s,
         max_backlog_bytes=max_backlog_bytes,
+        farewell=farewell,
     )
     async with open_background(link.run, link.aclose):
         yield link

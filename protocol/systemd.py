@@ -56,6 +56,11 @@ class ServiceManager:
         self._status = _one_line(status)
         self._say("READY=1", f"STATUS={self._status}")
 
+    def starting(self, status: str, within_s: float) -> None:
+        """Not ready yet, and not to be given up if it says so again `within_s`, whatever `TimeoutStartSec` says."""
+        self.status(status)
+        self._say(f"EXTEND_TIMEOUT_USEC={int(within_s * 1e6)}")
+
     def reloading(self) -> None:
         """The settings are being read again; `ready` ends it."""
         # systemd 253 and later want the time, to tell this reload from one before it.

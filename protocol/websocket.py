@@ -19,6 +19,7 @@ from wsproto.events import BytesMessage, CloseConnection, Event, Pong, TextMessa
 from protocol.address import Address
 from protocol.background import open_background
 from protocol.errors import ConnectError, LinkBroken
+from protocol.kernel import answers, waiting_bytes
 from protocol.messages import KIB, MAX_MESSAGE_BYTES, SUBPROTOCOL
 
 #: trio-websocket asks for 4 KiB at a time: 256 turns of the event loop for a full message. 64 KiB makes it 16.
@@ -37,11 +38,26 @@ class HeardStream(trio.abc.Stream):
 
     Attributes:
         heard_at: Trio time of it.
+        taken_at: Trio time at which some of what is sent last got further.
     """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
         self.heard_at = trio.current_time()
+        self.taken_at = self.heard_at
+        self._waiting_bytes = 0
+
+    @property
+    def answered(self) -> bool:
+        """Whether the peer's machine is there, as far as the kernel can tell."""
+        return answers(self.stream)
+
+    def look(self) -> None:
+        """See whether the peer takes something: a kernel that is full takes the next piece only much later."""
+        waiting = waiting_bytes(self.stream) or 0
+        if waiting < self._waiting_bytes:
+            self.taken_at = trio.current_time()
+        self._waiting_bytes = waiting
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         """As the stream's."""
@@ -59,7 +75,8 @@ class HeardStream(trio.abc.Stream):
             await self.stream.send_all(piece)
             # While one long message goes out, the reader may wait for its turn to send a pong and hear nothing.
             # Bytes that went out only after a wait were taken by a living peer, not by the kernel's free buffer.
-            if (now := trio.current_time()) - began > WAITED_S:
+            self.taken_at = now = trio.current_time()
+            if now - began > WAITED_S:
                 self.heard_at = now
             if not view:
                 return

@@ -215,7 +215,7 @@ export class RelayClient {
           resolve(this);
           for (const request of this._requests.values()) request._resume();
         } else if (message.type === "error" && !(message.code === "unknown_type" && welcomed)) {
-          const final = !["rate_limited", "internal", "idle_timeout"].includes(message.code); // the retryable ones of §11
+          const final = !["rate_limited", "internal", "idle_timeout", "slow_consumer"].includes(message.code); // §11
           broke(message.code, message.message, final); // the close follows
         } else {
           this._requests.get(message.request_id)?._take(message);

@@ -220,6 +220,7 @@ class Engine(ABC):
     #: Sends a `ProgressChunk` at once, from inside work that is long before its next chunk; from the thread of
     #: `generate` only. The slot sets it for the time of a run. Nothing is sent after a cancel, nor before an engine
     #: with `late_format` has told its format. A reproducible engine reports by its steps, never by the clock.
+    #: In `load` it is a sign of life, by one thread at a time: a load that is silent for too long is killed.
     report: Callable[[ProgressChunk], None] = staticmethod(_to_nobody)
 
     def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
@@ -258,7 +259,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load(self) -> None:
-        """Make it ready: import, read the model, warm up.
+        """Make it ready: import, read the model, warm up. What may take long beyond that, as a download, reports.
 
         Raises:
             EngineError: it cannot; the message says what to do.

@@ -40,7 +40,7 @@ from gpuworker.engines.base import (
     OptionValue,
     ProgressChunk,
 )
-from gpuworker.engines.indextts2_params import MAX_VOICES, SAMPLING, faults, input_rules, params_schema
+from gpuworker.engines.indextts2_params import SAMPLING, faults, input_rules, params_schema
 from protocol.errors import ErrorCode
 from protocol.fields import Value
 from protocol.messages import AudioFormat
@@ -192,7 +192,8 @@ class IndexTTS2Engine(Engine):
                 if self.LOCK is not None:
                     stack.callback(self.LOCK.release)
                 given = self._arguments(params)
-                path = stack.enter_context(self._file("spk_audio_prompt", speaker, SPEAKER_HZ))
+                came_by = "spk_audio_prompt" if params.get("voice") is None else "voice"
+                path = stack.enter_context(self._file(came_by, speaker, SPEAKER_HZ))
                 given["spk_audio_prompt"] = str(path)
                 if emotion is not None:
                     path = stack.enter_context(self._file("emo_audio_prompt", emotion, EMOTION_HZ))
@@ -342,12 +343,11 @@ class IndexTTS2Engine(Engine):
 def _find_voices(folder: Path) -> Mapping[str, Any]:
     found: Mapping[str, Any]
     found, left_out = importlib.import_module("gpuworker.engines.voxcpm.voices").find_voices(folder)
-    names = sorted(found)
-    for words in [*left_out, *(f"{name!r}: a worker lists {MAX_VOICES} voices" for name in names[MAX_VOICES:])]:
-        print(f"a voice is left out: {words}")  # to the worker's log
+    for words in left_out:
+        print(words)  # to the worker's log
     if not found:
         raise EngineError(f"-o voices={folder}: holds no voice; put NAME.wav there")
-    return {name: found[name] for name in names[:MAX_VOICES]}
+    return found
 
 
 def _stepped(model: Any) -> Iterator[Any]:

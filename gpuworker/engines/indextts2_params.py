@@ -9,8 +9,6 @@ from protocol.messages import InputRule
 
 MAX_TEXT_CHARS = 5_000
 MAX_RECORDING_BYTES = 16 * 1024 * 1024
-#: Their names, of up to 64 characters, are an `enum`; a relay lists no schema of more than 24 KiB.
-MAX_VOICES = 200
 EMOTIONS = ("happy", "angry", "sad", "afraid", "disgusted", "melancholic", "surprised", "calm")
 LANGUAGES = ("ZH", "EN", "JA", "ES", "AR")
 

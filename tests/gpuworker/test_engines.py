@@ -75,6 +75,17 @@ def test_mock_audio_is_a_pure_function_of_text_and_seed_however_it_is_cut(mock: 
     assert pcm(run(mock, {**params, "text": "hellO"})[1]) != whole
 
 
+def test_a_mock_that_is_not_reproducible_cuts_the_same_tune_anew_each_time(mock: MockEngine) -> None:
+    odd = MockEngine(parse_options(MockEngine.OPTIONS, ["speed=0", "reproducible=false"]))
+    odd.load()
+    assert mock.capabilities.reproducible
+    assert not odd.capabilities.reproducible
+    params = {"text": "hello", "duration_s": 30.0}
+    first, second = run(odd, params)[1], run(odd, params)[1]
+    assert pcm(first) == pcm(second) == pcm(run(mock, params)[1])
+    assert first != second
+
+
 def test_mock_audio_never_repeats_within_seconds_so_that_a_lost_piece_shows(mock: MockEngine) -> None:
     note = 2 * 24_000 // 5
     whole = pcm(run(mock, {"text": "x", "duration_s": 30.0})[1])

@@ -23,6 +23,7 @@ from gpuworker.engines.mock import MockEngine, Tune, tune_key
 from gpuworker.runner import Job, ProcessSlot, Slot
 from gpuworker.thread_slot import ThreadSlot
 from protocol.fields import Value
+from tests.gpuworker.engine_package import NAME, install_engine
 
 #: A process starts in 0.2 s; a loaded machine takes its time.
 PATIENCE_S = 20
@@ -262,6 +263,41 @@ async def test_a_load_that_fails_or_never_ends_is_told_and_tried_again(
     )
     async with serving(function_slot(source + "def call():\n    return 1\n")) as bench:
         assert (await bench.run({})).outcome == "completed"
+
+
+@pytest.mark.trio
+async def test_a_load_that_gives_signs_of_life_may_take_longer_and_one_that_falls_silent_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+        import pathlib, time
+        from gpuworker.engines.base import *
+
+        class Made(Engine):
+            OPTIONS = {"signs": Option(kind=int)}
+            capabilities = Capabilities()
+
+            def load(self):
+                for _ in range(self.options["signs"]):
+                    self.report(ProgressChunk("loading", 0.5, "fetching"))
+                    time.sleep(0.5)
+                self.report(ProgressChunk("loading", 1.0, "fetched"))
+                time.sleep(0 if self.options["signs"] else 600)
+
+            def generate(self, params, inputs):
+                yield OutputChunk(None)
+    """
+    install_engine(tmp_path, monkeypatch, source)
+
+    def slot(signs: int) -> ProcessSlot:
+        return ProcessSlot(0, NAME, {"signs": signs}, load_timeout_s=3.0)
+
+    async with serving(slot(10)) as bench:
+        await bench.until(lambda: bench.slot.ready or bench.slot.load_fault != "")
+        assert bench.slot.load_fault == ""
+    async with serving(slot(0)) as bench:
+        await bench.until(lambda: bench.slot.load_fault != "")
+        assert "not loaded within 3 s" in bench.slot.load_fault
 
 
 def _alive(pid: int) -> bool:

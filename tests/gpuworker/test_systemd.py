@@ -35,6 +35,8 @@ async def test_it_is_ready_once_a_slot_is_loaded_whether_or_not_the_relay_is_the
             nursery.start_soon(service.serve)
             said = await systemd.next()
             assert said == {"STATUS": "loading its engine; space tts: 0 of 2 slots ready, 0 running"}
+            for _ in range(3):  # it may load for longer than any TimeoutStartSec
+                assert (await systemd.until("EXTEND_TIMEOUT_USEC"))["EXTEND_TIMEOUT_USEC"] == "60000000"
             nursery.start_soon(slots[0].serve)
             assert "READY" in await systemd.until("READY")
             for _ in range(3):

@@ -362,6 +362,23 @@ async def test_a_worker_is_reproducible_while_all_its_slots_make_the_same_sample
 
 
 @pytest.mark.trio
+async def test_a_slot_whose_engine_does_not_repeat_itself_makes_its_worker_not_reproducible(
+    autojump_clock: MockClock,
+) -> None:
+    slots = (
+        ScriptedSlot(reproducible=True, fingerprint="a"),
+        ScriptedSlot(reproducible=False, fingerprint="a", load_s=1),
+    )
+
+    async def relay(desk: Desk) -> None:
+        assert (await desk.register()).reproducible
+        told = await desk.expect(Register)
+        assert (told.slots, told.reproducible) == (2, False)
+
+    await run_with(script(relay), slots=slots)
+
+
+@pytest.mark.trio
 @pytest.mark.parametrize("from_seq", [2, 9])
 async def test_a_relay_that_was_started_again_gets_all_frames_of_a_repeated_attempt_from_0(
     from_seq: int, autojump_clock: MockClock
@@ -491,8 +508,8 @@ async def test_the_worker_stops_a_run_whose_time_is_over_when_the_relay_cannot(a
         await desk.register()
         desk.send(assign(run_timeout_s=10.0))
         last = (await desk.frames())[-1]
-        assert isinstance(last, Cancelled)
-        assert last.reason.startswith("run_timeout")
+        assert isinstance(last, Failed)
+        assert (last.code, last.message) == ("run_timeout", "it ran for more than 15 s")
 
     await run_with(script(relay), slots=(ScriptedSlot(play),))
 

@@ -17,14 +17,16 @@ from gpuworker.engines.base import (
     Option,
     OptionError,
     OptionValue,
+    ProgressChunk,
 )
 from gpuworker.engines.voxcpm.hosts import parse_hosts
 from gpuworker.engines.voxcpm.memory import lacking_memory, memory_outlook
-from gpuworker.engines.voxcpm.schema import MAX_VOICES, Abilities, input_rules, params_schema
+from gpuworker.engines.voxcpm.schema import Abilities, input_rules, params_schema
 from protocol.fields import Value
 from protocol.messages import AudioFormat
 
 if TYPE_CHECKING:
+    from gpuworker.engines.voxcpm.model import Model
     from gpuworker.engines.voxcpm.speaker import Speaker
     from gpuworker.engines.voxcpm.voices import Voice
 
@@ -106,6 +108,8 @@ class VoxcpmEngine(Engine):
             options = cls(options).options
         except OptionError as fault:
             return [*found, Missing(str(fault), "")]
+        if (voices := options["voices"]) is not None and not Path(str(voices)).is_dir():
+            found.append(Missing(f"the folder of voices {str(voices)!r}, which is none; make it, or drop -o voices"))
         if not options["check_memory"]:
             return found
         return found + lacking_memory(str(options["model"]), str(options["device"]), slots)
@@ -136,8 +140,9 @@ class VoxcpmEngine(Engine):
             optimize=bool(self.options["optimize"]),
             denoiser=bool(self.options["denoiser"]),
             offline=bool(self.options["offline"]),
+            fetched=self._fetched,
         )
-        voices = self._voices(need_text=not model.clones)
+        voices = self._voices(model)
         on_cpu = model.device == "cpu"
         checked = warm_up(model, 1 if on_cpu else CHECK_RUNS)
         can = Abilities(
@@ -173,19 +178,31 @@ class VoxcpmEngine(Engine):
         assert self._speaker is not None
         return self._speaker.speak(params, inputs, cancelled=self.cancelled, report=self.report)
 
-    def _voices(self, *, need_text: bool) -> dict[str, "Voice"]:
+    def _fetched(self, had_bytes: int, total_bytes: int) -> None:
+        """Say so in the log, and that the load is alive."""
+        words = f"fetching {self.options['model']}: {had_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB"
+        _log(words)
+        self.report(ProgressChunk("loading", had_bytes / total_bytes if total_bytes else 0.0, words))
+
+    def _voices(self, model: "Model") -> dict[str, "Voice"]:
+        from gpuworker.engines.voxcpm.reference import AudioFault, decode
         from gpuworker.engines.voxcpm.voices import find_voices
 
         given = self.options["voices"]
         folder = DEFAULT_VOICES if given is None else Path(str(given))
         if given is None and not folder.is_dir():
             return {}
-        voices, left_out = find_voices(folder, need_text=need_text)
+        found, left_out = find_voices(folder, need_text=not model.clones)
+        voices = {}
+        for name, voice in found.items():
+            try:
+                decode(voice.read(), rate=model.prompt_rate, max_seconds=self._max_prompt_s)
+                voices[name] = voice
+            except AudioFault as fault:
+                left_out.append(f"left out: voice {name!r}: its audio {fault}")
         for words in left_out:
             _log(words)
-        for name in sorted(voices)[MAX_VOICES:]:
-            _log(f"voice {name} is left out: a worker lists {MAX_VOICES}")
-        return {name: voices[name] for name in sorted(voices)[:MAX_VOICES]}
+        return voices
 
 
 def _fingerprint(model: str, digest: str, voices: Mapping[str, "Voice"]) -> str:

@@ -1,7 +1,10 @@
 """Where a model's files are: a folder as given, or a snapshot from the Hugging Face hub; and whether they are whole."""
 
+import io
 import json
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,27 @@ _FILES = (
     ("audiovae.safetensors", "audiovae.pth"),
     ("tokenizer.json", "tokenizer.model"),
 )
+#: Between two words on a download.
+TELL_S = 10.0
+
+#: Takes the bytes of a download that have come, and how many it has in all (of the files begun; 0 is not known).
+Fetched = Callable[[int, int], None]
 
 
-def find_folder(model: str, *, offline: bool = False, revision: str | None = None) -> Path:
+def to_nobody(_had: int, _total: int) -> None:
+    """Nobody wants to know."""
+
+
+def find_folder(
+    model: str, *, offline: bool = False, revision: str | None = None, fetched: Fetched = to_nobody
+) -> Path:
     """The folder of `model`, fetched from the hub if need be and allowed.
 
     Args:
         model: a folder, or a hub id such as `openbmb/VoxCPM2`.
         offline: take what is on disk alone.
         revision: of the hub's repository, a commit or tag; None takes its newest.
+        fetched: called every `TELL_S` of a download at the most, and only where more has come; by any one thread.
 
     Raises:
         EngineError: it is neither, or the hub does not give it.
@@ -40,7 +55,9 @@ def find_folder(model: str, *, offline: bool = False, revision: str | None = Non
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=offline))
+        return Path(
+            snapshot_download(model, revision=revision, local_files_only=offline, tqdm_class=_bar_class(fetched))
+        )
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as fault:
         off = offline or isinstance(fault.__cause__ or fault, errors.OfflineModeIsEnabled)
         raise EngineError(_not_here(model, off)) from fault
@@ -52,6 +69,27 @@ def find_folder(model: str, *, offline: bool = False, revision: str | None = Non
         raise EngineError(f"the Hugging Face hub has no {model}; is it spelled right, or is it a folder?") from fault
     except (errors.HfHubHTTPError, OSError) as fault:
         raise EngineError(f"model {model} could not be fetched ({fault}); try again, or give a folder") from fault
+
+
+def _bar_class(fetched: Fetched) -> Any:
+    """A bar of tqdm's, as the hub's library fills it, that draws nothing."""
+    from tqdm.std import tqdm
+
+    most, next_at = 0, 0.0
+
+    class Bar(tqdm):  # type: ignore[misc]  # it has no types
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
+
+        def display(self, *_args: object, **_kwargs: object) -> bool:
+            """Called under tqdm's lock; also by its monitor where nothing has come for long."""
+            nonlocal most, next_at
+            if self.unit == "B" and self.n > most and time.monotonic() >= next_at:
+                most, next_at = int(self.n), time.monotonic() + TELL_S
+                fetched(most, int(self.total or 0))
+            return True
+
+    return Bar
 
 
 def _expanded(path: str) -> Path:

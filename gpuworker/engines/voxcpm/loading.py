@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -67,6 +68,8 @@ def choose_device(device: str) -> str:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if asked == "auto":
         asked = "cuda" if cuda else "mps" if mps else "cpu"
+        if asked == "cpu" and shutil.which("nvidia-smi"):
+            log(f"there is an NVIDIA driver, but torch {torch.__version__} finds no GPU: it speaks on the CPU, slowly")
     if asked == "cpu" or (asked == "mps" and mps):
         return asked
     kind, _, number = asked.partition(":")

@@ -20,7 +20,7 @@ import torch
 from gpuworker.engines.base import EngineError, InvalidParams
 from gpuworker.engines.voxcpm.faults import named_faults
 from gpuworker.engines.voxcpm.fingerprint import model_fingerprint
-from gpuworker.engines.voxcpm.folder import find_folder, read_config
+from gpuworker.engines.voxcpm.folder import Fetched, find_folder, read_config, to_nobody
 from gpuworker.engines.voxcpm.loading import choose_device, import_voxcpm, known_warnings, load_denoiser, log
 from gpuworker.engines.voxcpm.speech import PromptCache as PromptCache
 from gpuworker.engines.voxcpm.speech import Samples, Speech, Whole, audio_places
@@ -97,6 +97,7 @@ class Model:
         denoiser: bool = False,
         offline: bool = False,
         revision: str | None = None,
+        fetched: Fetched = to_nobody,
     ) -> "Model":
         """Read a model and put it on a device. It has not spoken yet: the first speech is slower than the others.
 
@@ -107,15 +108,17 @@ class Model:
             denoiser: load the denoiser too; it is fetched from ModelScope.
             offline: no network.
             revision: of the hub's repository.
+            fetched: told how far a download is, as by `find_folder`.
 
         Raises:
             EngineError: it cannot; the message says what to do.
         """
         torchaudio, voxcpm = import_voxcpm()
-        folder = find_folder(model, offline=offline, revision=revision)
-        arch = str(read_config(folder).get("architecture", "voxcpm")).lower()
+        # First what fails soon: the model may be gigabytes to fetch.
         chosen = choose_device(device)
         cleaner = load_denoiser(torchaudio, offline=offline) if denoiser else None
+        folder = find_folder(model, offline=offline, revision=revision, fetched=fetched)
+        arch = str(read_config(folder).get("architecture", "voxcpm")).lower()
         on_cuda = chosen.startswith("cuda")
         if on_cuda:
             # voxcpm compiles for exactly "cuda", so that name is made to mean the device chosen.

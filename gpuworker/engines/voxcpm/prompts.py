@@ -82,7 +82,8 @@ class Prompts:
         """
         text = given.get("prompt_text")
         if (name := given.get("voice")) is not None:
-            voice = self.voices[name]
+            if (voice := self.voices.get(name)) is None:  # its folder changed, and another slot announced it
+                raise EngineError(f"this slot has no voice {name!r} any more; the worker's owner must start it again")
             source = Source("voice", voice.read(), voice.digest)
             reference = source if self.model.clones else None
             # A described voice is cloned by its reference alone: what goes on from a prompt keeps that one's manner.
@@ -141,8 +142,6 @@ class Prompts:
                     )
                 except AudioFault as fault:
                     faults[source.field] = str(fault)
-        if "voice" in faults:
-            raise EngineError(f"the audio of this voice {faults['voice']}; the worker's owner must replace it")
         if faults:
             raise InvalidParams(faults)
         if cancelled():

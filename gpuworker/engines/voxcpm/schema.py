@@ -15,8 +15,6 @@ MAX_TEXT_CHARS = 5_000
 MAX_PROMPT_TEXT_CHARS = 2_000
 MAX_DESCRIPTION_CHARS = 300
 MAX_URL_CHARS = 2_048
-#: Their names, of up to 64 characters, are an `enum`; a relay lists no schema of more than 24 KiB.
-MAX_VOICES = 200
 #: 50 s of 24-bit stereo at 48 kHz have 14 MB; two inputs make the relay's own `max_input_bytes`, 32 MiB.
 MAX_INPUT_BYTES = 16 * KIB * KIB
 

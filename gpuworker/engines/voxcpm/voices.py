@@ -19,8 +19,9 @@ from protocol.messages import SPACE_PATTERN
 #: In the order of preference where one name has several.
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 TEXT_SUFFIX = ".txt"
-#: Their names go into the params schema as an enum: 500 of 64 characters are 33 of the 64 KiB a register message has.
-MAX_VOICES = 500
+#: Their names, of up to 64 characters, go into the params schema as an `enum`, and a relay lists no schema of more than
+#: 24 KiB.
+MAX_VOICES = 200
 #: Files looked at in a folder; there are two a voice.
 MAX_ENTRIES = 10_000
 #: Of one voice. A minute of 48 kHz stereo at 24 bits is 17 MB.

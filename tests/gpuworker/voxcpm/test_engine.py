@@ -160,6 +160,19 @@ def test_it_announces_rate_voices_params_and_that_it_is_reproducible(
     assert again.capabilities == told
 
 
+def test_a_voice_whose_audio_cannot_be_used_is_not_announced_and_the_log_says_why(
+    folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "amy.wav").write_bytes(encoded(voiced(1.0)))
+    (tmp_path / "junk.wav").write_bytes(b"RIFF\0\0\0\0WAVEfmt ")
+    (tmp_path / "long.wav").write_bytes(encoded(voiced(2.5)))
+    engine = a_loaded(folders["voxcpm2"], f"voices={tmp_path}", "max_prompt_s=2")
+    assert engine.capabilities.params["properties"]["voice"]["enum"] == ["amy"]
+    told = capfd.readouterr().err
+    assert "left out: voice 'junk': its audio is not audio that can be read" in told
+    assert "left out: voice 'long': its audio is 2.5 s long; give at most 2 s" in told
+
+
 def test_the_fingerprint_tells_what_makes_other_samples(folders: dict[str, Path], tmp_path: Path) -> None:
     plain = a_loaded(folders["voxcpm"]).capabilities
     other_model = a_loaded(folders["voxcpm1.5"]).capabilities
@@ -186,6 +199,32 @@ def test_options_that_cannot_be_are_refused_before_anything_is_loaded(option: st
     with pytest.raises(OptionError, match=words):
         VoxcpmEngine(options)
     assert any(words in lack.what for lack in VoxcpmEngine.check(options, 1))
+
+
+def test_a_folder_of_voices_that_is_none_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    def lacks(*given: str) -> str:
+        options = parse_options(VoxcpmEngine.OPTIONS, ["check_memory=false", *given])
+        return "; ".join(lack.what for lack in VoxcpmEngine.check(options, 1))
+
+    assert lacks(f"voices={tmp_path}") == ""
+    assert "which is none; make it, or drop -o voices" in lacks(f"voices={tmp_path / 'none'}")
+
+
+def test_a_download_is_told_in_the_log_and_as_a_sign_of_life(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(_model: str, *, fetched: Callable[[int, int], None], **_more: object) -> Path:
+        fetched(1_500_000_000, 6_000_000_000)
+        return folders["voxcpm"]
+
+    monkeypatch.setattr("gpuworker.engines.voxcpm.model.find_folder", fetch)
+    engine = VoxcpmEngine(parse_options(VoxcpmEngine.OPTIONS, ["model=openbmb/tiny", "device=cpu"]))
+    reported: list[ProgressChunk] = []
+    engine.report = reported.append
+    engine.load()
+    words = "fetching openbmb/tiny: 1.50 of 6.00 GB"
+    assert reported == [ProgressChunk("loading", 0.25, words)]
+    assert words in capfd.readouterr().err
 
 
 def test_without_its_packages_it_is_listed_with_the_two_commands_that_install_them() -> None:
@@ -626,3 +665,13 @@ def test_a_voice_whose_file_is_gone_fails_the_request_and_not_the_engine(
     assert (end.outcome, end.code) == ("failed", "engine_failed")
     assert "amy" in end.message
     assert len(speech_of(engine, "x")) > 0
+
+
+def test_a_voice_that_another_slot_announced_fails_the_request_and_not_the_engine(
+    engine_of: Callable[..., VoxcpmEngine],
+) -> None:
+    """A slot that was started again has found another folder of voices than the one whose params are registered."""
+    engine = engine_of("voxcpm2")
+    end = drive(engine, {"text": "x", **QUICK, "voice": "carl"}, {}, never, lambda _chunk: None)
+    assert (end.outcome, end.code) == ("failed", "engine_failed")
+    assert "no voice 'carl' any more" in end.message

@@ -68,12 +68,52 @@ def test_what_the_hub_says_is_put_in_words(fault: Exception, words: str, monkeyp
     with pytest.raises(EngineError, match=words) as caught:
         Model.load("openbmb/VoxCPM2", revision="v9")
     assert "openbmb/VoxCPM2" in caught.value.message
-    assert asked == [("openbmb/VoxCPM2",), {"revision": "v9", "local_files_only": False}]
+    assert asked[0] == ("openbmb/VoxCPM2",)
+    assert isinstance(asked[1], dict)
+    assert {"revision": "v9", "local_files_only": False}.items() <= asked[1].items()
 
 
 def test_what_the_hub_gives_is_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_args, **_kwargs: str(folder))
     assert find_folder("openbmb/VoxCPM2") == folder
+
+
+def test_a_download_is_told_while_more_of_it_comes_and_no_longer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Bars as `snapshot_download` of huggingface_hub 2.4 makes and fills them."""
+
+    def snapshot_download(_model: str, *, tqdm_class: Any, **_kwargs: object) -> str:
+        bar = tqdm_class(desc="Downloading bytes", total=0, initial=0, unit="B", unit_scale=True, mininterval=0)
+        with tqdm_class(desc="Fetching 2 files", total=2) as files:
+            bar.total += 4_000
+            bar.refresh()  # nothing has come
+            bar.update(1_000)
+            for _ in range(3):
+                bar.refresh()  # as tqdm's monitor does where nothing comes
+            bar.set_description("still at it")
+            bar.set_postfix_str("1 kB/s")
+            bar.update(3_000)
+            files.update(2)
+        bar.close()
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("gpuworker.engines.voxcpm.folder.TELL_S", 0.0)
+    told: list[tuple[int, int]] = []
+    assert find_folder("openbmb/VoxCPM2", fetched=lambda had, total: told.append((had, total))) == folder
+    assert told == [(1_000, 4_000), (4_000, 4_000)]
+    monkeypatch.setattr("gpuworker.engines.voxcpm.folder.TELL_S", 60.0)
+    find_folder("openbmb/VoxCPM2", fetched=lambda had, total: told.append((had, total)))
+    assert told[2:] == [(1_000, 4_000)]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_device_that_is_not_here_is_told_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_args, **_kwargs: pytest.fail("fetched"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="torch finds no CUDA GPU here"):
+        Model.load("openbmb/VoxCPM2", device="cuda")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "audiovae.pth", "tokenizer.json"])
@@ -130,6 +170,17 @@ def test_a_device_that_is_not_here_is_told_so(folder: Path, monkeypatch: pytest.
     for name in ("gpu", "cuda:", "cuda:x", "cuda:-1", "tpu:0"):
         with pytest.raises(EngineError, match="not one of auto, cpu, cuda"):
             Model.load(str(folder), device=name)
+
+
+def test_a_gpu_that_torch_does_not_see_is_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for found, words in ((None, ""), ("/usr/bin/nvidia-smi", "it speaks on the CPU, slowly")):
+        monkeypatch.setattr("shutil.which", lambda _name, found=found: found)
+        assert choose_device("auto") == "cpu"
+        assert words in capfd.readouterr().err
 
 
 def test_a_device_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from gpuworker.engines.voxcpm.rules import find_faults
-from gpuworker.engines.voxcpm.schema import DEFAULTS, MAX_INPUT_BYTES, MAX_VOICES, Abilities, input_rules, params_schema
+from gpuworker.engines.voxcpm.schema import DEFAULTS, MAX_INPUT_BYTES, Abilities, input_rules, params_schema
+from gpuworker.engines.voxcpm.voices import MAX_VOICES
 from protocol.params import check_params, check_schema
 
 ALL = Abilities(clones=True, normalizes=True, denoises=True, fetches=True, voices=("amy", "bob"))

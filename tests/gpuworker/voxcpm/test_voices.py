@@ -223,7 +223,7 @@ def test_as_many_voices_as_are_taken_fit_a_schema_and_a_register_message(tmp_pat
     voices, words = find_voices(tmp_path)
     assert len(voices) == MAX_VOICES
     assert words == [
-        f"left out: voice '500{'x' * 61}' and those after it: a worker takes at most 500 voices",
+        f"left out: voice '{MAX_VOICES}{'x' * 61}' and those after it: a worker takes at most {MAX_VOICES} voices",
     ]
     schema = {"type": "object", "properties": {"voice": {"enum": list(voices)}}}
     check_schema(schema)
