@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 SOURCES := protocol relayd gpuworker tui tests bench
 TEXT ?=
 ARGS ?=
+SEED ?= 1
+MINUTES ?= 5
 export TEXT # the shell takes it from the environment, so that no quote or $ in it is the shell's
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types contracts bench clean
+.PHONY: help demo test check lint types contracts bench chaos clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +35,9 @@ contracts: $(VENV)/.dev
 
 bench: $(VENV)/.dev ## figures of this machine, as ratios in one run
 	$(BIN)/python -m bench $(ARGS)
+
+chaos: $(VENV)/.dev ## a storm of cuts and kills: make chaos SEED=7 MINUTES=25
+	$(BIN)/python -m tests.chaos --seed $(SEED) --minutes $(MINUTES) $(ARGS)
 
 clean: ## all that make has made
 	rm -rf $(VENV) hello.wav docs/examples/node_modules .mypy_cache .ruff_cache .hypothesis

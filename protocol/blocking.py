@@ -222,9 +222,9 @@ class Relay:
             yield Stream(self._portal, stream)
 
     @contextmanager
-    def attach(self, request_id: str, after_seq: int = -1) -> Iterator[Stream]:
+    def attach(self, request_id: str, after_seq: int = -1, *, attempt: int = 0) -> Iterator[Stream]:
         """As `protocol.client.Relay.attach`."""
-        with self._portal.enter(self._relay.attach(request_id, after_seq)) as stream:
+        with self._portal.enter(self._relay.attach(request_id, after_seq, attempt=attempt)) as stream:
             yield Stream(self._portal, stream)
 
     def cancel(self, request_id: str, reason: str = "") -> StatusReply:

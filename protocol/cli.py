@@ -60,7 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     cancel.add_argument("--reason", default="", help="why, for whoever reads of it")
     add("spaces", commands.spaces, [], "List the spaces.")
     watch = add("watch", commands.watch, [], "Follow everything that happens (operators).")
-    watch.add_argument("topics", nargs="*", metavar="TOPIC", help="relay, spaces, workers, requests, clients; or all")
+    watch.add_argument(
+        "topics",
+        nargs="*",
+        metavar="TOPIC",
+        help="relay, spaces, workers, requests, clients, history, log, audit; or all",
+    )
     return parser
 
 

@@ -173,17 +173,19 @@ class Relay:
             self._close(stream)
 
     @asynccontextmanager
-    async def attach(self, request_id: str, after_seq: int = -1) -> AsyncIterator[Stream]:
+    async def attach(self, request_id: str, after_seq: int = -1, *, attempt: int = 0) -> AsyncIterator[Stream]:
         """Read a request's frames, of this or an earlier program. Leaving the block cancels nothing.
 
         Args:
             request_id: of a request of this principal; an operator may listen in on all.
             after_seq: the last frame at hand already; -1 for none.
+            attempt: whose frame that is; with it, a later attempt that began below is told by `Restarted`. 0 leaves
+                out the frames up to `after_seq` of whichever attempt there is.
 
         Raises:
             RequestRejected: `request_not_found`; from the stream.
         """
-        stream = Stream(request_id, after_seq=after_seq)
+        stream = Stream(request_id, after_seq=after_seq, attempt=attempt)
         try:
             self._open(stream)
             yield stream
@@ -224,7 +226,7 @@ class Relay:
         """Follow what the relay does; for operators. One at a time.
 
         Args:
-            topics: of `relay` `spaces` `workers` `requests` `clients`; none means all.
+            topics: of `relay` `spaces` `workers` `requests` `clients` `history` `log` `audit`; none means all.
         """
         if self._watch is not None:
             raise RuntimeError("this relay is being watched already; open another connection")

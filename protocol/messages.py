@@ -293,11 +293,15 @@ class Snapshot(Message):
 
 @attrs.frozen(kw_only=True)
 class Delta(Message):
-    """What changed since: topic -> list of maps to put in place by their id; `gone`: topic -> ids."""
+    """What changed since: topic -> list of maps to put in place by their id; `gone`: topic -> ids.
+
+    `more` says that another page of the same round follows: only together do they fit what was before.
+    """
 
     TYPE: ClassVar[str] = "delta"
     data: dict[str, Value] = map_field()
     gone: dict[str, Value] = map_field()
+    more: bool = field(boolean, False)
 
 
 @attrs.frozen(kw_only=True)

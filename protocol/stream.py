@@ -88,12 +88,13 @@ class Stream:
         submit: bytes | None = None,
         inputs: Mapping[str, bytes] | None = None,
         after_seq: int = -1,
+        attempt: int = 0,
     ) -> None:
         self.request_id = request_id
         self.accepted = False
         self.place: Queued | None = None
         self.format: AudioFormat | None = None
-        self.attempt = 0
+        self.attempt = attempt
         self.next_seq = after_seq + 1
         self.restarts = 0
         self.queue_s: float | None = None
@@ -252,11 +253,16 @@ class Stream:
     def _take_frame(self, frame: Frame) -> None:
         if frame.attempt < self.attempt:
             return  # of an attempt that is over
+        if not self.attempt and self.next_seq:
+            self.attempt = frame.attempt  # who attached did not say whose frames it has: of whichever there is
         if frame.seq < self.next_seq and frame.attempt == self.attempt:
-            # Sent twice around a reconnect, unless a relay that was restarted, and lost the frames before it, ends
-            # the request itself.
+            # Sent twice around a reconnect. But the last frame always counts: a relay that was restarted, and lost
+            # the frames before it, may end the request itself; and who attached may have named a `seq` beyond the end.
             if isinstance(frame, Failed | Cancelled):
                 self._take_end(frame)
+            elif isinstance(frame, Completed):
+                self._events.append(frame)
+                self._result = frame.result
             return
         if frame.seq > self.next_seq:
             if isinstance(frame, Failed | Cancelled):
@@ -329,7 +335,7 @@ class AudioChunks:
     def __init__(self, stream: Stream, on_restart: Callable[[], None] | None) -> None:
         self._stream = stream
         self._on_restart = on_restart
-        self._begun = False
+        self._begun = stream._given_seq > 1  # `started` is number 0
 
     def __aiter__(self) -> Self:
         return self

@@ -8,6 +8,7 @@ import trio
 
 from protocol.fields import Value
 from protocol.messages import Delta, Snapshot
+from protocol.queues import Queues
 
 Row = dict[str, Value]
 
@@ -18,25 +19,60 @@ ROW_KEYS = {
     "workers": "worker_id",
     "requests": "request_id",
     "clients": "connection_id",
+    "history": "name",
+    "log": "id",
+    "audit": "id",
+}
+#: Values that are ages when they are told, and count on from there without being told again: topic -> key -> the
+#: states in which they do; None: always. Where a value is nil, nothing counts.
+COUNTS_ON: dict[str, dict[str, frozenset[str] | None]] = {
+    "relay": {"uptime_s": None},
+    "spaces": {"oldest_wait_s": None},
+    "workers": {"last_seen_s": None},
+    "requests": {
+        "age_s": frozenset({"uploading", "queued", "running"}),
+        "queued_s": frozenset({"queued"}),
+        "run_s": frozenset({"running"}),
+        "ended_s": None,
+    },
+    "clients": {"connected_s": None},
 }
 #: Deltas not taken yet; with more, one snapshot of the state takes their place. 15 s at the relay's 4 a second.
 MAX_UNREAD = 60
+#: Rows of `log` and of `audit` that are kept; they are never `gone`.
+MAX_KEPT = 5_000
+#: As many more before the oldest are dropped, so that not every line sorts them all.
+SLACK = 500
+
+
+def value_now(topic: str, row: Row, key: str, elapsed_s: float) -> Value:
+    """A value of a row as it stands `elapsed_s` after the row came: ages have grown, the rest is as it was told."""
+    value = row.get(key)
+    states = COUNTS_ON.get(topic, {}).get(key, frozenset())
+    if value is None or (states is not None and row.get("state") not in states):
+        return value
+    return value + elapsed_s
 
 
 class Watch:
     """Snapshots and deltas; made by `Relay.watch`.
 
-    `async for change in watch` gives a whole `Snapshot` first, and another after each reconnect, each joined from its
-    pages; `Delta`s between them. A reader that falls behind gets a fresh snapshot in place of the deltas it missed.
+    `async for change in watch` gives a whole `Snapshot` first, and another after each reconnect; then one `Delta` for
+    each round of changes. Both are joined from their pages. A reader that falls behind gets a fresh snapshot in place
+    of the deltas it missed.
 
     Attributes:
-        state: topic -> row key -> row, as of the last change taken.
+        state: topic -> row key -> row, as of the last change taken. The `position` in a row is that of its telling.
+        queues: the order of every queue, as of the last change taken.
     """
 
     def __init__(self) -> None:
         self.state: dict[str, dict[str, Row]] = {}
+        self.queues = Queues()
         self._latest: dict[str, dict[str, Row]] = {}
+        self._latest_queues = Queues()
         self._pages: dict[str, list[Row]] = {}
+        self._gone: dict[str, list[str]] = {}
         self._unread: deque[Snapshot | Delta] = deque()
         self._changed = trio.Event()
         self._fault: Callable[[], Exception] | None = None
@@ -53,29 +89,45 @@ class Watch:
             await self._changed.wait()
         change = self._unread.popleft()
         self.state = _put(change, self.state)
+        self.queues.apply(change)
         return change
 
     # -- for the relay's reader ------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """A new link: pages of the old one that miss their rest are void."""
-        self._pages = {}
+        self._pages, self._gone = {}, {}
 
     def take(self, message: Snapshot | Delta) -> None:
-        """Take a page of a snapshot, or a delta."""
+        """Take a page of a snapshot, or of a delta."""
+        for topic, rows in message.data.items():
+            self._pages.setdefault(topic, []).extend(rows if isinstance(rows, list) else [rows])
+        if isinstance(message, Delta):
+            for topic, keys in message.gone.items():
+                self._gone.setdefault(topic, []).extend(keys if isinstance(keys, list) else [keys])
+        if message.more:
+            return
+        pages, gone = self._pages, self._gone
+        self._pages, self._gone = {}, {}
+        change: Snapshot | Delta
         if isinstance(message, Snapshot):
-            for topic, rows in message.data.items():
-                self._pages.setdefault(topic, []).extend(rows if isinstance(rows, list) else [rows])
-            if message.more:
-                return
-            message, self._pages = Snapshot(data=dict(self._pages)), {}
+            change = Snapshot(data=dict(pages))
             self._unread.clear()  # it tells all that they told
-        self._latest = _put(message, self._latest)
-        self._unread.append(message)
+        else:
+            change = Delta(data=dict(pages), gone=dict(gone))
+        self._latest = _put(change, self._latest)
+        self._latest_queues.apply(change)
+        self._unread.append(change)
         if len(self._unread) > MAX_UNREAD:
             self._unread.clear()
-            self._unread.append(Snapshot(data={topic: list(rows.values()) for topic, rows in self._latest.items()}))
+            self._unread.append(Snapshot(data={topic: self._rows(topic) for topic in self._latest}))
         self._changed.set()
+
+    def _rows(self, topic: str) -> list[Row]:
+        rows = list(self._latest[topic].values())
+        if topic != "requests":
+            return rows
+        return [row | {"position": self._latest_queues.position(row["request_id"])} for row in rows]
 
     def fail(self, fault: Callable[[], Exception]) -> None:
         """Nothing more will come."""
@@ -92,6 +144,9 @@ def _put(change: Snapshot | Delta, state: dict[str, dict[str, Row]]) -> dict[str
         known = state.setdefault(topic, {})
         for row in rows if isinstance(rows, list) else [rows]:
             known[str(row.get(key, ""))] = row
+        if topic in ("log", "audit") and len(known) > MAX_KEPT + SLACK:
+            for oldest in sorted(known, key=int)[:-MAX_KEPT]:
+                del known[oldest]
     if isinstance(change, Delta):
         for topic, gone in change.gone.items():
             for name in gone:

@@ -11,6 +11,7 @@ import trio
 from protocol.systemd import ServiceManager
 from relayd.auth import Tokens
 from relayd.config import Config
+from relayd.events import serve_events
 from relayd.intake import Intake
 from relayd.listener import describe, open_listeners, serve_listeners, tls_context
 from relayd.places import serve_places
@@ -18,6 +19,7 @@ from relayd.relay import Relay
 from relayd.reload import Reload
 from relayd.restoring import restore
 from relayd.states import State
+from relayd.stats import serve_stats
 from relayd.store.opening import open_store
 from relayd.systemd import Service
 from relayd.wire import Gate
@@ -72,6 +74,7 @@ async def serve(
             log.error("store has a damaged record", what=words)
         async with trio.open_nursery() as nursery:
             relay = Relay(config, store, nursery)
+            await nursery.start(serve_events, relay.events)
             shutdown = Shutdown(relay)
             intake = Intake(relay)
             tokens = Tokens(loaded.tokens)
@@ -79,6 +82,7 @@ async def serve(
             await restore(relay, loaded)
             nursery.start_soon(intake.serve)
             nursery.start_soon(serve_places, relay)
+            nursery.start_soon(serve_stats, relay)
             nursery.start_soon(relay.results.serve_memory)
             nursery.start_soon(relay.results.serve_retention)
             manager = ServiceManager.from_environment()
@@ -95,6 +99,7 @@ async def serve(
 
                 connections.start_soon(accept)
                 urls = describe(listeners, tls=context is not None)
+                relay.urls = list(urls)
                 log.info("listening", urls=urls, spaces=sorted(relay.spaces), state_dir=str(config.state_dir))
                 if on_ready is not None:
                     on_ready(urls)

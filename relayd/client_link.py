@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import trio
 
-from protocol.codec import decode, encode
+from protocol.codec import decode
 from protocol.errors import ErrorCode, LinkError, UnknownType
 from protocol.link import Link
 from protocol.messages import (
@@ -30,7 +30,7 @@ from protocol.messages import (
     Table,
 )
 from relayd.auth import Principal
-from relayd.framelog import LOW_WATER_BYTES, FrameReader
+from relayd.framelog import HIGH_WATER_BYTES, LOW_WATER_BYTES, FrameReader
 from relayd.intake import Intake
 from relayd.relay import Relay
 from relayd.requests import Request
@@ -56,6 +56,8 @@ class ClientLink:
     takes: Table = FROM_CLIENT
     readers: dict[str, FrameReader] = attrs.field(factory=dict)
     held: dict[str, Request] = attrs.field(factory=dict)
+    #: Places to tell once the link has drained; the latest of each request.
+    _untold: dict[str, Place] = attrs.field(factory=dict)
     handlers: dict[type[Message], Handler] = attrs.field(init=False)
     frames_sent: int = 0
     bytes_sent: int = 0
@@ -88,15 +90,20 @@ class ClientLink:
             return
         self.frames_sent += 1
         self.bytes_sent += len(data)
+        self.relay.stats.out_bytes += len(data)
 
     def send(self, message: Message) -> None:
-        """Send a message of the relay's own; without effect on a link that is gone."""
-        self.send_nowait(encode(message))
+        """Send a message of the relay's own, which counts as no frame; without effect on a link that is gone."""
+        try:
+            self.link.send(message)
+        except LinkError:
+            return
 
     def hear_read(self, reader: FrameReader) -> None:
         """All of a request's frames are sent."""
         if self.readers.get(reader.key) is reader:
             del self.readers[reader.key]
+            self.relay.stir("requests", reader.key)
 
     def hear_broken(self, reader: FrameReader) -> None:
         """The rest of a result that was being sent is lost."""
@@ -119,7 +126,11 @@ class ClientLink:
         self.send(refusal)
 
     def hear_place(self, request: Request, place: Place) -> None:
-        """The request's place in the queue."""
+        """The request's place in the queue; a link that is behind hears of it later, and only of the last."""
+        if self.backlog_bytes >= HIGH_WATER_BYTES:
+            self._untold[request.request_id] = place
+            return
+        self._untold.pop(request.request_id, None)
         self.send(Queued(request_id=request.request_id, position=place.position, of=place.of, eta_s=place.eta_s))
 
     # -- its life
@@ -130,6 +141,7 @@ class ClientLink:
         Raises:
             ProtocolError: the client broke the rules.
         """
+        self.link.patient = True  # frames wait for it, and it may only have been put to sleep
         self.link.on_drained(self._pump, LOW_WATER_BYTES)
         try:
             async for data in self.link:
@@ -151,7 +163,12 @@ class ClientLink:
         return [reader for reader in self.readers.values() if reader.log.ended and not reader.done]
 
     def _pump(self) -> None:
-        """The link has drained: the readers that waited for it go on."""
+        """The link has drained: what waited for it goes on."""
+        untold, self._untold = self._untold, {}
+        for request_id, place in untold.items():
+            request = self.held.get(request_id)
+            if request is not None and request.entry.state is State.QUEUED:
+                self.hear_place(request, place)
         for reader in list(self.readers.values()):
             reader.pump()
 
@@ -168,6 +185,7 @@ class ClientLink:
     def _let_go(self, request: Request) -> None:
         if reader := self.readers.pop(request.request_id, None):
             reader.close()
+            self.relay.stir("requests", request.request_id)
         if self.held.pop(request.request_id, None) is None:
             return
         request.holders.discard(self)
@@ -181,6 +199,7 @@ class ClientLink:
             old.close()
         reader = FrameReader(request.request_id, request.log, self, seq)
         self.readers[request.request_id] = reader
+        self.relay.stir("requests", request.request_id)
         reader.open()
 
     # -- messages
@@ -239,6 +258,7 @@ class ClientLink:
             self._let_go(request)
         elif reader := self.readers.pop(leave.request_id, None):
             reader.close()
+            self.relay.stir("requests", leave.request_id)
 
     def _tell_place(self, request: Request) -> None:
         if request.entry.state is State.QUEUED:

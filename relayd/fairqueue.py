@@ -55,6 +55,14 @@ class FairQueue(Generic[WaitingT]):
         """How many requests of `principal` wait."""
         return self._per_principal.get(principal, 0)
 
+    def heads(self) -> Iterator[WaitingT]:
+        """Some of them, among which is the one that came first: with principals and priorities, not with length."""
+        yield from self._promoted.values()
+        for level in self._levels.values():
+            yield from level.first.values()
+            for lane in level.lanes.values():
+                yield next(iter(lane.values()))
+
     def push(self, item: WaitingT) -> None:
         """Stand `item` in line by its ticket, behind its principal's earlier ones."""
         self._count(item)

@@ -228,6 +228,8 @@ class Intake:
         for holder in tuple(request.holders):
             holder.hear_accepted(request)
         request.queued_at = trio.current_time()
+        request.step("accepted")
+        relay.stats.hear_accepted(request)
         log.info(
             "request accepted",
             request_id=request.request_id,

@@ -8,6 +8,8 @@ import logging
 import re
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 import structlog
@@ -19,6 +21,32 @@ from relayd.settings import LogConfig
 #: Loggers that tell every message of every connection at `debug`.
 QUIET_LOGGERS = ("trio-websocket",)
 _TOKEN = re.compile(r"(rly_[a-z]_)[A-Za-z0-9_-]{16,}")
+#: Told every event from `info` up, whatever level the log itself has: method of the logger, and what is logged.
+Tap = Callable[[str, EventDict], None]
+_taps: list[Tap] = []
+
+
+@contextmanager
+def tapped(tap: Tap) -> Iterator[None]:
+    """Tell `tap` what is logged inside the block, from whatever thread logs it. It must neither wait nor raise."""
+    _taps.append(tap)
+    try:
+        yield
+    finally:
+        _taps.remove(tap)
+
+
+def tell_taps(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """The first processor of a log."""
+    if method != "debug":
+        for tap in tuple(_taps):
+            tap(method, event)
+    return event
+
+
+def redacted(text: str) -> str:
+    """`text` with tokens cut to their prefix."""
+    return _TOKEN.sub(r"\1[secret]", text)
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -44,6 +72,7 @@ def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
     ]
     structlog.configure(
         processors=[
+            tell_taps,
             # Asks the stdlib logger at every call, so that `set_level` works on loggers that are in use.
             structlog.stdlib.filter_by_level,
             *common,
@@ -81,7 +110,7 @@ def set_level(level: str) -> None:
 class _Redacting(structlog.stdlib.ProcessorFormatter):
     def format(self, record: logging.LogRecord) -> str:
         """The finished line, with tokens cut to their prefix."""
-        return _TOKEN.sub(r"\1[secret]", super().format(record))
+        return redacted(super().format(record))
 
 
 def _json_processors() -> list[Processor]:

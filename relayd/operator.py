@@ -14,6 +14,8 @@ from protocol.messages import ROLES, SPACE_PATTERN, Done, Message, Rejected, Ste
 from relayd.auth import Tokens, parse_expires, parse_limits
 from relayd.client_link import ClientLink
 from relayd.config import ConfigError, SpaceConfig
+from relayd.describing import describe
+from relayd.logs import redacted
 from relayd.relay import Relay, Space
 from relayd.requests import Request
 from relayd.rows import pages, token_row
@@ -26,6 +28,9 @@ log = structlog.get_logger("relayd.operator")
 #: For one action and its commit.
 STEER_S = 10.0
 Answer = dict[str, Value] | Rejected
+#: Actions that only ask: allowed to who may only look, and no news to anybody.
+QUESTIONS = frozenset({"describe", "list_tokens"})
+MAX_AUDIT_CHARS = 300
 
 
 @attrs.define(eq=False)
@@ -56,6 +61,7 @@ class Operator:
             "list_tokens": self._list_tokens,
             "revoke_token": self._revoke_token,
             "disconnect": self._disconnect,
+            "describe": self._describe,
             "drain": self._drain,
         }
 
@@ -91,24 +97,41 @@ class Operator:
         answer: Answer
         if action is None:
             answer = _no(f"steer action {steer.action!r} is unknown; there are {', '.join(self.actions)}")
-        elif principal.readonly and steer.action != "list_tokens":
+        elif principal.readonly and steer.action not in QUESTIONS:
             answer = Rejected.because(ErrorCode.FORBIDDEN, "this connection is read-only; connect without --readonly")
+            self._note(steer, answer)
         else:
             try:
                 answer = await action(steer)
             except StoreError as fault:
                 answer = Rejected.because(fault.code, str(fault))
-            log.warning(
-                "steered",
-                action=steer.action,
-                target=steer.target,
-                by=principal.name,
-                answer=answer.code if isinstance(answer, Rejected) else "done",
-            )
+            if steer.action not in QUESTIONS:
+                self._note(steer, answer)
         if isinstance(answer, Rejected):
             self.client.send(attrs.evolve(answer, request_id=steer.steer_id or None))
         else:
             self.client.send(Done(steer_id=steer.steer_id, action=steer.action, target=steer.target, data=answer))
+
+    def _note(self, steer: Steer, answer: Answer) -> None:
+        """Who steered what, and what came of it: into the log, and for the other operators to see."""
+        outcome, message = (answer.code, answer.message) if isinstance(answer, Rejected) else ("done", "")
+        by = self.client.principal.name
+        log.warning("steered", action=steer.action, target=steer.target, by=by, answer=str(outcome))
+        self.relay.audit.add(
+            {
+                "principal": by,
+                "connection_id": self.client.connection_id,
+                "peer": self.client.link.peer,
+                "action": steer.action,
+                "target": redacted(steer.target),
+                "outcome": str(outcome),
+                "message": redacted(message)[:MAX_AUDIT_CHARS],
+            }
+        )
+
+    async def _describe(self, steer: Steer) -> Answer:
+        request = self._request(steer.target)
+        return request if isinstance(request, Rejected) else describe(self.relay, request)
 
     def _request(self, request_id: str) -> Request | Rejected:
         request = self.relay.requests.get(request_id)

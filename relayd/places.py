@@ -37,13 +37,13 @@ def tell_places(relay: Relay) -> None:
     relay.scheduler.moved.clear()
     for name in spaces:
         relay.touch("spaces", name)
+        relay.touch("queue", name)
         if not relay.scheduler.spaces[name].queue:
             continue
         for request_id, place in relay.scheduler.places(name, now).items():
             request = relay.requests[request_id]
             if request.told_place != (place.position, place.of):
                 tell(request, place)
-                relay.touch("requests", request_id)
 
 
 def tell(request: Request, place: Place) -> None:

@@ -14,6 +14,10 @@ class WorkerPort(Protocol):
         """The relay's name for it."""
 
     @property
+    def connection_id(self) -> str:
+        """Of its connection."""
+
+    @property
     def principal(self) -> str:
         """Whose it is."""
 
@@ -32,6 +36,10 @@ class WorkerPort(Protocol):
     @property
     def rtt_s(self) -> float | None:
         """Round trip of the last ping."""
+
+    @property
+    def heard_at(self) -> float:
+        """Trio time of the last sign of life."""
 
     def assign(self, request: Request, from_seq: int) -> None:
         """Send `assign`, and the inputs behind it."""
@@ -56,4 +64,7 @@ class Watcher(Protocol):
     """Somebody who wants to know what changed."""
 
     def touch(self, topic: str, key: str) -> None:
-        """The row `key` of `topic` may look otherwise now."""
+        """The row `key` of `topic` may look otherwise now; topic `queue`: the queue of space `key` has moved."""
+
+    def stir(self, topic: str, key: str) -> None:
+        """As `touch`, of something that changes all the time."""

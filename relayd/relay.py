@@ -15,6 +15,7 @@ import trio
 
 from protocol.codec import encode
 from protocol.errors import EncodeError, ErrorCode
+from protocol.fields import Value
 from protocol.messages import (
     MAX_TEXT_CHARS,
     Ack,
@@ -25,6 +26,7 @@ from protocol.messages import (
 )
 from relayd.config import Config, SpaceConfig
 from relayd.deadlines import watch_deadlines
+from relayd.events import MAX_AUDIT, MAX_EVENTS, Ring
 from relayd.ports import Watcher, WorkerPort
 from relayd.requests import UNHEARD_GRACE_S, Request
 from relayd.results import Results
@@ -32,6 +34,7 @@ from relayd.scheduler import Scheduler
 from relayd.spaces import Space as Space
 from relayd.spaces import rules_of, serve_space
 from relayd.states import Decision, Finish, Joined, Requeued, Start, State, Stop, WorkerState
+from relayd.stats import Stats
 from relayd.store.base import PutSpace, SpaceRecord, Store, StoreError, UpdateRequest
 
 if TYPE_CHECKING:
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
     from relayd.wire import Connection
 
 log = structlog.get_logger("relayd")
+
+#: Of the words in a request's steps.
+MAX_STEP_CHARS = 200
 
 
 @attrs.define(eq=False)
@@ -59,12 +65,20 @@ class Relay:
     moved: trio.Event = attrs.field(factory=trio.Event)
     #: Set when the daemon takes nothing new and leaves once what runs has ended.
     draining: trio.Event = attrs.field(factory=trio.Event)
-    started_unix: float = attrs.field(factory=time.time)
+    started_at: float = attrs.field(factory=trio.current_time)
     results: Results = attrs.field(init=False)
+    stats: Stats = attrs.field(factory=Stats)
+    #: What was logged, and what was steered, of late.
+    events: Ring = attrs.field(factory=lambda: Ring(MAX_EVENTS))
+    audit: Ring = attrs.field(factory=lambda: Ring(MAX_AUDIT))
+    #: Of its doors, once they are open.
+    urls: list[str] = attrs.field(factory=list)
     frames: int = 0
     frame_bytes: int = 0
     #: Frames of attempts that were over: dropped.
     fenced_frames: int = 0
+    #: Connections that were cut off because they took nothing.
+    slow_consumers: int = 0
     _ticket: int = 0
 
     def __attrs_post_init__(self) -> None:
@@ -142,6 +156,9 @@ class Relay:
         if isinstance(joined, Rejected):
             return joined
         self.workers[port.worker_id] = port
+        stats = self.stats.of_worker(port.worker_id)
+        stats.name, stats.engine, stats.agent = register.worker, register.engine, port.agent
+        stats.principal, stats.peer = port.principal, port.peer
         if before is not None:
             before.disconnect("the same worker connected anew")
         for name in register.spaces:
@@ -152,7 +169,9 @@ class Relay:
             self.touch("spaces", name)
         for entry in joined.resume:
             self.requests[entry.request_id].last_frame_at = now
+            self.requests[entry.request_id].step("worker_back", worker_id=port.worker_id, attempt=entry.attempt)
             self.requests[entry.request_id].notify()
+            self.touch("requests", entry.request_id)
         self.touch("workers", port.worker_id)
         self._tell_moved()
         return joined
@@ -176,11 +195,13 @@ class Relay:
         if self.workers.get(port.worker_id) is not port:
             return  # it has come back already
         del self.workers[port.worker_id]
+        self.stats.of_worker(port.worker_id).heard_at = port.heard_at
         for entry in self.scheduler.unlink(port.worker_id, trio.current_time()):
             request = self.requests[entry.request_id]
             request.worker_grace_s = self.config.limits.worker_grace_s
             if not entry.has_output:
                 request.worker_grace_s = min(UNHEARD_GRACE_S, request.worker_grace_s)
+            request.step("worker_away", worker_id=port.worker_id)
             request.notify()
             self.touch("requests", entry.request_id)
         self.touch("workers", port.worker_id)
@@ -246,6 +267,9 @@ class Relay:
 
     def lose(self, request_id: str, code: ErrorCode, message: str) -> None:
         """An attempt is lost: tried again, or the request fails, by its retry policy."""
+        request = self.requests.get(request_id)
+        if request is not None and request.entry.state is State.RUNNING:
+            request.step("lost", code=code.value, why=message[:MAX_STEP_CHARS])
         self.carry_out(self.scheduler.lose(request_id, code, message, trio.current_time()))
 
     def carry_out(self, decisions: Iterable[Decision]) -> None:
@@ -257,7 +281,9 @@ class Relay:
                 case Stop():
                     if request := self.requests.get(decision.request_id):
                         request.stopped_at = trio.current_time()
+                        request.step("stopping", why=decision.reason[:MAX_STEP_CHARS])
                         request.notify()
+                        self.touch("requests", request.request_id)
                         if request.entry.stopping is not None:
                             self.record(request)  # a relay that is started again must not let it run on
                     if port := self.workers.get(decision.worker_id):
@@ -267,6 +293,7 @@ class Relay:
                     request.queued_at = trio.current_time()
                     request.stopped_at = None
                     request.details = {}
+                    request.step("requeued", losses=decision.entry.losses)
                     request.notify()
                     self._note(request, "request queued again", losses=decision.entry.losses)
                     self.record(request)
@@ -281,7 +308,9 @@ class Relay:
         request.told_place = None
         if entry.attempt and (entry.attempt > 1 or request.log.next_seq > from_seq):
             request.log.restart(entry.attempt, from_seq)
+        request.step("started", attempt=entry.attempt, worker_id=entry.worker_id, from_seq=from_seq or None)
         request.notify()
+        self.touch("workers", entry.worker_id or "")
         self._note(request, "request started", attempt=entry.attempt, worker=entry.worker_id)
         self.record(request)
         self.workers[entry.worker_id or ""].assign(request, from_seq)
@@ -334,7 +363,9 @@ class Relay:
         request.owed = owed
         now = trio.current_time()
         request.ended_at, request.code, request.message = now, code, message
+        request.step("ended", state=str(state), code=code and str(code), why=message and message[:MAX_STEP_CHARS])
         request.shed()
+        self.stats.hear_ended(request, state, now)
         decisions = self.scheduler.end(request.request_id, state, now)
         known = owed is not None or not request.accepted  # a restart would find it out again, or needs not know
         if known:
@@ -370,6 +401,7 @@ class Relay:
             has_output=entry.has_output,
             reproducible=entry.reproducible,
             stopping=entry.stopping,
+            worker_id=entry.worker_id,
             ended_at=time.time() if request.ended_at is not None else None,
             code=request.code,
             message=request.message,
@@ -385,11 +417,18 @@ class Relay:
         entry = request.entry
         return request if (entry.attempt, entry.worker_id) == (attempt, port.worker_id) else None
 
-    def attempt_failed(self, request: Request, port: WorkerPort, failed: Failed) -> None:
-        """An engine crashed under an attempt: that request alone is tried again or fails, as at a worker's loss."""
-        request.details = failed.details
+    def attempt_lost(
+        self,
+        request: Request,
+        port: WorkerPort,
+        code: ErrorCode,
+        message: str,
+        details: dict[str, Value] | None = None,
+    ) -> None:
+        """An attempt ended and its worker lives (its engine crashed, say): tried again, or failed, as at its loss."""
+        request.details = details or {}
         self.scheduler.workers[port.worker_id].held.pop(request.request_id, None)
-        self.lose(request.request_id, ErrorCode(failed.code), failed.message)
+        self.lose(request.request_id, code, message)
 
     def release(self, port: WorkerPort, request_id: str, attempt: int) -> None:
         """A worker let go of an attempt."""
@@ -413,6 +452,11 @@ class Relay:
         """Tell the watchers that a row may look otherwise."""
         for watcher in self.watchers:
             watcher.touch(topic, key)
+
+    def stir(self, topic: str, key: str) -> None:
+        """As `touch`, for what changes all the time, and is told once a second."""
+        for watcher in self.watchers:
+            watcher.stir(topic, key)
 
     def _tell_moved(self) -> None:
         if self.scheduler.moved:

@@ -11,10 +11,15 @@ import trio
 from protocol.errors import ErrorCode
 from protocol.fields import Value
 from protocol.messages import Ack, AudioFormat, Rejected, Submit
+from relayd.asked import in_brief
 from relayd.config import SpaceConfig
 from relayd.framelog import FrameLog, Sink
 from relayd.states import Entry, Place, State
 
+#: Steps of a request that are remembered: its first ones, and the latest.
+FIRST_STEPS, LATEST_STEPS = 12, 36
+#: What is kept of what an ended request asked for.
+KEPT_BYTES = 1024
 #: How long an attempt that has put out nothing waits for its worker's return before it is tried elsewhere. A worker
 #: reconnects within 0.5 s when only its network blinked; DESIGN §6 promises the second attempt within 2 s.
 UNHEARD_GRACE_S = 1.5
@@ -86,6 +91,11 @@ class Request:
     code: str | None = None
     message: str | None = None
     details: dict[str, object] = attrs.field(factory=dict)
+    #: What has become of it, step by step: a packed map each, to have 10,000 ended requests cost little.
+    steps: list[bytes] = attrs.field(factory=list)
+    steps_left_out: int = 0
+    #: What was asked, in brief, once it has ended; see `relayd.asked`.
+    asked: bytes = b""
     #: Position and queue length last told to the holders.
     told_place: tuple[int, int] | None = None
     #: False once it is completed and its frames are not kept any more.
@@ -108,7 +118,7 @@ class Request:
     ) -> "Request":
         """A request whose times begin now; what it does not say of its deadlines, its space does."""
         now = trio.current_time()
-        return cls(
+        request = cls(
             submit=submit,
             principal=principal,
             entry=entry,
@@ -122,9 +132,21 @@ class Request:
             content=content_hash(submit),
             **more,
         )
+        request.step("taken_up" if request.accepted else "created")
+        return request
+
+    def step(self, event: str, **more: Value) -> None:
+        """Remember what became of it just now."""
+        if len(self.steps) >= FIRST_STEPS + LATEST_STEPS:
+            del self.steps[FIRST_STEPS]
+            self.steps_left_out += 1
+        at_s = round(trio.current_time() - self.created_at, 3)
+        told = {key: value for key, value in more.items() if value is not None}
+        self.steps.append(msgpack.packb({"at_s": at_s, "event": event, **told}))
 
     def shed(self) -> None:
         """It has ended: let go of what only a run needs, which may be 64 KiB and all of its inputs."""
+        self.asked = self.asked or in_brief(self.submit, KEPT_BYTES)
         self.submit = attrs.evolve(self.submit, params={}, inputs={})
         self.drop_inputs()
 

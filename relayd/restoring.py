@@ -81,6 +81,7 @@ def _revive(relay: Relay, record: RequestRecord, result: Contents | None) -> Req
         retry=submit.retry,
         state=state,
         attempt=record.attempt,
+        worker_id=record.worker_id if state is State.RUNNING else None,
         unsure=state.live,
         losses=record.losses,
         started_at=now,

@@ -31,7 +31,7 @@ log = structlog.get_logger("relayd.results")
 FOLDER_NAME = "results"
 #: How often ended requests are looked over, and results that the disk did not take are tried again.
 REAP_INTERVAL_S = 5.0
-#: Ended requests that are remembered at most; the oldest go first. One costs about 2 KiB without its frames.
+#: Ended requests that are remembered at most; the oldest go first. One costs about 3 KiB without its frames.
 MAX_ENDED = 10_000
 #: Memory is relieved down to this part of what it may be, so that not every frame asks for more.
 RELIEVED = 7 / 8

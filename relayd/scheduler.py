@@ -152,8 +152,11 @@ class Scheduler:
             return None
         if entry.state is State.QUEUED:  # given up too early: nobody has begun it anew, so it runs where it ran
             self.spaces[entry.space].queue.remove(entry)
+            entry.losses = max(0, entry.losses - 1)  # it was not lost after all
         elif entry.worker_id not in (None, worker.worker_id):
-            return None
+            if attempt == entry.attempt:
+                return None
+            self._forget_away(entry)
         if attempt != entry.attempt:  # the relay was killed before the store had written that it began
             entry.attempt, entry.started_at, entry.reproducible = attempt, now, worker.reproducible
         entry.unsure = False
@@ -166,9 +169,12 @@ class Scheduler:
         if entry.stopping is not None:
             return [Finish(entry, None, entry.stopping)]
         goes_on = bool(entry.reproducible) and entry.reproducible == worker.reproducible
-        if entry.space not in worker.spaces or (entry.next_seq and not goes_on):
+        begun = entry.next_seq or entry.has_output  # what was heard before a restart has no frames here
+        if entry.space not in worker.spaces or (begun and not goes_on):
             return self.lose(entry.request_id, ErrorCode.WORKER_LOST, "its worker came back without it", now)
         self._run_on(entry, worker)
+        if entry.unsure:
+            entry.attempt, entry.unsure = entry.attempt + 2, False  # as in `_start`
         worker.held[entry.request_id] = entry.attempt
         return [Start(entry, entry.next_seq)]
 
@@ -260,12 +266,17 @@ class Scheduler:
         return self._hand_out(now)
 
     def restore(self, entry: Entry, now: float) -> None:
-        """Take back a request of the store after a restart, by ascending ticket; no worker is there yet to take it."""
+        """Take back a request of the store after a restart, by ascending ticket; no worker is there yet to take it.
+
+        The worker that an attempt ran on, where the store names one, counts as away: it may come back to it.
+        """
         space = self.spaces[entry.space]
         self.entries[entry.request_id] = entry
         if entry.state is State.RUNNING:
             entry.lost_at = now
             space.running[entry.request_id] = entry
+            if entry.worker_id is not None:
+                self._away(entry.worker_id, entry.space).held[entry.request_id] = entry.attempt
         else:
             entry.state = State.QUEUED
             space.queue.push(entry)
@@ -457,6 +468,16 @@ class Scheduler:
             return (Stop(worker.worker_id, entry.request_id, reason),)
         self._forget_away(entry)
         return ()
+
+    def _away(self, worker_id: str, space: str) -> WorkerState:
+        """The state of a worker that is known from the store alone."""
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            instance = worker_id.rpartition("-")[2]
+            worker = WorkerState(worker_id=worker_id, instance=instance, spaces=(), slots=0, linked=False)
+            self.workers[worker_id] = worker
+        worker.spaces = tuple({*worker.spaces, space})
+        return worker
 
     def _forget_away(self, entry: Entry) -> None:
         """A worker that is away has one thing less to come back to; with nothing left it is forgotten."""

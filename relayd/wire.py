@@ -52,6 +52,10 @@ MAX_STRANGERS = 64
 POLICY_VIOLATION = 1008
 INTERNAL_ERROR = 1011
 FULL = "the relay has all the connections it takes; try again later"
+STALLED = Error(
+    code=ErrorCode.SLOW_CONSUMER,
+    message="this connection does not take what is sent to it; connect again, and attach for what is missing",
+)
 
 
 @attrs.define(eq=False)
@@ -61,6 +65,9 @@ class Connection:
     connection_id: str
     link: Link
     principal: Principal
+    #: What its program calls itself.
+    agent: str = ""
+    connected_at: float = attrs.field(factory=trio.current_time)
 
     def disconnect(self, reason: str) -> None:
         """End it now."""
@@ -108,6 +115,7 @@ class Gate:
                         dead_after_s=limits.dead_after_s,
                         send_timeout_s=limits.stall_timeout_s,
                         max_backlog_bytes=limits.max_backlog_bytes,
+                        farewell=STALLED,
                     ) as link:
                         await self._serve_link(link, credentials)
         except LinkError as fault:
@@ -178,7 +186,7 @@ class Gate:
     async def _play(self, link: Link, hello: Hello, principal: Principal) -> None:
         """The connection's part, until its link is gone, its token ends or is revoked."""
         relay = self.relay
-        connection = Connection(secrets.token_hex(8), link, principal)
+        connection = Connection(secrets.token_hex(8), link, principal, hello.agent)
         relay.connections[connection.connection_id] = connection
         log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
         play = {"worker": self._play_worker, "operator": self._play_operator}.get(principal.role, self._play_client)
@@ -190,7 +198,9 @@ class Gate:
                 await _close(link, ErrorCode.UNAUTHENTICATED, "the token has expired", POLICY_VIOLATION)
         finally:
             del relay.connections[connection.connection_id]
-            log.info("disconnected", peer=link.peer, principal=principal.name, why=link.reason or "closed")
+            relay.slow_consumers += link.stalled
+            tell = log.warning if link.stalled else log.info
+            tell("disconnected", peer=link.peer, principal=principal.name, why=link.reason or "closed")
 
     def _welcome(self, connection: Connection) -> Welcome:
         limits = self.relay.config.limits

@@ -101,6 +101,11 @@ class WorkerLink:
         """Round trip of the last ping."""
         return self.link.rtt_s
 
+    @property
+    def heard_at(self) -> float:
+        """Trio time of the last sign of life."""
+        return self.link.last_heard
+
     # -- what the relay asks of it
 
     def send(self, message: Message) -> None:
@@ -256,6 +261,7 @@ class WorkerLink:
         request = self._request_of(frame)
         if request is None or not self._is_next(request, frame):
             return
+        relay = self.relay
         entry, now = request.entry, trio.current_time()
         had_output = entry.has_output
         if isinstance(frame, Audio):
@@ -263,6 +269,7 @@ class WorkerLink:
             if form is None or len(frame.pcm) % form.sample_bytes:
                 raise ProtocolError("audio before `started` with a format, or not of whole samples")
             request.audio_bytes += len(frame.pcm)
+            relay.stats.audio_s += len(frame.pcm) / form.sample_bytes / form.sample_rate
             entry.has_output = True
         elif isinstance(frame, Output):
             entry.has_output = True
@@ -273,13 +280,16 @@ class WorkerLink:
             request.fraction = frame.fraction
         if entry.has_output and request.first_frame_at is None:
             request.first_frame_at = now
+            request.step("first_frame")
+            relay.stats.hear_first_frame(request, now)
+            relay.touch("requests", request.request_id)
         request.last_frame_at = now
-        relay = self.relay
+        relay.stats.of_worker(self.worker_id).frame_bytes += len(data)
         relay.frames += 1
         relay.frame_bytes += len(data)
         request.log.append(data)
         entry.next_seq = request.log.next_seq
-        relay.touch("requests", request.request_id)
+        relay.stir("requests", request.request_id)
         if entry.has_output and not had_output:
             relay.record(request)  # a relay that is started again must not try anew what was heard
         limit = relay.config.limits.max_result_bytes
@@ -302,7 +312,12 @@ class WorkerLink:
                 self.send(ack)
         elif isinstance(frame, Failed) and frame.retryable and frame.code in ENGINE_FAULTS:
             self.send(ack)  # first, so that the worker forgets this attempt before it is handed the next
-            relay.attempt_failed(request, self, frame)
+            relay.attempt_lost(request, self, ErrorCode(frame.code), frame.message, frame.details)
+        elif isinstance(frame, Cancelled) and request.entry.stopping is None:
+            # Nobody cancelled the request: it was told to stop an attempt that was given up, and was cut off before it
+            # had; or it stopped one by itself.
+            self.send(ack)
+            relay.attempt_lost(request, self, ErrorCode.WORKER_LOST, f"its worker stopped it: {frame.reason}")
         elif isinstance(frame, Completed):
             relay.end(request, data, State.COMPLETED, owed=owed)
         elif isinstance(frame, Failed):

@@ -110,6 +110,7 @@ class RequestRecord:
         has_output: whether a listener may have heard something of the current attempt.
         reproducible: as the scheduler's `Entry.reproducible`, of the current attempt.
         stopping: why it is being stopped for good while it runs; None where it is not.
+        worker_id: where the current attempt runs; None where none does.
         code: why it failed.
     """
 
@@ -123,6 +124,7 @@ class RequestRecord:
     has_output: bool = False
     reproducible: str = ""
     stopping: str | None = None
+    worker_id: str | None = None
     created_at: float
     ended_at: float | None = None
     code: str | None = None
@@ -182,6 +184,7 @@ class UpdateRequest:
     has_output: bool = False
     reproducible: str = ""
     stopping: str | None = None
+    worker_id: str | None = None
     ended_at: float | None = None
     code: str | None = None
     message: str | None = None

@@ -61,6 +61,7 @@ _MIGRATIONS = (
         PRIMARY KEY (request_id, name));
     """,
     "ALTER TABLE requests ADD COLUMN stopping TEXT;",
+    "ALTER TABLE requests ADD COLUMN worker_id TEXT;",
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 

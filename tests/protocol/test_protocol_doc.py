@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,10 @@ from protocol.messages import (
     Submit,
     Table,
 )
-from relayd import rows
+from protocol.watch import COUNTS_ON, ROW_KEYS
+from relayd import events, rows
+from relayd.asked import in_brief
+from relayd.describing import describe
 from relayd.operator import Operator
 from relayd.settings import Limits, SpaceConfig
 
@@ -208,7 +212,7 @@ def test_the_table_of_steers_is_the_operators_table() -> None:
 
 def keys_of(function: Any) -> set[str]:
     """The keys that a function of `relayd.rows` gives its row: those of its literals and its assignments."""
-    tree = ast.parse(inspect.getsource(function))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     keys: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict) and len(node.keys) > 1:
@@ -219,19 +223,38 @@ def keys_of(function: Any) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("topic", "function"),
+    ("topic", "functions"),
     [
-        ("relay", rows.relay_row),
-        ("workers", rows.worker_row),
-        ("requests", rows.request_row),
-        ("clients", rows.client_row),
+        ("relay", [rows.relay_row]),
+        ("spaces", [rows.space_row, rows.watched_space_row]),
+        ("workers", [rows.worker_row]),
+        ("requests", [rows.request_row]),
+        ("clients", [rows.client_row]),
+        ("history", [rows.history_row]),
+        ("log", [events.event_row, events.Ring.add]),
+        ("audit", [Operator._note, events.Ring.add]),
     ],
 )
-def test_every_key_of_an_operators_row_is_named(topic: str, function: Any) -> None:
+def test_every_key_of_an_operators_row_is_named(topic: str, functions: list[Any]) -> None:
     paragraph = re.search(rf"^\*\*`{topic}` rows:\*\*(.*?)\n\n", DOC, re.MULTILINE | re.DOTALL)
     assert paragraph
-    assert keys_of(function)
-    assert keys_of(function) <= set(re.findall(r"`(\w+)`", paragraph[1]))
+    for function in functions:
+        assert keys_of(function)
+        assert keys_of(function) - {"inputs", "params"} <= set(re.findall(r"`(\w+)`", paragraph[1]))
+
+
+def test_every_key_of_a_description_is_named() -> None:
+    told = set(re.findall(r"`(\w+)`", section("9.2 Steer").partition("`describe` tells all")[2]))
+    assert keys_of(describe) | keys_of(in_brief) <= told
+
+
+def test_the_values_that_count_on_are_told() -> None:
+    ages = re.search(r"^\*\*Ages\.\*\*(.*?)\n\n", DOC, re.MULTILINE | re.DOTALL)
+    assert ages
+    for topic, keys in COUNTS_ON.items():
+        counted = re.search(rf"`{topic}`: (.*?)(?=\.\s`|\. The relay|$)", ages[1].replace("\n", " "))
+        assert counted
+        assert set(keys) == set(re.findall(r"`(\w+_s)`", counted[1]))
 
 
 def test_every_key_of_a_space_and_of_a_token_is_named() -> None:
@@ -244,8 +267,7 @@ def test_every_key_of_a_space_and_of_a_token_is_named() -> None:
 def test_the_topics_are_those_of_the_relay() -> None:
     told = {code(row[0]): code(row[1]) for row in table(section("9.1 Watch"))}
     assert tuple(told) == rows.TOPICS
-    for topic, key in told.items():
-        assert key in keys_of(getattr(rows, f"{topic.removesuffix('s')}_row"))
+    assert told == ROW_KEYS
 
 
 def test_links_of_the_contents_lead_to_headings() -> None:

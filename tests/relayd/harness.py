@@ -37,6 +37,7 @@ from protocol.messages import (
 from protocol.websocket import connect
 from relayd.app import serve
 from relayd.config import Config, load_config
+from relayd.logs import tell_taps
 from relayd.relay import Relay
 
 FORMAT = AudioFormat(sample_rate=24_000)
@@ -74,6 +75,7 @@ async def running(config: Config) -> AsyncIterator[list[str]]:
     # Plain tracebacks: structlog's own show local variables, and take minutes for the megabytes in some of them.
     structlog.configure(
         processors=[
+            tell_taps,
             structlog.processors.add_log_level,
             structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
         ]

@@ -340,6 +340,33 @@ async def test_a_hung_attempt_waits_for_its_slot_on_the_same_worker(tmp_path: Pa
 
 
 @pytest.mark.trio
+async def test_an_attempt_that_was_given_up_taken_up_and_then_stopped_is_tried_again(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path, spaces={"tts": {"idle_timeout_s": 0.1}}) as relay,
+        peer(relay.url, "client") as client,
+    ):
+        submit = a_submit()
+        instance = an_id()
+        async with fake_worker(relay.url, instance=instance) as worker:
+            client.send(submit)
+            old = await worker.assigned()
+            await worker.peer.next(Cancel)
+            await worker.peer.cut()
+        running = [Running(request_id=old.request_id, attempt=1, next_seq=0)]
+        async with fake_worker(relay.url, instance=instance, running=running) as worker:
+            assert [one.request_id for one in (await worker.peer.next(Registered)).resume] == [submit.request_id]
+            assert relay.relay.requests[submit.request_id].entry.losses == 0, "it is not lost yet"
+            worker.send(Cancelled(**seat(old, 0), reason="its worker sent nothing for 0.1 s"))
+            await worker.peer.next(Ack)
+            assign = await worker.assigned()
+            assert assign.attempt == 2
+            assert relay.relay.requests[submit.request_id].entry.losses == 1
+            worker.speak(assign, PCM)
+            assert heard(await client.frames(submit)) == b"".join(PCM)
+            await relay.at_rest()
+
+
+@pytest.mark.trio
 async def test_registering_again_changes_the_slots(tmp_path: Path) -> None:
     async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker, peer(relay.url, "client") as client:
         first, second = a_submit(), a_submit()

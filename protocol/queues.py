@@ -1,0 +1,110 @@
+"""The order of every space's queue, put together from what a `watch` tells. Pure.
+
+The relay does not tell a request's row again because those ahead of it have left: with 10,000 in a queue each start
+would move them all. It tells the rows that entered, left or changed places among each other; the rest follows.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import Any
+
+from protocol.messages import Delta, Snapshot
+
+Row = dict[str, Any]
+
+
+class Queues:
+    """Who waits where. Give it every change of one watch, in order; then its places are exact."""
+
+    def __init__(self) -> None:
+        self._orders: dict[str, list[str]] = {}
+        self._space_of: dict[str, str] = {}
+        #: Space -> request id -> position; made when asked for.
+        self._positions: dict[str, dict[str, int]] = {}
+
+    def apply(self, change: Snapshot | Delta) -> None:
+        """Take a whole snapshot, or the whole of a round of changes (pages joined)."""
+        if isinstance(change, Snapshot):
+            self._orders, self._space_of, self._positions = {}, {}, {}
+        rows: list[Row] = change.data.get("requests", [])
+        gone = change.gone.get("requests", []) if isinstance(change, Delta) else ()
+        self._take_out([*(row.get("request_id", "") for row in rows), *gone])
+        placed = [row for row in rows if isinstance(row.get("position"), int)]
+        for row in sorted(placed, key=lambda row: int(row["position"])):
+            space, request_id = row.get("space", ""), row.get("request_id", "")
+            self._orders.setdefault(space, []).insert(row["position"] - 1, request_id)
+            self._space_of[request_id] = space
+            self._positions.pop(space, None)
+        # Told while it had a place, and it has lost it since: its place counted for those behind it.
+        self._take_out(row.get("request_id", "") for row in placed if row.get("state") != "queued")
+
+    def _take_out(self, request_ids: Iterable[str]) -> None:
+        leaving: dict[str, set[str]] = {}
+        for request_id in request_ids:
+            space = self._space_of.pop(request_id, None)
+            if space is not None:
+                leaving.setdefault(space, set()).add(request_id)
+        for space, ids in leaving.items():
+            self._positions.pop(space, None)
+            left = [request_id for request_id in self._orders[space] if request_id not in ids]
+            if left:
+                self._orders[space] = left
+            else:
+                del self._orders[space]
+
+    def order(self, space: str) -> list[str]:
+        """Request ids in the order in which the space will serve them, as things stand."""
+        return list(self._orders.get(space, ()))
+
+    def position(self, request_id: str) -> int | None:
+        """Where a request stands in its space, from 1; None if it is not queued."""
+        space = self._space_of.get(request_id)
+        if space is None:
+            return None
+        if space not in self._positions:
+            self._positions[space] = {each: number for number, each in enumerate(self._orders[space], 1)}
+        return self._positions[space][request_id]
+
+
+def to_tell(told: Iterable[str], order: list[str], again: set[str]) -> set[str]:
+    """Whose rows a reader needs to come from one order of a queue to another. The relay's part of `Queues`.
+
+    Args:
+        told: the order that the reader has.
+        order: the order as it is now.
+        again: who is told in any case; a reader takes them out and puts them in at their positions.
+
+    Returns:
+        ids of `order` that are to be told, `again` aside: those that are new in it, and those that have overtaken
+        others. Who is in `told` alone must be told (to have left) in the same round.
+    """
+    now = set(order) - again
+    kept = [each for each in told if each in now]
+    fresh = now.difference(kept)
+    rest = [each for each in order if each in now and each not in fresh] if fresh or again else order
+    if rest == kept:
+        return fresh
+    # Those in the longest run of the old order that still is one stay; the others have moved.
+    place = {each: number for number, each in enumerate(kept)}
+    return fresh | set(rest) - _longest_rising(rest, place)
+
+
+def _longest_rising(rest: list[str], place: dict[str, int]) -> set[str]:
+    """The most ids of `rest` whose places rise (patience sorting)."""
+    tops: list[int] = []  # the lowest place that a run of each length can end with
+    ends: list[int] = []  # index in rest of that end
+    before: list[int] = []  # index in rest -> index of what comes before it in its run
+    for index, each in enumerate(rest):
+        at = bisect_right(tops, place[each])
+        before.append(ends[at - 1] if at else -1)
+        if at == len(tops):
+            tops.append(place[each])
+            ends.append(index)
+        else:
+            tops[at], ends[at] = place[each], index
+    run: set[str] = set()
+    index = ends[-1] if ends else -1
+    while index >= 0:
+        run.add(rest[index])
+        index = before[index]
+    return run

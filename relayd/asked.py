@@ -1,0 +1,60 @@
+"""What a request asks for, in brief: params of any length, cut to what a person reads and a message carries. Pure."""
+
+import msgpack
+
+from protocol.fields import Value
+from protocol.messages import Submit
+
+#: Deeper maps and arrays are told by their size.
+MAX_DEPTH = 4
+#: Items of a map or an array.
+MAX_ITEMS = 32
+#: Characters of a name.
+MAX_KEY_CHARS = 64
+#: The longest strings that are tried, one after the other, until all of it fits.
+STRING_CHARS = (2_000, 500, 200, 60)
+MAX_INPUTS = 16
+
+
+def in_brief(submit: Submit, most_bytes: int) -> bytes:
+    """Packed map of `params`, `params_cut` (whether something of them is left out) and `inputs`, if there is room.
+
+    Args:
+        submit: what came.
+        most_bytes: of the result; at least 200.
+    """
+    inputs = [
+        {"name": name, "media_type": info.media_type, "size": info.size}
+        for name, info in list(submit.inputs.items())[:MAX_INPUTS]
+    ]
+    for chars in STRING_CHARS:
+        params = _cut(submit.params, chars, MAX_DEPTH)
+        packed: bytes = msgpack.packb({"params": params, "params_cut": params != submit.params, "inputs": inputs})
+        if len(packed) <= most_bytes:
+            return packed
+    some: dict[str, Value] = {}
+    brief: dict[str, Value] = {"params": some, "params_cut": True, "inputs": []}
+    for key, value in _cut(submit.params, STRING_CHARS[-1], 1).items():
+        some[key] = value
+        if len(msgpack.packb(brief)) > most_bytes:
+            del some[key]
+            break
+    whole: bytes = msgpack.packb(brief | {"params_cut": some != submit.params})
+    return whole
+
+
+def _cut(value: Value, chars: int, depth: int) -> Value:
+    if isinstance(value, str):
+        return value if len(value) <= chars else f"{value[: chars - 1]}…"
+    if isinstance(value, bytes):
+        return f"({len(value)} bytes)"
+    if isinstance(value, dict):
+        if not depth:
+            return f"({len(value)} keys)" if value else {}
+        some = list(value.items())[:MAX_ITEMS]
+        return {key[:MAX_KEY_CHARS]: _cut(item, chars, depth - 1) for key, item in some}
+    if isinstance(value, list):
+        if not depth:
+            return f"({len(value)} items)" if value else []
+        return [_cut(item, chars, depth - 1) for item in value[:MAX_ITEMS]]
+    return value

@@ -1,0 +1,261 @@
+"""How the relay has been doing: in the last seconds, the last minute, the last five minutes, and since the start.
+
+What happens often is only counted, in plain numbers; once a second `sample` looks at them and makes rates of them.
+"""
+
+import math
+from collections import deque
+from collections.abc import Container
+from typing import TYPE_CHECKING, TypeVar
+
+import attrs
+import structlog
+import trio
+
+from relayd.states import State
+
+if TYPE_CHECKING:
+    from relayd.relay import Relay
+    from relayd.requests import Request
+
+T = TypeVar("T")
+log = structlog.get_logger("relayd.stats")
+
+SAMPLE_S = 1.0
+#: What "a minute" and "lately" mean in rows.
+MINUTE = 60
+LATELY_S = 300.0
+#: Samples kept of one kind: a percentile of a thousand is as good as one of all.
+MAX_SAMPLES = 1_000
+#: Over which bytes a second are told: long enough for frames of a second each.
+RATE_SAMPLES = 6
+
+
+@attrs.define(eq=False)
+class Minute:
+    """What was counted in each of the last sixty seconds, the running one last."""
+
+    total: float = 0.0
+    _buckets: deque[float] = attrs.field(factory=lambda: deque([0.0] * MINUTE, maxlen=MINUTE))
+    _second: int = 0
+
+    def add(self, now: float, amount: float = 1.0) -> None:
+        """Count `amount`."""
+        self._roll(now)
+        self._buckets[-1] += amount
+        self.total += amount
+
+    def sum(self, now: float) -> float:
+        """Of the last minute."""
+        self._roll(now)
+        return math.fsum(self._buckets)
+
+    def by_second(self, now: float) -> list[float]:
+        """Sixty numbers, the oldest first."""
+        self._roll(now)
+        return list(self._buckets)
+
+    def _roll(self, now: float) -> None:
+        second = int(now)
+        if second > self._second:
+            self._buckets.extend([0.0] * min(second - self._second, MINUTE))
+            self._second = second
+
+
+@attrs.define(eq=False)
+class Lately:
+    """Samples of the last five minutes, the latest thousand at most, and what they come to."""
+
+    _samples: deque[tuple[float, float]] = attrs.field(factory=lambda: deque(maxlen=MAX_SAMPLES))
+    _sorted: list[float] | None = None
+
+    def add(self, now: float, value: float) -> None:
+        """Take a sample."""
+        self._samples.append((now, value))
+        self._sorted = None
+
+    def percentile(self, now: float, part: float) -> float | None:
+        """The sample that `part` of all do not exceed (nearest rank); None where there is none."""
+        while self._samples and self._samples[0][0] < now - LATELY_S:
+            self._samples.popleft()
+            self._sorted = None
+        if self._sorted is None:
+            self._sorted = sorted(value for _when, value in self._samples)
+        values = self._sorted
+        return round(values[max(0, math.ceil(part * len(values)) - 1)], 3) if values else None
+
+
+@attrs.frozen
+class End:
+    """How a request ended: when, whether it failed, and how long it ran for how much audio."""
+
+    when: float
+    failed: bool
+    run_s: float = 0.0
+    audio_s: float = 0.0
+
+
+@attrs.define(eq=False)
+class Ends:
+    """The ends of the last five minutes, the latest thousand at most."""
+
+    _ends: deque[End] = attrs.field(factory=lambda: deque(maxlen=MAX_SAMPLES))
+    _told: tuple[float | None, float | None] | None = None
+
+    def add(self, end: End) -> None:
+        """Take one more."""
+        self._ends.append(end)
+        self._told = None
+
+    def rtf(self, now: float) -> float | None:
+        """Real-time factor: seconds run per second of audio, of what was completed; None where there was no audio."""
+        return self._look(now)[0]
+
+    def error_percent(self, now: float) -> float | None:
+        """Of what was completed or failed, how much failed; None where nothing was."""
+        return self._look(now)[1]
+
+    def _look(self, now: float) -> tuple[float | None, float | None]:
+        while self._ends and self._ends[0].when < now - LATELY_S:
+            self._ends.popleft()
+            self._told = None
+        if self._told is None:
+            audio_s = math.fsum(end.audio_s for end in self._ends)
+            run_s = math.fsum(end.run_s for end in self._ends if end.audio_s)
+            failed = sum(end.failed for end in self._ends)
+            self._told = (
+                round(run_s / audio_s, 3) if audio_s else None,
+                round(100 * failed / len(self._ends), 1) if self._ends else None,
+            )
+        return self._told
+
+
+@attrs.define(eq=False)
+class Rate:
+    """How fast a counter rises, from what it was at each of the last samples."""
+
+    per_s: int = 0
+    _seen: deque[tuple[float, int]] = attrs.field(factory=lambda: deque(maxlen=RATE_SAMPLES))
+
+    def sample(self, now: float, count: int) -> None:
+        """The counter stands at `count` now."""
+        seen = self._seen
+        if not seen:  # it has begun since the last sample
+            seen.append((now - SAMPLE_S, 0))
+        seen.append((now, count))
+        when, before = seen[0]
+        self.per_s = round((count - before) / (now - when)) if now > when else 0
+
+
+@attrs.define(eq=False)
+class SpaceStats:
+    """Of one space."""
+
+    accepted: Minute = attrs.field(factory=Minute)
+    first_audio: Lately = attrs.field(factory=Lately)
+    ends: Ends = attrs.field(factory=Ends)
+
+
+@attrs.define(eq=False)
+class WorkerStats:
+    """Of one worker: who it is, also while it is away, and how it did."""
+
+    name: str = ""
+    engine: str = ""
+    agent: str = ""
+    principal: str = ""
+    peer: str = ""
+    heard_at: float = 0.0
+    frame_bytes: int = 0
+    rate: Rate = attrs.field(factory=Rate)
+    ends: Ends = attrs.field(factory=Ends)
+
+
+@attrs.define(eq=False)
+class Stats:
+    """Of the whole relay. `audio_s` and `out_bytes` are raised by whoever passes frames on."""
+
+    audio_s: float = 0.0
+    out_bytes: int = 0
+    accepted: Minute = attrs.field(factory=Minute)
+    errors: Minute = attrs.field(factory=Minute)
+    audio: Minute = attrs.field(factory=Minute)
+    first_audio: Lately = attrs.field(factory=Lately)
+    spaces: dict[str, SpaceStats] = attrs.field(factory=dict)
+    workers: dict[str, WorkerStats] = attrs.field(factory=dict)
+    clients: dict[str, Rate] = attrs.field(factory=dict)
+    out: Rate = attrs.field(factory=Rate)
+    frames_in: Rate = attrs.field(factory=Rate)
+
+    def of_space(self, name: str) -> SpaceStats:
+        """What is known of a space."""
+        if name not in self.spaces:
+            self.spaces[name] = SpaceStats()
+        return self.spaces[name]
+
+    def of_worker(self, worker_id: str) -> WorkerStats:
+        """What is known of a worker."""
+        if worker_id not in self.workers:  # asked at each frame
+            self.workers[worker_id] = WorkerStats()
+        return self.workers[worker_id]
+
+    # -- what happens
+
+    def hear_accepted(self, request: "Request") -> None:
+        """A request is in."""
+        now = trio.current_time()
+        self.accepted.add(now)
+        self.of_space(request.submit.space).accepted.add(now)
+
+    def hear_first_frame(self, request: "Request", now: float) -> None:
+        """The first output of a request has come."""
+        waited_s = now - request.created_at
+        self.first_audio.add(now, waited_s)
+        self.of_space(request.submit.space).first_audio.add(now, waited_s)
+
+    def hear_ended(self, request: "Request", state: State, now: float) -> None:
+        """A request has ended as `state`."""
+        if state is State.FAILED:
+            self.errors.add(now)
+        if state is State.CANCELLED:
+            return
+        done = state is State.COMPLETED and request.entry.worker_id is not None
+        end = End(
+            now,
+            failed=state is State.FAILED,
+            run_s=now - request.entry.started_at if done else 0.0,
+            audio_s=request.audio_s or 0.0 if done else 0.0,
+        )
+        self.of_space(request.submit.space).ends.add(end)
+        if request.entry.worker_id in self.workers:
+            self.workers[request.entry.worker_id].ends.add(end)
+
+    # -- what is looked at once a second
+
+    def sample(self, relay: "Relay", now: float) -> None:
+        """Make rates of the counters, and forget spaces, workers and clients that are gone."""
+        self.audio.add(now, self.audio_s - self.audio.total)
+        self.out.sample(now, self.out_bytes)
+        self.frames_in.sample(now, relay.frame_bytes)
+        for worker in self.workers.values():
+            worker.rate.sample(now, worker.frame_bytes)
+        for connection_id, client in relay.clients.items():
+            self.clients.setdefault(connection_id, Rate()).sample(now, client.bytes_sent)
+        _forget(self.spaces, relay.spaces)
+        _forget(self.workers, relay.scheduler.workers)
+        _forget(self.clients, relay.clients)
+
+
+def _forget(known: dict[str, T], there: Container[str]) -> None:
+    for name in [name for name in known if name not in there]:
+        del known[name]
+
+
+async def serve_stats(relay: "Relay") -> None:
+    """Look at the counters once a second, until cancelled."""
+    while True:
+        await trio.sleep(SAMPLE_S)
+        try:
+            relay.stats.sample(relay, trio.current_time())
+        except Exception:
+            log.exception("counting broke the relay's own rules")

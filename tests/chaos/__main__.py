@@ -1,0 +1,45 @@
+"""`python -m tests.chaos`: one long run, its table on stdout; exit code 1 where a promise was broken."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import trio
+
+from tests.chaos.run import Settings, clear, report, run_chaos
+
+#: Of the run, at its end, the relay's process is left alone, to see what an old one keeps.
+SPARED = 0.1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="of everything that is drawn (1)")
+    parser.add_argument("--minutes", type=float, default=1.0, help="how long there are faults (1)")
+    parser.add_argument("--clients", type=int, default=6, help="listeners at once (6)")
+    parser.add_argument("--slots", type=int, default=3, help="of each of the three workers (3)")
+    parser.add_argument("-o", "--output", type=Path, help="write the table to this file as well")
+    given = parser.parse_args()
+    storm_s = given.minutes * 60
+    settings = Settings(
+        seed=given.seed,
+        storm_s=storm_s,
+        spare_relay_s=storm_s * SPARED,
+        clients=given.clients,
+        slots=given.slots,
+    )
+    folder = Path(tempfile.mkdtemp(prefix="relayd-chaos-"))
+    ledger = trio.run(run_chaos, folder, settings)
+    told = report(ledger, settings, folder)
+    print(told, flush=True)
+    if given.output:
+        given.output.write_text(told + "\n")
+    if ledger.complaints:
+        return 1
+    clear(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

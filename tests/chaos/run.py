@@ -1,0 +1,328 @@
+"""One run: processes, lines, clients and the storm, and what is left when it is over.
+
+`python -m tests.chaos --seed 7 --minutes 25`, as `make chaos SEED=7 MINUTES=25` calls it.
+"""
+
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import attrs
+import trio
+
+from protocol.client import open_relay
+from protocol.messages import Snapshot
+from tests.chaos.faults import Storm
+from tests.chaos.haste import in_haste
+from tests.chaos.ledger import Ledger, Windows
+from tests.chaos.listeners import END_S, Client, open_client
+from tests.chaos.plans import CHUNK_MS, FRAIL_ATTEMPTS, FRAIL_IDLE_S, PATIENT_ATTEMPTS, SAMPLE_RATE_HZ, Plan
+from tests.chaos.proxy import Line, open_line
+from tests.chaos.stage import Actor
+
+Gap = tuple[float, float]
+
+_CONFIG = """\
+listen = "127.0.0.1:{port}"
+state_dir = "{folder}/state"
+drain_timeout_s = 4.0
+
+[log]
+format = "json"
+
+[limits]
+ping_interval_s = 0.5
+dead_after_s = 2.0
+resume_window_s = {resume_window_s}
+worker_grace_s = {worker_grace_s}
+stall_timeout_s = 10.0
+cancel_grace_s = 2.0
+
+[results]
+retain_s = {retain_s}
+
+[spaces.tts]
+max_workers = 8
+max_attempts = {patient}
+queue_timeout_s = 60.0
+idle_timeout_s = 20.0
+
+[spaces.loose]
+max_workers = 8
+max_attempts = {patient}
+queue_timeout_s = 60.0
+idle_timeout_s = 20.0
+
+[spaces.frail]
+max_workers = 8
+max_attempts = {frail}
+queue_timeout_s = 60.0
+idle_timeout_s = {frail_idle_s}
+"""
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """Of one run.
+
+    Args:
+        seed: of everything that is drawn.
+        storm_s: how long there are faults.
+        spare_relay_s: of it, at the end, how long the relay's process is left alone, to see what it keeps.
+        clients: listeners at once.
+        slots: of each of the two workers of space `tts`; that of `loose` has as many.
+        relay_gap_s: between two faults of the relay, from its being back on; drawn from this range, as the others.
+        worker_gap_s: the same of each worker.
+        client_gap_s: the same of each client.
+        retain_s: results are kept this long; afterwards the relay must be as small as in the beginning.
+        wait_retention: whether to wait for that.
+        rss_allowance_mib: by which the relay may have grown.
+    """
+
+    seed: int
+    storm_s: float
+    spare_relay_s: float
+    clients: int = 6
+    slots: int = 3
+    relay_gap_s: Gap = (1.0, 3.6)
+    worker_gap_s: Gap = (1.0, 5.0)
+    client_gap_s: Gap = (1.0, 6.0)
+    retain_s: float = 40.0
+    wait_retention: bool = True
+    rss_allowance_mib: float = 24.0
+
+
+#: Below most of the times between two kills of the relay, each of which begins the waiting anew.
+WINDOWS = Windows(worker_grace_s=2.5, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0)
+
+
+@attrs.define(eq=False)
+class Stage:
+    """All that takes part."""
+
+    folder: Path
+    settings: Settings
+    ledger: Ledger
+    relay: Actor
+    workers: list[Actor]
+    worker_lines: list[Line]
+    clients: list[Client]
+
+    @property
+    def socket_url(self) -> str:
+        """The operator's door."""
+        return f"unix:{self.folder}/state/relayd.sock"
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has; the relay comes back to it after every restart."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def make_token(folder: Path, role: str) -> str:
+    """A token of a relay that does not run yet."""
+    command = [sys.executable, "-m", "relayd.cli", "token", "create", "--role", role, "--name", f"chaos-{role}"]
+    command += ["--config", str(folder / "relayd.toml")]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout.strip()
+
+
+@asynccontextmanager
+async def open_stage(folder: Path, settings: Settings, nursery: trio.Nursery) -> AsyncIterator[Stage]:
+    """Everything up and undisturbed; all processes are killed at the end of the block."""
+    port = free_port()
+    target = ("127.0.0.1", port)
+    values = attrs.asdict(WINDOWS) | {"port": port, "folder": folder, "retain_s": settings.retain_s}
+    values |= {"patient": PATIENT_ATTEMPTS, "frail": FRAIL_ATTEMPTS, "frail_idle_s": FRAIL_IDLE_S}
+    (folder / "relayd.toml").write_text(_CONFIG.format(**values))
+    tokens = {role: await trio.to_thread.run_sync(make_token, folder, role) for role in ("worker", "client")}
+    ledger = Ledger(WINDOWS, trio.current_time())
+    serve = ("relayd.cli", "serve", "--config", str(folder / "relayd.toml"))
+    relay = Actor("relay", serve, {}, folder, ledger.hear, '"event": "listening"')
+    async with AsyncExitStack() as stack:
+
+        async def line_of(name: str) -> Line:
+            draws = random.Random(f"{settings.seed} line of {name}")
+            return await stack.enter_async_context(open_line(name, target, draws))
+
+        stack.push_async_callback(relay.kill)
+        await relay.start(nursery)
+        await relay.wait_ready()
+        workers, lines = [], []
+        for name, spaces, reproducible in (
+            ("a", ("tts", "frail"), "true"),
+            ("b", ("tts",), "true"),
+            ("c", ("loose",), "false"),
+        ):
+            line = await line_of(f"worker {name}")
+            command = ["tests.chaos.haste", "run", "--name", name, "--relay", f"ws://127.0.0.1:{line.port}"]
+            command += ["--engine", "mock", "--slots", str(settings.slots), "--cancel-grace", "1"]
+            command += [f"--space={space}" for space in spaces]
+            for option in (f"reproducible={reproducible}", f"sample_rate={SAMPLE_RATE_HZ}", f"chunk_ms={CHUNK_MS}"):
+                command += ["-o", option]
+            environ = {"RELAY_TOKEN": tokens["worker"]}
+            worker = Actor(name, command, environ, folder, ledger.hear, "registered space")
+            stack.push_async_callback(worker.kill)
+            await worker.start(nursery)
+            workers.append(worker)
+            lines.append(line)
+        for worker in workers:
+            await worker.wait_ready()
+        clients: list[Client] = []
+        for number in range(1, settings.clients + 1):
+            name = f"client {number}"
+            line = await line_of(name)
+            link = await stack.enter_async_context(open_client(line, tokens["client"], ledger))
+            clients.append(Client(name, link, line, ledger, tokens["client"], settings.seed, target))
+        for client in clients:
+            client.others = clients
+        yield Stage(folder, settings, ledger, relay, workers, lines, clients)
+
+
+def undisturbed(client: Client, space: str) -> Plan:
+    """A request of the warm-up, whose samples show that the expected ones are those of an undisturbed run."""
+    return Plan(
+        name=f"{client.name} warms up {space}",
+        kind="plain",
+        space=space,
+        seed=7,
+        duration_s=1.0,
+        speed=4.0,
+        retry="never",
+        fail=None,
+        progress=0,
+        at_frame=0,
+        later_s=0.0,
+    )
+
+
+async def warm_up(stage: Stage) -> tuple[int, float]:
+    """Undisturbed requests; the relay's open files and memory after them, with its clients and workers connected."""
+    async with trio.open_nursery() as nursery:
+        for number, client in enumerate(stage.clients):
+            nursery.start_soon(client.follow, undisturbed(client, ("tts", "loose")[number % 2]))
+    return stage.relay.figures()
+
+
+async def look_over(stage: Stage) -> dict[str, list[dict[str, object]]]:
+    """Rows of all topics, as an operator sees them."""
+    async with open_relay(stage.socket_url, token="", role="operator") as relay, relay.watch() as watch:
+        async for change in watch:
+            if isinstance(change, Snapshot):
+                return {topic: list(rows.values()) for topic, rows in watch.state.items()}
+    raise AssertionError("the relay ended the watch")
+
+
+async def check_remains(stage: Stage, before: tuple[int, float]) -> None:
+    """Once all is over: slots free, nothing alive, files and memory of the relay as they were."""
+    ledger, settings = stage.ledger, stage.settings
+    faults = ["nothing looked at"]
+    with trio.move_on_after(settings.retain_s * settings.wait_retention + 20.0):
+        while faults:
+            faults = _remains(stage, before, await look_over(stage))
+            await trio.sleep(0.5)
+    files, rss_mib = stage.relay.figures()
+    ledger.note("run", f"relay: {before[0]} open files and {before[1]:.1f} MiB before, {files} and {rss_mib:.1f} after")
+    ledger.counts["relay open files before"], ledger.counts["relay open files after"] = before[0], files
+    ledger.counts["relay MiB before"], ledger.counts["relay MiB after"] = round(before[1]), round(rss_mib)
+    for fault in faults:
+        ledger.complain(fault)
+
+
+def _remains(stage: Stage, before: tuple[int, float], rows: dict[str, list[dict[str, object]]]) -> list[str]:
+    faults = []
+    live = [row["request_id"] for row in rows.get("requests", ()) if row["state"] in ("uploading", "queued", "running")]
+    if live:
+        faults.append(f"{len(live)} requests are still alive: {live[:5]}")
+    kept = rows.get("requests", ())
+    if stage.settings.wait_retention and kept:
+        faults.append(f"{len(kept)} ended requests are kept longer than retain_s")
+    workers = {str(row["worker_id"]).rpartition("-")[0]: row for row in rows.get("workers", ())}
+    for worker in stage.workers:
+        row = workers.get(worker.name)
+        if row is None or row["slots"] != stage.settings.slots:
+            faults.append(f"worker {worker.name} has not come back with all of its slots: {row}")
+        elif row["busy"]:
+            faults.append(f"slots of worker {worker.name} are still taken: {row}")
+    if len(workers) > len(stage.workers) or len(rows.get("workers", ())) > len(stage.workers):
+        faults.append(f"workers of former times are still awaited: {sorted(workers)}")
+    files, rss_mib = stage.relay.figures()
+    if files > before[0]:
+        faults.append(f"the relay has {files} open files, and had {before[0]}")
+    if rss_mib > before[1] + stage.settings.rss_allowance_mib:
+        faults.append(f"the relay has {rss_mib:.1f} MiB, and had {before[1]:.1f}")
+    return faults
+
+
+async def run_chaos(folder: Path, settings: Settings) -> Ledger:
+    """A whole run; what was seen, and what was wrong in `complaints`."""
+    with in_haste():
+        async with trio.open_nursery() as nursery:
+            async with open_stage(folder, settings, nursery) as stage:
+                await _run(stage, nursery)
+            nursery.cancel_scope.cancel()
+    return stage.ledger
+
+
+async def _run(stage: Stage, nursery: trio.Nursery) -> None:
+    settings, ledger = stage.settings, stage.ledger
+    before = await warm_up(stage)
+    storm = Storm(settings.seed, ledger, nursery)
+    storm.relay_track(stage.relay, settings.relay_gap_s)
+    for worker, line in zip(stage.workers, stage.worker_lines, strict=True):
+        storm.worker_track(worker, line, settings.worker_gap_s)
+    for client in stage.clients:
+        storm.client_track(client.line, settings.client_gap_s)
+    leave = trio.Event()
+    with trio.move_on_after(settings.storm_s + 2 * END_S):
+        async with trio.open_nursery() as listening:
+            for client in stage.clients:
+                listening.start_soon(client.serve, leave)
+            await trio.sleep(settings.storm_s - settings.spare_relay_s)
+            storm.spare_relay.set()
+            await trio.sleep(settings.spare_relay_s)
+            leave.set()
+            await storm.end()
+    for actor in (stage.relay, *stage.workers):
+        for surprise in actor.surprises:
+            ledger.complain(surprise)
+    await check_remains(stage, before)
+    ledger.counts["relay starts"] = stage.relay.starts
+    ledger.counts["client connections"] = sum(client.line.opened for client in stage.clients)
+    ledger.counts["worker connections"] = sum(line.opened for line in stage.worker_lines)
+
+
+def report(ledger: Ledger, settings: Settings, folder: Path) -> str:
+    """The table, and the story of the first requests that were wronged."""
+    took_s = ledger.timeline[-1][0] - ledger.began_at if ledger.timeline else 0.0
+    parts = [
+        f"seed {settings.seed}, {took_s / 60:.1f} minutes, {len(ledger.complaints)} complaints",
+        "",
+        ledger.table(),
+    ]
+    if ledger.complaints:
+        parts += ["", "## Complaints", *ledger.complaints[:100]]
+        wronged = [case for case in ledger.cases.values() if case.complaints]
+        for case in wronged[:3]:
+            parts += [
+                "",
+                f"## The story of {case.plan.name} ({case.request_id}), seed {settings.seed}",
+                ledger.story(case),
+            ]
+        if not wronged:
+            parts += ["", "## The last of the timeline", ledger.story(None)]
+        (folder / "timeline.txt").write_text("\n".join(ledger._line(*each) for each in ledger.timeline))
+        parts += ["", f"The whole timeline: {folder / 'timeline.txt'}"]
+    return "\n".join(parts)
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run left behind."""
+    shutil.rmtree(folder, ignore_errors=True)

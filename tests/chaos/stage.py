@@ -1,0 +1,135 @@
+"""The real processes: one relay that is started again and again, and workers; what they say is kept and told on."""
+
+import json
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+#: For a process to come up, on a machine that does other things as well.
+START_S = 30.0
+#: Lines kept of a process, for the story of what went wrong.
+KEPT_LINES = 4_000
+_REPO = Path(__file__).parents[2]
+
+Hear = Callable[[str, str], None]
+
+
+@attrs.define(eq=False)
+class Actor:
+    """A command that is started, killed and started again.
+
+    Args:
+        name: for people.
+        command: module and arguments.
+        environ: of the process.
+        folder: it runs there.
+        hear: told each line of its stderr, with its name.
+        ready_words: its line that says it can be used.
+    """
+
+    name: str
+    command: Sequence[str]
+    environ: dict[str, str]
+    folder: Path
+    hear: Hear
+    ready_words: str
+    process: trio.Process | None = None
+    starts: int = 0
+    #: Ended by itself, though nobody had asked it to.
+    surprises: list[str] = attrs.field(factory=list)
+    ready: trio.Event = attrs.field(factory=trio.Event)
+    lines: deque[str] = attrs.field(factory=lambda: deque(maxlen=KEPT_LINES))
+    _doomed: bool = False
+
+    @property
+    def pid(self) -> int:
+        """Of the process that runs."""
+        assert self.process is not None
+        return self.process.pid
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Start it; `ready` tells when it can be used."""
+        self._doomed = False
+        self.starts += 1
+        self.ready = trio.Event()
+        environ = {**os.environ, **self.environ, "PYTHONPATH": str(_REPO), "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", *self.command]
+        process = await trio.lowlevel.open_process(command, stderr=-1, stdin=-3, env=environ, cwd=self.folder)
+        self.process = process
+        nursery.start_soon(self._listen, process)
+
+    async def wait_ready(self) -> None:
+        """Wait until it can be used."""
+        with trio.move_on_after(START_S):
+            await self.ready.wait()
+            return
+        raise AssertionError(f"{self.name} did not come up; it said:\n" + "\n".join(list(self.lines)[-30:]))
+
+    async def _listen(self, process: trio.Process) -> None:
+        assert process.stderr is not None
+        left = b""
+        with suppress(trio.ClosedResourceError):
+            async for data in process.stderr:
+                *whole, left = (left + data).split(b"\n")
+                for line in whole:
+                    self._take(line.decode("utf-8", "replace"))
+        code = await process.wait()
+        if process is self.process and not self._doomed:
+            self.surprises.append(f"{self.name} ended by itself with {code}: {' | '.join(list(self.lines)[-3:])}")
+
+    def _take(self, line: str) -> None:
+        self.lines.append(line)
+        self.hear(self.name, line)
+        if self.ready_words in line:
+            self.ready.set()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; SIGKILL and SIGTERM are expected to end it."""
+        if number in (signal.SIGKILL, signal.SIGTERM):
+            self._doomed = True
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+    async def kill(self) -> None:
+        """kill -9, and wait for the end."""
+        self.signal(signal.SIGKILL)
+        if self.process is not None:
+            with trio.CancelScope(shield=True):
+                await self.process.wait()
+
+    async def ended(self) -> int | None:
+        """Wait for its end; its exit code."""
+        assert self.process is not None
+        return await self.process.wait()
+
+    def children(self) -> list[int]:
+        """Processes that it started, in order; for a worker: its slots."""
+        with suppress(OSError):
+            return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        return []
+
+    def figures(self) -> tuple[int, float]:
+        """Open files, and resident memory in MiB."""
+        with suppress(OSError):
+            files = len(os.listdir(f"/proc/{self.pid}/fd"))  # noqa: PTH208 - one call
+            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+                if line.startswith("VmRSS:"):
+                    return files, int(line.split()[1]) / 1024
+        return 0, 0.0
+
+
+def as_json(line: str) -> dict[str, Any]:
+    """A line of a JSON log; empty where it is none."""
+    if line.startswith("{"):
+        with suppress(ValueError):
+            told: dict[str, Any] = json.loads(line)
+            return told
+    return {}
