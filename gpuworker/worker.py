@@ -1,5 +1,6 @@
 """The worker: dials out to the relay, registers its spaces, and keeps at it for ever."""
 
+import importlib.metadata
 import logging
 import ssl
 from collections.abc import Callable, Sequence
@@ -41,6 +42,8 @@ from protocol.messages import (
     Welcome,
 )
 
+#: What an operator sees of the version that runs.
+AGENT = f"gpuworker/{importlib.metadata.version('relayd')}"
 #: For what runs to end once the worker drains: as the relay's own `drain_timeout_s`.
 DRAIN_TIMEOUT_S = 120.0
 #: For the relay to acknowledge the last frames before a draining worker leaves without.
@@ -199,7 +202,7 @@ class Worker:
         return loaded[0] if alike else attrs.evolve(loaded[0], reproducible=False)
 
     async def _keep_linked(self) -> None:
-        hello = Hello(version=PROTOCOL_VERSION, role="worker", token=self._identity.token, agent="gpuworker")
+        hello = Hello(version=PROTOCOL_VERSION, role="worker", token=self._identity.token, agent=AGENT)
         try:
             await keep_linked(
                 self._address,

@@ -463,7 +463,8 @@ class Relay:
             self.moved.set()
 
     def _note(self, request: Request, event: str, **more: object) -> None:
-        log.info(
+        tell = log.warning if request.entry.state is State.FAILED else log.info
+        tell(
             event,
             request_id=request.request_id,
             space=request.submit.space,
