@@ -1,93 +1,102 @@
-"""The command `relay-tui`. So far it prints one picture of the relay; the live screen comes with Part 4."""
+"""The command `relay-tui`: the operator's screen, or with `--once` one picture of the relay as text."""
 
 import argparse
+import asyncio
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import trio
 
-from protocol.client import open_relay
+from protocol.address import from_environment, token_from_environment
 from protocol.errors import LinkError
 from protocol.exits import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, quiet_stdout
-from protocol.fields import Value
-from protocol.messages import Snapshot
 from protocol.terminal import printable, printable_json
+from tui.look import NAMES
 
-#: For the relay to tell all it knows.
-ANSWER_S = 10.0
-
-Picture = dict[str, list[dict[str, Value]]]
+#: Of `tui.demo`, which is imported only when it is wanted.
+SCENES = ("busy", "empty", "broken")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code (DESIGN §11)."""
     args = _parser().parse_args(argv)
-    if not args.once:
-        print("relay-tui: the live screen is not part of this version; --once prints one picture", file=sys.stderr)
-        return USAGE
     try:
-        picture = trio.run(take_picture, args.url, args.readonly)
-        print(printable_json(picture) if args.json else describe(picture), flush=True)
+        return _once(args) if args.once or args.json else _live(args)
     except ValueError as fault:
         print(f"relay-tui: {printable(str(fault))}", file=sys.stderr)
         return USAGE
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.partition(".")[0] not in ("textual", "rich"):
+            raise
+        print("relay-tui: the screen is not installed; install it with: pip install 'relayd[tui]'", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _once(args: argparse.Namespace) -> int:
+    from tui.once import demo_picture, describe, take_picture
+
+    try:
+        picture = demo_picture(args.demo) if args.demo else trio.run(take_picture, args.url, args.readonly)
+        ascii_only = args.ascii or (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+        print(printable_json(picture) if args.json else describe(picture, ascii_only=ascii_only), flush=True)
     except (LinkError, trio.TooSlowError) as fault:
         why = printable(str(fault)) or "the relay did not answer"
         print(f"relay-tui: cannot connect: {why}", file=sys.stderr)
         return CANNOT_CONNECT
     except BrokenPipeError:
         quiet_stdout()
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return DONE
 
 
-async def take_picture(url: str | None, readonly: bool) -> Picture:
-    """All that the relay tells an operator, topic -> rows.
-
-    Raises:
-        LinkError: the relay cannot be reached, or went away.
-        trio.TooSlowError: it did not answer within `ANSWER_S`.
-    """
-    with trio.fail_after(ANSWER_S):
-        async with (
-            open_relay(url, role="operator", agent="relay-tui", readonly=readonly) as relay,
-            relay.watch() as watch,
-        ):
-            async for change in watch:
-                if isinstance(change, Snapshot):
-                    return dict(change.data)
-    raise LinkError("the relay ended the watch")
+def _live(args: argparse.Namespace) -> int:
+    # Textual reads from stdin and writes to stderr.
+    if not (sys.__stdin__ and sys.__stdin__.isatty() and sys.__stderr__ and sys.__stderr__.isatty()):
+        raise ValueError("this is no terminal; --once prints one picture")
+    if not args.demo:  # what is wrong with these is said here, before there is a screen
+        from_environment(args.url)
+        token_from_environment()
+    return asyncio.run(_run(args))
 
 
-def describe(picture: Picture) -> str:
-    """The picture as lines of text."""
-    lines = [
-        f"relay {row['state']}, up {row['uptime_s']:.0f} s, "
-        f"{row['workers']} workers, {row['queued']} queued, {row['running']} running"
-        for row in picture.get("relay", [])
-    ]
-    for row in picture.get("spaces", []):
-        busy = f"{row['busy']}/{row['slots']} slots busy, {row['queued']} queued"
-        lines.append(f"space {row['name']}: {row['state']}, {busy}, {row['failed']} failed")
-    if not picture.get("workers"):
-        lines.append("no worker has registered yet: run gpuworker run --relay URL --space NAME")
-    lines += [
-        f"worker {row['worker_id']}: {row['state']}, {row['engine']}, {','.join(row['spaces'])}"
-        for row in picture.get("workers", [])
-    ]
-    for row in picture.get("requests", []):
-        audio = "" if row["audio_s"] is None else f", {row['audio_s']:.1f} s of audio"
-        lines.append(f"request {row['request_id']}: {row['state']} in {row['space']}, {row['age_s']:.1f} s{audio}")
-    return "\n".join(map(printable, lines))
+async def _run(args: argparse.Namespace) -> int:
+    # Textual takes a third of a second to import; `--once` need not wait for it.
+    from tui.app import RelayTui
+    from tui.demo import Demo
+    from tui.feed import RelaySource, Simulated, Source
+    from tui.terminal import Terminal
+
+    source: Source = RelaySource(args.url, readonly=args.readonly)
+    if args.demo:
+        source = Simulated(Demo(args.demo, readonly=args.readonly))
+    app = RelayTui(source, readonly=args.readonly, theme=args.theme, ascii_only=args.ascii, driver_class=Terminal)
+    app.ending.keep_terminal()
+    # Without the mouse: text can be selected as in any terminal, and moving it sends nothing.
+    value = await app.run_async(mouse=False)
+    code = value if value is not None else app.return_code or 0
+    app.ending.begin(code)
+    await app.close()
+    app.ending.over()
+    if app.ending.terminal_gone:
+        os._exit(code)  # what is still buffered for the terminal would raise at the interpreter's end
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="relay-tui", description="See a relay's spaces, workers and requests.")
+    parser = argparse.ArgumentParser(
+        prog="relay-tui", description="Watch and steer a relay: its spaces, workers, requests and clients."
+    )
     parser.add_argument("--url", help="ws://host:port or unix:PATH; default: RELAY_URL, else the local socket")
     parser.add_argument("--readonly", action="store_true", help="look and never steer; the relay holds it to that")
     parser.add_argument("--once", action="store_true", help="print one picture and leave")
-    parser.add_argument("--json", action="store_true", help="with --once: as JSON")
+    parser.add_argument("--json", action="store_true", help="as --once, and as JSON")
+    parser.add_argument("--theme", choices=NAMES, default="auto", help="colours; NO_COLOR wins over it")
+    parser.add_argument("--ascii", action="store_true", help="draw with ASCII alone")
+    demo: dict[str, Any] = {"nargs": "?", "const": SCENES[0], "choices": SCENES, "metavar": "SCENE"}
+    parser.add_argument("--demo", help=f"play a relay: {', '.join(SCENES)}", **demo)
     return parser
 
 

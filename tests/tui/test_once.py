@@ -1,4 +1,4 @@
-"""`relay-tui --once`: one picture of a real relay."""
+"""`relay-tui --once`: one picture of a real relay, or of the demo, as text or as JSON."""
 
 import json
 import os
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import trio
+from rich.cells import cell_len
 
 from protocol.messages import Accepted, Registered, Submit
 from tests.relayd.harness import a_config, an_id, fake_worker, peer, running
-from tui.cli import describe, main, take_picture
+from tui.cast import SCENES
+from tui.cli import main
+from tui.once import TOPICS, demo_picture, describe, take_picture
 
 
 @pytest.mark.trio
@@ -26,15 +29,16 @@ async def test_a_picture_has_the_relay_its_spaces_workers_and_requests(tmp_path:
     assert picture["spaces"][0]["name"] == "tts"
     assert picture["workers"][0]["state"] == "busy"
     assert picture["requests"][0]["state"] == "running"
-    text = describe(picture)
-    assert "space tts: ready, 1/1 slots busy, 0 queued" in text
-    assert f"request {request_id}: running in tts" in text
+    lines = [line.split() for line in describe(picture, 120).splitlines()]
+    assert ["relay", "●", "serving,"] in [words[:3] for words in lines]
+    assert ["tts", "●", "ready", "1", "1/1", "0"] in [words[:6] for words in lines]
+    assert [request_id[:8], "▸", "running"] in [[words[0], *words[3:5]] for words in lines if len(words) > 5]
 
 
 @pytest.mark.trio
 async def test_without_a_worker_the_picture_says_what_to_run(tmp_path: Path) -> None:
     async with running(a_config(tmp_path / "state")) as urls:
-        assert "no worker has registered yet: run gpuworker run" in describe(await take_picture(urls[0], False))
+        assert "no worker has registered yet: run gpuworker run" in describe(await take_picture(urls[0], False), 120)
 
 
 def test_without_a_relay_it_ends_with_3_and_names_the_socket(
@@ -61,5 +65,33 @@ async def test_json_is_one_object_on_stdout(tmp_path: Path) -> None:
 
 
 def test_a_worker_cannot_steer_the_terminal_by_what_it_calls_itself() -> None:
-    row = {"worker_id": "w\x1b[2J", "state": "idle", "engine": "mock\nrelay stopped", "spaces": ["tts"]}
-    assert describe({"workers": [row]}) == "worker w\\x1b[2J: idle, mock\\nrelay stopped, tts"
+    row = {"worker_id": "1", "name": "w\x1b[2J\nrelay stopped", "state": "idle", "engine": "mock", "spaces": ["tts"]}
+    text = describe({"workers": [row]}, 200)
+    assert "\x1b" not in text
+    assert "w\\x1b[2J relay stopped" in text
+
+
+@pytest.mark.parametrize("scene", list(SCENES))
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_no_line_is_wider_than_it_was_asked_to_be(scene: str, width: int) -> None:
+    assert max(map(cell_len, describe(demo_picture(scene), width).splitlines())) <= width
+
+
+def test_what_is_wrong_stands_in_the_first_lines() -> None:
+    text = describe(demo_picture("broken"), 120).splitlines()
+    assert text[3].startswith("voices")
+    assert "✗ no worker" in text[3]
+
+
+def test_in_ascii_nothing_but_names_is_not_ascii() -> None:
+    text = describe(demo_picture("broken"), 80, ascii_only=True)
+    assert {char for char in text if not char.isascii() and not char.isalnum()} <= set("🚀🎧")
+
+
+def test_many_requests_are_counted_and_not_all_listed() -> None:
+    assert "\nand " in describe(demo_picture("broken"), 120)
+
+
+def test_the_demo_needs_no_relay(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--once", "--demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == set(TOPICS)

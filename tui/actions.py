@@ -1,0 +1,159 @@
+"""What the operator can have done to the rows: which steers it takes, what is asked first, and what is said after."""
+
+from collections.abc import Callable, Sequence
+
+import attrs
+
+from tui.cells import LIVE
+from tui.formats import plain, short_id
+from tui.picture import View
+
+
+@attrs.frozen
+class Plan:
+    """What one key press means, bound to the ids it was pressed on.
+
+    Attributes:
+        steps: (steer action, target) in order.
+        question: asked first where it destroys something, else empty.
+        done: what to say when all of it was done.
+        names: the things it is done to, for people.
+    """
+
+    steps: tuple[tuple[str, str], ...]
+    question: str
+    done: str
+    names: tuple[str, ...] = ()
+
+
+def name_of(view: View) -> str:
+    """What people call a row."""
+    if view.topic == "requests":
+        return f"request {short_id(view.key)}"
+    if view.topic == "workers":
+        return f"worker {plain(view.text('name') or view.key)}"
+    if view.topic == "spaces":
+        return f"space {plain(view.key)}"
+    if view.topic == "clients":
+        return f"{plain(view.text('principal') or 'client')} ({short_id(view.key)})"
+    return plain(view.key)
+
+
+def cancel(views: Sequence[View]) -> Plan | str:
+    """Cancel what lives of these requests."""
+    live = [view for view in views if view.text("state") in LIVE]
+    if not live:
+        return "it has ended already" if len(views) == 1 else "they have ended already"
+    speaking = sum(_speaks(view) for view in live)
+    if len(live) == 1:
+        view = live[0]
+        doing = "speaking now" if speaking else view.text("state")
+        question = f"Cancel {name_of(view)} of {plain(view.text('principal'))} in {plain(view.text('space'))}, {doing}?"
+    else:
+        effect = f"{speaking} of them speaking" if speaking else "none of them speaking yet"
+        question = f"Cancel {len(live)} requests, {effect}?"
+    return _plan(live, "cancel", question, f"cancelled {_these(live, 'request')}")
+
+
+def _speaks(view: View) -> bool:
+    return view.text("state") == "running" and bool(view.number("audio_s") or view.number("first_frame_s") is not None)
+
+
+def promote(views: Sequence[View]) -> Plan | str:
+    """To the front of their queues, keeping their order."""
+    queued = [view for view in views if view.text("state") == "queued"]
+    if not queued:
+        return "only what is queued can go to the front"
+    # The last to be put in front stands there.
+    queued.sort(key=lambda view: -(view.position or 0))
+    return _plan(queued, "promote", "", f"{_these(queued, 'request')} to the front")
+
+
+def drain(views: Sequence[View]) -> Plan | str:
+    """Drain these workers; where all of them are draining, undrain them."""
+    there = [view for view in views if view.text("state") != "away"]
+    if not there:
+        return "a worker that is away can be neither drained nor undrained"
+    taking = [view for view in there if not _is(view, "draining")]
+    if not taking:
+        return _plan(there, "undrain_worker", "", f"{_these(there, 'worker')} takes requests again")
+    running = sum(int(view.number("busy") or 0) for view in taking)
+    left = f"finishes {_count(running, 'running request')}, takes no more and leaves"
+    question = f"Drain {_these(taking, 'worker')}? It {left}." if len(taking) == 1 else ""
+    question = question or f"Drain {len(taking)} workers? Each {left.replace('finishes', 'finishes its share of')}."
+    return _plan(taking, "drain_worker", question, f"draining {_these(taking, 'worker')}")
+
+
+def pause(views: Sequence[View]) -> Plan | str:
+    """Pause these spaces; where all of them are paused, resume them."""
+    if not views:
+        return "there is no space here"
+    open_ones = [view for view in views if not _is(view, "paused")]
+    if not open_ones:
+        return _plan(views, "resume_space", "", f"{_these(views, 'space')} resumed")
+    return _plan(
+        open_ones, "pause_space", "", f"{_these(open_ones, 'space')} paused: new requests are refused; P resumes"
+    )
+
+
+def disconnect(views: Sequence[View]) -> Plan | str:
+    """Hang up on these clients or workers."""
+    there = [view for view in views if view.text("connection_id")]
+    if not there:
+        return "it is not connected"
+    word = "worker" if there[0].topic == "workers" else "connection"
+    held = sum(_held(view) for view in there)
+    effect = f"It has {_count(held, 'request')}" if len(there) == 1 else f"They have {_count(held, 'request')}"
+    question = f"Disconnect {_these(there, word)}? {effect}, and may come back by itself."
+    steps = tuple(("disconnect", view.text("connection_id")) for view in there)
+    return Plan(steps, question, f"disconnected {_these(there, word)}", tuple(map(name_of, there)))
+
+
+def _held(view: View) -> int:
+    return int(view.number("busy" if view.topic == "workers" else "requests") or 0)
+
+
+def _is(view: View, word: str) -> bool:
+    return view.text("state") == word or view.row.get(word) is True
+
+
+def _plan(views: Sequence[View], action: str, question: str, done: str) -> Plan:
+    return Plan(tuple((action, view.key) for view in views), question, done, tuple(map(name_of, views)))
+
+
+def _these(views: Sequence[View], word: str) -> str:
+    return name_of(views[0]) if len(views) == 1 else f"{len(views)} {word}s"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number or 'no'} {word}{'' if number == 1 else 's'}"
+
+
+@attrs.frozen
+class Action:
+    """One key.
+
+    Attributes:
+        name: of the Textual action.
+        topics: of the rows it is for.
+    """
+
+    key: str
+    name: str
+    title: str
+    topics: frozenset[str]
+    plan: Callable[[Sequence[View]], Plan | str]
+
+
+ACTIONS = {
+    action.name: action
+    for action in (
+        Action("x", "cancel", "Cancel", frozenset({"requests"}), cancel),
+        Action("T", "promote", "To the front", frozenset({"requests"}), promote),
+        Action("d", "drain", "Drain/undrain", frozenset({"workers"}), drain),
+        Action("P", "pause", "Pause/resume", frozenset({"spaces"}), pause),
+        Action("K", "disconnect", "Disconnect", frozenset({"clients", "workers"}), disconnect),
+    )
+}
+#: Which topic's rows a table of this kind has; its own name where not listed.
+TOPIC_OF = {"queue": "requests"}

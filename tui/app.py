@@ -1,0 +1,360 @@
+"""The app: what it is put together from, the keys that hold everywhere, and when it draws."""
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar
+
+from textual.app import App, ScreenStackError
+from textual.binding import Binding, BindingType
+from textual.driver import Driver
+from textual.filter import LineFilter
+from textual.message import Message
+from textual.screen import Screen
+from textual.timer import Timer
+
+from protocol.messages import Done, Rejected
+from tui import themes
+from tui.actions import Plan
+from tui.bridge import Bridge
+from tui.ending import EXIT_OF, Ending
+from tui.feed import Ask, Feed, Listen, Source
+from tui.filters import said
+from tui.formats import plain, short_id
+from tui.picture import Picture, View
+from tui.screens import tables
+from tui.screens.base import RelayScreen
+from tui.screens.dialogs import HelpDialog, JumpDialog
+from tui.trimming import trimmed
+from tui.widgets.drawn import Piece
+
+#: Times a second that the screen may be drawn anew; what an operator can choose.
+RATES = (0.2, 0.5, 1.0, 2.0, 4.0)
+#: How long the outcome of an action stands in the last line.
+NOTICE_S = 8.0
+#: Soon enough to feel immediate, and late enough that what comes together is drawn together.
+SOON_S = 0.05
+MAX_FOUND = 50
+SCREENS_BY_NAME: dict[str, type[tables.TableScreen]] = {
+    "overview": tables.Overview,
+    "spaces": tables.Spaces,
+    "workers": tables.Workers,
+    "requests": tables.Requests,
+    "queue": tables.Queue,
+    "clients": tables.Clients,
+    "log": tables.Log,
+    "audit": tables.Audit,
+}
+
+
+class RelayTui(App[int]):
+    """The operator's screen.
+
+    Args:
+        source: a relay, or what plays one.
+        readonly: tell the operator that steering is not offered; the relay is what enforces it.
+        theme: of `themes.pick`.
+        ascii_only: draw with ASCII alone.
+        clock: seconds, monotonic.
+
+    Attributes:
+        picture: what is known of the relay.
+        frozen_at: when the operator froze the screen, or None.
+        rate: draws a second.
+        notice: what the last line tells in place of the keys.
+        space: whose queue was looked at last.
+    """
+
+    CSS_PATH = "theme.tcss"
+    ENABLE_COMMAND_PALETTE = False
+    MODES: ClassVar[dict[str, str | Callable[[], Screen[Any]]]] = {**SCREENS_BY_NAME}
+    DEFAULT_MODE = "overview"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(
+            Binding(str(number), f"go('{name}')", name.capitalize(), show=False)
+            for number, name in enumerate(SCREENS_BY_NAME, 1)
+        ),
+        Binding("question_mark", "help", "Help", key_display="?"),
+        Binding("q", "quit", "Quit"),
+        Binding("colon", "jump", "Jump", key_display=":"),
+        Binding("p", "freeze", "Freeze"),
+        Binding("plus,equals_sign", "rate(1)", "Draw more often", show=False, key_display="+"),
+        Binding("minus", "rate(-1)", "Draw less often", show=False, key_display="-"),
+        Binding("ctrl+c", "interrupt", "Quit", show=False, priority=True),
+    ]
+
+    class Moved(Message):
+        """The picture has changed; many of these are one."""
+
+        def can_replace(self, message: Message) -> bool:
+            """See Textual."""
+            return isinstance(message, RelayTui.Moved)
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        readonly: bool = False,
+        theme: str = "auto",
+        ascii_only: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        driver_class: type[Driver] | None = None,
+    ) -> None:
+        # Textual takes NO_COLOR out of the environment.
+        self._look = themes.pick(os.environ, theme)
+        self._ascii_only = ascii_only
+        super().__init__(driver_class=driver_class)
+        themes.install(self, self._look)
+        self.clock = clock
+        self.readonly = readonly
+        self.picture = Picture()
+        self.frozen_at: float | None = None
+        self.rate = 1.0
+        self.notice: Piece = ("", "")
+        self.space: str | None = None
+        self.ending = Ending()
+        self._frozen: Picture | None = None
+        self._feed = Feed(source, self.picture, self._moved, clock=lambda: self.clock())
+        self._bridge = Bridge()
+        self._ticker: Timer | None = None
+        self._soon: Timer | None = None
+        self._notice_timer: Timer | None = None
+        self._drawn_known = (False, False)
+        self._owed = False
+
+    # -- beginning and end -------------------------------------------------------------------------------------
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """See Textual: colours off, and ASCII alone, where asked for."""
+        return themes.filters(super().get_line_filters(), self._look, ascii_only=self._ascii_only)
+
+    def on_mount(self) -> None:
+        """Begin to follow the relay."""
+        self.ending.watch(asyncio.get_running_loop(), self._end)
+        self._ticker = self.set_interval(1 / self.rate, self.draw)
+        self._bridge.start(self._feed.run, self._fell_over)
+
+    def _fell_over(self, fault: BaseException) -> None:
+        if isinstance(fault, Exception):
+            self._handle_exception(fault)
+        else:
+            self._end(1)
+
+    def _end(self, code: int) -> None:
+        self.ending.begin(code)
+        self.exit(code)
+
+    async def close(self) -> None:
+        """Let go of the relay; when Textual has ended, and the terminal is as it was."""
+        await self._bridge.stop()
+
+    def action_interrupt(self) -> None:
+        """Ctrl+C, as a terminal in raw mode gives it."""
+        self._end(EXIT_OF["SIGINT"])
+
+    async def action_quit(self) -> None:
+        """Leave."""
+        self._end(0)
+
+    # -- drawing -----------------------------------------------------------------------------------------------
+
+    @property
+    def shown(self) -> Picture:
+        """What is on the screen: the picture, or the one it was frozen at."""
+        return self._frozen or self.picture
+
+    @property
+    def now_shown(self) -> float:
+        """Up to when ages have gone on: to the freezing or the loss of the link, where there was one."""
+        link = self.picture.link
+        now = self.clock() if link.up or not self.picture.known else link.since
+        return now if self.frozen_at is None else min(now, self.frozen_at)
+
+    def _moved(self) -> None:
+        """The picture has changed; called by the feed. The next tick draws it, unless it is news of the link."""
+        known = (self.picture.known, self.picture.link.up)
+        if known != self._drawn_known:
+            self._drawn_known = known
+            self.draw_soon()
+
+    def draw_soon(self) -> None:
+        """Draw without waiting for the next tick; called from Trio too, so by a message to the screen only."""
+        if self.is_running:
+            self.post_message(self.Moved())
+
+    def on_relay_tui_moved(self) -> None:
+        """Once for all that comes together."""
+        if self._soon is None:
+            self._soon = self.set_timer(SOON_S, self._draw_now)
+
+    def _draw_now(self) -> None:
+        self._soon = None
+        self.draw()
+
+    def draw(self) -> None:
+        """Bring the screen up to date."""
+        if self._behind:
+            self._owed = True
+            return
+        screen = self._on_top
+        if self._owed and screen is not None:
+            self._owed = False
+            screen.refresh()
+        if isinstance(screen, RelayScreen):
+            screen.redraw()
+
+    @property
+    def _on_top(self) -> Screen[Any] | None:
+        """The screen that is seen; None at the very end."""
+        with suppress(ScreenStackError):
+            return self.screen
+        return None
+
+    @property
+    def _behind(self) -> bool:
+        """Whether the terminal does not take what it is sent; it gets the whole screen when it does again."""
+        return bool(getattr(self._driver, "behind", False))
+
+    def _display(self, screen: Screen[object], renderable: object) -> None:
+        """See Textual: what every update passes through."""
+        if self._behind:
+            self._owed = True
+        else:
+            super()._display(screen, trimmed(renderable))  # type: ignore[arg-type]
+
+    def tell(self, text: str, token: str = "") -> None:
+        """Say something in the last line, for a while."""
+        self.notice = (text, token)
+        if self._notice_timer is not None:
+            self._notice_timer.stop()
+        self._notice_timer = self.set_timer(NOTICE_S, self._hush)
+        self._lines()
+
+    def _hush(self) -> None:
+        self.notice = ("", "")
+        self._lines()
+
+    def _lines(self) -> None:
+        screen = self._on_top
+        if isinstance(screen, RelayScreen):
+            screen.redraw_lines()
+
+    # -- steering ----------------------------------------------------------------------------------------------
+
+    def ask(self, ask: Ask | Listen) -> None:
+        """Have the feed do something."""
+        if not self._feed.ask(ask):
+            self.tell("too much waits to be done already; try again in a moment", "bad")
+
+    def carry_out(self, plan: Plan) -> None:
+        """Have the relay do every step of a plan, and tell how that went."""
+        answers: list[tuple[str, Done | Rejected]] = []
+
+        def answered(target: str, answer: Done | Rejected) -> None:
+            answers.append((target, answer))
+            if len(answers) == len(plan.steps):
+                self.notice = _outcome(plan, answers)
+                self.draw_soon()
+
+        self.tell("...", "dim")
+        for action, target in plan.steps:
+            self.ask(Ask(action, target, lambda answer, target=target: answered(target, answer)))  # type: ignore[misc]
+
+    # -- keys --------------------------------------------------------------------------------------------------
+
+    def action_go(self, name: str) -> None:
+        """To a screen; to its beginning, where one is in it already."""
+        stack = [screen for screen in self.screen_stack if isinstance(screen, RelayScreen)]
+        if name == self.current_mode:
+            for _ in stack[1:]:
+                self.pop_screen()
+        else:
+            self.switch_mode(name)
+
+    def show_log(self, name: str) -> None:
+        """The log, filtered by a name."""
+        self.action_go("log")
+        self.call_after_refresh(self._filter_log, name)
+
+    def _filter_log(self, name: str) -> None:
+        if isinstance(screen := self._on_top, RelayScreen):
+            screen.filter_by(re.escape(name))
+
+    def action_freeze(self) -> None:
+        """Hold the picture still, or let it go on."""
+        if self.frozen_at is None:
+            self._frozen, self.frozen_at = self.picture.frozen(), self.clock()
+        else:
+            self._frozen = self.frozen_at = None
+        self.draw()
+
+    def action_rate(self, step: int) -> None:
+        """Draw more or less often."""
+        at = max(0, min(len(RATES) - 1, RATES.index(self.rate) + step))
+        self.rate = RATES[at]
+        if self._ticker is not None:
+            self._ticker.stop()
+        self._ticker = self.set_interval(1 / self.rate, self.draw)
+        self.tell(f"drawn {self.rate:g} times a second", "dim")
+
+    def action_help(self) -> None:
+        """The keys there are."""
+        screen, keys = self._on_top, dict[str, list[str]]()
+        if isinstance(screen, RelayScreen):
+            for binding, key in screen.offered():
+                keys.setdefault(binding.description, []).append(key)
+            lines = [(" ".join(dict.fromkeys(shown)), what) for what, shown in keys.items()]
+            self.push_screen(HelpDialog(screen.title_text, lines))
+
+    def action_jump(self) -> None:
+        """To anything, by its name."""
+        self.push_screen(JumpDialog(self._find), self._jump)
+
+    def _find(self, text: str) -> list[tuple[str, str]]:
+        wanted = text.lower().strip()
+        found = [(f"screen/{name}", name) for name in SCREENS_BY_NAME if wanted in name]
+        for topic in ("spaces", "workers", "requests", "clients"):
+            word = topic[:-1]
+            for view in self.picture.rows(topic):
+                if wanted and wanted not in said(view).lower():
+                    continue
+                found.append((f"{topic}/{view.key}", f"{word} {_described(view)}"))
+                if len(found) > MAX_FOUND:
+                    break
+        # What begins so goes before what only has it somewhere.
+        found.sort(key=lambda one: not one[0].partition("/")[2].lower().startswith(wanted))
+        return found[:MAX_FOUND]
+
+    def _jump(self, place: str | None) -> None:
+        topic, _, key = (place or "").partition("/")
+        if topic == "screen":
+            self.action_go(key)
+        elif topic:
+            self.action_go(topic)
+            self.call_after_refresh(self._show, topic, key)
+
+    def _show(self, topic: str, key: str) -> None:
+        screen = self.screen
+        if isinstance(screen, RelayScreen) and (table := screen.table) is not None:
+            screen.redraw()
+            if not table.show(key):
+                self.tell(f"{short_id(plain(key))} is not shown in {topic}; is there a filter?", "warn")
+
+
+def _described(view: View) -> str:
+    words = [view.text("name") or view.key, view.text("principal"), view.text("state")]
+    return plain("  ".join(word for word in words if word))
+
+
+def _outcome(plan: Plan, answers: Sequence[tuple[str, Done | Rejected]]) -> Piece:
+    refused = [(target, answer) for target, answer in answers if isinstance(answer, Rejected)]
+    if not refused:
+        return (plan.done, "good")
+    target, refusal = refused[0]
+    why = f"{refusal.code}: {refusal.message}"
+    if len(answers) == 1:
+        return (f"not done: {plain(why)}", "bad")
+    return (f"{len(refused)} of {len(answers)} not done; {plain(short_id(target))}: {plain(why)}", "bad")

@@ -1,0 +1,185 @@
+"""What a cell of a table says of a row: text and a token for its colour. Used by `tui.columns`."""
+
+from collections.abc import Callable
+
+import attrs
+
+from tui import formats, glyphs
+from tui.glyphs import Token
+from tui.picture import Picture, View
+
+DIM: Token = "dim"
+#: Cells of a progress bar beside its percentage.
+BAR_CELLS = 5
+LIVE = ("uploading", "queued", "running")
+
+
+@attrs.frozen
+class Cell:
+    """Text without control characters, of any width, and what it is."""
+
+    text: str
+    token: Token = ""
+
+
+CellOf = Callable[[View, float], Cell]
+NOTHING = Cell(glyphs.NOTHING, DIM)
+
+
+def words(key: str, token: Token = "", *, fallback: str = "", none: str = glyphs.NOTHING) -> CellOf:
+    """The text of a row, or that of another key where it has none; `none` where neither has."""
+
+    def cell(view: View, _now: float) -> Cell:
+        text = view.text(key) or (view.text(fallback) if fallback else "")
+        return Cell(formats.plain(text), token) if text else Cell(none, DIM)
+
+    return cell
+
+
+def short(key: str, token: Token = "", *, none: str = glyphs.NOTHING) -> CellOf:
+    """The beginning of an id; `none` where there is none."""
+
+    def cell(view: View, _now: float) -> Cell:
+        text = view.text(key)
+        return Cell(formats.plain(formats.short_id(text)), token) if text else Cell(none, DIM)
+
+    return cell
+
+
+def name_list(key: str) -> CellOf:
+    """Names with commas between."""
+
+    def cell(view: View, _now: float) -> Cell:
+        names = view.row.get(key)
+        joined = ", ".join(map(str, names)) if isinstance(names, list) else ""
+        return Cell(formats.plain(joined)) if joined else NOTHING
+
+    return cell
+
+
+def state(kind: glyphs.Kind, key: str = "state") -> CellOf:
+    """Glyph and word of a state."""
+
+    def cell(view: View, _now: float) -> Cell:
+        word = formats.plain(view.text(key))
+        return Cell(glyphs.mark(kind, word), glyphs.look(kind, word).token)
+
+    return cell
+
+
+def quantity(
+    key: str,
+    form: Callable[[float], str],
+    *,
+    warn: float | None = None,
+    bad: float | None = None,
+    ages: bool = False,
+) -> CellOf:
+    """A number in its form; in colour from `warn` and `bad` on, dim where it is zero or not known."""
+
+    def cell(view: View, now: float) -> Cell:
+        value = view.aged(key, now) if ages else view.number(key)
+        if value is None:
+            return NOTHING
+        token: Token = "" if value else DIM
+        if bad is not None and value >= bad:
+            token = "bad"
+        elif warn is not None and value >= warn:
+            token = "warn"
+        return Cell(form(value), token)
+
+    return cell
+
+
+def slots(view: View, _now: float) -> Cell:
+    """Busy of all."""
+    busy, every = view.number("busy"), view.number("slots")
+    if busy is None or every is None:
+        return NOTHING
+    return Cell(f"{busy:.0f}/{every:.0f}", DIM if not every else "busy" if busy else "")
+
+
+def error_share(view: View, _now: float) -> Cell:
+    """Of those that ended lately."""
+    share = view.number("error_percent")
+    if share is None:
+        return NOTHING
+    return Cell(formats.percent(share), "bad" if share >= 5 else "warn" if share > 0 else DIM)
+
+
+def place(view: View, _now: float) -> Cell:
+    """Where a request is: its place in the queue, how far it has run, or how it ended."""
+    match view.text("state"):
+        case "queued":
+            return NOTHING if view.position is None else Cell(f"#{view.position}")
+        case "running":
+            fraction = view.number("fraction")
+            if fraction is None:
+                audio = view.number("audio_s")
+                return Cell("starting" if not audio else f"{audio:.1f} s out", "busy")
+            return Cell(f"{formats.bar(fraction, BAR_CELLS)}{min(fraction, 1):4.0%}", "busy")
+        case "failed":
+            return Cell(formats.plain(view.text("code") or "failed"), "bad")
+        case "completed":
+            audio = view.number("audio_s")
+            return Cell("done" if not audio else f"{audio:.1f} s out", DIM)
+        case _:
+            return NOTHING
+
+
+def position(view: View, _now: float) -> Cell:
+    """The exact place in the queue."""
+    return NOTHING if view.position is None else Cell(str(view.position))
+
+
+def worker(view: View, _now: float) -> Cell:
+    """A worker by its name, or by its id where another has the same name."""
+    return Cell(_called(view.picture, view.key))
+
+
+def worker_name(view: View, _now: float) -> Cell:
+    """The worker that runs a request; by its id where the worker is not known any more."""
+    worker_id = view.text("worker_id")
+    return Cell(_called(view.picture, worker_id)) if worker_id else NOTHING
+
+
+def _called(picture: Picture, worker_id: str) -> str:
+    view = picture.get("workers", worker_id)
+    name = view.text("name") if view else ""
+    # An id begins with the name. There are few workers, and only rows in sight are drawn.
+    shared = any(one.text("name") == name and one.key != worker_id for one in picture.rows("workers"))
+    return formats.plain(worker_id if shared or not name else name)
+
+
+def request_age(view: View, now: float) -> Cell:
+    """Since it came, while it lives; how long it took, once it has ended."""
+    value = view.aged("age_s", now)
+    return NOTHING if value is None else Cell(formats.age(value), "" if view.text("state") in LIVE else DIM)
+
+
+def request_state(view: View, now: float) -> Cell:
+    """Its state; `stopping` once it has been cancelled and the worker has not said so yet."""
+    if view.row.get("stopping") and view.text("state") in LIVE:
+        return Cell(glyphs.mark("request", "stopping"), glyphs.look("request", "stopping").token)
+    return state("request")(view, now)
+
+
+def last_seen(view: View, now: float) -> Cell:
+    """Since a worker was last heard; `now` while it answers its pings."""
+    value = view.aged("last_seen_s", now)
+    return Cell("now", DIM) if value is None else Cell(formats.age(value), "bad")
+
+
+def client_state(view: View, _now: float) -> Cell:
+    """Whether it takes what it is sent."""
+    word = "slow" if view.row.get("slow") else "ok"
+    return Cell(glyphs.mark("client", word), glyphs.look("client", word).token)
+
+
+def audit_outcome(view: View, _now: float) -> Cell:
+    """Done, or why not."""
+    said = view.text("outcome")
+    if said == "done":
+        return Cell(glyphs.mark("outcome", "done"), "good")
+    why = f": {message}" if (message := view.text("message")) else ""
+    return Cell(f"{glyphs.look('outcome', 'refused').glyph} {formats.plain(said + why)}", "bad")

@@ -1,0 +1,293 @@
+"""The columns of every screen: what a row says in each, how it sorts, and which are left out where there is no room.
+
+A new column is one line of `COLUMNS`; a new screen is one entry there, one in `EMPTY`, and a module in `tui.screens`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+
+from tui import formats, glyphs
+from tui.cells import (
+    DIM,
+    Cell,
+    audit_outcome,
+    client_state,
+    error_share,
+    last_seen,
+    name_list,
+    place,
+    position,
+    quantity,
+    request_age,
+    request_state,
+    short,
+    slots,
+    state,
+    words,
+    worker,
+    worker_name,
+)
+from tui.formats import Align
+from tui.picture import View
+
+#: Always shown, however narrow the terminal is.
+ALWAYS = 0
+#: Blank cells between two columns.
+GAP = 1
+
+
+@attrs.frozen(kw_only=True)
+class Column:
+    """One column.
+
+    Attributes:
+        key: names it, for sorting and export.
+        importance: 0 stays always; where there is no room, the highest goes first.
+        min_width: cells it needs to be of use.
+        max_width: cells beyond which it is blank anyway; what is left over is shared out up to here.
+        cell: what it says of a row; the number is now, monotonic seconds, for ages that count on.
+        sort: what it sorts by, or None where that is not known.
+    """
+
+    key: str
+    title: str
+    importance: int
+    min_width: int
+    max_width: int
+    align: Align
+    cell: Callable[[View, float], Cell]
+    sort: Callable[[View], Any]
+
+
+def _column(
+    key: str,
+    title: str,
+    importance: int,
+    width: int | tuple[int, int],
+    cell: Callable[[View, float], Cell],
+    sort: Callable[[View], Any] | None = None,
+    align: Align = "left",
+) -> Column:
+    least, most = width if isinstance(width, tuple) else (width, width)
+    return Column(
+        key=key,
+        title=title,
+        importance=importance,
+        min_width=least,
+        max_width=most,
+        align=align,
+        cell=cell,
+        sort=sort or (lambda view: view.text(key).casefold() or None),
+    )
+
+
+def _number(
+    key: str,
+    title: str,
+    importance: int,
+    width: int,
+    form: Callable[[float], str] = formats.count,
+    *,
+    warn: float | None = None,
+    bad: float | None = None,
+) -> Column:
+    """A number of the row, right-aligned; in colour from `warn` and `bad` on, dim where it is zero."""
+    cell = quantity(key, form, warn=warn, bad=bad)
+    return _column(key, title, importance, width, cell, lambda view: view.number(key), "right")
+
+
+def _ageing(key: str, title: str, importance: int, width: int, *, warn: float | None = None) -> Column:
+    """A time that goes on since the row came; it sorts by when it began, which stays."""
+    cell = quantity(key, formats.age, warn=warn, ages=True)
+    return _column(key, title, importance, width, cell, lambda view: _negative(view.born(key)), "right")
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value
+
+
+def _state(kind: glyphs.Kind, width: int, importance: int = ALWAYS) -> Column:
+    return _column(
+        "state", "State", importance, width, state(kind), lambda view: -glyphs.look(kind, view.text("state")).urgency
+    )
+
+
+def _place_order(view: View) -> Any:
+    """Running before queued, further before less far, the head of the queue before its end."""
+    if view.text("state") == "queued":
+        return (1, view.position or 0)
+    return (0, -(view.number("fraction") or 0)) if view.text("state") == "running" else None
+
+
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "spaces": (
+        _column("name", "Space", ALWAYS, (12, 40), words("name")),
+        _state("space", 11),
+        _number("workers", "Workers", 5, 7),
+        _column("busy", "Slots", 1, 7, slots, lambda view: view.number("busy"), "right"),
+        _number("queued", "Queued", ALWAYS, 6),
+        _ageing("oldest_wait_s", "Oldest", 2, 6, warn=30),
+        _number("requests_min", "Req/min", 4, 7),
+        _number("first_audio_p95_s", "1st p95", 3, 7, formats.seconds, warn=2, bad=10),
+        _number("rtf", "RTF", 7, 5, formats.ratio, warn=0.9, bad=1),
+        _column("error_percent", "Err", 3, 6, error_share, lambda view: view.number("error_percent"), "right"),
+        _number("completed", "Done", 8, 8),
+        _number("failed", "Failed", 8, 7, warn=1),
+        _column("engine", "Engine", 9, (10, 18), words("engine", DIM)),
+        _column("description", "Description", 10, (16, 80), words("description", DIM)),
+    ),
+    "workers": (
+        _column("name", "Worker", ALWAYS, (13, 32), worker),
+        _state("worker", 10),
+        _column("busy", "Slots", ALWAYS, 6, slots, lambda view: view.number("busy"), "right"),
+        _column("spaces", "Spaces", 2, (12, 40), name_list("spaces")),
+        _number("rtt_ms", "Trip", 3, 6, lambda ms: formats.seconds(ms / 1000), warn=250, bad=1000),
+        _column(
+            "last_seen_s", "Seen", 1, 6, last_seen, lambda view: _negative(view.born("last_seen_s")) or 0.0, "right"
+        ),
+        _number("rtf", "RTF", 5, 5, formats.ratio, warn=0.9, bad=1),
+        _number("bytes_s", "Out", 4, 9, formats.rate),
+        _column("engine", "Engine", 6, (9, 24), words("engine")),
+        _column("version", "Version", 8, (8, 28), words("version", DIM, fallback="agent")),
+        _column("peer", "From", 9, (21, 42), words("peer", DIM)),
+        _column("worker_id", "Id", 10, (13, 32), words("worker_id", DIM)),
+    ),
+    "requests": (
+        _column("request_id", "Id", ALWAYS, 8, short("request_id")),
+        _column("principal", "Principal", 1, (9, 24), words("principal")),
+        _column("space", "Space", 2, (9, 24), words("space")),
+        _column(
+            "state",
+            "State",
+            ALWAYS,
+            11,
+            request_state,
+            lambda view: -glyphs.look("request", view.text("state")).urgency,
+        ),
+        _column("place", "Place", ALWAYS, (10, 13), place, _place_order),
+        _column("age_s", "Age", ALWAYS, 6, request_age, lambda view: _negative(view.born("age_s")), "right"),
+        _number("attempt", "Try", 5, 3, warn=2, bad=3),
+        _number("first_frame_s", "First", 3, 6, formats.seconds, warn=10, bad=30),
+        _number("buffered_bytes", "Buffer", 6, 7, formats.size, warn=1_000_000, bad=16_000_000),
+        _number("audio_s", "Audio", 7, 6, formats.seconds),
+        _column("worker", "Worker", 4, (11, 24), worker_name),
+        _column("message", "Why", 8, (16, 80), words("message", DIM, none="")),
+    ),
+    "queue": (
+        _column("position", "#", ALWAYS, 5, position, lambda view: view.position, "right"),
+        _column("request_id", "Id", ALWAYS, 8, short("request_id")),
+        _column("principal", "Principal", ALWAYS, (10, 32), words("principal")),
+        _number("priority", "Prio", 2, 4),
+        _ageing("queued_s", "Waits", ALWAYS, 7, warn=30),
+        _number("attempt", "Try", 4, 3, warn=1),
+        _number("readers", "Readers", 5, 7),
+    ),
+    "clients": (
+        _column("principal", "Principal", ALWAYS, (10, 28), words("principal")),
+        _column("state", "State", ALWAYS, 6, client_state, lambda view: -int(bool(view.row.get("slow")))),
+        _number("pending_bytes", "Pending", ALWAYS, 8, formats.size, warn=64_000, bad=1_000_000),
+        _number("bytes_s", "Out", 2, 9, formats.rate),
+        _number("requests", "Requests", 3, 8),
+        _number("bytes_sent", "Sent", 4, 7, formats.size),
+        _column("role", "Role", 5, 8, words("role", DIM)),
+        _column("connection_id", "Id", 1, 8, short("connection_id", DIM)),
+        _column("peer", "From", 6, (18, 42), words("peer", DIM)),
+        _column("agent", "Agent", 7, (12, 40), words("agent", DIM)),
+    ),
+    "log": (
+        _column("time", "Time", ALWAYS, 8, lambda view, _now: _time(view), lambda view: view.number("time")),
+        _column(
+            "level",
+            "Level",
+            ALWAYS,
+            10,
+            state("level", "level"),
+            lambda view: -glyphs.look("level", view.text("level")).urgency,
+        ),
+        _column("event", "Event", ALWAYS, (16, 20), words("event")),
+        _column("request_id", "Request", 2, 8, short("request_id", none="")),
+        _column("space", "Space", 3, (9, 12), words("space", none="")),
+        _column("details", "Details", 1, (14, 200), words("details", DIM, none="")),
+    ),
+    "audit": (
+        _column("time", "Time", ALWAYS, 8, lambda view, _now: _time(view), lambda view: view.number("time")),
+        _column("principal", "Who", ALWAYS, (8, 24), words("principal")),
+        _column("action", "Did", ALWAYS, (14, 20), words("action")),
+        _column("target", "To", ALWAYS, (12, 40), words("target")),
+        _column("outcome", "Outcome", ALWAYS, (10, 80), audit_outcome, lambda view: view.text("outcome")),
+    ),
+}
+
+#: Said in the middle of a screen that has no rows, and what to do about it.
+EMPTY: dict[str, str] = {
+    "spaces": "no worker has registered yet: run gpuworker run --space NAME --engine ENGINE",
+    "workers": "no worker has registered yet: run gpuworker run --relay URL --space NAME --engine ENGINE",
+    "requests": 'no request yet: try relay say "Hello." --space NAME',
+    "queue": "nothing waits in this space",
+    "clients": "no client is connected",
+    "log": "nothing has happened yet",
+    "audit": "nobody has steered anything yet",
+}
+#: The same where there are rows and the filter hides them all.
+NO_MATCH = "nothing matches the filter; Esc takes it off"
+
+_ENDED_LAST = {"running": 0, "queued": 1, "uploading": 2}
+
+
+def natural(screen: str) -> Callable[[View], Any]:
+    """The order of a screen's rows while no column is chosen: what needs an eye first."""
+    return _NATURAL[screen]
+
+
+def _trouble_first(kind: glyphs.Kind) -> Callable[[View], Any]:
+    def order(view: View) -> Any:
+        urgency = glyphs.look(kind, view.text("state")).urgency
+        return (-max(0, urgency - 1), view.text("name").casefold(), view.key)
+
+    return order
+
+
+def _live_first(view: View) -> Any:
+    """Running, queued in order, uploading, then what ended, the latest first."""
+    rank = _ENDED_LAST.get(view.text("state"), 3)
+    if rank == 1:
+        return (rank, view.text("space"), view.position or 0, view.key)
+    since = view.born("ended_s") if rank == 3 else view.born("age_s")
+    return (rank, "", -(since or 0.0) if rank == 3 else (since or 0.0), view.key)
+
+
+_NATURAL: dict[str, Callable[[View], Any]] = {
+    "spaces": _trouble_first("space"),
+    "workers": _trouble_first("worker"),
+    "requests": _live_first,
+    "queue": lambda view: (view.position or 0, view.key),
+    "clients": lambda view: (not view.row.get("slow"), view.text("principal").casefold(), view.key),
+    "log": lambda view: view.number("id") or 0,
+    "audit": lambda view: -(view.number("id") or 0),
+}
+
+
+def choose(columns: Sequence[Column], width: int) -> list[tuple[Column, int]]:
+    """The columns that fit into `width` cells, in their order, with the cells each gets.
+
+    What does not fit goes by importance; of two alike, the one further right. What is left over is shared out evenly,
+    up to each column's most. The widths hang on the terminal alone, never on the rows: nothing moves while rows change.
+    """
+    kept = list(columns)
+    while len(kept) > 1 and sum(one.min_width + GAP for one in kept) - GAP > width:
+        last = max(range(len(kept)), key=lambda at: (kept[at].importance, at))
+        del kept[last]
+    widths = [one.min_width for one in kept]
+    spare = width - sum(widths) - GAP * (len(kept) - 1)
+    while spare > 0 and (room := [at for at, one in enumerate(kept) if widths[at] < one.max_width]):
+        for at in room[:spare]:
+            widths[at] += 1
+        spare -= min(spare, len(room))
+    return list(zip(kept, widths, strict=True))
+
+
+def _time(view: View) -> Cell:
+    at = view.number("time")
+    return Cell(glyphs.NOTHING, "dim") if at is None else Cell(formats.clock(at, formats.utc_offset_s(at)), "dim")

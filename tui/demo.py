@@ -1,0 +1,128 @@
+"""`relay-tui --demo`: snapshots and deltas that no relay stands behind, for trying it out and for screenshots."""
+
+from collections.abc import AsyncGenerator
+
+import trio
+
+from protocol.errors import ErrorCode
+from protocol.fields import Value
+from protocol.messages import Delta, Done, Rejected, Snapshot
+from tui import play_rows
+from tui.cast import SCENES
+from tui.play import Play, Request
+
+#: Between what a relay does for real changes (a quarter) and for mere progress (one second).
+DELTA_S = 0.5
+
+Row = dict[str, Value]
+
+
+class Demo:
+    """A simulated relay.
+
+    `step` is all there is to it, and turns its clock by hand; `changes` turns it by the clock on the wall.
+
+    Args:
+        scene: `busy`, `empty` or `broken`.
+        seed: the same seed plays the same piece.
+        readonly: refuse to be steered, as the relay would.
+    """
+
+    def __init__(self, scene: str = "busy", seed: int = 1, *, readonly: bool = False) -> None:
+        self.play = Play(SCENES[scene], seed)
+        self.readonly = readonly
+        self._shown = ""
+
+    def snapshot(self) -> Snapshot:
+        """Everything as it stands."""
+        self.play.touched.clear()
+        self.play.gone.clear()
+        self._shown = repr(play_rows.relay(self.play, still=True))
+        return Snapshot(data={topic: list(rows) for topic, rows in play_rows.everything(self.play).items()})
+
+    def step(self, dt_s: float) -> Delta:
+        """Let time go by, and tell what has changed; an empty delta where nothing has."""
+        play = self.play
+        play.step(dt_s)
+        data: dict[str, Value] = {}
+        for topic in play_rows.TOPICS:
+            keys = sorted(key for touched, key in play.touched if touched == topic)
+            rows = [row for key in keys if (row := play_rows.row(play, topic, key)) is not None]
+            if rows:
+                data[topic] = list(rows)
+        gone: dict[str, Value] = {"requests": list(play.gone)} if play.gone else {}
+        play.touched.clear()
+        play.gone = []
+        shown = repr(play_rows.relay(play, still=True))
+        if data or shown != self._shown:
+            data["relay"] = [play_rows.relay(play)]
+        self._shown = shown
+        return Delta(data=data, gone=gone)
+
+    async def changes(self) -> AsyncGenerator[Snapshot | Delta, None]:
+        """One snapshot, then deltas, for ever."""
+        yield self.snapshot()
+        told = trio.current_time()
+        while True:
+            await trio.sleep(DELTA_S)
+            now = trio.current_time()
+            delta = self.step(now - told)
+            told = now
+            if delta.data or delta.gone:
+                yield delta
+
+    async def steer(self, action: str, target: str = "", options: Row | None = None) -> Done | Rejected:
+        """As the relay answers."""
+        await trio.lowlevel.checkpoint()
+        return self.steer_nowait(action, target)
+
+    def steer_nowait(self, action: str, target: str = "") -> Done | Rejected:
+        """The same at once."""
+        if action == "describe":
+            request = self.play.requests.get(target)
+            if request is None:
+                return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"request {target} is not known here")
+            return Done(action=action, target=target, data=play_rows.describe(self.play, request))
+        if self.readonly:
+            refusal: Rejected | None = Rejected.because(
+                ErrorCode.FORBIDDEN, "this connection is read-only; connect without --readonly"
+            )
+        else:
+            refusal = self._carry_out(action, target)
+        self.play.audited(action, target, refusal.code if refusal else "done", refusal.message if refusal else "")
+        return refusal or Done(action=action, target=target)
+
+    def _carry_out(self, action: str, target: str) -> Rejected | None:
+        play = self.play
+        request, worker, space = play.requests.get(target), play.workers.get(target), play.spaces.get(target)
+        match action:
+            case "cancel" if request is not None:
+                self._cancel(request)
+            case "promote" if request is not None and request.state == "queued":
+                queue = play.spaces[request.space].queue
+                queue.remove(target)
+                queue.insert(0, target)
+                for moved in queue:
+                    play.touch(play.requests[moved])
+            case "drain_worker" | "undrain_worker" if worker is not None:
+                worker.draining = action == "drain_worker"
+                play.touched.add(("workers", target))
+            case "pause_space" | "resume_space" if space is not None:
+                space.paused = action == "pause_space"
+                play.touched.add(("spaces", target))
+            case "disconnect":
+                return play.disconnect(target)
+            case "cancel" | "promote":
+                return Rejected.because(
+                    ErrorCode.REQUEST_NOT_FOUND, f"request {target} is not known here, or not queued"
+                )
+            case _:
+                return Rejected.because(ErrorCode.INVALID_PARAMS, f"{action} {target!r}: there is no such thing here")
+        return None
+
+    def _cancel(self, request: Request) -> None:
+        if request.state == "queued":
+            self.play.end(request, "cancelled")
+        elif request.state == "running":
+            request.stopping = True
+            self.play.touch(request)

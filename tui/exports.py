@@ -1,0 +1,49 @@
+"""Rows in a file, as CSV or JSON."""
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from protocol.fields import Value
+from tui.picture import View
+
+#: A cell that begins so is a formula to a spreadsheet.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def suggested_name(kind: str) -> str:
+    """A name for the file."""
+    return f"relay-{kind}-{time.strftime('%Y%m%d-%H%M%S')}.csv"
+
+
+def write_rows(path: Path, views: Sequence[View]) -> None:
+    """Write the rows, in their order, to a new file that only its owner reads: JSON where its name ends so, else CSV.
+
+    Raises:
+        OSError: it exists already, or cannot be written.
+    """
+    rows = [dict(view.row) for view in views]
+    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n" if path.suffix.lower() == ".json" else _csv(rows)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+def _csv(rows: Sequence[dict[str, Value]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(names)
+    writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
+    return out.getvalue()
+
+
+def _cell(value: Value) -> object:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return f"'{text}" if text.startswith(_FORMULA) else text

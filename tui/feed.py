@@ -1,0 +1,299 @@
+"""Where the picture comes from: a relay, watched over a link that is made anew for ever. Runs under Trio."""
+
+import math
+import time
+from array import array
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import attrs
+import trio
+
+from protocol.backoff import Backoff
+from protocol.client import Relay, open_relay
+from protocol.errors import ErrorCode, LinkError, ProtocolError, RequestError, RequestRejected
+from protocol.fields import Value
+from protocol.messages import Audio, Delta, Done, Rejected, Snapshot, Welcome
+from tui.picture import Picture
+
+#: For the relay to carry out one action; its own bound is 10 s.
+STEER_S = 12.0
+#: Actions not begun yet. More than a person can ask for.
+MAX_WAITING = 200
+#: Of the audio listened to, every so many-th sample is measured.
+EVERY_SAMPLE = 8
+LEVEL_S = 1.0
+#: In place of an answer that will not come.
+NOT_LINKED = "the relay is not reachable; nothing was done"
+
+
+@attrs.frozen
+class Up:
+    """The link is there."""
+
+    server: str = ""
+    principal: str = ""
+
+
+@attrs.frozen
+class Down:
+    """The link went, or could not be made; the next try follows."""
+
+    why: str
+    retry_s: float
+
+
+News = Snapshot | Delta | Up | Down
+Tell = Callable[[News], None]
+Options = Mapping[str, Value]
+
+
+class Source(Protocol):
+    """What the feed follows: a relay, or something that plays one."""
+
+    async def follow(self, tell: Tell) -> None:
+        """Tell all that happens, until cancelled."""
+
+    async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
+        """Have something done."""
+
+    async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
+        """Give the audio of a request, as it comes, until its end."""
+
+
+class RelaySource:
+    """A relay.
+
+    Args:
+        url: as `open_relay`.
+        readonly: the relay refuses every steer.
+    """
+
+    def __init__(self, url: str | None, *, readonly: bool) -> None:
+        self._url = url
+        self._readonly = readonly
+        self._relay: Relay | None = None
+
+    async def follow(self, tell: Tell) -> None:
+        """See `Source`. A relay that cannot be reached, or refuses, is tried again for ever."""
+        backoff = Backoff()
+
+        def up(welcome: Welcome) -> None:
+            tell(Up(welcome.server, welcome.principal))
+
+        def down(fault: LinkError, retry_s: float) -> None:
+            tell(Down(str(fault), retry_s))
+
+        while True:
+            began = trio.current_time()
+            try:
+                async with (
+                    open_relay(
+                        self._url,
+                        role="operator",
+                        agent="relay-tui",
+                        on_reconnect=down,
+                        on_up=up,
+                        backoff=backoff,
+                        readonly=self._readonly,
+                    ) as relay,
+                    relay.watch() as watch,
+                ):
+                    self._relay = relay
+                    async for change in watch:
+                        tell(change)
+                why = "the relay ended the watch"
+            except (LinkError, ProtocolError, RequestError, ValueError) as fault:
+                why = str(fault)
+            finally:
+                self._relay = None
+            backoff.lived(trio.current_time() - began)
+            retry_s = max(0.2, backoff.next_s())
+            tell(Down(why, retry_s))
+            await trio.sleep(retry_s)
+
+    async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
+        """See `Source`."""
+        if self._relay is None:
+            return Rejected.because(ErrorCode.INTERNAL, NOT_LINKED)
+        try:
+            data = await self._relay.steer(action, target, **options)
+        except RequestRejected as refusal:
+            return Rejected(code=refusal.code, message=refusal.message)
+        except (LinkError, RequestError) as fault:
+            return Rejected.because(ErrorCode.INTERNAL, f"{fault}; whether it was done is not known")
+        return Done(action=action, target=target, data=data)
+
+    async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
+        """See `Source`."""
+        if self._relay is None:
+            return
+        try:
+            async with self._relay.attach(request_id, after_seq) as stream:
+                async for frame in stream:
+                    if isinstance(frame, Audio):
+                        heard(frame.pcm)
+        except (LinkError, RequestError):
+            return  # its end, or the relay's, is told by its row
+
+
+class Simulated:
+    """A source that plays a relay by a generator of changes, as `tui.demo` has."""
+
+    def __init__(self, demo: Any) -> None:
+        self._demo = demo
+
+    async def follow(self, tell: Tell) -> None:
+        """See `Source`."""
+        tell(Up("demo", "demo"))
+        changes: AsyncIterator[Snapshot | Delta] = self._demo.changes()
+        async with aclosing(changes):  # type: ignore[type-var]
+            async for change in changes:
+                tell(change)
+        await trio.sleep_forever()
+
+    async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
+        """See `Source`."""
+        answer: Done | Rejected = await self._demo.steer(action, target, options)
+        return answer
+
+    async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
+        """See `Source`: a tone that swells, at 24 kHz."""
+        while True:
+            loud = int(12_000 * (1.1 + math.sin(time.monotonic())))
+            heard(array("h", [loud, -loud] * 1_200).tobytes())
+            await trio.sleep(0.1)
+
+
+class Silent:
+    """A source of which nothing comes; the picture is put together by hand."""
+
+    async def follow(self, tell: Tell) -> None:
+        """See `Source`."""
+        await trio.sleep_forever()
+
+    async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
+        """See `Source`."""
+        return Done(action=action, target=target)
+
+    async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
+        """See `Source`."""
+
+
+@attrs.frozen
+class Ask:
+    """One action to be carried out."""
+
+    action: str
+    target: str
+    answered: Callable[[Done | Rejected], None]
+    options: Options = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class Listen:
+    """Measure how loud a request is, once a second; None: stop."""
+
+    request_id: str | None
+    after_seq: int = -1
+    level: Callable[[float], None] = lambda _level: None
+
+
+class Feed:
+    """Keeps the picture, and carries what the operator asks for. `run` is its task.
+
+    Args:
+        source: a relay.
+        picture: what is kept.
+        changed: called after each change, in the same thread.
+        clock: seconds, monotonic, of the picture.
+    """
+
+    def __init__(
+        self, source: Source, picture: Picture, changed: Callable[[], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._source = source
+        self._picture = picture
+        self._changed = changed
+        self._clock = clock
+        self._send, self._asked = trio.open_memory_channel[Ask | Listen](MAX_WAITING)
+        self._listening = trio.CancelScope()
+
+    def ask(self, ask: Ask | Listen) -> bool:
+        """Have it done; False where too much waits already. Never waits."""
+        try:
+            self._send.send_nowait(ask)
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            return False
+        return True
+
+    async def run(self) -> None:
+        """Follow the source and carry out what is asked, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._source.follow, self._tell)
+            with self._asked:
+                async for ask in self._asked:
+                    if isinstance(ask, Ask):
+                        nursery.start_soon(self._carry_out, ask)
+                    else:
+                        self._listening.cancel()
+                        self._listening = trio.CancelScope()
+                        if ask.request_id is not None:
+                            nursery.start_soon(self._listen, ask, self._listening)
+
+    def _tell(self, news: News) -> None:
+        now = self._clock()
+        if isinstance(news, Up):
+            self._picture.found(news.server, news.principal, now)
+        elif isinstance(news, Down):
+            self._picture.lost(news.why, news.retry_s, now)
+        else:
+            self._picture.take(news, now)
+        self._changed()
+
+    async def _carry_out(self, ask: Ask) -> None:
+        # A steer that waited for the relay to come back would be done when nobody expects it any more.
+        answer: Done | Rejected = Rejected.because(ErrorCode.INTERNAL, NOT_LINKED)
+        if self._picture.link.up:
+            answer = Rejected.because(
+                ErrorCode.INTERNAL, f"no answer within {STEER_S:g} s; whether it was done is open"
+            )
+            with trio.move_on_after(STEER_S):
+                answer = await self._source.steer(ask.action, ask.target, ask.options)
+        ask.answered(answer)
+
+    async def _listen(self, listen: Listen, scope: trio.CancelScope) -> None:
+        meter = Meter()
+
+        async def tell() -> None:
+            while True:
+                await trio.sleep(LEVEL_S)
+                listen.level(meter.take())
+
+        with scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(tell)
+                assert listen.request_id is not None
+                await self._source.listen(listen.request_id, listen.after_seq, meter.hear)
+                nursery.cancel_scope.cancel()
+
+
+class Meter:
+    """How loud `pcm_s16le` audio is: root mean square over what was heard since the last look, 0..1."""
+
+    def __init__(self) -> None:
+        self._squares = 0.0
+        self._samples = 0
+
+    def hear(self, pcm: bytes) -> None:
+        """Take whole samples."""
+        samples = array("h", pcm[: len(pcm) // 2 * 2])[::EVERY_SAMPLE]
+        self._squares += sum(sample * sample for sample in samples)
+        self._samples += len(samples)
+
+    def take(self) -> float:
+        """The level since the last call; 0 where nothing was heard."""
+        level = math.sqrt(self._squares / self._samples) / 32_768 if self._samples else 0.0
+        self._squares, self._samples = 0.0, 0
+        return level

@@ -1,0 +1,108 @@
+"""How a state looks: a glyph, its word, and a token for its colour; and the stand-ins for terminals without glyphs.
+
+The word is always there, so colour and glyph only make it quicker to find. All glyphs are one cell wide and none has an
+emoji form, which some terminals draw two cells wide.
+"""
+
+from typing import Literal
+
+import attrs
+
+#: What a piece of text is, for `themes` to give it a style.
+Token = Literal["", "good", "busy", "warn", "bad", "idle", "dim", "accent", "title"]
+Kind = Literal["relay", "space", "worker", "request", "client", "level", "outcome"]
+
+
+@attrs.frozen
+class Glyph:
+    """Of one state."""
+
+    glyph: str
+    token: Token
+    #: The higher, the sooner an operator wants to see it: the order of a sorted state column.
+    urgency: int = 0
+
+
+_UNKNOWN = Glyph("·", "dim")
+
+GLYPHS: dict[Kind, dict[str, Glyph]] = {
+    "relay": {
+        "serving": Glyph("●", "good"),
+        "draining": Glyph("▽", "warn", 1),
+        "connecting": Glyph("○", "dim", 1),
+        "lost": Glyph("✗", "bad", 2),
+    },
+    "space": {
+        "no worker": Glyph("✗", "bad", 3),
+        "paused": Glyph("‖", "warn", 2),
+        "ready": Glyph("●", "good", 1),
+    },
+    "worker": {
+        "stale": Glyph("▲", "bad", 4),
+        "away": Glyph("✗", "bad", 3),
+        "draining": Glyph("▽", "warn", 2),
+        "busy": Glyph("●", "busy", 1),
+        "idle": Glyph("○", "idle"),
+    },
+    "request": {
+        "failed": Glyph("✗", "bad", 1),
+        "stopping": Glyph("▽", "warn", 5),
+        "running": Glyph("▸", "busy", 4),
+        "queued": Glyph("◌", "", 3),
+        "uploading": Glyph("↑", "accent", 2),
+        "cancelled": Glyph("⊘", "dim"),
+        "completed": Glyph("✓", "good"),
+    },
+    "client": {
+        "slow": Glyph("▲", "bad", 1),
+        "ok": Glyph("●", "good"),
+    },
+    "level": {
+        "critical": Glyph("✗", "bad", 4),
+        "error": Glyph("✗", "bad", 3),
+        "warning": Glyph("▲", "warn", 2),
+        "info": Glyph("·", "", 1),
+        "debug": Glyph("·", "dim"),
+    },
+    "outcome": {
+        "done": Glyph("✓", "good"),
+        "refused": Glyph("✗", "bad", 1),
+    },
+}
+
+#: In headings, breadcrumbs, beside tagged and followed rows, where a value is not known, where text was cut.
+SORT_DOWN, SORT_UP = "↓", "↑"
+TAGGED, FOLLOWED, CURSOR = "◆", "»", "▌"
+CRUMB, NOTHING, CUT = "›", "–", "…"
+BLOCKS = "▁▂▃▄▅▆▇█"
+BAR_FULL, BAR_HALF, BAR_EMPTY = "━", "╸", "─"
+
+#: One cell for one cell, so that nothing moves. Box drawing and blocks are Textual's borders and scrollbars.
+_ASCII = str.maketrans(
+    {
+        **dict(zip("●✗▽○‖▲▸◌↑⊘✓·↓◆»▌›–…━╸─", "*xvo=!>.^/+.v#>|>-~#--", strict=True)),
+        **dict(zip(BLOCKS, "_.-:=+*#", strict=True)),
+        **dict.fromkeys("│┃║▏▎▍▐▕", "|"),
+        **dict.fromkeys("═▔", "-"),
+        **dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╰╯┏┓┗┛╔╗╚╝╶╴╷╵╺╹╻", "+"),
+        **dict.fromkeys("▊▋▉▀", "#"),
+        "’": "'",
+        "→": ">",
+        "←": "<",
+    }
+)
+
+
+def look(kind: Kind, state: str) -> Glyph:
+    """How this state looks; one that a newer relay may bring is shown with a dot."""
+    return GLYPHS[kind].get(state, _UNKNOWN)
+
+
+def mark(kind: Kind, state: str) -> str:
+    """Glyph and word."""
+    return f"{look(kind, state).glyph} {state}"
+
+
+def to_ascii(text: str) -> str:
+    """`text` with what we draw with as ASCII; the names of others stay as they are."""
+    return text if text.isascii() else text.translate(_ASCII)

@@ -1,0 +1,104 @@
+"""`relay-tui --once`: the overview as lines of text, or as JSON, for pipes, logs and those who want no screen."""
+
+import shutil
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import trio
+
+from protocol.client import open_relay
+from protocol.errors import LinkError
+from protocol.fields import Value
+from protocol.messages import Snapshot
+from tui import formats, glyphs
+from tui.columns import COLUMNS, EMPTY, choose, natural
+from tui.demo import Demo
+from tui.picture import Picture, View
+
+#: For the relay to tell all it knows.
+ANSWER_S = 10.0
+#: Asked for; `history`, `log` and `audit` are for the live screen.
+TOPICS = ("relay", "spaces", "workers", "requests", "clients")
+#: Where no terminal says how wide it is.
+WIDTH = 120
+#: Requests shown; the rest is counted.
+MAX_REQUESTS = 20
+
+Rows = dict[str, list[dict[str, Value]]]
+
+
+async def take_picture(url: str | None, readonly: bool) -> Rows:
+    """All that the relay tells an operator, topic -> rows.
+
+    Raises:
+        LinkError: the relay cannot be reached, or went away.
+        trio.TooSlowError: it did not answer within `ANSWER_S`.
+    """
+    with trio.fail_after(ANSWER_S):
+        async with (
+            open_relay(url, role="operator", agent="relay-tui", readonly=readonly) as relay,
+            relay.watch(TOPICS) as watch,
+        ):
+            async for change in watch:
+                if isinstance(change, Snapshot):
+                    return {topic: change.data.get(topic, []) for topic in TOPICS}
+    raise LinkError("the relay ended the watch")
+
+
+def demo_picture(scene: str) -> Rows:
+    """The same of a simulated relay."""
+    data = Demo(scene).snapshot().data
+    return {topic: data[topic] for topic in TOPICS}
+
+
+def describe(rows: Rows, width: int | None = None, *, ascii_only: bool = False) -> str:
+    """The overview as lines of at most `width` cells (default: the terminal's), control characters escaped."""
+    width = width or shutil.get_terminal_size((WIDTH, 0)).columns
+    picture = Picture()
+    picture.take(Snapshot(data=dict(rows)), 0.0)
+    live = [view for view in picture.rows("requests") if view.text("state") in ("uploading", "queued", "running")]
+    ended = len(picture.rows("requests")) - len(live)
+    lines = [line for view in picture.rows("relay") for line in textwrap.wrap(_relay(view), width)]
+    if spaces := picture.rows("spaces"):
+        lines += ["", *_table("spaces", spaces, width)]
+    lines += ["", *_table("workers", picture.rows("workers"), width)]
+    if live:
+        lines += ["", *_table("requests", live, width, MAX_REQUESTS)]
+    if ended:
+        lines += ["", f"{ended} ended lately"]
+    text = "\n".join(lines)
+    return glyphs.to_ascii(text) if ascii_only else text
+
+
+def _relay(view: View) -> str:
+    """The status line in words."""
+    said = [
+        f"relay {glyphs.mark('relay', formats.plain(view.text('state')))}",
+        f"up {formats.age(view.number('uptime_s') or 0)}",
+        f"{view.text('workers')} workers, {view.text('queued')} queued, {view.text('running')} running",
+    ]
+    half, most = view.number("first_audio_p50_s"), view.number("first_audio_p95_s")
+    if half is not None and most is not None:
+        said.append(f"first audio {formats.seconds(half)} (p95 {formats.seconds(most)})")
+    known: Sequence[tuple[str, Callable[[float], str]]] = (
+        ("out_bytes_s", lambda value: f"{formats.rate(value)} out"),
+        ("errors_min", lambda value: f"{formats.count(value)} errors/min"),
+    )
+    said += [form(value) for key, form in known if (value := view.number(key)) is not None]
+    return ", ".join(said)
+
+
+def _table(kind: str, views: list[View], width: int, most: int | None = None) -> list[str]:
+    if not views:
+        return textwrap.wrap(EMPTY[kind], width)
+    order: Callable[[View], Any] = natural(kind)
+    chosen = choose(COLUMNS[kind], width)
+    lines = [" ".join(formats.fit(column.title.upper(), cells, column.align) for column, cells in chosen)]
+    lines += [
+        " ".join(formats.fit(column.cell(view, 0.0).text, cells, column.align) for column, cells in chosen)
+        for view in sorted(views, key=order)[:most]
+    ]
+    if most is not None and len(views) > most:
+        lines.append(f"and {len(views) - most} more")
+    return [line.rstrip() for line in lines]

@@ -1,0 +1,255 @@
+"""What the screen knows of the relay: the rows of each topic, when they came, and the last minute's rates. No I/O."""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+import attrs
+
+from protocol.fields import Value
+from protocol.messages import Delta, Snapshot
+from protocol.queues import Queues
+from protocol.watch import ROW_KEYS, value_now
+
+#: Seconds that the sparklines show.
+HISTORY_S = 60
+#: Lines of `log` and `audit`, which the relay never takes back.
+MAX_LINES = 5_000
+LINES = frozenset({"log", "audit"})
+
+
+@attrs.frozen(eq=False)
+class View:
+    """One row as it was told, and when."""
+
+    topic: str
+    key: str
+    row: dict[str, Value]
+    #: Seconds, of the picture's clock.
+    received: float
+    picture: "Picture" = attrs.field(repr=False)
+
+    @property
+    def position(self) -> int | None:
+        """The exact place of a queued request, from 1."""
+        return self.picture.positions.get(self.key) if self.topic == "requests" else None
+
+    def now(self, name: str, now: float) -> Value:
+        """A field as it is now: ages have gone on since they were told."""
+        return value_now(self.topic, self.row, name, self.age(now))
+
+    def age(self, now: float) -> float:
+        """Seconds since the row came."""
+        return max(0.0, now - self.received)
+
+    def number(self, name: str) -> float | None:
+        """A field that is a number, else None. `position` is the exact one of now, not the one told with the row."""
+        if name == "position" and self.topic == "requests":
+            return self.position
+        value = self.row.get(name)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def text(self, name: str) -> str:
+        """A field as text, empty where there is none. `worker` of a request is the name of its worker."""
+        if name == "worker" and self.topic == "requests":
+            worker = self.picture.get("workers", self.text("worker_id"))
+            return worker.text("name") if worker is not None else ""
+        value = self.row.get(name)
+        return value if isinstance(value, str) else "" if value is None else str(value)
+
+    def aged(self, name: str, now: float) -> float | None:
+        """As `now`, for numbers."""
+        value = self.now(name, now)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def born(self, name: str) -> float | None:
+        """When an age began: something to sort by that does not depend on the time."""
+        value = self.number(name)
+        return None if value is None else self.received - value
+
+
+@attrs.define
+class Link:
+    """How things stand with the relay."""
+
+    up: bool = False
+    #: When it went up or down.
+    since: float = 0.0
+    #: Why it is down; empty before the first try has ended.
+    why: str = ""
+    #: When the next try begins.
+    retry_at: float | None = None
+    #: What the relay calls itself, and us.
+    server: str = ""
+    principal: str = ""
+
+
+@attrs.define(eq=False)
+class Picture:
+    """The rows of all topics."""
+
+    topics: dict[str, dict[str, View]] = attrs.field(factory=dict)
+    #: topic -> raised with each change of it.
+    versions: dict[str, int] = attrs.field(factory=dict)
+    link: Link = attrs.field(factory=Link)
+    #: A snapshot has come.
+    known: bool = False
+    queues: Queues = attrs.field(factory=Queues)
+    rates: "Rates" = attrs.field(factory=lambda: Rates())
+    #: Of the last change.
+    told_at: float = 0.0
+    _positions: dict[str, int] = attrs.field(factory=dict)
+    _positions_of: int = -1
+
+    def take(self, change: Snapshot | Delta, now: float) -> None:
+        """Put a snapshot in place of everything, or a delta's rows in place of those they replace."""
+        self.told_at = now
+        self.queues.apply(change)
+        if isinstance(change, Snapshot):
+            for topic in self.topics:
+                self._changed(topic)
+            self.topics, self.known = {}, True
+        for topic, rows in change.data.items():
+            self._put(topic, rows if isinstance(rows, list) else [], now)
+        if isinstance(change, Delta):
+            for topic, keys in change.gone.items():
+                known = self.topics.get(topic, {})
+                for key in keys if isinstance(keys, list) else []:
+                    known.pop(str(key), None)
+                self._changed(topic)
+        if isinstance(change, Snapshot):
+            self.rates.begin(self.rows("history"), self.relay, now)
+        elif "relay" in change.data:
+            self.rates.go_on(self.relay, now)
+
+    def _put(self, topic: str, rows: Iterable[Value], now: float) -> None:
+        self._changed(topic)
+        key_name = ROW_KEYS.get(topic, "id")
+        known = self.topics.setdefault(topic, {})
+        for row in rows:
+            if isinstance(row, dict):
+                key = str(row.get(key_name, ""))
+                known[key] = View(topic, key, row, now, self)
+        if topic in LINES and len(known) > MAX_LINES:
+            for key in sorted(known, key=_line_number)[: len(known) - MAX_LINES]:
+                del known[key]
+
+    def _changed(self, topic: str) -> None:
+        self.versions[topic] = self.versions.get(topic, 0) + 1
+
+    def rows(self, topic: str) -> list[View]:
+        """All rows of a topic, in no promised order."""
+        return list(self.topics.get(topic, {}).values())
+
+    def get(self, topic: str, key: str) -> View | None:
+        """One row."""
+        return self.topics.get(topic, {}).get(key)
+
+    @property
+    def relay(self) -> View | None:
+        """The row of the relay itself."""
+        return self.get("relay", "relay")
+
+    def queue(self, space: str) -> list[View]:
+        """The queued requests of a space, in order."""
+        views = [self.get("requests", request_id) for request_id in self.positions]
+        return [view for view in views if view is not None and view.text("space") == space]
+
+    @property
+    def positions(self) -> Mapping[str, int]:
+        """Request id -> place in its queue, from 1."""
+        if self._positions_of != self.versions.get("requests", 0):
+            self._positions_of = self.versions.get("requests", 0)
+            self._positions = {
+                request_id: place
+                for space in self.topics.get("spaces", {})
+                for place, request_id in enumerate(self.queues.order(space), 1)
+            }
+        return self._positions
+
+    def lost(self, why: str, retry_s: float, now: float) -> None:
+        """The link went, or could not be made."""
+        self.link.retry_at = now + retry_s
+        self.link.why = why
+        if self.link.up or not self.link.since:
+            self.link.up, self.link.since = False, now
+
+    def found(self, server: str, principal: str, now: float) -> None:
+        """The link is up."""
+        self.link = Link(True, now, server=server, principal=principal)
+
+    def frozen(self) -> "Picture":
+        """A copy that no later change reaches."""
+        copy = Picture(
+            versions=dict(self.versions),
+            link=attrs.evolve(self.link),
+            known=self.known,
+            rates=self.rates.copy(),
+            told_at=self.told_at,
+            positions=dict(self.positions),
+            positions_of=self._positions_of,
+        )
+        for topic, rows in self.topics.items():
+            copy.topics[topic] = {key: attrs.evolve(view, picture=copy) for key, view in rows.items()}
+        return copy
+
+
+def _line_number(key: str) -> int:
+    return int(key) if key.isdigit() else 0
+
+
+@attrs.define(eq=False)
+class Rates:
+    """Requests and seconds of audio in each of the last `HISTORY_S` seconds."""
+
+    #: (second, requests, seconds of audio), oldest first; seconds in which nothing happened are left out.
+    _seconds: "deque[tuple[int, float, float]]" = attrs.field(factory=lambda: deque(maxlen=HISTORY_S))
+    _totals: tuple[float, float] | None = None
+
+    def begin(self, history: list[View], relay: View | None, now: float) -> None:
+        """What the relay tells of the time before this picture."""
+        self._totals = _totals(relay)
+        if not history:
+            return
+        requests, audio = history[0].row.get("requests"), history[0].row.get("audio_s")
+        if isinstance(requests, list) and isinstance(audio, list):
+            self._seconds.clear()
+            pairs = list(zip(requests, audio, strict=False))[-HISTORY_S:]
+            for back, (count, seconds) in zip(range(len(pairs) - 1, -1, -1), pairs, strict=True):
+                self._add(int(now) - back, _number(count), _number(seconds))
+
+    def go_on(self, relay: View | None, now: float) -> None:
+        """The relay's counters have moved on."""
+        before, self._totals = self._totals, _totals(relay)
+        if before is not None and self._totals is not None:
+            self._add(int(now), *(max(0.0, new - old) for new, old in zip(self._totals, before, strict=True)))
+
+    def _add(self, second: int, requests: float, audio_s: float) -> None:
+        if self._seconds and self._seconds[-1][0] == second:
+            _, known, known_s = self._seconds.pop()
+            requests, audio_s = requests + known, audio_s + known_s
+        if requests or audio_s:
+            self._seconds.append((second, requests, audio_s))
+
+    def last_minute(self, now: float) -> tuple[list[float], list[float]]:
+        """Requests and audio seconds a second, oldest first, `HISTORY_S` of each."""
+        requests, audio = [0.0] * HISTORY_S, [0.0] * HISTORY_S
+        for second, count, seconds in self._seconds:
+            place = HISTORY_S - 1 - (int(now) - second)
+            if 0 <= place < HISTORY_S:
+                requests[place], audio[place] = count, seconds
+        return requests, audio
+
+    def copy(self) -> "Rates":
+        """The same, for a frozen picture."""
+        return Rates(deque(self._seconds, HISTORY_S), self._totals)
+
+
+def _totals(relay: View | None) -> tuple[float, float] | None:
+    if relay is None:
+        return None
+    requests, audio_s = relay.number("requests_total"), relay.number("audio_s_total")
+    return None if requests is None or audio_s is None else (requests, audio_s)
+
+
+def _number(value: Value) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0

@@ -1,0 +1,1 @@
+"""One module for a screen or a dialog."""

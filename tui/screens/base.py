@@ -1,0 +1,346 @@
+"""What all screens have: status, breadcrumb, panes, filter line, key line, and the keys that act on rows."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.screen import Screen
+from textual.widget import Widget
+from textual.widgets import Input
+
+from tui import formats, glyphs
+from tui.actions import ACTIONS, TOPIC_OF, Plan
+from tui.filters import Filter
+from tui.picture import Picture, View
+from tui.screens.dialogs import ConfirmDialog, ExportDialog
+from tui.widgets.drawn import Piece
+from tui.widgets.lines import CrumbLine, KeyLine, Part, StatusLine, status
+from tui.widgets.rows import Rows
+
+if TYPE_CHECKING:
+    from tui.app import RelayTui
+
+
+class RelayScreen(Screen[None]):
+    """The base of every screen that shows the relay.
+
+    A subclass gives `title_text`, `panes` and `redraw_panes`.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(Binding(action.key, f"act('{action.name}')", action.title, id=action.name) for action in ACTIONS.values()),
+        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding("y", "copy", "Copy id"),
+        Binding("E", "export", "Export"),
+        Binding("z", "zoom", "Zoom"),
+        Binding("L", "log", "Its log", show=False),
+        Binding("escape", "back", "Back", show=False),
+    ]
+    DEFAULT_CSS = """
+    RelayScreen { layout: vertical; }
+    RelayScreen #filter { height: 1; border: none; padding: 0 1; display: none; }
+    RelayScreen #filter.on { display: block; }
+    RelayScreen.zoomed .pane, RelayScreen.zoomed #status { display: none; }
+    RelayScreen.zoomed .pane.zoomed { display: block; height: 1fr; }
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._table: Rows | None = None
+
+    @property
+    def relay_app(self) -> "RelayTui":
+        """The app, as what it is."""
+        return cast("RelayTui", self.app)
+
+    # -- for subclasses ----------------------------------------------------------------------------------------
+
+    @property
+    def title_text(self) -> str:
+        """Its name in the breadcrumb."""
+        raise NotImplementedError
+
+    def panes(self) -> ComposeResult:
+        """The widgets between breadcrumb and filter line."""
+        raise NotImplementedError
+
+    def rows_of(self, kind: str, picture: Picture) -> Iterable[View]:
+        """The rows of one of its tables."""
+        return picture.rows(TOPIC_OF.get(kind, kind))
+
+    def redraw_panes(self, picture: Picture, now: float) -> None:
+        """Draw what is no table."""
+
+    def entered(self, view: View) -> None:
+        """Enter was pressed on a row."""
+
+    # -- drawing -----------------------------------------------------------------------------------------------
+
+    def compose(self) -> ComposeResult:
+        """See Textual."""
+        yield StatusLine(id="status")
+        yield CrumbLine(id="crumbs")
+        yield from self.panes()
+        filter_line = Input(id="filter", placeholder="regular expression; ! in front inverts", compact=True)
+        filter_line.cursor_blink = False  # a cursor that blinks sends something twice a second
+        yield filter_line
+        yield KeyLine(id="keys")
+
+    def on_mount(self) -> None:
+        """The first table gets the keys."""
+        for table in self.query(Rows):
+            table.focus()
+            break
+
+    def on_screen_resume(self) -> None:
+        """It is looked at again, and may be old."""
+        self.call_after_refresh(self.redraw)
+
+    def on_resize(self) -> None:
+        """All is drawn anew when the widgets know their new sizes."""
+        self.call_after_refresh(self.redraw)
+
+    @property
+    def table(self) -> Rows | None:
+        """The table that has the keys, or had them last; else the first."""
+        if isinstance(self.focused, Rows):
+            self._table = self.focused
+        tables = list(self.query(Rows))
+        return self._table if self._table in tables else tables[0] if tables else None
+
+    def redraw(self) -> None:
+        """Show the picture as it is now."""
+        if not self.is_mounted or not self.is_attached:
+            return
+        app = self.relay_app
+        picture, now = app.shown, app.now_shown
+        for table in self.query(Rows):
+            if table.size.width:
+                stale, known = picture.known and not app.picture.link.up, picture.known
+                version = (
+                    picture,
+                    picture.versions.get(TOPIC_OF.get(table.kind, table.kind)),
+                    table.size,
+                    self.title_text,
+                )
+                if version == table.seen:
+                    table.look_again(now, stale=stale, known=known)
+                else:
+                    table.seen = version
+                    views = self.rows_of(table.kind, picture)
+                    moving = picture.positions if TOPIC_OF.get(table.kind, table.kind) == "requests" else ()
+                    table.update(views, now, stale=stale, known=known, moving=moving)
+        self.redraw_panes(picture, now)
+        self.redraw_lines()
+
+    def redraw_lines(self) -> None:
+        """The lines around the panes."""
+        if not self.is_mounted:
+            return
+        app = self.relay_app
+        link = app.picture if not app.picture.link.up else app.shown
+        self.query_one(StatusLine).tell(status(link, app.clock()))
+        self.query_one(CrumbLine).tell(self._crumbs())
+        self.query_one(KeyLine).tell([(0, [app.notice])] if app.notice[0] else self._keys())
+
+    def _crumbs(self) -> list[Part]:
+        app = self.relay_app
+        trail = [screen.title_text for screen in app.screen_stack if isinstance(screen, RelayScreen)]
+        parts: list[Part] = [(0, [(f" {glyphs.CRUMB} ".join(["relay", *trail]), "title")])]
+        if app.readonly:
+            parts.append((3, [("read-only", "warn")]))
+        if app.frozen_at is not None:
+            parts.append((1, [(f"frozen {formats.age(app.clock() - app.frozen_at)}", "warn")]))
+        if app.rate != 1:
+            parts.append((6, [(f"{app.rate:g} Hz", "dim")]))
+        if (table := self.table) is not None:
+            parts.append((4, [(table.place, "dim")]))
+            if table.sorted_by is not None or table.order.reverse:
+                name = table.sorted_by.title if table.sorted_by is not None else "order"
+                parts.append((6, [(f"by {name}{', reversed' if table.order.reverse else ''}", "dim")]))
+            if table.following and table.view is not None:
+                followed = "" if table.tail else f" {formats.short_id(table.view.key)}"
+                parts.append((3, [(f"following{followed}", "accent")]))
+            if table.tagged:
+                parts.append((2, [(f"{len(table.tagged)} tagged", "accent")]))
+            wanted = table.order.filter
+            if wanted.fault:
+                parts.append((1, [(f"filter: {wanted.fault}", "bad")]))
+            elif wanted.text:
+                parts.append((1, [(f"filter /{wanted.text}", "warn")]))
+        return parts
+
+    def _keys(self) -> list[Part]:
+        if self.query_one("#filter", Input).has_focus:
+            return [
+                (0, [("enter", "accent"), (" keep  ", "dim"), ("esc", "accent"), (" off  ! in front inverts", "dim")])
+            ]
+        shown = [(binding, key) for binding, key in self.offered() if binding.show]
+        shown.sort(key=lambda one: _rank(one[0]))
+        parts: list[Part] = []
+        for at, (binding, key) in enumerate(shown):
+            pieces: list[Piece] = [(key, "accent"), (f" {binding.description}", "dim")]
+            parts.append((0 if binding.action in ("help", "quit") else at + 1, pieces))
+        return parts
+
+    def offered(self) -> list[tuple[Binding, str]]:
+        """The keys that do something here, and how they are written."""
+        return [
+            (binding, self.app.get_key_display(binding))
+            for _, binding, enabled, _ in self.active_bindings.values()
+            if enabled and binding.description and _is_ours(binding, self.relay_app.readonly)
+        ]
+
+    # -- keys --------------------------------------------------------------------------------------------------
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Only keys that do something here are told of."""
+        if action == "act":
+            return self._acted_on(str(parameters[0])) is not None
+        if action in ("filter", "copy", "export"):
+            return self.table is not None
+        return True
+
+    def _acted_on(self, name: str) -> list[View] | None:
+        """The rows that an action is for now; None where it is for none of this screen."""
+        table = self.table
+        if table is not None and TOPIC_OF.get(table.kind, table.kind) in ACTIONS[name].topics:
+            return table.chosen
+        return None
+
+    def action_act(self, name: str) -> None:
+        """Plan an action for the ids under the cursor as the key is pressed, ask if it destroys, and do it."""
+        app = self.relay_app
+        if app.readonly:
+            app.tell("this is read-only; start relay-tui without --readonly to steer", "warn")
+            return
+        views = self._acted_on(name)
+        if not views:
+            app.tell("there is nothing under the cursor", "warn")
+            return
+        plan = ACTIONS[name].plan(views)
+        if isinstance(plan, str):
+            app.tell(plan, "warn")
+        elif plan.question:
+            app.push_screen(ConfirmDialog(plan.question, plan.names), partial(self._confirmed, plan))
+        else:
+            self._do(plan)
+
+    def _confirmed(self, plan: Plan, yes: bool | None) -> None:
+        if yes:
+            self._do(plan)
+        else:
+            self.relay_app.tell("nothing was done", "dim")
+
+    def _do(self, plan: Plan) -> None:
+        self.relay_app.carry_out(plan)
+        if (table := self.table) is not None and table.tagged:
+            table.untag()
+
+    def action_filter(self) -> None:
+        """Type a filter."""
+        line = self.query_one("#filter", Input)
+        if (table := self.table) is not None:
+            with line.prevent(Input.Changed):
+                line.value = table.order.filter.text
+        line.add_class("on")
+        line.focus()
+        self.call_after_refresh(self.redraw_lines)
+
+    @on(Input.Changed, "#filter")
+    def _filter_typed(self, event: Input.Changed) -> None:
+        if (table := self.table) is not None:
+            wanted = Filter.of(event.value)
+            table.filter_by(wanted if not wanted.fault else Filter(event.value, wanted.fault))
+            self.redraw()
+
+    @on(Input.Submitted, "#filter")
+    def _filter_done(self) -> None:
+        self._leave_filter()
+
+    def filter_by(self, text: str) -> None:
+        """Put a filter on, as if it had been typed."""
+        line = self.query_one("#filter", Input)
+        line.value = text
+        self._leave_filter()
+
+    def _leave_filter(self) -> None:
+        line = self.query_one("#filter", Input)
+        line.set_class(bool(line.value), "on")
+        if (table := self.table) is not None:
+            table.focus()
+        self.redraw()
+
+    def action_copy(self) -> None:
+        """Copy the ids to the clipboard of the operator's own machine (OSC 52)."""
+        table = self.table
+        if table is not None and table.chosen:
+            ids = [view.key for view in table.chosen]
+            self.app.copy_to_clipboard("\n".join(ids))
+            self.relay_app.tell(f"copied {ids[0] if len(ids) == 1 else f'{len(ids)} ids'}", "good")
+
+    def action_export(self) -> None:
+        """Write the rows shown to a file."""
+        table = self.table
+        if table is not None:
+            views: Sequence[View] = tuple(table.views)
+            self.app.push_screen(ExportDialog(table.kind, views), self._exported)
+
+    def _exported(self, said: tuple[str, str] | None) -> None:
+        if said is not None:
+            self.relay_app.tell(*said)
+
+    def action_log(self) -> None:
+        """The lines of the log that tell of the row under the cursor."""
+        view = self.table.view if self.table is not None else None
+        if view is not None and view.topic not in ("log", "audit"):
+            self.relay_app.show_log(view.text("name") if view.topic == "workers" else view.key)
+
+    def action_zoom(self) -> None:
+        """Give one pane all the room, or take it back."""
+        pane: Widget | None = self.focused if self.focused and self.focused.has_class("pane") else self.table
+        zoomed = not self.has_class("zoomed")
+        self.set_class(zoomed, "zoomed")
+        for one in self.query(".pane"):
+            one.set_class(zoomed and one is pane, "zoomed")
+        self.call_after_refresh(self.redraw)
+
+    def action_back(self) -> None:
+        """Out of the filter, the zoom, the tags; else one screen back."""
+        line, table = self.query_one("#filter", Input), self.table
+        if line.value or line.has_focus:
+            line.value = ""
+            self._leave_filter()
+        elif self.has_class("zoomed"):
+            self.action_zoom()
+        elif table is not None and table.tagged:
+            table.untag()
+        elif len([one for one in self.app.screen_stack if isinstance(one, RelayScreen)]) > 1:
+            self.app.pop_screen()
+
+    @on(Rows.Changed)
+    def _table_changed(self) -> None:
+        self.redraw_lines()
+
+    @on(Rows.Entered)
+    def _entered(self, event: Rows.Entered) -> None:
+        self.entered(event.view)
+
+
+#: What matters first stands first in the key line, and stays longest.
+_FIRST = ("enter", "act", "filter", "jump", "sort", "help", "quit")
+
+
+def _rank(binding: Binding) -> int:
+    action = binding.action.partition("(")[0]
+    return _FIRST.index(action) if action in _FIRST else len(_FIRST)
+
+
+def _is_ours(binding: Binding, readonly: bool) -> bool:
+    """Textual has keys of its own that are no use here; and what is not done under --readonly is not offered."""
+    if binding.action.startswith(("app.", "screen.", "command_palette")) or binding.key in ("ctrl+q", "super+c"):
+        return False
+    return not (readonly and binding.action.startswith("act("))

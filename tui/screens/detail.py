@@ -1,0 +1,264 @@
+"""All that is known of one thing: of a request its whole timeline, and how loud it is."""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+
+from protocol.fields import Value
+from protocol.messages import Done, Rejected
+from tui import formats, glyphs
+from tui.actions import ACTIONS, name_of
+from tui.cells import LIVE
+from tui.feed import Ask, Listen
+from tui.formats import fit, plain
+from tui.glyphs import Kind
+from tui.picture import Picture, View
+from tui.screens.base import RelayScreen
+from tui.widgets.drawn import Piece
+from tui.widgets.facts import Facts
+
+LABEL = 14
+LEVEL_CELLS = 24
+#: Louder than this a speaking voice never is, on average.
+FULL_LEVEL = 0.35
+_KINDS: dict[str, Kind] = {"requests": "request", "workers": "worker", "spaces": "space", "relay": "relay"}
+Lines = list[list[Piece]]
+
+
+class RowDetail(RelayScreen):
+    """Every field of a row.
+
+    Args:
+        topic: of the row.
+        key: its id.
+    """
+
+    def __init__(self, topic: str, key: str) -> None:
+        super().__init__()
+        self.topic = topic
+        self.key = key
+        self._last: View | None = None
+
+    @property
+    def title_text(self) -> str:
+        """See `RelayScreen`."""
+        return name_of(self._last) if self._last is not None else formats.short_id(plain(self.key))
+
+    def panes(self) -> ComposeResult:
+        """See `RelayScreen`."""
+        yield Facts()
+
+    def on_mount(self) -> None:
+        """The facts can be scrolled."""
+        self.query_one(Facts).focus()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """See `RelayScreen`; the row itself is what an action is for."""
+        return True if action == "copy" else super().check_action(action, parameters)
+
+    def _acted_on(self, name: str) -> list[View] | None:
+        if self._last is None or self.topic not in ACTIONS[name].topics:
+            return None
+        return [self._last]
+
+    def action_copy(self) -> None:
+        """Copy the id."""
+        self.app.copy_to_clipboard(self.key)
+        self.relay_app.tell(f"copied {self.key}", "good")
+
+    def redraw_panes(self, picture: Picture, now: float) -> None:
+        """See `RelayScreen`."""
+        view = picture.get(self.topic, self.key)
+        lines: Lines = []
+        if view is None and picture.known:
+            lines = [[("gone: the relay knows it no more; this is the last that it told", "warn")], []]
+        self._last = view or self._last
+        if self._last is not None:
+            lines += self.facts(self._last, now)
+        self.query_one(Facts).show(lines)
+
+    def facts(self, view: View, now: float) -> Lines:
+        """What to tell of the row."""
+        return [_fact(name, view.now(name, now)) for name in view.row]
+
+
+class RequestDetail(RowDetail):
+    """A request: its state, timeline, params, inputs and error; and a level while it speaks and is listened to."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("l", "listen", "Listen in")]
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__("requests", request_id)
+        self._asked_of: View | None = None
+        self._told: Mapping[str, Value] = {}
+        self._refused = ""
+        self._listening = False
+        self._level: float | None = None
+
+    def on_unmount(self) -> None:
+        """Nobody listens any more."""
+        if self._listening:
+            self.relay_app.ask(Listen(None))
+
+    def redraw_panes(self, picture: Picture, now: float) -> None:
+        """See `RelayScreen`; what changed is asked for anew, at most once a look."""
+        view = picture.get(self.topic, self.key)
+        if view is not None and view is not self._asked_of and self.relay_app.picture.link.up:
+            before, self._asked_of = self._asked_of, view
+            if before is None or _marks(before) != _marks(view):
+                self.relay_app.ask(Ask("describe", self.key, self._described))
+        if self._listening and view is not None and view.text("state") not in LIVE:
+            self.action_listen()
+        super().redraw_panes(picture, now)
+
+    def _described(self, answer: Done | Rejected) -> None:
+        if isinstance(answer, Done):
+            self._told, self._refused = answer.data, ""
+        else:
+            self._refused = answer.message
+        self.relay_app.draw_soon()
+
+    def action_listen(self) -> None:
+        """Listen in, or stop; the audio is measured once a second, and not played."""
+        view = self._last
+        if not self._listening and (view is None or view.text("state") != "running"):
+            self.relay_app.tell("only a running request can be listened to", "warn")
+            return
+        self._listening = not self._listening
+        self._level = None
+        if self._listening and view is not None:
+            self.relay_app.ask(Listen(self.key, int(view.number("frames") or 0) - 1, self._heard))
+        else:
+            self.relay_app.ask(Listen(None))
+        self.redraw()
+
+    def _heard(self, level: float) -> None:
+        if self._listening:
+            self._level = level
+            self.relay_app.draw_soon()
+
+    def facts(self, view: View, now: float) -> Lines:
+        """See `RowDetail`."""
+        lines: Lines = [self._headline(view, now)]
+        if self._listening:
+            level = "listening" if self._level is None else formats.bar(self._level / FULL_LEVEL, LEVEL_CELLS)
+            lines.append([_label("listen-in"), (level, "accent")])
+        if view.text("code"):
+            lines += _texts("error", f"{view.text('code')}: {view.text('message')}", "bad")
+            lines += self._maps("details", self._told.get("details"))
+        lines += [
+            _fact(title, view.now(name, now))
+            for title, name in (
+                ("id", "request_id"),
+                ("principal", "principal"),
+                ("space", "space"),
+                ("attempt", "attempt"),
+                ("priority", "priority"),
+                ("readers", "readers"),
+            )
+            if view.row.get(name) is not None
+        ]
+        if worker_id := view.text("worker_id"):
+            name = view.text("worker")
+            id_text = f"  {plain(worker_id)}" if name else plain(worker_id)
+            lines.append([_label("worker"), (plain(name), ""), (id_text, "dim")])
+        if view.position is not None:
+            lines.append(_fact("position", view.position))
+        lines.append([_label("output"), (self._output(view), "")])
+        lines += self._timeline(view.picture)
+        lines += self._maps("params", self._told.get("params"))
+        inputs = self._told.get("inputs")
+        for one in inputs if isinstance(inputs, list) else []:
+            if isinstance(one, dict):
+                size = one.get("size")
+                size_text = formats.size(size) if isinstance(size, int | float) else ""
+                lines.append([_label("input"), (plain(f"{one.get('name')} {one.get('media_type')} {size_text}"), "")])
+        if self._refused:
+            lines.append([(f"no more is known: {plain(self._refused)}", "dim")])
+        return lines
+
+    def _headline(self, view: View, now: float) -> list[Piece]:
+        state = view.text("state")
+        age = view.aged("age_s", now)
+        token = glyphs.look("request", state).token
+        line: list[Piece] = [_label("state"), (glyphs.mark("request", state), token)]
+        if age is not None:
+            line.append((f"  {'for' if state in LIVE else 'took'} {formats.age(age)}", ""))
+        fraction = view.number("fraction")
+        if state == "running" and fraction is not None:
+            line.append((f"  {formats.bar(fraction, 12)} {fraction:.0%}", "busy"))
+        return line
+
+    def _output(self, view: View) -> str:
+        audio, size, frames = view.number("audio_s"), view.number("bytes") or 0, view.number("frames") or 0
+        said = f"{audio:.1f} s of audio, " if audio is not None else ""
+        first = view.number("first_frame_s")
+        after = f", the first after {formats.seconds(first)}" if first is not None else ""
+        return f"{said}{frames:.0f} frames, {formats.size(size)}{after}"
+
+    def _timeline(self, picture: Picture) -> Lines:
+        timeline = self._told.get("timeline")
+        lines: Lines = []
+        for event in timeline if isinstance(timeline, list) else []:
+            if isinstance(event, dict):
+                at = event.get("at_s")
+                when = f"+{at:.2f} s" if isinstance(at, int | float) else ""
+                rest = " ".join(
+                    _said(picture, key, value) for key, value in event.items() if key not in ("at_s", "event")
+                )
+                lines.append(
+                    [
+                        _label("" if lines else "timeline"),
+                        (f"{when:>11}  ", "dim"),
+                        (plain(f"{event.get('event', '')} "), ""),
+                        (plain(rest), "dim"),
+                    ]
+                )
+        return lines
+
+    def _maps(self, title: str, value: Any) -> Lines:
+        if not isinstance(value, dict) or not value:
+            return []
+        text = json.dumps(value, ensure_ascii=False, indent=1, default=str)
+        return _texts(title, text, "", self.size.width)
+
+
+def _marks(view: View) -> tuple[object, ...]:
+    """What a timeline hangs on."""
+    names = ("state", "attempt", "worker_id", "stopping", "code")
+    return (*(view.row.get(name) for name in names), view.row.get("first_frame_s") is None)
+
+
+def _said(picture: Picture, key: str, value: Any) -> str:
+    if key == "worker_id":
+        worker = picture.get("workers", str(value))
+        return f"worker={(worker.text('name') if worker is not None else '') or value}"
+    return f"{key}={value}"
+
+
+def _label(title: str) -> Piece:
+    return (fit(title, LABEL), "dim")
+
+
+def _fact(name: str, value: Value) -> list[Piece]:
+    if isinstance(value, float):
+        text = f"{value:.1f}"
+    elif isinstance(value, str):
+        text = value
+    elif isinstance(value, Sequence) and not isinstance(value, bytes):
+        text = ", ".join(map(str, value))
+    else:
+        text = glyphs.NOTHING if value is None else str(value)
+    return [(fit(plain(name), max(LABEL, len(name) + 1)), "dim"), (plain(text), "")]
+
+
+def _texts(title: str, text: str, token: str, width: int = 80) -> Lines:
+    lines: Lines = []
+    for paragraph in text.splitlines():
+        for part in textwrap.wrap(plain(paragraph), max(20, width - LABEL - 2), drop_whitespace=False) or [""]:
+            lines.append([_label("" if lines else title), (part, token)])
+    return lines

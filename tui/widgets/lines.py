@@ -1,0 +1,117 @@
+"""The lines around a table: how the relay is, where one is, what the last minute was like, which keys there are."""
+
+from collections.abc import Sequence
+
+from rich.cells import cell_len
+
+from tui import formats, glyphs
+from tui.picture import HISTORY_S, Picture
+from tui.widgets.drawn import Drawn, Piece
+
+#: Importance (0 stays longest) and its pieces.
+Part = tuple[int, list[Piece]]
+GAP = "  "
+
+
+def fitted(parts: Sequence[Part], width: int) -> list[Piece]:
+    """The parts with blanks between, the least important left out until they fit."""
+    kept = [part for part in parts if part[1]]
+    while len(kept) > 1 and sum(_width(part) for part in kept) + len(GAP) * (len(kept) - 1) > width:
+        kept.remove(max(kept, key=lambda part: part[0]))
+    pieces: list[Piece] = []
+    for _, part in kept:
+        pieces += [(GAP, "")] if pieces else []
+        pieces += part
+    return pieces
+
+
+def _width(part: Part) -> int:
+    return sum(cell_len(text) for text, _ in part[1])
+
+
+class OneLine(Drawn):
+    """One line of pieces."""
+
+    DEFAULT_CSS = """
+    OneLine { height: 1; }
+    """
+
+    def tell(self, parts: Sequence[Part]) -> None:
+        """Show what fits of this."""
+        if self.size.width:
+            self.draw([self.line_of(fitted(parts, self.size.width))])
+
+
+class StatusLine(OneLine):
+    """The relay in one line."""
+
+
+class CrumbLine(OneLine):
+    """Where one is, and what of it is in sight."""
+
+
+class KeyLine(OneLine):
+    """What can be done here; or what was just done."""
+
+
+def status(picture: Picture, now: float) -> list[Part]:
+    """The relay in one line: state, load, speed, errors, and what is wrong."""
+    relay = picture.relay
+    if relay is None:
+        return [_link(picture, now) or (0, [("connecting", "dim")])]
+    row, parts = relay, []
+    state = glyphs.look("relay", relay.text("state"))
+    lost = _link(picture, now)
+    parts.append(lost or (0, [(glyphs.mark("relay", relay.text("state")), state.token)]))
+    up_s = relay.aged("uptime_s", now) or 0.0
+    # In whole minutes: a clock that ticks would send something each second, for nothing.
+    parts.append((6, [("up ", "dim"), (formats.age(up_s // 60 * 60) if up_s >= 60 else "<1m", "")]))
+    trouble = sum(worker.text("state") in ("stale", "away") for worker in picture.rows("workers"))
+    workers: list[Piece] = [("workers ", "dim"), (f"{row.number('workers') or 0:.0f}", "")]
+    parts.append((2, [*workers, (f" ({trouble} stale or away)", "bad")] if trouble else workers))
+    queued, running = row.number("queued") or 0, row.number("running") or 0
+    parts.append((1, [("queued ", "dim"), (f"{queued:.0f}", "warn" if queued else "")]))
+    parts.append((1, [("running ", "dim"), (f"{running:.0f}", "busy" if running else "")]))
+    half, most = row.number("first_audio_p50_s"), row.number("first_audio_p95_s")
+    if half is not None and most is not None:
+        parts.append((4, [("1st audio ", "dim"), (f"{formats.seconds(half)}/{formats.seconds(most)}", "")]))
+    if (out := row.number("out_bytes_s")) is not None:
+        parts.append((5, [("out ", "dim"), (formats.rate(out), "")]))
+    if (errors := row.number("errors_min")) is not None:
+        parts.append((3, [("errors/min ", "dim"), (f"{errors:.0f}", "bad" if errors else "")]))
+    return parts
+
+
+def _link(picture: Picture, now: float) -> Part | None:
+    link = picture.link
+    if link.up:
+        return None
+    if not link.why:
+        return (0, [("connecting", "dim")])
+    gone = formats.age(now - link.since)
+    retry = f", next try in {formats.age(max(0.0, link.retry_at - now) + 0.99)}" if link.retry_at is not None else ""
+    what = f"relay gone for {gone}{retry}" if picture.known else f"no relay for {gone}{retry}"
+    return (0, [(f"{glyphs.look('relay', 'lost').glyph} {what}", "bad"), (f": {formats.plain(link.why)}", "dim")])
+
+
+class Spark(Drawn):
+    """Requests and seconds of audio, second by second."""
+
+    DEFAULT_CSS = """
+    Spark { height: 2; }
+    """
+    LABEL = 12
+
+    def show(self, picture: Picture, now: float) -> None:
+        """Draw the last minute."""
+        if not self.size.width:
+            return
+        width = max(1, min(HISTORY_S, self.size.width - self.LABEL - 12))
+        lines = []
+        for title, values, unit in zip(
+            ("requests", "audio s"), picture.rates.last_minute(now), ("/min", " s/min"), strict=True
+        ):
+            graph = formats.spark(values[-width:], width)
+            pieces = [(f" {title:<{self.LABEL - 2}} ", "dim"), *((char, "busy") for char in graph)]
+            lines.append(self.line_of([*pieces, (f" {sum(values):.0f}{unit}", "")]))
+        self.draw(lines)

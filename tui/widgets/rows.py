@@ -1,0 +1,335 @@
+"""The table: one line a row, a cursor that belongs to a row's id, and only what is in sight is ever drawn."""
+
+from collections.abc import Container, Iterable, Sequence
+from typing import Any, ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.message import Message
+
+from tui import glyphs
+from tui.columns import COLUMNS, EMPTY, NO_MATCH, Column, choose, natural
+from tui.filters import Filter
+from tui.formats import fit
+from tui.order import Order
+from tui.picture import View
+from tui.widgets.drawn import Drawn, Line
+
+#: Cursor and tag, in front of the cells.
+GUTTER = 2
+
+
+class Rows(Drawn, can_focus=True):
+    """A table of one screen's rows.
+
+    Args:
+        kind: key of `COLUMNS`.
+
+    Attributes:
+        cursor: the id of the row under the cursor; it stays with its row wherever that moves to.
+        tagged: ids, in the order they were tagged.
+        seen: what its owner made of the picture when it gave the rows last; None: rows are wanted in any case.
+        following: the view goes where the cursor's row goes; with `tail`, the cursor goes with the last row.
+    """
+
+    DEFAULT_CSS = """
+    Rows { height: 1fr; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "move(-1)", "Up", show=False),
+        Binding("down,j", "move(1)", "Down", show=False),
+        Binding("pageup,ctrl+b", "page(-1)", "Page up", show=False),
+        Binding("pagedown,ctrl+f", "page(1)", "Page down", show=False),
+        Binding("home,g", "edge(-1)", "First row", show=False),
+        Binding("end,G", "edge(1)", "Last row", show=False),
+        Binding("enter", "enter", "Open", key_display="enter"),
+        Binding("space", "tag", "Tag"),
+        Binding("s", "sort", "Sort"),
+        Binding("r", "reverse", "Reverse"),
+        Binding("f", "follow", "Follow"),
+    ]
+
+    class Entered(Message):
+        """Enter was pressed on a row."""
+
+        def __init__(self, view: View) -> None:
+            super().__init__()
+            self.view = view
+
+    class Changed(Message):
+        """The operator changed how the table looks; it wants to be drawn."""
+
+    def __init__(self, kind: str, *, id: str | None = None, tail: bool = False) -> None:  # noqa: A002  Textual's name
+        super().__init__(id=id, classes="pane")
+        self.kind = kind
+        self.columns: Sequence[Column] = COLUMNS[kind]
+        self.order = Order(natural(kind))
+        self.sorted_by: Column | None = None
+        self.cursor: str | None = None
+        self.tagged: dict[str, View] = {}
+        self.seen: object = None
+        self.following = tail
+        self.tail = tail
+        self._views: list[View] = []
+        self._index: dict[str, int] = {}
+        self._gone: str | None = None
+        self._top = 0
+        self._known = True
+        self._now = 0.0
+        self._stale = False
+
+    # -- what is shown -----------------------------------------------------------------------------------------
+
+    def update(
+        self, views: Iterable[View], now: float, *, stale: bool, known: bool, moving: Container[str] = ()
+    ) -> None:
+        """Show these rows as of `now`.
+
+        Args:
+            views: all rows, in any order.
+            now: for ages, as the picture's clock.
+            stale: the link is gone; dim them.
+            known: a picture has come.
+            moving: as `Order.update`.
+        """
+        self._put(self.order.update(views, moving))
+        for key in [key for key in self.tagged if key not in self._index or key == self._gone]:
+            del self.tagged[key]
+        self.look_again(now, stale=stale, known=known)
+
+    def look_again(self, now: float, *, stale: bool, known: bool) -> None:
+        """The same rows, at another time."""
+        self._now, self._stale, self._known = now, stale, known
+        self._draw()
+
+    def _put(self, shown: list[View]) -> None:
+        """Take the new rows, and keep the cursor on its id, even if its row has left."""
+        held, at, line = self.view, self._at(), self._line_of_cursor()
+        self._gone = None
+        self._index = {view.key: at for at, view in enumerate(shown)}
+        if held is not None and held.key not in self._index and not (self.tail and self.following):
+            shown.insert(min(at, len(shown)), held)
+            self._index = {view.key: at for at, view in enumerate(shown)}
+            self._gone = held.key
+        self._views = shown
+        if not shown:
+            self.cursor = None
+        elif self.tail and self.following:
+            self.cursor = shown[-1].key
+        elif self.cursor is None:
+            self.cursor = shown[0].key
+        self._scroll(line)
+
+    def _scroll(self, line: int | None) -> None:
+        """Where the view goes: with a row that is followed, or scrolled to and in sight; else it stays."""
+        height = self.height_of_rows
+        if self.following:
+            self._show_cursor()
+        elif self._top and line is not None:
+            self._top = self._at() - line
+        self._top = max(0, min(self._top, len(self._views) - height))
+
+    def _show_cursor(self) -> None:
+        height, at = self.height_of_rows, self._at()
+        self._top = max(min(self._top, at), at - height + 1, 0)
+
+    @property
+    def height_of_rows(self) -> int:
+        """Rows in sight."""
+        return max(1, self.size.height - 1)
+
+    def _at(self) -> int:
+        return self._index.get(self.cursor or "", 0)
+
+    def _line_of_cursor(self) -> int | None:
+        """Where the cursor is in sight, from 0."""
+        line = self._at() - self._top
+        return line if self.cursor in self._index and 0 <= line < self.height_of_rows else None
+
+    @property
+    def view(self) -> View | None:
+        """The row under the cursor."""
+        at = self._index.get(self.cursor or "")
+        return self._views[at] if at is not None else None
+
+    @property
+    def views(self) -> list[View]:
+        """What is shown, in order; without the row that has left and is only kept for the cursor."""
+        return [view for view in self._views if view.key != self._gone]
+
+    @property
+    def chosen(self) -> list[View]:
+        """What an action is for: the tagged rows, else the one under the cursor."""
+        if self.tagged:
+            return [self._views[at] for key in self.tagged if (at := self._index.get(key)) is not None]
+        return [self.view] if self.view is not None else []
+
+    @property
+    def place(self) -> str:
+        """Which rows are in sight, of how many."""
+        total = len(self.views)
+        if not total:
+            return "none"
+        last = min(total, self._top + self.height_of_rows)
+        out_of_sight = "" if self._line_of_cursor() is not None else ", cursor out of sight"
+        return f"{min(self._top + 1, last)}-{last} of {total}{out_of_sight}"
+
+    # -- drawing -----------------------------------------------------------------------------------------------
+
+    def _draw(self) -> None:
+        width = self.size.width
+        if width <= GUTTER:
+            return
+        chosen = choose(self.columns, width - GUTTER)
+        in_sight = self._views[self._top : self._top + self.height_of_rows]
+        lines = [self._heading(chosen), *(self._row(view, chosen) for view in in_sight)]
+        if not self._views:
+            text = "" if not self._known else NO_MATCH if self.order.filter.text else EMPTY[self.kind]
+            lines += [self.line_of([]), *(self.line_of([("  ", ""), (part, "dim")]) for part in _wrap(text, width - 4))]
+        lines += [self.line_of([])] * (self.size.height - len(lines))
+        self.draw(lines[: self.size.height])
+
+    def _heading(self, chosen: Sequence[tuple[Column, int]]) -> Line:
+        style = self.cell_style("header")
+        line = [(" " * GUTTER, style)]
+        for column, width in chosen:
+            title = column.title
+            if column is self.sorted_by:
+                arrow = glyphs.SORT_DOWN if self.order.reverse else glyphs.SORT_UP
+                title = f"{title[: width - 1]}{arrow}"
+            line.append((fit(title, width, column.align) + " ", style))
+        return self._filled(line, "header")
+
+    def _row(self, view: View, chosen: Sequence[tuple[Column, int]]) -> Line:
+        here, gone = view.key == self.cursor, view.key == self._gone
+        over = [*(["cursor"] if here and self.has_focus else []), *(["gone"] if gone or self._stale else [])]
+        mark = (glyphs.FOLLOWED if self.following else glyphs.CURSOR) if here else " "
+        tag = "✗" if gone else glyphs.TAGGED if view.key in self.tagged else " "
+        line = [(mark + tag, self.cell_style("accent" if self.has_focus else "dim", *over))]
+        for column, width in chosen:
+            cell = column.cell(view, self._now)
+            line.append((fit(cell.text, width, column.align) + " ", self.cell_style(cell.token, *over)))
+        return self._filled(line, *over)
+
+    def _filled(self, line: list[Any], *tokens: str) -> Line:
+        """The last cell's blank goes where it would stand beyond the edge; the rest is filled up."""
+        full = self.line_of([(text, "") for text, _ in line])
+        styled = [(text, style) for (text, _), (_, style) in zip(full, line, strict=False)]
+        styled += [(text, self.cell_style(*tokens)) for text, _ in full[len(line) :]]
+        return tuple(styled)
+
+    # -- keys --------------------------------------------------------------------------------------------------
+
+    def _go(self, at: int) -> None:
+        if not self._views:
+            return
+        at = max(0, min(at, len(self._views) - 1))
+        self.cursor = self._views[at].key
+        if self._gone is not None and self.cursor != self._gone:
+            self._drop_gone()
+        if self.tail:
+            self.following = self.cursor == self._views[-1].key
+        self._show_cursor()
+        self._changed()
+
+    def _drop_gone(self) -> None:
+        self._views = [view for view in self._views if view.key != self._gone]
+        self._index = {view.key: at for at, view in enumerate(self._views)}
+        self._gone = None
+
+    def _changed(self) -> None:
+        self._draw()
+        self.post_message(self.Changed())
+
+    def show(self, key: str) -> bool:
+        """Put the cursor on a row; False where it is not shown."""
+        if key not in self._index:
+            return False
+        self._go(self._index[key])
+        return True
+
+    def filter_by(self, wanted: Filter) -> None:
+        """Show only what the filter lets through; the cursor stays if its row is one of them."""
+        self.order.filter = wanted
+        self.order.begin_anew()
+        self.seen = None
+        if (view := self.view) is not None and not wanted.lets_through(view):
+            self._views, self._index, self.cursor, self._top = [], {}, None, 0
+
+    def action_move(self, lines: int) -> None:
+        """Move the cursor."""
+        self._go(self._at() + lines)
+
+    def action_page(self, pages: int) -> None:
+        """Move the cursor by what is in sight."""
+        self._go(self._at() + pages * max(1, self.height_of_rows - 1))
+
+    def action_edge(self, end: int) -> None:
+        """Move the cursor to the first or the last row."""
+        self._go(0 if end < 0 else len(self._views) - 1)
+
+    def action_enter(self) -> None:
+        """Drill in."""
+        if self.view is not None:
+            self.post_message(self.Entered(self.view))
+
+    def action_tag(self) -> None:
+        """Tag the row under the cursor, or take its tag off; the cursor goes on to the next."""
+        view = self.view
+        if view is None:
+            return
+        if view.key in self.tagged:
+            del self.tagged[view.key]
+        else:
+            self.tagged[view.key] = view
+        self._go(self._at() + 1)
+
+    def untag(self) -> None:
+        """Take all tags off."""
+        self.tagged.clear()
+        self._changed()
+
+    def action_sort(self) -> None:
+        """Sort by the next column in sight; behind the last, in the natural order again."""
+        shown = [column for column, _ in choose(self.columns, self.size.width - GUTTER)]
+        after = shown.index(self.sorted_by) + 1 if self.sorted_by in shown else 0
+        self.sorted_by = shown[after] if after < len(shown) else None
+        self.order.chosen = self.sorted_by.sort if self.sorted_by is not None else None
+        self._reorder()
+
+    def action_reverse(self) -> None:
+        """Turn the order around."""
+        self.order.reverse = not self.order.reverse
+        self._reorder()
+
+    def _reorder(self) -> None:
+        self.order.begin_anew()
+        self._put(self.order.update(self.views))
+        self._show_cursor()
+        self._changed()
+
+    def action_follow(self) -> None:
+        """Have the view go where the row goes, or stay; in a log, with the newest line."""
+        self.following = not self.following
+        if self.tail and self.following:
+            self._go(len(self._views) - 1)
+        self._show_cursor()
+        self._changed()
+
+    def on_focus(self, _event: events.Focus) -> None:
+        """The key line tells what can be done here."""
+        self._changed()
+
+    def on_blur(self, _event: events.Blur) -> None:
+        """The cursor is not what the keys are for any more."""
+        self._draw()
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Words in lines of at most `width` cells."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return lines
