@@ -250,6 +250,8 @@ class ClientLink:
                 self.hear_accepted(request)
             if request.live and self._may_hold(request):
                 self._hold(request)
+                if attach.attempt > request.entry.attempt:
+                    self.relay.hear_of(request, attach.attempt)
             self._tell_place(request)
             self._read(request, request.log.place(attach.attempt, attach.after_seq))
 

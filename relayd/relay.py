@@ -168,9 +168,9 @@ class Relay:
             self.store.post(PutSpace(self.space_record(space)))
             self.touch("spaces", name)
         for entry in joined.resume:
-            self.requests[entry.request_id].last_frame_at = now
-            self.requests[entry.request_id].step("worker_back", worker_id=port.worker_id, attempt=entry.attempt)
-            self.requests[entry.request_id].notify()
+            request = self.requests[entry.request_id]
+            request.resumed()
+            self.record(request)  # it may have been queued again, or be further than the store knew
             self.touch("requests", entry.request_id)
         self.touch("workers", port.worker_id)
         self._tell_moved()
@@ -271,6 +271,15 @@ class Relay:
         if request is not None and request.entry.state is State.RUNNING:
             request.step("lost", code=code.value, why=message[:MAX_STEP_CHARS])
         self.carry_out(self.scheduler.lose(request_id, code, message, trio.current_time()))
+
+    def hear_of(self, request: Request, attempt: int) -> None:
+        """A listener has frames of an attempt that the store did not know yet when an earlier relay was killed."""
+        decisions = self.scheduler.hear_of(request.request_id, attempt, trio.current_time())
+        entry = request.entry
+        awaited = entry.attempt == attempt and not any(isinstance(each, Finish) for each in decisions)
+        if awaited and request.log.next_seq:
+            request.log.restart(attempt, 0)  # what has come is the attempt's before it
+        self.carry_out(decisions)
 
     def carry_out(self, decisions: Iterable[Decision]) -> None:
         """Do what the scheduler decided."""

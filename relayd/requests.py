@@ -144,6 +144,16 @@ class Request:
         told = {key: value for key, value in more.items() if value is not None}
         self.steps.append(msgpack.packb({"at_s": at_s, "event": event, **told}))
 
+    def resumed(self) -> None:
+        """Its worker is back, and goes on with it."""
+        entry, log = self.entry, self.log
+        self.last_frame_at = trio.current_time()
+        self.step("worker_back", worker_id=entry.worker_id, attempt=entry.attempt)
+        if entry.attempt > 1 and not entry.reproducible and not (log.next_seq or log.starts):
+            # After a restart of the relay: who has frames of an earlier attempt must not go on behind them in this one.
+            log.restart(entry.attempt, 0)
+        self.notify()
+
     def shed(self) -> None:
         """It has ended: let go of what only a run needs, which may be 64 KiB and all of its inputs."""
         self.asked = self.asked or in_brief(self.submit, KEPT_BYTES)

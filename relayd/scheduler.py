@@ -152,14 +152,15 @@ class Scheduler:
             return None
         if entry.state is State.QUEUED:  # given up too early: nobody has begun it anew, so it runs where it ran
             self.spaces[entry.space].queue.remove(entry)
-            entry.losses = max(0, entry.losses - 1)  # it was not lost after all
+            if attempt == entry.attempt and not entry.hearsay:
+                entry.losses = max(0, entry.losses - 1)  # it was not lost after all
         elif entry.worker_id not in (None, worker.worker_id):
             if attempt == entry.attempt:
                 return None
             self._forget_away(entry)
-        if attempt != entry.attempt:  # the relay was killed before the store had written that it began
+        if attempt != entry.attempt or entry.hearsay:  # the relay was killed before the store had written that it began
             entry.attempt, entry.started_at, entry.reproducible = attempt, now, worker.reproducible
-        entry.unsure = False
+        entry.unsure = entry.hearsay = False
         self._run_on(entry, worker)
         worker.held[request_id] = attempt
         return entry
@@ -346,6 +347,23 @@ class Scheduler:
         self.moved.add(space.name)
         return [*stop, Requeued(entry), *self._hand_out(now)]
 
+    def hear_of(self, request_id: str, attempt: int, now: float) -> list[Decision]:
+        """A listener has frames of the attempt after the one at hand, which a relay that was killed had not stored yet.
+
+        It would drop all that comes of the one at hand, its end too: nothing goes on behind its frames. Who runs the
+        later one may still come.
+        """
+        entry = self.entries.get(request_id)
+        if entry is None or attempt != entry.attempt + 1:
+            return []
+        entry.attempt, entry.next_seq, entry.hearsay = attempt, 0, True
+        if entry.state is State.RUNNING and entry.lost_at is None:
+            words = "a listener has heard a later attempt, which the relay lost when it was killed"
+            return self.lose(request_id, ErrorCode.WORKER_LOST, words, now)
+        self._forget_away(entry)
+        entry.worker_id = None
+        return []
+
     def promote(self, request_id: str) -> Rejected | None:
         """Put a queued request to the front of its space."""
         entry = self.entries.get(request_id)
@@ -438,7 +456,7 @@ class Scheduler:
         goes_on = bool(entry.reproducible) and entry.reproducible == worker.reproducible
         self._run_on(entry, worker)
         entry.attempt += 2 if entry.unsure else 1  # never a number that may have been given out already
-        entry.unsure = False
+        entry.unsure = entry.hearsay = False
         entry.started_at = now
         entry.reproducible = worker.reproducible
         if not goes_on:

@@ -97,6 +97,8 @@ class Spool:
             extend(index, batch)
             size = size_of(index[-1], len(index) - 1, len(starts))
             await self._room_for(frames, size)
+            if frames.filed is not filed:
+                return  # it was dropped while room was made
             head = (frames.request_id, frames.created_unix)
             await self._in_thread(frames, self.folder.seal, *head, index, starts, batch, size=size)
             if frames.filed is filed:
@@ -114,8 +116,8 @@ class Spool:
             filed.valid = first + len(batch)
             size = offset + sum(map(len, batch)) + RECORD_BYTES * len(batch)
             await self._room_for(frames, size)
-            if filed.valid < first + len(batch):
-                continue  # restarted while room was made
+            if filed is not frames.filed or filed.valid < first + len(batch):
+                continue  # dropped or restarted while room was made
             await self._in_thread(
                 frames, self.folder.write, frames.request_id, frames.created_unix, offset, batch, size=size
             )

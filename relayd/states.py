@@ -45,6 +45,8 @@ class Entry:
     attempt: int = 0
     #: After a restart: one attempt more may have begun than the store had written.
     unsure: bool = False
+    #: After a restart: the attempt is known from a listener alone, and not where it began.
+    hearsay: bool = False
     losses: int = 0
     #: Where the attempt runs; None while queued, and after a restart until its worker has come back.
     worker_id: str | None = None

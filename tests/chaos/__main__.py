@@ -3,6 +3,8 @@
 import argparse
 import sys
 import tempfile
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import trio
@@ -11,6 +13,15 @@ from tests.chaos.run import Settings, clear, report, run_chaos
 
 #: Of the run, at its end, the relay's process is left alone, to see what an old one keeps.
 SPARED = 0.1
+
+
+def leaves(fault: BaseException) -> Iterator[BaseException]:
+    """The exceptions in a group of groups."""
+    if isinstance(fault, BaseExceptionGroup):
+        for inner in fault.exceptions:
+            yield from leaves(inner)
+    else:
+        yield fault
 
 
 def main() -> int:
@@ -30,7 +41,12 @@ def main() -> int:
         slots=given.slots,
     )
     folder = Path(tempfile.mkdtemp(prefix="relayd-chaos-"))
-    ledger = trio.run(run_chaos, folder, settings)
+    try:
+        ledger = trio.run(run_chaos, folder, settings)
+    except BaseExceptionGroup as group:  # nested deeper than Python prints
+        for fault in leaves(group):
+            traceback.print_exception(fault)
+        raise
     told = report(ledger, settings, folder)
     print(told, flush=True)
     if given.output:

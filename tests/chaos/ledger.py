@@ -10,7 +10,7 @@ import attrs
 import trio
 
 from tests.chaos.plans import SAMPLE_BYTES, Plan
-from tests.chaos.rules import Cause, Hearing, judge, judge_attempts
+from tests.chaos.rules import Cause, Hearing, judge, judge_attempts, lost_and_doubled
 from tests.chaos.stage import as_json
 
 #: As `gpuworker.work` logs the begin of an attempt.
@@ -256,6 +256,9 @@ class Ledger:
         self.counts["listeners"] += 1
         self.counts[f"ended {hearing.end}"] += 1
         self.counts["samples compared"] += len(hearing.pcm) // SAMPLE_BYTES
+        lost, doubled = lost_and_doubled(case.plan, hearing) if hearing.end == "completed" else (0, 0)
+        self.counts["samples lost"] += lost
+        self.counts["samples doubled"] += doubled
         self.counts["samples voided by a restart"] += hearing.voided
         self.counts["restarts heard"] += hearing.restarts
         for other in case.hearings:
@@ -269,11 +272,14 @@ class Ledger:
         begun = [attempt for attempt, _worker in case.begun]
         until = case.ended_at or trio.current_time()
         starts = sum(case.began_at <= start <= until for start in self.relay_starts)
+        self.counts["requests run twice unnoticed"] += 0  # the table has it in any case
         for words in judge_attempts(case.plan, begun, case.requeued, starts):
             self.counts["requests run twice unnoticed"] += "twice" in words or "times" in words
             self.complain(words, case)
         for unknown in set(case.begun) - set(case.started):
             self.complain(f"attempt {unknown[0]} ran on {unknown[1]}, which the relay has not told", case)
+        kept = any(hearing.end and not hearing.end.endswith("request_not_found") for hearing in case.hearings)
+        self.counts["accepted requests lost"] += case.accepted_at is not None and not kept
         self.counts["requests"] += 1
         self.counts["attempts"] += len(begun)
         self.counts["retried"] += max(0, len(begun) - 1)

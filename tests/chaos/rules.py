@@ -101,6 +101,24 @@ def _judge_samples(plan: Plan, hearing: Hearing) -> list[str]:
     return []
 
 
+def lost_and_doubled(plan: Plan, hearing: Hearing) -> tuple[int, int]:
+    """How many samples of a completed request did not come, and how many came that should not have, or once too often.
+
+    Where the samples are wrong this is told piece by piece, as the worker cut them; a tune that repeats itself may make
+    the two numbers too large, and never zero.
+    """
+    expected = plan.expected()
+    lost = doubled = at = 0
+    for _seq, data in hearing.pieces:
+        found = at if expected.startswith(data, at) else expected.find(data, at)
+        if found < 0:
+            doubled += len(data)
+        else:
+            lost += found - at
+            at = found + len(data)
+    return (lost + len(expected) - at) // SAMPLE_BYTES, doubled // SAMPLE_BYTES
+
+
 def _where(got: bytes, expected: bytes) -> str:
     same = next(
         (at for at, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected))

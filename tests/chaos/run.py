@@ -45,6 +45,8 @@ cancel_grace_s = 2.0
 
 [results]
 retain_s = {retain_s}
+# A few streams fill it: most frames are written to files in the storm, and read back from there.
+memory_bytes = 20_000
 
 [spaces.tts]
 max_workers = 8

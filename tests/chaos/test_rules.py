@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Callable
 
 import attrs
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tests.chaos.faults import CLIENT_FAULTS, RELAY_FAULTS, WORKER_FAULTS, draw_faults
 from tests.chaos.ledger import Fault, Ledger, Windows
 from tests.chaos.plans import KINDS, Plan, draw_plan
-from tests.chaos.rules import Cause, Hearing, judge, judge_attempts
+from tests.chaos.rules import Cause, Hearing, judge, judge_attempts, lost_and_doubled
 
 PLAN = Plan(
     name="x", kind="plain", space="tts", seed=1, duration_s=1.0, speed=1.0, retry="before_output", fail=None,
@@ -44,6 +45,35 @@ def test_a_lost_a_doubled_a_swapped_and_a_changed_chunk_are_seen() -> None:
         hearing = heard()
         hearing.pieces = spoil(hearing.pieces)
         assert len(judge(PLAN, hearing, frozenset(Cause) - {Cause.CANCELLED})) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "lost", "doubled"),
+    [
+        (lambda pieces: pieces, 0, 0),
+        (lambda pieces: pieces[:5] + pieces[6:], 424, 0),
+        (lambda pieces: pieces[:-2], 424 + 368, 0),
+        (lambda pieces: pieces[:5] + pieces[4:], 0, 424),
+        (lambda pieces: [*pieces[:4], (4, b"\1" * 848), *pieces[5:]], 424, 424),
+    ],
+)
+def test_what_is_wrong_with_samples_is_counted(
+    spoil: Callable[[list[tuple[int, bytes]]], list[tuple[int, bytes]]], lost: int, doubled: int
+) -> None:
+    hearing = heard(chunk=848)  # as the mock cuts it
+    hearing.pieces = spoil(hearing.pieces)
+    assert lost_and_doubled(PLAN, hearing) == (lost, doubled)
+
+
+@pytest.mark.trio
+async def test_a_request_that_was_accepted_and_then_forgotten_is_counted_as_lost() -> None:
+    ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+    for number, end in enumerate(("completed", "failed request_not_found")):
+        case = ledger.open_case(PLAN, f"{number:032x}", "client 1")
+        case.accepted_at = case.began_at
+        case.hearings.append(heard(end=end))
+        ledger.close_case(case)
+        assert ledger.counts["accepted requests lost"] == number
 
 
 def test_what_came_before_a_failure_must_be_the_beginning() -> None:

@@ -3,11 +3,37 @@
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 
-from protocol.messages import Ack, Attach, Audio, Failed, Registered, Status, StatusReply
-from tests.relayd.harness import Daemon, Peer, a_submit, an_id, daemon, fake_worker, kept_logs, peer, samples, until
+from protocol.messages import (
+    Ack,
+    Attach,
+    Audio,
+    Cancel,
+    Cancelled,
+    Failed,
+    Frame,
+    Registered,
+    Running,
+    Status,
+    StatusReply,
+)
+from protocol.stream import Stream
+from tests.relayd.harness import (
+    FORMAT,
+    Daemon,
+    Peer,
+    a_submit,
+    an_id,
+    daemon,
+    fake_worker,
+    kept_logs,
+    peer,
+    samples,
+    until,
+)
 
 PCM = [samples(1_000, seed) for seed in (1, 2, 3)]
 SOON: dict[str, Any] = {"limits": {"worker_grace_s": 0.05}}
@@ -177,3 +203,104 @@ async def test_a_worker_that_was_started_anew_while_the_relay_was_away_is_not_aw
             assert isinstance(failed, Failed)
             assert "was started anew" in failed.message
             await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_listener_of_an_attempt_before_the_last_hears_the_last_anew_after_a_restart(tmp_path: Path) -> None:
+    submit, instance = a_submit(detach=True, retry="always"), an_id()
+    sqlite: dict[str, Any] = {"store": "sqlite", "limits": {"worker_grace_s": 0.05}}
+    others = [samples(1_000, seed) for seed in (4, 5, 6)]
+    async with daemon(tmp_path, **sqlite) as relay, peer(relay.url, "client") as client:
+        client.send(submit)
+        async with fake_worker(relay.url, name="first") as worker:
+            worker.speak(await worker.assigned(), PCM, end=False)
+            await until(lambda: relay.relay.requests[submit.request_id].log.next_seq == 4)
+            await worker.peer.cut()
+        async with fake_worker(relay.url, name="second", instance=instance) as worker:
+            assign = await worker.assigned()
+            assert assign.attempt == 2
+            await relay.relay.store.flush()
+    running = (Running(request_id=submit.request_id, attempt=2, next_seq=4),)
+    async with (
+        daemon(tmp_path, **sqlite) as relay,
+        fake_worker(relay.url, name="second", instance=instance, running=running) as worker,
+    ):
+        worker.speak(assign, others, end=False)
+        await until(lambda: relay.relay.requests[submit.request_id].log.next_seq == 4)
+        async with peer(relay.url, "client") as client:  # it had all of the first attempt, and nothing of the second
+            client.send(Attach(request_id=submit.request_id, attempt=1, after_seq=3))
+            worker.speak(assign, others, first=4)
+            frames = await client.frames(submit)
+        assert [frame.pcm for frame in frames if isinstance(frame, Audio)] == others
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_what_a_worker_takes_up_again_after_it_was_given_up_is_stored_as_running(tmp_path: Path) -> None:
+    submit, instance = a_submit(detach=True), an_id()
+    async with daemon(tmp_path, **(SOON | {"store": "sqlite"})) as relay, peer(relay.url, "client") as client:
+
+        async def stored() -> tuple[str, str | None, int]:
+            (record,) = (await relay.relay.store.load()).requests
+            return record.state, record.worker_id, record.losses
+
+        client.send(submit)
+        async with fake_worker(relay.url, instance=instance) as worker:
+            assign = await worker.assigned()
+            await worker.peer.cut()
+        await until(lambda: relay.relay.requests[submit.request_id].entry.state == "queued")
+        assert await stored() == ("queued", None, 1)
+        running = (Running(request_id=submit.request_id, attempt=1, next_seq=0),)
+        async with fake_worker(relay.url, instance=instance, running=running) as worker:
+            await worker.peer.next(Registered)
+            assert await stored() == ("running", f"box-{instance[:8]}", 0)
+            worker.speak(assign, PCM)
+            await worker.peer.next(Ack)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("first_back", ["listener", "former worker"])
+@pytest.mark.parametrize("reproducible", [True, False])
+async def test_a_listener_that_has_heard_an_attempt_which_was_not_stored_yet_gets_its_end(
+    tmp_path: Path, first_back: str, reproducible: bool
+) -> None:
+    """It drops frames of earlier attempts: were the worker of one to go on, it would hear nothing for ever."""
+    submit, former, latter = a_submit(detach=True, retry="always"), an_id(), an_id()
+    same: dict[str, Any] = {"reproducible": reproducible, "fingerprint": "a"}
+    before = PCM if reproducible else [samples(1_000, seed) for seed in (4, 5, 6)]
+    sqlite: dict[str, Any] = {"store": "sqlite", "spaces": {"tts": {"max_workers": 2}}}
+    async with (
+        daemon(tmp_path, **sqlite) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url, name="former", instance=former, **same) as worker,
+    ):
+        client.send(submit)
+        assign = await worker.assigned()
+        await relay.relay.store.flush()
+    # As if the second attempt had begun, on another worker, and the relay been killed before that was written:
+    named = [(Running(request_id=submit.request_id, attempt=number, next_seq=3),) for number in (1, 2)]
+    heard = Attach(request_id=submit.request_id, attempt=2, after_seq=1)
+    async with daemon(tmp_path, **sqlite) as relay, peer(relay.url, "client") as client:
+        if first_back == "listener":
+            client.send(heard)
+            await client.settled()
+        async with fake_worker(relay.url, name="former", instance=former, running=named[0], **same) as worker:
+            told = await worker.peer.next(Registered)
+            assert told.abandon == ([submit.request_id] if first_back == "listener" else [])
+            if first_back != "listener":
+                worker.speak(assign, before, end=False)
+                await until(lambda: relay.relay.requests[submit.request_id].log.next_seq == 4)
+                client.send(heard)
+                await worker.peer.next(Cancel)
+            async with fake_worker(relay.url, name="latter", instance=latter, running=named[1], **same) as other:
+                await other.peer.next(Registered)
+                other.speak(attrs.evolve(assign, attempt=2), PCM)
+                listener = Stream(submit.request_id, after_seq=1, attempt=2)
+                listener.format = FORMAT
+                while not listener.ended:
+                    listener.take(await client.next(Frame))
+                worker.send(Cancelled(request_id=submit.request_id, attempt=1, seq=4, reason="told so"))
+                heard_pcm = [frame.pcm async for frame in listener if isinstance(frame, Audio)]
+                assert (heard_pcm, listener.attempt, listener.restarts) == (PCM[1:], 2, 0)
+                await relay.at_rest()

@@ -591,3 +591,34 @@ def test_requeueing_says_so_before_it_starts_anew() -> None:
     bench.join("two")
     decisions = bench.lose("a", ErrorCode.IDLE_TIMEOUT)
     assert [type(decision) for decision in decisions] == [Stop, Requeued, Start]
+
+
+def test_an_attempt_that_was_begun_after_a_loss_and_not_stored_gives_no_loss_back() -> None:
+    bench = Bench()
+    bench.scheduler.restore(bench.entry("a", state=State.QUEUED, attempt=1, losses=1, unsure=True), bench.now)
+    assert bench.join(running={"a": 2}).resume == [bench["a"]]
+    assert (bench["a"].attempt, bench["a"].losses) == (2, 1)
+
+
+@pytest.mark.parametrize("state", [State.QUEUED, State.RUNNING])
+def test_an_attempt_that_only_a_listener_knows_of_is_awaited_and_those_before_it_are_over(state: State) -> None:
+    bench = Bench(max_workers=2)
+    away = {"worker_id": "old"} if state is State.RUNNING else {}
+    bench.scheduler.restore(bench.entry("a", state=state, attempt=1, unsure=True, **away), bench.now)
+    assert bench.scheduler.hear_of("a", 2, bench.now) == []
+    assert bench.join("old", {"a": 1}, slots=0).abandon == ["a"]
+    bench.now += 5
+    assert bench.join("new", {"a": 2}, reproducible=TONE).resume == [bench["a"]]
+    entry = bench["a"]
+    assert (entry.attempt, entry.worker_id, entry.reproducible, entry.started_at) == (2, "new", TONE, bench.now)
+
+
+def test_an_attempt_that_only_a_listener_knows_of_and_nobody_runs_ends_under_its_own_number() -> None:
+    bench = Bench()
+    bench.scheduler.restore(bench.entry("a", state=State.RUNNING, attempt=1, unsure=True, retry="never"), bench.now)
+    bench.scheduler.hear_of("a", 2, bench.now)
+    assert code_of(bench.lose("a")) is ErrorCode.WORKER_LOST
+    assert bench["a"].attempt == 2, "a listener drops the end of an attempt before its own"
+    for attempt in (0, 1, 2, 4):
+        assert bench.scheduler.hear_of("a", attempt, bench.now) == []
+    assert bench["a"].attempt == 2

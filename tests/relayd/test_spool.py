@@ -460,3 +460,20 @@ async def test_every_reader_ends_with_every_frame_in_order_whatever_happens_behi
         contents = bench.spool.folder.load(log.request_id)
         assert bench.spool.folder.read(log.request_id, contents.index) == truth
         assert not bench.broken
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("call", ["spill", "seal"])
+async def test_a_log_that_is_dropped_while_room_is_made_leaves_no_file(tmp_path: Path, call: str) -> None:
+    async with a_bench(tmp_path, disk_bytes=0) as bench:
+        log = bench.log()
+        fill(log, frames(6, 1_000), end=call == "seal")
+
+        async def make_room(_more: int) -> bool:
+            await trio.lowlevel.checkpoint()
+            log.drop()  # it has no file yet, so nobody will delete one
+            return True
+
+        bench.spool.make_room = make_room
+        await getattr(bench.spool, call)(log)
+        assert (bench.files, bench.spool.used_bytes) == ([], 0)
