@@ -26,7 +26,8 @@ class Queues:
         """Take a whole snapshot, or the whole of a round of changes (pages joined)."""
         if isinstance(change, Snapshot):
             self._orders, self._space_of, self._positions = {}, {}, {}
-        rows: list[Row] = change.data.get("requests", [])
+        told: list[Row] = change.data.get("requests", [])
+        rows = [row for row in told if isinstance(row.get("request_id"), str) and isinstance(row.get("space", ""), str)]
         gone = change.gone.get("requests", []) if isinstance(change, Delta) else ()
         self._take_out([*(row.get("request_id", "") for row in rows), *gone])
         placed = [row for row in rows if isinstance(row.get("position"), int)]

@@ -49,7 +49,7 @@ def value_now(topic: str, row: Row, key: str, elapsed_s: float) -> Value:
     """A value of a row as it stands `elapsed_s` after the row came: ages have grown, the rest is as it was told."""
     value = row.get(key)
     states = COUNTS_ON.get(topic, {}).get(key, frozenset())
-    if value is None or (states is not None and row.get("state") not in states):
+    if not isinstance(value, int | float) or (states is not None and str(row.get("state")) not in states):
         return value
     return value + elapsed_s
 

@@ -29,13 +29,13 @@ class Plan:
 def name_of(view: View) -> str:
     """What people call a row."""
     if view.topic == "requests":
-        return f"request {short_id(view.key)}"
+        return f"request {plain(short_id(view.key))}"
     if view.topic == "workers":
         return f"worker {plain(view.text('name') or view.key)}"
     if view.topic == "spaces":
         return f"space {plain(view.key)}"
     if view.topic == "clients":
-        return f"{plain(view.text('principal') or 'client')} ({short_id(view.key)})"
+        return f"{plain(view.text('principal') or 'client')} ({plain(short_id(view.key))})"
     return plain(view.key)
 
 

@@ -256,8 +256,8 @@ class RelayTui(App[int]):
         def answered(target: str, answer: Done | Rejected) -> None:
             answers.append((target, answer))
             if len(answers) == len(plan.steps):
-                self.notice = _outcome(plan, answers)
-                self.draw_soon()
+                # Told by Trio: by a message, and for as long as anything that is told.
+                self.call_later(self.tell, *_outcome(plan, answers))
 
         self.tell("...", "dim")
         for action, target in plan.steps:

@@ -4,6 +4,7 @@ A new column is one line of `COLUMNS`; a new screen is one entry there, one in `
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -11,6 +12,7 @@ import attrs
 from tui import formats, glyphs
 from tui.cells import (
     DIM,
+    NOTHING,
     Cell,
     audit_outcome,
     client_state,
@@ -290,4 +292,6 @@ def choose(columns: Sequence[Column], width: int) -> list[tuple[Column, int]]:
 
 def _time(view: View) -> Cell:
     at = view.number("time")
-    return Cell(glyphs.NOTHING, "dim") if at is None else Cell(formats.clock(at, formats.utc_offset_s(at)), "dim")
+    with suppress(OverflowError, OSError, ValueError):  # no time that this machine's calendar knows
+        return NOTHING if at is None else Cell(formats.clock(at, formats.utc_offset_s(at)), DIM)
+    return NOTHING

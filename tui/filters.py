@@ -1,6 +1,7 @@
 """The filter line: a regular expression over what a row says; `!` in front shows the rows it does not match."""
 
 import re
+import warnings
 from collections.abc import Callable
 
 import attrs
@@ -30,8 +31,11 @@ class Filter:
         if not wanted:
             return cls(text)
         try:
-            pattern = re.compile(wanted, 0 if wanted != wanted.lower() else re.IGNORECASE)
-        except re.error as fault:
+            with warnings.catch_warnings():  # `[[` may mean something else some day
+                warnings.simplefilter("ignore")
+                letters = re.sub(r"\\.", "", wanted)  # `\S` is no capital that is looked for
+                pattern = re.compile(wanted, 0 if letters != letters.lower() else re.IGNORECASE)
+        except (re.error, OverflowError, RecursionError) as fault:
             return cls(text, fault=str(fault))
         return cls(text, "", inverted, pattern.search)
 

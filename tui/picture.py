@@ -1,5 +1,6 @@
 """What the screen knows of the relay: the rows of each topic, when they came, and the last minute's rates. No I/O."""
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 
@@ -45,8 +46,7 @@ class View:
         """A field that is a number, else None. `position` is the exact one of now, not the one told with the row."""
         if name == "position" and self.topic == "requests":
             return self.position
-        value = self.row.get(name)
-        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return _figure(self.row.get(name))
 
     def text(self, name: str) -> str:
         """A field as text, empty where there is none. `worker` of a request is the name of its worker."""
@@ -58,8 +58,7 @@ class View:
 
     def aged(self, name: str, now: float) -> float | None:
         """As `now`, for numbers."""
-        value = self.now(name, now)
-        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return _figure(self.now(name, now))
 
     def born(self, name: str) -> float | None:
         """When an age began: something to sort by that does not depend on the time."""
@@ -251,5 +250,10 @@ def _totals(relay: View | None) -> tuple[float, float] | None:
     return None if requests is None or audio_s is None else (requests, audio_s)
 
 
+def _figure(value: Value) -> float | None:
+    """A number that can be shown and sorted by, else None."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
 def _number(value: Value) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+    return float(_figure(value) or 0.0)

@@ -74,6 +74,8 @@ class Scripted:
     answers: dict[str, Done | Rejected] = attrs.field(factory=dict)
     heard: Callable[[bytes], None] | None = None
     followed: trio.Event = attrs.field(factory=trio.Event)
+    #: Before it is set, nothing is answered.
+    hold: trio.Event | None = None
 
     async def follow(self, tell: Tell) -> None:
         self.tell = tell
@@ -83,6 +85,8 @@ class Scripted:
     async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
         self.asked.append((action, target))
         await trio.lowlevel.checkpoint()
+        if self.hold is not None:
+            await self.hold.wait()
         return self.answers.get(target) or self.answers.get(action) or Done(action=action, target=target)
 
     async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:

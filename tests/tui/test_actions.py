@@ -4,9 +4,12 @@ import math
 from array import array
 
 import pytest
+import trio
 
+from protocol.fields import Value
 from protocol.messages import Done
-from tests.tui.stage import a_client, a_request, a_space, a_stage, a_worker
+from tests.tui.stage import LOST, a_client, a_request, a_space, a_stage, a_worker
+from tui.screens.detail import LABEL
 
 A, B, C = ("a" * 32, "b" * 32, "c" * 32)
 
@@ -101,6 +104,48 @@ async def test_a_request_in_detail_has_its_timeline_params_and_error() -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("size", [(60, 20), (80, 24)])
+async def test_nothing_of_a_long_error_or_of_wide_characters_is_cut_off(size: tuple[int, int]) -> None:
+    async with a_stage(screen="4", size=size) as stage:
+        spoken = "".join(chr(0x4E00 + at) for at in range(150))
+        data: dict[str, Value] = {"params": {"text": spoken}}
+        stage.source.answers["describe"] = Done(action="describe", target=A, data=data)
+        why = "the prompt is " + "very " * 30 + "long"
+        await stage.snapshot(requests=[a_request(A, state="failed", code="invalid_params", message=why)])
+        await stage.press("enter")
+        await stage.until(lambda: "params" in stage.text)
+        shown = "".join(line[LABEL + 1 :] for line in stage.lines)
+        assert why.replace(" ", "") in shown.replace(" ", "")
+        await stage.press("pagedown")
+        assert not set(spoken) - {char for line in stage.lines for char in line}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("number", ["3", "6"])
+async def test_an_id_that_is_copied_cannot_steer_the_terminal(number: str) -> None:
+    async with a_stage(screen=number) as stage:
+        await stage.snapshot(workers=[a_worker("w\x1b[2J")], clients=[a_client("c\x1b[2J")])
+        for keys in (["y"], ["enter", "y"], ["escape", "f"]):
+            await stage.press(*keys)
+            await stage.draw()
+            assert "\x1b" not in stage.text
+            assert "copied" in stage.text
+
+
+@pytest.mark.asyncio
+async def test_what_came_of_an_action_is_told_for_a_while_however_late_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tui.app.NOTICE_S", 0.2)
+    async with a_stage(screen="2") as stage:
+        await stage.snapshot(spaces=[a_space("tts")])
+        stage.source.hold = trio.Event()
+        await stage.press("P")
+        await stage.until(lambda: stage.app.notice[0] == "")  # of what waits, no more is said
+        stage.source.hold.set()
+        await stage.until(lambda: "space tts paused" in stage.text)
+        await stage.until(lambda: "space tts paused" not in stage.text)
+
+
+@pytest.mark.asyncio
 async def test_l_listens_in_to_a_running_request_and_shows_how_loud_it_is() -> None:
     async with a_stage(screen="4") as stage:
         await stage.snapshot(requests=[a_request(A, first_frame_s=0.5)])
@@ -111,6 +156,19 @@ async def test_l_listens_in_to_a_running_request_and_shows_how_loud_it_is() -> N
         await stage.until(lambda: "━" in stage.line_with("listen-in"))
         await stage.press("escape")
         await stage.until(lambda: stage.source.heard is None)
+
+
+@pytest.mark.asyncio
+async def test_listening_ends_with_the_link_and_shows_no_level_that_is_none() -> None:
+    async with a_stage(screen="4") as stage:
+        await stage.snapshot(requests=[a_request(A, first_frame_s=0.5)])
+        await stage.press("enter", "l")
+        await stage.until(lambda: stage.source.heard is not None)
+        assert "listen-in" in stage.text
+        await stage.news(LOST)
+        await stage.until(lambda: stage.source.heard is None)
+        await stage.draw()
+        assert "listen-in" not in stage.text
 
 
 @pytest.mark.asyncio

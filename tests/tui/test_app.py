@@ -13,7 +13,7 @@ from tests.tui.stage import (
     a_stage,
     a_worker,
 )
-from tui.feed import Up
+from tui.feed import Down, Up
 from tui.screens.dialogs import ConfirmDialog
 
 
@@ -185,6 +185,21 @@ async def test_before_the_first_answer_it_says_why_there_is_none() -> None:
         await stage.later(2)
         assert "no relay for 2 s, next try in 1 s: connection refused" in stage.lines[0]
         assert "no worker" not in stage.text
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("size", [(60, 20), (80, 24)])
+async def test_why_there_is_no_relay_is_said_in_full_however_narrow_the_terminal_is(size: tuple[int, int]) -> None:
+    why = "this is no token of a relay: those begin with rly_c_, rly_w_ or rly_o_"
+    async with a_stage(size=size) as stage:
+        for key in ("1", "4"):
+            await stage.press(key)
+            await stage.news(Down(why, 3.0))
+            words = " ".join(" ".join(stage.lines[2:]).split())
+            assert words.count(why) == 1
+        await stage.news(Up("relayd/test", "op"))
+        await stage.snapshot()
+        assert "rly_o_" not in stage.text
 
 
 @pytest.mark.asyncio

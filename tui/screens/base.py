@@ -117,7 +117,9 @@ class RelayScreen(Screen[None]):
             return
         app = self.relay_app
         picture, now = app.shown, app.now_shown
+        why = formats.plain(app.picture.link.why)
         for table in self.query(Rows):
+            table.why, why = why, ""  # the first one says it; the status line may have no room for it
             if table.size.width:
                 stale, known = picture.known and not app.picture.link.up, picture.known
                 version = (
@@ -162,7 +164,7 @@ class RelayScreen(Screen[None]):
                 name = table.sorted_by.title if table.sorted_by is not None else "order"
                 parts.append((6, [(f"by {name}{', reversed' if table.order.reverse else ''}", "dim")]))
             if table.following and table.view is not None:
-                followed = "" if table.tail else f" {formats.short_id(table.view.key)}"
+                followed = "" if table.tail else f" {formats.short_id(formats.plain(table.view.key))}"
                 parts.append((3, [(f"following{followed}", "accent")]))
             if table.tagged:
                 parts.append((2, [(f"{len(table.tagged)} tagged", "accent")]))
@@ -280,7 +282,7 @@ class RelayScreen(Screen[None]):
         if table is not None and table.chosen:
             ids = [view.key for view in table.chosen]
             self.app.copy_to_clipboard("\n".join(ids))
-            self.relay_app.tell(f"copied {ids[0] if len(ids) == 1 else f'{len(ids)} ids'}", "good")
+            self.relay_app.tell(f"copied {formats.plain(ids[0]) if len(ids) == 1 else f'{len(ids)} ids'}", "good")
 
     def action_export(self) -> None:
         """Write the rows shown to a file."""

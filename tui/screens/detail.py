@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from rich.cells import chop_cells
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
@@ -68,7 +69,7 @@ class RowDetail(RelayScreen):
     def action_copy(self) -> None:
         """Copy the id."""
         self.app.copy_to_clipboard(self.key)
-        self.relay_app.tell(f"copied {self.key}", "good")
+        self.relay_app.tell(f"copied {plain(self.key)}", "good")
 
     def redraw_panes(self, picture: Picture, now: float) -> None:
         """See `RelayScreen`."""
@@ -111,7 +112,9 @@ class RequestDetail(RowDetail):
             before, self._asked_of = self._asked_of, view
             if before is None or _marks(before) != _marks(view):
                 self.relay_app.ask(Ask("describe", self.key, self._described))
-        if self._listening and view is not None and view.text("state") not in LIVE:
+        # A level that nothing moves any more would be believed.
+        over = view is not None and view.text("state") not in LIVE
+        if self._listening and (over or not self.relay_app.picture.link.up):
             self.action_listen()
         super().redraw_panes(picture, now)
 
@@ -148,7 +151,7 @@ class RequestDetail(RowDetail):
             level = "listening" if self._level is None else formats.bar(self._level / FULL_LEVEL, LEVEL_CELLS)
             lines.append([_label("listen-in"), (level, "accent")])
         if view.text("code"):
-            lines += _texts("error", f"{view.text('code')}: {view.text('message')}", "bad")
+            lines += _texts("error", f"{view.text('code')}: {view.text('message')}", "bad", self.size.width)
             lines += self._maps("details", self._told.get("details"))
         lines += [
             _fact(title, view.now(name, now))
@@ -256,9 +259,11 @@ def _fact(name: str, value: Value) -> list[Piece]:
     return [(fit(plain(name), max(LABEL, len(name) + 1)), "dim"), (plain(text), "")]
 
 
-def _texts(title: str, text: str, token: str, width: int = 80) -> Lines:
+def _texts(title: str, text: str, token: str, width: int) -> Lines:
     lines: Lines = []
+    room = max(20, width - LABEL - 2)
     for paragraph in text.splitlines():
-        for part in textwrap.wrap(plain(paragraph), max(20, width - LABEL - 2), drop_whitespace=False) or [""]:
-            lines.append([_label("" if lines else title), (part, token)])
+        for words in textwrap.wrap(plain(paragraph), room, drop_whitespace=False) or [""]:
+            for part in chop_cells(words, room) or [""]:  # a character may be two cells wide
+                lines.append([_label("" if lines else title), (part, token)])
     return lines

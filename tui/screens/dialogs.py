@@ -142,7 +142,7 @@ class JumpDialog(ModalScreen["str | None"]):
     def compose(self) -> ComposeResult:
         """See Textual."""
         with Vertical(classes="dialog"):
-            yield Label("Jump to a screen, space, worker, request or client:", markup=False)
+            yield Label("Screen, space, worker, request or client:", markup=False)
             name = Input(compact=True, id="name")
             name.cursor_blink = False
             yield name

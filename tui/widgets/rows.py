@@ -29,6 +29,7 @@ class Rows(Drawn, can_focus=True):
         cursor: the id of the row under the cursor; it stays with its row wherever that moves to.
         tagged: ids, in the order they were tagged.
         seen: what its owner made of the picture when it gave the rows last; None: rows are wanted in any case.
+        why: there is no picture yet; said in place of rows.
         following: the view goes where the cursor's row goes; with `tail`, the cursor goes with the last row.
     """
 
@@ -70,6 +71,7 @@ class Rows(Drawn, can_focus=True):
         self.seen: object = None
         self.following = tail
         self.tail = tail
+        self.why = ""
         self._views: list[View] = []
         self._index: dict[str, int] = {}
         self._gone: str | None = None
@@ -184,7 +186,7 @@ class Rows(Drawn, can_focus=True):
         in_sight = self._views[self._top : self._top + self.height_of_rows]
         lines = [self._heading(chosen), *(self._row(view, chosen) for view in in_sight)]
         if not self._views:
-            text = "" if not self._known else NO_MATCH if self.order.filter.text else EMPTY[self.kind]
+            text = self.why if not self._known else NO_MATCH if self.order.filter.text else EMPTY[self.kind]
             lines += [self.line_of([]), *(self.line_of([("  ", ""), (part, "dim")]) for part in _wrap(text, width - 4))]
         lines += [self.line_of([])] * (self.size.height - len(lines))
         self.draw(lines[: self.size.height])
