@@ -105,8 +105,9 @@ async def serve(
                     on_ready(urls)
                 nursery.start_soon(Service(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
                 await relay.draining.wait()
-                accepting.cancel()
+                # The doors stay open: whoever was cut off from what still runs may come back to it.
                 await _until_idle(relay, shutdown, relay.config.drain_timeout_s)
+                accepting.cancel()
                 for space in relay.spaces.values():  # no deadline counts while the links are being closed
                     space.closed.set()
                 await _close_links(relay)

@@ -243,9 +243,9 @@ class WorkerLink:
             if not self.principal_.may_use(name):
                 message = f"principal {self.principal!r} may not serve space {name!r}; ask for a token that may"
                 return Rejected.because(ErrorCode.FORBIDDEN, message)
-        if self.relay.draining.is_set():
+        if self.relay.draining.is_set() and not register.running:  # what still runs may come to its end
             return Rejected.because(
-                ErrorCode.SHUTTING_DOWN, "the relay is shutting down; try again when it is back", retry_after_s=5.0
+                ErrorCode.SHUTTING_DOWN, "the relay is shutting down; try again when it is back", retry_after_s=1.0
             )
         try:
             check_schema(register.params)

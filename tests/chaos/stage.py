@@ -57,13 +57,13 @@ class Actor:
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Start it; `ready` tells when it can be used."""
-        self._doomed = False
         self.starts += 1
         self.ready = trio.Event()
         environ = {**os.environ, **self.environ, "PYTHONPATH": str(_REPO), "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-m", *self.command]
         process = await trio.lowlevel.open_process(command, stderr=-1, stdin=-3, env=environ, cwd=self.folder)
-        self.process = process
+        # Both at once: the end of the process before this one may be seen only now.
+        self.process, self._doomed = process, False
         nursery.start_soon(self._listen, process)
 
     async def wait_ready(self) -> None:
