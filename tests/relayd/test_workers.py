@@ -551,31 +551,30 @@ async def test_a_draining_daemon_finishes_what_runs_and_keeps_what_waits(tmp_pat
 @pytest.mark.trio
 async def test_who_was_cut_off_from_running_work_comes_back_to_it_while_the_relay_drains(tmp_path: Path) -> None:
     submit, instance = a_submit(), an_id()
-    async with daemon(tmp_path, store="sqlite") as relay:
+    async with (
+        daemon(tmp_path, store="sqlite") as relay, fake_worker(relay.url, instance=instance) as worker,
+        peer(relay.url, "client") as client,
+        peer(relay.url, "operator") as operator,
+    ):
+        client.send(submit)
+        assign = await worker.assigned()
+        operator.send(Steer(action="drain"))
+        await operator.next(Done)
+        await worker.peer.cut()
+        await client.cut()
+        async with peer(relay.url, "worker") as idle:
+            idle.send(Register(worker="other", instance=an_id(), spaces=["tts"], engine="fake"))
+            assert (await idle.next(Rejected)).code == "shutting_down"
+        running = [Running(request_id=assign.request_id, attempt=1, next_seq=0)]
         async with (
-            fake_worker(relay.url, instance=instance) as worker,
-            peer(relay.url, "client") as client,
-            peer(relay.url, "operator") as operator,
+            fake_worker(relay.url, instance=instance, running=running) as again,
+            peer(relay.url, "client") as listener,
         ):
-            client.send(submit)
-            assign = await worker.assigned()
-            operator.send(Steer(action="drain"))
-            await operator.next(Done)
-            await worker.peer.cut()
-            await client.cut()
-            async with peer(relay.url, "worker") as idle:
-                idle.send(Register(worker="other", instance=an_id(), spaces=["tts"], engine="fake"))
-                assert (await idle.next(Rejected)).code == "shutting_down"
-            running = [Running(request_id=assign.request_id, attempt=1, next_seq=0)]
-            async with (
-                fake_worker(relay.url, instance=instance, running=running) as again,
-                peer(relay.url, "client") as listener,
-            ):
-                listener.send(Attach(request_id=submit.request_id, attempt=0, after_seq=-1))
-                assert (await again.peer.next(Registered)).resume
-                again.speak(assign, PCM)
-                assert heard(await listener.frames(submit)) == b"".join(PCM)
-                await until(lambda: listener.link.gone is not None)
+            listener.send(Attach(request_id=submit.request_id, attempt=0, after_seq=-1))
+            assert (await again.peer.next(Registered)).resume
+            again.speak(assign, PCM)
+            assert heard(await listener.frames(submit)) == b"".join(PCM)
+            await until(lambda: listener.link.gone is not None)
 
 
 @pytest.mark.trio
