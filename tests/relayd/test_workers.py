@@ -552,7 +552,8 @@ async def test_a_draining_daemon_finishes_what_runs_and_keeps_what_waits(tmp_pat
 async def test_who_was_cut_off_from_running_work_comes_back_to_it_while_the_relay_drains(tmp_path: Path) -> None:
     submit, instance = a_submit(), an_id()
     async with (
-        daemon(tmp_path, store="sqlite") as relay, fake_worker(relay.url, instance=instance) as worker,
+        daemon(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, instance=instance) as worker,
         peer(relay.url, "client") as client,
         peer(relay.url, "operator") as operator,
     ):
