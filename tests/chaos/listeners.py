@@ -178,10 +178,10 @@ class Client:
                 if state != "running":
                     break
                 await trio.sleep(POLL_S)
-        if state and ends != {state}:
+        if not state:
+            self.ledger.complain(f"no answer to status within {ANSWER_S:g} s", case)
+        elif ends != {state}:
             self.ledger.complain(f"its status is {state!r}, and heard was {sorted(ends)}", case)
-            return
-        self.ledger.complain(f"no answer to status within {ANSWER_S:g} s", case)
 
     # -- the kinds of plans
 
