@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 
 class RelayScreen(Screen[None]):
-    """The base of every screen that shows the relay.
-
-    A subclass gives `title_text`, `panes` and `redraw_panes`.
-    """
+    """Every screen that shows the relay: by itself status, breadcrumb and keys; a subclass adds its panes."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(action.key, f"act('{action.name}')", action.title, id=action.name) for action in ACTIONS.values()),
@@ -60,12 +57,12 @@ class RelayScreen(Screen[None]):
 
     @property
     def title_text(self) -> str:
-        """Its name in the breadcrumb."""
-        raise NotImplementedError
+        """Its name in the breadcrumb; its class's, where it has no better one."""
+        return type(self).__name__
 
     def panes(self) -> ComposeResult:
-        """The widgets between breadcrumb and filter line."""
-        raise NotImplementedError
+        """The widgets between breadcrumb and filter line: none, but for what a subclass adds."""
+        return ()
 
     def rows_of(self, kind: str, picture: Picture) -> Iterable[View]:
         """The rows of one of its tables."""
