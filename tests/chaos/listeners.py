@@ -49,7 +49,7 @@ async def open_client(line: Line, token: str, ledger: Ledger) -> AsyncIterator[R
                         on_reconnect=lambda _fault, _delay_s: ledger.link_down(line.name),
                     )
                 )
-            except ConnectError:
+            except (ConnectError, LinkBroken):  # no relay, or one that was killed before it had answered
                 await trio.sleep(AGAIN_S)
         yield relay
 
