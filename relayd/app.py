@@ -15,6 +15,7 @@ from relayd.events import serve_events
 from relayd.intake import Intake
 from relayd.listener import describe, open_listeners, serve_listeners, tls_context
 from relayd.places import serve_places
+from relayd.plane import open_plane
 from relayd.relay import Relay
 from relayd.reload import Reload
 from relayd.restoring import restore
@@ -78,7 +79,6 @@ async def serve(
             shutdown = Shutdown(relay)
             intake = Intake(relay)
             tokens = Tokens(loaded.tokens)
-            gate = Gate(relay, intake, tokens, shutdown.drain)
             await restore(relay, loaded)
             nursery.start_soon(intake.serve)
             nursery.start_soon(serve_places, relay)
@@ -90,7 +90,8 @@ async def serve(
             if reload is not None:
                 nursery.start_soon(reload.serve)
             await nursery.start(_hear_signals, shutdown, reload)  # before anybody is told that it is ready
-            async with trio.open_nursery() as connections:
+            async with open_plane() as plane, trio.open_nursery() as connections:
+                gate = Gate(relay, intake, tokens, plane, shutdown.drain)
                 accepting = trio.CancelScope()
 
                 async def accept() -> None:

@@ -16,13 +16,16 @@ import trio
 
 from relayd.auth import PeerCredentials, peer_credentials
 from relayd.config import Config, Tls
-from relayd.wire import Gate
+from relayd.handshake import HEAD_END, NoHead, Refusal, parse_head, read_head
+from relayd.wire import Gate, hang_up
 
 log = structlog.get_logger("relayd.listener")
 
 #: Connections that wait to be accepted: a relay that restarts is met by all its peers within seconds.
 BACKLOG = 512
 TLS_HANDSHAKE_S = 5.0
+#: For the head of a connection's first request; a slow one is cut off (DESIGN §10).
+HEAD_S = 5.0
 
 
 class ListenError(Exception):
@@ -92,7 +95,7 @@ def describe(listeners: list[trio.SocketListener], tls: bool) -> list[str]:
 async def serve_listeners(
     listeners: list[trio.SocketListener], gate: Gate, context: ssl.SSLContext | None, handlers: trio.Nursery
 ) -> None:
-    """Accept until cancelled; the connections live on in `handlers`."""
+    """Accept until cancelled; the connections live on in `handlers`, or in the gate's plane."""
     await trio.serve_listeners(partial(_welcome, gate=gate, context=context), listeners, handler_nursery=handlers)
 
 
@@ -103,17 +106,53 @@ async def _welcome(stream: trio.SocketStream, gate: Gate, context: ssl.SSLContex
             peer = _peer(stream, credentials)
         except OSError:
             return  # it hung up before we looked
-        if context is None or credentials is not None:
-            await gate.serve(stream, peer, credentials)
+        if not gate.enter(peer):
             return
-        tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+        lives_on = False
         try:
-            with trio.fail_after(TLS_HANDSHAKE_S):
-                await tls.do_handshake()
-        except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
-            log.debug("TLS handshake failed", peer=peer, why=str(fault.__cause__ or fault))
-            return
-        await gate.serve(tls, peer, None)
+            if context is None or credentials is not None:
+                lives_on = await _lead(stream, gate, peer, credentials)
+            else:
+                lives_on = await _lead_over_tls(stream, gate, peer, context)
+        finally:
+            if not lives_on:
+                gate.leave()
+
+
+async def _lead_over_tls(stream: trio.SocketStream, gate: Gate, peer: str, context: ssl.SSLContext) -> bool:
+    tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+    try:
+        with trio.fail_after(TLS_HANDSHAKE_S):
+            await tls.do_handshake()
+    except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
+        log.debug("TLS handshake failed", peer=peer, why=str(fault.__cause__ or fault))
+        return False
+    return await _lead(tls, gate, peer, None)
+
+
+async def _lead(
+    stream: trio.SocketStream | trio.SSLStream[trio.SocketStream],
+    gate: Gate,
+    peer: str,
+    credentials: PeerCredentials | None,
+) -> bool:
+    """Read the head of a connection's first request and lead it where it wants to.
+
+    Returns:
+        whether it lives on without this task, and counts itself out.
+    """
+    try:
+        with trio.fail_after(HEAD_S):
+            data = await read_head(stream)
+        head_bytes, _, early = data.partition(HEAD_END)
+        head = parse_head(head_bytes)
+    except (NoHead, trio.TooSlowError) as fault:
+        log.debug("no request came", peer=peer, why=str(fault))
+        return False
+    except Refusal as refusal:
+        await hang_up(stream, refusal)
+        return False
+    return await gate.serve(stream, head, early, peer, credentials)
 
 
 def _peer(stream: trio.SocketStream, credentials: PeerCredentials | None) -> str:

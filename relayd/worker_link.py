@@ -58,7 +58,7 @@ FEED_BYTES = 1024 * 1024
 
 @attrs.define(eq=False)
 class WorkerLink:
-    """One connection of a worker. `serve` is its task; `nursery` holds the inputs on their way to it."""
+    """One connection of a worker; `nursery` holds the inputs on their way to it."""
 
     connection_id: str
     link: Link
@@ -104,7 +104,7 @@ class WorkerLink:
     @property
     def heard_at(self) -> float:
         """Trio time of the last sign of life."""
-        return self.link.last_heard
+        return self.link.heard_at
 
     # -- what the relay asks of it
 
@@ -171,26 +171,27 @@ class WorkerLink:
 
     # -- its life
 
-    async def serve(self) -> None:
-        """Take its messages until the link is gone.
+    def take(self, messages: list[bytes]) -> None:
+        """Take its messages.
 
         Raises:
             ProtocolError: the worker broke the rules.
         """
-        try:
-            async for data in self.link:
-                try:
-                    message = decode(data, FROM_WORKER)
-                except UnknownType as fault:
-                    self.send(Error(code=fault.code, message=str(fault)))
-                    continue
-                if not self.registered and not isinstance(message, Register | Ping | Pong):
-                    raise ProtocolError(f"{message.TYPE} before register")
-                self.handlers[type(message)](message, data)
-        finally:
-            if self.registered:
-                log.info("worker disconnected", worker=self.worker_id, why=self.link.reason or "closed")
-                self.relay.unlink(self)
+        for data in messages:
+            try:
+                message = decode(data, FROM_WORKER)
+            except UnknownType as fault:
+                self.send(Error(code=fault.code, message=str(fault)))
+                continue
+            if not self.registered and not isinstance(message, Register | Ping | Pong):
+                raise ProtocolError(f"{message.TYPE} before register")
+            self.handlers[type(message)](message, data)
+
+    def close(self) -> None:
+        """Its link is gone."""
+        if self.registered:
+            log.info("worker disconnected", worker=self.worker_id, why=self.link.reason or "closed")
+            self.relay.unlink(self)
 
     # -- messages
 

@@ -34,7 +34,7 @@ from protocol.messages import (
     Submit,
     Welcome,
 )
-from protocol.websocket import connect
+from protocol.transport import connect
 from relayd.app import serve
 from relayd.config import Config, load_config
 from relayd.logs import tell_taps

@@ -30,6 +30,8 @@ from protocol.messages import (
     Submit,
     Watch,
 )
+from protocol.rfc6455 import TEXT
+from protocol.streamlink import StreamLink
 from relayd.store.base import StorageFull, StoreError, UpdateRequest
 from tests.relayd.harness import (
     FORMAT,
@@ -103,7 +105,8 @@ async def test_an_unknown_type_is_answered_and_the_connection_goes_on(tmp_path: 
 async def test_a_text_message_closes_with_1003(tmp_path: Path, role: str) -> None:
     async with daemon(tmp_path) as relay:
         async with peer(relay.url, role) as bad:
-            await bad.link._socket.send_message("hello?")
+            assert isinstance(bad.link, StreamLink)
+            bad.link._queue(TEXT, b"hello?", 6)
             assert (await bad.next(Error)).code == "protocol_error"
             with pytest.raises(LinkBroken):
                 await bad.next(Pong)

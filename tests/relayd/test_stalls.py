@@ -33,6 +33,7 @@ from protocol.messages import (
     Running,
     Steer,
 )
+from protocol.streamlink import StreamLink
 from relayd.framelog import HIGH_WATER_BYTES
 from relayd.rows import relay_row
 from relayd.wire import STALLED
@@ -379,7 +380,8 @@ async def test_half_open_connections_are_seen_on_both_ends_and_nothing_is_lost(t
 async def test_a_hello_that_comes_byte_by_byte_is_not_waited_for(tmp_path: Path) -> None:
     async with daemon(tmp_path, limits={"hello_timeout_s": 0.3}) as relay:
         async with open_link(parse_address(relay.url)) as link:
-            stream = link._socket.transport.stream
+            assert isinstance(link, StreamLink)
+            stream = link.stream
             header = bytes([0x82, 0x80 | 100, 0, 0, 0, 0])  # a binary message of 100 bytes, RFC 6455 section 5.2
             with trio.fail_after(10):
                 for byte in header + bytes(50):
