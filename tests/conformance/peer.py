@@ -4,17 +4,17 @@ import base64
 import hashlib
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import attrs
 import trio
 
 from tests.conformance.frames import Opcode, ServerFrames, close
-from tests.conformance.receive_queue import ReceiveQueue
+from tests.conformance.server_socket import ServerSocket
 
 #: For one conversation; a server that hangs fails the test after so long.
-PATIENCE_S = 10.0
+PATIENCE_S = 8.0
 #: RFC 6455, section 1.3: its own example of a key, and the answer to it.
 EXAMPLE_KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 _GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -83,9 +83,9 @@ class Heard:
 class Peer:
     """A raw client on one TCP connection."""
 
-    def __init__(self, stream: trio.SocketStream, queue: ReceiveQueue) -> None:
+    def __init__(self, stream: trio.SocketStream, server: ServerSocket) -> None:
         self.stream = stream
-        self._queue = queue
+        self.server = server
         self._early = b""
 
     async def send(self, octets: bytes, chop: int = 0) -> None:
@@ -99,8 +99,7 @@ class Peer:
             return
         for at in range(0, len(octets), chop):
             await self.stream.send_all(octets[at : at + chop])
-            while not self._queue.empty:
-                await trio.lowlevel.checkpoint()
+            await self.server.read_all()
 
     async def head(self) -> bytes:
         """The head of the server's HTTP answer, without the empty line; what came of one that never ended."""
@@ -184,16 +183,15 @@ def accept_for(key: str) -> str:
 
 
 def request(
-    port: int, *, method: str = "GET", target: str = "/", version: str = "HTTP/1.1", **headers: str | None
+    port: int, headers: Mapping[str, str | None] | None = None, *, method: str = "GET", version: str = "HTTP/1.1"
 ) -> bytes:
     """The head of a handshake.
 
     Args:
         port: the server's.
+        headers: to add or change, by names in small letters, or, where None, to leave out.
         method: of HTTP.
-        target: what is asked for.
         version: of HTTP.
-        headers: to add, or, where None, to leave out; `_` in their names stands for `-`.
     """
     fields: dict[str, str | None] = {
         "host": f"127.0.0.1:{port}",
@@ -202,9 +200,9 @@ def request(
         "sec-websocket-key": EXAMPLE_KEY,
         "sec-websocket-version": "13",
     }
-    fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+    fields |= headers or {}
     told = [f"{name}: {value}" for name, value in fields.items() if value is not None]
-    return "\r\n".join([f"{method} {target} {version}", *told, "", ""]).encode("latin-1")
+    return "\r\n".join([f"{method} / {version}", *told, "", ""]).encode("latin-1")
 
 
 @asynccontextmanager
@@ -213,8 +211,8 @@ async def open_peer(port: int) -> AsyncIterator[Peer]:
     stream = await trio.open_tcp_stream("127.0.0.1", port)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     async with stream:
-        with ReceiveQueue(stream.socket) as queue:
-            yield Peer(stream, queue)
+        with ServerSocket(stream.socket) as server:
+            yield Peer(stream, server)
 
 
 @asynccontextmanager

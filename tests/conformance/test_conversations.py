@@ -1,11 +1,13 @@
 """The relay's WebSocket code as RFC 6455 wants a server: every case over a socket, against one echo process."""
 
 import pytest
+import trio
 
-from tests.conformance import closing, framing, unicode
+from tests.conformance import closing, framing, limits, unicode
 from tests.conformance.cases import Case
 from tests.conformance.conftest import Echo
-from tests.conformance.peer import open_websocket
+from tests.conformance.frames import Opcode, ServerFrame, ServerFrames, binary
+from tests.conformance.peer import PATIENCE_S, open_websocket
 
 
 async def hold(case: Case, echo: Echo) -> None:
@@ -40,3 +42,25 @@ async def test_text(case: Case, echo: Echo) -> None:
 @pytest.mark.parametrize("case", closing.CASES, ids=lambda case: case.promise)
 async def test_closing(case: Case, echo: Echo) -> None:
     await hold(case, echo)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("promise", limits.CASES)
+async def test_limits(promise: str, echo: Echo) -> None:
+    await hold(limits.CASES[promise](), echo)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("size", [0, 16, 4096])
+async def test_a_thousand_messages_come_back_one_after_another(size: int, echo: Echo) -> None:
+    """Autobahn 9.7 and 9.8: each is sent once the one before it has come back."""
+    async with open_websocket(echo.port) as peer:
+        frames = ServerFrames()
+        with trio.fail_after(PATIENCE_S):
+            for number in range(1000):
+                payload = (b"%04d" % number * (size // 4 + 1))[:size]
+                await peer.send(binary(payload))
+                heard: list[ServerFrame] = []
+                while not heard:
+                    heard = frames.feed(await peer.receive())
+                assert heard == [ServerFrame(Opcode.BINARY, True, payload)]
