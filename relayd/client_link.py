@@ -42,7 +42,7 @@ from relayd.states import Place, State
 class ClientLink:
     """One connection of a client, or of an operator in its part as a client.
 
-    It is the sink of its requests' frames: `send_nowait` never raises, because a client that is gone must not trouble
+    It is the sink of its requests' frames: `send_frames` never raises, because a client that is gone must not trouble
     the worker whose frame it was to get.
     """
 
@@ -70,15 +70,16 @@ class ClientLink:
         """What the connection has not taken yet."""
         return self.link.backlog_bytes
 
-    def send_nowait(self, data: bytes) -> None:
-        """Send a frame; without effect on a link that is gone."""
+    def send_frames(self, frames: list[bytes]) -> None:
+        """Send frames; without effect on a link that is gone."""
         try:
-            self.link.send_nowait(data)
+            self.link.send_frames(frames)
         except LinkError:
             return
-        self.frames_sent += 1
-        self.bytes_sent += len(data)
-        self.relay.stats.out_bytes += len(data)
+        size = sum(map(len, frames))
+        self.frames_sent += len(frames)
+        self.bytes_sent += size
+        self.relay.stats.out_bytes += size
 
     def send(self, message: Message) -> None:
         """Send a message of the relay's own, which counts as no frame; without effect on a link that is gone."""

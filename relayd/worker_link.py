@@ -11,6 +11,7 @@ import structlog
 import trio
 
 from protocol.codec import decode
+from protocol.envelope import SEAT_BYTES, pcm_size, seat_of
 from protocol.errors import ErrorCode, LinkError, ProtocolError, UnknownType
 from protocol.link import Link
 from protocol.messages import (
@@ -57,6 +58,18 @@ FEED_BYTES = 1024 * 1024
 
 
 @attrs.define(eq=False)
+class Run:
+    """Audio frames of one attempt that came together."""
+
+    request: Request
+    next_seq: int
+    sample_bytes: int
+    frames: list[bytes] = attrs.field(factory=list)
+    bytes: int = 0
+    pcm_bytes: int = 0
+
+
+@attrs.define(eq=False)
 class WorkerLink:
     """One connection of a worker; `nursery` holds the inputs on their way to it."""
 
@@ -69,6 +82,8 @@ class WorkerLink:
     worker_id: str = ""
     engine: str = ""
     registered: bool = False
+    #: What audio frames of an attempt begin with -> its request; of attempts from whom audio has come.
+    _seats: dict[bytes, Request] = attrs.field(factory=dict)
     handlers: dict[type[Message], Callable[[Any, bytes], None]] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -177,7 +192,18 @@ class WorkerLink:
         Raises:
             ProtocolError: the worker broke the rules.
         """
+        streak: dict[bytes, Run] = {}
         for data in messages:
+            seat = data[:SEAT_BYTES]
+            run = streak.get(seat) or self._begin_run(seat, streak)
+            if run is not None and (size := pcm_size(data, run.next_seq)) >= 0 and not size % run.sample_bytes:
+                run.frames.append(data)
+                run.next_seq += 1
+                run.bytes += len(data)
+                run.pcm_bytes += size
+                continue
+            # Whatever is no audio frame as nearly all are; what came before it counts before it.
+            self._end_runs(streak)
             try:
                 message = decode(data, FROM_WORKER)
             except UnknownType as fault:
@@ -186,6 +212,30 @@ class WorkerLink:
             if not self.registered and not isinstance(message, Register | Ping | Pong):
                 raise ProtocolError(f"{message.TYPE} before register")
             self.handlers[type(message)](message, data)
+        self._end_runs(streak)
+
+    def _begin_run(self, seat: bytes, streak: "dict[bytes, Run]") -> "Run | None":
+        """Audio of an attempt that runs here comes; None of any other, and before its format is known."""
+        request = self._seats.get(seat)
+        if request is None:
+            return None
+        entry = request.entry
+        if entry.attempt != seat[-1] or self.relay.attempt_of(self, request.request_id, entry.attempt) is None:
+            del self._seats[seat]
+            return None
+        if request.format is None:
+            return None
+        run = streak[seat] = Run(request, request.log.next_seq, request.format.sample_bytes)
+        return run
+
+    def _end_runs(self, streak: "dict[bytes, Run]") -> None:
+        """Pass on the audio that has come."""
+        for run in streak.values():
+            if run.frames:
+                self._hear_audio(run.request, run.pcm_bytes)
+                run.request.log.extend(run.frames, run.bytes)
+                self._heard(run.request, len(run.frames), run.bytes)
+        streak.clear()
 
     def close(self) -> None:
         """Its link is gone."""
@@ -262,37 +312,51 @@ class WorkerLink:
         request = self._request_of(frame)
         if request is None or not self._is_next(request, frame):
             return
-        relay = self.relay
-        entry, now = request.entry, trio.current_time()
-        had_output = entry.has_output
         if isinstance(frame, Audio):
             form = request.format
             if form is None or len(frame.pcm) % form.sample_bytes:
                 raise ProtocolError("audio before `started` with a format, or not of whole samples")
-            request.audio_bytes += len(frame.pcm)
-            relay.stats.audio_s += len(frame.pcm) / form.sample_bytes / form.sample_rate
-            entry.has_output = True
+            self._hear_audio(request, len(frame.pcm))
+            if data.startswith(seat := seat_of(frame.request_id, frame.attempt)) and seat:
+                self._seats[seat] = request
         elif isinstance(frame, Output):
-            entry.has_output = True
+            self._hear_output(request)
         elif isinstance(frame, Started):
             request.format = frame.format
             request.audio_bytes = 0
         elif isinstance(frame, Progress):
             request.fraction = frame.fraction
+        request.log.append(data)
+        self._heard(request, 1, len(data))
+
+    def _hear_audio(self, request: Request, pcm_bytes: int) -> None:
+        form = request.format
+        assert form is not None
+        request.audio_bytes += pcm_bytes
+        self.relay.stats.audio_s += pcm_bytes / form.sample_bytes / form.sample_rate
+        if not request.entry.has_output:
+            self._hear_output(request)
+
+    def _hear_output(self, request: Request) -> None:
+        if request.entry.has_output:
+            return
+        request.entry.has_output = True
+        self.relay.record(request)  # a relay that is started again must not try anew what was heard
+
+    def _heard(self, request: Request, count: int, size: int) -> None:
+        """So many frames are in the request's log: keep account of them."""
+        relay, entry = self.relay, request.entry
+        request.last_frame_at = now = trio.current_time()
         if entry.has_output and request.first_frame_at is None:
             request.first_frame_at = now
             request.step("first_frame")
             relay.stats.hear_first_frame(request, now)
             relay.touch("requests", request.request_id)
-        request.last_frame_at = now
-        relay.stats.of_worker(self.worker_id).frame_bytes += len(data)
-        relay.frames += 1
-        relay.frame_bytes += len(data)
-        request.log.append(data)
+        relay.stats.of_worker(self.worker_id).frame_bytes += size
+        relay.frames += count
+        relay.frame_bytes += size
         entry.next_seq = request.log.next_seq
         relay.stir("requests", request.request_id)
-        if entry.has_output and not had_output:
-            relay.record(request)  # a relay that is started again must not try anew what was heard
         limit = relay.config.limits.max_result_bytes
         if request.log.size_bytes > limit:
             relay.fail(
@@ -303,6 +367,7 @@ class WorkerLink:
 
     def _last_frame(self, frame: Frame, data: bytes) -> None:
         """The attempt's end: its slot is free, whether anybody still waits for it or not."""
+        self._seats.pop(seat_of(frame.request_id, frame.attempt), None)
         request = self._request_of(frame)
         relay = self.relay
         is_next = request is not None and self._is_next(request, frame)
