@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import attrs
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from protocol.rfc6455 import NO_CODE, Close, Event, Fault, Parser, Ping, Pong, close_payload, make_frame
@@ -105,6 +105,7 @@ def cuts(data: st.DataObject, octets: bytes) -> Iterator[bytes]:
     return (octets[begin:end] for begin, end in zip([0, *at], [*at, len(octets)], strict=True))
 
 
+@settings(deadline=None)
 @given(st.data(), octet_streams, st.booleans(), st.sampled_from((100, 70_000, MAX_MESSAGE_BYTES)))
 def test_any_octets_in_any_pieces_are_the_same_events(
     data: st.DataObject, octets: bytes, from_client: bool, most: int
@@ -157,11 +158,13 @@ def conversations(draw: st.DrawFn) -> Spoken:
     return Spoken(octets, events)
 
 
+@settings(deadline=None)
 @given(st.data(), conversations())
 def test_what_keeps_the_rules_is_heard_as_it_was_said(data: st.DataObject, spoken: Spoken) -> None:
     assert parsed(cuts(data, spoken.octets)) == spoken.events
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40), st.integers(1, 40))
 @example(b"\xf0\x9f\x98\x80", 1)
 @example(b"\xed\xa0\x80", 2)
@@ -198,6 +201,7 @@ def test_what_a_client_sends_is_a_masked_frame(size: int) -> None:
     assert sent != make_frame(Opcode.BINARY, payload, masked=True), "the key can be guessed"
 
 
+@settings(deadline=None)
 @given(st.sampled_from(closing.MEANT), st.text(max_size=200))
 def test_a_reason_of_any_length_makes_a_close_frame(code: int, reason: str) -> None:
     (sent,) = ServerFrames().feed(make_frame(Opcode.CLOSE, close_payload(code, reason), masked=False))
