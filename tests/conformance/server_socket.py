@@ -51,13 +51,16 @@ class ServerSocket:
     @property
     def has_read_all(self) -> bool:
         """Whether the server's program has read all that was sent to it, or will never read it."""
-        underway = fcntl.ioctl(self._client.fileno(), termios.TIOCOUTQ, b"\0" * 4)
-        return not any(underway) and not self._look()[0]
+        # In this order: what is underway now may wait in its queue a moment later.
+        underway = any(fcntl.ioctl(self._client.fileno(), termios.TIOCOUTQ, b"\0" * 4))
+        there = self._look()
+        return there is None or (not underway and not there[0])
 
     @property
     def is_let_go(self) -> bool:
         """Whether the server's program has closed it; what the kernel still keeps of it is no file any more."""
-        return not self._look()[1]
+        there = self._look()
+        return there is None or there[1] == 0
 
     async def let_go(self) -> None:
         """Wait until the server's program has closed it. The kernel can only be asked: it tells nobody."""
@@ -69,12 +72,12 @@ class ServerSocket:
         while not self.has_read_all:
             await trio.lowlevel.checkpoint()
 
-    def _look(self) -> tuple[int, int]:
-        """Octets in its receive queue, and its inode; zeros where there is no such socket."""
+    def _look(self) -> tuple[int, int] | None:
+        """Octets in its receive queue, and its inode; None where there is no such socket any more."""
         self._kernel.send(self._question)
         answer = self._kernel.recv(4096)
         (kind,) = struct.unpack_from("=H", answer, 4)
         if kind == _NLMSG_ERROR or answer[_STATE_AT] == _LISTEN:  # with it gone, its listener is what is found
-            return 0, 0
+            return None
         waiting, _, _, inode = struct.unpack_from("=IIII", answer, _QUEUES_AT)
         return waiting, inode
