@@ -87,7 +87,11 @@ class Taker(Protocol):
         """A text message."""
 
     def hear_end(self) -> None:
-        """The link is gone, and all of its messages were handed over."""
+        """The link is gone or closing: no message comes any more, and none can be sent. Told by a task, never within
+        a send."""
+
+    def hear_cut(self) -> None:
+        """Its transport is cut as well."""
 
 
 class Link(abc.ABC):
@@ -122,6 +126,7 @@ class Link(abc.ABC):
         "_reader_waits",
         "_rules",
         "_taker",
+        "_told",
         "_waiting_bytes",
         "close_code",
         "heard_at",
@@ -149,6 +154,7 @@ class Link(abc.ABC):
         self._close_by = float("inf")
         self._lingers = False
         self._taker: Taker | None = None
+        self._told = 0  # of the end
         self._inbox: deque[bytes | str] | None = None
         self._inbox_bytes = 0
         self._reader_waits = False
@@ -183,8 +189,8 @@ class Link(abc.ABC):
         """Cut the transport now."""
 
     @abc.abstractmethod
-    def _tell_end(self) -> None:
-        """Call the taker's `hear_end`, where there is a taker; the transport is cut."""
+    def _tell_soon(self) -> None:
+        """Have a task call `tell`."""
 
     @abc.abstractmethod
     def _may_read_on(self) -> None:
@@ -338,7 +344,7 @@ class Link(abc.ABC):
     def hand_to(self, taker: Taker) -> None:
         """From now on messages are not kept for `receive`, but given to `taker` as they come, those kept so far first.
 
-        `hear_end` comes even where the link is gone already.
+        It hears of the end even where the link is gone already.
         """
         self._taker = taker
         kept, self._inbox, self._inbox_bytes = self._inbox or (), None, 0
@@ -346,8 +352,8 @@ class Link(abc.ABC):
         if self._reader_waits:
             self._reader_waits = False
             self._may_read_on()
-        if self.stopped:
-            self._tell_end()
+        if self.gone is not None:
+            self._tell_soon()
 
     def _deliver(self, events: list[Event]) -> None:
         """What was parsed, in order."""
@@ -460,10 +466,21 @@ class Link(abc.ABC):
             self._cut()
             await self._wait_stopped()
 
-    async def wait_stopped(self) -> None:
-        """Wait until the link is gone and its transport cut, from whichever side."""
+    async def wait_gone(self) -> None:
+        """Wait until the link is gone or closing, from whichever side."""
         await trio.lowlevel.checkpoint()
-        await self._wait_stopped()
+        while self.gone is None:
+            await self._change()
+
+    def tell(self) -> None:
+        """Tell the taker of the end, as far as it has come; for the carrier's task."""
+        taker = self._taker
+        if taker is not None and self._told == 0 and self.gone is not None:
+            self._told = 1
+            taker.hear_end()
+        if taker is not None and self._told == 1 and self.stopped:
+            self._told = 2
+            taker.hear_cut()
 
     async def _wait_stopped(self) -> None:
         while not self.stopped:
@@ -474,6 +491,7 @@ class Link(abc.ABC):
         self._close_by = trio.current_time() + 2 * CLOSE_S
         self._schedule(self._close_by)
         self._wake()
+        self._tell_soon()
         self._put_control(CLOSE, close_payload(code, reason))
 
     def _close_frame_out(self) -> None:
@@ -513,7 +531,7 @@ class Link(abc.ABC):
             kind, (code, said), answer = LinkClosed, self._closing, None
             reason = said or "closed"
         self._gone, self.reason, self.close_code = kind, reason, code
-        if self._closing is None:
+        if self._closing is None and answer is None:
             self._forget_queued()
         self._lingers = linger_s > 0
         if answer is not None:
@@ -521,6 +539,7 @@ class Link(abc.ABC):
             self._schedule(self._close_by)
             self._put_control(CLOSE, close_payload(*answer))
         self._wake()
+        self._tell_soon()
         self._finish()
 
     def _lost(self, why: str = "") -> None:

@@ -120,7 +120,7 @@ class Parser:
         self.large_at = 0
         self._over = False  # nothing more is parsed
         self._opcode = CONTINUATION  # of the message that came in part, else 0
-        self._message: list[bytes] | None = None  # its parts
+        self._message: bytearray | None = None  # in one piece: parts of no or one byte would cost more than they are
         self._size = 0  # of them
         self._text: _Decoder | None = None
 
@@ -159,7 +159,7 @@ class Parser:
         masked, at, least = self.masked, 0, 6 if self.masked else 2
         events = self.events
         self.left = b""
-        while end - at >= least and not self._over:
+        while end - at >= 2 and not self._over:
             first, size = data[at], data[at + 1]
             if masked:
                 if size < _MASKED:
@@ -170,6 +170,8 @@ class Parser:
                 self._fault(BROKEN_RULE, "a server's frames must not be masked")
                 return
             begin = at + least
+            if begin > end:
+                break
             if size == 126:
                 if end - at < least + 2:
                     break
@@ -230,7 +232,7 @@ class Parser:
             if self._opcode:
                 self._fault(BROKEN_RULE, "a new message in the middle of another")
                 return
-            self._opcode, self._message = opcode, []
+            self._opcode, self._message = opcode, bytearray()
             self._text = _decoder() if opcode == TEXT else None
         assert self._message is not None
         last = bool(first & _FIN)
@@ -240,14 +242,13 @@ class Parser:
             except UnicodeDecodeError:
                 self._fault(BAD_TEXT, "a text message that is not UTF-8")
                 return
-        self._message.append(payload)
+        self._message += payload
         self._size += len(payload)
         if last:
-            whole = b"".join(self._message)
             if self._text is None:
-                self.events.append(whole)
+                self.events.append(bytes(self._message))
             else:
-                self.events.append(whole.decode())
+                self.events.append(self._message.decode())
                 self.plain = False
             self._opcode, self._size, self._message, self._text = CONTINUATION, 0, None, None
 

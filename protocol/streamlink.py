@@ -64,9 +64,8 @@ class StreamLink(Link):
     def _cut(self) -> None:
         self._scope.cancel()
 
-    def _tell_end(self) -> None:
-        if self._taker is not None:
-            self._taker.hear_end()
+    def _tell_soon(self) -> None:
+        self._sooner.set()
 
     def _may_read_on(self) -> None:
         self._wake()
@@ -106,7 +105,7 @@ class StreamLink(Link):
             await trio.aclose_forcefully(self.stream)
             self._stopped = True
             self._wake()
-            self._tell_end()
+            self.tell()
 
     @trio.lowlevel.enable_ki_protection
     async def _read(self) -> None:
@@ -173,5 +172,6 @@ class StreamLink(Link):
         while True:
             self._sooner = trio.Event()
             due = self.look(trio.current_time())
+            self.tell()
             with trio.move_on_at(due):
                 await self._sooner.wait()

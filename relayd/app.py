@@ -2,12 +2,13 @@
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 import structlog
 import trio
 
+from protocol.link import Link
 from protocol.systemd import ServiceManager
 from relayd.auth import Tokens
 from relayd.config import Config
@@ -111,7 +112,7 @@ async def serve(
                 accepting.cancel()
                 for space in relay.spaces.values():  # no deadline counts while the links are being closed
                     space.closed.set()
-                await _close_links(relay)
+                await _close_links({*plane.links, *(each.link for each in relay.connections.values())})
                 connections.cancel_scope.cancel()
             with trio.move_on_after(CLOSE_S):  # asked to leave at once: what is half safe is made so
                 await relay.results.settled()
@@ -150,8 +151,8 @@ async def _until_idle(relay: Relay, shutdown: Shutdown, drain_timeout_s: float) 
         log.warning("left running work to its workers; it goes on when the relay is back", requests=left)
 
 
-async def _close_links(relay: Relay) -> None:
+async def _close_links(links: Iterable[Link]) -> None:
     with trio.move_on_after(CLOSE_S, shield=True):
         async with trio.open_nursery() as nursery:
-            for connection in list(relay.connections.values()):
-                nursery.start_soon(connection.link.aclose, GOING_AWAY, "the relay is shutting down")
+            for link in links:
+                nursery.start_soon(link.aclose, GOING_AWAY, "the relay is shutting down")

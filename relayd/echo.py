@@ -40,6 +40,9 @@ class Echo:
     def hear_end(self) -> None:
         """See `protocol.duplex.Taker`."""
 
+    def hear_cut(self) -> None:
+        """See `protocol.duplex.Taker`."""
+
 
 async def welcome(plane: Plane, stream: trio.SocketStream) -> None:
     """Shake hands, and have the plane echo from then on."""

@@ -17,7 +17,7 @@ import trio
 from relayd.auth import PeerCredentials, peer_credentials
 from relayd.config import Config, Tls
 from relayd.handshake import HEAD_END, NoHead, Refusal, parse_head, read_head
-from relayd.wire import Gate, hang_up
+from relayd.wire import Gate, Visit, hang_up
 
 log = structlog.get_logger("relayd.listener")
 
@@ -106,36 +106,32 @@ async def _welcome(stream: trio.SocketStream, gate: Gate, context: ssl.SSLContex
             peer = _peer(stream, credentials)
         except OSError:
             return  # it hung up before we looked
-        if not gate.enter(peer):
+        visit = gate.enter(peer, credentials)
+        if visit is None:
             return
         lives_on = False
         try:
             if context is None or credentials is not None:
-                lives_on = await _lead(stream, gate, peer, credentials)
+                lives_on = await _lead(stream, gate, visit)
             else:
-                lives_on = await _lead_over_tls(stream, gate, peer, context)
+                lives_on = await _lead_over_tls(stream, gate, visit, context)
         finally:
             if not lives_on:
-                gate.leave()
+                visit.leave()
 
 
-async def _lead_over_tls(stream: trio.SocketStream, gate: Gate, peer: str, context: ssl.SSLContext) -> bool:
+async def _lead_over_tls(stream: trio.SocketStream, gate: Gate, visit: Visit, context: ssl.SSLContext) -> bool:
     tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
     try:
         with trio.fail_after(TLS_HANDSHAKE_S):
             await tls.do_handshake()
     except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
-        log.debug("TLS handshake failed", peer=peer, why=str(fault.__cause__ or fault))
+        log.debug("TLS handshake failed", peer=visit.peer, why=str(fault.__cause__ or fault))
         return False
-    return await _lead(tls, gate, peer, None)
+    return await _lead(tls, gate, visit)
 
 
-async def _lead(
-    stream: trio.SocketStream | trio.SSLStream[trio.SocketStream],
-    gate: Gate,
-    peer: str,
-    credentials: PeerCredentials | None,
-) -> bool:
+async def _lead(stream: trio.SocketStream | trio.SSLStream[trio.SocketStream], gate: Gate, visit: Visit) -> bool:
     """Read the head of a connection's first request and lead it where it wants to.
 
     Returns:
@@ -147,12 +143,12 @@ async def _lead(
         head_bytes, _, early = data.partition(HEAD_END)
         head = parse_head(head_bytes)
     except (NoHead, trio.TooSlowError) as fault:
-        log.debug("no request came", peer=peer, why=str(fault))
+        log.debug("no request came", peer=visit.peer, why=str(fault))
         return False
     except Refusal as refusal:
         await hang_up(stream, refusal)
         return False
-    return await gate.serve(stream, head, early, peer, credentials)
+    return await gate.serve(stream, head, early, visit)
 
 
 def _peer(stream: trio.SocketStream, credentials: PeerCredentials | None) -> str:

@@ -189,9 +189,9 @@ class SocketLink(Link):
             self._plane.remove(self)
             self._sock.close()
             self._wake()
-            self._tell_end()
+            self._tell_soon()
 
-    def _tell_end(self) -> None:
+    def _tell_soon(self) -> None:
         self._plane.note_ended(self)
 
     def _schedule(self, due: float) -> None:
@@ -248,11 +248,16 @@ class Plane:
         link = SocketLink(self, sock, peer, rules)
         self._links[link.fd] = link
         self._epoll.register(link.fd, _IN)
-        link._schedule(self.now + min(rules.ping_interval_s, rules.dead_after_s))
+        link._schedule(link.look(self.now))
         self._some.set()
         if early:
             link.hear_early(early)
         return link
+
+    @property
+    def links(self) -> list[SocketLink]:
+        """All that are connected."""
+        return list(self._links.values())
 
     def modify(self, fd: int, mask: int) -> None:
         """Have epoll tell of other events."""
@@ -264,7 +269,7 @@ class Plane:
         self._epoll.unregister(link.fd)
 
     def note_ended(self, link: SocketLink) -> None:
-        """A link's socket is closed: whoever took its messages is told, by a task, and not in the middle of a send."""
+        """A link is on its way out: whoever takes its messages is told, by a task, and not in the middle of a send."""
         if link not in self._ended:
             self._ended.append(link)
             self._some_ended.set()
@@ -368,22 +373,20 @@ class Plane:
                     link.abort("the relay made a mistake; see its log")
 
     async def reap(self) -> None:
-        """Tell of links that have ended, until cancelled."""
+        """Tell of links' ends, until cancelled."""
         while True:
             await self._some_ended.wait()
             self._some_ended = trio.Event()
             self.tell_ended()
 
     def tell_ended(self) -> None:
-        """Tell whoever took the messages of links that have ended."""
+        """Tell whoever takes the messages of links that have ended."""
         while self._ended:
-            taker = self._ended.pop(0)._taker
-            if taker is not None:
-                taker.hear_end()
+            self._ended.pop(0).tell()
 
     def close(self) -> None:
         """Cut all that is left."""
-        for link in list(self._links.values()):
+        for link in self.links:
             link.abort("the relay has stopped")
         self.tell_ended()
         self._epoll.close()

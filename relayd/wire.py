@@ -73,6 +73,28 @@ class Part(Protocol):
 
 
 @attrs.define(eq=False)
+class Visit:
+    """A connection from its first byte to its last, logged in or not.
+
+    Args:
+        gate: which counts it.
+        peer: where it comes from, for logs.
+        credentials: of a unix socket's peer.
+    """
+
+    gate: "Gate"
+    peer: str
+    credentials: PeerCredentials | None
+    _left: bool = False
+
+    def leave(self) -> None:
+        """Count it out; the first call counts."""
+        if not self._left:
+            self._left = True
+            self.gate.open -= 1
+
+
+@attrs.define(eq=False)
 class Connection:
     """A connection that has logged in; it takes its link's messages. No fault of it gets out."""
 
@@ -80,6 +102,7 @@ class Connection:
     link: Link
     principal: Principal
     gate: "Gate"
+    visit: "Visit"
     #: What its program calls itself.
     agent: str = ""
     connected_at: float = attrs.field(factory=trio.current_time)
@@ -115,9 +138,12 @@ class Connection:
         finally:
             del relay.connections[self.connection_id]
             relay.slow_consumers += link.stalled
-            self.gate.leave()
             tell = log.warning if link.stalled else log.info
             tell("disconnected", peer=link.peer, principal=self.principal.name, why=link.reason or "closed")
+
+    def hear_cut(self) -> None:
+        """See `protocol.duplex.Taker`."""
+        self.visit.leave()
 
 
 @attrs.define(eq=False)
@@ -136,29 +162,22 @@ class Gate:
 
     # -- who comes
 
-    def enter(self, peer: str) -> bool:
-        """Count a connection in; False where there are too many, and it is to be hung up on."""
+    def enter(self, peer: str, credentials: PeerCredentials | None) -> Visit | None:
+        """Count a connection in; None where there are too many, and it is to be hung up on."""
         if self.open >= self.relay.config.limits.max_connections + MAX_STRANGERS:
             log.warning("too many connections; hung up on one", peer=peer, open=self.open)
-            return False
+            return None
         self.open += 1
-        return True
+        return Visit(self, peer, credentials)
 
-    def leave(self) -> None:
-        """Count it out."""
-        self.open -= 1
-
-    async def serve(
-        self, stream: trio.abc.Stream, head: Head, early: bytes, peer: str, credentials: PeerCredentials | None
-    ) -> bool:
+    async def serve(self, stream: trio.abc.Stream, head: Head, early: bytes, visit: Visit) -> bool:
         """One WebSocket, from its handshake on; no fault of it gets out.
 
         Args:
             stream: TLS already spoken. Of a plain socket, its descriptor may be taken over.
             head: of the request.
             early: what came behind it.
-            peer: where it comes from, for logs.
-            credentials: of a unix socket's peer.
+            visit: the connection's.
 
         Returns:
             whether the connection lives on without this task, and counts itself out.
@@ -169,9 +188,9 @@ class Gate:
             check_upgrade(head, SUBPROTOCOL)
             await stream.send_all(answer_to(head, SUBPROTOCOL))
             if isinstance(stream, trio.SocketStream):
-                return await self._serve_socket(stream, early, peer, credentials)
-            async with serve_link(stream, peer=peer, rules=self.rules, early=early) as link:
-                connection = await self._log_in(link, credentials)
+                return await self._serve_socket(stream, early, visit)
+            async with serve_link(stream, peer=visit.peer, rules=self.rules, early=early) as link:
+                connection = await self._log_in(link, visit)
                 if connection is None:
                     return False
                 await self._play(connection, stays=True)
@@ -179,17 +198,15 @@ class Gate:
         except Refusal as refusal:
             await hang_up(stream, refusal)
         except (LinkError, trio.BrokenResourceError, trio.ClosedResourceError) as fault:
-            log.debug("connection lost", peer=peer, why=str(fault))
+            log.debug("connection lost", peer=visit.peer, why=str(fault))
         except Exception:
-            log.exception("connection broke the relay's own rules", peer=peer)
+            log.exception("connection broke the relay's own rules", peer=visit.peer)
         return False
 
-    async def _serve_socket(
-        self, stream: trio.SocketStream, early: bytes, peer: str, credentials: PeerCredentials | None
-    ) -> bool:
-        link = self.plane.adopt(stream, peer, self.rules, early)
+    async def _serve_socket(self, stream: trio.SocketStream, early: bytes, visit: Visit) -> bool:
+        link = self.plane.adopt(stream, visit.peer, self.rules, early)
         try:
-            connection = await self._log_in(link, credentials)
+            connection = await self._log_in(link, visit)
             if connection is None:
                 return False
         except BaseException:
@@ -238,11 +255,11 @@ class Gate:
 
     # -- who it is
 
-    async def _log_in(self, link: Link, credentials: PeerCredentials | None) -> Connection | None:
+    async def _log_in(self, link: Link, visit: Visit) -> Connection | None:
         """Hear the hello; None where there was none, or one that is refused: the link is then closed."""
         try:
             hello = await self._hello(link)
-            principal = self._principal(hello, credentials)
+            principal = self._principal(hello, visit.credentials)
         except ProtocolError as fault:
             tell_fault(link, fault)
         except LinkError:
@@ -252,7 +269,7 @@ class Gate:
             say_why(link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
         else:
             if isinstance(principal, Principal):
-                connection = Connection(secrets.token_hex(8), link, principal, self, hello.agent)
+                connection = Connection(secrets.token_hex(8), link, principal, self, visit, hello.agent)
                 self.relay.connections[connection.connection_id] = connection
                 log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
                 return connection
@@ -302,10 +319,9 @@ class Gate:
             connection.part = self._part(connection, nursery)
             link.hand_to(connection)
             with trio.move_on_after(_left_s(principal)) as token_life:
-                await link.wait_stopped()
+                await link.wait_gone()
             if token_life.cancelled_caught:
                 say_why(link, ErrorCode.UNAUTHENTICATED, "the token has expired", POLICY_VIOLATION)
-                await link.wait_stopped()
             nursery.cancel_scope.cancel()
 
     def _part(self, connection: Connection, nursery: trio.Nursery) -> Part:

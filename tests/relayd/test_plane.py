@@ -43,6 +43,7 @@ class Taken:
     batches: int = 0
     texts: list[str] = attrs.field(factory=list)
     ends: int = 0
+    cuts: int = 0
 
     def take(self, messages: list[bytes]) -> None:
         self.batches += 1
@@ -53,6 +54,9 @@ class Taken:
 
     def hear_end(self) -> None:
         self.ends += 1
+
+    def hear_cut(self) -> None:
+        self.cuts += 1
 
 
 @attrs.define(eq=False)
@@ -244,7 +248,8 @@ async def test_a_peer_that_takes_nothing_reads_why_behind_the_frame_that_was_on_
         assert (close.code, close.reason) == (1008, link.reason)
         await far.send(close_payload(1008, ""), CLOSE)
         assert await far.hung_up()
-        await until(lambda: taken.ends > 0)
+        assert taken.ends == 1, "at once, and not when it had read all"
+        await until(lambda: taken.cuts > 0)
         assert link.stopped
 
 
@@ -352,7 +357,7 @@ async def test_who_breaks_a_rule_reads_why_and_is_hung_up_on(data: bytes, code: 
         assert close.code == code
         assert await far.hung_up()
         await far.stream.aclose()
-        await link.wait_stopped()
+        await link.aclose()
         assert link.close_code == code
 
 
@@ -369,7 +374,8 @@ async def test_an_end_in_the_middle_of_a_send_is_told_later_and_once() -> None:
         await until(lambda: taken.ends > 0)
         link.abort("again")
         await link.aclose()
-        assert taken.ends == 1
+        await until(lambda: taken.cuts > 0)
+        assert (taken.ends, taken.cuts) == (1, 1)
 
 
 @pytest.mark.trio
