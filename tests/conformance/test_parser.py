@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protocol.rfc6455 import NO_CODE, Close, Event, Fault, Parser, Ping, Pong, close_payload, make_frame
 from tests.conformance import closing, framing, unicode
-from tests.conformance.cases import INVALID_DATA, Case
+from tests.conformance.cases import INVALID_DATA, PROTOCOL_ERROR, TOO_BIG, Case
 from tests.conformance.frames import (
     KEY,
     Opcode,
@@ -22,6 +22,7 @@ from tests.conformance.frames import (
     frame,
     masked,
     more,
+    ping,
     text,
 )
 from tests.conformance.peer import Message
@@ -180,6 +181,47 @@ def test_a_text_is_taken_where_python_takes_it_for_utf_8(octets: bytes, size: in
             assert event.code == INVALID_DATA
 
 
+# -- limits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opcode", [Opcode.TEXT, Opcode.BINARY])
+@pytest.mark.parametrize("most", [100, 125, 126, 65535, 65536])
+@pytest.mark.parametrize("size", [1, 60, 100_000])
+def test_messages_may_be_as_long_as_the_limit_and_no_longer(opcode: Opcode, most: int, size: int) -> None:
+    for chop in (0, 999):
+        sent = fragmented(opcode, b"." * most, min(size, most)) * 2
+        events = parsed(cut(sent, chop), max_message_bytes=most)
+        assert messages(events) == (Message(opcode, b"." * most),) * 2
+        sent = fragmented(opcode, b"." * (most + 1), min(size, most + 1))
+        (event,) = parsed(cut(sent, chop), max_message_bytes=most)
+        assert isinstance(event, Fault)
+        assert event.code == TOO_BIG
+
+
+def test_control_frames_count_for_no_limit() -> None:
+    sent = binary(b"12345", fin=False) + ping(b"*" * 125) + more(b"67890")
+    assert parsed(cut(sent, 0), max_message_bytes=10) == [Ping(b"*" * 125), b"1234567890"]
+
+
+# -- the other end ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chop", [0, *CHOPS])
+def test_a_client_hears_what_a_server_sends_however_it_is_chopped(chop: int) -> None:
+    bodies = [bytes(range(256))[:size] * (size // 256 or 1) for size in (0, 1, 125, 126, 127, 256, 65536)]
+    sent = b"".join(frame(Opcode.BINARY, one, key=None) for one in bodies)
+    sent += frame(Opcode.TEXT, b"\xc3", fin=False, key=None) + frame(Opcode.PING, b"?", key=None)
+    sent += frame(Opcode.CONTINUATION, b"\xa9", key=None) + frame(Opcode.CLOSE, b"\x03\xe9", key=None)
+    assert parsed(cut(sent, chop), from_client=False) == [*bodies, Ping(b"?"), "\u00e9", Close(1001, "")]
+
+
+@pytest.mark.parametrize("opcode", [Opcode.TEXT, Opcode.BINARY, Opcode.PING, Opcode.PONG, Opcode.CLOSE])
+def test_a_client_refuses_what_a_server_masked(opcode: Opcode) -> None:
+    (event,) = parsed(cut(frame(opcode), 1), from_client=False)
+    assert isinstance(event, Fault)
+    assert event.code == PROTOCOL_ERROR
+
+
 # -- what goes out ---------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +245,10 @@ def test_what_a_client_sends_is_a_masked_frame(size: int) -> None:
 
 @settings(deadline=None)
 @given(st.sampled_from(closing.MEANT), st.text(max_size=200))
+@example(1000, "*" * 123)
+@example(1000, "*" * 124)
+@example(1000, "\u00e9" * 70)
+@example(1000, "\U0001f600" * 40)
 def test_a_reason_of_any_length_makes_a_close_frame(code: int, reason: str) -> None:
     (sent,) = ServerFrames().feed(make_frame(Opcode.CLOSE, close_payload(code, reason), masked=False))
     assert int.from_bytes(sent.payload[:2]) == code
