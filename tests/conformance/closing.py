@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from tests.conformance.cases import INVALID_DATA, PROTOCOL_ERROR, Case, texts
-from tests.conformance.frames import Opcode, binary, close, frame, more, ping, text
+from tests.conformance.frames import Opcode, close, frame, more, ping, text
 
 #: RFC 6455, section 7.4.1, and IANA's registry for 1012 to 1014.
 MEANT = (1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 3000, 3999, 4000, 4999)
@@ -52,7 +52,6 @@ def order() -> Iterator[Case]:
     yield Case("a text behind a close is ignored", close() + hello, closes=True)
     yield Case("a broken frame behind a close is ignored", close() + frame(15, b"late", rsv=7, key=None), closes=True)
     yield Case("octets that are no frame behind a close are ignored", close() + b"\xff" * 300, closes=True)
-    yield Case("256 KiB behind a close are ignored", close() + binary(bytes(256 << 10)), closes=True)
     sent = text("fragment1", fin=False) + close() + more("fragment2")
     yield Case("a close between fragments is answered, their text is not", sent, closes=True)
     yield Case("a close between fragments is answered, their text is not", sent, closes=True).chopped(1)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from tests.conformance.cases import TOO_BIG, Case, binaries, texts
-from tests.conformance.frames import Opcode, binary, fragmented, frame, more, ping, text
+from tests.conformance.frames import Opcode, binary, close, fragmented, frame, more, ping, text
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -106,6 +106,8 @@ def excesses() -> Iterator[tuple[str, Make]]:
     yield promise, full
     promise = "whoever sends all of 20 MiB still learns why it was refused"
     yield promise, partial(_refused_in_full, promise)
+    promise = "4 MiB behind a close are ignored, and the close is answered"
+    yield promise, partial(_close_and_more, promise)
     promise = "a message before one that is too long is answered"
 
     def behind(promise: str = promise) -> Case:
@@ -116,6 +118,10 @@ def excesses() -> Iterator[tuple[str, Make]]:
 
 def _refused_in_full(promise: str) -> Case:
     return Case(promise, binary(bytes(20 * MIB)), code=TOO_BIG)
+
+
+def _close_and_more(promise: str) -> Case:
+    return Case(promise, close() + binary(bytes(4 * MIB)), closes=True)
 
 
 CASES: dict[str, Make] = {**dict(sizes()), **dict(crowds()), **dict(excesses())}

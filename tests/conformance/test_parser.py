@@ -186,13 +186,13 @@ def test_a_text_is_taken_where_python_takes_it_for_utf_8(octets: bytes, size: in
 
 @pytest.mark.parametrize("opcode", [Opcode.TEXT, Opcode.BINARY])
 @pytest.mark.parametrize("most", [100, 125, 126, 65535, 65536])
-@pytest.mark.parametrize("size", [1, 60, 100_000])
-def test_messages_may_be_as_long_as_the_limit_and_no_longer(opcode: Opcode, most: int, size: int) -> None:
+@pytest.mark.parametrize("pieces", [1, 2, 99])
+def test_messages_may_be_as_long_as_the_limit_and_no_longer(opcode: Opcode, most: int, pieces: int) -> None:
     for chop in (0, 999):
-        sent = fragmented(opcode, b"." * most, min(size, most)) * 2
+        sent = fragmented(opcode, b"." * most, most // pieces) * 2
         events = parsed(cut(sent, chop), max_message_bytes=most)
         assert messages(events) == (Message(opcode, b"." * most),) * 2
-        sent = fragmented(opcode, b"." * (most + 1), min(size, most + 1))
+        sent = fragmented(opcode, b"." * (most + 1), most // pieces)
         (event,) = parsed(cut(sent, chop), max_message_bytes=most)
         assert isinstance(event, Fault)
         assert event.code == TOO_BIG
@@ -208,7 +208,9 @@ def test_control_frames_count_for_no_limit() -> None:
 
 @pytest.mark.parametrize("chop", [0, *CHOPS])
 def test_a_client_hears_what_a_server_sends_however_it_is_chopped(chop: int) -> None:
-    bodies = [bytes(range(256))[:size] * (size // 256 or 1) for size in (0, 1, 125, 126, 127, 256, 65536)]
+    bodies = [bytes(range(256))[:size] for size in (0, 1, 125, 126, 127, 256)]
+    if chop not in (1, 2, 3, 5, 7):  # so many looks at so long a frame show nothing new
+        bodies.append(bytes(range(256)) * 256)
     sent = b"".join(frame(Opcode.BINARY, one, key=None) for one in bodies)
     sent += frame(Opcode.TEXT, b"\xc3", fin=False, key=None) + frame(Opcode.PING, b"?", key=None)
     sent += frame(Opcode.CONTINUATION, b"\xa9", key=None) + frame(Opcode.CLOSE, b"\x03\xe9", key=None)
@@ -276,14 +278,14 @@ def grown_bytes(parser: Parser, octets: bytes) -> int:
 def test_empty_fragments_without_end_take_no_memory() -> None:
     parser = Parser(masked=True, max_message_bytes=MAX_MESSAGE_BYTES)
     parser.feed(text("", fin=False))
-    assert grown_bytes(parser, more(fin=False) * 20_000) < 16 << 10
+    assert grown_bytes(parser, more(fin=False) * 5_000) < 16 << 10
 
 
 def test_a_message_in_fragments_of_one_octet_takes_little_more_memory_than_it_is_long() -> None:
     parser = Parser(masked=True, max_message_bytes=MAX_MESSAGE_BYTES)
     parser.feed(binary(b"", fin=False))
-    fragments = more(b"x", fin=False) * 20_000
-    assert grown_bytes(parser, fragments) < 8 * 20_000
+    fragments = more(b"x", fin=False) * 5_000
+    assert grown_bytes(parser, fragments) < 8 * 5_000
 
 
 def test_a_frame_that_is_too_long_is_refused_before_room_is_made_for_it() -> None:
