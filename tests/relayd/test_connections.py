@@ -477,7 +477,7 @@ async def test_the_order_of_arrival_is_kept_over_group_commits(tmp_path: Path) -
         assert [entry.request_id for entry in relay.relay.scheduler.spaces["tts"].queue] == [
             submit.request_id for submit in submits
         ]
-        assert relay.relay.store.transactions < 60  # type: ignore[attr-defined]
+        assert relay.relay.store.transactions < 60
 
 
 @pytest.mark.trio
