@@ -43,6 +43,6 @@ def answers(stream: trio.abc.Stream) -> bool:
 
 
 def _socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
-    while isinstance(stream, trio.SSLStream):
-        stream = stream.transport_stream
+    while (under := getattr(stream, "transport_stream", None)) is not None:  # of TLS, or of what was read ahead
+        stream = under
     return stream.socket if isinstance(stream, trio.SocketStream) else None

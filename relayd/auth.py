@@ -183,6 +183,11 @@ class Tokens:
             f"{why}: set RELAY_TOKEN or RELAY_TOKEN_FILE; {_command(hello.role)} makes one on the relay's machine",
         )
 
+    def is_live(self, token_id: str, now: float) -> bool:
+        """Whether a token still opens something at `now`, in Unix seconds."""
+        record = self._by_id.get(token_id)
+        return record is not None and record.live(now)
+
     # -- keeping tokens -
 
     def create(

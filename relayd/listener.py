@@ -1,7 +1,7 @@
-"""The daemon's doors: TCP (TLS where set) and the unix socket, each leading to the same `Gate`.
+"""The daemon's doors: TCP (TLS where set) and the unix socket, each leading to the same two: `Gate` and `HttpDoor`.
 
-One port will serve HTTP as well (DESIGN §10): the head of a connection is to be read in `_welcome`, and what is no
-upgrade to the relay's path handed to the HTTP application from there.
+One port serves HTTP as well (DESIGN §10): the head of a connection is read in `_welcome`; who asks for a WebSocket goes
+to the `Gate`, everybody else to the `HttpDoor`.
 """
 
 import os
@@ -16,6 +16,8 @@ import trio
 
 from relayd.auth import PeerCredentials, peer_credentials
 from relayd.config import Config, Tls
+from relayd.heads import PrefixedStream, read_head, wants_websocket
+from relayd.http.server import HttpDoor
 from relayd.wire import Gate
 
 log = structlog.get_logger("relayd.listener")
@@ -90,13 +92,18 @@ def describe(listeners: list[trio.SocketListener], tls: bool) -> list[str]:
 
 
 async def serve_listeners(
-    listeners: list[trio.SocketListener], gate: Gate, context: ssl.SSLContext | None, handlers: trio.Nursery
+    listeners: list[trio.SocketListener],
+    gate: Gate,
+    http: HttpDoor,
+    context: ssl.SSLContext | None,
+    handlers: trio.Nursery,
 ) -> None:
     """Accept until cancelled; the connections live on in `handlers`."""
-    await trio.serve_listeners(partial(_welcome, gate=gate, context=context), listeners, handler_nursery=handlers)
+    welcome = partial(_welcome, gate=gate, http=http, context=context)
+    await trio.serve_listeners(welcome, listeners, handler_nursery=handlers)
 
 
-async def _welcome(stream: trio.SocketStream, gate: Gate, context: ssl.SSLContext | None) -> None:
+async def _welcome(stream: trio.SocketStream, gate: Gate, http: HttpDoor, context: ssl.SSLContext | None) -> None:
     async with stream:
         try:
             credentials = peer_credentials(stream.socket)
@@ -104,7 +111,7 @@ async def _welcome(stream: trio.SocketStream, gate: Gate, context: ssl.SSLContex
         except OSError:
             return  # it hung up before we looked
         if context is None or credentials is not None:
-            await gate.serve(stream, peer, credentials)
+            await _pass_on(stream, gate, http, peer, credentials, secure=False)
             return
         tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
         try:
@@ -113,7 +120,28 @@ async def _welcome(stream: trio.SocketStream, gate: Gate, context: ssl.SSLContex
         except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
             log.debug("TLS handshake failed", peer=peer, why=str(fault.__cause__ or fault))
             return
-        await gate.serve(tls, peer, None)
+        await _pass_on(tls, gate, http, peer, None, secure=True)
+
+
+async def _pass_on(
+    stream: trio.abc.Stream,
+    gate: Gate,
+    http: HttpDoor,
+    peer: str,
+    credentials: PeerCredentials | None,
+    *,
+    secure: bool,
+) -> None:
+    """Read the first head, and hand the connection to who is meant."""
+    with http.place(peer) as got:
+        if not got:
+            return
+        head = await read_head(stream)
+        whole = PrefixedStream(stream, head)
+        if wants_websocket(head):
+            await gate.serve(whole, peer, credentials)
+        elif head:
+            await http.serve(whole, peer, credentials, secure)
 
 
 def _peer(stream: trio.SocketStream, credentials: PeerCredentials | None) -> str:

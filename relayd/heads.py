@@ -1,0 +1,78 @@
+"""The head of a connection's first request, read before anybody knows whose it is (DESIGN §10)."""
+
+import re
+
+import trio
+
+#: What a head may be long, and how long it may take; a slower one is cut off.
+MAX_HEAD_BYTES = 16 * 1024
+HEAD_S = 5.0
+READ_BYTES = 16 * 1024
+#: An empty line; a bare LF ends a line, too (RFC 9112 section 2.2).
+_END = re.compile(rb"\n\r?\n")
+_WEBSOCKET = re.compile(rb"\nupgrade[ \t]*:[ \t]*websocket[ \t]*\r?\n", re.IGNORECASE)
+
+
+class PrefixedStream(trio.abc.HalfCloseableStream):
+    """A stream of which something was read already, and is read once more."""
+
+    def __init__(self, stream: trio.abc.Stream, prefix: bytes) -> None:
+        #: Named as an `SSLStream` names it, so that `protocol.kernel` finds the socket.
+        self.transport_stream = stream
+        self._prefix = prefix
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """What was read already first."""
+        if not self._prefix:
+            return await self.transport_stream.receive_some(max_bytes)
+        await trio.lowlevel.checkpoint()
+        data = self._prefix[:max_bytes]
+        self._prefix = self._prefix[len(data) :]
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """As the stream's."""
+        await self.transport_stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """As the stream's."""
+        await self.transport_stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        """As the stream's; without effect under TLS, which knows no such thing."""
+        if isinstance(self.transport_stream, trio.abc.HalfCloseableStream):
+            await self.transport_stream.send_eof()
+
+    async def aclose(self) -> None:
+        """As the stream's."""
+        await self.transport_stream.aclose()
+
+
+async def read_head(stream: trio.abc.Stream) -> bytes:
+    """What a peer sends first, to the end of the head at least or as much as a head may have.
+
+    Returns:
+        Bytes in which `ends` finds a head's end; less where the peer hung up, was too slow or had too much to say.
+    """
+    head = bytearray()
+    with trio.move_on_after(HEAD_S):
+        while len(head) < MAX_HEAD_BYTES and not ends(head):
+            try:
+                data = await stream.receive_some(READ_BYTES)
+            except trio.BrokenResourceError:
+                break
+            if not data:
+                break
+            head += data
+    return bytes(head)
+
+
+def ends(head: bytes | bytearray) -> bool:
+    """Whether the whole head is there."""
+    return _END.search(head) is not None
+
+
+def wants_websocket(head: bytes) -> bool:
+    """Whether a head asks for a WebSocket; whether it may have one is told by who answers it."""
+    end = _END.search(head)
+    return end is not None and _WEBSOCKET.search(head, 0, end.end()) is not None

@@ -1,0 +1,8 @@
+"""The relay's page."""
+
+from starlette.routing import BaseRoute
+
+
+def routes() -> list[BaseRoute]:
+    """What it serves."""
+    return []
