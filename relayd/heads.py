@@ -72,6 +72,11 @@ def ends(head: bytes | bytearray) -> bool:
     return _END.search(head) is not None
 
 
+def is_to_be_answered(head: bytes) -> bool:
+    """Whether a head is whole, or so long that somebody should hear of it; who was too slow is cut off."""
+    return ends(head) or len(head) >= MAX_HEAD_BYTES
+
+
 def wants_websocket(head: bytes) -> bool:
     """Whether a head asks for a WebSocket; whether it may have one is told by who answers it."""
     end = _END.search(head)

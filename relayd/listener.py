@@ -16,7 +16,7 @@ import trio
 
 from relayd.auth import PeerCredentials, peer_credentials
 from relayd.config import Config, Tls
-from relayd.heads import PrefixedStream, read_head, wants_websocket
+from relayd.heads import PrefixedStream, is_to_be_answered, read_head, wants_websocket
 from relayd.http.server import HttpDoor
 from relayd.wire import Gate
 
@@ -140,7 +140,7 @@ async def _pass_on(
         whole = PrefixedStream(stream, head)
         if wants_websocket(head):
             await gate.serve(whole, peer, credentials)
-        elif head:
+        elif is_to_be_answered(head):
             await http.serve(whole, peer, credentials, secure)
 
 

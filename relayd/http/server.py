@@ -25,8 +25,9 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ASGISendEvent, ConnectionState, Scope, TaskGroup
 from starlette.types import ASGIApp
 
+from relayd import heads
 from relayd.auth import PeerCredentials
-from relayd.heads import HEAD_S, MAX_HEAD_BYTES, PrefixedStream
+from relayd.heads import MAX_HEAD_BYTES, PrefixedStream
 from relayd.http.refusals import CutShort
 from relayd.http.site import Site, Visit
 
@@ -69,7 +70,6 @@ class HttpDoor:
 
     site: Site
     app: ASGIApp
-    keep_alive_s: float = 30.0
     #: Of all kinds, from their first byte on.
     _places: int = 0
     _config: HypercornConfig = attrs.field(init=False)
@@ -78,7 +78,7 @@ class HttpDoor:
 
     def __attrs_post_init__(self) -> None:
         config = HypercornConfig()
-        config.h11_max_incomplete_size = MAX_HEAD_BYTES
+        config.h11_max_incomplete_size = MAX_HEAD_BYTES - 1  # what was too long to be read must be too long for it
         config.include_server_header = False
         config.logger_class = cast(Any, _NoLog)
         self._config = config
@@ -198,7 +198,7 @@ class _Connection:
                     None,
                     self.send,
                 )
-                self._reading.deadline = trio.current_time() + HEAD_S
+                self._reading.deadline = trio.current_time() + heads.HEAD_S
                 with self._reading:
                     await self._read()
                 await self._protocol.handle(Closed())
@@ -218,7 +218,7 @@ class _Connection:
                 continue
             await self._protocol.handle(RawData(bytes(data)))
             if self._protocol.has_part_of_a_head and not self._done:
-                self._reading.deadline = min(self._reading.deadline, trio.current_time() + HEAD_S)
+                self._reading.deadline = min(self._reading.deadline, trio.current_time() + heads.HEAD_S)
 
     def end_if_idle(self) -> None:
         """Hang up unless a request is being answered."""
@@ -234,7 +234,7 @@ class _Connection:
         elif isinstance(event, Closed):
             await self._finish()
         elif isinstance(event, Updated):
-            idle_s = self.door.keep_alive_s if event.idle else float("inf")
+            idle_s = self.door.site.relay.config.http.keep_alive_s if event.idle else float("inf")
             self._reading.deadline = trio.current_time() + idle_s
 
     async def _send_bytes(self, data: bytes) -> None:
