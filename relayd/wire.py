@@ -37,6 +37,7 @@ from protocol.messages import (
 from protocol.websocket import open_upgrade
 from relayd.auth import PeerCredentials, Principal, Tokens
 from relayd.client_link import ClientLink
+from relayd.http.login import may_come_from
 from relayd.intake import Intake
 from relayd.operator import Operator
 from relayd.relay import Relay
@@ -135,7 +136,8 @@ class Gate:
             return 404, f"nothing here; the relay speaks at {PATH}"
         if SUBPROTOCOL not in request.proposed_subprotocols:
             return 400, f"ask for the WebSocket subprotocol {SUBPROTOCOL}"
-        if origin and origin not in allowed and "*" not in allowed:
+        host = headers.get(b"host", b"").decode("ascii", "replace")
+        if not may_come_from(origin, host, allowed):
             return 403, f"origin {origin} is not in allowed_origins of relayd.toml"
         return (503, FULL) if self._full() else None
 
