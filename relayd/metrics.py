@@ -22,6 +22,8 @@ from relayd.rows import VERSION
 from relayd.states import SpaceState, State
 from relayd.stats import SpaceStats, audio_ms
 
+#: CPU, memory, file descriptors, start time.
+_PROCESS = ProcessCollector(registry=None)
 #: A number, or one for each value of a further label.
 Reading = float | Mapping[str, float]
 OUTCOMES = (State.COMPLETED, State.FAILED, State.CANCELLED)
@@ -41,37 +43,39 @@ class SpaceReading:
     slots: dict[str, int] = attrs.field(factory=lambda: {"busy": 0, "free": 0})
 
 
-@attrs.define(eq=False)
-class RelayCollector(Collector):
-    """All metrics of one relay."""
+@attrs.frozen
+class HttpReading:
+    """Of the HTTP side: connections that are open, and requests that are being answered."""
 
-    relay: Relay
-
-    def collect(self) -> Iterator[Metric]:
-        """Read them now."""
-        yield from _daemon(self.relay)
-        yield from _store(self.relay)
-        yield from _spaces(read_spaces(self.relay))
+    connections: int
+    answering: int
 
 
-@attrs.define(eq=False)
-class Metrics:
-    """What a scrape is answered with."""
+@attrs.frozen(eq=False)
+class Scrape(Collector):
+    """All metrics, as they were when they were read."""
 
-    relay: Relay
-    _registry: CollectorRegistry = attrs.field(factory=CollectorRegistry)
+    families: list[Metric]
 
-    def __attrs_post_init__(self) -> None:
-        self._registry.register(RelayCollector(self.relay))
-        ProcessCollector(registry=self._registry)  # CPU, memory, file descriptors, start time
+    @classmethod
+    def of(cls, relay: Relay, http: HttpReading) -> "Scrape":
+        """Read everything now."""
+        spaces = _spaces(_read_spaces(relay))
+        return cls([*_daemon(relay), *_http(http), *_store(relay), *spaces, *_PROCESS.collect()])
 
-    def scrape(self, accept: str = "") -> tuple[bytes, str]:
-        """All metrics and their content type: plain text, or OpenMetrics where `accept` asks for it."""
+    def collect(self) -> list[Metric]:
+        """As `prometheus_client` asks for them."""
+        return self.families
+
+    def encode(self, accept: str = "") -> tuple[bytes, str]:
+        """Body and content type: plain text, or OpenMetrics where `accept` asks for it. Takes 0.5 ms a space."""
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        registry = CollectorRegistry()
+        registry.register(self)
+        return encode(registry), content_type
 
 
-def read_spaces(relay: Relay) -> list[SpaceReading]:
+def _read_spaces(relay: Relay) -> list[SpaceReading]:
     """Every space, and each worker looked at once."""
     readings = {}
     for name, space in relay.spaces.items():
@@ -118,6 +122,11 @@ def _daemon(relay: Relay) -> Iterator[Metric]:
         relay.stats.rejected,
         "code",
     )
+
+
+def _http(http: HttpReading) -> Iterator[Metric]:
+    yield _one("relayd_http_connections", "Connections that speak plain HTTP.", http.connections)
+    yield _one("relayd_http_answering", "HTTP requests that are being answered, this one too.", http.answering)
 
 
 def _flag(relay: Relay) -> float:

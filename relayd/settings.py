@@ -200,9 +200,12 @@ class Http:
     Args:
         max_wait_s: `/v1/audio/speech` refuses a request that is told to wait longer for its start, with `queue_full`.
         keep_alive_s: how long a connection waits for its next request.
+        metrics: who may ask for `/metrics`: `token` is a client's or an operator's for all spaces, `operator` an
+            operator's alone, `public` anybody.
     """
 
     max_wait_s: Annotated[float, _from_zero_s] = 120.0
+    metrics: Annotated[Literal["token", "operator", "public"], one_of("token", "operator", "public")] = "token"
     keep_alive_s: Annotated[float, number(0.01, 3600)] = 30.0
 
 

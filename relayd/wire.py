@@ -136,7 +136,7 @@ class Gate:
             return 404, f"nothing here; the relay speaks at {PATH}"
         if SUBPROTOCOL not in request.proposed_subprotocols:
             return 400, f"ask for the WebSocket subprotocol {SUBPROTOCOL}"
-        host = headers.get(b"host", b"").decode("ascii", "replace")
+        host: str = request._event.host  # trio_websocket leaves it out of the headers
         if not may_come_from(origin, host, allowed):
             return 403, f"origin {origin} is not in allowed_origins of relayd.toml"
         return (503, FULL) if self._full() else None

@@ -127,29 +127,16 @@ class Held:
         request = self.site.intake.submit(submit, self.principal, self)
         if isinstance(request, Rejected):
             raise Refusal.of(request)
-        self._take(request)
+        self.take(request)
         for name, data in inputs.items():
             for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
                 piece = data[offset : offset + MAX_INPUT_CHUNK_BYTES]
                 told = Input(request_id=request.request_id, name=name, offset=offset, data=piece)
                 self.site.intake.add_input(request, told)
 
-    def attach(self, request: Request) -> None:
-        """Hold a request that is known already.
-
-        Raises:
-            Refusal: its result is not kept any more.
-        """
-        self._take(request)
-
-    def _take(self, request: Request) -> None:
+    def take(self, request: Request) -> None:
+        """Hold a request that is known."""
         self.request = request
-        if not request.has_result:
-            raise Refusal(
-                ErrorCode.REQUEST_NOT_FOUND,
-                f"request {request.request_id} has {request.entry.state}, and its result is not kept any more; "
-                "submit it again with a new id",
-            )
         if request.live and request.principal == self.principal.name:
             request.holders.add(self)
             request.unheld_at = None
@@ -158,7 +145,17 @@ class Held:
         self.visit.waits_for = self
 
     def read(self, attempt: int = 0, after_seq: int = -1) -> None:
-        """Have the frames come from behind `after_seq` of `attempt`; 0 is whichever attempt there is."""
+        """Have the frames come from behind `after_seq` of `attempt`; 0 is whichever attempt there is.
+
+        Raises:
+            Refusal: the result is not kept any more.
+        """
+        if not self.request.has_result:
+            raise Refusal(
+                ErrorCode.REQUEST_NOT_FOUND,
+                f"request {self.request.request_id} has {self.request.entry.state}, and its result is not kept any "
+                "more; submit it again with a new id",
+            )
         if attempt > self.request.entry.attempt and self.request.live:
             self.relay.hear_of(self.request, attempt)
         seq = self.request.log.place(attempt, after_seq)
@@ -248,13 +245,14 @@ class Held:
 async def open_request(
     http: HttpRequest, submit: Submit, inputs: Mapping[str, bytes] | None = None, *, keep: bool = False
 ) -> AsyncIterator[Held]:
-    """Submit a request for whoever sent `http`; in the block it is accepted, held and read from its first frame on.
+    """Submit a request for whoever sent `http`; in the block it is accepted and held.
 
     Args:
         http: what asked for it.
         submit: what the relay is asked for.
         inputs: the bytes of what `submit` announces.
-        keep: the request goes on when the block ends, as if a client had left; else it is cancelled with it.
+        keep: the request goes on when the block ends, as if a client had left, and is not read; else it is read from
+            its first frame on, and cancelled with the block.
 
     Raises:
         Refusal: it is not taken.
@@ -264,7 +262,8 @@ async def open_request(
     over = "the HTTP client went away"
     try:
         held.submit(submit, inputs or {})
-        held.read()
+        if not keep:
+            held.read()
         await held.safe()
         if keep:
             over = ""
@@ -285,7 +284,7 @@ async def open_reading(
     """
     held = Held(site_of(http), visit_of(http), principal_of(http))
     try:
-        held.attach(request)
+        held.take(request)
         held.read(attempt, after_seq)
         await trio.lowlevel.checkpoint()
         yield held

@@ -20,8 +20,12 @@ MAX_TOKEN_CHARS = 256
 SECRET_NAMES = frozenset({"token", "access_token", "api_key", "apikey", "key", "authorization"})
 
 
-def principal_of(request: Request) -> Principal:
+def principal_of(request: Request, role: str = "client") -> Principal:
     """Who sends `request`.
+
+    Args:
+        request: as it came.
+        role: what it is to be done as; an operator's token is good for a client's part, too.
 
     Raises:
         Refusal: nobody that may come in: 401, 403, or 429 after too many tries.
@@ -32,9 +36,9 @@ def principal_of(request: Request) -> Principal:
     if SECRET_NAMES & {name.lower() for name in request.query_params}:
         message = "put the token into the Authorization header (Bearer TOKEN): a URL is kept in logs and histories"
         raise Refusal(ErrorCode.UNAUTHENTICATED, message)
-    principal = _log_in(site, visit, _token(request))
+    principal = _log_in(site, visit, _token(request), role)
     if isinstance(principal, Rejected):
-        raise _refuse(site, visit, request, principal)
+        raise _refuse(site, visit, request, role, principal)
     most = principal.limits.max_connections
     if most is not None and site.places_of(principal) >= most:
         message = f"the token of {principal.name!r} allows {most} connections at once; end one first"
@@ -43,10 +47,10 @@ def principal_of(request: Request) -> Principal:
     return principal
 
 
-def _log_in(site: Site, visit: Visit, token: str | None) -> Principal | Rejected:
+def _log_in(site: Site, visit: Visit, token: str | None, role: str) -> Principal | Rejected:
     if token is not None and len(token) > MAX_TOKEN_CHARS:
         return Rejected.because(ErrorCode.UNAUTHENTICATED, "this is no token of a relay: it is too long")
-    hello = Hello(version=PROTOCOL_VERSION, role="client", token=token, agent="")
+    hello = Hello(version=PROTOCOL_VERSION, role=role, token=token, agent="")
     return site.tokens.log_in(hello, visit.credentials, time.time())
 
 
@@ -61,14 +65,14 @@ def _token(request: Request) -> str | None:
     return value.strip()
 
 
-def _refuse(site: Site, visit: Visit, request: Request, refused: Rejected) -> Refusal:
+def _refuse(site: Site, visit: Visit, request: Request, role: str, refused: Rejected) -> Refusal:
     if refused.code != ErrorCode.UNAUTHENTICATED or "authorization" not in request.headers:
         return Refusal.of(refused)
     wait_s = site.failures.add(address_of(request), trio.current_time())
     if wait_s is not None:
         message = "too many tokens from this address opened nothing; set the right one and wait a little"
         return Refusal(ErrorCode.RATE_LIMITED, message, retry_after_s=wait_s)
-    log.warning("login refused", peer=visit.peer, role="client", code=refused.code)
+    log.warning("login refused", peer=visit.peer, role=role, code=refused.code)
     return Refusal.of(refused)
 
 

@@ -14,7 +14,7 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from protocol.messages import Cancel, Failed, Rejected, Running
 from relayd.histogram import Histogram
-from relayd.metrics import Metrics
+from relayd.metrics import HttpReading, Scrape
 from relayd.relay import Relay
 from relayd.stats import MAX_SEEN_WORKERS, Stats
 from tests.relayd.harness import (
@@ -31,13 +31,14 @@ from tests.relayd.harness import (
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 #: A second of audio at 24 kHz.
 SECOND = samples(24_000)
+NO_HTTP = HttpReading(0, 0)
 
 
-class Scrape:
+class Told:
     """What was told at one moment."""
 
     def __init__(self, relay: Relay) -> None:
-        body, self.content_type = Metrics(relay).scrape()
+        body, self.content_type = Scrape.of(relay, NO_HTTP).encode()
         self.text = body.decode()
         self._told = {
             (sample.name, frozenset(sample.labels.items())): sample.value
@@ -66,7 +67,7 @@ async def test_what_becomes_of_requests_is_counted_by_space(tmp_path: Path) -> N
             client.send(spoken)
             assign = await worker.assigned()
             worker.speak(assign, [SECOND] * 2, end=False)
-            await until(lambda: Scrape(relay.relay)("audio_seconds_total") == 2)  # while it is being made
+            await until(lambda: Told(relay.relay)("audio_seconds_total") == 2)  # while it is being made
             worker.speak(assign, [SECOND] * 2, first=3)
             await client.frames(spoken)
             client.send(broken)
@@ -78,7 +79,7 @@ async def test_what_becomes_of_requests_is_counted_by_space(tmp_path: Path) -> N
             for _ in range(2):  # the first of them waits
                 client.send(a_submit())
             assert (await client.next(Rejected)).code == "queue_full"
-            told = Scrape(relay.relay)
+            told = Told(relay.relay)
             assert (told("requests_running"), told("requests_queued"), told("requests_queued_limit")) == (1, 1, 1)
             assert (told("worker_slots", state="busy"), told("worker_slots", state="free")) == (1, 0)
             assert told("workers", state="connected") == 1
@@ -86,7 +87,7 @@ async def test_what_becomes_of_requests_is_counted_by_space(tmp_path: Path) -> N
         client.send(Cancel(request_id=stopped.request_id, reason="enough"))
         client.send(a_submit(space="anybodys-word"))
         assert (await client.next(Rejected)).code == "space_not_found"
-        told = Scrape(relay.relay)
+        told = Told(relay.relay)
     assert told("requests_accepted_total") == 4
     assert told("requests_ended_total", outcome="completed") == 1
     assert told("requests_ended_total", outcome="failed") == 1
@@ -112,27 +113,27 @@ async def test_cuts_are_counted_as_reconnects_resumed_and_retried(tmp_path: Path
         async with fake_worker(relay.url, instance=instance) as worker:
             assign = await worker.assigned()
             worker.speak(assign, [SECOND], end=False)
-            await until(lambda: Scrape(relay.relay)("audio_seconds_total") == 1)
+            await until(lambda: Told(relay.relay)("audio_seconds_total") == 1)
             await worker.peer.cut()
         running = (Running(request_id=submit.request_id, attempt=1, next_seq=2),)
         async with fake_worker(relay.url, instance=instance, running=running) as worker:
-            await until(lambda: Scrape(relay.relay)("requests_resumed_total") == 1)
-            told = Scrape(relay.relay)
+            await until(lambda: Told(relay.relay)("requests_resumed_total") == 1)
+            told = Told(relay.relay)
             assert (told("worker_reconnects_total"), told("requests_retried_total")) == (1, 0)
             crash: dict[str, Any] = {"code": "engine_failed", "message": "it crashed", "retryable": True}
             worker.send(Failed(**seat(assign, 2), **crash))  # heard already, so the request fails
-            await until(lambda: Scrape(relay.relay)("requests_failed_total", code="engine_failed") == 1)
+            await until(lambda: Told(relay.relay)("requests_failed_total", code="engine_failed") == 1)
             client.send(again := a_submit("again"))
             assign = await worker.assigned()
             worker.send(Failed(**seat(assign, 0), **crash))
             assign = await worker.assigned()
             assert (assign.request_id, assign.attempt) == (again.request_id, 2)
-            told = Scrape(relay.relay)
+            told = Told(relay.relay)
             assert (told("requests_retried_total"), told("request_wait_seconds_count")) == (1, 3)
             assert (told("request_wait_seconds_sum") or 0) < 60
             worker.speak(assign, [SECOND])
             await client.frames(again)
-            assert Scrape(relay.relay)("audio_seconds_total") == 2
+            assert Told(relay.relay)("audio_seconds_total") == 2
 
 
 @pytest.mark.trio
@@ -143,22 +144,22 @@ async def test_audio_of_an_attempt_that_is_begun_anew_stays_counted(tmp_path: Pa
         client.send(submit)
         async with fake_worker(relay.url, name="first") as worker:
             worker.speak(await worker.assigned(), [SECOND] * 3, end=False)
-            await until(lambda: Scrape(relay.relay)("audio_seconds_total") == 3)
+            await until(lambda: Told(relay.relay)("audio_seconds_total") == 3)
         async with fake_worker(relay.url, name="second") as worker:
             assign = await worker.assigned()
-            assert Scrape(relay.relay)("audio_seconds_total") == 3
+            assert Told(relay.relay)("audio_seconds_total") == 3
             worker.speak(assign, [SECOND])
             await until(lambda: not relay.relay.requests[submit.request_id].live)
-            assert Scrape(relay.relay)("audio_seconds_total") == 4
+            assert Told(relay.relay)("audio_seconds_total") == 4
 
 
 @pytest.mark.trio
 async def test_commits_are_timed(tmp_path: Path) -> None:
     async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
-        before = Scrape(relay.relay)("store_commit_seconds_count") or 0
+        before = Told(relay.relay)("store_commit_seconds_count") or 0
         client.send(a_submit())
-        await until(lambda: Scrape(relay.relay)("requests_accepted_total") == 1)
-        told = Scrape(relay.relay)
+        await until(lambda: Told(relay.relay)("requests_accepted_total") == 1)
+        told = Told(relay.relay)
         assert told("store_commit_seconds_count") == before + 1
         assert (told("store_commit_seconds_sum") or 0) > 0
         assert (told("store_transactions_total") or 0) >= 1
@@ -168,7 +169,7 @@ async def test_commits_are_timed(tmp_path: Path) -> None:
 async def test_a_space_that_is_closed_is_told_of_no_more(tmp_path: Path) -> None:
     async with daemon(tmp_path) as relay:
         assert relay.relay.close_space("check") is None
-        assert Scrape(relay.relay).series("requests_queued") == {"tts"}
+        assert Told(relay.relay).series("requests_queued") == {"tts"}
 
 
 @pytest.mark.trio
@@ -180,7 +181,7 @@ async def test_promtool_finds_no_fault_in_what_is_told(tmp_path: Path) -> None:
             await client.frames(submit)
         client.send(a_submit(space="nothing"))
         await client.next(Rejected)
-        text = Scrape(relay.relay).text
+        text = Told(relay.relay).text
     command = ["promtool", "check", "metrics"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)  # noqa: ASYNC221
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -190,9 +191,12 @@ async def test_promtool_finds_no_fault_in_what_is_told(tmp_path: Path) -> None:
 async def test_openmetrics_is_told_to_who_asks_for_it(tmp_path: Path) -> None:
     """Prometheus does."""
     async with daemon(tmp_path) as relay:
-        body, content_type = Metrics(relay.relay).scrape("application/openmetrics-text;version=1.0.0,text/plain;q=0.5")
+        body, content_type = Scrape.of(relay.relay, NO_HTTP).encode(
+            "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
+        )
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
-    names = {family.name for family in openmetrics_parser.text_string_to_metric_families(body.decode())}
+    families = openmetrics_parser.text_string_to_metric_families(body.decode())  # type: ignore[no-untyped-call]
+    names = {family.name for family in families}
     assert {"relayd_build_info", "relayd_requests_ended", "relayd_store_commit_seconds"} <= names
 
 
@@ -208,16 +212,16 @@ async def test_a_scrape_costs_the_same_however_many_requests_there_are(tmp_path:
         client.send(first := a_submit(detach=True))
         await until(lambda: first.request_id in relay.relay.requests)
         await worker.assigned()
-        few = calls_of(Metrics(relay.relay).scrape)
+        few = calls_of(lambda: Scrape.of(relay.relay, NO_HTTP).encode())
         for _ in range(1_000):
             client.send(a_submit(detach=True))
         await client.settled()
         await until(lambda: len(relay.relay.scheduler.spaces["tts"].queue) == 1_000)
-        many = calls_of(Metrics(relay.relay).scrape)
+        many = calls_of(lambda: Scrape.of(relay.relay, NO_HTTP).encode())
         for request in list(relay.relay.requests.values())[1:]:
             relay.relay.cancel(request, "enough")
         await until(lambda: not relay.relay.results.concluding)
-        ended = calls_of(Metrics(relay.relay).scrape)
+        ended = calls_of(lambda: Scrape.of(relay.relay, NO_HTTP).encode())
     assert few > 1_000
     # The digits of a number, and a first number of its kind, may cost a call or two.
     assert abs(many - few) < few / 100
@@ -244,7 +248,7 @@ def calls_of(do: Callable[[], object]) -> int:
 @pytest.mark.trio
 async def test_the_document_names_every_metric_and_no_other(tmp_path: Path) -> None:
     async with daemon(tmp_path) as relay:
-        text = Scrape(relay.relay).text
+        text = Told(relay.relay).text
     told: Mapping[str, str] = dict(re.findall(r"^# TYPE (relayd_\w+) (\w+)$", text, re.MULTILINE))
     documented = dict(re.findall(r"^\| `(relayd_\w+)[^|]*` \| (\w+) \|", DOCUMENT.read_text(), re.MULTILINE))
     assert documented == told
