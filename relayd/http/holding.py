@@ -196,7 +196,7 @@ class Held:
                 return Queued(
                     request_id=self.request.request_id, position=place.position, of=place.of, eta_s=place.eta_s
                 )
-            if self.request.log.ended and self._reader is None:
+            if self.request.log.ended and self._reader is None and self._refusal is None:
                 return None
             await self._wait()
 

@@ -36,6 +36,8 @@ log = structlog.get_logger("relayd.http")
 READ_BYTES = 64 * 1024
 #: How long a connection waits for the client to read its last response and to hang up.
 LINGER_S = 2.0
+#: What is read meanwhile and thrown away: a client may send all of a body before it looks at the answer.
+LINGER_BYTES = 32 * 1024 * 1024
 #: Shielded, for closing in order.
 CLOSE_S = 2.0
 #: Connections that have not logged in, beyond `max_connections`; as of `relayd.wire`.
@@ -207,7 +209,8 @@ class _Connection:
                 await self.stream.aclose()
 
     async def _read(self) -> None:
-        while True:
+        lingered = 0
+        while lingered < LINGER_BYTES:
             try:
                 data = await self.stream.receive_some(READ_BYTES)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -215,6 +218,7 @@ class _Connection:
             if not data:
                 return
             if self._done:
+                lingered += len(data)
                 continue
             await self._protocol.handle(RawData(bytes(data)))
             if self._protocol.has_part_of_a_head and not self._done:
