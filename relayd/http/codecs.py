@@ -69,7 +69,12 @@ RECIPES = {
         rates_hz=(8_000, 12_000, 16_000, 24_000, 48_000),
         bits_s=lambda _rate_hz, channels: 48_000 * channels,
         # Complexity 5 takes half the CPU of 10.
-        codec_options=lambda _rate_hz: {"application": "audio", "compression_level": "5", "frame_duration": "20"},
+        codec_options=lambda _rate_hz: {
+            "application": "audio",
+            "vbr": "constrained",
+            "compression_level": "5",
+            "frame_duration": "20",
+        },
         container_options={"page_duration": "40000"},  # µs; by default a page is a second, and sent when it is full
     ),
     "aac": Recipe(container="adts", codec="aac", rates_hz=_MPEG_HZ, bits_s=_speech_bits),

@@ -9,6 +9,7 @@ import base64
 import json
 import math
 import secrets
+from contextlib import aclosing
 
 import structlog
 from starlette.requests import Request
@@ -94,10 +95,11 @@ async def speak(request: Request, reply: Reply) -> None:
 
 async def _body(request: Request) -> bytes:
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise Refusal(ErrorCode.INPUT_TOO_LARGE, f"the body has more than {MAX_BODY_BYTES} bytes")
+    async with aclosing(request.stream()) as pieces:
+        async for piece in pieces:
+            body += piece
+            if len(body) > MAX_BODY_BYTES:
+                raise Refusal(ErrorCode.INPUT_TOO_LARGE, f"the body has more than {MAX_BODY_BYTES} bytes")
     return bytes(body)
 
 
