@@ -10,6 +10,9 @@ HEAD_S = 5.0
 READ_BYTES = 16 * 1024
 #: An empty line; a bare LF ends a line, too (RFC 9112 section 2.2).
 _END = re.compile(rb"\n\r?\n")
+#: Who wrote the last such line, and the last address in it, was the proxy that spoke to us.
+_FORWARDED_FOR = re.compile(rb"\nx-forwarded-for[ \t]*:([^\r\n]*)", re.IGNORECASE)
+_ADDRESS = re.compile(r"[0-9A-Za-z.:\[\]%_-]{1,64}")
 _WEBSOCKET = re.compile(rb"\nupgrade[ \t]*:[ \t]*websocket[ \t]*\r?\n", re.IGNORECASE)
 
 
@@ -81,3 +84,19 @@ def wants_websocket(head: bytes) -> bool:
     """Whether a head asks for a WebSocket; whether it may have one is told by who answers it."""
     end = _END.search(head)
     return end is not None and _WEBSOCKET.search(head, 0, end.end()) is not None
+
+
+def forwarded_for(head: bytes) -> str | None:
+    """The client that a proxy in front names, as its address; None where none is named.
+
+    Only of use where every connection comes through such a proxy: anybody can write this line.
+    """
+    end = _END.search(head)
+    lines = _FORWARDED_FOR.findall(head, 0, end.end() if end is not None else 0)
+    return last_address(lines[-1].decode("ascii", "replace")) if lines else None
+
+
+def last_address(forwarded: str) -> str | None:
+    """The last address of an `X-Forwarded-For`: the one before it is only what that client said of itself."""
+    address = forwarded.rpartition(",")[2].strip()
+    return address if _ADDRESS.fullmatch(address) else None

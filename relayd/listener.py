@@ -16,7 +16,7 @@ import trio
 
 from relayd.auth import PeerCredentials, peer_credentials
 from relayd.config import Config, Tls
-from relayd.heads import PrefixedStream, is_to_be_answered, read_head, wants_websocket
+from relayd.heads import PrefixedStream, forwarded_for, is_to_be_answered, read_head, wants_websocket
 from relayd.http.server import HttpDoor
 from relayd.wire import Gate
 
@@ -139,7 +139,9 @@ async def _pass_on(
         head = await read_head(stream)
         whole = PrefixedStream(stream, head)
         if wants_websocket(head):
-            await gate.serve(whole, peer, credentials)
+            through_proxy = credentials is None and http.site.relay.config.behind_proxy
+            named = forwarded_for(head) if through_proxy else None
+            await gate.serve(whole, named or peer, credentials)
         elif is_to_be_answered(head):
             await http.serve(whole, peer, credentials, secure)
 

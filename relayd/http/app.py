@@ -108,5 +108,6 @@ async def _unroutable(request: Request, fault: Exception) -> Response:
 
 
 async def _broken(request: Request, fault: Exception) -> Response:
-    refusal = Refusal(ErrorCode.INTERNAL, "the relay made a mistake; see its log", retryable=True)
+    # Starlette answers what nobody caught from outside of all middleware.
+    refusal = Refusal(ErrorCode.INTERNAL, "the relay made a mistake; see its log", headers=HEADERS)
     return shaped(request.url.path, refusal)

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from protocol.errors import ErrorCode
 from protocol.messages import PROTOCOL_VERSION, Hello, Rejected
 from relayd.auth import Principal
+from relayd.heads import last_address
 from relayd.http.refusals import Refusal
 from relayd.http.site import Site, Visit, site_of, visit_of
 
@@ -72,16 +73,16 @@ def _refuse(site: Site, visit: Visit, request: Request, role: str, refused: Reje
     if wait_s is not None:
         message = "too many tokens from this address opened nothing; set the right one and wait a little"
         return Refusal(ErrorCode.RATE_LIMITED, message, retry_after_s=wait_s)
-    log.warning("login refused", peer=visit.peer, role=role, code=refused.code)
+    log.warning("login refused", peer=address_of(request), role=role, code=refused.code)
     return Refusal.of(refused)
 
 
 def address_of(request: Request) -> str:
     """Where a request comes from, without a port: behind a proxy, as the proxy says."""
     if site_of(request).relay.config.behind_proxy:
-        forwarded = request.headers.get("x-forwarded-for", "")
-        if last := forwarded.rpartition(",")[2].strip()[:64]:
-            return last
+        lines = request.headers.getlist("x-forwarded-for")
+        if lines and (address := last_address(lines[-1])) is not None:
+            return address
     return visit_of(request).peer.rpartition(":")[0] or visit_of(request).peer
 
 

@@ -136,6 +136,11 @@ class _Http(H11Protocol):
         """No upgrade to HTTP/2: its streams have limits of their own, which nothing here watches."""
 
     async def _create_stream(self, request: h11.Request) -> None:
+        size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
+        if size > MAX_HEAD_BYTES:  # h11 minds only what is too long before it is whole
+            await self._send_error_response(431)
+            await self.send(Closed())
+            return
         self.stream = HTTPStream(
             self.app,
             self.config,

@@ -81,7 +81,7 @@ class Site:
     def places_of(self, principal: Principal) -> int:
         """Connections and responses that a token has at this moment."""
         links = (link.principal for link in self.relay.connections.values())
-        visitors = (visit.principal for visit in self.visits if visit.principal is not None)
+        visitors = (visit.principal for visit in self.visits if visit.principal is not None and not visit.answered)
         return sum(other.token_id == principal.token_id for other in (*links, *visitors))
 
     def leave(self) -> None:
