@@ -165,12 +165,12 @@ function showSpaces() {
   const select = $("space");
   const wanted = select.value || kept("sessionStorage", "space");
   const state = { ready: "ready", "no worker": "no_worker", paused: "paused" };
-  const lines = spaces.map(({ name, state: is }) => [name, `${name}  ${say(state[is] ?? "no_worker")}`]);
+  const lines = spaces.map(({ name, state: is }) => [name, `${name} · ${say(state[is] ?? "no_worker")}`]);
   if (lines.map(([name]) => name).join() === [...select.options].map(({ value }) => value).join()) {
     lines.forEach(([, words], i) => set(select.options[i], words)); // who has it open goes on choosing
   } else {
     select.replaceChildren(...lines.map(([name, words]) => new Option(words, name)));
-    if (spaceOf(wanted)) select.value = wanted;
+    select.value = (spaceOf(wanted) ?? spaces.find(({ state: is }) => is === "ready") ?? spaces[0])?.name ?? "";
   }
   showSpace();
 }

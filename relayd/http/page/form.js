@@ -162,7 +162,7 @@ const told = (value) => (typeof value === "boolean" ? say(value ? "yes" : "no") 
 
 export function count() {
   const n = [...$("text").value].length;
-  set($("count"), form?.most ? say("count", { n, most: form.most }) : n ? String(n) : "");
+  set($("count"), form?.most ? say("count", { n, most: form.most.toLocaleString(document.documentElement.lang) }) : n ? String(n) : "");
   $("text").setAttribute("aria-invalid", String(Boolean(form?.most && n > form.most)));
 }
 

@@ -20,12 +20,19 @@ export function encode(value) {
     }
     return at;
   };
-  const byte = (tag) => view.setUint8(room(1), tag);
-  const raw = (data) => bytes.set(data, room(data.length));
+  const number = (kind, width, n) => {
+    const at = room(width); // first, as it may put another view in place
+    view[`set${kind}`](at, n);
+  };
+  const byte = (tag) => number("Uint8", 1, tag);
+  const raw = (data) => {
+    const at = room(data.length);
+    bytes.set(data, at);
+  };
   const put = { // behind a tag, by its size in bytes
-    1: (n) => view.setUint8(room(1), n),
-    2: (n) => view.setUint16(room(2), n),
-    4: (n) => view.setUint32(room(4), n),
+    1: (n) => number("Uint8", 1, n),
+    2: (n) => number("Uint16", 2, n),
+    4: (n) => number("Uint32", 4, n),
   };
   const sized = (count, fixed, most, tags) => { // the head of a string, binary, array or map
     if (count <= most) return byte(fixed | count);
@@ -42,7 +49,7 @@ export function encode(value) {
       return put[size](n);
     }
     byte(n < 0 ? 0xd3 : 0xcf);
-    return view.setBigInt64(room(8), BigInt(n));
+    return number("BigInt64", 8, BigInt(n));
   };
   const any = (v) => {
     if (v === null) byte(0xc0);
@@ -50,7 +57,7 @@ export function encode(value) {
     else if (Number.isSafeInteger(v)) integer(v);
     else if (typeof v === "number") {
       byte(0xcb);
-      view.setFloat64(room(8), v);
+      number("Float64", 8, v);
     } else if (typeof v === "string") {
       const data = utf8.encode(v);
       sized(data.length, 0xa0, 31, { 1: 0xd9, 2: 0xda, 4: 0xdb });

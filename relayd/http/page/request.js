@@ -52,7 +52,8 @@ export class Request {
   }
 
   get title() {
-    return typeof this.params.text === "string" && this.params.text ? this.params.text : JSON.stringify(this.params);
+    const { text } = this.params;
+    return typeof text === "string" ? text.trim() || "—" : JSON.stringify(this.params);
   }
 
   /** What §7 asks for on every new connection; on the first one of a new request, that is the submit. */

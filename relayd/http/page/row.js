@@ -154,7 +154,7 @@ export class Row {
     if (request.first_s !== null) figures.push(["first", seconds(request.first_s)]);
     if (run !== null) figures.push(["run", seconds(run)]);
     if (length) figures.push(["length", seconds(length)]);
-    if (run !== null && length > 0.3) figures.push(["rtf", (run / length).toFixed(2)]);
+    if (run !== null && length > 0.3) figures.push(["rtf", (run / length).toFixed(run < length / 10 ? 3 : 2)]);
     const list = this.part(".figures");
     while (list.childElementCount > figures.length) list.lastChild.remove();
     figures.forEach(([name, value], i) => {
@@ -177,7 +177,7 @@ function stateOf(request) {
   if (state === "queued") {
     const { position, of, eta_s } = place;
     if (eta_s === undefined || eta_s === null) return ["wait", say("queued", { position, of })];
-    const eta = seconds(Math.max(0, Math.round(eta_s - (Date.now() - place.at) / 1000)));
+    const eta = seconds(Math.max(0, eta_s - (Date.now() - place.at) / 1000), 0);
     return ["wait", say("queued_eta", { position, of, eta })];
   }
   if (state === "sending" && request.hasInputs && request.sent > 0) return ["", say("sending_part", { percent: Math.round(100 * request.sent) })];

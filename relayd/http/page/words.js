@@ -87,9 +87,9 @@ export function say(key, values = {}) {
   return WORDS[language][key].replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
 }
 
-export function seconds(s) {
+export function seconds(s, digits = s < 1 ? 2 : 1) {
   const units = language === "zh" ? [" 秒", " 分 "] : [" s", " min "];
-  if (s < 60) return `${s.toFixed(s < 10 ? 1 : 0)}${units[0]}`;
+  if (s < 60) return `${s.toFixed(digits)}${units[0]}`;
   return `${Math.floor(s / 60)}${units[1]}${Math.floor(s % 60)}${units[0]}`;
 }
 

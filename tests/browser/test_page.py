@@ -1,0 +1,174 @@
+"""The page in Chromium, on a real relay with real workers."""
+
+import io
+import signal
+import wave
+from pathlib import Path
+
+import pytest
+
+from gpuworker.engines.mock import Tune, default_duration_s, tune_key
+from tests.browser.stage import MOCK, Browser, BrowserPlace, a_site, a_window
+from tests.e2e.processes import a_relay, a_worker
+
+#: 3.5 s of tune, made in 3.5 s.
+LONG = "a tune that is long enough to be cut in two. Or three. " * 2
+LOUD = 0.02
+RATE = 24_000
+HEARS = f"window.loudness() > {LOUD}"
+STATE = "document.querySelector('.request').dataset.state"
+
+
+def tune(text: str) -> bytes:
+    """The samples that engine mock makes of a text."""
+    return Tune(RATE).pcm(tune_key(text, 0), 0, round(default_duration_s(text) * RATE))
+
+
+def samples(wav: bytes) -> bytes:
+    with wave.open(io.BytesIO(wav)) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, RATE)
+        return file.readframes(file.getnframes())
+
+
+@pytest.mark.trio
+async def test_speech_is_heard_before_its_request_has_ended(site: BrowserPlace, browser: Browser) -> None:
+    async with a_window(browser) as window:
+        await window.log_in(site)
+        await window.type("text", "A tune, 一首歌")
+        await window.type("text", "\ue009\ue007")  # Ctrl + Enter
+        assert await window.until(f"{HEARS} && {STATE}") == "running"
+        request_id = (await window.words(".request code")).removeprefix("tts · ")
+        await site.run("relay", "status", request_id)  # the relay knows it by that id
+        assert await window.words(".request .said") == "A tune, 一首歌"
+        await window.until_state("completed")
+        assert await window.words(".request .state") == "✓ Completed"
+        names = await window.js("[...document.querySelectorAll('.figures div')].map((row) => row.dataset.name)")
+        assert names == ["first", "run", "length", "rtf"]
+        assert 0.9 < float(await window.words(".figures [data-name=rtf] dd")) < 2
+        told = await window.js("document.getElementById('says').innerText")
+        assert "Request accepted." in told
+        assert "Request completed: 2.2 s of audio." in told
+        assert samples(await window.download()) == tune("A tune, 一首歌")
+        await window.until("document.querySelector('.clock').textContent.startsWith('0:02.1 /')")  # played to its end
+        await window.until("window.loudness() < 0.001")
+    assert browser.errors() == []
+
+
+@pytest.mark.trio
+async def test_a_reload_in_mid_stream_goes_on_where_it_was(site: BrowserPlace, browser: Browser) -> None:
+    async with a_window(browser) as window:
+        await window.log_in(site)
+        request_id = await window.submit(LONG)
+        await window.until(HEARS)
+        await window.until("document.querySelector('.clock').textContent >= '0:01.0'")
+        await window.do(lambda driver: driver.refresh())
+        assert await window.until(f"{HEARS} && {STATE}") == "running"
+        assert request_id in await window.words(".request code")
+        assert await window.words(".clock") >= "0:01.0"  # it does not begin at its first word again
+        await window.until_state("completed")
+        assert samples(await window.download()) == tune(LONG)
+        await window.do(lambda driver: driver.refresh())
+        await window.until_state("completed")
+        await window.click(".load")  # the relay has it still
+        await window.until(HEARS)
+        await window.until("document.querySelector('.load').hidden")
+        assert samples(await window.download()) == tune(LONG)
+    assert browser.errors() == []
+
+
+@pytest.mark.trio
+async def test_three_windows_share_one_queue_and_see_their_places(site: BrowserPlace, browser: Browser) -> None:
+    async with (
+        a_window(browser) as first,
+        a_window(browser) as second,
+        a_window(browser) as third,
+    ):
+        for window in (first, second, third):
+            await window.log_in(site)
+        await first.submit(LONG)
+        await first.until(HEARS)
+        await second.submit("second")
+        await third.submit("third")
+        await second.until("document.querySelector('.request .state').textContent === 'Place 1 of 2'")
+        await third.until("document.querySelector('.request .state').textContent === 'Place 2 of 2'")
+        await third.until("document.getElementById('space-load').textContent === '1 of 1 slots busy, 2 waiting'")
+        await first.click(".cancel")
+        await first.until_state("cancelled")
+        await third.until("document.querySelector('.request .state').textContent.startsWith('Place 1 of 1')")
+        for window in (second, third):
+            await window.until(HEARS)
+            await window.until_state("completed")
+    assert browser.errors() == []
+
+
+@pytest.mark.trio
+async def test_a_worker_that_is_killed_takes_the_form_away_and_brings_it_back(tmp_path: Path, browser: Browser) -> None:
+    async with a_site(tmp_path) as (site, relay), a_window(browser) as window:
+        async with a_worker(site, relay, *MOCK) as worker:
+            await window.log_in(site)
+            assert await window.words("#space-state") == "✓ Connected"
+            await window.submit(LONG)
+            await window.until(HEARS)
+            await window.type("text", " and more")
+            worker.send_signal(signal.SIGKILL)
+            await worker.ended()
+            await window.until("document.getElementById('form').disabled")
+            assert await window.words("#space-state") == "✗ Not connected"
+            assert (
+                await window.js("getComputedStyle(document.getElementById('space-state')).color") == "rgb(168, 40, 28)"
+            )
+        async with a_worker(site, relay, *MOCK):
+            await window.until("!document.getElementById('form').disabled")
+            assert await window.words("#space-state") == "✓ Connected"
+            assert (
+                await window.js("getComputedStyle(document.getElementById('space-state')).color") == "rgb(23, 112, 58)"
+            )
+            assert await window.js("document.activeElement.id") == "text"  # who was writing goes on
+            await window.type("text", "!")
+            assert (await window.js("document.getElementById('text').value")).endswith(" and more!")
+            await window.until_state("completed")
+            assert samples(await window.download()) == tune(LONG)
+    assert browser.errors() == []
+
+
+@pytest.mark.trio
+async def test_a_relay_that_is_killed_costs_no_sample(tmp_path: Path, browser: Browser) -> None:
+    async with a_site(tmp_path) as (site, relay), a_worker(site, relay, *MOCK), a_window(browser) as window:
+        await window.log_in(site)
+        await window.submit(LONG)
+        await window.until(HEARS)
+        relay.send_signal(signal.SIGKILL)
+        await relay.ended()
+        await window.until("document.getElementById('link').textContent === '✗ Not connected, trying again…'")
+        assert await window.js("document.getElementById('form').disabled")
+        async with a_relay(site, "--listen", site.url.removeprefix("http://").removesuffix("/")):
+            await window.until("document.getElementById('link').textContent === '✓ Connected as anna'")
+            await window.until_state("completed")
+            assert samples(await window.download()) == tune(LONG)
+    unexpected = [line for line in browser.errors() if "WebSocket connection to" not in line]
+    assert unexpected == []  # tries that find nobody are told by Chromium itself
+
+
+@pytest.mark.trio
+async def test_a_wrong_token_is_told_and_the_right_one_stays_in_the_tab(site: BrowserPlace, browser: Browser) -> None:
+    async with a_window(browser) as window:
+        await window.open(site.url)
+        await window.type("token", "rly_c_wrong", "\n")
+        await window.until("document.getElementById('login-fault').offsetHeight > 0")
+        assert "does not know this token" in await window.words("#login-fault")
+        assert await window.js("document.activeElement.id") == "token"
+        assert await window.js("sessionStorage.getItem('relayd.token')") is None
+        await window.js("document.getElementById('token').select()")
+        await window.type("token", site.token, "\n")
+        await window.until("!document.getElementById('form').disabled")
+        assert await window.js("sessionStorage.getItem('relayd.token')") == site.token
+        kept = await window.js("JSON.stringify(localStorage) + location.href + document.cookie")
+        assert site.token not in kept
+        await window.do(lambda driver: driver.refresh())
+        await window.until("!document.getElementById('form').disabled")
+        await window.click("#leave")
+        assert await window.js("sessionStorage.getItem('relayd.token')") is None
+        await window.do(lambda driver: driver.refresh())
+        await window.until("document.getElementById('token').offsetHeight > 0")
+        assert await window.js("document.getElementById('desk').hidden")
+    assert browser.errors() == []
