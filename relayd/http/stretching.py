@@ -9,8 +9,8 @@ from av.filter import Graph
 from protocol.messages import AudioFormat
 from relayd.http.samples import samples_frame
 
-#: What one `atempo` does well: below, its windows are torn apart; above, it leaves samples out instead of blending them
-#: (FFmpeg's documentation of the filter). What is further away is done by two in a row.
+#: What one `atempo` does: it goes no lower, and above it leaves samples out instead of blending them (FFmpeg's
+#: documentation of the filter). What is further away is done by two in a row.
 LOWEST, HIGHEST = 0.5, 2.0
 #: Silence that follows the last sample: at its end the filter drops up to two windows, of 30 to 60 ms by the rate.
 AFTER_S = 0.2
