@@ -149,9 +149,8 @@ def _converted(source: AudioFormat, wanted: AudioFormat) -> list[Stage]:
     try:
         from relayd.http.resampling import Downmix, Resampler
     except ImportError:
-        raise AudioExtraMissing(
-            f"{wanted.sample_rate} Hz with {wanted.channels} channel(s) of {source.sample_rate} Hz"
-        ) from None
+        spoken = f"{source.sample_rate} Hz with {source.channels} channel{'s' * (source.channels > 1)}"
+        raise AudioExtraMissing(f"pcm, which is {wanted.sample_rate} Hz mono, of a worker's {spoken}") from None
     stages: list[Stage] = []
     if wanted.channels < source.channels:
         stages.append(Downmix())
@@ -217,12 +216,10 @@ def open_encoder(name: str, source: AudioFormat, speed: float = 1.0) -> Encoder:
     return Encoder(source, stages, cheap=all(isinstance(stage, _Wav) for stage in stages))
 
 
-def check_encoder(name: str, speed: float = 1.0) -> None:
+def check_encoder(name: str, speed: float = 1.0, source: AudioFormat = PCM) -> None:
     """Find out whether a coding can be made here, before anybody is asked to speak; as `open_encoder`, in a thread.
 
     Raises:
         AudioExtraMissing: not without the extra.
     """
-    if name == "pcm" and speed == 1:
-        return  # it depends on what the worker speaks in
-    open_encoder(name, PCM, speed)
+    open_encoder(name, source, speed)

@@ -20,7 +20,7 @@ from protocol.errors import ErrorCode
 from protocol.fields import Value
 from protocol.messages import Submit
 from relayd.auth import Principal
-from relayd.http.encoding import AudioExtraMissing, with_sizes
+from relayd.http.encoding import PCM, AudioExtraMissing, with_sizes
 from relayd.http.holding import Held, open_request
 from relayd.http.listening import Listening, listen
 from relayd.http.login import principal_of
@@ -79,7 +79,7 @@ async def speak(request: Request, reply: Reply) -> None:
     space = _space(site, principal, speech.space)
     params = params_of(speech, space)
     try:
-        await check_coding(speech.coding.name, speech.speed)
+        await check_coding(speech.coding.name, speech.speed, space.format or PCM)
         submit = Submit(
             request_id=secrets.token_hex(16),
             space=space.name,

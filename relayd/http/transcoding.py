@@ -11,7 +11,7 @@ import attrs
 import trio
 
 from protocol.messages import AudioFormat
-from relayd.http.encoding import Encoder, check_encoder, open_encoder
+from relayd.http.encoding import PCM, Encoder, check_encoder, open_encoder
 
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("audio encoders")
 
@@ -63,10 +63,10 @@ async def open_transcoder(name: str, source: AudioFormat, speed: float = 1.0) ->
     return Transcoder(encoder)
 
 
-async def check_coding(name: str, speed: float = 1.0) -> None:
+async def check_coding(name: str, speed: float = 1.0, source: AudioFormat = PCM) -> None:
     """As `check_encoder`, which may import for half a second.
 
     Raises:
         AudioExtraMissing: not without the extra.
     """
-    await trio.to_thread.run_sync(check_encoder, name, speed, limiter=_threads())
+    await trio.to_thread.run_sync(check_encoder, name, speed, source, limiter=_threads())

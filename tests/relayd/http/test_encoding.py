@@ -186,8 +186,10 @@ def test_without_the_extra_wav_and_pcm_as_it_comes_are_made() -> None:
     assert encode(open_encoder("pcm", PCM), [b"\1\0" * 50]) == b"\1\0" * 50
     check_encoder("wav")
     check_encoder("pcm")
-    with pytest.raises(AudioExtraMissing):
+    with pytest.raises(AudioExtraMissing, match="cannot make mp3"):
         check_encoder("mp3")
+    with pytest.raises(AudioExtraMissing, match="24000 Hz mono, of a worker's 22050 Hz with 1 channel:"):
+        check_encoder("pcm", source=source)
 
 
 def test_nothing_heavy_is_imported_before_it_is_asked_for() -> None:

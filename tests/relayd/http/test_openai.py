@@ -390,7 +390,7 @@ async def test_a_body_without_end_is_413(tmp_path: Path) -> None:
 async def test_without_the_audio_extra_the_error_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def missing(name: str, speed: float) -> None:
+    async def missing(name: str, speed: float, source: AudioFormat) -> None:
         raise AudioExtraMissing(name)
 
     monkeypatch.setattr("relayd.http.openai.check_coding", missing)
