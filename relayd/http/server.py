@@ -58,8 +58,9 @@ class _NoLog:
 
     async def access(self, request: Any, response: Any, request_time: float) -> None:
         """One request was answered."""
-        status = response["status"] if response else None
-        log.debug("answered", method=request["method"], path=request["path"], status=status, took_s=request_time)
+        if response:  # else its client left, which may be told of one that was answered, too
+            told = {"method": request["method"], "path": request["path"], "status": response["status"]}
+            log.debug("answered", **told, took_s=round(request_time, 4))
 
     async def exception(self, message: str, *_: Any, **__: Any) -> None:
         """Hypercorn fell over something."""
@@ -98,14 +99,18 @@ class HttpDoor:
         finally:
             self._places -= 1
 
-    async def serve(self, stream: PrefixedStream, peer: str, credentials: PeerCredentials | None, secure: bool) -> None:
-        """One connection, to its end; no fault of it gets out.
+    async def serve(self, stream: PrefixedStream, peer: str, credentials: PeerCredentials | None, secure: bool) -> bytes:
+        """One connection, to its end or to the head of a request for a WebSocket; no fault of it gets out.
 
         Args:
             stream: TLS already spoken.
             peer: where it comes from, for logs.
             credentials: of a unix socket's peer.
             secure: whether it is TLS.
+
+        Returns:
+            That head, where one came behind other requests, as a proxy sends it that keeps its connections: the
+            stream is open then, and somebody else's. Else nothing.
         """
         connection = _Connection(self, stream, Visit(peer, credentials, secure))
         self._open.add(connection)
@@ -117,6 +122,7 @@ class HttpDoor:
         finally:
             self._open.discard(connection)
             self.site.connections -= 1
+        return connection.upgrade
 
     async def close(self) -> None:
         """Take no more requests: idle connections end now, others with their response, and who waits is told why."""
@@ -188,9 +194,13 @@ class _Connection:
         self._protocol: _Http
         #: Nothing more is answered; what still comes is read so that the client reads its response.
         self._done = False
+        #: What has come of the next head while no request is being answered.
+        self._head = b""
+        #: The head that asks for a WebSocket, once there is one.
+        self.upgrade = b""
 
     async def serve(self) -> None:
-        """Read requests and answer them until either side ends it."""
+        """Read requests and answer them until either side ends it, or asks for a WebSocket."""
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -210,8 +220,9 @@ class _Connection:
                     await self._read()
                 await self._protocol.handle(Closed())
         finally:
-            with trio.move_on_after(CLOSE_S, shield=True):
-                await self.stream.aclose()
+            if not self.upgrade:
+                with trio.move_on_after(CLOSE_S, shield=True):
+                    await self.stream.aclose()
 
     async def _read(self) -> None:
         lingered = 0
@@ -225,6 +236,15 @@ class _Connection:
             if self._done:
                 lingered += len(data)
                 continue
+            if self._protocol.idle:
+                head = self._head = self._head + data
+                if not heads.is_to_be_answered(head):
+                    self._reading.deadline = min(self._reading.deadline, trio.current_time() + heads.HEAD_S)
+                    continue
+                if heads.wants_websocket(head):
+                    self.upgrade = head
+                    return
+                data, self._head = head, b""
             await self._protocol.handle(RawData(bytes(data)))
             if self._protocol.has_part_of_a_head and not self._done:
                 self._reading.deadline = min(self._reading.deadline, trio.current_time() + heads.HEAD_S)
