@@ -102,7 +102,7 @@ class Browser:
 
     def errors(self) -> list[str]:
         """What the console has of errors and warnings since it was asked last."""
-        told = self.driver.get_log("browser")
+        told: list[dict[str, Any]] = self.driver.execute("getLog", {"type": "browser"})["value"]
         return [line["message"] for line in told if line["level"] in ("WARNING", "SEVERE")]
 
 

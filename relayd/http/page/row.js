@@ -177,8 +177,9 @@ function stateOf(request) {
   if (state === "queued") {
     const { position, of, eta_s } = place;
     if (eta_s === undefined || eta_s === null) return ["wait", say("queued", { position, of })];
-    const eta = seconds(Math.max(0, eta_s - (Date.now() - place.at) / 1000), 0);
-    return ["wait", say("queued_eta", { position, of, eta })];
+    const left_s = eta_s - (Date.now() - place.at) / 1000;
+    if (left_s < 1) return ["wait", say("queued_soon", { position, of })];
+    return ["wait", say("queued_eta", { position, of, eta: seconds(left_s, 0) })];
   }
   if (state === "sending" && request.hasInputs && request.sent > 0) return ["", say("sending_part", { percent: Math.round(100 * request.sent) })];
   if (state === "running") return ["", say(["loading", "encoding"].includes(progress?.state) ? progress.state : "generating")];
