@@ -31,6 +31,8 @@ MAX_PARTS = 64
 SLACK_BYTES = 64 * 1024
 #: A client that sends nothing for so long in the middle of a body is not waited for.
 BODY_STALL_S = 30.0
+#: Nor is one that sends less than this, all in all: a body of 32 MiB would hold its place for days.
+MIN_BYTES_S = 8 * 1024
 #: Uploads in memory at once that are no request's yet; one may always be as large as a request's inputs may.
 MAX_UPLOAD_BYTES = 256 * 1024 * 1024
 
@@ -245,6 +247,7 @@ class Pieces:
     most_bytes: int
     _size: int = 0
     _over: bool = False
+    _began: float = attrs.field(factory=trio.current_time)
 
     def __attrs_post_init__(self) -> None:
         declared = self.request.headers.get("content-length", "0")
@@ -258,14 +261,15 @@ class Pieces:
         """The next piece.
 
         Raises:
-            Refusal: more than `most_bytes`, or nothing for `BODY_STALL_S`.
+            Refusal: more than `most_bytes` (413), or too slowly (408).
         """
         if self._over:
             raise StopAsyncIteration
-        with trio.move_on_after(BODY_STALL_S) as patience:
+        due = min(trio.current_time(), self._began + self._size / MIN_BYTES_S) + BODY_STALL_S
+        with trio.move_on_at(due) as patience:
             message = await self.request.receive()
         if patience.cancelled_caught:
-            words = f"nothing of the body came for {BODY_STALL_S:g} s; send the request again"
+            words = f"the body came too slowly: {self._size} bytes, and then not enough; send the request again"
             raise Refusal("request_timeout", words, status=408)
         piece: bytes = message.get("body", b"")
         self._over = not message.get("more_body", False)
@@ -279,7 +283,7 @@ async def read_all(request: Request, most_bytes: int) -> bytes:
     """All of the body.
 
     Raises:
-        Refusal: more than `most_bytes`, or nothing for `BODY_STALL_S`.
+        Refusal: more than `most_bytes` (413), or too slowly (408).
     """
     data = bytearray()
     async for piece in Pieces(request, most_bytes):

@@ -118,7 +118,7 @@ class Held:
 
     # -- its life
 
-    def submit(self, submit: Submit, inputs: Mapping[str, bytes]) -> None:
+    async def submit(self, submit: Submit, inputs: Mapping[str, bytes]) -> None:
         """Submit, or take up the same request again.
 
         Raises:
@@ -133,6 +133,7 @@ class Held:
                 piece = data[offset : offset + MAX_INPUT_CHUNK_BYTES]
                 told = Input(request_id=request.request_id, name=name, offset=offset, data=piece)
                 self.site.intake.add_input(request, told)
+                await trio.lowlevel.checkpoint()  # hashing all of 32 MiB at once would hold up everybody's audio
 
     def take(self, request: Request) -> None:
         """Hold a request that is known."""
@@ -261,7 +262,7 @@ async def open_request(
     held = Held(site_of(http), visit_of(http), principal_of(http))
     over = "the HTTP client went away"
     try:
-        held.submit(submit, inputs or {})
+        await held.submit(submit, inputs or {})
         if not keep:
             held.read()
         await held.safe()

@@ -34,6 +34,8 @@ from relayd.http.site import Site, Visit
 log = structlog.get_logger("relayd.http")
 
 READ_BYTES = 64 * 1024
+#: What is sent at once: each piece that is taken shows that the client still reads.
+SEND_PIECE_BYTES = 64 * 1024
 #: How long a connection waits for the client to read its last response and to hang up.
 LINGER_S = 2.0
 #: What is read meanwhile and thrown away: a client may send all of a body before it looks at the answer.
@@ -99,7 +101,9 @@ class HttpDoor:
         finally:
             self._places -= 1
 
-    async def serve(self, stream: PrefixedStream, peer: str, credentials: PeerCredentials | None, secure: bool) -> bytes:
+    async def serve(
+        self, stream: PrefixedStream, peer: str, credentials: PeerCredentials | None, secure: bool
+    ) -> bytes:
         """One connection, to its end or to the head of a request for a WebSocket; no fault of it gets out.
 
         Args:
@@ -138,6 +142,9 @@ class HttpDoor:
 class _Http(H11Protocol):
     """Hypercorn's HTTP/1.1 without its ways to other protocols."""
 
+    #: A request for a WebSocket, and whatever came behind it: nothing is done about it here.
+    upgrade = b""
+
     async def _check_protocol(self, event: h11.Request) -> None:
         """No upgrade to HTTP/2: its streams have limits of their own, which nothing here watches."""
 
@@ -146,6 +153,9 @@ class _Http(H11Protocol):
         if size > MAX_HEAD_BYTES:  # h11 minds only what is too long before it is whole
             await self._send_error_response(431)
             await self.send(Closed())
+            return
+        if any((name, value.strip().lower()) == (b"upgrade", b"websocket") for name, value in request.headers):
+            self.upgrade = _head_of(request) + self.connection.trailing_data[0]
             return
         self.stream = HTTPStream(
             self.app,
@@ -181,6 +191,13 @@ class _Http(H11Protocol):
         return self.stream is None and bool(self.connection.trailing_data[0])
 
 
+def _head_of(request: h11.Request) -> bytes:
+    """A request's head, as it was sent or nearly so."""
+    lines = [request.method + b" " + request.target + b" HTTP/" + request.http_version]
+    lines += [name + b": " + value for name, value in request.headers.raw_items()]
+    return b"\r\n".join((*lines, b"", b""))
+
+
 class _Connection:
     """One connection: a reader, and a task for each request's handler."""
 
@@ -194,8 +211,6 @@ class _Connection:
         self._protocol: _Http
         #: Nothing more is answered; what still comes is read so that the client reads its response.
         self._done = False
-        #: What has come of the next head while no request is being answered.
-        self._head = b""
         #: The head that asks for a WebSocket, once there is one.
         self.upgrade = b""
 
@@ -236,16 +251,10 @@ class _Connection:
             if self._done:
                 lingered += len(data)
                 continue
-            if self._protocol.idle:
-                head = self._head = self._head + data
-                if not heads.is_to_be_answered(head):
-                    self._reading.deadline = min(self._reading.deadline, trio.current_time() + heads.HEAD_S)
-                    continue
-                if heads.wants_websocket(head):
-                    self.upgrade = head
-                    return
-                data, self._head = head, b""
             await self._protocol.handle(RawData(bytes(data)))
+            if self._protocol.upgrade:
+                self.upgrade = self._protocol.upgrade
+                return
             if self._protocol.has_part_of_a_head and not self._done:
                 self._reading.deadline = min(self._reading.deadline, trio.current_time() + heads.HEAD_S)
 
@@ -268,16 +277,21 @@ class _Connection:
 
     async def _send_bytes(self, data: bytes) -> None:
         stall_timeout_s = self.door.site.relay.config.limits.stall_timeout_s
+        view = memoryview(data)
         async with self._sending:
-            with trio.move_on_after(stall_timeout_s) as patience:
-                try:
-                    await self.stream.send_all(data)
-                    return
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    pass  # it went away
-            if patience.cancelled_caught:
-                log.warning("client took no data", peer=self.template.peer, for_s=stall_timeout_s)
-                self.door.site.relay.slow_consumers += 1
+            while view:
+                with trio.move_on_after(stall_timeout_s) as patience:
+                    try:
+                        await self.stream.send_all(view[:SEND_PIECE_BYTES])
+                    except (trio.BrokenResourceError, trio.ClosedResourceError):
+                        break  # it went away
+                if patience.cancelled_caught:
+                    log.warning("client took no data", peer=self.template.peer, for_s=stall_timeout_s)
+                    self.door.site.relay.slow_consumers += 1
+                    break
+                view = view[SEND_PIECE_BYTES:]
+            else:
+                return
         self._cut()
 
     def _cut(self) -> None:

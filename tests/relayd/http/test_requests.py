@@ -322,6 +322,31 @@ async def test_a_client_that_stops_in_the_middle_of_a_body_is_not_waited_for(
         await relay.goes_on()
 
 
+@pytest.mark.trio
+async def test_a_body_that_only_trickles_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.http.bodies.BODY_STALL_S", 0.2)
+    async with daemon(tmp_path) as relay, visitor(relay.url) as http:
+        head = f"POST {POST} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
+        await http.stream.send_all(head.encode())
+        sent = 0
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+
+                async def trickle() -> None:
+                    nonlocal sent
+                    while True:
+                        await http.stream.send_all(b" ")
+                        sent += 1
+                        await trio.sleep(0.05)
+
+                nursery.start_soon(trickle)
+                assert bytes(await http.stream.receive_some()).startswith(b"HTTP/1.1 408")
+                nursery.cancel_scope.cancel()
+        assert sent < 50
+
+
 # -- events ----------------------------------------------------------------------------------------------------------
 
 
