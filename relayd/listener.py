@@ -137,13 +137,12 @@ async def _pass_on(
         if not got:
             return
         head = await read_head(stream)
-        whole = PrefixedStream(stream, head)
+        if is_to_be_answered(head) and not wants_websocket(head):
+            head = await http.serve(PrefixedStream(stream, head), peer, credentials, secure)
         if wants_websocket(head):
             through_proxy = credentials is None and http.site.relay.config.behind_proxy
             named = forwarded_for(head) if through_proxy else None
-            await gate.serve(whole, named or peer, credentials)
-        elif is_to_be_answered(head):
-            await http.serve(whole, peer, credentials, secure)
+            await gate.serve(PrefixedStream(stream, head), named or peer, credentials)
 
 
 def _peer(stream: trio.SocketStream, credentials: PeerCredentials | None) -> str:

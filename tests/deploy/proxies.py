@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -107,6 +108,8 @@ def caddy_command(config: Path) -> list[str]:
 
 
 CONFIGS: dict[str, Callable[[Path, str, int, int, Certificate], Path]] = {"nginx": nginx_config, "caddy": caddy_config}
+#: nginx takes its workers along; Caddy would wait for its connections if it were asked in a friendlier way.
+ENDINGS = {"nginx": signal.SIGTERM, "caddy": signal.SIGKILL}
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {"nginx": nginx_command, "caddy": caddy_command}
 
 
@@ -125,7 +128,7 @@ async def open_proxy(kind: str, folder: Path, upstream: str) -> AsyncIterator[Pr
                 await _listening(process, port)
             yield Proxy(port, plain_port)
         finally:
-            process.terminate()
+            process.send_signal(ENDINGS[kind])
 
 
 def certificate_in(folder: Path) -> Certificate:

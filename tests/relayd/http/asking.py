@@ -76,7 +76,9 @@ async def ask_on(
 ) -> Answer:
     """Send one request, and give its answer once its head is there."""
     connection = h11.Connection(h11.CLIENT)
-    told: Headers = [("Host", "localhost"), *(headers or [])]
+    told: Headers = list(headers or [])
+    if not any(name.lower() == "host" for name, _value in told):
+        told.insert(0, ("Host", "localhost"))
     if token is not None:
         told.append(("Authorization", f"Bearer {token}"))
     if body or method in ("POST", "PUT"):
