@@ -18,9 +18,13 @@ from protocol.codec import decode
 from protocol.messages import FROM_RELAY, Assign
 from relayd.http import requests
 from relayd.http.openapi import DOCUMENT, PATHS
+from relayd.http.refusals import STATUS
 from tests.relayd.harness import FakeWorker, daemon, fake_worker, samples
 from tests.relayd.http.visitor import visitor
 
+#: Codes that tell of what cannot happen to a request over HTTP: broken frames, workers, spaces being made.
+NOT_HERE = {"protocol_error", "unknown_type", "space_exists", "space_full", "slow_consumer"}
+GUIDE = (Path(__file__).parents[3] / "docs" / "http.md").read_text()
 #: Whether params are taken is for the space's own schema to say, which the document cannot know.
 LEFT_OUT = {"positive_data_acceptance"}
 EXAMPLES = 40
@@ -29,6 +33,14 @@ EXAMPLES = 40
 def test_every_route_is_described_and_nothing_else() -> None:
     served = {route.path for route in requests.routes() if isinstance(route, Route)}
     assert served - {"/openapi.json", "/v1/relay"} == PATHS.keys()
+
+
+def test_the_guide_names_every_path_and_every_code() -> None:
+    for path in PATHS:
+        assert path.replace("{request_id}", "{id}") in GUIDE, path
+    for code, status in STATUS.items():
+        if code not in NOT_HERE:
+            assert re.search(rf"^\| .*{status}.*`{code}`", GUIDE, re.MULTILINE), (code, status)
 
 
 @pytest.mark.trio
