@@ -107,11 +107,13 @@ async def test_three_windows_share_one_queue_and_see_their_places(site: BrowserP
 
 
 @pytest.mark.trio
-async def test_a_worker_that_is_killed_takes_the_form_away_and_brings_it_back(tmp_path: Path, browser: Browser) -> None:
+async def test_a_killed_worker_and_a_killed_relay_cost_no_sample(tmp_path: Path, browser: Browser) -> None:
+    colour = "getComputedStyle(document.getElementById('space-state')).color"
     async with a_site(tmp_path) as (site, relay), a_window(browser) as window:
         async with a_worker(site, relay, *MOCK) as worker:
             await window.log_in(site)
             assert await window.words("#space-state") == "✓ Connected"
+            assert await window.js(colour) == "rgb(23, 112, 58)"
             await window.submit(LONG)
             await window.until(HEARS)
             await window.type("text", " and more")
@@ -119,37 +121,27 @@ async def test_a_worker_that_is_killed_takes_the_form_away_and_brings_it_back(tm
             await worker.ended()
             await window.until("document.getElementById('form').disabled")
             assert await window.words("#space-state") == "✗ Not connected"
-            assert (
-                await window.js("getComputedStyle(document.getElementById('space-state')).color") == "rgb(168, 40, 28)"
-            )
+            assert await window.js(colour) == "rgb(168, 40, 28)"
         async with a_worker(site, relay, *MOCK):
             await window.until("!document.getElementById('form').disabled")
             assert await window.words("#space-state") == "✓ Connected"
-            assert (
-                await window.js("getComputedStyle(document.getElementById('space-state')).color") == "rgb(23, 112, 58)"
-            )
             assert await window.js("document.activeElement.id") == "text"  # who was writing goes on
             await window.type("text", "!")
             assert (await window.js("document.getElementById('text').value")).endswith(" and more!")
             await window.until_state("completed")
             assert samples(await window.download()) == tune(LONG)
-    assert browser.errors() == []
+            assert browser.errors() == []
 
-
-@pytest.mark.trio
-async def test_a_relay_that_is_killed_costs_no_sample(tmp_path: Path, browser: Browser) -> None:
-    async with a_site(tmp_path) as (site, relay), a_worker(site, relay, *MOCK), a_window(browser) as window:
-        await window.log_in(site)
-        await window.submit(LONG)
-        await window.until(HEARS)
-        relay.send_signal(signal.SIGKILL)
-        await relay.ended()
-        await window.until("document.getElementById('link').textContent === '✗ Not connected, trying again…'")
-        assert await window.js("document.getElementById('form').disabled")
-        async with a_relay(site, "--listen", site.url.removeprefix("http://").removesuffix("/")):
-            await window.until("document.getElementById('link').textContent === '✓ Connected as anna'")
-            await window.until_state("completed")
-            assert samples(await window.download()) == tune(LONG)
+            await window.submit(LONG)
+            await window.until(f"{HEARS} && {STATE} === 'running'")
+            relay.send_signal(signal.SIGKILL)
+            await relay.ended()
+            await window.until("document.getElementById('link').textContent === '✗ Not connected, trying again…'")
+            assert await window.js("document.getElementById('form').disabled")
+            async with a_relay(site, "--listen", site.url.removeprefix("http://").removesuffix("/")):
+                await window.until("document.getElementById('link').textContent === '✓ Connected as anna'")
+                await window.until_state("completed")
+                assert samples(await window.download()) == tune(LONG)
     unexpected = [line for line in browser.errors() if "WebSocket connection to" not in line]
     assert unexpected == []  # tries that find nobody are told by Chromium itself
 

@@ -29,7 +29,7 @@ export function build(space) {
   const rule = properties.text;
   const spoken = Boolean(rule) || !Object.keys(properties).length;
   $("text-field").hidden = !spoken;
-  $("text").required = spoken && (!rule || (needed.includes("text") && (rule.minLength ?? 0) > 0));
+  $("text").required = spoken && (!rule || needed.includes("text"));
   form.most = rule?.maxLength ?? null;
   $("settings").replaceChildren();
   for (const [name, schema] of Object.entries(properties)) if (name !== "text" && !("const" in schema)) setting(name, schema, needed.includes(name));

@@ -48,6 +48,11 @@ export function encode(value) {
       byte({ 1: 0xcc, 2: 0xcd, 4: 0xce }[size]);
       return put[size](n);
     }
+    if (n < 0 && n >= -0x80000000) {
+      const size = n >= -0x80 ? 1 : n >= -0x8000 ? 2 : 4;
+      byte({ 1: 0xd0, 2: 0xd1, 4: 0xd2 }[size]);
+      return number(`Int${8 * size}`, size, n);
+    }
     byte(n < 0 ? 0xd3 : 0xcf);
     return number("BigInt64", 8, BigInt(n));
   };
