@@ -52,8 +52,8 @@ class Intake:
         if known is not None:
             if known.principal != principal.name or not known.same_content(submit):
                 message = f"request {submit.request_id} exists already with other content; use a new id"
-                refusal = Rejected.because(ErrorCode.ID_CONFLICT, message, request_id=submit.request_id)
-                return self._count(submit, refusal)
+                conflict = Rejected.because(ErrorCode.ID_CONFLICT, message, request_id=submit.request_id)
+                return self._count(submit, conflict)
             return known
         if refused := self._refuse(submit, principal):
             return self._count(submit, refused)

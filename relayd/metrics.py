@@ -15,6 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from relayd.auth import Tokens
 from relayd.framelog import HIGH_WATER_BYTES
 from relayd.histogram import Histogram
 from relayd.relay import Relay, Space
@@ -45,10 +46,11 @@ class SpaceReading:
 
 @attrs.frozen
 class HttpReading:
-    """Of the HTTP side: connections that are open, and requests that are being answered."""
+    """Of the HTTP side: connections that are open, requests that are being answered, responses by their status."""
 
     connections: int
     answering: int
+    responses: Mapping[int, int]
 
 
 @attrs.frozen(eq=False)
@@ -58,10 +60,10 @@ class Scrape(Collector):
     families: list[Metric]
 
     @classmethod
-    def of(cls, relay: Relay, http: HttpReading) -> "Scrape":
+    def of(cls, relay: Relay, tokens: Tokens, http: HttpReading) -> "Scrape":
         """Read everything now."""
         spaces = _spaces(_read_spaces(relay))
-        return cls([*_daemon(relay), *_http(http), *_store(relay), *spaces, *_PROCESS.collect()])
+        return cls([*_daemon(relay), *_http(http, tokens), *_store(relay), *spaces, *_PROCESS.collect()])
 
     def collect(self) -> list[Metric]:
         """As `prometheus_client` asks for them."""
@@ -124,7 +126,10 @@ def _daemon(relay: Relay) -> Iterator[Metric]:
     )
 
 
-def _http(http: HttpReading) -> Iterator[Metric]:
+def _http(http: HttpReading, tokens: Tokens) -> Iterator[Metric]:
+    responses = {str(status): count for status, count in http.responses.items()}
+    yield _one("relayd_http_responses_total", "HTTP responses, by status.", responses, "status")
+    yield _one("relayd_logins_refused_total", "Logins refused, of all kinds, by error code.", tokens.refused, "code")
     yield _one("relayd_http_connections", "Connections that speak plain HTTP.", http.connections)
     yield _one("relayd_http_answering", "HTTP requests that are being answered, this one too.", http.answering)
 

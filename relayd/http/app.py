@@ -68,6 +68,8 @@ class Manners:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                counts, status = self.site.responses, message["status"]
+                counts[status] = counts.get(status, 0) + 1
                 told = MutableHeaders(scope=message)
                 for name, value in more.items():
                     told.setdefault(name, value)

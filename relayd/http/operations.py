@@ -51,7 +51,8 @@ class _Metrics:
     async def answer(self, request: Request) -> Response:
         site = site_of(request)
         _let_in(request, site)
-        scrape = Scrape.of(site.relay, HttpReading(site.connections, len(site.visits)))
+        http = HttpReading(site.connections, len(site.visits), site.responses)
+        scrape = Scrape.of(site.relay, site.tokens, http)
         accept = request.headers.get("accept", "")
         body, content_type = await trio.to_thread.run_sync(
             scrape.encode, accept, limiter=self._limiter, abandon_on_cancel=True

@@ -68,6 +68,8 @@ class Site:
     visits: set[Visit] = attrs.field(factory=set)
     #: Connections of HTTP's that are open, whether anything is being answered there or not.
     connections: int = 0
+    #: HTTP status -> responses that began with it.
+    responses: dict[int, int] = attrs.field(factory=dict)
     #: Bytes of uploads that have come and are no request's yet.
     upload_bytes: int = 0
     #: Whether the relay leaves: who waits is told so.

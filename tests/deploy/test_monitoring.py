@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from protocol.messages import Rejected
+from protocol.messages import Hello, Rejected
+from relayd.auth import Tokens
 from relayd.metrics import HttpReading, Scrape
 from tests.relayd.harness import a_submit, daemon, fake_worker, peer, samples
 
@@ -68,7 +69,9 @@ async def told(tmp_path: Path) -> dict[str, set[str]]:
             await client.next(Rejected)
         client.send(late := a_submit(queue_timeout_s=0.01))
         await client.frames(late)
-        families = Scrape.of(relay.relay, HttpReading(0, 0)).families
+        tokens = Tokens()
+        tokens.log_in(Hello(version=1, role="client", token="wrong"), None, 0.0)
+        families = Scrape.of(relay.relay, tokens, HttpReading(0, 0, {200: 1})).families
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 
 

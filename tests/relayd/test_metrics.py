@@ -13,6 +13,7 @@ from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from protocol.messages import Cancel, Failed, Rejected, Running
+from relayd.auth import Tokens
 from relayd.histogram import Histogram
 from relayd.metrics import HttpReading, Scrape
 from relayd.relay import Relay
@@ -31,14 +32,14 @@ from tests.relayd.harness import (
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 #: A second of audio at 24 kHz.
 SECOND = samples(24_000)
-NO_HTTP = HttpReading(0, 0)
+NO_HTTP = HttpReading(0, 0, {})
 
 
 class Told:
     """What was told at one moment."""
 
     def __init__(self, relay: Relay) -> None:
-        body, self.content_type = Scrape.of(relay, NO_HTTP).encode()
+        body, self.content_type = Scrape.of(relay, Tokens(), NO_HTTP).encode()
         self.text = body.decode()
         self._told = {
             (sample.name, frozenset(sample.labels.items())): sample.value
@@ -191,7 +192,7 @@ async def test_promtool_finds_no_fault_in_what_is_told(tmp_path: Path) -> None:
 async def test_openmetrics_is_told_to_who_asks_for_it(tmp_path: Path) -> None:
     """Prometheus does."""
     async with daemon(tmp_path) as relay:
-        body, content_type = Scrape.of(relay.relay, NO_HTTP).encode(
+        body, content_type = Scrape.of(relay.relay, Tokens(), NO_HTTP).encode(
             "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
         )
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
@@ -212,16 +213,16 @@ async def test_a_scrape_costs_the_same_however_many_requests_there_are(tmp_path:
         client.send(first := a_submit(detach=True))
         await until(lambda: first.request_id in relay.relay.requests)
         await worker.assigned()
-        few = calls_of(lambda: Scrape.of(relay.relay, NO_HTTP).encode())
+        few = calls_of(lambda: Scrape.of(relay.relay, Tokens(), NO_HTTP).encode())
         for _ in range(1_000):
             client.send(a_submit(detach=True))
         await client.settled()
         await until(lambda: len(relay.relay.scheduler.spaces["tts"].queue) == 1_000)
-        many = calls_of(lambda: Scrape.of(relay.relay, NO_HTTP).encode())
+        many = calls_of(lambda: Scrape.of(relay.relay, Tokens(), NO_HTTP).encode())
         for request in list(relay.relay.requests.values())[1:]:
             relay.relay.cancel(request, "enough")
         await until(lambda: not relay.relay.results.concluding)
-        ended = calls_of(lambda: Scrape.of(relay.relay, NO_HTTP).encode())
+        ended = calls_of(lambda: Scrape.of(relay.relay, Tokens(), NO_HTTP).encode())
     assert few > 1_000
     # The digits of a number, and a first number of its kind, may cost a call or two.
     assert abs(many - few) < few / 100

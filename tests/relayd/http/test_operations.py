@@ -56,6 +56,7 @@ async def test_a_relay_that_drains_is_healthy_and_not_ready(tmp_path: Path) -> N
 @pytest.mark.trio
 async def test_metrics_are_told_in_prometheus_own_format(tmp_path: Path) -> None:
     async with daemon(tmp_path, **TCP, http={"metrics": "public"}) as relay:
+        assert await status_of(relay.urls[0], "/v1/spaces", "wrong") == 401
         async with asking(relay.urls[0], "GET", "/metrics") as answer:
             text = (await answer.body()).decode()
         assert (answer.status, answer.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
@@ -64,6 +65,8 @@ async def test_metrics_are_told_in_prometheus_own_format(tmp_path: Path) -> None
         }
         assert {"relayd_build_info", "relayd_requests_queued", "process_open_fds"} <= told.keys()
         assert told["relayd_http_answering"].value == 1
+        assert told["relayd_logins_refused_total"].labels == {"code": "unauthenticated"}
+        assert told["relayd_http_responses_total"].labels == {"status": "401"}
         openmetrics = [("Accept", "application/openmetrics-text;version=1.0.0")]
         async with asking(relay.urls[0], "GET", "/metrics", headers=openmetrics) as answer:
             assert (await answer.body()).endswith(b"# EOF\n")
