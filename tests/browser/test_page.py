@@ -100,9 +100,10 @@ async def test_three_windows_share_one_queue_and_see_their_places(site: BrowserP
         await first.click(".cancel")
         await first.until_state("cancelled")
         await third.until("document.querySelector('.request .state').textContent.startsWith('Place 1 of 1')")
-        for window in (second, third):
-            await window.until(HEARS)
-            await window.until_state("completed")
+        await second.until(HEARS)
+        await third.click(".cancel")
+        await third.until_state("cancelled")  # out of the queue at once
+        await second.until_state("completed")
     assert browser.errors() == []
 
 
@@ -168,4 +169,42 @@ async def test_a_wrong_token_is_told_and_the_right_one_stays_in_the_tab(site: Br
         await window.do(lambda driver: driver.refresh())
         await window.until("document.getElementById('token').offsetHeight > 0")
         assert await window.js("document.getElementById('desk').hidden")
+    assert browser.errors() == []
+
+
+@pytest.mark.trio
+async def test_what_goes_wrong_is_said_in_words(site: BrowserPlace, browser: Browser) -> None:
+    write = "document.getElementById('text').value = values[0].repeat(values[1])"
+    async with a_window(browser) as window:
+        await window.log_in(site)
+        await window.click("#more summary")
+        await window.type("text", "broken")
+        await window.type("param-fail", "{how: raise}")
+        await window.click("#submit")
+        await window.until("document.getElementById('ask-fault').textContent === 'fail: this is no valid JSON.'")
+        await window.js("document.getElementById('param-fail').value = values[0]", '{"how": "raise", "at": 3}')
+        await window.submit("broken")
+        await window.until_state("failed")
+        assert await window.words(".request .state") == "✗ Failed"
+        told = await window.words(".request .wrong")
+        assert told == "the request asked for this failure The audio up to here can be played and downloaded."
+        assert samples(await window.download()) == tune("broken")[: 3 * 2 * RATE // 10]
+
+        await window.js("document.getElementById('param-fail').value = ''")
+        await window.js(write, "x", 20_001)
+        await window.click("#submit")
+        await window.until("document.querySelectorAll('.request').length === 2")
+        await window.until_state("rejected")
+        assert "text: " in await window.words(".request .wrong")
+        assert await window.js("document.getElementById('text').getAttribute('aria-invalid')") == "true"
+        await window.js(write, "字", 30_000)
+        await window.click("#submit")
+        await window.until(
+            "document.getElementById('ask-fault').textContent.startsWith('Text and settings have 88 KiB')"
+        )
+
+        await window.type("param-output", "text")
+        await window.submit("words and no sound")
+        await window.until_state("completed")
+        assert await window.words(".request .output") == "words and no sound"
     assert browser.errors() == []

@@ -2,15 +2,19 @@
 // Here its parts are put together; each has a module of its own.
 
 import { $, announce, set } from "./elements.js";
-import { build, count, dropForm, enable, formSpace, hex, mark, readInputs, readParams, wordForm } from "./form.js";
+import { build, count, dropForm, enable, formSpace, mark, readInputs, readParams, wordForm } from "./form.js";
+import { newId } from "./input.js";
 import { Link } from "./link.js";
+import { encode } from "./msgpack.js";
 import { Player } from "./player.js";
 import { Request } from "./request.js";
 import { Row } from "./row.js";
 import { kept } from "./storage.js";
-import { fault, language, say, seconds, setLanguage } from "./words.js";
+import { fault, language, say, seconds, setLanguage, size } from "./words.js";
 
 const MAX_ROWS = 50;
+/** Of a message that carries params, for what else is in it (§4). */
+const MARGIN_BYTES = 2048;
 
 const rows = new Map(); // id → Row
 const player = new Player((track) => {
@@ -18,6 +22,7 @@ const player = new Player((track) => {
 });
 const link = new Link((what, message) => ({ welcome, down, refused, message: take })[what](message));
 let principal = kept("sessionStorage", "principal");
+let limits = {}; // as the relay told them
 let server = "";
 let linkState = "";
 let spaces = []; // as the relay last told them
@@ -98,7 +103,7 @@ function welcome(message) {
     kept("sessionStorage", "principal", principal);
     recall();
   }
-  ({ server } = message);
+  ({ server, limits } = message);
   if (linkState === "off") announce(say("back_link"));
   kept("sessionStorage", "token", $("token").value || kept("sessionStorage", "token"));
   $("token").value = "";
@@ -189,7 +194,9 @@ function showSpace() {
   enable(is === "ready");
 }
 
+let reading = false; // files, for a request that is about to be submitted
 async function submit() {
+  if (reading) return;
   const space = formSpace();
   player.unlock(rateOf(space)); // while this counts as something that the person did
   $("ask-fault").hidden = true;
@@ -197,15 +204,21 @@ async function submit() {
   let params;
   let files;
   try {
+    reading = true;
     params = readParams();
+    const most = (limits.max_control_bytes ?? 65536) - MARGIN_BYTES;
+    const bytes = encode(params).length;
+    if (bytes > most) throw new TypeError(say("too_long", { size: size(bytes), most: size(most) }));
     files = await readInputs();
   } catch (error) {
     set($("ask-fault"), error.message);
     $("ask-fault").hidden = false;
     return;
+  } finally {
+    reading = false;
   }
   const hasInputs = Object.keys(files).length > 0;
-  const row = { id: hex(crypto.getRandomValues(new Uint8Array(16))), space, params, made: Date.now(), hasInputs };
+  const row = { id: newId(), space, params, made: Date.now(), hasInputs };
   const request = new Request(link, row, changed);
   request.files = hasInputs ? files : null;
   add(request);

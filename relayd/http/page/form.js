@@ -1,8 +1,8 @@
 // The form of a space: fields after the JSON Schema of its params, and its inputs.
 
 import { $, make, set } from "./elements.js";
-import { Recorder } from "./recorder.js";
-import { say, seconds, size } from "./words.js";
+import { InputField } from "./input.js";
+import { say } from "./words.js";
 
 let form = null; // {name of the space, shape, fields, inputs, most characters of text}
 
@@ -25,7 +25,9 @@ export function build(space) {
   if (form?.shape === shape) return;
   const properties = space.params?.properties ?? {};
   const needed = space.params?.required ?? [];
-  form = { name: space.name, shape, fields: new Map(), inputs: new Map() };
+  form?.inputs.forEach((field) => field.stop());
+  const inputs = Object.entries(space.inputs ?? {}).map(([name, rule]) => new InputField(name, rule));
+  form = { name: space.name, shape, fields: new Map(), inputs };
   const rule = properties.text;
   const spoken = Boolean(rule) || !Object.keys(properties).length;
   $("text-field").hidden = !spoken;
@@ -35,9 +37,8 @@ export function build(space) {
   for (const [name, schema] of Object.entries(properties)) if (name !== "text" && !("const" in schema)) setting(name, schema, needed.includes(name));
   $("more").hidden = !form.fields.size;
   $("more").open = [...form.fields.values()].some(({ element }) => element.required) || (!spoken && form.fields.size > 0);
-  $("inputs").replaceChildren();
-  for (const [name, about] of Object.entries(space.inputs ?? {})) input(name, about);
-  $("inputs").hidden = !form.inputs.size;
+  $("inputs").replaceChildren(...inputs.map(({ element }) => element));
+  $("inputs").hidden = !inputs.length;
   wordForm();
 }
 
@@ -82,66 +83,6 @@ function setting(name, schema, required) {
   form.fields.set(name, { element, read, schema });
 }
 
-/** A field for an input: a file, or the microphone where audio is taken. */
-function input(name, { media_types: kinds = [], max_bytes: most, required }) {
-  const field = $("input").content.firstElementChild.cloneNode(true);
-  const part = (selector) => field.querySelector(selector);
-  const entry = { field, file: null, recorder: null, kinds, most, required };
-  const label = part(".label");
-  const chooser = part("input");
-  const record = part(".record");
-  label.id = `input-${name}`;
-  chooser.setAttribute("aria-labelledby", label.id);
-  record.id = `record-${name}`;
-  record.setAttribute("aria-labelledby", `${record.id} ${label.id}`);
-  chooser.accept = kinds.join(",");
-  record.hidden = kinds.length > 0 && !kinds.some((kind) => /^audio\/(.*wave?|\*)$/.test(kind));
-  const keep = (file) => {
-    entry.file = file;
-    if (entry.url) URL.revokeObjectURL(entry.url);
-    const plays = Boolean(file && /^audio\//.test(file.type));
-    entry.url = plays ? URL.createObjectURL(file) : null;
-    part("audio").hidden = !plays;
-    if (plays) part("audio").src = entry.url;
-    else part("audio").removeAttribute("src");
-  };
-  const stop = async () => {
-    const { recorder } = entry;
-    if (!recorder) return;
-    entry.recorder = null;
-    const file = await recorder.stop();
-    keep(file);
-    chooser.value = "";
-    record.classList.remove("recording");
-    set(record, say("record"));
-    set(part(".told"), say("recorded", { s: seconds(entry.taken_s ?? 0) }));
-  };
-  chooser.onchange = () => {
-    keep(chooser.files[0] ?? null);
-    set(part(".told"), "");
-  };
-  record.onclick = async () => {
-    if (entry.recorder) return stop();
-    const recorder = new Recorder();
-    entry.taken_s = 0;
-    try {
-      await recorder.start(most, (s) => {
-        if (s === null) return stop();
-        entry.taken_s = s;
-        return set(part(".told"), say("recording", { s: seconds(Math.floor(s)) }));
-      });
-    } catch (error) {
-      return set(part(".told"), say("no_microphone", { why: error.message }));
-    }
-    entry.recorder = recorder;
-    record.classList.add("recording");
-    return set(record, say("stop"));
-  };
-  entry.stop = stop;
-  $("inputs").append(field);
-  form.inputs.set(name, entry);
-}
-
 /** The words of a form that was built, in the language of now. */
 export function wordForm() {
   if (!form) return;
@@ -151,10 +92,7 @@ export function wordForm() {
     element.options[0].text = schema.default === undefined ? say("standard_none") : say("standard", { value: told(schema.default) });
     if (schema.type === "boolean") [...element.options].slice(1).forEach((option, i) => (option.text = say(i ? "no" : "yes")));
   }
-  for (const [name, { field, required, recorder }] of form.inputs) {
-    set(field.querySelector(".label"), `${name} (${say(required ? "required" : "optional")})`);
-    set(field.querySelector(".record"), say(recorder ? "stop" : "record"));
-  }
+  form.inputs.forEach((field) => field.word());
   count();
 }
 
@@ -175,26 +113,12 @@ export function mark(request) {
   }
 }
 
-/** Its kind as the space spells it: browsers name WAV in several ways, and media types are compared literally. */
-function kindOf(file, kinds) {
-  const names = [file.type || "application/octet-stream"];
-  if (/^audio\/(x-|vnd\.)?wave?$/.test(names[0])) names.push("audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave");
-  return kinds.length ? names.find((name) => kinds.includes(name)) : names[0];
-}
-
+/** Name → {media_type, data, sha256}; throws what the person is to be told, as `readParams` does. */
 export async function readInputs() {
   const files = {};
-  for (const [name, entry] of form.inputs) {
-    await entry.stop();
-    const { file, kinds, most, required } = entry;
-    if (!file && required) throw new TypeError(say("need_input", { name }));
-    if (!file) continue;
-    if (file.size > most) throw new TypeError(say("too_large", { name: file.name, size: size(file.size), most: size(most) }));
-    const media_type = kindOf(file, kinds);
-    if (!media_type) throw new TypeError(say("wrong_type", { name: file.name, kind: file.type || "?", kinds: kinds.join(", ") }));
-    const data = new Uint8Array(await file.arrayBuffer());
-    const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", data));
-    files[name] = { media_type, data, sha256: hex(digest) };
+  for (const field of form.inputs) {
+    const file = await field.read();
+    if (file) files[field.name] = file;
   }
   return files;
 }
@@ -213,11 +137,10 @@ export function readParams() {
   return params;
 }
 
-export const hex = (bytes) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-
 /** The space whose form it is. */
 export const formSpace = () => form?.name;
 
 export function dropForm() {
+  form?.inputs.forEach((field) => field.stop());
   form = null;
 }

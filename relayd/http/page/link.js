@@ -83,10 +83,10 @@ export class Link {
         welcomed = Date.now();
         deadAfter = Math.max(15000, 3000 * (message.ping_interval_s ?? 5));
         this.open = true;
-        const ask = () => this.send({ type: "spaces" });
+        const ask = () => document.hidden || this.send({ type: "spaces" });
         const ping = () => this.send({ type: "ping", timestamp: Date.now() / 1000 });
         this.#timers.push(setInterval(ask, SPACES_MS), setInterval(ping, PING_MS));
-        ask();
+        this.send({ type: "spaces" });
         this.#tell("welcome", message);
       } else if (message.type === "error" && !(message.code === "unknown_type" && welcomed)) {
         refusal = message; // the close follows

@@ -12,7 +12,12 @@ export class Recorder {
   async start(mostBytes, told) {
     this.#stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
     this.#context = new AudioContext();
-    await this.#context.audioWorklet.addModule(new URL("worklet.js", import.meta.url));
+    try {
+      await this.#context.audioWorklet.addModule(new URL("worklet.js", import.meta.url));
+    } catch (error) {
+      this.#release();
+      throw error;
+    }
     this.#node = new AudioWorkletNode(this.#context, "relay-recorder", { numberOfOutputs: 0 });
     this.#node.port.onmessage = ({ data: { pcm } }) => {
       if (!pcm || this.#bytes + 2 * pcm.length + 44 > mostBytes) return pcm && told(null);
@@ -30,9 +35,14 @@ export class Recorder {
       port.postMessage("stop");
       setTimeout(resolve, 1000); // a context that sleeps does not answer
     });
-    this.#stream.getTracks().forEach((track) => track.stop());
     const rate = this.#context.sampleRate;
-    this.#context.close();
+    this.#release();
     return new File([wavHeader(rate, 1, this.#bytes), ...this.#pieces], "microphone.wav", { type: "audio/wav" });
+  }
+
+  /** The browser shows that it listens until then. */
+  #release() {
+    this.#stream.getTracks().forEach((track) => track.stop());
+    this.#context.close();
   }
 }
