@@ -46,14 +46,16 @@ async def send_audio(http: HttpRequest, reply: Reply) -> None:
 async def _send_live(http: HttpRequest, reply: Reply, request: Request, name: str) -> None:
     async with open_reading(http, request) as held:
         audio = await listen(held)
+        pcm = await audio.next()  # until there is some, another attempt may begin in another format
         await reply.start(_content_type(name, audio.format), headers={"accept-ranges": "none"})
         if http.method == "HEAD":
             return
         if name == "wav":
             endless = MAX_DATA_BYTES - MAX_DATA_BYTES % audio.format.sample_bytes
             await reply.write(wav_header(audio.format, endless))
-        while (pcm := await audio.next()) is not None:
+        while pcm is not None:
             await reply.write(pcm)
+            pcm = await audio.next()
 
 
 async def _send_encoded(http: HttpRequest, reply: Reply, request: Request, name: str) -> None:
@@ -63,12 +65,14 @@ async def _send_encoded(http: HttpRequest, reply: Reply, request: Request, name:
         raise Refusal("not_implemented", str(fault), status=501) from None
     async with open_reading(http, request) as held:
         audio = await listen(held)
+        pcm = await audio.next()
         transcoder = await open_transcoder(name, audio.format)
         await reply.start(CODINGS[name].content_type, headers={"accept-ranges": "none"})
         if http.method == "HEAD":
             return
-        while (pcm := await audio.next()) is not None:
+        while pcm is not None:
             await reply.write(await transcoder.feed(pcm))
+            pcm = await audio.next()
         await reply.write(await transcoder.finish())
 
 

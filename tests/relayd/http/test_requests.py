@@ -9,7 +9,20 @@ import h11
 import pytest
 import trio
 
-from protocol.messages import Ack, Attach, Audio, Cancel, Cancelled, Failed, InputRule, Progress, Started, Submit
+from protocol.messages import (
+    Ack,
+    Attach,
+    Audio,
+    AudioFormat,
+    Cancel,
+    Cancelled,
+    Completed,
+    Failed,
+    InputRule,
+    Progress,
+    Started,
+    Submit,
+)
 from protocol.messages import Input as InputPiece
 from relayd.store.base import TokenLimits
 from tests.relayd.harness import FORMAT, a_submit, an_id, daemon, fake_worker, peer, samples, seat, until
@@ -562,3 +575,62 @@ async def test_a_listener_beside_the_http_client_hears_the_same(tmp_path: Path) 
         worker.speak(assign, PCM)
         frames = await client.frames(Submit(request_id=request_id, space="tts"))
         assert b"".join(frame.pcm for frame in frames if isinstance(frame, Audio)) == ALL
+
+
+# -- cuts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_a_reproducible_worker_lost_in_mid_stream_is_a_pause_and_nothing_else(tmp_path: Path) -> None:
+    same: dict[str, Any] = {"reproducible": True, "fingerprint": "a"}
+    async with daemon(tmp_path, limits={"worker_grace_s": 0.1}) as relay, visitor(relay.url) as http:
+        async with fake_worker(relay.url, name="one", **same) as worker:
+            posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
+            worker.speak(await worker.assigned(), PCM[:1], end=False)
+            answer = await http.open("GET", one(posted, "/audio?format=pcm"))
+            await answer.until(PCM[0])
+        async with fake_worker(relay.url, name="two", **same) as worker:
+            assign = await worker.assigned()
+            assert (assign.attempt, assign.from_seq) == (2, 2)
+            worker.speak(assign, PCM, first=2)
+            assert await answer.rest() == ALL
+            events = events_of((await http.get(one(posted, "/events"), headers={"last-event-id": "1.1"})).body)
+            assert [name for _, name, _ in events] == ["2.2", "2.3", "2.4"]
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_an_attempt_lost_before_its_first_audio_is_not_heard_of(tmp_path: Path) -> None:
+    async with daemon(tmp_path, limits={"worker_grace_s": 0.1}) as relay, visitor(relay.url) as http:
+        async with fake_worker(relay.url, name="one") as worker:
+            posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
+            await http.begin("GET", one(posted, "/audio"))
+            worker.speak(await worker.assigned(), [], end=False)  # it has `started`
+            await until(lambda: relay.relay.requests[posted.json["request_id"]].log.next_seq == 1)
+        other = AudioFormat(sample_rate=16_000)
+        async with fake_worker(relay.url, name="two", format=other) as worker:
+            assign = await worker.assigned()
+            worker.send(Started(**seat(assign, 0), format=other))
+            worker.send(Audio(**seat(assign, 1), pcm=PCM[0]))
+            worker.send(Completed(**seat(assign, 2)))
+            answer = await http.answer()
+            await answer.rest()
+        assert answer.status == 200
+        assert int.from_bytes(answer.body[24:28], "little") == 16_000
+        assert answer.body[44:] == PCM[0]
+
+
+@pytest.mark.trio
+async def test_a_result_outlives_the_relay_that_made_it(tmp_path: Path) -> None:
+    async with daemon(tmp_path, store="sqlite") as relay, visitor(relay.url) as http, fake_worker(relay.url) as worker:
+        posted = await http.ask("POST", POST, told={"params": {"text": "x"}, "detach": True})
+        worker.speak(await worker.assigned(), PCM)
+        await worker.peer.next(Ack)
+        await relay.at_rest()
+    async with daemon(tmp_path, store="sqlite") as relay, visitor(relay.url) as http:
+        assert (await http.get(one(posted))).json["state"] == "completed"
+        assert pcm_of((await http.get(one(posted, "/events"))).body) == ALL
+        part = await http.get(one(posted, "/audio"), headers={"range": "bytes=44-143"})
+        assert (part.status, part.body) == (206, ALL[:100])
+        again = await http.ask("PUT", f"{one(posted)}?space=tts", told={"params": {"text": "x"}, "detach": True})
+        assert (again.status, again.json["state"]) == (200, "completed")
