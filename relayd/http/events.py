@@ -35,14 +35,18 @@ async def send_events(http: HttpRequest, reply: Reply) -> None:
         if http.method == "HEAD":
             return
         try:
-            while (told := await _next(held)) is not None:
+            while (told := await _next(held, attempt, seq)) is not None:
                 await reply.write(told)
         except Refusal as refusal:
             error = {"code": refusal.code, "message": refusal.message, "retryable": refusal.retryable}
             await reply.write(event("error", error))
 
 
-async def _next(held: Held) -> bytes | None:
+async def _next(held: Held, attempt: int, seq: int) -> bytes | None:
+    """The next event or comment, of what the client does not have; empty where it has that, None at the end.
+
+    A relay that was started again reads a request's frames from its worker, from the first on.
+    """
     message = None
     with trio.move_on_after(COMMENT_S) as silence:
         message = await held.next()
@@ -50,8 +54,11 @@ async def _next(held: Held) -> bytes | None:
         return b":\n\n"
     if message is None:
         return None
-    name = f"{message.attempt}.{message.seq}" if isinstance(message, Frame) else None
-    return event(message.TYPE, frame_of(message), name)
+    if not isinstance(message, Frame):
+        return event(message.TYPE, frame_of(message))
+    if message.attempt <= attempt and message.seq <= seq and not message.ENDS:
+        return b""
+    return event(message.TYPE, frame_of(message), f"{message.attempt}.{message.seq}")
 
 
 def _has_all(request: Request, attempt: int, seq: int) -> bool:
