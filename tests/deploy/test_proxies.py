@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
@@ -10,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import h11
 import pytest
 import trio
 
 from protocol import open_relay
 from protocol.errors import LoginRefused
-from protocol.messages import Assign, Cancel
+from protocol.messages import Assign, Cancel, Failed
 from tests.deploy.proxies import DEPLOY, Proxy, certificate_in, nginx_command, nginx_config, open_proxy
-from tests.relayd.harness import SCHEMA, Daemon, FakeWorker, daemon, fake_worker, kept_logs, samples
+from tests.relayd.harness import SCHEMA, Daemon, FakeWorker, daemon, fake_worker, kept_logs, samples, seat
 from tests.relayd.http.asking import Answer, ask_on, asking
 
 KINDS = ("nginx", "caddy")
@@ -116,6 +118,47 @@ async def test_a_client_that_hangs_up_is_seen_through_the_proxy(kind: str, tmp_p
                 await answer.piece()
         cancel: Cancel = await stage.worker.peer.next(Cancel)
         assert cancel.request_id == begun[0].request_id
+
+
+def kinds_that_pass_a_cut_on() -> tuple[str, ...]:
+    """Caddy does from 2.7.6 on (its pull request 5952); Debian 12 has 2.6.2, as docs/proxies.md says."""
+    if shutil.which("caddy") is None:
+        return ("nginx",)
+    version = subprocess.run(["caddy", "version"], capture_output=True, text=True, check=True).stdout
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
+    return KINDS if numbers >= (2, 7, 6) else ("nginx",)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("kind", kinds_that_pass_a_cut_on())
+async def test_what_was_cut_off_does_not_look_whole_behind_a_proxy(kind: str, tmp_path: Path) -> None:
+    async with staged(kind, tmp_path) as stage, trio.open_nursery() as nursery:
+        begun: list[Assign] = []
+        nursery.start_soon(speak_first, stage.worker, begun)
+        async with stage.asking("POST", "/v1/audio/speech", token=stage.token, body=speech()) as answer:
+            assert await answer.piece()
+            broken = Failed(**seat(begun[0], 2), code="internal", message="it broke", retryable=False)
+            stage.worker.send(broken)
+            with pytest.raises((h11.RemoteProtocolError, trio.BrokenResourceError)):
+                await answer.body()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("kind", KINDS)
+async def test_events_come_one_by_one(kind: str, tmp_path: Path) -> None:
+    async with staged(kind, tmp_path) as stage:
+        body = json.dumps({"params": {"text": "hello"}}).encode()
+        headers = [("Content-Type", "application/json")]
+        path = "/v1/spaces/tts/requests"
+        async with stage.asking("POST", path, token=stage.token, headers=headers, body=body) as answer:
+            assert answer.status == 202, await answer.body()
+        assign = await stage.worker.assigned()
+        async with stage.asking("GET", f"/v1/requests/{assign.request_id}/events", token=stage.token) as answer:
+            heard = b""
+            for first, pieces, word in ((0, PIECES[:1], b"event: audio"), (2, PIECES, b"event: completed")):
+                stage.worker.speak(assign, pieces, first=first, end=len(pieces) > 1)
+                while word not in heard:
+                    heard += await answer.piece() or pytest.fail(f"it ended: {heard!r}")
 
 
 @pytest.mark.trio
