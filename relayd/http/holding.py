@@ -75,9 +75,14 @@ class Held:
 
     def send_nowait(self, data: bytes) -> None:
         """Take a frame."""
-        self._frames.append(data)
-        self.backlog_bytes += len(data)
-        self.relay.stats.out_bytes += len(data)
+        self.send_frames([data])
+
+    def send_frames(self, frames: list[bytes]) -> None:
+        """Take frames."""
+        size = sum(map(len, frames))
+        self._frames.extend(frames)
+        self.backlog_bytes += size
+        self.relay.stats.out_bytes += size
         self.wake()
 
     def hear_read(self, reader: FrameReader) -> None:
