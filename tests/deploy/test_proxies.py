@@ -230,7 +230,7 @@ async def test_plain_http_is_sent_to_https_and_metrics_stay_inside(kind: str, tm
             assert answer.headers["location"].startswith("https://localhost/")
         async with stage.asking("GET", "/health") as answer:
             assert (await answer.json())["status"] == "healthy"
-        for path in ("/metrics", "/metrics?x=1"):
+        for path in ("/metrics", "/metrics?x=1", "/%6detrics", "//metrics", "/v1/../metrics", "/METRICS", "/metrics/"):
             async with stage.asking("GET", path) as answer:
                 await answer.body()
                 assert answer.status == 404, path
