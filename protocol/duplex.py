@@ -102,6 +102,7 @@ class Link(abc.ABC):
         rtt_s: seconds that the last ping took, None before the first pong.
         reason: why the link is gone, in words; empty while it lives.
         close_code: the WebSocket close code, ours or the peer's; None while it lives or where there was none.
+        backlog_bytes: queued and not yet taken by the transport; only the link itself sets it.
         stalled: whether it ended, or is about to, because the peer took nothing.
         patient: whether a peer that is silent, but whose machine answers, is given `send_timeout_s` to take what is
             on its way to it, and not `dead_after_s`: a program that reads nothing answers no pings either.
@@ -110,7 +111,6 @@ class Link(abc.ABC):
     """
 
     __slots__ = (
-        "_backlog_bytes",
         "_changed",
         "_close_by",
         "_closing",
@@ -128,6 +128,7 @@ class Link(abc.ABC):
         "_taker",
         "_told",
         "_waiting_bytes",
+        "backlog_bytes",
         "close_code",
         "heard_at",
         "patient",
@@ -158,7 +159,7 @@ class Link(abc.ABC):
         self._inbox: deque[bytes | str] | None = None
         self._inbox_bytes = 0
         self._reader_waits = False
-        self._backlog_bytes = 0
+        self.backlog_bytes = 0
         self._waiting_bytes = 0
         self._drained: list[tuple[int, Callable[[], None]]] | None = None
         self._changed: trio.Event | None = None
@@ -170,7 +171,7 @@ class Link(abc.ABC):
 
     @abc.abstractmethod
     def _put(self, data: bytes) -> None:
-        """Queue a binary message, and count it in `_backlog_bytes`."""
+        """Queue a binary message, and count it in `backlog_bytes`."""
 
     @abc.abstractmethod
     def _put_control(self, opcode: int, payload: bytes) -> None:
@@ -220,11 +221,6 @@ class Link(abc.ABC):
 
     # -- sending ---------------------------------------------------------------------------------------------
 
-    @property
-    def backlog_bytes(self) -> int:
-        """Queued and not yet taken by the transport."""
-        return self._backlog_bytes
-
     def send_nowait(self, data: bytes) -> None:
         """Queue one binary message; never waits.
 
@@ -237,8 +233,8 @@ class Link(abc.ABC):
         self._check()
         if len(data) > self._rules.max_message_bytes:
             raise ValueError(f"a message of {len(data)} bytes; the limit is {self._rules.max_message_bytes}")
-        if self._backlog_bytes + len(data) > self._rules.max_backlog_bytes:
-            self._stall(f"{self._backlog_bytes} bytes wait for {self.peer} to take them")
+        if self.backlog_bytes + len(data) > self._rules.max_backlog_bytes:
+            self._stall(f"{self.backlog_bytes} bytes wait for {self.peer} to take them")
             self._check()
         self._put(data)
 
@@ -285,14 +281,14 @@ class Link(abc.ABC):
         """
         await trio.lowlevel.checkpoint()
         self._check()
-        while self._backlog_bytes > below_bytes:
+        while self.backlog_bytes > below_bytes:
             await self._change()
             self._check()
 
     def _took(self, size: int) -> None:
         """The transport took so much of the backlog."""
-        before = self._backlog_bytes
-        self._backlog_bytes = left = before - size
+        before = self.backlog_bytes
+        self.backlog_bytes = left = before - size
         if self._changed is not None:
             self._wake()
         if self._drained and self._closing is None and self._gone is None:
@@ -420,8 +416,8 @@ class Link(abc.ABC):
 
     def _send_control(self, opcode: int, payload: bytes) -> None:
         """Queue a control frame, within the bound of all that is queued: a flood of pings is answered only so far."""
-        if self._backlog_bytes + MESSAGE_COST_BYTES > self._rules.max_backlog_bytes:
-            self._stall(f"{self._backlog_bytes} bytes wait for {self.peer} to take them")
+        if self.backlog_bytes + MESSAGE_COST_BYTES > self._rules.max_backlog_bytes:
+            self._stall(f"{self.backlog_bytes} bytes wait for {self.peer} to take them")
         else:
             self._put_control(opcode, payload)
 

@@ -56,7 +56,7 @@ def answers(sock: Socket) -> bool:
 
 
 def socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
-    """The socket under a stream, under TLS too; None under one that has none."""
-    while isinstance(stream, trio.SSLStream):
-        stream = stream.transport_stream
+    """The socket under a stream, under TLS or what was read ahead too; None under one that has none."""
+    while (under := getattr(stream, "transport_stream", None)) is not None:
+        stream = under
     return stream.socket if isinstance(stream, trio.SocketStream) else None

@@ -38,6 +38,8 @@ _FIN = 0x80
 _MASKED = 0x80
 _RESERVED = 0x70
 _WHOLE_BINARY = _FIN | BINARY
+#: Second byte of a masked frame whose length has two bytes.
+_MASKED_16 = _MASKED | 126
 _decoder = getincrementaldecoder("utf-8")
 
 Buffer = bytes | bytearray
@@ -158,9 +160,20 @@ class Parser:
         """Parse `data[:end]`, of which `view` is a view; `left` was put before it, and is replaced."""
         masked, at, least = self.masked, 0, 6 if self.masked else 2
         events = self.events
+        # Of the longest frame with a length of two bytes, which is most of them.
+        common = masked and not self._opcode and not self._over and self.max_message_bytes >= 0xFFFF
         self.left = b""
         while end - at >= 2 and not self._over:
             first, size = data[at], data[at + 1]
+            if common and first == _WHOLE_BINARY and size == _MASKED_16 and end - at >= 8:
+                size = data[at + 2] << 8 | data[at + 3]
+                begin = at + 8
+                stop = begin + size
+                if stop <= end and size >= 126:
+                    events.append(apply_mask(view[begin:stop], data[at + 4 : begin]))
+                    at = stop
+                    continue
+                size = _MASKED_16
             if masked:
                 if size < _MASKED:
                     self._fault(BROKEN_RULE, "a client's frames must be masked")
@@ -206,6 +219,7 @@ class Parser:
                 events.append(payload)
             else:
                 self._take(first, payload)
+                common = masked and not self._opcode and self.max_message_bytes >= 0xFFFF
         if at < end and not self._over:
             self.left = bytes(view[at:end])
 

@@ -51,12 +51,12 @@ class StreamLink(Link):
 
     def _queue(self, opcode: int, payload: bytes, cost: int) -> None:
         self._outbox.append((opcode, payload, cost))
-        self._backlog_bytes += cost
+        self.backlog_bytes += cost
         self._more.set()
 
     def _forget_queued(self) -> None:
         self._outbox.clear()
-        self._backlog_bytes = self._in_flight
+        self.backlog_bytes = self._in_flight
 
     def _finish(self) -> None:
         self._more.set()

@@ -13,6 +13,9 @@ from protocol.systemd import ServiceManager
 from relayd.auth import Tokens
 from relayd.config import Config
 from relayd.events import serve_events
+from relayd.http.app import make_app
+from relayd.http.server import HttpDoor
+from relayd.http.site import Site
 from relayd.intake import Intake
 from relayd.listener import describe, open_listeners, serve_listeners, tls_context
 from relayd.places import serve_places
@@ -80,12 +83,15 @@ async def serve(
             shutdown = Shutdown(relay)
             intake = Intake(relay)
             tokens = Tokens(loaded.tokens)
+            site = Site(relay, intake, tokens)
+            http = HttpDoor(site, make_app(site))
             await restore(relay, loaded)
             nursery.start_soon(intake.serve)
             nursery.start_soon(serve_places, relay)
             nursery.start_soon(serve_stats, relay)
             nursery.start_soon(relay.results.serve_memory)
             nursery.start_soon(relay.results.serve_retention)
+            nursery.start_soon(site.serve)
             manager = ServiceManager.from_environment()
             reload = Reload(relay, tokens, context, reread, manager) if reread else None
             if reload is not None:
@@ -97,7 +103,7 @@ async def serve(
 
                 async def accept() -> None:
                     with accepting:
-                        await serve_listeners(listeners, gate, context, connections)
+                        await serve_listeners(listeners, gate, http, context, connections)
 
                 connections.start_soon(accept)
                 urls = describe(listeners, tls=context is not None)
@@ -108,11 +114,12 @@ async def serve(
                 nursery.start_soon(Service(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
                 await relay.draining.wait()
                 # The doors stay open: whoever was cut off from what still runs may come back to it.
-                await _until_idle(relay, shutdown, relay.config.drain_timeout_s)
+                await _until_idle(relay, site, shutdown, relay.config.drain_timeout_s)
                 accepting.cancel()
                 for space in relay.spaces.values():  # no deadline counts while the links are being closed
                     space.closed.set()
                 await _close_links({*plane.links, *(each.link for each in relay.connections.values())})
+                await http.close()
                 connections.cancel_scope.cancel()
             with trio.move_on_after(CLOSE_S):  # asked to leave at once: what is half safe is made so
                 await relay.results.settled()
@@ -136,13 +143,13 @@ async def _hear_signals(
                 reload.ask()
 
 
-async def _until_idle(relay: Relay, shutdown: Shutdown, drain_timeout_s: float) -> None:
+async def _until_idle(relay: Relay, site: Site, shutdown: Shutdown, drain_timeout_s: float) -> None:
     """Wait for what runs, for its end to be safe and for listeners to have heard it, within a drain's time."""
     with trio.move_on_after(drain_timeout_s):
         while not shutdown.leave.is_set():
             running = [r for r in relay.requests.values() if r.entry.state is State.RUNNING]
             unsent = any(reader for client in relay.clients.values() for reader in client.unfinished())
-            if not running and not unsent and not relay.results.concluding:
+            if not running and not unsent and not site.unfinished and not relay.results.concluding:
                 return
             with trio.move_on_after(0.1):
                 await shutdown.leave.wait()

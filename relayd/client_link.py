@@ -76,7 +76,7 @@ class ClientLink:
             self.link.send_frames(frames)
         except LinkError:
             return
-        size = sum(map(len, frames))
+        size = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
         self.frames_sent += len(frames)
         self.bytes_sent += size
         self.relay.stats.out_bytes += size

@@ -10,14 +10,14 @@ import trio
 from protocol.duplex import LinkRules
 from protocol.errors import LinkError
 from protocol.rfc6455 import TEXT
-from relayd.handshake import HEAD_END, NoHead, Refusal, answer_to, check_upgrade, parse_head, read_head
+from relayd.handshake import Refusal, answer_to, check_upgrade, parse_head
+from relayd.heads import MAX_HEAD_BYTES, ends, is_to_be_answered, read_head, split_head
 from relayd.plane import Plane, SocketLink, open_plane
 from relayd.wire import hang_up
 
 #: The Autobahn test suite's largest cases have this.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 RULES = LinkRules(max_message_bytes=MAX_MESSAGE_BYTES, max_backlog_bytes=16 * MAX_MESSAGE_BYTES)
-HEAD_S = 5.0
 
 
 @attrs.frozen
@@ -47,17 +47,20 @@ class Echo:
 async def welcome(plane: Plane, stream: trio.SocketStream) -> None:
     """Shake hands, and have the plane echo from then on."""
     async with stream:
+        data = await read_head(stream)
+        if not is_to_be_answered(data):
+            return
         try:
-            with trio.fail_after(HEAD_S):
-                data = await read_head(stream)
-            text, _, early = data.partition(HEAD_END)
+            if not ends(data):
+                raise Refusal(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes")
+            text, early = split_head(data)
             head = parse_head(text)
             check_upgrade(head, None)
             await stream.send_all(answer_to(head, None))
         except Refusal as refusal:
             await hang_up(stream, refusal)
             return
-        except (NoHead, trio.TooSlowError, trio.BrokenResourceError):
+        except trio.BrokenResourceError:
             return
         link = plane.adopt(stream, "peer", RULES, early)
         link.hand_to(Echo(link))

@@ -1,28 +1,20 @@
-"""The head of a connection's first request, and the relay's side of a WebSocket handshake (RFC 6455 section 4.2).
-
-The head is read once, by the listener, which must know whether it is for the relay or for the HTTP application. Only
-what the handshake needs is made of it; whatever else is HTTP is the HTTP application's business, which gets the bytes.
-"""
+"""The relay's side of a WebSocket handshake (RFC 6455 section 4.2); its head was read by `relayd.heads`. Pure."""
 
 import base64
 import binascii
 import hashlib
 import re
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 import attrs
-import trio
 
-#: DESIGN §10.
-MAX_HEAD_BYTES = 16 * 1024
-HEAD_END = b"\r\n\r\n"
-_RECEIVE_BYTES = 4096
 #: RFC 6455 section 1.3.
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _KEY_BYTES = 16
 #: RFC 9110 section 5.6.2.
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+#: A bare LF ends a line, too (RFC 9112 section 2.2).
+_LINE_END = re.compile(r"\r?\n")
 _REASONS = {
     400: "Bad Request",
     403: "Forbidden",
@@ -55,10 +47,6 @@ class Refusal(Exception):
             *(f"{name}: {value}" for name, value in self.headers.items()),
         ]
         return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-class NoHead(Exception):
-    """The peer hung up, or spoke no HTTP, before a head was whole: there is nobody to answer."""
 
 
 @attrs.frozen
@@ -96,36 +84,13 @@ class Head:
         return self.lists("upgrade", "websocket")
 
 
-async def read_head(stream: trio.abc.ReceiveStream) -> bytes:
-    """Read up to the end of a request's head; what came behind it is in the answer as well.
-
-    Raises:
-        NoHead: the peer hung up.
-        Refusal: it is too long, or does not begin like one.
-    """
-    data = b""
-    while HEAD_END not in data:
-        if len(data) > MAX_HEAD_BYTES:
-            raise Refusal(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes")
-        try:
-            more = await stream.receive_some(_RECEIVE_BYTES)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as fault:
-            raise NoHead("it hung up") from fault
-        if not more:
-            raise NoHead("it hung up")
-        data += more
-        if not data[:1].isalpha():  # TLS, say: there is no head to wait for
-            raise Refusal(400, "this is not HTTP")
-    return data
-
-
 def parse_head(data: bytes) -> Head:
     """The head in `data`, without what ends it.
 
     Raises:
         Refusal: it is none.
     """
-    lines = data.decode("latin-1").split("\r\n")
+    lines = _LINE_END.split(data.decode("latin-1"))
     words = lines[0].split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/") or not _TOKEN.fullmatch(words[0]):
         raise Refusal(400, "this is not HTTP")
@@ -165,12 +130,6 @@ def check_upgrade(head: Head, subprotocol: str | None) -> None:
     offered = [each.strip() for each in head.get("sec-websocket-protocol").split(",")]
     if subprotocol is not None and subprotocol not in offered:
         raise Refusal(400, f"ask for the WebSocket subprotocol {subprotocol}")
-
-
-def same_origin(head: Head) -> bool:
-    """Whether a browser's page that asks was itself served by the host that it asks (RFC 6454)."""
-    origin = urlsplit(head.get("origin"))
-    return origin.scheme in ("http", "https") and origin.netloc.lower() == head.get("host").lower() != ""
 
 
 def answer_to(head: Head, subprotocol: str | None) -> bytes:

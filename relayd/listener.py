@@ -1,7 +1,7 @@
-"""The daemon's doors: TCP (TLS where set) and the unix socket, each leading to the same `Gate`.
+"""The daemon's doors: TCP (TLS where set) and the unix socket, each leading to the same two: `Gate` and `HttpDoor`.
 
-One port will serve HTTP as well (DESIGN §10): the head of a connection is to be read in `_welcome`, and what is no
-upgrade to the relay's path handed to the HTTP application from there.
+One port serves HTTP as well (DESIGN §10): the head of a connection is read in `_welcome`; who asks for a WebSocket goes
+to the `Gate`, everybody else to the `HttpDoor`.
 """
 
 import os
@@ -16,16 +16,15 @@ import trio
 
 from relayd.auth import PeerCredentials, peer_credentials
 from relayd.config import Config, Tls
-from relayd.handshake import HEAD_END, NoHead, Refusal, parse_head, read_head
-from relayd.wire import Gate, Visit, hang_up
+from relayd.heads import PrefixedStream, forwarded_for, is_to_be_answered, read_head, wants_websocket
+from relayd.http.server import HttpDoor
+from relayd.wire import Arrival, Gate
 
 log = structlog.get_logger("relayd.listener")
 
 #: Connections that wait to be accepted: a relay that restarts is met by all its peers within seconds.
 BACKLOG = 512
 TLS_HANDSHAKE_S = 5.0
-#: For the head of a connection's first request; a slow one is cut off (DESIGN §10).
-HEAD_S = 5.0
 
 
 class ListenError(Exception):
@@ -93,62 +92,57 @@ def describe(listeners: list[trio.SocketListener], tls: bool) -> list[str]:
 
 
 async def serve_listeners(
-    listeners: list[trio.SocketListener], gate: Gate, context: ssl.SSLContext | None, handlers: trio.Nursery
+    listeners: list[trio.SocketListener],
+    gate: Gate,
+    http: HttpDoor,
+    context: ssl.SSLContext | None,
+    handlers: trio.Nursery,
 ) -> None:
     """Accept until cancelled; the connections live on in `handlers`, or in the gate's plane."""
-    await trio.serve_listeners(partial(_welcome, gate=gate, context=context), listeners, handler_nursery=handlers)
+    welcome = partial(_welcome, gate=gate, http=http, context=context)
+    await trio.serve_listeners(welcome, listeners, handler_nursery=handlers)
 
 
-async def _welcome(stream: trio.SocketStream, gate: Gate, context: ssl.SSLContext | None) -> None:
+async def _welcome(stream: trio.SocketStream, gate: Gate, http: HttpDoor, context: ssl.SSLContext | None) -> None:
     async with stream:
         try:
             credentials = peer_credentials(stream.socket)
             peer = _peer(stream, credentials)
         except OSError:
             return  # it hung up before we looked
-        visit = gate.enter(peer, credentials)
-        if visit is None:
+        arrival = gate.enter(peer, credentials)
+        if arrival is None:
             return
         lives_on = False
         try:
             if context is None or credentials is not None:
-                lives_on = await _lead(stream, gate, visit)
+                lives_on = await _pass_on(stream, gate, http, arrival, secure=False)
             else:
-                lives_on = await _lead_over_tls(stream, gate, visit, context)
+                tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+                with trio.fail_after(TLS_HANDSHAKE_S):
+                    await tls.do_handshake()
+                lives_on = await _pass_on(tls, gate, http, arrival, secure=True)
+        except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
+            log.debug("TLS handshake failed", peer=peer, why=str(fault.__cause__ or fault))
         finally:
             if not lives_on:
-                visit.leave()
+                arrival.leave()
 
 
-async def _lead_over_tls(stream: trio.SocketStream, gate: Gate, visit: Visit, context: ssl.SSLContext) -> bool:
-    tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
-    try:
-        with trio.fail_after(TLS_HANDSHAKE_S):
-            await tls.do_handshake()
-    except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
-        log.debug("TLS handshake failed", peer=visit.peer, why=str(fault.__cause__ or fault))
-        return False
-    return await _lead(tls, gate, visit)
-
-
-async def _lead(stream: trio.SocketStream | trio.SSLStream[trio.SocketStream], gate: Gate, visit: Visit) -> bool:
-    """Read the head of a connection's first request and lead it where it wants to.
+async def _pass_on(stream: trio.abc.Stream, gate: Gate, http: HttpDoor, arrival: Arrival, *, secure: bool) -> bool:
+    """Read the first head, and hand the connection to who is meant.
 
     Returns:
         whether it lives on without this task, and counts itself out.
     """
-    try:
-        with trio.fail_after(HEAD_S):
-            data = await read_head(stream)
-        head_bytes, _, early = data.partition(HEAD_END)
-        head = parse_head(head_bytes)
-    except (NoHead, trio.TooSlowError) as fault:
-        log.debug("no request came", peer=visit.peer, why=str(fault))
+    head = await read_head(stream)
+    if is_to_be_answered(head) and not wants_websocket(head):
+        head = await http.serve(PrefixedStream(stream, head), arrival.peer, arrival.credentials, secure)
+    if not wants_websocket(head):
         return False
-    except Refusal as refusal:
-        await hang_up(stream, refusal)
-        return False
-    return await gate.serve(stream, head, early, visit)
+    if arrival.credentials is None and http.site.relay.config.behind_proxy:
+        arrival.peer = forwarded_for(head) or arrival.peer
+    return await gate.serve(stream, head, arrival)
 
 
 def _peer(stream: trio.SocketStream, credentials: PeerCredentials | None) -> str:

@@ -35,7 +35,9 @@ from protocol.rfc6455 import INTERNAL_ERROR, POLICY_VIOLATION
 from relayd.auth import PeerCredentials, Principal, Tokens
 from relayd.client_link import ClientLink
 from relayd.config import Limits
-from relayd.handshake import Head, Refusal, answer_to, check_upgrade, same_origin
+from relayd.handshake import Head, Refusal, answer_to, check_upgrade, parse_head
+from relayd.heads import split_head
+from relayd.http.login import may_come_from
 from relayd.intake import Intake
 from relayd.operator import Operator
 from relayd.plane import Plane
@@ -73,7 +75,7 @@ class Part(Protocol):
 
 
 @attrs.define(eq=False)
-class Visit:
+class Arrival:
     """A connection from its first byte to its last, logged in or not.
 
     Args:
@@ -102,7 +104,7 @@ class Connection:
     link: Link
     principal: Principal
     gate: "Gate"
-    visit: "Visit"
+    arrival: "Arrival"
     #: What its program calls itself.
     agent: str = ""
     connected_at: float = attrs.field(factory=trio.current_time)
@@ -143,7 +145,7 @@ class Connection:
 
     def hear_cut(self) -> None:
         """See `protocol.duplex.Taker`."""
-        self.visit.leave()
+        self.arrival.leave()
 
 
 @attrs.define(eq=False)
@@ -162,35 +164,36 @@ class Gate:
 
     # -- who comes
 
-    def enter(self, peer: str, credentials: PeerCredentials | None) -> Visit | None:
+    def enter(self, peer: str, credentials: PeerCredentials | None) -> Arrival | None:
         """Count a connection in; None where there are too many, and it is to be hung up on."""
         if self.open >= self.relay.config.limits.max_connections + MAX_STRANGERS:
             log.warning("too many connections; hung up on one", peer=peer, open=self.open)
             return None
         self.open += 1
-        return Visit(self, peer, credentials)
+        return Arrival(self, peer, credentials)
 
-    async def serve(self, stream: trio.abc.Stream, head: Head, early: bytes, visit: Visit) -> bool:
+    async def serve(self, stream: trio.abc.Stream, data: bytes, arrival: Arrival) -> bool:
         """One WebSocket, from its handshake on; no fault of it gets out.
 
         Args:
             stream: TLS already spoken. Of a plain socket, its descriptor may be taken over.
-            head: of the request.
-            early: what came behind it.
-            visit: the connection's.
+            data: the head of its request, and what came behind it.
+            arrival: the connection's.
 
         Returns:
             whether the connection lives on without this task, and counts itself out.
         """
         try:
+            text, early = split_head(data)
+            head = parse_head(text)
             if refusal := self.refusal(head):
                 raise refusal
             check_upgrade(head, SUBPROTOCOL)
             await stream.send_all(answer_to(head, SUBPROTOCOL))
             if isinstance(stream, trio.SocketStream):
-                return await self._serve_socket(stream, early, visit)
-            async with serve_link(stream, peer=visit.peer, rules=self.rules, early=early) as link:
-                connection = await self._log_in(link, visit)
+                return await self._serve_socket(stream, early, arrival)
+            async with serve_link(stream, peer=arrival.peer, rules=self.rules, early=early) as link:
+                connection = await self._log_in(link, arrival)
                 if connection is None:
                     return False
                 await self._play(connection, stays=True)
@@ -198,15 +201,15 @@ class Gate:
         except Refusal as refusal:
             await hang_up(stream, refusal)
         except (LinkError, trio.BrokenResourceError, trio.ClosedResourceError) as fault:
-            log.debug("connection lost", peer=visit.peer, why=str(fault))
+            log.debug("connection lost", peer=arrival.peer, why=str(fault))
         except Exception:
-            log.exception("connection broke the relay's own rules", peer=visit.peer)
+            log.exception("connection broke the relay's own rules", peer=arrival.peer)
         return False
 
-    async def _serve_socket(self, stream: trio.SocketStream, early: bytes, visit: Visit) -> bool:
-        link = self.plane.adopt(stream, visit.peer, self.rules, early)
+    async def _serve_socket(self, stream: trio.SocketStream, early: bytes, arrival: Arrival) -> bool:
+        link = self.plane.adopt(stream, arrival.peer, self.rules, early)
         try:
-            connection = await self._log_in(link, visit)
+            connection = await self._log_in(link, arrival)
             if connection is None:
                 return False
         except BaseException:
@@ -241,25 +244,20 @@ class Gate:
         origin = head.get("origin")
         if head.path != PATH:
             return Refusal(404, f"nothing here; the relay speaks at {PATH}")
-        if origin and not self.takes_origin(head):
+        if not may_come_from(origin, head.get("host"), self.relay.config.allowed_origins):
             return Refusal(403, f"origin {origin} is not in allowed_origins of relayd.toml")
         return Refusal(503, FULL) if self._full() else None
-
-    def takes_origin(self, head: Head) -> bool:
-        """Whether a browser's page from there may speak to the relay: the relay's own may."""
-        allowed = self.relay.config.allowed_origins
-        return head.get("origin") in allowed or "*" in allowed or same_origin(head)
 
     def _full(self) -> bool:
         return len(self.relay.connections) >= self.relay.config.limits.max_connections
 
     # -- who it is
 
-    async def _log_in(self, link: Link, visit: Visit) -> Connection | None:
+    async def _log_in(self, link: Link, arrival: Arrival) -> Connection | None:
         """Hear the hello; None where there was none, or one that is refused: the link is then closed."""
         try:
             hello = await self._hello(link)
-            principal = self._principal(hello, visit.credentials)
+            principal = self._principal(hello, arrival.credentials)
         except ProtocolError as fault:
             tell_fault(link, fault)
         except LinkError:
@@ -269,7 +267,7 @@ class Gate:
             say_why(link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
         else:
             if isinstance(principal, Principal):
-                connection = Connection(secrets.token_hex(8), link, principal, self, visit, hello.agent)
+                connection = Connection(secrets.token_hex(8), link, principal, self, arrival, hello.agent)
                 self.relay.connections[connection.connection_id] = connection
                 log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
                 return connection

@@ -46,6 +46,7 @@ from relayd.auth import Principal
 from relayd.relay import Relay
 from relayd.requests import Request
 from relayd.states import State
+from relayd.stats import WorkerStats
 
 log = structlog.get_logger("relayd.worker")
 
@@ -57,16 +58,17 @@ MAX_NAME_CHARS = 48
 FEED_BYTES = 1024 * 1024
 
 
-@attrs.define(eq=False)
 class Run:
-    """Audio frames of one attempt that came together."""
+    """Audio frames of one attempt that came together: the first is number `seq`."""
 
-    request: Request
-    next_seq: int
-    sample_bytes: int
-    frames: list[bytes] = attrs.field(factory=list)
-    bytes: int = 0
-    pcm_bytes: int = 0
+    __slots__ = ("frames", "pcm_bytes", "request", "sample_bytes", "seq")
+
+    def __init__(self, request: Request, sample_bytes: int) -> None:
+        self.request = request
+        self.seq = request.log.next_seq
+        self.sample_bytes = sample_bytes
+        self.frames: list[bytes] = []
+        self.pcm_bytes = 0
 
 
 @attrs.define(eq=False)
@@ -84,6 +86,7 @@ class WorkerLink:
     registered: bool = False
     #: What audio frames of an attempt begin with -> its request; of attempts from whom audio has come.
     _seats: dict[bytes, Request] = attrs.field(factory=dict)
+    _stats: WorkerStats = attrs.field(factory=WorkerStats)
     handlers: dict[type[Message], Callable[[Any, bytes], None]] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -192,16 +195,19 @@ class WorkerLink:
         Raises:
             ProtocolError: the worker broke the rules.
         """
+        if len(messages) == 1 and self._pass_on(messages[0]):
+            return  # real-time audio comes so
         streak: dict[bytes, Run] = {}
         for data in messages:
             seat = data[:SEAT_BYTES]
             run = streak.get(seat) or self._begin_run(seat, streak)
-            if run is not None and (size := pcm_size(data, run.next_seq)) >= 0 and not size % run.sample_bytes:
-                run.frames.append(data)
-                run.next_seq += 1
-                run.bytes += len(data)
-                run.pcm_bytes += size
-                continue
+            if run is not None:
+                frames = run.frames
+                size = pcm_size(data, run.seq + len(frames))
+                if size >= 0 and not size % run.sample_bytes:
+                    frames.append(data)
+                    run.pcm_bytes += size
+                    continue
             # Whatever is no audio frame as nearly all are; what came before it counts before it.
             self._end_runs(streak)
             try:
@@ -214,27 +220,49 @@ class WorkerLink:
             self.handlers[type(message)](message, data)
         self._end_runs(streak)
 
+    def _pass_on(self, data: bytes) -> bool:
+        """Pass on one frame of audio, as `take` does several; False where it is anything else."""
+        request = self._seats.get(data[:SEAT_BYTES])
+        if request is None:
+            return False
+        entry, form = request.entry, request.format
+        if (
+            form is None
+            or entry.state is not State.RUNNING
+            or entry.attempt != data[SEAT_BYTES - 1]
+            or entry.worker_id != self.worker_id
+        ):
+            return False
+        size = pcm_size(data, request.log.next_seq)
+        if size < 0 or size % form.sample_bytes:
+            return False
+        self._hear_audio(request, size)
+        request.log.extend([data], len(data))
+        self._heard(request, 1, len(data))
+        return True
+
     def _begin_run(self, seat: bytes, streak: "dict[bytes, Run]") -> "Run | None":
         """Audio of an attempt that runs here comes; None of any other, and before its format is known."""
         request = self._seats.get(seat)
         if request is None:
             return None
-        entry = request.entry
-        if entry.attempt != seat[-1] or self.relay.attempt_of(self, request.request_id, entry.attempt) is None:
+        entry, form = request.entry, request.format
+        if entry.state is not State.RUNNING or entry.attempt != seat[-1] or entry.worker_id != self.worker_id:
             del self._seats[seat]
             return None
-        if request.format is None:
+        if form is None:
             return None
-        run = streak[seat] = Run(request, request.log.next_seq, request.format.sample_bytes)
+        run = streak[seat] = Run(request, form.sample_bytes)
         return run
 
     def _end_runs(self, streak: "dict[bytes, Run]") -> None:
         """Pass on the audio that has come."""
         for run in streak.values():
-            if run.frames:
+            if frames := run.frames:
+                size = sum(map(len, frames))
                 self._hear_audio(run.request, run.pcm_bytes)
-                run.request.log.extend(run.frames, run.bytes)
-                self._heard(run.request, len(run.frames), run.bytes)
+                run.request.log.extend(frames, size)
+                self._heard(run.request, len(frames), size)
         streak.clear()
 
     def close(self) -> None:
@@ -263,6 +291,7 @@ class WorkerLink:
             self.send(joined)
             return
         self.registered = True
+        self._stats = self.relay.stats.of_worker(self.worker_id)
         log.info(
             "worker registered",
             worker=self.worker_id,
@@ -333,7 +362,7 @@ class WorkerLink:
         form = request.format
         assert form is not None
         request.audio_bytes += pcm_bytes
-        self.relay.stats.audio_s += pcm_bytes / form.sample_bytes / form.sample_rate
+        self.relay.stats.audio_s += pcm_bytes / (2 * form.channels * form.sample_rate)
         if not request.entry.has_output:
             self._hear_output(request)
 
@@ -346,17 +375,18 @@ class WorkerLink:
     def _heard(self, request: Request, count: int, size: int) -> None:
         """So many frames are in the request's log: keep account of them."""
         relay, entry = self.relay, request.entry
-        request.last_frame_at = now = trio.current_time()
+        request.last_frame_at = now = self.link.heard_at
         if entry.has_output and request.first_frame_at is None:
             request.first_frame_at = now
             request.step("first_frame")
             relay.stats.hear_first_frame(request, now)
             relay.touch("requests", request.request_id)
-        relay.stats.of_worker(self.worker_id).frame_bytes += size
+        self._stats.frame_bytes += size
         relay.frames += count
         relay.frame_bytes += size
         entry.next_seq = request.log.next_seq
-        relay.stir("requests", request.request_id)
+        if relay.watchers:
+            relay.stir("requests", request.request_id)
         limit = relay.config.limits.max_result_bytes
         if request.log.size_bytes > limit:
             relay.fail(

@@ -33,7 +33,8 @@ from protocol.messages import (
     Submit,
     Welcome,
 )
-from relayd.handshake import HEAD_END, Refusal, answer_to, parse_head, read_head
+from relayd.handshake import Refusal, answer_to, parse_head
+from relayd.heads import ends, read_head, split_head
 
 M = TypeVar("M", bound=Message)
 
@@ -85,12 +86,12 @@ class Connection:
 @asynccontextmanager
 async def accept_link(stream: trio.abc.Stream, **rules: Any) -> AsyncIterator[Link]:
     """The relay's end of a link over a stream at whose other end a handshake is asked for."""
-    try:
-        head, _, early = (await read_head(stream)).partition(HEAD_END)
-    except Refusal as refusal:
-        await stream.send_all(refusal.to_bytes())
+    data = await read_head(stream)
+    if not ends(data):
+        await stream.send_all(Refusal(400, "this is not HTTP").to_bytes())
         await stream.aclose()
-        raise LinkBroken(refusal.words) from refusal
+        raise LinkBroken("no handshake came")
+    head, early = split_head(data)
     await stream.send_all(answer_to(parse_head(head), SUBPROTOCOL))
     async with serve_link(stream, peer="client", rules=LinkRules(**rules), early=early) as link:
         yield link
