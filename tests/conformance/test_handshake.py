@@ -194,8 +194,6 @@ async def test_only_http_1_1_upgrades(version: str, echo: Echo) -> None:
 
 
 NO_HEADS = {
-    "a TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
-    "zeros": bytes(64),
     "a request line of one word": b"GET\r\n\r\n",
     "a request line of two words": b"GET /\r\nHost: here\r\n\r\n",
     "a request line of four words": b"GET / / HTTP/1.1\r\nHost: here\r\n\r\n",
@@ -204,7 +202,6 @@ NO_HEADS = {
     "a header without a name": b"GET / HTTP/1.1\r\n: here\r\n\r\n",
     "a header whose name has a space": b"GET / HTTP/1.1\r\nHost : here\r\n\r\n",
     "a header that is folded": b"GET / HTTP/1.1\r\nHost: here\r\n  and there\r\n\r\n",
-    "a WebSocket frame": text("no head at all"),
 }
 
 
@@ -212,6 +209,30 @@ NO_HEADS = {
 @pytest.mark.parametrize("name", NO_HEADS)
 async def test_what_is_no_request_is_refused_and_let_go(name: str, echo: Echo) -> None:
     assert (await ask(echo, NO_HEADS[name])).status == 400
+
+
+NO_HTTP = {
+    "a TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
+    "zeros": bytes(64),
+    "a WebSocket frame": text("no head at all"),
+}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("name", NO_HTTP)
+async def test_what_is_no_http_is_hung_up_on_at_once(name: str, echo: Echo) -> None:
+    """There is no head to wait for, and nobody who would read an answer; one is allowed."""
+    async with open_peer(echo.port) as peer:
+        with trio.fail_after(PATIENCE_S):
+            await peer.send(NO_HTTP[name])
+            assert (await peer.head())[:13] in (b"", b"HTTP/1.1 400 ")
+            await peer.server.let_go()
+
+
+@pytest.mark.trio
+async def test_lines_that_end_in_a_bare_lf_are_answered(echo: Echo) -> None:
+    """RFC 9112, section 2.2: they may be taken for ended. Either way nobody waits for more."""
+    assert (await ask(echo, request(echo.port).replace(b"\r\n", b"\n"))).status in (101, 400)
 
 
 @pytest.mark.trio
