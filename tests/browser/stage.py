@@ -38,6 +38,7 @@ ARGUMENTS = (
     "--autoplay-policy=no-user-gesture-required",
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
+    "--ignore-certificate-errors",  # of the tests' own certificate, on this machine's own address
 )
 
 #: Put into every page before its own scripts: an AnalyserNode on whatever is led to the loudspeaker.

@@ -5,10 +5,12 @@ import signal
 import wave
 from pathlib import Path
 
+import attrs
 import pytest
 
 from gpuworker.engines.mock import Tune, default_duration_s, tune_key
 from tests.browser.stage import MOCK, Browser, BrowserPlace, a_site, a_window
+from tests.deploy.proxies import open_proxy
 from tests.e2e.processes import a_relay, a_worker
 
 #: 3.5 s of tune, made in 3.5 s.
@@ -207,4 +209,19 @@ async def test_what_goes_wrong_is_said_in_words(site: BrowserPlace, browser: Bro
         await window.submit("words and no sound")
         await window.until_state("completed")
         assert await window.words(".request .output") == "words and no sound"
+    assert browser.errors() == []
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("kind", ["nginx", "caddy"])
+async def test_it_speaks_over_tls_behind_a_proxy(
+    site: BrowserPlace, browser: Browser, tmp_path: Path, kind: str
+) -> None:
+    relay = site.url.removeprefix("http://").removesuffix("/")
+    async with open_proxy(kind, tmp_path, relay) as proxy, a_window(browser) as window:
+        await window.log_in(attrs.evolve(site, url=f"https://localhost:{proxy.port}/"))
+        await window.submit(kind)
+        assert await window.until(f"{HEARS} && {STATE}") == "running"
+        await window.until_state("completed")
+        assert samples(await window.download()) == tune(kind)
     assert browser.errors() == []

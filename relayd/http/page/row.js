@@ -2,6 +2,8 @@ import { $, make, set } from "./elements.js";
 import { PEAK_S } from "./track.js";
 import { clock, fault, say, seconds } from "./words.js";
 
+/** How far an arrow key moves in the audio. */
+const STEP_S = 2;
 /** Drawn in a square of 24. */
 const TRIANGLE = "M9.5 5.5 19 12l-9.5 6.5z"; // play
 const BARS = "M7 5h3.5v14H7zM13.5 5H17v14h-3.5z"; // pause
@@ -20,6 +22,7 @@ export class Row {
     const { track } = request;
     this.part(".play").onclick = () => player.toggle(track);
     this.part("input").oninput = ({ target }) => player.seek(track, Number(target.value));
+    this.part("input").onkeydown = (event) => this.#step(event);
     this.part(".cancel").onclick = () => request.cancel();
     this.part(".load").onclick = () => {
       player.unlock(track.rate || rateOf(request.space));
@@ -28,6 +31,15 @@ export class Row {
     this.part(".forget").onclick = () => forget(this);
     this.part(".download").onclick = () => this.#offer();
     new ResizeObserver(() => this.soon()).observe(this.part("canvas"));
+  }
+
+  /** The browser's own step is too small to be of use. */
+  #step(event) {
+    const back = ["ArrowLeft", "ArrowDown"].includes(event.key);
+    if (!back && !["ArrowRight", "ArrowUp"].includes(event.key)) return;
+    event.preventDefault();
+    const { track } = this.request;
+    this.#player.seek(track, track.at_s + (back ? -STEP_S : STEP_S));
   }
 
   /** The file is made when it is asked for. */
@@ -105,7 +117,7 @@ export class Row {
     const at = Math.min(track.at_s, all);
     const slider = this.part("input");
     slider.max = all.toFixed(1);
-    if (document.activeElement !== slider || plays) slider.value = at;
+    slider.value = at;
     slider.ariaLabel = say("seek");
     slider.setAttribute("aria-valuetext", say("place", { at: seconds(at), all: seconds(all) }));
     const waits = plays && this.#player.waiting && at > 0 && !track.over;
