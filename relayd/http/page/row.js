@@ -123,7 +123,8 @@ export class Row {
     const waits = plays && this.#player.waiting && at > 0 && !track.over;
     const blocked = this.#player.track === track && this.#player.blocked && !this.#player.paused;
     set(this.part(".clock"), waits ? say("gathering") : `${clock(at)} / ${clock(all)}`);
-    this.part(".clock").title = blocked ? say("blocked") : "";
+    this.part(".hint").hidden = !blocked;
+    set(this.part(".hint"), blocked ? say("blocked") : "");
     this.#wave(at, all);
   }
 
@@ -146,8 +147,9 @@ export class Row {
       const from = (bar / bars) * span;
       if (from >= all) break;
       const until = Math.min(peaks.length, Math.max(Math.floor(from / PEAK_S) + 1, Math.floor((((bar + 1) / bars) * span) / PEAK_S)));
-      let loud = 0;
-      for (let i = Math.floor(from / PEAK_S); i < until; i++) loud = Math.max(loud, peaks[i] ?? 0);
+      let sum = 0; // the mean of peaks: the highest of many is nearly the same everywhere
+      for (let i = Math.floor(from / PEAK_S); i < until; i++) sum += peaks[i] ?? 0;
+      const loud = sum / Math.max(1, until - Math.floor(from / PEAK_S));
       const tall = Math.max(3, Math.sqrt(loud) * (height - 6)); // as the ear hears it, soft speech is not nothing
       pen.fillStyle = from < at ? played : ahead;
       pen.beginPath();
