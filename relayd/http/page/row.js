@@ -1,4 +1,4 @@
-import { $, make, set } from "./elements.js";
+import { $, firstButton, make, set } from "./elements.js";
 import { PEAK_S } from "./track.js";
 import { clock, fault, say, seconds } from "./words.js";
 
@@ -29,7 +29,7 @@ export class Row {
       request.fetch();
     };
     this.part(".forget").onclick = () => forget(this);
-    this.part(".download").onclick = () => this.#offer();
+    this.part(".download").onclick = () => this.#save();
     new ResizeObserver(() => this.soon()).observe(this.part("canvas"));
   }
 
@@ -43,13 +43,14 @@ export class Row {
   }
 
   /** The file is made when it is asked for. */
-  #offer() {
+  #save() {
     if (this.#url) URL.revokeObjectURL(this.#url);
     const { track, id } = this.request;
     const sound = track.samples > 0;
     this.#url = URL.createObjectURL(sound ? track.wav() : new Blob([this.request.shown()], { type: "text/plain" }));
-    this.part(".download").href = this.#url;
-    this.part(".download").download = `relay-${id.slice(0, 8)}.${sound ? "wav" : "txt"}`;
+    const way = make("a");
+    Object.assign(way, { href: this.#url, download: `relay-${id.slice(0, 8)}.${sound ? "wav" : "txt"}` });
+    way.click();
   }
 
   /** Draw it, once, however much has changed until then. */
@@ -99,7 +100,7 @@ export class Row {
       button.hidden = !there;
       set(button, say(verb));
       button.ariaLabel = say("copy", { verb: say(verb), text: name });
-      if (wasHere && !there) this.part("button:not([hidden]), a:not([hidden])")?.focus(); // else the place in the page is lost
+      if (wasHere && !there) firstButton(this.element)?.focus(); // else the place in the page is lost
     }
     this.part(".cancel").disabled = request.cancelling;
   }
