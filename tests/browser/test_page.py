@@ -14,9 +14,9 @@ from tests.browser.stage import MOCK, Browser, BrowserPlace, a_site, a_window, s
 from tests.deploy.proxies import open_proxy
 from tests.e2e.processes import a_relay, a_worker
 
-#: 2.6 s and 3.5 s of tune, made in as long.
+#: 2.6 s and 5 s of tune, made in as long.
 SHORT = "a tune that is not quite so long at all"
-LONG = "a tune that is long enough to be cut in two. Or three. " * 2
+LONG = "a tune that is long enough to be cut in two. " * 5
 LOUD = 0.02
 RATE = 24_000
 HEARS = f"window.loudness() > {LOUD}"
