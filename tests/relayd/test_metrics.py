@@ -80,9 +80,7 @@ async def test_what_becomes_of_requests_is_counted_by_space(tmp_path: Path) -> N
             for _ in range(2):  # the first of them waits
                 client.send(a_submit())
             assert (await client.next(Rejected)).code == "queue_full"
-            await until(
-                lambda: Told(relay.relay)("requests_queued") == 1
-            )
+            await until(lambda: Told(relay.relay)("requests_queued") == 1)
             told = Told(relay.relay)
             assert (told("requests_running"), told("requests_queued"), told("requests_queued_limit")) == (1, 1, 1)
             assert (told("worker_slots", state="busy"), told("worker_slots", state="free")) == (1, 0)
