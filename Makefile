@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := protocol relayd gpuworker tui tests bench
 TEXT ?=
 ARGS ?=
+JOBS ?= 2 # processes that test, a file of tests at a time
 SEED ?= 1
 MINUTES ?= 5
 export TEXT # the shell takes it from the environment, so that no quote or $ in it is the shell's
@@ -19,7 +20,7 @@ demo: $(VENV)/.demo ## hear a sentence through a relay and a worker: writes hell
 	@$(BIN)/relayd demo -o hello.wav $${TEXT:+"$$TEXT"}
 
 test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## all tests, as CI runs them
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: lint types contracts test ## linters, types, import contracts and tests
 
