@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import codec, memory, relay, store
+from bench import codec, relay, store
 from bench.figures import Row, table
 from bench.machine import machine_line
 
 #: Name -> what it measures. A new figure is a module with `measure` and a line here.
 FIGURES: dict[str, Callable[[], list[Row]]] = {
     "relay": relay.measure,
-    "memory": memory.measure,
     "codec": codec.measure,
     "store": store.measure,
 }
@@ -32,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}; default: all. Or: voxcpm --help"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="of `relay` only what is promised about its speed: about a minute"
+    )
+    parser.add_argument(
+        "--part", action="append", choices=relay.PARTS, help="with --quick: only this; may be given several times"
+    )
     parser.add_argument("--list", action="store_true", help="name the figures and measure nothing")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     parser.add_argument("-o", "--output", type=Path, help="write to this file as well")
@@ -43,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:8} {(sys.modules[measure.__module__].__doc__ or '').splitlines()[0]}")
         return 0
     machine, began, rows = machine_line(), time.monotonic(), []
-    for name in args.figures or FIGURES:
+    figures = dict(FIGURES)
+    if args.quick or args.part:
+        figures["relay"] = lambda: relay.measure_quick(args.part or relay.PARTS)
+    for name in args.figures or (["relay"] if args.quick or args.part else figures):
         print(f"measuring {name}...", file=sys.stderr, flush=True)
-        rows += FIGURES[name]()
+        rows += figures[name]()
     took_s = round(time.monotonic() - began)
     if args.json:
         told = {"machine": machine, "date": _today(), "took_s": took_s, "rows": [row.to_map() for row in rows]}
