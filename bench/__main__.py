@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import codec, relay, store
+from bench import codec, idle, relay, store
 from bench.figures import Row, table
 from bench.machine import machine_line
 
 #: Name -> what it measures. A new figure is a module with `measure` and a line here.
 FIGURES: dict[str, Callable[[], list[Row]]] = {
     "relay": relay.measure,
+    "idle": idle.measure,
     "codec": codec.measure,
     "store": store.measure,
 }

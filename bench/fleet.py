@@ -343,11 +343,11 @@ class RelaydFleet(Fleet):
                 client.on_message = self._hearer(request)
             submit = Submit(request_id=request.request_id, space=SPACE, params={"text": "Hello."})
             clients[0].send(message(encode(submit)))
-        self._until(lambda: all(request.started for request in self._requests.values()))
+        self.until(lambda: all(request.started for request in self._requests.values()))
         for request in self._requests.values():
             for client in request.readers[1:]:
                 client.send(message(encode(Attach(request_id=request.request_id))))
-        self._until(lambda: all(each.started == len(each.readers) for each in self._requests.values()))
+        self.until(lambda: all(each.started == len(each.readers) for each in self._requests.values()))
         return [Route(each.request_id, _there(each.worker), each.readers) for each in self._requests.values()]
 
     def end(self, routes: list[Route], load: Load) -> None:
@@ -355,7 +355,7 @@ class RelaydFleet(Fleet):
         for number, route in enumerate(routes):
             seq = self.first_seq + self.frames_of(load, number)
             route.sender.send(message(encode(Completed(request_id=route.name, attempt=1, seq=seq))))
-        self._until(lambda: all(each.ended == len(each.readers) for each in self._requests.values()))
+        self.until(lambda: all(each.ended == len(each.readers) for each in self._requests.values()))
 
     def look_after(self) -> None:
         """See `Fleet`."""
@@ -363,7 +363,8 @@ class RelaydFleet(Fleet):
             for descriptor, _ in events:
                 self._by_descriptor[descriptor].take()
 
-    def _until(self, done: Callable[[], bool]) -> None:
+    def until(self, done: Callable[[], bool]) -> None:
+        """Read from all connections, blocking, until `done`."""
         deadline = time.monotonic() + TURN_S
         while not done():
             if time.monotonic() > deadline:

@@ -104,7 +104,7 @@ def run_round(mode: int, streams: Sequence[Stream], around: Iterable[Connection]
 
     Args:
         around: connections that must be looked after besides those of the streams.
-        pids: processes whose CPU is to be told.
+        pids: processes whose CPU and memory are to be told.
 
     Raises:
         Stuck: see there.
@@ -132,42 +132,38 @@ def run_round(mode: int, streams: Sequence[Stream], around: Iterable[Connection]
 
 @attrs.frozen
 class Hold:
-    """Connections that are held at rest by a process of their own; `wait` for what it has seen."""
+    """Connections at rest, in a process of their own that answers pings."""
 
     process: "subprocess.Popen[bytes]"
-    folder: "tempfile.TemporaryDirectory[str]"
 
-    def wait(self) -> Round:
-        """What the relay took in the time watched.
+    def end(self) -> int:
+        """Hang up; how many pings were answered.
 
         Raises:
-            Stuck: the relay hung up on one.
+            Stuck: the relay had hung up before.
         """
+        self.process.terminate()
         out, _ = self.process.communicate()
-        told = _parse(out, self.process.returncode)
-        told.pop("others")
-        told.pop("latencies")
-        return Round(**told)
-
-    def end(self) -> None:
-        """Let go of them."""
-        self.process.kill()
-        self.process.communicate()
-        self.folder.cleanup()
+        return int(_parse(out, self.process.returncode)["pongs"])
 
 
-def hold(connections: Sequence[Connection], pids: Sequence[int], settle_s: float, watch_s: float) -> Hold:
-    """Hand over connections for good: pings are answered, and CPU is watched from `settle_s` on for `watch_s`."""
-    folder = tempfile.TemporaryDirectory(prefix="relayd-bench-")
-    lines = [f"mode {HOLD}", f"settle_ms {1000 * settle_s:.0f}", f"duration_ms {1000 * watch_s:.0f}"]
-    plan = Path(folder.name, "plan")
-    plan.write_text("\n".join([*_connection_lines(connections), *(f"pid {pid}" for pid in pids), *lines, ""]))
-    process = subprocess.Popen(
-        [str(program()), str(plan)], pass_fds=[end.sock.fileno() for end in connections], stdout=subprocess.PIPE
-    )
+def hold(connections: Sequence[Connection]) -> Hold:
+    """Hand over connections for good."""
+    for connection in connections:
+        connection.settle()
+    with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
+        plan = Path(folder, "plan")
+        plan.write_text("\n".join([*_connection_lines(connections), f"mode {HOLD}", "ready", ""]))
+        process = subprocess.Popen(
+            [str(program()), str(plan)],
+            pass_fds=[connection.sock.fileno() for connection in connections],
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        process.stdout.read(1)  # it has read the plan
     for connection in connections:
         connection.close()
-    return Hold(process, folder)
+    return Hold(process)
 
 
 def _connection_lines(connections: Sequence[Connection]) -> list[str]:

@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -380,7 +381,7 @@ static void take(Conn *conn) {
 
 /* -- the plan --------------------------------------------------------------------------------------------------- */
 
-static uint64_t timeout_ns = 60000000000u, duration_ns, settle_ns, burst_bytes = 65536, least = 8;
+static uint64_t timeout_ns = 60000000000u, burst_bytes = 65536, least = 8;
 static pid_t pids[MAX_PIDS];
 static int pid_count;
 static const uint8_t *blob;
@@ -408,8 +409,7 @@ static void read_plan(const char *path) {
             close(fd);
         } else if (!strcmp(word, "mode")) mode = (int)n[0];
         else if (!strcmp(word, "timeout_ms")) timeout_ns = n[0] * 1000000;
-        else if (!strcmp(word, "duration_ms")) duration_ns = n[0] * 1000000;
-        else if (!strcmp(word, "settle_ms")) settle_ns = n[0] * 1000000;
+        else if (!strcmp(word, "ready")) putchar('\n'), fflush(stdout);
         else if (!strcmp(word, "burst")) burst_bytes = n[0], least = n[1];
         else if (!strcmp(word, "pid") && pid_count < MAX_PIDS) pids[pid_count++] = (pid_t)n[0];
         else if (!strcmp(word, "conns")) conns = more(conns, sizeof(Conn) * (size_t)(conn_room = (int)n[0]));
@@ -530,6 +530,10 @@ static void pace(uint64_t began, uint64_t deadline) {
     close(timer_fd);
 }
 
+static volatile sig_atomic_t stopped;
+
+static void stop(int number) { stopped = number; }
+
 int main(int count, char **words) {
     if (count != 2) fail("usage: load PLAN");
     scratch = more(NULL, SCRATCH);
@@ -540,18 +544,14 @@ int main(int count, char **words) {
         fcntl(conns[at].fd, F_SETFL, fcntl(conns[at].fd, F_GETFL) | O_NONBLOCK);
         if (!conns[at].stalled) poll_for(&conns[at], false);
     }
-    if (mode == HOLD) {
-        uint64_t until = now_ns() + settle_ns;
-        while (now_ns() < until) turn(10);
-    }
+    signal(SIGTERM, stop);
     uint64_t frames = missing, cpu[MAX_PIDS], rss[MAX_PIDS];
     for (int at = 0; at < pid_count; at++) cpu[at] = cpu_ns_of(pids[at]);
     uint64_t own = own_cpu_ns(), began = now_ns(), deadline = began + timeout_ns;
-    pongs = 0;
     if (mode == SATURATED) saturate(deadline);
     else if (mode == PACED) pace(began, deadline);
     else
-        for (uint64_t until = began + duration_ns; now_ns() < until;) turn(100);
+        while (!stopped) turn(100);
     uint64_t ended = now_ns();
     own = own_cpu_ns() - own;
     if (missing) fail("%" PRIu64 " of %" PRIu64 " frames did not come within %.0f s", missing, frames, timeout_ns / 1e9);

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import attrs
 
 SPACE = "bench"
-READY_S = 30.0
+READY_S = 90.0
 STOP_S = 10.0
 LOOK_AGAIN_S = 0.02
 #: Of this file: what the peers are started in.
@@ -45,6 +45,8 @@ memory_bytes = %d
 [spaces.{SPACE}]
 max_workers = 16
 max_queued_per_principal = 1_000
+run_timeout_s = 3_600
+idle_timeout_s = 3_600
 """
 
 
