@@ -93,15 +93,32 @@ def alternate(
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Rows as a Markdown table."""
+    """Rows as a Markdown table; what several peers stand beside is told once."""
     lines = [
-        "| figure | what | value | against | ratio (lowest..highest round) |",
-        "| --- | --- | ---: | ---: | --- |",
+        "| what | value | beside | ratio (lowest..highest round) |",
+        "| --- | ---: | ---: | --- |",
     ]
+    before: Row | None = None
     for row in rows:
-        against = "" if row.against is None else f"{_number(row.against)} {row.unit} ({row.peer})"
-        lines.append(f"| {row.figure} | {row.name} | {_number(row.value)} {row.unit} | {against} | {_remark(row)} |")
+        said = before is not None and (before.figure, before.name, before.value) == (row.figure, row.name, row.value)
+        what = " | " if said else f"{row.figure}: {row.name} | {_number(row.value)} {row.unit}"
+        against = "" if row.against is None else f"{_number(row.against)} {row.peer}"
+        lines.append(f"| {what} | {against} | {_remark(row)} |")
+        before = row
     return "\n".join(lines)
+
+
+def verdict(rows: Iterable[Row]) -> str:
+    """Which limits were kept, and which not; empty where there was none."""
+    held = [row for row in rows if row.limit is not None or row.limit_ratio is not None]
+    broken = [row for row in held if not row.kept]
+    if not held:
+        return ""
+    words = [f"{len(held) - len(broken)} of {len(held)} limits kept."]
+    for row in broken:
+        beside = f" beside {row.peer}: {_number(row.ratio)}" if row.ratio is not None and row.limit is None else ""
+        words.append(f"- Broken: {row.figure}: {row.name}{beside}")
+    return "\n".join(words)
 
 
 def _remark(row: Row) -> str:
@@ -111,7 +128,7 @@ def _remark(row: Row) -> str:
     if row.limit_ratio is not None:
         words.append(f"at most {_number(row.limit_ratio)}: {'kept' if row.kept else '**BROKEN**'}")
     if row.limit is not None:
-        words.append(f"claim: at most {_number(row.limit)} {row.unit}: {'kept' if row.kept else '**BROKEN**'}")
+        words.append(f"at most {_number(row.limit)} {row.unit}: {'kept' if row.kept else '**BROKEN**'}")
     return "; ".join(words)
 
 

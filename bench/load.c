@@ -486,7 +486,7 @@ static uint64_t send_due(void) {
     }
 }
 
-static void turn(int wait_ms) {
+static int turn(int wait_ms) {
     struct epoll_event events[MAX_EVENTS];
     int count = epoll_wait(poll_fd, events, MAX_EVENTS, wait_ms);
     if (count < 0 && errno != EINTR) fail("epoll_wait: %s", strerror(errno));
@@ -500,6 +500,7 @@ static void turn(int wait_ms) {
         if (events[at].events & EPOLLOUT) flush(conn);
         if (events[at].events & ~(unsigned)EPOLLOUT && !conn->stalled) take(conn);
     }
+    return count;
 }
 
 static void saturate(uint64_t deadline) {
@@ -557,6 +558,7 @@ int main(int count, char **words) {
     if (missing) fail("%" PRIu64 " of %" PRIu64 " frames did not come within %.0f s", missing, frames, timeout_ns / 1e9);
     usleep(SETTLE_US);
     for (int at = 0; at < pid_count; at++) cpu[at] = cpu_ns_of(pids[at]) - cpu[at], rss[at] = rss_kib_of(pids[at]);
+    for (int more = 10; more && turn(0) > 0; more--) continue; /* a frame too many would be here now */
     uint64_t stood = stalled_missing;
     timed = false;
     for (int at = 0; at < conn_count; at++)

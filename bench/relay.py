@@ -8,6 +8,7 @@ from statistics import median
 
 import attrs
 
+from bench.faults import prove
 from bench.figures import Row, in_turns, paired
 from bench.fleet import Fleet, Load, NatsFleet, RelaydFleet, SocketIoFleet, TcpFleet, WebSocketFleet
 from bench.generator import Round
@@ -63,28 +64,22 @@ class Field:
         self._most_streams = most_streams
         self._open = ExitStack()
         self._fleets: dict[str, Fleet] = {}
-        #: Name -> why it is not there.
-        self.absent: dict[str, str] = {}
+        self._absent: set[str] = set()
 
     def close(self) -> None:
         """Stop them."""
         self._open.close()
 
-    @property
-    def versions(self) -> list[str]:
-        """Of those that were started."""
-        return [fleet.server.version for fleet in self._fleets.values()]
-
     def fleets(self, names: Sequence[str]) -> dict[str, Fleet]:
         """Those of `names` that there are, warmed up."""
         for name in names:
-            if name in self._fleets or name in self.absent:
+            if name in self._fleets or name in self._absent:
                 continue
             try:
                 server = self._open.enter_context(_OPENERS[name]())
             except Absent as missing:
-                self.absent[name] = str(missing)
-                print(f"absent: {missing}", file=sys.stderr, flush=True)
+                self._absent.add(name)
+                print(f"no {missing}", file=sys.stderr, flush=True)
                 continue
             fleet = _FLEETS.get(name, WebSocketFleet)(server, self._most_streams)
             self._fleets[name] = self._open.enter_context(closing(fleet))
@@ -258,7 +253,7 @@ def growth(field: Field) -> list[Row]:
     rows = []
     loads = {
         **{f"saturated, 50 streams, frames of {kib} KiB": Load(each=0, pcm_bytes=kib * 1024) for kib in (1, 4, 64)},
-        **{f"saturated, {n} streams, 8 KiB": Load(each=0, streams=n) for n in (1, 10, 200)},
+        **{f"saturated, {n} stream{'s' * (n > 1)}, 8 KiB": Load(each=0, streams=n) for n in (1, 10, 200)},
         **{
             f"fan-out, 1 stream to {n} listeners, 8 KiB, saturated": Load(each=0, streams=1, listeners=n)
             for n in (5, 200)
@@ -284,6 +279,7 @@ PARTS = ("saturated", "paced", "fan-out", "stalled")
 
 def measure_quick(parts: Sequence[str] = PARTS) -> list[Row]:
     """What is promised about the relay's speed, and no more: about a minute."""
+    prove()
     rows: list[Row] = []
     with closing(Field(50)) as field:
         if "saturated" in parts:
@@ -299,6 +295,7 @@ def measure_quick(parts: Sequence[str] = PARTS) -> list[Row]:
 
 def measure() -> list[Row]:
     """All of it: some five minutes."""
+    prove()
     pythons = [TRIO, WEBSOCKETS, AIOHTTP, PICOWS, SOCKETIO]
     with closing(Field(200)) as field:
         return [

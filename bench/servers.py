@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -65,8 +66,6 @@ class Server:
     tokens: dict[str, str] = attrs.field(factory=dict)
     #: Where a proxy passes on what comes in.
     behind: socket.socket | None = None
-    #: What is run, with its version.
-    version: str = ""
 
     def cpu_s(self) -> float:
         """CPU seconds of the process so far, all threads, user and system.
@@ -148,7 +147,7 @@ def open_relayd(
         with _open_process_in(checkout.folder, serve, folder / "log", environ) as process:
             port = _port_in_log(process, folder / "log")
             issued = _issue_tokens(checkout, config)
-            yield Server("relayd", process.pid, port, issued, version=f"relayd {checkout.commit}")
+            yield Server("relayd", process.pid, port, issued)
 
 
 def _issue_tokens(checkout: Checkout, config: Path) -> dict[str, str]:
@@ -209,18 +208,14 @@ def open_python_peer(module: str, ping_interval_s: float | None = None) -> Itera
     Raises:
         Absent: a package that it stands on is not installed.
     """
-    packages = _PYTHON_PEERS[module]
-    for package in packages:
-        if importlib.util.find_spec(_MODULES.get(package, package)) is None:
-            raise Absent(f"{package}: pip install -c constraints.txt -e '.[bench]'")
-    version = " + ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    _packages(module)
     command = [sys.executable, "-m", f"bench.peers.{module}"]
     if ping_interval_s is not None:
         command += ["--ping", f"{ping_interval_s:g}"]
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
         log = Path(folder, "log")
         with _open_process_in(ROOT, command, log) as process:
-            yield Server(packages[0], process.pid, _port_in_log(process, log), version=version)
+            yield Server(_PYTHON_PEERS[module][0], process.pid, _port_in_log(process, log))
 
 
 @contextmanager
@@ -236,10 +231,9 @@ def open_nats(ping_interval_s: float | None = None) -> Iterator[Server]:
         config = Path(folder, "nats.conf")
         config.write_text("" if ping_interval_s is None else f'ping_interval: "{ping_interval_s:g}s"\n')
         command = [program, "-a", "127.0.0.1", "-p", str(port), "-c", str(config)]
-        version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout.strip()
         with _open_process_in(ROOT, command, Path(folder, "log")) as process:
             _await_port(process, port)
-            yield Server(_NATS, process.pid, port, version=version.replace(": v", " "))
+            yield Server(_NATS, process.pid, port)
 
 
 @contextmanager
@@ -257,17 +251,42 @@ def open_haproxy() -> Iterator[Server]:
     ):
         config = Path(folder, "haproxy.cfg")
         config.write_text(_HAPROXY_CONFIG % (port, behind.getsockname()[1]))
-        version = subprocess.run([program, "-v"], capture_output=True, text=True, check=False).stdout.split()[2:3]
         with _open_process_in(ROOT, [program, "-db", "-f", str(config)], Path(folder, "log")) as process:
             _await_port(process, port)
             behind.accept()[0].close()  # of the port's trial
-            yield Server(_HAPROXY, process.pid, port, behind=behind, version=" ".join([_HAPROXY, *version]))
+            yield Server(_HAPROXY, process.pid, port, behind=behind)
+
+
+def peers_line() -> str:
+    """What there is to be measured, with versions, and what is missing."""
+    words = [f"relayd {Checkout.wanted().commit}".strip()]
+    for module in _PYTHON_PEERS:
+        try:
+            words.append(_packages(module))
+        except Absent as missing:
+            words.append(f"no {missing}")
+    for name, flag in ((_NATS, "--version"), (_HAPROXY, "-v")):
+        try:
+            told = subprocess.run([_program(name), flag], capture_output=True, text=True, check=False).stdout
+            words.append(f"{name} {(re.findall(r'[0-9]+(?:[.][0-9]+)+', told) or [''])[0]}")
+        except Absent as missing:
+            words.append(f"no {missing}")
+    return ", ".join(words)
+
+
+def _packages(module: str) -> str:
+    """What a relay of a few lines stands on."""
+    packages = _PYTHON_PEERS[module]
+    for package in packages:
+        if importlib.util.find_spec(_MODULES.get(package, package)) is None:
+            raise Absent(f"{package} (pip install -c constraints.txt -e '.[bench]')")
+    return " on ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
 
 
 def _program(name: str) -> str:
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
     if found is None:
-        raise Absent(f"{name}: apt-get install {name}")
+        raise Absent(f"{name} (apt-get install {name})")
     return found
 
 

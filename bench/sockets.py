@@ -199,7 +199,8 @@ class Tcp(Connection):
         end = cls.__new__(cls)
         end.sock, end.received, end.on_message = sock, bytearray(), lambda _message: None
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return end
 
     def parse(self) -> None:
