@@ -149,7 +149,8 @@ class Fleet(abc.ABC):
 
     def frames_of(self, load: Load, number: int) -> int:
         """Frames of the stream of this number."""
-        return load.each * load.flood if load.flood and number == 0 else load.each
+        # One of the others' frames less in time: it must have been sent when they have all of theirs.
+        return (load.each - 1) * load.flood if load.flood and number == 0 else load.each
 
 
 class RoutedFleet(Fleet):
