@@ -295,7 +295,8 @@ def _write(given: Mapping[str, Counts]) -> None:
     BUDGETS.write_text("\n".join([*lines, ""]))
 
 
-def _told(given: Mapping[str, Counts], told: Mapping[str, Any]) -> tuple[str, bool]:
+def verdicts(given: Mapping[str, Counts], told: Mapping[str, Any]) -> tuple[str, bool]:
+    """A table of counts beside their budgets, and whether all keep them; `told` is the budgets' file."""
     lines, kept = ["| a frame, | counted | budget | |", "| --- | ---: | ---: | --- |"], True
     for name, counts in given.items():
         for what, number in counts.items():
@@ -319,7 +320,7 @@ def main() -> int:
     given = measure()
     if args.write:
         _write(given)
-    text, kept = _told(given, tomllib.loads(BUDGETS.read_text()))
+    text, kept = verdicts(given, tomllib.loads(BUDGETS.read_text()))
     print(text)
     if not kept:
         print(
