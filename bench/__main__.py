@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import codec, memory, relay, store
-from bench.figures import Row, table
+from bench import codec, idle, relay, store
+from bench.figures import Row, table, verdict
 from bench.machine import machine_line
+from bench.servers import Checkout, peers_line
 
 #: Name -> what it measures. A new figure is a module with `measure` and a line here.
 FIGURES: dict[str, Callable[[], list[Row]]] = {
     "relay": relay.measure,
-    "memory": memory.measure,
+    "idle": idle.measure,
     "codec": codec.measure,
     "store": store.measure,
 }
@@ -32,8 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}; default: all. Or: voxcpm --help"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="of `relay` only what is promised about its speed: about a minute"
+    )
+    parser.add_argument(
+        "--part", action="append", choices=relay.PARTS, help="with --quick: only this; may be given several times"
+    )
     parser.add_argument("--list", action="store_true", help="name the figures and measure nothing")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+    parser.add_argument("--save", action="store_true", help="write to bench/results/DATE-COMMIT.md as well")
     parser.add_argument("-o", "--output", type=Path, help="write to this file as well")
     args = parser.parse_args(given)
     if unknown := [name for name in args.figures if name not in FIGURES]:
@@ -42,20 +50,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, measure in FIGURES.items():
             print(f"{name:8} {(sys.modules[measure.__module__].__doc__ or '').splitlines()[0]}")
         return 0
-    machine, began, rows = machine_line(), time.monotonic(), []
-    for name in args.figures or FIGURES:
+    machine, peers, began, rows = machine_line(), peers_line(), time.monotonic(), []
+    figures = dict(FIGURES)
+    if args.quick or args.part:
+        figures["relay"] = lambda: relay.measure_quick(args.part or relay.PARTS)
+    for name in args.figures or (["relay"] if args.quick or args.part else figures):
         print(f"measuring {name}...", file=sys.stderr, flush=True)
-        rows += FIGURES[name]()
+        rows += figures[name]()
     took_s = round(time.monotonic() - began)
     if args.json:
-        told = {"machine": machine, "date": _today(), "took_s": took_s, "rows": [row.to_map() for row in rows]}
+        told = {"machine": machine, "peers": peers, "date": _today(), "took_s": took_s}
+        told["rows"] = [row.to_map() for row in rows]
         text = json.dumps(told, ensure_ascii=False, indent=1)
     else:
-        text = f"{machine}\n\n{table(rows)}\n\n{_today()}, {took_s} s."
+        text = "\n\n".join(filter(None, [machine, peers, table(rows), verdict(rows), f"{_today()}, {took_s} s."]))
     print(text)
-    if args.output is not None:
-        args.output.write_text(f"{text}\n")
+    for path in filter(None, [args.output, _result() if args.save else None]):
+        path.write_text(f"{text}\n")
     return 0 if all(row.kept for row in rows) else 1
+
+
+def _result() -> Path:
+    commit = Checkout.wanted().commit.replace("+", "-changed")
+    return Path(__file__).with_name("results") / f"{_today()}-{commit or 'bench'}.md"
 
 
 def _today() -> str:

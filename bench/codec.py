@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 
 from bench.figures import Row, alternate, paired
-from bench.frames import PCM_BYTES
+from bench.frames import SPEECH_BYTES
 from protocol.codec import decode, encode
 from protocol.errors import ProtocolError
 from protocol.messages import FROM_CLIENT, FROM_RELAY, FROM_WORKER, MAX_CONTROL_BYTES, Audio, Message, Submit, Table
@@ -23,7 +23,7 @@ _ID = "0123456789abcdef" * 2
 
 def measure() -> list[Row]:
     """Ordinary messages against bare msgpack, then hostile ones against the clock."""
-    audio = Audio(request_id=_ID, attempt=1, seq=70_000, pcm=secrets.token_bytes(PCM_BYTES))
+    audio = Audio(request_id=_ID, attempt=1, seq=70_000, pcm=secrets.token_bytes(SPEECH_BYTES))
     submit = Submit(request_id=_ID, space="tts", params={"text": "Hello world. " * 8, "voice": "en", "rate": 170})
     return [
         *_message("audio frame of 7,680 bytes", audio, FROM_WORKER),

@@ -1,10 +1,12 @@
 """What a measurement gives: a `Row` with its unit, what it stands against, and how far the rounds lay apart."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import attrs
+
+GivenT = TypeVar("GivenT")
 
 
 @attrs.frozen(kw_only=True)
@@ -20,6 +22,7 @@ class Row:
         peer: what it is compared with.
         ratios: `value` / `against` of each round. Their median is the figure: the machine's mood cancels out in it.
         limit: the most that `value` may be, where the docs claim one.
+        limit_ratio: the same for the ratio.
     """
 
     figure: str
@@ -30,6 +33,7 @@ class Row:
     peer: str = ""
     ratios: tuple[float, ...] = ()
     limit: float | None = None
+    limit_ratio: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -39,6 +43,8 @@ class Row:
     @property
     def kept(self) -> bool:
         """Whether it is within what the docs claim."""
+        if self.limit_ratio is not None and (self.ratio is None or self.ratio > self.limit_ratio):
+            return False
         return self.limit is None or self.value <= self.limit
 
     def to_map(self) -> dict[str, Any]:
@@ -54,7 +60,7 @@ def paired(
     theirs: Sequence[float],
     peer: str,
     *,
-    limit: float | None = None,
+    limit_ratio: float | None = None,
 ) -> Row:
     """A row from rounds that were measured side by side."""
     return Row(
@@ -65,42 +71,64 @@ def paired(
         against=statistics.median(theirs),
         peer=peer,
         ratios=tuple(a / b for a, b in zip(ours, theirs, strict=True)),
-        limit=limit,
+        limit_ratio=limit_ratio,
     )
 
 
-def alternate(rounds: int, first: Callable[[], Any], second: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
-    """Call both `rounds` times, in the order AB BA AB..., so that a machine that slows down slows both."""
-    ours: list[Any] = []
-    theirs: list[Any] = []
+def in_turns(rounds: int, calls: Mapping[str, Callable[[], GivenT]]) -> dict[str, list[GivenT]]:
+    """Call each `rounds` times, in the order ABC CBA ABC..., so that a machine that slows down slows all."""
+    given: dict[str, list[GivenT]] = {name: [] for name in calls}
     for number in range(rounds):
-        if number % 2 == 0:
-            ours.append(first())
-            theirs.append(second())
-        else:
-            theirs.append(second())
-            ours.append(first())
+        for name in list(calls)[:: -1 if number % 2 else 1]:
+            given[name].append(calls[name]())
+    return given
+
+
+def alternate(
+    rounds: int, first: Callable[[], GivenT], second: Callable[[], GivenT]
+) -> tuple[list[GivenT], list[GivenT]]:
+    """`in_turns` for two."""
+    ours, theirs = in_turns(rounds, {"ours": first, "theirs": second}).values()
     return ours, theirs
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Rows as a Markdown table."""
+    """Rows as a Markdown table; what several peers stand beside is told once."""
     lines = [
-        "| figure | what | value | against | ratio (lowest..highest round) |",
-        "| --- | --- | ---: | ---: | --- |",
+        "| what | value | beside | ratio (lowest..highest round) |",
+        "| --- | ---: | ---: | --- |",
     ]
+    before: Row | None = None
     for row in rows:
-        against = "" if row.against is None else f"{_number(row.against)} {row.unit} ({row.peer})"
-        lines.append(f"| {row.figure} | {row.name} | {_number(row.value)} {row.unit} | {against} | {_remark(row)} |")
+        said = before is not None and (before.figure, before.name, before.value) == (row.figure, row.name, row.value)
+        what = " | " if said else f"{row.figure}: {row.name} | {_number(row.value)} {row.unit}"
+        against = "" if row.against is None else f"{_number(row.against)} {row.peer}"
+        lines.append(f"| {what} | {against} | {_remark(row)} |")
+        before = row
     return "\n".join(lines)
+
+
+def verdict(rows: Iterable[Row]) -> str:
+    """Which limits were kept, and which not; empty where there was none."""
+    held = [row for row in rows if row.limit is not None or row.limit_ratio is not None]
+    broken = [row for row in held if not row.kept]
+    if not held:
+        return ""
+    words = [f"{len(held) - len(broken)} of {len(held)} limits kept."]
+    for row in broken:
+        beside = f" beside {row.peer}: {_number(row.ratio)}" if row.ratio is not None and row.limit is None else ""
+        words.append(f"- Broken: {row.figure}: {row.name}{beside}")
+    return "\n".join(words)
 
 
 def _remark(row: Row) -> str:
     words = []
     if row.ratio is not None:
         words.append(f"**{_number(row.ratio)}** ({_number(min(row.ratios))}..{_number(max(row.ratios))})")
+    if row.limit_ratio is not None:
+        words.append(f"at most {_number(row.limit_ratio)}: {'kept' if row.kept else '**BROKEN**'}")
     if row.limit is not None:
-        words.append(f"claim: at most {_number(row.limit)} {row.unit}: {'kept' if row.kept else '**BROKEN**'}")
+        words.append(f"at most {_number(row.limit)} {row.unit}: {'kept' if row.kept else '**BROKEN**'}")
     return "; ".join(words)
 
 

@@ -1,76 +1,122 @@
 """An audio frame as bytes with holes: what differs from frame to frame is written into place, the rest is made once.
 
-So the load generator spends some 10 µs a frame where any WebSocket library in Python spends 50 to 100, and is never
-what is measured. The bytes are a worker's: a real `audio` message, really masked.
+The bytes are a worker's: a real `audio` message, its `seq` as short as msgpack makes it, really masked. Relays that
+know nothing of it pass it on as they would any message, and find its reader by the request id in it.
 """
 
 import struct
+from collections.abc import Callable
+
+import attrs
 
 from protocol.codec import encode
 from protocol.messages import Audio
 
-#: 80 ms of 48 kHz speech, 16 bit: what VoxCPM puts out at once.
-PCM_BYTES = 7_680
-#: RFC 6455 section 5.3 wants it unpredictable, against proxies that none of ours pass; a constant costs the same.
-MASK = bytes((0x37, 0xFA, 0x21, 0x3D))
+#: Any key is allowed (RFC 6455 section 5.3); of one whose four bytes are equal, a hole needs not know where it stands.
+MASK_BYTE = 0x37
+_MASK = bytes((MASK_BYTE,)) * 4
+_MASKED = bytes(byte ^ MASK_BYTE for byte in range(256))
+TEXT, BINARY, PONG = 1, 2, 10
+#: 80 ms of 48 kHz speech, 16 bit: what VoxCPM puts out at once. The "8 KiB" of the tables.
+SPEECH_BYTES = 7_680
 
 _AN_ID = "0123456789abcdef" * 2
-#: Packed in five bytes, so that every `seq` has room.
-_WIDE_SEQ = 2**31
-_HEADER = struct.Struct(">BBH")
-_SEQ = struct.Struct(">I")
-_STAMP = struct.Struct(">Q")
+_STAMP_BYTES = 8
+#: msgpack's positive integers: the first number of each width, the bytes that hold the number, and one to look for.
+_WIDTHS = ((0, 1, 0x5B), (128, 1, 0xDB), (256, 2, 0x5BDB), (65_536, 4, 0x5BDB3C7A))
 
 
-def _audio(request_id: str) -> bytes:
-    return encode(Audio(request_id=request_id, attempt=1, seq=_WIDE_SEQ, pcm=bytes(PCM_BYTES)))
+def _audio(request_id: str, seq: int, pcm_bytes: int) -> bytes:
+    """Its samples are no two alike, so that a mix-up shows."""
+    pcm = (bytes(range(251)) * (pcm_bytes // 251 + 1))[:pcm_bytes]
+    return encode(Audio(request_id=request_id, attempt=1, seq=seq, pcm=pcm))
 
 
-_sample = _audio(_AN_ID)
-FRAME_BYTES = len(_sample)
-_ROUTE_AT = _sample.index(_AN_ID.encode())
-#: Where the request id stands.
+#: Where the request id stands in a frame, for relays that route by it.
+_ROUTE_AT = _audio(_AN_ID, 0, 16).index(_AN_ID.encode())
 ROUTE = slice(_ROUTE_AT, _ROUTE_AT + len(_AN_ID))
-_SEQ_AT = _sample.index(_SEQ.pack(_WIDE_SEQ))
-#: The time of sending takes the place of the first four samples.
-_STAMP_AT = FRAME_BYTES - PCM_BYTES
 
 
-def masked(data: bytes) -> bytes:
-    """`data` as a client masks it (RFC 6455 section 5.3)."""
-    key = (MASK * (len(data) // 4 + 1))[: len(data)]
-    return (int.from_bytes(data) ^ int.from_bytes(key)).to_bytes(len(data))
+def _head(opcode: int, size: int, mask: int) -> bytes:
+    if size < 126:
+        return bytes((0x80 | opcode, mask | size))
+    if size < 65_536:
+        return struct.pack(">BBH", 0x80 | opcode, mask | 126, size)
+    return struct.pack(">BBQ", 0x80 | opcode, mask | 127, size)
 
 
-def message(data: bytes, opcode: int = 2) -> bytes:
-    """One masked WebSocket message."""
-    if len(data) < 126:
-        head = bytes((0x80 | opcode, 0x80 | len(data)))
-    else:
-        head = _HEADER.pack(0x80 | opcode, 0x80 | 126, len(data))
-    return head + MASK + masked(data)
+def message(data: bytes, opcode: int = BINARY) -> bytes:
+    """One WebSocket message as a client sends it, masked."""
+    return _head(opcode, len(data), 0x80) + _MASK + data.translate(_MASKED)
 
 
-def _mask_of(at: int, size: int) -> int:
-    return int.from_bytes((MASK * 4)[at % 4 : at % 4 + size])
+def plain_message(data: bytes) -> bytes:
+    """One WebSocket message as a server sends it."""
+    return _head(BINARY, len(data), 0) + data
 
 
-class Frames:
-    """The frames of one stream."""
+@attrs.frozen
+class Wrapping:
+    """How a protocol carries a frame from a sender: what stands before it, behind it, and whether it is masked."""
 
-    def __init__(self, request_id: str) -> None:
-        self._bytes = bytearray(message(_audio(request_id)))
-        head = len(self._bytes) - FRAME_BYTES
-        self._seq_at, self._seq_mask = head + _SEQ_AT, _mask_of(_SEQ_AT, 4)
-        self._stamp_at, self._stamp_mask = head + _STAMP_AT, _mask_of(_STAMP_AT, 8)
-
-    def fill(self, seq: int, stamp_ns: int) -> bytearray:
-        """The frame `seq`, sent at `stamp_ns`; good until the next call."""
-        _SEQ.pack_into(self._bytes, self._seq_at, seq ^ self._seq_mask)
-        _STAMP.pack_into(self._bytes, self._stamp_at, stamp_ns ^ self._stamp_mask)
-        return self._bytes
+    wrap: Callable[[str, bytes], bytes]
+    tail_bytes: int = 0
+    masked: bool = True
 
 
-def read(buffer: bytearray, at: int) -> tuple[int, int]:
-    """`seq` and time of sending of the frame that begins at `at`."""
-    return _SEQ.unpack_from(buffer, at + _SEQ_AT)[0], _STAMP.unpack_from(buffer, at + _STAMP_AT)[0]
+@attrs.frozen
+class Variant:
+    """A frame with holes, for numbers from `first_seq` on: `wire` is sent, `read` is what comes of it.
+
+    Args:
+        seq_bytes: of the hole for the number, big-endian, at `seq_at`; the time stands in eight at `stamp_at`.
+        wrapped: by so many bytes both lie further behind in `wire`.
+    """
+
+    first_seq: int
+    seq_bytes: int
+    wire: bytes
+    read: bytes
+    seq_at: int
+    stamp_at: int
+    wrapped: int
+    mask: int
+
+
+def variants(request_id: str, pcm_bytes: int, first_seq: int, count: int, wrapping: Wrapping) -> list[Variant]:
+    """The frames of one stream, for each width of number that occurs in it."""
+    made = []
+    for (begin, seq_bytes, sample), end in zip(_WIDTHS, [first for first, *_ in _WIDTHS[1:]] + [2**31], strict=True):
+        if begin < first_seq + count and first_seq < end:
+            read = _audio(request_id, sample, pcm_bytes)
+            wire = wrapping.wrap(request_id, read)
+            number = sample.to_bytes(seq_bytes)
+            made.append(
+                Variant(
+                    begin,
+                    seq_bytes,
+                    wire,
+                    read,
+                    seq_at=read.index(b"\xa3seq") + read[read.index(b"\xa3seq") :].index(number),
+                    stamp_at=len(read) - pcm_bytes,
+                    wrapped=len(wire) - wrapping.tail_bytes - len(read),
+                    mask=MASK_BYTE if wrapping.masked else 0,
+                )
+            )
+    return made
+
+
+WEBSOCKET = Wrapping(lambda _id, data: message(data))
+#: Nothing in between knows WebSocket: what goes in comes out, so it is a server's already.
+TCP = Wrapping(lambda _id, data: plain_message(data), masked=False)
+NATS = Wrapping(
+    lambda name, data: b"PUB %s %d\r\n%s\r\n" % (name.encode(), len(data), data), tail_bytes=2, masked=False
+)
+
+
+def _event(name: str, data: bytes) -> bytes:
+    """An event of Socket.IO 5 with one attachment: a text, then a binary message."""
+    return message(b'451-["frame","%s",{"_placeholder":true,"num":0}]' % name.encode(), TEXT) + message(data)
+
+
+SOCKETIO = Wrapping(_event)

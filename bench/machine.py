@@ -5,7 +5,7 @@ import os
 import platform
 from pathlib import Path
 
-PACKAGES = ("trio", "trio-websocket", "wsproto", "msgpack", "attrs")
+PACKAGES = ("trio", "msgpack", "attrs")
 
 
 def machine_line() -> str:

@@ -1,38 +1,58 @@
-"""Relays as processes of their own: started, watched from outside, stopped."""
+"""Relays as processes of their own: started, watched from outside, stopped. A peer that is missing is `Absent`."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
+import re
+import shlex
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 import attrs
 
-from relayd.auth import Tokens
-from relayd.store.base import PutToken
-from relayd.store.opening import open_offline
-
 SPACE = "bench"
-READY_S = 30.0
+READY_S = 90.0
 STOP_S = 10.0
 LOOK_AGAIN_S = 0.02
+#: Of this file: what the peers are started in.
+ROOT = Path(__file__).resolve().parent.parent
 
-#: Results are let go of soon, so that one round's frames do not fill the memory in which the next is measured.
+#: Results are let go of soon, so that one round's frames do not fill the memory in which the next is measured. Pings
+#: are there, but seldom: the peers of the same rounds send none. Idle connections have a figure of their own.
 _CONFIG = f"""
 listen = "127.0.0.1:0"
 state_dir = "state"
+store = "%s"
 [log]
 format = "json"
+[limits]
+max_connections = 10_000
+max_result_bytes = 1_073_741_824
+ping_interval_s = %g
+dead_after_s = %g
 [results]
 retain_s = 0
+memory_bytes = %d
 [spaces.{SPACE}]
 max_workers = 16
+max_queued_per_principal = 1_000
+run_timeout_s = 3_600
+idle_timeout_s = 3_600
 """
+
+
+class Absent(Exception):
+    """A peer that is not installed; the text says how to have it."""
 
 
 @attrs.frozen
@@ -44,6 +64,8 @@ class Server:
     port: int
     #: Role -> token; empty where none is needed.
     tokens: dict[str, str] = attrs.field(factory=dict)
+    #: Where a proxy passes on what comes in.
+    behind: socket.socket | None = None
 
     def cpu_s(self) -> float:
         """CPU seconds of the process so far, all threads, user and system.
@@ -60,45 +82,232 @@ class Server:
         raise RuntimeError(f"{self.name} has no VmRSS: it is gone")
 
 
+# -- relayd -------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Checkout:
+    """Which relayd is measured: this one, or the one that RELAYD_BENCH_CHECKOUT points to (with a .venv of its own)."""
+
+    folder: Path
+    python: str
+
+    @classmethod
+    def wanted(cls) -> "Checkout":
+        """As the environment says."""
+        if not (given := os.environ.get("RELAYD_BENCH_CHECKOUT")):
+            return cls(ROOT, sys.executable)
+        folder = Path(given).resolve()
+        own = folder / ".venv/bin/python"
+        return cls(folder, str(own) if own.exists() else sys.executable)
+
+    @property
+    def command(self) -> list[str]:
+        """Of its command line."""
+        return [self.python, "-m", "relayd.cli"]
+
+    @property
+    def commit(self) -> str:
+        """Short, with a `+` where files were changed since; empty where there is no git."""
+        git = ["git", "-C", str(self.folder)]
+        told = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+        return told.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def serving_command(checkout: Checkout) -> list[str]:
+    """What is measured; RELAYD_BENCH_COMMAND puts another (a profiler's) in its place."""
+    return shlex.split(os.environ.get("RELAYD_BENCH_COMMAND", "")) or checkout.command
+
+
 @contextmanager
-def open_relayd() -> Iterator[Server]:
-    """The real daemon, on a free port, with a throw-away state folder; it logs to a file, as under systemd."""
+def open_relayd(
+    *,
+    store: str = "sqlite",
+    ping_interval_s: float = 5.0,
+    memory_bytes: int = 256 * 1024 * 1024,
+    command: list[str] | None = None,
+    **environ: str,
+) -> Iterator[Server]:
+    """The real daemon, on a free port, with a throw-away state folder; it logs to a file, as under systemd.
+
+    Args:
+        store: `memory` leaves the disk out of it.
+        ping_interval_s: of connections at rest; they are dead after three of those.
+        memory_bytes: of all frames; what is more goes to files, where the store is no `memory`.
+        command: in place of what `serving_command` says.
+        environ: variables of its process.
+    """
+    checkout = Checkout.wanted()
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as name:
         folder = Path(name)
-        (folder / "relayd.toml").write_text(_CONFIG)
-        issued = {}
-        with open_offline(folder / "state") as store:
-            tokens = Tokens()
-            for role in ("worker", "client"):
-                token = tokens.create(role=role, name=f"bench-{role}", now=time.time(), spaces=[SPACE])
-                store.commit(PutToken(token.record))
-                issued[role] = token.text
-        command = [*relayd_command(), "serve", "--config", str(folder / "relayd.toml")]
-        with open_process(command, folder / "log") as process:
+        config = folder / "relayd.toml"
+        config.write_text(_CONFIG % (store, ping_interval_s, 3 * ping_interval_s, memory_bytes))
+        serve = [*(command or serving_command(checkout)), "serve", "--config", str(config)]
+        with _open_process_in(checkout.folder, serve, folder / "log", environ) as process:
             port = _port_in_log(process, folder / "log")
+            issued = _issue_tokens(checkout, config)
             yield Server("relayd", process.pid, port, issued)
 
 
-def relayd_command() -> list[str]:
-    """The command to measure; RELAYD_BENCH_COMMAND puts another (a profiler's) in its place."""
-    return os.environ.get("RELAYD_BENCH_COMMAND", "").split() or [sys.executable, "-m", "relayd.cli"]
+def _issue_tokens(checkout: Checkout, config: Path) -> dict[str, str]:
+    """By the commands that a person would use, on the running daemon: so any relayd can be asked."""
+    create = [*checkout.command, "token", "create", "--space", SPACE, "--config", str(config)]
+    asked = {
+        role: subprocess.Popen(
+            [*create, "--role", role, "--name", f"bench-{role}"],
+            cwd=checkout.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_environment(),
+        )
+        for role in ("worker", "client")
+    }
+    issued = {}
+    for role, process in asked.items():
+        token, words = process.communicate()
+        if not token:
+            raise RuntimeError(f"relayd gave no token: {words}")
+        issued[role] = token.strip()
+    return issued
+
+
+# -- peers --------------------------------------------------------------------------------------------------------
+
+#: Relay of a few lines -> packages it stands on, the first of which is its name.
+_PYTHON_PEERS = {
+    "plain_trio": ("trio-websocket", "trio"),
+    "on_websockets": ("websockets", "uvloop"),
+    "on_aiohttp": ("aiohttp", "uvloop"),
+    "on_picows": ("picows", "uvloop"),
+    "on_socketio": ("python-socketio", "uvicorn", "uvloop"),
+}
+_MODULES = {"python-socketio": "socketio", "trio-websocket": "trio_websocket"}
+_NATS, _HAPROXY = "nats-server", "haproxy"
+#: One thread: what is a floor for one thread of relayd would else also pay for two threads' meeting.
+_HAPROXY_CONFIG = """
+global
+  nbthread 1
+  maxconn 9000
+defaults
+  mode tcp
+  timeout connect 10s
+  timeout client 1h
+  timeout server 1h
+listen bench
+  bind 127.0.0.1:%d
+  server bench 127.0.0.1:%d
+"""
 
 
 @contextmanager
-def open_plain() -> Iterator[Server]:
-    """The relay of a few lines, `bench.plain_relay`."""
-    with tempfile.TemporaryDirectory(prefix="relayd-bench-") as name:
-        log = Path(name, "log")
-        with open_process([sys.executable, "-m", "bench.plain_relay"], log) as process:
-            yield Server("plain trio-websocket", process.pid, _port_in_log(process, log))
+def open_python_peer(module: str, ping_interval_s: float | None = None) -> Iterator[Server]:
+    """A relay of a few lines, of `bench.peers`.
+
+    Raises:
+        Absent: a package that it stands on is not installed.
+    """
+    _packages(module)
+    command = [sys.executable, "-m", f"bench.peers.{module}"]
+    if ping_interval_s is not None:
+        command += ["--ping", f"{ping_interval_s:g}"]
+    with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
+        log = Path(folder, "log")
+        with _open_process_in(ROOT, command, log) as process:
+            yield Server(_PYTHON_PEERS[module][0], process.pid, _port_in_log(process, log))
+
+
+@contextmanager
+def open_nats(ping_interval_s: float | None = None) -> Iterator[Server]:
+    """nats-server, with its defaults.
+
+    Raises:
+        Absent: it is not installed.
+    """
+    program = _program(_NATS)
+    port = _free_port()
+    with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
+        config = Path(folder, "nats.conf")
+        config.write_text("" if ping_interval_s is None else f'ping_interval: "{ping_interval_s:g}s"\n')
+        command = [program, "-a", "127.0.0.1", "-p", str(port), "-c", str(config)]
+        with _open_process_in(ROOT, command, Path(folder, "log")) as process:
+            _await_port(process, port)
+            yield Server(_NATS, process.pid, port)
+
+
+@contextmanager
+def open_haproxy() -> Iterator[Server]:
+    """HAProxy, passing TCP connections on to a socket of ours: it knows no frames, so it is the floor.
+
+    Raises:
+        Absent: it is not installed.
+    """
+    program = _program(_HAPROXY)
+    port = _free_port()
+    with (
+        tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder,
+        socket.create_server(("127.0.0.1", 0)) as behind,
+    ):
+        config = Path(folder, "haproxy.cfg")
+        config.write_text(_HAPROXY_CONFIG % (port, behind.getsockname()[1]))
+        with _open_process_in(ROOT, [program, "-db", "-f", str(config)], Path(folder, "log")) as process:
+            _await_port(process, port)
+            behind.accept()[0].close()  # of the port's trial
+            yield Server(_HAPROXY, process.pid, port, behind=behind)
+
+
+def peers_line() -> str:
+    """What there is to be measured, with versions, and what is missing."""
+    words = [f"relayd {Checkout.wanted().commit}".strip()]
+    for module in _PYTHON_PEERS:
+        try:
+            words.append(_packages(module))
+        except Absent as missing:
+            words.append(f"no {missing}")
+    for name, flag in ((_NATS, "--version"), (_HAPROXY, "-v")):
+        try:
+            told = subprocess.run([_program(name), flag], capture_output=True, text=True, check=False).stdout
+            words.append(f"{name} {(re.findall(r'[0-9]+(?:[.][0-9]+)+', told) or [''])[0]}")
+        except Absent as missing:
+            words.append(f"no {missing}")
+    return ", ".join(words)
+
+
+def _packages(module: str) -> str:
+    """What a relay of a few lines stands on."""
+    packages = _PYTHON_PEERS[module]
+    for package in packages:
+        if importlib.util.find_spec(_MODULES.get(package, package)) is None:
+            raise Absent(f"{package} (pip install -c constraints.txt -e '.[bench]')")
+    return " on ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+    if found is None:
+        raise Absent(f"{name} (apt-get install {name})")
+    return found
+
+
+# -- processes ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def open_process(command: list[str], log: Path, **environ: str) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that writes to `log` and sees no relay of the environment but in `environ`; ended with the block."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RELAY_", "RELAYD_"))}
+    with _open_process_in(None, command, log, environ) as process:
+        yield process
+
+
+@contextmanager
+def _open_process_in(
+    folder: Path | None, command: list[str], log: Path, environ: Mapping[str, str] = MappingProxyType({})
+) -> Iterator["subprocess.Popen[bytes]"]:
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=inherited | environ)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=_environment() | dict(environ), cwd=folder
+        )
     try:
         yield process
     finally:
@@ -108,6 +317,28 @@ def open_process(command: list[str], log: Path, **environ: str) -> Iterator["sub
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith(("RELAY_", "RELAYD_"))}
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as trial:
+        return int(trial.getsockname()[1])
+
+
+def _await_port(process: "subprocess.Popen[bytes]", port: int) -> None:
+    """Until somebody listens there."""
+    deadline = time.monotonic() + READY_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(LOOK_AGAIN_S)
+        else:
+            return
+    raise RuntimeError(f"{process.args!r} did not start")
 
 
 def _port_in_log(process: "subprocess.Popen[bytes]", log: Path) -> int:
@@ -122,4 +353,4 @@ def _port_in_log(process: "subprocess.Popen[bytes]", log: Path) -> int:
             if told.get("event") == "listening":
                 return int(urlsplit(told["urls"][0]).port or 0)
         time.sleep(LOOK_AGAIN_S)
-    raise RuntimeError(f"{' '.join(process.args)} did not start:\n{log.read_text()[-2000:]}")  # type: ignore[arg-type]
+    raise RuntimeError(f"{process.args!r} did not start:\n{log.read_text()[-2000:]}")

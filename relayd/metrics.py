@@ -7,6 +7,7 @@ and never at the requests that wait or have ended, so that it costs the same how
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 
 import attrs
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -32,7 +33,7 @@ ROLES = ("client", "operator", "worker")
 WORKER_STATES = ("connected", "draining", "away")
 
 
-@attrs.frozen
+@attrs.define
 class SpaceReading:
     """A space at the moment of a scrape, with what its workers come to."""
 
@@ -42,6 +43,7 @@ class SpaceReading:
     audio_s: float
     workers: dict[str, int] = attrs.field(factory=lambda: dict.fromkeys(WORKER_STATES, 0))
     slots: dict[str, int] = attrs.field(factory=lambda: {"busy": 0, "free": 0})
+    readers: dict[str, int] = attrs.field(factory=lambda: {"keeping up": 0, "behind": 0})
 
 
 @attrs.frozen
@@ -82,8 +84,11 @@ def _read_spaces(relay: Relay) -> list[SpaceReading]:
     readings = {}
     for name, space in relay.spaces.items():
         state, stats = relay.scheduler.spaces[name], relay.stats.of_space(name)
-        running = sum(audio_ms(relay.requests[request_id]) for request_id in state.running)
-        readings[name] = SpaceReading(space, state, stats, (stats.audio_ms + running) / 1000)
+        reading = readings[name] = SpaceReading(space, state, stats, stats.audio_ms / 1000)
+        running = [relay.requests[request_id] for request_id in state.running]
+        reading.audio_s = (stats.audio_ms + sum(map(audio_ms, running))) / 1000
+        for reader in chain.from_iterable(request.log.readers for request in running):
+            reading.readers["behind" if reader.sink.backlog_bytes >= HIGH_WATER_BYTES else "keeping up"] += 1
     for worker in relay.scheduler.workers.values():
         there = "away" if not worker.linked else "draining" if worker.draining else "connected"
         for reading in filter(None, map(readings.get, worker.spaces)):
@@ -104,11 +109,6 @@ def _daemon(relay: Relay) -> Iterator[Metric]:
     yield _one("relayd_connections", "Connections that have logged in, by role.", _connections(relay), "role")
     yield _one(
         "relayd_connections_limit", "How many may log in (limits.max_connections).", settings.limits.max_connections
-    )
-    yield _one(
-        "relayd_readers_behind",
-        "Connections that have not taken what was sent to them yet, so that frames wait for them.",
-        sum(client.backlog_bytes >= HIGH_WATER_BYTES for client in relay.clients.values()),
     )
     yield _one(
         "relayd_slow_readers_total",
@@ -211,6 +211,12 @@ def _spaces(readings: list[SpaceReading]) -> Iterator[Metric]:
         lambda s: s.stats.real_time_factor,
     )
     yield each("relayd_audio_seconds_total", "Audio made by workers, also of what ended badly.", lambda s: s.audio_s)
+    yield each(
+        "relayd_readers",
+        "Who listens to running requests; for those behind, which have not taken what was sent yet, frames wait.",
+        lambda s: s.readers,
+        "state",
+    )
     yield each("relayd_workers", "Workers, by state; one of several spaces is in each.", lambda s: s.workers, "state")
     yield each(
         "relayd_worker_slots",

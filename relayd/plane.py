@@ -247,7 +247,7 @@ class Plane:
         """A link over a socket whose handshake is done; the stream is empty-handed from now on."""
         its = stream.socket
         trio.lowlevel.notify_closing(its.fileno())  # Trio forgets the descriptor, which lives on here
-        sock = socket.socket(its.family, its.type, its.proto, its.detach())
+        sock = socket.socket(its.family, socket.SOCK_STREAM, 0, its.detach())
         sock.setblocking(False)
         self.now = trio.current_time()
         link = SocketLink(self, sock, peer, rules)

@@ -35,6 +35,7 @@ from protocol.rfc6455 import INTERNAL_ERROR, POLICY_VIOLATION
 from relayd.auth import PeerCredentials, Principal, Tokens
 from relayd.client_link import ClientLink
 from relayd.config import Limits
+from relayd.failures import TOO_MANY_FAILURES, LoginFailures, address_of
 from relayd.handshake import Head, Refusal, answer_to, check_upgrade, parse_head
 from relayd.heads import split_head
 from relayd.http.login import may_come_from
@@ -158,6 +159,7 @@ class Gate:
     plane: Plane
     #: Begins the daemon's drain; an operator may ask for it.
     drain: Callable[[str], None]
+    failures: LoginFailures = attrs.field(factory=LoginFailures)
     #: Connections from their first byte on, logged in or not.
     open: int = 0
     _rules: tuple[Limits, LinkRules] | None = None
@@ -257,7 +259,7 @@ class Gate:
         """Hear the hello; None where there was none, or one that is refused: the link is then closed."""
         try:
             hello = await self._hello(link)
-            principal = self._principal(hello, arrival.credentials)
+            principal = self._principal(hello, arrival)
         except ProtocolError as fault:
             tell_fault(link, fault)
         except LinkError:
@@ -271,7 +273,8 @@ class Gate:
                 self.relay.connections[connection.connection_id] = connection
                 log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
                 return connection
-            log.warning("login refused", peer=link.peer, role=hello.role, code=principal.code)
+            if principal.retry_after_s is None:  # else it was told often enough
+                log.warning("login refused", peer=link.peer, role=hello.role, code=principal.code)
             say_why(link, principal.code, principal.message, POLICY_VIOLATION)
         await link.aclose()
         return None
@@ -286,10 +289,10 @@ class Gate:
             return message
         raise _Silent(f"no hello within {hello_timeout_s:g} s; connect again")
 
-    def _principal(self, hello: Hello, credentials: PeerCredentials | None) -> Principal | Rejected:
-        principal = self.tokens.log_in(hello, credentials, time.time())
+    def _principal(self, hello: Hello, arrival: Arrival) -> Principal | Rejected:
+        principal = self.tokens.log_in(hello, arrival.credentials, time.time())
         if isinstance(principal, Rejected):
-            return principal
+            return self._counted(principal, hello, arrival)
         if self._full():  # others have logged in since its handshake
             return Rejected.because(ErrorCode.RATE_LIMITED, FULL)
         most = principal.limits.max_connections
@@ -299,6 +302,15 @@ class Gate:
                 message = f"the token of {principal.name!r} allows {most} connections at once; close one first"
                 return Rejected.because(ErrorCode.RATE_LIMITED, message)
         return principal
+
+    def _counted(self, refusal: Rejected, hello: Hello, arrival: Arrival) -> Rejected:
+        """A refused login; of too many from one address, one that says so."""
+        if refusal.code != ErrorCode.UNAUTHENTICATED or not hello.token or arrival.credentials is not None:
+            return refusal
+        wait_s = self.failures.add(address_of(arrival.peer), trio.current_time())
+        if wait_s is None:
+            return refusal
+        return Rejected.because(ErrorCode.RATE_LIMITED, TOO_MANY_FAILURES, retry_after_s=wait_s)
 
     # -- its part
 

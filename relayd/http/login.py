@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from protocol.errors import ErrorCode
 from protocol.messages import PROTOCOL_VERSION, Hello, Rejected
+from relayd import failures
 from relayd.auth import Principal
 from relayd.heads import last_address
 from relayd.http.refusals import Refusal
@@ -71,8 +72,7 @@ def _refuse(site: Site, visit: Visit, request: Request, role: str, refused: Reje
         return Refusal.of(refused)
     wait_s = site.failures.add(address_of(request), trio.current_time())
     if wait_s is not None:
-        message = "too many tokens from this address opened nothing; set the right one and wait a little"
-        return Refusal(ErrorCode.RATE_LIMITED, message, retry_after_s=wait_s)
+        return Refusal(ErrorCode.RATE_LIMITED, failures.TOO_MANY_FAILURES, retry_after_s=wait_s)
     log.warning("login refused", peer=address_of(request), role=role, code=refused.code)
     return Refusal.of(refused)
 
@@ -83,7 +83,7 @@ def address_of(request: Request) -> str:
         lines = request.headers.getlist("x-forwarded-for")
         if lines and (address := last_address(lines[-1])) is not None:
             return address
-    return visit_of(request).peer.rpartition(":")[0] or visit_of(request).peer
+    return failures.address_of(visit_of(request).peer)
 
 
 def may_come_from(origin: str, host: str, allowed: tuple[str, ...]) -> bool:

@@ -8,7 +8,7 @@ import trio
 from starlette.requests import Request
 
 from relayd.auth import PeerCredentials, Principal, Tokens
-from relayd.http.failures import LoginFailures
+from relayd.failures import LoginFailures
 from relayd.intake import Intake
 from relayd.relay import Relay
 

@@ -4,11 +4,13 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
-from tests.browser.stage import MOCK, PATIENCE_S, Browser, BrowserPlace
+from tests.browser.stage import MOCK, PATIENCE_S, Browser, BrowserPlace, steer
 from tests.e2e.processes import Place, a_place
 
 
@@ -28,9 +30,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserPlace]:
         started.append(_start(place, "relayd", "serve"))
         url = _listening(place.folder / "relayd.log")
         started.append(_start(place, "gpuworker", "run", *MOCK))
-        create = place.command("relayd", "token", "create", "--role", "client", "--name", "anna")
-        token = subprocess.run(create, env=place.environ, cwd=place.folder, check=True, capture_output=True).stdout
-        yield BrowserPlace(place.folder, place.environ, url.replace("ws:", "http:") + "/", token.decode().strip())
+        token = trio.run(partial(steer, place, "create_token", "anna", role="client"))["token"]
+        yield BrowserPlace(place.folder, place.environ, url.replace("ws:", "http:") + "/", token)
     finally:
         for process in reversed(started):
             process.kill()

@@ -12,6 +12,7 @@ import trio
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
+from protocol import open_relay
 from tests.e2e.processes import Place, Proc, a_place, a_relay
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ ARGUMENTS = (
     "--autoplay-policy=no-user-gesture-required",
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
+    "--ignore-certificate-errors",  # of the tests' own certificate, on this machine's own address
 )
 
 #: Put into every page before its own scripts: an AnalyserNode on whatever is led to the loudspeaker.
@@ -209,15 +211,20 @@ class BrowserPlace(Place):
     token: str
 
 
+async def steer(place: Place, action: str, target: str, **options: str) -> dict[str, Any]:
+    """What an operator does, on the relay's own socket."""
+    async with open_relay(f"unix:{place.folder}/state/relayd.sock", token="", role="operator") as relay:
+        return await relay.steer(action, target, **options)
+
+
 @asynccontextmanager
 async def a_site(folder: Path) -> AsyncIterator[tuple[BrowserPlace, Proc]]:
     """A relay of a test's own, to be killed."""
     place = a_place(folder)
     async with a_relay(place) as relay:
         [url, *_] = (await relay.event("listening"))["urls"]
-        token, _said = await place.run("relayd", "token", "create", "--role", "client", "--name", "anna")
-        http = url.replace("ws:", "http:") + "/"
-        yield BrowserPlace(place.folder, place.environ, http, token.decode().strip()), relay
+        token = (await steer(place, "create_token", "anna", role="client"))["token"]
+        yield BrowserPlace(place.folder, place.environ, url.replace("ws:", "http:") + "/", token), relay
 
 
 @asynccontextmanager

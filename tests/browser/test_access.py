@@ -65,6 +65,10 @@ async def test_it_works_by_keys_alone_and_everything_has_a_name(site: BrowserPla
         await window.js(f"{slider}.focus()")
         await window.do(lambda driver: driver.switch_to.active_element.send_keys("\ue011"))  # Home
         assert await window.until(f"{slider}.getAttribute('aria-valuetext') === '0.00 s of 2.1 s'")
+        await window.do(lambda driver: driver.switch_to.active_element.send_keys("\ue014"))  # to the right
+        assert await window.until(f"{slider}.getAttribute('aria-valuetext') === '2.0 s of 2.1 s'")
+        await window.do(lambda driver: driver.switch_to.active_element.send_keys("\ue004"))  # Tab
+        assert await focused(window) == "download"
         await window.js("document.querySelector('.forget').focus()")
         await window.do(lambda driver: driver.switch_to.active_element.send_keys(" "))
         await window.until("document.getElementById('none').offsetHeight > 0")

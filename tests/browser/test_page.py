@@ -5,14 +5,18 @@ import signal
 import wave
 from pathlib import Path
 
+import attrs
 import pytest
 
 from gpuworker.engines.mock import Tune, default_duration_s, tune_key
-from tests.browser.stage import MOCK, Browser, BrowserPlace, a_site, a_window
+from protocol import open_relay
+from tests.browser.stage import MOCK, Browser, BrowserPlace, a_site, a_window, steer
+from tests.deploy.proxies import open_proxy
 from tests.e2e.processes import a_relay, a_worker
 
-#: 3.5 s of tune, made in 3.5 s.
-LONG = "a tune that is long enough to be cut in two. Or three. " * 2
+#: 2.6 s and 5 s of tune, made in as long.
+SHORT = "a tune that is not quite so long at all"
+LONG = "a tune that is long enough to be cut in two. " * 5
 LOUD = 0.02
 RATE = 24_000
 HEARS = f"window.loudness() > {LOUD}"
@@ -40,8 +44,8 @@ async def test_speech_is_heard_before_its_request_has_ended(site: BrowserPlace, 
         await window.type("text", "\ue009\ue007")  # Ctrl + Enter
         assert await window.until(f"{HEARS} && {STATE}") == "running"
         request_id = (await window.words(".request code")).removeprefix("tts · ")
-        url = site.url.replace("http:", "ws:")
-        await site.run("relay", "status", request_id, RELAY_URL=url, RELAY_TOKEN=site.token)  # by that id it is known
+        async with open_relay(site.url.replace("http:", "ws:"), token=site.token) as relay:
+            assert (await relay.status(request_id)).space == "tts"  # by that id it is known
         assert await window.words(".request .said") == "A tune, 一首歌"
         await window.until_state("completed")
         assert await window.words(".request .state") == "✓ Completed"
@@ -115,7 +119,7 @@ async def test_a_killed_worker_and_a_killed_relay_cost_no_sample(tmp_path: Path,
             await window.log_in(site)
             assert await window.words("#space-state") == "✓ Connected"
             assert await window.js(colour) == "rgb(23, 112, 58)"
-            await window.submit(LONG)
+            await window.submit(SHORT)
             await window.until(HEARS)
             await window.type("text", " and more")
             worker.send_signal(signal.SIGKILL)
@@ -130,10 +134,10 @@ async def test_a_killed_worker_and_a_killed_relay_cost_no_sample(tmp_path: Path,
             await window.type("text", "!")
             assert (await window.js("document.getElementById('text').value")).endswith(" and more!")
             await window.until_state("completed")
-            assert samples(await window.download()) == tune(LONG)
+            assert samples(await window.download()) == tune(SHORT)
             assert browser.errors() == []
 
-            await window.submit(LONG)
+            await window.submit(SHORT)
             await window.until(f"{HEARS} && {STATE} === 'running'")
             relay.send_signal(signal.SIGKILL)
             await relay.ended()
@@ -142,7 +146,7 @@ async def test_a_killed_worker_and_a_killed_relay_cost_no_sample(tmp_path: Path,
             async with a_relay(site, "--listen", site.url.removeprefix("http://").removesuffix("/")):
                 await window.until("document.getElementById('link').textContent === '✓ Connected as anna'")
                 await window.until_state("completed")
-                assert samples(await window.download()) == tune(LONG)
+                assert samples(await window.download()) == tune(SHORT)
     unexpected = [line for line in browser.errors() if "WebSocket connection to" not in line]
     assert unexpected == []  # tries that find nobody are told by Chromium itself
 
@@ -207,4 +211,31 @@ async def test_what_goes_wrong_is_said_in_words(site: BrowserPlace, browser: Bro
         await window.submit("words and no sound")
         await window.until_state("completed")
         assert await window.words(".request .output") == "words and no sound"
+    assert browser.errors() == []
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("kind", ["nginx", "caddy"])
+async def test_it_speaks_over_tls_behind_a_proxy(
+    site: BrowserPlace, browser: Browser, tmp_path: Path, kind: str
+) -> None:
+    relay = site.url.removeprefix("http://").removesuffix("/")
+    async with open_proxy(kind, tmp_path, relay) as proxy, a_window(browser) as window:
+        await window.log_in(attrs.evolve(site, url=f"https://localhost:{proxy.port}/"))
+        await window.submit(kind)
+        assert await window.until(f"{HEARS} && {STATE}") == "running"
+        await window.until_state("completed")
+        assert samples(await window.download()) == tune(kind)
+    assert browser.errors() == []
+
+
+@pytest.mark.trio
+async def test_a_revoked_token_leads_back_to_the_door(site: BrowserPlace, browser: Browser) -> None:
+    token = (await steer(site, "create_token", "bob", role="client"))["token"]
+    async with a_window(browser) as window:
+        await window.log_in(attrs.evolve(site, token=token))
+        await steer(site, "revoke_token", "bob")
+        await window.until("document.getElementById('login-fault').offsetHeight > 0")
+        assert "does not know this token" in await window.words("#login-fault")
+        assert await window.js("sessionStorage.getItem('relayd.token')") is None
     assert browser.errors() == []

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "grafana.json"
 RULES = ROOT / "deploy" / "prometheus-rules.yml"
 RULE_TESTS = Path(__file__).parent / "rules.test.yml"
+DOCUMENT = ROOT / "docs" / "metrics.md"
 CONFIG = ROOT / "deploy" / "prometheus.yml"
 #: Set by Prometheus, whatever is scraped.
 FROM_PROMETHEUS = {"up"}
@@ -83,7 +84,7 @@ def names_in(query: str) -> set[str]:
 async def test_every_metric_of_the_dashboard_and_the_alerts_is_there_with_its_labels(tmp_path: Path) -> None:
     there = await told(tmp_path)
     variables = " ".join(values_of(json.loads(DASHBOARD.read_text()), "definition"))
-    for query in (*dashboard_queries(), variables, rule_queries()):
+    for query in (*dashboard_queries(), *document_queries(), variables, rule_queries()):
         assert names_in(query) - FROM_PROMETHEUS <= there.keys(), query
         for name, matchers in re.findall(r"\b((?:relayd|process)_[a-z_]+){([^}]*)}", query):
             labels = set(re.findall(r"(\w+) *=", matchers))
@@ -97,8 +98,17 @@ async def test_every_metric_of_the_relay_is_on_the_dashboard(tmp_path: Path) -> 
     assert there - shown == {"relayd_build_info"}
 
 
-def test_prometheus_can_read_every_query_of_the_dashboard(tmp_path: Path) -> None:
-    rules = [f"      - {{record: 'a:b', expr: {json.dumps(query)}}}" for query in dashboard_queries()]
+def document_queries() -> list[str]:
+    """PromQL of docs/metrics.md."""
+    questions = DOCUMENT.read_text().partition("| question | PromQL |")[2].partition("\n\n")[0]
+    found = re.findall(r"\| `(.+)` \|$", questions, re.MULTILINE)
+    assert len(found) > 4
+    return found
+
+
+def test_prometheus_can_read_every_query(tmp_path: Path) -> None:
+    queries = dashboard_queries() + document_queries()
+    rules = [f"      - {{record: 'a:b', expr: {json.dumps(query)}}}" for query in queries]
     path = tmp_path / "rules.yml"
     path.write_text("\n".join(["groups:", "  - name: dashboard", "    rules:", *rules]))
     done = promtool("check", "rules", "--lint=none", str(path))

@@ -12,7 +12,7 @@ import trio
 from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
-from protocol.messages import Cancel, Failed, Rejected, Running
+from protocol.messages import Audio, Cancel, Failed, Rejected, Running
 from relayd.auth import Tokens
 from relayd.histogram import Histogram
 from relayd.metrics import HttpReading, Scrape
@@ -80,6 +80,7 @@ async def test_what_becomes_of_requests_is_counted_by_space(tmp_path: Path) -> N
             for _ in range(2):  # the first of them waits
                 client.send(a_submit())
             assert (await client.next(Rejected)).code == "queue_full"
+            await until(lambda: Told(relay.relay)("requests_queued") == 1)
             told = Told(relay.relay)
             assert (told("requests_running"), told("requests_queued"), told("requests_queued_limit")) == (1, 1, 1)
             assert (told("worker_slots", state="busy"), told("worker_slots", state="free")) == (1, 0)
@@ -108,7 +109,7 @@ async def test_what_becomes_of_requests_is_counted_by_space(tmp_path: Path) -> N
 @pytest.mark.trio
 async def test_cuts_are_counted_as_reconnects_resumed_and_retried(tmp_path: Path) -> None:
     instance = an_id()
-    async with daemon(tmp_path, limits={"worker_grace_s": 0.05}) as relay, peer(relay.url, "client") as client:
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
         submit = a_submit()
         client.send(submit)
         async with fake_worker(relay.url, instance=instance) as worker:
@@ -152,6 +153,29 @@ async def test_audio_of_an_attempt_that_is_begun_anew_stays_counted(tmp_path: Pa
             worker.speak(assign, [SECOND])
             await until(lambda: not relay.relay.requests[submit.request_id].live)
             assert Told(relay.relay)("audio_seconds_total") == 4
+
+
+@pytest.mark.trio
+async def test_readers_that_take_nothing_are_told_from_others(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path, listen="127.0.0.1:0", http={"metrics": "public"}) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url) as worker,
+    ):
+        submit = a_submit()
+        client.send(submit)
+        assign = await worker.assigned()
+        worker.speak(assign, [SECOND], end=False)
+        await client.next(Audio)
+        asked = f"GET /v1/requests/{submit.request_id}/events HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+        async with await trio.open_unix_socket(relay.url.removeprefix("unix:")) as listener:
+            await listener.send_all(asked)
+            await until(lambda: Told(relay.relay)("readers", state="keeping up") == 2)
+            for seq in range(2, 130):  # more than a socket's buffers hold
+                worker.send(Audio(**seat(assign, seq), pcm=SECOND))
+                await client.next(Audio)
+            await until(lambda: Told(relay.relay)("readers", state="behind") == 1)
+            assert Told(relay.relay)("readers", state="keeping up") == 1
 
 
 @pytest.mark.trio

@@ -1,7 +1,7 @@
 // The relay's page: it speaks the WebSocket protocol of docs/protocol.md and nothing else. docs/page.md says how.
 // Here its parts are put together; each has a module of its own.
 
-import { $, announce, set } from "./elements.js";
+import { $, announce, firstButton, set } from "./elements.js";
 import { build, count, dropForm, enable, formSpace, mark, readInputs, readParams, wordForm } from "./form.js";
 import { newId } from "./input.js";
 import { Link } from "./link.js";
@@ -82,7 +82,7 @@ function forget(row) {
   player.forget(row.request.track);
   rows.delete(row.request.id);
   row.element.remove();
-  if (hadFocus) (beside?.querySelector("button:not([hidden])") ?? $("text")).focus();
+  if (hadFocus) ((beside && firstButton(beside)) ?? $("text")).focus();
   $("none").hidden = rows.size > 0;
   remember();
 }

@@ -18,3 +18,8 @@ export function announce(words) {
   $("says").append(make("p", words));
   while ($("says").childElementCount > 20) $("says").firstChild.remove();
 }
+
+/** The first button in an element that can be seen, so that the focus may go there. */
+export function firstButton(element) {
+  return [...element.querySelectorAll("button")].find((button) => button.offsetParent);
+}

@@ -1,7 +1,9 @@
-import { $, make, set } from "./elements.js";
+import { $, firstButton, make, set } from "./elements.js";
 import { PEAK_S } from "./track.js";
 import { clock, fault, say, seconds } from "./words.js";
 
+/** How far an arrow key moves in the audio. */
+const STEP_S = 2;
 /** Drawn in a square of 24. */
 const TRIANGLE = "M9.5 5.5 19 12l-9.5 6.5z"; // play
 const BARS = "M7 5h3.5v14H7zM13.5 5H17v14h-3.5z"; // pause
@@ -20,24 +22,35 @@ export class Row {
     const { track } = request;
     this.part(".play").onclick = () => player.toggle(track);
     this.part("input").oninput = ({ target }) => player.seek(track, Number(target.value));
+    this.part("input").onkeydown = (event) => this.#step(event);
     this.part(".cancel").onclick = () => request.cancel();
     this.part(".load").onclick = () => {
       player.unlock(track.rate || rateOf(request.space));
       request.fetch();
     };
     this.part(".forget").onclick = () => forget(this);
-    this.part(".download").onclick = () => this.#offer();
+    this.part(".download").onclick = () => this.#save();
     new ResizeObserver(() => this.soon()).observe(this.part("canvas"));
   }
 
+  /** The browser's own step is too small to be of use. */
+  #step(event) {
+    const back = ["ArrowLeft", "ArrowDown"].includes(event.key);
+    if (!back && !["ArrowRight", "ArrowUp"].includes(event.key)) return;
+    event.preventDefault();
+    const { track } = this.request;
+    this.#player.seek(track, track.at_s + (back ? -STEP_S : STEP_S));
+  }
+
   /** The file is made when it is asked for. */
-  #offer() {
+  #save() {
     if (this.#url) URL.revokeObjectURL(this.#url);
     const { track, id } = this.request;
     const sound = track.samples > 0;
     this.#url = URL.createObjectURL(sound ? track.wav() : new Blob([this.request.shown()], { type: "text/plain" }));
-    this.part(".download").href = this.#url;
-    this.part(".download").download = `relay-${id.slice(0, 8)}.${sound ? "wav" : "txt"}`;
+    const way = make("a");
+    Object.assign(way, { href: this.#url, download: `relay-${id.slice(0, 8)}.${sound ? "wav" : "txt"}` });
+    way.click();
   }
 
   /** Draw it, once, however much has changed until then. */
@@ -87,7 +100,7 @@ export class Row {
       button.hidden = !there;
       set(button, say(verb));
       button.ariaLabel = say("copy", { verb: say(verb), text: name });
-      if (wasHere && !there) this.part("button:not([hidden]), a:not([hidden])")?.focus(); // else the place in the page is lost
+      if (wasHere && !there) firstButton(this.element)?.focus(); // else the place in the page is lost
     }
     this.part(".cancel").disabled = request.cancelling;
   }
@@ -105,13 +118,14 @@ export class Row {
     const at = Math.min(track.at_s, all);
     const slider = this.part("input");
     slider.max = all.toFixed(1);
-    if (document.activeElement !== slider || plays) slider.value = at;
+    slider.value = at;
     slider.ariaLabel = say("seek");
     slider.setAttribute("aria-valuetext", say("place", { at: seconds(at), all: seconds(all) }));
     const waits = plays && this.#player.waiting && at > 0 && !track.over;
     const blocked = this.#player.track === track && this.#player.blocked && !this.#player.paused;
     set(this.part(".clock"), waits ? say("gathering") : `${clock(at)} / ${clock(all)}`);
-    this.part(".clock").title = blocked ? say("blocked") : "";
+    this.part(".hint").hidden = !blocked;
+    set(this.part(".hint"), blocked ? say("blocked") : "");
     this.#wave(at, all);
   }
 
@@ -134,8 +148,9 @@ export class Row {
       const from = (bar / bars) * span;
       if (from >= all) break;
       const until = Math.min(peaks.length, Math.max(Math.floor(from / PEAK_S) + 1, Math.floor((((bar + 1) / bars) * span) / PEAK_S)));
-      let loud = 0;
-      for (let i = Math.floor(from / PEAK_S); i < until; i++) loud = Math.max(loud, peaks[i] ?? 0);
+      let sum = 0; // the mean of peaks: the highest of many is nearly the same everywhere
+      for (let i = Math.floor(from / PEAK_S); i < until; i++) sum += peaks[i] ?? 0;
+      const loud = sum / Math.max(1, until - Math.floor(from / PEAK_S));
       const tall = Math.max(3, Math.sqrt(loud) * (height - 6)); // as the ear hears it, soft speech is not nothing
       pen.fillStyle = from < at ? played : ahead;
       pen.beginPath();

@@ -56,7 +56,7 @@ async def test_the_document_is_served_without_a_token(tmp_path: Path) -> None:
 async def test_the_relay_does_as_its_document_says(
     tmp_path: Path, mode: GenerationMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relayd.http.failures.MAX_FAILURES", 1_000_000)  # wrong tokens are part of what is tried
+    monkeypatch.setattr("relayd.failures.MAX_FAILURES", 1_000_000)  # wrong tokens are part of what is tried
     async with daemon(tmp_path, listen="127.0.0.1:0") as relay, fake_worker(relay.url, slots=64) as worker:
         token = relay.tokens.create(role="client", name="ann", now=0.0).text
         url = re.sub("^ws", "http", relay.urls[0])

@@ -17,9 +17,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from protocol.errors import LoginRefused
 from protocol.messages import PATH, Audio, Cancel, Cancelled, Submit
+from relayd.failures import MAX_FAILURES, WINDOW_S, LoginFailures, address_of
 from relayd.http.app import HEADERS, make_app
-from relayd.http.failures import MAX_FAILURES, WINDOW_S, LoginFailures
 from relayd.http.holding import open_request
 from relayd.http.login import may_come_from
 from relayd.http.reply import Reply, Streamed
@@ -425,6 +426,38 @@ async def test_tokens_that_open_nothing_are_refused_and_after_some_tries_not_loo
     assert sum(line["event"] == "login refused" for line in logs) <= MAX_FAILURES
     assert good not in told
     assert worker not in told
+
+
+@pytest.mark.trio
+async def test_failures_of_both_kinds_count_together_and_a_good_token_is_always_taken(
+    tmp_path: Path, logs: Logs
+) -> None:
+    async with daemon(tmp_path, listen="127.0.0.1:0") as relay:
+        url, good, codes = relay.urls[0], make_token(relay), []
+        async with visitor(url, token="rly_c_no") as http:
+            for _ in range(MAX_FAILURES // 2):
+                assert (await http.get("/v1/spaces")).status == 401
+                with pytest.raises(LoginRefused) as refused:
+                    async with peer(url, "client", "rly_c_no"):
+                        pytest.fail("entered")
+                codes.append(refused.value.code)
+            assert (await http.get("/v1/spaces")).status == 429
+            with pytest.raises(LoginRefused, match="wait a little") as refused:
+                async with peer(url, "client", "rly_c_no"):
+                    pytest.fail("entered")
+            codes.append(refused.value.code)
+        assert codes == ["unauthenticated"] * (MAX_FAILURES // 2) + ["rate_limited"]
+        async with peer(url, "client", good) as client:
+            await client.settled()
+    assert sum(line["event"] == "login refused" for line in logs) == MAX_FAILURES
+
+
+@pytest.mark.parametrize(
+    ("peer_name", "address"),
+    [("1.2.3.4:56", "1.2.3.4"), ("[2001:db8::7]:56", "[2001:db8::7]"), ("2001:db8::7", "2001:db8::7"), ("a", "a")],
+)
+def test_an_address_is_a_peer_without_its_port(peer_name: str, address: str) -> None:
+    assert address_of(peer_name) == address
 
 
 def test_failures_are_forgotten_in_time_and_counted_by_address() -> None:

@@ -1,4 +1,4 @@
-"""Failed logins, counted by where they come from.
+"""Failed logins, over HTTP and over the WebSocket, counted by where they come from.
 
 A token has 256 random bits, so nobody finds one by trying; what is limited is the noise. A good token is always
 taken: whoever shares an address with a program that tries an old one must not be shut out with it.
@@ -13,6 +13,7 @@ MAX_FAILURES = 10
 WINDOW_S = 60.0
 #: Addresses remembered; of more the one that failed longest ago is forgotten.
 MAX_ADDRESSES = 4096
+TOO_MANY_FAILURES = "too many tokens from this address opened nothing; set the right one and wait a little"
 
 
 @attrs.define(eq=False)
@@ -39,3 +40,13 @@ class LoginFailures:
             return times[0] + WINDOW_S - now
         times.append(now)
         return None
+
+
+def address_of(peer: str) -> str:
+    """Where a peer comes from, without its port.
+
+    Args:
+        peer: `HOST:PORT`, `[HOST]:PORT`, or an address alone, as a proxy names it.
+    """
+    has_port = peer.startswith("[") or peer.count(":") == 1
+    return peer.rpartition(":")[0] if has_port else peer

@@ -1,0 +1,63 @@
+"""A relay that errs, so that each run begins with proof: the load generator notices what a relay must not do."""
+
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+
+from bench.frames import TCP, variants
+from bench.generator import SATURATED, Stream, Stuck, run_round
+from bench.sockets import Tcp
+
+COUNT = 8
+PCM_BYTES = 500
+Frames = list[bytes]
+
+
+def _damaged(frames: Frames) -> Frames:
+    return [*frames[:3], frames[3][:-100] + b"?" + frames[3][-99:], *frames[4:]]
+
+
+#: What a relay does with eight frames, and what the generator must say.
+_FAULTS: dict[str, tuple[Callable[[Frames], Frames], str]] = {
+    "passes them on": (lambda frames: frames, ""),
+    "loses one": (lambda frames: frames[:3] + frames[4:], "frame 4 in place of 3"),
+    "doubles one": (lambda frames: [*frames[:4], *frames[3:]], "frame 3 in place of 4"),
+    "swaps two": (lambda frames: [*frames[:3], frames[4], frames[3], *frames[5:]], "frame 4 in place of 3"),
+    "damages one": (_damaged, "frame 3 is damaged"),
+    "cuts one": (lambda frames: [*frames[:3], frames[3][:-9], *frames[4:]], "frame 3 is damaged"),
+    "sends one too many": (lambda frames: [*frames, frames[-1]], "in place of 8"),
+}
+
+
+def prove() -> None:
+    """Raises RuntimeError where the generator takes a fault for none, or none for a fault."""
+    for words, (err, expected) in _FAULTS.items():
+        try:
+            _round(err)
+            said = ""
+        except Stuck as stuck:
+            said = str(stuck)
+        if expected not in said or bool(said) != bool(expected):
+            raise RuntimeError(f"of a relay that {words}, the load generator says {said!r} instead of {expected!r}")
+
+
+def _round(err: Callable[[Frames], Frames]) -> None:
+    name = secrets.token_hex(16)
+    made = variants(name, PCM_BYTES, 0, COUNT, TCP)
+    (ours_in, theirs_in), (theirs_out, ours_out) = socket.socketpair(), socket.socketpair()
+    sender, reader = Tcp.of_socket(ours_in), Tcp.of_socket(ours_out)
+
+    def relay() -> None:
+        size = len(made[0].wire)
+        frames = [theirs_in.recv(size, socket.MSG_WAITALL) for _ in range(COUNT)]
+        theirs_out.sendall(b"".join(err(frames)))
+
+    thread = threading.Thread(target=relay)
+    thread.start()
+    try:
+        run_round(SATURATED, [Stream(sender, [reader], made, 0, COUNT)], [], [])
+    finally:
+        thread.join()
+        for end in (ours_in, theirs_in, theirs_out, ours_out):
+            end.close()

@@ -1,0 +1,219 @@
+"""`load.c`, compiled, and the plans that it carries out."""
+
+import atexit
+import functools
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import attrs
+
+from bench.frames import Variant
+from bench.sockets import Connection
+
+SOURCE = Path(__file__).with_name("load.c")
+#: A round that takes longer is not slow but stuck.
+ROUND_S = 30.0
+SATURATED, PACED, HOLD = 0, 1, 2
+
+
+class Stuck(RuntimeError):
+    """A round did not come to its end, or frames were lost, doubled, changed or out of order."""
+
+
+@attrs.frozen
+class Stream:
+    """One stream of a round: who sends it, who reads it, and its frames."""
+
+    sender: Connection
+    readers: Sequence[Connection]
+    variants: Sequence[Variant]
+    first_seq: int
+    frames: int
+    #: Seconds between two frames, and before the first; no pace where the round is saturated.
+    interval_s: float = 0.0
+    offset_s: float = 0.0
+    #: Frames on their way at most; 0: any number.
+    window: int = 64
+    #: Its latencies do not count.
+    quiet: bool = False
+    #: Its readers read nothing before the round is over; they must find all of it then.
+    stalled: bool = False
+
+
+@attrs.frozen
+class Round:
+    """What one round took."""
+
+    frames: int
+    wall_s: float
+    load_cpu_s: float
+    #: Of each process watched: user and system time of all its threads, and what it holds at the end.
+    cpu_s: Sequence[float]
+    rss_kib: Sequence[int]
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    p999_us: float
+    max_us: float
+    #: Pings answered.
+    pongs: int
+    #: Frames that a stalled reader had not got when the others had all of theirs.
+    stalled_frames: int
+    #: CPU of the relay from before the requests of the round to after their ends.
+    whole_cpu_s: float = 0.0
+
+    @property
+    def frames_a_second(self) -> float:
+        """Throughput; a frame that has several readers counts at each."""
+        return self.frames / self.wall_s
+
+    @property
+    def cpu_us_a_frame(self) -> float:
+        """CPU of the relay alone."""
+        return 1e6 * sum(self.cpu_s) / self.frames
+
+    @property
+    def load_share(self) -> float:
+        """Part of a core that the load itself takes: near 1 it would be what is measured."""
+        return self.load_cpu_s / self.wall_s
+
+
+@functools.cache
+def program() -> Path:
+    """`load.c`, compiled; gone when this process ends.
+
+    Raises:
+        RuntimeError: there is no C compiler.
+    """
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise RuntimeError("the load generator is written in C and there is no cc: apt-get install gcc libc6-dev")
+    folder = tempfile.mkdtemp(prefix="relayd-bench-load-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    subprocess.run([compiler, "-O2", "-o", f"{folder}/load", str(SOURCE)], check=True)
+    return Path(folder, "load")
+
+
+def run_round(mode: int, streams: Sequence[Stream], around: Iterable[Connection], pids: Sequence[int]) -> Round:
+    """Send and receive all frames of `streams`; what else comes in is given to the connections afterwards.
+
+    Args:
+        around: connections that must be looked after besides those of the streams.
+        pids: processes whose CPU and memory are to be told.
+
+    Raises:
+        Stuck: see there.
+    """
+    ends = dict.fromkeys(around)
+    for stream in streams:
+        ends |= dict.fromkeys((stream.sender, *stream.readers))
+    connections = list(ends)
+    for connection in connections:
+        connection.settle()
+    with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
+        with Path(folder, "blob").open("wb") as blob:
+            lines = [f"mode {mode}", f"timeout_ms {ROUND_S * 1000:.0f}", *_stream_lines(streams, connections, blob)]
+        head = [*_connection_lines(connections), f"blob {blob.name}", *(f"pid {pid}" for pid in pids)]
+        Path(folder, "plan").write_text("\n".join([*head, *lines, ""]))
+        command = [str(program()), f"{folder}/plan"]
+        done = subprocess.run(
+            command, pass_fds=[end.sock.fileno() for end in connections], stdout=subprocess.PIPE, check=False
+        )
+    told = _parse(done.stdout, done.returncode)
+    _give_back(connections, told.pop("others"))
+    told.pop("latencies")
+    return Round(**told)
+
+
+@attrs.frozen
+class Hold:
+    """Connections at rest, in a process of their own that answers pings."""
+
+    process: "subprocess.Popen[bytes]"
+
+    def end(self) -> int:
+        """Hang up; how many pings were answered.
+
+        Raises:
+            Stuck: the relay had hung up before.
+        """
+        self.process.terminate()
+        out, _ = self.process.communicate()
+        return int(_parse(out, self.process.returncode)["pongs"])
+
+
+def hold(connections: Sequence[Connection]) -> Hold:
+    """Hand over connections for good."""
+    for connection in connections:
+        connection.settle()
+    with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
+        plan = Path(folder, "plan")
+        plan.write_text("\n".join([*_connection_lines(connections), f"mode {HOLD}", "ready", ""]))
+        process = subprocess.Popen(
+            [str(program()), str(plan)],
+            pass_fds=[connection.sock.fileno() for connection in connections],
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        process.stdout.read(1)  # it has read the plan
+    for connection in connections:
+        connection.close()
+    return Hold(process)
+
+
+def _connection_lines(connections: Sequence[Connection]) -> list[str]:
+    """`conns COUNT`, then `conn DESCRIPTOR KIND` each; later lines name them by their place."""
+    return [f"conns {len(connections)}", *(f"conn {end.sock.fileno()} {end.KIND}" for end in connections)]
+
+
+def _stream_lines(streams: Sequence[Stream], connections: Sequence[Connection], blob: IO[bytes]) -> list[str]:
+    """`streams COUNT`, `burst BYTES FRAMES`, and for each stream, with its templates in `blob`:
+
+    `stream SENDER FIRST_SEQ FRAMES INTERVAL_NS OFFSET_NS WINDOW QUIET`, then
+    `variant FIRST_SEQ SEQ_BYTES MASK`, four numbers of what is sent (place in `blob`, size, places of number and stamp
+    in it) and the same of what is received; then `reader CONNECTION STALLED` each.
+    """
+    place = {connection: number for number, connection in enumerate(connections)}
+    lines = [f"streams {len(streams)}", f"burst {64 * 1024} 8"]
+    at = 0
+    for stream in streams:
+        pace = f"{1e9 * stream.interval_s:.0f} {1e9 * stream.offset_s:.0f}"
+        lines.append(
+            f"stream {place[stream.sender]} {stream.first_seq} {stream.frames} {pace} {stream.window} {stream.quiet:d}"
+        )
+        for variant in stream.variants:
+            blob.write(variant.wire)
+            blob.write(variant.read)
+            holes = variant.seq_at + variant.wrapped, variant.stamp_at + variant.wrapped
+            lines.append(
+                f"variant {variant.first_seq} {variant.seq_bytes} {variant.mask} "
+                f"{at} {len(variant.wire)} {holes[0]} {holes[1]} "
+                f"{at + len(variant.wire)} {len(variant.read)} {variant.seq_at} {variant.stamp_at}"
+            )
+            at += len(variant.wire) + len(variant.read)
+        lines += [f"reader {place[reader]} {stream.stalled:d}" for reader in stream.readers]
+    return lines
+
+
+def _parse(out: bytes, code: int) -> dict[str, Any]:
+    try:
+        told: dict[str, Any] = json.loads(out)
+    except ValueError:
+        raise Stuck(f"the load generator ended with {code}: {out[-200:]!r}") from None
+    if error := told.get("error"):
+        raise Stuck(str(error))
+    return told
+
+
+def _give_back(connections: Sequence[Connection], others: Sequence[dict[str, Any]]) -> None:
+    for other in others:
+        connection, data = connections[other["conn"]], bytes.fromhex(other["hex"])
+        if other["is"] == "rest":
+            connection.received += data
+        else:
+            connection.on_message(data)
