@@ -298,6 +298,10 @@ class Link(abc.ABC):
 
     # -- receiving -------------------------------------------------------------------------------------------
 
+    def limit_messages(self, max_bytes: int) -> None:
+        """Take no longer ones from now on; at most what the link's rules allow."""
+        self._parser.max_message_bytes = min(max_bytes, self._rules.max_message_bytes)
+
     async def receive(self) -> bytes:
         """The next binary message. What came before the peer closed is still given out.
 

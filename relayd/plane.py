@@ -177,8 +177,9 @@ class SocketLink(Link):
             self._depart()
 
     def _depart(self) -> None:
-        """All that was to be said is out."""
-        if not self._lingers:
+        """All that was to be said is out. Where the peer may have said more, it is read on (RFC 6455 section 7.1.1):
+        closing over unread bytes resets the connection, and our close frame could be lost."""
+        if not (self._lingers or self._parser.over):
             self._cut()
         elif not self._stopped:
             try:

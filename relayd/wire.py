@@ -257,6 +257,7 @@ class Gate:
 
     async def _log_in(self, link: Link, arrival: Arrival) -> Connection | None:
         """Hear the hello; None where there was none, or one that is refused: the link is then closed."""
+        link.limit_messages(MAX_CONTROL_BYTES)  # a stranger is not kept a megabyte for
         try:
             hello = await self._hello(link)
             principal = self._principal(hello, arrival)
@@ -271,6 +272,7 @@ class Gate:
             if isinstance(principal, Principal):
                 connection = Connection(secrets.token_hex(8), link, principal, self, arrival, hello.agent)
                 self.relay.connections[connection.connection_id] = connection
+                link.limit_messages(MAX_MESSAGE_BYTES)
                 log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
                 return connection
             if principal.retry_after_s is None:  # else it was told often enough
