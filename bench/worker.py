@@ -1,5 +1,6 @@
 """What 200 real-time streams cost the worker that sends them: its frame logs, its feeder, masking and the link."""
 
+import os
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ async def _feed() -> tuple[float, float]:
     async with listener:
         stream = await trio.open_tcp_stream(*listener.socket.getsockname()[:2])
         drained = await listener.accept()
+    os.set_blocking(drained.socket.fileno(), True)
     drain = partial(subprocess.Popen, [sys.executable, "-c", _DRAIN], stdin=drained.socket.fileno())
     with drain() as process:
         drained.socket.close()
