@@ -5,7 +5,9 @@ import json
 import math
 import re
 import signal
+import tempfile
 import wave
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,11 +82,16 @@ def processes_in(tmpdir: Path) -> list[int]:
     return found
 
 
+@pytest.fixture
+def tmpdir() -> Iterator[Path]:
+    """A folder for the demo's own; the path of a socket in it must be short."""
+    with tempfile.TemporaryDirectory(prefix="relayd-") as name:
+        yield Path(name)
+
+
 @pytest.mark.trio
-async def test_demo_speaks_and_leaves_nothing_behind(tmp_path: Path) -> None:
+async def test_demo_speaks_and_leaves_nothing_behind(tmp_path: Path, tmpdir: Path) -> None:
     place = a_place(tmp_path)
-    tmpdir = tmp_path / "tmp"
-    tmpdir.mkdir()
     out, _ = await place.run("relayd", "demo", "Hello there.", "-o", "hello.wav", TMPDIR=str(tmpdir))
     assert processes_in(tmpdir) == []
     said = out.decode()
@@ -96,10 +103,8 @@ async def test_demo_speaks_and_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.trio
-async def test_kept_demo_tells_a_command_that_works_and_one_that_ends_it(tmp_path: Path) -> None:
+async def test_kept_demo_tells_a_command_that_works_and_one_that_ends_it(tmp_path: Path, tmpdir: Path) -> None:
     place = a_place(tmp_path)
-    tmpdir = tmp_path / "tmp"
-    tmpdir.mkdir()
     out, _ = await place.run("relayd", "demo", "--keep", "Hello.", "-o", "hello.wav", TMPDIR=str(tmpdir))
     said = out.decode()
     url, token = re.search(r"export RELAY_URL=(\S+) RELAY_TOKEN=(\S+)", said).groups()  # type: ignore[union-attr]
