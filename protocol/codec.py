@@ -10,9 +10,10 @@ from collections.abc import Mapping
 
 import msgpack
 
+from protocol.envelope import read_audio
 from protocol.errors import EncodeError, ProtocolError, UnknownType
 from protocol.fields import Value
-from protocol.messages import BULK, MAX_CONTROL_BYTES, MAX_MESSAGE_BYTES, Message, Table
+from protocol.messages import BULK, MAX_CONTROL_BYTES, MAX_MESSAGE_BYTES, Audio, Message, Table
 
 MAX_DEPTH = 16
 MAX_MAP = 64
@@ -150,6 +151,9 @@ def decode(data: bytes, table: Table) -> Message:
         UnknownType: its `type` is not in the table.
         ProtocolError: anything else that is wrong with it.
     """
+    if Audio.TYPE in table and (audio := read_audio(data)) is not None:
+        request_id, attempt, seq, pcm = audio
+        return Audio.from_map({"request_id": request_id, "attempt": attempt, "seq": seq, "pcm": pcm})
     wire = unpack(data)
     kind = wire.get("type")
     if not isinstance(kind, str):

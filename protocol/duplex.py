@@ -1,21 +1,35 @@
-"""The `Link`: its queues and the five tasks that serve them. `protocol.link` makes them.
+"""The `Link`: messages both ways over one WebSocket, whatever carries its bytes.
 
-One task always reads, one alone writes, three see to liveness. Nobody else touches the transport: `send_nowait` only
-queues. So a cancelled request can never leave half a frame on the wire, and a peer that stops reading holds up
-nothing but its own backlog.
+Here is all that a link decides: what may be sent, what was heard, who is silent or takes nothing, how it ends. How
+bytes get to the transport and back is its subclasses' part: `protocol.streamlink` over any Trio stream, with tasks;
+`relayd.plane` over the relay's sockets, without any. No function here waits but those that say `async`.
 """
 
+import abc
 from collections import deque
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Iterable
+from typing import Protocol, Self
 
+import attrs
 import trio
-from trio_websocket import ConnectionClosed
 
 from protocol.codec import encode
 from protocol.errors import ErrorCode, LinkBroken, LinkClosed, LinkError, TextReceived
-from protocol.messages import KIB, MAX_MESSAGE_BYTES, Message
-from protocol.websocket import Socket
+from protocol.messages import MAX_MESSAGE_BYTES, Message
+from protocol.rfc6455 import (
+    CLOSE,
+    PING,
+    POLICY_VIOLATION,
+    PONG,
+    Close,
+    Event,
+    Fault,
+    Parser,
+    Ping,
+    Pong,
+    close_payload,
+    cut_reason,
+)
 
 PING_INTERVAL_S = 5.0
 #: Three pings unanswered, and no other byte.
@@ -28,73 +42,184 @@ LOOKS = 8
 PATIENCE_S = 1.0
 #: For what is queued to go out, and again for the peer to answer our close frame.
 CLOSE_S = 2.0
+#: For a peer that broke a rule to read why: closing over unread bytes resets the connection, and the reason is lost.
+LINGER_S = 2.0
 #: Messages read and not yet taken by `receive`. Eight of the largest; with more the peer is made to wait.
 MAX_INBOX_BYTES = 8 * MAX_MESSAGE_BYTES
 #: Messages queued and not yet taken by the transport: a quarter of the largest result.
 MAX_BACKLOG_BYTES = 16 * MAX_MESSAGE_BYTES
-#: RFC 6455 section 7.4.1: a peer that does not read.
-POLICY_VIOLATION = 1008
 #: What one message costs beside its bytes, so that a queue of tiny ones is bounded too.
 MESSAGE_COST_BYTES = 64
+#: Section 7.1.5 of RFC 6455: the connection went without a close frame.
+ABNORMAL = 1006
 
 
-class Link:
-    """A connection that carries messages both ways; made by `serve_link` and `open_link`.
+@attrs.frozen
+class LinkRules:
+    """What a link holds its peer to; many links share one.
+
+    Args:
+        ping_interval_s: seconds between WebSocket pings.
+        dead_after_s: seconds of silence after which the link is broken.
+        send_timeout_s: with something to send, and nothing of it taken for so many seconds, the link breaks
+            ("slow_consumer").
+        max_backlog_bytes: with more queued, the same.
+        farewell: for such a peer, in place of what it did not take; the link is then closed, and counts as closed by
+            this side, after at most twice `CLOSE_S`.
+        max_message_bytes: longer ones are neither taken nor sent.
+    """
+
+    ping_interval_s: float = PING_INTERVAL_S
+    dead_after_s: float = DEAD_AFTER_S
+    send_timeout_s: float = SEND_TIMEOUT_S
+    max_backlog_bytes: int = MAX_BACKLOG_BYTES
+    farewell: Message | None = None
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+
+
+class Taker(Protocol):
+    """Who is handed a link's messages as they come; none of this may wait or raise."""
+
+    def take(self, messages: list[bytes]) -> None:
+        """Binary messages, in order."""
+
+    def take_text(self, text: str) -> None:
+        """A text message."""
+
+    def hear_end(self) -> None:
+        """The link is gone or closing: no message comes any more, and none can be sent. Told by a task, never within
+        a send."""
+
+    def hear_cut(self) -> None:
+        """Its transport is cut as well."""
+
+
+class Link(abc.ABC):
+    """A connection that carries messages both ways; made by `serve_link`, `open_link` and the relay's plane.
 
     Attributes:
         peer: who is at the other end, for people and logs: `127.0.0.1:1234`, `unix`.
         rtt_s: seconds that the last ping took, None before the first pong.
         reason: why the link is gone, in words; empty while it lives.
         close_code: the WebSocket close code, ours or the peer's; None while it lives or where there was none.
+        backlog_bytes: queued and not yet taken by the transport; only the link itself sets it.
         stalled: whether it ended, or is about to, because the peer took nothing.
         patient: whether a peer that is silent, but whose machine answers, is given `send_timeout_s` to take what is
             on its way to it, and not `dead_after_s`: a program that reads nothing answers no pings either.
+        heard_at: Trio time of the peer's last sign of life: any bytes, a pong too.
+        taken_at: Trio time at which some of what is sent last got further.
     """
 
-    def __init__(
-        self,
-        socket: Socket,
-        peer: str,
-        *,
-        ping_interval_s: float,
-        dead_after_s: float,
-        send_timeout_s: float,
-        max_backlog_bytes: int,
-        farewell: Message | None = None,
-    ) -> None:
+    __slots__ = (
+        "_changed",
+        "_close_by",
+        "_closing",
+        "_drained",
+        "_gone",
+        "_inbox",
+        "_inbox_bytes",
+        "_lingers",
+        "_parser",
+        "_ping_due",
+        "_pinged_at",
+        "_pings",
+        "_reader_waits",
+        "_rules",
+        "_taker",
+        "_told",
+        "_waiting_bytes",
+        "backlog_bytes",
+        "close_code",
+        "heard_at",
+        "patient",
+        "peer",
+        "reason",
+        "rtt_s",
+        "stalled",
+        "taken_at",
+    )
+
+    def __init__(self, peer: str, rules: LinkRules, *, is_client: bool) -> None:
+        now = trio.current_time()
         self.peer = peer
         self.rtt_s: float | None = None
         self.reason = ""
         self.close_code: int | None = None
         self.stalled = False
         self.patient = False
-        self._farewell = farewell
-        self._socket = socket
-        self._ping_interval_s = ping_interval_s
-        self._dead_after_s = dead_after_s
-        self._send_timeout_s = send_timeout_s
-        self._max_backlog_bytes = max_backlog_bytes
+        self.heard_at = self.taken_at = now
+        self._rules = rules
+        self._parser = Parser(masked=not is_client, max_message_bytes=rules.max_message_bytes)
         self._gone: type[LinkError] | None = None
         self._closing: tuple[int, str] | None = None
-        self._scope = trio.CancelScope()
-        self._stopped = trio.Event()
-        self._inbox: deque[bytes | str] = deque()
+        self._close_by = float("inf")
+        self._lingers = False
+        self._taker: Taker | None = None
+        self._told = 0  # of the end
+        self._inbox: deque[bytes | str] | None = None
         self._inbox_bytes = 0
-        self._inbox_changed = trio.Event()
-        self._outbox: deque[bytes] = deque()
-        self._backlog_bytes = 0
-        self._outbox_changed = trio.Event()
-        self._drained: list[tuple[int, Callable[[], None]]] = []
-        self._taken = trio.Event()
-        self._sending = False
         self._reader_waits = False
+        self.backlog_bytes = 0
+        self._waiting_bytes = 0
+        self._drained: list[tuple[int, Callable[[], None]]] | None = None
+        self._changed: trio.Event | None = None
+        self._ping_due = now + rules.ping_interval_s
+        self._pinged_at: float | None = None
+        self._pings = 0
 
-    # -- sending ---------------------------------------------------------------------------------------------
+    # -- what a carrier does ---------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _put(self, data: bytes) -> None:
+        """Queue a binary message, and count it in `backlog_bytes`."""
+
+    @abc.abstractmethod
+    def _put_control(self, opcode: int, payload: bytes) -> None:
+        """Queue a control frame."""
+
+    @abc.abstractmethod
+    def _forget_queued(self) -> None:
+        """Drop what is queued and not on its way yet, whole frames alone."""
+
+    @abc.abstractmethod
+    def _finish(self) -> None:
+        """The link has ended: cut the transport, once what `_put_control` queued last is out, or at `_close_by`."""
+
+    @abc.abstractmethod
+    def _cut(self) -> None:
+        """Cut the transport now."""
+
+    @abc.abstractmethod
+    def _tell_soon(self) -> None:
+        """Have a task call `tell`."""
+
+    @abc.abstractmethod
+    def _may_read_on(self) -> None:
+        """The inbox has room again."""
+
+    @abc.abstractmethod
+    def _schedule(self, due: float) -> None:
+        """Have `look` called at `due` (Trio time) at the latest."""
 
     @property
-    def backlog_bytes(self) -> int:
-        """Queued and not yet taken by the transport."""
-        return self._backlog_bytes
+    @abc.abstractmethod
+    def stopped(self) -> bool:
+        """Whether its transport is cut, and nothing of it runs any more."""
+
+    @property
+    @abc.abstractmethod
+    def _sending(self) -> bool:
+        """Whether the transport has something that the peer has not taken."""
+
+    @abc.abstractmethod
+    def _answered(self) -> bool:
+        """Whether the peer's machine is there, as far as the kernel can tell."""
+
+    @abc.abstractmethod
+    def _in_kernel(self) -> int:
+        """Bytes that the kernel has, and the peer's has not; 0 where that cannot be told."""
+
+    # -- sending ---------------------------------------------------------------------------------------------
 
     def send_nowait(self, data: bytes) -> None:
         """Queue one binary message; never waits.
@@ -106,14 +231,17 @@ class Link:
             ValueError: the message is longer than any peer takes.
         """
         self._check()
-        if len(data) > MAX_MESSAGE_BYTES:
-            raise ValueError(f"a message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
-        if self._backlog_bytes + len(data) > self._max_backlog_bytes:
-            self._stall(f"{self._backlog_bytes} bytes wait for {self.peer} to take them")
+        if len(data) > self._rules.max_message_bytes:
+            raise ValueError(f"a message of {len(data)} bytes; the limit is {self._rules.max_message_bytes}")
+        if self.backlog_bytes + len(data) > self._rules.max_backlog_bytes:
+            self._stall(f"{self.backlog_bytes} bytes wait for {self.peer} to take them")
             self._check()
-        self._outbox.append(data)
-        self._backlog_bytes += len(data)
-        self._outbox_changed.set()
+        self._put(data)
+
+    def send_frames(self, frames: Iterable[bytes]) -> None:
+        """As `send_nowait` for each in turn; a carrier may send them at once."""
+        for data in frames:
+            self.send_nowait(data)
 
     def send(self, message: Message) -> None:
         """Encode and queue a message; never waits.
@@ -128,16 +256,18 @@ class Link:
     def on_drained(self, callback: Callable[[], None], low_water: int) -> Callable[[], None]:
         """Call `callback` each time the backlog falls from above `low_water` bytes to it or below.
 
-        The callback runs in the writer task: it may call `send_nowait`, and must neither wait nor raise.
+        The callback runs where the transport is written to: it may call `send_nowait`, and must neither wait nor raise.
 
         Returns:
             a function that takes the callback off again.
         """
         entry = (low_water, callback)
+        if self._drained is None:
+            self._drained = []
         self._drained.append(entry)
 
         def remove() -> None:
-            if entry in self._drained:
+            if self._drained and entry in self._drained:
                 self._drained.remove(entry)
 
         return remove
@@ -151,16 +281,22 @@ class Link:
         """
         await trio.lowlevel.checkpoint()
         self._check()
-        while self._backlog_bytes > below_bytes:
-            await self._taken.wait()
+        while self.backlog_bytes > below_bytes:
+            await self._change()
             self._check()
 
-    # -- receiving -------------------------------------------------------------------------------------------
+    def _took(self, size: int) -> None:
+        """The transport took so much of the backlog."""
+        before = self.backlog_bytes
+        self.backlog_bytes = left = before - size
+        if self._changed is not None:
+            self._wake()
+        if self._drained and self._closing is None and self._gone is None:
+            for low_water, callback in tuple(self._drained):
+                if left <= low_water < before:
+                    callback()
 
-    @property
-    def last_heard(self) -> float:
-        """Trio time of the peer's last sign of life: any bytes, a pong too."""
-        return self._socket.transport.heard_at
+    # -- receiving -------------------------------------------------------------------------------------------
 
     async def receive(self) -> bytes:
         """The next binary message. What came before the peer closed is still given out.
@@ -182,12 +318,14 @@ class Link:
             if self._inbox:
                 message = self._inbox.popleft()
                 self._inbox_bytes -= len(message) + MESSAGE_COST_BYTES
-                self._inbox_changed.set()
+                if self._reader_waits and self._inbox_bytes <= MAX_INBOX_BYTES:
+                    self._reader_waits = False
+                    self._may_read_on()
                 if isinstance(message, str):
                     raise TextReceived("text message; every message is binary (msgpack)")
                 return message
             self._check()
-            await self._inbox_change()
+            await self._change()
 
     def __aiter__(self) -> Self:
         """Messages until the link is gone; `reason` then tells why. Raises ProtocolError as `receive`."""
@@ -199,10 +337,89 @@ class Link:
         except LinkError:
             raise StopAsyncIteration from None
 
-    async def _inbox_change(self) -> None:
-        if self._inbox_changed.is_set():
-            self._inbox_changed = trio.Event()
-        await self._inbox_changed.wait()
+    def hand_to(self, taker: Taker) -> None:
+        """From now on messages are not kept for `receive`, but given to `taker` as they come, those kept so far first.
+
+        It hears of the end even where the link is gone already.
+        """
+        self._taker = taker
+        kept, self._inbox, self._inbox_bytes = self._inbox or (), None, 0
+        self._deliver(list(kept))
+        if self._reader_waits:
+            self._reader_waits = False
+            self._may_read_on()
+        if self.gone is not None:
+            self._tell_soon()
+
+    def _deliver(self, events: list[Event]) -> None:
+        """What was parsed, in order."""
+        messages: list[bytes] = []
+        for event in events:
+            if type(event) is bytes:
+                messages.append(event)
+                continue
+            if messages:
+                self._hand_over(messages)
+                messages = []
+            if self._gone is not None:
+                return
+            self._hear(event)
+        if messages:
+            self._hand_over(messages)
+
+    def _hand_over(self, messages: list[bytes]) -> None:
+        if self._gone is not None or self._closing is not None:
+            return  # whoever took them has seen the end
+        if self._taker is not None:
+            self._taker.take(messages)
+            return
+        if self._inbox is None:
+            self._inbox = deque()
+        self._inbox.extend(messages)
+        self._add_to_inbox(sum(map(len, messages)) + MESSAGE_COST_BYTES * len(messages))
+
+    def _add_to_inbox(self, cost: int) -> None:
+        self._inbox_bytes += cost
+        self._reader_waits = self._inbox_bytes > MAX_INBOX_BYTES
+        self._wake()
+
+    def _hear(self, event: Event) -> None:
+        """Whatever is no binary message."""
+        match event:
+            case str():
+                if self._closing is not None:
+                    return
+                if self._taker is not None:
+                    self._taker.take_text(event)
+                else:
+                    self._inbox = deque() if self._inbox is None else self._inbox
+                    self._inbox.append(event)
+                    self._add_to_inbox(len(event) + MESSAGE_COST_BYTES)
+            case Ping():
+                if self._closing is None:  # nothing follows a close frame
+                    self._send_control(PONG, event.payload)
+            case Pong():
+                self._hear_pong(event.payload)
+            case Close():
+                said = f": {event.reason}" if event.reason else ""
+                self._end(LinkBroken, f"{self.peer} closed the connection ({event.code}{said})", event.code)
+            case Fault():
+                # It may have much on its way that nobody reads now, and shall learn why all the same.
+                said = f"{self.peer} sent {event.words}"
+                self._end(LinkBroken, said, event.code, close=(event.code, event.words), linger_s=LINGER_S)
+
+    def _hear_pong(self, payload: bytes) -> None:
+        if self._pinged_at is not None and payload == self._pings.to_bytes(4, "big"):
+            now = trio.current_time()
+            self.rtt_s, self._pinged_at = now - self._pinged_at, None
+            self.taken_at = now  # what lay before the ping was read, too
+
+    def _send_control(self, opcode: int, payload: bytes) -> None:
+        """Queue a control frame, within the bound of all that is queued: a flood of pings is answered only so far."""
+        if self.backlog_bytes + MESSAGE_COST_BYTES > self._rules.max_backlog_bytes:
+            self._stall(f"{self.backlog_bytes} bytes wait for {self.peer} to take them")
+        else:
+            self._put_control(opcode, payload)
 
     # -- the end ---------------------------------------------------------------------------------------------
 
@@ -216,6 +433,17 @@ class Link:
     def abort(self, reason: str) -> None:
         """Break the link now, from this side: nothing more is sent, the transport is cut."""
         self._end(LinkClosed, reason)
+        self._cut()
+
+    def close_soon(self, code: int = 1000, reason: str = "") -> None:
+        """Begin to close: what is queued goes out, then a close frame; the rest as `aclose`, without waiting for it.
+
+        Args:
+            code: WebSocket close code (RFC 6455 section 7.4.1).
+            reason: at most 123 bytes of UTF-8.
+        """
+        if self._closing is None and self._gone is None:
+            self._close(code, cut_reason(reason))
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
         """Send what is queued, close the WebSocket and then the transport. May be called again, and from anywhere.
@@ -226,33 +454,94 @@ class Link:
 
         Cancellation: shielded; it ends within twice `CLOSE_S`, by cutting the transport where nothing else helps.
         """
-        if self._closing is None and self._gone is None:
-            self._closing = (code, reason.encode()[:123].decode("utf-8", "ignore"))
-            self._outbox_changed.set()
-            self._inbox_changed.set()
+        self.close_soon(code, reason)
         with trio.CancelScope(shield=True):
             with trio.move_on_after(2 * CLOSE_S):
-                await self._stopped.wait()
+                await self._wait_stopped()
             self._end(LinkClosed, reason or "closed")
-            await self._stopped.wait()
+            self._cut()
+            await self._wait_stopped()
+
+    async def wait_gone(self) -> None:
+        """Wait until the link is gone or closing, from whichever side."""
+        await trio.lowlevel.checkpoint()
+        while self.gone is None:
+            await self._change()
+
+    def tell(self) -> None:
+        """Tell the taker of the end, as far as it has come; for the carrier's task."""
+        taker = self._taker
+        if taker is not None and self._told == 0 and self.gone is not None:
+            self._told = 1
+            taker.hear_end()
+        if taker is not None and self._told == 1 and self.stopped:
+            self._told = 2
+            taker.hear_cut()
+
+    async def _wait_stopped(self) -> None:
+        while not self.stopped:
+            await self._change()
+
+    def _close(self, code: int, reason: str) -> None:
+        self._closing = (code, reason)
+        self._close_by = trio.current_time() + 2 * CLOSE_S
+        self._schedule(self._close_by)
+        self._wake()
+        self._tell_soon()
+        self._put_control(CLOSE, close_payload(code, reason))
+
+    def _close_frame_out(self) -> None:
+        """All that was queued has gone out, the close frame too."""
+        if self._gone is None and self._closing is not None:
+            self._close_by = min(self._close_by, trio.current_time() + CLOSE_S)
+            self._schedule(self._close_by)
 
     def _check(self) -> None:
-        fault = self.gone
-        if fault is not None:
+        if self._gone is not None or self._closing is not None:
+            fault = self.gone
+            assert fault is not None
             raise fault
 
-    def _end(self, kind: type[LinkError], reason: str, code: int | None = None) -> None:
-        """The one place where a link's life ends; the first call counts."""
+    def _end(
+        self,
+        kind: type[LinkError],
+        reason: str,
+        code: int | None = None,
+        *,
+        close: tuple[int, str] | None = None,
+        linger_s: float = 0.0,
+    ) -> None:
+        """The one place where a link's life ends; the first call counts.
+
+        Args:
+            kind: what is raised to who still uses it.
+            reason: in words.
+            code: the close code.
+            close: of the close frame that the peer is to get, where it is not the answer to its own.
+            linger_s: how long to read on, so that the peer finds the close frame and no reset.
+        """
         if self._gone is not None:
             return
+        answer = close or ((code, "") if code is not None and code != ABNORMAL else None)
         if self._closing is not None:  # whatever happens while we close, we closed
-            kind, (code, said) = LinkClosed, self._closing
+            kind, (code, said), answer = LinkClosed, self._closing, None
             reason = said or "closed"
         self._gone, self.reason, self.close_code = kind, reason, code
-        self._outbox.clear()
-        self._inbox_changed.set()
-        self._taken.set()
-        self._scope.cancel()
+        if self._closing is None and answer is None:
+            self._forget_queued()
+        self._lingers = linger_s > 0
+        if answer is not None:
+            self._close_by = trio.current_time() + max(CLOSE_S, linger_s)
+            self._schedule(self._close_by)
+            self._put_control(CLOSE, close_payload(*answer))
+        self._wake()
+        self._tell_soon()
+        self._finish()
+
+    def _lost(self, why: str = "") -> None:
+        """The transport went."""
+        self._end(LinkBroken, why or f"connection to {self.peer} lost", ABNORMAL)
+        self._cut()
 
     def _stall(self, why: str) -> None:
         """The peer does not take what waits for it: that is dropped, and the link closed with its farewell.
@@ -261,132 +550,66 @@ class Link:
         """
         self.stalled = True
         reason = f"{ErrorCode.SLOW_CONSUMER}: {why}"
-        if self._farewell is None:
+        self._forget_queued()
+        if self._rules.farewell is None:
             self._end(LinkBroken, reason)
+            self._cut()
             return
-        self._backlog_bytes -= sum(map(len, self._outbox))
-        self._outbox.clear()
-        self.send(self._farewell)
-        self.reason, self._closing = reason, (POLICY_VIOLATION, reason[:123])
-        self._inbox_changed.set()
-        self._taken.set()
+        self._put(encode(self._rules.farewell))
+        self.reason = reason
+        self._close(POLICY_VIOLATION, cut_reason(reason))
 
-    # -- the tasks -------------------------------------------------------------------------------------------
+    # -- liveness --------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """The link's own tasks, until its end; only `serve_link` calls it."""
-        try:
-            with self._scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._read)
-                    nursery.start_soon(self._write)
-                    nursery.start_soon(self._ping)
-                    nursery.start_soon(self._watch)
-                    nursery.start_soon(self._watch_taking)
-        finally:
-            self._end(LinkBroken, "the link's tasks ended")
-            await trio.aclose_forcefully(self._socket.transport)
-            self._stopped.set()
+    def look(self, now: float) -> float:
+        """See to pings, to silence, and to a peer that takes nothing; when to look again.
 
-    @trio.lowlevel.enable_ki_protection
-    async def _read(self) -> None:
-        while True:
-            while self._inbox_bytes > MAX_INBOX_BYTES:
-                self._reader_waits = True
-                await self._inbox_change()
-            self._reader_waits = False
-            try:
-                message = await self._socket.get_message()
-            except ConnectionClosed:
-                break
-            self._inbox.append(message)
-            self._inbox_bytes += len(message) + MESSAGE_COST_BYTES
-            self._inbox_changed.set()
-        if self._closing is not None:  # the writer sees to the rest
-            return
-        if self._socket.lingered is not None:
-            await self._socket.lingered.wait()
-            self._end(LinkBroken, f"{self.peer} sent a message of more than {MAX_MESSAGE_BYTES // KIB} KiB", 1009)
-            return
-        closed = self._socket.closed
-        if closed is None or closed.code == 1006:
-            self._end(LinkBroken, f"connection to {self.peer} lost", 1006)
-        else:
-            said = f": {closed.reason}" if closed.reason else ""
-            self._end(LinkBroken, f"{self.peer} closed the connection ({closed.code}{said})", closed.code)
+        Args:
+            now: Trio time.
 
-    @trio.lowlevel.enable_ki_protection
-    async def _write(self) -> None:
-        while True:
-            while not self._outbox:
-                if self._closing is not None:
-                    with trio.move_on_after(CLOSE_S):
-                        await self._socket.aclose(*self._closing)
-                    self._end(LinkClosed, "closed")
-                    return
-                self._outbox_changed = trio.Event()
-                await self._outbox_changed.wait()
-            data = self._outbox.popleft()
-            self._socket.transport.taken_at = trio.current_time()
-            self._sending = True
-            try:
-                await self._socket.send_message(data)
-            except ConnectionClosed:
-                # The reader ends the link when it has read to the end, and then knows the reason.
-                if self._closing is None:
-                    await trio.sleep(CLOSE_S)
-                self._end(LinkBroken, f"connection to {self.peer} lost", 1006)
-                return
-            self._sending = False
-            self._sent(len(data))
+        Returns:
+            Trio time; infinite once there is nothing left to look at.
+        """
+        if now >= self._close_by:
+            self._end(LinkClosed, "closed")
+            self._cut()
+        if self._gone is not None or self._closing is not None:
+            return self._close_by if not self.stopped else float("inf")
+        rules = self._rules
+        dead_at = self.heard_at + rules.dead_after_s
+        if self._reader_waits:  # we do not listen, so silence means nothing
+            dead_at = now + rules.dead_after_s
+        elif now >= dead_at:
+            if not (self.patient and self._sending and self._answered()):
+                self._lost(f"nothing heard from {self.peer} for {now - self.heard_at:.0f} s")
+                return float("inf")
+            dead_at = now + PATIENCE_S
+        take_by = now + rules.send_timeout_s / LOOKS
+        if self._sending:
+            waiting = self._in_kernel()  # a kernel that is full takes the next piece only much later
+            if waiting < self._waiting_bytes:
+                self.taken_at = now
+            self._waiting_bytes = waiting
+            if now - self.taken_at >= rules.send_timeout_s:
+                self._stall(f"{self.peer} took no data for {rules.send_timeout_s:g} s")
+                return self._close_by
+            take_by = min(take_by, self.taken_at + rules.send_timeout_s)
+        if now >= self._ping_due:
+            self._ping_due = now + rules.ping_interval_s
+            if self._pinged_at is None:  # one in flight is enough: TCP loses none
+                self._pings = (self._pings + 1) & 0xFFFF_FFFF
+                self._pinged_at = now
+                self._send_control(PING, self._pings.to_bytes(4, "big"))
+        return min(dead_at, take_by, self._ping_due)
 
-    def _sent(self, size: int) -> None:
-        before = self._backlog_bytes
-        self._backlog_bytes -= size
-        self._taken.set()
-        self._taken = trio.Event()
-        for low_water, callback in tuple(self._drained) if self._closing is None else ():
-            if self._backlog_bytes <= low_water < before:
-                callback()
+    # -- who waits -------------------------------------------------------------------------------------------
 
-    @trio.lowlevel.enable_ki_protection
-    async def _ping(self) -> None:
-        """One ping in flight is enough: TCP loses none, and any other byte is a sign of life as well."""
-        while True:
-            await trio.sleep(self._ping_interval_s)
-            began = trio.current_time()
-            try:
-                await self._socket.ping()
-            except ConnectionClosed:
-                return
-            self._socket.transport.taken_at = now = trio.current_time()  # what lay before the ping was read, too
-            self.rtt_s = now - began
+    def _wake(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
-    @trio.lowlevel.enable_ki_protection
-    async def _watch(self) -> None:
-        while True:
-            silent_s = trio.current_time() - self.last_heard
-            if self._reader_waits:  # we do not listen, so silence means nothing
-                silent_s = 0.0
-            elif silent_s >= self._dead_after_s:
-                if not (self.patient and self._sending and self._socket.transport.answered):
-                    self._end(LinkBroken, f"nothing heard from {self.peer} for {silent_s:.0f} s")
-                    return
-                silent_s = self._dead_after_s - PATIENCE_S
-            await trio.sleep(self._dead_after_s - silent_s)
-
-    @trio.lowlevel.enable_ki_protection
-    async def _watch_taking(self) -> None:
-        transport = self._socket.transport
-        while self._closing is None:
-            transport.look()
-            left_s = self._send_timeout_s
-            if self._sending:
-                left_s -= trio.current_time() - transport.taken_at
-            if left_s <= 0:
-                self._stall(f"{self.peer} took no data for {self._send_timeout_s:g} s")
-                await trio.sleep(2 * CLOSE_S)
-                # Half a frame may be out: the transport is good for nothing more, and `_end` has it cut.
-                self._end(LinkBroken, self.reason)
-                return
-            await trio.sleep(min(left_s, self._send_timeout_s / LOOKS))
+    async def _change(self) -> None:
+        if self._changed is None:
+            self._changed = trio.Event()
+        await self._changed.wait()

@@ -1,19 +1,33 @@
-"""What the kernel knows of the other end of a connection; of a stream without a socket, and beside Linux, nothing."""
+"""What the kernel knows of the other end of a connection; beside Linux, nothing."""
 
 import socket
 import struct
 import sys
+from typing import Protocol
 
 import trio
 
 
-def waiting_bytes(stream: trio.abc.Stream) -> int | None:
+class Socket(Protocol):
+    """The standard library's socket, or Trio's."""
+
+    @property
+    def family(self) -> int:
+        """Address family."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes:
+        """See the standard library."""
+
+
+def waiting_bytes(sock: Socket) -> int | None:
     """Bytes handed to the kernel that the peer's has not acknowledged; of a unix socket, that the peer has not read.
 
     None where that cannot be told.
     """
-    sock = _socket_of(stream)
-    if sock is None or sys.platform != "linux":
+    if sys.platform != "linux":
         return None
     import fcntl  # not there on Windows
     import termios
@@ -24,14 +38,13 @@ def waiting_bytes(stream: trio.abc.Stream) -> int | None:
         return None
 
 
-def answers(stream: trio.abc.Stream) -> bool:
+def answers(sock: Socket) -> bool:
     """Whether the peer's machine acknowledges what it is sent, though its program may read nothing.
 
     A machine that is there answers each probe of its closed window at once; one that is gone leaves two of these, or
     of what was sent again, without an answer. False where that cannot be told.
     """
-    sock = _socket_of(stream)
-    if sock is None or sys.platform != "linux":
+    if sys.platform != "linux":
         return False
     if sock.family == socket.AF_UNIX:
         return True  # with the program its end goes, too
@@ -42,7 +55,8 @@ def answers(stream: trio.abc.Stream) -> bool:
     return retransmits < 2 and probes < 2
 
 
-def _socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
-    while isinstance(stream, trio.SSLStream):
-        stream = stream.transport_stream
+def socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
+    """The socket under a stream, under TLS or what was read ahead too; None under one that has none."""
+    while (under := getattr(stream, "transport_stream", None)) is not None:
+        stream = under
     return stream.socket if isinstance(stream, trio.SocketStream) else None

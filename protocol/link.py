@@ -1,22 +1,22 @@
-"""Making links: over a WebSocket at hand, to an address, and to an address for ever."""
+"""Making links: over a stream at hand, to an address, and to an address for ever."""
 
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import trio
-from trio_websocket import WebSocketConnection
 
 from protocol.address import Address
 from protocol.background import open_background
 from protocol.backoff import Backoff as Backoff
 from protocol.codec import decode
 from protocol.duplex import CLOSE_S as CLOSE_S
-from protocol.duplex import DEAD_AFTER_S, MAX_BACKLOG_BYTES, PING_INTERVAL_S, SEND_TIMEOUT_S
 from protocol.duplex import Link as Link
+from protocol.duplex import LinkRules as LinkRules
 from protocol.errors import ConnectError, ErrorCode, LinkBroken, LinkError, LoginRefused, ProtocolError
-from protocol.messages import FROM_RELAY, Error, Hello, Message, Rejected, Welcome
-from protocol.websocket import Socket, connect, open_socket
+from protocol.messages import FROM_RELAY, Error, Hello, Rejected, Welcome
+from protocol.streamlink import StreamLink
+from protocol.transport import connect, shake_hands
 
 #: TCP, TLS and WebSocket handshakes together.
 CONNECT_TIMEOUT_S = 10.0
@@ -26,41 +26,20 @@ LOGIN_TIMEOUT_S = 10.0
 
 @asynccontextmanager
 async def serve_link(
-    ws: WebSocketConnection,
-    *,
-    peer: str,
-    ping_interval_s: float = PING_INTERVAL_S,
-    dead_after_s: float = DEAD_AFTER_S,
-    send_timeout_s: float = SEND_TIMEOUT_S,
-    max_backlog_bytes: int = MAX_BACKLOG_BYTES,
-    farewell: Message | None = None,
+    stream: trio.abc.Stream, *, peer: str, rules: LinkRules | None = None, is_client: bool = False, early: bytes = b""
 ) -> AsyncIterator[Link]:
-    """A link over a WebSocket whose handshake is done, either side; closed at the end of the block.
-
-    A relay makes `ws` best with `protocol.websocket.open_upgrade`; one of `trio_websocket.wrap_server_stream` does.
+    """A link over a stream whose WebSocket handshake is done; closed, and the stream with it, at the end of the block.
 
     Args:
-        ws: must be used by nobody else from now on.
+        stream: must be used by nobody else from now on.
         peer: who it is, for people.
-        ping_interval_s: seconds between WebSocket pings.
-        dead_after_s: seconds of silence after which the link is broken.
-        send_timeout_s: with something to send, and nothing of it taken for so many seconds, the link breaks
-            ("slow_consumer").
-        max_backlog_bytes: with more queued, the same.
-        farewell: for such a peer, in place of what it did not take; the link is then closed, and counts as closed by
-            this side, after at most twice `CLOSE_S`.
+        rules: what the peer is held to.
+        is_client: whether this side asked for the handshake.
+        early: bytes that came behind the handshake.
 
     Cancellation: the block alone is cancelled; what is queued still goes out, within `CLOSE_S`.
     """
-    link = Link(
-        Socket.adopt(ws),
-        peer,
-        ping_interval_s=ping_interval_s,
-        dead_after_s=dead_after_s,
-        send_timeout_s=send_timeout_s,
-        max_backlog_bytes=max_backlog_bytes,
-        farewell=farewell,
-    )
+    link = StreamLink(stream, peer, rules or LinkRules(), is_client=is_client, early=early)
     async with open_background(link.run, link.aclose):
         yield link
 
@@ -75,10 +54,7 @@ async def open_link(
     ssl_context: ssl.SSLContext | None = None,
     connect_to: Connect | None = None,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
-    ping_interval_s: float = PING_INTERVAL_S,
-    dead_after_s: float = DEAD_AFTER_S,
-    send_timeout_s: float = SEND_TIMEOUT_S,
-    max_backlog_bytes: int = MAX_BACKLOG_BYTES,
+    rules: LinkRules | None = None,
 ) -> AsyncIterator[Link]:
     """A link to the relay at `address`, not logged in yet.
 
@@ -87,10 +63,7 @@ async def open_link(
         ssl_context: for wss://; None takes the system's certificate authorities.
         connect_to: makes the transport in place of sockets; for tests and tunnels.
         connect_timeout_s: for transport and handshakes together.
-        ping_interval_s: as `serve_link`, like the rest.
-        dead_after_s: as `serve_link`.
-        send_timeout_s: as `serve_link`.
-        max_backlog_bytes: as `serve_link`.
+        rules: what the relay is held to.
 
     Raises:
         ConnectError: no link could be made.
@@ -101,21 +74,16 @@ async def open_link(
         stream = await (connect_to(address) if connect_to is not None else connect(address, ssl_context))
     if connecting.cancelled_caught:
         raise ConnectError(too_slow)
-    with trio.CancelScope(deadline=deadline) as shaking:
-        async with open_socket(stream, address) as socket:
-            # The block below is the caller's: our deadline, and a cancellation by it, end here.
-            shaking.deadline = float("inf")
-            async with serve_link(
-                socket,
-                peer=str(address),
-                ping_interval_s=ping_interval_s,
-                dead_after_s=dead_after_s,
-                send_timeout_s=send_timeout_s,
-                max_backlog_bytes=max_backlog_bytes,
-            ) as link:
-                yield link
+    with trio.move_on_at(deadline) as shaking:
+        try:
+            early = await shake_hands(stream, address)
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
     if shaking.cancelled_caught:
         raise ConnectError(too_slow)
+    async with serve_link(stream, peer=str(address), rules=rules, is_client=True, early=early) as link:
+        yield link
 
 
 async def log_in(link: Link, hello: Hello) -> Welcome:

@@ -2,19 +2,24 @@
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 import structlog
 import trio
 
+from protocol.link import Link
 from protocol.systemd import ServiceManager
 from relayd.auth import Tokens
 from relayd.config import Config
 from relayd.events import serve_events
+from relayd.http.app import make_app
+from relayd.http.server import HttpDoor
+from relayd.http.site import Site
 from relayd.intake import Intake
 from relayd.listener import describe, open_listeners, serve_listeners, tls_context
 from relayd.places import serve_places
+from relayd.plane import open_plane
 from relayd.relay import Relay
 from relayd.reload import Reload
 from relayd.restoring import restore
@@ -78,24 +83,27 @@ async def serve(
             shutdown = Shutdown(relay)
             intake = Intake(relay)
             tokens = Tokens(loaded.tokens)
-            gate = Gate(relay, intake, tokens, shutdown.drain)
+            site = Site(relay, intake, tokens)
+            http = HttpDoor(site, make_app(site))
             await restore(relay, loaded)
             nursery.start_soon(intake.serve)
             nursery.start_soon(serve_places, relay)
             nursery.start_soon(serve_stats, relay)
             nursery.start_soon(relay.results.serve_memory)
             nursery.start_soon(relay.results.serve_retention)
+            nursery.start_soon(site.serve)
             manager = ServiceManager.from_environment()
             reload = Reload(relay, tokens, context, reread, manager) if reread else None
             if reload is not None:
                 nursery.start_soon(reload.serve)
             await nursery.start(_hear_signals, shutdown, reload)  # before anybody is told that it is ready
-            async with trio.open_nursery() as connections:
+            async with open_plane() as plane, trio.open_nursery() as connections:
+                gate = Gate(relay, intake, tokens, plane, shutdown.drain, site.failures)
                 accepting = trio.CancelScope()
 
                 async def accept() -> None:
                     with accepting:
-                        await serve_listeners(listeners, gate, context, connections)
+                        await serve_listeners(listeners, gate, http, context, connections)
 
                 connections.start_soon(accept)
                 urls = describe(listeners, tls=context is not None)
@@ -106,11 +114,12 @@ async def serve(
                 nursery.start_soon(Service(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
                 await relay.draining.wait()
                 # The doors stay open: whoever was cut off from what still runs may come back to it.
-                await _until_idle(relay, shutdown, relay.config.drain_timeout_s)
+                await _until_idle(relay, site, shutdown, relay.config.drain_timeout_s)
                 accepting.cancel()
                 for space in relay.spaces.values():  # no deadline counts while the links are being closed
                     space.closed.set()
-                await _close_links(relay)
+                await _close_links({*plane.links, *(each.link for each in relay.connections.values())})
+                await http.close()
                 connections.cancel_scope.cancel()
             with trio.move_on_after(CLOSE_S):  # asked to leave at once: what is half safe is made so
                 await relay.results.settled()
@@ -134,13 +143,13 @@ async def _hear_signals(
                 reload.ask()
 
 
-async def _until_idle(relay: Relay, shutdown: Shutdown, drain_timeout_s: float) -> None:
+async def _until_idle(relay: Relay, site: Site, shutdown: Shutdown, drain_timeout_s: float) -> None:
     """Wait for what runs, for its end to be safe and for listeners to have heard it, within a drain's time."""
     with trio.move_on_after(drain_timeout_s):
         while not shutdown.leave.is_set():
             running = [r for r in relay.requests.values() if r.entry.state is State.RUNNING]
             unsent = any(reader for client in relay.clients.values() for reader in client.unfinished())
-            if not running and not unsent and not relay.results.concluding:
+            if not running and not unsent and not site.unfinished and not relay.results.concluding:
                 return
             with trio.move_on_after(0.1):
                 await shutdown.leave.wait()
@@ -149,8 +158,8 @@ async def _until_idle(relay: Relay, shutdown: Shutdown, drain_timeout_s: float) 
         log.warning("left running work to its workers; it goes on when the relay is back", requests=left)
 
 
-async def _close_links(relay: Relay) -> None:
+async def _close_links(links: Iterable[Link]) -> None:
     with trio.move_on_after(CLOSE_S, shield=True):
         async with trio.open_nursery() as nursery:
-            for connection in list(relay.connections.values()):
-                nursery.start_soon(connection.link.aclose, GOING_AWAY, "the relay is shutting down")
+            for link in links:
+                nursery.start_soon(link.aclose, GOING_AWAY, "the relay is shutting down")

@@ -118,6 +118,8 @@ class Tokens:
     def __init__(self, records: Iterable[TokenRecord] = (), *, local_uids: Iterable[int] | None = None) -> None:
         self._by_id: dict[str, TokenRecord] = {}
         self._by_sha256: dict[bytes, TokenRecord] = {}
+        #: Error code -> logins that were refused with it.
+        self.refused: dict[str, int] = {}
         # Names are looked up here and not at login: behind NSS may be a server that takes its time.
         self._local_names = {uid: _user_name(uid) for uid in (local_uids or (os.geteuid(), 0))}
         for record in records:
@@ -141,6 +143,12 @@ class Tokens:
             The principal, or a refusal that says what to do: `unauthenticated` for a token that opens nothing (any
             more), `forbidden` for one of another role.
         """
+        principal = self._log_in(hello, peer, now)
+        if isinstance(principal, Rejected):
+            self.refused[principal.code] = self.refused.get(principal.code, 0) + 1
+        return principal
+
+    def _log_in(self, hello: Hello, peer: PeerCredentials | None, now: float) -> Principal | Rejected:
         if not hello.token:  # an empty RELAY_TOKEN is none
             return self._log_in_local(hello, peer)
         sha256 = hash_token(hello.token)
@@ -182,6 +190,11 @@ class Tokens:
             ErrorCode.UNAUTHENTICATED,
             f"{why}: set RELAY_TOKEN or RELAY_TOKEN_FILE; {_command(hello.role)} makes one on the relay's machine",
         )
+
+    def is_live(self, token_id: str, now: float) -> bool:
+        """Whether a token still opens something at `now`, in Unix seconds."""
+        record = self._by_id.get(token_id)
+        return record is not None and record.live(now)
 
     # -- keeping tokens -
 

@@ -2,6 +2,7 @@
 
 import argparse
 import faulthandler
+import gc
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,6 +18,7 @@ from protocol.fields import Value
 from protocol.messages import ROLES
 from protocol.terminal import printable, printable_json, printable_lines, table
 from relayd.admin import Admin, AdminError, NotRunning, open_admin
+from relayd.allocator import keep_freed_memory
 from relayd.app import serve
 from relayd.config import Config, ConfigError, SpaceConfig, load_config
 from relayd.demo import DEFAULT_TEXT, DemoFailed, run_demo
@@ -56,6 +58,12 @@ def _complain(words: str, code: int) -> int:
     return code
 
 
+def _settle(_urls: Sequence[str]) -> None:
+    """What the daemon has made by now stays: no collection need look at it again, in the middle of a stream."""
+    gc.collect()
+    gc.freeze()
+
+
 def _config(args: argparse.Namespace) -> Config:
     overrides = {"listen": getattr(args, "listen", None), "state_dir": args.state_dir}
     return load_config(args.config, environ=os.environ, overrides=overrides)
@@ -70,7 +78,8 @@ def _serve(args: argparse.Namespace) -> int:
     faulthandler.enable()  # systemd's watchdog ends a relay that hangs with SIGABRT: the log then says where it stood
     faults: list[BaseException] = []
     try:
-        trio.run(partial(serve, config, reread=partial(_config, args)))
+        keep_freed_memory()
+        trio.run(partial(serve, config, on_ready=_settle, reread=partial(_config, args)))
     except* (StoreError, ListenError) as group:
         faults += _leaves(group)  # told as any other command's, without the nurseries that it came through
     if faults:

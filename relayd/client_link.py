@@ -1,6 +1,6 @@
 """A client's connection: its messages in, its requests' frames out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -37,14 +37,12 @@ from relayd.requests import Request
 from relayd.rows import pages, space_row
 from relayd.states import Place, State
 
-Handler = Callable[[Any], None]
-
 
 @attrs.define(eq=False)
 class ClientLink:
     """One connection of a client, or of an operator in its part as a client.
 
-    It is the sink of its requests' frames: `send_nowait` never raises, because a client that is gone must not trouble
+    It is the sink of its requests' frames: `send_frames` never raises, because a client that is gone must not trouble
     the worker whose frame it was to get.
     """
 
@@ -58,22 +56,12 @@ class ClientLink:
     held: dict[str, Request] = attrs.field(factory=dict)
     #: Places to tell once the link has drained; the latest of each request.
     _untold: dict[str, Place] = attrs.field(factory=dict)
-    handlers: dict[type[Message], Handler] = attrs.field(init=False)
+    #: Of the class: what all have in common is not kept by each.
+    handlers: "Mapping[type[Message], Handler]" = attrs.field(factory=lambda: HANDLERS)
+    #: Called once its link is gone.
+    on_close: Callable[[], None] = attrs.field(default=lambda: None)
     frames_sent: int = 0
     bytes_sent: int = 0
-
-    def __attrs_post_init__(self) -> None:
-        self.handlers = {
-            Ping: self._ping,
-            Pong: lambda _pong: None,
-            Submit: self._submit,
-            Input: self._input,
-            Cancel: self._cancel,
-            Attach: self._attach,
-            Leave: self._leave,
-            Status: self._status,
-            Spaces: self._spaces,
-        }
 
     # -- as a sink and a holder
 
@@ -82,15 +70,16 @@ class ClientLink:
         """What the connection has not taken yet."""
         return self.link.backlog_bytes
 
-    def send_nowait(self, data: bytes) -> None:
-        """Send a frame; without effect on a link that is gone."""
+    def send_frames(self, frames: list[bytes]) -> None:
+        """Send frames; without effect on a link that is gone."""
         try:
-            self.link.send_nowait(data)
+            self.link.send_frames(frames)
         except LinkError:
             return
-        self.frames_sent += 1
-        self.bytes_sent += len(data)
-        self.relay.stats.out_bytes += len(data)
+        size = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
+        self.frames_sent += len(frames)
+        self.bytes_sent += size
+        self.relay.stats.out_bytes += size
 
     def send(self, message: Message) -> None:
         """Send a message of the relay's own, which counts as no frame; without effect on a link that is gone."""
@@ -135,28 +124,37 @@ class ClientLink:
 
     # -- its life
 
-    async def serve(self) -> None:
-        """Take its messages until the link is gone; then let go of all it held.
+    def begin(self) -> None:
+        """Be there for others to see."""
+        self.link.patient = True  # frames wait for it, and it may only have been put to sleep
+        self.link.on_drained(self._pump, LOW_WATER_BYTES)
+        self.relay.clients[self.connection_id] = self
+        self.relay.touch("clients", self.connection_id)
+
+    def take(self, messages: list[bytes]) -> None:
+        """Take its messages.
 
         Raises:
             ProtocolError: the client broke the rules.
         """
-        self.link.patient = True  # frames wait for it, and it may only have been put to sleep
-        self.link.on_drained(self._pump, LOW_WATER_BYTES)
-        try:
-            async for data in self.link:
-                try:
-                    message = decode(data, self.takes)
-                except UnknownType as fault:
-                    self.send(Error(code=fault.code, message=str(fault)))
-                    continue
-                self.handlers[type(message)](message)
-        finally:
-            for reader in self.readers.values():
-                reader.close()
-            self.readers.clear()
-            for request in list(self.held.values()):
-                self._let_go(request)
+        for data in messages:
+            try:
+                message = decode(data, self.takes)
+            except UnknownType as fault:
+                self.send(Error(code=fault.code, message=str(fault)))
+                continue
+            self.handlers[type(message)](self, message)
+
+    def close(self) -> None:
+        """Its link is gone: let go of all it held."""
+        for reader in self.readers.values():
+            reader.close()
+        self.readers.clear()
+        for request in list(self.held.values()):
+            self._let_go(request)
+        self.on_close()
+        del self.relay.clients[self.connection_id]
+        self.relay.touch("clients", self.connection_id)
 
     def unfinished(self) -> list[FrameReader]:
         """Readers of ended requests that have not sent all yet."""
@@ -306,6 +304,20 @@ class ClientLink:
             message = f"request {request_id} is not known here: it was never accepted, is another's, or ended long ago"
             return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, request_id=request_id)
         return request
+
+
+Handler = Callable[[ClientLink, Any], None]
+HANDLERS: Mapping[type[Message], Handler] = {
+    Ping: ClientLink._ping,
+    Pong: lambda _client, _pong: None,
+    Submit: ClientLink._submit,
+    Input: ClientLink._input,
+    Cancel: ClientLink._cancel,
+    Attach: ClientLink._attach,
+    Leave: ClientLink._leave,
+    Status: ClientLink._status,
+    Spaces: ClientLink._spaces,
+}
 
 
 def _only_looks(request_id: str) -> Rejected:

@@ -20,6 +20,7 @@ from relayd.settings import (
 )
 from relayd.settings import Config as Config
 from relayd.settings import ConfigError as ConfigError
+from relayd.settings import Http as Http
 from relayd.settings import Limits as Limits
 from relayd.settings import LogConfig as LogConfig
 from relayd.settings import Results as Results

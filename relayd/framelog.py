@@ -31,8 +31,8 @@ class Sink(Protocol):
     def backlog_bytes(self) -> int:
         """What was sent and the transport has not taken yet."""
 
-    def send_nowait(self, data: bytes) -> None:
-        """Send one message without waiting."""
+    def send_frames(self, frames: list[bytes]) -> None:
+        """Send these without waiting; the list is not to be changed."""
 
     def hear_read(self, reader: "FrameReader") -> None:
         """A reader of this sink has sent the last frame of its log."""
@@ -151,6 +151,19 @@ class FrameLog:
         """The frame numbered `seq`, as the worker sent it; None where it is not in memory."""
         return self._frames[seq - self._base] if seq >= self._base else None
 
+    def frames_from(self, seq: int, most_bytes: int) -> list[bytes]:
+        """Frames from `seq` on, until there is none or they have `most_bytes`; none where `seq` is not in memory."""
+        frames: list[bytes] = []
+        if seq < self._base:
+            return frames
+        every, at, size = self._frames, seq - self._base, 0
+        while at < len(every) and size < most_bytes:
+            data = every[at]
+            frames.append(data)
+            size += len(data)
+            at += 1
+        return frames
+
     def restart(self, attempt: int, seq: int) -> None:
         """`attempt` begins at `seq`, at most `next_seq`; frames from there on are forgotten."""
         self.restarts += 1
@@ -180,6 +193,24 @@ class FrameLog:
             memory.on_over()
         for reader in tuple(self.readers):
             reader.pump()
+
+    def extend(self, frames: list[bytes], size: int) -> None:
+        """Add the next frames, none of which is the last, of `size` bytes together. As `append`, for many at once."""
+        before = self._base + len(self._frames)
+        self._frames += frames
+        cost = size + FRAME_COST_BYTES * len(frames)
+        self.size_bytes += size
+        self.memory_bytes += cost
+        memory = self.memory
+        memory.held_bytes += cost
+        if memory.held_bytes > memory.limit_bytes:
+            memory.on_over()
+        for reader in tuple(self.readers):
+            if reader.seq == before and reader.sink.backlog_bytes + size <= HIGH_WATER_BYTES:
+                reader.seq = before + len(frames)
+                reader.sink.send_frames(frames)
+            else:
+                reader.pump()
 
     def _forget_memory(self, frames: Iterable[bytes], *, size: bool = True) -> None:
         """Count `frames` out; `size` where they are gone altogether."""
@@ -288,14 +319,14 @@ class FrameReader:
     def pump(self) -> None:
         """Send while the sink takes; called at each new frame and whenever the sink has drained."""
         log, sink = self.log, self.sink
-        while self.seq < log.next_seq and sink.backlog_bytes < HIGH_WATER_BYTES:
-            data = self._next_ahead() if self._ahead else log.frame(self.seq)
-            if data is None:
+        while self.seq < log.next_seq and (room := HIGH_WATER_BYTES - sink.backlog_bytes) > 0:
+            frames = self._next_ahead(room) if self._ahead else log.frames_from(self.seq, room)
+            if not frames:
                 if not self.fetching:
                     log.fetch(self)
                 return
-            self.seq += 1
-            sink.send_nowait(data)
+            self.seq += len(frames)
+            sink.send_frames(frames)
         if self.done:
             self.close()
             sink.hear_read(self)
@@ -308,10 +339,15 @@ class FrameReader:
         if self.log.memory.over:  # better to read them once more
             self._forget_ahead()
 
-    def _next_ahead(self) -> bytes:
-        data = self._ahead.popleft()
-        self.log.memory.held_bytes -= len(data)
-        return data
+    def _next_ahead(self, most_bytes: int) -> list[bytes]:
+        frames: list[bytes] = []
+        size = 0
+        while self._ahead and size < most_bytes:
+            data = self._ahead.popleft()
+            frames.append(data)
+            size += len(data)
+        self.log.memory.held_bytes -= size
+        return frames
 
     def _forget_ahead(self) -> None:
         self.log.memory.held_bytes -= sum(map(len, self._ahead))

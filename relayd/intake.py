@@ -52,11 +52,11 @@ class Intake:
         if known is not None:
             if known.principal != principal.name or not known.same_content(submit):
                 message = f"request {submit.request_id} exists already with other content; use a new id"
-                return Rejected.because(ErrorCode.ID_CONFLICT, message, request_id=submit.request_id)
+                conflict = Rejected.because(ErrorCode.ID_CONFLICT, message, request_id=submit.request_id)
+                return self._count(submit, conflict)
             return known
-        refusal = self._refuse(submit, principal)
-        if refusal:
-            return refusal
+        if refused := self._refuse(submit, principal):
+            return self._count(submit, refused)
         relay.scheduler.limit_running(principal.name, principal.limits.max_running)
         entry = Entry(
             request_id=submit.request_id,
@@ -66,14 +66,19 @@ class Intake:
             ticket=relay.next_ticket(),
             retry=submit.retry,
         )
-        if refusal := relay.scheduler.admit(entry):
-            return refusal
+        if refused := relay.scheduler.admit(entry):
+            return self._count(submit, refused)
         request = Request.of(submit, principal.name, entry, relay.spaces[submit.space].config, time.time())
         relay.keep(request)
         if refusal := self._if_whole(request):
             return refusal
         request.holders.add(holder)
         return request
+
+    def _count(self, submit: Submit, refusal: Rejected) -> Rejected:
+        """Count a refusal, and give it back."""
+        self.relay.stats.hear_rejected(submit.space if submit.space in self.relay.spaces else None, refusal.code)
+        return refusal
 
     def _refuse(self, submit: Submit, principal: Principal) -> Rejected | None:
         request_id = submit.request_id
@@ -177,6 +182,7 @@ class Intake:
         refusal = Rejected.because(code, message, request_id=request.request_id)
         for holder in tuple(request.holders):
             holder.hear_rejected(request, refusal)
+        self._count(request.submit, refusal)
         relay = self.relay
         decisions = relay.scheduler.end(request.request_id, State.FAILED, trio.current_time())
         request.notify()

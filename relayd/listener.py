@@ -1,7 +1,7 @@
-"""The daemon's doors: TCP (TLS where set) and the unix socket, each leading to the same `Gate`.
+"""The daemon's doors: TCP (TLS where set) and the unix socket, each leading to the same two: `Gate` and `HttpDoor`.
 
-One port will serve HTTP as well (DESIGN §10): the head of a connection is to be read in `_welcome`, and what is no
-upgrade to the relay's path handed to the HTTP application from there.
+One port serves HTTP as well (DESIGN §10): the head of a connection is read in `_welcome`; who asks for a WebSocket goes
+to the `Gate`, everybody else to the `HttpDoor`.
 """
 
 import os
@@ -16,7 +16,9 @@ import trio
 
 from relayd.auth import PeerCredentials, peer_credentials
 from relayd.config import Config, Tls
-from relayd.wire import Gate
+from relayd.heads import PrefixedStream, forwarded_for, is_to_be_answered, read_head, wants_websocket
+from relayd.http.server import HttpDoor
+from relayd.wire import Arrival, Gate
 
 log = structlog.get_logger("relayd.listener")
 
@@ -90,30 +92,57 @@ def describe(listeners: list[trio.SocketListener], tls: bool) -> list[str]:
 
 
 async def serve_listeners(
-    listeners: list[trio.SocketListener], gate: Gate, context: ssl.SSLContext | None, handlers: trio.Nursery
+    listeners: list[trio.SocketListener],
+    gate: Gate,
+    http: HttpDoor,
+    context: ssl.SSLContext | None,
+    handlers: trio.Nursery,
 ) -> None:
-    """Accept until cancelled; the connections live on in `handlers`."""
-    await trio.serve_listeners(partial(_welcome, gate=gate, context=context), listeners, handler_nursery=handlers)
+    """Accept until cancelled; the connections live on in `handlers`, or in the gate's plane."""
+    welcome = partial(_welcome, gate=gate, http=http, context=context)
+    await trio.serve_listeners(welcome, listeners, handler_nursery=handlers)
 
 
-async def _welcome(stream: trio.SocketStream, gate: Gate, context: ssl.SSLContext | None) -> None:
+async def _welcome(stream: trio.SocketStream, gate: Gate, http: HttpDoor, context: ssl.SSLContext | None) -> None:
     async with stream:
         try:
             credentials = peer_credentials(stream.socket)
             peer = _peer(stream, credentials)
         except OSError:
             return  # it hung up before we looked
-        if context is None or credentials is not None:
-            await gate.serve(stream, peer, credentials)
+        arrival = gate.enter(peer, credentials)
+        if arrival is None:
             return
-        tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+        lives_on = False
         try:
-            with trio.fail_after(TLS_HANDSHAKE_S):
-                await tls.do_handshake()
+            if context is None or credentials is not None:
+                lives_on = await _pass_on(stream, gate, http, arrival, secure=False)
+            else:
+                tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+                with trio.fail_after(TLS_HANDSHAKE_S):
+                    await tls.do_handshake()
+                lives_on = await _pass_on(tls, gate, http, arrival, secure=True)
         except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
             log.debug("TLS handshake failed", peer=peer, why=str(fault.__cause__ or fault))
-            return
-        await gate.serve(tls, peer, None)
+        finally:
+            if not lives_on:
+                arrival.leave()
+
+
+async def _pass_on(stream: trio.abc.Stream, gate: Gate, http: HttpDoor, arrival: Arrival, *, secure: bool) -> bool:
+    """Read the first head, and hand the connection to who is meant.
+
+    Returns:
+        whether it lives on without this task, and counts itself out.
+    """
+    head = await read_head(stream)
+    if is_to_be_answered(head) and not wants_websocket(head):
+        head = await http.serve(PrefixedStream(stream, head), arrival.peer, arrival.credentials, secure)
+    if not wants_websocket(head):
+        return False
+    if arrival.credentials is None and http.site.relay.config.behind_proxy:
+        arrival.peer = forwarded_for(head) or arrival.peer
+    return await gate.serve(stream, head, arrival)
 
 
 def _peer(stream: trio.SocketStream, credentials: PeerCredentials | None) -> str:

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TextIO
 
 import structlog
@@ -18,8 +19,8 @@ from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 from protocol.terminal import printable
 from relayd.settings import LogConfig
 
-#: Loggers that tell every message of every connection at `debug`.
-QUIET_LOGGERS = ("trio-websocket",)
+#: Loggers that tell every step they take at `debug`.
+QUIET_LOGGERS = ("python_multipart",)
 _TOKEN = re.compile(r"(rly_[a-z]_)[A-Za-z0-9_-]{16,}")
 #: Told every event from `info` up, whatever level the log itself has: method of the logger, and what is logged.
 Tap = Callable[[str, EventDict], None]
@@ -46,7 +47,7 @@ def tell_taps(_logger: WrappedLogger, method: str, event: EventDict) -> EventDic
 
 def redacted(text: str) -> str:
     """`text` with tokens cut to their prefix."""
-    return _TOKEN.sub(r"\1[secret]", text)
+    return _TOKEN.sub(r"\1[secret]", text) if "rly_" in text else text
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -70,21 +71,24 @@ def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    render = _console_processors(stream.isatty()) if console else _json_processors()
+    # For a person the standard library's handler makes the lines; where each connection and each request leaves one,
+    # they are written as they are, which costs half.
+    last = [structlog.stdlib.ProcessorFormatter.wrap_for_formatter] if console else [*render, _redact]
     structlog.configure(
         processors=[
             tell_taps,
-            # Asks the stdlib logger at every call, so that `set_level` works on loggers that are in use.
+            # Asks the stdlib's root logger at every call, so that `set_level` works on loggers that are in use.
             structlog.stdlib.filter_by_level,
             *common,
             structlog.stdlib.PositionalArgumentsFormatter(),
             structlog.processors.StackInfoRenderer(),
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+            *last,
         ],
         wrapper_class=structlog.stdlib.BoundLogger,
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        logger_factory=structlog.stdlib.LoggerFactory() if console else partial(_Lines, stream),
         cache_logger_on_first_use=False,
     )
-    render = _console_processors(stream.isatty()) if console else _json_processors()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         _Redacting(
@@ -105,6 +109,31 @@ def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
 def set_level(level: str) -> None:
     """Change what is logged from now on: `debug`, `info`, `warning` or `error`."""
     logging.getLogger().setLevel(level.upper())
+
+
+class _Lines:
+    """Writes finished lines; in the place of a logger of the standard library's, whose levels it goes by."""
+
+    def __init__(self, stream: TextIO, name: str = "") -> None:
+        self.name = name
+        self._stream = stream
+        # What structlog's processors ask of a logger.
+        self.disabled = False
+        self.getEffectiveLevel = logging.getLogger().getEffectiveLevel
+
+    def write(self, line: str) -> None:
+        """One line, in one piece; without effect where the stream takes none, as of a terminal that went away."""
+        try:
+            self._stream.write(f"{line}\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            return
+
+    debug = info = warning = error = exception = critical = write
+
+
+def _redact(_logger: WrappedLogger, _name: str, line: str) -> str:
+    return redacted(line)
 
 
 class _Redacting(structlog.stdlib.ProcessorFormatter):

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import attrs
 import structlog
@@ -10,7 +9,7 @@ import trio
 
 from protocol.errors import ErrorCode
 from protocol.fields import Value
-from protocol.messages import ROLES, SPACE_PATTERN, Done, Message, Rejected, Steer, Watch
+from protocol.messages import FROM_OPERATOR, ROLES, SPACE_PATTERN, Done, Rejected, Steer, Watch
 from relayd.auth import Tokens, parse_expires, parse_limits
 from relayd.client_link import ClientLink
 from relayd.config import ConfigError, SpaceConfig
@@ -42,12 +41,10 @@ class Operator:
     tokens: Tokens
     nursery: trio.Nursery
     drain: Callable[[str], None]
-    handlers: dict[type[Message], Callable[[Any], None]] = attrs.field(init=False)
     actions: dict[str, Callable[[Steer], Awaitable[Answer]]] = attrs.field(init=False)
     _watching: Watching | None = None
 
     def __attrs_post_init__(self) -> None:
-        self.handlers = {Watch: self._watch, Steer: self._steer}
         self.actions = {
             "cancel": self._cancel,
             "promote": self._promote,
@@ -64,6 +61,25 @@ class Operator:
             "describe": self._describe,
             "drain": self._drain,
         }
+
+    @classmethod
+    def join(
+        cls,
+        client: ClientLink,
+        relay: Relay,
+        tokens: Tokens,
+        nursery: trio.Nursery,
+        drain: Callable[[str], None],
+    ) -> None:
+        """Give a client's connection an operator's part."""
+        operator = cls(client, relay, tokens, nursery, drain)
+        client.takes = FROM_OPERATOR
+        client.handlers = {
+            **client.handlers,
+            Watch: lambda _client, watch: operator._watch(watch),
+            Steer: lambda _client, steer: operator._steer(steer),
+        }
+        client.on_close = operator.close
 
     def close(self) -> None:
         """Watch no more."""

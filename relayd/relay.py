@@ -159,6 +159,7 @@ class Relay:
         stats = self.stats.of_worker(port.worker_id)
         stats.name, stats.engine, stats.agent = register.worker, register.engine, port.agent
         stats.principal, stats.peer = port.principal, port.peer
+        self.stats.hear_worker(port.worker_id, register.spaces)
         if before is not None:
             before.disconnect("the same worker connected anew")
         for name in register.spaces:
@@ -170,6 +171,7 @@ class Relay:
         for entry in joined.resume:
             request = self.requests[entry.request_id]
             request.resumed()
+            self.stats.hear_resumed(request)
             self.record(request)  # it may have been queued again, or be further than the store knew
             self.touch("requests", entry.request_id)
         self.touch("workers", port.worker_id)
@@ -279,6 +281,7 @@ class Relay:
         awaited = entry.attempt == attempt and not any(isinstance(each, Finish) for each in decisions)
         if awaited and request.log.next_seq:
             request.log.restart(attempt, 0)  # what has come is the attempt's before it
+            self.stats.hear_anew(request)
         self.carry_out(decisions)
 
     def carry_out(self, decisions: Iterable[Decision]) -> None:
@@ -303,6 +306,7 @@ class Relay:
                     request.stopped_at = None
                     request.details = {}
                     request.step("requeued", losses=decision.entry.losses)
+                    self.stats.hear_retried(request)
                     request.notify()
                     self._note(request, "request queued again", losses=decision.entry.losses)
                     self.record(request)
@@ -315,6 +319,7 @@ class Relay:
         request.last_frame_at = trio.current_time()
         request.stopped_at = None
         request.told_place = None
+        self.stats.hear_started(request, from_seq)
         if entry.attempt and (entry.attempt > 1 or request.log.next_seq > from_seq):
             request.log.restart(entry.attempt, from_seq)
         request.step("started", attempt=entry.attempt, worker_id=entry.worker_id, from_seq=from_seq or None)

@@ -79,6 +79,8 @@ class Request:
     unheld_at: float | None = None
     queued_at: float = 0.0
     last_frame_at: float = 0.0
+    #: The `entry.started_at` up to which its waiting was counted.
+    counted_start_at: float | None = None
     #: When its worker was told to stop, while it has not answered.
     stopped_at: float | None = None
     #: How long its worker may stay away, from `entry.lost_at` on.

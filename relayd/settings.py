@@ -194,6 +194,22 @@ class Results:
 
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
+class Http:
+    """What holds for HTTP alone.
+
+    Args:
+        max_wait_s: `/v1/audio/speech` refuses a request that is told to wait longer for its start, with `queue_full`.
+        keep_alive_s: how long a connection waits for its next request.
+        metrics: who may ask for `/metrics`: `token` is a client's or an operator's for all spaces, `operator` an
+            operator's alone, `public` anybody.
+    """
+
+    max_wait_s: Annotated[float, _from_zero_s] = 120.0
+    metrics: Annotated[Literal["token", "operator", "public"], one_of("token", "operator", "public")] = "token"
+    keep_alive_s: Annotated[float, number(0.01, 3600)] = 30.0
+
+
+@attrs.frozen(kw_only=True, field_transformer=_with_rules)
 class SpaceConfig:
     """One space. The timeouts are what a request gets that names none of its own.
 
@@ -261,6 +277,7 @@ class Config:
     log: LogConfig = attrs.field(factory=LogConfig)
     limits: Limits = attrs.field(factory=Limits)
     results: Results = attrs.field(factory=Results)
+    http: Http = attrs.field(factory=Http)
     spaces: dict[str, SpaceConfig] = attrs.field(factory=dict)
 
     @property
@@ -274,7 +291,7 @@ class Config:
         return self.state_dir / "relayd.sock" if self.unix_socket else None
 
 
-SECTIONS: Mapping[str, type] = {"tls": Tls, "log": LogConfig, "limits": Limits, "results": Results}
+SECTIONS: Mapping[str, type] = {"tls": Tls, "log": LogConfig, "limits": Limits, "results": Results, "http": Http}
 
 
 # -- from tables to classes ---------------------------------------------------------------------------------------

@@ -5,13 +5,15 @@ What happens often is only counted, in plain numbers; once a second `sample` loo
 
 import math
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 import structlog
 import trio
 
+from protocol.errors import ErrorCode
+from relayd.histogram import REAL_TIME_FACTORS, WAIT_S, Histogram
 from relayd.states import State
 
 if TYPE_CHECKING:
@@ -29,6 +31,11 @@ LATELY_S = 300.0
 MAX_SAMPLES = 1_000
 #: Over which bytes a second are told: long enough for frames of a second each.
 RATE_SAMPLES = 6
+#: Workers that are remembered as having been here, so that their return is told from a first visit.
+MAX_SEEN_WORKERS = 1_000
+#: Codes that are counted by name; a worker may fail a request with any word.
+KNOWN_CODES = frozenset(str(code) for code in ErrorCode)
+OTHER_CODE = "other"
 
 
 @attrs.define(eq=False)
@@ -154,6 +161,18 @@ class SpaceStats:
     accepted: Minute = attrs.field(factory=Minute)
     first_audio: Lately = attrs.field(factory=Lately)
     ends: Ends = attrs.field(factory=Ends)
+    #: Since the start, by error code.
+    failed: dict[str, int] = attrs.field(factory=dict)
+    rejected: dict[str, int] = attrs.field(factory=dict)
+    retried: int = 0
+    resumed: int = 0
+    reconnects: int = 0
+    #: Of attempts that are over. Whole milliseconds, because sums of those never go down by a rounding.
+    audio_ms: int = 0
+    wait_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
+    first_audio_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
+    run_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
+    real_time_factor: Histogram = attrs.field(factory=lambda: Histogram(REAL_TIME_FACTORS))
 
 
 @attrs.define(eq=False)
@@ -186,6 +205,9 @@ class Stats:
     clients: dict[str, Rate] = attrs.field(factory=dict)
     out: Rate = attrs.field(factory=Rate)
     frames_in: Rate = attrs.field(factory=Rate)
+    #: By error code, of requests to spaces that are not there: their names are anybody's words.
+    rejected: dict[str, int] = attrs.field(factory=dict)
+    _seen_workers: dict[str, None] = attrs.field(factory=dict)
 
     def of_space(self, name: str) -> SpaceStats:
         """What is known of a space."""
@@ -207,16 +229,58 @@ class Stats:
         self.accepted.add(now)
         self.of_space(request.submit.space).accepted.add(now)
 
+    def hear_rejected(self, space: str | None, code: str) -> None:
+        """A request was refused; `space` is None where there is none of that name."""
+        count(self.rejected if space is None else self.of_space(space).rejected, code)
+
+    def hear_started(self, request: "Request", from_seq: int) -> None:
+        """A request was handed to a worker, whose frames begin at `from_seq`."""
+        started_at = request.entry.started_at
+        if started_at != request.counted_start_at:  # else it was handed out again to the worker that had it
+            request.counted_start_at = started_at
+            self.of_space(request.submit.space).wait_s.add(max(0.0, started_at - request.queued_at))
+        if not from_seq:
+            self.hear_anew(request)
+
+    def hear_anew(self, request: "Request") -> None:
+        """What an attempt has put out is void, and was made all the same."""
+        self.of_space(request.submit.space).audio_ms += audio_ms(request)
+        request.audio_bytes = 0
+
+    def hear_retried(self, request: "Request") -> None:
+        """An attempt was lost, and the request waits for another."""
+        self.of_space(request.submit.space).retried += 1
+
+    def hear_resumed(self, request: "Request") -> None:
+        """A worker came back, and goes on with the request."""
+        self.of_space(request.submit.space).resumed += 1
+
+    def hear_worker(self, worker_id: str, spaces: Iterable[str]) -> None:
+        """A worker has registered."""
+        seen = self._seen_workers
+        if worker_id in seen:
+            for space in spaces:
+                self.of_space(space).reconnects += 1
+            del seen[worker_id]  # to be the latest again
+        elif len(seen) >= MAX_SEEN_WORKERS:
+            del seen[next(iter(seen))]
+        seen[worker_id] = None
+
     def hear_first_frame(self, request: "Request", now: float) -> None:
         """The first output of a request has come."""
         waited_s = now - request.created_at
         self.first_audio.add(now, waited_s)
-        self.of_space(request.submit.space).first_audio.add(now, waited_s)
+        space = self.of_space(request.submit.space)
+        space.first_audio.add(now, waited_s)
+        space.first_audio_s.add(waited_s)
 
     def hear_ended(self, request: "Request", state: State, now: float) -> None:
         """A request has ended as `state`."""
+        space = self.of_space(request.submit.space)
+        space.audio_ms += audio_ms(request)
         if state is State.FAILED:
             self.errors.add(now)
+            count(space.failed, request.code or ErrorCode.INTERNAL)
         if state is State.CANCELLED:
             return
         done = state is State.COMPLETED and request.entry.worker_id is not None
@@ -226,7 +290,11 @@ class Stats:
             run_s=now - request.entry.started_at if done else 0.0,
             audio_s=request.audio_s or 0.0 if done else 0.0,
         )
-        self.of_space(request.submit.space).ends.add(end)
+        space.ends.add(end)
+        if done:
+            space.run_s.add(end.run_s)
+        if end.audio_s:
+            space.real_time_factor.add(end.run_s / end.audio_s)
         if request.entry.worker_id in self.workers:
             self.workers[request.entry.worker_id].ends.add(end)
 
@@ -244,6 +312,17 @@ class Stats:
         _forget(self.spaces, relay.spaces)
         _forget(self.workers, relay.scheduler.workers)
         _forget(self.clients, relay.clients)
+
+
+def audio_ms(request: "Request") -> int:
+    """Milliseconds of audio that the attempt at hand has put out."""
+    return round(1000 * (request.audio_s or 0.0))
+
+
+def count(counts: dict[str, int], code: str) -> None:
+    """Count an error by its code."""
+    name = str(code) if code in KNOWN_CODES else OTHER_CODE
+    counts[name] = counts.get(name, 0) + 1
 
 
 def _forget(known: dict[str, T], there: Container[str]) -> None:

@@ -1,27 +1,25 @@
 """A connection's way in: WebSocket handshake, `hello`, and then the part it plays.
 
 The only place in the daemon that knows how a link comes about; what it carries is `client_link`'s, `worker_link`'s
-and `operator`'s business.
+and `operator`'s business. Messages are handed over as they come, by `relayd.plane`: once a client has logged in, its
+connection has no task any more.
 """
 
 import importlib.metadata
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from typing import Protocol
 
 import attrs
 import structlog
 import trio
-from trio_websocket import WebSocketRequest
 
 from protocol.codec import decode
-from protocol.errors import ErrorCode, LinkError, ProtocolError
-from protocol.link import Link, serve_link
+from protocol.errors import ErrorCode, LinkError, ProtocolError, TextReceived
+from protocol.link import Link, LinkRules, serve_link
 from protocol.messages import (
     FROM_ANYONE,
-    FROM_CLIENT,
-    FROM_OPERATOR,
     MAX_CONTROL_BYTES,
     MAX_INPUT_CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
@@ -31,47 +29,124 @@ from protocol.messages import (
     Error,
     Hello,
     Rejected,
-    Table,
     Welcome,
 )
-from protocol.websocket import open_upgrade
+from protocol.rfc6455 import INTERNAL_ERROR, POLICY_VIOLATION
 from relayd.auth import PeerCredentials, Principal, Tokens
 from relayd.client_link import ClientLink
+from relayd.config import Limits
+from relayd.failures import TOO_MANY_FAILURES, LoginFailures, address_of
+from relayd.handshake import Head, Refusal, answer_to, check_upgrade, parse_head
+from relayd.heads import split_head
+from relayd.http.login import may_come_from
 from relayd.intake import Intake
 from relayd.operator import Operator
+from relayd.plane import Plane
 from relayd.relay import Relay
 from relayd.worker_link import WorkerLink
 
 log = structlog.get_logger("relayd.wire")
 
-#: For the request's head; a slow one is cut off (DESIGN §10).
-HANDSHAKE_S = 5.0
+#: For a peer that is refused to read why.
+HANG_UP_S = 1.0
+HANG_UP_READS = 64
 SERVER = f"relayd/{importlib.metadata.version('relayd')}"
 #: Connections that have not logged in, beyond `max_connections`: with 900 of those, a limit of 1,024 files holds.
 MAX_STRANGERS = 64
-POLICY_VIOLATION = 1008
-INTERNAL_ERROR = 1011
 FULL = "the relay has all the connections it takes; try again later"
+OUR_MISTAKE = "the relay made a mistake; see its log"
 STALLED = Error(
     code=ErrorCode.SLOW_CONSUMER,
     message="this connection does not take what is sent to it; connect again, and attach for what is missing",
 )
 
 
+class Part(Protocol):
+    """What a connection is once it has logged in: a client's, a worker's, an operator's."""
+
+    def take(self, messages: list[bytes]) -> None:
+        """Its messages, in order.
+
+        Raises:
+            ProtocolError: the peer broke the rules.
+        """
+
+    def close(self) -> None:
+        """The link is gone: let go of all that it held."""
+
+
+@attrs.define(eq=False)
+class Arrival:
+    """A connection from its first byte to its last, logged in or not.
+
+    Args:
+        gate: which counts it.
+        peer: where it comes from, for logs.
+        credentials: of a unix socket's peer.
+    """
+
+    gate: "Gate"
+    peer: str
+    credentials: PeerCredentials | None
+    _left: bool = False
+
+    def leave(self) -> None:
+        """Count it out; the first call counts."""
+        if not self._left:
+            self._left = True
+            self.gate.open -= 1
+
+
 @attrs.define(eq=False)
 class Connection:
-    """A connection that has logged in."""
+    """A connection that has logged in; it takes its link's messages. No fault of it gets out."""
 
     connection_id: str
     link: Link
     principal: Principal
+    gate: "Gate"
+    arrival: "Arrival"
     #: What its program calls itself.
     agent: str = ""
     connected_at: float = attrs.field(factory=trio.current_time)
+    part: Part | None = None
 
     def disconnect(self, reason: str) -> None:
         """End it now."""
         self.link.abort(reason)
+
+    def take(self, messages: list[bytes]) -> None:
+        """See `protocol.duplex.Taker`."""
+        assert self.part is not None
+        try:
+            self.part.take(messages)
+        except ProtocolError as fault:
+            tell_fault(self.link, fault)
+        except Exception:
+            log.exception("connection broke the relay's own rules", peer=self.link.peer)
+            say_why(self.link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
+
+    def take_text(self, text: str) -> None:
+        """See `protocol.duplex.Taker`."""
+        tell_fault(self.link, TextReceived("text message; every message is binary (msgpack)"))
+
+    def hear_end(self) -> None:
+        """See `protocol.duplex.Taker`."""
+        link, relay = self.link, self.gate.relay
+        try:
+            if self.part is not None:
+                self.part.close()
+        except Exception:
+            log.exception("connection broke the relay's own rules", peer=link.peer)
+        finally:
+            del relay.connections[self.connection_id]
+            relay.slow_consumers += link.stalled
+            tell = log.warning if link.stalled else log.info
+            tell("disconnected", peer=link.peer, principal=self.principal.name, why=link.reason or "closed")
+
+    def hear_cut(self) -> None:
+        """See `protocol.duplex.Taker`."""
+        self.arrival.leave()
 
 
 @attrs.define(eq=False)
@@ -81,84 +156,128 @@ class Gate:
     relay: Relay
     intake: Intake
     tokens: Tokens
+    plane: Plane
     #: Begins the daemon's drain; an operator may ask for it.
     drain: Callable[[str], None]
+    failures: LoginFailures = attrs.field(factory=LoginFailures)
     #: Connections from their first byte on, logged in or not.
-    _open: int = 0
+    open: int = 0
+    _rules: tuple[Limits, LinkRules] | None = None
 
-    async def serve(self, stream: trio.abc.Stream, peer: str, credentials: PeerCredentials | None) -> None:
-        """One connection, from its first byte to its last; no fault of it gets out.
+    # -- who comes
+
+    def enter(self, peer: str, credentials: PeerCredentials | None) -> Arrival | None:
+        """Count a connection in; None where there are too many, and it is to be hung up on."""
+        if self.open >= self.relay.config.limits.max_connections + MAX_STRANGERS:
+            log.warning("too many connections; hung up on one", peer=peer, open=self.open)
+            return None
+        self.open += 1
+        return Arrival(self, peer, credentials)
+
+    async def serve(self, stream: trio.abc.Stream, data: bytes, arrival: Arrival) -> bool:
+        """One WebSocket, from its handshake on; no fault of it gets out.
 
         Args:
-            stream: TLS already spoken.
-            peer: where it comes from, for logs.
-            credentials: of a unix socket's peer.
-        """
-        if self._open >= self.relay.config.limits.max_connections + MAX_STRANGERS:
-            log.warning("too many connections; hung up on one", peer=peer, open=self._open)
-            return
-        self._open += 1
-        try:
-            with trio.CancelScope(deadline=trio.current_time() + HANDSHAKE_S) as handshake:
-                async with open_upgrade(stream) as request:
-                    if refusal := self._refusal(request):
-                        status, words = refusal
-                        await request.reject(status, body=f"{words}\n".encode())
-                        return
-                    ws = await request.accept(subprotocol=SUBPROTOCOL)
-                    handshake.deadline = float("inf")
-                    limits = self.relay.config.limits
-                    async with serve_link(
-                        ws,
-                        peer=peer,
-                        ping_interval_s=limits.ping_interval_s,
-                        dead_after_s=limits.dead_after_s,
-                        send_timeout_s=limits.stall_timeout_s,
-                        max_backlog_bytes=limits.max_backlog_bytes,
-                        farewell=STALLED,
-                    ) as link:
-                        await self._serve_link(link, credentials)
-        except LinkError as fault:
-            log.debug("connection lost", peer=peer, why=str(fault))
-        except Exception:
-            log.exception("connection broke the relay's own rules", peer=peer)
-        finally:
-            self._open -= 1
+            stream: TLS already spoken. Of a plain socket, its descriptor may be taken over.
+            data: the head of its request, and what came behind it.
+            arrival: the connection's.
 
-    def _refusal(self, request: WebSocketRequest) -> tuple[int, str] | None:
-        """HTTP status and words for a handshake that is not for us."""
-        relay = self.relay
-        headers = {name.lower(): value for name, value in request.headers}
-        origin = headers.get(b"origin", b"").decode("ascii", "replace")
-        allowed = relay.config.allowed_origins
-        if request.path.partition("?")[0] != PATH:
-            return 404, f"nothing here; the relay speaks at {PATH}"
-        if SUBPROTOCOL not in request.proposed_subprotocols:
-            return 400, f"ask for the WebSocket subprotocol {SUBPROTOCOL}"
-        if origin and origin not in allowed and "*" not in allowed:
-            return 403, f"origin {origin} is not in allowed_origins of relayd.toml"
-        return (503, FULL) if self._full() else None
+        Returns:
+            whether the connection lives on without this task, and counts itself out.
+        """
+        try:
+            text, early = split_head(data)
+            head = parse_head(text)
+            if refusal := self.refusal(head):
+                raise refusal
+            check_upgrade(head, SUBPROTOCOL)
+            await stream.send_all(answer_to(head, SUBPROTOCOL))
+            if isinstance(stream, trio.SocketStream):
+                return await self._serve_socket(stream, early, arrival)
+            async with serve_link(stream, peer=arrival.peer, rules=self.rules, early=early) as link:
+                connection = await self._log_in(link, arrival)
+                if connection is None:
+                    return False
+                await self._play(connection, stays=True)
+                return True
+        except Refusal as refusal:
+            await hang_up(stream, refusal)
+        except (LinkError, trio.BrokenResourceError, trio.ClosedResourceError) as fault:
+            log.debug("connection lost", peer=arrival.peer, why=str(fault))
+        except Exception:
+            log.exception("connection broke the relay's own rules", peer=arrival.peer)
+        return False
+
+    async def _serve_socket(self, stream: trio.SocketStream, early: bytes, arrival: Arrival) -> bool:
+        link = self.plane.adopt(stream, arrival.peer, self.rules, early)
+        try:
+            connection = await self._log_in(link, arrival)
+            if connection is None:
+                return False
+        except BaseException:
+            link.abort("it did not log in")
+            raise
+        try:
+            # A client at rest needs no task; a worker and an operator have some of their own, and few are there.
+            stays = connection.principal.role != "client" or connection.principal.expires_at is not None
+            await self._play(connection, stays=stays)
+        except BaseException:
+            link.abort("the relay has stopped")
+            raise
+        return True
+
+    @property
+    def rules(self) -> LinkRules:
+        """What peers are held to, by the settings as they are now."""
+        limits = self.relay.config.limits
+        if self._rules is None or self._rules[0] is not limits:
+            rules = LinkRules(
+                ping_interval_s=limits.ping_interval_s,
+                dead_after_s=limits.dead_after_s,
+                send_timeout_s=limits.stall_timeout_s,
+                max_backlog_bytes=limits.max_backlog_bytes,
+                farewell=STALLED,
+            )
+            self._rules = limits, rules
+        return self._rules[1]
+
+    def refusal(self, head: Head) -> Refusal | None:
+        """Why a handshake is not for us."""
+        origin = head.get("origin")
+        if head.path != PATH:
+            return Refusal(404, f"nothing here; the relay speaks at {PATH}")
+        if not may_come_from(origin, head.get("host"), self.relay.config.allowed_origins):
+            return Refusal(403, f"origin {origin} is not in allowed_origins of relayd.toml")
+        return Refusal(503, FULL) if self._full() else None
 
     def _full(self) -> bool:
         return len(self.relay.connections) >= self.relay.config.limits.max_connections
 
-    async def _serve_link(self, link: Link, credentials: PeerCredentials | None) -> None:
+    # -- who it is
+
+    async def _log_in(self, link: Link, arrival: Arrival) -> Connection | None:
+        """Hear the hello; None where there was none, or one that is refused: the link is then closed."""
         try:
             hello = await self._hello(link)
-            principal = self._log_in(hello, credentials)
-            if isinstance(principal, Rejected):
-                log.warning("login refused", peer=link.peer, role=hello.role, code=principal.code)
-                await _close(link, principal.code, principal.message, POLICY_VIOLATION)
-                return
-            await self._play(link, hello, principal)
+            principal = self._principal(hello, arrival)
         except ProtocolError as fault:
-            log.warning("peer broke the protocol", peer=link.peer, why=str(fault))
-            await _close(link, fault.code, str(fault), fault.close_code)
+            tell_fault(link, fault)
         except LinkError:
             raise
         except Exception:
             log.exception("connection broke the relay's own rules", peer=link.peer)
-            await _close(link, ErrorCode.INTERNAL, "the relay made a mistake; see its log", INTERNAL_ERROR)
+            say_why(link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
+        else:
+            if isinstance(principal, Principal):
+                connection = Connection(secrets.token_hex(8), link, principal, self, arrival, hello.agent)
+                self.relay.connections[connection.connection_id] = connection
+                log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
+                return connection
+            if principal.retry_after_s is None:  # else it was told often enough
+                log.warning("login refused", peer=link.peer, role=hello.role, code=principal.code)
+            say_why(link, principal.code, principal.message, POLICY_VIOLATION)
+        await link.aclose()
+        return None
 
     async def _hello(self, link: Link) -> Hello:
         hello_timeout_s = self.relay.config.limits.hello_timeout_s
@@ -170,37 +289,65 @@ class Gate:
             return message
         raise _Silent(f"no hello within {hello_timeout_s:g} s; connect again")
 
-    def _log_in(self, hello: Hello, credentials: PeerCredentials | None) -> Principal | Rejected:
-        principal = self.tokens.log_in(hello, credentials, time.time())
+    def _principal(self, hello: Hello, arrival: Arrival) -> Principal | Rejected:
+        principal = self.tokens.log_in(hello, arrival.credentials, time.time())
         if isinstance(principal, Rejected):
-            return principal
+            return self._counted(principal, hello, arrival)
         if self._full():  # others have logged in since its handshake
             return Rejected.because(ErrorCode.RATE_LIMITED, FULL)
         most = principal.limits.max_connections
-        mine = sum(other.principal.token_id == principal.token_id for other in self.relay.connections.values())
-        if most is not None and mine >= most:
-            message = f"the token of {principal.name!r} allows {most} connections at once; close one first"
-            return Rejected.because(ErrorCode.RATE_LIMITED, message)
+        if most is not None:
+            mine = sum(other.principal.token_id == principal.token_id for other in self.relay.connections.values())
+            if mine >= most:
+                message = f"the token of {principal.name!r} allows {most} connections at once; close one first"
+                return Rejected.because(ErrorCode.RATE_LIMITED, message)
         return principal
 
-    async def _play(self, link: Link, hello: Hello, principal: Principal) -> None:
-        """The connection's part, until its link is gone, its token ends or is revoked."""
-        relay = self.relay
-        connection = Connection(secrets.token_hex(8), link, principal, hello.agent)
-        relay.connections[connection.connection_id] = connection
-        log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
-        play = {"worker": self._play_worker, "operator": self._play_operator}.get(principal.role, self._play_client)
+    def _counted(self, refusal: Rejected, hello: Hello, arrival: Arrival) -> Rejected:
+        """A refused login; of too many from one address, one that says so."""
+        if refusal.code != ErrorCode.UNAUTHENTICATED or not hello.token or arrival.credentials is not None:
+            return refusal
+        wait_s = self.failures.add(address_of(arrival.peer), trio.current_time())
+        if wait_s is None:
+            return refusal
+        return Rejected.because(ErrorCode.RATE_LIMITED, TOO_MANY_FAILURES, retry_after_s=wait_s)
+
+    # -- its part
+
+    async def _play(self, connection: Connection, *, stays: bool) -> None:
+        """Begin the connection's part, and where it `stays`, wait until its link is gone or its token has ended."""
+        link, principal = connection.link, connection.principal
         try:
             link.send(self._welcome(connection))
+        except LinkError:
+            log.debug("connection lost", peer=link.peer, why=link.reason)  # whoever takes its messages is told
+        if not stays:
+            connection.part = self._client(connection)
+            link.hand_to(connection)
+            return
+        async with trio.open_nursery() as nursery:
+            connection.part = self._part(connection, nursery)
+            link.hand_to(connection)
             with trio.move_on_after(_left_s(principal)) as token_life:
-                await play(connection, hello)
+                await link.wait_gone()
             if token_life.cancelled_caught:
-                await _close(link, ErrorCode.UNAUTHENTICATED, "the token has expired", POLICY_VIOLATION)
-        finally:
-            del relay.connections[connection.connection_id]
-            relay.slow_consumers += link.stalled
-            tell = log.warning if link.stalled else log.info
-            tell("disconnected", peer=link.peer, principal=principal.name, why=link.reason or "closed")
+                say_why(link, ErrorCode.UNAUTHENTICATED, "the token has expired", POLICY_VIOLATION)
+            nursery.cancel_scope.cancel()
+
+    def _part(self, connection: Connection, nursery: trio.Nursery) -> Part:
+        if connection.principal.role == "worker":
+            return WorkerLink(
+                connection.connection_id, connection.link, connection.principal, self.relay, nursery, connection.agent
+            )
+        client = self._client(connection)
+        if connection.principal.role == "operator":
+            Operator.join(client, self.relay, self.tokens, nursery, self.drain)
+        return client
+
+    def _client(self, connection: Connection) -> ClientLink:
+        client = ClientLink(connection.connection_id, connection.link, connection.principal, self.relay, self.intake)
+        client.begin()
+        return client
 
     def _welcome(self, connection: Connection) -> Welcome:
         limits = self.relay.config.limits
@@ -219,54 +366,6 @@ class Gate:
             server=SERVER,
         )
 
-    async def _play_client(self, connection: Connection, hello: Hello) -> None:
-        await self._with_client(self._client(connection), None)
-
-    async def _play_operator(self, connection: Connection, hello: Hello) -> None:
-        client = self._client(connection, FROM_OPERATOR)
-        async with _open_nursery() as nursery:
-            operator = Operator(client, self.relay, self.tokens, nursery, self.drain)
-            client.handlers |= operator.handlers
-            await self._with_client(client, operator)
-
-    def _client(self, connection: Connection, takes: Table = FROM_CLIENT) -> ClientLink:
-        return ClientLink(
-            connection.connection_id, connection.link, connection.principal, self.relay, self.intake, takes
-        )
-
-    async def _with_client(self, client: ClientLink, operator: Operator | None) -> None:
-        relay = self.relay
-        relay.clients[client.connection_id] = client
-        relay.touch("clients", client.connection_id)
-        try:
-            await client.serve()
-        finally:
-            if operator is not None:
-                operator.close()
-            del relay.clients[client.connection_id]
-            relay.touch("clients", client.connection_id)
-
-    async def _play_worker(self, connection: Connection, hello: Hello) -> None:
-        async with _open_nursery() as nursery:
-            worker = WorkerLink(
-                connection.connection_id, connection.link, connection.principal, self.relay, nursery, hello.agent
-            )
-            await worker.serve()
-
-
-@asynccontextmanager
-async def _open_nursery() -> AsyncIterator[trio.Nursery]:
-    """A nursery that ends with its block; the block's own exception comes out bare, so that its kind still counts."""
-    fault: Exception | None = None
-    async with trio.open_nursery() as nursery:
-        try:
-            yield nursery
-        except Exception as raised:  # noqa: BLE001  raised again below, outside the nursery
-            fault = raised
-        nursery.cancel_scope.cancel()
-    if fault is not None:
-        raise fault
-
 
 class _Silent(ProtocolError):
     """No `hello` came in time. A network that stood still does that too, so whoever it was may try again."""
@@ -279,10 +378,30 @@ def _left_s(principal: Principal) -> float:
     return float("inf") if principal.expires_at is None else max(0.0, principal.expires_at - time.time())
 
 
-async def _close(link: Link, code: str, message: str, close_code: int) -> None:
+def tell_fault(link: Link, fault: ProtocolError) -> None:
+    """The peer broke a rule: say which, and close."""
+    log.warning("peer broke the protocol", peer=link.peer, why=str(fault))
+    say_why(link, fault.code, str(fault), fault.close_code)
+
+
+def say_why(link: Link, code: str, message: str, close_code: int) -> None:
     """Say why, and close."""
     try:
         link.send(Error(code=code, message=message))
     except LinkError:
         return
-    await link.aclose(close_code, message)
+    link.close_soon(close_code, message)
+
+
+async def hang_up(stream: trio.abc.Stream, refusal: Refusal) -> None:
+    """Answer no, and see to it that the peer can read it: closing over unread bytes resets the connection."""
+    try:
+        with trio.move_on_after(HANG_UP_S):
+            await stream.send_all(refusal.to_bytes())
+            if isinstance(stream, trio.SocketStream):
+                await stream.send_eof()
+                for _ in range(HANG_UP_READS):
+                    if not await stream.receive_some():
+                        break
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        return

@@ -11,6 +11,7 @@ import structlog
 import trio
 
 from protocol.codec import decode
+from protocol.envelope import SEAT_BYTES, pcm_size, seat_of
 from protocol.errors import ErrorCode, LinkError, ProtocolError, UnknownType
 from protocol.link import Link
 from protocol.messages import (
@@ -45,6 +46,7 @@ from relayd.auth import Principal
 from relayd.relay import Relay
 from relayd.requests import Request
 from relayd.states import State
+from relayd.stats import WorkerStats
 
 log = structlog.get_logger("relayd.worker")
 
@@ -56,9 +58,22 @@ MAX_NAME_CHARS = 48
 FEED_BYTES = 1024 * 1024
 
 
+class Run:
+    """Audio frames of one attempt that came together: the first is number `seq`."""
+
+    __slots__ = ("frames", "pcm_bytes", "request", "sample_bytes", "seq")
+
+    def __init__(self, request: Request, sample_bytes: int) -> None:
+        self.request = request
+        self.seq = request.log.next_seq
+        self.sample_bytes = sample_bytes
+        self.frames: list[bytes] = []
+        self.pcm_bytes = 0
+
+
 @attrs.define(eq=False)
 class WorkerLink:
-    """One connection of a worker. `serve` is its task; `nursery` holds the inputs on their way to it."""
+    """One connection of a worker; `nursery` holds the inputs on their way to it."""
 
     connection_id: str
     link: Link
@@ -69,6 +84,9 @@ class WorkerLink:
     worker_id: str = ""
     engine: str = ""
     registered: bool = False
+    #: What audio frames of an attempt begin with -> its request; of attempts from whom audio has come.
+    _seats: dict[bytes, Request] = attrs.field(factory=dict)
+    _stats: WorkerStats = attrs.field(factory=WorkerStats)
     handlers: dict[type[Message], Callable[[Any, bytes], None]] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -104,7 +122,7 @@ class WorkerLink:
     @property
     def heard_at(self) -> float:
         """Trio time of the last sign of life."""
-        return self.link.last_heard
+        return self.link.heard_at
 
     # -- what the relay asks of it
 
@@ -171,26 +189,87 @@ class WorkerLink:
 
     # -- its life
 
-    async def serve(self) -> None:
-        """Take its messages until the link is gone.
+    def take(self, messages: list[bytes]) -> None:
+        """Take its messages.
 
         Raises:
             ProtocolError: the worker broke the rules.
         """
-        try:
-            async for data in self.link:
-                try:
-                    message = decode(data, FROM_WORKER)
-                except UnknownType as fault:
-                    self.send(Error(code=fault.code, message=str(fault)))
+        if len(messages) == 1 and self._pass_on(messages[0]):
+            return  # real-time audio comes so
+        streak: dict[bytes, Run] = {}
+        for data in messages:
+            seat = data[:SEAT_BYTES]
+            run = streak.get(seat) or self._begin_run(seat, streak)
+            if run is not None:
+                frames = run.frames
+                size = pcm_size(data, run.seq + len(frames))
+                if size >= 0 and not size % run.sample_bytes:
+                    frames.append(data)
+                    run.pcm_bytes += size
                     continue
-                if not self.registered and not isinstance(message, Register | Ping | Pong):
-                    raise ProtocolError(f"{message.TYPE} before register")
-                self.handlers[type(message)](message, data)
-        finally:
-            if self.registered:
-                log.info("worker disconnected", worker=self.worker_id, why=self.link.reason or "closed")
-                self.relay.unlink(self)
+            # Whatever is no audio frame as nearly all are; what came before it counts before it.
+            self._end_runs(streak)
+            try:
+                message = decode(data, FROM_WORKER)
+            except UnknownType as fault:
+                self.send(Error(code=fault.code, message=str(fault)))
+                continue
+            if not self.registered and not isinstance(message, Register | Ping | Pong):
+                raise ProtocolError(f"{message.TYPE} before register")
+            self.handlers[type(message)](message, data)
+        self._end_runs(streak)
+
+    def _pass_on(self, data: bytes) -> bool:
+        """Pass on one frame of audio, as `take` does several; False where it is anything else."""
+        request = self._seats.get(data[:SEAT_BYTES])
+        if request is None:
+            return False
+        entry, form = request.entry, request.format
+        if (
+            form is None
+            or entry.state is not State.RUNNING
+            or entry.attempt != data[SEAT_BYTES - 1]
+            or entry.worker_id != self.worker_id
+        ):
+            return False
+        size = pcm_size(data, request.log.next_seq)
+        if size < 0 or size % form.sample_bytes:
+            return False
+        self._hear_audio(request, size)
+        request.log.extend([data], len(data))
+        self._heard(request, 1, len(data))
+        return True
+
+    def _begin_run(self, seat: bytes, streak: "dict[bytes, Run]") -> "Run | None":
+        """Audio of an attempt that runs here comes; None of any other, and before its format is known."""
+        request = self._seats.get(seat)
+        if request is None:
+            return None
+        entry, form = request.entry, request.format
+        if entry.state is not State.RUNNING or entry.attempt != seat[-1] or entry.worker_id != self.worker_id:
+            del self._seats[seat]
+            return None
+        if form is None:
+            return None
+        run = streak[seat] = Run(request, form.sample_bytes)
+        return run
+
+    def _end_runs(self, streak: "dict[bytes, Run]") -> None:
+        """Pass on the audio that has come."""
+        for run in streak.values():
+            if frames := run.frames:
+                size = sum(map(len, frames))
+                self._hear_audio(run.request, run.pcm_bytes)
+                run.request.log.extend(frames, size)
+                self._heard(run.request, len(frames), size)
+        streak.clear()
+
+    def close(self) -> None:
+        """Its link is gone."""
+        if self.registered:
+            log.info("worker disconnected", worker=self.worker_id, why=self.link.reason or "closed")
+            self.relay.unlink(self)
 
     # -- messages
 
@@ -212,6 +291,7 @@ class WorkerLink:
             self.send(joined)
             return
         self.registered = True
+        self._stats = self.relay.stats.of_worker(self.worker_id)
         log.info(
             "worker registered",
             worker=self.worker_id,
@@ -261,37 +341,52 @@ class WorkerLink:
         request = self._request_of(frame)
         if request is None or not self._is_next(request, frame):
             return
-        relay = self.relay
-        entry, now = request.entry, trio.current_time()
-        had_output = entry.has_output
         if isinstance(frame, Audio):
             form = request.format
             if form is None or len(frame.pcm) % form.sample_bytes:
                 raise ProtocolError("audio before `started` with a format, or not of whole samples")
-            request.audio_bytes += len(frame.pcm)
-            relay.stats.audio_s += len(frame.pcm) / form.sample_bytes / form.sample_rate
-            entry.has_output = True
+            self._hear_audio(request, len(frame.pcm))
+            if data.startswith(seat := seat_of(frame.request_id, frame.attempt)) and seat:
+                self._seats[seat] = request
         elif isinstance(frame, Output):
-            entry.has_output = True
+            self._hear_output(request)
         elif isinstance(frame, Started):
             request.format = frame.format
             request.audio_bytes = 0
         elif isinstance(frame, Progress):
             request.fraction = frame.fraction
+        request.log.append(data)
+        self._heard(request, 1, len(data))
+
+    def _hear_audio(self, request: Request, pcm_bytes: int) -> None:
+        form = request.format
+        assert form is not None
+        request.audio_bytes += pcm_bytes
+        self.relay.stats.audio_s += pcm_bytes / (2 * form.channels * form.sample_rate)
+        if not request.entry.has_output:
+            self._hear_output(request)
+
+    def _hear_output(self, request: Request) -> None:
+        if request.entry.has_output:
+            return
+        request.entry.has_output = True
+        self.relay.record(request)  # a relay that is started again must not try anew what was heard
+
+    def _heard(self, request: Request, count: int, size: int) -> None:
+        """So many frames are in the request's log: keep account of them."""
+        relay, entry = self.relay, request.entry
+        request.last_frame_at = now = self.link.heard_at
         if entry.has_output and request.first_frame_at is None:
             request.first_frame_at = now
             request.step("first_frame")
             relay.stats.hear_first_frame(request, now)
             relay.touch("requests", request.request_id)
-        request.last_frame_at = now
-        relay.stats.of_worker(self.worker_id).frame_bytes += len(data)
-        relay.frames += 1
-        relay.frame_bytes += len(data)
-        request.log.append(data)
+        self._stats.frame_bytes += size
+        relay.frames += count
+        relay.frame_bytes += size
         entry.next_seq = request.log.next_seq
-        relay.stir("requests", request.request_id)
-        if entry.has_output and not had_output:
-            relay.record(request)  # a relay that is started again must not try anew what was heard
+        if relay.watchers:
+            relay.stir("requests", request.request_id)
         limit = relay.config.limits.max_result_bytes
         if request.log.size_bytes > limit:
             relay.fail(
@@ -302,6 +397,7 @@ class WorkerLink:
 
     def _last_frame(self, frame: Frame, data: bytes) -> None:
         """The attempt's end: its slot is free, whether anybody still waits for it or not."""
+        self._seats.pop(seat_of(frame.request_id, frame.attempt), None)
         request = self._request_of(frame)
         relay = self.relay
         is_next = request is not None and self._is_next(request, frame)

@@ -14,6 +14,7 @@ import attrs
 from protocol.errors import ErrorCode
 from protocol.fields import Value
 from protocol.messages import ENDED_STATES, AudioFormat, InputRule, Submit
+from relayd.histogram import DISK_S, Histogram
 from relayd.settings import SpaceConfig
 
 LOCK_NAME = "relayd.lock"
@@ -227,7 +228,28 @@ class Loaded:
 
 
 class Store(abc.ABC):
-    """Takes changes, in the order of the calls, whoever makes them: `commit` and `post` share one queue."""
+    """Takes changes, in the order of the calls, whoever makes them: `commit` and `post` share one queue.
+
+    Attributes:
+        commit_s: seconds from the call of `commit` until it was durable; of none that failed.
+        failed_commits: of calls.
+        dropped: posts that were lost: over `MAX_POSTED`, refused for good, or still waiting at the end.
+    """
+
+    def __init__(self) -> None:
+        self.commit_s = Histogram(DISK_S)
+        self.failed_commits = 0
+        self.dropped = 0
+
+    @property
+    def transactions(self) -> int:
+        """Transactions written so far, each with one fsync."""
+        return 0
+
+    @property
+    def queued(self) -> int:
+        """Calls whose changes are not written yet."""
+        return 0
 
     @abc.abstractmethod
     async def load(self) -> Loaded:

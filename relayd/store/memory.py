@@ -24,6 +24,7 @@ class MemoryStore(Store):
     """As any other store, but for durability: every change is made at the call."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._spaces: dict[str, SpaceRecord] = {}
         self._tokens: dict[str, TokenRecord] = {}
         self._requests: dict[str, RequestRecord] = {}

@@ -36,6 +36,7 @@ class SqliteStore(Store):
     """See `open_sqlite`."""
 
     def __init__(self, database: Database) -> None:
+        super().__init__()
         self._database = database
         self._queue: deque[_Entry] = deque()
         self._posted = 0
@@ -48,17 +49,15 @@ class SqliteStore(Store):
         # Threads of its own: a pool full of name look-ups must not hold up `accepted`.
         self._write_limiter = trio.CapacityLimiter(1)
         self._read_limiter = trio.CapacityLimiter(1)
-        #: Posts that were lost: over MAX_POSTED, refused by SQLite for good, or still waiting at the end.
-        self.dropped = 0
 
     @property
     def transactions(self) -> int:
-        """Transactions written so far, each with one fsync."""
+        """As `Store.transactions`."""
         return self._database.transactions
 
     @property
     def queued(self) -> int:
-        """Calls whose changes are not written yet."""
+        """As `Store.queued`."""
         return len(self._queue)
 
     async def load(self) -> Loaded:
@@ -75,10 +74,14 @@ class SqliteStore(Store):
         if self._closing:
             raise StoreError("the store is closed")
         done = trio.Event()
+        called_at = trio.current_time()
         entry = self._enqueue(changes, done)
         self._urgent.set()
         await done.wait()
-        if entry.error is not None:
+        if entry.error is None:
+            self.commit_s.add(trio.current_time() - called_at)
+        else:
+            self.failed_commits += 1
             # One fault may fail many callers, and an exception object serves one.
             raise type(entry.error)(*entry.error.args) from entry.error
 

@@ -9,7 +9,7 @@ import trio
 
 from protocol import ProtocolError, Relay, RequestCancelled, RequestFailed, RequestRejected, Restarted
 from protocol.client import new_request_id, open_relay
-from protocol.errors import ConnectError, ErrorCode, LinkError
+from protocol.errors import ConnectError, ErrorCode, LinkBroken, LinkError
 from protocol.frames import Audio, Frame
 from protocol.messages import LIVE_STATES
 from protocol.stream import Stream

@@ -17,6 +17,8 @@ from relayd.reload import NEEDS_RESTART
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 OPERATIONS = ROOT / "docs" / "operations.md"
+#: Documents whose examples have commands of ours.
+DOCUMENTS = (OPERATIONS, ROOT / "docs" / "metrics.md", ROOT / "docs" / "proxies.md")
 UNITS = ("relayd.service", "gpuworker.service")
 #: systemd's own figure, from 0 (nothing is exposed) to 10. A worker must reach its GPU, and torch writes code.
 MOST_EXPOSED = {"relayd.service": 1.5, "gpuworker.service": 2.0}
@@ -76,11 +78,12 @@ def test_a_reload_is_the_signal_that_the_daemon_reads_its_settings_at() -> None:
 
 
 def commands() -> list[list[str]]:
-    """The commands of ours in the examples of docs/operations.md."""
-    text = OPERATIONS.read_text()
+    """The commands of ours in the examples of the documents."""
+    text = "".join(path.read_text() for path in DOCUMENTS)
     lines = [line for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     found = []
     for line in lines:
+        line = line.partition(" | ")[0]
         words = [word for word in shlex.split(line.removeprefix("$ "), comments=True) if word != "sudo"]
         if line.startswith("$ ") and words and Path(words[0]).name in ("relayd", "relay"):
             found.append(words)

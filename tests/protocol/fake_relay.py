@@ -2,9 +2,10 @@
 
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import trio
@@ -13,7 +14,7 @@ import trio.testing
 from protocol.address import Address
 from protocol.codec import decode
 from protocol.errors import LinkBroken
-from protocol.link import Link, serve_link
+from protocol.link import Link, LinkRules, serve_link
 from protocol.messages import (
     FROM_ANYONE,
     FROM_OPERATOR,
@@ -32,7 +33,8 @@ from protocol.messages import (
     Submit,
     Welcome,
 )
-from protocol.websocket import open_upgrade
+from relayd.handshake import Refusal, answer_to, parse_head
+from relayd.heads import ends, read_head, split_head
 
 M = TypeVar("M", bound=Message)
 
@@ -81,25 +83,38 @@ class Connection:
             self.heard.append(decode(data, FROM_OPERATOR))
 
 
+@asynccontextmanager
+async def accept_link(stream: trio.abc.Stream, **rules: Any) -> AsyncIterator[Link]:
+    """The relay's end of a link over a stream at whose other end a handshake is asked for."""
+    data = await read_head(stream)
+    if not ends(data):
+        await stream.send_all(Refusal(400, "this is not HTTP").to_bytes())
+        await stream.aclose()
+        raise LinkBroken("no handshake came")
+    head, early = split_head(data)
+    await stream.send_all(answer_to(parse_head(head), SUBPROTOCOL))
+    async with serve_link(stream, peer="client", rules=LinkRules(**rules), early=early) as link:
+        yield link
+
+
 Script = Callable[[Connection], Awaitable[None]]
 
 
 async def serve(stream: trio.abc.Stream, script: Script) -> None:
     """One connection."""
-    async with open_upgrade(stream) as request:
-        ws = await request.accept(subprotocol=SUBPROTOCOL)
-        async with serve_link(ws, peer="client") as link:
-            try:
-                hello = decode(await link.receive(), FROM_ANYONE)
-            except LinkBroken:
-                return
-            assert isinstance(hello, Hello)
-            if hello.token == "wrong" or script is refuse:
-                link.send(Error(code="unauthenticated", message="this token is not known"))
-                return
-            link.send(Welcome(connection_id="c1", principal="tester", server="fake"))
-            connection = Connection(link, stream, hello)
-            await script(connection)
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            link = await stack.enter_async_context(accept_link(stream))
+            hello = decode(await link.receive(), FROM_ANYONE)
+        except LinkBroken:
+            return
+        assert isinstance(hello, Hello)
+        if hello.token == "wrong" or script is refuse:
+            link.send(Error(code="unauthenticated", message="this token is not known"))
+            return
+        link.send(Welcome(connection_id="c1", principal="tester", server="fake"))
+        connection = Connection(link, stream, hello)
+        await script(connection)
 
 
 async def refuse(_connection: Connection) -> None:

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
-from trio_websocket import WebSocketConnection, wrap_client_stream, wrap_server_stream
+from trio_websocket import wrap_client_stream, wrap_server_stream
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Event, Ping, Pong, Request
 
@@ -16,16 +16,15 @@ from protocol.address import Address
 from protocol.backoff import Backoff
 from protocol.codec import encode
 from protocol.errors import ConnectError, LinkBroken, LinkClosed, LinkError, LoginRefused, ProtocolError
-from protocol.link import Link, keep_linked, log_in, open_link, serve_link
+from protocol.link import Link, LinkRules, keep_linked, log_in, open_link
 from protocol.messages import MAX_MESSAGE_BYTES, SUBPROTOCOL, Error, Hello, Welcome
-from protocol.websocket import open_upgrade
-from tests.protocol.fake_relay import ADDRESS, Connection, FakeRelay
+from tests.protocol.fake_relay import ADDRESS, Connection, FakeRelay, accept_link
 
 HELLO = Hello(version=1, role="client")
 
 
 @asynccontextmanager
-async def link_pair(**server_settings: float) -> AsyncIterator[tuple[Link, Link]]:
+async def link_pair(**server_rules: float) -> AsyncIterator[tuple[Link, Link]]:
     """A client's link and the relay's end of it."""
     ours, theirs = trio.testing.memory_stream_pair()
 
@@ -37,12 +36,10 @@ async def link_pair(**server_settings: float) -> AsyncIterator[tuple[Link, Link]
     ready, over = trio.Event(), trio.Event()
 
     async def serve() -> None:
-        async with open_upgrade(theirs) as request:
-            ws = await request.accept(subprotocol=SUBPROTOCOL)
-            async with serve_link(ws, peer="client", **server_settings) as link:  # type: ignore[arg-type]
-                served.append(link)
-                ready.set()
-                await over.wait()
+        async with accept_link(theirs, **server_rules) as link:
+            served.append(link)
+            ready.set()
+            await over.wait()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve)
@@ -81,7 +78,7 @@ class RawPeer:
 
 
 @asynccontextmanager
-async def link_to_raw_peer(**settings: float) -> AsyncIterator[tuple[Link, RawPeer]]:
+async def link_to_raw_peer() -> AsyncIterator[tuple[Link, RawPeer]]:
     """A client's link to a `RawPeer`."""
     ours, theirs = trio.testing.memory_stream_pair()
     peer = RawPeer(theirs)
@@ -92,7 +89,7 @@ async def link_to_raw_peer(**settings: float) -> AsyncIterator[tuple[Link, RawPe
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.accept)
-        async with open_link(ADDRESS, connect_to=connect, **settings) as link:  # type: ignore[arg-type]
+        async with open_link(ADDRESS, connect_to=connect) as link:
             yield link, peer
 
 
@@ -129,26 +126,20 @@ async def test_a_message_that_is_too_long_closes_with_1009_and_the_sender_learns
     seen: list[Link] = []
 
     async def handler(stream: trio.SocketStream) -> None:
-        async with open_upgrade(stream) as request:
-            ws = await request.accept(subprotocol=SUBPROTOCOL)
-            async with serve_link(ws, peer="client") as link:
-                seen.append(link)
-                with pytest.raises(LinkBroken, match="1024 KiB"):
-                    await link.receive()
+        async with accept_link(stream) as link:
+            seen.append(link)
+            with pytest.raises(LinkBroken, match="1024 KiB"):
+                await link.receive()
 
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, handler, listeners)
-            stream = await trio.open_tcp_stream("127.0.0.1", port)
-            async with trio.open_nursery() as ws_nursery:
-                ws = await wrap_client_stream(ws_nursery, stream, "localhost", "/v1/relay", subprotocols=[SUBPROTOCOL])
-                async with serve_link(ws, peer="relay") as link:
-                    link._outbox.append(b"x" * (3 * MAX_MESSAGE_BYTES))
-                    link._backlog_bytes += 3 * MAX_MESSAGE_BYTES
-                    link._outbox_changed.set()
-                    with pytest.raises(LinkBroken):
-                        await link.receive()
-                assert link.close_code == 1009
+            rules = LinkRules(max_message_bytes=4 * MAX_MESSAGE_BYTES)
+            async with open_link(Address(kind="tcp", host="127.0.0.1", port=port), rules=rules) as link:
+                link.send_nowait(b"x" * (3 * MAX_MESSAGE_BYTES))
+                with pytest.raises(LinkBroken):
+                    await link.receive()
+            assert link.close_code == 1009
             nursery.cancel_scope.cancel()
     assert seen[0].close_code == 1009
 
@@ -234,7 +225,7 @@ async def test_backlog_over_its_bound_breaks_the_link_as_a_slow_consumer(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.accept)
-        async with open_link(ADDRESS, connect_to=connect, max_backlog_bytes=5000) as link:
+        async with open_link(ADDRESS, connect_to=connect, rules=LinkRules(max_backlog_bytes=5000)) as link:
             for _ in range(5):
                 link.send_nowait(b"x" * 1000)
             assert link.backlog_bytes == 5000
@@ -255,7 +246,7 @@ async def test_a_send_that_makes_no_way_ends_the_link_at_its_deadline(autojump_c
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.accept)
-        async with open_link(ADDRESS, connect_to=connect, send_timeout_s=3) as link:
+        async with open_link(ADDRESS, connect_to=connect, rules=LinkRules(send_timeout_s=3)) as link:
             link.send_nowait(b"nobody takes this")
             began = trio.current_time()
             with pytest.raises(LinkBroken, match="took no data for 3 s"):
@@ -310,6 +301,7 @@ async def test_a_full_inbox_holds_the_peer_up_and_loses_nothing(
         for number in range(50):
             client.send_nowait(bytes([number]) * 1000)
         await trio.testing.wait_all_tasks_blocked()
+        assert relay._inbox is not None
         assert len(relay._inbox) < 15
         assert [(await relay.receive())[0] for _ in range(50)] == list(range(50))
 
@@ -498,33 +490,56 @@ async def test_a_text_message_is_a_protocol_error(autojump_clock: trio.testing.M
             await ws.aclose()
 
         nursery.start_soon(talk)
-        async with open_upgrade(theirs) as request:
-            ws = await request.accept(subprotocol=SUBPROTOCOL)
-            async with serve_link(ws, peer="client") as link:
-                with pytest.raises(ProtocolError, match="text"):
-                    await link.receive()
-                await link.aclose(1003, "text message")
+        async with accept_link(theirs) as link:
+            with pytest.raises(ProtocolError, match="text"):
+                await link.receive()
+            await link.aclose(1003, "text message")
 
 
 @pytest.mark.trio
-async def test_a_websocket_made_by_trio_websocket_itself_does(autojump_clock: trio.testing.MockClock) -> None:
-    ours, theirs = trio.testing.memory_stream_pair()
+async def test_trio_websocket_is_understood_at_either_end(autojump_clock: trio.testing.MockClock) -> None:
+    """An implementation that shares nothing with ours."""
+    messages = [b"", b"x" * 125, b"y" * 126, b"z" * 70_000]
+
+    async def connect(_address: Address) -> trio.abc.Stream:
+        await trio.lowlevel.checkpoint()
+        return ours
 
     async def serve() -> None:
         async with trio.open_nursery() as ws_nursery:
             request = await wrap_server_stream(ws_nursery, theirs)
-            ws: WebSocketConnection = await request.accept(subprotocol=SUBPROTOCOL)
-            async with serve_link(ws, peer="client") as link:
-                link.send_nowait(await link.receive())
-                await trio.sleep(30)
+            ws = await request.accept(subprotocol=SUBPROTOCOL)
+            for _ in messages:
+                await ws.send_message(await ws.get_message())
+            await ws.aclose(1000, "done")
 
     async with trio.open_nursery() as nursery:
+        ours, theirs = trio.testing.memory_stream_pair()
         nursery.start_soon(serve)
-        ws = await wrap_client_stream(nursery, ours, "localhost", "/", subprotocols=[SUBPROTOCOL])  # type: ignore[arg-type]
-        async with serve_link(ws, peer="relay") as link:
-            link.send_nowait(b"echo")
-            assert await link.receive() == b"echo"
-            with pytest.raises(LinkBroken, match="1000"):
+        async with open_link(ADDRESS, connect_to=connect) as link:
+            for message in messages:
+                link.send_nowait(message)
+                assert await link.receive() == message
+            with pytest.raises(LinkBroken, match="1000: done"):
+                await link.receive()
+
+    async with trio.open_nursery() as nursery:
+        ours, theirs = trio.testing.memory_stream_pair()
+
+        async def talk() -> None:
+            ws = await wrap_client_stream(nursery, ours, "localhost", "/", subprotocols=[SUBPROTOCOL])  # type: ignore[arg-type]
+            for message in messages:
+                await ws.send_message(message)
+                assert await ws.get_message() == message
+            await ws.ping()
+            await ws.aclose(1000, "done")
+
+        nursery.start_soon(talk)
+        async with accept_link(theirs) as link:
+            for message in messages:
+                assert await link.receive() == message
+                link.send_nowait(message)
+            with pytest.raises(LinkBroken, match="1000: done"):
                 await link.receive()
 
 

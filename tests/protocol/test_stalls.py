@@ -15,9 +15,10 @@ from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Even
 from protocol import duplex, kernel
 from protocol.codec import decode
 from protocol.errors import LinkBroken, LinkClosed
-from protocol.link import Link, serve_link
+from protocol.link import Link
 from protocol.messages import FROM_RELAY, MAX_MESSAGE_BYTES, SUBPROTOCOL, Error
-from protocol.websocket import HeardStream, open_upgrade
+from protocol.streamlink import StreamLink
+from tests.protocol.fake_relay import accept_link
 
 FAREWELL = Error(code="slow_consumer", message="connect again")
 #: No kernel can say of a stream in memory whether the peer is there, and one that reads nothing answers no ping.
@@ -63,7 +64,7 @@ class Reader:
 
 @asynccontextmanager
 async def link_to_reader(
-    pair: Callable[[], tuple[trio.abc.Stream, trio.abc.Stream]] = trio.testing.lockstep_stream_pair, **settings: Any
+    pair: Callable[[], tuple[trio.abc.Stream, trio.abc.Stream]] = trio.testing.lockstep_stream_pair, **rules: Any
 ) -> AsyncIterator[tuple[Link, Reader]]:
     """A link of the relay's, and its peer. A lockstep stream takes nothing that nobody reads."""
     ours, theirs = pair()
@@ -79,11 +80,9 @@ async def link_to_reader(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(shake_hands)
-        async with open_upgrade(ours) as asked:
-            ws = await asked.accept(subprotocol=SUBPROTOCOL)
+        async with accept_link(ours, **rules) as link:
             await shaken.wait()
-            async with serve_link(ws, peer="client", **settings) as link:
-                yield link, reader
+            yield link, reader
 
 
 async def over(link: Link, kind: type[Exception] = LinkClosed) -> float:
@@ -200,14 +199,13 @@ async def test_a_reader_that_makes_any_progress_is_never_cut_off(autojump_clock:
 @pytest.mark.trio
 async def test_an_answered_ping_is_progress(autojump_clock: trio.testing.MockClock) -> None:
     async with link_to_reader(trio.testing.memory_stream_pair, send_timeout_s=8, **NEVER_DEAD) as (link, reader):
-        transport = link._socket.transport
         for _ in range(4):
             await reader.until(Ping)
             reader.events.clear()
-            before = transport.taken_at
+            before = link.taken_at
             await trio.sleep(0.5)
-            assert transport.taken_at >= before
-        assert trio.current_time() - transport.taken_at < 5
+            assert link.taken_at >= before
+        assert trio.current_time() - link.taken_at < 5
 
 
 @pytest.mark.trio
@@ -216,7 +214,7 @@ async def test_what_the_kernel_gets_rid_of_is_progress_though_it_takes_nothing_m
 ) -> None:
     """A kernel that was full takes more only when a third of its buffer is free: minutes, with a slow reader."""
     waiting = 1_000_000
-    monkeypatch.setattr("protocol.websocket.waiting_bytes", lambda _stream: waiting)
+    monkeypatch.setattr(StreamLink, "_in_kernel", lambda _link: waiting)
     async with link_to_reader(send_timeout_s=60, **NEVER_DEAD) as (link, _reader):
         link.send_nowait(b"waits behind them")
         for _ in range(20):
@@ -236,7 +234,7 @@ async def test_what_the_kernel_gets_rid_of_is_progress_though_it_takes_nothing_m
 async def test_a_silent_peer_with_something_to_read_has_longer_where_its_machine_answers(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, patient: bool, answered: bool
 ) -> None:
-    monkeypatch.setattr(HeardStream, "answered", answered)
+    monkeypatch.setattr(StreamLink, "_answered", lambda _link: answered)
     async with link_to_reader(send_timeout_s=60, dead_after_s=15) as (link, _reader):
         link.patient = patient
         link.send_nowait(b"nobody reads this")
@@ -256,7 +254,7 @@ async def test_a_machine_that_is_gone_while_its_reader_is_waited_for_is_seen(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered = True
-    monkeypatch.setattr(HeardStream, "answered", property(lambda _self: answered))
+    monkeypatch.setattr(StreamLink, "_answered", lambda _link: answered)
     async with link_to_reader(send_timeout_s=60, dead_after_s=15) as (link, _reader):
         link.patient = True
         link.send_nowait(b"nobody reads this")
@@ -270,7 +268,7 @@ async def test_a_machine_that_is_gone_while_its_reader_is_waited_for_is_seen(
 async def test_a_silent_peer_with_nothing_to_read_is_not_waited_for(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HeardStream, "answered", True)
+    monkeypatch.setattr(StreamLink, "_answered", lambda _link: True)
     async with link_to_reader(trio.testing.memory_stream_pair, dead_after_s=15) as (link, _reader):
         link.patient = True
         assert await over(link, LinkBroken) == pytest.approx(15, abs=0.1)
@@ -320,20 +318,20 @@ async def test_the_kernel_knows_what_waits_and_that_the_machine_of_a_reader_that
     unix = [trio.SocketStream(trio.socket.from_stdlib_socket(sock)) for sock in socket.socketpair()]
     for one, other in (await _tcp_pair(), unix):
         async with one, other:
-            assert kernel.answers(one)
-            assert kernel.waiting_bytes(one) == 0
+            assert kernel.answers(one.socket)
+            assert kernel.waiting_bytes(one.socket) == 0
             await _fill(one)
-            waiting = kernel.waiting_bytes(one)
+            waiting = kernel.waiting_bytes(one.socket)
             assert waiting is not None
             assert waiting > 10_000
-            assert kernel.answers(one)
+            assert kernel.answers(one.socket)
             with trio.fail_after(10):
-                while (kernel.waiting_bytes(one) or 0) >= waiting:
+                while (kernel.waiting_bytes(one.socket) or 0) >= waiting:
                     await other.receive_some()
-        assert kernel.waiting_bytes(one) is None
-        assert not kernel.answers(one) or one.socket.family == socket.AF_UNIX
+        assert kernel.waiting_bytes(one.socket) is None
+        assert not kernel.answers(one.socket) or one.socket.family == socket.AF_UNIX
     memory, _ = trio.testing.memory_stream_pair()
-    assert (kernel.waiting_bytes(memory), kernel.answers(memory)) == (None, False)
+    assert kernel.socket_of(memory) is None
 
 
 @pytest.mark.trio
@@ -353,4 +351,4 @@ async def test_a_machine_that_leaves_two_tries_without_an_answer_is_gone(
     one, other = await _tcp_pair()
     async with one, other:
         monkeypatch.setattr(type(one.socket), "getsockopt", lambda *_: bytes(info))
-        assert kernel.answers(one) is there
+        assert kernel.answers(one.socket) is there

@@ -34,9 +34,11 @@ from protocol.messages import (
     Submit,
     Welcome,
 )
-from protocol.websocket import connect
+from protocol.transport import connect
 from relayd.app import serve
+from relayd.auth import Tokens
 from relayd.config import Config, load_config
+from relayd.http.site import Site
 from relayd.logs import tell_taps
 from relayd.relay import Relay
 
@@ -105,7 +107,17 @@ class Daemon:
     """A daemon that runs in the test's event loop, and what it holds in memory."""
 
     urls: list[str]
-    relay: Relay
+    site: Site
+
+    @property
+    def relay(self) -> Relay:
+        """All that the daemon knows."""
+        return self.site.relay
+
+    @property
+    def tokens(self) -> Tokens:
+        """Those it takes."""
+        return self.site.tokens
 
     @property
     def url(self) -> str:
@@ -149,14 +161,14 @@ async def daemon(state_dir: Path, **overrides: Any) -> AsyncIterator[Daemon]:
     """A daemon with a space `check` beside those asked for; it is cut off at the end as by a crash."""
     spaces = {"tts": {}, "check": {}} | overrides.pop("spaces", {})
     config = a_config(state_dir, **({"store": "memory", "spaces": spaces} | overrides))
-    made: list[Relay] = []
+    made: list[Site] = []
 
-    def make(*args: Any) -> Relay:
-        made.append(Relay(*args))
+    def make(*args: Any) -> Site:
+        made.append(Site(*args))
         return made[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relayd.app.Relay", make)
+        patch.setattr("relayd.app.Site", make)
         async with running(config) as urls:
             yield Daemon(urls, made[0])
 

@@ -22,7 +22,7 @@ from protocol.messages import (
     Status,
     StatusReply,
 )
-from relayd import intake, results, wire
+from relayd import intake, results
 from relayd.states import State
 from relayd.store import StoreError
 from tests.relayd.harness import a_submit, an_input, daemon, fake_worker, peer, samples, until
@@ -206,7 +206,7 @@ async def test_a_token_reaches_only_requests_of_its_spaces(tmp_path: Path) -> No
 
 @pytest.mark.trio
 async def test_connections_that_never_log_in_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MAX_STRANGERS", 2)
+    monkeypatch.setattr("relayd.wire.MAX_STRANGERS", 2)
     async with daemon(tmp_path, limits={"max_connections": 1}) as relay:
         path = relay.url.removeprefix("unix:")
         streams = [await trio.open_unix_socket(path) for _ in range(3)]

@@ -215,8 +215,9 @@ NO_HANDSHAKES = {
 async def test_what_is_no_handshake_is_cut_off_and_is_no_fault_of_the_relays(
     tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch, what: str, hangs_up: bool
 ) -> None:
-    monkeypatch.setattr("relayd.wire.HANDSHAKE_S", 0.2)
-    async with daemon(tmp_path, listen="127.0.0.1:0", limits={"hello_timeout_s": 0.2}) as relay:
+    monkeypatch.setattr("relayd.heads.HEAD_S", 0.2)
+    more = {"limits": {"hello_timeout_s": 0.2}, "http": {"keep_alive_s": 0.2}}
+    async with daemon(tmp_path, listen="127.0.0.1:0", **more) as relay:
         async with dial(relay.urls[0]) as stream:
             with suppress(trio.BrokenResourceError):  # it need not take all of an endless one
                 await stream.send_all(NO_HANDSHAKES[what])
@@ -230,7 +231,7 @@ async def test_what_is_no_handshake_is_cut_off_and_is_no_fault_of_the_relays(
 
 @pytest.mark.trio
 async def test_a_head_that_trickles_is_cut_off_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.wire.HANDSHAKE_S", 0.1)
+    monkeypatch.setattr("relayd.heads.HEAD_S", 0.1)
     async with daemon(tmp_path) as relay:
         async with dial(relay.url) as stream:
             refused = False

@@ -15,10 +15,10 @@ class Bucket:
         self.got: list[bytes] = []
         self.read: list[str] = []
 
-    def send_nowait(self, data: bytes) -> None:
-        assert self.backlog_bytes < HIGH_WATER_BYTES, "no more is sent than a sink takes"
-        self.backlog_bytes += len(data)
-        self.got.append(data)
+    def send_frames(self, frames: list[bytes]) -> None:
+        assert self.backlog_bytes + sum(map(len, frames[:-1])) < HIGH_WATER_BYTES, "no more than a sink takes"
+        self.backlog_bytes += sum(map(len, frames))
+        self.got += frames
 
     def hear_read(self, reader: FrameReader) -> None:
         self.read.append(reader.key)

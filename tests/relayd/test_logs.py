@@ -80,7 +80,7 @@ def test_no_token_leaves_whatever_is_logged(form: str) -> None:
     set_up_logs(_config(form), stream)
     log = get_logger("x")
     log.info(f"got {SECRET}", token=SECRET, nested={"hello": [SECRET]}, raw=SECRET.encode())
-    logging.getLogger("trio-websocket").warning("header %s", SECRET)
+    logging.getLogger("python_multipart").warning("header %s", SECRET)
     try:
         raise ValueError(SECRET)
     except ValueError:
@@ -110,7 +110,7 @@ def test_the_level_can_be_changed_while_loggers_are_in_use() -> None:
     log.info("one")
     set_level("debug")
     log.debug("two")
-    logging.getLogger("trio-websocket").debug("every message")
+    logging.getLogger("python_multipart").debug("every message")
     set_level("error")
     log.warning("three")
     assert [line["event"] for line in lines(stream)] == ["two"]

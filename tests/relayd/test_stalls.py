@@ -14,7 +14,7 @@ from protocol import duplex
 from protocol.address import Address, parse_address
 from protocol.codec import decode
 from protocol.errors import LinkBroken
-from protocol.link import open_link
+from protocol.link import LinkRules, open_link
 from protocol.messages import (
     FROM_RELAY,
     MAX_MESSAGE_BYTES,
@@ -33,6 +33,7 @@ from protocol.messages import (
     Running,
     Steer,
 )
+from protocol.streamlink import StreamLink
 from relayd.framelog import HIGH_WATER_BYTES
 from relayd.rows import relay_row
 from relayd.wire import STALLED
@@ -57,6 +58,8 @@ from tests.relayd.harness import (
 
 #: Half a MiB each; 12 MiB are more than two kernels and an inbox hold.
 LONG = [samples(1_000, seed) * 250 for seed in range(1, 25)]
+#: What a client holds the relay to that it hears nothing of, because it reads nothing.
+NEVER_DEAD = LinkRules(dead_after_s=1e6)
 TCP: dict[str, Any] = {"listen": "127.0.0.1:0"}
 SHORT = {"ping_interval_s": 0.1, "dead_after_s": 0.8, "stall_timeout_s": 1.5}
 
@@ -110,7 +113,7 @@ class TapStream(trio.abc.Stream):
 @asynccontextmanager
 async def slow_reader(relay: Daemon, tap: Tap) -> AsyncIterator[Peer]:
     """A client behind a tap; it never takes the relay for dead."""
-    async with peer(relay.urls[0], "client", await a_token(relay), connect_to=tap.connect, dead_after_s=1e6) as slow:
+    async with peer(relay.urls[0], "client", await a_token(relay), connect_to=tap.connect, rules=NEVER_DEAD) as slow:
         yield slow
 
 
@@ -339,8 +342,8 @@ async def test_half_open_connections_are_seen_on_both_ends_and_nothing_is_lost(t
     dead: dict[str, Any] = {"dead_after_s": 0.5, "ping_interval_s": 0.1}
     async with daemon(tmp_path, limits=dead) as relay:
         async with (
-            peer(relay.url, "client", connect_to=ours.connect, **dead) as client,
-            peer(relay.url, "worker", connect_to=theirs.connect, **dead) as raw,
+            peer(relay.url, "client", connect_to=ours.connect, rules=LinkRules(**dead)) as client,
+            peer(relay.url, "worker", connect_to=theirs.connect, rules=LinkRules(**dead)) as raw,
         ):
             raw.send(a_register(instance))
             submit = a_submit()
@@ -379,7 +382,8 @@ async def test_half_open_connections_are_seen_on_both_ends_and_nothing_is_lost(t
 async def test_a_hello_that_comes_byte_by_byte_is_not_waited_for(tmp_path: Path) -> None:
     async with daemon(tmp_path, limits={"hello_timeout_s": 0.3}) as relay:
         async with open_link(parse_address(relay.url)) as link:
-            stream = link._socket.transport.stream
+            assert isinstance(link, StreamLink)
+            stream = link.stream
             header = bytes([0x82, 0x80 | 100, 0, 0, 0, 0])  # a binary message of 100 bytes, RFC 6455 section 5.2
             with trio.fail_after(10):
                 for byte in header + bytes(50):
@@ -411,7 +415,7 @@ async def test_a_worker_that_stops_reading_while_inputs_are_fed_to_it_loses_its_
     ):
         operator.send(Steer(action="create_token", target="box", options={"role": "worker"}))
         token = (await operator.next(Done)).data["token"]
-        async with peer(relay.urls[0], "worker", token, connect_to=tap.connect, dead_after_s=1e6) as raw:
+        async with peer(relay.urls[0], "worker", token, connect_to=tap.connect, rules=NEVER_DEAD) as raw:
             raw.send(a_register(an_id(), inputs={"voice": {}}))
             await raw.next(Registered)
             tap.close()

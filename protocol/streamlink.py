@@ -1,0 +1,177 @@
+"""A link over any Trio stream: one task always reads, one alone writes, one looks after liveness.
+
+Nobody else touches the transport: `send_nowait` only queues. So a cancelled request can never leave half a frame on
+the wire, and a peer that stops reading holds up nothing but its own backlog.
+"""
+
+from collections import deque
+
+import trio
+
+from protocol.duplex import CLOSE_S, MESSAGE_COST_BYTES, Link, LinkRules
+from protocol.kernel import answers, socket_of, waiting_bytes
+from protocol.rfc6455 import BINARY, make_frame
+
+RECEIVE_BYTES = 64 * 1024
+#: A longer send goes out in pieces of this size, each of which shows that the peer still takes bytes.
+SEND_PIECE_BYTES = 64 * 1024
+#: A piece that took this long had to wait for the peer: its going through is a sign of life.
+WAITED_S = 0.01
+
+_GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class StreamLink(Link):
+    """See `Link`. `run` is its tasks; the handshake is done, and `early` are the bytes that came behind it."""
+
+    def __init__(
+        self, stream: trio.abc.Stream, peer: str, rules: LinkRules, *, is_client: bool, early: bytes = b""
+    ) -> None:
+        super().__init__(peer, rules, is_client=is_client)
+        self.stream = stream
+        self._is_client = is_client
+        self._early = early
+        #: (opcode, payload, what it counts in the backlog)
+        self._outbox: deque[tuple[int, bytes, int]] = deque()
+        self._in_flight = 0  # what the message on its way counts; it is in the backlog still
+        self._busy = False
+        self._more = trio.Event()
+        self._sooner = trio.Event()
+        self._read_out = trio.Event()
+        self._scope = trio.CancelScope()
+        self._stopped = False
+
+    # -- as a carrier ----------------------------------------------------------------------------------------
+
+    def _put(self, data: bytes) -> None:
+        self._queue(BINARY, data, len(data))
+
+    def _put_control(self, opcode: int, payload: bytes) -> None:
+        self._queue(opcode, payload, len(payload) + MESSAGE_COST_BYTES)
+
+    def _queue(self, opcode: int, payload: bytes, cost: int) -> None:
+        self._outbox.append((opcode, payload, cost))
+        self.backlog_bytes += cost
+        self._more.set()
+
+    def _forget_queued(self) -> None:
+        self._outbox.clear()
+        self.backlog_bytes = self._in_flight
+
+    def _finish(self) -> None:
+        self._more.set()
+
+    def _cut(self) -> None:
+        self._scope.cancel()
+
+    def _tell_soon(self) -> None:
+        self._sooner.set()
+
+    def _may_read_on(self) -> None:
+        self._wake()
+
+    def _schedule(self, due: float) -> None:
+        self._sooner.set()
+
+    @property
+    def stopped(self) -> bool:
+        """See `Link`."""
+        return self._stopped
+
+    @property
+    def _sending(self) -> bool:
+        return self._busy
+
+    def _answered(self) -> bool:
+        sock = socket_of(self.stream)
+        return sock is not None and answers(sock)
+
+    def _in_kernel(self) -> int:
+        sock = socket_of(self.stream)
+        return waiting_bytes(sock) or 0 if sock is not None else 0
+
+    # -- the tasks -------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """The link's own tasks, until its end."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._read)
+                    nursery.start_soon(self._write)
+                    nursery.start_soon(self._watch)
+        finally:
+            self._lost("the link's tasks ended")
+            await trio.aclose_forcefully(self.stream)
+            self._stopped = True
+            self._wake()
+            self.tell()
+
+    @trio.lowlevel.enable_ki_protection
+    async def _read(self) -> None:
+        data: bytes | bytearray = self._early
+        while True:
+            if data:
+                self._parser.feed(data)
+                if self._parser.events:
+                    self._deliver(self._parser.take())
+            while self._reader_waits:
+                await self._change()
+            try:
+                data = await self.stream.receive_some(RECEIVE_BYTES)
+            except _GONE:
+                break
+            if not data:
+                break
+            self.heard_at = trio.current_time()
+        self._read_out.set()
+        if self._gone is None:
+            self._lost()
+
+    @trio.lowlevel.enable_ki_protection
+    async def _write(self) -> None:
+        while True:
+            while not self._outbox:
+                if self._gone is not None:
+                    if self._lingers:
+                        await self._read_out.wait()  # or until `look` cuts it off
+                    self._cut()
+                    return
+                self._close_frame_out()
+                self._more = trio.Event()
+                await self._more.wait()
+            opcode, payload, cost = self._outbox.popleft()
+            self._in_flight, self._busy, self.taken_at = cost, True, trio.current_time()
+            try:
+                await self._send(make_frame(opcode, payload, masked=self._is_client))
+            except _GONE:
+                # The reader ends the link when it has read to the end, and then knows the reason.
+                if self._closing is None and self._gone is None:
+                    await trio.sleep(CLOSE_S)
+                self._lost()
+                return
+            self._in_flight, self._busy = 0, False
+            self._took(cost)
+
+    async def _send(self, data: bytes) -> None:
+        """In pieces. While a long message goes out slowly, nothing may be heard of a peer that takes it."""
+        view = memoryview(data)
+        while True:
+            piece, view = view[:SEND_PIECE_BYTES], view[SEND_PIECE_BYTES:]
+            began = trio.current_time()
+            await self.stream.send_all(piece)
+            self.taken_at = now = trio.current_time()
+            # Bytes that went out only after a wait were taken by a living peer, not by the kernel's free buffer.
+            if now - began > WAITED_S:
+                self.heard_at = now
+            if not view:
+                return
+
+    @trio.lowlevel.enable_ki_protection
+    async def _watch(self) -> None:
+        while True:
+            self._sooner = trio.Event()
+            due = self.look(trio.current_time())
+            self.tell()
+            with trio.move_on_at(due):
+                await self._sooner.wait()

@@ -1,0 +1,129 @@
+"""A client's way to a relay: the transport, TLS included, and the handshake of RFC 6455 (by `websockets`) on it."""
+
+import errno
+import os
+import ssl
+
+import trio
+from websockets.client import ClientProtocol
+from websockets.exceptions import InvalidHandshake
+from websockets.http11 import Response
+from websockets.typing import Subprotocol
+from websockets.uri import WebSocketURI
+
+from protocol.address import Address
+from protocol.errors import ConnectError
+from protocol.messages import SUBPROTOCOL
+
+#: Of an answer to the handshake; what comes behind the head of an upgrade does not count.
+MAX_ANSWER_BYTES = 16 * 1024
+#: Of a refusal's own words.
+MAX_WORDS_CHARS = 300
+_RECEIVE_BYTES = 4096
+_HEAD_END = b"\r\n\r\n"
+
+
+async def connect(address: Address, ssl_context: ssl.SSLContext | None = None) -> trio.abc.Stream:
+    """A transport to `address`, TLS included.
+
+    Args:
+        address: where to.
+        ssl_context: for `tls`; the system's certificate authorities where it is None.
+
+    Raises:
+        ConnectError: nobody answered, or TLS failed; the text says what to look at.
+    """
+    try:
+        if address.kind == "unix":
+            return await trio.open_unix_socket(address.path)
+        if address.kind == "tcp":
+            return await trio.open_tcp_stream(address.host, address.port)
+        stream = await trio.open_ssl_over_tcp_stream(
+            address.host,
+            address.port,
+            https_compatible=True,
+            ssl_context=ssl_context or ssl.create_default_context(),
+        )
+        try:
+            await stream.do_handshake()
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+        return stream
+    except trio.BrokenResourceError as fault:
+        raise ConnectError(f"{address}: TLS failed: {fault.__cause__ or fault}") from fault
+    except OSError as fault:
+        reasons = _reasons(fault)
+        if reasons <= {os.strerror(errno.ENOENT), os.strerror(errno.ECONNREFUSED)}:
+            raise ConnectError(f"no relay listens at {address}") from fault
+        raise ConnectError(f"cannot reach {address}: {'; '.join(sorted(reasons))}") from fault
+
+
+def _reasons(fault: OSError) -> set[str]:
+    """Why, in words; trio puts the failures of several tried addresses into a group."""
+    cause = fault.__cause__
+    if isinstance(cause, BaseExceptionGroup):
+        return set().union(*(_reasons(one) for one in cause.exceptions if isinstance(one, OSError)))
+    if isinstance(cause, OSError):
+        return _reasons(cause)
+    if fault.errno is not None and fault.errno in errno.errorcode:
+        return {os.strerror(fault.errno)}
+    return {fault.strerror or str(fault)}
+
+
+async def shake_hands(stream: trio.abc.Stream, address: Address) -> bytes:
+    """Ask for a WebSocket; returns what came behind the answer. The stream is the caller's to close.
+
+    Raises:
+        ConnectError: the handshake was refused or cut off.
+    """
+    uri = WebSocketURI(address.kind == "tls", address.host or "localhost", address.port or 80, address.resource, "")
+    client = ClientProtocol(uri, subprotocols=[Subprotocol(SUBPROTOCOL)])
+    client.send_request(client.connect())
+    cut_off = f"{address} is no relay, or it hung up: the WebSocket handshake did not finish"
+    try:
+        await stream.send_all(b"".join(client.data_to_send()))
+        answer = bytearray()
+        while _HEAD_END not in answer and len(answer) < MAX_ANSWER_BYTES:
+            data = await stream.receive_some(_RECEIVE_BYTES)
+            if not data:
+                raise ConnectError(cut_off)
+            answer += data
+        head, end, early = bytes(answer).partition(_HEAD_END)
+        if b" 101" in head.partition(b"\r\n")[0]:
+            client.receive_data(head + end)
+        else:  # its body tells why
+            client.receive_data(bytes(answer))
+            await _read_refusal(stream, client, len(answer))
+            early = b""
+    except (trio.BrokenResourceError, trio.ClosedResourceError) as fault:
+        raise ConnectError(cut_off) from fault
+    _check_answer(client, address, cut_off)
+    return early
+
+
+async def _read_refusal(stream: trio.abc.Stream, client: ClientProtocol, size: int) -> None:
+    """Read on to the end of an answer that is no upgrade."""
+    while client.handshake_exc is None and size < MAX_ANSWER_BYTES:
+        data = await stream.receive_some(_RECEIVE_BYTES)
+        size += len(data)
+        if data:
+            client.receive_data(bytes(data))
+        else:
+            client.receive_eof()
+            return
+
+
+def _check_answer(client: ClientProtocol, address: Address, cut_off: str) -> None:
+    answer = next((event for event in client.events_received() if isinstance(event, Response)), None)
+    fault = client.handshake_exc
+    if answer is not None and answer.status_code != 101:
+        body = (answer.body or b"").decode("utf-8", "replace").strip()[:MAX_WORDS_CHARS]
+        raise ConnectError(f"{address} answered HTTP {answer.status_code}" + (f": {body}" if body else ""))
+    if fault is not None or answer is None:
+        because = f" ({fault})" if isinstance(fault, InvalidHandshake) else ""
+        raise ConnectError(cut_off + because) from fault
+    if client.subprotocol != SUBPROTOCOL:
+        if client.subprotocol is None:
+            raise ConnectError(cut_off)
+        raise ConnectError(f"{address} speaks {client.subprotocol!r}, not {SUBPROTOCOL}")

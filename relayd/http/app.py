@@ -1,0 +1,115 @@
+"""The HTTP application: its routes, the headers of every response, and how its errors look."""
+
+import structlog
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from protocol.errors import ErrorCode
+from protocol.messages import PATH
+from relayd.http import openai, operations, page, requests
+from relayd.http.login import may_come_from
+from relayd.http.refusals import Refusal
+from relayd.http.site import Site
+
+log = structlog.get_logger("relayd.http")
+
+#: Of every response that does not set them itself. No HSTS: it would speak for all ports of the host.
+HEADERS = {
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "cross-origin-opener-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+#: What a page of another, listed origin may send and read.
+CORS = {
+    "access-control-allow-methods": "GET, HEAD, POST, PUT, DELETE",
+    "access-control-allow-headers": "Authorization, Content-Type, Last-Event-ID, Range",
+    "access-control-expose-headers": "Content-Range, Location, Retry-After",
+    "access-control-max-age": "600",
+}
+
+
+def make_app(site: Site) -> Starlette:
+    """The application that serves `site`."""
+    app = Starlette(
+        routes=[*requests.routes(), *openai.routes(), *operations.routes(), *page.routes()],
+        middleware=[Middleware(Manners, site=site)],
+        exception_handlers={Refusal: _refused, HTTPException: _unroutable, Exception: _broken},
+    )
+    app.router.redirect_slashes = False
+    app.state.site = site
+    return app
+
+
+class Manners:
+    """Which pages may come, and the headers of all responses."""
+
+    def __init__(self, app: ASGIApp, site: Site) -> None:
+        self.app = app
+        self.site = site
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse its origin."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin, allowed = headers.get("origin", ""), self.site.relay.config.allowed_origins
+        more = HEADERS
+        if origin and (origin in allowed or "*" in allowed):
+            more = HEADERS | {"access-control-allow-origin": origin, "vary": "Origin"}
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                counts, status = self.site.responses, message["status"]
+                counts[status] = counts.get(status, 0) + 1
+                told = MutableHeaders(scope=message)
+                for name, value in more.items():
+                    told.setdefault(name, value)
+            await send(message)
+
+        if not may_come_from(origin, headers.get("host", ""), allowed):
+            refusal = Refusal(ErrorCode.FORBIDDEN, f"origin {origin} is not in allowed_origins of relayd.toml")
+            await shaped(scope["path"], refusal)(scope, receive, send_with_headers)
+        elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            await Response(status_code=204, headers=CORS)(scope, receive, send_with_headers)
+        else:
+            await self.app(scope, receive, send_with_headers)
+
+
+def shaped(path: str, refusal: Refusal) -> Response:
+    """A refusal in the shape of the API that `path` belongs to."""
+    body = openai.error_body(refusal) if path.startswith(openai.PATHS) else requests.error_body(refusal)
+    return JSONResponse(body, refusal.status, headers=refusal.headers)
+
+
+async def _refused(request: Request, refusal: Exception) -> Response:
+    assert isinstance(refusal, Refusal)
+    return shaped(request.url.path, refusal)
+
+
+async def _unroutable(request: Request, fault: Exception) -> Response:
+    assert isinstance(fault, HTTPException)
+    path = request.url.path
+    if fault.status_code == 405:
+        allow = (fault.headers or {}).get("Allow", "")
+        refusal = Refusal("method_not_allowed", f"{path} takes {allow}", status=405, headers=dict(fault.headers or {}))
+    elif fault.status_code == 404:
+        words = f"nothing is at {path}; the relay speaks WebSocket at {PATH}, and /openapi.json lists the rest"
+        refusal = Refusal("not_found", words, status=404)
+    else:
+        refusal = Refusal("bad_request", fault.detail, status=fault.status_code, headers=dict(fault.headers or {}))
+    return shaped(path, refusal)
+
+
+async def _broken(request: Request, fault: Exception) -> Response:
+    # Starlette answers what nobody caught from outside of all middleware.
+    refusal = Refusal(ErrorCode.INTERNAL, "the relay made a mistake; see its log", headers=HEADERS)
+    return shaped(request.url.path, refusal)

@@ -1,0 +1,304 @@
+// The relay's page: it speaks the WebSocket protocol of docs/protocol.md and nothing else. docs/page.md says how.
+// Here its parts are put together; each has a module of its own.
+
+import { $, announce, firstButton, set } from "./elements.js";
+import { build, count, dropForm, enable, formSpace, mark, readInputs, readParams, wordForm } from "./form.js";
+import { newId } from "./input.js";
+import { Link } from "./link.js";
+import { encode } from "./msgpack.js";
+import { Player } from "./player.js";
+import { Request } from "./request.js";
+import { Row } from "./row.js";
+import { kept } from "./storage.js";
+import { fault, language, say, seconds, setLanguage, size } from "./words.js";
+
+const MAX_ROWS = 50;
+/** Of a message that carries params, for what else is in it (§4). */
+const MARGIN_BYTES = 2048;
+
+const rows = new Map(); // id → Row
+const player = new Player((track) => {
+  for (const row of rows.values()) if (row.request.track === track) row.soon();
+});
+const link = new Link((what, message) => ({ welcome, down, refused, message: take })[what](message));
+let principal = kept("sessionStorage", "principal");
+let limits = {}; // as the relay told them
+let server = "";
+let linkState = "";
+let spaces = []; // as the relay last told them
+let page = []; // of an answer that is not whole yet
+
+// What happens to a request.
+
+function changed(request, what, before) {
+  const row = rows.get(request.id);
+  if (!row) return;
+  row.soon();
+  if (what === "track" && (!request.ended || request.fetching)) player.enqueue(request.track);
+  if (what !== "state") return;
+  if (request.fetching || request.state === before) return remember();
+  if (request.state === "accepted") announce(say("said_accepted"));
+  if (request.state === "queued" && before !== "queued") announce(say("said_queued", request.place));
+  if (request.state === "running") announce(say("said_started"));
+  if (request.state === "completed") {
+    const s = request.track.length_s;
+    announce(s ? say("said_completed", { s: seconds(s) }) : say("said_done"));
+  }
+  if (["failed", "rejected", "lost"].includes(request.state)) {
+    announce(say("said_failed", { why: fault(request.failure ?? {}) }));
+    if (request.state === "rejected") mark(request);
+  }
+  if (request.state === "cancelled") announce(say("said_cancelled"));
+  remember();
+}
+
+function remember() {
+  if (principal === null) return;
+  const list = [...rows.values()].map(({ request }) => request.row()).slice(-MAX_ROWS);
+  kept("sessionStorage", `requests.${principal}`, JSON.stringify(list));
+}
+
+function recall() {
+  let list = [];
+  try {
+    list = JSON.parse(kept("sessionStorage", `requests.${principal}`) ?? "[]");
+  } catch { /* not ours */ }
+  for (const row of list) add(new Request(link, row, changed));
+}
+
+function add(request) {
+  const row = new Row(request, { player, rateOf, forget });
+  rows.set(request.id, row);
+  $("list").prepend(row.element);
+  const old = [...rows.values()].filter((other) => other.request.ended);
+  if (rows.size > MAX_ROWS && old.length) forget(old[0]);
+  $("none").hidden = true;
+  row.draw();
+}
+
+function forget(row) {
+  const hadFocus = row.element.contains(document.activeElement);
+  const beside = row.element.nextElementSibling ?? row.element.previousElementSibling;
+  player.forget(row.request.track);
+  rows.delete(row.request.id);
+  row.element.remove();
+  if (hadFocus) ((beside && firstButton(beside)) ?? $("text")).focus();
+  $("none").hidden = rows.size > 0;
+  remember();
+}
+
+function clear() {
+  player.silence();
+  rows.clear();
+  $("list").replaceChildren();
+  $("none").hidden = false;
+}
+
+// The connection's part.
+
+function welcome(message) {
+  if (principal !== message.principal) {
+    clear();
+    principal = message.principal;
+    kept("sessionStorage", "principal", principal);
+    recall();
+  }
+  ({ server, limits } = message);
+  if (linkState === "off") announce(say("back_link"));
+  kept("sessionStorage", "token", $("token").value || kept("sessionStorage", "token"));
+  $("token").value = "";
+  $("enter").disabled = false;
+  page = [];
+  showLink("on");
+  show("desk");
+  for (const { request } of rows.values()) if (!request.ended) request.resume();
+}
+
+function down() {
+  if (linkState === "on") announce(say("lost_link"));
+  for (const { request } of rows.values()) request.unplugged();
+  showLink("off");
+  showSpace();
+}
+
+/** The relay will not have us: back to the door, and say why. */
+function refused({ code, message }) {
+  for (const { request } of rows.values()) request.unplugged();
+  if (code !== "connection") kept("sessionStorage", "token", null);
+  $("enter").disabled = false;
+  showLink("");
+  show("door");
+  const words = code === "unauthenticated" ? say("bad_token") : code === "connection" ? say("unreachable") : fault({ code, message });
+  $("login-fault").hidden = false;
+  set($("login-fault"), words);
+  $("token").setAttribute("aria-invalid", "true");
+  $("token").focus();
+}
+
+function take(message) {
+  if (message.type === "spaces") {
+    page.push(...message.spaces);
+    if (message.more) return;
+    [spaces, page] = [page, []];
+    showSpaces();
+  } else {
+    rows.get(message.request_id)?.request.take(message);
+  }
+}
+
+function showLink(state) {
+  linkState = state;
+  const { dataset } = $("link");
+  $("link").hidden = !state;
+  dataset.is = { on: "good", off: "bad", wait: "wait" }[state] ?? "";
+  if (state) set($("link"), say(`link_${state}`, { who: principal }));
+  set($("server"), server && say("server", { server }));
+}
+
+function show(which) {
+  $("door").hidden = which !== "door";
+  $("desk").hidden = which !== "desk";
+  $("leave").hidden = which !== "desk";
+}
+
+// The form.
+
+const spaceOf = (name) => spaces.find((space) => space.name === name);
+const rateOf = (name) => spaceOf(name)?.format?.sample_rate ?? 24000;
+
+function showSpaces() {
+  const select = $("space");
+  const wanted = select.value || kept("sessionStorage", "space");
+  const state = { ready: "ready", "no worker": "no_worker", paused: "paused" };
+  const lines = spaces.map(({ name, state: is }) => [name, `${name} · ${say(state[is] ?? "no_worker")}`]);
+  if (lines.map(([name]) => name).join() === [...select.options].map(({ value }) => value).join()) {
+    lines.forEach(([, words], i) => set(select.options[i], words)); // who has it open goes on choosing
+  } else {
+    select.replaceChildren(...lines.map(([name, words]) => new Option(words, name)));
+    select.value = (spaceOf(wanted) ?? spaces.find(({ state: is }) => is === "ready") ?? spaces[0])?.name ?? "";
+  }
+  showSpace();
+}
+
+function showSpace() {
+  const space = spaceOf($("space").value);
+  const is = !link.open ? "off" : { ready: "ready", "no worker": "no_worker", paused: "paused" }[space?.state];
+  const words = !space ? (link.open ? "no_spaces" : "no_worker") : is === "off" ? "no_worker" : is;
+  const chip = $("space-state");
+  set(chip, say(words));
+  chip.dataset.is = is === "ready" ? "good" : "bad";
+  set($("space-load"), space || is === "off" ? say(`load_${is}`, space) : "");
+  set($("space-about"), space?.description ?? "");
+  $("space-about").hidden = !space?.description;
+  if (space) build(space);
+  enable(is === "ready");
+}
+
+let reading = false; // files, for a request that is about to be submitted
+async function submit() {
+  if (reading) return;
+  const space = formSpace();
+  player.unlock(rateOf(space)); // while this counts as something that the person did
+  $("ask-fault").hidden = true;
+  for (const element of $("form").querySelectorAll("[aria-invalid]")) element.removeAttribute("aria-invalid");
+  let params;
+  let files;
+  try {
+    reading = true;
+    params = readParams();
+    const most = (limits.max_control_bytes ?? 65536) - MARGIN_BYTES;
+    const bytes = encode(params).length;
+    if (bytes > most) throw new TypeError(say("too_long", { size: size(bytes), most: size(most) }));
+    files = await readInputs();
+  } catch (error) {
+    set($("ask-fault"), error.message);
+    $("ask-fault").hidden = false;
+    return;
+  } finally {
+    reading = false;
+  }
+  const hasInputs = Object.keys(files).length > 0;
+  const row = { id: newId(), space, params, made: Date.now(), hasInputs };
+  const request = new Request(link, row, changed);
+  request.files = hasInputs ? files : null;
+  add(request);
+  remember();
+  request.resume();
+}
+
+// Language, and what the person does.
+
+function speak() {
+  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
+  for (const element of document.querySelectorAll("[data-say]")) set(element, say(element.dataset.say));
+  const other = language === "zh" ? "en" : "zh";
+  Object.assign($("language"), { lang: other, textContent: other === "zh" ? "中文" : "English", ariaLabel: other === "zh" ? "切换到中文" : "Switch to English" });
+  const poor = !window.isSecureContext;
+  $("note").hidden = !poor;
+  if (poor) set($("note"), say("no_sound"));
+  showLink(linkState);
+  if (principal !== null && spaces.length) showSpaces();
+  wordForm();
+  for (const row of rows.values()) row.draw();
+}
+
+$("language").onclick = () => {
+  setLanguage(language === "zh" ? "en" : "zh");
+  speak();
+};
+
+$("login").onsubmit = (event) => {
+  event.preventDefault();
+  $("login-fault").hidden = true;
+  $("token").removeAttribute("aria-invalid");
+  $("enter").disabled = true;
+  link.start($("token").value.trim(), false);
+};
+
+$("leave").onclick = () => {
+  link.stop();
+  kept("sessionStorage", "token", null);
+  kept("sessionStorage", `requests.${principal}`, null);
+  kept("sessionStorage", "principal", null);
+  clear();
+  [principal, spaces] = [null, []];
+  dropForm();
+  showLink("");
+  show("door");
+  $("token").focus();
+};
+
+$("space").onchange = () => {
+  kept("sessionStorage", "space", $("space").value);
+  showSpace();
+};
+
+$("ask").onsubmit = (event) => {
+  event.preventDefault();
+  submit();
+};
+
+$("text").oninput = count;
+$("text").onkeydown = (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.isComposing) {
+    event.preventDefault();
+    $("ask").requestSubmit();
+  }
+};
+
+addEventListener("pagehide", remember);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => rows.forEach((row) => row.draw()));
+// Figures that count by themselves: processing time, and how long it is until a request starts.
+setInterval(() => rows.forEach((row) => row.request.ended || row.soon()), 250);
+
+const token = kept("sessionStorage", "token");
+if (principal !== null) recall();
+speak();
+if (token) {
+  showLink("wait");
+  show("desk");
+  link.start(token, true);
+} else {
+  show("door");
+  $("token").focus();
+}

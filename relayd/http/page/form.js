@@ -1,0 +1,146 @@
+// The form of a space: fields after the JSON Schema of its params, and its inputs.
+
+import { $, make, set } from "./elements.js";
+import { InputField } from "./input.js";
+import { say } from "./words.js";
+
+let form = null; // {name of the space, shape, fields, inputs, most characters of text}
+
+/** The form is off while nobody could serve it. Who was writing goes on where they were, once it is back. */
+let writing = null;
+export function enable(on) {
+  if ($("form").disabled === !on) return;
+  const here = document.activeElement;
+  if (!on) writing = $("form").contains(here) ? { here, from: here.selectionStart, until: here.selectionEnd } : null;
+  $("form").disabled = !on;
+  if (on && writing && (document.activeElement === document.body || document.activeElement === null)) {
+    writing.here.focus();
+    if (writing.here === $("text")) $("text").setSelectionRange(writing.from, writing.until);
+  }
+}
+
+/** Fields for the space's params and inputs, made anew only when these have changed. */
+export function build(space) {
+  const shape = JSON.stringify([space.name, space.params, space.inputs]);
+  if (form?.shape === shape) return;
+  const properties = space.params?.properties ?? {};
+  const needed = space.params?.required ?? [];
+  form?.inputs.forEach((field) => field.stop());
+  const inputs = Object.entries(space.inputs ?? {}).map(([name, rule]) => new InputField(name, rule));
+  form = { name: space.name, shape, fields: new Map(), inputs };
+  const rule = properties.text;
+  const spoken = Boolean(rule) || !Object.keys(properties).length;
+  $("text-field").hidden = !spoken;
+  $("text").required = spoken && (!rule || needed.includes("text"));
+  form.most = rule?.maxLength ?? null;
+  $("settings").replaceChildren();
+  for (const [name, schema] of Object.entries(properties)) if (name !== "text" && !("const" in schema)) setting(name, schema, needed.includes(name));
+  $("more").hidden = !form.fields.size;
+  $("more").open = [...form.fields.values()].some(({ element }) => element.required) || (!spoken && form.fields.size > 0);
+  $("inputs").replaceChildren(...inputs.map(({ element }) => element));
+  $("inputs").hidden = !inputs.length;
+  wordForm();
+}
+
+/** A field for a param, after its schema. `read` gives its value; undefined leaves it out. */
+function setting(name, schema, required) {
+  const id = `param-${name}`;
+  const kind = schema.enum ? "enum" : schema.type;
+  let element;
+  let read;
+  if (kind === "enum" || kind === "boolean") {
+    const values = schema.enum ?? [true, false];
+    element = make("select");
+    element.append(new Option("", ""), ...values.map((value, i) => new Option(String(value), i)));
+    read = () => (element.value === "" ? undefined : values[Number(element.value)]);
+  } else if (kind === "string" && schema.maxLength > 500) {
+    element = make("textarea");
+    element.rows = 2;
+    read = () => element.value || undefined;
+  } else {
+    element = make("input");
+    const number = kind === "integer" || kind === "number";
+    element.type = number ? "number" : "text";
+    if (number) Object.assign(element, { min: schema.minimum ?? "", max: schema.maximum ?? "", step: kind === "integer" ? 1 : "any" });
+    if (number) read = () => (element.value === "" ? undefined : Number(element.value));
+    else if (kind === "string") read = () => element.value || undefined;
+    else read = () => (element.value.trim() ? JSON.parse(element.value) : undefined); // a map, an array, or anything
+    if (schema.maxLength) element.maxLength = schema.maxLength;
+  }
+  Object.assign(element, { id, required });
+  if (schema.default !== undefined && "placeholder" in element) element.placeholder = JSON.stringify(schema.default);
+  const label = make("label", name);
+  label.htmlFor = id;
+  const field = make("div", label, element);
+  field.className = "field";
+  if (schema.description) {
+    const about = make("p", schema.description);
+    Object.assign(about, { id: `${id}-about`, className: "soft small" });
+    element.setAttribute("aria-describedby", about.id);
+    field.append(about);
+  }
+  $("settings").append(field);
+  form.fields.set(name, { element, read, schema });
+}
+
+/** The words of a form that was built, in the language of now. */
+export function wordForm() {
+  if (!form) return;
+  $("text").placeholder = say("text_hint");
+  for (const { element, schema } of form.fields.values()) {
+    if (element.tagName !== "SELECT") continue;
+    element.options[0].text = schema.default === undefined ? say("standard_none") : say("standard", { value: told(schema.default) });
+    if (schema.type === "boolean") [...element.options].slice(1).forEach((option, i) => (option.text = say(i ? "no" : "yes")));
+  }
+  form.inputs.forEach((field) => field.word());
+  count();
+}
+
+const told = (value) => (typeof value === "boolean" ? say(value ? "yes" : "no") : String(value));
+
+export function count() {
+  const n = [...$("text").value].length;
+  set($("count"), form?.most ? say("count", { n, most: form.most.toLocaleString(document.documentElement.lang) }) : n ? String(n) : "");
+  $("text").setAttribute("aria-invalid", String(Boolean(form?.most && n > form.most)));
+}
+
+/** Mark the fields that the relay refused. */
+export function mark(request) {
+  if (request.space !== form?.name) return;
+  for (const field of Object.keys(request.failure?.details ?? {})) {
+    const element = field === "text" ? $("text") : form.fields.get(field)?.element;
+    element?.setAttribute("aria-invalid", "true");
+  }
+}
+
+/** Name → {media_type, data, sha256}; throws what the person is to be told, as `readParams` does. */
+export async function readInputs() {
+  const files = {};
+  for (const field of form.inputs) {
+    const file = await field.read();
+    if (file) files[field.name] = file;
+  }
+  return files;
+}
+
+export function readParams() {
+  const params = {};
+  if (!$("text-field").hidden) params.text = $("text").value;
+  for (const [name, { read }] of form.fields) {
+    try {
+      const value = read();
+      if (value !== undefined) params[name] = value;
+    } catch {
+      throw new TypeError(say("no_json", { name }));
+    }
+  }
+  return params;
+}
+
+/** The space whose form it is. */
+export const formSpace = () => form?.name;
+
+export function dropForm() {
+  form?.inputs.forEach((field) => field.stop());
+  form = null;
+}

@@ -1,0 +1,236 @@
+import { Track } from "./track.js";
+import { size } from "./words.js";
+
+/** The last states of a request. */
+const ENDS = ["completed", "failed", "cancelled", "rejected", "lost"];
+const PIECE_BYTES = 262144;
+/** Kept small, or a cancel waits behind the upload (§5.3). */
+const AHEAD_BYTES = 2 * PIECE_BYTES;
+/** Of what is shown of results that are no speech. */
+const MAX_OUTPUT_CHARS = 100000;
+
+/** One request; `changed(request, what)` is called with "state" (and the one before), "track", "audio", "output" or "figures". */
+export class Request {
+  state = "sending"; // sending, accepted, queued, running, again (the relay leaves; it is asked once more), or one of ENDS
+  accepted = false;
+  cancelling = false;
+  fetching = false; // an ended one, whose frames are read again
+  sent = 0; // 0..1 of its inputs
+  place = null; // {position, of, eta_s, at}
+  progress = null;
+  failure = null;
+  result = null;
+  began = 0; // when it started, in ms since 1970: a reload must not begin it anew
+  first_s = null;
+  outputs = [];
+  track = new Track();
+  files = null; // name → {media_type, data, sha256}, in this page's life
+  #attempt = 0;
+  #next = 0;
+  #bytes = 0;
+  #bytesBefore = [];
+  #outputsBefore = [];
+  #gaps = 0;
+  #later = 0;
+  #upload = 0;
+
+  constructor(link, row, changed) {
+    Object.assign(this, row); // id, space, params, made, and what was kept of it
+    this.link = link;
+    this.changed = changed;
+  }
+
+  /** What lives on in sessionStorage. */
+  row() {
+    const { id, space, params, made, state, accepted, cancelling, failure, result, began, first_s, hasInputs } = this;
+    const heard = this.track.at || this.heard || 0;
+    return { id, space, params, made, state, accepted, cancelling, failure, result, began, first_s, hasInputs, heard };
+  }
+
+  get ended() {
+    return ENDS.includes(this.state) && !this.fetching;
+  }
+
+  get title() {
+    const { text } = this.params;
+    return typeof text === "string" ? text.trim() || "—" : JSON.stringify(this.params);
+  }
+
+  /** What §7 asks for on every new connection; on the first one of a new request, that is the submit. */
+  resume() {
+    clearTimeout(this.#later);
+    const request_id = this.id;
+    if (!this.accepted && this.#next === 0 && (this.files || !this.hasInputs)) {
+      const inputs = {};
+      for (const [name, { media_type, data, sha256 }] of Object.entries(this.files ?? {})) {
+        inputs[name] = { media_type, size: data.length, sha256 };
+      }
+      this.link.send({ type: "submit", request_id, space: this.space, params: this.params, inputs });
+      this.#send();
+    } else {
+      this.link.send({ type: "attach", request_id, attempt: this.#attempt, after_seq: this.#next - 1 });
+    }
+    if (this.cancelling) this.link.send({ type: "cancel", request_id }); // one may be lost with its connection (§5.5)
+  }
+
+  async #send() {
+    const mine = ++this.#upload;
+    const all = Object.values(this.files ?? {}).reduce((sum, { data }) => sum + data.length, 0);
+    let sent = 0;
+    for (const [name, { data }] of Object.entries(this.files ?? {})) {
+      for (let offset = 0; offset < data.length; offset += PIECE_BYTES) {
+        while (this.link.waiting > AHEAD_BYTES) await new Promise((resolve) => setTimeout(resolve, 20));
+        if (mine !== this.#upload || this.accepted || this.ended) return;
+        const piece = data.subarray(offset, offset + PIECE_BYTES);
+        this.link.send({ type: "input", request_id: this.id, name, offset, data: piece });
+        sent += piece.length;
+        this.sent = sent / all;
+        this.changed(this, "figures");
+      }
+    }
+  }
+
+  /** Uploads of the connection that is gone end. */
+  unplugged() {
+    this.#upload++;
+    clearTimeout(this.#later);
+  }
+
+  cancel() {
+    this.cancelling = true;
+    this.link.send({ type: "cancel", request_id: this.id });
+    this.changed(this, "state");
+  }
+
+  /** Read all its frames from the relay once more, which keeps them for a while after the end. */
+  fetch() {
+    this.fetching = true;
+    this.heard = 0;
+    [this.#attempt, this.#next, this.#bytes] = [0, 0, 0];
+    this.outputs = [];
+    this.resume();
+    this.changed(this, "state");
+  }
+
+  take(message) {
+    const { type } = message;
+    if (this.ended) return;
+    if (type === "accepted") {
+      if (this.accepted) return;
+      this.accepted = true;
+      this.files = null; // the relay has them
+      this.#to("accepted");
+    } else if (type === "queued") {
+      const { position, of, eta_s } = message;
+      this.place = { position, of, eta_s, at: Date.now() };
+      this.#to("queued");
+    } else if (type === "rejected" && message.code === "shutting_down") {
+      this.#later = setTimeout(() => this.resume(), 1000 * (message.retry_after_s ?? 1));
+      this.place = null;
+      this.#to("again");
+    } else if (type === "rejected") {
+      this.#end(this.accepted && message.code === "request_not_found" ? "lost" : "rejected", message);
+    } else if (Number.isInteger(message.seq)) {
+      this.#frame(message);
+    }
+  }
+
+  /** The rules of §6 by their numbers. */
+  #frame(frame) {
+    const { type, attempt, seq } = frame;
+    if (attempt < this.#attempt) return; // 2
+    if (type !== "failed" && type !== "cancelled") { // 3
+      if (attempt === this.#attempt && seq < this.#next) return; // 4
+      if (seq > this.#next) return this.#missing(); // 5
+      if (seq < this.#next) { // 6: all from here on is void
+        this.#bytes = this.#bytesBefore[seq] ?? 0;
+        this.track.cut(this.#bytes);
+        this.outputs.length = this.#outputsBefore[seq] ?? 0;
+        this.changed(this, "output");
+      }
+    }
+    this.#attempt = attempt;
+    this.#next = seq + 1;
+    this.#bytesBefore[seq] = this.#bytes;
+    this.#outputsBefore[seq] = this.outputs.length;
+    this.accepted = true;
+    this[`_${type}`]?.(frame); // a type of a later version is passed over (§1)
+  }
+
+  #missing() {
+    if (this.#gaps++ === 0) return this.link.drop(); // and attach again, once
+    this.link.send({ type: "cancel", request_id: this.id });
+    this.#end("failed", { code: "frames_missing", message: "the relay left out a part of the result" });
+  }
+
+  #to(state) {
+    if (this.fetching) return;
+    const before = this.state;
+    this.state = state;
+    this.changed(this, "state", before);
+  }
+
+  _started({ format }) {
+    this.began ||= Date.now();
+    this.place = null;
+    if (format) {
+      this.track.begin(format);
+      if (this.heard) [this.track.at, this.heard] = [this.heard, 0]; // this page was loaded again: on from there
+    }
+    this.#to("running");
+    if (format) this.changed(this, "track");
+  }
+
+  _progress({ state, fraction, message }) {
+    this.progress = { state, fraction, message };
+    this.changed(this, "figures");
+  }
+
+  _audio({ pcm }) {
+    this.#bytes += pcm.length;
+    if (this.first_s === null && !this.fetching) this.first_s = (Date.now() - this.made) / 1000;
+    if (this.progress?.state === "loading") this.progress = null;
+    this.track.add(pcm);
+    this.changed(this, "audio");
+  }
+
+  _output({ data = null }) {
+    this.outputs.push(data);
+    this.changed(this, "output");
+  }
+
+  _completed({ result = {} }) {
+    this.result = { ...result };
+    this.#end("completed");
+  }
+
+  _failed({ code, message, details }) {
+    this.#end("failed", { code, message, details });
+  }
+
+  _cancelled({ reason }) {
+    this.#end("cancelled", reason ? { code: "cancelled", message: reason } : null);
+  }
+
+  #end(state, failure = null) {
+    const before = this.state;
+    clearTimeout(this.#later);
+    if (this.fetching && ["lost", "rejected"].includes(state)) this.gone = true;
+    else this.state = state;
+    if (failure && !this.gone) this.failure = { code: failure.code, message: failure.message, details: { ...failure.details } };
+    [this.fetching, this.files, this.place, this.progress] = [false, null, null, null];
+    this.track.end();
+    this.changed(this, "state", before);
+  }
+
+  /** What is shown of results that are no speech. */
+  shown() {
+    let text = "";
+    for (const data of this.outputs) {
+      if (data instanceof Uint8Array) text += `[${size(data.length)}]\n`;
+      else text += typeof data === "string" ? `${data} ` : `${JSON.stringify(data, (_, v) => (v instanceof Uint8Array ? [...v] : v))}\n`;
+      if (text.length > MAX_OUTPUT_CHARS) return `${text.slice(0, MAX_OUTPUT_CHARS)}…`;
+    }
+    return text.trim();
+  }
+}

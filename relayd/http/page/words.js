@@ -1,0 +1,106 @@
+// What the page says, in its languages.
+
+import { kept } from "./storage.js";
+
+const WORDS = {
+  en: {
+    skip: "To the content", leave: "Log out", login: "Log in", login_title: "Log in to the relay", token: "Token",
+    token_help: "The token stays in this tab, until you log out or close it. Whoever runs the relay makes one with “relayd token create --role client --name NAME”.",
+    logging_in: "Logging in…", bad_token: "The relay does not know this token, or it was revoked or has expired. Check it, or ask for a new one.",
+    unreachable: "The relay does not answer, or does not take this page’s address. Try again; if it stays so, ask whoever runs the relay (allowed_origins in relayd.toml).",
+    link_on: "✓ Connected as {who}", link_off: "✗ Not connected, trying again…", link_wait: "Connecting…",
+    no_sound: "This page came over plain HTTP from another machine, and browsers play no live sound and take no files on such a page. Open it over HTTPS, or through “ssh -L”.",
+    ask_title: "New request", space: "Space", text: "Text", text_hint: "What is to be spoken?", more: "More settings", submit: "Submit",
+    keys: "Ctrl + Enter submits", count: "{n} of {most}", standard: "Standard ({value})", standard_none: "Standard",
+    yes: "Yes", no: "No", no_json: "{name}: this is no valid JSON.", too_long: "Text and settings have {size}; at most {most} are taken.",
+    ready: "✓ Connected", no_worker: "✗ Not connected", paused: "✗ Paused", no_spaces: "✗ There is no space that your token may use",
+    load_ready: "{busy} of {slots} slots busy, {queued} waiting", load_no_worker: "No worker is there. The form comes back by itself with it.",
+    load_paused: "An operator has paused this space. The form comes back by itself.", load_off: "No connection to the relay. The form comes back by itself.",
+    required: "required", optional: "optional", record: "Record", stop: "Stop", recorded: "Recorded: {s}. A file chosen instead replaces it.",
+    recording: "Recording… {s}", no_microphone: "The microphone cannot be used: {why}", too_large: "{name} has {size}; at most {most} are taken.",
+    wrong_type: "{name} is of the kind {kind}; taken are {kinds}.", need_input: "{name} is needed: choose a file, or record one.",
+    list_title: "My requests", none: "None yet. What you submit is listed here, and stays when this page is loaded again.",
+    sending: "Sending", sending_part: "Sending {percent} %", accepted: "Accepted", queued: "Place {position} of {of}",
+    queued_eta: "Place {position} of {of}, starts in about {eta}", queued_soon: "Place {position} of {of}, starts soon", loading: "The model is loading", generating: "Being made",
+    encoding: "Being encoded", completed: "✓ Completed", failed: "✗ Failed", cancelled: "Cancelled", stopping: "Being cancelled…",
+    rejected: "✗ Refused", lost: "✗ Not kept any more", again: "Waiting for the relay",
+    play: "Play", pause: "Pause", seek: "Place in the audio", place: "{at} of {all}", gathering: "waiting for more…", blocked: "Press play to listen: browsers start no sound by themselves after a page was loaded.",
+    cancel: "Cancel", load: "Listen again", download: "Download", forget: "Remove", copy: "{verb}: {text}",
+    run: "Processing time", length: "Audio", rtf: "Real-time factor", first: "First sound after", wait: "Waited",
+    not_kept: "The relay does not keep this result any more.", anew: "The request was begun anew on another worker.",
+    heard: "The audio up to here can be played and downloaded.", output: "Output",
+    said_accepted: "Request accepted.", said_queued: "Place {position} of {of} in the queue.", said_started: "Your request is being made.",
+    said_completed: "Request completed: {s} of audio.", said_done: "Request completed.", said_failed: "Request failed: {why}", said_cancelled: "Request cancelled.",
+    lost_link: "The connection to the relay is gone. It is being made anew; nothing is lost.", back_link: "Connected again.",
+    server: "Served by {server}. Audio is played while it is made.", codes: {},
+  },
+  zh: {
+    skip: "跳到正文", leave: "退出登录", login: "登录", login_title: "登录到中继", token: "令牌",
+    token_help: "令牌只保存在此标签页中，退出登录或关闭标签页后即清除。中继的管理员用 “relayd token create --role client --name 名字” 生成令牌。",
+    logging_in: "正在登录…", bad_token: "中继不认识这个令牌，或者它已被撤销或过期。请检查，或索取新的令牌。",
+    unreachable: "中继没有应答，或者不接受本页面的地址。请重试；若仍然如此，请联系中继的管理员（relayd.toml 中的 allowed_origins）。",
+    link_on: "✓ 已连接：{who}", link_off: "✗ 未连接，正在重试…", link_wait: "正在连接…",
+    no_sound: "本页面是通过未加密的 HTTP 从另一台机器打开的，浏览器不允许这样的页面实时播放声音或上传文件。请改用 HTTPS，或通过 “ssh -L” 打开。",
+    ask_title: "新请求", space: "空间", text: "文本", text_hint: "要朗读什么？", more: "更多设置", submit: "提交",
+    keys: "Ctrl + Enter 提交", count: "{n} / {most}", standard: "默认（{value}）", standard_none: "默认",
+    yes: "是", no: "否", no_json: "{name}：不是有效的 JSON。", too_long: "文本和设置共 {size}，最多允许 {most}。",
+    ready: "✓ 已连接", no_worker: "✗ 未连接", paused: "✗ 已暂停", no_spaces: "✗ 没有您的令牌可以使用的空间",
+    load_ready: "{slots} 个槽位中 {busy} 个忙，{queued} 个请求在等待", load_no_worker: "没有工作者在线。工作者回来后，表单会自动恢复。",
+    load_paused: "操作员暂停了这个空间。恢复后，表单会自动恢复。", load_off: "与中继的连接已断开。连接恢复后，表单会自动恢复。",
+    required: "必需", optional: "可选", record: "录音", stop: "停止", recorded: "已录音：{s}。选择文件会替换它。",
+    recording: "正在录音… {s}", no_microphone: "无法使用麦克风：{why}", too_large: "{name} 大小为 {size}，最多允许 {most}。",
+    wrong_type: "{name} 的类型是 {kind}；可接受的类型：{kinds}。", need_input: "需要 {name}：请选择文件或录音。",
+    list_title: "我的请求", none: "还没有请求。您提交的请求会列在这里，重新加载页面后仍然保留。",
+    sending: "正在发送", sending_part: "正在发送 {percent}%", accepted: "已接受", queued: "第 {position} 位，共 {of} 位",
+    queued_eta: "第 {position} 位，共 {of} 位，约 {eta} 后开始", queued_soon: "第 {position} 位，共 {of} 位，即将开始", loading: "正在加载模型", generating: "正在生成",
+    encoding: "正在编码", completed: "✓ 已完成", failed: "✗ 失败", cancelled: "已取消", stopping: "正在取消…",
+    rejected: "✗ 被拒绝", lost: "✗ 已不再保留", again: "正在等待中继",
+    play: "播放", pause: "暂停", seek: "播放位置", place: "{at}，共 {all}", gathering: "等待更多音频…", blocked: "请按播放键收听：页面重新加载后，浏览器不会自动播放声音。",
+    cancel: "取消", load: "重新收听", download: "下载", forget: "移除", copy: "{verb}：{text}",
+    run: "处理时间", length: "音频", rtf: "实时率", first: "首个声音", wait: "等待",
+    not_kept: "中继已不再保留这个结果。", anew: "请求已在另一个工作者上重新开始。",
+    heard: "到此为止的音频可以播放和下载。", output: "输出",
+    said_accepted: "请求已接受。", said_queued: "排在第 {position} 位，共 {of} 位。", said_started: "您的请求正在生成。",
+    said_completed: "请求已完成：音频 {s}。", said_done: "请求已完成。", said_failed: "请求失败：{why}", said_cancelled: "请求已取消。",
+    lost_link: "与中继的连接已断开，正在重新连接；不会丢失任何内容。", back_link: "已重新连接。",
+    server: "由 {server} 提供。音频边生成边播放。",
+    codes: {
+      protocol_error: "协议错误", unknown_type: "未知消息类型", unauthenticated: "未登录", forbidden: "没有权限", space_not_found: "没有这个空间",
+      space_paused: "空间已暂停", no_worker: "没有工作者在线", invalid_params: "参数无效", input_missing: "缺少输入", input_too_large: "输入过大",
+      input_mismatch: "输入与声明不符", queue_full: "队列已满", rate_limited: "请求过于频繁", id_conflict: "编号冲突", request_not_found: "没有这个请求",
+      queue_timeout: "排队超时", run_timeout: "运行超时", idle_timeout: "工作者长时间没有输出", worker_lost: "工作者已断线", engine_failed: "引擎出错",
+      model_not_loaded: "模型没有加载", result_too_large: "结果过大", slow_consumer: "接收过慢", storage_full: "存储已满", shutting_down: "中继正在关闭",
+      internal: "中继内部错误", frames_missing: "结果不完整",
+    },
+  },
+};
+
+export let language = kept("localStorage", "language") ?? (/^zh/i.test(navigator.language) ? "zh" : "en");
+if (!Object.hasOwn(WORDS, language)) language = "en";
+
+export function setLanguage(next) {
+  language = next;
+  kept("localStorage", "language", next);
+}
+
+export function say(key, values = {}) {
+  return WORDS[language][key].replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
+}
+
+export function seconds(s, digits = s < 1 ? 2 : 1) {
+  const units = language === "zh" ? [" 秒", " 分 "] : [" s", " min "];
+  if (s < 60) return `${s.toFixed(digits)}${units[0]}`;
+  return `${Math.floor(s / 60)}${units[1]}${Math.floor(s % 60)}${units[0]}`;
+}
+
+export const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, "0")}.${Math.floor((s * 10) % 10)}`;
+
+export const size = (bytes) => (bytes < 1048576 ? `${Math.ceil(bytes / 1024)} KiB` : `${(bytes / 1048576).toFixed(1)} MiB`);
+
+/** What went wrong, for people: the relay's words, and in Chinese what its code means before them. */
+export function fault({ code, message, details }) {
+  const meaning = WORDS[language].codes[code];
+  const fields = Object.entries(details ?? {}).filter(([, wrong]) => typeof wrong === "string");
+  const said = [message, ...fields.map(([field, wrong]) => (field ? `${field}: ${wrong}` : wrong))].filter(Boolean).join(" · ");
+  return meaning ? `${meaning}${said ? `（${said}）` : ""}` : said || code;
+}

@@ -1,0 +1,150 @@
+// Runs on the browser's audio thread, where nothing may wait: what plays samples, and what takes them from the microphone.
+/* global AudioWorkletProcessor, registerProcessor, sampleRate */
+
+/** Seconds of audio at hand before the first sound, and the most that are waited for after one has run dry. */
+const FIRST_S = 0.15;
+const MOST_S = 2.4;
+/** Seconds over which sound comes back after a pause, so that it does not click; it leaves by FADE a sample. */
+const RISE_S = 0.004;
+const FADE = 0.98;
+/** Frames between two reports of where we are, about 20 a second. */
+const REPORT_FRAMES = 2048;
+
+/**
+ * Plays pieces of interleaved 16-bit samples without a gap as long as there are any, and falls silent where there
+ * are none; the more often that happens, the more it gathers before it goes on.
+ *
+ * Told: {pcm: Int16Array}, {cut: frame} (all from there on is void, and comes anew), {over: true}, {stop: true}.
+ * Tells: {at: frame, waiting: bool, ended: bool, pauses: count}.
+ */
+class RelayPlayer extends AudioWorkletProcessor {
+  constructor({ processorOptions: { channels, at } }) {
+    super();
+    this.channels = channels;
+    this.pieces = [];
+    this.offset = 0; // samples of the first piece that are played
+    this.at = at; // the frame that is played next …
+    this.next = at; // … and the one that comes next from outside
+    this.need = FIRST_S * sampleRate;
+    this.playing = false;
+    this.over = false;
+    this.stopped = false;
+    this.pauses = 0;
+    this.gain = 0;
+    this.last = new Float32Array(channels); // what sound fades from
+    this.unreported = 0;
+    this.port.onmessage = ({ data }) => this.take(data);
+  }
+
+  take({ pcm, cut, over, stop }) {
+    if (pcm) this.append(pcm);
+    if (cut !== undefined) this.cut(cut);
+    if (over) this.over = true;
+    if (stop) this.stopped = true;
+  }
+
+  append(pcm) {
+    const frames = pcm.length / this.channels;
+    const heard = Math.min(frames, Math.max(0, this.at - this.next)); // comes anew, and was played already
+    if (heard < frames) this.pieces.push(pcm.subarray(heard * this.channels));
+    this.next += frames;
+  }
+
+  cut(frame) {
+    let surplus = (this.next - Math.max(frame, this.at)) * this.channels;
+    this.next = frame;
+    this.over = false;
+    while (surplus > 0 && this.pieces.length) {
+      const piece = this.pieces.pop();
+      const left = piece.length - (this.pieces.length ? 0 : this.offset);
+      if (left > surplus) this.pieces.push(piece.subarray(0, piece.length - surplus));
+      surplus -= left;
+    }
+    if (!this.pieces.length) this.offset = 0;
+  }
+
+  ready() {
+    return Math.max(0, this.next - this.at);
+  }
+
+  process(_inputs, [output]) {
+    if (this.stopped && this.faded()) return false;
+    if (!this.playing && !this.stopped && this.ready() > 0 && (this.over || this.ready() >= this.need)) {
+      this.playing = true;
+      this.gain = 0;
+    }
+    const frames = output[0].length;
+    const rise = 1 / (RISE_S * sampleRate);
+    for (let i = 0; i < frames; i++) {
+      const sounds = this.playing && !this.stopped && this.pieces.length > 0;
+      if (sounds) this.gain = Math.min(1, this.gain + rise);
+      for (let channel = 0; channel < this.channels; channel++) {
+        this.last[channel] = sounds
+          ? (this.pieces[0][this.offset + channel] / 32768) * this.gain
+          : this.last[channel] * FADE;
+        output[channel][i] = this.last[channel];
+      }
+      if (sounds) this.step();
+    }
+    const dry = this.playing && this.pieces.length === 0;
+    if (dry && !this.over) {
+      this.pauses++;
+      this.need = Math.min(MOST_S * sampleRate, this.need * 2);
+    }
+    if (dry) this.playing = false;
+    this.unreported += frames;
+    const ended = this.over && this.pieces.length === 0 && this.faded();
+    if (dry || ended || this.unreported >= REPORT_FRAMES) this.report(ended);
+    return !ended;
+  }
+
+  step() {
+    this.at++;
+    this.offset += this.channels;
+    if (this.offset >= this.pieces[0].length) {
+      this.pieces.shift();
+      this.offset = 0;
+    }
+  }
+
+  faded() {
+    return this.last.every((sample) => Math.abs(sample) < 1e-4);
+  }
+
+  report(ended) {
+    this.unreported = 0;
+    this.port.postMessage({ at: this.at, waiting: !this.playing && !ended, ended, pauses: this.pauses });
+  }
+}
+
+/** Sends what the microphone takes: {pcm: Float32Array} of one channel, every REPORT_FRAMES. */
+class RelayRecorder extends AudioWorkletProcessor {
+  constructor() {
+    super();
+    this.block = new Float32Array(REPORT_FRAMES);
+    this.filled = 0;
+    this.on = true;
+    this.port.onmessage = () => {
+      this.on = false;
+      this.send();
+      this.port.postMessage({ last: true });
+    };
+  }
+
+  process([input]) {
+    if (!this.on) return false;
+    for (const sample of input[0] ?? []) {
+      this.block[this.filled++] = sample;
+      if (this.filled === this.block.length) this.send();
+    }
+    return true;
+  }
+
+  send() {
+    this.port.postMessage({ pcm: this.block.slice(0, this.filled) });
+    this.filled = 0;
+  }
+}
+
+registerProcessor("relay-player", RelayPlayer);
+registerProcessor("relay-recorder", RelayRecorder);

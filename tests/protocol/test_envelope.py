@@ -1,0 +1,82 @@
+"""Audio envelopes: the short way and the codec's long one say the same of any bytes."""
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.codec import encode, unpack
+from protocol.envelope import SEAT_BYTES, pack_audio, pcm_size, read_audio, seat_of
+from protocol.errors import ProtocolError
+from protocol.frames import MAX_PCM_BYTES
+from protocol.messages import FROM_WORKER, Audio
+
+ID = "0123456789abcdef0123456789abcdef"
+SEQS = [0, 1, 127, 128, 255, 256, 8191, 8192, 65_535, 65_536, 2**31]
+SIZES = [0, 2, 254, 255, 256, 7_680, 65_535, 65_536, MAX_PCM_BYTES]
+
+
+@pytest.mark.parametrize("seq", SEQS)
+@pytest.mark.parametrize("size", SIZES)
+def test_it_writes_what_the_codec_writes_and_reads_it_back(seq: int, size: int) -> None:
+    pcm = bytes(size)
+    data = pack_audio(seat_of(ID, 3), seq, pcm)
+    assert data == encode(Audio(request_id=ID, attempt=3, seq=seq, pcm=pcm))
+    assert data[:SEAT_BYTES] == seat_of(ID, 3)
+    assert pcm_size(data, seq) == size
+    assert pcm_size(data, seq + 1) == -1
+    assert read_audio(data) == (ID, 3, seq, pcm)
+
+
+def test_attempts_and_chunks_that_do_not_fit_are_left_to_the_codec() -> None:
+    assert seat_of(ID, 127)
+    assert not seat_of(ID, 128)
+    assert read_audio(encode(Audio(request_id=ID, attempt=128, seq=1, pcm=b"12"))) is None
+    with pytest.raises(ValueError, match="limit"):
+        pack_audio(seat_of(ID, 1), 1, bytes(MAX_PCM_BYTES + 1))
+
+
+_audio = st.builds(
+    lambda attempt, seq, pcm: pack_audio(seat_of(ID, attempt), seq, pcm),
+    st.integers(0, 127),
+    st.sampled_from(SEQS),
+    st.binary(max_size=300),
+)
+
+
+def _damage(data: bytes, at: int, new: bytes, cut: int) -> bytes:
+    at %= len(data) + 1
+    return data[:at] + new + data[at + cut :]
+
+
+@given(st.builds(_damage, _audio, st.integers(0, 2**16), st.binary(max_size=3), st.integers(0, 3)))
+def test_what_it_takes_the_codec_takes_for_the_same(data: bytes) -> None:
+    told = read_audio(data)
+    if told is None:
+        return
+    request_id, attempt, seq, pcm = told
+    wire = {"type": "audio", "request_id": request_id, "attempt": attempt, "seq": seq, "pcm": pcm}
+    assert unpack(data) == wire
+    assert msgpack.packb(wire) == data
+    for due in {seq, 0, 1, 127, 128}:
+        assert (pcm_size(data, due) == len(pcm)) is (due == seq)
+
+
+def test_a_frame_of_any_other_shape_is_not_taken_and_not_wrong() -> None:
+    wire = {"type": "audio", "request_id": ID, "attempt": 1, "seq": 5, "pcm": b"1234"}
+    others = [
+        dict(reversed(wire.items())),
+        {**wire, "more": 1},
+        {key: wire[key] for key in ("type", "request_id", "attempt", "seq")},
+        {**wire, "pcm": "1234"},
+        {**wire, "seq": -1},
+    ]
+    for other in others:
+        assert read_audio(msgpack.packb(other)) is None
+    assert Audio.from_map(unpack(msgpack.packb(others[0]))).seq == 5
+    assert "audio" in FROM_WORKER
+    whole = pack_audio(seat_of(ID, 1), 1, b"1234")
+    for size in range(len(whole)):
+        assert read_audio(whole[:size]) is None
+        with pytest.raises(ProtocolError):
+            unpack(whole[:size])

@@ -1,0 +1,105 @@
+"""An HTTP client that shows what comes when, over any stream: TCP, TLS or a unix socket."""
+
+import json
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import h11
+import trio
+
+Headers = list[tuple[str, str]]
+
+
+@attrs.define(eq=False)
+class Answer:
+    """A response whose head is there; its body is read as it comes."""
+
+    status: int
+    headers: dict[str, str]
+    _connection: h11.Connection
+    _stream: trio.abc.Stream
+
+    async def piece(self) -> bytes | None:
+        """Some of the body, at once when it is there; None at its end."""
+        while True:
+            event = await next_event(self._connection, self._stream)
+            if isinstance(event, h11.Data):
+                return bytes(event.data)
+            if isinstance(event, h11.EndOfMessage):
+                return None
+
+    async def body(self) -> bytes:
+        """All that is left of it."""
+        pieces = []
+        while (piece := await self.piece()) is not None:
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def json(self) -> Any:
+        """The body, parsed."""
+        return json.loads(await self.body())
+
+
+async def next_event(connection: h11.Connection, stream: trio.abc.Stream) -> Any:
+    """What the server says next."""
+    while (event := connection.next_event()) is h11.NEED_DATA:
+        connection.receive_data(bytes(await stream.receive_some(65_536)))
+    return event
+
+
+@asynccontextmanager
+async def open_stream(url: str, context: ssl.SSLContext | None = None) -> AsyncIterator[trio.abc.Stream]:
+    """A connection to `ws://HOST:PORT`, `http://…`, `https://…` or `unix:PATH`."""
+    kind, _, place = url.partition(":")
+    if kind == "unix":
+        stream: trio.abc.Stream = await trio.open_unix_socket(place)
+    else:
+        host, _, port = place.strip("/").rpartition(":")
+        stream = await trio.open_tcp_stream(host, int(port))
+        if context is not None:
+            stream = trio.SSLStream(stream, context, server_hostname=host, https_compatible=True)
+    async with stream:
+        yield stream
+
+
+async def ask_on(
+    stream: trio.abc.Stream,
+    method: str,
+    path: str,
+    *,
+    token: str | None = None,
+    headers: Headers | None = None,
+    body: bytes = b"",
+) -> Answer:
+    """Send one request, and give its answer once its head is there."""
+    connection = h11.Connection(h11.CLIENT)
+    told: Headers = list(headers or [])
+    if not any(name.lower() == "host" for name, _value in told):
+        told.insert(0, ("Host", "localhost"))
+    if token is not None:
+        told.append(("Authorization", f"Bearer {token}"))
+    if body or method in ("POST", "PUT"):
+        told.append(("Content-Length", str(len(body))))
+    await stream.send_all(connection.send(h11.Request(method=method, target=path, headers=told)) or b"")
+    if body:
+        await stream.send_all(connection.send(h11.Data(data=body)) or b"")
+    connection.send(h11.EndOfMessage())
+    while True:
+        event = await next_event(connection, stream)
+        if isinstance(event, h11.Response):
+            found = {name.decode().lower(): value.decode() for name, value in event.headers}
+            return Answer(event.status_code, found, connection, stream)
+        assert isinstance(event, h11.InformationalResponse), f"the server hung up: {event!r}"
+
+
+@asynccontextmanager
+async def asking(
+    url: str, method: str, path: str, *, context: ssl.SSLContext | None = None, **more: Any
+) -> AsyncIterator[Answer]:
+    """One request on a connection of its own; `more` is as for `ask_on`."""
+    with trio.fail_after(20):
+        async with open_stream(url, context) as stream:
+            yield await ask_on(stream, method, path, **more)

@@ -1,0 +1,157 @@
+"""OpenAI's words and a space's: which field becomes which param of real engines."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpuworker.engines import mock
+from gpuworker.engines.voxcpm.schema import Abilities, params_schema
+from protocol.messages import AudioFormat
+from protocol.params import check_params
+from relayd.config import SpaceConfig
+from relayd.http.refusals import Refusal
+from relayd.http.speech import Speech, params_of, parse_speech, speaks, usage_of, voices_of
+from relayd.spaces import Space
+
+FORMAT = AudioFormat(sample_rate=24_000)
+ESPEAK = {
+    "type": "object",
+    "properties": {"text": {"type": "string"}, "voice": {"enum": ["auto", "en-us"]}, "rate": {"type": "integer"}},
+    "required": ["text"],
+    "additionalProperties": False,
+}
+
+
+def a_space(schema: dict[str, Any], engine: str = "fake", **fields: Any) -> Space:
+    return Space(name="tts", config=SpaceConfig(), engine=engine, params=schema, **({"format": FORMAT} | fields))
+
+
+def a_speech(**fields: Any) -> Speech:
+    return parse_speech(json.dumps({"model": "tts", "input": "hello"} | fields).encode())
+
+
+def refusal_of(space: Space, **fields: Any) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        params_of(a_speech(**fields), space)
+    assert caught.value.status == 422
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("schema", "fields", "params"),
+    [
+        (ESPEAK, {}, {"text": "hello"}),
+        (ESPEAK, {"voice": "default"}, {"text": "hello"}),
+        (ESPEAK, {"voice": ""}, {"text": "hello"}),
+        (ESPEAK, {"voice": "en-us"}, {"text": "hello", "voice": "en-us"}),
+        (ESPEAK, {"voice": {"id": "en-us"}}, {"text": "hello", "voice": "en-us"}),
+        (mock.PARAMS, {"speed": 2}, {"text": "hello"}),
+        (params_schema(Abilities()), {}, {"text": "hello"}),
+        (params_schema(Abilities(voices=("ann",))), {"voice": "ann"}, {"text": "hello", "voice": "ann"}),
+        (
+            params_schema(Abilities(clones=True)),
+            {"instructions": "a calm old man"},
+            {"text": "hello", "voice_description": "a calm old man"},
+        ),
+        (
+            {"properties": {"input": {}, "instructions": {}}},
+            {"instructions": "x"},
+            {"input": "hello", "instructions": "x"},
+        ),
+        (
+            {"properties": {"text": {}, "voice": {"type": "string"}}},
+            {"voice": "any"},
+            {"text": "hello", "voice": "any"},
+        ),
+        ({}, {"voice": "any", "instructions": "x"}, {"text": "hello", "voice": "any", "instructions": "x"}),
+    ],
+)
+def test_fields_become_the_params_that_the_worker_declared(
+    schema: dict[str, Any], fields: dict[str, Any], params: dict[str, Any]
+) -> None:
+    told = params_of(a_speech(**fields), a_space(schema))
+    assert told == params
+    assert check_params(schema, told) == {}
+
+
+@pytest.mark.parametrize(
+    ("schema", "fields", "words"),
+    [
+        (ESPEAK, {"voice": "alloy"}, "voice: space 'tts' has no voice 'alloy'; there are default, auto, en-us"),
+        (mock.PARAMS, {"voice": "alloy"}, "there are default"),
+        (params_schema(Abilities()), {"voice": "alloy"}, "there are default"),
+        (params_schema(Abilities()), {"instructions": "softly"}, "takes no instructions"),
+        ({"properties": {"prompt": {"type": "string"}}}, {}, "takes no text to speak, but prompt"),
+    ],
+)
+def test_what_the_worker_did_not_declare_is_refused(schema: dict[str, Any], fields: dict[str, Any], words: str) -> None:
+    assert words in refusal_of(a_space(schema), **fields).message
+
+
+def test_of_many_voices_some_are_told_and_where_the_rest_are() -> None:
+    schema = ESPEAK | {"properties": {"text": {}, "voice": {"enum": [f"v{n}" for n in range(140)]}}}
+    message = refusal_of(a_space(schema), voice="alloy").message
+    assert "v22 and 117 more: GET /v1/audio/voices?model=tts" in message
+    assert len(message) < 300
+
+
+def test_a_voice_named_default_is_sent_where_a_worker_has_one() -> None:
+    schema = ESPEAK | {"properties": {"text": {}, "voice": {"enum": ["default", "other"]}}}
+    assert params_of(a_speech(), a_space(schema)) == {"text": "hello", "voice": "default"}
+
+
+def test_voices_are_those_of_the_schema() -> None:
+    assert voices_of(a_space(ESPEAK)) == ("auto", "en-us")
+    assert voices_of(a_space(mock.PARAMS)) == ()
+    assert voices_of(a_space(params_schema(Abilities()))) == ()
+    assert voices_of(a_space({"properties": {"text": {}, "voice": {"type": "string"}}})) is None
+
+
+def test_a_space_speaks_that_makes_audio_of_text() -> None:
+    assert speaks(a_space(ESPEAK))
+    assert speaks(a_space({}, engine="", format=None))  # no worker has said yet what it makes
+    assert not speaks(a_space(ESPEAK, format=None))
+    assert not speaks(a_space({"properties": {"image": {}}}))
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(Refusal) as caught:
+        parse_speech(b'{"input": 5, "speed": "fast"}')
+    assert caught.value.details.keys() == {"model", "input", "speed"}
+
+
+def test_null_is_left_out_and_what_openai_does_not_know_is_passed_over() -> None:
+    speech = a_speech(voice=None, speed=None, response_format=None, lang_code="en", volume=3)
+    assert (speech.voice, speech.speed, speech.coding.name, speech.sse, speech.whole) == (
+        "default",
+        1,
+        "mp3",
+        False,
+        False,
+    )
+
+
+def test_usage_counts_characters_and_twentieths_of_a_second() -> None:
+    told = usage_of(a_speech(input="hello"), 2.0)
+    assert told == {"input_tokens": 5, "output_tokens": 40, "total_tokens": 45}
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+_FIELD_NAMES = ("model", "input", "voice", "instructions", "response_format", "speed", "stream_format", "stream")
+
+
+@given(st.binary() | st.dictionaries(st.sampled_from(_FIELD_NAMES), _JSON).map(lambda told: json.dumps(told).encode()))
+def test_any_body_is_a_speech_or_a_refusal(body: bytes) -> None:
+    try:
+        speech = parse_speech(body)
+    except Refusal:
+        return
+    assert speech.text.strip()
+    assert 0.25 <= speech.speed <= 4

@@ -1,0 +1,88 @@
+"""A WebSocket on a connection that was used for HTTP before, as proxies send it that keep their connections."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from relayd import heads
+from relayd.heads import forwarded_for
+from tests.relayd.harness import daemon, kept_logs, until
+from tests.relayd.http.asking import ask_on, open_stream
+
+TCP: dict[str, Any] = {"listen": "127.0.0.1:0"}
+UPGRADE = (
+    b"GET /v1/relay HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Protocol: relay.v1.msgpack\r\nX-Forwarded-For: 203.0.113.9, 192.0.2.7\r\n\r\n"
+)
+
+
+@asynccontextmanager
+async def used_connection(url: str) -> AsyncIterator[trio.abc.Stream]:
+    """One on which a request was answered."""
+    with trio.fail_after(20):
+        async with open_stream(url) as stream:
+            for _ in range(2):
+                answer = await ask_on(stream, "GET", "/health")
+                assert (answer.status, (await answer.json())["status"]) == (200, "healthy")
+            yield stream
+
+
+async def switched(stream: trio.abc.Stream) -> None:
+    """Wait until the connection is a WebSocket."""
+    said = b""
+    while b"\r\n\r\n" not in said:
+        said += await stream.receive_some() or pytest.fail(f"it hung up, and said {said!r}")
+    assert said.startswith(b"HTTP/1.1 101 "), said
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("size", [1, 100, len(UPGRADE)])
+async def test_a_websocket_may_come_behind_other_requests(size: int, tmp_path: Path) -> None:
+    async with daemon(tmp_path, **TCP) as relay, used_connection(relay.urls[0]) as stream:
+        for begin in range(0, len(UPGRADE), size):
+            await stream.send_all(UPGRADE[begin : begin + size])
+        await switched(stream)
+
+
+@pytest.mark.trio
+async def test_a_slow_head_behind_other_requests_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "HEAD_S", 0.05)
+    async with daemon(tmp_path, **TCP) as relay, used_connection(relay.urls[0]) as stream:
+        await stream.send_all(UPGRADE[:40])
+        assert await stream.receive_some() == b""
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("behind_proxy", [True, False])
+async def test_who_came_is_what_the_proxy_says_where_there_is_one(behind_proxy: bool, tmp_path: Path) -> None:
+    nil = bytes([0x82, 0x81, 0, 0, 0, 0, 0xC0])  # this message is no hello: it is refused, and the log names the peer
+    with kept_logs() as logs:
+        behind: dict[str, Any] = TCP | {"behind_proxy": behind_proxy}
+        async with daemon(tmp_path, **behind) as relay, used_connection(relay.urls[0]) as stream:
+            await stream.send_all(UPGRADE)
+            await switched(stream)
+            await stream.send_all(nil)
+            await until(lambda: any(line["event"] == "peer broke the protocol" for line in logs))
+    ((peer, why),) = [(line["peer"], line["why"]) for line in logs if line["event"] == "peer broke the protocol"]
+    assert "no hello within" not in why
+    assert (peer == "192.0.2.7") is behind_proxy
+    assert peer.startswith("127.0.0.1:") is not behind_proxy
+
+
+def test_only_the_last_address_that_a_proxy_names_counts() -> None:
+    def named(*lines: bytes) -> str | None:
+        return forwarded_for(
+            b"GET / HTTP/1.1\r\n" + b"".join(line + b"\r\n" for line in lines) + b"\r\nX-Forwarded-For: 9.9.9.9"
+        )
+
+    assert named(b"Host: a") is None
+    assert named(b"X-Forwarded-For: 192.0.2.7") == "192.0.2.7"
+    assert named(b"x-forwarded-for:1.1.1.1,2001:db8::7 ") == "2001:db8::7"
+    assert named(b"X-Forwarded-For: 1.1.1.1", b"Host: a", b"X-Forwarded-For: 2.2.2.2") == "2.2.2.2"
+    assert named(b"X-Forwarded-For: 1.1.1.1, <b>") is None
+    assert named(b"X-Forwarded-For: ") is None
