@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import codec, idle, relay, store
+from bench import codec, idle, relay, store, worker
 from bench.figures import Row, table, verdict
 from bench.machine import machine_line
 from bench.servers import Checkout, peers_line
@@ -16,6 +16,7 @@ from bench.servers import Checkout, peers_line
 FIGURES: dict[str, Callable[[], list[Row]]] = {
     "relay": relay.measure,
     "idle": idle.measure,
+    "worker": worker.measure,
     "codec": codec.measure,
     "store": store.measure,
 }

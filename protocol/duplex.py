@@ -48,6 +48,8 @@ LINGER_S = 2.0
 MAX_INBOX_BYTES = 8 * MAX_MESSAGE_BYTES
 #: Messages queued and not yet taken by the transport: a quarter of the largest result.
 MAX_BACKLOG_BYTES = 16 * MAX_MESSAGE_BYTES
+#: A look that comes so much too late tells of this process, and not of the peer.
+LATE_S = 1.0
 #: What one message costs beside its bytes, so that a queue of tiny ones is bounded too.
 MESSAGE_COST_BYTES = 64
 #: Section 7.1.5 of RFC 6455: the connection went without a close frame.
@@ -298,6 +300,10 @@ class Link(abc.ABC):
 
     # -- receiving -------------------------------------------------------------------------------------------
 
+    def limit_messages(self, max_bytes: int) -> None:
+        """Take no longer ones from now on; at most what the link's rules allow."""
+        self._parser.max_message_bytes = min(max_bytes, self._rules.max_message_bytes)
+
     async def receive(self) -> bytes:
         """The next binary message. What came before the peer closed is still given out.
 
@@ -344,7 +350,11 @@ class Link(abc.ABC):
         """
         self._taker = taker
         kept, self._inbox, self._inbox_bytes = self._inbox or (), None, 0
-        self._deliver(list(kept))
+        for message in kept if self._closing is None and self._gone is not LinkClosed else ():
+            if isinstance(message, str):
+                taker.take_text(message)
+            else:
+                taker.take([message])
         if self._reader_waits:
             self._reader_waits = False
             self._may_read_on()
@@ -484,11 +494,19 @@ class Link(abc.ABC):
 
     def _close(self, code: int, reason: str) -> None:
         self._closing = (code, reason)
+        self._forget_inbox()
         self._close_by = trio.current_time() + 2 * CLOSE_S
         self._schedule(self._close_by)
         self._wake()
         self._tell_soon()
         self._put_control(CLOSE, close_payload(code, reason))
+
+    def _forget_inbox(self) -> None:
+        """Nobody takes what was read any more; the peer's answer may be behind it."""
+        self._inbox, self._inbox_bytes = None, 0
+        if self._reader_waits:
+            self._reader_waits = False
+            self._may_read_on()
 
     def _close_frame_out(self) -> None:
         """All that was queued has gone out, the close frame too."""
@@ -561,6 +579,11 @@ class Link(abc.ABC):
 
     # -- liveness --------------------------------------------------------------------------------------------
 
+    def forgive(self, late_s: float) -> None:
+        """This process stood still for so long (it was stopped, or swapped): whatever the peer sent waits unread."""
+        self.heard_at += late_s
+        self.taken_at += late_s
+
     def look(self, now: float) -> float:
         """See to pings, to silence, and to a peer that takes nothing; when to look again.
 
@@ -571,8 +594,7 @@ class Link(abc.ABC):
             Trio time; infinite once there is nothing left to look at.
         """
         if now >= self._close_by:
-            self._end(LinkClosed, "closed")
-            self._cut()
+            self._lost("closed" if self._closing is not None else "")
         if self._gone is not None or self._closing is not None:
             return self._close_by if not self.stopped else float("inf")
         rules = self._rules
@@ -590,10 +612,11 @@ class Link(abc.ABC):
             if waiting < self._waiting_bytes:
                 self.taken_at = now
             self._waiting_bytes = waiting
-            if now - self.taken_at >= rules.send_timeout_s:
+            stalls_at = self.taken_at + rules.send_timeout_s
+            if now >= stalls_at:
                 self._stall(f"{self.peer} took no data for {rules.send_timeout_s:g} s")
                 return self._close_by
-            take_by = min(take_by, self.taken_at + rules.send_timeout_s)
+            take_by = min(take_by, stalls_at)
         if now >= self._ping_due:
             self._ping_due = now + rules.ping_interval_s
             if self._pinged_at is None:  # one in flight is enough: TCP loses none

@@ -104,6 +104,8 @@ def pack_audio(seat: bytes, seq: int, pcm: bytes) -> bytes:
         seq: its number.
         pcm: whole samples, at most `MAX_PCM_BYTES`.
     """
+    if not isinstance(pcm, bytes):  # an engine's own; a buffer could change while it waits to be sent
+        raise TypeError(f"audio must be bytes, not {type(pcm).__name__}")
     size = len(pcm)
     if size > MAX_PCM_BYTES:
         raise ValueError(f"{size} bytes of audio in a frame; the limit is {MAX_PCM_BYTES}")

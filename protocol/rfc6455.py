@@ -139,22 +139,25 @@ class Parser:
     def feed(self, data: Buffer) -> None:
         """Parse what was received."""
         if self.large is not None:
-            room = len(self.large) - self.large_at
-            self.large[self.large_at : self.large_at + room] = data[:room]
-            self.large_at += min(room, len(data))
-            if self.large_at < len(self.large):
+            taken = min(len(self.large) - self.large_at, len(data))
+            self.large[self.large_at : self.large_at + taken] = data[:taken]
+            if not self.fill_large(taken):
                 return
-            self.parse_large()
-            data = data[room:]
+            data = data[taken:]
         if self.left:
             data = self.left + data
         self.parse(data, memoryview(data), len(data))
 
-    def parse_large(self) -> None:
-        """The frame in `large` is whole."""
-        whole, self.large = self.large, None
+    def fill_large(self, count: int) -> bool:
+        """So many bytes were put into `large`; parses it, and returns True, where it is whole now."""
+        whole = self.large
         assert whole is not None
+        self.large_at += count
+        if self.large_at < len(whole):
+            return False
+        self.large = None
         self.parse(whole, memoryview(whole), len(whole))
+        return True
 
     def parse(self, data: Buffer, view: memoryview, end: int) -> None:
         """Parse `data[:end]`, of which `view` is a view; `left` was put before it, and is replaced."""

@@ -8,7 +8,7 @@ from collections import deque
 
 import trio
 
-from protocol.duplex import CLOSE_S, MESSAGE_COST_BYTES, Link, LinkRules
+from protocol.duplex import CLOSE_S, LATE_S, MESSAGE_COST_BYTES, Link, LinkRules
 from protocol.kernel import answers, socket_of, waiting_bytes
 from protocol.rfc6455 import BINARY, make_frame
 
@@ -175,3 +175,5 @@ class StreamLink(Link):
             self.tell()
             with trio.move_on_at(due):
                 await self._sooner.wait()
+            if (late_s := trio.current_time() - due) > LATE_S:
+                self.forgive(late_s)

@@ -138,6 +138,8 @@ class ClientLink:
             ProtocolError: the client broke the rules.
         """
         for data in messages:
+            if self.link.gone is not None:
+                return
             try:
                 message = decode(data, self.takes)
             except UnknownType as fault:

@@ -59,7 +59,9 @@ async def read_head(stream: trio.abc.Stream) -> bytes:
     """
     head = bytearray()
     with trio.move_on_after(HEAD_S):
-        while len(head) < MAX_HEAD_BYTES and not ends(head):
+        looked_at = 0
+        while len(head) < MAX_HEAD_BYTES and not _END.search(head, max(0, looked_at - 3)):
+            looked_at = len(head)
             try:
                 data = await stream.receive_some(READ_BYTES)
             except trio.BrokenResourceError:

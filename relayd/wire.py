@@ -41,7 +41,7 @@ from relayd.heads import split_head
 from relayd.http.login import may_come_from
 from relayd.intake import Intake
 from relayd.operator import Operator
-from relayd.plane import Plane
+from relayd.plane import OUR_MISTAKE, Plane, SocketLink
 from relayd.relay import Relay
 from relayd.worker_link import WorkerLink
 
@@ -54,7 +54,6 @@ SERVER = f"relayd/{importlib.metadata.version('relayd')}"
 #: Connections that have not logged in, beyond `max_connections`: with 900 of those, a limit of 1,024 files holds.
 MAX_STRANGERS = 64
 FULL = "the relay has all the connections it takes; try again later"
-OUR_MISTAKE = "the relay made a mistake; see its log"
 STALLED = Error(
     code=ErrorCode.SLOW_CONSUMER,
     message="this connection does not take what is sent to it; connect again, and attach for what is missing",
@@ -110,6 +109,11 @@ class Connection:
     agent: str = ""
     connected_at: float = attrs.field(factory=trio.current_time)
     part: Part | None = None
+
+    def begin(self) -> None:
+        """It has its part, and takes its messages from now on."""
+        self.gate.relay.connections[self.connection_id] = self
+        self.link.hand_to(self)
 
     def disconnect(self, reason: str) -> None:
         """End it now."""
@@ -195,6 +199,7 @@ class Gate:
             if isinstance(stream, trio.SocketStream):
                 return await self._serve_socket(stream, early, arrival)
             async with serve_link(stream, peer=arrival.peer, rules=self.rules, early=early) as link:
+                link.limit_messages(MAX_CONTROL_BYTES)
                 connection = await self._log_in(link, arrival)
                 if connection is None:
                     return False
@@ -209,11 +214,15 @@ class Gate:
         return False
 
     async def _serve_socket(self, stream: trio.SocketStream, early: bytes, arrival: Arrival) -> bool:
-        link = self.plane.adopt(stream, arrival.peer, self.rules, early)
+        # A stranger is not kept a megabyte for.
+        link = self.plane.adopt(stream, arrival.peer, self.rules, early, max_message_bytes=MAX_CONTROL_BYTES)
         try:
             connection = await self._log_in(link, arrival)
             if connection is None:
                 return False
+        except LinkError:
+            await link.aclose()
+            raise
         except BaseException:
             link.abort("it did not log in")
             raise
@@ -270,7 +279,7 @@ class Gate:
         else:
             if isinstance(principal, Principal):
                 connection = Connection(secrets.token_hex(8), link, principal, self, arrival, hello.agent)
-                self.relay.connections[connection.connection_id] = connection
+                link.limit_messages(MAX_MESSAGE_BYTES)
                 log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
                 return connection
             if principal.retry_after_s is None:  # else it was told often enough
@@ -323,11 +332,11 @@ class Gate:
             log.debug("connection lost", peer=link.peer, why=link.reason)  # whoever takes its messages is told
         if not stays:
             connection.part = self._client(connection)
-            link.hand_to(connection)
+            connection.begin()
             return
         async with trio.open_nursery() as nursery:
             connection.part = self._part(connection, nursery)
-            link.hand_to(connection)
+            connection.begin()
             with trio.move_on_after(_left_s(principal)) as token_life:
                 await link.wait_gone()
             if token_life.cancelled_caught:
@@ -336,6 +345,8 @@ class Gate:
 
     def _part(self, connection: Connection, nursery: trio.Nursery) -> Part:
         if connection.principal.role == "worker":
+            if isinstance(connection.link, SocketLink):
+                connection.link.trust()
             return WorkerLink(
                 connection.connection_id, connection.link, connection.principal, self.relay, nursery, connection.agent
             )

@@ -148,7 +148,7 @@ class WorkerLink:
                 run_timeout_s=request.run_timeout_s,
             )
         )
-        if submit.inputs:
+        if submit.inputs and self.link.gone is None:  # else its nursery may be closed
             self.nursery.start_soon(self._feed, request, entry.attempt)
 
     async def _feed(self, request: Request, attempt: int) -> None:

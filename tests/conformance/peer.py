@@ -45,8 +45,8 @@ class Heard:
     reason: bytes = b""
     #: Octets of frames behind its close frame, or of one that it did not finish.
     stray: int = 0
-    #: Whether its end of the connection was closed in order; a reset may eat what was underway.
-    in_order: bool = False
+    #: Whether the connection was reset, and not closed in order: that may eat what was underway.
+    reset: bool = False
     _ended: bool = False
     _something: trio.Event = attrs.field(factory=trio.Event, repr=False)
 
@@ -124,9 +124,8 @@ class ServerStream:
                         if one.fin:
                             heard.note(opcode, parts)
                             opcode, parts = Opcode.CONTINUATION, b""
-            heard.in_order = True
         except trio.BrokenResourceError:
-            pass
+            heard.reset = True
         finally:
             heard.stray += frames.left
             heard.end()
@@ -175,8 +174,8 @@ class Peer(ServerStream):
                 elif polite:
                     await heard.until(lambda: heard.closed)
                     await self.send(close(heard.code))
-            except trio.BrokenResourceError:
-                pass  # it hung up on us, as it may once it has said why
+            except trio.BrokenResourceError as fault:  # it hung up on us, as it may once it has said why
+                heard.reset |= isinstance(fault.__cause__, ConnectionResetError)
 
         with trio.fail_after(PATIENCE_S):
             async with trio.open_nursery() as nursery:

@@ -1,6 +1,7 @@
 """The data plane, over real sockets: order, backlogs, batches, ends; and that a link at rest has no task."""
 
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -104,6 +105,11 @@ def overfill(link: SocketLink, data: bytes) -> None:
     """Send without end, to a peer that takes nothing."""
     while True:
         link.send_nowait(data)
+
+
+def stand_still(seconds: float) -> None:
+    """As a process that was stopped; it is what is tested."""
+    time.sleep(seconds)
 
 
 async def send_on(stream: trio.SocketStream, data: bytes) -> None:
@@ -368,9 +374,10 @@ async def test_an_end_in_the_middle_of_a_send_is_told_later_and_once() -> None:
         link.hand_to(taken)
         far.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         await far.stream.aclose()  # a reset
-        with pytest.raises(LinkBroken):
-            overfill(link, b"x" * 1_000)
-        assert taken.ends == 0, "not within the send"
+        while link.gone is None:
+            link.send_nowait(b"x" * 1_000)
+            assert taken.ends == 0, "not within the send"
+            await trio.lowlevel.checkpoint()
         await until(lambda: taken.ends > 0)
         link.abort("again")
         await link.aclose()
@@ -436,3 +443,121 @@ async def test_links_at_rest_have_no_task() -> None:
         assert trio.lowlevel.current_statistics().tasks_living == before
         for theirs in ends:
             await theirs.aclose()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("tcp", [True, False])
+async def test_the_last_words_of_a_peer_that_is_gone_are_heard_though_a_send_fails_first(tcp: bool) -> None:
+    async with linked(tcp=tcp) as (_plane, link, far):
+        taken = Taken()
+        link.hand_to(taken)
+        sock = socket.socket(fileno=far.stream.socket.detach())
+        words = make_frame(BINARY, b"last words", masked=True)
+        sock.sendall(words + make_frame(CLOSE, close_payload(4001, "bye"), masked=True))
+        sock.close()
+        for _ in range(3):  # before the plane has its turn; the kernel says no by the second at the latest
+            link.send_nowait(b"too late")
+        await until(lambda: taken.cuts > 0)
+        assert taken.messages == [b"last words"]
+        assert (link.close_code, link.reason) == (4001, "peer closed the connection (4001: bye)")
+
+
+@pytest.mark.trio
+async def test_what_a_peer_said_before_it_closed_is_given_to_who_takes_its_messages_later() -> None:
+    async with linked() as (_plane, link, far):
+        await far.send(b"one")
+        await far.send(b"words", TEXT)
+        await far.send(close_payload(1000, ""), CLOSE)
+        await until(lambda: link.gone is not None)
+        taken = Taken()
+        link.hand_to(taken)
+        assert (taken.messages, taken.texts) == ([b"one"], ["words"])
+        await until(lambda: taken.ends > 0)
+
+
+@pytest.mark.trio
+async def test_who_asks_for_much_at_once_is_served_in_turns_and_in_order() -> None:
+    async with linked(max_backlog_bytes=64 * MAX_MESSAGE_BYTES) as (plane, link, far):
+        ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in socket.socketpair())
+        other, other_far = plane.adopt(ours, "other", LinkRules()), FarEnd(theirs)
+        served: list[str] = []
+
+        class Crowd(Taken):
+            def take(self, messages: list[bytes]) -> None:
+                super().take(messages)
+                served.append("crowd")
+
+        class One(Taken):
+            def take(self, messages: list[bytes]) -> None:
+                super().take(messages)
+                served.append("one")
+
+        crowd, one = Crowd(), One()
+        link.hand_to(crowd)
+        other.hand_to(one)
+        every = [number.to_bytes(2, "big") for number in range(2_000)]
+        await far.stream.send_all(b"".join(make_frame(BINARY, each, masked=True) for each in every))
+        await far.send(close_payload(1000, "done"), CLOSE)
+        await other_far.send(b"me too")
+        await until(lambda: crowd.cuts > 0)
+        assert crowd.messages == every
+        assert crowd.batches >= 2_000 // link.most_messages
+        assert "crowd" in served[served.index("one") :], "it did not wait for all of them"
+        await theirs.aclose()
+
+
+@pytest.mark.trio
+async def test_a_fault_of_who_waits_for_a_link_to_drain_ends_that_link_and_no_other() -> None:
+    def fall() -> None:
+        raise KeyError("a bug")
+
+    with structlog.testing.capture_logs() as logs:
+        async with linked() as (plane, link, far):
+            pairs = [socket.socketpair() for _ in range(2)]
+            others = []
+            for ours, theirs in pairs:
+                ends = [trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in (ours, theirs)]
+                others.append((plane.adopt(ends[0], "other", LinkRules()), FarEnd(ends[1])))
+            (bad, _bad_far), (good, good_far) = others
+            bad.on_drained(fall, 0)
+
+            class Telling(Taken):
+                def take(self, messages: list[bytes]) -> None:
+                    bad.send_nowait(b"x")
+                    good.send_nowait(b"y")
+
+            link.hand_to(Telling())
+            await far.send(b"go")
+            assert await good_far.next() == b"y"
+            assert bad.stopped
+            assert link.gone is None
+            await far.send(PING.to_bytes(1, "big"), PING)
+            assert isinstance(await far.next(), Pong)
+            for _, far_end in others:
+                await far_end.stream.aclose()
+    assert [line["event"] for line in logs] == ["connection broke the relay's own rules"]
+
+
+@pytest.mark.trio
+async def test_a_relay_that_stood_still_takes_nobody_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relayd.plane.LATE_S", 0.1)
+    async with linked(ping_interval_s=0.2, dead_after_s=0.6) as (_plane, link, far):
+        await far.next()
+        await far.send(b"here", PONG)
+        stand_still(1.5)
+        await trio.sleep(0.3)
+        assert link.gone is None
+        with pytest.raises(LinkBroken, match="nothing heard"):
+            await hear_out(link)
+
+
+def test_a_long_frame_fills_the_buffer_that_it_was_given() -> None:
+    parser = Parser(masked=True, max_message_bytes=MAX_MESSAGE_BYTES)
+    data = make_frame(BINARY, bytes(MAX_MESSAGE_BYTES), masked=True)
+    parser.feed(data[:100])
+    whole = parser.large
+    for start in range(100, 1_000):
+        parser.feed(data[start : start + 1])
+        assert parser.large is whole
+    parser.feed(data[1_000:] + make_frame(BINARY, b"next", masked=True))
+    assert parser.take() == [bytes(MAX_MESSAGE_BYTES), b"next"]
