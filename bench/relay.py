@@ -127,7 +127,7 @@ class Scale:
     stalled_s: float
 
 
-QUICK = Scale(saturated=7, paced=8, paced_s=1.0, fan_out=5, fan_out_paced=3, stalled=3, stalled_s=2.0)
+QUICK = Scale(saturated=5, paced=6, paced_s=1.0, fan_out=3, fan_out_paced=3, stalled=3, stalled_s=1.5)
 FULL = Scale(saturated=5, paced=7, paced_s=1.0, fan_out=5, fan_out_paced=4, stalled=4, stalled_s=2.5)
 
 
@@ -221,7 +221,7 @@ def fan_out(field: Field, scale: Scale, peers: Sequence[str]) -> list[Row]:
     """One stream to 50 listeners; a frame counts at each of them."""
     load = Load(each=0, streams=1, listeners=LISTENERS)
     full = field.saturated(scale.fan_out, load, [RELAYD, *peers])
-    spoken = attrs.evolve(load, each=1 + round(2 * scale.paced_s * FAN_RATE), interval_s=1 / FAN_RATE)
+    spoken = attrs.evolve(load, each=1 + round(scale.paced_s * FAN_RATE), interval_s=1 / FAN_RATE)
     slow = field.rounds(scale.fan_out_paced, spoken, [RELAYD, *peers])
     name = f"fan-out, 1 stream to {LISTENERS} listeners, 8 KiB"
     return [
