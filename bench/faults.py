@@ -58,6 +58,7 @@ def _round(err: Callable[[Frames], Frames]) -> None:
     try:
         run_round(SATURATED, [Stream(sender, [reader], made, 0, COUNT)], [], [])
     finally:
+        ours_in.shutdown(socket.SHUT_RDWR)  # where nothing was sent, it waits no more
         thread.join()
         for end in (ours_in, theirs_in, theirs_out, ours_out):
             end.close()

@@ -124,7 +124,8 @@ def verdict(rows: Iterable[Row]) -> str:
 def _remark(row: Row) -> str:
     words = []
     if row.ratio is not None:
-        words.append(f"**{_number(row.ratio)}** ({_number(min(row.ratios))}..{_number(max(row.ratios))})")
+        rounds = f" ({_number(min(row.ratios))}..{_number(max(row.ratios))})" if len(row.ratios) > 1 else ""
+        words.append(f"**{_number(row.ratio)}**{rounds}")
     if row.limit_ratio is not None:
         words.append(f"at most {_number(row.limit_ratio)}: {'kept' if row.kept else '**BROKEN**'}")
     if row.limit is not None:

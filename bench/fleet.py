@@ -1,10 +1,10 @@
-"""Workers and clients of each kind of relay, and the streams between them; what is timed the generator does."""
+"""Workers and clients of each kind of relay, and the streams between them; what is timed the generator does.
+
+relayd's own are in `relayd_fleet`.
+"""
 
 import abc
-import secrets
-import select
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 import attrs
@@ -12,36 +12,10 @@ import attrs
 from bench import frames
 from bench.frames import SPEECH_BYTES, Wrapping, message, variants
 from bench.generator import PACED, SATURATED, Round, Stream, run_round
-from bench.servers import SPACE, Server
+from bench.servers import Server
 from bench.sockets import Connection, NatsLine, Tcp, WebSocket
-from protocol.codec import decode, encode
-from protocol.messages import (
-    FROM_RELAY,
-    PATH,
-    PROTOCOL_VERSION,
-    SUBPROTOCOL,
-    Accepted,
-    Ack,
-    Assign,
-    Attach,
-    AudioFormat,
-    Completed,
-    Hello,
-    Message,
-    Queued,
-    Register,
-    Registered,
-    Started,
-    Submit,
-    Welcome,
-)
 
 WORKERS = 4
-#: Until requests have begun, or ended.
-TURN_S = 60.0
-#: Bytes that the kernel may hold for a reader that is going to stall: else it would hold a whole round. Much less, and
-#: a reader that does read is slow already: a loopback segment has 64 KiB.
-SMALL_BUFFER = 128 * 1024
 
 
 @attrs.frozen(kw_only=True)
@@ -127,7 +101,8 @@ class Fleet(abc.ABC):
         routes = self.begin(load)
         streams = [self._stream(load, number, route) for number, route in enumerate(routes)]
         mode = PACED if load.interval_s else SATURATED
-        done = run_round(mode, streams, self.workers, [self.server.pid])
+        # What a stream's first frame sets off is no part of what frames cost at the speed of speech.
+        done = run_round(mode, streams, self.workers, [self.server.pid], lead_s=load.interval_s)
         self.end(routes, load)
         return attrs.evolve(done, whole_cpu_s=self.server.cpu_s() - before_s)
 
@@ -270,154 +245,3 @@ class TcpFleet(Fleet):
 
     def look_after(self) -> None:
         """See `Fleet`: nobody sends pings."""
-
-
-# -- relayd -------------------------------------------------------------------------------------------------------
-
-
-@attrs.define(eq=False)
-class Request:
-    """One request of a round, and how far it has come."""
-
-    request_id: str
-    readers: list[Connection]
-    worker: Connection | None = None
-    started: int = 0
-    ended: int = 0
-
-
-class RelaydFleet(Fleet):
-    """At the real daemon: every stream is a request, submitted, stored, accepted, assigned, and completed in the end.
-
-    Args:
-        stalls: the first client gets a small receive buffer, so that the relay feels it where it does not read.
-    """
-
-    first_seq = 1  # behind `started`
-
-    def __init__(self, server: Server, most_streams: int = 50, workers: int = WORKERS, *, stalls: bool = False) -> None:
-        self._slots = -(-most_streams // workers) if workers else 0
-        self._stalls = stalls
-        self._requests: dict[str, Request] = {}
-        self._clients: list[Connection] = []
-        self._poll = select.epoll()
-        self._by_descriptor: dict[int, Connection] = {}
-        super().__init__(server, most_streams, workers)
-        self._open.callback(self._poll.close)
-
-    def keep(self, connection: Connection) -> Connection:
-        """See `Fleet`."""
-        self._poll.register(connection.sock, select.EPOLLIN)
-        self._by_descriptor[connection.sock.fileno()] = connection
-        return super().keep(connection)
-
-    def open_worker(self, number: int) -> Connection:
-        """See `Fleet`."""
-        sock = log_in(self.server, "worker")
-        register = Register(
-            worker=f"bench-{number}",
-            instance=secrets.token_hex(16),
-            spaces=[SPACE],
-            slots=self._slots,
-            engine="bench",
-            params={"type": "object", "properties": {"text": {"type": "string"}}},
-            format=AudioFormat(sample_rate=48_000),
-        )
-        ask(sock, register, Registered)
-        sock.on_message = lambda data: self._hear_worker(sock, decode(data, FROM_RELAY))
-        return sock
-
-    def _client(self, number: int) -> Connection:
-        while len(self._clients) <= number:
-            buffer = SMALL_BUFFER if self._stalls and not self._clients else None
-            self._clients.append(self.keep(log_in(self.server, "client", buffer)))
-        return self._clients[number]
-
-    def begin(self, load: Load) -> list[Route]:
-        """See `Fleet`."""
-        self._requests = {}
-        for number in range(load.streams):
-            clients = [self._client(number * load.listeners + at) for at in range(load.listeners)]
-            request = Request(secrets.token_hex(16), clients)
-            self._requests[request.request_id] = request
-            for client in clients:
-                client.on_message = self._hearer(request)
-            submit = Submit(request_id=request.request_id, space=SPACE, params={"text": "Hello."})
-            clients[0].send(message(encode(submit)))
-        self.until(lambda: all(request.started for request in self._requests.values()))
-        for request in self._requests.values():
-            for client in request.readers[1:]:
-                client.send(message(encode(Attach(request_id=request.request_id))))
-        self.until(lambda: all(each.started == len(each.readers) for each in self._requests.values()))
-        return [Route(each.request_id, _there(each.worker), each.readers) for each in self._requests.values()]
-
-    def end(self, routes: list[Route], load: Load) -> None:
-        """See `Fleet`."""
-        for number, route in enumerate(routes):
-            seq = self.first_seq + self.frames_of(load, number)
-            route.sender.send(message(encode(Completed(request_id=route.name, attempt=1, seq=seq))))
-        self.until(lambda: all(each.ended == len(each.readers) for each in self._requests.values()))
-
-    def look_after(self) -> None:
-        """See `Fleet`."""
-        while events := self._poll.poll(0):
-            for descriptor, _ in events:
-                self._by_descriptor[descriptor].take()
-
-    def until(self, done: Callable[[], bool]) -> None:
-        """Read from all connections, blocking, until `done`."""
-        deadline = time.monotonic() + TURN_S
-        while not done():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the requests of a round did not begin or end within {TURN_S:g} s")
-            for descriptor, _ in self._poll.poll(TURN_S):
-                self._by_descriptor[descriptor].take()
-
-    def _hearer(self, request: Request) -> Callable[[bytes], None]:
-        def hear(data: bytes) -> None:
-            told = decode(data, FROM_RELAY)
-            if isinstance(told, Started):
-                request.started += 1
-            elif isinstance(told, Completed):
-                request.ended += 1
-            elif not isinstance(told, Accepted | Queued):
-                raise RuntimeError(f"the relay sent {told}")
-
-        return hear
-
-    def _hear_worker(self, sock: Connection, told: Message) -> None:
-        if isinstance(told, Assign):
-            request = self._requests[told.request_id]
-            request.worker = sock
-            begun = Started(
-                request_id=request.request_id, attempt=told.attempt, seq=0, format=AudioFormat(sample_rate=48_000)
-            )
-            sock.send(message(encode(begun)))
-        elif not isinstance(told, Ack):
-            raise RuntimeError(f"the relay sent {told}")
-
-
-def _there(worker: Connection | None) -> Connection:
-    assert worker is not None, "a request that has begun has a worker"
-    return worker
-
-
-def log_in(server: Server, role: str, receive_buffer: int | None = None) -> WebSocket:
-    """A connection to the daemon, logged in."""
-    sock = WebSocket(server.port, PATH, SUBPROTOCOL, receive_buffer)
-    ask(sock, Hello(version=PROTOCOL_VERSION, role=role, token=server.tokens[role], agent="bench"), Welcome)
-    return sock
-
-
-def ask(sock: WebSocket, question: Message, answer: type[Message]) -> None:
-    """Send a message and wait, blocking, for its answer.
-
-    Raises:
-        RuntimeError: another answer came, or none.
-    """
-    heard: list[Message] = []
-    sock.on_message = lambda data: heard.append(decode(data, FROM_RELAY))
-    sock.send(message(encode(question)))
-    sock.until(lambda: bool(heard))
-    if not isinstance(heard[0], answer):
-        raise RuntimeError(f"the relay answered {question.TYPE} with {heard[0]}")

@@ -55,11 +55,10 @@ class Round:
     #: Of each process watched: user and system time of all its threads, and what it holds at the end.
     cpu_s: Sequence[float]
     rss_kib: Sequence[int]
+    #: From a frame's send to its receipt, without the first frame of each stream; then of those alone.
     p50_us: float
-    p90_us: float
     p99_us: float
-    p999_us: float
-    max_us: float
+    first_p50_us: float
     #: Pings answered.
     pongs: int
     #: Frames that a stalled reader had not got when the others had all of theirs.
@@ -99,12 +98,15 @@ def program() -> Path:
     return Path(folder, "load")
 
 
-def run_round(mode: int, streams: Sequence[Stream], around: Iterable[Connection], pids: Sequence[int]) -> Round:
+def run_round(
+    mode: int, streams: Sequence[Stream], around: Iterable[Connection], pids: Sequence[int], lead_s: float = 0.0
+) -> Round:
     """Send and receive all frames of `streams`; what else comes in is given to the connections afterwards.
 
     Args:
         around: connections that must be looked after besides those of the streams.
         pids: processes whose CPU and memory are to be told.
+        lead_s: CPU, time and frames count from then on; of a paced round alone.
 
     Raises:
         Stuck: see there.
@@ -118,6 +120,7 @@ def run_round(mode: int, streams: Sequence[Stream], around: Iterable[Connection]
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
         with Path(folder, "blob").open("wb") as blob:
             lines = [f"mode {mode}", f"timeout_ms {ROUND_S * 1000:.0f}", *_stream_lines(streams, connections, blob)]
+            lines.append(f"lead_ns {1e9 * lead_s:.0f}")
         head = [*_connection_lines(connections), f"blob {blob.name}", *(f"pid {pid}" for pid in pids)]
         Path(folder, "plan").write_text("\n".join([*head, *lines, ""]))
         command = [str(program()), f"{folder}/plan"]
@@ -126,7 +129,6 @@ def run_round(mode: int, streams: Sequence[Stream], around: Iterable[Connection]
         )
     told = _parse(done.stdout, done.returncode)
     _give_back(connections, told.pop("others"))
-    told.pop("latencies")
     return Round(**told)
 
 

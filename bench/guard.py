@@ -24,9 +24,10 @@ from typing import Any
 import attrs
 
 from bench.counted import BYTECODES, CALLS, CELLS, DONE, OFF, STEPS, WAITS, WANTED
-from bench.fleet import Load, RelaydFleet, Route
+from bench.fleet import Load, Route
 from bench.frames import variants
-from bench.servers import Checkout, Server, open_relayd
+from bench.relayd_fleet import RelaydFleet
+from bench.servers import Checkout, Server, open_relayd, serving_command
 
 BUDGETS = Path(__file__).with_name("budgets.toml")
 PCM_BYTES = 1_024
@@ -215,7 +216,7 @@ def count_system_calls() -> dict[str, Counts]:
         rows = re.findall(r"^\s*[\d.]+\s+[\d.]+\s+\d+\s+(\d+)\s+(?:\d+\s+)?(\w+)$", table, re.MULTILINE)
         return {"syscalls": sum(int(number) for number, name in rows if name != "total")}
 
-    with _open_quiet(Checkout.wanted().command) as server:
+    with _open_quiet(serving_command(Checkout.wanted())) as server:
         return _of_each_shape(server, lambda work: count(server, work))
 
 
@@ -242,7 +243,7 @@ def count_instructions() -> dict[str, Counts]:
             return {"kilo_instructions": sum(map(int, totals)) / 1000}
 
         valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out.%p"]
-        with _open_quiet([*valgrind, *Checkout.wanted().command]) as server:
+        with _open_quiet([*valgrind, *serving_command(Checkout.wanted())]) as server:
             return _of_each_shape(server, lambda work: count(server, work))
 
 

@@ -10,8 +10,9 @@ from statistics import median
 import attrs
 
 from bench.figures import Row, paired
-from bench.fleet import log_in, open_socketio
+from bench.fleet import open_socketio
 from bench.generator import Hold, Stuck, hold
+from bench.relayd_fleet import log_in
 from bench.servers import Absent, Server, open_nats, open_python_peer, open_relayd
 from bench.sockets import Connection, NatsLine, WebSocket
 

@@ -82,8 +82,8 @@ static Conn **senders;
 static int sender_count;
 static int mode, poll_fd;
 static uint64_t missing, deliveries, pongs, stalled_missing;
-static uint32_t *latencies;
-static uint64_t latency_count;
+static uint32_t *latencies, *firsts; /* of a stream's first frame apart from the others */
+static uint64_t latency_count, first_count;
 static uint8_t *scratch;
 static bool timed = true;
 static char *others; /* JSON of the messages that are no frames, for who made the plan */
@@ -284,7 +284,9 @@ static void deliver(Conn *conn, const uint8_t *data, size_t size, uint64_t now) 
     missing--;
     if (!stream->quiet) {
         uint64_t took = now - get(data + variant->ref_stamp, 8);
-        latencies[latency_count++] = took > UINT32_MAX ? UINT32_MAX : (uint32_t)took;
+        uint32_t kept = took > UINT32_MAX ? UINT32_MAX : (uint32_t)took;
+        if (before) latencies[latency_count++] = kept;
+        else firsts[first_count++] = kept;
     }
 }
 
@@ -381,7 +383,7 @@ static void take(Conn *conn) {
 
 /* -- the plan --------------------------------------------------------------------------------------------------- */
 
-static uint64_t timeout_ns = 60000000000u, burst_bytes = 65536, least = 8;
+static uint64_t timeout_ns = 60000000000u, lead_ns, burst_bytes = 65536, least = 8;
 static pid_t pids[MAX_PIDS];
 static int pid_count;
 static const uint8_t *blob;
@@ -409,6 +411,7 @@ static void read_plan(const char *path) {
             close(fd);
         } else if (!strcmp(word, "mode")) mode = (int)n[0];
         else if (!strcmp(word, "timeout_ms")) timeout_ns = n[0] * 1000000;
+        else if (!strcmp(word, "lead_ns")) lead_ns = n[0];
         else if (!strcmp(word, "ready")) putchar('\n'), fflush(stdout);
         else if (!strcmp(word, "burst")) burst_bytes = n[0], least = n[1];
         else if (!strcmp(word, "pid") && pid_count < MAX_PIDS) pids[pid_count++] = (pid_t)n[0];
@@ -455,6 +458,7 @@ static void read_plan(const char *path) {
         if (conns[at].send_count) senders[sender_count++] = &conns[at];
     latencies = more(NULL, sizeof(uint32_t) * (deliveries + 1));
     memset(latencies, 0, sizeof(uint32_t) * (deliveries + 1)); /* its pages, now and not in the round */
+    firsts = more(NULL, sizeof(uint32_t) * (size_t)(conn_count + 1));
 }
 
 /* -- the round -------------------------------------------------------------------------------------------------- */
@@ -464,10 +468,10 @@ static int by_size(const void *a, const void *b) {
     return (left > right) - (left < right);
 }
 
-static double quantile_us(double part) {
-    if (!latency_count) return 0;
-    uint64_t at = (uint64_t)(part * (double)latency_count);
-    return latencies[at < latency_count ? at : latency_count - 1] / 1e3;
+static double quantile_us(const uint32_t *sorted, uint64_t size, double part) {
+    if (!size) return 0;
+    uint64_t at = (uint64_t)(part * (double)size);
+    return sorted[at < size ? at : size - 1] / 1e3;
 }
 
 static int timer_fd;
@@ -512,13 +516,24 @@ static void saturate(uint64_t deadline) {
     }
 }
 
-static void pace(uint64_t began, uint64_t deadline) {
+static uint64_t frames, began, own, cpu[MAX_PIDS];
+
+/* From here on it counts. */
+static void start(void) {
+    frames = missing;
+    for (int at = 0; at < pid_count; at++) cpu[at] = cpu_ns_of(pids[at]);
+    own = own_cpu_ns();
+    began = now_ns();
+}
+
+static void pace(uint64_t deadline) {
     timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
     struct epoll_event event = {.events = EPOLLIN};
     if (timer_fd < 0 || epoll_ctl(poll_fd, EPOLL_CTL_ADD, timer_fd, &event)) fail("timer: %s", strerror(errno));
     for (int at = 0; at < stream_count; at++) streams[at].next_due += began;
-    uint64_t armed = 0;
+    uint64_t armed = 0, leads_until = lead_ns ? began + lead_ns : 0;
     while (missing) {
+        if (leads_until && now_ns() >= leads_until) leads_until = 0, start();
         uint64_t due = send_due();
         if (due && due != armed) {
             struct itimerspec when = {.it_value = {(time_t)(due / 1000000000u), (long)(due % 1000000000u)}};
@@ -546,11 +561,11 @@ int main(int count, char **words) {
         if (!conns[at].stalled) poll_for(&conns[at], false);
     }
     signal(SIGTERM, stop);
-    uint64_t frames = missing, cpu[MAX_PIDS], rss[MAX_PIDS];
-    for (int at = 0; at < pid_count; at++) cpu[at] = cpu_ns_of(pids[at]);
-    uint64_t own = own_cpu_ns(), began = now_ns(), deadline = began + timeout_ns;
+    uint64_t rss[MAX_PIDS];
+    start();
+    uint64_t deadline = began + timeout_ns;
     if (mode == SATURATED) saturate(deadline);
-    else if (mode == PACED) pace(began, deadline);
+    else if (mode == PACED) pace(deadline);
     else
         while (!stopped) turn(100);
     uint64_t ended = now_ns();
@@ -570,11 +585,12 @@ int main(int count, char **words) {
         if (conns[at].rest_len) tell(&conns[at], "rest", conns[at].rest, conns[at].rest_len);
     }
     qsort(latencies, latency_count, sizeof(uint32_t), by_size);
+    qsort(firsts, first_count, sizeof(uint32_t), by_size);
     printf("{\"frames\": %" PRIu64 ", \"wall_s\": %.9f, \"load_cpu_s\": %.9f, \"pongs\": %" PRIu64
-           ", \"stalled_frames\": %" PRIu64 ", \"latencies\": %" PRIu64,
-           frames, (double)(ended - began) / 1e9, (double)own / 1e9, pongs, stood, latency_count);
-    printf(", \"p50_us\": %.1f, \"p90_us\": %.1f, \"p99_us\": %.1f, \"p999_us\": %.1f, \"max_us\": %.1f",
-           quantile_us(0.5), quantile_us(0.9), quantile_us(0.99), quantile_us(0.999), quantile_us(1));
+           ", \"stalled_frames\": %" PRIu64,
+           frames, (double)(ended - began) / 1e9, (double)own / 1e9, pongs, stood);
+    printf(", \"p50_us\": %.1f, \"p99_us\": %.1f, \"first_p50_us\": %.1f", quantile_us(latencies, latency_count, 0.5),
+           quantile_us(latencies, latency_count, 0.99), quantile_us(firsts, first_count, 0.5));
     printf(", \"cpu_s\": [");
     for (int at = 0; at < pid_count; at++) printf("%s%.9f", at ? ", " : "", (double)cpu[at] / 1e9);
     printf("], \"rss_kib\": [");
