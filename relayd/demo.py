@@ -231,5 +231,5 @@ def _tell_commands(demo: Demo) -> None:
         f"  export RELAY_URL={demo.url} RELAY_TOKEN={demo.client_token}\n"
         f"  relay say 'And now another sentence.' --space {SPACE} -o another.wav\n"
         f"Stop them with:\n"
-        f"  kill {pids}; rm -r {shlex.quote(str(demo.folder))}"
+        f"  kill {pids}; rm -rf {shlex.quote(str(demo.folder))}"
     )
