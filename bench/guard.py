@@ -292,7 +292,7 @@ def _write(given: Mapping[str, Counts]) -> None:
         f"machine_tolerance = {MACHINE_TOLERANCE}",
     ]
     for name, counts in given.items():
-        lines += ["", f'["{name}"]', *(f"{what} = {number:.3g}" for what, number in counts.items())]
+        lines += ["", f'["{name}"]', *(f"{what} = {number:.4g}" for what, number in counts.items())]
     BUDGETS.write_text("\n".join([*lines, ""]))
 
 
