@@ -12,9 +12,9 @@ from protocol.backoff import Backoff as Backoff
 from protocol.codec import decode
 from protocol.duplex import CLOSE_S as CLOSE_S
 from protocol.duplex import Link as Link
-from protocol.duplex import LinkRules as LinkRules
 from protocol.errors import ConnectError, ErrorCode, LinkBroken, LinkError, LoginRefused, ProtocolError
 from protocol.messages import FROM_RELAY, Error, Hello, Rejected, Welcome
+from protocol.rules import LinkRules as LinkRules
 from protocol.streamlink import StreamLink
 from protocol.transport import connect, shake_hands
 

@@ -7,9 +7,9 @@ from functools import partial
 import attrs
 import trio
 
-from protocol.duplex import LinkRules
 from protocol.errors import LinkError
 from protocol.rfc6455 import TEXT
+from protocol.rules import LinkRules
 from relayd.handshake import Refusal, answer_to, check_upgrade, parse_head
 from relayd.heads import MAX_HEAD_BYTES, ends, is_to_be_answered, read_head, split_head
 from relayd.plane import Plane, SocketLink, open_plane
@@ -27,21 +27,21 @@ class Echo:
     link: SocketLink
 
     def take(self, messages: list[bytes]) -> None:
-        """See `protocol.duplex.Taker`."""
+        """See `protocol.rules.Taker`."""
         try:
             self.link.send_frames(messages)
         except LinkError:
             return
 
     def take_text(self, text: str) -> None:
-        """See `protocol.duplex.Taker`."""
+        """See `protocol.rules.Taker`."""
         self.link.send_frame(TEXT, text.encode())
 
     def hear_end(self) -> None:
-        """See `protocol.duplex.Taker`."""
+        """See `protocol.rules.Taker`."""
 
     def hear_cut(self) -> None:
-        """See `protocol.duplex.Taker`."""
+        """See `protocol.rules.Taker`."""
 
 
 async def welcome(plane: Plane, stream: trio.SocketStream) -> None:

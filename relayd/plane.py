@@ -18,9 +18,10 @@ from typing import Any
 import structlog
 import trio
 
-from protocol.duplex import CLOSE_S, LATE_S, Link, LinkRules
+from protocol.duplex import CLOSE_S, LATE_S, Link
 from protocol.kernel import answers, waiting_bytes
 from protocol.rfc6455 import Event, binary_head, frame_head
+from protocol.rules import LinkRules
 
 log = structlog.get_logger("relayd.plane")
 

@@ -120,7 +120,7 @@ class Connection:
         self.link.abort(reason)
 
     def take(self, messages: list[bytes]) -> None:
-        """See `protocol.duplex.Taker`."""
+        """See `protocol.rules.Taker`."""
         assert self.part is not None
         try:
             self.part.take(messages)
@@ -131,11 +131,11 @@ class Connection:
             say_why(self.link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
 
     def take_text(self, text: str) -> None:
-        """See `protocol.duplex.Taker`."""
+        """See `protocol.rules.Taker`."""
         tell_fault(self.link, TextReceived("text message; every message is binary (msgpack)"))
 
     def hear_end(self) -> None:
-        """See `protocol.duplex.Taker`."""
+        """See `protocol.rules.Taker`."""
         link, relay = self.link, self.gate.relay
         try:
             if self.part is not None:
@@ -149,7 +149,7 @@ class Connection:
             tell("disconnected", peer=link.peer, principal=self.principal.name, why=link.reason or "closed")
 
     def hear_cut(self) -> None:
-        """See `protocol.duplex.Taker`."""
+        """See `protocol.rules.Taker`."""
         self.arrival.leave()
 
 

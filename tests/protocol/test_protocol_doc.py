@@ -10,7 +10,7 @@ from typing import Any, cast
 import attrs
 import pytest
 
-from protocol import backoff, codec, duplex, link, messages
+from protocol import backoff, codec, link, messages, rules
 from protocol.codec import decode, encode
 from protocol.errors import ErrorCode
 from protocol.fields import Part
@@ -182,8 +182,8 @@ def test_the_times_told_for_connecting_and_for_liveness_are_those_of_the_referen
     assert f"then {link.LOGIN_TIMEOUT_S:g} s more up to `welcome`" in closing
     assert f"starts at {backoff.FIRST_S:g} s and doubles to {backoff.LONGEST_S:g} s" in closing
     assert f"after a login that held for {backoff.HELD_S:g} s" in closing
-    assert f"`ping_interval_s` (in `welcome`; {duplex.PING_INTERVAL_S:g} s by default)" in liveness
-    assert f"the larger of {duplex.DEAD_AFTER_S:g} s and 3 × `ping_interval_s`" in liveness
+    assert f"`ping_interval_s` (in `welcome`; {rules.PING_INTERVAL_S:g} s by default)" in liveness
+    assert f"the larger of {rules.DEAD_AFTER_S:g} s and 3 × `ping_interval_s`" in liveness
 
 
 def test_a_refused_login_is_tried_again_exactly_where_its_code_is_retryable() -> None:

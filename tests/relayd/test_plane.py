@@ -13,7 +13,6 @@ import trio
 
 from protocol import duplex
 from protocol.codec import decode
-from protocol.duplex import LinkRules
 from protocol.errors import LinkBroken, LinkClosed
 from protocol.messages import FROM_RELAY, MAX_MESSAGE_BYTES, Error
 from protocol.rfc6455 import (
@@ -30,6 +29,7 @@ from protocol.rfc6455 import (
     close_payload,
     make_frame,
 )
+from protocol.rules import LinkRules
 from relayd.plane import Plane, SocketLink, open_plane
 from tests.relayd.harness import until
 
