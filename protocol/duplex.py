@@ -74,6 +74,7 @@ class Link(abc.ABC):
         "_inbox",
         "_inbox_bytes",
         "_lingers",
+        "_low_water",
         "_parser",
         "_ping_due",
         "_pinged_at",
@@ -117,6 +118,7 @@ class Link(abc.ABC):
         self.backlog_bytes = 0
         self._waiting_bytes = 0
         self._drained: list[tuple[int, Callable[[], None]]] | None = None
+        self._low_water: float = float("inf")  # no callback waits for less
         self._changed: trio.Event | None = None
         self._ping_due = now + rules.ping_interval_s
         self._pinged_at: float | None = None
@@ -220,6 +222,7 @@ class Link(abc.ABC):
         if self._drained is None:
             self._drained = []
         self._drained.append(entry)
+        self._low_water = min(self._low_water, low_water)
 
         def remove() -> None:
             if self._drained and entry in self._drained:

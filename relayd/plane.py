@@ -11,9 +11,8 @@ the end of them and leaves in one system call a link: the call costs 6 µs, a fr
 import heapq
 import select
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import structlog
 import trio
@@ -42,6 +41,8 @@ MAX_QUEUED_PIECES = 65_536
 #: How late a ping may be, and a deadline be seen: ten looks a second cost nothing to speak of.
 SWEEP_S = 0.1
 
+#: A fault of ours over one connection ends that one.
+BROKE = "connection broke the relay's own rules"
 OUR_MISTAKE = "the relay made a mistake; see its log"
 _IN, _OUT, _HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
 _NEVER = float("inf")
@@ -166,8 +167,8 @@ class SocketLink(Link):
                 out.clear()
             else:
                 self._drop_sent(taken)
-            if self._drained is None and self._changed is None:
-                self.backlog_bytes -= taken
+            if self._changed is None and self.backlog_bytes <= self._low_water:
+                self.backlog_bytes -= taken  # nobody waits for it to fall so far
             else:
                 self._took(taken)
         self._flushes = False
@@ -194,8 +195,8 @@ class SocketLink(Link):
         try:
             super()._took(size)
         except Exception:  # of who waits for it to drain, and not of who sends just now
-            log.exception("connection broke the relay's own rules", peer=self.peer)
             self._flushes = False
+            log.exception(BROKE, peer=self.peer)
             self.abort(OUR_MISTAKE)
 
     def _drop_sent(self, taken: int) -> None:
@@ -378,7 +379,11 @@ class Plane:
                 await trio.lowlevel.checkpoint()
                 carrying, self._carrying = self._carrying, []
                 for each in carrying:
-                    self._guarded(each, self._go_on, each)
+                    try:
+                        self._go_on(each)
+                    except Exception:
+                        log.exception(BROKE, peer=each.peer)
+                        each.abort(OUR_MISTAKE)
             else:
                 await trio.lowlevel.wait_readable(fd_of_all)
             ready = poll(0, MAX_READY)
@@ -387,21 +392,14 @@ class Plane:
                 link = links.get(fd)
                 if link is None:
                     continue  # it ended a moment ago
-                self._guarded(link, self._serve_link, link, event)
-
-    def _guarded(self, link: SocketLink, call: Callable[..., None], *args: Any) -> None:
-        """Do something for a link; a fault of ours ends that link alone."""
-        try:
-            call(*args)
-        except Exception:
-            log.exception("connection broke the relay's own rules", peer=link.peer)
-            link.abort(OUR_MISTAKE)
-
-    def _serve_link(self, link: SocketLink, event: int) -> None:
-        if event & _OUT:
-            link.flush()
-        if event & ~_OUT and not link._stopped:
-            self._receive(link, event)
+                try:
+                    if event & _OUT:
+                        link.flush()
+                    if event & ~_OUT and not link._stopped:
+                        self._receive(link, event)
+                except Exception:
+                    log.exception(BROKE, peer=link.peer)
+                    link.abort(OUR_MISTAKE)
 
     def _receive(self, link: SocketLink, event: int) -> None:
         """Receive once, and hand over what is whole."""
@@ -430,9 +428,10 @@ class Plane:
             parser.parse(self._scratch, self._view, kept + count)
         elif not parser.fill_large(count):
             return
-        if parser.events:
-            plain = parser.plain
-            self._hand_over(link, parser.take(), plain)
+        events = parser.events
+        if events:
+            plain, parser.events, parser.plain = parser.plain, [], True
+            self._hand_over(link, events, plain)
 
     def _go_on(self, link: SocketLink) -> None:
         """Hand over what was left for a later turn."""
@@ -460,7 +459,11 @@ class Plane:
             if touched := self.touched:
                 self.touched = []
                 for each in touched:
-                    self._guarded(each, each.flush)
+                    try:
+                        each.flush()
+                    except Exception:
+                        log.exception(BROKE, peer=each.peer)
+                        each.abort(OUR_MISTAKE)
 
     async def sweep(self) -> None:
         """Look after pings and deadlines, until cancelled."""
@@ -480,10 +483,11 @@ class Plane:
                 if due != link._due or link._stopped:
                     continue  # it was looked at earlier, or is gone
                 link._due = _NEVER
-                self._guarded(link, self._look_at, link, now)
-
-    def _look_at(self, link: SocketLink, now: float) -> None:
-        link._schedule(link.look(now))
+                try:
+                    link._schedule(link.look(now))
+                except Exception:
+                    log.exception(BROKE, peer=link.peer)
+                    link.abort(OUR_MISTAKE)
 
     async def reap(self) -> None:
         """Tell of links' ends, until cancelled."""
@@ -500,7 +504,7 @@ class Plane:
                 try:
                     link.tell()
                 except Exception:
-                    log.exception("connection broke the relay's own rules", peer=link.peer)
+                    log.exception(BROKE, peer=link.peer)
 
     def close(self) -> None:
         """Cut all that is left."""

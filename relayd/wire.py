@@ -41,7 +41,7 @@ from relayd.heads import split_head
 from relayd.http.login import may_come_from
 from relayd.intake import Intake
 from relayd.operator import Operator
-from relayd.plane import OUR_MISTAKE, Plane, SocketLink
+from relayd.plane import BROKE, OUR_MISTAKE, Plane, SocketLink
 from relayd.relay import Relay
 from relayd.worker_link import WorkerLink
 
@@ -127,7 +127,7 @@ class Connection:
         except ProtocolError as fault:
             tell_fault(self.link, fault)
         except Exception:
-            log.exception("connection broke the relay's own rules", peer=self.link.peer)
+            log.exception(BROKE, peer=self.link.peer)
             say_why(self.link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
 
     def take_text(self, text: str) -> None:
@@ -141,7 +141,7 @@ class Connection:
             if self.part is not None:
                 self.part.close()
         except Exception:
-            log.exception("connection broke the relay's own rules", peer=link.peer)
+            log.exception(BROKE, peer=link.peer)
         finally:
             del relay.connections[self.connection_id]
             relay.slow_consumers += link.stalled
@@ -210,7 +210,7 @@ class Gate:
         except (LinkError, trio.BrokenResourceError, trio.ClosedResourceError) as fault:
             log.debug("connection lost", peer=arrival.peer, why=str(fault))
         except Exception:
-            log.exception("connection broke the relay's own rules", peer=arrival.peer)
+            log.exception(BROKE, peer=arrival.peer)
         return False
 
     async def _serve_socket(self, stream: trio.SocketStream, early: bytes, arrival: Arrival) -> bool:
@@ -274,7 +274,7 @@ class Gate:
         except LinkError:
             raise
         except Exception:
-            log.exception("connection broke the relay's own rules", peer=link.peer)
+            log.exception(BROKE, peer=link.peer)
             say_why(link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
         else:
             if isinstance(principal, Principal):
