@@ -55,6 +55,7 @@ class SocketLink(Link):
     """
 
     __slots__ = (
+        "_attended",
         "_carried",
         "_due",
         "_flushes",
@@ -83,6 +84,7 @@ class SocketLink(Link):
         self._stopped = False
         #: The kernel takes nothing more; what the peer sent before may still wait to be read.
         self._send_failed = False
+        self._attended = False
         #: What was parsed, and is handed over in a later turn.
         self._carried: list[Event] = []
         #: Of what is received and of what is handed over in one turn: who asks for much at once waits for others.
@@ -90,8 +92,10 @@ class SocketLink(Link):
         self.most_messages = CLIENT_MESSAGES
 
     def trust(self) -> None:
-        """It is a worker: what it sends is passed on in large pieces."""
+        """It is a worker: what it sends is passed on in large pieces, and `Plane.attend` reads it."""
         self.receive_bytes, self.most_messages = RECEIVE_BYTES, WORKER_MESSAGES
+        self._attended = True
+        self._wait_for(self._mask & ~_IN)
 
     # -- sending ---------------------------------------------------------------------------------------------
 
@@ -224,6 +228,8 @@ class SocketLink(Link):
         self._deliver(self._parser.take())
 
     def _wait_for(self, mask: int) -> None:
+        if self._attended:
+            mask &= ~_IN
         if not self._stopped and mask != self._mask:
             self._mask = mask
             self._plane.modify(self.fd, mask)
@@ -258,6 +264,8 @@ class SocketLink(Link):
             self._out.clear()
             self.backlog_bytes = 0
             self._plane.remove(self)
+            if self._attended:
+                trio.lowlevel.notify_closing(self.fd)
             self._sock.close()
             self._wake()
             self._tell_soon()
@@ -400,6 +408,27 @@ class Plane:
                 except Exception:
                     log.exception(BROKE, peer=link.peer)
                     link.abort(OUR_MISTAKE)
+
+    async def attend(self, link: SocketLink) -> None:
+        """Read a trusted link until its end; a task of the connection's.
+
+        A worker sends all day, and has a task anyway: waiting for its socket alone saves a system call, and a look at
+        all the others, for each frame that comes by itself.
+        """
+        while not link._stopped:
+            try:
+                await trio.lowlevel.wait_readable(link.fd)
+                while link._carried:
+                    await trio.lowlevel.checkpoint()
+            except trio.ClosedResourceError:
+                return
+            self.now = trio.current_time()
+            try:
+                if not link._stopped:
+                    self._receive(link, 0)
+            except Exception:
+                log.exception(BROKE, peer=link.peer)
+                link.abort(OUR_MISTAKE)
 
     def _receive(self, link: SocketLink, event: int) -> None:
         """Receive once, and hand over what is whole."""

@@ -347,6 +347,7 @@ class Gate:
         if connection.principal.role == "worker":
             if isinstance(connection.link, SocketLink):
                 connection.link.trust()
+                nursery.start_soon(self.plane.attend, connection.link)
             return WorkerLink(
                 connection.connection_id, connection.link, connection.principal, self.relay, nursery, connection.agent
             )

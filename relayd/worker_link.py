@@ -236,7 +236,10 @@ class WorkerLink:
         size = pcm_size(data, request.log.next_seq)
         if size < 0 or size % form.sample_bytes:
             return False
-        self._hear_audio(request, size)
+        request.audio_bytes += size
+        self.relay.stats.audio_s += size / (2 * form.channels * form.sample_rate)
+        if not entry.has_output:
+            self._hear_output(request)
         request.log.extend([data], len(data))
         self._heard(request, 1, len(data))
         return True

@@ -10,6 +10,7 @@ import attrs
 import pytest
 import structlog.testing
 import trio
+import trio.testing
 
 from protocol import duplex
 from protocol.codec import decode
@@ -561,3 +562,40 @@ def test_a_long_frame_fills_the_buffer_that_it_was_given() -> None:
         assert parser.large is whole
     parser.feed(data[1_000:] + make_frame(BINARY, b"next", masked=True))
     assert parser.take() == [bytes(MAX_MESSAGE_BYTES), b"next"]
+
+
+@pytest.mark.trio
+async def test_a_trusted_link_is_read_by_a_task_of_its_own_to_its_end() -> None:
+    async with linked() as (plane, link, far), trio.open_nursery() as nursery:
+        taken = Taken()
+        link.trust()
+        link.hand_to(taken)
+        nursery.start_soon(plane.attend, link)
+        link.most_messages = 10
+        every = [number.to_bytes(2, "big") * 3_000 for number in range(500)]
+        for each in every:
+            await far.send(each)
+            link.send_nowait(each)
+        for each in every:
+            assert await far.next() == each
+        await until(lambda: len(taken.messages) == len(every))
+        assert taken.messages == every
+        await far.send(close_payload(1000, "done"), CLOSE)
+        assert await far.next() == Close(1000, "")
+        await far.stream.aclose()
+        await until(lambda: taken.cuts > 0)
+        # The nursery ends: so has its task.
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("ours", [True, False])
+async def test_a_trusted_link_that_is_cut_ends_its_task(ours: bool) -> None:
+    async with linked() as (plane, link, far), trio.open_nursery() as nursery:
+        link.trust()
+        link.hand_to(Taken())
+        nursery.start_soon(plane.attend, link)
+        await trio.testing.wait_all_tasks_blocked()
+        if ours:
+            link.abort("enough")
+        else:
+            await far.stream.aclose()
