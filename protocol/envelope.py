@@ -74,6 +74,37 @@ def pcm_size(data: bytes, seq: int) -> int:
     return size
 
 
+def pcm_of(frames: list[bytes], seq: int, sample_bytes: int) -> int:
+    """Bytes of `pcm` in frames of one attempt, if they are those due from `seq` on; each as `pcm_size` has it.
+
+    Args:
+        frames: of which the first `SEAT_BYTES` are known to be the same seat.
+        seq: of the first.
+        sample_bytes: of one sample over all channels, of which each frame has whole ones.
+
+    Returns:
+        -1 where one of them is anything else.
+    """
+    total = 0
+    for data in frames:
+        numbered = _seqs[seq] if seq < _KEPT else _pack_seq(seq)
+        at = SEAT_BYTES + len(numbered)
+        size = len(data) - at - 3
+        # As `pcm_size` for the usual length, without a call for each.
+        if (
+            size < 0x100
+            or data[at] != _BIN16
+            or data[at + 1] << 8 | data[at + 2] != size
+            or not data.startswith(numbered, SEAT_BYTES)
+        ):
+            size = pcm_size(data, seq)
+        if size < 0 or size % sample_bytes:
+            return -1
+        total += size
+        seq += 1
+    return total
+
+
 def read_audio(data: bytes) -> tuple[str, int, int, bytes] | None:
     """Request id, attempt, seq and pcm of a frame that is written as above; None of any other message.
 

@@ -103,12 +103,13 @@ class SocketLink(Link):
         """See `Link`: they leave together."""
         if self._gone is not None or self._closing is not None:
             self._check()
-        out, total = self._out, self.backlog_bytes
+        out, total, size, head = self._out, self.backlog_bytes, -1, b""
         for data in frames:
-            head = binary_head(len(data))
-            out.append(head)
-            out.append(data)
-            total += len(head) + len(data)
+            if len(data) != size:  # those of a stream are mostly of one size
+                size = len(data)
+                head = binary_head(size)
+            out += (head, data)
+            total += len(head) + size
         self.backlog_bytes = total
         if total > self._rules.max_backlog_bytes:
             self._stall(f"{total} bytes wait for {self.peer} to take them")

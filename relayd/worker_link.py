@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from protocol.codec import decode
-from protocol.envelope import SEAT_BYTES, pcm_size, seat_of
+from protocol.envelope import SEAT_BYTES, pcm_of, seat_of
 from protocol.errors import ErrorCode, LinkError, ProtocolError, UnknownType
 from protocol.link import Link
 from protocol.messages import (
@@ -56,19 +56,6 @@ ENGINE_FAULTS = frozenset({ErrorCode.ENGINE_FAILED, ErrorCode.MODEL_NOT_LOADED})
 MAX_NAME_CHARS = 48
 #: Input bytes on their way to a worker at once, so that assignments and cancels are not stuck behind an upload.
 FEED_BYTES = 1024 * 1024
-
-
-class Run:
-    """Audio frames of one attempt that came together: the first is number `seq`."""
-
-    __slots__ = ("frames", "pcm_bytes", "request", "sample_bytes", "seq")
-
-    def __init__(self, request: Request, sample_bytes: int) -> None:
-        self.request = request
-        self.seq = request.log.next_seq
-        self.sample_bytes = sample_bytes
-        self.frames: list[bytes] = []
-        self.pcm_bytes = 0
 
 
 @attrs.define(eq=False)
@@ -195,78 +182,58 @@ class WorkerLink:
         Raises:
             ProtocolError: the worker broke the rules.
         """
-        if len(messages) == 1 and self._pass_on(messages[0]):
-            return  # real-time audio comes so
-        streak: dict[bytes, Run] = {}
+        streak: dict[bytes, list[bytes]] = {}
         for data in messages:
             seat = data[:SEAT_BYTES]
-            run = streak.get(seat) or self._begin_run(seat, streak)
-            if run is not None:
-                frames = run.frames
-                size = pcm_size(data, run.seq + len(frames))
-                if size >= 0 and not size % run.sample_bytes:
-                    frames.append(data)
-                    run.pcm_bytes += size
-                    continue
-            # Whatever is no audio frame as nearly all are; what came before it counts before it.
-            self._end_runs(streak)
-            try:
-                message = decode(data, FROM_WORKER)
-            except UnknownType as fault:
-                self.send(Error(code=fault.code, message=str(fault)))
-                continue
-            if not self.registered and not isinstance(message, Register | Ping | Pong):
-                raise ProtocolError(f"{message.TYPE} before register")
-            self.handlers[type(message)](message, data)
-        self._end_runs(streak)
+            frames = streak.get(seat)
+            if frames is not None:
+                frames.append(data)
+            elif seat in self._seats:
+                streak[seat] = [data]
+            else:  # no audio of an attempt that is known; what came before it counts before it
+                self._end_streak(streak)
+                self._take_one(data)
+        self._end_streak(streak)
 
-    def _pass_on(self, data: bytes) -> bool:
-        """Pass on one frame of audio, as `take` does several; False where it is anything else."""
-        request = self._seats.get(data[:SEAT_BYTES])
-        if request is None:
-            return False
-        entry, form = request.entry, request.format
-        if (
-            form is None
-            or entry.state is not State.RUNNING
-            or entry.attempt != data[SEAT_BYTES - 1]
-            or entry.worker_id != self.worker_id
-        ):
-            return False
-        size = pcm_size(data, request.log.next_seq)
-        if size < 0 or size % form.sample_bytes:
-            return False
-        request.audio_bytes += size
-        self.relay.stats.audio_s += size / (2 * form.channels * form.sample_rate)
-        if not entry.has_output:
-            self._hear_output(request)
-        request.log.extend([data], len(data))
-        self._heard(request, 1, len(data))
-        return True
+    def _end_streak(self, streak: dict[bytes, list[bytes]]) -> None:
+        for seat, frames in streak.items():
+            if not self._pass_on(seat, frames):
+                for data in frames:
+                    self._take_one(data)
+        streak.clear()
 
-    def _begin_run(self, seat: bytes, streak: "dict[bytes, Run]") -> "Run | None":
-        """Audio of an attempt that runs here comes; None of any other, and before its format is known."""
-        request = self._seats.get(seat)
-        if request is None:
-            return None
-        entry, form = request.entry, request.format
+    def _take_one(self, data: bytes) -> None:
+        """Take a message of any kind."""
+        try:
+            message = decode(data, FROM_WORKER)
+        except UnknownType as fault:
+            self.send(Error(code=fault.code, message=str(fault)))
+            return
+        if not self.registered and not isinstance(message, Register | Ping | Pong):
+            raise ProtocolError(f"{message.TYPE} before register")
+        self.handlers[type(message)](message, data)
+
+    def _pass_on(self, seat: bytes, frames: list[bytes]) -> bool:
+        """Pass on audio frames of one attempt; False where they are not, each of them, what is due."""
+        request = self._seats[seat]
+        entry, form, frame_log = request.entry, request.format, request.log
         if entry.state is not State.RUNNING or entry.attempt != seat[-1] or entry.worker_id != self.worker_id:
             del self._seats[seat]
-            return None
+            return False
         if form is None:
-            return None
-        run = streak[seat] = Run(request, form.sample_bytes)
-        return run
-
-    def _end_runs(self, streak: "dict[bytes, Run]") -> None:
-        """Pass on the audio that has come."""
-        for run in streak.values():
-            if frames := run.frames:
-                size = sum(map(len, frames))
-                self._hear_audio(run.request, run.pcm_bytes)
-                run.request.log.extend(frames, size)
-                self._heard(run.request, len(frames), size)
-        streak.clear()
+            return False
+        sample_bytes = 2 * form.channels
+        pcm_bytes = pcm_of(frames, frame_log.next_seq, sample_bytes)
+        if pcm_bytes < 0:
+            return False
+        request.audio_bytes += pcm_bytes
+        self.relay.stats.audio_s += pcm_bytes / (sample_bytes * form.sample_rate)
+        if not entry.has_output:
+            self._hear_output(request)
+        size = sum(map(len, frames))
+        frame_log.extend(frames, size)
+        self._heard(request, len(frames), size)
+        return True
 
     def close(self) -> None:
         """Its link is gone."""

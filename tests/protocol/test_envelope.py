@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.codec import encode, unpack
-from protocol.envelope import SEAT_BYTES, pack_audio, pcm_size, read_audio, seat_of
+from protocol.envelope import SEAT_BYTES, pack_audio, pcm_of, pcm_size, read_audio, seat_of
 from protocol.errors import ProtocolError
 from protocol.frames import MAX_PCM_BYTES
 from protocol.messages import FROM_WORKER, Audio
@@ -59,7 +59,20 @@ def test_what_it_takes_the_codec_takes_for_the_same(data: bytes) -> None:
     assert unpack(data) == wire
     assert msgpack.packb(wire) == data
     for due in {seq, 0, 1, 127, 128}:
+        assert pcm_of([data], due, 1) == pcm_size(data, due)
         assert (pcm_size(data, due) == len(pcm)) is (due == seq)
+
+
+def test_a_run_of_frames_counts_while_each_is_the_one_due_and_of_whole_samples() -> None:
+    seat = seat_of(ID, 2)
+    sizes = [7_680, 254, 256, 2, 0, 65_536, 7_680]
+    frames = [pack_audio(seat, 126 + number, bytes(size)) for number, size in enumerate(sizes)]
+    assert pcm_of(frames, 126, 2) == sum(sizes)
+    assert pcm_of([], 5, 2) == 0
+    assert pcm_of(frames, 125, 2) == -1
+    assert pcm_of([*frames[:3], *frames[4:]], 126, 2) == -1, "one is missing"
+    assert pcm_of([frames[0], frames[0]], 126, 2) == -1, "one comes twice"
+    assert pcm_of([pack_audio(seat, 1, bytes(255)), pack_audio(seat, 2, bytes(257))], 1, 2) == -1, "half samples"
 
 
 def test_a_frame_of_any_other_shape_is_not_taken_and_not_wrong() -> None:
