@@ -20,7 +20,7 @@ except ImportError:  # a platform for which there is no wheel
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 
 #: Section 7.4.1.
-NORMAL, GOING_AWAY, BROKEN_RULE, UNSUPPORTED, NO_CODE, BAD_TEXT = 1000, 1001, 1002, 1003, 1005, 1007
+GOING_AWAY, BROKEN_RULE, NO_CODE, BAD_TEXT = 1001, 1002, 1005, 1007
 POLICY_VIOLATION, TOO_BIG, INTERNAL_ERROR = 1008, 1009, 1011
 #: Codes that may stand in a close frame: those of the registry, and those left to libraries and applications.
 _SENDABLE = frozenset((*range(1000, 1004), *range(1007, 1015)))

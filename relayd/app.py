@@ -9,6 +9,7 @@ import structlog
 import trio
 
 from protocol.link import Link
+from protocol.rfc6455 import GOING_AWAY
 from protocol.systemd import ServiceManager
 from relayd.auth import Tokens
 from relayd.config import Config
@@ -33,7 +34,6 @@ log = structlog.get_logger("relayd")
 
 #: For connections to be closed in order at the end.
 CLOSE_S = 3.0
-GOING_AWAY = 1001
 
 
 @attrs.define(eq=False)

@@ -291,15 +291,6 @@ async def read_all(request: Request, most_bytes: int) -> bytes:
     return bytes(data)
 
 
-async def read_json(request: Request, most_bytes: int = MAX_FIELDS_BYTES) -> dict[str, Value]:
-    """The JSON object that the body holds, whatever its content type says.
-
-    Raises:
-        Refusal: it holds none (400), or is too large (413).
-    """
-    return json_object(await read_all(request, most_bytes))
-
-
 def json_object(data: bytes) -> dict[str, Value]:
     """The JSON object that `data` is.
 

@@ -73,10 +73,6 @@ class Held:
 
     # -- as a sink
 
-    def send_nowait(self, data: bytes) -> None:
-        """Take a frame."""
-        self.send_frames([data])
-
     def send_frames(self, frames: list[bytes]) -> None:
         """Take frames."""
         size = sum(map(len, frames))
