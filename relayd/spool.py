@@ -182,7 +182,9 @@ class Spool:
         fault = ""
         try:
             async with self._reading:
-                if reader.is_open and reader.sink.backlog_bytes < HIGH_WATER_BYTES:
+                # Since it asked, a restart may have taken it to where memory has what it wants.
+                wanted = reader.is_open and reader.seq < frames.filed.frames
+                if wanted and reader.sink.backlog_bytes < HIGH_WATER_BYTES:
                     ahead = await self._read(frames, reader.seq)
         except (OSError, DamagedResult) as refusal:
             fault = str(refusal)

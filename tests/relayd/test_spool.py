@@ -29,9 +29,10 @@ class Bucket:
         self.got: list[bytes] = []
         self.read = self.broken = 0
 
-    def send_frames(self, frames: list[bytes]) -> None:
+    def send_frames(self, frames: list[bytes], size: int) -> None:
         assert self.backlog_bytes + sum(map(len, frames[:-1])) < HIGH_WATER_BYTES, "no more than a sink takes"
-        self.backlog_bytes += sum(map(len, frames))
+        assert size == sum(map(len, frames))
+        self.backlog_bytes += size
         self.got += frames
 
     def hear_read(self, reader: FrameReader) -> None:
@@ -396,6 +397,26 @@ async def test_windows_that_a_full_sink_leaves_are_dropped_while_memory_is_short
             reader.pump()
             await trio.lowlevel.checkpoint()
         assert bucket.got == [*some, b"completed"]
+
+
+@pytest.mark.trio
+async def test_a_reader_that_a_restart_takes_back_while_it_waits_for_the_disk_goes_on_from_memory(
+    tmp_path: Path,
+) -> None:
+    async with a_bench(tmp_path) as bench:
+        log = bench.log()
+        fill(log, frames(5, 1_000))
+        await bench.spool.spill(log)
+        assert not log.in_memory
+        reader, bucket = bench.reader(log)
+        assert reader.fetching, "it asks for what lies in the file"
+        log.restart(2, 0)
+        anew = frames(4, 500)
+        fill(log, anew)
+        await until(lambda: not reader.fetching)
+        assert not bench.broken
+        fill(log, [], end=True)
+        assert bucket.got == [*anew, b"completed"]
 
 
 @pytest.mark.trio
