@@ -41,7 +41,6 @@ max_result_bytes = 1_073_741_824
 ping_interval_s = %g
 dead_after_s = %g
 [results]
-retain_s = 0
 memory_bytes = %d
 [spaces.{SPACE}]
 max_workers = 16
@@ -134,7 +133,7 @@ def open_relayd(
     Args:
         store: `memory` leaves the disk out of it.
         ping_interval_s: of connections at rest; they are dead after three of those.
-        memory_bytes: of all frames; what is more goes to files, where the store is no `memory`.
+        memory_bytes: of all frames; what is more goes to files, or where the store is `memory`, the oldest results go.
         command: in place of what `serving_command` says.
         environ: variables of its process.
     """
