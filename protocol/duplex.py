@@ -7,7 +7,8 @@ bytes get to the transport and back is its subclasses' part: `protocol.streamlin
 
 import abc
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Self
 
 import trio
@@ -195,7 +196,7 @@ class Link(abc.ABC):
             self._check()
         self._put(data)
 
-    def send_frames(self, frames: Iterable[bytes]) -> None:
+    def send_frames(self, frames: Sequence[bytes]) -> None:
         """As `send_nowait` for each in turn; a carrier may send them at once."""
         for data in frames:
             self.send_nowait(data)
@@ -306,16 +307,25 @@ class Link(abc.ABC):
         """
         self._taker = taker
         kept, self._inbox, self._inbox_bytes = self._inbox or (), None, 0
-        for message in kept if self._closing is None and self._gone is not LinkClosed else ():
-            if isinstance(message, str):
-                taker.take_text(message)
+        for is_text, group in groupby(kept, lambda message: isinstance(message, str)):
+            if self._closing is not None or self._gone is LinkClosed:
+                break  # the taker itself, or this side before, has closed
+            if is_text:
+                for text in group:
+                    taker.take_text(str(text))
             else:
-                taker.take([message])
+                taker.take([message for message in group if isinstance(message, bytes)])
         if self._reader_waits:
             self._reader_waits = False
             self._may_read_on()
         if self.gone is not None:
             self._tell_soon()
+
+    def keep(self, messages: list[bytes]) -> None:
+        """Take back from the taker what it was handed last; from now on messages are kept for who takes them next."""
+        self._taker = None
+        if messages:
+            self._hand_over(messages)
 
     def _deliver(self, events: list[Event]) -> None:
         """What was parsed, in order."""
@@ -376,9 +386,8 @@ class Link(abc.ABC):
 
     def _hear_pong(self, payload: bytes) -> None:
         if self._pinged_at is not None and payload == self._pings.to_bytes(4, "big"):
-            now = trio.current_time()
-            self.rtt_s, self._pinged_at = now - self._pinged_at, None
-            self.taken_at = now  # what lay before the ping was read, too
+            self.rtt_s, self._pinged_at = self.heard_at - self._pinged_at, None
+            self.taken_at = self.heard_at  # what lay before the ping was read, too
 
     def _send_control(self, opcode: int, payload: bytes) -> None:
         """Queue a control frame, within the bound of all that is queued: a flood of pings is answered only so far."""

@@ -56,17 +56,16 @@ def pcm_size(data: bytes, seq: int) -> int:
     if not data.startswith(numbered, SEAT_BYTES):
         return -1
     at = SEAT_BYTES + len(numbered)
-    kind, length = data[at : at + 1], len(data)
-    if kind == b"\xc5":
-        size = length - at - 3
-        if size < 0x100 or data[at + 1] << 8 | data[at + 2] != size:
-            return -1
-    elif kind == b"\xc6":
-        size = length - at - 5
+    size = len(data) - at - 3
+    if size >= 0x100 and data[at] == _BIN16 and data[at + 1] << 8 | data[at + 2] == size:  # most of them
+        return size
+    kind = data[at : at + 1]
+    if kind == b"\xc6":
+        size -= 2
         if size < 0x1_0000 or size > MAX_PCM_BYTES or int.from_bytes(data[at + 1 : at + 5], "big") != size:
             return -1
     elif kind == b"\xc4":
-        size = length - at - 2
+        size += 1
         if size < 0 or data[at + 1] != size:
             return -1
     else:
@@ -85,23 +84,22 @@ def pcm_of(frames: list[bytes], seq: int, sample_bytes: int) -> int:
     Returns:
         -1 where one of them is anything else.
     """
+    count, size = len(frames), len(frames[0]) if frames else 0
+    if count > 1 and seq + count <= _KEPT:
+        # Mostly all are of one length: then what stands before their audio is known, and is compared at once.
+        numbers = _seqs[seq : seq + count]
+        at = SEAT_BYTES + len(numbers[0]) + 3
+        size -= at
+        if 0x100 <= size < 0x1_0000 and not size % sample_bytes and len({*map(len, frames)}) == 1:
+            head = bytes((_BIN16, size >> 8, size & 0xFF))
+            if b"".join([data[SEAT_BYTES:at] for data in frames]) == head.join(numbers) + head:
+                return size * count
     total = 0
-    for data in frames:
-        numbered = _seqs[seq] if seq < _KEPT else _pack_seq(seq)
-        at = SEAT_BYTES + len(numbered)
-        size = len(data) - at - 3
-        # As `pcm_size` for the usual length, without a call for each.
-        if (
-            size < 0x100
-            or data[at] != _BIN16
-            or data[at + 1] << 8 | data[at + 2] != size
-            or not data.startswith(numbered, SEAT_BYTES)
-        ):
-            size = pcm_size(data, seq)
+    for number, data in enumerate(frames, seq):
+        size = pcm_size(data, number)
         if size < 0 or size % sample_bytes:
             return -1
         total += size
-        seq += 1
     return total
 
 

@@ -98,7 +98,8 @@ async def serve(
                 nursery.start_soon(reload.serve)
             await nursery.start(_hear_signals, shutdown, reload)  # before anybody is told that it is ready
             async with open_plane() as plane, trio.open_nursery() as connections:
-                gate = Gate(relay, intake, tokens, plane, shutdown.drain, site.failures)
+                gate = Gate(relay, intake, tokens, plane, connections, shutdown.drain, site.failures)
+                connections.start_soon(gate.watch_newcomers)
                 accepting = trio.CancelScope()
 
                 async def accept() -> None:

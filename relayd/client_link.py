@@ -62,6 +62,8 @@ class ClientLink:
     on_close: Callable[[], None] = attrs.field(default=lambda: None)
     frames_sent: int = 0
     bytes_sent: int = 0
+    #: What that was when rates were last made of it.
+    sampled_bytes: int = 0
 
     # -- as a sink and a holder
 
@@ -70,16 +72,14 @@ class ClientLink:
         """What the connection has not taken yet."""
         return self.link.backlog_bytes
 
-    def send_frames(self, frames: list[bytes]) -> None:
+    def send_frames(self, frames: list[bytes], size: int) -> None:
         """Send frames; without effect on a link that is gone."""
         try:
             self.link.send_frames(frames)
         except LinkError:
             return
-        size = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
         self.frames_sent += len(frames)
         self.bytes_sent += size
-        self.relay.stats.out_bytes += size
 
     def send(self, message: Message) -> None:
         """Send a message of the relay's own, which counts as no frame; without effect on a link that is gone."""
@@ -156,6 +156,7 @@ class ClientLink:
             self._let_go(request)
         self.on_close()
         del self.relay.clients[self.connection_id]
+        self.relay.stats.out_bytes += self.bytes_sent - self.sampled_bytes
         self.relay.touch("clients", self.connection_id)
 
     def unfinished(self) -> list[FrameReader]:

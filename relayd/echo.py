@@ -56,14 +56,13 @@ async def welcome(plane: Plane, stream: trio.SocketStream) -> None:
             text, early = split_head(data)
             head = parse_head(text)
             check_upgrade(head, None)
-            await stream.send_all(answer_to(head, None))
         except Refusal as refusal:
             await hang_up(stream, refusal)
             return
-        except trio.BrokenResourceError:
-            return
-        link = plane.adopt(stream, "peer", RULES, early)
+        link = plane.adopt(stream, "peer", RULES, answer_to(head, None))
         link.hand_to(Echo(link))
+        if early:
+            link.hear_early(early)
 
 
 async def serve(host: str, port: int) -> None:

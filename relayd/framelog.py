@@ -31,8 +31,8 @@ class Sink(Protocol):
     def backlog_bytes(self) -> int:
         """What was sent and the transport has not taken yet."""
 
-    def send_frames(self, frames: list[bytes]) -> None:
-        """Send these without waiting; the list is not to be changed."""
+    def send_frames(self, frames: list[bytes], size: int) -> None:
+        """Send these, of `size` bytes together, without waiting; the list is not to be changed."""
 
     def hear_read(self, reader: "FrameReader") -> None:
         """A reader of this sink has sent the last frame of its log."""
@@ -108,6 +108,8 @@ class FrameLog:
     memory_bytes: int = 0
     #: Number of the first frame there is; above 0 once those below were let go of for good.
     first_seq: int = 0
+    #: Number of the frame that is to come next; only the log itself sets it.
+    next_seq: int = 0
     #: Number of the first frame in memory.
     _base: int = 0
     _frames: list[bytes] = attrs.field(factory=list)
@@ -123,14 +125,10 @@ class FrameLog:
             ended=True,
             size_bytes=contents.frame_bytes,
             filed=Filed(index=None, frames=contents.frames, sealed=True),
+            next_seq=contents.frames,
             base=contents.frames,
             starts=list(contents.starts),
         )
-
-    @property
-    def next_seq(self) -> int:
-        """Number of the frame that is to come next."""
-        return self._base + len(self._frames)
 
     @property
     def whole(self) -> bool:
@@ -151,29 +149,33 @@ class FrameLog:
         """The frame numbered `seq`, as the worker sent it; None where it is not in memory."""
         return self._frames[seq - self._base] if seq >= self._base else None
 
-    def frames_from(self, seq: int, most_bytes: int) -> list[bytes]:
-        """Frames from `seq` on, until there is none or they have `most_bytes`; none where `seq` is not in memory."""
+    def frames_from(self, seq: int, most_bytes: int) -> tuple[list[bytes], int]:
+        """Frames from `seq` on, until there is none or they have `most_bytes`; none where `seq` is not in memory.
+
+        Returns:
+            them, and their size in bytes.
+        """
         frames: list[bytes] = []
-        if seq < self._base:
-            return frames
-        every, at, size = self._frames, seq - self._base, 0
-        while at < len(every) and size < most_bytes:
-            data = every[at]
-            frames.append(data)
-            size += len(data)
-            at += 1
-        return frames
+        size = 0
+        if seq >= self._base:
+            every, at = self._frames, seq - self._base
+            while at < len(every) and size < most_bytes:
+                data = every[at]
+                frames.append(data)
+                size += len(data)
+                at += 1
+        return frames, size
 
     def restart(self, attempt: int, seq: int) -> None:
         """`attempt` begins at `seq`, at most `next_seq`; frames from there on are forgotten."""
         self.restarts += 1
-        self._forget_memory(self._frames[max(0, seq - self._base) :])
-        del self._frames[max(0, seq - self._base) :]
+        self.size_bytes -= self._forget_memory(max(0, seq - self._base), len(self._frames))
         if seq < self._base:
             index = self.filed.index
             assert index is not None, "only a log that has not ended is restarted"
             self.size_bytes -= index[self._base] - index[seq] - RECORD_BYTES * (self._base - seq)
             self._base = seq
+        self.next_seq = seq
         self.filed.cut(seq)
         self._starts.append((attempt, seq))
         for reader in self.readers:
@@ -182,6 +184,7 @@ class FrameLog:
     def append(self, data: bytes, *, ends: bool = False) -> None:
         """Add the next frame and send it to every reader that has kept up."""
         self._frames.append(data)
+        self.next_seq += 1
         size = len(data)
         cost = size + FRAME_COST_BYTES
         self.size_bytes += size
@@ -196,9 +199,10 @@ class FrameLog:
 
     def extend(self, frames: list[bytes], size: int) -> None:
         """Add the next frames, none of which is the last, of `size` bytes together. As `append`, for many at once."""
-        before = self._base + len(self._frames)
+        before, count = self.next_seq, len(frames)
         self._frames += frames
-        cost = size + FRAME_COST_BYTES * len(frames)
+        self.next_seq = after = before + count
+        cost = size + FRAME_COST_BYTES * count
         self.size_bytes += size
         self.memory_bytes += cost
         memory = self.memory
@@ -206,20 +210,28 @@ class FrameLog:
         if memory.held_bytes > memory.limit_bytes:
             memory.on_over()
         for reader in tuple(self.readers):
-            if reader.seq == before and reader.sink.backlog_bytes + size <= HIGH_WATER_BYTES:
-                reader.seq = before + len(frames)
-                reader.sink.send_frames(frames)
+            sink = reader.sink
+            if reader.seq == before and sink.backlog_bytes + size <= HIGH_WATER_BYTES:
+                reader.seq = after
+                sink.send_frames(frames, size)
             else:
                 reader.pump()
 
-    def _forget_memory(self, frames: Iterable[bytes], *, size: bool = True) -> None:
-        """Count `frames` out; `size` where they are gone altogether."""
-        for data in frames:
-            cost = len(data) + FRAME_COST_BYTES
-            self.memory_bytes -= cost
-            self.memory.held_bytes -= cost
-            if size:
-                self.size_bytes -= len(data)
+    def _forget_memory(self, begin: int, end: int) -> int:
+        """Let go of frames in memory, by their places there; how many bytes they were."""
+        gone = self._frames[begin:end]
+        del self._frames[begin:end]
+        size = sum(map(len, gone))
+        cost = size + FRAME_COST_BYTES * len(gone)
+        self.memory_bytes -= cost
+        self.memory.held_bytes -= cost
+        return size
+
+    def _clear_memory(self) -> None:
+        """Let go of all in memory, and look at none: what was not used for long is slow to look at."""
+        self._frames.clear()
+        self.memory.held_bytes -= self.memory_bytes
+        self.memory_bytes = 0
 
     def place(self, attempt: int, after_seq: int) -> int:
         """Where a reader goes on that has the frames of `attempt` up to `after_seq`.
@@ -247,10 +259,11 @@ class FrameLog:
     def let_go(self) -> None:
         """Keep in memory only what the file does not have."""
         gone = self.filed.frames - self._base
-        if gone > 0:
-            self._forget_memory(self._frames[:gone], size=False)
-            del self._frames[:gone]
-            self._base += gone
+        if gone == len(self._frames):
+            self._clear_memory()
+        elif gone > 0:
+            self._forget_memory(0, gone)
+        self._base += max(0, gone)
 
     def unread(self) -> None:
         """Let go of the index where nobody reads: it takes eight bytes a frame, and a sealed file has it."""
@@ -259,9 +272,8 @@ class FrameLog:
 
     def drop(self, last_frame: bytes | None = None) -> None:
         """Let go of all frames for good; of an ended log `last_frame` stays in place of its last one."""
-        self._forget_memory(self._frames)
+        self._clear_memory()
         self._base = self.next_seq - (last_frame is not None)
-        self._frames.clear()
         self.size_bytes = 0
         self.restarts += 1
         self.filed = Filed()
@@ -320,13 +332,13 @@ class FrameReader:
         """Send while the sink takes; called at each new frame and whenever the sink has drained."""
         log, sink = self.log, self.sink
         while self.seq < log.next_seq and (room := HIGH_WATER_BYTES - sink.backlog_bytes) > 0:
-            frames = self._next_ahead(room) if self._ahead else log.frames_from(self.seq, room)
+            frames, size = self._next_ahead(room) if self._ahead else log.frames_from(self.seq, room)
             if not frames:
                 if not self.fetching:
                     log.fetch(self)
                 return
             self.seq += len(frames)
-            sink.send_frames(frames)
+            sink.send_frames(frames, size)
         if self.done:
             self.close()
             sink.hear_read(self)
@@ -339,7 +351,7 @@ class FrameReader:
         if self.log.memory.over:  # better to read them once more
             self._forget_ahead()
 
-    def _next_ahead(self, most_bytes: int) -> list[bytes]:
+    def _next_ahead(self, most_bytes: int) -> tuple[list[bytes], int]:
         frames: list[bytes] = []
         size = 0
         while self._ahead and size < most_bytes:
@@ -347,7 +359,7 @@ class FrameReader:
             frames.append(data)
             size += len(data)
         self.log.memory.held_bytes -= size
-        return frames
+        return frames, size
 
     def _forget_ahead(self) -> None:
         self.log.memory.held_bytes -= sum(map(len, self._ahead))

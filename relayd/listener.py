@@ -4,9 +4,10 @@ One port serves HTTP as well (DESIGN §10): the head of a connection is read in 
 to the `Gate`, everybody else to the `HttpDoor`.
 """
 
+import errno
 import os
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ log = structlog.get_logger("relayd.listener")
 #: Connections that wait to be accepted: a relay that restarts is met by all its peers within seconds.
 BACKLOG = 512
 TLS_HANDSHAKE_S = 5.0
+#: What the system is out of when a connection cannot be accepted: it may find some again.
+_OUT_OF_ROOM = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+OUT_OF_ROOM_S = 0.1
 
 
 class ListenError(Exception):
@@ -100,33 +104,51 @@ async def serve_listeners(
 ) -> None:
     """Accept until cancelled; the connections live on in `handlers`, or in the gate's plane."""
     welcome = partial(_welcome, gate=gate, http=http, context=context)
-    await trio.serve_listeners(welcome, listeners, handler_nursery=handlers)
+    async with trio.open_nursery() as nursery:
+        for listener in listeners:
+            nursery.start_soon(_accept, listener, welcome, handlers)
+
+
+async def _accept(
+    listener: trio.SocketListener, welcome: Callable[[trio.SocketStream], Awaitable[None]], handlers: trio.Nursery
+) -> None:
+    """As `trio.serve_listeners` does it; but who is welcomed closes its stream, or keeps its socket."""
+    while True:
+        try:
+            stream = await listener.accept()
+        except OSError as fault:
+            if fault.errno not in _OUT_OF_ROOM:
+                raise
+            log.error("no connection can be accepted; trying again", why=fault.strerror, every_s=OUT_OF_ROOM_S)
+            await trio.sleep(OUT_OF_ROOM_S)
+        else:
+            handlers.start_soon(welcome, stream)
 
 
 async def _welcome(stream: trio.SocketStream, gate: Gate, http: HttpDoor, context: ssl.SSLContext | None) -> None:
-    async with stream:
-        try:
-            credentials = peer_credentials(stream.socket)
-            peer = _peer(stream, credentials)
-        except OSError:
-            return  # it hung up before we looked
-        arrival = gate.enter(peer, credentials)
+    lives_on, arrival = False, None
+    try:
+        credentials = peer_credentials(stream.socket)
+        arrival = gate.enter(_peer(stream, credentials), credentials)
+    except OSError:
+        pass  # it hung up before we looked
+    try:
         if arrival is None:
             return
-        lives_on = False
-        try:
-            if context is None or credentials is not None:
-                lives_on = await _pass_on(stream, gate, http, arrival, secure=False)
-            else:
-                tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
-                with trio.fail_after(TLS_HANDSHAKE_S):
-                    await tls.do_handshake()
-                lives_on = await _pass_on(tls, gate, http, arrival, secure=True)
-        except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
-            log.debug("TLS handshake failed", peer=peer, why=str(fault.__cause__ or fault))
-        finally:
-            if not lives_on:
-                arrival.leave()
+        if context is None or arrival.credentials is not None:
+            lives_on = await _pass_on(stream, gate, http, arrival, secure=False)
+        else:
+            tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+            with trio.fail_after(TLS_HANDSHAKE_S):
+                await tls.do_handshake()
+            await _pass_on(tls, gate, http, arrival, secure=True)
+    except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
+        assert arrival is not None
+        log.debug("TLS handshake failed", peer=arrival.peer, why=str(fault.__cause__ or fault))
+    finally:
+        stream.socket.close()  # where the connection lives on, its socket is elsewhere by now
+        if arrival is not None and not lives_on:
+            arrival.leave()
 
 
 async def _pass_on(stream: trio.abc.Stream, gate: Gate, http: HttpDoor, arrival: Arrival, *, secure: bool) -> bool:

@@ -100,7 +100,7 @@ def _read_spaces(relay: Relay) -> list[SpaceReading]:
 
 
 def _daemon(relay: Relay) -> Iterator[Metric]:
-    settings, frames = relay.config, {"in": relay.frame_bytes, "out": relay.stats.out_bytes}
+    settings, frames = relay.config, {"in": relay.stats.frame_bytes, "out": relay.stats.sent_bytes(relay.clients)}
     version = {"version": VERSION, "python": platform.python_version()}
     build = GaugeMetricFamily("relayd_build_info", "1, with the versions of relayd and Python.", labels=list(version))
     build.add_metric(list(version.values()), 1)
@@ -115,7 +115,7 @@ def _daemon(relay: Relay) -> Iterator[Metric]:
         "Connections cut off because they took nothing for limits.stall_timeout_s.",
         relay.slow_consumers,
     )
-    yield _one("relayd_frames_total", "Frames taken from workers.", relay.frames)
+    yield _one("relayd_frames_total", "Frames taken from workers.", relay.stats.frames)
     yield _one("relayd_frames_dropped_total", "Frames of attempts that were over already.", relay.fenced_frames)
     yield _one("relayd_frame_bytes_total", "Bytes of frames: in from workers, out to readers.", frames, "direction")
     yield _one(

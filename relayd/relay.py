@@ -73,8 +73,6 @@ class Relay:
     audit: Ring = attrs.field(factory=lambda: Ring(MAX_AUDIT))
     #: Of its doors, once they are open.
     urls: list[str] = attrs.field(factory=list)
-    frames: int = 0
-    frame_bytes: int = 0
     #: Frames of attempts that were over: dropped.
     fenced_frames: int = 0
     #: Connections that were cut off because they took nothing.

@@ -5,7 +5,7 @@ What happens often is only counted, in plain numbers; once a second `sample` loo
 
 import math
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
@@ -17,6 +17,7 @@ from relayd.histogram import REAL_TIME_FACTORS, WAIT_S, Histogram
 from relayd.states import State
 
 if TYPE_CHECKING:
+    from relayd.client_link import ClientLink
     from relayd.relay import Relay
     from relayd.requests import Request
 
@@ -142,13 +143,15 @@ class Rate:
     """How fast a counter rises, from what it was at each of the last samples."""
 
     per_s: int = 0
+    #: Where the counter stood at the sample before the first.
+    _begin: int = 0
     _seen: deque[tuple[float, int]] = attrs.field(factory=lambda: deque(maxlen=RATE_SAMPLES))
 
     def sample(self, now: float, count: int) -> None:
         """The counter stands at `count` now."""
         seen = self._seen
         if not seen:  # it has begun since the last sample
-            seen.append((now - SAMPLE_S, 0))
+            seen.append((now - SAMPLE_S, self._begin))
         seen.append((now, count))
         when, before = seen[0]
         self.per_s = round((count - before) / (now - when)) if now > when else 0
@@ -185,6 +188,7 @@ class WorkerStats:
     principal: str = ""
     peer: str = ""
     heard_at: float = 0.0
+    frames: int = 0
     frame_bytes: int = 0
     rate: Rate = attrs.field(factory=Rate)
     ends: Ends = attrs.field(factory=Ends)
@@ -192,16 +196,25 @@ class WorkerStats:
 
 @attrs.define(eq=False)
 class Stats:
-    """Of the whole relay. `audio_s` and `out_bytes` are raised by whoever passes frames on."""
+    """Of the whole relay. What each frame counts is counted once, by its worker and by its reader, and added up here
+    when somebody asks."""
 
+    #: As of the last sample.
     audio_s: float = 0.0
+    #: Of attempts that are over, as `SpaceStats.audio_ms`.
+    audio_ms: int = 0
+    #: Sent to HTTP clients, to clients that have gone since, and to the others up to the last sample.
     out_bytes: int = 0
+    #: From workers that have gone since.
+    past_frames: int = 0
+    past_frame_bytes: int = 0
     accepted: Minute = attrs.field(factory=Minute)
     errors: Minute = attrs.field(factory=Minute)
     audio: Minute = attrs.field(factory=Minute)
     first_audio: Lately = attrs.field(factory=Lately)
     spaces: dict[str, SpaceStats] = attrs.field(factory=dict)
     workers: dict[str, WorkerStats] = attrs.field(factory=dict)
+    #: Of clients that were sent frames in the last seconds.
     clients: dict[str, Rate] = attrs.field(factory=dict)
     out: Rate = attrs.field(factory=Rate)
     frames_in: Rate = attrs.field(factory=Rate)
@@ -220,6 +233,20 @@ class Stats:
         if worker_id not in self.workers:  # asked at each frame
             self.workers[worker_id] = WorkerStats()
         return self.workers[worker_id]
+
+    @property
+    def frames(self) -> int:
+        """Taken from workers since the start."""
+        return self.past_frames + sum(worker.frames for worker in self.workers.values())
+
+    @property
+    def frame_bytes(self) -> int:
+        """Of those frames."""
+        return self.past_frame_bytes + sum(worker.frame_bytes for worker in self.workers.values())
+
+    def sent_bytes(self, clients: Mapping[str, "ClientLink"]) -> int:
+        """Of frames sent since the start; `clients` are those that are there."""
+        return self.out_bytes + sum(client.bytes_sent - client.sampled_bytes for client in clients.values())
 
     # -- what happens
 
@@ -244,8 +271,14 @@ class Stats:
 
     def hear_anew(self, request: "Request") -> None:
         """What an attempt has put out is void, and was made all the same."""
-        self.of_space(request.submit.space).audio_ms += audio_ms(request)
+        self._hear_audio(request)
         request.audio_bytes = 0
+
+    def _hear_audio(self, request: "Request") -> None:
+        """An attempt is over, and what it has put out counts from now on without it."""
+        made_ms = audio_ms(request)
+        self.audio_ms += made_ms
+        self.of_space(request.submit.space).audio_ms += made_ms
 
     def hear_retried(self, request: "Request") -> None:
         """An attempt was lost, and the request waits for another."""
@@ -276,8 +309,8 @@ class Stats:
 
     def hear_ended(self, request: "Request", state: State, now: float) -> None:
         """A request has ended as `state`."""
+        self._hear_audio(request)
         space = self.of_space(request.submit.space)
-        space.audio_ms += audio_ms(request)
         if state is State.FAILED:
             self.errors.add(now)
             count(space.failed, request.code or ErrorCode.INTERNAL)
@@ -302,16 +335,32 @@ class Stats:
 
     def sample(self, relay: "Relay", now: float) -> None:
         """Make rates of the counters, and forget spaces, workers and clients that are gone."""
+        live = (relay.requests[request_id] for request_id in relay.scheduler.entries)
+        self.audio_s = (self.audio_ms + sum(map(audio_ms, live))) / 1000
         self.audio.add(now, self.audio_s - self.audio.total)
-        self.out.sample(now, self.out_bytes)
-        self.frames_in.sample(now, relay.frame_bytes)
+        self.frames_in.sample(now, self.frame_bytes)
         for worker in self.workers.values():
             worker.rate.sample(now, worker.frame_bytes)
-        for connection_id, client in relay.clients.items():
-            self.clients.setdefault(connection_id, Rate()).sample(now, client.bytes_sent)
+        self._sample_clients(relay.clients, now)
+        self.out.sample(now, self.out_bytes)
         _forget(self.spaces, relay.spaces)
-        _forget(self.workers, relay.scheduler.workers)
-        _forget(self.clients, relay.clients)
+        for gone in _forget(self.workers, relay.scheduler.workers):
+            self.past_frames += gone.frames
+            self.past_frame_bytes += gone.frame_bytes
+
+    def _sample_clients(self, clients: Mapping[str, "ClientLink"], now: float) -> None:
+        """Of thousands of clients few are sent anything: only those have a rate."""
+        for client in [client for client in clients.values() if client.bytes_sent != client.sampled_bytes]:
+            if client.connection_id not in self.clients:
+                self.clients[client.connection_id] = Rate(begin=client.sampled_bytes)
+            self.out_bytes += client.bytes_sent - client.sampled_bytes
+            client.sampled_bytes = client.bytes_sent
+        for connection_id, rate in list(self.clients.items()):
+            sent = clients.get(connection_id)
+            if sent is not None:
+                rate.sample(now, sent.bytes_sent)
+            if sent is None or not rate.per_s:
+                del self.clients[connection_id]
 
 
 def audio_ms(request: "Request") -> int:
@@ -325,9 +374,8 @@ def count(counts: dict[str, int], code: str) -> None:
     counts[name] = counts.get(name, 0) + 1
 
 
-def _forget(known: dict[str, T], there: Container[str]) -> None:
-    for name in [name for name in known if name not in there]:
-        del known[name]
+def _forget(known: dict[str, T], there: Container[str]) -> list[T]:
+    return [known.pop(name) for name in list(known) if name not in there]
 
 
 async def serve_stats(relay: "Relay") -> None:

@@ -51,8 +51,11 @@ log = structlog.get_logger("relayd.wire")
 HANG_UP_S = 1.0
 HANG_UP_READS = 64
 SERVER = f"relayd/{importlib.metadata.version('relayd')}"
+#: Between two looks at who has not said hello yet, at most: the time for it may be another by now.
+NEWCOMERS_S = 1.0
 #: Connections that have not logged in, beyond `max_connections`: with 900 of those, a limit of 1,024 files holds.
 MAX_STRANGERS = 64
+NO_TEXT = "text message; every message is binary (msgpack)"
 FULL = "the relay has all the connections it takes; try again later"
 STALLED = Error(
     code=ErrorCode.SLOW_CONSUMER,
@@ -97,6 +100,50 @@ class Arrival:
 
 
 @attrs.define(eq=False)
+class Newcomer:
+    """A plain connection between its handshake and its login; it takes its link's messages meanwhile."""
+
+    link: SocketLink
+    gate: "Gate"
+    arrival: Arrival
+    #: Trio time by which its hello must come, and how long that is.
+    due: float
+    patience_s: float
+    waits: bool = True
+
+    def take(self, messages: list[bytes]) -> None:
+        """See `protocol.rules.Taker`: the first is the hello."""
+        self.waits = False
+        connection = self.gate.admit(self.link, messages[0], self.arrival)
+        if connection is not None:
+            self.gate.let_in(connection, messages[1:])
+
+    def take_text(self, text: str) -> None:
+        """See `protocol.rules.Taker`."""
+        self.waits = False
+        tell_fault(self.link, TextReceived(NO_TEXT))
+
+    def hear_end(self) -> None:
+        """See `protocol.rules.Taker`."""
+        self.waits = False
+        log.debug("connection lost", peer=self.link.peer, why=self.link.reason)
+
+    def hear_cut(self) -> None:
+        """See `protocol.rules.Taker`."""
+        self.arrival.leave()
+
+    def give_up(self) -> None:
+        """Its time is over."""
+        if self.waits:
+            self.waits = False
+            try:
+                tell_fault(self.link, _Silent(self.patience_s))
+            except Exception:
+                log.exception(BROKE, peer=self.link.peer)
+                self.link.abort(OUR_MISTAKE)
+
+
+@attrs.define(eq=False)
 class Connection:
     """A connection that has logged in; it takes its link's messages. No fault of it gets out."""
 
@@ -128,11 +175,15 @@ class Connection:
             tell_fault(self.link, fault)
         except Exception:
             log.exception(BROKE, peer=self.link.peer)
-            say_why(self.link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
+            self.tell_mistake()
+
+    def tell_mistake(self) -> None:
+        """The relay broke over it: say so, and close."""
+        say_why(self.link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
 
     def take_text(self, text: str) -> None:
         """See `protocol.rules.Taker`."""
-        tell_fault(self.link, TextReceived("text message; every message is binary (msgpack)"))
+        tell_fault(self.link, TextReceived(NO_TEXT))
 
     def hear_end(self) -> None:
         """See `protocol.rules.Taker`."""
@@ -161,12 +212,17 @@ class Gate:
     intake: Intake
     tokens: Tokens
     plane: Plane
+    #: Of the tasks of connections that have some.
+    nursery: trio.Nursery
     #: Begins the daemon's drain; an operator may ask for it.
     drain: Callable[[str], None]
     failures: LoginFailures = attrs.field(factory=LoginFailures)
     #: Connections from their first byte on, logged in or not.
     open: int = 0
     _rules: tuple[Limits, LinkRules] | None = None
+    #: Who has shaken hands of late, the first first.
+    _newcomers: list[Newcomer] = attrs.field(factory=list)
+    _some_came: trio.Event = attrs.field(factory=trio.Event)
 
     # -- who comes
 
@@ -195,16 +251,17 @@ class Gate:
             if refusal := self.refusal(head):
                 raise refusal
             check_upgrade(head, SUBPROTOCOL)
-            await stream.send_all(answer_to(head, SUBPROTOCOL))
+            answer = answer_to(head, SUBPROTOCOL)
             if isinstance(stream, trio.SocketStream):
-                return await self._serve_socket(stream, early, arrival)
+                self._take_over(stream, answer, early, arrival)
+                return True
+            await stream.send_all(answer)
             async with serve_link(stream, peer=arrival.peer, rules=self.rules, early=early) as link:
                 link.limit_messages(MAX_CONTROL_BYTES)
                 connection = await self._log_in(link, arrival)
-                if connection is None:
-                    return False
-                await self._play(connection, stays=True)
-                return True
+                if connection is not None:
+                    self._greet(connection)
+                    await self._stay(connection)
         except Refusal as refusal:
             await hang_up(stream, refusal)
         except (LinkError, trio.BrokenResourceError, trio.ClosedResourceError) as fault:
@@ -213,27 +270,35 @@ class Gate:
             log.exception(BROKE, peer=arrival.peer)
         return False
 
-    async def _serve_socket(self, stream: trio.SocketStream, early: bytes, arrival: Arrival) -> bool:
+    def _take_over(self, stream: trio.SocketStream, answer: bytes, early: bytes, arrival: Arrival) -> None:
         # A stranger is not kept a megabyte for.
-        link = self.plane.adopt(stream, arrival.peer, self.rules, early, max_message_bytes=MAX_CONTROL_BYTES)
+        link = self.plane.adopt(stream, arrival.peer, self.rules, answer, max_message_bytes=MAX_CONTROL_BYTES)
         try:
-            connection = await self._log_in(link, arrival)
-            if connection is None:
-                return False
-        except LinkError:
-            await link.aclose()
-            raise
+            patience_s = self.relay.config.limits.hello_timeout_s
+            newcomer = Newcomer(link, self, arrival, self.plane.now + patience_s, patience_s)
+            self._newcomers.append(newcomer)
+            self._some_came.set()
+            link.hand_to(newcomer)
+            if early:
+                link.hear_early(early)
         except BaseException:
-            link.abort("it did not log in")
+            link.abort(OUR_MISTAKE)
             raise
-        try:
-            # A client at rest needs no task; a worker and an operator have some of their own, and few are there.
-            stays = connection.principal.role != "client" or connection.principal.expires_at is not None
-            await self._play(connection, stays=stays)
-        except BaseException:
-            link.abort("the relay has stopped")
-            raise
-        return True
+
+    async def watch_newcomers(self) -> None:
+        """Hang up on who sends no hello in time, until cancelled."""
+        waiting = self._newcomers
+        while True:
+            if not waiting:
+                self._some_came = trio.Event()
+                await self._some_came.wait()
+            now = trio.current_time()
+            await trio.sleep_until(min(waiting[0].due, now + NEWCOMERS_S))
+            now = trio.current_time()
+            for newcomer in waiting:
+                if newcomer.due <= now:
+                    newcomer.give_up()
+            waiting[:] = [newcomer for newcomer in waiting if newcomer.waits]
 
     @property
     def rules(self) -> LinkRules:
@@ -265,14 +330,31 @@ class Gate:
     # -- who it is
 
     async def _log_in(self, link: Link, arrival: Arrival) -> Connection | None:
-        """Hear the hello; None where there was none, or one that is refused: the link is then closed."""
+        """Wait for the hello; None where there was none, or one that is refused: the link is then closed."""
+        patience_s = self.relay.config.limits.hello_timeout_s
+        connection = None
         try:
-            hello = await self._hello(link)
+            with trio.fail_after(patience_s):
+                data = await link.receive()
+            connection = self.admit(link, data, arrival)
+        except trio.TooSlowError:
+            tell_fault(link, _Silent(patience_s))
+        except TextReceived as fault:
+            tell_fault(link, fault)
+        if connection is None:
+            await link.aclose()
+        return connection
+
+    def admit(self, link: Link, data: bytes, arrival: Arrival) -> Connection | None:
+        """Look at the first message; None where it is no hello, or one that is refused: the link then closes."""
+        try:
+            hello = decode(data, FROM_ANYONE)
+            assert isinstance(hello, Hello)
+            if hello.version != PROTOCOL_VERSION:
+                raise ProtocolError(f"version {hello.version}; this relay speaks version {PROTOCOL_VERSION}")
             principal = self._principal(hello, arrival)
         except ProtocolError as fault:
             tell_fault(link, fault)
-        except LinkError:
-            raise
         except Exception:
             log.exception(BROKE, peer=link.peer)
             say_why(link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
@@ -285,18 +367,7 @@ class Gate:
             if principal.retry_after_s is None:  # else it was told often enough
                 log.warning("login refused", peer=link.peer, role=hello.role, code=principal.code)
             say_why(link, principal.code, principal.message, POLICY_VIOLATION)
-        await link.aclose()
         return None
-
-    async def _hello(self, link: Link) -> Hello:
-        hello_timeout_s = self.relay.config.limits.hello_timeout_s
-        with trio.move_on_after(hello_timeout_s):
-            message = decode(await link.receive(), FROM_ANYONE)
-            assert isinstance(message, Hello)
-            if message.version != PROTOCOL_VERSION:
-                raise ProtocolError(f"version {message.version}; this relay speaks version {PROTOCOL_VERSION}")
-            return message
-        raise _Silent(f"no hello within {hello_timeout_s:g} s; connect again")
 
     def _principal(self, hello: Hello, arrival: Arrival) -> Principal | Rejected:
         principal = self.tokens.log_in(hello, arrival.credentials, time.time())
@@ -323,17 +394,47 @@ class Gate:
 
     # -- its part
 
-    async def _play(self, connection: Connection, *, stays: bool) -> None:
-        """Begin the connection's part, and where it `stays`, wait until its link is gone or its token has ended."""
-        link, principal = connection.link, connection.principal
-        try:
-            link.send(self._welcome(connection))
-        except LinkError:
-            log.debug("connection lost", peer=link.peer, why=link.reason)  # whoever takes its messages is told
-        if not stays:
-            connection.part = self._client(connection)
-            connection.begin()
+    def let_in(self, connection: Connection, messages: list[bytes]) -> None:
+        """Begin the part of a connection that the plane carries.
+
+        Args:
+            connection: it was admitted.
+            messages: what came behind its hello.
+        """
+        self._greet(connection)
+        principal = connection.principal
+        # A client at rest needs no task; a worker and an operator have some of their own, and few are there.
+        if principal.role != "client" or principal.expires_at is not None:
+            connection.link.keep(messages)
+            self.nursery.start_soon(self._stay_alone, connection)
             return
+        connection.part = self._client(connection)
+        connection.begin()
+        if messages:
+            connection.take(messages)
+
+    def _greet(self, connection: Connection) -> None:
+        try:
+            connection.link.send(self._welcome(connection))
+        except LinkError:
+            log.debug("connection lost", peer=connection.link.peer, why=connection.link.reason)
+
+    async def _stay_alone(self, connection: Connection) -> None:
+        """As `_stay`, in a task of its own; no fault of it gets out."""
+        try:
+            await self._stay(connection)
+        except Exception:
+            log.exception(BROKE, peer=connection.link.peer)
+            connection.tell_mistake()
+            connection.arrival.leave()
+        except BaseException:
+            connection.link.abort("the relay has stopped")
+            connection.arrival.leave()
+            raise
+
+    async def _stay(self, connection: Connection) -> None:
+        """Play the connection's part until its link is gone or its token has ended."""
+        link, principal = connection.link, connection.principal
         async with trio.open_nursery() as nursery:
             connection.part = self._part(connection, nursery)
             connection.begin()
@@ -345,12 +446,13 @@ class Gate:
 
     def _part(self, connection: Connection, nursery: trio.Nursery) -> Part:
         if connection.principal.role == "worker":
-            if isinstance(connection.link, SocketLink):
-                connection.link.trust()
-                nursery.start_soon(self.plane.attend, connection.link)
-            return WorkerLink(
+            worker = WorkerLink(
                 connection.connection_id, connection.link, connection.principal, self.relay, nursery, connection.agent
             )
+            if isinstance(connection.link, SocketLink):
+                connection.link.trust()
+                nursery.start_soon(self.plane.attend, connection.link, worker.pass_on, connection.tell_mistake)
+            return worker
         client = self._client(connection)
         if connection.principal.role == "operator":
             Operator.join(client, self.relay, self.tokens, nursery, self.drain)
@@ -384,6 +486,9 @@ class _Silent(ProtocolError):
 
     code = ErrorCode.IDLE_TIMEOUT
     close_code = POLICY_VIOLATION
+
+    def __init__(self, patience_s: float) -> None:
+        super().__init__(f"no hello within {patience_s:g} s; connect again")
 
 
 def _left_s(principal: Principal) -> float:

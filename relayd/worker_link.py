@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from protocol.codec import decode
-from protocol.envelope import SEAT_BYTES, pcm_of, seat_of
+from protocol.envelope import SEAT_BYTES, pcm_of, pcm_size, seat_of
 from protocol.errors import ErrorCode, LinkError, ProtocolError, UnknownType
 from protocol.link import Link
 from protocol.messages import (
@@ -43,19 +43,40 @@ from protocol.messages import (
 )
 from protocol.params import check_schema
 from relayd.auth import Principal
+from relayd.framelog import FrameLog
 from relayd.relay import Relay
 from relayd.requests import Request
-from relayd.states import State
+from relayd.states import Entry, State
 from relayd.stats import WorkerStats
 
 log = structlog.get_logger("relayd.worker")
 
 #: Codes of `failed` that tell of a broken engine, not of a bad request: such an attempt may be tried again.
 ENGINE_FAULTS = frozenset({ErrorCode.ENGINE_FAILED, ErrorCode.MODEL_NOT_LOADED})
+#: A global is found faster than a member of an enum, and every frame asks.
+_RUNNING = State.RUNNING
 #: Of a worker's name in its id, which the wire gives 64 characters.
 MAX_NAME_CHARS = 48
 #: Input bytes on their way to a worker at once, so that assignments and cancels are not stuck behind an upload.
 FEED_BYTES = 1024 * 1024
+
+
+@attrs.define(eq=False)
+class Seat:
+    """An attempt that runs here, and where its frames go."""
+
+    request: Request
+    entry: Entry
+    log: FrameLog
+    attempt: int
+    #: Of one sample over all channels.
+    sample_bytes: int = 0
+
+    @classmethod
+    def of(cls, request: Request) -> "Seat":
+        """The attempt of a request that runs now."""
+        form = request.format
+        return cls(request, request.entry, request.log, request.entry.attempt, form.sample_bytes if form else 0)
 
 
 @attrs.define(eq=False)
@@ -71,8 +92,8 @@ class WorkerLink:
     worker_id: str = ""
     engine: str = ""
     registered: bool = False
-    #: What audio frames of an attempt begin with -> its request; of attempts from whom audio has come.
-    _seats: dict[bytes, Request] = attrs.field(factory=dict)
+    #: What audio frames of an attempt begin with -> the attempt; of those that have begun, and have a format.
+    _seats: dict[bytes, Seat] = attrs.field(factory=dict)
     _stats: WorkerStats = attrs.field(factory=WorkerStats)
     handlers: dict[type[Message], Callable[[Any, bytes], None]] = attrs.field(init=False)
 
@@ -182,9 +203,8 @@ class WorkerLink:
         Raises:
             ProtocolError: the worker broke the rules.
         """
-        if len(messages) == 1:  # real-time audio comes so
-            seat = messages[0][:SEAT_BYTES]
-            if seat not in self._seats or not self._pass_on(seat, messages):
+        if len(messages) == 1:
+            if not self.pass_on(messages[0]):
                 self._take_one(messages[0])
             return
         streak: dict[bytes, list[bytes]] = {}
@@ -200,9 +220,19 @@ class WorkerLink:
                 self._take_one(data)
         self._end_streak(streak)
 
+    def pass_on(self, data: bytes) -> bool:
+        """Take a message if it is audio of an attempt that runs here, and due; else return False."""
+        seat = self._seats.get(data[:SEAT_BYTES])
+        if seat is None:
+            return False
+        pcm_bytes = pcm_size(data, seat.log.next_seq)
+        return pcm_bytes >= 0 and not pcm_bytes % seat.sample_bytes and self._add(seat, [data], len(data), pcm_bytes)
+
     def _end_streak(self, streak: dict[bytes, list[bytes]]) -> None:
-        for seat, frames in streak.items():
-            if not self._pass_on(seat, frames):
+        for name, frames in streak.items():
+            seat = self._seats.get(name)
+            pcm_bytes = pcm_of(frames, seat.log.next_seq, seat.sample_bytes) if seat is not None else -1
+            if seat is None or pcm_bytes < 0 or not self._add(seat, frames, sum(map(len, frames)), pcm_bytes):
                 for data in frames:
                     self._take_one(data)
         streak.clear()
@@ -217,28 +247,6 @@ class WorkerLink:
         if not self.registered and not isinstance(message, Register | Ping | Pong):
             raise ProtocolError(f"{message.TYPE} before register")
         self.handlers[type(message)](message, data)
-
-    def _pass_on(self, seat: bytes, frames: list[bytes]) -> bool:
-        """Pass on audio frames of one attempt; False where they are not, each of them, what is due."""
-        request = self._seats[seat]
-        entry, form, frame_log = request.entry, request.format, request.log
-        if entry.state is not State.RUNNING or entry.attempt != seat[-1] or entry.worker_id != self.worker_id:
-            del self._seats[seat]
-            return False
-        if form is None:
-            return False
-        sample_bytes = 2 * form.channels
-        pcm_bytes = pcm_of(frames, frame_log.next_seq, sample_bytes)
-        if pcm_bytes < 0:
-            return False
-        request.audio_bytes += pcm_bytes
-        self.relay.stats.audio_s += pcm_bytes / (sample_bytes * form.sample_rate)
-        if not entry.has_output:
-            self._hear_output(request)
-        size = sum(map(len, frames))
-        frame_log.extend(frames, size)
-        self._heard(request, len(frames), size)
-        return True
 
     def close(self) -> None:
         """Its link is gone."""
@@ -314,61 +322,72 @@ class WorkerLink:
     def _frame(self, frame: Frame, data: bytes) -> None:
         """A frame that is not the last: into the log as it came, or dropped if its attempt is over."""
         request = self._request_of(frame)
-        if request is None or not self._is_next(request, frame):
+        if request is None:
+            self._seats.pop(seat_of(frame.request_id, frame.attempt), None)
             return
+        if not self._is_next(request, frame):
+            return
+        pcm_bytes, is_output = 0, isinstance(frame, Audio | Output)
         if isinstance(frame, Audio):
-            form = request.format
-            if form is None or len(frame.pcm) % form.sample_bytes:
+            pcm_bytes = len(frame.pcm)
+            if request.format is None or pcm_bytes % request.format.sample_bytes:
                 raise ProtocolError("audio before `started` with a format, or not of whole samples")
-            self._hear_audio(request, len(frame.pcm))
-            if data.startswith(seat := seat_of(frame.request_id, frame.attempt)) and seat:
-                self._seats[seat] = request
-        elif isinstance(frame, Output):
-            self._hear_output(request)
         elif isinstance(frame, Started):
+            self.relay.stats.hear_anew(request)
             request.format = frame.format
-            request.audio_bytes = 0
         elif isinstance(frame, Progress):
             request.fraction = frame.fraction
-        request.log.append(data)
-        self._heard(request, 1, len(data))
+        seat = Seat.of(request)
+        # Audio need not go through the codec from now on; also that of a worker which came back in the middle of it.
+        if seat.sample_bytes and (name := seat_of(frame.request_id, frame.attempt)):
+            self._seats[name] = seat
+        self._add(seat, [data], len(data), pcm_bytes, is_output)
 
-    def _hear_audio(self, request: Request, pcm_bytes: int) -> None:
-        form = request.format
-        assert form is not None
+    def _add(self, seat: Seat, frames: list[bytes], size: int, pcm_bytes: int, is_output: bool = True) -> bool:
+        """Add the frames that are due to a request's log, and keep account of them.
+
+        Args:
+            seat: of their attempt.
+            frames: none of them the last.
+            size: of them together, in bytes.
+            pcm_bytes: of audio in them.
+            is_output: whether they are something to hear or to have.
+
+        Returns:
+            False where the attempt does not run here any more; they are then as they were.
+        """
+        request, entry, frame_log = seat.request, seat.entry, seat.log
+        if entry.state is not _RUNNING or entry.attempt != seat.attempt or entry.worker_id != self.worker_id:
+            return False
+        frame_log.extend(frames, size)  # first: whoever listens need not wait for the accounts
         request.audio_bytes += pcm_bytes
-        self.relay.stats.audio_s += pcm_bytes / (2 * form.channels * form.sample_rate)
-        if not request.entry.has_output:
+        request.last_frame_at = self.link.heard_at
+        if is_output and (request.first_frame_at is None or not entry.has_output):
             self._hear_output(request)
-
-    def _hear_output(self, request: Request) -> None:
-        if request.entry.has_output:
-            return
-        request.entry.has_output = True
-        self.relay.record(request)  # a relay that is started again must not try anew what was heard
-
-    def _heard(self, request: Request, count: int, size: int) -> None:
-        """So many frames are in the request's log: keep account of them."""
-        relay, entry = self.relay, request.entry
-        request.last_frame_at = now = self.link.heard_at
-        if entry.has_output and request.first_frame_at is None:
-            request.first_frame_at = now
-            request.step("first_frame")
-            relay.stats.hear_first_frame(request, now)
-            relay.touch("requests", request.request_id)
-        self._stats.frame_bytes += size
-        relay.frames += count
-        relay.frame_bytes += size
-        entry.next_seq = request.log.next_seq
+        stats, relay = self._stats, self.relay
+        stats.frames += len(frames)
+        stats.frame_bytes += size
+        entry.next_seq = frame_log.next_seq
         if relay.watchers:
             relay.stir("requests", request.request_id)
-        limit = relay.config.limits.max_result_bytes
-        if request.log.size_bytes > limit:
+        if frame_log.size_bytes > (limit := relay.config.limits.max_result_bytes):
             relay.fail(
                 request,
                 ErrorCode.RESULT_TOO_LARGE,
                 f"its result is over {limit} bytes; ask for less, or raise limits.max_result_bytes",
             )
+        return True
+
+    def _hear_output(self, request: Request) -> None:
+        """It has put something out, for the first time or again."""
+        if not request.entry.has_output:
+            request.entry.has_output = True
+            self.relay.record(request)  # a relay that is started again must not try anew what was heard
+        if request.first_frame_at is None:
+            request.first_frame_at = now = request.last_frame_at
+            request.step("first_frame")
+            self.relay.stats.hear_first_frame(request, now)
+            self.relay.touch("requests", request.request_id)
 
     def _last_frame(self, frame: Frame, data: bytes) -> None:
         """The attempt's end: its slot is free, whether anybody still waits for it or not."""

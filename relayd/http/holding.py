@@ -73,9 +73,8 @@ class Held:
 
     # -- as a sink
 
-    def send_frames(self, frames: list[bytes]) -> None:
+    def send_frames(self, frames: list[bytes], size: int) -> None:
         """Take frames."""
-        size = sum(map(len, frames))
         self._frames.extend(frames)
         self.backlog_bytes += size
         self.relay.stats.out_bytes += size

@@ -117,6 +117,43 @@ def test_any_octets_in_any_pieces_are_the_same_events(
     assert all(len(message.payload) <= most for message in messages(whole))
 
 
+@settings(deadline=None)
+@given(
+    st.one_of(any_frames, st.builds(frame, st.sampled_from((2, 10)), payloads, key=st.just(KEY))),
+    st.sampled_from((b"", frame(1, b"a", fin=False, key=KEY), frame(8, b"", key=KEY))),
+    st.booleans(),
+    st.sampled_from((100, 70_000)),
+)
+def test_what_is_told_at_a_glance_is_what_is_parsed(octets: bytes, before: bytes, from_client: bool, most: int) -> None:
+    parser = Parser(masked=from_client, max_message_bytes=most)
+    parser.feed(before)
+    parser.take()
+    view = memoryview(octets)
+    message, pong = (look(octets, view, len(octets)) for look in (parser.lone, parser.lone_pong))
+    parser.feed(octets)
+    events = parser.take()
+    assert message is None or (events == [message] and not parser.left)
+    assert pong is None or (events == [Pong(pong)] and not parser.left)
+
+
+def test_the_usual_message_and_pong_are_told_at_a_glance() -> None:
+    parser = Parser(masked=True, max_message_bytes=MAX_MESSAGE_BYTES)
+    for size in (126, 7_750, 65_535):
+        octets = frame(2, b"x" * size, key=KEY)
+        assert parser.lone(octets, memoryview(octets), len(octets)) == b"x" * size
+    octets = frame(10, b"1234", key=KEY)
+    assert parser.lone_pong(octets, memoryview(octets), len(octets)) == b"1234"
+
+
+@given(st.lists(st.tuples(st.sampled_from((125, 126, 300, 301, 7_680)), st.integers(1, 5)), max_size=12), st.data())
+def test_messages_of_one_length_and_of_another_come_as_they_were_sent(
+    runs: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    sent = [bytes([number % 256]) * size for size, count in runs for number in range(count)]
+    octets = b"".join(frame(2, each, key=KEY) for each in sent)
+    assert parsed(cut(octets, 0)) == parsed(cuts(data, octets)) == sent
+
+
 @attrs.frozen
 class Spoken:
     """Frames, and the events that they must make."""

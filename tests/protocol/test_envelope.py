@@ -75,6 +75,34 @@ def test_a_run_of_frames_counts_while_each_is_the_one_due_and_of_whole_samples()
     assert pcm_of([pack_audio(seat, 1, bytes(255)), pack_audio(seat, 2, bytes(257))], 1, 2) == -1, "half samples"
 
 
+@given(
+    st.sampled_from([0, 120, 250, 8_185]),
+    st.lists(st.sampled_from([0, 2, 254, 256, 7_680]), min_size=1, max_size=12),
+    st.integers(0, 11),
+    st.sampled_from(["seq", "length", "type", "tail"]),
+    st.booleans(),
+)
+def test_a_run_is_what_its_frames_are_one_by_one(
+    first: int, sizes: list[int], at: int, damage: str, alike: bool
+) -> None:
+    seat = seat_of(ID, 1)
+    sizes = [7_680] * len(sizes) if alike else sizes
+    frames = [pack_audio(seat, first + number, bytes(size)) for number, size in enumerate(sizes)]
+    assert pcm_of(frames, first, 2) == sum(sizes)
+    bad = bytearray(frames[at % len(frames)])
+    place = {"seq": SEAT_BYTES + 1, "length": len(bad) - sizes[at % len(frames)] - 1, "type": SEAT_BYTES + 8}.get(
+        damage
+    )
+    if place is None:
+        bad.append(0)
+    else:
+        bad[place] ^= 1
+    frames[at % len(frames)] = bytes(bad)
+    one_by_one = [pcm_size(data, first + number) for number, data in enumerate(frames)]
+    whole = -1 not in one_by_one and not any(size % 2 for size in one_by_one)
+    assert pcm_of(frames, first, 2) == (sum(one_by_one) if whole else -1)
+
+
 def test_a_frame_of_any_other_shape_is_not_taken_and_not_wrong() -> None:
     wire = {"type": "audio", "request_id": ID, "attempt": 1, "seq": 5, "pcm": b"1234"}
     others = [

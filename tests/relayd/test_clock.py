@@ -131,7 +131,8 @@ async def test_results_are_kept_for_their_time_and_no_longer(
         client.send(submit)
         worker.speak(await worker.assigned(), PCM)
         await client.frames(submit)
-        ended_at = trio.current_time()
+        ended_at = relay.relay.requests[submit.request_id].ended_at
+        assert ended_at is not None
         wall.jump(jump_s)
         await trio.sleep(0.3)  # six times over, it was looked whether it is to go
         client.send(Attach(request_id=submit.request_id))

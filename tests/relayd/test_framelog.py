@@ -15,9 +15,10 @@ class Bucket:
         self.got: list[bytes] = []
         self.read: list[str] = []
 
-    def send_frames(self, frames: list[bytes]) -> None:
+    def send_frames(self, frames: list[bytes], size: int) -> None:
         assert self.backlog_bytes + sum(map(len, frames[:-1])) < HIGH_WATER_BYTES, "no more than a sink takes"
-        self.backlog_bytes += sum(map(len, frames))
+        assert size == sum(map(len, frames))
+        self.backlog_bytes += size
         self.got += frames
 
     def hear_read(self, reader: FrameReader) -> None:

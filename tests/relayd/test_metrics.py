@@ -12,13 +12,14 @@ import trio
 from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
-from protocol.messages import Audio, Cancel, Failed, Rejected, Running
+from protocol.messages import Audio, Cancel, Failed, Rejected, Running, Started
 from relayd.auth import Tokens
 from relayd.histogram import Histogram
 from relayd.metrics import HttpReading, Scrape
 from relayd.relay import Relay
 from relayd.stats import MAX_SEEN_WORKERS, Stats
 from tests.relayd.harness import (
+    FORMAT,
     a_submit,
     an_id,
     daemon,
@@ -153,6 +154,35 @@ async def test_audio_of_an_attempt_that_is_begun_anew_stays_counted(tmp_path: Pa
             worker.speak(assign, [SECOND])
             await until(lambda: not relay.relay.requests[submit.request_id].live)
             assert Told(relay.relay)("audio_seconds_total") == 4
+
+
+@pytest.mark.trio
+async def test_audio_stays_counted_whatever_becomes_of_its_attempt(tmp_path: Path) -> None:
+    """What the relay tells of itself counts as its metrics do: also audio before a second `started`."""
+    async with daemon(tmp_path, limits={"worker_grace_s": 0.05}) as relay, peer(relay.url, "client") as client:
+        submit, stats = a_submit(retry="always"), relay.relay.stats
+
+        def told_s() -> float:
+            stats.sample(relay.relay, trio.current_time())
+            assert stats.audio_s == Told(relay.relay)("audio_seconds_total")
+            return stats.audio_s
+
+        client.send(submit)
+        async with fake_worker(relay.url, name="first") as worker:
+            assign = await worker.assigned()
+            worker.speak(assign, [SECOND] * 2, end=False)
+            worker.send(Started(**seat(assign, 3), format=FORMAT))
+            await until(lambda: relay.relay.requests[submit.request_id].log.next_seq == 4)
+            assert told_s() == 2
+            worker.send(Audio(**seat(assign, 4), pcm=SECOND))
+            await until(lambda: told_s() == 3)
+        async with fake_worker(relay.url, name="second") as worker:
+            assign = await worker.assigned()
+            assert told_s() == 3
+            worker.speak(assign, [SECOND])
+            await until(lambda: not relay.relay.requests[submit.request_id].live)
+            assert told_s() == 4
+        assert stats.audio.total == 4
 
 
 @pytest.mark.trio

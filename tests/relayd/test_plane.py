@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -50,6 +51,9 @@ class Taken:
     def take(self, messages: list[bytes]) -> None:
         self.batches += 1
         self.messages += messages
+
+    def has(self, count: int) -> bool:
+        return len(self.messages) == count
 
     def take_text(self, text: str) -> None:
         self.texts.append(text)
@@ -570,7 +574,7 @@ async def test_a_trusted_link_is_read_by_a_task_of_its_own_to_its_end() -> None:
         taken = Taken()
         link.trust()
         link.hand_to(taken)
-        nursery.start_soon(plane.attend, link)
+        nursery.start_soon(plane.attend, link, lambda _data: False, link.close_soon)
         link.most_messages = 10
         every = [number.to_bytes(2, "big") * 3_000 for number in range(500)]
         for each in every:
@@ -588,12 +592,136 @@ async def test_a_trusted_link_is_read_by_a_task_of_its_own_to_its_end() -> None:
 
 
 @pytest.mark.trio
+async def test_a_link_that_is_attended_no_more_is_read_on_by_the_plane() -> None:
+    async with linked() as (plane, link, far):
+        taken = Taken()
+        link.trust()
+        link.hand_to(taken)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(plane.attend, link, lambda _data: False, link.close_soon)
+            await far.send(b"1")
+            await until(lambda: taken.messages == [b"1"])
+            nursery.cancel_scope.cancel()
+        await far.send(b"2")
+        await until(lambda: taken.messages == [b"1", b"2"])
+        link.close_soon(1001, "bye")
+        assert await far.next() == Close(1001, "bye")
+        await far.send(close_payload(1001, ""), CLOSE)
+        with trio.fail_after(1):  # and not after `CLOSE_S`: its answer was read
+            assert await far.hung_up()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_what_is_too_much_for_one_turn_needs_no_other_event_to_go_on(trusted: bool) -> None:
+    async with linked() as (plane, link, far), trio.open_nursery() as nursery:
+        taken = Taken()
+        link.most_messages = 10
+        if trusted:
+            link.trust()
+            link.most_messages = 10
+            nursery.start_soon(plane.attend, link, lambda _data: False, link.close_soon)
+        link.hand_to(taken)
+        every = [bytes([number]) for number in range(100)]
+        octets = b"".join(make_frame(BINARY, each, masked=True) for each in every)
+        await far.stream.send_all(octets)
+        await until(lambda: taken.messages == every)
+        link.hear_early(octets)
+        assert len(taken.messages) == 110, "it is a turn's worth at once"
+        await until(lambda: taken.messages == every * 2)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_what_comes_alone_is_passed_on_and_all_else_is_handed_over_in_order() -> None:
+    async with linked() as (plane, link, far), trio.open_nursery() as nursery:
+        taken = Taken()
+        passed: list[bytes] = []
+
+        def pass_on(data: bytes) -> bool:
+            if data.startswith(b"no"):
+                return False
+            taken.messages.append(data)
+            passed.append(data)
+            return True
+
+        link.trust()
+        link.hand_to(taken)
+        nursery.start_soon(plane.attend, link, pass_on, link.close_soon)
+        alone, refused, short = b"yes" * 100, b"no!" * 100, b"short"
+        sent = [[alone], [refused], [short], [alone, alone], [alone]]
+        for number, messages in enumerate(sent):
+            await far.stream.send_all(b"".join(make_frame(BINARY, each, masked=True) for each in messages))
+            so_far = sum(map(len, sent[: number + 1]))
+            await until(partial(taken.has, so_far))
+        assert taken.messages == [message for messages in sent for message in messages]
+        assert passed == [alone, alone], "of the five, two came alone and were wanted"
+        await far.send(b"", CLOSE)
+        await far.next()
+        await far.stream.aclose()
+
+
+@pytest.mark.trio
+async def test_a_fault_of_who_passes_on_is_told_and_ends_that_link_alone() -> None:
+    def fall(_data: bytes) -> bool:
+        raise RuntimeError("a mistake")
+
+    def tell() -> None:
+        link.close_soon(1011, "a mistake")
+
+    async with linked() as (plane, link, far), trio.open_nursery() as nursery:
+        link.trust()
+        link.hand_to(Taken())
+        with structlog.testing.capture_logs() as logs:
+            nursery.start_soon(plane.attend, link, fall, tell)
+            await far.send(b"x" * 200)
+            assert await far.next() == Close(1011, "a mistake")
+            await far.send(close_payload(1011, ""), CLOSE)
+            assert await far.hung_up()
+        assert [each["event"] for each in logs] == ["connection broke the relay's own rules"]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("size", [130, 7_680, 300_000])
+async def test_one_by_one_a_full_kernel_loses_nothing_of_frames_and_pings(size: int) -> None:
+    async with linked(max_backlog_bytes=64 * MAX_MESSAGE_BYTES) as (_plane, link, far):
+        sent: list[Event] = []
+        while link.backlog_bytes < 1_000_000:
+            number = len(sent).to_bytes(4, "big")
+            link.send_frames([number * (size // 4)])
+            link._put_control(PING, number)
+            sent += [number * (size // 4), Ping(number)]
+        for each in sent:
+            assert await far.next() == each
+        assert link.backlog_bytes == 0
+
+
+@pytest.mark.trio
+async def test_messages_that_are_kept_go_to_who_takes_them_next() -> None:
+    async with linked() as (_plane, link, far):
+        first, second = Taken(), Taken()
+        link.hand_to(first)
+        await far.send(b"1")
+        await until(lambda: first.messages == [b"1"])
+        link.keep([b"1"])
+        await far.send(b"2")
+        assert await link.receive() == b"1"
+        await far.send(b"3")
+        assert await link.receive() == b"2"
+        await far.send(b"4")
+        await until(lambda: len(link._inbox or ()) == 2)
+        link.hand_to(second)
+        assert second.messages == [b"3", b"4"]
+        assert first.messages == [b"1"]
+
+
+@pytest.mark.trio
 @pytest.mark.parametrize("ours", [True, False])
 async def test_a_trusted_link_that_is_cut_ends_its_task(ours: bool) -> None:
     async with linked() as (plane, link, far), trio.open_nursery() as nursery:
         link.trust()
         link.hand_to(Taken())
-        nursery.start_soon(plane.attend, link)
+        nursery.start_soon(plane.attend, link, lambda _data: False, link.close_soon)
         await trio.testing.wait_all_tasks_blocked()
         if ours:
             link.abort("enough")

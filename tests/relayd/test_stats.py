@@ -1,12 +1,13 @@
 """Counting: what is told of the last minute, of the last five, and of what a request asked for."""
 
+import attrs
 import msgpack
 import pytest
 
 from protocol.messages import InputInfo
 from relayd.asked import in_brief
 from relayd.events import Ring, event_row
-from relayd.stats import MAX_SAMPLES, End, Ends, Lately, Minute, Rate
+from relayd.stats import MAX_SAMPLES, End, Ends, Lately, Minute, Rate, Stats
 from tests.relayd.harness import a_submit
 
 
@@ -57,6 +58,40 @@ def test_a_rate_is_that_of_the_last_seconds() -> None:
     for second in range(2, 8):
         rate.sample(float(second), 500)
     assert rate.per_s == 0
+
+
+def test_a_rate_begins_where_its_counter_stood() -> None:
+    rate = Rate(begin=1_000_000)
+    rate.sample(1.0, 1_000_500)
+    assert rate.per_s == 500
+
+
+@attrs.define
+class Sent:
+    """A client, as far as its rate is concerned."""
+
+    connection_id: str
+    bytes_sent: int = 0
+    sampled_bytes: int = 0
+
+
+def test_only_clients_that_are_sent_something_have_a_rate() -> None:
+    stats, clients = Stats(), {name: Sent(name) for name in ("busy", "quiet", "gone")}
+    for second in range(1, 4):
+        clients["busy"].bytes_sent += 100
+        clients["gone"].bytes_sent += 100
+        stats._sample_clients(clients, float(second))  # type: ignore[arg-type]
+        assert {name: rate.per_s for name, rate in stats.clients.items()} == {"busy": 100, "gone": 100}
+        assert stats.out_bytes == stats.sent_bytes(clients) == 200 * second  # type: ignore[arg-type]
+    clients["busy"].bytes_sent += 50
+    assert stats.sent_bytes(clients) == 650  # type: ignore[arg-type]
+    del clients["gone"]
+    for second in range(4, 13):
+        stats._sample_clients(clients, float(second))  # type: ignore[arg-type]
+    assert not stats.clients, "nothing was sent for longer than a rate is told"
+    clients["busy"].bytes_sent += 100
+    stats._sample_clients(clients, 13.0)  # type: ignore[arg-type]
+    assert stats.clients["busy"].per_s == 100, "what was sent before does not count again"
 
 
 def test_a_ring_gives_its_rows_in_pieces() -> None:
