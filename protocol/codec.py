@@ -20,11 +20,6 @@ MAX_MAP = 64
 MAX_ARRAY = 1024
 #: Values in one message, keys included. 64 KiB of float32 are 13,107; the walk is paid per value.
 MAX_VALUES = 16_384
-#: Of a message that is unpacked first and looked at then: what maps and scalars are packed into so little may be made.
-SMALL_BYTES = 1024
-_UNPACK_FAULTS = (ValueError, TypeError, OverflowError, RecursionError)
-_KEYS = frozenset((str,))
-_SCALARS = frozenset((str, int, float, bool, bytes, type(None)))
 #: Maps and arrays in one message: an empty one is a single byte on the wire and 64 bytes when built.
 MAX_CONTAINERS = 4_096
 
@@ -136,35 +131,13 @@ def unpack(data: bytes) -> dict[str, Value]:
     Raises:
         ProtocolError: for any bytes that are not one; never anything else.
     """
-    if len(data) <= SMALL_BYTES and (small := _unpack_small(data)) is not None:
-        return small
     check_bytes(data)
     try:
         wire: dict[str, Value] = msgpack.unpackb(data)
-    except _UNPACK_FAULTS as fault:
+    except (ValueError, TypeError, OverflowError, RecursionError) as fault:
         # After the walk only bad UTF-8 should be left; msgpack's other errors are all of these kinds.
         raise ProtocolError(f"bad msgpack: {type(fault).__name__}") from None
     return wire
-
-
-def _unpack_small(data: bytes) -> dict[str, Value] | None:
-    """The map in `data`, if it is one without another in it, as most are: those need no walk, which costs ten times as
-    much, since the little that they could break can be looked up in what was made of them. None for all else."""
-    try:
-        # An array is made as long as it says it is, whatever follows: nothing of that kind here.
-        wire = msgpack.unpackb(data, max_map_len=MAX_MAP, max_array_len=0)
-    except _UNPACK_FAULTS:  # the walk finds the words for it
-        return None
-    return wire if type(wire) is dict and _is_flat(wire) else None
-
-
-def _is_flat(wire: Mapping[str, Value]) -> bool:
-    """Whether a map has string keys and nothing but scalars in it, and no more of them than it may."""
-    return len(wire) <= MAX_MAP and {*map(type, wire)} <= _KEYS and {*map(type, wire.values())} <= _SCALARS
-
-
-def _is_flat_map(value: Value) -> bool:
-    return type(value) is dict and _is_flat(value)
 
 
 def decode(data: bytes, table: Table) -> Message:
@@ -214,8 +187,6 @@ def pack(wire: Mapping[str, Value]) -> bytes:
         raise EncodeError(f"{wire.get('type')}: {fault}") from None
     if len(data) > MAX_CONTROL_BYTES and wire.get("type") not in BULK:
         raise EncodeError(f"{wire.get('type')}: {len(data)} bytes; the limit is {MAX_CONTROL_BYTES}")
-    if len(data) <= SMALL_BYTES and _is_flat({key: None if _is_flat_map(wire[key]) else wire[key] for key in wire}):
-        return data  # nothing that the walk could find
     try:
         check_bytes(data)
     except ProtocolError as fault:

@@ -201,6 +201,8 @@ class Spool:
             self.on_broken(frames, fault)
         elif ahead:
             reader.go_on(ahead)
+        else:
+            reader.pump()  # from memory, or to ask once more; while its sink is full this does nothing
 
     async def _read(self, frames: FrameLog, seq: int) -> list[bytes]:
         filed = frames.filed

@@ -1,7 +1,6 @@
 """The codec: whatever the bytes, a message or ProtocolError; every limit; golden bytes; round trips."""
 
 import struct
-import tracemalloc
 from typing import Any
 
 import attrs
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from protocol import codec
 from protocol.codec import (
     MAX_ARRAY,
     MAX_CONTAINERS,
@@ -256,62 +254,6 @@ def test_keys_that_are_not_known_change_nothing(message: Message, more: dict[str
 
 
 # -- golden bytes ----------------------------------------------------------------------------------------------------
-
-
-_small_values = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=3), st.binary(max_size=3)
-)
-_small_maps = st.dictionaries(
-    st.one_of(st.text(max_size=3), st.integers(0, 3), st.binary(max_size=2)),
-    st.one_of(_small_values, st.lists(_small_values, max_size=2), st.dictionaries(st.text(max_size=2), _small_values)),
-    max_size=70,
-)
-
-
-def _told(data: bytes, monkeypatch: pytest.MonkeyPatch, small: int) -> object:
-    monkeypatch.setattr(codec, "SMALL_BYTES", small)
-    try:
-        return msgpack.packb(codec.unpack(data))  # bytes: a NaN is no other NaN
-    except ProtocolError as fault:
-        return str(fault)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.one_of(st.binary(max_size=40), _small_maps.map(msgpack.packb)), st.binary(max_size=2), st.integers(0, 40))
-def test_a_small_message_is_taken_or_refused_as_any_other(
-    monkeypatch: pytest.MonkeyPatch, data: bytes, more: bytes, at: int
-) -> None:
-    for each in (data, data + more, data[:at] + more + data[at + 1 :]):
-        assert _told(each, monkeypatch, 1024) == _told(each, monkeypatch, 0)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(_small_maps)
-def test_a_small_message_is_packed_or_refused_as_any_other(
-    monkeypatch: pytest.MonkeyPatch, wire: dict[Any, Any]
-) -> None:
-    told = []
-    for small in (1024, 0):
-        monkeypatch.setattr(codec, "SMALL_BYTES", small)
-        try:
-            told.append(codec.pack(wire))
-        except EncodeError as fault:
-            told.append(str(fault).encode())
-    assert told[0] == told[1]
-
-
-@pytest.mark.parametrize(
-    "claim", [b"\xdc\x03\xe0", b"\xdd\x00\x00\x03\xe0", b"\xde\x00\x40\xa1x", b"\xda\xff\xff", b"\xc5\xff\xff"]
-)
-def test_what_a_small_message_claims_to_hold_is_not_made(claim: bytes) -> None:
-    data = (b"\x81\xa1x" + claim * codec.SMALL_BYTES)[: codec.SMALL_BYTES]
-    tracemalloc.start()
-    try:
-        with pytest.raises(ProtocolError):
-            unpack(data)
-        assert tracemalloc.get_traced_memory()[1] < 100_000
-    finally:
-        tracemalloc.stop()
 
 
 def test_golden_bytes() -> None:
