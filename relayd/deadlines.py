@@ -23,17 +23,17 @@ async def watch_deadlines(relay: "Relay", request: Request) -> None:
     limits = relay.config.limits
     while request.live:
         changed = request.changed
-        when, expiry = request.deadline(limits.resume_window_s, limits.cancel_grace_s)
-        with trio.move_on_at(when):
-            await changed.wait()
-            continue
-        when, expiry = request.deadline(limits.resume_window_s, limits.cancel_grace_s)
-        if when <= trio.current_time():
-            try:
+        try:
+            when, expiry = request.deadline(limits.resume_window_s, limits.cancel_grace_s)
+            with trio.move_on_at(when):
+                await changed.wait()
+                continue
+            when, expiry = request.deadline(limits.resume_window_s, limits.cancel_grace_s)
+            if when <= trio.current_time():
                 _expire(relay, request, expiry)
-            except Exception:
-                log.exception("request broke the relay's own rules", request_id=request.request_id)
-                relay.fail_broken(request)
+        except Exception:
+            log.exception("request broke the relay's own rules", request_id=request.request_id)
+            relay.fail_broken(request)
 
 
 def _expire(relay: "Relay", request: Request, expiry: Expiry) -> None:

@@ -77,7 +77,7 @@ class HandOut:
         goes_on = bool(entry.reproducible) and entry.reproducible == worker.reproducible
         self._run_on(entry, worker)
         entry.attempt += 2 if entry.unsure else 1  # never a number that may have been given out already
-        entry.unsure = entry.hearsay = False
+        entry.unsure = entry.hearsay = entry.may_be_behind = False
         entry.started_at = now
         entry.reproducible = worker.reproducible
         if not goes_on:

@@ -218,6 +218,9 @@ class Intake:
         except StoreError as fault:
             log.error("store failed", why=str(fault), request_id=request.request_id)
             faults[request.request_id] = fault
+        except Exception:
+            log.exception("request broke the relay's own rules", request_id=request.request_id)
+            faults[request.request_id] = StoreError("internal error; see the relay's log")
 
     def _conclude(self, request: Request, fault: StoreError | None) -> None:
         """The store has answered: queue the request, or turn it away."""

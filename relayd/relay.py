@@ -6,7 +6,8 @@ queued on links and by changes posted to the store. See `relayd.intake` for how 
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -27,6 +28,7 @@ from protocol.messages import (
 from relayd.config import Config, SpaceConfig
 from relayd.deadlines import watch_deadlines
 from relayd.events import MAX_AUDIT, MAX_EVENTS, Ring
+from relayd.framelog import FrameReader
 from relayd.ports import Watcher, WorkerPort
 from relayd.requests import UNHEARD_GRACE_S, Request
 from relayd.results import Results
@@ -45,6 +47,8 @@ log = structlog.get_logger("relayd")
 
 #: Of the words in a request's steps.
 MAX_STEP_CHARS = 200
+#: The whole message of a request over which the relay's own code failed.
+BROKEN = "internal error in this request; see the relay's log"
 
 
 @attrs.define(eq=False)
@@ -262,8 +266,64 @@ class Relay:
         self.carry_out(self.scheduler.fail(request.request_id, code, message))
 
     def fail_broken(self, request: Request) -> None:
-        """End a request over which the relay's own code fell."""
-        self.fail(request, ErrorCode.INTERNAL, "the relay made a mistake with this request; see its log")
+        """End a request over which the relay's own code failed, however broken it is. Never raises."""
+        try:
+            self.fail(request, ErrorCode.INTERNAL, BROKEN)
+        except Exception:
+            log.exception("request broke the relay's own rules", request_id=request.request_id)
+        self._drop_broken(request)
+
+    def set_aside(self, request_id: str) -> None:
+        """Give up a stored request that cannot be restored, so that no later start tries it again. Never raises."""
+        if (request := self.requests.get(request_id)) is not None:
+            self._drop_broken(request)
+        else:
+            self.scheduler.end(request_id, State.FAILED, trio.current_time())
+            self.store.post(_broken_update(request_id))
+
+    def _drop_broken(self, request: Request) -> None:
+        """End a live request without encoding anything of it: what failed once would fail again here.
+
+        Its readers learn that there are no more frames, and the store that it failed, so that no restart takes it up
+        again. Each step stands alone: one that fails keeps none of the others from being done.
+        """
+        if not request.live:
+            return
+        request_id, entry, holders = request.request_id, request.entry, tuple(request.holders)
+        worker_id, now = entry.worker_id or "", trio.current_time()
+        request.holders.clear()
+        request.ended_at, request.code, request.message = now, ErrorCode.INTERNAL.value, BROKEN
+        request.has_result = False
+
+        def stop() -> None:
+            if (port := self.workers.get(worker_id)) is not None:
+                port.cancel(request_id, BROKEN)
+
+        def store() -> None:
+            if request.accepted:
+                self.store.post(_broken_update(request_id))
+
+        def close(reader: FrameReader) -> None:
+            reader.close()
+            reader.sink.hear_broken(reader)
+
+        steps: list[Callable[[], object]] = [
+            stop,
+            store,
+            lambda: self.stats.hear_ended(request, State.FAILED, now),
+            *(partial(close, reader) for reader in tuple(request.log.readers)),
+            *(partial(holder.hear_ended, request) for holder in holders),
+            request.shed,
+            lambda: self.carry_out(self.scheduler.end(request_id, State.FAILED, now)),
+            request.notify,
+            lambda: self.touch("requests", request_id),
+        ]
+        entry.state = State.FAILED  # whatever becomes of the steps: its task ends
+        for step in steps:
+            try:
+                step()
+            except Exception:
+                log.exception("request broke the relay's own rules", request_id=request_id)
 
     def lose(self, request_id: str, code: ErrorCode, message: str) -> None:
         """An attempt is lost: tried again, or the request fails, by its retry policy."""
@@ -283,34 +343,46 @@ class Relay:
         self.carry_out(decisions)
 
     def carry_out(self, decisions: Iterable[Decision]) -> None:
-        """Do what the scheduler decided."""
+        """Do what the scheduler decided; a decision that cannot be carried out ends its own request and no other."""
         for decision in decisions:
-            match decision:
-                case Start():
-                    self._start(self.requests[decision.entry.request_id], decision.from_seq)
-                case Stop():
-                    if request := self.requests.get(decision.request_id):
-                        request.stopped_at = trio.current_time()
-                        request.step("stopping", why=decision.reason[:MAX_STEP_CHARS])
-                        request.notify()
-                        self.touch("requests", request.request_id)
-                        if request.entry.stopping is not None:
-                            self.record(request)  # a relay that is started again must not let it run on
-                    if port := self.workers.get(decision.worker_id):
-                        port.cancel(decision.request_id, decision.reason)
-                case Requeued():
-                    request = self.requests[decision.entry.request_id]
-                    request.queued_at = trio.current_time()
-                    request.stopped_at = None
-                    request.details = {}
-                    request.step("requeued", losses=decision.entry.losses)
-                    self.stats.hear_retried(request)
-                    request.notify()
-                    self._note(request, "request queued again", losses=decision.entry.losses)
-                    self.record(request)
-                case Finish():
-                    self._finish(self.requests[decision.entry.request_id], decision.code, decision.message)
+            try:
+                self._carry_out_one(decision)
+            except Exception:
+                request_id = decision.request_id if isinstance(decision, Stop) else decision.entry.request_id
+                log.exception("request broke the relay's own rules", request_id=request_id)
+                if (request := self.requests.get(request_id)) is not None:
+                    self._drop_broken(request)
+                if isinstance(decision, Start):  # its worker has not heard of it, so it will not give the slot back
+                    entry, now = decision.entry, trio.current_time()
+                    self.carry_out(self.scheduler.release(entry.worker_id or "", request_id, entry.attempt, now))
         self._tell_moved()
+
+    def _carry_out_one(self, decision: Decision) -> None:
+        match decision:
+            case Start():
+                self._start(self.requests[decision.entry.request_id], decision.from_seq)
+            case Stop():
+                if request := self.requests.get(decision.request_id):
+                    request.stopped_at = trio.current_time()
+                    request.step("stopping", why=decision.reason[:MAX_STEP_CHARS])
+                    request.notify()
+                    self.touch("requests", request.request_id)
+                    if request.entry.stopping is not None:
+                        self.record(request)  # a relay that is started again must not let it run on
+                if port := self.workers.get(decision.worker_id):
+                    port.cancel(decision.request_id, decision.reason)
+            case Requeued():
+                request = self.requests[decision.entry.request_id]
+                request.queued_at = trio.current_time()
+                request.stopped_at = None
+                request.details = {}
+                request.step("requeued", losses=decision.entry.losses)
+                self.stats.hear_retried(request)
+                request.notify()
+                self._note(request, "request queued again", losses=decision.entry.losses)
+                self.record(request)
+            case Finish():
+                self._finish(self.requests[decision.entry.request_id], decision.code, decision.message)
 
     def _start(self, request: Request, from_seq: int) -> None:
         entry = request.entry
@@ -484,6 +556,19 @@ class Relay:
             **{key: value for key, value in more.items() if value is not None},
         )
         self.touch("requests", request.request_id)
+
+
+def _broken_update(request_id: str) -> UpdateRequest:
+    """What the store keeps of a request that was given up; its attempt's number may be what was wrong with it."""
+    return UpdateRequest(
+        request_id=request_id,
+        state=State.FAILED,
+        attempt=1,
+        losses=0,
+        ended_at=time.time(),
+        code=ErrorCode.INTERNAL.value,
+        message=BROKEN,
+    )
 
 
 def _words_of_output(register: Register) -> str:

@@ -16,6 +16,9 @@ from relayd.store.base import DeleteRequest, DeleteSpace, Loaded, PutSpace, Requ
 
 log = structlog.get_logger("relayd")
 
+#: The wire counts attempts to a million, and the first after a restart skips one. No request gets anywhere near it.
+LAST_ATTEMPT = 999_990
+
 
 async def restore(relay: Relay, loaded: Loaded) -> None:
     """Open the spaces of the config and of the store, take up the requests, and find the results of those that ended.
@@ -42,15 +45,26 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
     results = await relay.results.open(ended)
     live = 0
     for stored in known:
-        request = _revive(relay, stored, results.get(stored.request_id))
-        if request.live:
-            live += 1
-            relay.scheduler.restore(request.entry, request.created_at)
-        relay.keep(request)
-        if stored.stopping is not None and request.live:
-            relay.cancel(request, stored.stopping)  # its worker may never have heard that, or may be gone
+        try:
+            live += _take_up(relay, stored, results.get(stored.request_id))
+        except Exception:
+            log.exception("set aside a request that cannot be restored", request_id=stored.request_id)
+            relay.set_aside(stored.request_id)
     if live or results:
         log.info("taken up from the store", requests=live, results=len(results))
+
+
+def _take_up(relay: Relay, stored: RequestRecord, result: Contents | None) -> bool:
+    """Give a request of the store its place again; returns whether it is live."""
+    if stored.attempt > LAST_ATTEMPT:
+        raise ValueError(f"attempt {stored.attempt} leaves the wire no number for another")
+    request = _revive(relay, stored, result)
+    if request.live:
+        relay.scheduler.restore(request.entry, request.created_at)
+    relay.keep(request)
+    if stored.stopping is not None and request.live:
+        relay.cancel(request, stored.stopping)  # its worker may never have heard that, or may be gone
+    return request.live
 
 
 async def _open(relay: Relay, record: SpaceRecord) -> None:

@@ -149,6 +149,7 @@ class Scheduler(HandOut):
             self._forget_away(entry)
         if attempt != entry.attempt or entry.hearsay:  # the relay was killed before the store had written that it began
             entry.attempt, entry.started_at, entry.reproducible = attempt, now, worker.reproducible
+            entry.may_be_behind = False
         entry.unsure = entry.hearsay = False
         self._run_on(entry, worker)
         worker.held[request_id] = attempt
@@ -165,6 +166,7 @@ class Scheduler(HandOut):
         self._run_on(entry, worker)
         if entry.unsure:
             entry.attempt, entry.unsure = entry.attempt + 2, False  # as in `_start`
+            entry.may_be_behind = False
         worker.held[entry.request_id] = entry.attempt
         return [Start(entry, entry.next_seq)]
 
@@ -262,6 +264,7 @@ class Scheduler(HandOut):
         """
         space = self.spaces[entry.space]
         self.entries[entry.request_id] = entry
+        entry.may_be_behind = True
         if entry.state is State.RUNNING:
             entry.lost_at = now
             space.running[entry.request_id] = entry
@@ -337,14 +340,18 @@ class Scheduler(HandOut):
         return [*stop, Requeued(entry), *self._hand_out(now)]
 
     def hear_of(self, request_id: str, attempt: int, now: float) -> list[Decision]:
-        """A listener has frames of the attempt after the one at hand, which a relay that was killed had not stored yet.
+        """A listener has frames of the attempt after the current one, which a relay that was killed had not stored yet.
 
-        It would drop all that comes of the one at hand, its end too: nothing goes on behind its frames. Who runs the
-        later one may still come.
+        The listener would drop everything of the current attempt, its end too, so nothing continues behind its frames.
+        The worker that runs the later attempt may still connect.
+
+        A listener's word counts once, and only while the store may really be behind: after a restart, until an
+        attempt starts. Otherwise the number is the scheduler's alone, and no client can raise it.
         """
         entry = self.entries.get(request_id)
-        if entry is None or attempt != entry.attempt + 1:
+        if entry is None or not entry.may_be_behind or attempt != entry.attempt + 1:
             return []
+        entry.may_be_behind = False
         entry.attempt, entry.next_seq, entry.hearsay = attempt, 0, True
         if entry.state is State.RUNNING and entry.lost_at is None:
             words = "a listener has heard a later attempt, which the relay lost when it was killed"

@@ -47,6 +47,8 @@ class Entry:
     unsure: bool = False
     #: After a restart: the attempt is known from a listener alone, and not where it began.
     hearsay: bool = False
+    #: After a restart, until an attempt starts: a listener may know of one attempt more than the store does.
+    may_be_behind: bool = False
     losses: int = 0
     #: Where the attempt runs; None while queued, and after a restart until its worker has come back.
     worker_id: str | None = None

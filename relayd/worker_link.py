@@ -174,6 +174,9 @@ class WorkerLink:
                     self.send(Input(request_id=request.request_id, name=name, offset=offset, data=piece))
         except LinkError:
             return
+        except Exception:  # this task lives in the nursery of all connections
+            log.exception("request broke the relay's own rules", request_id=request.request_id)
+            self.relay.fail_broken(request)
 
     def cancel(self, request_id: str, reason: str) -> None:
         """Have it stop a request."""

@@ -622,3 +622,24 @@ def test_an_attempt_that_only_a_listener_knows_of_and_nobody_runs_ends_under_its
     for attempt in (0, 1, 2, 4):
         assert bench.scheduler.hear_of("a", attempt, bench.now) == []
     assert bench["a"].attempt == 2
+
+
+def test_a_listener_cannot_raise_the_attempt_of_a_request_that_did_not_come_from_the_store() -> None:
+    bench = Bench()
+    bench.queue("a")
+    for attempt in range(1, 50):
+        assert bench.scheduler.hear_of("a", attempt, bench.now) == []
+    assert bench["a"].attempt == 0
+
+
+def test_after_a_restart_a_listener_is_believed_once_and_not_at_all_when_an_attempt_has_started() -> None:
+    bench = Bench()
+    bench.scheduler.restore(bench.entry("a", attempt=1, unsure=True), bench.now)
+    for attempt in range(2, 50):
+        bench.scheduler.hear_of("a", attempt, bench.now)
+    assert bench["a"].attempt == 2
+    bench.scheduler.restore(bench.entry("b", attempt=1, unsure=True, ticket=2), bench.now)
+    bench.join(slots=2)
+    started_with = bench["b"].attempt
+    bench.scheduler.hear_of("b", started_with + 1, bench.now)
+    assert bench["b"].attempt == started_with
