@@ -88,7 +88,7 @@ async def serve(
             await restore(relay, loaded)
             nursery.start_soon(intake.serve)
             nursery.start_soon(serve_places, relay)
-            nursery.start_soon(serve_stats, relay)
+            nursery.start_soon(serve_stats, relay.sample)
             nursery.start_soon(relay.results.serve_memory)
             nursery.start_soon(relay.results.serve_retention)
             nursery.start_soon(site.serve)

@@ -1,7 +1,5 @@
 """All that is known of one request, for the operator who asks: its row, its steps, what it asked for, who reads it."""
 
-from typing import TYPE_CHECKING
-
 import msgpack
 
 from protocol.codec import encode
@@ -9,12 +7,10 @@ from protocol.errors import EncodeError
 from protocol.fields import Value
 from protocol.messages import KIB, Done
 from relayd.asked import in_brief
+from relayd.relay import Relay
+from relayd.requests import Request
 from relayd.rows import Row, request_row
 from relayd.states import State
-
-if TYPE_CHECKING:
-    from relayd.relay import Relay
-    from relayd.requests import Request
 
 #: Of what it asked for; the rest of a description is below 16 KiB, but for `details`.
 ASKED_BYTES = 24 * KIB
@@ -23,7 +19,7 @@ DETAILS_BYTES = 8 * KIB
 MAX_READERS = 32
 
 
-def describe(relay: "Relay", request: "Request") -> Row:
+def describe(relay: Relay, request: Request) -> Row:
     """What `steer` `describe` answers with."""
     position = None
     if request.entry.state is State.QUEUED:

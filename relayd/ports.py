@@ -1,9 +1,18 @@
-"""What the relay's state knows of the connections of workers and of those that watch."""
+"""What the relay's state and its parts need of each other and of connections, as narrow protocols."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
-from protocol.messages import Ack
+import trio
+
+from protocol.duplex import Link
+from protocol.errors import ErrorCode
+from protocol.messages import Ack, Message
+from relayd.auth import Principal
+from relayd.config import Config
+from relayd.framelog import FrameReader
 from relayd.requests import Request
+from relayd.store.base import Store, UpdateRequest
 
 
 class WorkerPort(Protocol):
@@ -58,6 +67,97 @@ class WorkerPort(Protocol):
 
     def disconnect(self, reason: str) -> None:
         """End the connection."""
+
+
+class ConnectionPort(Protocol):
+    """A connection that has logged in, as far as the relay's state sees it."""
+
+    @property
+    def link(self) -> Link:
+        """What carries it."""
+
+    @property
+    def principal(self) -> Principal:
+        """Whose it is."""
+
+    @property
+    def agent(self) -> str:
+        """Its program and version."""
+
+    @property
+    def connected_at(self) -> float:
+        """Trio time of its login."""
+
+    def disconnect(self, reason: str) -> None:
+        """End it now."""
+
+
+class ClientPort(Protocol):
+    """A client's connection, as far as views and counters see it."""
+
+    sampled_bytes: int
+
+    @property
+    def connection_id(self) -> str:
+        """Of its connection."""
+
+    @property
+    def link(self) -> Link:
+        """What carries it."""
+
+    @property
+    def principal(self) -> Principal:
+        """Whose it is."""
+
+    @property
+    def held(self) -> Mapping[str, Request]:
+        """The requests it holds."""
+
+    @property
+    def readers(self) -> Mapping[str, FrameReader]:
+        """What it reads, by request id."""
+
+    @property
+    def backlog_bytes(self) -> int:
+        """What it has not taken yet."""
+
+    @property
+    def frames_sent(self) -> int:
+        """Since its login."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Since its login."""
+
+    def unfinished(self) -> list[FrameReader]:
+        """Readers of ended requests that have not sent all yet."""
+
+    def send(self, message: Message) -> None:
+        """Send a message of the relay's own."""
+
+
+class ResultsOwner(Protocol):
+    """What results need of the relay's state: the requests they belong to, and the three things they ask for."""
+
+    config: Config
+    store: Store
+    nursery: trio.Nursery
+    requests: dict[str, Request]
+
+    def live_requests(self) -> list[Request]:
+        """Those that have not ended."""
+
+    def standing(self, request: Request) -> UpdateRequest:
+        """How a request stands, as the store keeps it."""
+
+    def fail(self, request: Request, code: ErrorCode, message: str) -> None:
+        """End a request as failed."""
+
+    def forget(self, request: Request) -> None:
+        """Drop a request that has ended."""
+
+    def acknowledge(self, worker_id: str, ack: Ack) -> None:
+        """Have a worker forget an attempt, if it is there."""
 
 
 class Watcher(Protocol):

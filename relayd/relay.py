@@ -8,7 +8,6 @@ queued on links and by changes posted to the store. See `relayd.intake` for how 
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import attrs
 import structlog
@@ -29,8 +28,8 @@ from relayd.config import Config, SpaceConfig
 from relayd.deadlines import watch_deadlines
 from relayd.events import MAX_AUDIT, MAX_EVENTS, Ring
 from relayd.framelog import FrameReader
-from relayd.ports import Watcher, WorkerPort
-from relayd.requests import UNHEARD_GRACE_S, Request
+from relayd.ports import ClientPort, ConnectionPort, Watcher, WorkerPort
+from relayd.requests import UNHEARD_GRACE_S, Expiry, Request
 from relayd.results import Results
 from relayd.scheduler import Scheduler
 from relayd.spaces import Space as Space
@@ -38,10 +37,6 @@ from relayd.spaces import rules_of, serve_space
 from relayd.states import Decision, Finish, Joined, Requeued, Start, State, Stop, WorkerState
 from relayd.stats import Stats
 from relayd.store.base import PutSpace, SpaceRecord, Store, StoreError, UpdateRequest
-
-if TYPE_CHECKING:
-    from relayd.client_link import ClientLink
-    from relayd.wire import Connection
 
 log = structlog.get_logger("relayd")
 
@@ -62,8 +57,8 @@ class Relay:
     spaces: dict[str, Space] = attrs.field(factory=dict)
     requests: dict[str, Request] = attrs.field(factory=dict)
     workers: dict[str, WorkerPort] = attrs.field(factory=dict)
-    connections: dict[str, "Connection"] = attrs.field(factory=dict)
-    clients: dict[str, "ClientLink"] = attrs.field(factory=dict)
+    connections: dict[str, ConnectionPort] = attrs.field(factory=dict)
+    clients: dict[str, ClientPort] = attrs.field(factory=dict)
     watchers: set[Watcher] = attrs.field(factory=set)
     #: Set whenever a queue moved: places are to be told.
     moved: trio.Event = attrs.field(factory=trio.Event)
@@ -248,7 +243,14 @@ class Relay:
         self._ticket = max(self._ticket, request.entry.ticket)
         nursery = self.spaces[request.submit.space].nursery
         assert nursery is not None
-        nursery.start_soon(watch_deadlines, self, request, name=f"request {request.request_id}")
+        nursery.start_soon(
+            watch_deadlines,
+            request,
+            self.config.limits,
+            self.expire,
+            self.fail_broken,
+            name=f"request {request.request_id}",
+        )
         self.touch("requests", request.request_id)
 
     def forget(self, request: Request) -> None:
@@ -324,6 +326,47 @@ class Relay:
                 step()
             except Exception:
                 log.exception("request broke the relay's own rules", request_id=request_id)
+
+    def live_requests(self) -> list[Request]:
+        """Those that have not ended."""
+        return [self.requests[request_id] for request_id in self.scheduler.entries]
+
+    def acknowledge(self, worker_id: str, ack: Ack) -> None:
+        """Have a worker forget an attempt, if it is there."""
+        if port := self.workers.get(worker_id):
+            port.acknowledge(ack)
+
+    def sample(self, now: float) -> None:
+        """Make rates of what was counted."""
+        self.stats.sample(now, self.live_requests(), self.clients, self.spaces, self.scheduler.workers)
+
+    def expire(self, request: Request, expiry: Expiry) -> None:
+        """Carry out what a deadline says."""
+        request_id = request.request_id
+        match expiry:
+            case Expiry.NOBODY_HOLDS:
+                self.cancel(request, "its client went away and did not come back")
+            case Expiry.QUEUE_TIMEOUT:
+                self.fail(
+                    request,
+                    ErrorCode.QUEUE_TIMEOUT,
+                    f"no slot of space {request.submit.space!r} was free within {request.queue_timeout_s:g} s; "
+                    "try again later, or with a longer queue_timeout_s",
+                )
+            case Expiry.RUN_TIMEOUT:
+                self.fail(
+                    request,
+                    ErrorCode.RUN_TIMEOUT,
+                    f"it ran for {request.run_timeout_s:g} s; ask for less, or raise run_timeout_s",
+                )
+            case Expiry.IDLE_TIMEOUT:
+                message = f"its worker sent nothing for {request.idle_timeout_s:g} s"
+                self.lose(request_id, ErrorCode.IDLE_TIMEOUT, message)
+            case Expiry.WORKER_GONE:
+                message = f"worker {request.entry.worker_id or '(before the restart)'} is gone"
+                self.lose(request_id, ErrorCode.WORKER_LOST, message)
+            case Expiry.CANCEL_UNANSWERED:
+                self.carry_out([Finish(request.entry, None, "its worker did not answer the cancel")])
 
     def lose(self, request_id: str, code: ErrorCode, message: str) -> None:
         """An attempt is lost: tried again, or the request fails, by its retry policy."""

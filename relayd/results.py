@@ -7,7 +7,6 @@ whose frames neither fit in memory nor on the disk fails.
 """
 
 import functools
-from typing import TYPE_CHECKING
 
 import attrs
 import structlog
@@ -17,14 +16,12 @@ from protocol.codec import encode
 from protocol.errors import ErrorCode
 from protocol.messages import Cancelled, Failed
 from relayd.framelog import FrameLog, Memory
+from relayd.ports import ResultsOwner
 from relayd.requests import Request
 from relayd.resultfile import Contents, ResultFolder
 from relayd.spool import NoRoom, Spool
 from relayd.states import State
 from relayd.store.base import DeleteRequest, StoreError
-
-if TYPE_CHECKING:
-    from relayd.relay import Relay
 
 log = structlog.get_logger("relayd.results")
 
@@ -43,7 +40,7 @@ PRESSED_S = 0.25
 class Results:
     """Every request's frames, after they have come. Without a spool (`store = "memory"`) they lie in memory alone."""
 
-    relay: "Relay"
+    relay: ResultsOwner
     memory: Memory = attrs.field(init=False)
     spool: Spool | None = None
     #: Ended requests that are not safe yet; their workers have not been told to forget them.
@@ -130,8 +127,8 @@ class Results:
                 request.log.append(last_frame, ends=True)
                 if request.log.next_seq > 1 or request.details:  # else its record says as much
                     await self._seal(request)
-            if request.owed is not None and (port := self.relay.workers.get(request.owed[0])):
-                port.acknowledge(request.owed[1])
+            if request.owed is not None:
+                self.relay.acknowledge(*request.owed)
         except Exception:
             log.exception("request broke the relay's own rules", request_id=request.request_id)
         finally:
@@ -201,8 +198,7 @@ class Results:
             del self._doubled[request]
             request.log.let_go()
         while self.spool is not None and self.memory.held_bytes > enough:
-            live = (self.relay.requests[request_id] for request_id in self.relay.scheduler.entries)
-            largest = max(live, key=lambda request: request.log.memory_bytes, default=None)
+            largest = max(self.relay.live_requests(), key=lambda request: request.log.memory_bytes, default=None)
             if largest is None or not largest.log.memory_bytes:
                 break
             try:

@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import attrs
 import msgpack
@@ -16,12 +15,10 @@ from protocol.fields import Value
 from protocol.messages import KIB, SpacesReply
 from relayd.auth import iso_time
 from relayd.framelog import HIGH_WATER_BYTES
+from relayd.relay import Relay
+from relayd.requests import Request
 from relayd.states import State
 from relayd.store.base import TokenRecord
-
-if TYPE_CHECKING:
-    from relayd.relay import Relay
-    from relayd.requests import Request
 
 Row = dict[str, Value]
 #: Rows in one message: safely below the 64 KiB of a control message together with one last row.
@@ -59,7 +56,7 @@ def _listable(row: Row) -> bool:
         return False
 
 
-def relay_row(relay: "Relay") -> Row:
+def relay_row(relay: Relay) -> Row:
     """The daemon itself."""
     now, stats = trio.current_time(), relay.stats
     spaces = relay.scheduler.spaces.values()
@@ -95,7 +92,7 @@ def relay_row(relay: "Relay") -> Row:
     }
 
 
-def history_row(relay: "Relay") -> Row:
+def history_row(relay: Relay) -> Row:
     """What came in each of the last sixty seconds, the oldest first: for the curve that a screen begins with."""
     now, stats = trio.current_time(), relay.stats
     return {
@@ -105,7 +102,7 @@ def history_row(relay: "Relay") -> Row:
     }
 
 
-def space_row(relay: "Relay", name: str, *, with_params: bool = False) -> Row | None:
+def space_row(relay: Relay, name: str, *, with_params: bool = False) -> Row | None:
     """A space; `state` is `ready`, `no worker` or `paused`."""
     space = relay.spaces.get(name)
     if space is None:
@@ -137,7 +134,7 @@ def space_row(relay: "Relay", name: str, *, with_params: bool = False) -> Row | 
     return row
 
 
-def watched_space_row(relay: "Relay", name: str) -> Row | None:
+def watched_space_row(relay: Relay, name: str) -> Row | None:
     """A space, with what only an operator is told of it."""
     row = space_row(relay, name)
     if row is None:
@@ -156,7 +153,7 @@ def watched_space_row(relay: "Relay", name: str) -> Row | None:
     }
 
 
-def worker_row(relay: "Relay", worker_id: str) -> Row | None:
+def worker_row(relay: Relay, worker_id: str) -> Row | None:
     """A worker; `state` is `idle`, `busy`, `draining`, `stale` (connected, and silent) or `away`."""
     worker = relay.scheduler.workers.get(worker_id)
     if worker is None:
@@ -194,7 +191,7 @@ def worker_row(relay: "Relay", worker_id: str) -> Row | None:
     }
 
 
-def request_row(relay: "Relay", request_id: str, position: int | None = None) -> Row | None:
+def request_row(relay: Relay, request_id: str, position: int | None = None) -> Row | None:
     """A request, live or ended; `position` is its place in the queue, from 1."""
     request = relay.requests.get(request_id)
     if request is None:
@@ -230,14 +227,14 @@ def request_row(relay: "Relay", request_id: str, position: int | None = None) ->
     }
 
 
-def _started_at(request: "Request") -> float | None:
+def _started_at(request: Request) -> float | None:
     """When its attempt was handed out: the one that runs, or with which it ended; None if it ended in the queue."""
     entry = request.entry
     ran = entry.worker_id is not None and not request.live
     return entry.started_at if ran or entry.state is State.RUNNING else None
 
 
-def buffered_bytes(request: "Request") -> int:
+def buffered_bytes(request: Request) -> int:
     """What the reader that is furthest behind has not taken: nearly, as if all frames were of one size."""
     frames = request.log
     waiting = [
@@ -247,7 +244,7 @@ def buffered_bytes(request: "Request") -> int:
     return max(waiting, default=0)
 
 
-def client_row(relay: "Relay", connection_id: str) -> Row | None:
+def client_row(relay: Relay, connection_id: str) -> Row | None:
     """A connection of a client or an operator."""
     client = relay.clients.get(connection_id)
     if client is None:

@@ -5,8 +5,8 @@ What happens often is only counted, in plain numbers; once a second `sample` loo
 
 import math
 from collections import deque
-from collections.abc import Container, Iterable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Protocol, TypeVar
 
 import attrs
 import structlog
@@ -14,12 +14,8 @@ import trio
 
 from protocol.errors import ErrorCode
 from relayd.histogram import REAL_TIME_FACTORS, WAIT_S, Histogram
+from relayd.requests import Request
 from relayd.states import State
-
-if TYPE_CHECKING:
-    from relayd.client_link import ClientLink
-    from relayd.relay import Relay
-    from relayd.requests import Request
 
 T = TypeVar("T")
 log = structlog.get_logger("relayd.stats")
@@ -37,6 +33,20 @@ MAX_SEEN_WORKERS = 1_000
 #: Codes that are counted by name; a worker may fail a request with any word.
 KNOWN_CODES = frozenset(str(code) for code in ErrorCode)
 OTHER_CODE = "other"
+
+
+class SentBytes(Protocol):
+    """A connection that is sent frames, as far as counting goes."""
+
+    sampled_bytes: int
+
+    @property
+    def connection_id(self) -> str:
+        """Of its connection."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Since its login."""
 
 
 @attrs.define(eq=False)
@@ -244,13 +254,13 @@ class Stats:
         """Of those frames."""
         return self.past_frame_bytes + sum(worker.frame_bytes for worker in self.workers.values())
 
-    def sent_bytes(self, clients: Mapping[str, "ClientLink"]) -> int:
+    def sent_bytes(self, clients: Mapping[str, SentBytes]) -> int:
         """Of frames sent since the start; `clients` are those that are there."""
         return self.out_bytes + sum(client.bytes_sent - client.sampled_bytes for client in clients.values())
 
     # -- what happens
 
-    def hear_accepted(self, request: "Request") -> None:
+    def hear_accepted(self, request: Request) -> None:
         """A request is in."""
         now = trio.current_time()
         self.accepted.add(now)
@@ -260,7 +270,7 @@ class Stats:
         """A request was refused; `space` is None where there is none of that name."""
         count(self.rejected if space is None else self.of_space(space).rejected, code)
 
-    def hear_started(self, request: "Request", from_seq: int) -> None:
+    def hear_started(self, request: Request, from_seq: int) -> None:
         """A request was handed to a worker, whose frames begin at `from_seq`."""
         started_at = request.entry.started_at
         if started_at != request.counted_start_at:  # else it was handed out again to the worker that had it
@@ -269,22 +279,22 @@ class Stats:
         if not from_seq:
             self.hear_anew(request)
 
-    def hear_anew(self, request: "Request") -> None:
+    def hear_anew(self, request: Request) -> None:
         """What an attempt has put out is void, and was made all the same."""
         self._hear_audio(request)
         request.audio_bytes = 0
 
-    def _hear_audio(self, request: "Request") -> None:
+    def _hear_audio(self, request: Request) -> None:
         """An attempt is over, and what it has put out counts from now on without it."""
         made_ms = audio_ms(request)
         self.audio_ms += made_ms
         self.of_space(request.submit.space).audio_ms += made_ms
 
-    def hear_retried(self, request: "Request") -> None:
+    def hear_retried(self, request: Request) -> None:
         """An attempt was lost, and the request waits for another."""
         self.of_space(request.submit.space).retried += 1
 
-    def hear_resumed(self, request: "Request") -> None:
+    def hear_resumed(self, request: Request) -> None:
         """A worker came back, and goes on with the request."""
         self.of_space(request.submit.space).resumed += 1
 
@@ -299,7 +309,7 @@ class Stats:
             del seen[next(iter(seen))]
         seen[worker_id] = None
 
-    def hear_first_frame(self, request: "Request", now: float) -> None:
+    def hear_first_frame(self, request: Request, now: float) -> None:
         """The first output of a request has come."""
         waited_s = now - request.created_at
         self.first_audio.add(now, waited_s)
@@ -307,7 +317,7 @@ class Stats:
         space.first_audio.add(now, waited_s)
         space.first_audio_s.add(waited_s)
 
-    def hear_ended(self, request: "Request", state: State, now: float) -> None:
+    def hear_ended(self, request: Request, state: State, now: float) -> None:
         """A request has ended as `state`."""
         self._hear_audio(request)
         space = self.of_space(request.submit.space)
@@ -333,22 +343,28 @@ class Stats:
 
     # -- what is looked at once a second
 
-    def sample(self, relay: "Relay", now: float) -> None:
+    def sample(
+        self,
+        now: float,
+        live: Iterable[Request],
+        clients: Mapping[str, SentBytes],
+        spaces: Container[str],
+        workers: Container[str],
+    ) -> None:
         """Make rates of the counters, and forget spaces, workers and clients that are gone."""
-        live = (relay.requests[request_id] for request_id in relay.scheduler.entries)
         self.audio_s = (self.audio_ms + sum(map(audio_ms, live))) / 1000
         self.audio.add(now, self.audio_s - self.audio.total)
         self.frames_in.sample(now, self.frame_bytes)
         for worker in self.workers.values():
             worker.rate.sample(now, worker.frame_bytes)
-        self._sample_clients(relay.clients, now)
+        self._sample_clients(clients, now)
         self.out.sample(now, self.out_bytes)
-        _forget(self.spaces, relay.spaces)
-        for gone in _forget(self.workers, relay.scheduler.workers):
+        _forget(self.spaces, spaces)
+        for gone in _forget(self.workers, workers):
             self.past_frames += gone.frames
             self.past_frame_bytes += gone.frame_bytes
 
-    def _sample_clients(self, clients: Mapping[str, "ClientLink"], now: float) -> None:
+    def _sample_clients(self, clients: Mapping[str, SentBytes], now: float) -> None:
         """Of thousands of clients few are sent anything: only those have a rate."""
         for client in [client for client in clients.values() if client.bytes_sent != client.sampled_bytes]:
             if client.connection_id not in self.clients:
@@ -363,7 +379,7 @@ class Stats:
                 del self.clients[connection_id]
 
 
-def audio_ms(request: "Request") -> int:
+def audio_ms(request: Request) -> int:
     """Milliseconds of audio that the attempt at hand has put out."""
     return round(1000 * (request.audio_s or 0.0))
 
@@ -378,11 +394,11 @@ def _forget(known: dict[str, T], there: Container[str]) -> list[T]:
     return [known.pop(name) for name in list(known) if name not in there]
 
 
-async def serve_stats(relay: "Relay") -> None:
+async def serve_stats(sample: Callable[[float], None]) -> None:
     """Look at the counters once a second, until cancelled."""
     while True:
         await trio.sleep(SAMPLE_S)
         try:
-            relay.stats.sample(relay, trio.current_time())
+            sample(trio.current_time())
         except Exception:
             log.exception("counting broke the relay's own rules")

@@ -16,7 +16,7 @@ from protocol.fields import Value
 from protocol.messages import Delta, Snapshot
 from protocol.queues import to_tell
 from protocol.watch import COUNTS_ON
-from relayd.client_link import ClientLink
+from relayd.ports import ClientPort
 from relayd.relay import Relay
 from relayd.rows import (
     TOPICS,
@@ -64,7 +64,7 @@ Gone = dict[str, list[str]]
 class Watching:
     """One operator's watch; `serve` is its task, and `begin` starts it over with other topics."""
 
-    client: ClientLink
+    client: ClientPort
     relay: Relay
     _topics: frozenset[str] = frozenset()
     #: Rows to be told anew, (topic, key): in the next round, and with the next look.

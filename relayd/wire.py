@@ -38,9 +38,9 @@ from relayd.config import Limits
 from relayd.failures import TOO_MANY_FAILURES, LoginFailures, address_of
 from relayd.handshake import Head, Refusal, answer_to, check_upgrade, parse_head
 from relayd.heads import split_head
-from relayd.http.login import may_come_from
 from relayd.intake import Intake
 from relayd.operator import Operator
+from relayd.origins import may_come_from
 from relayd.plane import BROKE, OUR_MISTAKE, Plane, SocketLink
 from relayd.relay import Relay
 from relayd.worker_link import WorkerLink

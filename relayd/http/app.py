@@ -12,9 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from protocol.errors import ErrorCode
 from protocol.messages import PATH
 from relayd.http import openai, operations, page, requests
-from relayd.http.login import may_come_from
 from relayd.http.refusals import Refusal
 from relayd.http.site import Site
+from relayd.origins import may_come_from
 
 log = structlog.get_logger("relayd.http")
 

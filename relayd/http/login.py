@@ -84,17 +84,3 @@ def address_of(request: Request) -> str:
         if lines and (address := last_address(lines[-1])) is not None:
             return address
     return failures.address_of(visit_of(request).peer)
-
-
-def may_come_from(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
-    """Whether a browser's page may send requests here.
-
-    Args:
-        origin: of the page, as `Origin` has it; "" where there is none, as from whatever is no browser.
-        host: as `Host` has it. A page of our own comes from there; behind a proxy its scheme may be another.
-        allowed: `allowed_origins`.
-    """
-    if not origin or origin in allowed or "*" in allowed:
-        return True
-    scheme, _, place = origin.partition("://")
-    return scheme in ("http", "https") and place.lower() == host.lower()

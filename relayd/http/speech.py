@@ -7,7 +7,7 @@ stretches time itself, and every space has the same 0.25 to 4.
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
@@ -16,9 +16,7 @@ from protocol.fields import Rule, Value, boolean, kind_of, number, one_of, text
 from protocol.messages import AudioFormat
 from relayd.http.encoding import CODINGS, MAX_SPEED, MIN_SPEED, Coding
 from relayd.http.refusals import Refusal
-
-if TYPE_CHECKING:
-    from relayd.spaces import Space
+from relayd.spaces import Space
 
 #: Of a body. What it asks for must fit a message of 64 KiB, in JSON each character may be written with six.
 MAX_BODY_BYTES = 400_000
@@ -126,7 +124,7 @@ def _utf8(value: Value) -> None:
         raise ValueError("holds a lone surrogate, which is no character") from None
 
 
-def params_of(speech: Speech, space: "Space") -> dict[str, Value]:
+def params_of(speech: Speech, space: Space) -> dict[str, Value]:
     """The params with which a space is asked to speak.
 
     Before its first worker has come a space has declared nothing; then the first name of each is taken, and the worker
@@ -155,7 +153,7 @@ def params_of(speech: Speech, space: "Space") -> dict[str, Value]:
     return {name: value for name, value in params.items() if name is not None}
 
 
-def _param(space: "Space", field: str) -> str | None:
+def _param(space: Space, field: str) -> str | None:
     """Name of the param that a field becomes; None where the space has none for it."""
     names, properties = PARAMS[field], space.params.get("properties", {})
     if not properties:
@@ -168,7 +166,7 @@ def _asks(schema: Value) -> bool:
     return isinstance(schema, dict) and not ("const" in schema and schema["const"] is None)
 
 
-def voices_of(space: "Space") -> tuple[str, ...] | None:
+def voices_of(space: Space) -> tuple[str, ...] | None:
     """The voices that a space's worker has declared, its default aside; None where it takes any name."""
     name = _param(space, "voice")
     if name is None:
@@ -181,7 +179,7 @@ def voices_of(space: "Space") -> tuple[str, ...] | None:
     return tuple(voice for voice in schema["enum"] if isinstance(voice, str))
 
 
-def _no_such_voice(voice: str, space: "Space", voices: Iterable[str]) -> str:
+def _no_such_voice(voice: str, space: Space, voices: Iterable[str]) -> str:
     names = [DEFAULT_VOICE, *(name for name in voices if name != DEFAULT_VOICE)]
     told = ", ".join(names[:MAX_VOICES_TOLD])
     if len(names) > MAX_VOICES_TOLD:
@@ -205,6 +203,6 @@ def usage_of(speech: Speech, audio_s: float) -> dict[str, Value]:
     return {"input_tokens": heard, "output_tokens": spoken, "total_tokens": heard + spoken}
 
 
-def speaks(space: "Space") -> bool:
+def speaks(space: Space) -> bool:
     """Whether a space makes audio of text; one that no worker has served yet may."""
     return (not space.engine or isinstance(space.format, AudioFormat)) and _param(space, "input") is not None

@@ -163,7 +163,7 @@ async def test_audio_stays_counted_whatever_becomes_of_its_attempt(tmp_path: Pat
         submit, stats = a_submit(retry="always"), relay.relay.stats
 
         def told_s() -> float:
-            stats.sample(relay.relay, trio.current_time())
+            relay.relay.sample(trio.current_time())
             assert stats.audio_s == Told(relay.relay)("audio_seconds_total")
             return stats.audio_s
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 from textual import on
 from textual.app import ComposeResult
@@ -16,12 +16,10 @@ from tui.actions import ACTIONS, TOPIC_OF, Plan
 from tui.filters import Filter
 from tui.picture import Picture, View
 from tui.screens.dialogs import ConfirmDialog, ExportDialog
+from tui.screens.host import ScreenHost
 from tui.widgets.drawn import Piece
 from tui.widgets.lines import CrumbLine, KeyLine, Part, StatusLine, status
 from tui.widgets.rows import Rows
-
-if TYPE_CHECKING:
-    from tui.app import RelayTui
 
 
 class RelayScreen(Screen[None]):
@@ -49,9 +47,9 @@ class RelayScreen(Screen[None]):
         self._table: Rows | None = None
 
     @property
-    def relay_app(self) -> "RelayTui":
-        """The app, as what it is."""
-        return cast("RelayTui", self.app)
+    def relay_app(self) -> ScreenHost:
+        """The app, as screens see it."""
+        return cast(ScreenHost, self.app)
 
     # -- for subclasses ----------------------------------------------------------------------------------------
 
@@ -147,7 +145,7 @@ class RelayScreen(Screen[None]):
 
     def _crumbs(self) -> list[Part]:
         app = self.relay_app
-        trail = [screen.title_text for screen in app.screen_stack if isinstance(screen, RelayScreen)]
+        trail = [screen.title_text for screen in self.app.screen_stack if isinstance(screen, RelayScreen)]
         parts: list[Part] = [(0, [(f" {glyphs.CRUMB} ".join(["relay", *trail]), "title")])]
         if app.readonly:
             parts.append((3, [("read-only", "warn")]))
@@ -224,7 +222,7 @@ class RelayScreen(Screen[None]):
         if isinstance(plan, str):
             app.tell(plan, "warn")
         elif plan.question:
-            app.push_screen(ConfirmDialog(plan.question, plan.names), partial(self._confirmed, plan))
+            self.app.push_screen(ConfirmDialog(plan.question, plan.names), partial(self._confirmed, plan))
         else:
             self._do(plan)
 

@@ -22,9 +22,9 @@ from protocol.messages import PATH, Audio, Cancel, Cancelled, Submit
 from relayd.failures import MAX_FAILURES, WINDOW_S, LoginFailures, address_of
 from relayd.http.app import HEADERS, make_app
 from relayd.http.holding import open_request
-from relayd.http.login import may_come_from
 from relayd.http.reply import Reply, Streamed
 from relayd.http.site import Site
+from relayd.origins import may_come_from
 from relayd.store.base import TokenLimits
 from tests.relayd.harness import Daemon, an_id, daemon, fake_worker, kept_logs, peer, samples, seat, until
 from tests.relayd.http.visitor import visitor

@@ -1,0 +1,45 @@
+"""What the screens use of the app: no screen needs to know the app itself."""
+
+from typing import Protocol
+
+from tui.actions import Plan
+from tui.feed import Ask, Listen
+from tui.picture import Picture
+from tui.widgets.drawn import Piece
+
+
+class ScreenHost(Protocol):
+    """The app, as screens see it."""
+
+    picture: Picture
+    readonly: bool
+    frozen_at: float | None
+    rate: float
+    notice: Piece
+    space: str | None
+
+    @property
+    def shown(self) -> Picture:
+        """What is drawn: the current state of the relay, or a frozen one."""
+
+    @property
+    def now_shown(self) -> float:
+        """The time that is drawn, in seconds of the app's clock."""
+
+    def clock(self) -> float:
+        """Seconds, monotonic."""
+
+    def tell(self, text: str, token: str = "") -> None:
+        """Show a notice in the last line for a while."""
+
+    def ask(self, ask: Ask | Listen) -> None:
+        """Have the feed do something."""
+
+    def carry_out(self, plan: Plan) -> None:
+        """Have the relay carry out every step of a plan."""
+
+    def draw_soon(self) -> None:
+        """Draw again within a moment."""
+
+    def show_log(self, name: str) -> None:
+        """Switch to the log, filtered by a name."""
