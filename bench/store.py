@@ -20,7 +20,7 @@ ROUNDS = 5
 
 
 def measure() -> list[Row]:
-    """Commits as `relayd.intake` makes them, each durable before the next of the same committer."""
+    """Commits as `relayd.core.admission` makes them, each durable before the next of the same committer."""
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as name:
         folder = Path(name)
         disk = filesystem_of(folder)

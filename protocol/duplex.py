@@ -2,7 +2,7 @@
 
 Here is all that a link decides: what may be sent, what was heard, who is silent or takes nothing, how it ends. How
 bytes get to the transport and back is its subclasses' part: `protocol.streamlink` over any Trio stream, with tasks;
-`relayd.plane` over the relay's sockets, without any. No function here waits but those that say `async`.
+`relayd.net.reactor` over the relay's sockets, without any. No function here waits but those that say `async`.
 """
 
 import abc

@@ -13,11 +13,11 @@ from protocol.client import Relay, open_relay
 from protocol.errors import ConnectError, LinkError, LoginRefused, RequestRejected
 from protocol.fields import Value
 from protocol.messages import SPACE_PATTERN, Snapshot
-from relayd.auth import Tokens, parse_expires, parse_limits
-from relayd.config import Config, ConfigError, SpaceConfig
-from relayd.rows import Row, token_row
+from relayd.auth.tokens import Tokens, parse_expires, parse_limits
+from relayd.config.schema import Config, ConfigError, SpaceConfig
 from relayd.store.base import DeleteSpace, PutSpace, PutToken, SpaceRecord, StoreError, StoreInUse
-from relayd.store.opening import OfflineStore, open_offline
+from relayd.store.factory import OfflineStore, open_offline
+from relayd.views.rows import Row, token_row
 
 #: For a daemon on the same machine to answer a command.
 ANSWER_S = 10.0

@@ -18,15 +18,15 @@ from protocol.fields import Value
 from protocol.messages import ROLES
 from protocol.terminal import printable, printable_json, printable_lines, table
 from relayd.admin import Admin, AdminError, NotRunning, open_admin
-from relayd.allocator import keep_freed_memory
-from relayd.app import serve
-from relayd.config import Config, ConfigError, SpaceConfig, load_config
+from relayd.config.loader import load_config
+from relayd.config.schema import Config, ConfigError, SpaceConfig, parse_annotation
+from relayd.connections.listener import ListenError
+from relayd.daemon import serve
 from relayd.demo import DEFAULT_TEXT, DemoFailed, run_demo
-from relayd.listener import ListenError
-from relayd.logs import set_up_logs
-from relayd.rows import Row
-from relayd.settings import parse_annotation
+from relayd.logs.setup import set_up_logs
+from relayd.service.malloc import keep_freed_memory
 from relayd.store.base import StoreError, TokenLimits
+from relayd.views.rows import Row
 
 _LIMITS = tuple(field.name for field in attrs.fields(TokenLimits))
 

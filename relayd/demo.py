@@ -22,10 +22,10 @@ from protocol.audio import AudioWriter
 from protocol.client import open_relay
 from protocol.errors import LinkError, RequestError
 from protocol.messages import Accepted, Audio, AudioFormat, Queued, Started
-from relayd.auth import Tokens
-from relayd.config import load_config
+from relayd.auth.tokens import Tokens
+from relayd.config.loader import load_config
 from relayd.store.base import PutToken
-from relayd.store.opening import open_offline
+from relayd.store.factory import open_offline
 
 DEFAULT_TEXT = (
     "Hello world. This sentence was spoken by a worker, sent through a relay while it was being made, "

@@ -11,10 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.errors import ErrorCode
 from protocol.messages import PATH
-from relayd.http import openai, operations, page, requests
-from relayd.http.refusals import Refusal
-from relayd.http.site import Site
-from relayd.origins import may_come_from
+from relayd.auth.origins import may_come_from
+from relayd.http import health_routes, static_page
+from relayd.http.context import Site
+from relayd.http.errors import Refusal
+from relayd.http.openai import routes as openai_routes
+from relayd.http.requests_api import routes as requests_routes
 
 log = structlog.get_logger("relayd.http")
 
@@ -39,7 +41,7 @@ CORS = {
 def make_app(site: Site) -> Starlette:
     """The application that serves `site`."""
     app = Starlette(
-        routes=[*requests.routes(), *openai.routes(), *operations.routes(), *page.routes()],
+        routes=[*requests_routes.routes(), *openai_routes.routes(), *health_routes.routes(), *static_page.routes()],
         middleware=[Middleware(Manners, site=site)],
         exception_handlers={Refusal: _refused, HTTPException: _unroutable, Exception: _broken},
     )
@@ -86,7 +88,11 @@ class Manners:
 
 def shaped(path: str, refusal: Refusal) -> Response:
     """A refusal in the shape of the API that `path` belongs to."""
-    body = openai.error_body(refusal) if path.startswith(openai.PATHS) else requests.error_body(refusal)
+    body = (
+        openai_routes.error_body(refusal)
+        if path.startswith(openai_routes.PATHS)
+        else requests_routes.error_body(refusal)
+    )
     return JSONResponse(body, refusal.status, headers=refusal.headers)
 
 

@@ -24,11 +24,11 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ASGISendEvent, ConnectionState, Scope, TaskGroup
 from starlette.types import ASGIApp
 
-from relayd import heads
-from relayd.auth import PeerCredentials
-from relayd.heads import MAX_HEAD_BYTES, PrefixedStream
-from relayd.http.refusals import CutShort
-from relayd.http.site import Site, Visit
+from relayd.auth.tokens import PeerCredentials
+from relayd.http.context import Site, Visit
+from relayd.http.errors import CutShort
+from relayd.net import http_head
+from relayd.net.http_head import MAX_HEAD_BYTES, PrefixedStream
 
 log = structlog.get_logger("relayd.http")
 
@@ -212,7 +212,7 @@ class _Connection:
                     None,
                     self.send,
                 )
-                self._reading.deadline = trio.current_time() + heads.HEAD_S
+                self._reading.deadline = trio.current_time() + http_head.HEAD_S
                 with self._reading:
                     await self._read()
                 await self._protocol.handle(Closed())
@@ -238,7 +238,7 @@ class _Connection:
                 self.upgrade = self._protocol.upgrade
                 return
             if self._protocol.has_part_of_a_head and not self._done:
-                self._reading.deadline = min(self._reading.deadline, trio.current_time() + heads.HEAD_S)
+                self._reading.deadline = min(self._reading.deadline, trio.current_time() + http_head.HEAD_S)
 
     def end_if_idle(self) -> None:
         """Hang up unless a request is being answered."""

@@ -17,6 +17,6 @@ from relayd.store.base import StoreInUse as StoreInUse
 from relayd.store.base import TokenLimits as TokenLimits
 from relayd.store.base import TokenRecord as TokenRecord
 from relayd.store.base import UpdateRequest as UpdateRequest
-from relayd.store.opening import OfflineStore as OfflineStore
-from relayd.store.opening import open_offline as open_offline
-from relayd.store.opening import open_store as open_store
+from relayd.store.factory import OfflineStore as OfflineStore
+from relayd.store.factory import open_offline as open_offline
+from relayd.store.factory import open_store as open_store

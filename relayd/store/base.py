@@ -14,8 +14,8 @@ import attrs
 from protocol.errors import ErrorCode
 from protocol.fields import Value
 from protocol.messages import ENDED_STATES, AudioFormat, InputRule, Submit
-from relayd.histogram import DISK_S, Histogram
-from relayd.settings import SpaceConfig
+from relayd.config.schema import SpaceConfig
+from relayd.stats.histogram import DISK_S, Histogram
 
 LOCK_NAME = "relayd.lock"
 #: Entries that wait for a disk that takes nothing: a few minutes of a busy relay, some 50 MiB.

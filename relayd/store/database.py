@@ -15,7 +15,7 @@ import msgpack
 from protocol.errors import ProtocolError
 from protocol.fields import parse_part
 from protocol.messages import AudioFormat, InputRule, Submit
-from relayd.settings import ConfigError, SpaceConfig
+from relayd.config.schema import ConfigError, SpaceConfig
 from relayd.store.base import (
     Change,
     DeleteRequest,

@@ -8,7 +8,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from relayd.logs import get_logger
+from relayd.logs.setup import get_logger
 from relayd.store.base import MAX_POSTED, Change, Loaded, StorageFull, Store, StoreError
 from relayd.store.database import BadChange, Database, Statement
 

@@ -27,7 +27,7 @@ AGENT = "relayd"
 @contextmanager
 def open_echo() -> Iterator[str]:
     """The URL of an echo of our own."""
-    command = [sys.executable, "-m", "relayd.echo", "--listen", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "tests.conformance.echo_server", "--listen", "127.0.0.1:0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as echo:
         assert echo.stdout is not None
         try:

@@ -27,7 +27,7 @@ def echo() -> Iterator[Echo]:
     if url := os.environ.get(ECHO_URL):
         yield Echo(int(url.rpartition(":")[2].rstrip("/")), None)
         return
-    command = [sys.executable, "-W", "error", "-m", "relayd.echo", "--listen", "127.0.0.1:0"]
+    command = [sys.executable, "-W", "error", "-m", "tests.conformance.echo_server", "--listen", "127.0.0.1:0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None

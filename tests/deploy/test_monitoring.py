@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from protocol.messages import Hello, Rejected
-from relayd.auth import Tokens
-from relayd.metrics import HttpReading, Scrape
+from relayd.auth.tokens import Tokens
+from relayd.http.prometheus import HttpReading, Scrape
 from tests.relayd.harness import a_submit, daemon, fake_worker, peer, samples
 
 ROOT = Path(__file__).parents[2]

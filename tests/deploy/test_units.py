@@ -12,7 +12,7 @@ import relayd.cli
 from gpuworker.runner import LOAD_TIMEOUT_S
 from protocol.cli import _parser as relay_parser
 from protocol.exits import USAGE
-from relayd.reload import NEEDS_RESTART
+from relayd.config_reload import NEEDS_RESTART
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from protocol.messages import AudioFormat
-from relayd.http.encoding import CODINGS
+from relayd.http.audio.encoder import CODINGS
 from tests.e2e.processes import Place, Proc, a_place, a_relay, a_worker
 from tests.relayd.http.hearing import decoded, energy_likeness, of_pcm, spectral_likeness
 

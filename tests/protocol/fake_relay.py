@@ -33,8 +33,8 @@ from protocol.messages import (
     Submit,
     Welcome,
 )
-from relayd.handshake import Refusal, answer_to, parse_head
-from relayd.heads import ends, read_head, split_head
+from relayd.net.http_head import ends, read_head, split_head
+from relayd.net.websocket_handshake import Refusal, answer_to, parse_head
 
 M = TypeVar("M", bound=Message)
 

@@ -27,11 +27,12 @@ from protocol.messages import (
     Table,
 )
 from protocol.watch import COUNTS_ON, ROW_KEYS
-from relayd import events, rows
-from relayd.asked import in_brief
-from relayd.describing import describe
-from relayd.operator import Operator
-from relayd.settings import Limits, SpaceConfig
+from relayd.config.schema import Limits, SpaceConfig
+from relayd.connections.operator import Operator
+from relayd.logs import recent
+from relayd.requests.summary import in_brief
+from relayd.views import rows
+from relayd.views.request_detail import describe
 
 DOC = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 #: Heading -> text up to the next heading of any level. The same heading may stand twice in other sections.
@@ -211,7 +212,7 @@ def test_the_table_of_steers_is_the_operators_table() -> None:
 
 
 def keys_of(function: Any) -> set[str]:
-    """The keys that a function of `relayd.rows` gives its row: those of its literals and its assignments."""
+    """The keys that a function of `relayd.views.rows` gives its row: those of its literals and its assignments."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     keys: set[str] = set()
     for node in ast.walk(tree):
@@ -231,8 +232,8 @@ def keys_of(function: Any) -> set[str]:
         ("requests", [rows.request_row]),
         ("clients", [rows.client_row]),
         ("history", [rows.history_row]),
-        ("log", [events.event_row, events.Ring.add]),
-        ("audit", [Operator._note, events.Ring.add]),
+        ("log", [recent.event_row, recent.Ring.add]),
+        ("audit", [Operator._note, recent.Ring.add]),
     ],
 )
 def test_every_key_of_an_operators_row_is_named(topic: str, functions: list[Any]) -> None:

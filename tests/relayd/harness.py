@@ -35,12 +35,13 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.transport import connect
-from relayd.app import serve
-from relayd.auth import Tokens
-from relayd.config import Config, load_config
-from relayd.http.site import Site
-from relayd.logs import tell_taps
-from relayd.relay import Relay
+from relayd.auth.tokens import Tokens
+from relayd.config.loader import load_config
+from relayd.config.schema import Config
+from relayd.core.relay import Relay
+from relayd.daemon import serve
+from relayd.http.context import Site
+from relayd.logs.setup import tell_taps
 
 FORMAT = AudioFormat(sample_rate=24_000)
 SCHEMA: dict[str, Any] = {
@@ -168,7 +169,7 @@ async def daemon(state_dir: Path, **overrides: Any) -> AsyncIterator[Daemon]:
         return made[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relayd.app.Site", make)
+        patch.setattr("relayd.daemon.Site", make)
         async with running(config) as urls:
             yield Daemon(urls, made[0])
 

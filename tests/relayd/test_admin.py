@@ -15,7 +15,7 @@ import trio
 from protocol.errors import LinkBroken, LoginRefused
 from relayd.admin import AdminError, NotRunning, open_admin
 from relayd.cli import main
-from relayd.config import load_config
+from relayd.config.loader import load_config
 from tests.relayd.harness import Daemon, a_submit, daemon, fake_worker, kept_logs, peer, until
 
 CONFIG = 'listen = ""\n[spaces.tts]\ndescription = "of the file"\n'

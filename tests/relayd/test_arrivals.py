@@ -22,7 +22,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.rfc6455 import BINARY, Close, Parser, make_frame
-from relayd.wire import Gate
+from relayd.connections.gateway import Gate
 from tests.relayd.harness import Daemon, daemon, kept_logs, peer, until
 
 
@@ -108,7 +108,7 @@ def gates(monkeypatch: pytest.MonkeyPatch) -> list[Gate]:
         made.append(Gate(*args))
         return made[-1]
 
-    monkeypatch.setattr("relayd.app.Gate", make)
+    monkeypatch.setattr("relayd.daemon.Gate", make)
     return made
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import ErrorCode
 from protocol.messages import Hello, Rejected
-from relayd.auth import (
+from relayd.auth.tokens import (
     NewToken,
     PeerCredentials,
     Principal,

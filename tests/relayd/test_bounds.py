@@ -22,8 +22,8 @@ from protocol.messages import (
     Status,
     StatusReply,
 )
-from relayd import intake, results
-from relayd.states import State
+from relayd.core import admission, retention
+from relayd.scheduling.model import State
 from relayd.store import StoreError
 from tests.relayd.harness import a_submit, an_input, daemon, fake_worker, peer, samples, until
 
@@ -94,8 +94,8 @@ async def test_the_order_of_keys_makes_no_other_request(tmp_path: Path) -> None:
 
 @pytest.mark.trio
 async def test_ended_requests_are_bounded_in_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "MAX_ENDED", 3)
-    monkeypatch.setattr(results, "REAP_INTERVAL_S", 0.01)
+    monkeypatch.setattr(retention, "MAX_ENDED", 3)
+    monkeypatch.setattr(retention, "REAP_INTERVAL_S", 0.01)
     async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
         submits = [a_submit() for _ in range(6)]
         for submit in submits:
@@ -109,7 +109,7 @@ async def test_ended_requests_are_bounded_in_number(tmp_path: Path, monkeypatch:
 
 @pytest.mark.trio
 async def test_uploads_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "MAX_UPLOADING_BYTES", 1_000)
+    monkeypatch.setattr(admission, "MAX_UPLOADING_BYTES", 1_000)
     async with daemon(tmp_path, limits={"max_input_bytes": 1_000}) as relay, peer(relay.url, "client") as client:
         first, second = (a_submit(inputs={"voice": an_input(VOICE)}) for _ in range(2))
         client.send(first)
@@ -206,7 +206,7 @@ async def test_a_token_reaches_only_requests_of_its_spaces(tmp_path: Path) -> No
 
 @pytest.mark.trio
 async def test_connections_that_never_log_in_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.wire.MAX_STRANGERS", 2)
+    monkeypatch.setattr("relayd.connections.gateway.MAX_STRANGERS", 2)
     async with daemon(tmp_path, limits={"max_connections": 1}) as relay:
         path = relay.url.removeprefix("unix:")
         streams = [await trio.open_unix_socket(path) for _ in range(3)]

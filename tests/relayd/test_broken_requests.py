@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from protocol.messages import Assign, Attach, Cancel, Failed, Rejected, Status, StatusReply
-from relayd import relay as relay_module
+from relayd.core import relay as relay_module
 from relayd.store.database import DATABASE_NAME
 from tests.relayd.harness import Daemon, Peer, a_submit, an_id, daemon, fake_worker, peer, samples, until
 
@@ -50,7 +50,7 @@ async def test_an_assign_that_cannot_be_built_ends_its_request_and_frees_the_slo
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad, hits = a_submit(), list[str]()
-    monkeypatch.setattr("relayd.worker_link.Assign", raises_once(Assign, bad.request_id, hits))
+    monkeypatch.setattr("relayd.connections.worker.Assign", raises_once(Assign, bad.request_id, hits))
     async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
         client.send(bad)
         async with fake_worker(relay.url, instance=an_id()) as worker:

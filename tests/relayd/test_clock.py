@@ -10,8 +10,8 @@ import trio
 
 from protocol.errors import LoginRefused
 from protocol.messages import Attach, Done, Error, Failed, Queued, Rejected, Status, StatusReply, Steer
-from relayd import results
-from relayd.rows import relay_row
+from relayd.core import retention
+from relayd.views.rows import relay_row
 from tests.relayd.harness import Daemon, a_submit, daemon, fake_worker, peer, samples, until
 
 DAY_S = 86_400.0
@@ -120,7 +120,7 @@ async def test_a_running_request_keeps_its_own_deadlines(tmp_path: Path, wall: W
 async def test_results_are_kept_for_their_time_and_no_longer(
     tmp_path: Path, wall: WallClock, monkeypatch: pytest.MonkeyPatch, jump_s: float
 ) -> None:
-    monkeypatch.setattr(results, "REAP_INTERVAL_S", 0.05)
+    monkeypatch.setattr(retention, "REAP_INTERVAL_S", 0.05)
     kept = {"results": {"retain_s": 1.0}, "store": "sqlite"}
     async with (
         daemon(tmp_path, **kept) as relay,

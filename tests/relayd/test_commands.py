@@ -16,10 +16,10 @@ from protocol.exits import quiet_stdout
 from protocol.messages import AudioFormat, Completed, Frame, Started
 from relayd import demo
 from relayd.admin import AdminError, open_admin
-from relayd.auth import Tokens
+from relayd.auth.tokens import Tokens
 from relayd.cli import _print_rows, main
 from relayd.store.base import PutToken
-from relayd.store.opening import open_offline
+from relayd.store.factory import open_offline
 from tests.relayd.harness import a_config, running
 
 ID = "1" * 32

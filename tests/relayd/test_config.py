@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.fields import FieldError
-from relayd.config import Config, ConfigError, Limits, LogConfig, SpaceConfig, Tls, default_state_dir, load_config
-from relayd.settings import is_loopback, split_listen
+from relayd.config.loader import default_state_dir, load_config
+from relayd.config.schema import Config, ConfigError, Limits, LogConfig, SpaceConfig, Tls, is_loopback, split_listen
 
 ROOT = Path(__file__).parents[2]
 HOME = {"HOME": "/home/ann"}
@@ -37,7 +37,7 @@ def test_the_file_of_the_repository_says_what_the_defaults_say() -> None:
 
 
 def test_without_a_file_there_are_the_defaults_and_one_space(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.config.SYSTEM_FILE", file.parent / "none.toml")
+    monkeypatch.setattr("relayd.config.loader.SYSTEM_FILE", file.parent / "none.toml")
     config = load_config(None, environ=HOME)
     assert config.spaces == {"tts": SpaceConfig()}
     assert config.listen_address == ("127.0.0.1", 8765)
@@ -46,7 +46,7 @@ def test_without_a_file_there_are_the_defaults_and_one_space(file: Path, monkeyp
 
 def test_the_file_is_looked_for_in_a_fixed_order(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system, named = file.parent / "system.toml", file.parent / "named.toml"
-    monkeypatch.setattr("relayd.config.SYSTEM_FILE", system)
+    monkeypatch.setattr("relayd.config.loader.SYSTEM_FILE", system)
     system.write_text("drain_timeout_s = 1")
     assert load_config(None, environ=HOME).drain_timeout_s == 1
     file.write_text("drain_timeout_s = 2")

@@ -29,12 +29,12 @@ from protocol.messages import (
     Status,
     StatusReply,
 )
-from relayd.app import serve
-from relayd.auth import Tokens
-from relayd.config import ConfigError
-from relayd.listener import ListenError
+from relayd.auth.tokens import Tokens
+from relayd.config.schema import ConfigError
+from relayd.connections.listener import ListenError
+from relayd.daemon import serve
 from relayd.store.base import PutToken, StoreInUse, TokenLimits
-from relayd.store.opening import open_offline
+from relayd.store.factory import open_offline
 from tests.relayd.harness import (
     Cable,
     a_config,
@@ -111,7 +111,7 @@ def trusting() -> ssl.SSLContext:
 async def test_all_goes_over_tls_and_its_door_takes_nothing_in_plain_text(
     tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relayd.listener.TLS_HANDSHAKE_S", 0.5)
+    monkeypatch.setattr("relayd.connections.listener.TLS_HANDSHAKE_S", 0.5)
     text = a_token(tmp_path)
     tls = {"cert": TLS / "cert.pem", "key": TLS / "key.pem"}
     async with daemon(tmp_path, listen="127.0.0.1:0", tls=tls, store="sqlite") as relay:
@@ -215,7 +215,7 @@ NO_HANDSHAKES = {
 async def test_what_is_no_handshake_is_cut_off_and_is_no_fault_of_the_relays(
     tmp_path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch, what: str, hangs_up: bool
 ) -> None:
-    monkeypatch.setattr("relayd.heads.HEAD_S", 0.2)
+    monkeypatch.setattr("relayd.net.http_head.HEAD_S", 0.2)
     more = {"limits": {"hello_timeout_s": 0.2}, "http": {"keep_alive_s": 0.2}}
     async with daemon(tmp_path, listen="127.0.0.1:0", **more) as relay:
         async with dial(relay.urls[0]) as stream:
@@ -231,7 +231,7 @@ async def test_what_is_no_handshake_is_cut_off_and_is_no_fault_of_the_relays(
 
 @pytest.mark.trio
 async def test_a_head_that_trickles_is_cut_off_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.heads.HEAD_S", 0.1)
+    monkeypatch.setattr("relayd.net.http_head.HEAD_S", 0.1)
     async with daemon(tmp_path) as relay:
         async with dial(relay.url) as stream:
             refused = False
@@ -414,7 +414,7 @@ async def test_a_stalled_reader_is_cut_off_and_another_of_the_same_request_misse
 
 @pytest.fixture
 def _reaps_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.results.REAP_INTERVAL_S", 0.02)
+    monkeypatch.setattr("relayd.core.retention.REAP_INTERVAL_S", 0.02)
 
 
 @pytest.mark.trio

@@ -4,7 +4,7 @@ import attrs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relayd.fairqueue import FairQueue
+from relayd.scheduling.fair_queue import FairQueue
 
 
 @attrs.define(eq=False)

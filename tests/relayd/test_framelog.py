@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relayd.framelog import FRAME_COST_BYTES, HIGH_WATER_BYTES, FrameLog, FrameReader
+from relayd.frames.frame_log import FRAME_COST_BYTES, HIGH_WATER_BYTES, FrameLog, FrameReader
 
 #: Four of them fill a sink.
 BIG = HIGH_WATER_BYTES // 4

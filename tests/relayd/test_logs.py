@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from relayd.auth import Tokens
-from relayd.logs import get_logger, set_level, set_up_logs
-from relayd.settings import LogConfig
+from relayd.auth.tokens import Tokens
+from relayd.config.schema import LogConfig
+from relayd.logs.setup import get_logger, set_level, set_up_logs
 
 SECRET = Tokens().create(role="worker", name="ann", now=0.0).text
 

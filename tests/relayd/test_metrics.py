@@ -13,11 +13,11 @@ from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from protocol.messages import Audio, Cancel, Failed, Rejected, Running, Started
-from relayd.auth import Tokens
-from relayd.histogram import Histogram
-from relayd.metrics import HttpReading, Scrape
-from relayd.relay import Relay
-from relayd.stats import MAX_SEEN_WORKERS, Stats
+from relayd.auth.tokens import Tokens
+from relayd.core.relay import Relay
+from relayd.http.prometheus import HttpReading, Scrape
+from relayd.stats.counters import MAX_SEEN_WORKERS, Stats
+from relayd.stats.histogram import Histogram
 from tests.relayd.harness import (
     FORMAT,
     a_submit,

@@ -32,7 +32,7 @@ from protocol.rfc6455 import (
     make_frame,
 )
 from protocol.rules import LinkRules
-from relayd.plane import Plane, SocketLink, open_plane
+from relayd.net.reactor import Plane, SocketLink, open_plane
 from tests.relayd.harness import until
 
 FAREWELL = Error(code="slow_consumer", message="connect again")
@@ -545,7 +545,7 @@ async def test_a_fault_of_who_waits_for_a_link_to_drain_ends_that_link_and_no_ot
 
 @pytest.mark.trio
 async def test_a_relay_that_stood_still_takes_nobody_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.plane.LATE_S", 0.1)
+    monkeypatch.setattr("relayd.net.reactor.LATE_S", 0.1)
     async with linked(ping_interval_s=0.2, dead_after_s=0.6) as (_plane, link, far):
         await far.next()
         await far.send(b"here", PONG)

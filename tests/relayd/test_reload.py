@@ -16,11 +16,12 @@ import trio
 
 from protocol.address import parse_address
 from protocol.errors import LinkError, LoginRefused
-from relayd.app import serve
-from relayd.auth import Tokens
-from relayd.config import Config, load_config
-from relayd.relay import Relay
-from relayd.reload import Reload
+from relayd.auth.tokens import Tokens
+from relayd.config.loader import load_config
+from relayd.config.schema import Config
+from relayd.config_reload import Reload
+from relayd.core.relay import Relay
+from relayd.daemon import serve
 from relayd.store.base import PutToken, StoreError, TokenRecord
 from relayd.store.memory import MemoryStore
 from tests.relayd.harness import a_submit, fake_worker, kept_logs, peer, running, until
@@ -81,7 +82,7 @@ async def reloading(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) 
     async def serve_it(config: Config, **more: Any) -> None:
         await serve(config, reread=reread, **more)
 
-    monkeypatch.setattr("relayd.app.Reload", make)
+    monkeypatch.setattr("relayd.daemon.Reload", make)
     monkeypatch.setattr("tests.relayd.harness.serve", serve_it)
     with kept_logs() as logs:
         async with running(reread()) as urls:

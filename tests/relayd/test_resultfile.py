@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relayd import resultfile
-from relayd.resultfile import FIRST_OFFSET, DamagedResult, Index, ResultFolder, extend, new_index
+from relayd.frames import frame_file
+from relayd.frames.frame_file import FIRST_OFFSET, DamagedResult, Index, ResultFolder, extend, new_index
 from tests.relayd.harness import an_id
 
 FRAMES = [b"started", b"x" * 70_000, b"", b"completed"]
@@ -133,7 +133,7 @@ def test_a_flipped_byte_is_never_passed_on(tmp_path_factory: pytest.TempPathFact
 
 def test_the_last_of_the_disk_is_left_to_the_store(folder: ResultFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = os.statvfs(folder.path)
-    monkeypatch.setattr(resultfile, "KEEP_FREE_BYTES", (disk.f_blocks + 1) * disk.f_frsize)
+    monkeypatch.setattr(frame_file, "KEEP_FREE_BYTES", (disk.f_blocks + 1) * disk.f_frsize)
     with pytest.raises(OSError, match="MiB are left on the disk") as refused:
         a_file(folder, FRAMES)
     assert refused.value.errno == errno.ENOSPC

@@ -26,9 +26,9 @@ from protocol.messages import (
     StatusReply,
     Submit,
 )
-from relayd import results
-from relayd.resultfile import ResultFolder
-from relayd.spool import Spool
+from relayd.core import retention
+from relayd.frames.frame_file import ResultFolder
+from relayd.frames.spool import Spool
 from relayd.store.base import StorageFull
 from relayd.store.sqlite import SqliteStore
 from tests.relayd.harness import (
@@ -459,7 +459,7 @@ async def test_the_oldest_files_make_room(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _reaps_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "REAP_INTERVAL_S", 0.02)
+    monkeypatch.setattr(retention, "REAP_INTERVAL_S", 0.02)
 
 
 @pytest.mark.trio

@@ -5,8 +5,19 @@ import pytest
 
 from protocol.errors import ErrorCode
 from protocol.messages import Rejected
-from relayd.scheduler import Scheduler
-from relayd.states import Decision, Entry, Finish, Joined, Requeued, SpaceRules, Start, State, Stop, WorkerState
+from relayd.scheduling.model import (
+    Decision,
+    Entry,
+    Finish,
+    Joined,
+    Requeued,
+    SpaceRules,
+    Start,
+    State,
+    Stop,
+    WorkerState,
+)
+from relayd.scheduling.scheduler import Scheduler
 
 TONE = "tone 24000"
 

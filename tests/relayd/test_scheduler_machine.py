@@ -9,8 +9,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from protocol.errors import ErrorCode
 from protocol.messages import Rejected
-from relayd.scheduler import Scheduler
-from relayd.states import Decision, Entry, Finish, Joined, Requeued, SpaceRules, Start, State, Stop, WorkerState
+from relayd.scheduling.model import (
+    Decision,
+    Entry,
+    Finish,
+    Joined,
+    Requeued,
+    SpaceRules,
+    Start,
+    State,
+    Stop,
+    WorkerState,
+)
+from relayd.scheduling.scheduler import Scheduler
 
 SPACES = {
     "tts": SpaceRules(max_workers=2, max_queued=8),

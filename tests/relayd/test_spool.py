@@ -13,9 +13,9 @@ import attrs
 import pytest
 import trio
 
-from relayd.framelog import HIGH_WATER_BYTES, FrameLog, FrameReader, Memory
-from relayd.resultfile import ResultFolder
-from relayd.spool import NoRoom, Spool
+from relayd.frames.frame_file import ResultFolder
+from relayd.frames.frame_log import HIGH_WATER_BYTES, FrameLog, FrameReader, Memory
+from relayd.frames.spool import NoRoom, Spool
 from tests.relayd.harness import an_id, until
 
 BIG = HIGH_WATER_BYTES // 4

@@ -34,9 +34,9 @@ from protocol.messages import (
     Steer,
 )
 from protocol.streamlink import StreamLink
-from relayd.framelog import HIGH_WATER_BYTES
-from relayd.rows import relay_row
-from relayd.wire import STALLED
+from relayd.connections.gateway import STALLED
+from relayd.frames.frame_log import HIGH_WATER_BYTES
+from relayd.views.rows import relay_row
 from tests.relayd.harness import (
     FORMAT,
     SCHEMA,

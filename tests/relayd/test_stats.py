@@ -5,9 +5,9 @@ import msgpack
 import pytest
 
 from protocol.messages import InputInfo
-from relayd.asked import in_brief
-from relayd.events import Ring, event_row
-from relayd.stats import MAX_SAMPLES, End, Ends, Lately, Minute, Rate, Stats
+from relayd.logs.recent import Ring, event_row
+from relayd.requests.summary import in_brief
+from relayd.stats.counters import MAX_SAMPLES, End, Ends, Lately, Minute, Rate, Stats
 from tests.relayd.harness import a_submit
 
 

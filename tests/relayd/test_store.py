@@ -17,7 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from protocol.errors import ErrorCode
 from protocol.messages import AudioFormat, InputInfo, InputRule, Submit
-from relayd.config import Config, SpaceConfig
+from relayd.config.schema import Config, SpaceConfig
 from relayd.store import (
     Change,
     DeleteRequest,
@@ -166,7 +166,7 @@ import sys
 from pathlib import Path
 import trio
 from relayd.store import PutRequest, UpdateRequest, open_store
-from relayd.config import Config
+from relayd.config.loader import Config
 from tests.relayd.test_store import request, request_id
 
 async def main():

@@ -8,11 +8,11 @@ import pytest
 import trio
 
 from protocol.systemd import ServiceManager, examine
-from relayd.listener import describe
+from relayd.connections.listener import describe
+from relayd.service.health import Service
 from relayd.store.base import StorageFull
 from relayd.store.database import Database
 from relayd.store.memory import MemoryStore
-from relayd.systemd import Service
 from tests.protocol.fake_systemd import fake_systemd
 from tests.relayd.harness import a_config, a_submit, daemon, fake_worker, peer, running
 
@@ -23,7 +23,7 @@ TLS = Path(__file__).parent.parent / "protocol" / "tls"
 async def test_it_tells_that_it_is_ready_how_it_stands_and_that_it_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relayd.systemd.STATUS_INTERVAL_S", 0.01)
+    monkeypatch.setattr("relayd.service.health.STATUS_INTERVAL_S", 0.01)
     with fake_systemd(tmp_path / "notify") as systemd:
         monkeypatch.setenv("NOTIFY_SOCKET", systemd.address)
         async with daemon(tmp_path / "state", drain_timeout_s=5.0) as relay:

@@ -473,8 +473,8 @@ async def test_who_steered_what_is_told_and_logged_and_questions_are_not(tmp_pat
 
 @pytest.mark.trio
 async def test_rounds_that_cost_much_are_further_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.watching.MAX_SHARE", 1e-9)
-    monkeypatch.setattr("relayd.watching.MAX_PAUSE_S", 0.6)
+    monkeypatch.setattr("relayd.views.watch.MAX_SHARE", 1e-9)
+    monkeypatch.setattr("relayd.views.watch.MAX_PAUSE_S", 0.6)
     async with daemon(tmp_path) as relay, peer(relay.url, "client") as client, screen(relay, "requests") as shown:
         times: list[float] = []
         for _ in range(3):

@@ -12,7 +12,7 @@ from av.audio.resampler import AudioResampler
 from numpy.typing import NDArray
 
 from protocol.messages import AudioFormat
-from relayd.http.encoding import PCM
+from relayd.http.audio.encoder import PCM
 
 Samples = NDArray[np.float64]
 #: Energy is looked at in windows of this length; codecs begin with up to 70 ms of their own silence.

@@ -15,7 +15,7 @@ import soundfile
 import trio
 
 from protocol.messages import AudioFormat
-from relayd.http.encoding import (
+from relayd.http.audio.encoder import (
     CODINGS,
     PCM,
     AudioExtraMissing,
@@ -24,7 +24,7 @@ from relayd.http.encoding import (
     open_encoder,
     with_sizes,
 )
-from relayd.http.transcoding import check_coding, open_transcoder
+from relayd.http.audio.threaded_encoder import check_coding, open_transcoder
 from tests.relayd.http.hearing import decoded, energy_likeness, of_pcm, spectral_likeness, speech_like
 
 ALL = tuple(CODINGS)
@@ -194,7 +194,7 @@ def test_without_the_extra_wav_and_pcm_as_it_comes_are_made() -> None:
 
 def test_nothing_heavy_is_imported_before_it_is_asked_for() -> None:
     program = (
-        "import sys, relayd.http.transcoding\n"
+        "import sys, relayd.http.audio.threaded_encoder\n"
         "assert not {'av', 'soxr', 'numpy'} & sys.modules.keys(), 'imported at once'\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -15,7 +15,7 @@ import trio
 
 from protocol import open_relay
 from protocol.messages import Assign, Audio, AudioFormat, Cancel, Completed, Failed, Started
-from relayd.http.encoding import CODINGS, AudioExtraMissing
+from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from tests.relayd.harness import FORMAT, SCHEMA, Daemon, FakeWorker, daemon, fake_worker, seat, until
 from tests.relayd.http.asking import Answer, asking
 from tests.relayd.http.hearing import decoded, energy_likeness, of_pcm, spectral_likeness, speech_like
@@ -393,7 +393,7 @@ async def test_without_the_audio_extra_the_error_says_how_to_install_it(
     async def missing(name: str, speed: float, source: AudioFormat) -> None:
         raise AudioExtraMissing(name)
 
-    monkeypatch.setattr("relayd.http.openai.check_coding", missing)
+    monkeypatch.setattr("relayd.http.openai.routes.check_coding", missing)
     async with speaking(tmp_path) as (relay, _):
         status, told, _ = await error_of(relay.url)
         assert (status, told["code"], told["param"]) == (422, "format_unavailable", "response_format")

@@ -16,9 +16,9 @@ from starlette.routing import Route
 
 from protocol.codec import decode
 from protocol.messages import FROM_RELAY, Assign
-from relayd.http import requests
-from relayd.http.openapi import DOCUMENT, PATHS
-from relayd.http.refusals import STATUS
+from relayd.http.errors import STATUS
+from relayd.http.requests_api import routes as requests_routes
+from relayd.http.requests_api.openapi import DOCUMENT, PATHS
 from tests.relayd.harness import FakeWorker, daemon, fake_worker, samples
 from tests.relayd.http.visitor import visitor
 
@@ -31,7 +31,7 @@ EXAMPLES = 40
 
 
 def test_every_route_is_described_and_nothing_else() -> None:
-    served = {route.path for route in requests.routes() if isinstance(route, Route)}
+    served = {route.path for route in requests_routes.routes() if isinstance(route, Route)}
     assert served - {"/openapi.json", "/v1/relay"} == PATHS.keys()
 
 
@@ -56,7 +56,7 @@ async def test_the_document_is_served_without_a_token(tmp_path: Path) -> None:
 async def test_the_relay_does_as_its_document_says(
     tmp_path: Path, mode: GenerationMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relayd.failures.MAX_FAILURES", 1_000_000)  # wrong tokens are part of what is tried
+    monkeypatch.setattr("relayd.auth.login_throttle.MAX_FAILURES", 1_000_000)  # wrong tokens are part of what is tried
     async with daemon(tmp_path, listen="127.0.0.1:0") as relay, fake_worker(relay.url, slots=64) as worker:
         token = relay.tokens.create(role="client", name="ann", now=0.0).text
         url = re.sub("^ws", "http", relay.urls[0])

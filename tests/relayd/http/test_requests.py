@@ -325,7 +325,7 @@ async def test_an_endless_upload_is_refused_at_its_cap_and_not_read_on(tmp_path:
 async def test_a_client_that_stops_in_the_middle_of_a_body_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relayd.http.bodies.BODY_STALL_S", 0.1)
+    monkeypatch.setattr("relayd.http.body_parser.BODY_STALL_S", 0.1)
     async with daemon(tmp_path) as relay, visitor(relay.url) as http:
         head = f"POST {POST} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{{"
         await http.stream.send_all(head.encode())
@@ -339,7 +339,7 @@ async def test_a_client_that_stops_in_the_middle_of_a_body_is_not_waited_for(
 async def test_a_body_that_only_trickles_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relayd.http.bodies.BODY_STALL_S", 0.2)
+    monkeypatch.setattr("relayd.http.body_parser.BODY_STALL_S", 0.2)
     async with daemon(tmp_path) as relay, visitor(relay.url) as http:
         head = f"POST {POST} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
         await http.stream.send_all(head.encode())
@@ -417,7 +417,7 @@ async def test_a_failure_is_told_as_an_event_and_a_bad_last_event_id_is_refused(
 
 @pytest.mark.trio
 async def test_a_silent_stream_is_kept_open_by_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.http.events.COMMENT_S", 0.05)
+    monkeypatch.setattr("relayd.http.requests_api.event_stream.COMMENT_S", 0.05)
     async with daemon(tmp_path) as relay, visitor(relay.url) as http, visitor(relay.url) as other:
         posted = await other.ask("POST", POST, told={"params": {"text": "x"}})
         answer = await http.open("GET", one(posted, "/events"))

@@ -19,12 +19,12 @@ from starlette.routing import Route
 
 from protocol.errors import LoginRefused
 from protocol.messages import PATH, Audio, Cancel, Cancelled, Submit
-from relayd.failures import MAX_FAILURES, WINDOW_S, LoginFailures, address_of
+from relayd.auth.login_throttle import MAX_FAILURES, WINDOW_S, LoginFailures, address_of
+from relayd.auth.origins import may_come_from
 from relayd.http.app import HEADERS, make_app
-from relayd.http.holding import open_request
-from relayd.http.reply import Reply, Streamed
-from relayd.http.site import Site
-from relayd.origins import may_come_from
+from relayd.http.context import Site
+from relayd.http.request_stream import open_request
+from relayd.http.streaming_response import Reply, Streamed
 from relayd.store.base import TokenLimits
 from tests.relayd.harness import Daemon, an_id, daemon, fake_worker, kept_logs, peer, samples, seat, until
 from tests.relayd.http.visitor import visitor
@@ -127,7 +127,7 @@ async def staged(state_dir: Path, **overrides: Any) -> AsyncIterator[tuple[Daemo
         return app
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relayd.app.make_app", make)
+        patch.setattr("relayd.daemon.make_app", make)
         async with daemon(state_dir, **overrides) as relay:
             yield relay, stage
 
@@ -191,7 +191,7 @@ async def test_a_head_that_trickles_on_a_used_connection_is_cut_off(
 ) -> None:
     async with staged(tmp_path) as (relay, _), visitor(relay.url) as http:
         assert (await http.get("/fine")).status == 200
-        monkeypatch.setattr("relayd.heads.HEAD_S", 0.1)
+        monkeypatch.setattr("relayd.net.http_head.HEAD_S", 0.1)
         await http.stream.send_all(b"GET /fine HTTP/1.1\r\nHost: x\r\n")
         assert await http.hears_the_end()
 
@@ -578,7 +578,7 @@ async def test_every_answer_has_the_headers_that_keep_browsers_safe(tmp_path: Pa
 
 @pytest.mark.trio
 async def test_connections_of_both_kinds_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.wire.MAX_STRANGERS", 1)
+    monkeypatch.setattr("relayd.connections.gateway.MAX_STRANGERS", 1)
     async with staged(tmp_path, limits={"max_connections": 1}) as (relay, _):
         async with visitor(relay.url) as one, peer(relay.url, "client"):
             assert (await one.get("/fine")).status == 200

@@ -11,10 +11,10 @@ from gpuworker.engines import mock
 from gpuworker.engines.voxcpm.schema import Abilities, params_schema
 from protocol.messages import AudioFormat
 from protocol.params import check_params
-from relayd.config import SpaceConfig
-from relayd.http.refusals import Refusal
-from relayd.http.speech import Speech, params_of, parse_speech, speaks, usage_of, voices_of
-from relayd.spaces import Space
+from relayd.config.schema import SpaceConfig
+from relayd.core.space import Space
+from relayd.http.errors import Refusal
+from relayd.http.openai.speech_request import Speech, params_of, parse_speech, speaks, usage_of, voices_of
 
 FORMAT = AudioFormat(sample_rate=24_000)
 ESPEAK = {

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import trio
 
-from relayd import heads
-from relayd.heads import forwarded_for
+from relayd.net import http_head
+from relayd.net.http_head import forwarded_for
 from tests.relayd.harness import daemon, kept_logs, until
 from tests.relayd.http.asking import ask_on, open_stream
 
@@ -51,7 +51,7 @@ async def test_a_websocket_may_come_behind_other_requests(size: int, tmp_path: P
 
 @pytest.mark.trio
 async def test_a_slow_head_behind_other_requests_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "HEAD_S", 0.05)
+    monkeypatch.setattr(http_head, "HEAD_S", 0.05)
     async with daemon(tmp_path, **TCP) as relay, used_connection(relay.urls[0]) as stream:
         await stream.send_all(UPGRADE[:40])
         assert await stream.receive_some() == b""

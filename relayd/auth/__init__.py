@@ -1,0 +1,1 @@
+"""Tokens, principals, allowed origins and the throttle on failed logins."""

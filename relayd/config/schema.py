@@ -1,0 +1,396 @@
+"""The settings, as frozen classes, and the strict conversion from tables to them; `loader` reads the files.
+
+Nothing is coerced, what is unknown is refused, and every fault is told at once with its path. A setting is one
+line in its class: the annotation carries the rule, so a class that is built by hand (a space created at run
+time) is held to the same rules as the file.
+"""
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+
+import attrs
+import cattrs
+from cattrs.gen import make_dict_structure_fn, override
+
+from protocol.fields import FieldError, Rule, Value, array_of, boolean, integer, kind_of, maybe, number, one_of, text
+from protocol.messages import MAX_MESSAGE_BYTES, SPACE_PATTERN
+
+KIB = 1024
+MIB = 1024 * KIB
+
+Fields = list["attrs.Attribute[Any]"]
+SettingsT = TypeVar("SettingsT")
+
+
+class ConfigError(Exception):
+    """The settings cannot be used.
+
+    Attributes:
+        faults: every one, as `path.to.key: what is wrong`.
+    """
+
+    def __init__(self, faults: Iterable[str], source: str = "configuration") -> None:
+        self.faults = list(faults)
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__("\n  ".join([f"{source}: {count}", *self.faults]))
+
+
+def split_listen(listen: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`; an IPv6 host stands in brackets.
+
+    Raises:
+        ValueError: says how to write it.
+    """
+    host, colon, port = listen.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{listen!r}: put an IPv6 address in brackets, as in [::1]:8765")
+    if not colon or not host or not re.fullmatch(r"[0-9]{1,5}", port):
+        raise ValueError(f"{listen!r} is not HOST:PORT; 0.0.0.0:8765 takes every IPv4 address of the machine")
+    if int(port) > 65_535:
+        raise ValueError(f"port {port} is over 65535")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# -- rules of single settings -------------------------------------------------------------------------------------
+
+
+def _listen(value: Value) -> None:
+    text(255)(value)
+    if value:
+        split_listen(value)
+
+
+def _origin(value: Value) -> None:
+    text(255)(value)
+    if value != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", value):
+        raise ValueError(f"{value!r} is not an origin like https://example.org (no path, no trailing slash)")
+
+
+def _mode(value: Value) -> None:
+    integer(0)(value)
+    if value > 0o777:
+        raise ValueError(f"is {value}; write a file mode in octal, as in 0o660")
+
+
+def _path(value: Value) -> None:
+    if isinstance(value, Path):
+        return
+    text(4096)(value)
+    if not value or "\0" in value:
+        raise ValueError("must not be empty")
+
+
+_seconds = number(0.001, 1e7)
+_from_zero_s = number(0.0, 1e7)
+_count = integer(1, 1_000_000)
+_bytes = integer(1, 2**40)
+
+
+def parse_annotation(annotation: Any) -> tuple[Any, Rule | None]:
+    """The plain type and, where one is annotated, the rule."""
+    if get_origin(annotation) is Annotated:
+        kind, rule = get_args(annotation)
+        return kind, rule
+    return annotation, None
+
+
+def _keep_rule(kind: Any, rule: Rule, value: Value) -> Value:
+    rule(value)
+    if kind is float:
+        return float(value)
+    if kind is Path:
+        return Path(value)
+    return tuple(value) if get_origin(kind) is tuple else value
+
+
+def _with_rules(_cls: type, fields: Fields) -> Fields:
+    """Make every annotated rule hold on construction, too."""
+    return [_with_rule(field) for field in fields]
+
+
+def _with_rule(field: "attrs.Attribute[Any]") -> "attrs.Attribute[Any]":
+    kind, rule = parse_annotation(field.type)
+    if rule is None:
+        return field
+
+    def convert(value: Value) -> Value:
+        try:
+            return _keep_rule(kind, rule, value)
+        except ValueError as fault:
+            raise FieldError(f"{field.name}: {fault}") from None
+
+    return field.evolve(converter=convert)
+
+
+# -- the settings -------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+class Tls:
+    """Files of the certificate chain and its key, PEM."""
+
+    cert: Annotated[Path, _path]
+    key: Annotated[Path, _path]
+
+
+@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+class LogConfig:
+    """What is logged, and how: `auto` is `console` on a terminal and `json` elsewhere."""
+
+    level: Annotated[str, one_of("debug", "info", "warning", "error")] = "info"
+    format: Annotated[Literal["auto", "console", "json"], one_of("auto", "console", "json")] = "auto"
+
+
+@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+class Limits:
+    """Deadlines and sizes that hold for all connections and requests."""
+
+    hello_timeout_s: Annotated[float, number(0.01, 60)] = 3.0
+    ping_interval_s: Annotated[float, number(0.01, 3600)] = 5.0
+    dead_after_s: Annotated[float, number(0.02, 36_000)] = 15.0
+    #: How long a request outlives its last holder; 0 cancels it at once.
+    resume_window_s: Annotated[float, _from_zero_s] = 30.0
+    #: How long a request that ran on a lost worker waits for that worker to come back.
+    worker_grace_s: Annotated[float, _from_zero_s] = 30.0
+    stall_timeout_s: Annotated[float, _seconds] = 60.0
+    cancel_grace_s: Annotated[float, _from_zero_s] = 5.0
+    #: Fits, with the daemon's own files, below the 1,024 descriptors that Linux grants by default.
+    max_connections: Annotated[int, _count] = 900
+    #: Per connection; must hold the largest message.
+    max_backlog_bytes: Annotated[int, integer(2 * MAX_MESSAGE_BYTES, 2**40)] = 8 * MIB
+    max_input_bytes: Annotated[int, _bytes] = 32 * MIB
+    max_result_bytes: Annotated[int, _bytes] = 64 * MIB
+
+
+@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+class Results:
+    """How long, and where, what requests put out is kept.
+
+    Args:
+        retain_s: an ended request and its result are known this long.
+        memory_bytes: of all frames in memory; what is more lies in files in the state folder.
+        disk_bytes: of all those files; the oldest results go first.
+    """
+
+    retain_s: Annotated[float, _from_zero_s] = 600.0
+    memory_bytes: Annotated[int, _bytes] = 256 * MIB
+    disk_bytes: Annotated[int, _bytes] = 2048 * MIB
+
+
+@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+class Http:
+    """What holds for HTTP alone.
+
+    Args:
+        max_wait_s: `/v1/audio/speech` refuses a request that is told to wait longer for its start, with `queue_full`.
+        keep_alive_s: how long a connection waits for its next request.
+        metrics: who may ask for `/metrics`: `token` is a client's or an operator's for all spaces, `operator` an
+            operator's alone, `public` anybody.
+    """
+
+    max_wait_s: Annotated[float, _from_zero_s] = 120.0
+    metrics: Annotated[Literal["token", "operator", "public"], one_of("token", "operator", "public")] = "token"
+    keep_alive_s: Annotated[float, number(0.01, 3600)] = 30.0
+
+
+@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+class SpaceConfig:
+    """One space. The timeouts are what a request gets that names none of its own.
+
+    Args:
+        max_workers: workers that may serve it at once; one more is refused with `space_full`.
+        when_empty: what becomes of a request while no worker is connected: `queue` or `refuse`.
+        max_attempts: losses of a worker or engine after which a request fails.
+    """
+
+    max_workers: Annotated[int, integer(1, 1_000)] = 1
+    max_queued: Annotated[int, _count] = 1_000
+    max_queued_per_principal: Annotated[int, _count] = 100
+    max_running_per_principal: Annotated[int | None, maybe(_count)] = None
+    queue_timeout_s: Annotated[float, _seconds] = 120.0
+    run_timeout_s: Annotated[float, _seconds] = 120.0
+    idle_timeout_s: Annotated[float, _seconds] = 30.0
+    when_empty: Annotated[Literal["queue", "refuse"], one_of("queue", "refuse")] = "queue"
+    max_attempts: Annotated[int, integer(1, 100)] = 3
+    description: Annotated[str, text(1_000)] = ""
+
+    def to_map(self) -> dict[str, Value]:
+        """The settings by name; `None` left out."""
+        return {name: value for name, value in attrs.asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_map(cls, values: Mapping[str, Value], *, path: str = "") -> Self:
+        """The space that `values` describe; what is not named has its default.
+
+        Args:
+            values: as `to_map` makes them, or from a command.
+            path: stands before the key in every fault.
+
+        Raises:
+            ConfigError: with every fault.
+        """
+        return structure(cls, dict(values), (path,) if path else (), "space")
+
+    @classmethod
+    def field_names(cls) -> frozenset[str]:
+        """Names of all settings of a space."""
+        return frozenset(field.name for field in attrs.fields(cls))
+
+
+@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+class Config:
+    """All settings of one daemon.
+
+    Args:
+        listen: `HOST:PORT`; port 0 takes a free one, and "" turns TCP off.
+        state_dir: holds the store, the lock and the unix socket.
+        behind_proxy: a proxy in front speaks TLS, so plain TCP beyond loopback is meant.
+        allowed_origins: browser origins taken besides none at all; `*` takes any.
+        store: `sqlite`, or `memory`, which forgets everything at the end.
+    """
+
+    listen: Annotated[str, _listen] = "127.0.0.1:8765"
+    state_dir: Annotated[Path, _path]
+    behind_proxy: Annotated[bool, boolean] = False
+    allowed_origins: Annotated[tuple[str, ...], array_of(_origin)] = ()
+    unix_socket: Annotated[bool, boolean] = True
+    unix_socket_mode: Annotated[int, _mode] = 0o600
+    store: Annotated[Literal["sqlite", "memory"], one_of("sqlite", "memory")] = "sqlite"
+    drain_timeout_s: Annotated[float, _from_zero_s] = 30.0
+    tls: Tls | None = None
+    log: LogConfig = attrs.field(factory=LogConfig)
+    limits: Limits = attrs.field(factory=Limits)
+    results: Results = attrs.field(factory=Results)
+    http: Http = attrs.field(factory=Http)
+    spaces: dict[str, SpaceConfig] = attrs.field(factory=dict)
+
+    @property
+    def listen_address(self) -> tuple[str, int] | None:
+        """Host and port to bind; None when TCP is off."""
+        return split_listen(self.listen) if self.listen else None
+
+    @property
+    def socket_path(self) -> Path | None:
+        """Where the unix socket lies; None when it is off."""
+        return self.state_dir / "relayd.sock" if self.unix_socket else None
+
+
+SECTIONS: Mapping[str, type] = {"tls": Tls, "log": LogConfig, "limits": Limits, "results": Results, "http": Http}
+
+
+# -- from tables to classes ---------------------------------------------------------------------------------------
+
+
+def _table_hook(cls: type, converter: cattrs.Converter) -> Callable[[Any, type], Any]:
+    hooks: dict[str, Any] = {}
+    for field in attrs.fields(cls):
+        kind, rule = parse_annotation(field.type)
+        if rule is not None:
+            hooks[field.name] = override(struct_hook=_rule_hook(kind, rule))
+    from_map: Callable[[Any, type], Any] = make_dict_structure_fn(
+        cls, converter, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True, **hooks
+    )
+
+    def from_table(value: Any, kind: type) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError(f"must be a table, not {kind_of(value)}")
+        return from_map(value, kind)
+
+    return from_table
+
+
+def _rule_hook(kind: Any, rule: Rule) -> Callable[[Any, Any], Any]:
+    return lambda value, _: _keep_rule(kind, rule, value)
+
+
+def space_name(value: Value) -> None:
+    """The rule of space names."""
+    text(64, SPACE_PATTERN, "a space name (a letter or digit, then up to 63 letters, digits and . _ -)")(value)
+
+
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter(detailed_validation=True)
+    converter.register_structure_hook_factory(attrs.has, lambda cls: _table_hook(cls, converter))
+    spaces = converter.get_structure_hook(dict[str, SpaceConfig])
+
+    def from_tables(value: Any, kind: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError(f"must hold one table a space ([spaces.NAME]), not {kind_of(value)}")
+        return spaces(value, kind)
+
+    converter.register_structure_hook_func(lambda kind: kind == dict[str, SpaceConfig], from_tables)
+    return converter
+
+
+_converter = _make_converter()
+
+
+def structure(cls: type[SettingsT], raw: dict[str, Value], path: tuple[str, ...], source: str) -> SettingsT:
+    """The settings that a table holds.
+
+    Args:
+        path: of the table, as faults are to name it.
+        source: stands before the list of faults.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    try:
+        return _converter.structure(raw, cls)
+    except (cattrs.BaseValidationError, ValueError) as error:
+        raise ConfigError(_faults(error, path, cls), source) from None
+
+
+def _faults(error: BaseException, path: tuple[str, ...], cls: type | None = None) -> Iterator[str]:
+    """cattrs' tree of errors, flat and in words."""
+    if isinstance(error, cattrs.ClassValidationError):
+        noted, bare = error.group_exceptions()
+        for fault, attribute in noted:
+            yield from _faults(fault, (*path, attribute.name), error.cl)
+        for fault in bare:
+            yield from _faults(fault, path, error.cl)
+    elif isinstance(error, cattrs.IterableValidationError):
+        entries, bare = error.group_exceptions()
+        for fault, entry in entries:
+            yield from _faults(fault, (*path, str(entry.index)), cls)
+        for fault in bare:
+            yield from _faults(fault, path, cls)
+    elif isinstance(error, cattrs.ForbiddenExtraKeysError):
+        for key in sorted(error.extra_fields):
+            yield f"{_join(*path, key)}: is no setting{_did_you_mean(key, error.cl)}"
+    elif isinstance(error, KeyError):
+        yield f"{_join(*path)}: is required"
+    else:
+        yield f"{_join(*path)}: {error}"
+
+
+def _join(*path: str) -> str:
+    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"' for part in path)
+
+
+def _did_you_mean(key: str, cls: type) -> str:
+    names = [field.name for field in attrs.fields(cls)]
+    for section, other in SECTIONS.items():
+        if other is not cls and key in {field.name for field in attrs.fields(other)}:
+            return f"; did you mean {section}.{key}?"
+    if cls is not SpaceConfig and key in SpaceConfig.field_names():
+        return f"; did you mean spaces.NAME.{key}?"
+    if close := difflib.get_close_matches(key, names, n=1):
+        return f"; did you mean {close[0]}?"
+    return f"; here are {', '.join(sorted(names))}"

@@ -1,0 +1,337 @@
+"""A client's connection: its messages in, its requests' frames out."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import trio
+
+from protocol.codec import decode
+from protocol.errors import ErrorCode, LinkError, UnknownType
+from protocol.link import Link
+from protocol.messages import (
+    FROM_CLIENT,
+    Accepted,
+    Attach,
+    Cancel,
+    Error,
+    Input,
+    Leave,
+    Message,
+    Ping,
+    Pong,
+    Queued,
+    Rejected,
+    Spaces,
+    SpacesReply,
+    Status,
+    StatusReply,
+    Submit,
+    Table,
+)
+from relayd.auth.tokens import Principal
+from relayd.core.admission import Intake
+from relayd.core.relay import Relay
+from relayd.frames.frame_log import HIGH_WATER_BYTES, LOW_WATER_BYTES, FrameReader
+from relayd.requests.request import Request
+from relayd.scheduling.model import Place, State
+from relayd.views.rows import pages, space_row
+
+
+@attrs.define(eq=False)
+class ClientLink:
+    """One connection of a client, or of an operator in its part as a client.
+
+    It is the sink of its requests' frames: `send_frames` never raises, because a client that is gone must not trouble
+    the worker whose frame it was to get.
+    """
+
+    connection_id: str
+    link: Link
+    principal: Principal
+    relay: Relay
+    intake: Intake
+    takes: Table = FROM_CLIENT
+    readers: dict[str, FrameReader] = attrs.field(factory=dict)
+    held: dict[str, Request] = attrs.field(factory=dict)
+    #: Places to tell once the link has drained; the latest of each request.
+    _untold: dict[str, Place] = attrs.field(factory=dict)
+    #: Of the class: what all have in common is not kept by each.
+    handlers: "Mapping[type[Message], Handler]" = attrs.field(factory=lambda: HANDLERS)
+    #: Called once its link is gone.
+    on_close: Callable[[], None] = attrs.field(default=lambda: None)
+    frames_sent: int = 0
+    bytes_sent: int = 0
+    #: What that was when rates were last made of it.
+    sampled_bytes: int = 0
+
+    # -- as a sink and a holder
+
+    @property
+    def backlog_bytes(self) -> int:
+        """What the connection has not taken yet."""
+        return self.link.backlog_bytes
+
+    def send_frames(self, frames: list[bytes], size: int) -> None:
+        """Send frames; without effect on a link that is gone."""
+        try:
+            self.link.send_frames(frames)
+        except LinkError:
+            return
+        self.frames_sent += len(frames)
+        self.bytes_sent += size
+
+    def send(self, message: Message) -> None:
+        """Send a message of the relay's own, which counts as no frame; without effect on a link that is gone."""
+        try:
+            self.link.send(message)
+        except LinkError:
+            return
+
+    def hear_read(self, reader: FrameReader) -> None:
+        """All of a request's frames are sent."""
+        if self.readers.get(reader.key) is reader:
+            del self.readers[reader.key]
+            self.relay.stir("requests", reader.key)
+
+    def hear_broken(self, reader: FrameReader) -> None:
+        """The rest of a result that was being sent is lost."""
+        if self.readers.get(reader.key) is reader:
+            del self.readers[reader.key]
+            message = "the relay cannot read the result back from its disk; see its log, and submit it again"
+            self.send(Rejected.because(ErrorCode.INTERNAL, message, request_id=reader.key))
+
+    def hear_ended(self, request: Request) -> None:
+        """The request needs no holder any more."""
+        self.held.pop(request.request_id, None)
+
+    def hear_accepted(self, request: Request) -> None:
+        """The request is safe in the store."""
+        self.send(Accepted(request_id=request.request_id))
+
+    def hear_rejected(self, request: Request, refusal: Rejected) -> None:
+        """The request was not taken after all."""
+        self._let_go(request)
+        self.send(refusal)
+
+    def hear_place(self, request: Request, place: Place) -> None:
+        """The request's place in the queue; a link that is behind hears of it later, and only of the last."""
+        if self.backlog_bytes >= HIGH_WATER_BYTES:
+            self._untold[request.request_id] = place
+            return
+        self._untold.pop(request.request_id, None)
+        self.send(Queued(request_id=request.request_id, position=place.position, of=place.of, eta_s=place.eta_s))
+
+    # -- its life
+
+    def begin(self) -> None:
+        """Be there for others to see."""
+        self.link.patient = True  # frames wait for it, and it may only have been put to sleep
+        self.link.on_drained(self._pump, LOW_WATER_BYTES)
+        self.relay.clients[self.connection_id] = self
+        self.relay.touch("clients", self.connection_id)
+
+    def take(self, messages: list[bytes]) -> None:
+        """Take its messages.
+
+        Raises:
+            ProtocolError: the client broke the rules.
+        """
+        for data in messages:
+            if self.link.gone is not None:
+                return
+            try:
+                message = decode(data, self.takes)
+            except UnknownType as fault:
+                self.send(Error(code=fault.code, message=str(fault)))
+                continue
+            self.handlers[type(message)](self, message)
+
+    def close(self) -> None:
+        """Its link is gone: let go of all it held."""
+        for reader in self.readers.values():
+            reader.close()
+        self.readers.clear()
+        for request in list(self.held.values()):
+            self._let_go(request)
+        self.on_close()
+        del self.relay.clients[self.connection_id]
+        self.relay.stats.out_bytes += self.bytes_sent - self.sampled_bytes
+        self.relay.touch("clients", self.connection_id)
+
+    def unfinished(self) -> list[FrameReader]:
+        """Readers of ended requests that have not sent all yet."""
+        return [reader for reader in self.readers.values() if reader.log.ended and not reader.done]
+
+    def _pump(self) -> None:
+        """The link has drained: what waited for it goes on."""
+        untold, self._untold = self._untold, {}
+        for request_id, place in untold.items():
+            request = self.held.get(request_id)
+            if request is not None and request.entry.state is State.QUEUED:
+                self.hear_place(request, place)
+        for reader in list(self.readers.values()):
+            reader.pump()
+
+    def _may_hold(self, request: Request) -> bool:
+        """An operator listens in, and who only looks does, too; neither keeps a request alive."""
+        return request.principal == self.principal.name and not self.principal.readonly
+
+    def _hold(self, request: Request) -> None:
+        self.held[request.request_id] = request
+        request.holders.add(self)
+        request.unheld_at = None
+        request.notify()
+
+    def _let_go(self, request: Request) -> None:
+        if reader := self.readers.pop(request.request_id, None):
+            reader.close()
+            self.relay.stir("requests", request.request_id)
+        if self.held.pop(request.request_id, None) is None:
+            return
+        request.holders.discard(self)
+        if not request.holders and request.live:
+            request.unheld_at = trio.current_time()
+            request.notify()
+
+    def _read(self, request: Request, seq: int) -> None:
+        """Send the request's frames from `seq` on, in place of where an earlier reader here stood."""
+        if old := self.readers.pop(request.request_id, None):
+            old.close()
+        reader = FrameReader(request.request_id, request.log, self, seq)
+        self.readers[request.request_id] = reader
+        self.relay.stir("requests", request.request_id)
+        reader.open()
+
+    # -- messages
+
+    def _ping(self, ping: Ping) -> None:
+        self.send(Pong(timestamp=ping.timestamp, server_time=self.relay.now_unix()))
+
+    def _submit(self, submit: Submit) -> None:
+        if self.principal.readonly:
+            self.send(_only_looks(submit.request_id))
+            return
+        request = self.intake.submit(submit, self.principal, self)
+        if isinstance(request, Rejected):
+            self.send(request)
+        elif not request.has_result:
+            self.send(_result_gone(request))
+        else:
+            if request.accepted:
+                self.hear_accepted(request)
+            if request.live:
+                self._hold(request)
+                self._tell_place(request)
+            self._read(request, 0)
+
+    def _input(self, piece: Input) -> None:
+        request = self.held.get(piece.request_id)
+        if request is not None:  # else it was refused while the piece was on its way
+            self.intake.add_input(request, piece)
+
+    def _cancel(self, cancel: Cancel) -> None:
+        if self.principal.readonly:
+            self.send(_only_looks(cancel.request_id))
+            return
+        request = self._find(cancel.request_id)
+        if isinstance(request, Rejected):
+            self.send(request)
+        elif request.live:
+            self.relay.cancel(request, cancel.reason or f"cancelled by {self.principal.name}")
+
+    def _attach(self, attach: Attach) -> None:
+        request = self._find(attach.request_id)
+        if isinstance(request, Rejected):
+            self.send(request)
+        elif not request.has_result:
+            self.send(_result_gone(request))
+        else:
+            if request.accepted:
+                self.hear_accepted(request)
+            if request.live and self._may_hold(request):
+                self._hold(request)
+                if attach.attempt > request.entry.attempt:
+                    self.relay.hear_of(request, attach.attempt)
+            self._tell_place(request)
+            self._read(request, request.log.place(attach.attempt, attach.after_seq))
+
+    def _leave(self, leave: Leave) -> None:
+        if request := self.held.get(leave.request_id):
+            self._let_go(request)
+        elif reader := self.readers.pop(leave.request_id, None):
+            reader.close()
+            self.relay.stir("requests", leave.request_id)
+
+    def _tell_place(self, request: Request) -> None:
+        if request.entry.state is State.QUEUED:
+            space = request.submit.space
+            if place := self.relay.scheduler.places(space, trio.current_time()).get(request.request_id):
+                self.hear_place(request, place)
+
+    def _status(self, status: Status) -> None:
+        request = self._find(status.request_id)
+        if isinstance(request, Rejected):
+            self.send(request)
+            return
+        entry, now = request.entry, trio.current_time()
+        reply = StatusReply(
+            request_id=request.request_id,
+            space=entry.space,
+            state=entry.state,
+            attempt=entry.attempt,
+            next_seq=request.log.next_seq,
+            age_s=round(max(0.0, now - request.created_at), 3),
+            code=request.code,
+            message=request.message,
+        )
+        if entry.state is State.QUEUED:
+            place = self.relay.scheduler.places(entry.space, now)[request.request_id]
+            reply = attrs.evolve(reply, position=place.position, of=place.of, eta_s=place.eta_s)
+        self.send(reply)
+
+    def _spaces(self, _spaces: Spaces) -> None:
+        names = sorted(name for name in self.relay.spaces if self.principal.may_use(name))
+        rows = [space_row(self.relay, name, with_params=True) for name in names]
+        for page, more in pages([row for row in rows if row is not None]):
+            self.send(SpacesReply(spaces=page, more=more))
+
+    def _find(self, request_id: str) -> Request | Rejected:
+        """A request of this principal's; an operator's are all."""
+        request = self.relay.requests.get(request_id)
+        mine = request is not None and (
+            self.principal.role == "operator"
+            or (request.principal == self.principal.name and self.principal.may_use(request.entry.space))
+        )
+        if request is None or not mine:
+            message = f"request {request_id} is not known here: it was never accepted, is another's, or ended long ago"
+            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, request_id=request_id)
+        return request
+
+
+Handler = Callable[[ClientLink, Any], None]
+HANDLERS: Mapping[type[Message], Handler] = {
+    Ping: ClientLink._ping,
+    Pong: lambda _client, _pong: None,
+    Submit: ClientLink._submit,
+    Input: ClientLink._input,
+    Cancel: ClientLink._cancel,
+    Attach: ClientLink._attach,
+    Leave: ClientLink._leave,
+    Status: ClientLink._status,
+    Spaces: ClientLink._spaces,
+}
+
+
+def _only_looks(request_id: str) -> Rejected:
+    message = "this connection is read-only; connect without --readonly"
+    return Rejected.because(ErrorCode.FORBIDDEN, message, request_id=request_id)
+
+
+def _result_gone(request: Request) -> Rejected:
+    return Rejected.because(
+        ErrorCode.REQUEST_NOT_FOUND,
+        f"request {request.request_id} has {request.entry.state}, and its result is not kept any more; "
+        "submit it again with a new id",
+        request_id=request.request_id,
+    )

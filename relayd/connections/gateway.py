@@ -1,0 +1,524 @@
+"""A connection's way in: WebSocket handshake, `hello`, and then the part it plays.
+
+The only place in the daemon that knows how a link comes about; what it carries is `client_link`'s, `worker_link`'s
+and `operator`'s business. Messages are handed over as they come, by `relayd.net.reactor`: once a client has logged
+in, its connection has no task any more.
+"""
+
+import importlib.metadata
+import secrets
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import attrs
+import structlog
+import trio
+
+from protocol.codec import decode
+from protocol.errors import ErrorCode, LinkError, ProtocolError, TextReceived
+from protocol.link import Link, LinkRules, serve_link
+from protocol.messages import (
+    FROM_ANYONE,
+    MAX_CONTROL_BYTES,
+    MAX_INPUT_CHUNK_BYTES,
+    MAX_MESSAGE_BYTES,
+    PATH,
+    PROTOCOL_VERSION,
+    SUBPROTOCOL,
+    Error,
+    Hello,
+    Rejected,
+    Welcome,
+)
+from protocol.rfc6455 import INTERNAL_ERROR, POLICY_VIOLATION
+from relayd.auth.login_throttle import TOO_MANY_FAILURES, LoginFailures, address_of
+from relayd.auth.origins import may_come_from
+from relayd.auth.tokens import PeerCredentials, Principal, Tokens
+from relayd.config.schema import Limits
+from relayd.connections.client import ClientLink
+from relayd.connections.operator import Operator
+from relayd.connections.worker import WorkerLink
+from relayd.core.admission import Intake
+from relayd.core.relay import Relay
+from relayd.net.http_head import split_head
+from relayd.net.reactor import BROKE, OUR_MISTAKE, Plane, SocketLink
+from relayd.net.websocket_handshake import Head, Refusal, answer_to, check_upgrade, parse_head
+
+log = structlog.get_logger("relayd.wire")
+
+#: For a peer that is refused to read why.
+HANG_UP_S = 1.0
+HANG_UP_READS = 64
+SERVER = f"relayd/{importlib.metadata.version('relayd')}"
+#: Between two looks at who has not said hello yet, at most: the time for it may be another by now.
+NEWCOMERS_S = 1.0
+#: Connections that have not logged in, beyond `max_connections`: with 900 of those, a limit of 1,024 files holds.
+MAX_STRANGERS = 64
+NO_TEXT = "text message; every message is binary (msgpack)"
+FULL = "the relay has all the connections it takes; try again later"
+STALLED = Error(
+    code=ErrorCode.SLOW_CONSUMER,
+    message="this connection does not take what is sent to it; connect again, and attach for what is missing",
+)
+
+
+class Part(Protocol):
+    """What a connection is once it has logged in: a client's, a worker's, an operator's."""
+
+    def take(self, messages: list[bytes]) -> None:
+        """Its messages, in order.
+
+        Raises:
+            ProtocolError: the peer broke the rules.
+        """
+
+    def close(self) -> None:
+        """The link is gone: let go of all that it held."""
+
+
+@attrs.define(eq=False)
+class Arrival:
+    """A connection from its first byte to its last, logged in or not.
+
+    Args:
+        gate: which counts it.
+        peer: where it comes from, for logs.
+        credentials: of a unix socket's peer.
+    """
+
+    gate: "Gate"
+    peer: str
+    credentials: PeerCredentials | None
+    _left: bool = False
+
+    def leave(self) -> None:
+        """Count it out; the first call counts."""
+        if not self._left:
+            self._left = True
+            self.gate.open -= 1
+
+
+@attrs.define(eq=False)
+class Newcomer:
+    """A plain connection between its handshake and its login; it takes its link's messages meanwhile."""
+
+    link: SocketLink
+    gate: "Gate"
+    arrival: Arrival
+    #: Trio time by which its hello must come, and how long that is.
+    due: float
+    patience_s: float
+    waits: bool = True
+
+    def take(self, messages: list[bytes]) -> None:
+        """See `protocol.rules.Taker`: the first is the hello."""
+        self.waits = False
+        connection = self.gate.admit(self.link, messages[0], self.arrival)
+        if connection is not None:
+            self.gate.let_in(connection, messages[1:])
+
+    def take_text(self, text: str) -> None:
+        """See `protocol.rules.Taker`."""
+        self.waits = False
+        tell_fault(self.link, TextReceived(NO_TEXT))
+
+    def hear_end(self) -> None:
+        """See `protocol.rules.Taker`."""
+        self.waits = False
+        log.debug("connection lost", peer=self.link.peer, why=self.link.reason)
+
+    def hear_cut(self) -> None:
+        """See `protocol.rules.Taker`."""
+        self.arrival.leave()
+
+    def give_up(self) -> None:
+        """Its time is over."""
+        if self.waits:
+            self.waits = False
+            try:
+                tell_fault(self.link, _Silent(self.patience_s))
+            except Exception:
+                log.exception(BROKE, peer=self.link.peer)
+                self.link.abort(OUR_MISTAKE)
+
+
+@attrs.define(eq=False)
+class Connection:
+    """A connection that has logged in; it takes its link's messages. No fault of it gets out."""
+
+    connection_id: str
+    link: Link
+    principal: Principal
+    gate: "Gate"
+    arrival: "Arrival"
+    #: What its program calls itself.
+    agent: str = ""
+    connected_at: float = attrs.field(factory=trio.current_time)
+    part: Part | None = None
+
+    def begin(self) -> None:
+        """It has its part, and takes its messages from now on."""
+        self.gate.relay.connections[self.connection_id] = self
+        self.link.hand_to(self)
+
+    def disconnect(self, reason: str) -> None:
+        """End it now."""
+        self.link.abort(reason)
+
+    def take(self, messages: list[bytes]) -> None:
+        """See `protocol.rules.Taker`."""
+        assert self.part is not None
+        try:
+            self.part.take(messages)
+        except ProtocolError as fault:
+            tell_fault(self.link, fault)
+        except Exception:
+            log.exception(BROKE, peer=self.link.peer)
+            self.tell_mistake()
+
+    def tell_mistake(self) -> None:
+        """The relay broke over it: say so, and close."""
+        say_why(self.link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
+
+    def take_text(self, text: str) -> None:
+        """See `protocol.rules.Taker`."""
+        tell_fault(self.link, TextReceived(NO_TEXT))
+
+    def hear_end(self) -> None:
+        """See `protocol.rules.Taker`."""
+        link, relay = self.link, self.gate.relay
+        try:
+            if self.part is not None:
+                self.part.close()
+        except Exception:
+            log.exception(BROKE, peer=link.peer)
+        finally:
+            del relay.connections[self.connection_id]
+            relay.slow_consumers += link.stalled
+            tell = log.warning if link.stalled else log.info
+            tell("disconnected", peer=link.peer, principal=self.principal.name, why=link.reason or "closed")
+
+    def hear_cut(self) -> None:
+        """See `protocol.rules.Taker`."""
+        self.arrival.leave()
+
+
+@attrs.define(eq=False)
+class Gate:
+    """Where connections come in."""
+
+    relay: Relay
+    intake: Intake
+    tokens: Tokens
+    plane: Plane
+    #: Of the tasks of connections that have some.
+    nursery: trio.Nursery
+    #: Begins the daemon's drain; an operator may ask for it.
+    drain: Callable[[str], None]
+    failures: LoginFailures = attrs.field(factory=LoginFailures)
+    #: Connections from their first byte on, logged in or not.
+    open: int = 0
+    _rules: tuple[Limits, LinkRules] | None = None
+    #: Who has shaken hands of late, the first first.
+    _newcomers: list[Newcomer] = attrs.field(factory=list)
+    _some_came: trio.Event = attrs.field(factory=trio.Event)
+
+    # -- who comes
+
+    def enter(self, peer: str, credentials: PeerCredentials | None) -> Arrival | None:
+        """Count a connection in; None where there are too many, and it is to be hung up on."""
+        if self.open >= self.relay.config.limits.max_connections + MAX_STRANGERS:
+            log.warning("too many connections; hung up on one", peer=peer, open=self.open)
+            return None
+        self.open += 1
+        return Arrival(self, peer, credentials)
+
+    async def serve(self, stream: trio.abc.Stream, data: bytes, arrival: Arrival) -> bool:
+        """One WebSocket, from its handshake on; no fault of it gets out.
+
+        Args:
+            stream: TLS already spoken. Of a plain socket, its descriptor may be taken over.
+            data: the head of its request, and what came behind it.
+            arrival: the connection's.
+
+        Returns:
+            whether the connection lives on without this task, and counts itself out.
+        """
+        try:
+            text, early = split_head(data)
+            head = parse_head(text)
+            if refusal := self.refusal(head):
+                raise refusal
+            check_upgrade(head, SUBPROTOCOL)
+            answer = answer_to(head, SUBPROTOCOL)
+            if isinstance(stream, trio.SocketStream):
+                self._take_over(stream, answer, early, arrival)
+                return True
+            await stream.send_all(answer)
+            async with serve_link(stream, peer=arrival.peer, rules=self.rules, early=early) as link:
+                link.limit_messages(MAX_CONTROL_BYTES)
+                connection = await self._log_in(link, arrival)
+                if connection is not None:
+                    self._greet(connection)
+                    await self._stay(connection)
+        except Refusal as refusal:
+            await hang_up(stream, refusal)
+        except (LinkError, trio.BrokenResourceError, trio.ClosedResourceError) as fault:
+            log.debug("connection lost", peer=arrival.peer, why=str(fault))
+        except Exception:
+            log.exception(BROKE, peer=arrival.peer)
+        return False
+
+    def _take_over(self, stream: trio.SocketStream, answer: bytes, early: bytes, arrival: Arrival) -> None:
+        # A stranger is not kept a megabyte for.
+        link = self.plane.adopt(stream, arrival.peer, self.rules, answer, max_message_bytes=MAX_CONTROL_BYTES)
+        try:
+            patience_s = self.relay.config.limits.hello_timeout_s
+            newcomer = Newcomer(link, self, arrival, self.plane.now + patience_s, patience_s)
+            self._newcomers.append(newcomer)
+            self._some_came.set()
+            link.hand_to(newcomer)
+            if early:
+                link.hear_early(early)
+        except BaseException:
+            link.abort(OUR_MISTAKE)
+            raise
+
+    async def watch_newcomers(self) -> None:
+        """Hang up on who sends no hello in time, until cancelled."""
+        waiting = self._newcomers
+        while True:
+            if not waiting:
+                self._some_came = trio.Event()
+                await self._some_came.wait()
+            now = trio.current_time()
+            await trio.sleep_until(min(waiting[0].due, now + NEWCOMERS_S))
+            now = trio.current_time()
+            for newcomer in waiting:
+                if newcomer.due <= now:
+                    newcomer.give_up()
+            waiting[:] = [newcomer for newcomer in waiting if newcomer.waits]
+
+    @property
+    def rules(self) -> LinkRules:
+        """What peers are held to, by the settings as they are now."""
+        limits = self.relay.config.limits
+        if self._rules is None or self._rules[0] is not limits:
+            rules = LinkRules(
+                ping_interval_s=limits.ping_interval_s,
+                dead_after_s=limits.dead_after_s,
+                send_timeout_s=limits.stall_timeout_s,
+                max_backlog_bytes=limits.max_backlog_bytes,
+                farewell=STALLED,
+            )
+            self._rules = limits, rules
+        return self._rules[1]
+
+    def refusal(self, head: Head) -> Refusal | None:
+        """Why a handshake is not for us."""
+        origin = head.get("origin")
+        if head.path != PATH:
+            return Refusal(404, f"nothing here; the relay speaks at {PATH}")
+        if not may_come_from(origin, head.get("host"), self.relay.config.allowed_origins):
+            return Refusal(403, f"origin {origin} is not in allowed_origins of relayd.toml")
+        return Refusal(503, FULL) if self._full() else None
+
+    def _full(self) -> bool:
+        return len(self.relay.connections) >= self.relay.config.limits.max_connections
+
+    # -- who it is
+
+    async def _log_in(self, link: Link, arrival: Arrival) -> Connection | None:
+        """Wait for the hello; None where there was none, or one that is refused: the link is then closed."""
+        patience_s = self.relay.config.limits.hello_timeout_s
+        connection = None
+        try:
+            with trio.fail_after(patience_s):
+                data = await link.receive()
+            connection = self.admit(link, data, arrival)
+        except trio.TooSlowError:
+            tell_fault(link, _Silent(patience_s))
+        except TextReceived as fault:
+            tell_fault(link, fault)
+        if connection is None:
+            await link.aclose()
+        return connection
+
+    def admit(self, link: Link, data: bytes, arrival: Arrival) -> Connection | None:
+        """Look at the first message; None where it is no hello, or one that is refused: the link then closes."""
+        try:
+            hello = decode(data, FROM_ANYONE)
+            assert isinstance(hello, Hello)
+            if hello.version != PROTOCOL_VERSION:
+                raise ProtocolError(f"version {hello.version}; this relay speaks version {PROTOCOL_VERSION}")
+            principal = self._principal(hello, arrival)
+        except ProtocolError as fault:
+            tell_fault(link, fault)
+        except Exception:
+            log.exception(BROKE, peer=link.peer)
+            say_why(link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
+        else:
+            if isinstance(principal, Principal):
+                connection = Connection(secrets.token_hex(8), link, principal, self, arrival, hello.agent)
+                link.limit_messages(MAX_MESSAGE_BYTES)
+                log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
+                return connection
+            if principal.retry_after_s is None:  # else it was told often enough
+                log.warning("login refused", peer=link.peer, role=hello.role, code=principal.code)
+            say_why(link, principal.code, principal.message, POLICY_VIOLATION)
+        return None
+
+    def _principal(self, hello: Hello, arrival: Arrival) -> Principal | Rejected:
+        principal = self.tokens.log_in(hello, arrival.credentials, time.time())
+        if isinstance(principal, Rejected):
+            return self._counted(principal, hello, arrival)
+        if self._full():  # others have logged in since its handshake
+            return Rejected.because(ErrorCode.RATE_LIMITED, FULL)
+        most = principal.limits.max_connections
+        if most is not None:
+            mine = sum(other.principal.token_id == principal.token_id for other in self.relay.connections.values())
+            if mine >= most:
+                message = f"the token of {principal.name!r} allows {most} connections at once; close one first"
+                return Rejected.because(ErrorCode.RATE_LIMITED, message)
+        return principal
+
+    def _counted(self, refusal: Rejected, hello: Hello, arrival: Arrival) -> Rejected:
+        """A refused login; of too many from one address, one that says so."""
+        if refusal.code != ErrorCode.UNAUTHENTICATED or not hello.token or arrival.credentials is not None:
+            return refusal
+        wait_s = self.failures.add(address_of(arrival.peer), trio.current_time())
+        if wait_s is None:
+            return refusal
+        return Rejected.because(ErrorCode.RATE_LIMITED, TOO_MANY_FAILURES, retry_after_s=wait_s)
+
+    # -- its part
+
+    def let_in(self, connection: Connection, messages: list[bytes]) -> None:
+        """Begin the part of a connection that the plane carries.
+
+        Args:
+            connection: it was admitted.
+            messages: what came behind its hello.
+        """
+        self._greet(connection)
+        principal = connection.principal
+        # A client at rest needs no task; a worker and an operator have some of their own, and few are there.
+        if principal.role != "client" or principal.expires_at is not None:
+            connection.link.keep(messages)
+            self.nursery.start_soon(self._stay_alone, connection)
+            return
+        connection.part = self._client(connection)
+        connection.begin()
+        if messages:
+            connection.take(messages)
+
+    def _greet(self, connection: Connection) -> None:
+        try:
+            connection.link.send(self._welcome(connection))
+        except LinkError:
+            log.debug("connection lost", peer=connection.link.peer, why=connection.link.reason)
+
+    async def _stay_alone(self, connection: Connection) -> None:
+        """As `_stay`, in a task of its own; no fault of it gets out."""
+        try:
+            await self._stay(connection)
+        except Exception:
+            log.exception(BROKE, peer=connection.link.peer)
+            connection.tell_mistake()
+            connection.arrival.leave()
+        except BaseException:
+            connection.link.abort("the relay has stopped")
+            connection.arrival.leave()
+            raise
+
+    async def _stay(self, connection: Connection) -> None:
+        """Play the connection's part until its link is gone or its token has ended."""
+        link, principal = connection.link, connection.principal
+        async with trio.open_nursery() as nursery:
+            connection.part = self._part(connection, nursery)
+            connection.begin()
+            with trio.move_on_after(_left_s(principal)) as token_life:
+                await link.wait_gone()
+            if token_life.cancelled_caught:
+                say_why(link, ErrorCode.UNAUTHENTICATED, "the token has expired", POLICY_VIOLATION)
+            nursery.cancel_scope.cancel()
+
+    def _part(self, connection: Connection, nursery: trio.Nursery) -> Part:
+        if connection.principal.role == "worker":
+            worker = WorkerLink(
+                connection.connection_id, connection.link, connection.principal, self.relay, nursery, connection.agent
+            )
+            if isinstance(connection.link, SocketLink):
+                connection.link.trust()
+                nursery.start_soon(self.plane.attend, connection.link, worker.pass_on, connection.tell_mistake)
+            return worker
+        client = self._client(connection)
+        if connection.principal.role == "operator":
+            Operator.join(client, self.relay, self.tokens, nursery, self.drain)
+        return client
+
+    def _client(self, connection: Connection) -> ClientLink:
+        client = ClientLink(connection.connection_id, connection.link, connection.principal, self.relay, self.intake)
+        client.begin()
+        return client
+
+    def _welcome(self, connection: Connection) -> Welcome:
+        limits = self.relay.config.limits
+        return Welcome(
+            connection_id=connection.connection_id,
+            principal=connection.principal.name,
+            limits={
+                "max_control_bytes": MAX_CONTROL_BYTES,
+                "max_message_bytes": MAX_MESSAGE_BYTES,
+                "max_input_chunk_bytes": MAX_INPUT_CHUNK_BYTES,
+                "max_input_bytes": limits.max_input_bytes,
+                "max_result_bytes": limits.max_result_bytes,
+                "resume_window_s": limits.resume_window_s,
+            },
+            ping_interval_s=limits.ping_interval_s,
+            server=SERVER,
+        )
+
+
+class _Silent(ProtocolError):
+    """No `hello` came in time. A network that stood still does that too, so whoever it was may try again."""
+
+    code = ErrorCode.IDLE_TIMEOUT
+    close_code = POLICY_VIOLATION
+
+    def __init__(self, patience_s: float) -> None:
+        super().__init__(f"no hello within {patience_s:g} s; connect again")
+
+
+def _left_s(principal: Principal) -> float:
+    return float("inf") if principal.expires_at is None else max(0.0, principal.expires_at - time.time())
+
+
+def tell_fault(link: Link, fault: ProtocolError) -> None:
+    """The peer broke a rule: say which, and close."""
+    log.warning("peer broke the protocol", peer=link.peer, why=str(fault))
+    say_why(link, fault.code, str(fault), fault.close_code)
+
+
+def say_why(link: Link, code: str, message: str, close_code: int) -> None:
+    """Say why, and close."""
+    try:
+        link.send(Error(code=code, message=message))
+    except LinkError:
+        return
+    link.close_soon(close_code, message)
+
+
+async def hang_up(stream: trio.abc.Stream, refusal: Refusal) -> None:
+    """Answer no, and see to it that the peer can read it: closing over unread bytes resets the connection."""
+    try:
+        with trio.move_on_after(HANG_UP_S):
+            await stream.send_all(refusal.to_bytes())
+            if isinstance(stream, trio.SocketStream):
+                await stream.send_eof()
+                for _ in range(HANG_UP_READS):
+                    if not await stream.receive_some():
+                        break
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        return

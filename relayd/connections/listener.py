@@ -1,0 +1,204 @@
+"""The daemon's doors: TCP (TLS where set) and the unix socket, each leading to the same two: `Gate` and `HttpDoor`.
+
+One port serves HTTP as well (DESIGN §10): the head of a connection is read in `_welcome`; who asks for a WebSocket goes
+to the `Gate`, everybody else to the `HttpDoor`.
+"""
+
+import errno
+import os
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import structlog
+import trio
+
+from relayd.auth.tokens import PeerCredentials, peer_credentials
+from relayd.config.schema import Config, Tls
+from relayd.connections.gateway import Arrival, Gate
+from relayd.http.server import HttpDoor
+from relayd.net.http_head import PrefixedStream, forwarded_for, is_to_be_answered, read_head, wants_websocket
+
+log = structlog.get_logger("relayd.listener")
+
+#: Connections that wait to be accepted: a relay that restarts is met by all its peers within seconds.
+BACKLOG = 512
+TLS_HANDSHAKE_S = 5.0
+#: What the system is out of when a connection cannot be accepted: it may find some again.
+_OUT_OF_ROOM = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+OUT_OF_ROOM_S = 0.1
+
+
+class ListenError(Exception):
+    """A door cannot be opened; the text says which and what to do."""
+
+
+@asynccontextmanager
+async def open_listeners(config: Config) -> AsyncIterator[list[trio.SocketListener]]:
+    """Listening sockets for all that `config` names, TLS not included; the unix socket's file goes at the end.
+
+    Raises:
+        ListenError: an address is taken, or not this machine's.
+    """
+    listeners: list[trio.SocketListener] = []
+    path, ours = config.socket_path, None
+    try:
+        if config.listen_address is not None:
+            host, port = config.listen_address
+            try:
+                listeners += await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+            except OSError as fault:
+                raise ListenError(
+                    f"cannot listen on {config.listen}: {fault.strerror or fault}; "
+                    "choose another address with --listen, or stop what listens there"
+                ) from fault
+        if path is not None:
+            listeners.append(await _unix_listener(path, config.unix_socket_mode))
+            ours = path
+        yield listeners
+    finally:
+        for listener in listeners:
+            listener.socket.close()
+        if ours is not None:
+            ours.unlink(missing_ok=True)
+
+
+async def _unix_listener(path: Path, mode: int) -> trio.SocketListener:
+    sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    try:
+        # The state folder's lock is ours, so a file that is there was left by a relay that was killed.
+        await trio.Path(path).unlink(missing_ok=True)
+        before = os.umask(0o777 & ~mode)
+        try:
+            await sock.bind(str(path))
+        finally:
+            os.umask(before)
+    except OSError as fault:
+        sock.close()
+        raise ListenError(f"cannot make the socket {path}: {fault.strerror}") from fault
+    sock.listen(BACKLOG)
+    return trio.SocketListener(sock)
+
+
+def describe(listeners: list[trio.SocketListener], tls: bool) -> list[str]:
+    """The URLs at which the listeners are reached."""
+    urls = []
+    for listener in listeners:
+        name = listener.socket.getsockname()
+        if isinstance(name, str):
+            urls.append(f"unix:{name}")
+        else:
+            host = f"[{name[0]}]" if ":" in name[0] else name[0]
+            urls.append(f"{'wss' if tls else 'ws'}://{host}:{name[1]}")
+    return urls
+
+
+async def serve_listeners(
+    listeners: list[trio.SocketListener],
+    gate: Gate,
+    http: HttpDoor,
+    context: ssl.SSLContext | None,
+    handlers: trio.Nursery,
+) -> None:
+    """Accept until cancelled; the connections live on in `handlers`, or in the gate's plane."""
+    welcome = partial(_welcome, gate=gate, http=http, context=context)
+    async with trio.open_nursery() as nursery:
+        for listener in listeners:
+            nursery.start_soon(_accept, listener, welcome, handlers)
+
+
+async def _accept(
+    listener: trio.SocketListener, welcome: Callable[[trio.SocketStream], Awaitable[None]], handlers: trio.Nursery
+) -> None:
+    """As `trio.serve_listeners` does it; but who is welcomed closes its stream, or keeps its socket."""
+    while True:
+        try:
+            stream = await listener.accept()
+        except OSError as fault:
+            if fault.errno not in _OUT_OF_ROOM:
+                raise
+            log.error("no connection can be accepted; trying again", why=fault.strerror, every_s=OUT_OF_ROOM_S)
+            await trio.sleep(OUT_OF_ROOM_S)
+        else:
+            handlers.start_soon(welcome, stream)
+
+
+async def _welcome(stream: trio.SocketStream, gate: Gate, http: HttpDoor, context: ssl.SSLContext | None) -> None:
+    lives_on, arrival = False, None
+    try:
+        credentials = peer_credentials(stream.socket)
+        arrival = gate.enter(_peer(stream, credentials), credentials)
+    except OSError:
+        pass  # it hung up before we looked
+    try:
+        if arrival is None:
+            return
+        if context is None or arrival.credentials is not None:
+            lives_on = await _pass_on(stream, gate, http, arrival, secure=False)
+        else:
+            tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+            with trio.fail_after(TLS_HANDSHAKE_S):
+                await tls.do_handshake()
+            await _pass_on(tls, gate, http, arrival, secure=True)
+    except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
+        assert arrival is not None
+        log.debug("TLS handshake failed", peer=arrival.peer, why=str(fault.__cause__ or fault))
+    finally:
+        stream.socket.close()  # where the connection lives on, its socket is elsewhere by now
+        if arrival is not None and not lives_on:
+            arrival.leave()
+
+
+async def _pass_on(stream: trio.abc.Stream, gate: Gate, http: HttpDoor, arrival: Arrival, *, secure: bool) -> bool:
+    """Read the first head, and hand the connection to who is meant.
+
+    Returns:
+        whether it lives on without this task, and counts itself out.
+    """
+    head = await read_head(stream)
+    if is_to_be_answered(head) and not wants_websocket(head):
+        head = await http.serve(PrefixedStream(stream, head), arrival.peer, arrival.credentials, secure)
+    if not wants_websocket(head):
+        return False
+    if arrival.credentials is None and http.site.relay.config.behind_proxy:
+        arrival.peer = forwarded_for(head) or arrival.peer
+    return await gate.serve(stream, head, arrival)
+
+
+def _peer(stream: trio.SocketStream, credentials: PeerCredentials | None) -> str:
+    if credentials is not None:
+        return f"unix (pid {credentials.pid})"
+    name = stream.socket.getpeername()
+    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+
+
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """The certificate to show, or None for plain TCP.
+
+    Raises:
+        ListenError: it cannot be used.
+    """
+    if config.tls is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    load_certificate(context, config.tls)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, tls: Tls) -> None:
+    """Have `context` show what `tls` names, in all handshakes from now on.
+
+    Raises:
+        ListenError: it cannot be used; the context is then good for nothing.
+    """
+    try:
+        context.load_cert_chain(tls.cert, tls.key, password=_no_password)
+    except (OSError, ssl.SSLError) as fault:
+        raise ListenError(f"cannot use the certificate {tls.cert} with the key {tls.key}: {fault}") from fault
+
+
+def _no_password() -> str:
+    """Without this OpenSSL would ask at the terminal for the password of a locked key, and a daemon would hang."""
+    raise OSError("the key is locked with a password, which relayd cannot ask for; give it without one")

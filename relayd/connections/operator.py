@@ -1,0 +1,284 @@
+"""An operator's part of a connection: `watch` what goes on, and `steer` it."""
+
+import time
+from collections.abc import Awaitable, Callable
+
+import attrs
+import structlog
+import trio
+
+from protocol.errors import ErrorCode
+from protocol.fields import Value
+from protocol.messages import FROM_OPERATOR, ROLES, SPACE_PATTERN, Done, Rejected, Steer, Watch
+from relayd.auth.tokens import Tokens, parse_expires, parse_limits
+from relayd.config.schema import ConfigError, SpaceConfig
+from relayd.connections.client import ClientLink
+from relayd.core.relay import Relay
+from relayd.core.space import Space
+from relayd.logs.setup import redacted
+from relayd.requests.request import Request
+from relayd.scheduling.model import State
+from relayd.store.base import DeleteSpace, PutSpace, PutToken, StoreError
+from relayd.views.request_detail import describe
+from relayd.views.rows import pages, token_row
+from relayd.views.watch import Watching
+
+log = structlog.get_logger("relayd.operator")
+
+#: For one action and its commit.
+STEER_S = 10.0
+Answer = dict[str, Value] | Rejected
+#: Actions that only ask: allowed to who may only look, and no news to anybody.
+QUESTIONS = frozenset({"describe", "list_tokens"})
+MAX_AUDIT_CHARS = 300
+
+
+@attrs.define(eq=False)
+class Operator:
+    """What an operator's connection can do beyond a client's. `nursery` is the connection's."""
+
+    client: ClientLink
+    relay: Relay
+    tokens: Tokens
+    nursery: trio.Nursery
+    drain: Callable[[str], None]
+    actions: dict[str, Callable[[Steer], Awaitable[Answer]]] = attrs.field(init=False)
+    _watching: Watching | None = None
+
+    def __attrs_post_init__(self) -> None:
+        self.actions = {
+            "cancel": self._cancel,
+            "promote": self._promote,
+            "drain_worker": self._drain_worker,
+            "undrain_worker": self._undrain_worker,
+            "pause_space": self._pause_space,
+            "resume_space": self._resume_space,
+            "create_space": self._create_space,
+            "delete_space": self._delete_space,
+            "create_token": self._create_token,
+            "list_tokens": self._list_tokens,
+            "revoke_token": self._revoke_token,
+            "disconnect": self._disconnect,
+            "describe": self._describe,
+            "drain": self._drain,
+        }
+
+    @classmethod
+    def join(
+        cls,
+        client: ClientLink,
+        relay: Relay,
+        tokens: Tokens,
+        nursery: trio.Nursery,
+        drain: Callable[[str], None],
+    ) -> None:
+        """Give a client's connection an operator's part."""
+        operator = cls(client, relay, tokens, nursery, drain)
+        client.takes = FROM_OPERATOR
+        client.handlers = {
+            **client.handlers,
+            Watch: lambda _client, watch: operator._watch(watch),
+            Steer: lambda _client, steer: operator._steer(steer),
+        }
+        client.on_close = operator.close
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._watching is not None:
+            self.relay.watchers.discard(self._watching)
+
+    def _watch(self, watch: Watch) -> None:
+        if self._watching is None:
+            self._watching = Watching(self.client, self.relay)
+            self.relay.watchers.add(self._watching)
+            self.nursery.start_soon(self._watching.serve)
+        self._watching.begin(watch.topics)
+
+    # -- steering
+
+    def _steer(self, steer: Steer) -> None:
+        self.nursery.start_soon(self._carry_out, steer)
+
+    async def _carry_out(self, steer: Steer) -> None:
+        """Do what is asked, and answer.
+
+        Cancellation: shielded, within `STEER_S`: a token that revokes itself, or an operator who hangs up, must not
+        leave a thing done in memory that the store never hears of.
+        """
+        with trio.move_on_after(STEER_S, shield=True):
+            await self._answer(steer)
+
+    async def _answer(self, steer: Steer) -> None:
+        action = self.actions.get(steer.action)
+        principal = self.client.principal
+        answer: Answer
+        if action is None:
+            answer = _no(f"steer action {steer.action!r} is unknown; there are {', '.join(self.actions)}")
+        elif principal.readonly and steer.action not in QUESTIONS:
+            answer = Rejected.because(ErrorCode.FORBIDDEN, "this connection is read-only; connect without --readonly")
+            self._note(steer, answer)
+        else:
+            try:
+                answer = await action(steer)
+            except StoreError as fault:
+                answer = Rejected.because(fault.code, str(fault))
+            if steer.action not in QUESTIONS:
+                self._note(steer, answer)
+        if isinstance(answer, Rejected):
+            self.client.send(attrs.evolve(answer, request_id=steer.steer_id or None))
+        else:
+            self.client.send(Done(steer_id=steer.steer_id, action=steer.action, target=steer.target, data=answer))
+
+    def _note(self, steer: Steer, answer: Answer) -> None:
+        """Who steered what, and what came of it: into the log, and for the other operators to see."""
+        outcome, message = (answer.code, answer.message) if isinstance(answer, Rejected) else ("done", "")
+        by = self.client.principal.name
+        log.warning("steered", action=steer.action, target=steer.target, by=by, answer=str(outcome))
+        self.relay.audit.add(
+            {
+                "principal": by,
+                "connection_id": self.client.connection_id,
+                "peer": self.client.link.peer,
+                "action": steer.action,
+                "target": redacted(steer.target),
+                "outcome": str(outcome),
+                "message": redacted(message)[:MAX_AUDIT_CHARS],
+            }
+        )
+
+    async def _describe(self, steer: Steer) -> Answer:
+        request = self._request(steer.target)
+        return request if isinstance(request, Rejected) else describe(self.relay, request)
+
+    def _request(self, request_id: str) -> Request | Rejected:
+        request = self.relay.requests.get(request_id)
+        return request or Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"request {request_id} is not known here")
+
+    async def _cancel(self, steer: Steer) -> Answer:
+        request = self._request(steer.target)
+        if isinstance(request, Rejected):
+            return request
+        if request.live:
+            self.relay.cancel(request, f"cancelled by operator {self.client.principal.name}")
+        return {"state": str(request.entry.state)}
+
+    async def _promote(self, steer: Steer) -> Answer:
+        refusal = self.relay.scheduler.promote(steer.target)
+        self.relay.carry_out([])  # the places have moved
+        return refusal or {}
+
+    async def _drain_worker(self, steer: Steer) -> Answer:
+        port = self.relay.workers.get(steer.target)
+        if port is None:
+            return self._no_worker(steer.target)
+        self.relay.drain_worker(steer.target)
+        port.drain(f"drained by operator {self.client.principal.name}")
+        return {}
+
+    async def _undrain_worker(self, steer: Steer) -> Answer:
+        port = self.relay.workers.get(steer.target)
+        if port is None:
+            return self._no_worker(steer.target)
+        port.undrain()
+        self.relay.undrain_worker(steer.target)
+        return {}
+
+    def _no_worker(self, worker_id: str) -> Rejected:
+        known = ", ".join(sorted(self.relay.workers)) or "none"
+        return _no(f"worker {worker_id!r} is not connected; connected: {known}")
+
+    async def _pause_space(self, steer: Steer) -> Answer:
+        return self.relay.set_paused(steer.target, True) or {}
+
+    async def _resume_space(self, steer: Steer) -> Answer:
+        return self.relay.set_paused(steer.target, False) or {}
+
+    async def _create_space(self, steer: Steer) -> Answer:
+        name = steer.target
+        if not SPACE_PATTERN.fullmatch(name):
+            return _no(f"{name!r} is no space name: a letter or digit, then letters, digits and . _ -, 64 at most")
+        if name in self.relay.spaces:
+            message = f"space {name!r} exists already; choose another name, or delete that one first"
+            return Rejected.because(ErrorCode.SPACE_EXISTS, message)
+        try:
+            config = SpaceConfig.from_map(steer.options)
+        except ConfigError as fault:
+            return _no(f"space {name!r}: {'; '.join(fault.faults)}")
+        space = Space(name=name, config=config)
+        await self.relay.open_space(space)
+        try:
+            await self.relay.store.commit(PutSpace(self.relay.space_record(space)))
+        except StoreError:
+            self.relay.close_space(name)
+            raise
+        return {}
+
+    async def _delete_space(self, steer: Steer) -> Answer:
+        space = self.relay.spaces.get(steer.target)
+        if space is not None and space.made_by == "config":
+            return _no(f"space {space.name!r} stands in relayd.toml; take it out there and reload or restart")
+        if refusal := self.relay.close_space(steer.target):
+            return refusal
+        try:
+            await self.relay.store.commit(DeleteSpace(steer.target))
+        except StoreError:
+            assert space is not None  # it was there to be closed
+            await self.relay.open_space(Space(name=space.name, config=space.config))
+            raise
+        return {}
+
+    async def _create_token(self, steer: Steer) -> Answer:
+        options, now = steer.options, time.time()
+        spaces = options.get("spaces", [])
+        role, expires = options.get("role"), options.get("expires")
+        if role not in ROLES or not isinstance(spaces, list) or not all(isinstance(one, str) for one in spaces):
+            return _no("create_token takes role (client, worker or operator), spaces (array of patterns) and expires")
+        try:
+            limits = parse_limits(options.get("limits", {}))
+            expires_at = parse_expires(str(expires), now) if expires is not None else None
+            token = self.tokens.create(
+                role=role, name=steer.target, now=now, spaces=spaces, expires_at=expires_at, limits=limits
+            )
+        except ValueError as fault:
+            return _no(str(fault))
+        try:
+            await self.relay.store.commit(PutToken(token.record))
+        except StoreError:
+            self.tokens.forget(token.record.token_id)
+            raise
+        return {"token": token.text, "token_id": token.record.token_id}
+
+    async def _list_tokens(self, steer: Steer) -> Answer:
+        after = str(steer.options.get("after", ""))
+        records = [token_row(record, time.time()) for record in self.tokens.list()]
+        keys = [row["token_id"] for row in records]
+        begin = keys.index(after) + 1 if after in keys else 0
+        page, more = next(iter(pages(records[begin:])))
+        return {"tokens": page, "more": more}
+
+    async def _revoke_token(self, steer: Steer) -> Answer:
+        revoked = self.tokens.revoke(steer.target, time.time())
+        if not revoked:
+            return _no(f"no live token has the id or the principal {steer.target!r}; see relayd token list")
+        ids = {record.token_id for record in revoked}
+        for connection in list(self.relay.connections.values()):
+            if connection.principal.token_id in ids:
+                connection.disconnect("its token was revoked")
+        await self.relay.store.commit(*map(PutToken, revoked))
+        return {"revoked": sorted(ids)}
+
+    async def _disconnect(self, steer: Steer) -> Answer:
+        connection = self.relay.connections.get(steer.target)
+        if connection is None:
+            return _no(f"connection {steer.target!r} is not there")
+        connection.disconnect(f"disconnected by operator {self.client.principal.name}")
+        return {}
+
+    async def _drain(self, steer: Steer) -> Answer:
+        self.drain(f"asked by operator {self.client.principal.name}")
+        running = sum(request.entry.state is State.RUNNING for request in self.relay.requests.values())
+        return {"running": running}
+
+
+def _no(message: str) -> Rejected:
+    return Rejected.because(ErrorCode.INVALID_PARAMS, message)

@@ -1,0 +1,278 @@
+"""How a request gets in: checked, its inputs gathered, made safe in the store, then `accepted` and queued.
+
+One task takes the whole requests in the order in which they became whole and commits them in batches, so that one
+fsync serves all that wait, and the order of arrival is the order of the queue.
+"""
+
+import time
+
+import attrs
+import structlog
+import trio
+
+from protocol.codec import encode
+from protocol.errors import EncodeError, ErrorCode
+from protocol.messages import Assign, Input, Rejected, Submit
+from protocol.params import check_params
+from relayd.auth.tokens import Principal
+from relayd.core.relay import Relay
+from relayd.core.space import Space
+from relayd.requests.request import Holder, Request
+from relayd.scheduling.model import Entry, State
+from relayd.scheduling.scheduler import no_such_space
+from relayd.store.base import PutRequest, RequestRecord, StoreError
+
+log = structlog.get_logger("relayd")
+
+#: Inputs in memory at once, announced or here, until the store has them; one request may always be as large as it may.
+MAX_UPLOADING_BYTES = 256 * 1024 * 1024
+#: Requests committed by one fsync at most: 64 KiB each, so a batch stays below 4 MiB without inputs.
+MAX_BATCH = 64
+#: The largest of the wire.
+MAX_ATTEMPT, MAX_SEQ = 1_000_000, 2**31
+#: Of the name of a field and of what is wrong with it: sixteen of both fit a message.
+MAX_FIELD_CHARS, MAX_FAULT_CHARS = 64, 180
+
+
+@attrs.define(eq=False)
+class Intake:
+    """Takes requests in, and holds them for the connections that sent them."""
+
+    relay: Relay
+    _whole: trio.MemorySendChannel[Request] = attrs.field(init=False)
+    _to_store: trio.MemoryReceiveChannel[Request] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        # Unbounded: every space bounds its admitted requests by max_queued, and all their inputs are bounded together.
+        self._whole, self._to_store = trio.open_memory_channel[Request](float("inf"))
+
+    def submit(self, submit: Submit, principal: Principal, holder: Holder) -> Request | Rejected:
+        """Take a `submit`: a new request, or the same one sent again, which `holder` then holds too."""
+        relay = self.relay
+        known = relay.requests.get(submit.request_id)
+        if known is not None:
+            if known.principal != principal.name or not known.same_content(submit):
+                message = f"request {submit.request_id} exists already with other content; use a new id"
+                conflict = Rejected.because(ErrorCode.ID_CONFLICT, message, request_id=submit.request_id)
+                return self._count(submit, conflict)
+            return known
+        if refused := self._refuse(submit, principal):
+            return self._count(submit, refused)
+        relay.scheduler.limit_running(principal.name, principal.limits.max_running)
+        entry = Entry(
+            request_id=submit.request_id,
+            space=submit.space,
+            principal=principal.name,
+            priority=submit.priority,
+            ticket=relay.next_ticket(),
+            retry=submit.retry,
+        )
+        if refused := relay.scheduler.admit(entry):
+            return self._count(submit, refused)
+        request = Request.of(submit, principal.name, entry, relay.spaces[submit.space].config, time.time())
+        relay.keep(request)
+        if refusal := self._if_whole(request):
+            return refusal
+        request.holders.add(holder)
+        return request
+
+    def _count(self, submit: Submit, refusal: Rejected) -> Rejected:
+        """Count a refusal, and give it back."""
+        self.relay.stats.hear_rejected(submit.space if submit.space in self.relay.spaces else None, refusal.code)
+        return refusal
+
+    def _refuse(self, submit: Submit, principal: Principal) -> Rejected | None:
+        request_id = submit.request_id
+        if self.relay.draining.is_set():
+            message = "the relay is shutting down; send the request again when it is back"
+            return Rejected.because(ErrorCode.SHUTTING_DOWN, message, request_id=request_id, retry_after_s=5.0)
+        if not principal.may_use(submit.space):
+            message = f"principal {principal.name!r} may not use space {submit.space!r}; ask for a token that may"
+            return Rejected.because(ErrorCode.FORBIDDEN, message, request_id=request_id)
+        space = self.relay.spaces.get(submit.space)
+        if space is None:
+            return no_such_space(submit.space, request_id)
+        most = principal.limits.max_queued
+        if most is not None and self.relay.scheduler.waiting_of(principal.name) >= most:
+            message = f"the token of {principal.name!r} allows {most} queued requests; wait for one to start"
+            return Rejected.because(ErrorCode.QUEUE_FULL, message, request_id=request_id)
+        if faults := check_params(space.params, submit.params):
+            # Names and limits in them are the client's and the worker's, and of any length.
+            faults = {field[:MAX_FIELD_CHARS]: what[:MAX_FAULT_CHARS] for field, what in faults.items()}
+            told = "; ".join(f"{field or 'params'} {what}" for field, what in faults.items())
+            return Rejected.because(
+                ErrorCode.INVALID_PARAMS,
+                f"space {space.name!r} does not take these params: {told}",
+                request_id=request_id,
+                details=dict(faults),
+            )
+        try:
+            encode(_largest_assign(submit, principal))
+        except EncodeError as fault:
+            message = f"the request is too large to be handed to a worker ({fault}); send large values as inputs"
+            return Rejected.because(ErrorCode.INVALID_PARAMS, message, request_id=request_id)
+        return self._refuse_inputs(submit, space)
+
+    def _refuse_inputs(self, submit: Submit, space: Space) -> Rejected | None:
+        request_id = submit.request_id
+        total = sum(info.size for info in submit.inputs.values())
+        most = self.relay.config.limits.max_input_bytes
+        if total > most:
+            message = f"the inputs have {total} bytes; the relay takes {most} a request"
+            return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
+        if total and total + self._uploading_bytes() > max(MAX_UPLOADING_BYTES, most):
+            message = "too many inputs are being uploaded at this moment; send the request again in a little while"
+            return Rejected.because(ErrorCode.RATE_LIMITED, message, request_id=request_id, retry_after_s=2.0)
+        if not space.engine:
+            return None  # no worker has said yet what it takes; it will check for itself
+        for name, rule in space.inputs.items():
+            if rule.required and name not in submit.inputs:
+                message = f"space {space.name!r} needs input {name!r}; send it with --input {name}=FILE"
+                return Rejected.because(ErrorCode.INPUT_MISSING, message, request_id=request_id)
+        for name, info in submit.inputs.items():
+            taken = space.inputs.get(name)
+            if taken is None:
+                takes = ", ".join(sorted(space.inputs)) or "none"  # 64 names of 32 characters
+                message = f"space {space.name!r} does not take input {name!r}; it takes {takes}"
+                return Rejected.because(
+                    ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": "is not taken"}
+                )
+            if info.size > taken.max_bytes:
+                message = f"input {name!r} has {info.size} bytes; space {space.name!r} takes {taken.max_bytes}"
+                return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
+            if taken.media_types and info.media_type not in taken.media_types:
+                what = f"is {info.media_type!r}; it takes {', '.join(taken.media_types)}"[:MAX_FAULT_CHARS]
+                message = f"space {space.name!r}: input {name!r} {what}"
+                return Rejected.because(
+                    ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": what}
+                )
+        return None
+
+    def _uploading_bytes(self) -> int:
+        """Bytes announced by the requests that are not in the store yet."""
+        admitted = [name for space in self.relay.scheduler.spaces.values() for name in space.admitted]
+        return sum(info.size for name in admitted for info in self.relay.requests[name].submit.inputs.values())
+
+    def add_input(self, request: Request, piece: Input) -> None:
+        """Take a piece of an input; the request is refused if it does not fit what was announced."""
+        if request.whole or not request.live:
+            return  # sent again by a client that did not know yet
+        if fault := request.add_input(piece.name, piece.offset, piece.data):
+            have = len(request.inputs.get(piece.name, b""))
+            message = (
+                f"input {piece.name!r} at offset {piece.offset}: {have} bytes of it have come, and it was announced as "
+            )
+            info = request.submit.inputs.get(piece.name)
+            self._turn_away(request, fault, message + (f"{info.size}" if info else "nothing"))
+        else:
+            self._if_whole(request)
+
+    def _if_whole(self, request: Request) -> Rejected | None:
+        """Pass a request on to the store if all of it has come; if it came damaged, it is turned away."""
+        if request.missing_input() is not None:
+            return None
+        if damaged := request.damaged_input():
+            message = f"input {damaged!r} is not what its sha256 announced; send the request again with a new id"
+            return self._turn_away(request, ErrorCode.INPUT_MISMATCH, message)
+        request.whole = True
+        self._whole.send_nowait(request)
+        return None
+
+    def _turn_away(self, request: Request, code: ErrorCode, message: str) -> Rejected:
+        """Refuse a request that was never accepted; its id is free again."""
+        refusal = Rejected.because(code, message, request_id=request.request_id)
+        for holder in tuple(request.holders):
+            holder.hear_rejected(request, refusal)
+        self._count(request.submit, refusal)
+        relay = self.relay
+        decisions = relay.scheduler.end(request.request_id, State.FAILED, trio.current_time())
+        request.notify()
+        relay.forget(request)
+        relay.carry_out(decisions)
+        return refusal
+
+    async def serve(self) -> None:
+        """Make whole requests safe and queue them, batch by batch, until cancelled."""
+        async for first in self._to_store:
+            batch = [first]
+            while len(batch) < MAX_BATCH:
+                try:
+                    batch.append(self._to_store.receive_nowait())
+                except trio.WouldBlock:
+                    break
+            batch = [request for request in batch if request.live]
+            faults: dict[str, StoreError] = {}
+            async with trio.open_nursery() as nursery:
+                for request in batch:
+                    nursery.start_soon(self._commit, request, faults)
+            for request in batch:
+                try:
+                    self._conclude(request, faults.get(request.request_id))
+                except Exception:
+                    log.exception("request broke the relay's own rules", request_id=request.request_id)
+                    self.relay.fail_broken(request)
+
+    async def _commit(self, request: Request, faults: dict[str, StoreError]) -> None:
+        """Make one request safe; the store makes one transaction of a batch's commits, and fails only the guilty."""
+        try:
+            await self.relay.store.commit(_put(request))
+        except StoreError as fault:
+            log.error("store failed", why=str(fault), request_id=request.request_id)
+            faults[request.request_id] = fault
+        except Exception:
+            log.exception("request broke the relay's own rules", request_id=request.request_id)
+            faults[request.request_id] = StoreError("internal error; see the relay's log")
+
+    def _conclude(self, request: Request, fault: StoreError | None) -> None:
+        """The store has answered: queue the request, or turn it away."""
+        relay = self.relay
+        if fault is not None:
+            if request.live:
+                self._turn_away(request, fault.code, f"the relay could not store the request: {fault}")
+            return
+        request.accepted = True
+        request.drop_inputs()
+        if not request.live:  # cancelled while the store was writing
+            relay.record(request)
+            return
+        for holder in tuple(request.holders):
+            holder.hear_accepted(request)
+        request.queued_at = trio.current_time()
+        request.step("accepted")
+        relay.stats.hear_accepted(request)
+        log.info(
+            "request accepted",
+            request_id=request.request_id,
+            space=request.submit.space,
+            principal=request.principal,
+        )
+        relay.carry_out(relay.scheduler.enqueue(request.entry, request.queued_at))
+        request.notify()
+        relay.touch("requests", request.request_id)
+
+
+def _largest_assign(submit: Submit, principal: Principal) -> Assign:
+    """The `assign` that a request leads to, with numbers as long as they can get: it is longer than its `submit`."""
+    return Assign(
+        request_id=submit.request_id,
+        attempt=MAX_ATTEMPT,
+        from_seq=MAX_SEQ,
+        space=submit.space,
+        principal=principal.name,
+        params=submit.params,
+        inputs=submit.inputs,
+        run_timeout_s=1.0,
+    )
+
+
+def _put(request: Request) -> PutRequest:
+    record = RequestRecord(
+        request_id=request.request_id,
+        principal=request.principal,
+        ticket=request.entry.ticket,
+        submit=request.submit,
+        state=State.QUEUED,
+        created_at=request.created_unix,
+    )
+    # An input of no bytes has no pieces, and is one all the same.
+    return PutRequest(record, {name: bytes(request.inputs.get(name, b"")) for name in request.submit.inputs})

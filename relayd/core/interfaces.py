@@ -1,0 +1,170 @@
+"""What the relay's state and its parts need of each other and of connections, as narrow protocols."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import trio
+
+from protocol.duplex import Link
+from protocol.errors import ErrorCode
+from protocol.messages import Ack, Message
+from relayd.auth.tokens import Principal
+from relayd.config.schema import Config
+from relayd.frames.frame_log import FrameReader
+from relayd.requests.request import Request
+from relayd.store.base import Store, UpdateRequest
+
+
+class WorkerPort(Protocol):
+    """A worker's connection, as far as the relay's state sees it."""
+
+    @property
+    def worker_id(self) -> str:
+        """The relay's name for it."""
+
+    @property
+    def connection_id(self) -> str:
+        """Of its connection."""
+
+    @property
+    def principal(self) -> str:
+        """Whose it is."""
+
+    @property
+    def engine(self) -> str:
+        """What it runs."""
+
+    @property
+    def agent(self) -> str:
+        """Its program and version."""
+
+    @property
+    def peer(self) -> str:
+        """Where it connects from."""
+
+    @property
+    def rtt_s(self) -> float | None:
+        """Round trip of the last ping."""
+
+    @property
+    def heard_at(self) -> float:
+        """Trio time of the last sign of life."""
+
+    def assign(self, request: Request, from_seq: int) -> None:
+        """Send `assign`, and the inputs behind it."""
+
+    def cancel(self, request_id: str, reason: str) -> None:
+        """Send `cancel`."""
+
+    def acknowledge(self, ack: Ack) -> None:
+        """Send `ack`."""
+
+    def drain(self, reason: str) -> None:
+        """Send `drain`."""
+
+    def undrain(self) -> None:
+        """Send `undrain`."""
+
+    def disconnect(self, reason: str) -> None:
+        """End the connection."""
+
+
+class ConnectionPort(Protocol):
+    """A connection that has logged in, as far as the relay's state sees it."""
+
+    @property
+    def link(self) -> Link:
+        """What carries it."""
+
+    @property
+    def principal(self) -> Principal:
+        """Whose it is."""
+
+    @property
+    def agent(self) -> str:
+        """Its program and version."""
+
+    @property
+    def connected_at(self) -> float:
+        """Trio time of its login."""
+
+    def disconnect(self, reason: str) -> None:
+        """End it now."""
+
+
+class ClientPort(Protocol):
+    """A client's connection, as far as views and counters see it."""
+
+    sampled_bytes: int
+
+    @property
+    def connection_id(self) -> str:
+        """Of its connection."""
+
+    @property
+    def link(self) -> Link:
+        """What carries it."""
+
+    @property
+    def principal(self) -> Principal:
+        """Whose it is."""
+
+    @property
+    def held(self) -> Mapping[str, Request]:
+        """The requests it holds."""
+
+    @property
+    def readers(self) -> Mapping[str, FrameReader]:
+        """What it reads, by request id."""
+
+    @property
+    def backlog_bytes(self) -> int:
+        """What it has not taken yet."""
+
+    @property
+    def frames_sent(self) -> int:
+        """Since its login."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Since its login."""
+
+    def unfinished(self) -> list[FrameReader]:
+        """Readers of ended requests that have not sent all yet."""
+
+    def send(self, message: Message) -> None:
+        """Send a message of the relay's own."""
+
+
+class ResultsOwner(Protocol):
+    """What results need of the relay's state: the requests they belong to, and the three things they ask for."""
+
+    config: Config
+    store: Store
+    nursery: trio.Nursery
+    requests: dict[str, Request]
+
+    def live_requests(self) -> list[Request]:
+        """Those that have not ended."""
+
+    def standing(self, request: Request) -> UpdateRequest:
+        """How a request stands, as the store keeps it."""
+
+    def fail(self, request: Request, code: ErrorCode, message: str) -> None:
+        """End a request as failed."""
+
+    def forget(self, request: Request) -> None:
+        """Drop a request that has ended."""
+
+    def acknowledge(self, worker_id: str, ack: Ack) -> None:
+        """Have a worker forget an attempt, if it is there."""
+
+
+class Watcher(Protocol):
+    """Somebody who wants to know what changed."""
+
+    def touch(self, topic: str, key: str) -> None:
+        """The row `key` of `topic` may look otherwise now; topic `queue`: the queue of space `key` has moved."""
+
+    def stir(self, topic: str, key: str) -> None:
+        """As `touch`, of something that changes all the time."""

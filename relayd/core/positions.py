@@ -1,0 +1,53 @@
+"""Tells queued requests their places, each time they change and at most four times a second."""
+
+import time
+
+import structlog
+import trio
+
+from relayd.core.relay import Relay
+from relayd.requests.request import Request
+from relayd.scheduling.model import Place
+
+log = structlog.get_logger("relayd.places")
+
+#: DESIGN §5: `queued` is pushed at most 4 times a second.
+INTERVAL_S = 0.25
+#: Telling may take this part of the relay's time at most: with 10,000 in a queue each step moves them all.
+MAX_SHARE = 0.1
+
+
+async def serve_places(relay: Relay) -> None:
+    """Push `queued` to the holders of every request whose place changed, until cancelled."""
+    while True:
+        await relay.moved.wait()
+        relay.moved = trio.Event()
+        began = time.perf_counter()
+        try:
+            tell_places(relay)
+        except Exception:
+            log.exception("telling places broke the relay's own rules")
+        await trio.sleep(max(INTERVAL_S, (time.perf_counter() - began) / MAX_SHARE))
+
+
+def tell_places(relay: Relay) -> None:
+    """One round: every space that moved since the last."""
+    now = trio.current_time()
+    spaces = relay.scheduler.moved & relay.spaces.keys()
+    relay.scheduler.moved.clear()
+    for name in spaces:
+        relay.touch("spaces", name)
+        relay.touch("queue", name)
+        if not relay.scheduler.spaces[name].queue:
+            continue
+        for request_id, place in relay.scheduler.places(name, now).items():
+            request = relay.requests[request_id]
+            if request.told_place != (place.position, place.of):
+                tell(request, place)
+
+
+def tell(request: Request, place: Place) -> None:
+    """Push one request's place to those that hold it."""
+    request.told_place = (place.position, place.of)
+    for holder in request.holders:
+        holder.hear_place(request, place)

@@ -1,0 +1,128 @@
+"""At the start: spaces, requests and results are taken up where the last run left them."""
+
+import time
+
+import attrs
+import structlog
+import trio
+
+from relayd.core.relay import Relay
+from relayd.core.retention import last_words
+from relayd.core.space import Space
+from relayd.frames.frame_file import Contents
+from relayd.frames.frame_log import FrameLog
+from relayd.requests.request import Request
+from relayd.scheduling.model import Entry, State
+from relayd.store.base import DeleteRequest, DeleteSpace, Loaded, PutSpace, RequestRecord, SpaceRecord
+
+log = structlog.get_logger("relayd")
+
+#: The wire counts attempts to a million, and the first after a restart skips one. No request gets anywhere near it.
+LAST_ATTEMPT = 999_990
+
+
+async def restore(relay: Relay, loaded: Loaded) -> None:
+    """Open the spaces of the config and of the store, take up the requests, and find the results of those that ended.
+
+    Raises:
+        StoreError: the folder of the results cannot be used.
+    """
+    records = {record.name: record for record in loaded.spaces}
+    for name, config in relay.config.spaces.items():
+        record = records.pop(name, SpaceRecord(name=name, created_at=time.time()))
+        await _open(relay, attrs.evolve(record, config=config, made_by="config"))
+    for record in records.values():
+        kept = any(r.submit.space == record.name and State(r.state).live for r in loaded.requests)
+        if record.made_by == "command" or kept:
+            await _open(relay, record)
+        else:
+            log.info("space is gone from relayd.toml", space=record.name)
+            relay.store.post(DeleteSpace(record.name))
+    known = [stored for stored in loaded.requests if stored.submit.space in relay.spaces]
+    for stored in loaded.requests:
+        if stored.submit.space not in relay.spaces:
+            relay.store.post(DeleteRequest(stored.request_id))
+    ended = {stored.request_id: stored.created_at for stored in known if not State(stored.state).live}
+    results = await relay.results.open(ended)
+    live = 0
+    for stored in known:
+        try:
+            live += _take_up(relay, stored, results.get(stored.request_id))
+        except Exception:
+            log.exception("set aside a request that cannot be restored", request_id=stored.request_id)
+            relay.set_aside(stored.request_id)
+    if live or results:
+        log.info("taken up from the store", requests=live, results=len(results))
+
+
+def _take_up(relay: Relay, stored: RequestRecord, result: Contents | None) -> bool:
+    """Give a request of the store its place again; returns whether it is live."""
+    if stored.attempt > LAST_ATTEMPT:
+        raise ValueError(f"attempt {stored.attempt} leaves the wire no number for another")
+    request = _revive(relay, stored, result)
+    if request.live:
+        relay.scheduler.restore(request.entry, request.created_at)
+    relay.keep(request)
+    if stored.stopping is not None and request.live:
+        relay.cancel(request, stored.stopping)  # its worker may never have heard that, or may be gone
+    return request.live
+
+
+async def _open(relay: Relay, record: SpaceRecord) -> None:
+    space = Space(
+        name=record.name,
+        config=record.config,
+        made_by=record.made_by,
+        created_at=record.created_at,
+        engine=record.engine,
+        params=dict(record.params),
+        inputs=dict(record.inputs),
+        format=record.format,
+    )
+    await relay.open_space(space, paused=record.paused)
+    relay.store.post(PutSpace(relay.space_record(space)))
+
+
+def _revive(relay: Relay, record: RequestRecord, result: Contents | None) -> Request:
+    """A request of the store. Its deadlines begin anew: the clock that measured them stopped with the last run."""
+    now, state = trio.current_time(), State(record.state)
+    submit = record.submit
+    entry = Entry(
+        request_id=record.request_id,
+        space=submit.space,
+        principal=record.principal,
+        priority=submit.priority,
+        ticket=record.ticket,
+        retry=submit.retry,
+        state=state,
+        attempt=record.attempt,
+        worker_id=record.worker_id if state is State.RUNNING else None,
+        unsure=state.live,
+        losses=record.losses,
+        started_at=now,
+        reproducible=record.reproducible,
+        has_output=record.has_output,
+    )
+    request = Request.of(
+        submit,
+        record.principal,
+        entry,
+        relay.spaces[submit.space].config,
+        record.created_at,
+        whole=True,
+        accepted=True,
+        unheld_at=now,
+        worker_grace_s=relay.config.limits.worker_grace_s,
+        ended_at=None if state.live else now,
+        code=record.code,
+        message=record.message,
+    )
+    if not state.live:
+        request.shed()
+        if result is not None:
+            request.log = FrameLog.of_file(record.request_id, result)
+        elif state is State.COMPLETED:
+            request.has_result = False
+        else:  # without its frames, it is known at least how it ended
+            request.log.append(last_words(request), ends=True)
+    return request

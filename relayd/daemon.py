@@ -1,0 +1,166 @@
+"""The daemon, put together: what it consists of, how it starts and how it stops."""
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Sequence
+
+import attrs
+import structlog
+import trio
+
+from protocol.link import Link
+from protocol.rfc6455 import GOING_AWAY
+from protocol.systemd import ServiceManager
+from relayd.auth.tokens import Tokens
+from relayd.config.schema import Config
+from relayd.config_reload import Reload
+from relayd.connections.gateway import Gate
+from relayd.connections.listener import describe, open_listeners, serve_listeners, tls_context
+from relayd.core.admission import Intake
+from relayd.core.positions import serve_places
+from relayd.core.relay import Relay
+from relayd.core.restore import restore
+from relayd.http.app import make_app
+from relayd.http.context import Site
+from relayd.http.server import HttpDoor
+from relayd.logs.recent import serve_events
+from relayd.net.reactor import open_plane
+from relayd.scheduling.model import State
+from relayd.service.health import Service
+from relayd.stats.counters import serve_stats
+from relayd.store.factory import open_store
+
+log = structlog.get_logger("relayd")
+
+#: For connections to be closed in order at the end.
+CLOSE_S = 3.0
+
+
+@attrs.define(eq=False)
+class Shutdown:
+    """The way out: drain first, leave at once when asked twice."""
+
+    relay: Relay
+    leave: trio.Event = attrs.field(factory=trio.Event)
+
+    def drain(self, why: str) -> None:
+        """Take nothing new and leave when what runs has ended; asked again, leave now."""
+        if self.relay.draining.is_set():
+            log.warning("leaving at once", why=why)
+            self.leave.set()
+            return
+        running = sum(request.entry.state is State.RUNNING for request in self.relay.requests.values())
+        log.warning("draining", why=why, running=running, at_most_s=self.relay.config.drain_timeout_s)
+        self.relay.scheduler.draining = True
+        self.relay.draining.set()
+
+
+async def serve(
+    config: Config,
+    *,
+    on_ready: Callable[[Sequence[str]], None] | None = None,
+    reread: Callable[[], Config] | None = None,
+) -> None:
+    """Be the daemon until a signal or an operator ends it.
+
+    Args:
+        config: all settings.
+        on_ready: told the URLs once every door is open and the store is loaded.
+        reread: makes `config` anew, for SIGHUP; None leaves that signal alone.
+
+    Raises:
+        StoreError: the store cannot be used.
+        ListenError: a door cannot be opened.
+    """
+    context = tls_context(config)
+    async with open_store(config) as store, open_listeners(config) as listeners:
+        loaded = await store.load()
+        for words in loaded.damaged:
+            log.error("store has a damaged record", what=words)
+        async with trio.open_nursery() as nursery:
+            relay = Relay(config, store, nursery)
+            await nursery.start(serve_events, relay.events)
+            shutdown = Shutdown(relay)
+            intake = Intake(relay)
+            tokens = Tokens(loaded.tokens)
+            site = Site(relay, intake, tokens)
+            http = HttpDoor(site, make_app(site))
+            await restore(relay, loaded)
+            nursery.start_soon(intake.serve)
+            nursery.start_soon(serve_places, relay)
+            nursery.start_soon(serve_stats, relay.sample)
+            nursery.start_soon(relay.results.serve_memory)
+            nursery.start_soon(relay.results.serve_retention)
+            nursery.start_soon(site.serve)
+            manager = ServiceManager.from_environment()
+            reload = Reload(relay, tokens, context, reread, manager) if reread else None
+            if reload is not None:
+                nursery.start_soon(reload.serve)
+            await nursery.start(_hear_signals, shutdown, reload)  # before anybody is told that it is ready
+            async with open_plane() as plane, trio.open_nursery() as connections:
+                gate = Gate(relay, intake, tokens, plane, connections, shutdown.drain, site.failures)
+                connections.start_soon(gate.watch_newcomers)
+                accepting = trio.CancelScope()
+
+                async def accept() -> None:
+                    with accepting:
+                        await serve_listeners(listeners, gate, http, context, connections)
+
+                connections.start_soon(accept)
+                urls = describe(listeners, tls=context is not None)
+                relay.urls = list(urls)
+                log.info("listening", urls=urls, spaces=sorted(relay.spaces), state_dir=str(config.state_dir))
+                if on_ready is not None:
+                    on_ready(urls)
+                nursery.start_soon(Service(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
+                await relay.draining.wait()
+                # The doors stay open: whoever was cut off from what still runs may come back to it.
+                await _until_idle(relay, site, shutdown, relay.config.drain_timeout_s)
+                accepting.cancel()
+                for space in relay.spaces.values():  # no deadline counts while the links are being closed
+                    space.closed.set()
+                await _close_links({*plane.links, *(each.link for each in relay.connections.values())})
+                await http.close()
+                connections.cancel_scope.cancel()
+            with trio.move_on_after(CLOSE_S):  # asked to leave at once: what is half safe is made so
+                await relay.results.settled()
+            nursery.cancel_scope.cancel()
+        await store.flush()
+    log.info("stopped")
+
+
+async def _hear_signals(
+    shutdown: Shutdown, reload: Reload | None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    had_terminal = os.isatty(2)
+    heard = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if reload else ()))
+    with trio.open_signal_receiver(*heard) as signals:
+        task_status.started()
+        async for number in signals:
+            # A terminal that went away says SIGHUP as well; asked for its state, it then answers with an error.
+            if number != signal.SIGHUP or (had_terminal and not os.isatty(2)):
+                shutdown.drain(signal.Signals(number).name)
+            elif reload is not None:
+                reload.ask()
+
+
+async def _until_idle(relay: Relay, site: Site, shutdown: Shutdown, drain_timeout_s: float) -> None:
+    """Wait for what runs, for its end to be safe and for listeners to have heard it, within a drain's time."""
+    with trio.move_on_after(drain_timeout_s):
+        while not shutdown.leave.is_set():
+            running = [r for r in relay.requests.values() if r.entry.state is State.RUNNING]
+            unsent = any(reader for client in relay.clients.values() for reader in client.unfinished())
+            if not running and not unsent and not site.unfinished and not relay.results.concluding:
+                return
+            with trio.move_on_after(0.1):
+                await shutdown.leave.wait()
+    left = sum(r.entry.state is State.RUNNING for r in relay.requests.values())
+    if left:
+        log.warning("left running work to its workers; it goes on when the relay is back", requests=left)
+
+
+async def _close_links(links: Iterable[Link]) -> None:
+    with trio.move_on_after(CLOSE_S, shield=True):
+        async with trio.open_nursery() as nursery:
+            for link in links:
+                nursery.start_soon(link.aclose, GOING_AWAY, "the relay is shutting down")

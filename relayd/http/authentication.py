@@ -1,0 +1,86 @@
+"""Who sends an HTTP request: a bearer token, or the credentials of a peer on the unix socket; and from which page."""
+
+import time
+
+import structlog
+import trio
+from starlette.requests import Request
+
+from protocol.errors import ErrorCode
+from protocol.messages import PROTOCOL_VERSION, Hello, Rejected
+from relayd.auth import login_throttle
+from relayd.auth.tokens import Principal
+from relayd.http.context import Site, Visit, site_of, visit_of
+from relayd.http.errors import Refusal
+from relayd.net.http_head import last_address
+
+log = structlog.get_logger("relayd.http")
+
+#: The longest of the wire's `hello`.
+MAX_TOKEN_CHARS = 256
+#: Names under which tokens are put into URLs elsewhere; there they end in logs and histories.
+SECRET_NAMES = frozenset({"token", "access_token", "api_key", "apikey", "key", "authorization"})
+
+
+def principal_of(request: Request, role: str = "client") -> Principal:
+    """Who sends `request`.
+
+    Args:
+        request: as it came.
+        role: what it is to be done as; an operator's token is good for a client's part, too.
+
+    Raises:
+        Refusal: nobody that may come in: 401, 403, or 429 after too many tries.
+    """
+    site, visit = site_of(request), visit_of(request)
+    if visit.principal is not None:
+        return visit.principal
+    if SECRET_NAMES & {name.lower() for name in request.query_params}:
+        message = "put the token into the Authorization header (Bearer TOKEN): a URL is kept in logs and histories"
+        raise Refusal(ErrorCode.UNAUTHENTICATED, message)
+    principal = _log_in(site, visit, _token(request), role)
+    if isinstance(principal, Rejected):
+        raise _refuse(site, visit, request, role, principal)
+    most = principal.limits.max_connections
+    if most is not None and site.places_of(principal) >= most:
+        message = f"the token of {principal.name!r} allows {most} connections at once; end one first"
+        raise Refusal(ErrorCode.RATE_LIMITED, message)
+    visit.principal = principal
+    return principal
+
+
+def _log_in(site: Site, visit: Visit, token: str | None, role: str) -> Principal | Rejected:
+    if token is not None and len(token) > MAX_TOKEN_CHARS:
+        return Rejected.because(ErrorCode.UNAUTHENTICATED, "this is no token of a relay: it is too long")
+    hello = Hello(version=PROTOCOL_VERSION, role=role, token=token, agent="")
+    return site.tokens.log_in(hello, visit.credentials, time.time())
+
+
+def _token(request: Request) -> str | None:
+    """The bearer token; an `Authorization` of another kind stands for a token that opens nothing."""
+    header = request.headers.get("authorization")
+    if header is None:
+        return None
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() != "bearer" or not value.strip():
+        raise Refusal(ErrorCode.UNAUTHENTICATED, "the relay takes `Authorization: Bearer TOKEN` and no other kind")
+    return value.strip()
+
+
+def _refuse(site: Site, visit: Visit, request: Request, role: str, refused: Rejected) -> Refusal:
+    if refused.code != ErrorCode.UNAUTHENTICATED or "authorization" not in request.headers:
+        return Refusal.of(refused)
+    wait_s = site.failures.add(address_of(request), trio.current_time())
+    if wait_s is not None:
+        return Refusal(ErrorCode.RATE_LIMITED, login_throttle.TOO_MANY_FAILURES, retry_after_s=wait_s)
+    log.warning("login refused", peer=address_of(request), role=role, code=refused.code)
+    return Refusal.of(refused)
+
+
+def address_of(request: Request) -> str:
+    """Where a request comes from, without a port: behind a proxy, as the proxy says."""
+    if site_of(request).relay.config.behind_proxy:
+        lines = request.headers.getlist("x-forwarded-for")
+        if lines and (address := last_address(lines[-1])) is not None:
+            return address
+    return login_throttle.address_of(visit_of(request).peer)

@@ -1,0 +1,335 @@
+"""The bodies of HTTP requests: JSON, forms, and multipart with files; bounded while they come in.
+
+A file becomes an input under the name of its form field. What the client calls the file is looked at only to tell a
+file from a text field, and used for nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+from urllib.parse import parse_qsl
+
+import attrs
+import trio
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from protocol.errors import ErrorCode
+from protocol.fields import Value
+from protocol.messages import NAME_PATTERN
+from relayd.http.context import Site, site_of
+from relayd.http.errors import Refusal
+
+#: Of what is no file: 64 KiB of params, each character of which JSON may write as six.
+MAX_FIELDS_BYTES = 512 * 1024
+#: Fields and files of one form.
+MAX_PARTS = 64
+#: What a multipart body may have beside its files' bytes and its fields.
+SLACK_BYTES = 64 * 1024
+#: A client that sends nothing for so long in the middle of a body is not waited for.
+BODY_STALL_S = 30.0
+#: Nor is one that sends less than this, all in all: a body of 32 MiB would hold its place for days.
+MIN_BYTES_S = 8 * 1024
+#: Uploads in memory at once that are no request's yet; one may always be as large as a request's inputs may.
+MAX_UPLOAD_BYTES = 256 * 1024 * 1024
+
+
+@attrs.frozen
+class Upload:
+    """A file that has come in."""
+
+    media_type: str
+    data: bytes = attrs.field(repr=False)
+    sha256: str
+
+
+@attrs.define
+class Body:
+    """What a request's body holds: fields, which a form has as text and JSON as values, and files by name."""
+
+    fields: dict[str, Value] = attrs.field(factory=dict)
+    uploads: dict[str, Upload] = attrs.field(factory=dict)
+    #: Whether the fields are a form's.
+    is_form: bool = False
+
+
+#: How many bytes an input of this name and media type may have; raises `Refusal` where it is not taken.
+Cap = Callable[[str, str], int]
+
+
+@contextmanager
+def _counted(site: Site) -> Iterator[Callable[[int], None]]:
+    """Counts what an upload holds in memory, for as long as the block lasts."""
+    mine = 0
+
+    def count(size: int) -> None:
+        nonlocal mine
+        most = max(MAX_UPLOAD_BYTES, site.relay.config.limits.max_input_bytes)
+        if site.upload_bytes + size > most:
+            message = "too many inputs are being uploaded at this moment; send the request again in a little while"
+            raise Refusal(ErrorCode.RATE_LIMITED, message, retry_after_s=2.0)
+        mine += size
+        site.upload_bytes += size
+
+    try:
+        yield count
+    finally:
+        site.upload_bytes -= mine
+
+
+@contextmanager
+def open_uploads(request: Request) -> Iterator["Uploads"]:
+    """Where a request's body is read; what it holds counts as an upload until the end of the block."""
+    with _counted(site_of(request)) as count:
+        yield Uploads(request, count)
+
+
+@attrs.frozen
+class Uploads:
+    """Reads the body of one request."""
+
+    request: Request
+    count: Callable[[int], None]
+
+    async def read(self, cap: Cap) -> Body:
+        """All of the body, by its content type.
+
+        Raises:
+            Refusal: it is no body of a known kind (415), is damaged (400), too large (413) or comes too slowly (408).
+        """
+        kind, options = parse_options_header(self.request.headers.get("content-type"))
+        if kind == b"multipart/form-data":
+            return await self._multipart(options.get(b"boundary", b""), cap)
+        data = await read_all(self.request, MAX_FIELDS_BYTES)
+        if kind == b"application/x-www-form-urlencoded":
+            return Body(_urlencoded(data), is_form=True)
+        if kind == b"application/json" or (not kind and not data):
+            return Body(json_object(data or b"{}"))
+        raise Refusal(
+            "unsupported_media_type",
+            "send application/json, application/x-www-form-urlencoded or multipart/form-data",
+            status=415,
+        )
+
+    async def _multipart(self, boundary: bytes, cap: Cap) -> Body:
+        if not boundary:
+            raise Refusal("bad_request", "multipart/form-data needs a boundary in its content type", status=400)
+        most = site_of(self.request).relay.config.limits.max_input_bytes
+        form = _Form(cap, most, self.count)
+        try:
+            parser = MultipartParser(boundary, form.callbacks())
+            async for piece in Pieces(self.request, most + MAX_FIELDS_BYTES + SLACK_BYTES):
+                parser.write(piece)
+            parser.finalize()
+        except FormParserError as fault:
+            raise Refusal("bad_request", f"the multipart body is damaged: {fault}", status=400) from None
+        if not form.ended:
+            raise Refusal("bad_request", "the multipart body has no end", status=400)
+        return Body(dict(form.fields), form.uploads, is_form=True)
+
+
+@attrs.define(eq=False)
+class _Form:
+    """What a multipart parser finds, one callback after the other."""
+
+    cap: Cap
+    #: Bytes that all files may have together.
+    left_bytes: int
+    count: Callable[[int], None]
+    fields: dict[str, str] = attrs.field(factory=dict)
+    uploads: dict[str, Upload] = attrs.field(factory=dict)
+    ended: bool = False
+    _parts: int = 0
+    _field_bytes: int = 0
+    _header: tuple[bytearray, bytearray] = attrs.field(factory=lambda: (bytearray(), bytearray()))
+    _headers: dict[bytes, bytes] = attrs.field(factory=dict)
+    _name: str = ""
+    _media_type: str | None = None
+    _cap_bytes: int = 0
+    _data: bytearray = attrs.field(factory=bytearray)
+    _digest: Any = None
+    #: A file field of a page in which nobody chose a file.
+    _blank: bool = False
+
+    def callbacks(self) -> Any:
+        """For python-multipart; a slice of the bytes comes with those of data."""
+        return {
+            "on_part_begin": self.begin,
+            "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
+            "on_header_end": self.end_header,
+            "on_headers_finished": self.end_headers,
+            "on_part_data": lambda data, start, end: self.take(data[start:end]),
+            "on_part_end": self.end_part,
+            "on_end": self.end,
+        }
+
+    def begin(self) -> None:
+        """A part begins."""
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise Refusal(ErrorCode.INVALID_PARAMS, f"a form may have {MAX_PARTS} parts at most")
+        self._headers = {}
+        self._data = bytearray()
+
+    def end_header(self) -> None:
+        """A header of the part is whole."""
+        name, value = self._header
+        self._headers[bytes(name).lower()] = bytes(value)
+        self._header = (bytearray(), bytearray())
+
+    def end_headers(self) -> None:
+        """All of the part's headers are there: what is it?"""
+        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        self._name = options.get(b"name", b"").decode(errors="replace")
+        if not self._name or self._name in self.fields or self._name in self.uploads:
+            raise Refusal(ErrorCode.INVALID_PARAMS, f"form field {self._name!r} has no name, or comes twice")
+        self._media_type, self._blank = None, False
+        if b"filename" not in options and b"filename*" not in options:
+            return
+        self._blank = not options.get(b"filename")
+        kind, _ = parse_options_header(self._headers.get(b"content-type"))
+        self._media_type = kind.decode("latin-1")[:128] or "application/octet-stream"
+        self._digest = hashlib.sha256()
+        if not self._blank:
+            self._cap_bytes = self._cap()
+
+    def _cap(self) -> int:
+        assert self._media_type is not None
+        if not NAME_PATTERN.fullmatch(self._name):
+            raise Refusal(ErrorCode.INVALID_PARAMS, f"{self._name[:64]!r} is no name of an input ([a-z][a-z0-9_]*)")
+        return self.cap(self._name, self._media_type)
+
+    def take(self, data: bytes) -> None:
+        """Some of the part's content."""
+        if self._media_type is None:
+            self._field_bytes += len(data)
+            if self._field_bytes > MAX_FIELDS_BYTES:
+                raise too_large(f"the fields of a form may have {MAX_FIELDS_BYTES} bytes together")
+        else:
+            if self._blank and data:  # a file with content after all, only without a name
+                self._blank, self._cap_bytes = False, self._cap()
+            size = len(self._data) + len(data)
+            if size > self._cap_bytes:
+                raise too_large(f"input {self._name!r} may have {self._cap_bytes} bytes here")
+            self.left_bytes -= len(data)
+            if self.left_bytes < 0:
+                raise too_large("the inputs of a request are too large together; see limits.max_input_bytes")
+            self.count(len(data))
+            self._digest.update(data)
+        self._data += data
+
+    def end_part(self) -> None:
+        """The part is whole."""
+        if self._media_type is None:
+            self._field_bytes += len(self._name)
+            self.fields[self._name] = _utf8(bytes(self._data))
+        elif not self._blank:
+            self.uploads[self._name] = Upload(self._media_type, bytes(self._data), self._digest.hexdigest())
+        self._data = bytearray()
+
+    def end(self) -> None:
+        """The closing boundary was there."""
+        self.ended = True
+
+
+@attrs.define(eq=False)
+class Pieces:
+    """The body as it comes.
+
+    No generator, which would be left behind half done where a piece turns out to be one too many.
+    """
+
+    request: Request
+    most_bytes: int
+    _size: int = 0
+    _over: bool = False
+    _began: float = attrs.field(factory=trio.current_time)
+
+    def __attrs_post_init__(self) -> None:
+        declared = self.request.headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > self.most_bytes:
+            raise too_large(f"the body has {declared} bytes; {self.most_bytes} may be sent here")
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The next piece.
+
+        Raises:
+            Refusal: more than `most_bytes` (413), or too slowly (408).
+        """
+        if self._over:
+            raise StopAsyncIteration
+        due = min(trio.current_time(), self._began + self._size / MIN_BYTES_S) + BODY_STALL_S
+        with trio.move_on_at(due) as patience:
+            message = await self.request.receive()
+        if patience.cancelled_caught:
+            words = f"the body came too slowly: {self._size} bytes, and then not enough; send the request again"
+            raise Refusal("request_timeout", words, status=408)
+        piece: bytes = message.get("body", b"")
+        self._over = not message.get("more_body", False)
+        self._size += len(piece)
+        if self._size > self.most_bytes:
+            raise too_large(f"{self.most_bytes} bytes may be sent here")
+        return piece
+
+
+async def read_all(request: Request, most_bytes: int) -> bytes:
+    """All of the body.
+
+    Raises:
+        Refusal: more than `most_bytes` (413), or too slowly (408).
+    """
+    data = bytearray()
+    async for piece in Pieces(request, most_bytes):
+        data += piece
+    return bytes(data)
+
+
+def json_object(data: bytes) -> dict[str, Value]:
+    """The JSON object that `data` is.
+
+    Raises:
+        Refusal: it is none (400).
+    """
+    try:
+        value = json.loads(data, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as fault:
+        raise Refusal("bad_request", f"the body is no JSON: {fault}", status=400) from None
+    if not isinstance(value, dict):
+        raise Refusal("bad_request", "the body must be a JSON object", status=400)
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _urlencoded(data: bytes) -> dict[str, Value]:
+    try:
+        pairs = parse_qsl(data.decode(), keep_blank_values=True, max_num_fields=MAX_PARTS, errors="strict")
+    except ValueError as fault:
+        raise Refusal("bad_request", f"the form is damaged: {fault}", status=400) from None
+    fields: dict[str, Value] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise Refusal(ErrorCode.INVALID_PARAMS, f"form field {name[:64]!r} comes twice")
+        fields[name] = value
+    return fields
+
+
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise Refusal("bad_request", "the form's fields are not UTF-8", status=400) from None
+
+
+def too_large(message: str) -> Refusal:
+    """More than may be sent; the rest of the body is not read, so the connection ends."""
+    return Refusal(ErrorCode.INPUT_TOO_LARGE, message)

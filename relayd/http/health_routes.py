@@ -1,0 +1,76 @@
+"""Health, readiness and metrics: for load balancers, for whoever starts the relay, and for Prometheus."""
+
+import attrs
+import trio
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from protocol.errors import ErrorCode
+from relayd.http.authentication import principal_of
+from relayd.http.context import Site, site_of
+from relayd.http.errors import Refusal
+from relayd.http.prometheus import HttpReading, Scrape
+
+#: When to look again whether a relay that leaves is back.
+RETRY_AFTER_S = 5
+
+
+def routes() -> list[BaseRoute]:
+    """What it serves."""
+    return [Route("/health", _health), Route("/ready", _ready), Route("/metrics", _Metrics().answer)]
+
+
+async def _health(request: Request) -> Response:
+    """That it answers says that its event loop turns; what else may be wrong, the metrics tell."""
+    site = site_of(request)
+    visitors = sum(visit.principal is not None for visit in site.visits)
+    told = {
+        "status": "healthy",
+        "service": "relayd",
+        "active_connections": len(site.relay.connections) + visitors,
+        "draining": site.relay.draining.is_set(),
+    }
+    return JSONResponse(told)
+
+
+async def _ready(request: Request) -> Response:
+    """Whether new requests are taken here."""
+    if not site_of(request).relay.draining.is_set():
+        return JSONResponse({"ready": True})
+    told = {"ready": False, "why": "the relay is shutting down"}
+    return JSONResponse(told, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+@attrs.define(eq=False)
+class _Metrics:
+    """One scrape at a time is put into words, in a thread: with a hundred spaces that takes 0.1 s."""
+
+    _limiter: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1))
+
+    async def answer(self, request: Request) -> Response:
+        site = site_of(request)
+        _let_in(request, site)
+        http = HttpReading(site.connections, len(site.visits), site.responses)
+        scrape = Scrape.of(site.relay, site.tokens, http)
+        accept = request.headers.get("accept", "")
+        body, content_type = await trio.to_thread.run_sync(
+            scrape.encode, accept, limiter=self._limiter, abandon_on_cancel=True
+        )
+        return Response(body, headers={"Content-Type": content_type})
+
+
+def _let_in(request: Request, site: Site) -> None:
+    """Keep out who may not see the figures of all spaces.
+
+    Raises:
+        Refusal: 401, 403 or 429.
+    """
+    match site.relay.config.http.metrics:
+        case "operator":
+            principal_of(request, "operator")
+        case "token":
+            principal = principal_of(request)
+            if principal.spaces:
+                words = f"the token of {principal.name!r} is for some spaces, and metrics tell of all: use one for all"
+                raise Refusal(ErrorCode.FORBIDDEN, words)

@@ -1,0 +1,68 @@
+"""What is told of a request, a frame or a space, as JSON."""
+
+import base64
+import json
+import math
+from typing import Any
+
+import trio
+
+from protocol.fields import Value
+from protocol.messages import Message
+from relayd.core.relay import Relay
+from relayd.requests.request import Request
+from relayd.scheduling.model import State
+
+
+def status_of(relay: Relay, request: Request) -> dict[str, Any]:
+    """How a request stands; `status` of the wire, and where else to ask about it."""
+    entry, now = request.entry, trio.current_time()
+    place = None
+    if entry.state is State.QUEUED:
+        place = relay.scheduler.places(entry.space, now).get(request.request_id)
+    mine = f"/v1/requests/{request.request_id}"
+    return {
+        "request_id": request.request_id,
+        "space": entry.space,
+        "state": str(entry.state),
+        "position": place.position if place else None,
+        "of": place.of if place else None,
+        "eta_s": place.eta_s if place else None,
+        "attempt": entry.attempt,
+        "next_seq": request.log.next_seq,
+        "age_s": round(max(0.0, now - request.created_at), 3),
+        "fraction": request.fraction,
+        "audio_s": request.audio_s,
+        "code": request.code and str(request.code),
+        "message": request.message,
+        "links": {"self": mine, "events": f"{mine}/events", "audio": f"{mine}/audio"},
+    }
+
+
+def frame_of(message: Message) -> dict[str, Any]:
+    """A message of the wire as JSON: the same names, and binary in base64."""
+    wire = message.to_map()
+    told = {name: jsonable(value) for name, value in wire.items()}
+    if isinstance(pcm := wire.get("pcm"), bytes):
+        told["pcm"] = base64.b64encode(pcm).decode()
+    return told
+
+
+def jsonable(value: Value) -> Any:
+    """A value of the wire as JSON has it: binary as `{"base64": "…"}`, what is no finite number as null."""
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def event(kind: str, data: dict[str, Any], event_id: str | None = None) -> bytes:
+    """One server-sent event (WHATWG HTML, section 9.2)."""
+    words = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    head = f"id: {event_id}\n" if event_id is not None else ""
+    return f"{head}event: {kind}\ndata: {words}\n\n".encode()

@@ -1,0 +1,1 @@
+"""OpenAI's speech API over the relay's requests."""

@@ -1,0 +1,287 @@
+"""OpenAI's speech API: `POST /v1/audio/speech`, and the models and voices that it may name.
+
+A model is a space. A request is submitted as a WebSocket client's would be, into the same queue, and what its worker
+speaks is encoded and sent as it comes. The head is sent with the first bytes of audio: until then every error has its
+own status. An error behind that cuts the connection, so that nobody takes what came for the whole.
+"""
+
+import base64
+import json
+import math
+import secrets
+from contextlib import aclosing
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from protocol.errors import ErrorCode
+from protocol.fields import Value
+from protocol.messages import Submit
+from relayd.auth.tokens import Principal
+from relayd.core.space import Space
+from relayd.http.audio.encoder import PCM, AudioExtraMissing, with_sizes
+from relayd.http.audio.threaded_encoder import Transcoder, check_coding, open_transcoder
+from relayd.http.audio_stream import Listening, listen
+from relayd.http.authentication import principal_of
+from relayd.http.context import Site, site_of
+from relayd.http.errors import Refusal
+from relayd.http.openai.speech_request import (
+    DEFAULT_VOICE,
+    MAX_BODY_BYTES,
+    Speech,
+    params_of,
+    parse_speech,
+    speaks,
+    usage_of,
+    voices_of,
+)
+from relayd.http.request_stream import Held, open_request
+from relayd.http.streaming_response import Reply, Streamed
+from relayd.scheduling.scheduler import no_such_space
+
+log = structlog.get_logger("relayd.http")
+
+#: What of the paths is this API's: errors there have its shape.
+PATHS = ("/v1/audio", "/v1/models")
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def error_body(refusal: Refusal) -> dict[str, Value]:
+    """An error as OpenAI's API tells it; `param` is the first field of the body that is wrong."""
+    kind = "invalid_request_error" if refusal.status < 500 else "server_error"
+    field = next(iter(refusal.details), None) if refusal.status == 422 else None
+    if field in ("text", ""):  # of a param: the names are the space's own there
+        field = "input" if field else None
+    told = {"message": refusal.message, "type": _KINDS.get(refusal.status, kind), "param": field, "code": refusal.code}
+    return {"error": told}
+
+
+def routes() -> list[BaseRoute]:
+    """What it serves."""
+    return [
+        Route("/v1/audio/speech", Streamed(speak), methods=["POST"]),
+        Route("/v1/audio/models", list_audio_models),
+        Route("/v1/audio/voices", list_voices),
+        Route("/v1/models", list_models),
+        Route("/v1/models/{model}", show_model),
+    ]
+
+
+# -- speech -------------------------------------------------------------------------------------------------------
+
+
+async def speak(request: Request, reply: Reply) -> None:
+    """Speak a text: `input` with a `voice` of a `model`, which is a space."""
+    site, principal = site_of(request), principal_of(request)
+    speech = parse_speech(await _body(request))
+    space = _space(site, principal, speech.space)
+    params = params_of(speech, space)
+    try:
+        await check_coding(speech.coding.name, speech.speed, space.format or PCM)
+        submit = Submit(
+            request_id=secrets.token_hex(16),
+            space=space.name,
+            params=params,
+            queue_timeout_s=max(0.001, min(space.config.queue_timeout_s, site.relay.config.http.max_wait_s)),
+        )
+        async with open_request(request, submit) as held:
+            _refuse_to_wait(held, site.relay.config.http.max_wait_s)
+            await _send(speech, await listen(held), reply)
+    except AudioExtraMissing as fault:
+        raise Refusal("format_unavailable", str(fault), status=422, details={"response_format": str(fault)}) from None
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async with aclosing(request.stream()) as pieces:
+        async for piece in pieces:
+            body += piece
+            if len(body) > MAX_BODY_BYTES:
+                raise Refusal(ErrorCode.INPUT_TOO_LARGE, f"the body has more than {MAX_BODY_BYTES} bytes")
+    return bytes(body)
+
+
+def _space(site: Site, principal: Principal, name: str) -> Space:
+    """The space of that name.
+
+    Raises:
+        Refusal: 404 or 403.
+    """
+    space = site.relay.spaces.get(name)
+    if space is None:
+        raise Refusal.of(no_such_space(name[:64], ""))
+    if not principal.may_use(name):
+        message = f"principal {principal.name!r} may not use space {name!r}; ask for a token that may"
+        raise Refusal(ErrorCode.FORBIDDEN, message)
+    return space
+
+
+def _refuse_to_wait(held: Held, max_wait_s: float) -> None:
+    """An HTTP client waits without a word of where it stands, and many give up after a minute: better told at once.
+
+    Raises:
+        Refusal: 429; its start is further away than `http.max_wait_s`.
+    """
+    place = held.place()
+    if place is not None and place.eta_s is not None and place.eta_s > max_wait_s:
+        message = (
+            f"{place.of} requests are queued; this one would start in about {place.eta_s:.0f} s, and the relay lets "
+            f"HTTP clients wait {max_wait_s:g} s (http.max_wait_s)"
+        )
+        raise Refusal(ErrorCode.QUEUE_FULL, message, retry_after_s=math.ceil(place.eta_s - max_wait_s))
+
+
+async def _send(speech: Speech, audio: Listening, reply: Reply) -> None:
+    """Encode what is spoken, and send it as the client asked.
+
+    Raises:
+        Refusal: the request failed; before the head was sent it is the answer.
+        AudioExtraMissing: as the worker speaks, this coding cannot be made here.
+    """
+    held = audio.held
+    if speech.whole:
+        send: _Bytes = _Whole(speech, reply, held.relay.config.limits.max_result_bytes)
+    else:
+        send = _Events(speech, reply) if speech.sse else _Bytes(speech, reply)
+    send.headers = {"x-request-id": held.request.request_id}
+    transcoder: Transcoder | None = None
+    try:
+        while (pcm := await audio.next()) is not None:
+            if transcoder is None:
+                transcoder = await open_transcoder(speech.coding.name, audio.format, speech.speed)
+            await send.audio(await transcoder.feed(pcm))
+        if transcoder is None:
+            transcoder = await open_transcoder(speech.coding.name, audio.format, speech.speed)
+        await send.audio(await transcoder.finish())
+        await send.end(transcoder)
+    except Refusal as refusal:
+        if reply.started:
+            await send.failed(refusal)
+        raise
+
+
+class _Bytes:
+    """The audio itself, as it comes."""
+
+    def __init__(self, speech: Speech, reply: Reply) -> None:
+        self.speech = speech
+        self.reply = reply
+        self.headers: dict[str, str] = {}
+
+    @property
+    def media_type(self) -> str:
+        return self.speech.coding.content_type
+
+    async def audio(self, data: bytes) -> None:
+        """Send what the codec gave, the head with the first of it."""
+        if data:
+            await self._begun()
+            await self.reply.write(data)
+
+    async def end(self, transcoder: Transcoder) -> None:
+        """All was sent."""
+        await self._begun()
+
+    async def failed(self, refusal: Refusal) -> None:
+        """The rest will not come; the connection is about to be cut."""
+
+    async def _begun(self) -> None:
+        if not self.reply.started:
+            # As nginx has it, and others after it: a proxy that gathered the answer would undo all that is done here.
+            more = {"x-accel-buffering": "no"}
+            await self.reply.start(self.media_type, headers=self.headers | more)
+
+
+class _Events(_Bytes):
+    """Server-sent events: `speech.audio.delta` for every piece, `speech.audio.done` at the end."""
+
+    @property
+    def media_type(self) -> str:
+        return "text/event-stream"
+
+    async def audio(self, data: bytes) -> None:
+        """Send what the codec gave as one event."""
+        if data:
+            await self._event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode("ascii")})
+
+    async def end(self, transcoder: Transcoder) -> None:
+        """Say what it took."""
+        usage = usage_of(self.speech, transcoder.encoder.fed_s)
+        await self._event({"type": "speech.audio.done", "usage": usage})
+
+    async def failed(self, refusal: Refusal) -> None:
+        """Say why: OpenAI's clients raise it."""
+        await self._event({"type": "error", **error_body(refusal)})
+
+    async def _event(self, event: dict[str, Value]) -> None:
+        await self._begun()
+        await self.reply.write(b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n")
+
+
+class _Whole(_Bytes):
+    """The audio in one piece, with its length in the head."""
+
+    def __init__(self, speech: Speech, reply: Reply, max_bytes: int) -> None:
+        super().__init__(speech, reply)
+        self._body = bytearray()
+        self._max_bytes = max_bytes
+
+    async def audio(self, data: bytes) -> None:
+        """Keep what the codec gave."""
+        self._body += data
+        if len(self._body) > self._max_bytes:
+            message = (
+                f"the audio has more than {self._max_bytes} bytes (limits.max_result_bytes); leave out stream: false"
+            )
+            raise Refusal(ErrorCode.RESULT_TOO_LARGE, message)
+
+    async def end(self, transcoder: Transcoder) -> None:
+        """Send all of it."""
+        body = with_sizes(self.speech.coding.name, transcoder.encoder.source, bytes(self._body))
+        await self.reply.answer(Response(body, media_type=self.media_type, headers=self.headers))
+
+
+# -- models and voices --------------------------------------------------------------------------------------------
+
+
+async def list_models(request: Request) -> Response:
+    """The spaces that speak, as models."""
+    return JSONResponse({"object": "list", "data": [_model(space) for space in _speaking(request)]})
+
+
+async def show_model(request: Request) -> Response:
+    """One of them."""
+    space = _space(site_of(request), principal_of(request), request.path_params["model"])
+    return JSONResponse(_model(space))
+
+
+async def list_audio_models(request: Request) -> Response:
+    """The same, as Open WebUI asks for them."""
+    rows = [{"id": space.name, "name": space.config.description or space.name} for space in _speaking(request)]
+    return JSONResponse({"models": rows})
+
+
+async def list_voices(request: Request) -> Response:
+    """The voices of the space in `?model=`, or of all of them."""
+    name = request.query_params.get("model")
+    spaces = [_space(site_of(request), principal_of(request), name)] if name else _speaking(request)
+    having: dict[str, list[str]] = {}
+    for space in spaces:
+        for voice in dict.fromkeys((DEFAULT_VOICE, *(voices_of(space) or ()))):
+            having.setdefault(voice, []).append(space.name)
+    return JSONResponse(
+        {"voices": [{"id": voice, "name": voice, "models": models} for voice, models in having.items()]}
+    )
+
+
+def _speaking(request: Request) -> list[Space]:
+    """The spaces that the principal may use and that make audio, by name."""
+    principal = principal_of(request)
+    spaces = sorted(site_of(request).relay.spaces.values(), key=lambda space: space.name)
+    return [space for space in spaces if principal.may_use(space.name) and speaks(space)]
+
+
+def _model(space: Space) -> dict[str, Value]:
+    return {"id": space.name, "object": "model", "created": int(space.created_at), "owned_by": "relayd"}

@@ -1,0 +1,307 @@
+"""An HTTP response's part in a request of the relay's: it submits or attaches, holds, and reads frames.
+
+What the handler of `relayd.connections.client` is for a WebSocket, for a single request: the relay sees the same
+holder and the same sink, so limits, idempotency, positions and the resume window are the same.
+"""
+
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import attrs
+import trio
+from starlette.requests import Request as HttpRequest
+
+from protocol.codec import decode
+from protocol.errors import ErrorCode
+from protocol.frames import Frame
+from protocol.messages import FRAMES, MAX_INPUT_CHUNK_BYTES, Input, Queued, Rejected, Submit
+from relayd.auth.tokens import Principal
+from relayd.core.relay import Relay
+from relayd.frames.frame_log import LOW_WATER_BYTES, FrameReader
+from relayd.http.authentication import principal_of
+from relayd.http.context import Site, Visit, site_of, visit_of
+from relayd.http.errors import Refusal
+from relayd.requests.request import Request
+from relayd.scheduling.model import Place, State
+
+#: A frame as it crossed the relay, with what it says; or the request's place in its queue.
+Event = Frame | Queued
+
+
+@attrs.define(eq=False)
+class Held:
+    """One request, held and read by one response."""
+
+    site: Site
+    visit: Visit
+    principal: Principal
+    request: Request = attrs.field(init=False)
+    backlog_bytes: int = 0
+    _frames: deque[bytes] = attrs.field(factory=deque)
+    #: The latest place that was not told yet.
+    _place: Place | None = None
+    _reader: FrameReader | None = None
+    _refusal: Refusal | None = None
+    _news: trio.Event = attrs.field(factory=trio.Event)
+
+    @property
+    def relay(self) -> Relay:
+        """Whose request it is."""
+        return self.site.relay
+
+    @property
+    def live(self) -> bool:
+        """Whether more frames are to come than are there."""
+        return self._refusal is None and not self.request.log.ended
+
+    @property
+    def queued(self) -> bool:
+        """Whether it waits for a worker."""
+        return self.request.entry.state is State.QUEUED
+
+    def place(self) -> Place | None:
+        """Where it stands in its queue at this moment; None when it is in none."""
+        if not self.queued:
+            return None
+        places = self.relay.scheduler.places(self.request.entry.space, trio.current_time())
+        return places.get(self.request.request_id)
+
+    def wake(self) -> None:
+        """Have who waits for news look again."""
+        self._news.set()
+
+    # -- as a sink
+
+    def send_frames(self, frames: list[bytes], size: int) -> None:
+        """Take frames."""
+        self._frames.extend(frames)
+        self.backlog_bytes += size
+        self.relay.stats.out_bytes += size
+        self.wake()
+
+    def hear_read(self, reader: FrameReader) -> None:
+        """All frames are here."""
+        if self._reader is reader:
+            self._reader = None
+        self.wake()
+
+    def hear_broken(self, reader: FrameReader) -> None:
+        """The rest of the result is lost."""
+        if self._reader is reader:
+            self._reader = None
+            message = "the relay cannot read the result back from its disk; see its log, and submit it again"
+            self._refuse(Refusal(ErrorCode.INTERNAL, message))
+
+    # -- as a holder
+
+    def hear_accepted(self, request: Request) -> None:
+        """The request is safe in the store."""
+        self.wake()
+
+    def hear_rejected(self, request: Request, refusal: Rejected) -> None:
+        """The request was not taken after all."""
+        self._refuse(Refusal.of(refusal))
+
+    def hear_place(self, request: Request, place: Place) -> None:
+        """The request's place in the queue; only the last one counts."""
+        self._place = place
+        self.wake()
+
+    def hear_ended(self, request: Request) -> None:
+        """The request needs no holder any more."""
+        self.wake()
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._refusal = refusal
+        self.wake()
+
+    # -- its life
+
+    async def submit(self, submit: Submit, inputs: Mapping[str, bytes]) -> None:
+        """Submit, or take up the same request again.
+
+        Raises:
+            Refusal: it is not taken.
+        """
+        request = self.site.intake.submit(submit, self.principal, self)
+        if isinstance(request, Rejected):
+            raise Refusal.of(request)
+        self.take(request)
+        for name, data in inputs.items():
+            for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
+                piece = data[offset : offset + MAX_INPUT_CHUNK_BYTES]
+                told = Input(request_id=request.request_id, name=name, offset=offset, data=piece)
+                self.site.intake.add_input(request, told)
+                await trio.lowlevel.checkpoint()  # hashing all of 32 MiB at once would hold up everybody's audio
+
+    def take(self, request: Request) -> None:
+        """Hold a request that is known."""
+        self.request = request
+        if request.live and request.principal == self.principal.name:
+            request.holders.add(self)
+            request.unheld_at = None
+            request.notify()
+        self._place = self.place()
+        self.visit.waits_for = self
+
+    def read(self, attempt: int = 0, after_seq: int = -1) -> None:
+        """Have the frames come from behind `after_seq` of `attempt`; 0 is whichever attempt there is.
+
+        Raises:
+            Refusal: the result is not kept any more.
+        """
+        if not self.request.has_result:
+            raise Refusal(
+                ErrorCode.REQUEST_NOT_FOUND,
+                f"request {self.request.request_id} has {self.request.entry.state}, and its result is not kept any "
+                "more; submit it again with a new id",
+            )
+        if attempt > self.request.entry.attempt and self.request.live:
+            self.relay.hear_of(self.request, attempt)
+        seq = self.request.log.place(attempt, after_seq)
+        self._reader = FrameReader(self.request.request_id, self.request.log, self, seq)
+        self.relay.stir("requests", self.request.request_id)
+        self._reader.open()
+
+    async def safe(self) -> None:
+        """Wait until the request is accepted, which means safe in the store; or has ended before.
+
+        Raises:
+            Refusal: it was not taken after all, or the relay leaves.
+        """
+        await trio.lowlevel.checkpoint()
+        while not self.request.accepted and self.request.live:
+            await self._wait()
+        if self._refusal is not None:
+            raise self._refusal
+
+    async def next(self) -> Event | None:
+        """The next frame, or place; None when all frames were given out.
+
+        Raises:
+            Refusal: there will be no more: the request was not taken, its result is lost, or the relay leaves.
+        """
+        await trio.lowlevel.checkpoint()
+        while True:
+            if self._frames:
+                data = self._frames.popleft()
+                self.backlog_bytes -= len(data)
+                if self.backlog_bytes < LOW_WATER_BYTES and self._reader is not None:
+                    self._reader.pump()
+                frame = decode(data, FRAMES)
+                assert isinstance(frame, Frame)
+                return frame
+            place, self._place = self._place, None
+            if place is not None and self.queued:
+                return Queued(
+                    request_id=self.request.request_id, position=place.position, of=place.of, eta_s=place.eta_s
+                )
+            if self.request.log.ended and self._reader is None and self._refusal is None:
+                return None
+            await self._wait()
+
+    def __aiter__(self) -> "Held":
+        return self
+
+    async def __anext__(self) -> Event:
+        if (event := await self.next()) is None:
+            raise StopAsyncIteration
+        return event
+
+    async def _wait(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+        if self.site.leaving:
+            message = "the relay is shutting down; the request stays with it: ask again when it is back"
+            raise Refusal(ErrorCode.SHUTTING_DOWN, message, retry_after_s=5.0)
+        await self._news.wait()
+        self._news = trio.Event()
+
+    def close(self, *, cancel: str | None = None) -> None:
+        """Read and hold no more.
+
+        Args:
+            cancel: why the request is to end with this, unless somebody else holds it; None leaves it to its resume
+                window.
+        """
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+        self.visit.waits_for = None
+        request = getattr(self, "request", None)
+        if request is None or self not in request.holders:
+            return
+        request.holders.discard(self)
+        if request.holders or not request.live:
+            return
+        if cancel is not None:
+            self.relay.cancel(request, cancel)
+            return
+        request.unheld_at = trio.current_time()
+        request.notify()
+
+
+@asynccontextmanager
+async def open_request(
+    http: HttpRequest, submit: Submit, inputs: Mapping[str, bytes] | None = None, *, keep: bool = False
+) -> AsyncIterator[Held]:
+    """Submit a request for whoever sent `http`; in the block it is accepted and held.
+
+    Args:
+        http: what asked for it.
+        submit: what the relay is asked for.
+        inputs: the bytes of what `submit` announces.
+        keep: the request goes on when the block ends, as if a client had left, and is not read; else it is read from
+            its first frame on, and cancelled with the block.
+
+    Raises:
+        Refusal: it is not taken.
+        Cancelled: the client went away; then the request is cancelled at once, unless it was safe already and is kept.
+    """
+    held = Held(site_of(http), visit_of(http), principal_of(http))
+    over = "the HTTP client went away"
+    try:
+        await held.submit(submit, inputs or {})
+        if not keep:
+            held.read()
+        await held.safe()
+        if keep:
+            over = ""
+        yield held
+        over = over and "the HTTP response ended before the request"
+    finally:
+        held.close(cancel=over or None)
+
+
+@asynccontextmanager
+async def open_reading(
+    http: HttpRequest, request: Request, attempt: int = 0, after_seq: int = -1
+) -> AsyncIterator[Held]:
+    """Hold and read a request that is known, from behind `after_seq` on; leaving the block lets go of it.
+
+    Raises:
+        Refusal: its result is not kept any more.
+    """
+    held = Held(site_of(http), visit_of(http), principal_of(http))
+    try:
+        held.take(request)
+        held.read(attempt, after_seq)
+        await trio.lowlevel.checkpoint()
+        yield held
+    finally:
+        held.close()
+
+
+def request_of(http: HttpRequest, request_id: str) -> Request:
+    """The relay's request of that id, if it is one of the principal's.
+
+    Raises:
+        Refusal: it is not known, or another's.
+    """
+    principal = principal_of(http)
+    request = site_of(http).relay.requests.get(request_id)
+    if request is None or request.principal != principal.name or not principal.may_use(request.entry.space):
+        message = f"request {request_id} is not known here: it was never accepted, is another's, or ended long ago"
+        raise Refusal(ErrorCode.REQUEST_NOT_FOUND, message)
+    return request

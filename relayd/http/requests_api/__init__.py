@@ -1,0 +1,1 @@
+"""The relay's own HTTP API: submit, follow, download and cancel requests."""

@@ -1,0 +1,153 @@
+"""`GET /v1/requests/{id}/audio`: what a request has said, live while it speaks, in ranges once it has ended."""
+
+import re
+
+import attrs
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from protocol.audio import HEADER_BYTES, MAX_DATA_BYTES, wav_header
+from protocol.errors import ErrorCode
+from protocol.messages import AudioFormat
+from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
+from relayd.http.audio.threaded_encoder import check_coding, open_transcoder
+from relayd.http.audio_stream import Listening, listen
+from relayd.http.errors import CANCELLED, Refusal
+from relayd.http.request_stream import open_reading, request_of
+from relayd.http.streaming_response import Reply
+from relayd.requests.request import Request
+from relayd.scheduling.model import State
+
+_RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
+
+
+async def send_audio(http: HttpRequest, reply: Reply) -> None:
+    """The audio, as `format` says: `wav` (of itself), `pcm` as the worker made it, or a coding of `encoding`."""
+    request = request_of(http, http.path_params["request_id"])
+    name = http.query_params.get("format", "wav")
+    if name not in CODINGS:
+        raise Refusal(ErrorCode.INVALID_PARAMS, f"format is one of {', '.join(CODINGS)}, not {name[:32]!r}")
+    match request.entry.state:
+        case State.FAILED:
+            raise Refusal(request.code or ErrorCode.INTERNAL, request.message or "the request failed")
+        case State.CANCELLED:
+            raise Refusal(CANCELLED, request.message or "the request was cancelled")
+    if name not in ("wav", "pcm"):
+        await _send_encoded(http, reply, request, name)
+    elif request.log.whole:
+        await _send_whole(http, reply, request, name)
+    else:
+        await _send_live(http, reply, request, name)
+
+
+# -- while it speaks ----------------------------------------------------------------------------------------------
+
+
+async def _send_live(http: HttpRequest, reply: Reply, request: Request, name: str) -> None:
+    async with open_reading(http, request) as held:
+        audio = await listen(held)
+        pcm = await audio.next()  # until there is some, another attempt may begin in another format
+        await reply.start(_content_type(name, audio.format), headers={"accept-ranges": "none"})
+        if http.method == "HEAD":
+            return
+        if name == "wav":
+            endless = MAX_DATA_BYTES - MAX_DATA_BYTES % audio.format.sample_bytes
+            await reply.write(wav_header(audio.format, endless))
+        while pcm is not None:
+            await reply.write(pcm)
+            pcm = await audio.next()
+
+
+async def _send_encoded(http: HttpRequest, reply: Reply, request: Request, name: str) -> None:
+    try:
+        await check_coding(name)
+    except AudioExtraMissing as fault:
+        raise Refusal("not_implemented", str(fault), status=501) from None
+    async with open_reading(http, request) as held:
+        audio = await listen(held)
+        pcm = await audio.next()
+        transcoder = await open_transcoder(name, audio.format)
+        await reply.start(CODINGS[name].content_type, headers={"accept-ranges": "none"})
+        if http.method == "HEAD":
+            return
+        while pcm is not None:
+            await reply.write(await transcoder.feed(pcm))
+            pcm = await audio.next()
+        await reply.write(await transcoder.finish())
+
+
+def _content_type(name: str, audio_format: AudioFormat) -> str:
+    if name == "wav":
+        return "audio/wav"
+    return f"audio/pcm; rate={audio_format.sample_rate}; channels={audio_format.channels}"
+
+
+# -- once it has ended --------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Span:
+    """Bytes of a body, from `first` up to but not with `end`; `part` where a client asked for them."""
+
+    first: int
+    end: int
+    part: bool = False
+
+    def cut(self, data: bytes, at: int) -> bytes:
+        """What of `data`, which begins at byte `at` of the body, lies within."""
+        return data[max(0, self.first - at) : max(0, self.end - at)]
+
+
+async def _send_whole(http: HttpRequest, reply: Reply, request: Request, name: str) -> None:
+    async with open_reading(http, request) as held:
+        audio = await listen(held)
+        data_bytes = await _size_of(audio)
+    head = wav_header(audio.format, data_bytes) if name == "wav" else b""
+    total = len(head) + data_bytes
+    etag = f'"{request.request_id}.{name}"'
+    headers = {"accept-ranges": "bytes", "etag": etag}
+    whole = Span(0, total)
+    span = whole if http.headers.get("if-range", etag) != etag else span_of(http.headers.get("range", ""), total)
+    if span is None:
+        await reply.answer(Response(status_code=416, headers=headers | {"content-range": f"bytes */{total}"}))
+        return
+    headers["content-length"] = str(span.end - span.first)
+    if span.part:
+        headers["content-range"] = f"bytes {span.first}-{span.end - 1}/{total}"
+    await reply.start(_content_type(name, audio.format), status=206 if span.part else 200, headers=headers)
+    if http.method == "HEAD":
+        return
+    at = len(head)
+    await reply.write(span.cut(head, 0))
+    async with open_reading(http, request) as held:
+        audio = await listen(held)
+        while at < span.end and (pcm := await audio.next()) is not None:
+            await reply.write(span.cut(pcm, at))
+            at += len(pcm)
+
+
+async def _size_of(audio: Listening) -> int:
+    """Bytes of all samples: what a request knows of itself may be less after a restart."""
+    size = 0
+    while (pcm := await audio.next()) is not None:
+        size += len(pcm)
+    return min(size, MAX_DATA_BYTES - HEADER_BYTES)
+
+
+def span_of(header: str, total: int) -> Span | None:
+    """What `Range` asks for (RFC 9110 section 14.2); None where it cannot be satisfied.
+
+    A range of another unit, several of them at once, or one that is none at all asks for everything.
+    """
+    match = _RANGE.fullmatch(header.replace(" ", ""))
+    if match is None or match[0] == "bytes=-":
+        return Span(0, total)
+    first, last = match.groups()
+    if not first:
+        begin, end = max(0, total - int(last)), total
+    else:
+        begin = int(first)
+        end = min(total, int(last) + 1) if last else total
+        if last and int(last) < begin:
+            return Span(0, total)
+    return Span(begin, end, part=True) if begin < end else None

@@ -1,0 +1,78 @@
+"""`GET /v1/requests/{id}/events`: every frame as a server-sent event, from where the client left off."""
+
+import re
+
+import trio
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from protocol.errors import ErrorCode
+from protocol.frames import Frame
+from relayd.http.errors import Refusal
+from relayd.http.json_encoding import event, frame_of
+from relayd.http.request_stream import Held, open_reading, request_of
+from relayd.http.streaming_response import Reply
+from relayd.requests.request import Request
+
+#: Something has to come now and then: proxies cut what is silent for a minute.
+COMMENT_S = 15.0
+#: `attempt.seq` of a frame.
+_EVENT_ID = re.compile(r"([0-9]{1,7})\.([0-9]{1,10})")
+MAX_ATTEMPT, MAX_SEQ = 1_000_000, 2**31
+HEADERS = {"x-accel-buffering": "no"}
+
+
+async def send_events(http: HttpRequest, reply: Reply) -> None:
+    """Tell a request's places and frames until its end; with `Last-Event-ID`, from behind that frame on."""
+    request = request_of(http, http.path_params["request_id"])
+    attempt, seq = _last_event(http)
+    if _has_all(request, attempt, seq):
+        # Told with an empty stream, a browser's EventSource would ask again for ever.
+        await reply.answer(Response(status_code=204))
+        return
+    async with open_reading(http, request, attempt, seq) as held:
+        await reply.start("text/event-stream; charset=utf-8", headers=HEADERS)
+        if http.method == "HEAD":
+            return
+        try:
+            while (told := await _next(held, attempt, seq)) is not None:
+                await reply.write(told)
+        except Refusal as refusal:
+            error = {"code": refusal.code, "message": refusal.message, "retryable": refusal.retryable}
+            await reply.write(event("error", error))
+
+
+async def _next(held: Held, attempt: int, seq: int) -> bytes | None:
+    """The next event or comment, of what the client does not have; empty where it has that, None at the end.
+
+    A relay that was started again reads a request's frames from its worker, from the first on.
+    """
+    message = None
+    with trio.move_on_after(COMMENT_S) as silence:
+        message = await held.next()
+    if silence.cancelled_caught:
+        return b":\n\n"
+    if message is None:
+        return None
+    if not isinstance(message, Frame):
+        return event(message.TYPE, frame_of(message))
+    if message.attempt <= attempt and message.seq <= seq and not message.ENDS:
+        return b""
+    return event(message.TYPE, frame_of(message), f"{message.attempt}.{message.seq}")
+
+
+def _has_all(request: Request, attempt: int, seq: int) -> bool:
+    log = request.log
+    return log.ended and attempt == request.entry.attempt and seq == log.next_seq - 1
+
+
+def _last_event(http: HttpRequest) -> tuple[int, int]:
+    """Attempt and seq of the last frame that the client has; 0 and -1 for none."""
+    text = http.headers.get("last-event-id", "")
+    if not text:
+        return 0, -1
+    match = _EVENT_ID.fullmatch(text)
+    if match is None or int(match[1]) > MAX_ATTEMPT or int(match[2]) > MAX_SEQ:
+        message = "Last-Event-ID is none of the ids that this stream gives (attempt.seq); leave it out to begin anew"
+        raise Refusal(ErrorCode.INVALID_PARAMS, message)
+    return int(match[1]), int(match[2])

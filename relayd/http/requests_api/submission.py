@@ -1,0 +1,120 @@
+"""From the body of an HTTP request to the `submit` that a WebSocket client would have sent."""
+
+import json
+
+from starlette.requests import Request
+
+from protocol.codec import decode, pack
+from protocol.errors import EncodeError, ErrorCode, ProtocolError
+from protocol.fields import Value
+from protocol.messages import FROM_CLIENT, Submit
+from relayd.core.space import Space
+from relayd.http.authentication import principal_of
+from relayd.http.body_parser import Body, Cap
+from relayd.http.context import site_of
+from relayd.http.errors import Refusal
+from relayd.scheduling.scheduler import no_such_space
+
+#: What a body may say beside `params`; in a form every other field is a param.
+OPTIONS = ("priority", "queue_timeout_s", "run_timeout_s", "detach", "retry")
+
+
+def space_of(http: Request, name: str) -> Space:
+    """The space a request is for, before anything of its body is read.
+
+    Raises:
+        Refusal: there is none, it is not this principal's to use, or nothing new is taken.
+    """
+    site, principal = site_of(http), principal_of(http)
+    if site.relay.draining.is_set():
+        message = "the relay is shutting down; send the request again when it is back"
+        raise Refusal(ErrorCode.SHUTTING_DOWN, message, retry_after_s=5.0)
+    if not principal.may_use(name):
+        message = f"principal {principal.name!r} may not use space {name[:64]!r}; ask for a token that may"
+        raise Refusal(ErrorCode.FORBIDDEN, message)
+    space = site.relay.spaces.get(name)
+    if space is None:
+        raise Refusal.of(no_such_space(name[:64]))
+    return space
+
+
+def cap_of(http: Request, space: Space) -> Cap:
+    """How large the inputs of a space may be; the relay's own checks follow when all of them are there."""
+    most = site_of(http).relay.config.limits.max_input_bytes
+
+    def cap(name: str, media_type: str) -> int:
+        if not space.engine:
+            return most  # no worker has said yet what it takes
+        taken = space.inputs.get(name)
+        if taken is None:
+            takes = ", ".join(sorted(space.inputs)) or "none"
+            message = f"space {space.name!r} does not take input {name!r}; it takes {takes}"
+            raise Refusal(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name}": "is not taken"})
+        if taken.media_types and media_type not in taken.media_types:
+            what = f"is {media_type!r}; it takes {', '.join(taken.media_types)}"
+            message = f"space {space.name!r}: input {name!r} {what}"
+            raise Refusal(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name}": what})
+        return min(most, taken.max_bytes)
+
+    return cap
+
+
+def submit_of(request_id: str, space: Space, body: Body) -> Submit:
+    """The `submit` that `body` stands for, held to the rules of the wire.
+
+    Raises:
+        Refusal: `invalid_params`, with what is wrong.
+    """
+    fields = dict(body.fields)
+    options = {name: fields.pop(name) for name in OPTIONS if name in fields}
+    params = fields.pop("params", {})
+    if body.is_form:
+        options = {name: _parsed(str(value)) for name, value in options.items()}
+        params = _params_of_form(space, params, fields)
+    elif fields:
+        unknown = ", ".join(map(repr, sorted(fields)))[:200]
+        takes = ", ".join(("params", *OPTIONS))
+        raise Refusal(ErrorCode.INVALID_PARAMS, f"the body has {unknown}; it takes {takes}")
+    wire: dict[str, Value] = {
+        "type": Submit.TYPE,
+        "request_id": request_id,
+        "space": space.name,
+        "params": params,
+        "inputs": {
+            name: {"media_type": upload.media_type, "size": len(upload.data), "sha256": upload.sha256}
+            for name, upload in body.uploads.items()
+        },
+    }
+    try:
+        submit = decode(pack(wire | options), FROM_CLIENT)
+    except EncodeError as fault:
+        words = str(fault).removeprefix(f"{Submit.TYPE}: ")
+        raise Refusal(ErrorCode.INVALID_PARAMS, f"{words}; send large values as files") from None
+    except ProtocolError as fault:
+        raise Refusal(ErrorCode.INVALID_PARAMS, str(fault)) from None
+    assert isinstance(submit, Submit)
+    return submit
+
+
+def _params_of_form(space: Space, params: Value, fields: dict[str, Value]) -> Value:
+    """Params of a form: the JSON in its field `params`, and over it each other field."""
+    told = _parsed(params) if isinstance(params, str) else params
+    if not isinstance(told, dict):
+        raise Refusal(ErrorCode.INVALID_PARAMS, "the form's field params must hold a JSON object")
+    known = space.params.get("properties")
+    rules = known if isinstance(known, dict) else {}
+    return told | {name: _as_taken(rules.get(name), value) for name, value in fields.items()}
+
+
+def _as_taken(rule: Value, value: Value) -> Value:
+    """A field's text as it is where the space wants a string; else as the JSON it is, if it is any."""
+    kind = rule.get("type") if isinstance(rule, dict) else None
+    wants_text = kind == "string" or (isinstance(kind, list) and "string" in kind)
+    return value if wants_text or not isinstance(value, str) else _parsed(value)
+
+
+def _parsed(text: str) -> Value:
+    try:
+        return json.loads(text, parse_constant=lambda name: name)
+    except (ValueError, RecursionError):
+        return text

@@ -1,0 +1,1 @@
+"""One request: its record, its deadlines and its summary for operators."""

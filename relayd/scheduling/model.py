@@ -1,0 +1,166 @@
+"""What the scheduler knows of spaces, workers and requests, and the decisions it returns. Pure."""
+
+from collections import deque
+from enum import StrEnum
+
+import attrs
+
+from protocol.errors import ErrorCode
+from relayd.scheduling.fair_queue import FairQueue
+
+#: Run times an ETA is made of: enough to even out one odd text, few enough to follow a changed model.
+RECENT_RUNS = 20
+
+
+class State(StrEnum):
+    """Where a request is in its life (DESIGN §2)."""
+
+    UPLOADING = "uploading"
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def live(self) -> bool:
+        """Whether it has not ended."""
+        return self in (State.UPLOADING, State.QUEUED, State.RUNNING)
+
+
+@attrs.define(eq=False, kw_only=True)
+class Entry:
+    """A request, as far as scheduling is concerned.
+
+    The caller keeps `reproducible`, `has_output` and `next_seq` true to the frames that have come.
+    """
+
+    request_id: str
+    space: str
+    principal: str
+    priority: int = 5
+    ticket: int
+    retry: str = "before_output"
+    state: State = State.UPLOADING
+    attempt: int = 0
+    #: After a restart: one attempt more may have begun than the store had written.
+    unsure: bool = False
+    #: After a restart: the attempt is known from a listener alone, and not where it began.
+    hearsay: bool = False
+    #: After a restart, until an attempt starts: a listener may know of one attempt more than the store does.
+    may_be_behind: bool = False
+    losses: int = 0
+    #: Where the attempt runs; None while queued, and after a restart until its worker has come back.
+    worker_id: str | None = None
+    #: When the attempt was handed out.
+    started_at: float = 0.0
+    #: Since when its worker has been away; None while it is linked.
+    lost_at: float | None = None
+    #: Why its worker was told to stop it for good; such a request ends with its attempt, however that ends.
+    stopping: str | None = None
+    #: Who makes the same frames from the same params: engine, format and fingerprint in words; "" for nobody.
+    reproducible: str = ""
+    has_output: bool = False
+    next_seq: int = 0
+
+
+@attrs.define(eq=False, kw_only=True)
+class WorkerState:
+    """A worker, as far as scheduling is concerned. `held`: request id -> attempt, one slot each."""
+
+    worker_id: str
+    instance: str
+    spaces: tuple[str, ...]
+    slots: int
+    #: As `Entry.reproducible`; workers with the same words can stand in for each other in mid-stream.
+    reproducible: str = ""
+    linked: bool = True
+    draining: bool = False
+    held: dict[str, int] = attrs.field(factory=dict)
+    #: Rises with each use of any worker; the lowest has been idle longest.
+    last_used: int = 0
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that can take a request now."""
+        return max(0, self.slots - len(self.held)) if self.linked and not self.draining else 0
+
+
+@attrs.frozen(kw_only=True)
+class SpaceRules:
+    """What a space allows; the defaults are DESIGN §7's."""
+
+    max_workers: int = 1
+    max_queued: int = 1000
+    max_queued_per_principal: int = 100
+    max_running_per_principal: int | None = None
+    refuse_when_empty: bool = False
+    max_attempts: int = 3
+
+
+@attrs.define(eq=False, kw_only=True)
+class SpaceState:
+    """A space, as far as scheduling is concerned."""
+
+    name: str
+    rules: SpaceRules
+    paused: bool = False
+    queue: FairQueue[Entry] = attrs.field(factory=FairQueue)
+    running: dict[str, Entry] = attrs.field(factory=dict)
+    #: Admitted, and not yet in the queue: inputs on their way, or the store still writing. Principal of each.
+    admitted: dict[str, str] = attrs.field(factory=dict)
+    recent_runs_s: deque[float] = attrs.field(factory=lambda: deque(maxlen=RECENT_RUNS))
+
+
+@attrs.frozen
+class Start:
+    """Hand `entry` to the worker it names now; frames begin at `from_seq`."""
+
+    entry: Entry
+    from_seq: int
+
+
+@attrs.frozen
+class Stop:
+    """Tell a worker to stop an attempt; its slot stays held until it answers."""
+
+    worker_id: str
+    request_id: str
+    reason: str
+
+
+@attrs.frozen
+class Requeued:
+    """The attempt was lost and the request waits again, in its old place."""
+
+    entry: Entry
+
+
+@attrs.frozen
+class Finish:
+    """The relay itself ends `entry`: FAILED with a code, or CANCELLED (no code)."""
+
+    entry: Entry
+    code: ErrorCode | None
+    message: str
+
+
+@attrs.frozen
+class Joined:
+    """A worker is in: which of the attempts it named go on, which it is to forget, and what else follows."""
+
+    resume: list[Entry]
+    abandon: list[str]
+    decisions: list["Decision"]
+
+
+Decision = Start | Stop | Requeued | Finish
+
+
+@attrs.frozen
+class Place:
+    """Where a queued request stands: `position` from 1, and seconds until it should start, if that can be told."""
+
+    position: int
+    of: int
+    eta_s: float | None

@@ -1,0 +1,413 @@
+"""The scheduler: which request runs where, and what becomes of it when its worker goes. Pure.
+
+Events in, decisions out: no `await`, no clock, no I/O. A method changes the state and returns what the caller is to
+do about it; the caller must do all of it. Times come in as arguments, monotonic seconds.
+
+What the relay counts as busy is not what runs but what a worker has not let go of: a slot is free again only when its
+worker says so, or is gone. So a request may have ended (timed out, cancelled) while its slot is still held.
+"""
+
+from collections.abc import Mapping
+
+import attrs
+
+from protocol.errors import ErrorCode
+from protocol.messages import Rejected
+from relayd.scheduling import estimate
+from relayd.scheduling.dispatch import HandOut
+from relayd.scheduling.model import (
+    Decision,
+    Entry,
+    Finish,
+    Joined,
+    Place,
+    Requeued,
+    SpaceRules,
+    SpaceState,
+    Start,
+    State,
+    Stop,
+    WorkerState,
+)
+
+
+@attrs.define(eq=False)
+class Scheduler(HandOut):
+    """What may happen to spaces, workers and live requests, and what follows from it."""
+
+    # -- spaces
+
+    def add_space(self, name: str, rules: SpaceRules, *, paused: bool = False) -> None:
+        """Open a space."""
+        self.spaces[name] = SpaceState(name=name, rules=rules, paused=paused)
+
+    def set_rules(self, name: str, rules: SpaceRules, now: float) -> list[Decision]:
+        """Change what a space allows; who is in already stays, also beyond a limit that is lower now."""
+        self.spaces[name].rules = rules
+        self.moved.add(name)
+        return self._hand_out(now)
+
+    def remove_space(self, name: str) -> Rejected | None:
+        """Close a space that nothing waits or runs in and no worker serves."""
+        space = self.spaces.get(name)
+        if space is None:
+            return no_such_space(name)
+        if space.queue or space.running or space.admitted:
+            return Rejected.because(
+                ErrorCode.SPACE_EXISTS,
+                f"space {name!r} still has {len(space.queue) + len(space.admitted)} queued and {len(space.running)} "
+                "running requests; pause it and let them end, or cancel them, then delete it",
+            )
+        if workers := self.workers_of(name):
+            return Rejected.because(
+                ErrorCode.SPACE_EXISTS,
+                f"space {name!r} is served by {', '.join(w.worker_id for w in workers)}; stop it first, then delete it",
+            )
+        del self.spaces[name]
+        return None
+
+    def pause_space(self, name: str) -> Rejected | None:
+        """Hand nothing of this space out, and take nothing new."""
+        if name not in self.spaces:
+            return no_such_space(name)
+        self.spaces[name].paused = True
+        self.moved.add(name)
+        return None
+
+    def resume_space(self, name: str, now: float) -> Rejected | list[Decision]:
+        """Undo `pause_space`."""
+        if name not in self.spaces:
+            return no_such_space(name)
+        self.spaces[name].paused = False
+        self.moved.add(name)
+        return self._hand_out(now)
+
+    # -- workers
+
+    def join(self, worker: WorkerState, running: Mapping[str, int], now: float) -> Rejected | Joined:
+        """A worker registers, for the first time or again (same id).
+
+        Args:
+            worker: as it is now; what it held before is taken over from the state of the same id.
+            running: request id -> attempt, of all it still has frames of.
+            now: monotonic seconds.
+        """
+        for name in worker.spaces:
+            if refusal := self._no_room(name, worker.worker_id):
+                return refusal
+        known = self.workers.get(worker.worker_id)
+        held_before = known.held if known else {}
+        if known:
+            worker.last_used, worker.draining = known.last_used, known.draining
+        self.workers[worker.worker_id] = worker
+        self.moved.update(worker.spaces)
+        resume, abandon, decisions = [], [], list[Decision]()
+        for request_id, attempt in running.items():
+            entry = self._claim(worker, request_id, attempt, now)
+            if entry is None:
+                abandon.append(request_id)
+            else:
+                resume.append(entry)
+        for request_id in [held for held in held_before if held not in worker.held]:  # handed out; the cut swallowed it
+            entry = self.entries.get(request_id)
+            if entry is not None and entry.worker_id == worker.worker_id:
+                decisions += self._hand_again(entry, worker, now)
+        return Joined(resume, abandon, [*decisions, *self._hand_out(now)])
+
+    def shut_out(self, worker: WorkerState) -> bool:
+        """Whether a worker that is away could not come back now, because another has its place."""
+        return any(self._no_room(name, worker.worker_id) for name in worker.spaces)
+
+    def _no_room(self, name: str, worker_id: str) -> Rejected | None:
+        space = self.spaces.get(name)
+        if space is None:
+            return no_such_space(name)
+        others = [w for w in self.workers_of(name) if w.worker_id != worker_id]
+        if len(others) < space.rules.max_workers:
+            return None
+        count = f"{len(others)} worker{'s' if len(others) != 1 else ''}"
+        return Rejected.because(
+            ErrorCode.SPACE_FULL,
+            f"space {name!r} already has its {count} ({', '.join(w.worker_id for w in others)}); "
+            "stop that one, or raise max_workers in relayd.toml",
+        )
+
+    def _claim(self, worker: WorkerState, request_id: str, attempt: int, now: float) -> Entry | None:
+        """The entry of an attempt that a worker goes on with, or None if it is over or somebody else's now."""
+        entry = self.entries.get(request_id)
+        if entry is None or not attempt or entry.space not in worker.spaces:
+            return None
+        if attempt != entry.attempt and not (entry.unsure and attempt == entry.attempt + 1):
+            return None
+        if entry.state is State.QUEUED:  # given up too early: nobody has begun it anew, so it runs where it ran
+            self.spaces[entry.space].queue.remove(entry)
+            if attempt == entry.attempt and not entry.hearsay:
+                entry.losses = max(0, entry.losses - 1)  # it was not lost after all
+        elif entry.worker_id not in (None, worker.worker_id):
+            if attempt == entry.attempt:
+                return None
+            self._forget_away(entry)
+        if attempt != entry.attempt or entry.hearsay:  # the relay was killed before the store had written that it began
+            entry.attempt, entry.started_at, entry.reproducible = attempt, now, worker.reproducible
+            entry.may_be_behind = False
+        entry.unsure = entry.hearsay = False
+        self._run_on(entry, worker)
+        worker.held[request_id] = attempt
+        return entry
+
+    def _hand_again(self, entry: Entry, worker: WorkerState, now: float) -> list[Decision]:
+        """A worker came back without an attempt that was handed to it: nothing of it was made, so nothing is lost."""
+        if entry.stopping is not None:
+            return [Finish(entry, None, entry.stopping)]
+        goes_on = bool(entry.reproducible) and entry.reproducible == worker.reproducible
+        begun = entry.next_seq or entry.has_output  # what was heard before a restart has no frames here
+        if entry.space not in worker.spaces or (begun and not goes_on):
+            return self.lose(entry.request_id, ErrorCode.WORKER_LOST, "its worker came back without it", now)
+        self._run_on(entry, worker)
+        if entry.unsure:
+            entry.attempt, entry.unsure = entry.attempt + 2, False  # as in `_start`
+            entry.may_be_behind = False
+        worker.held[entry.request_id] = entry.attempt
+        return [Start(entry, entry.next_seq)]
+
+    def release(self, worker_id: str, request_id: str, attempt: int, now: float) -> list[Decision]:
+        """A worker let go of an attempt: whatever became of it, its slot is free."""
+        worker = self.workers.get(worker_id)
+        if worker is None or worker.held.get(request_id) != attempt:
+            return []
+        del worker.held[request_id]
+        self._touch(worker)
+        return self._hand_out(now)
+
+    def set_slots(self, worker_id: str, slots: int, now: float) -> list[Decision]:
+        """A worker has more or fewer slots; what runs goes on."""
+        worker = self.workers[worker_id]
+        worker.slots = slots
+        self.moved.update(worker.spaces)
+        return self._hand_out(now)
+
+    def drain(self, worker_id: str) -> None:
+        """Hand this worker nothing new."""
+        worker = self.workers[worker_id]
+        worker.draining = True
+        self.moved.update(worker.spaces)
+
+    def undrain(self, worker_id: str, now: float) -> list[Decision]:
+        """Undo `drain`."""
+        worker = self.workers[worker_id]
+        worker.draining = False
+        self.moved.update(worker.spaces)
+        return self._hand_out(now)
+
+    def unlink(self, worker_id: str, now: float) -> list[Entry]:
+        """A worker's link is gone: it may come back. Returns what ran there; the caller calls `lose` in its time."""
+        worker = self.workers[worker_id]
+        worker.linked = False
+        self.moved.update(worker.spaces)
+        away = [entry for entry in map(self.entries.get, worker.held) if entry and entry.worker_id == worker_id]
+        for entry in away:
+            entry.lost_at = now
+        # Attempts that were fenced off already have nobody waiting for them.
+        worker.held = {entry.request_id: entry.attempt for entry in away}
+        if not worker.held:
+            del self.workers[worker_id]
+        return away
+
+    # -- requests
+
+    def admit(self, entry: Entry) -> Rejected | None:
+        """Take a new request in, if its space has room; it is queued by `enqueue` once it is whole and stored."""
+        space = self.spaces.get(entry.space)
+        if space is None:
+            return no_such_space(entry.space, entry.request_id)
+        rules = space.rules
+        if space.paused:
+            return _refuse(entry, ErrorCode.SPACE_PAUSED, f"space {space.name!r} is paused; try again later")
+        if rules.refuse_when_empty and not self.workers_of(space.name):
+            return _refuse(
+                entry, ErrorCode.NO_WORKER, f"space {space.name!r} has no worker now; start one with gpuworker run"
+            )
+        if len(space.queue) + len(space.admitted) >= rules.max_queued:
+            return _refuse(
+                entry,
+                ErrorCode.QUEUE_FULL,
+                f"space {space.name!r} has its {rules.max_queued} requests queued; try again later",
+                estimate.pace_s(space, self.slots_of(space.name)[1]),
+            )
+        mine = space.queue.waiting_of(entry.principal)
+        mine += sum(principal == entry.principal for principal in space.admitted.values())
+        if mine >= rules.max_queued_per_principal:
+            return _refuse(
+                entry,
+                ErrorCode.QUEUE_FULL,
+                f"{entry.principal!r} has {mine} requests queued in space {space.name!r}, which is its limit; "
+                "wait for one to start",
+                estimate.pace_s(space, self.slots_of(space.name)[1]),
+            )
+        self.entries[entry.request_id] = entry
+        space.admitted[entry.request_id] = entry.principal
+        return None
+
+    def enqueue(self, entry: Entry, now: float) -> list[Decision]:
+        """An admitted request is whole and safe: it waits for a slot from now on."""
+        space = self.spaces[entry.space]
+        space.admitted.pop(entry.request_id, None)
+        entry.state = State.QUEUED
+        space.queue.push(entry)
+        self.moved.add(space.name)
+        return self._hand_out(now)
+
+    def restore(self, entry: Entry, now: float) -> None:
+        """Take back a request of the store after a restart, by ascending ticket; no worker is there yet to take it.
+
+        The worker that an attempt ran on, where the store names one, counts as away: it may come back to it.
+        """
+        space = self.spaces[entry.space]
+        self.entries[entry.request_id] = entry
+        entry.may_be_behind = True
+        if entry.state is State.RUNNING:
+            entry.lost_at = now
+            space.running[entry.request_id] = entry
+            if entry.worker_id is not None:
+                self._away(entry.worker_id, entry.space).held[entry.request_id] = entry.attempt
+        else:
+            entry.state = State.QUEUED
+            space.queue.push(entry)
+
+    def end(self, request_id: str, state: State, now: float) -> list[Decision]:
+        """A request has its last frame. A slot it may hold is freed by `release`."""
+        entry = self.entries.pop(request_id, None)
+        if entry is None:
+            return []
+        space = self.spaces[entry.space]
+        if entry in space.queue:
+            space.queue.remove(entry)
+        self._forget_away(entry)
+        space.admitted.pop(request_id, None)
+        if space.running.pop(request_id, None) is not None and state is State.COMPLETED:
+            space.recent_runs_s.append(max(0.0, now - entry.started_at))
+        entry.state = state
+        self.moved.add(space.name)
+        return self._hand_out(now)
+
+    def cancel(self, request_id: str, reason: str) -> list[Decision]:
+        """Stop a request: what waits leaves at once, what runs is told to its worker, which answers `cancelled`."""
+        entry = self.entries.get(request_id)
+        if entry is None:
+            return []
+        if entry.state is State.RUNNING and entry.worker_id and entry.lost_at is None:
+            if entry.stopping is not None:
+                return []
+            entry.stopping = reason
+            return [Stop(entry.worker_id, request_id, reason)]
+        return [*self._stop(entry, reason), Finish(entry, None, entry.stopping or reason)]
+
+    def fail(self, request_id: str, code: ErrorCode, message: str) -> list[Decision]:
+        """End a request as failed; what runs of it is stopped, and its slot freed when the worker answers."""
+        entry = self.entries.get(request_id)
+        return [] if entry is None else [*self._stop(entry, message), Finish(entry, code, message)]
+
+    def lose(self, request_id: str, code: ErrorCode, message: str, now: float) -> list[Decision]:
+        """An attempt is lost (worker gone, engine crashed or hung): queue it again, or fail it, by its retry policy.
+
+        Args:
+            request_id: of a running request.
+            code: why; what the request fails with if it is not tried again.
+            message: the same in words.
+            now: monotonic seconds.
+        """
+        entry = self.entries.get(request_id)
+        if entry is None or entry.state is not State.RUNNING:
+            return []
+        stop = self._stop(entry, message)
+        if entry.stopping is not None:
+            return [*stop, Finish(entry, None, entry.stopping)]
+        entry.losses += 1
+        space = self.spaces[entry.space]
+        if entry.losses >= space.rules.max_attempts:
+            words = (
+                f"{message}; it was attempt {entry.attempt} and {entry.losses} have been lost now, so it is given up"
+            )
+            return [*stop, Finish(entry, code, words)]
+        if entry.retry == "never" or (entry.retry == "before_output" and entry.has_output and not entry.reproducible):
+            heard = f"{entry.next_seq} frames were" if entry.next_seq else "some of it was"  # 0: before a restart
+            why = "retry is 'never'" if entry.retry == "never" else f"{heard} delivered already"
+            return [*stop, Finish(entry, code, f"{message}; not tried again, because {why}")]
+        self._forget_run(entry)
+        entry.state = State.QUEUED
+        space.queue.push_back(entry)
+        self.moved.add(space.name)
+        return [*stop, Requeued(entry), *self._hand_out(now)]
+
+    def hear_of(self, request_id: str, attempt: int, now: float) -> list[Decision]:
+        """A listener has frames of the attempt after the current one, which a relay that was killed had not stored yet.
+
+        The listener would drop everything of the current attempt, its end too, so nothing continues behind its frames.
+        The worker that runs the later attempt may still connect.
+
+        A listener's word counts once, and only while the store may really be behind: after a restart, until an
+        attempt starts. Otherwise the number is the scheduler's alone, and no client can raise it.
+        """
+        entry = self.entries.get(request_id)
+        if entry is None or not entry.may_be_behind or attempt != entry.attempt + 1:
+            return []
+        entry.may_be_behind = False
+        entry.attempt, entry.next_seq, entry.hearsay = attempt, 0, True
+        if entry.state is State.RUNNING and entry.lost_at is None:
+            words = "a listener has heard a later attempt, which the relay lost when it was killed"
+            return self.lose(request_id, ErrorCode.WORKER_LOST, words, now)
+        self._forget_away(entry)
+        entry.worker_id = None
+        return []
+
+    def promote(self, request_id: str) -> Rejected | None:
+        """Put a queued request to the front of its space."""
+        entry = self.entries.get(request_id)
+        if entry is None or entry.state is not State.QUEUED:
+            state = "unknown or ended" if entry is None else entry.state
+            return Rejected.because(
+                ErrorCode.REQUEST_NOT_FOUND, f"request {request_id} is {state}; only a queued one can be promoted"
+            )
+        self.spaces[entry.space].queue.promote(entry)
+        self.moved.add(entry.space)
+        return None
+
+    def limit_running(self, principal: str, at_most: int | None) -> None:
+        """Let `principal` have `at_most` running requests in all spaces together; None lifts the limit."""
+        if at_most is None:
+            self._max_running.pop(principal, None)
+        else:
+            self._max_running[principal] = at_most
+
+    def waiting_of(self, principal: str) -> int:
+        """Requests of `principal` that are admitted or queued, in all spaces together."""
+        return sum(
+            space.queue.waiting_of(principal) + list(space.admitted.values()).count(principal)
+            for space in self.spaces.values()
+        )
+
+    # -- telling
+
+    def places(self, name: str, now: float) -> dict[str, Place]:
+        """Request id -> place, for all that is queued in a space."""
+        space = self.spaces[name]
+        of = len(space.queue)
+        slots = sum(worker.slots for worker in self.workers_of(name) if not worker.draining)
+        waits = estimate.waits_s(space, slots, of, now)
+        return {
+            entry.request_id: Place(index + 1, of, waits[index] if waits else None)
+            for index, entry in enumerate(space.queue)
+        }
+
+
+def no_such_space(name: str, request_id: str | None = None) -> Rejected:
+    """The refusal for a space that is not there."""
+    return Rejected.because(
+        ErrorCode.SPACE_NOT_FOUND,
+        f"space {name!r} does not exist; make it with: relayd space create {name}",
+        request_id=request_id,
+    )
+
+
+def _refuse(entry: Entry, code: ErrorCode, message: str, retry_after_s: float | None = None) -> Rejected:
+    return Rejected.because(code, message, request_id=entry.request_id, retry_after_s=retry_after_s)

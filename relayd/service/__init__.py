@@ -1,0 +1,1 @@
+"""The relay as a service of the operating system: systemd's watchdog, health checks and the memory allocator."""

@@ -1,0 +1,1 @@
+"""Counters, rates and histograms of what the relay does."""

@@ -1,0 +1,404 @@
+"""How the relay has been doing: in the last seconds, the last minute, the last five minutes, and since the start.
+
+What happens often is only counted, in plain numbers; once a second `sample` looks at them and makes rates of them.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Protocol, TypeVar
+
+import attrs
+import structlog
+import trio
+
+from protocol.errors import ErrorCode
+from relayd.requests.request import Request
+from relayd.scheduling.model import State
+from relayd.stats.histogram import REAL_TIME_FACTORS, WAIT_S, Histogram
+
+T = TypeVar("T")
+log = structlog.get_logger("relayd.stats")
+
+SAMPLE_S = 1.0
+#: What "a minute" and "lately" mean in rows.
+MINUTE = 60
+LATELY_S = 300.0
+#: Samples kept of one kind: a percentile of a thousand is as good as one of all.
+MAX_SAMPLES = 1_000
+#: Over which bytes a second are told: long enough for frames of a second each.
+RATE_SAMPLES = 6
+#: Workers that are remembered as having been here, so that their return is told from a first visit.
+MAX_SEEN_WORKERS = 1_000
+#: Codes that are counted by name; a worker may fail a request with any word.
+KNOWN_CODES = frozenset(str(code) for code in ErrorCode)
+OTHER_CODE = "other"
+
+
+class SentBytes(Protocol):
+    """A connection that is sent frames, as far as counting goes."""
+
+    sampled_bytes: int
+
+    @property
+    def connection_id(self) -> str:
+        """Of its connection."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Since its login."""
+
+
+@attrs.define(eq=False)
+class Minute:
+    """What was counted in each of the last sixty seconds, the running one last."""
+
+    total: float = 0.0
+    _buckets: deque[float] = attrs.field(factory=lambda: deque([0.0] * MINUTE, maxlen=MINUTE))
+    _second: int = 0
+
+    def add(self, now: float, amount: float = 1.0) -> None:
+        """Count `amount`."""
+        self._roll(now)
+        self._buckets[-1] += amount
+        self.total += amount
+
+    def sum(self, now: float) -> float:
+        """Of the last minute."""
+        self._roll(now)
+        return math.fsum(self._buckets)
+
+    def by_second(self, now: float) -> list[float]:
+        """Sixty numbers, the oldest first."""
+        self._roll(now)
+        return list(self._buckets)
+
+    def _roll(self, now: float) -> None:
+        second = int(now)
+        if second > self._second:
+            self._buckets.extend([0.0] * min(second - self._second, MINUTE))
+            self._second = second
+
+
+@attrs.define(eq=False)
+class Lately:
+    """Samples of the last five minutes, the latest thousand at most, and what they come to."""
+
+    _samples: deque[tuple[float, float]] = attrs.field(factory=lambda: deque(maxlen=MAX_SAMPLES))
+    _sorted: list[float] | None = None
+
+    def add(self, now: float, value: float) -> None:
+        """Take a sample."""
+        self._samples.append((now, value))
+        self._sorted = None
+
+    def percentile(self, now: float, part: float) -> float | None:
+        """The sample that `part` of all do not exceed (nearest rank); None where there is none."""
+        while self._samples and self._samples[0][0] < now - LATELY_S:
+            self._samples.popleft()
+            self._sorted = None
+        if self._sorted is None:
+            self._sorted = sorted(value for _when, value in self._samples)
+        values = self._sorted
+        return round(values[max(0, math.ceil(part * len(values)) - 1)], 3) if values else None
+
+
+@attrs.frozen
+class End:
+    """How a request ended: when, whether it failed, and how long it ran for how much audio."""
+
+    when: float
+    failed: bool
+    run_s: float = 0.0
+    audio_s: float = 0.0
+
+
+@attrs.define(eq=False)
+class Ends:
+    """The ends of the last five minutes, the latest thousand at most."""
+
+    _ends: deque[End] = attrs.field(factory=lambda: deque(maxlen=MAX_SAMPLES))
+    _told: tuple[float | None, float | None] | None = None
+
+    def add(self, end: End) -> None:
+        """Take one more."""
+        self._ends.append(end)
+        self._told = None
+
+    def rtf(self, now: float) -> float | None:
+        """Real-time factor: seconds run per second of audio, of what was completed; None where there was no audio."""
+        return self._look(now)[0]
+
+    def error_percent(self, now: float) -> float | None:
+        """Of what was completed or failed, how much failed; None where nothing was."""
+        return self._look(now)[1]
+
+    def _look(self, now: float) -> tuple[float | None, float | None]:
+        while self._ends and self._ends[0].when < now - LATELY_S:
+            self._ends.popleft()
+            self._told = None
+        if self._told is None:
+            audio_s = math.fsum(end.audio_s for end in self._ends)
+            run_s = math.fsum(end.run_s for end in self._ends if end.audio_s)
+            failed = sum(end.failed for end in self._ends)
+            self._told = (
+                round(run_s / audio_s, 3) if audio_s else None,
+                round(100 * failed / len(self._ends), 1) if self._ends else None,
+            )
+        return self._told
+
+
+@attrs.define(eq=False)
+class Rate:
+    """How fast a counter rises, from what it was at each of the last samples."""
+
+    per_s: int = 0
+    #: Where the counter stood at the sample before the first.
+    _begin: int = 0
+    _seen: deque[tuple[float, int]] = attrs.field(factory=lambda: deque(maxlen=RATE_SAMPLES))
+
+    def sample(self, now: float, count: int) -> None:
+        """The counter stands at `count` now."""
+        seen = self._seen
+        if not seen:  # it has begun since the last sample
+            seen.append((now - SAMPLE_S, self._begin))
+        seen.append((now, count))
+        when, before = seen[0]
+        self.per_s = round((count - before) / (now - when)) if now > when else 0
+
+
+@attrs.define(eq=False)
+class SpaceStats:
+    """Of one space."""
+
+    accepted: Minute = attrs.field(factory=Minute)
+    first_audio: Lately = attrs.field(factory=Lately)
+    ends: Ends = attrs.field(factory=Ends)
+    #: Since the start, by error code.
+    failed: dict[str, int] = attrs.field(factory=dict)
+    rejected: dict[str, int] = attrs.field(factory=dict)
+    retried: int = 0
+    resumed: int = 0
+    reconnects: int = 0
+    #: Of attempts that are over. Whole milliseconds, because sums of those never go down by a rounding.
+    audio_ms: int = 0
+    wait_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
+    first_audio_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
+    run_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
+    real_time_factor: Histogram = attrs.field(factory=lambda: Histogram(REAL_TIME_FACTORS))
+
+
+@attrs.define(eq=False)
+class WorkerStats:
+    """Of one worker: who it is, also while it is away, and how it did."""
+
+    name: str = ""
+    engine: str = ""
+    agent: str = ""
+    principal: str = ""
+    peer: str = ""
+    heard_at: float = 0.0
+    frames: int = 0
+    frame_bytes: int = 0
+    rate: Rate = attrs.field(factory=Rate)
+    ends: Ends = attrs.field(factory=Ends)
+
+
+@attrs.define(eq=False)
+class Stats:
+    """Of the whole relay. What each frame counts is counted once, by its worker and by its reader, and added up here
+    when somebody asks."""
+
+    #: As of the last sample.
+    audio_s: float = 0.0
+    #: Of attempts that are over, as `SpaceStats.audio_ms`.
+    audio_ms: int = 0
+    #: Sent to HTTP clients, to clients that have gone since, and to the others up to the last sample.
+    out_bytes: int = 0
+    #: From workers that have gone since.
+    past_frames: int = 0
+    past_frame_bytes: int = 0
+    accepted: Minute = attrs.field(factory=Minute)
+    errors: Minute = attrs.field(factory=Minute)
+    audio: Minute = attrs.field(factory=Minute)
+    first_audio: Lately = attrs.field(factory=Lately)
+    spaces: dict[str, SpaceStats] = attrs.field(factory=dict)
+    workers: dict[str, WorkerStats] = attrs.field(factory=dict)
+    #: Of clients that were sent frames in the last seconds.
+    clients: dict[str, Rate] = attrs.field(factory=dict)
+    out: Rate = attrs.field(factory=Rate)
+    frames_in: Rate = attrs.field(factory=Rate)
+    #: By error code, of requests to spaces that are not there: their names are anybody's words.
+    rejected: dict[str, int] = attrs.field(factory=dict)
+    _seen_workers: dict[str, None] = attrs.field(factory=dict)
+
+    def of_space(self, name: str) -> SpaceStats:
+        """What is known of a space."""
+        if name not in self.spaces:
+            self.spaces[name] = SpaceStats()
+        return self.spaces[name]
+
+    def of_worker(self, worker_id: str) -> WorkerStats:
+        """What is known of a worker."""
+        if worker_id not in self.workers:  # asked at each frame
+            self.workers[worker_id] = WorkerStats()
+        return self.workers[worker_id]
+
+    @property
+    def frames(self) -> int:
+        """Taken from workers since the start."""
+        return self.past_frames + sum(worker.frames for worker in self.workers.values())
+
+    @property
+    def frame_bytes(self) -> int:
+        """Of those frames."""
+        return self.past_frame_bytes + sum(worker.frame_bytes for worker in self.workers.values())
+
+    def sent_bytes(self, clients: Mapping[str, SentBytes]) -> int:
+        """Of frames sent since the start; `clients` are those that are there."""
+        return self.out_bytes + sum(client.bytes_sent - client.sampled_bytes for client in clients.values())
+
+    # -- what happens
+
+    def hear_accepted(self, request: Request) -> None:
+        """A request is in."""
+        now = trio.current_time()
+        self.accepted.add(now)
+        self.of_space(request.submit.space).accepted.add(now)
+
+    def hear_rejected(self, space: str | None, code: str) -> None:
+        """A request was refused; `space` is None where there is none of that name."""
+        count(self.rejected if space is None else self.of_space(space).rejected, code)
+
+    def hear_started(self, request: Request, from_seq: int) -> None:
+        """A request was handed to a worker, whose frames begin at `from_seq`."""
+        started_at = request.entry.started_at
+        if started_at != request.counted_start_at:  # else it was handed out again to the worker that had it
+            request.counted_start_at = started_at
+            self.of_space(request.submit.space).wait_s.add(max(0.0, started_at - request.queued_at))
+        if not from_seq:
+            self.hear_anew(request)
+
+    def hear_anew(self, request: Request) -> None:
+        """What an attempt has put out is void, and was made all the same."""
+        self._hear_audio(request)
+        request.audio_bytes = 0
+
+    def _hear_audio(self, request: Request) -> None:
+        """An attempt is over, and what it has put out counts from now on without it."""
+        made_ms = audio_ms(request)
+        self.audio_ms += made_ms
+        self.of_space(request.submit.space).audio_ms += made_ms
+
+    def hear_retried(self, request: Request) -> None:
+        """An attempt was lost, and the request waits for another."""
+        self.of_space(request.submit.space).retried += 1
+
+    def hear_resumed(self, request: Request) -> None:
+        """A worker came back, and goes on with the request."""
+        self.of_space(request.submit.space).resumed += 1
+
+    def hear_worker(self, worker_id: str, spaces: Iterable[str]) -> None:
+        """A worker has registered."""
+        seen = self._seen_workers
+        if worker_id in seen:
+            for space in spaces:
+                self.of_space(space).reconnects += 1
+            del seen[worker_id]  # to be the latest again
+        elif len(seen) >= MAX_SEEN_WORKERS:
+            del seen[next(iter(seen))]
+        seen[worker_id] = None
+
+    def hear_first_frame(self, request: Request, now: float) -> None:
+        """The first output of a request has come."""
+        waited_s = now - request.created_at
+        self.first_audio.add(now, waited_s)
+        space = self.of_space(request.submit.space)
+        space.first_audio.add(now, waited_s)
+        space.first_audio_s.add(waited_s)
+
+    def hear_ended(self, request: Request, state: State, now: float) -> None:
+        """A request has ended as `state`."""
+        self._hear_audio(request)
+        space = self.of_space(request.submit.space)
+        if state is State.FAILED:
+            self.errors.add(now)
+            count(space.failed, request.code or ErrorCode.INTERNAL)
+        if state is State.CANCELLED:
+            return
+        done = state is State.COMPLETED and request.entry.worker_id is not None
+        end = End(
+            now,
+            failed=state is State.FAILED,
+            run_s=now - request.entry.started_at if done else 0.0,
+            audio_s=request.audio_s or 0.0 if done else 0.0,
+        )
+        space.ends.add(end)
+        if done:
+            space.run_s.add(end.run_s)
+        if end.audio_s:
+            space.real_time_factor.add(end.run_s / end.audio_s)
+        if request.entry.worker_id in self.workers:
+            self.workers[request.entry.worker_id].ends.add(end)
+
+    # -- what is looked at once a second
+
+    def sample(
+        self,
+        now: float,
+        live: Iterable[Request],
+        clients: Mapping[str, SentBytes],
+        spaces: Container[str],
+        workers: Container[str],
+    ) -> None:
+        """Make rates of the counters, and forget spaces, workers and clients that are gone."""
+        self.audio_s = (self.audio_ms + sum(map(audio_ms, live))) / 1000
+        self.audio.add(now, self.audio_s - self.audio.total)
+        self.frames_in.sample(now, self.frame_bytes)
+        for worker in self.workers.values():
+            worker.rate.sample(now, worker.frame_bytes)
+        self._sample_clients(clients, now)
+        self.out.sample(now, self.out_bytes)
+        _forget(self.spaces, spaces)
+        for gone in _forget(self.workers, workers):
+            self.past_frames += gone.frames
+            self.past_frame_bytes += gone.frame_bytes
+
+    def _sample_clients(self, clients: Mapping[str, SentBytes], now: float) -> None:
+        """Of thousands of clients few are sent anything: only those have a rate."""
+        for client in [client for client in clients.values() if client.bytes_sent != client.sampled_bytes]:
+            if client.connection_id not in self.clients:
+                self.clients[client.connection_id] = Rate(begin=client.sampled_bytes)
+            self.out_bytes += client.bytes_sent - client.sampled_bytes
+            client.sampled_bytes = client.bytes_sent
+        for connection_id, rate in list(self.clients.items()):
+            sent = clients.get(connection_id)
+            if sent is not None:
+                rate.sample(now, sent.bytes_sent)
+            if sent is None or not rate.per_s:
+                del self.clients[connection_id]
+
+
+def audio_ms(request: Request) -> int:
+    """Milliseconds of audio that the attempt at hand has put out."""
+    return round(1000 * (request.audio_s or 0.0))
+
+
+def count(counts: dict[str, int], code: str) -> None:
+    """Count an error by its code."""
+    name = str(code) if code in KNOWN_CODES else OTHER_CODE
+    counts[name] = counts.get(name, 0) + 1
+
+
+def _forget(known: dict[str, T], there: Container[str]) -> list[T]:
+    return [known.pop(name) for name in list(known) if name not in there]
+
+
+async def serve_stats(sample: Callable[[float], None]) -> None:
+    """Look at the counters once a second, until cancelled."""
+    while True:
+        await trio.sleep(SAMPLE_S)
+        try:
+            sample(trio.current_time())
+        except Exception:
+            log.exception("counting broke the relay's own rules")

@@ -1,0 +1,285 @@
+"""What is told of spaces, workers, requests and clients: one flat map each, for `spaces` and `watch`."""
+
+import importlib.metadata
+import os
+import socket
+from collections.abc import Iterable, Iterator
+
+import attrs
+import msgpack
+import trio
+
+from protocol.codec import encode
+from protocol.errors import EncodeError
+from protocol.fields import Value
+from protocol.messages import KIB, SpacesReply
+from relayd.auth.tokens import iso_time
+from relayd.core.relay import Relay
+from relayd.frames.frame_log import HIGH_WATER_BYTES
+from relayd.requests.request import Request
+from relayd.scheduling.model import State
+from relayd.store.base import TokenRecord
+
+Row = dict[str, Value]
+#: Rows in one message: safely below the 64 KiB of a control message together with one last row.
+PAGE_BYTES = 24 * KIB
+PAGE_ROWS = 200
+TOPICS = ("relay", "spaces", "workers", "requests", "clients", "history", "log", "audit")
+VERSION = importlib.metadata.version("relayd")
+HOST = socket.gethostname()
+#: A worker that has answered so many pings in a row not yet is told as stale; after three its connection is cut.
+STALE_PINGS = 2
+
+
+def pages(rows: Iterable[Row]) -> Iterator[tuple[list[Row], bool]]:
+    """The rows in pages that fit a message, with whether more follow; one empty page where there are none.
+
+    A page is given out as soon as it is full and one more row is there, so that who makes the rows can take turns.
+    """
+    page: list[Row] = []
+    size = 0
+    for row in rows:
+        cost = len(msgpack.packb(row))
+        if page and (size + cost > PAGE_BYTES or len(page) >= PAGE_ROWS):
+            yield page, True
+            page, size = [], 0
+        page.append(row)
+        size += cost
+    yield page, False
+
+
+def _listable(row: Row) -> bool:
+    """Whether a row fits a page; one level deeper than in `register`, a schema may also be nested too deep."""
+    try:
+        return len(encode(SpacesReply(spaces=[row]))) <= PAGE_BYTES
+    except EncodeError:
+        return False
+
+
+def relay_row(relay: Relay) -> Row:
+    """The daemon itself."""
+    now, stats = trio.current_time(), relay.stats
+    spaces = relay.scheduler.spaces.values()
+    return {
+        "name": "relay",
+        "version": VERSION,
+        "host": HOST,
+        "pid": os.getpid(),
+        "urls": relay.urls[:16],
+        "uptime_s": round(now - relay.started_at, 1),
+        "state": "draining" if relay.draining.is_set() else "serving",
+        "spaces": len(relay.spaces),
+        "workers": len(relay.workers),
+        "connections": len(relay.connections),
+        "queued": sum(len(space.queue) for space in spaces),
+        "running": sum(len(space.running) for space in spaces),
+        "requests_total": int(stats.accepted.total),
+        "requests_min": int(stats.accepted.sum(now)),
+        "errors_min": int(stats.errors.sum(now)),
+        "audio_s_total": round(stats.audio_s, 1),
+        "audio_s_min": round(stats.audio.sum(now), 1),
+        "first_audio_p50_s": stats.first_audio.percentile(now, 0.5),
+        "first_audio_p95_s": stats.first_audio.percentile(now, 0.95),
+        "out_bytes_s": stats.out.per_s,
+        "in_bytes_s": stats.frames_in.per_s,
+        "frames": stats.frames,
+        "frame_bytes": stats.frame_bytes,
+        "fenced_frames": relay.fenced_frames,
+        "slow_consumers": relay.slow_consumers,
+        "result_memory_bytes": relay.results.memory.held_bytes,
+        "result_disk_bytes": relay.results.disk_bytes,
+        "results_unsaved": len(relay.results.unsealed),
+    }
+
+
+def history_row(relay: Relay) -> Row:
+    """What came in each of the last sixty seconds, the oldest first: for the curve that a screen begins with."""
+    now, stats = trio.current_time(), relay.stats
+    return {
+        "name": "relay",
+        "requests": [int(count) for count in stats.accepted.by_second(now)],
+        "audio_s": [round(audio_s, 2) for audio_s in stats.audio.by_second(now)],
+    }
+
+
+def space_row(relay: Relay, name: str, *, with_params: bool = False) -> Row | None:
+    """A space; `state` is `ready`, `no worker` or `paused`."""
+    space = relay.spaces.get(name)
+    if space is None:
+        return None
+    scheduled = relay.scheduler.spaces[name]
+    workers = relay.scheduler.workers_of(name)
+    busy, slots = relay.scheduler.slots_of(name)
+    row: Row = {
+        "name": name,
+        "state": "paused" if scheduled.paused else "ready" if workers else "no worker",
+        "workers": len(workers),
+        "max_workers": space.config.max_workers,
+        "slots": slots,
+        "busy": busy,
+        "queued": len(scheduled.queue),
+        "running": len(scheduled.running),
+        "engine": space.engine,
+        "format": space.format.to_map() if space.format else None,
+        "completed": space.ended.get(State.COMPLETED, 0),
+        "failed": space.ended.get(State.FAILED, 0),
+        "cancelled": space.ended.get(State.CANCELLED, 0),
+        "description": space.config.description,
+    }
+    if with_params:
+        row["inputs"] = {key: rule.to_map() for key, rule in space.inputs.items()}
+        row["params"] = space.params
+        if not _listable(row):  # a schema of 30 KiB is a worker's right, and no listing's
+            row["params"] = {"description": "too large to be listed"}
+    return row
+
+
+def watched_space_row(relay: Relay, name: str) -> Row | None:
+    """A space, with what only an operator is told of it."""
+    row = space_row(relay, name)
+    if row is None:
+        return None
+    now, stats = trio.current_time(), relay.stats.of_space(name)
+    scheduled = relay.scheduler.spaces[name]
+    since = min((relay.requests[entry.request_id].queued_at for entry in scheduled.queue.heads()), default=None)
+    return row | {
+        "paused": scheduled.paused,
+        "oldest_wait_s": round(now - since, 1) if since is not None else None,
+        "requests_min": int(stats.accepted.sum(now)),
+        "first_audio_p50_s": stats.first_audio.percentile(now, 0.5),
+        "first_audio_p95_s": stats.first_audio.percentile(now, 0.95),
+        "rtf": stats.ends.rtf(now),
+        "error_percent": stats.ends.error_percent(now),
+    }
+
+
+def worker_row(relay: Relay, worker_id: str) -> Row | None:
+    """A worker; `state` is `idle`, `busy`, `draining`, `stale` (connected, and silent) or `away`."""
+    worker = relay.scheduler.workers.get(worker_id)
+    if worker is None:
+        return None
+    port, stats = relay.workers.get(worker_id), relay.stats.of_worker(worker_id)
+    now = trio.current_time()
+    silent_s = now - (port.heard_at if port else stats.heard_at)
+    if port is None:
+        state = "away"
+    elif silent_s > STALE_PINGS * relay.config.limits.ping_interval_s:
+        state = "stale"
+    elif worker.draining:
+        state = "draining"
+    else:
+        state = "busy" if worker.held else "idle"
+    return {
+        "worker_id": worker_id,
+        "name": stats.name,
+        "connection_id": port.connection_id if port else "",
+        "state": state,
+        "draining": worker.draining,
+        "spaces": list(worker.spaces)[:64],
+        "engine": stats.engine,
+        "agent": stats.agent,
+        "version": stats.agent.partition("/")[2],
+        "principal": stats.principal,
+        "peer": stats.peer,
+        "rtt_ms": round(port.rtt_s * 1000, 1) if port and port.rtt_s is not None else None,
+        "last_seen_s": round(silent_s, 1) if state in ("stale", "away") else None,
+        "rtf": stats.ends.rtf(now),
+        "bytes_s": stats.rate.per_s,
+        "slots": worker.slots,
+        "busy": len(worker.held),
+        "requests": sorted(worker.held)[:16],
+    }
+
+
+def request_row(relay: Relay, request_id: str, position: int | None = None) -> Row | None:
+    """A request, live or ended; `position` is its place in the queue, from 1."""
+    request = relay.requests.get(request_id)
+    if request is None:
+        return None
+    now, entry = trio.current_time(), request.entry
+    end = request.ended_at if request.ended_at is not None else now
+    first = request.first_frame_at
+    started_at = _started_at(request)
+    return {
+        "request_id": request_id,
+        "principal": request.principal,
+        "space": request.submit.space,
+        "state": str(entry.state),
+        "stopping": request.live and entry.stopping is not None,
+        "priority": request.submit.priority,
+        "position": position,
+        "created_at": round(request.created_unix, 3),
+        "age_s": round(end - request.created_at, 3),
+        "queued_s": round(max(0.0, (started_at or end) - request.queued_at), 3) if request.accepted else None,
+        "run_s": round(end - started_at, 3) if started_at is not None else None,
+        "ended_s": round(now - request.ended_at, 1) if request.ended_at is not None else None,
+        "attempt": entry.attempt,
+        "worker_id": entry.worker_id,
+        "first_frame_s": round(first - request.created_at, 3) if first is not None else None,
+        "fraction": request.fraction,
+        "frames": request.log.next_seq,
+        "bytes": request.log.size_bytes,
+        "audio_s": request.audio_s,
+        "readers": len(request.log.readers),
+        "buffered_bytes": buffered_bytes(request),
+        "code": request.code,
+        "message": request.message,
+    }
+
+
+def _started_at(request: Request) -> float | None:
+    """When its attempt was handed out: the one that runs, or with which it ended; None if it ended in the queue."""
+    entry = request.entry
+    ran = entry.worker_id is not None and not request.live
+    return entry.started_at if ran or entry.state is State.RUNNING else None
+
+
+def buffered_bytes(request: Request) -> int:
+    """What the reader that is furthest behind has not taken: nearly, as if all frames were of one size."""
+    frames = request.log
+    waiting = [
+        (frames.next_seq - reader.seq) * frames.size_bytes // max(1, frames.next_seq) + reader.sink.backlog_bytes
+        for reader in frames.readers
+    ]
+    return max(waiting, default=0)
+
+
+def client_row(relay: Relay, connection_id: str) -> Row | None:
+    """A connection of a client or an operator."""
+    client = relay.clients.get(connection_id)
+    if client is None:
+        return None
+    connection, rate = relay.connections[connection_id], relay.stats.clients.get(connection_id)
+    rtt_s = client.link.rtt_s
+    return {
+        "connection_id": connection_id,
+        "principal": client.principal.name,
+        "role": client.principal.role,
+        "readonly": client.principal.readonly,
+        "agent": connection.agent,
+        "peer": client.link.peer,
+        "connected_s": round(trio.current_time() - connection.connected_at, 1),
+        "rtt_ms": round(rtt_s * 1000, 1) if rtt_s is not None else None,
+        "pending_bytes": client.link.backlog_bytes,
+        "slow": client.link.backlog_bytes >= HIGH_WATER_BYTES,
+        "bytes_s": rate.per_s if rate else 0,
+        "frames_sent": client.frames_sent,
+        "bytes_sent": client.bytes_sent,
+        "requests": len(client.held),
+        "readers": len(client.readers),
+    }
+
+
+def token_row(record: TokenRecord, now: float) -> Row:
+    """A token as listed; its text is known to nobody."""
+    state = "live" if record.live(now) else "revoked" if record.revoked_at is not None else "expired"
+    return {
+        "token_id": record.token_id,
+        "principal": record.principal,
+        "role": record.role,
+        "spaces": list(record.spaces),
+        "state": state,
+        "created": iso_time(record.created_at),
+        "expires": iso_time(record.expires_at) if record.expires_at is not None else None,
+        "limits": {name: most for name, most in attrs.asdict(record.limits).items() if most is not None},
+    }
