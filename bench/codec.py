@@ -10,13 +10,15 @@ import msgpack
 
 from bench.figures import Row, alternate, paired
 from bench.frames import SPEECH_BYTES
-from protocol.codec import decode, encode
-from protocol.errors import ProtocolError
-from protocol.messages import FROM_CLIENT, FROM_RELAY, FROM_WORKER, MAX_CONTROL_BYTES, Audio, Message, Submit, Table
+from protocol.wire.codec import decode, encode
+from protocol.wire.errors import ProtocolError
+from protocol.wire.frames import Audio
+from protocol.wire.messages import FROM_CLIENT, FROM_RELAY, FROM_WORKER, MAX_CONTROL_BYTES, Submit, Table
+from protocol.wire.validators import Message
 
 ROUNDS = 9
 REPEAT = 2_000
-#: DESIGN and protocol.codec: no decode blocks the relay for longer.
+#: DESIGN and protocol.wire.codec: no decode blocks the relay for longer.
 WORST_MS = 5.0
 _ID = "0123456789abcdef" * 2
 

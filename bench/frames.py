@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import attrs
 
-from protocol.codec import encode
-from protocol.messages import Audio
+from protocol.wire.codec import encode
+from protocol.wire.frames import Audio
 
 #: Any key is allowed (RFC 6455 section 5.3); of one whose four bytes are equal, a hole needs not know where it stands.
 MASK_BYTE = 0x37

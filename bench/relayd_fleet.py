@@ -11,8 +11,12 @@ from bench.fleet import WORKERS, Fleet, Load, Route
 from bench.frames import message
 from bench.servers import SPACE, Server
 from bench.sockets import Connection, WebSocket
-from protocol.codec import decode, encode
-from protocol.messages import (
+from protocol.wire.codec import decode, encode
+from protocol.wire.frames import (
+    Completed,
+    Started,
+)
+from protocol.wire.messages import (
     FROM_RELAY,
     PATH,
     PROTOCOL_VERSION,
@@ -21,17 +25,15 @@ from protocol.messages import (
     Ack,
     Assign,
     Attach,
-    AudioFormat,
-    Completed,
     Hello,
-    Message,
     Queued,
     Register,
     Registered,
-    Started,
     Submit,
     Welcome,
 )
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Message
 
 #: Until requests have begun, or ended.
 TURN_S = 60.0

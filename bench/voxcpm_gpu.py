@@ -28,7 +28,7 @@ from bench.voxcpm_path import measure_path
 from bench.voxcpm_plain import Plain
 from bench.voxcpm_round import MAX_STEPS, MIN_STEPS, Deadline, Failed, Gauge, Job, OutOfTime, Side, make_job
 from gpuworker.engines.voxcpm.memory import lacking_memory
-from protocol.exits import INTERRUPTED
+from protocol.commands.exit_codes import INTERRUPTED
 
 NAMES = {"voxcpm2": "VoxCPM2", "voxcpm1.5": "VoxCPM 1.5", "voxcpm": "VoxCPM 0.5B"}
 _GIB = 1024**3

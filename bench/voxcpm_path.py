@@ -14,8 +14,8 @@ import trio
 from bench.servers import SPACE, Server, open_process
 from bench.voxcpm_plain import last_words
 from bench.voxcpm_round import Deadline, Failed, Gauge, Job, OutOfTime, Side, Spoken
-from protocol.client import Relay, open_relay
-from protocol.errors import LinkError, RequestCancelled, RequestFailed, RequestRejected
+from protocol.client.client import Relay, open_relay
+from protocol.wire.errors import LinkError, RequestCancelled, RequestFailed, RequestRejected
 
 _LOOK_AGAIN_S = 0.1
 _SAMPLE_BYTES = 2

@@ -13,8 +13,8 @@ from bench.frames import SPEECH_BYTES
 from gpuworker.attempt import Attempt
 from gpuworker.engines.base import AudioChunk
 from gpuworker.feeder import Feeder
-from protocol.link import serve_link
-from protocol.messages import Assign
+from protocol.link.dial import serve_link
+from protocol.wire.messages import Assign
 
 STREAMS = 200
 #: A chunk of 7,680 bytes is 80 ms of 48 kHz speech.

@@ -8,24 +8,26 @@ import trio
 from gpuworker.drive import End
 from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk, ProgressChunk
 from gpuworker.uploads import Uploads
-from protocol.codec import encode
-from protocol.envelope import pack_audio, seat_of
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import (
-    KIB,
-    Assign,
+from protocol.wire.audio_envelope import pack_audio, seat_of
+from protocol.wire.codec import encode
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import (
     Audio,
-    AudioFormat,
     Cancelled,
     Completed,
     Failed,
     Frame,
     Output,
     Progress,
-    Running,
     Started,
 )
+from protocol.wire.messages import Assign
+from protocol.wire.structs import (
+    KIB,
+    AudioFormat,
+    Running,
+)
+from protocol.wire.validators import Value
 
 #: `pcm` of one frame: half a second at 48 kHz stereo and less than a second of anything usual, so that a cancel
 #: or another request's audio never waits long behind it. A whole number of samples in every format.

@@ -20,10 +20,10 @@ from gpuworker.runner import ProcessSlot, Slot
 from gpuworker.systemd import Service
 from gpuworker.thread_slot import ThreadSlot
 from gpuworker.worker import Worker
-from protocol.exits import DONE, FAILED, INTERRUPTED, USAGE, quiet_stdout
-from protocol.fields import Value
-from protocol.systemd import ServiceManager
-from protocol.terminal import printable
+from protocol.commands.exit_codes import DONE, FAILED, INTERRUPTED, USAGE, quiet_stdout
+from protocol.commands.progress import printable
+from protocol.sd_notify import ServiceManager
+from protocol.wire.validators import Value
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

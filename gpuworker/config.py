@@ -12,8 +12,8 @@ from gpuworker.engines.base import Engine, Missing, OptionError, OptionValue
 from gpuworker.engines.catalog import EngineNotFound, find_engine, parse_options
 from gpuworker.runner import CANCEL_GRACE_S, LOAD_TIMEOUT_S
 from gpuworker.worker import DRAIN_TIMEOUT_S
-from protocol.address import Address, from_environment, read_token, token_from_environment
-from protocol.messages import SPACE_PATTERN
+from protocol.client.address import Address, from_environment, read_token, token_from_environment
+from protocol.wire.messages import SPACE_PATTERN
 
 DEFAULT_SPACE = "tts"
 DEFAULT_ENGINE = "espeak"

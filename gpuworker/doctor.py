@@ -17,10 +17,10 @@ import trio
 from gpuworker.config import ConfigError, add_engine_options
 from gpuworker.engines.base import OptionError
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine, parse_options
-from protocol.address import Address, from_environment, read_token, token_from_environment
-from protocol.errors import LinkError, LoginRefused, ProtocolError
-from protocol.link import log_in, open_link
-from protocol.messages import PROTOCOL_VERSION, Hello
+from protocol.client.address import Address, from_environment, read_token, token_from_environment
+from protocol.link.dial import log_in, open_link
+from protocol.wire.errors import LinkError, LoginRefused, ProtocolError
+from protocol.wire.messages import PROTOCOL_VERSION, Hello
 
 NVIDIA_SMI_S = 10.0
 TORCH_S = 60.0

@@ -20,10 +20,10 @@ from gpuworker.engines.base import (
     error_text,
     wire_text,
 )
-from protocol import codec
-from protocol.errors import EncodeError, ErrorCode
-from protocol.fields import Value
-from protocol.messages import MAX_TEXT_CHARS, PROGRESS_STATES
+from protocol.wire import codec
+from protocol.wire.errors import EncodeError, ErrorCode
+from protocol.wire.frames import MAX_TEXT_CHARS, PROGRESS_STATES
+from protocol.wire.validators import Value
 
 #: `details` go on the wire in a control message, with the message beside them.
 MAX_DETAILS = 32

@@ -29,10 +29,10 @@ from gpuworker.identity import Identity, WorkerStatus
 from gpuworker.runner import CANCEL_GRACE_S
 from gpuworker.thread_slot import ThreadSlot
 from gpuworker.worker import Worker
-from protocol.address import from_environment, token_from_environment
-from protocol.fields import Value
-from protocol.link import Connect
-from protocol.messages import SPACE_PATTERN
+from protocol.client.address import from_environment, token_from_environment
+from protocol.link.dial import Connect
+from protocol.wire.messages import SPACE_PATTERN
+from protocol.wire.validators import Value
 
 #: For the first answer of the relay. A program must come up without its relay too, so this is short.
 START_S = 5.0

@@ -5,8 +5,8 @@ from collections import deque
 import trio
 
 from gpuworker.attempt import Attempt
-from protocol.link import Link
-from protocol.messages import KIB
+from protocol.link.base import Link
+from protocol.wire.structs import KIB
 
 #: Queued in the link at most (and one frame more). Enough to keep a fast network busy; little enough that a
 #: `register` or the first frame of a new request does not wait long behind a replay.

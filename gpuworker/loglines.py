@@ -3,7 +3,7 @@
 import logging
 from types import TracebackType
 
-from protocol.terminal import printable
+from protocol.commands.progress import printable
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 

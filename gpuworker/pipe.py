@@ -12,8 +12,8 @@ import attrs
 import msgpack
 
 from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk, OutputChunk, ProgressChunk
-from protocol.fields import Value, parse_part
-from protocol.messages import AudioFormat, InputRule
+from protocol.wire.structs import AudioFormat, InputRule
+from protocol.wire.validators import Value, parse_part
 
 #: Holds all inputs of a request; more is a fault in gpuworker itself.
 MAX_BYTES = 256 * 1024 * 1024

@@ -12,9 +12,9 @@ from gpuworker import pipe
 from gpuworker.child import Child, open_child
 from gpuworker.drive import End
 from gpuworker.engines.base import Capabilities, Chunk, EngineInput, OptionValue, error_text
-from protocol.backoff import Backoff
-from protocol.errors import ErrorCode
-from protocol.fields import Value
+from protocol.link.backoff import Backoff
+from protocol.wire.errors import ErrorCode
+from protocol.wire.validators import Value
 
 #: Between a slot's death and its next process, doubling; a crash loop must not eat the machine.
 RESTART_FIRST_S = 0.2

@@ -14,7 +14,7 @@ import trio
 from gpuworker.identity import WorkerStatus
 from gpuworker.runner import Run, Slot
 from gpuworker.worker import ACK_S, Worker
-from protocol.systemd import ServiceManager, serve_watchdog
+from protocol.sd_notify import ServiceManager, serve_watchdog
 
 #: How often the line of `systemctl status` is looked over, and how soon the first slot's being loaded is told.
 STATUS_INTERVAL_S = 1.0

@@ -11,7 +11,7 @@ import trio
 from gpuworker.drive import End, drive
 from gpuworker.engines.base import Capabilities, Chunk, Engine, EngineError, OptionError, error_text
 from gpuworker.runner import CANCEL_GRACE_S, RESTART_FIRST_S, RESTART_LONGEST_S, Job, Run, Slot
-from protocol.backoff import Backoff
+from protocol.link.backoff import Backoff
 
 log = logging.getLogger("gpuworker.slot")
 

@@ -7,8 +7,9 @@ import trio
 
 from gpuworker.drive import End
 from gpuworker.engines.base import EngineInput
-from protocol.errors import ErrorCode
-from protocol.messages import Input, InputInfo, InputRule
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Input
+from protocol.wire.structs import InputInfo, InputRule
 
 
 class Uploads:

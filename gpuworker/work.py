@@ -10,9 +10,11 @@ from gpuworker.attempt import Attempt
 from gpuworker.drive import End
 from gpuworker.engines.base import Capabilities, error_text
 from gpuworker.runner import Job, Slot
-from protocol.errors import ErrorCode
-from protocol.messages import MAX_TEXT_CHARS, Ack, Assign, Input, Running
-from protocol.params import check_params
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import MAX_TEXT_CHARS
+from protocol.wire.messages import Ack, Assign, Input
+from protocol.wire.params_schema import check_params
+from protocol.wire.structs import Running
 
 #: For a slot to come free for what was assigned. The relay counts slots, so this is for what crosses on the way: a slot
 #: that died, or one whose last attempt was abandoned and has not stopped yet.

@@ -17,11 +17,13 @@ from gpuworker.identity import State, WorkerStatus
 from gpuworker.identity import WorkerError as WorkerError
 from gpuworker.runner import Slot
 from gpuworker.work import Work
-from protocol.address import Address
-from protocol.codec import decode
-from protocol.errors import ErrorCode, LinkError, LoginRefused, ProtocolError, UnknownType
-from protocol.link import Backoff, Connect, Link, keep_linked
-from protocol.messages import (
+from protocol.client.address import Address
+from protocol.link.backoff import Backoff
+from protocol.link.base import Link
+from protocol.link.dial import Connect, keep_linked
+from protocol.wire.codec import decode
+from protocol.wire.errors import ErrorCode, LinkError, LoginRefused, ProtocolError, UnknownType
+from protocol.wire.messages import (
     FROM_RELAY,
     PROTOCOL_VERSION,
     Ack,
@@ -32,7 +34,6 @@ from protocol.messages import (
     Error,
     Hello,
     Input,
-    Message,
     Ping,
     Pong,
     Register,
@@ -41,6 +42,7 @@ from protocol.messages import (
     Undrain,
     Welcome,
 )
+from protocol.wire.validators import Message
 
 #: What an operator sees of the version that runs.
 AGENT = f"gpuworker/{importlib.metadata.version('relayd')}"

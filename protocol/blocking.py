@@ -19,10 +19,12 @@ from typing import Any, Generic, Self, TypeVar
 
 import trio
 
-from protocol import client
-from protocol import stream as streams
-from protocol.fields import Value
-from protocol.messages import AudioFormat, Frame, Queued, StatusReply, Welcome
+from protocol.client import client
+from protocol.client import stream as streams
+from protocol.wire.frames import Frame
+from protocol.wire.messages import Queued, StatusReply, Welcome
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Value
 
 T = TypeVar("T")
 
@@ -165,7 +167,7 @@ class _Waiting(Generic[T]):
 
 
 class Stream:
-    """As `protocol.stream.Stream`: iterate it for frames, or take `events()` or `audio()`."""
+    """As `protocol.client.stream.Stream`: iterate it for frames, or take `events()` or `audio()`."""
 
     def __init__(self, portal: _Portal, stream: streams.Stream) -> None:
         self._portal = portal
@@ -191,20 +193,20 @@ class Stream:
         return self._stream.place
 
     def events(self) -> Iterator[streams.Event]:
-        """As `protocol.stream.Stream.events`."""
+        """As `protocol.client.stream.Stream.events`."""
         return _Waiting(self._portal, self._stream.events())
 
     def audio(self, on_restart: Callable[[], None] | None = None) -> Iterator[bytes]:
-        """As `protocol.stream.Stream.audio`; `on_restart` is called in Trio's thread and must not call this module."""
+        """Audio as it is made; `on_restart` is called in Trio's thread and must not call this module."""
         return _Waiting(self._portal, self._stream.audio(on_restart))
 
     def result(self) -> dict[str, Value]:
-        """As `protocol.stream.Stream.result`."""
+        """As `protocol.client.stream.Stream.result`."""
         return self._portal.call(self._stream.result)
 
 
 class Relay:
-    """As `protocol.client.Relay`; made by `open_relay`."""
+    """As `protocol.client.client.Relay`; made by `open_relay`."""
 
     def __init__(self, portal: _Portal, relay: client.Relay) -> None:
         self._portal = portal
@@ -217,32 +219,32 @@ class Relay:
 
     @contextmanager
     def submit(self, space: str, params: Mapping[str, Value] | None = None, **options: Any) -> Iterator[Stream]:
-        """As `protocol.client.Relay.submit`, with the same options."""
+        """As `protocol.client.client.Relay.submit`, with the same options."""
         with self._portal.enter(self._relay.submit(space, params, **options)) as stream:
             yield Stream(self._portal, stream)
 
     @contextmanager
     def attach(self, request_id: str, after_seq: int = -1, *, attempt: int = 0) -> Iterator[Stream]:
-        """As `protocol.client.Relay.attach`."""
+        """As `protocol.client.client.Relay.attach`."""
         with self._portal.enter(self._relay.attach(request_id, after_seq, attempt=attempt)) as stream:
             yield Stream(self._portal, stream)
 
     def cancel(self, request_id: str, reason: str = "") -> StatusReply:
-        """As `protocol.client.Relay.cancel`."""
+        """As `protocol.client.client.Relay.cancel`."""
         return self._portal.call(self._relay.cancel, request_id, reason)
 
     def status(self, request_id: str) -> StatusReply:
-        """As `protocol.client.Relay.status`."""
+        """As `protocol.client.client.Relay.status`."""
         return self._portal.call(self._relay.status, request_id)
 
     def spaces(self) -> list[dict[str, Value]]:
-        """As `protocol.client.Relay.spaces`."""
+        """As `protocol.client.client.Relay.spaces`."""
         return self._portal.call(self._relay.spaces)
 
 
 @contextmanager
 def open_relay(url: str | None = None, **options: Any) -> Iterator[Relay]:
-    """As `protocol.client.open_relay`, with the same options; callbacks are called in Trio's thread."""
+    """As `protocol.client.client.open_relay`, with the same options; callbacks are called in Trio's thread."""
     portal = _Portal()
     portal.open()
     try:

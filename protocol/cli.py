@@ -10,13 +10,13 @@ from typing import Any, NoReturn
 
 import trio
 
-from protocol import commands
-from protocol.address import read_token
-from protocol.background import open_background
-from protocol.errors import ConnectError, LinkError, LoginRefused, ProtocolError, RequestError
-from protocol.exits import CANNOT_CONNECT, DONE, FAILED, INTERRUPTED, PIPE_CLOSED, USAGE, quiet_stdout
-from protocol.messages import RETRY_POLICIES
-from protocol.terminal import Progress
+from protocol.client.address import read_token
+from protocol.commands import commands
+from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED, INTERRUPTED, PIPE_CLOSED, USAGE, quiet_stdout
+from protocol.commands.progress import Progress
+from protocol.link.background import open_background
+from protocol.wire.errors import ConnectError, LinkError, LoginRefused, ProtocolError, RequestError
+from protocol.wire.messages import RETRY_POLICIES
 
 Command = Callable[[argparse.Namespace, Progress], Awaitable[None]]
 

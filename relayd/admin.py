@@ -9,10 +9,10 @@ from typing import Protocol
 import attrs
 import trio
 
-from protocol.client import Relay, open_relay
-from protocol.errors import ConnectError, LinkError, LoginRefused, RequestRejected
-from protocol.fields import Value
-from protocol.messages import SPACE_PATTERN, Snapshot
+from protocol.client.client import Relay, open_relay
+from protocol.wire.errors import ConnectError, LinkError, LoginRefused, RequestRejected
+from protocol.wire.messages import SPACE_PATTERN, Snapshot
+from protocol.wire.validators import Value
 from relayd.auth.tokens import Tokens, parse_expires, parse_limits
 from relayd.config.schema import Config, ConfigError, SpaceConfig
 from relayd.store.base import DeleteSpace, PutSpace, PutToken, SpaceRecord, StoreError, StoreInUse

@@ -13,10 +13,10 @@ from typing import Any
 import attrs
 import trio
 
-from protocol.exits import CANNOT_CONNECT, DONE, FAILED, INTERRUPTED, USAGE, quiet_stdout
-from protocol.fields import Value
-from protocol.messages import ROLES
-from protocol.terminal import printable, printable_json, printable_lines, table
+from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED, INTERRUPTED, USAGE, quiet_stdout
+from protocol.commands.progress import printable, printable_json, printable_lines, table
+from protocol.wire.messages import ROLES
+from protocol.wire.validators import Value
 from relayd.admin import Admin, AdminError, NotRunning, open_admin
 from relayd.config.loader import load_config
 from relayd.config.schema import Config, ConfigError, SpaceConfig, parse_annotation

@@ -11,7 +11,7 @@ import attrs
 import structlog
 import trio
 
-from protocol.systemd import ServiceManager
+from protocol.sd_notify import ServiceManager
 from relayd.auth.tokens import Tokens
 from relayd.config.schema import Config, ConfigError
 from relayd.connections.listener import ListenError, load_certificate, tls_context

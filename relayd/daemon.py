@@ -8,9 +8,9 @@ import attrs
 import structlog
 import trio
 
-from protocol.link import Link
-from protocol.rfc6455 import GOING_AWAY
-from protocol.systemd import ServiceManager
+from protocol.link.base import Link
+from protocol.link.websocket_frames import GOING_AWAY
+from protocol.sd_notify import ServiceManager
 from relayd.auth.tokens import Tokens
 from relayd.config.schema import Config
 from relayd.config_reload import Reload

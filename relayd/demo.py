@@ -18,10 +18,12 @@ from typing import Any
 import attrs
 import trio
 
-from protocol.audio import AudioWriter
-from protocol.client import open_relay
-from protocol.errors import LinkError, RequestError
-from protocol.messages import Accepted, Audio, AudioFormat, Queued, Started
+from protocol.client.client import open_relay
+from protocol.commands.wav_writer import AudioWriter
+from protocol.wire.errors import LinkError, RequestError
+from protocol.wire.frames import Audio, Started
+from protocol.wire.messages import Accepted, Queued
+from protocol.wire.structs import AudioFormat
 from relayd.auth.tokens import Tokens
 from relayd.config.loader import load_config
 from relayd.store.base import PutToken

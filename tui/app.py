@@ -16,7 +16,7 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.timer import Timer
 
-from protocol.messages import Done, Rejected
+from protocol.wire.messages import Done, Rejected
 from tui import themes
 from tui.actions import Plan
 from tui.bridge import Bridge

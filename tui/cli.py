@@ -9,10 +9,10 @@ from typing import Any
 
 import trio
 
-from protocol.address import from_environment, token_from_environment
-from protocol.errors import LinkError
-from protocol.exits import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, quiet_stdout
-from protocol.terminal import printable, printable_json
+from protocol.client.address import from_environment, token_from_environment
+from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, quiet_stdout
+from protocol.commands.progress import printable, printable_json
+from protocol.wire.errors import LinkError
 from tui.look import NAMES
 
 #: Of `tui.demo`, which is imported only when it is wanted.

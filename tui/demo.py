@@ -4,9 +4,9 @@ from collections.abc import AsyncGenerator
 
 import trio
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import Delta, Done, Rejected, Snapshot
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Delta, Done, Rejected, Snapshot
+from protocol.wire.validators import Value
 from tui import play_rows
 from tui.cast import SCENES
 from tui.play import Play, Request

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from protocol.fields import Value
+from protocol.wire.validators import Value
 from tui.picture import View
 
 #: A cell that begins so is a formula to a spreadsheet.

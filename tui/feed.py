@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import attrs
 import trio
 
-from protocol.backoff import Backoff
-from protocol.client import Relay, open_relay
-from protocol.errors import ErrorCode, LinkError, ProtocolError, RequestError, RequestRejected
-from protocol.fields import Value
-from protocol.messages import Audio, Delta, Done, Rejected, Snapshot, Welcome
+from protocol.client.client import Relay, open_relay
+from protocol.link.backoff import Backoff
+from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, RequestError, RequestRejected
+from protocol.wire.frames import Audio
+from protocol.wire.messages import Delta, Done, Rejected, Snapshot, Welcome
+from protocol.wire.validators import Value
 from tui.picture import Picture
 
 #: For the relay to carry out one action; its own bound is 10 s.

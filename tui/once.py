@@ -7,10 +7,10 @@ from typing import Any
 
 import trio
 
-from protocol.client import open_relay
-from protocol.errors import LinkError
-from protocol.fields import Value
-from protocol.messages import Snapshot
+from protocol.client.client import open_relay
+from protocol.wire.errors import LinkError
+from protocol.wire.messages import Snapshot
+from protocol.wire.validators import Value
 from tui import formats, glyphs
 from tui.columns import COLUMNS, EMPTY, choose, natural
 from tui.demo import Demo

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 
 import attrs
 
-from protocol.fields import Value
-from protocol.messages import Delta, Snapshot
-from protocol.queues import Queues
-from protocol.watch import ROW_KEYS, value_now
+from protocol.client.queue_order import Queues
+from protocol.client.watch import ROW_KEYS, value_now
+from protocol.wire.messages import Delta, Snapshot
+from protocol.wire.validators import Value
 
 #: Seconds that the sparklines show.
 HISTORY_S = 60

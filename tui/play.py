@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import attrs
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import Rejected
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Rejected
+from protocol.wire.validators import Value
 from tui.cast import BEGIN_UNIX, FAILURES, TEXTS, Scene, SpacePart, WorkerPart
 
 #: The longest step that is played in one go.

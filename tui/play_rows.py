@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from protocol.fields import Value
+from protocol.wire.validators import Value
 from tui.play import BYTES_PER_AUDIO_S, Client, Play, Request, Space, Worker
 
 Row = dict[str, Value]

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import attrs
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import AudioFormat, InputRule
+from protocol.wire.errors import ErrorCode
+from protocol.wire.structs import AudioFormat, InputRule
+from protocol.wire.validators import Value
 
 OptionValue = str | int | float | bool | None
 #: Of `Capabilities.fingerprint`, as the wire takes it.

@@ -20,8 +20,8 @@ from gpuworker.engines.base import (
     OptionValue,
 )
 from gpuworker.engines.libespeak import libespeak
-from protocol.fields import Value
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Value
 
 AUTO = "auto"
 #: English at the default rate: 20 minutes, 54 MB of PCM, just under the relay's `max_result_bytes`.

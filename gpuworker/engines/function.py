@@ -40,8 +40,8 @@ from gpuworker.engines.base import (
 )
 from gpuworker.engines.results import Results
 from gpuworker.engines.signature import Signature, read_signature
-from protocol.fields import Value
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Value
 
 
 class FunctionEngine(Engine):

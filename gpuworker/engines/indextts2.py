@@ -41,9 +41,9 @@ from gpuworker.engines.base import (
     ProgressChunk,
 )
 from gpuworker.engines.indextts2_params import SAMPLING, faults, input_rules, params_schema
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import AudioFormat
+from protocol.wire.errors import ErrorCode
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Value
 
 SAMPLE_RATE = 22_050
 #: Upstream hears the first 15 s of a recording; this much is taken.

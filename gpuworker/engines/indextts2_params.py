@@ -4,8 +4,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from gpuworker.engines.base import EngineInput
-from protocol.fields import Value
-from protocol.messages import InputRule
+from protocol.wire.structs import InputRule
+from protocol.wire.validators import Value
 
 MAX_TEXT_CHARS = 5_000
 MAX_RECORDING_BYTES = 16 * 1024 * 1024

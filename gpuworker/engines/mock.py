@@ -43,8 +43,8 @@ from gpuworker.engines.base import (
     OutputChunk,
     ProgressChunk,
 )
-from protocol.fields import Value
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Value
 
 NOTE_MS = 200
 #: Hz; multiples of 5, so that a note holds whole cycles and two notes join without a click.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpuworker.engines.base import AudioChunk, Chunk, EngineError, FormatChunk, OutputChunk, ProgressChunk
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
 
 
 class Results:

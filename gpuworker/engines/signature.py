@@ -9,8 +9,9 @@ from typing import Any
 import attrs
 
 from gpuworker.engines.base import EngineError, EngineInput
-from protocol.fields import Value
-from protocol.messages import NAME_PATTERN, InputRule
+from protocol.wire.messages import NAME_PATTERN
+from protocol.wire.structs import InputRule
+from protocol.wire.validators import Value
 
 #: The parameter that gets a callable telling whether to stop.
 CANCELLED = "cancelled"

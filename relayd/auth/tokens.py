@@ -19,9 +19,9 @@ from typing import Protocol
 
 import attrs
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import ROLES, Hello, Rejected
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import ROLES, Hello, Rejected
+from protocol.wire.validators import Value
 from relayd.store.base import TokenLimits, TokenRecord
 
 TOKEN_BYTES = 32

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_origin
 
 import attrs
 
-from protocol.fields import Value
+from protocol.wire.validators import Value
 from relayd.config.schema import (
     SECTIONS,
     is_loopback,

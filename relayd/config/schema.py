@@ -16,8 +16,21 @@ import attrs
 import cattrs
 from cattrs.gen import make_dict_structure_fn, override
 
-from protocol.fields import FieldError, Rule, Value, array_of, boolean, integer, kind_of, maybe, number, one_of, text
-from protocol.messages import MAX_MESSAGE_BYTES, SPACE_PATTERN
+from protocol.wire.frames import MAX_MESSAGE_BYTES
+from protocol.wire.messages import SPACE_PATTERN
+from protocol.wire.validators import (
+    FieldError,
+    Rule,
+    Value,
+    array_of,
+    boolean,
+    integer,
+    kind_of,
+    maybe,
+    number,
+    one_of,
+    text,
+)
 
 KIB = 1024
 MIB = 1024 * KIB

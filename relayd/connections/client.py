@@ -6,10 +6,10 @@ from typing import Any
 import attrs
 import trio
 
-from protocol.codec import decode
-from protocol.errors import ErrorCode, LinkError, UnknownType
-from protocol.link import Link
-from protocol.messages import (
+from protocol.link.base import Link
+from protocol.wire.codec import decode
+from protocol.wire.errors import ErrorCode, LinkError, UnknownType
+from protocol.wire.messages import (
     FROM_CLIENT,
     Accepted,
     Attach,
@@ -17,7 +17,6 @@ from protocol.messages import (
     Error,
     Input,
     Leave,
-    Message,
     Ping,
     Pong,
     Queued,
@@ -29,6 +28,7 @@ from protocol.messages import (
     Submit,
     Table,
 )
+from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
 from relayd.core.admission import Intake
 from relayd.core.relay import Relay

@@ -15,14 +15,17 @@ import attrs
 import structlog
 import trio
 
-from protocol.codec import decode
-from protocol.errors import ErrorCode, LinkError, ProtocolError, TextReceived
-from protocol.link import Link, LinkRules, serve_link
-from protocol.messages import (
+from protocol.link.base import Link
+from protocol.link.dial import serve_link
+from protocol.link.limits import LinkRules
+from protocol.link.websocket_frames import INTERNAL_ERROR, POLICY_VIOLATION
+from protocol.wire.codec import decode
+from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, TextReceived
+from protocol.wire.frames import MAX_MESSAGE_BYTES
+from protocol.wire.messages import (
     FROM_ANYONE,
     MAX_CONTROL_BYTES,
     MAX_INPUT_CHUNK_BYTES,
-    MAX_MESSAGE_BYTES,
     PATH,
     PROTOCOL_VERSION,
     SUBPROTOCOL,
@@ -31,7 +34,6 @@ from protocol.messages import (
     Rejected,
     Welcome,
 )
-from protocol.rfc6455 import INTERNAL_ERROR, POLICY_VIOLATION
 from relayd.auth.login_throttle import TOO_MANY_FAILURES, LoginFailures, address_of
 from relayd.auth.origins import may_come_from
 from relayd.auth.tokens import PeerCredentials, Principal, Tokens
@@ -112,24 +114,24 @@ class Newcomer:
     waits: bool = True
 
     def take(self, messages: list[bytes]) -> None:
-        """See `protocol.rules.Taker`: the first is the hello."""
+        """See `protocol.link.limits.Taker`: the first is the hello."""
         self.waits = False
         connection = self.gate.admit(self.link, messages[0], self.arrival)
         if connection is not None:
             self.gate.let_in(connection, messages[1:])
 
     def take_text(self, text: str) -> None:
-        """See `protocol.rules.Taker`."""
+        """See `protocol.link.limits.Taker`."""
         self.waits = False
         tell_fault(self.link, TextReceived(NO_TEXT))
 
     def hear_end(self) -> None:
-        """See `protocol.rules.Taker`."""
+        """See `protocol.link.limits.Taker`."""
         self.waits = False
         log.debug("connection lost", peer=self.link.peer, why=self.link.reason)
 
     def hear_cut(self) -> None:
-        """See `protocol.rules.Taker`."""
+        """See `protocol.link.limits.Taker`."""
         self.arrival.leave()
 
     def give_up(self) -> None:
@@ -167,7 +169,7 @@ class Connection:
         self.link.abort(reason)
 
     def take(self, messages: list[bytes]) -> None:
-        """See `protocol.rules.Taker`."""
+        """See `protocol.link.limits.Taker`."""
         assert self.part is not None
         try:
             self.part.take(messages)
@@ -182,11 +184,11 @@ class Connection:
         say_why(self.link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
 
     def take_text(self, text: str) -> None:
-        """See `protocol.rules.Taker`."""
+        """See `protocol.link.limits.Taker`."""
         tell_fault(self.link, TextReceived(NO_TEXT))
 
     def hear_end(self) -> None:
-        """See `protocol.rules.Taker`."""
+        """See `protocol.link.limits.Taker`."""
         link, relay = self.link, self.gate.relay
         try:
             if self.part is not None:
@@ -200,7 +202,7 @@ class Connection:
             tell("disconnected", peer=link.peer, principal=self.principal.name, why=link.reason or "closed")
 
     def hear_cut(self) -> None:
-        """See `protocol.rules.Taker`."""
+        """See `protocol.link.limits.Taker`."""
         self.arrival.leave()
 
 

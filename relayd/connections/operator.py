@@ -7,9 +7,9 @@ import attrs
 import structlog
 import trio
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import FROM_OPERATOR, ROLES, SPACE_PATTERN, Done, Rejected, Steer, Watch
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import FROM_OPERATOR, ROLES, SPACE_PATTERN, Done, Rejected, Steer, Watch
+from protocol.wire.validators import Value
 from relayd.auth.tokens import Tokens, parse_expires, parse_limits
 from relayd.config.schema import ConfigError, SpaceConfig
 from relayd.connections.client import ClientLink

@@ -10,38 +10,40 @@ import attrs
 import structlog
 import trio
 
-from protocol.codec import decode
-from protocol.envelope import SEAT_BYTES, pcm_of, pcm_size, seat_of
-from protocol.errors import ErrorCode, LinkError, ProtocolError, UnknownType
-from protocol.link import Link
-from protocol.messages import (
+from protocol.link.base import Link
+from protocol.wire.audio_envelope import SEAT_BYTES, pcm_of, pcm_size, seat_of
+from protocol.wire.codec import decode
+from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, UnknownType
+from protocol.wire.frames import (
+    Audio,
+    Cancelled,
+    Completed,
+    Failed,
+    Frame,
+    Output,
+    Progress,
+    Started,
+)
+from protocol.wire.messages import (
     FROM_WORKER,
     MAX_INPUT_CHUNK_BYTES,
     Ack,
     Assign,
-    Audio,
     Cancel,
-    Cancelled,
-    Completed,
     Drain,
     Draining,
     Error,
-    Failed,
-    Frame,
     Input,
-    Message,
-    Output,
     Ping,
     Pong,
-    Progress,
     Register,
     Registered,
     Rejected,
-    Running,
-    Started,
     Undrain,
 )
-from protocol.params import check_schema
+from protocol.wire.params_schema import check_schema
+from protocol.wire.structs import Running
+from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import FrameLog

@@ -10,10 +10,10 @@ import attrs
 import structlog
 import trio
 
-from protocol.codec import encode
-from protocol.errors import EncodeError, ErrorCode
-from protocol.messages import Assign, Input, Rejected, Submit
-from protocol.params import check_params
+from protocol.wire.codec import encode
+from protocol.wire.errors import EncodeError, ErrorCode
+from protocol.wire.messages import Assign, Input, Rejected, Submit
+from protocol.wire.params_schema import check_params
 from relayd.auth.tokens import Principal
 from relayd.core.relay import Relay
 from relayd.core.space import Space

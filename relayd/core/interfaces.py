@@ -5,9 +5,10 @@ from typing import Protocol
 
 import trio
 
-from protocol.duplex import Link
-from protocol.errors import ErrorCode
-from protocol.messages import Ack, Message
+from protocol.link.base import Link
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Ack
+from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
 from relayd.config.schema import Config
 from relayd.frames.frame_log import FrameReader

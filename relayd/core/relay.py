@@ -13,17 +13,19 @@ import attrs
 import structlog
 import trio
 
-from protocol.codec import encode
-from protocol.errors import EncodeError, ErrorCode
-from protocol.fields import Value
-from protocol.messages import (
+from protocol.wire.codec import encode
+from protocol.wire.errors import EncodeError, ErrorCode
+from protocol.wire.frames import (
     MAX_TEXT_CHARS,
-    Ack,
     Cancelled,
     Failed,
+)
+from protocol.wire.messages import (
+    Ack,
     Register,
     Rejected,
 )
+from protocol.wire.validators import Value
 from relayd.config.schema import Config, SpaceConfig
 from relayd.core.interfaces import ClientPort, ConnectionPort, Watcher, WorkerPort
 from relayd.core.retention import Results

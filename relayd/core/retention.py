@@ -12,9 +12,9 @@ import attrs
 import structlog
 import trio
 
-from protocol.codec import encode
-from protocol.errors import ErrorCode
-from protocol.messages import Cancelled, Failed
+from protocol.wire.codec import encode
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import Cancelled, Failed
 from relayd.core.interfaces import ResultsOwner
 from relayd.frames.frame_file import Contents, ResultFolder
 from relayd.frames.frame_log import FrameLog, Memory

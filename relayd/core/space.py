@@ -5,8 +5,8 @@ import time
 import attrs
 import trio
 
-from protocol.fields import Value
-from protocol.messages import AudioFormat, InputRule
+from protocol.wire.structs import AudioFormat, InputRule
+from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
 from relayd.scheduling.model import SpaceRules
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from protocol.parts import ID_PATTERN
+from protocol.wire.structs import ID_PATTERN
 
 SUFFIX = ".frames"
 _NAME = re.compile(ID_PATTERN.pattern + re.escape(SUFFIX))

@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol.errors import ErrorCode
-from protocol.messages import PATH
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import PATH
 from relayd.auth.origins import may_come_from
 from relayd.http import health_routes, static_page
 from relayd.http.context import Site

@@ -2,9 +2,10 @@
 
 import attrs
 
-from protocol.errors import ErrorCode
-from protocol.frames import Audio, Cancelled, Completed, Failed, Frame, Started
-from protocol.messages import AudioFormat, Queued
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Frame, Started
+from protocol.wire.messages import Queued
+from protocol.wire.structs import AudioFormat
 from relayd.http.errors import Refusal
 from relayd.http.request_stream import Held
 

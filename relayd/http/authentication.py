@@ -6,8 +6,8 @@ import structlog
 import trio
 from starlette.requests import Request
 
-from protocol.errors import ErrorCode
-from protocol.messages import PROTOCOL_VERSION, Hello, Rejected
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import PROTOCOL_VERSION, Hello, Rejected
 from relayd.auth import login_throttle
 from relayd.auth.tokens import Principal
 from relayd.http.context import Site, Visit, site_of, visit_of

@@ -17,9 +17,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import NAME_PATTERN
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import NAME_PATTERN
+from protocol.wire.validators import Value
 from relayd.http.context import Site, site_of
 from relayd.http.errors import Refusal
 

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import Cancelled, Failed, Rejected
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import Cancelled, Failed
+from protocol.wire.messages import Rejected
+from protocol.wire.validators import Value
 
 #: `cancelled` is no code of the wire: there it is a frame of its own. 410, as what was asked for will never come.
 CANCELLED = "cancelled"

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from protocol.errors import ErrorCode
+from protocol.wire.errors import ErrorCode
 from relayd.http.authentication import principal_of
 from relayd.http.context import Site, site_of
 from relayd.http.errors import Refusal

@@ -7,8 +7,7 @@ from typing import Any
 
 import trio
 
-from protocol.fields import Value
-from protocol.messages import Message
+from protocol.wire.validators import Message, Value
 from relayd.core.relay import Relay
 from relayd.requests.request import Request
 from relayd.scheduling.model import State

@@ -12,10 +12,10 @@ import attrs
 import trio
 from starlette.requests import Request as HttpRequest
 
-from protocol.codec import decode
-from protocol.errors import ErrorCode
-from protocol.frames import Frame
-from protocol.messages import FRAMES, MAX_INPUT_CHUNK_BYTES, Input, Queued, Rejected, Submit
+from protocol.wire.codec import decode
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import Frame
+from protocol.wire.messages import FRAMES, MAX_INPUT_CHUNK_BYTES, Input, Queued, Rejected, Submit
 from relayd.auth.tokens import Principal
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import LOW_WATER_BYTES, FrameReader

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import trio
 
-from protocol.fields import Value
+from protocol.wire.validators import Value
 from relayd.logs.setup import redacted, tapped
 
 #: Lines of the log, and steers, that are kept.

@@ -16,7 +16,7 @@ from typing import TextIO
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
-from protocol.terminal import printable
+from protocol.commands.progress import printable
 from relayd.config.schema import LogConfig
 
 #: Loggers that tell every step they take at `debug`.

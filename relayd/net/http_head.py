@@ -20,7 +20,7 @@ class PrefixedStream(trio.abc.HalfCloseableStream):
     """A stream of which something was read already, and is read once more."""
 
     def __init__(self, stream: trio.abc.Stream, prefix: bytes) -> None:
-        #: Named as an `SSLStream` names it, so that `protocol.kernel` finds the socket.
+        #: Named as an `SSLStream` names it, so that `protocol.link.tcp_info` finds the socket.
         self.transport_stream = stream
         self._prefix = prefix
 

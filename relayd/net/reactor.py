@@ -18,10 +18,10 @@ from itertools import chain
 import structlog
 import trio
 
-from protocol.duplex import CLOSE_S, LATE_S, Link
-from protocol.kernel import answers, waiting_bytes
-from protocol.rfc6455 import BINARY_HEADS, CLOSE, CONTROL_HEADS, Event, frame_head
-from protocol.rules import LinkRules
+from protocol.link.base import CLOSE_S, LATE_S, Link
+from protocol.link.limits import LinkRules
+from protocol.link.tcp_info import answers, waiting_bytes
+from protocol.link.websocket_frames import BINARY_HEADS, CLOSE, CONTROL_HEADS, Event, frame_head
 
 log = structlog.get_logger("relayd.plane")
 

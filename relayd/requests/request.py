@@ -8,9 +8,10 @@ import attrs
 import msgpack
 import trio
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import Ack, AudioFormat, Rejected, Submit
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Ack, Rejected, Submit
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
 from relayd.frames.frame_log import FrameLog, Sink
 from relayd.requests.summary import in_brief

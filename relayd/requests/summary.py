@@ -2,8 +2,8 @@
 
 import msgpack
 
-from protocol.fields import Value
-from protocol.messages import Submit
+from protocol.wire.messages import Submit
+from protocol.wire.validators import Value
 
 #: Deeper maps and arrays are told by their size.
 MAX_DEPTH = 4

@@ -5,7 +5,7 @@ from functools import partial
 
 import attrs
 
-from protocol.errors import ErrorCode
+from protocol.wire.errors import ErrorCode
 from relayd.scheduling.model import Decision, Entry, Finish, SpaceState, Start, State, Stop, WorkerState
 
 

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 import attrs
 
-from protocol.errors import ErrorCode
+from protocol.wire.errors import ErrorCode
 from relayd.scheduling.fair_queue import FairQueue
 
 #: Run times an ETA is made of: enough to even out one odd text, few enough to follow a changed model.

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import attrs
 
-from protocol.errors import ErrorCode
-from protocol.messages import Rejected
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Rejected
 from relayd.scheduling import estimate
 from relayd.scheduling.dispatch import HandOut
 from relayd.scheduling.model import (

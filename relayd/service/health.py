@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import attrs
 import trio
 
-from protocol.systemd import Check, ServiceManager, serve_watchdog
+from protocol.sd_notify import Check, ServiceManager, serve_watchdog
 from relayd.core.relay import Relay
 from relayd.scheduling.model import State
 from relayd.store.base import StoreError

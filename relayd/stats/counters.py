@@ -12,7 +12,7 @@ import attrs
 import structlog
 import trio
 
-from protocol.errors import ErrorCode
+from protocol.wire.errors import ErrorCode
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
 from relayd.stats.histogram import REAL_TIME_FACTORS, WAIT_S, Histogram

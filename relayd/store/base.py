@@ -11,9 +11,10 @@ from typing import Any
 
 import attrs
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import ENDED_STATES, AudioFormat, InputRule, Submit
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import ENDED_STATES, Submit
+from protocol.wire.structs import AudioFormat, InputRule
+from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
 from relayd.stats.histogram import DISK_S, Histogram
 

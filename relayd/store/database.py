@@ -12,9 +12,10 @@ from typing import Any, Self, TypeVar
 import attrs
 import msgpack
 
-from protocol.errors import ProtocolError
-from protocol.fields import parse_part
-from protocol.messages import AudioFormat, InputRule, Submit
+from protocol.wire.errors import ProtocolError
+from protocol.wire.messages import Submit
+from protocol.wire.structs import AudioFormat, InputRule
+from protocol.wire.validators import parse_part
 from relayd.config.schema import ConfigError, SpaceConfig
 from relayd.store.base import (
     Change,

@@ -2,10 +2,11 @@
 
 import msgpack
 
-from protocol.codec import encode
-from protocol.errors import EncodeError
-from protocol.fields import Value
-from protocol.messages import KIB, Done
+from protocol.wire.codec import encode
+from protocol.wire.errors import EncodeError
+from protocol.wire.messages import Done
+from protocol.wire.structs import KIB
+from protocol.wire.validators import Value
 from relayd.core.relay import Relay
 from relayd.requests.request import Request
 from relayd.requests.summary import in_brief

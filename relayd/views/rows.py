@@ -9,10 +9,11 @@ import attrs
 import msgpack
 import trio
 
-from protocol.codec import encode
-from protocol.errors import EncodeError
-from protocol.fields import Value
-from protocol.messages import KIB, SpacesReply
+from protocol.wire.codec import encode
+from protocol.wire.errors import EncodeError
+from protocol.wire.messages import SpacesReply
+from protocol.wire.structs import KIB
+from protocol.wire.validators import Value
 from relayd.auth.tokens import iso_time
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import HIGH_WATER_BYTES

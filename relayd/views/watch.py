@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 import attrs
 import trio
 
-from protocol.errors import LinkError
-from protocol.fields import Value
-from protocol.messages import Delta, Snapshot
-from protocol.queues import to_tell
-from protocol.watch import COUNTS_ON
+from protocol.client.queue_order import to_tell
+from protocol.client.watch import COUNTS_ON
+from protocol.wire.errors import LinkError
+from protocol.wire.messages import Delta, Snapshot
+from protocol.wire.validators import Value
 from relayd.core.interfaces import ClientPort
 from relayd.core.relay import Relay
 from relayd.scheduling.model import State

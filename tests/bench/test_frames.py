@@ -3,8 +3,9 @@
 import pytest
 
 from bench.frames import NATS, ROUTE, SOCKETIO, SPEECH_BYTES, TCP, WEBSOCKET, Variant, Wrapping, variants
-from protocol.codec import decode, encode
-from protocol.messages import FROM_WORKER, Audio
+from protocol.wire.codec import decode, encode
+from protocol.wire.frames import Audio
+from protocol.wire.messages import FROM_WORKER
 
 NAME = "fedcba9876543210" * 2
 STAMP = 0x0123456789ABCDEF

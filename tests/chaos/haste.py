@@ -8,9 +8,9 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import protocol.backoff
-import protocol.client
-import protocol.link
+import protocol.client.client
+import protocol.link.backoff
+import protocol.link.dial
 from gpuworker.cli import main
 
 PING_INTERVAL_S = 0.5
@@ -26,7 +26,7 @@ HELD_S = 0.5
 @contextmanager
 def in_haste() -> Iterator[None]:
     """Short waits for all links that this process opens in the block."""
-    link, backoff = protocol.link, protocol.backoff
+    link, backoff = protocol.link.dial, protocol.link.backoff
     defaults = link.open_link.__wrapped__.__kwdefaults__  # type: ignore[attr-defined]
     before = dict(defaults), backoff.Backoff.__init__.__defaults__, backoff.HELD_S, link.LOGIN_TIMEOUT_S
     rules = link.LinkRules(ping_interval_s=PING_INTERVAL_S, dead_after_s=DEAD_AFTER_S)

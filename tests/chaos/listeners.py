@@ -8,11 +8,11 @@ import attrs
 import trio
 
 from protocol import ProtocolError, Relay, RequestCancelled, RequestFailed, RequestRejected, Restarted
-from protocol.client import new_request_id, open_relay
-from protocol.errors import ConnectError, ErrorCode, LinkBroken, LinkError
-from protocol.frames import Audio, Frame
-from protocol.messages import LIVE_STATES
-from protocol.stream import Stream
+from protocol.client.client import new_request_id, open_relay
+from protocol.client.stream import Stream
+from protocol.wire.errors import ConnectError, ErrorCode, LinkBroken, LinkError
+from protocol.wire.frames import Audio, Frame
+from protocol.wire.messages import LIVE_STATES
 from tests.chaos.ledger import Case, Ledger
 from tests.chaos.plans import CHUNK_MS, LOOSE, Plan, draw_plan
 from tests.chaos.proxy import Line, open_line

@@ -15,8 +15,8 @@ from pathlib import Path
 import attrs
 import trio
 
-from protocol.client import open_relay
-from protocol.messages import Snapshot
+from protocol.client.client import open_relay
+from protocol.wire.messages import Snapshot
 from tests.chaos.faults import Storm
 from tests.chaos.haste import in_haste
 from tests.chaos.ledger import Ledger, Windows

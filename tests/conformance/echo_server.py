@@ -10,9 +10,9 @@ from functools import partial
 import attrs
 import trio
 
-from protocol.errors import LinkError
-from protocol.rfc6455 import TEXT
-from protocol.rules import LinkRules
+from protocol.link.limits import LinkRules
+from protocol.link.websocket_frames import TEXT
+from protocol.wire.errors import LinkError
 from relayd.connections.gateway import hang_up
 from relayd.net.http_head import MAX_HEAD_BYTES, ends, is_to_be_answered, read_head, split_head
 from relayd.net.reactor import Plane, SocketLink, open_plane
@@ -30,21 +30,21 @@ class Echo:
     link: SocketLink
 
     def take(self, messages: list[bytes]) -> None:
-        """See `protocol.rules.Taker`."""
+        """See `protocol.link.limits.Taker`."""
         try:
             self.link.send_frames(messages)
         except LinkError:
             return
 
     def take_text(self, text: str) -> None:
-        """See `protocol.rules.Taker`."""
+        """See `protocol.link.limits.Taker`."""
         self.link.send_frame(TEXT, text.encode())
 
     def hear_end(self) -> None:
-        """See `protocol.rules.Taker`."""
+        """See `protocol.link.limits.Taker`."""
 
     def hear_cut(self) -> None:
-        """See `protocol.rules.Taker`."""
+        """See `protocol.link.limits.Taker`."""
 
 
 async def welcome(plane: Plane, stream: trio.SocketStream) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from protocol.rfc6455 import NO_CODE, Close, Event, Fault, Parser, Ping, Pong, close_payload, make_frame
+from protocol.link.websocket_frames import NO_CODE, Close, Event, Fault, Parser, Ping, Pong, close_payload, make_frame
 from tests.conformance import closing, framing, unicode
 from tests.conformance.cases import INVALID_DATA, PROTOCOL_ERROR, TOO_BIG, Case
 from tests.conformance.frames import (

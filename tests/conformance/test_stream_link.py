@@ -7,8 +7,8 @@ import pytest
 import trio
 import trio.testing
 
-from protocol.link import serve_link
-from protocol.rules import LinkRules
+from protocol.link.dial import serve_link
+from protocol.link.limits import LinkRules
 from tests.conformance import closing, framing, limits, unicode
 from tests.conformance.cases import Case
 from tests.conformance.frames import Opcode, close

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from protocol.messages import Hello, Rejected
+from protocol.wire.messages import Hello, Rejected
 from relayd.auth.tokens import Tokens
 from relayd.http.prometheus import HttpReading, Scrape
 from tests.relayd.harness import a_submit, daemon, fake_worker, peer, samples

@@ -16,8 +16,9 @@ import pytest
 import trio
 
 from protocol import open_relay
-from protocol.errors import LoginRefused
-from protocol.messages import Assign, Cancel, Failed
+from protocol.wire.errors import LoginRefused
+from protocol.wire.frames import Failed
+from protocol.wire.messages import Assign, Cancel
 from tests.deploy.proxies import DEPLOY, Proxy, certificate_in, nginx_command, nginx_config, open_proxy
 from tests.relayd.harness import SCHEMA, Daemon, FakeWorker, daemon, fake_worker, kept_logs, samples, seat
 from tests.relayd.http.asking import Answer, ask_on, asking

@@ -11,7 +11,7 @@ import pytest
 import relayd.cli
 from gpuworker.runner import LOAD_TIMEOUT_S
 from protocol.cli import _parser as relay_parser
-from protocol.exits import USAGE
+from protocol.commands.exit_codes import USAGE
 from relayd.config_reload import NEEDS_RESTART
 
 ROOT = Path(__file__).parents[2]

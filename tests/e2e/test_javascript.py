@@ -11,8 +11,8 @@ import attrs
 import pytest
 import trio
 
-from protocol.errors import LinkError
-from protocol.messages import Attach
+from protocol.wire.errors import LinkError
+from protocol.wire.messages import Attach
 from tests.e2e.processes import Place, Proc, a_place, a_relay, a_worker
 from tests.protocol.fake_relay import Connection, FakeRelay, frames, serve
 

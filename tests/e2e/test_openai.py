@@ -8,7 +8,7 @@ import openai
 import pytest
 import trio
 
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import CODINGS
 from tests.e2e.processes import Place, Proc, a_place, a_relay, a_worker
 from tests.relayd.http.hearing import decoded, energy_likeness, of_pcm, spectral_likeness

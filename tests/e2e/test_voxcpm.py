@@ -19,7 +19,7 @@ import trio
 from bench.voxcpm_checkpoint import quiet_voxcpm, write_checkpoint
 from gpuworker.engines.voxcpm.join import pcm16
 from protocol import RequestError, RequestFailed, RequestRejected, open_relay
-from protocol.fields import Value
+from protocol.wire.validators import Value
 from tests.e2e.processes import PATIENCE_S, Place, a_place, a_relay, a_worker
 from tests.gpuworker.voxcpm.conftest import encoded, voiced
 

@@ -20,8 +20,9 @@ from gpuworker.cli import main
 from gpuworker.config import ConfigError, WorkerConfig, add_run_options, read_config
 from gpuworker.engines.base import Missing
 from gpuworker.engines.espeak import EspeakEngine
-from protocol.errors import ErrorCode
-from protocol.messages import Cancel, Completed, Drain, Draining, Register, Rejected
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import Completed
+from protocol.wire.messages import Cancel, Drain, Draining, Register, Rejected
 from tests.gpuworker.worker_side import Desk, assign, script
 from tests.protocol.fake_relay import RelayThread, refuse
 

@@ -28,9 +28,11 @@ from gpuworker.loglines import LineFormatter
 from gpuworker.runner import Job, ProcessSlot, Slot
 from gpuworker.thread_slot import ThreadSlot
 from gpuworker.work import Work
-from protocol.codec import MAX_VALUES, decode
-from protocol.errors import EncodeError
-from protocol.messages import FROM_WORKER, KIB, Completed, Failed, Frame, Output, Started
+from protocol.wire.codec import MAX_VALUES, decode
+from protocol.wire.errors import EncodeError
+from protocol.wire.frames import Completed, Failed, Frame, Output, Started
+from protocol.wire.messages import FROM_WORKER
+from protocol.wire.structs import KIB
 from tests.gpuworker.worker_side import FORMAT, ID, OTHER, Desk, ScriptedSlot, assign, run_with, script
 
 PATIENCE_S = 20

@@ -12,8 +12,9 @@ import trio
 
 from gpuworker.embed import EmbedError, Handle, serve
 from gpuworker.engines.mock import MockEngine
-from protocol.errors import ErrorCode
-from protocol.messages import Audio, Cancel, Cancelled, Completed, Draining, Frame, Output, Register, Rejected, Started
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import Audio, Cancelled, Completed, Frame, Output, Started
+from protocol.wire.messages import Cancel, Draining, Register, Rejected
 from tests.gpuworker.worker_side import Desk, assign, script
 from tests.protocol.fake_relay import RelayThread, refuse
 

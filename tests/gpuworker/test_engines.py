@@ -30,9 +30,9 @@ from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine,
 from gpuworker.engines.espeak import EspeakEngine, script_runs
 from gpuworker.engines.function import FunctionEngine
 from gpuworker.engines.mock import MockEngine, default_duration_s
-from protocol.fields import Value
-from protocol.messages import AudioFormat
-from protocol.params import check_params, check_schema
+from protocol.wire.params_schema import check_params, check_schema
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Value
 
 
 def never() -> bool:

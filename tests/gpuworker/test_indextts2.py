@@ -28,9 +28,9 @@ from gpuworker.engines.base import AudioChunk, Chunk, EngineError, EngineInput, 
 from gpuworker.engines.indextts2 import CHUNK_BYTES, IndexTTS2Engine
 from gpuworker.engines.indextts2_params import EMOTIONS
 from gpuworker.runner import Job, ProcessSlot
-from protocol.fields import Value
-from protocol.messages import AudioFormat
-from protocol.params import check_schema
+from protocol.wire.params_schema import check_schema
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Value
 from tests.e2e.processes import Place, a_place, a_relay, a_worker
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -9,7 +9,8 @@ import trio
 from gpuworker.identity import Identity, WorkerError
 from gpuworker.runner import ProcessSlot
 from gpuworker.worker import Worker
-from protocol.messages import Completed, Failed, Register
+from protocol.wire.frames import Completed, Failed
+from protocol.wire.messages import Register
 from tests.gpuworker.engine_package import NAME, install_engine
 from tests.gpuworker.worker_side import ID, OTHER, Desk, assign, script
 from tests.protocol.fake_relay import ADDRESS, FakeRelay
@@ -18,7 +19,7 @@ from tests.protocol.fake_relay import ADDRESS, FakeRelay
 SOURCE = """
     import os, pathlib
     from gpuworker.engines.base import *
-    from protocol.messages import AudioFormat
+    from protocol.wire.messages import AudioFormat
 
     FOLDER = pathlib.Path(__file__).parent
 

@@ -20,8 +20,9 @@ from gpuworker.engines.base import (
 )
 from gpuworker.runner import Job, ProcessSlot, Slot
 from gpuworker.thread_slot import ThreadSlot
-from protocol.fields import Value
-from protocol.messages import MAX_TEXT_CHARS, AudioFormat
+from protocol.wire.frames import MAX_TEXT_CHARS
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Value
 from tests.gpuworker.engine_package import NAME, install_engine
 
 MONO = AudioFormat(sample_rate=24_000)
@@ -102,7 +103,7 @@ def test_a_report_that_is_no_progress_fails_the_run() -> None:
 
 SOURCE = """
     from gpuworker.engines.base import *
-    from protocol.messages import AudioFormat
+    from protocol.wire.messages import AudioFormat
 
     class Made(Engine):
         capabilities = Capabilities(format=AudioFormat(sample_rate=24_000), reproducible=True, fingerprint="a tiny one")

@@ -22,7 +22,7 @@ from gpuworker.engines.function import FunctionEngine
 from gpuworker.engines.mock import MockEngine, Tune, tune_key
 from gpuworker.runner import Job, ProcessSlot, Slot
 from gpuworker.thread_slot import ThreadSlot
-from protocol.fields import Value
+from protocol.wire.validators import Value
 from tests.gpuworker.engine_package import NAME, install_engine
 
 #: A process starts in 0.2 s; a loaded machine takes its time.

@@ -10,7 +10,7 @@ from gpuworker.identity import Identity, WorkerStatus
 from gpuworker.runner import Job, Run, Slot
 from gpuworker.systemd import STUCK_S, Service, in_words
 from gpuworker.worker import Worker
-from protocol.systemd import ServiceManager
+from protocol.sd_notify import ServiceManager
 from tests.gpuworker.worker_side import ScriptedSlot
 from tests.protocol.fake_relay import ADDRESS
 from tests.protocol.fake_systemd import fake_systemd

@@ -15,27 +15,31 @@ from gpuworker.feeder import FEED_BYTES
 from gpuworker.identity import WorkerError
 from gpuworker.runner import Job
 from gpuworker.worker import ACK_S
-from protocol.errors import ErrorCode
-from protocol.messages import (
-    Ack,
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import (
     Audio,
-    Cancel,
     Cancelled,
     Completed,
+    Failed,
+    Frame,
+    Output,
+    Started,
+)
+from protocol.wire.messages import (
+    Ack,
+    Cancel,
     Drain,
     Draining,
     Error,
-    Failed,
-    Frame,
     Input,
-    InputInfo,
-    InputRule,
-    Output,
     Register,
     Rejected,
-    Running,
-    Started,
     Undrain,
+)
+from protocol.wire.structs import (
+    InputInfo,
+    InputRule,
+    Running,
 )
 from tests.gpuworker.worker_side import (
     FORMAT,

@@ -12,18 +12,20 @@ from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk
 from gpuworker.identity import Identity
 from gpuworker.runner import Job, Run, Slot
 from gpuworker.worker import Worker
-from protocol.codec import decode
-from protocol.messages import (
+from protocol.wire.codec import decode
+from protocol.wire.frames import Frame
+from protocol.wire.messages import (
     FROM_WORKER,
     Ack,
     Assign,
-    AudioFormat,
-    Frame,
-    Message,
     Register,
     Registered,
+)
+from protocol.wire.structs import (
+    AudioFormat,
     Running,
 )
+from protocol.wire.validators import Message
 from tests.protocol.fake_relay import ADDRESS, Connection, FakeRelay, Script
 
 M = TypeVar("M", bound=Message)

@@ -11,28 +11,32 @@ import attrs
 import trio
 import trio.testing
 
-from protocol.address import Address
-from protocol.codec import decode
-from protocol.errors import LinkBroken
-from protocol.link import Link, LinkRules, serve_link
-from protocol.messages import (
+from protocol.client.address import Address
+from protocol.link.base import Link
+from protocol.link.dial import serve_link
+from protocol.link.limits import LinkRules
+from protocol.wire.codec import decode
+from protocol.wire.errors import LinkBroken
+from protocol.wire.frames import (
+    Audio,
+    Completed,
+    Failed,
+    Frame,
+    Started,
+)
+from protocol.wire.messages import (
     FROM_ANYONE,
     FROM_OPERATOR,
     SUBPROTOCOL,
     Accepted,
-    Audio,
-    AudioFormat,
-    Completed,
     Error,
-    Failed,
-    Frame,
     Hello,
-    Message,
     Queued,
-    Started,
     Submit,
     Welcome,
 )
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Message
 from relayd.net.http_head import ends, read_head, split_head
 from relayd.net.websocket_handshake import Refusal, answer_to, parse_head
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.address import (
+from protocol.client.address import (
     Address,
     default_socket,
     from_environment,

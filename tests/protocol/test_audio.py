@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from protocol import audio
-from protocol.audio import AudioWriter, wav_header
-from protocol.messages import AudioFormat
+from protocol.commands import wav_writer
+from protocol.commands.wav_writer import AudioWriter, wav_header
+from protocol.wire.structs import AudioFormat
 
 MONO = AudioFormat(sample_rate=24_000)
 STEREO = AudioFormat(sample_rate=48_000, channels=2)
@@ -71,7 +71,8 @@ def test_killed_between_samples_and_header_it_is_shorter_and_valid(
 def test_killed_with_sigkill_at_any_moment_it_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "out.wav"
     code = (
-        "import sys; from protocol.audio import AudioWriter; from protocol.messages import AudioFormat\n"
+        "import sys; from protocol.commands.wav_writer import AudioWriter\n"
+        "from protocol.wire.messages import AudioFormat\n"
         "writer = AudioWriter(sys.argv[1]); writer.begin(AudioFormat(sample_rate=24000)); print('go', flush=True)\n"
         "while writer.data_bytes < 5e8: writer.write(bytes(range(250)) * 4)"
     )
@@ -151,8 +152,8 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_audio(tmp_path: Pat
 def test_more_than_a_wav_can_hold_is_refused_and_the_file_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert audio.MAX_DATA_BYTES + 36 < 2**32
-    monkeypatch.setattr(audio, "MAX_DATA_BYTES", 100)
+    assert wav_writer.MAX_DATA_BYTES + 36 < 2**32
+    monkeypatch.setattr(wav_writer, "MAX_DATA_BYTES", 100)
     writer = AudioWriter(tmp_path / "out.wav")
     writer.begin(MONO)
     writer.write(bytes(100))

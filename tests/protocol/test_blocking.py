@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from protocol import ConnectError, RequestFailed, RequestRejected, blocking
-from protocol.messages import Cancel, Rejected, Spaces, SpacesReply, Status, StatusReply, Submit
+from protocol.wire.messages import Cancel, Rejected, Spaces, SpacesReply, Status, StatusReply, Submit
 from tests.protocol.fake_relay import ID, Connection, RelayThread, failed, frames, speak
 
 

@@ -13,27 +13,29 @@ import pytest
 import trio
 
 from protocol.cli import main
-from protocol.messages import (
+from protocol.commands.progress import Progress, printable, printable_json, printable_lines, table
+from protocol.wire.frames import (
+    Output,
+    Started,
+)
+from protocol.wire.frames import Progress as ProgressFrame
+from protocol.wire.messages import (
     Attach,
     Cancel,
     Delta,
     Error,
     Input,
     Leave,
-    Output,
     Queued,
     Rejected,
     Snapshot,
     Spaces,
     SpacesReply,
-    Started,
     Status,
     StatusReply,
     Submit,
     Watch,
 )
-from protocol.messages import Progress as ProgressFrame
-from protocol.terminal import Progress, printable, printable_json, printable_lines, table
 from tests.protocol.fake_relay import FORMAT, ID, Connection, RelayThread, Script, failed, frames, speak
 
 PCM = b"\1\0" * 2400 + b"\2\0" * 2400 + b"\3\0" * 2400

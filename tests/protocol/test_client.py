@@ -26,27 +26,30 @@ from protocol import (
     Stream,
     open_relay,
 )
-from protocol.address import Address
-from protocol.backoff import Backoff
-from protocol.codec import decode
-from protocol.errors import LinkError
-from protocol.inputs import HIGH_WATER_BYTES
-from protocol.messages import (
+from protocol.client.address import Address
+from protocol.client.inputs import HIGH_WATER_BYTES
+from protocol.client.stream import Event
+from protocol.link.backoff import Backoff
+from protocol.wire.codec import decode
+from protocol.wire.errors import LinkError
+from protocol.wire.frames import (
+    Audio,
+    Cancelled,
+    Completed,
+    Failed,
+    Frame,
+    Started,
+)
+from protocol.wire.messages import (
     FROM_OPERATOR,
     Accepted,
     Attach,
-    Audio,
     Cancel,
-    Cancelled,
-    Completed,
     Delta,
     Done,
     Error,
-    Failed,
-    Frame,
     Input,
     Leave,
-    Message,
     Ping,
     Pong,
     Queued,
@@ -54,14 +57,13 @@ from protocol.messages import (
     Snapshot,
     Spaces,
     SpacesReply,
-    Started,
     Status,
     StatusReply,
     Steer,
     Submit,
     Watch,
 )
-from protocol.stream import Event
+from protocol.wire.validators import Message
 from tests.protocol.fake_relay import ID, URL, Connection, FakeRelay, Script, failed, frames, refuse, speak
 
 A, B, C = b"\1\0" * 100, b"\2\0" * 100, b"\3\0" * 100

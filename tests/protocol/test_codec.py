@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from protocol.codec import (
+from protocol.wire.codec import (
     MAX_ARRAY,
     MAX_CONTAINERS,
     MAX_DEPTH,
@@ -20,8 +20,16 @@ from protocol.codec import (
     encode,
     unpack,
 )
-from protocol.errors import EncodeError, ErrorCode, ProtocolError, UnknownType
-from protocol.messages import (
+from protocol.wire.errors import EncodeError, ErrorCode, ProtocolError, UnknownType
+from protocol.wire.frames import (
+    MAX_MESSAGE_BYTES,
+    MAX_PCM_BYTES,
+    Audio,
+    Completed,
+    Output,
+    Started,
+)
+from protocol.wire.messages import (
     BULK,
     FROM_ANYONE,
     FROM_CLIENT,
@@ -29,21 +37,17 @@ from protocol.messages import (
     FROM_RELAY,
     FROM_WORKER,
     MAX_CONTROL_BYTES,
-    MAX_MESSAGE_BYTES,
-    MAX_PCM_BYTES,
-    Audio,
-    AudioFormat,
-    Completed,
     Hello,
     Input,
-    InputInfo,
-    InputRule,
-    Message,
-    Output,
-    Running,
-    Started,
     Submit,
 )
+from protocol.wire.structs import (
+    AudioFormat,
+    InputInfo,
+    InputRule,
+    Running,
+)
+from protocol.wire.validators import Message
 
 ID = "0123456789abcdef0123456789abcdef"
 TABLES = [FROM_ANYONE, FROM_CLIENT, FROM_OPERATOR, FROM_WORKER, FROM_RELAY]

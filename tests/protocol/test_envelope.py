@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.codec import encode, unpack
-from protocol.envelope import SEAT_BYTES, pack_audio, pcm_of, pcm_size, read_audio, seat_of
-from protocol.errors import ProtocolError
-from protocol.frames import MAX_PCM_BYTES
-from protocol.messages import FROM_WORKER, Audio
+from protocol.wire.audio_envelope import SEAT_BYTES, pack_audio, pcm_of, pcm_size, read_audio, seat_of
+from protocol.wire.codec import encode, unpack
+from protocol.wire.errors import ProtocolError
+from protocol.wire.frames import MAX_PCM_BYTES, Audio
+from protocol.wire.messages import FROM_WORKER
 
 ID = "0123456789abcdef0123456789abcdef"
 SEQS = [0, 1, 127, 128, 255, 256, 8191, 8192, 65_535, 65_536, 2**31]

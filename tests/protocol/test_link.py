@@ -11,13 +11,16 @@ from trio_websocket import wrap_client_stream, wrap_server_stream
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Event, Ping, Pong, Request
 
-from protocol import duplex
-from protocol.address import Address
-from protocol.backoff import Backoff
-from protocol.codec import encode
-from protocol.errors import ConnectError, LinkBroken, LinkClosed, LinkError, LoginRefused, ProtocolError
-from protocol.link import Link, LinkRules, keep_linked, log_in, open_link
-from protocol.messages import MAX_MESSAGE_BYTES, SUBPROTOCOL, Error, Hello, Welcome
+from protocol.client.address import Address
+from protocol.link import base
+from protocol.link.backoff import Backoff
+from protocol.link.base import Link
+from protocol.link.dial import keep_linked, log_in, open_link
+from protocol.link.limits import LinkRules
+from protocol.wire.codec import encode
+from protocol.wire.errors import ConnectError, LinkBroken, LinkClosed, LinkError, LoginRefused, ProtocolError
+from protocol.wire.frames import MAX_MESSAGE_BYTES
+from protocol.wire.messages import SUBPROTOCOL, Error, Hello, Welcome
 from tests.protocol.fake_relay import ADDRESS, Connection, FakeRelay, accept_link
 
 HELLO = Hello(version=1, role="client")
@@ -296,7 +299,7 @@ async def test_on_drained_may_refill_the_link_until_a_long_stream_is_through(
 async def test_a_full_inbox_holds_the_peer_up_and_loses_nothing(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duplex, "MAX_INBOX_BYTES", 10_000)
+    monkeypatch.setattr(base, "MAX_INBOX_BYTES", 10_000)
     async with link_pair() as (client, relay):
         for number in range(50):
             client.send_nowait(bytes([number]) * 1000)
@@ -391,7 +394,7 @@ async def test_closing_ends_within_its_deadline_when_the_peer_does_not_read(
         link.send_nowait(b"x")
         began = trio.current_time()
         await link.aclose()
-        assert trio.current_time() - began <= 2 * duplex.CLOSE_S
+        assert trio.current_time() - began <= 2 * base.CLOSE_S
 
 
 @pytest.mark.trio

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.params import KEYWORDS, MAX_DEPTH, MAX_FAULTS, check_params, check_schema
+from protocol.wire.params_schema import KEYWORDS, MAX_DEPTH, MAX_FAULTS, check_params, check_schema
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

@@ -10,23 +10,23 @@ from typing import Any, cast
 import attrs
 import pytest
 
-from protocol import backoff, codec, link, messages, rules
-from protocol.codec import decode, encode
-from protocol.errors import ErrorCode
-from protocol.fields import Part
-from protocol.messages import (
+from protocol.client.watch import COUNTS_ON, ROW_KEYS
+from protocol.link import backoff, dial, limits
+from protocol.wire import codec, messages
+from protocol.wire.codec import decode, encode
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import Audio
+from protocol.wire.messages import (
     FROM_ANYONE,
     FROM_CLIENT,
     FROM_OPERATOR,
     FROM_RELAY,
     FROM_WORKER,
-    Audio,
     Hello,
-    Message,
     Submit,
     Table,
 )
-from protocol.watch import COUNTS_ON, ROW_KEYS
+from protocol.wire.validators import Message, Part
 from relayd.config.schema import Limits, SpaceConfig
 from relayd.connections.operator import Operator
 from relayd.logs import recent
@@ -179,12 +179,12 @@ def test_the_fixed_limits_are_those_of_the_codec() -> None:
 
 def test_the_times_told_for_connecting_and_for_liveness_are_those_of_the_reference_client() -> None:
     closing, liveness = section("2.5 Closing"), section("2.4 Liveness")
-    assert f"may take {link.CONNECT_TIMEOUT_S:g} s up to the 101" in closing
-    assert f"then {link.LOGIN_TIMEOUT_S:g} s more up to `welcome`" in closing
+    assert f"may take {dial.CONNECT_TIMEOUT_S:g} s up to the 101" in closing
+    assert f"then {dial.LOGIN_TIMEOUT_S:g} s more up to `welcome`" in closing
     assert f"starts at {backoff.FIRST_S:g} s and doubles to {backoff.LONGEST_S:g} s" in closing
     assert f"after a login that held for {backoff.HELD_S:g} s" in closing
-    assert f"`ping_interval_s` (in `welcome`; {rules.PING_INTERVAL_S:g} s by default)" in liveness
-    assert f"the larger of {rules.DEAD_AFTER_S:g} s and 3 × `ping_interval_s`" in liveness
+    assert f"`ping_interval_s` (in `welcome`; {limits.PING_INTERVAL_S:g} s by default)" in liveness
+    assert f"the larger of {limits.DEAD_AFTER_S:g} s and 3 × `ping_interval_s`" in liveness
 
 
 def test_a_refused_login_is_tried_again_exactly_where_its_code_is_retryable() -> None:

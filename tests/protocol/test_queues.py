@@ -5,9 +5,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.messages import Delta, Snapshot
-from protocol.queues import Queues, to_tell
-from protocol.watch import MAX_KEPT, MAX_UNREAD, Watch, value_now
+from protocol.client.queue_order import Queues, to_tell
+from protocol.client.watch import MAX_KEPT, MAX_UNREAD, Watch, value_now
+from protocol.wire.messages import Delta, Snapshot
 
 
 def row(request_id: str, position: int | None, state: str = "queued", space: str = "tts") -> dict[str, Any]:

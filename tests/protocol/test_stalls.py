@@ -12,12 +12,13 @@ import trio.testing
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Event, Ping, Pong, Request
 
-from protocol import duplex, kernel
-from protocol.codec import decode
-from protocol.errors import LinkBroken, LinkClosed
-from protocol.link import Link
-from protocol.messages import FROM_RELAY, MAX_MESSAGE_BYTES, SUBPROTOCOL, Error
-from protocol.streamlink import StreamLink
+from protocol.link import base, tcp_info
+from protocol.link.base import Link
+from protocol.link.stream_link import StreamLink
+from protocol.wire.codec import decode
+from protocol.wire.errors import LinkBroken, LinkClosed
+from protocol.wire.frames import MAX_MESSAGE_BYTES
+from protocol.wire.messages import FROM_RELAY, SUBPROTOCOL, Error
 from tests.protocol.fake_relay import accept_link
 
 FAREWELL = Error(code="slow_consumer", message="connect again")
@@ -129,10 +130,10 @@ async def test_a_peer_that_reads_nothing_at_all_is_cut_off_whether_anybody_close
         began = trio.current_time()
         await over(link)
         if waits:
-            await trio.sleep(2 * duplex.CLOSE_S + 0.1)
+            await trio.sleep(2 * base.CLOSE_S + 0.1)
             with pytest.raises(trio.BrokenResourceError):
                 await reader.stream.send_all(b"is it there?")
-    assert trio.current_time() - began <= 60 + 2 * duplex.CLOSE_S + 0.1
+    assert trio.current_time() - began <= 60 + 2 * base.CLOSE_S + 0.1
     assert link.reason.startswith("slow_consumer")
 
 
@@ -222,7 +223,7 @@ async def test_what_the_kernel_gets_rid_of_is_progress_though_it_takes_nothing_m
             waiting -= 1
             assert link.gone is None
         began = trio.current_time()
-        assert 60 <= await over(link, LinkBroken) - began <= 60 + 60 / duplex.LOOKS
+        assert 60 <= await over(link, LinkBroken) - began <= 60 + 60 / base.LOOKS
 
 
 # -- silence ------------------------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ async def test_a_machine_that_is_gone_while_its_reader_is_waited_for_is_seen(
         await trio.sleep(30)
         assert link.gone is None
         answered = False
-        assert await over(link, LinkBroken) <= 30 + duplex.PATIENCE_S + 0.1
+        assert await over(link, LinkBroken) <= 30 + base.PATIENCE_S + 0.1
 
 
 @pytest.mark.trio
@@ -318,20 +319,20 @@ async def test_the_kernel_knows_what_waits_and_that_the_machine_of_a_reader_that
     unix = [trio.SocketStream(trio.socket.from_stdlib_socket(sock)) for sock in socket.socketpair()]
     for one, other in (await _tcp_pair(), unix):
         async with one, other:
-            assert kernel.answers(one.socket)
-            assert kernel.waiting_bytes(one.socket) == 0
+            assert tcp_info.answers(one.socket)
+            assert tcp_info.waiting_bytes(one.socket) == 0
             await _fill(one)
-            waiting = kernel.waiting_bytes(one.socket)
+            waiting = tcp_info.waiting_bytes(one.socket)
             assert waiting is not None
             assert waiting > 10_000
-            assert kernel.answers(one.socket)
+            assert tcp_info.answers(one.socket)
             with trio.fail_after(10):
-                while (kernel.waiting_bytes(one.socket) or 0) >= waiting:
+                while (tcp_info.waiting_bytes(one.socket) or 0) >= waiting:
                     await other.receive_some()
-        assert kernel.waiting_bytes(one.socket) is None
-        assert not kernel.answers(one.socket) or one.socket.family == socket.AF_UNIX
+        assert tcp_info.waiting_bytes(one.socket) is None
+        assert not tcp_info.answers(one.socket) or one.socket.family == socket.AF_UNIX
     memory, _ = trio.testing.memory_stream_pair()
-    assert kernel.socket_of(memory) is None
+    assert tcp_info.socket_of(memory) is None
 
 
 @pytest.mark.trio
@@ -351,4 +352,4 @@ async def test_a_machine_that_leaves_two_tries_without_an_answer_is_gone(
     one, other = await _tcp_pair()
     async with one, other:
         monkeypatch.setattr(type(one.socket), "getsockopt", lambda *_: bytes(info))
-        assert kernel.answers(one.socket) is there
+        assert tcp_info.answers(one.socket) is there

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from protocol.systemd import MAX_STATUS_CHARS, Check, ServiceManager, examine, serve_watchdog
+from protocol.sd_notify import MAX_STATUS_CHARS, Check, ServiceManager, examine, serve_watchdog
 from tests.protocol.fake_systemd import fake_systemd
 
 

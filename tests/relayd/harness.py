@@ -12,29 +12,34 @@ import pytest
 import structlog
 import trio
 
-from protocol.address import Address, parse_address
-from protocol.codec import decode
-from protocol.link import Link, log_in, open_link
-from protocol.messages import (
+from protocol.client.address import Address, parse_address
+from protocol.link.base import Link
+from protocol.link.connect import connect
+from protocol.link.dial import log_in, open_link
+from protocol.wire.codec import decode
+from protocol.wire.frames import (
+    Audio,
+    Completed,
+    Frame,
+    Started,
+)
+from protocol.wire.messages import (
     FROM_RELAY,
     PROTOCOL_VERSION,
     Assign,
-    Audio,
-    AudioFormat,
-    Completed,
-    Frame,
     Hello,
-    InputInfo,
-    Message,
     Ping,
     Pong,
     Register,
     Rejected,
-    Started,
     Submit,
     Welcome,
 )
-from protocol.transport import connect
+from protocol.wire.structs import (
+    AudioFormat,
+    InputInfo,
+)
+from protocol.wire.validators import Message
 from relayd.auth.tokens import Tokens
 from relayd.config.loader import load_config
 from relayd.config.schema import Config

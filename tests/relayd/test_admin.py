@@ -12,7 +12,7 @@ import attrs
 import pytest
 import trio
 
-from protocol.errors import LinkBroken, LoginRefused
+from protocol.wire.errors import LinkBroken, LoginRefused
 from relayd.admin import AdminError, NotRunning, open_admin
 from relayd.cli import main
 from relayd.config.loader import load_config

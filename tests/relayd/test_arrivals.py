@@ -7,21 +7,21 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.address import parse_address
-from protocol.codec import decode, encode
-from protocol.link import open_link
-from protocol.messages import (
+from protocol.client.address import parse_address
+from protocol.link.dial import open_link
+from protocol.link.websocket_frames import BINARY, Close, Parser, make_frame
+from protocol.wire.codec import decode, encode
+from protocol.wire.messages import (
     FROM_RELAY,
     PATH,
     SUBPROTOCOL,
     Error,
     Hello,
-    Message,
     Ping,
     Pong,
     Welcome,
 )
-from protocol.rfc6455 import BINARY, Close, Parser, make_frame
+from protocol.wire.validators import Message
 from relayd.connections.gateway import Gate
 from tests.relayd.harness import Daemon, daemon, kept_logs, peer, until
 

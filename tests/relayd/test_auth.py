@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.errors import ErrorCode
-from protocol.messages import Hello, Rejected
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Hello, Rejected
 from relayd.auth.tokens import (
     NewToken,
     PeerCredentials,

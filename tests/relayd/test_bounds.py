@@ -7,14 +7,16 @@ import pytest
 import trio
 
 from protocol import RequestRejected
-from protocol.client import open_relay
-from protocol.messages import (
-    Accepted,
-    Attach,
+from protocol.client.client import open_relay
+from protocol.wire.frames import (
     Audio,
-    Cancel,
     Cancelled,
     Completed,
+)
+from protocol.wire.messages import (
+    Accepted,
+    Attach,
+    Cancel,
     Input,
     Leave,
     Rejected,

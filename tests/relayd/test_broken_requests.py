@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from protocol.messages import Assign, Attach, Cancel, Failed, Rejected, Status, StatusReply
+from protocol.wire.frames import Failed
+from protocol.wire.messages import Assign, Attach, Cancel, Rejected, Status, StatusReply
 from relayd.core import relay as relay_module
 from relayd.store.database import DATABASE_NAME
 from tests.relayd.harness import Daemon, Peer, a_submit, an_id, daemon, fake_worker, peer, samples, until

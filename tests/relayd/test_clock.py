@@ -8,8 +8,9 @@ import attrs
 import pytest
 import trio
 
-from protocol.errors import LoginRefused
-from protocol.messages import Attach, Done, Error, Failed, Queued, Rejected, Status, StatusReply, Steer
+from protocol.wire.errors import LoginRefused
+from protocol.wire.frames import Failed
+from protocol.wire.messages import Attach, Done, Error, Queued, Rejected, Status, StatusReply, Steer
 from relayd.core import retention
 from relayd.views.rows import relay_row
 from tests.relayd.harness import Daemon, a_submit, daemon, fake_worker, peer, samples, until

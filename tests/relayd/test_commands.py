@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.audio import AudioWriter
-from protocol.errors import ConnectError
-from protocol.exits import quiet_stdout
-from protocol.messages import AudioFormat, Completed, Frame, Started
+from protocol.commands.exit_codes import quiet_stdout
+from protocol.commands.wav_writer import AudioWriter
+from protocol.wire.errors import ConnectError
+from protocol.wire.frames import Completed, Frame, Started
+from protocol.wire.structs import AudioFormat
 from relayd import demo
 from relayd.admin import AdminError, open_admin
 from relayd.auth.tokens import Tokens

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.fields import FieldError
+from protocol.wire.validators import FieldError
 from relayd.config.loader import default_state_dir, load_config
 from relayd.config.schema import Config, ConfigError, Limits, LogConfig, SpaceConfig, Tls, is_loopback, split_listen
 

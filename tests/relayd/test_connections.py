@@ -8,11 +8,14 @@ import msgpack
 import pytest
 import trio
 
-from protocol.address import parse_address
-from protocol.codec import decode
-from protocol.errors import ErrorCode, LinkBroken, LinkError, LoginRefused
-from protocol.link import open_link
-from protocol.messages import (
+from protocol.client.address import parse_address
+from protocol.link.dial import open_link
+from protocol.link.stream_link import StreamLink
+from protocol.link.websocket_frames import TEXT
+from protocol.wire.codec import decode
+from protocol.wire.errors import ErrorCode, LinkBroken, LinkError, LoginRefused
+from protocol.wire.frames import Started
+from protocol.wire.messages import (
     FROM_RELAY,
     Attach,
     Cancel,
@@ -25,13 +28,10 @@ from protocol.messages import (
     Pong,
     Rejected,
     Snapshot,
-    Started,
     Steer,
     Submit,
     Watch,
 )
-from protocol.rfc6455 import TEXT
-from protocol.streamlink import StreamLink
 from relayd.store.base import StorageFull, StoreError, UpdateRequest
 from tests.relayd.harness import (
     FORMAT,

@@ -11,18 +11,20 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.address import parse_address
-from protocol.errors import ConnectError, LoginRefused
-from protocol.link import log_in, open_link
-from protocol.messages import (
+from protocol.client.address import parse_address
+from protocol.link.dial import log_in, open_link
+from protocol.wire.errors import ConnectError, LoginRefused
+from protocol.wire.frames import (
+    Audio,
+    Cancelled,
+)
+from protocol.wire.messages import (
     PATH,
     PROTOCOL_VERSION,
     SUBPROTOCOL,
     Ack,
     Attach,
-    Audio,
     Cancel,
-    Cancelled,
     Hello,
     Queued,
     Rejected,

@@ -7,20 +7,22 @@ import attrs
 import pytest
 import trio
 
-from protocol.messages import (
-    Ack,
-    Attach,
+from protocol.client.stream import Stream
+from protocol.wire.frames import (
     Audio,
-    Cancel,
     Cancelled,
     Failed,
     Frame,
+)
+from protocol.wire.messages import (
+    Ack,
+    Attach,
+    Cancel,
     Registered,
-    Running,
     Status,
     StatusReply,
 )
-from protocol.stream import Stream
+from protocol.wire.structs import Running
 from tests.relayd.harness import (
     FORMAT,
     Daemon,

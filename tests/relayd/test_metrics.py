@@ -12,7 +12,9 @@ import trio
 from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
-from protocol.messages import Audio, Cancel, Failed, Rejected, Running, Started
+from protocol.wire.frames import Audio, Failed, Started
+from protocol.wire.messages import Cancel, Rejected
+from protocol.wire.structs import Running
 from relayd.auth.tokens import Tokens
 from relayd.core.relay import Relay
 from relayd.http.prometheus import HttpReading, Scrape

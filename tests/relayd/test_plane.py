@@ -13,11 +13,9 @@ import structlog.testing
 import trio
 import trio.testing
 
-from protocol import duplex
-from protocol.codec import decode
-from protocol.errors import LinkBroken, LinkClosed
-from protocol.messages import FROM_RELAY, MAX_MESSAGE_BYTES, Error
-from protocol.rfc6455 import (
+from protocol.link import base
+from protocol.link.limits import LinkRules
+from protocol.link.websocket_frames import (
     BINARY,
     CLOSE,
     PING,
@@ -31,7 +29,10 @@ from protocol.rfc6455 import (
     close_payload,
     make_frame,
 )
-from protocol.rules import LinkRules
+from protocol.wire.codec import decode
+from protocol.wire.errors import LinkBroken, LinkClosed
+from protocol.wire.frames import MAX_MESSAGE_BYTES
+from protocol.wire.messages import FROM_RELAY, Error
 from relayd.net.reactor import Plane, SocketLink, open_plane
 from tests.relayd.harness import until
 
@@ -342,7 +343,7 @@ async def test_closing_sends_the_backlog_and_the_code_and_waits_for_the_answer()
 
 @pytest.mark.trio
 async def test_closing_ends_in_time_when_the_peer_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplex, "CLOSE_S", 0.2)
+    monkeypatch.setattr(base, "CLOSE_S", 0.2)
     async with linked() as (_plane, link, far):
         await link.aclose(1001, "going away")
         assert link.stopped
@@ -411,7 +412,7 @@ async def test_a_fault_of_ours_over_one_link_ends_that_link_alone() -> None:
 
 @pytest.mark.trio
 async def test_a_full_inbox_holds_the_peer_up_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplex, "MAX_INBOX_BYTES", 100_000)
+    monkeypatch.setattr(base, "MAX_INBOX_BYTES", 100_000)
     async with linked() as (_plane, link, far), trio.open_nursery() as nursery:
 
         async def send() -> None:

@@ -14,8 +14,8 @@ import attrs
 import pytest
 import trio
 
-from protocol.address import parse_address
-from protocol.errors import LinkError, LoginRefused
+from protocol.client.address import parse_address
+from protocol.wire.errors import LinkError, LoginRefused
 from relayd.auth.tokens import Tokens
 from relayd.config.loader import load_config
 from relayd.config.schema import Config

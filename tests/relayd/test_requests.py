@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.messages import (
-    Accepted,
-    Attach,
+from protocol.wire.frames import (
     Audio,
-    Cancel,
     Cancelled,
     Completed,
     Failed,
+)
+from protocol.wire.messages import (
+    Accepted,
+    Attach,
+    Cancel,
     Input,
     Queued,
     Rejected,

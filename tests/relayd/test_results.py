@@ -8,24 +8,26 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.messages import (
+from protocol.wire.frames import (
+    Audio,
+    Cancelled,
+    Completed,
+    Failed,
+    Started,
+)
+from protocol.wire.messages import (
     Accepted,
     Ack,
     Assign,
     Attach,
-    Audio,
     Cancel,
-    Cancelled,
-    Completed,
-    Failed,
     Registered,
     Rejected,
-    Running,
-    Started,
     Status,
     StatusReply,
     Submit,
 )
+from protocol.wire.structs import Running
 from relayd.core import retention
 from relayd.frames.frame_file import ResultFolder
 from relayd.frames.spool import Spool

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from protocol.errors import ErrorCode
-from protocol.messages import Rejected
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Rejected
 from relayd.scheduling.model import (
     Decision,
     Entry,

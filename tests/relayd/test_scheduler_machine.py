@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from protocol.errors import ErrorCode
-from protocol.messages import Rejected
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Rejected
 from relayd.scheduling.model import (
     Decision,
     Entry,

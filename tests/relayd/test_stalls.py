@@ -10,30 +10,33 @@ import attrs
 import pytest
 import trio
 
-from protocol import duplex
-from protocol.address import Address, parse_address
-from protocol.codec import decode
-from protocol.errors import LinkBroken
-from protocol.link import LinkRules, open_link
-from protocol.messages import (
-    FROM_RELAY,
+from protocol.client.address import Address, parse_address
+from protocol.link import base
+from protocol.link.dial import open_link
+from protocol.link.limits import LinkRules
+from protocol.link.stream_link import StreamLink
+from protocol.wire.codec import decode
+from protocol.wire.errors import LinkBroken
+from protocol.wire.frames import (
     MAX_MESSAGE_BYTES,
-    Accepted,
-    Attach,
     Audio,
-    Cancel,
     Cancelled,
     Completed,
+)
+from protocol.wire.messages import (
+    FROM_RELAY,
+    Accepted,
+    Attach,
+    Cancel,
     Done,
     Error,
     Input,
     Queued,
     Register,
     Registered,
-    Running,
     Steer,
 )
-from protocol.streamlink import StreamLink
+from protocol.wire.structs import Running
 from relayd.connections.gateway import STALLED
 from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.views.rows import relay_row
@@ -182,7 +185,7 @@ async def test_a_reader_that_takes_nothing_is_told_so_and_gets_the_rest_when_it_
 async def test_a_request_whose_only_reader_never_takes_anything_ends_after_its_resume_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duplex, "CLOSE_S", 0.1)
+    monkeypatch.setattr(base, "CLOSE_S", 0.1)
     tap = Tap()
     async with (
         daemon(tmp_path, **TCP, limits=SHORT | {"resume_window_s": 0.2}) as relay,

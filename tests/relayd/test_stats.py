@@ -4,7 +4,7 @@ import attrs
 import msgpack
 import pytest
 
-from protocol.messages import InputInfo
+from protocol.wire.structs import InputInfo
 from relayd.logs.recent import Ring, event_row
 from relayd.requests.summary import in_brief
 from relayd.stats.counters import MAX_SAMPLES, End, Ends, Lately, Minute, Rate, Stats

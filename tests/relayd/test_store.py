@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from protocol.errors import ErrorCode
-from protocol.messages import AudioFormat, InputInfo, InputRule, Submit
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Submit
+from protocol.wire.structs import AudioFormat, InputInfo, InputRule
 from relayd.config.schema import Config, SpaceConfig
 from relayd.store import (
     Change,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.systemd import ServiceManager, examine
+from protocol.sd_notify import ServiceManager, examine
 from relayd.connections.listener import describe
 from relayd.service.health import Service
 from relayd.store.base import StorageFull

@@ -11,10 +11,11 @@ import pytest
 import structlog
 import trio
 
-from protocol.client import Relay, open_relay
-from protocol.errors import RequestRejected
-from protocol.messages import Accepted, Audio, Cancel, Cancelled, Delta, Failed, Snapshot
-from protocol.watch import Watch
+from protocol.client.client import Relay, open_relay
+from protocol.client.watch import Watch
+from protocol.wire.errors import RequestRejected
+from protocol.wire.frames import Audio, Cancelled, Failed
+from protocol.wire.messages import Accepted, Cancel, Delta, Snapshot
 from tests.relayd.harness import (
     FORMAT,
     Cable,

@@ -6,31 +6,33 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.messages import (
+from protocol.wire.frames import (
+    Audio,
+    Cancelled,
+    Completed,
+    Failed,
+    Output,
+    Started,
+)
+from protocol.wire.messages import (
     Accepted,
     Ack,
     Assign,
     Attach,
-    Audio,
     Cancel,
-    Cancelled,
-    Completed,
     Done,
     Draining,
     Error,
-    Failed,
     Input,
-    Output,
     Queued,
     Register,
     Registered,
     Rejected,
-    Running,
-    Started,
     Status,
     StatusReply,
     Steer,
 )
+from protocol.wire.structs import Running
 from tests.relayd.harness import (
     FORMAT,
     SCHEMA,

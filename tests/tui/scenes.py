@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 import trio
 from textual.pilot import Pilot
 
-from protocol.messages import Done, Rejected
+from protocol.wire.messages import Done, Rejected
 from tui.app import RelayTui
 from tui.demo import Demo
 from tui.feed import Down, Options, Tell, Up

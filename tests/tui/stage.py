@@ -8,10 +8,10 @@ import attrs
 import trio
 from textual.pilot import Pilot
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import Delta, Done, Rejected, Snapshot
-from protocol.watch import ROW_KEYS
+from protocol.client.watch import ROW_KEYS
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Delta, Done, Rejected, Snapshot
+from protocol.wire.validators import Value
 from tui.app import RelayTui
 from tui.feed import Down, News, Options, Tell, Up
 from tui.screens.base import RelayScreen

@@ -6,8 +6,8 @@ from array import array
 import pytest
 import trio
 
-from protocol.fields import Value
-from protocol.messages import Done
+from protocol.wire.messages import Done
+from protocol.wire.validators import Value
 from tests.tui.stage import LOST, a_client, a_request, a_space, a_stage, a_worker
 from tui.screens.detail import LABEL
 

@@ -3,8 +3,8 @@
 import pytest
 from rich.cells import cell_len
 
-from protocol.fields import Value
-from protocol.messages import Delta, Snapshot
+from protocol.wire.messages import Delta, Snapshot
+from protocol.wire.validators import Value
 from tui import glyphs
 from tui.cast import SCENES
 from tui.columns import ALWAYS, COLUMNS, EMPTY, GAP, choose, natural

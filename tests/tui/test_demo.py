@@ -6,9 +6,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from protocol.codec import encode
-from protocol.messages import Delta, Done, Rejected, Snapshot
-from protocol.watch import ROW_KEYS
+from protocol.client.watch import ROW_KEYS
+from protocol.wire.codec import encode
+from protocol.wire.messages import Delta, Done, Rejected, Snapshot
 from tui.cast import SCENES
 from tui.demo import Demo
 from tui.picture import Picture

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.client import open_relay
-from protocol.messages import Accepted, Done, Registered, Snapshot, Submit
+from protocol.client.client import open_relay
+from protocol.wire.messages import Accepted, Done, Registered, Snapshot, Submit
 from tests.relayd.harness import a_config, an_id, fake_worker, peer, running
 from tui.columns import COLUMNS
 from tui.demo import Demo

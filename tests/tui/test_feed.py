@@ -10,7 +10,8 @@ import attrs
 import pytest
 import trio
 
-from protocol.messages import Accepted, Audio, Done, Registered, Rejected, Started, Submit
+from protocol.wire.frames import Audio, Started
+from protocol.wire.messages import Accepted, Done, Registered, Rejected, Submit
 from tests.relayd.harness import FORMAT, a_config, an_id, fake_worker, peer, running
 from tui.feed import MAX_WAITING, Ask, Feed, Listen, Meter, RelaySource, Silent
 from tui.picture import Picture

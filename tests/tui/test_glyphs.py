@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 from rich.cells import cell_len
 
-from protocol.messages import ENDED_STATES, LIVE_STATES
+from protocol.wire.messages import ENDED_STATES, LIVE_STATES
 from tui import glyphs
 from tui.glyphs import GLYPHS, Kind
 

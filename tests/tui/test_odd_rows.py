@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from protocol.fields import Value
-from protocol.messages import Snapshot
+from protocol.wire.messages import Snapshot
+from protocol.wire.validators import Value
 from tests.tui.stage import a_client, a_line, a_relay, a_request, a_space, a_stage, a_worker
 from tui.columns import COLUMNS, natural
 from tui.filters import Filter, said

@@ -9,7 +9,7 @@ import pytest
 import trio
 from rich.cells import cell_len
 
-from protocol.messages import Accepted, Registered, Submit
+from protocol.wire.messages import Accepted, Registered, Submit
 from tests.relayd.harness import a_config, an_id, fake_worker, peer, running
 from tui.cast import SCENES
 from tui.cli import main

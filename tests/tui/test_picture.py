@@ -1,7 +1,7 @@
 """What the screen knows: rows as they were told, ages that go on, places in queues, the last minute's rates."""
 
-from protocol.fields import Value
-from protocol.messages import Delta, Snapshot
+from protocol.wire.messages import Delta, Snapshot
+from protocol.wire.validators import Value
 from tests.tui.stage import Row, a_line, a_relay, a_request, a_space, a_worker
 from tui.filters import Filter
 from tui.order import Order

@@ -9,8 +9,8 @@ from rich.cells import chop_cells
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
-from protocol.fields import Value
-from protocol.messages import Done, Rejected
+from protocol.wire.messages import Done, Rejected
+from protocol.wire.validators import Value
 from tui import formats, glyphs
 from tui.actions import ACTIONS, name_of
 from tui.cells import LIVE

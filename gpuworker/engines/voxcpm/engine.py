@@ -22,8 +22,8 @@ from gpuworker.engines.base import (
 from gpuworker.engines.voxcpm.hosts import parse_hosts
 from gpuworker.engines.voxcpm.memory import lacking_memory, memory_outlook
 from gpuworker.engines.voxcpm.schema import Abilities, input_rules, params_schema
-from protocol.fields import Value
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Value
 
 if TYPE_CHECKING:
     from gpuworker.engines.voxcpm.model import Model

@@ -14,7 +14,7 @@ from gpuworker.engines.voxcpm.model import Model, PromptCache
 from gpuworker.engines.voxcpm.reference import AudioFault, decode
 from gpuworker.engines.voxcpm.schema import MAX_INPUT_BYTES
 from gpuworker.engines.voxcpm.voices import PromptCaches, Voice
-from protocol.fields import Value
+from protocol.wire.validators import Value
 
 #: A fetch is part of the run: a slot waits for it.
 FETCH_S = 20.0

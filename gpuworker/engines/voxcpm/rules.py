@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 
-from protocol.fields import Value
+from protocol.wire.validators import Value
 
 
 def speakable(text: str) -> bool:

@@ -7,8 +7,8 @@ relay quotes, says why.
 
 import attrs
 
-from protocol.fields import Value
-from protocol.messages import KIB, InputRule
+from protocol.wire.structs import KIB, InputRule
+from protocol.wire.validators import Value
 
 MAX_TEXT_CHARS = 5_000
 #: A minute of speech has some 900 characters; what is said in 50 s of prompt audio fits well.

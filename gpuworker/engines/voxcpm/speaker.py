@@ -20,7 +20,7 @@ from gpuworker.engines.voxcpm.prompts import Prompt, Prompts, Stopped
 from gpuworker.engines.voxcpm.rules import find_faults, speakable
 from gpuworker.engines.voxcpm.schema import DEFAULTS, NON_STREAMING
 from gpuworker.engines.voxcpm.sentences import split
-from protocol.fields import Value
+from protocol.wire.validators import Value
 
 #: 64 KiB of PCM: speech made whole is handed on in such pieces.
 CHUNK_SAMPLES = 32_768

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import attrs
 
 from gpuworker.engines.base import EngineError, wire_text
-from protocol.messages import SPACE_PATTERN
+from protocol.wire.messages import SPACE_PATTERN
 
 #: In the order of preference where one name has several.
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")

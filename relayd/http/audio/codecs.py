@@ -10,7 +10,7 @@ import attrs
 import av
 from av.audio.stream import AudioStream
 
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
 from relayd.http.audio.samples import samples_frame
 
 #: Of the muxer's own output; `flush_packets` empties it after every packet.

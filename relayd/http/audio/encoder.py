@@ -13,8 +13,8 @@ from typing import Protocol
 
 import attrs
 
-from protocol.audio import HEADER_BYTES, MAX_DATA_BYTES, wav_header
-from protocol.messages import AudioFormat
+from protocol.commands.wav_writer import HEADER_BYTES, MAX_DATA_BYTES, wav_header
+from protocol.wire.structs import AudioFormat
 
 #: What OpenAI's clients take `pcm` for; they have no way to be told otherwise.
 PCM = AudioFormat(sample_rate=24_000, channels=1)

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 from av.audio.frame import AudioFrame
 
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
 
 
 def samples_frame(pcm: bytes, audio_format: AudioFormat, at: int) -> AudioFrame:

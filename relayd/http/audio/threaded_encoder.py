@@ -10,7 +10,7 @@ import os
 import attrs
 import trio
 
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import PCM, Encoder, check_encoder, open_encoder
 
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("audio encoders")

@@ -6,7 +6,7 @@ import av
 from av.audio.frame import AudioFrame
 from av.filter import Graph
 
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
 from relayd.http.audio.samples import samples_frame
 
 #: What one `atempo` does: it goes no lower, and above it leaves samples out instead of blending them (FFmpeg's

@@ -16,9 +16,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import Submit
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Submit
+from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal
 from relayd.core.space import Space
 from relayd.http.audio.encoder import PCM, AudioExtraMissing, with_sizes

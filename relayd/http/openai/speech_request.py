@@ -11,9 +11,9 @@ from typing import Any
 
 import attrs
 
-from protocol.errors import ErrorCode
-from protocol.fields import Rule, Value, boolean, kind_of, number, one_of, text
-from protocol.messages import AudioFormat
+from protocol.wire.errors import ErrorCode
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Rule, Value, boolean, kind_of, number, one_of, text
 from relayd.core.space import Space
 from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED, Coding
 from relayd.http.errors import Refusal

@@ -6,9 +6,9 @@ import attrs
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from protocol.audio import HEADER_BYTES, MAX_DATA_BYTES, wav_header
-from protocol.errors import ErrorCode
-from protocol.messages import AudioFormat
+from protocol.commands.wav_writer import HEADER_BYTES, MAX_DATA_BYTES, wav_header
+from protocol.wire.errors import ErrorCode
+from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from relayd.http.audio.threaded_encoder import check_coding, open_transcoder
 from relayd.http.audio_stream import Listening, listen

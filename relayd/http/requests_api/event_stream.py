@@ -6,8 +6,8 @@ import trio
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from protocol.errors import ErrorCode
-from protocol.frames import Frame
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import Frame
 from relayd.http.errors import Refusal
 from relayd.http.json_encoding import event, frame_of
 from relayd.http.request_stream import Held, open_reading, request_of

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from protocol.messages import ENDED_STATES, LIVE_STATES, RETRY_POLICIES
-from protocol.parts import ID_PATTERN
+from protocol.wire.messages import ENDED_STATES, LIVE_STATES, RETRY_POLICIES
+from protocol.wire.structs import ID_PATTERN
 from relayd.http.audio.encoder import CODINGS
 from relayd.views.rows import VERSION
 

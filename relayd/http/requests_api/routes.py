@@ -8,10 +8,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from protocol.errors import ErrorCode
-from protocol.fields import Value
-from protocol.messages import PATH
-from protocol.parts import ID_PATTERN
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import PATH
+from protocol.wire.structs import ID_PATTERN
+from protocol.wire.validators import Value
 from relayd.http.authentication import principal_of
 from relayd.http.body_parser import open_uploads
 from relayd.http.context import site_of

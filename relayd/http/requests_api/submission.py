@@ -4,10 +4,10 @@ import json
 
 from starlette.requests import Request
 
-from protocol.codec import decode, pack
-from protocol.errors import EncodeError, ErrorCode, ProtocolError
-from protocol.fields import Value
-from protocol.messages import FROM_CLIENT, Submit
+from protocol.wire.codec import decode, pack
+from protocol.wire.errors import EncodeError, ErrorCode, ProtocolError
+from protocol.wire.messages import FROM_CLIENT, Submit
+from protocol.wire.validators import Value
 from relayd.core.space import Space
 from relayd.http.authentication import principal_of
 from relayd.http.body_parser import Body, Cap

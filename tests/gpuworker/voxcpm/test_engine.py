@@ -17,8 +17,8 @@ from gpuworker.engines.base import AudioChunk, Chunk, EngineInput, FormatChunk, 
 from gpuworker.engines.catalog import engine_names, find_engine, parse_options
 from gpuworker.engines.voxcpm.engine import VoxcpmEngine
 from gpuworker.engines.voxcpm.join import pcm16
-from protocol.fields import Value
-from protocol.params import check_params, check_schema
+from protocol.wire.params_schema import check_params, check_schema
+from protocol.wire.validators import Value
 from tests.gpuworker.voxcpm.conftest import ARCHES, encoded, voiced
 
 RATES_HZ = {"voxcpm2": 48_000, "voxcpm1.5": 44_100, "voxcpm": 16_000}

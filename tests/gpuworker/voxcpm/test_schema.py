@@ -8,7 +8,7 @@ import pytest
 from gpuworker.engines.voxcpm.rules import find_faults
 from gpuworker.engines.voxcpm.schema import DEFAULTS, MAX_INPUT_BYTES, Abilities, input_rules, params_schema
 from gpuworker.engines.voxcpm.voices import MAX_VOICES
-from protocol.params import check_params, check_schema
+from protocol.wire.params_schema import check_params, check_schema
 
 ALL = Abilities(clones=True, normalizes=True, denoises=True, fetches=True, voices=("amy", "bob"))
 NONE = Abilities()

@@ -12,9 +12,9 @@ import pytest
 from gpuworker.engines.base import EngineError
 from gpuworker.engines.voxcpm import voices as module
 from gpuworker.engines.voxcpm.voices import MAX_VOICES, PromptCaches, find_voices
-from protocol.codec import encode
-from protocol.messages import Register
-from protocol.params import check_params, check_schema
+from protocol.wire.codec import encode
+from protocol.wire.messages import Register
+from protocol.wire.params_schema import check_params, check_schema
 
 
 def put(folder: Path, **files: bytes | str) -> None:

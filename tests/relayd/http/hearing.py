@@ -11,7 +11,7 @@ import numpy as np
 from av.audio.resampler import AudioResampler
 from numpy.typing import NDArray
 
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import PCM
 
 Samples = NDArray[np.float64]

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import trio
 
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import (
     CODINGS,
     PCM,

@@ -14,7 +14,9 @@ import pytest
 import trio
 
 from protocol import open_relay
-from protocol.messages import Assign, Audio, AudioFormat, Cancel, Completed, Failed, Started
+from protocol.wire.frames import Audio, Completed, Failed, Started
+from protocol.wire.messages import Assign, Cancel
+from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from tests.relayd.harness import FORMAT, SCHEMA, Daemon, FakeWorker, daemon, fake_worker, seat, until
 from tests.relayd.http.asking import Answer, asking

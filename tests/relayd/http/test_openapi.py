@@ -14,8 +14,8 @@ from schemathesis.checks import CHECKS
 from schemathesis.core.result import Ok
 from starlette.routing import Route
 
-from protocol.codec import decode
-from protocol.messages import FROM_RELAY, Assign
+from protocol.wire.codec import decode
+from protocol.wire.messages import FROM_RELAY, Assign
 from relayd.http.errors import STATUS
 from relayd.http.requests_api import routes as requests_routes
 from relayd.http.requests_api.openapi import DOCUMENT, PATHS

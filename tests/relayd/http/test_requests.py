@@ -9,21 +9,25 @@ import h11
 import pytest
 import trio
 
-from protocol.messages import (
-    Ack,
-    Attach,
+from protocol.wire.frames import (
     Audio,
-    AudioFormat,
-    Cancel,
     Cancelled,
     Completed,
     Failed,
-    InputRule,
     Progress,
     Started,
+)
+from protocol.wire.messages import (
+    Ack,
+    Attach,
+    Cancel,
     Submit,
 )
-from protocol.messages import Input as InputPiece
+from protocol.wire.messages import Input as InputPiece
+from protocol.wire.structs import (
+    AudioFormat,
+    InputRule,
+)
 from relayd.store.base import TokenLimits
 from tests.relayd.harness import FORMAT, a_submit, an_id, daemon, fake_worker, peer, samples, seat, until
 from tests.relayd.http.visitor import Answer, File, events_of, form, visitor

@@ -17,8 +17,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from protocol.errors import LoginRefused
-from protocol.messages import PATH, Audio, Cancel, Cancelled, Submit
+from protocol.wire.errors import LoginRefused
+from protocol.wire.frames import Audio, Cancelled
+from protocol.wire.messages import PATH, Cancel, Submit
 from relayd.auth.login_throttle import MAX_FAILURES, WINDOW_S, LoginFailures, address_of
 from relayd.auth.origins import may_come_from
 from relayd.http.app import HEADERS, make_app

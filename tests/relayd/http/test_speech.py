@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from gpuworker.engines import mock
 from gpuworker.engines.voxcpm.schema import Abilities, params_schema
-from protocol.messages import AudioFormat
-from protocol.params import check_params
+from protocol.wire.params_schema import check_params
+from protocol.wire.structs import AudioFormat
 from relayd.config.schema import SpaceConfig
 from relayd.core.space import Space
 from relayd.http.errors import Refusal

@@ -11,7 +11,7 @@ import attrs
 import h11
 import trio
 
-from protocol.address import parse_address
+from protocol.client.address import parse_address
 
 
 @attrs.define(eq=False)

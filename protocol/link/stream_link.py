@@ -8,10 +8,10 @@ from collections import deque
 
 import trio
 
-from protocol.duplex import CLOSE_S, LATE_S, MESSAGE_COST_BYTES, Link
-from protocol.kernel import answers, socket_of, waiting_bytes
-from protocol.rfc6455 import BINARY, make_frame
-from protocol.rules import LinkRules
+from protocol.link.base import CLOSE_S, LATE_S, MESSAGE_COST_BYTES, Link
+from protocol.link.limits import LinkRules
+from protocol.link.tcp_info import answers, socket_of, waiting_bytes
+from protocol.link.websocket_frames import BINARY, make_frame
 
 RECEIVE_BYTES = 64 * 1024
 #: A longer send goes out in pieces of this size, each of which shows that the peer still takes bytes.

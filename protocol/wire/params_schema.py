@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from protocol.fields import Rule, Value, anything, array_of, boolean, integer, kind_of, number, text
+from protocol.wire.validators import Rule, Value, anything, array_of, boolean, integer, kind_of, number, text
 
 #: Faults told at once; a client that sends more has other trouble.
 MAX_FAULTS = 16

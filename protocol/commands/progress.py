@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from protocol.messages import Queued
+from protocol.wire.messages import Queued
 
 #: On a terminal: as often as an eye follows.
 REDRAW_S = 0.1

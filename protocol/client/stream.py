@@ -8,8 +8,10 @@ from typing import Self
 import attrs
 import trio
 
-from protocol.codec import encode
-from protocol.errors import (
+from protocol.client.inputs import Upload
+from protocol.link.base import Link
+from protocol.wire.codec import encode
+from protocol.wire.errors import (
     ErrorCode,
     LinkError,
     LoginRefused,
@@ -18,23 +20,23 @@ from protocol.errors import (
     RequestFailed,
     RequestRejected,
 )
-from protocol.fields import Value
-from protocol.inputs import Upload
-from protocol.link import Link
-from protocol.messages import (
-    Accepted,
-    Attach,
+from protocol.wire.frames import (
     Audio,
-    AudioFormat,
-    Cancel,
     Cancelled,
     Completed,
     Failed,
     Frame,
-    Queued,
-    Rejected,
     Started,
 )
+from protocol.wire.messages import (
+    Accepted,
+    Attach,
+    Cancel,
+    Queued,
+    Rejected,
+)
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Value
 
 
 @attrs.frozen(kw_only=True)

@@ -14,10 +14,17 @@ from typing import Any, TypeVar
 
 import trio
 
-from protocol.address import from_environment, token_from_environment
-from protocol.background import open_background
-from protocol.codec import decode, encode
-from protocol.errors import (
+from protocol.client.address import from_environment, token_from_environment
+from protocol.client.inputs import InputSource, read_inputs
+from protocol.client.pending_calls import Question, Questions
+from protocol.client.stream import Stream, lost
+from protocol.client.watch import Watch
+from protocol.link.background import open_background
+from protocol.link.backoff import Backoff
+from protocol.link.base import Link
+from protocol.link.dial import Connect, keep_linked
+from protocol.wire.codec import decode, encode
+from protocol.wire.errors import (
     ErrorCode,
     LinkClosed,
     LinkError,
@@ -26,10 +33,7 @@ from protocol.errors import (
     RequestRejected,
     UnknownType,
 )
-from protocol.fields import Value
-from protocol.inputs import InputSource, read_inputs
-from protocol.link import Backoff, Connect, Link, keep_linked
-from protocol.messages import (
+from protocol.wire.messages import (
     FRAMES,
     FROM_RELAY,
     PROTOCOL_VERSION,
@@ -40,7 +44,6 @@ from protocol.messages import (
     Error,
     Hello,
     Leave,
-    Message,
     Ping,
     Pong,
     Queued,
@@ -54,10 +57,8 @@ from protocol.messages import (
     Submit,
     Welcome,
 )
-from protocol.messages import Watch as WatchMessage
-from protocol.questions import Question, Questions
-from protocol.stream import Stream, lost
-from protocol.watch import Watch
+from protocol.wire.messages import Watch as WatchMessage
+from protocol.wire.validators import Message, Value
 
 #: To tell the relay that a request is not wanted any more. Without it the relay's resume window does the same, later.
 LEAVE_S = 2.0
@@ -137,7 +138,7 @@ class Relay:
             run_timeout_s: how long it may run; None takes the space's.
             detach: the request goes on when its client is gone.
             retry: when its worker is lost, try elsewhere `never`, `before_output` (while nothing was streamed) or
-                `always`; see `protocol.stream.Restarted` for what that does to frames that were given out.
+                `always`; see `protocol.client.stream.Restarted` for what that does to frames that were given out.
             request_id: 32 lower-case hex digits, to submit what may have been submitted before; None makes one.
 
         Raises:

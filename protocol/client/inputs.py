@@ -7,9 +7,10 @@ from pathlib import Path
 
 import trio
 
-from protocol.errors import LinkError
-from protocol.link import Link
-from protocol.messages import KIB, MAX_INPUT_CHUNK_BYTES, Input, InputInfo
+from protocol.link.base import Link
+from protocol.wire.errors import LinkError
+from protocol.wire.messages import MAX_INPUT_CHUNK_BYTES, Input
+from protocol.wire.structs import KIB, InputInfo
 
 InputSource = bytes | Path | tuple[bytes | Path, str]
 

@@ -2,10 +2,10 @@
 
 `docs/protocol.md` has a map's keys in any order. Who writes `type`, `request_id`, `attempt`, `seq`, `pcm` in this
 order, each number in its shortest form, as `encode` does and msgpack libraries do with a map in that order, is read
-here in half a microsecond; anything else goes through `protocol.codec`, which takes twenty. Pure.
+here in half a microsecond; anything else goes through `protocol.wire.codec`, which takes twenty. Pure.
 """
 
-from protocol.frames import MAX_PCM_BYTES
+from protocol.wire.frames import MAX_PCM_BYTES
 
 _HEAD = b"\x85\xa4type\xa5audio\xaarequest_id\xd9\x20"
 _ATTEMPT = b"\xa7attempt"

@@ -4,7 +4,7 @@ import re
 
 import attrs
 
-from protocol.fields import Part, array_field, boolean, field, integer, one_of, text
+from protocol.wire.validators import Part, array_field, boolean, field, integer, one_of, text
 
 KIB = 1024
 ID_PATTERN = re.compile(r"[0-9a-f]{32}")

@@ -4,7 +4,8 @@ from typing import ClassVar
 
 import attrs
 
-from protocol.fields import (
+from protocol.wire.structs import KIB, AudioFormat, attempt_rule, request_id_rule, seq_rule
+from protocol.wire.validators import (
     Message,
     Value,
     anything,
@@ -17,7 +18,6 @@ from protocol.fields import (
     part_field,
     text,
 )
-from protocol.parts import KIB, AudioFormat, attempt_rule, request_id_rule, seq_rule
 
 #: A whole message of any type, its envelope included.
 MAX_MESSAGE_BYTES = 1024 * KIB

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import Any
 
-from protocol.messages import Delta, Snapshot
+from protocol.wire.messages import Delta, Snapshot
 
 Row = dict[str, Any]
 

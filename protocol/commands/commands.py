@@ -9,14 +9,16 @@ from typing import Any
 
 import trio
 
-from protocol.audio import AudioWriter
-from protocol.client import Relay, open_relay
-from protocol.errors import EncodeError, LinkError, RequestError
-from protocol.fields import Part, Value
-from protocol.messages import Audio, AudioFormat, Output, Queued, Snapshot, Started, Welcome
-from protocol.messages import Progress as ProgressFrame
-from protocol.stream import Event, Restarted, Stream
-from protocol.terminal import Progress, printable, printable_json, printable_lines, table
+from protocol.client.client import Relay, open_relay
+from protocol.client.stream import Event, Restarted, Stream
+from protocol.commands.progress import Progress, printable, printable_json, printable_lines, table
+from protocol.commands.wav_writer import AudioWriter
+from protocol.wire.errors import EncodeError, LinkError, RequestError
+from protocol.wire.frames import Audio, Output, Started
+from protocol.wire.frames import Progress as ProgressFrame
+from protocol.wire.messages import Queued, Snapshot, Welcome
+from protocol.wire.structs import AudioFormat
+from protocol.wire.validators import Part, Value
 
 
 def _open(args: argparse.Namespace, progress: Progress) -> AbstractAsyncContextManager[Relay]:

@@ -1,8 +1,8 @@
 """The `Link`: messages both ways over one WebSocket, whatever carries its bytes.
 
 Here is all that a link decides: what may be sent, what was heard, who is silent or takes nothing, how it ends. How
-bytes get to the transport and back is its subclasses' part: `protocol.streamlink` over any Trio stream, with tasks;
-`relayd.net.reactor` over the relay's sockets, without any. No function here waits but those that say `async`.
+bytes get to the transport and back is its subclasses' part: `protocol.link.stream_link` over any Trio stream, with
+tasks; `relayd.net` over the relay's sockets, without any. No function here waits but those that say `async`.
 """
 
 import abc
@@ -13,10 +13,8 @@ from typing import Self
 
 import trio
 
-from protocol.codec import encode
-from protocol.errors import ErrorCode, LinkBroken, LinkClosed, LinkError, TextReceived
-from protocol.messages import MAX_MESSAGE_BYTES, Message
-from protocol.rfc6455 import (
+from protocol.link.limits import LinkRules, Taker
+from protocol.link.websocket_frames import (
     CLOSE,
     PING,
     POLICY_VIOLATION,
@@ -30,7 +28,10 @@ from protocol.rfc6455 import (
     close_payload,
     cut_reason,
 )
-from protocol.rules import LinkRules, Taker
+from protocol.wire.codec import encode
+from protocol.wire.errors import ErrorCode, LinkBroken, LinkClosed, LinkError, TextReceived
+from protocol.wire.frames import MAX_MESSAGE_BYTES
+from protocol.wire.validators import Message
 
 #: Looks at whether the peer takes something, in that time: what it last took may be known so much too late.
 LOOKS = 8

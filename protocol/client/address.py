@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import attrs
 
-from protocol.messages import PATH
+from protocol.wire.messages import PATH
 
 #: The relay's socket in its state directory.
 SOCKET_NAME = "relayd.sock"

@@ -2,7 +2,7 @@
 
 Three kinds of error, never mixed (see CONTRIBUTING.md): a peer that breaks the rules is `ProtocolError`; a transport
 that went is `LinkClosed` (this side did it) or `LinkBroken` (the other side, or the network); a refusal is
-a value, `protocol.messages.Rejected`, and travels as one.
+a value, `protocol.wire.messages.Rejected`, and travels as one.
 """
 
 from enum import StrEnum

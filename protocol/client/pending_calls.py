@@ -7,8 +7,9 @@ from functools import partial
 import attrs
 import trio
 
-from protocol.errors import LinkBroken, RequestRejected
-from protocol.messages import Done, Error, Message, Rejected, Spaces, SpacesReply, Status, StatusReply, Steer
+from protocol.wire.errors import LinkBroken, RequestRejected
+from protocol.wire.messages import Done, Error, Rejected, Spaces, SpacesReply, Status, StatusReply, Steer
+from protocol.wire.validators import Message
 
 
 @attrs.define(eq=False)

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 
 import msgpack
 
-from protocol.envelope import read_audio
-from protocol.errors import EncodeError, ProtocolError, UnknownType
-from protocol.fields import Value
-from protocol.messages import BULK, MAX_CONTROL_BYTES, MAX_MESSAGE_BYTES, Audio, Message, Table
+from protocol.wire.audio_envelope import read_audio
+from protocol.wire.errors import EncodeError, ProtocolError, UnknownType
+from protocol.wire.frames import MAX_MESSAGE_BYTES, Audio
+from protocol.wire.messages import BULK, MAX_CONTROL_BYTES, Table
+from protocol.wire.validators import Message, Value
 
 MAX_DEPTH = 16
 MAX_MAP = 64

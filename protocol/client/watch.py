@@ -6,9 +6,9 @@ from typing import Self
 
 import trio
 
-from protocol.fields import Value
-from protocol.messages import Delta, Snapshot
-from protocol.queues import Queues
+from protocol.client.queue_order import Queues
+from protocol.wire.messages import Delta, Snapshot
+from protocol.wire.validators import Value
 
 Row = dict[str, Value]
 

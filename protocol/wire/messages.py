@@ -11,9 +11,28 @@ from typing import ClassVar
 
 import attrs
 
-from protocol.errors import ErrorCode
-from protocol.fields import Message as Message
-from protocol.fields import (
+from protocol.wire.errors import ErrorCode
+from protocol.wire.frames import MAX_MESSAGE_BYTES as MAX_MESSAGE_BYTES
+from protocol.wire.frames import MAX_PCM_BYTES as MAX_PCM_BYTES
+from protocol.wire.frames import MAX_TEXT_CHARS as MAX_TEXT_CHARS
+from protocol.wire.frames import PROGRESS_STATES as PROGRESS_STATES
+from protocol.wire.frames import Audio as Audio
+from protocol.wire.frames import Cancelled as Cancelled
+from protocol.wire.frames import Completed as Completed
+from protocol.wire.frames import Failed as Failed
+from protocol.wire.frames import Frame as Frame
+from protocol.wire.frames import Output as Output
+from protocol.wire.frames import Progress as Progress
+from protocol.wire.frames import Started as Started
+from protocol.wire.structs import ID_PATTERN as ID_PATTERN
+from protocol.wire.structs import KIB as KIB
+from protocol.wire.structs import AudioFormat as AudioFormat
+from protocol.wire.structs import InputInfo as InputInfo
+from protocol.wire.structs import InputRule as InputRule
+from protocol.wire.structs import Running as Running
+from protocol.wire.structs import attempt_rule, request_id_rule, seq_rule
+from protocol.wire.validators import Message as Message
+from protocol.wire.validators import (
     Value,
     a_map,
     array_field,
@@ -31,25 +50,6 @@ from protocol.fields import (
     parts_field,
     text,
 )
-from protocol.frames import MAX_MESSAGE_BYTES as MAX_MESSAGE_BYTES
-from protocol.frames import MAX_PCM_BYTES as MAX_PCM_BYTES
-from protocol.frames import MAX_TEXT_CHARS as MAX_TEXT_CHARS
-from protocol.frames import PROGRESS_STATES as PROGRESS_STATES
-from protocol.frames import Audio as Audio
-from protocol.frames import Cancelled as Cancelled
-from protocol.frames import Completed as Completed
-from protocol.frames import Failed as Failed
-from protocol.frames import Frame as Frame
-from protocol.frames import Output as Output
-from protocol.frames import Progress as Progress
-from protocol.frames import Started as Started
-from protocol.parts import ID_PATTERN as ID_PATTERN
-from protocol.parts import KIB as KIB
-from protocol.parts import AudioFormat as AudioFormat
-from protocol.parts import InputInfo as InputInfo
-from protocol.parts import InputRule as InputRule
-from protocol.parts import Running as Running
-from protocol.parts import attempt_rule, request_id_rule, seq_rule
 
 PROTOCOL_VERSION = 1
 SUBPROTOCOL = "relay.v1.msgpack"

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from protocol.messages import AudioFormat
+from protocol.wire.structs import AudioFormat
 
 #: RIFF keeps sizes in 32 bits; its own counts 36 bytes of header as well.
 MAX_DATA_BYTES = 0xFFFF_FFFF - 36

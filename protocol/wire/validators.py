@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import attrs
 
-from protocol.errors import ProtocolError
+from protocol.wire.errors import ProtocolError
 
 #: What msgpack can carry; the depth and size limits are the codec's.
 Value = Any

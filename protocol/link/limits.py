@@ -4,7 +4,8 @@ from typing import Protocol
 
 import attrs
 
-from protocol.messages import MAX_MESSAGE_BYTES, Message
+from protocol.wire.frames import MAX_MESSAGE_BYTES
+from protocol.wire.validators import Message
 
 PING_INTERVAL_S = 5.0
 #: Three pings unanswered, and no other byte.

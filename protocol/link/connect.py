@@ -11,9 +11,9 @@ from websockets.http11 import Response
 from websockets.typing import Subprotocol
 from websockets.uri import WebSocketURI
 
-from protocol.address import Address
-from protocol.errors import ConnectError
-from protocol.messages import SUBPROTOCOL
+from protocol.client.address import Address
+from protocol.wire.errors import ConnectError
+from protocol.wire.messages import SUBPROTOCOL
 
 #: Of an answer to the handshake; what comes behind the head of an upgrade does not count.
 MAX_ANSWER_BYTES = 16 * 1024

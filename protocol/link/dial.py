@@ -6,17 +6,17 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from protocol.address import Address
-from protocol.background import open_background
-from protocol.backoff import Backoff as Backoff
-from protocol.codec import decode
-from protocol.duplex import CLOSE_S as CLOSE_S
-from protocol.duplex import Link as Link
-from protocol.errors import ConnectError, ErrorCode, LinkBroken, LinkError, LoginRefused, ProtocolError
-from protocol.messages import FROM_RELAY, Error, Hello, Rejected, Welcome
-from protocol.rules import LinkRules as LinkRules
-from protocol.streamlink import StreamLink
-from protocol.transport import connect, shake_hands
+from protocol.client.address import Address
+from protocol.link.background import open_background
+from protocol.link.backoff import Backoff as Backoff
+from protocol.link.base import CLOSE_S as CLOSE_S
+from protocol.link.base import Link as Link
+from protocol.link.connect import connect, shake_hands
+from protocol.link.limits import LinkRules as LinkRules
+from protocol.link.stream_link import StreamLink
+from protocol.wire.codec import decode
+from protocol.wire.errors import ConnectError, ErrorCode, LinkBroken, LinkError, LoginRefused, ProtocolError
+from protocol.wire.messages import FROM_RELAY, Error, Hello, Rejected, Welcome
 
 #: TCP, TLS and WebSocket handshakes together.
 CONNECT_TIMEOUT_S = 10.0

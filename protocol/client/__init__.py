@@ -1,0 +1,1 @@
+"""The client library: requests, streams, inputs and watching."""

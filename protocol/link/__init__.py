@@ -1,0 +1,1 @@
+"""A connection: WebSocket framing, liveness, limits, dialling and reconnecting."""
