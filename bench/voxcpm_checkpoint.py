@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import attrs
 
 from bench.voxcpm_dimensions import FULL, Arch, Size, config_of, tiny, vocabulary_size, write_tokenizer
-from gpuworker.engines.voxcpm.loading import import_voxcpm, known_warnings
+from gpuworker.engines.voxcpm.devices import import_voxcpm, known_warnings
 
 #: When speech ends. "never": only at the cap, exactly `min(int(tokens * ratio + 10), max_len)` steps.
 #: "always": at the first chance, exactly `min(min_len + 2, cap)` steps. A number: about so many steps, which differ

@@ -168,8 +168,8 @@ def main() -> int:
 
 
 def _serve(folder: Path, device: str, optimize: bool, answers: IO[str]) -> None:
-    from gpuworker.engines.voxcpm.join import pcm16
-    from gpuworker.engines.voxcpm.loading import import_voxcpm
+    from gpuworker.engines.voxcpm.crossfade import pcm16
+    from gpuworker.engines.voxcpm.devices import import_voxcpm
 
     # For its stand-in, where torchaudio is not installed or does not load; and for a log without progress bars.
     _torchaudio, voxcpm = import_voxcpm()

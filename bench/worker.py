@@ -12,7 +12,7 @@ from bench.figures import Row
 from bench.frames import SPEECH_BYTES
 from gpuworker.attempt import Attempt
 from gpuworker.engines.base import AudioChunk
-from gpuworker.feeder import Feeder
+from gpuworker.frame_sender import Feeder
 from protocol.link.dial import serve_link
 from protocol.wire.messages import Assign
 

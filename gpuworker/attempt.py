@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import trio
 
-from gpuworker.drive import End
 from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk, ProgressChunk
-from gpuworker.uploads import Uploads
+from gpuworker.received_inputs import Uploads
+from gpuworker.slots.run_engine import End
 from protocol.wire.audio_envelope import pack_audio, seat_of
 from protocol.wire.codec import encode
 from protocol.wire.errors import ErrorCode

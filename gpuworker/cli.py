@@ -14,11 +14,11 @@ import trio
 from gpuworker.config import ConfigError, WorkerConfig, add_run_options, read_config
 from gpuworker.doctor import add_doctor_options, run_doctor
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine
+from gpuworker.health import Service
 from gpuworker.identity import Identity, WorkerError
-from gpuworker.loglines import LineFormatter
-from gpuworker.runner import ProcessSlot, Slot
-from gpuworker.systemd import Service
-from gpuworker.thread_slot import ThreadSlot
+from gpuworker.log_format import LineFormatter
+from gpuworker.slots.process_slot import ProcessSlot, Slot
+from gpuworker.slots.thread_slot import ThreadSlot
 from gpuworker.worker import Worker
 from protocol.commands.exit_codes import DONE, FAILED, INTERRUPTED, USAGE, quiet_stdout
 from protocol.commands.progress import printable

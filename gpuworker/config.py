@@ -10,7 +10,7 @@ import attrs
 
 from gpuworker.engines.base import Engine, Missing, OptionError, OptionValue
 from gpuworker.engines.catalog import EngineNotFound, find_engine, parse_options
-from gpuworker.runner import CANCEL_GRACE_S, LOAD_TIMEOUT_S
+from gpuworker.slots.process_slot import CANCEL_GRACE_S, LOAD_TIMEOUT_S
 from gpuworker.worker import DRAIN_TIMEOUT_S
 from protocol.client.address import Address, from_environment, read_token, token_from_environment
 from protocol.wire.messages import SPACE_PATTERN

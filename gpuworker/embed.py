@@ -8,7 +8,7 @@
     handle.stop()
 
 The worker has a daemon thread and a Trio loop of its own; each slot calls the callable in one more thread. The
-program's own event loop, signal handlers and logging are left alone (loggers `gpuworker` and `gpuworker.slot` say
+program's own event loop, signal handlers and logging are left alone (loggers `gpuworker` and `gpuworker.slot` report
 what happens).
 """
 
@@ -24,10 +24,10 @@ import trio
 
 from gpuworker.config import worker_name
 from gpuworker.engines.base import Engine, EngineError, OptionError
-from gpuworker.engines.function import FunctionEngine
+from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.identity import Identity, WorkerStatus
-from gpuworker.runner import CANCEL_GRACE_S
-from gpuworker.thread_slot import ThreadSlot
+from gpuworker.slots.process_slot import CANCEL_GRACE_S
+from gpuworker.slots.thread_slot import ThreadSlot
 from gpuworker.worker import Worker
 from protocol.client.address import from_environment, token_from_environment
 from protocol.link.dial import Connect

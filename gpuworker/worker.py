@@ -11,12 +11,12 @@ import trio
 
 from gpuworker.attempt import MAX_RESULT_BYTES, Attempt
 from gpuworker.engines.base import Capabilities
-from gpuworker.feeder import Feeder
+from gpuworker.executor import Work
+from gpuworker.frame_sender import Feeder
 from gpuworker.identity import Identity as Identity
 from gpuworker.identity import State, WorkerStatus
 from gpuworker.identity import WorkerError as WorkerError
-from gpuworker.runner import Slot
-from gpuworker.work import Work
+from gpuworker.slots.process_slot import Slot
 from protocol.client.address import Address
 from protocol.link.backoff import Backoff
 from protocol.link.base import Link

@@ -13,7 +13,7 @@ from tests.chaos.plans import SAMPLE_BYTES, Plan
 from tests.chaos.rules import Cause, Hearing, judge, judge_attempts, lost_and_doubled
 from tests.chaos.stage import as_json
 
-#: As `gpuworker.work` logs the begin of an attempt.
+#: As `gpuworker.executor` logs the begin of an attempt.
 _BEGUN = re.compile(r"request ([0-9a-f]{8}) of \S+: attempt (\d+) in space")
 #: From a death to the moment the relay has seen it: `dead_after_s`, and a little.
 SEEN_S = 3.0

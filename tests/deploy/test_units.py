@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import relayd.cli
-from gpuworker.runner import LOAD_TIMEOUT_S
+from gpuworker.slots.process_slot import LOAD_TIMEOUT_S
 from protocol.cli import _parser as relay_parser
 from protocol.commands.exit_codes import USAGE
 from relayd.config_reload import NEEDS_RESTART

@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from bench.voxcpm_checkpoint import quiet_voxcpm, write_checkpoint
-from gpuworker.engines.voxcpm.join import pcm16
+from gpuworker.engines.voxcpm.crossfade import pcm16
 from protocol import RequestError, RequestFailed, RequestRejected, open_relay
 from protocol.wire.validators import Value
 from tests.e2e.processes import PATIENCE_S, Place, a_place, a_relay, a_worker
@@ -290,7 +290,11 @@ async def test_requests_at_once_on_one_slot_never_overlap(served: Place, model: 
 def children_of(pid: int) -> list[int]:
     """Its child processes that run a slot."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if b"gpuworker.slot" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [
+        int(child)
+        for child in children
+        if b"gpuworker.slots.engine_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 @pytest.mark.trio

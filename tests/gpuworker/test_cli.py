@@ -19,7 +19,7 @@ import trio
 from gpuworker.cli import main
 from gpuworker.config import ConfigError, WorkerConfig, add_run_options, read_config
 from gpuworker.engines.base import Missing
-from gpuworker.engines.espeak import EspeakEngine
+from gpuworker.engines.espeak.engine import EspeakEngine
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Completed
 from protocol.wire.messages import Cancel, Drain, Draining, Register, Rejected

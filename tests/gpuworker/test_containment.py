@@ -10,9 +10,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from gpuworker import work as work_module
+from gpuworker import executor as work_module
 from gpuworker.attempt import Attempt
-from gpuworker.drive import End, drive
 from gpuworker.engines.base import (
     AudioChunk,
     Capabilities,
@@ -23,11 +22,12 @@ from gpuworker.engines.base import (
     ProgressChunk,
 )
 from gpuworker.engines.catalog import find_engine, parse_options
-from gpuworker.engines.function import FunctionEngine
-from gpuworker.loglines import LineFormatter
-from gpuworker.runner import Job, ProcessSlot, Slot
-from gpuworker.thread_slot import ThreadSlot
-from gpuworker.work import Work
+from gpuworker.engines.function.engine import FunctionEngine
+from gpuworker.executor import Work
+from gpuworker.log_format import LineFormatter
+from gpuworker.slots.process_slot import Job, ProcessSlot, Slot
+from gpuworker.slots.run_engine import End, drive
+from gpuworker.slots.thread_slot import ThreadSlot
 from protocol.wire.codec import MAX_VALUES, decode
 from protocol.wire.errors import EncodeError
 from protocol.wire.frames import Completed, Failed, Frame, Output, Started

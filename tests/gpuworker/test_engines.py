@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from gpuworker.drive import End, drive
 from gpuworker.engines.base import (
     AudioChunk,
     Capabilities,
@@ -27,9 +26,10 @@ from gpuworker.engines.base import (
     ProgressChunk,
 )
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine, parse_options
-from gpuworker.engines.espeak import EspeakEngine, script_runs
-from gpuworker.engines.function import FunctionEngine
+from gpuworker.engines.espeak.engine import EspeakEngine, script_runs
+from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, default_duration_s
+from gpuworker.slots.run_engine import End, drive
 from protocol.wire.params_schema import check_params, check_schema
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
@@ -248,7 +248,10 @@ def test_espeak_refuses_a_voice_option_that_is_none() -> None:
 def test_the_modules_of_engines_import_nothing_heavy() -> None:
     import subprocess
 
-    script = "import gpuworker.cli, gpuworker.engines.espeak, gpuworker.engines.function, sys; print(*sys.modules)"
+    script = (
+        "import gpuworker.cli, gpuworker.engines.espeak.engine, gpuworker.engines.function.engine, sys; "
+        "print(*sys.modules)"
+    )
     modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"numpy", "torch", "voxcpm", "espeakng_loader"} & set(modules)
 

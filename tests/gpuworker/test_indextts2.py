@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 import trio
 
-from gpuworker.drive import End, drive
 from gpuworker.engines.base import AudioChunk, Chunk, EngineError, EngineInput, FormatChunk, ProgressChunk
-from gpuworker.engines.indextts2 import CHUNK_BYTES, IndexTTS2Engine
-from gpuworker.engines.indextts2_params import EMOTIONS
-from gpuworker.runner import Job, ProcessSlot
+from gpuworker.engines.indextts2.engine import CHUNK_BYTES, IndexTTS2Engine
+from gpuworker.engines.indextts2.params import EMOTIONS
+from gpuworker.slots.process_slot import Job, ProcessSlot
+from gpuworker.slots.run_engine import End, drive
 from protocol.wire.params_schema import check_schema
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
@@ -344,7 +344,7 @@ async def a_slot(cancel_grace_s: float = 60) -> AsyncIterator[Callable[..., Any]
 async def test_a_cancel_stops_it_within_a_segment_and_the_next_request_has_the_right_samples(
     upstream: Upstream, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "gpuworker.slot")
+    caplog.set_level(logging.INFO, "gpuworker.slots.engine_main")
     async with a_slot() as speak:
         end, pid, first = await speak("One two. Three.")
         assert end == End(outcome="completed")

@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from gpuworker.identity import Identity, WorkerError
-from gpuworker.runner import ProcessSlot
+from gpuworker.slots.process_slot import ProcessSlot
 from gpuworker.worker import Worker
 from protocol.wire.frames import Completed, Failed
 from protocol.wire.messages import Register

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import trio
 
-from gpuworker.drive import drive
 from gpuworker.engines.base import (
     AudioChunk,
     Capabilities,
@@ -18,8 +17,9 @@ from gpuworker.engines.base import (
     FormatChunk,
     ProgressChunk,
 )
-from gpuworker.runner import Job, ProcessSlot, Slot
-from gpuworker.thread_slot import ThreadSlot
+from gpuworker.slots.process_slot import Job, ProcessSlot, Slot
+from gpuworker.slots.run_engine import drive
+from gpuworker.slots.thread_slot import ThreadSlot
 from protocol.wire.frames import MAX_TEXT_CHARS
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import trio
 
-from gpuworker.drive import End
 from gpuworker.engines.base import AudioChunk, Chunk, Engine, FormatChunk, OptionValue, OutputChunk
 from gpuworker.engines.catalog import find_engine, parse_options
-from gpuworker.engines.function import FunctionEngine
+from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, Tune, tune_key
-from gpuworker.runner import Job, ProcessSlot, Slot
-from gpuworker.thread_slot import ThreadSlot
+from gpuworker.slots.process_slot import Job, ProcessSlot, Slot
+from gpuworker.slots.run_engine import End
+from gpuworker.slots.thread_slot import ThreadSlot
 from protocol.wire.validators import Value
 from tests.gpuworker.engine_package import NAME, install_engine
 
@@ -210,7 +210,7 @@ async def test_what_an_engine_and_its_libraries_print_does_not_disturb_its_outpu
         """
     )
     chunks: list[Chunk] = []
-    with caplog.at_level("INFO", "gpuworker.slot"):
+    with caplog.at_level("INFO", "gpuworker.slots.engine_main"):
         async with serving(slot) as bench:
             assert (await bench.run({"n": 5}, chunks.append)).outcome == "completed"
     assert chunks == [FormatChunk(None), *map(OutputChunk, range(5))]
@@ -351,7 +351,7 @@ async def test_a_slots_process_dies_with_a_parent_that_was_killed_and_ignores_wh
     parent = textwrap.dedent(
         """
         import trio
-        from gpuworker.runner import Job, ProcessSlot
+        from gpuworker.slots.process_slot import Job, ProcessSlot
         async def main():
             slot = ProcessSlot(0, "mock", {"sample_rate": 24000, "chunk_ms": 100, "speed": 0.0, "delay_s": 0.0,
                                            "load_s": 0.0, "load_fails": False})

@@ -6,9 +6,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from gpuworker.health import STUCK_S, Service, in_words
 from gpuworker.identity import Identity, WorkerStatus
-from gpuworker.runner import Job, Run, Slot
-from gpuworker.systemd import STUCK_S, Service, in_words
+from gpuworker.slots.process_slot import Job, Run, Slot
 from gpuworker.worker import Worker
 from protocol.sd_notify import ServiceManager
 from tests.gpuworker.worker_side import ScriptedSlot
@@ -27,7 +27,7 @@ def a_service(slots: list[Slot], manager: ServiceManager) -> Service:
 async def test_it_is_ready_once_a_slot_is_loaded_whether_or_not_the_relay_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpuworker.systemd.STATUS_INTERVAL_S", 0.01)
+    monkeypatch.setattr("gpuworker.health.STATUS_INTERVAL_S", 0.01)
     slots: list[Slot] = [ScriptedSlot(), ScriptedSlot(load_s=1000)]
     with fake_systemd(tmp_path / "notify") as systemd:
         service = a_service(slots, ServiceManager(systemd.address, 0.2))

@@ -9,11 +9,11 @@ import trio.testing
 from trio.testing import MockClock
 
 from gpuworker.attempt import FRAME_PCM_BYTES
-from gpuworker.drive import End
 from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk
-from gpuworker.feeder import FEED_BYTES
+from gpuworker.frame_sender import FEED_BYTES
 from gpuworker.identity import WorkerError
-from gpuworker.runner import Job
+from gpuworker.slots.process_slot import Job
+from gpuworker.slots.run_engine import End
 from gpuworker.worker import ACK_S
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import (

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import attrs
 import trio
 
-from gpuworker.drive import End
 from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk
 from gpuworker.identity import Identity
-from gpuworker.runner import Job, Run, Slot
+from gpuworker.slots.process_slot import Job, Run, Slot
+from gpuworker.slots.run_engine import End
 from gpuworker.worker import Worker
 from protocol.wire.codec import decode
 from protocol.wire.frames import Frame

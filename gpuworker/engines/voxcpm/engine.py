@@ -19,15 +19,15 @@ from gpuworker.engines.base import (
     OptionValue,
     ProgressChunk,
 )
-from gpuworker.engines.voxcpm.hosts import parse_hosts
 from gpuworker.engines.voxcpm.memory import lacking_memory, memory_outlook
 from gpuworker.engines.voxcpm.schema import Abilities, input_rules, params_schema
+from gpuworker.engines.voxcpm.url_policy import parse_hosts
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 
 if TYPE_CHECKING:
     from gpuworker.engines.voxcpm.model import Model
-    from gpuworker.engines.voxcpm.speaker import Speaker
+    from gpuworker.engines.voxcpm.synthesis import Speaker
     from gpuworker.engines.voxcpm.voices import Voice
 
 #: Modules that voxcpm needs, by the names they are imported by; `relayd[voxcpm]` has them all.
@@ -130,7 +130,7 @@ class VoxcpmEngine(Engine):
             raise EngineError("engine voxcpm needs " + "; ".join(f"{lack.what}: {lack.install}" for lack in lacks))
         from gpuworker.engines.voxcpm.model import Model
         from gpuworker.engines.voxcpm.prompts import Prompts
-        from gpuworker.engines.voxcpm.speaker import Speaker
+        from gpuworker.engines.voxcpm.synthesis import Speaker
         from gpuworker.engines.voxcpm.voices import PromptCaches
         from gpuworker.engines.voxcpm.warmup import warm_up
 
@@ -185,7 +185,7 @@ class VoxcpmEngine(Engine):
         self.report(ProgressChunk("loading", had_bytes / total_bytes if total_bytes else 0.0, words))
 
     def _voices(self, model: "Model") -> dict[str, "Voice"]:
-        from gpuworker.engines.voxcpm.reference import AudioFault, decode
+        from gpuworker.engines.voxcpm.audio_decode import AudioFault, decode
         from gpuworker.engines.voxcpm.voices import find_voices
 
         given = self.options["voices"]

@@ -16,7 +16,7 @@ from urllib.parse import urljoin
 
 import attrs
 
-from gpuworker.engines.voxcpm.hosts import DEFAULT_PORTS, PORTS, FetchRefused, Listed, Target, is_public, resolve
+from gpuworker.engines.voxcpm.url_policy import DEFAULT_PORTS, PORTS, FetchRefused, Listed, Target, is_public, resolve
 
 MAX_REDIRECTS = 3
 #: Addresses of a host that are tried.

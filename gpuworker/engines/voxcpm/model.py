@@ -18,12 +18,12 @@ import soundfile
 import torch
 
 from gpuworker.engines.base import EngineError, InvalidParams
-from gpuworker.engines.voxcpm.faults import named_faults
+from gpuworker.engines.voxcpm.devices import choose_device, import_voxcpm, known_warnings, load_denoiser, log
+from gpuworker.engines.voxcpm.errors import named_faults
 from gpuworker.engines.voxcpm.fingerprint import model_fingerprint
-from gpuworker.engines.voxcpm.folder import Fetched, find_folder, read_config, to_nobody
-from gpuworker.engines.voxcpm.loading import choose_device, import_voxcpm, known_warnings, load_denoiser, log
-from gpuworker.engines.voxcpm.speech import PromptCache as PromptCache
-from gpuworker.engines.voxcpm.speech import Samples, Speech, Whole, audio_places
+from gpuworker.engines.voxcpm.model_files import Fetched, find_folder, read_config, to_nobody
+from gpuworker.engines.voxcpm.model_output import PromptCache as PromptCache
+from gpuworker.engines.voxcpm.model_output import Samples, Speech, Whole, audio_places
 
 #: Patches of prompt audio that VoxCPM 1.x decodes before the speech and cuts off again. A shorter prompt would cost
 #: the first patches of the speech (`decode_audio[..., patch_len * (streaming_prefix_len - 1):]` in voxcpm 2.0.3).

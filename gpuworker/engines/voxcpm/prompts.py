@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuworker.engines.base import EngineError, EngineInput, InvalidParams
+from gpuworker.engines.voxcpm.audio_decode import AudioFault, decode
 from gpuworker.engines.voxcpm.fetch import fetch
-from gpuworker.engines.voxcpm.hosts import FetchRefused
 from gpuworker.engines.voxcpm.model import Model, PromptCache
-from gpuworker.engines.voxcpm.reference import AudioFault, decode
 from gpuworker.engines.voxcpm.schema import MAX_INPUT_BYTES
+from gpuworker.engines.voxcpm.url_policy import FetchRefused
 from gpuworker.engines.voxcpm.voices import PromptCaches, Voice
 from protocol.wire.validators import Value
 

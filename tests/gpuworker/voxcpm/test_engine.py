@@ -12,11 +12,11 @@ import pytest
 from numpy.typing import NDArray
 
 from bench.voxcpm_checkpoint import quiet_voxcpm
-from gpuworker.drive import End, drive
 from gpuworker.engines.base import AudioChunk, Chunk, EngineInput, FormatChunk, OptionError, ProgressChunk
 from gpuworker.engines.catalog import engine_names, find_engine, parse_options
+from gpuworker.engines.voxcpm.crossfade import pcm16
 from gpuworker.engines.voxcpm.engine import VoxcpmEngine
-from gpuworker.engines.voxcpm.join import pcm16
+from gpuworker.slots.run_engine import End, drive
 from protocol.wire.params_schema import check_params, check_schema
 from protocol.wire.validators import Value
 from tests.gpuworker.voxcpm.conftest import ARCHES, encoded, voiced

@@ -19,7 +19,7 @@ import pytest
 
 from gpuworker.engines.base import OptionError
 from gpuworker.engines.voxcpm.fetch import Fetcher, fetch
-from gpuworker.engines.voxcpm.hosts import FetchRefused, Listed, is_public, parse_hosts
+from gpuworker.engines.voxcpm.url_policy import FetchRefused, Listed, is_public, parse_hosts
 
 #: Self-signed, for localhost and 127.0.0.1 (tests/protocol/test_tls.py tells how it was made).
 TLS = Path(__file__).parents[2] / "protocol" / "tls"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuworker.engines.voxcpm.join import Samples, join, pcm16
+from gpuworker.engines.voxcpm.crossfade import Samples, join, pcm16
 
 RATE_HZ = 16_000
 FADE = 160  # samples of the default fade at RATE_HZ

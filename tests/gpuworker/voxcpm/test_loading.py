@@ -14,11 +14,11 @@ import torch
 from huggingface_hub import errors
 
 from gpuworker.engines.base import EngineError
-from gpuworker.engines.voxcpm import loading
+from gpuworker.engines.voxcpm import devices
+from gpuworker.engines.voxcpm.devices import choose_device, load_denoiser
 from gpuworker.engines.voxcpm.fingerprint import model_fingerprint
-from gpuworker.engines.voxcpm.folder import find_folder
-from gpuworker.engines.voxcpm.loading import choose_device, load_denoiser
 from gpuworker.engines.voxcpm.model import Model, Settings
+from gpuworker.engines.voxcpm.model_files import find_folder
 from gpuworker.engines.voxcpm.torchaudio_stand_in import TorchaudioInUse
 
 
@@ -99,11 +99,11 @@ def test_a_download_is_told_while_more_of_it_comes_and_no_longer(
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr("gpuworker.engines.voxcpm.folder.TELL_S", 0.0)
+    monkeypatch.setattr("gpuworker.engines.voxcpm.model_files.TELL_S", 0.0)
     told: list[tuple[int, int]] = []
     assert find_folder("openbmb/VoxCPM2", fetched=lambda had, total: told.append((had, total))) == folder
     assert told == [(1_000, 4_000), (4_000, 4_000)]
-    monkeypatch.setattr("gpuworker.engines.voxcpm.folder.TELL_S", 60.0)
+    monkeypatch.setattr("gpuworker.engines.voxcpm.model_files.TELL_S", 60.0)
     find_folder("openbmb/VoxCPM2", fetched=lambda had, total: told.append((had, total)))
     assert told[2:] == [(1_000, 4_000)]
     assert capfd.readouterr() == ("", "")
@@ -206,7 +206,7 @@ def test_on_a_cpu_nothing_is_compiled_whatever_is_asked(folder: Path) -> None:
 
 
 def test_a_gpu_with_no_room_for_the_model_is_told_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _torchaudio, voxcpm = loading.import_voxcpm()
+    _torchaudio, voxcpm = devices.import_voxcpm()
 
     def full(*_args: object, **_kwargs: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")

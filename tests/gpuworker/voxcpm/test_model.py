@@ -17,7 +17,7 @@ import torch
 from bench.voxcpm_checkpoint import quiet_voxcpm
 from gpuworker.engines.base import EngineError, InvalidParams
 from gpuworker.engines.voxcpm.model import Model, PromptCache, Settings
-from gpuworker.engines.voxcpm.speech import Samples
+from gpuworker.engines.voxcpm.model_output import Samples
 from tests.gpuworker.voxcpm.conftest import voiced
 
 TEXT = "Hello there, my friend."

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gpuworker.engines.voxcpm.reference import AudioFault, decode
+from gpuworker.engines.voxcpm.audio_decode import AudioFault, decode
 
 RATE = 16_000
 FORMATS = {

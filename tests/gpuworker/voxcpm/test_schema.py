@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from gpuworker.engines.voxcpm.rules import find_faults
 from gpuworker.engines.voxcpm.schema import DEFAULTS, MAX_INPUT_BYTES, Abilities, input_rules, params_schema
+from gpuworker.engines.voxcpm.validation import find_faults
 from gpuworker.engines.voxcpm.voices import MAX_VOICES
 from protocol.wire.params_schema import check_params, check_schema
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import attrs
 import trio
 
-from gpuworker.drive import End, drive
 from gpuworker.engines.base import Capabilities, Chunk, Engine, EngineError, OptionError, error_text
-from gpuworker.runner import CANCEL_GRACE_S, RESTART_FIRST_S, RESTART_LONGEST_S, Job, Run, Slot
+from gpuworker.slots.process_slot import CANCEL_GRACE_S, RESTART_FIRST_S, RESTART_LONGEST_S, Job, Run, Slot
+from gpuworker.slots.run_engine import End, drive
 from protocol.link.backoff import Backoff
 
 log = logging.getLogger("gpuworker.slot")

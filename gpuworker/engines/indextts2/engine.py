@@ -40,7 +40,7 @@ from gpuworker.engines.base import (
     OptionValue,
     ProgressChunk,
 )
-from gpuworker.engines.indextts2_params import SAMPLING, faults, input_rules, params_schema
+from gpuworker.engines.indextts2.params import SAMPLING, faults, input_rules, params_schema
 from protocol.wire.errors import ErrorCode
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
@@ -242,7 +242,7 @@ class IndexTTS2Engine(Engine):
         """
         assert self._folder is not None
         soundfile = importlib.import_module("soundfile")
-        reference = importlib.import_module("gpuworker.engines.voxcpm.reference")
+        reference = importlib.import_module("gpuworker.engines.voxcpm.audio_decode")
         try:
             samples = reference.decode(data, rate=rate, max_seconds=MAX_RECORDING_S)
         except reference.AudioFault as fault:

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuworker.engines.base import AudioChunk, EngineInput, InvalidParams, ProgressChunk
-from gpuworker.engines.voxcpm.join import join, pcm16
+from gpuworker.engines.voxcpm.crossfade import join, pcm16
 from gpuworker.engines.voxcpm.model import Model, PromptCache, Settings
 from gpuworker.engines.voxcpm.prompts import Prompt, Prompts, Stopped
-from gpuworker.engines.voxcpm.rules import find_faults, speakable
 from gpuworker.engines.voxcpm.schema import DEFAULTS, NON_STREAMING
-from gpuworker.engines.voxcpm.sentences import split
+from gpuworker.engines.voxcpm.text_split import split
+from gpuworker.engines.voxcpm.validation import find_faults, speakable
 from protocol.wire.validators import Value
 
 #: 64 KiB of PCM: speech made whole is handed on in such pieces.

@@ -7,9 +7,9 @@ import attrs
 import trio
 
 from gpuworker.attempt import Attempt
-from gpuworker.drive import End
 from gpuworker.engines.base import Capabilities, error_text
-from gpuworker.runner import Job, Slot
+from gpuworker.slots.process_slot import Job, Slot
+from gpuworker.slots.run_engine import End
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import MAX_TEXT_CHARS
 from protocol.wire.messages import Ack, Assign, Input

@@ -19,7 +19,7 @@ from gpuworker.engines.base import (
     OptionError,
     OptionValue,
 )
-from gpuworker.engines.libespeak import libespeak
+from gpuworker.engines.espeak.library import libespeak
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 

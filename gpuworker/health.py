@@ -12,7 +12,7 @@ import attrs
 import trio
 
 from gpuworker.identity import WorkerStatus
-from gpuworker.runner import Run, Slot
+from gpuworker.slots.process_slot import Run, Slot
 from gpuworker.worker import ACK_S, Worker
 from protocol.sd_notify import ServiceManager, serve_watchdog
 

@@ -1,4 +1,6 @@
-"""A slot's process: `python -P -m gpuworker.slot FD PARENT_PID`. Loads one engine and runs one request at a time.
+"""An engine's process: it loads one engine and runs one request at a time.
+
+Started as `python -P -m gpuworker.slots.engine_main FD PARENT_PID`.
 
 It talks to the worker over the socket `FD` alone. It ends with the worker, however that ends: by the parent-death
 signal, and by the end of the socket. Signals are the worker's business: it ignores those that a terminal or systemd
@@ -18,10 +20,10 @@ from typing import Any
 
 import attrs
 
-from gpuworker import pipe
-from gpuworker.drive import drive
 from gpuworker.engines.base import Chunk, Engine, EngineError, EngineInput, OptionError, error_text
 from gpuworker.engines.catalog import EngineNotFound, find_engine
+from gpuworker.slots import ipc
+from gpuworker.slots.run_engine import drive
 
 _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 64 * 1024
@@ -48,7 +50,7 @@ class SlotProcess:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._commands: queue.SimpleQueue[pipe.Said] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[ipc.Said] = queue.SimpleQueue()
         self._cancelled_run = -1
 
     def read_commands(self) -> None:
@@ -56,12 +58,12 @@ class SlotProcess:
 
         It alone sees a `cancel` while the engine works, and the end of the worker while the engine hangs.
         """
-        inbox = pipe.Inbox()
+        inbox = ipc.Inbox()
         while True:
             try:
                 data = self._sock.recv(_READ_BYTES)
                 commands = inbox.feed(data)
-            except (OSError, pipe.PipeError):
+            except (OSError, ipc.PipeError):
                 os._exit(1)
             if not data:
                 os._exit(0)
@@ -71,9 +73,9 @@ class SlotProcess:
                 else:
                     self._commands.put(said)
 
-    def _say(self, said: pipe.Said) -> None:
+    def _say(self, said: ipc.Said) -> None:
         # Blocks while the worker does not read: the socket's buffer is all that a slot runs ahead of it.
-        self._sock.sendall(pipe.pack(said))
+        self._sock.sendall(ipc.pack(said))
 
     def serve(self) -> None:
         """Load, then run what comes, until the engine must be started anew."""
@@ -88,7 +90,7 @@ class SlotProcess:
                 return self._cancelled_run >= run
 
             def emit(chunk: Chunk) -> None:
-                self._say(pipe.chunk_said(chunk))
+                self._say(ipc.chunk_said(chunk))
 
             inputs = {name: EngineInput(**given) for name, given in said["inputs"].items()}
             end = drive(engine, said["params"], inputs, cancelled, emit)
@@ -99,10 +101,10 @@ class SlotProcess:
     def _load(self, said: dict[str, Any]) -> Engine | None:
         try:
             engine = find_engine(said["engine"])(said["options"])
-            engine.report = lambda progress: self._say(pipe.chunk_said(progress))
+            engine.report = lambda progress: self._say(ipc.chunk_said(progress))
             engine.load()
             engine.report = Engine.report
-            self._say({"is": "ready", "capabilities": pipe.capabilities_said(engine.capabilities)})
+            self._say({"is": "ready", "capabilities": ipc.capabilities_said(engine.capabilities)})
         except (EngineError, OptionError, EngineNotFound) as fault:
             self._say({"is": "load_failed", "message": error_text(fault)})
         except Exception as fault:  # noqa: BLE001 - a model's loader may raise anything; the worker tells its owner

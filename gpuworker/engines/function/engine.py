@@ -38,8 +38,8 @@ from gpuworker.engines.base import (
     OptionError,
     OptionValue,
 )
-from gpuworker.engines.results import Results
-from gpuworker.engines.signature import Signature, read_signature
+from gpuworker.engines.function.results import Results
+from gpuworker.engines.function.signature import Signature, read_signature
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import trio
 
-from gpuworker.drive import End
 from gpuworker.engines.base import EngineInput
+from gpuworker.slots.run_engine import End
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Input
 from protocol.wire.structs import InputInfo, InputRule

@@ -8,10 +8,10 @@ from typing import Any
 import attrs
 import trio
 
-from gpuworker import pipe
-from gpuworker.child import Child, open_child
-from gpuworker.drive import End
 from gpuworker.engines.base import Capabilities, Chunk, EngineInput, OptionValue, error_text
+from gpuworker.slots import ipc
+from gpuworker.slots.engine_process import Child, open_child
+from gpuworker.slots.run_engine import End
 from protocol.link.backoff import Backoff
 from protocol.wire.errors import ErrorCode
 from protocol.wire.validators import Value
@@ -218,7 +218,7 @@ class ProcessSlot(Slot):
     _died = "the worker stopped"
 
     async def _load(self, child: Child) -> bool:
-        answer: pipe.Said | None = None
+        answer: ipc.Said | None = None
         async with self._loading:
             began = trio.current_time()
             with trio.move_on_after(self._load_timeout_s) as deadline:
@@ -227,7 +227,7 @@ class ProcessSlot(Slot):
                     answer = next((said for said in batch if said["is"] != "progress"), None)
                     deadline.deadline = trio.current_time() + self._load_timeout_s
         if answer is not None and answer["is"] == "ready":
-            self.capabilities = pipe.said_capabilities(answer["capabilities"])
+            self.capabilities = ipc.said_capabilities(answer["capabilities"])
             log.info("%s: %s loaded in %.1f s", self.name, self._engine, trio.current_time() - began)
             self._child = child
             self._set_ready(True)
@@ -253,7 +253,7 @@ class ProcessSlot(Slot):
     def _take(self, said: dict[str, Any]) -> None:
         run = self._run
         try:
-            chunk = pipe.said_chunk(said)
+            chunk = ipc.said_chunk(said)
         except ValueError as fault:  # a format that is none
             if run is not None:
                 run.fail(fault)

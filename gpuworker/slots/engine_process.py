@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from gpuworker import pipe
+from gpuworker.slots import ipc
 
 _READ_BYTES = 256 * 1024
 #: Lines of stderr told with a crash: a Python traceback's end, or a CUDA error and its hints.
@@ -45,20 +45,20 @@ class Child:
         self._output_ended = trio.Event()
         self._pidfd = os.pidfd_open(process.pid)
         self._sending = trio.Lock()
-        self._inbox = pipe.Inbox()
+        self._inbox = ipc.Inbox()
 
-    async def send(self, said: pipe.Said) -> None:
+    async def send(self, said: ipc.Said) -> None:
         """Say something; into the void where the process is gone, which `receive` tells.
 
         Cancellation: may leave half a message behind; kill the process then.
         """
         async with self._sending:
             try:
-                await self._stream.send_all(pipe.pack(said))
+                await self._stream.send_all(ipc.pack(said))
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return
 
-    async def receive(self) -> list[pipe.Said]:
+    async def receive(self) -> list[ipc.Said]:
         """What it says next, one message or several; empty when it has closed its end."""
         while True:
             try:
@@ -66,7 +66,7 @@ class Child:
                 said = self._inbox.feed(bytes(data))
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return []
-            except pipe.PipeError as fault:
+            except ipc.PipeError as fault:
                 log.error("%s: its process speaks nonsense: %s", self.name, fault)
                 return []
             if said or not data:
@@ -152,7 +152,7 @@ async def open_child(name: str) -> AsyncIterator[Child]:
     read_end, write_end = os.pipe()
     try:
         process = subprocess.Popen(  # noqa: ASYNC220 - see above
-            [sys.executable, "-P", "-m", "gpuworker.slot", str(theirs.fileno()), str(os.getpid())],
+            [sys.executable, "-P", "-m", "gpuworker.slots.engine_main", str(theirs.fileno()), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=write_end,
             stderr=write_end,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpuworker.engines.voxcpm.faults import named_faults
+from gpuworker.engines.voxcpm.errors import named_faults
 
 Samples = NDArray[np.float32]
 

@@ -1,0 +1,1 @@
+"""The engine that serves any Python function."""

@@ -1,0 +1,1 @@
+"""The engine that speaks with IndexTTS2."""
