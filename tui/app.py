@@ -17,19 +17,19 @@ from textual.screen import Screen
 from textual.timer import Timer
 
 from protocol.wire.messages import Done, Rejected
-from tui import themes
-from tui.actions import Plan
-from tui.bridge import Bridge
-from tui.ending import EXIT_OF, Ending
-from tui.feed import Ask, Feed, Listen, Source
-from tui.filters import said
-from tui.formats import plain, short_id
-from tui.picture import Picture, View
+from tui.model.actions import Plan
+from tui.model.feed import Ask, Feed, Listen, Source
+from tui.model.formatting import plain, short_id
+from tui.model.relay_model import Picture, View
+from tui.model.row_filter import said
 from tui.screens import tables
 from tui.screens.base import RelayScreen
 from tui.screens.dialogs import HelpDialog, JumpDialog
-from tui.trimming import trimmed
-from tui.widgets.drawn import Piece
+from tui.terminal.exit_guard import EXIT_OF, Ending
+from tui.terminal.minimal_updates import trimmed
+from tui.terminal.trio_bridge import Bridge
+from tui.themes import themes
+from tui.widgets.cell_widget import Piece
 
 #: Times a second that the screen may be drawn anew; what an operator can choose.
 RATES = (0.2, 0.5, 1.0, 2.0, 4.0)

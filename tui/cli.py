@@ -13,9 +13,9 @@ from protocol.client.address import from_environment, token_from_environment
 from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, quiet_stdout
 from protocol.commands.progress import printable, printable_json
 from protocol.wire.errors import LinkError
-from tui.look import NAMES
+from tui.themes.choose import NAMES
 
-#: Of `tui.demo`, which is imported only when it is wanted.
+#: Of `tui.demo.source`, which is imported only when it is wanted.
 SCENES = ("busy", "empty", "broken")
 
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _once(args: argparse.Namespace) -> int:
-    from tui.once import demo_picture, describe, take_picture
+    from tui.print_once import demo_picture, describe, take_picture
 
     try:
         picture = demo_picture(args.demo) if args.demo else trio.run(take_picture, args.url, args.readonly)
@@ -65,9 +65,9 @@ def _live(args: argparse.Namespace) -> int:
 async def _run(args: argparse.Namespace) -> int:
     # Textual takes a third of a second to import; `--once` need not wait for it.
     from tui.app import RelayTui
-    from tui.demo import Demo
-    from tui.feed import RelaySource, Simulated, Source
-    from tui.terminal import Terminal
+    from tui.demo.source import Demo
+    from tui.model.feed import RelaySource, Simulated, Source
+    from tui.terminal.driver import Terminal
 
     source: Source = RelaySource(args.url, readonly=args.readonly)
     if args.demo:

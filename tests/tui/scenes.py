@@ -10,8 +10,8 @@ from textual.pilot import Pilot
 
 from protocol.wire.messages import Done, Rejected
 from tui.app import RelayTui
-from tui.demo import Demo
-from tui.feed import Down, Options, Tell, Up
+from tui.demo.source import Demo
+from tui.model.feed import Down, Options, Tell, Up
 
 #: The clock of the picture stands here.
 NOW_S = 1_000.0

@@ -13,9 +13,9 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Delta, Done, Rejected, Snapshot
 from protocol.wire.validators import Value
 from tui.app import RelayTui
-from tui.feed import Down, News, Options, Tell, Up
+from tui.model.feed import Down, News, Options, Tell, Up
 from tui.screens.base import RelayScreen
-from tui.widgets.rows import Rows
+from tui.widgets.row_table import Rows
 
 Row = dict[str, Any]
 START_S = 1_000.0

@@ -13,7 +13,7 @@ from tests.tui.stage import (
     a_stage,
     a_worker,
 )
-from tui.feed import Down, Up
+from tui.model.feed import Down, Up
 from tui.screens.dialogs import ConfirmDialog
 
 

@@ -5,12 +5,12 @@ from rich.cells import cell_len
 
 from protocol.wire.messages import Delta, Snapshot
 from protocol.wire.validators import Value
-from tui import glyphs
-from tui.cast import SCENES
-from tui.columns import ALWAYS, COLUMNS, EMPTY, GAP, choose, natural
-from tui.demo import Demo
-from tui.formats import fit
-from tui.picture import Picture, View
+from tui.demo.scenes import SCENES
+from tui.demo.source import Demo
+from tui.model import state_glyphs
+from tui.model.columns import ALWAYS, COLUMNS, EMPTY, GAP, choose, natural
+from tui.model.formatting import fit
+from tui.model.relay_model import Picture, View
 
 #: The cells of a table at 60, 80, 120 and 200 columns, less the gutter.
 WIDTHS = [58, 78, 118, 198]
@@ -83,7 +83,10 @@ def test_a_row_of_an_older_relay_that_says_nothing_is_shown_all_the_same(kind: s
 
 
 def test_a_column_that_knows_nothing_says_so() -> None:
-    assert said("spaces", "first_audio_p95_s", a_view("spaces", first_audio_p95_s=None)) == (glyphs.NOTHING, "dim")
+    assert said("spaces", "first_audio_p95_s", a_view("spaces", first_audio_p95_s=None)) == (
+        state_glyphs.NOTHING,
+        "dim",
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from trio.testing import MockClock
 from protocol.client.watch import ROW_KEYS
 from protocol.wire.codec import encode
 from protocol.wire.messages import Delta, Done, Rejected, Snapshot
-from tui.cast import SCENES
-from tui.demo import Demo
-from tui.picture import Picture
+from tui.demo.scenes import SCENES
+from tui.demo.source import Demo
+from tui.model.relay_model import Picture
 
 
 def rows(change: Snapshot | Delta, topic: str) -> list[dict[str, Any]]:

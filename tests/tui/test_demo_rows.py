@@ -9,8 +9,8 @@ import trio
 from protocol.client.client import open_relay
 from protocol.wire.messages import Accepted, Done, Registered, Snapshot, Submit
 from tests.relayd.harness import a_config, an_id, fake_worker, peer, running
-from tui.columns import COLUMNS
-from tui.demo import Demo
+from tui.demo.source import Demo
+from tui.model.columns import COLUMNS
 
 #: Columns made from other keys of the row.
 MADE = {"place", "state"}

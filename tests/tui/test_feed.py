@@ -13,8 +13,8 @@ import trio
 from protocol.wire.frames import Audio, Started
 from protocol.wire.messages import Accepted, Done, Registered, Rejected, Submit
 from tests.relayd.harness import FORMAT, a_config, an_id, fake_worker, peer, running
-from tui.feed import MAX_WAITING, Ask, Feed, Listen, Meter, RelaySource, Silent
-from tui.picture import Picture
+from tui.model.feed import MAX_WAITING, Ask, Feed, Listen, Meter, RelaySource, Silent
+from tui.model.relay_model import Picture
 
 TONE = array("h", (int(16_000 * math.sin(at / 7)) for at in range(24_000))).tobytes()
 

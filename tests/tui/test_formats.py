@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from tui import formats
+from tui.model import formatting
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,14 @@ from tui import formats
     ],
 )
 def test_a_duration_has_as_many_digits_as_matter(value_s: float, said: str) -> None:
-    assert formats.seconds(value_s) == said
+    assert formatting.seconds(value_s) == said
 
 
 @pytest.mark.parametrize(
     ("value_s", "said"), [(-2.0, "0 s"), (0.99, "0 s"), (59.99, "59 s"), (60, "1m00s"), (86_400, "1d00h")]
 )
 def test_an_age_counts_whole_seconds(value_s: float, said: str) -> None:
-    assert formats.age(value_s) == said
+    assert formatting.age(value_s) == said
 
 
 @pytest.mark.parametrize(
@@ -52,19 +52,19 @@ def test_an_age_counts_whole_seconds(value_s: float, said: str) -> None:
     ],
 )
 def test_a_size_has_two_digits_or_three(value: float, said: str) -> None:
-    assert formats.size(value) == said
+    assert formatting.size(value) == said
 
 
 @given(st.text(max_size=30), st.integers(0, 20), st.sampled_from(["left", "right"]))
-def test_fitted_text_fills_its_cells_exactly_whatever_it_is(text: str, width: int, align: formats.Align) -> None:
-    assert cell_len(formats.fit(formats.plain(text), width, align)) == width
+def test_fitted_text_fills_its_cells_exactly_whatever_it_is(text: str, width: int, align: formatting.Align) -> None:
+    assert cell_len(formatting.fit(formatting.plain(text), width, align)) == width
 
 
 def test_a_wide_character_is_not_cut_in_half() -> None:
-    assert formats.fit("实验室", 5) == "实验…"
-    assert formats.fit("实验室", 4) == "实… "
-    assert formats.fit("实验室", 6) == "实验室"
-    assert formats.fit("实验室", 8, "right") == "  实验室"
+    assert formatting.fit("实验室", 5) == "实验…"
+    assert formatting.fit("实验室", 4) == "实… "
+    assert formatting.fit("实验室", 6) == "实验室"
+    assert formatting.fit("实验室", 8, "right") == "  实验室"
 
 
 @pytest.mark.parametrize(
@@ -83,38 +83,38 @@ def test_a_wide_character_is_not_cut_in_half() -> None:
     ],
 )
 def test_names_keep_no_character_whose_width_terminals_disagree_on(name: str, shown: str) -> None:
-    assert formats.plain(name) == shown
+    assert formatting.plain(name) == shown
 
 
 @given(st.text(max_size=30))
 def test_plain_text_never_steers_the_terminal(text: str) -> None:
-    assert not any(ord(char) < 32 or 127 <= ord(char) < 160 for char in formats.plain(text))
+    assert not any(ord(char) < 32 or 127 <= ord(char) < 160 for char in formatting.plain(text))
 
 
 @given(st.floats(-1, 2), st.integers(0, 40))
 def test_a_bar_fills_its_cells(fraction: float, width: int) -> None:
-    assert len(formats.bar(fraction, width)) == width
+    assert len(formatting.bar(fraction, width)) == width
 
 
 def test_a_bar_is_empty_at_first_and_full_at_last() -> None:
-    assert formats.bar(0, 4) == "────"
-    assert formats.bar(0.5, 4) == "━━──"
-    assert formats.bar(0.6, 4) == "━━──"
-    assert formats.bar(0.63, 4) == "━━╸─"
-    assert formats.bar(1, 4) == "━━━━"
+    assert formatting.bar(0, 4) == "────"
+    assert formatting.bar(0.5, 4) == "━━──"
+    assert formatting.bar(0.6, 4) == "━━──"
+    assert formatting.bar(0.63, 4) == "━━╸─"
+    assert formatting.bar(1, 4) == "━━━━"
 
 
 def test_a_sparkline_shows_the_last_values_and_the_highest_is_full() -> None:
-    assert formats.spark([0, 1, 4, 8], 4) == "▁▂▅█"
-    assert formats.spark([8, 0, 1], 2) == "▁█"
-    assert formats.spark([0, 0], 4) == "  ▁▁"
-    assert formats.spark([], 3) == "   "
+    assert formatting.spark([0, 1, 4, 8], 4) == "▁▂▅█"
+    assert formatting.spark([8, 0, 1], 2) == "▁█"
+    assert formatting.spark([0, 0], 4) == "  ▁▁"
+    assert formatting.spark([], 3) == "   "
 
 
 def test_anything_above_zero_stands_out_in_a_sparkline() -> None:
-    assert formats.spark([0.001, 100], 2) == "▂█"
+    assert formatting.spark([0.001, 100], 2) == "▂█"
 
 
 def test_the_time_of_day_minds_the_time_zone() -> None:
-    assert formats.clock(1_772_506_800.0) == "03:00:00"
-    assert formats.clock(1_772_506_800.0, 3600) == "04:00:00"
+    assert formatting.clock(1_772_506_800.0) == "03:00:00"
+    assert formatting.clock(1_772_506_800.0, 3600) == "04:00:00"

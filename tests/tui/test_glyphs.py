@@ -6,8 +6,8 @@ import pytest
 from rich.cells import cell_len
 
 from protocol.wire.messages import ENDED_STATES, LIVE_STATES
-from tui import glyphs
-from tui.glyphs import GLYPHS, Kind
+from tui.model import state_glyphs
+from tui.model.state_glyphs import GLYPHS, Kind
 
 
 @pytest.mark.parametrize("kind", list(GLYPHS))
@@ -21,23 +21,37 @@ def test_every_glyph_is_one_cell_and_has_no_emoji_form(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", list(GLYPHS))
 def test_every_mark_says_the_word_and_has_an_ascii_form_as_wide(kind: Kind) -> None:
     for state in GLYPHS[kind]:
-        mark = glyphs.mark(kind, state)
-        ascii_mark = glyphs.to_ascii(mark)
+        mark = state_glyphs.mark(kind, state)
+        ascii_mark = state_glyphs.to_ascii(mark)
         assert state in mark
         assert ascii_mark.isascii()
         assert len(ascii_mark) == cell_len(mark)
 
 
 def test_everything_else_we_draw_with_has_an_ascii_form() -> None:
-    ours = [glyphs.SORT_DOWN, glyphs.SORT_UP, glyphs.TAGGED, glyphs.FOLLOWED, glyphs.CURSOR, glyphs.CRUMB]
-    ours += [glyphs.NOTHING, glyphs.CUT, glyphs.BLOCKS, glyphs.BAR_FULL, glyphs.BAR_HALF, glyphs.BAR_EMPTY]
+    ours = [
+        state_glyphs.SORT_DOWN,
+        state_glyphs.SORT_UP,
+        state_glyphs.TAGGED,
+        state_glyphs.FOLLOWED,
+        state_glyphs.CURSOR,
+        state_glyphs.CRUMB,
+    ]
+    ours += [
+        state_glyphs.NOTHING,
+        state_glyphs.CUT,
+        state_glyphs.BLOCKS,
+        state_glyphs.BAR_FULL,
+        state_glyphs.BAR_HALF,
+        state_glyphs.BAR_EMPTY,
+    ]
     for text in ours:
-        assert glyphs.to_ascii(text).isascii()
-        assert len(glyphs.to_ascii(text)) == len(text)
+        assert state_glyphs.to_ascii(text).isascii()
+        assert len(state_glyphs.to_ascii(text)) == len(text)
 
 
 def test_the_names_of_others_stay_as_they_are_in_ascii() -> None:
-    assert glyphs.to_ascii("● 王小明") == "* 王小明"
+    assert state_glyphs.to_ascii("● 王小明") == "* 王小明"
 
 
 def test_every_state_of_a_request_on_the_wire_has_a_glyph() -> None:
@@ -45,4 +59,4 @@ def test_every_state_of_a_request_on_the_wire_has_a_glyph() -> None:
 
 
 def test_a_state_of_a_newer_relay_is_still_shown() -> None:
-    assert glyphs.mark("worker", "hibernating") == "· hibernating"
+    assert state_glyphs.mark("worker", "hibernating") == "· hibernating"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.tui.stage import Stage, a_client, a_line, a_request, a_space, a_stage, a_worker
-from tui.columns import COLUMNS, choose
+from tui.model.columns import COLUMNS, choose
 from tui.screens.dialogs import ExportDialog, HelpDialog, JumpDialog
 
 A, B, C = ("a" * 32, "b" * 32, "c" * 32)

@@ -7,11 +7,11 @@ import pytest
 from protocol.wire.messages import Snapshot
 from protocol.wire.validators import Value
 from tests.tui.stage import a_client, a_line, a_relay, a_request, a_space, a_stage, a_worker
-from tui.columns import COLUMNS, natural
-from tui.filters import Filter, said
-from tui.order import Order
-from tui.picture import Picture
-from tui.widgets.lines import status
+from tui.model.columns import COLUMNS, natural
+from tui.model.relay_model import Picture
+from tui.model.row_filter import Filter, said
+from tui.model.row_order import Order
+from tui.widgets.status_lines import status
 
 ODD: tuple[Any, ...] = (
     None,

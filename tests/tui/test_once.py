@@ -11,9 +11,9 @@ from rich.cells import cell_len
 
 from protocol.wire.messages import Accepted, Registered, Submit
 from tests.relayd.harness import a_config, an_id, fake_worker, peer, running
-from tui.cast import SCENES
 from tui.cli import main
-from tui.once import TOPICS, demo_picture, describe, take_picture
+from tui.demo.scenes import SCENES
+from tui.print_once import TOPICS, demo_picture, describe, take_picture
 
 
 @pytest.mark.trio

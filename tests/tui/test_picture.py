@@ -3,9 +3,9 @@
 from protocol.wire.messages import Delta, Snapshot
 from protocol.wire.validators import Value
 from tests.tui.stage import Row, a_line, a_relay, a_request, a_space, a_worker
-from tui.filters import Filter
-from tui.order import Order
-from tui.picture import MAX_LINES, Picture, View
+from tui.model.relay_model import MAX_LINES, Picture, View
+from tui.model.row_filter import Filter
+from tui.model.row_order import Order
 
 
 def a_picture(now: float = 100.0, **topics: list[Row]) -> Picture:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.tui.pty_stage import PtyProcess, on_a_pty
-from tui.ending import EXIT_OF
+from tui.terminal.exit_guard import EXIT_OF
 
 DEMO = ["-m", "tui.cli", "--demo"]
 #: Issue 5: it ends within this, whatever hangs; and what a loaded machine needs for Python to go down.

@@ -14,7 +14,7 @@ from tests.tui.scenes import at_scene
 from tui.app import RelayTui
 from tui.screens.base import RelayScreen
 from tui.screens.detail import RequestDetail
-from tui.widgets.rows import Rows
+from tui.widgets.row_table import Rows
 
 KEPT = {path: path.read_text() if path.exists() else "" for path in PICTURES}
 

@@ -8,7 +8,8 @@ from rich.style import Style
 from textual.color import Color
 from textual.filter import Monochrome, NoColor
 
-from tui.themes import NAMES, THEMES, TOKENS, AsciiOnly, filters, pick
+from tui.themes.choose import NAMES, pick
+from tui.themes.themes import THEMES, TOKENS, AsciiOnly, filters
 
 #: Machado, Oliveira, Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency" (2009),
 #: severity 1.0; on linear RGB.

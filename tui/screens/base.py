@@ -11,15 +11,15 @@ from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Input
 
-from tui import formats, glyphs
-from tui.actions import ACTIONS, TOPIC_OF, Plan
-from tui.filters import Filter
-from tui.picture import Picture, View
+from tui.model import formatting, state_glyphs
+from tui.model.actions import ACTIONS, TOPIC_OF, Plan
+from tui.model.relay_model import Picture, View
+from tui.model.row_filter import Filter
 from tui.screens.dialogs import ConfirmDialog, ExportDialog
 from tui.screens.host import ScreenHost
-from tui.widgets.drawn import Piece
-from tui.widgets.lines import CrumbLine, KeyLine, Part, StatusLine, status
-from tui.widgets.rows import Rows
+from tui.widgets.cell_widget import Piece
+from tui.widgets.row_table import Rows
+from tui.widgets.status_lines import CrumbLine, KeyLine, Part, StatusLine, status
 
 
 class RelayScreen(Screen[None]):
@@ -112,7 +112,7 @@ class RelayScreen(Screen[None]):
             return
         app = self.relay_app
         picture, now = app.shown, app.now_shown
-        why = formats.plain(app.picture.link.why)
+        why = formatting.plain(app.picture.link.why)
         for table in self.query(Rows):
             table.why, why = why, ""  # the first one says it; the status line may have no room for it
             if table.size.width:
@@ -146,11 +146,11 @@ class RelayScreen(Screen[None]):
     def _crumbs(self) -> list[Part]:
         app = self.relay_app
         trail = [screen.title_text for screen in self.app.screen_stack if isinstance(screen, RelayScreen)]
-        parts: list[Part] = [(0, [(f" {glyphs.CRUMB} ".join(["relay", *trail]), "title")])]
+        parts: list[Part] = [(0, [(f" {state_glyphs.CRUMB} ".join(["relay", *trail]), "title")])]
         if app.readonly:
             parts.append((3, [("read-only", "warn")]))
         if app.frozen_at is not None:
-            parts.append((1, [(f"frozen {formats.age(app.clock() - app.frozen_at)}", "warn")]))
+            parts.append((1, [(f"frozen {formatting.age(app.clock() - app.frozen_at)}", "warn")]))
         if app.rate != 1:
             parts.append((6, [(f"{app.rate:g} Hz", "dim")]))
         if (table := self.table) is not None:
@@ -159,7 +159,7 @@ class RelayScreen(Screen[None]):
                 name = table.sorted_by.title if table.sorted_by is not None else "order"
                 parts.append((6, [(f"by {name}{', reversed' if table.order.reverse else ''}", "dim")]))
             if table.following and table.view is not None:
-                followed = "" if table.tail else f" {formats.short_id(formats.plain(table.view.key))}"
+                followed = "" if table.tail else f" {formatting.short_id(formatting.plain(table.view.key))}"
                 parts.append((3, [(f"following{followed}", "accent")]))
             if table.tagged:
                 parts.append((2, [(f"{len(table.tagged)} tagged", "accent")]))
@@ -277,7 +277,7 @@ class RelayScreen(Screen[None]):
         if table is not None and table.chosen:
             ids = [view.key for view in table.chosen]
             self.app.copy_to_clipboard("\n".join(ids))
-            self.relay_app.tell(f"copied {formats.plain(ids[0]) if len(ids) == 1 else f'{len(ids)} ids'}", "good")
+            self.relay_app.tell(f"copied {formatting.plain(ids[0]) if len(ids) == 1 else f'{len(ids)} ids'}", "good")
 
     def action_export(self) -> None:
         """Write the rows shown to a file."""

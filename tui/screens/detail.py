@@ -11,15 +11,15 @@ from textual.binding import Binding, BindingType
 
 from protocol.wire.messages import Done, Rejected
 from protocol.wire.validators import Value
-from tui import formats, glyphs
-from tui.actions import ACTIONS, name_of
-from tui.cells import LIVE
-from tui.feed import Ask, Listen
-from tui.formats import fit, plain
-from tui.glyphs import Kind
-from tui.picture import Picture, View
+from tui.model import formatting, state_glyphs
+from tui.model.actions import ACTIONS, name_of
+from tui.model.cells import LIVE
+from tui.model.feed import Ask, Listen
+from tui.model.formatting import fit, plain
+from tui.model.relay_model import Picture, View
+from tui.model.state_glyphs import Kind
 from tui.screens.base import RelayScreen
-from tui.widgets.drawn import Piece
+from tui.widgets.cell_widget import Piece
 from tui.widgets.facts import Facts
 
 LABEL = 14
@@ -47,7 +47,7 @@ class RowDetail(RelayScreen):
     @property
     def title_text(self) -> str:
         """See `RelayScreen`."""
-        return name_of(self._last) if self._last is not None else formats.short_id(plain(self.key))
+        return name_of(self._last) if self._last is not None else formatting.short_id(plain(self.key))
 
     def panes(self) -> ComposeResult:
         """See `RelayScreen`."""
@@ -148,7 +148,7 @@ class RequestDetail(RowDetail):
         """See `RowDetail`."""
         lines: Lines = [self._headline(view, now)]
         if self._listening:
-            level = "listening" if self._level is None else formats.bar(self._level / FULL_LEVEL, LEVEL_CELLS)
+            level = "listening" if self._level is None else formatting.bar(self._level / FULL_LEVEL, LEVEL_CELLS)
             lines.append([_label("listen-in"), (level, "accent")])
         if view.text("code"):
             lines += _texts("error", f"{view.text('code')}: {view.text('message')}", "bad", self.size.width)
@@ -178,7 +178,7 @@ class RequestDetail(RowDetail):
         for one in inputs if isinstance(inputs, list) else []:
             if isinstance(one, dict):
                 size = one.get("size")
-                size_text = formats.size(size) if isinstance(size, int | float) else ""
+                size_text = formatting.size(size) if isinstance(size, int | float) else ""
                 lines.append([_label("input"), (plain(f"{one.get('name')} {one.get('media_type')} {size_text}"), "")])
         if self._refused:
             lines.append([(f"no more is known: {plain(self._refused)}", "dim")])
@@ -187,21 +187,21 @@ class RequestDetail(RowDetail):
     def _headline(self, view: View, now: float) -> list[Piece]:
         state = view.text("state")
         age = view.aged("age_s", now)
-        token = glyphs.look("request", state).token
-        line: list[Piece] = [_label("state"), (glyphs.mark("request", state), token)]
+        token = state_glyphs.look("request", state).token
+        line: list[Piece] = [_label("state"), (state_glyphs.mark("request", state), token)]
         if age is not None:
-            line.append((f"  {'for' if state in LIVE else 'took'} {formats.age(age)}", ""))
+            line.append((f"  {'for' if state in LIVE else 'took'} {formatting.age(age)}", ""))
         fraction = view.number("fraction")
         if state == "running" and fraction is not None:
-            line.append((f"  {formats.bar(fraction, 12)} {fraction:.0%}", "busy"))
+            line.append((f"  {formatting.bar(fraction, 12)} {fraction:.0%}", "busy"))
         return line
 
     def _output(self, view: View) -> str:
         audio, size, frames = view.number("audio_s"), view.number("bytes") or 0, view.number("frames") or 0
         said = f"{audio:.1f} s of audio, " if audio is not None else ""
         first = view.number("first_frame_s")
-        after = f", the first after {formats.seconds(first)}" if first is not None else ""
-        return f"{said}{frames:.0f} frames, {formats.size(size)}{after}"
+        after = f", the first after {formatting.seconds(first)}" if first is not None else ""
+        return f"{said}{frames:.0f} frames, {formatting.size(size)}{after}"
 
     def _timeline(self, picture: Picture) -> Lines:
         timeline = self._told.get("timeline")
@@ -255,7 +255,7 @@ def _fact(name: str, value: Value) -> list[Piece]:
     elif isinstance(value, Sequence) and not isinstance(value, bytes):
         text = ", ".join(map(str, value))
     else:
-        text = glyphs.NOTHING if value is None else str(value)
+        text = state_glyphs.NOTHING if value is None else str(value)
     return [(fit(plain(name), max(LABEL, len(name) + 1)), "dim"), (plain(text), "")]
 
 

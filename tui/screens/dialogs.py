@@ -13,8 +13,8 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Label, OptionList, Static
 from textual.widgets.option_list import Option
 
-from tui.exports import suggested_name, write_rows
-from tui.picture import View
+from tui.model.export import suggested_name, write_rows
+from tui.model.relay_model import View
 
 #: Names listed in a question; the rest is counted.
 MAX_NAMES = 6

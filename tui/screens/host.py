@@ -2,10 +2,10 @@
 
 from typing import Protocol
 
-from tui.actions import Plan
-from tui.feed import Ask, Listen
-from tui.picture import Picture
-from tui.widgets.drawn import Piece
+from tui.model.actions import Plan
+from tui.model.feed import Ask, Listen
+from tui.model.relay_model import Picture
+from tui.widgets.cell_widget import Piece
 
 
 class ScreenHost(Protocol):

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 
 from textual.app import ComposeResult
 
-from tui.formats import plain
-from tui.picture import Picture, View
+from tui.model.formatting import plain
+from tui.model.relay_model import Picture, View
 from tui.screens.base import RelayScreen
 from tui.screens.detail import RequestDetail, RowDetail
-from tui.widgets.lines import Spark
-from tui.widgets.rows import Rows
+from tui.widgets.row_table import Rows
+from tui.widgets.status_lines import Spark
 
 
 class TableScreen(RelayScreen):

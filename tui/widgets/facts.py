@@ -6,7 +6,7 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from tui.widgets.drawn import Drawn, Piece
+from tui.widgets.cell_widget import Drawn, Piece
 
 
 class Facts(Drawn, can_focus=True):

@@ -8,7 +8,7 @@ from typing import Literal
 from rich.cells import cell_len, set_cell_size
 
 from protocol.commands.progress import printable
-from tui.glyphs import BAR_EMPTY, BAR_FULL, BAR_HALF, BLOCKS, CUT
+from tui.model.state_glyphs import BAR_EMPTY, BAR_FULL, BAR_HALF, BLOCKS, CUT
 
 Align = Literal["left", "right"]
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len
 
-from tui import formats, glyphs
-from tui.picture import HISTORY_S, Picture
-from tui.widgets.drawn import Drawn, Piece
+from tui.model import formatting, state_glyphs
+from tui.model.relay_model import HISTORY_S, Picture
+from tui.widgets.cell_widget import Drawn, Piece
 
 #: Importance (0 stays longest) and its pieces.
 Part = tuple[int, list[Piece]]
@@ -60,12 +60,12 @@ def status(picture: Picture, now: float) -> list[Part]:
     if relay is None:
         return [_link(picture, now) or (0, [("connecting", "dim")])]
     row, parts = relay, []
-    state = glyphs.look("relay", relay.text("state"))
+    state = state_glyphs.look("relay", relay.text("state"))
     lost = _link(picture, now)
-    parts.append(lost or (0, [(glyphs.mark("relay", relay.text("state")), state.token)]))
+    parts.append(lost or (0, [(state_glyphs.mark("relay", relay.text("state")), state.token)]))
     up_s = relay.aged("uptime_s", now) or 0.0
     # In whole minutes: a clock that ticks would send something each second, for nothing.
-    parts.append((6, [("up ", "dim"), (formats.age(up_s // 60 * 60) if up_s >= 60 else "<1m", "")]))
+    parts.append((6, [("up ", "dim"), (formatting.age(up_s // 60 * 60) if up_s >= 60 else "<1m", "")]))
     trouble = sum(worker.text("state") in ("stale", "away") for worker in picture.rows("workers"))
     workers: list[Piece] = [("workers ", "dim"), (f"{row.number('workers') or 0:.0f}", "")]
     parts.append((2, [*workers, (f" ({trouble} stale or away)", "bad")] if trouble else workers))
@@ -74,9 +74,9 @@ def status(picture: Picture, now: float) -> list[Part]:
     parts.append((1, [("running ", "dim"), (f"{running:.0f}", "busy" if running else "")]))
     half, most = row.number("first_audio_p50_s"), row.number("first_audio_p95_s")
     if half is not None and most is not None:
-        parts.append((4, [("1st audio ", "dim"), (f"{formats.seconds(half)}/{formats.seconds(most)}", "")]))
+        parts.append((4, [("1st audio ", "dim"), (f"{formatting.seconds(half)}/{formatting.seconds(most)}", "")]))
     if (out := row.number("out_bytes_s")) is not None:
-        parts.append((5, [("out ", "dim"), (formats.rate(out), "")]))
+        parts.append((5, [("out ", "dim"), (formatting.rate(out), "")]))
     if (errors := row.number("errors_min")) is not None:
         parts.append((3, [("errors/min ", "dim"), (f"{errors:.0f}", "bad" if errors else "")]))
     return parts
@@ -88,10 +88,13 @@ def _link(picture: Picture, now: float) -> Part | None:
         return None
     if not link.why:
         return (0, [("connecting", "dim")])
-    gone = formats.age(now - link.since)
-    retry = f", next try in {formats.age(max(0.0, link.retry_at - now) + 0.99)}" if link.retry_at is not None else ""
+    gone = formatting.age(now - link.since)
+    retry = f", next try in {formatting.age(max(0.0, link.retry_at - now) + 0.99)}" if link.retry_at is not None else ""
     what = f"relay gone for {gone}{retry}" if picture.known else f"no relay for {gone}{retry}"
-    return (0, [(f"{glyphs.look('relay', 'lost').glyph} {what}", "bad"), (f": {formats.plain(link.why)}", "dim")])
+    return (
+        0,
+        [(f"{state_glyphs.look('relay', 'lost').glyph} {what}", "bad"), (f": {formatting.plain(link.why)}", "dim")],
+    )
 
 
 class Spark(Drawn):
@@ -111,7 +114,7 @@ class Spark(Drawn):
         for title, values, unit in zip(
             ("requests", "audio s"), picture.rates.last_minute(now), ("/min", " s/min"), strict=True
         ):
-            graph = formats.spark(values[-width:], width)
+            graph = formatting.spark(values[-width:], width)
             pieces = [(f" {title:<{self.LABEL - 2}} ", "dim"), *((char, "busy") for char in graph)]
             lines.append(self.line_of([*pieces, (f" {sum(values):.0f}{unit}", "")]))
         self.draw(lines)

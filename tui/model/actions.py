@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
-from tui.cells import LIVE
-from tui.formats import plain, short_id
-from tui.picture import View
+from tui.model.cells import LIVE
+from tui.model.formatting import plain, short_id
+from tui.model.relay_model import View
 
 
 @attrs.frozen

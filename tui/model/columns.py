@@ -9,8 +9,8 @@ from typing import Any
 
 import attrs
 
-from tui import formats, glyphs
-from tui.cells import (
+from tui.model import formatting, state_glyphs
+from tui.model.cells import (
     DIM,
     NOTHING,
     Cell,
@@ -31,8 +31,8 @@ from tui.cells import (
     worker,
     worker_name,
 )
-from tui.formats import Align
-from tui.picture import View
+from tui.model.formatting import Align
+from tui.model.relay_model import View
 
 #: Always shown, however narrow the terminal is.
 ALWAYS = 0
@@ -90,7 +90,7 @@ def _number(
     title: str,
     importance: int,
     width: int,
-    form: Callable[[float], str] = formats.count,
+    form: Callable[[float], str] = formatting.count,
     *,
     warn: float | None = None,
     bad: float | None = None,
@@ -102,7 +102,7 @@ def _number(
 
 def _ageing(key: str, title: str, importance: int, width: int, *, warn: float | None = None) -> Column:
     """A time that goes on since the row came; it sorts by when it began, which stays."""
-    cell = quantity(key, formats.age, warn=warn, ages=True)
+    cell = quantity(key, formatting.age, warn=warn, ages=True)
     return _column(key, title, importance, width, cell, lambda view: _negative(view.born(key)), "right")
 
 
@@ -110,9 +110,14 @@ def _negative(value: float | None) -> float | None:
     return None if value is None else -value
 
 
-def _state(kind: glyphs.Kind, width: int, importance: int = ALWAYS) -> Column:
+def _state(kind: state_glyphs.Kind, width: int, importance: int = ALWAYS) -> Column:
     return _column(
-        "state", "State", importance, width, state(kind), lambda view: -glyphs.look(kind, view.text("state")).urgency
+        "state",
+        "State",
+        importance,
+        width,
+        state(kind),
+        lambda view: -state_glyphs.look(kind, view.text("state")).urgency,
     )
 
 
@@ -132,8 +137,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         _number("queued", "Queued", ALWAYS, 6),
         _ageing("oldest_wait_s", "Oldest", 2, 6, warn=30),
         _number("requests_min", "Req/min", 4, 7),
-        _number("first_audio_p95_s", "1st p95", 3, 7, formats.seconds, warn=2, bad=10),
-        _number("rtf", "RTF", 7, 5, formats.ratio, warn=0.9, bad=1),
+        _number("first_audio_p95_s", "1st p95", 3, 7, formatting.seconds, warn=2, bad=10),
+        _number("rtf", "RTF", 7, 5, formatting.ratio, warn=0.9, bad=1),
         _column("error_percent", "Err", 3, 6, error_share, lambda view: view.number("error_percent"), "right"),
         _number("completed", "Done", 8, 8),
         _number("failed", "Failed", 8, 7, warn=1),
@@ -145,12 +150,12 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         _state("worker", 10),
         _column("busy", "Slots", ALWAYS, 6, slots, lambda view: view.number("busy"), "right"),
         _column("spaces", "Spaces", 2, (12, 40), name_list("spaces")),
-        _number("rtt_ms", "Trip", 3, 6, lambda ms: formats.seconds(ms / 1000), warn=250, bad=1000),
+        _number("rtt_ms", "Trip", 3, 6, lambda ms: formatting.seconds(ms / 1000), warn=250, bad=1000),
         _column(
             "last_seen_s", "Seen", 1, 6, last_seen, lambda view: _negative(view.born("last_seen_s")) or 0.0, "right"
         ),
-        _number("rtf", "RTF", 5, 5, formats.ratio, warn=0.9, bad=1),
-        _number("bytes_s", "Out", 4, 9, formats.rate),
+        _number("rtf", "RTF", 5, 5, formatting.ratio, warn=0.9, bad=1),
+        _number("bytes_s", "Out", 4, 9, formatting.rate),
         _column("engine", "Engine", 6, (9, 24), words("engine")),
         _column("version", "Version", 8, (8, 28), words("version", DIM, fallback="agent")),
         _column("peer", "From", 9, (21, 42), words("peer", DIM)),
@@ -166,14 +171,14 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
             ALWAYS,
             11,
             request_state,
-            lambda view: -glyphs.look("request", view.text("state")).urgency,
+            lambda view: -state_glyphs.look("request", view.text("state")).urgency,
         ),
         _column("place", "Place", ALWAYS, (10, 13), place, _place_order),
         _column("age_s", "Age", ALWAYS, 6, request_age, lambda view: _negative(view.born("age_s")), "right"),
         _number("attempt", "Try", 5, 3, warn=2, bad=3),
-        _number("first_frame_s", "First", 3, 6, formats.seconds, warn=10, bad=30),
-        _number("buffered_bytes", "Buffer", 6, 7, formats.size, warn=1_000_000, bad=16_000_000),
-        _number("audio_s", "Audio", 7, 6, formats.seconds),
+        _number("first_frame_s", "First", 3, 6, formatting.seconds, warn=10, bad=30),
+        _number("buffered_bytes", "Buffer", 6, 7, formatting.size, warn=1_000_000, bad=16_000_000),
+        _number("audio_s", "Audio", 7, 6, formatting.seconds),
         _column("worker", "Worker", 4, (11, 24), worker_name),
         _column("message", "Why", 8, (16, 80), words("message", DIM, none="")),
     ),
@@ -189,10 +194,10 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "clients": (
         _column("principal", "Principal", ALWAYS, (10, 28), words("principal")),
         _column("state", "State", ALWAYS, 6, client_state, lambda view: -int(bool(view.row.get("slow")))),
-        _number("pending_bytes", "Pending", ALWAYS, 8, formats.size, warn=64_000, bad=1_000_000),
-        _number("bytes_s", "Out", 2, 9, formats.rate),
+        _number("pending_bytes", "Pending", ALWAYS, 8, formatting.size, warn=64_000, bad=1_000_000),
+        _number("bytes_s", "Out", 2, 9, formatting.rate),
         _number("requests", "Requests", 3, 8),
-        _number("bytes_sent", "Sent", 4, 7, formats.size),
+        _number("bytes_sent", "Sent", 4, 7, formatting.size),
         _column("role", "Role", 5, 8, words("role", DIM)),
         _column("connection_id", "Id", 1, 8, short("connection_id", DIM)),
         _column("peer", "From", 6, (18, 42), words("peer", DIM)),
@@ -206,7 +211,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
             ALWAYS,
             10,
             state("level", "level"),
-            lambda view: -glyphs.look("level", view.text("level")).urgency,
+            lambda view: -state_glyphs.look("level", view.text("level")).urgency,
         ),
         _column("event", "Event", ALWAYS, (16, 20), words("event")),
         _column("request_id", "Request", 2, 8, short("request_id", none="")),
@@ -243,9 +248,9 @@ def natural(screen: str) -> Callable[[View], Any]:
     return _NATURAL[screen]
 
 
-def _trouble_first(kind: glyphs.Kind) -> Callable[[View], Any]:
+def _trouble_first(kind: state_glyphs.Kind) -> Callable[[View], Any]:
     def order(view: View) -> Any:
-        urgency = glyphs.look(kind, view.text("state")).urgency
+        urgency = state_glyphs.look(kind, view.text("state")).urgency
         return (-max(0, urgency - 1), view.text("name").casefold(), view.key)
 
     return order
@@ -293,5 +298,5 @@ def choose(columns: Sequence[Column], width: int) -> list[tuple[Column, int]]:
 def _time(view: View) -> Cell:
     at = view.number("time")
     with suppress(OverflowError, OSError, ValueError):  # no time that this machine's calendar knows
-        return NOTHING if at is None else Cell(formats.clock(at, formats.utc_offset_s(at)), DIM)
+        return NOTHING if at is None else Cell(formatting.clock(at, formatting.utc_offset_s(at)), DIM)
     return NOTHING

@@ -1,4 +1,4 @@
-"""Dark, light, the terminal's own 16 colours, and none at all; `tui.look` says which of them when nobody does.
+"""Dark, light, the terminal's own 16 colours, and none at all; `tui.themes.choose` says which of them when nobody does.
 
 Every state has its glyph and its word, so no theme has to be seen to be understood. The colours of dark and light are
 apart for people who see no red or no green as well: good leans to blue, bad to orange, and warn is lighter than both
@@ -14,9 +14,9 @@ from textual.color import Color
 from textual.filter import LineFilter, Monochrome, NoColor
 from textual.theme import BUILTIN_THEMES, Theme
 
-from tui.glyphs import to_ascii
-from tui.look import NAMES as NAMES
-from tui.look import pick as pick
+from tui.model.state_glyphs import to_ascii
+from tui.themes.choose import NAMES as NAMES
+from tui.themes.choose import pick as pick
 
 TOKENS = ("good", "busy", "warn", "bad", "idle", "dim", "accent", "title")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protocol.wire.validators import Value
-from tui.picture import View
+from tui.model.relay_model import View
 
 #: A cell that begins so is a formula to a spreadsheet.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")

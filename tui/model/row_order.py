@@ -6,8 +6,8 @@ from typing import Any
 
 import attrs
 
-from tui.filters import Filter
-from tui.picture import View
+from tui.model.relay_model import View
+from tui.model.row_filter import Filter
 
 SortKey = Callable[[View], Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import attrs
 
-from tui.picture import View
+from tui.model.relay_model import View
 
 
 @attrs.frozen

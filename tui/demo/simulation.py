@@ -12,7 +12,7 @@ import attrs
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Rejected
 from protocol.wire.validators import Value
-from tui.cast import BEGIN_UNIX, FAILURES, TEXTS, Scene, SpacePart, WorkerPart
+from tui.demo.scenes import BEGIN_UNIX, FAILURES, TEXTS, Scene, SpacePart, WorkerPart
 
 #: The longest step that is played in one go.
 TICK_S = 0.25

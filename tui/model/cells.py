@@ -1,12 +1,12 @@
-"""What a cell of a table says of a row: text and a token for its colour. Used by `tui.columns`."""
+"""What a cell of a table says of a row: text and a token for its colour. Used by `tui.model.columns`."""
 
 from collections.abc import Callable
 
 import attrs
 
-from tui import formats, glyphs
-from tui.glyphs import Token
-from tui.picture import Picture, View
+from tui.model import formatting, state_glyphs
+from tui.model.relay_model import Picture, View
+from tui.model.state_glyphs import Token
 
 DIM: Token = "dim"
 #: Cells of a progress bar beside its percentage.
@@ -23,25 +23,25 @@ class Cell:
 
 
 CellOf = Callable[[View, float], Cell]
-NOTHING = Cell(glyphs.NOTHING, DIM)
+NOTHING = Cell(state_glyphs.NOTHING, DIM)
 
 
-def words(key: str, token: Token = "", *, fallback: str = "", none: str = glyphs.NOTHING) -> CellOf:
+def words(key: str, token: Token = "", *, fallback: str = "", none: str = state_glyphs.NOTHING) -> CellOf:
     """The text of a row, or that of another key where it has none; `none` where neither has."""
 
     def cell(view: View, _now: float) -> Cell:
         text = view.text(key) or (view.text(fallback) if fallback else "")
-        return Cell(formats.plain(text), token) if text else Cell(none, DIM)
+        return Cell(formatting.plain(text), token) if text else Cell(none, DIM)
 
     return cell
 
 
-def short(key: str, token: Token = "", *, none: str = glyphs.NOTHING) -> CellOf:
+def short(key: str, token: Token = "", *, none: str = state_glyphs.NOTHING) -> CellOf:
     """The beginning of an id; `none` where there is none."""
 
     def cell(view: View, _now: float) -> Cell:
         text = view.text(key)
-        return Cell(formats.plain(formats.short_id(text)), token) if text else Cell(none, DIM)
+        return Cell(formatting.plain(formatting.short_id(text)), token) if text else Cell(none, DIM)
 
     return cell
 
@@ -52,17 +52,17 @@ def name_list(key: str) -> CellOf:
     def cell(view: View, _now: float) -> Cell:
         names = view.row.get(key)
         joined = ", ".join(map(str, names)) if isinstance(names, list) else ""
-        return Cell(formats.plain(joined)) if joined else NOTHING
+        return Cell(formatting.plain(joined)) if joined else NOTHING
 
     return cell
 
 
-def state(kind: glyphs.Kind, key: str = "state") -> CellOf:
+def state(kind: state_glyphs.Kind, key: str = "state") -> CellOf:
     """Glyph and word of a state."""
 
     def cell(view: View, _now: float) -> Cell:
-        word = formats.plain(view.text(key))
-        return Cell(glyphs.mark(kind, word), glyphs.look(kind, word).token)
+        word = formatting.plain(view.text(key))
+        return Cell(state_glyphs.mark(kind, word), state_glyphs.look(kind, word).token)
 
     return cell
 
@@ -104,7 +104,7 @@ def error_share(view: View, _now: float) -> Cell:
     share = view.number("error_percent")
     if share is None:
         return NOTHING
-    return Cell(formats.percent(share), "bad" if share >= 5 else "warn" if share > 0 else DIM)
+    return Cell(formatting.percent(share), "bad" if share >= 5 else "warn" if share > 0 else DIM)
 
 
 def place(view: View, _now: float) -> Cell:
@@ -117,9 +117,9 @@ def place(view: View, _now: float) -> Cell:
             if fraction is None:
                 audio = view.number("audio_s")
                 return Cell("starting" if not audio else f"{audio:.1f} s out", "busy")
-            return Cell(f"{formats.bar(fraction, BAR_CELLS)}{min(fraction, 1):4.0%}", "busy")
+            return Cell(f"{formatting.bar(fraction, BAR_CELLS)}{min(fraction, 1):4.0%}", "busy")
         case "failed":
-            return Cell(formats.plain(view.text("code") or "failed"), "bad")
+            return Cell(formatting.plain(view.text("code") or "failed"), "bad")
         case "completed":
             audio = view.number("audio_s")
             return Cell("done" if not audio else f"{audio:.1f} s out", DIM)
@@ -148,38 +148,38 @@ def _called(picture: Picture, worker_id: str) -> str:
     name = view.text("name") if view else ""
     # An id begins with the name. There are few workers, and only rows in sight are drawn.
     shared = any(one.text("name") == name and one.key != worker_id for one in picture.rows("workers"))
-    return formats.plain(worker_id if shared or not name else name)
+    return formatting.plain(worker_id if shared or not name else name)
 
 
 def request_age(view: View, now: float) -> Cell:
     """Since it came, while it lives; how long it took, once it has ended."""
     value = view.aged("age_s", now)
-    return NOTHING if value is None else Cell(formats.age(value), "" if view.text("state") in LIVE else DIM)
+    return NOTHING if value is None else Cell(formatting.age(value), "" if view.text("state") in LIVE else DIM)
 
 
 def request_state(view: View, now: float) -> Cell:
     """Its state; `stopping` once it has been cancelled and the worker has not said so yet."""
     if view.row.get("stopping") and view.text("state") in LIVE:
-        return Cell(glyphs.mark("request", "stopping"), glyphs.look("request", "stopping").token)
+        return Cell(state_glyphs.mark("request", "stopping"), state_glyphs.look("request", "stopping").token)
     return state("request")(view, now)
 
 
 def last_seen(view: View, now: float) -> Cell:
     """Since a worker was last heard; `now` while it answers its pings."""
     value = view.aged("last_seen_s", now)
-    return Cell("now", DIM) if value is None else Cell(formats.age(value), "bad")
+    return Cell("now", DIM) if value is None else Cell(formatting.age(value), "bad")
 
 
 def client_state(view: View, _now: float) -> Cell:
     """Whether it takes what it is sent."""
     word = "slow" if view.row.get("slow") else "ok"
-    return Cell(glyphs.mark("client", word), glyphs.look("client", word).token)
+    return Cell(state_glyphs.mark("client", word), state_glyphs.look("client", word).token)
 
 
 def audit_outcome(view: View, _now: float) -> Cell:
     """Done, or why not."""
     said = view.text("outcome")
     if said == "done":
-        return Cell(glyphs.mark("outcome", "done"), "good")
+        return Cell(state_glyphs.mark("outcome", "done"), "good")
     why = f": {message}" if (message := view.text("message")) else ""
-    return Cell(f"{glyphs.look('outcome', 'refused').glyph} {formats.plain(said + why)}", "bad")
+    return Cell(f"{state_glyphs.look('outcome', 'refused').glyph} {formatting.plain(said + why)}", "bad")

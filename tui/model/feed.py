@@ -16,7 +16,7 @@ from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, RequestErr
 from protocol.wire.frames import Audio
 from protocol.wire.messages import Delta, Done, Rejected, Snapshot, Welcome
 from protocol.wire.validators import Value
-from tui.picture import Picture
+from tui.model.relay_model import Picture
 
 #: For the relay to carry out one action; its own bound is 10 s.
 STEER_S = 12.0
@@ -140,7 +140,7 @@ class RelaySource:
 
 
 class Simulated:
-    """A source that plays a relay by a generator of changes, as `tui.demo` has."""
+    """A source that plays a relay by a generator of changes, as `tui.demo.source` has."""
 
     def __init__(self, demo: Any) -> None:
         self._demo = demo

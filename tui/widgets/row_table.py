@@ -7,13 +7,13 @@ from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from tui import glyphs
-from tui.columns import COLUMNS, EMPTY, NO_MATCH, Column, choose, natural
-from tui.filters import Filter
-from tui.formats import fit
-from tui.order import Order
-from tui.picture import View
-from tui.widgets.drawn import Drawn, Line
+from tui.model import state_glyphs
+from tui.model.columns import COLUMNS, EMPTY, NO_MATCH, Column, choose, natural
+from tui.model.formatting import fit
+from tui.model.relay_model import View
+from tui.model.row_filter import Filter
+from tui.model.row_order import Order
+from tui.widgets.cell_widget import Drawn, Line
 
 #: Cursor and tag, in front of the cells.
 GUTTER = 2
@@ -197,7 +197,7 @@ class Rows(Drawn, can_focus=True):
         for column, width in chosen:
             title = column.title
             if column is self.sorted_by:
-                arrow = glyphs.SORT_DOWN if self.order.reverse else glyphs.SORT_UP
+                arrow = state_glyphs.SORT_DOWN if self.order.reverse else state_glyphs.SORT_UP
                 title = f"{title[: width - 1]}{arrow}"
             line.append((fit(title, width, column.align) + " ", style))
         return self._filled(line, "header")
@@ -205,8 +205,8 @@ class Rows(Drawn, can_focus=True):
     def _row(self, view: View, chosen: Sequence[tuple[Column, int]]) -> Line:
         here, gone = view.key == self.cursor, view.key == self._gone
         over = [*(["cursor"] if here and self.has_focus else []), *(["gone"] if gone or self._stale else [])]
-        mark = (glyphs.FOLLOWED if self.following else glyphs.CURSOR) if here else " "
-        tag = "✗" if gone else glyphs.TAGGED if view.key in self.tagged else " "
+        mark = (state_glyphs.FOLLOWED if self.following else state_glyphs.CURSOR) if here else " "
+        tag = "✗" if gone else state_glyphs.TAGGED if view.key in self.tagged else " "
         line = [(mark + tag, self.cell_style("accent" if self.has_focus else "dim", *over))]
         for column, width in chosen:
             cell = column.cell(view, self._now)

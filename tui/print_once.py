@@ -11,10 +11,10 @@ from protocol.client.client import open_relay
 from protocol.wire.errors import LinkError
 from protocol.wire.messages import Snapshot
 from protocol.wire.validators import Value
-from tui import formats, glyphs
-from tui.columns import COLUMNS, EMPTY, choose, natural
-from tui.demo import Demo
-from tui.picture import Picture, View
+from tui.demo.source import Demo
+from tui.model import formatting, state_glyphs
+from tui.model.columns import COLUMNS, EMPTY, choose, natural
+from tui.model.relay_model import Picture, View
 
 #: For the relay to tell all it knows.
 ANSWER_S = 10.0
@@ -68,22 +68,22 @@ def describe(rows: Rows, width: int | None = None, *, ascii_only: bool = False) 
     if ended:
         lines += ["", f"{ended} ended lately"]
     text = "\n".join(lines)
-    return glyphs.to_ascii(text) if ascii_only else text
+    return state_glyphs.to_ascii(text) if ascii_only else text
 
 
 def _relay(view: View) -> str:
     """The status line in words."""
     said = [
-        f"relay {glyphs.mark('relay', formats.plain(view.text('state')))}",
-        f"up {formats.age(view.number('uptime_s') or 0)}",
+        f"relay {state_glyphs.mark('relay', formatting.plain(view.text('state')))}",
+        f"up {formatting.age(view.number('uptime_s') or 0)}",
         f"{view.text('workers')} workers, {view.text('queued')} queued, {view.text('running')} running",
     ]
     half, most = view.number("first_audio_p50_s"), view.number("first_audio_p95_s")
     if half is not None and most is not None:
-        said.append(f"first audio {formats.seconds(half)} (p95 {formats.seconds(most)})")
+        said.append(f"first audio {formatting.seconds(half)} (p95 {formatting.seconds(most)})")
     known: Sequence[tuple[str, Callable[[float], str]]] = (
-        ("out_bytes_s", lambda value: f"{formats.rate(value)} out"),
-        ("errors_min", lambda value: f"{formats.count(value)} errors/min"),
+        ("out_bytes_s", lambda value: f"{formatting.rate(value)} out"),
+        ("errors_min", lambda value: f"{formatting.count(value)} errors/min"),
     )
     said += [form(value) for key, form in known if (value := view.number(key)) is not None]
     return ", ".join(said)
@@ -94,9 +94,9 @@ def _table(kind: str, views: list[View], width: int, most: int | None = None) ->
         return textwrap.wrap(EMPTY[kind], width)
     order: Callable[[View], Any] = natural(kind)
     chosen = choose(COLUMNS[kind], width)
-    lines = [" ".join(formats.fit(column.title.upper(), cells, column.align) for column, cells in chosen)]
+    lines = [" ".join(formatting.fit(column.title.upper(), cells, column.align) for column, cells in chosen)]
     lines += [
-        " ".join(formats.fit(column.cell(view, 0.0).text, cells, column.align) for column, cells in chosen)
+        " ".join(formatting.fit(column.cell(view, 0.0).text, cells, column.align) for column, cells in chosen)
         for view in sorted(views, key=order)[:most]
     ]
     if most is not None and len(views) > most:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from protocol.wire.validators import Value
-from tui.play import BYTES_PER_AUDIO_S, Client, Play, Request, Space, Worker
+from tui.demo.simulation import BYTES_PER_AUDIO_S, Client, Play, Request, Space, Worker
 
 Row = dict[str, Value]
 TOPICS = ("spaces", "workers", "requests", "clients", "log", "audit")

@@ -7,9 +7,9 @@ import trio
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Delta, Done, Rejected, Snapshot
 from protocol.wire.validators import Value
-from tui import play_rows
-from tui.cast import SCENES
-from tui.play import Play, Request
+from tui.demo import rows as demo_rows
+from tui.demo.scenes import SCENES
+from tui.demo.simulation import Play, Request
 
 #: Between what a relay does for real changes (a quarter) and for mere progress (one second).
 DELTA_S = 0.5
@@ -37,25 +37,25 @@ class Demo:
         """Everything as it stands."""
         self.play.touched.clear()
         self.play.gone.clear()
-        self._shown = repr(play_rows.relay(self.play, still=True))
-        return Snapshot(data={topic: list(rows) for topic, rows in play_rows.everything(self.play).items()})
+        self._shown = repr(demo_rows.relay(self.play, still=True))
+        return Snapshot(data={topic: list(rows) for topic, rows in demo_rows.everything(self.play).items()})
 
     def step(self, dt_s: float) -> Delta:
         """Let time go by, and tell what has changed; an empty delta where nothing has."""
         play = self.play
         play.step(dt_s)
         data: dict[str, Value] = {}
-        for topic in play_rows.TOPICS:
+        for topic in demo_rows.TOPICS:
             keys = sorted(key for touched, key in play.touched if touched == topic)
-            rows = [row for key in keys if (row := play_rows.row(play, topic, key)) is not None]
+            rows = [row for key in keys if (row := demo_rows.row(play, topic, key)) is not None]
             if rows:
                 data[topic] = list(rows)
         gone: dict[str, Value] = {"requests": list(play.gone)} if play.gone else {}
         play.touched.clear()
         play.gone = []
-        shown = repr(play_rows.relay(play, still=True))
+        shown = repr(demo_rows.relay(play, still=True))
         if data or shown != self._shown:
-            data["relay"] = [play_rows.relay(play)]
+            data["relay"] = [demo_rows.relay(play)]
         self._shown = shown
         return Delta(data=data, gone=gone)
 
@@ -82,7 +82,7 @@ class Demo:
             request = self.play.requests.get(target)
             if request is None:
                 return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"request {target} is not known here")
-            return Done(action=action, target=target, data=play_rows.describe(self.play, request))
+            return Done(action=action, target=target, data=demo_rows.describe(self.play, request))
         if self.readonly:
             refusal: Rejected | None = Rejected.because(
                 ErrorCode.FORBIDDEN, "this connection is read-only; connect without --readonly"

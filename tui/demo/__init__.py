@@ -1,0 +1,1 @@
+"""The simulated relay that `relay-tui --demo` shows."""

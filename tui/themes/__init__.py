@@ -1,0 +1,1 @@
+"""Colours, and how a theme is chosen."""
