@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import codec, idle, relay, store, worker
+from bench import codec, store, worker
 from bench.figures import Row, table, verdict
 from bench.machine import machine_line
-from bench.servers import Checkout, peers_line
+from bench.relay import idle, relay
+from bench.relay.servers import Checkout, peers_line
 
 #: Name -> what it measures. A new figure is a module with `measure` and a line here.
 FIGURES: dict[str, Callable[[], list[Row]]] = {
@@ -27,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["voxcpm"]:
         # A command of its own: it takes many minutes, and needs torch and the real voxcpm package.
-        from bench import voxcpm_gpu
+        from bench.voxcpm import gpu
 
-        return voxcpm_gpu.main(given[1:])
+        return gpu.main(given[1:])
     parser = argparse.ArgumentParser(prog="python -m bench", description="Figures of this machine, as ratios.")
     parser.add_argument(
         "figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}; default: all. Or: voxcpm --help"

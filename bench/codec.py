@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 
 from bench.figures import Row, alternate, paired
-from bench.frames import SPEECH_BYTES
+from bench.relay.frames import SPEECH_BYTES
 from protocol.wire.codec import decode, encode
 from protocol.wire.errors import ProtocolError
 from protocol.wire.frames import Audio

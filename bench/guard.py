@@ -24,10 +24,10 @@ from typing import Any
 import attrs
 
 from bench.counted import BYTECODES, CALLS, CELLS, DONE, OFF, STEPS, WAITS, WANTED
-from bench.fleet import Load, Route
-from bench.frames import variants
-from bench.relayd_fleet import RelaydFleet
-from bench.servers import Checkout, Server, open_relayd, serving_command
+from bench.relay.fleet import Load, Route
+from bench.relay.frames import variants
+from bench.relay.relayd_fleet import RelaydFleet
+from bench.relay.servers import Checkout, Server, open_relayd, serving_command
 
 BUDGETS = Path(__file__).with_name("budgets.toml")
 PCM_BYTES = 1_024

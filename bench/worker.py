@@ -9,7 +9,7 @@ from functools import partial
 import trio
 
 from bench.figures import Row
-from bench.frames import SPEECH_BYTES
+from bench.relay.frames import SPEECH_BYTES
 from gpuworker.attempt import Attempt
 from gpuworker.engines.base import AudioChunk
 from gpuworker.frame_sender import Feeder

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.frames import NATS, ROUTE, SOCKETIO, SPEECH_BYTES, TCP, WEBSOCKET, Variant, Wrapping, variants
+from bench.relay.frames import NATS, ROUTE, SOCKETIO, SPEECH_BYTES, TCP, WEBSOCKET, Variant, Wrapping, variants
 from protocol.wire.codec import decode, encode
 from protocol.wire.frames import Audio
 from protocol.wire.messages import FROM_WORKER

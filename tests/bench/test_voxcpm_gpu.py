@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.voxcpm_gpu import Row
-from bench.voxcpm_round import MAX_STEPS, MIN_STEPS, Deadline, Side, Spoken, make_job, resident_bytes
+from bench.voxcpm.gpu import Row
+from bench.voxcpm.round import MAX_STEPS, MIN_STEPS, Deadline, Side, Spoken, make_job, resident_bytes
 
 
 def processes_with(word: str) -> list[str]:

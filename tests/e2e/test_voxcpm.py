@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import trio
 
-from bench.voxcpm_checkpoint import quiet_voxcpm, write_checkpoint
 from gpuworker.engines.voxcpm.crossfade import pcm16
 from protocol import RequestError, RequestFailed, RequestRejected, open_relay
 from protocol.wire.validators import Value
 from tests.e2e.processes import PATIENCE_S, Place, a_place, a_relay, a_worker
 from tests.gpuworker.voxcpm.conftest import encoded, voiced
+from tests.support.voxcpm_checkpoint.checkpoint import quiet_voxcpm, write_checkpoint
 
 STEP_SAMPLES = 7_680
 #: With 1 timestep the tiny model's diffusion gives its noise back, whatever it was asked for.

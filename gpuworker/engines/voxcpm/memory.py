@@ -66,7 +66,7 @@ def _released(parameters: int, vae_parameters: int, layers: int, head: int, cont
     )
 
 
-#: The released models, all bfloat16. Parameters: counted by `bench.voxcpm_checkpoint.parameter_count`, but for 1.5
+#: The released models, all bfloat16. Parameters: counted by `parameter_count` of the tests' checkpoints, but for 1.5
 #: the 0.8B of the VoxCPM README. Layers are those of both language models; sources as in that module.
 RELEASED: Mapping[str, Need] = {
     "openbmb/voxcpm2": _released(2_290_004_544, 94_213_957, 28 + 8, 128, 8_192),

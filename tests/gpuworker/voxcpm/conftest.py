@@ -30,11 +30,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`checkpoint(arch="voxcpm2", stop="never", context=1024)`: a folder, built once a session (1 s; no edits!).
 
     A number for `stop` ends sentences after about so many steps, and takes some seconds more; see
-    `bench.voxcpm_checkpoint.Stop`.
+    `tests.support.voxcpm_checkpoint.checkpoint.Stop`.
     """
     import torch
 
-    from bench.voxcpm_checkpoint import write_checkpoint
+    from tests.support.voxcpm_checkpoint.checkpoint import write_checkpoint
 
     torch.set_num_threads(1)
     built: dict[tuple[str, object, int], Path] = {}

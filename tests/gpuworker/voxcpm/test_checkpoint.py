@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.voxcpm_checkpoint import main, parameter_count, write_checkpoint
 from gpuworker.engines.voxcpm.model import Model, Settings
+from tests.support.voxcpm_checkpoint.checkpoint import main, parameter_count, write_checkpoint
 
 
 def test_full_ones_have_the_size_of_the_released_models() -> None:

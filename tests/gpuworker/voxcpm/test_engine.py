@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bench.voxcpm_checkpoint import quiet_voxcpm
 from gpuworker.engines.base import AudioChunk, Chunk, EngineInput, FormatChunk, OptionError, ProgressChunk
 from gpuworker.engines.catalog import engine_names, find_engine, parse_options
 from gpuworker.engines.voxcpm.crossfade import pcm16
@@ -20,6 +19,7 @@ from gpuworker.slots.run_engine import End, drive
 from protocol.wire.params_schema import check_params, check_schema
 from protocol.wire.validators import Value
 from tests.gpuworker.voxcpm.conftest import ARCHES, encoded, voiced
+from tests.support.voxcpm_checkpoint.checkpoint import quiet_voxcpm
 
 RATES_HZ = {"voxcpm2": 48_000, "voxcpm1.5": 44_100, "voxcpm": 16_000}
 STEP_SAMPLES = {"voxcpm2": 7_680, "voxcpm1.5": 7_056, "voxcpm": 1_280}

@@ -14,11 +14,11 @@ import pytest
 import soundfile
 import torch
 
-from bench.voxcpm_checkpoint import quiet_voxcpm
 from gpuworker.engines.base import EngineError, InvalidParams
 from gpuworker.engines.voxcpm.model import Model, PromptCache, Settings
 from gpuworker.engines.voxcpm.model_output import Samples
 from tests.gpuworker.voxcpm.conftest import voiced
+from tests.support.voxcpm_checkpoint.checkpoint import quiet_voxcpm
 
 TEXT = "Hello there, my friend."
 #: As few steps as show what is to be shown: a tiny model takes 10 ms for one.

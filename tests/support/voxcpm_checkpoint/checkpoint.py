@@ -1,6 +1,6 @@
 """Write a random-weight VoxCPM checkpoint in the real on-disk layout: tiny for tests, full size for the GPU bench.
 
-`python -m bench.voxcpm_checkpoint OUT --arch voxcpm2 [--size full] [--stop never|always|STEPS]`
+`python -m tests.support.voxcpm_checkpoint.checkpoint OUT --arch voxcpm2 [--size full] [--stop never|always|STEPS]`
 
 Sample rates, hops, patch sizes and special tokens are the real ones at both sizes, so the voxcpm package reads the
 folder as it reads a download and makes as many samples a step. Speed does not depend on the values of the weights; the
@@ -20,8 +20,16 @@ from typing import Any, Literal, get_args
 
 import attrs
 
-from bench.voxcpm_dimensions import FULL, Arch, Size, config_of, tiny, vocabulary_size, write_tokenizer
 from gpuworker.engines.voxcpm.devices import import_voxcpm, known_warnings
+from tests.support.voxcpm_checkpoint.dimensions import (
+    FULL,
+    Arch,
+    Size,
+    config_of,
+    tiny,
+    vocabulary_size,
+    write_tokenizer,
+)
 
 #: When speech ends. "never": only at the cap, exactly `min(int(tokens * ratio + 10), max_len)` steps.
 #: "always": at the first chance, exactly `min(min_len + 2, cap)` steps. A number: about so many steps, which differ
@@ -270,7 +278,7 @@ def _stop(text: str) -> Stop:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write one checkpoint and say how large it is."""
     words = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m bench.voxcpm_checkpoint", description=words)
+    parser = argparse.ArgumentParser(prog="python -m tests.support.voxcpm_checkpoint.checkpoint", description=words)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     parser.add_argument("--arch", choices=get_args(Arch), default="voxcpm2")
     parser.add_argument("--size", choices=get_args(Size), default="tiny")

@@ -3,8 +3,8 @@
 import uvloop
 from picows import WSFrame, WSListener, WSMsgType, WSTransport, WSUpgradeRequest, ws_create_server
 
-from bench.frames import ROUTE
-from bench.peers import ping_interval_s, told_to_listen
+from bench.relay.frames import ROUTE
+from bench.relay.peers import ping_interval_s, told_to_listen
 
 readers: dict[bytes, list[WSTransport]] = {}
 

@@ -10,11 +10,11 @@ from statistics import median
 import attrs
 
 from bench.figures import Row, paired
-from bench.fleet import open_socketio
-from bench.generator import Hold, Stuck, hold
-from bench.relayd_fleet import log_in
-from bench.servers import Absent, Server, open_nats, open_python_peer, open_relayd
-from bench.sockets import Connection, NatsLine, WebSocket
+from bench.relay.fleet import open_socketio
+from bench.relay.generator import Hold, Stuck, hold
+from bench.relay.relayd_fleet import log_in
+from bench.relay.servers import Absent, Server, open_nats, open_python_peer, open_relayd
+from bench.relay.sockets import Connection, NatsLine, WebSocket
 
 #: The first connections also pay for what the process needs once; the slope behind them is a connection's own.
 WARM_UP, CONNECTIONS = 500, 5_000

@@ -12,7 +12,7 @@ import struct
 import time
 from collections.abc import Callable
 
-from bench.frames import BINARY, PONG, TEXT, message
+from bench.relay.frames import BINARY, PONG, TEXT, message
 
 RECEIVE_BYTES = 256 * 1024
 ANSWER_S = 10.0

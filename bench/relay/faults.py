@@ -5,9 +5,9 @@ import socket
 import threading
 from collections.abc import Callable
 
-from bench.frames import TCP, variants
-from bench.generator import SATURATED, Stream, Stuck, run_round
-from bench.sockets import Tcp
+from bench.relay.frames import TCP, variants
+from bench.relay.generator import SATURATED, Stream, Stuck, run_round
+from bench.relay.sockets import Tcp
 
 COUNT = 8
 PCM_BYTES = 500

@@ -5,8 +5,8 @@ import asyncio
 import uvloop
 from aiohttp import WSMsgType, web
 
-from bench.frames import ROUTE
-from bench.peers import ping_interval_s, told_to_listen
+from bench.relay.frames import ROUTE
+from bench.relay.peers import ping_interval_s, told_to_listen
 
 readers: dict[bytes, list[web.WebSocketResponse]] = {}
 PING_S = ping_interval_s()

@@ -3,8 +3,8 @@
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, serve_websocket
 
-from bench.frames import ROUTE
-from bench.peers import ping_interval_s, told_to_listen
+from bench.relay.frames import ROUTE
+from bench.relay.peers import ping_interval_s, told_to_listen
 
 readers: dict[bytes, list[WebSocketConnection]] = {}
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import trio
 
-from bench.servers import SPACE, Server, open_process
-from bench.voxcpm_plain import last_words
-from bench.voxcpm_round import Deadline, Failed, Gauge, Job, OutOfTime, Side, Spoken
+from bench.relay.servers import SPACE, Server, open_process
+from bench.voxcpm.plain import last_words
+from bench.voxcpm.round import Deadline, Failed, Gauge, Job, OutOfTime, Side, Spoken
 from protocol.client.client import Relay, open_relay
 from protocol.wire.errors import LinkError, RequestCancelled, RequestFailed, RequestRejected
 

@@ -1,6 +1,6 @@
 """VoxCPM of full size and random weights: plain voxcpm in N processes, against relayd, a worker and N clients.
 
-`python -m bench voxcpm [--slots 1,2,4,8] [--out FILE]`, or `python -m bench.voxcpm_gpu`. Speed does not depend on the
+`python -m bench voxcpm [--slots 1,2,4,8] [--out FILE]`, or `python -m bench.voxcpm.gpu`. Speed does not depend on the
 values of weights, so nothing is downloaded. Both sides speak the same text with the same seed for the same number of
 steps, so they make the same samples; their SHA-256 is compared. Where there is no CUDA GPU, tiny models on the CPU
 show that the bench works, and their figures mean little.
@@ -21,14 +21,14 @@ from typing import Any, get_args
 import attrs
 
 from bench.machine import machine_line
-from bench.servers import Server, open_relayd
-from bench.voxcpm_checkpoint import write_checkpoint
-from bench.voxcpm_dimensions import FULL, Arch, Size
-from bench.voxcpm_path import measure_path
-from bench.voxcpm_plain import Plain
-from bench.voxcpm_round import MAX_STEPS, MIN_STEPS, Deadline, Failed, Gauge, Job, OutOfTime, Side, make_job
+from bench.relay.servers import Server, open_relayd
+from bench.voxcpm.path import measure_path
+from bench.voxcpm.plain import Plain
+from bench.voxcpm.round import MAX_STEPS, MIN_STEPS, Deadline, Failed, Gauge, Job, OutOfTime, Side, make_job
 from gpuworker.engines.voxcpm.memory import lacking_memory
 from protocol.commands.exit_codes import INTERRUPTED
+from tests.support.voxcpm_checkpoint.checkpoint import write_checkpoint
+from tests.support.voxcpm_checkpoint.dimensions import FULL, Arch, Size
 
 NAMES = {"voxcpm2": "VoxCPM2", "voxcpm1.5": "VoxCPM 1.5", "voxcpm": "VoxCPM 0.5B"}
 _GIB = 1024**3

@@ -6,7 +6,7 @@ import socketio
 import uvicorn
 import uvloop
 
-from bench.peers import ping_interval_s, told_to_listen
+from bench.relay.peers import ping_interval_s, told_to_listen
 
 sio = socketio.AsyncServer(
     async_mode="asgi", ping_interval=ping_interval_s() or 25, ping_timeout=60, max_http_buffer_size=10_000_000

@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import attrs
 
-from bench.frames import Variant
-from bench.sockets import Connection
+from bench.relay.frames import Variant
+from bench.relay.sockets import Connection
 
 SOURCE = Path(__file__).with_name("load.c")
 #: A round that takes longer is not slow but stuck.

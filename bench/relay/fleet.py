@@ -9,11 +9,11 @@ from contextlib import ExitStack, closing
 
 import attrs
 
-from bench import frames
-from bench.frames import SPEECH_BYTES, Wrapping, message, variants
-from bench.generator import PACED, SATURATED, Round, Stream, run_round
-from bench.servers import Server
-from bench.sockets import Connection, NatsLine, Tcp, WebSocket
+from bench.relay import frames
+from bench.relay.frames import SPEECH_BYTES, Wrapping, message, variants
+from bench.relay.generator import PACED, SATURATED, Round, Stream, run_round
+from bench.relay.servers import Server
+from bench.relay.sockets import Connection, NatsLine, Tcp, WebSocket
 
 WORKERS = 4
 
@@ -160,7 +160,7 @@ class RoutedFleet(Fleet):
 
 
 class WebSocketFleet(RoutedFleet):
-    """At the relays of a few lines of `bench.peers`."""
+    """At the relays of a few lines of `bench.relay.peers`."""
 
     def open_worker(self, number: int) -> Connection:
         """See `Fleet`."""

@@ -8,13 +8,13 @@ from statistics import median
 
 import attrs
 
-from bench.faults import prove
 from bench.figures import Row, in_turns, paired
-from bench.fleet import Fleet, Load, NatsFleet, SocketIoFleet, TcpFleet, WebSocketFleet
-from bench.frames import SPEECH_BYTES
-from bench.generator import Round, Stuck
-from bench.relayd_fleet import RelaydFleet
-from bench.servers import Absent, Server, open_haproxy, open_nats, open_python_peer, open_relayd
+from bench.relay.faults import prove
+from bench.relay.fleet import Fleet, Load, NatsFleet, SocketIoFleet, TcpFleet, WebSocketFleet
+from bench.relay.frames import SPEECH_BYTES
+from bench.relay.generator import Round, Stuck
+from bench.relay.relayd_fleet import RelaydFleet
+from bench.relay.servers import Absent, Server, open_haproxy, open_nats, open_python_peer, open_relayd
 
 MIB = 1024**2
 #: 12 frames of 80 ms a second: speech as fast as it is spoken.

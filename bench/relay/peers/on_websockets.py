@@ -4,8 +4,8 @@ import uvloop
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from bench.frames import ROUTE
-from bench.peers import ping_interval_s, told_to_listen
+from bench.relay.frames import ROUTE
+from bench.relay.peers import ping_interval_s, told_to_listen
 
 readers: dict[bytes, list[ServerConnection]] = {}
 

@@ -1,6 +1,6 @@
 """Plain voxcpm, as a program without relayd calls it: a process a slot, each with a model of its own.
 
-`python -m bench.voxcpm_plain MODEL DEVICE OPTIMIZE` is such a process: a line of JSON in, a line of JSON out.
+`python -m bench.voxcpm.plain MODEL DEVICE OPTIMIZE` is such a process: a line of JSON in, a line of JSON out.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import attrs
 
-from bench.voxcpm_round import Deadline, Failed, Gauge, Job, OutOfTime, Side, Spoken
+from bench.voxcpm.round import Deadline, Failed, Gauge, Job, OutOfTime, Side, Spoken
 
 _STOP_S = 5.0
 _LAST_WORDS = 6
@@ -76,7 +76,7 @@ class Plain:
     """
 
     def __init__(self, model: Path, device: str, *, optimize: bool, gauge: Gauge, environ: dict[str, str]) -> None:
-        self._command = [sys.executable, "-m", "bench.voxcpm_plain", str(model), device, str(int(optimize))]
+        self._command = [sys.executable, "-m", "bench.voxcpm.plain", str(model), device, str(int(optimize))]
         self._gauge = gauge
         self._environ = {**os.environ, **environ}
         self._open = ExitStack()

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import attrs
 
-from bench.fleet import WORKERS, Fleet, Load, Route
-from bench.frames import message
-from bench.servers import SPACE, Server
-from bench.sockets import Connection, WebSocket
+from bench.relay.fleet import WORKERS, Fleet, Load, Route
+from bench.relay.frames import message
+from bench.relay.servers import SPACE, Server
+from bench.relay.sockets import Connection, WebSocket
 from protocol.wire.codec import decode, encode
 from protocol.wire.frames import (
     Completed,

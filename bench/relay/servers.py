@@ -25,7 +25,7 @@ READY_S = 90.0
 STOP_S = 10.0
 LOOK_AGAIN_S = 0.02
 #: Of this file: what the peers are started in.
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 #: Results are let go of soon, so that one round's frames do not fill the memory in which the next is measured. Pings
 #: are there, but seldom: the peers of the same rounds send none. Idle connections have a figure of their own.
@@ -202,13 +202,13 @@ listen bench
 
 @contextmanager
 def open_python_peer(module: str, ping_interval_s: float | None = None) -> Iterator[Server]:
-    """A relay of a few lines, of `bench.peers`.
+    """A relay of a few lines, of `bench.relay.peers`.
 
     Raises:
         Absent: a package that it stands on is not installed.
     """
     _packages(module)
-    command = [sys.executable, "-m", f"bench.peers.{module}"]
+    command = [sys.executable, "-m", f"bench.relay.peers.{module}"]
     if ping_interval_s is not None:
         command += ["--ping", f"{ping_interval_s:g}"]
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:

@@ -1,0 +1,1 @@
+"""The relay under load, beside other relays."""

@@ -1,0 +1,1 @@
+"""VoxCPM through the relay, beside the plain package."""
