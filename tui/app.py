@@ -68,7 +68,7 @@ class RelayTui(App[int]):
         space: whose queue was looked at last.
     """
 
-    CSS_PATH = "theme.tcss"
+    CSS_PATH = "themes/theme.tcss"
     ENABLE_COMMAND_PALETTE = False
     MODES: ClassVar[dict[str, str | Callable[[], Screen[Any]]]] = {**SCREENS_BY_NAME}
     DEFAULT_MODE = "overview"

@@ -75,7 +75,7 @@ class Document(File):
 def routes() -> list[BaseRoute]:
     """`/` and the modules that it loads."""
     served: list[BaseRoute] = []
-    for entry in sorted(files("relayd.http").joinpath("page").iterdir(), key=lambda entry: entry.name):
+    for entry in sorted(files("relayd.http").joinpath("static").iterdir(), key=lambda entry: entry.name):
         suffix = entry.name[entry.name.rfind(".") :]
         if suffix in MEDIA_TYPES:
             file = _file(entry.read_bytes(), MEDIA_TYPES[suffix])

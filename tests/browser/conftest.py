@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.browser.stage import MOCK, PATIENCE_S, Browser, BrowserPlace, steer
-from tests.e2e.processes import Place, a_place
+from tests.browser.window import MOCK, PATIENCE_S, Browser, BrowserPlace, steer
+from tests.support.processes import Place, a_place
 
 
 @pytest.fixture(scope="session")

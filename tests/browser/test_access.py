@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.browser.stage import Browser, BrowserPlace, Window, a_window
+from tests.browser.window import Browser, BrowserPlace, Window, a_window
 
 OPERABLE = ("button", "checkbox", "combobox", "link", "slider", "spinbutton", "textbox")
 #: All that says something, with the colours that it says it in; and how they contrast (WCAG 2.2, 1.4.3).

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.stage import Browser, BrowserPlace, a_window
+from tests.browser.window import Browser, BrowserPlace, a_window
 
 #: What the worker does: tells what it was given, and says it again.
 ECHO = """

@@ -5,7 +5,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from tests.browser.stage import Browser, BrowserPlace, Window, a_window
+from tests.browser.window import Browser, BrowserPlace, Window, a_window
 
 RATE = 1000
 QUANTUM = 128

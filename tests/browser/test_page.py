@@ -10,9 +10,9 @@ import pytest
 
 from gpuworker.engines.mock import Tune, default_duration_s, tune_key
 from protocol import open_relay
-from tests.browser.stage import MOCK, Browser, BrowserPlace, a_site, a_window, steer
+from tests.browser.window import MOCK, Browser, BrowserPlace, a_site, a_window, steer
 from tests.deploy.proxies import open_proxy
-from tests.e2e.processes import a_relay, a_worker
+from tests.support.processes import a_relay, a_worker
 
 #: 2.6 s and 5 s of tune, made in as long.
 SHORT = "a tune that is not quite so long at all"

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 import attrs
 import trio
 
-from tests.chaos.ledger import Ledger
+from tests.chaos.processes import Actor
 from tests.chaos.proxy import Line
-from tests.chaos.stage import Actor
+from tests.chaos.report import Ledger
 
 #: What befalls the relay -> how often.
 RELAY_FAULTS = {"kill -9": 16, "SIGTERM": 2, "SIGSTOP": 2}

@@ -17,13 +17,13 @@ import trio
 
 from protocol.client.client import open_relay
 from protocol.wire.messages import Snapshot
+from tests.chaos.clients import END_S, Client, open_client
 from tests.chaos.faults import Storm
-from tests.chaos.haste import in_haste
-from tests.chaos.ledger import Ledger, Windows
-from tests.chaos.listeners import END_S, Client, open_client
-from tests.chaos.plans import CHUNK_MS, FRAIL_ATTEMPTS, FRAIL_IDLE_S, PATIENT_ATTEMPTS, SAMPLE_RATE_HZ, Plan
+from tests.chaos.processes import Actor
 from tests.chaos.proxy import Line, open_line
-from tests.chaos.stage import Actor
+from tests.chaos.report import Ledger, Windows
+from tests.chaos.short_timeouts import in_haste
+from tests.chaos.workload import CHUNK_MS, FRAIL_ATTEMPTS, FRAIL_IDLE_S, PATIENT_ATTEMPTS, SAMPLE_RATE_HZ, Plan
 
 Gap = tuple[float, float]
 
@@ -164,7 +164,7 @@ async def open_stage(folder: Path, settings: Settings, nursery: trio.Nursery) ->
             ("c", ("loose",), "false"),
         ):
             line = await line_of(f"worker {name}")
-            command = ["tests.chaos.haste", "run", "--name", name, "--relay", f"ws://127.0.0.1:{line.port}"]
+            command = ["tests.chaos.short_timeouts", "run", "--name", name, "--relay", f"ws://127.0.0.1:{line.port}"]
             command += ["--engine", "mock", "--slots", str(settings.slots), "--cancel-grace", "1"]
             command += [f"--space={space}" for space in spaces]
             for option in (f"reproducible={reproducible}", f"sample_rate={SAMPLE_RATE_HZ}", f"chunk_ms={CHUNK_MS}"):

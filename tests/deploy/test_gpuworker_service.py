@@ -18,7 +18,7 @@ from gpuworker.engines.voxcpm.schema import Abilities, input_rules, params_schem
 from gpuworker.worker import DRAIN_TIMEOUT_S
 from protocol.cli import _parser as relay_parser
 from relayd.cli import _parser as relayd_parser
-from tests.e2e.processes import a_place, a_relay
+from tests.support.processes import a_place, a_relay
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "gpuworker.service"

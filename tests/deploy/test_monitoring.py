@@ -12,7 +12,7 @@ import pytest
 from protocol.wire.messages import Hello, Rejected
 from relayd.auth.tokens import Tokens
 from relayd.http.prometheus import HttpReading, Scrape
-from tests.relayd.harness import a_submit, daemon, fake_worker, peer, samples
+from tests.support.relay import a_submit, daemon, fake_worker, peer, samples
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "grafana.json"

@@ -20,8 +20,8 @@ from protocol.wire.errors import LoginRefused
 from protocol.wire.frames import Failed
 from protocol.wire.messages import Assign, Cancel
 from tests.deploy.proxies import DEPLOY, Proxy, certificate_in, nginx_command, nginx_config, open_proxy
-from tests.relayd.harness import SCHEMA, Daemon, FakeWorker, daemon, fake_worker, kept_logs, samples, seat
-from tests.relayd.http.asking import Answer, ask_on, asking
+from tests.support.relay import SCHEMA, Daemon, FakeWorker, daemon, fake_worker, kept_logs, samples, seat
+from tests.support.timed_http_client import Answer, ask_on, asking
 
 KINDS = ("nginx", "caddy")
 MIB = 1024 * 1024

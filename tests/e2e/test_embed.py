@@ -14,7 +14,7 @@ import attrs
 import pytest
 import trio
 
-from tests.e2e.processes import PATIENCE_S, Place, Proc, a_place, a_relay
+from tests.support.processes import PATIENCE_S, Place, Proc, a_place, a_relay
 
 #: As docs/examples/gradio_app.py, with the page of the standard library in place of Gradio's, which is heavy: threads
 #: of a server's pool, one model behind a lock, a handle that the page asks and stops.

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.processes import a_place, a_relay, a_worker
-from tests.relayd.http.test_requests import pcm_of
-from tests.relayd.http.visitor import Answer, events_of, visitor
+from tests.relayd.http.requests_api.test_requests import pcm_of
+from tests.support.processes import a_place, a_relay, a_worker
+from tests.support.raw_http_client import Answer, events_of, visitor
 
 MOCK = ("--engine", "mock", "--space", "tts")
 POST = "/v1/spaces/tts/requests"

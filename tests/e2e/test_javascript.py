@@ -13,8 +13,8 @@ import trio
 
 from protocol.wire.errors import LinkError
 from protocol.wire.messages import Attach
-from tests.e2e.processes import Place, Proc, a_place, a_relay, a_worker
-from tests.protocol.fake_relay import Connection, FakeRelay, frames, serve
+from tests.support.processes import Place, Proc, a_place, a_relay, a_worker
+from tests.support.scripted_relay import Connection, FakeRelay, frames, serve
 
 CLIENT = Path(__file__).parents[2] / "docs" / "examples" / "client.mjs"
 NODE = shutil.which("node")

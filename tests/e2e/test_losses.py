@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.e2e.processes import a_place, a_relay, a_worker
+from tests.support.processes import a_place, a_relay, a_worker
 
 MOCK = ("--engine", "mock")
 

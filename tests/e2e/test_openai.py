@@ -10,8 +10,8 @@ import trio
 
 from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import CODINGS
-from tests.e2e.processes import Place, Proc, a_place, a_relay, a_worker
-from tests.relayd.http.hearing import decoded, energy_likeness, of_pcm, spectral_likeness
+from tests.support.audio_compare import decoded, energy_likeness, of_pcm, spectral_likeness
+from tests.support.processes import Place, Proc, a_place, a_relay, a_worker
 
 TEXT = "The relay sends what is spoken while it is being made, and nobody waits for the whole of it."
 ESPEAK = AudioFormat(sample_rate=22_050)

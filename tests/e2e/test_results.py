@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.e2e.processes import Place, Proc, a_place, a_relay, a_worker
+from tests.support.processes import Place, Proc, a_place, a_relay, a_worker
 
 MOCK = ("--engine", "mock")
 SMALL = "[results]\nmemory_bytes = 200000\n[spaces.tts]\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.e2e.processes import a_place, a_relay, a_worker
-from tests.protocol.fake_systemd import fake_systemd
+from tests.support.fake_systemd import fake_systemd
+from tests.support.processes import a_place, a_relay, a_worker
 
 MOCK = ("--engine", "mock")
 #: Signs of life every half second.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.e2e.processes import PATIENCE_S, a_place, a_relay, a_worker
+from tests.support.processes import PATIENCE_S, a_place, a_relay, a_worker
 
 
 def seconds_of(path: Path) -> float:

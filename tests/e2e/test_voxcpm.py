@@ -19,8 +19,8 @@ import trio
 from gpuworker.engines.voxcpm.crossfade import pcm16
 from protocol import RequestError, RequestFailed, RequestRejected, open_relay
 from protocol.wire.validators import Value
-from tests.e2e.processes import PATIENCE_S, Place, a_place, a_relay, a_worker
-from tests.gpuworker.voxcpm.conftest import encoded, voiced
+from tests.gpuworker.engines.voxcpm.conftest import encoded, voiced
+from tests.support.processes import PATIENCE_S, Place, a_place, a_relay, a_worker
 from tests.support.voxcpm_checkpoint.checkpoint import quiet_voxcpm, write_checkpoint
 
 STEP_SAMPLES = 7_680

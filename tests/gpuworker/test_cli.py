@@ -23,8 +23,8 @@ from gpuworker.engines.espeak.engine import EspeakEngine
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Completed
 from protocol.wire.messages import Cancel, Drain, Draining, Register, Rejected
-from tests.gpuworker.worker_side import Desk, assign, script
-from tests.protocol.fake_relay import RelayThread, refuse
+from tests.support.scripted_relay import RelayThread, refuse
+from tests.support.worker_side import Desk, assign, script
 
 PATIENCE_S = 20
 

@@ -15,8 +15,8 @@ from gpuworker.engines.mock import MockEngine
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Audio, Cancelled, Completed, Frame, Output, Started
 from protocol.wire.messages import Cancel, Draining, Register, Rejected
-from tests.gpuworker.worker_side import Desk, assign, script
-from tests.protocol.fake_relay import RelayThread, refuse
+from tests.support.scripted_relay import RelayThread, refuse
+from tests.support.worker_side import Desk, assign, script
 
 PATIENCE_S = 10
 

@@ -23,7 +23,7 @@ from gpuworker.slots.thread_slot import ThreadSlot
 from protocol.wire.frames import MAX_TEXT_CHARS
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
-from tests.gpuworker.engine_package import NAME, install_engine
+from tests.gpuworker.engines.engine_package import NAME, install_engine
 
 MONO = AudioFormat(sample_rate=24_000)
 PATIENCE_S = 20

@@ -41,7 +41,8 @@ from protocol.wire.structs import (
     InputRule,
     Running,
 )
-from tests.gpuworker.worker_side import (
+from tests.support.scripted_relay import Connection, refuse
+from tests.support.worker_side import (
     FORMAT,
     ID,
     OTHER,
@@ -53,7 +54,6 @@ from tests.gpuworker.worker_side import (
     speak,
     worker_with,
 )
-from tests.protocol.fake_relay import Connection, refuse
 
 Emit = Callable[[Chunk], None]
 

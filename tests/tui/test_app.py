@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tui.stage import (
+from tests.tui.screen import (
     LOST,
     REFUSED,
     a_client,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tui.stage import Stage, a_client, a_line, a_request, a_space, a_stage, a_worker
+from tests.tui.screen import Stage, a_client, a_line, a_request, a_space, a_stage, a_worker
 from tui.model.columns import COLUMNS, choose
 from tui.screens.dialogs import ExportDialog, HelpDialog, JumpDialog
 

@@ -2,7 +2,7 @@
 
 Every state has its glyph and its word, so no theme has to be seen to be understood. The colours of dark and light are
 apart for people who see no red or no green as well: good leans to blue, bad to orange, and warn is lighter than both
-(after Okabe and Ito, "Color Universal Design", 2008); tests/tui/test_themes.py measures it.
+(after Okabe and Ito, "Color Universal Design", 2008); tests/tui/themes/test_themes.py measures it.
 """
 
 from collections.abc import Mapping, Sequence

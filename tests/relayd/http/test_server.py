@@ -27,10 +27,10 @@ from relayd.http.context import Site
 from relayd.http.request_stream import open_request
 from relayd.http.streaming_response import Reply, Streamed
 from relayd.store.base import TokenLimits
-from tests.relayd.harness import Daemon, an_id, daemon, fake_worker, kept_logs, peer, samples, seat, until
-from tests.relayd.http.visitor import visitor
+from tests.support.raw_http_client import visitor
+from tests.support.relay import Daemon, an_id, daemon, fake_worker, kept_logs, peer, samples, seat, until
 
-TLS = Path(__file__).parents[2] / "protocol" / "tls"
+TLS = Path(__file__).parents[2] / "support" / "tls"
 PCM = [samples(1200, seed) for seed in range(3)]
 Logs = list[MutableMapping[str, Any]]
 GONE = (h11.RemoteProtocolError, trio.BrokenResourceError)

@@ -10,8 +10,8 @@ import trio
 
 from relayd.net import http_head
 from relayd.net.http_head import forwarded_for
-from tests.relayd.harness import daemon, kept_logs, until
-from tests.relayd.http.asking import ask_on, open_stream
+from tests.support.relay import daemon, kept_logs, until
+from tests.support.timed_http_client import ask_on, open_stream
 
 TCP: dict[str, Any] = {"listen": "127.0.0.1:0"}
 UPGRADE = (

@@ -1,0 +1,320 @@
+"""The clients: each follows its plans one after another, with the library that users have."""
+
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+import attrs
+import trio
+
+from protocol import ProtocolError, Relay, RequestCancelled, RequestFailed, RequestRejected, Restarted
+from protocol.client.client import new_request_id, open_relay
+from protocol.client.stream import Stream
+from protocol.wire.errors import ConnectError, ErrorCode, LinkBroken, LinkError
+from protocol.wire.frames import Audio, Frame
+from protocol.wire.messages import LIVE_STATES
+from tests.chaos.proxy import Line, open_line
+from tests.chaos.report import Case, Ledger
+from tests.chaos.verdict import Hearing
+from tests.chaos.workload import CHUNK_MS, LOOSE, Plan, draw_plan
+
+#: Whatever happens, a listener has its end by then: several times all windows of the configuration together.
+END_S = 90.0
+#: For an answer to `status`, with the relay being killed meanwhile.
+ANSWER_S = 40.0
+#: Between two looks at a request that is being made safe again.
+POLL_S = 0.1
+#: Between two questions after a request that nobody listens to.
+ASK_S = 0.5
+#: Before a submit that a draining relay refused is sent again.
+AGAIN_S = 0.3
+
+Act = Callable[[Stream], Awaitable[bool]]
+
+
+@asynccontextmanager
+async def open_client(line: Line, token: str, ledger: Ledger) -> AsyncIterator[Relay]:
+    """A client over `line`; the first try is repeated as well, for there may be no relay just now."""
+    url = f"ws://127.0.0.1:{line.port}"
+    async with AsyncExitStack() as stack:
+        relay: Relay | None = None
+        while relay is None:
+            try:
+                relay = await stack.enter_async_context(
+                    open_relay(
+                        url,
+                        token=token,
+                        agent=line.name,
+                        on_up=lambda _welcome: ledger.link_up(line.name),
+                        on_reconnect=lambda _fault, _delay_s: ledger.link_down(line.name),
+                    )
+                )
+            except (ConnectError, LinkBroken):  # no relay, or one that was killed before it had answered
+                await trio.sleep(AGAIN_S)
+        yield relay
+
+
+@attrs.define(eq=False)
+class Client:
+    """One client that stays, with its line, and the others for what takes two."""
+
+    name: str
+    relay: Relay
+    line: Line
+    ledger: Ledger
+    token: str
+    seed: int
+    target: tuple[str, int]
+    others: Sequence["Client"] = ()
+    at_hand: Case | None = None
+    _random: random.Random = attrs.field(init=False)
+    _plans: random.Random = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._random = random.Random(f"{self.seed} choices of {self.name}")
+        self._plans = random.Random(f"{self.seed} plans of {self.name}")
+
+    async def serve(self, calm: trio.Event) -> None:
+        """Follow one plan after another until it is calm."""
+        number = 0
+        while not calm.is_set():
+            number += 1
+            await self.follow(draw_plan(self._plans, f"{self.name} #{number}"))
+
+    async def follow(self, plan: Plan) -> None:
+        """One plan, to its verdict."""
+        case = self.at_hand = self.ledger.open_case(plan, new_request_id(), self.name)
+        with trio.move_on_after(END_S * (2 if plan.fail else 1)) as patience:
+            try:
+                await _DEEDS[plan.kind](self, case)
+                await self._check_status(case)
+            except RequestRejected as refusal:
+                self.ledger.complain(f"it was refused: {refusal}", case)
+            except (LinkError, ProtocolError) as fault:
+                self.ledger.complain(f"its client gave up: {fault!r}", case)
+        if patience.cancelled_caught:
+            self.ledger.complain(f"no end within {END_S:g} s", case)
+        self.ledger.close_case(case)
+        self.at_hand = None
+
+    @property
+    def other(self) -> "Client":
+        """Another client, by chance."""
+        return self._random.choice([client for client in self.others if client is not self])
+
+    # -- what a listener does
+
+    async def _submit(self, case: Case, act: Act, *, relay: Relay | None = None, detach: bool = False) -> bool:
+        """Submit, and `act` on the stream; again where a relay that leaves refuses."""
+        plan = case.plan
+        while True:
+            try:
+                async with (relay or self.relay).submit(
+                    plan.space, plan.params, retry=plan.retry, detach=detach, request_id=case.request_id
+                ) as stream:
+                    case.accepted_at = case.accepted_at or trio.current_time()
+                    return await act(stream)
+            except RequestRejected as refusal:
+                if refusal.code != ErrorCode.SHUTTING_DOWN:
+                    raise
+                self.ledger.counts["submits refused by a draining relay"] += 1
+                await trio.sleep(AGAIN_S)
+
+    async def _attach(self, case: Case, hearing: Hearing) -> None:
+        """Listen to it here, to the end."""
+        async with self.relay.attach(case.request_id, hearing.after_seq, attempt=hearing.attempt) as stream:
+            with suppress(RequestRejected):  # which `_hear` meets again
+                await stream.wait_accepted()
+            case.unheld_to = min(case.unheld_to, trio.current_time())
+            await self._hear(stream, case, hearing)
+        self.ledger.close_hearing(case, hearing)
+
+    def _hearing(self, case: Case, what: str = "", after_seq: int = -1) -> Hearing:
+        hearing = Hearing(f"{self.name}{what}", after_seq, began_at=trio.current_time())
+        case.hearings.append(hearing)
+        return hearing
+
+    async def _hear(self, stream: Stream, case: Case, hearing: Hearing, until: int | None = None) -> bool:
+        """Take events until the end (True), or until `until` audio frames have come."""
+        pace_s = CHUNK_MS / 1000 / case.plan.speed * (1.5 if case.plan.space == LOOSE else 1.0)
+        since: float | None = None
+        try:
+            async for event in stream.events():
+                if isinstance(event, Restarted):
+                    hearing.void(event.seq)
+                    self.ledger.note(case.plan.name, f"{hearing.name} hears attempt {event.attempt} from {event.seq}")
+                elif isinstance(event, Frame):
+                    hearing.attempt, hearing.last_seq = event.attempt, event.seq
+                if isinstance(event, Audio):
+                    now = trio.current_time()
+                    if since is not None:
+                        self.ledger.take_gap(case, self.name, since, now, pace_s)
+                    since = now
+                    hearing.pieces.append((event.seq, event.pcm))
+                    if until is not None and len(hearing.pieces) > until:
+                        return False
+            hearing.end = "completed"
+        except RequestCancelled as end:
+            hearing.end, hearing.message = "cancelled", str(end)
+        except RequestFailed as end:
+            hearing.end, hearing.message = f"failed {end.code}", end.message
+        except RequestRejected as end:
+            hearing.end, hearing.message = f"rejected {end.code}", str(end)
+        except (LinkError, ProtocolError) as fault:
+            hearing.end, hearing.message = type(fault).__name__, str(fault)
+        return True
+
+    async def _check_status(self, case: Case) -> None:
+        """The store says the same as the listener heard.
+
+        A relay killed between the telling of an end and its sealing takes the attempt up again, and hears the same end.
+        """
+        ends = {hearing.end for hearing in case.hearings if hearing.end}
+        state = ""
+        with trio.move_on_after(ANSWER_S):
+            while ends != {state}:
+                status = await self.relay.status(case.request_id)
+                state = f"failed {status.code}" if status.state == "failed" else status.state
+                if state != "running":
+                    break
+                await trio.sleep(POLL_S)
+        if not state:
+            self.ledger.complain(f"no answer to status within {ANSWER_S:g} s", case)
+        elif ends != {state}:
+            self.ledger.complain(f"its status is {state!r}, and heard was {sorted(ends)}", case)
+
+    # -- the kinds of plans
+
+    async def _plain(self, case: Case) -> None:
+        hearing = self._hearing(case)
+        await self._submit(case, lambda stream: self._hear(stream, case, hearing))
+        self.ledger.close_hearing(case, hearing)
+
+    async def _again(self, case: Case) -> None:
+        await self._plain(case)
+        await trio.sleep(case.plan.later_s)
+        other = self.other
+        await other._attach(case, other._hearing(case, " fetches it again"))
+
+    async def _with_other(self, case: Case, deed: Callable[["Client"], Awaitable[None]]) -> None:
+        """Listen to the end, and have another client do something in the middle."""
+        hearing = self._hearing(case)
+        other = self.other
+
+        async def act(stream: Stream) -> bool:
+            ended = await self._hear(stream, case, hearing, case.plan.at_frame)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(deed, other)
+                if not ended:
+                    await self._hear(stream, case, hearing)
+                self.ledger.close_hearing(case, hearing)
+            return True
+
+        await self._submit(case, act)
+
+    async def _second(self, case: Case) -> None:
+        await self._with_other(case, lambda other: other._attach(case, other._hearing(case, " listens in")))
+
+    async def _twin(self, case: Case) -> None:
+        async def submit_too(other: "Client") -> None:
+            hearing = other._hearing(case, " submits it too")
+            await other._submit(case, lambda stream: other._hear(stream, case, hearing))
+            self.ledger.close_hearing(case, hearing)
+
+        await self._with_other(case, submit_too)
+
+    async def _detached(self, case: Case) -> None:
+        async def leave(stream: Stream) -> bool:
+            await trio.lowlevel.checkpoint()
+            return stream.ended
+
+        await self._submit(case, leave, detach=True)
+        await trio.sleep(case.plan.later_s)
+        await self._attach(case, self._hearing(case, " comes back"))
+
+    async def _by_hand(self, case: Case) -> None:
+        first = self._hearing(case)
+        if await self._submit(case, lambda s: self._hear(s, case, first, case.plan.at_frame), detach=True):
+            self.ledger.close_hearing(case, first)
+            return
+        await trio.sleep(case.plan.later_s)
+        rest = self._hearing(case, " goes on", first.last_seq)
+        rest.pieces, rest.attempt = list(first.pieces), first.attempt
+        await self._attach(case, rest)
+
+    async def _cancelled(self, case: Case) -> None:
+        hearing = self._hearing(case)
+
+        async def cancel(stream: Stream) -> None:
+            case.cancelled_at = trio.current_time()
+            self.ledger.note(case.plan.name, "cancels it")
+            await self.relay.cancel(stream.request_id, "enough heard")
+
+        async def act(stream: Stream) -> bool:
+            if not await self._hear(stream, case, hearing, case.plan.at_frame):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(cancel, stream)
+                    await self._hear(stream, case, hearing)
+            return True
+
+        await self._submit(case, act)
+        self.ledger.close_hearing(case, hearing)
+
+    async def _die(self, case: Case) -> bool:
+        """Submit as a client that dies in the middle; True if it heard the end before."""
+        mortal = self._hearing(case, " (mortal)")
+        ended = False
+        name = f"client {case.plan.name} (mortal)"
+        async with open_line(name, self.target, self._random) as line:
+            with trio.CancelScope() as life:
+                async with open_client(line, self.token, self.ledger) as relay:
+
+                    async def act(stream: Stream) -> bool:
+                        nonlocal ended
+                        ended = await self._hear(stream, case, mortal, case.plan.at_frame)
+                        if not ended:  # from here on nothing it says comes through: it is as dead as with kill -9
+                            fault = self.ledger.begin_fault("killed", "client", cuts=True)
+                            line.unplugged = True
+                            if self._random.random() < 0.5:
+                                line.cut("rst")
+                            else:
+                                line.lose()
+                            self.ledger.heal_fault(fault)
+                            case.unheld_from = trio.current_time()
+                            life.cancel()
+                        return ended
+
+                    await self._submit(case, act, relay=relay)
+        if ended:
+            self.ledger.close_hearing(case, mortal)
+        else:
+            mortal.left = True
+        return ended
+
+    async def _heir(self, case: Case) -> None:
+        if await self._die(case):
+            return
+        await trio.sleep(case.plan.later_s)
+        await self._attach(case, self._hearing(case, " inherits it"))
+
+    async def _abandoned(self, case: Case) -> None:
+        if await self._die(case):
+            return
+        # Whoever attached would hold it, so there is nothing but to ask.
+        while (await self.relay.status(case.request_id)).state in LIVE_STATES:  # noqa: ASYNC110
+            await trio.sleep(ASK_S)
+        await self._attach(case, self._hearing(case, " looks at what became of it"))
+
+
+_DEEDS: dict[str, Callable[[Client, Case], Awaitable[None]]] = {
+    "plain": Client._plain,
+    "again": Client._again,
+    "second": Client._second,
+    "twin": Client._twin,
+    "detached": Client._detached,
+    "by hand": Client._by_hand,
+    "heir": Client._heir,
+    "abandoned": Client._abandoned,
+    "cancelled": Client._cancelled,
+    "poison": Client._plain,
+}

@@ -1,0 +1,191 @@
+"""The judge: what it lets pass and, above all, what it does not."""
+
+import itertools
+import random
+from collections.abc import Callable
+
+import attrs
+import pytest
+
+from tests.chaos.faults import CLIENT_FAULTS, RELAY_FAULTS, WORKER_FAULTS, draw_faults
+from tests.chaos.report import Fault, Ledger, Windows
+from tests.chaos.verdict import Cause, Hearing, judge, judge_attempts, lost_and_doubled
+from tests.chaos.workload import KINDS, Plan, draw_plan
+
+PLAN = Plan(
+    name="x", kind="plain", space="tts", seed=1, duration_s=1.0, speed=1.0, retry="before_output", fail=None,
+    progress=0, at_frame=0, later_s=0.0,
+)  # fmt: skip
+LOOSE = attrs.evolve(PLAN, space="loose")
+FRAIL = attrs.evolve(PLAN, space="frail", fail={"how": "exit", "at": 2})
+NOTHING: frozenset[Cause] = frozenset()
+KILLED = frozenset({Cause.WORKER_KILLED})
+
+
+def heard(plan: Plan = PLAN, end: str = "completed", *, chunk: int = 800, chunks: int | None = None) -> Hearing:
+    pcm = plan.expected()
+    pieces = [(seq, pcm[at : at + chunk]) for seq, at in enumerate(range(0, len(pcm), chunk), 1)]
+    return Hearing("listener", end=end, attempt=1, pieces=pieces[:chunks])
+
+
+def test_all_samples_and_a_completed_is_what_was_promised() -> None:
+    assert judge(PLAN, heard(), NOTHING) == []
+    assert judge(PLAN, heard(), frozenset(Cause) - {Cause.CANCELLED}) == []
+
+
+def test_a_lost_a_doubled_a_swapped_and_a_changed_chunk_are_seen() -> None:
+    for spoil in (
+        lambda pieces: pieces[:5] + pieces[6:],
+        lambda pieces: pieces[:5] + pieces[4:],
+        lambda pieces: [*pieces[:4], pieces[5], pieces[4], *pieces[6:]],
+        lambda pieces: [*pieces[:4], (4, pieces[4][1][:-2] + b"\1\1"), *pieces[5:]],
+        lambda pieces: pieces[:-1],
+        lambda pieces: pieces + pieces,
+    ):
+        hearing = heard()
+        hearing.pieces = spoil(hearing.pieces)
+        assert len(judge(PLAN, hearing, frozenset(Cause) - {Cause.CANCELLED})) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "lost", "doubled"),
+    [
+        (lambda pieces: pieces, 0, 0),
+        (lambda pieces: pieces[:5] + pieces[6:], 424, 0),
+        (lambda pieces: pieces[:-2], 424 + 368, 0),
+        (lambda pieces: pieces[:5] + pieces[4:], 0, 424),
+        (lambda pieces: [*pieces[:4], (4, b"\1" * 848), *pieces[5:]], 424, 424),
+    ],
+)
+def test_what_is_wrong_with_samples_is_counted(
+    spoil: Callable[[list[tuple[int, bytes]]], list[tuple[int, bytes]]], lost: int, doubled: int
+) -> None:
+    hearing = heard(chunk=848)  # as the mock cuts it
+    hearing.pieces = spoil(hearing.pieces)
+    assert lost_and_doubled(PLAN, hearing) == (lost, doubled)
+
+
+@pytest.mark.trio
+async def test_a_request_that_was_accepted_and_then_forgotten_is_counted_as_lost() -> None:
+    ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+    for number, end in enumerate(("completed", "failed request_not_found")):
+        case = ledger.open_case(PLAN, f"{number:032x}", "client 1")
+        case.accepted_at = case.began_at
+        case.hearings.append(heard(end=end))
+        ledger.close_case(case)
+        assert ledger.counts["accepted requests lost"] == number
+
+
+def test_what_came_before_a_failure_must_be_the_beginning() -> None:
+    never = attrs.evolve(PLAN, retry="never")
+    hearing = heard(never, "failed worker_lost", chunks=4)
+    assert judge(never, hearing, KILLED) == []
+    hearing.pieces = hearing.pieces[1:]
+    assert "the same up to sample 0" in judge(never, hearing, KILLED)[0]
+
+
+@pytest.mark.parametrize(
+    ("plan", "end", "causes", "allowed"),
+    [
+        (PLAN, "failed worker_lost", KILLED, False),  # reproducible: it goes on elsewhere
+        (attrs.evolve(PLAN, retry="never"), "failed worker_lost", KILLED, True),
+        (attrs.evolve(PLAN, retry="never"), "failed worker_lost", NOTHING, False),
+        (attrs.evolve(PLAN, retry="never"), "failed worker_lost", frozenset({Cause.WORKER_AWAY}), False),
+        (attrs.evolve(PLAN, retry="never"), "failed worker_lost", frozenset({Cause.WORKER_LONG_AWAY}), True),
+        (LOOSE, "failed worker_lost", KILLED, True),
+        (attrs.evolve(LOOSE, retry="always"), "failed worker_lost", KILLED, False),
+        (LOOSE, "failed engine_failed", KILLED, False),
+        (LOOSE, "failed engine_failed", frozenset({Cause.SLOT_KILLED}), True),
+        (PLAN, "failed queue_timeout", frozenset(Cause), False),
+        (PLAN, "failed internal", frozenset(Cause), False),
+        (PLAN, "rejected request_not_found", frozenset(Cause), False),
+        (PLAN, "ProtocolError", frozenset(Cause), False),
+        (PLAN, "cancelled", KILLED, False),
+        (PLAN, "cancelled", frozenset({Cause.UNHELD}), True),
+        (PLAN, "cancelled", frozenset({Cause.CANCELLED}), True),
+        (FRAIL, "failed engine_failed", NOTHING, True),
+        (FRAIL, "failed idle_timeout", NOTHING, True),
+        (FRAIL, "failed worker_lost", NOTHING, False),
+        (FRAIL, "failed worker_lost", KILLED, True),
+    ],
+)
+def test_each_end_needs_its_cause(plan: Plan, end: str, causes: frozenset[Cause], allowed: bool) -> None:
+    assert (judge(plan, heard(plan, end, chunks=3), causes) == []) is allowed
+
+
+def test_an_attempt_without_output_is_awaited_for_less() -> None:
+    never = attrs.evolve(PLAN, retry="never")
+    assert judge(never, heard(never, "failed worker_lost", chunks=0), frozenset({Cause.WORKER_AWAY})) == []
+
+
+def test_a_cancelled_request_must_not_complete_and_a_failing_engine_neither() -> None:
+    assert judge(PLAN, heard(), frozenset({Cause.CANCELLED}))
+    assert judge(FRAIL, heard(FRAIL), NOTHING)
+
+
+def test_audio_begins_anew_only_where_nobody_has_it_any_more_or_it_was_asked_for() -> None:
+    def restarted(plan: Plan, causes: frozenset[Cause]) -> bool:
+        hearing = heard(plan)
+        assert hearing.void(3) > 0
+        hearing.pieces = heard(plan).pieces
+        return judge(plan, hearing, causes) == []
+
+    assert not restarted(PLAN, KILLED)
+    assert not restarted(PLAN, frozenset({Cause.RELAY_RESTARTED}))
+    assert restarted(PLAN, KILLED | {Cause.RELAY_RESTARTED})
+    assert not restarted(LOOSE, KILLED)
+    assert not restarted(attrs.evolve(LOOSE, retry="always"), NOTHING)
+    assert restarted(attrs.evolve(LOOSE, retry="always"), KILLED)
+
+
+def test_runs_that_nobody_counted_are_seen() -> None:
+    assert judge_attempts(PLAN, [1], 0, 0) == []
+    assert judge_attempts(PLAN, [1, 2], 1, 0) == []
+    assert judge_attempts(PLAN, [1, 3], 0, 1) == []
+    assert judge_attempts(PLAN, [1, 1], 5, 5)
+    assert judge_attempts(PLAN, [1, 2], 0, 0)
+    assert judge_attempts(attrs.evolve(PLAN, retry="never"), [1, 2], 1, 0)
+    assert judge_attempts(FRAIL, [1, 2, 3], 2, 0) == []
+    assert judge_attempts(FRAIL, [1, 2, 3, 4], 3, 0)
+
+
+def test_the_same_seed_draws_the_same_plans_and_faults_and_all_kinds_of_them() -> None:
+    def plans(seed: int) -> list[Plan]:
+        draws = random.Random(seed)
+        return [draw_plan(draws, f"#{number}") for number in range(400)]
+
+    assert plans(5) == plans(5) != plans(6)
+    assert {plan.kind for plan in plans(5)} == set(KINDS)
+    for kinds in (RELAY_FAULTS, WORKER_FAULTS, CLIENT_FAULTS):
+        track, again = (draw_faults(random.Random(5), kinds, (1.0, 2.0)) for _ in range(2))
+        drawn = list(itertools.islice(track, 400))
+        assert drawn == list(itertools.islice(again, 400))
+        assert {planned.kind for planned in drawn} == set(kinds)
+
+
+def test_a_worker_is_away_by_what_the_relay_said_and_anew_after_each_restart() -> None:
+    ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+    ledger.linked["a"] = [[0.0, 10.0], [14.0, 20.0], [30.0, float("inf")]]
+    assert not ledger._was_away("a", 1.0, 19.0, 5.0)
+    assert ledger._was_away("a", 1.0, 19.0, 3.0)
+    assert ledger._was_away("a", 1.0, 29.0, 5.0)
+    assert not ledger._was_away("a", 31.0, 99.0, 0.1)
+    ledger.relay_starts = [22.0, 26.0]
+    assert not ledger._was_away("a", 15.0, 40.0, 5.0)
+    assert ledger._was_away("b", 0.0, 9.0, 5.0)
+
+
+@pytest.mark.trio
+async def test_faults_of_workers_that_did_not_run_it_excuse_nothing() -> None:
+    ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+    case = ledger.open_case(PLAN, "00" * 16, "client 1")
+    ledger.linked |= {"a": [[0.0, float("inf")]], "client 1": [[0.0, float("inf")]]}
+    ledger.hear("a", f"12:00:00 I request {case.short} of chaos-client: attempt 1 in space 'tts'")
+    assert case.begun == [(1, "a")]
+    now = case.began_at
+    ledger.faults = [Fault("kill -9", "worker b", now, now + 1)]
+    assert ledger.causes(case, now + 2) == NOTHING
+    ledger.faults.append(Fault("kill -9", "worker a", now, now + 1))
+    assert ledger.causes(case, now + 2) == KILLED
+    ledger.close_case(case)
+    assert ledger.complaints == [f"x ({case.request_id}): attempt 1 ran on a, which the relay has not told"]

@@ -1,0 +1,304 @@
+"""The admin commands, through `relayd.cli.main`, with the daemon running and not: what they do, say and end with."""
+
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+from protocol.wire.errors import LinkBroken, LoginRefused
+from relayd.admin import AdminError, NotRunning, open_admin
+from relayd.cli import main
+from relayd.config.loader import load_config
+from tests.support.relay import Daemon, a_submit, daemon, fake_worker, kept_logs, peer, until
+
+CONFIG = 'listen = ""\n[spaces.tts]\ndescription = "of the file"\n'
+
+
+@attrs.frozen
+class Shell:
+    """Where commands are typed."""
+
+    folder: Path
+    capsys: pytest.CaptureFixture[str]
+    relay: Daemon | None
+
+    async def run(self, *args: str, code: int = 0) -> tuple[str, str]:
+        """What a command writes to stdout and stderr; it must end with `code`."""
+        self.capsys.readouterr()
+        argv = [*args, "--config", str(self.folder / "relayd.toml"), "--state-dir", str(self.folder)]
+        with trio.fail_after(10):
+            ended = await trio.to_thread.run_sync(partial(main, argv))
+        out, err = self.capsys.readouterr()
+        assert ended == code, f"{args} ended with {ended}: {err}"
+        return out, err
+
+    async def rows(self, *args: str) -> list[dict[str, Any]]:
+        """What a listing tells as JSON."""
+        rows: list[dict[str, Any]] = json.loads((await self.run(*args, "--json"))[0])
+        return rows
+
+    async def fails(self, *args: str, code: int = 1) -> str:
+        """What a command complains about; it prints nothing else."""
+        out, err = await self.run(*args, code=code)
+        assert out == ""
+        assert err.startswith("relayd: ")
+        assert err.count("\n") == 1
+        return err
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("RELAY")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _the_daemon_logs_elsewhere() -> Iterator[None]:
+    with kept_logs():
+        yield
+
+
+@asynccontextmanager
+async def a_shell(folder: Path, capsys: pytest.CaptureFixture[str], *, online: bool) -> AsyncIterator[Shell]:
+    """A folder with a configuration, and a daemon on it or none."""
+    (folder / "relayd.toml").write_text(CONFIG)
+    if online:
+        async with daemon(folder, store="sqlite") as relay:
+            yield Shell(folder, capsys, relay)
+    else:
+        yield Shell(folder, capsys, None)
+
+
+both = pytest.mark.parametrize("online", [True, False], ids=["online", "offline"])
+
+
+@pytest.mark.trio
+@both
+async def test_spaces_are_made_paused_resumed_and_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], online: bool
+) -> None:
+    async with a_shell(tmp_path, capsys, online=online) as shell:
+        _, said = await shell.run("space", "create", "lab", "--max-workers", "2", "--when-empty", "refuse")
+        assert "space lab created" in said
+        spaces = {row["name"]: row for row in await shell.rows("space", "list")}
+        assert {"tts", "lab"} <= set(spaces)
+        assert (spaces["lab"]["max_workers"], spaces["lab"]["state"]) == (2, "no worker")
+        _, said = await shell.run("space", "pause", "lab")
+        assert "paused" in said
+        assert {row["name"]: row["state"] for row in await shell.rows("space", "list")}["lab"] == "paused"
+        await shell.run("space", "pause", "tts")
+        await shell.run("space", "resume", "lab")
+        out, _ = await shell.run("space", "list")
+        told = {line.split()[0]: line for line in out.splitlines()}
+        assert "paused" in told["tts"]
+        assert "no worker" in told["lab"]
+        _, said = await shell.run("space", "delete", "lab")
+        assert "space lab deleted" in said
+        assert "lab" not in {row["name"] for row in await shell.rows("space", "list")}
+    async with a_shell(tmp_path, capsys, online=True) as shell:  # a daemon started afterwards finds the same
+        states = {row["name"]: row["state"] for row in await shell.rows("space", "list")}
+        assert states == {"tts": "paused", "check": "no worker"}
+
+
+@pytest.mark.trio
+@both
+async def test_what_cannot_be_done_to_a_space_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], online: bool
+) -> None:
+    async with a_shell(tmp_path, capsys, online=online) as shell:
+        await shell.run("space", "create", "lab")
+        assert "exists already" in await shell.fails("space", "create", "lab")
+        assert "exists already" in await shell.fails("space", "create", "tts")
+        assert "no space name" in await shell.fails("space", "create", "../lab")
+        assert "max_workers" in await shell.fails("space", "create", "x", "--max-workers", "0")
+        assert "stands in relayd.toml" in await shell.fails("space", "delete", "tts")
+        for what in ("pause", "resume", "delete"):
+            assert "space 'nowhere' does not exist" in await shell.fails("space", what, "nowhere")
+
+
+@pytest.mark.trio
+@both
+async def test_a_space_with_requests_is_not_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], online: bool
+) -> None:
+    async with a_shell(tmp_path, capsys, online=True) as shell:
+        assert shell.relay is not None
+        await shell.run("space", "create", "lab")
+        async with peer(shell.relay.url, "client") as client:
+            client.send(a_submit(space="lab", detach=True))
+            await client.next()
+            if online:
+                assert "still has 1 queued" in await shell.fails("space", "delete", "lab")
+    if not online:
+        async with a_shell(tmp_path, capsys, online=False) as shell:
+            assert {row["name"]: row["queued"] for row in await shell.rows("space", "list")} == {"lab": 1, "tts": 0}
+            assert "still has 1 requests" in await shell.fails("space", "delete", "lab")
+
+
+@pytest.mark.trio
+@both
+async def test_tokens_are_made_listed_and_revoked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], online: bool
+) -> None:
+    async with a_shell(tmp_path, capsys, online=online) as shell:
+        new = ("token", "create", "--name", "ann", "--role")
+        first, said = await shell.run(*new, "client", "--space", "tts", "--space", "lab*", "--expires", "30d")
+        assert first.startswith("rly_c_")
+        assert first.count("\n") == 1, "the token alone is on stdout"
+        token_id = said.split(":")[0]
+        second = (await shell.run(*new, "worker", "--max-connections", "3"))[0]
+        rows = await shell.rows("token", "list")
+        assert [(row["token_id"] == token_id, row["role"], row["spaces"], row["state"]) for row in rows] == [
+            (True, "client", ["tts", "lab*"], "live"),
+            (False, "worker", [], "live"),
+        ]
+        assert rows[1]["limits"] == {"max_connections": 3}
+        assert rows[0]["expires"] is not None
+        out, _ = await shell.run("token", "list")
+        assert first.strip() not in out + json.dumps(rows), "its text is kept nowhere"
+        _, said = await shell.run("token", "revoke", token_id)
+        assert said == f"revoked {token_id}\n"
+        states = {row["token_id"]: row["state"] for row in await shell.rows("token", "list")}
+        assert states.pop(token_id) == "revoked"
+        assert list(states.values()) == ["live"]
+    async with a_shell(tmp_path, capsys, online=True) as shell:
+        assert shell.relay is not None
+        async with peer(shell.relay.url, "worker", second.strip()) as ann:
+            assert ann.welcome.principal == "ann"
+            await shell.run("token", "revoke", "ann")
+            with pytest.raises(LinkBroken):
+                await ann.next()
+        with pytest.raises(LoginRefused, match="was revoked"):
+            async with peer(shell.relay.url, "client", first.strip()):
+                pytest.fail("entered")
+
+
+@pytest.mark.trio
+@both
+async def test_what_cannot_be_done_to_a_token_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], online: bool
+) -> None:
+    async with a_shell(tmp_path, capsys, online=online) as shell:
+        new = ("token", "create", "--role", "client", "--name")
+        assert "no live token has the id or the principal 'nobody'" in await shell.fails("token", "revoke", "nobody")
+        assert "name 'an n'" in await shell.fails(*new, "an n")
+        assert "lies in the past" in await shell.fails(*new, "ann", "--expires", "2001-01-01")
+        assert "neither a span" in await shell.fails(*new, "ann", "--expires", "soon")
+        assert "space pattern" in await shell.fails(*new, "ann", "--space", "a b")
+        assert "max_queued" in await shell.fails(*new, "ann", "--max-queued", "-1")
+        await shell.run(*new, "ann")
+        await shell.run(*new, "ann")
+        assert "has 2 live client tokens already" in await shell.fails(*new, "ann")
+        assert await shell.rows("token", "list") != []
+
+
+@pytest.mark.trio
+async def test_the_running_daemon_tells_its_workers_and_requests_and_drains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with a_shell(tmp_path, capsys, online=True) as shell:
+        relay = shell.relay
+        assert relay is not None
+        assert await shell.rows("workers") == await shell.rows("requests") == []
+        async with fake_worker(relay.url, slots=2) as worker, peer(relay.url, "client") as client:
+            submit = a_submit()
+            client.send(submit)
+            await worker.assigned()
+            (row,) = await shell.rows("workers")
+            assert row["worker_id"].startswith("box-")
+            assert (row["slots"], row["busy"], row["engine"], row["spaces"]) == (2, 1, "fake", ["tts"])
+            (row,) = await shell.rows("requests")
+            assert (row["request_id"], row["state"], row["attempt"]) == (submit.request_id, "running", 1)
+            out, _ = await shell.run("requests")
+            assert out.splitlines()[0].split()[:3] == ["request_id", "state", "space"]
+            assert submit.request_id in out
+            _, said = await shell.run("drain")
+            assert "leaves when 1 running requests have ended" in said
+            assert relay.relay.draining.is_set()
+
+
+@pytest.mark.trio
+async def test_many_rows_are_listed_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with a_shell(tmp_path, capsys, online=True) as shell:
+        relay = shell.relay
+        assert relay is not None
+        await shell.run("space", "create", "lab", "--max-queued-per-principal", "400")
+        async with peer(relay.url, "client") as client:
+            for _ in range(400):
+                client.send(a_submit(space="lab"))
+            await until(lambda: len(relay.relay.requests) == 400)
+            assert len(await shell.rows("requests")) == 400
+
+
+@pytest.mark.trio
+async def test_what_needs_a_running_daemon_says_so_without_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with a_shell(tmp_path, capsys, online=False) as shell:
+        for command in ("workers", "requests", "drain"):
+            assert f"no relay runs on {tmp_path}" in await shell.fails(command, code=3)
+
+
+@pytest.mark.trio
+async def test_a_relay_that_keeps_nothing_is_not_looked_after_while_it_is_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with a_shell(tmp_path, capsys, online=False) as shell:
+        (tmp_path / "relayd.toml").write_text('store = "memory"\n' + CONFIG)
+        for command in (("space", "list"), ("token", "list"), ("space", "create", "lab"), ("drain",)):
+            assert "it keeps nothing meanwhile" in await shell.fails(*command, code=3)
+        assert not (tmp_path / "relayd.db").exists()
+
+
+@pytest.mark.trio
+async def test_a_folder_that_another_holds_and_a_socket_of_a_killed_relay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with a_shell(tmp_path, capsys, online=True) as shell:
+        (tmp_path / "relayd.sock").rename(tmp_path / "away.sock")
+        assert "just starting or stopping" in await shell.fails("space", "list")
+        (tmp_path / "away.sock").rename(tmp_path / "relayd.sock")
+        left = tmp_path / "left.sock"
+        left.hardlink_to(tmp_path / "relayd.sock")
+    left.rename(tmp_path / "relayd.sock")
+    async with a_shell(tmp_path, capsys, online=False) as shell:
+        assert {row["name"] for row in await shell.rows("space", "list")} == {"tts"}
+
+
+@pytest.mark.trio
+async def test_wrong_settings_and_wrong_usage_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with a_shell(tmp_path, capsys, online=False) as shell:
+        out, _ = await shell.run("check-config")
+        assert out.startswith("ok: ")
+        with pytest.raises(SystemExit) as usage:
+            main(["token", "create", "--role", "king", "--name", "ann"])
+        assert usage.value.code == 2
+        (tmp_path / "relayd.toml").write_text("listen = 5\n")
+        for command in (("check-config",), ("space", "list"), ("serve",)):
+            _, said = await shell.run(*command, code=2)
+            assert "listen: must be a string" in said
+
+
+@pytest.mark.trio
+async def test_a_program_gets_the_same_as_errors(tmp_path: Path) -> None:
+    (tmp_path / "relayd.toml").write_text(CONFIG)
+    config = load_config(tmp_path / "relayd.toml", environ={}, overrides={"state_dir": tmp_path})
+    async with open_admin(config) as admin:
+        with pytest.raises(NotRunning):
+            await admin.drain()
+        with pytest.raises(AdminError, match="no live token"):
+            await admin.revoke_token("nobody")
+    async with daemon(tmp_path, store="sqlite"):
+        with pytest.raises(AdminError, match="no live token"):
+            async with open_admin(config) as admin:
+                await admin.revoke_token("nobody")
+        with pytest.raises(AdminError, match=r"stands in relayd\.toml"):
+            async with open_admin(config) as admin:
+                await admin.delete_space("tts")

@@ -1,0 +1,603 @@
+"""Workers come, go and come back: what their requests and the listeners of those get."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from protocol.wire.frames import (
+    Audio,
+    Cancelled,
+    Completed,
+    Failed,
+    Output,
+    Started,
+)
+from protocol.wire.messages import (
+    Accepted,
+    Ack,
+    Assign,
+    Attach,
+    Cancel,
+    Done,
+    Draining,
+    Error,
+    Input,
+    Queued,
+    Register,
+    Registered,
+    Rejected,
+    Status,
+    StatusReply,
+    Steer,
+)
+from protocol.wire.structs import Running
+from tests.support.relay import (
+    FORMAT,
+    SCHEMA,
+    a_submit,
+    an_id,
+    an_input,
+    daemon,
+    fake_worker,
+    peer,
+    samples,
+    seat,
+    until,
+)
+
+PCM = [samples(1200, seed) for seed in range(4)]
+
+
+def heard(frames: list[Any]) -> bytes:
+    return b"".join(frame.pcm for frame in frames if isinstance(frame, Audio))
+
+
+@pytest.mark.trio
+async def test_a_second_worker_is_told_which_space_is_full(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, name="first") as first:
+        await first.peer.next(Registered)
+        async with fake_worker(relay.url, name="second") as second:
+            refusal = await second.peer.next(Rejected)
+            assert refusal.code == "space_full"
+            assert "'tts' already has its 1 worker (first-" in refusal.message
+            assert "max_workers" in refusal.message
+        async with fake_worker(relay.url, spaces=("nope",)) as lost:
+            refusal = await lost.peer.next(Rejected)
+            assert refusal.code == "space_not_found"
+            assert "'nope'" in refusal.message
+        assert len(relay.relay.workers) == len(relay.relay.scheduler.workers) == 1
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [({"params": {"type": 5}}, "invalid_params"), ({"params": {"$ref": "http://example.org/"}}, "invalid_params")],
+)
+async def test_a_bad_registration_is_refused(tmp_path: Path, fields: dict[str, Any], code: str) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, **fields) as worker:
+        assert (await worker.peer.next(Rejected)).code == code
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_a_long_name_registers(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, name="x" * 128) as worker:
+        assert (await worker.peer.next(Registered, Error)).TYPE == "registered"
+        assert relay.relay.workers
+
+
+@pytest.mark.trio
+async def test_a_worker_that_is_cut_off_goes_on_and_the_listener_hears_the_same_samples(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+        submit, instance = a_submit(), an_id()
+        async with fake_worker(relay.url, instance=instance) as worker:
+            client.send(submit)
+            assign = await worker.assigned()
+            worker.speak(assign, PCM[:2], end=False)
+            await client.next(Audio)
+            await client.next(Audio)
+            await worker.peer.cut()
+        running = (Running(request_id=submit.request_id, attempt=1, next_seq=4),)
+        async with fake_worker(relay.url, instance=instance, running=running) as worker:
+            registered = await worker.peer.next(Registered)
+            assert [(r.attempt, r.next_seq) for r in registered.resume] == [(1, 3)]
+            worker.speak(assign, PCM, first=1)  # more than is missing: what is there already is passed over
+            assert heard(await client.frames(submit, first=3)) == b"".join(PCM[2:])
+            assert (await worker.peer.next(Ack)).seq == 5
+        await relay.at_rest()
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_a_worker_that_connects_anew_before_the_cut_was_seen_takes_its_own_place(tmp_path: Path) -> None:
+    instance = an_id()
+    async with (
+        daemon(tmp_path) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url, instance=instance) as old,
+    ):
+        submit = a_submit()
+        client.send(submit)
+        assign = await old.assigned()
+        running = (Running(request_id=submit.request_id, attempt=1, next_seq=0),)
+        async with fake_worker(relay.url, instance=instance, running=running) as new:
+            assert len((await new.peer.next(Registered)).resume) == 1
+            await until(lambda: old.peer.link.gone is not None)
+            new.speak(assign, PCM)
+            assert heard(await client.frames(submit)) == b"".join(PCM)
+            await relay.at_rest()
+            assert len(relay.relay.workers) == 1
+
+
+@pytest.mark.trio
+async def test_a_refused_reconnection_leaves_the_worker_that_is_there_alone(tmp_path: Path) -> None:
+    instance = an_id()
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, instance=instance) as worker:
+        await worker.peer.next(Registered)
+        async with fake_worker(relay.url, instance=instance, spaces=("tts", "nope")) as other:
+            assert (await other.peer.next(Rejected)).code == "space_not_found"
+        async with peer(relay.url, "client") as client:
+            submit = a_submit()
+            client.send(submit)
+            worker.speak(await worker.assigned(), PCM)
+            assert heard(await client.frames(submit)) == b"".join(PCM)
+            await relay.at_rest()
+    async with daemon(tmp_path / "2"):
+        pass
+
+
+@pytest.mark.trio
+async def test_a_worker_gone_before_its_first_output_is_replaced_in_silence(tmp_path: Path) -> None:
+    limits = {"worker_grace_s": 0.05}
+    async with daemon(tmp_path, limits=limits) as relay, peer(relay.url, "client") as client:
+        submit = a_submit()
+        async with fake_worker(relay.url) as worker:
+            client.send(submit)
+            assign = await worker.assigned()
+            worker.send(Started(**seat(assign, 0), format=FORMAT))
+            await client.next(Started)
+            await worker.peer.cut()
+        async with fake_worker(relay.url, name="other") as worker:
+            second = await worker.assigned()
+            assert (second.attempt, second.from_seq) == (2, 0)
+            worker.speak(second, PCM)
+            frames = await client.frames(submit)
+            assert {frame.attempt for frame in frames} == {2}
+            assert heard(frames) == b"".join(PCM)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("reproducible", "retry", "from_seq"),
+    [(False, "before_output", None), (False, "always", 0), (True, "before_output", 3), (True, "never", None)],
+)
+async def test_a_worker_gone_in_mid_stream_is_never_a_silent_cut(
+    tmp_path: Path, reproducible: bool, retry: str, from_seq: int | None
+) -> None:
+    limits = {"worker_grace_s": 0.05}
+    async with daemon(tmp_path, limits=limits) as relay, peer(relay.url, "client") as client:
+        submit = a_submit(retry=retry)
+        async with fake_worker(relay.url, reproducible=reproducible) as worker:
+            client.send(submit)
+            worker.speak(await worker.assigned(), PCM[:2], end=False)
+            await client.next(Audio)
+            await client.next(Audio)
+            await worker.peer.cut()
+        async with fake_worker(relay.url, reproducible=reproducible) as worker:
+            if from_seq is None:
+                failed = await client.next(Failed)
+                assert (failed.code, failed.seq, failed.attempt) == ("worker_lost", 3, 1)
+                assert "3 frames were delivered" in failed.message or "'never'" in failed.message
+                assert failed.details["delivered_frames"] == 3
+            else:
+                assign = await worker.assigned()
+                assert (assign.attempt, assign.from_seq) == (2, from_seq)
+                worker.speak(assign, PCM, first=from_seq)
+                frames = await client.frames(submit, first=from_seq)
+                assert heard(frames) == b"".join(PCM[max(0, from_seq - 1) :])
+            await relay.at_rest()
+            await relay.goes_on()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(("first", "second"), [("a", "a"), ("a", "b"), ("a", ""), ("", "")])
+async def test_only_a_worker_of_the_same_fingerprint_goes_on_in_mid_stream(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    async with daemon(tmp_path, limits={"worker_grace_s": 0.05}) as relay, peer(relay.url, "client") as client:
+        submit = a_submit()
+        async with fake_worker(relay.url, reproducible=True, fingerprint=first) as worker:
+            client.send(submit)
+            worker.speak(await worker.assigned(), PCM[:2], end=False)
+            await client.next(Audio)
+            await client.next(Audio)
+            await worker.peer.cut()
+        async with fake_worker(relay.url, reproducible=True, fingerprint=second) as worker:
+            if first == second:
+                assign = await worker.assigned()
+                assert assign.from_seq == 3
+                worker.speak(assign, PCM, first=3)
+                assert heard(await client.frames(submit, first=3)) == b"".join(PCM[2:])
+            else:
+                failed = await client.next(Failed)
+                assert (failed.code, failed.details["delivered_frames"]) == ("worker_lost", 3)
+            await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_worker_that_registers_again_as_another_does_not_go_on_in_mid_stream(tmp_path: Path) -> None:
+    spaces = {"tts": {"max_workers": 2}}
+    async with (
+        daemon(tmp_path, spaces=spaces, limits={"worker_grace_s": 0.05}) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url, name="other", slots=0, reproducible=True, fingerprint="a") as other,
+    ):
+        await other.peer.next(Registered)
+        submit = a_submit()
+        async with fake_worker(relay.url, reproducible=True, fingerprint="a") as worker:
+            client.send(submit)
+            worker.speak(await worker.assigned(), PCM[:2], end=False)
+            await client.next(Audio)
+            await client.next(Audio)
+            other.send(
+                Register(
+                    worker="other",
+                    instance=other.instance,
+                    spaces=["tts"],
+                    engine="fake",
+                    slots=1,
+                    format=FORMAT,
+                    reproducible=False,
+                    fingerprint="a",
+                )
+            )
+            await other.peer.settled()
+            await worker.peer.cut()
+        assert (await client.next(Failed)).code == "worker_lost"
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_worker_started_anew_is_not_waited_for(tmp_path: Path) -> None:
+    async with daemon(tmp_path, limits={"worker_grace_s": 60}) as relay, peer(relay.url, "client") as client:
+        submit = a_submit()
+        async with fake_worker(relay.url, reproducible=True) as worker:
+            client.send(submit)
+            worker.speak(await worker.assigned(), PCM[:1], end=False)
+            await client.next(Audio)
+        async with fake_worker(relay.url, reproducible=True) as worker:
+            assert (await worker.assigned()).from_seq == 2
+
+
+@pytest.mark.trio
+async def test_a_namesake_with_room_beside_it_takes_nothing_away(tmp_path: Path) -> None:
+    spaces = {"tts": {"max_workers": 2}}
+    instance = an_id()
+    async with (
+        daemon(tmp_path, spaces=spaces, limits={"worker_grace_s": 60}) as relay,
+        peer(relay.url, "client") as client,
+    ):
+        submit = a_submit()
+        async with fake_worker(relay.url, instance=instance) as worker:
+            client.send(submit)
+            assign = await worker.assigned()
+            worker.speak(assign, PCM[:1], end=False)
+            await client.next(Audio)
+        async with fake_worker(relay.url) as twin:
+            await twin.peer.next(Registered)
+            running = (Running(request_id=submit.request_id, attempt=1, next_seq=2),)
+            async with fake_worker(relay.url, instance=instance, running=running) as worker:
+                assert len((await worker.peer.next(Registered)).resume) == 1
+                worker.speak(assign, PCM[:1], first=2)
+                assert isinstance(await client.next(Completed, Failed), Completed)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_frames_of_an_attempt_that_is_over_are_fenced(tmp_path: Path) -> None:
+    spaces = {"tts": {"max_workers": 2, "idle_timeout_s": 0.1}}
+    async with (
+        daemon(tmp_path, spaces=spaces) as relay,
+        fake_worker(relay.url, name="hung") as hung,
+        peer(relay.url, "client") as client,
+    ):
+        submit = a_submit()
+        client.send(submit)
+        old = await hung.assigned()
+        async with fake_worker(relay.url, name="good") as good:
+            assert (await hung.peer.next(Cancel)).request_id == submit.request_id
+            assign = await good.assigned()
+            assert assign.attempt == 2
+            hung.speak(old, PCM[:2])
+            assert (await hung.peer.next(Ack)).attempt == 1
+            good.speak(assign, PCM)
+            frames = await client.frames(submit)
+            assert heard(frames) == b"".join(PCM)
+            assert relay.relay.fenced_frames == 4
+            await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_hung_attempt_waits_for_its_slot_on_the_same_worker(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path, spaces={"tts": {"idle_timeout_s": 0.1}}) as relay,
+        fake_worker(relay.url, slots=2) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        submit = a_submit()
+        client.send(submit)
+        old = await worker.assigned()
+        await worker.peer.next(Cancel)
+        await client.settled()
+        assert relay.relay.requests[submit.request_id].entry.state == "queued"
+        worker.send(Cancelled(**seat(old, 0)))
+        assert (await worker.peer.next(Ack, Assign)).TYPE == "ack", "before the next attempt"
+        worker.speak(await worker.assigned(), PCM)
+        assert heard(await client.frames(submit)) == b"".join(PCM)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_an_attempt_that_was_given_up_taken_up_and_then_stopped_is_tried_again(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path, spaces={"tts": {"idle_timeout_s": 0.1}}) as relay,
+        peer(relay.url, "client") as client,
+    ):
+        submit = a_submit()
+        instance = an_id()
+        async with fake_worker(relay.url, instance=instance) as worker:
+            client.send(submit)
+            old = await worker.assigned()
+            await worker.peer.next(Cancel)
+            await worker.peer.cut()
+        running = [Running(request_id=old.request_id, attempt=1, next_seq=0)]
+        async with fake_worker(relay.url, instance=instance, running=running) as worker:
+            assert [one.request_id for one in (await worker.peer.next(Registered)).resume] == [submit.request_id]
+            assert relay.relay.requests[submit.request_id].entry.losses == 0, "it is not lost yet"
+            worker.send(Cancelled(**seat(old, 0), reason="its worker sent nothing for 0.1 s"))
+            await worker.peer.next(Ack)
+            assign = await worker.assigned()
+            assert assign.attempt == 2
+            assert relay.relay.requests[submit.request_id].entry.losses == 1
+            worker.speak(assign, PCM)
+            assert heard(await client.frames(submit)) == b"".join(PCM)
+            await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_registering_again_changes_the_slots(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker, peer(relay.url, "client") as client:
+        first, second = a_submit(), a_submit()
+        client.send(first)
+        client.send(second)
+        await worker.assigned()
+        worker.send(Register(worker="box", instance=worker.instance, spaces=["tts"], slots=2, params=SCHEMA))
+        assert (await worker.assigned()).request_id == second.request_id
+
+
+@pytest.mark.trio
+async def test_a_worker_that_drains_gets_nothing_new(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path) as relay,
+        fake_worker(relay.url, slots=2) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        first, second = a_submit(), a_submit()
+        client.send(first)
+        assign = await worker.assigned()
+        worker.send(Draining())
+        await worker.peer.settled()
+        client.send(second)
+        assert (await client.next(Queued)).request_id == second.request_id
+        worker.speak(assign, PCM)
+        await client.frames(first)
+        assert relay.relay.requests[second.request_id].entry.state == "queued"
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("fault", ["gap", "odd", "no format"])
+async def test_a_worker_that_breaks_the_rules_is_cut_off_by_their_name(tmp_path: Path, fault: str) -> None:
+    async with daemon(tmp_path, limits={"worker_grace_s": 0.01}) as relay, peer(relay.url, "client") as client:
+        submit = a_submit(retry="never")
+        async with fake_worker(relay.url) as worker:
+            client.send(submit)
+            assign = await worker.assigned()
+            if fault != "no format":
+                worker.send(Started(**seat(assign, 0), format=FORMAT))
+            seq = {"gap": 2, "odd": 1, "no format": 0}[fault]
+            worker.send(Audio(**seat(assign, seq), pcm=b"abc" if fault == "odd" else b"ab"))
+            assert (await worker.peer.next(Error)).code == "protocol_error"
+        assert (await client.next(Failed)).code == "worker_lost"
+        await relay.at_rest()
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_outputs_of_functions_cross_as_well(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path) as relay,
+        fake_worker(relay.url, format=None) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        submit = a_submit()
+        client.send(submit)
+        assign = await worker.assigned()
+        worker.send(Output(**seat(assign, 0), data={"words": ["a", 1, None]}))
+        worker.send(Completed(**seat(assign, 1)))
+        frames = await client.frames(submit)
+        assert frames[0].data == {"words": ["a", 1, None]}
+        await relay.at_rest()
+
+
+# -- the relay is killed, or drains, and is started again ------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_what_waits_and_what_runs_outlives_the_relay(tmp_path: Path) -> None:
+    instance = an_id()
+    submits = [a_submit(f"number {number}", inputs={"voice": an_input(PCM[0])}) for number in range(4)]
+    rules: dict[str, Any] = {"inputs": {"voice": {}}}
+    async with (
+        daemon(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, instance=instance, **rules) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        for submit in submits:
+            client.send(submit)
+            client.send(Input(request_id=submit.request_id, name="voice", offset=0, data=PCM[0]))
+            assert (await client.next(Accepted)).request_id == submit.request_id
+        running = await worker.assigned()
+        worker.speak(running, PCM[:2], end=False)
+        await client.next(Audio)
+        await client.next(Audio)
+        await relay.relay.store.flush()
+    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        client.send(Attach(request_id=running.request_id, attempt=1, after_seq=2))
+        for submit in submits[1:]:
+            client.send(submit)
+            assert (await client.next(Queued)).request_id == submit.request_id
+        named = (Running(request_id=running.request_id, attempt=1, next_seq=3),)
+        async with fake_worker(relay.url, instance=instance, running=named, **rules) as worker:
+            registered = await worker.peer.next(Registered)
+            assert [(r.request_id, r.next_seq) for r in registered.resume] == [(running.request_id, 0)]
+            worker.speak(running, PCM)
+            assert heard(await client.frames(submits[0])) == b"".join(PCM), "its log is there from the beginning again"
+            for submit in submits[1:]:
+                assign = await worker.assigned()
+                assert assign.request_id == submit.request_id, "in the old order"
+                assert (await worker.peer.next(Input)).data == PCM[0]
+                worker.speak(assign, PCM)
+                assert heard(await client.frames(submit)) == b"".join(PCM)
+            await relay.at_rest()
+            await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_what_was_heard_before_a_restart_is_not_tried_anew_and_its_end_is_heard(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        submit = a_submit()
+        client.send(submit)
+        worker.speak(await worker.assigned(), PCM[:2], end=False)
+        await client.next(Audio)
+        await relay.relay.store.flush()
+    async with (
+        daemon(tmp_path, store="sqlite", limits={"worker_grace_s": 0.1}) as relay,
+        fake_worker(relay.url, name="other"),
+        peer(relay.url, "client") as client,
+    ):
+        client.send(Attach(request_id=submit.request_id, attempt=1, after_seq=2))
+        failed = await client.next(Failed)
+        assert (failed.code, failed.attempt, failed.seq) == ("worker_lost", 1, 0)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_an_input_that_the_store_lost_costs_its_request_alone(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+        submit, after = a_submit(inputs={"voice": an_input(b"abc")}), a_submit()
+        client.send(submit)
+        client.send(Input(request_id=submit.request_id, name="voice", offset=0, data=b"abc"))
+        client.send(after)
+        await client.next(Accepted)
+        relay.relay.requests[submit.request_id].inputs.clear()
+        del relay.relay.store._inputs[submit.request_id]  # type: ignore[attr-defined]
+        async with fake_worker(relay.url) as worker:
+            assign = await worker.assigned()
+            assert (await client.next(Failed)).code == "internal"
+            await worker.peer.next(Cancel)
+            worker.send(Cancelled(**seat(assign, 0)))
+            worker.speak(await worker.assigned(), PCM)
+            assert heard(await client.frames(after)) == b"".join(PCM)
+            await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_draining_daemon_finishes_what_runs_and_keeps_what_waits(tmp_path: Path) -> None:
+    runs, waits, late = a_submit(), a_submit(), a_submit()
+    async with (
+        daemon(tmp_path, store="sqlite", limits={"resume_window_s": 0}) as relay,
+        fake_worker(relay.url) as worker,
+        peer(relay.url, "client") as client,
+        peer(relay.url, "operator") as operator,
+    ):
+        client.send(runs)
+        assign = await worker.assigned()
+        client.send(waits)
+        await client.next(Queued)
+        operator.send(Steer(action="drain"))
+        assert (await operator.next(Done)).data == {"running": 1}
+        client.send(late)
+        refusal = await client.next(Rejected)
+        assert (refusal.code, refusal.retryable) == ("shutting_down", True)
+        worker.speak(assign, PCM)
+        assert heard(await client.frames(runs)) == b"".join(PCM)
+        await until(lambda: all(one.link.gone is not None for one in (client, worker.peer, operator)))
+    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        client.send(Status(request_id=waits.request_id))
+        assert (await client.next(StatusReply)).state == "queued"
+        client.send(waits)
+        async with fake_worker(relay.url) as worker:
+            worker.speak(await worker.assigned(), PCM)
+            assert heard(await client.frames(waits)) == b"".join(PCM)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_who_was_cut_off_from_running_work_comes_back_to_it_while_the_relay_drains(tmp_path: Path) -> None:
+    submit, instance = a_submit(), an_id()
+    async with (
+        daemon(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, instance=instance) as worker,
+        peer(relay.url, "client") as client,
+        peer(relay.url, "operator") as operator,
+    ):
+        client.send(submit)
+        assign = await worker.assigned()
+        operator.send(Steer(action="drain"))
+        await operator.next(Done)
+        await worker.peer.cut()
+        await client.cut()
+        async with peer(relay.url, "worker") as idle:
+            idle.send(Register(worker="other", instance=an_id(), spaces=["tts"], engine="fake"))
+            assert (await idle.next(Rejected)).code == "shutting_down"
+        running = [Running(request_id=assign.request_id, attempt=1, next_seq=0)]
+        async with (
+            fake_worker(relay.url, instance=instance, running=running) as again,
+            peer(relay.url, "client") as listener,
+        ):
+            listener.send(Attach(request_id=submit.request_id, attempt=0, after_seq=-1))
+            assert (await again.peer.next(Registered)).resume
+            again.speak(assign, PCM)
+            assert heard(await listener.frames(submit)) == b"".join(PCM)
+            await until(lambda: listener.link.gone is not None)
+
+
+@pytest.mark.trio
+async def test_a_drain_leaves_what_does_not_end_in_time_to_its_worker(tmp_path: Path) -> None:
+    instance, submit = an_id(), a_submit()
+    async with daemon(tmp_path, store="sqlite", drain_timeout_s=0.1) as relay:
+        async with fake_worker(relay.url, instance=instance) as worker, peer(relay.url, "client") as client:
+            client.send(submit)
+            assign = await worker.assigned()
+            async with peer(relay.url, "operator") as operator:
+                operator.send(Steer(action="drain"))
+                await until(lambda: worker.peer.link.gone is not None)
+        await trio.lowlevel.checkpoint()
+    named = (Running(request_id=submit.request_id, attempt=1, next_seq=3),)
+    async with (
+        daemon(tmp_path, store="sqlite") as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url, instance=instance, running=named) as worker,
+    ):
+        client.send(Attach(request_id=submit.request_id))
+        worker.speak(assign, PCM)
+        assert heard(await client.frames(submit)) == b"".join(PCM)
+        await relay.at_rest()

@@ -1,0 +1,499 @@
+"""OpenAI's speech API, with a worker whose every move the test makes."""
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h11
+import openai
+import pytest
+import trio
+
+from protocol import open_relay
+from protocol.wire.frames import Audio, Completed, Failed, Started
+from protocol.wire.messages import Assign, Cancel
+from protocol.wire.structs import AudioFormat
+from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
+from tests.support.audio_compare import decoded, energy_likeness, of_pcm, spectral_likeness, speech_like
+from tests.support.relay import FORMAT, SCHEMA, Daemon, FakeWorker, daemon, fake_worker, seat, until
+from tests.support.timed_http_client import Answer, asking
+
+TCP: dict[str, Any] = {"listen": "127.0.0.1:0"}
+VOICES = SCHEMA | {"properties": SCHEMA["properties"] | {"voice": {"enum": ["anna", "bert"]}}}
+PCM = speech_like(FORMAT.sample_rate, 2.0)
+SECOND = FORMAT.sample_rate * 2
+#: What a WAV's header and any codec's first frames are below.
+FIRST_BYTES = 200
+
+
+def asking_to_speak(url: str, token: str | None = None, **fields: Any) -> AbstractAsyncContextManager[Answer]:
+    body = json.dumps({"model": "tts", "input": "hello"} | fields).encode()
+    return asking(url, "POST", "/v1/audio/speech", token=token, body=body)
+
+
+async def error_of(url: str, token: str | None = None, **fields: Any) -> tuple[int, dict[str, Any], dict[str, str]]:
+    async with asking_to_speak(url, token, **fields) as answer:
+        told = await answer.json()
+        assert answer.headers["content-type"] == "application/json"
+        assert told["error"].keys() == {"message", "type", "param", "code"}
+        return answer.status, told["error"], answer.headers
+
+
+def pieces(pcm: bytes, seconds: float = 0.1) -> list[bytes]:
+    size = round(SECOND * seconds)
+    return [pcm[begin : begin + size] for begin in range(0, len(pcm), size)]
+
+
+@asynccontextmanager
+async def speaking(state_dir: Path, **overrides: Any) -> AsyncIterator[tuple[Daemon, FakeWorker]]:
+    """A daemon with a worker that has two voices."""
+    async with daemon(state_dir, **overrides) as relay, fake_worker(relay.url, params=VOICES) as worker:
+        yield relay, worker
+
+
+async def speak_once(worker: FakeWorker, pcm: bytes = PCM) -> Assign:
+    assign = await worker.assigned()
+    worker.speak(assign, pieces(pcm))
+    return assign
+
+
+# -- audio --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("coding", CODINGS)
+async def test_what_the_worker_spoke_is_heard_in_every_format(tmp_path: Path, coding: str) -> None:
+    async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
+        nursery.start_soon(speak_once, worker)
+        async with asking_to_speak(relay.url, response_format=coding) as answer:
+            body = await answer.body()
+            assert answer.status == 200
+            assert answer.headers["content-type"] == CODINGS[coding].content_type
+            assert answer.headers["x-request-id"] in relay.relay.requests
+        await relay.at_rest()
+    heard, spoken = decoded(body, coding), of_pcm(PCM)
+    assert heard.duration_s == pytest.approx(2.0, abs=0.15)
+    assert energy_likeness(spoken, heard) > 0.95
+    assert spectral_likeness(spoken, heard) > 0.95
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("coding", CODINGS)
+async def test_audio_is_heard_before_the_worker_has_made_the_rest(tmp_path: Path, coding: str) -> None:
+    async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
+        answered = trio.Event()
+
+        async def hear() -> None:
+            async with asking_to_speak(relay.url, response_format=coding) as answer:
+                body = b""
+                while len(body) < FIRST_BYTES:
+                    body += await answer.piece() or b"the end" * 100
+                answered.set()
+                body += await answer.body()
+            assert decoded(body, coding).duration_s == pytest.approx(2.0, abs=0.15)
+
+        nursery.start_soon(hear)
+        assign = await worker.assigned()
+        worker.speak(assign, pieces(PCM)[:5], end=False)
+        with trio.fail_after(10):
+            await answered.wait()  # and not a frame more was sent
+        for number, pcm in enumerate(pieces(PCM)[5:], 6):
+            worker.send(Audio(**seat(assign, number), pcm=pcm))
+        worker.send(Completed(**seat(assign, 21), result={}))
+
+
+@pytest.mark.trio
+async def test_speed_is_the_relays_own_and_no_param_of_the_worker(tmp_path: Path) -> None:
+    async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
+        assigns: list[Assign] = []
+
+        async def serve() -> None:
+            assigns.append(await speak_once(worker))
+
+        nursery.start_soon(serve)
+        async with asking_to_speak(relay.url, response_format="pcm", speed=2) as answer:
+            heard = of_pcm(await answer.body())
+    assert heard.duration_s == pytest.approx(1.0, abs=0.01)
+    assert spectral_likeness(of_pcm(PCM), heard) > 0.9
+    assert assigns[0].params == {"text": "hello"}
+
+
+@pytest.mark.trio
+async def test_stereo_of_48_khz_is_pcm_of_24_khz_mono_to_the_client(tmp_path: Path) -> None:
+    async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
+        stereo = AudioFormat(sample_rate=48_000, channels=2)
+        pcm = speech_like(48_000, 1.0, 2)
+
+        async def serve() -> None:
+            assign = await worker.assigned()
+            worker.send(Started(**seat(assign, 0), format=stereo))
+            worker.send(Audio(**seat(assign, 1), pcm=pcm))
+            worker.send(Completed(**seat(assign, 2), result={}))
+
+        nursery.start_soon(serve)
+        async with asking_to_speak(relay.url, response_format="pcm") as answer:
+            heard = of_pcm(await answer.body())
+    assert heard.duration_s == pytest.approx(1.0, abs=0.001)
+    assert spectral_likeness(of_pcm(pcm, stereo), heard) > 0.99
+
+
+@pytest.mark.trio
+async def test_without_streaming_it_comes_whole_and_says_its_length(tmp_path: Path) -> None:
+    async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
+        nursery.start_soon(speak_once, worker)
+        async with asking_to_speak(relay.url, response_format="wav", stream=False) as answer:
+            body = await answer.body()
+            assert answer.headers["content-length"] == str(len(body))
+    assert int.from_bytes(body[40:44], "little") == len(PCM)
+    assert body[44:] == PCM
+
+
+@pytest.mark.trio
+async def test_what_is_too_large_to_be_sent_whole_is_refused(tmp_path: Path) -> None:
+    async with speaking(tmp_path, limits={"max_result_bytes": 100_000}) as (relay, worker):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(speak_once, worker, PCM[:60_000])
+            told = await error_of(relay.url, response_format="wav", stream=False, speed=0.25)
+        assert told[0] == 500
+        assert told[1]["code"] == "result_too_large"
+
+
+@pytest.mark.trio
+async def test_events_carry_the_same_bytes_and_end_with_the_usage(tmp_path: Path) -> None:
+    async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
+        nursery.start_soon(speak_once, worker)
+        async with asking_to_speak(relay.url, response_format="wav", stream_format="sse") as answer:
+            assert answer.headers["content-type"] == "text/event-stream"
+            body = await answer.body()
+    lines = body.decode().split("\n\n")
+    assert lines.pop() == ""
+    assert all(line.startswith("data: ") for line in lines)
+    *deltas, done = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert {delta["type"] for delta in deltas} == {"speech.audio.delta"}
+    assert len(deltas) > 2
+    assert b"".join(base64.b64decode(delta["audio"]) for delta in deltas)[44:] == PCM
+    usage = {"input_tokens": 5, "output_tokens": 40, "total_tokens": 45}
+    assert done == {"type": "speech.audio.done", "usage": usage}
+
+
+@pytest.mark.trio
+async def test_no_audio_at_all_is_a_valid_answer(tmp_path: Path) -> None:
+    async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
+        nursery.start_soon(speak_once, worker, b"")
+        async with asking_to_speak(relay.url, response_format="wav") as answer:
+            assert answer.status == 200
+            assert len(await answer.body()) == 44
+
+
+# -- who the clients are ------------------------------------------------------------------------------------------
+
+OPEN_WEBUI = {"input": "Hello there.", "voice": "anna", "model": "tts"}
+SILLY_TAVERN = {"input": "Hello there.", "response_format": "mp3", "voice": "bert", "speed": 1, "model": "tts"}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("body", [OPEN_WEBUI, SILLY_TAVERN])
+async def test_bodies_of_known_programs_are_answered_with_mp3(tmp_path: Path, body: dict[str, Any]) -> None:
+    async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
+        told: list[Assign] = []
+
+        async def serve() -> None:
+            told.append(await speak_once(worker))
+
+        nursery.start_soon(serve)
+        sent = json.dumps(body).encode()
+        headers = [("Content-Type", "application/json")]
+        async with asking(relay.url, "POST", "/v1/audio/speech", headers=headers, body=sent) as answer:
+            assert answer.headers["content-type"] == "audio/mpeg"
+            assert decoded(await answer.body(), "mp3").duration_s == pytest.approx(2.0, abs=0.15)
+    assert told[0].params == {"text": "Hello there.", "voice": body["voice"]}
+
+
+async def token_of(relay: Daemon, *spaces: str) -> str:
+    """A client's new token."""
+    async with open_relay(relay.url, token="", role="operator") as operator:
+        done = await operator.steer("create_token", "-".join(("client", *spaces)), role="client", spaces=list(spaces))
+    return str(done["token"])
+
+
+@pytest.mark.trio
+async def test_the_openai_package_speaks_lists_and_raises_its_own_errors(tmp_path: Path) -> None:
+    async with speaking(tmp_path, **TCP) as (relay, worker), trio.open_nursery() as nursery:
+        base_url = relay.urls[0].replace("ws:", "http:") + "/v1"
+        async with openai.AsyncOpenAI(base_url=base_url, api_key=await token_of(relay), max_retries=0) as client:
+            assert [model.id async for model in client.models.list()] == ["check", "tts"]
+            assert (await client.models.retrieve("tts")).owned_by == "relayd"
+            speak = partial(client.audio.speech.create, model="tts", voice="anna", input="hello")
+            nursery.start_soon(speak_once, worker)
+            whole = await speak()
+            assert decoded(await whole.aread(), "mp3").duration_s == pytest.approx(2.0, abs=0.15)
+            nursery.start_soon(speak_once, worker)
+            create = client.audio.speech.with_streaming_response.create
+            async with create(model="tts", voice="bert", input="hello", response_format="pcm") as streamed:
+                assert b"".join([piece async for piece in streamed.iter_bytes()]) == PCM
+            with pytest.raises(openai.NotFoundError, match="space 'nobody' does not exist"):
+                await speak(model="nobody")
+            with pytest.raises(openai.UnprocessableEntityError, match="there are default, anna, bert") as fault:
+                await speak(voice="alloy")
+            assert (fault.value.code, fault.value.param) == ("invalid_params", "voice")
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="rly_c_none", max_retries=0) as stranger:
+            with pytest.raises(openai.AuthenticationError):
+                await stranger.models.list()
+
+
+# -- errors before the first byte -----------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_who_may_not_is_told_so_before_anything_is_spoken(tmp_path: Path) -> None:
+    async with daemon(tmp_path, **TCP) as relay:
+        url = relay.urls[0]
+        status, told, headers = await error_of(url)
+        assert (status, told["type"], headers["www-authenticate"]) == (401, "authentication_error", "Bearer")
+        token = await token_of(relay, "check")
+        status, told, _ = await error_of(url, token)
+        assert (status, told["code"], told["type"]) == (403, "forbidden", "permission_error")
+        status, told, _ = await error_of(url, token, model="nobody")
+        assert (status, told["code"], told["type"]) == (404, "space_not_found", "invalid_request_error")
+        assert not relay.relay.requests
+
+
+@pytest.mark.trio
+async def test_a_full_queue_is_429_with_the_time_to_wait(tmp_path: Path) -> None:
+    async with daemon(tmp_path, spaces={"tts": {"max_queued": 1}}) as relay, trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            async with asking_to_speak(relay.url):
+                raise AssertionError("there is no worker")
+
+        nursery.start_soon(wait)
+        await until(lambda: bool(relay.relay.scheduler.spaces["tts"].queue))
+        status, told, headers = await error_of(relay.url)
+        assert (status, told["code"], told["type"]) == (429, "queue_full", "rate_limit_error")
+        assert int(headers["retry-after"]) >= 1
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_who_would_wait_too_long_is_told_when_to_come_back(tmp_path: Path) -> None:
+    async with speaking(tmp_path, http={"max_wait_s": 60}) as (relay, worker), trio.open_nursery() as nursery:
+        relay.relay.scheduler.spaces["tts"].recent_runs_s.append(90.0)
+
+        async def hear() -> None:
+            async with asking_to_speak(relay.url, response_format="pcm") as answer:
+                assert await answer.body() == PCM
+
+        nursery.start_soon(hear)
+        assign = await worker.assigned()
+        status, told, headers = await error_of(relay.url)
+        assert (status, told["code"]) == (429, "queue_full")
+        assert "http.max_wait_s" in told["message"]
+        assert 25 <= int(headers["retry-after"]) <= 30
+        worker.speak(assign, pieces(PCM))
+    await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_space_that_refuses_while_empty_is_503(tmp_path: Path) -> None:
+    async with daemon(tmp_path, spaces={"tts": {"when_empty": "refuse"}}) as relay:
+        status, told, headers = await error_of(relay.url)
+        assert (status, told["code"], told["type"]) == (503, "no_worker", "server_error")
+        assert "retry-after" in headers
+
+
+@pytest.mark.trio
+async def test_a_deadline_in_the_queue_is_504(tmp_path: Path) -> None:
+    async with daemon(tmp_path, spaces={"tts": {"queue_timeout_s": 0.05}}) as relay:
+        status, told, _ = await error_of(relay.url)
+        assert (status, told["code"]) == (504, "queue_timeout")
+    async with daemon(tmp_path, http={"max_wait_s": 0.05}) as relay:
+        status, told, _ = await error_of(relay.url)
+        assert (status, told["code"]) == (504, "queue_timeout")
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("whole", [True, False])
+async def test_an_engine_that_fails_before_its_first_audio_is_a_status(tmp_path: Path, whole: bool) -> None:
+    async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
+
+        async def fail() -> None:
+            assign = await worker.assigned()
+            worker.speak(assign, pieces(PCM) if whole else [], end=False)
+            seq = 21 if whole else 1
+            worker.send(Failed(**seat(assign, seq), code="run_timeout", message="too slow", retryable=True))
+
+        nursery.start_soon(fail)
+        status, told, _ = await error_of(relay.url, stream=not whole)
+        assert (status, told["code"], told["message"]) == (504, "run_timeout", "too slow")
+
+
+@pytest.mark.trio
+async def test_an_engine_that_makes_no_audio_is_refused_at_once(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, format=None):
+        status, told, _ = await error_of(relay.url)
+        assert (status, told["code"], told["param"]) == (422, "invalid_params", "model")
+        assert "makes no audio" in told["message"]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"input": None}, "input", "is required"),
+        ({"input": "  "}, "input", "holds nothing to speak"),
+        ({"input": 5}, "input", "must be a string"),
+        ({"model": None}, "model", "is required"),
+        ({"voice": ["anna"]}, "voice", "must be a string or"),
+        ({"voice": "alloy"}, "voice", "there are default, anna, bert"),
+        ({"voice": {"id": "alloy"}}, "voice", "there are default, anna, bert"),
+        ({"instructions": "softly"}, "instructions", "takes no instructions"),
+        ({"response_format": "wma"}, "response_format", "must be one of mp3, opus, aac, flac, wav, pcm"),
+        ({"speed": 0.2}, "speed", "0.25..4.0"),
+        ({"speed": True}, "speed", "must be a number"),
+        ({"stream_format": "ws"}, "stream_format", "must be one of audio, sse"),
+        ({"stream": "yes"}, "stream", "must be true or false"),
+        ({"input": "\ud800"}, "input", "lone surrogate"),
+        ({"input": "x" * 70_000}, "input", "the limit is 65536"),
+    ],
+)
+async def test_what_cannot_be_spoken_is_422_and_says_why(
+    tmp_path: Path, fields: dict[str, Any], param: str, words: str
+) -> None:
+    async with speaking(tmp_path) as (relay, _):
+        status, told, _ = await error_of(relay.url, **fields)
+        assert (status, told["code"], told["param"]) == (422, "invalid_params", param)
+        assert words in told["message"]
+        assert not relay.relay.requests
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000, b'"text"'])
+async def test_what_is_no_json_object_is_400(tmp_path: Path, body: bytes) -> None:
+    async with (
+        daemon(tmp_path) as relay,
+        asking(relay.url, "POST", "/v1/audio/speech", body=body) as answer,
+    ):
+        told = await answer.json()
+        assert (answer.status, told["error"]["code"]) == (400, "invalid_json")
+
+
+@pytest.mark.trio
+async def test_a_body_without_end_is_413(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay:
+        status, told, _ = await error_of(relay.url, input="x" * 500_000)
+        assert (status, told["code"]) == (413, "input_too_large")
+
+
+@pytest.mark.trio
+async def test_without_the_audio_extra_the_error_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def missing(name: str, speed: float, source: AudioFormat) -> None:
+        raise AudioExtraMissing(name)
+
+    monkeypatch.setattr("relayd.http.openai.routes.check_coding", missing)
+    async with speaking(tmp_path) as (relay, _):
+        status, told, _ = await error_of(relay.url)
+        assert (status, told["code"], told["param"]) == (422, "format_unavailable", "response_format")
+        assert "pip install 'relayd[audio]'" in told["message"]
+        assert not relay.relay.requests
+
+
+# -- ends in mid-stream -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_a_failure_in_mid_stream_cuts_the_answer_short(tmp_path: Path) -> None:
+    async with speaking(tmp_path, **TCP) as (relay, worker), trio.open_nursery() as nursery:
+
+        async def fail() -> None:
+            assign = await worker.assigned()
+            worker.speak(assign, pieces(PCM)[:5], end=False)
+            await heard.wait()
+            worker.send(Failed(**seat(assign, 6), code="engine_failed", message="it broke", retryable=True))
+
+        heard = trio.Event()
+        nursery.start_soon(fail)
+        token = await token_of(relay)
+        async with asking_to_speak(relay.urls[0], token, response_format="wav") as answer:
+            assert await answer.piece()
+            heard.set()
+            with pytest.raises((h11.RemoteProtocolError, trio.BrokenResourceError)):
+                await answer.body()
+
+
+@pytest.mark.trio
+async def test_events_say_why_they_end(tmp_path: Path) -> None:
+    async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
+
+        async def fail() -> None:
+            assign = await worker.assigned()
+            worker.speak(assign, pieces(PCM)[:5], end=False)
+            worker.send(Failed(**seat(assign, 6), code="engine_failed", message="it broke", retryable=True))
+
+        nursery.start_soon(fail)
+        body = b""
+        async with asking_to_speak(relay.url, stream_format="sse") as answer:
+            while b'"error"' not in body:
+                body += await answer.piece() or b""
+            with pytest.raises((h11.RemoteProtocolError, trio.BrokenResourceError)):
+                await answer.body()
+    last = json.loads(body.decode().rstrip().rpartition("data: ")[2])
+    assert last["type"] == "error"
+    assert last["error"]["code"] == "engine_failed"
+    assert last["error"]["message"].startswith("it broke")
+
+
+@pytest.mark.trio
+async def test_a_client_that_goes_away_cancels_its_speech(tmp_path: Path) -> None:
+    async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
+        heard = trio.Event()
+
+        async def hear() -> None:
+            async with asking_to_speak(relay.url, response_format="wav") as answer:
+                assert await answer.piece()
+                heard.set()
+
+        nursery.start_soon(hear)
+        assign = await worker.assigned()
+        worker.speak(assign, pieces(PCM)[:5], end=False)
+        await heard.wait()
+        cancel = await worker.peer.next(Cancel)
+        assert cancel.request_id == assign.request_id
+        assert "went away" in cancel.reason
+
+
+# -- models and voices ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_models_and_voices_are_those_the_token_may_use(tmp_path: Path) -> None:
+    spaces = {"tts": {"description": "speaks"}, "text": {}}
+    async with (
+        speaking(tmp_path, spaces=spaces, **TCP) as (relay, _),
+        fake_worker(relay.url, spaces=("text",), name="other", format=None),
+    ):
+
+        async def get(path: str, token: str | None = None) -> Any:
+            async with asking(relay.urls[0], "GET", path, token=token) as answer:
+                return answer.status, await answer.json()
+
+        everybody, few = await token_of(relay), await token_of(relay, "tts")
+        status, told = await get("/v1/models", everybody)
+        assert (status, told["object"], [row["id"] for row in told["data"]]) == (200, "list", ["check", "tts"])
+        assert told["data"][1].keys() == {"id", "object", "created", "owned_by"}
+        assert [row["id"] for row in (await get("/v1/models", few))[1]["data"]] == ["tts"]
+        assert await get("/v1/audio/models", few) == (200, {"models": [{"id": "tts", "name": "speaks"}]})
+        status, told = await get("/v1/audio/voices", few)
+        assert told["voices"] == [{"id": name, "name": name, "models": ["tts"]} for name in ("default", "anna", "bert")]
+        status, told = await get("/v1/audio/voices?model=check", everybody)
+        assert [row["id"] for row in told["voices"]] == ["default"]
+        assert (await get("/v1/audio/voices?model=check", few))[0] == 403
+        assert (await get("/v1/models/check", few))[0] == 403
+        assert (await get("/v1/models/nobody", few))[0] == 404
+        for path in ("/v1/models", "/v1/models/tts", "/v1/audio/models", "/v1/audio/voices"):
+            assert (await get(path))[0] == 401

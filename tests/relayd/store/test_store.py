@@ -1,0 +1,612 @@
+import contextlib
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from trio.testing import wait_all_tasks_blocked
+
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Submit
+from protocol.wire.structs import AudioFormat, InputInfo, InputRule
+from relayd.config.schema import Config, SpaceConfig
+from relayd.store import (
+    Change,
+    DeleteRequest,
+    DeleteSpace,
+    DeleteToken,
+    PutRequest,
+    PutSpace,
+    PutToken,
+    RequestRecord,
+    SpaceRecord,
+    StorageFull,
+    Store,
+    StoreError,
+    StoreInUse,
+    TokenLimits,
+    TokenRecord,
+    UpdateRequest,
+    open_offline,
+    open_store,
+)
+from relayd.store import sqlite as sqlite_store
+from relayd.store.database import DATABASE_NAME, SCHEMA_VERSION, Database
+from relayd.store.memory import MemoryStore
+from relayd.store.sqlite import SqliteStore
+
+DIGEST = "0" * 64
+
+
+def request_id(number: int) -> str:
+    return f"{number:032x}"
+
+
+def request(number: int, **fields: Any) -> RequestRecord:
+    submit = Submit(
+        request_id=request_id(number),
+        space="tts",
+        params={"text": "你好", "seed": 2**63, "blob": b"\xff", "nested": {"a": [1, None, True, 0.5]}},
+        inputs={"voice": InputInfo(media_type="audio/wav", size=3, sha256=DIGEST)},
+        priority=7,
+        queue_timeout_s=1.5,
+        detach=True,
+        retry="always",
+    )
+    values: dict[str, Any] = {"request_id": request_id(number), "principal": "ann", "ticket": number, "submit": submit}
+    return RequestRecord(**{**values, "created_at": 1000.25 + number, **fields})
+
+
+def token(number: int = 1, **fields: Any) -> TokenRecord:
+    values: dict[str, Any] = {
+        "token_id": f"tok_{number}",
+        "principal": "ann",
+        "role": "client",
+        "sha256": bytes([number]) * 32,
+    }
+    return TokenRecord(**{**values, "created_at": float(number), **fields})
+
+
+def ended(number: int, state: str = "completed") -> UpdateRequest:
+    return UpdateRequest(request_id=request_id(number), state=state, attempt=1, losses=0, ended_at=5.0)
+
+
+def config(state_dir: Path, store: Any = "sqlite") -> Config:
+    return Config(state_dir=state_dir, store=store)
+
+
+@contextlib.asynccontextmanager
+async def open_sqlite_store(state_dir: Path) -> AsyncIterator[SqliteStore]:
+    async with open_store(config(state_dir)) as store:
+        assert isinstance(store, SqliteStore)
+        with trio.fail_after(20):
+            yield store
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("kind", ["sqlite", "memory"])
+async def test_every_change_is_in_what_is_loaded(tmp_path: Path, kind: str) -> None:
+    space = SpaceRecord(
+        name="tts",
+        config=SpaceConfig(max_workers=3, max_running_per_principal=2, description="语"),
+        paused=True,
+        made_by="config",
+        engine="espeak",
+        params={"type": "object", "properties": {"text": {"type": "string"}}},
+        inputs={"voice": InputRule(media_types=["audio/wav"], max_bytes=7, required=True)},
+        format=AudioFormat(sample_rate=22_050),
+        created_at=1.5,
+    )
+    full = token(1, spaces=("tts", "lab-*"), limits=TokenLimits(max_queued=4), expires_at=9.5, revoked_at=3.5)
+    async with open_store(config(tmp_path, kind)) as store:
+        await store.commit(PutSpace(space), PutSpace(SpaceRecord(name="a")), PutToken(full), PutToken(token(2)))
+        await store.commit(PutRequest(request(2), {"voice": bytearray(b"abc")}), PutRequest(request(1)))
+        store.post(
+            UpdateRequest(
+                request_id=request_id(2), state="running", attempt=2, losses=1, has_output=True, reproducible="espeak"
+            )
+        )
+        loaded = await store.load()
+        assert loaded.spaces == (SpaceRecord(name="a"), space)
+        assert loaded.tokens == (full, token(2))
+        running = request(2, state="running", attempt=2, losses=1, has_output=True, reproducible="espeak")
+        assert loaded.requests == (request(1), running)
+        assert loaded.damaged == ()
+        assert await store.read_input(request_id(2), "voice") == b"abc"
+
+        store.post(DeleteSpace("a"), DeleteToken("tok_2"), DeleteRequest(request_id(1)))
+        failed = UpdateRequest(
+            request_id=request_id(2), state="failed", attempt=2, losses=1, ended_at=7.0, code="internal", message="oh"
+        )
+        await store.commit(failed, ended(99))
+        loaded = await store.load()
+        assert [record.name for record in loaded.spaces] == ["tts"]
+        assert loaded.tokens == (full,)
+        (only,) = loaded.requests
+        assert (only.state, only.code, only.message, only.ended_at) == ("failed", "internal", "oh", 7.0)
+        with pytest.raises(KeyError):
+            await store.read_input(request_id(2), "voice")
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("kind", ["sqlite", "memory"])
+async def test_a_request_put_again_replaces_its_inputs(tmp_path: Path, kind: str) -> None:
+    async with open_store(config(tmp_path, kind)) as store:
+        await store.commit(PutRequest(request(1), {"a": b"1", "b": b"2"}))
+        await store.commit(PutRequest(request(1), {"a": b"3"}))
+        assert await store.read_input(request_id(1), "a") == b"3"
+        with pytest.raises(KeyError):
+            await store.read_input(request_id(1), "b")
+        with pytest.raises(KeyError):
+            await store.read_input(request_id(2), "a")
+
+
+@pytest.mark.trio
+async def test_what_was_committed_or_posted_is_there_after_a_restart(tmp_path: Path) -> None:
+    async with open_sqlite_store(tmp_path) as store:
+        await store.commit(PutRequest(request(1), {"voice": b"x" * 100_000}))
+        store.post(ended(7), PutToken(token()))
+    async with open_sqlite_store(tmp_path) as store:
+        loaded = await store.load()
+        assert loaded.requests == (request(1),)
+        assert loaded.tokens == (token(),)
+        assert await store.read_input(request_id(1), "voice") == b"x" * 100_000
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import trio
+from relayd.store import PutRequest, UpdateRequest, open_store
+from relayd.config.loader import Config
+from tests.relayd.store.test_store import request, request_id
+
+async def main():
+    async with open_store(Config(state_dir=Path(sys.argv[1]))) as store, trio.open_nursery() as nursery:
+        async def writer(first):
+            number = first
+            while True:
+                await store.commit(PutRequest(request(number), {"voice": b"%d" % number}))
+                print(number, flush=True)
+                store.post(UpdateRequest(request_id=request_id(number), state="running", attempt=1, losses=0))
+                number += 8
+        for first in range(8):
+            nursery.start_soon(writer, first)
+
+trio.run(main)
+"""
+
+
+def test_kill_minus_9_loses_nothing_whose_commit_returned(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3], text=True) as child:
+        assert child.stdout is not None
+        told = [int(child.stdout.readline()) for _ in range(200)]
+        child.kill()
+        told += [int(line) for line in child.stdout.read().split("\n")[:-1]]
+
+    with open_offline(tmp_path) as store:
+        loaded = store.load()
+        kept = {record.ticket: record for record in loaded.requests}
+        assert loaded.damaged == ()
+        assert list(kept) == sorted(kept)
+        assert set(told) <= set(kept)
+        for number in told:
+            assert store.read_input(request_id(number), "voice") == b"%d" % number
+        # Each of the eight writers posts an update before its next commit: with that one, the update is there.
+        for number in (n - 8 for n in told if n >= 8):
+            assert kept[number].state == "running"
+
+
+@pytest.mark.trio
+async def test_waiting_commits_share_one_transaction(tmp_path: Path) -> None:
+    async with open_sqlite_store(tmp_path) as store:
+        before = store.transactions
+        async with trio.open_nursery() as nursery:
+            for number in range(500):
+                nursery.start_soon(store.commit, PutRequest(request(number)))
+        assert store.transactions - before <= 5
+        assert len((await store.load()).requests) == 500
+
+
+def _gate(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, trio.Event]:
+    """Hold the store's next transaction: (it has begun, let it go)."""
+    begun, go_on = trio.Event(), trio.Event()
+    write = store._write
+
+    async def held(batch: list[sqlite_store._Entry]) -> StoreError | None:
+        begun.set()
+        await go_on.wait()
+        return await write(batch)
+
+    monkeypatch.setattr(store, "_write", held)
+    return begun, go_on
+
+
+@pytest.mark.trio
+async def test_a_cancelled_commit_is_whole_and_does_not_hurt_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_sqlite_store(tmp_path) as store:
+        begun, go_on = _gate(store, monkeypatch)
+        writing, waiting = trio.CancelScope(), trio.CancelScope()
+
+        async def commit(number: int, scope: trio.CancelScope) -> None:
+            with scope:
+                await store.commit(PutRequest(request(number)), PutRequest(request(number + 1)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(commit, 10, writing)
+            await begun.wait()
+            nursery.start_soon(commit, 20, waiting)
+            nursery.start_soon(commit, 30, trio.CancelScope())
+            await wait_all_tasks_blocked()
+            writing.cancel()
+            waiting.cancel()
+            await wait_all_tasks_blocked()
+            store.post(DeleteRequest(request_id(20)))
+            go_on.set()
+        tickets = {record.ticket for record in (await store.load()).requests}
+        assert tickets == {10, 11, 21, 30, 31}
+
+
+@pytest.mark.trio
+async def test_changes_are_made_in_the_order_of_the_calls(tmp_path: Path) -> None:
+    async with open_sqlite_store(tmp_path) as store:
+        store.post(PutRequest(request(1)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                store.commit, UpdateRequest(request_id=request_id(1), state="running", attempt=1, losses=0)
+            )
+            await wait_all_tasks_blocked()
+            store.post(UpdateRequest(request_id=request_id(1), state="running", attempt=2, losses=1))
+            nursery.start_soon(store.commit, ended(1))
+        (record,) = (await store.load()).requests
+        assert (record.state, record.attempt) == ("completed", 1)
+
+
+@pytest.mark.trio
+async def test_a_cancelled_daemon_writes_what_is_queued(tmp_path: Path) -> None:
+    with trio.CancelScope() as scope:
+        async with open_sqlite_store(tmp_path) as store:
+            scope.cancel()
+            try:
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await store.commit(PutRequest(request(1)))
+                store.post(PutRequest(request(2)))
+    async with open_sqlite_store(tmp_path) as store:
+        assert [record.ticket for record in (await store.load()).requests] == [1, 2]
+
+
+def _limit_pages(store: SqliteStore, more: int) -> None:
+    """Make the disk full, as SQLite sees it, `more` pages from now."""
+    writer = store._database._writer
+    (pages,) = writer.execute("PRAGMA page_count").fetchone()
+    writer.execute(f"PRAGMA max_page_count = {pages + more}")
+
+
+@pytest.mark.trio
+async def test_a_full_disk_is_told_to_its_committers_and_the_store_goes_on(tmp_path: Path) -> None:
+    async with open_sqlite_store(tmp_path) as store:
+        await store.commit(PutRequest(request(1)))
+        _limit_pages(store, 4)
+        outcomes: dict[int, StoreError | None] = {}
+
+        async def commit(number: int, size: int) -> None:
+            try:
+                await store.commit(PutRequest(request(number), {"voice": bytes(size)}))
+                outcomes[number] = None
+            except StoreError as fault:
+                outcomes[number] = fault
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(commit, 2, 1_000_000)
+            nursery.start_soon(commit, 3, 10)
+            nursery.start_soon(commit, 4, 1_000_000)
+        assert isinstance(outcomes[2], StorageFull)
+        assert outcomes[2].code is ErrorCode.STORAGE_FULL
+        assert "free some space" in str(outcomes[2])
+        assert isinstance(outcomes[4], StorageFull)
+        assert outcomes[2] is not outcomes[4]
+        assert outcomes[3] is None, "a small one is not to suffer for the large ones it shared a transaction with"
+        await store.commit(ended(1))
+        _limit_pages(store, 10_000)
+        await store.commit(PutRequest(request(5), {"voice": bytes(1_000_000)}))
+        assert [record.ticket for record in (await store.load()).requests] == [1, 3, 5]
+
+
+@pytest.mark.trio
+async def test_posts_wait_for_room_and_keep_their_order(tmp_path: Path) -> None:
+    async with open_sqlite_store(tmp_path) as store:
+        await store.commit(PutRequest(request(1)))
+        _limit_pages(store, 1)
+        store.post(PutRequest(request(2), {"voice": bytes(1_000_000)}))
+        store.post(ended(2, "failed"))
+        with pytest.raises(StorageFull):
+            await store.commit(UpdateRequest(request_id=request_id(2), state="running", attempt=1, losses=0))
+        assert store.queued == 2
+        _limit_pages(store, 10_000)
+        await store.flush()
+        loaded = await store.load()
+        assert [(record.ticket, record.state) for record in loaded.requests] == [(1, "queued"), (2, "failed")]
+        assert store.dropped == 0
+
+
+@pytest.mark.trio
+async def test_posts_are_tried_again_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_store, "RETRY_S", 0.01)
+    async with open_sqlite_store(tmp_path) as store:
+        write, outcomes, written = store._write, [], trio.Event()
+
+        async def watched(batch: list[sqlite_store._Entry]) -> StoreError | None:
+            error = await write(batch)
+            outcomes.append(type(error))
+            if error is None:
+                written.set()
+            else:
+                _limit_pages(store, 10_000)
+            return error
+
+        monkeypatch.setattr(store, "_write", watched)
+        _limit_pages(store, 1)
+        store.post(PutRequest(request(2), {"voice": bytes(1_000_000)}))
+        await written.wait()
+        assert outcomes == [StorageFull, type(None)]
+        assert len((await store.load()).requests) == 1
+
+
+@pytest.mark.trio
+async def test_a_commit_does_not_wait_for_the_pause_after_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_store, "RETRY_S", 3600)
+    async with open_sqlite_store(tmp_path) as store:
+        write, failed = store._write, trio.Event()
+
+        async def watched(batch: list[sqlite_store._Entry]) -> StoreError | None:
+            error = await write(batch)
+            if error is not None:
+                failed.set()
+            return error
+
+        monkeypatch.setattr(store, "_write", watched)
+        _limit_pages(store, 1)
+        store.post(PutRequest(request(2), {"voice": bytes(1_000_000)}))
+        await failed.wait()
+        await wait_all_tasks_blocked()
+        _limit_pages(store, 10_000)
+        await store.commit(PutRequest(request(3)))
+        assert [record.ticket for record in (await store.load()).requests] == [2, 3]
+
+
+@pytest.mark.trio
+async def test_posts_beyond_the_bound_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_store, "MAX_POSTED", 3)
+    async with open_sqlite_store(tmp_path) as store:
+        for number in range(5):
+            store.post(PutRequest(request(number)))
+        assert store.dropped == 2
+        await store.flush()
+        store.post(PutRequest(request(9)))
+        assert [record.ticket for record in (await store.load()).requests] == [0, 1, 2, 9]
+
+
+@pytest.mark.trio
+async def test_a_change_sqlite_has_no_word_for_fails_alone(tmp_path: Path) -> None:
+    bad = request(1, ticket=2**70)
+    async with open_sqlite_store(tmp_path) as store:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.commit, PutRequest(request(2)))
+            store.post(PutRequest(bad))
+            nursery.start_soon(store.commit, PutRequest(request(3)))
+            with pytest.raises(StoreError, match="too large"):
+                await store.commit(PutRequest(bad))
+        assert store.dropped == 1
+        assert [record.ticket for record in (await store.load()).requests] == [2, 3]
+
+
+@pytest.mark.trio
+async def test_one_call_is_all_or_nothing(tmp_path: Path) -> None:
+    async with open_sqlite_store(tmp_path) as store:
+        with pytest.raises(StoreError):
+            await store.commit(PutRequest(request(2)), PutRequest(request(1, ticket=2**70)))
+        assert (await store.load()).requests == ()
+
+
+@pytest.mark.trio
+async def test_a_closed_store_takes_nothing(tmp_path: Path) -> None:
+    async with open_sqlite_store(tmp_path) as store:
+        pass
+    with pytest.raises(StoreError, match="closed"):
+        await store.commit(PutRequest(request(1)))
+    store.post(PutRequest(request(1)))
+    assert store.dropped == 1
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("kind", ["sqlite", "memory"])
+async def test_a_second_daemon_on_the_folder_is_refused(tmp_path: Path, kind: str) -> None:
+    async with open_store(config(tmp_path, kind)):
+        with pytest.raises(StoreInUse, match=f"another relayd \\(pid {os.getpid()}\\) uses"):
+            async with open_store(config(tmp_path)):
+                pass
+        with pytest.raises(StoreInUse), open_offline(tmp_path):
+            pass
+    async with open_store(config(tmp_path)):
+        pass
+
+
+@pytest.mark.trio
+async def test_commands_and_the_daemon_see_each_others_changes(tmp_path: Path) -> None:
+    with open_offline(tmp_path / "new" / "state") as offline:
+        offline.commit(PutToken(token()), PutSpace(SpaceRecord(name="x")))
+        assert offline.load().tokens == (token(),)
+        with pytest.raises(StoreError):
+            offline.commit(PutRequest(request(1, ticket=2**70)))
+    async with open_sqlite_store(tmp_path / "new" / "state") as store:
+        assert [space.name for space in (await store.load()).spaces] == ["x"]
+
+
+@pytest.mark.trio
+async def test_only_the_owner_can_read_what_is_stored(tmp_path: Path) -> None:
+    state_dir = tmp_path / "state"
+    async with open_sqlite_store(state_dir) as store:
+        await store.commit(PutToken(token()))
+        assert stat.S_IMODE(state_dir.stat().st_mode) == 0o700
+        assert {stat.S_IMODE(path.stat().st_mode) for path in state_dir.iterdir()} == {0o600}
+
+
+def _newer(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+
+
+def _foreign(path: Path) -> None:
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE birds (name)")
+
+
+def _garbage(path: Path) -> None:
+    path.write_bytes(b"no database" * 1000)
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_newer, f"newer relayd \\(schema {SCHEMA_VERSION + 1}; this one knows {SCHEMA_VERSION}\\): upgrade"),
+        (_foreign, "of another program"),
+        (_garbage, "move it away"),
+        (_folder, "cannot open"),
+    ],
+)
+async def test_a_file_it_cannot_use_is_refused_in_words(
+    tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    with open_offline(tmp_path):
+        pass
+    spoil(tmp_path / DATABASE_NAME)
+    with pytest.raises(StoreError, match=words):
+        async with open_store(config(tmp_path)):
+            pass
+
+
+@pytest.mark.trio
+async def test_a_state_dir_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot make the state folder"):
+        async with open_store(config(tmp_path / "file" / "state")):
+            pass
+
+
+@pytest.mark.trio
+async def test_a_damaged_row_costs_only_itself(tmp_path: Path) -> None:
+    with open_offline(tmp_path) as offline:
+        offline.commit(*(PutRequest(request(n)) for n in range(3)), PutToken(token()), PutToken(token(2)))
+        offline.commit(PutSpace(SpaceRecord(name="a")), PutSpace(SpaceRecord(name="b")))
+    with contextlib.closing(sqlite3.connect(tmp_path / DATABASE_NAME)) as db, db:
+        db.execute("UPDATE requests SET submit = x'c1' WHERE ticket = 1")
+        db.execute("UPDATE tokens SET spaces = 'x' WHERE token_id = 'tok_1'")
+        db.execute("""UPDATE spaces SET config = '{"max_workers": 0}' WHERE name = 'a'""")
+        db.execute("""UPDATE spaces SET config = '{"max_workers": 4, "of_the_future": 1}' WHERE name = 'b'""")
+    async with open_sqlite_store(tmp_path) as store:
+        loaded = await store.load()
+    assert [record.ticket for record in loaded.requests] == [0, 2]
+    assert [record.token_id for record in loaded.tokens] == ["tok_2"]
+    assert [(record.name, record.config.max_workers) for record in loaded.spaces] == [("b", 4)]
+    assert [words.split(":")[0] for words in loaded.damaged] == ["spaces", "tokens", "requests"]
+
+
+@pytest.mark.trio
+async def test_a_locked_database_fails_the_commit_and_not_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.store.database.BUSY_TIMEOUT_S", 0.01)
+    async with open_sqlite_store(tmp_path) as store:
+        with contextlib.closing(sqlite3.connect(tmp_path / DATABASE_NAME, isolation_level=None)) as shell:
+            shell.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreError, match="locked"):
+                await store.commit(PutRequest(request(1)))
+            shell.execute("ROLLBACK")
+        await store.commit(PutRequest(request(2)))
+        assert [record.ticket for record in (await store.load()).requests] == [2]
+
+
+def test_a_command_run_by_root_leaves_files_to_the_folders_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: set[tuple[int, int]] = set()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", lambda _fd, uid, gid: given.add((uid, gid)))
+    folder = tmp_path.stat()
+    with open_offline(tmp_path) as offline:
+        offline.commit(PutToken(token()))
+    assert given == {(folder.st_uid, folder.st_gid)}
+
+
+numbers = st.integers(0, 3)
+updates = st.builds(
+    UpdateRequest,
+    request_id=numbers.map(request_id),
+    state=st.sampled_from(["queued", "running", "completed"]),
+    attempt=numbers,
+    losses=numbers,
+)
+puts = st.builds(
+    lambda number, inputs: PutRequest(request(number), inputs),
+    numbers,
+    st.dictionaries(st.sampled_from(["a", "b"]), st.binary(max_size=3)),
+)
+changes = st.one_of(puts, updates, updates, numbers.map(request_id).map(DeleteRequest))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batches=st.lists(st.lists(changes, min_size=1, max_size=4), max_size=8))
+def test_both_stores_mean_the_same(tmp_path_factory: pytest.TempPathFactory, batches: list[list[Change]]) -> None:
+    async def contents(store: Store) -> object:
+        found: dict[tuple[str, str], bytes] = {}
+        loaded = await store.load()
+        for record in loaded.requests:
+            for name in "ab":
+                with contextlib.suppress(KeyError):
+                    found[record.request_id, name] = await store.read_input(record.request_id, name)
+        return attrs.asdict(loaded), found
+
+    async def run() -> None:
+        memory = MemoryStore()
+        async with open_sqlite_store(tmp_path_factory.mktemp("state")) as store:
+            for number, batch in enumerate(batches):
+                memory.post(*batch)
+                if number % 2:
+                    await store.commit(*batch)
+                else:
+                    store.post(*batch)
+            assert await contents(store) == await contents(memory)
+
+    trio.run(run)
+
+
+def test_a_fresh_database_has_the_schema_version_it_says(tmp_path: Path) -> None:
+    database = Database.open(tmp_path)
+    (version,) = database._writer.execute("PRAGMA user_version").fetchone()
+    (synchronous,) = database._writer.execute("PRAGMA synchronous").fetchone()
+    (journal,) = database._writer.execute("PRAGMA journal_mode").fetchone()
+    database.close()
+    assert (version, synchronous, journal) == (SCHEMA_VERSION, 2, "wal")
