@@ -12,7 +12,7 @@ from bench.figures import Row
 from bench.relay.frames import SPEECH_BYTES
 from gpuworker.attempt import Attempt
 from gpuworker.engines.base import AudioChunk
-from gpuworker.frame_sender import Feeder
+from gpuworker.frame_sender import FrameSender
 from protocol.link.dial import serve_link
 from protocol.wire.messages import Assign
 
@@ -46,7 +46,7 @@ async def _feed() -> tuple[float, float]:
     with drain() as process:
         drained.socket.close()
         async with serve_link(stream, peer="relay", is_client=True) as link, trio.open_nursery() as nursery:
-            feeder = Feeder(link)
+            feeder = FrameSender(link)
             attempts = [Attempt(_assign(number), reproducible=True, on_frames=feeder.add) for number in range(STREAMS)]
             nursery.start_soon(feeder.run)
             figures = await _speak(attempts)
@@ -64,7 +64,7 @@ async def _speak(attempts: list[Attempt]) -> tuple[float, float]:
     while (now := trio.current_time()) - began < SECONDS:
         due = int((now - began) / INTERVAL_S * len(attempts))
         while frames < due:
-            attempts[frames % len(attempts)].take(chunk)
+            attempts[frames % len(attempts)].add_chunk(chunk)
             frames += 1
         await trio.sleep(INTERVAL_S / len(attempts))
     used_s = time.process_time() - cpu_s

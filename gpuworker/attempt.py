@@ -6,9 +6,9 @@ from collections.abc import Callable
 import trio
 
 from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk, ProgressChunk
-from gpuworker.received_inputs import Uploads
-from gpuworker.slots.run_engine import End
-from protocol.wire.audio_envelope import pack_audio, seat_of
+from gpuworker.received_inputs import ReceivedInputs
+from gpuworker.slots.run_engine import RunResult
+from protocol.wire.audio_envelope import audio_prefix, pack_audio
 from protocol.wire.codec import encode
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import (
@@ -78,18 +78,18 @@ class Attempt:
         self.ended = False
         self.dropped = False
         self.outcome = ""
-        self.uploads = Uploads(assign.inputs)
+        self.uploads = ReceivedInputs(assign.inputs)
         self.cancel_reason: str | None = None
         self.scope = trio.CancelScope()
         self.stop_engine: Callable[[], None] | None = None
         self._frames: list[bytes] = []
         #: `seq` of the first of `_frames`; above 0 once `_end` stands alone in place of frames that were never made.
         self._base = 0
-        self._end: End | None = None
+        self._end: RunResult | None = None
         self._bytes = 0
         self._max_bytes = max_bytes
         #: How it ends whatever the engine does: its frames cannot be kept, or the wire cannot take one.
-        self._fault: End | None = None
+        self._fault: RunResult | None = None
         self._on_frames = on_frames
         self._format: AudioFormat | None = None
         self._began: float | None = None
@@ -115,7 +115,7 @@ class Attempt:
         self.cursor += 1
         return data
 
-    def resume_at(self, seq: int) -> None:
+    def resume_from(self, seq: int) -> None:
         """A new link is to get the frames from `seq` on."""
         if seq < self._base and self._end is not None:  # that relay has none of the frames that made the others void
             self._end_at(seq, self._end)
@@ -136,7 +136,7 @@ class Attempt:
             else:
                 self.scope.cancel()
 
-    def take(self, chunk: Chunk) -> None:
+    def add_chunk(self, chunk: Chunk) -> None:
         """Make the frames of a chunk. Nothing is made of what comes after a cancel or an overflow.
 
         Never raises: a chunk that the wire cannot take ends the attempt as failed, and stops its engine.
@@ -144,26 +144,26 @@ class Attempt:
         if self.ended or self.dropped or self._fault is not None or self.cancel_reason is not None:
             return
         try:
-            self._take(chunk)
+            self._add_chunk(chunk)
         except (ValueError, TypeError) as refusal:  # EncodeError and FieldError among them
             words = f"the wire cannot carry what the engine made: {refusal}"
-            self.fail(End.failed(ErrorCode.ENGINE_FAILED, words))
+            self.fail(RunResult.failed(ErrorCode.ENGINE_FAILED, words))
 
-    def fail(self, fault: End) -> None:
+    def fail(self, fault: RunResult) -> None:
         """Stop it in its slot, and let it end as `fault`, unless it was cancelled or failed before."""
         self._fault = self._fault or fault
         if self.stop_engine is not None:
             self.stop_engine()
 
-    def _take(self, chunk: Chunk) -> None:
+    def _add_chunk(self, chunk: Chunk) -> None:
         if isinstance(chunk, AudioChunk):
-            self._note_output()
+            self._on_output()
             self._pcm_bytes += len(chunk.pcm)
             for start in range(0, len(chunk.pcm), FRAME_PCM_BYTES):
                 pcm = chunk.pcm[start : start + FRAME_PCM_BYTES]
                 self._append_audio(pcm)
         elif isinstance(chunk, OutputChunk):
-            self._note_output()
+            self._on_output()
             self._append(Output(request_id=self.request_id, attempt=self.number, seq=self.next_seq, data=chunk.data))
         elif isinstance(chunk, ProgressChunk):
             self._append(
@@ -182,12 +182,12 @@ class Attempt:
                 Started(request_id=self.request_id, attempt=self.number, seq=self.next_seq, format=chunk.format)
             )
 
-    def _note_output(self) -> None:
+    def _on_output(self) -> None:
         self._chunks += 1
         if self._first_output_at is None:
             self._first_output_at = trio.current_time()
 
-    def finish(self, end: End) -> End:
+    def finish(self, end: RunResult) -> RunResult:
         """Make the last frame; the first call counts.
 
         Returns:
@@ -196,12 +196,14 @@ class Attempt:
         if self.ended or self.dropped:
             return end
         if self.cancel_reason is not None:
-            end = End(outcome="cancelled")  # even if it came to its end just now: chunks since the cancel are lost
+            end = RunResult(
+                outcome="cancelled"
+            )  # even if it came to its end just now: chunks since the cancel are lost
         if self._fault is not None:
             end = self._fault
         short = self.next_seq < self.from_seq  # the relay holds more frames of an earlier attempt than this one made
         if short and end.outcome == "completed":
-            end = End.failed(ErrorCode.ENGINE_FAILED, "the engine is not reproducible: it made less than before")
+            end = RunResult.failed(ErrorCode.ENGINE_FAILED, "the engine is not reproducible: it made less than before")
         self.outcome = end.outcome
         self.ended = True
         if short:
@@ -210,19 +212,19 @@ class Attempt:
             self._append_last(end)
         return end
 
-    def _end_at(self, seq: int, end: End) -> None:
+    def _end_at(self, seq: int, end: RunResult) -> None:
         """Let the last frame be number `seq`, and the only one."""
         self._end, self._base, self.next_seq, self._bytes = end, seq, seq, 0
         self._frames.clear()
         self._append_last(end)
 
-    def _append_last(self, end: End) -> None:
+    def _append_last(self, end: RunResult) -> None:
         try:
             self._append(self._last_frame(end))
         except ValueError as refusal:  # EncodeError and FieldError
             self._append(self._last_frame(end.without_details(refusal)))
 
-    def _last_frame(self, end: End) -> Frame:
+    def _last_frame(self, end: RunResult) -> Frame:
         if end.outcome == "completed":
             return Completed(
                 request_id=self.request_id,
@@ -259,7 +261,7 @@ class Attempt:
         return figures
 
     def _append_audio(self, pcm: bytes) -> None:
-        if seat := seat_of(self.request_id, self.number):
+        if seat := audio_prefix(self.request_id, self.number):
             self._append_data(pack_audio(seat, self.next_seq, pcm))
         else:
             self._append(Audio(request_id=self.request_id, attempt=self.number, seq=self.next_seq, pcm=pcm))
@@ -273,5 +275,5 @@ class Attempt:
         self._bytes += len(data)
         if self._bytes > self._max_bytes and not self.ended and self._fault is None:
             words = f"its result is over {self._max_bytes} bytes; ask for less, or raise the relay's max_result_bytes"
-            self.fail(End.failed(ErrorCode.RESULT_TOO_LARGE, words))
+            self.fail(RunResult.failed(ErrorCode.RESULT_TOO_LARGE, words))
         self._on_frames(self)

@@ -14,13 +14,13 @@ import trio
 from gpuworker.config import ConfigError, WorkerConfig, add_run_options, read_config
 from gpuworker.doctor import add_doctor_options, run_doctor
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine
-from gpuworker.health import Service
+from gpuworker.health import HealthService
 from gpuworker.identity import Identity, WorkerError
 from gpuworker.log_format import LineFormatter
 from gpuworker.slots.process_slot import ProcessSlot, Slot
 from gpuworker.slots.thread_slot import ThreadSlot
 from gpuworker.worker import Worker
-from protocol.commands.exit_codes import DONE, FAILED, INTERRUPTED, USAGE, quiet_stdout
+from protocol.commands.exit_codes import DONE, FAILED, INTERRUPTED, USAGE, silence_stdout
 from protocol.commands.progress import printable
 from protocol.sd_notify import ServiceManager
 from protocol.wire.validators import Value
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough; nothing more may be written, at exit neither
-        quiet_stdout()
+        silence_stdout()
         code = DONE
     sys.exit(code)
 
@@ -84,7 +84,7 @@ async def _serve(config: WorkerConfig) -> int:
         drain_timeout_s=config.drain_timeout_s,
     )
     manager = ServiceManager.from_environment()
-    service = Service(worker, slots, manager, config.cancel_grace_s, config.drain_timeout_s)
+    service = HealthService(worker, slots, manager, config.cancel_grace_s, config.drain_timeout_s)
     heard: list[int] = []
     failure: WorkerError | None = None
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:

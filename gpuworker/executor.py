@@ -9,7 +9,7 @@ import trio
 from gpuworker.attempt import Attempt
 from gpuworker.engines.base import Capabilities, error_text
 from gpuworker.slots.process_slot import Job, Slot
-from gpuworker.slots.run_engine import End
+from gpuworker.slots.run_engine import RunResult
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import MAX_TEXT_CHARS
 from protocol.wire.messages import Ack, Assign, Input
@@ -26,7 +26,7 @@ log = logging.getLogger("gpuworker")
 
 
 @attrs.define
-class Tally:
+class Totals:
     """Attempts that came to their end, by how."""
 
     completed: int = 0
@@ -34,7 +34,7 @@ class Tally:
     cancelled: int = 0
 
 
-class Work:
+class Executor:
     """Runs what is assigned.
 
     Args:
@@ -50,7 +50,7 @@ class Work:
     def __init__(self, slots: Sequence[Slot], nursery: trio.Nursery) -> None:
         self.slots = slots
         self.attempts: dict[str, Attempt] = {}
-        self.tally = Tally()
+        self.tally = Totals()
         self.on_frames: Callable[[Attempt], None] = lambda _attempt: None
         self.on_change: Callable[[], None] = lambda: None
         self._nursery = nursery
@@ -75,7 +75,7 @@ class Work:
         """Attempts that have not ended."""
         return [attempt for attempt in self.attempts.values() if not attempt.ended]
 
-    def standing(self) -> tuple[Running, ...]:
+    def running_attempts(self) -> tuple[Running, ...]:
         """Every attempt with its next seq, for `register`."""
         return tuple(attempt.running for attempt in self.attempts.values())
 
@@ -136,7 +136,7 @@ class Work:
             del self.attempts[attempt.request_id]
         self.changed()
 
-    def link_went(self) -> None:
+    def on_link_lost(self) -> None:
         """The rest of what was being uploaded will not come: the relay starts such a request anew."""
         for attempt in list(self.attempts.values()):
             if not attempt.uploads.settled.is_set():
@@ -145,31 +145,31 @@ class Work:
     # -- running
 
     async def _run(self, attempt: Attempt) -> None:
-        end = End(outcome="cancelled")
+        end = RunResult(outcome="cancelled")
         with attempt.scope:
             try:
                 await attempt.uploads.settled.wait()
                 end = attempt.uploads.fault or await self._run_in_slot(attempt)
             except Exception as fault:  # the one broad catch a request: the worker and the other slots go on
                 log.exception("request %s: attempt %d broke", attempt.request_id[:8], attempt.number)
-                end = End.failed(ErrorCode.INTERNAL, f"the worker broke: {error_text(fault)}", retryable=True)
+                end = RunResult.failed(ErrorCode.INTERNAL, f"the worker broke: {error_text(fault)}", retryable=True)
         self._finish(attempt, end)
 
-    async def _run_in_slot(self, attempt: Attempt) -> End:
+    async def _run_in_slot(self, attempt: Attempt) -> RunResult:
         slot = await self._free_slot()
         if slot is None:
-            return End.failed(
+            return RunResult.failed(
                 ErrorCode.ENGINE_FAILED, f"no slot of the worker came free within {SLOT_WAIT_S:g} s", retryable=True
             )
         attempt.stop_engine = slot.cancel
         attempt.begin(trio.current_time())
-        job = Job(attempt.assign.params, attempt.uploads.take())
+        job = Job(attempt.assign.params, attempt.uploads.pop_all())
         limit_s = attempt.assign.run_timeout_s
         async with trio.open_nursery() as nursery:
             if limit_s > 0:
                 nursery.start_soon(self._stop_overdue, attempt, limit_s + RUN_TIMEOUT_MARGIN_S)
             try:
-                end = await slot.run(job, attempt.take)
+                end = await slot.run(job, attempt.add_chunk)
             finally:  # at once: whatever awaits between here and the end may see the next attempt in the slot
                 attempt.stop_engine = None
             nursery.cancel_scope.cancel()
@@ -178,7 +178,7 @@ class Work:
     @staticmethod
     async def _stop_overdue(attempt: Attempt, limit_s: float) -> None:
         await trio.sleep(limit_s)
-        attempt.fail(End.failed(ErrorCode.RUN_TIMEOUT, f"it ran for more than {limit_s:g} s"))
+        attempt.fail(RunResult.failed(ErrorCode.RUN_TIMEOUT, f"it ran for more than {limit_s:g} s"))
 
     async def _free_slot(self) -> Slot | None:
         with trio.move_on_after(SLOT_WAIT_S):
@@ -189,7 +189,7 @@ class Work:
                 await self._changed.park()
         return None
 
-    def _finish(self, attempt: Attempt, end: End) -> None:
+    def _finish(self, attempt: Attempt, end: RunResult) -> None:
         if attempt.dropped:
             return
         end = attempt.finish(end)
@@ -203,18 +203,18 @@ class Work:
         self.changed()
 
 
-def _params_fault(capabilities: Capabilities, assign: Assign) -> End | None:
+def _params_fault(capabilities: Capabilities, assign: Assign) -> RunResult | None:
     """How an attempt fails whose params break the engine's schema, or whose schema breaks the check."""
     try:
         faults = check_params(capabilities.params, assign.params)
     except Exception as fault:  # a schema is the engine's: a pattern that is no regex, a `$ref` to nowhere
         log.exception("request %s: its params cannot be checked", assign.request_id[:8])
         words = f"the params cannot be checked against the engine's schema: {type(fault).__name__}: {error_text(fault)}"
-        return End.failed(ErrorCode.ENGINE_FAILED, words)
+        return RunResult.failed(ErrorCode.ENGINE_FAILED, words)
     if not faults:
         return None
     words = "; ".join(f"{name or 'params'} {fault}" for name, fault in faults.items())
-    return End(
+    return RunResult(
         outcome="failed",
         code=ErrorCode.INVALID_PARAMS.value,
         message=words[:MAX_TEXT_CHARS],
@@ -222,7 +222,7 @@ def _params_fault(capabilities: Capabilities, assign: Assign) -> End | None:
     )
 
 
-def _in_words(attempt: Attempt, end: End) -> str:
+def _in_words(attempt: Attempt, end: RunResult) -> str:
     if attempt.outcome == "failed":
         return f"failed: {end.code}: {end.message}"
     if attempt.outcome == "cancelled":

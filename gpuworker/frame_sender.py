@@ -13,7 +13,7 @@ from protocol.wire.structs import KIB
 FEED_BYTES = 512 * KIB
 
 
-class Feeder:
+class FrameSender:
     """Sends the frames of attempts over one link.
 
     Args:

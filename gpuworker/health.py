@@ -28,7 +28,7 @@ LEAVE_S = 20.0
 
 
 @attrs.define(eq=False)
-class Service:
+class HealthService:
     """What systemd is told of a worker.
 
     Args:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 import trio
 
 from gpuworker.engines.base import EngineInput
-from gpuworker.slots.run_engine import End
+from gpuworker.slots.run_engine import RunResult
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Input
 from protocol.wire.structs import InputInfo, InputRule
 
 
-class Uploads:
+class ReceivedInputs:
     """Pieces of inputs, in order and without gaps, checked against what `assign` announced.
 
     What it holds is bounded by the sizes announced, which the relay has held to its limits.
@@ -24,7 +24,7 @@ class Uploads:
     def __init__(self, infos: Mapping[str, InputInfo]) -> None:
         self._infos = dict(infos)
         self._held = {name: bytearray() for name in infos}
-        self.fault: End | None = None
+        self.fault: RunResult | None = None
         self.settled = trio.Event()
         self._settle()
 
@@ -74,10 +74,10 @@ class Uploads:
 
     def _fail(self, code: ErrorCode, message: str) -> None:
         if self.fault is None:
-            self.fault = End.failed(code, message, retryable=code is ErrorCode.INPUT_MISMATCH)
+            self.fault = RunResult.failed(code, message, retryable=code is ErrorCode.INPUT_MISMATCH)
         self.settled.set()
 
-    def take(self) -> dict[str, EngineInput]:
+    def pop_all(self) -> dict[str, EngineInput]:
         """The inputs, whole; they are given away once."""
         inputs = {name: EngineInput(bytes(self._held.pop(name)), info.media_type) for name, info in self._infos.items()}
         self._infos = {}

@@ -11,8 +11,8 @@ import trio
 
 from gpuworker.attempt import MAX_RESULT_BYTES, Attempt
 from gpuworker.engines.base import Capabilities
-from gpuworker.executor import Work
-from gpuworker.frame_sender import Feeder
+from gpuworker.executor import Executor
+from gpuworker.frame_sender import FrameSender
 from gpuworker.identity import Identity as Identity
 from gpuworker.identity import State, WorkerStatus
 from gpuworker.identity import WorkerError as WorkerError
@@ -20,7 +20,7 @@ from gpuworker.slots.process_slot import Slot
 from protocol.client.address import Address
 from protocol.link.backoff import Backoff
 from protocol.link.base import Link
-from protocol.link.dial import Connect, keep_linked
+from protocol.link.dial import Connect, run_with_reconnect
 from protocol.wire.codec import decode
 from protocol.wire.errors import ErrorCode, LinkError, LoginRefused, ProtocolError, UnknownType
 from protocol.wire.messages import (
@@ -88,10 +88,10 @@ class Worker:
         self._connect_to = connect_to
         self._ssl_context = ssl_context
         self._on_status = on_status
-        self._work: Work | None = None
+        self._executor: Executor | None = None
         self._scope = trio.CancelScope()
         self._link: Link | None = None
-        self._feeder: Feeder | None = None
+        self._sender: FrameSender | None = None
         #: What a `register` sent again may change, as it was sent last: slots, reproducible, fingerprint.
         self._announced: tuple[int, bool, str] | None = None
         self._registered_once = False
@@ -108,12 +108,12 @@ class Worker:
             Registered: self._on_registered,
             Rejected: self._on_rejected,
             Assign: self._on_assign,
-            Input: lambda piece: self._held_work.upload(piece),
-            Cancel: lambda cancel: self._held_work.cancel(cancel.request_id, cancel.reason),
-            Ack: lambda ack: self._held_work.acknowledge(ack),
+            Input: lambda piece: self._executor_or_fail.upload(piece),
+            Cancel: lambda cancel: self._executor_or_fail.cancel(cancel.request_id, cancel.reason),
+            Ack: lambda ack: self._executor_or_fail.acknowledge(ack),
             Drain: lambda drain: self.drain(drain.reason or "the relay asked for it"),
             Undrain: lambda _undrain: self._undrain(),
-            Ping: lambda ping: self._say(Pong(timestamp=ping.timestamp)),
+            Ping: lambda ping: self._send(Pong(timestamp=ping.timestamp)),
             Pong: lambda _pong: None,
             Error: self._on_error,
         }
@@ -131,9 +131,9 @@ class Worker:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
-                    self._work = Work(self._slots, nursery)
-                    self._work.on_frames = self._on_frames
-                    self._work.on_change = self._on_status
+                    self._executor = Executor(self._slots, nursery)
+                    self._executor.on_frames = self._on_frames
+                    self._executor.on_change = self._on_status
                     for slot in self._slots:
                         slot.on_change = self._slot_changed
                         nursery.start_soon(slot.serve)
@@ -151,10 +151,10 @@ class Worker:
         if self._drains:
             return
         self._drains = True
-        running = len(self._work.running) if self._work else 0
+        running = len(self._executor.running) if self._executor else 0
         log.info("draining (%s): %s", reason, f"{running} running" if running else "nothing runs")
         if self._announced is not None:
-            self._say(Draining())
+            self._send(Draining())
         self._drain_asked.set()
         self._on_status()
 
@@ -165,7 +165,7 @@ class Worker:
     @property
     def status(self) -> WorkerStatus:
         """How it stands."""
-        work = self._work
+        work = self._executor
         state: State = "connecting"
         if self._stopped:
             state = "stopped"
@@ -173,7 +173,7 @@ class Worker:
             state = "draining"
         elif not self._registered_once and (work is None or not work.ready_slots):
             state = "loading"
-        elif self._feeder is not None:
+        elif self._sender is not None:
             state = "registered"
         return WorkerStatus(
             state=state,
@@ -190,9 +190,9 @@ class Worker:
     # -- the link
 
     @property
-    def _held_work(self) -> Work:
-        assert self._work is not None
-        return self._work
+    def _executor_or_fail(self) -> Executor:
+        assert self._executor is not None
+        return self._executor
 
     @property
     def _capabilities(self) -> Capabilities | None:
@@ -206,18 +206,18 @@ class Worker:
     async def _keep_linked(self) -> None:
         hello = Hello(version=PROTOCOL_VERSION, role="worker", token=self._identity.token, agent=AGENT)
         try:
-            await keep_linked(
+            await run_with_reconnect(
                 self._address,
                 hello,
                 self._serve,
-                on_down=self._on_down,
+                on_down=self._on_disconnected,
                 ssl_context=self._ssl_context,
                 connect_to=self._connect_to,
             )
         except LoginRefused as refusal:
             self._fail(refusal.code, f"the relay at {self._address} refused the login: {refusal}")
 
-    def _on_down(self, fault: LinkError, delay_s: float) -> None:
+    def _on_disconnected(self, fault: LinkError, delay_s: float) -> None:
         self._fault = str(fault)
         if self._leave.is_set():  # the link went in the moment of leaving: nothing is left to connect for
             self._scope.cancel()
@@ -236,17 +236,17 @@ class Worker:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._register, link)
-                nursery.start_soon(self._feed, link)
+                nursery.start_soon(self._send_frames, link)
                 nursery.start_soon(self._cancel_at_leave, nursery.cancel_scope)
                 try:
                     async for data in link:
-                        self._hear(data)
+                        self._on_message(data)
                 except ProtocolError as fault:  # kept, as a nursery would wrap it in a group
                     broken_rule = fault
                 nursery.cancel_scope.cancel()
         finally:
-            self._link, self._feeder, self._announced = None, None, None
-            self._held_work.link_went()
+            self._link, self._sender, self._announced = None, None, None
+            self._executor_or_fail.on_link_lost()
             self._on_status()
         if broken_rule is not None:
             raise broken_rule
@@ -255,7 +255,7 @@ class Worker:
         await self._leave.wait()
         scope.cancel()
 
-    def _hear(self, data: bytes) -> None:
+    def _on_message(self, data: bytes) -> None:
         try:
             message = decode(data, FROM_RELAY)
             handler = self._handlers[type(message)]
@@ -264,7 +264,7 @@ class Worker:
             return
         handler(message)
 
-    def _say(self, message: Message) -> None:
+    def _send(self, message: Message) -> None:
         """Send; a link that is gone is seen by its reader."""
         if self._link is not None:
             try:
@@ -278,56 +278,56 @@ class Worker:
         """Send `register` once an engine is loaded, and again after a refusal that may pass."""
         while True:
             while (capabilities := self._capabilities) is None or not (
-                self._registered_once or self._held_work.ready_slots
+                self._registered_once or self._executor_or_fail.ready_slots
             ):
-                await self._held_work.change()
+                await self._executor_or_fail.change()
             self._refused = trio.Event()
-            self._announced = self._standing(capabilities)
-            self._say(self._registration(capabilities))
+            self._announced = self._running_attempts(capabilities)
+            self._send(self._registration(capabilities))
             await self._refused.wait()
             delay_s = self._register_again.next_s()
             log.info("registering again in %.1f s", delay_s)
             await trio.sleep(delay_s)
 
-    def _standing(self, capabilities: Capabilities) -> tuple[int, bool, str]:
-        return self._held_work.ready_slots, capabilities.reproducible, capabilities.fingerprint
+    def _running_attempts(self, capabilities: Capabilities) -> tuple[int, bool, str]:
+        return self._executor_or_fail.ready_slots, capabilities.reproducible, capabilities.fingerprint
 
     def _registration(self, capabilities: Capabilities) -> Register:
         return Register(
             worker=self._identity.name,
             instance=self._identity.instance,
             spaces=list(self._identity.spaces),
-            slots=self._held_work.ready_slots,
+            slots=self._executor_or_fail.ready_slots,
             engine=self._identity.engine,
             params=capabilities.params,
             inputs=capabilities.inputs,
             format=capabilities.format,
             reproducible=capabilities.reproducible,
             fingerprint=capabilities.fingerprint,
-            running=self._held_work.standing(),
+            running=self._executor_or_fail.running_attempts(),
         )
 
     def _slot_changed(self) -> None:
-        work = self._held_work
+        work = self._executor_or_fail
         work.changed()
         capabilities = self._capabilities
-        if self._feeder is not None and self._announced is not None and capabilities is not None:
-            before, self._announced = self._announced, self._standing(capabilities)
+        if self._sender is not None and self._announced is not None and capabilities is not None:
+            before, self._announced = self._announced, self._running_attempts(capabilities)
             if before[1] and not self._announced[1]:
                 log.warning("its slots do not make the same samples: a request cut off in one cannot go on in another")
             if before != self._announced:
-                self._say(self._registration(capabilities))
+                self._send(self._registration(capabilities))
         if capabilities is None and (fault := next((s.load_fault for s in self._slots if s.load_fault), "")):
             self._fail(ErrorCode.MODEL_NOT_LOADED.value, f"engine {self._identity.engine!r} cannot be loaded: {fault}")
         self._on_status()
 
     def _on_registered(self, registered: Registered) -> None:
-        if self._feeder is not None or self._link is None:
+        if self._sender is not None or self._link is None:
             return
-        work = self._held_work
+        work = self._executor_or_fail
         self._registered_once = True
         self._fault = ""
-        self._feeder = Feeder(self._link)
+        self._sender = FrameSender(self._link)
         self._register_again = Backoff(REGISTER_AGAIN_FIRST_S, REGISTER_AGAIN_LONGEST_S)
         spaces = ", ".join(map(repr, self._identity.spaces))
         slots = self._announced[0] if self._announced is not None else 0
@@ -339,17 +339,17 @@ class Worker:
             if seq is None:  # named in `abandon`, or not known to the relay at all
                 work.drop(attempt, "the relay no longer waits for it")
             else:
-                attempt.resume_at(seq)
-                self._feeder.add(attempt)
+                attempt.resume_from(seq)
+                self._sender.add(attempt)
         self._slot_changed()  # one may have changed since `register` was sent
         if self._drains:
-            self._say(Draining())
+            self._send(Draining())
         work.changed()
 
     def _on_rejected(self, rejected: Rejected) -> None:
         log.error("the relay refuses: %s: %s", rejected.code, rejected.message)
         self._fault = rejected.message
-        if self._feeder is not None:
+        if self._sender is not None:
             return
         # Before it ever served, whoever started it is there to read this: tell, and end. `space_full` is mostly a
         # second worker started by mistake. Later it is a relay that was configured anew, or a worker's old
@@ -369,24 +369,24 @@ class Worker:
     # -- work
 
     def _on_frames(self, attempt: Attempt) -> None:
-        if self._feeder is not None:
-            self._feeder.add(attempt)
+        if self._sender is not None:
+            self._sender.add(attempt)
 
     def _on_assign(self, assign: Assign) -> None:
         capabilities = self._capabilities
-        if capabilities is None or self._feeder is None:
+        if capabilities is None or self._sender is None:
             raise ProtocolError("assign before registered")
-        self._held_work.accept(assign, capabilities, self._max_result_bytes)
+        self._executor_or_fail.accept(assign, capabilities, self._max_result_bytes)
 
     def _on_error(self, error: Error) -> None:
         self._fault = f"{error.code}: {error.message}"
         log.error("the relay reports: %s", self._fault)
 
-    async def _feed(self, link: Link) -> None:
-        while self._feeder is None:
-            await self._held_work.change()
+    async def _send_frames(self, link: Link) -> None:
+        while self._sender is None:
+            await self._executor_or_fail.change()
         try:
-            await self._feeder.run()
+            await self._sender.run()
         except LinkError:  # its reader ends, too, and tells
             return
 
@@ -397,11 +397,11 @@ class Worker:
             log.info("not draining any more: the relay asked for it")
             self._drains = False
             self._drain_asked = trio.Event()
-            self._held_work.changed()
+            self._executor_or_fail.changed()
             self._on_status()
 
     async def _leave_when_drained(self) -> None:
-        work = self._held_work
+        work = self._executor_or_fail
         while True:
             await self._drain_asked.wait()
             with trio.move_on_after(self._drain_timeout_s):

@@ -1,6 +1,6 @@
 """What both ends of relayd share, and the client library; `protocol.blocking` is the same for programs without Trio."""
 
-from protocol.client.client import Relay as Relay
+from protocol.client.client import RelayClient as RelayClient
 from protocol.client.client import open_relay as open_relay
 from protocol.client.stream import AudioRestarted as AudioRestarted
 from protocol.client.stream import Restarted as Restarted

@@ -206,9 +206,9 @@ class Stream:
 
 
 class Relay:
-    """As `protocol.client.client.Relay`; made by `open_relay`."""
+    """As `protocol.client.client.RelayClient`; made by `open_relay`."""
 
-    def __init__(self, portal: _Portal, relay: client.Relay) -> None:
+    def __init__(self, portal: _Portal, relay: client.RelayClient) -> None:
         self._portal = portal
         self._relay = relay
 
@@ -219,26 +219,26 @@ class Relay:
 
     @contextmanager
     def submit(self, space: str, params: Mapping[str, Value] | None = None, **options: Any) -> Iterator[Stream]:
-        """As `protocol.client.client.Relay.submit`, with the same options."""
+        """As `protocol.client.client.RelayClient.submit`, with the same options."""
         with self._portal.enter(self._relay.submit(space, params, **options)) as stream:
             yield Stream(self._portal, stream)
 
     @contextmanager
     def attach(self, request_id: str, after_seq: int = -1, *, attempt: int = 0) -> Iterator[Stream]:
-        """As `protocol.client.client.Relay.attach`."""
+        """As `protocol.client.client.RelayClient.attach`."""
         with self._portal.enter(self._relay.attach(request_id, after_seq, attempt=attempt)) as stream:
             yield Stream(self._portal, stream)
 
     def cancel(self, request_id: str, reason: str = "") -> StatusReply:
-        """As `protocol.client.client.Relay.cancel`."""
+        """As `protocol.client.client.RelayClient.cancel`."""
         return self._portal.call(self._relay.cancel, request_id, reason)
 
     def status(self, request_id: str) -> StatusReply:
-        """As `protocol.client.client.Relay.status`."""
+        """As `protocol.client.client.RelayClient.status`."""
         return self._portal.call(self._relay.status, request_id)
 
     def spaces(self) -> list[dict[str, Value]]:
-        """As `protocol.client.client.Relay.spaces`."""
+        """As `protocol.client.client.RelayClient.spaces`."""
         return self._portal.call(self._relay.spaces)
 
 

@@ -12,7 +12,7 @@ import trio
 
 from protocol.client.address import read_token
 from protocol.commands import commands
-from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED, INTERRUPTED, PIPE_CLOSED, USAGE, quiet_stdout
+from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED, INTERRUPTED, PIPE_CLOSED, USAGE, silence_stdout
 from protocol.commands.progress import Progress
 from protocol.link.background import open_background
 from protocol.wire.errors import ConnectError, LinkError, LoginRefused, ProtocolError, RequestError
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress.error(str(fault))
         return FAILED
     except BrokenPipeError:
-        quiet_stdout()
+        silence_stdout()
         return PIPE_CLOSED
     except OSError as fault:
         progress.error(f"{fault.filename}: {fault.strerror}" if fault.filename else str(fault.strerror or fault))

@@ -117,7 +117,7 @@ async def serve_watchdog(manager: ServiceManager, checks: Mapping[str, Check]) -
     ill = False
     while True:
         began = trio.current_time()
-        faults = await examine(checks, manager.watchdog_s / 4)
+        faults = await run_checks(checks, manager.watchdog_s / 4)
         if not faults:
             manager.alive()
         if faults:
@@ -128,7 +128,7 @@ async def serve_watchdog(manager: ServiceManager, checks: Mapping[str, Check]) -
         await trio.sleep_until(began + manager.watchdog_s / 2)
 
 
-async def examine(checks: Mapping[str, Check], deadline_s: float) -> list[str]:
+async def run_checks(checks: Mapping[str, Check], deadline_s: float) -> list[str]:
     """Run all checks at once; what is wrong, in words. One that does not answer in time is wrong, too."""
     found: dict[str, str] = {}
 

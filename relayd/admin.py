@@ -9,11 +9,11 @@ from typing import Protocol
 import attrs
 import trio
 
-from protocol.client.client import Relay, open_relay
+from protocol.client.client import RelayClient, open_relay
 from protocol.wire.errors import ConnectError, LinkError, LoginRefused, RequestRejected
 from protocol.wire.messages import SPACE_PATTERN, Snapshot
 from protocol.wire.validators import Value
-from relayd.auth.tokens import Tokens, parse_expires, parse_limits
+from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits
 from relayd.config.schema import Config, ConfigError, SpaceConfig
 from relayd.store.base import DeleteSpace, PutSpace, PutToken, SpaceRecord, StoreError, StoreInUse
 from relayd.store.factory import OfflineStore, open_offline
@@ -100,7 +100,7 @@ async def open_admin(config: Config) -> AsyncIterator[Admin]:
         raise AdminError(str(fault)) from None
 
 
-async def _connect(stack: AsyncExitStack, path: Path) -> Relay | None:
+async def _connect(stack: AsyncExitStack, path: Path) -> RelayClient | None:
     """The daemon behind the socket at `path`, until `stack` ends; None where nobody listens there."""
     if not await trio.Path(path).exists():
         return None
@@ -117,7 +117,7 @@ async def _connect(stack: AsyncExitStack, path: Path) -> Relay | None:
 class Online:
     """On a running daemon."""
 
-    relay: Relay
+    relay: RelayClient
 
     async def create_space(self, name: str, options: dict[str, Value]) -> None:
         """See `Admin`."""
@@ -240,7 +240,7 @@ class Offline:
         self, name: str, role: str, spaces: list[str], expires: str | None, limits: dict[str, int]
     ) -> Row:
         """See `Admin`."""
-        now, tokens = time.time(), Tokens(self.store.load().tokens)
+        now, tokens = time.time(), TokenRegistry(self.store.load().tokens)
         try:
             expires_at = parse_expires(expires, now) if expires is not None else None
             token = tokens.create(
@@ -253,11 +253,11 @@ class Offline:
 
     async def tokens(self) -> list[Row]:
         """See `Admin`."""
-        return [token_row(record, time.time()) for record in Tokens(self.store.load().tokens).list()]
+        return [token_row(record, time.time()) for record in TokenRegistry(self.store.load().tokens).list()]
 
     async def revoke_token(self, which: str) -> list[str]:
         """See `Admin`."""
-        revoked = Tokens(self.store.load().tokens).revoke(which, time.time())
+        revoked = TokenRegistry(self.store.load().tokens).revoke(which, time.time())
         if not revoked:
             raise AdminError(f"no live token has the id or the principal {which!r}; see relayd token list")
         self.store.commit(*map(PutToken, revoked))

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import trio
 
-from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED, INTERRUPTED, USAGE, quiet_stdout
+from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED, INTERRUPTED, USAGE, silence_stdout
 from protocol.commands.progress import printable, printable_json, printable_lines, table
 from protocol.wire.messages import ROLES
 from protocol.wire.validators import Value
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AdminError, StoreError, ListenError) as fault:
         return _complain(printable(str(fault)), FAILED)
     except BrokenPipeError:  # `relayd requests | head`
-        quiet_stdout()
+        silence_stdout()
         return DONE
     except KeyboardInterrupt:
         return INTERRUPTED

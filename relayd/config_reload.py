@@ -12,9 +12,9 @@ import structlog
 import trio
 
 from protocol.sd_notify import ServiceManager
-from relayd.auth.tokens import Tokens
+from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import Config, ConfigError
-from relayd.connections.listener import ListenError, load_certificate, tls_context
+from relayd.connections.listener import ListenError, load_certificate, make_tls_context
 from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.logs.setup import set_level
@@ -39,8 +39,8 @@ class Reload:
     """
 
     relay: Relay
-    tokens: Tokens
-    context: ssl.SSLContext | None
+    tokens: TokenRegistry
+    tls_context: ssl.SSLContext | None
     reread: Callable[[], Config]
     manager: ServiceManager
     _asked: trio.Event = attrs.field(factory=trio.Event)
@@ -70,23 +70,23 @@ class Reload:
         try:
             new = await trio.to_thread.run_sync(self.reread)
             tls_context(new)  # on a context that nobody uses: a key that does not fit would ruin the one in use
-            changed, restart = self._take(new)
+            changed, restart = self._apply(new)
         except ConfigError as fault:
             log.error("configuration not read again: nothing is changed", faults=fault.faults)
             return f"configuration not read again: {'; '.join(fault.faults)}"
         except ListenError as fault:
             log.error("configuration not read again: nothing is changed", faults=[str(fault)])
             return f"configuration not read again: {fault}"
-        spaces = await self._take_spaces()
+        spaces = await self._apply_spaces()
         log.warning("configuration read again", changed=changed, needs_restart=restart, **spaces)
-        await self._take_tokens()
+        await self._apply_tokens()
         done = sum(map(len, (changed, *spaces.values())))
         left = f"; a restart is needed for {', '.join(name.partition(':')[0] for name in restart)}" if restart else ""
         return f"configuration read again: {done} changes{left}"
 
     # -- settings
 
-    def _take(self, new: Config) -> tuple[list[str], list[str]]:
+    def _apply(self, new: Config) -> tuple[list[str], list[str]]:
         """Let `new` count, but for what needs a restart; both in words. No `await`: nobody sees half of it."""
         old = self.relay.config
         kept: dict[str, Any] = {name: getattr(old, name) for name in NEEDS_RESTART}
@@ -94,8 +94,8 @@ class Reload:
         if (old.tls is None) != (new.tls is None):
             kept["tls"] = old.tls
         taken = attrs.evolve(new, **kept)
-        if self.context is not None and taken.tls is not None:
-            load_certificate(self.context, taken.tls)  # always: a renewed one lies under the same name
+        if self.tls_context is not None and taken.tls is not None:
+            load_certificate(self.tls_context, taken.tls)  # always: a renewed one lies under the same name
         self.relay.config = taken
         if taken.log.level != old.log.level:
             set_level(taken.log.level)
@@ -103,7 +103,7 @@ class Reload:
 
     # -- spaces
 
-    async def _take_spaces(self) -> dict[str, list[str]]:
+    async def _apply_spaces(self) -> dict[str, list[str]]:
         """Have the spaces be as the settings say; names by what became of them."""
         relay = self.relay
         told: dict[str, list[str]] = {"spaces_added": [], "spaces_changed": [], "spaces_removed": [], "spaces_busy": []}
@@ -132,14 +132,14 @@ class Reload:
 
     # -- tokens
 
-    async def _take_tokens(self) -> None:
+    async def _apply_tokens(self) -> None:
         known = {record.token_id for record in self.tokens.list()}
         try:
             loaded = await self.relay.store.load()
         except StoreError as fault:
             log.error("tokens not read again", why=str(fault))
             return
-        gone = self.tokens.read_again(loaded.tokens, known)
+        gone = self.tokens.reload(loaded.tokens, known)
         for connection in list(self.relay.connections.values()):
             if connection.principal.token_id in gone:
                 connection.disconnect("its token was revoked")

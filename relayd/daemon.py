@@ -11,22 +11,22 @@ import trio
 from protocol.link.base import Link
 from protocol.link.websocket_frames import GOING_AWAY
 from protocol.sd_notify import ServiceManager
-from relayd.auth.tokens import Tokens
+from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import Config
 from relayd.config_reload import Reload
-from relayd.connections.gateway import Gate
-from relayd.connections.listener import describe, open_listeners, serve_listeners, tls_context
-from relayd.core.admission import Intake
-from relayd.core.positions import serve_places
+from relayd.connections.gateway import Gateway
+from relayd.connections.listener import describe, make_tls_context, open_listeners, serve_listeners
+from relayd.core.admission import Admission
+from relayd.core.positions import serve_positions
 from relayd.core.relay import Relay
 from relayd.core.restore import restore
 from relayd.http.app import make_app
-from relayd.http.context import Site
-from relayd.http.server import HttpDoor
+from relayd.http.context import HttpContext
+from relayd.http.server import HttpServer
 from relayd.logs.recent import serve_events
-from relayd.net.reactor import open_plane
+from relayd.net.reactor import open_reactor
 from relayd.scheduling.model import State
-from relayd.service.health import Service
+from relayd.service.health import HealthService
 from relayd.stats.counters import serve_stats
 from relayd.store.factory import open_store
 
@@ -72,7 +72,7 @@ async def serve(
         StoreError: the store cannot be used.
         ListenError: a door cannot be opened.
     """
-    context = tls_context(config)
+    tls_context = make_tls_context(config)
     async with open_store(config) as store, open_listeners(config) as listeners:
         loaded = await store.load()
         for words in loaded.damaged:
@@ -81,55 +81,55 @@ async def serve(
             relay = Relay(config, store, nursery)
             await nursery.start(serve_events, relay.events)
             shutdown = Shutdown(relay)
-            intake = Intake(relay)
-            tokens = Tokens(loaded.tokens)
-            site = Site(relay, intake, tokens)
-            http = HttpDoor(site, make_app(site))
+            admission = Admission(relay)
+            tokens = TokenRegistry(loaded.tokens)
+            http_context = HttpContext(relay, admission, tokens)
+            http = HttpServer(http_context, make_app(http_context))
             await restore(relay, loaded)
-            nursery.start_soon(intake.serve)
-            nursery.start_soon(serve_places, relay)
+            nursery.start_soon(admission.serve)
+            nursery.start_soon(serve_positions, relay)
             nursery.start_soon(serve_stats, relay.sample)
             nursery.start_soon(relay.results.serve_memory)
             nursery.start_soon(relay.results.serve_retention)
-            nursery.start_soon(site.serve)
+            nursery.start_soon(http_context.serve)
             manager = ServiceManager.from_environment()
-            reload = Reload(relay, tokens, context, reread, manager) if reread else None
+            reload = Reload(relay, tokens, tls_context, reread, manager) if reread else None
             if reload is not None:
                 nursery.start_soon(reload.serve)
-            await nursery.start(_hear_signals, shutdown, reload)  # before anybody is told that it is ready
-            async with open_plane() as plane, trio.open_nursery() as connections:
-                gate = Gate(relay, intake, tokens, plane, connections, shutdown.drain, site.failures)
-                connections.start_soon(gate.watch_newcomers)
+            await nursery.start(_handle_signals, shutdown, reload)  # before anybody is told that it is ready
+            async with open_reactor() as reactor, trio.open_nursery() as connections:
+                gateway = Gateway(relay, admission, tokens, reactor, connections, shutdown.drain, http_context.failures)
+                connections.start_soon(gateway.serve_login_timeouts)
                 accepting = trio.CancelScope()
 
                 async def accept() -> None:
                     with accepting:
-                        await serve_listeners(listeners, gate, http, context, connections)
+                        await serve_listeners(listeners, gateway, http, tls_context, connections)
 
                 connections.start_soon(accept)
-                urls = describe(listeners, tls=context is not None)
+                urls = describe(listeners, tls=tls_context is not None)
                 relay.urls = list(urls)
                 log.info("listening", urls=urls, spaces=sorted(relay.spaces), state_dir=str(config.state_dir))
                 if on_ready is not None:
                     on_ready(urls)
-                nursery.start_soon(Service(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
+                nursery.start_soon(HealthService(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
                 await relay.draining.wait()
                 # The doors stay open: whoever was cut off from what still runs may come back to it.
-                await _until_idle(relay, site, shutdown, relay.config.drain_timeout_s)
+                await _until_idle(relay, http_context, shutdown, relay.config.drain_timeout_s)
                 accepting.cancel()
                 for space in relay.spaces.values():  # no deadline counts while the links are being closed
                     space.closed.set()
-                await _close_links({*plane.links, *(each.link for each in relay.connections.values())})
+                await _close_links({*reactor.links, *(each.link for each in relay.connections.values())})
                 await http.close()
                 connections.cancel_scope.cancel()
             with trio.move_on_after(CLOSE_S):  # asked to leave at once: what is half safe is made so
-                await relay.results.settled()
+                await relay.results.wait_finalized()
             nursery.cancel_scope.cancel()
         await store.flush()
     log.info("stopped")
 
 
-async def _hear_signals(
+async def _handle_signals(
     shutdown: Shutdown, reload: Reload | None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     had_terminal = os.isatty(2)
@@ -144,13 +144,13 @@ async def _hear_signals(
                 reload.ask()
 
 
-async def _until_idle(relay: Relay, site: Site, shutdown: Shutdown, drain_timeout_s: float) -> None:
+async def _until_idle(relay: Relay, http_context: HttpContext, shutdown: Shutdown, drain_timeout_s: float) -> None:
     """Wait for what runs, for its end to be safe and for listeners to have heard it, within a drain's time."""
     with trio.move_on_after(drain_timeout_s):
         while not shutdown.leave.is_set():
             running = [r for r in relay.requests.values() if r.entry.state is State.RUNNING]
-            unsent = any(reader for client in relay.clients.values() for reader in client.unfinished())
-            if not running and not unsent and not site.unfinished and not relay.results.concluding:
+            unsent = any(reader for client in relay.clients.values() for reader in client.unsent_readers())
+            if not running and not unsent and not http_context.unfinished and not relay.results.unfinalized:
                 return
             with trio.move_on_after(0.1):
                 await shutdown.leave.wait()

@@ -24,7 +24,7 @@ from protocol.wire.errors import LinkError, RequestError
 from protocol.wire.frames import Audio, Started
 from protocol.wire.messages import Accepted, Queued
 from protocol.wire.structs import AudioFormat
-from relayd.auth.tokens import Tokens
+from relayd.auth.tokens import TokenRegistry
 from relayd.config.loader import load_config
 from relayd.store.base import PutToken
 from relayd.store.factory import open_offline
@@ -82,10 +82,10 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
     try:
         async with _process(demo, "relay", _relay_command(demo), keep) as relay:
             demo.url = (await _until(relay, relay, "listening"))["urls"][0]
-            _tell("relay", f"listens on {demo.url}")
+            _print_step("relay", f"listens on {demo.url}")
             async with _process(demo, "worker", _worker_command(demo), keep, RELAY_TOKEN=demo.worker_token) as worker:
                 await _until(relay, worker, "worker registered")
-                _tell("worker", f"registered space {SPACE!r}: espeak-ng, 1 slot, a process of its own")
+                _print_step("worker", f"registered space {SPACE!r}: espeak-ng, 1 slot, a process of its own")
                 await _speak(demo, text, output, writer)
         kept = keep
     finally:
@@ -93,7 +93,7 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
         if not kept:
             shutil.rmtree(demo.folder, ignore_errors=True)
     if kept:
-        _tell_commands(demo)
+        _print_commands(demo)
 
 
 def _relay_command(demo: Demo) -> list[str]:
@@ -103,7 +103,7 @@ def _relay_command(demo: Demo) -> list[str]:
     config.write_text(f'listen = "127.0.0.1:0"\nstate_dir = "state"\n[log]\nformat = "json"\n[spaces.{SPACE}]\n')
     load_config(config, environ={})
     with open_offline(state_dir) as store:
-        tokens = Tokens()
+        tokens = TokenRegistry()
         for role in ("worker", "client"):
             token = tokens.create(role=role, name=f"demo-{role}", now=time.time(), spaces=[SPACE])
             store.commit(PutToken(token.record))
@@ -180,7 +180,7 @@ def _parse(line: str) -> dict[str, Any]:
 
 async def _speak(demo: Demo, text: str, output: Path, writer: AudioWriter) -> None:
     """The client's part: submit, tell what happens as it happens, write the file."""
-    _tell("client", f"says {text!r}")
+    _print_step("client", f"says {text!r}")
     began, first_s, chunks = time.perf_counter(), 0.0, 0
     try:
         with trio.fail_after(SPEAK_S):
@@ -191,20 +191,20 @@ async def _speak(demo: Demo, text: str, output: Path, writer: AudioWriter) -> No
                 async for event in stream.events():
                     now_s = time.perf_counter() - began
                     if isinstance(event, Accepted):
-                        _tell("relay", f"accepted request {event.request_id[:8]}, {_ms(now_s)} after it was sent")
+                        _print_step("relay", f"accepted request {event.request_id[:8]}, {_ms(now_s)} after it was sent")
                     elif isinstance(event, Queued):
-                        _tell("relay", f"queued: position {event.position} of {event.of}")
+                        _print_step("relay", f"queued: position {event.position} of {event.of}")
                     elif isinstance(event, Started):
-                        _tell("worker", f"started, {_ms(now_s)}")
+                        _print_step("worker", f"started, {_ms(now_s)}")
                         writer.begin(event.format or AudioFormat(sample_rate=22_050))
                     elif isinstance(event, Audio):
                         writer.write(event.pcm)
                         chunks += 1
                         if chunks == 1:
                             first_s = now_s
-                            _tell("client", f"first audio, {_ms(now_s)}")
+                            _print_step("client", f"first audio, {_ms(now_s)}")
                         elif chunks % CHUNKS_A_LINE == 0:
-                            _tell("client", f"chunk {chunks}, {writer.seconds:.1f} s of audio, {_ms(now_s)}")
+                            _print_step("client", f"chunk {chunks}, {writer.seconds:.1f} s of audio, {_ms(now_s)}")
                 await stream.result()
     except (LinkError, RequestError, ValueError, OSError) as fault:
         raise DemoFailed(f"the sentence did not get through: {fault}") from fault
@@ -213,12 +213,14 @@ async def _speak(demo: Demo, text: str, output: Path, writer: AudioWriter) -> No
     if not writer.seconds:
         raise DemoFailed("the request ended well and without any audio; give a text with words in it")
     took_s = time.perf_counter() - began
-    _tell("client", f"wrote {output}: {writer.seconds:.1f} s of speech in {chunks} chunks")
-    _tell("", f"first audio after {_ms(first_s)}, all of it after {_ms(took_s)}")
-    _tell("", f"real-time factor {took_s / writer.seconds:.3f} ({writer.seconds / took_s:.0f}x faster than it plays)")
+    _print_step("client", f"wrote {output}: {writer.seconds:.1f} s of speech in {chunks} chunks")
+    _print_step("", f"first audio after {_ms(first_s)}, all of it after {_ms(took_s)}")
+    _print_step(
+        "", f"real-time factor {took_s / writer.seconds:.3f} ({writer.seconds / took_s:.0f}x faster than it plays)"
+    )
 
 
-def _tell(who: str, what: str) -> None:
+def _print_step(who: str, what: str) -> None:
     print(f"{who:7} {what}", flush=True)
 
 
@@ -226,7 +228,7 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms"
 
 
-def _tell_commands(demo: Demo) -> None:
+def _print_commands(demo: Demo) -> None:
     pids = " ".join(str(pid) for pid in demo.pids.values())
     print(
         f"\nBoth still run. Try:\n"

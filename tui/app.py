@@ -20,13 +20,13 @@ from protocol.wire.messages import Done, Rejected
 from tui.model.actions import Plan
 from tui.model.feed import Ask, Feed, Listen, Source
 from tui.model.formatting import plain, short_id
-from tui.model.relay_model import Picture, View
+from tui.model.relay_model import RelayModel, RowView
 from tui.model.row_filter import said
 from tui.screens import tables
 from tui.screens.base import RelayScreen
 from tui.screens.dialogs import HelpDialog, JumpDialog
-from tui.terminal.exit_guard import EXIT_OF, Ending
-from tui.terminal.minimal_updates import trimmed
+from tui.terminal.exit_guard import EXIT_OF, ExitGuard
+from tui.terminal.minimal_updates import minimize_update
 from tui.terminal.trio_bridge import Bridge
 from tui.themes import themes
 from tui.widgets.cell_widget import Piece
@@ -104,20 +104,20 @@ class RelayTui(App[int]):
         driver_class: type[Driver] | None = None,
     ) -> None:
         # Textual takes NO_COLOR out of the environment.
-        self._look = themes.pick(os.environ, theme)
+        self._look = themes.choose_theme(os.environ, theme)
         self._ascii_only = ascii_only
         super().__init__(driver_class=driver_class)
         themes.install(self, self._look)
         self.clock = clock
         self.readonly = readonly
-        self.picture = Picture()
+        self.model = RelayModel()
         self.frozen_at: float | None = None
         self.rate = 1.0
         self.notice: Piece = ("", "")
         self.space: str | None = None
-        self.ending = Ending()
-        self._frozen: Picture | None = None
-        self._feed = Feed(source, self.picture, self._moved, clock=lambda: self.clock())
+        self.ending = ExitGuard()
+        self._frozen: RelayModel | None = None
+        self._feed = Feed(source, self.model, self._moved, clock=lambda: self.clock())
         self._bridge = Bridge()
         self._ticker: Timer | None = None
         self._soon: Timer | None = None
@@ -135,9 +135,9 @@ class RelayTui(App[int]):
         """Begin to follow the relay."""
         self.ending.watch(asyncio.get_running_loop(), self._end)
         self._ticker = self.set_interval(1 / self.rate, self.draw)
-        self._bridge.start(self._feed.run, self._fell_over)
+        self._bridge.start(self._feed.run, self._on_feed_error)
 
-    def _fell_over(self, fault: BaseException) -> None:
+    def _on_feed_error(self, fault: BaseException) -> None:
         if isinstance(fault, Exception):
             self._handle_exception(fault)
         else:
@@ -162,20 +162,20 @@ class RelayTui(App[int]):
     # -- drawing -----------------------------------------------------------------------------------------------
 
     @property
-    def shown(self) -> Picture:
+    def shown(self) -> RelayModel:
         """What is on the screen: the picture, or the one it was frozen at."""
-        return self._frozen or self.picture
+        return self._frozen or self.model
 
     @property
     def now_shown(self) -> float:
         """Up to when ages have gone on: to the freezing or the loss of the link, where there was one."""
-        link = self.picture.link
-        now = self.clock() if link.up or not self.picture.known else link.since
+        link = self.model.link
+        now = self.clock() if link.up or not self.model.known else link.since
         return now if self.frozen_at is None else min(now, self.frozen_at)
 
     def _moved(self) -> None:
         """The picture has changed; called by the feed. The next tick draws it, unless it is news of the link."""
-        known = (self.picture.known, self.picture.link.up)
+        known = (self.model.known, self.model.link.up)
         if known != self._drawn_known:
             self._drawn_known = known
             self.draw_soon()
@@ -223,17 +223,17 @@ class RelayTui(App[int]):
         if self._behind:
             self._owed = True
         else:
-            super()._display(screen, trimmed(renderable))  # type: ignore[arg-type]
+            super()._display(screen, minimize_update(renderable))  # type: ignore[arg-type]
 
-    def tell(self, text: str, token: str = "") -> None:
+    def show_notice(self, text: str, token: str = "") -> None:
         """Say something in the last line, for a while."""
         self.notice = (text, token)
         if self._notice_timer is not None:
             self._notice_timer.stop()
-        self._notice_timer = self.set_timer(NOTICE_S, self._hush)
+        self._notice_timer = self.set_timer(NOTICE_S, self._clear_notice)
         self._lines()
 
-    def _hush(self) -> None:
+    def _clear_notice(self) -> None:
         self.notice = ("", "")
         self._lines()
 
@@ -247,7 +247,7 @@ class RelayTui(App[int]):
     def ask(self, ask: Ask | Listen) -> None:
         """Have the feed do something."""
         if not self._feed.ask(ask):
-            self.tell("too much waits to be done already; try again in a moment", "bad")
+            self.show_notice("too much waits to be done already; try again in a moment", "bad")
 
     def carry_out(self, plan: Plan) -> None:
         """Have the relay do every step of a plan, and tell how that went."""
@@ -257,9 +257,9 @@ class RelayTui(App[int]):
             answers.append((target, answer))
             if len(answers) == len(plan.steps):
                 # Told by Trio: by a message, and for as long as anything that is told.
-                self.call_later(self.tell, *_outcome(plan, answers))
+                self.call_later(self.show_notice, *_outcome(plan, answers))
 
-        self.tell("...", "dim")
+        self.show_notice("...", "dim")
         for action, target in plan.steps:
             self.ask(Ask(action, target, lambda answer, target=target: answered(target, answer)))  # type: ignore[misc]
 
@@ -286,7 +286,7 @@ class RelayTui(App[int]):
     def action_freeze(self) -> None:
         """Hold the picture still, or let it go on."""
         if self.frozen_at is None:
-            self._frozen, self.frozen_at = self.picture.frozen(), self.clock()
+            self._frozen, self.frozen_at = self.model.frozen(), self.clock()
         else:
             self._frozen = self.frozen_at = None
         self.draw()
@@ -298,7 +298,7 @@ class RelayTui(App[int]):
         if self._ticker is not None:
             self._ticker.stop()
         self._ticker = self.set_interval(1 / self.rate, self.draw)
-        self.tell(f"drawn {self.rate:g} times a second", "dim")
+        self.show_notice(f"drawn {self.rate:g} times a second", "dim")
 
     def action_help(self) -> None:
         """The keys there are."""
@@ -318,7 +318,7 @@ class RelayTui(App[int]):
         found = [(f"screen/{name}", name) for name in SCREENS_BY_NAME if wanted in name]
         for topic in ("spaces", "workers", "requests", "clients"):
             word = topic[:-1]
-            for view in self.picture.rows(topic):
+            for view in self.model.rows(topic):
                 if wanted and wanted not in said(view).lower():
                     continue
                 found.append((f"{topic}/{view.key}", f"{word} {_described(view)}"))
@@ -341,10 +341,10 @@ class RelayTui(App[int]):
         if isinstance(screen, RelayScreen) and (table := screen.table) is not None:
             screen.redraw()
             if not table.show(key):
-                self.tell(f"{short_id(plain(key))} is not shown in {topic}; is there a filter?", "warn")
+                self.show_notice(f"{short_id(plain(key))} is not shown in {topic}; is there a filter?", "warn")
 
 
-def _described(view: View) -> str:
+def _described(view: RowView) -> str:
     words = [view.text("name") or view.key, view.text("principal"), view.text("state")]
     return plain("  ".join(word for word in words if word))
 

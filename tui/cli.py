@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from protocol.client.address import from_environment, token_from_environment
-from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, quiet_stdout
+from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, silence_stdout
 from protocol.commands.progress import printable, printable_json
 from protocol.wire.errors import LinkError
 from tui.themes.choose import NAMES
@@ -37,18 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _once(args: argparse.Namespace) -> int:
-    from tui.print_once import demo_picture, describe, take_picture
+    from tui.print_once import demo_model, describe, fetch_model
 
     try:
-        picture = demo_picture(args.demo) if args.demo else trio.run(take_picture, args.url, args.readonly)
+        model = demo_model(args.demo) if args.demo else trio.run(fetch_model, args.url, args.readonly)
         ascii_only = args.ascii or (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-        print(printable_json(picture) if args.json else describe(picture, ascii_only=ascii_only), flush=True)
+        print(printable_json(model) if args.json else describe(model, ascii_only=ascii_only), flush=True)
     except (LinkError, trio.TooSlowError) as fault:
         why = printable(str(fault)) or "the relay did not answer"
         print(f"relay-tui: cannot connect: {why}", file=sys.stderr)
         return CANNOT_CONNECT
     except BrokenPipeError:
-        quiet_stdout()
+        silence_stdout()
     return DONE
 
 
@@ -67,12 +67,12 @@ async def _run(args: argparse.Namespace) -> int:
     from tui.app import RelayTui
     from tui.demo.source import Demo
     from tui.model.feed import RelaySource, Simulated, Source
-    from tui.terminal.driver import Terminal
+    from tui.terminal.driver import RelayDriver
 
     source: Source = RelaySource(args.url, readonly=args.readonly)
     if args.demo:
         source = Simulated(Demo(args.demo, readonly=args.readonly))
-    app = RelayTui(source, readonly=args.readonly, theme=args.theme, ascii_only=args.ascii, driver_class=Terminal)
+    app = RelayTui(source, readonly=args.readonly, theme=args.theme, ascii_only=args.ascii, driver_class=RelayDriver)
     app.ending.keep_terminal()
     # Without the mouse: text can be selected as in any terminal, and moving it sends nothing.
     value = await app.run_async(mouse=False)

@@ -14,7 +14,7 @@ from protocol.wire.validators import Value
 from tui.demo.source import Demo
 from tui.model import formatting, state_glyphs
 from tui.model.columns import COLUMNS, EMPTY, choose, natural
-from tui.model.relay_model import Picture, View
+from tui.model.relay_model import RelayModel, RowView
 
 #: For the relay to tell all it knows.
 ANSWER_S = 10.0
@@ -28,7 +28,7 @@ MAX_REQUESTS = 20
 Rows = dict[str, list[dict[str, Value]]]
 
 
-async def take_picture(url: str | None, readonly: bool) -> Rows:
+async def fetch_model(url: str | None, readonly: bool) -> Rows:
     """All that the relay tells an operator, topic -> rows.
 
     Raises:
@@ -46,7 +46,7 @@ async def take_picture(url: str | None, readonly: bool) -> Rows:
     raise LinkError("the relay ended the watch")
 
 
-def demo_picture(scene: str) -> Rows:
+def demo_model(scene: str) -> Rows:
     """The same of a simulated relay."""
     data = Demo(scene).snapshot().data
     return {topic: data[topic] for topic in TOPICS}
@@ -55,14 +55,14 @@ def demo_picture(scene: str) -> Rows:
 def describe(rows: Rows, width: int | None = None, *, ascii_only: bool = False) -> str:
     """The overview as lines of at most `width` cells (default: the terminal's), control characters escaped."""
     width = width or shutil.get_terminal_size((WIDTH, 0)).columns
-    picture = Picture()
-    picture.take(Snapshot(data=dict(rows)), 0.0)
-    live = [view for view in picture.rows("requests") if view.text("state") in ("uploading", "queued", "running")]
-    ended = len(picture.rows("requests")) - len(live)
-    lines = [line for view in picture.rows("relay") for line in textwrap.wrap(_relay(view), width)]
-    if spaces := picture.rows("spaces"):
+    model = RelayModel()
+    model.apply(Snapshot(data=dict(rows)), 0.0)
+    live = [view for view in model.rows("requests") if view.text("state") in ("uploading", "queued", "running")]
+    ended = len(model.rows("requests")) - len(live)
+    lines = [line for view in model.rows("relay") for line in textwrap.wrap(_relay(view), width)]
+    if spaces := model.rows("spaces"):
         lines += ["", *_table("spaces", spaces, width)]
-    lines += ["", *_table("workers", picture.rows("workers"), width)]
+    lines += ["", *_table("workers", model.rows("workers"), width)]
     if live:
         lines += ["", *_table("requests", live, width, MAX_REQUESTS)]
     if ended:
@@ -71,7 +71,7 @@ def describe(rows: Rows, width: int | None = None, *, ascii_only: bool = False) 
     return state_glyphs.to_ascii(text) if ascii_only else text
 
 
-def _relay(view: View) -> str:
+def _relay(view: RowView) -> str:
     """The status line in words."""
     said = [
         f"relay {state_glyphs.mark('relay', formatting.plain(view.text('state')))}",
@@ -89,10 +89,10 @@ def _relay(view: View) -> str:
     return ", ".join(said)
 
 
-def _table(kind: str, views: list[View], width: int, most: int | None = None) -> list[str]:
+def _table(kind: str, views: list[RowView], width: int, most: int | None = None) -> list[str]:
     if not views:
         return textwrap.wrap(EMPTY[kind], width)
-    order: Callable[[View], Any] = natural(kind)
+    order: Callable[[RowView], Any] = natural(kind)
     chosen = choose(COLUMNS[kind], width)
     lines = [" ".join(formatting.fit(column.title.upper(), cells, column.align) for column, cells in chosen)]
     lines += [

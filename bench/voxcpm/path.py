@@ -14,7 +14,7 @@ import trio
 from bench.relay.servers import SPACE, Server, open_process
 from bench.voxcpm.plain import last_words
 from bench.voxcpm.round import Deadline, Failed, Gauge, Job, OutOfTime, Side, Spoken
-from protocol.client.client import Relay, open_relay
+from protocol.client.client import RelayClient, open_relay
 from protocol.wire.errors import LinkError, RequestCancelled, RequestFailed, RequestRejected
 
 _LOOK_AGAIN_S = 0.1
@@ -75,7 +75,7 @@ async def _measure(
     raise OutOfTime
 
 
-async def _wait_ready(client: Relay, worker: "subprocess.Popen[bytes]", log: Path, slots: int) -> None:
+async def _wait_ready(client: RelayClient, worker: "subprocess.Popen[bytes]", log: Path, slots: int) -> None:
     """Until the relay knows all slots, and no worker of an earlier round."""
     while True:
         space = next(space for space in await client.spaces() if space["name"] == SPACE)
@@ -94,11 +94,11 @@ def _check(worker: "subprocess.Popen[bytes]", log: Path) -> None:
         raise Failed(last_words(log))
 
 
-async def _round(clients: list[Relay], job: Job, deadline: Deadline) -> list[Spoken]:
+async def _round(clients: list[RelayClient], job: Job, deadline: Deadline) -> list[Spoken]:
     outcomes: list[Spoken | Failed] = []
     left_s = deadline.left_s()
 
-    async def one(client: Relay) -> None:
+    async def one(client: RelayClient) -> None:
         try:
             outcomes.append(await _speak(client, job, left_s))
         except (LinkError, RequestRejected, RequestFailed, RequestCancelled) as fault:
@@ -115,7 +115,7 @@ async def _round(clients: list[Relay], job: Job, deadline: Deadline) -> list[Spo
     return spoken
 
 
-async def _speak(client: Relay, job: Job, at_most_s: float) -> Spoken:
+async def _speak(client: RelayClient, job: Job, at_most_s: float) -> Spoken:
     params = {
         "text": job.text,
         "seed": job.seed,

@@ -23,13 +23,13 @@ import attrs
 from gpuworker.engines.base import Chunk, Engine, EngineError, EngineInput, OptionError, error_text
 from gpuworker.engines.catalog import EngineNotFound, find_engine
 from gpuworker.slots import ipc
-from gpuworker.slots.run_engine import drive
+from gpuworker.slots.run_engine import run_engine
 
 _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 64 * 1024
 
 
-def _shield(parent_pid: int) -> None:
+def _isolate(parent_pid: int) -> None:
     """Die with the parent, ignore what the terminal and systemd send to the whole group, keep stdout off the pipe."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it went before the line above
@@ -41,7 +41,7 @@ def _shield(parent_pid: int) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper here
 
 
-class SlotProcess:
+class EngineMain:
     """The slot's side of the pipe.
 
     Args:
@@ -50,7 +50,7 @@ class SlotProcess:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._commands: queue.SimpleQueue[ipc.Said] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[ipc.IpcMessage] = queue.SimpleQueue()
         self._cancelled_run = -1
 
     def read_commands(self) -> None:
@@ -73,7 +73,7 @@ class SlotProcess:
                 else:
                     self._commands.put(said)
 
-    def _say(self, said: ipc.Said) -> None:
+    def _say(self, said: ipc.IpcMessage) -> None:
         # Blocks while the worker does not read: the socket's buffer is all that a slot runs ahead of it.
         self._sock.sendall(ipc.pack(said))
 
@@ -90,10 +90,10 @@ class SlotProcess:
                 return self._cancelled_run >= run
 
             def emit(chunk: Chunk) -> None:
-                self._say(ipc.chunk_said(chunk))
+                self._say(ipc.encode_chunk(chunk))
 
             inputs = {name: EngineInput(**given) for name, given in said["inputs"].items()}
-            end = drive(engine, said["params"], inputs, cancelled, emit)
+            end = run_engine(engine, said["params"], inputs, cancelled, emit)
             self._say({"is": "end", **attrs.asdict(end)})
             if end.restart:
                 return
@@ -101,10 +101,10 @@ class SlotProcess:
     def _load(self, said: dict[str, Any]) -> Engine | None:
         try:
             engine = find_engine(said["engine"])(said["options"])
-            engine.report = lambda progress: self._say(ipc.chunk_said(progress))
+            engine.report = lambda progress: self._say(ipc.encode_chunk(progress))
             engine.load()
             engine.report = Engine.report
-            self._say({"is": "ready", "capabilities": ipc.capabilities_said(engine.capabilities)})
+            self._say({"is": "ready", "capabilities": ipc.encode_capabilities(engine.capabilities)})
         except (EngineError, OptionError, EngineNotFound) as fault:
             self._say({"is": "load_failed", "message": error_text(fault)})
         except Exception as fault:  # noqa: BLE001 - a model's loader may raise anything; the worker tells its owner
@@ -117,10 +117,10 @@ class SlotProcess:
 
 def main(arguments: list[str]) -> None:
     """Entry point of the process."""
-    _shield(int(arguments[1]))
+    _isolate(int(arguments[1]))
     with socket.socket(fileno=int(arguments[0])) as sock:
         sock.set_inheritable(False)
-        process = SlotProcess(sock)
+        process = EngineMain(sock)
         threading.Thread(target=process.read_commands, name="commands", daemon=True).start()
         process.serve()
         sys.stderr.flush()

@@ -28,7 +28,7 @@ KILL_S = 5.0
 log = logging.getLogger("gpuworker.slot")
 
 
-class Child:
+class EngineProcess:
     """A running slot process; made by `open_child`.
 
     Attributes:
@@ -47,7 +47,7 @@ class Child:
         self._sending = trio.Lock()
         self._inbox = ipc.Inbox()
 
-    async def send(self, said: ipc.Said) -> None:
+    async def send(self, said: ipc.IpcMessage) -> None:
         """Say something; into the void where the process is gone, which `receive` tells.
 
         Cancellation: may leave half a message behind; kill the process then.
@@ -58,7 +58,7 @@ class Child:
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return
 
-    async def receive(self) -> list[ipc.Said]:
+    async def receive(self) -> list[ipc.IpcMessage]:
         """What it says next, one message or several; empty when it has closed its end."""
         while True:
             try:
@@ -72,7 +72,7 @@ class Child:
             if said or not data:
                 return said
 
-    async def gone(self) -> str:
+    async def wait_exit(self) -> str:
         """Wait for the end of a process that has closed its socket, and kill it where it lingers.
 
         Returns:
@@ -113,12 +113,12 @@ class Child:
         async for data in self._output:
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                self._heard(line)
+                self._log_output(line)
             rest = rest[-64 * MAX_LINE_CHARS :]
-        self._heard(rest)
+        self._log_output(rest)
         self._output_ended.set()
 
-    def _heard(self, line: bytes) -> None:
+    def _log_output(self, line: bytes) -> None:
         # A progress bar overwrites its line with "\r"; what stays on a screen is the last of it.
         words = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace").strip()[:MAX_LINE_CHARS]
         if words:
@@ -139,7 +139,7 @@ class Child:
 
 
 @asynccontextmanager
-async def open_child(name: str) -> AsyncIterator[Child]:
+async def open_child(name: str) -> AsyncIterator[EngineProcess]:
     """Start a slot's process; killed and reaped at the end of the block.
 
     Must run in a thread that lives as long as the worker: the parent-death signal follows the thread that forked. So
@@ -166,7 +166,7 @@ async def open_child(name: str) -> AsyncIterator[Child]:
     finally:
         theirs.close()
         os.close(write_end)
-    child = Child(name, process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)), read_end)
+    child = EngineProcess(name, process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)), read_end)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(child.read_output)

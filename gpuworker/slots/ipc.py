@@ -13,20 +13,20 @@ import msgpack
 
 from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk, OutputChunk, ProgressChunk
 from protocol.wire.structs import AudioFormat, InputRule
-from protocol.wire.validators import Value, parse_part
+from protocol.wire.validators import Value, parse_struct
 
 #: Holds all inputs of a request; more is a fault in gpuworker itself.
 MAX_BYTES = 256 * 1024 * 1024
 _HEAD_BYTES = 4
 
-Said = dict[str, Any]
+IpcMessage = dict[str, Any]
 
 
 class PipeError(Exception):
     """What came is no message of this pipe."""
 
 
-def pack(said: Said) -> bytes:
+def pack(said: IpcMessage) -> bytes:
     """One message as bytes."""
     body: bytes = msgpack.packb(said)
     return len(body).to_bytes(_HEAD_BYTES, "big") + body
@@ -38,7 +38,7 @@ class Inbox:
     def __init__(self) -> None:
         self._held = bytearray()
 
-    def feed(self, data: bytes) -> list[Said]:
+    def feed(self, data: bytes) -> list[IpcMessage]:
         """The messages that `data` completes.
 
         Raises:
@@ -46,7 +46,7 @@ class Inbox:
         """
         held = self._held
         held += data
-        said: list[Said] = []
+        said: list[IpcMessage] = []
         at = 0
         while len(held) - at >= _HEAD_BYTES:
             size = int.from_bytes(held[at : at + _HEAD_BYTES], "big")
@@ -65,7 +65,7 @@ class Inbox:
         return said
 
 
-def chunk_said(chunk: Chunk) -> Said:
+def encode_chunk(chunk: Chunk) -> IpcMessage:
     """A chunk as a message."""
     if isinstance(chunk, AudioChunk):
         return {"is": "audio", "pcm": chunk.pcm}
@@ -76,7 +76,7 @@ def chunk_said(chunk: Chunk) -> Said:
     return {"is": "format", "format": chunk.format.to_map() if chunk.format else None}
 
 
-def said_chunk(said: Said) -> Chunk | None:
+def decode_chunk(said: IpcMessage) -> Chunk | None:
     """The chunk in a message; None where it is another message."""
     kind = said["is"]
     if kind == "audio":
@@ -86,11 +86,11 @@ def said_chunk(said: Said) -> Chunk | None:
     if kind == "output":
         return OutputChunk(said["data"])
     if kind == "format":
-        return FormatChunk(parse_part(AudioFormat, said["format"]) if said["format"] else None)
+        return FormatChunk(parse_struct(AudioFormat, said["format"]) if said["format"] else None)
     return None
 
 
-def capabilities_said(capabilities: Capabilities) -> dict[str, Value]:
+def encode_capabilities(capabilities: Capabilities) -> dict[str, Value]:
     """Capabilities as a map."""
     return {
         "format": capabilities.format.to_map() if capabilities.format else None,
@@ -102,13 +102,13 @@ def capabilities_said(capabilities: Capabilities) -> dict[str, Value]:
     }
 
 
-def said_capabilities(said: dict[str, Value]) -> Capabilities:
+def decode_capabilities(said: dict[str, Value]) -> Capabilities:
     """Capabilities out of a map."""
     return Capabilities(
-        format=parse_part(AudioFormat, said["format"]) if said["format"] else None,
+        format=parse_struct(AudioFormat, said["format"]) if said["format"] else None,
         late_format=said["late_format"],
         reproducible=said["reproducible"],
         fingerprint=said["fingerprint"],
         params=said["params"],
-        inputs={name: parse_part(InputRule, rule) for name, rule in said["inputs"].items()},
+        inputs={name: parse_struct(InputRule, rule) for name, rule in said["inputs"].items()},
     )

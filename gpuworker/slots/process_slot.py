@@ -10,8 +10,8 @@ import trio
 
 from gpuworker.engines.base import Capabilities, Chunk, EngineInput, OptionValue, error_text
 from gpuworker.slots import ipc
-from gpuworker.slots.engine_process import Child, open_child
-from gpuworker.slots.run_engine import End
+from gpuworker.slots.engine_process import EngineProcess, open_child
+from gpuworker.slots.run_engine import RunResult
 from protocol.link.backoff import Backoff
 from protocol.wire.errors import ErrorCode
 from protocol.wire.validators import Value
@@ -42,8 +42,8 @@ class Run:
 
     def __init__(self, emit: Callable[[Chunk], None]) -> None:
         self._emit = emit
-        self._fault: End | None = None
-        self.end: End | None = None
+        self._fault: RunResult | None = None
+        self.end: RunResult | None = None
         self.ended = trio.Event()
         self.cancel_asked = trio.Event()
 
@@ -58,16 +58,18 @@ class Run:
 
     def fail(self, fault: Exception) -> None:
         """Stop it; it then ends as failed."""
-        self._fault = End.failed(ErrorCode.ENGINE_FAILED, f"what the engine made cannot be taken: {error_text(fault)}")
+        self._fault = RunResult.failed(
+            ErrorCode.ENGINE_FAILED, f"what the engine made cannot be taken: {error_text(fault)}"
+        )
         self.cancel_asked.set()
 
-    def finish(self, end: End) -> None:
+    def finish(self, end: RunResult) -> None:
         """It ended; the first call counts. Whatever ends a run that was asked to stop, it was cancelled."""
         if self.end is None:
             if self._fault is not None:
                 end = attrs.evolve(self._fault, restart=end.restart)
             elif end.outcome == "failed" and self.cancel_asked.is_set():
-                end = End(outcome="cancelled", restart=end.restart)
+                end = RunResult(outcome="cancelled", restart=end.restart)
             self.end = end
             self.ended.set()
 
@@ -116,7 +118,7 @@ class Slot(ABC):
     async def serve(self) -> None:
         """Load the engine and keep it alive, with a new one after each death; never returns."""
 
-    async def run(self, job: Job, emit: Callable[[Chunk], None]) -> End:
+    async def run(self, job: Job, emit: Callable[[Chunk], None]) -> RunResult:
         """Run a job to its end. Only while `free`.
 
         Args:
@@ -194,7 +196,7 @@ class ProcessSlot(Slot):
         self._loading = loading or trio.Lock()
         self._load_timeout_s = load_timeout_s
         self._cancel_grace_s = cancel_grace_s
-        self._child: Child | None = None
+        self._child: EngineProcess | None = None
         self._runs = 0
 
     async def serve(self) -> None:
@@ -211,14 +213,14 @@ class ProcessSlot(Slot):
                         # In this order: the relay must know that the slot is gone before it sees what ran in it fail.
                         self._set_ready(False)
                         if self._run is not None:
-                            self._run.finish(End.failed(ErrorCode.ENGINE_FAILED, self._died, retryable=True))
-                    backoff.lived(trio.current_time() - began)
+                            self._run.finish(RunResult.failed(ErrorCode.ENGINE_FAILED, self._died, retryable=True))
+                    backoff.note_uptime(trio.current_time() - began)
             await trio.sleep(backoff.next_s())
 
     _died = "the worker stopped"
 
-    async def _load(self, child: Child) -> bool:
-        answer: ipc.Said | None = None
+    async def _load(self, child: EngineProcess) -> bool:
+        answer: ipc.IpcMessage | None = None
         async with self._loading:
             began = trio.current_time()
             with trio.move_on_after(self._load_timeout_s) as deadline:
@@ -227,7 +229,7 @@ class ProcessSlot(Slot):
                     answer = next((said for said in batch if said["is"] != "progress"), None)
                     deadline.deadline = trio.current_time() + self._load_timeout_s
         if answer is not None and answer["is"] == "ready":
-            self.capabilities = ipc.said_capabilities(answer["capabilities"])
+            self.capabilities = ipc.decode_capabilities(answer["capabilities"])
             log.info("%s: %s loaded in %.1f s", self.name, self._engine, trio.current_time() - began)
             self._child = child
             self._set_ready(True)
@@ -237,23 +239,23 @@ class ProcessSlot(Slot):
         elif deadline.cancelled_caught:
             fault = f"not loaded within {self._load_timeout_s:g} s; killed (--load-timeout gives it longer)"
         else:
-            fault = await child.gone()
+            fault = await child.wait_exit()
         log.error("%s: %s cannot be loaded: %s", self.name, self._engine, fault)
         self._set_ready(False, fault)
         return False
 
-    async def _live(self, child: Child) -> None:
+    async def _live(self, child: EngineProcess) -> None:
         self._died = "the worker stopped"
         while batch := await child.receive():
             for said in batch:
-                self._take(said)
-        self._died = await child.gone()
+                self._on_ipc_message(said)
+        self._died = await child.wait_exit()
         log.warning("%s: %s", self.name, self._died)
 
-    def _take(self, said: dict[str, Any]) -> None:
+    def _on_ipc_message(self, said: dict[str, Any]) -> None:
         run = self._run
         try:
-            chunk = ipc.said_chunk(said)
+            chunk = ipc.decode_chunk(said)
         except ValueError as fault:  # a format that is none
             if run is not None:
                 run.fail(fault)
@@ -262,7 +264,7 @@ class ProcessSlot(Slot):
             if run is not None:
                 run.emit(chunk)
         elif said["is"] == "end":
-            end = End(**{name: value for name, value in said.items() if name != "is"})
+            end = RunResult(**{name: value for name, value in said.items() if name != "is"})
             if end.restart:
                 self._set_ready(False)
             if run is not None:

@@ -32,7 +32,7 @@ _ENVELOPE: dict[str, Value] = {"request_id": "f" * 32, "attempt": 1_000_000, "se
 
 
 @attrs.frozen(kw_only=True)
-class End:
+class RunResult:
     """How a run ended. `code` to `retryable` are those of `failed`; `restart`: the engine must be started anew."""
 
     outcome: Literal["completed", "failed", "cancelled"]
@@ -43,13 +43,13 @@ class End:
     restart: bool = False
 
     @classmethod
-    def failed(cls, code: ErrorCode, message: str, *, retryable: bool = False) -> "End":
+    def failed(cls, code: ErrorCode, message: str, *, retryable: bool = False) -> "RunResult":
         """A failure without details."""
         message = wire_text(message)[:MAX_TEXT_CHARS]
         return cls(outcome="failed", code=code.value, message=message, retryable=retryable)
 
     @classmethod
-    def from_error(cls, fault: BaseException) -> "End":
+    def from_error(cls, fault: BaseException) -> "RunResult":
         """The failure that an exception of the engine stands for."""
         if not isinstance(fault, EngineError):
             return cls.failed(ErrorCode.ENGINE_FAILED, f"{type(fault).__name__}: {error_text(fault)}")
@@ -67,19 +67,19 @@ class End:
             return end.without_details(refusal)
         return end
 
-    def without_details(self, refusal: Exception) -> "End":
+    def without_details(self, refusal: Exception) -> "RunResult":
         """This end where the wire refused it; only details that an engine made up can be what it refused."""
         message = wire_text(f"{self.message[:500]} (its details are left out: {refusal})")[:MAX_TEXT_CHARS]
         return attrs.evolve(self, message=message, details={})
 
 
-def drive(
+def run_engine(
     engine: Engine,
     params: dict[str, Value],
     inputs: Mapping[str, EngineInput],
     cancelled: Callable[[], bool],
     emit: Callable[[Chunk], None],
-) -> End:
+) -> RunResult:
     """Run one request to its end; never raises for what the engine does.
 
     The first chunk emitted is always a `FormatChunk`. `cancelled` is looked at before and after each chunk is made,
@@ -93,7 +93,7 @@ def drive(
         emit: takes each chunk; may block.
     """
     engine.cancelled = cancelled
-    outlet = _Outlet(cancelled, emit)
+    outlet = _Output(cancelled, emit)
     engine.report = outlet.report
     try:
         late = engine.capabilities.late_format
@@ -109,13 +109,13 @@ def drive(
         if not isinstance(fault, EngineError):
             traceback.print_exc(file=sys.stderr)
         if cancelled() and not (isinstance(fault, EngineError) and fault.restart):
-            return End(outcome="cancelled")
-        return End.from_error(fault)
+            return RunResult(outcome="cancelled")
+        return RunResult.from_error(fault)
     finally:
         engine.report = Engine.report  # what is reported between two runs belongs to neither
 
 
-class _Outlet:
+class _Output:
     """Where the chunks of a run go out: its format first, and each as the wire takes it."""
 
     def __init__(self, cancelled: Callable[[], bool], emit: Callable[[Chunk], None]) -> None:
@@ -136,7 +136,7 @@ class _Outlet:
         elif self.told is None:
             self.told = FormatChunk(None)
             self._emit(self.told)
-        if (fit := _fit(chunk, self.told)) is not None:
+        if (fit := _validate_chunk(chunk, self.told)) is not None:
             self._emit(fit)
 
     def report(self, progress: ProgressChunk) -> None:
@@ -151,22 +151,22 @@ class _Outlet:
             self.put(progress)
 
 
-def _drain(chunks: Iterator[Chunk], outlet: _Outlet, cancelled: Callable[[], bool]) -> End:
+def _drain(chunks: Iterator[Chunk], outlet: _Output, cancelled: Callable[[], bool]) -> RunResult:
     while not cancelled():
         chunk = next(chunks, None)
         if chunk is None:
             break
         if cancelled():
-            return End(outcome="cancelled")
+            return RunResult(outcome="cancelled")
         outlet.put(chunk)
     if cancelled():
-        return End(outcome="cancelled")
+        return RunResult(outcome="cancelled")
     if outlet.told is None:
         outlet.put(FormatChunk(None))
-    return End(outcome="completed")
+    return RunResult(outcome="completed")
 
 
-def _fit(chunk: Chunk, told: FormatChunk) -> Chunk | None:
+def _validate_chunk(chunk: Chunk, told: FormatChunk) -> Chunk | None:
     """`chunk` as the wire takes it; None where there is nothing in it.
 
     Raises:

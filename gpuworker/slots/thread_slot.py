@@ -10,14 +10,14 @@ import trio
 
 from gpuworker.engines.base import Capabilities, Chunk, Engine, EngineError, OptionError, error_text
 from gpuworker.slots.process_slot import CANCEL_GRACE_S, RESTART_FIRST_S, RESTART_LONGEST_S, Job, Run, Slot
-from gpuworker.slots.run_engine import End, drive
+from gpuworker.slots.run_engine import RunResult, run_engine
 from protocol.link.backoff import Backoff
 
 log = logging.getLogger("gpuworker.slot")
 
 
 @attrs.define(eq=False)
-class _Order:
+class _ThreadJob:
     """A job on its way to the thread."""
 
     job: Job
@@ -43,8 +43,8 @@ class ThreadSlot(Slot):
         super().__init__(index)
         self._make_engine = make_engine
         self._cancel_grace_s = cancel_grace_s
-        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
-        self._order: _Order | None = None
+        self._orders: queue.SimpleQueue[_ThreadJob | None] = queue.SimpleQueue()
+        self._order: _ThreadJob | None = None
 
     async def serve(self) -> None:
         """Load the engine and keep it alive, in a new thread after each death."""
@@ -65,13 +65,13 @@ class ThreadSlot(Slot):
                 if self._order is not None:
                     self._order.stop.set()
                 self._orders.put(None)
-            backoff.lived(trio.current_time() - began)
+            backoff.note_uptime(trio.current_time() - began)
             await trio.sleep(backoff.next_s())
 
     # -- in the thread
 
     def _live(
-        self, token: trio.lowlevel.TrioToken, orders: "queue.SimpleQueue[_Order | None]", ended: trio.Event
+        self, token: trio.lowlevel.TrioToken, orders: "queue.SimpleQueue[_ThreadJob | None]", ended: trio.Event
     ) -> None:
         def tell(call: Callable[..., object], *arguments: object) -> None:
             trio.from_thread.run_sync(call, *arguments, trio_token=token)
@@ -94,7 +94,7 @@ class ThreadSlot(Slot):
                     def emit(chunk: Chunk, run: Run = run) -> None:
                         tell(self._emitted, run, chunk)
 
-                    end = drive(engine, order.job.params, order.job.inputs, order.stop.is_set, emit)
+                    end = run_engine(engine, order.job.params, order.job.inputs, order.stop.is_set, emit)
                     tell(self._run_ended, run, end)
                     if end.restart:
                         break
@@ -117,13 +117,13 @@ class ThreadSlot(Slot):
         if run is self._run and run.end is None:
             run.emit(chunk)
 
-    def _run_ended(self, run: Run, end: End) -> None:
+    def _run_ended(self, run: Run, end: RunResult) -> None:
         self._order = None
         self._set_ready(not end.restart)
         run.finish(end)
 
     async def _start(self, job: Job, run: Run) -> None:
-        self._order = _Order(job, run)
+        self._order = _ThreadJob(job, run)
         self._orders.put(self._order)
 
     async def _stop_when_asked(self, run: Run) -> None:
@@ -133,7 +133,7 @@ class ThreadSlot(Slot):
         await trio.sleep(self._cancel_grace_s)
         log.warning("%s: did not stop within %g s of a cancel; given up", self.name, self._cancel_grace_s)
         self._set_ready(False)  # until `_run_ended`
-        run.finish(End(outcome="cancelled"))
+        run.finish(RunResult(outcome="cancelled"))
 
     def _force(self, run: Run) -> None:
         if self._order is not None:

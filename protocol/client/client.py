@@ -1,4 +1,4 @@
-"""The client: `open_relay`, and the `Relay` it gives.
+"""The client: `open_relay`, and the `RelayClient` it gives.
 
 One task reads the link and hands each message, without waiting, to the stream or question it belongs to. When the
 link is lost, a new one is made and every stream asks for what it misses.
@@ -16,13 +16,13 @@ import trio
 
 from protocol.client.address import from_environment, token_from_environment
 from protocol.client.inputs import InputSource, read_inputs
-from protocol.client.pending_calls import Question, Questions
-from protocol.client.stream import Stream, lost
+from protocol.client.pending_calls import PendingCall, PendingCalls
+from protocol.client.stream import Stream, fresh_error
 from protocol.client.watch import Watch
 from protocol.link.background import open_background
 from protocol.link.backoff import Backoff
 from protocol.link.base import Link
-from protocol.link.dial import Connect, keep_linked
+from protocol.link.dial import Connect, run_with_reconnect
 from protocol.wire.codec import decode, encode
 from protocol.wire.errors import (
     ErrorCode,
@@ -70,7 +70,7 @@ def new_request_id() -> str:
     return secrets.token_hex(16)
 
 
-class Relay:
+class RelayClient:
     """A relay, reached over a link that is made anew whenever it is lost; made by `open_relay`.
 
     Attributes:
@@ -95,15 +95,15 @@ class Relay:
         self._fault: Callable[[], Exception] | None = None
         self._scope = trio.CancelScope()
         self._streams: dict[str, Stream] = {}
-        self._questions = Questions()
+        self._calls = PendingCalls()
         self._watch: tuple[WatchMessage, Watch] | None = None
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
             **dict.fromkeys((Accepted, Queued, *FRAMES.values()), self._to_stream),
             Rejected: self._rejected,
             Error: self._error,
-            StatusReply: self._questions.status_reply,
-            SpacesReply: self._questions.spaces_reply,
-            Done: self._questions.done,
+            StatusReply: self._calls.status_reply,
+            SpacesReply: self._calls.spaces_reply,
+            Done: self._calls.done,
             Snapshot: self._to_watch,
             Delta: self._to_watch,
             Ping: self._ping,
@@ -168,9 +168,9 @@ class Relay:
             yield stream
         finally:
             if detach:
-                self._let_go(stream)
+                self._release(stream)
             elif not stream.ended:
-                await self._leave(stream)
+                await self._cancel_and_leave(stream)
             self._close(stream)
 
     @asynccontextmanager
@@ -191,7 +191,7 @@ class Relay:
             self._open(stream)
             yield stream
         finally:
-            self._let_go(stream)
+            self._release(stream)
             self._close(stream)
 
     async def cancel(self, request_id: str, reason: str = "") -> StatusReply:
@@ -205,9 +205,9 @@ class Relay:
         """
         cancel = Cancel(request_id=request_id, reason=reason)
         if stream := self._streams.get(request_id):
-            stream.keep_cancel(cancel)
+            stream.repeat_cancel(cancel)
         # A cancel that is carried out has no answer: the status behind it tells that it was read.
-        return await self._ask(Status(request_id=request_id), StatusReply, cancel)
+        return await self._call(Status(request_id=request_id), StatusReply, cancel)
 
     async def status(self, request_id: str) -> StatusReply:
         """How a request stands.
@@ -215,11 +215,11 @@ class Relay:
         Raises:
             RequestRejected: `request_not_found`.
         """
-        return await self._ask(Status(request_id=request_id), StatusReply)
+        return await self._call(Status(request_id=request_id), StatusReply)
 
     async def spaces(self) -> list[dict[str, Value]]:
         """The spaces this principal may use, a map each."""
-        _last, question = await self._put(Spaces(), SpacesReply)
+        _last, question = await self._call_until_answered(Spaces(), SpacesReply)
         return [space for page in question.pages for space in page.spaces]
 
     @asynccontextmanager
@@ -257,7 +257,7 @@ class Relay:
             LinkBroken: the link went before the answer came; whether it was done is not known.
         """
         steer = Steer(steer_id=secrets.token_hex(8), action=action, target=target, options=options)
-        return (await self._ask(steer, Done, repeat=False)).data
+        return (await self._call(steer, Done, repeat=False)).data
 
     # -- streams and questions -------------------------------------------------------------------------------
 
@@ -274,22 +274,22 @@ class Relay:
         if self._streams.get(stream.request_id) is stream:
             del self._streams[stream.request_id]
 
-    def _let_go(self, stream: Stream) -> None:
+    def _release(self, stream: Stream) -> None:
         """Have the relay send nothing more of it to this connection, and not count it as a holder."""
         if not stream.ended and self._streams.get(stream.request_id) is stream:
             self._send_if_up(Leave(request_id=stream.request_id))
 
-    async def _leave(self, stream: Stream) -> None:
+    async def _cancel_and_leave(self, stream: Stream) -> None:
         stream.fail(partial(LinkClosed, "the stream's block was left"))
         with trio.move_on_after(LEAVE_S, shield=True):
             try:
-                link = await self._up()
+                link = await self._wait_link()
                 link.send(Cancel(request_id=stream.request_id, reason="its client left"))
                 await link.drained()
             except LinkError:
                 return  # the relay sees that its holder is gone, and cancels it after its resume window
 
-    async def _up(self) -> Link:
+    async def _wait_link(self) -> Link:
         while True:
             if self._fault is not None:
                 raise self._fault()
@@ -297,22 +297,22 @@ class Relay:
                 return self._link
             await self._changed.wait()
 
-    async def _ask(self, ask: Message, kind: type[Answer], *before: Message, repeat: bool = True) -> Answer:
-        return (await self._put(ask, kind, *before, repeat=repeat))[0]
+    async def _call(self, ask: Message, kind: type[Answer], *before: Message, repeat: bool = True) -> Answer:
+        return (await self._call_until_answered(ask, kind, *before, repeat=repeat))[0]
 
-    async def _put(
+    async def _call_until_answered(
         self, ask: Message, kind: type[Answer], *before: Message, repeat: bool = True
-    ) -> tuple[Answer, Question]:
+    ) -> tuple[Answer, PendingCall]:
         """Ask until it is answered, over as many links as that takes."""
         while True:
-            link = await self._up()
-            question = Question(ask, repeat=repeat)
-            self._questions.add(question)
+            link = await self._wait_link()
+            question = PendingCall(ask, repeat=repeat)
+            self._calls.add(question)
             try:
                 self._send_all(link, (*before, ask))
                 await question.done.wait()
             finally:
-                self._questions.forget(question)
+                self._calls.forget(question)
             if question.fault is not None:
                 raise question.fault()
             if isinstance(question.answer, kind):
@@ -335,10 +335,10 @@ class Relay:
         """Keep linked; only `open_relay` calls it."""
         with self._scope:
             try:
-                await connect(self._serve, on_down=self._down)
+                await connect(self._serve, on_down=self._on_link_down)
                 self._end(partial(LinkClosed, "the link was closed"))
             except LoginRefused as refusal:
-                self._end(lost(refusal))
+                self._end(fresh_error(refusal))
 
     async def stop(self) -> None:
         """End it all; only `open_relay` calls it."""
@@ -349,7 +349,7 @@ class Relay:
             self._fault = fault
         for stream in self._streams.values():
             stream.fail(fault)
-        self._questions.fail(fault)
+        self._calls.fail(fault)
         if self._watch is not None:
             self._watch[1].fail(fault)
         self._change()
@@ -361,11 +361,11 @@ class Relay:
 
     async def wait_first(self) -> None:
         """Wait for the first login; only `open_relay` calls it."""
-        await self._up()
+        await self._wait_link()
 
-    def _down(self, fault: LinkError, delay_s: float) -> None:
+    def _on_link_down(self, fault: LinkError, delay_s: float) -> None:
         if not self._was_up or not self._reconnect:
-            self._end(lost(fault))
+            self._end(fresh_error(fault))
         elif self._on_reconnect is not None:
             self._on_reconnect(fault, delay_s)
 
@@ -389,21 +389,21 @@ class Relay:
                     handler(message)
         finally:
             self._link = None
-            self._questions.link_lost(link.reason or "the link was closed")
+            self._calls.on_link_lost(link.reason or "the link was closed")
 
     # -- messages from the relay -----------------------------------------------------------------------------
 
     def _to_stream(self, message: Any) -> None:
         if stream := self._streams.get(message.request_id):
-            stream.take(message)
+            stream.on_message(message)
 
     def _rejected(self, refusal: Rejected) -> None:
-        if not self._questions.rejected(refusal) and refusal.request_id is not None:
+        if not self._calls.rejected(refusal) and refusal.request_id is not None:
             self._to_stream(refusal)
 
     def _error(self, error: Error) -> None:
         if error.code == ErrorCode.UNKNOWN_TYPE:  # it does not take something of ours, and says not which
-            self._questions.refuse_all(error)
+            self._calls.reject_all(error)
             if self._watch is not None:
                 self._watch[1].fail(partial(RequestRejected, "", error.code, error.message))
         elif error.code == ErrorCode.PROTOCOL_ERROR:  # trying again would break the same rule again
@@ -411,7 +411,7 @@ class Relay:
 
     def _to_watch(self, message: Snapshot | Delta) -> None:
         if self._watch is not None:
-            self._watch[1].take(message)
+            self._watch[1].on_page(message)
 
     def _ping(self, ping: Ping) -> None:
         self._send_if_up(Pong(timestamp=ping.timestamp))
@@ -431,7 +431,7 @@ async def open_relay(
     backoff: Backoff | None = None,
     connect_to: Connect | None = None,
     readonly: bool = False,
-) -> AsyncIterator[Relay]:
+) -> AsyncIterator[RelayClient]:
     """Connect and log in to a relay; the link is made anew whenever it is lost, until the block ends.
 
     Args:
@@ -460,8 +460,10 @@ async def open_relay(
         agent=agent if agent is not None else f"relay-client/{version('relayd')}",
         readonly=readonly,
     )
-    relay = Relay(reconnect=reconnect, on_reconnect=on_reconnect, on_up=on_up)
-    connect = partial(keep_linked, address, hello, backoff=backoff, ssl_context=ssl_context, connect_to=connect_to)
+    relay = RelayClient(reconnect=reconnect, on_reconnect=on_reconnect, on_up=on_up)
+    connect = partial(
+        run_with_reconnect, address, hello, backoff=backoff, ssl_context=ssl_context, connect_to=connect_to
+    )
     async with open_background(partial(relay.run, connect), relay.stop):
         await relay.wait_first()
         yield relay

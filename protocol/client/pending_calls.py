@@ -13,7 +13,7 @@ from protocol.wire.validators import Message
 
 
 @attrs.define(eq=False)
-class Question:
+class PendingCall:
     """A message of ours that the relay answers.
 
     Attributes:
@@ -30,43 +30,43 @@ class Question:
     pages: list[SpacesReply] = attrs.field(factory=list)
 
     @property
-    def about(self) -> str | None:
+    def correlation_id(self) -> str | None:
         """What a `rejected` for it carries as `request_id`."""
         if isinstance(self.ask, Steer):
             return self.ask.steer_id
         return self.ask.request_id if isinstance(self.ask, Status) else None
 
 
-class Questions:
+class PendingCalls:
     """Open questions in the order asked, which is the order in which a relay answers those of one kind."""
 
     def __init__(self) -> None:
-        self._open: deque[Question] = deque()
+        self._open: deque[PendingCall] = deque()
 
-    def add(self, question: Question) -> None:
+    def add(self, question: PendingCall) -> None:
         """It was, or is about to be, sent."""
         self._open.append(question)
 
-    def forget(self, question: Question) -> None:
+    def forget(self, question: PendingCall) -> None:
         """Nobody waits for it any more; a late answer is dropped."""
         if question in self._open:
             self._open.remove(question)
 
     def rejected(self, refusal: Rejected) -> bool:
         """Take a refusal; False where no question asked for it."""
-        question = next((one for one in self._open if one.about == refusal.request_id), None)
+        question = next((one for one in self._open if one.correlation_id == refusal.request_id), None)
         if question is None:
             return False
         target = question.ask.target if isinstance(question.ask, Steer) else refusal.request_id or ""
-        self._refuse(question, target, refusal, refusal.retryable)
+        self._reject(question, target, refusal, refusal.retryable)
         return True
 
-    def refuse_all(self, error: Error) -> None:
+    def reject_all(self, error: Error) -> None:
         """The relay does not know something that was asked, and does not say what."""
         for question in tuple(self._open):
-            self._refuse(question, "", error, False)
+            self._reject(question, "", error, False)
 
-    def _refuse(self, question: Question, target: str, why: Rejected | Error, retryable: bool) -> None:
+    def _reject(self, question: PendingCall, target: str, why: Rejected | Error, retryable: bool) -> None:
         fault = partial(RequestRejected, target, why.code, why.message, dict(why.details), retryable)
         self._settle(question, fault=fault)
 
@@ -87,18 +87,18 @@ class Questions:
                 self._settle(question, reply)
 
     def _answer(self, kind: type[Message], about: str, answer: Message) -> None:
-        question = next((one for one in self._open if isinstance(one.ask, kind) and one.about == about), None)
+        question = next((one for one in self._open if isinstance(one.ask, kind) and one.correlation_id == about), None)
         if question is not None:
             self._settle(question, answer)
 
     def _settle(
-        self, question: Question, answer: Message | None = None, fault: Callable[[], Exception] | None = None
+        self, question: PendingCall, answer: Message | None = None, fault: Callable[[], Exception] | None = None
     ) -> None:
         self._open.remove(question)
         question.answer, question.fault = answer, fault
         question.done.set()
 
-    def link_lost(self, why: str) -> None:
+    def on_link_lost(self, why: str) -> None:
         """No answers come any more: who asked asks again, except what must not be."""
         unknown = partial(LinkBroken, f"{why}; whether it was carried out is not known")
         for question in tuple(self._open):

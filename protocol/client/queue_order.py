@@ -13,7 +13,7 @@ from protocol.wire.messages import Delta, Snapshot
 Row = dict[str, Any]
 
 
-class Queues:
+class QueueOrder:
     """Who waits where. Give it every change of one watch, in order; then its places are exact."""
 
     def __init__(self) -> None:
@@ -67,8 +67,8 @@ class Queues:
         return self._positions[space][request_id]
 
 
-def to_tell(told: Iterable[str], order: list[str], again: set[str]) -> set[str]:
-    """Whose rows a reader needs to come from one order of a queue to another. The relay's part of `Queues`.
+def rows_to_send(told: Iterable[str], order: list[str], again: set[str]) -> set[str]:
+    """Whose rows a reader needs to come from one order of a queue to another. The relay's part of `QueueOrder`.
 
     Args:
         told: the order that the reader has.

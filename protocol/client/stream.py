@@ -107,7 +107,7 @@ class Stream:
         self._link: Link | None = None
         self._cancel: bytes | None = None
         self._left_out = False
-        self._given_seq = after_seq + 1  # below it, frames are in the hands of the consumer
+        self._consumed_seq = after_seq + 1  # below it, frames are in the hands of the consumer
         self._events: deque[Event] = deque()
         self._changed = trio.Event()
         self._result: dict[str, Value] | None = None
@@ -179,7 +179,7 @@ class Stream:
             await self._change()
         event = self._events.popleft()
         if isinstance(event, Frame):
-            self._given_seq = event.seq + 1
+            self._consumed_seq = event.seq + 1
         return event
 
     async def _change(self) -> None:
@@ -207,11 +207,11 @@ class Stream:
         if self._cancel is not None:
             link.send_nowait(self._cancel)
 
-    def keep_cancel(self, cancel: Cancel) -> None:
+    def repeat_cancel(self, cancel: Cancel) -> None:
         """Say this again over each new link, until the end: a relay that was killed may have forgotten it."""
         self._cancel = encode(cancel)
 
-    def take(self, message: Accepted | Queued | Rejected | Frame) -> None:
+    def on_message(self, message: Accepted | Queued | Rejected | Frame) -> None:
         """Take what the relay says of this request."""
         if self.ended:
             return
@@ -224,7 +224,7 @@ class Stream:
         first = not self.accepted
         self._accept()
         if isinstance(message, Frame):
-            self._take_frame(message)
+            self._on_frame(message)
         elif isinstance(message, Queued):
             self.place = message
             if self._events and isinstance(self._events[-1], Queued):
@@ -252,7 +252,7 @@ class Stream:
             self._upload.stop()
             self._upload = None
 
-    def _take_frame(self, frame: Frame) -> None:
+    def _on_frame(self, frame: Frame) -> None:
         if frame.attempt < self.attempt:
             return  # of an attempt that is over
         if not self.attempt and self.next_seq:
@@ -261,16 +261,16 @@ class Stream:
             # Sent twice around a reconnect. But the last frame always counts: a relay that was restarted, and lost
             # the frames before it, may end the request itself; and who attached may have named a `seq` beyond the end.
             if isinstance(frame, Failed | Cancelled):
-                self._take_end(frame)
+                self._on_end(frame)
             elif isinstance(frame, Completed):
                 self._events.append(frame)
                 self._result = frame.result
             return
         if frame.seq > self.next_seq:
             if isinstance(frame, Failed | Cancelled):
-                self._take_end(frame)  # the relay had to let go of the frames before it
+                self._on_end(frame)  # the relay had to let go of the frames before it
             else:
-                self._miss_frame(frame)
+                self._on_gap(frame)
             return
         if frame.seq < self.next_seq:
             self._restart(frame)
@@ -286,9 +286,9 @@ class Stream:
             self._result = frame.result
         elif isinstance(frame, Failed | Cancelled):
             self._events.remove(frame)  # it is told by the exception
-            self._take_end(frame)
+            self._on_end(frame)
 
-    def _miss_frame(self, frame: Frame) -> None:
+    def _on_gap(self, frame: Frame) -> None:
         """A fault of the relay's, or on the way: asking anew over another link may mend it, once.
 
         Raises:
@@ -302,7 +302,7 @@ class Stream:
         if self._submit is not None and self._link is not None and self._link.gone is None:
             self._link.send(Cancel(request_id=self.request_id, reason="frames were left out twice"))
 
-    def _take_end(self, frame: Failed | Cancelled) -> None:
+    def _on_end(self, frame: Failed | Cancelled) -> None:
         if isinstance(frame, Failed):
             told = (frame.code, frame.message, dict(frame.details), frame.retryable)
             self.fail(partial(RequestFailed, self.request_id, *told))
@@ -313,7 +313,7 @@ class Stream:
         """Frames from `frame.seq` on are void. If the consumer has none of them yet, it need not know."""
         kept = [event for event in self._events if not isinstance(event, Frame) or event.seq < frame.seq]
         self._events = deque(kept)
-        if self._given_seq > frame.seq:
+        if self._consumed_seq > frame.seq:
             self.restarts += 1
             self._events.append(Restarted(request_id=self.request_id, attempt=frame.attempt, seq=frame.seq))
 
@@ -337,7 +337,7 @@ class AudioChunks:
     def __init__(self, stream: Stream, on_restart: Callable[[], None] | None) -> None:
         self._stream = stream
         self._on_restart = on_restart
-        self._begun = stream._given_seq > 1  # `started` is number 0
+        self._begun = stream._consumed_seq > 1  # `started` is number 0
 
     def __aiter__(self) -> Self:
         return self
@@ -356,7 +356,7 @@ class AudioChunks:
                 self._on_restart()
 
 
-def lost(fault: LinkError) -> Callable[[], LinkError]:
+def fresh_error(fault: LinkError) -> Callable[[], LinkError]:
     """Makes the exception `fault` anew, so that each who raises it has a traceback of its own."""
     if isinstance(fault, LoginRefused):
         return partial(LoginRefused, fault.code, str(fault))

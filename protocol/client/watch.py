@@ -6,7 +6,7 @@ from typing import Self
 
 import trio
 
-from protocol.client.queue_order import Queues
+from protocol.client.queue_order import QueueOrder
 from protocol.wire.messages import Delta, Snapshot
 from protocol.wire.validators import Value
 
@@ -68,9 +68,9 @@ class Watch:
 
     def __init__(self) -> None:
         self.state: dict[str, dict[str, Row]] = {}
-        self.queues = Queues()
+        self.queues = QueueOrder()
         self._latest: dict[str, dict[str, Row]] = {}
-        self._latest_queues = Queues()
+        self._latest_queues = QueueOrder()
         self._pages: dict[str, list[Row]] = {}
         self._gone: dict[str, list[str]] = {}
         self._unread: deque[Snapshot | Delta] = deque()
@@ -98,7 +98,7 @@ class Watch:
         """A new link: pages of the old one that miss their rest are void."""
         self._pages, self._gone = {}, {}
 
-    def take(self, message: Snapshot | Delta) -> None:
+    def on_page(self, message: Snapshot | Delta) -> None:
         """Take a page of a snapshot, or of a delta."""
         for topic, rows in message.data.items():
             self._pages.setdefault(topic, []).extend(rows if isinstance(rows, list) else [rows])

@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from protocol.client.client import Relay, open_relay
+from protocol.client.client import RelayClient, open_relay
 from protocol.client.stream import Event, Restarted, Stream
 from protocol.commands.progress import Progress, printable, printable_json, printable_lines, table
 from protocol.commands.wav_writer import AudioWriter
@@ -18,10 +18,10 @@ from protocol.wire.frames import Audio, Output, Started
 from protocol.wire.frames import Progress as ProgressFrame
 from protocol.wire.messages import Queued, Snapshot, Welcome
 from protocol.wire.structs import AudioFormat
-from protocol.wire.validators import Part, Value
+from protocol.wire.validators import Struct, Value
 
 
-def _open(args: argparse.Namespace, progress: Progress) -> AbstractAsyncContextManager[Relay]:
+def _open(args: argparse.Namespace, progress: Progress) -> AbstractAsyncContextManager[RelayClient]:
     lost = False
 
     def on_reconnect(fault: LinkError, delay_s: float) -> None:
@@ -75,7 +75,7 @@ async def _submit(args: argparse.Namespace, progress: Progress, params: dict[str
             if args.detach:
                 sink.line({"type": "accepted", "request_id": stream.request_id} if args.json else stream.request_id)
             else:
-                await sink.take(stream)
+                await sink.attach_to(stream)
     except EncodeError as fault:
         raise ValueError(f"the request is more than a relay takes: {fault}") from fault
     finally:
@@ -87,7 +87,7 @@ async def attach(args: argparse.Namespace, progress: Progress) -> None:
     sink = Sink(args, progress, "relay")
     try:
         async with _open(args, progress) as relay, relay.attach(args.request_id, args.after_seq) as stream:
-            await sink.take(stream)
+            await sink.attach_to(stream)
     finally:
         sink.close()
 
@@ -170,14 +170,14 @@ class Sink:
             self._where = args.output
             self._writer = AudioWriter(Path(args.output))
 
-    async def take(self, stream: Stream) -> None:
+    async def attach_to(self, stream: Stream) -> None:
         """Everything that comes, until the end; raises as the stream."""
         self._name = f"{self._name}-{stream.request_id[:8]}"
         try:
             async for event in stream.events():
                 if self._json:
-                    self.line(_told(event))
-                await self._take(event)
+                    self.line(_event_json(event))
+                await self._on_event(event)
         except RequestError as fault:
             if self._json:
                 told = {"code": fault.code, "message": fault.message, "details": fault.details}
@@ -194,7 +194,7 @@ class Sink:
     def _audio_s(self) -> float:
         return self._writer.seconds if self._writer is not None else 0.0
 
-    async def _take(self, event: Event) -> None:
+    async def _on_event(self, event: Event) -> None:
         if isinstance(event, Queued):
             self._progress.queued(event)
         elif isinstance(event, Started):
@@ -254,13 +254,13 @@ class Sink:
             self._writer.close()
 
 
-def _told(event: Event) -> dict[str, Value]:
+def _event_json(event: Event) -> dict[str, Value]:
     """An event as a JSON line: audio by its size."""
     if isinstance(event, Audio):
         told = event.to_map()
         told["bytes"] = len(told.pop("pcm"))
         return told
-    if isinstance(event, Part):
+    if isinstance(event, Struct):
         return event.to_map()
     return {"type": "restarted", "request_id": event.request_id, "attempt": event.attempt, "seq": event.seq}
 

@@ -10,7 +10,7 @@ DONE, FAILED, USAGE, CANNOT_CONNECT, INTERRUPTED = 0, 1, 2, 3, 130
 PIPE_CLOSED = 128 + signal.SIGPIPE
 
 
-def quiet_stdout() -> None:
+def silence_stdout() -> None:
     """Send what is still to be written to stdout nowhere; called when its reader went away (`... | head`).
 
     What is buffered would raise again, with a traceback, when the interpreter flushes at its end.

@@ -32,7 +32,7 @@ class Backoff:
         self._ceiling_s = min(self._ceiling_s * 2, self.longest_s)
         return delay_s
 
-    def lived(self, seconds: float) -> None:
+    def note_uptime(self, seconds: float) -> None:
         """Tell how long the last login held; after `HELD_S` the waits begin anew."""
         if seconds >= HELD_S:
             self._ceiling_s = self.first_s

@@ -13,7 +13,7 @@ from typing import Self
 
 import trio
 
-from protocol.link.limits import LinkRules, Taker
+from protocol.link.limits import LinkHandler, LinkLimits
 from protocol.link.websocket_frames import (
     CLOSE,
     PING,
@@ -73,47 +73,47 @@ class Link(abc.ABC):
         "_closing",
         "_drained",
         "_gone",
+        "_handler",
         "_inbox",
         "_inbox_bytes",
+        "_limits",
         "_lingers",
         "_low_water",
+        "_notified",
         "_parser",
         "_ping_due",
         "_pinged_at",
         "_pings",
         "_reader_waits",
-        "_rules",
-        "_taker",
-        "_told",
         "_waiting_bytes",
         "backlog_bytes",
         "close_code",
-        "heard_at",
-        "patient",
         "peer",
         "reason",
+        "received_at",
         "rtt_s",
         "stalled",
         "taken_at",
+        "tolerate_stall",
     )
 
-    def __init__(self, peer: str, rules: LinkRules, *, is_client: bool) -> None:
+    def __init__(self, peer: str, limits: LinkLimits, *, is_client: bool) -> None:
         now = trio.current_time()
         self.peer = peer
         self.rtt_s: float | None = None
         self.reason = ""
         self.close_code: int | None = None
         self.stalled = False
-        self.patient = False
-        self.heard_at = self.taken_at = now
-        self._rules = rules
-        self._parser = Parser(masked=not is_client, max_message_bytes=rules.max_message_bytes)
+        self.tolerate_stall = False
+        self.received_at = self.taken_at = now
+        self._limits = limits
+        self._parser = Parser(masked=not is_client, max_message_bytes=limits.max_message_bytes)
         self._gone: type[LinkError] | None = None
         self._closing: tuple[int, str] | None = None
         self._close_by = float("inf")
         self._lingers = False
-        self._taker: Taker | None = None
-        self._told = 0  # of the end
+        self._handler: LinkHandler | None = None
+        self._notified = 0  # of the end
         self._inbox: deque[bytes | str] | None = None
         self._inbox_bytes = 0
         self._reader_waits = False
@@ -122,7 +122,7 @@ class Link(abc.ABC):
         self._drained: list[tuple[int, Callable[[], None]]] | None = None
         self._low_water: float = float("inf")  # no callback waits for less
         self._changed: trio.Event | None = None
-        self._ping_due = now + rules.ping_interval_s
+        self._ping_due = now + limits.ping_interval_s
         self._pinged_at: float | None = None
         self._pings = 0
 
@@ -137,7 +137,7 @@ class Link(abc.ABC):
         """Queue a control frame."""
 
     @abc.abstractmethod
-    def _forget_queued(self) -> None:
+    def _drop_unsent(self) -> None:
         """Drop what is queued and not on its way yet, whole frames alone."""
 
     @abc.abstractmethod
@@ -149,11 +149,11 @@ class Link(abc.ABC):
         """Cut the transport now."""
 
     @abc.abstractmethod
-    def _tell_soon(self) -> None:
+    def _schedule_notify(self) -> None:
         """Have a task call `tell`."""
 
     @abc.abstractmethod
-    def _may_read_on(self) -> None:
+    def _resume_reading(self) -> None:
         """The inbox has room again."""
 
     @abc.abstractmethod
@@ -171,7 +171,7 @@ class Link(abc.ABC):
         """Whether the transport has something that the peer has not taken."""
 
     @abc.abstractmethod
-    def _answered(self) -> bool:
+    def _peer_acknowledges(self) -> bool:
         """Whether the peer's machine is there, as far as the kernel can tell."""
 
     @abc.abstractmethod
@@ -190,9 +190,9 @@ class Link(abc.ABC):
             ValueError: the message is longer than any peer takes.
         """
         self._check()
-        if len(data) > self._rules.max_message_bytes:
-            raise ValueError(f"a message of {len(data)} bytes; the limit is {self._rules.max_message_bytes}")
-        if self.backlog_bytes + len(data) > self._rules.max_backlog_bytes:
+        if len(data) > self._limits.max_message_bytes:
+            raise ValueError(f"a message of {len(data)} bytes; the limit is {self._limits.max_message_bytes}")
+        if self.backlog_bytes + len(data) > self._limits.max_backlog_bytes:
             self._stall(f"{self.backlog_bytes} bytes wait for {self.peer} to take them")
             self._check()
         self._put(data)
@@ -245,7 +245,7 @@ class Link(abc.ABC):
             await self._change()
             self._check()
 
-    def _took(self, size: int) -> None:
+    def _on_sent(self, size: int) -> None:
         """The transport took so much of the backlog."""
         before = self.backlog_bytes
         self.backlog_bytes = left = before - size
@@ -258,9 +258,9 @@ class Link(abc.ABC):
 
     # -- receiving -------------------------------------------------------------------------------------------
 
-    def limit_messages(self, max_bytes: int) -> None:
-        """Take no longer ones from now on; at most what the link's rules allow."""
-        self._parser.max_message_bytes = min(max_bytes, self._rules.max_message_bytes)
+    def set_max_message_bytes(self, max_bytes: int) -> None:
+        """Take no longer ones from now on; at most what the link's limits allow."""
+        self._parser.max_message_bytes = min(max_bytes, self._limits.max_message_bytes)
 
     async def receive(self) -> bytes:
         """The next binary message. What came before the peer closed is still given out.
@@ -284,7 +284,7 @@ class Link(abc.ABC):
                 self._inbox_bytes -= len(message) + MESSAGE_COST_BYTES
                 if self._reader_waits and self._inbox_bytes <= MAX_INBOX_BYTES:
                     self._reader_waits = False
-                    self._may_read_on()
+                    self._resume_reading()
                 if isinstance(message, str):
                     raise TextReceived("text message; every message is binary (msgpack)")
                 return message
@@ -301,34 +301,34 @@ class Link(abc.ABC):
         except LinkError:
             raise StopAsyncIteration from None
 
-    def hand_to(self, taker: Taker) -> None:
+    def set_handler(self, handler: LinkHandler) -> None:
         """From now on messages are not kept for `receive`, but given to `taker` as they come, those kept so far first.
 
         It hears of the end even where the link is gone already.
         """
-        self._taker = taker
+        self._handler = handler
         kept, self._inbox, self._inbox_bytes = self._inbox or (), None, 0
         for is_text, group in groupby(kept, lambda message: isinstance(message, str)):
             if self._closing is not None or self._gone is LinkClosed:
                 break  # the taker itself, or this side before, has closed
             if is_text:
                 for text in group:
-                    taker.take_text(str(text))
+                    handler.on_text(str(text))
             else:
-                taker.take([message for message in group if isinstance(message, bytes)])
+                handler.on_messages([message for message in group if isinstance(message, bytes)])
         if self._reader_waits:
             self._reader_waits = False
-            self._may_read_on()
+            self._resume_reading()
         if self.gone is not None:
-            self._tell_soon()
+            self._schedule_notify()
 
-    def keep(self, messages: list[bytes]) -> None:
+    def buffer_again(self, messages: list[bytes]) -> None:
         """Take back from the taker what it was handed last; from now on messages are kept for who takes them next."""
-        self._taker = None
+        self._handler = None
         if messages:
-            self._hand_over(messages)
+            self._dispatch(messages)
 
-    def _deliver(self, events: list[Event]) -> None:
+    def _process_events(self, events: list[Event]) -> None:
         """What was parsed, in order."""
         messages: list[bytes] = []
         for event in events:
@@ -336,19 +336,19 @@ class Link(abc.ABC):
                 messages.append(event)
                 continue
             if messages:
-                self._hand_over(messages)
+                self._dispatch(messages)
                 messages = []
             if self._gone is not None:
                 return
-            self._hear(event)
+            self._on_control(event)
         if messages:
-            self._hand_over(messages)
+            self._dispatch(messages)
 
-    def _hand_over(self, messages: list[bytes]) -> None:
+    def _dispatch(self, messages: list[bytes]) -> None:
         if self._gone is not None or self._closing is not None:
             return  # whoever took them has seen the end
-        if self._taker is not None:
-            self._taker.take(messages)
+        if self._handler is not None:
+            self._handler.on_messages(messages)
             return
         if self._inbox is None:
             self._inbox = deque()
@@ -360,14 +360,14 @@ class Link(abc.ABC):
         self._reader_waits = self._inbox_bytes > MAX_INBOX_BYTES
         self._wake()
 
-    def _hear(self, event: Event) -> None:
+    def _on_control(self, event: Event) -> None:
         """Whatever is no binary message."""
         match event:
             case str():
                 if self._closing is not None:
                     return
-                if self._taker is not None:
-                    self._taker.take_text(event)
+                if self._handler is not None:
+                    self._handler.on_text(event)
                 else:
                     self._inbox = deque() if self._inbox is None else self._inbox
                     self._inbox.append(event)
@@ -376,7 +376,7 @@ class Link(abc.ABC):
                 if self._closing is None:  # nothing follows a close frame
                     self._send_control(PONG, event.payload)
             case Pong():
-                self._hear_pong(event.payload)
+                self._on_pong(event.payload)
             case Close():
                 said = f": {event.reason}" if event.reason else ""
                 self._end(LinkBroken, f"{self.peer} closed the connection ({event.code}{said})", event.code)
@@ -385,14 +385,14 @@ class Link(abc.ABC):
                 said = f"{self.peer} sent {event.words}"
                 self._end(LinkBroken, said, event.code, close=(event.code, event.words), linger_s=LINGER_S)
 
-    def _hear_pong(self, payload: bytes) -> None:
+    def _on_pong(self, payload: bytes) -> None:
         if self._pinged_at is not None and payload == self._pings.to_bytes(4, "big"):
-            self.rtt_s, self._pinged_at = self.heard_at - self._pinged_at, None
-            self.taken_at = self.heard_at  # what lay before the ping was read, too
+            self.rtt_s, self._pinged_at = self.received_at - self._pinged_at, None
+            self.taken_at = self.received_at  # what lay before the ping was read, too
 
     def _send_control(self, opcode: int, payload: bytes) -> None:
         """Queue a control frame, within the bound of all that is queued: a flood of pings is answered only so far."""
-        if self.backlog_bytes + MESSAGE_COST_BYTES > self._rules.max_backlog_bytes:
+        if self.backlog_bytes + MESSAGE_COST_BYTES > self._limits.max_backlog_bytes:
             self._stall(f"{self.backlog_bytes} bytes wait for {self.peer} to take them")
         else:
             self._put_control(opcode, payload)
@@ -444,15 +444,15 @@ class Link(abc.ABC):
         while self.gone is None:
             await self._change()
 
-    def tell(self) -> None:
+    def notify_closed(self) -> None:
         """Tell the taker of the end, as far as it has come; for the carrier's task."""
-        taker = self._taker
-        if taker is not None and self._told == 0 and self.gone is not None:
-            self._told = 1
-            taker.hear_end()
-        if taker is not None and self._told == 1 and self.stopped:
-            self._told = 2
-            taker.hear_cut()
+        handler = self._handler
+        if handler is not None and self._notified == 0 and self.gone is not None:
+            self._notified = 1
+            handler.on_closed()
+        if handler is not None and self._notified == 1 and self.stopped:
+            self._notified = 2
+            handler.on_transport_closed()
 
     async def _wait_stopped(self) -> None:
         while not self.stopped:
@@ -464,7 +464,7 @@ class Link(abc.ABC):
         self._close_by = trio.current_time() + 2 * CLOSE_S
         self._schedule(self._close_by)
         self._wake()
-        self._tell_soon()
+        self._schedule_notify()
         self._put_control(CLOSE, close_payload(code, reason))
 
     def _forget_inbox(self) -> None:
@@ -472,7 +472,7 @@ class Link(abc.ABC):
         self._inbox, self._inbox_bytes = None, 0
         if self._reader_waits:
             self._reader_waits = False
-            self._may_read_on()
+            self._resume_reading()
 
     def _close_frame_out(self) -> None:
         """All that was queued has gone out, the close frame too."""
@@ -512,14 +512,14 @@ class Link(abc.ABC):
             reason = said or "closed"
         self._gone, self.reason, self.close_code = kind, reason, code
         if self._closing is None and answer is None:
-            self._forget_queued()
+            self._drop_unsent()
         self._lingers = linger_s > 0
         if answer is not None:
             self._close_by = trio.current_time() + max(CLOSE_S, linger_s)
             self._schedule(self._close_by)
             self._put_control(CLOSE, close_payload(*answer))
         self._wake()
-        self._tell_soon()
+        self._schedule_notify()
         self._finish()
 
     def _lost(self, why: str = "") -> None:
@@ -534,23 +534,23 @@ class Link(abc.ABC):
         """
         self.stalled = True
         reason = f"{ErrorCode.SLOW_CONSUMER}: {why}"
-        self._forget_queued()
-        if self._rules.farewell is None:
+        self._drop_unsent()
+        if self._limits.farewell is None:
             self._end(LinkBroken, reason)
             self._cut()
             return
-        self._put(encode(self._rules.farewell))
+        self._put(encode(self._limits.farewell))
         self.reason = reason
         self._close(POLICY_VIOLATION, cut_reason(reason))
 
     # -- liveness --------------------------------------------------------------------------------------------
 
-    def forgive(self, late_s: float) -> None:
+    def extend_deadlines(self, late_s: float) -> None:
         """This process stood still for so long (it was stopped, or swapped): whatever the peer sent waits unread."""
-        self.heard_at += late_s
+        self.received_at += late_s
         self.taken_at += late_s
 
-    def look(self, now: float) -> float:
+    def check_liveness(self, now: float) -> float:
         """See to pings, to silence, and to a peer that takes nothing; when to look again.
 
         Args:
@@ -563,28 +563,28 @@ class Link(abc.ABC):
             self._lost("closed" if self._closing is not None else "")
         if self._gone is not None or self._closing is not None:
             return self._close_by if not self.stopped else float("inf")
-        rules = self._rules
-        dead_at = self.heard_at + rules.dead_after_s
+        limits = self._limits
+        dead_at = self.received_at + limits.dead_after_s
         if self._reader_waits:  # we do not listen, so silence means nothing
-            dead_at = now + rules.dead_after_s
+            dead_at = now + limits.dead_after_s
         elif now >= dead_at:
-            if not (self.patient and self._sending and self._answered()):
-                self._lost(f"nothing heard from {self.peer} for {now - self.heard_at:.0f} s")
+            if not (self.tolerate_stall and self._sending and self._peer_acknowledges()):
+                self._lost(f"nothing heard from {self.peer} for {now - self.received_at:.0f} s")
                 return float("inf")
             dead_at = now + PATIENCE_S
-        take_by = now + rules.send_timeout_s / LOOKS
+        take_by = now + limits.send_timeout_s / LOOKS
         if self._sending:
             waiting = self._in_kernel()  # a kernel that is full takes the next piece only much later
             if waiting < self._waiting_bytes:
                 self.taken_at = now
             self._waiting_bytes = waiting
-            stalls_at = self.taken_at + rules.send_timeout_s
+            stalls_at = self.taken_at + limits.send_timeout_s
             if now >= stalls_at:
-                self._stall(f"{self.peer} took no data for {rules.send_timeout_s:g} s")
+                self._stall(f"{self.peer} took no data for {limits.send_timeout_s:g} s")
                 return self._close_by
             take_by = min(take_by, stalls_at)
         if now >= self._ping_due:
-            self._ping_due = now + rules.ping_interval_s
+            self._ping_due = now + limits.ping_interval_s
             if self._pinged_at is None:  # one in flight is enough: TCP loses none
                 self._pings = (self._pings + 1) & 0xFFFF_FFFF
                 self._pinged_at = now

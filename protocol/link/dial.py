@@ -12,7 +12,7 @@ from protocol.link.backoff import Backoff as Backoff
 from protocol.link.base import CLOSE_S as CLOSE_S
 from protocol.link.base import Link as Link
 from protocol.link.connect import connect, shake_hands
-from protocol.link.limits import LinkRules as LinkRules
+from protocol.link.limits import LinkLimits as LinkLimits
 from protocol.link.stream_link import StreamLink
 from protocol.wire.codec import decode
 from protocol.wire.errors import ConnectError, ErrorCode, LinkBroken, LinkError, LoginRefused, ProtocolError
@@ -26,20 +26,20 @@ LOGIN_TIMEOUT_S = 10.0
 
 @asynccontextmanager
 async def serve_link(
-    stream: trio.abc.Stream, *, peer: str, rules: LinkRules | None = None, is_client: bool = False, early: bytes = b""
+    stream: trio.abc.Stream, *, peer: str, limits: LinkLimits | None = None, is_client: bool = False, early: bytes = b""
 ) -> AsyncIterator[Link]:
     """A link over a stream whose WebSocket handshake is done; closed, and the stream with it, at the end of the block.
 
     Args:
         stream: must be used by nobody else from now on.
         peer: who it is, for people.
-        rules: what the peer is held to.
+        limits: what the peer is held to.
         is_client: whether this side asked for the handshake.
         early: bytes that came behind the handshake.
 
     Cancellation: the block alone is cancelled; what is queued still goes out, within `CLOSE_S`.
     """
-    link = StreamLink(stream, peer, rules or LinkRules(), is_client=is_client, early=early)
+    link = StreamLink(stream, peer, limits or LinkLimits(), is_client=is_client, early=early)
     async with open_background(link.run, link.aclose):
         yield link
 
@@ -54,7 +54,7 @@ async def open_link(
     ssl_context: ssl.SSLContext | None = None,
     connect_to: Connect | None = None,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
-    rules: LinkRules | None = None,
+    limits: LinkLimits | None = None,
 ) -> AsyncIterator[Link]:
     """A link to the relay at `address`, not logged in yet.
 
@@ -63,7 +63,7 @@ async def open_link(
         ssl_context: for wss://; None takes the system's certificate authorities.
         connect_to: makes the transport in place of sockets; for tests and tunnels.
         connect_timeout_s: for transport and handshakes together.
-        rules: what the relay is held to.
+        limits: what the relay is held to.
 
     Raises:
         ConnectError: no link could be made.
@@ -82,7 +82,7 @@ async def open_link(
             raise
     if shaking.cancelled_caught:
         raise ConnectError(too_slow)
-    async with serve_link(stream, peer=str(address), rules=rules, is_client=True, early=early) as link:
+    async with serve_link(stream, peer=str(address), limits=limits, is_client=True, early=early) as link:
         yield link
 
 
@@ -105,7 +105,7 @@ async def log_in(link: Link, hello: Hello) -> Welcome:
     raise LinkBroken(f"{link.peer} did not answer the login within {LOGIN_TIMEOUT_S:g} s")
 
 
-async def keep_linked(
+async def run_with_reconnect(
     address: Address,
     hello: Hello,
     serve: Callable[[Link, Welcome], Awaitable[None]],
@@ -146,7 +146,7 @@ async def keep_linked(
                 if not isinstance(link.gone, LinkBroken):
                     return
                 fault = link.gone
-            backoff.lived(trio.current_time() - began)
+            backoff.note_uptime(trio.current_time() - began)
         except LoginRefused as refusal:
             if not _may_pass(refusal.code):
                 raise
@@ -154,7 +154,7 @@ async def keep_linked(
         except ConnectError as failure:
             fault = failure
         except LinkError as failure:
-            backoff.lived(trio.current_time() - began)
+            backoff.note_uptime(trio.current_time() - began)
             fault = failure
         delay_s = backoff.next_s()
         on_down(fault, delay_s)

@@ -17,7 +17,7 @@ MAX_BACKLOG_BYTES = 16 * MAX_MESSAGE_BYTES
 
 
 @attrs.frozen
-class LinkRules:
+class LinkLimits:
     """What a link holds its peer to; many links share one.
 
     Args:
@@ -39,18 +39,18 @@ class LinkRules:
     max_message_bytes: int = MAX_MESSAGE_BYTES
 
 
-class Taker(Protocol):
+class LinkHandler(Protocol):
     """Who is handed a link's messages as they come; none of this may wait or raise."""
 
-    def take(self, messages: list[bytes]) -> None:
+    def on_messages(self, messages: list[bytes]) -> None:
         """Binary messages, in order."""
 
-    def take_text(self, text: str) -> None:
+    def on_text(self, text: str) -> None:
         """A text message."""
 
-    def hear_end(self) -> None:
+    def on_closed(self) -> None:
         """The link is gone or closing: no message comes any more, and none can be sent. Told by a task, never within
         a send."""
 
-    def hear_cut(self) -> None:
+    def on_transport_closed(self) -> None:
         """Its transport is cut as well."""

@@ -9,8 +9,8 @@ from collections import deque
 import trio
 
 from protocol.link.base import CLOSE_S, LATE_S, MESSAGE_COST_BYTES, Link
-from protocol.link.limits import LinkRules
-from protocol.link.tcp_info import answers, socket_of, waiting_bytes
+from protocol.link.limits import LinkLimits
+from protocol.link.tcp_info import peer_acknowledges, socket_of, unsent_bytes
 from protocol.link.websocket_frames import BINARY, make_frame
 
 RECEIVE_BYTES = 64 * 1024
@@ -26,9 +26,9 @@ class StreamLink(Link):
     """See `Link`. `run` is its tasks; the handshake is done, and `early` are the bytes that came behind it."""
 
     def __init__(
-        self, stream: trio.abc.Stream, peer: str, rules: LinkRules, *, is_client: bool, early: bytes = b""
+        self, stream: trio.abc.Stream, peer: str, limits: LinkLimits, *, is_client: bool, early: bytes = b""
     ) -> None:
-        super().__init__(peer, rules, is_client=is_client)
+        super().__init__(peer, limits, is_client=is_client)
         self.stream = stream
         self._is_client = is_client
         self._early = early
@@ -55,7 +55,7 @@ class StreamLink(Link):
         self.backlog_bytes += cost
         self._more.set()
 
-    def _forget_queued(self) -> None:
+    def _drop_unsent(self) -> None:
         self._outbox.clear()
         self.backlog_bytes = self._in_flight
 
@@ -65,10 +65,10 @@ class StreamLink(Link):
     def _cut(self) -> None:
         self._scope.cancel()
 
-    def _tell_soon(self) -> None:
+    def _schedule_notify(self) -> None:
         self._sooner.set()
 
-    def _may_read_on(self) -> None:
+    def _resume_reading(self) -> None:
         self._wake()
 
     def _schedule(self, due: float) -> None:
@@ -83,13 +83,13 @@ class StreamLink(Link):
     def _sending(self) -> bool:
         return self._busy
 
-    def _answered(self) -> bool:
+    def _peer_acknowledges(self) -> bool:
         sock = socket_of(self.stream)
-        return sock is not None and answers(sock)
+        return sock is not None and peer_acknowledges(sock)
 
     def _in_kernel(self) -> int:
         sock = socket_of(self.stream)
-        return waiting_bytes(sock) or 0 if sock is not None else 0
+        return unsent_bytes(sock) or 0 if sock is not None else 0
 
     # -- the tasks -------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class StreamLink(Link):
             await trio.aclose_forcefully(self.stream)
             self._stopped = True
             self._wake()
-            self.tell()
+            self.notify_closed()
 
     @trio.lowlevel.enable_ki_protection
     async def _read(self) -> None:
@@ -115,7 +115,7 @@ class StreamLink(Link):
             if data:
                 self._parser.feed(data)
                 if self._parser.events:
-                    self._deliver(self._parser.take())
+                    self._process_events(self._parser.pop_events())
             while self._reader_waits:
                 await self._change()
             try:
@@ -124,7 +124,7 @@ class StreamLink(Link):
                 break
             if not data:
                 break
-            self.heard_at = trio.current_time()
+            self.received_at = trio.current_time()
         self._read_out.set()
         if self._gone is None:
             self._lost()
@@ -152,7 +152,7 @@ class StreamLink(Link):
                 self._lost()
                 return
             self._in_flight, self._busy = 0, False
-            self._took(cost)
+            self._on_sent(cost)
 
     async def _send(self, data: bytes) -> None:
         """In pieces. While a long message goes out slowly, nothing may be heard of a peer that takes it."""
@@ -164,7 +164,7 @@ class StreamLink(Link):
             self.taken_at = now = trio.current_time()
             # Bytes that went out only after a wait were taken by a living peer, not by the kernel's free buffer.
             if now - began > WAITED_S:
-                self.heard_at = now
+                self.received_at = now
             if not view:
                 return
 
@@ -172,9 +172,9 @@ class StreamLink(Link):
     async def _watch(self) -> None:
         while True:
             self._sooner = trio.Event()
-            due = self.look(trio.current_time())
-            self.tell()
+            due = self.check_liveness(trio.current_time())
+            self.notify_closed()
             with trio.move_on_at(due):
                 await self._sooner.wait()
             if (late_s := trio.current_time() - due) > LATE_S:
-                self.forgive(late_s)
+                self.extend_deadlines(late_s)

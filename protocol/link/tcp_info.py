@@ -22,7 +22,7 @@ class Socket(Protocol):
         """See the standard library."""
 
 
-def waiting_bytes(sock: Socket) -> int | None:
+def unsent_bytes(sock: Socket) -> int | None:
     """Bytes handed to the kernel that the peer's has not acknowledged; of a unix socket, that the peer has not read.
 
     None where that cannot be told.
@@ -38,7 +38,7 @@ def waiting_bytes(sock: Socket) -> int | None:
         return None
 
 
-def answers(sock: Socket) -> bool:
+def peer_acknowledges(sock: Socket) -> bool:
     """Whether the peer's machine acknowledges what it is sent, though its program may read nothing.
 
     A machine that is there answers each probe of its closed window at once; one that is gone leaves two of these, or

@@ -105,22 +105,22 @@ class Parser:
         "_over",
         "_size",
         "_text",
+        "all_binary",
         "events",
-        "large",
         "large_at",
-        "left",
+        "large_frame",
         "masked",
         "max_message_bytes",
-        "plain",
+        "partial_frame",
     )
 
     def __init__(self, *, masked: bool, max_message_bytes: int) -> None:
         self.masked = masked
         self.max_message_bytes = max_message_bytes
         self.events: list[Event] = []
-        self.plain = True
-        self.left = b""
-        self.large: bytearray | None = None
+        self.all_binary = True
+        self.partial_frame = b""
+        self.large_frame: bytearray | None = None
         self.large_at = 0
         self._over = False  # nothing more is parsed
         self._opcode = CONTINUATION  # of the message that came in part, else 0
@@ -128,9 +128,9 @@ class Parser:
         self._size = 0  # of them
         self._text: _Decoder | None = None
 
-    def take(self) -> list[Event]:
+    def pop_events(self) -> list[Event]:
         """The events so far."""
-        events, self.events, self.plain = self.events, [], True
+        events, self.events, self.all_binary = self.events, [], True
         return events
 
     @property
@@ -140,24 +140,24 @@ class Parser:
 
     def feed(self, data: Buffer) -> None:
         """Parse what was received."""
-        if self.large is not None:
-            taken = min(len(self.large) - self.large_at, len(data))
-            self.large[self.large_at : self.large_at + taken] = data[:taken]
+        if self.large_frame is not None:
+            taken = min(len(self.large_frame) - self.large_at, len(data))
+            self.large_frame[self.large_at : self.large_at + taken] = data[:taken]
             if not self.fill_large(taken):
                 return
             data = data[taken:]
-        if self.left:
-            data = self.left + data
+        if self.partial_frame:
+            data = self.partial_frame + data
         self.parse(data, memoryview(data), len(data))
 
     def fill_large(self, count: int) -> bool:
         """So many bytes were put into `large`; parses it, and returns True, where it is whole now."""
-        whole = self.large
+        whole = self.large_frame
         assert whole is not None
         self.large_at += count
         if self.large_at < len(whole):
             return False
-        self.large = None
+        self.large_frame = None
         self.parse(whole, memoryview(whole), len(whole))
         return True
 
@@ -167,7 +167,7 @@ class Parser:
         events = self.events
         # Of the longest frame with a length of two bytes, which is most of them.
         common = masked and not self._opcode and not self._over and self.max_message_bytes >= 0xFFFF
-        self.left = b""
+        self.partial_frame = b""
         while end - at >= 2 and not self._over:
             first, size = data[at], data[at + 1]
             if common and first == _WHOLE_BINARY and size == _MASKED_16 and end - at >= 8:
@@ -210,7 +210,7 @@ class Parser:
             stop = begin + size
             if stop > end:
                 if stop - at > SMALL_BYTES:
-                    self.large = large = bytearray(stop - at)
+                    self.large_frame = large = bytearray(stop - at)
                     self.large_at = end - at
                     large[: self.large_at] = view[at:end]
                     return
@@ -223,9 +223,9 @@ class Parser:
                 self._take(first, payload)
                 common = masked and not self._opcode and self.max_message_bytes >= 0xFFFF
         if at < end and not self._over:
-            self.left = bytes(view[at:end])
+            self.partial_frame = bytes(view[at:end])
 
-    def lone(self, data: Buffer, view: memoryview, end: int) -> bytes | None:
+    def parse_single(self, data: Buffer, view: memoryview, end: int) -> bytes | None:
         """The message that `data[:end]` is, if it is one of the usual kind, and all of it; else None, and nothing is
         parsed. Nothing of a frame before it may wait for its rest."""
         if (
@@ -241,7 +241,7 @@ class Parser:
             return None
         return apply_mask(view[8:end], data[4:8])
 
-    def lone_pong(self, data: Buffer, view: memoryview, end: int) -> bytes | None:
+    def parse_single_pong(self, data: Buffer, view: memoryview, end: int) -> bytes | None:
         """As `lone`, for a pong: what it carries."""
         if data[0] != _PONG or end < 6 or data[1] != end - 6 | _MASKED or end > 6 + MAX_CONTROL_PAYLOAD:
             return None
@@ -298,11 +298,11 @@ class Parser:
                 self.events.append(bytes(self._message))
             else:
                 self.events.append(self._message.decode())
-                self.plain = False
+                self.all_binary = False
             self._opcode, self._size, self._message, self._text = CONTINUATION, 0, None, None
 
     def _take_control(self, opcode: int, payload: bytes) -> None:
-        self.plain = False
+        self.all_binary = False
         if opcode == PING:
             self.events.append(Ping(payload))
         elif opcode == PONG:
@@ -332,9 +332,9 @@ class Parser:
 
     def _end(self, event: Event) -> None:
         self.events.append(event)
-        self.plain = False
+        self.all_binary = False
         self._over = True
-        self._message = self.large = None
+        self._message = self.large_frame = None
 
 
 #: Sizes of which the head is kept; streams have few.

@@ -14,14 +14,14 @@ _ATTEMPT_AT = _ID_END + len(_ATTEMPT)
 #: Attempts of one byte; there are seldom more than three.
 MAX_ATTEMPT = 0x7F
 #: What frames of one attempt have in common: everything before `seq`.
-SEAT_BYTES = _ATTEMPT_AT + 1
+PREFIX_BYTES = _ATTEMPT_AT + 1
 #: Sequence numbers whose bytes are kept; at 80 ms a frame, eleven minutes.
 _KEPT = 8192
 _BIN8, _BIN16, _BIN32 = 0xC4, 0xC5, 0xC6
 
 
-def seat_of(request_id: str, attempt: int) -> bytes:
-    """What every `audio` frame of an attempt begins with, `SEAT_BYTES` long; b"" where the attempt is over 127."""
+def audio_prefix(request_id: str, attempt: int) -> bytes:
+    """What every `audio` frame of an attempt begins with, `PREFIX_BYTES` long; b"" where the attempt is over 127."""
     if attempt > MAX_ATTEMPT:
         return b""
     return _HEAD + request_id.encode() + _ATTEMPT + bytes((attempt,))
@@ -42,20 +42,20 @@ def _pack_seq(seq: int) -> bytes:
 _seqs = tuple(_pack_seq(seq) for seq in range(_KEPT))
 
 
-def pcm_size(data: bytes, seq: int) -> int:
-    """Bytes of `pcm` in a frame that begins with a seat, if it is the one numbered `seq` and all of it is as above.
+def match_audio(data: bytes, seq: int) -> int:
+    """Bytes of `pcm` in a frame that begins with an audio prefix, if it is numbered `seq` and is built as above.
 
     Args:
-        data: one message, of which the first `SEAT_BYTES` are known to be a seat.
+        data: one message, of which the first `PREFIX_BYTES` are known to be an audio prefix.
         seq: the number that is due.
 
     Returns:
         -1 where it is anything else, which need not be wrong.
     """
     numbered = _seqs[seq] if seq < _KEPT else _pack_seq(seq)
-    if not data.startswith(numbered, SEAT_BYTES):
+    if not data.startswith(numbered, PREFIX_BYTES):
         return -1
-    at = SEAT_BYTES + len(numbered)
+    at = PREFIX_BYTES + len(numbered)
     size = len(data) - at - 3
     if size >= 0x100 and data[at] == _BIN16 and data[at + 1] << 8 | data[at + 2] == size:  # most of them
         return size
@@ -73,11 +73,11 @@ def pcm_size(data: bytes, seq: int) -> int:
     return size
 
 
-def pcm_of(frames: list[bytes], seq: int, sample_bytes: int) -> int:
-    """Bytes of `pcm` in frames of one attempt, if they are those due from `seq` on; each as `pcm_size` has it.
+def match_audio_run(frames: list[bytes], seq: int, sample_bytes: int) -> int:
+    """Bytes of `pcm` in frames of one attempt, if they are those due from `seq` on; each as `match_audio` has it.
 
     Args:
-        frames: of which the first `SEAT_BYTES` are known to be the same seat.
+        frames: of which the first `PREFIX_BYTES` are known to be the same prefix.
         seq: of the first.
         sample_bytes: of one sample over all channels, of which each frame has whole ones.
 
@@ -88,15 +88,15 @@ def pcm_of(frames: list[bytes], seq: int, sample_bytes: int) -> int:
     if count > 1 and seq + count <= _KEPT:
         # Mostly all are of one length: then what stands before their audio is known, and is compared at once.
         numbers = _seqs[seq : seq + count]
-        at = SEAT_BYTES + len(numbers[0]) + 3
+        at = PREFIX_BYTES + len(numbers[0]) + 3
         size -= at
         if 0x100 <= size < 0x1_0000 and not size % sample_bytes and len({*map(len, frames)}) == 1:
             head = bytes((_BIN16, size >> 8, size & 0xFF))
-            if b"".join([data[SEAT_BYTES:at] for data in frames]) == head.join(numbers) + head:
+            if b"".join([data[PREFIX_BYTES:at] for data in frames]) == head.join(numbers) + head:
                 return size * count
     total = 0
     for number, data in enumerate(frames, seq):
-        size = pcm_size(data, number)
+        size = match_audio(data, number)
         if size < 0 or size % sample_bytes:
             return -1
         total += size
@@ -108,15 +108,15 @@ def read_audio(data: bytes) -> tuple[str, int, int, bytes] | None:
 
     The id is what stands in its place, and for the caller to check.
     """
-    if not data.startswith(_HEAD) or data[_ID_END:_ATTEMPT_AT] != _ATTEMPT or len(data) < SEAT_BYTES + 10:
+    if not data.startswith(_HEAD) or data[_ID_END:_ATTEMPT_AT] != _ATTEMPT or len(data) < PREFIX_BYTES + 10:
         return None
-    attempt, first = data[_ATTEMPT_AT], data[SEAT_BYTES + 4]
+    attempt, first = data[_ATTEMPT_AT], data[PREFIX_BYTES + 4]
     if attempt > MAX_ATTEMPT:
         return None
     width = {0xCC: 1, 0xCD: 2, 0xCE: 4}.get(first, 0)
-    at = SEAT_BYTES + 5
+    at = PREFIX_BYTES + 5
     seq = int.from_bytes(data[at : at + width], "big") if width else first
-    size = pcm_size(data, seq)
+    size = match_audio(data, seq)
     if size < 0:
         return None
     try:
@@ -125,11 +125,11 @@ def read_audio(data: bytes) -> tuple[str, int, int, bytes] | None:
         return None
 
 
-def pack_audio(seat: bytes, seq: int, pcm: bytes) -> bytes:
+def pack_audio(prefix: bytes, seq: int, pcm: bytes) -> bytes:
     """An `audio` frame: the same bytes as `encode` makes.
 
     Args:
-        seat: of its attempt; not empty.
+        prefix: of its attempt; not empty.
         seq: its number.
         pcm: whole samples, at most `MAX_PCM_BYTES`.
     """
@@ -144,4 +144,4 @@ def pack_audio(seat: bytes, seq: int, pcm: bytes) -> bytes:
         head = bytes((_BIN16,)) + size.to_bytes(2, "big")
     else:
         head = bytes((_BIN32,)) + size.to_bytes(4, "big")
-    return b"".join((seat, _seqs[seq] if seq < _KEPT else _pack_seq(seq), head, pcm))
+    return b"".join((prefix, _seqs[seq] if seq < _KEPT else _pack_seq(seq), head, pcm))

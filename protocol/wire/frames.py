@@ -8,14 +8,14 @@ from protocol.wire.structs import KIB, AudioFormat, attempt_rule, request_id_rul
 from protocol.wire.validators import (
     Message,
     Value,
-    anything,
+    any_value,
     binary,
     boolean,
+    choice,
     field,
     map_field,
     number,
-    one_of,
-    part_field,
+    struct_field,
     text,
 )
 
@@ -45,7 +45,7 @@ class Started(Frame):
     """The engine began; `format` of the audio to come, None where there is none."""
 
     TYPE: ClassVar[str] = "started"
-    format: AudioFormat | None = part_field(AudioFormat)
+    format: AudioFormat | None = struct_field(AudioFormat)
 
 
 @attrs.frozen(kw_only=True)
@@ -53,7 +53,7 @@ class Progress(Frame):
     """How far it is."""
 
     TYPE: ClassVar[str] = "progress"
-    state: str = field(one_of(*PROGRESS_STATES), "generating")
+    state: str = field(choice(*PROGRESS_STATES), "generating")
     fraction: float = field(number(0.0, 1.0), 0.0)
     message: str = field(_words, "")
 
@@ -71,7 +71,7 @@ class Output(Frame):
     """A value that is not speech: any msgpack value up to 64 KiB, or binary up to a message's size."""
 
     TYPE: ClassVar[str] = "output"
-    data: Value = field(anything, None)
+    data: Value = field(any_value, None)
 
 
 @attrs.frozen(kw_only=True)

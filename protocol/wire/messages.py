@@ -34,20 +34,20 @@ from protocol.wire.structs import attempt_rule, request_id_rule, seq_rule
 from protocol.wire.validators import Message as Message
 from protocol.wire.validators import (
     Value,
-    a_map,
     array_field,
     array_of,
     binary,
     boolean,
+    choice,
     field,
     integer,
     map_field,
-    maybe,
+    mapping,
     number,
-    one_of,
-    part_field,
-    part_list_field,
-    parts_field,
+    optional,
+    struct_field,
+    struct_list_field,
+    struct_map_field,
     text,
 )
 
@@ -83,8 +83,8 @@ class Hello(Message):
 
     TYPE: ClassVar[str] = "hello"
     version: int = field(integer(1, 1_000))
-    role: str = field(one_of(*ROLES))
-    token: str | None = field(maybe(text(256)), None, secret=True)
+    role: str = field(choice(*ROLES))
+    token: str | None = field(optional(text(256)), None, secret=True)
     agent: str = field(text(128), "")
     #: An operator that may look and not steer; the relay holds it to that.
     readonly: bool = field(boolean, False)
@@ -104,7 +104,7 @@ class Pong(Message):
 
     TYPE: ClassVar[str] = "pong"
     timestamp: float = field(number())
-    server_time: float | None = field(maybe(number()), None)
+    server_time: float | None = field(optional(number()), None)
 
 
 @attrs.frozen(kw_only=True)
@@ -115,7 +115,7 @@ class Error(Message):
     code: str = field(_code)
     message: str = field(_words)
     details: dict[str, Value] = map_field()
-    request_id: str | None = field(maybe(text(128)), None)
+    request_id: str | None = field(optional(text(128)), None)
 
 
 @attrs.frozen(kw_only=True)
@@ -169,7 +169,7 @@ class Queued(Message):
     request_id: str = field(request_id_rule)
     position: int = field(integer(1))
     of: int = field(integer(1))
-    eta_s: float | None = field(maybe(number()), None)
+    eta_s: float | None = field(optional(number()), None)
 
 
 @attrs.frozen(kw_only=True)
@@ -177,11 +177,11 @@ class Rejected(Message):
     """A refusal: of a `submit`, `attach`, `status`, `cancel`, `register` or `steer`. The connection goes on."""
 
     TYPE: ClassVar[str] = "rejected"
-    request_id: str | None = field(maybe(text(128)), None)
+    request_id: str | None = field(optional(text(128)), None)
     code: str = field(_code)
     message: str = field(_words)
     retryable: bool = field(boolean, False)
-    retry_after_s: float | None = field(maybe(number()), None)
+    retry_after_s: float | None = field(optional(number()), None)
     details: dict[str, Value] = map_field()
 
     @classmethod
@@ -212,15 +212,15 @@ class StatusReply(Message):
     TYPE: ClassVar[str] = "status"
     request_id: str = field(request_id_rule)
     space: str = field(_space)
-    state: str = field(one_of(*LIVE_STATES, *ENDED_STATES))
+    state: str = field(choice(*LIVE_STATES, *ENDED_STATES))
     attempt: int = field(attempt_rule, 0)
     next_seq: int = field(seq_rule, 0)
     age_s: float = field(number(), 0.0)
-    position: int | None = field(maybe(integer(1)), None)
-    of: int | None = field(maybe(integer(1)), None)
-    eta_s: float | None = field(maybe(number()), None)
-    code: str | None = field(maybe(_code), None)
-    message: str | None = field(maybe(_words), None)
+    position: int | None = field(optional(integer(1)), None)
+    of: int | None = field(optional(integer(1)), None)
+    eta_s: float | None = field(optional(number()), None)
+    code: str | None = field(optional(_code), None)
+    message: str | None = field(optional(_words), None)
 
 
 @attrs.frozen(kw_only=True)
@@ -228,7 +228,7 @@ class SpacesReply(Message):
     """Answers `spaces`: a page of the spaces this principal may use; `more` says that another page follows."""
 
     TYPE: ClassVar[str] = "spaces"
-    spaces: list[dict[str, Value]] = field(array_of(a_map))
+    spaces: list[dict[str, Value]] = field(array_of(mapping))
     more: bool = field(boolean, False)
 
 
@@ -238,7 +238,7 @@ class Registered(Message):
 
     TYPE: ClassVar[str] = "registered"
     worker_id: str = field(text(64))
-    resume: tuple[Running, ...] = part_list_field(Running)
+    resume: tuple[Running, ...] = struct_list_field(Running)
     abandon: list[str] = array_field(request_id_rule)
 
 
@@ -253,7 +253,7 @@ class Assign(Message):
     space: str = field(_space)
     principal: str = field(text(128))
     params: dict[str, Value] = map_field()
-    inputs: dict[str, InputInfo] = parts_field(InputInfo, _input_name)
+    inputs: dict[str, InputInfo] = struct_map_field(InputInfo, _input_name)
     run_timeout_s: float = field(number(0.0, 1e9))
 
 
@@ -287,7 +287,7 @@ class Snapshot(Message):
     """Answers `watch`: a page of everything, topic -> list of maps; `more` says that another page follows."""
 
     TYPE: ClassVar[str] = "snapshot"
-    data: dict[str, Value] = field(a_map)
+    data: dict[str, Value] = field(mapping)
     more: bool = field(boolean, False)
 
 
@@ -326,12 +326,12 @@ class Submit(Message):
     request_id: str = field(request_id_rule)
     space: str = field(_space)
     params: dict[str, Value] = map_field()
-    inputs: dict[str, InputInfo] = parts_field(InputInfo, _input_name)
+    inputs: dict[str, InputInfo] = struct_map_field(InputInfo, _input_name)
     priority: int = field(integer(0, 9), 5)
-    queue_timeout_s: float | None = field(maybe(number(0.001, 1e7)), None)
-    run_timeout_s: float | None = field(maybe(number(0.001, 1e7)), None)
+    queue_timeout_s: float | None = field(optional(number(0.001, 1e7)), None)
+    run_timeout_s: float | None = field(optional(number(0.001, 1e7)), None)
     detach: bool = field(boolean, False)
-    retry: str = field(one_of(*RETRY_POLICIES), "before_output")
+    retry: str = field(choice(*RETRY_POLICIES), "before_output")
 
 
 @attrs.frozen(kw_only=True)
@@ -392,11 +392,11 @@ class Register(Message):
     slots: int = field(integer(0, 1_000), 1)
     engine: str = field(text(128), "")
     params: dict[str, Value] = map_field()
-    inputs: dict[str, InputRule] = parts_field(InputRule, _input_name)
-    format: AudioFormat | None = part_field(AudioFormat)
+    inputs: dict[str, InputRule] = struct_map_field(InputRule, _input_name)
+    format: AudioFormat | None = struct_field(AudioFormat)
     reproducible: bool = field(boolean, False)
     fingerprint: str = field(text(200), "")
-    running: tuple[Running, ...] = part_list_field(Running)
+    running: tuple[Running, ...] = struct_list_field(Running)
 
 
 @attrs.frozen(kw_only=True)

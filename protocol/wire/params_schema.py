@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from protocol.wire.validators import Rule, Value, anything, array_of, boolean, integer, kind_of, number, text
+from protocol.wire.validators import Rule, Value, any_value, array_of, boolean, integer, kind_of, number, text
 
 #: Faults told at once; a client that sends more has other trouble.
 MAX_FAULTS = 16
@@ -77,8 +77,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), _COUNT),
     **dict.fromkeys(("title", "description", "format", "$schema", "$comment"), _ANNOTATION),
     "deprecated": boolean,
-    "default": anything,
-    "examples": anything,
+    "default": any_value,
+    "examples": any_value,
 }
 KEYWORDS = (*_RULES, "properties", "additionalProperties", "items", *_BRANCHES)
 

@@ -4,7 +4,7 @@ import re
 
 import attrs
 
-from protocol.wire.validators import Part, array_field, boolean, field, integer, one_of, text
+from protocol.wire.validators import Struct, array_field, boolean, choice, field, integer, text
 
 KIB = 1024
 ID_PATTERN = re.compile(r"[0-9a-f]{32}")
@@ -16,7 +16,7 @@ attempt_rule = integer(0, 1_000_000)
 
 
 @attrs.frozen(kw_only=True)
-class AudioFormat(Part):
+class AudioFormat(Struct):
     """How `pcm` is to be heard.
 
     Args:
@@ -25,7 +25,7 @@ class AudioFormat(Part):
         channels: 1 or 2.
     """
 
-    encoding: str = field(one_of("pcm_s16le"), "pcm_s16le")
+    encoding: str = field(choice("pcm_s16le"), "pcm_s16le")
     sample_rate: int = field(integer(8_000, 192_000))
     channels: int = field(integer(1, 2), 1)
 
@@ -36,7 +36,7 @@ class AudioFormat(Part):
 
 
 @attrs.frozen(kw_only=True)
-class InputInfo(Part):
+class InputInfo(Struct):
     """An input that a `submit` announces.
 
     Args:
@@ -51,7 +51,7 @@ class InputInfo(Part):
 
 
 @attrs.frozen(kw_only=True)
-class InputRule(Part):
+class InputRule(Struct):
     """What an engine takes under one input name.
 
     Args:
@@ -66,7 +66,7 @@ class InputRule(Part):
 
 
 @attrs.frozen(kw_only=True)
-class Running(Part):
+class Running(Struct):
     """Where an attempt stands: `next_seq` is the first frame not yet made (worker) or not yet held (relay)."""
 
     request_id: str = field(request_id_rule)

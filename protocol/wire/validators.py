@@ -12,7 +12,7 @@ from protocol.wire.errors import ProtocolError
 Value = Any
 #: Returns for a value that keeps the rule; raises ValueError saying what is wrong with another.
 Rule = Callable[[Value], None]
-PartT = TypeVar("PartT", bound="Part")
+StructT = TypeVar("StructT", bound="Struct")
 
 _WIRE_NAMES = {"NoneType": "nil", "dict": "map", "list": "array", "str": "string", "bytes": "binary", "bool": "boolean"}
 
@@ -41,7 +41,7 @@ def text(at_most: int, pattern: re.Pattern[str] | None = None, what: str = "") -
     return check
 
 
-def one_of(*choices: str) -> Rule:
+def choice(*choices: str) -> Rule:
     """One of these strings."""
 
     def check(value: Value) -> None:
@@ -93,7 +93,7 @@ def binary(at_most: int) -> Rule:
     return check
 
 
-def a_map(value: Value) -> None:
+def mapping(value: Value) -> None:
     """A map."""
     if not isinstance(value, dict):
         raise ValueError(f"must be a map, not {kind_of(value)}")
@@ -113,7 +113,7 @@ def array_of(rule: Rule, at_least: int = 0) -> Rule:
     return check
 
 
-def maybe(rule: Rule) -> Rule:
+def optional(rule: Rule) -> Rule:
     """None, or what keeps `rule`."""
 
     def check(value: Value) -> None:
@@ -123,11 +123,11 @@ def maybe(rule: Rule) -> Rule:
     return check
 
 
-def anything(_value: Value) -> None:
+def any_value(_value: Value) -> None:
     """Whatever the codec let through."""
 
 
-def _named(rule: Rule) -> Callable[[Any, "attrs.Attribute[Any]", Any], None]:
+def _field_validator(rule: Rule) -> Callable[[Any, "attrs.Attribute[Any]", Any], None]:
     def validate(_self: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         try:
             rule(value)
@@ -139,20 +139,20 @@ def _named(rule: Rule) -> Callable[[Any, "attrs.Attribute[Any]", Any], None]:
 
 def field(rule: Rule, default: Any = attrs.NOTHING, *, secret: bool = False) -> Any:
     """An attrs field whose value keeps `rule`; without a default it must be there. A secret one has no `repr`."""
-    return attrs.field(validator=_named(rule), default=default, repr=not secret)
+    return attrs.field(validator=_field_validator(rule), default=default, repr=not secret)
 
 
 def map_field() -> Any:
     """An attrs field that holds a map; empty by default."""
-    return attrs.field(validator=_named(a_map), factory=dict)
+    return attrs.field(validator=_field_validator(mapping), factory=dict)
 
 
 def array_field(rule: Rule) -> Any:
     """An attrs field that holds an array whose items keep `rule`; empty by default."""
-    return attrs.field(validator=_named(array_of(rule)), factory=list)
+    return attrs.field(validator=_field_validator(array_of(rule)), factory=list)
 
 
-class Part:
+class Struct:
     """A map inside a message that has fields of its own; subclasses are frozen attrs classes."""
 
     @classmethod
@@ -179,12 +179,12 @@ class Part:
         for name in self.field_names():
             value = getattr(self, name)
             if value is not None:
-                wire[name] = _to_wire(value) if isinstance(value, Part | tuple | dict) else value
+                wire[name] = _to_wire(value) if isinstance(value, Struct | tuple | dict) else value
         return wire
 
 
 def _to_wire(value: Value) -> Value:
-    if isinstance(value, Part):
+    if isinstance(value, Struct):
         return value.to_map()
     if isinstance(value, tuple | list):
         return [_to_wire(item) for item in value]
@@ -193,7 +193,7 @@ def _to_wire(value: Value) -> Value:
     return value
 
 
-class Message(Part):
+class Message(Struct):
     """One message of the wire."""
 
     TYPE: ClassVar[str]
@@ -217,7 +217,7 @@ class Message(Part):
         return {"type": self.TYPE, **super().to_map()}
 
 
-def parse_part(cls: type[PartT], value: Value) -> PartT:
+def parse_struct(cls: type[StructT], value: Value) -> StructT:
     """The `Part` that a map stands for; keys it does not know are dropped.
 
     Raises:
@@ -225,34 +225,34 @@ def parse_part(cls: type[PartT], value: Value) -> PartT:
     """
     if isinstance(value, cls):
         return value
-    a_map(value)
+    mapping(value)
     if missing := cls.missing(value):
         raise ValueError(f"lacks {missing}")
     return cls(**{name: value[name] for name in cls.field_names() if name in value})
 
 
-def part_field(cls: type[Part]) -> Any:
+def struct_field(cls: type[Struct]) -> Any:
     """An attrs field that holds a part, or None."""
 
     def convert(value: Value, _self: Any, attribute: "attrs.Attribute[Any]") -> Value:
         try:
-            return None if value is None else parse_part(cls, value)
+            return None if value is None else parse_struct(cls, value)
         except ValueError as fault:
             raise FieldError(f"{attribute.name}: {fault}") from None
 
     return attrs.field(converter=attrs.Converter(convert, takes_self=True, takes_field=True), default=None)
 
 
-def parts_field(cls: type[Part], name_rule: Rule) -> Any:
+def struct_map_field(cls: type[Struct], name_rule: Rule) -> Any:
     """An attrs field that holds a map of name -> part."""
 
     def convert(value: Value, _self: Any, attribute: "attrs.Attribute[Any]") -> Value:
         try:
-            a_map(value)
+            mapping(value)
             parsed = {}
             for name, item in value.items():
                 name_rule(name)
-                parsed[name] = parse_part(cls, item)
+                parsed[name] = parse_struct(cls, item)
         except ValueError as fault:
             raise FieldError(f"{attribute.name}: {fault}") from None
         return parsed
@@ -260,13 +260,13 @@ def parts_field(cls: type[Part], name_rule: Rule) -> Any:
     return attrs.field(converter=attrs.Converter(convert, takes_self=True, takes_field=True), factory=dict)
 
 
-def part_list_field(cls: type[Part]) -> Any:
+def struct_list_field(cls: type[Struct]) -> Any:
     """An attrs field that holds an array of parts."""
 
     def convert(value: Value, _self: Any, attribute: "attrs.Attribute[Any]") -> Value:
         try:
-            array_of(anything)(value)
-            return tuple(parse_part(cls, item) for item in value)
+            array_of(any_value)(value)
+            return tuple(parse_struct(cls, item) for item in value)
         except ValueError as fault:
             raise FieldError(f"{attribute.name}: {fault}") from None
 

@@ -13,11 +13,11 @@ MAX_FAILURES = 10
 WINDOW_S = 60.0
 #: Addresses remembered; of more the one that failed longest ago is forgotten.
 MAX_ADDRESSES = 4096
-TOO_MANY_FAILURES = "too many tokens from this address opened nothing; set the right one and wait a little"
+TOO_MANY_LOGINS = "too many tokens from this address opened nothing; set the right one and wait a little"
 
 
 @attrs.define(eq=False)
-class LoginFailures:
+class LoginThrottle:
     """Who failed to log in of late."""
 
     _times: OrderedDict[str, deque[float]] = attrs.field(factory=OrderedDict)

@@ -105,7 +105,7 @@ class NewToken:
     text: str = attrs.field(repr=False)
 
 
-class Tokens:
+class TokenRegistry:
     """The tokens of the store, ready for logins.
 
     Every method decides at once and in memory; the caller commits the records that come back.
@@ -123,9 +123,9 @@ class Tokens:
         # Names are looked up here and not at login: behind NSS may be a server that takes its time.
         self._local_names = {uid: _user_name(uid) for uid in (local_uids or (os.geteuid(), 0))}
         for record in records:
-            self._keep(record)
+            self._add(record)
 
-    def _keep(self, record: TokenRecord) -> None:
+    def _add(self, record: TokenRecord) -> None:
         self._by_id[record.token_id] = record
         self._by_sha256[record.sha256] = record
 
@@ -255,7 +255,7 @@ class Tokens:
             created_at=now,
             expires_at=expires_at,
         )
-        self._keep(record)
+        self._add(record)
         return NewToken(record, text)
 
     def _new_id(self) -> str:
@@ -274,7 +274,7 @@ class Tokens:
         matches = [r for r in self._by_id.values() if which in (r.token_id, r.principal) and r.revoked_at is None]
         revoked = [attrs.evolve(record, revoked_at=now) for record in matches]
         for record in revoked:
-            self._keep(record)
+            self._add(record)
         return revoked
 
     def forget(self, token_id: str) -> None:
@@ -282,7 +282,7 @@ class Tokens:
         if record := self._by_id.pop(token_id, None):
             del self._by_sha256[record.sha256]
 
-    def read_again(self, records: Iterable[TokenRecord], known: Iterable[str]) -> set[str]:
+    def reload(self, records: Iterable[TokenRecord], known: Iterable[str]) -> set[str]:
         """Let the store's records count. One that was revoked here stays so: its commit may have failed.
 
         Args:
@@ -301,7 +301,7 @@ class Tokens:
             before = self._by_id.get(token_id)
             if before is None or before.revoked_at is None:
                 self.forget(token_id)  # its hash may be another
-                self._keep(record)
+                self._add(record)
         return {t for t in open_before if t not in self._by_id or self._by_id[t].revoked_at is not None}
 
     def list(self) -> list[TokenRecord]:

@@ -24,11 +24,11 @@ from protocol.wire.validators import (
     Value,
     array_of,
     boolean,
+    choice,
     integer,
     kind_of,
-    maybe,
     number,
-    one_of,
+    optional,
     text,
 )
 
@@ -166,8 +166,8 @@ class Tls:
 class LogConfig:
     """What is logged, and how: `auto` is `console` on a terminal and `json` elsewhere."""
 
-    level: Annotated[str, one_of("debug", "info", "warning", "error")] = "info"
-    format: Annotated[Literal["auto", "console", "json"], one_of("auto", "console", "json")] = "auto"
+    level: Annotated[str, choice("debug", "info", "warning", "error")] = "info"
+    format: Annotated[Literal["auto", "console", "json"], choice("auto", "console", "json")] = "auto"
 
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
@@ -218,7 +218,7 @@ class Http:
     """
 
     max_wait_s: Annotated[float, _from_zero_s] = 120.0
-    metrics: Annotated[Literal["token", "operator", "public"], one_of("token", "operator", "public")] = "token"
+    metrics: Annotated[Literal["token", "operator", "public"], choice("token", "operator", "public")] = "token"
     keep_alive_s: Annotated[float, number(0.01, 3600)] = 30.0
 
 
@@ -235,11 +235,11 @@ class SpaceConfig:
     max_workers: Annotated[int, integer(1, 1_000)] = 1
     max_queued: Annotated[int, _count] = 1_000
     max_queued_per_principal: Annotated[int, _count] = 100
-    max_running_per_principal: Annotated[int | None, maybe(_count)] = None
+    max_running_per_principal: Annotated[int | None, optional(_count)] = None
     queue_timeout_s: Annotated[float, _seconds] = 120.0
     run_timeout_s: Annotated[float, _seconds] = 120.0
     idle_timeout_s: Annotated[float, _seconds] = 30.0
-    when_empty: Annotated[Literal["queue", "refuse"], one_of("queue", "refuse")] = "queue"
+    when_empty: Annotated[Literal["queue", "refuse"], choice("queue", "refuse")] = "queue"
     max_attempts: Annotated[int, integer(1, 100)] = 3
     description: Annotated[str, text(1_000)] = ""
 
@@ -284,7 +284,7 @@ class Config:
     allowed_origins: Annotated[tuple[str, ...], array_of(_origin)] = ()
     unix_socket: Annotated[bool, boolean] = True
     unix_socket_mode: Annotated[int, _mode] = 0o600
-    store: Annotated[Literal["sqlite", "memory"], one_of("sqlite", "memory")] = "sqlite"
+    store: Annotated[Literal["sqlite", "memory"], choice("sqlite", "memory")] = "sqlite"
     drain_timeout_s: Annotated[float, _from_zero_s] = 30.0
     tls: Tls | None = None
     log: LogConfig = attrs.field(factory=LogConfig)

@@ -30,16 +30,16 @@ from protocol.wire.messages import (
 )
 from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
-from relayd.core.admission import Intake
+from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import HIGH_WATER_BYTES, LOW_WATER_BYTES, FrameReader
 from relayd.requests.request import Request
-from relayd.scheduling.model import Place, State
+from relayd.scheduling.model import QueuePosition, State
 from relayd.views.rows import pages, space_row
 
 
 @attrs.define(eq=False)
-class ClientLink:
+class ClientHandler:
     """One connection of a client, or of an operator in its part as a client.
 
     It is the sink of its requests' frames: `send_frames` never raises, because a client that is gone must not trouble
@@ -50,12 +50,12 @@ class ClientLink:
     link: Link
     principal: Principal
     relay: Relay
-    intake: Intake
+    admission: Admission
     takes: Table = FROM_CLIENT
     readers: dict[str, FrameReader] = attrs.field(factory=dict)
-    held: dict[str, Request] = attrs.field(factory=dict)
+    held_requests: dict[str, Request] = attrs.field(factory=dict)
     #: Places to tell once the link has drained; the latest of each request.
-    _untold: dict[str, Place] = attrs.field(factory=dict)
+    _deferred_positions: dict[str, QueuePosition] = attrs.field(factory=dict)
     #: Of the class: what all have in common is not kept by each.
     handlers: "Mapping[type[Message], Handler]" = attrs.field(factory=lambda: HANDLERS)
     #: Called once its link is gone.
@@ -88,50 +88,50 @@ class ClientLink:
         except LinkError:
             return
 
-    def hear_read(self, reader: FrameReader) -> None:
+    def on_all_sent(self, reader: FrameReader) -> None:
         """All of a request's frames are sent."""
         if self.readers.get(reader.key) is reader:
             del self.readers[reader.key]
-            self.relay.stir("requests", reader.key)
+            self.relay.mark_busy("requests", reader.key)
 
-    def hear_broken(self, reader: FrameReader) -> None:
+    def on_read_error(self, reader: FrameReader) -> None:
         """The rest of a result that was being sent is lost."""
         if self.readers.get(reader.key) is reader:
             del self.readers[reader.key]
             message = "the relay cannot read the result back from its disk; see its log, and submit it again"
             self.send(Rejected.because(ErrorCode.INTERNAL, message, request_id=reader.key))
 
-    def hear_ended(self, request: Request) -> None:
+    def on_ended(self, request: Request) -> None:
         """The request needs no holder any more."""
-        self.held.pop(request.request_id, None)
+        self.held_requests.pop(request.request_id, None)
 
-    def hear_accepted(self, request: Request) -> None:
+    def on_accepted(self, request: Request) -> None:
         """The request is safe in the store."""
         self.send(Accepted(request_id=request.request_id))
 
-    def hear_rejected(self, request: Request, refusal: Rejected) -> None:
+    def on_rejected(self, request: Request, refusal: Rejected) -> None:
         """The request was not taken after all."""
-        self._let_go(request)
+        self._release(request)
         self.send(refusal)
 
-    def hear_place(self, request: Request, place: Place) -> None:
+    def on_position(self, request: Request, place: QueuePosition) -> None:
         """The request's place in the queue; a link that is behind hears of it later, and only of the last."""
         if self.backlog_bytes >= HIGH_WATER_BYTES:
-            self._untold[request.request_id] = place
+            self._deferred_positions[request.request_id] = place
             return
-        self._untold.pop(request.request_id, None)
+        self._deferred_positions.pop(request.request_id, None)
         self.send(Queued(request_id=request.request_id, position=place.position, of=place.of, eta_s=place.eta_s))
 
     # -- its life
 
     def begin(self) -> None:
         """Be there for others to see."""
-        self.link.patient = True  # frames wait for it, and it may only have been put to sleep
+        self.link.tolerate_stall = True  # frames wait for it, and it may only have been put to sleep
         self.link.on_drained(self._pump, LOW_WATER_BYTES)
         self.relay.clients[self.connection_id] = self
-        self.relay.touch("clients", self.connection_id)
+        self.relay.mark_changed("clients", self.connection_id)
 
-    def take(self, messages: list[bytes]) -> None:
+    def on_messages(self, messages: list[bytes]) -> None:
         """Take its messages.
 
         Raises:
@@ -152,24 +152,24 @@ class ClientLink:
         for reader in self.readers.values():
             reader.close()
         self.readers.clear()
-        for request in list(self.held.values()):
-            self._let_go(request)
+        for request in list(self.held_requests.values()):
+            self._release(request)
         self.on_close()
         del self.relay.clients[self.connection_id]
         self.relay.stats.out_bytes += self.bytes_sent - self.sampled_bytes
-        self.relay.touch("clients", self.connection_id)
+        self.relay.mark_changed("clients", self.connection_id)
 
-    def unfinished(self) -> list[FrameReader]:
+    def unsent_readers(self) -> list[FrameReader]:
         """Readers of ended requests that have not sent all yet."""
         return [reader for reader in self.readers.values() if reader.log.ended and not reader.done]
 
     def _pump(self) -> None:
         """The link has drained: what waited for it goes on."""
-        untold, self._untold = self._untold, {}
+        untold, self._deferred_positions = self._deferred_positions, {}
         for request_id, place in untold.items():
-            request = self.held.get(request_id)
+            request = self.held_requests.get(request_id)
             if request is not None and request.entry.state is State.QUEUED:
-                self.hear_place(request, place)
+                self.on_position(request, place)
         for reader in list(self.readers.values()):
             reader.pump()
 
@@ -178,29 +178,29 @@ class ClientLink:
         return request.principal == self.principal.name and not self.principal.readonly
 
     def _hold(self, request: Request) -> None:
-        self.held[request.request_id] = request
+        self.held_requests[request.request_id] = request
         request.holders.add(self)
-        request.unheld_at = None
-        request.notify()
+        request.abandoned_at = None
+        request.wake()
 
-    def _let_go(self, request: Request) -> None:
+    def _release(self, request: Request) -> None:
         if reader := self.readers.pop(request.request_id, None):
             reader.close()
-            self.relay.stir("requests", request.request_id)
-        if self.held.pop(request.request_id, None) is None:
+            self.relay.mark_busy("requests", request.request_id)
+        if self.held_requests.pop(request.request_id, None) is None:
             return
         request.holders.discard(self)
         if not request.holders and request.live:
-            request.unheld_at = trio.current_time()
-            request.notify()
+            request.abandoned_at = trio.current_time()
+            request.wake()
 
-    def _read(self, request: Request, seq: int) -> None:
+    def _start_reader(self, request: Request, seq: int) -> None:
         """Send the request's frames from `seq` on, in place of where an earlier reader here stood."""
         if old := self.readers.pop(request.request_id, None):
             old.close()
         reader = FrameReader(request.request_id, request.log, self, seq)
         self.readers[request.request_id] = reader
-        self.relay.stir("requests", request.request_id)
+        self.relay.mark_busy("requests", request.request_id)
         reader.open()
 
     # -- messages
@@ -212,65 +212,65 @@ class ClientLink:
         if self.principal.readonly:
             self.send(_only_looks(submit.request_id))
             return
-        request = self.intake.submit(submit, self.principal, self)
+        request = self.admission.submit(submit, self.principal, self)
         if isinstance(request, Rejected):
             self.send(request)
         elif not request.has_result:
             self.send(_result_gone(request))
         else:
             if request.accepted:
-                self.hear_accepted(request)
+                self.on_accepted(request)
             if request.live:
                 self._hold(request)
-                self._tell_place(request)
-            self._read(request, 0)
+                self._send_position(request)
+            self._start_reader(request, 0)
 
     def _input(self, piece: Input) -> None:
-        request = self.held.get(piece.request_id)
+        request = self.held_requests.get(piece.request_id)
         if request is not None:  # else it was refused while the piece was on its way
-            self.intake.add_input(request, piece)
+            self.admission.add_input(request, piece)
 
     def _cancel(self, cancel: Cancel) -> None:
         if self.principal.readonly:
             self.send(_only_looks(cancel.request_id))
             return
-        request = self._find(cancel.request_id)
+        request = self._find_request(cancel.request_id)
         if isinstance(request, Rejected):
             self.send(request)
         elif request.live:
             self.relay.cancel(request, cancel.reason or f"cancelled by {self.principal.name}")
 
     def _attach(self, attach: Attach) -> None:
-        request = self._find(attach.request_id)
+        request = self._find_request(attach.request_id)
         if isinstance(request, Rejected):
             self.send(request)
         elif not request.has_result:
             self.send(_result_gone(request))
         else:
             if request.accepted:
-                self.hear_accepted(request)
+                self.on_accepted(request)
             if request.live and self._may_hold(request):
                 self._hold(request)
                 if attach.attempt > request.entry.attempt:
-                    self.relay.hear_of(request, attach.attempt)
-            self._tell_place(request)
-            self._read(request, request.log.place(attach.attempt, attach.after_seq))
+                    self.relay.adopt_later_attempt(request, attach.attempt)
+            self._send_position(request)
+            self._start_reader(request, request.log.resume_seq(attach.attempt, attach.after_seq))
 
     def _leave(self, leave: Leave) -> None:
-        if request := self.held.get(leave.request_id):
-            self._let_go(request)
+        if request := self.held_requests.get(leave.request_id):
+            self._release(request)
         elif reader := self.readers.pop(leave.request_id, None):
             reader.close()
-            self.relay.stir("requests", leave.request_id)
+            self.relay.mark_busy("requests", leave.request_id)
 
-    def _tell_place(self, request: Request) -> None:
+    def _send_position(self, request: Request) -> None:
         if request.entry.state is State.QUEUED:
             space = request.submit.space
-            if place := self.relay.scheduler.places(space, trio.current_time()).get(request.request_id):
-                self.hear_place(request, place)
+            if place := self.relay.scheduler.positions(space, trio.current_time()).get(request.request_id):
+                self.on_position(request, place)
 
     def _status(self, status: Status) -> None:
-        request = self._find(status.request_id)
+        request = self._find_request(status.request_id)
         if isinstance(request, Rejected):
             self.send(request)
             return
@@ -286,7 +286,7 @@ class ClientLink:
             message=request.message,
         )
         if entry.state is State.QUEUED:
-            place = self.relay.scheduler.places(entry.space, now)[request.request_id]
+            place = self.relay.scheduler.positions(entry.space, now)[request.request_id]
             reply = attrs.evolve(reply, position=place.position, of=place.of, eta_s=place.eta_s)
         self.send(reply)
 
@@ -296,7 +296,7 @@ class ClientLink:
         for page, more in pages([row for row in rows if row is not None]):
             self.send(SpacesReply(spaces=page, more=more))
 
-    def _find(self, request_id: str) -> Request | Rejected:
+    def _find_request(self, request_id: str) -> Request | Rejected:
         """A request of this principal's; an operator's are all."""
         request = self.relay.requests.get(request_id)
         mine = request is not None and (
@@ -309,17 +309,17 @@ class ClientLink:
         return request
 
 
-Handler = Callable[[ClientLink, Any], None]
+Handler = Callable[[ClientHandler, Any], None]
 HANDLERS: Mapping[type[Message], Handler] = {
-    Ping: ClientLink._ping,
+    Ping: ClientHandler._ping,
     Pong: lambda _client, _pong: None,
-    Submit: ClientLink._submit,
-    Input: ClientLink._input,
-    Cancel: ClientLink._cancel,
-    Attach: ClientLink._attach,
-    Leave: ClientLink._leave,
-    Status: ClientLink._status,
-    Spaces: ClientLink._spaces,
+    Submit: ClientHandler._submit,
+    Input: ClientHandler._input,
+    Cancel: ClientHandler._cancel,
+    Attach: ClientHandler._attach,
+    Leave: ClientHandler._leave,
+    Status: ClientHandler._status,
+    Spaces: ClientHandler._spaces,
 }
 
 

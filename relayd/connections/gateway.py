@@ -17,7 +17,7 @@ import trio
 
 from protocol.link.base import Link
 from protocol.link.dial import serve_link
-from protocol.link.limits import LinkRules
+from protocol.link.limits import LinkLimits
 from protocol.link.websocket_frames import INTERNAL_ERROR, POLICY_VIOLATION
 from protocol.wire.codec import decode
 from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, TextReceived
@@ -34,18 +34,18 @@ from protocol.wire.messages import (
     Rejected,
     Welcome,
 )
-from relayd.auth.login_throttle import TOO_MANY_FAILURES, LoginFailures, address_of
+from relayd.auth.login_throttle import TOO_MANY_LOGINS, LoginThrottle, address_of
 from relayd.auth.origins import may_come_from
-from relayd.auth.tokens import PeerCredentials, Principal, Tokens
+from relayd.auth.tokens import PeerCredentials, Principal, TokenRegistry
 from relayd.config.schema import Limits
-from relayd.connections.client import ClientLink
-from relayd.connections.operator import Operator
-from relayd.connections.worker import WorkerLink
-from relayd.core.admission import Intake
+from relayd.connections.client import ClientHandler
+from relayd.connections.operator import OperatorHandler
+from relayd.connections.worker import WorkerHandler
+from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 from relayd.net.http_head import split_head
-from relayd.net.reactor import BROKE, OUR_MISTAKE, Plane, SocketLink
-from relayd.net.websocket_handshake import Head, Refusal, answer_to, check_upgrade, parse_head
+from relayd.net.reactor import INTERNAL_LOG, INTERNAL_MESSAGE, Reactor, SocketLink
+from relayd.net.websocket_handshake import HandshakeRejected, Head, build_response, check_upgrade, parse_head
 
 log = structlog.get_logger("relayd.wire")
 
@@ -56,7 +56,7 @@ SERVER = f"relayd/{importlib.metadata.version('relayd')}"
 #: Between two looks at who has not said hello yet, at most: the time for it may be another by now.
 NEWCOMERS_S = 1.0
 #: Connections that have not logged in, beyond `max_connections`: with 900 of those, a limit of 1,024 files holds.
-MAX_STRANGERS = 64
+MAX_PENDING = 64
 NO_TEXT = "text message; every message is binary (msgpack)"
 FULL = "the relay has all the connections it takes; try again later"
 STALLED = Error(
@@ -65,10 +65,10 @@ STALLED = Error(
 )
 
 
-class Part(Protocol):
+class RoleHandler(Protocol):
     """What a connection is once it has logged in: a client's, a worker's, an operator's."""
 
-    def take(self, messages: list[bytes]) -> None:
+    def on_messages(self, messages: list[bytes]) -> None:
         """Its messages, in order.
 
         Raises:
@@ -80,7 +80,7 @@ class Part(Protocol):
 
 
 @attrs.define(eq=False)
-class Arrival:
+class ConnectionSlot:
     """A connection from its first byte to its last, logged in or not.
 
     Args:
@@ -89,60 +89,60 @@ class Arrival:
         credentials: of a unix socket's peer.
     """
 
-    gate: "Gate"
+    gateway: "Gateway"
     peer: str
     credentials: PeerCredentials | None
     _left: bool = False
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Count it out; the first call counts."""
         if not self._left:
             self._left = True
-            self.gate.open -= 1
+            self.gateway.open -= 1
 
 
 @attrs.define(eq=False)
-class Newcomer:
+class PendingConnection:
     """A plain connection between its handshake and its login; it takes its link's messages meanwhile."""
 
     link: SocketLink
-    gate: "Gate"
-    arrival: Arrival
+    gateway: "Gateway"
+    connection_slot: ConnectionSlot
     #: Trio time by which its hello must come, and how long that is.
     due: float
     patience_s: float
-    waits: bool = True
+    waiting: bool = True
 
-    def take(self, messages: list[bytes]) -> None:
-        """See `protocol.link.limits.Taker`: the first is the hello."""
-        self.waits = False
-        connection = self.gate.admit(self.link, messages[0], self.arrival)
+    def on_messages(self, messages: list[bytes]) -> None:
+        """See `protocol.link.limits.LinkHandler`: the first is the hello."""
+        self.waiting = False
+        connection = self.gateway.log_in(self.link, messages[0], self.connection_slot)
         if connection is not None:
-            self.gate.let_in(connection, messages[1:])
+            self.gateway.start(connection, messages[1:])
 
-    def take_text(self, text: str) -> None:
-        """See `protocol.link.limits.Taker`."""
-        self.waits = False
-        tell_fault(self.link, TextReceived(NO_TEXT))
+    def on_text(self, text: str) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
+        self.waiting = False
+        send_protocol_error(self.link, TextReceived(NO_TEXT))
 
-    def hear_end(self) -> None:
-        """See `protocol.link.limits.Taker`."""
-        self.waits = False
+    def on_closed(self) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
+        self.waiting = False
         log.debug("connection lost", peer=self.link.peer, why=self.link.reason)
 
-    def hear_cut(self) -> None:
-        """See `protocol.link.limits.Taker`."""
-        self.arrival.leave()
+    def on_transport_closed(self) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
+        self.connection_slot.release()
 
-    def give_up(self) -> None:
+    def time_out(self) -> None:
         """Its time is over."""
-        if self.waits:
-            self.waits = False
+        if self.waiting:
+            self.waiting = False
             try:
-                tell_fault(self.link, _Silent(self.patience_s))
+                send_protocol_error(self.link, _Silent(self.patience_s))
             except Exception:
-                log.exception(BROKE, peer=self.link.peer)
-                self.link.abort(OUR_MISTAKE)
+                log.exception(INTERNAL_LOG, peer=self.link.peer)
+                self.link.abort(INTERNAL_MESSAGE)
 
 
 @attrs.define(eq=False)
@@ -152,91 +152,91 @@ class Connection:
     connection_id: str
     link: Link
     principal: Principal
-    gate: "Gate"
-    arrival: "Arrival"
+    gateway: "Gateway"
+    connection_slot: "ConnectionSlot"
     #: What its program calls itself.
     agent: str = ""
     connected_at: float = attrs.field(factory=trio.current_time)
-    part: Part | None = None
+    part: RoleHandler | None = None
 
     def begin(self) -> None:
         """It has its part, and takes its messages from now on."""
-        self.gate.relay.connections[self.connection_id] = self
-        self.link.hand_to(self)
+        self.gateway.relay.connections[self.connection_id] = self
+        self.link.set_handler(self)
 
     def disconnect(self, reason: str) -> None:
         """End it now."""
         self.link.abort(reason)
 
-    def take(self, messages: list[bytes]) -> None:
-        """See `protocol.link.limits.Taker`."""
+    def on_messages(self, messages: list[bytes]) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
         assert self.part is not None
         try:
-            self.part.take(messages)
+            self.part.on_messages(messages)
         except ProtocolError as fault:
-            tell_fault(self.link, fault)
+            send_protocol_error(self.link, fault)
         except Exception:
-            log.exception(BROKE, peer=self.link.peer)
-            self.tell_mistake()
+            log.exception(INTERNAL_LOG, peer=self.link.peer)
+            self.send_internal_error()
 
-    def tell_mistake(self) -> None:
+    def send_internal_error(self) -> None:
         """The relay broke over it: say so, and close."""
-        say_why(self.link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
+        send_error_and_close(self.link, ErrorCode.INTERNAL, INTERNAL_MESSAGE, INTERNAL_ERROR)
 
-    def take_text(self, text: str) -> None:
-        """See `protocol.link.limits.Taker`."""
-        tell_fault(self.link, TextReceived(NO_TEXT))
+    def on_text(self, text: str) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
+        send_protocol_error(self.link, TextReceived(NO_TEXT))
 
-    def hear_end(self) -> None:
-        """See `protocol.link.limits.Taker`."""
-        link, relay = self.link, self.gate.relay
+    def on_closed(self) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
+        link, relay = self.link, self.gateway.relay
         try:
             if self.part is not None:
                 self.part.close()
         except Exception:
-            log.exception(BROKE, peer=link.peer)
+            log.exception(INTERNAL_LOG, peer=link.peer)
         finally:
             del relay.connections[self.connection_id]
             relay.slow_consumers += link.stalled
             tell = log.warning if link.stalled else log.info
             tell("disconnected", peer=link.peer, principal=self.principal.name, why=link.reason or "closed")
 
-    def hear_cut(self) -> None:
-        """See `protocol.link.limits.Taker`."""
-        self.arrival.leave()
+    def on_transport_closed(self) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
+        self.connection_slot.release()
 
 
 @attrs.define(eq=False)
-class Gate:
+class Gateway:
     """Where connections come in."""
 
     relay: Relay
-    intake: Intake
-    tokens: Tokens
-    plane: Plane
+    admission: Admission
+    tokens: TokenRegistry
+    reactor: Reactor
     #: Of the tasks of connections that have some.
     nursery: trio.Nursery
     #: Begins the daemon's drain; an operator may ask for it.
     drain: Callable[[str], None]
-    failures: LoginFailures = attrs.field(factory=LoginFailures)
+    failures: LoginThrottle = attrs.field(factory=LoginThrottle)
     #: Connections from their first byte on, logged in or not.
     open: int = 0
-    _rules: tuple[Limits, LinkRules] | None = None
+    _link_limits: tuple[Limits, LinkLimits] | None = None
     #: Who has shaken hands of late, the first first.
-    _newcomers: list[Newcomer] = attrs.field(factory=list)
-    _some_came: trio.Event = attrs.field(factory=trio.Event)
+    _pending: list[PendingConnection] = attrs.field(factory=list)
+    _some_pending: trio.Event = attrs.field(factory=trio.Event)
 
     # -- who comes
 
-    def enter(self, peer: str, credentials: PeerCredentials | None) -> Arrival | None:
+    def count_in(self, peer: str, credentials: PeerCredentials | None) -> ConnectionSlot | None:
         """Count a connection in; None where there are too many, and it is to be hung up on."""
-        if self.open >= self.relay.config.limits.max_connections + MAX_STRANGERS:
+        if self.open >= self.relay.config.limits.max_connections + MAX_PENDING:
             log.warning("too many connections; hung up on one", peer=peer, open=self.open)
             return None
         self.open += 1
-        return Arrival(self, peer, credentials)
+        return ConnectionSlot(self, peer, credentials)
 
-    async def serve(self, stream: trio.abc.Stream, data: bytes, arrival: Arrival) -> bool:
+    async def serve(self, stream: trio.abc.Stream, data: bytes, connection_slot: ConnectionSlot) -> bool:
         """One WebSocket, from its handshake on; no fault of it gets out.
 
         Args:
@@ -253,128 +253,132 @@ class Gate:
             if refusal := self.refusal(head):
                 raise refusal
             check_upgrade(head, SUBPROTOCOL)
-            answer = answer_to(head, SUBPROTOCOL)
+            answer = build_response(head, SUBPROTOCOL)
             if isinstance(stream, trio.SocketStream):
-                self._take_over(stream, answer, early, arrival)
+                self._take_over(stream, answer, early, connection_slot)
                 return True
             await stream.send_all(answer)
-            async with serve_link(stream, peer=arrival.peer, rules=self.rules, early=early) as link:
-                link.limit_messages(MAX_CONTROL_BYTES)
-                connection = await self._log_in(link, arrival)
+            async with serve_link(stream, peer=connection_slot.peer, limits=self.link_limits, early=early) as link:
+                link.set_max_message_bytes(MAX_CONTROL_BYTES)
+                connection = await self._log_in(link, connection_slot)
                 if connection is not None:
                     self._greet(connection)
-                    await self._stay(connection)
-        except Refusal as refusal:
-            await hang_up(stream, refusal)
+                    await self._serve(connection)
+        except HandshakeRejected as refusal:
+            await reject_handshake(stream, refusal)
         except (LinkError, trio.BrokenResourceError, trio.ClosedResourceError) as fault:
-            log.debug("connection lost", peer=arrival.peer, why=str(fault))
+            log.debug("connection lost", peer=connection_slot.peer, why=str(fault))
         except Exception:
-            log.exception(BROKE, peer=arrival.peer)
+            log.exception(INTERNAL_LOG, peer=connection_slot.peer)
         return False
 
-    def _take_over(self, stream: trio.SocketStream, answer: bytes, early: bytes, arrival: Arrival) -> None:
+    def _take_over(
+        self, stream: trio.SocketStream, answer: bytes, early: bytes, connection_slot: ConnectionSlot
+    ) -> None:
         # A stranger is not kept a megabyte for.
-        link = self.plane.adopt(stream, arrival.peer, self.rules, answer, max_message_bytes=MAX_CONTROL_BYTES)
+        link = self.reactor.register(
+            stream, connection_slot.peer, self.link_limits, answer, max_message_bytes=MAX_CONTROL_BYTES
+        )
         try:
             patience_s = self.relay.config.limits.hello_timeout_s
-            newcomer = Newcomer(link, self, arrival, self.plane.now + patience_s, patience_s)
-            self._newcomers.append(newcomer)
-            self._some_came.set()
-            link.hand_to(newcomer)
+            pending = PendingConnection(link, self, connection_slot, self.reactor.now + patience_s, patience_s)
+            self._pending.append(pending)
+            self._some_pending.set()
+            link.set_handler(pending)
             if early:
-                link.hear_early(early)
+                link.feed_early(early)
         except BaseException:
-            link.abort(OUR_MISTAKE)
+            link.abort(INTERNAL_MESSAGE)
             raise
 
-    async def watch_newcomers(self) -> None:
+    async def serve_login_timeouts(self) -> None:
         """Hang up on who sends no hello in time, until cancelled."""
-        waiting = self._newcomers
+        waiting = self._pending
         while True:
             if not waiting:
-                self._some_came = trio.Event()
-                await self._some_came.wait()
+                self._some_pending = trio.Event()
+                await self._some_pending.wait()
             now = trio.current_time()
             await trio.sleep_until(min(waiting[0].due, now + NEWCOMERS_S))
             now = trio.current_time()
-            for newcomer in waiting:
-                if newcomer.due <= now:
-                    newcomer.give_up()
-            waiting[:] = [newcomer for newcomer in waiting if newcomer.waits]
+            for pending in waiting:
+                if pending.due <= now:
+                    pending.time_out()
+            waiting[:] = [pending for pending in waiting if pending.waiting]
 
     @property
-    def rules(self) -> LinkRules:
+    def link_limits(self) -> LinkLimits:
         """What peers are held to, by the settings as they are now."""
         limits = self.relay.config.limits
-        if self._rules is None or self._rules[0] is not limits:
-            rules = LinkRules(
+        if self._link_limits is None or self._link_limits[0] is not limits:
+            link_limits = LinkLimits(
                 ping_interval_s=limits.ping_interval_s,
                 dead_after_s=limits.dead_after_s,
                 send_timeout_s=limits.stall_timeout_s,
                 max_backlog_bytes=limits.max_backlog_bytes,
                 farewell=STALLED,
             )
-            self._rules = limits, rules
-        return self._rules[1]
+            self._link_limits = limits, link_limits
+        return self._link_limits[1]
 
-    def refusal(self, head: Head) -> Refusal | None:
+    def refusal(self, head: Head) -> HandshakeRejected | None:
         """Why a handshake is not for us."""
         origin = head.get("origin")
         if head.path != PATH:
-            return Refusal(404, f"nothing here; the relay speaks at {PATH}")
+            return HandshakeRejected(404, f"nothing here; the relay speaks at {PATH}")
         if not may_come_from(origin, head.get("host"), self.relay.config.allowed_origins):
-            return Refusal(403, f"origin {origin} is not in allowed_origins of relayd.toml")
-        return Refusal(503, FULL) if self._full() else None
+            return HandshakeRejected(403, f"origin {origin} is not in allowed_origins of relayd.toml")
+        return HandshakeRejected(503, FULL) if self._full() else None
 
     def _full(self) -> bool:
         return len(self.relay.connections) >= self.relay.config.limits.max_connections
 
     # -- who it is
 
-    async def _log_in(self, link: Link, arrival: Arrival) -> Connection | None:
+    async def _log_in(self, link: Link, connection_slot: ConnectionSlot) -> Connection | None:
         """Wait for the hello; None where there was none, or one that is refused: the link is then closed."""
         patience_s = self.relay.config.limits.hello_timeout_s
         connection = None
         try:
             with trio.fail_after(patience_s):
                 data = await link.receive()
-            connection = self.admit(link, data, arrival)
+            connection = self.log_in(link, data, connection_slot)
         except trio.TooSlowError:
-            tell_fault(link, _Silent(patience_s))
+            send_protocol_error(link, _Silent(patience_s))
         except TextReceived as fault:
-            tell_fault(link, fault)
+            send_protocol_error(link, fault)
         if connection is None:
             await link.aclose()
         return connection
 
-    def admit(self, link: Link, data: bytes, arrival: Arrival) -> Connection | None:
+    def log_in(self, link: Link, data: bytes, connection_slot: ConnectionSlot) -> Connection | None:
         """Look at the first message; None where it is no hello, or one that is refused: the link then closes."""
         try:
             hello = decode(data, FROM_ANYONE)
             assert isinstance(hello, Hello)
             if hello.version != PROTOCOL_VERSION:
                 raise ProtocolError(f"version {hello.version}; this relay speaks version {PROTOCOL_VERSION}")
-            principal = self._principal(hello, arrival)
+            principal = self._principal(hello, connection_slot)
         except ProtocolError as fault:
-            tell_fault(link, fault)
+            send_protocol_error(link, fault)
         except Exception:
-            log.exception(BROKE, peer=link.peer)
-            say_why(link, ErrorCode.INTERNAL, OUR_MISTAKE, INTERNAL_ERROR)
+            log.exception(INTERNAL_LOG, peer=link.peer)
+            send_error_and_close(link, ErrorCode.INTERNAL, INTERNAL_MESSAGE, INTERNAL_ERROR)
         else:
             if isinstance(principal, Principal):
-                connection = Connection(secrets.token_hex(8), link, principal, self, arrival, hello.agent)
-                link.limit_messages(MAX_MESSAGE_BYTES)
+                connection = Connection(secrets.token_hex(8), link, principal, self, connection_slot, hello.agent)
+                link.set_max_message_bytes(MAX_MESSAGE_BYTES)
                 log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
                 return connection
             if principal.retry_after_s is None:  # else it was told often enough
                 log.warning("login refused", peer=link.peer, role=hello.role, code=principal.code)
-            say_why(link, principal.code, principal.message, POLICY_VIOLATION)
+            send_error_and_close(link, principal.code, principal.message, POLICY_VIOLATION)
         return None
 
-    def _principal(self, hello: Hello, arrival: Arrival) -> Principal | Rejected:
-        principal = self.tokens.log_in(hello, arrival.credentials, time.time())
+    def _principal(self, hello: Hello, connection_slot: ConnectionSlot) -> Principal | Rejected:
+        principal = self.tokens.log_in(hello, connection_slot.credentials, time.time())
         if isinstance(principal, Rejected):
-            return self._counted(principal, hello, arrival)
+            return self._throttled(principal, hello, connection_slot)
         if self._full():  # others have logged in since its handshake
             return Rejected.because(ErrorCode.RATE_LIMITED, FULL)
         most = principal.limits.max_connections
@@ -385,18 +389,18 @@ class Gate:
                 return Rejected.because(ErrorCode.RATE_LIMITED, message)
         return principal
 
-    def _counted(self, refusal: Rejected, hello: Hello, arrival: Arrival) -> Rejected:
+    def _throttled(self, refusal: Rejected, hello: Hello, connection_slot: ConnectionSlot) -> Rejected:
         """A refused login; of too many from one address, one that says so."""
-        if refusal.code != ErrorCode.UNAUTHENTICATED or not hello.token or arrival.credentials is not None:
+        if refusal.code != ErrorCode.UNAUTHENTICATED or not hello.token or connection_slot.credentials is not None:
             return refusal
-        wait_s = self.failures.add(address_of(arrival.peer), trio.current_time())
+        wait_s = self.failures.add(address_of(connection_slot.peer), trio.current_time())
         if wait_s is None:
             return refusal
-        return Rejected.because(ErrorCode.RATE_LIMITED, TOO_MANY_FAILURES, retry_after_s=wait_s)
+        return Rejected.because(ErrorCode.RATE_LIMITED, TOO_MANY_LOGINS, retry_after_s=wait_s)
 
     # -- its part
 
-    def let_in(self, connection: Connection, messages: list[bytes]) -> None:
+    def start(self, connection: Connection, messages: list[bytes]) -> None:
         """Begin the part of a connection that the plane carries.
 
         Args:
@@ -407,13 +411,13 @@ class Gate:
         principal = connection.principal
         # A client at rest needs no task; a worker and an operator have some of their own, and few are there.
         if principal.role != "client" or principal.expires_at is not None:
-            connection.link.keep(messages)
-            self.nursery.start_soon(self._stay_alone, connection)
+            connection.link.buffer_again(messages)
+            self.nursery.start_soon(self._serve_in_task, connection)
             return
         connection.part = self._client(connection)
         connection.begin()
         if messages:
-            connection.take(messages)
+            connection.on_messages(messages)
 
     def _greet(self, connection: Connection) -> None:
         try:
@@ -421,20 +425,20 @@ class Gate:
         except LinkError:
             log.debug("connection lost", peer=connection.link.peer, why=connection.link.reason)
 
-    async def _stay_alone(self, connection: Connection) -> None:
+    async def _serve_in_task(self, connection: Connection) -> None:
         """As `_stay`, in a task of its own; no fault of it gets out."""
         try:
-            await self._stay(connection)
+            await self._serve(connection)
         except Exception:
-            log.exception(BROKE, peer=connection.link.peer)
-            connection.tell_mistake()
-            connection.arrival.leave()
+            log.exception(INTERNAL_LOG, peer=connection.link.peer)
+            connection.send_internal_error()
+            connection.connection_slot.release()
         except BaseException:
             connection.link.abort("the relay has stopped")
-            connection.arrival.leave()
+            connection.connection_slot.release()
             raise
 
-    async def _stay(self, connection: Connection) -> None:
+    async def _serve(self, connection: Connection) -> None:
         """Play the connection's part until its link is gone or its token has ended."""
         link, principal = connection.link, connection.principal
         async with trio.open_nursery() as nursery:
@@ -443,25 +447,32 @@ class Gate:
             with trio.move_on_after(_left_s(principal)) as token_life:
                 await link.wait_gone()
             if token_life.cancelled_caught:
-                say_why(link, ErrorCode.UNAUTHENTICATED, "the token has expired", POLICY_VIOLATION)
+                send_error_and_close(link, ErrorCode.UNAUTHENTICATED, "the token has expired", POLICY_VIOLATION)
             nursery.cancel_scope.cancel()
 
-    def _part(self, connection: Connection, nursery: trio.Nursery) -> Part:
+    def _part(self, connection: Connection, nursery: trio.Nursery) -> RoleHandler:
         if connection.principal.role == "worker":
-            worker = WorkerLink(
+            worker = WorkerHandler(
                 connection.connection_id, connection.link, connection.principal, self.relay, nursery, connection.agent
             )
             if isinstance(connection.link, SocketLink):
-                connection.link.trust()
-                nursery.start_soon(self.plane.attend, connection.link, worker.pass_on, connection.tell_mistake)
+                connection.link.use_bulk_mode()
+                nursery.start_soon(
+                    self.reactor.serve_worker_link,
+                    connection.link,
+                    worker.forward_audio,
+                    connection.send_internal_error,
+                )
             return worker
         client = self._client(connection)
         if connection.principal.role == "operator":
-            Operator.join(client, self.relay, self.tokens, nursery, self.drain)
+            OperatorHandler.join(client, self.relay, self.tokens, nursery, self.drain)
         return client
 
-    def _client(self, connection: Connection) -> ClientLink:
-        client = ClientLink(connection.connection_id, connection.link, connection.principal, self.relay, self.intake)
+    def _client(self, connection: Connection) -> ClientHandler:
+        client = ClientHandler(
+            connection.connection_id, connection.link, connection.principal, self.relay, self.admission
+        )
         client.begin()
         return client
 
@@ -497,13 +508,13 @@ def _left_s(principal: Principal) -> float:
     return float("inf") if principal.expires_at is None else max(0.0, principal.expires_at - time.time())
 
 
-def tell_fault(link: Link, fault: ProtocolError) -> None:
+def send_protocol_error(link: Link, fault: ProtocolError) -> None:
     """The peer broke a rule: say which, and close."""
     log.warning("peer broke the protocol", peer=link.peer, why=str(fault))
-    say_why(link, fault.code, str(fault), fault.close_code)
+    send_error_and_close(link, fault.code, str(fault), fault.close_code)
 
 
-def say_why(link: Link, code: str, message: str, close_code: int) -> None:
+def send_error_and_close(link: Link, code: str, message: str, close_code: int) -> None:
     """Say why, and close."""
     try:
         link.send(Error(code=code, message=message))
@@ -512,7 +523,7 @@ def say_why(link: Link, code: str, message: str, close_code: int) -> None:
     link.close_soon(close_code, message)
 
 
-async def hang_up(stream: trio.abc.Stream, refusal: Refusal) -> None:
+async def reject_handshake(stream: trio.abc.Stream, refusal: HandshakeRejected) -> None:
     """Answer no, and see to it that the peer can read it: closing over unread bytes resets the connection."""
     try:
         with trio.move_on_after(HANG_UP_S):

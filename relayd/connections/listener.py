@@ -1,7 +1,7 @@
-"""The daemon's doors: TCP (TLS where set) and the unix socket, each leading to the same two: `Gate` and `HttpDoor`.
+"""The daemon's doors: TCP (TLS where set) and the unix socket, each leading to the same two: `Gate` and `HttpServer`.
 
 One port serves HTTP as well (DESIGN §10): the head of a connection is read in `_welcome`; who asks for a WebSocket goes
-to the `Gate`, everybody else to the `HttpDoor`.
+to the `Gate`, everybody else to the `HttpServer`.
 """
 
 import errno
@@ -17,9 +17,9 @@ import trio
 
 from relayd.auth.tokens import PeerCredentials, peer_credentials
 from relayd.config.schema import Config, Tls
-from relayd.connections.gateway import Arrival, Gate
-from relayd.http.server import HttpDoor
-from relayd.net.http_head import PrefixedStream, forwarded_for, is_to_be_answered, read_head, wants_websocket
+from relayd.connections.gateway import ConnectionSlot, Gateway
+from relayd.http.server import HttpServer
+from relayd.net.http_head import PrefixedStream, forwarded_for, needs_answer, read_head, wants_websocket
 
 log = structlog.get_logger("relayd.listener")
 
@@ -97,13 +97,13 @@ def describe(listeners: list[trio.SocketListener], tls: bool) -> list[str]:
 
 async def serve_listeners(
     listeners: list[trio.SocketListener],
-    gate: Gate,
-    http: HttpDoor,
-    context: ssl.SSLContext | None,
+    gateway: Gateway,
+    http: HttpServer,
+    tls_context: ssl.SSLContext | None,
     handlers: trio.Nursery,
 ) -> None:
     """Accept until cancelled; the connections live on in `handlers`, or in the gate's plane."""
-    welcome = partial(_welcome, gate=gate, http=http, context=context)
+    welcome = partial(_welcome, gateway=gateway, http=http, tls_context=tls_context)
     async with trio.open_nursery() as nursery:
         for listener in listeners:
             nursery.start_soon(_accept, listener, welcome, handlers)
@@ -125,46 +125,50 @@ async def _accept(
             handlers.start_soon(welcome, stream)
 
 
-async def _welcome(stream: trio.SocketStream, gate: Gate, http: HttpDoor, context: ssl.SSLContext | None) -> None:
-    lives_on, arrival = False, None
+async def _welcome(
+    stream: trio.SocketStream, gateway: Gateway, http: HttpServer, tls_context: ssl.SSLContext | None
+) -> None:
+    lives_on, connection_slot = False, None
     try:
         credentials = peer_credentials(stream.socket)
-        arrival = gate.enter(_peer(stream, credentials), credentials)
+        connection_slot = gateway.count_in(_peer(stream, credentials), credentials)
     except OSError:
         pass  # it hung up before we looked
     try:
-        if arrival is None:
+        if connection_slot is None:
             return
-        if context is None or arrival.credentials is not None:
-            lives_on = await _pass_on(stream, gate, http, arrival, secure=False)
+        if tls_context is None or connection_slot.credentials is not None:
+            lives_on = await _pass_on(stream, gateway, http, connection_slot, secure=False)
         else:
-            tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+            tls = trio.SSLStream(stream, tls_context, server_side=True, https_compatible=True)
             with trio.fail_after(TLS_HANDSHAKE_S):
                 await tls.do_handshake()
-            await _pass_on(tls, gate, http, arrival, secure=True)
+            await _pass_on(tls, gateway, http, connection_slot, secure=True)
     except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
-        assert arrival is not None
-        log.debug("TLS handshake failed", peer=arrival.peer, why=str(fault.__cause__ or fault))
+        assert connection_slot is not None
+        log.debug("TLS handshake failed", peer=connection_slot.peer, why=str(fault.__cause__ or fault))
     finally:
         stream.socket.close()  # where the connection lives on, its socket is elsewhere by now
-        if arrival is not None and not lives_on:
-            arrival.leave()
+        if connection_slot is not None and not lives_on:
+            connection_slot.release()
 
 
-async def _pass_on(stream: trio.abc.Stream, gate: Gate, http: HttpDoor, arrival: Arrival, *, secure: bool) -> bool:
+async def _pass_on(
+    stream: trio.abc.Stream, gateway: Gateway, http: HttpServer, connection_slot: ConnectionSlot, *, secure: bool
+) -> bool:
     """Read the first head, and hand the connection to who is meant.
 
     Returns:
         whether it lives on without this task, and counts itself out.
     """
     head = await read_head(stream)
-    if is_to_be_answered(head) and not wants_websocket(head):
-        head = await http.serve(PrefixedStream(stream, head), arrival.peer, arrival.credentials, secure)
+    if needs_answer(head) and not wants_websocket(head):
+        head = await http.serve(PrefixedStream(stream, head), connection_slot.peer, connection_slot.credentials, secure)
     if not wants_websocket(head):
         return False
-    if arrival.credentials is None and http.site.relay.config.behind_proxy:
-        arrival.peer = forwarded_for(head) or arrival.peer
-    return await gate.serve(stream, head, arrival)
+    if connection_slot.credentials is None and http.context.relay.config.behind_proxy:
+        connection_slot.peer = forwarded_for(head) or connection_slot.peer
+    return await gateway.serve(stream, head, connection_slot)
 
 
 def _peer(stream: trio.SocketStream, credentials: PeerCredentials | None) -> str:
@@ -174,7 +178,7 @@ def _peer(stream: trio.SocketStream, credentials: PeerCredentials | None) -> str
     return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 
-def tls_context(config: Config) -> ssl.SSLContext | None:
+def make_tls_context(config: Config) -> ssl.SSLContext | None:
     """The certificate to show, or None for plain TCP.
 
     Raises:
@@ -182,19 +186,19 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     """
     if config.tls is None:
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    load_certificate(context, config.tls)
-    return context
+    tls_context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    load_certificate(tls_context, config.tls)
+    return tls_context
 
 
-def load_certificate(context: ssl.SSLContext, tls: Tls) -> None:
+def load_certificate(tls_context: ssl.SSLContext, tls: Tls) -> None:
     """Have `context` show what `tls` names, in all handshakes from now on.
 
     Raises:
         ListenError: it cannot be used; the context is then good for nothing.
     """
     try:
-        context.load_cert_chain(tls.cert, tls.key, password=_no_password)
+        tls_context.load_cert_chain(tls.cert, tls.key, password=_no_password)
     except (OSError, ssl.SSLError) as fault:
         raise ListenError(f"cannot use the certificate {tls.cert} with the key {tls.key}: {fault}") from fault
 

@@ -10,40 +10,40 @@ import trio
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import FROM_OPERATOR, ROLES, SPACE_PATTERN, Done, Rejected, Steer, Watch
 from protocol.wire.validators import Value
-from relayd.auth.tokens import Tokens, parse_expires, parse_limits
+from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits
 from relayd.config.schema import ConfigError, SpaceConfig
-from relayd.connections.client import ClientLink
+from relayd.connections.client import ClientHandler
 from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.logs.setup import redacted
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
 from relayd.store.base import DeleteSpace, PutSpace, PutToken, StoreError
-from relayd.views.request_detail import describe
+from relayd.views.request_detail import request_detail
 from relayd.views.rows import pages, token_row
-from relayd.views.watch import Watching
+from relayd.views.watch import WatchFeed
 
 log = structlog.get_logger("relayd.operator")
 
 #: For one action and its commit.
-STEER_S = 10.0
+ACTION_TIMEOUT_S = 10.0
 Answer = dict[str, Value] | Rejected
 #: Actions that only ask: allowed to who may only look, and no news to anybody.
-QUESTIONS = frozenset({"describe", "list_tokens"})
+READ_ONLY_ACTIONS = frozenset({"describe", "list_tokens"})
 MAX_AUDIT_CHARS = 300
 
 
 @attrs.define(eq=False)
-class Operator:
+class OperatorHandler:
     """What an operator's connection can do beyond a client's. `nursery` is the connection's."""
 
-    client: ClientLink
+    client: ClientHandler
     relay: Relay
-    tokens: Tokens
+    tokens: TokenRegistry
     nursery: trio.Nursery
     drain: Callable[[str], None]
     actions: dict[str, Callable[[Steer], Awaitable[Answer]]] = attrs.field(init=False)
-    _watching: Watching | None = None
+    _watching: WatchFeed | None = None
 
     def __attrs_post_init__(self) -> None:
         self.actions = {
@@ -66,9 +66,9 @@ class Operator:
     @classmethod
     def join(
         cls,
-        client: ClientLink,
+        client: ClientHandler,
         relay: Relay,
-        tokens: Tokens,
+        tokens: TokenRegistry,
         nursery: trio.Nursery,
         drain: Callable[[str], None],
     ) -> None:
@@ -89,7 +89,7 @@ class Operator:
 
     def _watch(self, watch: Watch) -> None:
         if self._watching is None:
-            self._watching = Watching(self.client, self.relay)
+            self._watching = WatchFeed(self.client, self.relay)
             self.relay.watchers.add(self._watching)
             self.nursery.start_soon(self._watching.serve)
         self._watching.begin(watch.topics)
@@ -102,10 +102,10 @@ class Operator:
     async def _carry_out(self, steer: Steer) -> None:
         """Do what is asked, and answer.
 
-        Cancellation: shielded, within `STEER_S`: a token that revokes itself, or an operator who hangs up, must not
-        leave a thing done in memory that the store never hears of.
+        Cancellation: shielded, within `ACTION_TIMEOUT_S`: a token that revokes itself, or an operator who hangs up,
+        must not leave a thing done in memory that never reaches the store.
         """
-        with trio.move_on_after(STEER_S, shield=True):
+        with trio.move_on_after(ACTION_TIMEOUT_S, shield=True):
             await self._answer(steer)
 
     async def _answer(self, steer: Steer) -> None:
@@ -113,23 +113,23 @@ class Operator:
         principal = self.client.principal
         answer: Answer
         if action is None:
-            answer = _no(f"steer action {steer.action!r} is unknown; there are {', '.join(self.actions)}")
-        elif principal.readonly and steer.action not in QUESTIONS:
+            answer = _invalid(f"steer action {steer.action!r} is unknown; there are {', '.join(self.actions)}")
+        elif principal.readonly and steer.action not in READ_ONLY_ACTIONS:
             answer = Rejected.because(ErrorCode.FORBIDDEN, "this connection is read-only; connect without --readonly")
-            self._note(steer, answer)
+            self._audit(steer, answer)
         else:
             try:
                 answer = await action(steer)
             except StoreError as fault:
                 answer = Rejected.because(fault.code, str(fault))
-            if steer.action not in QUESTIONS:
-                self._note(steer, answer)
+            if steer.action not in READ_ONLY_ACTIONS:
+                self._audit(steer, answer)
         if isinstance(answer, Rejected):
             self.client.send(attrs.evolve(answer, request_id=steer.steer_id or None))
         else:
             self.client.send(Done(steer_id=steer.steer_id, action=steer.action, target=steer.target, data=answer))
 
-    def _note(self, steer: Steer, answer: Answer) -> None:
+    def _audit(self, steer: Steer, answer: Answer) -> None:
         """Who steered what, and what came of it: into the log, and for the other operators to see."""
         outcome, message = (answer.code, answer.message) if isinstance(answer, Rejected) else ("done", "")
         by = self.client.principal.name
@@ -148,7 +148,7 @@ class Operator:
 
     async def _describe(self, steer: Steer) -> Answer:
         request = self._request(steer.target)
-        return request if isinstance(request, Rejected) else describe(self.relay, request)
+        return request if isinstance(request, Rejected) else request_detail(self.relay, request)
 
     def _request(self, request_id: str) -> Request | Rejected:
         request = self.relay.requests.get(request_id)
@@ -164,7 +164,7 @@ class Operator:
 
     async def _promote(self, steer: Steer) -> Answer:
         refusal = self.relay.scheduler.promote(steer.target)
-        self.relay.carry_out([])  # the places have moved
+        self.relay.apply([])  # the places have moved
         return refusal or {}
 
     async def _drain_worker(self, steer: Steer) -> Answer:
@@ -185,7 +185,7 @@ class Operator:
 
     def _no_worker(self, worker_id: str) -> Rejected:
         known = ", ".join(sorted(self.relay.workers)) or "none"
-        return _no(f"worker {worker_id!r} is not connected; connected: {known}")
+        return _invalid(f"worker {worker_id!r} is not connected; connected: {known}")
 
     async def _pause_space(self, steer: Steer) -> Answer:
         return self.relay.set_paused(steer.target, True) or {}
@@ -196,14 +196,14 @@ class Operator:
     async def _create_space(self, steer: Steer) -> Answer:
         name = steer.target
         if not SPACE_PATTERN.fullmatch(name):
-            return _no(f"{name!r} is no space name: a letter or digit, then letters, digits and . _ -, 64 at most")
+            return _invalid(f"{name!r} is no space name: a letter or digit, then letters, digits and . _ -, 64 at most")
         if name in self.relay.spaces:
             message = f"space {name!r} exists already; choose another name, or delete that one first"
             return Rejected.because(ErrorCode.SPACE_EXISTS, message)
         try:
             config = SpaceConfig.from_map(steer.options)
         except ConfigError as fault:
-            return _no(f"space {name!r}: {'; '.join(fault.faults)}")
+            return _invalid(f"space {name!r}: {'; '.join(fault.faults)}")
         space = Space(name=name, config=config)
         await self.relay.open_space(space)
         try:
@@ -216,7 +216,7 @@ class Operator:
     async def _delete_space(self, steer: Steer) -> Answer:
         space = self.relay.spaces.get(steer.target)
         if space is not None and space.made_by == "config":
-            return _no(f"space {space.name!r} stands in relayd.toml; take it out there and reload or restart")
+            return _invalid(f"space {space.name!r} stands in relayd.toml; take it out there and reload or restart")
         if refusal := self.relay.close_space(steer.target):
             return refusal
         try:
@@ -232,7 +232,9 @@ class Operator:
         spaces = options.get("spaces", [])
         role, expires = options.get("role"), options.get("expires")
         if role not in ROLES or not isinstance(spaces, list) or not all(isinstance(one, str) for one in spaces):
-            return _no("create_token takes role (client, worker or operator), spaces (array of patterns) and expires")
+            return _invalid(
+                "create_token takes role (client, worker or operator), spaces (array of patterns) and expires"
+            )
         try:
             limits = parse_limits(options.get("limits", {}))
             expires_at = parse_expires(str(expires), now) if expires is not None else None
@@ -240,7 +242,7 @@ class Operator:
                 role=role, name=steer.target, now=now, spaces=spaces, expires_at=expires_at, limits=limits
             )
         except ValueError as fault:
-            return _no(str(fault))
+            return _invalid(str(fault))
         try:
             await self.relay.store.commit(PutToken(token.record))
         except StoreError:
@@ -259,7 +261,7 @@ class Operator:
     async def _revoke_token(self, steer: Steer) -> Answer:
         revoked = self.tokens.revoke(steer.target, time.time())
         if not revoked:
-            return _no(f"no live token has the id or the principal {steer.target!r}; see relayd token list")
+            return _invalid(f"no live token has the id or the principal {steer.target!r}; see relayd token list")
         ids = {record.token_id for record in revoked}
         for connection in list(self.relay.connections.values()):
             if connection.principal.token_id in ids:
@@ -270,7 +272,7 @@ class Operator:
     async def _disconnect(self, steer: Steer) -> Answer:
         connection = self.relay.connections.get(steer.target)
         if connection is None:
-            return _no(f"connection {steer.target!r} is not there")
+            return _invalid(f"connection {steer.target!r} is not there")
         connection.disconnect(f"disconnected by operator {self.client.principal.name}")
         return {}
 
@@ -280,5 +282,5 @@ class Operator:
         return {"running": running}
 
 
-def _no(message: str) -> Rejected:
+def _invalid(message: str) -> Rejected:
     return Rejected.because(ErrorCode.INVALID_PARAMS, message)

@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from protocol.link.base import Link
-from protocol.wire.audio_envelope import SEAT_BYTES, pcm_of, pcm_size, seat_of
+from protocol.wire.audio_envelope import PREFIX_BYTES, audio_prefix, match_audio, match_audio_run
 from protocol.wire.codec import decode
 from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, UnknownType
 from protocol.wire.frames import (
@@ -48,7 +48,7 @@ from relayd.auth.tokens import Principal
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import FrameLog
 from relayd.requests.request import Request
-from relayd.scheduling.model import Entry, State
+from relayd.scheduling.model import ScheduledRequest, State
 from relayd.stats.counters import WorkerStats
 
 log = structlog.get_logger("relayd.worker")
@@ -64,30 +64,30 @@ FEED_BYTES = 1024 * 1024
 
 
 @attrs.define(eq=False)
-class Seat:
+class ActiveAttempt:
     """An attempt that runs here, and where its frames go."""
 
     request: Request
-    entry: Entry
+    entry: ScheduledRequest
     log: FrameLog
     attempt: int
     #: Of one sample over all channels.
     sample_bytes: int = 0
 
     @classmethod
-    def of(cls, request: Request) -> "Seat":
+    def of(cls, request: Request) -> "ActiveAttempt":
         """The attempt of a request that runs now."""
         form = request.format
         return cls(request, request.entry, request.log, request.entry.attempt, form.sample_bytes if form else 0)
 
 
 @attrs.define(eq=False)
-class WorkerLink:
+class WorkerHandler:
     """One connection of a worker; `nursery` holds the inputs on their way to it."""
 
     connection_id: str
     link: Link
-    principal_: Principal
+    principal: Principal
     relay: Relay
     nursery: trio.Nursery
     agent: str = ""
@@ -95,7 +95,7 @@ class WorkerLink:
     engine: str = ""
     registered: bool = False
     #: What audio frames of an attempt begin with -> the attempt; of those that have begun, and have a format.
-    _seats: dict[bytes, Seat] = attrs.field(factory=dict)
+    _active: dict[bytes, ActiveAttempt] = attrs.field(factory=dict)
     _stats: WorkerStats = attrs.field(factory=WorkerStats)
     handlers: dict[type[Message], Callable[[Any, bytes], None]] = attrs.field(init=False)
 
@@ -115,9 +115,9 @@ class WorkerLink:
         }
 
     @property
-    def principal(self) -> str:
+    def principal_name(self) -> str:
         """Whose worker it is."""
-        return self.principal_.name
+        return self.principal.name
 
     @property
     def peer(self) -> str:
@@ -130,9 +130,9 @@ class WorkerLink:
         return self.link.rtt_s
 
     @property
-    def heard_at(self) -> float:
+    def received_at(self) -> float:
         """Trio time of the last sign of life."""
-        return self.link.heard_at
+        return self.link.received_at
 
     # -- what the relay asks of it
 
@@ -159,13 +159,13 @@ class WorkerLink:
             )
         )
         if submit.inputs and self.link.gone is None:  # else its nursery may be closed
-            self.nursery.start_soon(self._feed, request, entry.attempt)
+            self.nursery.start_soon(self._send_inputs, request, entry.attempt)
 
-    async def _feed(self, request: Request, attempt: int) -> None:
+    async def _send_inputs(self, request: Request, attempt: int) -> None:
         """Send the inputs of an attempt, for as long as it is the one that runs here."""
         try:
             for name in request.submit.inputs:
-                data = await self.relay.input_of(request, name)
+                data = await self.relay.read_input(request, name)
                 if data is None:
                     return
                 for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
@@ -178,7 +178,7 @@ class WorkerLink:
             return
         except Exception:  # this task lives in the nursery of all connections
             log.exception("request broke the relay's own rules", request_id=request.request_id)
-            self.relay.fail_broken(request)
+            self.relay.fail_internal(request)
 
     def cancel(self, request_id: str, reason: str) -> None:
         """Have it stop a request."""
@@ -202,47 +202,49 @@ class WorkerLink:
 
     # -- its life
 
-    def take(self, messages: list[bytes]) -> None:
+    def on_messages(self, messages: list[bytes]) -> None:
         """Take its messages.
 
         Raises:
             ProtocolError: the worker broke the rules.
         """
         if len(messages) == 1:
-            if not self.pass_on(messages[0]):
-                self._take_one(messages[0])
+            if not self.forward_audio(messages[0]):
+                self._handle_message(messages[0])
             return
         streak: dict[bytes, list[bytes]] = {}
         for data in messages:
-            seat = data[:SEAT_BYTES]
-            frames = streak.get(seat)
+            active = data[:PREFIX_BYTES]
+            frames = streak.get(active)
             if frames is not None:
                 frames.append(data)
-            elif seat in self._seats:
-                streak[seat] = [data]
+            elif active in self._active:
+                streak[active] = [data]
             else:  # no audio of an attempt that is known; what came before it counts before it
-                self._end_streak(streak)
-                self._take_one(data)
-        self._end_streak(streak)
+                self._flush_run(streak)
+                self._handle_message(data)
+        self._flush_run(streak)
 
-    def pass_on(self, data: bytes) -> bool:
+    def forward_audio(self, data: bytes) -> bool:
         """Take a message if it is audio of an attempt that runs here, and due; else return False."""
-        seat = self._seats.get(data[:SEAT_BYTES])
-        if seat is None:
+        active = self._active.get(data[:PREFIX_BYTES])
+        if active is None:
             return False
-        pcm_bytes = pcm_size(data, seat.log.next_seq)
-        return pcm_bytes >= 0 and not pcm_bytes % seat.sample_bytes and self._add(seat, [data], len(data), pcm_bytes)
+        pcm_bytes = match_audio(data, active.log.next_seq)
+        return (
+            pcm_bytes >= 0 and not pcm_bytes % active.sample_bytes and self._add(active, [data], len(data), pcm_bytes)
+        )
 
-    def _end_streak(self, streak: dict[bytes, list[bytes]]) -> None:
+    def _flush_run(self, streak: dict[bytes, list[bytes]]) -> None:
         for name, frames in streak.items():
-            seat = self._seats.get(name)
-            pcm_bytes = pcm_of(frames, seat.log.next_seq, seat.sample_bytes) if seat is not None else -1
-            if seat is None or pcm_bytes < 0 or not self._add(seat, frames, sum(map(len, frames)), pcm_bytes):
+            active = self._active.get(name)
+            pcm_bytes = match_audio_run(frames, active.log.next_seq, active.sample_bytes) if active is not None else -1
+            if active is None or pcm_bytes < 0 or not self._add(active, frames, sum(map(len, frames)), pcm_bytes):
                 for data in frames:
-                    self._take_one(data)
+                    self._handle_message(data)
         streak.clear()
 
-    def _take_one(self, data: bytes) -> None:
+    def _handle_message(self, data: bytes) -> None:
         """Take a message of any kind."""
         try:
             message = decode(data, FROM_WORKER)
@@ -266,7 +268,7 @@ class WorkerLink:
 
     def _register(self, register: Register, _data: bytes) -> None:
         if self.registered:
-            self.relay.register_again(self, register)
+            self.relay.update_registration(self, register)
             return
         self.worker_id = f"{register.worker[:MAX_NAME_CHARS]}-{register.instance[:8]}"
         self.engine = register.engine
@@ -279,7 +281,7 @@ class WorkerLink:
             self.send(joined)
             return
         self.registered = True
-        self._stats = self.relay.stats.of_worker(self.worker_id)
+        self._stats = self.relay.stats.worker(self.worker_id)
         log.info(
             "worker registered",
             worker=self.worker_id,
@@ -298,18 +300,18 @@ class WorkerLink:
             for entry in joined.resume
         )
         # What has ended here and is not safe yet is kept there: it is acknowledged in a moment.
-        owed = tuple(each for each in register.running if self.relay.owes(each.request_id, each.attempt))
+        owed = tuple(each for each in register.running if self.relay.has_pending_ack(each.request_id, each.attempt))
         abandon = sorted(set(joined.abandon).difference(each.request_id for each in owed))
         self.send(Registered(worker_id=self.worker_id, resume=resume + owed, abandon=abandon))
         for entry in joined.resume:  # it may not have heard the `cancel`
-            if entry.stopping is not None:
-                self.cancel(entry.request_id, entry.stopping)
-        self.relay.settle(register, self.worker_id, joined)
+            if entry.cancel_reason is not None:
+                self.cancel(entry.request_id, entry.cancel_reason)
+        self.relay.finish_registration(register, self.worker_id, joined)
 
     def _refusal(self, register: Register) -> Rejected | None:
         for name in register.spaces:
-            if not self.principal_.may_use(name):
-                message = f"principal {self.principal!r} may not serve space {name!r}; ask for a token that may"
+            if not self.principal.may_use(name):
+                message = f"principal {self.principal_name!r} may not serve space {name!r}; ask for a token that may"
                 return Rejected.because(ErrorCode.FORBIDDEN, message)
         if self.relay.draining.is_set() and not register.running:  # what still runs may come to its end
             return Rejected.because(
@@ -328,7 +330,7 @@ class WorkerLink:
         """A frame that is not the last: into the log as it came, or dropped if its attempt is over."""
         request = self._request_of(frame)
         if request is None:
-            self._seats.pop(seat_of(frame.request_id, frame.attempt), None)
+            self._active.pop(audio_prefix(frame.request_id, frame.attempt), None)
             return
         if not self._is_next(request, frame):
             return
@@ -338,21 +340,23 @@ class WorkerLink:
             if request.format is None or pcm_bytes % request.format.sample_bytes:
                 raise ProtocolError("audio before `started` with a format, or not of whole samples")
         elif isinstance(frame, Started):
-            self.relay.stats.hear_anew(request)
+            self.relay.stats.count_restarted(request)
             request.format = frame.format
         elif isinstance(frame, Progress):
             request.fraction = frame.fraction
-        seat = Seat.of(request)
+        active = ActiveAttempt.of(request)
         # Audio need not go through the codec from now on; also that of a worker which came back in the middle of it.
-        if seat.sample_bytes and (name := seat_of(frame.request_id, frame.attempt)):
-            self._seats[name] = seat
-        self._add(seat, [data], len(data), pcm_bytes, is_output)
+        if active.sample_bytes and (name := audio_prefix(frame.request_id, frame.attempt)):
+            self._active[name] = active
+        self._add(active, [data], len(data), pcm_bytes, is_output)
 
-    def _add(self, seat: Seat, frames: list[bytes], size: int, pcm_bytes: int, is_output: bool = True) -> bool:
+    def _add(
+        self, active: ActiveAttempt, frames: list[bytes], size: int, pcm_bytes: int, is_output: bool = True
+    ) -> bool:
         """Add the frames that are due to a request's log, and keep account of them.
 
         Args:
-            seat: of their attempt.
+            active: their attempt.
             frames: none of them the last.
             size: of them together, in bytes.
             pcm_bytes: of audio in them.
@@ -361,20 +365,20 @@ class WorkerLink:
         Returns:
             False where the attempt does not run here any more; they are then as they were.
         """
-        request, entry, frame_log = seat.request, seat.entry, seat.log
-        if entry.state is not _RUNNING or entry.attempt != seat.attempt or entry.worker_id != self.worker_id:
+        request, entry, frame_log = active.request, active.entry, active.log
+        if entry.state is not _RUNNING or entry.attempt != active.attempt or entry.worker_id != self.worker_id:
             return False
         frame_log.extend(frames, size)  # first: whoever listens need not wait for the accounts
         request.audio_bytes += pcm_bytes
-        request.last_frame_at = self.link.heard_at
+        request.last_frame_at = self.link.received_at
         if is_output and (request.first_frame_at is None or not entry.has_output):
-            self._hear_output(request)
+            self._on_first_output(request)
         stats, relay = self._stats, self.relay
         stats.frames += len(frames)
         stats.frame_bytes += size
         entry.next_seq = frame_log.next_seq
         if relay.watchers:
-            relay.stir("requests", request.request_id)
+            relay.mark_busy("requests", request.request_id)
         if frame_log.size_bytes > (limit := relay.config.limits.max_result_bytes):
             relay.fail(
                 request,
@@ -383,42 +387,44 @@ class WorkerLink:
             )
         return True
 
-    def _hear_output(self, request: Request) -> None:
+    def _on_first_output(self, request: Request) -> None:
         """It has put something out, for the first time or again."""
         if not request.entry.has_output:
             request.entry.has_output = True
-            self.relay.record(request)  # a relay that is started again must not try anew what was heard
+            self.relay.save_status(request)  # a relay that is started again must not try anew what was heard
         if request.first_frame_at is None:
             request.first_frame_at = now = request.last_frame_at
-            request.step("first_frame")
-            self.relay.stats.hear_first_frame(request, now)
-            self.relay.touch("requests", request.request_id)
+            request.add_timeline("first_frame")
+            self.relay.stats.observe_first_frame(request, now)
+            self.relay.mark_changed("requests", request.request_id)
 
     def _last_frame(self, frame: Frame, data: bytes) -> None:
         """The attempt's end: its slot is free, whether anybody still waits for it or not."""
-        self._seats.pop(seat_of(frame.request_id, frame.attempt), None)
+        self._active.pop(audio_prefix(frame.request_id, frame.attempt), None)
         request = self._request_of(frame)
         relay = self.relay
         is_next = request is not None and self._is_next(request, frame)
         ack = Ack(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq)
         owed = (self.worker_id, ack)
         if request is None or not is_next:
-            if not relay.owes(frame.request_id, frame.attempt):
+            if not relay.has_pending_ack(frame.request_id, frame.attempt):
                 self.send(ack)
         elif isinstance(frame, Failed) and frame.retryable and frame.code in ENGINE_FAULTS:
             self.send(ack)  # first, so that the worker forgets this attempt before it is handed the next
-            relay.attempt_lost(request, self, ErrorCode(frame.code), frame.message, frame.details)
-        elif isinstance(frame, Cancelled) and request.entry.stopping is None:
+            relay.lose_attempt_of_live_worker(request, self, ErrorCode(frame.code), frame.message, frame.details)
+        elif isinstance(frame, Cancelled) and request.entry.cancel_reason is None:
             # Nobody cancelled the request: it was told to stop an attempt that was given up, and was cut off before it
             # had; or it stopped one by itself.
             self.send(ack)
-            relay.attempt_lost(request, self, ErrorCode.WORKER_LOST, f"its worker stopped it: {frame.reason}")
+            relay.lose_attempt_of_live_worker(
+                request, self, ErrorCode.WORKER_LOST, f"its worker stopped it: {frame.reason}"
+            )
         elif isinstance(frame, Completed):
-            relay.end(request, data, State.COMPLETED, owed=owed)
+            relay.finish_request(request, data, State.COMPLETED, owed=owed)
         elif isinstance(frame, Failed):
-            relay.end(request, data, State.FAILED, code=frame.code, message=frame.message, owed=owed)
+            relay.finish_request(request, data, State.FAILED, code=frame.code, message=frame.message, owed=owed)
         elif isinstance(frame, Cancelled):
-            relay.end(request, data, State.CANCELLED, message=frame.reason, owed=owed)
+            relay.finish_request(request, data, State.CANCELLED, message=frame.reason, owed=owed)
         relay.release(self, frame.request_id, frame.attempt)
 
     def _request_of(self, frame: Frame) -> Request | None:

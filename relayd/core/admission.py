@@ -18,7 +18,7 @@ from relayd.auth.tokens import Principal
 from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.requests.request import Holder, Request
-from relayd.scheduling.model import Entry, State
+from relayd.scheduling.model import ScheduledRequest, State
 from relayd.scheduling.scheduler import no_such_space
 from relayd.store.base import PutRequest, RequestRecord, StoreError
 
@@ -35,16 +35,16 @@ MAX_FIELD_CHARS, MAX_FAULT_CHARS = 64, 180
 
 
 @attrs.define(eq=False)
-class Intake:
+class Admission:
     """Takes requests in, and holds them for the connections that sent them."""
 
     relay: Relay
-    _whole: trio.MemorySendChannel[Request] = attrs.field(init=False)
-    _to_store: trio.MemoryReceiveChannel[Request] = attrs.field(init=False)
+    _send_uploaded: trio.MemorySendChannel[Request] = attrs.field(init=False)
+    _send_changes: trio.MemoryReceiveChannel[Request] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         # Unbounded: every space bounds its admitted requests by max_queued, and all their inputs are bounded together.
-        self._whole, self._to_store = trio.open_memory_channel[Request](float("inf"))
+        self._send_uploaded, self._send_changes = trio.open_memory_channel[Request](float("inf"))
 
     def submit(self, submit: Submit, principal: Principal, holder: Holder) -> Request | Rejected:
         """Take a `submit`: a new request, or the same one sent again, which `holder` then holds too."""
@@ -59,7 +59,7 @@ class Intake:
         if refused := self._refuse(submit, principal):
             return self._count(submit, refused)
         relay.scheduler.limit_running(principal.name, principal.limits.max_running)
-        entry = Entry(
+        entry = ScheduledRequest(
             request_id=submit.request_id,
             space=submit.space,
             principal=principal.name,
@@ -70,15 +70,15 @@ class Intake:
         if refused := relay.scheduler.admit(entry):
             return self._count(submit, refused)
         request = Request.of(submit, principal.name, entry, relay.spaces[submit.space].config, time.time())
-        relay.keep(request)
-        if refusal := self._if_whole(request):
+        relay.add_request(request)
+        if refusal := self._enqueue_if_uploaded(request):
             return refusal
         request.holders.add(holder)
         return request
 
     def _count(self, submit: Submit, refusal: Rejected) -> Rejected:
         """Count a refusal, and give it back."""
-        self.relay.stats.hear_rejected(submit.space if submit.space in self.relay.spaces else None, refusal.code)
+        self.relay.stats.count_rejected(submit.space if submit.space in self.relay.spaces else None, refusal.code)
         return refusal
 
     def _refuse(self, submit: Submit, principal: Principal) -> Rejected | None:
@@ -93,7 +93,7 @@ class Intake:
         if space is None:
             return no_such_space(submit.space, request_id)
         most = principal.limits.max_queued
-        if most is not None and self.relay.scheduler.waiting_of(principal.name) >= most:
+        if most is not None and self.relay.scheduler.queued_count(principal.name) >= most:
             message = f"the token of {principal.name!r} allows {most} queued requests; wait for one to start"
             return Rejected.because(ErrorCode.QUEUE_FULL, message, request_id=request_id)
         if faults := check_params(space.params, submit.params):
@@ -155,7 +155,7 @@ class Intake:
 
     def add_input(self, request: Request, piece: Input) -> None:
         """Take a piece of an input; the request is refused if it does not fit what was announced."""
-        if request.whole or not request.live:
+        if request.uploaded or not request.live:
             return  # sent again by a client that did not know yet
         if fault := request.add_input(piece.name, piece.offset, piece.data):
             have = len(request.inputs.get(piece.name, b""))
@@ -163,41 +163,41 @@ class Intake:
                 f"input {piece.name!r} at offset {piece.offset}: {have} bytes of it have come, and it was announced as "
             )
             info = request.submit.inputs.get(piece.name)
-            self._turn_away(request, fault, message + (f"{info.size}" if info else "nothing"))
+            self._reject(request, fault, message + (f"{info.size}" if info else "nothing"))
         else:
-            self._if_whole(request)
+            self._enqueue_if_uploaded(request)
 
-    def _if_whole(self, request: Request) -> Rejected | None:
+    def _enqueue_if_uploaded(self, request: Request) -> Rejected | None:
         """Pass a request on to the store if all of it has come; if it came damaged, it is turned away."""
         if request.missing_input() is not None:
             return None
         if damaged := request.damaged_input():
             message = f"input {damaged!r} is not what its sha256 announced; send the request again with a new id"
-            return self._turn_away(request, ErrorCode.INPUT_MISMATCH, message)
-        request.whole = True
-        self._whole.send_nowait(request)
+            return self._reject(request, ErrorCode.INPUT_MISMATCH, message)
+        request.uploaded = True
+        self._send_uploaded.send_nowait(request)
         return None
 
-    def _turn_away(self, request: Request, code: ErrorCode, message: str) -> Rejected:
+    def _reject(self, request: Request, code: ErrorCode, message: str) -> Rejected:
         """Refuse a request that was never accepted; its id is free again."""
         refusal = Rejected.because(code, message, request_id=request.request_id)
         for holder in tuple(request.holders):
-            holder.hear_rejected(request, refusal)
+            holder.on_rejected(request, refusal)
         self._count(request.submit, refusal)
         relay = self.relay
         decisions = relay.scheduler.end(request.request_id, State.FAILED, trio.current_time())
-        request.notify()
-        relay.forget(request)
-        relay.carry_out(decisions)
+        request.wake()
+        relay.remove_request(request)
+        relay.apply(decisions)
         return refusal
 
     async def serve(self) -> None:
         """Make whole requests safe and queue them, batch by batch, until cancelled."""
-        async for first in self._to_store:
+        async for first in self._send_changes:
             batch = [first]
             while len(batch) < MAX_BATCH:
                 try:
-                    batch.append(self._to_store.receive_nowait())
+                    batch.append(self._send_changes.receive_nowait())
                 except trio.WouldBlock:
                     break
             batch = [request for request in batch if request.live]
@@ -207,10 +207,10 @@ class Intake:
                     nursery.start_soon(self._commit, request, faults)
             for request in batch:
                 try:
-                    self._conclude(request, faults.get(request.request_id))
+                    self._on_committed(request, faults.get(request.request_id))
                 except Exception:
                     log.exception("request broke the relay's own rules", request_id=request.request_id)
-                    self.relay.fail_broken(request)
+                    self.relay.fail_internal(request)
 
     async def _commit(self, request: Request, faults: dict[str, StoreError]) -> None:
         """Make one request safe; the store makes one transaction of a batch's commits, and fails only the guilty."""
@@ -223,32 +223,32 @@ class Intake:
             log.exception("request broke the relay's own rules", request_id=request.request_id)
             faults[request.request_id] = StoreError("internal error; see the relay's log")
 
-    def _conclude(self, request: Request, fault: StoreError | None) -> None:
+    def _on_committed(self, request: Request, fault: StoreError | None) -> None:
         """The store has answered: queue the request, or turn it away."""
         relay = self.relay
         if fault is not None:
             if request.live:
-                self._turn_away(request, fault.code, f"the relay could not store the request: {fault}")
+                self._reject(request, fault.code, f"the relay could not store the request: {fault}")
             return
         request.accepted = True
         request.drop_inputs()
         if not request.live:  # cancelled while the store was writing
-            relay.record(request)
+            relay.save_status(request)
             return
         for holder in tuple(request.holders):
-            holder.hear_accepted(request)
+            holder.on_accepted(request)
         request.queued_at = trio.current_time()
-        request.step("accepted")
-        relay.stats.hear_accepted(request)
+        request.add_timeline("accepted")
+        relay.stats.count_accepted(request)
         log.info(
             "request accepted",
             request_id=request.request_id,
             space=request.submit.space,
             principal=request.principal,
         )
-        relay.carry_out(relay.scheduler.enqueue(request.entry, request.queued_at))
-        request.notify()
-        relay.touch("requests", request.request_id)
+        relay.apply(relay.scheduler.enqueue(request.entry, request.queued_at))
+        request.wake()
+        relay.mark_changed("requests", request.request_id)
 
 
 def _largest_assign(submit: Submit, principal: Principal) -> Assign:

@@ -28,7 +28,7 @@ class WorkerPort(Protocol):
         """Of its connection."""
 
     @property
-    def principal(self) -> str:
+    def principal_name(self) -> str:
         """Whose it is."""
 
     @property
@@ -48,7 +48,7 @@ class WorkerPort(Protocol):
         """Round trip of the last ping."""
 
     @property
-    def heard_at(self) -> float:
+    def received_at(self) -> float:
         """Trio time of the last sign of life."""
 
     def assign(self, request: Request, from_seq: int) -> None:
@@ -111,7 +111,7 @@ class ClientPort(Protocol):
         """Whose it is."""
 
     @property
-    def held(self) -> Mapping[str, Request]:
+    def held_requests(self) -> Mapping[str, Request]:
         """The requests it holds."""
 
     @property
@@ -130,7 +130,7 @@ class ClientPort(Protocol):
     def bytes_sent(self) -> int:
         """Since its login."""
 
-    def unfinished(self) -> list[FrameReader]:
+    def unsent_readers(self) -> list[FrameReader]:
         """Readers of ended requests that have not sent all yet."""
 
     def send(self, message: Message) -> None:
@@ -148,13 +148,13 @@ class ResultsOwner(Protocol):
     def live_requests(self) -> list[Request]:
         """Those that have not ended."""
 
-    def standing(self, request: Request) -> UpdateRequest:
+    def status_update(self, request: Request) -> UpdateRequest:
         """How a request stands, as the store keeps it."""
 
     def fail(self, request: Request, code: ErrorCode, message: str) -> None:
         """End a request as failed."""
 
-    def forget(self, request: Request) -> None:
+    def remove_request(self, request: Request) -> None:
         """Drop a request that has ended."""
 
     def acknowledge(self, worker_id: str, ack: Ack) -> None:
@@ -164,8 +164,8 @@ class ResultsOwner(Protocol):
 class Watcher(Protocol):
     """Somebody who wants to know what changed."""
 
-    def touch(self, topic: str, key: str) -> None:
+    def mark_changed(self, topic: str, key: str) -> None:
         """The row `key` of `topic` may look otherwise now; topic `queue`: the queue of space `key` has moved."""
 
-    def stir(self, topic: str, key: str) -> None:
+    def mark_busy(self, topic: str, key: str) -> None:
         """As `touch`, of something that changes all the time."""

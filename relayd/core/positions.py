@@ -7,7 +7,7 @@ import trio
 
 from relayd.core.relay import Relay
 from relayd.requests.request import Request
-from relayd.scheduling.model import Place
+from relayd.scheduling.model import QueuePosition
 
 log = structlog.get_logger("relayd.places")
 
@@ -17,37 +17,37 @@ INTERVAL_S = 0.25
 MAX_SHARE = 0.1
 
 
-async def serve_places(relay: Relay) -> None:
+async def serve_positions(relay: Relay) -> None:
     """Push `queued` to the holders of every request whose place changed, until cancelled."""
     while True:
-        await relay.moved.wait()
-        relay.moved = trio.Event()
+        await relay.positions_changed.wait()
+        relay.positions_changed = trio.Event()
         began = time.perf_counter()
         try:
-            tell_places(relay)
+            send_positions(relay)
         except Exception:
             log.exception("telling places broke the relay's own rules")
         await trio.sleep(max(INTERVAL_S, (time.perf_counter() - began) / MAX_SHARE))
 
 
-def tell_places(relay: Relay) -> None:
+def send_positions(relay: Relay) -> None:
     """One round: every space that moved since the last."""
     now = trio.current_time()
     spaces = relay.scheduler.moved & relay.spaces.keys()
     relay.scheduler.moved.clear()
     for name in spaces:
-        relay.touch("spaces", name)
-        relay.touch("queue", name)
+        relay.mark_changed("spaces", name)
+        relay.mark_changed("queue", name)
         if not relay.scheduler.spaces[name].queue:
             continue
-        for request_id, place in relay.scheduler.places(name, now).items():
+        for request_id, place in relay.scheduler.positions(name, now).items():
             request = relay.requests[request_id]
-            if request.told_place != (place.position, place.of):
-                tell(request, place)
+            if request.last_position_sent != (place.position, place.of):
+                send_position(request, place)
 
 
-def tell(request: Request, place: Place) -> None:
+def send_position(request: Request, place: QueuePosition) -> None:
     """Push one request's place to those that hold it."""
-    request.told_place = (place.position, place.of)
+    request.last_position_sent = (place.position, place.of)
     for holder in request.holders:
-        holder.hear_place(request, place)
+        holder.on_position(request, place)

@@ -28,14 +28,14 @@ from protocol.wire.messages import (
 from protocol.wire.validators import Value
 from relayd.config.schema import Config, SpaceConfig
 from relayd.core.interfaces import ClientPort, ConnectionPort, Watcher, WorkerPort
-from relayd.core.retention import Results
+from relayd.core.retention import Retention
 from relayd.core.space import Space as Space
 from relayd.core.space import rules_of, serve_space
 from relayd.frames.frame_log import FrameReader
-from relayd.logs.recent import MAX_AUDIT, MAX_EVENTS, Ring
+from relayd.logs.recent import MAX_AUDIT, MAX_EVENTS, RecentRows
 from relayd.requests.deadlines import watch_deadlines
 from relayd.requests.request import UNHEARD_GRACE_S, Expiry, Request
-from relayd.scheduling.model import Decision, Finish, Joined, Requeued, Start, State, Stop, WorkerState
+from relayd.scheduling.model import Decision, Finish, Registration, Requeue, Start, State, Stop, WorkerState
 from relayd.scheduling.scheduler import Scheduler
 from relayd.stats.counters import Stats
 from relayd.store.base import PutSpace, SpaceRecord, Store, StoreError, UpdateRequest
@@ -63,15 +63,15 @@ class Relay:
     clients: dict[str, ClientPort] = attrs.field(factory=dict)
     watchers: set[Watcher] = attrs.field(factory=set)
     #: Set whenever a queue moved: places are to be told.
-    moved: trio.Event = attrs.field(factory=trio.Event)
+    positions_changed: trio.Event = attrs.field(factory=trio.Event)
     #: Set when the daemon takes nothing new and leaves once what runs has ended.
     draining: trio.Event = attrs.field(factory=trio.Event)
     started_at: float = attrs.field(factory=trio.current_time)
-    results: Results = attrs.field(init=False)
+    results: Retention = attrs.field(init=False)
     stats: Stats = attrs.field(factory=Stats)
     #: What was logged, and what was steered, of late.
-    events: Ring = attrs.field(factory=lambda: Ring(MAX_EVENTS))
-    audit: Ring = attrs.field(factory=lambda: Ring(MAX_AUDIT))
+    events: RecentRows = attrs.field(factory=lambda: RecentRows(MAX_EVENTS))
+    audit: RecentRows = attrs.field(factory=lambda: RecentRows(MAX_AUDIT))
     #: Of its doors, once they are open.
     urls: list[str] = attrs.field(factory=list)
     #: Frames of attempts that were over: dropped.
@@ -81,7 +81,7 @@ class Relay:
     _ticket: int = 0
 
     def __attrs_post_init__(self) -> None:
-        self.results = Results(self)
+        self.results = Retention(self)
 
     # -- spaces
 
@@ -90,22 +90,22 @@ class Relay:
         await self.nursery.start(serve_space, space)  # first: a request that finds the space needs its nursery
         self.spaces[space.name] = space
         self.scheduler.add_space(space.name, rules_of(space.config), paused=paused)
-        self.touch("spaces", space.name)
+        self.mark_changed("spaces", space.name)
 
     def close_space(self, name: str) -> Rejected | None:
         """Close a space that is at rest."""
         if refusal := self.scheduler.remove_space(name):
             return refusal
         self.spaces.pop(name).closed.set()
-        self.touch("spaces", name)
+        self.mark_changed("spaces", name)
         return None
 
     def change_space(self, space: Space, config: SpaceConfig) -> None:
         """Give an open space other settings. Requests that are there keep the timeouts that they came in with."""
         space.config = config
-        self.carry_out(self.scheduler.set_rules(space.name, rules_of(config), trio.current_time()))
+        self.apply(self.scheduler.set_rules(space.name, rules_of(config), trio.current_time()))
         self.store.post(PutSpace(self.space_record(space)))
-        self.touch("spaces", space.name)
+        self.mark_changed("spaces", space.name)
 
     def set_paused(self, name: str, paused: bool) -> Rejected | None:
         """Pause or resume a space."""
@@ -113,10 +113,10 @@ class Relay:
             decisions = self.scheduler.resume_space(name, trio.current_time())
             if isinstance(decisions, Rejected):
                 return decisions
-            self.carry_out(decisions)
+            self.apply(decisions)
         elif refusal := self.scheduler.pause_space(name):
             return refusal
-        self._tell_moved()
+        self._wake_positions()
         self.store.post(PutSpace(self.space_record(self.spaces[name])))
         log.info("space paused" if paused else "space resumed", space=name)
         return None
@@ -137,11 +137,11 @@ class Relay:
 
     # -- workers
 
-    def register(self, port: WorkerPort, register: Register) -> Rejected | Joined:
+    def register(self, port: WorkerPort, register: Register) -> Rejected | Registration:
         """A worker registers; what it is to resume and abandon comes back, what else follows is carried out."""
         now = trio.current_time()
         before = self.workers.get(port.worker_id)
-        if before is not None and before.principal != port.principal:
+        if before is not None and before.principal_name != port.principal_name:
             message = f"worker {port.worker_id!r} belongs to another principal; give this one another --name"
             return Rejected.because(ErrorCode.FORBIDDEN, message)
         worker = WorkerState(
@@ -155,10 +155,10 @@ class Relay:
         if isinstance(joined, Rejected):
             return joined
         self.workers[port.worker_id] = port
-        stats = self.stats.of_worker(port.worker_id)
+        stats = self.stats.worker(port.worker_id)
         stats.name, stats.engine, stats.agent = register.worker, register.engine, port.agent
-        stats.principal, stats.peer = port.principal, port.peer
-        self.stats.hear_worker(port.worker_id, register.spaces)
+        stats.principal, stats.peer = port.principal_name, port.peer
+        self.stats.count_registration(port.worker_id, register.spaces)
         if before is not None:
             before.disconnect("the same worker connected anew")
         for name in register.spaces:
@@ -166,18 +166,18 @@ class Relay:
             space.engine, space.params, space.inputs = register.engine, register.params, register.inputs
             space.format = register.format
             self.store.post(PutSpace(self.space_record(space)))
-            self.touch("spaces", name)
+            self.mark_changed("spaces", name)
         for entry in joined.resume:
             request = self.requests[entry.request_id]
             request.resumed()
-            self.stats.hear_resumed(request)
-            self.record(request)  # it may have been queued again, or be further than the store knew
-            self.touch("requests", entry.request_id)
-        self.touch("workers", port.worker_id)
-        self._tell_moved()
+            self.stats.count_resumed(request)
+            self.save_status(request)  # it may have been queued again, or be further than the store knew
+            self.mark_changed("requests", entry.request_id)
+        self.mark_changed("workers", port.worker_id)
+        self._wake_positions()
         return joined
 
-    def settle(self, register: Register, worker_id: str, joined: Joined) -> None:
+    def finish_registration(self, register: Register, worker_id: str, joined: Registration) -> None:
         """Carry out what follows from a registration that was answered.
 
         A process of the same name that is away is not awaited any longer if this one has its place: what ran there
@@ -186,46 +186,46 @@ class Relay:
         mine = worker_id.removesuffix(register.instance[:8])
         for worker in list(self.scheduler.workers.values()):
             name = worker.worker_id.removesuffix(worker.instance[:8])
-            if not worker.linked and name == mine and self.scheduler.shut_out(worker):
+            if not worker.linked and name == mine and self.scheduler.is_replaced(worker):
                 for request_id in list(worker.held):
-                    self.lose(request_id, ErrorCode.WORKER_LOST, f"worker {worker.worker_id} was started anew")
-        self.carry_out(joined.decisions)
+                    self.lose_attempt(request_id, ErrorCode.WORKER_LOST, f"worker {worker.worker_id} was started anew")
+        self.apply(joined.decisions)
 
     def unlink(self, port: WorkerPort) -> None:
         """A worker's connection is gone; it has its time to come back."""
         if self.workers.get(port.worker_id) is not port:
             return  # it has come back already
         del self.workers[port.worker_id]
-        self.stats.of_worker(port.worker_id).heard_at = port.heard_at
+        self.stats.worker(port.worker_id).heard_at = port.received_at
         for entry in self.scheduler.unlink(port.worker_id, trio.current_time()):
             request = self.requests[entry.request_id]
             request.worker_grace_s = self.config.limits.worker_grace_s
             if not entry.has_output:
                 request.worker_grace_s = min(UNHEARD_GRACE_S, request.worker_grace_s)
-            request.step("worker_away", worker_id=port.worker_id)
-            request.notify()
-            self.touch("requests", entry.request_id)
-        self.touch("workers", port.worker_id)
-        self._tell_moved()
+            request.add_timeline("worker_away", worker_id=port.worker_id)
+            request.wake()
+            self.mark_changed("requests", entry.request_id)
+        self.mark_changed("workers", port.worker_id)
+        self._wake_positions()
 
-    def register_again(self, port: WorkerPort, register: Register) -> None:
+    def update_registration(self, port: WorkerPort, register: Register) -> None:
         """A worker has more or fewer slots than before, or others, which make other samples."""
         self.scheduler.workers[port.worker_id].reproducible = _words_of_output(register)
-        self.carry_out(self.scheduler.set_slots(port.worker_id, register.slots, trio.current_time()))
-        self.touch("workers", port.worker_id)
+        self.apply(self.scheduler.set_slots(port.worker_id, register.slots, trio.current_time()))
+        self.mark_changed("workers", port.worker_id)
 
     def drain_worker(self, worker_id: str) -> None:
         """Hand a worker nothing new."""
         self.scheduler.drain(worker_id)
         log.info("worker drains", worker=worker_id)
-        self.touch("workers", worker_id)
-        self._tell_moved()
+        self.mark_changed("workers", worker_id)
+        self._wake_positions()
 
     def undrain_worker(self, worker_id: str) -> None:
         """Hand a worker requests again."""
-        self.carry_out(self.scheduler.undrain(worker_id, trio.current_time()))
+        self.apply(self.scheduler.undrain(worker_id, trio.current_time()))
         log.info("worker takes requests again", worker=worker_id)
-        self.touch("workers", worker_id)
+        self.mark_changed("workers", worker_id)
 
     # -- requests
 
@@ -238,10 +238,10 @@ class Relay:
         self._ticket += 1
         return self._ticket
 
-    def keep(self, request: Request) -> None:
+    def add_request(self, request: Request) -> None:
         """Take a request in whose entry the scheduler has; its task watches its deadlines from now on."""
         self.requests[request.request_id] = request
-        self.results.adopt(request)
+        self.results.track(request)
         self._ticket = max(self._ticket, request.entry.ticket)
         nursery = self.spaces[request.submit.space].nursery
         assert nursery is not None
@@ -250,26 +250,26 @@ class Relay:
             request,
             self.config.limits,
             self.expire,
-            self.fail_broken,
+            self.fail_internal,
             name=f"request {request.request_id}",
         )
-        self.touch("requests", request.request_id)
+        self.mark_changed("requests", request.request_id)
 
-    def forget(self, request: Request) -> None:
+    def remove_request(self, request: Request) -> None:
         """Drop a request that has ended, or was never accepted."""
         self.requests.pop(request.request_id, None)
         self.results.forget(request)
-        self.touch("requests", request.request_id)
+        self.mark_changed("requests", request.request_id)
 
     def cancel(self, request: Request, reason: str) -> None:
         """Stop a request, wherever it is."""
-        self.carry_out(self.scheduler.cancel(request.request_id, reason))
+        self.apply(self.scheduler.cancel(request.request_id, reason))
 
     def fail(self, request: Request, code: ErrorCode, message: str) -> None:
         """End a request as failed, and stop what runs of it."""
-        self.carry_out(self.scheduler.fail(request.request_id, code, message))
+        self.apply(self.scheduler.fail(request.request_id, code, message))
 
-    def fail_broken(self, request: Request) -> None:
+    def fail_internal(self, request: Request) -> None:
         """End a request over which the relay's own code failed, however broken it is. Never raises."""
         try:
             self.fail(request, ErrorCode.INTERNAL, BROKEN)
@@ -309,18 +309,18 @@ class Relay:
 
         def close(reader: FrameReader) -> None:
             reader.close()
-            reader.sink.hear_broken(reader)
+            reader.sink.on_read_error(reader)
 
         steps: list[Callable[[], object]] = [
             stop,
             store,
-            lambda: self.stats.hear_ended(request, State.FAILED, now),
+            lambda: self.stats.count_ended(request, State.FAILED, now),
             *(partial(close, reader) for reader in tuple(request.log.readers)),
-            *(partial(holder.hear_ended, request) for holder in holders),
-            request.shed,
-            lambda: self.carry_out(self.scheduler.end(request_id, State.FAILED, now)),
-            request.notify,
-            lambda: self.touch("requests", request_id),
+            *(partial(holder.on_ended, request) for holder in holders),
+            request.release_run_data,
+            lambda: self.apply(self.scheduler.end(request_id, State.FAILED, now)),
+            request.wake,
+            lambda: self.mark_changed("requests", request_id),
         ]
         entry.state = State.FAILED  # whatever becomes of the steps: its task ends
         for step in steps:
@@ -363,31 +363,31 @@ class Relay:
                 )
             case Expiry.IDLE_TIMEOUT:
                 message = f"its worker sent nothing for {request.idle_timeout_s:g} s"
-                self.lose(request_id, ErrorCode.IDLE_TIMEOUT, message)
+                self.lose_attempt(request_id, ErrorCode.IDLE_TIMEOUT, message)
             case Expiry.WORKER_GONE:
                 message = f"worker {request.entry.worker_id or '(before the restart)'} is gone"
-                self.lose(request_id, ErrorCode.WORKER_LOST, message)
+                self.lose_attempt(request_id, ErrorCode.WORKER_LOST, message)
             case Expiry.CANCEL_UNANSWERED:
-                self.carry_out([Finish(request.entry, None, "its worker did not answer the cancel")])
+                self.apply([Finish(request.entry, None, "its worker did not answer the cancel")])
 
-    def lose(self, request_id: str, code: ErrorCode, message: str) -> None:
+    def lose_attempt(self, request_id: str, code: ErrorCode, message: str) -> None:
         """An attempt is lost: tried again, or the request fails, by its retry policy."""
         request = self.requests.get(request_id)
         if request is not None and request.entry.state is State.RUNNING:
-            request.step("lost", code=code.value, why=message[:MAX_STEP_CHARS])
-        self.carry_out(self.scheduler.lose(request_id, code, message, trio.current_time()))
+            request.add_timeline("lost", code=code.value, why=message[:MAX_STEP_CHARS])
+        self.apply(self.scheduler.lose(request_id, code, message, trio.current_time()))
 
-    def hear_of(self, request: Request, attempt: int) -> None:
+    def adopt_later_attempt(self, request: Request, attempt: int) -> None:
         """A listener has frames of an attempt that the store did not know yet when an earlier relay was killed."""
-        decisions = self.scheduler.hear_of(request.request_id, attempt, trio.current_time())
+        decisions = self.scheduler.adopt_later_attempt(request.request_id, attempt, trio.current_time())
         entry = request.entry
         awaited = entry.attempt == attempt and not any(isinstance(each, Finish) for each in decisions)
         if awaited and request.log.next_seq:
             request.log.restart(attempt, 0)  # what has come is the attempt's before it
-            self.stats.hear_anew(request)
-        self.carry_out(decisions)
+            self.stats.count_restarted(request)
+        self.apply(decisions)
 
-    def carry_out(self, decisions: Iterable[Decision]) -> None:
+    def apply(self, decisions: Iterable[Decision]) -> None:
         """Do what the scheduler decided; a decision that cannot be carried out ends its own request and no other."""
         for decision in decisions:
             try:
@@ -399,8 +399,8 @@ class Relay:
                     self._drop_broken(request)
                 if isinstance(decision, Start):  # its worker has not heard of it, so it will not give the slot back
                     entry, now = decision.entry, trio.current_time()
-                    self.carry_out(self.scheduler.release(entry.worker_id or "", request_id, entry.attempt, now))
-        self._tell_moved()
+                    self.apply(self.scheduler.release(entry.worker_id or "", request_id, entry.attempt, now))
+        self._wake_positions()
 
     def _carry_out_one(self, decision: Decision) -> None:
         match decision:
@@ -409,23 +409,23 @@ class Relay:
             case Stop():
                 if request := self.requests.get(decision.request_id):
                     request.stopped_at = trio.current_time()
-                    request.step("stopping", why=decision.reason[:MAX_STEP_CHARS])
-                    request.notify()
-                    self.touch("requests", request.request_id)
-                    if request.entry.stopping is not None:
-                        self.record(request)  # a relay that is started again must not let it run on
+                    request.add_timeline("stopping", why=decision.reason[:MAX_STEP_CHARS])
+                    request.wake()
+                    self.mark_changed("requests", request.request_id)
+                    if request.entry.cancel_reason is not None:
+                        self.save_status(request)  # a relay that is started again must not let it run on
                 if port := self.workers.get(decision.worker_id):
                     port.cancel(decision.request_id, decision.reason)
-            case Requeued():
+            case Requeue():
                 request = self.requests[decision.entry.request_id]
                 request.queued_at = trio.current_time()
                 request.stopped_at = None
                 request.details = {}
-                request.step("requeued", losses=decision.entry.losses)
-                self.stats.hear_retried(request)
-                request.notify()
-                self._note(request, "request queued again", losses=decision.entry.losses)
-                self.record(request)
+                request.add_timeline("requeued", losses=decision.entry.losses)
+                self.stats.count_retried(request)
+                request.wake()
+                self._log_request(request, "request queued again", losses=decision.entry.losses)
+                self.save_status(request)
             case Finish():
                 self._finish(self.requests[decision.entry.request_id], decision.code, decision.message)
 
@@ -433,15 +433,15 @@ class Relay:
         entry = request.entry
         request.last_frame_at = trio.current_time()
         request.stopped_at = None
-        request.told_place = None
-        self.stats.hear_started(request, from_seq)
+        request.last_position_sent = None
+        self.stats.count_started(request, from_seq)
         if entry.attempt and (entry.attempt > 1 or request.log.next_seq > from_seq):
             request.log.restart(entry.attempt, from_seq)
-        request.step("started", attempt=entry.attempt, worker_id=entry.worker_id, from_seq=from_seq or None)
-        request.notify()
-        self.touch("workers", entry.worker_id or "")
-        self._note(request, "request started", attempt=entry.attempt, worker=entry.worker_id)
-        self.record(request)
+        request.add_timeline("started", attempt=entry.attempt, worker_id=entry.worker_id, from_seq=from_seq or None)
+        request.wake()
+        self.mark_changed("workers", entry.worker_id or "")
+        self._log_request(request, "request started", attempt=entry.attempt, worker=entry.worker_id)
+        self.save_status(request)
         self.workers[entry.worker_id or ""].assign(request, from_seq)
 
     def _finish(self, request: Request, code: ErrorCode | None, message: str) -> None:
@@ -450,7 +450,7 @@ class Relay:
         message = message[:MAX_TEXT_CHARS]  # a worker's or a client's words may be in it
         if code is None:
             cancelled = Cancelled(request_id=request_id, attempt=attempt, seq=seq, reason=message)
-            self.end(request, encode(cancelled), State.CANCELLED, message=message)
+            self.finish_request(request, encode(cancelled), State.CANCELLED, message=message)
         else:
             failed = Failed(
                 request_id=request_id,
@@ -465,9 +465,9 @@ class Relay:
                 data = encode(failed)
             except EncodeError:  # the details are a worker's
                 data = encode(attrs.evolve(failed, details=request.delivered()))
-            self.end(request, data, State.FAILED, code=code, message=message)
+            self.finish_request(request, data, State.FAILED, code=code, message=message)
 
-    def end(
+    def finish_request(
         self,
         request: Request,
         last_frame: bytes,
@@ -489,37 +489,41 @@ class Relay:
         """
         if not request.live:
             return
-        request.owed = owed
+        request.pending_ack = owed
         now = trio.current_time()
         request.ended_at, request.code, request.message = now, code, message
-        request.step("ended", state=str(state), code=code and str(code), why=message and message[:MAX_STEP_CHARS])
-        request.shed()
-        self.stats.hear_ended(request, state, now)
+        request.add_timeline(
+            "ended", state=str(state), code=code and str(code), why=message and message[:MAX_STEP_CHARS]
+        )
+        request.release_run_data()
+        self.stats.count_ended(request, state, now)
         decisions = self.scheduler.end(request.request_id, state, now)
         known = owed is not None or not request.accepted  # a restart would find it out again, or needs not know
         if known:
             request.log.append(last_frame, ends=True)
         for holder in request.holders:
-            holder.hear_ended(request)
+            holder.on_ended(request)
         request.holders.clear()
-        request.notify()
+        request.wake()
         space = self.spaces[request.submit.space]
         space.ended[state] = space.ended.get(state, 0) + 1
-        self._note(request, f"request {state}", code=code, why=message, took_s=round(now - request.created_at, 3))
+        self._log_request(
+            request, f"request {state}", code=code, why=message, took_s=round(now - request.created_at, 3)
+        )
         if request.accepted:
-            self.results.conclude_soon(request, None if known else last_frame)
-        self.carry_out(decisions)
+            self.results.finalize(request, None if known else last_frame)
+        self.apply(decisions)
 
-    def owes(self, request_id: str, attempt: int) -> bool:
+    def has_pending_ack(self, request_id: str, attempt: int) -> bool:
         """Whether this attempt has ended its request, and is acknowledged as soon as that is safe."""
         request = self.requests.get(request_id)
-        return request is not None and request.owed is not None and request.owed[1].attempt == attempt
+        return request is not None and request.pending_ack is not None and request.pending_ack[1].attempt == attempt
 
-    def record(self, request: Request) -> None:
+    def save_status(self, request: Request) -> None:
         """Post how a request stands to the store."""
-        self.store.post(self.standing(request))
+        self.store.post(self.status_update(request))
 
-    def standing(self, request: Request) -> UpdateRequest:
+    def status_update(self, request: Request) -> UpdateRequest:
         """How a request stands, as the store keeps it."""
         entry = request.entry
         return UpdateRequest(
@@ -529,7 +533,7 @@ class Relay:
             losses=entry.losses,
             has_output=entry.has_output,
             reproducible=entry.reproducible,
-            stopping=entry.stopping,
+            stopping=entry.cancel_reason,
             worker_id=entry.worker_id,
             ended_at=time.time() if request.ended_at is not None else None,
             code=request.code,
@@ -546,7 +550,7 @@ class Relay:
         entry = request.entry
         return request if (entry.attempt, entry.worker_id) == (attempt, port.worker_id) else None
 
-    def attempt_lost(
+    def lose_attempt_of_live_worker(
         self,
         request: Request,
         port: WorkerPort,
@@ -557,14 +561,14 @@ class Relay:
         """An attempt ended and its worker lives (its engine crashed, say): tried again, or failed, as at its loss."""
         request.details = details or {}
         self.scheduler.workers[port.worker_id].held.pop(request.request_id, None)
-        self.lose(request.request_id, code, message)
+        self.lose_attempt(request.request_id, code, message)
 
     def release(self, port: WorkerPort, request_id: str, attempt: int) -> None:
         """A worker let go of an attempt."""
-        self.carry_out(self.scheduler.release(port.worker_id, request_id, attempt, trio.current_time()))
-        self.touch("workers", port.worker_id)
+        self.apply(self.scheduler.release(port.worker_id, request_id, attempt, trio.current_time()))
+        self.mark_changed("workers", port.worker_id)
 
-    async def input_of(self, request: Request, name: str) -> bytes | None:
+    async def read_input(self, request: Request, name: str) -> bytes | None:
         """An input of an accepted request, which lies in the store; None if the request is over."""
         try:
             data = await self.store.read_input(request.request_id, name)
@@ -577,21 +581,21 @@ class Relay:
 
     # -- who wants to know
 
-    def touch(self, topic: str, key: str) -> None:
+    def mark_changed(self, topic: str, key: str) -> None:
         """Tell the watchers that a row may look otherwise."""
         for watcher in self.watchers:
-            watcher.touch(topic, key)
+            watcher.mark_changed(topic, key)
 
-    def stir(self, topic: str, key: str) -> None:
+    def mark_busy(self, topic: str, key: str) -> None:
         """As `touch`, for what changes all the time, and is told once a second."""
         for watcher in self.watchers:
-            watcher.stir(topic, key)
+            watcher.mark_busy(topic, key)
 
-    def _tell_moved(self) -> None:
+    def _wake_positions(self) -> None:
         if self.scheduler.moved:
-            self.moved.set()
+            self.positions_changed.set()
 
-    def _note(self, request: Request, event: str, **more: object) -> None:
+    def _log_request(self, request: Request, event: str, **more: object) -> None:
         tell = log.warning if request.entry.state is State.FAILED else log.info
         tell(
             event,
@@ -600,7 +604,7 @@ class Relay:
             principal=request.principal,
             **{key: value for key, value in more.items() if value is not None},
         )
-        self.touch("requests", request.request_id)
+        self.mark_changed("requests", request.request_id)
 
 
 def _broken_update(request_id: str) -> UpdateRequest:

@@ -7,12 +7,12 @@ import structlog
 import trio
 
 from relayd.core.relay import Relay
-from relayd.core.retention import last_words
+from relayd.core.retention import make_final_frame
 from relayd.core.space import Space
 from relayd.frames.frame_file import Contents
 from relayd.frames.frame_log import FrameLog
 from relayd.requests.request import Request
-from relayd.scheduling.model import Entry, State
+from relayd.scheduling.model import ScheduledRequest, State
 from relayd.store.base import DeleteRequest, DeleteSpace, Loaded, PutSpace, RequestRecord, SpaceRecord
 
 log = structlog.get_logger("relayd")
@@ -62,7 +62,7 @@ def _take_up(relay: Relay, stored: RequestRecord, result: Contents | None) -> bo
     request = _revive(relay, stored, result)
     if request.live:
         relay.scheduler.restore(request.entry, request.created_at)
-    relay.keep(request)
+    relay.add_request(request)
     if stored.stopping is not None and request.live:
         relay.cancel(request, stored.stopping)  # its worker may never have heard that, or may be gone
     return request.live
@@ -87,7 +87,7 @@ def _revive(relay: Relay, record: RequestRecord, result: Contents | None) -> Req
     """A request of the store. Its deadlines begin anew: the clock that measured them stopped with the last run."""
     now, state = trio.current_time(), State(record.state)
     submit = record.submit
-    entry = Entry(
+    entry = ScheduledRequest(
         request_id=record.request_id,
         space=submit.space,
         principal=record.principal,
@@ -97,7 +97,7 @@ def _revive(relay: Relay, record: RequestRecord, result: Contents | None) -> Req
         state=state,
         attempt=record.attempt,
         worker_id=record.worker_id if state is State.RUNNING else None,
-        unsure=state.live,
+        attempt_may_be_newer=state.live,
         losses=record.losses,
         started_at=now,
         reproducible=record.reproducible,
@@ -118,11 +118,11 @@ def _revive(relay: Relay, record: RequestRecord, result: Contents | None) -> Req
         message=record.message,
     )
     if not state.live:
-        request.shed()
+        request.release_run_data()
         if result is not None:
             request.log = FrameLog.of_file(record.request_id, result)
         elif state is State.COMPLETED:
             request.has_result = False
         else:  # without its frames, it is known at least how it ended
-            request.log.append(last_words(request), ends=True)
+            request.log.append(make_final_frame(request), ends=True)
     return request

@@ -17,7 +17,7 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Cancelled, Failed
 from relayd.core.interfaces import ResultsOwner
 from relayd.frames.frame_file import Contents, ResultFolder
-from relayd.frames.frame_log import FrameLog, Memory
+from relayd.frames.frame_log import FrameLog, MemoryBudget
 from relayd.frames.spool import NoRoom, Spool
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
@@ -30,21 +30,21 @@ FOLDER_NAME = "results"
 REAP_INTERVAL_S = 5.0
 #: Ended requests that are remembered at most; the oldest go first. One costs about 3 KiB without its frames.
 MAX_ENDED = 10_000
-#: Memory is relieved down to this part of what it may be, so that not every frame asks for more.
-RELIEVED = 7 / 8
+#: MemoryBudget is relieved down to this part of what it may be, so that not every frame asks for more.
+LOW_WATER = 7 / 8
 #: Before another look where nothing could be let go of.
-PRESSED_S = 0.25
+RETRY_S = 0.25
 
 
 @attrs.define(eq=False)
-class Results:
+class Retention:
     """Every request's frames, after they have come. Without a spool (`store = "memory"`) they lie in memory alone."""
 
     relay: ResultsOwner
-    memory: Memory = attrs.field(init=False)
+    memory: MemoryBudget = attrs.field(init=False)
     spool: Spool | None = None
     #: Ended requests that are not safe yet; their workers have not been told to forget them.
-    concluding: set[Request] = attrs.field(factory=set)
+    unfinalized: set[Request] = attrs.field(factory=set)
     #: Ended requests in order of their ends: with a file; with a file, and in memory still; in memory alone.
     sealed: dict[Request, None] = attrs.field(factory=dict)
     _doubled: dict[Request, None] = attrs.field(factory=dict)
@@ -54,7 +54,7 @@ class Results:
     _full: bool = False
 
     def __attrs_post_init__(self) -> None:
-        self.memory = Memory(self.relay.config.results.memory_bytes, on_over=lambda: self._pressed.set())
+        self.memory = MemoryBudget(self.relay.config.results.memory_bytes, on_exceeded=lambda: self._pressed.set())
 
     async def open(self, ended: dict[str, float]) -> dict[str, Contents]:
         """Begin to use files, where the store outlives the daemon; what whole results there are.
@@ -83,7 +83,7 @@ class Results:
         """Of all files."""
         return self.spool.used_bytes if self.spool is not None else 0
 
-    def adopt(self, request: Request) -> None:
+    def track(self, request: Request) -> None:
         """Take the log of a request in, before anything is in memory of it."""
         frames = request.log
         frames.request_id, frames.created_unix = request.request_id, request.created_unix
@@ -91,7 +91,7 @@ class Results:
         self.memory.add(frames.memory_bytes)
         if self.spool is not None:
             frames.fetch = self.spool.fetch
-            if frames.filed.sealed:
+            if frames.file_part.sealed:
                 self.sealed[request] = None
 
     def forget(self, request: Request) -> None:
@@ -107,17 +107,17 @@ class Results:
 
     # -- an end
 
-    def conclude_soon(self, request: Request, last_frame: bytes | None) -> None:
+    def finalize(self, request: Request, last_frame: bytes | None) -> None:
         """Make an end safe, and acknowledge it then.
 
         Args:
             request: it was accepted, and has ended.
             last_frame: the relay's own; None where the log has the worker's already.
         """
-        self.concluding.add(request)
-        self.relay.nursery.start_soon(functools.partial(self._conclude, request, last_frame))
+        self.unfinalized.add(request)
+        self.relay.nursery.start_soon(functools.partial(self._finalize, request, last_frame))
 
-    async def _conclude(self, request: Request, last_frame: bytes | None) -> None:
+    async def _finalize(self, request: Request, last_frame: bytes | None) -> None:
         try:
             if last_frame is None:
                 await self._seal(request)
@@ -127,24 +127,24 @@ class Results:
                 request.log.append(last_frame, ends=True)
                 if request.log.next_seq > 1 or request.details:  # else its record says as much
                     await self._seal(request)
-            if request.owed is not None:
-                self.relay.acknowledge(*request.owed)
+            if request.pending_ack is not None:
+                self.relay.acknowledge(*request.pending_ack)
         except Exception:
             log.exception("request broke the relay's own rules", request_id=request.request_id)
         finally:
-            request.owed = None
-            self.concluding.discard(request)
-            if not self.concluding:
+            request.pending_ack = None
+            self.unfinalized.discard(request)
+            if not self.unfinalized:
                 self._concluded.set()
                 self._concluded = trio.Event()
 
-    async def settled(self) -> None:
+    async def wait_finalized(self) -> None:
         """Wait until every end is safe."""
-        while self.concluding:
+        while self.unfinalized:
             await self._concluded.wait()
 
     async def _record(self, request: Request) -> None:
-        update = self.relay.standing(request)
+        update = self.relay.status_update(request)
         try:
             await self.relay.store.commit(update)
         except StoreError as fault:
@@ -157,18 +157,18 @@ class Results:
             if self.spool is not None:
                 await self.spool.seal(request.log)
         except NoRoom as fault:
-            self._tell_full(fault)
-        if not request.log.whole or self.relay.requests.get(request.request_id) is not request:
+            self._log_full(fault)
+        if not request.log.is_complete or self.relay.requests.get(request.request_id) is not request:
             return False
         self.unsealed.pop(request, None)
-        if request.log.filed.sealed:
-            self._tell_full(None)
+        if request.log.file_part.sealed:
+            self._log_full(None)
             self.sealed[request] = self._doubled[request] = None
             return True
         self.unsealed[request] = None
         return False
 
-    def _tell_full(self, fault: NoRoom | None) -> None:
+    def _log_full(self, fault: NoRoom | None) -> None:
         if self._full != (fault is not None):
             self._full = fault is not None
             if fault is not None:
@@ -185,18 +185,18 @@ class Results:
                 self._pressed = trio.Event()
                 await self._pressed.wait()
             try:
-                await self._relieve()
+                await self._free_memory()
             except Exception:
                 log.exception("relieving the memory broke the relay's own rules")
             if self.memory.over:
-                await trio.sleep(PRESSED_S)
+                await trio.sleep(RETRY_S)
 
-    async def _relieve(self) -> None:
-        enough = self.memory.limit_bytes * RELIEVED
+    async def _free_memory(self) -> None:
+        enough = self.memory.limit_bytes * LOW_WATER
         while self._doubled and self.memory.held_bytes > enough:
             request = next(iter(self._doubled))
             del self._doubled[request]
-            request.log.let_go()
+            request.log.release_written()
         while self.spool is not None and self.memory.held_bytes > enough:
             largest = max(self.relay.live_requests(), key=lambda request: request.log.memory_bytes, default=None)
             if largest is None or not largest.log.memory_bytes:
@@ -204,7 +204,7 @@ class Results:
             try:
                 await self.spool.spill(largest.log)
             except NoRoom as fault:
-                self._tell_full(fault)
+                self._log_full(fault)
                 if self.memory.over and not self._drop_unsealed() and largest.live:
                     self._fail_full(largest, fault)
                 if not self.memory.over:
@@ -216,7 +216,7 @@ class Results:
         """Let go of the oldest result that nobody reads and no file has; False if there is none."""
         request = next((request for request in self.unsealed if not request.log.readers), None)
         if request is not None:
-            self._give_up(request)
+            self._evict(request)
         return request is not None
 
     def _fail_full(self, request: Request, fault: NoRoom) -> None:
@@ -227,7 +227,7 @@ class Results:
 
     # -- what is kept of an ended request
 
-    def _give_up(self, request: Request) -> None:
+    def _evict(self, request: Request) -> None:
         """Let go of an ended request's frames; how it failed, or that it was cancelled, is told for longer."""
         for kept in (self.sealed, self._doubled, self.unsealed):
             kept.pop(request, None)
@@ -235,7 +235,7 @@ class Results:
             request.has_result = False
             self._drop(request.log)
         else:
-            self._drop(request.log, last_words(request))
+            self._drop(request.log, make_final_frame(request))
 
     async def _make_room(self, more: int) -> bool:
         """As `Spool.make_room`: the oldest results go first, but for those that are being read."""
@@ -244,7 +244,7 @@ class Results:
             if self.spool.used_bytes + more <= self.spool.disk_bytes:
                 break
             if request in self.sealed and not request.log.readers:
-                self._give_up(request)
+                self._evict(request)
                 await self.spool.remove(request.log)  # begun already, but to be waited for
         return self.spool.used_bytes + more <= self.spool.disk_bytes
 
@@ -261,9 +261,9 @@ class Results:
             return
         for reader in tuple(frames.readers):
             reader.close()
-            reader.sink.hear_broken(reader)
+            reader.sink.on_read_error(reader)
         if frames.ended:
-            self._give_up(request)
+            self._evict(request)
 
     async def serve_retention(self) -> None:
         """Forget ended requests after `results.retain_s`, and try again what the disk did not take; until cancelled."""
@@ -289,17 +289,17 @@ class Results:
 
     def _reap(self, now: float) -> None:
         relay = self.relay
-        ended = [r for r in relay.requests.values() if r.ended_at is not None and r not in self.concluding]
+        ended = [r for r in relay.requests.values() if r.ended_at is not None and r not in self.unfinalized]
         ended = [request for request in ended if not request.log.readers]
         ended.sort(key=lambda request: request.ended_at or 0.0)
         too_many = len(ended) - MAX_ENDED
         for number, request in enumerate(ended):
             if number < too_many or now - (request.ended_at or 0.0) >= relay.config.results.retain_s:
-                relay.forget(request)
+                relay.remove_request(request)
                 relay.store.post(DeleteRequest(request.request_id))
 
 
-def last_words(request: Request) -> bytes:
+def make_final_frame(request: Request) -> bytes:
     """The last frame of a request that failed or was cancelled, from what is known of it without its frames."""
     request_id, attempt, seq = request.request_id, request.entry.attempt, max(0, request.log.next_seq - 1)
     words = request.message or ""

@@ -34,21 +34,21 @@ class Sink(Protocol):
     def send_frames(self, frames: list[bytes], size: int) -> None:
         """Send these, of `size` bytes together, without waiting; the list is not to be changed."""
 
-    def hear_read(self, reader: "FrameReader") -> None:
+    def on_all_sent(self, reader: "FrameReader") -> None:
         """A reader of this sink has sent the last frame of its log."""
 
-    def hear_broken(self, reader: "FrameReader") -> None:
+    def on_read_error(self, reader: "FrameReader") -> None:
         """What a reader of this sink wants next cannot be read back."""
 
 
 @attrs.define(eq=False)
-class Memory:
+class MemoryBudget:
     """What all logs hold in memory together, and how much that may be."""
 
     limit_bytes: float = float("inf")
     held_bytes: int = 0
     #: Called whenever something comes in while they hold too much; must not wait.
-    on_over: Callable[[], None] = lambda: None
+    on_exceeded: Callable[[], None] = lambda: None
 
     @property
     def over(self) -> bool:
@@ -59,11 +59,11 @@ class Memory:
         """So many bytes came in; less than none have gone."""
         self.held_bytes += cost
         if self.held_bytes > self.limit_bytes:
-            self.on_over()
+            self.on_exceeded()
 
 
 @attrs.define(eq=False)
-class Filed:
+class FilePart:
     """What of a log lies in its file: the frames below `frames`, some of which may lie in memory as well."""
 
     #: None where it is not at hand; the trailer of a sealed file has it.
@@ -94,12 +94,12 @@ class FrameLog:
     #: Of its request; the file is named by it.
     request_id: str = ""
     created_unix: float = 0.0
-    memory: Memory = attrs.field(factory=Memory)
+    memory: MemoryBudget = attrs.field(factory=MemoryBudget)
     #: Gets a reader the frames from its `seq` on, which are not in memory, and has it `go_on`; must not wait.
     fetch: Callable[["FrameReader"], None] = lambda _reader: None
     ended: bool = False
     readers: set["FrameReader"] = attrs.field(factory=set)
-    filed: Filed = attrs.field(factory=Filed)
+    file_part: FilePart = attrs.field(factory=FilePart)
     #: Rises with every restart: what was read before it may be void.
     restarts: int = 0
     #: Bytes of all frames, wherever they lie.
@@ -124,14 +124,14 @@ class FrameLog:
             created_unix=contents.created_unix,
             ended=True,
             size_bytes=contents.frame_bytes,
-            filed=Filed(index=None, frames=contents.frames, sealed=True),
+            file_part=FilePart(index=None, frames=contents.frames, sealed=True),
             next_seq=contents.frames,
             base=contents.frames,
             starts=list(contents.starts),
         )
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it has ended and every frame from the first on is there."""
         return self.ended and not self.first_seq
 
@@ -171,15 +171,15 @@ class FrameLog:
         self.restarts += 1
         self.size_bytes -= self._forget_memory(max(0, seq - self._base), len(self._frames))
         if seq < self._base:
-            index = self.filed.index
+            index = self.file_part.index
             assert index is not None, "only a log that has not ended is restarted"
             self.size_bytes -= index[self._base] - index[seq] - RECORD_BYTES * (self._base - seq)
             self._base = seq
         self.next_seq = seq
-        self.filed.cut(seq)
+        self.file_part.cut(seq)
         self._starts.append((attempt, seq))
         for reader in self.readers:
-            reader.move(min(reader.seq, seq))
+            reader.seek(min(reader.seq, seq))
 
     def append(self, data: bytes, *, ends: bool = False) -> None:
         """Add the next frame and send it to every reader that has kept up."""
@@ -190,10 +190,10 @@ class FrameLog:
         self.size_bytes += size
         self.memory_bytes += cost
         self.ended = ends
-        memory = self.memory  # as `Memory.add`, without a call for every frame
+        memory = self.memory  # as `MemoryBudget.add`, without a call for every frame
         memory.held_bytes += cost
         if memory.held_bytes > memory.limit_bytes:
-            memory.on_over()
+            memory.on_exceeded()
         for reader in tuple(self.readers):
             reader.pump()
 
@@ -208,7 +208,7 @@ class FrameLog:
         memory = self.memory
         memory.held_bytes += cost
         if memory.held_bytes > memory.limit_bytes:
-            memory.on_over()
+            memory.on_exceeded()
         for reader in tuple(self.readers):
             sink = reader.sink
             if reader.seq == before and sink.backlog_bytes + size <= HIGH_WATER_BYTES:
@@ -233,7 +233,7 @@ class FrameLog:
         self.memory.held_bytes -= self.memory_bytes
         self.memory_bytes = 0
 
-    def place(self, attempt: int, after_seq: int) -> int:
+    def resume_seq(self, attempt: int, after_seq: int) -> int:
         """Where a reader goes on that has the frames of `attempt` up to `after_seq`.
 
         An attempt of 0 has seen none, and a later attempt may have begun lower than it got. The last frame of a log
@@ -244,11 +244,11 @@ class FrameLog:
 
     # -- memory and file
 
-    def unfiled(self, most_bytes: int, most_frames: int) -> list[bytes]:
+    def next_unwritten(self, most_bytes: int, most_frames: int) -> list[bytes]:
         """The first frames that are not in the file yet: at least one where there is one, and no more than this."""
         frames: list[bytes] = []
         size = 0
-        begin = self.filed.frames - self._base
+        begin = self.file_part.frames - self._base
         for data in self._frames[begin : begin + most_frames]:
             size += len(data)
             if frames and size > most_bytes:
@@ -256,9 +256,9 @@ class FrameLog:
             frames.append(data)
         return frames
 
-    def let_go(self) -> None:
+    def release_written(self) -> None:
         """Keep in memory only what the file does not have."""
-        gone = self.filed.frames - self._base
+        gone = self.file_part.frames - self._base
         if gone == len(self._frames):
             self._clear_memory()
         elif gone > 0:
@@ -267,8 +267,8 @@ class FrameLog:
 
     def unread(self) -> None:
         """Let go of the index where nobody reads: it takes eight bytes a frame, and a sealed file has it."""
-        if self.filed.sealed and not self.readers:
-            self.filed.index = None
+        if self.file_part.sealed and not self.readers:
+            self.file_part.index = None
 
     def drop(self, last_frame: bytes | None = None) -> None:
         """Let go of all frames for good; of an ended log `last_frame` stays in place of its last one."""
@@ -276,7 +276,7 @@ class FrameLog:
         self._base = self.next_seq - (last_frame is not None)
         self.size_bytes = 0
         self.restarts += 1
-        self.filed = Filed()
+        self.file_part = FilePart()
         self.first_seq = self._base
         if last_frame is not None:
             self._frames.append(last_frame)
@@ -284,7 +284,7 @@ class FrameLog:
             self.memory_bytes += len(last_frame) + FRAME_COST_BYTES
             self.memory.held_bytes += len(last_frame) + FRAME_COST_BYTES
         for reader in tuple(self.readers):
-            reader.move(max(reader.seq, self.first_seq))
+            reader.seek(max(reader.seq, self.first_seq))
             reader.pump()
 
 
@@ -297,9 +297,9 @@ class FrameReader:
     sink: Sink
     seq: int = 0
     #: Whether frames are being read ahead for it.
-    fetching: bool = False
+    prefetching: bool = False
     #: Frames from `seq` on that were read ahead.
-    _ahead: deque[bytes] = attrs.field(factory=deque)
+    _prefetched: deque[bytes] = attrs.field(factory=deque)
 
     @property
     def done(self) -> bool:
@@ -323,7 +323,7 @@ class FrameReader:
         self.log.readers.discard(self)
         self.log.unread()
 
-    def move(self, seq: int) -> None:
+    def seek(self, seq: int) -> None:
         """Go on at `seq`; what was read ahead is not wanted any more."""
         self._forget_ahead()
         self.seq = seq
@@ -332,21 +332,21 @@ class FrameReader:
         """Send while the sink takes; called at each new frame and whenever the sink has drained."""
         log, sink = self.log, self.sink
         while self.seq < log.next_seq and (room := HIGH_WATER_BYTES - sink.backlog_bytes) > 0:
-            frames, size = self._next_ahead(room) if self._ahead else log.frames_from(self.seq, room)
+            frames, size = self._next_ahead(room) if self._prefetched else log.frames_from(self.seq, room)
             if not frames:
-                if not self.fetching:
+                if not self.prefetching:
                     log.fetch(self)
                 return
             self.seq += len(frames)
             sink.send_frames(frames, size)
         if self.done:
             self.close()
-            sink.hear_read(self)
+            sink.on_all_sent(self)
 
-    def go_on(self, frames: Iterable[bytes]) -> None:
+    def feed(self, frames: Iterable[bytes]) -> None:
         """What was fetched is there: the frames from `seq` on."""
-        self._ahead.extend(frames)
-        self.log.memory.held_bytes += sum(map(len, self._ahead))
+        self._prefetched.extend(frames)
+        self.log.memory.held_bytes += sum(map(len, self._prefetched))
         self.pump()
         if self.log.memory.over:  # better to read them once more
             self._forget_ahead()
@@ -354,13 +354,13 @@ class FrameReader:
     def _next_ahead(self, most_bytes: int) -> tuple[list[bytes], int]:
         frames: list[bytes] = []
         size = 0
-        while self._ahead and size < most_bytes:
-            data = self._ahead.popleft()
+        while self._prefetched and size < most_bytes:
+            data = self._prefetched.popleft()
             frames.append(data)
             size += len(data)
         self.log.memory.held_bytes -= size
         return frames, size
 
     def _forget_ahead(self) -> None:
-        self.log.memory.held_bytes -= sum(map(len, self._ahead))
-        self._ahead.clear()
+        self.log.memory.held_bytes -= sum(map(len, self._prefetched))
+        self._prefetched.clear()

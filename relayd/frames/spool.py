@@ -75,7 +75,7 @@ class Spool:
             try:
                 await self._write(frames, frames.next_seq)
             finally:
-                frames.let_go()
+                frames.release_written()
 
     async def seal(self, frames: FrameLog) -> None:
         """Make the file of a log that has ended whole; when this returns the disk has it. Memory is left as it is.
@@ -84,45 +84,45 @@ class Spool:
             NoRoom: it is not in its file; what lay in memory alone still does.
         """
         async with self._lock(frames):
-            if frames.filed.sealed or not frames.whole:
+            if frames.file_part.sealed or not frames.is_complete:
                 return
-            batch = [] if frames.filed.frames else frames.unfiled(SLICE_BYTES, SLICE_FRAMES)
+            batch = [] if frames.file_part.frames else frames.next_unwritten(SLICE_BYTES, SLICE_FRAMES)
             if len(batch) < frames.next_seq:
                 batch = []
                 await self._write(frames, frames.next_seq)
-            filed, starts = frames.filed, frames.starts
+            filed, starts = frames.file_part, frames.starts
             if filed.index is None or filed.frames + len(batch) < frames.next_seq:
                 return  # it was dropped meanwhile
             index = filed.index[:]
             extend(index, batch)
             size = size_of(index[-1], len(index) - 1, len(starts))
             await self._room_for(frames, size)
-            if frames.filed is not filed:
+            if frames.file_part is not filed:
                 return  # it was dropped while room was made
             head = (frames.request_id, frames.created_unix)
             await self._in_thread(frames, self.folder.seal, *head, index, starts, batch, size=size)
-            if frames.filed is filed:
+            if frames.file_part is filed:
                 filed.frames, filed.index, filed.sealed = frames.next_seq, index, True
                 frames.unread()
 
     async def _write(self, frames: FrameLog, until_seq: int) -> None:
         """Write the frames below `until_seq` that are not in the file; the caller has the lock."""
-        filed = frames.filed
-        while filed is frames.filed and filed.frames < until_seq and filed.index is not None:
-            batch = frames.unfiled(SLICE_BYTES, SLICE_FRAMES)
+        filed = frames.file_part
+        while filed is frames.file_part and filed.frames < until_seq and filed.index is not None:
+            batch = frames.next_unwritten(SLICE_BYTES, SLICE_FRAMES)
             if not batch or frames.first_seq:  # a restart has made the log shorter, or it was dropped
                 return
             first, offset = filed.frames, filed.index[-1]
             filed.valid = first + len(batch)
             size = offset + sum(map(len, batch)) + RECORD_BYTES * len(batch)
             await self._room_for(frames, size)
-            if filed is not frames.filed or filed.valid < first + len(batch):
+            if filed is not frames.file_part or filed.valid < first + len(batch):
                 continue  # dropped or restarted while room was made
             await self._in_thread(
                 frames, self.folder.write, frames.request_id, frames.created_unix, offset, batch, size=size
             )
             good = max(0, int(filed.valid) - first)  # a restart meanwhile has made the rest of them void
-            if filed is frames.filed and good and filed.index is not None:
+            if filed is frames.file_part and good and filed.index is not None:
                 extend(filed.index, batch[:good])
                 filed.frames += good
 
@@ -143,13 +143,13 @@ class Spool:
 
     async def _undo(self, frames: FrameLog) -> None:
         """Give back what a write that failed has taken: a full disk needs it."""
-        request_id, index = frames.request_id, frames.filed.index
+        request_id, index = frames.request_id, frames.file_part.index
         if frames.first_seq or index is None:
             return  # it was dropped meanwhile, and its file is about to go
         try:
             if frames.in_memory:
                 await trio.to_thread.run_sync(self.folder.remove, request_id, limiter=self._writers)
-                frames.filed.cut(0)
+                frames.file_part.cut(0)
                 self._size(request_id, 0)
             else:
                 await trio.to_thread.run_sync(self.folder.cut, request_id, index[-1], limiter=self._writers)
@@ -172,7 +172,7 @@ class Spool:
 
     def fetch(self, reader: FrameReader) -> None:
         """As `FrameLog.fetch`."""
-        reader.fetching = True
+        reader.prefetching = True
         self.nursery.start_soon(self._read_ahead, reader)
 
     async def _read_ahead(self, reader: FrameReader) -> None:
@@ -183,7 +183,7 @@ class Spool:
         try:
             async with self._reading:
                 # Since it asked, a restart may have taken it to where memory has what it wants.
-                wanted = reader.is_open and reader.seq < frames.filed.frames
+                wanted = reader.is_open and reader.seq < frames.file_part.frames
                 if wanted and reader.sink.backlog_bytes < HIGH_WATER_BYTES:
                     ahead = await self._read(frames, reader.seq)
         except (OSError, DamagedResult) as refusal:
@@ -192,7 +192,7 @@ class Spool:
             log.exception("reading a result broke the relay's own rules", request_id=frames.request_id)
             fault = repr(broken)
         finally:
-            reader.fetching = False
+            reader.prefetching = False
         if not reader.is_open:
             frames.unread()
         elif frames.restarts != restarts:
@@ -200,12 +200,12 @@ class Spool:
         elif fault:
             self.on_broken(frames, fault)
         elif ahead:
-            reader.go_on(ahead)
+            reader.feed(ahead)
         else:
             reader.pump()  # from memory, or to ask once more; while its sink is full this does nothing
 
     async def _read(self, frames: FrameLog, seq: int) -> list[bytes]:
-        filed = frames.filed
+        filed = frames.file_part
         if filed.index is None:
             contents = await trio.to_thread.run_sync(self.folder.load, frames.request_id, limiter=self._readers)
             if contents.created_unix != frames.created_unix or contents.frames != filed.frames:

@@ -13,8 +13,8 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PATH
 from relayd.auth.origins import may_come_from
 from relayd.http import health_routes, static_page
-from relayd.http.context import Site
-from relayd.http.errors import Refusal
+from relayd.http.context import HttpContext
+from relayd.http.errors import HttpError
 from relayd.http.openai import routes as openai_routes
 from relayd.http.requests_api import routes as requests_routes
 
@@ -38,24 +38,24 @@ CORS = {
 }
 
 
-def make_app(site: Site) -> Starlette:
+def make_app(context: HttpContext) -> Starlette:
     """The application that serves `site`."""
     app = Starlette(
         routes=[*requests_routes.routes(), *openai_routes.routes(), *health_routes.routes(), *static_page.routes()],
-        middleware=[Middleware(Manners, site=site)],
-        exception_handlers={Refusal: _refused, HTTPException: _unroutable, Exception: _broken},
+        middleware=[Middleware(ResponseHeaders, context=context)],
+        exception_handlers={HttpError: _refused, HTTPException: _unroutable, Exception: _broken},
     )
     app.router.redirect_slashes = False
-    app.state.site = site
+    app.state.context = context
     return app
 
 
-class Manners:
+class ResponseHeaders:
     """Which pages may come, and the headers of all responses."""
 
-    def __init__(self, app: ASGIApp, site: Site) -> None:
+    def __init__(self, app: ASGIApp, context: HttpContext) -> None:
         self.app = app
-        self.site = site
+        self.context = context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse its origin."""
@@ -63,14 +63,14 @@ class Manners:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        origin, allowed = headers.get("origin", ""), self.site.relay.config.allowed_origins
+        origin, allowed = headers.get("origin", ""), self.context.relay.config.allowed_origins
         more = HEADERS
         if origin and (origin in allowed or "*" in allowed):
             more = HEADERS | {"access-control-allow-origin": origin, "vary": "Origin"}
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                counts, status = self.site.responses, message["status"]
+                counts, status = self.context.responses, message["status"]
                 counts[status] = counts.get(status, 0) + 1
                 told = MutableHeaders(scope=message)
                 for name, value in more.items():
@@ -78,15 +78,15 @@ class Manners:
             await send(message)
 
         if not may_come_from(origin, headers.get("host", ""), allowed):
-            refusal = Refusal(ErrorCode.FORBIDDEN, f"origin {origin} is not in allowed_origins of relayd.toml")
-            await shaped(scope["path"], refusal)(scope, receive, send_with_headers)
+            refusal = HttpError(ErrorCode.FORBIDDEN, f"origin {origin} is not in allowed_origins of relayd.toml")
+            await error_response(scope["path"], refusal)(scope, receive, send_with_headers)
         elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             await Response(status_code=204, headers=CORS)(scope, receive, send_with_headers)
         else:
             await self.app(scope, receive, send_with_headers)
 
 
-def shaped(path: str, refusal: Refusal) -> Response:
+def error_response(path: str, refusal: HttpError) -> Response:
     """A refusal in the shape of the API that `path` belongs to."""
     body = (
         openai_routes.error_body(refusal)
@@ -97,8 +97,8 @@ def shaped(path: str, refusal: Refusal) -> Response:
 
 
 async def _refused(request: Request, refusal: Exception) -> Response:
-    assert isinstance(refusal, Refusal)
-    return shaped(request.url.path, refusal)
+    assert isinstance(refusal, HttpError)
+    return error_response(request.url.path, refusal)
 
 
 async def _unroutable(request: Request, fault: Exception) -> Response:
@@ -106,16 +106,18 @@ async def _unroutable(request: Request, fault: Exception) -> Response:
     path = request.url.path
     if fault.status_code == 405:
         allow = (fault.headers or {}).get("Allow", "")
-        refusal = Refusal("method_not_allowed", f"{path} takes {allow}", status=405, headers=dict(fault.headers or {}))
+        refusal = HttpError(
+            "method_not_allowed", f"{path} takes {allow}", status=405, headers=dict(fault.headers or {})
+        )
     elif fault.status_code == 404:
         words = f"nothing is at {path}; the relay speaks WebSocket at {PATH}, and /openapi.json lists the rest"
-        refusal = Refusal("not_found", words, status=404)
+        refusal = HttpError("not_found", words, status=404)
     else:
-        refusal = Refusal("bad_request", fault.detail, status=fault.status_code, headers=dict(fault.headers or {}))
-    return shaped(path, refusal)
+        refusal = HttpError("bad_request", fault.detail, status=fault.status_code, headers=dict(fault.headers or {}))
+    return error_response(path, refusal)
 
 
 async def _broken(request: Request, fault: Exception) -> Response:
     # Starlette answers what nobody caught from outside of all middleware.
-    refusal = Refusal(ErrorCode.INTERNAL, "the relay made a mistake; see its log", headers=HEADERS)
-    return shaped(request.url.path, refusal)
+    refusal = HttpError(ErrorCode.INTERNAL, "the relay made a mistake; see its log", headers=HEADERS)
+    return error_response(request.url.path, refusal)

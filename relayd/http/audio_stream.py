@@ -6,12 +6,12 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Frame, Started
 from protocol.wire.messages import Queued
 from protocol.wire.structs import AudioFormat
-from relayd.http.errors import Refusal
-from relayd.http.request_stream import Held
+from relayd.http.errors import HttpError
+from relayd.http.request_stream import RequestStream
 
 
 @attrs.define(eq=False)
-class Listening:
+class AudioStream:
     """Samples of a request as they come; made by `listen`.
 
     Attributes:
@@ -19,7 +19,7 @@ class Listening:
         result: figures of the completed request; empty before its end.
     """
 
-    held: Held
+    held: RequestStream
     format: AudioFormat
     #: Number of the frame that is due.
     _due: int
@@ -47,14 +47,14 @@ class Listening:
                     self.format = frame.format
             if self._heard and frame.seq < self._due:
                 message = "the worker was lost in mid-stream, and another one began anew; send the request again"
-                raise Refusal(ErrorCode.WORKER_LOST, message, retryable=True)
+                raise HttpError(ErrorCode.WORKER_LOST, message, retryable=True)
             self._due = frame.seq + 1
             if isinstance(frame, Audio) and frame.pcm:
                 self._heard = True
                 return frame.pcm
 
 
-async def listen(held: Held) -> Listening:
+async def open_audio(held: RequestStream) -> AudioStream:
     """Wait until the engine has begun.
 
     Raises:
@@ -64,26 +64,26 @@ async def listen(held: Held) -> Listening:
         if isinstance(frame, Started):
             if frame.format is None:
                 break
-            return Listening(held, frame.format, frame.seq + 1)
+            return AudioStream(held, frame.format, frame.seq + 1)
         if isinstance(frame, Completed):
             break
     raise _no_audio(held)
 
 
-async def _frame(held: Held) -> Frame | None:
+async def _frame(held: RequestStream) -> Frame | None:
     """The next frame, places passed over.
 
     Raises:
         Refusal: it is the end of a request that did not complete.
     """
     while True:
-        event = await held.next()
+        event = await held.next_event()
         if isinstance(event, Failed | Cancelled):
-            raise Refusal.of(event)
+            raise HttpError.of(event)
         if not isinstance(event, Queued):
             return event
 
 
-def _no_audio(held: Held) -> Refusal:
+def _no_audio(held: RequestStream) -> HttpError:
     message = f"space {held.request.submit.space!r} makes no audio; ask for the request's events"
-    return Refusal("no_audio", message, status=409)
+    return HttpError("no_audio", message, status=409)

@@ -10,8 +10,8 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PROTOCOL_VERSION, Hello, Rejected
 from relayd.auth import login_throttle
 from relayd.auth.tokens import Principal
-from relayd.http.context import Site, Visit, site_of, visit_of
-from relayd.http.errors import Refusal
+from relayd.http.context import Exchange, HttpContext, context_of, exchange_of
+from relayd.http.errors import HttpError
 from relayd.net.http_head import last_address
 
 log = structlog.get_logger("relayd.http")
@@ -32,28 +32,28 @@ def principal_of(request: Request, role: str = "client") -> Principal:
     Raises:
         Refusal: nobody that may come in: 401, 403, or 429 after too many tries.
     """
-    site, visit = site_of(request), visit_of(request)
-    if visit.principal is not None:
-        return visit.principal
+    context, exchange = context_of(request), exchange_of(request)
+    if exchange.principal is not None:
+        return exchange.principal
     if SECRET_NAMES & {name.lower() for name in request.query_params}:
         message = "put the token into the Authorization header (Bearer TOKEN): a URL is kept in logs and histories"
-        raise Refusal(ErrorCode.UNAUTHENTICATED, message)
-    principal = _log_in(site, visit, _token(request), role)
+        raise HttpError(ErrorCode.UNAUTHENTICATED, message)
+    principal = _log_in(context, exchange, _token(request), role)
     if isinstance(principal, Rejected):
-        raise _refuse(site, visit, request, role, principal)
+        raise _refuse(context, exchange, request, role, principal)
     most = principal.limits.max_connections
-    if most is not None and site.places_of(principal) >= most:
+    if most is not None and context.connection_count(principal) >= most:
         message = f"the token of {principal.name!r} allows {most} connections at once; end one first"
-        raise Refusal(ErrorCode.RATE_LIMITED, message)
-    visit.principal = principal
+        raise HttpError(ErrorCode.RATE_LIMITED, message)
+    exchange.principal = principal
     return principal
 
 
-def _log_in(site: Site, visit: Visit, token: str | None, role: str) -> Principal | Rejected:
+def _log_in(context: HttpContext, exchange: Exchange, token: str | None, role: str) -> Principal | Rejected:
     if token is not None and len(token) > MAX_TOKEN_CHARS:
         return Rejected.because(ErrorCode.UNAUTHENTICATED, "this is no token of a relay: it is too long")
     hello = Hello(version=PROTOCOL_VERSION, role=role, token=token, agent="")
-    return site.tokens.log_in(hello, visit.credentials, time.time())
+    return context.tokens.log_in(hello, exchange.credentials, time.time())
 
 
 def _token(request: Request) -> str | None:
@@ -63,24 +63,24 @@ def _token(request: Request) -> str | None:
         return None
     scheme, _, value = header.partition(" ")
     if scheme.lower() != "bearer" or not value.strip():
-        raise Refusal(ErrorCode.UNAUTHENTICATED, "the relay takes `Authorization: Bearer TOKEN` and no other kind")
+        raise HttpError(ErrorCode.UNAUTHENTICATED, "the relay takes `Authorization: Bearer TOKEN` and no other kind")
     return value.strip()
 
 
-def _refuse(site: Site, visit: Visit, request: Request, role: str, refused: Rejected) -> Refusal:
+def _refuse(context: HttpContext, exchange: Exchange, request: Request, role: str, refused: Rejected) -> HttpError:
     if refused.code != ErrorCode.UNAUTHENTICATED or "authorization" not in request.headers:
-        return Refusal.of(refused)
-    wait_s = site.failures.add(address_of(request), trio.current_time())
+        return HttpError.of(refused)
+    wait_s = context.failures.add(address_of(request), trio.current_time())
     if wait_s is not None:
-        return Refusal(ErrorCode.RATE_LIMITED, login_throttle.TOO_MANY_FAILURES, retry_after_s=wait_s)
+        return HttpError(ErrorCode.RATE_LIMITED, login_throttle.TOO_MANY_LOGINS, retry_after_s=wait_s)
     log.warning("login refused", peer=address_of(request), role=role, code=refused.code)
-    return Refusal.of(refused)
+    return HttpError.of(refused)
 
 
 def address_of(request: Request) -> str:
     """Where a request comes from, without a port: behind a proxy, as the proxy says."""
-    if site_of(request).relay.config.behind_proxy:
+    if context_of(request).relay.config.behind_proxy:
         lines = request.headers.getlist("x-forwarded-for")
         if lines and (address := last_address(lines[-1])) is not None:
             return address
-    return login_throttle.address_of(visit_of(request).peer)
+    return login_throttle.address_of(exchange_of(request).peer)

@@ -20,8 +20,8 @@ from starlette.requests import Request
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import NAME_PATTERN
 from protocol.wire.validators import Value
-from relayd.http.context import Site, site_of
-from relayd.http.errors import Refusal
+from relayd.http.context import HttpContext, context_of
+from relayd.http.errors import HttpError
 
 #: Of what is no file: 64 KiB of params, each character of which JSON may write as six.
 MAX_FIELDS_BYTES = 512 * 1024
@@ -56,34 +56,34 @@ class Body:
     is_form: bool = False
 
 
-#: How many bytes an input of this name and media type may have; raises `Refusal` where it is not taken.
-Cap = Callable[[str, str], int]
+#: How many bytes an input of this name and media type may have; raises `HttpError` where it is not taken.
+InputLimit = Callable[[str, str], int]
 
 
 @contextmanager
-def _counted(site: Site) -> Iterator[Callable[[int], None]]:
+def _counted(context: HttpContext) -> Iterator[Callable[[int], None]]:
     """Counts what an upload holds in memory, for as long as the block lasts."""
     mine = 0
 
     def count(size: int) -> None:
         nonlocal mine
-        most = max(MAX_UPLOAD_BYTES, site.relay.config.limits.max_input_bytes)
-        if site.upload_bytes + size > most:
+        most = max(MAX_UPLOAD_BYTES, context.relay.config.limits.max_input_bytes)
+        if context.upload_bytes + size > most:
             message = "too many inputs are being uploaded at this moment; send the request again in a little while"
-            raise Refusal(ErrorCode.RATE_LIMITED, message, retry_after_s=2.0)
+            raise HttpError(ErrorCode.RATE_LIMITED, message, retry_after_s=2.0)
         mine += size
-        site.upload_bytes += size
+        context.upload_bytes += size
 
     try:
         yield count
     finally:
-        site.upload_bytes -= mine
+        context.upload_bytes -= mine
 
 
 @contextmanager
 def open_uploads(request: Request) -> Iterator["Uploads"]:
     """Where a request's body is read; what it holds counts as an upload until the end of the block."""
-    with _counted(site_of(request)) as count:
+    with _counted(context_of(request)) as count:
         yield Uploads(request, count)
 
 
@@ -94,7 +94,7 @@ class Uploads:
     request: Request
     count: Callable[[int], None]
 
-    async def read(self, cap: Cap) -> Body:
+    async def read(self, cap: InputLimit) -> Body:
         """All of the body, by its content type.
 
         Raises:
@@ -108,26 +108,26 @@ class Uploads:
             return Body(_urlencoded(data), is_form=True)
         if kind == b"application/json" or (not kind and not data):
             return Body(json_object(data or b"{}"))
-        raise Refusal(
+        raise HttpError(
             "unsupported_media_type",
             "send application/json, application/x-www-form-urlencoded or multipart/form-data",
             status=415,
         )
 
-    async def _multipart(self, boundary: bytes, cap: Cap) -> Body:
+    async def _multipart(self, boundary: bytes, cap: InputLimit) -> Body:
         if not boundary:
-            raise Refusal("bad_request", "multipart/form-data needs a boundary in its content type", status=400)
-        most = site_of(self.request).relay.config.limits.max_input_bytes
+            raise HttpError("bad_request", "multipart/form-data needs a boundary in its content type", status=400)
+        most = context_of(self.request).relay.config.limits.max_input_bytes
         form = _Form(cap, most, self.count)
         try:
             parser = MultipartParser(boundary, form.callbacks())
-            async for piece in Pieces(self.request, most + MAX_FIELDS_BYTES + SLACK_BYTES):
+            async for piece in BodyReader(self.request, most + MAX_FIELDS_BYTES + SLACK_BYTES):
                 parser.write(piece)
             parser.finalize()
         except FormParserError as fault:
-            raise Refusal("bad_request", f"the multipart body is damaged: {fault}", status=400) from None
+            raise HttpError("bad_request", f"the multipart body is damaged: {fault}", status=400) from None
         if not form.ended:
-            raise Refusal("bad_request", "the multipart body has no end", status=400)
+            raise HttpError("bad_request", "the multipart body has no end", status=400)
         return Body(dict(form.fields), form.uploads, is_form=True)
 
 
@@ -135,7 +135,7 @@ class Uploads:
 class _Form:
     """What a multipart parser finds, one callback after the other."""
 
-    cap: Cap
+    cap: InputLimit
     #: Bytes that all files may have together.
     left_bytes: int
     count: Callable[[int], None]
@@ -162,7 +162,7 @@ class _Form:
             "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
             "on_header_end": self.end_header,
             "on_headers_finished": self.end_headers,
-            "on_part_data": lambda data, start, end: self.take(data[start:end]),
+            "on_part_data": lambda data, start, end: self.on_data(data[start:end]),
             "on_part_end": self.end_part,
             "on_end": self.end,
         }
@@ -171,7 +171,7 @@ class _Form:
         """A part begins."""
         self._parts += 1
         if self._parts > MAX_PARTS:
-            raise Refusal(ErrorCode.INVALID_PARAMS, f"a form may have {MAX_PARTS} parts at most")
+            raise HttpError(ErrorCode.INVALID_PARAMS, f"a form may have {MAX_PARTS} parts at most")
         self._headers = {}
         self._data = bytearray()
 
@@ -186,7 +186,7 @@ class _Form:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
         self._name = options.get(b"name", b"").decode(errors="replace")
         if not self._name or self._name in self.fields or self._name in self.uploads:
-            raise Refusal(ErrorCode.INVALID_PARAMS, f"form field {self._name!r} has no name, or comes twice")
+            raise HttpError(ErrorCode.INVALID_PARAMS, f"form field {self._name!r} has no name, or comes twice")
         self._media_type, self._blank = None, False
         if b"filename" not in options and b"filename*" not in options:
             return
@@ -200,10 +200,10 @@ class _Form:
     def _cap(self) -> int:
         assert self._media_type is not None
         if not NAME_PATTERN.fullmatch(self._name):
-            raise Refusal(ErrorCode.INVALID_PARAMS, f"{self._name[:64]!r} is no name of an input ([a-z][a-z0-9_]*)")
+            raise HttpError(ErrorCode.INVALID_PARAMS, f"{self._name[:64]!r} is no name of an input ([a-z][a-z0-9_]*)")
         return self.cap(self._name, self._media_type)
 
-    def take(self, data: bytes) -> None:
+    def on_data(self, data: bytes) -> None:
         """Some of the part's content."""
         if self._media_type is None:
             self._field_bytes += len(data)
@@ -237,7 +237,7 @@ class _Form:
 
 
 @attrs.define(eq=False)
-class Pieces:
+class BodyReader:
     """The body as it comes.
 
     No generator, which would be left behind half done where a piece turns out to be one too many.
@@ -261,7 +261,7 @@ class Pieces:
         """The next piece.
 
         Raises:
-            Refusal: more than `most_bytes` (413), or too slowly (408).
+            HttpError: more than `most_bytes` (413), or too slowly (408).
         """
         if self._over:
             raise StopAsyncIteration
@@ -270,7 +270,7 @@ class Pieces:
             message = await self.request.receive()
         if patience.cancelled_caught:
             words = f"the body came too slowly: {self._size} bytes, and then not enough; send the request again"
-            raise Refusal("request_timeout", words, status=408)
+            raise HttpError("request_timeout", words, status=408)
         piece: bytes = message.get("body", b"")
         self._over = not message.get("more_body", False)
         self._size += len(piece)
@@ -283,10 +283,10 @@ async def read_all(request: Request, most_bytes: int) -> bytes:
     """All of the body.
 
     Raises:
-        Refusal: more than `most_bytes` (413), or too slowly (408).
+        HttpError: more than `most_bytes` (413), or too slowly (408).
     """
     data = bytearray()
-    async for piece in Pieces(request, most_bytes):
+    async for piece in BodyReader(request, most_bytes):
         data += piece
     return bytes(data)
 
@@ -300,9 +300,9 @@ def json_object(data: bytes) -> dict[str, Value]:
     try:
         value = json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as fault:
-        raise Refusal("bad_request", f"the body is no JSON: {fault}", status=400) from None
+        raise HttpError("bad_request", f"the body is no JSON: {fault}", status=400) from None
     if not isinstance(value, dict):
-        raise Refusal("bad_request", "the body must be a JSON object", status=400)
+        raise HttpError("bad_request", "the body must be a JSON object", status=400)
     return value
 
 
@@ -314,11 +314,11 @@ def _urlencoded(data: bytes) -> dict[str, Value]:
     try:
         pairs = parse_qsl(data.decode(), keep_blank_values=True, max_num_fields=MAX_PARTS, errors="strict")
     except ValueError as fault:
-        raise Refusal("bad_request", f"the form is damaged: {fault}", status=400) from None
+        raise HttpError("bad_request", f"the form is damaged: {fault}", status=400) from None
     fields: dict[str, Value] = {}
     for name, value in pairs:
         if name in fields:
-            raise Refusal(ErrorCode.INVALID_PARAMS, f"form field {name[:64]!r} comes twice")
+            raise HttpError(ErrorCode.INVALID_PARAMS, f"form field {name[:64]!r} comes twice")
         fields[name] = value
     return fields
 
@@ -327,9 +327,9 @@ def _utf8(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise Refusal("bad_request", "the form's fields are not UTF-8", status=400) from None
+        raise HttpError("bad_request", "the form's fields are not UTF-8", status=400) from None
 
 
-def too_large(message: str) -> Refusal:
+def too_large(message: str) -> HttpError:
     """More than may be sent; the rest of the body is not read, so the connection ends."""
-    return Refusal(ErrorCode.INPUT_TOO_LARGE, message)
+    return HttpError(ErrorCode.INPUT_TOO_LARGE, message)

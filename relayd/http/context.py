@@ -7,9 +7,9 @@ import attrs
 import trio
 from starlette.requests import Request
 
-from relayd.auth.login_throttle import LoginFailures
-from relayd.auth.tokens import PeerCredentials, Principal, Tokens
-from relayd.core.admission import Intake
+from relayd.auth.login_throttle import LoginThrottle
+from relayd.auth.tokens import PeerCredentials, Principal, TokenRegistry
+from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 
 #: A revoked token's responses end within 2 s (DESIGN §8), and an expired one's.
@@ -28,7 +28,7 @@ class Waiting(Protocol):
 
 
 @attrs.define(eq=False)
-class Visit:
+class Exchange:
     """One HTTP request, from its head to the end of its response.
 
     Args:
@@ -49,7 +49,7 @@ class Visit:
     #: Ends the handler.
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
-    def hang_up(self) -> None:
+    def abort(self) -> None:
         """The client is not there any more: whoever works for it stops at once."""
         if not self.answered:
             self.gone = True
@@ -57,15 +57,15 @@ class Visit:
 
 
 @attrs.define(eq=False)
-class Site:
+class HttpContext:
     """What all routes share."""
 
     relay: Relay
-    intake: Intake
-    tokens: Tokens
-    failures: LoginFailures = attrs.field(factory=LoginFailures)
+    admission: Admission
+    tokens: TokenRegistry
+    failures: LoginThrottle = attrs.field(factory=LoginThrottle)
     #: Requests that are being answered.
-    visits: set[Visit] = attrs.field(factory=set)
+    exchanges: set[Exchange] = attrs.field(factory=set)
     #: Connections of HTTP's that are open, whether anything is being answered there or not.
     connections: int = 0
     #: HTTP status -> responses that began with it.
@@ -78,41 +78,45 @@ class Site:
     @property
     def unfinished(self) -> int:
         """Responses that can be finished without anything more being made: a drain waits for them."""
-        return sum(visit.waits_for is None or not visit.waits_for.live for visit in self.visits)
+        return sum(exchange.waits_for is None or not exchange.waits_for.live for exchange in self.exchanges)
 
-    def places_of(self, principal: Principal) -> int:
+    def connection_count(self, principal: Principal) -> int:
         """Connections and responses that a token has at this moment."""
         links = (link.principal for link in self.relay.connections.values())
-        visitors = (visit.principal for visit in self.visits if visit.principal is not None and not visit.answered)
-        return sum(other.token_id == principal.token_id for other in (*links, *visitors))
+        principals = (
+            exchange.principal
+            for exchange in self.exchanges
+            if exchange.principal is not None and not exchange.answered
+        )
+        return sum(other.token_id == principal.token_id for other in (*links, *principals))
 
-    def leave(self) -> None:
+    def begin_shutdown(self) -> None:
         """The relay is about to be gone: responses that still wait end now."""
         self.leaving = True
-        for visit in self.visits:
-            if visit.waits_for is not None:
-                visit.waits_for.wake()
+        for exchange in self.exchanges:
+            if exchange.waits_for is not None:
+                exchange.waits_for.wake()
 
     async def serve(self) -> None:
         """End the responses to those whose token was revoked or has expired, until cancelled."""
         while True:
             await trio.sleep(TOKENS_INTERVAL_S)
             now = time.time()
-            for visit in list(self.visits):
-                token_id = visit.principal.token_id if visit.principal is not None else None
+            for exchange in list(self.exchanges):
+                token_id = exchange.principal.token_id if exchange.principal is not None else None
                 if token_id is not None and not self.tokens.is_live(token_id, now):
-                    visit.hang_up()
+                    exchange.abort()
 
 
-def site_of(request: Request) -> Site:
+def context_of(request: Request) -> HttpContext:
     """The site that a request came to."""
-    site = request.app.state.site
-    assert isinstance(site, Site)
-    return site
+    context = request.app.state.context
+    assert isinstance(context, HttpContext)
+    return context
 
 
-def visit_of(request: Request) -> Visit:
+def exchange_of(request: Request) -> Exchange:
     """What the server knows of a request."""
-    visit = request.state.visit
-    assert isinstance(visit, Visit)
-    return visit
+    exchange = request.state.exchange
+    assert isinstance(exchange, Exchange)
+    return exchange

@@ -46,7 +46,7 @@ RETRY_AFTER_S = 5.0
 _MAY_RETRY = frozenset({429, 503})
 
 
-class Refusal(Exception):
+class HttpError(Exception):
     """A request of HTTP's that gets an error in place of what it asked for.
 
     Attributes:
@@ -86,7 +86,7 @@ class Refusal(Exception):
             self.headers.setdefault("Retry-After", str(max(1, round(retry_after_s + 0.499))))
 
     @classmethod
-    def of(cls, told: Rejected | Failed | Cancelled) -> "Refusal":
+    def of(cls, told: Rejected | Failed | Cancelled) -> "HttpError":
         """What the relay or a worker said, as HTTP says it."""
         if isinstance(told, Cancelled):
             return cls(CANCELLED, told.reason or "the request was cancelled")
@@ -94,5 +94,5 @@ class Refusal(Exception):
         return cls(told.code, told.message, details=told.details, retryable=told.retryable, retry_after_s=retry_after_s)
 
 
-class CutShort(Exception):
+class ResponseAborted(Exception):
     """A response that began cannot be finished: the connection is cut, so that nobody takes it for whole."""

@@ -13,12 +13,12 @@ from relayd.requests.request import Request
 from relayd.scheduling.model import State
 
 
-def status_of(relay: Relay, request: Request) -> dict[str, Any]:
+def status_json(relay: Relay, request: Request) -> dict[str, Any]:
     """How a request stands; `status` of the wire, and where else to ask about it."""
     entry, now = request.entry, trio.current_time()
     place = None
     if entry.state is State.QUEUED:
-        place = relay.scheduler.places(entry.space, now).get(request.request_id)
+        place = relay.scheduler.positions(entry.space, now).get(request.request_id)
     mine = f"/v1/requests/{request.request_id}"
     return {
         "request_id": request.request_id,
@@ -38,7 +38,7 @@ def status_of(relay: Relay, request: Request) -> dict[str, Any]:
     }
 
 
-def frame_of(message: Message) -> dict[str, Any]:
+def frame_json(message: Message) -> dict[str, Any]:
     """A message of the wire as JSON: the same names, and binary in base64."""
     wire = message.to_map()
     told = {name: jsonable(value) for name, value in wire.items()}
@@ -60,7 +60,7 @@ def jsonable(value: Value) -> Any:
     return value
 
 
-def event(kind: str, data: dict[str, Any], event_id: str | None = None) -> bytes:
+def format_sse(kind: str, data: dict[str, Any], event_id: str | None = None) -> bytes:
     """One server-sent event (WHATWG HTML, section 9.2)."""
     words = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     head = f"id: {event_id}\n" if event_id is not None else ""

@@ -16,7 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from relayd.auth.tokens import Tokens
+from relayd.auth.tokens import TokenRegistry
 from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.frames.frame_log import HIGH_WATER_BYTES
@@ -63,7 +63,7 @@ class Scrape(Collector):
     families: list[Metric]
 
     @classmethod
-    def of(cls, relay: Relay, tokens: Tokens, http: HttpReading) -> "Scrape":
+    def of(cls, relay: Relay, tokens: TokenRegistry, http: HttpReading) -> "Scrape":
         """Read everything now."""
         spaces = _spaces(_read_spaces(relay))
         return cls([*_daemon(relay), *_http(http, tokens), *_store(relay), *spaces, *_PROCESS.collect()])
@@ -84,7 +84,7 @@ def _read_spaces(relay: Relay) -> list[SpaceReading]:
     """Every space, and each worker looked at once."""
     readings = {}
     for name, space in relay.spaces.items():
-        state, stats = relay.scheduler.spaces[name], relay.stats.of_space(name)
+        state, stats = relay.scheduler.spaces[name], relay.stats.space(name)
         reading = readings[name] = SpaceReading(space, state, stats, stats.audio_ms / 1000)
         running = [relay.requests[request_id] for request_id in state.running]
         reading.audio_s = (stats.audio_ms + sum(map(audio_ms, running))) / 1000
@@ -127,7 +127,7 @@ def _daemon(relay: Relay) -> Iterator[Metric]:
     )
 
 
-def _http(http: HttpReading, tokens: Tokens) -> Iterator[Metric]:
+def _http(http: HttpReading, tokens: TokenRegistry) -> Iterator[Metric]:
     responses = {str(status): count for status, count in http.responses.items()}
     yield _one("relayd_http_responses_total", "HTTP responses, by status.", responses, "status")
     yield _one("relayd_logins_refused_total", "Logins refused, of all kinds, by error code.", tokens.refused, "code")

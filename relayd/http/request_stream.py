@@ -20,35 +20,35 @@ from relayd.auth.tokens import Principal
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import LOW_WATER_BYTES, FrameReader
 from relayd.http.authentication import principal_of
-from relayd.http.context import Site, Visit, site_of, visit_of
-from relayd.http.errors import Refusal
+from relayd.http.context import Exchange, HttpContext, context_of, exchange_of
+from relayd.http.errors import HttpError
 from relayd.requests.request import Request
-from relayd.scheduling.model import Place, State
+from relayd.scheduling.model import QueuePosition, State
 
 #: A frame as it crossed the relay, with what it says; or the request's place in its queue.
 Event = Frame | Queued
 
 
 @attrs.define(eq=False)
-class Held:
+class RequestStream:
     """One request, held and read by one response."""
 
-    site: Site
-    visit: Visit
+    context: HttpContext
+    exchange: Exchange
     principal: Principal
     request: Request = attrs.field(init=False)
     backlog_bytes: int = 0
     _frames: deque[bytes] = attrs.field(factory=deque)
     #: The latest place that was not told yet.
-    _place: Place | None = None
+    _place: QueuePosition | None = None
     _reader: FrameReader | None = None
-    _refusal: Refusal | None = None
+    _refusal: HttpError | None = None
     _news: trio.Event = attrs.field(factory=trio.Event)
 
     @property
     def relay(self) -> Relay:
         """Whose request it is."""
-        return self.site.relay
+        return self.context.relay
 
     @property
     def live(self) -> bool:
@@ -60,11 +60,11 @@ class Held:
         """Whether it waits for a worker."""
         return self.request.entry.state is State.QUEUED
 
-    def place(self) -> Place | None:
+    def place(self) -> QueuePosition | None:
         """Where it stands in its queue at this moment; None when it is in none."""
         if not self.queued:
             return None
-        places = self.relay.scheduler.places(self.request.entry.space, trio.current_time())
+        places = self.relay.scheduler.positions(self.request.entry.space, trio.current_time())
         return places.get(self.request.request_id)
 
     def wake(self) -> None:
@@ -80,39 +80,39 @@ class Held:
         self.relay.stats.out_bytes += size
         self.wake()
 
-    def hear_read(self, reader: FrameReader) -> None:
+    def on_all_sent(self, reader: FrameReader) -> None:
         """All frames are here."""
         if self._reader is reader:
             self._reader = None
         self.wake()
 
-    def hear_broken(self, reader: FrameReader) -> None:
+    def on_read_error(self, reader: FrameReader) -> None:
         """The rest of the result is lost."""
         if self._reader is reader:
             self._reader = None
             message = "the relay cannot read the result back from its disk; see its log, and submit it again"
-            self._refuse(Refusal(ErrorCode.INTERNAL, message))
+            self._refuse(HttpError(ErrorCode.INTERNAL, message))
 
     # -- as a holder
 
-    def hear_accepted(self, request: Request) -> None:
+    def on_accepted(self, request: Request) -> None:
         """The request is safe in the store."""
         self.wake()
 
-    def hear_rejected(self, request: Request, refusal: Rejected) -> None:
+    def on_rejected(self, request: Request, refusal: Rejected) -> None:
         """The request was not taken after all."""
-        self._refuse(Refusal.of(refusal))
+        self._refuse(HttpError.of(refusal))
 
-    def hear_place(self, request: Request, place: Place) -> None:
+    def on_position(self, request: Request, place: QueuePosition) -> None:
         """The request's place in the queue; only the last one counts."""
         self._place = place
         self.wake()
 
-    def hear_ended(self, request: Request) -> None:
+    def on_ended(self, request: Request) -> None:
         """The request needs no holder any more."""
         self.wake()
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: HttpError) -> None:
         self._refusal = refusal
         self.wake()
 
@@ -124,47 +124,47 @@ class Held:
         Raises:
             Refusal: it is not taken.
         """
-        request = self.site.intake.submit(submit, self.principal, self)
+        request = self.context.admission.submit(submit, self.principal, self)
         if isinstance(request, Rejected):
-            raise Refusal.of(request)
-        self.take(request)
+            raise HttpError.of(request)
+        self.attach(request)
         for name, data in inputs.items():
             for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
                 piece = data[offset : offset + MAX_INPUT_CHUNK_BYTES]
                 told = Input(request_id=request.request_id, name=name, offset=offset, data=piece)
-                self.site.intake.add_input(request, told)
+                self.context.admission.add_input(request, told)
                 await trio.lowlevel.checkpoint()  # hashing all of 32 MiB at once would hold up everybody's audio
 
-    def take(self, request: Request) -> None:
+    def attach(self, request: Request) -> None:
         """Hold a request that is known."""
         self.request = request
         if request.live and request.principal == self.principal.name:
             request.holders.add(self)
-            request.unheld_at = None
-            request.notify()
+            request.abandoned_at = None
+            request.wake()
         self._place = self.place()
-        self.visit.waits_for = self
+        self.exchange.waits_for = self
 
-    def read(self, attempt: int = 0, after_seq: int = -1) -> None:
+    def start_reading(self, attempt: int = 0, after_seq: int = -1) -> None:
         """Have the frames come from behind `after_seq` of `attempt`; 0 is whichever attempt there is.
 
         Raises:
             Refusal: the result is not kept any more.
         """
         if not self.request.has_result:
-            raise Refusal(
+            raise HttpError(
                 ErrorCode.REQUEST_NOT_FOUND,
                 f"request {self.request.request_id} has {self.request.entry.state}, and its result is not kept any "
                 "more; submit it again with a new id",
             )
         if attempt > self.request.entry.attempt and self.request.live:
-            self.relay.hear_of(self.request, attempt)
-        seq = self.request.log.place(attempt, after_seq)
+            self.relay.adopt_later_attempt(self.request, attempt)
+        seq = self.request.log.resume_seq(attempt, after_seq)
         self._reader = FrameReader(self.request.request_id, self.request.log, self, seq)
-        self.relay.stir("requests", self.request.request_id)
+        self.relay.mark_busy("requests", self.request.request_id)
         self._reader.open()
 
-    async def safe(self) -> None:
+    async def wait_accepted(self) -> None:
         """Wait until the request is accepted, which means safe in the store; or has ended before.
 
         Raises:
@@ -176,7 +176,7 @@ class Held:
         if self._refusal is not None:
             raise self._refusal
 
-    async def next(self) -> Event | None:
+    async def next_event(self) -> Event | None:
         """The next frame, or place; None when all frames were given out.
 
         Raises:
@@ -201,20 +201,20 @@ class Held:
                 return None
             await self._wait()
 
-    def __aiter__(self) -> "Held":
+    def __aiter__(self) -> "RequestStream":
         return self
 
     async def __anext__(self) -> Event:
-        if (event := await self.next()) is None:
+        if (event := await self.next_event()) is None:
             raise StopAsyncIteration
         return event
 
     async def _wait(self) -> None:
         if self._refusal is not None:
             raise self._refusal
-        if self.site.leaving:
+        if self.context.leaving:
             message = "the relay is shutting down; the request stays with it: ask again when it is back"
-            raise Refusal(ErrorCode.SHUTTING_DOWN, message, retry_after_s=5.0)
+            raise HttpError(ErrorCode.SHUTTING_DOWN, message, retry_after_s=5.0)
         await self._news.wait()
         self._news = trio.Event()
 
@@ -228,7 +228,7 @@ class Held:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-        self.visit.waits_for = None
+        self.exchange.waits_for = None
         request = getattr(self, "request", None)
         if request is None or self not in request.holders:
             return
@@ -243,9 +243,9 @@ class Held:
 
 
 @asynccontextmanager
-async def open_request(
+async def open_submission(
     http: HttpRequest, submit: Submit, inputs: Mapping[str, bytes] | None = None, *, keep: bool = False
-) -> AsyncIterator[Held]:
+) -> AsyncIterator[RequestStream]:
     """Submit a request for whoever sent `http`; in the block it is accepted and held.
 
     Args:
@@ -259,13 +259,13 @@ async def open_request(
         Refusal: it is not taken.
         Cancelled: the client went away; then the request is cancelled at once, unless it was safe already and is kept.
     """
-    held = Held(site_of(http), visit_of(http), principal_of(http))
+    held = RequestStream(context_of(http), exchange_of(http), principal_of(http))
     over = "the HTTP client went away"
     try:
         await held.submit(submit, inputs or {})
         if not keep:
-            held.read()
-        await held.safe()
+            held.start_reading()
+        await held.wait_accepted()
         if keep:
             over = ""
         yield held
@@ -275,33 +275,33 @@ async def open_request(
 
 
 @asynccontextmanager
-async def open_reading(
+async def open_reader(
     http: HttpRequest, request: Request, attempt: int = 0, after_seq: int = -1
-) -> AsyncIterator[Held]:
+) -> AsyncIterator[RequestStream]:
     """Hold and read a request that is known, from behind `after_seq` on; leaving the block lets go of it.
 
     Raises:
         Refusal: its result is not kept any more.
     """
-    held = Held(site_of(http), visit_of(http), principal_of(http))
+    held = RequestStream(context_of(http), exchange_of(http), principal_of(http))
     try:
-        held.take(request)
-        held.read(attempt, after_seq)
+        held.attach(request)
+        held.start_reading(attempt, after_seq)
         await trio.lowlevel.checkpoint()
         yield held
     finally:
         held.close()
 
 
-def request_of(http: HttpRequest, request_id: str) -> Request:
+def find_request(http: HttpRequest, request_id: str) -> Request:
     """The relay's request of that id, if it is one of the principal's.
 
     Raises:
         Refusal: it is not known, or another's.
     """
     principal = principal_of(http)
-    request = site_of(http).relay.requests.get(request_id)
+    request = context_of(http).relay.requests.get(request_id)
     if request is None or request.principal != principal.name or not principal.may_use(request.entry.space):
         message = f"request {request_id} is not known here: it was never accepted, is another's, or ended long ago"
-        raise Refusal(ErrorCode.REQUEST_NOT_FOUND, message)
+        raise HttpError(ErrorCode.REQUEST_NOT_FOUND, message)
     return request

@@ -25,8 +25,8 @@ from hypercorn.typing import AppWrapper, ASGISendEvent, ConnectionState, Scope, 
 from starlette.types import ASGIApp
 
 from relayd.auth.tokens import PeerCredentials
-from relayd.http.context import Site, Visit
-from relayd.http.errors import CutShort
+from relayd.http.context import Exchange, HttpContext
+from relayd.http.errors import ResponseAborted
 from relayd.net import http_head
 from relayd.net.http_head import MAX_HEAD_BYTES, PrefixedStream
 
@@ -49,7 +49,7 @@ _RESET = struct.pack("ii", 1, 0)
 Put = Callable[[Any], Awaitable[None]]
 
 
-class _NoLog:
+class _AccessLog:
     """In place of Hypercorn's own log: ours says it, and never says more of a URL than its path."""
 
     def __init__(self, config: HypercornConfig) -> None:
@@ -67,10 +67,10 @@ class _NoLog:
 
 
 @attrs.define(eq=False)
-class HttpDoor:
+class HttpServer:
     """Serves the HTTP application to connections whose first bytes were read already."""
 
-    site: Site
+    context: HttpContext
     app: ASGIApp
     _config: HypercornConfig = attrs.field(init=False)
     _context: WorkerContext = attrs.field(factory=lambda: WorkerContext(None))
@@ -80,7 +80,7 @@ class HttpDoor:
         config = HypercornConfig()
         config.h11_max_incomplete_size = MAX_HEAD_BYTES - 1  # what was too long to be read must be too long for it
         config.include_server_header = False
-        config.logger_class = cast(Any, _NoLog)
+        config.logger_class = cast(Any, _AccessLog)
         self._config = config
 
     async def serve(
@@ -98,22 +98,22 @@ class HttpDoor:
             That head, where one came behind other requests, as a proxy sends it that keeps its connections: the
             stream is open then, and somebody else's. Else nothing.
         """
-        connection = _Connection(self, stream, Visit(peer, credentials, secure))
+        connection = _Connection(self, stream, Exchange(peer, credentials, secure))
         self._open.add(connection)
-        self.site.connections += 1
+        self.context.connections += 1
         try:
             await connection.serve()
         except Exception:
             log.exception("connection broke the relay's own rules", peer=peer)
         finally:
             self._open.discard(connection)
-            self.site.connections -= 1
+            self.context.connections -= 1
         return connection.upgrade
 
     async def close(self) -> None:
         """Take no more requests: idle connections end now, others with their response, and who waits is told why."""
         await self._context.terminated.set()
-        self.site.leave()
+        self.context.begin_shutdown()
         for connection in self._open:
             connection.end_if_idle()
         with trio.move_on_after(CLOSE_S):
@@ -183,7 +183,7 @@ def _head_of(request: h11.Request) -> bytes:
 class _Connection:
     """One connection: a reader, and a task for each request's handler."""
 
-    def __init__(self, door: HttpDoor, stream: PrefixedStream, template: Visit) -> None:
+    def __init__(self, door: HttpServer, stream: PrefixedStream, template: Exchange) -> None:
         self.door = door
         self.stream = stream
         self.template = template
@@ -254,11 +254,11 @@ class _Connection:
         elif isinstance(event, Closed):
             await self._finish()
         elif isinstance(event, Updated):
-            idle_s = self.door.site.relay.config.http.keep_alive_s if event.idle else float("inf")
+            idle_s = self.door.context.relay.config.http.keep_alive_s if event.idle else float("inf")
             self._reading.deadline = trio.current_time() + idle_s
 
     async def _send_bytes(self, data: bytes) -> None:
-        stall_timeout_s = self.door.site.relay.config.limits.stall_timeout_s
+        stall_timeout_s = self.door.context.relay.config.limits.stall_timeout_s
         view = memoryview(data)
         async with self._sending:
             while view:
@@ -269,7 +269,7 @@ class _Connection:
                         break  # it went away
                 if patience.cancelled_caught:
                     log.warning("client took no data", peer=self.template.peer, for_s=stall_timeout_s)
-                    self.door.site.relay.slow_consumers += 1
+                    self.door.context.relay.slow_consumers += 1
                     break
                 view = view[SEND_PIECE_BYTES:]
             else:
@@ -307,18 +307,18 @@ class _Connection:
         send: Callable[[ASGISendEvent | None], Awaitable[None]],
     ) -> Put:
         """Start the handler of one request; what comes for it is given to the function that is returned."""
-        visit = attrs.evolve(self.template, scope=trio.CancelScope())
+        exchange = attrs.evolve(self.template, scope=trio.CancelScope())
         told = cast(dict[str, Any], scope)
-        told["state"]["visit"] = visit
+        told["state"]["visit"] = exchange
         # From 2.4 on an application is told by an exception that its client is gone; here its scope is cancelled.
         told["asgi"]["spec_version"] = "2.4"
         into, out = trio.open_memory_channel[Any](config.max_app_queue_size)
-        self._nursery.start_soon(self._answer, app, scope, out, send, visit)
+        self._nursery.start_soon(self._answer, app, scope, out, send, exchange)
 
         async def put(event: Any) -> None:
             try:
                 if event["type"] == "http.disconnect":
-                    visit.hang_up()
+                    exchange.abort()
                     into.send_nowait(event)
                 else:
                     await into.send(event)
@@ -333,32 +333,32 @@ class _Connection:
         scope: Scope,
         out: trio.MemoryReceiveChannel[Any],
         send: Callable[[ASGISendEvent | None], Awaitable[None]],
-        visit: Visit,
+        exchange: Exchange,
     ) -> None:
         """Run one handler; a fault of it ends its response alone."""
 
         async def pass_on(event: ASGISendEvent | None) -> None:
             if event is not None and event["type"] == "http.response.body" and not event.get("more_body"):
-                visit.answered = True
+                exchange.answered = True
             await send(event)
 
-        visits, told = self.door.site.visits, cast(dict[str, Any], scope)
-        visits.add(visit)
+        exchanges, told = self.door.context.exchanges, cast(dict[str, Any], scope)
+        exchanges.add(exchange)
         try:
-            with out, visit.scope:
+            with out, exchange.scope:
                 await app(cast(Any, scope), out.receive, cast(Any, pass_on), cast(Any, None), cast(Any, None))
-        except CutShort:
+        except ResponseAborted:
             self._cut()
         except Exception:
-            log.exception("a handler broke the relay's own rules", path=told["path"], peer=visit.peer)
-            if visit.answered:
+            log.exception("a handler broke the relay's own rules", path=told["path"], peer=exchange.peer)
+            if exchange.answered:
                 return
         finally:
-            visits.discard(visit)
-        if visit.gone and not self._done and visit.scope.cancelled_caught:
+            exchanges.discard(exchange)
+        if exchange.gone and not self._done and exchange.scope.cancelled_caught:
             self._cut()  # its token is good for nothing any more, or it hung up
             return
-        visit.answered = True
+        exchange.answered = True
         await send(None)
 
     def spawn(self, func: Callable[..., Awaitable[Any]], *args: Any) -> None:

@@ -12,12 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from relayd.http.errors import CutShort, Refusal
+from relayd.http.errors import HttpError, ResponseAborted
 
 log = structlog.get_logger("relayd.http")
 
 
-class Reply:
+class ResponseWriter:
     """The response to one request."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,10 +47,10 @@ class Reply:
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class Streamed:
-    """The ASGI application of one handler that writes to a `Reply`; the endpoint of a `Route`."""
+class StreamingRoute:
+    """The ASGI application of one handler that writes to a `ResponseWriter`; the endpoint of a `Route`."""
 
-    def __init__(self, handler: Callable[[Request, Reply], Awaitable[None]]) -> None:
+    def __init__(self, handler: Callable[[Request, ResponseWriter], Awaitable[None]]) -> None:
         self.handler = handler
         self.__name__ = getattr(handler, "__name__", type(self).__name__)
         self.__doc__ = handler.__doc__
@@ -61,12 +61,12 @@ class Streamed:
         Raises:
             CutShort: an error came after the head was sent.
         """
-        reply = Reply(scope, receive, send)
+        reply = ResponseWriter(scope, receive, send)
         try:
             await self.handler(Request(scope, receive), reply)
-        except Refusal as refusal:
+        except HttpError as refusal:
             if not reply.started:
                 raise
             log.info("response cut short", path=scope["path"], code=refusal.code, why=refusal.message)
-            raise CutShort(str(refusal)) from refusal
+            raise ResponseAborted(str(refusal)) from refusal
         await reply.end()

@@ -11,7 +11,7 @@ import attrs
 import trio
 
 from protocol.wire.validators import Value
-from relayd.logs.setup import redacted, tapped
+from relayd.logs.setup import log_tap, redacted
 
 #: Lines of the log, and steers, that are kept.
 MAX_EVENTS = 5_000
@@ -24,13 +24,13 @@ _KEYS = {"request_id": "request_id", "space": "space", "worker": "worker_id", "p
 #: Methods of loggers that are no levels.
 _LEVELS = {"exception": "error", "warn": "warning", "fatal": "critical"}
 #: What processors put beside the event's own.
-_NOT_TOLD = frozenset({"event", "level", "logger", "timestamp", "exc_info", "stack_info"})
+_NOT_SHOWN = frozenset({"event", "level", "logger", "timestamp", "exc_info", "stack_info"})
 
 Row = dict[str, Value]
 
 
 @attrs.define(eq=False)
-class Ring:
+class RecentRows:
     """Rows with rising ids, of which the latest `most` are kept. May be added to from any thread."""
 
     most: int
@@ -61,29 +61,29 @@ class Ring:
         return found[::-1]
 
 
-async def serve_events(ring: Ring, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+async def serve_events(ring: RecentRows, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     """Keep in `ring` what is logged, until cancelled."""
 
     def take(method: str, event: Mapping[str, Any]) -> None:
-        ring.add(event_row(method, event))
+        ring.add(log_row(method, event))
 
-    with tapped(take):
+    with log_tap(take):
         task_status.started()
         await trio.sleep_forever()
 
 
-def event_row(method: str, event: Mapping[str, Any]) -> Row:
+def log_row(method: str, event: Mapping[str, Any]) -> Row:
     """A line of the log as a row, without its id.
 
     Args:
         method: of the logger, which is its level.
         event: what was logged.
     """
-    row: Row = {"level": _LEVELS.get(method, method), "event": _told(event.get("event", ""))}
-    row |= {key: _told(event[name]) if event.get(name) is not None else None for name, key in _KEYS.items()}
-    more = {name: _told(value) for name, value in event.items() if name not in _KEYS and name not in _NOT_TOLD}
+    row: Row = {"level": _LEVELS.get(method, method), "event": _short(event.get("event", ""))}
+    row |= {key: _short(event[name]) if event.get(name) is not None else None for name, key in _KEYS.items()}
+    more = {name: _short(value) for name, value in event.items() if name not in _KEYS and name not in _NOT_SHOWN}
     if event.get("exc_info") and (fault := _fault(event["exc_info"])) is not None:
-        more |= {"exception": _told(repr(fault))}
+        more |= {"exception": _short(repr(fault))}
     row["details"] = " ".join(f"{name}={value}" for name, value in more.items())[:MAX_DETAILS_CHARS]
     return row
 
@@ -92,5 +92,5 @@ def _fault(exc_info: object) -> BaseException | None:
     return exc_info if isinstance(exc_info, BaseException) else sys.exc_info()[1]
 
 
-def _told(value: object) -> str:
+def _short(value: object) -> str:
     return redacted(str(value)[: 2 * MAX_VALUE_CHARS])[:MAX_VALUE_CHARS]  # redacted first: half a token is one, too

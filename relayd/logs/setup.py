@@ -28,7 +28,7 @@ _taps: list[Tap] = []
 
 
 @contextmanager
-def tapped(tap: Tap) -> Iterator[None]:
+def log_tap(tap: Tap) -> Iterator[None]:
     """Tell `tap` what is logged inside the block, from whatever thread logs it. It must neither wait nor raise."""
     _taps.append(tap)
     try:
@@ -37,7 +37,7 @@ def tapped(tap: Tap) -> Iterator[None]:
         _taps.remove(tap)
 
 
-def tell_taps(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+def run_taps(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """The first processor of a log."""
     if method != "debug":
         for tap in tuple(_taps):
@@ -77,7 +77,7 @@ def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
     last = [structlog.stdlib.ProcessorFormatter.wrap_for_formatter] if console else [*render, _redact]
     structlog.configure(
         processors=[
-            tell_taps,
+            run_taps,
             # Asks the stdlib's root logger at every call, so that `set_level` works on loggers that are in use.
             structlog.stdlib.filter_by_level,
             *common,

@@ -74,7 +74,7 @@ async def read_head(stream: trio.abc.Stream) -> bytes:
     return bytes(head)
 
 
-def ends(head: bytes | bytearray) -> bool:
+def is_complete(head: bytes | bytearray) -> bool:
     """Whether the whole head is there."""
     return _END.search(head) is not None
 
@@ -86,9 +86,9 @@ def split_head(head: bytes) -> tuple[bytes, bytes]:
     return head[: end.start()].removesuffix(b"\r"), head[end.end() :]
 
 
-def is_to_be_answered(head: bytes) -> bool:
+def needs_answer(head: bytes) -> bool:
     """Whether a head is whole, or so long that somebody should hear of it; who was too slow is cut off."""
-    return ends(head) or len(head) >= MAX_HEAD_BYTES
+    return is_complete(head) or len(head) >= MAX_HEAD_BYTES
 
 
 def wants_websocket(head: bytes) -> bool:

@@ -19,8 +19,8 @@ import structlog
 import trio
 
 from protocol.link.base import CLOSE_S, LATE_S, Link
-from protocol.link.limits import LinkRules
-from protocol.link.tcp_info import answers, waiting_bytes
+from protocol.link.limits import LinkLimits
+from protocol.link.tcp_info import peer_acknowledges, unsent_bytes
 from protocol.link.websocket_frames import BINARY_HEADS, CLOSE, CONTROL_HEADS, Event, frame_head
 
 log = structlog.get_logger("relayd.plane")
@@ -45,8 +45,8 @@ MAX_QUEUED_PIECES = 65_536
 SWEEP_S = 0.25
 
 #: A fault of ours over one connection ends that one.
-BROKE = "connection broke the relay's own rules"
-OUR_MISTAKE = "the relay made a mistake; see its log"
+INTERNAL_LOG = "connection broke the relay's own rules"
+INTERNAL_MESSAGE = "the relay made a mistake; see its log"
 _IN, _OUT, _HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
 _NEVER = float("inf")
 
@@ -58,25 +58,25 @@ class SocketLink(Link):
     """
 
     __slots__ = (
-        "_attended",
-        "_carried",
+        "_deferred",
         "_due",
+        "_has_own_reader",
         "_held",
         "_mask",
         "_out",
-        "_plane",
+        "_reactor",
         "_send_failed",
         "_sock",
         "_stopped",
         "fd",
-        "most_messages",
+        "max_messages_per_turn",
         "receive_bytes",
     )
 
-    def __init__(self, plane: "Plane", sock: socket.socket, peer: str, rules: LinkRules) -> None:
-        super().__init__(peer, rules, is_client=False)
+    def __init__(self, reactor: "Reactor", sock: socket.socket, peer: str, limits: LinkLimits) -> None:
+        super().__init__(peer, limits, is_client=False)
         self.fd = sock.fileno()
-        self._plane = plane
+        self._reactor = reactor
         self._sock = sock
         #: Two for each frame, head and payload; the first may be the rest of one.
         self._out: list[bytes | memoryview] = []
@@ -87,23 +87,23 @@ class SocketLink(Link):
         self._stopped = False
         #: The kernel takes nothing more; what the peer sent before may still wait to be read.
         self._send_failed = False
-        self._attended = False
+        self._has_own_reader = False
         #: What was parsed, and is handed over in a later turn.
-        self._carried: list[Event] = []
+        self._deferred: list[Event] = []
         #: Of what is received and of what is handed over in one turn: who asks for much at once waits for others.
         self.receive_bytes = CLIENT_RECEIVE_BYTES
-        self.most_messages = CLIENT_MESSAGES
+        self.max_messages_per_turn = CLIENT_MESSAGES
 
-    def trust(self) -> None:
-        """It is a worker: what it sends is passed on in large pieces, and `Plane.attend` reads it."""
-        self.receive_bytes, self.most_messages = RECEIVE_BYTES, WORKER_MESSAGES
-        self._attended = True
+    def use_bulk_mode(self) -> None:
+        """It is a worker: what it sends is passed on in large pieces, and `Reactor.attend` reads it."""
+        self.receive_bytes, self.max_messages_per_turn = RECEIVE_BYTES, WORKER_MESSAGES
+        self._has_own_reader = True
         self._wait_for(self._mask & ~_IN)
 
-    def distrust(self) -> None:
+    def leave_bulk_mode(self) -> None:
         """It is not attended any more: its last words and its close frame are read as anybody's."""
-        self._attended = False
-        if not (self._reader_waits or self._carried):
+        self._has_own_reader = False
+        if not (self._reader_waits or self._deferred):
             self._wait_for(self._mask | _IN)
 
     # -- sending ---------------------------------------------------------------------------------------------
@@ -116,15 +116,15 @@ class SocketLink(Link):
             data = frames[0]
             head = BINARY_HEADS[len(data)]
             size, sent = len(head) + len(data), 0
-            if not (self._held or self._plane.corked):  # nothing goes before it, and nothing will come with it
+            if not (self._held or self._reactor.corked):  # nothing goes before it, and nothing will come with it
                 try:
                     sent = self._sock.sendmsg((head, data))
                 except BlockingIOError:
                     pass
                 except OSError:
-                    self._hear_send_failed()
+                    self._on_send_failed()
                     return
-                self.taken_at = self._plane.now
+                self.taken_at = self._reactor.now
                 if sent == size:
                     return
             self._out += (head, data)
@@ -135,16 +135,16 @@ class SocketLink(Link):
             heads = [BINARY_HEADS[size] for size in map(len, frames)]
             self._out.extend(chain.from_iterable(zip(heads, frames, strict=True)))
             self.backlog_bytes += sum(map(len, heads)) + sum(map(len, frames))
-        if self.backlog_bytes > self._rules.max_backlog_bytes:
+        if self.backlog_bytes > self._limits.max_backlog_bytes:
             self._stall(f"{self.backlog_bytes} bytes wait for {self.peer} to take them")
             self._check()
-        self._go()
+        self._send_or_defer()
 
     def _put(self, data: bytes) -> None:
         self._queue(BINARY_HEADS[len(data)], data)
 
     def _put_control(self, opcode: int, payload: bytes) -> None:
-        if self._held or self._plane.corked or opcode == CLOSE:  # what follows a close frame is `flush`'s to do
+        if self._held or self._reactor.corked or opcode == CLOSE:  # what follows a close frame is `flush`'s to do
             self.send_frame(opcode, payload)
             return
         frame = CONTROL_HEADS[opcode, len(payload)] + payload
@@ -153,9 +153,9 @@ class SocketLink(Link):
         except BlockingIOError:
             sent = 0
         except OSError:
-            self._hear_send_failed()
+            self._on_send_failed()
             return
-        self.taken_at = self._plane.now
+        self.taken_at = self._reactor.now
         if sent < len(frame):
             self._queue(memoryview(frame)[sent:], b"")
 
@@ -169,15 +169,15 @@ class SocketLink(Link):
         if len(self._out) > MAX_QUEUED_PIECES and self._gone is None and self._closing is None:
             self._stall(f"{len(self._out) // 2} messages wait for {self.peer} to take them")
             return
-        self._go()
+        self._send_or_defer()
 
-    def _go(self) -> None:
+    def _send_or_defer(self) -> None:
         """Send, unless somebody is about to."""
         if not self._held:
             self._held = True
-            plane = self._plane
-            if plane.corked:
-                plane.touched.append(self)
+            reactor = self._reactor
+            if reactor.corked:
+                reactor.touched.append(self)
             else:
                 self.flush()
         elif self._send_failed:
@@ -193,13 +193,13 @@ class SocketLink(Link):
                 taken = self._sock.sendmsg(pieces)
             except BlockingIOError:
                 if not self._mask & _OUT:  # since now, and not since it last took something
-                    self.taken_at, self._waiting_bytes = self._plane.now, 0
+                    self.taken_at, self._waiting_bytes = self._reactor.now, 0
                     self._wait_for(self._mask | _OUT)
                 return
             except OSError:
-                self._hear_send_failed()
+                self._on_send_failed()
                 return
-            self.taken_at = self._plane.now
+            self.taken_at = self._reactor.now
             if taken == self.backlog_bytes:
                 out.clear()
             else:
@@ -207,16 +207,16 @@ class SocketLink(Link):
             if self._changed is None and self.backlog_bytes <= self._low_water:
                 self.backlog_bytes -= taken  # nobody waits for it to fall so far
             else:
-                self._took(taken)
+                self._on_sent(taken)
         self._held = self._stopped or self._send_failed
         if self._mask & _OUT:
             self._wait_for(self._mask & ~_OUT)
         if self._gone is not None:
-            self._depart()
+            self._finish_sending()
         elif self._closing is not None:
             self._close_frame_out()
 
-    def _hear_send_failed(self) -> None:
+    def _on_send_failed(self) -> None:
         """The peer is gone; its last words, and its close frame, may wait in the kernel: the reader finds the end."""
         self._send_failed = self._held = True
         self._out.clear()
@@ -228,12 +228,12 @@ class SocketLink(Link):
         self._close_by = min(self._close_by, trio.current_time() + CLOSE_S)
         self._schedule(self._close_by)
 
-    def _took(self, size: int) -> None:
+    def _on_sent(self, size: int) -> None:
         try:
-            super()._took(size)
+            super()._on_sent(size)
         except Exception:  # of who waits for it to drain, and not of who sends just now
-            log.exception(BROKE, peer=self.peer)
-            self.abort(OUR_MISTAKE)
+            log.exception(INTERNAL_LOG, peer=self.peer)
+            self.abort(INTERNAL_MESSAGE)
 
     def _drop_sent(self, taken: int) -> None:
         whole = 0
@@ -246,7 +246,7 @@ class SocketLink(Link):
         if taken:
             self._out[0] = memoryview(self._out[0])[taken:]
 
-    def _forget_queued(self) -> None:
+    def _drop_unsent(self) -> None:
         out = self._out
         begun = len(out) & 1 or (2 if out and isinstance(out[0], memoryview) else 0)
         del out[begun:]
@@ -254,38 +254,38 @@ class SocketLink(Link):
 
     # -- its place in the plane ------------------------------------------------------------------------------
 
-    def greet(self, data: bytes) -> None:
+    def send_handshake(self, data: bytes) -> None:
         """Send the answer to the handshake, before any frame."""
         self._queue(data, b"")
 
-    def hear_early(self, data: bytes) -> None:
+    def feed_early(self, data: bytes) -> None:
         """Hand over what came behind the handshake, to who takes messages by now."""
         parser = self._parser
         parser.feed(data)
         if parser.events:
-            plain = parser.plain
-            self._plane._hand_over(self, parser.take(), plain)
+            plain = parser.all_binary
+            self._reactor._hand_over(self, parser.pop_events(), plain)
 
     def _wait_for(self, mask: int) -> None:
-        if self._attended:
+        if self._has_own_reader:
             mask &= ~_IN
         if not self._stopped and mask != self._mask:
             self._mask = mask
-            self._plane.modify(self.fd, mask)
+            self._reactor.modify(self.fd, mask)
 
     def _add_to_inbox(self, cost: int) -> None:
         super()._add_to_inbox(cost)
         if self._reader_waits:
             self._wait_for(self._mask & ~_IN)
 
-    def _may_read_on(self) -> None:
+    def _resume_reading(self) -> None:
         self._wait_for(self._mask | _IN)
 
     def _finish(self) -> None:
         if not self._out:
-            self._depart()
+            self._finish_sending()
 
-    def _depart(self) -> None:
+    def _finish_sending(self) -> None:
         """All that was to be said is out. Where the peer may have said more, it is read on (RFC 6455 section 7.1.1):
         closing over unread bytes resets the connection, and our close frame could be lost."""
         if not (self._lingers or self._parser.over):
@@ -299,23 +299,23 @@ class SocketLink(Link):
     def _cut(self) -> None:
         if not self._stopped:
             self._stopped = self._held = True
-            self._carried = []
+            self._deferred = []
             self._out.clear()
             self.backlog_bytes = 0
-            self._plane.remove(self)
-            if self._attended:
+            self._reactor.remove(self)
+            if self._has_own_reader:
                 trio.lowlevel.notify_closing(self.fd)
             self._sock.close()
             self._wake()
-            self._tell_soon()
+            self._schedule_notify()
 
-    def _tell_soon(self) -> None:
-        self._plane.note_ended(self)
+    def _schedule_notify(self) -> None:
+        self._reactor.note_closed(self)
 
     def _schedule(self, due: float) -> None:
         if due < self._due:
             self._due = due
-            self._plane.schedule(self, due)
+            self._reactor.schedule(self, due)
 
     @property
     def stopped(self) -> bool:
@@ -326,15 +326,15 @@ class SocketLink(Link):
     def _sending(self) -> bool:
         return bool(self._out)
 
-    def _answered(self) -> bool:
-        return answers(self._sock)
+    def _peer_acknowledges(self) -> bool:
+        return peer_acknowledges(self._sock)
 
     def _in_kernel(self) -> int:
-        return waiting_bytes(self._sock) or 0
+        return unsent_bytes(self._sock) or 0
 
 
-class Plane:
-    """All of the relay's plain sockets; made by `open_plane`.
+class Reactor:
+    """All of the relay's plain sockets; made by `open_reactor`.
 
     Attributes:
         now: Trio time at the beginning of what is being done.
@@ -360,11 +360,11 @@ class Plane:
         self._some_ended = trio.Event()
         self._some = trio.Event()
 
-    def adopt(
+    def register(
         self,
         stream: trio.SocketStream,
         peer: str,
-        rules: LinkRules,
+        limits: LinkLimits,
         answer: bytes = b"",
         *,
         max_message_bytes: int | None = None,
@@ -385,19 +385,19 @@ class Plane:
         sock = socket.socket(its.family, socket.SOCK_STREAM, 0, its.detach())
         sock.setblocking(False)
         self.now = trio.current_time()
-        link = SocketLink(self, sock, peer, rules)
+        link = SocketLink(self, sock, peer, limits)
         try:
             self._epoll.register(link.fd, _IN)
         except OSError:
             sock.close()
             raise
         self._links[link.fd] = link
-        link._schedule(link.look(self.now))
+        link._schedule(link.check_liveness(self.now))
         self._some.set()
         if max_message_bytes is not None:
-            link.limit_messages(max_message_bytes)
+            link.set_max_message_bytes(max_message_bytes)
         if answer:
-            link.greet(answer)
+            link.send_handshake(answer)
         return link
 
     @property
@@ -414,7 +414,7 @@ class Plane:
         del self._links[link.fd]
         self._epoll.unregister(link.fd)
 
-    def note_ended(self, link: SocketLink) -> None:
+    def note_closed(self, link: SocketLink) -> None:
         """A link is on its way out: whoever takes its messages is told, by a task, and not in the middle of a send."""
         self._ended[link] = None
         self._some_ended.set()
@@ -443,10 +443,10 @@ class Plane:
                     if event & ~_OUT and not link._stopped:
                         self._receive(link, event)
                 except Exception:
-                    log.exception(BROKE, peer=link.peer)
-                    link.abort(OUR_MISTAKE)
+                    log.exception(INTERNAL_LOG, peer=link.peer)
+                    link.abort(INTERNAL_MESSAGE)
 
-    async def carry_on(self) -> None:
+    async def serve_deferred(self) -> None:
         """Hand over what was too much for one turn, a turn's worth of each link at a time, until cancelled."""
         while True:
             if not self._carrying:
@@ -459,10 +459,12 @@ class Plane:
                 try:
                     self._go_on(link)
                 except Exception:
-                    log.exception(BROKE, peer=link.peer)
-                    link.abort(OUR_MISTAKE)
+                    log.exception(INTERNAL_LOG, peer=link.peer)
+                    link.abort(INTERNAL_MESSAGE)
 
-    async def attend(self, link: SocketLink, pass_on: Callable[[bytes], bool], on_fault: Callable[[], None]) -> None:
+    async def serve_worker_link(
+        self, link: SocketLink, pass_on: Callable[[bytes], bool], on_fault: Callable[[], None]
+    ) -> None:
         """Read a trusted link until its end; a task of the connection's. Cancelled, it leaves that to the plane.
 
         A worker sends all day, and has a task anyway: waiting for its socket alone saves a system call, and a look at
@@ -478,33 +480,33 @@ class Plane:
         try:
             while not link._stopped:
                 await wait_readable(fd)
-                while link._carried:
+                while link._deferred:
                     await trio.lowlevel.checkpoint()
                 self.now = now()
                 try:
                     if not link._stopped:
                         self._receive(link, 0, pass_on)
                 except Exception:
-                    log.exception(BROKE, peer=link.peer)
+                    log.exception(INTERNAL_LOG, peer=link.peer)
                     on_fault()
         except trio.ClosedResourceError:
             return
         finally:
-            link.distrust()
+            link.leave_bulk_mode()
 
     def _receive(self, link: SocketLink, event: int, pass_on: Callable[[bytes], bool] | None = None) -> None:
         """Receive once, and hand over what is whole."""
-        if link._reader_waits or link._carried:
-            if event & _HUP and not link._carried:
+        if link._reader_waits or link._deferred:
+            if event & _HUP and not link._deferred:
                 link._lost()
             return
         parser = link._parser
-        large, kept = parser.large, len(parser.left)
+        large, kept = parser.large_frame, len(parser.partial_frame)
         try:
             if large is not None:
                 count = link._sock.recv_into(memoryview(large)[parser.large_at :])
             elif kept:
-                self._scratch[:kept] = parser.left
+                self._scratch[:kept] = parser.partial_frame
                 count = link._sock.recv_into(self._view[kept : kept + link.receive_bytes])
             else:
                 count = link._sock.recv_into(self._scratch, link.receive_bytes)
@@ -515,16 +517,16 @@ class Plane:
         if not count:
             link._lost()
             return
-        link.heard_at = self.now
+        link.received_at = self.now
         if large is None:
             if not kept:
                 if pass_on is None:
-                    data = parser.lone_pong(self._scratch, self._view, count)
+                    data = parser.parse_single_pong(self._scratch, self._view, count)
                     if data is not None:  # a connection at rest says nothing else
-                        link._hear_pong(data)
+                        link._on_pong(data)
                         return
                 else:
-                    data = parser.lone(self._scratch, self._view, count)
+                    data = parser.parse_single(self._scratch, self._view, count)
                     if data is not None:
                         if link._gone is not None or link._closing is not None or not pass_on(data):
                             self._hand_over(link, [data], plain=True)
@@ -533,13 +535,13 @@ class Plane:
         elif not parser.fill_large(count):
             return
         if parser.events:
-            events, plain = parser.events, parser.plain
-            parser.events, parser.plain = [], True
+            events, plain = parser.events, parser.all_binary
+            parser.events, parser.all_binary = [], True
             self._hand_over(link, events, plain)
 
     def _go_on(self, link: SocketLink) -> None:
         """Hand over what was left for a later turn."""
-        events, link._carried = link._carried, []
+        events, link._deferred = link._deferred, []
         if not link._stopped:
             if not link._reader_waits:
                 link._wait_for(link._mask | _IN)
@@ -547,29 +549,29 @@ class Plane:
 
     def _hand_over(self, link: SocketLink, events: list[Event], plain: bool) -> None:
         """Hand over what was parsed, or as much of it as is a turn's; what is sent meanwhile leaves together."""
-        if len(events) > link.most_messages and link._taker is not None:
-            link._carried, events = events[link.most_messages :], events[: link.most_messages]
+        if len(events) > link.max_messages_per_turn and link._handler is not None:
+            link._deferred, events = events[link.max_messages_per_turn :], events[: link.max_messages_per_turn]
             link._wait_for(link._mask & ~_IN)
             self._carrying.append(link)
             self._some_carried.set()
-        taker = link._taker
+        handler = link._handler
         self.corked = True
         try:
-            if plain and taker is not None and link._gone is None and link._closing is None:
-                taker.take(events)  # type: ignore[arg-type]  # plain: bytes alone
+            if plain and handler is not None and link._gone is None and link._closing is None:
+                handler.on_messages(events)  # type: ignore[arg-type]  # plain: bytes alone
             else:
-                link._deliver(events)
+                link._process_events(events)
         finally:
             self.corked = False
             for each in self.touched:
                 try:
                     each.flush()
                 except Exception:
-                    log.exception(BROKE, peer=each.peer)
-                    each.abort(OUR_MISTAKE)
+                    log.exception(INTERNAL_LOG, peer=each.peer)
+                    each.abort(INTERNAL_MESSAGE)
             self.touched.clear()
 
-    async def sweep(self) -> None:
+    async def serve_timers(self) -> None:
         """Look after pings and deadlines, until cancelled."""
         dues = self._dues
         while True:
@@ -581,54 +583,54 @@ class Plane:
             self.now = now = trio.current_time()
             if (late_s := now - began - SWEEP_S) > LATE_S:
                 for link in self.links:
-                    link.forgive(late_s)
+                    link.extend_deadlines(late_s)
             while dues and dues[0][0] <= now:
                 due, _, link = heapq.heappop(dues)
                 if due != link._due or link._stopped:
                     continue  # it was looked at earlier, or is gone
                 link._due = _NEVER
                 try:
-                    link._schedule(link.look(now))
+                    link._schedule(link.check_liveness(now))
                 except Exception:
-                    log.exception(BROKE, peer=link.peer)
-                    link.abort(OUR_MISTAKE)
+                    log.exception(INTERNAL_LOG, peer=link.peer)
+                    link.abort(INTERNAL_MESSAGE)
 
-    async def reap(self) -> None:
+    async def serve_closed(self) -> None:
         """Tell of links' ends, until cancelled."""
         while True:
             await self._some_ended.wait()
             self._some_ended = trio.Event()
-            self.tell_ended()
+            self.notify_closed()
 
-    def tell_ended(self) -> None:
+    def notify_closed(self) -> None:
         """Tell whoever takes the messages of links that have ended."""
         while self._ended:
             ended, self._ended = self._ended, {}
             for link in ended:
                 try:
-                    link.tell()
+                    link.notify_closed()
                 except Exception:
-                    log.exception(BROKE, peer=link.peer)
+                    log.exception(INTERNAL_LOG, peer=link.peer)
 
     def close(self) -> None:
         """Cut all that is left."""
         for link in self.links:
             link.abort("the relay has stopped")
-        self.tell_ended()
+        self.notify_closed()
         self._epoll.close()
 
 
 @asynccontextmanager
-async def open_plane() -> AsyncIterator[Plane]:
+async def open_reactor() -> AsyncIterator[Reactor]:
     """A plane, served until the end of the block; what is still connected then is cut."""
-    plane = Plane()
+    reactor = Reactor()
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(plane.serve)
-            nursery.start_soon(plane.carry_on)
-            nursery.start_soon(plane.sweep)
-            nursery.start_soon(plane.reap)
-            yield plane
+            nursery.start_soon(reactor.serve)
+            nursery.start_soon(reactor.serve_deferred)
+            nursery.start_soon(reactor.serve_timers)
+            nursery.start_soon(reactor.serve_closed)
+            yield reactor
             nursery.cancel_scope.cancel()
     finally:
-        plane.close()
+        reactor.close()

@@ -29,7 +29,7 @@ _REASONS = {
 
 
 @attrs.frozen
-class Refusal(Exception):
+class HandshakeRejected(Exception):
     """No: an HTTP status and words for the peer, who is hung up on."""
 
     status: int
@@ -74,14 +74,14 @@ class Head:
         """A header's value, "" where there is none."""
         return self.headers.get(name, "")
 
-    def lists(self, name: str, word: str) -> bool:
+    def has_token(self, name: str, word: str) -> bool:
         """Whether a header that is a list has a word, upper or lower case."""
         return any(each.strip().lower() == word for each in self.get(name).split(","))
 
     @property
     def upgrades(self) -> bool:
         """Whether it asks for a WebSocket."""
-        return self.lists("upgrade", "websocket")
+        return self.has_token("upgrade", "websocket")
 
 
 def parse_head(data: bytes) -> Head:
@@ -93,12 +93,12 @@ def parse_head(data: bytes) -> Head:
     lines = _LINE_END.split(data.decode("latin-1"))
     words = lines[0].split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/") or not _TOKEN.fullmatch(words[0]):
-        raise Refusal(400, "this is not HTTP")
+        raise HandshakeRejected(400, "this is not HTTP")
     headers: dict[str, str] = {}
     for line in lines[1:]:
         name, colon, value = line.partition(":")
         if not colon or not _TOKEN.fullmatch(name):
-            raise Refusal(400, "a header line of the request is broken")
+            raise HandshakeRejected(400, "a header line of the request is broken")
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return Head(words[0], words[1], words[2], headers)
@@ -115,24 +115,24 @@ def check_upgrade(head: Head, subprotocol: str | None) -> None:
         Refusal: it may not become one.
     """
     if head.version != "HTTP/1.1":
-        raise Refusal(505, "a WebSocket needs HTTP/1.1")
+        raise HandshakeRejected(505, "a WebSocket needs HTTP/1.1")
     if head.method != "GET":
-        raise Refusal(405, "a WebSocket is asked for with GET", {"Allow": "GET"})
+        raise HandshakeRejected(405, "a WebSocket is asked for with GET", {"Allow": "GET"})
     upgrade = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-    if not head.upgrades or not head.lists("connection", "upgrade"):
-        raise Refusal(426, "this path is for WebSockets", upgrade)
+    if not head.upgrades or not head.has_token("connection", "upgrade"):
+        raise HandshakeRejected(426, "this path is for WebSockets", upgrade)
     if head.get("sec-websocket-version") != "13":
-        raise Refusal(426, "the version of a WebSocket must be 13", upgrade)
+        raise HandshakeRejected(426, "the version of a WebSocket must be 13", upgrade)
     if not head.get("host"):
-        raise Refusal(400, "the request lacks its Host")
+        raise HandshakeRejected(400, "the request lacks its Host")
     if not _is_key(head.get("sec-websocket-key")):
-        raise Refusal(400, "Sec-WebSocket-Key must be 16 bytes in base64")
+        raise HandshakeRejected(400, "Sec-WebSocket-Key must be 16 bytes in base64")
     offered = [each.strip() for each in head.get("sec-websocket-protocol").split(",")]
     if subprotocol is not None and subprotocol not in offered:
-        raise Refusal(400, f"ask for the WebSocket subprotocol {subprotocol}")
+        raise HandshakeRejected(400, f"ask for the WebSocket subprotocol {subprotocol}")
 
 
-def answer_to(head: Head, subprotocol: str | None) -> bytes:
+def build_response(head: Head, subprotocol: str | None) -> bytes:
     """The relay's yes to a handshake that `check_upgrade` let through."""
     digest = hashlib.sha1(head.get("sec-websocket-key").encode() + _GUID, usedforsecurity=False).digest()
     chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol else ""

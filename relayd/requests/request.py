@@ -14,8 +14,8 @@ from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
 from relayd.frames.frame_log import FrameLog, Sink
-from relayd.requests.summary import in_brief
-from relayd.scheduling.model import Entry, Place, State
+from relayd.requests.summary import summarize
+from relayd.scheduling.model import QueuePosition, ScheduledRequest, State
 
 #: Steps of a request that are remembered: its first ones, and the latest.
 FIRST_STEPS, LATEST_STEPS = 12, 36
@@ -40,16 +40,16 @@ class Expiry(Enum):
 class Holder(Sink, Protocol):
     """A client's connection, as far as its requests see it."""
 
-    def hear_accepted(self, request: "Request") -> None:
+    def on_accepted(self, request: "Request") -> None:
         """The request is safe; its frames may be read."""
 
-    def hear_place(self, request: "Request", place: Place) -> None:
+    def on_position(self, request: "Request", place: QueuePosition) -> None:
         """Where the request stands in the queue."""
 
-    def hear_rejected(self, request: "Request", refusal: Rejected) -> None:
+    def on_rejected(self, request: "Request", refusal: Rejected) -> None:
         """The request was not taken after all."""
 
-    def hear_ended(self, request: "Request") -> None:
+    def on_ended(self, request: "Request") -> None:
         """The request needs no holder any more."""
 
 
@@ -59,7 +59,7 @@ class Request:
 
     submit: Submit
     principal: str
-    entry: Entry
+    entry: ScheduledRequest
     created_at: float
     created_unix: float
     queue_timeout_s: float
@@ -72,16 +72,16 @@ class Request:
     _digests: dict[str, "hashlib._Hash"] = attrs.field(factory=dict)
     holders: set[Holder] = attrs.field(factory=set)
     #: The acknowledgement that its worker waits for until the end is safe, and which worker that is.
-    owed: tuple[str, Ack] | None = None
+    pending_ack: tuple[str, Ack] | None = None
     #: Whether all of its inputs have come: it is on its way to the store, and takes no more of them.
-    whole: bool = False
+    uploaded: bool = False
     #: Whether `accepted` was sent: it is in the store.
     accepted: bool = False
-    unheld_at: float | None = None
+    abandoned_at: float | None = None
     queued_at: float = 0.0
     last_frame_at: float = 0.0
     #: The `entry.started_at` up to which its waiting was counted.
-    counted_start_at: float | None = None
+    wait_counted_at: float | None = None
     #: When its worker was told to stop, while it has not answered.
     stopped_at: float | None = None
     #: How long its worker may stay away, from `entry.lost_at` on.
@@ -95,12 +95,12 @@ class Request:
     message: str | None = None
     details: dict[str, object] = attrs.field(factory=dict)
     #: What has become of it, step by step: a packed map each, to have 10,000 ended requests cost little.
-    steps: list[bytes] = attrs.field(factory=list)
-    steps_left_out: int = 0
+    timeline: list[bytes] = attrs.field(factory=list)
+    timeline_dropped: int = 0
     #: What was asked, in brief, once it has ended; see `relayd.requests.summary`.
-    asked: bytes = b""
+    summary: bytes = b""
     #: Position and queue length last told to the holders.
-    told_place: tuple[int, int] | None = None
+    last_position_sent: tuple[int, int] | None = None
     #: False once it is completed and its frames are not kept any more.
     has_result: bool = True
     changed: trio.Event = attrs.field(factory=trio.Event)
@@ -117,7 +117,13 @@ class Request:
 
     @classmethod
     def of(
-        cls, submit: Submit, principal: str, entry: Entry, config: SpaceConfig, created_unix: float, **more: Any
+        cls,
+        submit: Submit,
+        principal: str,
+        entry: ScheduledRequest,
+        config: SpaceConfig,
+        created_unix: float,
+        **more: Any,
     ) -> "Request":
         """A request whose times begin now; what it does not say of its deadlines, its space does."""
         now = trio.current_time()
@@ -135,31 +141,31 @@ class Request:
             content=content_hash(submit),
             **more,
         )
-        request.step("taken_up" if request.accepted else "created")
+        request.add_timeline("taken_up" if request.accepted else "created")
         return request
 
-    def step(self, event: str, **more: Value) -> None:
+    def add_timeline(self, event: str, **more: Value) -> None:
         """Remember what became of it just now."""
-        if len(self.steps) >= FIRST_STEPS + LATEST_STEPS:
-            del self.steps[FIRST_STEPS]
-            self.steps_left_out += 1
+        if len(self.timeline) >= FIRST_STEPS + LATEST_STEPS:
+            del self.timeline[FIRST_STEPS]
+            self.timeline_dropped += 1
         at_s = round(trio.current_time() - self.created_at, 3)
         told = {key: value for key, value in more.items() if value is not None}
-        self.steps.append(msgpack.packb({"at_s": at_s, "event": event, **told}))
+        self.timeline.append(msgpack.packb({"at_s": at_s, "event": event, **told}))
 
     def resumed(self) -> None:
         """Its worker is back, and goes on with it."""
         entry, log = self.entry, self.log
         self.last_frame_at = trio.current_time()
-        self.step("worker_back", worker_id=entry.worker_id, attempt=entry.attempt)
+        self.add_timeline("worker_back", worker_id=entry.worker_id, attempt=entry.attempt)
         if entry.attempt > 1 and not entry.reproducible and not (log.next_seq or log.starts):
             # After a restart of the relay: who has frames of an earlier attempt must not go on behind them in this one.
             log.restart(entry.attempt, 0)
-        self.notify()
+        self.wake()
 
-    def shed(self) -> None:
+    def release_run_data(self) -> None:
         """It has ended: let go of what only a run needs, which may be 64 KiB and all of its inputs."""
-        self.asked = self.asked or in_brief(self.submit, KEPT_BYTES)
+        self.summary = self.summary or summarize(self.submit, KEPT_BYTES)
         self.submit = attrs.evolve(self.submit, params={}, inputs={})
         self.drop_inputs()
 
@@ -185,7 +191,7 @@ class Request:
             return {}
         return {"delivered_frames": self.log.next_seq} | ({"delivered_s": self.audio_s} if self.audio_s else {})
 
-    def notify(self) -> None:
+    def wake(self) -> None:
         """Wake the request's task: a deadline may lie elsewhere now."""
         self.changed.set()
         self.changed = trio.Event()
@@ -225,16 +231,16 @@ class Request:
         """When something happens to it if nothing else does before, and what."""
         entry = self.entry
         due: list[tuple[float, Expiry]] = []
-        if self.unheld_at is not None and not self.submit.detach and self.stopped_at is None:
-            due.append((self.unheld_at + resume_window_s, Expiry.NOBODY_HOLDS))
+        if self.abandoned_at is not None and not self.submit.detach and self.stopped_at is None:
+            due.append((self.abandoned_at + resume_window_s, Expiry.NOBODY_HOLDS))
         if entry.state is not State.RUNNING:
             due.append((self.queued_at + self.queue_timeout_s, Expiry.QUEUE_TIMEOUT))
         elif self.stopped_at is not None:
             due.append((self.stopped_at + cancel_grace_s, Expiry.CANCEL_UNANSWERED))
         else:
             due.append((entry.started_at + self.run_timeout_s, Expiry.RUN_TIMEOUT))
-            if entry.lost_at is not None:
-                due.append((entry.lost_at + self.worker_grace_s, Expiry.WORKER_GONE))
+            if entry.worker_lost_at is not None:
+                due.append((entry.worker_lost_at + self.worker_grace_s, Expiry.WORKER_GONE))
             else:
                 due.append((self.last_frame_at + self.idle_timeout_s, Expiry.IDLE_TIMEOUT))
         return min(due, key=lambda pair: pair[0])

@@ -16,7 +16,7 @@ STRING_CHARS = (2_000, 500, 200, 60)
 MAX_INPUTS = 16
 
 
-def in_brief(submit: Submit, most_bytes: int) -> bytes:
+def summarize(submit: Submit, most_bytes: int) -> bytes:
     """Packed map of `params`, `params_cut` (whether something of them is left out) and `inputs`, if there is room.
 
     Args:
@@ -28,13 +28,13 @@ def in_brief(submit: Submit, most_bytes: int) -> bytes:
         for name, info in list(submit.inputs.items())[:MAX_INPUTS]
     ]
     for chars in STRING_CHARS:
-        params = _cut(submit.params, chars, MAX_DEPTH)
+        params = _truncate(submit.params, chars, MAX_DEPTH)
         packed: bytes = msgpack.packb({"params": params, "params_cut": params != submit.params, "inputs": inputs})
         if len(packed) <= most_bytes:
             return packed
     some: dict[str, Value] = {}
     brief: dict[str, Value] = {"params": some, "params_cut": True, "inputs": []}
-    for key, value in _cut(submit.params, STRING_CHARS[-1], 1).items():
+    for key, value in _truncate(submit.params, STRING_CHARS[-1], 1).items():
         some[key] = value
         if len(msgpack.packb(brief)) > most_bytes:
             del some[key]
@@ -43,7 +43,7 @@ def in_brief(submit: Submit, most_bytes: int) -> bytes:
     return whole
 
 
-def _cut(value: Value, chars: int, depth: int) -> Value:
+def _truncate(value: Value, chars: int, depth: int) -> Value:
     if isinstance(value, str):
         return value if len(value) <= chars else f"{value[: chars - 1]}…"
     if isinstance(value, bytes):
@@ -52,9 +52,9 @@ def _cut(value: Value, chars: int, depth: int) -> Value:
         if not depth:
             return f"({len(value)} keys)" if value else {}
         some = list(value.items())[:MAX_ITEMS]
-        return {key[:MAX_KEY_CHARS]: _cut(item, chars, depth - 1) for key, item in some}
+        return {key[:MAX_KEY_CHARS]: _truncate(item, chars, depth - 1) for key, item in some}
     if isinstance(value, list):
         if not depth:
             return f"({len(value)} items)" if value else []
-        return [_cut(item, chars, depth - 1) for item in value[:MAX_ITEMS]]
+        return [_truncate(item, chars, depth - 1) for item in value[:MAX_ITEMS]]
     return value

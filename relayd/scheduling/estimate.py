@@ -6,7 +6,7 @@ from statistics import fmean
 from relayd.scheduling.model import SpaceState
 
 
-def waits_s(space: SpaceState, slots: int, count: int, now: float) -> list[float] | None:
+def estimate_waits_s(space: SpaceState, slots: int, count: int, now: float) -> list[float] | None:
     """Seconds until each of the first `count` queued requests starts; None where the space's pace is not known.
 
     Each slot is free when what runs in it is through; the queue then takes the earliest slot each time.
@@ -26,6 +26,6 @@ def waits_s(space: SpaceState, slots: int, count: int, now: float) -> list[float
     return [round(heapq.heappushpop(free_at, free_at[0] + run_s), 1) for _ in range(count)]
 
 
-def pace_s(space: SpaceState, slots: int) -> float | None:
+def estimate_retry_s(space: SpaceState, slots: int) -> float | None:
     """Seconds between two starts while the queue is full: when trying again may help."""
     return round(fmean(space.recent_runs_s) / max(1, slots), 1) if space.recent_runs_s else None

@@ -29,7 +29,7 @@ class _Level(Generic[WaitingT]):
     `lanes` holds one lane a principal, in order of turn; a lane is request id -> request, by ticket.
     """
 
-    first: Lane[WaitingT] = attrs.field(factory=dict)
+    requeued: Lane[WaitingT] = attrs.field(factory=dict)
     lanes: dict[str, Lane[WaitingT]] = attrs.field(factory=dict)
 
 
@@ -51,15 +51,15 @@ class FairQueue(Generic[WaitingT]):
     def __contains__(self, item: WaitingT) -> bool:
         return item.request_id in self._members
 
-    def waiting_of(self, principal: str) -> int:
+    def count_for(self, principal: str) -> int:
         """How many requests of `principal` wait."""
         return self._per_principal.get(principal, 0)
 
-    def heads(self) -> Iterator[WaitingT]:
+    def oldest_candidates(self) -> Iterator[WaitingT]:
         """Some of them, among which is the one that came first: with principals and priorities, not with length."""
         yield from self._promoted.values()
         for level in self._levels.values():
-            yield from level.first.values()
+            yield from level.requeued.values()
             for lane in level.lanes.values():
                 yield next(iter(lane.values()))
 
@@ -73,12 +73,12 @@ class FairQueue(Generic[WaitingT]):
             level = self._level(item)
             level.lanes[item.principal] = dict(sorted(lane.items(), key=lambda pair: pair[1].ticket))
 
-    def push_back(self, item: WaitingT) -> None:
+    def requeue(self, item: WaitingT) -> None:
         """Give `item` back the place it was served from: before the lanes of its priority, by ticket."""
         self._count(item)
         level = self._level(item)
-        level.first[item.request_id] = item
-        level.first = dict(sorted(level.first.items(), key=lambda pair: pair[1].ticket))
+        level.requeued[item.request_id] = item
+        level.requeued = dict(sorted(level.requeued.items(), key=lambda pair: pair[1].ticket))
 
     def promote(self, item: WaitingT) -> None:
         """To the very front, before every priority; the last one promoted is first."""
@@ -97,12 +97,12 @@ class FairQueue(Generic[WaitingT]):
         if self._promoted.pop(item.request_id, None) is not None:
             return
         level = self._levels[item.priority]
-        if level.first.pop(item.request_id, None) is None:
+        if level.requeued.pop(item.request_id, None) is None:
             lane = level.lanes[item.principal]
             del lane[item.request_id]
             if not lane:
                 del level.lanes[item.principal]
-        if not level.first and not level.lanes:
+        if not level.requeued and not level.lanes:
             del self._levels[item.priority]
 
     def pop(self, may_run: Callable[[WaitingT], bool]) -> WaitingT | None:
@@ -128,7 +128,7 @@ class FairQueue(Generic[WaitingT]):
         return [self._levels[priority] for priority in sorted(self._levels, reverse=True)]
 
     def _in_turn(self, level: _Level[WaitingT], rounds: int | None = None) -> Iterator[WaitingT]:
-        yield from level.first.values()
+        yield from level.requeued.values()
         lanes = [lane.values() for lane in level.lanes.values()]
         for number, turn in enumerate(zip_longest(*lanes)):
             if number == rounds:

@@ -29,7 +29,7 @@ class State(StrEnum):
 
 
 @attrs.define(eq=False, kw_only=True)
-class Entry:
+class ScheduledRequest:
     """A request, as far as scheduling is concerned.
 
     The caller keeps `reproducible`, `has_output` and `next_seq` true to the frames that have come.
@@ -44,9 +44,9 @@ class Entry:
     state: State = State.UPLOADING
     attempt: int = 0
     #: After a restart: one attempt more may have begun than the store had written.
-    unsure: bool = False
+    attempt_may_be_newer: bool = False
     #: After a restart: the attempt is known from a listener alone, and not where it began.
-    hearsay: bool = False
+    attempt_known_from_client: bool = False
     #: After a restart, until an attempt starts: a listener may know of one attempt more than the store does.
     may_be_behind: bool = False
     losses: int = 0
@@ -55,9 +55,9 @@ class Entry:
     #: When the attempt was handed out.
     started_at: float = 0.0
     #: Since when its worker has been away; None while it is linked.
-    lost_at: float | None = None
+    worker_lost_at: float | None = None
     #: Why its worker was told to stop it for good; such a request ends with its attempt, however that ends.
-    stopping: str | None = None
+    cancel_reason: str | None = None
     #: Who makes the same frames from the same params: engine, format and fingerprint in words; "" for nobody.
     reproducible: str = ""
     has_output: bool = False
@@ -72,7 +72,7 @@ class WorkerState:
     instance: str
     spaces: tuple[str, ...]
     slots: int
-    #: As `Entry.reproducible`; workers with the same words can stand in for each other in mid-stream.
+    #: As `ScheduledRequest.reproducible`; workers with the same words can stand in for each other in mid-stream.
     reproducible: str = ""
     linked: bool = True
     draining: bool = False
@@ -105,8 +105,8 @@ class SpaceState:
     name: str
     rules: SpaceRules
     paused: bool = False
-    queue: FairQueue[Entry] = attrs.field(factory=FairQueue)
-    running: dict[str, Entry] = attrs.field(factory=dict)
+    queue: FairQueue[ScheduledRequest] = attrs.field(factory=FairQueue)
+    running: dict[str, ScheduledRequest] = attrs.field(factory=dict)
     #: Admitted, and not yet in the queue: inputs on their way, or the store still writing. Principal of each.
     admitted: dict[str, str] = attrs.field(factory=dict)
     recent_runs_s: deque[float] = attrs.field(factory=lambda: deque(maxlen=RECENT_RUNS))
@@ -116,7 +116,7 @@ class SpaceState:
 class Start:
     """Hand `entry` to the worker it names now; frames begin at `from_seq`."""
 
-    entry: Entry
+    entry: ScheduledRequest
     from_seq: int
 
 
@@ -130,35 +130,35 @@ class Stop:
 
 
 @attrs.frozen
-class Requeued:
+class Requeue:
     """The attempt was lost and the request waits again, in its old place."""
 
-    entry: Entry
+    entry: ScheduledRequest
 
 
 @attrs.frozen
 class Finish:
     """The relay itself ends `entry`: FAILED with a code, or CANCELLED (no code)."""
 
-    entry: Entry
+    entry: ScheduledRequest
     code: ErrorCode | None
     message: str
 
 
 @attrs.frozen
-class Joined:
+class Registration:
     """A worker is in: which of the attempts it named go on, which it is to forget, and what else follows."""
 
-    resume: list[Entry]
+    resume: list[ScheduledRequest]
     abandon: list[str]
     decisions: list["Decision"]
 
 
-Decision = Start | Stop | Requeued | Finish
+Decision = Start | Stop | Requeue | Finish
 
 
 @attrs.frozen
-class Place:
+class QueuePosition:
     """Where a queued request stands: `position` from 1, and seconds until it should start, if that can be told."""
 
     position: int

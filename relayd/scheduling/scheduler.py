@@ -14,14 +14,14 @@ import attrs
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Rejected
 from relayd.scheduling import estimate
-from relayd.scheduling.dispatch import HandOut
+from relayd.scheduling.dispatch import Dispatcher
 from relayd.scheduling.model import (
     Decision,
-    Entry,
     Finish,
-    Joined,
-    Place,
-    Requeued,
+    QueuePosition,
+    Registration,
+    Requeue,
+    ScheduledRequest,
     SpaceRules,
     SpaceState,
     Start,
@@ -32,7 +32,7 @@ from relayd.scheduling.model import (
 
 
 @attrs.define(eq=False)
-class Scheduler(HandOut):
+class Scheduler(Dispatcher):
     """What may happen to spaces, workers and live requests, and what follows from it."""
 
     # -- spaces
@@ -45,7 +45,7 @@ class Scheduler(HandOut):
         """Change what a space allows; who is in already stays, also beyond a limit that is lower now."""
         self.spaces[name].rules = rules
         self.moved.add(name)
-        return self._hand_out(now)
+        return self.dispatch(now)
 
     def remove_space(self, name: str) -> Rejected | None:
         """Close a space that nothing waits or runs in and no worker serves."""
@@ -80,11 +80,11 @@ class Scheduler(HandOut):
             return no_such_space(name)
         self.spaces[name].paused = False
         self.moved.add(name)
-        return self._hand_out(now)
+        return self.dispatch(now)
 
     # -- workers
 
-    def join(self, worker: WorkerState, running: Mapping[str, int], now: float) -> Rejected | Joined:
+    def join(self, worker: WorkerState, running: Mapping[str, int], now: float) -> Rejected | Registration:
         """A worker registers, for the first time or again (same id).
 
         Args:
@@ -111,10 +111,10 @@ class Scheduler(HandOut):
         for request_id in [held for held in held_before if held not in worker.held]:  # handed out; the cut swallowed it
             entry = self.entries.get(request_id)
             if entry is not None and entry.worker_id == worker.worker_id:
-                decisions += self._hand_again(entry, worker, now)
-        return Joined(resume, abandon, [*decisions, *self._hand_out(now)])
+                decisions += self._dispatch_again(entry, worker, now)
+        return Registration(resume, abandon, [*decisions, *self.dispatch(now)])
 
-    def shut_out(self, worker: WorkerState) -> bool:
+    def is_replaced(self, worker: WorkerState) -> bool:
         """Whether a worker that is away could not come back now, because another has its place."""
         return any(self._no_room(name, worker.worker_id) for name in worker.spaces)
 
@@ -132,40 +132,42 @@ class Scheduler(HandOut):
             "stop that one, or raise max_workers in relayd.toml",
         )
 
-    def _claim(self, worker: WorkerState, request_id: str, attempt: int, now: float) -> Entry | None:
+    def _claim(self, worker: WorkerState, request_id: str, attempt: int, now: float) -> ScheduledRequest | None:
         """The entry of an attempt that a worker goes on with, or None if it is over or somebody else's now."""
         entry = self.entries.get(request_id)
         if entry is None or not attempt or entry.space not in worker.spaces:
             return None
-        if attempt != entry.attempt and not (entry.unsure and attempt == entry.attempt + 1):
+        if attempt != entry.attempt and not (entry.attempt_may_be_newer and attempt == entry.attempt + 1):
             return None
         if entry.state is State.QUEUED:  # given up too early: nobody has begun it anew, so it runs where it ran
             self.spaces[entry.space].queue.remove(entry)
-            if attempt == entry.attempt and not entry.hearsay:
+            if attempt == entry.attempt and not entry.attempt_known_from_client:
                 entry.losses = max(0, entry.losses - 1)  # it was not lost after all
         elif entry.worker_id not in (None, worker.worker_id):
             if attempt == entry.attempt:
                 return None
             self._forget_away(entry)
-        if attempt != entry.attempt or entry.hearsay:  # the relay was killed before the store had written that it began
+        if (
+            attempt != entry.attempt or entry.attempt_known_from_client
+        ):  # the relay was killed before the store had written that it began
             entry.attempt, entry.started_at, entry.reproducible = attempt, now, worker.reproducible
             entry.may_be_behind = False
-        entry.unsure = entry.hearsay = False
-        self._run_on(entry, worker)
+        entry.attempt_may_be_newer = entry.attempt_known_from_client = False
+        self._mark_running(entry, worker)
         worker.held[request_id] = attempt
         return entry
 
-    def _hand_again(self, entry: Entry, worker: WorkerState, now: float) -> list[Decision]:
+    def _dispatch_again(self, entry: ScheduledRequest, worker: WorkerState, now: float) -> list[Decision]:
         """A worker came back without an attempt that was handed to it: nothing of it was made, so nothing is lost."""
-        if entry.stopping is not None:
-            return [Finish(entry, None, entry.stopping)]
+        if entry.cancel_reason is not None:
+            return [Finish(entry, None, entry.cancel_reason)]
         goes_on = bool(entry.reproducible) and entry.reproducible == worker.reproducible
         begun = entry.next_seq or entry.has_output  # what was heard before a restart has no frames here
         if entry.space not in worker.spaces or (begun and not goes_on):
             return self.lose(entry.request_id, ErrorCode.WORKER_LOST, "its worker came back without it", now)
-        self._run_on(entry, worker)
-        if entry.unsure:
-            entry.attempt, entry.unsure = entry.attempt + 2, False  # as in `_start`
+        self._mark_running(entry, worker)
+        if entry.attempt_may_be_newer:
+            entry.attempt, entry.attempt_may_be_newer = entry.attempt + 2, False  # as in `_start`
             entry.may_be_behind = False
         worker.held[entry.request_id] = entry.attempt
         return [Start(entry, entry.next_seq)]
@@ -177,14 +179,14 @@ class Scheduler(HandOut):
             return []
         del worker.held[request_id]
         self._touch(worker)
-        return self._hand_out(now)
+        return self.dispatch(now)
 
     def set_slots(self, worker_id: str, slots: int, now: float) -> list[Decision]:
         """A worker has more or fewer slots; what runs goes on."""
         worker = self.workers[worker_id]
         worker.slots = slots
         self.moved.update(worker.spaces)
-        return self._hand_out(now)
+        return self.dispatch(now)
 
     def drain(self, worker_id: str) -> None:
         """Hand this worker nothing new."""
@@ -197,16 +199,16 @@ class Scheduler(HandOut):
         worker = self.workers[worker_id]
         worker.draining = False
         self.moved.update(worker.spaces)
-        return self._hand_out(now)
+        return self.dispatch(now)
 
-    def unlink(self, worker_id: str, now: float) -> list[Entry]:
+    def unlink(self, worker_id: str, now: float) -> list[ScheduledRequest]:
         """A worker's link is gone: it may come back. Returns what ran there; the caller calls `lose` in its time."""
         worker = self.workers[worker_id]
         worker.linked = False
         self.moved.update(worker.spaces)
         away = [entry for entry in map(self.entries.get, worker.held) if entry and entry.worker_id == worker_id]
         for entry in away:
-            entry.lost_at = now
+            entry.worker_lost_at = now
         # Attempts that were fenced off already have nobody waiting for them.
         worker.held = {entry.request_id: entry.attempt for entry in away}
         if not worker.held:
@@ -215,7 +217,7 @@ class Scheduler(HandOut):
 
     # -- requests
 
-    def admit(self, entry: Entry) -> Rejected | None:
+    def admit(self, entry: ScheduledRequest) -> Rejected | None:
         """Take a new request in, if its space has room; it is queued by `enqueue` once it is whole and stored."""
         space = self.spaces.get(entry.space)
         if space is None:
@@ -232,9 +234,9 @@ class Scheduler(HandOut):
                 entry,
                 ErrorCode.QUEUE_FULL,
                 f"space {space.name!r} has its {rules.max_queued} requests queued; try again later",
-                estimate.pace_s(space, self.slots_of(space.name)[1]),
+                estimate.estimate_retry_s(space, self.slots_of(space.name)[1]),
             )
-        mine = space.queue.waiting_of(entry.principal)
+        mine = space.queue.count_for(entry.principal)
         mine += sum(principal == entry.principal for principal in space.admitted.values())
         if mine >= rules.max_queued_per_principal:
             return _refuse(
@@ -242,22 +244,22 @@ class Scheduler(HandOut):
                 ErrorCode.QUEUE_FULL,
                 f"{entry.principal!r} has {mine} requests queued in space {space.name!r}, which is its limit; "
                 "wait for one to start",
-                estimate.pace_s(space, self.slots_of(space.name)[1]),
+                estimate.estimate_retry_s(space, self.slots_of(space.name)[1]),
             )
         self.entries[entry.request_id] = entry
         space.admitted[entry.request_id] = entry.principal
         return None
 
-    def enqueue(self, entry: Entry, now: float) -> list[Decision]:
+    def enqueue(self, entry: ScheduledRequest, now: float) -> list[Decision]:
         """An admitted request is whole and safe: it waits for a slot from now on."""
         space = self.spaces[entry.space]
         space.admitted.pop(entry.request_id, None)
         entry.state = State.QUEUED
         space.queue.push(entry)
         self.moved.add(space.name)
-        return self._hand_out(now)
+        return self.dispatch(now)
 
-    def restore(self, entry: Entry, now: float) -> None:
+    def restore(self, entry: ScheduledRequest, now: float) -> None:
         """Take back a request of the store after a restart, by ascending ticket; no worker is there yet to take it.
 
         The worker that an attempt ran on, where the store names one, counts as away: it may come back to it.
@@ -266,10 +268,10 @@ class Scheduler(HandOut):
         self.entries[entry.request_id] = entry
         entry.may_be_behind = True
         if entry.state is State.RUNNING:
-            entry.lost_at = now
+            entry.worker_lost_at = now
             space.running[entry.request_id] = entry
             if entry.worker_id is not None:
-                self._away(entry.worker_id, entry.space).held[entry.request_id] = entry.attempt
+                self._away_worker(entry.worker_id, entry.space).held[entry.request_id] = entry.attempt
         else:
             entry.state = State.QUEUED
             space.queue.push(entry)
@@ -288,19 +290,19 @@ class Scheduler(HandOut):
             space.recent_runs_s.append(max(0.0, now - entry.started_at))
         entry.state = state
         self.moved.add(space.name)
-        return self._hand_out(now)
+        return self.dispatch(now)
 
     def cancel(self, request_id: str, reason: str) -> list[Decision]:
         """Stop a request: what waits leaves at once, what runs is told to its worker, which answers `cancelled`."""
         entry = self.entries.get(request_id)
         if entry is None:
             return []
-        if entry.state is State.RUNNING and entry.worker_id and entry.lost_at is None:
-            if entry.stopping is not None:
+        if entry.state is State.RUNNING and entry.worker_id and entry.worker_lost_at is None:
+            if entry.cancel_reason is not None:
                 return []
-            entry.stopping = reason
+            entry.cancel_reason = reason
             return [Stop(entry.worker_id, request_id, reason)]
-        return [*self._stop(entry, reason), Finish(entry, None, entry.stopping or reason)]
+        return [*self._stop(entry, reason), Finish(entry, None, entry.cancel_reason or reason)]
 
     def fail(self, request_id: str, code: ErrorCode, message: str) -> list[Decision]:
         """End a request as failed; what runs of it is stopped, and its slot freed when the worker answers."""
@@ -320,8 +322,8 @@ class Scheduler(HandOut):
         if entry is None or entry.state is not State.RUNNING:
             return []
         stop = self._stop(entry, message)
-        if entry.stopping is not None:
-            return [*stop, Finish(entry, None, entry.stopping)]
+        if entry.cancel_reason is not None:
+            return [*stop, Finish(entry, None, entry.cancel_reason)]
         entry.losses += 1
         space = self.spaces[entry.space]
         if entry.losses >= space.rules.max_attempts:
@@ -335,11 +337,11 @@ class Scheduler(HandOut):
             return [*stop, Finish(entry, code, f"{message}; not tried again, because {why}")]
         self._forget_run(entry)
         entry.state = State.QUEUED
-        space.queue.push_back(entry)
+        space.queue.requeue(entry)
         self.moved.add(space.name)
-        return [*stop, Requeued(entry), *self._hand_out(now)]
+        return [*stop, Requeue(entry), *self.dispatch(now)]
 
-    def hear_of(self, request_id: str, attempt: int, now: float) -> list[Decision]:
+    def adopt_later_attempt(self, request_id: str, attempt: int, now: float) -> list[Decision]:
         """A listener has frames of the attempt after the current one, which a relay that was killed had not stored yet.
 
         The listener would drop everything of the current attempt, its end too, so nothing continues behind its frames.
@@ -352,8 +354,8 @@ class Scheduler(HandOut):
         if entry is None or not entry.may_be_behind or attempt != entry.attempt + 1:
             return []
         entry.may_be_behind = False
-        entry.attempt, entry.next_seq, entry.hearsay = attempt, 0, True
-        if entry.state is State.RUNNING and entry.lost_at is None:
+        entry.attempt, entry.next_seq, entry.attempt_known_from_client = attempt, 0, True
+        if entry.state is State.RUNNING and entry.worker_lost_at is None:
             words = "a listener has heard a later attempt, which the relay lost when it was killed"
             return self.lose(request_id, ErrorCode.WORKER_LOST, words, now)
         self._forget_away(entry)
@@ -379,23 +381,23 @@ class Scheduler(HandOut):
         else:
             self._max_running[principal] = at_most
 
-    def waiting_of(self, principal: str) -> int:
+    def queued_count(self, principal: str) -> int:
         """Requests of `principal` that are admitted or queued, in all spaces together."""
         return sum(
-            space.queue.waiting_of(principal) + list(space.admitted.values()).count(principal)
+            space.queue.count_for(principal) + list(space.admitted.values()).count(principal)
             for space in self.spaces.values()
         )
 
     # -- telling
 
-    def places(self, name: str, now: float) -> dict[str, Place]:
+    def positions(self, name: str, now: float) -> dict[str, QueuePosition]:
         """Request id -> place, for all that is queued in a space."""
         space = self.spaces[name]
         of = len(space.queue)
         slots = sum(worker.slots for worker in self.workers_of(name) if not worker.draining)
-        waits = estimate.waits_s(space, slots, of, now)
+        waits = estimate.estimate_waits_s(space, slots, of, now)
         return {
-            entry.request_id: Place(index + 1, of, waits[index] if waits else None)
+            entry.request_id: QueuePosition(index + 1, of, waits[index] if waits else None)
             for index, entry in enumerate(space.queue)
         }
 
@@ -409,5 +411,5 @@ def no_such_space(name: str, request_id: str | None = None) -> Rejected:
     )
 
 
-def _refuse(entry: Entry, code: ErrorCode, message: str, retry_after_s: float | None = None) -> Rejected:
+def _refuse(entry: ScheduledRequest, code: ErrorCode, message: str, retry_after_s: float | None = None) -> Rejected:
     return Rejected.because(code, message, request_id=entry.request_id, retry_after_s=retry_after_s)

@@ -25,7 +25,7 @@ log = logging.getLogger("relayd.systemd")
 
 
 @attrs.define(eq=False)
-class Service:
+class HealthService:
     """What systemd is told of a relay whose doors are, by their URLs, `doors`."""
 
     relay: Relay
@@ -38,8 +38,8 @@ class Service:
         if not self.manager.present:
             return
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve_watchdog, self.manager, self.checks())
-            nursery.start_soon(self._tell_stopping)
+            nursery.start_soon(serve_watchdog, self.manager, self.health_checks())
+            nursery.start_soon(self._report_stopping)
             while True:
                 await trio.sleep(STATUS_INTERVAL_S)
                 self.manager.status(self.status())
@@ -54,15 +54,15 @@ class Service:
         workers = f"{len(relay.workers)} worker{'' if len(relay.workers) == 1 else 's'}"
         return f"{workers}, {counts}; listens on {', '.join(self.doors)}"
 
-    async def _tell_stopping(self) -> None:
+    async def _report_stopping(self) -> None:
         await self.relay.draining.wait()
         self.manager.stopping(self.status(), self.relay.config.drain_timeout_s + LEAVE_S)
 
     # -- is it alive
 
-    def checks(self) -> dict[str, Check]:
+    def health_checks(self) -> dict[str, Check]:
         """What the watchdog looks at."""
-        doors = {f"door {url}": _Door(self.relay, listener).check for url, listener in self.doors.items()}
+        doors = {f"door {url}": ListenerCheck(self.relay, listener).check for url, listener in self.doors.items()}
         return {"store": self._check_store, **doors}
 
     async def _check_store(self) -> str:
@@ -74,7 +74,9 @@ class Service:
 
 
 @attrs.frozen
-class _Door:
+class ListenerCheck:
+    """Whether one listener still accepts connections."""
+
     relay: Relay
     listener: trio.SocketListener
 

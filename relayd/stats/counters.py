@@ -23,7 +23,7 @@ log = structlog.get_logger("relayd.stats")
 SAMPLE_S = 1.0
 #: What "a minute" and "lately" mean in rows.
 MINUTE = 60
-LATELY_S = 300.0
+WINDOW_S = 300.0
 #: Samples kept of one kind: a percentile of a thousand is as good as one of all.
 MAX_SAMPLES = 1_000
 #: Over which bytes a second are told: long enough for frames of a second each.
@@ -50,7 +50,7 @@ class SentBytes(Protocol):
 
 
 @attrs.define(eq=False)
-class Minute:
+class MinuteWindow:
     """What was counted in each of the last sixty seconds, the running one last."""
 
     total: float = 0.0
@@ -81,7 +81,7 @@ class Minute:
 
 
 @attrs.define(eq=False)
-class Lately:
+class SampleWindow:
     """Samples of the last five minutes, the latest thousand at most, and what they come to."""
 
     _samples: deque[tuple[float, float]] = attrs.field(factory=lambda: deque(maxlen=MAX_SAMPLES))
@@ -94,7 +94,7 @@ class Lately:
 
     def percentile(self, now: float, part: float) -> float | None:
         """The sample that `part` of all do not exceed (nearest rank); None where there is none."""
-        while self._samples and self._samples[0][0] < now - LATELY_S:
+        while self._samples and self._samples[0][0] < now - WINDOW_S:
             self._samples.popleft()
             self._sorted = None
         if self._sorted is None:
@@ -114,38 +114,38 @@ class End:
 
 
 @attrs.define(eq=False)
-class Ends:
+class OutcomeWindow:
     """The ends of the last five minutes, the latest thousand at most."""
 
     _ends: deque[End] = attrs.field(factory=lambda: deque(maxlen=MAX_SAMPLES))
-    _told: tuple[float | None, float | None] | None = None
+    _cached: tuple[float | None, float | None] | None = None
 
     def add(self, end: End) -> None:
         """Take one more."""
         self._ends.append(end)
-        self._told = None
+        self._cached = None
 
     def rtf(self, now: float) -> float | None:
         """Real-time factor: seconds run per second of audio, of what was completed; None where there was no audio."""
-        return self._look(now)[0]
+        return self._compute(now)[0]
 
     def error_percent(self, now: float) -> float | None:
         """Of what was completed or failed, how much failed; None where nothing was."""
-        return self._look(now)[1]
+        return self._compute(now)[1]
 
-    def _look(self, now: float) -> tuple[float | None, float | None]:
-        while self._ends and self._ends[0].when < now - LATELY_S:
+    def _compute(self, now: float) -> tuple[float | None, float | None]:
+        while self._ends and self._ends[0].when < now - WINDOW_S:
             self._ends.popleft()
-            self._told = None
-        if self._told is None:
+            self._cached = None
+        if self._cached is None:
             audio_s = math.fsum(end.audio_s for end in self._ends)
             run_s = math.fsum(end.run_s for end in self._ends if end.audio_s)
             failed = sum(end.failed for end in self._ends)
-            self._told = (
+            self._cached = (
                 round(run_s / audio_s, 3) if audio_s else None,
                 round(100 * failed / len(self._ends), 1) if self._ends else None,
             )
-        return self._told
+        return self._cached
 
 
 @attrs.define(eq=False)
@@ -171,9 +171,9 @@ class Rate:
 class SpaceStats:
     """Of one space."""
 
-    accepted: Minute = attrs.field(factory=Minute)
-    first_audio: Lately = attrs.field(factory=Lately)
-    ends: Ends = attrs.field(factory=Ends)
+    accepted: MinuteWindow = attrs.field(factory=MinuteWindow)
+    first_audio: SampleWindow = attrs.field(factory=SampleWindow)
+    ends: OutcomeWindow = attrs.field(factory=OutcomeWindow)
     #: Since the start, by error code.
     failed: dict[str, int] = attrs.field(factory=dict)
     rejected: dict[str, int] = attrs.field(factory=dict)
@@ -201,7 +201,7 @@ class WorkerStats:
     frames: int = 0
     frame_bytes: int = 0
     rate: Rate = attrs.field(factory=Rate)
-    ends: Ends = attrs.field(factory=Ends)
+    ends: OutcomeWindow = attrs.field(factory=OutcomeWindow)
 
 
 @attrs.define(eq=False)
@@ -218,10 +218,10 @@ class Stats:
     #: From workers that have gone since.
     past_frames: int = 0
     past_frame_bytes: int = 0
-    accepted: Minute = attrs.field(factory=Minute)
-    errors: Minute = attrs.field(factory=Minute)
-    audio: Minute = attrs.field(factory=Minute)
-    first_audio: Lately = attrs.field(factory=Lately)
+    accepted: MinuteWindow = attrs.field(factory=MinuteWindow)
+    errors: MinuteWindow = attrs.field(factory=MinuteWindow)
+    audio: MinuteWindow = attrs.field(factory=MinuteWindow)
+    first_audio: SampleWindow = attrs.field(factory=SampleWindow)
     spaces: dict[str, SpaceStats] = attrs.field(factory=dict)
     workers: dict[str, WorkerStats] = attrs.field(factory=dict)
     #: Of clients that were sent frames in the last seconds.
@@ -232,13 +232,13 @@ class Stats:
     rejected: dict[str, int] = attrs.field(factory=dict)
     _seen_workers: dict[str, None] = attrs.field(factory=dict)
 
-    def of_space(self, name: str) -> SpaceStats:
+    def space(self, name: str) -> SpaceStats:
         """What is known of a space."""
         if name not in self.spaces:
             self.spaces[name] = SpaceStats()
         return self.spaces[name]
 
-    def of_worker(self, worker_id: str) -> WorkerStats:
+    def worker(self, worker_id: str) -> WorkerStats:
         """What is known of a worker."""
         if worker_id not in self.workers:  # asked at each frame
             self.workers[worker_id] = WorkerStats()
@@ -260,67 +260,67 @@ class Stats:
 
     # -- what happens
 
-    def hear_accepted(self, request: Request) -> None:
+    def count_accepted(self, request: Request) -> None:
         """A request is in."""
         now = trio.current_time()
         self.accepted.add(now)
-        self.of_space(request.submit.space).accepted.add(now)
+        self.space(request.submit.space).accepted.add(now)
 
-    def hear_rejected(self, space: str | None, code: str) -> None:
+    def count_rejected(self, space: str | None, code: str) -> None:
         """A request was refused; `space` is None where there is none of that name."""
-        count(self.rejected if space is None else self.of_space(space).rejected, code)
+        count(self.rejected if space is None else self.space(space).rejected, code)
 
-    def hear_started(self, request: Request, from_seq: int) -> None:
+    def count_started(self, request: Request, from_seq: int) -> None:
         """A request was handed to a worker, whose frames begin at `from_seq`."""
         started_at = request.entry.started_at
-        if started_at != request.counted_start_at:  # else it was handed out again to the worker that had it
-            request.counted_start_at = started_at
-            self.of_space(request.submit.space).wait_s.add(max(0.0, started_at - request.queued_at))
+        if started_at != request.wait_counted_at:  # else it was handed out again to the worker that had it
+            request.wait_counted_at = started_at
+            self.space(request.submit.space).wait_s.add(max(0.0, started_at - request.queued_at))
         if not from_seq:
-            self.hear_anew(request)
+            self.count_restarted(request)
 
-    def hear_anew(self, request: Request) -> None:
+    def count_restarted(self, request: Request) -> None:
         """What an attempt has put out is void, and was made all the same."""
-        self._hear_audio(request)
+        self._count_audio(request)
         request.audio_bytes = 0
 
-    def _hear_audio(self, request: Request) -> None:
+    def _count_audio(self, request: Request) -> None:
         """An attempt is over, and what it has put out counts from now on without it."""
         made_ms = audio_ms(request)
         self.audio_ms += made_ms
-        self.of_space(request.submit.space).audio_ms += made_ms
+        self.space(request.submit.space).audio_ms += made_ms
 
-    def hear_retried(self, request: Request) -> None:
+    def count_retried(self, request: Request) -> None:
         """An attempt was lost, and the request waits for another."""
-        self.of_space(request.submit.space).retried += 1
+        self.space(request.submit.space).retried += 1
 
-    def hear_resumed(self, request: Request) -> None:
+    def count_resumed(self, request: Request) -> None:
         """A worker came back, and goes on with the request."""
-        self.of_space(request.submit.space).resumed += 1
+        self.space(request.submit.space).resumed += 1
 
-    def hear_worker(self, worker_id: str, spaces: Iterable[str]) -> None:
+    def count_registration(self, worker_id: str, spaces: Iterable[str]) -> None:
         """A worker has registered."""
         seen = self._seen_workers
         if worker_id in seen:
             for space in spaces:
-                self.of_space(space).reconnects += 1
+                self.space(space).reconnects += 1
             del seen[worker_id]  # to be the latest again
         elif len(seen) >= MAX_SEEN_WORKERS:
             del seen[next(iter(seen))]
         seen[worker_id] = None
 
-    def hear_first_frame(self, request: Request, now: float) -> None:
+    def observe_first_frame(self, request: Request, now: float) -> None:
         """The first output of a request has come."""
         waited_s = now - request.created_at
         self.first_audio.add(now, waited_s)
-        space = self.of_space(request.submit.space)
+        space = self.space(request.submit.space)
         space.first_audio.add(now, waited_s)
         space.first_audio_s.add(waited_s)
 
-    def hear_ended(self, request: Request, state: State, now: float) -> None:
+    def count_ended(self, request: Request, state: State, now: float) -> None:
         """A request has ended as `state`."""
-        self._hear_audio(request)
-        space = self.of_space(request.submit.space)
+        self._count_audio(request)
+        space = self.space(request.submit.space)
         if state is State.FAILED:
             self.errors.add(now)
             count(space.failed, request.code or ErrorCode.INTERNAL)

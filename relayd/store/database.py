@@ -15,7 +15,7 @@ import msgpack
 from protocol.wire.errors import ProtocolError
 from protocol.wire.messages import Submit
 from protocol.wire.structs import AudioFormat, InputRule
-from protocol.wire.validators import parse_part
+from protocol.wire.validators import parse_struct
 from relayd.config.schema import ConfigError, SpaceConfig
 from relayd.store.base import (
     Change,
@@ -302,8 +302,8 @@ def _space(row: sqlite3.Row) -> SpaceRecord:
         made_by=row["made_by"],
         engine=row["engine"],
         params=msgpack.unpackb(row["params"]),
-        inputs={name: parse_part(InputRule, rule) for name, rule in msgpack.unpackb(row["inputs"]).items()},
-        format=parse_part(AudioFormat, msgpack.unpackb(row["format"])) if row["format"] else None,
+        inputs={name: parse_struct(InputRule, rule) for name, rule in msgpack.unpackb(row["inputs"]).items()},
+        format=parse_struct(AudioFormat, msgpack.unpackb(row["format"])) if row["format"] else None,
         created_at=row["created_at"],
     )
 

@@ -161,7 +161,7 @@ class SqliteStore(Store):
         for _ in batch:
             self._queue.popleft()
         self._queue.extendleft(reversed(held))
-        self._tell_holding(held, error)
+        self._report_holding(held, error)
         return not held
 
     def _next_batch(self) -> list[_Entry]:
@@ -187,7 +187,7 @@ class SqliteStore(Store):
         if error is not None:
             self._drop(str(error))
 
-    def _tell_holding(self, held: list[_Entry], error: StoreError | None) -> None:
+    def _report_holding(self, held: list[_Entry], error: StoreError | None) -> None:
         if bool(held) != self._holding:
             self._holding = bool(held)
             if held:

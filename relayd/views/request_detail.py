@@ -9,7 +9,7 @@ from protocol.wire.structs import KIB
 from protocol.wire.validators import Value
 from relayd.core.relay import Relay
 from relayd.requests.request import Request
-from relayd.requests.summary import in_brief
+from relayd.requests.summary import summarize
 from relayd.scheduling.model import State
 from relayd.views.rows import Row, request_row
 
@@ -20,7 +20,7 @@ DETAILS_BYTES = 8 * KIB
 MAX_READERS = 32
 
 
-def describe(relay: Relay, request: Request) -> Row:
+def request_detail(relay: Relay, request: Request) -> Row:
     """What `steer` `describe` answers with."""
     position = None
     if request.entry.state is State.QUEUED:
@@ -29,8 +29,8 @@ def describe(relay: Relay, request: Request) -> Row:
     submit, frames = request.submit, request.log
     told: Row = {
         "request": request_row(relay, request.request_id, position),
-        "timeline": [msgpack.unpackb(step) for step in request.steps],
-        "timeline_left_out": request.steps_left_out,
+        "timeline": [msgpack.unpackb(step) for step in request.timeline],
+        "timeline_left_out": request.timeline_dropped,
         "retry": submit.retry,
         "detach": submit.detach,
         "queue_timeout_s": request.queue_timeout_s,
@@ -45,7 +45,7 @@ def describe(relay: Relay, request: Request) -> Row:
             if (reader := client.readers.get(request.request_id)) and (behind := frames.next_seq - reader.seq) >= 0
         ][:MAX_READERS],
     }
-    asked: Row = msgpack.unpackb(request.asked or in_brief(submit, ASKED_BYTES))
+    asked: Row = msgpack.unpackb(request.summary or summarize(submit, ASKED_BYTES))
     return told | asked
 
 

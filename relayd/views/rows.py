@@ -140,9 +140,11 @@ def watched_space_row(relay: Relay, name: str) -> Row | None:
     row = space_row(relay, name)
     if row is None:
         return None
-    now, stats = trio.current_time(), relay.stats.of_space(name)
+    now, stats = trio.current_time(), relay.stats.space(name)
     scheduled = relay.scheduler.spaces[name]
-    since = min((relay.requests[entry.request_id].queued_at for entry in scheduled.queue.heads()), default=None)
+    since = min(
+        (relay.requests[entry.request_id].queued_at for entry in scheduled.queue.oldest_candidates()), default=None
+    )
     return row | {
         "paused": scheduled.paused,
         "oldest_wait_s": round(now - since, 1) if since is not None else None,
@@ -159,9 +161,9 @@ def worker_row(relay: Relay, worker_id: str) -> Row | None:
     worker = relay.scheduler.workers.get(worker_id)
     if worker is None:
         return None
-    port, stats = relay.workers.get(worker_id), relay.stats.of_worker(worker_id)
+    port, stats = relay.workers.get(worker_id), relay.stats.worker(worker_id)
     now = trio.current_time()
-    silent_s = now - (port.heard_at if port else stats.heard_at)
+    silent_s = now - (port.received_at if port else stats.heard_at)
     if port is None:
         state = "away"
     elif silent_s > STALE_PINGS * relay.config.limits.ping_interval_s:
@@ -206,7 +208,7 @@ def request_row(relay: Relay, request_id: str, position: int | None = None) -> R
         "principal": request.principal,
         "space": request.submit.space,
         "state": str(entry.state),
-        "stopping": request.live and entry.stopping is not None,
+        "stopping": request.live and entry.cancel_reason is not None,
         "priority": request.submit.priority,
         "position": position,
         "created_at": round(request.created_unix, 3),
@@ -266,7 +268,7 @@ def client_row(relay: Relay, connection_id: str) -> Row | None:
         "bytes_s": rate.per_s if rate else 0,
         "frames_sent": client.frames_sent,
         "bytes_sent": client.bytes_sent,
-        "requests": len(client.held),
+        "requests": len(client.held_requests),
         "readers": len(client.readers),
     }
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import attrs
 import trio
 
-from protocol.client.queue_order import to_tell
+from protocol.client.queue_order import rows_to_send
 from protocol.client.watch import COUNTS_ON
 from protocol.wire.errors import LinkError
 from protocol.wire.messages import Delta, Snapshot
@@ -61,7 +61,7 @@ Gone = dict[str, list[str]]
 
 
 @attrs.define(eq=False)
-class Watching:
+class WatchFeed:
     """One operator's watch; `serve` is its task, and `begin` starts it over with other topics."""
 
     client: ClientPort
@@ -69,11 +69,11 @@ class Watching:
     _topics: frozenset[str] = frozenset()
     #: Rows to be told anew, (topic, key): in the next round, and with the next look.
     _touched: set[tuple[str, str]] = attrs.field(factory=set)
-    _stirred: set[tuple[str, str]] = attrs.field(factory=set)
+    _busy: set[tuple[str, str]] = attrs.field(factory=set)
     #: Spaces whose queues have moved.
     _moved: set[str] = attrs.field(factory=set)
     #: Topic -> key -> its row as last told; in place of each age, when that began.
-    _told: dict[str, dict[str, Row]] = attrs.field(factory=dict)
+    _last_sent: dict[str, dict[str, Row]] = attrs.field(factory=dict)
     #: What a client's row changes with, as it was at the last look.
     _pulses: dict[str, tuple[Value, ...]] = attrs.field(factory=dict)
     #: Space -> its queue, as the other end has it or is told in this round.
@@ -86,19 +86,19 @@ class Watching:
     _begun: trio.Event = attrs.field(factory=trio.Event)
     _round: int = 0
     #: Of the relay's time, in the round at hand.
-    _took_s: float = 0.0
+    _cpu_s: float = 0.0
 
-    def touch(self, topic: str, key: str) -> None:
+    def mark_changed(self, topic: str, key: str) -> None:
         """A row may look otherwise now."""
         if topic in self._topics:
             self._touched.add((topic, key))
         elif topic == "queue":
             self._moved.add(key)
 
-    def stir(self, topic: str, key: str) -> None:
+    def mark_busy(self, topic: str, key: str) -> None:
         """A row looks otherwise now, and will again in a moment."""
         if topic in self._topics:
-            self._stirred.add((topic, key))
+            self._busy.add((topic, key))
 
     def begin(self, topics: list[str]) -> None:
         """Tell everything of these topics (none: of all), then what changes."""
@@ -118,9 +118,9 @@ class Watching:
                     await self._send_snapshot()
                 await trio.sleep(pause_s)
                 if told == self._round:
-                    self._took_s = 0.0
+                    self._cpu_s = 0.0
                     await self._send_delta()
-                    pause_s = min(max(DELTA_INTERVAL_S, self._took_s / MAX_SHARE), MAX_PAUSE_S)
+                    pause_s = min(max(DELTA_INTERVAL_S, self._cpu_s / MAX_SHARE), MAX_PAUSE_S)
         except LinkError:
             return
 
@@ -129,12 +129,12 @@ class Watching:
     async def _send_snapshot(self) -> None:
         """All rows, in pages; what changes meanwhile is touched, and told by the next delta."""
         relay, topics = self.relay, self._topics
-        for memory in (self._touched, self._stirred, self._moved, self._told):
+        for memory in (self._touched, self._busy, self._moved, self._last_sent):
             memory.clear()
         for per_key in (self._pulses, self._orders, self._behind, self._lines):
             per_key.clear()
         self._look_at = trio.current_time() + LOOK_INTERVAL_S
-        rows = [row for topic in _LOOKED_AT for row in self._look(topic, self._keys(topic), {})]
+        rows = [row for topic in _LOOKED_AT for row in self._changed_rows(topic, self._keys(topic), {})]
         if "history" in topics:
             rows.append({"": "history", **history_row(relay)})
         rows += self._new_lines()
@@ -155,8 +155,8 @@ class Watching:
         touched, self._touched = self._touched, set()
         if looks:
             self._look_at = trio.current_time() + LOOK_INTERVAL_S
-            touched |= self._stirred
-            self._stirred = set()
+            touched |= self._busy
+            self._busy = set()
             touched.update(("requests", request_id) for request_id in self._readers_moved())
         gone: Gone = {}
         rows: list[Row] = []
@@ -164,7 +164,7 @@ class Watching:
             keys: Iterable[str] = self._keys(topic) if looks else {key for name, key in touched if name == topic}
             if topic == "relay" and touched and topic in self._topics:
                 keys = ["relay"]
-            rows += self._look(topic, keys, gone)
+            rows += self._changed_rows(topic, keys, gone)
         rows += self._new_lines()
         requests = {key for topic, key in touched if topic == "requests"}
         if vanished := [request_id for request_id in requests if request_id not in self.relay.requests]:
@@ -172,7 +172,7 @@ class Watching:
             requests.difference_update(vanished)
         places = self._new_places(requests)
         requests.update(places)
-        self._took_s += time.perf_counter() - began
+        self._cpu_s += time.perf_counter() - began
         await self._send_pages(self._with_requests(rows, requests, places), gone)
 
     async def _send_pages(self, rows: Iterator[Row], gone: Gone) -> None:
@@ -181,7 +181,7 @@ class Watching:
         for page, more in pages(rows):
             if page:
                 self.client.send(Delta(data=_by_topic(page), more=more or bool(gone)))
-                self._took_s += time.perf_counter() - began
+                self._cpu_s += time.perf_counter() - began
                 await self.client.link.drained(MAX_PENDING_BYTES)
                 began = time.perf_counter()
         chunks = [
@@ -202,15 +202,15 @@ class Watching:
         relay = self.relay
         if topic == "relay":
             return ["relay"]
-        told = self._told.get(topic, {})
+        told = self._last_sent.get(topic, {})
         if topic == "spaces":
             return sorted({*relay.spaces, *told})
         if topic == "workers":
             return sorted({*relay.scheduler.workers, *told})
         self._pulses = {key: pulse for key, pulse in self._pulses.items() if key in relay.clients}
-        return [*self._lively(), *(key for key in told if key not in relay.clients)]
+        return [*self._active_clients(), *(key for key in told if key not in relay.clients)]
 
-    def _lively(self) -> Iterator[str]:
+    def _active_clients(self) -> Iterator[str]:
         """Clients whose rows may have changed since the last look; of a thousand, most are quiet."""
         stats = self.relay.stats
         for connection_id, client in self.relay.clients.items():
@@ -218,7 +218,7 @@ class Watching:
             pulse = (
                 client.bytes_sent,
                 client.backlog_bytes,
-                len(client.held),
+                len(client.held_requests),
                 len(client.readers),
                 rate.per_s if rate else 0,
                 client.link.rtt_s is None,
@@ -227,16 +227,16 @@ class Watching:
                 self._pulses[connection_id] = pulse
                 yield connection_id
 
-    def _look(self, topic: str, keys: Iterable[str], gone: Gone) -> Iterator[Row]:
+    def _changed_rows(self, topic: str, keys: Iterable[str], gone: Gone) -> Iterator[Row]:
         """The rows of `keys` that are not as they were last told; those that are no more go into `gone`."""
-        told = self._told.setdefault(topic, {})
+        told = self._last_sent.setdefault(topic, {})
         for key in keys:
             row = _LOOKED_AT[topic](self.relay, key)
             if row is None:
                 told.pop(key, None)
                 gone.setdefault(topic, []).append(key)
                 continue
-            fresh = _essence(topic, row, told.get(key, {}))
+            fresh = _comparable(topic, row, told.get(key, {}))
             if told.get(key) != fresh:
                 told[key] = fresh
                 yield {"": topic, **row}
@@ -280,7 +280,7 @@ class Watching:
         for name in moved & relay.scheduler.spaces.keys() if "requests" in self._topics else ():
             order = [entry.request_id for entry in relay.scheduler.spaces[name].queue]
             again = waiting.intersection(order)
-            told = to_tell(self._orders.get(name, ()), order, again) | again
+            told = rows_to_send(self._orders.get(name, ()), order, again) | again
             if told:
                 places |= {request_id: number for number, request_id in enumerate(order, 1) if request_id in told}
             self._orders[name] = order
@@ -314,7 +314,7 @@ def _by_topic(page: list[Row]) -> dict[str, list[Row]]:
     return data
 
 
-def _essence(topic: str, row: Row, told: Row) -> Row:
+def _comparable(topic: str, row: Row, told: Row) -> Row:
     """What must not be otherwise for a row to be as it was told."""
     now = trio.current_time()
     fresh = dict(row)

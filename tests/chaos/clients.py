@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 import attrs
 import trio
 
-from protocol import ProtocolError, Relay, RequestCancelled, RequestFailed, RequestRejected, Restarted
+from protocol import ProtocolError, RelayClient, RequestCancelled, RequestFailed, RequestRejected, Restarted
 from protocol.client.client import new_request_id, open_relay
 from protocol.client.stream import Stream
 from protocol.wire.errors import ConnectError, ErrorCode, LinkBroken, LinkError
@@ -33,11 +33,11 @@ Act = Callable[[Stream], Awaitable[bool]]
 
 
 @asynccontextmanager
-async def open_client(line: Line, token: str, ledger: Ledger) -> AsyncIterator[Relay]:
+async def open_client(line: Line, token: str, ledger: Ledger) -> AsyncIterator[RelayClient]:
     """A client over `line`; the first try is repeated as well, for there may be no relay just now."""
     url = f"ws://127.0.0.1:{line.port}"
     async with AsyncExitStack() as stack:
-        relay: Relay | None = None
+        relay: RelayClient | None = None
         while relay is None:
             try:
                 relay = await stack.enter_async_context(
@@ -59,7 +59,7 @@ class Client:
     """One client that stays, with its line, and the others for what takes two."""
 
     name: str
-    relay: Relay
+    relay: RelayClient
     line: Line
     ledger: Ledger
     token: str
@@ -104,7 +104,7 @@ class Client:
 
     # -- what a listener does
 
-    async def _submit(self, case: Case, act: Act, *, relay: Relay | None = None, detach: bool = False) -> bool:
+    async def _submit(self, case: Case, act: Act, *, relay: RelayClient | None = None, detach: bool = False) -> bool:
         """Submit, and `act` on the stream; again where a relay that leaves refuses."""
         plan = case.plan
         while True:

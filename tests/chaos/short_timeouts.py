@@ -29,8 +29,8 @@ def in_haste() -> Iterator[None]:
     link, backoff = protocol.link.dial, protocol.link.backoff
     defaults = link.open_link.__wrapped__.__kwdefaults__  # type: ignore[attr-defined]
     before = dict(defaults), backoff.Backoff.__init__.__defaults__, backoff.HELD_S, link.LOGIN_TIMEOUT_S
-    rules = link.LinkRules(ping_interval_s=PING_INTERVAL_S, dead_after_s=DEAD_AFTER_S)
-    defaults |= {"rules": rules, "connect_timeout_s": HANDSHAKE_S}
+    limits = link.LinkLimits(ping_interval_s=PING_INTERVAL_S, dead_after_s=DEAD_AFTER_S)
+    defaults |= {"limits": limits, "connect_timeout_s": HANDSHAKE_S}
     backoff.Backoff.__init__.__defaults__ = (*BACKOFF_S, random.random)
     backoff.HELD_S, link.LOGIN_TIMEOUT_S = HELD_S, HANDSHAKE_S
     try:

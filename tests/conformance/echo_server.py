@@ -10,17 +10,17 @@ from functools import partial
 import attrs
 import trio
 
-from protocol.link.limits import LinkRules
+from protocol.link.limits import LinkLimits
 from protocol.link.websocket_frames import TEXT
 from protocol.wire.errors import LinkError
-from relayd.connections.gateway import hang_up
-from relayd.net.http_head import MAX_HEAD_BYTES, ends, is_to_be_answered, read_head, split_head
-from relayd.net.reactor import Plane, SocketLink, open_plane
-from relayd.net.websocket_handshake import Refusal, answer_to, check_upgrade, parse_head
+from relayd.connections.gateway import reject_handshake
+from relayd.net.http_head import MAX_HEAD_BYTES, is_complete, needs_answer, read_head, split_head
+from relayd.net.reactor import Reactor, SocketLink, open_reactor
+from relayd.net.websocket_handshake import HandshakeRejected, build_response, check_upgrade, parse_head
 
 #: The Autobahn test suite's largest cases have this.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-RULES = LinkRules(max_message_bytes=MAX_MESSAGE_BYTES, max_backlog_bytes=16 * MAX_MESSAGE_BYTES)
+RULES = LinkLimits(max_message_bytes=MAX_MESSAGE_BYTES, max_backlog_bytes=16 * MAX_MESSAGE_BYTES)
 
 
 @attrs.frozen
@@ -29,51 +29,51 @@ class Echo:
 
     link: SocketLink
 
-    def take(self, messages: list[bytes]) -> None:
-        """See `protocol.link.limits.Taker`."""
+    def on_messages(self, messages: list[bytes]) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
         try:
             self.link.send_frames(messages)
         except LinkError:
             return
 
-    def take_text(self, text: str) -> None:
-        """See `protocol.link.limits.Taker`."""
+    def on_text(self, text: str) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
         self.link.send_frame(TEXT, text.encode())
 
-    def hear_end(self) -> None:
-        """See `protocol.link.limits.Taker`."""
+    def on_closed(self) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
 
-    def hear_cut(self) -> None:
-        """See `protocol.link.limits.Taker`."""
+    def on_transport_closed(self) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
 
 
-async def welcome(plane: Plane, stream: trio.SocketStream) -> None:
+async def welcome(reactor: Reactor, stream: trio.SocketStream) -> None:
     """Shake hands, and have the plane echo from then on."""
     async with stream:
         data = await read_head(stream)
-        if not is_to_be_answered(data):
+        if not needs_answer(data):
             return
         try:
-            if not ends(data):
-                raise Refusal(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes")
+            if not is_complete(data):
+                raise HandshakeRejected(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes")
             text, early = split_head(data)
             head = parse_head(text)
             check_upgrade(head, None)
-        except Refusal as refusal:
-            await hang_up(stream, refusal)
+        except HandshakeRejected as refusal:
+            await reject_handshake(stream, refusal)
             return
-        link = plane.adopt(stream, "peer", RULES, answer_to(head, None))
-        link.hand_to(Echo(link))
+        link = reactor.register(stream, "peer", RULES, build_response(head, None))
+        link.set_handler(Echo(link))
         if early:
-            link.hear_early(early)
+            link.feed_early(early)
 
 
 async def serve(host: str, port: int) -> None:
     """Echo until cancelled; says where it listens once it does."""
     listeners = await trio.open_tcp_listeners(port, host=host)
-    async with open_plane() as plane:
+    async with open_reactor() as reactor:
         print(f"listening ws://{host}:{listeners[0].socket.getsockname()[1]}", flush=True)
-        await trio.serve_listeners(partial(welcome, plane), listeners)
+        await trio.serve_listeners(partial(welcome, reactor), listeners)
 
 
 def main() -> int:

@@ -45,8 +45,8 @@ def parsed(
     events: list[Event] = []
     for piece in pieces:
         parser.feed(piece)
-        assert parser.plain == all(type(event) is bytes for event in parser.events)
-        events += parser.take()
+        assert parser.all_binary == all(type(event) is bytes for event in parser.events)
+        events += parser.pop_events()
     return events
 
 
@@ -127,22 +127,22 @@ def test_any_octets_in_any_pieces_are_the_same_events(
 def test_what_is_told_at_a_glance_is_what_is_parsed(octets: bytes, before: bytes, from_client: bool, most: int) -> None:
     parser = Parser(masked=from_client, max_message_bytes=most)
     parser.feed(before)
-    parser.take()
+    parser.pop_events()
     view = memoryview(octets)
-    message, pong = (look(octets, view, len(octets)) for look in (parser.lone, parser.lone_pong))
+    message, pong = (look(octets, view, len(octets)) for look in (parser.parse_single, parser.parse_single_pong))
     parser.feed(octets)
-    events = parser.take()
-    assert message is None or (events == [message] and not parser.left)
-    assert pong is None or (events == [Pong(pong)] and not parser.left)
+    events = parser.pop_events()
+    assert message is None or (events == [message] and not parser.partial_frame)
+    assert pong is None or (events == [Pong(pong)] and not parser.partial_frame)
 
 
 def test_the_usual_message_and_pong_are_told_at_a_glance() -> None:
     parser = Parser(masked=True, max_message_bytes=MAX_MESSAGE_BYTES)
     for size in (126, 7_750, 65_535):
         octets = frame(2, b"x" * size, key=KEY)
-        assert parser.lone(octets, memoryview(octets), len(octets)) == b"x" * size
+        assert parser.parse_single(octets, memoryview(octets), len(octets)) == b"x" * size
     octets = frame(10, b"1234", key=KEY)
-    assert parser.lone_pong(octets, memoryview(octets), len(octets)) == b"1234"
+    assert parser.parse_single_pong(octets, memoryview(octets), len(octets)) == b"1234"
 
 
 @given(st.lists(st.tuples(st.sampled_from((125, 126, 300, 301, 7_680)), st.integers(1, 5)), max_size=12), st.data())
@@ -329,7 +329,7 @@ def test_a_frame_that_is_too_long_is_refused_before_room_is_made_for_it() -> Non
     for announced in (1 << 30, 1 << 62):
         parser = Parser(masked=True, max_message_bytes=MAX_MESSAGE_BYTES)
         assert grown_bytes(parser, frame(Opcode.BINARY, announced=announced)) < 16 << 10
-        assert isinstance(parser.take()[-1], Fault)
+        assert isinstance(parser.pop_events()[-1], Fault)
 
 
 def test_nothing_is_kept_of_what_follows_the_end() -> None:
@@ -337,6 +337,6 @@ def test_nothing_is_kept_of_what_follows_the_end() -> None:
         parser = Parser(masked=True, max_message_bytes=MAX_MESSAGE_BYTES)
         parser.feed(end)
         assert parser.over
-        assert len(parser.take()) == 1
+        assert len(parser.pop_events()) == 1
         assert grown_bytes(parser, bytes(1 << 20)) < 16 << 10
-        assert not parser.take()
+        assert not parser.pop_events()

@@ -8,14 +8,14 @@ import trio
 import trio.testing
 
 from protocol.link.dial import serve_link
-from protocol.link.limits import LinkRules
+from protocol.link.limits import LinkLimits
 from tests.conformance import closing, framing, limits, unicode
 from tests.conformance.cases import Case
 from tests.conformance.frames import Opcode, close
 from tests.conformance.peer import Heard, Message, ServerStream
 
 CROWDS_AND_EXCESSES = dict(limits.crowds()) | dict(limits.excesses())
-RULES = LinkRules(max_message_bytes=limits.MAX_MESSAGE_BYTES)
+RULES = LinkLimits(max_message_bytes=limits.MAX_MESSAGE_BYTES)
 
 
 @attrs.define(eq=False)
@@ -24,16 +24,16 @@ class Ears:
 
     messages: list[Message] = attrs.field(factory=list)
 
-    def take(self, messages: list[bytes]) -> None:
+    def on_messages(self, messages: list[bytes]) -> None:
         self.messages += [Message(Opcode.BINARY, one) for one in messages]
 
-    def take_text(self, text: str) -> None:
+    def on_text(self, text: str) -> None:
         self.messages.append(Message(Opcode.TEXT, text.encode()))
 
-    def hear_end(self) -> None:
+    def on_closed(self) -> None:
         pass
 
-    def hear_cut(self) -> None:
+    def on_transport_closed(self) -> None:
         pass
 
 
@@ -41,8 +41,8 @@ async def hold(case: Case) -> None:
     """Hold a link to a case: what it heard is what an echo would have sent back."""
     here, there = trio.testing.memory_stream_pair()
     ears, heard = Ears(), Heard()
-    async with serve_link(there, peer="a peer", rules=RULES) as link, trio.open_nursery() as nursery:
-        link.hand_to(ears)
+    async with serve_link(there, peer="a peer", limits=RULES) as link, trio.open_nursery() as nursery:
+        link.set_handler(ears)
         nursery.start_soon(ServerStream(here).listen, heard)
         with suppress(trio.BrokenResourceError):  # it hangs up once it has said why
             for at in range(0, len(case.sent), case.chop or len(case.sent)):

@@ -85,9 +85,9 @@ def nginx_config(folder: Path, upstream: str, port: int, plain_port: int, certif
 
 def caddy_config(folder: Path, upstream: str, port: int, plain_port: int, certificate: Certificate) -> Path:
     """The example, with its global options, under `folder`."""
-    site = f"{EXAMPLE_NAME} {{\n"
+    http_context = f"{EXAMPLE_NAME} {{\n"
     changes = {
-        site: f"{NAME} {{\n\tbind 127.0.0.1\n\ttls {certificate.cert} {certificate.key}\n",
+        http_context: f"{NAME} {{\n\tbind 127.0.0.1\n\ttls {certificate.cert} {certificate.key}\n",
         "127.0.0.1:8765": upstream,
     }
     options = f"admin off\n\thttp_port {plain_port}\n\thttps_port {port}\n\tlog {{\n\t\tlevel ERROR\n\t}}\n"

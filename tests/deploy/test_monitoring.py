@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from protocol.wire.messages import Hello, Rejected
-from relayd.auth.tokens import Tokens
+from relayd.auth.tokens import TokenRegistry
 from relayd.http.prometheus import HttpReading, Scrape
 from tests.support.relay import a_submit, daemon, fake_worker, peer, samples
 
@@ -70,7 +70,7 @@ async def told(tmp_path: Path) -> dict[str, set[str]]:
             await client.next(Rejected)
         client.send(late := a_submit(queue_timeout_s=0.01))
         await client.frames(late)
-        tokens = Tokens()
+        tokens = TokenRegistry()
         tokens.log_in(Hello(version=1, role="client", token="wrong"), None, 0.0)
         families = Scrape.of(relay.relay, tokens, HttpReading(0, 0, {200: 1})).families
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}

@@ -20,7 +20,7 @@ from protocol.wire.errors import LoginRefused
 from protocol.wire.frames import Failed
 from protocol.wire.messages import Assign, Cancel
 from tests.deploy.proxies import DEPLOY, Proxy, certificate_in, nginx_command, nginx_config, open_proxy
-from tests.support.relay import SCHEMA, Daemon, FakeWorker, daemon, fake_worker, kept_logs, samples, seat
+from tests.support.relay import SCHEMA, Daemon, FakeWorker, daemon, fake_worker, identity, kept_logs, samples
 from tests.support.timed_http_client import Answer, ask_on, asking
 
 KINDS = ("nginx", "caddy")
@@ -138,7 +138,7 @@ async def test_what_was_cut_off_does_not_look_whole_behind_a_proxy(kind: str, tm
         nursery.start_soon(speak_first, stage.worker, begun)
         async with stage.asking("POST", "/v1/audio/speech", token=stage.token, body=speech()) as answer:
             assert await answer.piece()
-            broken = Failed(**seat(begun[0], 2), code="internal", message="it broke", retryable=False)
+            broken = Failed(**identity(begun[0], 2), code="internal", message="it broke", retryable=False)
             stage.worker.send(broken)
             with pytest.raises((h11.RemoteProtocolError, trio.BrokenResourceError)):
                 await answer.body()

@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from gpuworker.health import STUCK_S, Service, in_words
+from gpuworker.health import STUCK_S, HealthService, in_words
 from gpuworker.identity import Identity, WorkerStatus
 from gpuworker.slots.process_slot import Job, Run, Slot
 from gpuworker.worker import Worker
@@ -18,9 +18,9 @@ from tests.support.worker_side import ScriptedSlot
 GRACE_S = 5.0
 
 
-def a_service(slots: list[Slot], manager: ServiceManager) -> Service:
+def a_service(slots: list[Slot], manager: ServiceManager) -> HealthService:
     worker = Worker(Identity(name="box", spaces=("tts",), engine="fake"), ADDRESS, slots)
-    return Service(worker, slots, manager, GRACE_S, 120.0)
+    return HealthService(worker, slots, manager, GRACE_S, 120.0)
 
 
 @pytest.mark.trio

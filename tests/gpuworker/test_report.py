@@ -18,7 +18,7 @@ from gpuworker.engines.base import (
     ProgressChunk,
 )
 from gpuworker.slots.process_slot import Job, ProcessSlot, Slot
-from gpuworker.slots.run_engine import drive
+from gpuworker.slots.run_engine import run_engine
 from gpuworker.slots.thread_slot import ThreadSlot
 from protocol.wire.frames import MAX_TEXT_CHARS
 from protocol.wire.structs import AudioFormat
@@ -57,7 +57,7 @@ class ReportingLate(Reporting):
 
 def test_a_report_goes_out_at_once_and_is_held_to_what_the_wire_takes() -> None:
     made: list[Chunk] = []
-    assert drive(Reporting(), {}, {}, lambda: False, made.append).outcome == "completed"
+    assert run_engine(Reporting(), {}, {}, lambda: False, made.append).outcome == "completed"
     assert made[0] == FormatChunk(MONO)
     assert made[1] == ProgressChunk("generating", 0.25)
     assert isinstance(made[2], ProgressChunk)
@@ -68,7 +68,7 @@ def test_a_report_goes_out_at_once_and_is_held_to_what_the_wire_takes() -> None:
 
 def test_what_is_reported_before_a_late_format_is_not_sent() -> None:
     made: list[Chunk] = []
-    assert drive(ReportingLate(), {}, {}, lambda: False, made.append).outcome == "completed"
+    assert run_engine(ReportingLate(), {}, {}, lambda: False, made.append).outcome == "completed"
     assert made[0] == FormatChunk(MONO)
     assert len([chunk for chunk in made if isinstance(chunk, ProgressChunk)]) == 2
 
@@ -76,7 +76,7 @@ def test_what_is_reported_before_a_late_format_is_not_sent() -> None:
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
 def test_nothing_is_reported_after_a_cancel(after: int) -> None:
     made: list[Chunk] = []
-    end = drive(Reporting(), {}, {}, lambda: len(made) >= after, made.append)
+    end = run_engine(Reporting(), {}, {}, lambda: len(made) >= after, made.append)
     assert end.outcome == "cancelled"
     assert len(made) == max(1, after)  # the format comes whatever happens
 
@@ -85,7 +85,7 @@ def test_a_report_between_two_runs_goes_nowhere() -> None:
     made: list[Chunk] = []
     engine = Reporting()
     engine.report(ProgressChunk())
-    drive(engine, {}, {}, lambda: False, made.append)
+    run_engine(engine, {}, {}, lambda: False, made.append)
     count = len(made)
     engine.report(ProgressChunk())
     assert len(made) == count
@@ -97,7 +97,7 @@ def test_a_report_that_is_no_progress_fails_the_run() -> None:
             self.report(AudioChunk(b"\0"))  # type: ignore[arg-type]  # what an engine without types may do
             yield AudioChunk(b"\0\0")
 
-    end = drive(Wrong(), {}, {}, lambda: False, lambda _: None)
+    end = run_engine(Wrong(), {}, {}, lambda: False, lambda _: None)
     assert (end.outcome, end.code) == ("failed", "engine_failed")
 
 

@@ -13,7 +13,7 @@ from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk
 from gpuworker.frame_sender import FEED_BYTES
 from gpuworker.identity import WorkerError
 from gpuworker.slots.process_slot import Job
-from gpuworker.slots.run_engine import End
+from gpuworker.slots.run_engine import RunResult
 from gpuworker.worker import ACK_S
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import (
@@ -192,7 +192,7 @@ async def test_a_cancel_ends_in_cancelled_and_nothing_is_sent_of_what_the_engine
 async def test_a_request_that_ends_as_it_is_cancelled_is_cancelled_not_completed_with_a_gap(
     autojump_clock: MockClock,
 ) -> None:
-    async def deaf(job: Job, emit: Emit) -> End:
+    async def deaf(job: Job, emit: Emit) -> RunResult:
         scope = trio.CancelScope(shield=True)
         with scope:
             return await speak(job, emit)
@@ -421,10 +421,10 @@ async def test_an_engine_that_makes_less_than_before_fails_where_the_relay_waits
 async def test_a_large_chunk_is_split_into_frames_of_whole_samples(autojump_clock: MockClock) -> None:
     pcm = bytes(range(250)) * 1000
 
-    async def play(job: Job, emit: Emit) -> End:
+    async def play(job: Job, emit: Emit) -> RunResult:
         emit(FormatChunk(FORMAT))
         emit(AudioChunk(pcm))
-        return End(outcome="completed")
+        return RunResult(outcome="completed")
 
     async def relay(desk: Desk) -> None:
         await desk.register()
@@ -438,7 +438,7 @@ async def test_a_large_chunk_is_split_into_frames_of_whole_samples(autojump_cloc
 
 @pytest.mark.trio
 async def test_a_result_over_the_relays_limit_fails_and_stops_the_engine(autojump_clock: MockClock) -> None:
-    async def play(job: Job, emit: Emit) -> End:
+    async def play(job: Job, emit: Emit) -> RunResult:
         emit(FormatChunk(FORMAT))
         while True:
             await trio.sleep(0.01)
@@ -504,7 +504,7 @@ async def test_what_is_assigned_while_a_slot_starts_again_waits_for_it(autojump_
 
 @pytest.mark.trio
 async def test_the_worker_stops_a_run_whose_time_is_over_when_the_relay_cannot(autojump_clock: MockClock) -> None:
-    async def play(job: Job, emit: Emit) -> End:
+    async def play(job: Job, emit: Emit) -> RunResult:
         emit(FormatChunk(None))
         await trio.sleep_forever()
 
@@ -526,11 +526,11 @@ async def test_two_requests_share_a_link_and_a_replay_never_overfills_it(autojum
     size = 3 * 1024 * 1024
     backlogs: list[int] = []
 
-    async def play(job: Job, emit: Emit) -> End:
+    async def play(job: Job, emit: Emit) -> RunResult:
         emit(FormatChunk(FORMAT))
         for _ in range(size // FRAME_PCM_BYTES):
             emit(AudioChunk(bytes(FRAME_PCM_BYTES)))
-        return End(outcome="completed")
+        return RunResult(outcome="completed")
 
     async def first(desk: Desk) -> None:
         await desk.register()
@@ -750,10 +750,10 @@ async def test_stop_ends_at_once_whatever_runs(autojump_clock: MockClock) -> Non
 
 @pytest.mark.trio
 async def test_an_output_that_is_no_audio_goes_as_it_is(autojump_clock: MockClock) -> None:
-    async def play(job: Job, emit: Emit) -> End:
+    async def play(job: Job, emit: Emit) -> RunResult:
         emit(FormatChunk(None))
         emit(OutputChunk({"answer": [1, "two", None]}))
-        return End(outcome="completed")
+        return RunResult(outcome="completed")
 
     async def relay(desk: Desk) -> None:
         await desk.register()

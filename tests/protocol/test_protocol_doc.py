@@ -26,13 +26,13 @@ from protocol.wire.messages import (
     Submit,
     Table,
 )
-from protocol.wire.validators import Message, Part
+from protocol.wire.validators import Message, Struct
 from relayd.config.schema import Limits, SpaceConfig
-from relayd.connections.operator import Operator
+from relayd.connections.operator import OperatorHandler
 from relayd.logs import recent
-from relayd.requests.summary import in_brief
+from relayd.requests.summary import summarize
 from relayd.views import rows
-from relayd.views.request_detail import describe
+from relayd.views.request_detail import request_detail
 
 DOC = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 #: Heading -> text up to the next heading of any level. The same heading may stand twice in other sections.
@@ -80,7 +80,7 @@ def default_in_words(attribute: "attrs.Attribute[Any]") -> str:
     return f"`{words.lower() if isinstance(default, bool) else words}`"
 
 
-def fields_in_words(cls: type[Part]) -> list[list[str]]:
+def fields_in_words(cls: type[Struct]) -> list[list[str]]:
     return [[f"`{a.name}`", default_in_words(a)] for a in attrs.fields(cast(Any, cls))]
 
 
@@ -99,7 +99,7 @@ def test_every_message_class_has_a_table_with_its_fields_and_their_defaults(cls:
 
 
 @pytest.mark.parametrize("cls", PARTS, ids=lambda cls: cls.__name__)
-def test_every_part_has_a_table_with_its_fields_and_their_defaults(cls: type[Part]) -> None:
+def test_every_part_has_a_table_with_its_fields_and_their_defaults(cls: type[Struct]) -> None:
     text = section(f"part `{cls.__name__}`")
     assert [[row[0], row[2]] for row in table(text)] == fields_in_words(cls)
 
@@ -207,7 +207,7 @@ def test_every_option_of_create_space_is_named() -> None:
 
 def test_the_table_of_steers_is_the_operators_table() -> None:
     nothing = cast(Any, None)
-    actions = Operator(nothing, nothing, nothing, nothing, nothing).actions
+    actions = OperatorHandler(nothing, nothing, nothing, nothing, nothing).actions
     assert [code(row[0]) for row in table(section("9.2 Steer"))] == list(actions)
 
 
@@ -232,8 +232,8 @@ def keys_of(function: Any) -> set[str]:
         ("requests", [rows.request_row]),
         ("clients", [rows.client_row]),
         ("history", [rows.history_row]),
-        ("log", [recent.event_row, recent.Ring.add]),
-        ("audit", [Operator._note, recent.Ring.add]),
+        ("log", [recent.log_row, recent.RecentRows.add]),
+        ("audit", [OperatorHandler._audit, recent.RecentRows.add]),
     ],
 )
 def test_every_key_of_an_operators_row_is_named(topic: str, functions: list[Any]) -> None:
@@ -246,7 +246,7 @@ def test_every_key_of_an_operators_row_is_named(topic: str, functions: list[Any]
 
 def test_every_key_of_a_description_is_named() -> None:
     told = set(re.findall(r"`(\w+)`", section("9.2 Steer").partition("`describe` tells all")[2]))
-    assert keys_of(describe) | keys_of(in_brief) <= told
+    assert keys_of(request_detail) | keys_of(summarize) <= told
 
 
 def test_the_values_that_count_on_are_told() -> None:

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from protocol.sd_notify import MAX_STATUS_CHARS, Check, ServiceManager, examine, serve_watchdog
+from protocol.sd_notify import MAX_STATUS_CHARS, Check, ServiceManager, run_checks, serve_watchdog
 from tests.support.fake_systemd import fake_systemd
 
 
@@ -167,4 +167,4 @@ async def test_checks_run_side_by_side(autojump_clock: MockClock) -> None:
         return ""
 
     checks: dict[str, Check] = {"a": slow, "b": slow, "c": slow}
-    assert await examine(checks, 1.0) == []
+    assert await run_checks(checks, 1.0) == []

@@ -40,13 +40,13 @@ from protocol.wire.structs import (
     InputInfo,
 )
 from protocol.wire.validators import Message
-from relayd.auth.tokens import Tokens
+from relayd.auth.tokens import TokenRegistry
 from relayd.config.loader import load_config
 from relayd.config.schema import Config
 from relayd.core.relay import Relay
 from relayd.daemon import serve
-from relayd.http.context import Site
-from relayd.logs.setup import tell_taps
+from relayd.http.context import HttpContext
+from relayd.logs.setup import run_taps
 
 FORMAT = AudioFormat(sample_rate=24_000)
 SCHEMA: dict[str, Any] = {
@@ -83,7 +83,7 @@ async def running(config: Config) -> AsyncIterator[list[str]]:
     # Plain tracebacks: structlog's own show local variables, and take minutes for the megabytes in some of them.
     structlog.configure(
         processors=[
-            tell_taps,
+            run_taps,
             structlog.processors.add_log_level,
             structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
         ]
@@ -113,17 +113,17 @@ class Daemon:
     """A daemon that runs in the test's event loop, and what it holds in memory."""
 
     urls: list[str]
-    site: Site
+    http_context: HttpContext
 
     @property
     def relay(self) -> Relay:
         """All that the daemon knows."""
-        return self.site.relay
+        return self.http_context.relay
 
     @property
-    def tokens(self) -> Tokens:
+    def tokens(self) -> TokenRegistry:
         """Those it takes."""
-        return self.site.tokens
+        return self.http_context.tokens
 
     @property
     def url(self) -> str:
@@ -138,7 +138,7 @@ class Daemon:
         await until(lambda: not any(request.log.readers for request in relay.requests.values()))
         assert not relay.scheduler.entries
         assert not any(space.admitted or space.running or space.queue for space in relay.scheduler.spaces.values())
-        assert not any(client.held or client.readers for client in relay.clients.values())
+        assert not any(client.held_requests or client.readers for client in relay.clients.values())
         assert not any(request.holders or request.inputs for request in relay.requests.values())
 
     async def goes_on(self) -> None:
@@ -167,10 +167,10 @@ async def daemon(state_dir: Path, **overrides: Any) -> AsyncIterator[Daemon]:
     """A daemon with a space `check` beside those asked for; it is cut off at the end as by a crash."""
     spaces = {"tts": {}, "check": {}} | overrides.pop("spaces", {})
     config = a_config(state_dir, **({"store": "memory", "spaces": spaces} | overrides))
-    made: list[Site] = []
+    made: list[HttpContext] = []
 
-    def make(*args: Any) -> Site:
-        made.append(Site(*args))
+    def make(*args: Any) -> HttpContext:
+        made.append(HttpContext(*args))
         return made[0]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -302,15 +302,15 @@ class FakeWorker:
 
     def speak(self, assign: Assign, pcm: list[bytes], *, first: int = 0, end: bool = True) -> None:
         """`started`, an audio frame for each of `pcm`, and `completed`; frames below `first` are left out."""
-        frames: list[Frame] = [Started(**seat(assign, 0), format=FORMAT)]
-        frames += [Audio(**seat(assign, 1 + i), pcm=data) for i, data in enumerate(pcm)]
+        frames: list[Frame] = [Started(**identity(assign, 0), format=FORMAT)]
+        frames += [Audio(**identity(assign, 1 + i), pcm=data) for i, data in enumerate(pcm)]
         if end:
-            frames.append(Completed(**seat(assign, 1 + len(pcm)), result={"chunks": len(pcm)}))
+            frames.append(Completed(**identity(assign, 1 + len(pcm)), result={"chunks": len(pcm)}))
         for frame in frames[first:]:
             self.send(frame)
 
 
-def seat(assign: Assign | Message, seq: int) -> dict[str, Any]:
+def identity(assign: Assign | Message, seq: int) -> dict[str, Any]:
     """Which frame of which attempt."""
     assert isinstance(assign, Assign)
     return {"request_id": assign.request_id, "attempt": assign.attempt, "seq": seq}

@@ -14,7 +14,7 @@ import trio.testing
 from protocol.client.address import Address
 from protocol.link.base import Link
 from protocol.link.dial import serve_link
-from protocol.link.limits import LinkRules
+from protocol.link.limits import LinkLimits
 from protocol.wire.codec import decode
 from protocol.wire.errors import LinkBroken
 from protocol.wire.frames import (
@@ -37,8 +37,8 @@ from protocol.wire.messages import (
 )
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Message
-from relayd.net.http_head import ends, read_head, split_head
-from relayd.net.websocket_handshake import Refusal, answer_to, parse_head
+from relayd.net.http_head import is_complete, read_head, split_head
+from relayd.net.websocket_handshake import HandshakeRejected, build_response, parse_head
 
 M = TypeVar("M", bound=Message)
 
@@ -91,13 +91,13 @@ class Connection:
 async def accept_link(stream: trio.abc.Stream, **rules: Any) -> AsyncIterator[Link]:
     """The relay's end of a link over a stream at whose other end a handshake is asked for."""
     data = await read_head(stream)
-    if not ends(data):
-        await stream.send_all(Refusal(400, "this is not HTTP").to_bytes())
+    if not is_complete(data):
+        await stream.send_all(HandshakeRejected(400, "this is not HTTP").to_bytes())
         await stream.aclose()
         raise LinkBroken("no handshake came")
     head, early = split_head(data)
-    await stream.send_all(answer_to(parse_head(head), SUBPROTOCOL))
-    async with serve_link(stream, peer="client", rules=LinkRules(**rules), early=early) as link:
+    await stream.send_all(build_response(parse_head(head), SUBPROTOCOL))
+    async with serve_link(stream, peer="client", limits=LinkLimits(**rules), early=early) as link:
         yield link
 
 

@@ -10,7 +10,7 @@ import trio
 from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk
 from gpuworker.identity import Identity
 from gpuworker.slots.process_slot import Job, Run, Slot
-from gpuworker.slots.run_engine import End
+from gpuworker.slots.run_engine import RunResult
 from gpuworker.worker import Worker
 from protocol.wire.codec import decode
 from protocol.wire.frames import Frame
@@ -91,16 +91,16 @@ def script(work: Callable[[Desk], Awaitable[None]]) -> Script:
     return serve
 
 
-Play = Callable[[Job, Callable[[Chunk], None]], Awaitable[End]]
+Play = Callable[[Job, Callable[[Chunk], None]], Awaitable[RunResult]]
 
 
-async def speak(job: Job, emit: Callable[[Chunk], None]) -> End:
+async def speak(job: Job, emit: Callable[[Chunk], None]) -> RunResult:
     """A format, three chunks a second apart, and a good end."""
     emit(FormatChunk(FORMAT))
     for number in range(3):
         await trio.sleep(1)
         emit(AudioChunk(bytes([number, 0]) * 2400))
-    return End(outcome="completed")
+    return RunResult(outcome="completed")
 
 
 class ScriptedSlot(Slot):
@@ -131,7 +131,7 @@ class ScriptedSlot(Slot):
         self._scope.cancel()
         self._set_ready(False)
         if self._run is not None:
-            self._run.finish(End(outcome="failed", code="engine_failed", message="crashed", retryable=True))
+            self._run.finish(RunResult(outcome="failed", code="engine_failed", message="crashed", retryable=True))
         self._nursery.start_soon(self._come_back, back_s)
 
     async def _come_back(self, back_s: float) -> None:
@@ -152,7 +152,7 @@ class ScriptedSlot(Slot):
         self.cancels += 1
         await trio.sleep(self._stop_s)
         self._scope.cancel()
-        run.finish(End(outcome="cancelled"))
+        run.finish(RunResult(outcome="cancelled"))
 
     def _force(self, run: Run) -> None:
         self._scope.cancel()

@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 
 from tests.tui.scenes import at_scene
-from tests.tui.svg import picture
+from tests.tui.svg import model
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOTS = ROOT / "tests/tui/snapshots"
@@ -37,7 +37,7 @@ class Picture:
         async with at_scene(
             self.scene, self.size, self.theme, keys=self.keys, ascii_only=self.ascii_only, lost=self.lost
         ) as pilot:
-            return picture(pilot.app)
+            return model(pilot.app)
 
 
 PICTURES: dict[Path, Picture] = {

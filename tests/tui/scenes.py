@@ -11,7 +11,7 @@ from textual.pilot import Pilot
 from protocol.wire.messages import Done, Rejected
 from tui.app import RelayTui
 from tui.demo.source import Demo
-from tui.model.feed import Down, Options, Tell, Up
+from tui.model.feed import Connected, Disconnected, Options, Tell
 
 #: The clock of the picture stands here.
 NOW_S = 1_000.0
@@ -27,10 +27,10 @@ class Still:
         self._lost = lost
 
     async def follow(self, tell: Tell) -> None:
-        tell(Up("relayd 0.2.0", "root"))
+        tell(Connected("relayd 0.2.0", "root"))
         tell(self._demo.snapshot())
         if self._lost:
-            tell(Down("the relay closed the connection", 4.0))
+            tell(Disconnected("the relay closed the connection", 4.0))
         await trio.sleep_forever()
 
     async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
@@ -80,7 +80,7 @@ async def at_scene(
     app = RelayTui(Still(Demo(scene), lost=lost), theme=theme, ascii_only=ascii_only, clock=lambda: NOW_S)
     with in_utc():
         async with app.run_test(size=size) as pilot:
-            while not app.picture.known or app.picture.link.up is lost:
+            while not app.model.known or app.model.link.up is lost:
                 await pilot.pause()
             await _settled(pilot)
             for key in keys:

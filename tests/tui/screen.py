@@ -13,9 +13,9 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Delta, Done, Rejected, Snapshot
 from protocol.wire.validators import Value
 from tui.app import RelayTui
-from tui.model.feed import Down, News, Options, Tell, Up
+from tui.model.feed import Connected, Disconnected, Options, SourceEvent, Tell
 from tui.screens.base import RelayScreen
-from tui.widgets.row_table import Rows
+from tui.widgets.row_table import RowTable
 
 Row = dict[str, Any]
 START_S = 1_000.0
@@ -113,7 +113,7 @@ class Stage:
     async def delta(self, *, gone: dict[str, Value] | None = None, **topics: list[Row]) -> None:
         await self.news(Delta(data=dict(topics), gone=gone or {}))
 
-    async def news(self, news: News) -> None:
+    async def news(self, news: SourceEvent) -> None:
         self.source.tell(news)
         await self.draw()
 
@@ -148,7 +148,7 @@ class Stage:
         return self.app.screen
 
     @property
-    def table(self) -> Rows:
+    def table(self) -> RowTable:
         table = self.screen.table
         assert table is not None
         return table
@@ -185,7 +185,7 @@ async def a_stage(
         async with app.run_test(size=size) as pilot:
             stage = Stage(app, pilot, source, now)
             await stage.until(source.followed.is_set)
-            source.tell(Up("relayd/test", "op"))
+            source.tell(Connected("relayd/test", "op"))
             if screen is not None:
                 await stage.press(screen)
             yield stage
@@ -193,5 +193,5 @@ async def a_stage(
         await app.close()
 
 
-LOST = Down("connection refused", 3.0)
+LOST = Disconnected("connection refused", 3.0)
 assert ROW_KEYS["log"] == "id"

@@ -30,7 +30,7 @@ _FRAME = re.compile(r'<rect fill="([^"]+)" stroke=')
 _WORDS = re.compile(r"[^ ]+(?: [^ ]+)*")
 
 
-def picture(app: App[int]) -> str:
+def model(app: App[int]) -> str:
     """What the app shows, as SVG."""
     rich = app.export_screenshot(simplify=True)
     frame = _FRAME.search(rich)

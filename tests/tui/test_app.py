@@ -13,7 +13,7 @@ from tests.tui.screen import (
     a_stage,
     a_worker,
 )
-from tui.model.feed import Down, Up
+from tui.model.feed import Connected, Disconnected
 from tui.screens.dialogs import ConfirmDialog
 
 
@@ -170,7 +170,7 @@ async def test_a_relay_that_comes_back_goes_on_by_itself_with_the_cursor_where_i
         await stage.press("down")
         await stage.news(LOST)
         await stage.later(12)
-        await stage.news(Up("relayd/test", "op"))
+        await stage.news(Connected("relayd/test", "op"))
         await stage.snapshot(requests=[a_request("c" * 32, age_s=99.0), a_request(a, age_s=9.0), a_request(b)])
         assert "gone" not in stage.lines[0]
         assert "serving" in stage.lines[0]
@@ -194,10 +194,10 @@ async def test_why_there_is_no_relay_is_said_in_full_however_narrow_the_terminal
     async with a_stage(size=size) as stage:
         for key in ("1", "4"):
             await stage.press(key)
-            await stage.news(Down(why, 3.0))
+            await stage.news(Disconnected(why, 3.0))
             words = " ".join(" ".join(stage.lines[2:]).split())
             assert words.count(why) == 1
-        await stage.news(Up("relayd/test", "op"))
+        await stage.news(Connected("relayd/test", "op"))
         await stage.snapshot()
         assert "rly_o_" not in stage.text
 

@@ -14,7 +14,7 @@ from tests.tui.scenes import at_scene
 from tui.app import RelayTui
 from tui.screens.base import RelayScreen
 from tui.screens.detail import RequestDetail
-from tui.widgets.row_table import Rows
+from tui.widgets.row_table import RowTable
 
 KEPT = {path: path.read_text() if path.exists() else "" for path in PICTURES}
 
@@ -42,7 +42,7 @@ def test_the_documents_show_the_pictures_that_are_made_for_them() -> None:
 def test_the_documents_name_every_key() -> None:
     shown = {
         one.key_display or key
-        for one in (*RelayTui.BINDINGS, *RelayScreen.BINDINGS, *RequestDetail.BINDINGS, *Rows.BINDINGS)
+        for one in (*RelayTui.BINDINGS, *RelayScreen.BINDINGS, *RequestDetail.BINDINGS, *RowTable.BINDINGS)
         if isinstance(one, Binding)
         for key in one.key.split(",")
     }

@@ -6,7 +6,7 @@ import attrs
 
 from tui.model.cells import LIVE
 from tui.model.formatting import plain, short_id
-from tui.model.relay_model import View
+from tui.model.relay_model import RowView
 
 
 @attrs.frozen
@@ -26,7 +26,7 @@ class Plan:
     names: tuple[str, ...] = ()
 
 
-def name_of(view: View) -> str:
+def name_of(view: RowView) -> str:
     """What people call a row."""
     if view.topic == "requests":
         return f"request {plain(short_id(view.key))}"
@@ -39,7 +39,7 @@ def name_of(view: View) -> str:
     return plain(view.key)
 
 
-def cancel(views: Sequence[View]) -> Plan | str:
+def cancel(views: Sequence[RowView]) -> Plan | str:
     """Cancel what lives of these requests."""
     live = [view for view in views if view.text("state") in LIVE]
     if not live:
@@ -55,11 +55,11 @@ def cancel(views: Sequence[View]) -> Plan | str:
     return _plan(live, "cancel", question, f"cancelled {_these(live, 'request')}")
 
 
-def _speaks(view: View) -> bool:
+def _speaks(view: RowView) -> bool:
     return view.text("state") == "running" and bool(view.number("audio_s") or view.number("first_frame_s") is not None)
 
 
-def promote(views: Sequence[View]) -> Plan | str:
+def promote(views: Sequence[RowView]) -> Plan | str:
     """To the front of their queues, keeping their order."""
     queued = [view for view in views if view.text("state") == "queued"]
     if not queued:
@@ -69,7 +69,7 @@ def promote(views: Sequence[View]) -> Plan | str:
     return _plan(queued, "promote", "", f"{_these(queued, 'request')} to the front")
 
 
-def drain(views: Sequence[View]) -> Plan | str:
+def drain(views: Sequence[RowView]) -> Plan | str:
     """Drain these workers; where all of them are draining, undrain them."""
     there = [view for view in views if view.text("state") != "away"]
     if not there:
@@ -84,7 +84,7 @@ def drain(views: Sequence[View]) -> Plan | str:
     return _plan(taking, "drain_worker", question, f"draining {_these(taking, 'worker')}")
 
 
-def pause(views: Sequence[View]) -> Plan | str:
+def pause(views: Sequence[RowView]) -> Plan | str:
     """Pause these spaces; where all of them are paused, resume them."""
     if not views:
         return "there is no space here"
@@ -96,7 +96,7 @@ def pause(views: Sequence[View]) -> Plan | str:
     )
 
 
-def disconnect(views: Sequence[View]) -> Plan | str:
+def disconnect(views: Sequence[RowView]) -> Plan | str:
     """Hang up on these clients or workers."""
     there = [view for view in views if view.text("connection_id")]
     if not there:
@@ -109,19 +109,19 @@ def disconnect(views: Sequence[View]) -> Plan | str:
     return Plan(steps, question, f"disconnected {_these(there, word)}", tuple(map(name_of, there)))
 
 
-def _held(view: View) -> int:
+def _held(view: RowView) -> int:
     return int(view.number("busy" if view.topic == "workers" else "requests") or 0)
 
 
-def _is(view: View, word: str) -> bool:
+def _is(view: RowView, word: str) -> bool:
     return view.text("state") == word or view.row.get(word) is True
 
 
-def _plan(views: Sequence[View], action: str, question: str, done: str) -> Plan:
+def _plan(views: Sequence[RowView], action: str, question: str, done: str) -> Plan:
     return Plan(tuple((action, view.key) for view in views), question, done, tuple(map(name_of, views)))
 
 
-def _these(views: Sequence[View], word: str) -> str:
+def _these(views: Sequence[RowView], word: str) -> str:
     return name_of(views[0]) if len(views) == 1 else f"{len(views)} {word}s"
 
 
@@ -142,7 +142,7 @@ class Action:
     name: str
     title: str
     topics: frozenset[str]
-    plan: Callable[[Sequence[View]], Plan | str]
+    plan: Callable[[Sequence[RowView]], Plan | str]
 
 
 ACTIONS = {

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import attrs
 
 from tui.model import formatting, state_glyphs
-from tui.model.relay_model import Picture, View
+from tui.model.relay_model import RelayModel, RowView
 from tui.model.state_glyphs import Token
 
 DIM: Token = "dim"
@@ -22,14 +22,14 @@ class Cell:
     token: Token = ""
 
 
-CellOf = Callable[[View, float], Cell]
+CellOf = Callable[[RowView, float], Cell]
 NOTHING = Cell(state_glyphs.NOTHING, DIM)
 
 
 def words(key: str, token: Token = "", *, fallback: str = "", none: str = state_glyphs.NOTHING) -> CellOf:
     """The text of a row, or that of another key where it has none; `none` where neither has."""
 
-    def cell(view: View, _now: float) -> Cell:
+    def cell(view: RowView, _now: float) -> Cell:
         text = view.text(key) or (view.text(fallback) if fallback else "")
         return Cell(formatting.plain(text), token) if text else Cell(none, DIM)
 
@@ -39,7 +39,7 @@ def words(key: str, token: Token = "", *, fallback: str = "", none: str = state_
 def short(key: str, token: Token = "", *, none: str = state_glyphs.NOTHING) -> CellOf:
     """The beginning of an id; `none` where there is none."""
 
-    def cell(view: View, _now: float) -> Cell:
+    def cell(view: RowView, _now: float) -> Cell:
         text = view.text(key)
         return Cell(formatting.plain(formatting.short_id(text)), token) if text else Cell(none, DIM)
 
@@ -49,7 +49,7 @@ def short(key: str, token: Token = "", *, none: str = state_glyphs.NOTHING) -> C
 def name_list(key: str) -> CellOf:
     """Names with commas between."""
 
-    def cell(view: View, _now: float) -> Cell:
+    def cell(view: RowView, _now: float) -> Cell:
         names = view.row.get(key)
         joined = ", ".join(map(str, names)) if isinstance(names, list) else ""
         return Cell(formatting.plain(joined)) if joined else NOTHING
@@ -60,7 +60,7 @@ def name_list(key: str) -> CellOf:
 def state(kind: state_glyphs.Kind, key: str = "state") -> CellOf:
     """Glyph and word of a state."""
 
-    def cell(view: View, _now: float) -> Cell:
+    def cell(view: RowView, _now: float) -> Cell:
         word = formatting.plain(view.text(key))
         return Cell(state_glyphs.mark(kind, word), state_glyphs.look(kind, word).token)
 
@@ -77,7 +77,7 @@ def quantity(
 ) -> CellOf:
     """A number in its form; in colour from `warn` and `bad` on, dim where it is zero or not known."""
 
-    def cell(view: View, now: float) -> Cell:
+    def cell(view: RowView, now: float) -> Cell:
         value = view.aged(key, now) if ages else view.number(key)
         if value is None:
             return NOTHING
@@ -91,7 +91,7 @@ def quantity(
     return cell
 
 
-def slots(view: View, _now: float) -> Cell:
+def slots(view: RowView, _now: float) -> Cell:
     """Busy of all."""
     busy, every = view.number("busy"), view.number("slots")
     if busy is None or every is None:
@@ -99,7 +99,7 @@ def slots(view: View, _now: float) -> Cell:
     return Cell(f"{busy:.0f}/{every:.0f}", DIM if not every else "busy" if busy else "")
 
 
-def error_share(view: View, _now: float) -> Cell:
+def error_share(view: RowView, _now: float) -> Cell:
     """Of those that ended lately."""
     share = view.number("error_percent")
     if share is None:
@@ -107,7 +107,7 @@ def error_share(view: View, _now: float) -> Cell:
     return Cell(formatting.percent(share), "bad" if share >= 5 else "warn" if share > 0 else DIM)
 
 
-def place(view: View, _now: float) -> Cell:
+def place(view: RowView, _now: float) -> Cell:
     """Where a request is: its place in the queue, how far it has run, or how it ended."""
     match view.text("state"):
         case "queued":
@@ -127,56 +127,56 @@ def place(view: View, _now: float) -> Cell:
             return NOTHING
 
 
-def position(view: View, _now: float) -> Cell:
+def position(view: RowView, _now: float) -> Cell:
     """The exact place in the queue."""
     return NOTHING if view.position is None else Cell(str(view.position))
 
 
-def worker(view: View, _now: float) -> Cell:
+def worker(view: RowView, _now: float) -> Cell:
     """A worker by its name, or by its id where another has the same name."""
-    return Cell(_called(view.picture, view.key))
+    return Cell(_called(view.model, view.key))
 
 
-def worker_name(view: View, _now: float) -> Cell:
+def worker_name(view: RowView, _now: float) -> Cell:
     """The worker that runs a request; by its id where the worker is not known any more."""
     worker_id = view.text("worker_id")
-    return Cell(_called(view.picture, worker_id)) if worker_id else NOTHING
+    return Cell(_called(view.model, worker_id)) if worker_id else NOTHING
 
 
-def _called(picture: Picture, worker_id: str) -> str:
-    view = picture.get("workers", worker_id)
+def _called(model: RelayModel, worker_id: str) -> str:
+    view = model.get("workers", worker_id)
     name = view.text("name") if view else ""
     # An id begins with the name. There are few workers, and only rows in sight are drawn.
-    shared = any(one.text("name") == name and one.key != worker_id for one in picture.rows("workers"))
+    shared = any(one.text("name") == name and one.key != worker_id for one in model.rows("workers"))
     return formatting.plain(worker_id if shared or not name else name)
 
 
-def request_age(view: View, now: float) -> Cell:
+def request_age(view: RowView, now: float) -> Cell:
     """Since it came, while it lives; how long it took, once it has ended."""
     value = view.aged("age_s", now)
     return NOTHING if value is None else Cell(formatting.age(value), "" if view.text("state") in LIVE else DIM)
 
 
-def request_state(view: View, now: float) -> Cell:
+def request_state(view: RowView, now: float) -> Cell:
     """Its state; `stopping` once it has been cancelled and the worker has not said so yet."""
     if view.row.get("stopping") and view.text("state") in LIVE:
         return Cell(state_glyphs.mark("request", "stopping"), state_glyphs.look("request", "stopping").token)
     return state("request")(view, now)
 
 
-def last_seen(view: View, now: float) -> Cell:
+def last_seen(view: RowView, now: float) -> Cell:
     """Since a worker was last heard; `now` while it answers its pings."""
     value = view.aged("last_seen_s", now)
     return Cell("now", DIM) if value is None else Cell(formatting.age(value), "bad")
 
 
-def client_state(view: View, _now: float) -> Cell:
+def client_state(view: RowView, _now: float) -> Cell:
     """Whether it takes what it is sent."""
     word = "slow" if view.row.get("slow") else "ok"
     return Cell(state_glyphs.mark("client", word), state_glyphs.look("client", word).token)
 
 
-def audit_outcome(view: View, _now: float) -> Cell:
+def audit_outcome(view: RowView, _now: float) -> Cell:
     """Done, or why not."""
     said = view.text("outcome")
     if said == "done":

@@ -32,7 +32,7 @@ from tui.model.cells import (
     worker_name,
 )
 from tui.model.formatting import Align
-from tui.model.relay_model import View
+from tui.model.relay_model import RowView
 
 #: Always shown, however narrow the terminal is.
 ALWAYS = 0
@@ -59,8 +59,8 @@ class Column:
     min_width: int
     max_width: int
     align: Align
-    cell: Callable[[View, float], Cell]
-    sort: Callable[[View], Any]
+    cell: Callable[[RowView, float], Cell]
+    sort: Callable[[RowView], Any]
 
 
 def _column(
@@ -68,8 +68,8 @@ def _column(
     title: str,
     importance: int,
     width: int | tuple[int, int],
-    cell: Callable[[View, float], Cell],
-    sort: Callable[[View], Any] | None = None,
+    cell: Callable[[RowView, float], Cell],
+    sort: Callable[[RowView], Any] | None = None,
     align: Align = "left",
 ) -> Column:
     least, most = width if isinstance(width, tuple) else (width, width)
@@ -121,7 +121,7 @@ def _state(kind: state_glyphs.Kind, width: int, importance: int = ALWAYS) -> Col
     )
 
 
-def _place_order(view: View) -> Any:
+def _place_order(view: RowView) -> Any:
     """Running before queued, further before less far, the head of the queue before its end."""
     if view.text("state") == "queued":
         return (1, view.position or 0)
@@ -243,20 +243,20 @@ NO_MATCH = "nothing matches the filter; Esc takes it off"
 _ENDED_LAST = {"running": 0, "queued": 1, "uploading": 2}
 
 
-def natural(screen: str) -> Callable[[View], Any]:
+def natural(screen: str) -> Callable[[RowView], Any]:
     """The order of a screen's rows while no column is chosen: what needs an eye first."""
     return _NATURAL[screen]
 
 
-def _trouble_first(kind: state_glyphs.Kind) -> Callable[[View], Any]:
-    def order(view: View) -> Any:
+def _trouble_first(kind: state_glyphs.Kind) -> Callable[[RowView], Any]:
+    def order(view: RowView) -> Any:
         urgency = state_glyphs.look(kind, view.text("state")).urgency
         return (-max(0, urgency - 1), view.text("name").casefold(), view.key)
 
     return order
 
 
-def _live_first(view: View) -> Any:
+def _live_first(view: RowView) -> Any:
     """Running, queued in order, uploading, then what ended, the latest first."""
     rank = _ENDED_LAST.get(view.text("state"), 3)
     if rank == 1:
@@ -265,7 +265,7 @@ def _live_first(view: View) -> Any:
     return (rank, "", -(since or 0.0) if rank == 3 else (since or 0.0), view.key)
 
 
-_NATURAL: dict[str, Callable[[View], Any]] = {
+_NATURAL: dict[str, Callable[[RowView], Any]] = {
     "spaces": _trouble_first("space"),
     "workers": _trouble_first("worker"),
     "requests": _live_first,
@@ -295,7 +295,7 @@ def choose(columns: Sequence[Column], width: int) -> list[tuple[Column, int]]:
     return list(zip(kept, widths, strict=True))
 
 
-def _time(view: View) -> Cell:
+def _time(view: RowView) -> Cell:
     at = view.number("time")
     with suppress(OverflowError, OSError, ValueError):  # no time that this machine's calendar knows
         return NOTHING if at is None else Cell(formatting.clock(at, formatting.utc_offset_s(at)), DIM)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protocol.wire.validators import Value
-from tui.model.relay_model import View
+from tui.model.relay_model import RowView
 
 #: A cell that begins so is a formula to a spreadsheet.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -20,7 +20,7 @@ def suggested_name(kind: str) -> str:
     return f"relay-{kind}-{time.strftime('%Y%m%d-%H%M%S')}.csv"
 
 
-def write_rows(path: Path, views: Sequence[View]) -> None:
+def write_rows(path: Path, views: Sequence[RowView]) -> None:
     """Write the rows, in their order, to a new file that only its owner reads: JSON where its name ends so, else CSV.
 
     Raises:

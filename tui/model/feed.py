@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import attrs
 import trio
 
-from protocol.client.client import Relay, open_relay
+from protocol.client.client import RelayClient, open_relay
 from protocol.link.backoff import Backoff
 from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, RequestError, RequestRejected
 from protocol.wire.frames import Audio
 from protocol.wire.messages import Delta, Done, Rejected, Snapshot, Welcome
 from protocol.wire.validators import Value
-from tui.model.relay_model import Picture
+from tui.model.relay_model import RelayModel
 
 #: For the relay to carry out one action; its own bound is 10 s.
 STEER_S = 12.0
@@ -30,7 +30,7 @@ NOT_LINKED = "the relay is not reachable; nothing was done"
 
 
 @attrs.frozen
-class Up:
+class Connected:
     """The link is there."""
 
     server: str = ""
@@ -38,15 +38,15 @@ class Up:
 
 
 @attrs.frozen
-class Down:
+class Disconnected:
     """The link went, or could not be made; the next try follows."""
 
     why: str
     retry_s: float
 
 
-News = Snapshot | Delta | Up | Down
-Tell = Callable[[News], None]
+SourceEvent = Snapshot | Delta | Connected | Disconnected
+Tell = Callable[[SourceEvent], None]
 Options = Mapping[str, Value]
 
 
@@ -74,17 +74,17 @@ class RelaySource:
     def __init__(self, url: str | None, *, readonly: bool) -> None:
         self._url = url
         self._readonly = readonly
-        self._relay: Relay | None = None
+        self._relay: RelayClient | None = None
 
     async def follow(self, tell: Tell) -> None:
         """See `Source`. A relay that cannot be reached, or refuses, is tried again for ever."""
         backoff = Backoff()
 
         def up(welcome: Welcome) -> None:
-            tell(Up(welcome.server, welcome.principal))
+            tell(Connected(welcome.server, welcome.principal))
 
         def down(fault: LinkError, retry_s: float) -> None:
-            tell(Down(str(fault), retry_s))
+            tell(Disconnected(str(fault), retry_s))
 
         while True:
             began = trio.current_time()
@@ -109,9 +109,9 @@ class RelaySource:
                 why = str(fault)
             finally:
                 self._relay = None
-            backoff.lived(trio.current_time() - began)
+            backoff.note_uptime(trio.current_time() - began)
             retry_s = max(0.2, backoff.next_s())
-            tell(Down(why, retry_s))
+            tell(Disconnected(why, retry_s))
             await trio.sleep(retry_s)
 
     async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
@@ -147,7 +147,7 @@ class Simulated:
 
     async def follow(self, tell: Tell) -> None:
         """See `Source`."""
-        tell(Up("demo", "demo"))
+        tell(Connected("demo", "demo"))
         changes: AsyncIterator[Snapshot | Delta] = self._demo.changes()
         async with aclosing(changes):  # type: ignore[type-var]
             async for change in changes:
@@ -212,10 +212,14 @@ class Feed:
     """
 
     def __init__(
-        self, source: Source, picture: Picture, changed: Callable[[], None], clock: Callable[[], float] = time.monotonic
+        self,
+        source: Source,
+        model: RelayModel,
+        changed: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
-        self._picture = picture
+        self._picture = model
         self._changed = changed
         self._clock = clock
         self._send, self._asked = trio.open_memory_channel[Ask | Listen](MAX_WAITING)
@@ -232,7 +236,7 @@ class Feed:
     async def run(self) -> None:
         """Follow the source and carry out what is asked, until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._source.follow, self._tell)
+            nursery.start_soon(self._source.follow, self._on_event)
             with self._asked:
                 async for ask in self._asked:
                     if isinstance(ask, Ask):
@@ -243,14 +247,14 @@ class Feed:
                         if ask.request_id is not None:
                             nursery.start_soon(self._listen, ask, self._listening)
 
-    def _tell(self, news: News) -> None:
+    def _on_event(self, news: SourceEvent) -> None:
         now = self._clock()
-        if isinstance(news, Up):
-            self._picture.found(news.server, news.principal, now)
-        elif isinstance(news, Down):
-            self._picture.lost(news.why, news.retry_s, now)
+        if isinstance(news, Connected):
+            self._picture.on_connected(news.server, news.principal, now)
+        elif isinstance(news, Disconnected):
+            self._picture.on_disconnected(news.why, news.retry_s, now)
         else:
-            self._picture.take(news, now)
+            self._picture.apply(news, now)
         self._changed()
 
     async def _carry_out(self, ask: Ask) -> None:
@@ -270,13 +274,13 @@ class Feed:
         async def tell() -> None:
             while True:
                 await trio.sleep(LEVEL_S)
-                listen.level(meter.take())
+                listen.level(meter.read_level())
 
         with scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(tell)
                 assert listen.request_id is not None
-                await self._source.listen(listen.request_id, listen.after_seq, meter.hear)
+                await self._source.listen(listen.request_id, listen.after_seq, meter.add)
                 nursery.cancel_scope.cancel()
 
 
@@ -287,13 +291,13 @@ class Meter:
         self._squares = 0.0
         self._samples = 0
 
-    def hear(self, pcm: bytes) -> None:
+    def add(self, pcm: bytes) -> None:
         """Take whole samples."""
         samples = array("h", pcm[: len(pcm) // 2 * 2])[::EVERY_SAMPLE]
         self._squares += sum(sample * sample for sample in samples)
         self._samples += len(samples)
 
-    def take(self) -> float:
+    def read_level(self) -> float:
         """The level since the last call; 0 where nothing was heard."""
         level = math.sqrt(self._squares / self._samples) / 32_768 if self._samples else 0.0
         self._squares, self._samples = 0.0, 0

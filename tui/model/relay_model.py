@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import attrs
 
-from protocol.client.queue_order import Queues
+from protocol.client.queue_order import QueueOrder
 from protocol.client.watch import ROW_KEYS, value_now
 from protocol.wire.messages import Delta, Snapshot
 from protocol.wire.validators import Value
@@ -19,7 +19,7 @@ LINES = frozenset({"log", "audit"})
 
 
 @attrs.frozen(eq=False)
-class View:
+class RowView:
     """One row as it was told, and when."""
 
     topic: str
@@ -27,12 +27,12 @@ class View:
     row: dict[str, Value]
     #: Seconds, of the picture's clock.
     received: float
-    picture: "Picture" = attrs.field(repr=False)
+    model: "RelayModel" = attrs.field(repr=False)
 
     @property
     def position(self) -> int | None:
         """The exact place of a queued request, from 1."""
-        return self.picture.positions.get(self.key) if self.topic == "requests" else None
+        return self.model.positions.get(self.key) if self.topic == "requests" else None
 
     def now(self, name: str, now: float) -> Value:
         """A field as it is now: ages have gone on since they were told."""
@@ -51,7 +51,7 @@ class View:
     def text(self, name: str) -> str:
         """A field as text, empty where there is none. `worker` of a request is the name of its worker."""
         if name == "worker" and self.topic == "requests":
-            worker = self.picture.get("workers", self.text("worker_id"))
+            worker = self.model.get("workers", self.text("worker_id"))
             return worker.text("name") if worker is not None else ""
         value = self.row.get(name)
         return value if isinstance(value, str) else "" if value is None else str(value)
@@ -83,25 +83,25 @@ class Link:
 
 
 @attrs.define(eq=False)
-class Picture:
+class RelayModel:
     """The rows of all topics."""
 
-    topics: dict[str, dict[str, View]] = attrs.field(factory=dict)
+    topics: dict[str, dict[str, RowView]] = attrs.field(factory=dict)
     #: topic -> raised with each change of it.
     versions: dict[str, int] = attrs.field(factory=dict)
     link: Link = attrs.field(factory=Link)
     #: A snapshot has come.
     known: bool = False
-    queues: Queues = attrs.field(factory=Queues)
+    queues: QueueOrder = attrs.field(factory=QueueOrder)
     rates: "Rates" = attrs.field(factory=lambda: Rates())
     #: Of the last change.
-    told_at: float = 0.0
+    updated_at: float = 0.0
     _positions: dict[str, int] = attrs.field(factory=dict)
     _positions_of: int = -1
 
-    def take(self, change: Snapshot | Delta, now: float) -> None:
+    def apply(self, change: Snapshot | Delta, now: float) -> None:
         """Put a snapshot in place of everything, or a delta's rows in place of those they replace."""
-        self.told_at = now
+        self.updated_at = now
         self.queues.apply(change)
         if isinstance(change, Snapshot):
             for topic in self.topics:
@@ -127,7 +127,7 @@ class Picture:
         for row in rows:
             if isinstance(row, dict):
                 key = str(row.get(key_name, ""))
-                known[key] = View(topic, key, row, now, self)
+                known[key] = RowView(topic, key, row, now, self)
         if topic in LINES and len(known) > MAX_LINES:
             for key in sorted(known, key=_line_number)[: len(known) - MAX_LINES]:
                 del known[key]
@@ -135,20 +135,20 @@ class Picture:
     def _changed(self, topic: str) -> None:
         self.versions[topic] = self.versions.get(topic, 0) + 1
 
-    def rows(self, topic: str) -> list[View]:
+    def rows(self, topic: str) -> list[RowView]:
         """All rows of a topic, in no promised order."""
         return list(self.topics.get(topic, {}).values())
 
-    def get(self, topic: str, key: str) -> View | None:
+    def get(self, topic: str, key: str) -> RowView | None:
         """One row."""
         return self.topics.get(topic, {}).get(key)
 
     @property
-    def relay(self) -> View | None:
+    def relay(self) -> RowView | None:
         """The row of the relay itself."""
         return self.get("relay", "relay")
 
-    def queue(self, space: str) -> list[View]:
+    def queue(self, space: str) -> list[RowView]:
         """The queued requests of a space, in order."""
         views = [self.get("requests", request_id) for request_id in self.positions]
         return [view for view in views if view is not None and view.text("space") == space]
@@ -165,30 +165,30 @@ class Picture:
             }
         return self._positions
 
-    def lost(self, why: str, retry_s: float, now: float) -> None:
+    def on_disconnected(self, why: str, retry_s: float, now: float) -> None:
         """The link went, or could not be made."""
         self.link.retry_at = now + retry_s
         self.link.why = why
         if self.link.up or not self.link.since:
             self.link.up, self.link.since = False, now
 
-    def found(self, server: str, principal: str, now: float) -> None:
+    def on_connected(self, server: str, principal: str, now: float) -> None:
         """The link is up."""
         self.link = Link(True, now, server=server, principal=principal)
 
-    def frozen(self) -> "Picture":
+    def frozen(self) -> "RelayModel":
         """A copy that no later change reaches."""
-        copy = Picture(
+        copy = RelayModel(
             versions=dict(self.versions),
             link=attrs.evolve(self.link),
             known=self.known,
             rates=self.rates.copy(),
-            told_at=self.told_at,
+            updated_at=self.updated_at,
             positions=dict(self.positions),
             positions_of=self._positions_of,
         )
         for topic, rows in self.topics.items():
-            copy.topics[topic] = {key: attrs.evolve(view, picture=copy) for key, view in rows.items()}
+            copy.topics[topic] = {key: attrs.evolve(view, model=copy) for key, view in rows.items()}
         return copy
 
 
@@ -204,7 +204,7 @@ class Rates:
     _seconds: "deque[tuple[int, float, float]]" = attrs.field(factory=lambda: deque(maxlen=HISTORY_S))
     _totals: tuple[float, float] | None = None
 
-    def begin(self, history: list[View], relay: View | None, now: float) -> None:
+    def begin(self, history: list[RowView], relay: RowView | None, now: float) -> None:
         """What the relay tells of the time before this picture."""
         self._totals = _totals(relay)
         if not history:
@@ -216,7 +216,7 @@ class Rates:
             for back, (count, seconds) in zip(range(len(pairs) - 1, -1, -1), pairs, strict=True):
                 self._add(int(now) - back, _number(count), _number(seconds))
 
-    def go_on(self, relay: View | None, now: float) -> None:
+    def go_on(self, relay: RowView | None, now: float) -> None:
         """The relay's counters have moved on."""
         before, self._totals = self._totals, _totals(relay)
         if before is not None and self._totals is not None:
@@ -243,7 +243,7 @@ class Rates:
         return Rates(deque(self._seconds, HISTORY_S), self._totals)
 
 
-def _totals(relay: View | None) -> tuple[float, float] | None:
+def _totals(relay: RowView | None) -> tuple[float, float] | None:
     if relay is None:
         return None
     requests, audio_s = relay.number("requests_total"), relay.number("audio_s_total")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import attrs
 
-from tui.model.relay_model import View
+from tui.model.relay_model import RowView
 
 
 @attrs.frozen
@@ -39,12 +39,12 @@ class Filter:
             return cls(text, fault=str(fault))
         return cls(text, "", inverted, pattern.search)
 
-    def lets_through(self, view: View) -> bool:
+    def lets_through(self, view: RowView) -> bool:
         """Whether the row is shown."""
         return self._search is None or (self._search(said(view)) is None) is self.inverted
 
 
-def said(view: View) -> str:
+def said(view: RowView) -> str:
     """The words of a row, that a filter and a jump look at."""
     words = [view.key]
     for value in view.row.values():

@@ -6,15 +6,15 @@ from typing import Any
 
 import attrs
 
-from tui.model.relay_model import View
+from tui.model.relay_model import RowView
 from tui.model.row_filter import Filter
 
-SortKey = Callable[[View], Any]
+SortKey = Callable[[RowView], Any]
 
 
 @attrs.frozen(eq=False)
 class _Placed:
-    view: View
+    view: RowView
     shown: bool
     key: Any
 
@@ -39,7 +39,7 @@ class Order:
         """The order or the filter was changed."""
         self._known.clear()
 
-    def update(self, views: Iterable[View], moving: Container[str] = ()) -> list[View]:
+    def update(self, views: Iterable[RowView], moving: Container[str] = ()) -> list[RowView]:
         """The rows to show, in order. Only rows that changed are looked at again.
 
         Args:

@@ -13,12 +13,12 @@ from textual.widgets import Input
 
 from tui.model import formatting, state_glyphs
 from tui.model.actions import ACTIONS, TOPIC_OF, Plan
-from tui.model.relay_model import Picture, View
+from tui.model.relay_model import RelayModel, RowView
 from tui.model.row_filter import Filter
 from tui.screens.dialogs import ConfirmDialog, ExportDialog
 from tui.screens.host import ScreenHost
 from tui.widgets.cell_widget import Piece
-from tui.widgets.row_table import Rows
+from tui.widgets.row_table import RowTable
 from tui.widgets.status_lines import CrumbLine, KeyLine, Part, StatusLine, status
 
 
@@ -44,10 +44,10 @@ class RelayScreen(Screen[None]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._table: Rows | None = None
+        self._table: RowTable | None = None
 
     @property
-    def relay_app(self) -> ScreenHost:
+    def host(self) -> ScreenHost:
         """The app, as screens see it."""
         return cast(ScreenHost, self.app)
 
@@ -62,14 +62,14 @@ class RelayScreen(Screen[None]):
         """The widgets between breadcrumb and filter line: none, but for what a subclass adds."""
         return ()
 
-    def rows_of(self, kind: str, picture: Picture) -> Iterable[View]:
+    def rows_of(self, kind: str, model: RelayModel) -> Iterable[RowView]:
         """The rows of one of its tables."""
-        return picture.rows(TOPIC_OF.get(kind, kind))
+        return model.rows(TOPIC_OF.get(kind, kind))
 
-    def redraw_panes(self, picture: Picture, now: float) -> None:
+    def redraw_panes(self, model: RelayModel, now: float) -> None:
         """Draw what is no table."""
 
-    def entered(self, view: View) -> None:
+    def entered(self, view: RowView) -> None:
         """Enter was pressed on a row."""
 
     # -- drawing -----------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class RelayScreen(Screen[None]):
 
     def on_mount(self) -> None:
         """The first table gets the keys."""
-        for table in self.query(Rows):
+        for table in self.query(RowTable):
             table.focus()
             break
 
@@ -99,27 +99,27 @@ class RelayScreen(Screen[None]):
         self.call_after_refresh(self.redraw)
 
     @property
-    def table(self) -> Rows | None:
+    def table(self) -> RowTable | None:
         """The table that has the keys, or had them last; else the first."""
-        if isinstance(self.focused, Rows):
+        if isinstance(self.focused, RowTable):
             self._table = self.focused
-        tables = list(self.query(Rows))
+        tables = list(self.query(RowTable))
         return self._table if self._table in tables else tables[0] if tables else None
 
     def redraw(self) -> None:
         """Show the picture as it is now."""
         if not self.is_mounted or not self.is_attached:
             return
-        app = self.relay_app
-        picture, now = app.shown, app.now_shown
-        why = formatting.plain(app.picture.link.why)
-        for table in self.query(Rows):
+        app = self.host
+        model, now = app.shown, app.now_shown
+        why = formatting.plain(app.model.link.why)
+        for table in self.query(RowTable):
             table.why, why = why, ""  # the first one says it; the status line may have no room for it
             if table.size.width:
-                stale, known = picture.known and not app.picture.link.up, picture.known
+                stale, known = model.known and not app.model.link.up, model.known
                 version = (
-                    picture,
-                    picture.versions.get(TOPIC_OF.get(table.kind, table.kind)),
+                    model,
+                    model.versions.get(TOPIC_OF.get(table.kind, table.kind)),
                     table.size,
                     self.title_text,
                 )
@@ -127,24 +127,24 @@ class RelayScreen(Screen[None]):
                     table.look_again(now, stale=stale, known=known)
                 else:
                     table.seen = version
-                    views = self.rows_of(table.kind, picture)
-                    moving = picture.positions if TOPIC_OF.get(table.kind, table.kind) == "requests" else ()
+                    views = self.rows_of(table.kind, model)
+                    moving = model.positions if TOPIC_OF.get(table.kind, table.kind) == "requests" else ()
                     table.update(views, now, stale=stale, known=known, moving=moving)
-        self.redraw_panes(picture, now)
+        self.redraw_panes(model, now)
         self.redraw_lines()
 
     def redraw_lines(self) -> None:
         """The lines around the panes."""
         if not self.is_mounted:
             return
-        app = self.relay_app
-        link = app.picture if not app.picture.link.up else app.shown
-        self.query_one(StatusLine).tell(status(link, app.clock()))
-        self.query_one(CrumbLine).tell(self._crumbs())
-        self.query_one(KeyLine).tell([(0, [app.notice])] if app.notice[0] else self._keys())
+        app = self.host
+        link = app.model if not app.model.link.up else app.shown
+        self.query_one(StatusLine).set_parts(status(link, app.clock()))
+        self.query_one(CrumbLine).set_parts(self._crumbs())
+        self.query_one(KeyLine).set_parts([(0, [app.notice])] if app.notice[0] else self._keys())
 
     def _crumbs(self) -> list[Part]:
-        app = self.relay_app
+        app = self.host
         trail = [screen.title_text for screen in self.app.screen_stack if isinstance(screen, RelayScreen)]
         parts: list[Part] = [(0, [(f" {state_glyphs.CRUMB} ".join(["relay", *trail]), "title")])]
         if app.readonly:
@@ -188,7 +188,7 @@ class RelayScreen(Screen[None]):
         return [
             (binding, self.app.get_key_display(binding))
             for _, binding, enabled, _ in self.active_bindings.values()
-            if enabled and binding.description and _is_ours(binding, self.relay_app.readonly)
+            if enabled and binding.description and _is_ours(binding, self.host.readonly)
         ]
 
     # -- keys --------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class RelayScreen(Screen[None]):
             return self.table is not None
         return True
 
-    def _acted_on(self, name: str) -> list[View] | None:
+    def _acted_on(self, name: str) -> list[RowView] | None:
         """The rows that an action is for now; None where it is for none of this screen."""
         table = self.table
         if table is not None and TOPIC_OF.get(table.kind, table.kind) in ACTIONS[name].topics:
@@ -210,7 +210,7 @@ class RelayScreen(Screen[None]):
 
     def action_act(self, name: str) -> None:
         """Plan an action for the ids under the cursor as the key is pressed, ask if it destroys, and do it."""
-        app = self.relay_app
+        app = self.host
         if app.readonly:
             app.tell("this is read-only; start relay-tui without --readonly to steer", "warn")
             return
@@ -230,10 +230,10 @@ class RelayScreen(Screen[None]):
         if yes:
             self._do(plan)
         else:
-            self.relay_app.tell("nothing was done", "dim")
+            self.host.tell("nothing was done", "dim")
 
     def _do(self, plan: Plan) -> None:
-        self.relay_app.carry_out(plan)
+        self.host.carry_out(plan)
         if (table := self.table) is not None and table.tagged:
             table.untag()
 
@@ -277,24 +277,24 @@ class RelayScreen(Screen[None]):
         if table is not None and table.chosen:
             ids = [view.key for view in table.chosen]
             self.app.copy_to_clipboard("\n".join(ids))
-            self.relay_app.tell(f"copied {formatting.plain(ids[0]) if len(ids) == 1 else f'{len(ids)} ids'}", "good")
+            self.host.tell(f"copied {formatting.plain(ids[0]) if len(ids) == 1 else f'{len(ids)} ids'}", "good")
 
     def action_export(self) -> None:
         """Write the rows shown to a file."""
         table = self.table
         if table is not None:
-            views: Sequence[View] = tuple(table.views)
+            views: Sequence[RowView] = tuple(table.views)
             self.app.push_screen(ExportDialog(table.kind, views), self._exported)
 
     def _exported(self, said: tuple[str, str] | None) -> None:
         if said is not None:
-            self.relay_app.tell(*said)
+            self.host.tell(*said)
 
     def action_log(self) -> None:
         """The lines of the log that tell of the row under the cursor."""
         view = self.table.view if self.table is not None else None
         if view is not None and view.topic not in ("log", "audit"):
-            self.relay_app.show_log(view.text("name") if view.topic == "workers" else view.key)
+            self.host.show_log(view.text("name") if view.topic == "workers" else view.key)
 
     def action_zoom(self) -> None:
         """Give one pane all the room, or take it back."""
@@ -318,12 +318,12 @@ class RelayScreen(Screen[None]):
         elif len([one for one in self.app.screen_stack if isinstance(one, RelayScreen)]) > 1:
             self.app.pop_screen()
 
-    @on(Rows.Changed)
+    @on(RowTable.Changed)
     def _table_changed(self) -> None:
         self.redraw_lines()
 
-    @on(Rows.Entered)
-    def _entered(self, event: Rows.Entered) -> None:
+    @on(RowTable.Entered)
+    def _entered(self, event: RowTable.Entered) -> None:
         self.entered(event.view)
 
 

@@ -16,7 +16,7 @@ from tui.model.actions import ACTIONS, name_of
 from tui.model.cells import LIVE
 from tui.model.feed import Ask, Listen
 from tui.model.formatting import fit, plain
-from tui.model.relay_model import Picture, View
+from tui.model.relay_model import RelayModel, RowView
 from tui.model.state_glyphs import Kind
 from tui.screens.base import RelayScreen
 from tui.widgets.cell_widget import Piece
@@ -42,7 +42,7 @@ class RowDetail(RelayScreen):
         super().__init__()
         self.topic = topic
         self.key = key
-        self._last: View | None = None
+        self._last: RowView | None = None
 
     @property
     def title_text(self) -> str:
@@ -61,7 +61,7 @@ class RowDetail(RelayScreen):
         """See `RelayScreen`; the row itself is what an action is for."""
         return True if action == "copy" else super().check_action(action, parameters)
 
-    def _acted_on(self, name: str) -> list[View] | None:
+    def _acted_on(self, name: str) -> list[RowView] | None:
         if self._last is None or self.topic not in ACTIONS[name].topics:
             return None
         return [self._last]
@@ -69,20 +69,20 @@ class RowDetail(RelayScreen):
     def action_copy(self) -> None:
         """Copy the id."""
         self.app.copy_to_clipboard(self.key)
-        self.relay_app.tell(f"copied {plain(self.key)}", "good")
+        self.host.tell(f"copied {plain(self.key)}", "good")
 
-    def redraw_panes(self, picture: Picture, now: float) -> None:
+    def redraw_panes(self, model: RelayModel, now: float) -> None:
         """See `RelayScreen`."""
-        view = picture.get(self.topic, self.key)
+        view = model.get(self.topic, self.key)
         lines: Lines = []
-        if view is None and picture.known:
+        if view is None and model.known:
             lines = [[("gone: the relay knows it no more; this is the last that it told", "warn")], []]
         self._last = view or self._last
         if self._last is not None:
             lines += self.facts(self._last, now)
         self.query_one(Facts).show(lines)
 
-    def facts(self, view: View, now: float) -> Lines:
+    def facts(self, view: RowView, now: float) -> Lines:
         """What to tell of the row."""
         return [_fact(name, view.now(name, now)) for name in view.row]
 
@@ -94,7 +94,7 @@ class RequestDetail(RowDetail):
 
     def __init__(self, request_id: str) -> None:
         super().__init__("requests", request_id)
-        self._asked_of: View | None = None
+        self._asked_of: RowView | None = None
         self._told: Mapping[str, Value] = {}
         self._refused = ""
         self._listening = False
@@ -103,48 +103,48 @@ class RequestDetail(RowDetail):
     def on_unmount(self) -> None:
         """Nobody listens any more."""
         if self._listening:
-            self.relay_app.ask(Listen(None))
+            self.host.ask(Listen(None))
 
-    def redraw_panes(self, picture: Picture, now: float) -> None:
+    def redraw_panes(self, model: RelayModel, now: float) -> None:
         """See `RelayScreen`; what changed is asked for anew, at most once a look."""
-        view = picture.get(self.topic, self.key)
-        if view is not None and view is not self._asked_of and self.relay_app.picture.link.up:
+        view = model.get(self.topic, self.key)
+        if view is not None and view is not self._asked_of and self.host.model.link.up:
             before, self._asked_of = self._asked_of, view
             if before is None or _marks(before) != _marks(view):
-                self.relay_app.ask(Ask("describe", self.key, self._described))
+                self.host.ask(Ask("describe", self.key, self._described))
         # A level that nothing moves any more would be believed.
         over = view is not None and view.text("state") not in LIVE
-        if self._listening and (over or not self.relay_app.picture.link.up):
+        if self._listening and (over or not self.host.model.link.up):
             self.action_listen()
-        super().redraw_panes(picture, now)
+        super().redraw_panes(model, now)
 
     def _described(self, answer: Done | Rejected) -> None:
         if isinstance(answer, Done):
             self._told, self._refused = answer.data, ""
         else:
             self._refused = answer.message
-        self.relay_app.draw_soon()
+        self.host.draw_soon()
 
     def action_listen(self) -> None:
         """Listen in, or stop; the audio is measured once a second, and not played."""
         view = self._last
         if not self._listening and (view is None or view.text("state") != "running"):
-            self.relay_app.tell("only a running request can be listened to", "warn")
+            self.host.tell("only a running request can be listened to", "warn")
             return
         self._listening = not self._listening
         self._level = None
         if self._listening and view is not None:
-            self.relay_app.ask(Listen(self.key, int(view.number("frames") or 0) - 1, self._heard))
+            self.host.ask(Listen(self.key, int(view.number("frames") or 0) - 1, self._on_level))
         else:
-            self.relay_app.ask(Listen(None))
+            self.host.ask(Listen(None))
         self.redraw()
 
-    def _heard(self, level: float) -> None:
+    def _on_level(self, level: float) -> None:
         if self._listening:
             self._level = level
-            self.relay_app.draw_soon()
+            self.host.draw_soon()
 
-    def facts(self, view: View, now: float) -> Lines:
+    def facts(self, view: RowView, now: float) -> Lines:
         """See `RowDetail`."""
         lines: Lines = [self._headline(view, now)]
         if self._listening:
@@ -172,7 +172,7 @@ class RequestDetail(RowDetail):
         if view.position is not None:
             lines.append(_fact("position", view.position))
         lines.append([_label("output"), (self._output(view), "")])
-        lines += self._timeline(view.picture)
+        lines += self._timeline(view.model)
         lines += self._maps("params", self._told.get("params"))
         inputs = self._told.get("inputs")
         for one in inputs if isinstance(inputs, list) else []:
@@ -184,7 +184,7 @@ class RequestDetail(RowDetail):
             lines.append([(f"no more is known: {plain(self._refused)}", "dim")])
         return lines
 
-    def _headline(self, view: View, now: float) -> list[Piece]:
+    def _headline(self, view: RowView, now: float) -> list[Piece]:
         state = view.text("state")
         age = view.aged("age_s", now)
         token = state_glyphs.look("request", state).token
@@ -196,14 +196,14 @@ class RequestDetail(RowDetail):
             line.append((f"  {formatting.bar(fraction, 12)} {fraction:.0%}", "busy"))
         return line
 
-    def _output(self, view: View) -> str:
+    def _output(self, view: RowView) -> str:
         audio, size, frames = view.number("audio_s"), view.number("bytes") or 0, view.number("frames") or 0
         said = f"{audio:.1f} s of audio, " if audio is not None else ""
         first = view.number("first_frame_s")
         after = f", the first after {formatting.seconds(first)}" if first is not None else ""
         return f"{said}{frames:.0f} frames, {formatting.size(size)}{after}"
 
-    def _timeline(self, picture: Picture) -> Lines:
+    def _timeline(self, model: RelayModel) -> Lines:
         timeline = self._told.get("timeline")
         lines: Lines = []
         for event in timeline if isinstance(timeline, list) else []:
@@ -211,7 +211,7 @@ class RequestDetail(RowDetail):
                 at = event.get("at_s")
                 when = f"+{at:.2f} s" if isinstance(at, int | float) else ""
                 rest = " ".join(
-                    _said(picture, key, value) for key, value in event.items() if key not in ("at_s", "event")
+                    _said(model, key, value) for key, value in event.items() if key not in ("at_s", "event")
                 )
                 lines.append(
                     [
@@ -230,15 +230,15 @@ class RequestDetail(RowDetail):
         return _texts(title, text, "", self.size.width)
 
 
-def _marks(view: View) -> tuple[object, ...]:
+def _marks(view: RowView) -> tuple[object, ...]:
     """What a timeline hangs on."""
     names = ("state", "attempt", "worker_id", "stopping", "code")
     return (*(view.row.get(name) for name in names), view.row.get("first_frame_s") is None)
 
 
-def _said(picture: Picture, key: str, value: Any) -> str:
+def _said(model: RelayModel, key: str, value: Any) -> str:
     if key == "worker_id":
-        worker = picture.get("workers", str(value))
+        worker = model.get("workers", str(value))
         return f"worker={(worker.text('name') if worker is not None else '') or value}"
     return f"{key}={value}"
 

@@ -14,7 +14,7 @@ from textual.widgets import Input, Label, OptionList, Static
 from textual.widgets.option_list import Option
 
 from tui.model.export import suggested_name, write_rows
-from tui.model.relay_model import View
+from tui.model.relay_model import RowView
 
 #: Names listed in a question; the rest is counted.
 MAX_NAMES = 6
@@ -88,7 +88,7 @@ class ExportDialog(ModalScreen["tuple[str, str] | None"]):
     ExportDialog {{ {_DIALOG_CSS} }}
     """
 
-    def __init__(self, kind: str, views: Sequence[View]) -> None:
+    def __init__(self, kind: str, views: Sequence[RowView]) -> None:
         super().__init__()
         self._kind = kind
         self._views = views

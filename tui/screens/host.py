@@ -4,14 +4,14 @@ from typing import Protocol
 
 from tui.model.actions import Plan
 from tui.model.feed import Ask, Listen
-from tui.model.relay_model import Picture
+from tui.model.relay_model import RelayModel
 from tui.widgets.cell_widget import Piece
 
 
 class ScreenHost(Protocol):
     """The app, as screens see it."""
 
-    picture: Picture
+    model: RelayModel
     readonly: bool
     frozen_at: float | None
     rate: float
@@ -19,7 +19,7 @@ class ScreenHost(Protocol):
     space: str | None
 
     @property
-    def shown(self) -> Picture:
+    def shown(self) -> RelayModel:
         """What is drawn: the current state of the relay, or a frozen one."""
 
     @property

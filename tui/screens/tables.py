@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from textual.app import ComposeResult
 
 from tui.model.formatting import plain
-from tui.model.relay_model import Picture, View
+from tui.model.relay_model import RelayModel, RowView
 from tui.screens.base import RelayScreen
 from tui.screens.detail import RequestDetail, RowDetail
-from tui.widgets.row_table import Rows
+from tui.widgets.row_table import RowTable
 from tui.widgets.status_lines import Spark
 
 
@@ -26,9 +26,9 @@ class TableScreen(RelayScreen):
 
     def panes(self) -> ComposeResult:
         """See `RelayScreen`."""
-        yield Rows(self.KIND, id=self.KIND, tail=self.TAIL)
+        yield RowTable(self.KIND, id=self.KIND, tail=self.TAIL)
 
-    def entered(self, view: View) -> None:
+    def entered(self, view: RowView) -> None:
         """All that is known of the row."""
         self.app.push_screen(RequestDetail(view.key) if view.topic == "requests" else RowDetail(view.topic, view.key))
 
@@ -47,22 +47,22 @@ class Overview(TableScreen):
 
     def panes(self) -> ComposeResult:
         """See `RelayScreen`."""
-        yield Rows("spaces", id="spaces")
-        yield Rows("requests", id="requests")
+        yield RowTable("spaces", id="spaces")
+        yield RowTable("requests", id="requests")
         yield Spark(id="spark", classes="pane")
 
-    def redraw_panes(self, picture: Picture, now: float) -> None:
+    def redraw_panes(self, model: RelayModel, now: float) -> None:
         """See `RelayScreen`."""
-        self.query_one(Spark).show(picture, now)
+        self.query_one(Spark).show(model, now)
         # As many lines as there are spaces, as long as the requests keep the larger part.
-        least = max(4, min(len(picture.rows("spaces")) + 2, (self.size.height - 5) // 2))
+        least = max(4, min(len(model.rows("spaces")) + 2, (self.size.height - 5) // 2))
         wanted = "1fr" if self.has_class("zoomed") else str(least)
         if wanted != self._spaces_height:
             self._spaces_height = wanted
             self.query_one("#spaces").styles.height = wanted
             self.call_after_refresh(self.redraw)
 
-    def entered(self, view: View) -> None:
+    def entered(self, view: RowView) -> None:
         """A space's queue, or a request."""
         if view.topic == "spaces":
             self.app.push_screen(Queue(view.key))
@@ -75,7 +75,7 @@ class Spaces(TableScreen):
 
     KIND = "spaces"
 
-    def entered(self, view: View) -> None:
+    def entered(self, view: RowView) -> None:
         """Its queue."""
         self.app.push_screen(Queue(view.key))
 
@@ -108,7 +108,7 @@ class Queue(TableScreen):
     @property
     def space(self) -> str:
         """Which one is shown."""
-        app = self.relay_app
+        app = self.host
         if self._space is not None:
             app.space = self._space
             return self._space
@@ -122,9 +122,9 @@ class Queue(TableScreen):
         """See `RelayScreen`."""
         return f"queue of {plain(self.space)}" if self.space else "queue"
 
-    def rows_of(self, kind: str, picture: Picture) -> Iterable[View]:
+    def rows_of(self, kind: str, model: RelayModel) -> Iterable[RowView]:
         """See `RelayScreen`."""
-        return picture.queue(self.space)
+        return model.queue(self.space)
 
 
 class Clients(TableScreen):

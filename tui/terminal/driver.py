@@ -6,7 +6,7 @@ from textual.drivers.linux_driver import LinuxDriver
 MOST_WAITING = 9
 
 
-class Terminal(LinuxDriver):
+class RelayDriver(LinuxDriver):
     """A terminal that may stall: nothing more is drawn while it does."""
 
     @property

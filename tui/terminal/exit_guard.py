@@ -17,7 +17,7 @@ ENDS_S = 1.25
 EXIT_OF = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
-class Ending:
+class ExitGuard:
     """Ends the process in time.
 
     A terminal that goes away is seen by polling it, as the signal of it (SIGHUP) may be ignored, and as reads of a

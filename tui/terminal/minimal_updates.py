@@ -17,7 +17,7 @@ from textual.strip import Strip
 RESET = "\x1b[0m"
 
 
-class Trimmed(CompositorUpdate):
+class MinimalUpdate(CompositorUpdate):
     """A partial update of the screen."""
 
     def __init__(self, update: ChopsUpdate) -> None:
@@ -25,7 +25,7 @@ class Trimmed(CompositorUpdate):
 
     def render_segments(self, console: Console) -> str:
         """See `CompositorUpdate`."""
-        pen = Pen(console)
+        pen = AnsiWriter(console)
         update = self._update
         for y, x1, x2 in update.spans:
             for end, (x, strip) in zip(update.chop_ends[y], update.chops[y].items(), strict=False):
@@ -36,7 +36,7 @@ class Trimmed(CompositorUpdate):
         return pen.finish()
 
 
-class Pen:
+class AnsiWriter:
     """Writes text in colours, changing the colour only where it must."""
 
     def __init__(self, console: Console) -> None:
@@ -77,6 +77,6 @@ class Pen:
             self._ansi = ansi
 
 
-def trimmed(update: object) -> object:
+def minimize_update(update: object) -> object:
     """The update in fewer bytes; anything else as it is."""
-    return Trimmed(update) if isinstance(update, ChopsUpdate) and isinstance(update.chops, Sequence) else update
+    return MinimalUpdate(update) if isinstance(update, ChopsUpdate) and isinstance(update.chops, Sequence) else update

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 NAMES = ("auto", "dark", "light", "ansi", "mono")
 
 
-def pick(environ: Mapping[str, str], wanted: str = "auto") -> str:
+def choose_theme(environ: Mapping[str, str], wanted: str = "auto") -> str:
     """The theme to begin with: one of `NAMES` but `auto`.
 
     NO_COLOR, set and not empty, wins over all (https://no-color.org). Without a word, a terminal that says it has more

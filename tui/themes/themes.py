@@ -16,7 +16,7 @@ from textual.theme import BUILTIN_THEMES, Theme
 
 from tui.model.state_glyphs import to_ascii
 from tui.themes.choose import NAMES as NAMES
-from tui.themes.choose import pick as pick
+from tui.themes.choose import choose_theme as choose_theme
 
 TOKENS = ("good", "busy", "warn", "bad", "idle", "dim", "accent", "title")
 

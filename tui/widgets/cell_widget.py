@@ -17,7 +17,7 @@ Line = tuple[tuple[str, Style], ...]
 Piece = tuple[str, str]
 
 
-class Drawn(Widget):
+class CellWidget(Widget):
     """A widget whose lines are set by `draw`."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {

@@ -6,10 +6,10 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from tui.widgets.cell_widget import Drawn, Piece
+from tui.widgets.cell_widget import CellWidget, Piece
 
 
-class Facts(Drawn, can_focus=True):
+class Facts(CellWidget, can_focus=True):
     """Any number of lines."""
 
     DEFAULT_CSS = """

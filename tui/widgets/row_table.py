@@ -10,16 +10,16 @@ from textual.message import Message
 from tui.model import state_glyphs
 from tui.model.columns import COLUMNS, EMPTY, NO_MATCH, Column, choose, natural
 from tui.model.formatting import fit
-from tui.model.relay_model import View
+from tui.model.relay_model import RowView
 from tui.model.row_filter import Filter
 from tui.model.row_order import Order
-from tui.widgets.cell_widget import Drawn, Line
+from tui.widgets.cell_widget import CellWidget, Line
 
 #: Cursor and tag, in front of the cells.
 GUTTER = 2
 
 
-class Rows(Drawn, can_focus=True):
+class RowTable(CellWidget, can_focus=True):
     """A table of one screen's rows.
 
     Args:
@@ -53,7 +53,7 @@ class Rows(Drawn, can_focus=True):
     class Entered(Message):
         """Enter was pressed on a row."""
 
-        def __init__(self, view: View) -> None:
+        def __init__(self, view: RowView) -> None:
             super().__init__()
             self.view = view
 
@@ -67,12 +67,12 @@ class Rows(Drawn, can_focus=True):
         self.order = Order(natural(kind))
         self.sorted_by: Column | None = None
         self.cursor: str | None = None
-        self.tagged: dict[str, View] = {}
+        self.tagged: dict[str, RowView] = {}
         self.seen: object = None
         self.following = tail
         self.tail = tail
         self.why = ""
-        self._views: list[View] = []
+        self._views: list[RowView] = []
         self._index: dict[str, int] = {}
         self._gone: str | None = None
         self._top = 0
@@ -83,7 +83,7 @@ class Rows(Drawn, can_focus=True):
     # -- what is shown -----------------------------------------------------------------------------------------
 
     def update(
-        self, views: Iterable[View], now: float, *, stale: bool, known: bool, moving: Container[str] = ()
+        self, views: Iterable[RowView], now: float, *, stale: bool, known: bool, moving: Container[str] = ()
     ) -> None:
         """Show these rows as of `now`.
 
@@ -104,7 +104,7 @@ class Rows(Drawn, can_focus=True):
         self._now, self._stale, self._known = now, stale, known
         self._draw()
 
-    def _put(self, shown: list[View]) -> None:
+    def _put(self, shown: list[RowView]) -> None:
         """Take the new rows, and keep the cursor on its id, even if its row has left."""
         held, at, line = self.view, self._at(), self._line_of_cursor()
         self._gone = None
@@ -149,18 +149,18 @@ class Rows(Drawn, can_focus=True):
         return line if self.cursor in self._index and 0 <= line < self.height_of_rows else None
 
     @property
-    def view(self) -> View | None:
+    def view(self) -> RowView | None:
         """The row under the cursor."""
         at = self._index.get(self.cursor or "")
         return self._views[at] if at is not None else None
 
     @property
-    def views(self) -> list[View]:
+    def views(self) -> list[RowView]:
         """What is shown, in order; without the row that has left and is only kept for the cursor."""
         return [view for view in self._views if view.key != self._gone]
 
     @property
-    def chosen(self) -> list[View]:
+    def chosen(self) -> list[RowView]:
         """What an action is for: the tagged rows, else the one under the cursor."""
         if self.tagged:
             return [self._views[at] for key in self.tagged if (at := self._index.get(key)) is not None]
@@ -202,7 +202,7 @@ class Rows(Drawn, can_focus=True):
             line.append((fit(title, width, column.align) + " ", style))
         return self._filled(line, "header")
 
-    def _row(self, view: View, chosen: Sequence[tuple[Column, int]]) -> Line:
+    def _row(self, view: RowView, chosen: Sequence[tuple[Column, int]]) -> Line:
         here, gone = view.key == self.cursor, view.key == self._gone
         over = [*(["cursor"] if here and self.has_focus else []), *(["gone"] if gone or self._stale else [])]
         mark = (state_glyphs.FOLLOWED if self.following else state_glyphs.CURSOR) if here else " "

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 
 from tui.model import formatting, state_glyphs
-from tui.model.relay_model import HISTORY_S, Picture
-from tui.widgets.cell_widget import Drawn, Piece
+from tui.model.relay_model import HISTORY_S, RelayModel
+from tui.widgets.cell_widget import CellWidget, Piece
 
 #: Importance (0 stays longest) and its pieces.
 Part = tuple[int, list[Piece]]
@@ -29,14 +29,14 @@ def _width(part: Part) -> int:
     return sum(cell_len(text) for text, _ in part[1])
 
 
-class OneLine(Drawn):
+class OneLine(CellWidget):
     """One line of pieces."""
 
     DEFAULT_CSS = """
     OneLine { height: 1; }
     """
 
-    def tell(self, parts: Sequence[Part]) -> None:
+    def set_parts(self, parts: Sequence[Part]) -> None:
         """Show what fits of this."""
         if self.size.width:
             self.draw([self.line_of(fitted(parts, self.size.width))])
@@ -54,19 +54,19 @@ class KeyLine(OneLine):
     """What can be done here; or what was just done."""
 
 
-def status(picture: Picture, now: float) -> list[Part]:
+def status(model: RelayModel, now: float) -> list[Part]:
     """The relay in one line: state, load, speed, errors, and what is wrong."""
-    relay = picture.relay
+    relay = model.relay
     if relay is None:
-        return [_link(picture, now) or (0, [("connecting", "dim")])]
+        return [_link(model, now) or (0, [("connecting", "dim")])]
     row, parts = relay, []
     state = state_glyphs.look("relay", relay.text("state"))
-    lost = _link(picture, now)
+    lost = _link(model, now)
     parts.append(lost or (0, [(state_glyphs.mark("relay", relay.text("state")), state.token)]))
     up_s = relay.aged("uptime_s", now) or 0.0
     # In whole minutes: a clock that ticks would send something each second, for nothing.
     parts.append((6, [("up ", "dim"), (formatting.age(up_s // 60 * 60) if up_s >= 60 else "<1m", "")]))
-    trouble = sum(worker.text("state") in ("stale", "away") for worker in picture.rows("workers"))
+    trouble = sum(worker.text("state") in ("stale", "away") for worker in model.rows("workers"))
     workers: list[Piece] = [("workers ", "dim"), (f"{row.number('workers') or 0:.0f}", "")]
     parts.append((2, [*workers, (f" ({trouble} stale or away)", "bad")] if trouble else workers))
     queued, running = row.number("queued") or 0, row.number("running") or 0
@@ -82,22 +82,22 @@ def status(picture: Picture, now: float) -> list[Part]:
     return parts
 
 
-def _link(picture: Picture, now: float) -> Part | None:
-    link = picture.link
+def _link(model: RelayModel, now: float) -> Part | None:
+    link = model.link
     if link.up:
         return None
     if not link.why:
         return (0, [("connecting", "dim")])
     gone = formatting.age(now - link.since)
     retry = f", next try in {formatting.age(max(0.0, link.retry_at - now) + 0.99)}" if link.retry_at is not None else ""
-    what = f"relay gone for {gone}{retry}" if picture.known else f"no relay for {gone}{retry}"
+    what = f"relay gone for {gone}{retry}" if model.known else f"no relay for {gone}{retry}"
     return (
         0,
         [(f"{state_glyphs.look('relay', 'lost').glyph} {what}", "bad"), (f": {formatting.plain(link.why)}", "dim")],
     )
 
 
-class Spark(Drawn):
+class Spark(CellWidget):
     """Requests and seconds of audio, second by second."""
 
     DEFAULT_CSS = """
@@ -105,14 +105,14 @@ class Spark(Drawn):
     """
     LABEL = 12
 
-    def show(self, picture: Picture, now: float) -> None:
+    def show(self, model: RelayModel, now: float) -> None:
         """Draw the last minute."""
         if not self.size.width:
             return
         width = max(1, min(HISTORY_S, self.size.width - self.LABEL - 12))
         lines = []
         for title, values, unit in zip(
-            ("requests", "audio s"), picture.rates.last_minute(now), ("/min", " s/min"), strict=True
+            ("requests", "audio s"), model.rates.last_minute(now), ("/min", " s/min"), strict=True
         ):
             graph = formatting.spark(values[-width:], width)
             pieces = [(f" {title:<{self.LABEL - 2}} ", "dim"), *((char, "busy") for char in graph)]

@@ -92,7 +92,7 @@ def find_voices(folder: Path, *, need_text: bool = False) -> tuple[dict[str, Voi
             f"the folder of voices {str(folder)!r} cannot be read: {_words(fault)}; "
             "make it, or give another with -o voices=FOLDER"
         ) from None
-    words = _Told()
+    words = _LeftOutLog()
     if len(names) > MAX_ENTRIES:
         words.add(f"{str(folder)!r} has more than {MAX_ENTRIES} files; some were not looked at")
     audio, texts = _sorted_out(sorted(names[:MAX_ENTRIES]), words)
@@ -108,11 +108,11 @@ def find_voices(folder: Path, *, need_text: bool = False) -> tuple[dict[str, Voi
     for name, file in sorted(texts.items()):
         if name not in audio:
             words.add(f"{file!r}: there is no {name}.wav (or {' '.join(AUDIO_SUFFIXES[1:])}) beside it")
-    return voices, words.told()
+    return voices, words.summary()
 
 
 @attrs.define
-class _Told:
+class _LeftOutLog:
     words: list[str] = attrs.field(factory=list)
     more: int = 0
 
@@ -122,11 +122,11 @@ class _Told:
         else:
             self.more += 1
 
-    def told(self) -> list[str]:
+    def summary(self) -> list[str]:
         return [*self.words, f"left out: {self.more} more"] if self.more else self.words
 
 
-def _sorted_out(files: list[str], words: _Told) -> tuple[dict[str, str], dict[str, str]]:
+def _sorted_out(files: list[str], words: _LeftOutLog) -> tuple[dict[str, str], dict[str, str]]:
     """Name -> audio file, name -> transcript."""
     audio: dict[str, str] = {}
     texts: dict[str, str] = {}

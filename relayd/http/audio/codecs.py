@@ -98,7 +98,7 @@ class _Sink:
         self._pieces.append(bytes(data))
         return len(data)
 
-    def take(self) -> bytes:
+    def pop(self) -> bytes:
         data = b"".join(self._pieces)
         self._pieces.clear()
         return data
@@ -138,10 +138,10 @@ class Codec:
             frame = samples_frame(data, self._takes, self._fed)
             self._fed += frame.samples
             self._container.mux(self._stream.encode(frame))
-        return self._sink.take()
+        return self._sink.pop()
 
     def finish(self) -> bytes:
         """The last frames and the stream's end."""
         self._container.mux(self._stream.encode(None))
         self._container.close()
-        return self._sink.take()
+        return self._sink.pop()

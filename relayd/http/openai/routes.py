@@ -23,10 +23,10 @@ from relayd.auth.tokens import Principal
 from relayd.core.space import Space
 from relayd.http.audio.encoder import PCM, AudioExtraMissing, with_sizes
 from relayd.http.audio.threaded_encoder import Transcoder, check_coding, open_transcoder
-from relayd.http.audio_stream import Listening, listen
+from relayd.http.audio_stream import AudioStream, open_audio
 from relayd.http.authentication import principal_of
-from relayd.http.context import Site, site_of
-from relayd.http.errors import Refusal
+from relayd.http.context import HttpContext, context_of
+from relayd.http.errors import HttpError
 from relayd.http.openai.speech_request import (
     DEFAULT_VOICE,
     MAX_BODY_BYTES,
@@ -37,8 +37,8 @@ from relayd.http.openai.speech_request import (
     usage_of,
     voices_of,
 )
-from relayd.http.request_stream import Held, open_request
-from relayd.http.streaming_response import Reply, Streamed
+from relayd.http.request_stream import RequestStream, open_submission
+from relayd.http.streaming_response import ResponseWriter, StreamingRoute
 from relayd.scheduling.scheduler import no_such_space
 
 log = structlog.get_logger("relayd.http")
@@ -48,7 +48,7 @@ PATHS = ("/v1/audio", "/v1/models")
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-def error_body(refusal: Refusal) -> dict[str, Value]:
+def error_body(refusal: HttpError) -> dict[str, Value]:
     """An error as OpenAI's API tells it; `param` is the first field of the body that is wrong."""
     kind = "invalid_request_error" if refusal.status < 500 else "server_error"
     field = next(iter(refusal.details), None) if refusal.status == 422 else None
@@ -61,7 +61,7 @@ def error_body(refusal: Refusal) -> dict[str, Value]:
 def routes() -> list[BaseRoute]:
     """What it serves."""
     return [
-        Route("/v1/audio/speech", Streamed(speak), methods=["POST"]),
+        Route("/v1/audio/speech", StreamingRoute(speak), methods=["POST"]),
         Route("/v1/audio/models", list_audio_models),
         Route("/v1/audio/voices", list_voices),
         Route("/v1/models", list_models),
@@ -72,11 +72,11 @@ def routes() -> list[BaseRoute]:
 # -- speech -------------------------------------------------------------------------------------------------------
 
 
-async def speak(request: Request, reply: Reply) -> None:
+async def speak(request: Request, reply: ResponseWriter) -> None:
     """Speak a text: `input` with a `voice` of a `model`, which is a space."""
-    site, principal = site_of(request), principal_of(request)
+    context, principal = context_of(request), principal_of(request)
     speech = parse_speech(await _body(request))
-    space = _space(site, principal, speech.space)
+    space = _space(context, principal, speech.space)
     params = params_of(speech, space)
     try:
         await check_coding(speech.coding.name, speech.speed, space.format or PCM)
@@ -84,13 +84,13 @@ async def speak(request: Request, reply: Reply) -> None:
             request_id=secrets.token_hex(16),
             space=space.name,
             params=params,
-            queue_timeout_s=max(0.001, min(space.config.queue_timeout_s, site.relay.config.http.max_wait_s)),
+            queue_timeout_s=max(0.001, min(space.config.queue_timeout_s, context.relay.config.http.max_wait_s)),
         )
-        async with open_request(request, submit) as held:
-            _refuse_to_wait(held, site.relay.config.http.max_wait_s)
-            await _send(speech, await listen(held), reply)
+        async with open_submission(request, submit) as held:
+            _refuse_to_wait(held, context.relay.config.http.max_wait_s)
+            await _send(speech, await open_audio(held), reply)
     except AudioExtraMissing as fault:
-        raise Refusal("format_unavailable", str(fault), status=422, details={"response_format": str(fault)}) from None
+        raise HttpError("format_unavailable", str(fault), status=422, details={"response_format": str(fault)}) from None
 
 
 async def _body(request: Request) -> bytes:
@@ -99,30 +99,30 @@ async def _body(request: Request) -> bytes:
         async for piece in pieces:
             body += piece
             if len(body) > MAX_BODY_BYTES:
-                raise Refusal(ErrorCode.INPUT_TOO_LARGE, f"the body has more than {MAX_BODY_BYTES} bytes")
+                raise HttpError(ErrorCode.INPUT_TOO_LARGE, f"the body has more than {MAX_BODY_BYTES} bytes")
     return bytes(body)
 
 
-def _space(site: Site, principal: Principal, name: str) -> Space:
+def _space(context: HttpContext, principal: Principal, name: str) -> Space:
     """The space of that name.
 
     Raises:
         Refusal: 404 or 403.
     """
-    space = site.relay.spaces.get(name)
+    space = context.relay.spaces.get(name)
     if space is None:
-        raise Refusal.of(no_such_space(name[:64], ""))
+        raise HttpError.of(no_such_space(name[:64], ""))
     if not principal.may_use(name):
         message = f"principal {principal.name!r} may not use space {name!r}; ask for a token that may"
-        raise Refusal(ErrorCode.FORBIDDEN, message)
+        raise HttpError(ErrorCode.FORBIDDEN, message)
     return space
 
 
-def _refuse_to_wait(held: Held, max_wait_s: float) -> None:
+def _refuse_to_wait(held: RequestStream, max_wait_s: float) -> None:
     """An HTTP client waits without a word of where it stands, and many give up after a minute: better told at once.
 
     Raises:
-        Refusal: 429; its start is further away than `http.max_wait_s`.
+        HttpError: 429; its start is further away than `http.max_wait_s`.
     """
     place = held.place()
     if place is not None and place.eta_s is not None and place.eta_s > max_wait_s:
@@ -130,10 +130,10 @@ def _refuse_to_wait(held: Held, max_wait_s: float) -> None:
             f"{place.of} requests are queued; this one would start in about {place.eta_s:.0f} s, and the relay lets "
             f"HTTP clients wait {max_wait_s:g} s (http.max_wait_s)"
         )
-        raise Refusal(ErrorCode.QUEUE_FULL, message, retry_after_s=math.ceil(place.eta_s - max_wait_s))
+        raise HttpError(ErrorCode.QUEUE_FULL, message, retry_after_s=math.ceil(place.eta_s - max_wait_s))
 
 
-async def _send(speech: Speech, audio: Listening, reply: Reply) -> None:
+async def _send(speech: Speech, audio: AudioStream, reply: ResponseWriter) -> None:
     """Encode what is spoken, and send it as the client asked.
 
     Raises:
@@ -156,7 +156,7 @@ async def _send(speech: Speech, audio: Listening, reply: Reply) -> None:
             transcoder = await open_transcoder(speech.coding.name, audio.format, speech.speed)
         await send.audio(await transcoder.finish())
         await send.end(transcoder)
-    except Refusal as refusal:
+    except HttpError as refusal:
         if reply.started:
             await send.failed(refusal)
         raise
@@ -165,7 +165,7 @@ async def _send(speech: Speech, audio: Listening, reply: Reply) -> None:
 class _Bytes:
     """The audio itself, as it comes."""
 
-    def __init__(self, speech: Speech, reply: Reply) -> None:
+    def __init__(self, speech: Speech, reply: ResponseWriter) -> None:
         self.speech = speech
         self.reply = reply
         self.headers: dict[str, str] = {}
@@ -184,7 +184,7 @@ class _Bytes:
         """All was sent."""
         await self._begun()
 
-    async def failed(self, refusal: Refusal) -> None:
+    async def failed(self, refusal: HttpError) -> None:
         """The rest will not come; the connection is about to be cut."""
 
     async def _begun(self) -> None:
@@ -211,7 +211,7 @@ class _Events(_Bytes):
         usage = usage_of(self.speech, transcoder.encoder.fed_s)
         await self._event({"type": "speech.audio.done", "usage": usage})
 
-    async def failed(self, refusal: Refusal) -> None:
+    async def failed(self, refusal: HttpError) -> None:
         """Say why: OpenAI's clients raise it."""
         await self._event({"type": "error", **error_body(refusal)})
 
@@ -223,7 +223,7 @@ class _Events(_Bytes):
 class _Whole(_Bytes):
     """The audio in one piece, with its length in the head."""
 
-    def __init__(self, speech: Speech, reply: Reply, max_bytes: int) -> None:
+    def __init__(self, speech: Speech, reply: ResponseWriter, max_bytes: int) -> None:
         super().__init__(speech, reply)
         self._body = bytearray()
         self._max_bytes = max_bytes
@@ -235,7 +235,7 @@ class _Whole(_Bytes):
             message = (
                 f"the audio has more than {self._max_bytes} bytes (limits.max_result_bytes); leave out stream: false"
             )
-            raise Refusal(ErrorCode.RESULT_TOO_LARGE, message)
+            raise HttpError(ErrorCode.RESULT_TOO_LARGE, message)
 
     async def end(self, transcoder: Transcoder) -> None:
         """Send all of it."""
@@ -253,7 +253,7 @@ async def list_models(request: Request) -> Response:
 
 async def show_model(request: Request) -> Response:
     """One of them."""
-    space = _space(site_of(request), principal_of(request), request.path_params["model"])
+    space = _space(context_of(request), principal_of(request), request.path_params["model"])
     return JSONResponse(_model(space))
 
 
@@ -266,7 +266,7 @@ async def list_audio_models(request: Request) -> Response:
 async def list_voices(request: Request) -> Response:
     """The voices of the space in `?model=`, or of all of them."""
     name = request.query_params.get("model")
-    spaces = [_space(site_of(request), principal_of(request), name)] if name else _speaking(request)
+    spaces = [_space(context_of(request), principal_of(request), name)] if name else _speaking(request)
     having: dict[str, list[str]] = {}
     for space in spaces:
         for voice in dict.fromkeys((DEFAULT_VOICE, *(voices_of(space) or ()))):
@@ -279,7 +279,7 @@ async def list_voices(request: Request) -> Response:
 def _speaking(request: Request) -> list[Space]:
     """The spaces that the principal may use and that make audio, by name."""
     principal = principal_of(request)
-    spaces = sorted(site_of(request).relay.spaces.values(), key=lambda space: space.name)
+    spaces = sorted(context_of(request).relay.spaces.values(), key=lambda space: space.name)
     return [space for space in spaces if principal.may_use(space.name) and speaks(space)]
 
 

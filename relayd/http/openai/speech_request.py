@@ -13,10 +13,10 @@ import attrs
 
 from protocol.wire.errors import ErrorCode
 from protocol.wire.structs import AudioFormat
-from protocol.wire.validators import Rule, Value, boolean, kind_of, number, one_of, text
+from protocol.wire.validators import Rule, Value, boolean, choice, kind_of, number, text
 from relayd.core.space import Space
 from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED, Coding
-from relayd.http.errors import Refusal
+from relayd.http.errors import HttpError
 
 #: Of a body. What it asks for must fit a message of 64 KiB, in JSON each character may be written with six.
 MAX_BODY_BYTES = 400_000
@@ -47,9 +47,9 @@ _FIELDS: dict[str, tuple[Rule, Any]] = {
     "input": (text(MAX_INPUT_CHARS), _REQUIRED),
     "voice": (_voice, DEFAULT_VOICE),
     "instructions": (text(MAX_INPUT_CHARS), ""),
-    "response_format": (one_of(*CODINGS), next(iter(CODINGS))),
+    "response_format": (choice(*CODINGS), next(iter(CODINGS))),
     "speed": (number(MIN_SPEED, MAX_SPEED), 1.0),
-    "stream_format": (one_of("audio", "sse"), "audio"),
+    "stream_format": (choice("audio", "sse"), "audio"),
     "stream": (boolean, True),
 }
 
@@ -85,9 +85,9 @@ def parse_speech(body: bytes) -> Speech:
         told = json.loads(body)
     except (ValueError, RecursionError) as fault:
         why = str(fault) if isinstance(fault, json.JSONDecodeError) else "it is not UTF-8, or nested too deep"
-        raise Refusal("invalid_json", f"the body must be JSON: {why}", status=400) from None
+        raise HttpError("invalid_json", f"the body must be JSON: {why}", status=400) from None
     if not isinstance(told, dict):
-        raise Refusal("invalid_json", f"the body must be a JSON object, not {kind_of(told)}", status=400)
+        raise HttpError("invalid_json", f"the body must be a JSON object, not {kind_of(told)}", status=400)
     values, faults = {}, {}
     for name, (rule, default) in _FIELDS.items():
         value = told.get(name)
@@ -187,9 +187,9 @@ def _no_such_voice(voice: str, space: Space, voices: Iterable[str]) -> str:
     return f"space {space.name!r} has no voice {voice[:64]!r}; there are {told}"
 
 
-def _invalid(faults: dict[str, str]) -> Refusal:
+def _invalid(faults: dict[str, str]) -> HttpError:
     told = "; ".join(f"{field}: {what}" for field, what in faults.items())
-    return Refusal(ErrorCode.INVALID_PARAMS, told, details=faults)
+    return HttpError(ErrorCode.INVALID_PARAMS, told, details=faults)
 
 
 def usage_of(speech: Speech, audio_s: float) -> dict[str, Value]:

@@ -11,30 +11,30 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from relayd.http.audio.threaded_encoder import check_coding, open_transcoder
-from relayd.http.audio_stream import Listening, listen
-from relayd.http.errors import CANCELLED, Refusal
-from relayd.http.request_stream import open_reading, request_of
-from relayd.http.streaming_response import Reply
+from relayd.http.audio_stream import AudioStream, open_audio
+from relayd.http.errors import CANCELLED, HttpError
+from relayd.http.request_stream import find_request, open_reader
+from relayd.http.streaming_response import ResponseWriter
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
 
 _RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 
 
-async def send_audio(http: HttpRequest, reply: Reply) -> None:
+async def send_audio(http: HttpRequest, reply: ResponseWriter) -> None:
     """The audio, as `format` says: `wav` (of itself), `pcm` as the worker made it, or a coding of `encoding`."""
-    request = request_of(http, http.path_params["request_id"])
+    request = find_request(http, http.path_params["request_id"])
     name = http.query_params.get("format", "wav")
     if name not in CODINGS:
-        raise Refusal(ErrorCode.INVALID_PARAMS, f"format is one of {', '.join(CODINGS)}, not {name[:32]!r}")
+        raise HttpError(ErrorCode.INVALID_PARAMS, f"format is one of {', '.join(CODINGS)}, not {name[:32]!r}")
     match request.entry.state:
         case State.FAILED:
-            raise Refusal(request.code or ErrorCode.INTERNAL, request.message or "the request failed")
+            raise HttpError(request.code or ErrorCode.INTERNAL, request.message or "the request failed")
         case State.CANCELLED:
-            raise Refusal(CANCELLED, request.message or "the request was cancelled")
+            raise HttpError(CANCELLED, request.message or "the request was cancelled")
     if name not in ("wav", "pcm"):
         await _send_encoded(http, reply, request, name)
-    elif request.log.whole:
+    elif request.log.is_complete:
         await _send_whole(http, reply, request, name)
     else:
         await _send_live(http, reply, request, name)
@@ -43,9 +43,9 @@ async def send_audio(http: HttpRequest, reply: Reply) -> None:
 # -- while it speaks ----------------------------------------------------------------------------------------------
 
 
-async def _send_live(http: HttpRequest, reply: Reply, request: Request, name: str) -> None:
-    async with open_reading(http, request) as held:
-        audio = await listen(held)
+async def _send_live(http: HttpRequest, reply: ResponseWriter, request: Request, name: str) -> None:
+    async with open_reader(http, request) as held:
+        audio = await open_audio(held)
         pcm = await audio.next()  # until there is some, another attempt may begin in another format
         await reply.start(_content_type(name, audio.format), headers={"accept-ranges": "none"})
         if http.method == "HEAD":
@@ -58,13 +58,13 @@ async def _send_live(http: HttpRequest, reply: Reply, request: Request, name: st
             pcm = await audio.next()
 
 
-async def _send_encoded(http: HttpRequest, reply: Reply, request: Request, name: str) -> None:
+async def _send_encoded(http: HttpRequest, reply: ResponseWriter, request: Request, name: str) -> None:
     try:
         await check_coding(name)
     except AudioExtraMissing as fault:
-        raise Refusal("not_implemented", str(fault), status=501) from None
-    async with open_reading(http, request) as held:
-        audio = await listen(held)
+        raise HttpError("not_implemented", str(fault), status=501) from None
+    async with open_reader(http, request) as held:
+        audio = await open_audio(held)
         pcm = await audio.next()
         transcoder = await open_transcoder(name, audio.format)
         await reply.start(CODINGS[name].content_type, headers={"accept-ranges": "none"})
@@ -86,7 +86,7 @@ def _content_type(name: str, audio_format: AudioFormat) -> str:
 
 
 @attrs.frozen
-class Span:
+class ByteRange:
     """Bytes of a body, from `first` up to but not with `end`; `part` where a client asked for them."""
 
     first: int
@@ -98,15 +98,15 @@ class Span:
         return data[max(0, self.first - at) : max(0, self.end - at)]
 
 
-async def _send_whole(http: HttpRequest, reply: Reply, request: Request, name: str) -> None:
-    async with open_reading(http, request) as held:
-        audio = await listen(held)
+async def _send_whole(http: HttpRequest, reply: ResponseWriter, request: Request, name: str) -> None:
+    async with open_reader(http, request) as held:
+        audio = await open_audio(held)
         data_bytes = await _size_of(audio)
     head = wav_header(audio.format, data_bytes) if name == "wav" else b""
     total = len(head) + data_bytes
     etag = f'"{request.request_id}.{name}"'
     headers = {"accept-ranges": "bytes", "etag": etag}
-    whole = Span(0, total)
+    whole = ByteRange(0, total)
     span = whole if http.headers.get("if-range", etag) != etag else span_of(http.headers.get("range", ""), total)
     if span is None:
         await reply.answer(Response(status_code=416, headers=headers | {"content-range": f"bytes */{total}"}))
@@ -119,14 +119,14 @@ async def _send_whole(http: HttpRequest, reply: Reply, request: Request, name: s
         return
     at = len(head)
     await reply.write(span.cut(head, 0))
-    async with open_reading(http, request) as held:
-        audio = await listen(held)
+    async with open_reader(http, request) as held:
+        audio = await open_audio(held)
         while at < span.end and (pcm := await audio.next()) is not None:
             await reply.write(span.cut(pcm, at))
             at += len(pcm)
 
 
-async def _size_of(audio: Listening) -> int:
+async def _size_of(audio: AudioStream) -> int:
     """Bytes of all samples: what a request knows of itself may be less after a restart."""
     size = 0
     while (pcm := await audio.next()) is not None:
@@ -134,14 +134,14 @@ async def _size_of(audio: Listening) -> int:
     return min(size, MAX_DATA_BYTES - HEADER_BYTES)
 
 
-def span_of(header: str, total: int) -> Span | None:
+def span_of(header: str, total: int) -> ByteRange | None:
     """What `Range` asks for (RFC 9110 section 14.2); None where it cannot be satisfied.
 
     A range of another unit, several of them at once, or one that is none at all asks for everything.
     """
     match = _RANGE.fullmatch(header.replace(" ", ""))
     if match is None or match[0] == "bytes=-":
-        return Span(0, total)
+        return ByteRange(0, total)
     first, last = match.groups()
     if not first:
         begin, end = max(0, total - int(last)), total
@@ -149,5 +149,5 @@ def span_of(header: str, total: int) -> Span | None:
         begin = int(first)
         end = min(total, int(last) + 1) if last else total
         if last and int(last) < begin:
-            return Span(0, total)
-    return Span(begin, end, part=True) if begin < end else None
+            return ByteRange(0, total)
+    return ByteRange(begin, end, part=True) if begin < end else None

@@ -8,10 +8,10 @@ from starlette.responses import Response
 
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Frame
-from relayd.http.errors import Refusal
-from relayd.http.json_encoding import event, frame_of
-from relayd.http.request_stream import Held, open_reading, request_of
-from relayd.http.streaming_response import Reply
+from relayd.http.errors import HttpError
+from relayd.http.json_encoding import format_sse, frame_json
+from relayd.http.request_stream import RequestStream, find_request, open_reader
+from relayd.http.streaming_response import ResponseWriter
 from relayd.requests.request import Request
 
 #: Something has to come now and then: proxies cut what is silent for a minute.
@@ -22,43 +22,43 @@ MAX_ATTEMPT, MAX_SEQ = 1_000_000, 2**31
 HEADERS = {"x-accel-buffering": "no"}
 
 
-async def send_events(http: HttpRequest, reply: Reply) -> None:
+async def send_events(http: HttpRequest, reply: ResponseWriter) -> None:
     """Tell a request's places and frames until its end; with `Last-Event-ID`, from behind that frame on."""
-    request = request_of(http, http.path_params["request_id"])
+    request = find_request(http, http.path_params["request_id"])
     attempt, seq = _last_event(http)
     if _has_all(request, attempt, seq):
         # Told with an empty stream, a browser's EventSource would ask again for ever.
         await reply.answer(Response(status_code=204))
         return
-    async with open_reading(http, request, attempt, seq) as held:
+    async with open_reader(http, request, attempt, seq) as held:
         await reply.start("text/event-stream; charset=utf-8", headers=HEADERS)
         if http.method == "HEAD":
             return
         try:
             while (told := await _next(held, attempt, seq)) is not None:
                 await reply.write(told)
-        except Refusal as refusal:
+        except HttpError as refusal:
             error = {"code": refusal.code, "message": refusal.message, "retryable": refusal.retryable}
-            await reply.write(event("error", error))
+            await reply.write(format_sse("error", error))
 
 
-async def _next(held: Held, attempt: int, seq: int) -> bytes | None:
+async def _next(held: RequestStream, attempt: int, seq: int) -> bytes | None:
     """The next event or comment, of what the client does not have; empty where it has that, None at the end.
 
     A relay that was started again reads a request's frames from its worker, from the first on.
     """
     message = None
     with trio.move_on_after(COMMENT_S) as silence:
-        message = await held.next()
+        message = await held.next_event()
     if silence.cancelled_caught:
         return b":\n\n"
     if message is None:
         return None
     if not isinstance(message, Frame):
-        return event(message.TYPE, frame_of(message))
+        return format_sse(message.TYPE, frame_json(message))
     if message.attempt <= attempt and message.seq <= seq and not message.ENDS:
         return b""
-    return event(message.TYPE, frame_of(message), f"{message.attempt}.{message.seq}")
+    return format_sse(message.TYPE, frame_json(message), f"{message.attempt}.{message.seq}")
 
 
 def _has_all(request: Request, attempt: int, seq: int) -> bool:
@@ -74,5 +74,5 @@ def _last_event(http: HttpRequest) -> tuple[int, int]:
     match = _EVENT_ID.fullmatch(text)
     if match is None or int(match[1]) > MAX_ATTEMPT or int(match[2]) > MAX_SEQ:
         message = "Last-Event-ID is none of the ids that this stream gives (attempt.seq); leave it out to begin anew"
-        raise Refusal(ErrorCode.INVALID_PARAMS, message)
+        raise HttpError(ErrorCode.INVALID_PARAMS, message)
     return int(match[1]), int(match[2])

@@ -14,20 +14,20 @@ from protocol.wire.structs import ID_PATTERN
 from protocol.wire.validators import Value
 from relayd.http.authentication import principal_of
 from relayd.http.body_parser import open_uploads
-from relayd.http.context import site_of
-from relayd.http.errors import Refusal
-from relayd.http.json_encoding import jsonable, status_of
-from relayd.http.request_stream import open_request, request_of
+from relayd.http.context import context_of
+from relayd.http.errors import HttpError
+from relayd.http.json_encoding import jsonable, status_json
+from relayd.http.request_stream import find_request, open_submission
 from relayd.http.requests_api.audio_download import send_audio
 from relayd.http.requests_api.event_stream import send_events
 from relayd.http.requests_api.openapi import DOCUMENT
-from relayd.http.requests_api.submission import cap_of, space_of, submit_of
-from relayd.http.streaming_response import Streamed
+from relayd.http.requests_api.submission import build_submit, find_space, input_limits
+from relayd.http.streaming_response import StreamingRoute
 from relayd.requests.request import Request
 from relayd.views.rows import space_row
 
 
-def error_body(refusal: Refusal) -> dict[str, Value]:
+def error_body(refusal: HttpError) -> dict[str, Value]:
     """An error as this API tells it."""
     told: dict[str, Value] = {
         "code": refusal.code,
@@ -46,8 +46,8 @@ def routes() -> list[BaseRoute]:
         Route("/v1/spaces", spaces),
         Route("/v1/spaces/{space}/requests", post, methods=["POST"]),
         Route(one, OneRequest),
-        Route(f"{one}/events", Streamed(send_events), methods=["GET"]),
-        Route(f"{one}/audio", Streamed(send_audio), methods=["GET"]),
+        Route(f"{one}/events", StreamingRoute(send_events), methods=["GET"]),
+        Route(f"{one}/audio", StreamingRoute(send_audio), methods=["GET"]),
         Route("/openapi.json", openapi),
         Route(PATH, upgrade_required),
     ]
@@ -55,7 +55,7 @@ def routes() -> list[BaseRoute]:
 
 async def spaces(http: HttpRequest) -> Response:
     """The spaces that the principal may use, with what they take."""
-    relay, principal = site_of(http).relay, principal_of(http)
+    relay, principal = context_of(http).relay, principal_of(http)
     names = sorted(name for name in relay.spaces if principal.may_use(name))
     return JSONResponse({"spaces": [jsonable(space_row(relay, name, with_params=True) or {}) for name in names]})
 
@@ -70,9 +70,9 @@ class OneRequest(HTTPEndpoint):
 
     async def get(self, http: HttpRequest) -> Response:
         """How it stands. Whoever asks wants it: its resume window begins anew."""
-        request = request_of(http, http.path_params["request_id"])
+        request = find_request(http, http.path_params["request_id"])
         _renew(request)
-        return JSONResponse(status_of(site_of(http).relay, request))
+        return JSONResponse(status_json(context_of(http).relay, request))
 
     async def put(self, http: HttpRequest) -> Response:
         """Submit it under an id of the client's own; sent again with the same content it changes nothing."""
@@ -80,38 +80,38 @@ class OneRequest(HTTPEndpoint):
         principal_of(http)
         if not ID_PATTERN.fullmatch(request_id):
             message = "a request id is 32 lower-case hex digits: 128 random bits, the same again for the same request"
-            raise Refusal(ErrorCode.INVALID_PARAMS, message)
+            raise HttpError(ErrorCode.INVALID_PARAMS, message)
         space = http.query_params.get("space")
         if not space:
-            raise Refusal(ErrorCode.INVALID_PARAMS, f"say for which space: PUT /v1/requests/{request_id}?space=NAME")
+            raise HttpError(ErrorCode.INVALID_PARAMS, f"say for which space: PUT /v1/requests/{request_id}?space=NAME")
         return await _submit(http, request_id, space)
 
     async def delete(self, http: HttpRequest) -> Response:
         """Cancel it; a running one ends as soon as its engine has stopped."""
-        request = request_of(http, http.path_params["request_id"])
-        relay = site_of(http).relay
+        request = find_request(http, http.path_params["request_id"])
+        relay = context_of(http).relay
         if request.live:
             relay.cancel(request, f"cancelled by {principal_of(http).name}")
-        return JSONResponse(status_of(relay, request), 202 if request.live else 200)
+        return JSONResponse(status_json(relay, request), 202 if request.live else 200)
 
 
 async def _submit(http: HttpRequest, request_id: str, space_name: str) -> Response:
-    space = space_of(http, space_name)
+    space = find_space(http, space_name)
     with open_uploads(http) as uploads:
-        body = await uploads.read(cap_of(http, space))
-        submit = submit_of(request_id, space, body)
+        body = await uploads.read(input_limits(http, space))
+        submit = build_submit(request_id, space, body)
         inputs = {name: upload.data for name, upload in body.uploads.items()}
-        async with open_request(http, submit, inputs, keep=True) as held:
+        async with open_submission(http, submit, inputs, keep=True) as held:
             request = held.request
             status = 202 if request.live else 200
-            told = status_of(site_of(http).relay, request)
+            told = status_json(context_of(http).relay, request)
             return JSONResponse(told, status, headers={"Location": f"/v1/requests/{request_id}"})
 
 
 def _renew(request: Request) -> None:
-    if request.unheld_at is not None:
-        request.unheld_at = trio.current_time()
-        request.notify()
+    if request.abandoned_at is not None:
+        request.abandoned_at = trio.current_time()
+        request.wake()
 
 
 async def openapi(http: HttpRequest) -> Response:
@@ -121,7 +121,7 @@ async def openapi(http: HttpRequest) -> Response:
 
 async def upgrade_required(http: HttpRequest) -> Response:
     """The WebSocket's path, without asking for one."""
-    raise Refusal(
+    raise HttpError(
         "upgrade_required",
         f"{PATH} speaks WebSocket",
         status=426,

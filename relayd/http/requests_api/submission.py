@@ -10,37 +10,37 @@ from protocol.wire.messages import FROM_CLIENT, Submit
 from protocol.wire.validators import Value
 from relayd.core.space import Space
 from relayd.http.authentication import principal_of
-from relayd.http.body_parser import Body, Cap
-from relayd.http.context import site_of
-from relayd.http.errors import Refusal
+from relayd.http.body_parser import Body, InputLimit
+from relayd.http.context import context_of
+from relayd.http.errors import HttpError
 from relayd.scheduling.scheduler import no_such_space
 
 #: What a body may say beside `params`; in a form every other field is a param.
 OPTIONS = ("priority", "queue_timeout_s", "run_timeout_s", "detach", "retry")
 
 
-def space_of(http: Request, name: str) -> Space:
+def find_space(http: Request, name: str) -> Space:
     """The space a request is for, before anything of its body is read.
 
     Raises:
         Refusal: there is none, it is not this principal's to use, or nothing new is taken.
     """
-    site, principal = site_of(http), principal_of(http)
-    if site.relay.draining.is_set():
+    context, principal = context_of(http), principal_of(http)
+    if context.relay.draining.is_set():
         message = "the relay is shutting down; send the request again when it is back"
-        raise Refusal(ErrorCode.SHUTTING_DOWN, message, retry_after_s=5.0)
+        raise HttpError(ErrorCode.SHUTTING_DOWN, message, retry_after_s=5.0)
     if not principal.may_use(name):
         message = f"principal {principal.name!r} may not use space {name[:64]!r}; ask for a token that may"
-        raise Refusal(ErrorCode.FORBIDDEN, message)
-    space = site.relay.spaces.get(name)
+        raise HttpError(ErrorCode.FORBIDDEN, message)
+    space = context.relay.spaces.get(name)
     if space is None:
-        raise Refusal.of(no_such_space(name[:64]))
+        raise HttpError.of(no_such_space(name[:64]))
     return space
 
 
-def cap_of(http: Request, space: Space) -> Cap:
+def input_limits(http: Request, space: Space) -> InputLimit:
     """How large the inputs of a space may be; the relay's own checks follow when all of them are there."""
-    most = site_of(http).relay.config.limits.max_input_bytes
+    most = context_of(http).relay.config.limits.max_input_bytes
 
     def cap(name: str, media_type: str) -> int:
         if not space.engine:
@@ -49,21 +49,21 @@ def cap_of(http: Request, space: Space) -> Cap:
         if taken is None:
             takes = ", ".join(sorted(space.inputs)) or "none"
             message = f"space {space.name!r} does not take input {name!r}; it takes {takes}"
-            raise Refusal(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name}": "is not taken"})
+            raise HttpError(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name}": "is not taken"})
         if taken.media_types and media_type not in taken.media_types:
             what = f"is {media_type!r}; it takes {', '.join(taken.media_types)}"
             message = f"space {space.name!r}: input {name!r} {what}"
-            raise Refusal(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name}": what})
+            raise HttpError(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name}": what})
         return min(most, taken.max_bytes)
 
     return cap
 
 
-def submit_of(request_id: str, space: Space, body: Body) -> Submit:
+def build_submit(request_id: str, space: Space, body: Body) -> Submit:
     """The `submit` that `body` stands for, held to the rules of the wire.
 
     Raises:
-        Refusal: `invalid_params`, with what is wrong.
+        HttpError: `invalid_params`, with what is wrong.
     """
     fields = dict(body.fields)
     options = {name: fields.pop(name) for name in OPTIONS if name in fields}
@@ -74,7 +74,7 @@ def submit_of(request_id: str, space: Space, body: Body) -> Submit:
     elif fields:
         unknown = ", ".join(map(repr, sorted(fields)))[:200]
         takes = ", ".join(("params", *OPTIONS))
-        raise Refusal(ErrorCode.INVALID_PARAMS, f"the body has {unknown}; it takes {takes}")
+        raise HttpError(ErrorCode.INVALID_PARAMS, f"the body has {unknown}; it takes {takes}")
     wire: dict[str, Value] = {
         "type": Submit.TYPE,
         "request_id": request_id,
@@ -89,9 +89,9 @@ def submit_of(request_id: str, space: Space, body: Body) -> Submit:
         submit = decode(pack(wire | options), FROM_CLIENT)
     except EncodeError as fault:
         words = str(fault).removeprefix(f"{Submit.TYPE}: ")
-        raise Refusal(ErrorCode.INVALID_PARAMS, f"{words}; send large values as files") from None
+        raise HttpError(ErrorCode.INVALID_PARAMS, f"{words}; send large values as files") from None
     except ProtocolError as fault:
-        raise Refusal(ErrorCode.INVALID_PARAMS, str(fault)) from None
+        raise HttpError(ErrorCode.INVALID_PARAMS, str(fault)) from None
     assert isinstance(submit, Submit)
     return submit
 
@@ -100,13 +100,13 @@ def _params_of_form(space: Space, params: Value, fields: dict[str, Value]) -> Va
     """Params of a form: the JSON in its field `params`, and over it each other field."""
     told = _parsed(params) if isinstance(params, str) else params
     if not isinstance(told, dict):
-        raise Refusal(ErrorCode.INVALID_PARAMS, "the form's field params must hold a JSON object")
+        raise HttpError(ErrorCode.INVALID_PARAMS, "the form's field params must hold a JSON object")
     known = space.params.get("properties")
     rules = known if isinstance(known, dict) else {}
-    return told | {name: _as_taken(rules.get(name), value) for name, value in fields.items()}
+    return told | {name: _coerce_field(rules.get(name), value) for name, value in fields.items()}
 
 
-def _as_taken(rule: Value, value: Value) -> Value:
+def _coerce_field(rule: Value, value: Value) -> Value:
     """A field's text as it is where the space wants a string; else as the JSON it is, if it is any."""
     kind = rule.get("type") if isinstance(rule, dict) else None
     wants_text = kind == "string" or (isinstance(kind, list) and "string" in kind)

@@ -29,7 +29,7 @@ from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine,
 from gpuworker.engines.espeak.engine import EspeakEngine, script_runs
 from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, default_duration_s
-from gpuworker.slots.run_engine import End, drive
+from gpuworker.slots.run_engine import RunResult, run_engine
 from protocol.wire.params_schema import check_params, check_schema
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
@@ -39,11 +39,13 @@ def never() -> bool:
     return False
 
 
-def run(engine: Engine, params: dict[str, Value], cancelled: Any = never, **inputs: bytes) -> tuple[End, list[Chunk]]:
+def run(
+    engine: Engine, params: dict[str, Value], cancelled: Any = never, **inputs: bytes
+) -> tuple[RunResult, list[Chunk]]:
     """What a loaded engine makes, through the loop that every slot uses."""
     chunks: list[Chunk] = []
     given = {name: EngineInput(data) for name, data in inputs.items()}
-    return drive(engine, params, given, cancelled, chunks.append), chunks
+    return run_engine(engine, params, given, cancelled, chunks.append), chunks
 
 
 def pcm(chunks: list[Chunk]) -> bytes:
@@ -472,18 +474,18 @@ class Scripted(Engine):
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        (ValueError("bad"), End(outcome="failed", code="engine_failed", message="ValueError: bad")),
+        (ValueError("bad"), RunResult(outcome="failed", code="engine_failed", message="ValueError: bad")),
         (
             InvalidParams({"text": "is rude"}),
-            End(outcome="failed", code="invalid_params", message="text is rude", details={"text": "is rude"}),
+            RunResult(outcome="failed", code="invalid_params", message="text is rude", details={"text": "is rude"}),
         ),
         (
             EngineError("out of memory", retryable=True, restart=True),
-            End(outcome="failed", code="engine_failed", message="out of memory", retryable=True, restart=True),
+            RunResult(outcome="failed", code="engine_failed", message="out of memory", retryable=True, restart=True),
         ),
     ],
 )
-def test_what_an_engine_raises_is_how_its_run_ends(fault: Exception, expected: End) -> None:
+def test_what_an_engine_raises_is_how_its_run_ends(fault: Exception, expected: RunResult) -> None:
     engine = Scripted(AudioChunk(b"\0\0"), fault, format=MONO)
     end, chunks = run(engine, {})
     assert end == expected
@@ -506,7 +508,7 @@ def test_chunks_are_held_to_what_the_wire_takes() -> None:
 def test_nothing_is_made_after_a_cancel_and_the_engine_is_closed_between_two_chunks() -> None:
     made: list[Chunk] = []
     engine = Scripted(*[AudioChunk(b"\0\0")] * 9, format=MONO)
-    end = drive(engine, {}, {}, lambda: len(made) >= 4, made.append)
+    end = run_engine(engine, {}, {}, lambda: len(made) >= 4, made.append)
     assert (end.outcome, len(made), engine.closed) == ("cancelled", 4, 1)
 
 

@@ -27,7 +27,7 @@ from gpuworker.engines.base import AudioChunk, Chunk, EngineError, EngineInput, 
 from gpuworker.engines.indextts2.engine import CHUNK_BYTES, IndexTTS2Engine
 from gpuworker.engines.indextts2.params import EMOTIONS
 from gpuworker.slots.process_slot import Job, ProcessSlot
-from gpuworker.slots.run_engine import End, drive
+from gpuworker.slots.run_engine import RunResult, run_engine
 from protocol.wire.params_schema import check_schema
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
@@ -108,10 +108,10 @@ def run(
     params: dict[str, Value],
     inputs: Mapping[str, EngineInput] | None = None,
     cancelled: Callable[[], bool] = lambda: False,
-) -> tuple[End, list[Chunk]]:
+) -> tuple[RunResult, list[Chunk]]:
     chunks: list[Chunk] = []
     given = {"spk_audio_prompt": said()} if inputs is None else inputs
-    return drive(engine, params, given, cancelled, chunks.append), chunks
+    return run_engine(engine, params, given, cancelled, chunks.append), chunks
 
 
 def pcm(chunks: list[Chunk]) -> bytes:
@@ -129,7 +129,7 @@ def test_streamed_segments_and_silences_are_the_samples_that_upstream_returns_wh
     engine: IndexTTS2Engine, upstream: Upstream
 ) -> None:
     end, chunks = run(engine, {"text": "One two three. Four five. Six.", "interval_silence": 100, "seed": 7})
-    assert end == End(outcome="completed")
+    assert end == RunResult(outcome="completed")
     assert chunks[0] == FormatChunk(AudioFormat(sample_rate=RATE))
     engine._model.cache_spk_audio_prompt = None
     with engine._file("spk_audio_prompt", recording(), RATE) as path:
@@ -317,7 +317,7 @@ async def a_slot(cancel_grace_s: float = 60) -> AsyncIterator[Callable[..., Any]
 
     slot.on_change = note
 
-    async def speak(text: str, stop: Callable[[Chunk], bool] = lambda _: False) -> tuple[End, int, list[Chunk]]:
+    async def speak(text: str, stop: Callable[[Chunk], bool] = lambda _: False) -> tuple[RunResult, int, list[Chunk]]:
         while not slot.free:
             assert not slot.load_fault, slot.load_fault
             await changed.park()
@@ -347,7 +347,7 @@ async def test_a_cancel_stops_it_within_a_segment_and_the_next_request_has_the_r
     caplog.set_level(logging.INFO, "gpuworker.slot")
     async with a_slot() as speak:
         end, pid, first = await speak("One two. Three.")
-        assert end == End(outcome="completed")
+        assert end == RunResult(outcome="completed")
 
         def late(chunk: Chunk) -> bool:  # the first segment is out, the second would never end
             return isinstance(chunk, ProgressChunk) and chunk.message == "speech synthesis 2"

@@ -23,10 +23,10 @@ from gpuworker.engines.base import (
 )
 from gpuworker.engines.catalog import find_engine, parse_options
 from gpuworker.engines.function.engine import FunctionEngine
-from gpuworker.executor import Work
+from gpuworker.executor import Executor
 from gpuworker.log_format import LineFormatter
 from gpuworker.slots.process_slot import Job, ProcessSlot, Slot
-from gpuworker.slots.run_engine import End, drive
+from gpuworker.slots.run_engine import RunResult, run_engine
 from gpuworker.slots.thread_slot import ThreadSlot
 from protocol.wire.codec import MAX_VALUES, decode
 from protocol.wire.errors import EncodeError
@@ -109,7 +109,7 @@ def test_an_engine_learns_that_an_output_is_too_large_whatever_its_envelope(valu
     engine = FunctionEngine({}, lambda: value)
     engine.load()
     chunks: list[Chunk] = []
-    end = drive(engine, {}, {}, lambda: False, chunks.append)
+    end = run_engine(engine, {}, {}, lambda: False, chunks.append)
     assert (end.outcome, end.code) == ("failed", "engine_failed")
     assert end.message.startswith("the wire cannot carry this")
     assert chunks == [FormatChunk(None)]
@@ -125,11 +125,13 @@ async def test_a_chunk_that_no_frame_can_hold_fails_the_attempt_and_stops_its_en
     attempt = Attempt(assign(), reproducible=False)
     stops: list[str] = []
     attempt.stop_engine = lambda: stops.append("stop")
-    attempt.take(FormatChunk(FORMAT))
-    attempt.take(chunk)
-    attempt.take(AudioChunk(b"\0\0"))  # on its way while the engine stops
+    attempt.add_chunk(FormatChunk(FORMAT))
+    attempt.add_chunk(chunk)
+    attempt.add_chunk(AudioChunk(b"\0\0"))  # on its way while the engine stops
     assert stops == ["stop"]
-    assert attempt.finish(End(outcome="cancelled")).code == "engine_failed"  # the slot calls a run it stopped cancelled
+    assert (
+        attempt.finish(RunResult(outcome="cancelled")).code == "engine_failed"
+    )  # the slot calls a run it stopped cancelled
     started, last = frames_of(attempt)
     assert isinstance(started, Started)
     assert isinstance(last, Failed)
@@ -178,7 +180,7 @@ async def test_what_takes_the_chunks_and_breaks_stops_that_run_and_not_the_slot(
 async def test_details_too_large_for_a_message_are_left_out_wherever_the_last_frame_stands(from_seq: int) -> None:
     attempt = Attempt(assign(attempt=2, from_seq=from_seq), reproducible=True)
     details = {"trace": "x" * (96 * KIB)}
-    attempt.finish(End(outcome="failed", code="model_not_loaded", message="no", details=details, retryable=True))
+    attempt.finish(RunResult(outcome="failed", code="model_not_loaded", message="no", details=details, retryable=True))
     (last,) = frames_of(attempt)
     assert isinstance(last, Failed)
     assert (last.seq, last.code, last.retryable, last.details) == (from_seq, "model_not_loaded", True, {})
@@ -188,10 +190,10 @@ async def test_details_too_large_for_a_message_are_left_out_wherever_the_last_fr
 @pytest.mark.trio
 async def test_the_last_frame_alone_weighs_what_it_weighs() -> None:
     attempt = Attempt(assign(attempt=2, from_seq=9), reproducible=True)
-    attempt.take(FormatChunk(FORMAT))
+    attempt.add_chunk(FormatChunk(FORMAT))
     for _ in range(3):
-        attempt.take(AudioChunk(bytes(10_000)))
-    attempt.finish(End(outcome="completed"))
+        attempt.add_chunk(AudioChunk(bytes(10_000)))
+    attempt.finish(RunResult(outcome="completed"))
     assert attempt._bytes == sum(map(len, attempt._frames)) < 1_000
 
 
@@ -259,8 +261,8 @@ async def test_no_exception_of_an_engine_costs_it_its_slot(
 
 def test_ends_and_errors_hold_no_text_that_utf_8_has_no_bytes_for() -> None:
     assert EngineError(SURROGATE).message == str(EngineError(SURROGATE)) == "caf?.wav"
-    assert End.from_error(OSError(SURROGATE)).message == "OSError: caf?.wav"
-    assert End.from_error(EngineError("x", details={SURROGATE: 1})).details == {"caf?.wav": 1}
+    assert RunResult.from_error(OSError(SURROGATE)).message == "OSError: caf?.wav"
+    assert RunResult.from_error(EngineError("x", details={SURROGATE: 1})).details == {"caf?.wav": 1}
 
 
 # -- neighbours in a slot ----------------------------------------------------------------------------------------
@@ -270,7 +272,7 @@ def test_ends_and_errors_hold_no_text_that_utf_8_has_no_bytes_for() -> None:
 async def test_a_cancel_as_a_run_ends_does_not_stop_the_next_run_in_its_slot(autojump_clock: MockClock) -> None:
     slot = ScriptedSlot()
     async with trio.open_nursery() as nursery:
-        work = Work([slot], nursery)
+        work = Executor([slot], nursery)
         slot.on_change = work.changed
         late: list[bool] = []
 
@@ -351,7 +353,7 @@ async def test_a_slot_that_breaks_fails_its_attempt_and_the_worker_serves_the_ne
 async def test_the_log_tells_why_an_attempt_failed_by_its_frames(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def play(job: Job, emit: Emit) -> End:
+    async def play(job: Job, emit: Emit) -> RunResult:
         emit(FormatChunk(FORMAT))
         emit(OutputChunk(object()))
         await trio.sleep_forever()

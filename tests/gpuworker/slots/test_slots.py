@@ -20,7 +20,7 @@ from gpuworker.engines.catalog import find_engine, parse_options
 from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, Tune, tune_key
 from gpuworker.slots.process_slot import Job, ProcessSlot, Slot
-from gpuworker.slots.run_engine import End
+from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.thread_slot import ThreadSlot
 from protocol.wire.validators import Value
 from tests.gpuworker.engines.engine_package import NAME, install_engine
@@ -47,7 +47,7 @@ class Bench:
         while not condition():
             await self._changed.park()
 
-    async def run(self, params: dict[str, Value], emit: Callable[[Chunk], None] = lambda _: None) -> End:
+    async def run(self, params: dict[str, Value], emit: Callable[[Chunk], None] = lambda _: None) -> RunResult:
         await self.until(lambda: self.slot.free)
         return await self.slot.run(Job(params), emit)
 
@@ -92,7 +92,7 @@ async def test_a_slot_process_streams_what_the_engine_makes_and_runs_one_request
         for text in ("one", "two"):
             chunks: list[Chunk] = []
             end = await bench.run({"text": text, "duration_s": 1.0}, chunks.append)
-            assert end == End(outcome="completed")
+            assert end == RunResult(outcome="completed")
             assert isinstance(chunks[0], FormatChunk)
             assert len(chunks) == 11
             assert pcm(chunks) == Tune(24_000).pcm(tune_key(text, 0), 0, 24_000)

@@ -18,7 +18,7 @@ from protocol import (
     LinkBroken,
     LoginRefused,
     ProtocolError,
-    Relay,
+    RelayClient,
     RequestCancelled,
     RequestFailed,
     RequestRejected,
@@ -70,7 +70,7 @@ A, B, C = b"\1\0" * 100, b"\2\0" * 100, b"\3\0" * 100
 
 
 @asynccontextmanager
-async def relay_with(*scripts: Script, **options: Any) -> AsyncIterator[Relay]:
+async def relay_with(*scripts: Script, **options: Any) -> AsyncIterator[RelayClient]:
     """A client of a relay that follows these scripts, a connection each."""
     async with trio.open_nursery() as nursery:
         fake = FakeRelay(nursery, *scripts)
@@ -88,7 +88,7 @@ async def take_by(way: str, stream: Stream, got: list[object]) -> None:
         got.append(piece)  # noqa: PERF401  what came before an exception must be there
 
 
-async def all_audio(relay: Relay, **options: Any) -> bytes:
+async def all_audio(relay: RelayClient, **options: Any) -> bytes:
     async with relay.submit("tts", {"text": "hi"}, **options) as stream:
         return b"".join([pcm async for pcm in stream.audio()])
 

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.client.queue_order import Queues, to_tell
+from protocol.client.queue_order import QueueOrder, rows_to_send
 from protocol.client.watch import MAX_KEPT, MAX_UNREAD, Watch, value_now
 from protocol.wire.messages import Delta, Snapshot
 
@@ -20,7 +20,7 @@ def snapshot(*ids: str) -> Snapshot:
 
 def round_of(told: list[str], order: list[str], again: set[str]) -> Delta:
     """What a relay tells for a reader of `told` to have `order`."""
-    ids = to_tell(told, order, again & set(order)) | (again & set(order))
+    ids = rows_to_send(told, order, again & set(order)) | (again & set(order))
     rows = [row(each, order.index(each) + 1) for each in ids]
     left = [each for each in told if each not in order]
     rows += [row(each, None, "running") for each in left[::2]]
@@ -32,7 +32,7 @@ orders = st.lists(st.integers(0, 30).map(str), unique=True, max_size=20)
 
 @given(orders=st.lists(st.tuples(orders, st.sets(st.integers(0, 30).map(str), max_size=5)), min_size=2, max_size=6))
 def test_whatever_becomes_of_a_queue_the_reader_has_its_order(orders: list[tuple[list[str], set[str]]]) -> None:
-    queues = Queues()
+    queues = QueueOrder()
     told, _again = orders[0]
     queues.apply(snapshot(*told))
     for order, again in orders[1:]:
@@ -44,15 +44,15 @@ def test_whatever_becomes_of_a_queue_the_reader_has_its_order(orders: list[tuple
 
 def test_who_only_moves_up_or_is_moved_down_by_one_is_not_told() -> None:
     told = [str(number) for number in range(1000)]
-    assert to_tell(told, told[3:], set()) == set()
-    assert to_tell(told, [*told[1:], "new"], set()) == {"new"}
-    assert to_tell(told, ["new", *told], set()) == {"new"}
-    assert to_tell(told, ["700", *told[:700], *told[701:]], set()) == {"700"}
-    assert to_tell(told, [*told[1:], "0"], set()) == {"0"}
+    assert rows_to_send(told, told[3:], set()) == set()
+    assert rows_to_send(told, [*told[1:], "new"], set()) == {"new"}
+    assert rows_to_send(told, ["new", *told], set()) == {"new"}
+    assert rows_to_send(told, ["700", *told[:700], *told[701:]], set()) == {"700"}
+    assert rows_to_send(told, [*told[1:], "0"], set()) == {"0"}
 
 
 def test_a_request_that_left_while_the_round_was_told_still_counts_for_those_behind_it() -> None:
-    queues = Queues()
+    queues = QueueOrder()
     queues.apply(snapshot("a", "b"))
     queues.apply(Delta(data={"requests": [row("y", 3), row("x", 1, "running")]}))
     assert queues.order("tts") == ["a", "y", "b"]
@@ -60,7 +60,7 @@ def test_a_request_that_left_while_the_round_was_told_still_counts_for_those_beh
 
 
 def test_queues_of_several_spaces_are_apart_and_a_snapshot_begins_anew() -> None:
-    queues = Queues()
+    queues = QueueOrder()
     queues.apply(Snapshot(data={"requests": [row("a", 1), row("b", 1, space="other"), row("c", None, "completed")]}))
     assert (queues.order("tts"), queues.order("other"), queues.order("none")) == (["a"], ["b"], [])
     queues.apply(Delta(gone={"requests": ["a", "unknown"], "workers": ["b"]}))
@@ -71,18 +71,18 @@ def test_queues_of_several_spaces_are_apart_and_a_snapshot_begins_anew() -> None
 
 def test_pages_of_a_round_are_one_change() -> None:
     watch = Watch()
-    watch.take(snapshot("r", "a"))
-    watch.take(Delta(data={"requests": [row("n", 2)]}, more=True))
+    watch.on_page(snapshot("r", "a"))
+    watch.on_page(Delta(data={"requests": [row("n", 2)]}, more=True))
     assert len(watch._unread) == 1
-    watch.take(Delta(gone={"requests": ["r"]}))
+    watch.on_page(Delta(gone={"requests": ["r"]}))
     assert watch._unread[1] == Delta(data={"requests": [row("n", 2)]}, gone={"requests": ["r"]})
 
 
 def test_a_reader_that_fell_behind_gets_the_positions_as_they_are_then() -> None:
     watch = Watch()
-    watch.take(snapshot(*map(str, range(100))))
+    watch.on_page(snapshot(*map(str, range(100))))
     for number in range(MAX_UNREAD):
-        watch.take(Delta(data={"requests": [row(str(number), None, "running")]}))
+        watch.on_page(Delta(data={"requests": [row(str(number), None, "running")]}))
     (whole,) = watch._unread
     places = {each["request_id"]: each["position"] for each in whole.data["requests"]}
     assert places == {str(number): None if number < 60 else number - 59 for number in range(100)}
@@ -90,9 +90,9 @@ def test_a_reader_that_fell_behind_gets_the_positions_as_they_are_then() -> None
 
 def test_lines_of_the_log_are_kept_up_to_a_number_and_the_oldest_go_first() -> None:
     watch = Watch()
-    watch.take(Snapshot(data={"log": [{"id": str(number)} for number in range(8_000, 8_200)]}))
+    watch.on_page(Snapshot(data={"log": [{"id": str(number)} for number in range(8_000, 8_200)]}))
     for first in range(7_800, 0, -200):
-        watch.take(Delta(data={"log": [{"id": str(number)} for number in range(first, first + 200)]}))
+        watch.on_page(Delta(data={"log": [{"id": str(number)} for number in range(first, first + 200)]}))
     known = watch._latest["log"]
     assert MAX_KEPT <= len(known) <= MAX_KEPT + 500
     assert set(map(str, range(8_200 - MAX_KEPT, 8_200))) <= set(known)

@@ -15,8 +15,8 @@ from protocol.client.address import Address
 from protocol.link import base
 from protocol.link.backoff import Backoff
 from protocol.link.base import Link
-from protocol.link.dial import keep_linked, log_in, open_link
-from protocol.link.limits import LinkRules
+from protocol.link.dial import log_in, open_link, run_with_reconnect
+from protocol.link.limits import LinkLimits
 from protocol.wire.codec import encode
 from protocol.wire.errors import ConnectError, LinkBroken, LinkClosed, LinkError, LoginRefused, ProtocolError
 from protocol.wire.frames import MAX_MESSAGE_BYTES
@@ -137,8 +137,8 @@ async def test_a_message_that_is_too_long_closes_with_1009_and_the_sender_learns
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, handler, listeners)
-            rules = LinkRules(max_message_bytes=4 * MAX_MESSAGE_BYTES)
-            async with open_link(Address(kind="tcp", host="127.0.0.1", port=port), rules=rules) as link:
+            limits = LinkLimits(max_message_bytes=4 * MAX_MESSAGE_BYTES)
+            async with open_link(Address(kind="tcp", host="127.0.0.1", port=port), limits=limits) as link:
                 link.send_nowait(b"x" * (3 * MAX_MESSAGE_BYTES))
                 with pytest.raises(LinkBroken):
                     await link.receive()
@@ -228,7 +228,7 @@ async def test_backlog_over_its_bound_breaks_the_link_as_a_slow_consumer(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.accept)
-        async with open_link(ADDRESS, connect_to=connect, rules=LinkRules(max_backlog_bytes=5000)) as link:
+        async with open_link(ADDRESS, connect_to=connect, limits=LinkLimits(max_backlog_bytes=5000)) as link:
             for _ in range(5):
                 link.send_nowait(b"x" * 1000)
             assert link.backlog_bytes == 5000
@@ -249,7 +249,7 @@ async def test_a_send_that_makes_no_way_ends_the_link_at_its_deadline(autojump_c
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.accept)
-        async with open_link(ADDRESS, connect_to=connect, rules=LinkRules(send_timeout_s=3)) as link:
+        async with open_link(ADDRESS, connect_to=connect, limits=LinkLimits(send_timeout_s=3)) as link:
             link.send_nowait(b"nobody takes this")
             began = trio.current_time()
             with pytest.raises(LinkBroken, match="took no data for 3 s"):
@@ -676,7 +676,7 @@ async def test_keep_linked_comes_back_after_each_loss_and_starts_over_after_one_
                 nursery.cancel_scope.cancel()
 
         backoff = Backoff(draw=lambda: 1.0)
-        await keep_linked(ADDRESS, HELLO, serve, on_down=on_down, backoff=backoff, connect_to=relay.connect)
+        await run_with_reconnect(ADDRESS, HELLO, serve, on_down=on_down, backoff=backoff, connect_to=relay.connect)
     assert waits == [0.5, 1, 2, 4, 8, 10, 10, 0.5, 1, 2]
 
 
@@ -692,10 +692,10 @@ async def test_keep_linked_returns_when_serve_does_and_lets_a_refusal_through(
 
     async with trio.open_nursery() as nursery:
         relay = FakeRelay(nursery, Connection.hold)
-        await keep_linked(ADDRESS, HELLO, serve, on_down=on_down, connect_to=relay.connect)
+        await run_with_reconnect(ADDRESS, HELLO, serve, on_down=on_down, connect_to=relay.connect)
         wrong = Hello(version=1, role="client", token="wrong")
         with pytest.raises(LoginRefused):
-            await keep_linked(ADDRESS, wrong, serve, on_down=on_down, connect_to=relay.connect)
+            await run_with_reconnect(ADDRESS, wrong, serve, on_down=on_down, connect_to=relay.connect)
 
 
 @pytest.mark.trio
@@ -722,7 +722,7 @@ async def test_keep_linked_closes_with_1002_on_bytes_that_are_no_protocol_and_tr
             if len(reasons) == 2:
                 nursery.cancel_scope.cancel()
 
-        await keep_linked(ADDRESS, HELLO, serve, on_down=on_down, connect_to=relay.connect)
+        await run_with_reconnect(ADDRESS, HELLO, serve, on_down=on_down, connect_to=relay.connect)
     assert "cut short" in reasons[0]
     assert codes[0] == 1002
 
@@ -732,7 +732,7 @@ def test_backoff_doubles_to_its_longest_with_full_jitter() -> None:
     backoff = Backoff(draw=rng.random)
     for ceiling in (0.5, 1, 2, 4, 8, 10, 10):
         assert 0 <= backoff.next_s() <= ceiling
-    backoff.lived(4.9)
+    backoff.note_uptime(4.9)
     assert backoff._ceiling_s == 10
-    backoff.lived(5)
+    backoff.note_uptime(5)
     assert backoff._ceiling_s == 0.5

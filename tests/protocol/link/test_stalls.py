@@ -65,7 +65,7 @@ class Reader:
 
 @asynccontextmanager
 async def link_to_reader(
-    pair: Callable[[], tuple[trio.abc.Stream, trio.abc.Stream]] = trio.testing.lockstep_stream_pair, **rules: Any
+    pair: Callable[[], tuple[trio.abc.Stream, trio.abc.Stream]] = trio.testing.lockstep_stream_pair, **limits: Any
 ) -> AsyncIterator[tuple[Link, Reader]]:
     """A link of the relay's, and its peer. A lockstep stream takes nothing that nobody reads."""
     ours, theirs = pair()
@@ -81,7 +81,7 @@ async def link_to_reader(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(shake_hands)
-        async with accept_link(ours, **rules) as link:
+        async with accept_link(ours, **limits) as link:
             await shaken.wait()
             yield link, reader
 
@@ -235,9 +235,9 @@ async def test_what_the_kernel_gets_rid_of_is_progress_though_it_takes_nothing_m
 async def test_a_silent_peer_with_something_to_read_has_longer_where_its_machine_answers(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, patient: bool, answered: bool
 ) -> None:
-    monkeypatch.setattr(StreamLink, "_answered", lambda _link: answered)
+    monkeypatch.setattr(StreamLink, "_peer_acknowledges", lambda _link: answered)
     async with link_to_reader(send_timeout_s=60, dead_after_s=15) as (link, _reader):
-        link.patient = patient
+        link.tolerate_stall = patient
         link.send_nowait(b"nobody reads this")
         began = trio.current_time()
         waited_s = await over(link, LinkBroken) - began
@@ -255,9 +255,9 @@ async def test_a_machine_that_is_gone_while_its_reader_is_waited_for_is_seen(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered = True
-    monkeypatch.setattr(StreamLink, "_answered", lambda _link: answered)
+    monkeypatch.setattr(StreamLink, "_peer_acknowledges", lambda _link: answered)
     async with link_to_reader(send_timeout_s=60, dead_after_s=15) as (link, _reader):
-        link.patient = True
+        link.tolerate_stall = True
         link.send_nowait(b"nobody reads this")
         await trio.sleep(30)
         assert link.gone is None
@@ -269,9 +269,9 @@ async def test_a_machine_that_is_gone_while_its_reader_is_waited_for_is_seen(
 async def test_a_silent_peer_with_nothing_to_read_is_not_waited_for(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StreamLink, "_answered", lambda _link: True)
+    monkeypatch.setattr(StreamLink, "_peer_acknowledges", lambda _link: True)
     async with link_to_reader(trio.testing.memory_stream_pair, dead_after_s=15) as (link, _reader):
-        link.patient = True
+        link.tolerate_stall = True
         assert await over(link, LinkBroken) == pytest.approx(15, abs=0.1)
 
 
@@ -319,18 +319,18 @@ async def test_the_kernel_knows_what_waits_and_that_the_machine_of_a_reader_that
     unix = [trio.SocketStream(trio.socket.from_stdlib_socket(sock)) for sock in socket.socketpair()]
     for one, other in (await _tcp_pair(), unix):
         async with one, other:
-            assert tcp_info.answers(one.socket)
-            assert tcp_info.waiting_bytes(one.socket) == 0
+            assert tcp_info.peer_acknowledges(one.socket)
+            assert tcp_info.unsent_bytes(one.socket) == 0
             await _fill(one)
-            waiting = tcp_info.waiting_bytes(one.socket)
+            waiting = tcp_info.unsent_bytes(one.socket)
             assert waiting is not None
             assert waiting > 10_000
-            assert tcp_info.answers(one.socket)
+            assert tcp_info.peer_acknowledges(one.socket)
             with trio.fail_after(10):
-                while (tcp_info.waiting_bytes(one.socket) or 0) >= waiting:
+                while (tcp_info.unsent_bytes(one.socket) or 0) >= waiting:
                     await other.receive_some()
-        assert tcp_info.waiting_bytes(one.socket) is None
-        assert not tcp_info.answers(one.socket) or one.socket.family == socket.AF_UNIX
+        assert tcp_info.unsent_bytes(one.socket) is None
+        assert not tcp_info.peer_acknowledges(one.socket) or one.socket.family == socket.AF_UNIX
     memory, _ = trio.testing.memory_stream_pair()
     assert tcp_info.socket_of(memory) is None
 
@@ -352,4 +352,4 @@ async def test_a_machine_that_leaves_two_tries_without_an_answer_is_gone(
     one, other = await _tcp_pair()
     async with one, other:
         monkeypatch.setattr(type(one.socket), "getsockopt", lambda *_: bytes(info))
-        assert tcp_info.answers(one.socket) is there
+        assert tcp_info.peer_acknowledges(one.socket) is there

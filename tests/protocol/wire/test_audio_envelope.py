@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.wire.audio_envelope import SEAT_BYTES, pack_audio, pcm_of, pcm_size, read_audio, seat_of
+from protocol.wire.audio_envelope import (
+    PREFIX_BYTES,
+    audio_prefix,
+    match_audio,
+    match_audio_run,
+    pack_audio,
+    read_audio,
+)
 from protocol.wire.codec import encode, unpack
 from protocol.wire.errors import ProtocolError
 from protocol.wire.frames import MAX_PCM_BYTES, Audio
@@ -20,24 +27,24 @@ SIZES = [0, 2, 254, 255, 256, 7_680, 65_535, 65_536, MAX_PCM_BYTES]
 @pytest.mark.parametrize("size", SIZES)
 def test_it_writes_what_the_codec_writes_and_reads_it_back(seq: int, size: int) -> None:
     pcm = bytes(size)
-    data = pack_audio(seat_of(ID, 3), seq, pcm)
+    data = pack_audio(audio_prefix(ID, 3), seq, pcm)
     assert data == encode(Audio(request_id=ID, attempt=3, seq=seq, pcm=pcm))
-    assert data[:SEAT_BYTES] == seat_of(ID, 3)
-    assert pcm_size(data, seq) == size
-    assert pcm_size(data, seq + 1) == -1
+    assert data[:PREFIX_BYTES] == audio_prefix(ID, 3)
+    assert match_audio(data, seq) == size
+    assert match_audio(data, seq + 1) == -1
     assert read_audio(data) == (ID, 3, seq, pcm)
 
 
 def test_attempts_and_chunks_that_do_not_fit_are_left_to_the_codec() -> None:
-    assert seat_of(ID, 127)
-    assert not seat_of(ID, 128)
+    assert audio_prefix(ID, 127)
+    assert not audio_prefix(ID, 128)
     assert read_audio(encode(Audio(request_id=ID, attempt=128, seq=1, pcm=b"12"))) is None
     with pytest.raises(ValueError, match="limit"):
-        pack_audio(seat_of(ID, 1), 1, bytes(MAX_PCM_BYTES + 1))
+        pack_audio(audio_prefix(ID, 1), 1, bytes(MAX_PCM_BYTES + 1))
 
 
 _audio = st.builds(
-    lambda attempt, seq, pcm: pack_audio(seat_of(ID, attempt), seq, pcm),
+    lambda attempt, seq, pcm: pack_audio(audio_prefix(ID, attempt), seq, pcm),
     st.integers(0, 127),
     st.sampled_from(SEQS),
     st.binary(max_size=300),
@@ -59,20 +66,22 @@ def test_what_it_takes_the_codec_takes_for_the_same(data: bytes) -> None:
     assert unpack(data) == wire
     assert msgpack.packb(wire) == data
     for due in {seq, 0, 1, 127, 128}:
-        assert pcm_of([data], due, 1) == pcm_size(data, due)
-        assert (pcm_size(data, due) == len(pcm)) is (due == seq)
+        assert match_audio_run([data], due, 1) == match_audio(data, due)
+        assert (match_audio(data, due) == len(pcm)) is (due == seq)
 
 
 def test_a_run_of_frames_counts_while_each_is_the_one_due_and_of_whole_samples() -> None:
-    seat = seat_of(ID, 2)
+    prefix = audio_prefix(ID, 2)
     sizes = [7_680, 254, 256, 2, 0, 65_536, 7_680]
-    frames = [pack_audio(seat, 126 + number, bytes(size)) for number, size in enumerate(sizes)]
-    assert pcm_of(frames, 126, 2) == sum(sizes)
-    assert pcm_of([], 5, 2) == 0
-    assert pcm_of(frames, 125, 2) == -1
-    assert pcm_of([*frames[:3], *frames[4:]], 126, 2) == -1, "one is missing"
-    assert pcm_of([frames[0], frames[0]], 126, 2) == -1, "one comes twice"
-    assert pcm_of([pack_audio(seat, 1, bytes(255)), pack_audio(seat, 2, bytes(257))], 1, 2) == -1, "half samples"
+    frames = [pack_audio(prefix, 126 + number, bytes(size)) for number, size in enumerate(sizes)]
+    assert match_audio_run(frames, 126, 2) == sum(sizes)
+    assert match_audio_run([], 5, 2) == 0
+    assert match_audio_run(frames, 125, 2) == -1
+    assert match_audio_run([*frames[:3], *frames[4:]], 126, 2) == -1, "one is missing"
+    assert match_audio_run([frames[0], frames[0]], 126, 2) == -1, "one comes twice"
+    assert match_audio_run([pack_audio(prefix, 1, bytes(255)), pack_audio(prefix, 2, bytes(257))], 1, 2) == -1, (
+        "half samples"
+    )
 
 
 @given(
@@ -85,12 +94,12 @@ def test_a_run_of_frames_counts_while_each_is_the_one_due_and_of_whole_samples()
 def test_a_run_is_what_its_frames_are_one_by_one(
     first: int, sizes: list[int], at: int, damage: str, alike: bool
 ) -> None:
-    seat = seat_of(ID, 1)
+    prefix = audio_prefix(ID, 1)
     sizes = [7_680] * len(sizes) if alike else sizes
-    frames = [pack_audio(seat, first + number, bytes(size)) for number, size in enumerate(sizes)]
-    assert pcm_of(frames, first, 2) == sum(sizes)
+    frames = [pack_audio(prefix, first + number, bytes(size)) for number, size in enumerate(sizes)]
+    assert match_audio_run(frames, first, 2) == sum(sizes)
     bad = bytearray(frames[at % len(frames)])
-    place = {"seq": SEAT_BYTES + 1, "length": len(bad) - sizes[at % len(frames)] - 1, "type": SEAT_BYTES + 8}.get(
+    place = {"seq": PREFIX_BYTES + 1, "length": len(bad) - sizes[at % len(frames)] - 1, "type": PREFIX_BYTES + 8}.get(
         damage
     )
     if place is None:
@@ -98,9 +107,9 @@ def test_a_run_is_what_its_frames_are_one_by_one(
     else:
         bad[place] ^= 1
     frames[at % len(frames)] = bytes(bad)
-    one_by_one = [pcm_size(data, first + number) for number, data in enumerate(frames)]
+    one_by_one = [match_audio(data, first + number) for number, data in enumerate(frames)]
     whole = -1 not in one_by_one and not any(size % 2 for size in one_by_one)
-    assert pcm_of(frames, first, 2) == (sum(one_by_one) if whole else -1)
+    assert match_audio_run(frames, first, 2) == (sum(one_by_one) if whole else -1)
 
 
 def test_a_frame_of_any_other_shape_is_not_taken_and_not_wrong() -> None:
@@ -116,7 +125,7 @@ def test_a_frame_of_any_other_shape_is_not_taken_and_not_wrong() -> None:
         assert read_audio(msgpack.packb(other)) is None
     assert Audio.from_map(unpack(msgpack.packb(others[0]))).seq == 5
     assert "audio" in FROM_WORKER
-    whole = pack_audio(seat_of(ID, 1), 1, b"1234")
+    whole = pack_audio(audio_prefix(ID, 1), 1, b"1234")
     for size in range(len(whole)):
         assert read_audio(whole[:size]) is None
         with pytest.raises(ProtocolError):

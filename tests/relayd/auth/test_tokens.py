@@ -16,7 +16,7 @@ from relayd.auth.tokens import (
     NewToken,
     PeerCredentials,
     Principal,
-    Tokens,
+    TokenRegistry,
     hash_token,
     iso_time,
     parse_expires,
@@ -29,15 +29,15 @@ DAEMON = 1000
 STRANGER = PeerCredentials(pid=7, uid=4242, gid=4242)
 
 
-def make_tokens() -> Tokens:
-    return Tokens(local_uids=(DAEMON, 0))
+def make_tokens() -> TokenRegistry:
+    return TokenRegistry(local_uids=(DAEMON, 0))
 
 
 def hello(role: str, token: str | None = None, **fields: Any) -> Hello:
     return Hello(version=1, role=role, token=token, **fields)
 
 
-def create(tokens: Tokens, role: str = "client", name: str = "ann", **fields: Any) -> NewToken:
+def create(tokens: TokenRegistry, role: str = "client", name: str = "ann", **fields: Any) -> NewToken:
     return tokens.create(role=role, name=name, now=NOW, **fields)
 
 
@@ -165,7 +165,7 @@ def test_tokens_are_the_same_after_a_restart() -> None:
     tokens = make_tokens()
     live, gone = create(tokens), create(tokens)
     tokens.revoke(gone.record.token_id, NOW)
-    again = Tokens(tokens.list(), local_uids=(DAEMON,))
+    again = TokenRegistry(tokens.list(), local_uids=(DAEMON,))
     assert again.list() == tokens.list()
     assert isinstance(again.log_in(hello("client", live.text), None, NOW), Principal)
     assert isinstance(again.log_in(hello("client", gone.text), None, NOW), Rejected)
@@ -320,4 +320,4 @@ def test_no_guess_logs_in(token: str, role: str) -> None:
 
 def test_an_operators_token_is_for_all_spaces() -> None:
     with pytest.raises(ValueError, match="an operator sees and steers all spaces"):
-        Tokens().create(role="operator", name="ann", now=0.0, spaces=["tts"])
+        TokenRegistry().create(role="operator", name="ann", now=0.0, spaces=["tts"])

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.commands.exit_codes import quiet_stdout
+from protocol.commands.exit_codes import silence_stdout
 from protocol.commands.wav_writer import AudioWriter
 from protocol.wire.errors import ConnectError
 from protocol.wire.frames import Completed, Frame, Started
 from protocol.wire.structs import AudioFormat
 from relayd import demo
 from relayd.admin import AdminError, open_admin
-from relayd.auth.tokens import Tokens
+from relayd.auth.tokens import TokenRegistry
 from relayd.cli import _print_rows, main
 from relayd.store.base import PutToken
 from relayd.store.factory import open_offline
@@ -70,7 +70,7 @@ def test_a_token_without_an_end_that_can_be_told_is_refused_and_the_list_goes_on
     assert main(["token", "create", "--role", "client", "--name", "ann", *expires, *state]) == 1
     assert "beyond the year 9999" in capsys.readouterr().err
     with open_offline(tmp_path) as store:  # made by an earlier version
-        token = Tokens().create(role="client", name="old", now=0.0, expires_at=253_402_318_799.0)
+        token = TokenRegistry().create(role="client", name="old", now=0.0, expires_at=253_402_318_799.0)
         store.commit(PutToken(token.record))
     assert main(["token", "list", "--json", *state]) == 0
     assert [row["expires"] for row in json.loads(capsys.readouterr().out)] == ["9999-12-31T23:59:59Z"]
@@ -165,8 +165,8 @@ def test_stdout_can_be_quieted_twice_and_leaves_no_descriptor(monkeypatch: pytes
     with os.fdopen(reading, "rb") as pipe, os.fdopen(writing, "w") as out:
         monkeypatch.setattr("sys.stdout", out)
         before = len(list(Path("/proc/self/fd").iterdir()))
-        quiet_stdout()
-        quiet_stdout()
+        silence_stdout()
+        silence_stdout()
         assert len(list(Path("/proc/self/fd").iterdir())) == before
         print("to nobody", flush=True)
         assert pipe.read() == b""

@@ -16,7 +16,7 @@ import trio
 
 from protocol.client.address import parse_address
 from protocol.wire.errors import LinkError, LoginRefused
-from relayd.auth.tokens import Tokens
+from relayd.auth.tokens import TokenRegistry
 from relayd.config.loader import load_config
 from relayd.config.schema import Config
 from relayd.config_reload import Reload
@@ -42,7 +42,7 @@ class Reloading:
 
     file: Path
     relay: Relay
-    tokens: Tokens
+    tokens: TokenRegistry
     urls: list[str]
     logs: list[MutableMapping[str, Any]]
 
@@ -248,7 +248,7 @@ async def test_tokens_are_read_again_and_one_that_is_gone_drops_its_connections(
     async with reloading(tmp_path, 'listen = ""\n[spaces.tts]\n', monkeypatch) as it:
         kept, gone = (it.tokens.create(role="client", name=name, now=1.0) for name in ("ann", "bob"))
         await it.relay.store.commit(PutToken(kept.record))  # bob's never reached the store
-        new = Tokens().create(role="client", name="cyd", now=1.0)
+        new = TokenRegistry().create(role="client", name="cyd", now=1.0)
         await it.relay.store.commit(PutToken(new.record))
         async with peer(it.url, "client", kept.text) as ann, peer(it.url, "client", gone.text) as bob:
             await it.reload('listen = ""\n[spaces.tts]\n')
@@ -278,16 +278,16 @@ async def test_a_store_that_cannot_be_read_costs_no_token(tmp_path: Path, monkey
 
 
 def test_reading_tokens_again_opens_no_door_that_was_closed_and_closes_none_that_was_just_opened() -> None:
-    tokens = Tokens()
+    tokens = TokenRegistry()
     stored, revoked, younger = (tokens.create(role="client", name=name, now=1.0) for name in ("ann", "bob", "cyd"))
     tokens.revoke("bob", 2.0)
     records: list[TokenRecord] = [stored.record, revoked.record]  # bob's revocation did not reach the disk
     known = {stored.record.token_id, revoked.record.token_id}
-    assert tokens.read_again(records, known) == set()
+    assert tokens.reload(records, known) == set()
     state = {record.principal: record.revoked_at for record in tokens.list()}
     assert state == {"ann": None, "bob": 2.0, "cyd": None}
     elsewhere = attrs.evolve(stored.record, revoked_at=3.0)
-    assert tokens.read_again([elsewhere], known) == {stored.record.token_id}
+    assert tokens.reload([elsewhere], known) == {stored.record.token_id}
     assert {record.principal for record in tokens.list()} == {"ann", "cyd"}
     assert younger.record in tokens.list()
 

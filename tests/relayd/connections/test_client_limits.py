@@ -59,7 +59,7 @@ async def test_an_input_sent_again_after_a_restart_of_the_relay_is_passed_over(t
             worker.speak(assign, [samples(10)])
             await client.next(Completed)
             await relay.at_rest()
-        assert relay.relay.scheduler.waiting_of(assign.principal) == 0
+        assert relay.relay.scheduler.queued_count(assign.principal) == 0
 
 
 @pytest.mark.trio
@@ -208,7 +208,7 @@ async def test_a_token_reaches_only_requests_of_its_spaces(tmp_path: Path) -> No
 
 @pytest.mark.trio
 async def test_connections_that_never_log_in_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.connections.gateway.MAX_STRANGERS", 2)
+    monkeypatch.setattr("relayd.connections.gateway.MAX_PENDING", 2)
     async with daemon(tmp_path, limits={"max_connections": 1}) as relay:
         path = relay.url.removeprefix("unix:")
         streams = [await trio.open_unix_socket(path) for _ in range(3)]

@@ -31,7 +31,7 @@ from protocol.wire.messages import (
     Status,
     StatusReply,
 )
-from relayd.auth.tokens import Tokens
+from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import ConfigError
 from relayd.connections.listener import ListenError
 from relayd.daemon import serve
@@ -43,10 +43,10 @@ from tests.support.relay import (
     a_submit,
     daemon,
     fake_worker,
+    identity,
     kept_logs,
     peer,
     samples,
-    seat,
     until,
 )
 
@@ -341,7 +341,7 @@ async def test_a_client_gone_without_a_word_is_noticed_and_its_request_ends_afte
             assert trio.current_time() - began > 0.5, "its pings and its window both ran out"
             assert not relay.relay.clients
             client.link.abort("done")
-        worker.send(Cancelled(**seat(assign, 4)))
+        worker.send(Cancelled(**identity(assign, 4)))
         await worker.peer.next(Ack)
         await relay.at_rest()
         await relay.goes_on()
@@ -499,7 +499,7 @@ async def test_a_result_is_not_dropped_under_its_reader(tmp_path: Path) -> None:
 
 def a_token(state_dir: Path, **limits: int) -> str:
     """A client's token, put into the store of a daemon that is not running yet."""
-    token = Tokens().create(role="client", name="ann", now=1.0, limits=TokenLimits(**limits))
+    token = TokenRegistry().create(role="client", name="ann", now=1.0, limits=TokenLimits(**limits))
     with open_offline(state_dir) as store:
         store.commit(PutToken(token.record))
     return token.text

@@ -22,7 +22,7 @@ from protocol.wire.messages import (
     Welcome,
 )
 from protocol.wire.validators import Message
-from relayd.connections.gateway import Gate
+from relayd.connections.gateway import Gateway
 from tests.support.relay import Daemon, daemon, kept_logs, peer, until
 
 
@@ -86,7 +86,7 @@ async def heard(stream: trio.SocketStream, count: int) -> list[Message | Close]:
         parser.feed(octets.partition(b"\r\n\r\n")[2])
         told = [
             decode(each, FROM_RELAY) if isinstance(each, bytes) else each
-            for each in parser.take()
+            for each in parser.pop_events()
             if isinstance(each, bytes | Close)
         ]
         if not data:
@@ -94,18 +94,18 @@ async def heard(stream: trio.SocketStream, count: int) -> list[Message | Close]:
     return told
 
 
-async def all_left(relay: Daemon, gate: Gate) -> None:
+async def all_left(relay: Daemon, gateway: Gateway) -> None:
     """Nothing is kept of any connection but the test's own."""
-    await until(lambda: not relay.relay.connections and not relay.relay.clients and not gate.open)
+    await until(lambda: not relay.relay.connections and not relay.relay.clients and not gateway.open)
 
 
 @pytest.fixture
-def gates(monkeypatch: pytest.MonkeyPatch) -> list[Gate]:
+def gates(monkeypatch: pytest.MonkeyPatch) -> list[Gateway]:
     """Of the daemons of a test."""
-    made: list[Gate] = []
+    made: list[Gateway] = []
 
-    def make(*args: Any) -> Gate:
-        made.append(Gate(*args))
+    def make(*args: Any) -> Gateway:
+        made.append(Gateway(*args))
         return made[-1]
 
     monkeypatch.setattr("relayd.daemon.Gate", make)
@@ -115,7 +115,7 @@ def gates(monkeypatch: pytest.MonkeyPatch) -> list[Gate]:
 @pytest.mark.trio
 @pytest.mark.parametrize("role", ["client", "worker", "operator"])
 async def test_who_does_not_wait_for_the_handshake_is_heard_as_any_other(
-    tmp_path: Path, role: str, gates: list[Gate]
+    tmp_path: Path, role: str, gates: list[Gateway]
 ) -> None:
     hello = Hello(version=1, role=role)
     async with daemon(tmp_path) as relay:
@@ -137,7 +137,7 @@ async def test_who_does_not_wait_for_the_handshake_is_heard_as_any_other(
 
 
 @pytest.mark.trio
-async def test_one_connection_tries_one_token(tmp_path: Path, gates: list[Gate]) -> None:
+async def test_one_connection_tries_one_token(tmp_path: Path, gates: list[Gateway]) -> None:
     guesses = [Hello(version=1, role="client", token=f"rly_c_{number:032}") for number in range(100)]
     async with daemon(tmp_path, listen="127.0.0.1:0") as relay:
         address = parse_address(relay.urls[0])
@@ -155,14 +155,14 @@ async def test_one_connection_tries_one_token(tmp_path: Path, gates: list[Gate])
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("role", ["client", "worker", "operator"])
 async def test_a_login_over_which_the_relay_falls_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gates: list[Gate], early: bool, role: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gates: list[Gateway], early: bool, role: str
 ) -> None:
     def fall(*_args: Any) -> None:
         raise RuntimeError("a mistake")
 
     async with daemon(tmp_path) as relay:
         with trio.fail_after(20), pytest.MonkeyPatch.context() as patch, kept_logs() as logs:
-            patch.setattr(Gate, "_client" if role != "worker" else "_part", fall)
+            patch.setattr(Gateway, "_client" if role != "worker" else "_part", fall)
             stream = await trio.open_unix_socket(relay.url.removeprefix("unix:"))
             await stream.send_all(HANDSHAKE + (spoken(Hello(version=1, role=role)) if early else b""))
             if not early:
@@ -171,7 +171,7 @@ async def test_a_login_over_which_the_relay_falls_leaves_nothing(
             while await stream.receive_some():  # the relay hangs up
                 pass
             await stream.aclose()
-            await until(lambda: not gates[0].open and not gates[0].plane.links)
+            await until(lambda: not gates[0].open and not gates[0].reactor.links)
         assert any(entry["event"] == "connection broke the relay's own rules" for entry in logs)
         await relay.goes_on()
 

@@ -13,7 +13,7 @@ import trio
 from protocol.client.address import Address, parse_address
 from protocol.link import base
 from protocol.link.dial import open_link
-from protocol.link.limits import LinkRules
+from protocol.link.limits import LinkLimits
 from protocol.link.stream_link import StreamLink
 from protocol.wire.codec import decode
 from protocol.wire.errors import LinkBroken
@@ -52,17 +52,17 @@ from tests.support.relay import (
     an_input,
     daemon,
     fake_worker,
+    identity,
     kept_logs,
     peer,
     samples,
-    seat,
     until,
 )
 
 #: Half a MiB each; 12 MiB are more than two kernels and an inbox hold.
 LONG = [samples(1_000, seed) * 250 for seed in range(1, 25)]
 #: What a client holds the relay to that it hears nothing of, because it reads nothing.
-NEVER_DEAD = LinkRules(dead_after_s=1e6)
+NEVER_DEAD = LinkLimits(dead_after_s=1e6)
 TCP: dict[str, Any] = {"listen": "127.0.0.1:0"}
 SHORT = {"ping_interval_s": 0.1, "dead_after_s": 0.8, "stall_timeout_s": 1.5}
 
@@ -160,7 +160,7 @@ async def test_a_reader_that_takes_nothing_is_told_so_and_gets_the_rest_when_it_
             assert trio.current_time() - began > SHORT["stall_timeout_s"]
             assert request.live
             assert not request.holders
-            assert request.unheld_at is not None, "its resume window has begun"
+            assert request.abandoned_at is not None, "its resume window has begun"
             tap.open()
             last = -1
             while not isinstance(message := await slow.next(), Error):
@@ -199,7 +199,7 @@ async def test_a_request_whose_only_reader_never_takes_anything_ends_after_its_r
         tap.close()
         worker.speak(assign, LONG, end=False)
         assert (await worker.peer.next(Cancel)).reason == "its client went away and did not come back"
-        worker.send(Cancelled(**seat(assign, 1 + len(LONG))))
+        worker.send(Cancelled(**identity(assign, 1 + len(LONG))))
         await relay.at_rest()
         assert relay.relay.slow_consumers == 1
         assert not relay.relay.clients
@@ -291,7 +291,8 @@ async def test_a_client_that_is_behind_hears_only_of_its_last_place(tmp_path: Pa
         for submit in submits[1:4]:
             waiting = len(relay.relay.scheduler.spaces["tts"].queue)
             operator.send(Cancel(request_id=submit.request_id))
-            await until(lambda left=waiting - 1: relay.relay.requests[submits[4].request_id].told_place == (left, left))  # type: ignore[misc]
+            last, left = relay.relay.requests[submits[4].request_id], waiting - 1
+            await until(lambda last=last, left=left: last.last_position_sent == (left, left))  # type: ignore[misc]
         tap.open()
         place = await slow.next(Queued)
         assert (place.request_id, place.position, place.of) == (submits[4].request_id, 1, 1)
@@ -345,8 +346,8 @@ async def test_half_open_connections_are_seen_on_both_ends_and_nothing_is_lost(t
     dead: dict[str, Any] = {"dead_after_s": 0.5, "ping_interval_s": 0.1}
     async with daemon(tmp_path, limits=dead) as relay:
         async with (
-            peer(relay.url, "client", connect_to=ours.connect, rules=LinkRules(**dead)) as client,
-            peer(relay.url, "worker", connect_to=theirs.connect, rules=LinkRules(**dead)) as raw,
+            peer(relay.url, "client", connect_to=ours.connect, rules=LinkLimits(**dead)) as client,
+            peer(relay.url, "worker", connect_to=theirs.connect, rules=LinkLimits(**dead)) as raw,
         ):
             raw.send(a_register(instance))
             submit = a_submit()

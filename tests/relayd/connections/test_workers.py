@@ -41,9 +41,9 @@ from tests.support.relay import (
     an_input,
     daemon,
     fake_worker,
+    identity,
     peer,
     samples,
-    seat,
     until,
 )
 
@@ -157,7 +157,7 @@ async def test_a_worker_gone_before_its_first_output_is_replaced_in_silence(tmp_
         async with fake_worker(relay.url) as worker:
             client.send(submit)
             assign = await worker.assigned()
-            worker.send(Started(**seat(assign, 0), format=FORMAT))
+            worker.send(Started(**identity(assign, 0), format=FORMAT))
             await client.next(Started)
             await worker.peer.cut()
         async with fake_worker(relay.url, name="other") as worker:
@@ -334,7 +334,7 @@ async def test_a_hung_attempt_waits_for_its_slot_on_the_same_worker(tmp_path: Pa
         await worker.peer.next(Cancel)
         await client.settled()
         assert relay.relay.requests[submit.request_id].entry.state == "queued"
-        worker.send(Cancelled(**seat(old, 0)))
+        worker.send(Cancelled(**identity(old, 0)))
         assert (await worker.peer.next(Ack, Assign)).TYPE == "ack", "before the next attempt"
         worker.speak(await worker.assigned(), PCM)
         assert heard(await client.frames(submit)) == b"".join(PCM)
@@ -358,7 +358,7 @@ async def test_an_attempt_that_was_given_up_taken_up_and_then_stopped_is_tried_a
         async with fake_worker(relay.url, instance=instance, running=running) as worker:
             assert [one.request_id for one in (await worker.peer.next(Registered)).resume] == [submit.request_id]
             assert relay.relay.requests[submit.request_id].entry.losses == 0, "it is not lost yet"
-            worker.send(Cancelled(**seat(old, 0), reason="its worker sent nothing for 0.1 s"))
+            worker.send(Cancelled(**identity(old, 0), reason="its worker sent nothing for 0.1 s"))
             await worker.peer.next(Ack)
             assign = await worker.assigned()
             assert assign.attempt == 2
@@ -407,9 +407,9 @@ async def test_a_worker_that_breaks_the_rules_is_cut_off_by_their_name(tmp_path:
             client.send(submit)
             assign = await worker.assigned()
             if fault != "no format":
-                worker.send(Started(**seat(assign, 0), format=FORMAT))
+                worker.send(Started(**identity(assign, 0), format=FORMAT))
             seq = {"gap": 2, "odd": 1, "no format": 0}[fault]
-            worker.send(Audio(**seat(assign, seq), pcm=b"abc" if fault == "odd" else b"ab"))
+            worker.send(Audio(**identity(assign, seq), pcm=b"abc" if fault == "odd" else b"ab"))
             assert (await worker.peer.next(Error)).code == "protocol_error"
         assert (await client.next(Failed)).code == "worker_lost"
         await relay.at_rest()
@@ -426,8 +426,8 @@ async def test_outputs_of_functions_cross_as_well(tmp_path: Path) -> None:
         submit = a_submit()
         client.send(submit)
         assign = await worker.assigned()
-        worker.send(Output(**seat(assign, 0), data={"words": ["a", 1, None]}))
-        worker.send(Completed(**seat(assign, 1)))
+        worker.send(Output(**identity(assign, 0), data={"words": ["a", 1, None]}))
+        worker.send(Completed(**identity(assign, 1)))
         frames = await client.frames(submit)
         assert frames[0].data == {"words": ["a", 1, None]}
         await relay.at_rest()
@@ -513,7 +513,7 @@ async def test_an_input_that_the_store_lost_costs_its_request_alone(tmp_path: Pa
             assign = await worker.assigned()
             assert (await client.next(Failed)).code == "internal"
             await worker.peer.next(Cancel)
-            worker.send(Cancelled(**seat(assign, 0)))
+            worker.send(Cancelled(**identity(assign, 0)))
             worker.speak(await worker.assigned(), PCM)
             assert heard(await client.frames(after)) == b"".join(PCM)
             await relay.at_rest()

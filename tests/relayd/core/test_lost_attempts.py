@@ -301,7 +301,7 @@ async def test_a_listener_that_has_heard_an_attempt_which_was_not_stored_yet_get
                 listener = Stream(submit.request_id, after_seq=1, attempt=2)
                 listener.format = FORMAT
                 while not listener.ended:
-                    listener.take(await client.next(Frame))
+                    listener.on_message(await client.next(Frame))
                 worker.send(Cancelled(request_id=submit.request_id, attempt=1, seq=4, reason="told so"))
                 heard_pcm = [frame.pcm async for frame in listener if isinstance(frame, Audio)]
                 assert (heard_pcm, listener.attempt, listener.restarts) == (PCM[1:], 2, 0)

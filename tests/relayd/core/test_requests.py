@@ -24,7 +24,7 @@ from protocol.wire.messages import (
     Status,
     StatusReply,
 )
-from tests.support.relay import a_submit, an_id, an_input, daemon, fake_worker, peer, samples, seat, until
+from tests.support.relay import a_submit, an_id, an_input, daemon, fake_worker, identity, peer, samples, until
 
 PCM = [samples(1200, seed) for seed in range(3)]
 
@@ -173,7 +173,7 @@ async def test_cancelling_what_waits_and_what_runs(tmp_path: Path) -> None:
         client.send(Cancel(request_id=runs.request_id))
         client.send(Cancel(request_id=runs.request_id))
         assert (await worker.peer.next(Cancel)).request_id == runs.request_id
-        worker.send(Cancelled(**seat(assign, 0), reason="as asked"))
+        worker.send(Cancelled(**identity(assign, 0), reason="as asked"))
         (frame,) = await client.frames(runs)
         assert isinstance(frame, Cancelled)
         await relay.at_rest()
@@ -215,7 +215,7 @@ async def test_a_cancelled_request_whose_engine_crashes_is_not_tried_again(tmp_p
         assign = await worker.assigned()
         client.send(Cancel(request_id=submit.request_id, reason="enough"))
         await worker.peer.next(Cancel)
-        worker.send(Failed(**seat(assign, 0), code="engine_failed", message="killed", retryable=True))
+        worker.send(Failed(**identity(assign, 0), code="engine_failed", message="killed", retryable=True))
         (frame,) = await client.frames(submit)
         assert isinstance(frame, Cancelled)
         assert frame.reason == "enough"
@@ -238,7 +238,7 @@ async def test_a_request_that_nobody_holds_is_cancelled_and_its_slot_is_free(tmp
         began = trio.current_time()
         assert (await worker.peer.next(Cancel)).request_id == runs.request_id
         assert 0.05 < trio.current_time() - began < 1
-        worker.send(Cancelled(**seat(assign, 0)))
+        worker.send(Cancelled(**identity(assign, 0)))
         await relay.at_rest()
         assert relay.relay.spaces["tts"].ended == {"cancelled": 2}
         await relay.goes_on()
@@ -251,7 +251,7 @@ async def test_without_a_resume_window_a_request_goes_with_its_client(tmp_path: 
             client.send(a_submit())
             assign = await worker.assigned()
         await worker.peer.next(Cancel)
-        worker.send(Cancelled(**seat(assign, 0)))
+        worker.send(Cancelled(**identity(assign, 0)))
         await relay.at_rest()
 
 
@@ -265,7 +265,7 @@ async def test_a_client_that_comes_back_misses_nothing_and_gets_nothing_twice(tm
             worker.speak(assign, PCM[:1], end=False)
             assert (await client.next(Audio)).pcm == PCM[0]
             await client.cut()
-        worker.send(Audio(**seat(assign, 2), pcm=PCM[1]))
+        worker.send(Audio(**identity(assign, 2), pcm=PCM[1]))
         async with peer(relay.url, "client") as client:
             client.send(Attach(request_id=submit.request_id, attempt=1, after_seq=1))
             worker.speak(assign, PCM, first=3)
@@ -334,7 +334,7 @@ async def test_a_slow_reader_holds_up_nobody_and_still_gets_it_all(tmp_path: Pat
         assert not reader.done
         slow.link._inbox_bytes -= 2**40
         slow.link._reader_waits = False
-        slow.link._may_read_on()
+        slow.link._resume_reading()
         assert [frame.pcm for frame in (await slow.frames(submit))[1:-1]] == pcm
         await relay.at_rest()
 
@@ -359,7 +359,7 @@ async def test_deadlines_have_names(tmp_path: Path) -> None:
         (frame,) = await client.frames(slow)
         assert (frame.code, frame.attempt) == ("run_timeout", 1)
         assert (await worker.peer.next(Cancel)).request_id == slow.request_id
-        worker.send(Cancelled(**seat(assign, 0)))
+        worker.send(Cancelled(**identity(assign, 0)))
         idle = a_submit()
         client.send(idle)
         assign = await worker.assigned()
@@ -371,7 +371,7 @@ async def test_deadlines_have_names(tmp_path: Path) -> None:
         assert frames[-1].code == "idle_timeout"
         assert trio.current_time() - began > 0.3
         await worker.peer.next(Cancel)
-        worker.send(Cancelled(**seat(assign, 4)))
+        worker.send(Cancelled(**identity(assign, 4)))
         await relay.at_rest()
         await relay.goes_on()
 
@@ -516,16 +516,16 @@ async def test_a_retried_engine_crash_is_told_by_a_new_attempt(tmp_path: Path) -
         for attempt in (1, 2):
             assign = await worker.assigned()
             assert assign.attempt == attempt
-            worker.send(Failed(**seat(assign, 0), code="engine_failed", message="x" * 4096, retryable=True))
+            worker.send(Failed(**identity(assign, 0), code="engine_failed", message="x" * 4096, retryable=True))
         assign = await worker.assigned()
-        worker.send(Failed(**seat(assign, 0), code="engine_failed", message="x" * 4096, retryable=True))
+        worker.send(Failed(**identity(assign, 0), code="engine_failed", message="x" * 4096, retryable=True))
         (frame,) = await client.frames(submit)
         assert (frame.code, frame.attempt) == ("engine_failed", 3)
         await relay.at_rest()
         bad = a_submit()
         client.send(bad)
         assign = await worker.assigned()
-        worker.send(Failed(**seat(assign, 0), code="engine_failed", message="bad text", retryable=False))
+        worker.send(Failed(**identity(assign, 0), code="engine_failed", message="bad text", retryable=False))
         (frame,) = await client.frames(bad)
         assert (frame.message, frame.attempt) == ("bad text", 1)
         await relay.goes_on()

@@ -43,10 +43,10 @@ from tests.support.relay import (
     an_id,
     daemon,
     fake_worker,
+    identity,
     kept_logs,
     peer,
     samples,
-    seat,
     until,
 )
 
@@ -192,7 +192,7 @@ async def test_a_worker_that_comes_back_while_the_end_is_made_safe_keeps_it_unti
         async with fake_worker(relay.url, instance=instance, running=running) as worker:
             registered = await worker.peer.next(Registered)
             assert (registered.resume, registered.abandon) == (running, [])
-            worker.send(Completed(**seat(assign, 4), result={}))  # sent again all the same
+            worker.send(Completed(**identity(assign, 4), result={}))  # sent again all the same
             await silent(worker)
             seal.go_on.set()
             assert (await worker.peer.next(Ack)).seq == 4
@@ -273,7 +273,7 @@ async def test_a_cancel_of_what_runs_is_remembered_by_a_relay_that_is_killed(tmp
         assert (frame.TYPE, frame.reason) == ("cancelled", "enough")
         async with fake_worker(relay.url, instance=instance, running=running) as worker:
             assert tuple((await worker.peer.next(Registered)).abandon) == (submit.request_id,)
-            worker.send(Started(**seat(assign, 0), format=FORMAT))
+            worker.send(Started(**identity(assign, 0), format=FORMAT))
             await worker.peer.settled()
             assert relay.relay.fenced_frames == 1
         await relay.at_rest()
@@ -287,9 +287,9 @@ async def test_all_that_has_ended_is_fetched_after_a_restart_to_the_last_frame(t
     told: dict[str, list[Any]] = {}
     states = {}
     lasts: list[Callable[[Assign], Any]] = [
-        lambda assign: Completed(**seat(assign, 4), result={"chunks": 3}),
-        lambda assign: Failed(**seat(assign, 4), code="invalid_params", message="no", details={"a": "b"}),
-        lambda assign: Cancelled(**seat(assign, 4), reason="so it goes"),
+        lambda assign: Completed(**identity(assign, 4), result={"chunks": 3}),
+        lambda assign: Failed(**identity(assign, 4), code="invalid_params", message="no", details={"a": "b"}),
+        lambda assign: Cancelled(**identity(assign, 4), reason="so it goes"),
     ]
     async with (
         daemon(tmp_path, **SQLITE) as relay,
@@ -310,7 +310,7 @@ async def test_all_that_has_ended_is_fetched_after_a_restart_to_the_last_frame(t
         told[submit.request_id] = await client.frames(submit)
         assert told[submit.request_id][-1].code == "run_timeout"
         states[submit.request_id] = "failed"
-        await until(lambda: not relay.relay.results.concluding)
+        await until(lambda: not relay.relay.results.unfinalized)
     for _ in range(2):
         async with daemon(tmp_path, **SQLITE) as relay:
             for request_id, frames in told.items():
@@ -337,9 +337,9 @@ async def test_a_result_whose_file_is_gone_is_not_kept_but_how_a_request_failed_
         client.send(failed)
         assign = await worker.assigned()
         worker.speak(assign, PCM, end=False)
-        worker.send(Failed(**seat(assign, 4), code="engine_failed", message="it burst"))
+        worker.send(Failed(**identity(assign, 4), code="engine_failed", message="it burst"))
         await client.frames(failed)
-        await until(lambda: not relay.relay.results.concluding)
+        await until(lambda: not relay.relay.results.unfinalized)
     for path in (tmp_path / "results").iterdir():
         data = path.read_bytes()
         path.write_bytes(data[:-1])
@@ -367,7 +367,7 @@ async def test_results_that_have_a_file_leave_the_memory_first_and_are_all_still
         for number in range(60):  # 7.5 KB each
             submit = a_submit()
             told[submit.request_id] = await spoken(worker, client, submit, [samples(3_000, number)])
-        await until(lambda: not relay.relay.results.concluding)
+        await until(lambda: not relay.relay.results.unfinalized)
         await until(lambda: relay.relay.results.memory.held_bytes <= limit)
         requests = relay.relay.requests.values()
         assert sum(request.log.memory_bytes for request in requests) == relay.relay.results.memory.held_bytes
@@ -402,7 +402,7 @@ async def test_a_live_request_that_outgrows_the_memory_is_read_from_its_file_by_
                 late.send(Attach(request_id=submit.request_id, attempt=1, after_seq=0))
                 for pcm in LONG:
                     assert (await late.next(Audio)).pcm == pcm
-                worker.send(Completed(**seat(assign, 9), result={}))
+                worker.send(Completed(**identity(assign, 9), result={}))
                 assert (await late.next(Completed)).seq == 9
             slow.link.abort("done")
         frames = await fetched(relay, submit.request_id)
@@ -450,7 +450,7 @@ async def test_the_oldest_files_make_room(tmp_path: Path) -> None:
         submits = [a_submit() for _ in range(5)]  # 6.5 KB each: three of them fit
         for submit in submits:
             await spoken(worker, client, submit)
-            await until(lambda: not relay.relay.results.concluding)
+            await until(lambda: not relay.relay.results.unfinalized)
         await until(lambda: files(tmp_path) == sorted(submit.request_id for submit in submits[2:]))
         assert "is not kept any more" in (await refused(relay, submits[0].request_id)).message
         assert len(await fetched(relay, submits[2].request_id)) == 5
@@ -545,7 +545,7 @@ async def test_only_the_request_that_fits_nowhere_fails_and_the_others_stream_on
         assert (frame.request_id, frame.code, frame.retryable) == (big.request_id, "storage_full", True)
         assert (await worker.peer.next(Cancel)).request_id == big.request_id
         await until(lambda: relay.relay.results.memory.held_bytes <= limit)
-        worker.send(Cancelled(**seat(assign, 9)))
+        worker.send(Cancelled(**identity(assign, 9)))
         worker.speak(going, PCM, first=2)
         assert (await client.next(Completed)).request_id == small.request_id
         assert [frame.pcm for frame in (await fetched(relay, small.request_id))[1:-1]] == PCM
@@ -571,7 +571,7 @@ async def test_a_result_that_cannot_be_read_back_is_refused_and_a_running_reques
         assign = await worker.assigned()
         worker.speak(assign, PCM, end=False)
         request = relay.relay.requests[runs.request_id]
-        await until(lambda: request.log.filed.frames == 4 and not request.log.memory_bytes)
+        await until(lambda: request.log.file_part.frames == 4 and not request.log.memory_bytes)
         await until(lambda: not relay.relay.requests[done.request_id].log.memory_bytes)
         for path in (tmp_path / "results").iterdir():
             path.write_bytes(b"")

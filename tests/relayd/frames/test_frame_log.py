@@ -21,10 +21,10 @@ class Bucket:
         self.backlog_bytes += size
         self.got += frames
 
-    def hear_read(self, reader: FrameReader) -> None:
+    def on_all_sent(self, reader: FrameReader) -> None:
         self.read.append(reader.key)
 
-    def hear_broken(self, reader: FrameReader) -> None:
+    def on_read_error(self, reader: FrameReader) -> None:
         raise AssertionError("nothing is read back here")
 
 
@@ -117,18 +117,18 @@ def test_where_a_reader_goes_on_after_a_cut() -> None:
     log = FrameLog()
     for number in range(10):
         log.append(frame(number))
-    assert log.place(1, 4) == 5
-    assert log.place(0, -1) == 0
-    assert log.place(1, 99) == 10, "never beyond what is there"
+    assert log.resume_seq(1, 4) == 5
+    assert log.resume_seq(0, -1) == 0
+    assert log.resume_seq(1, 99) == 10, "never beyond what is there"
     log.restart(2, 3)
     for number in range(3, 8):
         log.append(frame(number))
-    assert log.place(1, 5) == 3, "its frames from 3 on are void"
-    assert log.place(1, 1) == 2
-    assert log.place(2, 5) == 6
+    assert log.resume_seq(1, 5) == 3, "its frames from 3 on are void"
+    assert log.resume_seq(1, 1) == 2
+    assert log.resume_seq(2, 5) == 6
     log.restart(3, 6)
-    assert log.place(2, 7) == 6
-    assert log.place(1, 7) == 3
+    assert log.resume_seq(2, 7) == 6
+    assert log.resume_seq(1, 7) == 3
 
 
 def test_dropping_frees_the_memory() -> None:

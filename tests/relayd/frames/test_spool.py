@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from relayd.frames.frame_file import ResultFolder
-from relayd.frames.frame_log import HIGH_WATER_BYTES, FrameLog, FrameReader, Memory
+from relayd.frames.frame_log import HIGH_WATER_BYTES, FrameLog, FrameReader, MemoryBudget
 from relayd.frames.spool import NoRoom, Spool
 from tests.support.relay import an_id, until
 
@@ -35,10 +35,10 @@ class Bucket:
         self.backlog_bytes += size
         self.got += frames
 
-    def hear_read(self, reader: FrameReader) -> None:
+    def on_all_sent(self, reader: FrameReader) -> None:
         self.read += 1
 
-    def hear_broken(self, reader: FrameReader) -> None:
+    def on_read_error(self, reader: FrameReader) -> None:
         self.broken += 1
 
 
@@ -47,7 +47,7 @@ class Bench:
     """A spool, and logs whose memory is counted together."""
 
     spool: Spool
-    memory: Memory = attrs.field(factory=Memory)
+    memory: MemoryBudget = attrs.field(factory=MemoryBudget)
     broken: list[str] = attrs.field(factory=list)
 
     def log(self) -> FrameLog:
@@ -154,13 +154,13 @@ async def test_a_sealed_log_lets_go_of_everything_and_is_found_again(tmp_path: P
         await bench.spool.spill(log)
         fill(log, some[15:], end=True)
         await bench.spool.seal(log)
-        assert log.filed.sealed
-        log.let_go()
+        assert log.file_part.sealed
+        log.release_written()
         assert bench.memory.held_bytes == 0
-        assert log.filed.index is None, "nobody reads"
+        assert log.file_part.index is None, "nobody reads"
         whole = [*some, b"completed"]
         assert await bench.read(log) == whole
-        assert log.filed.index is None
+        assert log.file_part.index is None
         size = (tmp_path / "results" / f"{log.request_id}.frames").stat().st_size
         assert bench.spool.used_bytes == size
     async with a_bench(tmp_path) as bench:
@@ -168,7 +168,7 @@ async def test_a_sealed_log_lets_go_of_everything_and_is_found_again(tmp_path: P
         again = FrameLog.of_file(log.request_id, found[log.request_id])
         again.fetch = bench.spool.fetch
         assert again.size_bytes == sum(map(len, whole))
-        assert again.place(1, 20) == 15
+        assert again.resume_seq(1, 20) == 15
         assert await bench.read(again) == whole
         assert bench.spool.used_bytes == size
 
@@ -206,7 +206,7 @@ async def test_a_restart_while_a_spill_is_being_written_makes_the_rest_of_it_voi
         await bench.spool.spill(log)
         log.append(b"completed", ends=True)
         await bench.spool.seal(log)
-        log.let_go()
+        log.release_written()
         truth = [*old[:2], *new, b"completed"]
         assert await bench.read(log) == truth
         assert bucket.got == [*old, *new, b"completed"]
@@ -226,7 +226,7 @@ async def test_a_restart_below_what_is_spilled_takes_the_file_back(tmp_path: Pat
         fill(log, new, end=True)
         assert await bench.read(log) == [*old[:3], *new, b"completed"]
         await bench.spool.seal(log)
-        log.let_go()
+        log.release_written()
         assert await bench.read(log) == [*old[:3], *new, b"completed"]
 
 
@@ -256,16 +256,16 @@ async def test_a_reader_that_was_closed_while_it_was_read_for_gets_nothing_more(
         log = bench.log()
         fill(log, frames(6, 1_000), end=True)
         await bench.spool.seal(log)
-        log.let_go()
+        log.release_written()
         slow = Slow(monkeypatch, bench.spool.folder, "read")
         reader, bucket = bench.reader(log)
         await slow.here()
         reader.close()
         slow.go_on.set()
-        await until(lambda: not reader.fetching)
+        await until(lambda: not reader.prefetching)
         assert not bucket.got
         assert bench.memory.held_bytes == 0
-        assert log.filed.index is None
+        assert log.file_part.index is None
 
 
 @pytest.mark.trio
@@ -282,7 +282,7 @@ async def test_a_log_that_is_dropped_while_it_is_sealed_leaves_no_file(
         nursery.start_soon(bench.spool.remove, log)
         slow.go_on.set()
         await until(lambda: not bench.files)
-        assert not log.filed.sealed
+        assert not log.file_part.sealed
         assert bench.memory.held_bytes == 0
         await until(lambda: bench.spool.used_bytes == 0)
 
@@ -313,7 +313,7 @@ async def test_a_disk_that_takes_no_more_costs_nothing_that_is_in_memory(
         assert log.size_bytes == 60 * BIG + 9
         assert await bench.read(log) == [*some, b"completed"]
         await bench.spool.seal(log)
-        log.let_go()
+        log.release_written()
         assert await bench.read(log) == [*some, b"completed"]
 
 
@@ -363,7 +363,7 @@ async def test_a_file_that_is_not_what_was_written_is_told_and_nothing_of_it_is_
         log = bench.log()
         fill(log, frames(3, 1_000), end=True)
         await bench.spool.seal(log)
-        log.let_go()
+        log.release_written()
         path = tmp_path / "results" / f"{log.request_id}.frames"
         data = bytearray(path.read_bytes())
         if harm == "flip":
@@ -386,7 +386,7 @@ async def test_windows_that_a_full_sink_leaves_are_dropped_while_memory_is_short
         log, some = bench.log(), frames(12, BIG)
         fill(log, some, end=True)
         await bench.spool.seal(log)
-        log.let_go()
+        log.release_written()
         bench.memory.limit_bytes = 0
         reader, bucket = bench.reader(log)
         bucket.backlog_bytes = HIGH_WATER_BYTES - 1
@@ -409,11 +409,11 @@ async def test_a_reader_that_a_restart_takes_back_while_it_waits_for_the_disk_go
         await bench.spool.spill(log)
         assert not log.in_memory
         reader, bucket = bench.reader(log)
-        assert reader.fetching, "it asks for what lies in the file"
+        assert reader.prefetching, "it asks for what lies in the file"
         log.restart(2, 0)
         anew = frames(4, 500)
         fill(log, anew)
-        await until(lambda: not reader.fetching)
+        await until(lambda: not reader.prefetching)
         assert not bench.broken
         fill(log, [], end=True)
         assert bucket.got == [*anew, b"completed"]
@@ -459,7 +459,7 @@ async def test_every_reader_ends_with_every_frame_in_order_whatever_happens_behi
         append(ends=True)
         await bench.spool.seal(log)
         if seed % 2:
-            log.let_go()
+            log.release_written()
         for reader, bucket in readers:
             while not reader.done:
                 bucket.backlog_bytes = 0

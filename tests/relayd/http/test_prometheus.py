@@ -15,7 +15,7 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 from protocol.wire.frames import Audio, Failed, Started
 from protocol.wire.messages import Cancel, Rejected
 from protocol.wire.structs import Running
-from relayd.auth.tokens import Tokens
+from relayd.auth.tokens import TokenRegistry
 from relayd.core.relay import Relay
 from relayd.http.prometheus import HttpReading, Scrape
 from relayd.stats.counters import MAX_SEEN_WORKERS, Stats
@@ -26,9 +26,9 @@ from tests.support.relay import (
     an_id,
     daemon,
     fake_worker,
+    identity,
     peer,
     samples,
-    seat,
     until,
 )
 
@@ -42,7 +42,7 @@ class Told:
     """What was told at one moment."""
 
     def __init__(self, relay: Relay) -> None:
-        body, self.content_type = Scrape.of(relay, Tokens(), NO_HTTP).encode()
+        body, self.content_type = Scrape.of(relay, TokenRegistry(), NO_HTTP).encode()
         self.text = body.decode()
         self._told = {
             (sample.name, frozenset(sample.labels.items())): sample.value
@@ -76,7 +76,7 @@ async def test_what_becomes_of_requests_is_counted_by_space(tmp_path: Path) -> N
             await client.frames(spoken)
             client.send(broken)
             assign = await worker.assigned()
-            worker.send(Failed(**seat(assign, 0), code="a word of the worker's own", message="no", retryable=False))
+            worker.send(Failed(**identity(assign, 0), code="a word of the worker's own", message="no", retryable=False))
             await client.frames(broken)
             client.send(stopped)
             await worker.assigned()
@@ -126,11 +126,11 @@ async def test_cuts_are_counted_as_reconnects_resumed_and_retried(tmp_path: Path
             told = Told(relay.relay)
             assert (told("worker_reconnects_total"), told("requests_retried_total")) == (1, 0)
             crash: dict[str, Any] = {"code": "engine_failed", "message": "it crashed", "retryable": True}
-            worker.send(Failed(**seat(assign, 2), **crash))  # heard already, so the request fails
+            worker.send(Failed(**identity(assign, 2), **crash))  # heard already, so the request fails
             await until(lambda: Told(relay.relay)("requests_failed_total", code="engine_failed") == 1)
             client.send(again := a_submit("again"))
             assign = await worker.assigned()
-            worker.send(Failed(**seat(assign, 0), **crash))
+            worker.send(Failed(**identity(assign, 0), **crash))
             assign = await worker.assigned()
             assert (assign.request_id, assign.attempt) == (again.request_id, 2)
             told = Told(relay.relay)
@@ -173,10 +173,10 @@ async def test_audio_stays_counted_whatever_becomes_of_its_attempt(tmp_path: Pat
         async with fake_worker(relay.url, name="first") as worker:
             assign = await worker.assigned()
             worker.speak(assign, [SECOND] * 2, end=False)
-            worker.send(Started(**seat(assign, 3), format=FORMAT))
+            worker.send(Started(**identity(assign, 3), format=FORMAT))
             await until(lambda: relay.relay.requests[submit.request_id].log.next_seq == 4)
             assert told_s() == 2
-            worker.send(Audio(**seat(assign, 4), pcm=SECOND))
+            worker.send(Audio(**identity(assign, 4), pcm=SECOND))
             await until(lambda: told_s() == 3)
         async with fake_worker(relay.url, name="second") as worker:
             assign = await worker.assigned()
@@ -204,7 +204,7 @@ async def test_readers_that_take_nothing_are_told_from_others(tmp_path: Path) ->
             await listener.send_all(asked)
             await until(lambda: Told(relay.relay)("readers", state="keeping up") == 2)
             for seq in range(2, 130):  # more than a socket's buffers hold
-                worker.send(Audio(**seat(assign, seq), pcm=SECOND))
+                worker.send(Audio(**identity(assign, seq), pcm=SECOND))
                 await client.next(Audio)
             await until(lambda: Told(relay.relay)("readers", state="behind") == 1)
             assert Told(relay.relay)("readers", state="keeping up") == 1
@@ -248,7 +248,7 @@ async def test_promtool_finds_no_fault_in_what_is_told(tmp_path: Path) -> None:
 async def test_openmetrics_is_told_to_who_asks_for_it(tmp_path: Path) -> None:
     """Prometheus does."""
     async with daemon(tmp_path) as relay:
-        body, content_type = Scrape.of(relay.relay, Tokens(), NO_HTTP).encode(
+        body, content_type = Scrape.of(relay.relay, TokenRegistry(), NO_HTTP).encode(
             "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
         )
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
@@ -269,16 +269,16 @@ async def test_a_scrape_costs_the_same_however_many_requests_there_are(tmp_path:
         client.send(first := a_submit(detach=True))
         await until(lambda: first.request_id in relay.relay.requests)
         await worker.assigned()
-        few = calls_of(lambda: Scrape.of(relay.relay, Tokens(), NO_HTTP).encode())
+        few = calls_of(lambda: Scrape.of(relay.relay, TokenRegistry(), NO_HTTP).encode())
         for _ in range(1_000):
             client.send(a_submit(detach=True))
         await client.settled()
         await until(lambda: len(relay.relay.scheduler.spaces["tts"].queue) == 1_000)
-        many = calls_of(lambda: Scrape.of(relay.relay, Tokens(), NO_HTTP).encode())
+        many = calls_of(lambda: Scrape.of(relay.relay, TokenRegistry(), NO_HTTP).encode())
         for request in list(relay.relay.requests.values())[1:]:
             relay.relay.cancel(request, "enough")
-        await until(lambda: not relay.relay.results.concluding)
-        ended = calls_of(lambda: Scrape.of(relay.relay, Tokens(), NO_HTTP).encode())
+        await until(lambda: not relay.relay.results.unfinalized)
+        ended = calls_of(lambda: Scrape.of(relay.relay, TokenRegistry(), NO_HTTP).encode())
     assert few > 1_000
     # The digits of a number, and a first number of its kind, may cost a call or two.
     assert abs(many - few) < few / 100
@@ -322,12 +322,12 @@ def test_a_histogram_counts_a_value_with_the_bound_that_it_does_not_exceed() -> 
 async def test_workers_that_were_here_are_remembered_within_bounds() -> None:
     await trio.lowlevel.checkpoint()
     stats = Stats()
-    stats.hear_worker("box", ["tts"])
+    stats.count_registration("box", ["tts"])
     for number in range(MAX_SEEN_WORKERS - 1):
-        stats.hear_worker(f"other{number}", ["tts"])
-    stats.hear_worker("box", ["tts"])
-    assert stats.of_space("tts").reconnects == 1
+        stats.count_registration(f"other{number}", ["tts"])
+    stats.count_registration("box", ["tts"])
+    assert stats.space("tts").reconnects == 1
     for number in range(MAX_SEEN_WORKERS):
-        stats.hear_worker(f"another{number}", ["tts"])
-    stats.hear_worker("box", ["tts"])
-    assert stats.of_space("tts").reconnects == 1
+        stats.count_registration(f"another{number}", ["tts"])
+    stats.count_registration("box", ["tts"])
+    assert stats.space("tts").reconnects == 1

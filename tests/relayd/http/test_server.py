@@ -20,15 +20,15 @@ from starlette.routing import Route
 from protocol.wire.errors import LoginRefused
 from protocol.wire.frames import Audio, Cancelled
 from protocol.wire.messages import PATH, Cancel, Submit
-from relayd.auth.login_throttle import MAX_FAILURES, WINDOW_S, LoginFailures, address_of
+from relayd.auth.login_throttle import MAX_FAILURES, WINDOW_S, LoginThrottle, address_of
 from relayd.auth.origins import may_come_from
 from relayd.http.app import HEADERS, make_app
-from relayd.http.context import Site
-from relayd.http.request_stream import open_request
-from relayd.http.streaming_response import Reply, Streamed
+from relayd.http.context import HttpContext
+from relayd.http.request_stream import open_submission
+from relayd.http.streaming_response import ResponseWriter, StreamingRoute
 from relayd.store.base import TokenLimits
 from tests.support.raw_http_client import visitor
-from tests.support.relay import Daemon, an_id, daemon, fake_worker, kept_logs, peer, samples, seat, until
+from tests.support.relay import Daemon, an_id, daemon, fake_worker, identity, kept_logs, peer, samples, until
 
 TLS = Path(__file__).parents[2] / "support" / "tls"
 PCM = [samples(1200, seed) for seed in range(3)]
@@ -61,11 +61,11 @@ class Stage:
             Route("/echo", self.echo, methods=["POST"]),
             Route("/ignore", self.fine, methods=["POST"]),
             Route("/broken", self.broken),
-            Route("/half", Streamed(self.half)),
-            Route("/slow", Streamed(self.slow)),
+            Route("/half", StreamingRoute(self.half)),
+            Route("/slow", StreamingRoute(self.slow)),
             Route("/waits", self.waits),
-            Route("/endless", Streamed(self.endless)),
-            Route("/speech", Streamed(self.speech)),
+            Route("/endless", StreamingRoute(self.endless)),
+            Route("/speech", StreamingRoute(self.speech)),
         ]
 
     async def fine(self, request: Request) -> Response:
@@ -77,12 +77,12 @@ class Stage:
     async def broken(self, request: Request) -> Response:
         raise RuntimeError("fell over")
 
-    async def half(self, request: Request, reply: Reply) -> None:
+    async def half(self, request: Request, reply: ResponseWriter) -> None:
         await reply.start("text/plain")
         await reply.write(b"half")
         raise RuntimeError("fell over")
 
-    async def slow(self, request: Request, reply: Reply) -> None:
+    async def slow(self, request: Request, reply: ResponseWriter) -> None:
         await reply.start("text/plain")
         await reply.write(b"begun ")
         self.entered.set()
@@ -99,7 +99,7 @@ class Stage:
         finally:
             self.left.set()
 
-    async def endless(self, request: Request, reply: Reply) -> None:
+    async def endless(self, request: Request, reply: ResponseWriter) -> None:
         await reply.start("text/plain")
         try:
             while True:
@@ -107,9 +107,9 @@ class Stage:
         finally:
             self.left.set()
 
-    async def speech(self, request: Request, reply: Reply) -> None:
+    async def speech(self, request: Request, reply: ResponseWriter) -> None:
         submit = Submit(request_id=an_id(), space="tts", params={"text": "x"})
-        async with open_request(request, submit) as held:
+        async with open_submission(request, submit) as held:
             async for event in held:
                 if isinstance(event, Audio):
                     if not reply.started:
@@ -122,8 +122,8 @@ async def staged(state_dir: Path, **overrides: Any) -> AsyncIterator[tuple[Daemo
     """A daemon with the stage's handlers."""
     stage = Stage()
 
-    def make(site: Site) -> Starlette:
-        app = make_app(site)
+    def make(context: HttpContext) -> Starlette:
+        app = make_app(context)
         app.router.routes[:0] = stage.routes()
         return app
 
@@ -163,9 +163,9 @@ async def test_a_connection_is_used_again_and_ends_when_it_idles_too_long(tmp_pa
         for _ in range(3):
             assert (await http.get("/fine")).body == b"fine"
             assert (await http.ask("POST", "/echo", body=b"x" * 100_000)).body == b"x" * 100_000
-        assert relay.site.connections == 1
+        assert relay.http_context.connections == 1
         assert await http.hears_the_end()
-        await until(lambda: relay.site.connections == 0)
+        await until(lambda: relay.http_context.connections == 0)
 
 
 @pytest.mark.trio
@@ -247,7 +247,7 @@ async def test_a_body_that_nobody_reads_ends_the_connection_and_not_the_answer(t
             while piece := await http.stream.receive_some():
                 heard += piece
         assert heard.endswith(b"fine")
-        await until(lambda: relay.site.connections == 0)
+        await until(lambda: relay.http_context.connections == 0)
 
 
 # -- handlers --------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ async def test_a_handler_that_falls_ends_its_response_alone(tmp_path: Path, logs
         assert (half.body, half.whole) == (b"half", False), "cut short, and not ended"
         stage.go_on.set()
         assert await slow.rest() == b"begun ended"
-        await until(lambda: not relay.site.visits)
+        await until(lambda: not relay.http_context.exchanges)
     assert [line["path"] for line in faults(logs)] == ["/broken", "/half"]
 
 
@@ -287,7 +287,7 @@ async def test_a_client_that_goes_away_has_its_handler_cancelled_at_once(
         with trio.fail_after(1):
             await stage.left.wait()
         assert stage.cancelled == 1
-        await until(lambda: not relay.site.connections)
+        await until(lambda: not relay.http_context.connections)
     assert not faults(logs)
 
 
@@ -302,7 +302,7 @@ async def test_a_request_whose_client_went_away_is_cancelled_at_its_worker_at_on
             await answer.until(PCM[0])
         with trio.fail_after(1):  # and not after its resume window of 30 s
             assert (await worker.peer.next(Cancel)).request_id == assign.request_id
-        worker.send(Cancelled(**seat(assign, 2)))
+        worker.send(Cancelled(**identity(assign, 2)))
         await relay.at_rest()
 
 
@@ -322,7 +322,7 @@ async def test_a_client_that_takes_nothing_is_cut_off_in_time(tmp_path: Path, lo
         await http.open("GET", "/endless")
         with trio.fail_after(5):
             await stage.left.wait()
-        await until(lambda: relay.site.connections == 0)
+        await until(lambda: relay.http_context.connections == 0)
         assert relay.relay.slow_consumers == 1
     assert not faults(logs)
 
@@ -338,8 +338,8 @@ async def test_a_slow_reader_holds_no_more_of_a_result_than_its_share(tmp_path: 
         request = relay.relay.requests[assign.request_id]
         await until(lambda: request.log.ended)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        (visit,) = relay.site.visits
-        held: Any = visit.waits_for
+        (exchange,) = relay.http_context.exchanges
+        held: Any = exchange.waits_for
         assert held.backlog_bytes < 400_000
         assert await answer.rest() == b"".join(pcm)
 
@@ -462,7 +462,7 @@ def test_an_address_is_a_peer_without_its_port(peer_name: str, address: str) -> 
 
 
 def test_failures_are_forgotten_in_time_and_counted_by_address() -> None:
-    failures = LoginFailures()
+    failures = LoginThrottle()
     assert [failures.add("a", float(second)) for second in range(MAX_FAILURES)] == [None] * MAX_FAILURES
     assert failures.add("a", 10.0) == WINDOW_S - 10
     assert failures.add("b", 10.0) is None
@@ -509,7 +509,7 @@ async def test_a_revoked_token_ends_its_streams_within_two_seconds(
             with trio.fail_after(2), pytest.raises(GONE):
                 await answer.rest()
         await worker.peer.next(Cancel)
-        worker.send(Cancelled(**seat(assign, 2)))
+        worker.send(Cancelled(**identity(assign, 2)))
         await relay.at_rest()
 
 
@@ -579,7 +579,7 @@ async def test_every_answer_has_the_headers_that_keep_browsers_safe(tmp_path: Pa
 
 @pytest.mark.trio
 async def test_connections_of_both_kinds_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.connections.gateway.MAX_STRANGERS", 1)
+    monkeypatch.setattr("relayd.connections.gateway.MAX_PENDING", 1)
     async with staged(tmp_path, limits={"max_connections": 1}) as (relay, _):
         async with visitor(relay.url) as one, peer(relay.url, "client"):
             assert (await one.get("/fine")).status == 200

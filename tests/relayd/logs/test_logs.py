@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from relayd.auth.tokens import Tokens
+from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import LogConfig
 from relayd.logs.setup import get_logger, set_level, set_up_logs
 
-SECRET = Tokens().create(role="worker", name="ann", now=0.0).text
+SECRET = TokenRegistry().create(role="worker", name="ann", now=0.0).text
 
 
 class Terminal(io.StringIO):

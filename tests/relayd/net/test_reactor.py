@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from protocol.link import base
-from protocol.link.limits import LinkRules
+from protocol.link.limits import LinkLimits
 from protocol.link.websocket_frames import (
     BINARY,
     CLOSE,
@@ -33,7 +33,7 @@ from protocol.wire.codec import decode
 from protocol.wire.errors import LinkBroken, LinkClosed
 from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.messages import FROM_RELAY, Error
-from relayd.net.reactor import Plane, SocketLink, open_plane
+from relayd.net.reactor import Reactor, SocketLink, open_reactor
 from tests.support.relay import until
 
 FAREWELL = Error(code="slow_consumer", message="connect again")
@@ -49,20 +49,20 @@ class Taken:
     ends: int = 0
     cuts: int = 0
 
-    def take(self, messages: list[bytes]) -> None:
+    def on_messages(self, messages: list[bytes]) -> None:
         self.batches += 1
         self.messages += messages
 
     def has(self, count: int) -> bool:
         return len(self.messages) == count
 
-    def take_text(self, text: str) -> None:
+    def on_text(self, text: str) -> None:
         self.texts.append(text)
 
-    def hear_end(self) -> None:
+    def on_closed(self) -> None:
         self.ends += 1
 
-    def hear_cut(self) -> None:
+    def on_transport_closed(self) -> None:
         self.cuts += 1
 
 
@@ -83,7 +83,7 @@ class FarEnd:
             data = await self.stream.receive_some(65_536)
             assert data, "the relay hung up"
             self.parser.feed(data)
-            self.events += self.parser.take()
+            self.events += self.parser.pop_events()
         return self.events.pop(0)
 
     async def hung_up(self) -> bool:
@@ -92,10 +92,10 @@ class FarEnd:
 
 
 @asynccontextmanager
-async def linked(*, tcp: bool = True, **rules: Any) -> AsyncIterator[tuple[Plane, SocketLink, FarEnd]]:
+async def linked(*, tcp: bool = True, **limits: Any) -> AsyncIterator[tuple[Reactor, SocketLink, FarEnd]]:
     """A plane, a link of it, and the far end."""
     with trio.fail_after(30):
-        async with open_plane() as plane:
+        async with open_reactor() as reactor:
             if tcp:
                 (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
                 async with listener:
@@ -104,7 +104,7 @@ async def linked(*, tcp: bool = True, **rules: Any) -> AsyncIterator[tuple[Plane
             else:
                 ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in socket.socketpair())
             async with theirs:
-                yield plane, plane.adopt(ours, "peer", LinkRules(**rules)), FarEnd(theirs)
+                yield reactor, reactor.register(ours, "peer", LinkLimits(**limits)), FarEnd(theirs)
 
 
 def overfill(link: SocketLink, data: bytes) -> None:
@@ -166,7 +166,7 @@ async def test_a_taker_gets_what_came_before_it_and_then_whole_batches() -> None
         taken = Taken()
         await far.send(b"0")
         await until(lambda: bool(link._inbox))
-        link.hand_to(taken)
+        link.set_handler(taken)
         await far.stream.send_all(b"".join(make_frame(BINARY, bytes([n]), masked=True) for n in range(1, 50)))
         await far.send(b"words", TEXT)
         await until(lambda: bool(taken.texts))
@@ -189,14 +189,14 @@ async def test_what_is_sent_while_messages_are_handled_leaves_in_one_call_a_link
                 return getattr(sock, name)
 
         class Answering(Taken):
-            def take(self, messages: list[bytes]) -> None:
+            def on_messages(self, messages: list[bytes]) -> None:
                 for message in messages:
                     link.send_nowait(message)
                     link.send_frames([message, message])
 
         sock = link._sock
         link._sock = Counted()  # type: ignore[assignment]
-        link.hand_to(Answering())
+        link.set_handler(Answering())
         await far.stream.send_all(b"".join(make_frame(BINARY, b"x" * 100, masked=True) for _ in range(20)))
         for _ in range(60):
             assert await far.next() == b"x" * 100
@@ -242,7 +242,7 @@ async def test_on_drained_may_refill_the_link_until_a_long_stream_is_through() -
 async def test_a_peer_that_takes_nothing_reads_why_behind_the_frame_that_was_on_its_way() -> None:
     async with linked(send_timeout_s=0.3, dead_after_s=30, farewell=FAREWELL) as (_plane, link, far):
         taken = Taken()
-        link.hand_to(taken)
+        link.set_handler(taken)
         for _ in range(14):
             link.send_nowait(bytes(MAX_MESSAGE_BYTES))
         await until(lambda: link.stalled)
@@ -320,7 +320,7 @@ async def test_a_peer_that_closes_is_answered_and_hung_up_on_and_its_last_messag
         with pytest.raises(LinkBroken, match="4001: bye"):
             await link.receive()
         taken = Taken()
-        link.hand_to(taken)  # who comes late is told all the same
+        link.set_handler(taken)  # who comes late is told all the same
         await until(lambda: taken.ends > 0)
         assert (taken.messages, taken.ends) == ([], 1)
 
@@ -377,7 +377,7 @@ async def test_who_breaks_a_rule_reads_why_and_is_hung_up_on(data: bytes, code: 
 async def test_an_end_in_the_middle_of_a_send_is_told_later_and_once() -> None:
     async with linked() as (_plane, link, far):
         taken = Taken()
-        link.hand_to(taken)
+        link.set_handler(taken)
         far.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         await far.stream.aclose()  # a reset
         while link.gone is None:
@@ -394,14 +394,14 @@ async def test_an_end_in_the_middle_of_a_send_is_told_later_and_once() -> None:
 @pytest.mark.trio
 async def test_a_fault_of_ours_over_one_link_ends_that_link_alone() -> None:
     class Broken(Taken):
-        def take(self, messages: list[bytes]) -> None:
+        def on_messages(self, messages: list[bytes]) -> None:
             raise KeyError("a bug")
 
     with structlog.testing.capture_logs() as logs:
-        async with linked() as (plane, link, far):
+        async with linked() as (reactor, link, far):
             ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in socket.socketpair())
-            other, other_far = plane.adopt(ours, "other", LinkRules()), FarEnd(theirs)
-            link.hand_to(Broken())
+            other, other_far = reactor.register(ours, "other", LinkLimits()), FarEnd(theirs)
+            link.set_handler(Broken())
             await far.send(b"x")
             assert await far.hung_up()
             await other_far.send(b"y")
@@ -428,10 +428,10 @@ async def test_a_full_inbox_holds_the_peer_up_and_loses_nothing(monkeypatch: pyt
 
 @pytest.mark.trio
 async def test_what_is_connected_when_the_plane_closes_is_cut_and_told() -> None:
-    async with open_plane() as plane:
+    async with open_reactor() as reactor:
         ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in socket.socketpair())
-        link, taken = plane.adopt(ours, "peer", LinkRules()), Taken()
-        link.hand_to(taken)
+        link, taken = reactor.register(ours, "peer", LinkLimits()), Taken()
+        link.set_handler(taken)
     assert taken.ends == 1
     async with theirs:
         assert await FarEnd(theirs).hung_up()
@@ -439,12 +439,12 @@ async def test_what_is_connected_when_the_plane_closes_is_cut_and_told() -> None
 
 @pytest.mark.trio
 async def test_links_at_rest_have_no_task() -> None:
-    async with open_plane() as plane:
+    async with open_reactor() as reactor:
         before = trio.lowlevel.current_statistics().tasks_living
         ends = []
         for _ in range(20):
             ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in socket.socketpair())
-            plane.adopt(ours, "peer", LinkRules()).hand_to(Taken())
+            reactor.register(ours, "peer", LinkLimits()).set_handler(Taken())
             ends.append(theirs)
         assert trio.lowlevel.current_statistics().tasks_living == before
         for theirs in ends:
@@ -456,7 +456,7 @@ async def test_links_at_rest_have_no_task() -> None:
 async def test_the_last_words_of_a_peer_that_is_gone_are_heard_though_a_send_fails_first(tcp: bool) -> None:
     async with linked(tcp=tcp) as (_plane, link, far):
         taken = Taken()
-        link.hand_to(taken)
+        link.set_handler(taken)
         sock = socket.socket(fileno=far.stream.socket.detach())
         words = make_frame(BINARY, b"last words", masked=True)
         sock.sendall(words + make_frame(CLOSE, close_payload(4001, "bye"), masked=True))
@@ -476,38 +476,38 @@ async def test_what_a_peer_said_before_it_closed_is_given_to_who_takes_its_messa
         await far.send(close_payload(1000, ""), CLOSE)
         await until(lambda: link.gone is not None)
         taken = Taken()
-        link.hand_to(taken)
+        link.set_handler(taken)
         assert (taken.messages, taken.texts) == ([b"one"], ["words"])
         await until(lambda: taken.ends > 0)
 
 
 @pytest.mark.trio
 async def test_who_asks_for_much_at_once_is_served_in_turns_and_in_order() -> None:
-    async with linked(max_backlog_bytes=64 * MAX_MESSAGE_BYTES) as (plane, link, far):
+    async with linked(max_backlog_bytes=64 * MAX_MESSAGE_BYTES) as (reactor, link, far):
         ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in socket.socketpair())
-        other, other_far = plane.adopt(ours, "other", LinkRules()), FarEnd(theirs)
+        other, other_far = reactor.register(ours, "other", LinkLimits()), FarEnd(theirs)
         served: list[str] = []
 
         class Crowd(Taken):
-            def take(self, messages: list[bytes]) -> None:
-                super().take(messages)
+            def on_messages(self, messages: list[bytes]) -> None:
+                super().on_messages(messages)
                 served.append("crowd")
 
         class One(Taken):
-            def take(self, messages: list[bytes]) -> None:
-                super().take(messages)
+            def on_messages(self, messages: list[bytes]) -> None:
+                super().on_messages(messages)
                 served.append("one")
 
         crowd, one = Crowd(), One()
-        link.hand_to(crowd)
-        other.hand_to(one)
+        link.set_handler(crowd)
+        other.set_handler(one)
         every = [number.to_bytes(2, "big") for number in range(2_000)]
         await far.stream.send_all(b"".join(make_frame(BINARY, each, masked=True) for each in every))
         await far.send(close_payload(1000, "done"), CLOSE)
         await other_far.send(b"me too")
         await until(lambda: crowd.cuts > 0)
         assert crowd.messages == every
-        assert crowd.batches >= 2_000 // link.most_messages
+        assert crowd.batches >= 2_000 // link.max_messages_per_turn
         assert "crowd" in served[served.index("one") :], "it did not wait for all of them"
         await theirs.aclose()
 
@@ -518,21 +518,21 @@ async def test_a_fault_of_who_waits_for_a_link_to_drain_ends_that_link_and_no_ot
         raise KeyError("a bug")
 
     with structlog.testing.capture_logs() as logs:
-        async with linked() as (plane, link, far):
+        async with linked() as (reactor, link, far):
             pairs = [socket.socketpair() for _ in range(2)]
             others = []
             for ours, theirs in pairs:
                 ends = [trio.SocketStream(trio.socket.from_stdlib_socket(each)) for each in (ours, theirs)]
-                others.append((plane.adopt(ends[0], "other", LinkRules()), FarEnd(ends[1])))
+                others.append((reactor.register(ends[0], "other", LinkLimits()), FarEnd(ends[1])))
             (bad, _bad_far), (good, good_far) = others
             bad.on_drained(fall, 0)
 
             class Telling(Taken):
-                def take(self, messages: list[bytes]) -> None:
+                def on_messages(self, messages: list[bytes]) -> None:
                     bad.send_nowait(b"x")
                     good.send_nowait(b"y")
 
-            link.hand_to(Telling())
+            link.set_handler(Telling())
             await far.send(b"go")
             assert await good_far.next() == b"y"
             assert bad.stopped
@@ -561,22 +561,22 @@ def test_a_long_frame_fills_the_buffer_that_it_was_given() -> None:
     parser = Parser(masked=True, max_message_bytes=MAX_MESSAGE_BYTES)
     data = make_frame(BINARY, bytes(MAX_MESSAGE_BYTES), masked=True)
     parser.feed(data[:100])
-    whole = parser.large
+    whole = parser.large_frame
     for start in range(100, 1_000):
         parser.feed(data[start : start + 1])
-        assert parser.large is whole
+        assert parser.large_frame is whole
     parser.feed(data[1_000:] + make_frame(BINARY, b"next", masked=True))
-    assert parser.take() == [bytes(MAX_MESSAGE_BYTES), b"next"]
+    assert parser.pop_events() == [bytes(MAX_MESSAGE_BYTES), b"next"]
 
 
 @pytest.mark.trio
 async def test_a_trusted_link_is_read_by_a_task_of_its_own_to_its_end() -> None:
-    async with linked() as (plane, link, far), trio.open_nursery() as nursery:
+    async with linked() as (reactor, link, far), trio.open_nursery() as nursery:
         taken = Taken()
-        link.trust()
-        link.hand_to(taken)
-        nursery.start_soon(plane.attend, link, lambda _data: False, link.close_soon)
-        link.most_messages = 10
+        link.use_bulk_mode()
+        link.set_handler(taken)
+        nursery.start_soon(reactor.serve_worker_link, link, lambda _data: False, link.close_soon)
+        link.max_messages_per_turn = 10
         every = [number.to_bytes(2, "big") * 3_000 for number in range(500)]
         for each in every:
             await far.send(each)
@@ -594,12 +594,12 @@ async def test_a_trusted_link_is_read_by_a_task_of_its_own_to_its_end() -> None:
 
 @pytest.mark.trio
 async def test_a_link_that_is_attended_no_more_is_read_on_by_the_plane() -> None:
-    async with linked() as (plane, link, far):
+    async with linked() as (reactor, link, far):
         taken = Taken()
-        link.trust()
-        link.hand_to(taken)
+        link.use_bulk_mode()
+        link.set_handler(taken)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(plane.attend, link, lambda _data: False, link.close_soon)
+            nursery.start_soon(reactor.serve_worker_link, link, lambda _data: False, link.close_soon)
             await far.send(b"1")
             await until(lambda: taken.messages == [b"1"])
             nursery.cancel_scope.cancel()
@@ -615,19 +615,19 @@ async def test_a_link_that_is_attended_no_more_is_read_on_by_the_plane() -> None
 @pytest.mark.trio
 @pytest.mark.parametrize("trusted", [True, False])
 async def test_what_is_too_much_for_one_turn_needs_no_other_event_to_go_on(trusted: bool) -> None:
-    async with linked() as (plane, link, far), trio.open_nursery() as nursery:
+    async with linked() as (reactor, link, far), trio.open_nursery() as nursery:
         taken = Taken()
-        link.most_messages = 10
+        link.max_messages_per_turn = 10
         if trusted:
-            link.trust()
-            link.most_messages = 10
-            nursery.start_soon(plane.attend, link, lambda _data: False, link.close_soon)
-        link.hand_to(taken)
+            link.use_bulk_mode()
+            link.max_messages_per_turn = 10
+            nursery.start_soon(reactor.serve_worker_link, link, lambda _data: False, link.close_soon)
+        link.set_handler(taken)
         every = [bytes([number]) for number in range(100)]
         octets = b"".join(make_frame(BINARY, each, masked=True) for each in every)
         await far.stream.send_all(octets)
         await until(lambda: taken.messages == every)
-        link.hear_early(octets)
+        link.feed_early(octets)
         assert len(taken.messages) == 110, "it is a turn's worth at once"
         await until(lambda: taken.messages == every * 2)
         nursery.cancel_scope.cancel()
@@ -635,7 +635,7 @@ async def test_what_is_too_much_for_one_turn_needs_no_other_event_to_go_on(trust
 
 @pytest.mark.trio
 async def test_what_comes_alone_is_passed_on_and_all_else_is_handed_over_in_order() -> None:
-    async with linked() as (plane, link, far), trio.open_nursery() as nursery:
+    async with linked() as (reactor, link, far), trio.open_nursery() as nursery:
         taken = Taken()
         passed: list[bytes] = []
 
@@ -646,9 +646,9 @@ async def test_what_comes_alone_is_passed_on_and_all_else_is_handed_over_in_orde
             passed.append(data)
             return True
 
-        link.trust()
-        link.hand_to(taken)
-        nursery.start_soon(plane.attend, link, pass_on, link.close_soon)
+        link.use_bulk_mode()
+        link.set_handler(taken)
+        nursery.start_soon(reactor.serve_worker_link, link, pass_on, link.close_soon)
         alone, refused, short = b"yes" * 100, b"no!" * 100, b"short"
         sent = [[alone], [refused], [short], [alone, alone], [alone]]
         for number, messages in enumerate(sent):
@@ -670,11 +670,11 @@ async def test_a_fault_of_who_passes_on_is_told_and_ends_that_link_alone() -> No
     def tell() -> None:
         link.close_soon(1011, "a mistake")
 
-    async with linked() as (plane, link, far), trio.open_nursery() as nursery:
-        link.trust()
-        link.hand_to(Taken())
+    async with linked() as (reactor, link, far), trio.open_nursery() as nursery:
+        link.use_bulk_mode()
+        link.set_handler(Taken())
         with structlog.testing.capture_logs() as logs:
-            nursery.start_soon(plane.attend, link, fall, tell)
+            nursery.start_soon(reactor.serve_worker_link, link, fall, tell)
             await far.send(b"x" * 200)
             assert await far.next() == Close(1011, "a mistake")
             await far.send(close_payload(1011, ""), CLOSE)
@@ -701,17 +701,17 @@ async def test_one_by_one_a_full_kernel_loses_nothing_of_frames_and_pings(size: 
 async def test_messages_that_are_kept_go_to_who_takes_them_next() -> None:
     async with linked() as (_plane, link, far):
         first, second = Taken(), Taken()
-        link.hand_to(first)
+        link.set_handler(first)
         await far.send(b"1")
         await until(lambda: first.messages == [b"1"])
-        link.keep([b"1"])
+        link.buffer_again([b"1"])
         await far.send(b"2")
         assert await link.receive() == b"1"
         await far.send(b"3")
         assert await link.receive() == b"2"
         await far.send(b"4")
         await until(lambda: len(link._inbox or ()) == 2)
-        link.hand_to(second)
+        link.set_handler(second)
         assert second.messages == [b"3", b"4"]
         assert first.messages == [b"1"]
 
@@ -719,10 +719,10 @@ async def test_messages_that_are_kept_go_to_who_takes_them_next() -> None:
 @pytest.mark.trio
 @pytest.mark.parametrize("ours", [True, False])
 async def test_a_trusted_link_that_is_cut_ends_its_task(ours: bool) -> None:
-    async with linked() as (plane, link, far), trio.open_nursery() as nursery:
-        link.trust()
-        link.hand_to(Taken())
-        nursery.start_soon(plane.attend, link, lambda _data: False, link.close_soon)
+    async with linked() as (reactor, link, far), trio.open_nursery() as nursery:
+        link.use_bulk_mode()
+        link.set_handler(Taken())
+        nursery.start_soon(reactor.serve_worker_link, link, lambda _data: False, link.close_soon)
         await trio.testing.wait_all_tasks_blocked()
         if ours:
             link.abort("enough")

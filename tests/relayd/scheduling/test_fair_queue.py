@@ -72,8 +72,8 @@ def test_what_is_given_back_keeps_its_place_before_the_lanes() -> None:
     first, second = queue.pop(lambda _: True), queue.pop(lambda _: True)
     assert first is not None
     assert second is not None
-    queue.push_back(second)
-    queue.push_back(first)
+    queue.requeue(second)
+    queue.requeue(first)
     assert served(queue) == "abcd"
 
 
@@ -122,7 +122,7 @@ def test_it_counts_right_loses_nothing_and_serves_in_the_order_it_tells(steps: l
         elif step == "back" and taken:
             item = taken.pop()
             waiting[item.request_id] = item
-            queue.push_back(item)
+            queue.requeue(item)
         elif step == "remove" and picked is not None:
             queue.remove(waiting.pop(picked.request_id))
         elif step == "promote" and picked is not None:
@@ -131,7 +131,7 @@ def test_it_counts_right_loses_nothing_and_serves_in_the_order_it_tells(steps: l
         assert len(queue) == len(waiting)
         assert all(item in queue for item in waiting.values())
         for name in ("ann", "bob", "cid"):
-            assert queue.waiting_of(name) == sum(item.principal == name for item in waiting.values())
+            assert queue.count_for(name) == sum(item.principal == name for item in waiting.values())
     told = [item.request_id for item in queue]
     assert sorted(told) == sorted(waiting)
     assert served(queue) == "".join(told)

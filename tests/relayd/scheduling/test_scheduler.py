@@ -7,10 +7,10 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Rejected
 from relayd.scheduling.model import (
     Decision,
-    Entry,
     Finish,
-    Joined,
-    Requeued,
+    Registration,
+    Requeue,
+    ScheduledRequest,
     SpaceRules,
     Start,
     State,
@@ -34,23 +34,23 @@ class Bench:
     def admit(self, name: str, **fields: Any) -> Rejected | None:
         return self.scheduler.admit(self.entry(name, **fields))
 
-    def entry(self, name: str, **fields: Any) -> Entry:
+    def entry(self, name: str, **fields: Any) -> ScheduledRequest:
         plain: dict[str, Any] = {"space": "tts", "principal": "ann", "ticket": next(self._tickets)}
-        return Entry(request_id=name, **(plain | fields))
+        return ScheduledRequest(request_id=name, **(plain | fields))
 
     def queue(self, name: str, **fields: Any) -> list[Decision]:
         entry = self.entry(name, **fields)
         assert self.scheduler.admit(entry) is None
         return self.scheduler.enqueue(entry, self.now)
 
-    def join(self, worker_id: str = "box", running: dict[str, int] | None = None, **fields: Any) -> Joined:
+    def join(self, worker_id: str = "box", running: dict[str, int] | None = None, **fields: Any) -> Registration:
         joined = self.try_join(worker_id, running, **fields)
-        assert isinstance(joined, Joined)
+        assert isinstance(joined, Registration)
         return joined
 
     def try_join(
         self, worker_id: str = "box", running: dict[str, int] | None = None, **fields: Any
-    ) -> Rejected | Joined:
+    ) -> Rejected | Registration:
         plain: dict[str, Any] = {"instance": "i", "spaces": ("tts",), "slots": 1}
         return self.scheduler.join(WorkerState(worker_id=worker_id, **(plain | fields)), running or {}, self.now)
 
@@ -63,12 +63,12 @@ class Bench:
         return self.scheduler.lose(name, code, "it broke", self.now)
 
     def order(self) -> list[str]:
-        return list(self.scheduler.places("tts", self.now))
+        return list(self.scheduler.positions("tts", self.now))
 
     def heard(self, name: str, frames: int = 3) -> None:
         self[name].has_output, self[name].next_seq = True, frames
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> ScheduledRequest:
         return self.scheduler.entries[name]
 
 
@@ -265,11 +265,11 @@ def test_places_and_eta_come_from_the_spaces_own_pace() -> None:
     bench.join("two")
     for name in "abcde":
         bench.queue(name)
-    assert [place.eta_s for place in bench.scheduler.places("tts", bench.now).values()] == [None] * 3
+    assert [place.eta_s for place in bench.scheduler.positions("tts", bench.now).values()] == [None] * 3
     bench.now += 10
     bench.complete("a", "one")  # c starts there
     bench.now += 4
-    places = bench.scheduler.places("tts", bench.now)
+    places = bench.scheduler.positions("tts", bench.now)
     assert [(name, p.position, p.of, p.eta_s) for name, p in places.items()] == [("d", 1, 2, 0.0), ("e", 2, 2, 6.0)]
 
 
@@ -316,12 +316,12 @@ def test_a_worker_that_comes_back_goes_on_with_what_it_ran() -> None:
     bench.queue("a")
     bench.queue("b")
     (away,) = bench.scheduler.unlink("box", bench.now)
-    assert (away.request_id, away.lost_at) == ("a", bench.now)
+    assert (away.request_id, away.worker_lost_at) == ("a", bench.now)
     joined = bench.join(running={"a": 1, "of another life": 4})
     assert [entry.request_id for entry in joined.resume] == ["a"]
     assert joined.abandon == ["of another life"]
     assert joined.decisions == []
-    assert bench["a"].lost_at is None
+    assert bench["a"].worker_lost_at is None
     assert started(bench.complete("a")) == ["b"]
 
 
@@ -352,7 +352,7 @@ def test_what_was_given_up_too_early_runs_where_it_ran() -> None:
     bench.join()
     bench.queue("a")
     bench.scheduler.unlink("box", bench.now)
-    assert kinds(bench.lose("a")) == [("Requeued", "a")]
+    assert kinds(bench.lose("a")) == [("Requeue", "a")]
     assert not bench.scheduler.workers, "nothing to come back to"
     joined = bench.join(running={"a": 1})
     assert [entry.request_id for entry in joined.resume] == ["a"]
@@ -402,7 +402,7 @@ def test_a_lost_attempt_is_not_handed_to_a_worker_that_has_not_let_go_of_it() ->
     bench = Bench()
     bench.join(slots=2)
     bench.queue("a")
-    assert kinds(bench.lose("a", ErrorCode.IDLE_TIMEOUT)) == [("Stop", "a"), ("Requeued", "a")]
+    assert kinds(bench.lose("a", ErrorCode.IDLE_TIMEOUT)) == [("Stop", "a"), ("Requeue", "a")]
     assert started(bench.queue("b")) == ["b"], "others may have the other slot"
     assert bench.scheduler.workers["box"].held == {"a": 1, "b": 1}
     assert started(bench.scheduler.release("box", "a", 1, bench.now)) == ["a"]
@@ -416,10 +416,10 @@ OTHER: dict[str, Any] = {"reproducible": "chime 8000"}
 @pytest.mark.parametrize(
     ("retry", "worker", "heard", "outcome"),
     [
-        ("before_output", {}, False, "Requeued"),
+        ("before_output", {}, False, "Requeue"),
         ("before_output", {}, True, ErrorCode.WORKER_LOST),
-        ("before_output", REPRODUCIBLE, True, "Requeued"),
-        ("always", {}, True, "Requeued"),
+        ("before_output", REPRODUCIBLE, True, "Requeue"),
+        ("always", {}, True, "Requeue"),
         ("never", {}, False, ErrorCode.WORKER_LOST),
         ("never", REPRODUCIBLE, True, ErrorCode.WORKER_LOST),
     ],
@@ -432,8 +432,8 @@ def test_what_becomes_of_a_lost_attempt(retry: str, worker: dict[str, Any], hear
         bench.heard("a")
     bench.scheduler.unlink("box", bench.now)
     decisions = bench.lose("a")
-    if outcome == "Requeued":
-        assert kinds(decisions) == [("Requeued", "a")]
+    if outcome == "Requeue":
+        assert kinds(decisions) == [("Requeue", "a")]
     else:
         assert code_of(decisions) is outcome
         assert not bench.scheduler.workers
@@ -561,7 +561,7 @@ def test_a_restart_keeps_order_and_takes_running_requests_up_again() -> None:
     bench.scheduler.restore(bench.entry("a", state=State.RUNNING, attempt=2, losses=1), bench.now)
     for name in "bc":
         bench.scheduler.restore(bench.entry(name), bench.now)
-    assert bench["a"].lost_at == bench.now
+    assert bench["a"].worker_lost_at == bench.now
     joined = bench.join(running={"a": 2})
     assert [entry.request_id for entry in joined.resume] == ["a"]
     assert bench.order() == ["b", "c"]
@@ -601,7 +601,7 @@ def test_requeueing_says_so_before_it_starts_anew() -> None:
     bench.queue("a")
     bench.join("two")
     decisions = bench.lose("a", ErrorCode.IDLE_TIMEOUT)
-    assert [type(decision) for decision in decisions] == [Stop, Requeued, Start]
+    assert [type(decision) for decision in decisions] == [Stop, Requeue, Start]
 
 
 def test_an_attempt_that_was_begun_after_a_loss_and_not_stored_gives_no_loss_back() -> None:
@@ -616,7 +616,7 @@ def test_an_attempt_that_only_a_listener_knows_of_is_awaited_and_those_before_it
     bench = Bench(max_workers=2)
     away = {"worker_id": "old"} if state is State.RUNNING else {}
     bench.scheduler.restore(bench.entry("a", state=state, attempt=1, unsure=True, **away), bench.now)
-    assert bench.scheduler.hear_of("a", 2, bench.now) == []
+    assert bench.scheduler.adopt_later_attempt("a", 2, bench.now) == []
     assert bench.join("old", {"a": 1}, slots=0).abandon == ["a"]
     bench.now += 5
     assert bench.join("new", {"a": 2}, reproducible=TONE).resume == [bench["a"]]
@@ -627,11 +627,11 @@ def test_an_attempt_that_only_a_listener_knows_of_is_awaited_and_those_before_it
 def test_an_attempt_that_only_a_listener_knows_of_and_nobody_runs_ends_under_its_own_number() -> None:
     bench = Bench()
     bench.scheduler.restore(bench.entry("a", state=State.RUNNING, attempt=1, unsure=True, retry="never"), bench.now)
-    bench.scheduler.hear_of("a", 2, bench.now)
+    bench.scheduler.adopt_later_attempt("a", 2, bench.now)
     assert code_of(bench.lose("a")) is ErrorCode.WORKER_LOST
     assert bench["a"].attempt == 2, "a listener drops the end of an attempt before its own"
     for attempt in (0, 1, 2, 4):
-        assert bench.scheduler.hear_of("a", attempt, bench.now) == []
+        assert bench.scheduler.adopt_later_attempt("a", attempt, bench.now) == []
     assert bench["a"].attempt == 2
 
 
@@ -639,7 +639,7 @@ def test_a_listener_cannot_raise_the_attempt_of_a_request_that_did_not_come_from
     bench = Bench()
     bench.queue("a")
     for attempt in range(1, 50):
-        assert bench.scheduler.hear_of("a", attempt, bench.now) == []
+        assert bench.scheduler.adopt_later_attempt("a", attempt, bench.now) == []
     assert bench["a"].attempt == 0
 
 
@@ -647,10 +647,10 @@ def test_after_a_restart_a_listener_is_believed_once_and_not_at_all_when_an_atte
     bench = Bench()
     bench.scheduler.restore(bench.entry("a", attempt=1, unsure=True), bench.now)
     for attempt in range(2, 50):
-        bench.scheduler.hear_of("a", attempt, bench.now)
+        bench.scheduler.adopt_later_attempt("a", attempt, bench.now)
     assert bench["a"].attempt == 2
     bench.scheduler.restore(bench.entry("b", attempt=1, unsure=True, ticket=2), bench.now)
     bench.join(slots=2)
     started_with = bench["b"].attempt
-    bench.scheduler.hear_of("b", started_with + 1, bench.now)
+    bench.scheduler.adopt_later_attempt("b", started_with + 1, bench.now)
     assert bench["b"].attempt == started_with

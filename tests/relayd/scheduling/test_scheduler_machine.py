@@ -11,10 +11,10 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Rejected
 from relayd.scheduling.model import (
     Decision,
-    Entry,
     Finish,
-    Joined,
-    Requeued,
+    Registration,
+    Requeue,
+    ScheduledRequest,
     SpaceRules,
     Start,
     State,
@@ -50,7 +50,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name, rules in SPACES.items():
             self.scheduler.add_space(name, rules)
         self.boxes: dict[str, Box] = {}
-        self.live: dict[str, Entry] = {}
+        self.live: dict[str, ScheduledRequest] = {}
         self.ended: dict[str, State] = {}
         self.admitted: set[str] = set()
         self.stopping: set[str] = set()
@@ -82,7 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 case Stop(worker_id, request_id):
                     assert request_id in self.boxes[worker_id].runs
                     assert self.boxes[worker_id].linked
-                case Requeued(entry):
+                case Requeue(entry):
                     assert entry.request_id in self.live
                     assert entry.request_id not in self.stopping
                 case Finish(entry, code):
@@ -103,7 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def runs(self) -> list[str]:
         """Requests that run on a linked worker."""
-        return [name for name, e in self.live.items() if e.state is State.RUNNING and e.lost_at is None]
+        return [name for name, e in self.live.items() if e.state is State.RUNNING and e.worker_lost_at is None]
 
     @initialize(spaces=st.lists(st.sampled_from([*SPACES]), max_size=5), first=st.sampled_from([*WORKERS]))
     def begin(self, spaces: list[str], first: str) -> None:
@@ -123,7 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def submit(self, space: str, principal: str, priority: int, retry: str, whole: bool) -> None:
         ticket = next(self.tickets)
-        entry = Entry(
+        entry = ScheduledRequest(
             request_id=f"r{ticket}", space=space, principal=principal, priority=priority, ticket=ticket, retry=retry
         )
         waiting = sum(e.space == space and e.state in (State.QUEUED, State.UPLOADING) for e in self.live.values())
@@ -169,7 +169,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         refusal = self.scheduler.promote(name)
         assert (refusal is None) == (entry.state is State.QUEUED)
         if refusal is None:
-            assert next(iter(self.scheduler.places(entry.space, self.now))) == name
+            assert next(iter(self.scheduler.positions(entry.space, self.now))) == name
 
     # -- workers
 
@@ -200,7 +200,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert isinstance(joined, Rejected)
             assert joined.code == ErrorCode.SPACE_FULL
             return
-        assert isinstance(joined, Joined)
+        assert isinstance(joined, Registration)
         assert {e.request_id for e in joined.resume} | set(joined.abandon) == set(runs)
         resumed = {entry.request_id: entry.attempt for entry in joined.resume}
         assert all(runs[name] == attempt for name, attempt in resumed.items())
@@ -220,11 +220,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(choice=picks)
     def give_up_on_a_worker_that_is_away(self, choice: int) -> None:
-        away = [name for name, e in self.live.items() if e.lost_at is not None]
+        away = [name for name, e in self.live.items() if e.worker_lost_at is not None]
         if away:
             name = self.pick(away, choice)
             self.carry_out(self.scheduler.lose(name, ErrorCode.WORKER_LOST, "gone", self.now))
-            assert name in self.ended or self.live[name].lost_at is None
+            assert name in self.ended or self.live[name].worker_lost_at is None
 
     @rule(choice=picks)
     def hang(self, choice: int) -> None:
@@ -305,7 +305,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             box.linked = box.draining = False
         old, self.live = self.live, {}
         for entry in sorted(old.values(), key=lambda entry: entry.ticket):
-            anew = attrs.evolve(entry, worker_id=None, lost_at=None, stopping=None, next_seq=0)
+            anew = attrs.evolve(entry, worker_id=None, worker_lost_at=None, cancel_reason=None, next_seq=0)
             self.live[entry.request_id] = anew
             self.scheduler.restore(anew, self.now)
 
@@ -337,9 +337,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name, entry in self.live.items():
             on = [w for w, box in self.boxes.items() if box.linked and box.runs.get(name) == entry.attempt > 0]
             assert len(on) <= 1, "never two that run the same attempt"
-            if entry.state is State.RUNNING and entry.lost_at is None:
+            if entry.state is State.RUNNING and entry.worker_lost_at is None:
                 assert on == [entry.worker_id]
-            if entry.state is State.RUNNING and entry.lost_at is not None and entry.worker_id is not None:
+            if entry.state is State.RUNNING and entry.worker_lost_at is not None and entry.worker_id is not None:
                 assert name in self.scheduler.workers[entry.worker_id].held
 
     @invariant()
@@ -358,7 +358,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def places_are_told_for_all_that_wait(self) -> None:
         for name, space in self.scheduler.spaces.items():
-            places = list(self.scheduler.places(name, self.now).values())
+            places = list(self.scheduler.positions(name, self.now).values())
             assert [place.position for place in places] == list(range(1, len(space.queue) + 1))
 
     def teardown(self) -> None:
@@ -371,7 +371,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name, box in list(self.boxes.items()):
             if box.linked:
                 self.unlink([n for n, b in self.boxes.items() if b.linked].index(name))
-        while away := [name for name, e in self.live.items() if e.lost_at is not None]:
+        while away := [name for name, e in self.live.items() if e.worker_lost_at is not None]:
             self.carry_out(self.scheduler.lose(away[0], ErrorCode.WORKER_LOST, "gone", self.now))
         assert not self.scheduler.workers
         self.boxes.clear()

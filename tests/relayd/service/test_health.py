@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.sd_notify import ServiceManager, examine
+from protocol.sd_notify import ServiceManager, run_checks
 from relayd.connections.listener import describe
-from relayd.service.health import Service
+from relayd.service.health import HealthService
 from relayd.store.base import StorageFull
 from relayd.store.database import Database
 from relayd.store.memory import MemoryStore
@@ -44,8 +44,8 @@ async def test_it_tells_that_it_is_ready_how_it_stands_and_that_it_stops(
 
 async def _service(relay: Any, listeners: list[trio.SocketListener]) -> dict[str, str]:
     doors = dict(zip(describe(listeners, tls=False), listeners, strict=True))
-    checks = Service(relay, doors, ServiceManager()).checks()
-    return dict(words.split(": ", 1) for words in await examine(checks, 1.0))
+    checks = HealthService(relay, doors, ServiceManager()).health_checks()
+    return dict(words.split(": ", 1) for words in await run_checks(checks, 1.0))
 
 
 @pytest.mark.parametrize("with_tls", [False, True])

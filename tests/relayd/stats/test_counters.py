@@ -5,14 +5,14 @@ import msgpack
 import pytest
 
 from protocol.wire.structs import InputInfo
-from relayd.logs.recent import Ring, event_row
-from relayd.requests.summary import in_brief
-from relayd.stats.counters import MAX_SAMPLES, End, Ends, Lately, Minute, Rate, Stats
+from relayd.logs.recent import RecentRows, log_row
+from relayd.requests.summary import summarize
+from relayd.stats.counters import MAX_SAMPLES, End, MinuteWindow, OutcomeWindow, Rate, SampleWindow, Stats
 from tests.support.relay import a_submit
 
 
 def test_a_minute_forgets_what_is_older() -> None:
-    minute = Minute()
+    minute = MinuteWindow()
     for second in range(100):
         minute.add(1000.0 + second, 2)
     assert minute.sum(1099.9) == 120
@@ -23,7 +23,7 @@ def test_a_minute_forgets_what_is_older() -> None:
 
 
 def test_percentiles_are_of_the_last_five_minutes() -> None:
-    lately = Lately()
+    lately = SampleWindow()
     assert lately.percentile(0.0, 0.5) is None
     for number in range(1, 101):
         lately.add(float(number), float(number))
@@ -33,14 +33,14 @@ def test_percentiles_are_of_the_last_five_minutes() -> None:
 
 
 def test_of_very_many_samples_the_latest_count() -> None:
-    lately = Lately()
+    lately = SampleWindow()
     for number in range(10 * MAX_SAMPLES):
         lately.add(1.0, float(number))
     assert lately.percentile(1.0, 0.0) == 9 * MAX_SAMPLES
 
 
 def test_ends_give_the_real_time_factor_and_the_errors() -> None:
-    ends = Ends()
+    ends = OutcomeWindow()
     assert (ends.rtf(0.0), ends.error_percent(0.0)) == (None, None)
     ends.add(End(0.0, failed=True))
     ends.add(End(200.0, failed=False, run_s=1.0, audio_s=4.0))
@@ -95,7 +95,7 @@ def test_only_clients_that_are_sent_something_have_a_rate() -> None:
 
 
 def test_a_ring_gives_its_rows_in_pieces() -> None:
-    ring = Ring(10)
+    ring = RecentRows(10)
     assert (ring.last, ring.between(0, ring.last, 5)) == (0, [])
     for number in range(25):
         ring.add({"number": number})
@@ -109,15 +109,13 @@ def test_an_event_is_told_in_brief_and_without_tokens() -> None:
     try:
         raise OSError("disk on fire")
     except OSError:
-        row = event_row(
-            "exception", {"event": "it broke", "exc_info": True, "worker": "box", "size": 7, "x": "y" * 999}
-        )
+        row = log_row("exception", {"event": "it broke", "exc_info": True, "worker": "box", "size": 7, "x": "y" * 999})
     assert (row["level"], row["event"], row["worker_id"], row["space"]) == ("error", "it broke", "box", None)
     assert row["details"].startswith("size=7 x=yyy")
     assert row["details"].endswith("exception=OSError('disk on fire')")
     assert len(row["details"]) < 300
     for before in range(150, 200):  # wherever the token is cut
-        told = event_row("info", {"event": "a" * before + " rly_c_" + "0123456789abcdef" * 3})["event"]
+        told = log_row("info", {"event": "a" * before + " rly_c_" + "0123456789abcdef" * 3})["event"]
         assert "0123" not in told
 
 
@@ -134,10 +132,10 @@ def test_what_was_asked_fits_whatever_it_was(most: int) -> None:
     ]
     for params in asked:
         inputs = {f"i{number}": InputInfo(media_type="x" * 128, size=1, sha256="0" * 64) for number in range(60)}
-        packed = in_brief(a_submit(params=params, inputs=inputs), most)
+        packed = summarize(a_submit(params=params, inputs=inputs), most)
         assert len(packed) <= most
         brief = msgpack.unpackb(packed)
         assert brief.keys() == {"params", "params_cut", "inputs"}
         assert brief["params_cut"] == (brief["params"] != params)
-    small = msgpack.unpackb(in_brief(a_submit(params={"text": "hello", "rate": 3}), most))
+    small = msgpack.unpackb(summarize(a_submit(params={"text": "hello", "rate": 3}), most))
     assert small == {"params": {"text": "hello", "rate": 3}, "params_cut": False, "inputs": []}

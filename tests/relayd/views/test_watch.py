@@ -11,7 +11,7 @@ import pytest
 import structlog
 import trio
 
-from protocol.client.client import Relay, open_relay
+from protocol.client.client import RelayClient, open_relay
 from protocol.client.watch import Watch
 from protocol.wire.errors import RequestRejected
 from protocol.wire.frames import Audio, Cancelled, Failed
@@ -25,10 +25,10 @@ from tests.support.relay import (
     an_input,
     daemon,
     fake_worker,
+    identity,
     kept_logs,
     peer,
     samples,
-    seat,
     until,
 )
 
@@ -39,7 +39,7 @@ PCM = [samples(2400), samples(1200, seed=2)]
 class Screen:
     """An operator's connection that watches, and all that it was told."""
 
-    operator: Relay
+    operator: RelayClient
     watch: Watch
     told: list[Snapshot | Delta] = attrs.field(factory=list)
 
@@ -195,10 +195,10 @@ async def test_the_relays_and_a_spaces_row_tell_how_it_has_been_doing(tmp_path: 
         await client.next(Audio)
         await shown.operator.steer("cancel", submit.request_id)
         await worker.peer.next(Cancel)
-        worker.send(Cancelled(**seat(assign, 3), reason="stopped"))
+        worker.send(Cancelled(**identity(assign, 3), reason="stopped"))
         client.send(a_submit())
         assign = await worker.assigned()
-        worker.send(Failed(**seat(assign, 0), code="invalid_params", message="no such voice"))
+        worker.send(Failed(**identity(assign, 0), code="invalid_params", message="no such voice"))
         await shown.sees(lambda: shown.row("relay")["errors_min"] == 1)
         await shown.sees(lambda: shown.row("relay")["requests_min"] == shown.row("relay")["requests_total"] == 5)
         await shown.sees(lambda: shown.row("relay")["audio_s_min"] == shown.row("relay")["audio_s_total"] == 0.6)
@@ -411,7 +411,7 @@ async def test_a_request_with_very_many_steps_keeps_the_first_and_the_latest(tmp
         client.send(submit := a_submit())
         await client.next(Accepted)
         for number in range(100):
-            relay.relay.requests[submit.request_id].step("worker_back", attempt=number)
+            relay.relay.requests[submit.request_id].add_timeline("worker_back", attempt=number)
         told = await shown.operator.steer("describe", submit.request_id)
         attempts = [step.get("attempt") for step in told["timeline"]]
         assert attempts == [None, None, *range(10), *range(64, 100)]

@@ -11,7 +11,7 @@ from protocol.wire.codec import encode
 from protocol.wire.messages import Delta, Done, Rejected, Snapshot
 from tui.demo.scenes import SCENES
 from tui.demo.source import Demo
-from tui.model.relay_model import Picture
+from tui.model.relay_model import RelayModel
 
 
 def rows(change: Snapshot | Delta, topic: str) -> list[dict[str, Any]]:
@@ -31,13 +31,13 @@ def test_the_same_seed_plays_the_same_piece(scene: str) -> None:
 @pytest.mark.parametrize("scene", ["busy", "broken"])
 def test_deltas_bring_a_picture_to_where_a_new_snapshot_is(scene: str) -> None:
     demo = Demo(scene)
-    told, asked = Picture(), Picture()
-    told.take(demo.snapshot(), 0.0)
+    told, asked = RelayModel(), RelayModel()
+    told.apply(demo.snapshot(), 0.0)
     for _ in range(120):
-        told.take(demo.step(0.5), 0.0)
-    asked.take(demo.snapshot(), 0.0)
+        told.apply(demo.step(0.5), 0.0)
+    asked.apply(demo.snapshot(), 0.0)
     for topic in ("requests", "workers"):
-        states = [{view.key: view.text("state") for view in picture.rows(topic)} for picture in (told, asked)]
+        states = [{view.key: view.text("state") for view in model.rows(topic)} for model in (told, asked)]
         assert states[0] == states[1]
     for view in asked.rows("requests"):
         assert told.queues.position(view.key) == view.row["position"]

@@ -10,26 +10,26 @@ from tui.demo.source import Demo
 from tui.model import state_glyphs
 from tui.model.columns import ALWAYS, COLUMNS, EMPTY, GAP, choose, natural
 from tui.model.formatting import fit
-from tui.model.relay_model import Picture, View
+from tui.model.relay_model import RelayModel, RowView
 
 #: The cells of a table at 60, 80, 120 and 200 columns, less the gutter.
 WIDTHS = [58, 78, 118, 198]
 
 
-def a_picture(**topics: list[dict[str, Value]]) -> Picture:
-    picture = Picture()
-    picture.take(Snapshot(data=dict(topics)), 100.0)
-    return picture
+def a_picture(**topics: list[dict[str, Value]]) -> RelayModel:
+    model = RelayModel()
+    model.apply(Snapshot(data=dict(topics)), 100.0)
+    return model
 
 
-def a_view(topic: str, **row: Value) -> View:
+def a_view(topic: str, **row: Value) -> RowView:
     key = {"spaces": "name", "workers": "worker_id", "requests": "request_id", "clients": "connection_id"}.get(
         topic, "id"
     )
     return a_picture(**{topic: [{key: "one", **row}]}).rows(topic)[0]
 
 
-def said(kind: str, column: str, view: View, now: float = 100.0) -> tuple[str, str]:
+def said(kind: str, column: str, view: RowView, now: float = 100.0) -> tuple[str, str]:
     cell = next(one for one in COLUMNS[kind] if one.key == column).cell(view, now)
     return cell.text, cell.token
 
@@ -65,10 +65,10 @@ def test_titles_fit_their_columns(kind: str) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", list(COLUMNS))
 def test_every_row_is_as_wide_as_every_other(kind: str, width: int, scene: str) -> None:
-    picture = Picture()
-    picture.take(Demo(scene).snapshot(), 100.0)
+    model = RelayModel()
+    model.apply(Demo(scene).snapshot(), 100.0)
     chosen = choose(COLUMNS[kind], width)
-    for view in picture.rows("requests" if kind == "queue" else kind):
+    for view in model.rows("requests" if kind == "queue" else kind):
         line = " ".join(fit(one.cell(view, 160.0).text, cells, one.align) for one, cells in chosen)
         assert cell_len(line) == sum(cells for _, cells in chosen) + len(chosen) - 1
 
@@ -110,10 +110,10 @@ def test_places_in_the_queue_are_exact_after_one_ahead_has_left() -> None:
         {"request_id": name, "state": "queued", "space": "tts", "position": at, "age_s": 1.0}
         for at, name in enumerate(["a", "b", "c"], 1)
     ]
-    picture = a_picture(spaces=[{"name": "tts"}], requests=rows)
-    third = picture.rows("requests")[2]
+    model = a_picture(spaces=[{"name": "tts"}], requests=rows)
+    third = model.rows("requests")[2]
     assert said("requests", "place", third) == ("#3", "")
-    picture.take(Delta(data={"requests": [{**rows[0], "state": "running", "position": None}]}), 101.0)
+    model.apply(Delta(data={"requests": [{**rows[0], "state": "running", "position": None}]}), 101.0)
     assert said("requests", "place", third) == ("#2", "")
     assert said("queue", "position", third) == ("2", "")
 
@@ -137,23 +137,23 @@ def test_a_worker_that_answers_is_seen_now_and_a_silent_one_since_when() -> None
 
 
 def test_a_request_names_its_worker_and_falls_back_to_its_id() -> None:
-    picture = a_picture(
+    model = a_picture(
         workers=[{"worker_id": "w" * 32, "name": "gpu-box"}],
         requests=[
             {"request_id": "a", "worker_id": "w" * 32, "state": "running"},
             {"request_id": "b", "worker_id": "x" * 32, "state": "running"},
         ],
     )
-    texts = {view.key: said("requests", "worker", view)[0] for view in picture.rows("requests")}
+    texts = {view.key: said("requests", "worker", view)[0] for view in model.rows("requests")}
     assert texts == {"a": "gpu-box", "b": "x" * 32}
 
 
 def test_workers_of_one_name_are_told_apart_by_their_ids() -> None:
     names = {"vm-1": "vm", "vm-2": "vm", "box-3": "box"}
     workers: list[dict[str, Value]] = [{"worker_id": key, "name": name} for key, name in names.items()]
-    picture = a_picture(workers=workers, requests=[{"request_id": "a", "worker_id": "vm-2", "state": "running"}])
-    assert [said("workers", "name", view)[0] for view in picture.rows("workers")] == ["vm-1", "vm-2", "box"]
-    assert said("requests", "worker", picture.rows("requests")[0])[0] == "vm-2"
+    model = a_picture(workers=workers, requests=[{"request_id": "a", "worker_id": "vm-2", "state": "running"}])
+    assert [said("workers", "name", view)[0] for view in model.rows("workers")] == ["vm-1", "vm-2", "box"]
+    assert said("requests", "worker", model.rows("requests")[0])[0] == "vm-2"
 
 
 def test_numbers_that_are_bad_are_marked_so() -> None:
@@ -164,8 +164,8 @@ def test_numbers_that_are_bad_are_marked_so() -> None:
     assert said("spaces", "queued", a_view("spaces", queued=0)) == ("0", "dim")
 
 
-def ordered(kind: str, topic: str, picture: Picture) -> list[str]:
-    return [view.key for view in sorted(picture.rows(topic), key=natural(kind))]
+def ordered(kind: str, topic: str, model: RelayModel) -> list[str]:
+    return [view.key for view in sorted(model.rows(topic), key=natural(kind))]
 
 
 def test_what_is_wrong_comes_first_among_spaces_and_workers() -> None:

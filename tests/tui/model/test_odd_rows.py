@@ -8,7 +8,7 @@ from protocol.wire.messages import Snapshot
 from protocol.wire.validators import Value
 from tests.tui.screen import a_client, a_line, a_relay, a_request, a_space, a_stage, a_worker
 from tui.model.columns import COLUMNS, natural
-from tui.model.relay_model import Picture
+from tui.model.relay_model import RelayModel
 from tui.model.row_filter import Filter, said
 from tui.model.row_order import Order
 from tui.widgets.status_lines import status
@@ -40,11 +40,11 @@ ROWS: dict[str, dict[str, Any]] = {
 STATES = ("uploading", "queued", "running", "completed", "failed", "unheard of")
 
 
-def a_picture(topic: str, row: dict[str, Value]) -> Picture:
-    picture = Picture()
-    picture.take(Snapshot(data={"relay": [a_relay()], topic: [row]}), 100.0)
-    picture.link.up = True
-    return picture
+def a_picture(topic: str, row: dict[str, Value]) -> RelayModel:
+    model = RelayModel()
+    model.apply(Snapshot(data={"relay": [a_relay()], topic: [row]}), 100.0)
+    model.link.up = True
+    return model
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
@@ -55,8 +55,8 @@ def test_whatever_stands_in_a_row_it_is_shown_sorted_and_searched(kind: str, odd
     for name in known:
         for state in STATES if topic == "requests" and name != "state" else (ROWS[kind].get("state"),):
             row = {**ROWS[kind], "state": state, name: odd}
-            picture = a_picture(topic, row)
-            views = picture.rows(topic)
+            model = a_picture(topic, row)
+            views = model.rows(topic)
             for column in COLUMNS[kind]:
                 assert all("\x1b" not in column.cell(view, 102.0).text for view in views)
                 order = Order(natural(kind), column.sort, filter=Filter.of("."))
@@ -69,9 +69,9 @@ def test_whatever_the_relay_says_of_itself_there_is_a_status_line(odd: Any) -> N
     row = {**a_relay(), **dict.fromkeys(figures, 1.0)}
     for name in [*row, "requests_total", "audio_s_total"]:
         if name != "name":
-            picture = a_picture("relay", {**row, name: odd})
-            assert status(picture, 103.0)[0][1]
-            picture.rates.last_minute(103.0)
+            model = a_picture("relay", {**row, name: odd})
+            assert status(model, 103.0)[0][1]
+            model.rates.last_minute(103.0)
 
 
 @pytest.mark.parametrize("typed", ["a{99999999999999999999}", "(" * 3_000 + ")" * 3_000, "[", "*", "(?P<"])

@@ -8,7 +8,7 @@ from rich.style import Style
 from textual.color import Color
 from textual.filter import Monochrome, NoColor
 
-from tui.themes.choose import NAMES, pick
+from tui.themes.choose import NAMES, choose_theme
 from tui.themes.themes import THEMES, TOKENS, AsciiOnly, filters
 
 #: Machado, Oliveira, Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency" (2009),
@@ -95,7 +95,7 @@ def test_good_warn_and_bad_stay_apart_for_the_colour_blind(name: str, deficiency
     ],
 )
 def test_the_terminal_says_which_theme_it_can_show(environ: dict[str, str], wanted: str, theme: str) -> None:
-    assert pick(environ, wanted) == theme
+    assert choose_theme(environ, wanted) == theme
 
 
 def test_every_name_is_a_theme() -> None:

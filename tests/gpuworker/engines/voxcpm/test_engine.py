@@ -15,7 +15,7 @@ from gpuworker.engines.base import AudioChunk, Chunk, EngineInput, FormatChunk, 
 from gpuworker.engines.catalog import engine_names, find_engine, parse_options
 from gpuworker.engines.voxcpm.crossfade import pcm16
 from gpuworker.engines.voxcpm.engine import VoxcpmEngine
-from gpuworker.slots.run_engine import End, drive
+from gpuworker.slots.run_engine import RunResult, run_engine
 from protocol.wire.params_schema import check_params, check_schema
 from protocol.wire.validators import Value
 from tests.gpuworker.engines.voxcpm.conftest import ARCHES, encoded, voiced
@@ -39,13 +39,13 @@ def never() -> bool:
 
 def run(
     engine: VoxcpmEngine, text: str, cancelled: Callable[[], bool] = never, inputs: Any = None, **params: Value
-) -> tuple[End, list[Chunk]]:
+) -> tuple[RunResult, list[Chunk]]:
     """What the engine makes of params that its own schema lets through, by the loop that every slot uses."""
     params = {"text": text, **QUICK, **params}
     assert check_params(engine.capabilities.params, params) == {}
     chunks: list[Chunk] = []
     given = {name: EngineInput(data) for name, data in (inputs or {}).items()}
-    return drive(engine, params, given, cancelled, chunks.append), chunks
+    return run_engine(engine, params, given, cancelled, chunks.append), chunks
 
 
 def pcm(chunks: list[Chunk]) -> bytes:
@@ -672,6 +672,6 @@ def test_a_voice_that_another_slot_announced_fails_the_request_and_not_the_engin
 ) -> None:
     """A slot that was started again has found another folder of voices than the one whose params are registered."""
     engine = engine_of("voxcpm2")
-    end = drive(engine, {"text": "x", **QUICK, "voice": "carl"}, {}, never, lambda _chunk: None)
+    end = run_engine(engine, {"text": "x", **QUICK, "voice": "carl"}, {}, never, lambda _chunk: None)
     assert (end.outcome, end.code) == ("failed", "engine_failed")
     assert "no voice 'carl' any more" in end.message

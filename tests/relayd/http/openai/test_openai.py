@@ -19,7 +19,7 @@ from protocol.wire.messages import Assign, Cancel
 from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from tests.support.audio_compare import decoded, energy_likeness, of_pcm, spectral_likeness, speech_like
-from tests.support.relay import FORMAT, SCHEMA, Daemon, FakeWorker, daemon, fake_worker, seat, until
+from tests.support.relay import FORMAT, SCHEMA, Daemon, FakeWorker, daemon, fake_worker, identity, until
 from tests.support.timed_http_client import Answer, asking
 
 TCP: dict[str, Any] = {"listen": "127.0.0.1:0"}
@@ -102,8 +102,8 @@ async def test_audio_is_heard_before_the_worker_has_made_the_rest(tmp_path: Path
         with trio.fail_after(10):
             await answered.wait()  # and not a frame more was sent
         for number, pcm in enumerate(pieces(PCM)[5:], 6):
-            worker.send(Audio(**seat(assign, number), pcm=pcm))
-        worker.send(Completed(**seat(assign, 21), result={}))
+            worker.send(Audio(**identity(assign, number), pcm=pcm))
+        worker.send(Completed(**identity(assign, 21), result={}))
 
 
 @pytest.mark.trio
@@ -130,9 +130,9 @@ async def test_stereo_of_48_khz_is_pcm_of_24_khz_mono_to_the_client(tmp_path: Pa
 
         async def serve() -> None:
             assign = await worker.assigned()
-            worker.send(Started(**seat(assign, 0), format=stereo))
-            worker.send(Audio(**seat(assign, 1), pcm=pcm))
-            worker.send(Completed(**seat(assign, 2), result={}))
+            worker.send(Started(**identity(assign, 0), format=stereo))
+            worker.send(Audio(**identity(assign, 1), pcm=pcm))
+            worker.send(Completed(**identity(assign, 2), result={}))
 
         nursery.start_soon(serve)
         async with asking_to_speak(relay.url, response_format="pcm") as answer:
@@ -324,7 +324,7 @@ async def test_an_engine_that_fails_before_its_first_audio_is_a_status(tmp_path:
             assign = await worker.assigned()
             worker.speak(assign, pieces(PCM) if whole else [], end=False)
             seq = 21 if whole else 1
-            worker.send(Failed(**seat(assign, seq), code="run_timeout", message="too slow", retryable=True))
+            worker.send(Failed(**identity(assign, seq), code="run_timeout", message="too slow", retryable=True))
 
         nursery.start_soon(fail)
         status, told, _ = await error_of(relay.url, stream=not whole)
@@ -414,7 +414,7 @@ async def test_a_failure_in_mid_stream_cuts_the_answer_short(tmp_path: Path) -> 
             assign = await worker.assigned()
             worker.speak(assign, pieces(PCM)[:5], end=False)
             await heard.wait()
-            worker.send(Failed(**seat(assign, 6), code="engine_failed", message="it broke", retryable=True))
+            worker.send(Failed(**identity(assign, 6), code="engine_failed", message="it broke", retryable=True))
 
         heard = trio.Event()
         nursery.start_soon(fail)
@@ -433,7 +433,7 @@ async def test_events_say_why_they_end(tmp_path: Path) -> None:
         async def fail() -> None:
             assign = await worker.assigned()
             worker.speak(assign, pieces(PCM)[:5], end=False)
-            worker.send(Failed(**seat(assign, 6), code="engine_failed", message="it broke", retryable=True))
+            worker.send(Failed(**identity(assign, 6), code="engine_failed", message="it broke", retryable=True))
 
         nursery.start_soon(fail)
         body = b""

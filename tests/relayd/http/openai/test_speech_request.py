@@ -13,7 +13,7 @@ from protocol.wire.params_schema import check_params
 from protocol.wire.structs import AudioFormat
 from relayd.config.schema import SpaceConfig
 from relayd.core.space import Space
-from relayd.http.errors import Refusal
+from relayd.http.errors import HttpError
 from relayd.http.openai.speech_request import Speech, params_of, parse_speech, speaks, usage_of, voices_of
 
 FORMAT = AudioFormat(sample_rate=24_000)
@@ -33,8 +33,8 @@ def a_speech(**fields: Any) -> Speech:
     return parse_speech(json.dumps({"model": "tts", "input": "hello"} | fields).encode())
 
 
-def refusal_of(space: Space, **fields: Any) -> Refusal:
-    with pytest.raises(Refusal) as caught:
+def refusal_of(space: Space, **fields: Any) -> HttpError:
+    with pytest.raises(HttpError) as caught:
         params_of(a_speech(**fields), space)
     assert caught.value.status == 422
     return caught.value
@@ -118,7 +118,7 @@ def test_a_space_speaks_that_makes_audio_of_text() -> None:
 
 
 def test_all_faults_are_told_at_once() -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(HttpError) as caught:
         parse_speech(b'{"input": 5, "speed": "fast"}')
     assert caught.value.details.keys() == {"model", "input", "speed"}
 
@@ -151,7 +151,7 @@ _FIELD_NAMES = ("model", "input", "voice", "instructions", "response_format", "s
 def test_any_body_is_a_speech_or_a_refusal(body: bytes) -> None:
     try:
         speech = parse_speech(body)
-    except Refusal:
+    except HttpError:
         return
     assert speech.text.strip()
     assert 0.25 <= speech.speed <= 4

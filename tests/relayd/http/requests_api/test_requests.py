@@ -30,7 +30,7 @@ from protocol.wire.structs import (
 )
 from relayd.store.base import TokenLimits
 from tests.support.raw_http_client import Answer, File, events_of, form, visitor
-from tests.support.relay import FORMAT, a_submit, an_id, daemon, fake_worker, peer, samples, seat, until
+from tests.support.relay import FORMAT, a_submit, an_id, daemon, fake_worker, identity, peer, samples, until
 
 PCM = [samples(1200, seed) for seed in range(3)]
 ALL = b"".join(PCM)
@@ -273,7 +273,7 @@ async def test_a_file_of_a_form_is_an_input_and_its_name_is_used_for_nothing(tmp
         assert not any("passwd" in name for _, _, files in os.walk(tmp_path) for name in files)
         worker.speak(assign, PCM)
         await relay.at_rest()
-        assert relay.site.upload_bytes == 0
+        assert relay.http_context.upload_bytes == 0
 
 
 @pytest.mark.trio
@@ -297,7 +297,7 @@ async def test_files_that_a_space_does_not_take_are_refused_while_they_come(
         answer = await http.ask("POST", POST, **form(parts))
         assert (answer.status, answer.error["code"]) == (status, code)
         assert not relay.relay.requests
-        assert relay.site.upload_bytes == 0
+        assert relay.http_context.upload_bytes == 0
 
 
 @pytest.mark.trio
@@ -321,7 +321,7 @@ async def test_an_endless_upload_is_refused_at_its_cap_and_not_read_on(tmp_path:
             except trio.BrokenResourceError:
                 pass
         assert sent < 40_000_000, "it hung up"
-        assert relay.site.upload_bytes == 0
+        assert relay.http_context.upload_bytes == 0
         await relay.goes_on()
 
 
@@ -376,9 +376,9 @@ async def test_events_tell_the_place_and_every_frame_and_go_on_behind_the_last_o
         await answer.until(b"event: queued")
         async with fake_worker(relay.url) as worker:
             assign = await worker.assigned()
-            worker.send(Started(**seat(assign, 0), format=FORMAT))
-            worker.send(Progress(**seat(assign, 1), state="generating", fraction=0.5))
-            worker.send(Audio(**seat(assign, 2), pcm=PCM[0]))
+            worker.send(Started(**identity(assign, 0), format=FORMAT))
+            worker.send(Progress(**identity(assign, 1), state="generating", fraction=0.5))
+            worker.send(Audio(**identity(assign, 2), pcm=PCM[0]))
             await answer.until(b"id: 1.2\n")
             before = events_of(answer.body)
             assert [kind for kind, *_ in before][:3] == ["queued", "started", "progress"]
@@ -407,8 +407,8 @@ async def test_a_failure_is_told_as_an_event_and_a_bad_last_event_id_is_refused(
     async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker, visitor(relay.url) as http:
         posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
         assign = await worker.assigned()
-        worker.send(Started(**seat(assign, 0), format=FORMAT))
-        worker.send(Failed(**seat(assign, 1), code="engine_failed", message="no air", details={"at": 3}))
+        worker.send(Started(**identity(assign, 0), format=FORMAT))
+        worker.send(Failed(**identity(assign, 1), code="engine_failed", message="no air", details={"at": 3}))
         told = events_of((await http.get(one(posted, "/events"))).body)
         assert told[-1][0] == "failed"
         assert (told[-1][2]["code"], told[-1][2]["details"]["at"]) == ("engine_failed", 3)
@@ -471,7 +471,7 @@ async def test_a_delete_cancels_what_waits_at_once_and_what_runs_through_its_wor
         assert (gone.status, gone.json["state"]) == (200, "cancelled")
         assert (await http.ask("DELETE", one(running))).status == 202
         assert (await worker.peer.next(Cancel)).request_id == assign.request_id
-        worker.send(Cancelled(**seat(assign, 0)))
+        worker.send(Cancelled(**identity(assign, 0)))
         await worker.peer.next(Ack)
         await relay.at_rest()
         audio = await http.get(one(running, "/audio"))
@@ -559,7 +559,7 @@ async def test_a_result_that_is_no_audio_says_so(tmp_path: Path) -> None:
     async with daemon(tmp_path) as relay, fake_worker(relay.url, format=None) as worker, visitor(relay.url) as http:
         posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
         assign = await worker.assigned()
-        worker.send(Started(**seat(assign, 0), format=None))
+        worker.send(Started(**identity(assign, 0), format=None))
         answer = await http.get(one(posted, "/audio"))
         assert (answer.status, answer.error["code"]) == (409, "no_audio")
 
@@ -614,9 +614,9 @@ async def test_an_attempt_lost_before_its_first_audio_is_not_heard_of(tmp_path: 
         other = AudioFormat(sample_rate=16_000)
         async with fake_worker(relay.url, name="two", format=other) as worker:
             assign = await worker.assigned()
-            worker.send(Started(**seat(assign, 0), format=other))
-            worker.send(Audio(**seat(assign, 1), pcm=PCM[0]))
-            worker.send(Completed(**seat(assign, 2)))
+            worker.send(Started(**identity(assign, 0), format=other))
+            worker.send(Audio(**identity(assign, 1), pcm=PCM[0]))
+            worker.send(Completed(**identity(assign, 2)))
             answer = await http.answer()
             await answer.rest()
         assert answer.status == 200
