@@ -15,3 +15,6 @@ from protocol.wire.errors import RequestCancelled as RequestCancelled
 from protocol.wire.errors import RequestError as RequestError
 from protocol.wire.errors import RequestFailed as RequestFailed
 from protocol.wire.errors import RequestRejected as RequestRejected
+
+#: The former name of `RelayClient`, for one release.
+Relay = RelayClient

@@ -58,7 +58,7 @@ class Reload:
             try:
                 words = await self.once()
             except Exception:
-                log.exception("reading the configuration again broke the relay's own rules")
+                log.exception("internal error while reloading the configuration")
                 words = "reading the configuration again failed; see the log"
             self.manager.ready(words)
 
@@ -69,7 +69,7 @@ class Reload:
         """
         try:
             new = await trio.to_thread.run_sync(self.reread)
-            tls_context(new)  # on a context that nobody uses: a key that does not fit would ruin the one in use
+            make_tls_context(new)  # on a context that nobody uses: a key that does not fit would ruin the one in use
             changed, restart = self._apply(new)
         except ConfigError as fault:
             log.error("configuration not read again: nothing is changed", faults=fault.faults)

@@ -231,7 +231,7 @@ class Gateway:
     def count_in(self, peer: str, credentials: PeerCredentials | None) -> ConnectionSlot | None:
         """Count a connection in; None where there are too many, and it is to be hung up on."""
         if self.open >= self.relay.config.limits.max_connections + MAX_PENDING:
-            log.warning("too many connections; hung up on one", peer=peer, open=self.open)
+            log.warning("connection rejected: limit reached", peer=peer, open=self.open)
             return None
         self.open += 1
         return ConnectionSlot(self, peer, credentials)

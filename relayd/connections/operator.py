@@ -133,7 +133,7 @@ class OperatorHandler:
         """Who steered what, and what came of it: into the log, and for the other operators to see."""
         outcome, message = (answer.code, answer.message) if isinstance(answer, Rejected) else ("done", "")
         by = self.client.principal.name
-        log.warning("steered", action=steer.action, target=steer.target, by=by, answer=str(outcome))
+        log.warning("operator action", action=steer.action, target=steer.target, by=by, answer=str(outcome))
         self.relay.audit.add(
             {
                 "principal": by,

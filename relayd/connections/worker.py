@@ -177,7 +177,7 @@ class WorkerHandler:
         except LinkError:
             return
         except Exception:  # this task lives in the nursery of all connections
-            log.exception("request broke the relay's own rules", request_id=request.request_id)
+            log.exception("internal error in request", request_id=request.request_id)
             self.relay.fail_internal(request)
 
     def cancel(self, request_id: str, reason: str) -> None:

@@ -209,7 +209,7 @@ class Admission:
                 try:
                     self._on_committed(request, faults.get(request.request_id))
                 except Exception:
-                    log.exception("request broke the relay's own rules", request_id=request.request_id)
+                    log.exception("internal error in request", request_id=request.request_id)
                     self.relay.fail_internal(request)
 
     async def _commit(self, request: Request, faults: dict[str, StoreError]) -> None:
@@ -220,7 +220,7 @@ class Admission:
             log.error("store failed", why=str(fault), request_id=request.request_id)
             faults[request.request_id] = fault
         except Exception:
-            log.exception("request broke the relay's own rules", request_id=request.request_id)
+            log.exception("internal error in request", request_id=request.request_id)
             faults[request.request_id] = StoreError("internal error; see the relay's log")
 
     def _on_committed(self, request: Request, fault: StoreError | None) -> None:

@@ -26,7 +26,7 @@ async def serve_positions(relay: Relay) -> None:
         try:
             send_positions(relay)
         except Exception:
-            log.exception("telling places broke the relay's own rules")
+            log.exception("internal error in position loop")
         await trio.sleep(max(INTERVAL_S, (time.perf_counter() - began) / MAX_SHARE))
 
 

@@ -274,7 +274,7 @@ class Relay:
         try:
             self.fail(request, ErrorCode.INTERNAL, BROKEN)
         except Exception:
-            log.exception("request broke the relay's own rules", request_id=request.request_id)
+            log.exception("internal error in request", request_id=request.request_id)
         self._drop_broken(request)
 
     def set_aside(self, request_id: str) -> None:
@@ -327,7 +327,7 @@ class Relay:
             try:
                 step()
             except Exception:
-                log.exception("request broke the relay's own rules", request_id=request_id)
+                log.exception("internal error in request", request_id=request_id)
 
     def live_requests(self) -> list[Request]:
         """Those that have not ended."""
@@ -394,7 +394,7 @@ class Relay:
                 self._carry_out_one(decision)
             except Exception:
                 request_id = decision.request_id if isinstance(decision, Stop) else decision.entry.request_id
-                log.exception("request broke the relay's own rules", request_id=request_id)
+                log.exception("internal error in request", request_id=request_id)
                 if (request := self.requests.get(request_id)) is not None:
                     self._drop_broken(request)
                 if isinstance(decision, Start):  # its worker has not heard of it, so it will not give the slot back

@@ -52,7 +52,7 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
             log.exception("set aside a request that cannot be restored", request_id=stored.request_id)
             relay.set_aside(stored.request_id)
     if live or results:
-        log.info("taken up from the store", requests=live, results=len(results))
+        log.info("requests restored", requests=live, results=len(results))
 
 
 def _take_up(relay: Relay, stored: RequestRecord, result: Contents | None) -> bool:

@@ -130,7 +130,7 @@ class Retention:
             if request.pending_ack is not None:
                 self.relay.acknowledge(*request.pending_ack)
         except Exception:
-            log.exception("request broke the relay's own rules", request_id=request.request_id)
+            log.exception("internal error in request", request_id=request.request_id)
         finally:
             request.pending_ack = None
             self.unfinalized.discard(request)
@@ -148,7 +148,7 @@ class Retention:
         try:
             await self.relay.store.commit(update)
         except StoreError as fault:
-            log.error("an end is not stored yet", request_id=request.request_id, why=str(fault))
+            log.error("request end not stored, retrying", request_id=request.request_id, why=str(fault))
             self.relay.store.post(update)
 
     async def _seal(self, request: Request) -> bool:
@@ -187,7 +187,7 @@ class Retention:
             try:
                 await self._free_memory()
             except Exception:
-                log.exception("relieving the memory broke the relay's own rules")
+                log.exception("internal error while freeing memory")
             if self.memory.over:
                 await trio.sleep(RETRY_S)
 
@@ -276,7 +276,7 @@ class Retention:
                     if self.spool is None or (request in self.unsealed and not await self._seal(request)):
                         break
             except Exception:
-                log.exception("reaping broke the relay's own rules")
+                log.exception("internal error in retention loop")
 
     async def _keep_limits(self) -> None:
         """The settings may have been read anew."""

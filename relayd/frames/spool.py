@@ -189,7 +189,7 @@ class Spool:
         except (OSError, DamagedResult) as refusal:
             fault = str(refusal)
         except Exception as broken:
-            log.exception("reading a result broke the relay's own rules", request_id=frames.request_id)
+            log.exception("internal error while reading a result", request_id=frames.request_id)
             fault = repr(broken)
         finally:
             reader.prefetching = False

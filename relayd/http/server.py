@@ -104,7 +104,7 @@ class HttpServer:
         try:
             await connection.serve()
         except Exception:
-            log.exception("connection broke the relay's own rules", peer=peer)
+            log.exception("internal error in connection", peer=peer)
         finally:
             self._open.discard(connection)
             self.context.connections -= 1
@@ -350,7 +350,7 @@ class _Connection:
         except ResponseAborted:
             self._cut()
         except Exception:
-            log.exception("a handler broke the relay's own rules", path=told["path"], peer=exchange.peer)
+            log.exception("internal error in HTTP handler", path=told["path"], peer=exchange.peer)
             if exchange.answered:
                 return
         finally:

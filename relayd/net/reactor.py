@@ -45,7 +45,7 @@ MAX_QUEUED_PIECES = 65_536
 SWEEP_S = 0.25
 
 #: A fault of ours over one connection ends that one.
-INTERNAL_LOG = "connection broke the relay's own rules"
+INTERNAL_LOG = "internal error in connection"
 INTERNAL_MESSAGE = "the relay made a mistake; see its log"
 _IN, _OUT, _HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
 _NEVER = float("inf")

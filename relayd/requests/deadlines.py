@@ -38,5 +38,5 @@ async def watch_deadlines(
             if when <= trio.current_time():
                 expire(request, expiry)
         except Exception:
-            log.exception("request broke the relay's own rules", request_id=request.request_id)
+            log.exception("internal error in request", request_id=request.request_id)
             fail(request)

@@ -89,13 +89,13 @@ class ListenerCheck:
             address = sock.getsockname()
             probe = trio.socket.socket(sock.family, sock.type)
         except OSError as fault:  # no descriptor is left, or the doors are being closed just now
-            log.warning("cannot knock at a door: %s", fault)
+            log.warning("health check: listener does not answer: %s", fault)
             return ""
         with probe:
             try:
                 await probe.connect(address)
             except OSError as fault:  # a firewall, or a socket file that was deleted: it is not the loop that stands
-                log.warning("cannot knock at %s: %s", address, fault)
+                log.warning("health check: listener %s does not answer: %s", address, fault)
                 return ""
             try:
                 probe.getpeername()

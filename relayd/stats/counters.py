@@ -401,4 +401,4 @@ async def serve_stats(sample: Callable[[float], None]) -> None:
         try:
             sample(trio.current_time())
         except Exception:
-            log.exception("counting broke the relay's own rules")
+            log.exception("internal error in stats loop")

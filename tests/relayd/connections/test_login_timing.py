@@ -172,7 +172,7 @@ async def test_a_login_over_which_the_relay_falls_leaves_nothing(
                 pass
             await stream.aclose()
             await until(lambda: not gates[0].open and not gates[0].reactor.links)
-        assert any(entry["event"] == "connection broke the relay's own rules" for entry in logs)
+        assert any(entry["event"] == "internal error in connection" for entry in logs)
         await relay.goes_on()
 
 

@@ -469,7 +469,9 @@ async def test_who_steered_what_is_told_and_logged_and_questions_are_not(tmp_pat
             assert {row["principal"] for row in rows} == {"root"}
             assert {row["connection_id"] for row in rows} == set(shown.rows("clients"))
             assert not relay.relay.draining.is_set()
-    assert [event["answer"] for event in logs if event["event"] == "steered"] == [row["outcome"] for row in rows]
+    assert [event["answer"] for event in logs if event["event"] == "operator action"] == [
+        row["outcome"] for row in rows
+    ]
 
 
 @pytest.mark.trio
