@@ -20,10 +20,10 @@ from protocol.wire.validators import Value
 from relayd.admin import Admin, AdminError, NotRunning, open_admin
 from relayd.config.loader import load_config
 from relayd.config.schema import Config, ConfigError, SpaceConfig, parse_annotation
-from relayd.connections.listener import ListenError
 from relayd.daemon import serve
 from relayd.demo import DEFAULT_TEXT, DemoFailed, run_demo
 from relayd.logs.setup import set_up_logs
+from relayd.net.tls import ListenError
 from relayd.service.malloc import keep_freed_memory
 from relayd.store.base import StoreError, TokenLimits
 from relayd.views.rows import Row

@@ -14,10 +14,10 @@ import trio
 from protocol.sd_notify import ServiceManager
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import Config, ConfigError
-from relayd.connections.listener import ListenError, load_certificate, make_tls_context
 from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.logs.setup import set_level
+from relayd.net.tls import ListenError, load_certificate, make_tls_context
 from relayd.store.base import DeleteSpace, PutSpace, StoreError
 
 log = structlog.get_logger("relayd.reload")

@@ -15,7 +15,7 @@ from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import Config
 from relayd.config_reload import Reload
 from relayd.connections.gateway import Gateway
-from relayd.connections.listener import describe, make_tls_context, open_listeners, serve_listeners
+from relayd.connections.listener import describe, open_listeners, serve_listeners
 from relayd.core.admission import Admission
 from relayd.core.positions import serve_positions
 from relayd.core.relay import Relay
@@ -25,6 +25,7 @@ from relayd.http.context import HttpContext
 from relayd.http.server import HttpServer
 from relayd.logs.recent import serve_events
 from relayd.net.reactor import open_reactor
+from relayd.net.tls import make_tls_context
 from relayd.scheduling.model import State
 from relayd.service.health import HealthService
 from relayd.stats.counters import serve_stats

@@ -16,10 +16,11 @@ import structlog
 import trio
 
 from relayd.auth.tokens import PeerCredentials, peer_credentials
-from relayd.config.schema import Config, Tls
+from relayd.config.schema import Config
 from relayd.connections.gateway import ConnectionSlot, Gateway
 from relayd.http.server import HttpServer
 from relayd.net.http_head import PrefixedStream, forwarded_for, needs_answer, read_head, wants_websocket
+from relayd.net.tls import ListenError
 
 log = structlog.get_logger("relayd.listener")
 
@@ -29,10 +30,6 @@ TLS_HANDSHAKE_S = 5.0
 #: What the system is out of when a connection cannot be accepted: it may find some again.
 _OUT_OF_ROOM = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 OUT_OF_ROOM_S = 0.1
-
-
-class ListenError(Exception):
-    """A door cannot be opened; the text says which and what to do."""
 
 
 @asynccontextmanager
@@ -176,33 +173,3 @@ def _peer(stream: trio.SocketStream, credentials: PeerCredentials | None) -> str
         return f"unix (pid {credentials.pid})"
     name = stream.socket.getpeername()
     return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
-
-
-def make_tls_context(config: Config) -> ssl.SSLContext | None:
-    """The certificate to show, or None for plain TCP.
-
-    Raises:
-        ListenError: it cannot be used.
-    """
-    if config.tls is None:
-        return None
-    tls_context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    load_certificate(tls_context, config.tls)
-    return tls_context
-
-
-def load_certificate(tls_context: ssl.SSLContext, tls: Tls) -> None:
-    """Have `context` show what `tls` names, in all handshakes from now on.
-
-    Raises:
-        ListenError: it cannot be used; the context is then good for nothing.
-    """
-    try:
-        tls_context.load_cert_chain(tls.cert, tls.key, password=_no_password)
-    except (OSError, ssl.SSLError) as fault:
-        raise ListenError(f"cannot use the certificate {tls.cert} with the key {tls.key}: {fault}") from fault
-
-
-def _no_password() -> str:
-    """Without this OpenSSL would ask at the terminal for the password of a locked key, and a daemon would hang."""
-    raise OSError("the key is locked with a password, which relayd cannot ask for; give it without one")

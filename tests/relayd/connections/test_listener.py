@@ -33,8 +33,8 @@ from protocol.wire.messages import (
 )
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import ConfigError
-from relayd.connections.listener import ListenError
 from relayd.daemon import serve
+from relayd.net.tls import ListenError
 from relayd.store.base import PutToken, StoreInUse, TokenLimits
 from relayd.store.factory import open_offline
 from tests.support.relay import (
