@@ -10,7 +10,7 @@ import trio
 from bench.figures import Row, alternate, paired
 from bench.machine import filesystem_of
 from protocol.wire.messages import Submit
-from relayd.store.base import PutRequest, RequestRecord
+from relayd.store.records import PutRequest, RequestRecord
 from relayd.store.sqlite import SqliteStore, open_sqlite
 
 CROWD = 100

@@ -15,10 +15,12 @@ from gpuworker.config import ConfigError, WorkerConfig, add_run_options, read_co
 from gpuworker.doctor import add_doctor_options, run_doctor
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine
 from gpuworker.health import HealthService
-from gpuworker.identity import Identity, WorkerError
+from gpuworker.identity import Identity
 from gpuworker.log_format import LineFormatter
-from gpuworker.slots.process_slot import ProcessSlot, Slot
+from gpuworker.slots.process_slot import ProcessSlot
+from gpuworker.slots.slot import Slot
 from gpuworker.slots.thread_slot import ThreadSlot
+from gpuworker.status import WorkerError
 from gpuworker.worker import Worker
 from protocol.commands.exit_codes import DONE, FAILED, INTERRUPTED, USAGE, silence_stdout
 from protocol.commands.progress import printable

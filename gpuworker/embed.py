@@ -25,9 +25,10 @@ import trio
 from gpuworker.config import worker_name
 from gpuworker.engines.base import Engine, EngineError, OptionError
 from gpuworker.engines.function.engine import FunctionEngine
-from gpuworker.identity import Identity, WorkerStatus
+from gpuworker.identity import Identity
 from gpuworker.slots.process_slot import CANCEL_GRACE_S
 from gpuworker.slots.thread_slot import ThreadSlot
+from gpuworker.status import WorkerStatus
 from gpuworker.worker import Worker
 from protocol.client.address import from_environment, token_from_environment
 from protocol.link.dial import Connect

@@ -8,8 +8,8 @@ import trio
 
 from gpuworker.attempt import Attempt
 from gpuworker.engines.base import Capabilities, error_text
-from gpuworker.slots.process_slot import Job, Slot
 from gpuworker.slots.run_engine import RunResult
+from gpuworker.slots.slot import Job, Slot
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import MAX_TEXT_CHARS
 from protocol.wire.messages import Ack, Assign, Input

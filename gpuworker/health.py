@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import attrs
 import trio
 
-from gpuworker.identity import WorkerStatus
-from gpuworker.slots.process_slot import Run, Slot
+from gpuworker.slots.slot import Run, Slot
+from gpuworker.status import WorkerStatus
 from gpuworker.worker import ACK_S, Worker
 from protocol.sd_notify import ServiceManager, serve_watchdog
 

@@ -14,9 +14,9 @@ from gpuworker.engines.base import Capabilities
 from gpuworker.executor import Executor
 from gpuworker.frame_sender import FrameSender
 from gpuworker.identity import Identity as Identity
-from gpuworker.identity import State, WorkerStatus
-from gpuworker.identity import WorkerError as WorkerError
-from gpuworker.slots.process_slot import Slot
+from gpuworker.slots.slot import Slot
+from gpuworker.status import State, WorkerStatus
+from gpuworker.status import WorkerError as WorkerError
 from protocol.client.address import Address
 from protocol.link.backoff import Backoff
 from protocol.link.base import Link

@@ -15,8 +15,9 @@ from protocol.wire.messages import SPACE_PATTERN, Snapshot
 from protocol.wire.validators import Value
 from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits
 from relayd.config.schema import Config, ConfigError, SpaceConfig
-from relayd.store.base import DeleteSpace, PutSpace, PutToken, SpaceRecord, StoreError, StoreInUse
+from relayd.store.base import StoreError, StoreInUse
 from relayd.store.factory import OfflineStore, open_offline
+from relayd.store.records import DeleteSpace, PutSpace, PutToken, SpaceRecord
 from relayd.views.rows import Row, token_row
 
 #: For a daemon on the same machine to answer a command.

@@ -25,7 +25,8 @@ from relayd.demo import DEFAULT_TEXT, DemoFailed, run_demo
 from relayd.logs.setup import set_up_logs
 from relayd.net.tls import ListenError
 from relayd.service.malloc import keep_freed_memory
-from relayd.store.base import StoreError, TokenLimits
+from relayd.store.base import StoreError
+from relayd.store.records import TokenLimits
 from relayd.views.rows import Row
 
 _LIMITS = tuple(field.name for field in attrs.fields(TokenLimits))

@@ -18,7 +18,8 @@ from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.logs.setup import set_level
 from relayd.net.tls import ListenError, load_certificate, make_tls_context
-from relayd.store.base import DeleteSpace, PutSpace, StoreError
+from relayd.store.base import StoreError
+from relayd.store.records import DeleteSpace, PutSpace
 
 log = structlog.get_logger("relayd.reload")
 

@@ -26,8 +26,8 @@ from protocol.wire.messages import Accepted, Queued
 from protocol.wire.structs import AudioFormat
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.loader import load_config
-from relayd.store.base import PutToken
 from relayd.store.factory import open_offline
+from relayd.store.records import PutToken
 
 DEFAULT_TEXT = (
     "Hello world. This sentence was spoken by a worker, sent through a relay while it was being made, "

@@ -9,8 +9,9 @@ import attrs
 import trio
 
 from gpuworker.engines.base import Capabilities, Chunk, Engine, EngineError, OptionError, error_text
-from gpuworker.slots.process_slot import CANCEL_GRACE_S, RESTART_FIRST_S, RESTART_LONGEST_S, Job, Run, Slot
+from gpuworker.slots.process_slot import CANCEL_GRACE_S, RESTART_FIRST_S, RESTART_LONGEST_S
 from gpuworker.slots.run_engine import RunResult, run_engine
+from gpuworker.slots.slot import Job, Run, Slot
 from protocol.link.backoff import Backoff
 
 log = logging.getLogger("gpuworker.slot")

@@ -22,7 +22,7 @@ import attrs
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import ROLES, Hello, Rejected
 from protocol.wire.validators import Value
-from relayd.store.base import TokenLimits, TokenRecord
+from relayd.store.records import TokenLimits, TokenRecord
 
 TOKEN_BYTES = 32
 #: Live tokens that one principal may have for one role: the old one and the new one while a token is rotated.

@@ -18,7 +18,8 @@ from relayd.core.space import Space
 from relayd.logs.setup import redacted
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
-from relayd.store.base import DeleteSpace, PutSpace, PutToken, StoreError
+from relayd.store.base import StoreError
+from relayd.store.records import DeleteSpace, PutSpace, PutToken
 from relayd.views.request_detail import request_detail
 from relayd.views.rows import pages, token_row
 from relayd.views.watch import WatchFeed

@@ -20,7 +20,8 @@ from relayd.core.space import Space
 from relayd.requests.request import Holder, Request
 from relayd.scheduling.model import ScheduledRequest, State
 from relayd.scheduling.scheduler import no_such_space
-from relayd.store.base import PutRequest, RequestRecord, StoreError
+from relayd.store.base import StoreError
+from relayd.store.records import PutRequest, RequestRecord
 
 log = structlog.get_logger("relayd")
 

@@ -13,7 +13,8 @@ from relayd.auth.tokens import Principal
 from relayd.config.schema import Config
 from relayd.frames.frame_log import FrameReader
 from relayd.requests.request import Request
-from relayd.store.base import Store, UpdateRequest
+from relayd.store.base import Store
+from relayd.store.records import UpdateRequest
 
 
 class WorkerPort(Protocol):

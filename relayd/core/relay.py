@@ -38,7 +38,8 @@ from relayd.requests.request import UNHEARD_GRACE_S, Expiry, Request
 from relayd.scheduling.model import Decision, Finish, Registration, Requeue, Start, State, Stop, WorkerState
 from relayd.scheduling.scheduler import Scheduler
 from relayd.stats.counters import Stats
-from relayd.store.base import PutSpace, SpaceRecord, Store, StoreError, UpdateRequest
+from relayd.store.base import Store, StoreError
+from relayd.store.records import PutSpace, SpaceRecord, UpdateRequest
 
 log = structlog.get_logger("relayd")
 

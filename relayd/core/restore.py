@@ -13,7 +13,7 @@ from relayd.frames.frame_file import Contents
 from relayd.frames.frame_log import FrameLog
 from relayd.requests.request import Request
 from relayd.scheduling.model import ScheduledRequest, State
-from relayd.store.base import DeleteRequest, DeleteSpace, Loaded, PutSpace, RequestRecord, SpaceRecord
+from relayd.store.records import DeleteRequest, DeleteSpace, Loaded, PutSpace, RequestRecord, SpaceRecord
 
 log = structlog.get_logger("relayd")
 

@@ -21,7 +21,8 @@ from relayd.frames.frame_log import FrameLog, MemoryBudget
 from relayd.frames.spool import NoRoom, Spool
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
-from relayd.store.base import DeleteRequest, StoreError
+from relayd.store.base import StoreError
+from relayd.store.records import DeleteRequest
 
 log = structlog.get_logger("relayd.results")
 

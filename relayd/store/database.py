@@ -17,7 +17,8 @@ from protocol.wire.messages import Submit
 from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import parse_struct
 from relayd.config.schema import ConfigError, SpaceConfig
-from relayd.store.base import (
+from relayd.store.base import StorageFull, StoreError
+from relayd.store.records import (
     Change,
     DeleteRequest,
     DeleteSpace,
@@ -28,13 +29,11 @@ from relayd.store.base import (
     PutToken,
     RequestRecord,
     SpaceRecord,
-    StorageFull,
-    StoreError,
     TokenLimits,
     TokenRecord,
     UpdateRequest,
-    open_private,
 )
+from relayd.store.state_dir import open_private
 
 DATABASE_NAME = "relayd.db"
 #: "rlyd" in ASCII; tells `file` and us whose database this is.

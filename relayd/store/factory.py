@@ -5,10 +5,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from relayd.config.schema import Config
-from relayd.store.base import Change, Loaded, Store, lock_state_dir
+from relayd.store.base import Store
 from relayd.store.database import Database
 from relayd.store.memory import MemoryStore
+from relayd.store.records import Change, Loaded
 from relayd.store.sqlite import open_sqlite
+from relayd.store.state_dir import lock_state_dir
 
 
 @contextlib.asynccontextmanager

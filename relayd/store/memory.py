@@ -3,7 +3,8 @@
 import attrs
 import trio
 
-from relayd.store.base import (
+from relayd.store.base import Store
+from relayd.store.records import (
     Change,
     DeleteRequest,
     DeleteSpace,
@@ -14,7 +15,6 @@ from relayd.store.base import (
     PutToken,
     RequestRecord,
     SpaceRecord,
-    Store,
     TokenRecord,
     UpdateRequest,
 )

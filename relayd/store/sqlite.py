@@ -9,8 +9,9 @@ import attrs
 import trio
 
 from relayd.logs.setup import get_logger
-from relayd.store.base import MAX_POSTED, Change, Loaded, StorageFull, Store, StoreError
+from relayd.store.base import MAX_POSTED, StorageFull, Store, StoreError
 from relayd.store.database import BadChange, Database, Statement
+from relayd.store.records import Change, Loaded
 
 log = get_logger(__name__)
 

@@ -19,7 +19,7 @@ from relayd.core.relay import Relay
 from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
-from relayd.store.base import TokenRecord
+from relayd.store.records import TokenRecord
 
 Row = dict[str, Value]
 #: Rows in one message: safely below the 64 KiB of a control message together with one last row.

@@ -7,8 +7,9 @@ import trio
 from trio.testing import MockClock
 
 from gpuworker.health import STUCK_S, HealthService, in_words
-from gpuworker.identity import Identity, WorkerStatus
-from gpuworker.slots.process_slot import Job, Run, Slot
+from gpuworker.identity import Identity
+from gpuworker.slots.slot import Job, Run, Slot
+from gpuworker.status import WorkerStatus
 from gpuworker.worker import Worker
 from protocol.sd_notify import ServiceManager
 from tests.support.fake_systemd import fake_systemd

@@ -17,8 +17,9 @@ from gpuworker.engines.base import (
     FormatChunk,
     ProgressChunk,
 )
-from gpuworker.slots.process_slot import Job, ProcessSlot, Slot
+from gpuworker.slots.process_slot import ProcessSlot
 from gpuworker.slots.run_engine import run_engine
+from gpuworker.slots.slot import Job, Slot
 from gpuworker.slots.thread_slot import ThreadSlot
 from protocol.wire.frames import MAX_TEXT_CHARS
 from protocol.wire.structs import AudioFormat

@@ -11,9 +11,9 @@ from trio.testing import MockClock
 from gpuworker.attempt import FRAME_PCM_BYTES
 from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk
 from gpuworker.frame_sender import FEED_BYTES
-from gpuworker.identity import WorkerError
-from gpuworker.slots.process_slot import Job
 from gpuworker.slots.run_engine import RunResult
+from gpuworker.slots.slot import Job
+from gpuworker.status import WorkerError
 from gpuworker.worker import ACK_S
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import (

@@ -9,8 +9,8 @@ import trio
 
 from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk
 from gpuworker.identity import Identity
-from gpuworker.slots.process_slot import Job, Run, Slot
 from gpuworker.slots.run_engine import RunResult
+from gpuworker.slots.slot import Job, Run, Slot
 from gpuworker.worker import Worker
 from protocol.wire.codec import decode
 from protocol.wire.frames import Frame

@@ -26,8 +26,9 @@ import trio
 from gpuworker.engines.base import AudioChunk, Chunk, EngineError, EngineInput, FormatChunk, ProgressChunk
 from gpuworker.engines.indextts2.engine import CHUNK_BYTES, IndexTTS2Engine
 from gpuworker.engines.indextts2.params import EMOTIONS
-from gpuworker.slots.process_slot import Job, ProcessSlot
+from gpuworker.slots.process_slot import ProcessSlot
 from gpuworker.slots.run_engine import RunResult, run_engine
+from gpuworker.slots.slot import Job
 from protocol.wire.params_schema import check_schema
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from gpuworker.identity import Identity, WorkerError
+from gpuworker.identity import Identity
 from gpuworker.slots.process_slot import ProcessSlot
+from gpuworker.status import WorkerError
 from gpuworker.worker import Worker
 from protocol.wire.frames import Completed, Failed
 from protocol.wire.messages import Register

@@ -19,8 +19,9 @@ from gpuworker.engines.base import AudioChunk, Chunk, Engine, FormatChunk, Optio
 from gpuworker.engines.catalog import find_engine, parse_options
 from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, Tune, tune_key
-from gpuworker.slots.process_slot import Job, ProcessSlot, Slot
+from gpuworker.slots.process_slot import ProcessSlot
 from gpuworker.slots.run_engine import RunResult
+from gpuworker.slots.slot import Job, Slot
 from gpuworker.slots.thread_slot import ThreadSlot
 from protocol.wire.validators import Value
 from tests.gpuworker.engines.engine_package import NAME, install_engine
@@ -351,7 +352,8 @@ async def test_a_slots_process_dies_with_a_parent_that_was_killed_and_ignores_wh
     parent = textwrap.dedent(
         """
         import trio
-        from gpuworker.slots.process_slot import Job, ProcessSlot
+        from gpuworker.slots.process_slot import ProcessSlot
+        from gpuworker.slots.slot import Job
         async def main():
             slot = ProcessSlot(0, "mock", {"sample_rate": 24000, "chunk_ms": 100, "speed": 0.0, "delay_s": 0.0,
                                            "load_s": 0.0, "load_fails": False})

@@ -19,8 +19,8 @@ from relayd import demo
 from relayd.admin import AdminError, open_admin
 from relayd.auth.tokens import TokenRegistry
 from relayd.cli import _print_rows, main
-from relayd.store.base import PutToken
 from relayd.store.factory import open_offline
+from relayd.store.records import PutToken
 from tests.support.relay import a_config, running
 
 ID = "1" * 32

@@ -22,8 +22,9 @@ from relayd.config.schema import Config
 from relayd.config_reload import Reload
 from relayd.core.relay import Relay
 from relayd.daemon import serve
-from relayd.store.base import PutToken, StoreError, TokenRecord
+from relayd.store.base import StoreError
 from relayd.store.memory import MemoryStore
+from relayd.store.records import PutToken, TokenRecord
 from tests.support.relay import a_submit, fake_worker, kept_logs, peer, running, until
 
 TLS = Path(__file__).parents[2] / "support" / "tls"

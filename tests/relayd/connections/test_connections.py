@@ -32,7 +32,8 @@ from protocol.wire.messages import (
     Submit,
     Watch,
 )
-from relayd.store.base import StorageFull, StoreError, UpdateRequest
+from relayd.store.base import StorageFull, StoreError
+from relayd.store.records import UpdateRequest
 from tests.support.relay import (
     FORMAT,
     Daemon,

@@ -35,8 +35,9 @@ from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import ConfigError
 from relayd.daemon import serve
 from relayd.net.tls import ListenError
-from relayd.store.base import PutToken, StoreInUse, TokenLimits
+from relayd.store.base import StoreInUse
 from relayd.store.factory import open_offline
+from relayd.store.records import PutToken, TokenLimits
 from tests.support.relay import (
     Cable,
     a_config,

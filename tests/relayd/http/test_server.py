@@ -26,7 +26,7 @@ from relayd.http.app import HEADERS, make_app
 from relayd.http.context import HttpContext
 from relayd.http.request_stream import open_submission
 from relayd.http.streaming_response import ResponseWriter, StreamingRoute
-from relayd.store.base import TokenLimits
+from relayd.store.records import TokenLimits
 from tests.support.raw_http_client import visitor
 from tests.support.relay import Daemon, an_id, daemon, fake_worker, identity, kept_logs, peer, samples, until
 

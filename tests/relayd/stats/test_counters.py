@@ -7,7 +7,8 @@ import pytest
 from protocol.wire.structs import InputInfo
 from relayd.logs.recent import RecentRows, log_row
 from relayd.requests.summary import summarize
-from relayd.stats.counters import MAX_SAMPLES, End, MinuteWindow, OutcomeWindow, Rate, SampleWindow, Stats
+from relayd.stats.counters import Stats
+from relayd.stats.windows import MAX_SAMPLES, End, MinuteWindow, OutcomeWindow, Rate, SampleWindow
 from tests.support.relay import a_submit
 
 

@@ -28,7 +28,7 @@ from protocol.wire.structs import (
     AudioFormat,
     InputRule,
 )
-from relayd.store.base import TokenLimits
+from relayd.store.records import TokenLimits
 from tests.support.raw_http_client import Answer, File, events_of, form, visitor
 from tests.support.relay import FORMAT, a_submit, an_id, daemon, fake_worker, identity, peer, samples, until
 

@@ -1,0 +1,154 @@
+"""A slot: room for one running request, whatever runs its engine."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import attrs
+import trio
+
+from gpuworker.engines.base import Capabilities, Chunk, EngineInput, error_text
+from gpuworker.slots.run_engine import RunResult
+from protocol.wire.errors import ErrorCode
+from protocol.wire.validators import Value
+
+log = logging.getLogger("gpuworker.slot")
+
+
+@attrs.frozen
+class Job:
+    """What a slot runs."""
+
+    params: dict[str, Value]
+    inputs: Mapping[str, EngineInput] = attrs.field(factory=dict)
+
+
+class Run:
+    """A job in a slot, from its start to its end."""
+
+    def __init__(self, emit: Callable[[Chunk], None]) -> None:
+        self._emit = emit
+        self._fault: RunResult | None = None
+        self.end: RunResult | None = None
+        self.ended = trio.Event()
+        self.cancel_asked = trio.Event()
+
+    def emit(self, chunk: Chunk) -> None:
+        """Hand a chunk on. Never raises: what takes it and breaks stops this run, not the slot it came out of."""
+        if self._fault is None:
+            try:
+                self._emit(chunk)
+            except Exception as fault:
+                log.exception("what the engine made cannot be taken")
+                self.fail(fault)
+
+    def fail(self, fault: Exception) -> None:
+        """Stop it; it then ends as failed."""
+        self._fault = RunResult.failed(
+            ErrorCode.ENGINE_FAILED, f"what the engine made cannot be taken: {error_text(fault)}"
+        )
+        self.cancel_asked.set()
+
+    def finish(self, end: RunResult) -> None:
+        """It ended; the first call counts. Whatever ends a run that was asked to stop, it was cancelled."""
+        if self.end is None:
+            if self._fault is not None:
+                end = attrs.evolve(self._fault, restart=end.restart)
+            elif end.outcome == "failed" and self.cancel_asked.is_set():
+                end = RunResult(outcome="cancelled", restart=end.restart)
+            self.end = end
+            self.ended.set()
+
+
+class Slot(ABC):
+    """Room for one running request.
+
+    Attributes:
+        index: from 0, among the worker's slots.
+        ready: its engine is loaded and alive.
+        busy: a job runs in it.
+        capabilities: of its engine, None until that was loaded once.
+        load_fault: why its engine could not be loaded last time; empty when it could.
+        on_change: called, in the Trio thread, after each change of `ready`, `busy` or `load_fault`.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.ready = False
+        self.capabilities: Capabilities | None = None
+        self.load_fault = ""
+        self.on_change: Callable[[], None] = lambda: None
+        self._run: Run | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"slot {self.index}"
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs in it."""
+        return self._run is not None
+
+    @property
+    def stopping(self) -> Run | None:
+        """The run in it that was told to stop and has not left yet."""
+        return self._run if self._run is not None and self._run.cancel_asked.is_set() else None
+
+    @property
+    def free(self) -> bool:
+        """Whether `run` may be called now."""
+        return self.ready and not self.busy
+
+    @abstractmethod
+    async def serve(self) -> None:
+        """Load the engine and keep it alive, with a new one after each death; never returns."""
+
+    async def run(self, job: Job, emit: Callable[[Chunk], None]) -> RunResult:
+        """Run a job to its end. Only while `free`.
+
+        Args:
+            job: its params checked, its inputs whole.
+            emit: called in the Trio thread with each chunk, a `FormatChunk` first. It never waits, so the engine
+                never waits for a slow reader; what bounds the chunks is whoever keeps them, by calling `cancel`.
+
+        Cancellation: the engine is stopped, by force where there is force; the slot then starts anew.
+        """
+        assert self.free
+        self._run = run = Run(emit)
+        self.on_change()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._stop_when_asked, run)
+                await self._start(job, run)
+                await run.ended.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._run = None
+            if run.end is None:
+                self._force(run)
+            self.on_change()
+        assert run.end is not None
+        return run.end
+
+    def cancel(self) -> None:
+        """Ask the run at hand to stop before its next chunk; `run` then returns within the grace."""
+        if self._run is not None:
+            self._run.cancel_asked.set()
+
+    @abstractmethod
+    async def _start(self, job: Job, run: Run) -> None:
+        """Hand the job to the engine."""
+
+    @abstractmethod
+    async def _stop_when_asked(self, run: Run) -> None:
+        """Wait for `cancel_asked`, pass it on, and use force after the grace."""
+
+    @abstractmethod
+    def _force(self, run: Run) -> None:
+        """End the run at once, whatever it takes."""
+
+    def _set_ready(self, ready: bool, load_fault: str = "") -> None:
+        if (ready, load_fault) != (self.ready, self.load_fault):
+            self.ready, self.load_fault = ready, load_fault
+            self.on_change()
