@@ -397,7 +397,9 @@ class Relay:
                 request_id = decision.request_id if isinstance(decision, Stop) else decision.entry.request_id
                 log.exception("internal error in request", request_id=request_id)
                 if (request := self.requests.get(request_id)) is not None:
-                    self._drop_broken(request)
+                    # What cannot be started can still be told its end; what cannot be stopped or ended is dropped.
+                    end = self.fail_internal if isinstance(decision, Start | Requeue) else self._drop_broken
+                    end(request)
                 if isinstance(decision, Start):  # its worker has not heard of it, so it will not give the slot back
                     entry, now = decision.entry, trio.current_time()
                     self.apply(self.scheduler.release(entry.worker_id or "", request_id, entry.attempt, now))

@@ -73,7 +73,7 @@ class HttpServer:
     context: HttpContext
     app: ASGIApp
     _config: HypercornConfig = attrs.field(init=False)
-    _context: WorkerContext = attrs.field(factory=lambda: WorkerContext(None))
+    _worker_context: WorkerContext = attrs.field(factory=lambda: WorkerContext(None))
     _open: set["_Connection"] = attrs.field(factory=set)
 
     def __attrs_post_init__(self) -> None:
@@ -112,7 +112,7 @@ class HttpServer:
 
     async def close(self) -> None:
         """Take no more requests: idle connections end now, others with their response, and who waits is told why."""
-        await self._context.terminated.set()
+        await self._worker_context.terminated.set()
         self.context.begin_shutdown()
         for connection in self._open:
             connection.end_if_idle()
@@ -204,7 +204,7 @@ class _Connection:
                 self._protocol = _Http(
                     ASGIWrapper(cast(Any, self.door.app)),
                     self.door._config,
-                    cast(Any, self.door._context),
+                    cast(Any, self.door._worker_context),
                     cast(TaskGroup, self),
                     cast(ConnectionState, {}),
                     self.template.secure,

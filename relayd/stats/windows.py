@@ -5,8 +5,7 @@ from collections import deque
 
 import attrs
 
-from relayd.stats.counters import SAMPLE_S
-
+SAMPLE_S = 1.0
 #: What "a minute" and "lately" mean in rows.
 MINUTE = 60
 WINDOW_S = 300.0
@@ -132,10 +131,3 @@ class Rate:
         seen.append((now, count))
         when, before = seen[0]
         self.per_s = round((count - before) / (now - when)) if now > when else 0
-
-
-import attrs
-
-from relayd.stats.windows import End
-
-SAMPLE_S = 1.0

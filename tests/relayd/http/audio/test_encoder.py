@@ -166,8 +166,8 @@ def _without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    for name in ("codecs", "resampling", "stretching", "samples"):
-        monkeypatch.delitem(sys.modules, f"relayd.http.{name}", raising=False)
+    for name in ("codecs", "resampler", "time_stretch", "samples"):
+        monkeypatch.delitem(sys.modules, f"relayd.http.audio.{name}", raising=False)
 
 
 @pytest.mark.usefixtures("_without_the_extra")
