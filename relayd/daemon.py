@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 
 import attrs
 import structlog
@@ -56,22 +57,68 @@ class Shutdown:
         self.relay.draining.set()
 
 
+@attrs.define(eq=False)
+class Daemon:
+    """A daemon that listens; made by `open_daemon`.
+
+    Attributes:
+        relay: its state.
+        tokens: those it accepts.
+        http: what its HTTP routes share.
+        urls: where it listens.
+        shutdown: how it is asked to leave.
+    """
+
+    relay: Relay
+    tokens: TokenRegistry
+    http: HttpContext
+    urls: list[str]
+    shutdown: Shutdown
+
+    async def drain(self) -> None:
+        """Wait until it is asked to leave, and then until what runs has ended, within `drain_timeout_s`."""
+        await self.relay.draining.wait()
+        # The listeners stay open meanwhile: a peer that was cut off from what still runs may come back to it.
+        await _until_idle(self.relay, self.http, self.shutdown, self.relay.config.drain_timeout_s)
+
+
 async def serve(
     config: Config,
     *,
     on_ready: Callable[[Sequence[str]], None] | None = None,
     reread: Callable[[], Config] | None = None,
 ) -> None:
-    """Be the daemon until a signal or an operator ends it.
+    """Run the daemon until a signal or an operator ends it.
 
     Args:
         config: all settings.
-        on_ready: told the URLs once every door is open and the store is loaded.
-        reread: makes `config` anew, for SIGHUP; None leaves that signal alone.
+        on_ready: called with the URLs once every listener is open and the store is loaded.
+        reread: makes `config` again, for SIGHUP; None leaves that signal alone.
 
     Raises:
         StoreError: the store cannot be used.
-        ListenError: a door cannot be opened.
+        ListenError: a listener cannot be opened.
+    """
+    async with open_daemon(config, reread=reread) as daemon:
+        if on_ready is not None:
+            on_ready(daemon.urls)
+        await daemon.drain()
+    log.info("stopped")
+
+
+@asynccontextmanager
+async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = None) -> AsyncIterator[Daemon]:
+    """The daemon, from its store to its listeners. At the end of the block it closes its connections in order.
+
+    Args:
+        config: all settings.
+        reread: as for `serve`.
+
+    Raises:
+        StoreError: the store cannot be used.
+        ListenError: a listener cannot be opened.
+
+    Cancellation: it is cut off as by a crash; what was accepted is in the store.
     """
     tls_context = make_tls_context(config)
     async with open_store(config) as store, open_listeners(config) as listeners:
@@ -99,7 +146,8 @@ async def serve(
                 nursery.start_soon(reload.serve)
             await nursery.start(_handle_signals, shutdown, reload)  # before anybody is told that it is ready
             async with open_reactor() as reactor, trio.open_nursery() as connections:
-                gateway = Gateway(relay, admission, tokens, reactor, connections, shutdown.drain, http_context.failures)
+                throttle = http_context.failures
+                gateway = Gateway(relay, admission, tokens, reactor, connections, shutdown.drain, throttle)
                 connections.start_soon(gateway.serve_login_timeouts)
                 accepting = trio.CancelScope()
 
@@ -111,12 +159,8 @@ async def serve(
                 urls = describe(listeners, tls=tls_context is not None)
                 relay.urls = list(urls)
                 log.info("listening", urls=urls, spaces=sorted(relay.spaces), state_dir=str(config.state_dir))
-                if on_ready is not None:
-                    on_ready(urls)
                 nursery.start_soon(HealthService(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
-                await relay.draining.wait()
-                # The doors stay open: whoever was cut off from what still runs may come back to it.
-                await _until_idle(relay, http_context, shutdown, relay.config.drain_timeout_s)
+                yield Daemon(relay, tokens, http_context, urls, shutdown)
                 accepting.cancel()
                 for space in relay.spaces.values():  # no deadline counts while the links are being closed
                     space.closed.set()
@@ -127,7 +171,6 @@ async def serve(
                 await relay.results.wait_finalized()
             nursery.cancel_scope.cancel()
         await store.flush()
-    log.info("stopped")
 
 
 async def _handle_signals(

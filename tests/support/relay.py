@@ -44,7 +44,8 @@ from relayd.auth.tokens import TokenRegistry
 from relayd.config.loader import load_config
 from relayd.config.schema import Config
 from relayd.core.relay import Relay
-from relayd.daemon import serve
+from relayd.daemon import Daemon as RelayDaemon
+from relayd.daemon import open_daemon
 from relayd.http.context import HttpContext
 from relayd.logs.setup import run_taps
 
@@ -71,15 +72,8 @@ def _empty_file(state_dir: Path) -> Path:
 
 
 @asynccontextmanager
-async def running(config: Config) -> AsyncIterator[list[str]]:
-    """The daemon, until the end of the block; gives its URLs. It is cut off there as by a crash, without a drain."""
-    urls: list[str] = []
-    ready = trio.Event()
-
-    def on_ready(given: Any) -> None:
-        urls.extend(given)
-        ready.set()
-
+async def running(config: Config, reread: Callable[[], Config] | None = None) -> AsyncIterator["Daemon"]:
+    """The daemon, until the end of the block. It is cut off there as by a crash, without a drain."""
     # Plain tracebacks: structlog's own show local variables, and take minutes for the megabytes in some of them.
     structlog.configure(
         processors=[
@@ -88,12 +82,17 @@ async def running(config: Config) -> AsyncIterator[list[str]]:
             structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
         ]
     )
+
+    async def serve(task_status: trio.TaskStatus[RelayDaemon]) -> None:
+        async with open_daemon(config, reread=reread) as started:
+            task_status.started(started)
+            await started.drain()
+
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(lambda: serve(config, on_ready=on_ready))
             with trio.fail_after(10):
-                await ready.wait()
-            yield urls
+                started: RelayDaemon = await nursery.start(serve)
+            yield Daemon(started)
             nursery.cancel_scope.cancel()
     finally:
         structlog.reset_defaults()
@@ -112,18 +111,27 @@ def kept_logs() -> Iterator[list[MutableMapping[str, Any]]]:
 class Daemon:
     """A daemon that runs in the test's event loop, and what it holds in memory."""
 
-    urls: list[str]
-    http_context: HttpContext
+    started: RelayDaemon
+
+    @property
+    def urls(self) -> list[str]:
+        """Where it listens."""
+        return self.started.urls
+
+    @property
+    def http_context(self) -> HttpContext:
+        """What its HTTP routes share."""
+        return self.started.http
 
     @property
     def relay(self) -> Relay:
-        """All that the daemon knows."""
-        return self.http_context.relay
+        """Its state."""
+        return self.started.relay
 
     @property
     def tokens(self) -> TokenRegistry:
-        """Those it takes."""
-        return self.http_context.tokens
+        """Those it accepts."""
+        return self.started.tokens
 
     @property
     def url(self) -> str:
@@ -167,16 +175,8 @@ async def daemon(state_dir: Path, **overrides: Any) -> AsyncIterator[Daemon]:
     """A daemon with a space `check` beside those asked for; it is cut off at the end as by a crash."""
     spaces = {"tts": {}, "check": {}} | overrides.pop("spaces", {})
     config = a_config(state_dir, **({"store": "memory", "spaces": spaces} | overrides))
-    made: list[HttpContext] = []
-
-    def make(*args: Any) -> HttpContext:
-        made.append(HttpContext(*args))
-        return made[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relayd.daemon.Site", make)
-        async with running(config) as urls:
-            yield Daemon(urls, made[0])
+    async with running(config) as started:
+        yield started
 
 
 def a_submit(text: Any = "hello", **fields: Any) -> Submit:

@@ -18,14 +18,14 @@ from tui.print_once import TOPICS, demo_model, describe, fetch_model
 
 @pytest.mark.trio
 async def test_a_picture_has_the_relay_its_spaces_workers_and_requests(tmp_path: Path) -> None:
-    async with running(a_config(tmp_path / "state")) as urls, fake_worker(urls[0]) as worker:
+    async with running(a_config(tmp_path / "state")) as started, fake_worker(started.urls[0]) as worker:
         await worker.peer.next(Registered)
-        async with peer(urls[0], "client") as client:
+        async with peer(started.urls[0], "client") as client:
             request_id = an_id()
             client.send(Submit(request_id=request_id, space="tts", params={"text": "hello"}))
             await client.next(Accepted)
             await worker.assigned()
-            model = await fetch_model(urls[0], readonly=True)
+            model = await fetch_model(started.urls[0], readonly=True)
     assert model["spaces"][0]["name"] == "tts"
     assert model["workers"][0]["state"] == "busy"
     assert model["requests"][0]["state"] == "running"
@@ -37,8 +37,10 @@ async def test_a_picture_has_the_relay_its_spaces_workers_and_requests(tmp_path:
 
 @pytest.mark.trio
 async def test_without_a_worker_the_picture_says_what_to_run(tmp_path: Path) -> None:
-    async with running(a_config(tmp_path / "state")) as urls:
-        assert "no worker has registered yet: run gpuworker run" in describe(await fetch_model(urls[0], False), 120)
+    async with running(a_config(tmp_path / "state")) as started:
+        assert "no worker has registered yet: run gpuworker run" in describe(
+            await fetch_model(started.urls[0], False), 120
+        )
 
 
 def test_without_a_relay_it_ends_with_3_and_names_the_socket(
@@ -55,9 +57,9 @@ def test_a_wrong_url_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.trio
 async def test_json_is_one_object_on_stdout(tmp_path: Path) -> None:
-    async with running(a_config(tmp_path / "state")) as urls:
+    async with running(a_config(tmp_path / "state")) as started:
         done = await trio.run_process(
-            [sys.executable, "-m", "tui.cli", "--once", "--json", "--url", urls[0]],
+            [sys.executable, "-m", "tui.cli", "--once", "--json", "--url", started.urls[0]],
             capture_stdout=True,
             env=dict(os.environ),
         )

@@ -19,9 +19,7 @@ from protocol.wire.errors import LinkError, LoginRefused
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.loader import load_config
 from relayd.config.schema import Config
-from relayd.config_reload import Reload
 from relayd.core.relay import Relay
-from relayd.daemon import serve
 from relayd.store.base import StoreError
 from relayd.store.memory import MemoryStore
 from relayd.store.records import PutToken, TokenRecord
@@ -67,40 +65,28 @@ class Reloading:
 
 
 @asynccontextmanager
-async def reloading(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Reloading]:
+async def reloading(tmp_path: Path, text: str) -> AsyncIterator[Reloading]:
     """A daemon that reads a file again at SIGHUP."""
     file = tmp_path / "relayd.toml"
     file.write_text(text)
-    made: list[Reload] = []
-
-    def make(*args: Any) -> Reload:
-        made.append(Reload(*args))
-        return made[0]
 
     def reread() -> Config:
         return load_config(file, environ={}, overrides={"state_dir": tmp_path / "state"})
 
-    async def serve_it(config: Config, **more: Any) -> None:
-        await serve(config, reread=reread, **more)
-
-    monkeypatch.setattr("relayd.daemon.Reload", make)
-    monkeypatch.setattr("tests.support.relay.serve", serve_it)
     with kept_logs() as logs:
-        async with running(reread()) as urls:
-            yield Reloading(file, made[0].relay, made[0].tokens, urls, logs)
+        async with running(reread(), reread) as started:
+            yield Reloading(file, started.relay, started.tokens, started.urls, logs)
 
 
 @pytest.mark.trio
-async def test_limits_level_and_spaces_are_read_again_and_what_needs_a_restart_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_limits_level_and_spaces_are_read_again_and_what_needs_a_restart_is_told(tmp_path: Path) -> None:
     first = 'listen = ""\n[log]\nlevel = "info"\n[spaces.tts]\n[spaces.old]\n'
     second = (
         'listen = "127.0.0.1:0"\nstore = "memory"\nallowed_origins = ["https://x.org"]\ndrain_timeout_s = 7\n'
         '[log]\nlevel = "debug"\nformat = "json"\n[limits]\nworker_grace_s = 3\n[results]\nretain_s = 9\n'
         "[spaces.tts]\nmax_workers = 2\nmax_queued = 7\n[spaces.new]\n"
     )
-    async with reloading(tmp_path, first, monkeypatch) as it:
+    async with reloading(tmp_path, first) as it:
         told = await it.reload(second)
         assert told["event"] == "configuration read again"
         assert told["changed"] == [
@@ -137,10 +123,8 @@ async def test_limits_level_and_spaces_are_read_again_and_what_needs_a_restart_i
 
 
 @pytest.mark.trio
-async def test_a_file_with_faults_changes_nothing_and_tells_all_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with reloading(tmp_path, 'listen = ""\n[spaces.tts]\n', monkeypatch) as it:
+async def test_a_file_with_faults_changes_nothing_and_tells_all_of_them(tmp_path: Path) -> None:
+    async with reloading(tmp_path, 'listen = ""\n[spaces.tts]\n') as it:
         before = it.relay.config
         told = await it.reload(
             'drain_timeout_s = 5\n[log]\nlevel = "loud"\n[spaces.tts]\nmax_worker = 3\n[spaces.new]\n'
@@ -157,10 +141,8 @@ async def test_a_file_with_faults_changes_nothing_and_tells_all_of_them(
 
 
 @pytest.mark.trio
-async def test_a_space_that_is_gone_from_the_file_goes_once_it_is_at_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with reloading(tmp_path, 'listen = ""\n[spaces.tts]\n[spaces.busy]\n', monkeypatch) as it:
+async def test_a_space_that_is_gone_from_the_file_goes_once_it_is_at_rest(tmp_path: Path) -> None:
+    async with reloading(tmp_path, 'listen = ""\n[spaces.tts]\n[spaces.busy]\n') as it:
         async with fake_worker(it.url, spaces=("busy",)) as worker, peer(it.url, "client") as client:
             submit = a_submit(space="busy")
             client.send(submit)
@@ -176,10 +158,10 @@ async def test_a_space_that_is_gone_from_the_file_goes_once_it_is_at_rest(
 
 
 @pytest.mark.trio
-async def test_a_raised_limit_hands_out_what_waited_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_raised_limit_hands_out_what_waited_for_it(tmp_path: Path) -> None:
     limited = 'listen = ""\n[spaces.tts]\nmax_running_per_principal = 1\n'
     async with (
-        reloading(tmp_path, limited, monkeypatch) as it,
+        reloading(tmp_path, limited) as it,
         fake_worker(it.url, slots=2) as worker,
         peer(it.url, "client") as client,
     ):
@@ -193,8 +175,8 @@ async def test_a_raised_limit_hands_out_what_waited_for_it(tmp_path: Path, monke
 
 
 @pytest.mark.trio
-async def test_a_space_made_by_a_command_becomes_the_files_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with reloading(tmp_path, 'listen = ""\n[spaces.tts]\n', monkeypatch) as it:
+async def test_a_space_made_by_a_command_becomes_the_files_own(tmp_path: Path) -> None:
+    async with reloading(tmp_path, 'listen = ""\n[spaces.tts]\n') as it:
         it.relay.spaces["tts"].made_by = "command"
         await it.reload('listen = ""\n[spaces.tts]\ndescription = "mine"\n')
         assert it.relay.spaces["tts"].made_by == "config"
@@ -204,14 +186,12 @@ async def test_a_space_made_by_a_command_becomes_the_files_own(tmp_path: Path, m
 
 
 @pytest.mark.trio
-async def test_a_renewed_certificate_is_shown_and_one_that_does_not_fit_its_key_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_renewed_certificate_is_shown_and_one_that_does_not_fit_its_key_is_not(tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     shutil.copy(TLS / "cert.pem", cert)
     shutil.copy(TLS / "key.pem", key)
     text = f'listen = "127.0.0.1:0"\n[tls]\ncert = "{cert}"\nkey = "{key}"\n[spaces.tts]\n'
-    async with reloading(tmp_path, text, monkeypatch) as it:
+    async with reloading(tmp_path, text) as it:
         shown = await _shown(it.urls[0])
         await _make_certificate(cert, tmp_path / "other.pem")
         told = await it.reload(text)  # new certificate, old key
@@ -243,10 +223,8 @@ async def _make_certificate(cert: Path, key: Path) -> None:
 
 
 @pytest.mark.trio
-async def test_tokens_are_read_again_and_one_that_is_gone_drops_its_connections(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with reloading(tmp_path, 'listen = ""\n[spaces.tts]\n', monkeypatch) as it:
+async def test_tokens_are_read_again_and_one_that_is_gone_drops_its_connections(tmp_path: Path) -> None:
+    async with reloading(tmp_path, 'listen = ""\n[spaces.tts]\n') as it:
         kept, gone = (it.tokens.create(role="client", name=name, now=1.0) for name in ("ann", "bob"))
         await it.relay.store.commit(PutToken(kept.record))  # bob's never reached the store
         new = TokenRegistry().create(role="client", name="cyd", now=1.0)
@@ -265,7 +243,7 @@ async def test_tokens_are_read_again_and_one_that_is_gone_drops_its_connections(
 
 @pytest.mark.trio
 async def test_a_store_that_cannot_be_read_costs_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with reloading(tmp_path, 'listen = ""\nstore = "memory"\n[spaces.tts]\n', monkeypatch) as it:
+    async with reloading(tmp_path, 'listen = ""\nstore = "memory"\n[spaces.tts]\n') as it:
         token = it.tokens.create(role="client", name="ann", now=1.0)
 
         async def broken(self: MemoryStore) -> None:
@@ -294,8 +272,8 @@ def test_reading_tokens_again_opens_no_door_that_was_closed_and_closes_none_that
 
 
 @pytest.mark.trio
-async def test_a_reload_in_the_middle_of_one_is_done_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with reloading(tmp_path, 'listen = ""\n[spaces.tts]\n', monkeypatch) as it:
+async def test_a_reload_in_the_middle_of_one_is_done_after_it(tmp_path: Path) -> None:
+    async with reloading(tmp_path, 'listen = ""\n[spaces.tts]\n') as it:
         it.file.write_text('listen = ""\n[spaces.tts]\n[spaces.a]\n')
         for _ in range(20):
             os.kill(os.getpid(), signal.SIGHUP)

@@ -58,8 +58,8 @@ async def test_a_relay_that_is_well_passes_all_checks_at_every_door(
     with fake_systemd(tmp_path / "notify") as systemd:
         monkeypatch.setenv("NOTIFY_SOCKET", systemd.address)
         config = a_config(tmp_path / "state", listen="127.0.0.1:0", **more)
-        async with running(config) as urls:
-            assert len(urls) == 2
+        async with running(config) as started:
+            assert len(started.urls) == 2
             for _ in range(5):
                 await systemd.until("WATCHDOG")
 

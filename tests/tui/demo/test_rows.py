@@ -18,9 +18,9 @@ MADE = {"place", "state"}
 
 async def told_by_a_relay(tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A snapshot with a row in every topic, and the description of its request."""
-    async with running(a_config(tmp_path / "state")) as urls, fake_worker(urls[0]) as worker:
+    async with running(a_config(tmp_path / "state")) as started, fake_worker(started.urls[0]) as worker:
         await worker.peer.next(Registered)
-        async with peer(urls[0], "client") as client, open_relay(urls[0], role="operator") as relay:
+        async with peer(started.urls[0], "client") as client, open_relay(started.urls[0], role="operator") as relay:
             request_id = an_id()
             client.send(Submit(request_id=request_id, space="tts", params={"text": "hello"}))
             await client.next(Accepted)

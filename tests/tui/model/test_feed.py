@@ -48,9 +48,9 @@ async def watching(url: str, *, readonly: bool = False) -> AsyncIterator[Watcher
 
 @pytest.mark.trio
 async def test_the_whole_picture_comes_on_attach_and_changes_follow(tmp_path: Path) -> None:
-    async with running(a_config(tmp_path / "state")) as urls, fake_worker(urls[0]) as worker:
+    async with running(a_config(tmp_path / "state")) as started, fake_worker(started.urls[0]) as worker:
         await worker.peer.next(Registered)
-        async with watching(urls[0]) as here, peer(urls[0], "client") as client:
+        async with watching(started.urls[0]) as here, peer(started.urls[0], "client") as client:
             await here.until(lambda: here.model.known)
             assert [view.key for view in here.model.rows("spaces")] == ["tts"]
             request_id = an_id()
@@ -82,15 +82,15 @@ async def test_without_a_relay_it_tries_for_ever_and_goes_on_when_one_comes(tmp_
 
 @pytest.mark.trio
 async def test_steering_reaches_the_relay_and_readonly_is_refused_by_it(tmp_path: Path) -> None:
-    async with running(a_config(tmp_path / "state")) as urls:
-        async with watching(urls[0]) as here:
+    async with running(a_config(tmp_path / "state")) as started:
+        async with watching(started.urls[0]) as here:
             await here.until(lambda: here.model.known)
             assert isinstance(await here.ask("pause_space", "tts"), Done)
             await here.until(lambda: here.model.rows("spaces")[0].text("state") == "paused")
             refusal = await here.ask("cancel", an_id())
             assert isinstance(refusal, Rejected)
             assert refusal.code == "request_not_found"
-        async with watching(urls[0], readonly=True) as here:
+        async with watching(started.urls[0], readonly=True) as here:
             await here.until(lambda: here.model.known)
             refusal = await here.ask("resume_space", "tts")
             assert isinstance(refusal, Rejected)
@@ -100,9 +100,9 @@ async def test_steering_reaches_the_relay_and_readonly_is_refused_by_it(tmp_path
 
 @pytest.mark.trio
 async def test_a_running_request_is_described_and_listened_to(tmp_path: Path) -> None:
-    async with running(a_config(tmp_path / "state")) as urls, fake_worker(urls[0]) as worker:
+    async with running(a_config(tmp_path / "state")) as started, fake_worker(started.urls[0]) as worker:
         await worker.peer.next(Registered)
-        async with watching(urls[0]) as here, peer(urls[0], "client") as client:
+        async with watching(started.urls[0]) as here, peer(started.urls[0], "client") as client:
             submit = Submit(request_id=an_id(), space="tts", params={"text": "hello"})
             client.send(submit)
             assign = await worker.assigned()
