@@ -452,7 +452,18 @@ class Link(abc.ABC):
             handler.on_closed()
         if handler is not None and self._notified == 1 and self.stopped:
             self._notified = 2
+            self._handler = None  # it refers to the link in turn: neither would be freed before a garbage collection
             handler.on_transport_closed()
+
+    def _release(self) -> None:
+        """Drop what the link holds, once its transport is cut; for the carrier.
+
+        What was received in whole before the peer closed stays for `receive` and `hand_to`.
+        """
+        self._parser.release()
+        self._drained = None  # whoever waits for the backlog to fall refers to the link in turn
+        if self._gone is LinkClosed:
+            self._inbox, self._inbox_bytes = None, 0
 
     async def _wait_stopped(self) -> None:
         while not self.stopped:

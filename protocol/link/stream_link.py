@@ -105,17 +105,22 @@ class StreamLink(Link):
             self._lost("the link's tasks ended")
             await trio.aclose_forcefully(self.stream)
             self._stopped = True
+            self._outbox.clear()
+            self.backlog_bytes = 0
+            self._release()
             self._wake()
             self.notify_closed()
 
     @trio.lowlevel.enable_ki_protection
     async def _read(self) -> None:
         data: bytes | bytearray = self._early
+        self._early = b""
         while True:
             if data:
                 self._parser.feed(data)
                 if self._parser.events:
                     self._process_events(self._parser.pop_events())
+                data = b""  # not to be kept for as long as nothing more comes
             while self._reader_waits:
                 await self._change()
             try:

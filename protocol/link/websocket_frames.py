@@ -133,6 +133,15 @@ class Parser:
         events, self.events, self.all_binary = self.events, [], True
         return events
 
+    def release(self) -> None:
+        """Drop all that has come and was not taken out; whatever follows is dropped as well.
+
+        Called when the connection is over: a mebibyte of an unfinished message must not wait for the garbage collector.
+        """
+        self.events, self.all_binary = [], True
+        self._over = True
+        self._forget_partial()
+
     @property
     def over(self) -> bool:
         """Whether the peer has closed or broken a rule: whatever follows is dropped."""
@@ -334,7 +343,11 @@ class Parser:
         self.events.append(event)
         self.all_binary = False
         self._over = True
-        self._message = self.large_frame = None
+        self._forget_partial()
+
+    def _forget_partial(self) -> None:
+        self.partial_frame, self.large_frame, self.large_at = b"", None, 0
+        self._opcode, self._size, self._message, self._text = CONTINUATION, 0, None, None
 
 
 #: Sizes of which the head is kept; streams have few.

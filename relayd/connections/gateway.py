@@ -300,11 +300,13 @@ class Gateway:
                 await self._some_pending.wait()
             now = trio.current_time()
             await trio.sleep_until(min(waiting[0].due, now + NEWCOMERS_S))
-            now = trio.current_time()
-            for pending in waiting:
-                if pending.due <= now:
-                    pending.time_out()
-            waiting[:] = [pending for pending in waiting if pending.waiting]
+            self._give_up_on_late(trio.current_time())
+
+    def _give_up_on_late(self, now: float) -> None:
+        for pending in self._pending:
+            if pending.due <= now:
+                pending.time_out()
+        self._pending[:] = [pending for pending in self._pending if pending.waiting]
 
     @property
     def link_limits(self) -> LinkLimits:

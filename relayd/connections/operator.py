@@ -1,7 +1,7 @@
 """An operator's part of a connection: `watch` what goes on, and `steer` it."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import attrs
 import structlog
@@ -12,7 +12,7 @@ from protocol.wire.messages import FROM_OPERATOR, ROLES, SPACE_PATTERN, Done, Re
 from protocol.wire.validators import Value
 from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits
 from relayd.config.schema import ConfigError, SpaceConfig
-from relayd.connections.client import ClientHandler
+from relayd.connections.client import HANDLERS, ClientHandler
 from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.logs.setup import redacted
@@ -43,26 +43,7 @@ class OperatorHandler:
     tokens: TokenRegistry
     nursery: trio.Nursery
     drain: Callable[[str], None]
-    actions: dict[str, Callable[[Steer], Awaitable[Answer]]] = attrs.field(init=False)
     _watching: WatchFeed | None = None
-
-    def __attrs_post_init__(self) -> None:
-        self.actions = {
-            "cancel": self._cancel,
-            "promote": self._promote,
-            "drain_worker": self._drain_worker,
-            "undrain_worker": self._undrain_worker,
-            "pause_space": self._pause_space,
-            "resume_space": self._resume_space,
-            "create_space": self._create_space,
-            "delete_space": self._delete_space,
-            "create_token": self._create_token,
-            "list_tokens": self._list_tokens,
-            "revoke_token": self._revoke_token,
-            "disconnect": self._disconnect,
-            "describe": self._describe,
-            "drain": self._drain,
-        }
 
     @classmethod
     def join(
@@ -87,6 +68,10 @@ class OperatorHandler:
         """Watch no more."""
         if self._watching is not None:
             self.relay.watchers.discard(self._watching)
+            self._watching = None
+        # These refer to the client in turn, and would keep it until a garbage collection.
+        self.client.handlers = HANDLERS
+        self.client.on_close = _nothing
 
     def _watch(self, watch: Watch) -> None:
         if self._watching is None:
@@ -110,17 +95,17 @@ class OperatorHandler:
             await self._answer(steer)
 
     async def _answer(self, steer: Steer) -> None:
-        action = self.actions.get(steer.action)
+        action = ACTIONS.get(steer.action)
         principal = self.client.principal
         answer: Answer
         if action is None:
-            answer = _invalid(f"steer action {steer.action!r} is unknown; there are {', '.join(self.actions)}")
+            answer = _invalid(f"steer action {steer.action!r} is unknown; there are {', '.join(ACTIONS)}")
         elif principal.readonly and steer.action not in READ_ONLY_ACTIONS:
             answer = Rejected.because(ErrorCode.FORBIDDEN, "this connection is read-only; connect without --readonly")
             self._audit(steer, answer)
         else:
             try:
-                answer = await action(steer)
+                answer = await action(self, steer)
             except StoreError as fault:
                 answer = Rejected.because(fault.code, str(fault))
             if steer.action not in READ_ONLY_ACTIONS:
@@ -281,6 +266,28 @@ class OperatorHandler:
         self.drain(f"asked by operator {self.client.principal.name}")
         running = sum(request.entry.state is State.RUNNING for request in self.relay.requests.values())
         return {"running": running}
+
+
+ACTIONS: Mapping[str, Callable[[OperatorHandler, Steer], Awaitable[Answer]]] = {
+    "cancel": OperatorHandler._cancel,
+    "promote": OperatorHandler._promote,
+    "drain_worker": OperatorHandler._drain_worker,
+    "undrain_worker": OperatorHandler._undrain_worker,
+    "pause_space": OperatorHandler._pause_space,
+    "resume_space": OperatorHandler._resume_space,
+    "create_space": OperatorHandler._create_space,
+    "delete_space": OperatorHandler._delete_space,
+    "create_token": OperatorHandler._create_token,
+    "list_tokens": OperatorHandler._list_tokens,
+    "revoke_token": OperatorHandler._revoke_token,
+    "disconnect": OperatorHandler._disconnect,
+    "describe": OperatorHandler._describe,
+    "drain": OperatorHandler._drain,
+}
+
+
+def _nothing() -> None:
+    pass
 
 
 def _invalid(message: str) -> Rejected:

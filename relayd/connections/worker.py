@@ -3,7 +3,7 @@
 A frame is appended to its request's log as the bytes that came; only the envelope is looked at here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -97,22 +97,6 @@ class WorkerHandler:
     #: What audio frames of an attempt begin with -> the attempt; of those that have begun, and have a format.
     _active: dict[bytes, ActiveAttempt] = attrs.field(factory=dict)
     _stats: WorkerStats = attrs.field(factory=WorkerStats)
-    handlers: dict[type[Message], Callable[[Any, bytes], None]] = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.handlers = {
-            Ping: self._ping,
-            Pong: lambda _pong, _data: None,
-            Register: self._register,
-            Draining: self._draining,
-            Started: self._frame,
-            Progress: self._frame,
-            Audio: self._frame,
-            Output: self._frame,
-            Completed: self._last_frame,
-            Failed: self._last_frame,
-            Cancelled: self._last_frame,
-        }
 
     @property
     def principal_name(self) -> str:
@@ -253,10 +237,11 @@ class WorkerHandler:
             return
         if not self.registered and not isinstance(message, Register | Ping | Pong):
             raise ProtocolError(f"{message.TYPE} before register")
-        self.handlers[type(message)](message, data)
+        HANDLERS[type(message)](self, message, data)
 
     def close(self) -> None:
         """Its link is gone."""
+        self._active.clear()
         if self.registered:
             log.info("worker disconnected", worker=self.worker_id, why=self.link.reason or "closed")
             self.relay.unlink(self)
@@ -439,3 +424,19 @@ class WorkerHandler:
         if frame.seq > missing:
             raise ProtocolError(f"frame {frame.seq} of request {frame.request_id}, and {missing} has not come")
         return frame.seq == missing
+
+
+#: Of the class: bound methods kept by each link would refer to it, and keep it until a garbage collection.
+HANDLERS: Mapping[type[Message], Callable[[WorkerHandler, Any, bytes], None]] = {
+    Ping: WorkerHandler._ping,
+    Pong: lambda _worker, _pong, _data: None,
+    Register: WorkerHandler._register,
+    Draining: WorkerHandler._draining,
+    Started: WorkerHandler._frame,
+    Progress: WorkerHandler._frame,
+    Audio: WorkerHandler._frame,
+    Output: WorkerHandler._frame,
+    Completed: WorkerHandler._last_frame,
+    Failed: WorkerHandler._last_frame,
+    Cancelled: WorkerHandler._last_frame,
+}

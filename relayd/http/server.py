@@ -108,6 +108,7 @@ class HttpServer:
         finally:
             self._open.discard(connection)
             self.context.connections -= 1
+            connection.release()
         return connection.upgrade
 
     async def close(self) -> None:
@@ -190,7 +191,17 @@ class _Connection:
         self._sending = trio.Lock()
         self._reading = trio.CancelScope()
         self._nursery: trio.Nursery
-        self._protocol: _Http
+        self._protocol = _Http(
+            ASGIWrapper(cast(Any, door.app)),
+            door._config,
+            cast(Any, door._worker_context),
+            cast(TaskGroup, self),
+            cast(ConnectionState, {}),
+            template.secure,
+            None,
+            None,
+            self.send,
+        )
         #: Nothing more is answered; what still comes is read so that the client reads its response.
         self._done = False
         #: The head that asks for a WebSocket, once there is one.
@@ -201,17 +212,6 @@ class _Connection:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                self._protocol = _Http(
-                    ASGIWrapper(cast(Any, self.door.app)),
-                    self.door._config,
-                    cast(Any, self.door._worker_context),
-                    cast(TaskGroup, self),
-                    cast(ConnectionState, {}),
-                    self.template.secure,
-                    None,
-                    None,
-                    self.send,
-                )
                 self._reading.deadline = trio.current_time() + http_head.HEAD_S
                 with self._reading:
                     await self._read()
@@ -239,6 +239,15 @@ class _Connection:
                 return
             if self._protocol.has_part_of_a_head and not self._done:
                 self._reading.deadline = min(self._reading.deadline, trio.current_time() + http_head.HEAD_S)
+
+    def release(self) -> None:
+        """Drop what was received and not read, once the connection is over.
+
+        It, Hypercorn's protocol and the stream of a request refer to each other, and would keep all of it until a
+        garbage collection.
+        """
+        self._protocol.stream = None
+        del self._protocol
 
     def end_if_idle(self) -> None:
         """Hang up unless a request is being answered."""

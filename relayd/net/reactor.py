@@ -302,6 +302,7 @@ class SocketLink(Link):
             self._deferred = []
             self._out.clear()
             self.backlog_bytes = 0
+            self._release()
             self._reactor.remove(self)
             if self._has_own_reader:
                 trio.lowlevel.notify_closing(self.fd)
@@ -351,8 +352,8 @@ class Reactor:
         self._epoll = select.epoll()
         self._scratch = bytearray(RECEIVE_BYTES)
         self._view = memoryview(self._scratch)
-        self._dues: list[tuple[float, int, SocketLink]] = []
-        self._entries = 0
+        #: Times at which to look, and the descriptors of the links: one that is gone is not kept until its time comes.
+        self._dues: list[tuple[float, int]] = []
         self._ended: dict[SocketLink, None] = {}
         #: Links of which messages wait to be handed over.
         self._carrying: list[SocketLink] = []
@@ -421,8 +422,7 @@ class Reactor:
 
     def schedule(self, link: SocketLink, due: float) -> None:
         """Have a link looked at."""
-        self._entries += 1
-        heapq.heappush(self._dues, (due, self._entries, link))
+        heapq.heappush(self._dues, (due, link.fd))
 
     # -- the tasks -------------------------------------------------------------------------------------------
 
@@ -445,6 +445,7 @@ class Reactor:
                 except Exception:
                     log.exception(INTERNAL_LOG, peer=link.peer)
                     link.abort(INTERNAL_MESSAGE)
+            link = None  # it may be gone by now, and must not be kept for as long as nothing comes
 
     async def serve_deferred(self) -> None:
         """Hand over what was too much for one turn, a turn's worth of each link at a time, until cancelled."""
@@ -453,14 +454,17 @@ class Reactor:
                 self._some_carried = trio.Event()
                 await self._some_carried.wait()
             await trio.lowlevel.checkpoint()
-            self.now = self._time()
-            carrying, self._carrying = self._carrying, []
-            for link in carrying:
-                try:
-                    self._go_on(link)
-                except Exception:
-                    log.exception(INTERNAL_LOG, peer=link.peer)
-                    link.abort(INTERNAL_MESSAGE)
+            self._carry_on_once()
+
+    def _carry_on_once(self) -> None:
+        self.now = self._time()
+        carrying, self._carrying = self._carrying, []
+        for link in carrying:
+            try:
+                self._go_on(link)
+            except Exception:
+                log.exception(INTERNAL_LOG, peer=link.peer)
+                link.abort(INTERNAL_MESSAGE)
 
     async def serve_worker_link(
         self, link: SocketLink, pass_on: Callable[[bytes], bool], on_fault: Callable[[], None]
@@ -582,18 +586,23 @@ class Reactor:
             await trio.sleep(SWEEP_S)
             self.now = now = trio.current_time()
             if (late_s := now - began - SWEEP_S) > LATE_S:
-                for link in self.links:
-                    link.extend_deadlines(late_s)
+                self._forgive(late_s)
             while dues and dues[0][0] <= now:
-                due, _, link = heapq.heappop(dues)
-                if due != link._due or link._stopped:
-                    continue  # it was looked at earlier, or is gone
+                due, fd = heapq.heappop(dues)
+                link = self._links.get(fd)
+                if link is None or due != link._due:
+                    continue  # it is gone, or was looked at earlier
                 link._due = _NEVER
                 try:
                     link._schedule(link.check_liveness(now))
                 except Exception:
                     log.exception(INTERNAL_LOG, peer=link.peer)
                     link.abort(INTERNAL_MESSAGE)
+            link = None  # as in `serve`
+
+    def _forgive(self, late_s: float) -> None:
+        for link in self._links.values():
+            link.extend_deadlines(late_s)
 
     async def serve_closed(self) -> None:
         """Tell of links' ends, until cancelled."""
