@@ -107,7 +107,7 @@ class Link(abc.ABC):
         self.tolerate_stall = False
         self.received_at = self.taken_at = now
         self._limits = limits
-        self._parser = Parser(masked=not is_client, max_message_bytes=limits.max_message_bytes)
+        self._parser = Parser(masked=not is_client, max_message_bytes=limits.max_message_bytes, budget=limits.budget)
         self._gone: type[LinkError] | None = None
         self._closing: tuple[int, str] | None = None
         self._close_by = float("inf")

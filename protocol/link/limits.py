@@ -4,6 +4,7 @@ from typing import Protocol
 
 import attrs
 
+from protocol.link.websocket_frames import PartialBudget
 from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.validators import Message
 
@@ -29,6 +30,7 @@ class LinkLimits:
         farewell: for such a peer, in place of what it did not take; the link is then closed, and counts as closed by
             this side, after at most twice `CLOSE_S`.
         max_message_bytes: longer ones are neither taken nor sent.
+        budget: bounds what all links with it hold of unfinished messages.
     """
 
     ping_interval_s: float = PING_INTERVAL_S
@@ -37,6 +39,7 @@ class LinkLimits:
     max_backlog_bytes: int = MAX_BACKLOG_BYTES
     farewell: Message | None = None
     max_message_bytes: int = MAX_MESSAGE_BYTES
+    budget: PartialBudget | None = None
 
 
 class LinkHandler(Protocol):

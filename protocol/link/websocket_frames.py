@@ -23,6 +23,8 @@ CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 #: Section 7.4.1.
 GOING_AWAY, BROKEN_RULE, NO_CODE, BAD_TEXT = 1001, 1002, 1005, 1007
 POLICY_VIOLATION, TOO_BIG, INTERNAL_ERROR = 1008, 1009, 1011
+#: Registered with IANA after the RFC: the server is overloaded.
+TRY_AGAIN_LATER = 1013
 #: Codes that may stand in a close frame: those of the registry, and those left to libraries and applications.
 _SENDABLE = frozenset((*range(1000, 1004), *range(1007, 1015)))
 #: Of a control frame (section 5.5); a close frame's reason has two bytes less.
@@ -85,12 +87,42 @@ class _Decoder(Protocol):
     def decode(self, data: bytes, final: bool = False, /) -> str: ...
 
 
+class PartialBudget:
+    """A bound on the unfinished messages of all parsers that share it.
+
+    When there are too many, the one that began first is given up: an honest peer finishes its message in a moment,
+    and whoever holds many open on purpose loses his own first. Frames of up to `SMALL_BYTES` are not counted while they
+    wait for their rest, as each connection has one at most.
+
+    Args:
+        max_bytes: for all of them together; room for a message counts from when it is made.
+    """
+
+    __slots__ = ("_sizes", "held_bytes", "max_bytes")
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
+        self._sizes: dict[Parser, int] = {}  # the message that began first comes first
+
+    def note(self, parser: "Parser", size: int) -> None:
+        """A parser now holds so many bytes of an unfinished message; 0 when it holds none."""
+        self.held_bytes += size - self._sizes.get(parser, 0)
+        if not size:
+            self._sizes.pop(parser, None)
+            return
+        self._sizes[parser] = size
+        while self.held_bytes > self.max_bytes and (oldest := next(iter(self._sizes))) is not parser:
+            oldest.give_up()
+
+
 class Parser:
     """The receiving side of one connection.
 
     Args:
         masked: whether the peer is the client, whose frames are masked (section 5.1).
         max_message_bytes: longer messages are a `Fault` with 1009, before anything is allocated for them.
+        budget: bounds what this parser and others hold of unfinished messages together.
 
     Attributes:
         events: what was parsed; whoever called `parse` or `feed` takes them out (`take`).
@@ -100,6 +132,7 @@ class Parser:
     """
 
     __slots__ = (
+        "_budget",
         "_message",
         "_opcode",
         "_over",
@@ -114,8 +147,9 @@ class Parser:
         "partial_frame",
     )
 
-    def __init__(self, *, masked: bool, max_message_bytes: int) -> None:
+    def __init__(self, *, masked: bool, max_message_bytes: int, budget: PartialBudget | None = None) -> None:
         self.masked = masked
+        self._budget = budget
         self.max_message_bytes = max_message_bytes
         self.events: list[Event] = []
         self.all_binary = True
@@ -142,6 +176,10 @@ class Parser:
         self._over = True
         self._forget_partial()
 
+    def give_up(self) -> None:
+        """Drop the unfinished message, for which there is no room; the peer learns of it when it sends more."""
+        self._fault(TRY_AGAIN_LATER, "a message too slowly; the relay has no room for it now")
+
     @property
     def over(self) -> bool:
         """Whether the peer has closed or broken a rule: whatever follows is dropped."""
@@ -167,6 +205,7 @@ class Parser:
         if self.large_at < len(whole):
             return False
         self.large_frame = None
+        self._note_partial()
         self.parse(whole, memoryview(whole), len(whole))
         return True
 
@@ -222,6 +261,7 @@ class Parser:
                     self.large_frame = large = bytearray(stop - at)
                     self.large_at = end - at
                     large[: self.large_at] = view[at:end]
+                    self._note_partial()
                     return
                 break
             payload = apply_mask(view[begin:stop], data[begin - 4 : begin]) if masked else bytes(view[begin:stop])
@@ -309,6 +349,7 @@ class Parser:
                 self.events.append(self._message.decode())
                 self.all_binary = False
             self._opcode, self._size, self._message, self._text = CONTINUATION, 0, None, None
+        self._note_partial()
 
     def _take_control(self, opcode: int, payload: bytes) -> None:
         self.all_binary = False
@@ -348,6 +389,11 @@ class Parser:
     def _forget_partial(self) -> None:
         self.partial_frame, self.large_frame, self.large_at = b"", None, 0
         self._opcode, self._size, self._message, self._text = CONTINUATION, 0, None, None
+        self._note_partial()
+
+    def _note_partial(self) -> None:
+        if self._budget is not None:
+            self._budget.note(self, self._size + (len(self.large_frame) if self.large_frame is not None else 0))
 
 
 #: Sizes of which the head is kept; streams have few.

@@ -18,7 +18,7 @@ import trio
 from protocol.link.base import Link
 from protocol.link.dial import serve_link
 from protocol.link.limits import LinkLimits
-from protocol.link.websocket_frames import INTERNAL_ERROR, POLICY_VIOLATION
+from protocol.link.websocket_frames import INTERNAL_ERROR, POLICY_VIOLATION, PartialBudget
 from protocol.wire.codec import decode
 from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, TextReceived
 from protocol.wire.frames import MAX_MESSAGE_BYTES
@@ -57,6 +57,9 @@ SERVER = f"relayd/{importlib.metadata.version('relayd')}"
 NEWCOMERS_S = 1.0
 #: Connections that have not logged in, beyond `max_connections`: with 900 of those, a limit of 1,024 files holds.
 MAX_PENDING = 64
+#: Unfinished messages of all connections together: each of 900 may be in the middle of a piece of an upload (256 KiB).
+#: What strangers hold is bounded by their number, as none may send a message of more than 64 KiB.
+MAX_PARTIAL_BYTES = 256 * 1024 * 1024
 NO_TEXT = "text message; every message is binary (msgpack)"
 FULL = "the relay has all the connections it takes; try again later"
 STALLED = Error(
@@ -221,6 +224,7 @@ class Gateway:
     failures: LoginThrottle = attrs.field(factory=LoginThrottle)
     #: Connections from their first byte on, logged in or not.
     open: int = 0
+    _partial: PartialBudget = attrs.field(factory=lambda: PartialBudget(MAX_PARTIAL_BYTES))
     _link_limits: tuple[Limits, LinkLimits] | None = None
     #: Who has shaken hands of late, the first first.
     _pending: list[PendingConnection] = attrs.field(factory=list)
@@ -319,6 +323,7 @@ class Gateway:
                 send_timeout_s=limits.stall_timeout_s,
                 max_backlog_bytes=limits.max_backlog_bytes,
                 farewell=STALLED,
+                budget=self._partial,
             )
             self._link_limits = limits, link_limits
         return self._link_limits[1]

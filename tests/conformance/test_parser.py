@@ -8,7 +8,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from protocol.link.websocket_frames import NO_CODE, Close, Event, Fault, Parser, Ping, Pong, close_payload, make_frame
+from protocol.link.websocket_frames import (
+    NO_CODE,
+    TRY_AGAIN_LATER,
+    Close,
+    Event,
+    Fault,
+    Parser,
+    PartialBudget,
+    Ping,
+    Pong,
+    close_payload,
+    make_frame,
+)
 from tests.conformance import closing, framing, unicode
 from tests.conformance.cases import INVALID_DATA, PROTOCOL_ERROR, TOO_BIG, Case
 from tests.conformance.frames import (
@@ -340,3 +352,54 @@ def test_nothing_is_kept_of_what_follows_the_end() -> None:
         assert len(parser.pop_events()) == 1
         assert grown_bytes(parser, bytes(1 << 20)) < 16 << 10
         assert not parser.pop_events()
+
+
+def budgeted(budget: PartialBudget) -> Parser:
+    return Parser(masked=True, max_message_bytes=MAX_MESSAGE_BYTES, budget=budget)
+
+
+WHOLE = binary(bytes(300 << 10))
+HALF, REST = WHOLE[: 200 << 10], WHOLE[200 << 10 :]
+
+
+def test_of_too_many_unfinished_messages_the_oldest_is_given_up() -> None:
+    budget = PartialBudget(1 << 20)
+    parsers = [budgeted(budget) for _ in range(5)]
+    for parser in parsers:
+        parser.feed(HALF)
+    assert budget.held_bytes <= budget.max_bytes
+    for parser in parsers:
+        parser.feed(REST)
+    events = [event for parser in parsers for event in parser.pop_events()]
+    assert [event.code for event in events if isinstance(event, Fault)] == [TRY_AGAIN_LATER] * 2
+    assert events[2:] == [bytes(300 << 10)] * 3
+    assert budget.held_bytes == 0
+
+
+@pytest.mark.parametrize("end", ["finished", "released", "closed"])
+@pytest.mark.parametrize("fragmented", [False, True])
+def test_a_budget_has_its_room_again_however_an_unfinished_message_ends(end: str, fragmented: bool) -> None:
+    budget = PartialBudget(1 << 20)
+    parser = budgeted(budget)
+    whole = WHOLE
+    if fragmented:
+        parser.feed(binary(bytes(1_000), fin=False))
+        assert budget.held_bytes == 1_000
+        whole = more(bytes(300 << 10))
+    parser.feed(whole[: 200 << 10])
+    assert budget.held_bytes > 300 << 10
+    if end == "released":
+        parser.release()
+    else:
+        parser.feed(whole[200 << 10 :])
+    if end == "closed":
+        parser.feed(binary(b"x" * 1_000, fin=False) + close())
+    assert budget.held_bytes == 0
+
+
+def test_a_released_parser_holds_nothing_and_takes_nothing_more() -> None:
+    parser = Parser(masked=True, max_message_bytes=MAX_MESSAGE_BYTES)
+    parser.feed(binary(b"whole") + HALF)
+    parser.release()
+    parser.feed(binary(b"later"))
+    assert (parser.events, parser.partial_frame, parser.large_frame, parser.over) == ([], b"", None, True)

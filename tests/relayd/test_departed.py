@@ -1,4 +1,5 @@
-"""What the relay holds of connections that are gone: nothing, and without a garbage collection."""
+"""What the relay holds of connections that are gone: nothing, and without a garbage collection; and of unfinished
+messages all together."""
 
 import gc
 import tracemalloc
@@ -9,16 +10,18 @@ from pathlib import Path
 import h11
 import pytest
 import trio
+import trio.testing
 from hypercorn.protocol.http_stream import HTTPStream
 
 from protocol.client.address import parse_address
 from protocol.link.connect import connect, shake_hands
 from protocol.link.stream_link import StreamLink
-from protocol.link.websocket_frames import BINARY, Parser, frame_head, make_frame
+from protocol.link.websocket_frames import BINARY, TRY_AGAIN_LATER, Close, Event, Parser, frame_head, make_frame
 from protocol.wire.codec import encode
 from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.messages import PROTOCOL_VERSION, Hello, Input, Register, Watch
 from protocol.wire.validators import Message
+from relayd.connections import gateway
 from relayd.connections.client import ClientHandler
 from relayd.connections.gateway import Connection, ConnectionSlot, PendingConnection
 from relayd.connections.operator import OperatorHandler
@@ -177,7 +180,7 @@ async def _http_cut_between_requests(url: str) -> None:
 
 async def _all_gone(relay: Daemon) -> None:
     """Wait until the relay has heard of every end, and looked through those who had not said hello."""
-    await until(lambda: not (relay.relay.connections or relay.context.connections))
+    await until(lambda: not (relay.relay.connections or relay.http_context.connections))
     await until(lambda: not any(type(each) in OF_NEWCOMERS for each in gc.get_objects()))
 
 
@@ -211,3 +214,34 @@ async def test_nothing_of_a_departed_peer_waits_for_the_garbage_collector(
         await _all_gone(relay)
         assert _alive() <= alive
         assert _held_bytes() - held < SLACK_BYTES
+
+
+@pytest.mark.trio
+async def test_unfinished_messages_of_all_connections_are_bounded_and_the_oldest_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "MAX_PARTIAL_BYTES", 2 * MAX_MESSAGE_BYTES)
+    async with daemon(tmp_path) as relay, trio.open_nursery() as nursery:
+        streams = [await _logged_in(relay.url, "client") for _ in range(3)]
+        for stream in streams:
+            await stream.send_all(_half_a_message(MAX_MESSAGE_BYTES - 20))
+            await _read_by(relay)
+        nursery.start_soon(streams[0].send_all, bytes(10))
+        answer: list[Event] = []
+        parser = Parser(masked=False, max_message_bytes=MAX_MESSAGE_BYTES)
+        with trio.fail_after(10):
+            while not any(isinstance(event, Close) for event in answer):
+                parser.feed(await streams[0].receive_some())
+                answer += parser.pop_events()
+        assert [event.code for event in answer if isinstance(event, Close)] == [TRY_AGAIN_LATER]
+        await _read_by(relay)
+        assert sum(not link.gone for link in (each.link for each in relay.relay.connections.values())) == 2
+        for stream in streams:
+            await stream.aclose()
+
+
+async def _read_by(relay: Daemon) -> None:
+    """Wait until the relay has read what was sent before."""
+    stream = await _logged_in(relay.url, "client")
+    await stream.aclose()
+    await trio.testing.wait_all_tasks_blocked(0.02)
