@@ -66,6 +66,7 @@ class Daemon:
         tokens: those it accepts.
         http: what its HTTP routes share.
         urls: where it listens.
+        gateway: where connections come in.
         shutdown: how it is asked to leave.
     """
 
@@ -73,6 +74,7 @@ class Daemon:
     tokens: TokenRegistry
     http: HttpContext
     urls: list[str]
+    gateway: Gateway
     shutdown: Shutdown
 
     async def drain(self) -> None:
@@ -160,7 +162,7 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
                 relay.urls = list(urls)
                 log.info("listening", urls=urls, spaces=sorted(relay.spaces), state_dir=str(config.state_dir))
                 nursery.start_soon(HealthService(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
-                yield Daemon(relay, tokens, http_context, urls, shutdown)
+                yield Daemon(relay, tokens, http_context, urls, gateway, shutdown)
                 accepting.cancel()
                 for space in relay.spaces.values():  # no deadline counts while the links are being closed
                     space.closed.set()

@@ -318,7 +318,7 @@ class _Connection:
         """Start the handler of one request; what comes for it is given to the function that is returned."""
         exchange = attrs.evolve(self.template, scope=trio.CancelScope())
         told = cast(dict[str, Any], scope)
-        told["state"]["visit"] = exchange
+        told["state"]["exchange"] = exchange
         # From 2.4 on an application is told by an exception that its client is gone; here its scope is cancelled.
         told["asgi"]["spec_version"] = "2.4"
         into, out = trio.open_memory_channel[Any](config.max_app_queue_size)

@@ -43,6 +43,7 @@ from protocol.wire.validators import Message
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.loader import load_config
 from relayd.config.schema import Config
+from relayd.connections.gateway import Gateway
 from relayd.core.relay import Relay
 from relayd.daemon import Daemon as RelayDaemon
 from relayd.daemon import open_daemon
@@ -122,6 +123,11 @@ class Daemon:
     def http_context(self) -> HttpContext:
         """What its HTTP routes share."""
         return self.started.http
+
+    @property
+    def gateway(self) -> Gateway:
+        """Where connections come in."""
+        return self.started.gateway
 
     @property
     def relay(self) -> Relay:

@@ -212,15 +212,15 @@ class RelayScreen(Screen[None]):
         """Plan an action for the ids under the cursor as the key is pressed, ask if it destroys, and do it."""
         app = self.host
         if app.readonly:
-            app.tell("this is read-only; start relay-tui without --readonly to steer", "warn")
+            app.show_notice("this is read-only; start relay-tui without --readonly to steer", "warn")
             return
         views = self._acted_on(name)
         if not views:
-            app.tell("there is nothing under the cursor", "warn")
+            app.show_notice("there is nothing under the cursor", "warn")
             return
         plan = ACTIONS[name].plan(views)
         if isinstance(plan, str):
-            app.tell(plan, "warn")
+            app.show_notice(plan, "warn")
         elif plan.question:
             self.app.push_screen(ConfirmDialog(plan.question, plan.names), partial(self._confirmed, plan))
         else:
@@ -230,7 +230,7 @@ class RelayScreen(Screen[None]):
         if yes:
             self._do(plan)
         else:
-            self.host.tell("nothing was done", "dim")
+            self.host.show_notice("nothing was done", "dim")
 
     def _do(self, plan: Plan) -> None:
         self.host.carry_out(plan)
@@ -277,7 +277,7 @@ class RelayScreen(Screen[None]):
         if table is not None and table.chosen:
             ids = [view.key for view in table.chosen]
             self.app.copy_to_clipboard("\n".join(ids))
-            self.host.tell(f"copied {formatting.plain(ids[0]) if len(ids) == 1 else f'{len(ids)} ids'}", "good")
+            self.host.show_notice(f"copied {formatting.plain(ids[0]) if len(ids) == 1 else f'{len(ids)} ids'}", "good")
 
     def action_export(self) -> None:
         """Write the rows shown to a file."""
@@ -288,7 +288,7 @@ class RelayScreen(Screen[None]):
 
     def _exported(self, said: tuple[str, str] | None) -> None:
         if said is not None:
-            self.host.tell(*said)
+            self.host.show_notice(*said)
 
     def action_log(self) -> None:
         """The lines of the log that tell of the row under the cursor."""

@@ -69,7 +69,7 @@ class RowDetail(RelayScreen):
     def action_copy(self) -> None:
         """Copy the id."""
         self.app.copy_to_clipboard(self.key)
-        self.host.tell(f"copied {plain(self.key)}", "good")
+        self.host.show_notice(f"copied {plain(self.key)}", "good")
 
     def redraw_panes(self, model: RelayModel, now: float) -> None:
         """See `RelayScreen`."""
@@ -129,7 +129,7 @@ class RequestDetail(RowDetail):
         """Listen in, or stop; the audio is measured once a second, and not played."""
         view = self._last
         if not self._listening and (view is None or view.text("state") != "running"):
-            self.host.tell("only a running request can be listened to", "warn")
+            self.host.show_notice("only a running request can be listened to", "warn")
             return
         self._listening = not self._listening
         self._level = None

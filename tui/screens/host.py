@@ -29,7 +29,7 @@ class ScreenHost(Protocol):
     def clock(self) -> float:
         """Seconds, monotonic."""
 
-    def tell(self, text: str, token: str = "") -> None:
+    def show_notice(self, text: str, token: str = "") -> None:
         """Show a notice in the last line for a while."""
 
     def ask(self, ask: Ask | Listen) -> None:

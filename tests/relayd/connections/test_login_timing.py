@@ -99,24 +99,9 @@ async def all_left(relay: Daemon, gateway: Gateway) -> None:
     await until(lambda: not relay.relay.connections and not relay.relay.clients and not gateway.open)
 
 
-@pytest.fixture
-def gates(monkeypatch: pytest.MonkeyPatch) -> list[Gateway]:
-    """Of the daemons of a test."""
-    made: list[Gateway] = []
-
-    def make(*args: Any) -> Gateway:
-        made.append(Gateway(*args))
-        return made[-1]
-
-    monkeypatch.setattr("relayd.daemon.Gate", make)
-    return made
-
-
 @pytest.mark.trio
 @pytest.mark.parametrize("role", ["client", "worker", "operator"])
-async def test_who_does_not_wait_for_the_handshake_is_heard_as_any_other(
-    tmp_path: Path, role: str, gates: list[Gateway]
-) -> None:
+async def test_who_does_not_wait_for_the_handshake_is_heard_as_any_other(tmp_path: Path, role: str) -> None:
     hello = Hello(version=1, role=role)
     async with daemon(tmp_path) as relay:
         with trio.fail_after(20):
@@ -126,18 +111,18 @@ async def test_who_does_not_wait_for_the_handshake_is_heard_as_any_other(
                 welcome, *pongs = await heard(stream, 201)
                 assert isinstance(welcome, Welcome)
                 assert [pong.timestamp for pong in pongs if isinstance(pong, Pong)] == [p.timestamp for p in pings]
-            await all_left(relay, gates[0])
+            await all_left(relay, relay.gateway)
             async with await trio.open_unix_socket(relay.url.removeprefix("unix:")) as stream:
                 await stream.send_all(HANDSHAKE + spoken(*[hello] * 100))
                 told = [type(each) for each in await heard(stream, 100)]
                 assert told == [Welcome] + [Error] * 99, "one login a connection"
                 assert len(relay.relay.connections) == 1
-            await all_left(relay, gates[0])
+            await all_left(relay, relay.gateway)
         await relay.goes_on()
 
 
 @pytest.mark.trio
-async def test_one_connection_tries_one_token(tmp_path: Path, gates: list[Gateway]) -> None:
+async def test_one_connection_tries_one_token(tmp_path: Path) -> None:
     guesses = [Hello(version=1, role="client", token=f"rly_c_{number:032}") for number in range(100)]
     async with daemon(tmp_path, listen="127.0.0.1:0") as relay:
         address = parse_address(relay.urls[0])
@@ -148,14 +133,14 @@ async def test_one_connection_tries_one_token(tmp_path: Path, gates: list[Gatewa
             await stream.aclose()
         assert [type(each) for each in told] == [Error, Close]
         assert sum(entry["event"] == "login refused" for entry in logs) == 1
-        await all_left(relay, gates[0])
+        await all_left(relay, relay.gateway)
 
 
 @pytest.mark.trio
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("role", ["client", "worker", "operator"])
 async def test_a_login_over_which_the_relay_falls_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gates: list[Gateway], early: bool, role: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: bool, role: str
 ) -> None:
     def fall(*_args: Any) -> None:
         raise RuntimeError("a mistake")
@@ -171,7 +156,7 @@ async def test_a_login_over_which_the_relay_falls_leaves_nothing(
             while await stream.receive_some():  # the relay hangs up
                 pass
             await stream.aclose()
-            await until(lambda: not gates[0].open and not gates[0].reactor.links)
+            await until(lambda: not relay.gateway.open and not relay.gateway.reactor.links)
         assert any(entry["event"] == "internal error in connection" for entry in logs)
         await relay.goes_on()
 

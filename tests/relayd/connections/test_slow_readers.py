@@ -116,7 +116,7 @@ class TapStream(trio.abc.Stream):
 @asynccontextmanager
 async def slow_reader(relay: Daemon, tap: Tap) -> AsyncIterator[Peer]:
     """A client behind a tap; it never takes the relay for dead."""
-    async with peer(relay.urls[0], "client", await a_token(relay), connect_to=tap.connect, rules=NEVER_DEAD) as slow:
+    async with peer(relay.urls[0], "client", await a_token(relay), connect_to=tap.connect, limits=NEVER_DEAD) as slow:
         yield slow
 
 
@@ -346,8 +346,8 @@ async def test_half_open_connections_are_seen_on_both_ends_and_nothing_is_lost(t
     dead: dict[str, Any] = {"dead_after_s": 0.5, "ping_interval_s": 0.1}
     async with daemon(tmp_path, limits=dead) as relay:
         async with (
-            peer(relay.url, "client", connect_to=ours.connect, rules=LinkLimits(**dead)) as client,
-            peer(relay.url, "worker", connect_to=theirs.connect, rules=LinkLimits(**dead)) as raw,
+            peer(relay.url, "client", connect_to=ours.connect, limits=LinkLimits(**dead)) as client,
+            peer(relay.url, "worker", connect_to=theirs.connect, limits=LinkLimits(**dead)) as raw,
         ):
             raw.send(a_register(instance))
             submit = a_submit()
@@ -419,7 +419,7 @@ async def test_a_worker_that_stops_reading_while_inputs_are_fed_to_it_loses_its_
     ):
         operator.send(Steer(action="create_token", target="box", options={"role": "worker"}))
         token = (await operator.next(Done)).data["token"]
-        async with peer(relay.urls[0], "worker", token, connect_to=tap.connect, rules=NEVER_DEAD) as raw:
+        async with peer(relay.urls[0], "worker", token, connect_to=tap.connect, limits=NEVER_DEAD) as raw:
             raw.send(a_register(an_id(), inputs={"voice": {}}))
             await raw.next(Registered)
             tap.close()
