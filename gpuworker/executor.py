@@ -150,9 +150,9 @@ class Executor:
             try:
                 await attempt.uploads.settled.wait()
                 end = attempt.uploads.fault or await self._run_in_slot(attempt)
-            except Exception as fault:  # the one broad catch a request: the worker and the other slots go on
+            except Exception:  # the one broad catch a request: the worker and the other slots go on
                 log.exception("request %s: attempt %d broke", attempt.request_id[:8], attempt.number)
-                end = RunResult.failed(ErrorCode.INTERNAL, f"the worker broke: {error_text(fault)}", retryable=True)
+                end = RunResult.failed(ErrorCode.INTERNAL, "internal error in the worker; see its log", retryable=True)
         self._finish(attempt, end)
 
     async def _run_in_slot(self, attempt: Attempt) -> RunResult:
@@ -163,7 +163,7 @@ class Executor:
             )
         attempt.stop_engine = slot.cancel
         attempt.begin(trio.current_time())
-        job = Job(attempt.assign.params, attempt.uploads.pop_all())
+        job = Job(attempt.assign.params, attempt.uploads.pop_all(), attempt.request_id)
         limit_s = attempt.assign.run_timeout_s
         async with trio.open_nursery() as nursery:
             if limit_s > 0:

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,8 +14,6 @@ import trio
 from gpuworker.slots import ipc
 
 _READ_BYTES = 256 * 1024
-#: Lines of stderr told with a crash: a Python traceback's end, or a CUDA error and its hints.
-STDERR_LINES = 20
 MAX_LINE_CHARS = 500
 #: From the end of its socket to the end of the process, before it is killed: long enough to learn its exit code.
 EXIT_S = 1.0
@@ -32,13 +29,14 @@ class EngineProcess:
     """A running slot process; made by `open_child`.
 
     Attributes:
-        lines: the end of what it wrote to stdout and stderr.
+        request_id: of the request that it runs, for the log; empty while it runs none. What the process prints goes
+            to the worker's log and nowhere else: it may be one principal's, and the next request another's.
     """
 
     def __init__(self, name: str, process: "subprocess.Popen[bytes]", stream: trio.SocketStream, output: int) -> None:
         self.name = name
         self.pid = process.pid
-        self.lines: deque[str] = deque(maxlen=STDERR_LINES)
+        self.request_id = ""
         self._process = process
         self._stream = stream
         self._output = trio.lowlevel.FdStream(output)
@@ -76,7 +74,7 @@ class EngineProcess:
         """Wait for the end of a process that has closed its socket, and kill it where it lingers.
 
         Returns:
-            how it ended and its last words, in one line.
+            how it ended, in a few words that any client may read.
         """
         with trio.move_on_after(EXIT_S):
             await self._wait()
@@ -92,7 +90,7 @@ class EngineProcess:
             how = f"was ended by {signal.Signals(-code).name}"
         else:
             how = f"ended with exit code {code}"
-        return f"the slot's process {how}" + (f"; its last words: {' | '.join(self.lines)}" if self.lines else "")
+        return f"the slot's process {how}"
 
     def kill(self) -> None:
         """SIGKILL to the process and to what it started; harmless once it is gone."""
@@ -108,7 +106,7 @@ class EngineProcess:
             self._process.wait()
 
     async def read_output(self) -> None:
-        """Task of `open_child`: its stdout and stderr to the log, the end of it to `lines`."""
+        """Task of `open_child`: its stdout and stderr to the log."""
         rest = b""
         async for data in self._output:
             *lines, rest = (rest + data).split(b"\n")
@@ -120,10 +118,10 @@ class EngineProcess:
 
     def _log_output(self, line: bytes) -> None:
         # A progress bar overwrites its line with "\r"; what stays on a screen is the last of it.
-        words = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace").strip()[:MAX_LINE_CHARS]
-        if words:
-            self.lines.append(words)
-            log.info("%s | %s", self.name, words)
+        text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace").strip()[:MAX_LINE_CHARS]
+        if text:
+            running = f", request {self.request_id[:8]}" if self.request_id else ""
+            log.info("%s%s | %s", self.name, running, text)
 
     async def reap(self) -> None:
         """Kill it and wait for its end. Cancellation: shielded, with a deadline."""

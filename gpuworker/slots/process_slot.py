@@ -99,7 +99,7 @@ class ProcessSlot(Slot):
         elif deadline.cancelled_caught:
             fault = f"not loaded within {self._load_timeout_s:g} s; killed (--load-timeout gives it longer)"
         else:
-            fault = await child.wait_exit()
+            fault = f"{await child.wait_exit()}; the worker's log has what it printed"
         log.error("%s: %s cannot be loaded: %s", self.name, self._engine, fault)
         self._set_ready(False, fault)
         return False
@@ -109,8 +109,9 @@ class ProcessSlot(Slot):
         while batch := await child.receive():
             for said in batch:
                 self._on_ipc_message(said)
-        self._died = await child.wait_exit()
-        log.warning("%s: %s", self.name, self._died)
+        how = await child.wait_exit()
+        log.warning("%s: %s", self.name, how)
+        self._died = f"{how}; a new one is started, and the worker's log has what it printed"
 
     def _on_ipc_message(self, said: dict[str, Any]) -> None:
         run = self._run
@@ -125,6 +126,8 @@ class ProcessSlot(Slot):
                 run.emit(chunk)
         elif said["is"] == "end":
             end = RunResult(**{name: value for name, value in said.items() if name != "is"})
+            if self._child is not None:
+                self._child.request_id = ""
             if end.restart:
                 self._set_ready(False)
             if run is not None:
@@ -133,6 +136,7 @@ class ProcessSlot(Slot):
     async def _start(self, job: Job, run: Run) -> None:
         assert self._child is not None
         self._runs += 1
+        self._child.request_id = job.request_id
         inputs = {name: attrs.asdict(given) for name, given in job.inputs.items()}
         await self._child.send({"do": "run", "run": self._runs, "params": job.params, "inputs": inputs})
 

@@ -21,6 +21,8 @@ class Job:
 
     params: dict[str, Value]
     inputs: Mapping[str, EngineInput] = attrs.field(factory=dict)
+    #: For the log.
+    request_id: str = ""
 
 
 class Run:

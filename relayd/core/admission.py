@@ -229,7 +229,7 @@ class Admission:
         relay = self.relay
         if fault is not None:
             if request.live:
-                self._reject(request, fault.code, f"the relay could not store the request: {fault}")
+                self._reject(request, fault.code, _cannot_store(fault.code))  # the fault may name files of this machine
             return
         request.accepted = True
         request.drop_inputs()
@@ -250,6 +250,12 @@ class Admission:
         relay.apply(relay.scheduler.enqueue(request.entry, request.queued_at))
         request.wake()
         relay.mark_changed("requests", request.request_id)
+
+
+def _cannot_store(code: ErrorCode) -> str:
+    if code is ErrorCode.STORAGE_FULL:
+        return "the relay has no room left to store the request; try again later"
+    return "the relay could not store the request, and its log says why; send it again with a new id"
 
 
 def _largest_assign(submit: Submit, principal: Principal) -> Assign:

@@ -48,9 +48,11 @@ class Bench:
         while not condition():
             await self._changed.park()
 
-    async def run(self, params: dict[str, Value], emit: Callable[[Chunk], None] = lambda _: None) -> RunResult:
+    async def run(
+        self, params: dict[str, Value], emit: Callable[[Chunk], None] = lambda _: None, request_id: str = ""
+    ) -> RunResult:
         await self.until(lambda: self.slot.free)
-        return await self.slot.run(Job(params), emit)
+        return await self.slot.run(Job(params, request_id=request_id), emit)
 
 
 @asynccontextmanager
@@ -116,13 +118,12 @@ async def test_an_engine_that_raises_fails_its_request_alone_and_keeps_its_proce
 
 
 @pytest.mark.trio
-async def test_a_process_that_exits_fails_its_request_with_code_and_last_words_and_is_started_again() -> None:
+async def test_a_process_that_exits_fails_its_request_with_its_exit_code_and_is_started_again() -> None:
     async with serving(mock_slot()) as bench:
         chunks: list[Chunk] = []
         end = await bench.run({"text": "x", "fail": {"how": "exit", "at": 2, "code": 7}}, chunks.append)
         assert (end.outcome, end.code, end.retryable) == ("failed", "engine_failed", True)
         assert "exit code 7" in end.message
-        assert "as the request asked" in end.message
         assert len(chunks) == 3
         assert not bench.slot.ready  # told before the request failed
         assert (await bench.run({"text": "x"})).outcome == "completed"
@@ -144,12 +145,43 @@ async def test_a_process_that_is_killed_fails_its_request_with_the_signals_name(
 
 
 @pytest.mark.trio
-async def test_a_crash_in_c_tells_where_in_python_it_was(function_slot: Callable[..., ProcessSlot]) -> None:
+async def test_a_crash_in_c_is_reported_by_its_signal_and_the_log_has_where_in_python_it_was(
+    function_slot: Callable[..., ProcessSlot], caplog: pytest.LogCaptureFixture
+) -> None:
     slot = function_slot("import ctypes\ndef call():\n    ctypes.string_at(0)\n")
     async with serving(slot) as bench:
-        end = await bench.run({})
+        with caplog.at_level("INFO", "gpuworker.slot"):
+            end = await bench.run({})
         assert "SIGSEGV" in end.message
-        assert "served_module.py" in end.message
+        assert "served_module.py" not in end.message, "a client is not told where files of the machine lie"
+        assert any("served_module.py" in line for line in caplog.messages)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("ends", ["os._exit(3)", "os.kill(os.getpid(), 9)", "ctypes.string_at(0)"])
+async def test_nothing_that_one_request_printed_is_in_the_failure_of_another(
+    function_slot: Callable[..., ProcessSlot], caplog: pytest.LogCaptureFixture, ends: str
+) -> None:
+    source = (
+        "import ctypes, os, sys\n"
+        "def call(text):\n"
+        "    print('speaking:', text, flush=True)\n"
+        "    print('noted:', text, file=sys.stderr, flush=True)\n"
+        "    if text == 'raise':\n"
+        "        raise ValueError(text)\n"
+        f"    if text == 'crash':\n        {ends}\n"
+    )
+    async with serving(function_slot(source)) as bench:
+        with caplog.at_level("INFO", "gpuworker.slot"):
+            assert (await bench.run({"text": "the secret of alice"}, request_id="aaaaaaaaaa")).outcome == "completed"
+            assert (await bench.run({"text": "raise"}, request_id="bbbbbbbbbb")).message == "ValueError: raise"
+            crash = await bench.run({"text": "crash"}, request_id="cccccccccc")
+        assert (crash.outcome, crash.details) == ("failed", {})
+        for private in ("alice", "secret", "speaking", "noted", "Traceback", "ValueError", ".py", "/"):
+            assert private not in crash.message
+        assert "the worker's log" in crash.message
+        logged = [line for line in caplog.messages if "speaking: the secret of alice" in line]
+        assert logged == [f"{bench.slot.name}, request aaaaaaaa | speaking: the secret of alice"]
 
 
 @pytest.mark.trio
@@ -174,17 +206,16 @@ async def test_a_cancel_stops_the_engine_before_its_next_chunk_and_the_next_requ
 
 
 @pytest.mark.trio
-async def test_a_hang_is_killed_after_the_grace_and_the_slot_comes_back() -> None:
+async def test_a_hang_is_killed_after_the_grace_and_the_slot_comes_back(caplog: pytest.LogCaptureFixture) -> None:
     slot = mock_slot(cancel_grace_s=0.3)
 
     async def cancel_in_the_hang() -> None:
         await bench.until(lambda: slot.busy)
-        child = slot._child
-        assert child is not None
-        while not any("hanging" in line for line in child.lines):  # noqa: ASYNC110 - stderr makes no event here
+        while not any("hanging" in line for line in caplog.messages):  # noqa: ASYNC110 - stderr makes no event here
             await trio.sleep(0.01)
         slot.cancel()
 
+    caplog.set_level("INFO", "gpuworker.slot")
     async with serving(slot) as bench, trio.open_nursery() as nursery:
         nursery.start_soon(cancel_in_the_hang)
         began = trio.current_time()

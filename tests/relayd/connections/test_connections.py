@@ -489,7 +489,7 @@ async def test_a_full_store_refuses_and_the_daemon_goes_on(tmp_path: Path, monke
 
     async with daemon(tmp_path) as relay, fake_worker(relay.url), peer(relay.url, "client") as client:
         gateway = Gate(relay, monkeypatch)
-        gateway.fault = StorageFull("the disk is full; free some space")
+        gateway.fault = StorageFull("no room left for /var/lib/relayd/relayd.db: free some space on its disk")
         gateway.open.set()
         submits = [a_submit() for _ in range(3)]
         for submit in submits:
@@ -497,6 +497,7 @@ async def test_a_full_store_refuses_and_the_daemon_goes_on(tmp_path: Path, monke
         for submit in submits:
             refusal = await client.next(Rejected)
             assert (refusal.request_id, refusal.code, refusal.retryable) == (submit.request_id, "storage_full", True)
+            assert "/" not in refusal.message, "a client is not told where files of the relay lie"
         assert not relay.relay.requests
         async with peer(relay.url, "operator") as operator:
             assert (await steer(operator, "create_space", "new")).code == "storage_full"
