@@ -74,7 +74,7 @@ class ThreadSlot(Slot):
     def _live(
         self, token: trio.lowlevel.TrioToken, orders: "queue.SimpleQueue[_ThreadJob | None]", ended: trio.Event
     ) -> None:
-        def tell(call: Callable[..., object], *arguments: object) -> None:
+        def call_in_trio(call: Callable[..., object], *arguments: object) -> None:
             trio.from_thread.run_sync(call, *arguments, trio_token=token)
 
         try:
@@ -83,26 +83,26 @@ class ThreadSlot(Slot):
                 engine.load()
                 capabilities = engine.capabilities
             except (EngineError, OptionError) as fault:
-                tell(self._load_failed, error_text(fault))
+                call_in_trio(self._load_failed, error_text(fault))
             except Exception as fault:
                 log.exception("%s: the engine cannot be loaded", self.name)
-                tell(self._load_failed, f"{type(fault).__name__}: {error_text(fault)}")
+                call_in_trio(self._load_failed, f"{type(fault).__name__}: {error_text(fault)}")
             else:
-                tell(self._loaded, capabilities)
+                call_in_trio(self._loaded, capabilities)
                 while (order := orders.get()) is not None:
                     run = order.run
 
                     def emit(chunk: Chunk, run: Run = run) -> None:
-                        tell(self._emitted, run, chunk)
+                        call_in_trio(self._emitted, run, chunk)
 
                     end = run_engine(engine, order.job.params, order.job.inputs, order.stop.is_set, emit)
-                    tell(self._run_ended, run, end)
+                    call_in_trio(self._run_ended, run, end)
                     if end.restart:
                         break
                 engine.close()
-            tell(ended.set)
+            call_in_trio(ended.set)
         except trio.RunFinishedError:
-            return  # the worker is gone; nobody is left to tell
+            return  # the worker is gone; nothing is left to call
 
     # -- in Trio
 

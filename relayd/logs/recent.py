@@ -64,10 +64,10 @@ class RecentRows:
 async def serve_events(ring: RecentRows, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     """Keep in `ring` what is logged, until cancelled."""
 
-    def take(method: str, event: Mapping[str, Any]) -> None:
+    def record(method: str, event: Mapping[str, Any]) -> None:
         ring.add(log_row(method, event))
 
-    with log_tap(take):
+    with log_tap(record):
         task_status.started()
         await trio.sleep_forever()
 

@@ -219,7 +219,7 @@ class Feed:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
-        self._picture = model
+        self._model = model
         self._changed = changed
         self._clock = clock
         self._send, self._asked = trio.open_memory_channel[Ask | Listen](MAX_WAITING)
@@ -250,17 +250,17 @@ class Feed:
     def _on_event(self, news: SourceEvent) -> None:
         now = self._clock()
         if isinstance(news, Connected):
-            self._picture.on_connected(news.server, news.principal, now)
+            self._model.on_connected(news.server, news.principal, now)
         elif isinstance(news, Disconnected):
-            self._picture.on_disconnected(news.why, news.retry_s, now)
+            self._model.on_disconnected(news.why, news.retry_s, now)
         else:
-            self._picture.apply(news, now)
+            self._model.apply(news, now)
         self._changed()
 
     async def _carry_out(self, ask: Ask) -> None:
         # A steer that waited for the relay to come back would be done when nobody expects it any more.
         answer: Done | Rejected = Rejected.because(ErrorCode.INTERNAL, NOT_LINKED)
-        if self._picture.link.up:
+        if self._model.link.up:
             answer = Rejected.because(
                 ErrorCode.INTERNAL, f"no answer within {STEER_S:g} s; whether it was done is open"
             )
@@ -271,14 +271,14 @@ class Feed:
     async def _listen(self, listen: Listen, scope: trio.CancelScope) -> None:
         meter = Meter()
 
-        async def tell() -> None:
+        async def report_level() -> None:
             while True:
                 await trio.sleep(LEVEL_S)
                 listen.level(meter.read_level())
 
         with scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(tell)
+                nursery.start_soon(report_level)
                 assert listen.request_id is not None
                 await self._source.listen(listen.request_id, listen.after_seq, meter.add)
                 nursery.cancel_scope.cancel()
