@@ -238,8 +238,8 @@ class RequestStream:
         if cancel is not None:
             self.relay.cancel(request, cancel)
             return
-        request.unheld_at = trio.current_time()
-        request.notify()
+        request.abandoned_at = trio.current_time()
+        request.wake()
 
 
 @asynccontextmanager

@@ -95,7 +95,7 @@ class SocketLink(Link):
         self.max_messages_per_turn = CLIENT_MESSAGES
 
     def use_bulk_mode(self) -> None:
-        """It is a worker: what it sends is passed on in large pieces, and `Reactor.attend` reads it."""
+        """It is a worker: what it sends is passed on in large pieces, and `Reactor.serve_worker_link` reads it."""
         self.receive_bytes, self.max_messages_per_turn = RECEIVE_BYTES, WORKER_MESSAGES
         self._has_own_reader = True
         self._wait_for(self._mask & ~_IN)
@@ -372,14 +372,14 @@ class Reactor:
     ) -> SocketLink:
         """A link over a socket whose handshake is done; the stream is empty-handed from now on.
 
-        What came behind the handshake is for `SocketLink.hear_early`, once there is a taker for it.
+        What came behind the handshake is for `SocketLink.feed_early`, once a handler is there for it.
 
         Args:
             stream: whose socket it is.
             peer: who it is, for people.
             rules: what the peer is held to.
             answer: to its handshake, where it still has to be sent.
-            max_message_bytes: as `Link.limit_messages`.
+            max_message_bytes: as `Link.set_max_message_bytes`.
         """
         its = stream.socket
         trio.lowlevel.notify_closing(its.fileno())  # Trio forgets the descriptor, which lives on here

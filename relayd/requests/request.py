@@ -84,7 +84,7 @@ class Request:
     wait_counted_at: float | None = None
     #: When its worker was told to stop, while it has not answered.
     stopped_at: float | None = None
-    #: How long its worker may stay away, from `entry.lost_at` on.
+    #: How long its worker may stay away, from `entry.worker_lost_at` on.
     worker_grace_s: float = 0.0
     first_frame_at: float | None = None
     ended_at: float | None = None

@@ -34,17 +34,17 @@ class CellWidget(Widget):
         "cell--gone",
     }
     DEFAULT_CSS = """
-    Drawn > .cell--good { color: $text-success; }
-    Drawn > .cell--busy { color: $text-accent; }
-    Drawn > .cell--warn { color: $text-warning; text-style: bold; }
-    Drawn > .cell--bad { color: $text-error; text-style: bold; }
-    Drawn > .cell--dim { color: $text-muted; }
-    Drawn > .cell--idle { color: $text-muted; }
-    Drawn > .cell--accent { color: $text-primary; }
-    Drawn > .cell--title { text-style: bold; }
-    Drawn > .cell--cursor { background: $primary-muted; text-style: bold; }
-    Drawn > .cell--header { color: $text-muted; text-style: bold; }
-    Drawn > .cell--gone { text-style: dim; }
+    CellWidget > .cell--good { color: $text-success; }
+    CellWidget > .cell--busy { color: $text-accent; }
+    CellWidget > .cell--warn { color: $text-warning; text-style: bold; }
+    CellWidget > .cell--bad { color: $text-error; text-style: bold; }
+    CellWidget > .cell--dim { color: $text-muted; }
+    CellWidget > .cell--idle { color: $text-muted; }
+    CellWidget > .cell--accent { color: $text-primary; }
+    CellWidget > .cell--title { text-style: bold; }
+    CellWidget > .cell--cursor { background: $primary-muted; text-style: bold; }
+    CellWidget > .cell--header { color: $text-muted; text-style: bold; }
+    CellWidget > .cell--gone { text-style: dim; }
     """
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002  Textual's name

@@ -34,7 +34,7 @@ class RowTable(CellWidget, can_focus=True):
     """
 
     DEFAULT_CSS = """
-    Rows { height: 1fr; }
+    RowTable { height: 1fr; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "move(-1)", "Up", show=False),
