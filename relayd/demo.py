@@ -20,6 +20,7 @@ import trio
 
 from protocol.client.client import open_relay
 from protocol.commands.wav_writer import AudioWriter
+from protocol.install_hint import install_command
 from protocol.wire.errors import LinkError, RequestError
 from protocol.wire.frames import Audio, Started
 from protocol.wire.messages import Accepted, Queued
@@ -72,7 +73,7 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
     if not text.strip():
         raise DemoFailed("there is nothing to say; give a text, as in: relayd demo 'Hello.'")
     if find_spec("espeakng_loader") is None:
-        raise DemoFailed("the demo speaks with espeak-ng; install it with: pip install 'relayd[espeak]'")
+        raise DemoFailed(f"the demo speaks with espeak-ng; install it with: {install_command('espeak')}")
     try:
         writer = AudioWriter(output)
     except OSError as fault:

@@ -12,6 +12,7 @@ import trio
 from protocol.client.address import from_environment, token_from_environment
 from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, silence_stdout
 from protocol.commands.progress import printable, printable_json
+from protocol.install_hint import install_command
 from protocol.wire.errors import LinkError
 from tui.themes.choose import NAMES
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.partition(".")[0] not in ("textual", "rich"):
             raise
-        print("relay-tui: the screen is not installed; install it with: pip install 'relayd[tui]'", file=sys.stderr)
+        print(f"relay-tui: the screen is not installed; install it with: {install_command('tui')}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED

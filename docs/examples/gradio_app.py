@@ -1,6 +1,6 @@
 """A Gradio app whose model is served through a relay as well, from the same process.
 
-    pip install relayd gradio
+    pip install . gradio                       # in a checkout of relayd
     RELAY_URL=ws://127.0.0.1:8787 RELAY_TOKEN=rly_w_... python docs/examples/gradio_app.py
     relay submit --space tts --param text="Hello" --param speed=0.5 -o out.wav
 

@@ -20,6 +20,7 @@ from gpuworker.engines.base import (
     OptionValue,
 )
 from gpuworker.engines.espeak.library import libespeak
+from protocol.install_hint import install_command
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 
@@ -76,7 +77,7 @@ class EspeakEngine(Engine):
         """The wheel that carries the library."""
         if importlib.util.find_spec("espeakng_loader"):
             return []
-        return [Missing("the espeakng-loader package (libespeak-ng)", "pip install 'relayd[espeak]'")]
+        return [Missing("the espeakng-loader package (libespeak-ng)", install_command("espeak"))]
 
     @property
     def capabilities(self) -> Capabilities:

@@ -13,6 +13,7 @@ from collections.abc import Generator
 from functools import cache
 
 from gpuworker.engines.base import EngineError
+from protocol.install_hint import install_command
 
 #: Audio in one chunk, ms: half of what a listener notices as a delay, and ten frames a second on the wire.
 CHUNK_MS = 100
@@ -176,5 +177,6 @@ def libespeak() -> LibEspeak:
     try:
         loader = importlib.import_module("espeakng_loader")
     except ImportError as fault:
-        raise EngineError("engine espeak needs the espeakng-loader package: pip install 'relayd[espeak]'") from fault
+        words = f"engine espeak needs the espeakng-loader package: {install_command('espeak')}"
+        raise EngineError(words) from fault
     return LibEspeak(str(loader.get_library_path()), str(loader.get_data_path()))

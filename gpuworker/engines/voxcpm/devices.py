@@ -13,6 +13,7 @@ import torch
 
 from gpuworker.engines.base import EngineError
 from gpuworker.engines.voxcpm.torchaudio_stand_in import TorchaudioInUse, ensure_torchaudio
+from protocol.install_hint import install_command
 
 #: Of what is built with voxcpm 2.0.3 on Python 3.11 and torch 2.13; nothing that a GPU's owner could do about.
 _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
@@ -45,8 +46,8 @@ def import_voxcpm() -> tuple[TorchaudioInUse, Any]:
             from voxcpm.model import voxcpm2 as second
     except ImportError as fault:
         raise EngineError(
-            f"voxcpm cannot be imported ({fault}); pip install 'relayd[voxcpm]', then "
-            "pip install --no-deps voxcpm==2.0.3"
+            f"voxcpm cannot be imported ({fault}); install what it needs with: {install_command('voxcpm')}; "
+            "then itself with: pip install --no-deps voxcpm==2.0.3"
         ) from fault
     for module in (first, second):
         # A bar drawn at every step of every request, into a log.

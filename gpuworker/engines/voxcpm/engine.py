@@ -22,6 +22,7 @@ from gpuworker.engines.base import (
 from gpuworker.engines.voxcpm.memory import lacking_memory, memory_outlook
 from gpuworker.engines.voxcpm.schema import Abilities, input_rules, params_schema
 from gpuworker.engines.voxcpm.url_policy import parse_hosts
+from protocol.install_hint import install_command
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from gpuworker.engines.voxcpm.synthesis import Speaker
     from gpuworker.engines.voxcpm.voices import Voice
 
-#: Modules that voxcpm needs, by the names they are imported by; `relayd[voxcpm]` has them all.
+#: Modules that voxcpm needs, by the names they are imported by; the extra `voxcpm` has them all.
 NEEDS = (
     "torch",
     "transformers",
@@ -95,7 +96,7 @@ class VoxcpmEngine(Engine):
         found = []
         lacks = [name for name in NEEDS if not importlib.util.find_spec(name)]
         if lacks:
-            found.append(Missing(f"the packages of voxcpm ({', '.join(lacks)})", "pip install 'relayd[voxcpm]'"))
+            found.append(Missing(f"the packages of voxcpm ({', '.join(lacks)})", install_command("voxcpm")))
         if not importlib.util.find_spec("voxcpm"):
             found.append(Missing("the voxcpm package", f"pip install --no-deps {VOXCPM}"))
         return found

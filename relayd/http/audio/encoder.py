@@ -14,6 +14,7 @@ from typing import Protocol
 import attrs
 
 from protocol.commands.wav_writer import HEADER_BYTES, MAX_DATA_BYTES, wav_header
+from protocol.install_hint import install_command
 from protocol.wire.structs import AudioFormat
 
 #: What OpenAI's clients take `pcm` for; they have no way to be told otherwise.
@@ -27,7 +28,7 @@ class AudioExtraMissing(Exception):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"this relay cannot make {what}: it runs without its audio packages. Its owner installs them with: "
-            "pip install 'relayd[audio]'; response_format 'wav' at speed 1 works without"
+            f"{install_command('audio')}; response_format 'wav' at speed 1 works without"
         )
 
 

@@ -140,4 +140,4 @@ def test_without_its_extra_it_says_what_to_install() -> None:
         with on_a_pty(["-c", f"{missing} import tui.cli; sys.exit(tui.cli.main({args}))"]) as terminal:
             assert terminal.wait(20) == 2
             terminal.read_for(0.1)
-            assert b"pip install 'relayd[tui]'" in terminal.output
+            assert b"pip install '.[tui]' in a checkout" in terminal.output

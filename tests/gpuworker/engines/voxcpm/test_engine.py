@@ -246,7 +246,7 @@ main(["engines"])
     assert done.returncode == 0, done.stderr
     listed = done.stdout.partition("voxcpm ")[2].partition("\n")[2]
     assert done.stdout.count("cannot run here") >= 1
-    assert "pip install 'relayd[voxcpm]'" in listed
+    assert "pip install '.[voxcpm]'" in listed
     assert "pip install --no-deps voxcpm==2.0.3" in listed
     assert "-o model=STR" in listed
     assert set(engine_names()) <= set(done.stdout.split())

@@ -175,7 +175,7 @@ def _without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     ("coding", "rate_hz", "speed"), [(c, 24_000, 1.0) for c in CODECS] + [("pcm", 22_050, 1.0), ("wav", 24_000, 2.0)]
 )
 def test_without_the_extra_the_error_says_how_to_install_it(coding: str, rate_hz: int, speed: float) -> None:
-    with pytest.raises(AudioExtraMissing, match=r"pip install 'relayd\[audio\]'"):
+    with pytest.raises(AudioExtraMissing, match=r"pip install '\.\[audio\]'"):
         open_encoder(coding, AudioFormat(sample_rate=rate_hz), speed)
 
 

@@ -399,7 +399,7 @@ async def test_without_the_audio_extra_the_error_says_how_to_install_it(
     async with speaking(tmp_path) as (relay, _):
         status, told, _ = await error_of(relay.url)
         assert (status, told["code"], told["param"]) == (422, "format_unavailable", "response_format")
-        assert "pip install 'relayd[audio]'" in told["message"]
+        assert "pip install '.[audio]'" in told["message"]
         assert not relay.relay.requests
 
 
