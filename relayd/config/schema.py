@@ -8,13 +8,11 @@ time) is held to the same rules as the file.
 import difflib
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import attrs
-import cattrs
-from cattrs.gen import make_dict_structure_fn, override
 
 from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.messages import SPACE_PATTERN
@@ -36,7 +34,7 @@ KIB = 1024
 MIB = 1024 * KIB
 
 Fields = list["attrs.Attribute[Any]"]
-SettingsT = TypeVar("SettingsT")
+SettingsT = TypeVar("SettingsT", bound=attrs.AttrsInstance)
 
 
 class ConfigError(Exception):
@@ -304,57 +302,19 @@ class Config:
         return self.state_dir / "relayd.sock" if self.unix_socket else None
 
 
-SECTIONS: Mapping[str, type] = {"tls": Tls, "log": LogConfig, "limits": Limits, "results": Results, "http": Http}
+SECTIONS: Mapping[str, type[attrs.AttrsInstance]] = {
+    "tls": Tls,
+    "log": LogConfig,
+    "limits": Limits,
+    "results": Results,
+    "http": Http,
+}
 
 
 # -- from tables to classes ---------------------------------------------------------------------------------------
 
 
-def _table_hook(cls: type, converter: cattrs.Converter) -> Callable[[Any, type], Any]:
-    hooks: dict[str, Any] = {}
-    for field in attrs.fields(cls):
-        kind, rule = parse_annotation(field.type)
-        if rule is not None:
-            hooks[field.name] = override(struct_hook=_rule_hook(kind, rule))
-    from_map: Callable[[Any, type], Any] = make_dict_structure_fn(
-        cls, converter, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True, **hooks
-    )
-
-    def from_table(value: Any, kind: type) -> Any:
-        if not isinstance(value, dict):
-            raise ValueError(f"must be a table, not {kind_of(value)}")
-        return from_map(value, kind)
-
-    return from_table
-
-
-def _rule_hook(kind: Any, rule: Rule) -> Callable[[Any, Any], Any]:
-    return lambda value, _: _keep_rule(kind, rule, value)
-
-
-def space_name(value: Value) -> None:
-    """The rule of space names."""
-    text(64, SPACE_PATTERN, "a space name (a letter or digit, then up to 63 letters, digits and . _ -)")(value)
-
-
-def _make_converter() -> cattrs.Converter:
-    converter = cattrs.Converter(detailed_validation=True)
-    converter.register_structure_hook_factory(attrs.has, lambda cls: _table_hook(cls, converter))
-    spaces = converter.get_structure_hook(dict[str, SpaceConfig])
-
-    def from_tables(value: Any, kind: Any) -> Any:
-        if not isinstance(value, dict):
-            raise ValueError(f"must hold one table a space ([spaces.NAME]), not {kind_of(value)}")
-        return spaces(value, kind)
-
-    converter.register_structure_hook_func(lambda kind: kind == dict[str, SpaceConfig], from_tables)
-    return converter
-
-
-_converter = _make_converter()
-
-
-def structure(cls: type[SettingsT], raw: dict[str, Value], path: tuple[str, ...], source: str) -> SettingsT:
+def structure(cls: type[SettingsT], raw: Value, path: tuple[str, ...], source: str) -> SettingsT:
     """The settings that a table holds.
 
     Args:
@@ -364,33 +324,49 @@ def structure(cls: type[SettingsT], raw: dict[str, Value], path: tuple[str, ...]
     Raises:
         ConfigError: with every fault.
     """
-    try:
-        return _converter.structure(raw, cls)
-    except (cattrs.BaseValidationError, ValueError) as error:
-        raise ConfigError(_faults(error, path, cls), source) from None
+    faults: list[str] = []
+    settings = _read_table(cls, raw, path, faults)
+    if settings is None:
+        raise ConfigError(faults, source)
+    return settings
 
 
-def _faults(error: BaseException, path: tuple[str, ...], cls: type | None = None) -> Iterator[str]:
-    """cattrs' tree of errors, flat and in words."""
-    if isinstance(error, cattrs.ClassValidationError):
-        noted, bare = error.group_exceptions()
-        for fault, attribute in noted:
-            yield from _faults(fault, (*path, attribute.name), error.cl)
-        for fault in bare:
-            yield from _faults(fault, path, error.cl)
-    elif isinstance(error, cattrs.IterableValidationError):
-        entries, bare = error.group_exceptions()
-        for fault, entry in entries:
-            yield from _faults(fault, (*path, str(entry.index)), cls)
-        for fault in bare:
-            yield from _faults(fault, path, cls)
-    elif isinstance(error, cattrs.ForbiddenExtraKeysError):
-        for key in sorted(error.extra_fields):
-            yield f"{_join(*path, key)}: is no setting{_did_you_mean(key, error.cl)}"
-    elif isinstance(error, KeyError):
-        yield f"{_join(*path)}: is required"
-    else:
-        yield f"{_join(*path)}: {error}"
+def space_name(value: Value) -> None:
+    """The rule of space names."""
+    text(64, SPACE_PATTERN, "a space name (a letter or digit, then up to 63 letters, digits and . _ -)")(value)
+
+
+def _read_table(cls: type[SettingsT], raw: Value, path: tuple[str, ...], faults: list[str]) -> SettingsT | None:
+    """The settings of one table; None where it has faults, which are added to `faults`."""
+    if not isinstance(raw, dict):
+        faults.append(f"{_join(*path)}: must be a table, not {kind_of(raw)}")
+        return None
+    before = len(faults)
+    values: dict[str, Any] = {}
+    for field in attrs.fields(cls):
+        if field.name in raw:
+            values[field.name] = _read_setting(field, raw[field.name], (*path, field.name), faults)
+        elif field.default is attrs.NOTHING:
+            faults.append(f"{_join(*path, field.name)}: is required")
+    unknown = sorted(raw.keys() - {field.name for field in attrs.fields(cls)})
+    faults += [f"{_join(*path, key)}: is no setting{_did_you_mean(key, cls)}" for key in unknown]
+    return cls(**values) if len(faults) == before else None
+
+
+def _read_setting(field: "attrs.Attribute[Any]", value: Value, path: tuple[str, ...], faults: list[str]) -> Any:
+    kind, rule = parse_annotation(field.type)
+    if rule is not None:
+        try:
+            return _keep_rule(kind, rule, value)
+        except ValueError as fault:
+            faults.append(f"{_join(*path)}: {fault}")
+            return None
+    if get_origin(kind) is not dict:
+        return _read_table(SECTIONS[field.name], value, path, faults)
+    if isinstance(value, dict):
+        return {name: _read_table(SpaceConfig, table, (*path, name), faults) for name, table in value.items()}
+    faults.append(f"{_join(*path)}: must hold one table a space ([spaces.NAME]), not {kind_of(value)}")
+    return None
 
 
 def _join(*path: str) -> str:
