@@ -60,6 +60,7 @@ class Link(abc.ABC):
         reason: why the link is gone, in words; empty while it lives.
         close_code: the WebSocket close code, ours or the peer's; None while it lives or where there was none.
         backlog_bytes: queued and not yet taken by the transport; only the link itself sets it.
+        stopped: whether the transport is closed and nothing more will happen.
         stalled: whether it ended, or is about to, because the peer took nothing.
         patient: whether a peer that is silent, but whose machine answers, is given `send_timeout_s` to take what is
             on its way to it, and not `dead_after_s`: a program that reads nothing answers no pings either.
@@ -70,29 +71,30 @@ class Link(abc.ABC):
     __slots__ = (
         "_changed",
         "_close_by",
-        "_closing",
         "_drained",
-        "_gone",
-        "_handler",
         "_inbox",
         "_inbox_bytes",
         "_limits",
         "_lingers",
         "_low_water",
         "_notified",
-        "_parser",
         "_ping_due",
         "_pinged_at",
         "_pings",
-        "_reader_waits",
         "_waiting_bytes",
         "backlog_bytes",
         "close_code",
+        "closing",
+        "end_kind",
+        "handler",
+        "parser",
         "peer",
+        "reading_paused",
         "reason",
         "received_at",
         "rtt_s",
         "stalled",
+        "stopped",
         "taken_at",
         "tolerate_stall",
     )
@@ -104,19 +106,20 @@ class Link(abc.ABC):
         self.reason = ""
         self.close_code: int | None = None
         self.stalled = False
+        self.stopped = False
         self.tolerate_stall = False
         self.received_at = self.taken_at = now
         self._limits = limits
-        self._parser = Parser(masked=not is_client, max_message_bytes=limits.max_message_bytes, budget=limits.budget)
-        self._gone: type[LinkError] | None = None
-        self._closing: tuple[int, str] | None = None
+        self.parser = Parser(masked=not is_client, max_message_bytes=limits.max_message_bytes, budget=limits.budget)
+        self.end_kind: type[LinkError] | None = None
+        self.closing: tuple[int, str] | None = None
         self._close_by = float("inf")
         self._lingers = False
-        self._handler: LinkHandler | None = None
+        self.handler: LinkHandler | None = None
         self._notified = 0  # of the end
         self._inbox: deque[bytes | str] | None = None
         self._inbox_bytes = 0
-        self._reader_waits = False
+        self.reading_paused = False
         self.backlog_bytes = 0
         self._waiting_bytes = 0
         self._drained: list[tuple[int, Callable[[], None]]] | None = None
@@ -157,13 +160,8 @@ class Link(abc.ABC):
         """The inbox has room again."""
 
     @abc.abstractmethod
-    def _schedule(self, due: float) -> None:
+    def schedule(self, due: float) -> None:
         """Have `look` called at `due` (Trio time) at the latest."""
-
-    @property
-    @abc.abstractmethod
-    def stopped(self) -> bool:
-        """Whether its transport is cut, and nothing of it runs any more."""
 
     @property
     @abc.abstractmethod
@@ -251,7 +249,7 @@ class Link(abc.ABC):
         self.backlog_bytes = left = before - size
         if self._changed is not None:
             self._wake()
-        if self._drained and self._closing is None and self._gone is None:
+        if self._drained and self.closing is None and self.end_kind is None:
             for low_water, callback in tuple(self._drained):
                 if left <= low_water < before:
                     callback()
@@ -260,7 +258,7 @@ class Link(abc.ABC):
 
     def set_max_message_bytes(self, max_bytes: int) -> None:
         """Take no longer ones from now on; at most what the link's limits allow."""
-        self._parser.max_message_bytes = min(max_bytes, self._limits.max_message_bytes)
+        self.parser.max_message_bytes = min(max_bytes, self._limits.max_message_bytes)
 
     async def receive(self) -> bytes:
         """The next binary message. What came before the peer closed is still given out.
@@ -277,13 +275,13 @@ class Link(abc.ABC):
         """
         await trio.lowlevel.checkpoint()
         while True:
-            if self._closing is not None or self._gone is LinkClosed:
+            if self.closing is not None or self.end_kind is LinkClosed:
                 raise LinkClosed(self.reason or "closed")
             if self._inbox:
                 message = self._inbox.popleft()
                 self._inbox_bytes -= len(message) + MESSAGE_COST_BYTES
-                if self._reader_waits and self._inbox_bytes <= MAX_INBOX_BYTES:
-                    self._reader_waits = False
+                if self.reading_paused and self._inbox_bytes <= MAX_INBOX_BYTES:
+                    self.reading_paused = False
                     self._resume_reading()
                 if isinstance(message, str):
                     raise TextReceived("text message; every message is binary (msgpack)")
@@ -306,29 +304,29 @@ class Link(abc.ABC):
 
         It hears of the end even where the link is gone already.
         """
-        self._handler = handler
+        self.handler = handler
         kept, self._inbox, self._inbox_bytes = self._inbox or (), None, 0
         for is_text, group in groupby(kept, lambda message: isinstance(message, str)):
-            if self._closing is not None or self._gone is LinkClosed:
+            if self.closing is not None or self.end_kind is LinkClosed:
                 break  # the taker itself, or this side before, has closed
             if is_text:
                 for text in group:
                     handler.on_text(str(text))
             else:
                 handler.on_messages([message for message in group if isinstance(message, bytes)])
-        if self._reader_waits:
-            self._reader_waits = False
+        if self.reading_paused:
+            self.reading_paused = False
             self._resume_reading()
         if self.gone is not None:
             self._schedule_notify()
 
     def buffer_again(self, messages: list[bytes]) -> None:
         """Take back from the taker what it was handed last; from now on messages are kept for who takes them next."""
-        self._handler = None
+        self.handler = None
         if messages:
             self._dispatch(messages)
 
-    def _process_events(self, events: list[Event]) -> None:
+    def process_events(self, events: list[Event]) -> None:
         """What was parsed, in order."""
         messages: list[bytes] = []
         for event in events:
@@ -338,17 +336,17 @@ class Link(abc.ABC):
             if messages:
                 self._dispatch(messages)
                 messages = []
-            if self._gone is not None:
+            if self.end_kind is not None:
                 return
             self._on_control(event)
         if messages:
             self._dispatch(messages)
 
     def _dispatch(self, messages: list[bytes]) -> None:
-        if self._gone is not None or self._closing is not None:
+        if self.end_kind is not None or self.closing is not None:
             return  # whoever took them has seen the end
-        if self._handler is not None:
-            self._handler.on_messages(messages)
+        if self.handler is not None:
+            self.handler.on_messages(messages)
             return
         if self._inbox is None:
             self._inbox = deque()
@@ -357,26 +355,26 @@ class Link(abc.ABC):
 
     def _add_to_inbox(self, cost: int) -> None:
         self._inbox_bytes += cost
-        self._reader_waits = self._inbox_bytes > MAX_INBOX_BYTES
+        self.reading_paused = self._inbox_bytes > MAX_INBOX_BYTES
         self._wake()
 
     def _on_control(self, event: Event) -> None:
         """Whatever is no binary message."""
         match event:
             case str():
-                if self._closing is not None:
+                if self.closing is not None:
                     return
-                if self._handler is not None:
-                    self._handler.on_text(event)
+                if self.handler is not None:
+                    self.handler.on_text(event)
                 else:
                     self._inbox = deque() if self._inbox is None else self._inbox
                     self._inbox.append(event)
                     self._add_to_inbox(len(event) + MESSAGE_COST_BYTES)
             case Ping():
-                if self._closing is None:  # nothing follows a close frame
+                if self.closing is None:  # nothing follows a close frame
                     self._send_control(PONG, event.payload)
             case Pong():
-                self._on_pong(event.payload)
+                self.on_pong(event.payload)
             case Close():
                 said = f": {event.reason}" if event.reason else ""
                 self._end(LinkBroken, f"{self.peer} closed the connection ({event.code}{said})", event.code)
@@ -385,7 +383,8 @@ class Link(abc.ABC):
                 said = f"{self.peer} sent {event.words}"
                 self._end(LinkBroken, said, event.code, close=(event.code, event.words), linger_s=LINGER_S)
 
-    def _on_pong(self, payload: bytes) -> None:
+    def on_pong(self, payload: bytes) -> None:
+        """A pong came; the answer to the last ping gives the round trip."""
         if self._pinged_at is not None and payload == self._pings.to_bytes(4, "big"):
             self.rtt_s, self._pinged_at = self.received_at - self._pinged_at, None
             self.taken_at = self.received_at  # what lay before the ping was read, too
@@ -402,9 +401,9 @@ class Link(abc.ABC):
     @property
     def gone(self) -> LinkError | None:
         """What `send_nowait` would raise now; None while the link lives."""
-        if self._closing is not None and self._gone is None:
+        if self.closing is not None and self.end_kind is None:
             return LinkClosed(self.reason or "closed")
-        return None if self._gone is None else self._gone(self.reason)
+        return None if self.end_kind is None else self.end_kind(self.reason)
 
     def abort(self, reason: str) -> None:
         """Break the link now, from this side: nothing more is sent, the transport is cut."""
@@ -418,7 +417,7 @@ class Link(abc.ABC):
             code: WebSocket close code (RFC 6455 section 7.4.1).
             reason: at most 123 bytes of UTF-8.
         """
-        if self._closing is None and self._gone is None:
+        if self.closing is None and self.end_kind is None:
             self._close(code, cut_reason(reason))
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
@@ -446,13 +445,13 @@ class Link(abc.ABC):
 
     def notify_closed(self) -> None:
         """Tell the taker of the end, as far as it has come; for the carrier's task."""
-        handler = self._handler
+        handler = self.handler
         if handler is not None and self._notified == 0 and self.gone is not None:
             self._notified = 1
             handler.on_closed()
         if handler is not None and self._notified == 1 and self.stopped:
             self._notified = 2
-            self._handler = None  # it refers to the link in turn: neither would be freed before a garbage collection
+            self.handler = None  # it refers to the link in turn: neither would be freed before a garbage collection
             handler.on_transport_closed()
 
     def _release(self) -> None:
@@ -460,9 +459,9 @@ class Link(abc.ABC):
 
         What was received in whole before the peer closed stays for `receive` and `hand_to`.
         """
-        self._parser.release()
+        self.parser.release()
         self._drained = None  # whoever waits for the backlog to fall refers to the link in turn
-        if self._gone is LinkClosed:
+        if self.end_kind is LinkClosed:
             self._inbox, self._inbox_bytes = None, 0
 
     async def _wait_stopped(self) -> None:
@@ -470,10 +469,10 @@ class Link(abc.ABC):
             await self._change()
 
     def _close(self, code: int, reason: str) -> None:
-        self._closing = (code, reason)
+        self.closing = (code, reason)
         self._forget_inbox()
         self._close_by = trio.current_time() + 2 * CLOSE_S
-        self._schedule(self._close_by)
+        self.schedule(self._close_by)
         self._wake()
         self._schedule_notify()
         self._put_control(CLOSE, close_payload(code, reason))
@@ -481,18 +480,18 @@ class Link(abc.ABC):
     def _forget_inbox(self) -> None:
         """Nobody takes what was read any more; the peer's answer may be behind it."""
         self._inbox, self._inbox_bytes = None, 0
-        if self._reader_waits:
-            self._reader_waits = False
+        if self.reading_paused:
+            self.reading_paused = False
             self._resume_reading()
 
     def _close_frame_out(self) -> None:
         """All that was queued has gone out, the close frame too."""
-        if self._gone is None and self._closing is not None:
+        if self.end_kind is None and self.closing is not None:
             self._close_by = min(self._close_by, trio.current_time() + CLOSE_S)
-            self._schedule(self._close_by)
+            self.schedule(self._close_by)
 
     def _check(self) -> None:
-        if self._gone is not None or self._closing is not None:
+        if self.end_kind is not None or self.closing is not None:
             fault = self.gone
             assert fault is not None
             raise fault
@@ -515,25 +514,25 @@ class Link(abc.ABC):
             close: of the close frame that the peer is to get, where it is not the answer to its own.
             linger_s: how long to read on, so that the peer finds the close frame and no reset.
         """
-        if self._gone is not None:
+        if self.end_kind is not None:
             return
         answer = close or ((code, "") if code is not None and code != ABNORMAL else None)
-        if self._closing is not None:  # whatever happens while we close, we closed
-            kind, (code, said), answer = LinkClosed, self._closing, None
+        if self.closing is not None:  # whatever happens while we close, we closed
+            kind, (code, said), answer = LinkClosed, self.closing, None
             reason = said or "closed"
-        self._gone, self.reason, self.close_code = kind, reason, code
-        if self._closing is None and answer is None:
+        self.end_kind, self.reason, self.close_code = kind, reason, code
+        if self.closing is None and answer is None:
             self._drop_unsent()
         self._lingers = linger_s > 0
         if answer is not None:
             self._close_by = trio.current_time() + max(CLOSE_S, linger_s)
-            self._schedule(self._close_by)
+            self.schedule(self._close_by)
             self._put_control(CLOSE, close_payload(*answer))
         self._wake()
         self._schedule_notify()
         self._finish()
 
-    def _lost(self, why: str = "") -> None:
+    def lose(self, why: str = "") -> None:
         """The transport went."""
         self._end(LinkBroken, why or f"connection to {self.peer} lost", ABNORMAL)
         self._cut()
@@ -571,16 +570,16 @@ class Link(abc.ABC):
             Trio time; infinite once there is nothing left to look at.
         """
         if now >= self._close_by:
-            self._lost("closed" if self._closing is not None else "")
-        if self._gone is not None or self._closing is not None:
+            self.lose("closed" if self.closing is not None else "")
+        if self.end_kind is not None or self.closing is not None:
             return self._close_by if not self.stopped else float("inf")
         limits = self._limits
         dead_at = self.received_at + limits.dead_after_s
-        if self._reader_waits:  # we do not listen, so silence means nothing
+        if self.reading_paused:  # we do not listen, so silence means nothing
             dead_at = now + limits.dead_after_s
         elif now >= dead_at:
             if not (self.tolerate_stall and self._sending and self._peer_acknowledges()):
-                self._lost(f"nothing heard from {self.peer} for {now - self.received_at:.0f} s")
+                self.lose(f"nothing heard from {self.peer} for {now - self.received_at:.0f} s")
                 return float("inf")
             dead_at = now + PATIENCE_S
         take_by = now + limits.send_timeout_s / LOOKS

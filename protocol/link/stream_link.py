@@ -40,7 +40,6 @@ class StreamLink(Link):
         self._sooner = trio.Event()
         self._read_out = trio.Event()
         self._scope = trio.CancelScope()
-        self._stopped = False
 
     # -- as a carrier ----------------------------------------------------------------------------------------
 
@@ -71,13 +70,9 @@ class StreamLink(Link):
     def _resume_reading(self) -> None:
         self._wake()
 
-    def _schedule(self, due: float) -> None:
+    def schedule(self, due: float) -> None:
+        """Have liveness checked by `due` (Trio time)."""
         self._sooner.set()
-
-    @property
-    def stopped(self) -> bool:
-        """See `Link`."""
-        return self._stopped
 
     @property
     def _sending(self) -> bool:
@@ -102,9 +97,9 @@ class StreamLink(Link):
                     nursery.start_soon(self._write)
                     nursery.start_soon(self._watch)
         finally:
-            self._lost("the link's tasks ended")
+            self.lose("the link's tasks ended")
             await trio.aclose_forcefully(self.stream)
-            self._stopped = True
+            self.stopped = True
             self._outbox.clear()
             self.backlog_bytes = 0
             self._release()
@@ -117,11 +112,11 @@ class StreamLink(Link):
         self._early = b""
         while True:
             if data:
-                self._parser.feed(data)
-                if self._parser.events:
-                    self._process_events(self._parser.pop_events())
+                self.parser.feed(data)
+                if self.parser.events:
+                    self.process_events(self.parser.pop_events())
                 data = b""  # not to be kept for as long as nothing more comes
-            while self._reader_waits:
+            while self.reading_paused:
                 await self._change()
             try:
                 data = await self.stream.receive_some(RECEIVE_BYTES)
@@ -131,14 +126,14 @@ class StreamLink(Link):
                 break
             self.received_at = trio.current_time()
         self._read_out.set()
-        if self._gone is None:
-            self._lost()
+        if self.end_kind is None:
+            self.lose()
 
     @trio.lowlevel.enable_ki_protection
     async def _write(self) -> None:
         while True:
             while not self._outbox:
-                if self._gone is not None:
+                if self.end_kind is not None:
                     if self._lingers:
                         await self._read_out.wait()  # or until `look` cuts it off
                     self._cut()
@@ -152,9 +147,9 @@ class StreamLink(Link):
                 await self._send(make_frame(opcode, payload, masked=self._is_client))
             except _GONE:
                 # The reader ends the link when it has read to the end, and then knows the reason.
-                if self._closing is None and self._gone is None:
+                if self.closing is None and self.end_kind is None:
                     await trio.sleep(CLOSE_S)
-                self._lost()
+                self.lose()
                 return
             self._in_flight, self._busy = 0, False
             self._on_sent(cost)

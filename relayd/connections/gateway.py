@@ -44,7 +44,8 @@ from relayd.connections.worker import WorkerHandler
 from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 from relayd.net.http_head import split_head
-from relayd.net.reactor import INTERNAL_LOG, INTERNAL_MESSAGE, Reactor, SocketLink
+from relayd.net.reactor import Reactor
+from relayd.net.socket_link import INTERNAL_LOG, INTERNAL_MESSAGE, SocketLink
 from relayd.net.websocket_handshake import HandshakeRejected, Head, build_response, check_upgrade, parse_head
 
 log = structlog.get_logger("relayd.wire")

@@ -15,7 +15,8 @@ from protocol.link.websocket_frames import TEXT
 from protocol.wire.errors import LinkError
 from relayd.connections.gateway import reject_handshake
 from relayd.net.http_head import MAX_HEAD_BYTES, is_complete, needs_answer, read_head, split_head
-from relayd.net.reactor import Reactor, SocketLink, open_reactor
+from relayd.net.reactor import Reactor, open_reactor
+from relayd.net.socket_link import SocketLink
 from relayd.net.websocket_handshake import HandshakeRejected, build_response, check_upgrade, parse_head
 
 #: The Autobahn test suite's largest cases have this.

@@ -29,7 +29,7 @@ from relayd.connections.worker import WorkerHandler
 from relayd.http.body_parser import Uploads
 from relayd.http.context import Exchange
 from relayd.http.server import _Connection, _Http
-from relayd.net.reactor import SocketLink
+from relayd.net.socket_link import SocketLink
 from relayd.views.watch import WatchFeed
 from tests.support.relay import FORMAT, SCHEMA, Daemon, a_submit, an_id, an_input, daemon, until
 

@@ -333,7 +333,7 @@ async def test_a_slow_reader_holds_up_nobody_and_still_gets_it_all(tmp_path: Pat
         (reader,) = relay.relay.requests[submit.request_id].log.readers
         assert not reader.done
         slow.link._inbox_bytes -= 2**40
-        slow.link._reader_waits = False
+        slow.link.reading_paused = False
         slow.link._resume_reading()
         assert [frame.pcm for frame in (await slow.frames(submit))[1:-1]] == pcm
         await relay.at_rest()

@@ -33,7 +33,8 @@ from protocol.wire.codec import decode
 from protocol.wire.errors import LinkBroken, LinkClosed
 from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.messages import FROM_RELAY, Error
-from relayd.net.reactor import Reactor, SocketLink, open_reactor
+from relayd.net.reactor import Reactor, open_reactor
+from relayd.net.socket_link import SocketLink
 from tests.support.relay import until
 
 FAREWELL = Error(code="slow_consumer", message="connect again")
@@ -194,8 +195,8 @@ async def test_what_is_sent_while_messages_are_handled_leaves_in_one_call_a_link
                     link.send_nowait(message)
                     link.send_frames([message, message])
 
-        sock = link._sock
-        link._sock = Counted()  # type: ignore[assignment]
+        sock = link.sock
+        link.sock = Counted()  # type: ignore[assignment]
         link.set_handler(Answering())
         await far.stream.send_all(b"".join(make_frame(BINARY, b"x" * 100, masked=True) for _ in range(20)))
         for _ in range(60):
@@ -420,7 +421,7 @@ async def test_a_full_inbox_holds_the_peer_up_and_loses_nothing(monkeypatch: pyt
                 await far.send(number.to_bytes(2, "big") * 5_000)
 
         nursery.start_soon(send)
-        await until(lambda: link._reader_waits)
+        await until(lambda: link.reading_paused)
         for number in range(1_000):
             assert await link.receive() == number.to_bytes(2, "big") * 5_000
             assert link._inbox_bytes < 100_000 + 600_000
