@@ -14,6 +14,7 @@ from typing import Self
 import trio
 
 from protocol.link.limits import LinkHandler, LinkLimits
+from protocol.link.liveness import Alive, Dead, LinkFacts, Stalled, assess
 from protocol.link.websocket_frames import (
     CLOSE,
     PING,
@@ -33,18 +34,12 @@ from protocol.wire.errors import ErrorCode, LinkBroken, LinkClosed, LinkError, T
 from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.validators import Message
 
-#: Looks at whether the peer takes something, in that time: what it last took may be known so much too late.
-LOOKS = 8
-#: Between two looks at whether the machine of a silent peer is still there.
-PATIENCE_S = 1.0
 #: For what is queued to go out, and again for the peer to answer our close frame.
 CLOSE_S = 2.0
 #: For a peer that broke a rule to read why: closing over unread bytes resets the connection, and the reason is lost.
 LINGER_S = 2.0
 #: Messages read and not yet taken by `receive`. Eight of the largest; with more the peer is made to wait.
 MAX_INBOX_BYTES = 8 * MAX_MESSAGE_BYTES
-#: A look that comes so much too late tells of this process, and not of the peer.
-LATE_S = 1.0
 #: What one message costs beside its bytes, so that a queue of tiny ones is bounded too.
 MESSAGE_COST_BYTES = 64
 #: Section 7.1.5 of RFC 6455: the connection went without a close frame.
@@ -573,33 +568,39 @@ class Link(abc.ABC):
             self.lose("closed" if self.closing is not None else "")
         if self.end_kind is not None or self.closing is not None:
             return self._close_by if not self.stopped else float("inf")
-        limits = self._limits
-        dead_at = self.received_at + limits.dead_after_s
-        if self.reading_paused:  # we do not listen, so silence means nothing
-            dead_at = now + limits.dead_after_s
-        elif now >= dead_at:
-            if not (self.tolerate_stall and self._sending and self._peer_acknowledges()):
-                self.lose(f"nothing heard from {self.peer} for {now - self.received_at:.0f} s")
-                return float("inf")
-            dead_at = now + PATIENCE_S
-        take_by = now + limits.send_timeout_s / LOOKS
-        if self._sending:
+        sending = self._sending
+        if sending:
             waiting = self._in_kernel()  # a kernel that is full takes the next piece only much later
             if waiting < self._waiting_bytes:
                 self.taken_at = now
             self._waiting_bytes = waiting
-            stalls_at = self.taken_at + limits.send_timeout_s
-            if now >= stalls_at:
-                self._stall(f"{self.peer} took no data for {limits.send_timeout_s:g} s")
+        facts = LinkFacts(
+            now=now,
+            received_at=self.received_at,
+            taken_at=self.taken_at,
+            ping_due=self._ping_due,
+            reading_paused=self.reading_paused,
+            sending=sending,
+            machine_answers=self._machine_answers,
+        )
+        match assess(facts, self._limits):
+            case Dead(silent_s):
+                self.lose(f"nothing heard from {self.peer} for {silent_s:.0f} s")
+                return float("inf")
+            case Stalled():
+                self._stall(f"{self.peer} took no data for {self._limits.send_timeout_s:g} s")
                 return self._close_by
-            take_by = min(take_by, stalls_at)
-        if now >= self._ping_due:
-            self._ping_due = now + limits.ping_interval_s
-            if self._pinged_at is None:  # one in flight is enough: TCP loses none
-                self._pings = (self._pings + 1) & 0xFFFF_FFFF
-                self._pinged_at = now
-                self._send_control(PING, self._pings.to_bytes(4, "big"))
-        return min(dead_at, take_by, self._ping_due)
+            case Alive(check_at, ping):
+                if ping:
+                    self._ping_due = now + self._limits.ping_interval_s
+                    if self._pinged_at is None:  # one in flight is enough: TCP loses none
+                        self._pings = (self._pings + 1) & 0xFFFF_FFFF
+                        self._pinged_at = now
+                        self._send_control(PING, self._pings.to_bytes(4, "big"))
+                return check_at
+
+    def _machine_answers(self) -> bool:
+        return self.tolerate_stall and self._peer_acknowledges()
 
     # -- who waits -------------------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ from collections import deque
 
 import trio
 
-from protocol.link.base import CLOSE_S, LATE_S, MESSAGE_COST_BYTES, Link
+from protocol.link.base import CLOSE_S, MESSAGE_COST_BYTES, Link
 from protocol.link.limits import LinkLimits
+from protocol.link.liveness import LATE_S
 from protocol.link.tcp_info import peer_acknowledges, socket_of, unsent_bytes
 from protocol.link.websocket_frames import BINARY, make_frame
 

@@ -17,8 +17,8 @@ from contextlib import asynccontextmanager
 import structlog
 import trio
 
-from protocol.link.base import LATE_S
 from protocol.link.limits import LinkLimits
+from protocol.link.liveness import LATE_S
 from protocol.link.websocket_frames import Event
 from relayd.net.socket_link import (
     HANG_UP,

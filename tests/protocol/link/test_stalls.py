@@ -12,7 +12,7 @@ import trio.testing
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Event, Ping, Pong, Request
 
-from protocol.link import base, tcp_info
+from protocol.link import base, liveness, tcp_info
 from protocol.link.base import Link
 from protocol.link.stream_link import StreamLink
 from protocol.wire.codec import decode
@@ -223,7 +223,7 @@ async def test_what_the_kernel_gets_rid_of_is_progress_though_it_takes_nothing_m
             waiting -= 1
             assert link.gone is None
         began = trio.current_time()
-        assert 60 <= await over(link, LinkBroken) - began <= 60 + 60 / base.LOOKS
+        assert 60 <= await over(link, LinkBroken) - began <= 60 + 60 / liveness.LOOKS
 
 
 # -- silence ------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ async def test_a_machine_that_is_gone_while_its_reader_is_waited_for_is_seen(
         await trio.sleep(30)
         assert link.gone is None
         answered = False
-        assert await over(link, LinkBroken) <= 30 + base.PATIENCE_S + 0.1
+        assert await over(link, LinkBroken) <= 30 + liveness.PATIENCE_S + 0.1
 
 
 @pytest.mark.trio
