@@ -5,7 +5,6 @@ bytes get to the transport and back is its subclasses' part: `protocol.link.stre
 tasks; `relayd.net` over the relay's sockets, without any. No function here waits but those that say `async`.
 """
 
-import abc
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -13,6 +12,7 @@ from typing import Self
 
 import trio
 
+from protocol.link.carrier import Carrier
 from protocol.link.limits import LinkHandler, LinkLimits
 from protocol.link.liveness import Alive, Dead, LinkFacts, Stalled, assess
 from protocol.link.websocket_frames import (
@@ -46,7 +46,7 @@ MESSAGE_COST_BYTES = 64
 ABNORMAL = 1006
 
 
-class Link(abc.ABC):
+class Link(Carrier):
     """A connection that carries messages both ways; made by `serve_link`, `open_link` and the relay's plane.
 
     Attributes:
@@ -123,53 +123,6 @@ class Link(abc.ABC):
         self._ping_due = now + limits.ping_interval_s
         self._pinged_at: float | None = None
         self._pings = 0
-
-    # -- what a carrier does ---------------------------------------------------------------------------------
-
-    @abc.abstractmethod
-    def _put(self, data: bytes) -> None:
-        """Queue a binary message, and count it in `backlog_bytes`."""
-
-    @abc.abstractmethod
-    def _put_control(self, opcode: int, payload: bytes) -> None:
-        """Queue a control frame."""
-
-    @abc.abstractmethod
-    def _drop_unsent(self) -> None:
-        """Drop what is queued and not on its way yet, whole frames alone."""
-
-    @abc.abstractmethod
-    def _finish(self) -> None:
-        """The link has ended: cut the transport, once what `_put_control` queued last is out, or at `_close_by`."""
-
-    @abc.abstractmethod
-    def _cut(self) -> None:
-        """Cut the transport now."""
-
-    @abc.abstractmethod
-    def _schedule_notify(self) -> None:
-        """Have a task call `tell`."""
-
-    @abc.abstractmethod
-    def _resume_reading(self) -> None:
-        """The inbox has room again."""
-
-    @abc.abstractmethod
-    def schedule(self, due: float) -> None:
-        """Have `look` called at `due` (Trio time) at the latest."""
-
-    @property
-    @abc.abstractmethod
-    def _sending(self) -> bool:
-        """Whether the transport has something that the peer has not taken."""
-
-    @abc.abstractmethod
-    def _peer_acknowledges(self) -> bool:
-        """Whether the peer's machine is there, as far as the kernel can tell."""
-
-    @abc.abstractmethod
-    def _in_kernel(self) -> int:
-        """Bytes that the kernel has, and the peer's has not; 0 where that cannot be told."""
 
     # -- sending ---------------------------------------------------------------------------------------------
 
