@@ -7,9 +7,7 @@ from pathlib import Path
 from relayd.config.schema import Config
 from relayd.store.base import Store
 from relayd.store.database import Database
-from relayd.store.memory import MemoryStore
 from relayd.store.records import Change, Loaded
-from relayd.store.sqlite import open_sqlite
 from relayd.store.state_dir import lock_state_dir
 
 
@@ -23,6 +21,9 @@ async def open_store(config: Config) -> AsyncIterator[Store]:
         StoreInUse: another relayd, or an admin command, is on this folder.
         StoreError: the folder or the database cannot be used; the text says why.
     """
+    from relayd.store.memory import MemoryStore
+    from relayd.store.sqlite import open_sqlite
+
     with lock_state_dir(config.state_dir):
         if config.store == "memory":
             yield MemoryStore()

@@ -50,7 +50,7 @@ def test_relayd_takes_the_command_line_of_its_unit() -> None:
     program, *args = shlex.split(line)
     assert Path(program).name == "relayd"
     given = relayd.cli._parser().parse_args(args)
-    assert given.run is relayd.cli._serve
+    assert given.command == "serve"
     assert given.config == Path("/etc/relayd/relayd.toml")
 
 
