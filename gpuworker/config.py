@@ -10,8 +10,6 @@ import attrs
 
 from gpuworker.engines.base import Engine, Missing, OptionError, OptionValue
 from gpuworker.engines.catalog import EngineNotFound, find_engine, parse_options
-from gpuworker.slots.process_slot import CANCEL_GRACE_S, LOAD_TIMEOUT_S
-from gpuworker.worker import DRAIN_TIMEOUT_S
 from protocol.client.address import Address, from_environment, read_token, token_from_environment
 from protocol.wire.messages import SPACE_PATTERN
 
@@ -44,6 +42,9 @@ class WorkerConfig:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of `gpuworker run`."""
+    from gpuworker.slots.process_slot import CANCEL_GRACE_S, LOAD_TIMEOUT_S
+    from gpuworker.worker import DRAIN_TIMEOUT_S
+
     parser.add_argument(
         "--relay", metavar="URL", help="ws://, wss:// or unix:PATH; else RELAY_URL, else this machine's relay"
     )

@@ -12,13 +12,11 @@ from importlib.util import find_spec
 from typing import Literal
 
 import attrs
-import trio
 
 from gpuworker.config import ConfigError, add_engine_options
 from gpuworker.engines.base import OptionError
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine, parse_options
 from protocol.client.address import Address, from_environment, read_token, token_from_environment
-from protocol.link.dial import log_in, open_link
 from protocol.wire.errors import LinkError, LoginRefused, ProtocolError
 from protocol.wire.messages import PROTOCOL_VERSION, Hello
 
@@ -65,6 +63,8 @@ def run_doctor(given: argparse.Namespace, environ: Mapping[str, str] | None = No
             token = read_token(given.token_file) if given.token_file else token_from_environment(environ)
         except ValueError as fault:
             raise ConfigError(str(fault)) from None
+        import trio
+
         findings.append(trio.run(_relay, address, token))
     if given.json:
         print(json.dumps([attrs.asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
@@ -143,6 +143,8 @@ def _output(command: list[str], limit_s: float) -> str:
 
 
 async def _relay(address: Address, token: str | None) -> Finding:
+    from protocol.link.dial import log_in, open_link
+
     what = "relay"
     hello = Hello(version=PROTOCOL_VERSION, role="worker", token=token, agent="gpuworker-doctor")
     try:

@@ -2,23 +2,14 @@
 
 import argparse
 import json
-import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import trio
-
-from protocol.client.address import read_token
-from protocol.commands import commands
-from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED, INTERRUPTED, PIPE_CLOSED, USAGE, silence_stdout
+from protocol.arguments import CommandParser, ShowVersion
+from protocol.commands.exit_codes import CANNOT_CONNECT, FAILED, INTERRUPTED, PIPE_CLOSED, USAGE, silence_stdout
 from protocol.commands.progress import Progress
-from protocol.link.background import open_background
 from protocol.wire.errors import ConnectError, LinkError, LoginRefused, ProtocolError, RequestError
-from protocol.wire.messages import RETRY_POLICIES
-
-Command = Callable[[argparse.Namespace, Progress], Awaitable[None]]
 
 EPILOG = """\
 environment:
@@ -31,35 +22,38 @@ exit codes: 0 done, 1 failed, 2 wrong use or config, 3 cannot connect, 130 inter
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="relay",
         description="Submit requests to a relay and follow them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"relay {version('relayd')}")
-    commands_ = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common, output, making = _common(), _output(), _making()
+    parser.add_argument("--version", action=ShowVersion)
+    commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common, output = _common(), _output()
 
-    def add(name: str, run: Command, parents: list[argparse.ArgumentParser], words: str) -> argparse.ArgumentParser:
-        command = commands_.add_parser(name, parents=[*parents, common], help=words, description=words)
-        command.set_defaults(run=run)
-        return command
+    def add(
+        name: str,
+        words: str,
+        parents: Sequence[argparse.ArgumentParser] = (),
+        arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    ) -> Any:
+        return commands.add_parser(name, parents=[*parents, common], help=words, description=words, arguments=arguments)
 
-    say = add("say", commands.say, [output, making], "Speak a text and write the speech to a file as it arrives.")
+    say = add("say", "Speak a text and write the speech to a file as it arrives.", [output], _add_making)
     say.add_argument("text", metavar="TEXT", help="what to speak; - reads it from standard input")
     say.add_argument("--space", default="tts", help="the space that speaks (default: %(default)s)")
-    submit = add("submit", commands.submit, [output, making], "Submit any request; outputs are printed as JSON lines.")
+    submit = add("submit", "Submit any request; outputs are printed as JSON lines.", [output], _add_making)
     submit.add_argument("--space", required=True, help="the space to submit to")
-    attach = add("attach", commands.attach, [output], "Follow a request that was submitted before.")
+    attach = add("attach", "Follow a request that was submitted before.", [output])
     _add_id(attach)
     attach.add_argument("--after-seq", type=int, default=-1, metavar="N", help="leave out the frames up to number N")
-    _add_id(add("status", commands.status, [], "Show how a request stands."))
-    cancel = add("cancel", commands.cancel, [], "Cancel a request.")
+    _add_id(add("status", "Show how a request stands."))
+    cancel = add("cancel", "Cancel a request.")
     _add_id(cancel)
     cancel.add_argument("--reason", default="", help="why, for whoever reads of it")
-    add("spaces", commands.spaces, [], "List the spaces.")
-    watch = add("watch", commands.watch, [], "Follow everything that happens (operators).")
+    add("spaces", "List the spaces.")
+    watch = add("watch", "Follow everything that happens (operators).")
     watch.add_argument(
         "topics",
         nargs="*",
@@ -91,8 +85,9 @@ def _output() -> argparse.ArgumentParser:
     return parser
 
 
-def _making() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
+def _add_making(parser: argparse.ArgumentParser) -> None:
+    from protocol.wire.messages import RETRY_POLICIES
+
     parser.add_argument(
         "--param", "-p", action="append", default=[], type=_param, metavar="KEY=VALUE", help="JSON where it parses"
     )
@@ -109,7 +104,6 @@ def _making() -> argparse.ArgumentParser:
         help="when its worker is lost (default: %(default)s)",
     )
     parser.add_argument("--detach", action="store_true", help="print the request's id and leave it to itself")
-    return parser
 
 
 def _add_id(parser: argparse.ArgumentParser) -> None:
@@ -144,8 +138,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     progress = Progress(sys.stderr, quiet=args.quiet)
     try:
-        args.token = read_token(args.token_file) if args.token_file else None
-        return trio.run(_run, args, progress)
+        from protocol.commands.commands import (
+            run_command,  # after the arguments: whoever asks for help need not wait for it
+        )
+
+        return run_command(args, progress)
     except LoginRefused as fault:
         progress.error(f"the relay refused the login: {fault} ({fault.code})")
         return CANNOT_CONNECT
@@ -177,33 +174,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         progress.close()
-
-
-async def _run(args: argparse.Namespace, progress: Progress) -> int:
-    """Run the command until it ends or a signal ends it, in which case it still cancels its request in order."""
-    caught: list[int] = []
-    with trio.CancelScope() as working:
-        listening = trio.CancelScope()
-        ready = trio.Event()
-
-        async def listen() -> None:
-            # Once one has come the receiver is gone, and a second Ctrl-C ends the program at once.
-            with listening, trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                ready.set()
-                async for number in signals:
-                    caught.append(number)
-                    break
-            working.cancel()
-
-        async def stop() -> None:
-            listening.cancel()
-
-        async with open_background(listen, stop):
-            await ready.wait()
-            await args.run(args, progress)
-            return DONE
-    progress.note("interrupted")
-    return 128 + caught[0] if caught else INTERRUPTED
 
 
 if __name__ == "__main__":

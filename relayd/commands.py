@@ -1,33 +1,23 @@
-"""What each command of `relayd` does."""
+"""How the commands of `relayd` run and end; each imports what it needs, so that the short ones are quick."""
 
 import argparse
 import faulthandler
 import gc
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-import attrs
-import trio
-
-from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED, USAGE, silence_stdout
-from protocol.commands.progress import printable, printable_json, printable_lines, table
+from protocol.commands.exit_codes import DONE, FAILED, USAGE, silence_stdout
+from protocol.commands.progress import printable, printable_lines
 from protocol.install_hint import install_command
-from protocol.wire.validators import Value
-from relayd.admin import Admin, AdminError, NotRunning, open_admin
 from relayd.config.loader import load_config
-from relayd.config.schema import Config, ConfigError, SpaceConfig
-from relayd.store.base import StoreError
-from relayd.store.records import TokenLimits
-from relayd.views.rows import Row
+from relayd.config.schema import Config, ConfigError
 
 #: What the extra `relay` brings, by the names it is imported by.
 EXTRA = ("h11", "hypercorn", "prometheus_client", "python_multipart", "starlette", "structlog")
-
-_LIMITS = tuple(field.name for field in attrs.fields(TokenLimits))
 
 
 class ExtraMissing(Exception):
@@ -37,13 +27,9 @@ class ExtraMissing(Exception):
 def run_command(args: argparse.Namespace) -> int:
     """Run the command that was asked for; returns the exit code (DESIGN §11)."""
     try:
-        return COMMANDS[args.command](args)
+        return COMMANDS.get(args.command, _admin)(args)
     except (ConfigError, ExtraMissing) as fault:
         return _complain(printable_lines(str(fault)), USAGE)
-    except NotRunning as fault:
-        return _complain(printable(str(fault)), CANNOT_CONNECT)
-    except (AdminError, StoreError) as fault:
-        return _complain(printable(str(fault)), FAILED)
     except BrokenPipeError:  # `relayd requests | head`
         silence_stdout()
         return DONE
@@ -69,12 +55,14 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    # The daemon's own modules, and the packages of the extra, are imported by the commands that need them.
     _check_extra()
+    import trio
+
     from relayd.daemon import serve
     from relayd.logs.setup import set_up_logs
     from relayd.net.tls import ListenError
     from relayd.service.malloc import keep_freed_memory
+    from relayd.store.base import StoreError
 
     config = _config(args)
     set_up_logs(config.log)
@@ -101,6 +89,8 @@ def _check_config(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     _check_extra()  # the relay that it starts needs them
+    import trio
+
     from relayd.demo import DEFAULT_TEXT, DemoFailed, run_demo
 
     try:
@@ -116,104 +106,15 @@ def _check_extra() -> None:
         raise ExtraMissing(f"{what}; install them with: {install_command('relay')}")
 
 
-def _admin(command: Callable[[Admin, argparse.Namespace], Awaitable[None]]) -> Callable[[argparse.Namespace], int]:
-    def run(args: argparse.Namespace) -> int:
-        config = _config(args)
+def _admin(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from relayd.admin_commands import run_admin
 
-        async def work() -> None:
-            async with open_admin(config) as admin:
-                await command(admin, args)
-
-        trio.run(work)
-        return DONE
-
-    return run
-
-
-async def _space_create(admin: Admin, args: argparse.Namespace) -> None:
-    options: dict[str, Value] = {key: getattr(args, key) for key in SpaceConfig.field_names()}
-    await admin.create_space(args.name, {key: value for key, value in options.items() if value is not None})
-    print(f"space {args.name} created", file=sys.stderr)
-
-
-async def _space_list(admin: Admin, args: argparse.Namespace) -> None:
-    _print_rows(await admin.spaces(), ("name", "state", "workers", "slots", "busy", "queued", "engine"), args.json)
-
-
-async def _space_pause(admin: Admin, args: argparse.Namespace) -> None:
-    await admin.set_paused(args.name, True)
-    print(f"space {args.name} paused: what runs goes on, nothing new starts or is taken", file=sys.stderr)
-
-
-async def _space_resume(admin: Admin, args: argparse.Namespace) -> None:
-    await admin.set_paused(args.name, False)
-    print(f"space {args.name} resumed", file=sys.stderr)
-
-
-async def _space_delete(admin: Admin, args: argparse.Namespace) -> None:
-    await admin.delete_space(args.name)
-    print(f"space {args.name} deleted", file=sys.stderr)
-
-
-async def _token_create(admin: Admin, args: argparse.Namespace) -> None:
-    limits = {key: value for key in _LIMITS if (value := getattr(args, key)) is not None}
-    row = await admin.create_token(args.name, args.role, args.space, args.expires, limits)
-    print(f"{row['token_id']}: keep the token, it is shown only now", file=sys.stderr)
-    print(row["token"])
-
-
-async def _token_list(admin: Admin, args: argparse.Namespace) -> None:
-    rows = await admin.tokens()
-    _print_rows(rows, ("token_id", "principal", "role", "spaces", "state", "created", "expires", "limits"), args.json)
-
-
-async def _token_revoke(admin: Admin, args: argparse.Namespace) -> None:
-    print(f"revoked {', '.join(await admin.revoke_token(args.which))}", file=sys.stderr)
-
-
-async def _workers(admin: Admin, args: argparse.Namespace) -> None:
-    columns = ("worker_id", "state", "spaces", "engine", "slots", "busy", "rtt_ms", "peer", "principal")
-    _print_rows(await admin.rows("workers"), columns, args.json)
-
-
-async def _requests(admin: Admin, args: argparse.Namespace) -> None:
-    columns = ("request_id", "state", "space", "principal", "attempt", "age_s", "audio_s", "worker_id", "code")
-    _print_rows(await admin.rows("requests"), columns, args.json)
-
-
-async def _drain(admin: Admin, args: argparse.Namespace) -> None:
-    running = await admin.drain()
-    print(f"the relay takes nothing new and leaves when {running} running requests have ended", file=sys.stderr)
-
-
-def _print_rows(rows: list[Row], columns: Sequence[str], as_json: bool) -> None:
-    if as_json:
-        print(printable_json(rows))
-        return
-    print(table([list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]))
-
-
-def _cell(value: Value) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        value = [f"{key}={one}" for key, one in value.items()]
-    return ",".join(map(str, value)) or "-" if isinstance(value, list) else str(value) or "-"
+    return run_admin(args, config)
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "serve": _serve,
     "check-config": _check_config,
     "demo": _demo,
-    "space create": _admin(_space_create),
-    "space list": _admin(_space_list),
-    "space pause": _admin(_space_pause),
-    "space resume": _admin(_space_resume),
-    "space delete": _admin(_space_delete),
-    "token create": _admin(_token_create),
-    "token list": _admin(_token_list),
-    "token revoke": _admin(_token_revoke),
-    "workers": _admin(_workers),
-    "requests": _admin(_requests),
-    "drain": _admin(_drain),
 }

@@ -1,15 +1,12 @@
 """The command `relay-tui`: the operator's screen, or with `--once` one picture of the relay as text."""
 
 import argparse
-import asyncio
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import trio
-
-from protocol.client.address import from_environment, token_from_environment
+from protocol.arguments import ShowVersion
 from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, silence_stdout
 from protocol.commands.progress import printable, printable_json
 from protocol.install_hint import install_command
@@ -38,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _once(args: argparse.Namespace) -> int:
+    import trio
+
     from tui.print_once import demo_model, describe, fetch_model
 
     try:
@@ -54,6 +53,10 @@ def _once(args: argparse.Namespace) -> int:
 
 
 def _live(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from protocol.client.address import from_environment, token_from_environment
+
     # Textual reads from stdin and writes to stderr.
     if not (sys.__stdin__ and sys.__stdin__.isatty() and sys.__stderr__ and sys.__stderr__.isatty()):
         raise ValueError("this is no terminal; --once prints one picture")
@@ -64,7 +67,7 @@ def _live(args: argparse.Namespace) -> int:
 
 
 async def _run(args: argparse.Namespace) -> int:
-    # Textual takes a third of a second to import; `--once` need not wait for it.
+    # Each command imports what it needs: Textual takes a third of a second, and `--once` need not wait for it.
     from tui.app import RelayTui
     from tui.demo.source import Demo
     from tui.model.feed import RelaySource, Simulated, Source
@@ -90,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="relay-tui", description="Watch and steer a relay: its spaces, workers, requests and clients."
     )
+    parser.add_argument("--version", action=ShowVersion)
     parser.add_argument("--url", help="ws://host:port or unix:PATH; default: RELAY_URL, else the local socket")
     parser.add_argument("--readonly", action="store_true", help="look and never steer; the relay holds it to that")
     parser.add_argument("--once", action="store_true", help="print one picture and leave")

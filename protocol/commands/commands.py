@@ -2,23 +2,61 @@
 
 import argparse
 import base64
+import signal
 import sys
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from protocol.client.address import read_token
 from protocol.client.client import RelayClient, open_relay
 from protocol.client.stream import Event, Restarted, Stream
+from protocol.commands.exit_codes import DONE, INTERRUPTED
 from protocol.commands.progress import Progress, printable, printable_json, printable_lines, table
 from protocol.commands.wav_writer import AudioWriter
+from protocol.link.background import open_background
 from protocol.wire.errors import EncodeError, LinkError, RequestError
 from protocol.wire.frames import Audio, Output, Started
 from protocol.wire.frames import Progress as ProgressFrame
 from protocol.wire.messages import Queued, Snapshot, Welcome
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Struct, Value
+
+
+def run_command(args: argparse.Namespace, progress: Progress) -> int:
+    """Run the command that was asked for; returns its exit code where nothing goes wrong, else raises what did."""
+    args.token = read_token(args.token_file) if args.token_file else None
+    return trio.run(_run, args, progress)
+
+
+async def _run(args: argparse.Namespace, progress: Progress) -> int:
+    """Run the command until it ends or a signal ends it, in which case it still cancels its request in order."""
+    caught: list[int] = []
+    with trio.CancelScope() as working:
+        listening = trio.CancelScope()
+        ready = trio.Event()
+
+        async def listen() -> None:
+            # Once one has come the receiver is gone, and a second Ctrl-C ends the program at once.
+            with listening, trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                ready.set()
+                async for number in signals:
+                    caught.append(number)
+                    break
+            working.cancel()
+
+        async def stop() -> None:
+            listening.cancel()
+
+        async with open_background(listen, stop):
+            await ready.wait()
+            await COMMANDS[args.command](args, progress)
+            return DONE
+    progress.note("interrupted")
+    return 128 + caught[0] if caught else INTERRUPTED
 
 
 def _open(args: argparse.Namespace, progress: Progress) -> AbstractAsyncContextManager[RelayClient]:
@@ -33,7 +71,7 @@ def _open(args: argparse.Namespace, progress: Progress) -> AbstractAsyncContextM
         if lost:
             progress.note("connected again")
 
-    role = args.role or ("operator" if args.run is watch else "client")
+    role = args.role or ("operator" if args.command == "watch" else "client")
     return open_relay(args.url, token=args.token, role=role, on_reconnect=on_reconnect, on_up=on_up)
 
 
@@ -140,6 +178,17 @@ async def watch(args: argparse.Namespace, progress: Progress) -> None:
                 for name in gone:
                     print(printable(f"{topic} gone {name}"))
             sys.stdout.flush()
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace, Progress], Awaitable[None]]] = {
+    "say": say,
+    "submit": submit,
+    "attach": attach,
+    "status": status,
+    "cancel": cancel,
+    "spaces": spaces,
+    "watch": watch,
+}
 
 
 class Sink:

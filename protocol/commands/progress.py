@@ -5,9 +5,10 @@ import shutil
 import time
 import unicodedata
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from protocol.wire.messages import Queued
+if TYPE_CHECKING:
+    from protocol.wire.messages import Queued
 
 #: On a terminal: as often as an eye follows.
 REDRAW_S = 0.1
@@ -59,7 +60,7 @@ class Progress:
         self._started_at: float | None = None
         self._first_audio_s: float | None = None
 
-    def queued(self, place: Queued) -> None:
+    def queued(self, place: "Queued") -> None:
         """Its place in the queue."""
         eta = "" if place.eta_s is None else f", starts in about {_seconds(place.eta_s)}"
         self._status(f"queued: position {place.position} of {place.of}{eta}", urgent=True)

@@ -3,17 +3,16 @@
 import errno
 import os
 import ssl
+from typing import TYPE_CHECKING
 
 import trio
-from websockets.client import ClientProtocol
-from websockets.exceptions import InvalidHandshake
-from websockets.http11 import Response
-from websockets.typing import Subprotocol
-from websockets.uri import WebSocketURI
 
 from protocol.client.address import Address
 from protocol.wire.errors import ConnectError
 from protocol.wire.messages import SUBPROTOCOL
+
+if TYPE_CHECKING:
+    from websockets.client import ClientProtocol
 
 #: Of an answer to the handshake; what comes behind the head of an upgrade does not count.
 MAX_ANSWER_BYTES = 16 * 1024
@@ -77,6 +76,11 @@ async def shake_hands(stream: trio.abc.Stream, address: Address) -> bytes:
     Raises:
         ConnectError: the handshake was refused or cut off.
     """
+    # Imported here, as a relay and a command on a store are no clients of anybody.
+    from websockets.client import ClientProtocol
+    from websockets.typing import Subprotocol
+    from websockets.uri import WebSocketURI
+
     uri = WebSocketURI(address.kind == "tls", address.host or "localhost", address.port or 80, address.resource, "")
     client = ClientProtocol(uri, subprotocols=[Subprotocol(SUBPROTOCOL)])
     client.send_request(client.connect())
@@ -102,7 +106,7 @@ async def shake_hands(stream: trio.abc.Stream, address: Address) -> bytes:
     return early
 
 
-async def _read_refusal(stream: trio.abc.Stream, client: ClientProtocol, size: int) -> None:
+async def _read_refusal(stream: trio.abc.Stream, client: "ClientProtocol", size: int) -> None:
     """Read on to the end of an answer that is no upgrade."""
     while client.handshake_exc is None and size < MAX_ANSWER_BYTES:
         data = await stream.receive_some(_RECEIVE_BYTES)
@@ -114,7 +118,10 @@ async def _read_refusal(stream: trio.abc.Stream, client: ClientProtocol, size: i
             return
 
 
-def _check_answer(client: ClientProtocol, address: Address, cut_off: str) -> None:
+def _check_answer(client: "ClientProtocol", address: Address, cut_off: str) -> None:
+    from websockets.exceptions import InvalidHandshake
+    from websockets.http11 import Response
+
     answer = next((event for event in client.events_received() if isinstance(event, Response)), None)
     fault = client.handshake_exc
     if answer is not None and answer.status_code != 101:

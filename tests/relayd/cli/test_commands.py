@@ -17,9 +17,9 @@ from protocol.wire.frames import Completed, Frame, Started
 from protocol.wire.structs import AudioFormat
 from relayd import demo
 from relayd.admin import AdminError, open_admin
+from relayd.admin_commands import _print_rows
 from relayd.auth.tokens import TokenRegistry
 from relayd.cli import main
-from relayd.commands import _print_rows
 from relayd.store.factory import open_offline
 from relayd.store.records import PutToken
 from tests.support.relay import a_config, running

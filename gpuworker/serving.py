@@ -1,0 +1,91 @@
+"""`gpuworker run`: a worker of its own process, until it has drained or a signal ends it."""
+
+import faulthandler
+import logging
+import signal
+import sys
+from functools import partial
+
+import trio
+
+from gpuworker.config import WorkerConfig
+from gpuworker.health import HealthService
+from gpuworker.identity import Identity
+from gpuworker.log_format import LineFormatter
+from gpuworker.slots.process_slot import ProcessSlot
+from gpuworker.slots.slot import Slot
+from gpuworker.slots.thread_slot import ThreadSlot
+from gpuworker.status import WorkerError
+from gpuworker.worker import Worker
+from protocol.commands.exit_codes import DONE, FAILED, INTERRUPTED
+from protocol.commands.progress import printable
+from protocol.sd_notify import ServiceManager
+
+
+def run_worker(config: WorkerConfig) -> int:
+    """Register with a relay and run its requests; returns the exit code (DESIGN §11)."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("gpuworker").setLevel(logging.INFO)
+    faulthandler.enable()  # systemd's watchdog ends a worker that hangs with SIGABRT: the log then says where it stood
+    try:
+        return trio.run(_serve, config)
+    except WorkerError as fault:
+        print(printable(f"gpuworker: {fault.code}: {fault}"), file=sys.stderr)
+        return FAILED
+
+
+async def _serve(config: WorkerConfig) -> int:
+    slots = make_slots(config)
+    worker = Worker(
+        Identity(name=config.name, spaces=config.spaces, engine=config.engine, token=config.token),
+        config.address,
+        slots,
+        drain_timeout_s=config.drain_timeout_s,
+    )
+    manager = ServiceManager.from_environment()
+    service = HealthService(worker, slots, manager, config.cancel_grace_s, config.drain_timeout_s)
+    heard: list[int] = []
+    failure: WorkerError | None = None
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def listen() -> None:
+                async for number in signals:
+                    heard.append(number)
+                    if len(heard) == 1:
+                        worker.drain(f"{signal.Signals(number).name}; once more to stop at once")
+                        service.stopping()
+                    else:
+                        worker.stop()
+
+            nursery.start_soon(listen)
+            nursery.start_soon(service.serve)
+            try:
+                await worker.run()
+            except WorkerError as fault:  # kept, as a nursery would wrap it in a group
+                failure = fault
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return INTERRUPTED if signal.SIGINT in heard or len(heard) > 1 else DONE
+
+
+def make_slots(config: WorkerConfig) -> list[Slot]:
+    """The slots of a worker, not served yet."""
+    if config.in_threads:
+        make = partial(config.engine_class, config.options)
+        return [ThreadSlot(index, make, cancel_grace_s=config.cancel_grace_s) for index in range(config.slots)]
+    loading = trio.Lock()
+    return [
+        ProcessSlot(
+            index,
+            config.engine,
+            config.options,
+            loading=loading,
+            load_timeout_s=config.load_timeout_s,
+            cancel_grace_s=config.cancel_grace_s,
+        )
+        for index in range(config.slots)
+    ]
