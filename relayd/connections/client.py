@@ -30,6 +30,7 @@ from protocol.wire.messages import (
 )
 from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
+from relayd.core.access import find_request
 from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import HIGH_WATER_BYTES, LOW_WATER_BYTES, FrameReader
@@ -234,14 +235,14 @@ class ClientHandler:
         if self.principal.readonly:
             self.send(_only_looks(cancel.request_id))
             return
-        request = self._find_request(cancel.request_id)
+        request = find_request(self.relay, self.principal, cancel.request_id)
         if isinstance(request, Rejected):
             self.send(request)
         elif request.live:
             self.relay.cancel(request, cancel.reason or f"cancelled by {self.principal.name}")
 
     def _attach(self, attach: Attach) -> None:
-        request = self._find_request(attach.request_id)
+        request = find_request(self.relay, self.principal, attach.request_id)
         if isinstance(request, Rejected):
             self.send(request)
         elif not request.has_result:
@@ -270,7 +271,7 @@ class ClientHandler:
                 self.on_position(request, place)
 
     def _status(self, status: Status) -> None:
-        request = self._find_request(status.request_id)
+        request = find_request(self.relay, self.principal, status.request_id)
         if isinstance(request, Rejected):
             self.send(request)
             return
@@ -295,18 +296,6 @@ class ClientHandler:
         rows = [space_row(self.relay, name, with_params=True) for name in names]
         for page, more in pages([row for row in rows if row is not None]):
             self.send(SpacesReply(spaces=page, more=more))
-
-    def _find_request(self, request_id: str) -> Request | Rejected:
-        """A request of this principal's; an operator's are all."""
-        request = self.relay.requests.get(request_id)
-        mine = request is not None and (
-            self.principal.role == "operator"
-            or (request.principal == self.principal.name and self.principal.may_use(request.entry.space))
-        )
-        if request is None or not mine:
-            message = f"request {request_id} is not known here: it was never accepted, is another's, or ended long ago"
-            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, request_id=request_id)
-        return request
 
 
 Handler = Callable[[ClientHandler, Any], None]

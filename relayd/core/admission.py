@@ -15,11 +15,11 @@ from protocol.wire.errors import EncodeError, ErrorCode
 from protocol.wire.messages import Assign, Input, Rejected, Submit
 from protocol.wire.params_schema import check_params
 from relayd.auth.tokens import Principal
+from relayd.core.access import find_space
 from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.requests.request import Holder, Request
 from relayd.scheduling.model import ScheduledRequest, State
-from relayd.scheduling.scheduler import no_such_space
 from relayd.store.base import StoreError
 from relayd.store.records import PutRequest, RequestRecord
 
@@ -87,12 +87,9 @@ class Admission:
         if self.relay.draining.is_set():
             message = "the relay is shutting down; send the request again when it is back"
             return Rejected.because(ErrorCode.SHUTTING_DOWN, message, request_id=request_id, retry_after_s=5.0)
-        if not principal.may_use(submit.space):
-            message = f"principal {principal.name!r} may not use space {submit.space!r}; ask for a token that may"
-            return Rejected.because(ErrorCode.FORBIDDEN, message, request_id=request_id)
-        space = self.relay.spaces.get(submit.space)
-        if space is None:
-            return no_such_space(submit.space, request_id)
+        space = find_space(self.relay, principal, submit.space)
+        if isinstance(space, Rejected):
+            return attrs.evolve(space, request_id=request_id)
         most = principal.limits.max_queued
         if most is not None and self.relay.scheduler.queued_count(principal.name) >= most:
             message = f"the token of {principal.name!r} allows {most} queued requests; wait for one to start"

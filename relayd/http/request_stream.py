@@ -17,6 +17,7 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Frame
 from protocol.wire.messages import FRAMES, MAX_INPUT_CHUNK_BYTES, Input, Queued, Rejected, Submit
 from relayd.auth.tokens import Principal
+from relayd.core import access
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import LOW_WATER_BYTES, FrameReader
 from relayd.http.authentication import principal_of
@@ -294,14 +295,12 @@ async def open_reader(
 
 
 def find_request(http: HttpRequest, request_id: str) -> Request:
-    """The relay's request of that id, if it is one of the principal's.
+    """Return the request with this id, if it is the principal's.
 
     Raises:
-        Refusal: it is not known, or another's.
+        HttpError: it is not known, or another's.
     """
-    principal = principal_of(http)
-    request = context_of(http).relay.requests.get(request_id)
-    if request is None or request.principal != principal.name or not principal.may_use(request.entry.space):
-        message = f"request {request_id} is not known here: it was never accepted, is another's, or ended long ago"
-        raise HttpError(ErrorCode.REQUEST_NOT_FOUND, message)
+    request = access.find_request(context_of(http).relay, principal_of(http), request_id)
+    if isinstance(request, Rejected):
+        raise HttpError.of(request)
     return request

@@ -51,7 +51,7 @@ class Scheduler(Dispatcher):
         """Close a space that nothing waits or runs in and no worker serves."""
         space = self.spaces.get(name)
         if space is None:
-            return no_such_space(name)
+            return no_such_space(name, operator=True)
         if space.queue or space.running or space.admitted:
             return Rejected.because(
                 ErrorCode.SPACE_EXISTS,
@@ -69,7 +69,7 @@ class Scheduler(Dispatcher):
     def pause_space(self, name: str) -> Rejected | None:
         """Hand nothing of this space out, and take nothing new."""
         if name not in self.spaces:
-            return no_such_space(name)
+            return no_such_space(name, operator=True)
         self.spaces[name].paused = True
         self.moved.add(name)
         return None
@@ -77,7 +77,7 @@ class Scheduler(Dispatcher):
     def resume_space(self, name: str, now: float) -> Rejected | list[Decision]:
         """Undo `pause_space`."""
         if name not in self.spaces:
-            return no_such_space(name)
+            return no_such_space(name, operator=True)
         self.spaces[name].paused = False
         self.moved.add(name)
         return self.dispatch(now)
@@ -402,13 +402,10 @@ class Scheduler(Dispatcher):
         }
 
 
-def no_such_space(name: str, request_id: str | None = None) -> Rejected:
-    """The refusal for a space that is not there."""
-    return Rejected.because(
-        ErrorCode.SPACE_NOT_FOUND,
-        f"space {name!r} does not exist; make it with: relayd space create {name}",
-        request_id=request_id,
-    )
+def no_such_space(name: str, request_id: str | None = None, *, operator: bool = False) -> Rejected:
+    """The refusal for a space that does not exist; only operators can run the command that makes one."""
+    hint = f"make it with: relayd space create {name}" if operator else "ask the relay's operator"
+    return Rejected.because(ErrorCode.SPACE_NOT_FOUND, f"space {name!r} does not exist; {hint}", request_id=request_id)
 
 
 def _refuse(entry: ScheduledRequest, code: ErrorCode, message: str, retry_after_s: float | None = None) -> Rejected:

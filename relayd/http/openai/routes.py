@@ -17,9 +17,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import Submit
+from protocol.wire.messages import Rejected, Submit
 from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal
+from relayd.core.access import find_space
 from relayd.core.space import Space
 from relayd.http.audio.encoder import PCM, AudioExtraMissing, with_sizes
 from relayd.http.audio.threaded_encoder import Transcoder, check_coding, open_transcoder
@@ -39,7 +40,6 @@ from relayd.http.openai.speech_request import (
 )
 from relayd.http.request_stream import RequestStream, open_submission
 from relayd.http.streaming_response import ResponseWriter, StreamingRoute
-from relayd.scheduling.scheduler import no_such_space
 
 log = structlog.get_logger("relayd.http")
 
@@ -104,17 +104,14 @@ async def _body(request: Request) -> bytes:
 
 
 def _space(context: HttpContext, principal: Principal, name: str) -> Space:
-    """The space of that name.
+    """Return the space that a client calls a model.
 
     Raises:
-        Refusal: 404 or 403.
+        HttpError: 403 for a name that the token may not use, whether or not there is such a space; else 404.
     """
-    space = context.relay.spaces.get(name)
-    if space is None:
-        raise HttpError.of(no_such_space(name[:64], ""))
-    if not principal.may_use(name):
-        message = f"principal {principal.name!r} may not use space {name!r}; ask for a token that may"
-        raise HttpError(ErrorCode.FORBIDDEN, message)
+    space = find_space(context.relay, principal, name)
+    if isinstance(space, Rejected):
+        raise HttpError.of(space)
     return space
 
 

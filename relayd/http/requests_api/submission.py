@@ -6,35 +6,32 @@ from starlette.requests import Request
 
 from protocol.wire.codec import decode, pack
 from protocol.wire.errors import EncodeError, ErrorCode, ProtocolError
-from protocol.wire.messages import FROM_CLIENT, Submit
+from protocol.wire.messages import FROM_CLIENT, Rejected, Submit
 from protocol.wire.validators import Value
+from relayd.core import access
 from relayd.core.space import Space
 from relayd.http.authentication import principal_of
 from relayd.http.body_parser import Body, InputLimit
 from relayd.http.context import context_of
 from relayd.http.errors import HttpError
-from relayd.scheduling.scheduler import no_such_space
 
 #: What a body may say beside `params`; in a form every other field is a param.
 OPTIONS = ("priority", "queue_timeout_s", "run_timeout_s", "detach", "retry")
 
 
 def find_space(http: Request, name: str) -> Space:
-    """The space a request is for, before anything of its body is read.
+    """Return the space a request is for, before anything of its body is read.
 
     Raises:
-        Refusal: there is none, it is not this principal's to use, or nothing new is taken.
+        HttpError: the principal may not use the space, there is none, or the relay is shutting down.
     """
     context, principal = context_of(http), principal_of(http)
     if context.relay.draining.is_set():
         message = "the relay is shutting down; send the request again when it is back"
         raise HttpError(ErrorCode.SHUTTING_DOWN, message, retry_after_s=5.0)
-    if not principal.may_use(name):
-        message = f"principal {principal.name!r} may not use space {name[:64]!r}; ask for a token that may"
-        raise HttpError(ErrorCode.FORBIDDEN, message)
-    space = context.relay.spaces.get(name)
-    if space is None:
-        raise HttpError.of(no_such_space(name[:64]))
+    space = access.find_space(context.relay, principal, name)
+    if isinstance(space, Rejected):
+        raise HttpError.of(space)
     return space
 
 

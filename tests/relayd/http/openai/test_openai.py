@@ -257,8 +257,12 @@ async def test_who_may_not_is_told_so_before_anything_is_spoken(tmp_path: Path) 
         token = await token_of(relay, "check")
         status, told, _ = await error_of(url, token)
         assert (status, told["code"], told["type"]) == (403, "forbidden", "permission_error")
+        missing = (await error_of(url, token, model="nobody"))[:2]
+        assert missing == (status, told | {"message": told["message"].replace("'tts'", "'nobody'")})
+        token = await token_of(relay, "nobody")
         status, told, _ = await error_of(url, token, model="nobody")
         assert (status, told["code"], told["type"]) == (404, "space_not_found", "invalid_request_error")
+        assert told["message"] == "space 'nobody' does not exist; ask the relay's operator"
         assert not relay.relay.requests
 
 
@@ -494,6 +498,10 @@ async def test_models_and_voices_are_those_the_token_may_use(tmp_path: Path) -> 
         assert [row["id"] for row in told["voices"]] == ["default"]
         assert (await get("/v1/audio/voices?model=check", few))[0] == 403
         assert (await get("/v1/models/check", few))[0] == 403
-        assert (await get("/v1/models/nobody", few))[0] == 404
+        for path in ("/v1/models/{}", "/v1/audio/voices?model={}"):
+            status, told = await get(path.format("check"), few)
+            missing = await get(path.format("nobody"), few)
+            assert str(missing) == str((status, told)).replace("'check'", "'nobody'")
+            assert (await get(path.format("nobody"), everybody))[0] == 404
         for path in ("/v1/models", "/v1/models/tts", "/v1/audio/models", "/v1/audio/voices"):
             assert (await get(path))[0] == 401

@@ -204,6 +204,18 @@ async def test_unknown_spaces_ids_and_requests_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.trio
+async def test_a_missing_space_and_a_forbidden_one_get_the_same_answer(tmp_path: Path) -> None:
+    async with daemon(tmp_path, listen="127.0.0.1:0") as relay:
+        token = make_token(relay, "ann", spaces=("tts",))
+        async with visitor(relay.urls[0], token=token) as http:
+            for method, path in (("POST", "/v1/spaces/{}/requests"), ("PUT", f"/v1/requests/{an_id()}?space={{}}")):
+                answers = [await http.ask(method, path.format(name), told={}) for name in ("check", "nope")]
+                assert [answer.status for answer in answers] == [403, 403]
+                first, second = (answer.error for answer in answers)
+                assert second == first | {"message": first["message"].replace("'check'", "'nope'")}
+
+
+@pytest.mark.trio
 async def test_spaces_are_listed_with_what_they_take(tmp_path: Path) -> None:
     async with daemon(tmp_path) as relay, fake_worker(relay.url, inputs=INPUTS), visitor(relay.url) as http:
         await until(lambda: bool(relay.relay.spaces["tts"].params))

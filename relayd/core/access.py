@@ -1,0 +1,40 @@
+"""Which spaces and requests a principal may see. The one place that decides it, for WebSocket and HTTP alike."""
+
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Rejected
+from relayd.auth.tokens import Principal
+from relayd.core.relay import Relay
+from relayd.core.space import Space
+from relayd.requests.request import Request
+from relayd.scheduling.scheduler import no_such_space
+
+#: Characters of a name that a refusal repeats: names in HTTP paths can have any length, names of spaces at most this.
+MAX_NAME_CHARS = 64
+
+
+def find_space(relay: Relay, principal: Principal, name: str) -> Space | Rejected:
+    """Return the space that `principal` names, if it may use it.
+
+    `forbidden` is checked first: otherwise any token could find out which spaces exist.
+    """
+    if not principal.may_use(name):
+        message = f"principal {principal.name!r} may not use space {name[:MAX_NAME_CHARS]!r}; ask for a token that may"
+        return Rejected.because(ErrorCode.FORBIDDEN, message)
+    space = relay.spaces.get(name)
+    if space is None:
+        return no_such_space(name[:MAX_NAME_CHARS], operator=principal.role == "operator")
+    return space
+
+
+def find_request(relay: Relay, principal: Principal, request_id: str) -> Request | Rejected:
+    """Return the request with this id, if it is the principal's own; operators may see all requests.
+
+    A request of another principal is refused like one that does not exist.
+    """
+    request = relay.requests.get(request_id)
+    if request is not None:
+        mine = request.principal == principal.name and principal.may_use(request.entry.space)
+        if mine or principal.role == "operator":
+            return request
+    message = f"request {request_id} is not known here: it was never accepted, is another's, or ended long ago"
+    return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, request_id=request_id)
