@@ -27,7 +27,6 @@ from relayd.http.server import HttpServer
 from relayd.logs.recent import serve_events
 from relayd.net.reactor import open_reactor
 from relayd.net.tls import make_tls_context
-from relayd.scheduling.model import State
 from relayd.service.health import HealthService
 from relayd.stats.counters import serve_stats
 from relayd.store.factory import open_store
@@ -51,8 +50,8 @@ class Shutdown:
             log.warning("leaving at once", why=why)
             self.leave.set()
             return
-        running = sum(request.entry.state is State.RUNNING for request in self.relay.requests.values())
-        log.warning("draining", why=why, running=running, at_most_s=self.relay.config.drain_timeout_s)
+        running, at_most_s = self.relay.running_count, self.relay.config.drain_timeout_s
+        log.warning("draining", why=why, running=running, at_most_s=at_most_s)
         self.relay.scheduler.draining = True
         self.relay.draining.set()
 
@@ -194,14 +193,12 @@ async def _until_idle(relay: Relay, http_context: HttpContext, shutdown: Shutdow
     """Wait for what runs, for its end to be safe and for listeners to have heard it, within a drain's time."""
     with trio.move_on_after(drain_timeout_s):
         while not shutdown.leave.is_set():
-            running = [r for r in relay.requests.values() if r.entry.state is State.RUNNING]
             unsent = any(reader for client in relay.clients.values() for reader in client.unsent_readers())
-            if not running and not unsent and not http_context.unfinished and not relay.results.unfinalized:
+            if not relay.running_count and not unsent and not http_context.unfinished and not relay.results.unfinalized:
                 return
             with trio.move_on_after(0.1):
                 await shutdown.leave.wait()
-    left = sum(r.entry.state is State.RUNNING for r in relay.requests.values())
-    if left:
+    if left := relay.running_count:
         log.warning("left running work to its workers; it goes on when the relay is back", requests=left)
 
 

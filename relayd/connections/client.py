@@ -175,25 +175,19 @@ class ClientHandler:
             reader.pump()
 
     def _may_hold(self, request: Request) -> bool:
-        """An operator listens in, and who only looks does, too; neither keeps a request alive."""
+        """Whether this client keeps the request alive; operators and read-only clients can only read it."""
         return request.principal == self.principal.name and not self.principal.readonly
 
     def _hold(self, request: Request) -> None:
         self.held_requests[request.request_id] = request
-        request.holders.add(self)
-        request.abandoned_at = None
-        request.wake()
+        request.hold(self)
 
     def _release(self, request: Request) -> None:
         if reader := self.readers.pop(request.request_id, None):
             reader.close()
             self.relay.mark_busy("requests", request.request_id)
-        if self.held_requests.pop(request.request_id, None) is None:
-            return
-        request.holders.discard(self)
-        if not request.holders and request.live:
-            request.abandoned_at = trio.current_time()
-            request.wake()
+        if self.held_requests.pop(request.request_id, None) is not None:
+            request.release(self, trio.current_time())
 
     def _start_reader(self, request: Request, seq: int) -> None:
         """Send the request's frames from `seq` on, in place of where an earlier reader here stood."""

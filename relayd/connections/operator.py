@@ -17,7 +17,6 @@ from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.logs.setup import redacted
 from relayd.requests.request import Request
-from relayd.scheduling.model import State
 from relayd.store.base import StoreError
 from relayd.store.records import DeleteSpace, PutSpace, PutToken
 from relayd.views.request_detail import request_detail
@@ -264,8 +263,7 @@ class OperatorHandler:
 
     async def _drain(self, steer: Steer) -> Answer:
         self.drain(f"asked by operator {self.client.principal.name}")
-        running = sum(request.entry.state is State.RUNNING for request in self.relay.requests.values())
-        return {"running": running}
+        return {"running": self.relay.running_count}
 
 
 ACTIONS: Mapping[str, Callable[[OperatorHandler, Steer], Awaitable[Answer]]] = {

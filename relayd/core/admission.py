@@ -74,7 +74,7 @@ class Admission:
         relay.add_request(request)
         if refusal := self._enqueue_if_uploaded(request):
             return refusal
-        request.holders.add(holder)
+        request.hold(holder)
         return request
 
     def _count(self, submit: Submit, refusal: Rejected) -> Rejected:

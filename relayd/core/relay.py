@@ -334,6 +334,11 @@ class Relay:
         """Those that have not ended."""
         return [self.requests[request_id] for request_id in self.scheduler.entries]
 
+    @property
+    def running_count(self) -> int:
+        """Requests that run, in all spaces together."""
+        return sum(len(space.running) for space in self.scheduler.spaces.values())
+
     def acknowledge(self, worker_id: str, ack: Ack) -> None:
         """Have a worker forget an attempt, if it is there."""
         if port := self.workers.get(worker_id):

@@ -37,8 +37,8 @@ class RequestStream:
     context: HttpContext
     exchange: Exchange
     principal: Principal
-    request: Request = attrs.field(init=False)
     backlog_bytes: int = 0
+    _request: Request | None = None
     _frames: deque[bytes] = attrs.field(factory=deque)
     #: The latest place that was not told yet.
     _place: QueuePosition | None = None
@@ -50,6 +50,12 @@ class RequestStream:
     def relay(self) -> Relay:
         """Whose request it is."""
         return self.context.relay
+
+    @property
+    def request(self) -> Request:
+        """The request that is held; there is one once `submit` or `attach` has returned."""
+        assert self._request is not None
+        return self._request
 
     @property
     def live(self) -> bool:
@@ -138,11 +144,9 @@ class RequestStream:
 
     def attach(self, request: Request) -> None:
         """Hold a request that is known."""
-        self.request = request
+        self._request = request
         if request.live and request.principal == self.principal.name:
-            request.holders.add(self)
-            request.abandoned_at = None
-            request.wake()
+            request.hold(self)
         self._place = self.place()
         self.exchange.waits_for = self
 
@@ -220,27 +224,21 @@ class RequestStream:
         self._news = trio.Event()
 
     def close(self, *, cancel: str | None = None) -> None:
-        """Read and hold no more.
+        """Stop reading and holding the request.
 
         Args:
-            cancel: why the request is to end with this, unless somebody else holds it; None leaves it to its resume
-                window.
+            cancel: why the request is cancelled, unless somebody else holds it; None starts its resume window.
         """
         if self._reader is not None:
             self._reader.close()
             self._reader = None
         self.exchange.waits_for = None
-        request = getattr(self, "request", None)
+        request = self._request
         if request is None or self not in request.holders:
             return
-        request.holders.discard(self)
-        if request.holders or not request.live:
-            return
-        if cancel is not None:
+        request.release(self, trio.current_time())
+        if cancel is not None and request.live and not request.holders:
             self.relay.cancel(request, cancel)
-            return
-        request.abandoned_at = trio.current_time()
-        request.wake()
 
 
 @asynccontextmanager

@@ -163,6 +163,27 @@ class Request:
             log.restart(entry.attempt, 0)
         self.wake()
 
+    def hold(self, holder: Holder) -> None:
+        """Add a holder: while a request has one, its resume window does not run."""
+        self.holders.add(holder)
+        self.abandoned_at = None
+        self.wake()
+
+    def release(self, holder: Holder, now: float) -> None:
+        """Remove a holder; when the last one leaves a live request, its resume window begins at `now`."""
+        if holder not in self.holders:
+            return
+        self.holders.discard(holder)
+        if not self.holders and self.live:
+            self.abandoned_at = now
+            self.wake()
+
+    def renew(self, now: float) -> None:
+        """Restart the resume window of a request that nobody holds."""
+        if self.abandoned_at is not None:
+            self.abandoned_at = now
+            self.wake()
+
     def release_run_data(self) -> None:
         """It has ended: let go of what only a run needs, which may be 64 KiB and all of its inputs."""
         self.summary = self.summary or summarize(self.submit, KEPT_BYTES)

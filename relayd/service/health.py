@@ -13,7 +13,6 @@ import trio
 
 from protocol.sd_notify import Check, ServiceManager, serve_watchdog
 from relayd.core.relay import Relay
-from relayd.scheduling.model import State
 from relayd.store.base import StoreError
 
 #: How often the line of `systemctl status` is looked over.
@@ -47,8 +46,8 @@ class HealthService:
     def status(self) -> str:
         """The relay in one line."""
         relay = self.relay
-        states = [request.entry.state for request in relay.requests.values()]
-        counts = f"{states.count(State.RUNNING)} running, {states.count(State.QUEUED)} queued"
+        queued = sum(len(space.queue) for space in relay.scheduler.spaces.values())
+        counts = f"{relay.running_count} running, {queued} queued"
         if relay.draining.is_set():
             return f"draining: {counts}"
         workers = f"{len(relay.workers)} worker{'' if len(relay.workers) == 1 else 's'}"

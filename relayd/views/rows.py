@@ -73,7 +73,7 @@ def relay_row(relay: Relay) -> Row:
         "workers": len(relay.workers),
         "connections": len(relay.connections),
         "queued": sum(len(space.queue) for space in spaces),
-        "running": sum(len(space.running) for space in spaces),
+        "running": relay.running_count,
         "requests_total": int(stats.accepted.total),
         "requests_min": int(stats.accepted.sum(now)),
         "errors_min": int(stats.errors.sum(now)),

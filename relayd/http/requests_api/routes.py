@@ -23,7 +23,6 @@ from relayd.http.requests_api.event_stream import send_events
 from relayd.http.requests_api.openapi import DOCUMENT
 from relayd.http.requests_api.submission import build_submit, find_space, input_limits
 from relayd.http.streaming_response import StreamingRoute
-from relayd.requests.request import Request
 from relayd.views.rows import space_row
 
 
@@ -71,7 +70,7 @@ class OneRequest(HTTPEndpoint):
     async def get(self, http: HttpRequest) -> Response:
         """How it stands. Whoever asks wants it: its resume window begins anew."""
         request = find_request(http, http.path_params["request_id"])
-        _renew(request)
+        request.renew(trio.current_time())
         return JSONResponse(status_json(context_of(http).relay, request))
 
     async def put(self, http: HttpRequest) -> Response:
@@ -106,12 +105,6 @@ async def _submit(http: HttpRequest, request_id: str, space_name: str) -> Respon
             status = 202 if request.live else 200
             told = status_json(context_of(http).relay, request)
             return JSONResponse(told, status, headers={"Location": f"/v1/requests/{request_id}"})
-
-
-def _renew(request: Request) -> None:
-    if request.abandoned_at is not None:
-        request.abandoned_at = trio.current_time()
-        request.wake()
 
 
 async def openapi(http: HttpRequest) -> Response:
