@@ -52,7 +52,7 @@ class Shutdown:
             return
         running, at_most_s = self.relay.running_count, self.relay.config.drain_timeout_s
         log.warning("draining", why=why, running=running, at_most_s=at_most_s)
-        self.relay.scheduler.draining = True
+        self.relay.scheduler.state.draining = True
         self.relay.draining.set()
 
 

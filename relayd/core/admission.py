@@ -148,7 +148,7 @@ class Admission:
 
     def _uploading_bytes(self) -> int:
         """Bytes announced by the requests that are not in the store yet."""
-        admitted = [name for space in self.relay.scheduler.spaces.values() for name in space.admitted]
+        admitted = [name for space in self.relay.scheduler.state.spaces.values() for name in space.admitted]
         return sum(info.size for name in admitted for info in self.relay.requests[name].submit.inputs.values())
 
     def add_input(self, request: Request, piece: Input) -> None:

@@ -33,12 +33,12 @@ async def serve_positions(relay: Relay) -> None:
 def send_positions(relay: Relay) -> None:
     """One round: every space that moved since the last."""
     now = trio.current_time()
-    spaces = relay.scheduler.moved & relay.spaces.keys()
-    relay.scheduler.moved.clear()
+    spaces = relay.scheduler.state.moved & relay.spaces.keys()
+    relay.scheduler.state.moved.clear()
     for name in spaces:
         relay.mark_changed("spaces", name)
         relay.mark_changed("queue", name)
-        if not relay.scheduler.spaces[name].queue:
+        if not relay.scheduler.state.spaces[name].queue:
             continue
         for request_id, place in relay.scheduler.positions(name, now).items():
             request = relay.requests[request_id]

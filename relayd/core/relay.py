@@ -127,7 +127,7 @@ class Relay:
         return SpaceRecord(
             name=space.name,
             config=space.config,
-            paused=self.scheduler.spaces[space.name].paused,
+            paused=self.scheduler.state.spaces[space.name].paused,
             made_by=space.made_by,
             engine=space.engine,
             params=space.params,
@@ -185,7 +185,7 @@ class Relay:
         is lost. Where there is room for both, they may be two that were cut off together.
         """
         mine = worker_id.removesuffix(register.instance[:8])
-        for worker in list(self.scheduler.workers.values()):
+        for worker in list(self.scheduler.state.workers.values()):
             name = worker.worker_id.removesuffix(worker.instance[:8])
             if not worker.linked and name == mine and self.scheduler.is_replaced(worker):
                 for request_id in list(worker.held):
@@ -211,7 +211,7 @@ class Relay:
 
     def update_registration(self, port: WorkerPort, register: Register) -> None:
         """A worker has more or fewer slots than before, or others, which make other samples."""
-        self.scheduler.workers[port.worker_id].reproducible = _words_of_output(register)
+        self.scheduler.state.workers[port.worker_id].reproducible = _words_of_output(register)
         self.apply(self.scheduler.set_slots(port.worker_id, register.slots, trio.current_time()))
         self.mark_changed("workers", port.worker_id)
 
@@ -332,12 +332,12 @@ class Relay:
 
     def live_requests(self) -> list[Request]:
         """Those that have not ended."""
-        return [self.requests[request_id] for request_id in self.scheduler.entries]
+        return [self.requests[request_id] for request_id in self.scheduler.state.entries]
 
     @property
     def running_count(self) -> int:
         """Requests that run, in all spaces together."""
-        return sum(len(space.running) for space in self.scheduler.spaces.values())
+        return sum(len(space.running) for space in self.scheduler.state.spaces.values())
 
     def acknowledge(self, worker_id: str, ack: Ack) -> None:
         """Have a worker forget an attempt, if it is there."""
@@ -346,7 +346,7 @@ class Relay:
 
     def sample(self, now: float) -> None:
         """Make rates of what was counted."""
-        self.stats.sample(now, self.live_requests(), self.clients, self.spaces, self.scheduler.workers)
+        self.stats.sample(now, self.live_requests(), self.clients, self.spaces, self.scheduler.state.workers)
 
     def expire(self, request: Request, expiry: Expiry) -> None:
         """Carry out what a deadline says."""
@@ -568,7 +568,7 @@ class Relay:
     ) -> None:
         """An attempt ended and its worker lives (its engine crashed, say): tried again, or failed, as at its loss."""
         request.details = details or {}
-        self.scheduler.workers[port.worker_id].held.pop(request.request_id, None)
+        self.scheduler.state.workers[port.worker_id].held.pop(request.request_id, None)
         self.lose_attempt(request.request_id, code, message)
 
     def release(self, port: WorkerPort, request_id: str, attempt: int) -> None:
@@ -600,7 +600,7 @@ class Relay:
             watcher.mark_busy(topic, key)
 
     def _wake_positions(self) -> None:
-        if self.scheduler.moved:
+        if self.scheduler.state.moved:
             self.positions_changed.set()
 
     def _log_request(self, request: Request, event: str, **more: object) -> None:

@@ -84,13 +84,13 @@ def _read_spaces(relay: Relay) -> list[SpaceReading]:
     """Every space, and each worker looked at once."""
     readings = {}
     for name, space in relay.spaces.items():
-        state, stats = relay.scheduler.spaces[name], relay.stats.space(name)
+        state, stats = relay.scheduler.state.spaces[name], relay.stats.space(name)
         reading = readings[name] = SpaceReading(space, state, stats, stats.audio_ms / 1000)
         running = [relay.requests[request_id] for request_id in state.running]
         reading.audio_s = (stats.audio_ms + sum(map(audio_ms, running))) / 1000
         for reader in chain.from_iterable(request.log.readers for request in running):
             reading.readers["behind" if reader.sink.backlog_bytes >= HIGH_WATER_BYTES else "keeping up"] += 1
-    for worker in relay.scheduler.workers.values():
+    for worker in relay.scheduler.state.workers.values():
         there = "away" if not worker.linked else "draining" if worker.draining else "connected"
         for reading in filter(None, map(readings.get, worker.spaces)):
             reading.workers[there] += 1

@@ -112,6 +112,32 @@ class SpaceState:
     recent_runs_s: deque[float] = attrs.field(factory=lambda: deque(maxlen=RECENT_RUNS))
 
 
+@attrs.define(eq=False)
+class SchedulerState:
+    """All that scheduling knows: spaces, workers, and requests that have not ended. Data and questions about it."""
+
+    spaces: dict[str, SpaceState] = attrs.field(factory=dict)
+    workers: dict[str, WorkerState] = attrs.field(factory=dict)
+    entries: dict[str, ScheduledRequest] = attrs.field(factory=dict)
+    #: True: start no more requests (the daemon drains).
+    draining: bool = False
+    #: Spaces whose queue or pace changed since the caller last looked.
+    moved: set[str] = attrs.field(factory=set)
+    #: Principal -> requests it may have running in all spaces together.
+    max_running: dict[str, int] = attrs.field(factory=dict)
+    #: How often a worker has been used; orders `WorkerState.last_used`.
+    uses: int = 0
+
+    def workers_of(self, name: str) -> list[WorkerState]:
+        """Linked workers of a space."""
+        return [worker for worker in self.workers.values() if worker.linked and name in worker.spaces]
+
+    def slots_of(self, name: str) -> tuple[int, int]:
+        """Busy slots and all slots of a space's linked workers."""
+        workers = self.workers_of(name)
+        return sum(len(w.held) for w in workers), sum(w.slots for w in workers)
+
+
 @attrs.frozen
 class Start:
     """Hand `entry` to the worker it names now; frames begin at `from_seq`."""

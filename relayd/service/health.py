@@ -46,7 +46,7 @@ class HealthService:
     def status(self) -> str:
         """The relay in one line."""
         relay = self.relay
-        queued = sum(len(space.queue) for space in relay.scheduler.spaces.values())
+        queued = sum(len(space.queue) for space in relay.scheduler.state.spaces.values())
         counts = f"{relay.running_count} running, {queued} queued"
         if relay.draining.is_set():
             return f"draining: {counts}"

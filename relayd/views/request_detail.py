@@ -24,7 +24,7 @@ def request_detail(relay: Relay, request: Request) -> Row:
     """What `steer` `describe` answers with."""
     position = None
     if request.entry.state is State.QUEUED:
-        queue = relay.scheduler.spaces[request.submit.space].queue
+        queue = relay.scheduler.state.spaces[request.submit.space].queue
         position = next(number for number, entry in enumerate(queue, 1) if entry is request.entry)
     submit, frames = request.submit, request.log
     told: Row = {

@@ -60,7 +60,7 @@ def _listable(row: Row) -> bool:
 def relay_row(relay: Relay) -> Row:
     """The daemon itself."""
     now, stats = trio.current_time(), relay.stats
-    spaces = relay.scheduler.spaces.values()
+    spaces = relay.scheduler.state.spaces.values()
     return {
         "name": "relay",
         "version": VERSION,
@@ -108,9 +108,9 @@ def space_row(relay: Relay, name: str, *, with_params: bool = False) -> Row | No
     space = relay.spaces.get(name)
     if space is None:
         return None
-    scheduled = relay.scheduler.spaces[name]
-    workers = relay.scheduler.workers_of(name)
-    busy, slots = relay.scheduler.slots_of(name)
+    scheduled = relay.scheduler.state.spaces[name]
+    workers = relay.scheduler.state.workers_of(name)
+    busy, slots = relay.scheduler.state.slots_of(name)
     row: Row = {
         "name": name,
         "state": "paused" if scheduled.paused else "ready" if workers else "no worker",
@@ -141,7 +141,7 @@ def watched_space_row(relay: Relay, name: str) -> Row | None:
     if row is None:
         return None
     now, stats = trio.current_time(), relay.stats.space(name)
-    scheduled = relay.scheduler.spaces[name]
+    scheduled = relay.scheduler.state.spaces[name]
     since = min(
         (relay.requests[entry.request_id].queued_at for entry in scheduled.queue.oldest_candidates()), default=None
     )
@@ -158,7 +158,7 @@ def watched_space_row(relay: Relay, name: str) -> Row | None:
 
 def worker_row(relay: Relay, worker_id: str) -> Row | None:
     """A worker; `state` is `idle`, `busy`, `draining`, `stale` (connected, and silent) or `away`."""
-    worker = relay.scheduler.workers.get(worker_id)
+    worker = relay.scheduler.state.workers.get(worker_id)
     if worker is None:
         return None
     port, stats = relay.workers.get(worker_id), relay.stats.worker(worker_id)

@@ -142,7 +142,7 @@ class WatchFeed:
         requests: list[str] = []
         if "requests" in topics:
             requests = list(relay.requests)
-            for name, space in relay.scheduler.spaces.items():
+            for name, space in relay.scheduler.state.spaces.items():
                 self._orders[name] = [entry.request_id for entry in space.queue]
                 places |= {request_id: number for number, request_id in enumerate(self._orders[name], 1)}
         for page, more in pages(self._with_requests(rows, requests, places)):
@@ -206,7 +206,7 @@ class WatchFeed:
         if topic == "spaces":
             return sorted({*relay.spaces, *told})
         if topic == "workers":
-            return sorted({*relay.scheduler.workers, *told})
+            return sorted({*relay.scheduler.state.workers, *told})
         self._pulses = {key: pulse for key, pulse in self._pulses.items() if key in relay.clients}
         return [*self._active_clients(), *(key for key in told if key not in relay.clients)]
 
@@ -277,8 +277,8 @@ class WatchFeed:
         waiting = {key for key in touched if relay.requests[key].entry.state is State.QUEUED}
         moved |= {relay.requests[key].submit.space for key in waiting}
         places: dict[str, int] = {}
-        for name in moved & relay.scheduler.spaces.keys() if "requests" in self._topics else ():
-            order = [entry.request_id for entry in relay.scheduler.spaces[name].queue]
+        for name in moved & relay.scheduler.state.spaces.keys() if "requests" in self._topics else ():
+            order = [entry.request_id for entry in relay.scheduler.state.spaces[name].queue]
             again = waiting.intersection(order)
             told = rows_to_send(self._orders.get(name, ()), order, again) | again
             if told:

@@ -148,10 +148,12 @@ class Daemon:
         """Wait until no request lives; then nothing may be left of any."""
         relay = self.relay
         await until(lambda: not any(request.live for request in relay.requests.values()))
-        await until(lambda: not any(worker.held for worker in relay.scheduler.workers.values()))
+        await until(lambda: not any(worker.held for worker in relay.scheduler.state.workers.values()))
         await until(lambda: not any(request.log.readers for request in relay.requests.values()))
-        assert not relay.scheduler.entries
-        assert not any(space.admitted or space.running or space.queue for space in relay.scheduler.spaces.values())
+        assert not relay.scheduler.state.entries
+        assert not any(
+            space.admitted or space.running or space.queue for space in relay.scheduler.state.spaces.values()
+        )
         assert not any(client.held_requests or client.readers for client in relay.clients.values())
         assert not any(request.holders or request.inputs for request in relay.requests.values())
 
@@ -166,7 +168,7 @@ class Daemon:
             worker.speak(await worker.assigned(), [samples(10)])
             frames = await client.frames(submit)
             assert [frame.TYPE for frame in frames] == ["started", "audio", "completed"]
-        await until(lambda: not self.relay.scheduler.workers_of("check"))
+        await until(lambda: not self.relay.scheduler.state.workers_of("check"))
 
 
 async def until(true: Callable[[], bool]) -> None:

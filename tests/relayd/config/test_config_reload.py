@@ -111,8 +111,8 @@ async def test_limits_level_and_spaces_are_read_again_and_what_needs_a_restart_i
         assert logging.getLogger().level == logging.DEBUG
         assert it.relay.config.limits.worker_grace_s == 3
         assert it.relay.config.listen == ""
-        assert sorted(it.relay.spaces) == sorted(it.relay.scheduler.spaces) == ["new", "tts"]
-        assert it.relay.scheduler.spaces["tts"].rules.max_queued == 7
+        assert sorted(it.relay.spaces) == sorted(it.relay.scheduler.state.spaces) == ["new", "tts"]
+        assert it.relay.scheduler.state.spaces["tts"].rules.max_queued == 7
         async with fake_worker(it.url, name="a"), fake_worker(it.url, name="b", spaces=("tts", "new")):
             await until(lambda: len(it.relay.workers) == 2)  # the second had been refused
         records = {record.name: record for record in (await it.relay.store.load()).spaces}
@@ -169,7 +169,7 @@ async def test_a_raised_limit_hands_out_what_waited_for_it(tmp_path: Path) -> No
         client.send(first)
         client.send(second)
         assert (await worker.assigned()).request_id == first.request_id
-        await until(lambda: len(it.relay.scheduler.spaces["tts"].queue) == 1)
+        await until(lambda: len(it.relay.scheduler.state.spaces["tts"].queue) == 1)
         await it.reload('listen = ""\n[spaces.tts]\n')
         assert (await worker.assigned()).request_id == second.request_id
 

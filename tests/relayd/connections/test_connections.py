@@ -477,8 +477,8 @@ async def test_the_order_of_arrival_is_kept_over_group_commits(tmp_path: Path) -
         submits = [a_submit(f"number {number}") for number in range(90)]
         for submit in submits:
             client.send(submit)
-        await until(lambda: len(relay.relay.scheduler.spaces["tts"].queue) == 90)
-        assert [entry.request_id for entry in relay.relay.scheduler.spaces["tts"].queue] == [
+        await until(lambda: len(relay.relay.scheduler.state.spaces["tts"].queue) == 90)
+        assert [entry.request_id for entry in relay.relay.scheduler.state.spaces["tts"].queue] == [
             submit.request_id for submit in submits
         ]
         assert relay.relay.store.transactions < 60
@@ -540,7 +540,7 @@ async def test_a_worker_cut_off_while_inputs_are_on_their_way_troubles_nobody(tm
                 piece = voice[offset : offset + 262_144]
                 client.send(Input(request_id=submit.request_id, name="voice", offset=offset, data=piece))
                 await client.link.drained(1_000_000)
-            await until(lambda: bool(relay.relay.scheduler.spaces["tts"].running))
+            await until(lambda: bool(relay.relay.scheduler.state.spaces["tts"].running))
             await worker.peer.cut()
         async with fake_worker(relay.url, name="other", inputs={"voice": {}}) as worker:
             assign = await worker.assigned()

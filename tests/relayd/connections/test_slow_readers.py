@@ -289,7 +289,7 @@ async def test_a_client_that_is_behind_hears_only_of_its_last_place(tmp_path: Pa
         worker.speak(assign, LONG, end=False)
         await until(lambda: client.backlog_bytes > HIGH_WATER_BYTES)
         for submit in submits[1:4]:
-            waiting = len(relay.relay.scheduler.spaces["tts"].queue)
+            waiting = len(relay.relay.scheduler.state.spaces["tts"].queue)
             operator.send(Cancel(request_id=submit.request_id))
             last, left = relay.relay.requests[submits[4].request_id], waiting - 1
             await until(lambda last=last, left=left: last.last_position_sent == (left, left))  # type: ignore[misc]
@@ -429,7 +429,7 @@ async def test_a_worker_that_stops_reading_while_inputs_are_fed_to_it_loses_its_
                 piece = voice[offset : offset + 262_144]
                 client.send(Input(request_id=submit.request_id, name="voice", offset=offset, data=piece))
                 await client.link.drained(1_000_000)
-            await until(lambda: bool(relay.relay.scheduler.spaces["tts"].running))
+            await until(lambda: bool(relay.relay.scheduler.state.spaces["tts"].running))
             await until(lambda: not relay.relay.workers)
             async with fake_worker(relay.url, name="other", inputs={"voice": {}}) as worker:
                 assign = await worker.assigned()

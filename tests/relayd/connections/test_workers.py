@@ -67,7 +67,7 @@ async def test_a_second_worker_is_told_which_space_is_full(tmp_path: Path) -> No
             refusal = await lost.peer.next(Rejected)
             assert refusal.code == "space_not_found"
             assert "'nope'" in refusal.message
-        assert len(relay.relay.workers) == len(relay.relay.scheduler.workers) == 1
+        assert len(relay.relay.workers) == len(relay.relay.scheduler.state.workers) == 1
         await relay.goes_on()
 
 

@@ -140,15 +140,15 @@ async def test_a_lost_request_keeps_its_priority_and_its_place(tmp_path: Path, r
             await worker.assigned()
         for submit in (low_too, high, middle_too):
             client.send(submit)
-        await until(lambda: len(relay.relay.scheduler.spaces["tts"].queue) == 3)
+        await until(lambda: len(relay.relay.scheduler.state.spaces["tts"].queue) == 3)
         await relay.relay.store.flush()
         if not restarted:
             await worker.peer.cut()
-            await until(lambda: len(relay.relay.scheduler.spaces["tts"].queue) == 5)
+            await until(lambda: len(relay.relay.scheduler.state.spaces["tts"].queue) == 5)
             await _run(relay, order)
     if restarted:
         async with daemon(tmp_path, **sqlite) as relay:
-            await until(lambda: len(relay.relay.scheduler.spaces["tts"].queue) == 5)
+            await until(lambda: len(relay.relay.scheduler.state.spaces["tts"].queue) == 5)
             await _run(relay, order)
 
 

@@ -85,7 +85,7 @@ async def test_order_deadlines_etas_and_ages_of_what_waits_and_runs_do_not_notic
             worker.speak(assign, PCM)
         assert len(await client.frames(waiting[-1])) == 5
         await relay.at_rest()
-        runs = relay.relay.scheduler.spaces["tts"].recent_runs_s
+        runs = relay.relay.scheduler.state.spaces["tts"].recent_runs_s
         assert all(0 <= run_s < 10 for run_s in runs)
         assert len(runs) == 5
 
@@ -160,7 +160,7 @@ async def test_a_restart_behind_a_jump_keeps_order_results_and_whole_deadlines(
         await client.settled()
         wall.jump(-jump_s)
         client.send(waiting[2])  # the newest, by the wall clock the oldest or far younger
-        await until(lambda: len(relay.relay.scheduler.spaces["tts"].queue) == 3)
+        await until(lambda: len(relay.relay.scheduler.state.spaces["tts"].queue) == 3)
         await relay.relay.results.wait_finalized()
         await relay.relay.store.flush()
     wall.jump(2 * jump_s)

@@ -273,7 +273,7 @@ async def test_a_scrape_costs_the_same_however_many_requests_there_are(tmp_path:
         for _ in range(1_000):
             client.send(a_submit(detach=True))
         await client.settled()
-        await until(lambda: len(relay.relay.scheduler.spaces["tts"].queue) == 1_000)
+        await until(lambda: len(relay.relay.scheduler.state.spaces["tts"].queue) == 1_000)
         many = calls_of(lambda: Scrape.of(relay.relay, TokenRegistry(), NO_HTTP).encode())
         for request in list(relay.relay.requests.values())[1:]:
             relay.relay.cancel(request, "enough")

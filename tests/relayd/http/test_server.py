@@ -311,8 +311,8 @@ async def test_a_request_whose_client_went_away_before_it_began_leaves_the_queue
     async with staged(tmp_path) as (relay, _):
         async with visitor(relay.url) as http:
             await http.begin("GET", "/speech")
-            await until(lambda: bool(relay.relay.scheduler.spaces["tts"].queue))
-        await until(lambda: not relay.relay.scheduler.spaces["tts"].queue)
+            await until(lambda: bool(relay.relay.scheduler.state.spaces["tts"].queue))
+        await until(lambda: not relay.relay.scheduler.state.spaces["tts"].queue)
         await relay.at_rest()
 
 
@@ -363,7 +363,7 @@ async def test_a_drain_lets_streams_finish_hangs_up_on_idlers_and_tells_who_wait
         answer = await http.answer()
         async with visitor(relay.url) as waiting:
             await waiting.begin("GET", "/speech")
-            await until(lambda: bool(relay.relay.scheduler.spaces["tts"].queue))
+            await until(lambda: bool(relay.relay.scheduler.state.spaces["tts"].queue))
             os.kill(os.getpid(), signal.SIGTERM)
             with trio.fail_after(5):
                 await relay.relay.draining.wait()

@@ -69,7 +69,7 @@ class Bench:
         self[name].has_output, self[name].next_seq = True, frames
 
     def __getitem__(self, name: str) -> ScheduledRequest:
-        return self.scheduler.entries[name]
+        return self.scheduler.state.entries[name]
 
 
 def kinds(decisions: list[Decision]) -> list[tuple[str, str]]:
@@ -171,7 +171,7 @@ def test_a_draining_worker_still_drains_when_it_comes_back() -> None:
 
 def test_a_draining_relay_hands_nothing_out() -> None:
     bench = Bench()
-    bench.scheduler.draining = True
+    bench.scheduler.state.draining = True
     bench.join()
     assert bench.queue("a") == []
 
@@ -229,7 +229,7 @@ def test_who_is_let_in(rules: dict[str, Any], fields: dict[str, Any], code: Erro
         assert bench.admit("b") is None, "what is admitted counts as queued"
     refusal = bench.admit("c", **fields)
     assert (refusal.code if refusal else None) == code
-    assert ("c" in bench.scheduler.entries) == (code is None)
+    assert ("c" in bench.scheduler.state.entries) == (code is None)
 
 
 def test_a_full_queue_says_when_to_try_again() -> None:
@@ -297,7 +297,7 @@ def test_a_second_worker_is_refused_by_the_spaces_name() -> None:
     assert isinstance(refusal, Rejected)
     assert refusal.code == ErrorCode.SPACE_FULL
     assert "'tts' already has its 1 worker (one)" in refusal.message
-    assert "two" not in bench.scheduler.workers
+    assert "two" not in bench.scheduler.state.workers
     bench.scheduler.unlink("one", bench.now)
     bench.join("two")
 
@@ -307,7 +307,7 @@ def test_an_unknown_space_refuses_the_worker_from_all_its_spaces() -> None:
     refusal = bench.try_join(spaces=("tts", "nope"))
     assert isinstance(refusal, Rejected)
     assert refusal.code == ErrorCode.SPACE_NOT_FOUND
-    assert not bench.scheduler.workers
+    assert not bench.scheduler.state.workers
 
 
 def test_a_worker_that_comes_back_goes_on_with_what_it_ran() -> None:
@@ -340,7 +340,7 @@ def test_an_attempt_that_came_too_late_is_abandoned_and_the_newer_one_handed_out
     bench.join()
     bench.queue("a")
     bench["a"].attempt = 2
-    bench.scheduler.workers["box"].held["a"] = 2
+    bench.scheduler.state.workers["box"].held["a"] = 2
     joined = bench.join(running={"a": 1})
     assert joined.abandon == ["a"]
     assert kinds(joined.decisions) == [("Start", "a")]
@@ -353,7 +353,7 @@ def test_what_was_given_up_too_early_runs_where_it_ran() -> None:
     bench.queue("a")
     bench.scheduler.unlink("box", bench.now)
     assert kinds(bench.lose("a")) == [("Requeue", "a")]
-    assert not bench.scheduler.workers, "nothing to come back to"
+    assert not bench.scheduler.state.workers, "nothing to come back to"
     joined = bench.join(running={"a": 1})
     assert [entry.request_id for entry in joined.resume] == ["a"]
     assert bench["a"].state is State.RUNNING
@@ -363,7 +363,7 @@ def test_what_was_given_up_too_early_runs_where_it_ran() -> None:
 @pytest.mark.parametrize("claim", [0, 2])
 def test_nobody_claims_what_never_ran_there(claim: int) -> None:
     bench = Bench()
-    bench.scheduler.draining = True
+    bench.scheduler.state.draining = True
     bench.queue("a")
     assert bench.join(running={"a": claim}).abandon == ["a"]
 
@@ -404,7 +404,7 @@ def test_a_lost_attempt_is_not_handed_to_a_worker_that_has_not_let_go_of_it() ->
     bench.queue("a")
     assert kinds(bench.lose("a", ErrorCode.IDLE_TIMEOUT)) == [("Stop", "a"), ("Requeue", "a")]
     assert started(bench.queue("b")) == ["b"], "others may have the other slot"
-    assert bench.scheduler.workers["box"].held == {"a": 1, "b": 1}
+    assert bench.scheduler.state.workers["box"].held == {"a": 1, "b": 1}
     assert started(bench.scheduler.release("box", "a", 1, bench.now)) == ["a"]
     assert bench["a"].attempt == 2
 
@@ -436,7 +436,7 @@ def test_what_becomes_of_a_lost_attempt(retry: str, worker: dict[str, Any], hear
         assert kinds(decisions) == [("Requeue", "a")]
     else:
         assert code_of(decisions) is outcome
-        assert not bench.scheduler.workers
+        assert not bench.scheduler.state.workers
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_what_its_worker_left_behind_is_cancelled_at_once() -> None:
     bench.queue("a")
     bench.scheduler.unlink("box", bench.now)
     assert kinds(bench.scheduler.cancel("a", "enough")) == [("Finish", "a")]
-    assert not bench.scheduler.workers
+    assert not bench.scheduler.state.workers
 
 
 @pytest.mark.parametrize("how", ["engine crashed", "worker gone", "came back without it"])
@@ -548,9 +548,9 @@ def test_a_worker_that_is_away_is_forgotten_with_its_last_request() -> None:
     bench.queue("b")
     bench.scheduler.unlink("box", bench.now)
     bench.scheduler.end("a", State.CANCELLED, bench.now)
-    assert bench.scheduler.workers["box"].held == {"b": 1}
+    assert bench.scheduler.state.workers["box"].held == {"b": 1}
     bench.scheduler.end("b", State.CANCELLED, bench.now)
-    assert not bench.scheduler.workers
+    assert not bench.scheduler.state.workers
 
 
 # -- after a restart -------------------------------------------------------------------------------------------------
@@ -572,7 +572,7 @@ def test_after_a_restart_what_nobody_runs_is_tried_again_first() -> None:
     bench = Bench()
     bench.scheduler.restore(bench.entry("a", state=State.RUNNING, attempt=1), bench.now)
     bench.scheduler.restore(bench.entry("b"), bench.now)
-    bench.scheduler.draining = True
+    bench.scheduler.state.draining = True
     bench.join()
     bench.lose("a")
     assert bench.order() == ["a", "b"]

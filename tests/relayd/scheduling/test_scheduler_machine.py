@@ -73,7 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert len(again) < 20
                     if not again or entry.attempt > again[-1]:
                         assert not box.draining
-                        assert not self.scheduler.spaces[entry.space].paused
+                        assert not self.scheduler.state.spaces[entry.space].paused
                         assert len(box.runs) < box.slots, "never more than slots"
                     assert entry.request_id not in self.stopping
                     assert from_seq == entry.next_seq
@@ -128,7 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         waiting = sum(e.space == space and e.state in (State.QUEUED, State.UPLOADING) for e in self.live.values())
         refusal = self.scheduler.admit(entry)
-        full = self.scheduler.spaces[space].paused or waiting >= SPACES[space].max_queued
+        full = self.scheduler.state.spaces[space].paused or waiting >= SPACES[space].max_queued
         assert (refusal is not None) == full
         if refusal is None:
             self.live[entry.request_id] = entry
@@ -238,7 +238,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             entry = self.live[name]
             worker_id = entry.worker_id or ""
             del self.boxes[worker_id].runs[name]
-            del self.scheduler.workers[worker_id].held[name]
+            del self.scheduler.state.workers[worker_id].held[name]
             self.carry_out(self.scheduler.lose(name, ErrorCode.ENGINE_FAILED, "crashed", self.now))
 
     @rule(choice=picks, audible=st.booleans())
@@ -283,7 +283,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(space=st.sampled_from([*SPACES]))
     def pause_or_resume(self, space: str) -> None:
-        if not self.scheduler.spaces[space].paused:
+        if not self.scheduler.state.spaces[space].paused:
             assert self.scheduler.pause_space(space) is None
         else:
             decisions = self.scheduler.resume_space(space, self.now)
@@ -293,7 +293,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         """The relay is killed and comes back with what its store has: all that was enqueued."""
-        paused = {name for name, space in self.scheduler.spaces.items() if space.paused}
+        paused = {name for name, space in self.scheduler.state.spaces.items() if space.paused}
         self.scheduler = Scheduler()
         for name, rules in SPACES.items():
             self.scheduler.add_space(name, rules, paused=name in paused)
@@ -313,13 +313,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def none_is_lost(self) -> None:
-        assert self.scheduler.entries == self.live
+        assert self.scheduler.state.entries == self.live
         for name, entry in self.live.items():
-            space = self.scheduler.spaces[entry.space]
+            space = self.scheduler.state.spaces[entry.space]
             places = [name in space.admitted, entry in space.queue, name in space.running]
             assert places.count(True) == 1
             assert places.index(True) == [State.UPLOADING, State.QUEUED, State.RUNNING].index(entry.state)
-        for space in self.scheduler.spaces.values():
+        for space in self.scheduler.state.spaces.values():
             assert len(space.queue) + len(space.running) + len(space.admitted) == sum(
                 entry.space == space.name for entry in self.live.values()
             )
@@ -327,7 +327,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def its_books_are_the_workers_own(self) -> None:
         for worker_id, box in self.boxes.items():
-            state = self.scheduler.workers.get(worker_id)
+            state = self.scheduler.state.workers.get(worker_id)
             if box.linked:
                 assert state is not None
                 assert state.held == box.runs
@@ -340,14 +340,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             if entry.state is State.RUNNING and entry.worker_lost_at is None:
                 assert on == [entry.worker_id]
             if entry.state is State.RUNNING and entry.worker_lost_at is not None and entry.worker_id is not None:
-                assert name in self.scheduler.workers[entry.worker_id].held
+                assert name in self.scheduler.state.workers[entry.worker_id].held
 
     @invariant()
     def no_slot_idles_while_somebody_could_run(self) -> None:
-        for space in self.scheduler.spaces.values():
+        for space in self.scheduler.state.spaces.values():
             if space.paused:
                 continue
-            linked = [w for w in self.scheduler.workers_of(space.name) if w.free_slots]
+            linked = [w for w in self.scheduler.state.workers_of(space.name) if w.free_slots]
             for entry in space.queue:
                 if space.name == "other" and any(e.principal == entry.principal for e in space.running.values()):
                     continue
@@ -357,14 +357,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def places_are_told_for_all_that_wait(self) -> None:
-        for name, space in self.scheduler.spaces.items():
+        for name, space in self.scheduler.state.spaces.items():
             places = list(self.scheduler.positions(name, self.now).values())
             assert [place.position for place in places] == list(range(1, len(space.queue) + 1))
 
     def teardown(self) -> None:
         """Whatever happened, all that waits gets its turn, and ends."""
         for name in SPACES:
-            if self.scheduler.spaces[name].paused:
+            if self.scheduler.state.spaces[name].paused:
                 self.pause_or_resume(name)
         for name in sorted(self.admitted):
             self.enqueue(0, name)
@@ -373,14 +373,14 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.unlink([n for n, b in self.boxes.items() if b.linked].index(name))
         while away := [name for name, e in self.live.items() if e.worker_lost_at is not None]:
             self.carry_out(self.scheduler.lose(away[0], ErrorCode.WORKER_LOST, "gone", self.now))
-        assert not self.scheduler.workers
+        assert not self.scheduler.state.workers
         self.boxes.clear()
         self.join("two", 2, ("tts", "other"), set())
         for _ in range(len(self.live)):
             if any(box.runs for box in self.boxes.values()):
                 self.finish(0)
         assert not self.live
-        assert not self.scheduler.workers["two"].held
+        assert not self.scheduler.state.workers["two"].held
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -89,7 +89,7 @@ async def screen(relay: Daemon, *topics: str, readonly: bool = False) -> AsyncIt
 
 
 def queue_of(relay: Daemon, space: str = "tts") -> list[str]:
-    return [entry.request_id for entry in relay.relay.scheduler.spaces[space].queue]
+    return [entry.request_id for entry in relay.relay.scheduler.state.spaces[space].queue]
 
 
 @pytest.mark.trio
@@ -318,7 +318,7 @@ async def lost_and_spoken(relay: Daemon, worker: FakeWorker, other: FakeWorker) 
     lost, left = (worker, other)
     with trio.move_on_after(0.5):
         await worker.assigned()
-    if not any(held.held for held in relay.relay.scheduler.workers.values() if held.instance == worker.instance):
+    if not any(held.held for held in relay.relay.scheduler.state.workers.values() if held.instance == worker.instance):
         lost, left = other, worker
         await other.assigned()
     await lost.peer.cut()

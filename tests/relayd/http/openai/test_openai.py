@@ -275,7 +275,7 @@ async def test_a_full_queue_is_429_with_the_time_to_wait(tmp_path: Path) -> None
                 raise AssertionError("there is no worker")
 
         nursery.start_soon(wait)
-        await until(lambda: bool(relay.relay.scheduler.spaces["tts"].queue))
+        await until(lambda: bool(relay.relay.scheduler.state.spaces["tts"].queue))
         status, told, headers = await error_of(relay.url)
         assert (status, told["code"], told["type"]) == (429, "queue_full", "rate_limit_error")
         assert int(headers["retry-after"]) >= 1
@@ -285,7 +285,7 @@ async def test_a_full_queue_is_429_with_the_time_to_wait(tmp_path: Path) -> None
 @pytest.mark.trio
 async def test_who_would_wait_too_long_is_told_when_to_come_back(tmp_path: Path) -> None:
     async with speaking(tmp_path, http={"max_wait_s": 60}) as (relay, worker), trio.open_nursery() as nursery:
-        relay.relay.scheduler.spaces["tts"].recent_runs_s.append(90.0)
+        relay.relay.scheduler.state.spaces["tts"].recent_runs_s.append(90.0)
 
         async def hear() -> None:
             async with asking_to_speak(relay.url, response_format="pcm") as answer:
