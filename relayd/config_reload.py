@@ -112,17 +112,17 @@ class Reload:
             space = relay.spaces.get(name)
             if space is None:
                 space = Space(name=name, config=config, made_by="config")
-                await relay.open_space(space)
-                relay.store.post(PutSpace(relay.space_record(space)))
+                await relay.spaces.open(space)
+                relay.store.post(PutSpace(relay.spaces.record(space)))
                 told["spaces_added"].append(name)
             elif space.config != config:
                 told["spaces_changed"].append(name)
             if space.config != config or space.made_by != "config":
                 space.made_by = "config"
-                relay.change_space(space, config)
+                relay.spaces.change(space, config)
         for name, space in list(relay.spaces.items()):
             if space.made_by == "config" and name not in relay.config.spaces:
-                if refusal := relay.close_space(name):
+                if refusal := relay.spaces.close(name):
                     # As after a restart, it stays until it is at rest; the next reload or restart looks again.
                     log.warning("space is gone from the configuration, stays for now", space=name, why=refusal.message)
                     told["spaces_busy"].append(name)

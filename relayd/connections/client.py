@@ -247,7 +247,7 @@ class ClientHandler:
             if request.live and self._may_hold(request):
                 self._hold(request)
                 if attach.attempt > request.entry.attempt:
-                    self.relay.adopt_later_attempt(request, attach.attempt)
+                    self.relay.workers.adopt_later_attempt(request, attach.attempt)
             self._send_position(request)
             self._start_reader(request, request.log.resume_seq(attach.attempt, attach.after_seq))
 

@@ -156,7 +156,7 @@ class OperatorHandler:
         port = self.relay.workers.get(steer.target)
         if port is None:
             return self._no_worker(steer.target)
-        self.relay.drain_worker(steer.target)
+        self.relay.workers.drain(steer.target)
         port.drain(f"drained by operator {self.client.principal.name}")
         return {}
 
@@ -165,7 +165,7 @@ class OperatorHandler:
         if port is None:
             return self._no_worker(steer.target)
         port.undrain()
-        self.relay.undrain_worker(steer.target)
+        self.relay.workers.undrain(steer.target)
         return {}
 
     def _no_worker(self, worker_id: str) -> Rejected:
@@ -173,10 +173,10 @@ class OperatorHandler:
         return _invalid(f"worker {worker_id!r} is not connected; connected: {known}")
 
     async def _pause_space(self, steer: Steer) -> Answer:
-        return self.relay.set_paused(steer.target, True) or {}
+        return self.relay.spaces.set_paused(steer.target, True) or {}
 
     async def _resume_space(self, steer: Steer) -> Answer:
-        return self.relay.set_paused(steer.target, False) or {}
+        return self.relay.spaces.set_paused(steer.target, False) or {}
 
     async def _create_space(self, steer: Steer) -> Answer:
         name = steer.target
@@ -190,11 +190,11 @@ class OperatorHandler:
         except ConfigError as fault:
             return _invalid(f"space {name!r}: {'; '.join(fault.faults)}")
         space = Space(name=name, config=config)
-        await self.relay.open_space(space)
+        await self.relay.spaces.open(space)
         try:
-            await self.relay.store.commit(PutSpace(self.relay.space_record(space)))
+            await self.relay.store.commit(PutSpace(self.relay.spaces.record(space)))
         except StoreError:
-            self.relay.close_space(name)
+            self.relay.spaces.close(name)
             raise
         return {}
 
@@ -202,13 +202,13 @@ class OperatorHandler:
         space = self.relay.spaces.get(steer.target)
         if space is not None and space.made_by == "config":
             return _invalid(f"space {space.name!r} stands in relayd.toml; take it out there and reload or restart")
-        if refusal := self.relay.close_space(steer.target):
+        if refusal := self.relay.spaces.close(steer.target):
             return refusal
         try:
             await self.relay.store.commit(DeleteSpace(steer.target))
         except StoreError:
             assert space is not None  # it was there to be closed
-            await self.relay.open_space(Space(name=space.name, config=space.config))
+            await self.relay.spaces.open(Space(name=space.name, config=space.config))
             raise
         return {}
 

@@ -244,7 +244,7 @@ class WorkerHandler:
         self._active.clear()
         if self.registered:
             log.info("worker disconnected", worker=self.worker_id, why=self.link.reason or "closed")
-            self.relay.unlink(self)
+            self.relay.workers.unlink(self)
 
     # -- messages
 
@@ -253,14 +253,14 @@ class WorkerHandler:
 
     def _register(self, register: Register, _data: bytes) -> None:
         if self.registered:
-            self.relay.update_registration(self, register)
+            self.relay.workers.update_registration(self, register)
             return
         self.worker_id = f"{register.worker[:MAX_NAME_CHARS]}-{register.instance[:8]}"
         self.engine = register.engine
         if refusal := self._refusal(register):
             self.send(refusal)
             return
-        joined = self.relay.register(self, register)
+        joined = self.relay.workers.register(self, register)
         if isinstance(joined, Rejected):
             log.warning("worker refused", worker=self.worker_id, code=joined.code, why=joined.message)
             self.send(joined)
@@ -291,7 +291,7 @@ class WorkerHandler:
         for entry in joined.resume:  # it may not have heard the `cancel`
             if entry.cancel_reason is not None:
                 self.cancel(entry.request_id, entry.cancel_reason)
-        self.relay.finish_registration(register, self.worker_id, joined)
+        self.relay.workers.finish_registration(register, self.worker_id, joined)
 
     def _refusal(self, register: Register) -> Rejected | None:
         for name in register.spaces:
@@ -309,7 +309,7 @@ class WorkerHandler:
         return None
 
     def _draining(self, _draining: Draining, _data: bytes) -> None:
-        self.relay.drain_worker(self.worker_id)
+        self.relay.workers.drain(self.worker_id)
 
     def _frame(self, frame: Frame, data: bytes) -> None:
         """A frame that is not the last: into the log as it came, or dropped if its attempt is over."""
@@ -396,12 +396,14 @@ class WorkerHandler:
                 self.send(ack)
         elif isinstance(frame, Failed) and frame.retryable and frame.code in ENGINE_FAULTS:
             self.send(ack)  # first, so that the worker forgets this attempt before it is handed the next
-            relay.lose_attempt_of_live_worker(request, self, ErrorCode(frame.code), frame.message, frame.details)
+            relay.workers.lose_attempt_of_live_worker(
+                request, self, ErrorCode(frame.code), frame.message, frame.details
+            )
         elif isinstance(frame, Cancelled) and request.entry.cancel_reason is None:
             # Nobody cancelled the request: it was told to stop an attempt that was given up, and was cut off before it
             # had; or it stopped one by itself.
             self.send(ack)
-            relay.lose_attempt_of_live_worker(
+            relay.workers.lose_attempt_of_live_worker(
                 request, self, ErrorCode.WORKER_LOST, f"its worker stopped it: {frame.reason}"
             )
         elif isinstance(frame, Completed):
@@ -410,7 +412,7 @@ class WorkerHandler:
             relay.finish_request(request, data, State.FAILED, code=frame.code, message=frame.message, owed=owed)
         elif isinstance(frame, Cancelled):
             relay.finish_request(request, data, State.CANCELLED, message=frame.reason, owed=owed)
-        relay.release(self, frame.request_id, frame.attempt)
+        relay.workers.release(self, frame.request_id, frame.attempt)
 
     def _request_of(self, frame: Frame) -> Request | None:
         request = self.relay.attempt_of(self, frame.request_id, frame.attempt)

@@ -1,6 +1,6 @@
 """What the relay's state and its parts need of each other and of connections, as narrow protocols."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import trio
@@ -13,6 +13,9 @@ from relayd.auth.tokens import Principal
 from relayd.config.schema import Config
 from relayd.frames.frame_log import FrameReader
 from relayd.requests.request import Request
+from relayd.scheduling.model import Decision
+from relayd.scheduling.scheduler import Scheduler
+from relayd.stats.counters import Stats
 from relayd.store.base import Store
 from relayd.store.records import UpdateRequest
 
@@ -136,6 +139,29 @@ class ClientPort(Protocol):
 
     def send(self, message: Message) -> None:
         """Send a message of the relay's own."""
+
+
+class RelayState(Protocol):
+    """The relay's state, as its spaces and workers see it."""
+
+    config: Config
+    store: Store
+    nursery: trio.Nursery
+    scheduler: Scheduler
+    stats: Stats
+    requests: dict[str, Request]
+
+    def apply(self, decisions: Iterable[Decision]) -> None:
+        """Carry out what the scheduler decided."""
+
+    def save_status(self, request: Request) -> None:
+        """Post a request's status to the store."""
+
+    def mark_changed(self, topic: str, key: str) -> None:
+        """Tell the watchers that a row may have changed."""
+
+    def wake_positions(self) -> None:
+        """Have positions sent if a queue has moved."""
 
 
 class ResultsOwner(Protocol):

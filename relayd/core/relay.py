@@ -1,8 +1,8 @@
-"""The relay's state: spaces, workers, requests and clients, and every change to them.
+"""The relay's state, and how requests start and end. Its spaces and workers are in modules of their own.
 
-Changes are made by plain functions, in one piece; what the scheduler decides is carried out here, by messages that are
-queued on links and by changes posted to the store. See `relayd.core.admission` for how a request gets in,
-`relayd.core.space` and `relayd.requests.deadlines` for the tasks.
+Plain functions change the state, each in one piece; `apply` carries out what the scheduler decides, by messages that
+are queued on links and changes posted to the store. `relayd.core.admission` takes requests in,
+`relayd.requests.deadlines` has their tasks.
 """
 
 import time
@@ -22,211 +22,64 @@ from protocol.wire.frames import (
 )
 from protocol.wire.messages import (
     Ack,
-    Register,
-    Rejected,
 )
-from protocol.wire.validators import Value
-from relayd.config.schema import Config, SpaceConfig
+from relayd.config.schema import Config
 from relayd.core.interfaces import ClientPort, ConnectionPort, Watcher, WorkerPort
 from relayd.core.retention import Retention
-from relayd.core.space import Space as Space
-from relayd.core.space import rules_of, serve_space
+from relayd.core.spaces import Spaces
+from relayd.core.workers import MAX_STEP_CHARS, Workers
 from relayd.frames.frame_log import FrameReader
 from relayd.logs.recent import MAX_AUDIT, MAX_EVENTS, RecentRows
 from relayd.requests.deadlines import watch_deadlines
-from relayd.requests.request import UNHEARD_GRACE_S, Expiry, Request
-from relayd.scheduling.model import Decision, Finish, Registration, Requeue, Start, State, Stop, WorkerState
+from relayd.requests.request import Expiry, Request
+from relayd.scheduling.model import Decision, Finish, Requeue, Start, State, Stop
 from relayd.scheduling.scheduler import Scheduler
 from relayd.stats.counters import Stats
 from relayd.store.base import Store, StoreError
-from relayd.store.records import PutSpace, SpaceRecord, UpdateRequest
+from relayd.store.records import UpdateRequest
 
 log = structlog.get_logger("relayd")
 
-#: Of the words in a request's steps.
-MAX_STEP_CHARS = 200
 #: The whole message of a request over which the relay's own code failed.
 BROKEN = "internal error in this request; see the relay's log"
 
 
 @attrs.define(eq=False)
 class Relay:
-    """All that the daemon knows."""
+    """All that the daemon knows: requests and connections here, `spaces`, `workers` and `results` as fields."""
 
     config: Config
     store: Store
     nursery: trio.Nursery
     scheduler: Scheduler = attrs.field(factory=Scheduler)
-    spaces: dict[str, Space] = attrs.field(factory=dict)
     requests: dict[str, Request] = attrs.field(factory=dict)
-    workers: dict[str, WorkerPort] = attrs.field(factory=dict)
     connections: dict[str, ConnectionPort] = attrs.field(factory=dict)
     clients: dict[str, ClientPort] = attrs.field(factory=dict)
     watchers: set[Watcher] = attrs.field(factory=set)
-    #: Set whenever a queue moved: places are to be told.
+    #: Set whenever a queue has moved: positions have to be sent.
     positions_changed: trio.Event = attrs.field(factory=trio.Event)
-    #: Set when the daemon takes nothing new and leaves once what runs has ended.
+    #: Set when the daemon accepts nothing new and exits once what runs has ended.
     draining: trio.Event = attrs.field(factory=trio.Event)
     started_at: float = attrs.field(factory=trio.current_time)
+    spaces: Spaces = attrs.field(init=False)
+    workers: Workers = attrs.field(init=False)
     results: Retention = attrs.field(init=False)
     stats: Stats = attrs.field(factory=Stats)
-    #: What was logged, and what was steered, of late.
+    #: Recent log events, and recent actions of operators.
     events: RecentRows = attrs.field(factory=lambda: RecentRows(MAX_EVENTS))
     audit: RecentRows = attrs.field(factory=lambda: RecentRows(MAX_AUDIT))
-    #: Of its doors, once they are open.
+    #: Where it listens, once it does.
     urls: list[str] = attrs.field(factory=list)
-    #: Frames of attempts that were over: dropped.
+    #: Frames that were dropped because their attempt was over.
     fenced_frames: int = 0
-    #: Connections that were cut off because they took nothing.
+    #: Connections that were closed because their clients read nothing.
     slow_consumers: int = 0
     _ticket: int = 0
 
     def __attrs_post_init__(self) -> None:
+        self.spaces = Spaces(self)
+        self.workers = Workers(self, self.spaces)
         self.results = Retention(self)
-
-    # -- spaces
-
-    async def open_space(self, space: Space, *, paused: bool = False) -> None:
-        """Open a space that is not open."""
-        await self.nursery.start(serve_space, space)  # first: a request that finds the space needs its nursery
-        self.spaces[space.name] = space
-        self.scheduler.add_space(space.name, rules_of(space.config), paused=paused)
-        self.mark_changed("spaces", space.name)
-
-    def close_space(self, name: str) -> Rejected | None:
-        """Close a space that is at rest."""
-        if refusal := self.scheduler.remove_space(name):
-            return refusal
-        self.spaces.pop(name).closed.set()
-        self.mark_changed("spaces", name)
-        return None
-
-    def change_space(self, space: Space, config: SpaceConfig) -> None:
-        """Give an open space other settings. Requests that are there keep the timeouts that they came in with."""
-        space.config = config
-        self.apply(self.scheduler.set_rules(space.name, rules_of(config), trio.current_time()))
-        self.store.post(PutSpace(self.space_record(space)))
-        self.mark_changed("spaces", space.name)
-
-    def set_paused(self, name: str, paused: bool) -> Rejected | None:
-        """Pause or resume a space."""
-        if not paused:
-            decisions = self.scheduler.resume_space(name, trio.current_time())
-            if isinstance(decisions, Rejected):
-                return decisions
-            self.apply(decisions)
-        elif refusal := self.scheduler.pause_space(name):
-            return refusal
-        self._wake_positions()
-        self.store.post(PutSpace(self.space_record(self.spaces[name])))
-        log.info("space paused" if paused else "space resumed", space=name)
-        return None
-
-    def space_record(self, space: Space) -> SpaceRecord:
-        """A space as the store keeps it."""
-        return SpaceRecord(
-            name=space.name,
-            config=space.config,
-            paused=self.scheduler.state.spaces[space.name].paused,
-            made_by=space.made_by,
-            engine=space.engine,
-            params=space.params,
-            inputs=space.inputs,
-            format=space.format,
-            created_at=space.created_at,
-        )
-
-    # -- workers
-
-    def register(self, port: WorkerPort, register: Register) -> Rejected | Registration:
-        """A worker registers; what it is to resume and abandon comes back, what else follows is carried out."""
-        now = trio.current_time()
-        before = self.workers.get(port.worker_id)
-        if before is not None and before.principal_name != port.principal_name:
-            message = f"worker {port.worker_id!r} belongs to another principal; give this one another --name"
-            return Rejected.because(ErrorCode.FORBIDDEN, message)
-        worker = WorkerState(
-            worker_id=port.worker_id,
-            instance=register.instance,
-            spaces=tuple(register.spaces),
-            slots=register.slots,
-            reproducible=_words_of_output(register),
-        )
-        joined = self.scheduler.join(worker, {r.request_id: r.attempt for r in register.running}, now)
-        if isinstance(joined, Rejected):
-            return joined
-        self.workers[port.worker_id] = port
-        stats = self.stats.worker(port.worker_id)
-        stats.name, stats.engine, stats.agent = register.worker, register.engine, port.agent
-        stats.principal, stats.peer = port.principal_name, port.peer
-        self.stats.count_registration(port.worker_id, register.spaces)
-        if before is not None:
-            before.disconnect("the same worker connected anew")
-        for name in register.spaces:
-            space = self.spaces[name]
-            space.engine, space.params, space.inputs = register.engine, register.params, register.inputs
-            space.format = register.format
-            self.store.post(PutSpace(self.space_record(space)))
-            self.mark_changed("spaces", name)
-        for entry in joined.resume:
-            request = self.requests[entry.request_id]
-            request.resumed()
-            self.stats.count_resumed(request)
-            self.save_status(request)  # it may have been queued again, or be further than the store knew
-            self.mark_changed("requests", entry.request_id)
-        self.mark_changed("workers", port.worker_id)
-        self._wake_positions()
-        return joined
-
-    def finish_registration(self, register: Register, worker_id: str, joined: Registration) -> None:
-        """Carry out what follows from a registration that was answered.
-
-        A process of the same name that is away is not awaited any longer if this one has its place: what ran there
-        is lost. Where there is room for both, they may be two that were cut off together.
-        """
-        mine = worker_id.removesuffix(register.instance[:8])
-        for worker in list(self.scheduler.state.workers.values()):
-            name = worker.worker_id.removesuffix(worker.instance[:8])
-            if not worker.linked and name == mine and self.scheduler.is_replaced(worker):
-                for request_id in list(worker.held):
-                    self.lose_attempt(request_id, ErrorCode.WORKER_LOST, f"worker {worker.worker_id} was started anew")
-        self.apply(joined.decisions)
-
-    def unlink(self, port: WorkerPort) -> None:
-        """A worker's connection is gone; it has its time to come back."""
-        if self.workers.get(port.worker_id) is not port:
-            return  # it has come back already
-        del self.workers[port.worker_id]
-        self.stats.worker(port.worker_id).heard_at = port.received_at
-        for entry in self.scheduler.unlink(port.worker_id, trio.current_time()):
-            request = self.requests[entry.request_id]
-            request.worker_grace_s = self.config.limits.worker_grace_s
-            if not entry.has_output:
-                request.worker_grace_s = min(UNHEARD_GRACE_S, request.worker_grace_s)
-            request.add_timeline("worker_away", worker_id=port.worker_id)
-            request.wake()
-            self.mark_changed("requests", entry.request_id)
-        self.mark_changed("workers", port.worker_id)
-        self._wake_positions()
-
-    def update_registration(self, port: WorkerPort, register: Register) -> None:
-        """A worker has more or fewer slots than before, or others, which make other samples."""
-        self.scheduler.state.workers[port.worker_id].reproducible = _words_of_output(register)
-        self.apply(self.scheduler.set_slots(port.worker_id, register.slots, trio.current_time()))
-        self.mark_changed("workers", port.worker_id)
-
-    def drain_worker(self, worker_id: str) -> None:
-        """Hand a worker nothing new."""
-        self.scheduler.drain(worker_id)
-        log.info("worker drains", worker=worker_id)
-        self.mark_changed("workers", worker_id)
-        self._wake_positions()
-
-    def undrain_worker(self, worker_id: str) -> None:
-        """Hand a worker requests again."""
-        self.apply(self.scheduler.undrain(worker_id, trio.current_time()))
-        log.info("worker takes requests again", worker=worker_id)
-        self.mark_changed("workers", worker_id)
 
     # -- requests
 
@@ -345,7 +198,7 @@ class Relay:
             port.acknowledge(ack)
 
     def sample(self, now: float) -> None:
-        """Make rates of what was counted."""
+        """Turn the counters into rates."""
         self.stats.sample(now, self.live_requests(), self.clients, self.spaces, self.scheduler.state.workers)
 
     def expire(self, request: Request, expiry: Expiry) -> None:
@@ -369,29 +222,12 @@ class Relay:
                 )
             case Expiry.IDLE_TIMEOUT:
                 message = f"its worker sent nothing for {request.idle_timeout_s:g} s"
-                self.lose_attempt(request_id, ErrorCode.IDLE_TIMEOUT, message)
+                self.workers.lose_attempt(request_id, ErrorCode.IDLE_TIMEOUT, message)
             case Expiry.WORKER_GONE:
                 message = f"worker {request.entry.worker_id or '(before the restart)'} is gone"
-                self.lose_attempt(request_id, ErrorCode.WORKER_LOST, message)
+                self.workers.lose_attempt(request_id, ErrorCode.WORKER_LOST, message)
             case Expiry.CANCEL_UNANSWERED:
                 self.apply([Finish(request.entry, None, "its worker did not answer the cancel")])
-
-    def lose_attempt(self, request_id: str, code: ErrorCode, message: str) -> None:
-        """An attempt is lost: tried again, or the request fails, by its retry policy."""
-        request = self.requests.get(request_id)
-        if request is not None and request.entry.state is State.RUNNING:
-            request.add_timeline("lost", code=code.value, why=message[:MAX_STEP_CHARS])
-        self.apply(self.scheduler.lose(request_id, code, message, trio.current_time()))
-
-    def adopt_later_attempt(self, request: Request, attempt: int) -> None:
-        """A listener has frames of an attempt that the store did not know yet when an earlier relay was killed."""
-        decisions = self.scheduler.adopt_later_attempt(request.request_id, attempt, trio.current_time())
-        entry = request.entry
-        awaited = entry.attempt == attempt and not any(isinstance(each, Finish) for each in decisions)
-        if awaited and request.log.next_seq:
-            request.log.restart(attempt, 0)  # what has come is the attempt's before it
-            self.stats.count_restarted(request)
-        self.apply(decisions)
 
     def apply(self, decisions: Iterable[Decision]) -> None:
         """Do what the scheduler decided; a decision that cannot be carried out ends its own request and no other."""
@@ -408,7 +244,7 @@ class Relay:
                 if isinstance(decision, Start):  # its worker has not heard of it, so it will not give the slot back
                     entry, now = decision.entry, trio.current_time()
                     self.apply(self.scheduler.release(entry.worker_id or "", request_id, entry.attempt, now))
-        self._wake_positions()
+        self.wake_positions()
 
     def _carry_out_one(self, decision: Decision) -> None:
         match decision:
@@ -548,7 +384,7 @@ class Relay:
             message=request.message,
         )
 
-    # -- from the worker's frames
+    # -- for frames of workers; here, as each further lookup would cost every frame
 
     def attempt_of(self, port: WorkerPort, request_id: str, attempt: int) -> Request | None:
         """The live request that this worker runs as this attempt; None if that attempt is over."""
@@ -557,24 +393,6 @@ class Relay:
             return None
         entry = request.entry
         return request if (entry.attempt, entry.worker_id) == (attempt, port.worker_id) else None
-
-    def lose_attempt_of_live_worker(
-        self,
-        request: Request,
-        port: WorkerPort,
-        code: ErrorCode,
-        message: str,
-        details: dict[str, Value] | None = None,
-    ) -> None:
-        """An attempt ended and its worker lives (its engine crashed, say): tried again, or failed, as at its loss."""
-        request.details = details or {}
-        self.scheduler.state.workers[port.worker_id].held.pop(request.request_id, None)
-        self.lose_attempt(request.request_id, code, message)
-
-    def release(self, port: WorkerPort, request_id: str, attempt: int) -> None:
-        """A worker let go of an attempt."""
-        self.apply(self.scheduler.release(port.worker_id, request_id, attempt, trio.current_time()))
-        self.mark_changed("workers", port.worker_id)
 
     async def read_input(self, request: Request, name: str) -> bytes | None:
         """An input of an accepted request, which lies in the store; None if the request is over."""
@@ -587,19 +405,20 @@ class Relay:
             return None
         return data if request.live else None
 
-    # -- who wants to know
+    # -- watchers
 
     def mark_changed(self, topic: str, key: str) -> None:
-        """Tell the watchers that a row may look otherwise."""
+        """Tell the watchers that a row may have changed."""
         for watcher in self.watchers:
             watcher.mark_changed(topic, key)
 
     def mark_busy(self, topic: str, key: str) -> None:
-        """As `touch`, for what changes all the time, and is told once a second."""
+        """Like `mark_changed`, for a row that changes all the time and is sent once a second."""
         for watcher in self.watchers:
             watcher.mark_busy(topic, key)
 
-    def _wake_positions(self) -> None:
+    def wake_positions(self) -> None:
+        """Have positions sent if a queue has moved."""
         if self.scheduler.state.moved:
             self.positions_changed.set()
 
@@ -626,8 +445,3 @@ def _broken_update(request_id: str) -> UpdateRequest:
         code=ErrorCode.INTERNAL.value,
         message=BROKEN,
     )
-
-
-def _words_of_output(register: Register) -> str:
-    """What the frames of a reproducible worker depend on, "" of any other: who has the same words makes the same."""
-    return f"{register.engine} {register.format} {register.fingerprint}" if register.reproducible else ""

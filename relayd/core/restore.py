@@ -79,8 +79,8 @@ async def _open(relay: Relay, record: SpaceRecord) -> None:
         inputs=dict(record.inputs),
         format=record.format,
     )
-    await relay.open_space(space, paused=record.paused)
-    relay.store.post(PutSpace(relay.space_record(space)))
+    await relay.spaces.open(space, paused=record.paused)
+    relay.store.post(PutSpace(relay.spaces.record(space)))
 
 
 def _revive(relay: Relay, record: RequestRecord, result: Contents | None) -> Request:

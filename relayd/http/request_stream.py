@@ -163,7 +163,7 @@ class RequestStream:
                 "more; submit it again with a new id",
             )
         if attempt > self.request.entry.attempt and self.request.live:
-            self.relay.adopt_later_attempt(self.request, attempt)
+            self.relay.workers.adopt_later_attempt(self.request, attempt)
         seq = self.request.log.resume_seq(attempt, after_seq)
         self._reader = FrameReader(self.request.request_id, self.request.log, self, seq)
         self.relay.mark_busy("requests", self.request.request_id)

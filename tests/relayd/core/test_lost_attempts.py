@@ -203,7 +203,7 @@ async def test_a_worker_that_was_started_anew_while_the_relay_was_away_is_not_aw
         async with fake_worker(relay.url):
             (failed,) = await client.frames(submit)
             assert isinstance(failed, Failed)
-            assert "was started anew" in failed.message
+            assert "was restarted" in failed.message
             await relay.at_rest()
 
 

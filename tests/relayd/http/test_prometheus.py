@@ -225,7 +225,7 @@ async def test_commits_are_timed(tmp_path: Path) -> None:
 @pytest.mark.trio
 async def test_a_space_that_is_closed_is_told_of_no_more(tmp_path: Path) -> None:
     async with daemon(tmp_path) as relay:
-        assert relay.relay.close_space("check") is None
+        assert relay.relay.spaces.close("check") is None
         assert Told(relay.relay).series("requests_queued") == {"tts"}
 
 

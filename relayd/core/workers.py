@@ -1,0 +1,171 @@
+"""The workers that are connected, and what happens to one and to its attempts."""
+
+from collections.abc import Iterator, Mapping
+
+import attrs
+import structlog
+import trio
+
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Register, Rejected
+from protocol.wire.validators import Value
+from relayd.core.interfaces import RelayState, WorkerPort
+from relayd.core.spaces import Spaces
+from relayd.requests.request import UNHEARD_GRACE_S, Request
+from relayd.scheduling.model import Finish, Registration, State, WorkerState
+
+log = structlog.get_logger("relayd")
+
+#: Characters of a message in a request's timeline.
+MAX_STEP_CHARS = 200
+
+
+@attrs.define(eq=False)
+class Workers(Mapping[str, WorkerPort]):
+    """The connected workers by id; read it like a dict."""
+
+    relay: RelayState
+    spaces: Spaces
+    _connected: dict[str, WorkerPort] = attrs.field(factory=dict)
+
+    def __getitem__(self, worker_id: str) -> WorkerPort:
+        return self._connected[worker_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._connected)
+
+    def __len__(self) -> int:
+        return len(self._connected)
+
+    # -- workers
+
+    def register(self, port: WorkerPort, register: Register) -> Rejected | Registration:
+        """Register a worker.
+
+        Returns:
+            What it has to resume and abandon; the caller answers, then calls `finish_registration`. Or why not.
+        """
+        now = trio.current_time()
+        before = self._connected.get(port.worker_id)
+        if before is not None and before.principal_name != port.principal_name:
+            message = f"worker {port.worker_id!r} belongs to another principal; give this one another --name"
+            return Rejected.because(ErrorCode.FORBIDDEN, message)
+        worker = WorkerState(
+            worker_id=port.worker_id,
+            instance=register.instance,
+            spaces=tuple(register.spaces),
+            slots=register.slots,
+            reproducible=_output_identity(register),
+        )
+        joined = self.relay.scheduler.join(worker, {r.request_id: r.attempt for r in register.running}, now)
+        if isinstance(joined, Rejected):
+            return joined
+        self._connected[port.worker_id] = port
+        stats = self.relay.stats.worker(port.worker_id)
+        stats.name, stats.engine, stats.agent = register.worker, register.engine, port.agent
+        stats.principal, stats.peer = port.principal_name, port.peer
+        self.relay.stats.count_registration(port.worker_id, register.spaces)
+        if before is not None:
+            before.disconnect("the same worker connected again")
+        self.spaces.update_engines(register)
+        for entry in joined.resume:
+            request = self.relay.requests[entry.request_id]
+            request.resumed()
+            self.relay.stats.count_resumed(request)
+            self.relay.save_status(request)  # it may have been queued again, or be further than the store knew
+            self.relay.mark_changed("requests", entry.request_id)
+        self.relay.mark_changed("workers", port.worker_id)
+        self.relay.wake_positions()
+        return joined
+
+    def finish_registration(self, register: Register, worker_id: str, joined: Registration) -> None:
+        """Carry out what follows from a registration that was answered.
+
+        If another process of the same name is away and this one has taken its place, the relay stops waiting for it:
+        what ran there is lost. Where there is room for both, both may be workers whose connections broke together.
+        """
+        mine = worker_id.removesuffix(register.instance[:8])
+        for worker in list(self.relay.scheduler.state.workers.values()):
+            name = worker.worker_id.removesuffix(worker.instance[:8])
+            if not worker.linked and name == mine and self.relay.scheduler.is_replaced(worker):
+                for request_id in list(worker.held):
+                    self.lose_attempt(request_id, ErrorCode.WORKER_LOST, f"worker {worker.worker_id} was restarted")
+        self.relay.apply(joined.decisions)
+
+    def unlink(self, port: WorkerPort) -> None:
+        """A worker's connection is gone; it has a grace period to come back."""
+        if self._connected.get(port.worker_id) is not port:
+            return  # it has come back already
+        del self._connected[port.worker_id]
+        self.relay.stats.worker(port.worker_id).heard_at = port.received_at
+        for entry in self.relay.scheduler.unlink(port.worker_id, trio.current_time()):
+            request = self.relay.requests[entry.request_id]
+            request.worker_grace_s = self.relay.config.limits.worker_grace_s
+            if not entry.has_output:
+                request.worker_grace_s = min(UNHEARD_GRACE_S, request.worker_grace_s)
+            request.add_timeline("worker_away", worker_id=port.worker_id)
+            request.wake()
+            self.relay.mark_changed("requests", entry.request_id)
+        self.relay.mark_changed("workers", port.worker_id)
+        self.relay.wake_positions()
+
+    def update_registration(self, port: WorkerPort, register: Register) -> None:
+        """A worker has more or fewer slots than before, or its frames depend on other things."""
+        self.relay.scheduler.state.workers[port.worker_id].reproducible = _output_identity(register)
+        self.relay.apply(self.relay.scheduler.set_slots(port.worker_id, register.slots, trio.current_time()))
+        self.relay.mark_changed("workers", port.worker_id)
+
+    def drain(self, worker_id: str) -> None:
+        """Start nothing more on a worker."""
+        self.relay.scheduler.drain(worker_id)
+        log.info("worker drains", worker=worker_id)
+        self.relay.mark_changed("workers", worker_id)
+        self.relay.wake_positions()
+
+    def undrain(self, worker_id: str) -> None:
+        """Start requests on a worker again."""
+        self.relay.apply(self.relay.scheduler.undrain(worker_id, trio.current_time()))
+        log.info("worker takes requests again", worker=worker_id)
+        self.relay.mark_changed("workers", worker_id)
+
+    # -- attempts
+
+    def lose_attempt(self, request_id: str, code: ErrorCode, message: str) -> None:
+        """An attempt is lost: by its retry policy, the request is tried again or fails."""
+        request = self.relay.requests.get(request_id)
+        if request is not None and request.entry.state is State.RUNNING:
+            request.add_timeline("lost", code=code.value, why=message[:MAX_STEP_CHARS])
+        self.relay.apply(self.relay.scheduler.lose(request_id, code, message, trio.current_time()))
+
+    def adopt_later_attempt(self, request: Request, attempt: int) -> None:
+        """A client has frames of an attempt that the store did not know yet when an earlier relay was killed."""
+        decisions = self.relay.scheduler.adopt_later_attempt(request.request_id, attempt, trio.current_time())
+        entry = request.entry
+        awaited = entry.attempt == attempt and not any(isinstance(each, Finish) for each in decisions)
+        if awaited and request.log.next_seq:
+            request.log.restart(attempt, 0)  # these frames are the earlier attempt's
+            self.relay.stats.count_restarted(request)
+        self.relay.apply(decisions)
+
+    def lose_attempt_of_live_worker(
+        self,
+        request: Request,
+        port: WorkerPort,
+        code: ErrorCode,
+        message: str,
+        details: dict[str, Value] | None = None,
+    ) -> None:
+        """An attempt ended but its worker lives (its engine crashed, say): treated like the loss of the attempt."""
+        request.details = details or {}
+        self.relay.scheduler.state.workers[port.worker_id].held.pop(request.request_id, None)
+        self.lose_attempt(request.request_id, code, message)
+
+    def release(self, port: WorkerPort, request_id: str, attempt: int) -> None:
+        """A worker released an attempt."""
+        self.relay.apply(self.relay.scheduler.release(port.worker_id, request_id, attempt, trio.current_time()))
+        self.relay.mark_changed("workers", port.worker_id)
+
+
+def _output_identity(register: Register) -> str:
+    """Describe what the frames of a reproducible worker depend on; "" for any other. Equal text, equal frames."""
+    return f"{register.engine} {register.format} {register.fingerprint}" if register.reproducible else ""
