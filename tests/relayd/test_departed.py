@@ -11,7 +11,6 @@ import h11
 import pytest
 import trio
 import trio.testing
-from hypercorn.protocol.http_stream import HTTPStream
 
 from protocol.client.address import parse_address
 from protocol.link.connect import connect, shake_hands
@@ -27,8 +26,9 @@ from relayd.connections.gateway import Connection, ConnectionSlot, PendingConnec
 from relayd.connections.operator import OperatorHandler
 from relayd.connections.worker import WorkerHandler
 from relayd.http.body_parser import Uploads
+from relayd.http.connection import Connection as HttpConnection
+from relayd.http.connection import RequestCycle
 from relayd.http.context import Exchange
-from relayd.http.server import _Connection, _Http
 from relayd.net.socket_link import SocketLink
 from relayd.views.watch import WatchFeed
 from tests.support.relay import FORMAT, SCHEMA, Daemon, a_submit, an_id, an_input, daemon, until
@@ -48,9 +48,8 @@ OF_CONNECTIONS = (
     WorkerHandler,
     OperatorHandler,
     WatchFeed,
-    _Connection,
-    _Http,
-    HTTPStream,
+    HttpConnection,
+    RequestCycle,
     Exchange,
     Uploads,
     h11.Connection,

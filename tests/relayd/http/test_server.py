@@ -1,5 +1,6 @@
 """The HTTP door: one port for all, connections that stay and are cut, handlers that fall, drains, and who may come."""
 
+import gc
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from protocol.wire.errors import LoginRefused
 from protocol.wire.frames import Audio, Cancelled
@@ -23,7 +25,8 @@ from protocol.wire.messages import PATH, Cancel, Submit
 from relayd.auth.login_throttle import MAX_FAILURES, WINDOW_S, LoginThrottle, address_of
 from relayd.auth.origins import may_come_from
 from relayd.http.app import HEADERS, make_app
-from relayd.http.context import HttpContext
+from relayd.http.connection import Connection, RequestCycle
+from relayd.http.context import Exchange, HttpContext
 from relayd.http.request_stream import open_submission
 from relayd.http.streaming_response import ResponseWriter, StreamingRoute
 from relayd.store.records import TokenLimits
@@ -33,6 +36,8 @@ from tests.support.relay import Daemon, an_id, daemon, fake_worker, identity, ke
 TLS = Path(__file__).parents[2] / "support" / "tls"
 PCM = [samples(1200, seed) for seed in range(3)]
 Logs = list[MutableMapping[str, Any]]
+#: What a connection is made of, and what would hold a body.
+PARTS = (Connection, RequestCycle, Exchange, Request)
 GONE = (h11.RemoteProtocolError, trio.BrokenResourceError)
 
 
@@ -66,6 +71,8 @@ class Stage:
             Route("/waits", self.waits),
             Route("/endless", StreamingRoute(self.endless)),
             Route("/speech", StreamingRoute(self.speech)),
+            Route("/takes", self.takes, methods=["POST"]),
+            Route("/silent", Silent()),
         ]
 
     async def fine(self, request: Request) -> Response:
@@ -99,6 +106,15 @@ class Stage:
         finally:
             self.left.set()
 
+    async def takes(self, request: Request) -> Response:
+        await self.go_on.wait()
+        self.entered.set()
+        try:
+            return Response(await request.body())
+        except trio.Cancelled:
+            self.cancelled += 1
+            raise
+
     async def endless(self, request: Request, reply: ResponseWriter) -> None:
         await reply.start("text/plain")
         try:
@@ -115,6 +131,28 @@ class Stage:
                     if not reply.started:
                         await reply.start("audio/pcm")
                     await reply.write(event.pcm)
+
+
+class Silent:
+    """Answers nothing."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+
+
+async def all_from(stream: trio.abc.Stream) -> bytes:
+    """All that the relay sends until it closes the connection."""
+    heard = b""
+    with trio.fail_after(5):
+        while piece := await stream.receive_some():
+            heard += piece
+    return heard
+
+
+async def some_from(stream: trio.abc.Stream) -> bytes:
+    """What the relay sends next."""
+    with trio.fail_after(5):
+        return bytes(await stream.receive_some())
 
 
 @asynccontextmanager
@@ -250,6 +288,138 @@ async def test_a_body_that_nobody_reads_ends_the_connection_and_not_the_answer(t
         await until(lambda: relay.http_context.connections == 0)
 
 
+# -- HTTP/1.1 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", 400),
+        (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: +3\r\n\r\nabc", 400),
+        (b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
+        (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length : 3\r\n\r\nabc", 400),
+        (b"GET /fine HTTP/1.1\r\nHost: x\r\nX-Nul: a\0b\r\n\r\n", 400),
+        (b"GET /fine HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+        (b"GET /fine HTTP/1.1\r\n\r\n", 400),
+        (b"GET /f\xffne HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /fine HTTP/2.0\r\nHost: x\r\n\r\n", 505),
+    ],
+)
+@pytest.mark.parametrize("before", [False, True])
+async def test_a_head_that_can_be_read_in_two_ways_is_refused_and_nothing_behind_it_is_read(
+    tmp_path: Path, logs: Logs, head: bytes, status: int, before: bool
+) -> None:
+    async with staged(tmp_path) as (relay, _), visitor(relay.url) as http:
+        if before:
+            await http.get("/fine")
+        await http.stream.send_all(head + b"GET /fine HTTP/1.1\r\nHost: x\r\n\r\n")
+        heard = await all_from(http.stream)
+        assert heard.startswith(b"HTTP/1.1 %d " % status)
+        assert b"fine" not in heard
+    assert not faults(logs)
+
+
+@pytest.mark.trio
+async def test_a_method_is_taken_as_it_is_written(tmp_path: Path) -> None:
+    async with staged(tmp_path) as (relay, _), visitor(relay.url) as http:
+        assert [(await http.get("/fine")).status, (await http.ask("head", "/fine")).status] == [200, 405]
+
+
+@pytest.mark.trio
+async def test_a_body_may_come_in_chunks(tmp_path: Path) -> None:
+    async with staged(tmp_path) as (relay, _), visitor(relay.url) as http:
+        head = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        await http.stream.send_all(head + b"3;a=b\r\none\r\n")
+        await http.stream.send_all(b"3\r\ntwo\r\n0\r\nX-Trailer: y\r\n\r\n")
+        assert (await some_from(http.stream)).endswith(b"\r\n\r\nonetwo")
+        assert (await http.get("/fine")).body == b"fine"
+
+
+@pytest.mark.trio
+async def test_the_head_of_a_body_is_answered_without_it(tmp_path: Path) -> None:
+    async with staged(tmp_path) as (relay, stage), visitor(relay.url) as http:
+        stage.go_on.set()
+        for path in ("/fine", "/slow"):
+            whole, head = await http.get(path), await http.ask("HEAD", path)
+            assert head.body == b""
+            for name in ("content-length", "transfer-encoding", "content-type"):
+                assert head.headers.get(name) == whole.headers.get(name)
+            assert "date" in head.headers
+
+
+@pytest.mark.trio
+async def test_an_old_client_gets_a_body_that_ends_with_the_connection(tmp_path: Path) -> None:
+    async with staged(tmp_path) as (relay, stage), visitor(relay.url) as http:
+        stage.go_on.set()
+        await http.stream.send_all(b"GET /slow HTTP/1.0\r\n\r\n")
+        head, _, body = (await all_from(http.stream)).partition(b"\r\n\r\n")
+        assert body == b"begun ended"
+        assert b"chunked" not in head
+
+
+@pytest.mark.trio
+async def test_an_old_client_never_takes_half_a_body_for_whole(tmp_path: Path) -> None:
+    async with staged(tmp_path, listen="127.0.0.1:0") as (relay, _), visitor(relay.urls[0]) as http:
+        await http.stream.send_all(b"GET /half HTTP/1.0\r\n\r\n")
+        with pytest.raises(trio.BrokenResourceError):
+            await all_from(http.stream)
+
+
+@pytest.mark.trio
+async def test_a_client_that_waits_to_send_its_body_is_asked_for_it_once_somebody_reads_it(tmp_path: Path) -> None:
+    async with staged(tmp_path) as (relay, stage), visitor(relay.url) as http:
+        head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n"
+        for path in (b"/takes", b"/echo"):
+            await http.stream.send_all(head % path)
+            stage.go_on.set()
+            assert (await some_from(http.stream)).startswith(b"HTTP/1.1 100 ")
+            await http.stream.send_all(b"abc")
+            assert (await some_from(http.stream)).endswith(b"abc")
+        await http.stream.send_all(head % b"/ignore")
+        heard = await all_from(http.stream)
+        assert heard.startswith(b"HTTP/1.1 200 "), "nobody wants the body"
+        assert heard.endswith(b"fine")
+
+
+@pytest.mark.trio
+async def test_a_body_that_breaks_off_into_nonsense_ends_its_handler_and_is_refused(tmp_path: Path, logs: Logs) -> None:
+    async with staged(tmp_path) as (relay, stage), visitor(relay.url) as http:
+        stage.go_on.set()
+        await http.stream.send_all(b"POST /takes HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none")
+        with trio.fail_after(5):
+            await stage.entered.wait()
+        await http.stream.send_all(b"nonsense")
+        assert (await all_from(http.stream)).startswith(b"HTTP/1.1 400 ")
+        assert stage.cancelled == 1
+        await until(lambda: not relay.http_context.exchanges)
+    assert not faults(logs)
+
+
+@pytest.mark.trio
+async def test_nonsense_behind_a_request_waits_for_its_answer(tmp_path: Path) -> None:
+    async with staged(tmp_path) as (relay, stage), visitor(relay.url) as http:
+        await http.stream.send_all(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n\0\r\n\r\n")
+        with trio.fail_after(5):
+            await stage.entered.wait()
+        stage.go_on.set()
+        answered, _, refused = (await all_from(http.stream)).partition(b"0\r\n\r\n")
+        assert b"ended" in answered
+        assert refused.startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.trio
+async def test_a_client_that_offers_http2_is_still_heard_to_leave(tmp_path: Path) -> None:
+    async with staged(tmp_path) as (relay, stage):
+        async with visitor(relay.url) as http:
+            await http.begin("GET", "/waits", headers={"connection": "Upgrade", "upgrade": "h2c"})
+            with trio.fail_after(5):
+                await stage.entered.wait()
+        with trio.fail_after(1):
+            await stage.left.wait()
+
+
 # -- handlers --------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +439,40 @@ async def test_a_handler_that_falls_ends_its_response_alone(tmp_path: Path, logs
         assert await slow.rest() == b"begun ended"
         await until(lambda: not relay.http_context.exchanges)
     assert [line["path"] for line in faults(logs)] == ["/broken", "/half"]
+
+
+@pytest.mark.trio
+async def test_a_handler_that_answers_nothing_is_answered_for(tmp_path: Path) -> None:
+    async with staged(tmp_path) as (relay, _), visitor(relay.url) as http:
+        assert (await http.get("/silent")).status == 500
+        assert await http.hears_the_end()
+
+
+@pytest.mark.trio
+async def test_nothing_of_a_connection_waits_for_the_garbage_collector(tmp_path: Path) -> None:
+    async with staged(tmp_path, listen="127.0.0.1:0") as (relay, stage):
+        gc.collect()
+        gc.disable()
+        try:
+            async with visitor(relay.urls[0]) as http:
+                assert len((await http.ask("POST", "/echo", body=b"x" * 1_000_000)).body) == 1_000_000
+                await http.get("/nothing")
+            for method, path, body in (("POST", "/ignore", b"x" * 1_000_000), ("GET", "/endless", b"")):
+                async with visitor(relay.urls[0]) as http:
+                    await http.open(method, path, body=body)
+            async with visitor(relay.urls[0]) as http:
+                await http.begin("GET", "/waits")
+                with trio.fail_after(5):
+                    await stage.entered.wait()
+            async with visitor(relay.urls[0]) as http:
+                await http.stream.send_all(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
+                await until(lambda: len(relay.http_context.exchanges) == 1)
+            await until(lambda: not relay.http_context.connections)
+            await trio.testing.wait_all_tasks_blocked()
+            left = [type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, PARTS)]
+        finally:
+            gc.enable()
+    assert not left
 
 
 @pytest.mark.trio
@@ -375,6 +579,7 @@ async def test_a_drain_lets_streams_finish_hangs_up_on_idlers_and_tells_who_wait
             told = await waiting.answer()
             await told.rest()
             assert (told.status, told.error["code"]) == (503, "shutting_down")
+            assert told.headers["connection"] == "close"
         for connection in (idle, http, late):
             assert await connection.hears_the_end()
     assert not faults(logs)
