@@ -17,7 +17,7 @@ from relayd.config.loader import load_config
 from relayd.config.schema import Config, ConfigError
 
 #: What the extra `relay` brings, by the names it is imported by.
-EXTRA = ("h11", "hypercorn", "prometheus_client", "python_multipart", "starlette", "structlog")
+EXTRA = ("h11", "prometheus_client", "python_multipart", "starlette", "structlog")
 
 
 class ExtraMissing(Exception):
