@@ -1,15 +1,14 @@
-"""A connection's way in: WebSocket handshake, `hello`, and then the part it plays.
+"""The way in for connections: WebSocket handshake, `hello`, and then a handler for the role.
 
-The only place in the daemon that knows how a link comes about; what it carries is `client_link`'s, `worker_link`'s
-and `operator`'s business. Messages are handed over as they come, by `relayd.net.reactor`: once a client has logged
-in, its connection has no task any more.
+The only place in the daemon that knows how a link comes about; what it carries is handled in `client`, `worker` and
+`operator`. Messages are handed over as they come, by `relayd.net.reactor`: once a client has logged in, its connection
+has no task any more.
 """
 
 import importlib.metadata
 import secrets
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import attrs
 import structlog
@@ -39,7 +38,9 @@ from relayd.auth.origins import may_come_from
 from relayd.auth.tokens import PeerCredentials, Principal, TokenRegistry
 from relayd.config.schema import Limits
 from relayd.connections.client import ClientHandler
+from relayd.connections.connection import Connection, RoleHandler, send_error_and_close, send_protocol_error
 from relayd.connections.operator import OperatorHandler
+from relayd.connections.pending import ConnectionSlot, HelloMissing, PendingConnection
 from relayd.connections.worker import WorkerHandler
 from relayd.core.admission import Admission
 from relayd.core.relay import Relay
@@ -50,18 +51,17 @@ from relayd.net.websocket_handshake import HandshakeRejected, Head, build_respon
 
 log = structlog.get_logger("relayd.wire")
 
-#: For a peer that is refused to read why.
+#: Time for a rejected peer to read the reason.
 HANG_UP_S = 1.0
 HANG_UP_READS = 64
 SERVER = f"relayd/{importlib.metadata.version('relayd')}"
-#: Between two looks at who has not said hello yet, at most: the time for it may be another by now.
+#: Longest interval between two checks for connections without a hello: the setting may have changed.
 NEWCOMERS_S = 1.0
 #: Connections that have not logged in, beyond `max_connections`: with 900 of those, a limit of 1,024 files holds.
 MAX_PENDING = 64
 #: Unfinished messages of all connections together: each of 900 may be in the middle of a piece of an upload (256 KiB).
 #: What strangers hold is bounded by their number, as none may send a message of more than 64 KiB.
 MAX_PARTIAL_BYTES = 256 * 1024 * 1024
-NO_TEXT = "text message; every message is binary (msgpack)"
 FULL = "the relay has all the connections it takes; try again later"
 STALLED = Error(
     code=ErrorCode.SLOW_CONSUMER,
@@ -69,150 +69,9 @@ STALLED = Error(
 )
 
 
-class RoleHandler(Protocol):
-    """What a connection is once it has logged in: a client's, a worker's, an operator's."""
-
-    def on_messages(self, messages: list[bytes]) -> None:
-        """Its messages, in order.
-
-        Raises:
-            ProtocolError: the peer broke the rules.
-        """
-
-    def close(self) -> None:
-        """The link is gone: let go of all that it held."""
-
-
-@attrs.define(eq=False)
-class ConnectionSlot:
-    """A connection from its first byte to its last, logged in or not.
-
-    Args:
-        gate: which counts it.
-        peer: where it comes from, for logs.
-        credentials: of a unix socket's peer.
-    """
-
-    gateway: "Gateway"
-    peer: str
-    credentials: PeerCredentials | None
-    _left: bool = False
-
-    def release(self) -> None:
-        """Count it out; the first call counts."""
-        if not self._left:
-            self._left = True
-            self.gateway.open -= 1
-
-
-@attrs.define(eq=False)
-class PendingConnection:
-    """A plain connection between its handshake and its login; it takes its link's messages meanwhile."""
-
-    link: SocketLink
-    gateway: "Gateway"
-    connection_slot: ConnectionSlot
-    #: Trio time by which its hello must come, and how long that is.
-    due: float
-    patience_s: float
-    waiting: bool = True
-
-    def on_messages(self, messages: list[bytes]) -> None:
-        """See `protocol.link.limits.LinkHandler`: the first is the hello."""
-        self.waiting = False
-        connection = self.gateway.log_in(self.link, messages[0], self.connection_slot)
-        if connection is not None:
-            self.gateway.start(connection, messages[1:])
-
-    def on_text(self, text: str) -> None:
-        """See `protocol.link.limits.LinkHandler`."""
-        self.waiting = False
-        send_protocol_error(self.link, TextReceived(NO_TEXT))
-
-    def on_closed(self) -> None:
-        """See `protocol.link.limits.LinkHandler`."""
-        self.waiting = False
-        log.debug("connection lost", peer=self.link.peer, why=self.link.reason)
-
-    def on_transport_closed(self) -> None:
-        """See `protocol.link.limits.LinkHandler`."""
-        self.connection_slot.release()
-
-    def time_out(self) -> None:
-        """Its time is over."""
-        if self.waiting:
-            self.waiting = False
-            try:
-                send_protocol_error(self.link, _Silent(self.patience_s))
-            except Exception:
-                log.exception(INTERNAL_LOG, peer=self.link.peer)
-                self.link.abort(INTERNAL_MESSAGE)
-
-
-@attrs.define(eq=False)
-class Connection:
-    """A connection that has logged in; it takes its link's messages. No fault of it gets out."""
-
-    connection_id: str
-    link: Link
-    principal: Principal
-    gateway: "Gateway"
-    connection_slot: "ConnectionSlot"
-    #: What its program calls itself.
-    agent: str = ""
-    connected_at: float = attrs.field(factory=trio.current_time)
-    part: RoleHandler | None = None
-
-    def begin(self) -> None:
-        """It has its part, and takes its messages from now on."""
-        self.gateway.relay.connections[self.connection_id] = self
-        self.link.set_handler(self)
-
-    def disconnect(self, reason: str) -> None:
-        """End it now."""
-        self.link.abort(reason)
-
-    def on_messages(self, messages: list[bytes]) -> None:
-        """See `protocol.link.limits.LinkHandler`."""
-        assert self.part is not None
-        try:
-            self.part.on_messages(messages)
-        except ProtocolError as fault:
-            send_protocol_error(self.link, fault)
-        except Exception:
-            log.exception(INTERNAL_LOG, peer=self.link.peer)
-            self.send_internal_error()
-
-    def send_internal_error(self) -> None:
-        """The relay broke over it: say so, and close."""
-        send_error_and_close(self.link, ErrorCode.INTERNAL, INTERNAL_MESSAGE, INTERNAL_ERROR)
-
-    def on_text(self, text: str) -> None:
-        """See `protocol.link.limits.LinkHandler`."""
-        send_protocol_error(self.link, TextReceived(NO_TEXT))
-
-    def on_closed(self) -> None:
-        """See `protocol.link.limits.LinkHandler`."""
-        link, relay = self.link, self.gateway.relay
-        try:
-            if self.part is not None:
-                self.part.close()
-        except Exception:
-            log.exception(INTERNAL_LOG, peer=link.peer)
-        finally:
-            del relay.connections[self.connection_id]
-            relay.slow_consumers += link.stalled
-            tell = log.warning if link.stalled else log.info
-            tell("disconnected", peer=link.peer, principal=self.principal.name, why=link.reason or "closed")
-
-    def on_transport_closed(self) -> None:
-        """See `protocol.link.limits.LinkHandler`."""
-        self.connection_slot.release()
-
-
 @attrs.define(eq=False)
 class Gateway:
-    """Where connections come in."""
+    """Takes connections in; one for the whole daemon."""
 
     relay: Relay
     admission: Admission
@@ -227,27 +86,30 @@ class Gateway:
     open: int = 0
     _partial: PartialBudget = attrs.field(factory=lambda: PartialBudget(MAX_PARTIAL_BYTES))
     _link_limits: tuple[Limits, LinkLimits] | None = None
-    #: Who has shaken hands of late, the first first.
+    #: Connections without a hello, the oldest first.
     _pending: list[PendingConnection] = attrs.field(factory=list)
     _some_pending: trio.Event = attrs.field(factory=trio.Event)
 
-    # -- who comes
+    # -- handshake
 
     def count_in(self, peer: str, credentials: PeerCredentials | None) -> ConnectionSlot | None:
-        """Count a connection in; None where there are too many, and it is to be hung up on."""
+        """Count a connection in; None if there are too many, and it is to be closed."""
         if self.open >= self.relay.config.limits.max_connections + MAX_PENDING:
             log.warning("connection rejected: limit reached", peer=peer, open=self.open)
             return None
         self.open += 1
-        return ConnectionSlot(self, peer, credentials)
+        return ConnectionSlot(peer, credentials, self._count_out)
+
+    def _count_out(self) -> None:
+        self.open -= 1
 
     async def serve(self, stream: trio.abc.Stream, data: bytes, connection_slot: ConnectionSlot) -> bool:
-        """One WebSocket, from its handshake on; no fault of it gets out.
+        """Serve one WebSocket, from its handshake on; no exception leaves it.
 
         Args:
             stream: TLS already spoken. Of a plain socket, its descriptor may be taken over.
             data: the head of its request, and what came behind it.
-            arrival: the connection's.
+            connection_slot: the connection's.
 
         Returns:
             whether the connection lives on without this task, and counts itself out.
@@ -280,13 +142,15 @@ class Gateway:
     def _take_over(
         self, stream: trio.SocketStream, answer: bytes, early: bytes, connection_slot: ConnectionSlot
     ) -> None:
-        # A stranger is not kept a megabyte for.
+        # Before its login a peer may not make the relay hold a megabyte.
         link = self.reactor.register(
             stream, connection_slot.peer, self.link_limits, answer, max_message_bytes=MAX_CONTROL_BYTES
         )
         try:
             patience_s = self.relay.config.limits.hello_timeout_s
-            pending = PendingConnection(link, self, connection_slot, self.reactor.now + patience_s, patience_s)
+            pending = PendingConnection(
+                link, connection_slot, self._log_in_pending, self.reactor.now + patience_s, patience_s
+            )
             self._pending.append(pending)
             self._some_pending.set()
             link.set_handler(pending)
@@ -297,7 +161,7 @@ class Gateway:
             raise
 
     async def serve_login_timeouts(self) -> None:
-        """Hang up on who sends no hello in time, until cancelled."""
+        """Close connections that send no hello in time, until cancelled."""
         waiting = self._pending
         while True:
             if not waiting:
@@ -315,7 +179,7 @@ class Gateway:
 
     @property
     def link_limits(self) -> LinkLimits:
-        """What peers are held to, by the settings as they are now."""
+        """Limits of links, from the current settings."""
         limits = self.relay.config.limits
         if self._link_limits is None or self._link_limits[0] is not limits:
             link_limits = LinkLimits(
@@ -330,7 +194,7 @@ class Gateway:
         return self._link_limits[1]
 
     def refusal(self, head: Head) -> HandshakeRejected | None:
-        """Why a handshake is not for us."""
+        """Why a handshake is rejected; None if it is accepted."""
         origin = head.get("origin")
         if head.path != PATH:
             return HandshakeRejected(404, f"nothing here; the relay speaks at {PATH}")
@@ -341,10 +205,10 @@ class Gateway:
     def _full(self) -> bool:
         return len(self.relay.connections) >= self.relay.config.limits.max_connections
 
-    # -- who it is
+    # -- login
 
     async def _log_in(self, link: Link, connection_slot: ConnectionSlot) -> Connection | None:
-        """Wait for the hello; None where there was none, or one that is refused: the link is then closed."""
+        """Wait for the hello; None if none came or the login is refused: the link is then closed."""
         patience_s = self.relay.config.limits.hello_timeout_s
         connection = None
         try:
@@ -352,15 +216,21 @@ class Gateway:
                 data = await link.receive()
             connection = self.log_in(link, data, connection_slot)
         except trio.TooSlowError:
-            send_protocol_error(link, _Silent(patience_s))
+            send_protocol_error(link, HelloMissing(patience_s))
         except TextReceived as fault:
             send_protocol_error(link, fault)
         if connection is None:
             await link.aclose()
         return connection
 
+    def _log_in_pending(self, pending: PendingConnection, hello: bytes, messages: list[bytes]) -> None:
+        """Log a connection of the reactor's in, and start it."""
+        connection = self.log_in(pending.link, hello, pending.connection_slot)
+        if connection is not None:
+            self.start(connection, messages)
+
     def log_in(self, link: Link, data: bytes, connection_slot: ConnectionSlot) -> Connection | None:
-        """Look at the first message; None where it is no hello, or one that is refused: the link then closes."""
+        """Check the first message; None if it is not a hello, or the login is refused: the link then closes."""
         try:
             hello = decode(data, FROM_ANYONE)
             assert isinstance(hello, Hello)
@@ -374,11 +244,13 @@ class Gateway:
             send_error_and_close(link, ErrorCode.INTERNAL, INTERNAL_MESSAGE, INTERNAL_ERROR)
         else:
             if isinstance(principal, Principal):
-                connection = Connection(secrets.token_hex(8), link, principal, self, connection_slot, hello.agent)
+                connection = Connection(
+                    secrets.token_hex(8), link, principal, self.relay, connection_slot.release, hello.agent
+                )
                 link.set_max_message_bytes(MAX_MESSAGE_BYTES)
                 log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
                 return connection
-            if principal.retry_after_s is None:  # else it was told often enough
+            if principal.retry_after_s is None:  # else it was logged often enough
                 log.warning("login refused", peer=link.peer, role=hello.role, code=principal.code)
             send_error_and_close(link, principal.code, principal.message, POLICY_VIOLATION)
         return None
@@ -398,7 +270,7 @@ class Gateway:
         return principal
 
     def _throttled(self, refusal: Rejected, hello: Hello, connection_slot: ConnectionSlot) -> Rejected:
-        """A refused login; of too many from one address, one that says so."""
+        """The answer to a refused login, which says so if there were too many from one address."""
         if refusal.code != ErrorCode.UNAUTHENTICATED or not hello.token or connection_slot.credentials is not None:
             return refusal
         wait_s = self.failures.add(address_of(connection_slot.peer), trio.current_time())
@@ -406,13 +278,13 @@ class Gateway:
             return refusal
         return Rejected.because(ErrorCode.RATE_LIMITED, TOO_MANY_LOGINS, retry_after_s=wait_s)
 
-    # -- its part
+    # -- role
 
     def start(self, connection: Connection, messages: list[bytes]) -> None:
-        """Begin the part of a connection that the plane carries.
+        """Start a connection of the reactor's.
 
         Args:
-            connection: it was admitted.
+            connection: one that has logged in.
             messages: what came behind its hello.
         """
         self._greet(connection)
@@ -422,7 +294,7 @@ class Gateway:
             connection.link.buffer_again(messages)
             self.nursery.start_soon(self._serve_in_task, connection)
             return
-        connection.part = self._client(connection)
+        connection.role_handler = self._client(connection)
         connection.begin()
         if messages:
             connection.on_messages(messages)
@@ -434,23 +306,23 @@ class Gateway:
             log.debug("connection lost", peer=connection.link.peer, why=connection.link.reason)
 
     async def _serve_in_task(self, connection: Connection) -> None:
-        """As `_stay`, in a task of its own; no fault of it gets out."""
+        """As `_serve`, in a task of its own; no exception leaves it."""
         try:
             await self._serve(connection)
         except Exception:
             log.exception(INTERNAL_LOG, peer=connection.link.peer)
             connection.send_internal_error()
-            connection.connection_slot.release()
+            connection.release_slot()
         except BaseException:
             connection.link.abort("the relay has stopped")
-            connection.connection_slot.release()
+            connection.release_slot()
             raise
 
     async def _serve(self, connection: Connection) -> None:
-        """Play the connection's part until its link is gone or its token has ended."""
+        """Serve a connection in its role until its link is gone or its token has expired."""
         link, principal = connection.link, connection.principal
         async with trio.open_nursery() as nursery:
-            connection.part = self._part(connection, nursery)
+            connection.role_handler = self._role_handler(connection, nursery)
             connection.begin()
             with trio.move_on_after(_left_s(principal)) as token_life:
                 await link.wait_gone()
@@ -458,7 +330,7 @@ class Gateway:
                 send_error_and_close(link, ErrorCode.UNAUTHENTICATED, "the token has expired", POLICY_VIOLATION)
             nursery.cancel_scope.cancel()
 
-    def _part(self, connection: Connection, nursery: trio.Nursery) -> RoleHandler:
+    def _role_handler(self, connection: Connection, nursery: trio.Nursery) -> RoleHandler:
         if connection.principal.role == "worker":
             worker = WorkerHandler(
                 connection.connection_id, connection.link, connection.principal, self.relay, nursery, connection.agent
@@ -502,37 +374,12 @@ class Gateway:
         )
 
 
-class _Silent(ProtocolError):
-    """No `hello` came in time. A network that stood still does that too, so whoever it was may try again."""
-
-    code = ErrorCode.IDLE_TIMEOUT
-    close_code = POLICY_VIOLATION
-
-    def __init__(self, patience_s: float) -> None:
-        super().__init__(f"no hello within {patience_s:g} s; connect again")
-
-
 def _left_s(principal: Principal) -> float:
     return float("inf") if principal.expires_at is None else max(0.0, principal.expires_at - time.time())
 
 
-def send_protocol_error(link: Link, fault: ProtocolError) -> None:
-    """The peer broke a rule: say which, and close."""
-    log.warning("peer broke the protocol", peer=link.peer, why=str(fault))
-    send_error_and_close(link, fault.code, str(fault), fault.close_code)
-
-
-def send_error_and_close(link: Link, code: str, message: str, close_code: int) -> None:
-    """Say why, and close."""
-    try:
-        link.send(Error(code=code, message=message))
-    except LinkError:
-        return
-    link.close_soon(close_code, message)
-
-
 async def reject_handshake(stream: trio.abc.Stream, refusal: HandshakeRejected) -> None:
-    """Answer no, and see to it that the peer can read it: closing over unread bytes resets the connection."""
+    """Send a rejection, and let the peer read it: closing over unread bytes resets the connection."""
     try:
         with trio.move_on_after(HANG_UP_S):
             await stream.send_all(refusal.to_bytes())

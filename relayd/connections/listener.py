@@ -17,7 +17,8 @@ import trio
 
 from relayd.auth.tokens import PeerCredentials, peer_credentials
 from relayd.config.schema import Config
-from relayd.connections.gateway import ConnectionSlot, Gateway
+from relayd.connections.gateway import Gateway
+from relayd.connections.pending import ConnectionSlot
 from relayd.http.server import HttpServer
 from relayd.net.http_head import PrefixedStream, forwarded_for, needs_answer, read_head, wants_websocket
 from relayd.net.tls import ListenError

@@ -22,8 +22,9 @@ from protocol.wire.messages import PROTOCOL_VERSION, Hello, Input, Register, Wat
 from protocol.wire.validators import Message
 from relayd.connections import gateway
 from relayd.connections.client import ClientHandler
-from relayd.connections.gateway import Connection, ConnectionSlot, PendingConnection
+from relayd.connections.connection import Connection
 from relayd.connections.operator import OperatorHandler
+from relayd.connections.pending import ConnectionSlot, PendingConnection
 from relayd.connections.worker import WorkerHandler
 from relayd.http.body_parser import Uploads
 from relayd.http.connection import Connection as HttpConnection

@@ -147,7 +147,7 @@ async def test_a_login_over_which_the_relay_falls_leaves_nothing(
 
     async with daemon(tmp_path) as relay:
         with trio.fail_after(20), pytest.MonkeyPatch.context() as patch, kept_logs() as logs:
-            patch.setattr(Gateway, "_client" if role != "worker" else "_part", fall)
+            patch.setattr(Gateway, "_client" if role == "client" else "_role_handler", fall)
             stream = await trio.open_unix_socket(relay.url.removeprefix("unix:"))
             await stream.send_all(HANDSHAKE + (spoken(Hello(version=1, role=role)) if early else b""))
             if not early:

@@ -1,0 +1,111 @@
+"""A connection that has logged in, and how a connection is closed with an error."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import attrs
+import structlog
+import trio
+
+from protocol.link.base import Link
+from protocol.link.websocket_frames import INTERNAL_ERROR
+from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, TextReceived
+from protocol.wire.messages import Error
+from relayd.auth.tokens import Principal
+from relayd.core.relay import Relay
+from relayd.net.socket_link import INTERNAL_LOG, INTERNAL_MESSAGE
+
+log = structlog.get_logger("relayd.wire")
+
+NO_TEXT = "text message; every message is binary (msgpack)"
+
+
+class RoleHandler(Protocol):
+    """Handles the messages of a connection that has logged in, as a client, a worker or an operator."""
+
+    def on_messages(self, messages: list[bytes]) -> None:
+        """Handle messages, in order.
+
+        Raises:
+            ProtocolError: the peer broke the rules.
+        """
+
+    def close(self) -> None:
+        """The link is gone: release all that the connection held."""
+
+
+@attrs.define(eq=False)
+class Connection:
+    """A connection that has logged in; it handles its link's messages. No exception leaves it."""
+
+    connection_id: str
+    link: Link
+    principal: Principal
+    relay: Relay
+    #: Called when its transport is closed.
+    release_slot: Callable[[], None]
+    #: The name that its program gives itself.
+    agent: str = ""
+    connected_at: float = attrs.field(factory=trio.current_time)
+    role_handler: RoleHandler | None = None
+
+    def begin(self) -> None:
+        """Handle messages from now on; the role handler is set."""
+        self.relay.connections[self.connection_id] = self
+        self.link.set_handler(self)
+
+    def disconnect(self, reason: str) -> None:
+        """End it now."""
+        self.link.abort(reason)
+
+    def on_messages(self, messages: list[bytes]) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
+        assert self.role_handler is not None
+        try:
+            self.role_handler.on_messages(messages)
+        except ProtocolError as fault:
+            send_protocol_error(self.link, fault)
+        except Exception:
+            log.exception(INTERNAL_LOG, peer=self.link.peer)
+            self.send_internal_error()
+
+    def send_internal_error(self) -> None:
+        """Send the error `internal`, and close; the exception is logged by the caller."""
+        send_error_and_close(self.link, ErrorCode.INTERNAL, INTERNAL_MESSAGE, INTERNAL_ERROR)
+
+    def on_text(self, text: str) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
+        send_protocol_error(self.link, TextReceived(NO_TEXT))
+
+    def on_closed(self) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
+        link, relay = self.link, self.relay
+        try:
+            if self.role_handler is not None:
+                self.role_handler.close()
+        except Exception:
+            log.exception(INTERNAL_LOG, peer=link.peer)
+        finally:
+            del relay.connections[self.connection_id]
+            relay.slow_consumers += link.stalled
+            write = log.warning if link.stalled else log.info
+            write("disconnected", peer=link.peer, principal=self.principal.name, why=link.reason or "closed")
+
+    def on_transport_closed(self) -> None:
+        """See `protocol.link.limits.LinkHandler`."""
+        self.release_slot()
+
+
+def send_protocol_error(link: Link, fault: ProtocolError) -> None:
+    """The peer broke a rule: send an error that names it, and close."""
+    log.warning("peer broke the protocol", peer=link.peer, why=str(fault))
+    send_error_and_close(link, fault.code, str(fault), fault.close_code)
+
+
+def send_error_and_close(link: Link, code: str, message: str, close_code: int) -> None:
+    """Send an error, and close."""
+    try:
+        link.send(Error(code=code, message=message))
+    except LinkError:
+        return
+    link.close_soon(close_code, message)
