@@ -1,7 +1,7 @@
 """A client's connection: its messages in, its requests' frames out."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import trio
@@ -38,29 +38,31 @@ from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition, State
 from relayd.views.rows import pages, space_row
 
+#: Called with a handler object and a message of the type that it stands for.
+Handler = Callable[[Any, Any], None]
+
 
 @attrs.define(eq=False)
 class ClientHandler:
-    """One connection of a client, or of an operator in its part as a client.
+    """One connection of a client; `OperatorHandler` adds what an operator can do.
 
     It is the sink of its requests' frames: `send_frames` never raises, because a client that is gone must not trouble
     the worker whose frame it was to get.
     """
+
+    #: The messages that the connection may send, and their handlers; a subclass has its own.
+    takes: ClassVar[Table] = FROM_CLIENT
+    handlers: ClassVar[Mapping[type[Message], Handler]]
 
     connection_id: str
     link: Link
     principal: Principal
     relay: Relay
     admission: Admission
-    takes: Table = FROM_CLIENT
     readers: dict[str, FrameReader] = attrs.field(factory=dict)
     held_requests: dict[str, Request] = attrs.field(factory=dict)
     #: Places to tell once the link has drained; the latest of each request.
     _deferred_positions: dict[str, QueuePosition] = attrs.field(factory=dict)
-    #: Of the class: what all have in common is not kept by each.
-    handlers: "Mapping[type[Message], Handler]" = attrs.field(factory=lambda: HANDLERS)
-    #: Called once its link is gone.
-    on_close: Callable[[], None] = attrs.field(default=lambda: None)
     frames_sent: int = 0
     bytes_sent: int = 0
     #: What that was when rates were last made of it.
@@ -149,13 +151,12 @@ class ClientHandler:
             self.handlers[type(message)](self, message)
 
     def close(self) -> None:
-        """Its link is gone: let go of all it held."""
+        """The link is gone: release all that the connection held."""
         for reader in self.readers.values():
             reader.close()
         self.readers.clear()
         for request in list(self.held_requests.values()):
             self._release(request)
-        self.on_close()
         del self.relay.clients[self.connection_id]
         self.relay.stats.out_bytes += self.bytes_sent - self.sampled_bytes
         self.relay.mark_changed("clients", self.connection_id)
@@ -292,8 +293,7 @@ class ClientHandler:
             self.send(SpacesReply(spaces=page, more=more))
 
 
-Handler = Callable[[ClientHandler, Any], None]
-HANDLERS: Mapping[type[Message], Handler] = {
+ClientHandler.handlers = {
     Ping: ClientHandler._ping,
     Pong: lambda _client, _pong: None,
     Submit: ClientHandler._submit,

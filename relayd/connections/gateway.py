@@ -344,10 +344,20 @@ class Gateway:
                     connection.send_internal_error,
                 )
             return worker
-        client = self._client(connection)
-        if connection.principal.role == "operator":
-            OperatorHandler.join(client, self.relay, self.tokens, nursery, self.drain)
-        return client
+        if connection.principal.role != "operator":
+            return self._client(connection)
+        operator = OperatorHandler(
+            connection.connection_id,
+            connection.link,
+            connection.principal,
+            self.relay,
+            self.admission,
+            tokens=self.tokens,
+            nursery=nursery,
+            drain=self.drain,
+        )
+        operator.begin()
+        return operator
 
     def _client(self, connection: Connection) -> ClientHandler:
         client = ClientHandler(

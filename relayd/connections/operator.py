@@ -1,19 +1,19 @@
-"""An operator's part of a connection: `watch` what goes on, and `steer` it."""
+"""An operator's connection: a client's, and `watch` and `steer`."""
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from typing import ClassVar
 
 import attrs
 import structlog
 import trio
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import FROM_OPERATOR, ROLES, SPACE_PATTERN, Done, Rejected, Steer, Watch
+from protocol.wire.messages import FROM_OPERATOR, ROLES, SPACE_PATTERN, Done, Rejected, Steer, Table, Watch
 from protocol.wire.validators import Value
 from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits
 from relayd.config.schema import ConfigError, SpaceConfig
-from relayd.connections.client import HANDLERS, ClientHandler
-from relayd.core.relay import Relay
+from relayd.connections.client import ClientHandler
 from relayd.core.space import Space
 from relayd.logs.setup import redacted
 from relayd.requests.request import Request
@@ -28,53 +28,38 @@ log = structlog.get_logger("relayd.operator")
 #: For one action and its commit.
 ACTION_TIMEOUT_S = 10.0
 Answer = dict[str, Value] | Rejected
-#: Actions that only ask: allowed to who may only look, and no news to anybody.
+#: Actions that change nothing: allowed to read-only operators, and not audited.
 READ_ONLY_ACTIONS = frozenset({"describe", "list_tokens"})
 MAX_AUDIT_CHARS = 300
 
 
-@attrs.define(eq=False)
-class OperatorHandler:
-    """What an operator's connection can do beyond a client's. `nursery` is the connection's."""
+@attrs.define(eq=False, kw_only=True)
+class OperatorHandler(ClientHandler):
+    """One connection of an operator: what a client's can do, and `watch` and `steer`.
 
-    client: ClientHandler
-    relay: Relay
+    Args:
+        tokens: those of the relay.
+        nursery: the connection's, for its tasks.
+        drain: begins the daemon's drain, with the reason for the log.
+    """
+
+    takes: ClassVar[Table] = FROM_OPERATOR
+
     tokens: TokenRegistry
     nursery: trio.Nursery
     drain: Callable[[str], None]
     _watching: WatchFeed | None = None
 
-    @classmethod
-    def join(
-        cls,
-        client: ClientHandler,
-        relay: Relay,
-        tokens: TokenRegistry,
-        nursery: trio.Nursery,
-        drain: Callable[[str], None],
-    ) -> None:
-        """Give a client's connection an operator's part."""
-        operator = cls(client, relay, tokens, nursery, drain)
-        client.takes = FROM_OPERATOR
-        client.handlers = {
-            **client.handlers,
-            Watch: lambda _client, watch: operator._watch(watch),
-            Steer: lambda _client, steer: operator._steer(steer),
-        }
-        client.on_close = operator.close
-
     def close(self) -> None:
-        """Watch no more."""
+        """The link is gone: stop watching, and release all that the connection held."""
         if self._watching is not None:
             self.relay.watchers.discard(self._watching)
             self._watching = None
-        # These refer to the client in turn, and would keep it until a garbage collection.
-        self.client.handlers = HANDLERS
-        self.client.on_close = _nothing
+        super().close()
 
     def _watch(self, watch: Watch) -> None:
         if self._watching is None:
-            self._watching = WatchFeed(self.client, self.relay)
+            self._watching = WatchFeed(self, self.relay)
             self.relay.watchers.add(self._watching)
             self.nursery.start_soon(self._watching.serve)
         self._watching.begin(watch.topics)
@@ -85,17 +70,17 @@ class OperatorHandler:
         self.nursery.start_soon(self._carry_out, steer)
 
     async def _carry_out(self, steer: Steer) -> None:
-        """Do what is asked, and answer.
+        """Carry an action out, and answer.
 
-        Cancellation: shielded, within `ACTION_TIMEOUT_S`: a token that revokes itself, or an operator who hangs up,
-        must not leave a thing done in memory that never reaches the store.
+        Cancellation: shielded, within `ACTION_TIMEOUT_S`: a token that revokes itself, or an operator that disconnects,
+        must not leave a change in memory that never reaches the store.
         """
         with trio.move_on_after(ACTION_TIMEOUT_S, shield=True):
             await self._answer(steer)
 
     async def _answer(self, steer: Steer) -> None:
         action = ACTIONS.get(steer.action)
-        principal = self.client.principal
+        principal = self.principal
         answer: Answer
         if action is None:
             answer = _invalid(f"steer action {steer.action!r} is unknown; there are {', '.join(ACTIONS)}")
@@ -110,20 +95,20 @@ class OperatorHandler:
             if steer.action not in READ_ONLY_ACTIONS:
                 self._audit(steer, answer)
         if isinstance(answer, Rejected):
-            self.client.send(attrs.evolve(answer, request_id=steer.steer_id or None))
+            self.send(attrs.evolve(answer, request_id=steer.steer_id or None))
         else:
-            self.client.send(Done(steer_id=steer.steer_id, action=steer.action, target=steer.target, data=answer))
+            self.send(Done(steer_id=steer.steer_id, action=steer.action, target=steer.target, data=answer))
 
     def _audit(self, steer: Steer, answer: Answer) -> None:
-        """Who steered what, and what came of it: into the log, and for the other operators to see."""
+        """Record an action and its outcome in the log, and for the other operators to see."""
         outcome, message = (answer.code, answer.message) if isinstance(answer, Rejected) else ("done", "")
-        by = self.client.principal.name
+        by = self.principal.name
         log.warning("operator action", action=steer.action, target=steer.target, by=by, answer=str(outcome))
         self.relay.audit.add(
             {
                 "principal": by,
-                "connection_id": self.client.connection_id,
-                "peer": self.client.link.peer,
+                "connection_id": self.connection_id,
+                "peer": self.link.peer,
                 "action": steer.action,
                 "target": redacted(steer.target),
                 "outcome": str(outcome),
@@ -139,17 +124,17 @@ class OperatorHandler:
         request = self.relay.requests.get(request_id)
         return request or Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"request {request_id} is not known here")
 
-    async def _cancel(self, steer: Steer) -> Answer:
+    async def _cancel_request(self, steer: Steer) -> Answer:
         request = self._request(steer.target)
         if isinstance(request, Rejected):
             return request
         if request.live:
-            self.relay.cancel(request, f"cancelled by operator {self.client.principal.name}")
+            self.relay.cancel(request, f"cancelled by operator {self.principal.name}")
         return {"state": str(request.entry.state)}
 
     async def _promote(self, steer: Steer) -> Answer:
         refusal = self.relay.scheduler.promote(steer.target)
-        self.relay.apply([])  # the places have moved
+        self.relay.apply([])  # the positions have changed
         return refusal or {}
 
     async def _drain_worker(self, steer: Steer) -> Answer:
@@ -157,7 +142,7 @@ class OperatorHandler:
         if port is None:
             return self._no_worker(steer.target)
         self.relay.workers.drain(steer.target)
-        port.drain(f"drained by operator {self.client.principal.name}")
+        port.drain(f"drained by operator {self.principal.name}")
         return {}
 
     async def _undrain_worker(self, steer: Steer) -> Answer:
@@ -258,16 +243,22 @@ class OperatorHandler:
         connection = self.relay.connections.get(steer.target)
         if connection is None:
             return _invalid(f"connection {steer.target!r} is not there")
-        connection.disconnect(f"disconnected by operator {self.client.principal.name}")
+        connection.disconnect(f"disconnected by operator {self.principal.name}")
         return {}
 
     async def _drain(self, steer: Steer) -> Answer:
-        self.drain(f"asked by operator {self.client.principal.name}")
+        self.drain(f"asked by operator {self.principal.name}")
         return {"running": self.relay.running_count}
 
 
+OperatorHandler.handlers = {
+    **ClientHandler.handlers,
+    Watch: OperatorHandler._watch,
+    Steer: OperatorHandler._steer,
+}
+
 ACTIONS: Mapping[str, Callable[[OperatorHandler, Steer], Awaitable[Answer]]] = {
-    "cancel": OperatorHandler._cancel,
+    "cancel": OperatorHandler._cancel_request,
     "promote": OperatorHandler._promote,
     "drain_worker": OperatorHandler._drain_worker,
     "undrain_worker": OperatorHandler._undrain_worker,
@@ -282,10 +273,6 @@ ACTIONS: Mapping[str, Callable[[OperatorHandler, Steer], Awaitable[Answer]]] = {
     "describe": OperatorHandler._describe,
     "drain": OperatorHandler._drain,
 }
-
-
-def _nothing() -> None:
-    pass
 
 
 def _invalid(message: str) -> Rejected:
