@@ -169,7 +169,7 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
                 await http.close()
                 connections.cancel_scope.cancel()
             with trio.move_on_after(CLOSE_S):  # asked to leave at once: what is half safe is made so
-                await relay.results.wait_finalized()
+                await relay.finalizer.wait_finalized()
             nursery.cancel_scope.cancel()
         await store.flush()
 
@@ -194,7 +194,12 @@ async def _until_idle(relay: Relay, http_context: HttpContext, shutdown: Shutdow
     with trio.move_on_after(drain_timeout_s):
         while not shutdown.leave.is_set():
             unsent = any(reader for client in relay.clients.values() for reader in client.unsent_readers())
-            if not relay.running_count and not unsent and not http_context.unfinished and not relay.results.unfinalized:
+            if (
+                not relay.running_count
+                and not unsent
+                and not http_context.unfinished
+                and not relay.finalizer.unfinalized
+            ):
                 return
             with trio.move_on_after(0.1):
                 await shutdown.leave.wait()

@@ -175,6 +175,9 @@ class ResultsOwner(Protocol):
     def live_requests(self) -> list[Request]:
         """Those that have not ended."""
 
+    def is_finalizing(self, request: Request) -> bool:
+        """Whether the end of a request is not safe yet; such a request must not be forgotten."""
+
     def status_update(self, request: Request) -> UpdateRequest:
         """How a request stands, as the store keeps it."""
 

@@ -24,6 +24,7 @@ from protocol.wire.messages import (
     Ack,
 )
 from relayd.config.schema import Config
+from relayd.core.finalize import Finalizer
 from relayd.core.interfaces import ClientPort, ConnectionPort, Watcher, WorkerPort
 from relayd.core.retention import Retention
 from relayd.core.spaces import Spaces
@@ -64,6 +65,7 @@ class Relay:
     spaces: Spaces = attrs.field(init=False)
     workers: Workers = attrs.field(init=False)
     results: Retention = attrs.field(init=False)
+    finalizer: Finalizer = attrs.field(init=False)
     stats: Stats = attrs.field(factory=Stats)
     #: Recent log events, and recent actions of operators.
     events: RecentRows = attrs.field(factory=lambda: RecentRows(MAX_EVENTS))
@@ -80,6 +82,7 @@ class Relay:
         self.spaces = Spaces(self)
         self.workers = Workers(self, self.spaces)
         self.results = Retention(self)
+        self.finalizer = Finalizer(self, self.results)
 
     # -- requests
 
@@ -355,8 +358,12 @@ class Relay:
             request, f"request {state}", code=code, why=message, took_s=round(now - request.created_at, 3)
         )
         if request.accepted:
-            self.results.finalize(request, None if known else last_frame)
+            self.finalizer.finalize(request, None if known else last_frame)
         self.apply(decisions)
+
+    def is_finalizing(self, request: Request) -> bool:
+        """Whether the end of a request is not safe yet."""
+        return request in self.finalizer.unfinalized
 
     def has_pending_ack(self, request_id: str, attempt: int) -> bool:
         """Whether this attempt has ended its request, and is acknowledged as soon as that is safe."""

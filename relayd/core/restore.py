@@ -7,10 +7,10 @@ import structlog
 import trio
 
 from relayd.core.relay import Relay
-from relayd.core.retention import make_final_frame
 from relayd.core.space import Space
 from relayd.frames.frame_file import Contents
 from relayd.frames.frame_log import FrameLog
+from relayd.requests.final_frame import make_final_frame
 from relayd.requests.request import Request
 from relayd.scheduling.model import ScheduledRequest, State
 from relayd.store.records import DeleteRequest, DeleteSpace, Loaded, PutSpace, RequestRecord, SpaceRecord

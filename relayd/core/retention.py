@@ -1,24 +1,21 @@
-"""What becomes of results: made safe when a request ends, kept within memory and disk, and forgotten in the end.
+"""Where the frames of requests are kept, within memory and disk, and when ended requests are forgotten.
 
-An end that a worker tells is passed on at once, and acknowledged when the frames are in a file and the end is in the
-store: until then the worker has all of it. An end of the relay's own, which nobody else knows, is stored before it is
-told. Where the disk takes nothing, results stay in memory and ends are acknowledged all the same; only a request
-whose frames neither fit in memory nor on the disk fails.
+When a request ends, `relayd.core.finalize` has its frames written into a file. Where the disk takes nothing, results
+stay in memory; only a request whose frames fit neither in memory nor on the disk fails.
 """
 
-import functools
+from enum import Enum
 
 import attrs
 import structlog
 import trio
 
-from protocol.wire.codec import encode
 from protocol.wire.errors import ErrorCode
-from protocol.wire.frames import Cancelled, Failed
 from relayd.core.interfaces import ResultsOwner
 from relayd.frames.frame_file import Contents, ResultFolder
 from relayd.frames.frame_log import FrameLog, MemoryBudget
 from relayd.frames.spool import NoRoom, Spool
+from relayd.requests.final_frame import make_final_frame
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
 from relayd.store.base import StoreError
@@ -27,38 +24,41 @@ from relayd.store.records import DeleteRequest
 log = structlog.get_logger("relayd.results")
 
 FOLDER_NAME = "results"
-#: How often ended requests are looked over, and results that the disk did not take are tried again.
+#: How often ended requests are checked, and results that the disk did not take are written again.
 REAP_INTERVAL_S = 5.0
 #: Ended requests that are remembered at most; the oldest go first. One costs about 3 KiB without its frames.
 MAX_ENDED = 10_000
-#: MemoryBudget is relieved down to this part of what it may be, so that not every frame asks for more.
+#: Memory is freed down to this part of its limit, so that not every frame causes another round.
 LOW_WATER = 7 / 8
-#: Before another look where nothing could be let go of.
+#: Before another round where nothing could be freed.
 RETRY_S = 0.25
+
+
+class Stored(Enum):
+    """Where the frames of an ended request are."""
+
+    FILE = "in a file"
+    BOTH = "in a file, and still in memory"
+    MEMORY = "in memory alone"
 
 
 @attrs.define(eq=False)
 class Retention:
-    """Every request's frames, after they have come. Without a spool (`store = "memory"`) they lie in memory alone."""
+    """The frames of all requests. Without a spool (`store = "memory"`) they are in memory alone."""
 
     relay: ResultsOwner
     memory: MemoryBudget = attrs.field(init=False)
     spool: Spool | None = None
-    #: Ended requests that are not safe yet; their workers have not been told to forget them.
-    unfinalized: set[Request] = attrs.field(factory=set)
-    #: Ended requests in order of their ends: with a file; with a file, and in memory still; in memory alone.
-    sealed: dict[Request, None] = attrs.field(factory=dict)
-    _doubled: dict[Request, None] = attrs.field(factory=dict)
-    unsealed: dict[Request, None] = attrs.field(factory=dict)
+    #: Where the frames of ended requests are stored, in the order in which that was last decided.
+    stored: dict[Request, Stored] = attrs.field(factory=dict)
     _pressed: trio.Event = attrs.field(factory=trio.Event)
-    _concluded: trio.Event = attrs.field(factory=trio.Event)
     _full: bool = False
 
     def __attrs_post_init__(self) -> None:
         self.memory = MemoryBudget(self.relay.config.results.memory_bytes, on_exceeded=lambda: self._pressed.set())
 
     async def open(self, ended: dict[str, float]) -> dict[str, Contents]:
-        """Begin to use files, where the store outlives the daemon; what whole results there are.
+        """Begin to use files, where the store outlives the daemon; returns the complete results there.
 
         Args:
             ended: request id -> when it was made (Unix seconds), of all that have ended; other files are deleted.
@@ -81,11 +81,11 @@ class Retention:
 
     @property
     def disk_bytes(self) -> int:
-        """Of all files."""
+        """Size of all files."""
         return self.spool.used_bytes if self.spool is not None else 0
 
     def track(self, request: Request) -> None:
-        """Take the log of a request in, before anything is in memory of it."""
+        """Account for the log of a request, before it holds anything."""
         frames = request.log
         frames.request_id, frames.created_unix = request.request_id, request.created_unix
         frames.memory = self.memory
@@ -93,12 +93,11 @@ class Retention:
         if self.spool is not None:
             frames.fetch = self.spool.fetch
             if frames.file_part.sealed:
-                self.sealed[request] = None
+                self._set_stored(request, Stored.FILE)
 
     def forget(self, request: Request) -> None:
-        """Let go of everything of a request that nobody reads."""
-        for kept in (self.sealed, self._doubled, self.unsealed):
-            kept.pop(request, None)
+        """Drop everything of a request that nobody reads."""
+        self.stored.pop(request, None)
         self._drop(request.log)
 
     def _drop(self, frames: FrameLog, last_frame: bytes | None = None) -> None:
@@ -106,54 +105,10 @@ class Retention:
         if self.spool is not None and self.spool.has_file(frames):
             self.relay.nursery.start_soon(self.spool.remove, frames)
 
-    # -- an end
+    # -- files
 
-    def finalize(self, request: Request, last_frame: bytes | None) -> None:
-        """Make an end safe, and acknowledge it then.
-
-        Args:
-            request: it was accepted, and has ended.
-            last_frame: the relay's own; None where the log has the worker's already.
-        """
-        self.unfinalized.add(request)
-        self.relay.nursery.start_soon(functools.partial(self._finalize, request, last_frame))
-
-    async def _finalize(self, request: Request, last_frame: bytes | None) -> None:
-        try:
-            if last_frame is None:
-                await self._seal(request)
-                await self._record(request)
-            else:
-                await self._record(request)
-                request.log.append(last_frame, ends=True)
-                if request.log.next_seq > 1 or request.details:  # else its record says as much
-                    await self._seal(request)
-            if request.pending_ack is not None:
-                self.relay.acknowledge(*request.pending_ack)
-        except Exception:
-            log.exception("internal error in request", request_id=request.request_id)
-        finally:
-            request.pending_ack = None
-            self.unfinalized.discard(request)
-            if not self.unfinalized:
-                self._concluded.set()
-                self._concluded = trio.Event()
-
-    async def wait_finalized(self) -> None:
-        """Wait until every end is safe."""
-        while self.unfinalized:
-            await self._concluded.wait()
-
-    async def _record(self, request: Request) -> None:
-        update = self.relay.status_update(request)
-        try:
-            await self.relay.store.commit(update)
-        except StoreError as fault:
-            log.error("request end not stored, retrying", request_id=request.request_id, why=str(fault))
-            self.relay.store.post(update)
-
-    async def _seal(self, request: Request) -> bool:
-        """Whether the disk took the result; else it stays in memory."""
+    async def seal(self, request: Request) -> bool:
+        """Write a result into a file; False if the disk does not take it, and it stays in memory."""
         try:
             if self.spool is not None:
                 await self.spool.seal(request.log)
@@ -161,13 +116,27 @@ class Retention:
             self._log_full(fault)
         if not request.log.is_complete or self.relay.requests.get(request.request_id) is not request:
             return False
-        self.unsealed.pop(request, None)
         if request.log.file_part.sealed:
             self._log_full(None)
-            self.sealed[request] = self._doubled[request] = None
+            self._set_stored(request, Stored.BOTH)
             return True
-        self.unsealed[request] = None
+        self._set_stored(request, Stored.MEMORY)
         return False
+
+    def _set_stored(self, request: Request, where: Stored) -> None:
+        """Note where a request's frames are; one that moves goes to the end, behind those stored before it."""
+        if self.stored.get(request) is not where:
+            self.stored.pop(request, None)
+            self.stored[request] = where
+
+    def _all_stored(self, *where: Stored) -> list[Request]:
+        """Ended requests whose frames are in one of these places, oldest first."""
+        return [request for request, place in self.stored.items() if place in where]
+
+    @property
+    def unsaved_count(self) -> int:
+        """Results that are in memory alone."""
+        return len(self._all_stored(Stored.MEMORY))
 
     def _log_full(self, fault: NoRoom | None) -> None:
         if self._full != (fault is not None):
@@ -194,9 +163,10 @@ class Retention:
 
     async def _free_memory(self) -> None:
         enough = self.memory.limit_bytes * LOW_WATER
-        while self._doubled and self.memory.held_bytes > enough:
-            request = next(iter(self._doubled))
-            del self._doubled[request]
+        for request in self._all_stored(Stored.BOTH):
+            if self.memory.held_bytes <= enough:
+                break
+            self.stored[request] = Stored.FILE
             request.log.release_written()
         while self.spool is not None and self.memory.held_bytes > enough:
             largest = max(self.relay.live_requests(), key=lambda request: request.log.memory_bytes, default=None)
@@ -206,19 +176,23 @@ class Retention:
                 await self.spool.spill(largest.log)
             except NoRoom as fault:
                 self._log_full(fault)
-                if self.memory.over and not self._drop_unsealed() and largest.live:
+                if self.memory.over and not self._drop_unsaved() and largest.live:
                     self._fail_full(largest, fault)
                 if not self.memory.over:
                     return
-        while self.memory.over and self._drop_unsealed():
-            pass
+        if self.memory.over:
+            self._drop_unsaved()
 
-    def _drop_unsealed(self) -> bool:
-        """Let go of the oldest result that nobody reads and no file has; False if there is none."""
-        request = next((request for request in self.unsealed if not request.log.readers), None)
-        if request is not None:
-            self._evict(request)
-        return request is not None
+    def _drop_unsaved(self) -> bool:
+        """Drop the oldest results that nobody reads and no file has, until memory suffices; whether there were any."""
+        dropped = False
+        for request in self._all_stored(Stored.MEMORY):
+            if not self.memory.over:
+                break
+            if not request.log.readers:
+                self._evict(request)
+                dropped = True
+        return dropped
 
     def _fail_full(self, request: Request, fault: NoRoom) -> None:
         log.error("no room for the frames of a request", request_id=request.request_id, why=str(fault))
@@ -226,12 +200,11 @@ class Retention:
         self.relay.fail(request, ErrorCode.STORAGE_FULL, words)
         self._drop(request.log)
 
-    # -- what is kept of an ended request
+    # -- forgetting
 
     def _evict(self, request: Request) -> None:
-        """Let go of an ended request's frames; how it failed, or that it was cancelled, is told for longer."""
-        for kept in (self.sealed, self._doubled, self.unsealed):
-            kept.pop(request, None)
+        """Drop an ended request's frames; a failure or a cancellation stays known for longer."""
+        self.stored.pop(request, None)
         if request.entry.state is State.COMPLETED:
             request.has_result = False
             self._drop(request.log)
@@ -239,18 +212,18 @@ class Retention:
             self._drop(request.log, make_final_frame(request))
 
     async def _make_room(self, more: int) -> bool:
-        """As `Spool.make_room`: the oldest results go first, but for those that are being read."""
+        """Implement `Spool.make_room`: the oldest results go first, except those that are being read."""
         assert self.spool is not None
-        for request in list(self.sealed):
+        for request in self._all_stored(Stored.FILE, Stored.BOTH):
             if self.spool.used_bytes + more <= self.spool.disk_bytes:
                 break
-            if request in self.sealed and not request.log.readers:
+            if request in self.stored and not request.log.readers:
                 self._evict(request)
                 await self.spool.remove(request.log)  # begun already, but to be waited for
         return self.spool.used_bytes + more <= self.spool.disk_bytes
 
     def _broken(self, frames: FrameLog, why: str) -> None:
-        """As `Spool.on_broken`."""
+        """Implement `Spool.on_broken`."""
         request = self.relay.requests.get(frames.request_id)
         if request is None or request.log is not frames:
             return
@@ -273,14 +246,14 @@ class Retention:
             try:
                 await self._keep_limits()
                 self._reap(trio.current_time())
-                for request in list(self.unsealed):
-                    if self.spool is None or (request in self.unsealed and not await self._seal(request)):
+                for request in self._all_stored(Stored.MEMORY):
+                    if self.spool is None or (request in self.stored and not await self.seal(request)):
                         break
             except Exception:
                 log.exception("internal error in retention loop")
 
     async def _keep_limits(self) -> None:
-        """The settings may have been read anew."""
+        """Apply the settings, which may have been reloaded."""
         settings = self.relay.config.results
         self.memory.limit_bytes = settings.memory_bytes
         self.memory.add(0)
@@ -290,7 +263,7 @@ class Retention:
 
     def _reap(self, now: float) -> None:
         relay = self.relay
-        ended = [r for r in relay.requests.values() if r.ended_at is not None and r not in self.unfinalized]
+        ended = [r for r in relay.requests.values() if r.ended_at is not None and not self.relay.is_finalizing(r)]
         ended = [request for request in ended if not request.log.readers]
         ended.sort(key=lambda request: request.ended_at or 0.0)
         too_many = len(ended) - MAX_ENDED
@@ -298,16 +271,3 @@ class Retention:
             if number < too_many or now - (request.ended_at or 0.0) >= relay.config.results.retain_s:
                 relay.remove_request(request)
                 relay.store.post(DeleteRequest(request.request_id))
-
-
-def make_final_frame(request: Request) -> bytes:
-    """The last frame of a request that failed or was cancelled, from what is known of it without its frames."""
-    request_id, attempt, seq = request.request_id, request.entry.attempt, max(0, request.log.next_seq - 1)
-    words = request.message or ""
-    if request.entry.state is State.CANCELLED:
-        return encode(Cancelled(request_id=request_id, attempt=attempt, seq=seq, reason=words))
-    code = request.code or ErrorCode.INTERNAL.value
-    retryable = any(code == known and known.retryable for known in ErrorCode)
-    return encode(
-        Failed(request_id=request_id, attempt=attempt, seq=seq, code=code, message=words, retryable=retryable)
-    )

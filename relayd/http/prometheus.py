@@ -165,7 +165,7 @@ def _store(relay: Relay) -> Iterator[Metric]:
     yield _one("relayd_result_memory_limit_bytes", "As many may be (results.memory_bytes).", settings.memory_bytes)
     yield _one("relayd_result_disk_bytes", "Frames in files.", results.disk_bytes)
     yield _one("relayd_result_disk_limit_bytes", "As many may be (results.disk_bytes).", settings.disk_bytes)
-    yield _one("relayd_results_unsaved", "Results of ended requests that are in memory alone.", len(results.unsealed))
+    yield _one("relayd_results_unsaved", "Results of ended requests that are in memory alone.", results.unsaved_count)
 
 
 def _spaces(readings: list[SpaceReading]) -> Iterator[Metric]:

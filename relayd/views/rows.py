@@ -89,7 +89,7 @@ def relay_row(relay: Relay) -> Row:
         "slow_consumers": relay.slow_consumers,
         "result_memory_bytes": relay.results.memory.held_bytes,
         "result_disk_bytes": relay.results.disk_bytes,
-        "results_unsaved": len(relay.results.unsealed),
+        "results_unsaved": relay.results.unsaved_count,
     }
 
 

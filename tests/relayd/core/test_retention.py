@@ -310,7 +310,7 @@ async def test_all_that_has_ended_is_fetched_after_a_restart_to_the_last_frame(t
         told[submit.request_id] = await client.frames(submit)
         assert told[submit.request_id][-1].code == "run_timeout"
         states[submit.request_id] = "failed"
-        await until(lambda: not relay.relay.results.unfinalized)
+        await until(lambda: not relay.relay.finalizer.unfinalized)
     for _ in range(2):
         async with daemon(tmp_path, **SQLITE) as relay:
             for request_id, frames in told.items():
@@ -339,7 +339,7 @@ async def test_a_result_whose_file_is_gone_is_not_kept_but_how_a_request_failed_
         worker.speak(assign, PCM, end=False)
         worker.send(Failed(**identity(assign, 4), code="engine_failed", message="it burst"))
         await client.frames(failed)
-        await until(lambda: not relay.relay.results.unfinalized)
+        await until(lambda: not relay.relay.finalizer.unfinalized)
     for path in (tmp_path / "results").iterdir():
         data = path.read_bytes()
         path.write_bytes(data[:-1])
@@ -367,7 +367,7 @@ async def test_results_that_have_a_file_leave_the_memory_first_and_are_all_still
         for number in range(60):  # 7.5 KB each
             submit = a_submit()
             told[submit.request_id] = await spoken(worker, client, submit, [samples(3_000, number)])
-        await until(lambda: not relay.relay.results.unfinalized)
+        await until(lambda: not relay.relay.finalizer.unfinalized)
         await until(lambda: relay.relay.results.memory.held_bytes <= limit)
         requests = relay.relay.requests.values()
         assert sum(request.log.memory_bytes for request in requests) == relay.relay.results.memory.held_bytes
@@ -450,7 +450,7 @@ async def test_the_oldest_files_make_room(tmp_path: Path) -> None:
         submits = [a_submit() for _ in range(5)]  # 6.5 KB each: three of them fit
         for submit in submits:
             await spoken(worker, client, submit)
-            await until(lambda: not relay.relay.results.unfinalized)
+            await until(lambda: not relay.relay.finalizer.unfinalized)
         await until(lambda: files(tmp_path) == sorted(submit.request_id for submit in submits[2:]))
         assert "is not kept any more" in (await refused(relay, submits[0].request_id)).message
         assert len(await fetched(relay, submits[2].request_id)) == 5
@@ -512,7 +512,7 @@ async def test_what_a_full_disk_does_not_take_is_kept_in_memory_and_written_once
             assert files(tmp_path) == []
             disk.full = False
             await until(lambda: files(tmp_path) == sorted(submit.request_id for submit in submits))
-            await until(lambda: not relay.relay.results.unsealed)
+            await until(lambda: not relay.relay.results.unsaved_count)
     events = [log["event"] for log in logs if log["log_level"] in ("error", "info")]
     assert events.count("the disk takes no results; they stay in memory") == 1
     assert events.count("the disk takes results again") == 1

@@ -161,7 +161,7 @@ async def test_a_restart_behind_a_jump_keeps_order_results_and_whole_deadlines(
         wall.jump(-jump_s)
         client.send(waiting[2])  # the newest, by the wall clock the oldest or far younger
         await until(lambda: len(relay.relay.scheduler.state.spaces["tts"].queue) == 3)
-        await relay.relay.results.wait_finalized()
+        await relay.relay.finalizer.wait_finalized()
         await relay.relay.store.flush()
     wall.jump(2 * jump_s)
     async with daemon(tmp_path, **sqlite) as relay, peer(relay.url, "client") as client:

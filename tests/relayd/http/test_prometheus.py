@@ -277,7 +277,7 @@ async def test_a_scrape_costs_the_same_however_many_requests_there_are(tmp_path:
         many = calls_of(lambda: Scrape.of(relay.relay, TokenRegistry(), NO_HTTP).encode())
         for request in list(relay.relay.requests.values())[1:]:
             relay.relay.cancel(request, "enough")
-        await until(lambda: not relay.relay.results.unfinalized)
+        await until(lambda: not relay.relay.finalizer.unfinalized)
         ended = calls_of(lambda: Scrape.of(relay.relay, TokenRegistry(), NO_HTTP).encode())
     assert few > 1_000
     # The digits of a number, and a first number of its kind, may cost a call or two.
