@@ -11,10 +11,12 @@ import trio
 
 from protocol.client.client import RelayClient, open_relay
 from protocol.wire.errors import ConnectError, LinkError, LoginRefused, RequestRejected
-from protocol.wire.messages import SPACE_PATTERN, Snapshot
+from protocol.wire.messages import Rejected, Snapshot
 from protocol.wire.validators import Value
 from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits
-from relayd.config.schema import Config, ConfigError, SpaceConfig
+from relayd.config.schema import Config
+from relayd.core.space_rules import check_new_space, refuse_configured
+from relayd.scheduling.scheduler import no_such_space
 from relayd.store.base import StoreError, StoreInUse
 from relayd.store.factory import OfflineStore, open_offline
 from relayd.store.records import DeleteSpace, PutSpace, PutToken, SpaceRecord
@@ -185,20 +187,13 @@ class Offline:
             return stored.get(name, fresh)
         if name in stored:
             return stored[name]
-        raise AdminError(f"space {name!r} does not exist; make it with: relayd space create {name}")
+        raise AdminError(no_such_space(name, operator=True).message)
 
     async def create_space(self, name: str, options: dict[str, Value]) -> None:
         """See `Admin`."""
-        if not SPACE_PATTERN.fullmatch(name):
-            raise AdminError(
-                f"{name!r} is no space name: a letter or digit, then letters, digits and . _ -, 64 at most"
-            )
-        if name in self.config.spaces or any(record.name == name for record in self.store.load().spaces):
-            raise AdminError(f"space {name!r} exists already; choose another name, or delete that one first")
-        try:
-            config = SpaceConfig.from_map(options)
-        except ConfigError as fault:
-            raise AdminError(f"space {name!r}: {'; '.join(fault.faults)}") from None
+        config = check_new_space(name, options, {*self.config.spaces, *(r.name for r in self.store.load().spaces)})
+        if isinstance(config, Rejected):
+            raise AdminError(config.message)
         self.store.commit(PutSpace(SpaceRecord(name=name, config=config, created_at=time.time())))
 
     async def spaces(self) -> list[Row]:
@@ -229,7 +224,7 @@ class Offline:
     async def delete_space(self, name: str) -> None:
         """See `Admin`."""
         if name in self.config.spaces:
-            raise AdminError(f"space {name!r} stands in relayd.toml; take it out there")
+            raise AdminError(refuse_configured(name).message)
         self._space(name)
         if waiting := [r for r in self.store.load().requests if r.submit.space == name and r.ended_at is None]:
             raise AdminError(

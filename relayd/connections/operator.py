@@ -9,12 +9,12 @@ import structlog
 import trio
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import FROM_OPERATOR, ROLES, SPACE_PATTERN, Done, Rejected, Steer, Table, Watch
+from protocol.wire.messages import FROM_OPERATOR, ROLES, Done, Rejected, Steer, Table, Watch
 from protocol.wire.validators import Value
 from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits
-from relayd.config.schema import ConfigError, SpaceConfig
 from relayd.connections.client import ClientHandler
 from relayd.core.space import Space
+from relayd.core.space_rules import check_new_space, refuse_configured
 from relayd.logs.setup import redacted
 from relayd.requests.request import Request
 from relayd.store.base import StoreError
@@ -165,15 +165,9 @@ class OperatorHandler(ClientHandler):
 
     async def _create_space(self, steer: Steer) -> Answer:
         name = steer.target
-        if not SPACE_PATTERN.fullmatch(name):
-            return _invalid(f"{name!r} is no space name: a letter or digit, then letters, digits and . _ -, 64 at most")
-        if name in self.relay.spaces:
-            message = f"space {name!r} exists already; choose another name, or delete that one first"
-            return Rejected.because(ErrorCode.SPACE_EXISTS, message)
-        try:
-            config = SpaceConfig.from_map(steer.options)
-        except ConfigError as fault:
-            return _invalid(f"space {name!r}: {'; '.join(fault.faults)}")
+        config = check_new_space(name, steer.options, self.relay.spaces)
+        if isinstance(config, Rejected):
+            return config
         space = Space(name=name, config=config)
         await self.relay.spaces.open(space)
         try:
@@ -186,7 +180,7 @@ class OperatorHandler(ClientHandler):
     async def _delete_space(self, steer: Steer) -> Answer:
         space = self.relay.spaces.get(steer.target)
         if space is not None and space.made_by == "config":
-            return _invalid(f"space {space.name!r} stands in relayd.toml; take it out there and reload or restart")
+            return refuse_configured(space.name)
         if refusal := self.relay.spaces.close(steer.target):
             return refusal
         try:

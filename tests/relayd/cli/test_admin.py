@@ -116,7 +116,7 @@ async def test_what_cannot_be_done_to_a_space_is_told_in_one_line(
         await shell.run("space", "create", "lab")
         assert "exists already" in await shell.fails("space", "create", "lab")
         assert "exists already" in await shell.fails("space", "create", "tts")
-        assert "no space name" in await shell.fails("space", "create", "../lab")
+        assert "not a valid space name" in await shell.fails("space", "create", "../lab")
         assert "max_workers" in await shell.fails("space", "create", "x", "--max-workers", "0")
         assert "stands in relayd.toml" in await shell.fails("space", "delete", "tts")
         for what in ("pause", "resume", "delete"):
