@@ -167,21 +167,6 @@ class Simulated:
             await trio.sleep(0.1)
 
 
-class Silent:
-    """A source of which nothing comes; the picture is put together by hand."""
-
-    async def follow(self, tell: Tell) -> None:
-        """See `Source`."""
-        await trio.sleep_forever()
-
-    async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
-        """See `Source`."""
-        return Done(action=action, target=target)
-
-    async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
-        """See `Source`."""
-
-
 @attrs.frozen
 class Ask:
     """One action to be carried out."""

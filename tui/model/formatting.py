@@ -96,11 +96,6 @@ def count(value: float) -> str:
     return f"{value:,.0f}" if value >= 9.95 or value == int(value) else f"{value:.1f}"
 
 
-def per_minute(value: float) -> str:
-    """As `count`, a minute."""
-    return f"{count(value)}/min"
-
-
 def percent(value: float) -> str:
     """`0 %`, `0.4 %`, `12 %`."""
     return f"{value:.0f} %" if value >= 9.95 or value == int(value) else f"{value:.1f} %"

@@ -13,7 +13,7 @@ import trio
 from protocol.wire.frames import Audio, Started
 from protocol.wire.messages import Accepted, Done, Registered, Rejected, Submit
 from tests.support.relay import FORMAT, a_config, an_id, fake_worker, peer, running
-from tui.model.feed import MAX_WAITING, Ask, Feed, Listen, Meter, RelaySource, Silent
+from tui.model.feed import MAX_WAITING, Ask, Feed, Listen, Meter, Options, RelaySource, Tell
 from tui.model.relay_model import RelayModel
 
 TONE = array("h", (int(16_000 * math.sin(at / 7)) for at in range(24_000))).tobytes()
@@ -123,6 +123,19 @@ async def test_a_running_request_is_described_and_listened_to(tmp_path: Path) ->
                     (view := here.model.get("requests", submit.request_id)) is not None and view.number("readers") == 1
                 )
             )
+
+
+class Silent:
+    """A source that sends nothing."""
+
+    async def follow(self, tell: Tell) -> None:
+        await trio.sleep_forever()
+
+    async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
+        return Done(action=action, target=target)
+
+    async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
+        """Measure nothing."""
 
 
 @pytest.mark.trio
