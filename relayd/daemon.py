@@ -21,6 +21,7 @@ from relayd.core.admission import Admission
 from relayd.core.positions import serve_positions
 from relayd.core.relay import Relay
 from relayd.core.restore import restore
+from relayd.core.token_retention import serve_token_retention
 from relayd.http.app import make_app
 from relayd.http.context import HttpContext
 from relayd.http.server import HttpServer
@@ -140,6 +141,7 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
             nursery.start_soon(serve_stats, relay.sample)
             nursery.start_soon(relay.results.serve_memory)
             nursery.start_soon(relay.results.serve_retention)
+            nursery.start_soon(serve_token_retention, tokens, store)
             nursery.start_soon(http_context.serve)
             manager = ServiceManager.from_environment()
             reload = Reload(relay, tokens, tls_context, reread, manager) if reread else None

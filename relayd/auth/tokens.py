@@ -27,6 +27,8 @@ from relayd.store.records import TokenLimits, TokenRecord
 TOKEN_BYTES = 32
 #: Live tokens that one principal may have for one role: the old one and the new one while a token is rotated.
 MAX_LIVE_TOKENS = 2
+#: How long the record of a revoked or expired token is kept, to tell its user what became of it: 30 days.
+KEEP_ENDED_S = 30 * 86_400.0
 PRINCIPAL_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 #: A space name, with the wildcards of fnmatch.
 SPACE_GLOB = re.compile(r"[A-Za-z0-9._*?\[\]!-]{1,128}")
@@ -281,6 +283,18 @@ class TokenRegistry:
         """Undo `create`, or drop a token for good."""
         if record := self._by_id.pop(token_id, None):
             del self._by_sha256[record.sha256]
+
+    def purge(self, now: float) -> list[str]:
+        """Drop the records of tokens that were revoked or have expired long ago.
+
+        Returns:
+            The ids of the records to delete from the store.
+        """
+        ends = {i: min(e for e in (r.revoked_at, r.expires_at, now) if e is not None) for i, r in self._by_id.items()}
+        purged = [token_id for token_id, ended_at in ends.items() if now - ended_at > KEEP_ENDED_S]
+        for token_id in purged:
+            self.forget(token_id)
+        return purged
 
     def reload(self, records: Iterable[TokenRecord], known: Iterable[str]) -> set[str]:
         """Let the store's records count. One that was revoked here stays so: its commit may have failed.

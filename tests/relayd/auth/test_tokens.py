@@ -232,6 +232,22 @@ def test_on_the_unix_socket_a_token_counts_before_the_user() -> None:
     assert (outcome.name, outcome.local) == ("ann", False)
 
 
+def test_tokens_that_ended_more_than_30_days_ago_are_purged_and_no_others() -> None:
+    tokens = make_tokens()
+    revoked, expired, lasting = (
+        create(tokens, name=name, expires_at=ends)
+        for name, ends in (("ann", None), ("bob", NOW + 60), ("cid", NOW + 90 * 86_400))
+    )
+    tokens.revoke("ann", NOW + 60)
+    ids = {revoked.record.token_id, expired.record.token_id}
+    assert tokens.purge(NOW + 60 + 30 * 86_400) == []
+    assert set(tokens.purge(NOW + 61 + 30 * 86_400)) == ids
+    assert [record.token_id for record in tokens.list()] == [lasting.record.token_id]
+    code, message = refusal(tokens.log_in(hello("client", revoked.text), None, NOW))
+    assert code == ErrorCode.UNAUTHENTICATED
+    assert "does not know the token" in message
+
+
 @pytest.mark.parametrize(
     ("patterns", "space", "may"),
     [
