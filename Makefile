@@ -11,7 +11,7 @@ MINUTES ?= 5
 export TEXT # the shell takes it from the environment, so that no quote or $ in it is the shell's
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types contracts bench bench-guard chaos clean
+.PHONY: help demo test test-fast test-min check lint types contracts bench bench-guard chaos clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,29 @@ demo: $(VENV)/.demo ## hear a sentence through a relay and a worker: writes hell
 
 test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## all tests, as CI runs them
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# Left out: what starts processes or a browser, needs torch or Debian's programs, or takes longer than the rest together.
+SLOW := e2e chaos browser deploy bench gpuworker/engines/voxcpm gpuworker/engines/test_indextts2.py gpuworker/slots \
+  gpuworker/test_cli.py tui/terminal tui/test_snapshots.py tui/test_app.py tui/test_keys.py conformance \
+  relayd/test_departed.py relayd/http/requests_api/test_openapi.py relayd/http/test_prometheus.py relayd/store
+test-fast: $(VENV)/.fast ## what one runs while working: no process, browser, torch or disk fault; below 90 s
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q $(addprefix --ignore tests/,$(SLOW)) $(ARGS)
+
+# What a machine has that installs the client and the worker alone, then the relay's packages too, each at its oldest. The
+# tests left out need torch, or packages that want newer ones. The tests' own are those of `make test`.
+MIN := $(VENV)-min
+MIN_PIP := $(MIN)/bin/python -m pip install --quiet --disable-pip-version-check
+MIN_PYTEST := PATH="$(CURDIR)/$(MIN)/bin:$$PATH" $(MIN)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+MIN_TOOLS := pytest pytest-asyncio pytest-trio pytest-xdist hypothesis wsproto trio-websocket jsonschema numpy espeakng-loader
+test-min: | $(BIN)/python ## client, worker and the relay's HTTP with the oldest packages they work with: 2 minutes
+	@$(PYTHON) -m venv --clear $(MIN)
+	$(MIN_PIP) -c constraints.txt $(MIN_TOOLS)
+	$(MIN_PIP) -c constraints-min.txt -e .
+	$(MIN_PYTEST) tests/protocol tests/gpuworker tests/bench/test_commands.py tests/relayd/cli/test_extra.py \
+	  --ignore tests/gpuworker/engines/voxcpm $(addprefix --ignore tests/,protocol/test_protocol_doc.py gpuworker/engines/test_indextts2.py)
+	$(MIN_PIP) -c constraints-min.txt -e '.[relay]'
+	$(MIN_PYTEST) tests/relayd/logs tests/relayd/http \
+	  $(addprefix --ignore tests/relayd/http/,audio openai requests_api/test_openapi.py)
 
 check: lint types contracts test ## linters, types, import contracts and tests
 
@@ -46,7 +69,7 @@ chaos: $(VENV)/.dev ## a storm of cuts and kills: make chaos SEED=7 MINUTES=25
 	$(BIN)/python -m tests.chaos --seed $(SEED) --minutes $(MINUTES) $(ARGS)
 
 clean: ## all that make has made
-	rm -rf $(VENV) hello.wav docs/examples/node_modules .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MIN) hello.wav docs/examples/node_modules .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- set-up. A stamp each: made anew when what it was made from changes. The constraints are the versions tested.
@@ -59,11 +82,15 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[relay,espeak]'
 	@touch $@
 
+$(VENV)/.fast: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/.demo
+
 # voxcpm without what it names and an engine never imports: docs/decisions/0010-voxcpm-install.md.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps voxcpm
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.fast
 
 # Debian packages (package:command where they differ) for whoever may install them; the bench tells what is missing.
 DEBIAN = PATH="$$PATH:/usr/sbin"; for each in $(1); do command -v "$${each\#\#*:}" >/dev/null || missing="$$missing $${each%%:*}"; done; \

@@ -117,9 +117,10 @@ class _Lines:
     def __init__(self, stream: TextIO, name: str = "") -> None:
         self.name = name
         self._stream = stream
-        # What structlog's processors ask of a logger.
+        # What structlog's processors ask of a logger; those before 25.5 ask for the second of the two.
         self.disabled = False
         self.getEffectiveLevel = logging.getLogger().getEffectiveLevel
+        self.isEnabledFor = logging.getLogger().isEnabledFor
 
     def write(self, line: str) -> None:
         """One line, in one piece; without effect where the stream takes none, as of a terminal that went away."""
