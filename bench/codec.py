@@ -18,7 +18,7 @@ from protocol.wire.validators import Message
 
 ROUNDS = 9
 REPEAT = 2_000
-#: DESIGN and protocol.wire.codec: no decode blocks the relay for longer.
+#: docs/design.md and protocol.wire.codec: no decode blocks the relay for longer.
 WORST_MS = 5.0
 _ID = "0123456789abcdef" * 2
 

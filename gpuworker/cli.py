@@ -19,7 +19,7 @@ RUN_WORDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with DESIGN §11's codes."""
+    """Entry point; exits with docs/design.md §11's codes."""
     given = _parser().parse_args(arguments)
     try:
         # Each command imports what it needs: whoever asks for help, or for the engines, need not wait for the rest.

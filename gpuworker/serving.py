@@ -23,7 +23,7 @@ from protocol.sd_notify import ServiceManager
 
 
 def run_worker(config: WorkerConfig) -> int:
-    """Register with a relay and run its requests; returns the exit code (DESIGN §11)."""
+    """Register with a relay and run its requests; returns the exit code (docs/design.md §11)."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler])

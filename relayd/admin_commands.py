@@ -20,7 +20,7 @@ _LIMITS = tuple(field.name for field in attrs.fields(TokenLimits))
 
 
 def run_admin(args: argparse.Namespace, config: Config) -> int:
-    """Run an admin command on the daemon of this configuration; returns the exit code (DESIGN §11)."""
+    """Run an admin command on the daemon of this configuration; returns the exit code (docs/design.md §11)."""
 
     async def work() -> None:
         async with open_admin(config) as admin:

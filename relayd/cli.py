@@ -11,7 +11,7 @@ from protocol.commands.exit_codes import INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit code (DESIGN §11)."""
+    """Entry point of the console script; returns the exit code (docs/design.md §11)."""
     args = _parser().parse_args(argv)
     try:
         from relayd.commands import run_command  # after the arguments: whoever asks for help need not wait for it

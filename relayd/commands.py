@@ -25,7 +25,7 @@ class ExtraMissing(Exception):
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Run the command that was asked for; returns the exit code (DESIGN §11)."""
+    """Run the command that was asked for; returns the exit code (docs/design.md §11)."""
     try:
         return COMMANDS.get(args.command, _admin)(args)
     except (ConfigError, ExtraMissing) as fault:

@@ -1,4 +1,4 @@
-"""SIGHUP: what can be read again without a restart is, and what cannot is told.
+"""SIGHUP: settings that can change without a restart are read again, and the log names those that cannot.
 
 All is looked at before anything is changed, so a file with a fault in it changes nothing.
 """

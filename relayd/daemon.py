@@ -1,4 +1,4 @@
-"""The daemon, put together: what it consists of, how it starts and how it stops."""
+"""The daemon, assembled: its parts, how it starts and how it stops."""
 
 import os
 import signal

@@ -18,7 +18,7 @@ SCENES = ("busy", "empty", "broken")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit code (DESIGN §11)."""
+    """Entry point of the console script; returns the exit code (docs/design.md §11)."""
     args = _parser().parse_args(argv)
     try:
         return _once(args) if args.once or args.json else _live(args)

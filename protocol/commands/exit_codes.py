@@ -1,4 +1,4 @@
-"""How the commands end: their exit codes (DESIGN §11), and an output that nobody reads any more."""
+"""How the commands end: their exit codes (docs/design.md §11), and an output that nobody reads any more."""
 
 import os
 import signal

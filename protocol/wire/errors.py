@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class ErrorCode(StrEnum):
-    """Every code that `error`, `rejected` and `failed` messages may carry (DESIGN §5)."""
+    """Every code that `error`, `rejected` and `failed` messages may carry (docs/design.md §5)."""
 
     PROTOCOL_ERROR = "protocol_error"
     UNKNOWN_TYPE = "unknown_type"

@@ -1,4 +1,4 @@
-"""Failed logins, over HTTP and over the WebSocket, counted by where they come from.
+"""Failed logins over HTTP and WebSocket, counted by address.
 
 A token has 256 random bits, so nobody finds one by trying; what is limited is the noise. A good token is always
 taken: whoever shares an address with a program that tries an old one must not be shut out with it.
@@ -13,7 +13,7 @@ MAX_FAILURES = 10
 WINDOW_S = 60.0
 #: Addresses remembered; of more the one that failed longest ago is forgotten.
 MAX_ADDRESSES = 4096
-TOO_MANY_LOGINS = "too many tokens from this address opened nothing; set the right one and wait a little"
+TOO_MANY_LOGINS = "too many failed logins from this address; check the token and retry later"
 
 
 @attrs.define(eq=False)

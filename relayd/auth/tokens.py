@@ -1,4 +1,4 @@
-"""Who is there, and what they may do: tokens, and the credentials of a peer on the unix socket.
+"""Who a peer is and what it may do: tokens, and the credentials of a peer on the unix socket.
 
 A token is `rly_`, a letter for its role, and 256 random bits in base64url. Only its SHA-256 is kept: with that
 many random bits a slow hash would protect nothing more. Pure: time comes in, changes for the store go out.
@@ -158,7 +158,7 @@ class TokenRegistry:
         if record is None or not hmac.compare_digest(record.sha256, sha256):
             words = "this relay does not know the token; `relayd token list` shows those it knows"
             if not hello.token.startswith(tuple(_PREFIXES.values())):
-                words = "this is no token of a relay: those begin with rly_c_, rly_w_ or rly_o_"
+                words = "not a relay token: tokens start with rly_c_, rly_w_ or rly_o_"
             return Rejected.because(ErrorCode.UNAUTHENTICATED, words)
         if not record.live(now):
             what = "was revoked" if record.revoked_at is not None else f"expired at {iso_time(record.expires_at or 0)}"

@@ -1,7 +1,7 @@
-"""The daemon's doors: TCP (TLS where set) and the unix socket, each leading to the same two: `Gate` and `HttpServer`.
+"""The daemon's listeners: TCP, with TLS where it is set, and the unix socket.
 
-One port serves HTTP as well (DESIGN §10): the head of a connection is read in `_welcome`; who asks for a WebSocket goes
-to the `Gate`, everybody else to the `HttpServer`.
+One port serves both protocols (docs/design.md §10): `_welcome` reads the head of a connection; a request for a
+WebSocket goes to the `Gateway`, every other to the `HttpServer`.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""How a request gets in: checked, its inputs gathered, made safe in the store, then `accepted` and queued.
+"""How a request is admitted: it is checked, its inputs are gathered, the store commits it, and it is queued.
 
 One task takes the whole requests in the order in which they became whole and commits them in batches, so that one
 fsync serves all that wait, and the order of arrival is the order of the queue.

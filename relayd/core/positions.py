@@ -1,4 +1,4 @@
-"""Tells queued requests their places, each time they change and at most four times a second."""
+"""Sends clients the positions of their queued requests when they change, at most four times a second."""
 
 import time
 
@@ -11,7 +11,7 @@ from relayd.scheduling.model import QueuePosition
 
 log = structlog.get_logger("relayd.places")
 
-#: DESIGN §5: `queued` is pushed at most 4 times a second.
+#: docs/design.md §5: `queued` is pushed at most 4 times a second.
 INTERVAL_S = 0.25
 #: Telling may take this part of the relay's time at most: with 10,000 in a queue each step moves them all.
 MAX_SHARE = 0.1

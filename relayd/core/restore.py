@@ -1,4 +1,4 @@
-"""At the start: spaces, requests and results are taken up where the last run left them."""
+"""Restores spaces, requests and results from the store when the daemon starts."""
 
 import time
 

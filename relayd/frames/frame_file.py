@@ -1,4 +1,4 @@
-"""The files that frames lie in: one a request, `<request id>.frames`, in a folder of their own. Blocks.
+"""The files that hold frames: one for each request, `<request id>.frames`, in a folder of their own. Blocks.
 
 A file is a header, a record a frame (its length, its CRC-32, its bytes), and, once the request has ended, a trailer
 with which it counts as whole: the length of every frame, the attempts and where each began, and a footer. A file

@@ -1,4 +1,4 @@
-"""Frame logs: what a request has put out so far, and its readers.
+"""Frame logs: the output of a request so far, and its readers.
 
 Attach, resume, replay, a second listener and "fetch the result later" are one thing: a `FrameReader` at a `seq`.
 Appending never waits for a reader, nor for a disk. A reader sends while its sink takes, stops when the sink is full,
@@ -56,7 +56,7 @@ class MemoryBudget:
         return self.held_bytes > self.limit_bytes
 
     def add(self, cost: int) -> None:
-        """So many bytes came in; less than none have gone."""
+        """Account for `cost` more bytes; negative when bytes were released."""
         self.held_bytes += cost
         if self.held_bytes > self.limit_bytes:
             self.on_exceeded()

@@ -1,4 +1,4 @@
-"""Frame logs and their files: frames are written behind a log, and read back for the readers that are that far behind.
+"""Moves frames between frame logs and their files: written behind a log, and read back for readers that lag.
 
 All of it happens in threads, and the event loop goes on meanwhile: a log may grow, be restarted, end or be dropped
 while its file is being written or read. What was written is noted only afterwards, as far as it still holds, and

@@ -119,5 +119,5 @@ async def _unroutable(request: Request, fault: Exception) -> Response:
 
 async def _broken(request: Request, fault: Exception) -> Response:
     # Starlette answers what nobody caught from outside of all middleware.
-    refusal = HttpError(ErrorCode.INTERNAL, "the relay made a mistake; see its log", headers=HEADERS)
+    refusal = HttpError(ErrorCode.INTERNAL, "internal error; see the relay's log", headers=HEADERS)
     return error_response(request.url.path, refusal)

@@ -1,4 +1,4 @@
-"""Who sends an HTTP request: a bearer token, or the credentials of a peer on the unix socket; and from which page."""
+"""Authenticates HTTP requests: by bearer token, or by the credentials of a peer on the unix socket."""
 
 import time
 
@@ -51,7 +51,7 @@ def principal_of(request: Request, role: str = "client") -> Principal:
 
 def _log_in(context: HttpContext, exchange: Exchange, token: str | None, role: str) -> Principal | Rejected:
     if token is not None and len(token) > MAX_TOKEN_CHARS:
-        return Rejected.because(ErrorCode.UNAUTHENTICATED, "this is no token of a relay: it is too long")
+        return Rejected.because(ErrorCode.UNAUTHENTICATED, "not a relay token: it is too long")
     hello = Hello(version=PROTOCOL_VERSION, role=role, token=token, agent="")
     return context.tokens.log_in(hello, exchange.credentials, time.time())
 

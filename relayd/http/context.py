@@ -1,4 +1,4 @@
-"""What every route needs, and who is being answered at this moment."""
+"""What every HTTP route shares, and the exchanges that are open now."""
 
 import time
 from typing import Protocol
@@ -12,7 +12,7 @@ from relayd.auth.tokens import PeerCredentials, Principal, TokenRegistry
 from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 
-#: A revoked token's responses end within 2 s (DESIGN §8), and an expired one's.
+#: A revoked token's responses end within 2 s (docs/design.md §8), and an expired one's.
 TOKENS_INTERVAL_S = 1.0
 
 
@@ -21,7 +21,7 @@ class Waiting(Protocol):
 
     @property
     def live(self) -> bool:
-        """Whether more is to come than is there."""
+        """Whether more frames may still arrive."""
 
     def wake(self) -> None:
         """Have the response look again."""
@@ -109,7 +109,7 @@ class HttpContext:
 
 
 def context_of(request: Request) -> HttpContext:
-    """The site that a request came to."""
+    """What the routes share, from a request."""
     context = request.app.state.context
     assert isinstance(context, HttpContext)
     return context

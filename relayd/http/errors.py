@@ -1,4 +1,4 @@
-"""Errors before the first byte of a response: a status, a code and words; each API shapes them its own way."""
+"""Errors before the first byte of a response: a status, a code and a message; each API shapes them its own way."""
 
 from collections.abc import Mapping
 from typing import Any

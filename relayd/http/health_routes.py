@@ -1,4 +1,4 @@
-"""Health, readiness and metrics: for load balancers, for whoever starts the relay, and for Prometheus."""
+"""Health, readiness and metrics: for load balancers, service managers and Prometheus."""
 
 import attrs
 import trio

@@ -1,4 +1,4 @@
-"""What is told of a request, a frame or a space, as JSON."""
+"""Requests, frames and spaces as JSON."""
 
 import base64
 import json

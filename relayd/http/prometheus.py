@@ -1,4 +1,4 @@
-"""What the relay has counted, as Prometheus reads it. docs/metrics.md lists every name.
+"""The relay's counters in the format of Prometheus. docs/metrics.md lists every name.
 
 Nothing is kept here: a scrape reads plain numbers of the relay. It looks at spaces, workers, connections and what runs,
 and never at the requests that wait or have ended, so that it costs the same however many those are.

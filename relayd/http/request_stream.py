@@ -1,4 +1,4 @@
-"""An HTTP response's part in a request of the relay's: it submits or attaches, holds, and reads frames.
+"""Connects an HTTP response to a request of the relay: it submits or attaches, holds, and reads frames.
 
 What the handler of `relayd.connections.client` is for a WebSocket, for a single request: the relay sees the same
 holder and the same sink, so limits, idempotency, positions and the resume window are the same.

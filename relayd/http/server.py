@@ -1,4 +1,4 @@
-"""The HTTP door: who has come in for HTTP, and how all of them are sent home."""
+"""Serves HTTP connections, and closes them at the end."""
 
 import attrs
 import structlog

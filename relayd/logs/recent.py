@@ -1,4 +1,4 @@
-"""What the relay has logged, and who has steered what: the latest of it, as rows for operators."""
+"""The latest log events and operator actions, as rows for operators."""
 
 import itertools
 import sys

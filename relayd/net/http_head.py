@@ -1,4 +1,4 @@
-"""The head of a connection's first request, read before anybody knows whose it is (DESIGN §10)."""
+"""The head of a connection's first request, read before anybody knows whose it is (docs/design.md §10)."""
 
 import re
 

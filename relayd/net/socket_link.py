@@ -34,7 +34,7 @@ MAX_PIECES = 512
 MAX_QUEUED_PIECES = 65_536
 #: A fault of ours over one connection ends that one.
 INTERNAL_LOG = "internal error in connection"
-INTERNAL_MESSAGE = "the relay made a mistake; see its log"
+INTERNAL_MESSAGE = "internal error; see the relay's log"
 
 
 READABLE, WRITABLE, HANG_UP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR

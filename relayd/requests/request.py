@@ -22,7 +22,7 @@ FIRST_STEPS, LATEST_STEPS = 12, 36
 #: What is kept of what an ended request asked for.
 KEPT_BYTES = 1024
 #: How long an attempt that has put out nothing waits for its worker's return before it is tried elsewhere. A worker
-#: reconnects within 0.5 s when only its network blinked; DESIGN §6 promises the second attempt within 2 s.
+#: reconnects within 0.5 s when only its network blinked; docs/design.md §6 promises the second attempt within 2 s.
 UNHEARD_GRACE_S = 1.5
 
 

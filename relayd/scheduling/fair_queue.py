@@ -35,7 +35,7 @@ class _Level(Generic[WaitingT]):
 
 @attrs.define(eq=False)
 class FairQueue(Generic[WaitingT]):
-    """Priority, inside it round-robin over principals, inside that first come first served (DESIGN §7).
+    """Priority, inside it round-robin over principals, inside that first come first served (docs/design.md §7).
 
     With one principal and one priority it is plain FIFO.
     """

@@ -13,7 +13,7 @@ RECENT_RUNS = 20
 
 
 class State(StrEnum):
-    """Where a request is in its life (DESIGN §2)."""
+    """Where a request is in its life (docs/design.md §2)."""
 
     UPLOADING = "uploading"
     QUEUED = "queued"
@@ -88,7 +88,7 @@ class WorkerState:
 
 @attrs.frozen(kw_only=True)
 class SpaceRules:
-    """What a space allows; the defaults are DESIGN §7's."""
+    """What a space allows; the defaults are docs/design.md §7's."""
 
     max_workers: int = 1
     max_queued: int = 1000

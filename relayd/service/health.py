@@ -1,4 +1,4 @@
-"""The daemon as a service: tells systemd how it stands, and gives signs of life while it is really alive.
+"""The daemon as a service: reports its state to systemd, and signs of life while its health checks pass.
 
 Alive means: the event loop turns, the store's writer takes its turn, and whoever knocks at a door is let in. A disk or
 a table of files that is merely full is no illness: a restart would cure nothing and cut every stream.

@@ -1,4 +1,4 @@
-"""How the relay has been doing: in the last seconds, the last minute, the last five minutes, and since the start.
+"""What the relay counts: over the last seconds, the last minute, five minutes, and since the start.
 
 What happens often is only counted, in plain numbers; once a second `sample` looks at them and makes rates of them.
 """

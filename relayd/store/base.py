@@ -1,4 +1,4 @@
-"""What a restart must not forget: records, the changes made to them, and the `Store` that takes changes."""
+"""The interface of a store: it keeps records across restarts and takes changes to them."""
 
 import abc
 

@@ -76,7 +76,7 @@ class RequestRecord:
 
     Args:
         ticket: the order requests came in; rises by at least one for each.
-        state: one of the states of DESIGN §2.
+        state: one of the states of docs/design.md §2.
         has_output: whether a listener may have heard something of the current attempt.
         reproducible: as the scheduler's `Entry.reproducible`, of the current attempt.
         stopping: why it is being stopped for good while it runs; None where it is not.

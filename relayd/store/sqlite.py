@@ -1,4 +1,4 @@
-"""The durable store: one writer task, and for all commits that wait at one moment one transaction and one fsync."""
+"""The durable store: one writer task commits everything that waits in one transaction, with one fsync."""
 
 import contextlib
 from collections import deque

@@ -1,4 +1,4 @@
-"""All that is known of one request, for the operator who asks: its row, its steps, what it asked for, who reads it."""
+"""Everything known of one request, for operators: its row, timeline, params and readers."""
 
 import msgpack
 

@@ -1,4 +1,4 @@
-"""What is told of spaces, workers, requests and clients: one flat map each, for `spaces` and `watch`."""
+"""Spaces, workers, requests and clients as rows: one flat map each, for `spaces` and `watch`."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""What an operator's `watch` is told: one snapshot, then what changes, coalesced, at the speed of its terminal.
+"""The feed of an operator's `watch`: one snapshot, then changes, coalesced to the speed of its terminal.
 
 Whoever changes something calls `touch` (told within 0.25 s) or, for what changes with every frame, `stir` (once a
 second). Rows of which there are few are looked at once a second, and told where they are not as they were last told;
@@ -32,7 +32,7 @@ from relayd.views.rows import (
     worker_row,
 )
 
-#: DESIGN §5: deltas at most 4 times a second.
+#: docs/design.md §5: deltas at most 4 times a second.
 DELTA_INTERVAL_S = 0.25
 #: How often what changes all the time is told, and what is not touched is looked at.
 LOOK_INTERVAL_S = 1.0
@@ -196,7 +196,7 @@ class WatchFeed:
     # -- rows that are looked at
 
     def _keys(self, topic: str) -> list[str]:
-        """Of all rows that may have to be told, or to be told gone."""
+        """Keys of rows that may have changed or disappeared."""
         if topic not in self._topics:
             return []
         relay = self.relay
@@ -315,7 +315,7 @@ def _by_topic(page: list[Row]) -> dict[str, list[Row]]:
 
 
 def _comparable(topic: str, row: Row, told: Row) -> Row:
-    """What must not be otherwise for a row to be as it was told."""
+    """The fields compared to decide whether a row has changed."""
     now = trio.current_time()
     fresh = dict(row)
     for key in COUNTS_ON.get(topic, ()):

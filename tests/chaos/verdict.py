@@ -1,6 +1,6 @@
 """The promises, as a judge: which ends a request may have, given what was done to it. Pure.
 
-A fault of ours never excuses an end by itself: what excuses it is named here, and comes from DESIGN section 6 and
+A fault of ours never excuses an end by itself: what excuses it is named here, and comes from docs/design.md §6 and
 docs/protocol.md, sections 5.6, 5.7 and 7.
 """
 

@@ -11,7 +11,7 @@ from tests.conformance.conftest import Echo
 from tests.conformance.frames import close, text
 from tests.conformance.peer import EXAMPLE_KEY, PATIENCE_S, Peer, accept_for, open_peer, request
 
-#: Of a request's head (DESIGN, section 10).
+#: Of a request's head (docs/design.md §10).
 MAX_HEAD_BYTES = 16 * 1024
 
 

@@ -190,7 +190,7 @@ async def test_before_the_first_answer_it_says_why_there_is_none() -> None:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("size", [(60, 20), (80, 24)])
 async def test_why_there_is_no_relay_is_said_in_full_however_narrow_the_terminal_is(size: tuple[int, int]) -> None:
-    why = "this is no token of a relay: those begin with rly_c_, rly_w_ or rly_o_"
+    why = "not a relay token: tokens start with rly_c_, rly_w_ or rly_o_"
     async with a_stage(size=size) as stage:
         for key in ("1", "4"):
             await stage.press(key)

@@ -1,4 +1,4 @@
-"""`GET /v1/requests/{id}/audio`: what a request has said, live while it speaks, in ranges once it has ended."""
+"""`GET /v1/requests/{id}/audio`: the audio of a request, live while it is made, in ranges once it has ended."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Requests over HTTP, for any space: submit, ask how they stand, read them, cancel them."""
+"""Requests over HTTP, for any space: submit them, query their status, read and cancel them."""
 
 import secrets
 
