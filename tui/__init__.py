@@ -1,1 +1,1 @@
-"""The operator's view of a relay."""
+"""A full-screen terminal program with which an operator watches and steers a relay."""

@@ -1,4 +1,4 @@
-"""The app: what it is put together from, the keys that hold everywhere, and when it draws."""
+"""The Textual app: it owns the relay model and the feed, handles the global keys and decides when to redraw."""
 
 import asyncio
 import os
@@ -31,11 +31,11 @@ from tui.terminal.trio_bridge import Bridge
 from tui.themes import themes
 from tui.widgets.cell_widget import Piece
 
-#: Times a second that the screen may be drawn anew; what an operator can choose.
+#: Redraw rates that the operator can choose from, in draws a second.
 RATES = (0.2, 0.5, 1.0, 2.0, 4.0)
-#: How long the outcome of an action stands in the last line.
+#: How long a notice stays in the last line.
 NOTICE_S = 8.0
-#: Soon enough to feel immediate, and late enough that what comes together is drawn together.
+#: Short enough to feel immediate, long enough to combine changes that arrive together into one draw.
 SOON_S = 0.05
 MAX_FOUND = 50
 SCREENS_BY_NAME: dict[str, type[tables.TableScreen]] = {
@@ -54,18 +54,18 @@ class RelayTui(App[int]):
     """The operator's screen.
 
     Args:
-        source: a relay, or what plays one.
-        readonly: tell the operator that steering is not offered; the relay is what enforces it.
-        theme: of `themes.pick`.
-        ascii_only: draw with ASCII alone.
-        clock: seconds, monotonic.
+        source: a relay, or a simulation of one.
+        readonly: show that steering is not offered; the relay itself enforces it.
+        theme: a name that `choose_theme` accepts.
+        ascii_only: draw with ASCII characters only.
+        clock: monotonic seconds.
 
     Attributes:
-        picture: what is known of the relay.
+        model: the current state of the relay.
         frozen_at: when the operator froze the screen, or None.
         rate: draws a second.
-        notice: what the last line tells in place of the keys.
-        space: whose queue was looked at last.
+        notice: text shown in the last line instead of the keys.
+        space: the space whose queue was shown last.
     """
 
     CSS_PATH = "themes/theme.tcss"
@@ -87,10 +87,10 @@ class RelayTui(App[int]):
     ]
 
     class Moved(Message):
-        """The picture has changed; many of these are one."""
+        """The model has changed; Textual combines several of these messages into one."""
 
         def can_replace(self, message: Message) -> bool:
-            """See Textual."""
+            """Let a newer `Moved` replace one that is still waiting."""
             return isinstance(message, RelayTui.Moved)
 
     def __init__(
@@ -103,7 +103,7 @@ class RelayTui(App[int]):
         clock: Callable[[], float] = time.monotonic,
         driver_class: type[Driver] | None = None,
     ) -> None:
-        # Textual takes NO_COLOR out of the environment.
+        # Choose first: Textual removes NO_COLOR from the environment.
         self._look = themes.choose_theme(os.environ, theme)
         self._ascii_only = ascii_only
         super().__init__(driver_class=driver_class)
@@ -128,11 +128,11 @@ class RelayTui(App[int]):
     # -- beginning and end -------------------------------------------------------------------------------------
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """See Textual: colours off, and ASCII alone, where asked for."""
+        """Remove colours, and replace glyphs by ASCII, where the operator asked for it."""
         return themes.filters(super().get_line_filters(), self._look, ascii_only=self._ascii_only)
 
     def on_mount(self) -> None:
-        """Begin to follow the relay."""
+        """Start to follow the relay."""
         self.ending.watch(asyncio.get_running_loop(), self._end)
         self._ticker = self.set_interval(1 / self.rate, self.draw)
         self._bridge.start(self._feed.run, self._on_feed_error)
@@ -148,45 +148,45 @@ class RelayTui(App[int]):
         self.exit(code)
 
     async def close(self) -> None:
-        """Let go of the relay; when Textual has ended, and the terminal is as it was."""
+        """Disconnect from the relay, after Textual has ended and restored the terminal."""
         await self._bridge.stop()
 
     def action_interrupt(self) -> None:
-        """Ctrl+C, as a terminal in raw mode gives it."""
+        """Exit at Ctrl+C, which arrives as a key in raw mode."""
         self._end(EXIT_OF["SIGINT"])
 
     async def action_quit(self) -> None:
-        """Leave."""
+        """Exit."""
         self._end(0)
 
     # -- drawing -----------------------------------------------------------------------------------------------
 
     @property
     def shown(self) -> RelayModel:
-        """What is on the screen: the picture, or the one it was frozen at."""
+        """The model on the screen: the current one, or the copy taken when the screen was frozen."""
         return self._frozen or self.model
 
     @property
     def now_shown(self) -> float:
-        """Up to when ages have gone on: to the freezing or the loss of the link, where there was one."""
+        """The time that ages are shown for; it stops when the screen is frozen or the link is lost."""
         link = self.model.link
         now = self.clock() if link.up or not self.model.known else link.since
         return now if self.frozen_at is None else min(now, self.frozen_at)
 
     def _moved(self) -> None:
-        """The picture has changed; called by the feed. The next tick draws it, unless it is news of the link."""
+        """Note a change reported by the feed; the next tick draws it, a change of the link is drawn at once."""
         known = (self.model.known, self.model.link.up)
         if known != self._drawn_known:
             self._drawn_known = known
             self.draw_soon()
 
     def draw_soon(self) -> None:
-        """Draw without waiting for the next tick; called from Trio too, so by a message to the screen only."""
+        """Draw without waiting for the next tick; Trio calls this too, so it only posts a message."""
         if self.is_running:
             self.post_message(self.Moved())
 
     def on_relay_tui_moved(self) -> None:
-        """Once for all that comes together."""
+        """Draw once for all changes that arrive together."""
         if self._soon is None:
             self._soon = self.set_timer(SOON_S, self._draw_now)
 
@@ -195,7 +195,7 @@ class RelayTui(App[int]):
         self.draw()
 
     def draw(self) -> None:
-        """Bring the screen up to date."""
+        """Bring the screen up to date; postponed while the terminal is not reading."""
         if self._behind:
             self._owed = True
             return
@@ -208,25 +208,25 @@ class RelayTui(App[int]):
 
     @property
     def _on_top(self) -> Screen[Any] | None:
-        """The screen that is seen; None at the very end."""
+        """The screen on top of the stack; None while the app is shutting down."""
         with suppress(ScreenStackError):
             return self.screen
         return None
 
     @property
     def _behind(self) -> bool:
-        """Whether the terminal does not take what it is sent; it gets the whole screen when it does again."""
+        """Whether the terminal has stopped reading; it gets the whole screen once it reads again."""
         return bool(getattr(self._driver, "behind", False))
 
     def _display(self, screen: Screen[object], renderable: object) -> None:
-        """See Textual: what every update passes through."""
+        """Send an update to the terminal; Textual passes every update through here."""
         if self._behind:
             self._owed = True
         else:
             super()._display(screen, minimize_update(renderable))  # type: ignore[arg-type]
 
     def show_notice(self, text: str, token: str = "") -> None:
-        """Say something in the last line, for a while."""
+        """Show a notice in the last line for a while."""
         self.notice = (text, token)
         if self._notice_timer is not None:
             self._notice_timer.stop()
@@ -245,18 +245,18 @@ class RelayTui(App[int]):
     # -- steering ----------------------------------------------------------------------------------------------
 
     def ask(self, ask: Ask | Listen) -> None:
-        """Have the feed do something."""
+        """Queue a command for the feed."""
         if not self._feed.ask(ask):
-            self.show_notice("too much waits to be done already; try again in a moment", "bad")
+            self.show_notice("too many actions are waiting already; try again in a moment", "bad")
 
     def carry_out(self, plan: Plan) -> None:
-        """Have the relay do every step of a plan, and tell how that went."""
+        """Send every step of a plan to the relay, and show the outcome."""
         answers: list[tuple[str, Done | Rejected]] = []
 
         def answered(target: str, answer: Done | Rejected) -> None:
             answers.append((target, answer))
             if len(answers) == len(plan.steps):
-                # Told by Trio: by a message, and for as long as anything that is told.
+                # Called from Trio code: pass the result to the screen as a message.
                 self.call_later(self.show_notice, *_outcome(plan, answers))
 
         self.show_notice("...", "dim")
@@ -266,7 +266,7 @@ class RelayTui(App[int]):
     # -- keys --------------------------------------------------------------------------------------------------
 
     def action_go(self, name: str) -> None:
-        """To a screen; to its beginning, where one is in it already."""
+        """Switch to a screen; if it is current already, go back to its first level."""
         stack = [screen for screen in self.screen_stack if isinstance(screen, RelayScreen)]
         if name == self.current_mode:
             for _ in stack[1:]:
@@ -275,7 +275,7 @@ class RelayTui(App[int]):
             self.switch_mode(name)
 
     def show_log(self, name: str) -> None:
-        """The log, filtered by a name."""
+        """Switch to the log, filtered by a name."""
         self.action_go("log")
         self.call_after_refresh(self._filter_log, name)
 
@@ -284,7 +284,7 @@ class RelayTui(App[int]):
             screen.filter_by(re.escape(name))
 
     def action_freeze(self) -> None:
-        """Hold the picture still, or let it go on."""
+        """Freeze the screen, or let it continue."""
         if self.frozen_at is None:
             self._frozen, self.frozen_at = self.model.frozen(), self.clock()
         else:
@@ -301,7 +301,7 @@ class RelayTui(App[int]):
         self.show_notice(f"drawn {self.rate:g} times a second", "dim")
 
     def action_help(self) -> None:
-        """The keys there are."""
+        """Show the keys of the current screen."""
         screen, keys = self._on_top, dict[str, list[str]]()
         if isinstance(screen, RelayScreen):
             for binding, key in screen.offered():
@@ -310,7 +310,7 @@ class RelayTui(App[int]):
             self.push_screen(HelpDialog(screen.title_text, lines))
 
     def action_jump(self) -> None:
-        """To anything, by its name."""
+        """Ask for a name and jump to what bears it."""
         self.push_screen(JumpDialog(self._find), self._jump)
 
     def _find(self, text: str) -> list[tuple[str, str]]:
@@ -324,7 +324,7 @@ class RelayTui(App[int]):
                 found.append((f"{topic}/{view.key}", f"{word} {_described(view)}"))
                 if len(found) > MAX_FOUND:
                     break
-        # What begins so goes before what only has it somewhere.
+        # Names that begin with the text come before names that only contain it.
         found.sort(key=lambda one: not one[0].partition("/")[2].lower().startswith(wanted))
         return found[:MAX_FOUND]
 

@@ -1,4 +1,4 @@
-"""The command `relay-tui`: the operator's screen, or with `--once` one picture of the relay as text."""
+"""The command `relay-tui`: the operator's screen, or with `--once` the overview printed as text."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from protocol.install_hint import install_command
 from protocol.wire.errors import LinkError
 from tui.themes.choose import NAMES
 
-#: Of `tui.demo.source`, which is imported only when it is wanted.
+#: The scenes of `tui.demo.source`, which is imported only when it is needed.
 SCENES = ("busy", "empty", "broken")
 
 
@@ -59,15 +59,15 @@ def _live(args: argparse.Namespace) -> int:
 
     # Textual reads from stdin and writes to stderr.
     if not (sys.__stdin__ and sys.__stdin__.isatty() and sys.__stderr__ and sys.__stderr__.isatty()):
-        raise ValueError("this is no terminal; --once prints one picture")
-    if not args.demo:  # what is wrong with these is said here, before there is a screen
+        raise ValueError("this is not a terminal; use --once to print the overview")
+    if not args.demo:  # report errors in these before the screen appears
         from_environment(args.url)
         token_from_environment()
     return asyncio.run(_run(args))
 
 
 async def _run(args: argparse.Namespace) -> int:
-    # Each command imports what it needs: Textual takes a third of a second, and `--once` need not wait for it.
+    # Importing Textual takes a third of a second; `--once` does not need it.
     from tui.app import RelayTui
     from tui.demo.source import Demo
     from tui.model.feed import RelaySource, Simulated, Source
@@ -78,14 +78,14 @@ async def _run(args: argparse.Namespace) -> int:
         source = Simulated(Demo(args.demo, readonly=args.readonly))
     app = RelayTui(source, readonly=args.readonly, theme=args.theme, ascii_only=args.ascii, driver_class=RelayDriver)
     app.ending.keep_terminal()
-    # Without the mouse: text can be selected as in any terminal, and moving it sends nothing.
+    # Without the mouse, text can be selected as in any terminal, and moving the mouse sends nothing.
     value = await app.run_async(mouse=False)
     code = value if value is not None else app.return_code or 0
     app.ending.begin(code)
     await app.close()
     app.ending.over()
     if app.ending.terminal_gone:
-        os._exit(code)  # what is still buffered for the terminal would raise at the interpreter's end
+        os._exit(code)  # bytes still buffered for the terminal would raise at interpreter exit
     return code
 
 
@@ -95,13 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=ShowVersion)
     parser.add_argument("--url", help="ws://host:port or unix:PATH; default: RELAY_URL, else the local socket")
-    parser.add_argument("--readonly", action="store_true", help="look and never steer; the relay holds it to that")
-    parser.add_argument("--once", action="store_true", help="print one picture and leave")
-    parser.add_argument("--json", action="store_true", help="as --once, and as JSON")
-    parser.add_argument("--theme", choices=NAMES, default="auto", help="colours; NO_COLOR wins over it")
-    parser.add_argument("--ascii", action="store_true", help="draw with ASCII alone")
+    parser.add_argument("--readonly", action="store_true", help="watch without steering; the relay enforces it")
+    parser.add_argument("--once", action="store_true", help="print the overview once and exit")
+    parser.add_argument("--json", action="store_true", help="like --once, but print JSON")
+    parser.add_argument("--theme", choices=NAMES, default="auto", help="colours to use; NO_COLOR takes precedence")
+    parser.add_argument("--ascii", action="store_true", help="draw with ASCII characters only")
     demo: dict[str, Any] = {"nargs": "?", "const": SCENES[0], "choices": SCENES, "metavar": "SCENE"}
-    parser.add_argument("--demo", help=f"play a relay: {', '.join(SCENES)}", **demo)
+    parser.add_argument("--demo", help=f"show a simulated relay: {', '.join(SCENES)}", **demo)
     return parser
 
 

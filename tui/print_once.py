@@ -1,4 +1,4 @@
-"""`relay-tui --once`: the overview as lines of text, or as JSON, for pipes, logs and those who want no screen."""
+"""`relay-tui --once`: prints the overview as lines of text or as JSON, for pipes and logs."""
 
 import shutil
 import textwrap
@@ -16,24 +16,24 @@ from tui.model import formatting, state_glyphs
 from tui.model.columns import COLUMNS, EMPTY, choose, natural
 from tui.model.relay_model import RelayModel, RowView
 
-#: For the relay to tell all it knows.
+#: How long to wait for the relay's first snapshot.
 ANSWER_S = 10.0
-#: Asked for; `history`, `log` and `audit` are for the live screen.
+#: The topics asked for; `history`, `log` and `audit` are only for the live screen.
 TOPICS = ("relay", "spaces", "workers", "requests", "clients")
-#: Where no terminal says how wide it is.
+#: The width where no terminal reports one.
 WIDTH = 120
-#: Requests shown; the rest is counted.
+#: Requests listed; the rest are only counted.
 MAX_REQUESTS = 20
 
 Rows = dict[str, list[dict[str, Value]]]
 
 
 async def fetch_model(url: str | None, readonly: bool) -> Rows:
-    """All that the relay tells an operator, topic -> rows.
+    """Fetch the rows that the relay shows to an operator, by topic.
 
     Raises:
-        LinkError: the relay cannot be reached, or went away.
-        trio.TooSlowError: it did not answer within `ANSWER_S`.
+        LinkError: the relay cannot be reached, or the link was lost.
+        trio.TooSlowError: the relay did not answer within `ANSWER_S`.
     """
     with trio.fail_after(ANSWER_S):
         async with (
@@ -47,7 +47,7 @@ async def fetch_model(url: str | None, readonly: bool) -> Rows:
 
 
 def demo_model(scene: str) -> Rows:
-    """The same of a simulated relay."""
+    """The rows of a simulated relay."""
     data = Demo(scene).snapshot().data
     return {topic: data[topic] for topic in TOPICS}
 
@@ -72,7 +72,6 @@ def describe(rows: Rows, width: int | None = None, *, ascii_only: bool = False) 
 
 
 def _relay(view: RowView) -> str:
-    """The status line in words."""
     said = [
         f"relay {state_glyphs.mark('relay', formatting.plain(view.text('state')))}",
         f"up {formatting.age(view.number('uptime_s') or 0)}",

@@ -1,4 +1,4 @@
-"""The rows that the demo's relay tells of itself, with the keys of docs/protocol.md §9."""
+"""The operator rows of the simulated relay, with the keys of docs/protocol.md §9."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from tui.demo.simulation import BYTES_PER_AUDIO_S, Client, Play, Request, Space,
 
 Row = dict[str, Value]
 TOPICS = ("spaces", "workers", "requests", "clients", "log", "audit")
-#: Over how many seconds rates are told.
+#: Rates are averaged over this many seconds.
 MINUTE_S = 60
 
 
@@ -26,7 +26,7 @@ def everything(play: Play) -> dict[str, list[Row]]:
 
 
 def row(play: Play, topic: str, key: str) -> Row | None:
-    """One row, or None where it is no more."""
+    """One row, or None where it no longer exists."""
     found: Any
     match topic:
         case "spaces":
@@ -43,7 +43,7 @@ def row(play: Play, topic: str, key: str) -> Row | None:
 
 
 def relay(play: Play, *, still: bool = False) -> Row:
-    """The daemon; `still` leaves out what goes on by itself, so that it can be compared."""
+    """The row of the daemon; `still` leaves out fields that always change, so that rows can be compared."""
     states = [request.state for request in play.requests.values()]
     first = sorted(value for space in play.spaces.values() for value in space.first_audio)
     requests, audio_s, errors = (sum(play.last_seconds(MINUTE_S, at)) for at in range(3))
@@ -201,7 +201,7 @@ def _history(play: Play) -> Row:
 
 
 def describe(play: Play, request: Request) -> Row:
-    """The answer to `describe`: all there is to know of one request."""
+    """The answer to `describe`: everything known about one request."""
     return {
         "request": _request(play, request),
         "timeline": [dict(event) for event in request.timeline],

@@ -1,34 +1,34 @@
-"""Who plays in the demo: spaces, workers, principals and what they say; three scenes of them."""
+"""The three scenes of the demo: their spaces, workers, principals and texts."""
 
 import attrs
 
-#: Its clock begins here (Unix seconds, 2026-03-03 03:00 UTC), so that a demo looks the same on every day.
+#: The demo's clock begins here (Unix seconds, 2026-03-03 03:00 UTC), so that it looks the same on every day.
 BEGIN_UNIX = 1_772_506_800.0
 
 
 @attrs.frozen(kw_only=True)
 class SpacePart:
-    """A space, and what comes into it."""
+    """A space and its traffic."""
 
     name: str
     engine: str = "voxcpm"
     description: str = ""
     #: Requests a minute.
     arrivals_min: float = 10.0
-    #: How long one takes, seconds, shortest and longest.
+    #: Shortest and longest run time of a request, in seconds.
     run_s: tuple[float, float] = (3.0, 9.0)
-    #: Run seconds a second of audio.
+    #: Real-time factor: run seconds for each second of audio.
     rtf: float = 0.3
-    #: How many of a hundred fail.
+    #: Percentage of requests that fail.
     fail_percent: float = 0.0
     paused: bool = False
-    #: Waiting and running when the curtain rises.
+    #: Requests waiting and running at the start of the demo.
     waiting: int = 0
 
 
 @attrs.frozen(kw_only=True)
 class WorkerPart:
-    """A worker."""
+    """A worker of a scene."""
 
     name: str
     spaces: tuple[str, ...]
@@ -37,7 +37,7 @@ class WorkerPart:
     version: str = "gpuworker/0.2.0"
     peer: str = "203.0.113.7:52114"
     rtt_ms: float = 20.0
-    #: Connected and silent since so many seconds; None: well.
+    #: How long it has been connected but silent, in seconds; None for a healthy worker.
     silent_s: float | None = None
     away: bool = False
     draining: bool = False
@@ -45,17 +45,17 @@ class WorkerPart:
 
 @attrs.frozen(kw_only=True)
 class Scene:
-    """What the demo shows."""
+    """Everything that the demo simulates."""
 
     spaces: tuple[SpacePart, ...] = ()
     workers: tuple[WorkerPart, ...] = ()
     principals: tuple[str, ...] = ()
-    #: What was steered of late, by whom, seconds ago: (who, action, target, outcome, message).
+    #: Recent audit entries: (seconds ago, principal, action, target, outcome, message).
     steered: tuple[tuple[float, str, str, str, str, str], ...] = ()
-    #: Of the clients' connections, the one that takes nothing; its place in `principals`.
+    #: Index in `principals` of the client that has stopped reading.
     slow_client: int | None = None
     uptime_s: float = 3 * 86400 + 4 * 3600 + 120
-    #: Seconds played before the curtain rises, so that there is a past.
+    #: Seconds simulated before the demo begins, so that there is some history.
     past_s: float = 90.0
 
 
@@ -149,10 +149,10 @@ SCENES: dict[str, Scene] = {
     ),
 }
 
-#: How a request of the demo fails.
+#: How requests of the demo fail: (code, message).
 FAILURES = (
     ("engine_failed", "CUDA out of memory: tried to allocate 2.4 GiB; lower --slots, or shorten the text"),
-    ("worker_lost", "the worker was lost after 3.2 s of audio; submit with retry: always to begin anew"),
+    ("worker_lost", "the worker was lost after 3.2 s of audio; submit with retry: always to start again"),
     ("run_timeout", "ran for 120 s; raise run_timeout_s of the space"),
 )
 

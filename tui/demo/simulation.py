@@ -1,6 +1,6 @@
-"""The demo's relay: spaces, workers and requests played by the clock that `step` turns. Pure: no time, no I/O.
+"""The simulated relay: spaces, workers and requests, advanced by `step`. Pure: it reads no clock and does no I/O.
 
-It is no model of the scheduler, only of what the screens show of it.
+It imitates only what the screens show, not how the scheduler decides.
 """
 
 import random
@@ -14,35 +14,35 @@ from protocol.wire.messages import Rejected
 from protocol.wire.validators import Value
 from tui.demo.scenes import BEGIN_UNIX, FAILURES, TEXTS, Scene, SpacePart, WorkerPart
 
-#: The longest step that is played in one go.
+#: The longest time that is simulated in one step.
 TICK_S = 0.25
-#: Ended requests that are kept, as the relay's `results.retain_s` would.
+#: How many ended requests are kept; the relay does it by `results.retain_s`.
 MAX_ENDED = 120
-#: As a space has it by default.
+#: The default of a space.
 QUEUE_TIMEOUT_S = 120.0
-#: Seconds whose counts are kept, for rates and sparklines.
+#: Seconds for which counts are kept, for rates and sparklines.
 KEPT_S = 120
-#: How long before the curtain rises things go wrong.
+#: How long before the demo begins its faults happen.
 TROUBLE_S = 20.0
-#: 48 kHz, 16 bit, one channel.
+#: Bytes a second of 48 kHz, 16 bit, mono audio.
 BYTES_PER_AUDIO_S = 96_000
-#: What a reader that takes nothing may leave waiting before it is only shown, not grown.
+#: The backlog of a stalled reader is shown as growing up to here.
 MAX_PENDING_BYTES = 6_000_000
 
 
 @attrs.define(eq=False)
 class Request:
-    """One unit of work; times in seconds of the play."""
+    """One simulated request; times are in seconds of the simulation."""
 
     request_id: str
     principal: str
     space: str
     created: float
     text: str
-    #: How long it will run, seconds of audio a second of that, and how it will end.
+    #: Seconds of audio it will produce, run seconds for each of them, and how it will end.
     run_s: float
     speed: float
-    #: From its start to its first audio.
+    #: Seconds from its start to its first audio.
     warm_s: float
     fails: tuple[str, str] | None = None
     state: str = "queued"
@@ -60,13 +60,13 @@ class Request:
     timeline: list[dict[str, Value]] = attrs.field(factory=list)
 
     def note(self, event: str, at: float, **more: Value) -> None:
-        """A line of its timeline."""
+        """Add an event to its timeline."""
         self.timeline.append({"at_s": round(at - self.created, 3), "event": event, **more})
 
 
 @attrs.define(eq=False)
 class Worker:
-    """One worker."""
+    """One simulated worker."""
 
     part: WorkerPart
     worker_id: str
@@ -74,18 +74,18 @@ class Worker:
     draining: bool = False
     held: list[str] = attrs.field(factory=list)
     connected: bool = True
-    #: When it was last heard, where that is too long ago; None: it answers.
+    #: When it was last heard, if it has gone silent; None while it answers.
     last_heard: float | None = None
 
     @property
     def free(self) -> bool:
-        """It takes another request."""
+        """Whether it can take another request."""
         return self.connected and self.last_heard is None and not self.draining and len(self.held) < self.part.slots
 
 
 @attrs.define(eq=False)
 class Space:
-    """One space."""
+    """One simulated space."""
 
     part: SpacePart
     paused: bool = False
@@ -93,13 +93,13 @@ class Space:
     running: int = 0
     ended: dict[str, int] = attrs.field(factory=lambda: {"completed": 0, "failed": 0, "cancelled": 0})
     first_audio: "deque[float]" = attrs.field(factory=lambda: deque(maxlen=200))
-    #: When requests came.
+    #: Arrival times of its requests.
     arrivals: "deque[float]" = attrs.field(factory=lambda: deque(maxlen=400))
 
 
 @attrs.define(eq=False)
 class Client:
-    """A client's connection."""
+    """One simulated client connection."""
 
     connection_id: str
     principal: str
@@ -110,11 +110,11 @@ class Client:
 
 @attrs.define(eq=False)
 class Play:
-    """The relay of a scene.
+    """The simulated relay of a scene.
 
     Attributes:
-        now: seconds since the curtain rose; the past of the scene is before 0.
-        touched: rows that look otherwise since they were last told: (topic, key).
+        now: seconds since the demo began; the history before it has negative times.
+        touched: (topic, key) of the rows that have changed since the last delta.
     """
 
     scene: Scene
@@ -159,7 +159,7 @@ class Play:
         self.gone.clear()
 
     def _go_wrong(self) -> None:
-        """What goes wrong in the scene, a little before the curtain rises."""
+        """Cause the faults of the scene, shortly before the demo begins."""
         for worker in self.workers.values():
             worker.draining = worker.part.draining
             worker.connected = not worker.part.away
@@ -171,7 +171,7 @@ class Play:
                 )
 
     def step(self, dt_s: float) -> None:
-        """Let `dt_s` seconds go by."""
+        """Advance the simulation by `dt_s` seconds."""
         end = self.now + dt_s
         while self.now < end - 1e-9:
             tick_s = min(TICK_S, end - self.now)
@@ -198,7 +198,7 @@ class Play:
             self.gone.append(request_id)
 
     def _ask(self, space: Space, at: float) -> None:
-        """A client submits a request."""
+        """Submit a request as a client."""
         part = space.part
         request = Request(
             request_id=self._id(),
@@ -222,7 +222,7 @@ class Play:
         self.touch(request)
 
     def _start(self, space: Space) -> None:
-        """Hand what waits to free slots."""
+        """Give waiting requests to free slots."""
         while space.queue and not space.paused and (worker := next(self._free(space.part.name), None)):
             request = self.requests[space.queue.pop(0)]
             request.state, request.attempt, request.worker_id = "running", request.attempt + 1, worker.worker_id
@@ -271,7 +271,7 @@ class Play:
                 self.touched.add(("clients", client.connection_id))
 
     def end(self, request: Request, state: str) -> None:
-        """The request is over, in whatever state it was."""
+        """End a request in the given state."""
         space = self.spaces[request.space]
         if request.state == "queued":
             space.queue.remove(request.request_id)
@@ -295,7 +295,7 @@ class Play:
     # -- told
 
     def touch(self, request: Request) -> None:
-        """A request and all that shows it look otherwise."""
+        """Mark a request, and every row that shows it, as changed."""
         self.touched.add(("requests", request.request_id))
         self.touched.add(("spaces", request.space))
         if request.worker_id:
@@ -304,7 +304,7 @@ class Play:
     def note(
         self, level: str, event: str, request: Request | None = None, details: str = "", worker_id: str | None = None
     ) -> None:
-        """An event of the log."""
+        """Add a line to the log."""
         self.lines += 1
         self.log.append(
             {
@@ -323,7 +323,7 @@ class Play:
 
     @property
     def unix(self) -> float:
-        """The time of the play as the log tells it."""
+        """The simulated time as Unix seconds."""
         return BEGIN_UNIX + round(self.now, 3)
 
     def _second(self) -> list[float]:
@@ -342,7 +342,7 @@ class Play:
         return [self.seconds.get(one, (0.0, 0.0, 0.0))[at] for one in range(second - count + 1, second + 1)]
 
     def position(self, request: Request) -> int | None:
-        """Its place in the queue, from 1."""
+        """The place of a request in its queue, from 1."""
         queue = self.spaces[request.space].queue
         return queue.index(request.request_id) + 1 if request.state == "queued" else None
 
@@ -351,7 +351,7 @@ class Play:
     def audited(
         self, action: str, target: str, outcome: str, message: str, *, who: str = "root", at: float | None = None
     ) -> None:
-        """Who steered what."""
+        """Add an entry to the audit log."""
         self.lines += 1
         self.audit.append(
             {
@@ -369,7 +369,7 @@ class Play:
         self.touched.add(("audit", str(self.lines)))
 
     def disconnect(self, connection_id: str) -> Rejected | None:
-        """Cut a client off, who comes back, or a worker, who stays away."""
+        """Disconnect a client, which reconnects, or a worker, which does not."""
         if connection_id in self.clients:
             self.clients[connection_id].pending_bytes = 0
             self.touched.add(("clients", connection_id))
@@ -379,4 +379,4 @@ class Play:
                 worker.connected, worker.last_heard = False, self.now
                 self.touched.add(("workers", worker.worker_id))
                 return None
-        return Rejected.because(ErrorCode.INVALID_PARAMS, f"connection {connection_id!r} is not there")
+        return Rejected.because(ErrorCode.INVALID_PARAMS, f"connection {connection_id!r} is not known here")

@@ -1,4 +1,4 @@
-"""`relay-tui --demo`: snapshots and deltas that no relay stands behind, for trying it out and for screenshots."""
+"""The feed of `relay-tui --demo`: snapshots and deltas of a simulated relay, for trying the screen out."""
 
 from collections.abc import AsyncGenerator
 
@@ -11,7 +11,7 @@ from tui.demo import rows as demo_rows
 from tui.demo.scenes import SCENES
 from tui.demo.simulation import Play, Request
 
-#: Between what a relay does for real changes (a quarter) and for mere progress (one second).
+#: A relay reports real changes after a quarter of a second, and mere progress after one second; this lies between.
 DELTA_S = 0.5
 
 Row = dict[str, Value]
@@ -20,12 +20,12 @@ Row = dict[str, Value]
 class Demo:
     """A simulated relay.
 
-    `step` is all there is to it, and turns its clock by hand; `changes` turns it by the clock on the wall.
+    `step` advances it by hand; `changes` advances it in real time.
 
     Args:
         scene: `busy`, `empty` or `broken`.
-        seed: the same seed plays the same piece.
-        readonly: refuse to be steered, as the relay would.
+        seed: equal seeds give equal simulations.
+        readonly: refuse every steer, as the relay would.
     """
 
     def __init__(self, scene: str = "busy", seed: int = 1, *, readonly: bool = False) -> None:
@@ -34,14 +34,14 @@ class Demo:
         self._shown = ""
 
     def snapshot(self) -> Snapshot:
-        """Everything as it stands."""
+        """The current rows of all topics."""
         self.play.touched.clear()
         self.play.gone.clear()
         self._shown = repr(demo_rows.relay(self.play, still=True))
         return Snapshot(data={topic: list(rows) for topic, rows in demo_rows.everything(self.play).items()})
 
     def step(self, dt_s: float) -> Delta:
-        """Let time go by, and tell what has changed; an empty delta where nothing has."""
+        """Advance the simulation and return the rows that changed; the delta may be empty."""
         play = self.play
         play.step(dt_s)
         data: dict[str, Value] = {}
@@ -60,7 +60,7 @@ class Demo:
         return Delta(data=data, gone=gone)
 
     async def changes(self) -> AsyncGenerator[Snapshot | Delta, None]:
-        """One snapshot, then deltas, for ever."""
+        """Yield one snapshot, then deltas for ever."""
         yield self.snapshot()
         told = trio.current_time()
         while True:
@@ -72,12 +72,12 @@ class Demo:
                 yield delta
 
     async def steer(self, action: str, target: str = "", options: Row | None = None) -> Done | Rejected:
-        """As the relay answers."""
+        """Carry out an action and answer as the relay would."""
         await trio.lowlevel.checkpoint()
         return self.steer_nowait(action, target)
 
     def steer_nowait(self, action: str, target: str = "") -> Done | Rejected:
-        """The same at once."""
+        """The synchronous form of `steer`."""
         if action == "describe":
             request = self.play.requests.get(target)
             if request is None:
@@ -117,7 +117,7 @@ class Demo:
                     ErrorCode.REQUEST_NOT_FOUND, f"request {target} is not known here, or not queued"
                 )
             case _:
-                return Rejected.because(ErrorCode.INVALID_PARAMS, f"{action} {target!r}: there is no such thing here")
+                return Rejected.because(ErrorCode.INVALID_PARAMS, f"{action} {target!r}: no such target here")
         return None
 
     def _cancel(self, request: Request) -> None:

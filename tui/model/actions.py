@@ -1,4 +1,4 @@
-"""What the operator can have done to the rows: which steers it takes, what is asked first, and what is said after."""
+"""The actions an operator can take on rows: which steers they send, what they ask first and what they report after."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,13 +11,13 @@ from tui.model.relay_model import RowView
 
 @attrs.frozen
 class Plan:
-    """What one key press means, bound to the ids it was pressed on.
+    """What one key press will do; the ids are those at the time of the press.
 
     Attributes:
         steps: (steer action, target) in order.
-        question: asked first where it destroys something, else empty.
-        done: what to say when all of it was done.
-        names: the things it is done to, for people.
+        question: asked before anything is destroyed, else empty.
+        done: the notice shown once every step has succeeded.
+        names: the objects it acts on, as shown to people.
     """
 
     steps: tuple[tuple[str, str], ...]
@@ -27,7 +27,7 @@ class Plan:
 
 
 def name_of(view: RowView) -> str:
-    """What people call a row."""
+    """The name of a row as shown to people."""
     if view.topic == "requests":
         return f"request {plain(short_id(view.key))}"
     if view.topic == "workers":
@@ -40,7 +40,7 @@ def name_of(view: RowView) -> str:
 
 
 def cancel(views: Sequence[RowView]) -> Plan | str:
-    """Cancel what lives of these requests."""
+    """Cancel those of the requests that have not ended."""
     live = [view for view in views if view.text("state") in LIVE]
     if not live:
         return "it has ended already" if len(views) == 1 else "they have ended already"
@@ -60,17 +60,17 @@ def _speaks(view: RowView) -> bool:
 
 
 def promote(views: Sequence[RowView]) -> Plan | str:
-    """To the front of their queues, keeping their order."""
+    """Move queued requests to the front of their queues, in their present order."""
     queued = [view for view in views if view.text("state") == "queued"]
     if not queued:
         return "only what is queued can go to the front"
-    # The last to be put in front stands there.
+    # The request promoted last ends up in front.
     queued.sort(key=lambda view: -(view.position or 0))
     return _plan(queued, "promote", "", f"{_these(queued, 'request')} to the front")
 
 
 def drain(views: Sequence[RowView]) -> Plan | str:
-    """Drain these workers; where all of them are draining, undrain them."""
+    """Drain these workers; if all of them are draining already, undrain them."""
     there = [view for view in views if view.text("state") != "away"]
     if not there:
         return "a worker that is away can be neither drained nor undrained"
@@ -85,7 +85,7 @@ def drain(views: Sequence[RowView]) -> Plan | str:
 
 
 def pause(views: Sequence[RowView]) -> Plan | str:
-    """Pause these spaces; where all of them are paused, resume them."""
+    """Pause these spaces; if all of them are paused already, resume them."""
     if not views:
         return "there is no space here"
     open_ones = [view for view in views if not _is(view, "paused")]
@@ -97,7 +97,7 @@ def pause(views: Sequence[RowView]) -> Plan | str:
 
 
 def disconnect(views: Sequence[RowView]) -> Plan | str:
-    """Hang up on these clients or workers."""
+    """Disconnect these clients or workers."""
     there = [view for view in views if view.text("connection_id")]
     if not there:
         return "it is not connected"
@@ -131,11 +131,11 @@ def _count(number: int, word: str) -> str:
 
 @attrs.frozen
 class Action:
-    """One key.
+    """An action that a key is bound to.
 
     Attributes:
-        name: of the Textual action.
-        topics: of the rows it is for.
+        name: its name in Textual.
+        topics: the topics whose rows it acts on.
     """
 
     key: str
@@ -155,5 +155,5 @@ ACTIONS = {
         Action("K", "disconnect", "Disconnect", frozenset({"clients", "workers"}), disconnect),
     )
 }
-#: Which topic's rows a table of this kind has; its own name where not listed.
+#: The topic whose rows a table shows, by the table's kind; the kind itself where it is not listed.
 TOPIC_OF = {"queue": "requests"}

@@ -1,4 +1,4 @@
-"""What a cell of a table says of a row: text and a token for its colour. Used by `tui.model.columns`."""
+"""What each cell of a table shows for a row: its text and a token for its colour. Used by `tui.model.columns`."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,14 @@ from tui.model.relay_model import RelayModel, RowView
 from tui.model.state_glyphs import Token
 
 DIM: Token = "dim"
-#: Cells of a progress bar beside its percentage.
+#: Width of a progress bar beside its percentage.
 BAR_CELLS = 5
 LIVE = ("uploading", "queued", "running")
 
 
 @attrs.frozen
 class Cell:
-    """Text without control characters, of any width, and what it is."""
+    """The text of a cell, without control characters and of any width, and the token of its colour."""
 
     text: str
     token: Token = ""
@@ -27,7 +27,7 @@ NOTHING = Cell(state_glyphs.NOTHING, DIM)
 
 
 def words(key: str, token: Token = "", *, fallback: str = "", none: str = state_glyphs.NOTHING) -> CellOf:
-    """The text of a row, or that of another key where it has none; `none` where neither has."""
+    """The text under a key, or under `fallback` where that is empty; `none` where both are."""
 
     def cell(view: RowView, _now: float) -> Cell:
         text = view.text(key) or (view.text(fallback) if fallback else "")
@@ -37,7 +37,7 @@ def words(key: str, token: Token = "", *, fallback: str = "", none: str = state_
 
 
 def short(key: str, token: Token = "", *, none: str = state_glyphs.NOTHING) -> CellOf:
-    """The beginning of an id; `none` where there is none."""
+    """A shortened id; `none` where there is none."""
 
     def cell(view: RowView, _now: float) -> Cell:
         text = view.text(key)
@@ -47,7 +47,7 @@ def short(key: str, token: Token = "", *, none: str = state_glyphs.NOTHING) -> C
 
 
 def name_list(key: str) -> CellOf:
-    """Names with commas between."""
+    """A list of names, separated by commas."""
 
     def cell(view: RowView, _now: float) -> Cell:
         names = view.row.get(key)
@@ -58,7 +58,7 @@ def name_list(key: str) -> CellOf:
 
 
 def state(kind: state_glyphs.Kind, key: str = "state") -> CellOf:
-    """Glyph and word of a state."""
+    """The glyph and the word of a state."""
 
     def cell(view: RowView, _now: float) -> Cell:
         word = formatting.plain(view.text(key))
@@ -75,7 +75,7 @@ def quantity(
     bad: float | None = None,
     ages: bool = False,
 ) -> CellOf:
-    """A number in its form; in colour from `warn` and `bad` on, dim where it is zero or not known."""
+    """A formatted number; coloured from `warn` and `bad` upwards, dim where it is zero or unknown."""
 
     def cell(view: RowView, now: float) -> Cell:
         value = view.aged(key, now) if ages else view.number(key)
@@ -92,7 +92,7 @@ def quantity(
 
 
 def slots(view: RowView, _now: float) -> Cell:
-    """Busy of all."""
+    """Busy slots out of all slots."""
     busy, every = view.number("busy"), view.number("slots")
     if busy is None or every is None:
         return NOTHING
@@ -100,7 +100,7 @@ def slots(view: RowView, _now: float) -> Cell:
 
 
 def error_share(view: RowView, _now: float) -> Cell:
-    """Of those that ended lately."""
+    """The share of errors among the requests that ended recently."""
     share = view.number("error_percent")
     if share is None:
         return NOTHING
@@ -108,7 +108,7 @@ def error_share(view: RowView, _now: float) -> Cell:
 
 
 def place(view: RowView, _now: float) -> Cell:
-    """Where a request is: its place in the queue, how far it has run, or how it ended."""
+    """How far a request has come: its place in the queue, its progress, or how it ended."""
     match view.text("state"):
         case "queued":
             return NOTHING if view.position is None else Cell(f"#{view.position}")
@@ -133,12 +133,12 @@ def position(view: RowView, _now: float) -> Cell:
 
 
 def worker(view: RowView, _now: float) -> Cell:
-    """A worker by its name, or by its id where another has the same name."""
+    """The name of a worker, or its id where another worker has the same name."""
     return Cell(_called(view.model, view.key))
 
 
 def worker_name(view: RowView, _now: float) -> Cell:
-    """The worker that runs a request; by its id where the worker is not known any more."""
+    """The worker that runs a request; its id where the worker is no longer known."""
     worker_id = view.text("worker_id")
     return Cell(_called(view.model, worker_id)) if worker_id else NOTHING
 
@@ -146,38 +146,38 @@ def worker_name(view: RowView, _now: float) -> Cell:
 def _called(model: RelayModel, worker_id: str) -> str:
     view = model.get("workers", worker_id)
     name = view.text("name") if view else ""
-    # An id begins with the name. There are few workers, and only rows in sight are drawn.
+    # An id begins with the name. There are few workers, and only visible rows are drawn.
     shared = any(one.text("name") == name and one.key != worker_id for one in model.rows("workers"))
     return formatting.plain(worker_id if shared or not name else name)
 
 
 def request_age(view: RowView, now: float) -> Cell:
-    """Since it came, while it lives; how long it took, once it has ended."""
+    """The time since a live request arrived, or how long an ended one took."""
     value = view.aged("age_s", now)
     return NOTHING if value is None else Cell(formatting.age(value), "" if view.text("state") in LIVE else DIM)
 
 
 def request_state(view: RowView, now: float) -> Cell:
-    """Its state; `stopping` once it has been cancelled and the worker has not said so yet."""
+    """The state of a request; `stopping` from its cancellation until the worker confirms it."""
     if view.row.get("stopping") and view.text("state") in LIVE:
         return Cell(state_glyphs.mark("request", "stopping"), state_glyphs.look("request", "stopping").token)
     return state("request")(view, now)
 
 
 def last_seen(view: RowView, now: float) -> Cell:
-    """Since a worker was last heard; `now` while it answers its pings."""
+    """The time since a worker was last heard; `now` while it answers its pings."""
     value = view.aged("last_seen_s", now)
     return Cell("now", DIM) if value is None else Cell(formatting.age(value), "bad")
 
 
 def client_state(view: RowView, _now: float) -> Cell:
-    """Whether it takes what it is sent."""
+    """Whether the client reads what it is sent."""
     word = "slow" if view.row.get("slow") else "ok"
     return Cell(state_glyphs.mark("client", word), state_glyphs.look("client", word).token)
 
 
 def audit_outcome(view: RowView, _now: float) -> Cell:
-    """Done, or why not."""
+    """`done`, or why the relay refused."""
     said = view.text("outcome")
     if said == "done":
         return Cell(state_glyphs.mark("outcome", "done"), "good")

@@ -1,4 +1,4 @@
-"""The columns of every screen: what a row says in each, how it sorts, and which are left out where there is no room.
+"""The columns of every screen: what they show, how they sort, and which are left out in a narrow terminal.
 
 A new column is one line of `COLUMNS`; a new screen is one entry there, one in `EMPTY`, and a module in `tui.screens`.
 """
@@ -34,7 +34,7 @@ from tui.model.cells import (
 from tui.model.formatting import Align
 from tui.model.relay_model import RowView
 
-#: Always shown, however narrow the terminal is.
+#: Importance of a column that is shown in however narrow a terminal.
 ALWAYS = 0
 #: Blank cells between two columns.
 GAP = 1
@@ -42,15 +42,15 @@ GAP = 1
 
 @attrs.frozen(kw_only=True)
 class Column:
-    """One column.
+    """A column of a table.
 
     Attributes:
-        key: names it, for sorting and export.
-        importance: 0 stays always; where there is no room, the highest goes first.
-        min_width: cells it needs to be of use.
-        max_width: cells beyond which it is blank anyway; what is left over is shared out up to here.
-        cell: what it says of a row; the number is now, monotonic seconds, for ages that count on.
-        sort: what it sorts by, or None where that is not known.
+        key: its name in sorting and export.
+        importance: 0 is always shown; otherwise the column with the highest number is left out first.
+        min_width: the fewest cells in which it is useful.
+        max_width: the most cells it can use; spare width is shared out up to this.
+        cell: what it shows for a row at a time, in monotonic seconds, for ages that keep growing.
+        sort: the sort key of a row, or None where it is unknown.
     """
 
     key: str
@@ -95,13 +95,13 @@ def _number(
     warn: float | None = None,
     bad: float | None = None,
 ) -> Column:
-    """A number of the row, right-aligned; in colour from `warn` and `bad` on, dim where it is zero."""
+    """A column for a number, right-aligned; coloured from `warn` and `bad` upwards, dim where it is zero."""
     cell = quantity(key, form, warn=warn, bad=bad)
     return _column(key, title, importance, width, cell, lambda view: view.number(key), "right")
 
 
 def _ageing(key: str, title: str, importance: int, width: int, *, warn: float | None = None) -> Column:
-    """A time that goes on since the row came; it sorts by when it began, which stays."""
+    """A column for an age that keeps growing; it sorts by when the age began, which does not change."""
     cell = quantity(key, formatting.age, warn=warn, ages=True)
     return _column(key, title, importance, width, cell, lambda view: _negative(view.born(key)), "right")
 
@@ -122,7 +122,7 @@ def _state(kind: state_glyphs.Kind, width: int, importance: int = ALWAYS) -> Col
 
 
 def _place_order(view: RowView) -> Any:
-    """Running before queued, further before less far, the head of the queue before its end."""
+    """Running before queued, most advanced first, then the queue from its head."""
     if view.text("state") == "queued":
         return (1, view.position or 0)
     return (0, -(view.number("fraction") or 0)) if view.text("state") == "running" else None
@@ -227,7 +227,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     ),
 }
 
-#: Said in the middle of a screen that has no rows, and what to do about it.
+#: Shown in the middle of a screen that has no rows, with what to do about it.
 EMPTY: dict[str, str] = {
     "spaces": "no worker has registered yet: run gpuworker run --space NAME --engine ENGINE",
     "workers": "no worker has registered yet: run gpuworker run --relay URL --space NAME --engine ENGINE",
@@ -237,14 +237,14 @@ EMPTY: dict[str, str] = {
     "log": "nothing has happened yet",
     "audit": "nobody has steered anything yet",
 }
-#: The same where there are rows and the filter hides them all.
+#: Shown instead where the filter hides every row.
 NO_MATCH = "nothing matches the filter; Esc takes it off"
 
 _ENDED_LAST = {"running": 0, "queued": 1, "uploading": 2}
 
 
 def natural(screen: str) -> Callable[[RowView], Any]:
-    """The order of a screen's rows while no column is chosen: what needs an eye first."""
+    """The order of a screen's rows while no column is chosen: those that need attention first."""
     return _NATURAL[screen]
 
 
@@ -257,7 +257,7 @@ def _trouble_first(kind: state_glyphs.Kind) -> Callable[[RowView], Any]:
 
 
 def _live_first(view: RowView) -> Any:
-    """Running, queued in order, uploading, then what ended, the latest first."""
+    """Running, queued in order, uploading, then the ended requests, latest first."""
     rank = _ENDED_LAST.get(view.text("state"), 3)
     if rank == 1:
         return (rank, view.text("space"), view.position or 0, view.key)
@@ -277,10 +277,10 @@ _NATURAL: dict[str, Callable[[RowView], Any]] = {
 
 
 def choose(columns: Sequence[Column], width: int) -> list[tuple[Column, int]]:
-    """The columns that fit into `width` cells, in their order, with the cells each gets.
+    """Choose the columns that fit into `width` cells, in order, with the cells that each gets.
 
-    What does not fit goes by importance; of two alike, the one further right. What is left over is shared out evenly,
-    up to each column's most. The widths hang on the terminal alone, never on the rows: nothing moves while rows change.
+    Columns that do not fit are left out by importance, the one further right first among equals. Spare cells are shared
+    out evenly, up to each column's maximum. Widths depend on the terminal only, so nothing moves when rows change.
     """
     kept = list(columns)
     while len(kept) > 1 and sum(one.min_width + GAP for one in kept) - GAP > width:
@@ -297,6 +297,6 @@ def choose(columns: Sequence[Column], width: int) -> list[tuple[Column, int]]:
 
 def _time(view: RowView) -> Cell:
     at = view.number("time")
-    with suppress(OverflowError, OSError, ValueError):  # no time that this machine's calendar knows
+    with suppress(OverflowError, OSError, ValueError):  # a time outside this machine's calendar
         return NOTHING if at is None else Cell(formatting.clock(at, formatting.utc_offset_s(at)), DIM)
     return NOTHING

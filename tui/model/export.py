@@ -1,4 +1,4 @@
-"""Rows in a file, as CSV or JSON."""
+"""Writes rows to a file, as CSV or JSON."""
 
 import csv
 import io
@@ -11,20 +11,20 @@ from pathlib import Path
 from protocol.wire.validators import Value
 from tui.model.relay_model import RowView
 
-#: A cell that begins so is a formula to a spreadsheet.
+#: A spreadsheet takes a cell that begins with one of these for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def suggested_name(kind: str) -> str:
-    """A name for the file."""
+    """A default file name for the rows of a table."""
     return f"relay-{kind}-{time.strftime('%Y%m%d-%H%M%S')}.csv"
 
 
 def write_rows(path: Path, views: Sequence[RowView]) -> None:
-    """Write the rows, in their order, to a new file that only its owner reads: JSON where its name ends so, else CSV.
+    """Write the rows in order to a new file that only its owner can read: JSON if its name ends in .json, else CSV.
 
     Raises:
-        OSError: it exists already, or cannot be written.
+        OSError: the file exists already or cannot be written.
     """
     rows = [dict(view.row) for view in views]
     text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n" if path.suffix.lower() == ".json" else _csv(rows)

@@ -1,4 +1,4 @@
-"""Where the picture comes from: a relay, watched over a link that is made anew for ever. Runs under Trio."""
+"""Feeds the model from a relay, over a link that is restored for ever, and sends the operator's actions. Under Trio."""
 
 import math
 import time
@@ -18,20 +18,20 @@ from protocol.wire.messages import Delta, Done, Rejected, Snapshot, Welcome
 from protocol.wire.validators import Value
 from tui.model.relay_model import RelayModel
 
-#: For the relay to carry out one action; its own bound is 10 s.
+#: How long to wait for the answer to an action; the relay itself allows it 10 s.
 STEER_S = 12.0
-#: Actions not begun yet. More than a person can ask for.
+#: Actions that may wait to be sent; more than a person can ask for.
 MAX_WAITING = 200
-#: Of the audio listened to, every so many-th sample is measured.
+#: The level of audio is measured on every n-th sample.
 EVERY_SAMPLE = 8
 LEVEL_S = 1.0
-#: In place of an answer that will not come.
+#: The message shown in place of an answer that cannot come.
 NOT_LINKED = "the relay is not reachable; nothing was done"
 
 
 @attrs.frozen
 class Connected:
-    """The link is there."""
+    """The link to the relay is up."""
 
     server: str = ""
     principal: str = ""
@@ -39,7 +39,7 @@ class Connected:
 
 @attrs.frozen
 class Disconnected:
-    """The link went, or could not be made; the next try follows."""
+    """The link was lost, or could not be made; it will be tried again."""
 
     why: str
     retry_s: float
@@ -51,24 +51,24 @@ Options = Mapping[str, Value]
 
 
 class Source(Protocol):
-    """What the feed follows: a relay, or something that plays one."""
+    """What the feed follows: a relay, or a simulation of one."""
 
     async def follow(self, tell: Tell) -> None:
-        """Tell all that happens, until cancelled."""
+        """Report every event through `tell`, until cancelled."""
 
     async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
-        """Have something done."""
+        """Carry out an action and return the relay's answer."""
 
     async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
-        """Give the audio of a request, as it comes, until its end."""
+        """Pass the audio of a request to `heard` as it arrives, until it ends."""
 
 
 class RelaySource:
-    """A relay.
+    """A real relay.
 
     Args:
-        url: as `open_relay`.
-        readonly: the relay refuses every steer.
+        url: as for `open_relay`.
+        readonly: have the relay refuse every steer.
     """
 
     def __init__(self, url: str | None, *, readonly: bool) -> None:
@@ -77,7 +77,7 @@ class RelaySource:
         self._relay: RelayClient | None = None
 
     async def follow(self, tell: Tell) -> None:
-        """See `Source`. A relay that cannot be reached, or refuses, is tried again for ever."""
+        """Follow the relay; if it cannot be reached or refuses, try again for ever."""
         backoff = Backoff()
 
         def up(welcome: Welcome) -> None:
@@ -115,7 +115,7 @@ class RelaySource:
             await trio.sleep(retry_s)
 
     async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
-        """See `Source`."""
+        """Send the action over the current link; refused at once while there is none."""
         if self._relay is None:
             return Rejected.because(ErrorCode.INTERNAL, NOT_LINKED)
         try:
@@ -127,7 +127,7 @@ class RelaySource:
         return Done(action=action, target=target, data=data)
 
     async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
-        """See `Source`."""
+        """Subscribe to the frames of the request."""
         if self._relay is None:
             return
         try:
@@ -136,17 +136,17 @@ class RelaySource:
                     if isinstance(frame, Audio):
                         heard(frame.pcm)
         except (LinkError, RequestError):
-            return  # its end, or the relay's, is told by its row
+            return  # the row of the request shows how it ended
 
 
 class Simulated:
-    """A source that plays a relay by a generator of changes, as `tui.demo.source` has."""
+    """A source made from a generator of changes, such as the one in `tui.demo.source`."""
 
     def __init__(self, demo: Any) -> None:
         self._demo = demo
 
     async def follow(self, tell: Tell) -> None:
-        """See `Source`."""
+        """Report that the link is up, then every change of the generator."""
         tell(Connected("demo", "demo"))
         changes: AsyncIterator[Snapshot | Delta] = self._demo.changes()
         async with aclosing(changes):  # type: ignore[type-var]
@@ -155,12 +155,12 @@ class Simulated:
         await trio.sleep_forever()
 
     async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
-        """See `Source`."""
+        """Ask the simulation."""
         answer: Done | Rejected = await self._demo.steer(action, target, options)
         return answer
 
     async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
-        """See `Source`: a tone that swells, at 24 kHz."""
+        """Play a tone that swells, at 24 kHz."""
         while True:
             loud = int(12_000 * (1.1 + math.sin(time.monotonic())))
             heard(array("h", [loud, -loud] * 1_200).tobytes())
@@ -169,7 +169,7 @@ class Simulated:
 
 @attrs.frozen
 class Ask:
-    """One action to be carried out."""
+    """An action to send to the relay."""
 
     action: str
     target: str
@@ -179,7 +179,7 @@ class Ask:
 
 @attrs.frozen
 class Listen:
-    """Measure how loud a request is, once a second; None: stop."""
+    """Measure the level of a request's audio once a second; None stops it."""
 
     request_id: str | None
     after_seq: int = -1
@@ -187,13 +187,13 @@ class Listen:
 
 
 class Feed:
-    """Keeps the picture, and carries what the operator asks for. `run` is its task.
+    """Keeps the model up to date and sends the operator's actions. `run` is its task.
 
     Args:
         source: a relay.
-        picture: what is kept.
+        model: the model that it updates.
         changed: called after each change, in the same thread.
-        clock: seconds, monotonic, of the picture.
+        clock: monotonic seconds; the time base of the model.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class Feed:
         self._listening = trio.CancelScope()
 
     def ask(self, ask: Ask | Listen) -> bool:
-        """Have it done; False where too much waits already. Never waits."""
+        """Queue a command without waiting; False if too many are waiting already."""
         try:
             self._send.send_nowait(ask)
         except (trio.WouldBlock, trio.BrokenResourceError):
@@ -219,7 +219,7 @@ class Feed:
         return True
 
     async def run(self) -> None:
-        """Follow the source and carry out what is asked, until cancelled."""
+        """Follow the source and send the queued actions, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._source.follow, self._on_event)
             with self._asked:
@@ -243,7 +243,7 @@ class Feed:
         self._changed()
 
     async def _carry_out(self, ask: Ask) -> None:
-        # A steer that waited for the relay to come back would be done when nobody expects it any more.
+        # Do not wait for the relay to come back: by then the operator would no longer expect the action.
         answer: Done | Rejected = Rejected.because(ErrorCode.INTERNAL, NOT_LINKED)
         if self._model.link.up:
             answer = Rejected.because(
@@ -270,20 +270,20 @@ class Feed:
 
 
 class Meter:
-    """How loud `pcm_s16le` audio is: root mean square over what was heard since the last look, 0..1."""
+    """Measures `pcm_s16le` audio: its root mean square since the last reading, from 0 to 1."""
 
     def __init__(self) -> None:
         self._squares = 0.0
         self._samples = 0
 
     def add(self, pcm: bytes) -> None:
-        """Take whole samples."""
+        """Add audio; a whole number of samples."""
         samples = array("h", pcm[: len(pcm) // 2 * 2])[::EVERY_SAMPLE]
         self._squares += sum(sample * sample for sample in samples)
         self._samples += len(samples)
 
     def read_level(self) -> float:
-        """The level since the last call; 0 where nothing was heard."""
+        """The level since the last call; 0 if no audio came."""
         level = math.sqrt(self._squares / self._samples) / 32_768 if self._samples else 0.0
         self._squares, self._samples = 0.0, 0
         return level

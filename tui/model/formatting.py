@@ -1,4 +1,4 @@
-"""Numbers, times and names as a person reads them, and text cut to a width in cells of a terminal."""
+"""Formats numbers, times and names for people, and fits text to a width in terminal cells."""
 
 import re
 import time
@@ -15,25 +15,25 @@ Align = Literal["left", "right"]
 MINUTE_S = 60
 HOUR_S = 60 * MINUTE_S
 DAY_S = 24 * HOUR_S
-#: Characters of a request id that tell it apart from any other on a screen.
+#: Characters of a request id that tell it apart from others on a screen.
 SHORT_ID_CHARS = 8
 
-#: Zero-width joiner, variation selectors, skin tones, keycap: terminals disagree on the width of what they join, so the
-#: parts are shown side by side. Combining marks stay, all terminals draw them on the letter before.
+#: Zero-width joiner, variation selectors, skin tones, keycap: terminals disagree on the width of the joined glyph, so
+#: its parts are shown side by side. Combining marks stay: every terminal draws them on the letter before.
 _JOINERS = re.compile("[\u200b-\u200f\u2060\ufe00-\ufe0f\ufeff\u20e3\U0001f3fb-\U0001f3ff\U000e0100-\U000e01ef]")
-#: A flag is two of these, one or two cells each; as letters they are one cell everywhere.
+#: A flag consists of two of these and is one or two cells wide; as letters they are one cell each everywhere.
 _FIRST_REGIONAL, _LAST_REGIONAL = 0x1F1E6, 0x1F1FF
 
 
 def plain(text: str) -> str:
-    """`text` in which every character has the same width in every terminal, and none steers it."""
+    """`text` without control characters, and with only characters that are equally wide in every terminal."""
     if text.isascii() and text.isprintable():
         return text
     text = _JOINERS.sub("", text)
     text = "".join(
         chr(ord("A") + ord(c) - _FIRST_REGIONAL) if _FIRST_REGIONAL <= ord(c) <= _LAST_REGIONAL else c for c in text
     )
-    # A tab, or the wide space of CJK, is as wide as the terminal likes.
+    # The width of a tab, and of the wide CJK space, depends on the terminal.
     return printable(re.sub(r"\s", " ", text))
 
 
@@ -41,7 +41,7 @@ def fit(text: str, width: int, align: Align = "left") -> str:
     """`text` in exactly `width` cells: cut with an ellipsis, or padded."""
     have = cell_len(text)
     if have > width:
-        # A wide character that is cut in half leaves a blank behind; the ellipsis closes up to the text.
+        # A wide character that is cut in half leaves a blank; the ellipsis follows the text directly.
         kept = set_cell_size(text, width - 1).rstrip() if width > 1 else ""
         text = kept + CUT if width else ""
         have = cell_len(text)
@@ -50,7 +50,7 @@ def fit(text: str, width: int, align: Align = "left") -> str:
 
 
 def seconds(value_s: float) -> str:
-    """How long something took: `0.3 ms`, `34 ms`, `1.24 s`, `12.3 s`, then as `age`."""
+    """A duration: `0.3 ms`, `34 ms`, `1.24 s`, `12.3 s`, and from a minute on as in `age`."""
     if 0 < value_s < 0.00095:
         return f"{value_s * 1000:.1f} ms"
     if value_s < 0.9995:
@@ -63,7 +63,7 @@ def seconds(value_s: float) -> str:
 
 
 def age(value_s: float) -> str:
-    """How long ago, in whole seconds and the two largest units: `12 s`, `2m05s`, `1h02m`, `3d04h`."""
+    """A time span in whole seconds, with its two largest units: `12 s`, `2m05s`, `1h02m`, `3d04h`."""
     whole = max(0, int(value_s))
     if whole < MINUTE_S:
         return f"{whole} s"
@@ -75,7 +75,7 @@ def age(value_s: float) -> str:
 
 
 def size(value_bytes: float) -> str:
-    """`0 B`, `512 B`, `1.2 kB`, `34 kB`, `1.2 MB` (powers of ten)."""
+    """A number of bytes: `0 B`, `512 B`, `1.2 kB`, `34 kB`, `1.2 MB` (powers of ten)."""
     value = float(value_bytes)
     if value < 999.5:
         return f"{value:.0f} B"
@@ -87,32 +87,32 @@ def size(value_bytes: float) -> str:
 
 
 def rate(value_bytes_s: float) -> str:
-    """As `size`, a second."""
+    """A number of bytes a second."""
     return f"{size(value_bytes_s)}/s"
 
 
 def count(value: float) -> str:
-    """A whole number with its thousands apart; what is no whole number keeps one place below ten."""
+    """A number with thousands separators; below ten, a fraction keeps one decimal."""
     return f"{value:,.0f}" if value >= 9.95 or value == int(value) else f"{value:.1f}"
 
 
 def percent(value: float) -> str:
-    """`0 %`, `0.4 %`, `12 %`."""
+    """A percentage: `0 %`, `0.4 %`, `12 %`."""
     return f"{value:.0f} %" if value >= 9.95 or value == int(value) else f"{value:.1f} %"
 
 
 def ratio(value: float) -> str:
-    """A real-time factor: two digits that matter, `0.04`, `0.85`, `12`."""
+    """A real-time factor with two significant digits: `0.04`, `0.85`, `12`."""
     return f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
 
 
 def short_id(text: str) -> str:
-    """The beginning of an id, enough to tell it apart."""
+    """The beginning of an id, long enough to tell it apart."""
     return text[:SHORT_ID_CHARS]
 
 
 def bar(fraction: float, width: int) -> str:
-    """A progress bar of `width` cells; half cells where the terminal draws them."""
+    """A progress bar of `width` cells, drawn in half cells where the terminal can."""
     fraction = min(1.0, max(0.0, fraction))
     halves = int(fraction * width * 2)
     full, half = divmod(halves, 2)
@@ -120,7 +120,7 @@ def bar(fraction: float, width: int) -> str:
 
 
 def spark(values: Sequence[float], width: int) -> str:
-    """The last `width` values as blocks, the highest full; blank where nothing is known yet, low where it was zero."""
+    """A sparkline of the last `width` values: the highest is full, zero is low, and unknown is blank."""
     shown = values[-width:] if width > 0 else []
     most = max(shown, default=0.0)
     steps = len(BLOCKS) - 1
@@ -129,11 +129,11 @@ def spark(values: Sequence[float], width: int) -> str:
 
 
 def clock(unix_s: float, offset_s: float = 0.0) -> str:
-    """Time of day, `03:14:15`, `offset_s` east of Greenwich."""
+    """The time of day, `03:14:15`, `offset_s` east of Greenwich."""
     whole = int(unix_s + offset_s) % DAY_S
     return f"{whole // HOUR_S:02}:{whole % HOUR_S // MINUTE_S:02}:{whole % MINUTE_S:02}"
 
 
 def utc_offset_s(unix_s: float) -> float:
-    """Of the local time zone at that time, summer time minded."""
+    """The offset of the local time zone at that time, including daylight saving."""
     return float(time.localtime(unix_s).tm_gmtoff)

@@ -1,4 +1,4 @@
-"""What the screen knows of the relay: the rows of each topic, when they came, and the last minute's rates. No I/O."""
+"""The relay as the screen knows it: the rows of each topic, their age, and the rates of the last minute. No I/O."""
 
 import math
 from collections import deque
@@ -11,21 +11,21 @@ from protocol.client.watch import ROW_KEYS, value_now
 from protocol.wire.messages import Delta, Snapshot
 from protocol.wire.validators import Value
 
-#: Seconds that the sparklines show.
+#: Seconds shown by the sparklines.
 HISTORY_S = 60
-#: Lines of `log` and `audit`, which the relay never takes back.
+#: Lines kept of `log` and `audit`, which the relay never removes.
 MAX_LINES = 5_000
 LINES = frozenset({"log", "audit"})
 
 
 @attrs.frozen(eq=False)
 class RowView:
-    """One row as it was told, and when."""
+    """One row as it was received, and when."""
 
     topic: str
     key: str
     row: dict[str, Value]
-    #: Seconds, of the picture's clock.
+    #: When the row was received, in seconds of the model's clock.
     received: float
     model: "RelayModel" = attrs.field(repr=False)
 
@@ -35,21 +35,21 @@ class RowView:
         return self.model.positions.get(self.key) if self.topic == "requests" else None
 
     def now(self, name: str, now: float) -> Value:
-        """A field as it is now: ages have gone on since they were told."""
+        """A field at the time `now`: ages have grown since the row was received."""
         return value_now(self.topic, self.row, name, self.age(now))
 
     def age(self, now: float) -> float:
-        """Seconds since the row came."""
+        """Seconds since the row was received."""
         return max(0.0, now - self.received)
 
     def number(self, name: str) -> float | None:
-        """A field that is a number, else None. `position` is the exact one of now, not the one told with the row."""
+        """A field if it is a number, else None. `position` is the current place, not the one received with the row."""
         if name == "position" and self.topic == "requests":
             return self.position
         return _figure(self.row.get(name))
 
     def text(self, name: str) -> str:
-        """A field as text, empty where there is none. `worker` of a request is the name of its worker."""
+        """A field as text, empty where it is missing. `worker` of a request is the name of its worker."""
         if name == "worker" and self.topic == "requests":
             worker = self.model.get("workers", self.text("worker_id"))
             return worker.text("name") if worker is not None else ""
@@ -57,50 +57,50 @@ class RowView:
         return value if isinstance(value, str) else "" if value is None else str(value)
 
     def aged(self, name: str, now: float) -> float | None:
-        """As `now`, for numbers."""
+        """A numeric field at the time `now`."""
         return _figure(self.now(name, now))
 
     def born(self, name: str) -> float | None:
-        """When an age began: something to sort by that does not depend on the time."""
+        """When an age began: a sort key that does not change with time."""
         value = self.number(name)
         return None if value is None else self.received - value
 
 
 @attrs.define
 class Link:
-    """How things stand with the relay."""
+    """The state of the link to the relay."""
 
     up: bool = False
-    #: When it went up or down.
+    #: When the link went up or down.
     since: float = 0.0
-    #: Why it is down; empty before the first try has ended.
+    #: Why it is down; empty until the first attempt has failed.
     why: str = ""
-    #: When the next try begins.
+    #: When the next attempt begins.
     retry_at: float | None = None
-    #: What the relay calls itself, and us.
+    #: The relay's name for itself, and our principal.
     server: str = ""
     principal: str = ""
 
 
 @attrs.define(eq=False)
 class RelayModel:
-    """The rows of all topics."""
+    """The current rows of all topics."""
 
     topics: dict[str, dict[str, RowView]] = attrs.field(factory=dict)
-    #: topic -> raised with each change of it.
+    #: Topic -> a number that grows with each change of its rows.
     versions: dict[str, int] = attrs.field(factory=dict)
     link: Link = attrs.field(factory=Link)
-    #: A snapshot has come.
+    #: Whether a snapshot has been received.
     known: bool = False
     queues: QueueOrder = attrs.field(factory=QueueOrder)
     rates: "Rates" = attrs.field(factory=lambda: Rates())
-    #: Of the last change.
+    #: When the last change was applied.
     updated_at: float = 0.0
     _positions: dict[str, int] = attrs.field(factory=dict)
     _positions_of: int = -1
 
     def apply(self, change: Snapshot | Delta, now: float) -> None:
-        """Put a snapshot in place of everything, or a delta's rows in place of those they replace."""
+        """Replace everything by a snapshot, or some rows by those of a delta."""
         self.updated_at = now
         self.queues.apply(change)
         if isinstance(change, Snapshot):
@@ -136,11 +136,11 @@ class RelayModel:
         self.versions[topic] = self.versions.get(topic, 0) + 1
 
     def rows(self, topic: str) -> list[RowView]:
-        """All rows of a topic, in no promised order."""
+        """All rows of a topic, in no particular order."""
         return list(self.topics.get(topic, {}).values())
 
     def get(self, topic: str, key: str) -> RowView | None:
-        """One row."""
+        """One row, or None where it does not exist."""
         return self.topics.get(topic, {}).get(key)
 
     @property
@@ -166,18 +166,18 @@ class RelayModel:
         return self._positions
 
     def on_disconnected(self, why: str, retry_s: float, now: float) -> None:
-        """The link went, or could not be made."""
+        """Note that the link was lost, or could not be made."""
         self.link.retry_at = now + retry_s
         self.link.why = why
         if self.link.up or not self.link.since:
             self.link.up, self.link.since = False, now
 
     def on_connected(self, server: str, principal: str, now: float) -> None:
-        """The link is up."""
+        """Note that the link is up."""
         self.link = Link(True, now, server=server, principal=principal)
 
     def frozen(self) -> "RelayModel":
-        """A copy that no later change reaches."""
+        """A copy that later changes do not affect."""
         copy = RelayModel(
             versions=dict(self.versions),
             link=attrs.evolve(self.link),
@@ -200,12 +200,12 @@ def _line_number(key: str) -> int:
 class Rates:
     """Requests and seconds of audio in each of the last `HISTORY_S` seconds."""
 
-    #: (second, requests, seconds of audio), oldest first; seconds in which nothing happened are left out.
+    #: (second, requests, seconds of audio), oldest first; seconds without any are left out.
     _seconds: "deque[tuple[int, float, float]]" = attrs.field(factory=lambda: deque(maxlen=HISTORY_S))
     _totals: tuple[float, float] | None = None
 
     def begin(self, history: list[RowView], relay: RowView | None, now: float) -> None:
-        """What the relay tells of the time before this picture."""
+        """Start from the history that the relay reports."""
         self._totals = _totals(relay)
         if not history:
             return
@@ -217,7 +217,7 @@ class Rates:
                 self._add(int(now) - back, _number(count), _number(seconds))
 
     def go_on(self, relay: RowView | None, now: float) -> None:
-        """The relay's counters have moved on."""
+        """Add what the relay's counters have gained since the last call."""
         before, self._totals = self._totals, _totals(relay)
         if before is not None and self._totals is not None:
             self._add(int(now), *(max(0.0, new - old) for new, old in zip(self._totals, before, strict=True)))
@@ -230,7 +230,7 @@ class Rates:
             self._seconds.append((second, requests, audio_s))
 
     def last_minute(self, now: float) -> tuple[list[float], list[float]]:
-        """Requests and audio seconds a second, oldest first, `HISTORY_S` of each."""
+        """Requests, and seconds of audio, in each of the last `HISTORY_S` seconds, oldest first."""
         requests, audio = [0.0] * HISTORY_S, [0.0] * HISTORY_S
         for second, count, seconds in self._seconds:
             place = HISTORY_S - 1 - (int(now) - second)
@@ -239,7 +239,7 @@ class Rates:
         return requests, audio
 
     def copy(self) -> "Rates":
-        """The same, for a frozen picture."""
+        """A copy for a frozen screen."""
         return Rates(deque(self._seconds, HISTORY_S), self._totals)
 
 
@@ -251,7 +251,7 @@ def _totals(relay: RowView | None) -> tuple[float, float] | None:
 
 
 def _figure(value: Value) -> float | None:
-    """A number that can be shown and sorted by, else None."""
+    """The value if it is a finite number, else None."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""The filter line: a regular expression over what a row says; `!` in front shows the rows it does not match."""
+"""The filter line: a regular expression matched against a row; with `!` in front it hides the rows that match."""
 
 import re
 import warnings
@@ -14,8 +14,8 @@ class Filter:
     """What the operator typed.
 
     Attributes:
-        text: as typed; empty lets every row through.
-        fault: why it is no regular expression, or empty.
+        text: as typed; an empty filter matches every row.
+        fault: why it is not a valid regular expression, or empty.
     """
 
     text: str = ""
@@ -25,27 +25,27 @@ class Filter:
 
     @classmethod
     def of(cls, text: str) -> "Filter":
-        """Read it. Capital letters in it must match as capitals; without any, case does not matter."""
+        """Parse a filter. It ignores case unless it contains a capital letter."""
         inverted = text.startswith("!")
         wanted = text.removeprefix("!")
         if not wanted:
             return cls(text)
         try:
-            with warnings.catch_warnings():  # `[[` may mean something else some day
+            with warnings.catch_warnings():  # `[[` may get another meaning in a later Python
                 warnings.simplefilter("ignore")
-                letters = re.sub(r"\\.", "", wanted)  # `\S` is no capital that is looked for
+                letters = re.sub(r"\\.", "", wanted)  # the capital in `\S` does not count
                 pattern = re.compile(wanted, 0 if letters != letters.lower() else re.IGNORECASE)
         except (re.error, OverflowError, RecursionError) as fault:
             return cls(text, fault=str(fault))
         return cls(text, "", inverted, pattern.search)
 
     def lets_through(self, view: RowView) -> bool:
-        """Whether the row is shown."""
+        """Whether the row passes the filter."""
         return self._search is None or (self._search(said(view)) is None) is self.inverted
 
 
 def said(view: RowView) -> str:
-    """The words of a row, that a filter and a jump look at."""
+    """The text of a row that filters and jumps search."""
     words = [view.key]
     for value in view.row.values():
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Which rows a table shows and in what order, kept from one look to the next so that 10,000 cost little. No I/O."""
+"""Which rows a table shows and in what order; work is kept between updates so that 10,000 rows stay cheap. No I/O."""
 
 from collections.abc import Callable, Container, Iterable
 from operator import attrgetter
@@ -21,11 +21,11 @@ class _Placed:
 
 @attrs.define(eq=False)
 class Order:
-    """Attributes change what the next `update` gives.
+    """Filters and sorts the rows of a table; changed attributes take effect at the next `update`.
 
     Attributes:
         natural: the order while no column is chosen.
-        chosen: the chosen column's, or None.
+        chosen: the order by the chosen column, or None.
     """
 
     natural: SortKey
@@ -36,15 +36,15 @@ class Order:
     _last: list[str] = attrs.field(factory=list)
 
     def begin_anew(self) -> None:
-        """The order or the filter was changed."""
+        """Forget the previous result, because the order or the filter has changed."""
         self._known.clear()
 
     def update(self, views: Iterable[RowView], moving: Container[str] = ()) -> list[RowView]:
-        """The rows to show, in order. Only rows that changed are looked at again.
+        """The rows to show, in order. Only rows that changed are evaluated again.
 
         Args:
             views: all rows.
-            moving: keys of rows that may have to go elsewhere though they were not told again, as those in a queue.
+            moving: keys of rows whose place may change although the row itself has not, such as queued requests.
         """
         before, now = self._known, dict[str, _Placed]()
         sort, lets_through = self.chosen or self.natural, self.filter.lets_through
@@ -55,13 +55,13 @@ class Order:
                 placed = _Placed(view, lets_through(view), _none_last(sort(view), self.reverse))
             now[key] = placed
         self._known = now
-        # Beginning from the last order, which is nearly right, sorting is quick; and ties stay where they were.
+        # Sorting from the last order is quick, because it is nearly right, and keeps ties where they were.
         known = set(self._last)
         last = [placed for key in self._last if (placed := now.get(key)) is not None and placed.shown]
         last += [placed for key, placed in now.items() if placed.shown and key not in known]
         try:
             last.sort(key=_sort_key, reverse=self.reverse)
-        except TypeError:  # a newer relay may tell words where this one tells numbers
+        except TypeError:  # a newer relay may send text where this one sends numbers
             last.sort(key=lambda placed: (placed.key[0], str(placed.key[1])), reverse=self.reverse)
         self._last = [placed.view.key for placed in last]
         return [placed.view for placed in last]

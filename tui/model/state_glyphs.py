@@ -1,6 +1,6 @@
-"""How a state looks: a glyph, its word, and a token for its colour; and the stand-ins for terminals without glyphs.
+"""How states are shown: a glyph, a word and a colour token, with ASCII stand-ins for terminals without the glyphs.
 
-The word is always there, so colour and glyph only make it quicker to find. All glyphs are one cell wide and none has an
+The word is always there; glyph and colour only make it quicker to find. All glyphs are one cell wide, and none has an
 emoji form, which some terminals draw two cells wide.
 """
 
@@ -8,18 +8,18 @@ from typing import Literal
 
 import attrs
 
-#: What a piece of text is, for `themes` to give it a style.
+#: What a piece of text stands for; `themes` gives each its style.
 Token = Literal["", "good", "busy", "warn", "bad", "idle", "dim", "accent", "title"]
 Kind = Literal["relay", "space", "worker", "request", "client", "level", "outcome"]
 
 
 @attrs.frozen
 class Glyph:
-    """Of one state."""
+    """How one state is shown."""
 
     glyph: str
     token: Token
-    #: The higher, the sooner an operator wants to see it: the order of a sorted state column.
+    #: States with a higher number need attention sooner; a sorted state column puts them first.
     urgency: int = 0
 
 
@@ -70,14 +70,14 @@ GLYPHS: dict[Kind, dict[str, Glyph]] = {
     },
 }
 
-#: In headings, breadcrumbs, beside tagged and followed rows, where a value is not known, where text was cut.
+#: For headings and breadcrumbs, beside tagged and followed rows, for unknown values, and where text was cut.
 SORT_DOWN, SORT_UP = "↓", "↑"
 TAGGED, FOLLOWED, CURSOR = "◆", "»", "▌"
 CRUMB, NOTHING, CUT = "›", "–", "…"
 BLOCKS = "▁▂▃▄▅▆▇█"
 BAR_FULL, BAR_HALF, BAR_EMPTY = "━", "╸", "─"
 
-#: One cell for one cell, so that nothing moves. Box drawing and blocks are Textual's borders and scrollbars.
+#: Each replacement is as wide as its glyph, so nothing moves. Textual draws borders with boxes and blocks.
 _ASCII = str.maketrans(
     {
         **dict(zip("●✗▽○‖▲▸◌↑⊘✓·↓◆»▌›–…━╸─", "*xvo=!>.^/+.v#>|>-~#--", strict=True)),
@@ -94,15 +94,15 @@ _ASCII = str.maketrans(
 
 
 def look(kind: Kind, state: str) -> Glyph:
-    """How this state looks; one that a newer relay may bring is shown with a dot."""
+    """How this state is shown; a state that only a newer relay knows gets a dot."""
     return GLYPHS[kind].get(state, _UNKNOWN)
 
 
 def mark(kind: Kind, state: str) -> str:
-    """Glyph and word."""
+    """The glyph and the word of a state."""
     return f"{look(kind, state).glyph} {state}"
 
 
 def to_ascii(text: str) -> str:
-    """`text` with what we draw with as ASCII; the names of others stay as they are."""
+    """Replace our own glyphs in `text` by ASCII; other characters stay."""
     return text if text.isascii() else text.translate(_ASCII)

@@ -1,1 +1,1 @@
-"""One module for a screen or a dialog."""
+"""The screens and dialogs, one module for each."""

@@ -1,4 +1,4 @@
-"""What all screens have: status, breadcrumb, panes, filter line, key line, and the keys that act on rows."""
+"""The base of every screen: status line, breadcrumb, panes, filter line, key line, and the keys that act on rows."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from tui.widgets.status_lines import CrumbLine, KeyLine, Part, StatusLine, statu
 
 
 class RelayScreen(Screen[None]):
-    """Every screen that shows the relay: by itself status, breadcrumb and keys; a subclass adds its panes."""
+    """A screen with a status line, a breadcrumb and keys; subclasses add the panes."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(action.key, f"act('{action.name}')", action.title, id=action.name) for action in ACTIONS.values()),
@@ -55,66 +55,66 @@ class RelayScreen(Screen[None]):
 
     @property
     def title_text(self) -> str:
-        """Its name in the breadcrumb; its class's, where it has no better one."""
+        """The name of the screen in the breadcrumb."""
         return type(self).__name__
 
     def panes(self) -> ComposeResult:
-        """The widgets between breadcrumb and filter line: none, but for what a subclass adds."""
+        """The widgets between breadcrumb and filter line; subclasses add them."""
         return ()
 
     def rows_of(self, kind: str, model: RelayModel) -> Iterable[RowView]:
-        """The rows of one of its tables."""
+        """The rows for one of the screen's tables."""
         return model.rows(TOPIC_OF.get(kind, kind))
 
     def redraw_panes(self, model: RelayModel, now: float) -> None:
-        """Draw what is no table."""
+        """Redraw the panes that are not tables."""
 
     def entered(self, view: RowView) -> None:
-        """Enter was pressed on a row."""
+        """React to Enter on a row."""
 
     # -- drawing -----------------------------------------------------------------------------------------------
 
     def compose(self) -> ComposeResult:
-        """See Textual."""
+        """Lay out the lines and panes from top to bottom."""
         yield StatusLine(id="status")
         yield CrumbLine(id="crumbs")
         yield from self.panes()
         filter_line = Input(id="filter", placeholder="regular expression; ! in front inverts", compact=True)
-        filter_line.cursor_blink = False  # a cursor that blinks sends something twice a second
+        filter_line.cursor_blink = False  # a blinking cursor would send bytes twice a second
         yield filter_line
         yield KeyLine(id="keys")
 
     def on_mount(self) -> None:
-        """The first table gets the keys."""
+        """Focus the first table."""
         for table in self.query(RowTable):
             table.focus()
             break
 
     def on_screen_resume(self) -> None:
-        """It is looked at again, and may be old."""
+        """Redraw, because the screen may be out of date when it is shown again."""
         self.call_after_refresh(self.redraw)
 
     def on_resize(self) -> None:
-        """All is drawn anew when the widgets know their new sizes."""
+        """Redraw once the widgets know their new sizes."""
         self.call_after_refresh(self.redraw)
 
     @property
     def table(self) -> RowTable | None:
-        """The table that has the keys, or had them last; else the first."""
+        """The focused table, else the one focused last, else the first."""
         if isinstance(self.focused, RowTable):
             self._table = self.focused
         tables = list(self.query(RowTable))
         return self._table if self._table in tables else tables[0] if tables else None
 
     def redraw(self) -> None:
-        """Show the picture as it is now."""
+        """Draw the current model."""
         if not self.is_mounted or not self.is_attached:
             return
         app = self.host
         model, now = app.shown, app.now_shown
         why = formatting.plain(app.model.link.why)
         for table in self.query(RowTable):
-            table.why, why = why, ""  # the first one says it; the status line may have no room for it
+            table.why, why = why, ""  # only the first table shows it; the status line may have no room
             if table.size.width:
                 stale, known = model.known and not app.model.link.up, model.known
                 version = (
@@ -134,7 +134,7 @@ class RelayScreen(Screen[None]):
         self.redraw_lines()
 
     def redraw_lines(self) -> None:
-        """The lines around the panes."""
+        """Redraw the lines around the panes."""
         if not self.is_mounted:
             return
         app = self.host
@@ -184,7 +184,7 @@ class RelayScreen(Screen[None]):
         return parts
 
     def offered(self) -> list[tuple[Binding, str]]:
-        """The keys that do something here, and how they are written."""
+        """The keys that do something on this screen, with their displayed names."""
         return [
             (binding, self.app.get_key_display(binding))
             for _, binding, enabled, _ in self.active_bindings.values()
@@ -194,7 +194,7 @@ class RelayScreen(Screen[None]):
     # -- keys --------------------------------------------------------------------------------------------------
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Only keys that do something here are told of."""
+        """Hide keys that do nothing on this screen."""
         if action == "act":
             return self._acted_on(str(parameters[0])) is not None
         if action in ("filter", "copy", "export"):
@@ -202,14 +202,14 @@ class RelayScreen(Screen[None]):
         return True
 
     def _acted_on(self, name: str) -> list[RowView] | None:
-        """The rows that an action is for now; None where it is for none of this screen."""
+        """The rows that an action would apply to now; None if it does not apply to this screen."""
         table = self.table
         if table is not None and TOPIC_OF.get(table.kind, table.kind) in ACTIONS[name].topics:
             return table.chosen
         return None
 
     def action_act(self, name: str) -> None:
-        """Plan an action for the ids under the cursor as the key is pressed, ask if it destroys, and do it."""
+        """Plan an action for the ids under the cursor at the key press, ask if it is destructive, and carry it out."""
         app = self.host
         if app.readonly:
             app.show_notice("this is read-only; start relay-tui without --readonly to steer", "warn")
@@ -238,7 +238,7 @@ class RelayScreen(Screen[None]):
             table.untag()
 
     def action_filter(self) -> None:
-        """Type a filter."""
+        """Open the filter line."""
         line = self.query_one("#filter", Input)
         if (table := self.table) is not None:
             with line.prevent(Input.Changed):
@@ -259,7 +259,7 @@ class RelayScreen(Screen[None]):
         self._leave_filter()
 
     def filter_by(self, text: str) -> None:
-        """Put a filter on, as if it had been typed."""
+        """Apply a filter, as if it had been typed."""
         line = self.query_one("#filter", Input)
         line.value = text
         self._leave_filter()
@@ -280,7 +280,7 @@ class RelayScreen(Screen[None]):
             self.host.show_notice(f"copied {formatting.plain(ids[0]) if len(ids) == 1 else f'{len(ids)} ids'}", "good")
 
     def action_export(self) -> None:
-        """Write the rows shown to a file."""
+        """Write the visible rows to a file."""
         table = self.table
         if table is not None:
             views: Sequence[RowView] = tuple(table.views)
@@ -291,13 +291,13 @@ class RelayScreen(Screen[None]):
             self.host.show_notice(*said)
 
     def action_log(self) -> None:
-        """The lines of the log that tell of the row under the cursor."""
+        """Show the log lines that mention the row under the cursor."""
         view = self.table.view if self.table is not None else None
         if view is not None and view.topic not in ("log", "audit"):
             self.host.show_log(view.text("name") if view.topic == "workers" else view.key)
 
     def action_zoom(self) -> None:
-        """Give one pane all the room, or take it back."""
+        """Give one pane the whole screen, or restore the layout."""
         pane: Widget | None = self.focused if self.focused and self.focused.has_class("pane") else self.table
         zoomed = not self.has_class("zoomed")
         self.set_class(zoomed, "zoomed")
@@ -306,7 +306,7 @@ class RelayScreen(Screen[None]):
         self.call_after_refresh(self.redraw)
 
     def action_back(self) -> None:
-        """Out of the filter, the zoom, the tags; else one screen back."""
+        """Leave the filter, the zoom or the tags, in this order; otherwise go back one screen."""
         line, table = self.query_one("#filter", Input), self.table
         if line.value or line.has_focus:
             line.value = ""
@@ -327,7 +327,7 @@ class RelayScreen(Screen[None]):
         self.entered(event.view)
 
 
-#: What matters first stands first in the key line, and stays longest.
+#: The most important keys come first in the key line and are dropped last.
 _FIRST = ("enter", "act", "filter", "jump", "sort", "help", "quit")
 
 
@@ -337,7 +337,7 @@ def _rank(binding: Binding) -> int:
 
 
 def _is_ours(binding: Binding, readonly: bool) -> bool:
-    """Textual has keys of its own that are no use here; and what is not done under --readonly is not offered."""
+    """Whether a key is worth showing: not one of Textual's own, and not an action while read-only."""
     if binding.action.startswith(("app.", "screen.", "command_palette")) or binding.key in ("ctrl+q", "super+c"):
         return False
     return not (readonly and binding.action.startswith("act("))

@@ -1,4 +1,4 @@
-"""All that is known of one thing: of a request its whole timeline, and how loud it is."""
+"""The detail screens: every field of a row, and for a request its timeline and audio level."""
 
 import json
 import textwrap
@@ -24,17 +24,17 @@ from tui.widgets.facts import Facts
 
 LABEL = 14
 LEVEL_CELLS = 24
-#: Louder than this a speaking voice never is, on average.
+#: Speech is never louder than this on average.
 FULL_LEVEL = 0.35
 _KINDS: dict[str, Kind] = {"requests": "request", "workers": "worker", "spaces": "space", "relay": "relay"}
 Lines = list[list[Piece]]
 
 
 class RowDetail(RelayScreen):
-    """Every field of a row.
+    """Shows every field of a row.
 
     Args:
-        topic: of the row.
+        topic: the topic of the row.
         key: its id.
     """
 
@@ -46,19 +46,19 @@ class RowDetail(RelayScreen):
 
     @property
     def title_text(self) -> str:
-        """See `RelayScreen`."""
+        """The name of the row as people know it; its id until the row has been received."""
         return name_of(self._last) if self._last is not None else formatting.short_id(plain(self.key))
 
     def panes(self) -> ComposeResult:
-        """See `RelayScreen`."""
+        """One scrollable pane with the facts."""
         yield Facts()
 
     def on_mount(self) -> None:
-        """The facts can be scrolled."""
+        """Focus the facts, so that they can be scrolled."""
         self.query_one(Facts).focus()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """See `RelayScreen`; the row itself is what an action is for."""
+        """Offer only actions that apply to the row itself."""
         return True if action == "copy" else super().check_action(action, parameters)
 
     def _acted_on(self, name: str) -> list[RowView] | None:
@@ -67,12 +67,12 @@ class RowDetail(RelayScreen):
         return [self._last]
 
     def action_copy(self) -> None:
-        """Copy the id."""
+        """Copy the id of the row."""
         self.app.copy_to_clipboard(self.key)
         self.host.show_notice(f"copied {plain(self.key)}", "good")
 
     def redraw_panes(self, model: RelayModel, now: float) -> None:
-        """See `RelayScreen`."""
+        """Draw the facts again."""
         view = model.get(self.topic, self.key)
         lines: Lines = []
         if view is None and model.known:
@@ -83,12 +83,12 @@ class RowDetail(RelayScreen):
         self.query_one(Facts).show(lines)
 
     def facts(self, view: RowView, now: float) -> Lines:
-        """What to tell of the row."""
+        """The lines to show for the row."""
         return [_fact(name, view.now(name, now)) for name in view.row]
 
 
 class RequestDetail(RowDetail):
-    """A request: its state, timeline, params, inputs and error; and a level while it speaks and is listened to."""
+    """Shows a request: its state, timeline, params, inputs and error, and its audio level while listening in."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("l", "listen", "Listen in")]
 
@@ -101,18 +101,18 @@ class RequestDetail(RowDetail):
         self._level: float | None = None
 
     def on_unmount(self) -> None:
-        """Nobody listens any more."""
+        """Stop measuring the audio."""
         if self._listening:
             self.host.ask(Listen(None))
 
     def redraw_panes(self, model: RelayModel, now: float) -> None:
-        """See `RelayScreen`; what changed is asked for anew, at most once a look."""
+        """Draw the facts again; ask for the description again if the row has changed, at most once a draw."""
         view = model.get(self.topic, self.key)
         if view is not None and view is not self._asked_of and self.host.model.link.up:
             before, self._asked_of = self._asked_of, view
             if before is None or _marks(before) != _marks(view):
                 self.host.ask(Ask("describe", self.key, self._described))
-        # A level that nothing moves any more would be believed.
+        # A level that is no longer updated would be misleading.
         over = view is not None and view.text("state") not in LIVE
         if self._listening and (over or not self.host.model.link.up):
             self.action_listen()
@@ -126,7 +126,7 @@ class RequestDetail(RowDetail):
         self.host.draw_soon()
 
     def action_listen(self) -> None:
-        """Listen in, or stop; the audio is measured once a second, and not played."""
+        """Start or stop listening in; the audio is measured once a second but not played."""
         view = self._last
         if not self._listening and (view is None or view.text("state") != "running"):
             self.host.show_notice("only a running request can be listened to", "warn")
@@ -145,7 +145,7 @@ class RequestDetail(RowDetail):
             self.host.draw_soon()
 
     def facts(self, view: RowView, now: float) -> Lines:
-        """See `RowDetail`."""
+        """The lines for state, timing, params, inputs, error and timeline."""
         lines: Lines = [self._headline(view, now)]
         if self._listening:
             level = "listening" if self._level is None else formatting.bar(self._level / FULL_LEVEL, LEVEL_CELLS)
@@ -231,7 +231,7 @@ class RequestDetail(RowDetail):
 
 
 def _marks(view: RowView) -> tuple[object, ...]:
-    """What a timeline hangs on."""
+    """The fields on which the timeline depends."""
     names = ("state", "attempt", "worker_id", "stopping", "code")
     return (*(view.row.get(name) for name in names), view.row.get("first_frame_s") is None)
 

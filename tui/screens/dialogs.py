@@ -1,4 +1,4 @@
-"""What is asked: yes or no, where to, a file's name; and what the keys are."""
+"""The dialogs: confirmation, jump, export and help."""
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -16,7 +16,7 @@ from textual.widgets.option_list import Option
 from tui.model.export import suggested_name, write_rows
 from tui.model.relay_model import RowView
 
-#: Names listed in a question; the rest is counted.
+#: Names listed in a question; further names are only counted.
 MAX_NAMES = 6
 
 _DIALOG_CSS = """
@@ -26,11 +26,11 @@ _DIALOG_CSS = """
 
 
 class ConfirmDialog(ModalScreen[bool]):
-    """Asks before something is destroyed. No is what Enter gives, and Esc, and closing it.
+    """Asks before something is destroyed; Enter, Esc and closing it all mean no.
 
     Args:
-        question: names object and effect.
-        names: of the things, told one by one where there are several.
+        question: says what will happen to what.
+        names: of the objects, listed where there are several.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -52,7 +52,7 @@ class ConfirmDialog(ModalScreen[bool]):
         self._names = names
 
     def compose(self) -> ComposeResult:
-        """See Textual."""
+        """Show the question, the names and the two answers."""
         with Vertical(classes="dialog"):
             yield Static(self.question, markup=False, id="question")
             if len(self._names) > 1:
@@ -63,25 +63,25 @@ class ConfirmDialog(ModalScreen[bool]):
             yield Static("y yes  n no  ←→ choose  enter take", markup=False, classes="hint")
 
     def _answers(self) -> str:
-        """No is the default; which one Enter takes is told by a mark, not by a colour."""
+        """The two answers; a mark shows which one Enter takes, so it can be seen without colour."""
         return "  No    > Yes <" if self.yes else "> No <    Yes  "
 
     def action_take(self) -> None:
-        """Enter."""
+        """Give the marked answer."""
         self.dismiss(self.yes)
 
     def action_answer(self, yes: bool) -> None:
-        """Answer by a letter."""
+        """Give an answer by its letter."""
         self.dismiss(yes)
 
     def action_other(self) -> None:
-        """To the other answer."""
+        """Mark the other answer."""
         self.yes = not self.yes
         self.query_one("#answers", Static).update(self._answers())
 
 
 class ExportDialog(ModalScreen["tuple[str, str] | None"]):
-    """Asks for a file's name, and writes the rows to it; gives what to say of that, and in which colour."""
+    """Asks for a file name and writes the rows to it; returns the notice to show and its colour."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
     DEFAULT_CSS = f"""
@@ -94,7 +94,7 @@ class ExportDialog(ModalScreen["tuple[str, str] | None"]):
         self._views = views
 
     def compose(self) -> ComposeResult:
-        """See Textual."""
+        """Show the question and an input for the file name."""
         with Vertical(classes="dialog"):
             yield Label(f"Export {len(self._views)} rows of {self._kind} to (.csv or .json):", markup=False)
             name = Input(suggested_name(self._kind), compact=True, id="path")
@@ -102,7 +102,7 @@ class ExportDialog(ModalScreen["tuple[str, str] | None"]):
             yield name
 
     def on_mount(self) -> None:
-        """The name is there to be changed."""
+        """Put the cursor in the suggested name."""
         self.query_one(Input).focus()
 
     @on(Input.Submitted)
@@ -118,10 +118,10 @@ class ExportDialog(ModalScreen["tuple[str, str] | None"]):
 
 
 class JumpDialog(ModalScreen["str | None"]):
-    """Finds anything by its name; gives the id of the place.
+    """Finds a screen, space, worker, request or client by its name; returns its id.
 
     Args:
-        find: text -> (id, what is shown), the best first.
+        find: text -> (id, what is shown), best match first.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -140,7 +140,7 @@ class JumpDialog(ModalScreen["str | None"]):
         self._find = find
 
     def compose(self) -> ComposeResult:
-        """See Textual."""
+        """Show the input and the list of matches."""
         with Vertical(classes="dialog"):
             yield Label("Screen, space, worker, request or client:", markup=False)
             name = Input(compact=True, id="name")
@@ -149,7 +149,7 @@ class JumpDialog(ModalScreen["str | None"]):
             yield OptionList(id="found", markup=False, compact=True)
 
     def on_mount(self) -> None:
-        """Everything there is, before anything is typed."""
+        """List everything before anything is typed."""
         self.query_one(Input).focus()
         self._show("")
 
@@ -174,7 +174,7 @@ class JumpDialog(ModalScreen["str | None"]):
         self.dismiss(event.option.id)
 
     def action_move(self, lines: int) -> None:
-        """To another of what was found."""
+        """Mark another match."""
         found = self.query_one(OptionList)
         if lines < 0:
             found.action_cursor_up()
@@ -183,10 +183,10 @@ class JumpDialog(ModalScreen["str | None"]):
 
 
 class HelpDialog(ModalScreen[None]):
-    """The keys of a screen, made from its bindings.
+    """Shows the keys of a screen, taken from its bindings.
 
     Args:
-        name: of the screen.
+        name: the name of the screen.
         keys: (key, what it does).
     """
 
@@ -194,7 +194,7 @@ class HelpDialog(ModalScreen[None]):
     DEFAULT_CSS = f"""
     HelpDialog {{ {_DIALOG_CSS} }}
     """
-    #: Two columns from this width of the terminal on.
+    #: From this terminal width on, the keys are shown in two columns.
     WIDE = 72
 
     def __init__(self, name: str, keys: Sequence[tuple[str, str]]) -> None:
@@ -203,7 +203,7 @@ class HelpDialog(ModalScreen[None]):
         self._keys = keys
 
     def compose(self) -> ComposeResult:
-        """See Textual."""
+        """Show the keys."""
         with VerticalScroll(classes="dialog"):
             yield Static(self._text(), markup=False, id="keys-list")
 

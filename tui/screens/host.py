@@ -1,4 +1,4 @@
-"""What the screens use of the app: no screen needs to know the app itself."""
+"""What screens need from the app, so that no screen has to import the app itself."""
 
 from typing import Protocol
 
@@ -33,10 +33,10 @@ class ScreenHost(Protocol):
         """Show a notice in the last line for a while."""
 
     def ask(self, ask: Ask | Listen) -> None:
-        """Have the feed do something."""
+        """Queue a command for the feed."""
 
     def carry_out(self, plan: Plan) -> None:
-        """Have the relay carry out every step of a plan."""
+        """Send every step of a plan to the relay."""
 
     def draw_soon(self) -> None:
         """Draw again within a moment."""

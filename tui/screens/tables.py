@@ -1,4 +1,4 @@
-"""The screens: the overview, and one table each. A new screen is a class here, a mode of the app, and its columns."""
+"""The screens made of tables. A new screen is a class here, a mode of the app, and an entry in `COLUMNS`."""
 
 from collections.abc import Iterable
 
@@ -13,28 +13,28 @@ from tui.widgets.status_lines import Spark
 
 
 class TableScreen(RelayScreen):
-    """A screen that is one table."""
+    """A screen that consists of one table."""
 
     KIND = ""
-    #: The newest line is at the end, and followed.
+    #: The newest line comes last, and the cursor follows it.
     TAIL = False
 
     @property
     def title_text(self) -> str:
-        """See `RelayScreen`."""
+        """The name of the table."""
         return self.KIND
 
     def panes(self) -> ComposeResult:
-        """See `RelayScreen`."""
+        """The table."""
         yield RowTable(self.KIND, id=self.KIND, tail=self.TAIL)
 
     def entered(self, view: RowView) -> None:
-        """All that is known of the row."""
+        """Open the detail screen of the row."""
         self.app.push_screen(RequestDetail(view.key) if view.topic == "requests" else RowDetail(view.topic, view.key))
 
 
 class Overview(TableScreen):
-    """What is waiting, what is running, what is wrong."""
+    """Shows spaces, workers and requests together."""
 
     KIND = "overview"
     DEFAULT_CSS = """
@@ -46,15 +46,15 @@ class Overview(TableScreen):
         self._spaces_height = ""
 
     def panes(self) -> ComposeResult:
-        """See `RelayScreen`."""
+        """The tables one below the other, with the rates of the last minute."""
         yield RowTable("spaces", id="spaces")
         yield RowTable("requests", id="requests")
         yield Spark(id="spark", classes="pane")
 
     def redraw_panes(self, model: RelayModel, now: float) -> None:
-        """See `RelayScreen`."""
+        """Size the tables and draw the rates."""
         self.query_one(Spark).show(model, now)
-        # As many lines as there are spaces, as long as the requests keep the larger part.
+        # Show as many lines as there are spaces, but leave the larger part to the requests.
         least = max(4, min(len(model.rows("spaces")) + 2, (self.size.height - 5) // 2))
         wanted = "1fr" if self.has_class("zoomed") else str(least)
         if wanted != self._spaces_height:
@@ -63,7 +63,7 @@ class Overview(TableScreen):
             self.call_after_refresh(self.redraw)
 
     def entered(self, view: RowView) -> None:
-        """A space's queue, or a request."""
+        """Open the queue of a space, or the details of another row."""
         if view.topic == "spaces":
             self.app.push_screen(Queue(view.key))
         else:
@@ -71,32 +71,32 @@ class Overview(TableScreen):
 
 
 class Spaces(TableScreen):
-    """The spaces."""
+    """Lists the spaces."""
 
     KIND = "spaces"
 
     def entered(self, view: RowView) -> None:
-        """Its queue."""
+        """Open the queue of the space."""
         self.app.push_screen(Queue(view.key))
 
 
 class Workers(TableScreen):
-    """The workers."""
+    """Lists the workers."""
 
     KIND = "workers"
 
 
 class Requests(TableScreen):
-    """The requests: live ones first, then those that ended lately."""
+    """Lists the requests: live ones first, then those that ended recently."""
 
     KIND = "requests"
 
 
 class Queue(TableScreen):
-    """What waits in one space, in order.
+    """Lists the waiting requests of one space, in order.
 
     Args:
-        space: its name; None takes the one looked at last, else the one with the longest queue.
+        space: its name; None means the space shown last, else the one with the longest queue.
     """
 
     KIND = "queue"
@@ -107,7 +107,7 @@ class Queue(TableScreen):
 
     @property
     def space(self) -> str:
-        """Which one is shown."""
+        """The name of the space shown."""
         app = self.host
         if self._space is not None:
             app.space = self._space
@@ -119,28 +119,28 @@ class Queue(TableScreen):
 
     @property
     def title_text(self) -> str:
-        """See `RelayScreen`."""
+        """The screen's name with that of the space."""
         return f"queue of {plain(self.space)}" if self.space else "queue"
 
     def rows_of(self, kind: str, model: RelayModel) -> Iterable[RowView]:
-        """See `RelayScreen`."""
+        """The queued requests of the space."""
         return model.queue(self.space)
 
 
 class Clients(TableScreen):
-    """The connections of clients and operators."""
+    """Lists the connections of clients and operators."""
 
     KIND = "clients"
 
 
 class Log(TableScreen):
-    """What the relay has to say, the newest line last."""
+    """Shows the relay's log, the newest line last."""
 
     KIND = "log"
     TAIL = True
 
 
 class Audit(TableScreen):
-    """Who steered what."""
+    """Lists the operators' actions and their outcomes."""
 
     KIND = "audit"

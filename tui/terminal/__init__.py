@@ -1,1 +1,1 @@
-"""Between Textual and the terminal: the driver, its updates, the bridge to Trio and a clean exit."""
+"""Everything between Textual and the terminal: the driver, smaller updates, the bridge to Trio and a safe exit."""

@@ -1,4 +1,4 @@
-"""How the screen ends: by signals, by its terminal going away, and for certain."""
+"""Ends the process at a signal or when its terminal disappears, within a bounded time."""
 
 import asyncio
 import os
@@ -12,16 +12,16 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-#: From the wish to end to the end; after this long, whatever still hangs (a terminal that takes nothing) is left.
+#: Longest time from the decision to end until the process is killed, even if it hangs writing to the terminal.
 ENDS_S = 1.25
 EXIT_OF = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
 class ExitGuard:
-    """Ends the process in time.
+    """Ends the process within a bounded time.
 
-    A terminal that goes away is seen by polling it, as the signal of it (SIGHUP) may be ignored, and as reads of a
-    terminal that is gone give nothing, at once, for ever.
+    The terminal is polled to notice that it has gone: SIGHUP may be ignored, and reads from a terminal that is gone
+    return nothing, immediately and for ever.
     """
 
     def __init__(self) -> None:
@@ -29,20 +29,20 @@ class ExitGuard:
         self._over = threading.Event()
         self._code = 0
         self._before: list[Any] | None = None
-        #: The terminal is gone; nothing may be written to it any more.
+        #: The terminal has gone; nothing may be written to it any more.
         self.terminal_gone = False
 
     def watch(self, loop: asyncio.AbstractEventLoop, end: Callable[[int], None]) -> None:
-        """End at signals, and when the terminal goes away.
+        """Exit at signals, and when the terminal goes away.
 
         Args:
-            loop: that runs; `end` is called in it.
-            end: begins the ordinary end, with the exit code.
+            loop: the running loop; `end` is called in it.
+            end: starts the ordinary exit with the given code.
         """
         if threading.current_thread() is not threading.main_thread() or not sys.__stdin__ or not sys.__stdin__.isatty():
-            return  # under a test: no terminal, and the signals are the test's
-        # Not the loop's own handlers: those wait until a loop that is busy, or stuck at a terminal that takes nothing,
-        # gets round to them. These run at once, and the time that is left counts from there.
+            return  # in a test there is no terminal, and the test handles signals
+        # The loop's own handlers would wait until a busy loop, or one blocked by the terminal, got round to them. These
+        # run at once, and the remaining time counts from there.
         for name, code in EXIT_OF.items():
             signal.signal(getattr(signal, name), partial(self._signalled, loop, end, code))
         threading.Thread(target=self._poll, args=(sys.__stdin__.fileno(), loop, end), daemon=True).start()
@@ -56,7 +56,7 @@ class ExitGuard:
 
     def _poll(self, terminal: int, loop: asyncio.AbstractEventLoop, end: Callable[[int], None]) -> None:
         poll = select.poll()
-        poll.register(terminal, 0)  # a hang-up is told unasked
+        poll.register(terminal, 0)  # a hang-up is always reported
         while not poll.poll():
             pass
         self.terminal_gone = True
@@ -65,19 +65,19 @@ class ExitGuard:
         self.begin(EXIT_OF["SIGHUP"])
 
     def keep_terminal(self) -> None:
-        """Remember how the terminal is set, to set it so again if it must."""
+        """Remember the terminal's settings, so that they can be restored after a hang."""
         with suppress(termios.error, ValueError, OSError, AttributeError):
             self._before = termios.tcgetattr(sys.__stdin__.fileno())  # type: ignore[union-attr]
 
     def begin(self, code: int) -> None:
-        """From now on it ends within `ENDS_S`, whatever hangs."""
+        """Make sure that the process ends within `ENDS_S`."""
         if not self._begun.is_set() and sys.__stdin__ and sys.__stdin__.isatty() | self.terminal_gone:
             self._code = code
             self._begun.set()
             threading.Thread(target=self._make_sure, daemon=True).start()
 
     def over(self) -> None:
-        """It has ended by itself."""
+        """Note that the process has ended by itself."""
         self._over.set()
 
     def _make_sure(self) -> None:

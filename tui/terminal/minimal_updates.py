@@ -1,8 +1,8 @@
-"""Fewer bytes for the same picture: only the cells that changed, and a colour only where it is another one.
+"""Sends fewer bytes for the same picture: only cells that changed, and a colour only where it differs.
 
 Textual 8.2 sends each changed line from the left edge of its widget to the last changed cell, with a colour and a reset
-around every piece of it: 4 to 6 KB for twelve rows whose age has gone on by one second. Over a slow line that is what
-makes a screen crawl, so an update is rendered here. A version of Textual that renders in another way is left alone.
+around every piece of it: 4 to 6 KB for twelve rows whose ages have grown by one second. That makes a screen crawl over
+a slow line, so updates are rendered here. Other versions of Textual, which render in another way, are left alone.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ RESET = "\x1b[0m"
 
 
 class MinimalUpdate(CompositorUpdate):
-    """A partial update of the screen."""
+    """A partial update of the screen that is rendered in fewer bytes."""
 
     def __init__(self, update: ChopsUpdate) -> None:
         self._update = update
 
     def render_segments(self, console: Console) -> str:
-        """See `CompositorUpdate`."""
+        """Render the changed cells as ANSI sequences."""
         pen = AnsiWriter(console)
         update = self._update
         for y, x1, x2 in update.spans:
@@ -37,18 +37,18 @@ class MinimalUpdate(CompositorUpdate):
 
 
 class AnsiWriter:
-    """Writes text in colours, changing the colour only where it must."""
+    """Writes styled text, changing the colour only where it must."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        # As Textual does where nothing is known of the terminal.
+        # Textual does the same where it knows nothing of the terminal.
         self._system = console._color_system or ColorSystem.TRUECOLOR
         self._out: list[str] = []
         self._ansi = ""
         self._at = (-1, -1)
 
     def move(self, x: int, y: int) -> None:
-        """Go to a cell, if not there already."""
+        """Move to a cell, unless the cursor is there already."""
         if self._at != (x, y):
             self._out.append(Control.move_to(x, y).segment.text)
             self._at = (x, y)
@@ -64,7 +64,7 @@ class AnsiWriter:
         self._at = (self._at[0] + strip.cell_length, self._at[1])
 
     def finish(self) -> str:
-        """All of it."""
+        """Reset the colour and return everything written."""
         self._change("")
         return "".join(self._out)
 
@@ -78,5 +78,5 @@ class AnsiWriter:
 
 
 def minimize_update(update: object) -> object:
-    """The update in fewer bytes; anything else as it is."""
+    """Replace a partial update by a smaller one; return anything else as it is."""
     return MinimalUpdate(update) if isinstance(update, ChopsUpdate) and isinstance(update.chops, Sequence) else update

@@ -1,4 +1,4 @@
-"""Trio as a guest in Textual's asyncio loop: the only module that knows both (STYLE, Textual)."""
+"""Runs Trio as a guest in Textual's asyncio loop; the only module that imports both."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -8,23 +8,23 @@ import trio
 
 
 class Bridge:
-    """Runs one Trio main function in the loop that is running, in the same thread.
+    """Runs one Trio function in the running asyncio loop, in the same thread.
 
-    Trio code may so call the screen's plain functions directly, and the screen may call Trio's `..._nowait` ones.
+    So Trio code may call plain functions of the screen directly, and the screen may call Trio's `..._nowait` functions.
     """
 
     def __init__(self) -> None:
         self._scope = trio.CancelScope()
         self._done: asyncio.Event | None = None
-        #: What the main function fell over, if it did.
+        #: The exception that ended the function, if any.
         self.fault: BaseException | None = None
 
     def start(self, main: Callable[[], Awaitable[None]], failed: Callable[[BaseException], None]) -> None:
-        """Begin, inside the running asyncio loop.
+        """Start Trio inside the running asyncio loop.
 
         Args:
-            main: runs until `stop` cancels it.
-            failed: told what it raised, in the loop's thread.
+            main: the Trio function; it runs until `stop` cancels it.
+            failed: called with the exception that it raised, in the loop's thread.
         """
         loop = asyncio.get_running_loop()
         done = self._done = asyncio.Event()
@@ -44,13 +44,13 @@ class Bridge:
             run_sync_soon_threadsafe=loop.call_soon_threadsafe,
             run_sync_soon_not_threadsafe=loop.call_soon,
             done_callback=finished,
-            # asyncio owns the wakeup fd; Trio would warn, and take it.
+            # asyncio owns the wakeup fd; otherwise Trio would take it and warn.
             host_uses_signal_set_wakeup_fd=True,
             strict_exception_groups=True,
         )
 
     async def stop(self) -> None:
-        """Cancel it, and wait for its clean-up: with the loop gone before that, it would silently be lost."""
+        """Cancel the function and wait for its clean-up, which would be lost if the loop ended first."""
         if self._done is not None:
             self._scope.cancel()
             await self._done.wait()

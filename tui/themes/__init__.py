@@ -1,1 +1,1 @@
-"""Colours, and how a theme is chosen."""
+"""Colour themes, and how one is chosen."""

@@ -1,16 +1,16 @@
-"""Which theme to begin with, from what the terminal says of itself. Imports nothing heavy, for the command line."""
+"""Chooses a theme from the environment. It imports nothing heavy, because the command line uses it."""
 
 from collections.abc import Mapping
 
-#: What --theme takes; `auto` is `pick`'s to decide.
+#: The values of --theme; `auto` lets `choose_theme` decide.
 NAMES = ("auto", "dark", "light", "ansi", "mono")
 
 
 def choose_theme(environ: Mapping[str, str], wanted: str = "auto") -> str:
-    """The theme to begin with: one of `NAMES` but `auto`.
+    """Choose the theme: any of `NAMES` except `auto`.
 
-    NO_COLOR, set and not empty, wins over all (https://no-color.org). Without a word, a terminal that says it has more
-    than 16 colours gets dark, or light where COLORFGBG tells of a light background; any other its own 16.
+    A NO_COLOR that is not empty takes precedence (https://no-color.org). By default, a terminal with more than 16
+    colours gets dark, or light if COLORFGBG reports a light background; any other terminal gets its own 16 colours.
     """
     if environ.get("NO_COLOR"):
         return "mono"

@@ -1,7 +1,7 @@
-"""Dark, light, the terminal's own 16 colours, and none at all; `tui.themes.choose` says which of them when nobody does.
+"""The themes: dark, light, the terminal's own 16 colours, and no colours; `tui.themes.choose` picks the default.
 
-Every state has its glyph and its word, so no theme has to be seen to be understood. The colours of dark and light are
-apart for people who see no red or no green as well: good leans to blue, bad to orange, and warn is lighter than both
+Every state has a glyph and a word, so colours are never needed to understand the screen. Dark and light can be told
+apart without seeing red or green: good leans to blue, bad to orange, and warn is lighter than both
 (after Okabe and Ito, "Color Universal Design", 2008); tests/tui/themes/test_themes.py measures it.
 """
 
@@ -21,7 +21,7 @@ from tui.themes.choose import choose_theme as choose_theme
 TOKENS = ("good", "busy", "warn", "bad", "idle", "dim", "accent", "title")
 
 _PREFIX = "relay-"
-#: Beside the tokens: the row under the cursor, headings, and the bars at top and bottom.
+#: Styles other than the tokens: the row under the cursor, headings, and the bars at top and bottom.
 _DARK = {
     "good": "#4fd6a5",
     "busy": "#6cb8ff",
@@ -48,7 +48,7 @@ _LIGHT = {
     "heading": "#4f5b66",
     "bar": "#e6e9ec",
 }
-#: The terminal's own colours: what they look like is its owner's choice, and so is the background.
+#: The terminal's own colours; its owner decides how they look, background included.
 _ANSI = {
     "good": "ansi_green",
     "busy": "ansi_cyan",
@@ -76,7 +76,7 @@ _COLOUR_STYLES = {
     "cursor": "bold",
     "heading": "bold",
 }
-#: Without a background of our own, the row under the cursor is turned around.
+#: Without a background of our own, the row under the cursor is shown in reverse.
 _ANSI_STYLES = {**_COLOUR_STYLES, "dim": "dim", "idle": "dim", "cursor": "reverse", "heading": "bold"}
 _MONO_STYLES = {**_ANSI_STYLES, "busy": "bold", "warn": "underline", "bad": "bold underline", "heading": "bold"}
 
@@ -99,7 +99,7 @@ def _theme(
         accent=colours["accent"],
         dark=name != "light",
         ansi=ansi,
-        # Textual's own style sheet asks for more where it uses the terminal's colours.
+        # Textual's style sheet asks for these where it uses the terminal's colours.
         variables={**(BUILTIN_THEMES["ansi-dark"].variables if ansi else {}), **_variables(colours, styles)},
         foreground=foreground,
         background=grounds[0],
@@ -120,16 +120,16 @@ THEMES: dict[str, Theme] = {
 
 
 def install(app: App[Any], name: str) -> None:
-    """Register the themes with the app, and put one on."""
+    """Register the themes with the app, and apply one."""
     for theme in THEMES.values():
         app.register_theme(theme)
     app.theme = THEMES[name].name
 
 
 def filters(of_textual: Sequence[LineFilter], name: str, *, ascii_only: bool) -> list[LineFilter]:
-    """What every line goes through on its way out.
+    """The filters that every line passes through before it is written.
 
-    Textual greys colours out under NO_COLOR; without colour means that no colour is sent.
+    Under NO_COLOR Textual only turns colours to grey; we send none at all.
     """
     wanted = [one for one in of_textual if not isinstance(one, Monochrome | NoColor)]
     if name == "mono":
@@ -140,8 +140,8 @@ def filters(of_textual: Sequence[LineFilter], name: str, *, ascii_only: bool) ->
 
 
 class AsciiOnly(LineFilter):
-    """For terminals and fonts without our glyphs: each becomes an ASCII character of the same width."""
+    """Replaces our glyphs by ASCII of the same width, for terminals and fonts without them."""
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """See Textual."""
+        """Replace the glyphs in these segments."""
         return [Segment(to_ascii(text), style, control) for text, style, control in segments]

@@ -1,4 +1,4 @@
-"""The base of what is drawn in cells: it knows what it drew last, and redraws only the cells that are another now."""
+"""The base of widgets drawn in cells: it remembers what it drew, and redraws only the cells that changed."""
 
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
@@ -11,9 +11,9 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-#: Text and its style, side by side; the widths are what the text says.
+#: Text and its style, side by side; the text determines the width.
 Line = tuple[tuple[str, Style], ...]
-#: Text and the token of its style.
+#: Text and the token for its style.
 Piece = tuple[str, str]
 
 
@@ -53,7 +53,7 @@ class CellWidget(Widget):
         self._cell_styles: dict[tuple[str, ...], Style] = {}
 
     def cell_style(self, *tokens: str) -> Style:
-        """The style of these tokens, later ones over earlier ones."""
+        """The combined style of these tokens; later ones override earlier ones."""
         style = self._cell_styles.get(tokens)
         if style is None:
             style = self.rich_style
@@ -63,7 +63,7 @@ class CellWidget(Widget):
         return style
 
     def line_of(self, pieces: Iterable[Piece]) -> Line:
-        """A line of pieces, cut and padded to the width of the widget."""
+        """Cut or pad pieces to a line of the widget's width."""
         left = self.size.width
         line: list[tuple[str, Style]] = []
         for text, token in pieces:
@@ -77,7 +77,7 @@ class CellWidget(Widget):
         return tuple(line)
 
     def draw(self, lines: Sequence[Line]) -> None:
-        """Show these lines; only cells that differ from what is shown are sent to the terminal."""
+        """Show these lines; only cells that changed are sent to the terminal."""
         shown, self._lines = self._lines, list(lines)
         regions: list[Region] = []
         for y, (old, new) in enumerate(zip_longest(shown, self._lines)):
@@ -91,29 +91,29 @@ class CellWidget(Widget):
             self.refresh(*regions)
 
     def render_line(self, y: int) -> Strip:
-        """See Textual's line API."""
+        """Give Textual the line to draw."""
         if y < len(self._lines):
             return Strip([Segment(text, style) for text, style in self._lines[y]])
         return Strip.blank(self.size.width, self.rich_style)
 
     def notify_style_update(self) -> None:
-        """Colours may be others now; called by Textual."""
+        """Forget the styles; Textual calls this when colours may have changed."""
         super().notify_style_update()
         self._cell_styles.clear()
 
     def on_resize(self) -> None:
-        """All is drawn anew by whoever owns it."""
+        """Forget the lines; the owner draws them again."""
         self._lines = []
 
 
 def _differences(y: int, old: Line, new: Line) -> list[Region]:
-    """The cells in which two lines of as many pieces differ; neighbours are one region."""
+    """The cells in which two lines with equally many pieces differ; neighbours form one region."""
     regions: list[Region] = []
     x = old_x = 0
     for (old_text, old_style), (text, style) in zip(old, new, strict=True):
         width = cell_len(text)
         old_width = cell_len(old_text)
-        if x != old_x or width != old_width:  # from here on everything has moved
+        if x != old_x or width != old_width:  # everything has moved from here on
             rest = sum(cell_len(one) for one, _ in new)
             return [*regions, Region(x, y, max(1, rest - x), 1)]
         if (text, style) != (old_text, old_style) and width:

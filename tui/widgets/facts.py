@@ -1,4 +1,4 @@
-"""Lines of facts about one thing, that can be scrolled."""
+"""A scrollable list of facts about one object."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,7 +10,7 @@ from tui.widgets.cell_widget import CellWidget, Piece
 
 
 class Facts(CellWidget, can_focus=True):
-    """Any number of lines."""
+    """A scrollable widget of any number of lines."""
 
     DEFAULT_CSS = """
     Facts { height: 1fr; padding: 0 1; }
@@ -24,7 +24,7 @@ class Facts(CellWidget, can_focus=True):
     ]
 
     class Changed(Message):
-        """It was scrolled."""
+        """The widget was scrolled."""
 
     def __init__(self) -> None:
         super().__init__(id="facts", classes="pane")
@@ -40,7 +40,7 @@ class Facts(CellWidget, can_focus=True):
             self.draw(lines + [self.line_of([])] * (self.size.height - len(lines)))
 
     def action_move(self, lines: int) -> None:
-        """Scroll."""
+        """Scroll by a number of lines."""
         self._top = max(0, self._top + lines)
         self.show(self._facts)
         self.post_message(self.Changed())

@@ -1,4 +1,4 @@
-"""The table: one line a row, a cursor that belongs to a row's id, and only what is in sight is ever drawn."""
+"""The table: one line for each row, a cursor that stays with a row's id; only visible rows are drawn."""
 
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from tui.model.row_filter import Filter
 from tui.model.row_order import Order
 from tui.widgets.cell_widget import CellWidget, Line
 
-#: Cursor and tag, in front of the cells.
+#: Width of the cursor and the tag in front of the cells.
 GUTTER = 2
 
 
@@ -23,14 +23,14 @@ class RowTable(CellWidget, can_focus=True):
     """A table of one screen's rows.
 
     Args:
-        kind: key of `COLUMNS`.
+        kind: a key of `COLUMNS`.
 
     Attributes:
-        cursor: the id of the row under the cursor; it stays with its row wherever that moves to.
-        tagged: ids, in the order they were tagged.
-        seen: what its owner made of the picture when it gave the rows last; None: rows are wanted in any case.
-        why: there is no picture yet; said in place of rows.
-        following: the view goes where the cursor's row goes; with `tail`, the cursor goes with the last row.
+        cursor: the id of the row under the cursor; the cursor follows its row.
+        tagged: ids in the order in which they were tagged.
+        seen: the version of the model that the rows were taken from; None asks the owner for them again.
+        why: shown in place of rows while there is no model yet.
+        following: the view follows the cursor's row; with `tail`, the cursor follows the last row.
     """
 
     DEFAULT_CSS = """
@@ -58,7 +58,7 @@ class RowTable(CellWidget, can_focus=True):
             self.view = view
 
     class Changed(Message):
-        """The operator changed how the table looks; it wants to be drawn."""
+        """The operator changed how the table looks; the owner should redraw."""
 
     def __init__(self, kind: str, *, id: str | None = None, tail: bool = False) -> None:  # noqa: A002  Textual's name
         super().__init__(id=id, classes="pane")
@@ -89,10 +89,10 @@ class RowTable(CellWidget, can_focus=True):
 
         Args:
             views: all rows, in any order.
-            now: for ages, as the picture's clock.
-            stale: the link is gone; dim them.
-            known: a picture has come.
-            moving: as `Order.update`.
+            now: the time that ages are shown for, by the model's clock.
+            stale: the link is down, so the rows are dimmed.
+            known: a snapshot has been received.
+            moving: as for `Order.update`.
         """
         self._put(self.order.update(views, moving))
         for key in [key for key in self.tagged if key not in self._index or key == self._gone]:
@@ -100,12 +100,12 @@ class RowTable(CellWidget, can_focus=True):
         self.look_again(now, stale=stale, known=known)
 
     def look_again(self, now: float, *, stale: bool, known: bool) -> None:
-        """The same rows, at another time."""
+        """Draw the same rows at a later time."""
         self._now, self._stale, self._known = now, stale, known
         self._draw()
 
     def _put(self, shown: list[RowView]) -> None:
-        """Take the new rows, and keep the cursor on its id, even if its row has left."""
+        """Take new rows and keep the cursor on its id, even if its row has left."""
         held, at, line = self.view, self._at(), self._line_of_cursor()
         self._gone = None
         self._index = {view.key: at for at, view in enumerate(shown)}
@@ -123,7 +123,7 @@ class RowTable(CellWidget, can_focus=True):
         self._scroll(line)
 
     def _scroll(self, line: int | None) -> None:
-        """Where the view goes: with a row that is followed, or scrolled to and in sight; else it stays."""
+        """Scroll with a row that is followed, or that was scrolled to and is visible; otherwise stay."""
         height = self.height_of_rows
         if self.following:
             self._show_cursor()
@@ -137,14 +137,14 @@ class RowTable(CellWidget, can_focus=True):
 
     @property
     def height_of_rows(self) -> int:
-        """Rows in sight."""
+        """How many rows fit."""
         return max(1, self.size.height - 1)
 
     def _at(self) -> int:
         return self._index.get(self.cursor or "", 0)
 
     def _line_of_cursor(self) -> int | None:
-        """Where the cursor is in sight, from 0."""
+        """The line of the cursor if it is visible, from 0."""
         line = self._at() - self._top
         return line if self.cursor in self._index and 0 <= line < self.height_of_rows else None
 
@@ -156,19 +156,19 @@ class RowTable(CellWidget, can_focus=True):
 
     @property
     def views(self) -> list[RowView]:
-        """What is shown, in order; without the row that has left and is only kept for the cursor."""
+        """The rows shown, in order, without a row that has left and is only kept for the cursor."""
         return [view for view in self._views if view.key != self._gone]
 
     @property
     def chosen(self) -> list[RowView]:
-        """What an action is for: the tagged rows, else the one under the cursor."""
+        """The rows that an action applies to: the tagged ones, else the one under the cursor."""
         if self.tagged:
             return [self._views[at] for key in self.tagged if (at := self._index.get(key)) is not None]
         return [self.view] if self.view is not None else []
 
     @property
     def place(self) -> str:
-        """Which rows are in sight, of how many."""
+        """Which rows are visible, and how many there are."""
         total = len(self.views)
         if not total:
             return "none"
@@ -214,7 +214,7 @@ class RowTable(CellWidget, can_focus=True):
         return self._filled(line, *over)
 
     def _filled(self, line: list[Any], *tokens: str) -> Line:
-        """The last cell's blank goes where it would stand beyond the edge; the rest is filled up."""
+        """Drop the blank after the last cell where it does not fit, and fill the rest of the line."""
         full = self.line_of([(text, "") for text, _ in line])
         styled = [(text, style) for (text, _), (_, style) in zip(full, line, strict=False)]
         styled += [(text, self.cell_style(*tokens)) for text, _ in full[len(line) :]]
@@ -244,14 +244,14 @@ class RowTable(CellWidget, can_focus=True):
         self.post_message(self.Changed())
 
     def show(self, key: str) -> bool:
-        """Put the cursor on a row; False where it is not shown."""
+        """Put the cursor on a row; False if it is not shown."""
         if key not in self._index:
             return False
         self._go(self._index[key])
         return True
 
     def filter_by(self, wanted: Filter) -> None:
-        """Show only what the filter lets through; the cursor stays if its row is one of them."""
+        """Show only rows that pass the filter; the cursor stays if its row does."""
         self.order.filter = wanted
         self.order.begin_anew()
         self.seen = None
@@ -263,7 +263,7 @@ class RowTable(CellWidget, can_focus=True):
         self._go(self._at() + lines)
 
     def action_page(self, pages: int) -> None:
-        """Move the cursor by what is in sight."""
+        """Move the cursor by a screenful."""
         self._go(self._at() + pages * max(1, self.height_of_rows - 1))
 
     def action_edge(self, end: int) -> None:
@@ -271,12 +271,12 @@ class RowTable(CellWidget, can_focus=True):
         self._go(0 if end < 0 else len(self._views) - 1)
 
     def action_enter(self) -> None:
-        """Drill in."""
+        """Open the row under the cursor."""
         if self.view is not None:
             self.post_message(self.Entered(self.view))
 
     def action_tag(self) -> None:
-        """Tag the row under the cursor, or take its tag off; the cursor goes on to the next."""
+        """Tag or untag the row under the cursor, and move to the next."""
         view = self.view
         if view is None:
             return
@@ -287,12 +287,12 @@ class RowTable(CellWidget, can_focus=True):
         self._go(self._at() + 1)
 
     def untag(self) -> None:
-        """Take all tags off."""
+        """Remove all tags."""
         self.tagged.clear()
         self._changed()
 
     def action_sort(self) -> None:
-        """Sort by the next column in sight; behind the last, in the natural order again."""
+        """Sort by the next visible column; after the last, return to the natural order."""
         shown = [column for column, _ in choose(self.columns, self.size.width - GUTTER)]
         after = shown.index(self.sorted_by) + 1 if self.sorted_by in shown else 0
         self.sorted_by = shown[after] if after < len(shown) else None
@@ -300,7 +300,7 @@ class RowTable(CellWidget, can_focus=True):
         self._reorder()
 
     def action_reverse(self) -> None:
-        """Turn the order around."""
+        """Reverse the order."""
         self.order.reverse = not self.order.reverse
         self._reorder()
 
@@ -311,7 +311,7 @@ class RowTable(CellWidget, can_focus=True):
         self._changed()
 
     def action_follow(self) -> None:
-        """Have the view go where the row goes, or stay; in a log, with the newest line."""
+        """Start or stop following the row, or in a log the newest line."""
         self.following = not self.following
         if self.tail and self.following:
             self._go(len(self._views) - 1)
@@ -319,16 +319,16 @@ class RowTable(CellWidget, can_focus=True):
         self._changed()
 
     def on_focus(self, _event: events.Focus) -> None:
-        """The key line tells what can be done here."""
+        """Redraw, because the key line depends on the focus."""
         self._changed()
 
     def on_blur(self, _event: events.Blur) -> None:
-        """The cursor is not what the keys are for any more."""
+        """Redraw without the highlighted cursor."""
         self._draw()
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Words in lines of at most `width` cells."""
+    """Break text into lines of at most `width` cells."""
     lines = [""]
     for word in text.split(" "):
         if lines[-1] and len(lines[-1]) + 1 + len(word) > width:

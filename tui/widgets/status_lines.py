@@ -1,4 +1,4 @@
-"""The lines around a table: how the relay is, where one is, what the last minute was like, which keys there are."""
+"""The lines around a table: relay status, breadcrumb, keys, and the rates of the last minute."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from tui.model import formatting, state_glyphs
 from tui.model.relay_model import HISTORY_S, RelayModel
 from tui.widgets.cell_widget import CellWidget, Piece
 
-#: Importance (0 stays longest) and its pieces.
+#: A piece of a line with its importance; parts with 0 are dropped last.
 Part = tuple[int, list[Piece]]
 GAP = "  "
 
 
 def fitted(parts: Sequence[Part], width: int) -> list[Piece]:
-    """The parts with blanks between, the least important left out until they fit."""
+    """Join the parts with gaps, leaving out the least important ones until they fit."""
     kept = [part for part in parts if part[1]]
     while len(kept) > 1 and sum(_width(part) for part in kept) + len(GAP) * (len(kept) - 1) > width:
         kept.remove(max(kept, key=lambda part: part[0]))
@@ -37,25 +37,25 @@ class OneLine(CellWidget):
     """
 
     def set_parts(self, parts: Sequence[Part]) -> None:
-        """Show what fits of this."""
+        """Show as many of the parts as fit."""
         if self.size.width:
             self.draw([self.line_of(fitted(parts, self.size.width))])
 
 
 class StatusLine(OneLine):
-    """The relay in one line."""
+    """The state of the relay in one line."""
 
 
 class CrumbLine(OneLine):
-    """Where one is, and what of it is in sight."""
+    """Which screen this is, and which rows are visible."""
 
 
 class KeyLine(OneLine):
-    """What can be done here; or what was just done."""
+    """The keys that can be used, or the notice of the last action."""
 
 
 def status(model: RelayModel, now: float) -> list[Part]:
-    """The relay in one line: state, load, speed, errors, and what is wrong."""
+    """The parts of the status line: state, load, speed, errors and problems."""
     relay = model.relay
     if relay is None:
         return [_link(model, now) or (0, [("connecting", "dim")])]
@@ -64,7 +64,7 @@ def status(model: RelayModel, now: float) -> list[Part]:
     lost = _link(model, now)
     parts.append(lost or (0, [(state_glyphs.mark("relay", relay.text("state")), state.token)]))
     up_s = relay.aged("uptime_s", now) or 0.0
-    # In whole minutes: a clock that ticks would send something each second, for nothing.
+    # In whole minutes: seconds would send bytes every second for nothing.
     parts.append((6, [("up ", "dim"), (formatting.age(up_s // 60 * 60) if up_s >= 60 else "<1m", "")]))
     trouble = sum(worker.text("state") in ("stale", "away") for worker in model.rows("workers"))
     workers: list[Piece] = [("workers ", "dim"), (f"{row.number('workers') or 0:.0f}", "")]
@@ -98,7 +98,7 @@ def _link(model: RelayModel, now: float) -> Part | None:
 
 
 class Spark(CellWidget):
-    """Requests and seconds of audio, second by second."""
+    """Sparklines of requests and seconds of audio, one value a second."""
 
     DEFAULT_CSS = """
     Spark { height: 2; }

@@ -123,7 +123,7 @@ def test_without_a_terminal_it_says_what_to_do_instead() -> None:
     with on_a_pty(["-c", "import sys; sys.__stdin__ = None; import tui.cli; sys.exit(tui.cli.main([]))"]) as terminal:
         assert terminal.wait(20) == 2
         terminal.read_for(0.1)
-        assert b"--once prints one picture" in terminal.output
+        assert b"use --once" in terminal.output
 
 
 def test_a_wrong_url_is_told_before_there_is_a_screen() -> None:
