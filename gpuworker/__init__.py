@@ -1,1 +1,1 @@
-"""The GPU side: a worker that dials out to a relay, registers its spaces and runs requests on its engines."""
+"""The GPU side: a worker connects to a relay, registers its spaces and runs their requests on its engines."""

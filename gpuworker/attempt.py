@@ -1,4 +1,4 @@
-"""One attempt of a request on this worker: chunks become numbered frames, kept until the relay holds them all."""
+"""One attempt of a request: an engine's chunks become numbered frames, kept until the relay has received them all."""
 
 import logging
 from collections.abc import Callable
@@ -29,36 +29,36 @@ from protocol.wire.structs import (
 )
 from protocol.wire.validators import Value
 
-#: `pcm` of one frame: half a second at 48 kHz stereo and less than a second of anything usual, so that a cancel
-#: or another request's audio never waits long behind it. A whole number of samples in every format.
+#: Largest `pcm` of one frame: half a second at 48 kHz stereo and less than a second of any usual format, so that a
+#: cancel or the audio of another request never waits long behind it. A whole number of samples in every format.
 FRAME_PCM_BYTES = 64 * KIB
-#: As the relay's own default; the relay names its own in `welcome.limits`.
+#: The relay's own default; a relay sends its actual limit in `welcome.limits`.
 MAX_RESULT_BYTES = 64 * KIB * KIB
 
 log = logging.getLogger("gpuworker")
 
 
 class Attempt:
-    """Frames of one attempt, appended by the slot that runs it and read by the link's feeder.
+    """The frames of one attempt, appended by the slot that runs it and read by the sender of the link.
 
-    All of them are kept until the relay has acknowledged the last: a relay that is started again may have lost some.
-    So `max_bytes` is what an attempt costs the worker at most; over it, the attempt fails.
+    All frames are kept until the relay has acknowledged the last one, because a relay that restarts may have lost some.
+    `max_bytes` is therefore the most memory an attempt can use; beyond it, the attempt fails.
 
     Args:
-        assign: what the relay asked for.
-        reproducible: the engine's; then frames below `assign.from_seq`, which the relay holds, are not sent. They
-            are kept all the same: a relay that is started again has none and asks from 0.
-        max_bytes: of its frames.
-        on_frames: called after each change that gives the feeder something to send.
+        assign: the relay's assignment.
+        reproducible: whether the engine is; if so, frames below `assign.from_seq`, which the relay has, are not sent.
+            They are kept all the same: a relay that restarts has none of them and asks from 0.
+        max_bytes: limit for the frames.
+        on_frames: called after each change that gives the sender something to send.
 
     Attributes:
-        from_seq: of the frame that the relay lacked when it handed the attempt out.
-        next_seq: of the frame made next.
-        cursor: `seq` of the frame that the link at hand is to get next.
-        ended: its last frame is made.
-        dropped: nobody wants its frames any more.
-        uploads: its inputs as they come in.
-        stop_engine: asks the engine to stop; only while it runs, as its slot then belongs to another attempt.
+        from_seq: the first frame that the relay lacked when it assigned the attempt.
+        next_seq: number of the next frame to be made.
+        cursor: number of the next frame to send over the current link.
+        ended: the last frame has been made.
+        dropped: the frames are no longer wanted.
+        uploads: the inputs as they arrive.
+        stop_engine: asks the engine to stop; set only while it runs, because afterwards its slot is another attempt's.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Attempt:
         self.scope = trio.CancelScope()
         self.stop_engine: Callable[[], None] | None = None
         self._frames: list[bytes] = []
-        #: `seq` of the first of `_frames`; above 0 once `_end` stands alone in place of frames that were never made.
+        #: Number of the first of `_frames`; above 0 once `_end` alone replaces frames that were never made.
         self._base = 0
         self._end: RunResult | None = None
         self._bytes = 0
         self._max_bytes = max_bytes
-        #: How it ends whatever the engine does: its frames cannot be kept, or the wire cannot take one.
+        #: An end that overrides the engine's: the frames exceed the limit, or one cannot be encoded.
         self._fault: RunResult | None = None
         self._on_frames = on_frames
         self._format: AudioFormat | None = None
@@ -101,34 +101,34 @@ class Attempt:
 
     @property
     def running(self) -> Running:
-        """Where it stands, as `register` tells it."""
+        """The attempt and its progress, as sent in `register`."""
         return Running(request_id=self.request_id, attempt=self.number, next_seq=self.next_seq)
 
     @property
     def has_frames(self) -> bool:
-        """Whether the link at hand lacks a frame that is made."""
+        """Whether there are frames that have not been sent over the current link."""
         return self.cursor < self.next_seq and not self.dropped
 
     def next_frame(self) -> bytes:
-        """The frame at `cursor`, which moves on. Only while `has_frames`."""
+        """The frame at `cursor`, which advances. Call it only while `has_frames`."""
         data = self._frames[self.cursor - self._base]
         self.cursor += 1
         return data
 
     def resume_from(self, seq: int) -> None:
-        """A new link is to get the frames from `seq` on."""
-        if seq < self._base and self._end is not None:  # that relay has none of the frames that made the others void
+        """Start sending from `seq`, over a new link."""
+        if seq < self._base and self._end is not None:  # this relay has none of the frames that the others would follow
             self._end_at(seq, self._end)
         self.cursor = max(seq, self._base)
 
     # -- for whoever runs it
 
     def begin(self, now: float) -> None:
-        """The engine starts, at Trio time `now`."""
+        """Note that the engine starts, at Trio time `now`."""
         self._began = now
 
     def cancel(self, reason: str) -> None:
-        """Stop it: before it has a slot at once, in its slot before the engine's next chunk."""
+        """Cancel: immediately if it has no slot yet, otherwise before the engine's next chunk."""
         if self.cancel_reason is None and not self.ended:
             self.cancel_reason = reason
             if self.stop_engine is not None:
@@ -137,20 +137,20 @@ class Attempt:
                 self.scope.cancel()
 
     def add_chunk(self, chunk: Chunk) -> None:
-        """Make the frames of a chunk. Nothing is made of what comes after a cancel or an overflow.
+        """Make the frames of a chunk; ignored after a cancel or an overflow.
 
-        Never raises: a chunk that the wire cannot take ends the attempt as failed, and stops its engine.
+        Never raises: a chunk that cannot be encoded makes the attempt fail, and stops its engine.
         """
         if self.ended or self.dropped or self._fault is not None or self.cancel_reason is not None:
             return
         try:
             self._add_chunk(chunk)
         except (ValueError, TypeError) as refusal:  # EncodeError and FieldError among them
-            words = f"the wire cannot carry what the engine made: {refusal}"
+            words = f"the engine's output cannot be sent: {refusal}"
             self.fail(RunResult.failed(ErrorCode.ENGINE_FAILED, words))
 
     def fail(self, fault: RunResult) -> None:
-        """Stop it in its slot, and let it end as `fault`, unless it was cancelled or failed before."""
+        """Stop it and let it end as `fault`, unless it was cancelled or has failed already."""
         self._fault = self._fault or fault
         if self.stop_engine is not None:
             self.stop_engine()
@@ -188,17 +188,17 @@ class Attempt:
             self._first_output_at = trio.current_time()
 
     def finish(self, end: RunResult) -> RunResult:
-        """Make the last frame; the first call counts.
+        """Make the last frame; only the first call counts.
 
         Returns:
-            the end that it came to, which a cancel or a fault of its frames may have made another.
+            the actual end; a cancel or a fault of the frames may have replaced the given one.
         """
         if self.ended or self.dropped:
             return end
         if self.cancel_reason is not None:
             end = RunResult(
                 outcome="cancelled"
-            )  # even if it came to its end just now: chunks since the cancel are lost
+            )  # even if the engine has just finished: chunks since the cancel are lost
         if self._fault is not None:
             end = self._fault
         short = self.next_seq < self.from_seq  # the relay holds more frames of an earlier attempt than this one made
@@ -213,7 +213,7 @@ class Attempt:
         return end
 
     def _end_at(self, seq: int, end: RunResult) -> None:
-        """Let the last frame be number `seq`, and the only one."""
+        """Make `end` the only frame, with number `seq`."""
         self._end, self._base, self.next_seq, self._bytes = end, seq, seq, 0
         self._frames.clear()
         self._append_last(end)
@@ -246,7 +246,7 @@ class Attempt:
         )
 
     def result(self, now: float) -> dict[str, Value]:
-        """The figures of `completed`, at Trio time `now`."""
+        """The figures sent in `completed`, at Trio time `now`."""
         began = now if self._began is None else self._began
         figures: dict[str, Value] = {"chunks": self._chunks, "run_s": round(now - began, 6)}
         if self._first_output_at is not None:

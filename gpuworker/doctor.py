@@ -1,4 +1,4 @@
-"""`gpuworker doctor`: what can run here, what is missing and how to install it, and whether the relay answers."""
+"""`gpuworker doctor`: reports what can run here, how to install what is missing, and whether the relay answers."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ Outcome = Literal["ok", "missing", "failed", "unreachable"]
 
 @attrs.frozen(kw_only=True)
 class Finding:
-    """One thing looked at: what it is, how it is, in words, and the command that mends it."""
+    """The result of one check: its subject, outcome and description, and the command that fixes a failure."""
 
     what: str
     outcome: Outcome
@@ -38,22 +38,22 @@ class Finding:
 
 
 def add_doctor_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `gpuworker doctor`."""
-    parser.add_argument("--relay", metavar="URL", help="tried, with the token, where given or in RELAY_URL")
-    parser.add_argument("--token-file", metavar="FILE", help="holds the token; else RELAY_TOKEN or RELAY_TOKEN_FILE")
+    """Add the options of `gpuworker doctor`."""
+    parser.add_argument("--relay", metavar="URL", help="relay to log in to, with the token; default: RELAY_URL, if set")
+    parser.add_argument("--token-file", metavar="FILE", help="has the token; default: RELAY_TOKEN or RELAY_TOKEN_FILE")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    add_engine_options(parser, None, "look at this one alone, as `gpuworker run` would with these options")
+    add_engine_options(parser, None, "check only this engine, with the options given to `gpuworker run`")
 
 
 def run_doctor(given: argparse.Namespace, environ: Mapping[str, str] | None = None) -> int:
-    """Print what was found; 1 if no engine runs or the login fails, 3 if the relay does not answer.
+    """Print the findings; return 1 if no engine can run or the login fails, 3 if the relay does not answer.
 
     Raises:
-        ConfigError: the relay's address, the engine or its options are wrong.
+        ConfigError: the relay's address, the engine or its options are not valid.
     """
     environ = os.environ if environ is None else environ
     if given.engine is None and (given.options or given.slots != 1):
-        raise ConfigError("--slots and -o are an engine's: give --engine too")
+        raise ConfigError("--slots and -o belong to an engine: give --engine too")
     engines = _engines() if given.engine is None else _engine(given.engine, given.options, given.slots)
     findings = [_python(), *engines, _gpu()]
     url = given.relay or environ.get("RELAY_URL")
@@ -103,13 +103,13 @@ def _engines() -> list[Finding]:
 
 
 def _engine(name: str, given: list[str], slots: int) -> list[Finding]:
-    """One engine, run with these options in so many slots."""
+    """Check one engine with these options and this many slots."""
     if slots < 1:
         raise ConfigError(f"--slots {slots}: must be 1 or more")
     try:
         engine = find_engine(name)
         options = parse_options(engine.OPTIONS, given)
-        engine(options)  # what only the engine can check
+        engine(options)  # checks that only the engine can do
     except (EngineNotFound, OptionError) as fault:
         raise ConfigError(str(fault)) from None
     what = f"engine {name}"
@@ -122,7 +122,7 @@ def _engine(name: str, given: list[str], slots: int) -> list[Finding]:
 
 
 def _gpu() -> Finding:
-    """By nvidia-smi, which needs no Python package; then whether torch sees it, asked of a process of its own."""
+    """Ask nvidia-smi, which needs no Python package; then ask torch, in its own process, whether it sees the GPU."""
     words = "none seen (no nvidia-smi); espeak, mock and function need none"
     outcome: Outcome = "missing"
     if smi := shutil.which("nvidia-smi"):

@@ -1,4 +1,4 @@
-"""Serve a callable from inside a program that already runs: a Gradio app with its model loaded, say.
+"""Serves a callable from inside a running program, for example a Gradio app that has loaded its model.
 
     from gpuworker.embed import serve
 
@@ -35,17 +35,17 @@ from protocol.link.dial import Connect
 from protocol.wire.messages import SPACE_PATTERN
 from protocol.wire.validators import Value
 
-#: For the first answer of the relay. A program must come up without its relay too, so this is short.
+#: How long to wait for the relay's first answer. Short, because the program must start without its relay too.
 START_S = 5.0
 STOP_S = 5.0
 
 
 class EmbedError(Exception):
-    """The worker did not start, and will not; the text says why and what to do."""
+    """The worker cannot start; the message says why and what to do."""
 
 
 class Handle:
-    """A worker that runs in this program; made by `serve`."""
+    """A worker that runs inside this program; returned by `serve`."""
 
     def __init__(self, make_worker: "Callable[[Callable[[], None]], Worker]") -> None:
         self._make_worker = make_worker
@@ -58,19 +58,19 @@ class Handle:
         self._thread = threading.Thread(target=self._run, name="gpuworker", daemon=True)
 
     def status(self) -> WorkerStatus:
-        """How the worker stands; from any thread."""
+        """The current status of the worker; callable from any thread."""
         assert self._status is not None
         return self._status
 
     def stop(self, timeout_s: float = STOP_S, *, drain: bool = False) -> bool:
-        """End the worker; may be called again, from any thread, and after it ended by itself.
+        """Stop the worker; callable repeatedly, from any thread, and after the worker has ended by itself.
 
         Args:
-            timeout_s: how long to wait for its end.
-            drain: finish and deliver what runs first.
+            timeout_s: how long to wait for the worker to end.
+            drain: let running requests finish and deliver them first.
 
         Returns:
-            whether it has ended. A call of the callable that does not return is left behind in its thread.
+            whether it has ended. A call of the callable that does not return stays behind in its thread.
         """
         atexit.unregister(self.stop)
         if self._token is not None and self._worker is not None and not self._ended.is_set():
@@ -82,7 +82,7 @@ class Handle:
         return self._ended.wait(timeout_s)
 
     def start(self, wait_s: float) -> None:
-        """Start the thread and wait for the relay's first answer; `serve` calls it."""
+        """Start the thread and wait for the relay's first answer; called by `serve`."""
         self._thread.start()
         atexit.register(self.stop)
         with self._changed:
@@ -92,7 +92,7 @@ class Handle:
             raise EmbedError(str(self._failure)) from self._failure
 
     def _answered(self) -> bool:
-        # Not by the state "stopped", which is told a moment before its reason.
+        # Do not wait for the state "stopped": it is set a moment before its reason.
         return self._ended.is_set() or (self._status is not None and self._status.state in ("registered", "draining"))
 
     def _note(self) -> None:
@@ -104,7 +104,7 @@ class Handle:
     def _run(self) -> None:
         try:
             trio.run(self._main)
-        except BaseException as fault:  # noqa: BLE001 - the thread's end; told by `start` and by `status`
+        except BaseException as fault:  # noqa: BLE001 - it ends the thread; `start` and `status` report it
             self._failure = fault
         finally:
             self._ended.set()
@@ -136,30 +136,30 @@ def serve(
     """Serve `call` as a space, from a thread of this program.
 
     Args:
-        call: any callable, as engine `function` takes it, or a subclass of `Engine` without required options. Of a
-            class, each slot makes an instance of its own in its own thread.
-        space: its name at the relay.
-        url: of the relay; else RELAY_URL, else this machine's relay.
-        token: of a worker; else RELAY_TOKEN or RELAY_TOKEN_FILE.
-        name: of this worker, for people; the machine's by default.
-        slots: calls at once. One, unless `call` may be called from several threads at the same time.
-        sample_rate: Hz, where it returns audio without saying its rate.
+        call: any callable that engine `function` accepts, or a subclass of `Engine` without required options. Each
+            slot makes its own instance of a class, in its own thread.
+        space: its name on the relay.
+        url: the relay's address; default: RELAY_URL, else the relay on this machine.
+        token: a worker's token; default: RELAY_TOKEN or RELAY_TOKEN_FILE.
+        name: the worker's name as shown to people; default: the host name.
+        slots: calls at once. Leave it at one unless `call` may be called from several threads at the same time.
+        sample_rate: Hz, for audio that `call` returns without a rate.
         channels: 1 or 2, with `sample_rate`.
         reproducible: the same params always make the same output.
-        params: JSON Schema of the params, in place of the one read from the signature (ranges, choices).
-        cancel_grace_s: from a cancel to giving a call up that does not stop.
-        wait_s: for the relay's first answer, seconds; 0 does not wait.
+        params: JSON Schema of the params, instead of the one derived from the signature (ranges, choices).
+        cancel_grace_s: seconds from a cancel until a call that does not stop is abandoned.
+        wait_s: seconds to wait for the relay's first answer; 0 does not wait.
         connect_to: makes the transport; for tests and tunnels.
 
     Returns:
-        a handle. Its worker is registered, or still trying where the relay did not answer within `wait_s`.
+        a handle. Its worker is registered, or still trying if the relay did not answer within `wait_s`.
 
     Raises:
         EmbedError: the callable cannot be served, or the relay refuses the token, the space or this worker.
-        ValueError: an argument is wrong.
+        ValueError: an argument is not valid.
     """
     if not SPACE_PATTERN.fullmatch(space):
-        raise ValueError(f"{space!r} is no space name ({SPACE_PATTERN.pattern})")
+        raise ValueError(f"{space!r} is not a valid space name ({SPACE_PATTERN.pattern})")
     if slots < 1:
         raise ValueError(f"slots is {slots}; it must be at least 1")
     address = from_environment(url)
@@ -172,8 +172,8 @@ def serve(
         make_engine = partial(FunctionEngine, options, call, params)
         try:
             engine = make_engine()
-            if not isinstance(call, type):  # that would be made twice, and each may be a model
-                engine.load()  # here, so that its faults are raised where they were made
+            if not isinstance(call, type):  # a class would be instantiated twice, and may hold a model
+                engine.load()  # here, so that errors are raised to the caller
         except (EngineError, OptionError) as fault:
             raise EmbedError(str(fault)) from None
     identity = Identity(

@@ -1,4 +1,4 @@
-"""The attempts that this worker runs or still has frames of, and the slots they run in. Knows no link."""
+"""Runs attempts in slots, and keeps them until the relay has their frames. It knows nothing of links."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ from protocol.wire.messages import Ack, Assign, Input
 from protocol.wire.params_schema import check_params
 from protocol.wire.structs import Running
 
-#: For a slot to come free for what was assigned. The relay counts slots, so this is for what crosses on the way: a slot
-#: that died, or one whose last attempt was abandoned and has not stopped yet.
+#: How long an assigned attempt waits for a slot. The relay counts slots, so this covers races: a slot
+#: that died, or whose last attempt was abandoned but has not stopped yet.
 SLOT_WAIT_S = 10.0
-#: Past `run_timeout_s`, which is the relay's to enforce; this worker sees to it where the relay is not to be reached.
+#: Time past `run_timeout_s` after which the worker enforces it, in case the relay, whose task it is, is unreachable.
 RUN_TIMEOUT_MARGIN_S = 5.0
 
 log = logging.getLogger("gpuworker")
@@ -27,7 +27,7 @@ log = logging.getLogger("gpuworker")
 
 @attrs.define
 class Totals:
-    """Attempts that came to their end, by how."""
+    """Counts of ended attempts, by outcome."""
 
     completed: int = 0
     failed: int = 0
@@ -35,16 +35,16 @@ class Totals:
 
 
 class Executor:
-    """Runs what is assigned.
+    """Runs the assigned attempts.
 
     Args:
-        slots: where it runs; something else serves them.
-        nursery: for the attempts, which outlive every link.
+        slots: the slots to run in; they are served elsewhere.
+        nursery: for the attempts, which outlive any link.
 
     Attributes:
-        attempts: by request id; one each, the newest. They stay until the relay has acknowledged their end.
+        attempts: the newest attempt of each request, by request id, until the relay has acknowledged its end.
         on_frames: called with an attempt that has new frames.
-        on_change: called when an attempt came, ended or left, or a slot changed.
+        on_change: called when an attempt arrived, ended or left, or a slot changed.
     """
 
     def __init__(self, slots: Sequence[Slot], nursery: trio.Nursery) -> None:
@@ -57,7 +57,7 @@ class Executor:
         self._changed = trio.lowlevel.ParkingLot()
 
     def changed(self) -> None:
-        """Wake whoever waits for a free slot or for the end of something, and tell `on_change`."""
+        """Wake everyone who waits for a change, and call `on_change`."""
         self._changed.unpark_all()
         self.on_change()
 
@@ -67,7 +67,7 @@ class Executor:
 
     @property
     def ready_slots(self) -> int:
-        """Slots with a live engine, busy ones too: what the relay may count on."""
+        """Slots with a live engine, busy ones included: the number that the relay may count on."""
         return sum(slot.ready for slot in self.slots)
 
     @property
@@ -82,11 +82,11 @@ class Executor:
     # -- what the relay says
 
     def accept(self, assign: Assign, capabilities: Capabilities, max_bytes: int) -> None:
-        """Run this. The same attempt again is ignored; a higher one takes the place of the one before."""
+        """Run an attempt. A repeated assignment is ignored; a higher attempt replaces the one before."""
         held = self.attempts.get(assign.request_id)
         if held is not None:
             if assign.attempt <= held.number:
-                log.warning("request %s: attempt %d came again", assign.request_id[:8], assign.attempt)
+                log.warning("request %s: attempt %d was assigned again", assign.request_id[:8], assign.attempt)
                 return
             self.drop(held, "superseded by a new attempt")
         attempt = Attempt(
@@ -111,24 +111,24 @@ class Executor:
         self._nursery.start_soon(self._run, attempt)
 
     def upload(self, piece: Input) -> None:
-        """A piece of an input; for an attempt that is not here it says nothing."""
+        """Take a piece of an input; ignored for an unknown attempt."""
         if (attempt := self.attempts.get(piece.request_id)) is not None:
             attempt.uploads.add(piece)
 
     def cancel(self, request_id: str, reason: str) -> None:
-        """Stop it; `cancelled` follows. What has ended, or is not here, needs nothing."""
+        """Stop an attempt; `cancelled` follows. Ignored if it has ended or is unknown."""
         if (attempt := self.attempts.get(request_id)) is not None:
             attempt.cancel(reason or "cancelled")
 
     def acknowledge(self, ack: Ack) -> None:
-        """Forget an attempt that has ended and that the relay holds to its end."""
+        """Forget an attempt that has ended and whose frames the relay has received."""
         attempt = self.attempts.get(ack.request_id)
         if attempt is not None and attempt.number == ack.attempt and attempt.ended and ack.seq >= attempt.next_seq - 1:
             del self.attempts[ack.request_id]
             self.changed()
 
     def drop(self, attempt: Attempt, reason: str) -> None:
-        """Forget it, and stop it where it runs: nobody wants its frames any more."""
+        """Stop and forget an attempt whose frames are no longer wanted."""
         log.info("request %s: attempt %d dropped: %s", attempt.request_id[:8], attempt.number, reason)
         attempt.cancel(reason)
         attempt.dropped = True
@@ -137,10 +137,10 @@ class Executor:
         self.changed()
 
     def on_link_lost(self) -> None:
-        """The rest of what was being uploaded will not come: the relay starts such a request anew."""
+        """Drop attempts whose inputs are incomplete: the relay starts such requests again."""
         for attempt in list(self.attempts.values()):
             if not attempt.uploads.settled.is_set():
-                self.drop(attempt, "the link went before its inputs were here")
+                self.drop(attempt, "the link was lost before its inputs had arrived")
 
     # -- running
 
@@ -150,8 +150,10 @@ class Executor:
             try:
                 await attempt.uploads.settled.wait()
                 end = attempt.uploads.fault or await self._run_in_slot(attempt)
-            except Exception:  # the one broad catch a request: the worker and the other slots go on
-                log.exception("request %s: attempt %d broke", attempt.request_id[:8], attempt.number)
+            except Exception:  # the one broad catch for a request: the worker and its other slots carry on
+                log.exception(
+                    "request %s: attempt %d raised an unexpected error", attempt.request_id[:8], attempt.number
+                )
                 end = RunResult.failed(ErrorCode.INTERNAL, "internal error in the worker; see its log", retryable=True)
         self._finish(attempt, end)
 
@@ -170,7 +172,7 @@ class Executor:
                 nursery.start_soon(self._stop_overdue, attempt, limit_s + RUN_TIMEOUT_MARGIN_S)
             try:
                 end = await slot.run(job, attempt.add_chunk)
-            finally:  # at once: whatever awaits between here and the end may see the next attempt in the slot
+            finally:  # immediately: the next attempt may get the slot at any later checkpoint
                 attempt.stop_engine = None
             nursery.cancel_scope.cancel()
         return end
@@ -204,10 +206,10 @@ class Executor:
 
 
 def _params_fault(capabilities: Capabilities, assign: Assign) -> RunResult | None:
-    """How an attempt fails whose params break the engine's schema, or whose schema breaks the check."""
+    """The failure of an attempt whose params do not fit the engine's schema, or whose schema is faulty."""
     try:
         faults = check_params(capabilities.params, assign.params)
-    except Exception as fault:  # a schema is the engine's: a pattern that is no regex, a `$ref` to nowhere
+    except Exception as fault:  # the schema is the engine's: it may have an invalid pattern or a dangling `$ref`
         log.exception("request %s: its params cannot be checked", assign.request_id[:8])
         words = f"the params cannot be checked against the engine's schema: {type(fault).__name__}: {error_text(fault)}"
         return RunResult.failed(ErrorCode.ENGINE_FAILED, words)

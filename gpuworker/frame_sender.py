@@ -1,4 +1,4 @@
-"""From the worker's attempts to the link at hand: one frame of each in turn, never more queued than the link takes."""
+"""Sends the frames of a worker's attempts over the current link, in turn, without filling the link's queue."""
 
 from collections import deque
 
@@ -8,7 +8,7 @@ from gpuworker.attempt import Attempt
 from protocol.link.base import Link
 from protocol.wire.structs import KIB
 
-#: Queued in the link at most (and one frame more). Enough to keep a fast network busy; little enough that a
+#: Most bytes queued in the link, plus one frame. Enough to keep a fast network busy, and little enough that
 #: `register` or the first frame of a new request does not wait long behind a replay.
 FEED_BYTES = 512 * KIB
 
@@ -17,7 +17,7 @@ class FrameSender:
     """Sends the frames of attempts over one link.
 
     Args:
-        link: registered.
+        link: a link over which the worker is registered.
     """
 
     def __init__(self, link: Link) -> None:
@@ -27,7 +27,7 @@ class FrameSender:
         self._more = trio.Event()
 
     def add(self, attempt: Attempt) -> None:
-        """This attempt may have frames to send."""
+        """Include an attempt that may have frames to send."""
         if attempt not in self._queued and attempt.has_frames:
             self._queued.add(attempt)
             self._waiting.append(attempt)
@@ -37,7 +37,7 @@ class FrameSender:
         """Send until cancelled.
 
         Raises:
-            LinkError: the link is gone.
+            LinkError: the link was lost.
         """
         while True:
             if not self._waiting:

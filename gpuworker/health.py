@@ -1,9 +1,9 @@
-"""The worker as a service: tells systemd how it stands, and gives signs of life while it is really alive.
+"""Reports the state of the worker to systemd, and sends the watchdog's signs of life while it is healthy.
 
-Ready is a worker whose engine is loaded in a slot, whether or not its relay is there: a relay that is down at boot must
-not fail the unit, as the worker keeps at it for ever. Alive means that the event loop turns and that no slot is stuck:
-a run that was told to stop is ended by force after its grace, so one that still stands long after shows that the worker
-has lost hold of its slots. An engine that hangs, crashes or cannot be loaded is the slot's business alone.
+A worker is ready once an engine is loaded in a slot, with or without a relay: a relay that is down at boot must not
+fail the unit, as the worker keeps trying for ever. It is alive while its event loop runs and no slot is stuck: a run
+that was asked to stop is killed after its grace, so one that still runs long after shows that the worker has lost
+control of its slots. An engine that hangs, crashes or cannot be loaded is handled by its slot alone.
 """
 
 from collections.abc import Sequence
@@ -16,27 +16,27 @@ from gpuworker.status import WorkerStatus
 from gpuworker.worker import ACK_S, Worker
 from protocol.sd_notify import ServiceManager, serve_watchdog
 
-#: How often the line of `systemctl status` is looked over, and how soon the first slot's being loaded is told.
+#: How often the line of `systemctl status` is updated and readiness is checked.
 STATUS_INTERVAL_S = 1.0
-#: Between two signs of life while engines load. How long that may take is the worker's own business: a download may
-#: take hours, and a load that hangs is given up after `--load-timeout`.
+#: Between two signs of life while engines load. The worker itself limits how long that may take: a download may
+#: take hours, and a load that hangs is killed after `--load-timeout`.
 START_S = 60.0
-#: Past the grace of a cancel: for the kill, and for a process that the kernel is slow to let go of.
+#: Time past the grace of a cancel: for the kill, and for a process that the kernel is slow to end.
 STUCK_S = 30.0
-#: After the drain: slots are killed and reaped.
+#: Time after the drain: slots are killed and reaped.
 LEAVE_S = 20.0
 
 
 @attrs.define(eq=False)
 class HealthService:
-    """What systemd is told of a worker.
+    """What systemd is told about a worker.
 
     Args:
-        worker: not running yet.
+        worker: a worker that does not run yet.
         slots: its slots.
-        manager: told.
-        cancel_grace_s: the slots' own.
-        drain_timeout_s: the worker's own.
+        manager: the connection to systemd.
+        cancel_grace_s: the slots' setting.
+        drain_timeout_s: the worker's setting.
     """
 
     worker: Worker
@@ -44,11 +44,11 @@ class HealthService:
     manager: ServiceManager
     cancel_grace_s: float
     drain_timeout_s: float
-    #: Run that was told to stop -> when that was first seen.
+    #: Run that was asked to stop -> when this was first seen.
     _stopping: dict[Run, float] = attrs.field(factory=dict)
 
     async def serve(self) -> None:
-        """Tell, until cancelled; begins with the worker's `run`."""
+        """Report until cancelled; start it together with the worker's `run`."""
         if not self.manager.present:
             return
         while not any(slot.ready for slot in self.slots):
@@ -63,11 +63,11 @@ class HealthService:
                 self.manager.status(self.status())
 
     def stopping(self) -> None:
-        """A signal has it drain and leave. Where the relay asked for that, it may still take it back."""
+        """Whether a signal made it drain. A drain that the relay asked for does not count: it may be undone."""
         self.manager.stopping(self.status(), self.drain_timeout_s + ACK_S + LEAVE_S)
 
     def status(self) -> str:
-        """The worker in one line."""
+        """The worker's state in one line."""
         return in_words(self.worker.status, len(self.slots))
 
     def _look_at_slots(self) -> None:
@@ -76,13 +76,15 @@ class HealthService:
         self._stopping = {run: self._stopping.get(run, now) for run in runs if run is not None}
 
     async def check_slots(self) -> str:
-        """For the watchdog."""
+        """A description of slots that are stuck, for the watchdog; empty if there are none."""
         await trio.lowlevel.checkpoint()
         self._look_at_slots()
         patience_s = self.cancel_grace_s + STUCK_S
         long_ago = trio.current_time() - patience_s
         overdue = [s.name for s in self.slots if s.stopping and self._stopping[s.stopping] < long_ago]
-        return f"{', '.join(overdue)} told to stop more than {patience_s:g} s ago, and still running" if overdue else ""
+        return (
+            f"{', '.join(overdue)} asked to stop more than {patience_s:g} s ago, and still running" if overdue else ""
+        )
 
 
 def in_words(status: WorkerStatus, slots: int) -> str:

@@ -1,4 +1,4 @@
-"""Who a worker is, how it stands, and why it gave up."""
+"""The identity that a worker registers with."""
 
 import os
 
@@ -7,14 +7,14 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class Identity:
-    """Who the worker is.
+    """The identity of a worker.
 
     Args:
-        name: for people.
-        spaces: it serves, at least one.
-        engine: its name, for people.
-        token: of role `worker`; None on the relay's own unix socket.
-        instance: one per process start.
+        name: as shown to people.
+        spaces: the spaces it serves, at least one.
+        engine: the engine's name, as shown to people.
+        token: a token of role `worker`; None on the relay's own unix socket.
+        instance: unique for each start of the process.
     """
 
     name: str

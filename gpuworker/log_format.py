@@ -1,4 +1,4 @@
-"""Log lines as `gpuworker run` writes them to its owner's terminal."""
+"""Formats the log lines that `gpuworker run` writes to the terminal."""
 
 import logging
 from types import TracebackType
@@ -9,10 +9,10 @@ _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tup
 
 
 class LineFormatter(logging.Formatter):
-    """One line a record, control characters escaped; the lines of a traceback are set in.
+    """Writes one line for each record, with control characters escaped; the lines of a traceback are indented.
 
-    A client chooses the reason of a cancel, a library what it prints: none of it may steer the terminal, or look like
-    a record of its own.
+    Clients choose the reason of a cancel, and libraries what they print: neither may control the terminal, or imitate
+    a record.
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name

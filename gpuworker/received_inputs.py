@@ -1,4 +1,4 @@
-"""A request's inputs as they come in behind its `assign`, until they are whole."""
+"""Collects the inputs of a request, which arrive after its `assign`, until they are complete."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from protocol.wire.structs import InputInfo, InputRule
 
 
 class ReceivedInputs:
-    """Pieces of inputs, in order and without gaps, checked against what `assign` announced.
+    """Collects pieces of inputs, in order and without gaps, and checks them against the announcement in `assign`.
 
-    What it holds is bounded by the sizes announced, which the relay has held to its limits.
+    Its memory is bounded by the announced sizes, which the relay has checked against its limits.
 
     Args:
-        infos: name -> what is announced.
+        infos: name -> the announced input.
     """
 
     def __init__(self, infos: Mapping[str, InputInfo]) -> None:
@@ -29,7 +29,7 @@ class ReceivedInputs:
         self._settle()
 
     def refuse_by(self, rules: Mapping[str, InputRule]) -> None:
-        """Hold what is announced to an engine's rules; `fault` says what is wrong."""
+        """Check the announced inputs against an engine's rules; a violation sets `fault`."""
         for name, rule in rules.items():
             if rule.required and name not in self._infos:
                 self._fail(ErrorCode.INPUT_MISSING, f"input {name!r} is required; submit it with the request")
@@ -45,7 +45,7 @@ class ReceivedInputs:
                 self._fail(ErrorCode.INVALID_PARAMS, f"input {name!r} is {info.media_type!r}; it must be {takes}")
 
     def add(self, piece: Input) -> None:
-        """Take a piece; one that does not fit makes the `fault`."""
+        """Add a piece; one that does not fit sets `fault`."""
         if self.settled.is_set():
             return
         held = self._held.get(piece.name)
@@ -56,7 +56,7 @@ class ReceivedInputs:
             self._fail(
                 ErrorCode.INPUT_MISMATCH,
                 f"input {piece.name!r}: {len(piece.data)} bytes at {piece.offset}, where {len(held)} of "
-                f"{self._infos[piece.name].size} had come",
+                f"{self._infos[piece.name].size} had arrived",
             )
             return
         held += piece.data
@@ -78,7 +78,7 @@ class ReceivedInputs:
         self.settled.set()
 
     def pop_all(self) -> dict[str, EngineInput]:
-        """The inputs, whole; they are given away once."""
+        """The complete inputs; they can be taken only once."""
         inputs = {name: EngineInput(bytes(self._held.pop(name)), info.media_type) for name, info in self._infos.items()}
         self._infos = {}
         return inputs

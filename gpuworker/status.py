@@ -1,4 +1,4 @@
-"""What a worker is doing, for those who watch it."""
+"""The status of a worker, and the error that ends it."""
 
 from typing import Literal
 
@@ -8,10 +8,10 @@ State = Literal["loading", "connecting", "registered", "draining", "stopped"]
 
 
 class WorkerError(Exception):
-    """The worker cannot go on, and trying again will not help; the text says why and what to do.
+    """The worker cannot continue, and trying again will not help; the message says why and what to do.
 
     Attributes:
-        code: of the relay's refusal, or `model_not_loaded`.
+        code: the code of the relay's refusal, or `model_not_loaded`.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -21,16 +21,16 @@ class WorkerError(Exception):
 
 @attrs.frozen(kw_only=True)
 class WorkerStatus:
-    """How a worker stands.
+    """The status of a worker.
 
     Args:
         state: `loading` until its first slot is ready, `connecting` while there is no link.
-        relay: its address.
-        spaces: it serves.
-        slots: ready ones.
-        running: attempts that have not ended.
-        completed: attempts, since it started; as `failed` and `cancelled`.
-        fault: what went wrong last, empty when all is well.
+        relay: the relay's address.
+        spaces: the spaces it serves.
+        slots: the number of ready slots.
+        running: the number of attempts that have not ended.
+        completed: attempts since the worker started; `failed` and `cancelled` likewise.
+        fault: the latest problem, empty if there is none.
     """
 
     state: State

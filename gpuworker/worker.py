@@ -1,4 +1,4 @@
-"""The worker: dials out to the relay, registers its spaces, and keeps at it for ever."""
+"""The worker: it connects to the relay, registers its spaces, and reconnects for ever."""
 
 import importlib.metadata
 import logging
@@ -44,13 +44,13 @@ from protocol.wire.messages import (
 )
 from protocol.wire.validators import Message
 
-#: What an operator sees of the version that runs.
+#: The version that operators see.
 AGENT = f"gpuworker/{importlib.metadata.version('relayd')}"
-#: For what runs to end once the worker drains: as the relay's own `drain_timeout_s`.
+#: How long a draining worker lets requests run: the relay's default for `drain_timeout_s`.
 DRAIN_TIMEOUT_S = 120.0
-#: For the relay to acknowledge the last frames before a draining worker leaves without.
+#: How long a draining worker waits for the relay to acknowledge its last frames.
 ACK_S = 10.0
-#: Between two tries to register where the relay said no and may say yes later.
+#: Time between attempts to register if the relay refused but may accept later.
 REGISTER_AGAIN_FIRST_S = 1.0
 REGISTER_AGAIN_LONGEST_S = 30.0
 
@@ -58,13 +58,13 @@ log = logging.getLogger("gpuworker")
 
 
 class Worker:
-    """One worker. `run` is all of its life.
+    """A worker. `run` is its whole life.
 
     Args:
-        identity: who it is.
-        address: where the relay listens.
+        identity: the identity to register with.
+        address: the relay's address.
         slots: at least one.
-        drain_timeout_s: for what runs to end once it drains.
+        drain_timeout_s: how long requests may run once it drains.
         connect_to: makes the transport; for tests and tunnels.
         ssl_context: for wss://.
         on_status: called in the Trio thread after each change of `status`.
@@ -92,7 +92,7 @@ class Worker:
         self._scope = trio.CancelScope()
         self._link: Link | None = None
         self._sender: FrameSender | None = None
-        #: What a `register` sent again may change, as it was sent last: slots, reproducible, fingerprint.
+        #: The values last sent that a repeated `register` may change: slots, reproducible, fingerprint.
         self._announced: tuple[int, bool, str] | None = None
         self._registered_once = False
         self._register_again = Backoff(REGISTER_AGAIN_FIRST_S, REGISTER_AGAIN_LONGEST_S)
@@ -121,12 +121,12 @@ class Worker:
     # -- for the program around it
 
     async def run(self) -> None:
-        """Load, connect, serve; returns once drained or stopped.
+        """Load, connect and serve; returns once drained or stopped.
 
         Raises:
-            WorkerError: the engine cannot be loaded, or the relay refuses this worker for good.
+            WorkerError: the engine cannot be loaded, or the relay refuses this worker permanently.
 
-        Cancellation: what runs is killed; the relay gives it to another worker, or tells its client `worker_lost`.
+        Cancellation: running requests are killed; the relay gives them to another worker, or reports `worker_lost`.
         """
         try:
             with self._scope:
@@ -147,24 +147,24 @@ class Worker:
             raise self._failure
 
     def drain(self, reason: str) -> None:
-        """Take nothing new, finish what runs, deliver it, then `run` returns."""
+        """Accept no more requests; once the running ones have been finished and delivered, `run` returns."""
         if self._drains:
             return
         self._drains = True
         running = len(self._executor.running) if self._executor else 0
-        log.info("draining (%s): %s", reason, f"{running} running" if running else "nothing runs")
+        log.info("draining (%s): %s", reason, f"{running} running" if running else "no requests running")
         if self._announced is not None:
             self._send(Draining())
         self._drain_asked.set()
         self._on_status()
 
     def stop(self) -> None:
-        """End now: what runs is killed."""
+        """Stop immediately; running requests are killed."""
         self._scope.cancel()
 
     @property
     def status(self) -> WorkerStatus:
-        """How it stands."""
+        """The current status."""
         work = self._executor
         state: State = "connecting"
         if self._stopped:
@@ -196,7 +196,7 @@ class Worker:
 
     @property
     def _capabilities(self) -> Capabilities | None:
-        """Of the slots' engines; not reproducible where two of them make other samples than each other."""
+        """The capabilities of the slots' engines; not reproducible if two of them make different samples."""
         loaded = [slot.capabilities for slot in self._slots if slot.capabilities is not None]
         if not loaded:
             return None
@@ -219,14 +219,14 @@ class Worker:
 
     def _on_disconnected(self, fault: LinkError, delay_s: float) -> None:
         self._fault = str(fault)
-        if self._leave.is_set():  # the link went in the moment of leaving: nothing is left to connect for
+        if self._leave.is_set():  # the link was lost while leaving: do not connect again
             self._scope.cancel()
             return
         log.warning("no link to %s: %s; next try in %.1f s", self._address, fault, delay_s)
         self._on_status()
 
     async def _serve(self, link: Link, welcome: Welcome) -> None:
-        """One link, from its login to its end; returns with the link alive when the worker leaves."""
+        """Serve one link from its login to its end; also returns, with the link alive, when the worker leaves."""
         log.info("connected to %s as %r", self._address, welcome.principal)
         limit = welcome.limits.get("max_result_bytes")
         self._max_result_bytes = limit if type(limit) is int and limit > 0 else MAX_RESULT_BYTES
@@ -241,7 +241,7 @@ class Worker:
                 try:
                     async for data in link:
                         self._on_message(data)
-                except ProtocolError as fault:  # kept, as a nursery would wrap it in a group
+                except ProtocolError as fault:  # stored, because a nursery would wrap it in a group
                     broken_rule = fault
                 nursery.cancel_scope.cancel()
         finally:
@@ -260,12 +260,12 @@ class Worker:
             message = decode(data, FROM_RELAY)
             handler = self._handlers[type(message)]
         except (UnknownType, KeyError) as fault:
-            log.warning("the relay sent what a worker does not take: %s", fault)  # a newer relay, maybe
+            log.warning("the relay sent a message that a worker does not accept: %s", fault)  # a newer relay, perhaps
             return
         handler(message)
 
     def _send(self, message: Message) -> None:
-        """Send; a link that is gone is seen by its reader."""
+        """Send a message; the reader of the link notices if the link is lost."""
         if self._link is not None:
             try:
                 self._link.send(message)
@@ -275,7 +275,7 @@ class Worker:
     # -- registering
 
     async def _register(self, link: Link) -> None:
-        """Send `register` once an engine is loaded, and again after a refusal that may pass."""
+        """Send `register` once an engine is loaded, and again after a refusal that may be temporary."""
         while True:
             while (capabilities := self._capabilities) is None or not (
                 self._registered_once or self._executor_or_fail.ready_slots
@@ -314,7 +314,9 @@ class Worker:
         if self._sender is not None and self._announced is not None and capabilities is not None:
             before, self._announced = self._announced, self._running_attempts(capabilities)
             if before[1] and not self._announced[1]:
-                log.warning("its slots do not make the same samples: a request cut off in one cannot go on in another")
+                log.warning(
+                    "the slots do not make equal samples: an interrupted request cannot continue in another slot"
+                )
             if before != self._announced:
                 self._send(self._registration(capabilities))
         if capabilities is None and (fault := next((s.load_fault for s in self._slots if s.load_fault), "")):
@@ -336,24 +338,24 @@ class Worker:
         resume = {(entry.request_id, entry.attempt): entry.next_seq for entry in registered.resume}
         for attempt in list(work.attempts.values()):
             seq = resume.get((attempt.request_id, attempt.number))
-            if seq is None:  # named in `abandon`, or not known to the relay at all
+            if seq is None:  # listed in `abandon`, or unknown to the relay
                 work.drop(attempt, "the relay no longer waits for it")
             else:
                 attempt.resume_from(seq)
                 self._sender.add(attempt)
-        self._slot_changed()  # one may have changed since `register` was sent
+        self._slot_changed()  # a slot may have changed since `register` was sent
         if self._drains:
             self._send(Draining())
         work.changed()
 
     def _on_rejected(self, rejected: Rejected) -> None:
-        log.error("the relay refuses: %s: %s", rejected.code, rejected.message)
+        log.error("the relay refused: %s: %s", rejected.code, rejected.message)
         self._fault = rejected.message
         if self._sender is not None:
             return
-        # Before it ever served, whoever started it is there to read this: tell, and end. `space_full` is mostly a
-        # second worker started by mistake. Later it is a relay that was configured anew, or a worker's old
-        # connection that the relay still counts; both may pass.
+        # If the worker has never served, the person who started it is there to read this: report it and end.
+        # `space_full` is mostly a second worker started by mistake. Later, the relay may have been reconfigured, or
+        # still count an old connection of this worker; both may pass.
         if not self._registered_once and (not rejected.retryable or rejected.code == ErrorCode.SPACE_FULL):
             self._fail(rejected.code, rejected.message)
         else:
@@ -380,21 +382,21 @@ class Worker:
 
     def _on_error(self, error: Error) -> None:
         self._fault = f"{error.code}: {error.message}"
-        log.error("the relay reports: %s", self._fault)
+        log.error("the relay reported an error: %s", self._fault)
 
     async def _send_frames(self, link: Link) -> None:
         while self._sender is None:
             await self._executor_or_fail.change()
         try:
             await self._sender.run()
-        except LinkError:  # its reader ends, too, and tells
+        except LinkError:  # the reader of the link ends too, and reports it
             return
 
     # -- leaving
 
     def _undrain(self) -> None:
         if self._drains:
-            log.info("not draining any more: the relay asked for it")
+            log.info("no longer draining: the relay asked to continue")
             self._drains = False
             self._drain_asked = trio.Event()
             self._executor_or_fail.changed()
@@ -413,7 +415,7 @@ class Worker:
             if self._drains:
                 break
         if work.attempts:
-            log.warning("leaving with %d requests not delivered", len(work.attempts))
+            log.warning("leaving with %d undelivered requests", len(work.attempts))
         self._leave.set()
         if self._link is None:
             self._scope.cancel()

@@ -1,1 +1,1 @@
-"""Engines: what a slot runs. `base` says what one is, `catalog` finds them, each other module is one."""
+"""The engines that slots run: `base` defines what an engine is, `catalog` finds them, the others implement one each."""

@@ -1,7 +1,7 @@
-"""What an engine is: the ABC, the chunks it yields, its options and its errors.
+"""Defines what an engine is: the abstract class, the chunks it yields, its options and its errors.
 
-To add one: a module with a subclass of `Engine`, and a line under the entry-point group `gpuworker.engines`.
-Import anything heavy in `load`, never at the top: `gpuworker engines` imports every engine module.
+To add an engine, write a module with a subclass of `Engine`, and register it under the entry-point group
+`gpuworker.engines`. Import anything heavy in `load`, never at the top: `gpuworker engines` imports every engine.
 """
 
 from abc import ABC, abstractmethod
@@ -15,9 +15,9 @@ from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import Value
 
 OptionValue = str | int | float | bool | None
-#: Of `Capabilities.fingerprint`, as the wire takes it.
+#: Longest `Capabilities.fingerprint` that the wire accepts.
 MAX_FINGERPRINT_CHARS = 200
-#: Details of an error quoted on the wire: a field's fault is a sentence, not a traceback.
+#: Longest error detail on the wire: a field's fault is a sentence, not a traceback.
 MAX_WORDS_CHARS = 2_000
 
 
@@ -37,7 +37,7 @@ class AudioChunk:
 
 @attrs.frozen
 class ProgressChunk:
-    """How far it is: `state` one of `loading generating encoding`, `fraction` 0..1."""
+    """Progress of a run: `state` is one of `loading generating encoding`, `fraction` lies in 0..1."""
 
     state: str = "generating"
     fraction: float = 0.0
@@ -46,10 +46,10 @@ class ProgressChunk:
 
 @attrs.frozen
 class OutputChunk:
-    """A value that is not speech: anything msgpack has a word for.
+    """A value that is not speech: anything that msgpack can encode.
 
-    The bound is the whole message's, so keep 1 KiB for what is around the value: 64 KiB - 1 KiB for maps and arrays,
-    1 MiB - 1 KiB for binary and strings. A larger one fails its request.
+    The limit applies to the whole message, so keep 1 KiB for the envelope: 64 KiB - 1 KiB for maps and arrays,
+    1 MiB - 1 KiB for binary and strings. A larger value makes its request fail.
     """
 
     data: Value
@@ -57,7 +57,7 @@ class OutputChunk:
 
 @attrs.frozen
 class FormatChunk:
-    """The format of the audio to come, None where there will be none; an engine with `late_format` yields it first."""
+    """The format of the audio to come, None if there will be none; an engine with `late_format` yields it first."""
 
     format: AudioFormat | None
 
@@ -70,9 +70,9 @@ Chunk = AudioChunk | ProgressChunk | OutputChunk | FormatChunk
 
 @attrs.frozen
 class EngineInput:
-    """One uploaded input, whole and verified.
+    """One uploaded input, complete and verified.
 
-    Bytes rather than a file: the worker holds them already, nothing is left behind by a slot that is killed, and
+    It holds bytes rather than a file: the worker has them already, a slot that is killed leaves nothing behind, and
     decoders (soundfile, PIL) read `io.BytesIO`. An engine that needs a path writes its own temporary file.
     """
 
@@ -82,19 +82,19 @@ class EngineInput:
 
 @attrs.frozen(kw_only=True)
 class Capabilities:
-    """What an engine announces once it is loaded; the worker registers it.
+    """What an engine can do, known once it is loaded; the worker registers it.
 
     Args:
-        format: of its audio, None where it makes none or cannot tell yet.
-        late_format: only a run tells the format, by a `FormatChunk` as its first chunk.
-        reproducible: the same params and inputs make the same chunks, in any process on this kind of machine.
-            A run is then repeated after a loss and goes on where it stopped, so announce it truthfully.
-        fingerprint: whatever else its samples depend on (the model's files, the device, versions of libraries), at
-            most 200 characters. Reproducible workers whose engine, format and fingerprint are the same stand in for
-            each other in mid-stream; others never do.
-        params: JSON Schema (2020-12) of the params. The relay checks it before queueing. Voices, models and the like
-            belong here, as an `enum`.
-        inputs: input name -> what is taken.
+        format: of its audio, None if it makes none or does not know the format yet.
+        late_format: the format is known only during a run, from a `FormatChunk` as its first chunk.
+        reproducible: equal params and inputs give equal chunks, in any process on this kind of machine. After a loss
+            such a run is repeated and continues where it stopped, so declare it truthfully.
+        fingerprint: everything else that its samples depend on (model files, device, library versions), in at most
+            200 characters. Reproducible workers with equal engine, format and fingerprint replace each other in
+            mid-stream; others never do.
+        params: JSON Schema (2020-12) of the params. The relay checks them before queueing. Put voices, models and
+            the like here, as an `enum`.
+        inputs: input name -> what is accepted.
     """
 
     format: AudioFormat | None = None
@@ -107,14 +107,14 @@ class Capabilities:
 
 @attrs.frozen(kw_only=True)
 class Option:
-    """An engine's option, given as `-o key=value`.
+    """An option of an engine, given as `-o key=value`.
 
     Args:
         kind: str, int, float or bool (`true` / `false`).
-        default: its value when it is not given; None leaves the choice to the engine.
+        default: the value if it is not given; None leaves the choice to the engine.
         help: one line for `gpuworker engines`.
-        required: it must be given.
-        choices: the only values taken; empty takes any.
+        required: whether it must be given.
+        choices: the accepted values; empty accepts any.
     """
 
     kind: type[str] | type[int] | type[float] | type[bool] = str
@@ -126,7 +126,7 @@ class Option:
 
 @attrs.frozen
 class Missing:
-    """Something an engine needs that is not here, and the command that installs it; "" where no command does."""
+    """A missing prerequisite of an engine, and the command that installs it ("" if there is none)."""
 
     what: str
     install: str = ""
@@ -136,28 +136,28 @@ class Missing:
 
 
 def wire_text(text: str) -> str:
-    """`text` with "?" for each lone surrogate, as a file name that is not UTF-8 holds: UTF-8 has no bytes for one."""
+    """`text` with "?" for each lone surrogate, which UTF-8 cannot encode (file names that are not UTF-8 have them)."""
     return text.encode("utf-8", "replace").decode()
 
 
 def error_text(fault: BaseException) -> str:
-    """What an exception says of itself, as the wire takes it; never raises."""
+    """The message of an exception in a form that the wire accepts; never raises."""
     try:
         words = str(fault)
     except Exception:  # noqa: BLE001 - an engine's own exception may have any __str__
-        words = "(it cannot be put in words)"
+        words = "(it has no readable message)"
     return wire_text(words)
 
 
 class EngineError(Exception):
-    """A run, or a load, that failed for a reason the engine can name; told to the client as `failed`.
+    """A run or a load failed for a reason that the engine knows; sent to the client as `failed`.
 
     Args:
         message: what happened and what to do next.
-        code: of the wire.
-        details: more to it, by name.
-        retryable: the same request may succeed when it is sent again.
-        restart: the engine is no longer to be trusted (CUDA out of memory): its slot is started anew.
+        code: the wire's error code.
+        details: further facts by name.
+        retryable: the same request may succeed if it is sent again.
+        restart: the engine can no longer be trusted (CUDA out of memory): its slot starts a new one.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class EngineError(Exception):
 
 
 class InvalidParams(EngineError):
-    """The params break a rule that the JSON Schema cannot say; `details` is field -> what is wrong."""
+    """The params break a rule that JSON Schema cannot express; `details` is field -> what is wrong."""
 
     def __init__(self, details: Mapping[str, str]) -> None:
         words = "; ".join(f"{name} {fault}" for name, fault in details.items())
@@ -187,7 +187,7 @@ class InvalidParams(EngineError):
 
 
 class OptionError(ValueError):
-    """An option of the engine is unknown, missing or wrong; the text says which and what is taken."""
+    """An option of an engine is unknown, missing or wrong; the message says which, and what is accepted."""
 
 
 # -- the engine --------------------------------------------------------------------------------------------------
@@ -202,25 +202,25 @@ def _to_nobody(progress: ProgressChunk) -> None:
 
 
 class Engine(ABC):
-    """Makes chunks from params. One instance serves one slot: `generate` is never entered twice at once.
+    """Makes chunks from params. One instance serves one slot: only one `generate` runs at a time.
 
     Called in this order, all from one thread: `__init__` (cheap), `load` (may take minutes), `generate` any number of
     times, `close`. A run is cancelled by closing the generator between two chunks (`GeneratorExit` at its `yield`).
     """
 
-    #: Name -> option; `__init__` gets a value for each.
+    #: Option name -> option; `__init__` gets a value for each.
     OPTIONS: ClassVar[Mapping[str, Option]] = {}
     #: One line for `gpuworker engines`.
     SUMMARY: ClassVar[str] = ""
 
-    #: Whether the run at hand is to stop. The slot sets it. It is looked at between chunks anyway;
-    #: an engine that works long before its next chunk may look itself, and return.
+    #: Whether the current run is to stop; set by the slot, which checks it between chunks.
+    #: An engine that works long before its next chunk may check it too, and return.
     cancelled: Callable[[], bool] = staticmethod(_never)
 
-    #: Sends a `ProgressChunk` at once, from inside work that is long before its next chunk; from the thread of
-    #: `generate` only. The slot sets it for the time of a run. Nothing is sent after a cancel, nor before an engine
-    #: with `late_format` has told its format. A reproducible engine reports by its steps, never by the clock.
-    #: In `load` it is a sign of life, by one thread at a time: a load that is silent for too long is killed.
+    #: Sends a `ProgressChunk` immediately, during work that takes long before its next chunk; only from the thread
+    #: of `generate`. The slot sets it for a run. Nothing is sent after a cancel, nor before an engine with
+    #: `late_format` has yielded its format. A reproducible engine reports by steps, never by the clock.
+    #: In `load` it is a sign of life, from one thread at a time: a load that is silent for too long is killed.
     report: Callable[[ProgressChunk], None] = staticmethod(_to_nobody)
 
     def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
@@ -229,44 +229,44 @@ class Engine(ABC):
 
     @classmethod
     def missing(cls) -> list[Missing]:
-        """What this machine lacks to run it; empty when it can run. Must not import anything heavy."""
+        """What this machine lacks to run the engine; empty if it can run. Must not import anything heavy."""
         return []
 
     @classmethod
     def check(cls, options: Mapping[str, OptionValue], slots: int) -> list[Missing]:
-        """What this machine lacks to run it in this way: what `missing` tells, and memory, say.
+        """What this machine lacks to run the engine with these options: what `missing` reports, and e.g. memory.
 
-        Asked by `gpuworker run` before its slots start, and by `gpuworker doctor --engine`. Must not import
+        Called by `gpuworker run` before its slots start, and by `gpuworker doctor --engine`. Must not import
         anything heavy.
 
         Args:
             options: a value for each of `OPTIONS`.
-            slots: how many engines are to run side by side.
+            slots: how many engines will run side by side.
         """
         del options, slots
         return cls.missing()
 
     @classmethod
     def outlook(cls, options: Mapping[str, OptionValue], slots: int) -> str:
-        """What it will take of this machine to run it in this way, in words for `doctor`; as light as `check`."""
+        """What the engine will need of this machine with these options, as text for `doctor`; as cheap as `check`."""
         del options, slots
         return ""
 
     @property
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """What it announces; asked for after `load` only."""
+        """What the engine can do; called only after `load`."""
 
     @abstractmethod
     def load(self) -> None:
-        """Make it ready: import, read the model, warm up. What may take long beyond that, as a download, reports.
+        """Prepare the engine: import, read the model, warm up. Report progress in anything longer, such as a download.
 
         Raises:
-            EngineError: it cannot; the message says what to do.
+            EngineError: it cannot be loaded; the message says what to do.
         """
 
     def format_for(self, params: dict[str, Value]) -> AudioFormat | None:
-        """Format of the audio these params make; not asked of an engine with `late_format`."""
+        """The format of the audio that these params make; not called if the engine has `late_format`."""
         del params
         return self.capabilities.format
 
@@ -275,15 +275,15 @@ class Engine(ABC):
         """Run one request.
 
         Args:
-            params: keep the JSON Schema of `capabilities`.
-            inputs: by name; the required ones are there.
+            params: valid for the JSON Schema in `capabilities`.
+            inputs: by name; the required ones are present.
 
         Yields:
-            chunks, as soon as each is made. Must be closeable at any `yield`, and fit for the next run after it.
+            chunks, each as soon as it is made. It must be closeable at any `yield`, and ready for the next run then.
 
         Raises:
-            EngineError: the run failed. Any other exception is told as `engine_failed`, not retryable.
+            EngineError: the run failed. Any other exception is reported as `engine_failed`, not retryable.
         """
 
-    def close(self) -> None:  # noqa: B027 - most engines have nothing to give back
-        """Give back what `load` took. The process ends after it."""
+    def close(self) -> None:  # noqa: B027 - most engines have nothing to release
+        """Release what `load` acquired. The process ends after it."""

@@ -1,4 +1,4 @@
-"""Which engines there are, by entry point, and their options as typed values."""
+"""Finds the installed engines by entry point, and parses their options to typed values."""
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
@@ -9,7 +9,7 @@ GROUP = "gpuworker.engines"
 
 
 class EngineNotFound(LookupError):
-    """No engine of this name, or its module cannot be imported; the text says what there is."""
+    """There is no engine of this name, or its module cannot be imported; the message lists the engines."""
 
 
 def engine_names() -> list[str]:
@@ -31,15 +31,15 @@ def find_engine(name: str) -> type[Engine]:
     except (ImportError, AttributeError) as fault:
         raise EngineNotFound(f"engine {name!r} ({points[0].value}) cannot be imported: {fault}") from fault
     if not (isinstance(found, type) and issubclass(found, Engine)):
-        raise EngineNotFound(f"engine {name!r}: {points[0].value} is no subclass of gpuworker.engines.base.Engine")
+        raise EngineNotFound(f"engine {name!r}: {points[0].value} is not a subclass of gpuworker.engines.base.Engine")
     return found
 
 
 def parse_options(declared: Mapping[str, Option], given: Iterable[str]) -> dict[str, OptionValue]:
-    """The values of `key=value` strings, with the defaults of the others.
+    """Parse `key=value` strings; options that are not given get their defaults.
 
     Raises:
-        OptionError: one is unknown, wrong or missing; the text lists what is taken.
+        OptionError: an option is unknown, wrong or missing; the message lists what is accepted.
     """
     values: dict[str, OptionValue] = {name: option.default for name, option in declared.items()}
     seen = set()

@@ -1,21 +1,22 @@
-r"""Engine `mock`: a tune instead of speech, at a pace and with the faults that its params ask for.
+r"""Engine `mock`: a tune instead of speech, with the pace and the faults that its params ask for.
 
-Made for tests and load. The samples are a pure function of `text`, `seed` and the sample rate: notes of 200 ms, picked
-by SHA-256, so that a lost, doubled or moved piece of audio shows. `duration_s`, `chunk_ms` and `speed` cut
-and pace the same tune. No numpy; a chunk is sliced from notes computed at load, so hundreds of streams are cheap.
+It is made for tests and load tests. The samples are a pure function of `text`, `seed` and the sample rate: notes of
+200 ms, chosen by SHA-256, so that a lost, doubled or moved piece of audio shows. `duration_s`, `chunk_ms` and `speed`
+cut and pace the same tune. It needs no numpy; chunks are sliced from notes computed at load, so hundreds of streams
+are cheap.
 
 Params (all but `text` optional):
 
 | name | is |
 | --- | --- |
-| text | what it pretends to say; may be empty |
-| seed | picks the tune (0) |
+| text | the text it pretends to speak; may be empty |
+| seed | selects the tune (0) |
 | duration_s | seconds of audio; by default 2..5 by the text's length, full at 200 characters |
 | chunk_ms | audio in one chunk (option `chunk_ms`, 100) |
-| speed | audio seconds made in a second of work; 0: as fast as it can (option `speed`, 1) |
+| speed | seconds of audio made in a second of work; 0: as fast as possible (option `speed`, 1) |
 | delay_s | wait before the first chunk (option `delay_s`, 0) |
 | progress | a `progress` chunk before each this many chunks; 0: none |
-| output | `audio`, or `text`: one word a chunk as `output` instead of audio |
+| output | `audio`, or `text`: one word in each chunk as `output` instead of audio |
 | fail | {how: raise, hang, exit or slow; at: the chunk before which, from 0; seconds: of `slow` (1); \
 code: of `exit` (3); retryable: of `raise`} |
 """
@@ -47,10 +48,10 @@ from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 
 NOTE_MS = 200
-#: Hz; multiples of 5, so that a note holds whole cycles and two notes join without a click.
+#: Sample rates; multiples of 5, so that a note consists of whole cycles and notes join without a click.
 NOTES_HZ = (220, 245, 260, 295, 330, 350, 390, 440, 495, 525, 585, 660, 700, 785, 880, 990)
 AMPLITUDE = 8_000
-#: Longest sleep between two looks at `cancelled`, seconds.
+#: Longest sleep between two checks of `cancelled`, seconds.
 NAP_S = 0.05
 FULL_LENGTH_CHARS = 200
 
@@ -84,7 +85,7 @@ PARAMS: dict[str, Value] = {
 
 
 class Tune:
-    """Samples by position; the same for the same text and seed."""
+    """Samples by position; the same for equal text and seed."""
 
     def __init__(self, sample_rate: int) -> None:
         self.note_samples = sample_rate * NOTE_MS // 1000
@@ -98,7 +99,7 @@ class Tune:
         return samples.tobytes()
 
     def pcm(self, key: bytes, start: int, samples: int) -> bytes:
-        """`samples` samples from `start` on of the tune that `key` picks."""
+        """`samples` samples, from `start`, of the tune that `key` selects."""
         pieces = []
         while samples > 0:
             number, offset = divmod(start, self.note_samples)
@@ -115,25 +116,25 @@ class Tune:
 
 
 def tune_key(text: str, seed: int) -> bytes:
-    """What picks the notes of a text."""
+    """The key that selects the notes for a text."""
     return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
 
 
 def default_duration_s(text: str) -> float:
-    """Seconds of audio, and at speed 1 of work, that a text makes when nothing else is asked for: 2..5."""
+    """The default seconds of audio for a text, and of work at speed 1: 2..5."""
     return 2.0 + 3.0 * min(len(text), FULL_LENGTH_CHARS) / FULL_LENGTH_CHARS
 
 
 class MockEngine(Engine):
-    """A tune at a scripted pace, with scripted faults; see the module."""
+    """Plays a tune at a scripted pace, with scripted faults; see the module's docstring."""
 
     SUMMARY: ClassVar[str] = "a deterministic tune with scripted delays and faults, for tests and load"
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "sample_rate": Option(kind=int, default=24_000, help="Hz"),
-        "chunk_ms": Option(kind=int, default=100, help="audio in one chunk, where the request does not say"),
-        "speed": Option(kind=float, default=1.0, help="audio seconds a second, where the request does not say"),
-        "delay_s": Option(kind=float, default=0.0, help="wait before the first chunk, where the request does not say"),
-        "reproducible": Option(kind=bool, default=True, help="false: the same tune, cut anew at random each time"),
+        "chunk_ms": Option(kind=int, default=100, help="audio in one chunk, unless the request sets it"),
+        "speed": Option(kind=float, default=1.0, help="seconds of audio a second, unless the request sets it"),
+        "delay_s": Option(kind=float, default=0.0, help="wait before the first chunk, unless the request sets it"),
+        "reproducible": Option(kind=bool, default=True, help="false: the same tune, cut differently each time"),
         "load_s": Option(kind=float, default=0.0, help="seconds that loading takes"),
         "load_fails": Option(kind=bool, default=False, help="loading fails"),
     }
@@ -148,7 +149,7 @@ class MockEngine(Engine):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Audio at the option's rate; reproducible, where that is not opted out of, by mocks that cut it alike."""
+        """Audio at the option's rate; by default reproducible by any mock that cuts it equally."""
         cut = f"chunks of {self.options['chunk_ms']} ms"
         return Capabilities(
             format=self._format, reproducible=bool(self.options["reproducible"]), fingerprint=cut, params=PARAMS
@@ -162,11 +163,11 @@ class MockEngine(Engine):
         self._tune = Tune(self._format.sample_rate)
 
     def format_for(self, params: dict[str, Value]) -> AudioFormat | None:
-        """None for `output: text`."""
+        """The format of the tune; None for `output: text`."""
         return None if params.get("output") == "text" else self._format
 
     def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
-        """The tune, or the words, at the pace asked for."""
+        """Yield the tune, or the words, at the requested pace."""
         del inputs
         text = params["text"]
         chunk_s = self._figure(params, "chunk_ms") / 1000
@@ -205,7 +206,7 @@ class MockEngine(Engine):
 
     @staticmethod
     def _odd_length(step: int) -> int:
-        """Samples of a chunk that no second attempt would cut alike; half a step to one and a half."""
+        """A number of samples that no second attempt would choose; half a step to one and a half."""
         return max(1, step // 2 + secrets.randbelow(step + 1))
 
     @staticmethod
@@ -228,7 +229,7 @@ class MockEngine(Engine):
             os._exit(fail.get("code", 3))
         if how == "hang":
             print("hanging, as the request asked", file=sys.stderr, flush=True)
-        while how == "hang":  # deaf to `cancelled`: only a kill ends it
+        while how == "hang":  # ignores `cancelled`: only a kill ends it
             time.sleep(3600)
         if how == "slow":
             time.sleep(fail.get("seconds", 1))

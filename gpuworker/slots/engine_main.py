@@ -1,10 +1,10 @@
-"""An engine's process: it loads one engine and runs one request at a time.
+"""The main program of an engine's process: it loads one engine and runs one request at a time.
 
 Started as `python -P -m gpuworker.slots.engine_main FD PARENT_PID`.
 
-It talks to the worker over the socket `FD` alone. It ends with the worker, however that ends: by the parent-death
-signal, and by the end of the socket. Signals are the worker's business: it ignores those that a terminal or systemd
-sends to all.
+It talks to the worker only over the socket `FD`. It ends when the worker ends, for whatever reason: by the parent-death
+signal, and by the end of the socket. The worker handles signals: this process ignores those that a terminal or systemd
+sends to the whole group.
 """
 
 import ctypes
@@ -30,22 +30,22 @@ _READ_BYTES = 64 * 1024
 
 
 def _isolate(parent_pid: int) -> None:
-    """Die with the parent, ignore what the terminal and systemd send to the whole group, keep stdout off the pipe."""
+    """Die with the parent, ignore signals sent to the whole group, and keep stdout off the pipe."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it went before the line above
+    if os.getppid() != parent_pid:  # the parent ended before the line above
         os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
-    os.dup2(2, 1)  # an engine may print; so may its C libraries
+    os.dup2(2, 1)  # engines and their C libraries may print
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper here
 
 
 class EngineMain:
-    """The slot's side of the pipe.
+    """The slot process's end of the pipe.
 
     Args:
-        sock: connected to the worker.
+        sock: a socket connected to the worker.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -54,9 +54,9 @@ class EngineMain:
         self._cancelled_run = -1
 
     def read_commands(self) -> None:
-        """Reader thread: takes commands to its end, which is that of the process.
+        """Read commands until the socket ends, which ends the process; runs in its own thread.
 
-        It alone sees a `cancel` while the engine works, and the end of the worker while the engine hangs.
+        Only this thread notices a `cancel` while the engine works, or the end of the worker while the engine hangs.
         """
         inbox = ipc.Inbox()
         while True:
@@ -74,11 +74,11 @@ class EngineMain:
                     self._commands.put(said)
 
     def _say(self, said: ipc.IpcMessage) -> None:
-        # Blocks while the worker does not read: the socket's buffer is all that a slot runs ahead of it.
+        # Blocks while the worker does not read: a slot is ahead of it by no more than the socket's buffer.
         self._sock.sendall(ipc.pack(said))
 
     def serve(self) -> None:
-        """Load, then run what comes, until the engine must be started anew."""
+        """Load the engine and run requests, until the engine must be restarted."""
         engine = self._load(self._commands.get())
         if engine is None:
             return
@@ -107,7 +107,7 @@ class EngineMain:
             self._say({"is": "ready", "capabilities": ipc.encode_capabilities(engine.capabilities)})
         except (EngineError, OptionError, EngineNotFound) as fault:
             self._say({"is": "load_failed", "message": error_text(fault)})
-        except Exception as fault:  # noqa: BLE001 - a model's loader may raise anything; the worker tells its owner
+        except Exception as fault:  # noqa: BLE001 - a model's loader may raise anything; the worker reports it
             traceback.print_exc()
             self._say({"is": "load_failed", "message": f"{type(fault).__name__}: {error_text(fault)}"})
         else:
@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> None:
         threading.Thread(target=process.read_commands, name="commands", daemon=True).start()
         process.serve()
         sys.stderr.flush()
-        # Not by returning: threads and atexit handlers of a failed engine may hang.
+        # Do not return: threads and atexit handlers of a failed engine may hang.
         os._exit(0)
 
 

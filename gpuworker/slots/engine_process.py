@@ -1,4 +1,4 @@
-"""A slot's process as the worker sees it: started, spoken to, its stderr kept, killed and reaped."""
+"""A slot's process as seen by the worker: it is started, written to, logged, killed and reaped here."""
 
 import logging
 import os
@@ -15,11 +15,11 @@ from gpuworker.slots import ipc
 
 _READ_BYTES = 256 * 1024
 MAX_LINE_CHARS = 500
-#: From the end of its socket to the end of the process, before it is killed: long enough to learn its exit code.
+#: Time from the end of its socket to the end of the process, before it is killed; allows to learn its exit code.
 EXIT_S = 1.0
-#: For the rest of stderr once the process has ended; something it started may hold the other end open.
+#: Time to read the rest of stderr once the process has ended; a child of it may hold the other end open.
 STDERR_S = 0.5
-#: From SIGKILL to the end; only a process stuck in the kernel (a lost GPU) takes longer, and is left behind.
+#: Time from SIGKILL to the end; only a process stuck in the kernel (a lost GPU) takes longer, and is left behind.
 KILL_S = 5.0
 
 log = logging.getLogger("gpuworker.slot")
@@ -29,8 +29,8 @@ class EngineProcess:
     """A running slot process; made by `open_child`.
 
     Attributes:
-        request_id: of the request that it runs, for the log; empty while it runs none. What the process prints goes
-            to the worker's log and nowhere else: it may be one principal's, and the next request another's.
+        request_id: the running request, for the log; empty while there is none. The output of the process goes only to
+            the worker's log: it may belong to one principal, and the next request to another.
     """
 
     def __init__(self, name: str, process: "subprocess.Popen[bytes]", stream: trio.SocketStream, output: int) -> None:
@@ -46,7 +46,7 @@ class EngineProcess:
         self._inbox = ipc.Inbox()
 
     async def send(self, said: ipc.IpcMessage) -> None:
-        """Say something; into the void where the process is gone, which `receive` tells.
+        """Send a message; lost if the process has ended, which `receive` reports.
 
         Cancellation: may leave half a message behind; kill the process then.
         """
@@ -57,7 +57,7 @@ class EngineProcess:
                 return
 
     async def receive(self) -> list[ipc.IpcMessage]:
-        """What it says next, one message or several; empty when it has closed its end."""
+        """The next message or messages; empty once the process has closed its end."""
         while True:
             try:
                 data = await self._stream.receive_some(_READ_BYTES)
@@ -65,16 +65,16 @@ class EngineProcess:
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return []
             except ipc.PipeError as fault:
-                log.error("%s: its process speaks nonsense: %s", self.name, fault)
+                log.error("%s: its process sent an invalid message: %s", self.name, fault)
                 return []
             if said or not data:
                 return said
 
     async def wait_exit(self) -> str:
-        """Wait for the end of a process that has closed its socket, and kill it where it lingers.
+        """Wait for the end of a process that has closed its socket, and kill it if it lingers.
 
         Returns:
-            how it ended, in a few words that any client may read.
+            a short description of how it ended, which any client may read.
         """
         with trio.move_on_after(EXIT_S):
             await self._wait()
@@ -85,7 +85,7 @@ class EngineProcess:
             await self._output_ended.wait()
         code = self._process.returncode
         if code is None:
-            how = "closed its pipe and does not end"
+            how = "closed its pipe but did not end"
         elif code < 0:
             how = f"was ended by {signal.Signals(-code).name}"
         else:
@@ -93,10 +93,10 @@ class EngineProcess:
         return f"the slot's process {how}"
 
     def kill(self) -> None:
-        """SIGKILL to the process and to what it started; harmless once it is gone."""
+        """Kill the process and its children; does nothing once it has ended."""
         if self._process.returncode is None:
             try:
-                os.killpg(self.pid, signal.SIGKILL)  # it leads a session of its own
+                os.killpg(self.pid, signal.SIGKILL)  # the process leads its own session
             except ProcessLookupError:
                 return
 
@@ -106,7 +106,7 @@ class EngineProcess:
             self._process.wait()
 
     async def read_output(self) -> None:
-        """Task of `open_child`: its stdout and stderr to the log."""
+        """Copy stdout and stderr to the log; a task of `open_child`."""
         rest = b""
         async for data in self._output:
             *lines, rest = (rest + data).split(b"\n")
@@ -117,20 +117,20 @@ class EngineProcess:
         self._output_ended.set()
 
     def _log_output(self, line: bytes) -> None:
-        # A progress bar overwrites its line with "\r"; what stays on a screen is the last of it.
+        # A progress bar overwrites its line with "\\r"; only the last version matters.
         text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace").strip()[:MAX_LINE_CHARS]
         if text:
             running = f", request {self.request_id[:8]}" if self.request_id else ""
             log.info("%s%s | %s", self.name, running, text)
 
     async def reap(self) -> None:
-        """Kill it and wait for its end. Cancellation: shielded, with a deadline."""
+        """Kill the process and wait for its end. Cancellation: shielded, with a deadline."""
         self.kill()
         with trio.move_on_after(KILL_S, shield=True):
             await self._wait()
 
     async def aclose(self) -> None:
-        """Close this end of everything."""
+        """Close the worker's ends of socket and pipes."""
         await trio.aclose_forcefully(self._stream)
         await trio.aclose_forcefully(self._output)
         os.close(self._pidfd)
@@ -138,10 +138,10 @@ class EngineProcess:
 
 @asynccontextmanager
 async def open_child(name: str) -> AsyncIterator[EngineProcess]:
-    """Start a slot's process; killed and reaped at the end of the block.
+    """Start a slot's process; it is killed and reaped at the end of the block.
 
-    Must run in a thread that lives as long as the worker: the parent-death signal follows the thread that forked. So
-    `trio.run_process`, which forks in a thread of a pool, would not do; starting here blocks for a few ms.
+    Must run in a thread that lives as long as the worker, because the parent-death signal follows the thread that
+    forked. `trio.run_process` forks in a pool thread, so it cannot be used; starting here blocks for a few ms.
 
     Args:
         name: for the log.

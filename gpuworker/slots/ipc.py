@@ -1,9 +1,9 @@
-"""What the worker and a slot's process say to each other: maps in msgpack, each behind its length in 4 bytes.
+"""The protocol between the worker and a slot's process: msgpack maps, each preceded by its length in 4 bytes.
 
 Worker to slot: `load` (engine, options), `run` (run, params, inputs), `cancel` (run). Slot to worker: `progress` of a
 long load, `ready` (capabilities), `load_failed` (message), then a run's chunks `format` `audio` `progress` `output`,
 and `end`.
-Private to one version of gpuworker: both ends are always the same installation.
+It is private to one version of gpuworker: both ends always come from the same installation.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk,
 from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import Value, parse_struct
 
-#: Holds all inputs of a request; more is a fault in gpuworker itself.
+#: Large enough for all inputs of a request; a longer message is a bug in gpuworker itself.
 MAX_BYTES = 256 * 1024 * 1024
 _HEAD_BYTES = 4
 
@@ -23,17 +23,17 @@ IpcMessage = dict[str, Any]
 
 
 class PipeError(Exception):
-    """What came is no message of this pipe."""
+    """The bytes received are not a valid message."""
 
 
 def pack(said: IpcMessage) -> bytes:
-    """One message as bytes."""
+    """Encode one message."""
     body: bytes = msgpack.packb(said)
     return len(body).to_bytes(_HEAD_BYTES, "big") + body
 
 
 class Inbox:
-    """Bytes as they come, to messages."""
+    """Collects received bytes into messages."""
 
     def __init__(self) -> None:
         self._held = bytearray()
@@ -42,7 +42,7 @@ class Inbox:
         """The messages that `data` completes.
 
         Raises:
-            PipeError: the length or the body is nonsense.
+            PipeError: the length or the body is not valid.
         """
         held = self._held
         held += data
@@ -51,7 +51,7 @@ class Inbox:
         while len(held) - at >= _HEAD_BYTES:
             size = int.from_bytes(held[at : at + _HEAD_BYTES], "big")
             if size > MAX_BYTES:
-                raise PipeError(f"a message of {size} bytes")
+                raise PipeError(f"received a message of {size} bytes")
             end = at + _HEAD_BYTES + size
             if len(held) < end:
                 break
@@ -66,7 +66,7 @@ class Inbox:
 
 
 def encode_chunk(chunk: Chunk) -> IpcMessage:
-    """A chunk as a message."""
+    """Encode a chunk as a message."""
     if isinstance(chunk, AudioChunk):
         return {"is": "audio", "pcm": chunk.pcm}
     if isinstance(chunk, ProgressChunk):
@@ -77,7 +77,7 @@ def encode_chunk(chunk: Chunk) -> IpcMessage:
 
 
 def decode_chunk(said: IpcMessage) -> Chunk | None:
-    """The chunk in a message; None where it is another message."""
+    """Decode the chunk in a message; None if it is another kind of message."""
     kind = said["is"]
     if kind == "audio":
         return AudioChunk(said["pcm"])
@@ -91,7 +91,7 @@ def decode_chunk(said: IpcMessage) -> Chunk | None:
 
 
 def encode_capabilities(capabilities: Capabilities) -> dict[str, Value]:
-    """Capabilities as a map."""
+    """Encode capabilities as a map."""
     return {
         "format": capabilities.format.to_map() if capabilities.format else None,
         "late_format": capabilities.late_format,
@@ -103,7 +103,7 @@ def encode_capabilities(capabilities: Capabilities) -> dict[str, Value]:
 
 
 def decode_capabilities(said: dict[str, Value]) -> Capabilities:
-    """Capabilities out of a map."""
+    """Decode capabilities from a map."""
     return Capabilities(
         format=parse_struct(AudioFormat, said["format"]) if said["format"] else None,
         late_format=said["late_format"],

@@ -1,4 +1,4 @@
-"""Slots: room for one running request each. `ProcessSlot` runs its engine in a process of its own."""
+"""`ProcessSlot` runs its engine in a process of its own."""
 
 import logging
 from collections.abc import Mapping
@@ -15,29 +15,29 @@ from gpuworker.slots.slot import Job, Run, Slot
 from protocol.link.backoff import Backoff
 from protocol.wire.errors import ErrorCode
 
-#: Between a slot's death and its next process, doubling; a crash loop must not eat the machine.
+#: Delay between a slot's death and its next process; it doubles, so that a crash loop does not eat the machine.
 RESTART_FIRST_S = 0.2
 RESTART_LONGEST_S = 60.0
-#: From one sign of life of a load to the next, or to its end: a model of some GB from a slow disk takes minutes.
-#: A download gives signs of life; a limit to all of it would kill one from a slow network again and again, as the
-#: hub's library begins anew each time.
+#: Longest silence of a load: a model of some GB takes minutes to read from a slow disk.
+#: Downloads give signs of life; a limit on the whole load would kill a slow one again and again, because the
+#: hub's library starts from the beginning each time.
 LOAD_TIMEOUT_S = 900.0
-#: From a cancel to the kill. Longer than any chunk takes to make: a killed slot loads its model again.
+#: Time from a cancel to the kill. Longer than any chunk takes to make, because a killed slot must reload its model.
 CANCEL_GRACE_S = 5.0
 
 log = logging.getLogger("gpuworker.slot")
 
 
 class ProcessSlot(Slot):
-    """A slot whose engine has a process of its own: a crash, a leak or a hang is contained, a hang can be killed.
+    """A slot whose engine has its own process: crashes and leaks are contained, and a hang can be killed.
 
     Args:
         index: from 0.
-        engine: its name in the catalog.
-        options: its options, as values.
-        loading: held while an engine loads, so that the models of several slots are not read at once.
-        load_timeout_s: after so long without a sign of life a load is killed, and tried again.
-        cancel_grace_s: from a cancel to the kill.
+        engine: the engine's name in the catalog.
+        options: the values of its options.
+        loading: held while an engine loads, so that slots do not read their models at the same time.
+        load_timeout_s: a load without a sign of life for this long is killed and tried again.
+        cancel_grace_s: seconds from a cancel to the kill.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ProcessSlot(Slot):
                         await self._live(child)
                     finally:
                         self._child = None
-                        # In this order: the relay must know that the slot is gone before it sees what ran in it fail.
+                        # In this order: the relay must know that the slot is gone before it sees its run fail.
                         self._set_ready(False)
                         if self._run is not None:
                             self._run.finish(RunResult.failed(ErrorCode.ENGINE_FAILED, self._died, retryable=True))
@@ -99,7 +99,7 @@ class ProcessSlot(Slot):
         elif deadline.cancelled_caught:
             fault = f"not loaded within {self._load_timeout_s:g} s; killed (--load-timeout gives it longer)"
         else:
-            fault = f"{await child.wait_exit()}; the worker's log has what it printed"
+            fault = f"{await child.wait_exit()}; see its output in the worker's log"
         log.error("%s: %s cannot be loaded: %s", self.name, self._engine, fault)
         self._set_ready(False, fault)
         return False
@@ -111,13 +111,13 @@ class ProcessSlot(Slot):
                 self._on_ipc_message(said)
         how = await child.wait_exit()
         log.warning("%s: %s", self.name, how)
-        self._died = f"{how}; a new one is started, and the worker's log has what it printed"
+        self._died = f"{how}; a new one is started; see its output in the worker's log"
 
     def _on_ipc_message(self, said: dict[str, Any]) -> None:
         run = self._run
         try:
             chunk = ipc.decode_chunk(said)
-        except ValueError as fault:  # a format that is none
+        except ValueError as fault:  # not a valid format
             if run is not None:
                 run.fail(fault)
             return

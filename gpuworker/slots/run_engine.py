@@ -1,4 +1,4 @@
-"""One run of an engine, from its params to its end; the same in a slot's process and in a slot's thread."""
+"""Runs one request on an engine; the same code serves a slot's process and a slot's thread."""
 
 import math
 import sys
@@ -25,15 +25,15 @@ from protocol.wire.errors import EncodeError, ErrorCode
 from protocol.wire.frames import MAX_TEXT_CHARS, PROGRESS_STATES
 from protocol.wire.validators import Value
 
-#: `details` go on the wire in a control message, with the message beside them.
+#: Limit for `details`, which share a control message with the message text.
 MAX_DETAILS = 32
-#: The longest envelope there is: what the wire takes in it, it takes in any. Its id is 32 digits long.
+#: The longest possible envelope: what fits with it fits with any. Its id has 32 digits.
 _ENVELOPE: dict[str, Value] = {"request_id": "f" * 32, "attempt": 1_000_000, "seq": 2**31}
 
 
 @attrs.frozen(kw_only=True)
 class RunResult:
-    """How a run ended. `code` to `retryable` are those of `failed`; `restart`: the engine must be started anew."""
+    """How a run ended. `code` to `retryable` are sent in `failed`; `restart`: the engine must be started again."""
 
     outcome: Literal["completed", "failed", "cancelled"]
     code: str = ""
@@ -50,7 +50,7 @@ class RunResult:
 
     @classmethod
     def from_error(cls, fault: BaseException) -> "RunResult":
-        """The failure that an exception of the engine stands for."""
+        """The failure that an engine's exception stands for."""
         if not isinstance(fault, EngineError):
             return cls.failed(ErrorCode.ENGINE_FAILED, f"{type(fault).__name__}: {error_text(fault)}")
         end = cls(
@@ -68,7 +68,7 @@ class RunResult:
         return end
 
     def without_details(self, refusal: Exception) -> "RunResult":
-        """This end where the wire refused it; only details that an engine made up can be what it refused."""
+        """This result without details, if the wire rejected it; only details made by an engine can be the cause."""
         message = wire_text(f"{self.message[:500]} (its details are left out: {refusal})")[:MAX_TEXT_CHARS]
         return attrs.evolve(self, message=message, details={})
 
@@ -80,17 +80,17 @@ def run_engine(
     cancelled: Callable[[], bool],
     emit: Callable[[Chunk], None],
 ) -> RunResult:
-    """Run one request to its end; never raises for what the engine does.
+    """Run one request to its end; never raises because of what the engine does.
 
-    The first chunk emitted is always a `FormatChunk`. `cancelled` is looked at before and after each chunk is made,
+    The first chunk emitted is always a `FormatChunk`. `cancelled` is checked before and after each chunk is made,
     and before each report, so that nothing is emitted once it is true.
 
     Args:
-        engine: loaded, and idle.
-        params: of the request, checked.
-        inputs: by name, whole.
-        cancelled: whether to stop; any thread may make it true.
-        emit: takes each chunk; may block.
+        engine: a loaded, idle engine.
+        params: the checked params of the request.
+        inputs: the complete inputs, by name.
+        cancelled: returns whether to stop; any thread may make it true.
+        emit: receives each chunk; it may block.
     """
     engine.cancelled = cancelled
     outlet = _Output(cancelled, emit)
@@ -105,18 +105,18 @@ def run_engine(
         finally:
             if (close := getattr(chunks, "close", None)) is not None:
                 close()
-    except (Exception, SystemExit) as fault:  # noqa: BLE001 - the one broad catch a request: engines raise anything
+    except (Exception, SystemExit) as fault:  # noqa: BLE001 - the one broad catch for a request: engines raise anything
         if not isinstance(fault, EngineError):
             traceback.print_exc(file=sys.stderr)
         if cancelled() and not (isinstance(fault, EngineError) and fault.restart):
             return RunResult(outcome="cancelled")
         return RunResult.from_error(fault)
     finally:
-        engine.report = Engine.report  # what is reported between two runs belongs to neither
+        engine.report = Engine.report  # a report between two runs belongs to neither
 
 
 class _Output:
-    """Where the chunks of a run go out: its format first, and each as the wire takes it."""
+    """Emits the chunks of a run: its format first, and each in a form that the wire accepts."""
 
     def __init__(self, cancelled: Callable[[], bool], emit: Callable[[Chunk], None]) -> None:
         self.told: FormatChunk | None = None
@@ -124,14 +124,14 @@ class _Output:
         self._emit = emit
 
     def put(self, chunk: Chunk) -> None:
-        """What the engine yielded.
+        """Emit what the engine yielded.
 
         Raises:
-            EngineError: the wire cannot take it, or it is the second format.
+            EngineError: it cannot be sent, or it is a second format.
         """
         if isinstance(chunk, FormatChunk):
             if self.told is not None:
-                raise EngineError("the engine told its format twice, or too late")
+                raise EngineError("the engine yielded its format twice, or too late")
             self.told = chunk
         elif self.told is None:
             self.told = FormatChunk(None)
@@ -140,13 +140,13 @@ class _Output:
             self._emit(fit)
 
     def report(self, progress: ProgressChunk) -> None:
-        """`Engine.report` of this run.
+        """Emit a progress report; the run's `Engine.report`.
 
         Raises:
-            EngineError: it is no `ProgressChunk`.
+            EngineError: it is not a `ProgressChunk`.
         """
         if not isinstance(progress, ProgressChunk):
-            raise EngineError(f"the engine reported {type(progress).__name__}, which is no ProgressChunk")
+            raise EngineError(f"the engine reported {type(progress).__name__}, which is not a ProgressChunk")
         if self.told is not None and not self._cancelled():
             self.put(progress)
 
@@ -167,16 +167,18 @@ def _drain(chunks: Iterator[Chunk], outlet: _Output, cancelled: Callable[[], boo
 
 
 def _validate_chunk(chunk: Chunk, told: FormatChunk) -> Chunk | None:
-    """`chunk` as the wire takes it; None where there is nothing in it.
+    """The chunk in a form that the wire accepts; None if it is empty.
 
     Raises:
-        EngineError: the wire cannot take it.
+        EngineError: it cannot be sent.
     """
     if isinstance(chunk, AudioChunk):
         if told.format is None:
-            raise EngineError("the engine made audio without telling its format")
+            raise EngineError("the engine made audio before yielding its format")
         if len(chunk.pcm) % told.format.sample_bytes:
-            raise EngineError(f"the engine made {len(chunk.pcm)} bytes of audio, which is no whole number of samples")
+            raise EngineError(
+                f"the engine made {len(chunk.pcm)} bytes of audio, which is not a whole number of samples"
+            )
         return chunk if chunk.pcm else None
     if isinstance(chunk, ProgressChunk):
         fraction = 0.0 if math.isnan(chunk.fraction) else min(1.0, max(0.0, float(chunk.fraction)))
@@ -186,7 +188,7 @@ def _validate_chunk(chunk: Chunk, told: FormatChunk) -> Chunk | None:
         try:
             codec.pack({"type": "output", **_ENVELOPE, "data": chunk.data})
         except EncodeError as fault:
-            raise EngineError(f"the wire cannot carry this {type(chunk.data).__name__}: {fault}") from None
+            raise EngineError(f"this {type(chunk.data).__name__} cannot be sent: {fault}") from None
     elif not isinstance(chunk, FormatChunk):
-        raise EngineError(f"the engine yielded {type(chunk).__name__}, which is no chunk")
+        raise EngineError(f"the engine yielded {type(chunk).__name__}, which is not a chunk")
     return chunk

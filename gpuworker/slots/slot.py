@@ -1,4 +1,4 @@
-"""A slot: room for one running request, whatever runs its engine."""
+"""The base class of slots: each has room for one running request, whatever runs its engine."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -17,11 +17,11 @@ log = logging.getLogger("gpuworker.slot")
 
 @attrs.frozen
 class Job:
-    """What a slot runs."""
+    """A request for a slot to run."""
 
     params: dict[str, Value]
     inputs: Mapping[str, EngineInput] = attrs.field(factory=dict)
-    #: For the log.
+    #: The request's id, for the log.
     request_id: str = ""
 
 
@@ -36,23 +36,23 @@ class Run:
         self.cancel_asked = trio.Event()
 
     def emit(self, chunk: Chunk) -> None:
-        """Hand a chunk on. Never raises: what takes it and breaks stops this run, not the slot it came out of."""
+        """Pass a chunk on. Never raises: an error in the receiver stops this run, but not the slot."""
         if self._fault is None:
             try:
                 self._emit(chunk)
             except Exception as fault:
-                log.exception("what the engine made cannot be taken")
+                log.exception("the engine's output cannot be processed")
                 self.fail(fault)
 
     def fail(self, fault: Exception) -> None:
-        """Stop it; it then ends as failed."""
+        """Stop the run, and let it end as failed."""
         self._fault = RunResult.failed(
-            ErrorCode.ENGINE_FAILED, f"what the engine made cannot be taken: {error_text(fault)}"
+            ErrorCode.ENGINE_FAILED, f"the engine's output cannot be processed: {error_text(fault)}"
         )
         self.cancel_asked.set()
 
     def finish(self, end: RunResult) -> None:
-        """It ended; the first call counts. Whatever ends a run that was asked to stop, it was cancelled."""
+        """End the run; only the first call counts. A run that was asked to stop always ends as cancelled."""
         if self.end is None:
             if self._fault is not None:
                 end = attrs.evolve(self._fault, restart=end.restart)
@@ -69,8 +69,8 @@ class Slot(ABC):
         index: from 0, among the worker's slots.
         ready: its engine is loaded and alive.
         busy: a job runs in it.
-        capabilities: of its engine, None until that was loaded once.
-        load_fault: why its engine could not be loaded last time; empty when it could.
+        capabilities: those of its engine, None until it has been loaded once.
+        load_fault: why the last load failed; empty if it succeeded.
         on_change: called, in the Trio thread, after each change of `ready`, `busy` or `load_fault`.
     """
 
@@ -84,7 +84,7 @@ class Slot(ABC):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The slot's name in the log."""
         return f"slot {self.index}"
 
     @property
@@ -94,7 +94,7 @@ class Slot(ABC):
 
     @property
     def stopping(self) -> Run | None:
-        """The run in it that was told to stop and has not left yet."""
+        """The run that was asked to stop and has not ended yet."""
         return self._run if self._run is not None and self._run.cancel_asked.is_set() else None
 
     @property
@@ -107,14 +107,14 @@ class Slot(ABC):
         """Load the engine and keep it alive, with a new one after each death; never returns."""
 
     async def run(self, job: Job, emit: Callable[[Chunk], None]) -> RunResult:
-        """Run a job to its end. Only while `free`.
+        """Run a job to its end. Call it only while the slot is `free`.
 
         Args:
-            job: its params checked, its inputs whole.
+            job: its params are checked, its inputs complete.
             emit: called in the Trio thread with each chunk, a `FormatChunk` first. It never waits, so the engine
-                never waits for a slow reader; what bounds the chunks is whoever keeps them, by calling `cancel`.
+                never waits for a slow reader; whoever stores the chunks limits them by calling `cancel`.
 
-        Cancellation: the engine is stopped, by force where there is force; the slot then starts anew.
+        Cancellation: the engine is stopped, by force if possible; the slot then starts again.
         """
         assert self.free
         self._run = run = Run(emit)
@@ -134,13 +134,13 @@ class Slot(ABC):
         return run.end
 
     def cancel(self) -> None:
-        """Ask the run at hand to stop before its next chunk; `run` then returns within the grace."""
+        """Ask the current run to stop before its next chunk; `run` then returns within the grace."""
         if self._run is not None:
             self._run.cancel_asked.set()
 
     @abstractmethod
     async def _start(self, job: Job, run: Run) -> None:
-        """Hand the job to the engine."""
+        """Give the job to the engine."""
 
     @abstractmethod
     async def _stop_when_asked(self, run: Run) -> None:
@@ -148,7 +148,7 @@ class Slot(ABC):
 
     @abstractmethod
     def _force(self, run: Run) -> None:
-        """End the run at once, whatever it takes."""
+        """End the run immediately, by any means."""
 
     def _set_ready(self, ready: bool, load_fault: str = "") -> None:
         if (ready, load_fault) != (self.ready, self.load_fault):

@@ -1,4 +1,4 @@
-"""A slot whose engine runs in a thread of this process: for `gpuworker.embed`, and for load tests without isolation."""
+"""A slot whose engine runs in a thread of this process, for `gpuworker.embed` and load tests."""
 
 import logging
 import queue
@@ -27,15 +27,15 @@ class _ThreadJob:
 
 
 class ThreadSlot(Slot):
-    """A slot in a thread. Nothing is contained: a crash takes the program along, and a hang cannot be killed.
+    """A slot in a thread. It contains nothing: a crash ends the whole program, and a hang cannot be killed.
 
-    A run that does not stop within the grace is given up: its request ends as cancelled, what it still makes
-    is thrown away, and the slot is out of service until the thread comes back.
+    A run that does not stop within the grace is abandoned: its request ends as cancelled, its further output is thrown
+    away, and the slot is out of service until the thread returns.
 
     Args:
         index: from 0.
-        make_engine: called in the slot's thread, for each life of it.
-        cancel_grace_s: from a cancel to giving the run up.
+        make_engine: called in the slot's thread, each time the engine starts.
+        cancel_grace_s: seconds from a cancel until the run is abandoned.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class ThreadSlot(Slot):
             self._orders = queue.SimpleQueue()
             token = trio.lowlevel.current_trio_token()
             began = trio.current_time()
-            # A daemon: the program's end must not wait for a run. Trio's own threads are shared, and an engine
-            # may want all its calls in one.
+            # A daemon thread: the program's exit must not wait for a run. Trio's own threads are shared, and an engine
+            # may want all its calls in one thread.
             threading.Thread(
                 target=self._live, args=(token, self._orders, ended), name=f"gpuworker-{self.index}", daemon=True
             ).start()
@@ -102,7 +102,7 @@ class ThreadSlot(Slot):
                 engine.close()
             call_in_trio(ended.set)
         except trio.RunFinishedError:
-            return  # the worker is gone; nothing is left to call
+            return  # the worker has ended; there is nobody left to notify
 
     # -- in Trio
 
@@ -132,7 +132,7 @@ class ThreadSlot(Slot):
         if self._order is not None:
             self._order.stop.set()
         await trio.sleep(self._cancel_grace_s)
-        log.warning("%s: did not stop within %g s of a cancel; given up", self.name, self._cancel_grace_s)
+        log.warning("%s: did not stop within %g s of a cancel; abandoned", self.name, self._cancel_grace_s)
         self._set_ready(False)  # until `_run_ended`
         run.finish(RunResult(outcome="cancelled"))
 

@@ -122,7 +122,7 @@ def test_wrong_arguments_are_raised_at_once() -> None:
     async def waits() -> None:
         pass
 
-    with pytest.raises(ValueError, match="no space name"):
+    with pytest.raises(ValueError, match="is not a valid space name"):
         serve(speak, url="ws://127.0.0.1:1", space="no/space")
     with pytest.raises(ValueError, match="ws://"):
         serve(speak, url="http://127.0.0.1:1", space="tts")

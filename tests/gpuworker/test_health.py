@@ -73,7 +73,7 @@ async def test_a_run_that_stands_long_after_it_was_to_be_ended_by_force_is_told(
         await trio.sleep(GRACE_S + STUCK_S - 1)
         assert await service.check_slots() == ""
         await trio.sleep(2)
-        assert await service.check_slots() == "slot 0 told to stop more than 35 s ago, and still running"
+        assert await service.check_slots() == "slot 0 asked to stop more than 35 s ago, and still running"
         nursery.cancel_scope.cancel()
 
 

@@ -1,6 +1,6 @@
-"""Engine `espeak`: real speech from libespeak-ng, without weights or a GPU. GPL-3.0, therefore an optional extra.
+"""Engine `espeak`: real speech from libespeak-ng, without weights or a GPU. An optional extra, as it is GPL-3.0.
 
-Not reproducible: what it makes of a text depends a little on what its process spoke before (8.24 s, then 8.25 s).
+It is not reproducible: its output depends a little on what the process spoke before (8.24 s, then 8.25 s).
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ from protocol.wire.validators import Value
 AUTO = "auto"
 #: English at the default rate: 20 minutes, 54 MB of PCM, just under the relay's `max_result_bytes`.
 MAX_TEXT_CHARS = 20_000
-#: Code points spoken with the Chinese voice: ideographs, their punctuation and the full-width forms.
+#: Code points spoken with the Chinese voice: ideographs, their punctuation, and full-width forms.
 _HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 _HAN_PUNCTUATION = ((0x3000, 0x303F), (0xFF00, 0xFFEF))
 
@@ -37,10 +37,10 @@ def _within(char: str, ranges: tuple[tuple[int, int], ...]) -> bool:
 
 
 def script_runs(text: str, chinese_voice: str, other_voice: str) -> list[tuple[str, str]]:
-    """`text` cut where its script changes, as (voice, text).
+    """Split `text` where its script changes, into pairs of voice and text.
 
-    A run begins at an ideograph or at a letter of another script; digits, signs and spaces stay with what is
-    before them, at the start of the text with what follows.
+    A run begins at an ideograph or at a letter of another script. Digits, signs and spaces belong to the run before
+    them, and at the start of the text to the run after them.
     """
     runs: list[tuple[str, str]] = []
     begin, voice = 0, ""
@@ -60,12 +60,12 @@ def script_runs(text: str, chinese_voice: str, other_voice: str) -> list[tuple[s
 
 
 class EspeakEngine(Engine):
-    """Speech by libespeak-ng, streamed from its callback."""
+    """Speaks with libespeak-ng and streams the audio from its callback."""
 
     SUMMARY: ClassVar[str] = "real speech by libespeak-ng in 140 languages; no weights, no GPU"
     OPTIONS: ClassVar[Mapping[str, Option]] = {
-        "chinese_voice": Option(default="cmn", help="speaks Chinese characters where a request names no voice"),
-        "voice": Option(default="en-us", help="speaks everything else where a request names no voice"),
+        "chinese_voice": Option(default="cmn", help="voice for Chinese characters if a request names none"),
+        "voice": Option(default="en-us", help="voice for everything else if a request names none"),
     }
 
     def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
@@ -74,22 +74,24 @@ class EspeakEngine(Engine):
 
     @classmethod
     def missing(cls) -> list[Missing]:
-        """The wheel that carries the library."""
+        """The wheel that contains the library."""
         if importlib.util.find_spec("espeakng_loader"):
             return []
         return [Missing("the espeakng-loader package (libespeak-ng)", install_command("espeak"))]
 
     @property
     def capabilities(self) -> Capabilities:
-        """Audio at the library's 22,050 Hz; its voices as an enum of the param `voice`."""
+        """Audio at the library's 22,050 Hz; its voices are the enum of param `voice`."""
         return self._capabilities
 
     def load(self) -> None:
-        """Load the library, read its voices, and speak a word in both of the voices it will need."""
+        """Load the library, read its voices, and speak a word in both default voices."""
         library = libespeak()
         for name in ("chinese_voice", "voice"):
             if self.options[name] not in library.voices:
-                raise OptionError(f"-o {name}={self.options[name]}: is no voice; there are {', '.join(library.voices)}")
+                raise OptionError(
+                    f"-o {name}={self.options[name]} is not a voice; choose one of {', '.join(library.voices)}"
+                )
         self._capabilities = Capabilities(
             format=AudioFormat(sample_rate=library.sample_rate), params=_params([AUTO, *library.voices])
         )
@@ -97,11 +99,11 @@ class EspeakEngine(Engine):
             pass
 
     def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
-        """Speech in 100 ms chunks, from the library's callback."""
+        """Yield the speech in chunks of 100 ms."""
         del inputs
         text, voice = params["text"], params.get("voice", AUTO)
         if not text.strip():
-            raise InvalidParams({"text": "holds nothing to speak"})
+            raise InvalidParams({"text": "contains nothing to speak"})
         if voice == AUTO:
             runs = script_runs(text, str(self.options["chinese_voice"]), str(self.options["voice"]))
         else:

@@ -1,7 +1,7 @@
-"""libespeak-ng through ctypes: one synthesis at a time, streamed by its callback.
+"""Calls libespeak-ng through ctypes: one synthesis at a time, streamed by its callback.
 
-The library is a process-wide singleton, so this is one too (`libespeak`). Measured with 1.52.0: it makes about 1,000
-seconds of audio a second, the first of it within 1 ms once warm (110 ms for the first text of a process).
+The library is a singleton in the process, so this is one too (`libespeak`). Version 1.52.0 was measured to make about
+1,000 seconds of audio a second, the first within 1 ms once warm (110 ms for the first text of a process).
 """
 
 import ctypes
@@ -15,11 +15,11 @@ from functools import cache
 from gpuworker.engines.base import EngineError
 from protocol.install_hint import install_command
 
-#: Audio in one chunk, ms: half of what a listener notices as a delay, and ten frames a second on the wire.
+#: Audio in one chunk, ms: half of what a listener notices as a delay, giving ten frames a second on the wire.
 CHUNK_MS = 100
-#: Chunks made ahead of the reader; the library then waits in its callback.
+#: Chunks that the library may be ahead of the reader; then it waits in its callback.
 AHEAD_CHUNKS = 16
-#: The library keeps its data path in 160 bytes (N_PATH_HOME) and cuts a longer one.
+#: The library stores its data path in 160 bytes (N_PATH_HOME) and truncates a longer one.
 MAX_DATA_PATH_BYTES = 140
 
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
@@ -33,7 +33,7 @@ _GO_ON, _ABORT = 0, 1
 class _Voice(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char_p),
-        ("languages", ctypes.c_void_p),  # a priority byte, then the name of the first language, then more of these
+        ("languages", ctypes.c_void_p),  # a priority byte, the name of the first language, then more pairs
         ("identifier", ctypes.c_char_p),
         ("gender", ctypes.c_ubyte),
         ("age", ctypes.c_ubyte),
@@ -52,7 +52,7 @@ class LibEspeak:
 
     Attributes:
         sample_rate: Hz.
-        voices: names that `speak` takes, sorted.
+        voices: the names that `speak` accepts, sorted.
     """
 
     def __init__(self, library_path: str, data_path: str) -> None:
@@ -62,7 +62,7 @@ class LibEspeak:
             raise EngineError(f"libespeak-ng cannot be loaded: {fault}") from fault
         number = ctypes.c_uint
         self._lib.espeak_Synth.argtypes = [
-            *(ctypes.c_char_p, ctypes.c_size_t, number, ctypes.c_int),  # text, size, position and its kind
+            *(ctypes.c_char_p, ctypes.c_size_t, number, ctypes.c_int),  # text, size, position and its type
             *(number, number, ctypes.c_void_p, ctypes.c_void_p),  # end, flags, identifier, user data
         ]
         self._lib.espeak_ListVoices.argtypes = [ctypes.c_void_p]
@@ -77,7 +77,7 @@ class LibEspeak:
         self._sink: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(0)
         self._stop = threading.Event()
-        self._callback = _CALLBACK(self._on_audio)  # kept: ctypes does not
+        self._callback = _CALLBACK(self._on_audio)  # keep a reference, as ctypes does not
         self._lib.espeak_SetSynthCallback(self._callback)
 
     def _list_voices(self) -> list[str]:
@@ -86,7 +86,7 @@ class LibEspeak:
         place = 0
         while found[place]:
             voice = found[place].contents
-            if not voice.identifier.startswith(b"mb/"):  # these need mbrola, which is not here
+            if not voice.identifier.startswith(b"mb/"):  # these need mbrola, which is not included
                 names.add(ctypes.string_at(voice.languages + 1).decode())
             place += 1
         return sorted(names)
@@ -94,18 +94,18 @@ class LibEspeak:
     def speak(
         self, runs: list[tuple[str, str]], *, rate_wpm: int, pitch: int, volume: int
     ) -> Generator[bytes, None, None]:
-        """Speech of (voice, text) runs one after another, chunk by chunk while it is made.
+        """Speak (voice, text) runs one after another, yielding each chunk as it is made.
 
         Closing the generator aborts the synthesis from inside its callback. A second caller waits for the first.
 
         Args:
-            runs: voices out of `voices`, texts of any length.
+            runs: voices from `voices`, with texts of any length.
             rate_wpm: words a minute, 80..450.
             pitch: 0..100.
-            volume: 0..200; 100 is the library's own.
+            volume: 0..200; 100 is the library's default.
 
         Raises:
-            EngineError: the library refused a voice or a text.
+            EngineError: the library rejected a voice or a text.
         """
         with self._lock:
             self._sink = queue.SimpleQueue()
@@ -121,7 +121,7 @@ class LibEspeak:
                 finally:
                     self._sink.put(None)
 
-            # The library calls back from inside the synthesis, so that must run beside its reader.
+            # The library calls back during synthesis, so synthesis must run beside its reader.
             thread = threading.Thread(target=work, name="espeak", daemon=True)
             thread.start()
             try:
@@ -130,7 +130,7 @@ class LibEspeak:
                     yield pcm
             finally:
                 self._stop.set()
-                self._room.release()  # wakes a callback that waits for room; it sees the stop
+                self._room.release()  # wakes a callback that waits for room, so that it sees the stop
                 thread.join()
             if faults:
                 raise faults[0]
@@ -140,16 +140,16 @@ class LibEspeak:
             if self._stop.is_set():
                 return
             if self._lib.espeak_SetVoiceByName(voice.encode()):
-                raise EngineError(f"libespeak-ng refused the voice {voice!r}")
+                raise EngineError(f"libespeak-ng rejected the voice {voice!r}")
             for parameter, value in ((_RATE, rate_wpm), (_PITCH, pitch), (_VOLUME, volume)):
                 self._lib.espeak_SetParameter(parameter, value, 0)
             data = text.replace("\0", " ").encode()
             flags = _CHARS_UTF8 | (_END_PAUSE if number == len(runs) - 1 else 0)
             if result := self._lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, flags, None, None):
-                raise EngineError(f"libespeak-ng refused the text (error {result})")
+                raise EngineError(f"libespeak-ng rejected the text (error {result})")
 
     def _on_audio(self, samples: int | None, count: int, _events: int | None) -> int:
-        # Nothing may be raised here: ctypes would print it and go on.
+        # Nothing may be raised here: ctypes would print it and carry on.
         if self._stop.is_set():
             return _ABORT
         if samples and count > 0:
@@ -161,7 +161,7 @@ class LibEspeak:
 
 
 def _short(data_path: str) -> str:
-    """A name for the directory that the library will not cut; data is read while it speaks, so it must stay."""
+    """A path to the directory that is short enough; it must stay, because the library reads data while it speaks."""
     if len(data_path.encode()) <= MAX_DATA_PATH_BYTES:
         return data_path
     return f"/proc/self/fd/{os.open(data_path, os.O_PATH | os.O_DIRECTORY)}"
@@ -169,7 +169,7 @@ def _short(data_path: str) -> str:
 
 @cache
 def libespeak() -> LibEspeak:
-    """The library of the `espeakng-loader` wheel, loaded once for the process.
+    """The library from the `espeakng-loader` wheel, loaded once in the process.
 
     Raises:
         EngineError: it is not installed or does not work here.

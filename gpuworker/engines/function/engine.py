@@ -1,22 +1,22 @@
 """Engine `function`: any Python callable as an engine, `-o call=module:callable`.
 
-What it returns, or each item of what it yields, becomes output:
+What it returns, or each item that it yields, becomes output:
 
 | value | becomes |
 | --- | --- |
 | (sample_rate, array), as Gradio has it | audio at that rate |
 | numpy array or torch tensor: float -1..1, int16 or int32; mono, (n, 2) or (2, n) | audio at option `sample_rate` |
-| bytes | audio where option `sample_rate` is given (16-bit, little-endian), else binary output |
+| bytes | audio if option `sample_rate` is given (16-bit, little-endian), else binary output |
 | str, dict, list, number, bool | output |
 | a chunk of `gpuworker.engines.base` | itself |
 | None | nothing |
 
 Its parameters become the params: the JSON Schema is derived from annotations and defaults. A parameter
-annotated `bytes` or `EngineInput` is an uploaded input of its name; one called `cancelled` gets a callable that
-tells whether to stop. A class is made once, at load, and its instance called: the place for a model.
+annotated `bytes` or `EngineInput` is an uploaded input of that name; one called `cancelled` gets a callable that
+returns whether to stop. A class is instantiated once, at load, and the instance is called: the place for a model.
 
-The relay ends a request that shows nothing for its space's `idle_timeout_s` (30). A function that thinks longer than
-that yields a `ProgressChunk` now and then; for one that cannot, raise the space's limit.
+The relay ends a request that is silent for its space's `idle_timeout_s` (30). A function that takes longer should
+yield a `ProgressChunk` now and then; if it cannot, raise the limit of the space.
 """
 
 import importlib
@@ -45,19 +45,19 @@ from protocol.wire.validators import Value
 
 
 class FunctionEngine(Engine):
-    """Calls one Python callable; see the module.
+    """Calls one Python callable; see the module's docstring.
 
     Args:
-        options: as `OPTIONS`.
-        call: the callable itself, in place of the option `call`.
-        params: JSON Schema of its params, in place of the one read from its signature.
+        options: values for `OPTIONS`.
+        call: the callable itself, instead of option `call`.
+        params: JSON Schema of its params, instead of the one derived from its signature.
     """
 
     SUMMARY: ClassVar[str] = "any Python callable, plain or generator: -o call=module:callable"
     OPTIONS: ClassVar[Mapping[str, Option]] = {
-        "call": Option(required=True, help="module:callable; the working directory is searched too"),
-        "sample_rate": Option(kind=int, help="Hz of the audio it makes; bytes are then audio"),
-        "channels": Option(kind=int, default=1, help="1 or 2, with sample_rate"),
+        "call": Option(required=True, help="module:callable; also searched in the working directory"),
+        "sample_rate": Option(kind=int, help="sample rate of its audio, Hz; bytes are then audio"),
+        "channels": Option(kind=int, default=1, help="channels of its audio, 1 or 2; needs sample_rate"),
         "reproducible": Option(kind=bool, default=False, help="the same params always make the same output"),
     }
 
@@ -82,7 +82,7 @@ class FunctionEngine(Engine):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Its parameters as params and inputs; the format is known ahead only with option `sample_rate`."""
+        """Its parameters as params and inputs; the format is known in advance only with option `sample_rate`."""
         assert self._signature is not None
         return Capabilities(
             format=self._format,
@@ -94,10 +94,10 @@ class FunctionEngine(Engine):
         )
 
     def load(self) -> None:
-        """Import the callable; make the instance where it is a class.
+        """Import the callable; if it is a class, make the instance.
 
         Raises:
-            EngineError: it cannot be found, made or served.
+            EngineError: it cannot be imported, instantiated or served.
         """
         found = self._call if self._call is not None else _find(str(self.options["call"]))
         if isinstance(found, type):
@@ -108,7 +108,7 @@ class FunctionEngine(Engine):
         self._signature = read_signature(found)
 
     def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
-        """Call it, and turn what comes back into chunks."""
+        """Call it, and convert its results to chunks."""
         assert self._call is not None
         assert self._signature is not None
         results = Results(self._format)
@@ -131,7 +131,7 @@ def _find(path: str) -> Any:
     module_name, colon, name = path.partition(":")
     if not colon or not name or not module_name:
         raise EngineError(f"-o call={path}: write it as module:callable")
-    # A console script does not search the directory it is started in; `python -m` does.
+    # A console script does not search the directory it is started in, unlike `python -m`.
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)

@@ -1,4 +1,4 @@
-"""What a served function returns, as chunks. numpy is imported only when an array comes back."""
+"""Converts what a served function returns to chunks. numpy is imported only when an array is returned."""
 
 import importlib
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from protocol.wire.structs import AudioFormat
 
 
 class Results:
-    """Turns the values of one run into chunks.
+    """Converts the values of one run to chunks.
 
     Args:
-        format: of its audio where it is known ahead; then no `FormatChunk` is made.
+        format: of its audio if it is known in advance; then no `FormatChunk` is made.
 
     Attributes:
-        told_format: the format is settled, ahead or by a chunk.
+        told_format: the format is settled, in advance or by a chunk.
     """
 
     def __init__(self, format: AudioFormat | None) -> None:  # noqa: A002 - the wire's word
@@ -25,10 +25,10 @@ class Results:
         self.told_format = self._ahead
 
     def chunks(self, value: Any) -> Iterator[Chunk]:
-        """Chunks of one value.
+        """The chunks of one value.
 
         Raises:
-            EngineError: it is no output, or audio whose format is not known or not that of the audio before it.
+            EngineError: it cannot be output, or it is audio whose format is unknown or differs from earlier audio.
         """
         if value is None:
             return
@@ -60,7 +60,7 @@ class Results:
     def _array(self, array: Any, sample_rate: int | None) -> Iterator[Chunk]:
         if sample_rate is None and self._format is None:
             raise EngineError(
-                "an array came back without its rate: return (sample_rate, array), or give -o sample_rate=…"
+                "the function returned an array without its rate: return (sample_rate, array), or give -o sample_rate=…"
             )
         pcm, channels = array_pcm(array)
         try:
@@ -74,7 +74,7 @@ class Results:
         yield from self._after_format(format_, AudioChunk(pcm))
 
     def _audio(self, pcm: bytes) -> Iterator[Chunk]:
-        """Bytes of audio; part of a sample waits for the rest of it."""
+        """Yield bytes of audio; an incomplete sample waits for the rest."""
         assert self._format is not None
         pcm = self._rest + pcm
         whole = len(pcm) - len(pcm) % self._format.sample_bytes
@@ -93,17 +93,17 @@ def _is_array(value: Any) -> bool:
 
 
 def array_pcm(array: Any) -> tuple[bytes, int]:
-    """An array of samples as (pcm, channels).
+    """Convert an array of samples to (pcm, channels).
 
     Args:
         array: numpy array or torch tensor; float -1..1 (more is clipped), int16 or int32; shape (n,), (n, 1), (n, 2),
             (1, n) or (2, n).
 
     Raises:
-        EngineError: another dtype or shape, or it holds NaN.
+        EngineError: it has another dtype or shape, or contains NaN.
     """
     numpy = importlib.import_module("numpy")
-    if hasattr(array, "detach"):  # torch, maybe on the GPU, maybe bfloat16, which numpy has not
+    if hasattr(array, "detach"):  # torch, perhaps on the GPU, perhaps bfloat16, which numpy lacks
         array = array.detach().cpu()
         array = array.float() if array.is_floating_point() else array
     samples = numpy.asarray(array)
@@ -112,13 +112,13 @@ def array_pcm(array: Any) -> tuple[bytes, int]:
     if samples.ndim == 1:
         samples = samples[:, None]
     if samples.ndim != 2 or samples.shape[1] not in (1, 2):
-        raise EngineError(f"an array of shape {samples.shape} is no audio; return (n,), (n, 2) or (2, n)")
+        raise EngineError(f"an array of shape {samples.shape} is not audio; return (n,), (n, 2) or (2, n)")
     if samples.dtype.kind == "f":
         if numpy.isnan(samples).any():
-            raise EngineError("the audio array holds NaN")
+            raise EngineError("the audio array contains NaN")
         samples = numpy.round(numpy.clip(samples, -1.0, 1.0) * 32767.0)
     elif samples.dtype == numpy.int32:
         samples = samples >> 16
     elif samples.dtype != numpy.int16:
-        raise EngineError(f"an array of {samples.dtype} is no audio; return float, int16 or int32")
+        raise EngineError(f"an array of {samples.dtype} is not audio; return float, int16 or int32")
     return samples.astype("<i2").tobytes(), samples.shape[1]

@@ -1,4 +1,4 @@
-"""A callable's parameters as a JSON Schema, its inputs, and the arguments to call it with."""
+"""Reads a callable's signature: the JSON Schema of its params, its inputs, and the arguments for a call."""
 
 import inspect
 import types
@@ -13,7 +13,7 @@ from protocol.wire.messages import NAME_PATTERN
 from protocol.wire.structs import InputRule
 from protocol.wire.validators import Value
 
-#: The parameter that gets a callable telling whether to stop.
+#: The parameter that receives a callable which returns whether to stop.
 CANCELLED = "cancelled"
 
 _JSON_TYPES: dict[Any, str] = {
@@ -29,13 +29,13 @@ _JSON_TYPES: dict[Any, str] = {
 
 @attrs.frozen(kw_only=True)
 class Signature:
-    """What a callable takes.
+    """What a callable accepts.
 
     Args:
         params: JSON Schema of its parameters.
-        inputs: those that are uploaded.
-        whole_inputs: those of them that want an `EngineInput`, not its bytes.
-        wants_cancelled: it has a parameter `cancelled`.
+        inputs: the parameters that are uploaded.
+        whole_inputs: inputs that are passed as an `EngineInput`, not as bytes.
+        wants_cancelled: whether it has a parameter `cancelled`.
     """
 
     params: dict[str, Value]
@@ -46,7 +46,7 @@ class Signature:
     def arguments(
         self, params: dict[str, Value], inputs: Mapping[str, EngineInput], cancelled: Callable[[], bool]
     ) -> dict[str, Any]:
-        """Keyword arguments of one call."""
+        """The keyword arguments for one call."""
         arguments: dict[str, Any] = dict(params)
         for name, given in inputs.items():
             if name in self.inputs:
@@ -57,10 +57,10 @@ class Signature:
 
 
 def read_signature(call: Callable[..., Any]) -> Signature:
-    """What `call` takes.
+    """Read the signature of `call`.
 
     Raises:
-        EngineError: it is async, has parameters that cannot be passed by name, or hides its signature.
+        EngineError: it is async, has parameters that cannot be passed by name, or has no readable signature.
     """
     target = call if inspect.isroutine(call) else type(call).__call__
     if inspect.iscoroutinefunction(target) or inspect.isasyncgenfunction(target):
@@ -68,10 +68,10 @@ def read_signature(call: Callable[..., Any]) -> Signature:
     try:
         parameters = inspect.signature(call).parameters
     except (TypeError, ValueError) as fault:
-        raise EngineError(f"{_name(call)} does not tell its parameters ({fault}); wrap it in a function") from fault
+        raise EngineError(f"{_name(call)} has no readable signature ({fault}); wrap it in a function") from fault
     try:
         hints = typing.get_type_hints(target)
-    except Exception:  # noqa: BLE001 - an annotation may be any expression; without it the parameter takes anything
+    except Exception:  # noqa: BLE001 - an annotation may be any expression; without one the parameter accepts anything
         hints = {}
     properties: dict[str, Value] = {}
     required: list[str] = []
@@ -114,7 +114,7 @@ def _name(call: Callable[..., Any]) -> str:
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; else the hint alone."""
+    """The members of a union; for any other hint, the hint alone."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
@@ -124,7 +124,7 @@ def _schema(hint: Any, default: Any) -> dict[str, Value]:
         schema["enum"] = list(typing.get_args(hint))
     else:
         names = [_JSON_TYPES.get(typing.get_origin(part) or part) for part in _parts(hint)]
-        if None not in names:  # one that JSON has no word for: takes anything
+        if None not in names:  # a type that JSON lacks: accepts anything
             if default is None and "null" not in names:
                 names.append("null")
             schema["type"] = names[0] if len(names) == 1 else names

@@ -1,18 +1,18 @@
-"""Engine `indextts2`: speech by IndexTTS2, in the voice of an uploaded recording, with its emotion steered.
+"""Engine `indextts2`: speech by IndexTTS2 in the voice of an uploaded recording, with control over its emotion.
 
 Written from upstream's source, https://github.com/index-tts/index-tts: `indextts/infer_v2.py` (commit 096d668) and
-`indextts/infer_v2_5.py` (commit 071a247), both of which call their class `IndexTTS2`. Tested against classes of the
-same signatures and habits only: the package is on no registry and its weights were not at hand. So it is not announced
-as reproducible, though it is seeded.
+`indextts/infer_v2_5.py` (commit 071a247), both of which call their class `IndexTTS2`. Tested only against classes with
+the same signatures and behaviour: the package is on no registry, and its weights were not available. Therefore it does
+not declare itself reproducible, though it is seeded.
 
-What there is to know about upstream:
+Facts about upstream:
 
 - `infer(..., stream_return=True)` yields each segment of the text, a tensor (1, n) of floats within ±32,767 at
-  22,050 Hz, and between segments a silence, or a list where the silence is nothing. Only tensors are taken here,
-  and the silence is ours. A release without `stream_return` returns (rate, int16 array (n, 1)).
-- It remembers the last speaker by the *path* of the recording: a path here is named by what is in the file.
+  22,050 Hz, and between segments a silence, or a list if the silence is empty. Only tensors are used here, and the
+  silence is ours. A release without `stream_return` returns (rate, int16 array (n, 1)).
+- It caches the last speaker by the *path* of the recording, so a path here is derived from the file's content.
 - It prints on stdout and stderr, which in a slot's process go to the worker's log.
-- It has no way to stop within a segment. Forward hooks on its token model and on its mel decoder look for a cancel.
+- It cannot stop within a segment. Forward hooks on its token model and on its mel decoder check for a cancel.
 """
 
 import contextlib
@@ -46,14 +46,14 @@ from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 
 SAMPLE_RATE = 22_050
-#: Upstream hears the first 15 s of a recording; this much is taken.
+#: Longest recording accepted; upstream uses its first 15 s.
 MAX_RECORDING_S = 60.0
-#: What upstream resamples to: the speaker's recording, the emotion's.
+#: The rates that upstream resamples to: for the speaker's recording and for the emotion's.
 SPEAKER_HZ = 22_050
 EMOTION_HZ = 16_000
-#: A segment may be 30 s long, more than a message holds.
+#: A segment may be 30 s long, which is more than one message can hold.
 CHUNK_BYTES = 2 * SAMPLE_RATE
-#: Of the token model, between two signs of life: 1 to 5 s. The relay gives a silent request up after 30 s.
+#: Steps of the token model between two signs of life: 1 to 5 s. The relay ends a silent request after 30 s.
 STEPS_A_REPORT = 50
 LOCK_LOOK_S = 0.1
 LOCK_REPORT_S = 5.0
@@ -61,20 +61,20 @@ INSTALL = (
     "git clone https://github.com/index-tts/index-tts && cd index-tts && uv sync --all-extras, "
     "then install relayd into its .venv (docs/indextts2.md)"
 )
-#: Version -> its module, and what it calls half precision.
+#: Version -> its module, and its name for half precision.
 _VERSIONS = {"2": ("indextts.infer_v2", "use_fp16"), "2.5": ("indextts.infer_v2_5", "use_bf16")}
-#: Modules of the model that are called once a step, and once a step of the mel decoder.
+#: Modules of the model that are called at each step, and at each step of the mel decoder.
 _STEPPED = (("gpt", "inference_model"), ("s2mel", "models", "cfm", "estimator"))
 
 
 class Lock(Protocol):
-    """A `threading.Lock` or `RLock`, as far as it is used here."""
+    """The part of `threading.Lock` and `RLock` that is used here."""
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """As the lock's own."""
+        """Acquire the lock, like `threading.Lock.acquire`."""
 
     def release(self) -> None:
-        """As the lock's own."""
+        """Release the lock."""
 
 
 class _Stopped(Exception):
@@ -82,25 +82,29 @@ class _Stopped(Exception):
 
 
 class IndexTTS2Engine(Engine):
-    """Speaks with an `IndexTTS2`: one that it loads itself, or one that a program has loaded; see the module.
+    """Speaks with an `IndexTTS2` that it loads, or that a program has loaded; see the module's docstring.
 
-    A program that serves its own model (docs/indextts2.md) makes a subclass with `MODEL` and `LOCK`.
+    A program that serves its own model (docs/indextts2.md) defines a subclass with `MODEL` and `LOCK`.
     """
 
     SUMMARY: ClassVar[str] = "speech by IndexTTS2: any voice from a recording, emotion steered; needs a GPU"
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "model_dir": Option(default="checkpoints", help="folder with config.yaml and the weights"),
-        "version": Option(default="2", choices=tuple(_VERSIONS), help="of IndexTTS that the weights are for"),
+        "version": Option(default="2", choices=tuple(_VERSIONS), help="the IndexTTS version of the weights"),
         "half": Option(kind=bool, default=False, help="half precision: half the memory, hardly a difference"),
-        "device": Option(help="cuda:0, cpu, …; upstream chooses where it is not given"),
-        "cuda_kernel": Option(kind=bool, help="upstream's CUDA kernel for the vocoder; upstream chooses"),
-        "deepspeed": Option(kind=bool, default=False, help="DeepSpeed, where it is installed"),
-        "emo_text": Option(kind=bool, default=True, help="load what reads emotion from text (2.5 can do without)"),
+        "device": Option(help="cuda:0, cpu, …; chosen by upstream if not given"),
+        "cuda_kernel": Option(
+            kind=bool, help="upstream's CUDA kernel for the vocoder; chosen by upstream if not given"
+        ),
+        "deepspeed": Option(kind=bool, default=False, help="use DeepSpeed, if it is installed"),
+        "emo_text": Option(
+            kind=bool, default=True, help="load the model that reads emotion from text (2.5 can do without)"
+        ),
         "voices": Option(help="folder of named voices, NAME.wav or .flac .mp3 .ogg"),
     }
-    #: A model that is loaded already, in place of one of its own.
+    #: A model that is loaded already, used instead of loading one.
     MODEL: ClassVar[Any] = None
-    #: Held for each run, where others use `MODEL` as well: it is good for one call at a time.
+    #: Held during each run if others use `MODEL` too, because it can only serve one call at a time.
     LOCK: ClassVar[Lock | None] = None
 
     def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
@@ -121,7 +125,7 @@ class IndexTTS2Engine(Engine):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Audio at 22,050 Hz; params by the version and limits of the model; named voices as an enum."""
+        """Audio at 22,050 Hz; params by the model's version and limits; named voices as an enum."""
         return self._capabilities
 
     # -- loading
@@ -130,7 +134,7 @@ class IndexTTS2Engine(Engine):
         """Load the model and find the voices.
 
         Raises:
-            EngineError: the package or the weights are not there, or cannot be loaded.
+            EngineError: the package or the weights are missing, or cannot be loaded.
         """
         if self.missing():
             raise EngineError(f"the indextts package is not installed: {INSTALL}")
@@ -153,7 +157,9 @@ class IndexTTS2Engine(Engine):
         folder = Path(str(self.options["model_dir"]))
         if not (folder / "config.yaml").is_file():
             name = f"IndexTeam/IndexTTS-{self.options['version']}"
-            raise EngineError(f"-o model_dir={folder}: holds no config.yaml; hf download {name} --local-dir={folder}")
+            raise EngineError(
+                f"-o model_dir={folder}: contains no config.yaml; hf download {name} --local-dir={folder}"
+            )
         wanted: dict[str, Value] = {
             "cfg_path": str(folder / "config.yaml"),
             "model_dir": str(folder),
@@ -173,7 +179,7 @@ class IndexTTS2Engine(Engine):
             raise self._mapped(fault) from fault
 
     def close(self) -> None:
-        """Let go of the model and of the folder for recordings."""
+        """Release the model and the folder for recordings."""
         self._model = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -181,7 +187,7 @@ class IndexTTS2Engine(Engine):
     # -- a run
 
     def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
-        """Speech in chunks of a second, as soon as its segment is made."""
+        """Yield the speech in chunks of a second, each as soon as its segment is made."""
         assert self._folder is not None
         if found := faults(params, inputs):
             raise InvalidParams(found)
@@ -210,7 +216,7 @@ class IndexTTS2Engine(Engine):
             raise self._mapped(fault) from fault
 
     def _wait_for_model(self) -> Iterator[Chunk]:
-        """Take `LOCK`. Cancellation: a closed generator does not hold it."""
+        """Acquire `LOCK`. Cancellation: a generator that is closed does not hold it."""
         waited_s = 0.0
         while self.LOCK is not None and not self.LOCK.acquire(timeout=LOCK_LOOK_S):
             waited_s += LOCK_LOOK_S
@@ -219,7 +225,7 @@ class IndexTTS2Engine(Engine):
                 yield ProgressChunk("loading", 0.0, "the model is in use")
 
     def _recordings(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> tuple[bytes, bytes | None]:
-        """The bytes of the speaker's recording and of the emotion's."""
+        """The bytes of the recordings of speaker and emotion."""
         emotion = inputs.get("emo_audio_prompt")
         voice = params.get("voice")
         if voice is not None:
@@ -235,10 +241,10 @@ class IndexTTS2Engine(Engine):
 
     @contextlib.contextmanager
     def _file(self, name: str, data: bytes, rate: int) -> Iterator[Path]:
-        """A WAV of the recording at `rate` Hz, named by what is in it; gone at the end of the block.
+        """A WAV of the recording at `rate` Hz, named after its content and deleted at the end of the block.
 
         Raises:
-            InvalidParams: it is no audio, too long, too short or silent.
+            InvalidParams: the recording is not audio, too long, too short or silent.
         """
         assert self._folder is not None
         soundfile = importlib.import_module("soundfile")
@@ -256,7 +262,7 @@ class IndexTTS2Engine(Engine):
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Its steps are told as progress, and a cancel stops it between two of them."""
+        """Report the model's steps as progress, and let a cancel stop it between two of them."""
         told = ProgressChunk("generating", 0.0)
         steps = 0
 
@@ -281,13 +287,13 @@ class IndexTTS2Engine(Engine):
         try:
             yield
         finally:
-            if self._model.gr_progress is progress:  # a page may have set its own meanwhile
+            if self._model.gr_progress is progress:  # a web page may have set its own in the meantime
                 self._model.gr_progress = before
             for hook in hooks:
                 hook.remove()
 
     def _speech(self, params: dict[str, Value], given: dict[str, Value]) -> Iterator[bytes]:
-        """PCM of each segment, and of the silences between them."""
+        """The PCM of each segment and of the silences between them."""
         silence_ms = int(params.get("interval_silence", 200))
         streams = "stream_return" in self._taken
         if streams:
@@ -315,7 +321,7 @@ class IndexTTS2Engine(Engine):
             raise EngineError("IndexTTS2 made nothing of the text")
 
     def _arguments(self, params: dict[str, Value]) -> dict[str, Value]:
-        """What `infer` is called with, the recordings aside."""
+        """The arguments for `infer`, except the recordings."""
         given: dict[str, Value] = {"text": params["text"], "output_path": None, "verbose": False}
         for name, rule in self._capabilities.params["properties"].items():
             if name in self._taken or name in SAMPLING or name == "max_mel_tokens":
@@ -328,14 +334,14 @@ class IndexTTS2Engine(Engine):
 
     def _mapped(self, fault: Exception) -> EngineError:
         words = f"{type(fault).__name__}: {fault}"
-        # By name: it is torch's, in a process that may have none.
+        # Compare by name: it is torch's class, in a process that may not have torch.
         if type(fault).__name__ == "OutOfMemoryError":
             return EngineError(
                 f"the GPU's memory is full: give it fewer --slots, -o half=true, or shorter texts ({words})",
                 retryable=True,
                 restart=True,
             )
-        if "CUDA error" in words:  # nothing runs in a process after one
+        if "CUDA error" in words:  # no call succeeds in a process after such an error
             return EngineError(words, retryable=True, restart=True)
         return EngineError(words)
 
@@ -346,7 +352,7 @@ def _find_voices(folder: Path) -> Mapping[str, Any]:
     for words in left_out:
         print(words)  # to the worker's log
     if not found:
-        raise EngineError(f"-o voices={folder}: holds no voice; put NAME.wav there")
+        raise EngineError(f"-o voices={folder}: contains no voice; put NAME.wav there")
     return found
 
 
@@ -361,7 +367,7 @@ def _stepped(model: Any) -> Iterator[Any]:
 
 
 def _part(holder: Any, name: str) -> Any:
-    """An attribute, or an entry of a dict or a `ModuleDict`; None where there is neither."""
+    """An attribute, or an entry of a dict or a `ModuleDict`; None if there is neither."""
     if hasattr(holder, name):
         return getattr(holder, name)
     try:
@@ -371,7 +377,7 @@ def _part(holder: Any, name: str) -> Any:
 
 
 def _pcm(samples: Any) -> bytes:
-    """Upstream's samples as s16le: within ±32,767 already, and cut off at the point as upstream does.
+    """Upstream's samples as s16le; they lie within ±32,767 already, and are truncated as upstream does.
 
     Args:
         samples: tensor (1, n) of floats, or array (n, 1) of int16.

@@ -1,4 +1,4 @@
-"""What a request to IndexTTS2 may hold: the JSON Schema of its params, its inputs, and what goes together."""
+"""What a request to IndexTTS2 may contain: the JSON Schema of its params, its inputs, and their combinations."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ def _range(kind: str, low: float, high: float, default: float | None, descriptio
     return rule
 
 
-#: Handed on to upstream's `generate`; names, ranges and defaults are those of its WebUI.
+#: Passed to upstream's `generate`; names, ranges and defaults are those of its WebUI.
 SAMPLING: dict[str, dict[str, Value]] = {
     "temperature": _range("number", 0.1, 2.0, 0.8),
     "top_p": _range("number", 0.0, 1.0, 0.8),
@@ -34,15 +34,15 @@ SAMPLING: dict[str, dict[str, Value]] = {
 
 
 def params_schema(model: Any, taken: Collection[str], voices: Collection[str]) -> dict[str, Value]:
-    """JSON Schema of the params.
+    """The JSON Schema of the params.
 
     Args:
-        model: an IndexTTS2, for its limits and whether it reads emotion from text.
-        taken: what its `infer` takes by name; `lang` tells 2.5.
-        voices: names of this machine's voices.
+        model: an IndexTTS2; provides the limits, and whether it reads emotion from text.
+        taken: the parameters of its `infer`; `lang` indicates 2.5.
+        voices: names of the voices on this machine.
     """
     limits = getattr(getattr(model, "cfg", None), "gpt", None)
-    max_mel = int(getattr(limits, "max_mel_tokens", 1_815))  # as in upstream's config.yaml
+    max_mel = int(getattr(limits, "max_mel_tokens", 1_815))  # the default in upstream's config.yaml
     max_text = int(getattr(limits, "max_text_tokens", 600))
     vector: dict[str, Value] = {
         "type": "array",
@@ -78,7 +78,7 @@ def params_schema(model: Any, taken: Collection[str], voices: Collection[str]) -
 
 
 def input_rules(voices: Collection[str]) -> dict[str, InputRule]:
-    """The recordings it takes; the speaker's is required where there is no voice to speak with."""
+    """The recordings that it accepts; the speaker's is required if there is no named voice."""
     return {
         "spk_audio_prompt": InputRule(max_bytes=MAX_RECORDING_BYTES, required=not voices),
         "emo_audio_prompt": InputRule(max_bytes=MAX_RECORDING_BYTES),
@@ -86,10 +86,10 @@ def input_rules(voices: Collection[str]) -> dict[str, InputRule]:
 
 
 def faults(params: Mapping[str, Value], inputs: Mapping[str, EngineInput]) -> dict[str, str]:
-    """What the schema cannot say, and upstream would pass over in silence: field -> what is wrong."""
+    """Faults that the schema cannot express and upstream would ignore: field -> what is wrong."""
     found: dict[str, str] = {}
     if not str(params["text"]).strip():
-        found["text"] = "holds nothing to speak"
+        found["text"] = "contains nothing to speak"
     if "voice" in params and "spk_audio_prompt" in inputs:
         found["voice"] = "was given with spk_audio_prompt; the request speaks with one of them"
     by_text = bool(params.get("use_emo_text"))

@@ -236,7 +236,7 @@ def test_espeak_takes_every_text_its_schema_lets_through(espeak: EspeakEngine) -
         assert check_params(schema, {"text": text}) == {}
         assert run(espeak, {"text": text})[0].outcome == "completed", text
     end, _ = run(espeak, {"text": "  \n"})
-    assert (end.code, end.details) == ("invalid_params", {"text": "holds nothing to speak"})
+    assert (end.code, end.details) == ("invalid_params", {"text": "contains nothing to speak"})
     faults = check_params(schema, {"text": "x" * 20_001, "voice": "nobody", "rate": "fast", "pitch": 101, "x": 1})
     assert set(faults) == {"text", "voice", "rate", "pitch", "x"}
 

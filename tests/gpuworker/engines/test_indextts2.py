@@ -292,7 +292,7 @@ def test_named_voices_speak_without_an_upload_and_not_beside_one(upstream: Upstr
     [
         ({"model_dir": "nowhere"}, "hf download IndexTeam/IndexTTS-2 --local-dir=nowhere"),
         ({"model_dir": "broken"}, "loading state_dict"),
-        ({"voices": "empty"}, "holds no voice"),
+        ({"voices": "empty"}, "contains no voice"),
     ],
 )
 def test_what_cannot_be_loaded_says_what_to_do(upstream: Upstream, options: dict[str, Any], words: str) -> None:

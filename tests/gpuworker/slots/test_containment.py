@@ -112,7 +112,7 @@ def test_an_engine_learns_that_an_output_is_too_large_whatever_its_envelope(valu
     chunks: list[Chunk] = []
     end = run_engine(engine, {}, {}, lambda: False, chunks.append)
     assert (end.outcome, end.code) == ("failed", "engine_failed")
-    assert end.message.startswith("the wire cannot carry this")
+    assert "cannot be sent" in end.message
     assert chunks == [FormatChunk(None)]
 
 
@@ -136,7 +136,7 @@ async def test_a_chunk_that_no_frame_can_hold_fails_the_attempt_and_stops_its_en
     started, last = frames_of(attempt)
     assert isinstance(started, Started)
     assert isinstance(last, Failed)
-    assert last.message.startswith("the wire cannot carry what the engine made: ")
+    assert last.message.startswith("the engine's output cannot be sent: ")
 
 
 @pytest.mark.trio
@@ -255,7 +255,7 @@ async def test_no_exception_of_an_engine_costs_it_its_slot(
     assert "FileNotFoundError: " in said["file name"]
     assert said["engine error"] == "no caf?.wav"
     assert said["details"].startswith("bad (its details are left out: ")
-    assert said["unspeakable"] == "Unspeakable: (it cannot be put in words)"
+    assert said["unspeakable"] == "Unspeakable: (it has no readable message)"
     assert said["exit"] == "SystemExit: caf?"
     assert chunks[1] == ProgressChunk(message="caf?")
 
@@ -366,7 +366,7 @@ async def test_the_log_tells_why_an_attempt_failed_by_its_frames(
         await desk.frames()
 
     await run_with(script(relay), slots=(ScriptedSlot(play),))
-    assert "failed: engine_failed: the wire cannot carry what the engine made" in caplog.text
+    assert "failed: engine_failed: the engine's output cannot be sent" in caplog.text
 
 
 # -- what is written to the owner's terminal ---------------------------------------------------------------------
