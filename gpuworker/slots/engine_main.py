@@ -7,6 +7,7 @@ signal, and by the end of the socket. The worker handles signals: this process i
 sends to the whole group.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -94,6 +95,9 @@ class EngineMain:
 
             inputs = {name: EngineInput(**given) for name, given in said["inputs"].items()}
             end = run_engine(engine, said["params"], inputs, cancelled, emit)
+            for stream in (sys.stdout, sys.stderr):  # what this run printed belongs under its own name in the log
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
             self._say({"is": "end", **attrs.asdict(end)})
             if end.restart:
                 return

@@ -37,6 +37,7 @@ class EngineProcess:
         self.name = name
         self.pid = process.pid
         self.request_id = ""
+        self._line = b""
         self._process = process
         self._stream = stream
         self._output = trio.lowlevel.FdStream(output)
@@ -106,15 +107,31 @@ class EngineProcess:
             self._process.wait()
 
     async def read_output(self) -> None:
-        """Copy stdout and stderr to the log; a task of `open_child`."""
-        rest = b""
+        """Task of `open_child`: its stdout and stderr to the log."""
         async for data in self._output:
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                self._log_output(line)
-            rest = rest[-64 * MAX_LINE_CHARS :]
-        self._log_output(rest)
+            self._add_output(bytes(data))
+        self._end_line()
         self._output_ended.set()
+
+    def end_run(self) -> None:
+        """A run has ended: log what it printed under its name, before the next one begins."""
+        try:
+            while data := os.read(self._output.fileno(), _READ_BYTES):
+                self._add_output(data)
+        except OSError:  # BlockingIOError: nothing more has come
+            pass
+        self._end_line()
+        self.request_id = ""
+
+    def _add_output(self, data: bytes) -> None:
+        *lines, rest = (self._line + data).split(b"\n")
+        for line in lines:
+            self._log_output(line)
+        self._line = rest[-64 * MAX_LINE_CHARS :]
+
+    def _end_line(self) -> None:
+        self._log_output(self._line)
+        self._line = b""
 
     def _log_output(self, line: bytes) -> None:
         # A progress bar overwrites its line with "\\r"; only the last version matters.

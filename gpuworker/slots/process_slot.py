@@ -127,7 +127,7 @@ class ProcessSlot(Slot):
         elif said["is"] == "end":
             end = RunResult(**{name: value for name, value in said.items() if name != "is"})
             if self._child is not None:
-                self._child.request_id = ""
+                self._child.end_run()
             if end.restart:
                 self._set_ready(False)
             if run is not None:

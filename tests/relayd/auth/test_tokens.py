@@ -105,7 +105,7 @@ def test_a_token_opens_only_the_roles_it_is_for(token_role: str, role: str, code
     [
         (None, "asks for a token: set RELAY_TOKEN or RELAY_TOKEN_FILE"),
         ("", "asks for a token"),
-        ("letmein", "no token of a relay"),
+        ("letmein", "not a relay token"),
         ("rly_c_" + "x" * 43, "does not know the token"),
         ("rly_c_" + "x" * 43 + "\n", "does not know the token"),
     ],
