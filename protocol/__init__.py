@@ -1,4 +1,7 @@
-"""What both ends of relayd share, and the client library; `protocol.blocking` is the same for programs without Trio."""
+"""The wire protocol that relay, workers and clients share, and the client library for Trio programs.
+
+`protocol.blocking` is the same library for programs without Trio.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The client for programs without Trio: the same calls, each of which waits.
+"""The client library for programs without Trio: the same calls, each of which blocks.
 
     with protocol.blocking.open_relay("ws://gpu.example.org:8765") as relay:
         with relay.submit("tts", {"text": "Hello"}) as stream:
@@ -6,8 +6,8 @@
                 player.write(pcm)
             print(stream.result())
 
-Trio runs in one thread beside the program, while the `open_relay` block lasts. Any thread may call,
-also several at once. Ctrl-C ends the call it interrupts, and leaving the blocks then cancels the request as usual.
+Trio runs in a thread beside the program while the `open_relay` block lasts. Any thread may call, also several at the
+same time. Ctrl-C ends the call that it interrupts; leaving the blocks then cancels the request as usual.
 """
 
 import threading
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class _Portal:
-    """Runs async functions in a thread's Trio for callers in other threads."""
+    """Runs async functions in a thread with Trio, for callers in other threads."""
 
     def __init__(self) -> None:
         self._begun: Future[trio.lowlevel.TrioToken] = Future()
@@ -44,7 +44,7 @@ class _Portal:
         self._token = self._begun.result()
 
     def close(self) -> None:
-        """End the thread, and whatever still runs in it."""
+        """Stop the thread and everything that still runs in it."""
         self._token.run_sync_soon(self._closed.set)
         self._thread.join()
 
@@ -59,10 +59,10 @@ class _Portal:
             nursery.cancel_scope.cancel()
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run `function` there and wait for what it returns or raises.
+        """Run `function` in Trio's thread, and return or raise what it does.
 
-        An exception in the waiting thread itself, Ctrl-C above all, cancels the function, waits for it to end, and
-        goes on its way.
+        An exception in the calling thread, such as KeyboardInterrupt, cancels the function, waits for it to end and is
+        then raised.
         """
         outcome: Future[T] = Future()
         scope = trio.CancelScope()
@@ -77,7 +77,7 @@ class _Portal:
 
     @contextmanager
     def enter(self, block: AbstractAsyncContextManager[T]) -> Iterator[T]:
-        """The block's value, while a task of its own holds the block open."""
+        """Yield the value of an async block, which a task of its own keeps open."""
         entered: Future[T] = Future()
         left: Future[None] = Future()
         leave = trio.Event()
@@ -95,7 +95,7 @@ class _Portal:
         try:
             yield entered.result()
         except BaseException:
-            # Also where Ctrl-C came while the block was being entered.
+            # Needed also if Ctrl-C came while the block was being entered.
             self._token.run_sync_soon(scope.cancel)
             left.exception()
             raise
@@ -103,10 +103,10 @@ class _Portal:
         left.result()
 
     def end_blocks(self, *, but: int) -> None:
-        """End the blocks that are open beyond the first `but`, the last one first.
+        """Leave all open blocks except the first `but`, innermost first.
 
-        Ctrl-C can come just between a block's beginning and the `with` statement's taking note of it, which then never
-        ends it.
+        Ctrl-C can come just between the start of a block and the moment when the `with` statement notes it; such a
+        block would never be left.
         """
         for left, scope in reversed(list(self._open.items())[but:]):
             self._token.run_sync_soon(scope.cancel)
@@ -134,7 +134,7 @@ class _Portal:
 
 
 def _pass_on(entered: "Future[Any]", left: "Future[None]") -> None:
-    """What a block raised before it was entered is raised to who waits to enter it."""
+    """Raise an error from before the block was entered in the thread that waits to enter it."""
     if not entered.done():
         entered.set_exception(left.exception() or RuntimeError("the block ended before it began"))
 
@@ -143,7 +143,7 @@ _END = object()
 
 
 class _Waiting(Generic[T]):
-    """An async iterator, waited for step by step."""
+    """A blocking iterator over an async one."""
 
     def __init__(self, portal: _Portal, steps: AsyncIterator[T]) -> None:
         self._portal = portal
@@ -167,7 +167,7 @@ class _Waiting(Generic[T]):
 
 
 class Stream:
-    """As `protocol.client.stream.Stream`: iterate it for frames, or take `events()` or `audio()`."""
+    """The blocking form of `protocol.client.stream.Stream`: iterate over it, or over `events()` or `audio()`."""
 
     def __init__(self, portal: _Portal, stream: streams.Stream) -> None:
         self._portal = portal
@@ -179,34 +179,34 @@ class Stream:
 
     @property
     def request_id(self) -> str:
-        """Its id."""
+        """The request's id."""
         return self._stream.request_id
 
     @property
     def format(self) -> AudioFormat | None:
-        """Of the audio, once the first of it is there."""
+        """The format of the audio, once the first of it has arrived."""
         return self._stream.format
 
     @property
     def place(self) -> Queued | None:
-        """Its last known place in the queue."""
+        """The last known place in the queue."""
         return self._stream.place
 
     def events(self) -> Iterator[streams.Event]:
-        """As `protocol.client.stream.Stream.events`."""
+        """The blocking form of `protocol.client.stream.Stream.events`."""
         return _Waiting(self._portal, self._stream.events())
 
     def audio(self, on_restart: Callable[[], None] | None = None) -> Iterator[bytes]:
-        """Audio as it is made; `on_restart` is called in Trio's thread and must not call this module."""
+        """Audio as it arrives; `on_restart` is called in Trio's thread and must not call this module."""
         return _Waiting(self._portal, self._stream.audio(on_restart))
 
     def result(self) -> dict[str, Value]:
-        """As `protocol.client.stream.Stream.result`."""
+        """The blocking form of `protocol.client.stream.Stream.result`."""
         return self._portal.call(self._stream.result)
 
 
 class Relay:
-    """As `protocol.client.client.RelayClient`; made by `open_relay`."""
+    """The blocking form of `protocol.client.client.RelayClient`; made by `open_relay`."""
 
     def __init__(self, portal: _Portal, relay: client.RelayClient) -> None:
         self._portal = portal
@@ -214,37 +214,37 @@ class Relay:
 
     @property
     def welcome(self) -> Welcome:
-        """What the relay said at the last login."""
+        """What the relay sent at the last login."""
         return self._relay.welcome
 
     @contextmanager
     def submit(self, space: str, params: Mapping[str, Value] | None = None, **options: Any) -> Iterator[Stream]:
-        """As `protocol.client.client.RelayClient.submit`, with the same options."""
+        """Submit a request; options as for `protocol.client.client.RelayClient.submit`."""
         with self._portal.enter(self._relay.submit(space, params, **options)) as stream:
             yield Stream(self._portal, stream)
 
     @contextmanager
     def attach(self, request_id: str, after_seq: int = -1, *, attempt: int = 0) -> Iterator[Stream]:
-        """As `protocol.client.client.RelayClient.attach`."""
+        """Read the frames of a request; see `protocol.client.client.RelayClient.attach`."""
         with self._portal.enter(self._relay.attach(request_id, after_seq, attempt=attempt)) as stream:
             yield Stream(self._portal, stream)
 
     def cancel(self, request_id: str, reason: str = "") -> StatusReply:
-        """As `protocol.client.client.RelayClient.cancel`."""
+        """Cancel a request; see `protocol.client.client.RelayClient.cancel`."""
         return self._portal.call(self._relay.cancel, request_id, reason)
 
     def status(self, request_id: str) -> StatusReply:
-        """As `protocol.client.client.RelayClient.status`."""
+        """The current state of a request; see `protocol.client.client.RelayClient.status`."""
         return self._portal.call(self._relay.status, request_id)
 
     def spaces(self) -> list[dict[str, Value]]:
-        """As `protocol.client.client.RelayClient.spaces`."""
+        """The spaces that this principal may use."""
         return self._portal.call(self._relay.spaces)
 
 
 @contextmanager
 def open_relay(url: str | None = None, **options: Any) -> Iterator[Relay]:
-    """As `protocol.client.client.open_relay`, with the same options; callbacks are called in Trio's thread."""
+    """Connect to a relay; options as for `protocol.client.client.open_relay`. Callbacks run in Trio's thread."""
     portal = _Portal()
     portal.open()
     try:

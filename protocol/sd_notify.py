@@ -1,7 +1,7 @@
-"""What a service tells systemd: ready, reloading, stopping, how it stands, and that it is alive (sd_notify(3)).
+"""Reports the state of a service to systemd: ready, reloading, stopping, its status line, and its watchdog's signal.
 
-Outside systemd, which is where `NOTIFY_SOCKET` is not set, all of it does nothing. Nothing here raises: a service goes
-on whether or not its manager listens.
+Without systemd (`NOTIFY_SOCKET` is not set), nothing happens. Nothing here raises: a service continues
+whether or not its manager listens. See sd_notify(3).
 """
 
 import logging
@@ -14,24 +14,24 @@ from typing import Self
 import attrs
 import trio
 
-#: For a message to be taken. systemd queues hundreds of them; where it takes none, the service must not wait for it.
+#: Time to send a message. systemd queues hundreds of them; if it accepts none, the service must not wait for it.
 SEND_S = 0.2
-#: Status lines end on one line of `systemctl status`.
+#: Status lines are cut to one line of `systemctl status`.
 MAX_STATUS_CHARS = 400
 
 log = logging.getLogger("systemd")
 
-#: Tells what is wrong, "" for nothing. It may take its time: who asks sets the deadline.
+#: Returns what is wrong, "" for nothing. It may take its time: the caller sets the deadline.
 Check = Callable[[], Awaitable[str]]
 
 
 @attrs.define(eq=False)
 class ServiceManager:
-    """The service manager that started this process, if one did.
+    """The service manager that started this process, if there is one.
 
     Args:
-        address: of its socket; a leading `@` is the abstract namespace's, "" is no manager at all.
-        watchdog_s: it kills a service that says nothing for so long; None where it does not.
+        address: of its socket; a leading `@` means the abstract namespace, "" means no manager.
+        watchdog_s: it kills a service that is silent for this long; None if it does not.
     """
 
     address: str = ""
@@ -40,7 +40,7 @@ class ServiceManager:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """As systemd says it: `NOTIFY_SOCKET`, and `WATCHDOG_USEC` unless `WATCHDOG_PID` is another process."""
+        """Read `NOTIFY_SOCKET`, and `WATCHDOG_USEC` unless `WATCHDOG_PID` names another process."""
         environ = os.environ if environ is None else environ
         usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
         watched = usec.isdecimal() and int(usec) > 0 and pid in ("", str(os.getpid()))
@@ -48,40 +48,40 @@ class ServiceManager:
 
     @property
     def present(self) -> bool:
-        """Whether anybody is told anything."""
+        """Whether there is a manager to report to."""
         return bool(self.address)
 
     def ready(self, status: str) -> None:
-        """All doors are open; also said when a reload is over."""
+        """Report that the service is ready, also at the end of a reload."""
         self._status = _one_line(status)
         self._say("READY=1", f"STATUS={self._status}")
 
     def starting(self, status: str, within_s: float) -> None:
-        """Not ready yet, and not to be given up if it says so again `within_s`, whatever `TimeoutStartSec` says."""
+        """Report that the service is still starting and will report again `within_s`, overriding `TimeoutStartSec`."""
         self.status(status)
         self._say(f"EXTEND_TIMEOUT_USEC={int(within_s * 1e6)}")
 
     def reloading(self) -> None:
-        """The settings are being read again; `ready` ends it."""
-        # systemd 253 and later want the time, to tell this reload from one before it.
+        """Report that the settings are being read again; `ready` ends it."""
+        # systemd 253 and later need the time, to tell this reload from an earlier one.
         self._say("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self, status: str, within_s: float) -> None:
-        """This process is about to leave, and may take `within_s` for it, whatever `TimeoutStopSec` says."""
+        """Report that the service is stopping and may take `within_s` for it, overriding `TimeoutStopSec`."""
         self._status = _one_line(status)
-        # In this order: a time asked for before it is known to stop would be added to another timeout.
+        # In this order: time requested before systemd knows of the stop would be added to another timeout.
         self._say("STOPPING=1", f"STATUS={self._status}")
         self._say(f"EXTEND_TIMEOUT_USEC={int(within_s * 1e6)}")
 
     def status(self, words: str) -> None:
-        """How it stands, for `systemctl status`; said only where it has changed."""
+        """Set the line shown by `systemctl status`; sent only if it has changed."""
         words = _one_line(words)
         if words != self._status:
             self._status = words
             self._say(f"STATUS={words}")
 
     def alive(self) -> None:
-        """A sign of life for the watchdog."""
+        """Send the watchdog's sign of life."""
         self._say("WATCHDOG=1")
 
     def _say(self, *lines: str) -> None:
@@ -93,24 +93,24 @@ class ServiceManager:
                 sock.settimeout(SEND_S)
                 sock.connect(path)
                 sock.send("\n".join(lines).encode(errors="replace"))
-        except (OSError, ValueError) as fault:  # ValueError: an address that is none
-            log.warning("systemd was not told %s: %s", lines[0], fault)
+        except (OSError, ValueError) as fault:  # ValueError: an address that is not valid
+            log.warning("systemd could not be notified of %s: %s", lines[0], fault)
 
 
 def _one_line(words: str) -> str:
-    """What a peer may have put into `words` must not look like a message of ours."""
+    """Text from a peer must not look like a message of ours."""
     return "".join(sign if sign.isprintable() else " " for sign in words)[:MAX_STATUS_CHARS]
 
 
 async def serve_watchdog(manager: ServiceManager, checks: Mapping[str, Check]) -> None:
-    """Give signs of life for as long as every check finds nothing; returns where nobody waits for any.
+    """Send signs of life as long as no check reports a fault; returns if there is no watchdog.
 
-    Two rounds fall into one `watchdog_s`, and a check has a quarter of it: a sign of life is late only if checks failed
-    or the event loop stood still, and one bad moment kills nobody.
+    There are two rounds in each `watchdog_s`, and a check has a quarter of it: a sign of life is late only if checks
+    failed or the event loop stood still, and a single delay does not kill the service.
 
     Args:
-        manager: told.
-        checks: by the name of what they look at.
+        manager: the manager to report to.
+        checks: by the name of what they check.
     """
     if not manager.present or manager.watchdog_s is None:
         return
@@ -129,15 +129,15 @@ async def serve_watchdog(manager: ServiceManager, checks: Mapping[str, Check]) -
 
 
 async def run_checks(checks: Mapping[str, Check], deadline_s: float) -> list[str]:
-    """Run all checks at once; what is wrong, in words. One that does not answer in time is wrong, too."""
+    """Run all checks concurrently and return the faults. A check that does not answer in time counts as one."""
     found: dict[str, str] = {}
 
     async def run(name: str, check: Check) -> None:
         try:
             found[name] = await check()
         except Exception as fault:
-            log.exception("the check of %s broke", name)
-            found[name] = f"the check broke: {fault!r}"
+            log.exception("the check of %s raised an error", name)
+            found[name] = f"the check raised an error: {fault!r}"
 
     with trio.move_on_after(deadline_s):
         async with trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""Where the relay is and which token to show: URLs, the environment, and the local socket."""
+"""Finds the relay's address and the token, from URLs, the environment and the local socket."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import attrs
 
 from protocol.wire.messages import PATH
 
-#: The relay's socket in its state directory.
+#: Name of the relay's socket in its state directory.
 SOCKET_NAME = "relayd.sock"
 MAX_TOKEN_CHARS = 256
 _SCHEMES: dict[str, Literal["tcp", "tls"]] = {"ws": "tcp", "wss": "tls"}
@@ -20,14 +20,14 @@ _MISTAKEN = {"http": "ws", "https": "wss"}
 
 @attrs.frozen(kw_only=True)
 class Address:
-    """Where a relay listens.
+    """The address of a relay.
 
     Args:
         kind: `tcp` (ws://), `tls` (wss://) or `unix`.
         host: name or address without brackets; empty for `unix`.
         port: 1..65535; 0 for `unix`.
-        path: of the socket file, for `unix`.
-        resource: what the WebSocket handshake asks for.
+        path: the socket file, for `unix`.
+        resource: the path requested in the WebSocket handshake.
     """
 
     kind: Literal["tcp", "tls", "unix"]
@@ -45,13 +45,13 @@ class Address:
 
 
 def parse_address(url: str) -> Address:
-    """The address that `url` names.
+    """Parse a relay URL.
 
     Args:
-        url: `ws://host[:port][/prefix]`, `wss://...` or `unix:PATH`; `/v1/relay` is added where it is missing.
+        url: `ws://host[:port][/prefix]`, `wss://...` or `unix:PATH`; `/v1/relay` is appended if it is missing.
 
     Raises:
-        ValueError: it is none of these; the text says what is wrong and how it should look.
+        ValueError: it is none of these; the message says what is wrong and what is right.
     """
     if url.startswith("unix:"):
         path = re.sub(r"^//(?=/)", "", url.removeprefix("unix:"))
@@ -67,7 +67,7 @@ def parse_address(url: str) -> Address:
         hint = f"; did you mean {_MISTAKEN[parts.scheme]}://?" if parts.scheme in _MISTAKEN else ""
         raise ValueError(f"relay URL {url!r} must begin with ws://, wss:// or unix:{hint}")
     if "@" in parts.netloc:
-        raise ValueError("a relay URL must hold no user or token: put the token in RELAY_TOKEN or RELAY_TOKEN_FILE")
+        raise ValueError("a relay URL must contain no user or token: put the token in RELAY_TOKEN or RELAY_TOKEN_FILE")
     if parts.query or parts.fragment:
         raise ValueError(f"relay URL {url!r} must have no '?' or '#' part")
     try:
@@ -85,7 +85,7 @@ def parse_address(url: str) -> Address:
 
 
 def default_socket(environ: Mapping[str, str] | None = None) -> Path:
-    """The local relay's socket: the first that exists of the places a relay puts it, else where ours would be."""
+    """The local relay's socket: the first that exists at the usual places, else the first of these places."""
     environ = os.environ if environ is None else environ
     places = []
     if state_dir := environ.get("RELAYD_STATE_DIR"):
@@ -104,10 +104,10 @@ def _exists(path: Path) -> bool:
 
 
 def from_environment(url: str | None = None, environ: Mapping[str, str] | None = None) -> Address:
-    """The address of `url`, else of RELAY_URL, else the local unix socket.
+    """The address in `url`, else in RELAY_URL, else the local unix socket.
 
     Raises:
-        ValueError: as `parse_address`.
+        ValueError: the URL is not valid.
     """
     environ = os.environ if environ is None else environ
     url = url or environ.get("RELAY_URL")
@@ -117,10 +117,10 @@ def from_environment(url: str | None = None, environ: Mapping[str, str] | None =
 
 
 def read_token(path: str | Path) -> str:
-    """The token in the file at `path`, white space around it dropped.
+    """Read the token in the file at `path`, without surrounding white space.
 
     Raises:
-        ValueError: the file cannot be read or holds no token.
+        ValueError: the file cannot be read or contains no token.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
@@ -132,10 +132,10 @@ def read_token(path: str | Path) -> str:
 
 
 def token_from_environment(environ: Mapping[str, str] | None = None) -> str | None:
-    """The token in RELAY_TOKEN, else in the file that RELAY_TOKEN_FILE names; None where neither is set.
+    """The token in RELAY_TOKEN, else in the file named by RELAY_TOKEN_FILE; None if neither is set.
 
     Raises:
-        ValueError: as `read_token`.
+        ValueError: the file cannot be read or contains no token.
     """
     environ = os.environ if environ is None else environ
     if token := environ.get("RELAY_TOKEN"):
@@ -150,5 +150,5 @@ def _checked(text: str, where: str) -> str:
     if not token:
         raise ValueError(f"{where} is empty")
     if len(token) > MAX_TOKEN_CHARS or any(sign.isspace() or not sign.isprintable() for sign in token):
-        raise ValueError(f"{where} does not hold one token")
+        raise ValueError(f"{where} does not contain exactly one token")
     return token

@@ -1,7 +1,7 @@
-"""The client: `open_relay`, and the `RelayClient` it gives.
+"""The client: `open_relay` connects, and returns a `RelayClient` that stays connected.
 
-One task reads the link and hands each message, without waiting, to the stream or question it belongs to. When the
-link is lost, a new one is made and every stream asks for what it misses.
+One task reads the link and passes each message, without waiting, to the stream or call it belongs to. When the link is
+lost, a new one is made, and every stream asks for what it is missing.
 """
 
 import secrets
@@ -60,21 +60,21 @@ from protocol.wire.messages import (
 from protocol.wire.messages import Watch as WatchMessage
 from protocol.wire.validators import Message, Value
 
-#: To tell the relay that a request is not wanted any more. Without it the relay's resume window does the same, later.
+#: Time to report that a request is no longer wanted. Without the report, the relay cancels it later by itself.
 LEAVE_S = 2.0
 Answer = TypeVar("Answer", bound=Message)
 
 
 def new_request_id() -> str:
-    """A request id of 128 random bits."""
+    """A random request id of 128 bits."""
     return secrets.token_hex(16)
 
 
 class RelayClient:
-    """A relay, reached over a link that is made anew whenever it is lost; made by `open_relay`.
+    """A relay, reached over a link that is restored whenever it is lost; made by `open_relay`.
 
     Attributes:
-        welcome: what the relay said at the last login: principal, limits, its version.
+        welcome: what the relay sent at the last login: principal, limits, its version.
     """
 
     welcome: Welcome
@@ -90,7 +90,7 @@ class RelayClient:
         self._on_reconnect = on_reconnect
         self._on_up = on_up
         self._link: Link | None = None
-        self._changed = trio.Event()  # link up, or all over
+        self._changed = trio.Event()  # set when the link is up, or the client has ended
         self._was_up = False
         self._fault: Callable[[], Exception] | None = None
         self._scope = trio.CancelScope()
@@ -125,29 +125,29 @@ class RelayClient:
         retry: str = "before_output",
         request_id: str | None = None,
     ) -> AsyncIterator[Stream]:
-        """Submit a request; the block begins when the relay has it safe in its store.
+        """Submit a request; the block begins once the relay has stored it safely.
 
-        Leaving the block before the request has ended cancels it, unless `detach`.
+        Leaving the block before the request has ended cancels it, unless `detach` is set.
 
         Args:
             space: name of the space.
-            params: as the space's schema wants them.
-            inputs: name -> bytes, a path, or a tuple of either with its media type. Read whole into memory.
+            params: valid for the space's schema.
+            inputs: name -> bytes, a path, or a tuple of either with its media type. Read completely into memory.
             priority: 0..9; higher goes first.
-            queue_timeout_s: how long it may wait for a slot; None takes the space's.
-            run_timeout_s: how long it may run; None takes the space's.
-            detach: the request goes on when its client is gone.
-            retry: when its worker is lost, try elsewhere `never`, `before_output` (while nothing was streamed) or
-                `always`; see `protocol.client.stream.Restarted` for what that does to frames that were given out.
-            request_id: 32 lower-case hex digits, to submit what may have been submitted before; None makes one.
+            queue_timeout_s: how long it may wait for a slot; None uses the space's limit.
+            run_timeout_s: how long it may run; None uses the space's limit.
+            detach: the request continues when its client has gone.
+            retry: whether to try again if its worker is lost: `never`, `before_output` (while nothing was streamed) or
+                `always`; see `protocol.client.stream.Restarted` for what this does to frames already delivered.
+            request_id: 32 lower-case hex digits, to repeat a submit that may have arrived; None makes a new one.
 
         Raises:
-            RequestRejected: the relay does not take it; here, or from the stream.
-            ValueError: an argument breaks the rules of the wire.
+            RequestRejected: the relay rejected the request; raised here or by the stream.
+            ValueError: an argument breaks a rule of the wire.
             OSError: an input file cannot be read.
-            LinkError: the relay is gone for good.
+            LinkError: the relay is permanently unreachable.
 
-        Cancellation: the relay is told to cancel the request, within `LEAVE_S`.
+        Cancellation: the request is cancelled at the relay, within `LEAVE_S`.
         """
         data, infos = await read_inputs(inputs or {})
         message = Submit(
@@ -175,16 +175,16 @@ class RelayClient:
 
     @asynccontextmanager
     async def attach(self, request_id: str, after_seq: int = -1, *, attempt: int = 0) -> AsyncIterator[Stream]:
-        """Read a request's frames, of this or an earlier program. Leaving the block cancels nothing.
+        """Read the frames of a request, also one of an earlier program. Leaving the block does not cancel it.
 
         Args:
-            request_id: of a request of this principal; an operator may listen in on all.
-            after_seq: the last frame at hand already; -1 for none.
-            attempt: whose frame that is; with it, a later attempt that began below is told by `Restarted`. 0 leaves
-                out the frames up to `after_seq` of whichever attempt there is.
+            request_id: a request of this principal; an operator may read any request.
+            after_seq: the last frame already received; -1 for none.
+            attempt: the attempt of that frame; with it, `Restarted` reports a later attempt that began below. 0 skips
+                the frames up to `after_seq` of any attempt.
 
         Raises:
-            RequestRejected: `request_not_found`; from the stream.
+            RequestRejected: `request_not_found`; raised by the stream.
         """
         stream = Stream(request_id, after_seq=after_seq, attempt=attempt)
         try:
@@ -195,10 +195,10 @@ class RelayClient:
             self._close(stream)
 
     async def cancel(self, request_id: str, reason: str = "") -> StatusReply:
-        """Cancel a request, and return how it stands then; one that runs ends a moment later.
+        """Cancel a request and return its state; a running request ends a moment later.
 
-        While its stream is open on this relay, every new link tells the relay again, so that no cut and no restart
-        loses it.
+        While its stream is open on this relay, the cancel is repeated on every new link, so that neither a lost link
+        nor a restart loses it.
 
         Raises:
             RequestRejected: `request_not_found`.
@@ -206,11 +206,11 @@ class RelayClient:
         cancel = Cancel(request_id=request_id, reason=reason)
         if stream := self._streams.get(request_id):
             stream.repeat_cancel(cancel)
-        # A cancel that is carried out has no answer: the status behind it tells that it was read.
+        # A successful cancel has no answer: the status sent after it shows that it was read.
         return await self._call(Status(request_id=request_id), StatusReply, cancel)
 
     async def status(self, request_id: str) -> StatusReply:
-        """How a request stands.
+        """The current state of a request.
 
         Raises:
             RequestRejected: `request_not_found`.
@@ -218,13 +218,13 @@ class RelayClient:
         return await self._call(Status(request_id=request_id), StatusReply)
 
     async def spaces(self) -> list[dict[str, Value]]:
-        """The spaces this principal may use, a map each."""
+        """The spaces that this principal may use, each as a map."""
         _last, question = await self._call_until_answered(Spaces(), SpacesReply)
         return [space for page in question.pages for space in page.spaces]
 
     @asynccontextmanager
     async def watch(self, topics: Sequence[str] = ()) -> AsyncIterator[Watch]:
-        """Follow what the relay does; for operators. One at a time.
+        """Follow what the relay does; for operators. Only one watch at a time.
 
         Args:
             topics: of `relay` `spaces` `workers` `requests` `clients` `history` `log` `audit`; none means all.
@@ -242,19 +242,19 @@ class RelayClient:
             self._watch = None
 
     async def steer(self, action: str, target: str = "", **options: Value) -> dict[str, Value]:
-        """Have the relay do something; for operators.
+        """Carry out an operator's action.
 
         Args:
             action: `cancel` `promote` `drain_worker` ...
-            target: id or name of what it is done to.
-            options: as the action needs.
+            target: id or name of the object to act on.
+            options: those that the action needs.
 
         Returns:
-            what the relay has to say of it.
+            the data that the relay sent with its answer.
 
         Raises:
             RequestRejected: it was not done; `request_id` is then the target.
-            LinkBroken: the link went before the answer came; whether it was done is not known.
+            LinkBroken: the link was lost before the answer came; whether it was done is not known.
         """
         steer = Steer(steer_id=secrets.token_hex(8), action=action, target=target, options=options)
         return (await self._call(steer, Done, repeat=False)).data
@@ -275,7 +275,7 @@ class RelayClient:
             del self._streams[stream.request_id]
 
     def _release(self, stream: Stream) -> None:
-        """Have the relay send nothing more of it to this connection, and not count it as a holder."""
+        """Ask the relay to send no more of it to this connection, and not to count it as a holder."""
         if not stream.ended and self._streams.get(stream.request_id) is stream:
             self._send_if_up(Leave(request_id=stream.request_id))
 
@@ -287,7 +287,7 @@ class RelayClient:
                 link.send(Cancel(request_id=stream.request_id, reason="its client left"))
                 await link.drained()
             except LinkError:
-                return  # the relay sees that its holder is gone, and cancels it after its resume window
+                return  # the relay notices that its holder has gone, and cancels it after its resume window
 
     async def _wait_link(self) -> Link:
         while True:
@@ -303,7 +303,7 @@ class RelayClient:
     async def _call_until_answered(
         self, ask: Message, kind: type[Answer], *before: Message, repeat: bool = True
     ) -> tuple[Answer, PendingCall]:
-        """Ask until it is answered, over as many links as that takes."""
+        """Repeat a call over as many links as it takes to get an answer."""
         while True:
             link = await self._wait_link()
             question = PendingCall(ask, repeat=repeat)
@@ -322,7 +322,7 @@ class RelayClient:
         try:
             for message in messages:
                 link.send(message)
-        except LinkError:  # the reader is about to notice, and tells everyone
+        except LinkError:  # the reader notices too, and informs everyone
             return
 
     def _send_if_up(self, message: Message) -> None:
@@ -332,7 +332,7 @@ class RelayClient:
     # -- the link's task -------------------------------------------------------------------------------------
 
     async def run(self, connect: Callable[..., Any]) -> None:
-        """Keep linked; only `open_relay` calls it."""
+        """Stay linked; only `open_relay` calls it."""
         with self._scope:
             try:
                 await connect(self._serve, on_down=self._on_link_down)
@@ -341,7 +341,7 @@ class RelayClient:
                 self._end(fresh_error(refusal))
 
     async def stop(self) -> None:
-        """End it all; only `open_relay` calls it."""
+        """End everything; only `open_relay` calls it."""
         self._end(partial(LinkClosed, "the relay's block was left"))
 
     def _end(self, fault: Callable[[], Exception]) -> None:
@@ -384,7 +384,7 @@ class RelayClient:
                 try:
                     message = decode(data, FROM_RELAY)
                 except UnknownType:
-                    continue  # of a newer relay, and nothing that this client asked for
+                    continue  # from a newer relay, and not an answer to this client
                 if handler := self._handlers.get(type(message)):
                     handler(message)
         finally:
@@ -402,12 +402,12 @@ class RelayClient:
             self._to_stream(refusal)
 
     def _error(self, error: Error) -> None:
-        if error.code == ErrorCode.UNKNOWN_TYPE:  # it does not take something of ours, and says not which
+        if error.code == ErrorCode.UNKNOWN_TYPE:  # the relay rejected a message of ours, without saying which
             self._calls.reject_all(error)
             if self._watch is not None:
                 self._watch[1].fail(partial(RequestRejected, "", error.code, error.message))
         elif error.code == ErrorCode.PROTOCOL_ERROR:  # trying again would break the same rule again
-            self._end(partial(ProtocolError, f"the relay says: {error.message}"))
+            self._end(partial(ProtocolError, f"the relay reported: {error.message}"))
 
     def _to_watch(self, message: Snapshot | Delta) -> None:
         if self._watch is not None:
@@ -432,25 +432,25 @@ async def open_relay(
     connect_to: Connect | None = None,
     readonly: bool = False,
 ) -> AsyncIterator[RelayClient]:
-    """Connect and log in to a relay; the link is made anew whenever it is lost, until the block ends.
+    """Connect and log in to a relay; until the block ends, the link is restored whenever it is lost.
 
     Args:
-        url: `ws://host:port`, `wss://...` or `unix:PATH`; None takes RELAY_URL, else the local unix socket.
-        token: None takes RELAY_TOKEN, else the file that RELAY_TOKEN_FILE names, else logs in without one; "" logs in
-            without one whatever the environment says.
+        url: `ws://host:port`, `wss://...` or `unix:PATH`; None uses RELAY_URL, else the local unix socket.
+        token: None uses RELAY_TOKEN, else the file named by RELAY_TOKEN_FILE, else no token; "" uses no token whatever
+            the environment says.
         role: `client` or `operator`.
-        agent: what this program calls itself.
-        reconnect: False ends everything with LinkBroken at the first loss.
-        on_reconnect: told, of each loss and each failed try, why, and in how many seconds the next try follows.
-        on_up: told of each login, the first too.
-        ssl_context: for wss://; None takes the system's certificate authorities.
-        backoff: waiting times between tries.
-        connect_to: makes the transport in place of sockets.
-        readonly: for operators: the relay refuses every steer of this connection.
+        agent: this program's name for itself.
+        reconnect: False raises LinkBroken at the first loss instead.
+        on_reconnect: called at each loss and failed attempt, with the reason and the seconds until the next attempt.
+        on_up: called at each login, the first one included.
+        ssl_context: for wss://; None uses the system's certificate authorities.
+        backoff: waiting times between attempts.
+        connect_to: makes the transport instead of opening a socket.
+        readonly: for operators: the relay refuses every steer from this connection.
 
     Raises:
-        ConnectError: the first try failed. LoginRefused (one of these) where the relay said no.
-        ValueError: the URL or the token's source is unusable.
+        ConnectError: the first attempt failed. LoginRefused (a subclass) if the relay refused the login.
+        ValueError: the URL, or the source of the token, is not usable.
     """
     address = from_environment(url)
     hello = Hello(

@@ -1,4 +1,4 @@
-"""What a request takes along: read, hashed, announced, and sent in pieces that leave room for others."""
+"""The inputs of a request: read, hashed and announced, then sent in pieces that leave room for other messages."""
 
 import hashlib
 import mimetypes
@@ -14,24 +14,24 @@ from protocol.wire.structs import KIB, InputInfo
 
 InputSource = bytes | Path | tuple[bytes | Path, str]
 
-#: More than any relay takes; said before such a file is read into memory.
+#: More than any relay accepts; checked before such a file is read into memory.
 MAX_INPUT_BYTES = 1024 * KIB * KIB
-#: Pieces are queued until the link's backlog has this size, and again when it has fallen to `LOW_WATER_BYTES`.
-#: Two pieces deep: the link never runs dry, and a message of someone else waits for half a MiB at most.
+#: Pieces are queued until the link's backlog has this size, and again once it has fallen to `LOW_WATER_BYTES`.
+#: This is two pieces: the link never runs dry, and another message waits for half a MiB at most.
 HIGH_WATER_BYTES = 2 * MAX_INPUT_CHUNK_BYTES
 LOW_WATER_BYTES = MAX_INPUT_CHUNK_BYTES
 
 
 async def read_inputs(sources: Mapping[str, InputSource]) -> tuple[dict[str, bytes], dict[str, InputInfo]]:
-    """The bytes of each input, and what a `submit` announces of them.
+    """Read the inputs; return the bytes of each, and what `submit` announces about it.
 
     Args:
-        sources: name -> bytes, a path, or either with its media type. The type of a path is guessed from its name,
+        sources: name -> bytes, a path, or either with its media type. The type of a path is guessed from its name;
             that of bytes is `application/octet-stream`.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file is larger than any relay takes, or a name or media type breaks the rules of the wire.
+        ValueError: a file is larger than any relay accepts, or a name or media type breaks a rule of the wire.
     """
     data: dict[str, bytes] = {}
     infos: dict[str, InputInfo] = {}
@@ -61,7 +61,7 @@ def _digest(data: bytes) -> str:
 
 
 class Upload:
-    """Sends a request's inputs over one link, piece by piece, from the link's own `on_drained`."""
+    """Sends the inputs of a request over one link, piece by piece, called by the link's `on_drained`."""
 
     def __init__(self, link: Link, request_id: str, inputs: Mapping[str, bytes]) -> None:
         self._link = link
@@ -70,7 +70,7 @@ class Upload:
         self._pump()
 
     def stop(self) -> None:
-        """Send no more."""
+        """Stop sending."""
         self._remove()
         self._pieces = iter(())
 
@@ -82,7 +82,7 @@ class Upload:
                     self._remove()
                     return
                 self._link.send(piece)
-        except LinkError:  # the next link begins anew
+        except LinkError:  # the upload starts again on the next link
             self.stop()
 
 

@@ -1,4 +1,4 @@
-"""What was asked of the relay and not answered yet."""
+"""Keeps the calls to the relay that have not been answered yet."""
 
 from collections import deque
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from protocol.wire.validators import Message
 
 @attrs.define(eq=False)
 class PendingCall:
-    """A message of ours that the relay answers.
+    """A message of ours that expects an answer from the relay.
 
     Attributes:
-        repeat: whether it may be asked again over a new link; a steer would be carried out twice.
-        answer: there once `done` is set, unless `fault` is, or the link went (then neither is).
+        repeat: whether it may be sent again over a new link; a steer might be carried out twice.
+        answer: present once `done` is set, unless `fault` is set or the link was lost (then neither is).
     """
 
     ask: Message
@@ -26,34 +26,34 @@ class PendingCall:
     answer: Message | None = None
     fault: Callable[[], Exception] | None = None
     done: trio.Event = attrs.field(factory=trio.Event)
-    #: Of `spaces`, whose answer comes in pages.
+    #: Pages of the answer to `spaces`.
     pages: list[SpacesReply] = attrs.field(factory=list)
 
     @property
     def correlation_id(self) -> str | None:
-        """What a `rejected` for it carries as `request_id`."""
+        """The `request_id` of a `rejected` that answers it."""
         if isinstance(self.ask, Steer):
             return self.ask.steer_id
         return self.ask.request_id if isinstance(self.ask, Status) else None
 
 
 class PendingCalls:
-    """Open questions in the order asked, which is the order in which a relay answers those of one kind."""
+    """Unanswered calls in the order sent, which is the order in which a relay answers calls of one kind."""
 
     def __init__(self) -> None:
         self._open: deque[PendingCall] = deque()
 
     def add(self, question: PendingCall) -> None:
-        """It was, or is about to be, sent."""
+        """Add a call that was sent, or is about to be."""
         self._open.append(question)
 
     def forget(self, question: PendingCall) -> None:
-        """Nobody waits for it any more; a late answer is dropped."""
+        """Remove a call that nobody waits for; a late answer is dropped."""
         if question in self._open:
             self._open.remove(question)
 
     def rejected(self, refusal: Rejected) -> bool:
-        """Take a refusal; False where no question asked for it."""
+        """Take a refusal; False if it answers no call."""
         question = next((one for one in self._open if one.correlation_id == refusal.request_id), None)
         if question is None:
             return False
@@ -62,7 +62,7 @@ class PendingCalls:
         return True
 
     def reject_all(self, error: Error) -> None:
-        """The relay does not know something that was asked, and does not say what."""
+        """Fail all calls: the relay does not know one of these messages, and does not say which."""
         for question in tuple(self._open):
             self._reject(question, "", error, False)
 
@@ -99,12 +99,12 @@ class PendingCalls:
         question.done.set()
 
     def on_link_lost(self, why: str) -> None:
-        """No answers come any more: who asked asks again, except what must not be."""
+        """Wake all callers, who then call again, except those whose call must not be repeated."""
         unknown = partial(LinkBroken, f"{why}; whether it was carried out is not known")
         for question in tuple(self._open):
             self._settle(question, fault=None if question.repeat else unknown)
 
     def fail(self, fault: Callable[[], Exception]) -> None:
-        """Nothing will be answered any more."""
+        """Fail all calls: there will be no more answers."""
         for question in tuple(self._open):
             self._settle(question, fault=fault)

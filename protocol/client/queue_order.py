@@ -1,7 +1,7 @@
-"""The order of every space's queue, put together from what a `watch` tells. Pure.
+"""Reconstructs the order of every space's queue from the changes that a `watch` receives. Pure.
 
-The relay does not tell a request's row again because those ahead of it have left: with 10,000 in a queue each start
-would move them all. It tells the rows that entered, left or changed places among each other; the rest follows.
+The relay does not send a request's row again just because requests ahead of it have left: with 10,000 in a queue, each
+start would change every row. It sends rows that entered, left or changed places among each other; the rest follows.
 """
 
 from bisect import bisect_right
@@ -14,16 +14,16 @@ Row = dict[str, Any]
 
 
 class QueueOrder:
-    """Who waits where. Give it every change of one watch, in order; then its places are exact."""
+    """The order of every queue. Apply every change of one watch, in order, and its positions are exact."""
 
     def __init__(self) -> None:
         self._orders: dict[str, list[str]] = {}
         self._space_of: dict[str, str] = {}
-        #: Space -> request id -> position; made when asked for.
+        #: Space -> request id -> position; computed when needed.
         self._positions: dict[str, dict[str, int]] = {}
 
     def apply(self, change: Snapshot | Delta) -> None:
-        """Take a whole snapshot, or the whole of a round of changes (pages joined)."""
+        """Apply a whole snapshot, or a whole round of changes (with its pages joined)."""
         if isinstance(change, Snapshot):
             self._orders, self._space_of, self._positions = {}, {}, {}
         told: list[Row] = change.data.get("requests", [])
@@ -36,7 +36,7 @@ class QueueOrder:
             self._orders.setdefault(space, []).insert(row["position"] - 1, request_id)
             self._space_of[request_id] = space
             self._positions.pop(space, None)
-        # Told while it had a place, and it has lost it since: its place counted for those behind it.
+        # It was sent while it had a place, which it has lost since: that place counted for those behind it.
         self._take_out(row.get("request_id", "") for row in placed if row.get("state") != "queued")
 
     def _take_out(self, request_ids: Iterable[str]) -> None:
@@ -54,11 +54,11 @@ class QueueOrder:
                 del self._orders[space]
 
     def order(self, space: str) -> list[str]:
-        """Request ids in the order in which the space will serve them, as things stand."""
+        """Request ids in the order in which the space will serve them, as of now."""
         return list(self._orders.get(space, ()))
 
     def position(self, request_id: str) -> int | None:
-        """Where a request stands in its space, from 1; None if it is not queued."""
+        """The place of a request in its space, from 1; None if it is not queued."""
         space = self._space_of.get(request_id)
         if space is None:
             return None
@@ -68,16 +68,16 @@ class QueueOrder:
 
 
 def rows_to_send(told: Iterable[str], order: list[str], again: set[str]) -> set[str]:
-    """Whose rows a reader needs to come from one order of a queue to another. The relay's part of `QueueOrder`.
+    """The rows to send to bring a reader from an old order to the current one. The relay's counterpart of `QueueOrder`.
 
     Args:
         told: the order that the reader has.
-        order: the order as it is now.
-        again: who is told in any case; a reader takes them out and puts them in at their positions.
+        order: the current order.
+        again: ids that are sent in any case; a reader takes them out and inserts them at their positions.
 
     Returns:
-        ids of `order` that are to be told, `again` aside: those that are new in it, and those that have overtaken
-        others. Who is in `told` alone must be told (to have left) in the same round.
+        other ids of `order` that must be sent: those new in it, and those that have overtaken others. Ids only in
+        `told` must be reported (as gone) in the same round.
     """
     now = set(order) - again
     kept = [each for each in told if each in now]
@@ -85,16 +85,16 @@ def rows_to_send(told: Iterable[str], order: list[str], again: set[str]) -> set[
     rest = [each for each in order if each in now and each not in fresh] if fresh or again else order
     if rest == kept:
         return fresh
-    # Those in the longest run of the old order that still is one stay; the others have moved.
+    # The longest run of the old order that is still in order stays; the others have moved.
     place = {each: number for number, each in enumerate(kept)}
     return fresh | set(rest) - _longest_rising(rest, place)
 
 
 def _longest_rising(rest: list[str], place: dict[str, int]) -> set[str]:
-    """The most ids of `rest` whose places rise (patience sorting)."""
+    """The largest set of ids in `rest` whose places increase (patience sorting)."""
     tops: list[int] = []  # the lowest place that a run of each length can end with
-    ends: list[int] = []  # index in rest of that end
-    before: list[int] = []  # index in rest -> index of what comes before it in its run
+    ends: list[int] = []  # the index in rest of that end
+    before: list[int] = []  # index in rest -> index of its predecessor in its run
     for index, each in enumerate(rest):
         at = bisect_right(tops, place[each])
         before.append(ends[at - 1] if at else -1)

@@ -1,4 +1,4 @@
-"""One request as its client sees it: what the relay sends about it, put in order and each frame once."""
+"""One request from its client's view: the relay's messages about it, in order and each frame once."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -41,13 +41,12 @@ from protocol.wire.validators import Value
 
 @attrs.frozen(kw_only=True)
 class Restarted:
-    """A new attempt begins below frames that were given out already: those from `seq` on are void, and come anew.
+    """A new attempt begins below frames already delivered: those from `seq` on are void and will be sent again.
 
-    It comes, as a rule with seq 0, when the worker of an engine that is not reproducible was lost and the request is
-    tried again: `retry="always"` voids whatever was given out, "before_output" no more than `started` and `progress`.
-    And it comes when the relay and the worker were both started anew, after which nobody holds the earlier frames; a
-    reproducible engine then makes the same ones again. It stands among the `events()` of a stream and is no message
-    of the wire.
+    This happens, usually with seq 0, when the worker of an engine that is not reproducible was lost and the request is
+    tried again: `retry="always"` voids everything delivered, "before_output" only `started` and `progress`. It also
+    happens when relay and worker have both restarted, so that the earlier frames are lost; a reproducible engine then
+    makes the same frames again. It appears among the `events()` of a stream, but is not a message of the wire.
     """
 
     request_id: str
@@ -59,28 +58,28 @@ Event = Accepted | Queued | Restarted | Frame
 
 
 class AudioRestarted(RequestFailed):
-    """The audio begins anew, and who takes it has not said what to do then; see `Stream.audio`."""
+    """The audio starts again, and no `on_restart` was given; see `Stream.audio`."""
 
 
 class Stream:
-    """A submitted or attached request; made by `Relay.submit` and `Relay.attach`.
+    """A submitted or attached request; made by `RelayClient.submit` and `RelayClient.attach`.
 
-    `async for frame in stream`, `stream.events()` and `stream.audio()` share one position: take one of them. Each
-    ends after `completed`, and raises where the request ended otherwise: RequestRejected, RequestFailed,
-    RequestCancelled; ProtocolError where the relay left out frames twice; LinkError where the relay is gone for good.
+    `async for frame in stream`, `stream.events()` and `stream.audio()` share one position: use one of them. Each ends
+    after `completed`. If the request ended otherwise, it raises RequestRejected, RequestFailed or RequestCancelled;
+    ProtocolError if the relay left out frames twice; LinkError if the relay is permanently unreachable.
 
-    What is not taken yet is kept here, so that a slow reader of one stream never holds up another. It is bounded by
-    the relay's `max_result_bytes` (64 MiB by default).
+    Frames that have not been read are kept here, so that a slow reader of one stream never holds up another. They are
+    bounded by the relay's `max_result_bytes` (64 MiB by default).
 
     Attributes:
-        request_id: its id.
-        accepted: whether the relay has it safe in its store.
+        request_id: the request's id.
+        accepted: whether the relay has stored it safely.
         place: its last known place in the queue, None before the first and once it runs.
-        format: of the audio, once `started` said it; None where there is none.
-        attempt: number of the attempt whose frames come now; 0 before the first frame.
-        next_seq: of the next frame expected.
+        format: of the audio, once `started` has arrived; None if there is no audio.
+        attempt: number of the attempt whose frames arrive now; 0 before the first frame.
+        next_seq: number of the next expected frame.
         restarts: how often `Restarted` happened.
-        queue_s: seconds from the submit to `started`, by this side's clock.
+        queue_s: seconds from the submit to `started`, by the clock of this side.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class Stream:
         self._link: Link | None = None
         self._cancel: bytes | None = None
         self._left_out = False
-        self._consumed_seq = after_seq + 1  # below it, frames are in the hands of the consumer
+        self._consumed_seq = after_seq + 1  # frames below it have been delivered to the consumer
         self._events: deque[Event] = deque()
         self._changed = trio.Event()
         self._result: dict[str, Value] | None = None
@@ -117,7 +116,7 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more is to come, for whatever reason; what came may still wait to be taken."""
+        """Whether nothing more will arrive, for whatever reason; what has arrived may still wait to be read."""
         return self._result is not None or self._fault is not None
 
     def __aiter__(self) -> Self:
@@ -130,25 +129,25 @@ class Stream:
                 return event
 
     def events(self) -> "Events":
-        """Everything about the request: Accepted, Queued (the latest alone, if several came), Restarted, frames."""
+        """Iterate over everything about the request: Accepted, Queued (only the latest), Restarted, frames."""
         return Events(self)
 
     def audio(self, on_restart: Callable[[], None] | None = None) -> "AudioChunks":
-        """The PCM alone, as bytes of whole samples in `format`, which is known from the first of them on.
+        """Iterate over the PCM only, as bytes of whole samples in `format`, which is known from the first on.
 
         Args:
-            on_restart: called when the audio begins anew (see `Restarted`); what was given out before is then void.
-                Without it AudioRestarted is raised, because going on would play the beginning twice.
+            on_restart: called when the audio starts again (see `Restarted`); audio delivered before is then void.
+                Without it AudioRestarted is raised, because continuing would play the beginning twice.
         """
         return AudioChunks(self, on_restart)
 
     async def result(self) -> dict[str, Value]:
-        """Wait for the end and return the figures of `completed`, and `queue_s` where this side could measure it.
+        """Wait for the end; return the figures of `completed`, with `queue_s` if this side could measure it.
 
-        Frames not taken yet can be taken afterwards.
+        Frames that have not been read can be read afterwards.
 
         Raises:
-            RequestRejected: the relay did not take the request.
+            RequestRejected: the relay rejected the request.
             RequestFailed: it failed.
             RequestCancelled: it was cancelled.
         """
@@ -163,7 +162,7 @@ class Stream:
         return result
 
     async def wait_accepted(self) -> None:
-        """Wait until the relay has the request in its store; raises as `result` where it does not take it."""
+        """Wait until the relay has stored the request; raises like `result` if it rejects it."""
         await trio.lowlevel.checkpoint()
         while not self.accepted and not self.ended:
             await self._change()
@@ -194,7 +193,7 @@ class Stream:
     # -- for the relay's reader, none of which waits ---------------------------------------------------------
 
     def open(self, link: Link) -> None:
-        """Ask for the request over a new link: again as a whole while it may be unknown, else for what is missing."""
+        """Ask for the request over a new link: submit it again while it may be unknown, else ask for missing frames."""
         if self.ended:
             return
         self._link = link
@@ -208,15 +207,15 @@ class Stream:
             link.send_nowait(self._cancel)
 
     def repeat_cancel(self, cancel: Cancel) -> None:
-        """Say this again over each new link, until the end: a relay that was killed may have forgotten it."""
+        """Send this again over each new link, until the end: a relay that was killed may have forgotten it."""
         self._cancel = encode(cancel)
 
     def on_message(self, message: Accepted | Queued | Rejected | Frame) -> None:
-        """Take what the relay says of this request."""
+        """Process a message from the relay about this request."""
         if self.ended:
             return
         if isinstance(message, Rejected):
-            # Taken once, it can only be forgotten: that is a failure, and not a refusal.
+            # An accepted request that is now unknown was forgotten: that is a failure, not a rejection.
             kind = RequestFailed if self.accepted else RequestRejected
             details = dict(message.details)
             self.fail(partial(kind, self.request_id, message.code, message.message, details, message.retryable))
@@ -235,7 +234,7 @@ class Stream:
         self._changed.set()
 
     def fail(self, fault: Callable[[], Exception]) -> None:
-        """Nothing more will come; `fault` makes the exception that says why, anew for each who asks."""
+        """End the stream; `fault` makes a new exception with the reason for each caller."""
         if not self.ended:
             self._fault = fault
             self._stop_upload()
@@ -254,12 +253,12 @@ class Stream:
 
     def _on_frame(self, frame: Frame) -> None:
         if frame.attempt < self.attempt:
-            return  # of an attempt that is over
+            return  # from an attempt that is over
         if not self.attempt and self.next_seq:
-            self.attempt = frame.attempt  # who attached did not say whose frames it has: of whichever there is
+            self.attempt = frame.attempt  # an attach that named no attempt accepts any
         if frame.seq < self.next_seq and frame.attempt == self.attempt:
-            # Sent twice around a reconnect. But the last frame always counts: a relay that was restarted, and lost
-            # the frames before it, may end the request itself; and who attached may have named a `seq` beyond the end.
+            # Sent twice around a reconnect. But the last frame always counts: a relay that restarted and lost the
+            # frames before it may end the request itself, and an attach may have named a `seq` beyond the end.
             if isinstance(frame, Failed | Cancelled):
                 self._on_end(frame)
             elif isinstance(frame, Completed):
@@ -268,7 +267,7 @@ class Stream:
             return
         if frame.seq > self.next_seq:
             if isinstance(frame, Failed | Cancelled):
-                self._on_end(frame)  # the relay had to let go of the frames before it
+                self._on_end(frame)  # the relay had to drop the frames before it
             else:
                 self._on_gap(frame)
             return
@@ -285,14 +284,14 @@ class Stream:
         elif isinstance(frame, Completed):
             self._result = frame.result
         elif isinstance(frame, Failed | Cancelled):
-            self._events.remove(frame)  # it is told by the exception
+            self._events.remove(frame)  # the exception reports it
             self._on_end(frame)
 
     def _on_gap(self, frame: Frame) -> None:
-        """A fault of the relay's, or on the way: asking anew over another link may mend it, once.
+        """Handle a missing frame, a fault of the relay or on the way: asking again over another link may help, once.
 
         Raises:
-            ProtocolError: the first time; the link is then closed, and `open` called with the next.
+            ProtocolError: the first time; the link is then closed, and `open` is called with the next.
         """
         words = f"request {self.request_id}: frame {frame.seq} came where {self.next_seq} was due"
         if not self._left_out:
@@ -310,7 +309,7 @@ class Stream:
             self.fail(partial(RequestCancelled, self.request_id, frame.reason))
 
     def _restart(self, frame: Frame) -> None:
-        """Frames from `frame.seq` on are void. If the consumer has none of them yet, it need not know."""
+        """Void the frames from `frame.seq` on; the consumer is informed only if it has received some of them."""
         kept = [event for event in self._events if not isinstance(event, Frame) or event.seq < frame.seq]
         self._events = deque(kept)
         if self._consumed_seq > frame.seq:
@@ -319,7 +318,7 @@ class Stream:
 
 
 class Events:
-    """What `Stream.events` returns."""
+    """The iterator returned by `Stream.events`."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -332,7 +331,7 @@ class Events:
 
 
 class AudioChunks:
-    """What `Stream.audio` returns."""
+    """The iterator returned by `Stream.audio`."""
 
     def __init__(self, stream: Stream, on_restart: Callable[[], None] | None) -> None:
         self._stream = stream
@@ -351,13 +350,13 @@ class AudioChunks:
             if isinstance(event, Restarted) and self._begun:
                 self._begun = False
                 if self._on_restart is None:
-                    words = "the audio begins anew on another worker; pass on_restart to audio() to follow it"
+                    words = "the audio starts again on another worker; pass on_restart to audio() to follow it"
                     raise AudioRestarted(event.request_id, ErrorCode.WORKER_LOST, words, {}, True)
                 self._on_restart()
 
 
 def fresh_error(fault: LinkError) -> Callable[[], LinkError]:
-    """Makes the exception `fault` anew, so that each who raises it has a traceback of its own."""
+    """A function that makes a new copy of `fault`, so that each caller gets its own traceback."""
     if isinstance(fault, LoginRefused):
         return partial(LoginRefused, fault.code, str(fault))
     return partial(type(fault), str(fault))

@@ -1,4 +1,4 @@
-"""What an operator sees: one snapshot of everything, then what changes, put together."""
+"""What an operator watches: one snapshot of everything, then the changes, applied to a state."""
 
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from protocol.wire.validators import Value
 
 Row = dict[str, Value]
 
-#: Which field of a topic's rows tells them apart; `id` in topics not listed.
+#: The key field of a topic's rows; `id` for topics not listed.
 ROW_KEYS = {
     "relay": "name",
     "spaces": "name",
@@ -23,8 +23,8 @@ ROW_KEYS = {
     "log": "id",
     "audit": "id",
 }
-#: Values that are ages when they are told, and count on from there without being told again: topic -> key -> the
-#: states in which they do; None: always. Where a value is nil, nothing counts.
+#: Values that are ages when they are sent, and keep growing without being sent again: topic -> key -> the
+#: states in which they do; None: always. A nil value does not grow.
 COUNTS_ON: dict[str, dict[str, frozenset[str] | None]] = {
     "relay": {"uptime_s": None},
     "spaces": {"oldest_wait_s": None},
@@ -37,16 +37,16 @@ COUNTS_ON: dict[str, dict[str, frozenset[str] | None]] = {
     },
     "clients": {"connected_s": None},
 }
-#: Deltas not taken yet; with more, one snapshot of the state takes their place. 15 s at the relay's 4 a second.
+#: Deltas not read yet; beyond this, one snapshot of the state replaces them. 15 s at the relay's 4 a second.
 MAX_UNREAD = 60
-#: Rows of `log` and of `audit` that are kept; they are never `gone`.
+#: Rows of `log` and of `audit` that are kept; the relay never reports them as `gone`.
 MAX_KEPT = 5_000
-#: As many more before the oldest are dropped, so that not every line sorts them all.
+#: This many more are allowed before the oldest are dropped, so that not every new line has to sort them.
 SLACK = 500
 
 
 def value_now(topic: str, row: Row, key: str, elapsed_s: float) -> Value:
-    """A value of a row as it stands `elapsed_s` after the row came: ages have grown, the rest is as it was told."""
+    """A value of a row `elapsed_s` after the row was received: ages have grown, other values are unchanged."""
     value = row.get(key)
     states = COUNTS_ON.get(topic, {}).get(key, frozenset())
     if not isinstance(value, int | float) or (states is not None and str(row.get("state")) not in states):
@@ -55,15 +55,15 @@ def value_now(topic: str, row: Row, key: str, elapsed_s: float) -> Value:
 
 
 class Watch:
-    """Snapshots and deltas; made by `Relay.watch`.
+    """Snapshots and deltas; made by `RelayClient.watch`.
 
-    `async for change in watch` gives a whole `Snapshot` first, and another after each reconnect; then one `Delta` for
-    each round of changes. Both are joined from their pages. A reader that falls behind gets a fresh snapshot in place
-    of the deltas it missed.
+    `async for change in watch` yields a whole `Snapshot` first, and another after each reconnect; then one `Delta` for
+    each round of changes. The pages of both are joined. A reader that falls behind gets a new snapshot instead of the
+    deltas that it missed.
 
     Attributes:
-        state: topic -> row key -> row, as of the last change taken. The `position` in a row is that of its telling.
-        queues: the order of every queue, as of the last change taken.
+        state: topic -> row key -> row, as of the last change read. The `position` in a row dates from when it was sent.
+        queues: the order of every queue, as of the last change read.
     """
 
     def __init__(self) -> None:
@@ -95,11 +95,11 @@ class Watch:
     # -- for the relay's reader ------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """A new link: pages of the old one that miss their rest are void."""
+        """Start on a new link: incomplete pages of the old one are void."""
         self._pages, self._gone = {}, {}
 
     def on_page(self, message: Snapshot | Delta) -> None:
-        """Take a page of a snapshot, or of a delta."""
+        """Add a page of a snapshot or a delta."""
         for topic, rows in message.data.items():
             self._pages.setdefault(topic, []).extend(rows if isinstance(rows, list) else [rows])
         if isinstance(message, Delta):
@@ -112,7 +112,7 @@ class Watch:
         change: Snapshot | Delta
         if isinstance(message, Snapshot):
             change = Snapshot(data=dict(pages))
-            self._unread.clear()  # it tells all that they told
+            self._unread.clear()  # the snapshot contains all of it
         else:
             change = Delta(data=dict(pages), gone=dict(gone))
         self._latest = _put(change, self._latest)
@@ -130,13 +130,13 @@ class Watch:
         return [row | {"position": self._latest_queues.position(row["request_id"])} for row in rows]
 
     def fail(self, fault: Callable[[], Exception]) -> None:
-        """Nothing more will come."""
+        """End the watch."""
         self._fault = self._fault or fault
         self._changed.set()
 
 
 def _put(change: Snapshot | Delta, state: dict[str, dict[str, Row]]) -> dict[str, dict[str, Row]]:
-    """The state after `change`. Rows are replaced whole."""
+    """Apply `change`; rows are replaced as a whole."""
     if isinstance(change, Snapshot):
         state = {}
     for topic, rows in change.data.items():

@@ -1,1 +1,1 @@
-"""The commands of `relay`."""
+"""The commands of the program `relay`, and how they show progress."""

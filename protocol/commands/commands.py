@@ -1,4 +1,4 @@
-"""What each command of `relay` does."""
+"""The implementation of each `relay` command."""
 
 import argparse
 import base64
@@ -83,7 +83,7 @@ async def say(args: argparse.Namespace, progress: Progress) -> None:
     if not text.strip():
         raise ValueError("the text is empty: there is nothing to say")
     if any(name == "text" for name, _value in args.param):
-        raise ValueError("--param text=... and TEXT are the same thing; give one of them")
+        raise ValueError("--param text=... and TEXT mean the same; give one of them")
     await _submit(args, progress, {"text": text})
 
 
@@ -115,7 +115,7 @@ async def _submit(args: argparse.Namespace, progress: Progress, params: dict[str
             else:
                 await sink.attach_to(stream)
     except EncodeError as fault:
-        raise ValueError(f"the request is more than a relay takes: {fault}") from fault
+        raise ValueError(f"the request is larger than a relay accepts: {fault}") from fault
     finally:
         sink.close()
 
@@ -131,7 +131,7 @@ async def attach(args: argparse.Namespace, progress: Progress) -> None:
 
 
 async def status(args: argparse.Namespace, progress: Progress) -> None:
-    """Show how a request stands."""
+    """Show the state of a request."""
     async with _open(args, progress) as relay:
         _print_status(args, (await relay.status(args.request_id)).to_map())
 
@@ -141,7 +141,7 @@ async def cancel(args: argparse.Namespace, progress: Progress) -> None:
     async with _open(args, progress) as relay:
         reply = await relay.cancel(args.request_id, args.reason)
         if reply.state in ("completed", "failed"):
-            progress.note(f"too late: the request has {reply.state}")
+            progress.note(f"too late: the request is already {reply.state}")
         _print_status(args, reply.to_map())
 
 
@@ -164,7 +164,7 @@ async def spaces(args: argparse.Namespace, progress: Progress) -> None:
 
 
 async def watch(args: argparse.Namespace, progress: Progress) -> None:
-    """Follow everything."""
+    """Follow everything that happens."""
     async with _open(args, progress) as relay, relay.watch(args.topics) as changes:
         async for change in changes:
             if args.json:
@@ -192,11 +192,11 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Progress], Awaitable[None]]
 
 
 class Sink:
-    """Where the output of one request goes: audio and binary to files, other values to stdout, the rest to stderr.
+    """Writes the output of a request: audio and binary to files, other values to stdout, the rest to stderr.
 
     Raises:
         ValueError: the options contradict each other.
-        OSError: the output file cannot be written; before anything is submitted.
+        OSError: the output file cannot be written; raised before anything is submitted.
     """
 
     def __init__(self, args: argparse.Namespace, progress: Progress, name: str) -> None:
@@ -220,7 +220,7 @@ class Sink:
             self._writer = AudioWriter(Path(args.output))
 
     async def attach_to(self, stream: Stream) -> None:
-        """Everything that comes, until the end; raises as the stream."""
+        """Process everything that arrives, until the end; raises like the stream."""
         self._name = f"{self._name}-{stream.request_id[:8]}"
         try:
             async for event in stream.events():
@@ -261,7 +261,7 @@ class Sink:
             elif not self._json and not self._pipe:
                 self.line(event.data)
         elif isinstance(event, Restarted):
-            words = "the file begins anew" if not self._pipe else "what was written is followed by all of it again"
+            words = "the file starts again" if not self._pipe else "what was written is followed by all of it again"
             self._progress.note(f"the request starts over; {words}")
 
     def _begin(self, audio_format: AudioFormat) -> None:
@@ -272,11 +272,11 @@ class Sink:
 
     async def _write(self, pcm: bytes) -> None:
         if self._writer is None or self._writer.format is None:
-            raise ValueError("the request sends audio without having said its format")
+            raise ValueError("the request sends audio without having sent its format")
         if self._writer.is_wav:
             self._writer.write(pcm)
         else:
-            # A player takes a pipe in real time: waiting for it here would hold up the pings.
+            # A player reads a pipe in real time: waiting for it here would hold up the pings.
             await trio.to_thread.run_sync(self._writer.write, pcm, abandon_on_cancel=True)
 
     async def _binary(self, data: bytes) -> None:
@@ -284,13 +284,13 @@ class Sink:
             self._where = f"{self._name}.bin"
             self._writer = AudioWriter(Path(self._where))
         if self._writer.format is not None:
-            self._progress.note(f"{len(data)} bytes of binary output dropped: the output file holds the audio")
+            self._progress.note(f"{len(data)} bytes of binary output dropped: the output file contains the audio")
             return
         self._binary_bytes += len(data)
         await trio.to_thread.run_sync(self._writer.write_binary, data, abandon_on_cancel=self._pipe)
 
     def line(self, value: Any) -> None:
-        """A line on stdout: text as it is, but harmless where it goes to a terminal; all else as JSON."""
+        """Print a line: text as it is, made harmless for a terminal; everything else as JSON."""
         if not isinstance(value, str) or self._json:
             value = _json(value)
         elif sys.stdout.isatty():
@@ -298,13 +298,13 @@ class Sink:
         print(value, flush=True)
 
     def close(self) -> None:
-        """Leave a whole file behind, or none."""
+        """Leave a complete file behind, or none."""
         if self._writer is not None:
             self._writer.close()
 
 
 def _event_json(event: Event) -> dict[str, Value]:
-    """An event as a JSON line: audio by its size."""
+    """An event as a JSON line; audio is given by its size."""
     if isinstance(event, Audio):
         told = event.to_map()
         told["bytes"] = len(told.pop("pcm"))

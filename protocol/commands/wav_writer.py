@@ -1,4 +1,4 @@
-"""PCM to a file as it arrives: WAV that is valid at every moment, or raw where the output cannot seek."""
+"""Writes PCM to a file as it arrives: a WAV that is valid at every moment, or raw PCM if the output cannot seek."""
 
 import os
 import stat
@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from protocol.wire.structs import AudioFormat
 
-#: RIFF keeps sizes in 32 bits; its own counts 36 bytes of header as well.
+#: RIFF stores sizes in 32 bits; its own size includes 36 bytes of header.
 MAX_DATA_BYTES = 0xFFFF_FFFF - 36
 HEADER_BYTES = 44
 
@@ -34,16 +34,16 @@ def wav_header(audio_format: AudioFormat, data_bytes: int) -> bytes:
 
 
 class AudioWriter:
-    """Writes one request's audio to a path or an open file.
+    """Writes the audio of one request to a path or an open file.
 
-    A file becomes a WAV: each write appends samples first and the header's sizes after, so a program killed between
-    the two leaves a WAV that is shorter by one write, and never one that promises more than it holds. What cannot
-    seek (a pipe, a terminal) gets the raw PCM.
+    A file becomes a WAV: each write appends the samples first and updates the header after, so a program killed between
+    the two leaves a WAV that is shorter by one write, never one that claims more than it contains. An output that
+    cannot seek (a pipe, a terminal) gets raw PCM.
 
-    A file that was there keeps its content until `begin`; one that this writer made and never began is removed.
+    An existing file keeps its content until `begin`; a file created here is removed if `begin` was never called.
 
     Args:
-        target: a path, or a binary file that is then not closed.
+        target: a path, or a binary file, which is not closed.
 
     Raises:
         OSError: the path cannot be written.
@@ -66,16 +66,16 @@ class AudioWriter:
             target.flush()
             self._fd = target.fileno()
             self._owned = False
-        # A file that somebody else opened may hold more than ours (`>> log`): only a path is made a WAV.
+        # A file opened by somebody else may contain more than ours (`>> log`): only a path becomes a WAV.
         self.is_wav = self._owned and stat.S_ISREG(os.fstat(self._fd).st_mode)
 
     @property
     def seconds(self) -> float:
-        """How long the audio is that was written since it began."""
+        """Seconds of audio written since it began."""
         return 0.0 if self.format is None else self.data_bytes / self.format.sample_bytes / self.format.sample_rate
 
     def begin(self, audio_format: AudioFormat) -> None:
-        """Begin the audio, or begin it anew: what was written is dropped, where the output can seek."""
+        """Begin the audio, or begin it again: earlier audio is dropped if the output can seek."""
         self.format, self.data_bytes = audio_format, 0
         self._made = None
         if self.is_wav:
@@ -89,7 +89,7 @@ class AudioWriter:
         Raises:
             RuntimeError: the audio has not begun.
             ValueError: the file would exceed the 4 GiB of a WAV; it stays as it is.
-            OSError: the disk is full, the pipe is closed. What is there stays valid.
+            OSError: the disk is full, or the pipe is closed. What is there stays valid.
         """
         if self.format is None:
             raise RuntimeError("write() before begin()")
@@ -103,11 +103,11 @@ class AudioWriter:
             os.pwrite(self._fd, wav_header(self.format, self.data_bytes), 0)
 
     def write_binary(self, data: bytes) -> None:
-        """Append bytes that are no audio; then no header is written, and `begin` must not follow.
+        """Append bytes that are not audio; then no header is written, and `begin` must not follow.
 
         Raises:
             RuntimeError: the audio has begun.
-            OSError: as `write`.
+            OSError: as for `write`.
         """
         if self.format is not None:
             raise RuntimeError("write_binary() after begin()")
@@ -118,11 +118,11 @@ class AudioWriter:
         self._write_all(data)
 
     def close(self) -> None:
-        """Close the file; harmless when closed."""
+        """Close the file; does nothing if it is closed."""
         if not self._owned or self._fd < 0:
             return
         if self.is_wav and self.format is not None and os.fstat(self._fd).st_size > HEADER_BYTES + self.data_bytes:
-            os.ftruncate(self._fd, HEADER_BYTES + self.data_bytes)  # of a write that failed half way
+            os.ftruncate(self._fd, HEADER_BYTES + self.data_bytes)  # drop the rest of a write that failed half way
         os.close(self._fd)
         self._fd = -1
         if self._made is not None:
@@ -135,6 +135,6 @@ class AudioWriter:
 
 
 def _open_existing(path: Path) -> int:
-    # A pipe that nobody reads yet is to be waited for, so no O_NONBLOCK; opened for reading too, it would never break.
+    # Wait for the reader of a pipe, so no O_NONBLOCK; if we opened it for reading too, it would never break.
     access = os.O_WRONLY if not path.is_file() else os.O_RDWR
     return os.open(path, access | os.O_CLOEXEC)

@@ -60,7 +60,7 @@ async def test_a_manager_that_takes_nothing_is_not_waited_for(tmp_path: Path, ca
             manager.alive()
             if caplog.records:
                 break
-    assert "systemd was not told WATCHDOG=1" in caplog.text
+    assert "systemd could not be notified of WATCHDOG=1" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def test_a_restarted_request_begins_the_file_anew(capsys: pytest.CaptureFixture[
 
     assert run(script, "say", "hi", "-o", "out.wav", "--retry", "always") == 0
     assert samples("out.wav") == PCM
-    assert "the request starts over; the file begins anew" in capsys.readouterr().err
+    assert "the request starts over; the file starts again" in capsys.readouterr().err
 
 
 def test_status_and_cancel_show_how_the_request_stands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,7 +302,7 @@ def test_status_and_cancel_show_how_the_request_stands(capsys: pytest.CaptureFix
         await connection.hold()
 
     assert run(late, "cancel", ID, "--reason", "too long") == 0
-    assert "too late: the request has completed" in capsys.readouterr().err
+    assert "too late: the request is already completed" in capsys.readouterr().err
 
 
 def test_spaces_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,9 +344,9 @@ def test_watch_prints_what_changes_until_it_is_interrupted() -> None:
     [
         (["say", ""], "the text is empty"),
         (["say", " \n"], "the text is empty"),
-        (["say", "a", "-p", "text=b"], "the same thing"),
+        (["say", "a", "-p", "text=b"], "mean the same"),
         (["say", "a", "--space", "no spaces"], "space: 'no spaces' is not a space name"),
-        (["say", "x" * 70_000], "more than a relay takes"),
+        (["say", "x" * 70_000], "larger than a relay accepts"),
         (["say", "a", "-o", "none/out.wav"], "none/out.wav: No such file"),
         (["say", "a", "-o", "-", "--json"], "both want standard output"),
         (["submit", "--space", "x", "--input", "voice=none.wav"], "none.wav: No such file"),
