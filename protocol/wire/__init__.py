@@ -1,1 +1,1 @@
-"""The messages of relay.v1.msgpack, their fields and rules, and how they become bytes."""
+"""The messages of relay.v1.msgpack: their fields, their rules, and their encoding."""

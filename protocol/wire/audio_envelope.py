@@ -1,8 +1,8 @@
-"""The envelope of an `audio` frame, written and read without a map: most of what crosses a relay is such frames.
+"""Writes and reads `audio` frames without building a map, because most of a relay's traffic consists of them.
 
-`docs/protocol.md` has a map's keys in any order. Who writes `type`, `request_id`, `attempt`, `seq`, `pcm` in this
-order, each number in its shortest form, as `encode` does and msgpack libraries do with a map in that order, is read
-here in half a microsecond; anything else goes through `protocol.wire.codec`, which takes twenty. Pure.
+`docs/protocol.md` allows a map's keys in any order. A frame with `type`, `request_id`, `attempt`, `seq`, `pcm` in this
+order, each number in its shortest form, is read here in half a microsecond; `encode` writes such frames, and so do
+msgpack libraries for a map in that order. Any other goes through `protocol.wire.codec`, which takes twenty. Pure.
 """
 
 from protocol.wire.frames import MAX_PCM_BYTES
@@ -11,17 +11,17 @@ _HEAD = b"\x85\xa4type\xa5audio\xaarequest_id\xd9\x20"
 _ATTEMPT = b"\xa7attempt"
 _ID_END = len(_HEAD) + 32
 _ATTEMPT_AT = _ID_END + len(_ATTEMPT)
-#: Attempts of one byte; there are seldom more than three.
+#: Attempt numbers that fit in one byte; there are seldom more than three.
 MAX_ATTEMPT = 0x7F
-#: What frames of one attempt have in common: everything before `seq`.
+#: The part that frames of one attempt have in common: everything before `seq`.
 PREFIX_BYTES = _ATTEMPT_AT + 1
-#: Sequence numbers whose bytes are kept; at 80 ms a frame, eleven minutes.
+#: Sequence numbers whose encoding is cached; eleven minutes at 80 ms a frame.
 _KEPT = 8192
 _BIN8, _BIN16, _BIN32 = 0xC4, 0xC5, 0xC6
 
 
 def audio_prefix(request_id: str, attempt: int) -> bytes:
-    """What every `audio` frame of an attempt begins with, `PREFIX_BYTES` long; b"" where the attempt is over 127."""
+    """The first `PREFIX_BYTES` of every `audio` frame of an attempt; b"" if the attempt is over 127."""
     if attempt > MAX_ATTEMPT:
         return b""
     return _HEAD + request_id.encode() + _ATTEMPT + bytes((attempt,))
@@ -43,14 +43,14 @@ _seqs = tuple(_pack_seq(seq) for seq in range(_KEPT))
 
 
 def match_audio(data: bytes, seq: int) -> int:
-    """Bytes of `pcm` in a frame that begins with an audio prefix, if it is numbered `seq` and is built as above.
+    """The bytes of `pcm` in a frame that begins with an audio prefix, if it has number `seq` and the layout above.
 
     Args:
-        data: one message, of which the first `PREFIX_BYTES` are known to be an audio prefix.
-        seq: the number that is due.
+        data: one message, whose first `PREFIX_BYTES` are known to be an audio prefix.
+        seq: the expected number.
 
     Returns:
-        -1 where it is anything else, which need not be wrong.
+        -1 for anything else, which need not be an error.
     """
     numbered = _seqs[seq] if seq < _KEPT else _pack_seq(seq)
     if not data.startswith(numbered, PREFIX_BYTES):
@@ -74,19 +74,19 @@ def match_audio(data: bytes, seq: int) -> int:
 
 
 def match_audio_run(frames: list[bytes], seq: int, sample_bytes: int) -> int:
-    """Bytes of `pcm` in frames of one attempt, if they are those due from `seq` on; each as `match_audio` has it.
+    """The bytes of `pcm` in frames of one attempt, if they are the expected ones from `seq` on; see `match_audio`.
 
     Args:
-        frames: of which the first `PREFIX_BYTES` are known to be the same prefix.
-        seq: of the first.
-        sample_bytes: of one sample over all channels, of which each frame has whole ones.
+        frames: messages whose first `PREFIX_BYTES` are known to be the same prefix.
+        seq: the number of the first.
+        sample_bytes: size of one sample over all channels; each frame must contain whole samples.
 
     Returns:
-        -1 where one of them is anything else.
+        -1 if one of them is anything else.
     """
     count, size = len(frames), len(frames[0]) if frames else 0
     if count > 1 and seq + count <= _KEPT:
-        # Mostly all are of one length: then what stands before their audio is known, and is compared at once.
+        # Usually all have the same length: then the bytes before their audio are known, and are compared at once.
         numbers = _seqs[seq : seq + count]
         at = PREFIX_BYTES + len(numbers[0]) + 3
         size -= at
@@ -104,9 +104,9 @@ def match_audio_run(frames: list[bytes], seq: int, sample_bytes: int) -> int:
 
 
 def read_audio(data: bytes) -> tuple[str, int, int, bytes] | None:
-    """Request id, attempt, seq and pcm of a frame that is written as above; None of any other message.
+    """Request id, attempt, seq and pcm of a frame with the layout above; None for any other message.
 
-    The id is what stands in its place, and for the caller to check.
+    The id is returned unchecked.
     """
     if not data.startswith(_HEAD) or data[_ID_END:_ATTEMPT_AT] != _ATTEMPT or len(data) < PREFIX_BYTES + 10:
         return None
@@ -126,14 +126,14 @@ def read_audio(data: bytes) -> tuple[str, int, int, bytes] | None:
 
 
 def pack_audio(prefix: bytes, seq: int, pcm: bytes) -> bytes:
-    """An `audio` frame: the same bytes as `encode` makes.
+    """Encode an `audio` frame: the same bytes as `encode` makes.
 
     Args:
-        prefix: of its attempt; not empty.
+        prefix: the prefix of its attempt; not empty.
         seq: its number.
         pcm: whole samples, at most `MAX_PCM_BYTES`.
     """
-    if not isinstance(pcm, bytes):  # an engine's own; a buffer could change while it waits to be sent
+    if not isinstance(pcm, bytes):  # a mutable buffer could change while it waits to be sent
         raise TypeError(f"audio must be bytes, not {type(pcm).__name__}")
     size = len(pcm)
     if size > MAX_PCM_BYTES:

@@ -1,8 +1,8 @@
-"""Bytes of the wire to messages and back; pure, and the only place that calls msgpack for the wire.
+"""Decodes and encodes the messages of the wire; pure, and the only module that calls msgpack for the wire.
 
-msgpack's own decoder raises at least seven kinds of exception on bad bytes, and its limits hold too late: 1 MiB
-of empty maps costs 72 MiB. So `check_bytes` walks the bytes first, in Python, without building anything;
-only what passes is unpacked, by an Unpacker made for that one message, so a damaged one is never used again.
+msgpack's own decoder raises at least seven kinds of exception on bad bytes, and its limits apply too late: 1 MiB of
+empty maps costs 72 MiB. So `check_bytes` first walks the bytes in Python, without building anything. Only bytes that
+pass are unpacked, by an Unpacker made for that one message, because one that has failed must not be used again.
 The walk is bounded by `MAX_VALUES`, which keeps the worst message near 2 ms (`make bench` prints it).
 """
 
@@ -19,14 +19,14 @@ from protocol.wire.validators import Message, Value
 MAX_DEPTH = 16
 MAX_MAP = 64
 MAX_ARRAY = 1024
-#: Values in one message, keys included. 64 KiB of float32 are 13,107; the walk is paid per value.
+#: Values in one message, keys included. 64 KiB of float32 are 13,107; the walk costs time per value.
 MAX_VALUES = 16_384
-#: Maps and arrays in one message: an empty one is a single byte on the wire and 64 bytes when built.
+#: Maps and arrays in one message: an empty one is a single byte on the wire but 64 bytes when built.
 MAX_CONTAINERS = 4_096
 
 
 def _fixed_sizes() -> tuple[int, ...]:
-    """First byte -> size in bytes of the whole value, where the first byte alone tells; else 0."""
+    """First byte -> size in bytes of the whole value if the first byte alone determines it, else 0."""
     sizes = [0] * 256
     for first in (*range(0x80), *range(0xE0, 0x100), 0xC0, 0xC2, 0xC3):  # integers, nil, false, true
         sizes[first] = 1
@@ -39,16 +39,16 @@ def _fixed_sizes() -> tuple[int, ...]:
 
 
 _FIXED = _fixed_sizes()
-#: First byte -> 1 where it begins a string, or a map.
+#: First byte -> 1 if it begins a string, or a map.
 _STRING = bytes(first in (*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB) for first in range(256))
 _MAP = bytes(first in (*range(0x80, 0x90), 0xDE, 0xDF) for first in range(256))
 
 
 def check_bytes(data: bytes) -> None:
-    """Hold `data` to the limits of the wire, building nothing.
+    """Check `data` against the limits of the wire, building nothing.
 
     Raises:
-        ProtocolError: not one whole msgpack map with string keys, or over a limit; the text says which.
+        ProtocolError: it is not exactly one msgpack map with string keys, or exceeds a limit; the message says which.
     """
     size = len(data)
     if size > MAX_MESSAGE_BYTES:
@@ -64,17 +64,17 @@ def check_bytes(data: bytes) -> None:
 
 
 def _walk(data: bytes, max_depth: int) -> int:
-    """Where the value that `data` begins with ends; beyond `data` if it is cut short in a length or a scalar.
+    """The end of the value that `data` begins with; beyond `data` if it is cut short in a length or a scalar.
 
-    Lengths of one and two bytes are put together by hand: `int.from_bytes` of a slice takes four times as long.
+    Lengths of one and two bytes are computed by hand: `int.from_bytes` of a slice takes four times as long.
 
     Raises:
-        ProtocolError: it breaks a limit.
+        ProtocolError: it exceeds a limit.
         IndexError: it is cut short before a value.
     """
     fixed, is_string, is_map = _FIXED, _STRING, _MAP
     at = values = containers = 0
-    left, in_map = 1, 0  # values still to come in the container at hand; a map counts keys and values
+    left, in_map = 1, 0  # values still to come in the current container; a map counts keys and values
     outer: list[tuple[int, int]] = []
     while True:
         while not left:
@@ -127,30 +127,30 @@ def _walk(data: bytes, max_depth: int) -> int:
 
 
 def unpack(data: bytes) -> dict[str, Value]:
-    """The map that `data` holds, within the limits of the wire.
+    """Unpack the map in `data`, within the limits of the wire.
 
     Raises:
-        ProtocolError: for any bytes that are not one; never anything else.
+        ProtocolError: for any bytes that are not such a map; never anything else.
     """
     check_bytes(data)
     try:
         wire: dict[str, Value] = msgpack.unpackb(data)
     except (ValueError, TypeError, OverflowError, RecursionError) as fault:
-        # After the walk only bad UTF-8 should be left; msgpack's other errors are all of these kinds.
+        # After the walk, only bad UTF-8 should be left; msgpack's other errors are all of these types.
         raise ProtocolError(f"bad msgpack: {type(fault).__name__}") from None
     return wire
 
 
 def decode(data: bytes, table: Table) -> Message:
-    """The message in `data`, if it is one of `table`.
+    """Decode the message in `data`, if it is one of `table`.
 
     Args:
         data: one binary WebSocket message.
-        table: type -> class; one of the `FROM_...` tables, by who sent it.
+        table: type -> class; one of the `FROM_...` tables, chosen by the sender.
 
     Raises:
         UnknownType: its `type` is not in the table.
-        ProtocolError: anything else that is wrong with it.
+        ProtocolError: anything else is wrong with it.
     """
     if Audio.TYPE in table and (audio := read_audio(data)) is not None:
         request_id, attempt, seq, pcm = audio
@@ -168,10 +168,10 @@ def decode(data: bytes, table: Table) -> Message:
 
 
 def encode(message: Message) -> bytes:
-    """`message` as one map: `type` first, then its fields in the order of its class.
+    """Encode `message` as one map: `type` first, then its fields in the order of its class.
 
     Raises:
-        EncodeError: it holds something msgpack has no word for, or is over a limit of the wire.
+        EncodeError: it contains something that msgpack cannot encode, or exceeds a limit of the wire.
     """
     try:
         wire = message.to_map()
@@ -181,7 +181,7 @@ def encode(message: Message) -> bytes:
 
 
 def pack(wire: Mapping[str, Value]) -> bytes:
-    """As `encode`, for a map that is at hand already."""
+    """Encode a message that is a map already; see `encode`."""
     try:
         data: bytes = msgpack.packb(wire)
     except (ValueError, TypeError, OverflowError, RecursionError) as fault:

@@ -1,7 +1,7 @@
-"""Error codes of the wire, and the exceptions of both ends.
+"""The error codes of the wire, and the exceptions of both ends.
 
-Three kinds of error, never mixed (see CONTRIBUTING.md): a peer that breaks the rules is `ProtocolError`; a transport
-that went is `LinkClosed` (this side did it) or `LinkBroken` (the other side, or the network); a refusal is
+There are three kinds of error, never mixed (see CONTRIBUTING.md): a peer that breaks the rules is `ProtocolError`; a
+lost transport is `LinkClosed` (closed by this side) or `LinkBroken` (by the other side, or the network); a refusal is
 a value, `protocol.wire.messages.Rejected`, and travels as one.
 """
 
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class ErrorCode(StrEnum):
-    """Every code that `error`, `rejected` and `failed` messages may carry (docs/design.md §5)."""
+    """Every code that `error`, `rejected` and `failed` messages may have (docs/design.md §5)."""
 
     PROTOCOL_ERROR = "protocol_error"
     UNKNOWN_TYPE = "unknown_type"
@@ -68,34 +68,34 @@ _RETRYABLE = frozenset(
 
 
 class ProtocolError(Exception):
-    """The peer broke the rules of the wire: answered with `error`, then the connection is closed.
+    """The peer broke a rule of the wire; it is answered with `error`, then the connection is closed.
 
-    `UnknownType` alone is answered without closing.
+    Only `UnknownType` is answered without closing.
     """
 
     code = ErrorCode.PROTOCOL_ERROR
-    #: What the connection is closed with (RFC 6455 section 7.4.1).
+    #: The code that the connection is closed with (RFC 6455 section 7.4.1).
     close_code = 1002
 
 
 class TextReceived(ProtocolError):
-    """A text message came where every message is binary."""
+    """A text message arrived, but every message must be binary."""
 
     close_code = 1003
 
 
 class UnknownType(ProtocolError):
-    """A well-formed message whose `type` this end does not take from this peer."""
+    """A well-formed message whose `type` this end does not accept from this peer."""
 
     code = ErrorCode.UNKNOWN_TYPE
 
 
 class EncodeError(ValueError):
-    """A message of our own that the wire cannot carry: too large, too deep, or of a type msgpack has no word for."""
+    """A message of our own cannot be encoded: it is too large, too deep, or has a type that msgpack lacks."""
 
 
 class LinkError(Exception):
-    """The transport is gone; nothing more can be sent or received on this link."""
+    """The transport is lost; nothing more can be sent or received on this link."""
 
 
 class LinkClosed(LinkError):
@@ -111,10 +111,10 @@ class ConnectError(LinkError):
 
 
 class LoginRefused(ConnectError):
-    """The relay answered, and refused the login. Trying again unchanged will not help.
+    """The relay answered and refused the login. Trying again unchanged will not help.
 
     Attributes:
-        code: why, one of `ErrorCode` (`unauthenticated`, `forbidden`, `space_not_found`, ...).
+        code: the reason, one of `ErrorCode` (`unauthenticated`, `forbidden`, `space_not_found`, ...).
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -123,13 +123,13 @@ class LoginRefused(ConnectError):
 
 
 class RequestError(Exception):
-    """A request ended otherwise than `completed`.
+    """A request ended in another way than `completed`.
 
     Attributes:
         request_id: the request's id.
         code: one of `ErrorCode`.
         message: what happened and what to do next.
-        details: for `invalid_params`, field -> what is wrong with it; else more figures, or empty.
+        details: for `invalid_params`, field -> what is wrong with it; otherwise further facts, or empty.
         retryable: whether sending the same request again may help.
     """
 
@@ -150,15 +150,15 @@ class RequestError(Exception):
 
 
 class RequestRejected(RequestError):
-    """The relay did not take the request."""
+    """The relay rejected the request."""
 
 
 class RequestFailed(RequestError):
-    """The request was taken, and failed."""
+    """The request was accepted, but failed."""
 
 
 class RequestCancelled(RequestError):
-    """The request was cancelled: by its client, an operator or a closed connection."""
+    """The request was cancelled by its client, by an operator or because a connection was closed."""
 
     def __init__(self, request_id: str, reason: str) -> None:
         super().__init__(request_id, "cancelled", reason)

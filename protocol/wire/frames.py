@@ -19,9 +19,9 @@ from protocol.wire.validators import (
     text,
 )
 
-#: A whole message of any type, its envelope included.
+#: Size of a whole message of any type, including its envelope.
 MAX_MESSAGE_BYTES = 1024 * KIB
-#: `pcm` of one `audio` message: what is left of a message when its envelope (below 200 bytes) is paid for.
+#: Size of `pcm` in one `audio` message: what a message has left after its envelope (below 200 bytes).
 MAX_PCM_BYTES = MAX_MESSAGE_BYTES - 1 * KIB
 MAX_TEXT_CHARS = 4096
 PROGRESS_STATES = ("loading", "generating", "encoding")
@@ -32,7 +32,7 @@ _words = text(MAX_TEXT_CHARS)
 
 @attrs.frozen(kw_only=True)
 class Frame(Message):
-    """One message of a request's output: numbered `seq` 0, 1, 2... within `attempt`. `ENDS`: it is the last one."""
+    """One message of a request's output, numbered `seq` 0, 1, 2... within `attempt`. `ENDS`: it is the last one."""
 
     ENDS: ClassVar[bool] = False
     request_id: str = field(request_id_rule)
@@ -42,7 +42,7 @@ class Frame(Message):
 
 @attrs.frozen(kw_only=True)
 class Started(Frame):
-    """The engine began; `format` of the audio to come, None where there is none."""
+    """The engine has begun; `format` of the audio to come, None if there will be none."""
 
     TYPE: ClassVar[str] = "started"
     format: AudioFormat | None = struct_field(AudioFormat)
@@ -50,7 +50,7 @@ class Started(Frame):
 
 @attrs.frozen(kw_only=True)
 class Progress(Frame):
-    """How far it is."""
+    """The progress of the run."""
 
     TYPE: ClassVar[str] = "progress"
     state: str = field(choice(*PROGRESS_STATES), "generating")
@@ -60,7 +60,7 @@ class Progress(Frame):
 
 @attrs.frozen(kw_only=True)
 class Audio(Frame):
-    """Whole samples of the `started` format."""
+    """Audio: whole samples in the `started` format."""
 
     TYPE: ClassVar[str] = "audio"
     pcm: bytes = field(binary(MAX_PCM_BYTES))
@@ -76,7 +76,7 @@ class Output(Frame):
 
 @attrs.frozen(kw_only=True)
 class Completed(Frame):
-    """The end, with the request's figures."""
+    """The successful end, with the request's figures."""
 
     TYPE: ClassVar[str] = "completed"
     ENDS: ClassVar[bool] = True
@@ -85,7 +85,7 @@ class Completed(Frame):
 
 @attrs.frozen(kw_only=True)
 class Failed(Frame):
-    """The end: it failed."""
+    """The end of a request that failed."""
 
     TYPE: ClassVar[str] = "failed"
     ENDS: ClassVar[bool] = True
@@ -97,7 +97,7 @@ class Failed(Frame):
 
 @attrs.frozen(kw_only=True)
 class Cancelled(Frame):
-    """The end: it was cancelled."""
+    """The end of a request that was cancelled."""
 
     TYPE: ClassVar[str] = "cancelled"
     ENDS: ClassVar[bool] = True

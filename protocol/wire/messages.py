@@ -1,8 +1,8 @@
-"""Every message of `relay.v1.msgpack` as a frozen class; `docs/protocol.md` is the same in prose.
+"""Every message of `relay.v1.msgpack` as a frozen class; `docs/protocol.md` describes the same in prose.
 
-A class says its wire name in `TYPE` and its fields, in wire order, as attrs fields whose validators hold the
-limits. Unknown keys are dropped on the way in, `None` is left out on the way out. Which end may send what
-stands in the tables at the foot.
+A class has its wire name in `TYPE` and its fields, in wire order, as attrs fields whose validators enforce the limits.
+Unknown keys are dropped when decoding, `None` is left out when encoding. The tables at the end of the module say which
+end may send which message.
 """
 
 import re
@@ -55,7 +55,7 @@ PROTOCOL_VERSION = 1
 SUBPROTOCOL = "relay.v1.msgpack"
 PATH = "/v1/relay"
 
-#: Every message but those of `BULK` types.
+#: Largest size of every message except those of `BULK` types.
 MAX_CONTROL_BYTES = 64 * KIB
 #: `data` of one `input` message: small enough that an upload and live audio share a link fairly.
 MAX_INPUT_CHUNK_BYTES = 256 * KIB
@@ -79,14 +79,14 @@ _input_name = text(32, NAME_PATTERN, "an input name ([a-z][a-z0-9_]{0,31})")
 
 @attrs.frozen(kw_only=True)
 class Hello(Message):
-    """First message of every connection, within 3 s (the relay's `limits.hello_timeout_s`)."""
+    """The first message of every connection, due within 3 s (the relay's `limits.hello_timeout_s`)."""
 
     TYPE: ClassVar[str] = "hello"
     version: int = field(integer(1, 1_000))
     role: str = field(choice(*ROLES))
     token: str | None = field(optional(text(256)), None, secret=True)
     agent: str = field(text(128), "")
-    #: An operator that may look and not steer; the relay holds it to that.
+    #: Asks for an operator's connection that may watch but not steer; the relay enforces it.
     readonly: bool = field(boolean, False)
 
 
@@ -109,7 +109,7 @@ class Pong(Message):
 
 @attrs.frozen(kw_only=True)
 class Error(Message):
-    """The peer broke a rule. The connection closes after every code but `unknown_type`."""
+    """Reports that the peer broke a rule. The connection closes after every code except `unknown_type`."""
 
     TYPE: ClassVar[str] = "error"
     code: str = field(_code)
@@ -131,7 +131,7 @@ class Input(Message):
 
 @attrs.frozen(kw_only=True)
 class Cancel(Message):
-    """Client to relay: stop this request. Relay to worker: the same."""
+    """Asks to stop a request; client to relay, and relay to worker."""
 
     TYPE: ClassVar[str] = "cancel"
     request_id: str = field(request_id_rule)
@@ -143,7 +143,7 @@ class Cancel(Message):
 
 @attrs.frozen(kw_only=True)
 class Welcome(Message):
-    """The login holds."""
+    """Confirms the login."""
 
     TYPE: ClassVar[str] = "welcome"
     connection_id: str = field(text(64))
@@ -155,7 +155,7 @@ class Welcome(Message):
 
 @attrs.frozen(kw_only=True)
 class Accepted(Message):
-    """The request is safe in the relay's store (fsynced) and this connection holds it."""
+    """The relay has stored the request safely (fsynced), and this connection holds it."""
 
     TYPE: ClassVar[str] = "accepted"
     request_id: str = field(request_id_rule)
@@ -163,7 +163,7 @@ class Accepted(Message):
 
 @attrs.frozen(kw_only=True)
 class Queued(Message):
-    """Where the request stands: `position` from 1, `of` all queued in the space, `eta_s` until it starts."""
+    """The place of a request: `position` from 1, `of` all queued in the space, `eta_s` until it starts."""
 
     TYPE: ClassVar[str] = "queued"
     request_id: str = field(request_id_rule)
@@ -174,7 +174,7 @@ class Queued(Message):
 
 @attrs.frozen(kw_only=True)
 class Rejected(Message):
-    """A refusal: of a `submit`, `attach`, `status`, `cancel`, `register` or `steer`. The connection goes on."""
+    """Refuses a `submit`, `attach`, `status`, `cancel`, `register` or `steer`. The connection stays open."""
 
     TYPE: ClassVar[str] = "rejected"
     request_id: str | None = field(optional(text(128)), None)
@@ -194,7 +194,7 @@ class Rejected(Message):
         details: dict[str, Value] | None = None,
         retry_after_s: float | None = None,
     ) -> "Rejected":
-        """A refusal whose `retryable` is the code's own; names of any length may be in `message`, so it is cut."""
+        """A refusal with the `retryable` of its code; `message` is cut, because it may contain names of any length."""
         return cls(
             request_id=request_id,
             code=code.value,
@@ -207,7 +207,7 @@ class Rejected(Message):
 
 @attrs.frozen(kw_only=True)
 class StatusReply(Message):
-    """Answers `status`: the request as it stands. `position`, `of`, `eta_s` while queued; `code` once failed."""
+    """Answers `status` with the request's state. `position`, `of`, `eta_s` while queued; `code` once failed."""
 
     TYPE: ClassVar[str] = "status"
     request_id: str = field(request_id_rule)
@@ -225,7 +225,7 @@ class StatusReply(Message):
 
 @attrs.frozen(kw_only=True)
 class SpacesReply(Message):
-    """Answers `spaces`: a page of the spaces this principal may use; `more` says that another page follows."""
+    """Answers `spaces`: a page of the spaces that this principal may use; `more` announces another page."""
 
     TYPE: ClassVar[str] = "spaces"
     spaces: list[dict[str, Value]] = field(array_of(mapping))
@@ -234,7 +234,7 @@ class SpacesReply(Message):
 
 @attrs.frozen(kw_only=True)
 class Registered(Message):
-    """The worker serves its spaces now; what it is to do with the requests it named as running."""
+    """Confirms that the worker serves its spaces, and says what to do with the requests that it named as running."""
 
     TYPE: ClassVar[str] = "registered"
     worker_id: str = field(text(64))
@@ -244,7 +244,7 @@ class Registered(Message):
 
 @attrs.frozen(kw_only=True)
 class Assign(Message):
-    """Run this request; its inputs follow as `input` messages. Frames below `from_seq` need not be sent."""
+    """Asks a worker to run a request; its inputs follow as `input`. Frames below `from_seq` need not be sent."""
 
     TYPE: ClassVar[str] = "assign"
     request_id: str = field(request_id_rule)
@@ -259,7 +259,7 @@ class Assign(Message):
 
 @attrs.frozen(kw_only=True)
 class Drain(Message):
-    """To a worker: finish what runs, take nothing new, then leave."""
+    """Asks a worker to finish what runs, accept nothing more, and leave."""
 
     TYPE: ClassVar[str] = "drain"
     reason: str = field(_words, "")
@@ -267,14 +267,14 @@ class Drain(Message):
 
 @attrs.frozen(kw_only=True)
 class Undrain(Message):
-    """To a worker: take new requests again."""
+    """Asks a draining worker to accept requests again."""
 
     TYPE: ClassVar[str] = "undrain"
 
 
 @attrs.frozen(kw_only=True)
 class Ack(Message):
-    """The relay holds this attempt's frames up to `seq`; acknowledged to its end, the worker forgets it."""
+    """The relay has this attempt's frames up to `seq`; once its last frame is acknowledged, the worker forgets it."""
 
     TYPE: ClassVar[str] = "ack"
     request_id: str = field(request_id_rule)
@@ -284,7 +284,7 @@ class Ack(Message):
 
 @attrs.frozen(kw_only=True)
 class Snapshot(Message):
-    """Answers `watch`: a page of everything, topic -> list of maps; `more` says that another page follows."""
+    """Answers `watch`: a page of everything, topic -> list of maps; `more` announces another page."""
 
     TYPE: ClassVar[str] = "snapshot"
     data: dict[str, Value] = field(mapping)
@@ -293,9 +293,9 @@ class Snapshot(Message):
 
 @attrs.frozen(kw_only=True)
 class Delta(Message):
-    """What changed since: topic -> list of maps to put in place by their id; `gone`: topic -> ids.
+    """Reports changes: topic -> list of maps that replace those with the same id; `gone`: topic -> ids.
 
-    `more` says that another page of the same round follows: only together do they fit what was before.
+    `more` announces another page of the same round: the state is consistent only after the last page.
     """
 
     TYPE: ClassVar[str] = "delta"
@@ -306,7 +306,7 @@ class Delta(Message):
 
 @attrs.frozen(kw_only=True)
 class Done(Message):
-    """Answers a `steer` that was carried out; `data` holds what it asked for."""
+    """Answers a `steer` that was carried out; `data` contains what it asked for."""
 
     TYPE: ClassVar[str] = "done"
     steer_id: str = field(text(64), "")
@@ -320,7 +320,7 @@ class Done(Message):
 
 @attrs.frozen(kw_only=True)
 class Submit(Message):
-    """A new request. Sent again with the same id and content it re-attaches; with other content it is refused."""
+    """A new request. Sent again with the same id and content, it attaches again; other content is refused."""
 
     TYPE: ClassVar[str] = "submit"
     request_id: str = field(request_id_rule)
@@ -336,7 +336,7 @@ class Submit(Message):
 
 @attrs.frozen(kw_only=True)
 class Attach(Message):
-    """Read a request's frames from behind `after_seq` of `attempt` (0: of whichever there is)."""
+    """Asks for a request's frames after `after_seq` of `attempt` (0: of any attempt)."""
 
     TYPE: ClassVar[str] = "attach"
     request_id: str = field(request_id_rule)
@@ -346,7 +346,7 @@ class Attach(Message):
 
 @attrs.frozen(kw_only=True)
 class Leave(Message):
-    """This connection reads and holds the request no more; not answered. The request goes on for whoever else does."""
+    """Ends reading and holding the request on this connection; not answered. Other holders are not affected."""
 
     TYPE: ClassVar[str] = "leave"
     request_id: str = field(request_id_rule)
@@ -354,7 +354,7 @@ class Leave(Message):
 
 @attrs.frozen(kw_only=True)
 class Status(Message):
-    """Asks how a request stands."""
+    """Asks for the state of a request."""
 
     TYPE: ClassVar[str] = "status"
     request_id: str = field(request_id_rule)
@@ -362,7 +362,7 @@ class Status(Message):
 
 @attrs.frozen(kw_only=True)
 class Spaces(Message):
-    """Asks for the spaces this principal may use."""
+    """Asks for the spaces that this principal may use."""
 
     TYPE: ClassVar[str] = "spaces"
 
@@ -372,17 +372,17 @@ class Spaces(Message):
 
 @attrs.frozen(kw_only=True)
 class Register(Message):
-    """Serve these spaces. Sent again on the same connection, it changes `slots`, `reproducible` and `fingerprint`.
+    """Offers to serve spaces. Sent again on the same connection, it changes `slots`, `reproducible`, `fingerprint`.
 
     Args:
-        worker: the worker's name, for people.
-        instance: one per process start, so that a worker that comes back is known for the same.
+        worker: the worker's name as shown to people.
+        instance: unique for each start of the process, so that a worker is recognized when it reconnects.
         params: JSON Schema (2020-12) of `submit.params`.
-        inputs: input name -> what is taken.
-        format: of the audio this engine makes, or None where it makes none.
-        reproducible: same params (and seed) make the same frames, by any worker of this engine, format and fingerprint.
-        fingerprint: whatever else the frames depend on: model files, device, versions.
-        running: the attempts it still has frames of.
+        inputs: input name -> what is accepted.
+        format: of the audio that this engine makes, or None if it makes none.
+        reproducible: equal params (and seed) give equal frames, by any worker of this engine, format and fingerprint.
+        fingerprint: everything else that the frames depend on: model files, device, versions.
+        running: the attempts whose frames it still has.
     """
 
     TYPE: ClassVar[str] = "register"
@@ -401,7 +401,7 @@ class Register(Message):
 
 @attrs.frozen(kw_only=True)
 class Draining(Message):
-    """The worker takes nothing new and leaves when what runs has ended."""
+    """The worker accepts nothing more, and leaves once its running requests have ended."""
 
     TYPE: ClassVar[str] = "draining"
 
@@ -419,7 +419,7 @@ class Watch(Message):
 
 @attrs.frozen(kw_only=True)
 class Steer(Message):
-    """Do `action` to `target`; `options` as the action needs. The answer carries the same `steer_id`."""
+    """Asks to carry out `action` on `target`, with the `options` it needs. The answer has the same `steer_id`."""
 
     TYPE: ClassVar[str] = "steer"
     steer_id: str = field(text(64), "")
@@ -436,7 +436,7 @@ def _table(*classes: type[Message]) -> dict[str, type[Message]]:
 
 
 FRAMES: Table = _table(Started, Progress, Audio, Output, Completed, Failed, Cancelled)
-#: May exceed `MAX_CONTROL_BYTES`, up to `MAX_MESSAGE_BYTES`, and must then be a flat map.
+#: Types that may exceed `MAX_CONTROL_BYTES`, up to `MAX_MESSAGE_BYTES`, and must then be flat maps.
 BULK = frozenset({"audio", "input", "output"})
 
 FROM_ANYONE: Table = _table(Hello)

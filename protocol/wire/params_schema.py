@@ -1,8 +1,8 @@
-"""A request's params, held to the JSON Schema its worker registered: before queueing, and again before running.
+"""Checks a request's params against the JSON Schema that its worker registered: before queueing and before running.
 
-The relay does this in its event loop for schemas that it did not write, so a schema may use only what is checked in
-time that its size bounds. That leaves out what a validator of everything has to follow: references, regular
-expressions, comparisons of all with all. And every check has a budget of steps.
+The relay does this in its event loop, with schemas that it did not write, so a schema may contain only what can be
+checked in time bounded by its size. That excludes parts of JSON Schema: references, regular expressions, and comparing
+all items with each other. In addition, every check has a budget of steps.
 """
 
 import math
@@ -14,23 +14,23 @@ import attrs
 
 from protocol.wire.validators import Rule, Value, any_value, array_of, boolean, integer, kind_of, number, text
 
-#: Faults told at once; a client that sends more has other trouble.
+#: Most faults reported at once; a client that sends more has other trouble.
 MAX_FAULTS = 16
-#: Of one fault, so that all of them fit a message with room to spare.
+#: Length of one fault, so that all of them fit in a message with room to spare.
 MAX_FIELD_CHARS = 128
 MAX_WORDS_CHARS = 300
 MAX_CHOICES_TOLD = 32
 
-#: Schemas in one another, the outermost counted.
+#: Nesting of schemas, the outermost included.
 MAX_DEPTH = 8
-#: Of `anyOf`, `oneOf` and `allOf`, each.
+#: Most branches of each `anyOf`, `oneOf` and `allOf`.
 MAX_BRANCHES = 8
-#: Keywords, subschemas, choices and names in a schema, all together. 1 ms to walk; espeak's, with 140 voices, has 180.
+#: Total keywords, subschemas, choices and names in a schema. 1 ms to walk; espeak's, with 140 voices, has 180.
 MAX_PARTS = 2_048
-#: Of one check; a step is a keyword looked at for a value. 4 ms at most. An array of 1,024 numbers with a range takes
-#: 6,200.
+#: Budget of one check; a step is one keyword applied to one value. At most 4 ms. An array of 1,024 numbers with a range
+#: takes 6,200.
 MAX_STEPS = 8_000
-#: A value met by a schema.
+#: Steps for each value that is checked against a schema.
 VISIT_STEPS = 3
 
 _Path = tuple[str | int, ...]
@@ -42,7 +42,7 @@ _TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
 _SCALARS = (str, int, float, bool, bytes, type(None))
 
 _BRANCHES = ("anyOf", "oneOf", "allOf")
-#: What else is asked for often, and what to do instead.
+#: Further keywords that are often used, and what to do instead.
 _INSTEAD = {
     "$ref": "write out what it refers to",
     "$dynamicRef": "write out what it refers to",
@@ -63,7 +63,7 @@ def _a_scalar(rule: Value) -> None:
         raise ValueError(f"must be a string, a number, a boolean or nil, not {kind_of(rule)}")
 
 
-#: Keyword -> what its value must be; those that hold subschemas are in `_Walk`.
+#: Keyword -> the check of its value; keywords with subschemas are handled in `_Walk`.
 _RULES: dict[str, Rule] = {
     "type": _a_type,
     "enum": array_of(_a_scalar, at_least=1),
@@ -84,7 +84,7 @@ KEYWORDS = (*_RULES, "properties", "additionalProperties", "items", *_BRANCHES)
 
 
 def check_schema(schema: dict[str, Value]) -> None:
-    """Refuse what is no schema, or what could take long to check.
+    """Reject a schema that is not valid, or that could take long to check.
 
     A schema is a map, or for a subschema also a boolean, of these keywords, with their meaning in JSON Schema 2020-12:
 
@@ -93,14 +93,14 @@ def check_schema(schema: dict[str, Value]) -> None:
     - `items` (one schema for all), `minItems`, `maxItems`; `minLength`, `maxLength`;
     - `minimum`, `maximum`, `exclusiveMinimum`, `exclusiveMaximum`, `multipleOf`;
     - `anyOf`, `oneOf`, `allOf`: up to `MAX_BRANCHES` each;
-    - `title`, `description`, `default`, `examples`, `format`, `deprecated`, `$schema`, `$comment`: told, and
-      nothing is checked by them.
+    - `title`, `description`, `default`, `examples`, `format`, `deprecated`, `$schema`, `$comment`: accepted, but not
+      checked.
 
-    Every other keyword is refused, `$ref`, `$defs`, `pattern`, `patternProperties` and `uniqueItems` among them. The
-    whole has up to `MAX_PARTS` parts, and schemas stand in one another up to `MAX_DEPTH` deep.
+    Every other keyword is rejected, including `$ref`, `$defs`, `pattern`, `patternProperties` and `uniqueItems`. A
+    whole schema has up to `MAX_PARTS` parts, and is nested up to `MAX_DEPTH` deep.
 
     Raises:
-        ValueError: names the keyword, where it stands, and what is wrong with it.
+        ValueError: names the keyword, its place, and what is wrong with it.
     """
     if not isinstance(schema, dict):
         raise ValueError(f"params must be a map, not {kind_of(schema)}")
@@ -109,7 +109,7 @@ def check_schema(schema: dict[str, Value]) -> None:
 
 @attrs.define
 class _Walk:
-    """Through a schema that may be anything."""
+    """Walks through a schema that may be anything."""
 
     parts: int = 0
 
@@ -120,7 +120,7 @@ class _Walk:
         if not isinstance(schema, dict):
             raise _fault(path, f"must be a schema (a map or a boolean), not {kind_of(schema)}")
         if depth > MAX_DEPTH:
-            raise _fault(path, f"stands too deep; schemas may stand in one another {MAX_DEPTH} deep")
+            raise _fault(path, f"is too deep; schemas may be nested {MAX_DEPTH} deep")
         self._count(len(schema))
         for keyword, rule in schema.items():
             here = (*path, str(keyword))
@@ -145,7 +145,7 @@ class _Walk:
                     self.schema(inner, (*here, str(place)), depth + 1)
             else:
                 instead = _INSTEAD.get(keyword) if isinstance(keyword, str) else None
-                raise _fault(here, "is a keyword that a relay does not take; " + (instead or "leave it out"))
+                raise _fault(here, "is a keyword that a relay does not accept; " + (instead or "leave it out"))
 
     def _count(self, parts: int) -> None:
         self.parts += parts
@@ -156,21 +156,21 @@ class _Walk:
 
 
 def _fault(path: tuple[str, ...], words: str) -> ValueError:
-    # From the end: the keyword stands there.
+    # Search from the end: the keyword is there.
     where = ".".join(part[:MAX_FIELD_CHARS] for part in path)
     return ValueError(f"{where if len(where) <= MAX_WORDS_CHARS else '...' + where[-MAX_WORDS_CHARS:]} {words}")
 
 
 def check_params(schema: dict[str, Value], params: dict[str, Value]) -> dict[str, str]:
-    """What is wrong with `params`, by field.
+    """Check `params` and return the faults by field.
 
     Args:
-        schema: passed `check_schema` before; empty takes everything.
-        params: of a `submit`.
+        schema: has passed `check_schema`; an empty one accepts everything.
+        params: those of a `submit`.
 
     Returns:
-        field -> what is wrong with it, the path joined by dots ("" for the whole); empty when all is well. Params that
-        take more than `MAX_STEPS` to check are refused for that. Nothing is raised, whatever the two hold.
+        field -> what is wrong with it, the path joined by dots ("" for the whole); empty if there are no faults. Params
+        that take more than `MAX_STEPS` to check are rejected for that. Nothing is raised, whatever the two contain.
     """
     faults: dict[str, str] = {}
     if not schema:
@@ -198,7 +198,7 @@ class _TooLong(Exception):
 
 @attrs.define
 class _Check:
-    """One value against one schema; faults are found one by one, as they are asked for."""
+    """Checks one value against one schema; faults are found one by one, on demand."""
 
     steps: int = 0
 
@@ -210,11 +210,11 @@ class _Check:
             return
         self._spend(VISIT_STEPS + len(schema))
         if "type" in schema and not self._is_any(value, schema["type"]):
-            self._spend(4)  # here and below: words take longer than a step
+            self._spend(4)  # here and below: formatting a message takes longer than a step
             yield path, f"must be {_types(schema['type'])}, not {kind_of(value)}"
-            return  # whatever else is wrong with it follows from that
+            return  # any further fault would follow from this one
         if choices := schema.get("enum"):
-            self._spend(len(choices) // 4)  # a comparison is that much faster than a step
+            self._spend(len(choices) // 4)  # a comparison is this much faster than a step
             if value not in choices or not self._is_one_of(value, choices):
                 self._spend(MAX_CHOICES_TOLD)
                 yield path, f"must be one of {', '.join(map(_short, choices[:MAX_CHOICES_TOLD]))}"
@@ -240,7 +240,7 @@ class _Check:
         return any(_is(value, name) for name in names)
 
     def _is_one_of(self, value: Value, choices: list[Value]) -> bool:
-        """Whether it is, where `in` says so: to that, 1 is true."""
+        """Whether `value` is one of `choices`; plain `in` would take 1 for true."""
         if not isinstance(value, int | float):
             return True
         self._spend(len(choices))
@@ -334,7 +334,7 @@ def _count(schema: dict[str, Value], count: int, path: _Path, of: str, what: str
 
 
 def _range(schema: dict[str, Value], value: float, path: _Path) -> _Found:
-    # Asked so that NaN lies in no range.
+    # Written so that NaN lies in no range.
     if "minimum" in schema and not value >= schema["minimum"]:
         yield path, f"must be at least {schema['minimum']}"
     if "maximum" in schema and not value <= schema["maximum"]:
@@ -351,7 +351,7 @@ def _is_multiple(value: float, of: float) -> bool:
     if isinstance(value, int) and isinstance(of, int):
         return value % of == 0
     times = value / of
-    # 0.3 / 0.1 is 2.9999999999999996.
+    # 0.3 / 0.1 is 2.9999999999999996, so allow for rounding.
     return math.isfinite(times) and math.isclose(times, round(times), rel_tol=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""Maps with fields of their own that messages carry, and the rules of what names and numbers them."""
+"""The maps with fields of their own that messages contain, and the rules for names and numbers in them."""
 
 import re
 
@@ -17,7 +17,7 @@ attempt_rule = integer(0, 1_000_000)
 
 @attrs.frozen(kw_only=True)
 class AudioFormat(Struct):
-    """How `pcm` is to be heard.
+    """The format of `pcm`.
 
     Args:
         encoding: `pcm_s16le`, the only one: signed 16-bit, little-endian, channels interleaved.
@@ -40,9 +40,9 @@ class InputInfo(Struct):
     """An input that a `submit` announces.
 
     Args:
-        media_type: as HTTP's, e.g. `audio/wav`.
-        size: bytes.
-        sha256: of the whole, 64 lower-case hex digits.
+        media_type: like HTTP's, e.g. `audio/wav`.
+        size: in bytes.
+        sha256: of the whole input, 64 lower-case hex digits.
     """
 
     media_type: str = field(text(128))
@@ -52,12 +52,12 @@ class InputInfo(Struct):
 
 @attrs.frozen(kw_only=True)
 class InputRule(Struct):
-    """What an engine takes under one input name.
+    """What an engine accepts under one input name.
 
     Args:
-        media_types: accepted ones; empty takes any.
+        media_types: the accepted ones; empty accepts any.
         max_bytes: largest size.
-        required: whether a request without it is refused.
+        required: whether a request without it is rejected.
     """
 
     media_types: list[str] = array_field(text(128))
@@ -67,7 +67,7 @@ class InputRule(Struct):
 
 @attrs.frozen(kw_only=True)
 class Running(Struct):
-    """Where an attempt stands: `next_seq` is the first frame not yet made (worker) or not yet held (relay)."""
+    """The progress of an attempt: `next_seq` is the first frame not yet made (worker) or not yet received (relay)."""
 
     request_id: str = field(request_id_rule)
     attempt: int = field(attempt_rule)

@@ -1,4 +1,4 @@
-"""Rules for the fields of messages, which say in words what is wrong; `Part`, a map with fields, and `Message`."""
+"""The rules for fields, which describe faults in words; `Struct`, a map with fields; and the base class `Message`."""
 
 import re
 from collections.abc import Callable
@@ -8,9 +8,9 @@ import attrs
 
 from protocol.wire.errors import ProtocolError
 
-#: What msgpack can carry; the depth and size limits are the codec's.
+#: The values that msgpack can encode; the codec limits their depth and size.
 Value = Any
-#: Returns for a value that keeps the rule; raises ValueError saying what is wrong with another.
+#: Returns if a value is valid; otherwise raises ValueError with what is wrong.
 Rule = Callable[[Value], None]
 StructT = TypeVar("StructT", bound="Struct")
 
@@ -18,17 +18,17 @@ _WIRE_NAMES = {"NoneType": "nil", "dict": "map", "list": "array", "str": "string
 
 
 class FieldError(ValueError):
-    """A field's value breaks its rule; the text begins with the field's name."""
+    """A field's value breaks its rule; the message begins with the field's name."""
 
 
 def kind_of(value: Value) -> str:
-    """The wire's word for the type of `value`."""
+    """The wire's name for the type of `value`."""
     name = type(value).__name__
     return _WIRE_NAMES.get(name, name)
 
 
 def text(at_most: int, pattern: re.Pattern[str] | None = None, what: str = "") -> Rule:
-    """A string of `at_most` characters that, where a pattern is given, is `what` the pattern describes."""
+    """A string of up to `at_most` characters; `what` says in words what `pattern` requires of it."""
 
     def check(value: Value) -> None:
         if not isinstance(value, str):
@@ -52,7 +52,7 @@ def choice(*choices: str) -> Rule:
 
 
 def integer(at_least: int, at_most: int = 2**53) -> Rule:
-    """An integer in a range; a boolean is none."""
+    """An integer in a range; booleans are not integers."""
 
     def check(value: Value) -> None:
         if type(value) is not int:
@@ -64,7 +64,7 @@ def integer(at_least: int, at_most: int = 2**53) -> Rule:
 
 
 def number(at_least: float = 0.0, at_most: float = 1e12) -> Rule:
-    """An integer or float in a range; NaN lies in none."""
+    """An integer or float in a range, which NaN is not in."""
 
     def check(value: Value) -> None:
         if type(value) is not float and type(value) is not int:
@@ -100,7 +100,7 @@ def mapping(value: Value) -> None:
 
 
 def array_of(rule: Rule, at_least: int = 0) -> Rule:
-    """An array of `at_least` items, each of which keeps `rule`."""
+    """An array of at least `at_least` items, each of which is valid for `rule`."""
 
     def check(value: Value) -> None:
         if not isinstance(value, list | tuple):
@@ -114,7 +114,7 @@ def array_of(rule: Rule, at_least: int = 0) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """None, or what keeps `rule`."""
+    """None, or a value that is valid for `rule`."""
 
     def check(value: Value) -> None:
         if value is not None:
@@ -124,7 +124,7 @@ def optional(rule: Rule) -> Rule:
 
 
 def any_value(_value: Value) -> None:
-    """Whatever the codec let through."""
+    """Any value that the codec accepts."""
 
 
 def _field_validator(rule: Rule) -> Callable[[Any, "attrs.Attribute[Any]", Any], None]:
@@ -138,17 +138,17 @@ def _field_validator(rule: Rule) -> Callable[[Any, "attrs.Attribute[Any]", Any],
 
 
 def field(rule: Rule, default: Any = attrs.NOTHING, *, secret: bool = False) -> Any:
-    """An attrs field whose value keeps `rule`; without a default it must be there. A secret one has no `repr`."""
+    """An attrs field checked by `rule`; required unless it has a default. A secret one is left out of `repr`."""
     return attrs.field(validator=_field_validator(rule), default=default, repr=not secret)
 
 
 def map_field() -> Any:
-    """An attrs field that holds a map; empty by default."""
+    """An attrs field that contains a map; empty by default."""
     return attrs.field(validator=_field_validator(mapping), factory=dict)
 
 
 def array_field(rule: Rule) -> Any:
-    """An attrs field that holds an array whose items keep `rule`; empty by default."""
+    """An attrs field that contains an array whose items are checked by `rule`; empty by default."""
     return attrs.field(validator=_field_validator(array_of(rule)), factory=list)
 
 
@@ -166,7 +166,7 @@ class Struct:
 
     @classmethod
     def missing(cls, wire: dict[str, Value]) -> str:
-        """Names of the fields that must be in `wire` and are not."""
+        """Names of the required fields that `wire` lacks."""
         required: tuple[str, ...] | None = cls.__dict__.get("_required")
         if required is None:
             required = tuple(a.name for a in attrs.fields(cls) if a.default is attrs.NOTHING)  # type: ignore[arg-type]
@@ -174,7 +174,7 @@ class Struct:
         return ", ".join([name for name in required if name not in wire])
 
     def to_map(self) -> dict[str, Value]:
-        """The fields as they go on the wire: `None` left out, parts as maps."""
+        """The fields as they are sent: `None` left out, structs as maps."""
         wire: dict[str, Value] = {}
         for name in self.field_names():
             value = getattr(self, name)
@@ -200,10 +200,10 @@ class Message(Struct):
 
     @classmethod
     def from_map(cls, wire: dict[str, Value]) -> Self:
-        """The message that a decoded map stands for; keys it does not know are dropped.
+        """Parse a decoded map; unknown keys are dropped.
 
         Raises:
-            ProtocolError: a field is missing, of the wrong type or out of its range; the text names it.
+            ProtocolError: a field is missing, of the wrong type or out of its range; the message names it.
         """
         if missing := cls.missing(wire):
             raise ProtocolError(f"{cls.TYPE}: lacks {missing}")
@@ -213,15 +213,15 @@ class Message(Struct):
             raise ProtocolError(f"{cls.TYPE}.{fault}") from None
 
     def to_map(self) -> dict[str, Value]:
-        """As `Part.to_map`, with `type` first."""
+        """The fields as they are sent, with `type` first."""
         return {"type": self.TYPE, **super().to_map()}
 
 
 def parse_struct(cls: type[StructT], value: Value) -> StructT:
-    """The `Part` that a map stands for; keys it does not know are dropped.
+    """Parse the map of a struct; unknown keys are dropped.
 
     Raises:
-        ValueError: it is no map, or a field is missing or wrong.
+        ValueError: it is not a map, or a field is missing or wrong.
     """
     if isinstance(value, cls):
         return value
@@ -232,7 +232,7 @@ def parse_struct(cls: type[StructT], value: Value) -> StructT:
 
 
 def struct_field(cls: type[Struct]) -> Any:
-    """An attrs field that holds a part, or None."""
+    """An attrs field that contains a struct, or None."""
 
     def convert(value: Value, _self: Any, attribute: "attrs.Attribute[Any]") -> Value:
         try:
@@ -244,7 +244,7 @@ def struct_field(cls: type[Struct]) -> Any:
 
 
 def struct_map_field(cls: type[Struct], name_rule: Rule) -> Any:
-    """An attrs field that holds a map of name -> part."""
+    """An attrs field that contains a map of name -> struct."""
 
     def convert(value: Value, _self: Any, attribute: "attrs.Attribute[Any]") -> Value:
         try:
@@ -261,7 +261,7 @@ def struct_map_field(cls: type[Struct], name_rule: Rule) -> Any:
 
 
 def struct_list_field(cls: type[Struct]) -> Any:
-    """An attrs field that holds an array of parts."""
+    """An attrs field that contains an array of structs."""
 
     def convert(value: Value, _self: Any, attribute: "attrs.Attribute[Any]") -> Value:
         try:
