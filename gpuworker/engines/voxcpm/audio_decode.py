@@ -1,4 +1,4 @@
-"""Uploaded audio as the samples a model is prompted with: decoded, mixed to mono, resampled, and held to limits.
+"""Decodes uploaded audio to the samples that prompt a model: mixed to mono, resampled, and checked against limits.
 
 The bytes may be anything: what is read of them, and for how long, is bounded by the limits and never by what a header
 says. Samples come out as `librosa.load(file, sr=rate)` makes them, bit by bit: that is what voxcpm itself would read.
@@ -12,25 +12,25 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-#: What the first bytes are. libsndfile knows 20 more formats, most of them read by code that nobody looks at.
+#: File signatures. libsndfile knows 20 more formats, most of them read by code that is rarely reviewed.
 _STARTS = (b"fLaC", b"OggS", b"ID3")
-#: libsndfile's names for the formats taken; an ID3 tag may stand before others.
+#: libsndfile's names for the accepted formats; an ID3 tag may precede other formats.
 _FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
 READABLE = "WAV, FLAC, MP3, OGG"
 
-#: From the least a telephone has to the most a studio uses.
+#: From the lowest rate of telephones to the highest of studios.
 MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 384_000
 MAX_CHANNELS = 8
-#: The loudest sample of audio that is called silent: -60 dBFS, below the noise of a quiet room.
+#: Audio whose loudest sample is below this counts as silent: -60 dBFS, below the noise of a quiet room.
 SILENT = 1e-3
-#: Float samples and lossy decoders go a little over full scale; 20 dB over it is a file with another scale.
+#: Float samples and lossy decoders go slightly over full scale; a file 20 dB over it uses another scale.
 MAX_PEAK = 10.0
-#: Read at once: of 8 channels 2 MiB.
+#: Frames read at a time: 2 MiB with 8 channels.
 BLOCK_FRAMES = 65_536
 
 
 class AudioFault(ValueError):
-    """Audio that cannot be used; the text goes on from the input's name and says what to do."""
+    """The audio cannot be used; the message continues after the input's name and says what to do."""
 
 
 class _Straight(soundfile.SoundFile):
@@ -87,7 +87,7 @@ def _may_be_audio(data: bytes) -> bool:
 
 
 def _read(file: _Straight, max_seconds: float) -> NDArray[np.float32]:
-    """All of it, mono, at its own rate."""
+    """All of the audio, mono, at its own rate."""
     if file.format not in _FORMATS:
         raise AudioFault(f"is {file.format} audio; give {READABLE}")
     if not MIN_RATE_HZ <= file.samplerate <= MAX_RATE_HZ:
@@ -95,7 +95,7 @@ def _read(file: _Straight, max_seconds: float) -> NDArray[np.float32]:
     if file.channels > MAX_CHANNELS:
         raise AudioFault(f"has {file.channels} channels; give at most {MAX_CHANNELS}, best mono")
     max_frames = math.floor(max_seconds * file.samplerate)
-    # A stream that was written without knowing its length says 2**63 - 1: then only reading tells.
+    # A stream written without knowing its length reports 2**63 - 1: then only reading it shows the length.
     if max_frames < file.frames < 2**62:
         seconds = math.ceil(file.frames / file.samplerate * 10) / 10
         raise AudioFault(f"is {seconds:.10g} s long; give at most {max_seconds:g} s")
@@ -110,13 +110,13 @@ def _read(file: _Straight, max_seconds: float) -> NDArray[np.float32]:
             raise AudioFault("has samples that are no numbers (NaN or infinity); save it anew, as 16-bit WAV")
         if peak > MAX_PEAK:
             raise AudioFault(f"has samples up to {peak:g}, where full scale is 1; divide them by it")
-        # As librosa.to_mono does it: another order of adding makes other last bits.
+        # In the order of librosa.to_mono: adding in another order changes the last bits.
         blocks.append(np.mean(block.T, axis=0))
     return np.concatenate(blocks)
 
 
 def _resample(samples: NDArray[np.float32], given: int, wanted: int) -> NDArray[np.float32]:
-    """At another rate, as librosa.resample with soxr_hq, which also evens out the length."""
+    """Resample like librosa.resample with soxr_hq, which also adjusts the length."""
     if given == wanted:
         return samples
     resampled = np.asarray(soxr.resample(samples, given, wanted, quality="HQ"), np.float32)

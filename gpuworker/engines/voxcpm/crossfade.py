@@ -1,4 +1,4 @@
-"""Pieces of speech joined into one stream without clicks, and samples made into PCM.
+"""Joins pieces of speech into one stream without clicks, and converts samples to PCM.
 
 The silence that a model leaves round a piece is kept: what is silence and what is a soft breath or consonant is
 a guess, and trimming the end would hold back audio until it is known not to be the end.
@@ -57,7 +57,7 @@ def join(
     Closing it in mid-stream closes the running segment, then `segments`, where they have a `close`.
     """
     fade = round(fade_s * sample_rate)
-    # Half a Hann window: no jump in value nor in slope at either end.
+    # Half a Hann window: neither value nor slope jumps at either end.
     ramp = (0.5 - 0.5 * np.cos(np.pi * np.arange(1, fade + 1) / (fade + 1))).astype(np.float32)
     pause = np.zeros(round(pause_s * sample_rate), np.float32)
     try:
@@ -77,7 +77,7 @@ def join(
 
 
 def _fade_in(chunks: Iterator[Samples], ramp: Samples) -> Iterator[Samples]:
-    """The chunks, the first samples of them raised from silence."""
+    """The chunks, fading in from silence."""
     done = 0
     for chunk in chunks:
         rising = ramp[done : done + len(chunk)]
@@ -89,7 +89,7 @@ def _fade_in(chunks: Iterator[Samples], ramp: Samples) -> Iterator[Samples]:
 
 
 def _fade_out(chunks: Iterator[Samples], ramp: Samples, pause: Samples) -> Iterator[Samples]:
-    """The chunks, the last samples of them lowered to silence, and the pause; holds back as many as the ramp has."""
+    """The chunks, fading out to silence, and the pause; holds back as many samples as the ramp has."""
     held = np.zeros(0, np.float32)
     sounded = False
     for chunk in chunks:
@@ -104,7 +104,7 @@ def _fade_out(chunks: Iterator[Samples], ramp: Samples, pause: Samples) -> Itera
 
 
 def _close(chunks: object) -> None:
-    """Closes a generator or the like; plain iterators have nothing to close."""
+    """Close a generator or the like; plain iterators have nothing to close."""
     close = getattr(chunks, "close", None)
     if close is not None:
         close()

@@ -1,4 +1,4 @@
-"""What loading a model takes round the model: importing voxcpm, the device, the denoiser."""
+"""Prepares the loading of a model: imports voxcpm, selects the device, and loads the denoiser."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from gpuworker.engines.base import EngineError
 from gpuworker.engines.voxcpm.torchaudio_stand_in import TorchaudioInUse, ensure_torchaudio
 from protocol.install_hint import install_command
 
-#: Of what is built with voxcpm 2.0.3 on Python 3.11 and torch 2.13; nothing that a GPU's owner could do about.
+#: Deprecations within voxcpm 2.0.3 on Python 3.11 and torch 2.13, which the owner of a GPU cannot fix.
 _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`torch\.nn\.utils\.weight_norm` is deprecated", FutureWarning),
     (r"`torch\.jit\.script` is deprecated", DeprecationWarning),
@@ -25,7 +25,7 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 
 @contextlib.contextmanager
 def known_warnings() -> Iterator[None]:
-    """Keep back the deprecations that importing and loading voxcpm is known for, and no other warning."""
+    """Suppress the deprecations known from importing and loading voxcpm, and no other warning."""
     with warnings.catch_warnings():
         for message, category in _KNOWN_WARNINGS:
             warnings.filterwarnings("ignore", message=message, category=category)
@@ -50,7 +50,7 @@ def import_voxcpm() -> tuple[TorchaudioInUse, Any]:
             "then itself with: pip install --no-deps voxcpm==2.0.3"
         ) from fault
     for module in (first, second):
-        # A bar drawn at every step of every request, into a log.
+        # voxcpm would draw a progress bar into the log at every step of every request.
         if not isinstance(module.tqdm, functools.partial):
             module.tqdm = functools.partial(module.tqdm, disable=True)
     return torchaudio, voxcpm
@@ -97,7 +97,7 @@ def load_denoiser(torchaudio: TorchaudioInUse, *, offline: bool) -> Any:
     if torchaudio.kind == "stand-in":
         lacks.append("torchaudio")
     elif torchaudio.kind == "real, our load":
-        # It writes files with torchaudio as well, which from 2.9 on asks torchcodec.
+        # It also writes files with torchaudio, which needs torchcodec for it from 2.9 on.
         lacks.append("torchcodec")
     if lacks:
         raise EngineError(f"the denoiser needs {' and '.join(lacks)}: pip install {' '.join(lacks)}; or leave it out")
@@ -107,12 +107,12 @@ def load_denoiser(torchaudio: TorchaudioInUse, *, offline: bool) -> Any:
         from voxcpm.zipenhancer import ZipEnhancer
 
         return ZipEnhancer()
-    except Exception as fault:  # modelscope's faults have no kind of their own
+    except Exception as fault:  # modelscope's exceptions have no common class
         raise EngineError(
             f"the denoiser cannot be loaded ({fault}); is ModelScope in reach? Or leave it out"
         ) from fault
 
 
 def log(words: str) -> None:
-    """A line for the worker's log."""
+    """Write a line to the worker's log."""
     print(f"voxcpm: {words}", file=sys.stderr, flush=True)

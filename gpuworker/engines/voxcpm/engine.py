@@ -1,4 +1,4 @@
-"""Engine `voxcpm`: its options, what it announces, and how it loads. Nothing heavy is imported before `load`."""
+"""Engine `voxcpm`: its options, its capabilities, and how it loads. Nothing heavy is imported before `load`."""
 
 import hashlib
 import importlib.util
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gpuworker.engines.voxcpm.synthesis import Speaker
     from gpuworker.engines.voxcpm.voices import Voice
 
-#: Modules that voxcpm needs, by the names they are imported by; the extra `voxcpm` has them all.
+#: Modules that voxcpm needs, by their import names; the extra `voxcpm` has them all.
 NEEDS = (
     "torch",
     "transformers",
@@ -48,9 +48,9 @@ NEEDS = (
 )
 VOXCPM = "voxcpm==2.0.3"
 DEFAULT_VOICES = Path("voices")
-#: Of encoded prompts kept: a minute of VoxCPM2's has 375 patches of 1 KiB.
+#: Size of the cache of encoded prompts: a minute of VoxCPM2's has 375 patches of 1 KiB.
 MAX_CACHE_BYTES = 256 * 1024 * 1024
-#: Runs of the self-check where kernels are chosen by measuring; a CPU's are not.
+#: Runs of the self-check on devices that choose kernels by measuring; a CPU does not.
 CHECK_RUNS = 3
 
 
@@ -92,7 +92,7 @@ class VoxcpmEngine(Engine):
 
     @classmethod
     def missing(cls) -> list[Missing]:
-        """The packages: two commands, as voxcpm asks for many that speaking does not need, some without a wheel."""
+        """The missing packages: two commands, because voxcpm requires many that speaking does not need."""
         found = []
         lacks = [name for name in NEEDS if not importlib.util.find_spec(name)]
         if lacks:
@@ -103,7 +103,7 @@ class VoxcpmEngine(Engine):
 
     @classmethod
     def check(cls, options: Mapping[str, OptionValue], slots: int) -> list[Missing]:
-        """The packages, options that cannot be, and memory for so many models side by side."""
+        """What is missing: packages, possible options, and memory for this many models side by side."""
         found = cls.missing()
         try:
             options = cls(options).options
@@ -117,12 +117,12 @@ class VoxcpmEngine(Engine):
 
     @classmethod
     def outlook(cls, options: Mapping[str, OptionValue], slots: int) -> str:
-        """The memory that so many models side by side take."""
+        """The memory that this many models need side by side."""
         return memory_outlook(str(options["model"]), str(options["device"]), slots)
 
     @property
     def capabilities(self) -> Capabilities:
-        """Audio at the model's rate; its voices as an enum of the param `voice`."""
+        """Audio at the model's rate; its voices are the enum of param `voice`."""
         return self._capabilities
 
     def load(self) -> None:
@@ -155,7 +155,7 @@ class VoxcpmEngine(Engine):
         )
         self._capabilities = Capabilities(
             format=AudioFormat(sample_rate=model.sample_rate),
-            # What is fetched may be another thing the next time; the worker cannot promise for it.
+            # A fetched file may be different the next time, so the worker cannot promise to reproduce it.
             reproducible=checked.repeats and not self._hosts,
             fingerprint=_fingerprint(model.fingerprint, checked.digest, voices),
             params=params_schema(can),
@@ -175,12 +175,12 @@ class VoxcpmEngine(Engine):
         )
 
     def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
-        """The speech of one request; see `Speaker.speak`."""
+        """Yield the speech of one request; see `Speaker.speak`."""
         assert self._speaker is not None
         return self._speaker.speak(params, inputs, cancelled=self.cancelled, report=self.report)
 
     def _fetched(self, had_bytes: int, total_bytes: int) -> None:
-        """Say so in the log, and that the load is alive."""
+        """Write a message to the log, and report that the load is alive."""
         words = f"fetching {self.options['model']}: {had_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB"
         _log(words)
         self.report(ProgressChunk("loading", had_bytes / total_bytes if total_bytes else 0.0, words))
@@ -207,7 +207,7 @@ class VoxcpmEngine(Engine):
 
 
 def _fingerprint(model: str, digest: str, voices: Mapping[str, "Voice"]) -> str:
-    """All that the samples of a request depend on beside the request."""
+    """Everything that the samples of a request depend on besides the request."""
     named = hashlib.sha256("\n".join(f"{name} {voice.digest}" for name, voice in voices.items()).encode()).hexdigest()
     return f"{model[:150]} {digest} {named[:16]}"
 

@@ -1,4 +1,4 @@
-"""What voxcpm and torch raise, in words that say what to do."""
+"""Translates the errors of voxcpm and torch to messages that say what to do."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from gpuworker.engines.base import EngineError
 
 @contextlib.contextmanager
 def named_faults(context: int) -> Iterator[None]:
-    """Raise what is known of voxcpm's and torch's errors as EngineError with what to do; let the others fly."""
+    """Raise known errors of voxcpm and torch as EngineError with what to do; other errors pass through."""
     try:
         yield
     except torch.OutOfMemoryError as fault:
@@ -24,7 +24,7 @@ def named_faults(context: int) -> Iterator[None]:
         # torch.AcceleratorError from 2.8 on, a plain RuntimeError before.
         if not str(fault).startswith("CUDA error"):
             raise
-        # What a failed kernel leaves behind is undefined: only a new process may use the device again.
+        # The state after a failed kernel is undefined: only a new process may use the device again.
         raise EngineError(f"the GPU failed: {str(fault).splitlines()[0]}", retryable=True, restart=True) from fault
     except ValueError as fault:
         if str(fault) != "KV cache is full":

@@ -1,4 +1,4 @@
-"""A file from a URL that a client names, fetched so that the client cannot reach what only this machine can.
+"""Fetches a file from a client's URL so that the client cannot reach what only this machine can reach.
 
 The worker's owner lists the hosts. A host's name is resolved once, every address it has must be public, and the
 connection goes to one of those addresses, so that nothing can change in between (DNS rebinding). Each redirect is
@@ -19,12 +19,12 @@ import attrs
 from gpuworker.engines.voxcpm.url_policy import DEFAULT_PORTS, PORTS, FetchRefused, Listed, Target, is_public, resolve
 
 MAX_REDIRECTS = 3
-#: Addresses of a host that are tried.
+#: How many addresses of a host are tried.
 MAX_TRIES = 4
-#: How soon a cancel is seen.
+#: How soon a cancel is noticed.
 POLL_S = 0.1
 PIECE_BYTES = 65_536
-#: By how much sockets outlast the time for the whole: it is the caller's thread that says that it is over.
+#: How much longer than the time limit sockets live: the caller's thread is the one to report the timeout.
 LATE_S = 1.0
 
 
@@ -53,10 +53,10 @@ class Fetcher:
     tls: Callable[[], ssl.SSLContext] = ssl.create_default_context
 
     def fetch(self, url: str, *, max_bytes: int, timeout_s: float, cancelled: Callable[[], bool] = _never) -> bytes:
-        """The file at a URL; see `fetch`."""
+        """Fetch the file at a URL; see `fetch`."""
         fetching = _Fetching(self, max_bytes, time.monotonic() + timeout_s)
-        # In a thread, as nothing else bounds the time of a whole: the resolver has no timeout, and that of a socket
-        # begins anew with each byte.
+        # In a thread, because nothing else bounds the total time: the resolver has no timeout, and a socket's timeout
+        # starts again with each byte.
         threading.Thread(target=fetching.run, args=(url,), name="fetch", daemon=True).start()
         try:
             while not fetching.done.wait(min(POLL_S, max(0.0, fetching.left_s))):
@@ -94,7 +94,7 @@ def fetch(
 
 
 class _Fetching:
-    """One fetch: `run` in a thread of its own, the rest in the caller's."""
+    """One fetch: `run` has its own thread, the rest is called in the caller's."""
 
     def __init__(self, rules: Fetcher, max_bytes: int, deadline: float) -> None:
         self._rules = rules
@@ -131,7 +131,7 @@ class _Fetching:
     def run(self, url: str) -> None:
         try:
             self._result = self._follow(url)
-        except Exception as fault:  # noqa: BLE001 - told by the caller's thread
+        except Exception as fault:  # noqa: BLE001 - the caller's thread reports it
             self._result = fault
         self.done.set()
 
@@ -165,13 +165,13 @@ class _Fetching:
             addresses = []
         if not addresses:
             raise FetchRefused(f"host {target.host!r} has no address; check its name")
-        # Not which: a client need not learn what the names of this network stand for.
+        # Do not say which: a client need not learn how the names of this network resolve.
         if not all(map(self._rules.allowed, addresses)):
             raise FetchRefused(f"host {target.host!r} has an address that is not public; nothing is fetched from it")
         return addresses[:MAX_TRIES]
 
     def _get(self, target: Target) -> bytes | str:
-        """The file, or where it redirects to."""
+        """The file, or the URL it redirects to."""
         connection = _Pinned(self, target, self._addresses(target), self._rules.tls)
         try:
             connection.request("GET", target.path, headers={"Accept-Encoding": "identity", "User-Agent": "gpuworker"})
@@ -214,20 +214,20 @@ class _Fetching:
         return bytes(data)
 
     def connect(self, address: str, port: int, within_s: float) -> socket.socket:
-        """A connection to an address, which `stop` cuts."""
+        """A connection to an address, which `stop` can cut."""
         wire = socket.create_connection((address, port), timeout=max(0.01, within_s))
         with self._lock:
             if self._stopped:
                 wire.close()
                 raise FetchRefused("was stopped")
-            # Another handle of the same connection: TLS takes the first for itself.
+            # Another handle of the same connection, because TLS takes over the first.
             self._wire = wire.dup()
         wire.settimeout(self.left_s + LATE_S)
         return wire
 
 
 class _Pinned(http.client.HTTPConnection):
-    """To addresses that are known, while all that is said and verified is said of the name."""
+    """Connects to known addresses, while everything sent and verified uses the host's name."""
 
     def __init__(
         self, fetching: _Fetching, target: Target, addresses: Sequence[str], tls: Callable[[], ssl.SSLContext]
@@ -240,7 +240,7 @@ class _Pinned(http.client.HTTPConnection):
         self._tls = tls
 
     def connect(self) -> None:
-        """To the first address that answers."""
+        """Connect to the first address that answers."""
         self.sock = self._first()
         if self._target.scheme == "https":
             self.sock = self._tls().wrap_socket(self.sock, server_hostname=self._target.host)

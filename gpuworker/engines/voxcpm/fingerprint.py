@@ -1,4 +1,4 @@
-"""What the samples of a model depend on beside the request and its seed, as one short digest."""
+"""Computes a short digest of what a model's samples depend on besides the request and its seed."""
 
 import hashlib
 import platform

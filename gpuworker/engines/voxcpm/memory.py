@@ -1,4 +1,4 @@
-"""How much memory slots of a VoxCPM model take, and how much there is: asked before any is started.
+"""Estimates how much memory slots of a VoxCPM model need and how much there is, before any slot is started.
 
 Estimates, from the checkpoint's files where they are on this machine, else from a table of the released models. They
 are there to refuse what cannot go well, so `-o check_memory=false` overrules them.
@@ -19,16 +19,16 @@ import attrs
 from gpuworker.engines.base import Missing
 
 GIB = 1024**3
-#: What a slot takes on a GPU beside its model: the CUDA context, kernels and their work space, what is computed, the
+#: What a slot needs on a GPU besides its model: the CUDA context, kernels and their work space, activations, the
 #: graphs of torch.compile. With it VoxCPM2 comes to the "~8 GB" of the VoxCPM project's README, whose "~6 GB" and
 #: "~5 GB" for the smaller ones lie further above their files.
 CUDA_OVERHEAD_BYTES = 5 * GIB // 2
-#: The same on a CPU: the interpreter, torch and librosa are 0.6 GiB before anything is computed.
+#: The same on a CPU: the interpreter, torch and librosa take 0.6 GiB before anything is computed.
 CPU_OVERHEAD_BYTES = GIB
 NVIDIA_SMI_S = 10.0
-#: Of a safetensors file; the released ones have 100 KB.
+#: Longest header of a safetensors file; the released ones have 100 KB.
 MAX_HEADER_BYTES = 64 * 1024 * 1024
-#: As `get_dtype` of voxcpm 2.0.3 names them. The VAE is float32 always (`from_local`).
+#: Names used by `get_dtype` of voxcpm 2.0.3. The VAE is always float32 (`from_local`).
 _ELEMENT_BYTES = {"bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2, "float32": 4, "fp32": 4}
 _FLOAT32_BYTES = 4
 MEMINFO = Path("/proc/meminfo")
@@ -91,7 +91,7 @@ def need_of(model: str) -> Need | None:
 
 
 def _folder(model: str) -> Path | None:
-    """The folder of a model's files: itself, or its snapshot in the Hugging Face cache, by that cache's own layout."""
+    """The folder of a model's files: the given one, or its snapshot in the Hugging Face cache."""
     if Path(model).is_dir():
         return Path(model)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
@@ -113,7 +113,7 @@ def _cache() -> Path:
 
 
 def _need_of_files(folder: Path) -> Need | None:
-    """By the files of a checkpoint; None where they are not all there, or not what they should be."""
+    """Compute it from the files of a checkpoint; None if they are incomplete or not as expected."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         width = _ELEMENT_BYTES[str(config.get("dtype", "bfloat16"))]
@@ -130,7 +130,7 @@ def _need_of_files(folder: Path) -> Need | None:
 
 
 def _elements(tensors: Path, pickled: Path, width: int) -> int:
-    """Numbers in a weights file: of safetensors by its header, of a pickle by its size with `width` bytes each."""
+    """Numbers in a weights file: from the header of safetensors, or the size of a pickle with `width` bytes each."""
     if not tensors.is_file():
         return pickled.stat().st_size // width
     with tensors.open("rb") as file:
@@ -142,7 +142,7 @@ def _elements(tensors: Path, pickled: Path, width: int) -> int:
 
 
 def _cache_elements(config: dict[str, Any]) -> int:
-    """Numbers in both KV caches, as `setup_cache` of voxcpm 2.0.3 takes them."""
+    """Numbers in both KV caches, as allocated by `setup_cache` of voxcpm 2.0.3."""
     lm = config["lm_config"]
     head = lm.get("kv_channels") or lm["hidden_size"] // lm["num_attention_heads"]
     layers = lm["num_hidden_layers"] + config.get("residual_lm_num_layers", 8)
@@ -154,7 +154,7 @@ def _cache_elements(config: dict[str, Any]) -> int:
 
 @attrs.frozen
 class Free:
-    """Free memory: bytes, and of what, for people; `gpu` or main memory."""
+    """Free memory: bytes, what it is called, and whether it is a GPU's or main memory."""
 
     size: int
     where: str
@@ -184,7 +184,7 @@ def free_memory(device: str) -> Free | None:
 
 
 def free_main_memory() -> Free | None:
-    """What programs may still take without swapping."""
+    """The memory that programs may still use without swapping."""
     try:
         told = MEMINFO.read_text()
     except OSError:
@@ -194,7 +194,7 @@ def free_main_memory() -> Free | None:
 
 
 def _gpus() -> dict[str, Free] | None:
-    """Index and UUID of each GPU, to what is free on it; None where nvidia-smi does not say."""
+    """The free memory by index and UUID of each GPU; None if nvidia-smi does not report it."""
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free,name", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True).stdout
@@ -210,7 +210,7 @@ def _gpus() -> dict[str, Free] | None:
 
 
 def _visible(gpus: dict[str, Free] | None) -> list[Free] | None:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; None where that cannot be told."""
+    """The GPUs that CUDA_VISIBLE_DEVICES allows, in its order; None if they cannot be determined."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if gpus is None or chosen is None:
         return None if gpus is None else list(gpus.values())
@@ -230,12 +230,12 @@ def _visible(gpus: dict[str, Free] | None) -> list[Free] | None:
 
 
 def lacking_memory(model: str, device: str, slots: int) -> list[Missing]:
-    """What `slots` of a model lack; empty where they fit, and where it cannot be told."""
+    """What `slots` of a model lack; empty if they fit, or if it cannot be determined."""
     need, free = need_of(model), free_memory(device)
     if need is None or free is None:
         return []
     each = slot_bytes(need, gpu=free.gpu)
-    room = free.size if free.gpu else free.size - (need.building - need.weights)  # the last one is built in it, too
+    room = free.size if free.gpu else free.size - (need.building - need.weights)  # the last model is built in it, too
     lacks = []
     if each * slots > room:
         fit = max(0, room // each)
@@ -257,7 +257,7 @@ def lacking_memory(model: str, device: str, slots: int) -> list[Missing]:
 
 
 def memory_outlook(model: str, device: str, slots: int) -> str:
-    """What `slots` of a model take of what there is, in words."""
+    """A sentence on how much of the free memory `slots` of a model need."""
     need, free = need_of(model), free_memory(device)
     if need is None:
         return f"how much memory {model} takes is not known before it is here"
@@ -269,7 +269,7 @@ def memory_outlook(model: str, device: str, slots: int) -> str:
 
 
 def slot_bytes(need: Need, *, gpu: bool) -> int:
-    """What one slot takes, model and overhead."""
+    """The memory that one slot needs, model and overhead."""
     return need.model + (CUDA_OVERHEAD_BYTES if gpu else CPU_OVERHEAD_BYTES)
 
 

@@ -1,4 +1,4 @@
-"""The voxcpm package behind one class: load, encode prompts, speak streaming or whole, and errors that say what to do.
+"""Wraps the voxcpm package in one class: it loads, encodes prompts, speaks, and raises errors that say what to do.
 
 One model speaks one text at a time, ever: voxcpm keeps the KV cache and the decoder's state in the model, so a second
 stream would corrupt the first without a word, and `Model` refuses it. All calls come from one thread (CUDA graphs are
@@ -114,7 +114,7 @@ class Model:
             EngineError: it cannot; the message says what to do.
         """
         torchaudio, voxcpm = import_voxcpm()
-        # First what fails soon: the model may be gigabytes to fetch.
+        # First check what fails soon: the model may be gigabytes to fetch.
         chosen = choose_device(device)
         cleaner = load_denoiser(torchaudio, offline=offline) if denoiser else None
         folder = find_folder(model, offline=offline, revision=revision, fetched=fetched)
@@ -123,7 +123,7 @@ class Model:
         if on_cuda:
             # voxcpm compiles for exactly "cuda", so that name is made to mean the device chosen.
             torch.cuda.set_device(chosen)
-            # The VAE's transposed convolutions sum in any order otherwise, and a run could not be repeated.
+            # Otherwise the VAE's transposed convolutions sum in any order, and a run could not be repeated.
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False
         compiled = optimize and on_cuda and importlib.util.find_spec("triton") is not None
@@ -140,7 +140,7 @@ class Model:
                 )
         except EngineError:
             raise
-        except Exception as fault:  # pydantic, safetensors, pickle and torch have each their own
+        except Exception as fault:  # pydantic, safetensors, pickle and torch have their own classes
             raise EngineError(f"the model in {folder} cannot be read: {fault}; fetch it again") from fault
         mark = model_fingerprint(folder, device=chosen, dtype=str(loaded.tts_model.config.dtype), compiled=compiled)
         return cls(loaded, arch=arch, device=chosen, compiled=compiled, fingerprint=mark, denoiser=cleaner)
@@ -207,7 +207,7 @@ class Model:
     def _write_wav(self, path: Path, samples: Samples | None, denoise: bool) -> str | None:
         if samples is None:
             return None
-        # 32 bit floats at the model's own rate: whatever reads the file changes no sample.
+        # 32 bit floats at the model's own rate, so that no reader of the file changes a sample.
         soundfile.write(path, samples, self.prompt_rate, subtype="FLOAT")
         if not denoise:
             return str(path)
@@ -283,7 +283,7 @@ class Model:
         self._check_room(text, cache)
         arguments = _arguments(text, cache, settings)
         if settings.retry_badcase and settings.retry_badcase_max_times > 0:
-            # With 0 tries voxcpm would not speak at all.
+            # With 0 tries, voxcpm would not speak at all.
             arguments.update(retry_badcase=True, retry_badcase_max_times=settings.retry_badcase_max_times)
         steps = 0
 
@@ -292,7 +292,7 @@ class Model:
             steps += 1
             on_step(steps)
 
-        # The stop head is asked once a step, in both architectures, and outside all that is compiled.
+        # The stop head is called once a step, in both architectures, and outside everything that is compiled.
         hook = self._tts.stop_head.register_forward_hook(count)
         try:
             with named_faults(self.context):
@@ -300,7 +300,7 @@ class Model:
         finally:
             hook.remove()
         if not self.clones and cache is not None:
-            # 1.x leaves the patches of the prompt that it decoded along at the front.
+            # 1.x leaves the prompt's patches, which it decoded too, at the front.
             latents = latents[min(_CONTEXT_PATCHES_1X, audio_places(cache.value)) :]
         return Whole(wav.squeeze(0).numpy(), latents, self._merged)
 

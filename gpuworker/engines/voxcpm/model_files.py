@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder as given, or a snapshot from the Hugging Face hub; and whether they are whole."""
+"""Finds a model's files, in a given folder or a snapshot from the Hugging Face hub, and checks that none is missing."""
 
 import io
 import json
@@ -11,24 +11,24 @@ from typing import Any
 from gpuworker.engines.base import EngineError
 
 ARCHITECTURES = ("voxcpm2", "voxcpm")
-#: "owner/name": what the hub takes, and no path of a file system but a relative one of two parts.
+#: "owner/name": a name on the hub, which as a path could only be a relative one of two parts.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-#: What voxcpm reads, each with what may stand in its place.
+#: The files that voxcpm reads, each with its alternatives.
 _FILES = (
     ("config.json",),
     ("model.safetensors", "pytorch_model.bin"),
     ("audiovae.safetensors", "audiovae.pth"),
     ("tokenizer.json", "tokenizer.model"),
 )
-#: Between two words on a download.
+#: Time between two progress reports of a download.
 TELL_S = 10.0
 
-#: Takes the bytes of a download that have come, and how many it has in all (of the files begun; 0 is not known).
+#: Called with the bytes of a download that have arrived, and the total (of the files begun; 0 if not known).
 Fetched = Callable[[int, int], None]
 
 
 def to_nobody(_had: int, _total: int) -> None:
-    """Nobody wants to know."""
+    """Ignore the progress."""
 
 
 def find_folder(
@@ -72,7 +72,7 @@ def find_folder(
 
 
 def _bar_class(fetched: Fetched) -> Any:
-    """A bar of tqdm's, as the hub's library fills it, that draws nothing."""
+    """A progress bar for the hub's library that draws nothing."""
     from tqdm.std import tqdm
 
     most, next_at = 0, 0.0
@@ -82,7 +82,7 @@ def _bar_class(fetched: Fetched) -> Any:
             super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
 
         def display(self, *_args: object, **_kwargs: object) -> bool:
-            """Called under tqdm's lock; also by its monitor where nothing has come for long."""
+            """Called under tqdm's lock; also by its monitor if nothing has arrived for long."""
             nonlocal most, next_at
             if self.unit == "B" and self.n > most and time.monotonic() >= next_at:
                 most, next_at = int(self.n), time.monotonic() + TELL_S
@@ -95,7 +95,7 @@ def _bar_class(fetched: Fetched) -> Any:
 def _expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # "~name" of nobody here
+    except RuntimeError:  # "~name" of an unknown user
         return Path(path)
 
 

@@ -1,4 +1,4 @@
-"""What a model makes: encoded prompts, a speech that streams, a speech made whole."""
+"""The results of a model: encoded prompts, a speech that streams, and a speech made as a whole."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,14 +40,14 @@ def audio_places(value: Mapping[str, Any]) -> int:
 
 @attrs.frozen(eq=False)
 class Whole:
-    """Speech made in one go: `samples` float32 (n,) at the model's rate."""
+    """Speech made as a whole: `samples` float32 (n,) at the model's rate."""
 
     samples: Samples
     _latents: torch.Tensor
     _merge: Merge
 
     def as_prompt(self, text: str, cache: PromptCache | None) -> PromptCache:
-        """A prompt from which the next speech goes on in the same voice; `text` and `cache` as they were spoken."""
+        """A prompt with which the next speech continues in the same voice; `text` and `cache` as they were spoken."""
         return self._merge(text, cache, self._latents)
 
 
@@ -86,13 +86,13 @@ class Speech:
         except BaseException:
             self.close()
             raise
-        # VoxCPM2 drops the older ones from its list, so the newest is taken each time.
+        # VoxCPM2 drops older ones from its list, so the newest is taken each time.
         self._latents.append(latents[-1])
         chunk: Samples = wav.squeeze(0).numpy()
         return chunk
 
     def close(self) -> None:
-        """Stop speaking. Harmless when it has ended."""
+        """Stop speaking. Does nothing once it has ended."""
         self.ended = True
         self._chunks.close()
 

@@ -1,4 +1,4 @@
-"""The voice of a request: its prompt and reference audio, fetched, decoded, encoded, and kept for the next one."""
+"""Finds the voice of a request: its prompt and reference audio is fetched, decoded, encoded, and cached."""
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
@@ -21,12 +21,12 @@ FETCH_S = 20.0
 
 
 class Stopped(Exception):
-    """The run is cancelled; its work ends here."""
+    """The run was cancelled."""
 
 
 @attrs.frozen
 class Source:
-    """Audio of a voice: the field it came by, its bytes, and what tells them from others."""
+    """Audio of a voice: the field it came in, its bytes, and its cache key."""
 
     field: str
     data: bytes
@@ -35,7 +35,7 @@ class Source:
 
 @attrs.frozen
 class Prompt:
-    """An encoded voice, and the field it came by."""
+    """An encoded voice, and the field it came in."""
 
     cache: PromptCache
     field: str
@@ -82,11 +82,11 @@ class Prompts:
         """
         text = given.get("prompt_text")
         if (name := given.get("voice")) is not None:
-            if (voice := self.voices.get(name)) is None:  # its folder changed, and another slot announced it
+            if (voice := self.voices.get(name)) is None:  # its folder has changed, and another slot announced it
                 raise EngineError(f"this slot has no voice {name!r} any more; the worker's owner must start it again")
             source = Source("voice", voice.read(), voice.digest)
             reference = source if self.model.clones else None
-            # A described voice is cloned by its reference alone: what goes on from a prompt keeps that one's manner.
+            # A described voice is cloned by its reference alone: a prompt would keep its own manner of speaking.
             prompt = source if voice.text is not None and not (reference and described) else None
             text = voice.text if prompt else None
         else:

@@ -20,7 +20,7 @@ MAX_INPUT_BYTES = 16 * KIB * KIB
 
 STREAMING, NON_STREAMING = "streaming", "non_streaming"
 
-#: What a request gets that does not say otherwise: the defaults of `voxcpm` itself, and a fixed seed.
+#: The defaults of params: those of `voxcpm` itself, and a fixed seed.
 DEFAULTS: dict[str, Value] = {
     "cfg_value": 2.0,
     "inference_timesteps": 10,
@@ -54,7 +54,7 @@ class Abilities:
 
 
 def params_schema(can: Abilities) -> dict[str, Value]:
-    """JSON Schema of the params."""
+    """The JSON Schema of the params."""
     return {
         "type": "object",
         "properties": {
@@ -78,7 +78,7 @@ def params_schema(can: Abilities) -> dict[str, Value]:
 
 
 def input_rules(can: Abilities) -> dict[str, InputRule]:
-    """The inputs. Any media type: its content tells what audio is, and clients name it in a dozen ways."""
+    """The inputs, of any media type: the content shows what audio is, and clients name it in a dozen ways."""
     rule = InputRule(max_bytes=MAX_INPUT_BYTES)
     return {"prompt_wav": rule, "reference_wav": rule} if can.clones else {"prompt_wav": rule}
 

@@ -1,4 +1,4 @@
-"""One request of engine `voxcpm`, from its params and inputs to its audio.
+"""Runs one request of engine `voxcpm`, from its params and inputs to its audio.
 
 The order is that of a reproducible run: check, encode the voice (which may come out of the cache, and draws nothing
 from the random generator), seed, speak.
@@ -22,17 +22,17 @@ from gpuworker.engines.voxcpm.text_split import split
 from gpuworker.engines.voxcpm.validation import find_faults, speakable
 from protocol.wire.validators import Value
 
-#: 64 KiB of PCM: speech made whole is handed on in such pieces.
+#: 64 KiB of PCM: speech made as a whole is passed on in such pieces.
 CHUNK_SAMPLES = 32_768
-#: Steps of the model between two words on how far it is; by steps, so that a repeated run has the same frames.
+#: Steps of the model between two progress reports; counted in steps, so that a repeated run makes the same frames.
 PROGRESS_STEPS = 5
-#: As `generate` of the voxcpm package has it: no piece has more steps.
+#: The limit in `generate` of the voxcpm package: no piece has more steps.
 MAX_STEPS = 4_096
 #: What the package adds to tokens * ratio; and a few tokens for its marks and for what comes together at a seam.
 SPARE_STEPS, SPARE_TOKENS = 10, 8
-#: Pieces of fewer tokens are no sentences: a prompt that leaves no more room is refused.
+#: Fewer tokens do not make a sentence: a prompt that leaves no more room is rejected.
 MIN_PIECE_TOKENS = 16
-#: A description of the voice before the text, as VoxCPM2 takes it.
+#: A description of the voice before the text, in the form that VoxCPM2 expects.
 _LEAD = re.compile(r"\s*[(（][^()（）]{1,400}[)）]")
 _BRACKETS = re.compile(r"[()（）]")
 _SPACE = re.compile(r"\s+")
@@ -106,7 +106,7 @@ class Speaker:
             return
 
     def _words(self, given: Mapping[str, Value]) -> tuple[str, str]:
-        """The description of the voice that goes before every piece of its own ("" for none), and the text."""
+        """The description of the voice, which precedes each separate piece ("" for none), and the text."""
         text = given["text"]
         if given["normalize"]:
             text = self.model.normalize(_spaced(text))
@@ -142,7 +142,7 @@ class Speaker:
         def measure(piece: str) -> int:
             return self.model.tokens(_spaced(piece))
 
-        # Its line ends are ends of sentences, so it is split as it came.
+        # Its line ends are ends of sentences, so it is split as it arrived.
         pieces = [_spaced(piece) for piece in split(text, limit, measure)]
         if max(map(measure, pieces)) > limit:
             raise InvalidParams({"text": "has a character with more marks on it than the model takes"})
@@ -150,12 +150,12 @@ class Speaker:
 
 
 def _spaced(text: str) -> str:
-    """With one space for all white space together, as the voxcpm package does it."""
+    """Replace all white space by single spaces, as the voxcpm package does."""
     return _SPACE.sub(" ", text)
 
 
 def most_steps(tokens: int, settings: Settings) -> int:
-    """Steps at which the package ends the speech of so many tokens."""
+    """The number of steps after which the package ends the speech of this many tokens."""
     return min(int(tokens * settings.ratio_threshold + SPARE_STEPS), settings.max_len)
 
 
@@ -199,7 +199,7 @@ class _Run:
         self.prompt, self.lead = prompt, ""
 
     def _on_step(self, number: int, text: str) -> Callable[[int], None]:
-        """What the model calls at each of its steps: stops it once cancelled, and tells how far it is."""
+        """Called by the model at each of its steps: stops it once cancelled, and reports progress."""
         most = most_steps(self.model.tokens(text), self.settings)
         made = 0
 
@@ -208,7 +208,7 @@ class _Run:
             if self.cancelled():
                 raise Stopped
             made += 1
-            if made % PROGRESS_STEPS == 0:  # a bad case that is made again does not take it back
+            if made % PROGRESS_STEPS == 0:  # a bad case that is made again does not reduce it
                 self.report(ProgressChunk("generating", (number + min(made / most, 1.0)) / len(self.pieces)))
 
         return on_step

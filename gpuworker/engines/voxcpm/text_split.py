@@ -1,4 +1,4 @@
-"""A long text cut into pieces that a speech model takes, where a speaker would pause.
+"""Cuts a long text into pieces that a speech model accepts, where a speaker would pause.
 
 Boundaries are those of Unicode (UAX 29: sentences, words, grapheme clusters; UAX 14: where no Japanese line starts), by
 the properties that the `regex` package knows, and tightened for abbreviations, initials, ordinals, quoted speech and
@@ -22,9 +22,9 @@ ABBREVIATIONS = (
 )
 # Words of their own, abbreviations only before a number: "No. 5", "Jan. 3", "pp. 4-7".
 BEFORE_NUMBERS = "No|Nos|no|nos|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec|pp|Art|Sec|Ch|chap|Ex|стр"
-#: Thai and Lao vowels written before the consonant that they are spoken after.
+#: Thai and Lao vowels that are written before the consonant they are spoken after.
 LEADING_VOWELS = frozenset("เแโใไເແໂໃໄ")
-#: Longest look back or forth of a rule, characters: keeps the whole linear.
+#: How far a rule looks back or ahead, in characters: keeps the whole linear.
 LOOK_CHARS = 40
 
 _MARK = r"[\p{SB=STerm}\p{SB=ATerm}…‥⋯]"
@@ -58,7 +58,7 @@ class _Patterns:
 
 @functools.cache
 def _patterns() -> _Patterns:
-    """Compiles the rules once; `regex` comes with the extra `voxcpm`, and machines without it import this module."""
+    """Compile the rules once; `regex` comes with the extra `voxcpm`, and machines without it import this module too."""
     import regex
 
     def rule(pattern: str) -> Any:
@@ -96,7 +96,7 @@ def _patterns() -> _Patterns:
 
 
 def _is_sentence_end(text: str, match: Any) -> bool:
-    """Whether the marks found end a sentence, and are not within a number, a name, an abbreviation or quoted speech."""
+    """Whether these marks end a sentence, and are not within a number, a name, an abbreviation or quoted speech."""
     rules = _patterns()
     marks, closing, gap, after = match["marks"], match["closing"], match["gap"], match.end()
     if rules.goes_on.match(text, after):
@@ -125,7 +125,7 @@ def _sentence_ends(text: str) -> Iterator[int]:
         if _is_sentence_end(text, match):
             yield match.end()
     for match in rules.line.finditer(text):
-        # A line that goes on in lower case was wrapped, unless an empty line stands between.
+        # A line that continues in lower case was wrapped, unless an empty line precedes it.
         is_paragraph = len(match["breaks"].splitlines()) > 1
         if is_paragraph or not rules.wrapped.match(text, match.end()):
             yield match.end()
@@ -152,12 +152,12 @@ class _Text:
     levels: Sequence[Sequence[int]]
 
     def piece(self, start: int, stop: int) -> str:
-        """What stands between two places, without the white space round it."""
+        """The text between two places, without surrounding white space."""
         return self.text[self.offsets[self.content[start]] : self.offsets[self.filled[stop]]]
 
 
 def _next_where(hits: Sequence[bool]) -> list[int]:
-    """For each place, the first hit at or after it, or the number of hits where none follows."""
+    """For each place, the first hit at or after it, or the number of hits if none follows."""
     found = [len(hits)] * (len(hits) + 1)
     for place in range(len(hits) - 1, -1, -1):
         found[place] = place if hits[place] else found[place + 1]
@@ -173,11 +173,11 @@ def _read(text: str) -> _Text:
     spoken = _next_where([bool(rules.spoken.search(cluster)) for cluster in clusters])
 
     def at_places(ends: Iterable[int]) -> set[int]:
-        """Cuts at these offsets; those within a grapheme cluster are none."""
+        """Convert offsets to cuts; offsets within a grapheme cluster are left out."""
         return {places[end] for end in ends if end in places}
 
     def tidy(cuts: Collection[int]) -> list[int]:
-        """Leaves out cuts that would part marks from the words they belong to: before or after what is not spoken."""
+        """Leave out cuts that would part marks from the words they belong to."""
         kept: list[int] = []
         start = 0
         for cut in sorted({*cuts, size} - {0}):
@@ -212,7 +212,7 @@ def _read(text: str) -> _Text:
 
 
 def _reach(start: int, size: int, guess: int, fits: Callable[[int], bool]) -> int:
-    """The farthest place up to which all fits, one cluster at least; doubling, then halving, from a guess."""
+    """The farthest place up to which everything fits, at least one cluster; doubling, then halving, from a guess."""
     good, bad = start + 1, size + 1
     probe = min(max(good, start + guess), size)
     while good + 1 < bad:
@@ -225,11 +225,11 @@ def _reach(start: int, size: int, guess: int, fits: Callable[[int], bool]) -> in
 
 
 def _best_cut(levels: Iterable[Sequence[int]], after: int, reach: int, fits: Callable[[int], bool]) -> int | None:
-    """The last cut of the best level that has one after `after` and up to `reach`; none where none has."""
+    """The last cut of the best level that has one after `after` and up to `reach`; None if none has."""
     for cuts in levels:
         first, at, step = bisect_right(cuts, after), bisect_right(cuts, reach) - 1, 1
         while at >= first:
-            # Asked again, as a tokenizer may need more tokens for less text.
+            # Check again, because a tokenizer may need more tokens for less text.
             if cuts[at] == reach or fits(cuts[at]):
                 return cuts[at]
             at -= step

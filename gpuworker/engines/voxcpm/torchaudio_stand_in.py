@@ -1,4 +1,4 @@
-"""What voxcpm asks of torchaudio, where the real one is missing or does not load.
+"""Provides what voxcpm needs of torchaudio, if the real one is missing or does not load.
 
 voxcpm 2.0.3 imports torchaudio at the top of `model/voxcpm.py` and calls two of its functions, both for the prompt
 audio of VoxCPM 1.x only. `import torchaudio` fails where torch is the CPU build and torchaudio is not, and from 2.9 on
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import attrs
 
-#: How `import torchaudio` fails: not installed, or its libraries want a CUDA that is not there.
+#: How `import torchaudio` fails: it is not installed, or its libraries need a CUDA that is not there.
 _NOT_LOADABLE = (ImportError, OSError, RuntimeError, AttributeError)
 
 
@@ -70,11 +70,11 @@ def resample(waveform: Any, orig_freq: int, new_freq: int, *_args: object, **_kw
 
 
 def ensure_torchaudio() -> TorchaudioInUse:
-    """Make `import torchaudio` work for voxcpm; call it before voxcpm is imported. Doing it twice is harmless."""
+    """Make `import torchaudio` work for voxcpm; call it before voxcpm is imported. It may be called twice."""
     try:
         torchaudio: Any = importlib.import_module("torchaudio")
     except _NOT_LOADABLE as fault:
-        # A half-imported package would be found by the next import as if it were whole.
+        # The next import would find a half-imported package, and take it for a whole one.
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
             del sys.modules[name]
         _install()
@@ -103,7 +103,7 @@ def _install() -> None:
 
 
 def _load_fault(torchaudio: Any) -> str:
-    """Why this torchaudio cannot read a WAV file; empty where it can."""
+    """Why this torchaudio cannot read a WAV file; empty if it can."""
     import tempfile
     from pathlib import Path
 
@@ -115,6 +115,6 @@ def _load_fault(torchaudio: Any) -> str:
         soundfile.write(path, np.zeros(160, np.float32), 16_000, subtype="FLOAT")
         try:
             torchaudio.load(str(path))
-        except Exception as fault:  # noqa: BLE001 - whatever a backend raises, ours takes its place
+        except Exception as fault:  # noqa: BLE001 - whatever a backend raises, ours replaces it
             return f"{type(fault).__name__}: {fault}"
     return ""

@@ -1,4 +1,4 @@
-"""Which hosts may be fetched from, by name and by address, and what a URL asks of them."""
+"""Decides which hosts may be fetched from, by name and by address, and parses URLs."""
 
 import ipaddress
 import re
@@ -11,7 +11,7 @@ from gpuworker.engines.base import OptionError
 
 MAX_URL_CHARS = 2_048
 DEFAULT_PORTS = {"http": 80, "https": 443}
-#: Taken where a listed host names no port.
+#: The ports allowed if a listed host names none.
 PORTS = (80, 443)
 
 _HOST = re.compile(r"[a-z0-9_](?:[a-z0-9._-]{0,251}[a-z0-9_])?")
@@ -27,11 +27,11 @@ _TUNNELS = (ipaddress.ip_network("2001::/23"), ipaddress.ip_network("2002::/16")
 
 
 class FetchRefused(ValueError):
-    """Not fetched; the text says why and what to do."""
+    """The URL may not be fetched; the message says why and what to do."""
 
 
 def _host_name(host: str) -> str:
-    """As it is compared: lower-case ASCII; an IPv6 address in its shortest form, without brackets."""
+    """A host as it is compared: lower-case ASCII; an IPv6 address in its shortest form, without brackets."""
     try:
         return str(ipaddress.IPv6Address(host))
     except ValueError:
@@ -43,7 +43,7 @@ def _host_name(host: str) -> str:
 
 @attrs.frozen
 class Listed:
-    """A host that may be fetched from: `example.org`, `.example.org` (what is below it), either with `:port`."""
+    """A host that may be fetched from: `example.org`, or `.example.org` for its subdomains, either with `:port`."""
 
     host: str
     port: int | None = None
@@ -68,7 +68,7 @@ class Listed:
             ) from None
 
     def takes(self, host: str, port: int) -> bool:
-        """Whether it lists this one."""
+        """Whether it allows this host and port."""
         if port not in (PORTS if self.port is None else (self.port,)):
             return False
         return host.endswith("." + self.host) if self.below else host == self.host
@@ -154,5 +154,5 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """Host and port, as a URL has them."""
+        """Host and port, as written in a URL."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

@@ -1,4 +1,4 @@
-"""What the params and inputs of a request must keep and no JSON Schema can say."""
+"""Checks the rules for params and inputs that JSON Schema cannot express."""
 
 from collections.abc import Collection, Mapping
 
@@ -6,7 +6,7 @@ from protocol.wire.validators import Value
 
 
 def speakable(text: str) -> bool:
-    """Whether there is a letter or a digit in it, of any script."""
+    """Whether the text contains a letter or a digit, of any script."""
     return any(char.isalnum() for char in text)
 
 

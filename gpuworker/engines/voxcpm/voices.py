@@ -1,4 +1,4 @@
-"""A worker's named voices: NAME.wav (or .flac .mp3 .ogg) and NAME.txt, what is said in it, side by side in a folder.
+"""Reads a worker's named voices from a folder: NAME.wav (or .flac .mp3 .ogg), and its transcript NAME.txt.
 
 And the cache of prompts made from them. Nothing heavy is imported: audio is decoded where it is used.
 """
@@ -16,20 +16,20 @@ import attrs
 from gpuworker.engines.base import EngineError, wire_text
 from protocol.wire.messages import SPACE_PATTERN
 
-#: In the order of preference where one name has several.
+#: In order of preference, if one name has several.
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 TEXT_SUFFIX = ".txt"
 #: Their names, of up to 64 characters, go into the params schema as an `enum`, and a relay lists no schema of more than
 #: 24 KiB.
 MAX_VOICES = 200
-#: Files looked at in a folder; there are two a voice.
+#: Files read in a folder; a voice has two.
 MAX_ENTRIES = 10_000
-#: Of one voice. A minute of 48 kHz stereo at 24 bits is 17 MB.
+#: Size of one voice. A minute of 48 kHz stereo at 24 bits is 17 MB.
 MAX_AUDIO_BYTES = 32 * 2**20
 #: A fast speaker says 25 characters a second.
 MAX_TEXT_CHARS = 2_000
 MAX_TEXT_BYTES = 4 * MAX_TEXT_CHARS + 1_024
-#: Told one by one.
+#: How many are listed one by one.
 MAX_WORDS = 50
 
 ValueT = TypeVar("ValueT")
@@ -87,7 +87,7 @@ def find_voices(folder: Path, *, need_text: bool = False) -> tuple[dict[str, Voi
         root = folder.resolve(strict=True)
         with os.scandir(root) as entries:
             names = [entry.name for entry, _ in zip(entries, range(MAX_ENTRIES + 1), strict=False)]
-    except (OSError, RuntimeError) as fault:  # RuntimeError: links that lead round
+    except (OSError, RuntimeError) as fault:  # RuntimeError: links that form a loop
         raise EngineError(
             f"the folder of voices {str(folder)!r} cannot be read: {_words(fault)}; "
             "make it, or give another with -o voices=FOLDER"
@@ -166,7 +166,7 @@ def _voice(root: Path, name: str, audio: str, text_file: str | None, need_text: 
 
 
 def _inside(root: Path, file: str) -> Path:
-    """Where `file` is, all links followed."""
+    """The path of `file` with all links followed."""
     try:
         path = (root / file).resolve(strict=True)
     except RuntimeError:
@@ -177,7 +177,7 @@ def _inside(root: Path, file: str) -> Path:
 
 
 def _read(path: Path, at_most: int) -> bytes:
-    # Not blocking: a pipe nobody writes to would be waited for at open.
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would block.
     with open(path, "rb", opener=lambda file, flags: os.open(file, flags | os.O_NONBLOCK | os.O_NOFOLLOW)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise _LeftOut(f"{path.name!r} is no regular file")
@@ -217,7 +217,7 @@ class PromptCaches(Generic[ValueT]):
         self._at_most = at_most
         self._max_bytes = max_bytes
         self._kept: OrderedDict[Hashable, tuple[ValueT, int]] = OrderedDict()
-        #: Of all that is kept.
+        #: Total size of everything kept.
         self.nbytes = 0
 
     def __len__(self) -> int:
@@ -227,14 +227,14 @@ class PromptCaches(Generic[ValueT]):
         return key in self._kept
 
     def get(self, key: Hashable) -> ValueT | None:
-        """The value, None where it is not kept (any more)."""
+        """The value, or None if it is not in the cache."""
         if (kept := self._kept.get(key)) is None:
             return None
         self._kept.move_to_end(key)
         return kept[0]
 
     def put(self, key: Hashable, value: ValueT, nbytes: int) -> None:
-        """Keep `value`, and let go of what was not asked for longest."""
+        """Add `value`, and drop the values that were not used for longest."""
         if (before := self._kept.pop(key, None)) is not None:
             self.nbytes -= before[1]
         if nbytes > self._max_bytes:

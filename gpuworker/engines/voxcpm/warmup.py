@@ -1,4 +1,4 @@
-"""The first runs of a model just loaded: they pay what only a first run costs, and tell whether it repeats itself."""
+"""Runs a newly loaded model: this pays the cost of first runs, and shows whether the model repeats itself."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gpuworker.engines.voxcpm.model import Model, PromptCache, Settings
 
 TEXT = "Hello, this is the first sentence."
-#: Steps of one run. The first after a prompt is another than the rest, and a CUDA graph is replayed from the third on.
+#: Steps of one run. The first after a prompt differs from the rest, and a CUDA graph is replayed from the third on.
 STEPS = 4
 TONE_HZ, TONE_S = 220.0, 0.5
 
@@ -32,7 +32,7 @@ class WarmUp:
 
 
 def warm_up(model: Model, runs: int) -> WarmUp:
-    """Speak a few steps in every way a request may ask for, `runs` times.
+    """Speak a few steps in every way that a request may ask for, `runs` times.
 
     The prompt goes the way of an uploaded one: the first file that librosa reads takes it seconds.
 
