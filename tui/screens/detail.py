@@ -76,7 +76,7 @@ class RowDetail(RelayScreen):
         view = model.get(self.topic, self.key)
         lines: Lines = []
         if view is None and model.known:
-            lines = [[("gone: the relay knows it no more; this is the last that it told", "warn")], []]
+            lines = [[("gone: the relay no longer knows it; this is its last known state", "warn")], []]
         self._last = view or self._last
         if self._last is not None:
             lines += self.facts(self._last, now)
@@ -181,7 +181,7 @@ class RequestDetail(RowDetail):
                 size_text = formatting.size(size) if isinstance(size, int | float) else ""
                 lines.append([_label("input"), (plain(f"{one.get('name')} {one.get('media_type')} {size_text}"), "")])
         if self._refused:
-            lines.append([(f"no more is known: {plain(self._refused)}", "dim")])
+            lines.append([(f"no details available: {plain(self._refused)}", "dim")])
         return lines
 
     def _headline(self, view: RowView, now: float) -> list[Piece]:

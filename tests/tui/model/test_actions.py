@@ -178,7 +178,7 @@ async def test_a_request_that_is_shown_and_forgotten_stays_with_a_word() -> None
         await stage.press("enter")
         await stage.delta(gone={"requests": [A]})
         await stage.draw()
-        assert "gone: the relay knows it no more" in stage.text
+        assert "gone: the relay no longer knows it" in stage.text
         assert A in stage.text
 
 
