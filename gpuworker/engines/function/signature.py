@@ -91,7 +91,7 @@ def read_signature(call: Callable[..., Any]) -> Signature:
             wanted = [part for part in _parts(hint) if part in (bytes, EngineInput)]
             if wanted:
                 if not NAME_PATTERN.fullmatch(name):
-                    raise EngineError(f"{_name(call)}: {name!r} is no input name ([a-z][a-z0-9_]{{0,31}})")
+                    raise EngineError(f"{_name(call)}: {name!r} is not a valid input name ([a-z][a-z0-9_]{{0,31}})")
                 inputs[name] = InputRule(required=not optional)
                 whole_inputs.update({name} if EngineInput in wanted else ())
                 continue

@@ -49,7 +49,7 @@ def find_folder(
         return folder
     if not _REPOSITORY.fullmatch(model):
         raise EngineError(
-            f"model {model!r} is no folder here and no Hugging Face id; give a folder with the model's files, or an id "
+            f"model {model!r} is neither a folder nor a hub id; give a folder with the model's files, or an id "
             "such as openbmb/VoxCPM2"
         )
     from huggingface_hub import errors, snapshot_download
@@ -111,11 +111,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The model's config.json, once all that voxcpm reads is there.
 
     Raises:
-        EngineError: a file is missing or is no config, or the architecture is not one of voxcpm's.
+        EngineError: a file is missing or is not a config, or the architecture is not one of voxcpm's.
     """
     lacks = [" or ".join(names) for names in _FILES if not any((folder / name).is_file() for name in names)]
     if lacks:
-        raise EngineError(f"{folder} holds no VoxCPM model: {', '.join(lacks)} missing; was the download cut off?")
+        raise EngineError(f"{folder} contains no VoxCPM model: {', '.join(lacks)} missing; was the download cut off?")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as fault:

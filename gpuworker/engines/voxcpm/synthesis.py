@@ -111,7 +111,7 @@ class Speaker:
         if given["normalize"]:
             text = self.model.normalize(_spaced(text))
             if not speakable(text):
-                raise InvalidParams({"text": "holds nothing to speak once it is normalized"})
+                raise InvalidParams({"text": "contains nothing to speak once it is normalized"})
         if not self.model.clones:
             return "", text
         if (description := given.get("voice_description")) is not None:

@@ -15,13 +15,13 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 PORTS = (80, 443)
 
 _HOST = re.compile(r"[a-z0-9_](?:[a-z0-9._-]{0,251}[a-z0-9_])?")
-#: In a path or query, either a sign of it or encoded already.
+#: Characters of a path or query that are left as they are: delimiters, or part of an encoding.
 SAFE = "/%:=&?~#+!$,;'@()*[]"
-#: Not public for all that `is_global` says, in some version of Python or in all: protocol assignments (Oracle's
-#: metadata among them), 6to4 relays, Azure's services for its own machines.
+#: Not public although `is_global` says so, in some or all versions of Python: protocol assignments (Oracle's
+#: metadata among them), 6to4 relays, and Azure's services for its own machines.
 _OURS = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")))
 _GLOBAL_V6 = ipaddress.ip_network("2000::/3")
-#: Addresses with an IPv4 address in them, which a gateway would go on to: Teredo and others, 6to4. NAT64 and
+#: Addresses that embed an IPv4 address, to which a gateway would forward: Teredo and others, 6to4. NAT64 and
 #: IPv4-mapped ones lie outside 2000::/3.
 _TUNNELS = (ipaddress.ip_network("2001::/23"), ipaddress.ip_network("2002::/16"))
 
@@ -63,7 +63,7 @@ class Listed:
             return cls(_host_name(parts.hostname or ""), parts.port, entry.startswith("."))
         except ValueError:
             raise OptionError(
-                f"{entry!r} is no host to fetch from; give names as example.org, .example.org (all below it) "
+                f"{entry!r} is not a host to fetch from; give names as example.org, .example.org (all below it) "
                 "or example.org:8443"
             ) from None
 
@@ -139,7 +139,7 @@ class Target:
             parts = urlsplit(url)
             scheme, port = parts.scheme, parts.port
             if scheme not in ("http", "https"):
-                raise FetchRefused("is no http or https URL")
+                raise FetchRefused("is not an http or https URL")
             if "@" in parts.netloc:
                 raise FetchRefused("has a user name or password in it; leave it out")
             host = _host_name(parts.hostname or "")

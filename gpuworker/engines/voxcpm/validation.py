@@ -25,10 +25,10 @@ def find_faults(given: Mapping[str, Value], inputs: Collection[str]) -> dict[str
     references = [name for name in ("reference_wav", "reference_wav_url") if name in there]
     faults: dict[str, str] = {}
     if not speakable(given["text"]):
-        faults["text"] = "holds nothing to speak"
+        faults["text"] = "contains nothing to speak"
     for name in ("prompt_text", "voice_description"):
         if name in there and not speakable(given[name]):
-            faults[name] = "holds no words"
+            faults[name] = "contains no words"
     for names in (prompts, references):
         if len(names) > 1:
             faults[names[1]] = f"is given beside input {names[0]}; send one of them"

@@ -180,7 +180,7 @@ def _read(path: Path, at_most: int) -> bytes:
     # Without O_NONBLOCK, opening a pipe that nobody writes to would block.
     with open(path, "rb", opener=lambda file, flags: os.open(file, flags | os.O_NONBLOCK | os.O_NOFOLLOW)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise _LeftOut(f"{path.name!r} is no regular file")
+            raise _LeftOut(f"{path.name!r} is not a regular file")
         data = file.read(at_most + 1)
     if len(data) > at_most:
         raise _LeftOut(f"{path.name!r} has more than {at_most:,} bytes; shorten it")

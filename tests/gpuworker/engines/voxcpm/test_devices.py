@@ -33,7 +33,7 @@ def folder(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "./voxcpm", "VoxCPM2", "a/b/c", "", "~no-such-user/x"])
 def test_what_is_neither_folder_nor_id_is_told_so(model: str) -> None:
-    with pytest.raises(EngineError, match="no folder here and no Hugging Face id"):
+    with pytest.raises(EngineError, match="neither a folder nor a hub id"):
         Model.load(model)
 
 

@@ -612,7 +612,7 @@ def test_a_long_text_that_is_cancelled_in_its_second_piece_leaves_the_next_one_r
 
 @pytest.mark.parametrize("text", [" \n ", "。", "…!?", "🙂"])
 def test_a_text_with_nothing_to_speak_is_refused(engine: VoxcpmEngine, text: str) -> None:
-    assert faults_of(engine, text) == {"text": "holds nothing to speak"}
+    assert faults_of(engine, text) == {"text": "contains nothing to speak"}
 
 
 def test_params_that_do_not_go_together_are_refused_by_field(engine: VoxcpmEngine) -> None:

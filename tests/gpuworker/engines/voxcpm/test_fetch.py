@@ -249,26 +249,26 @@ def test_a_listed_host_is_that_host_or_what_is_below_it(entry: str, host: str, p
     ["", "*", "*.example.org", "https://example.org", "example.org/x", "a@b", "a b", "a:x", "a:0", "a:70000", "."],
 )
 def test_an_entry_that_is_no_host_is_refused_in_words(entry: str) -> None:
-    with pytest.raises(OptionError, match=r"is no host to fetch from; give names as example\.org"):
+    with pytest.raises(OptionError, match=r"is not a host to fetch from; give names as example\.org"):
         Listed.parse(entry)
 
 
 def test_the_option_is_a_list_with_commas() -> None:
     assert parse_hosts(" a.example, .b.example:8443 ,,") == ("a.example", ".b.example:8443")
     assert parse_hosts("") == ()
-    with pytest.raises(OptionError, match=r"^'\*' is no host"):
+    with pytest.raises(OptionError, match=r"^'\*' is not a host"):
         parse_hosts("a.example, *")
 
 
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("file:///etc/passwd", "is no http or https URL"),
-        ("ftp://files.example/v.wav", "is no http or https URL"),
-        ("data:audio/wav;base64,UklGRg==", "is no http or https URL"),
-        ("files.example/v.wav", "is no http or https URL"),
-        ("//files.example/v.wav", "is no http or https URL"),
-        ("", "is no http or https URL"),
+        ("file:///etc/passwd", "is not an http or https URL"),
+        ("ftp://files.example/v.wav", "is not an http or https URL"),
+        ("data:audio/wav;base64,UklGRg==", "is not an http or https URL"),
+        ("files.example/v.wav", "is not an http or https URL"),
+        ("//files.example/v.wav", "is not an http or https URL"),
+        ("", "is not an http or https URL"),
         ("http://", "is no URL of a host; give https://HOST/PATH"),
         ("http:files.example", "is no URL of a host; give https://HOST/PATH"),
         ("http://[::1", "is no URL of a host; give https://HOST/PATH"),
@@ -426,7 +426,7 @@ def test_a_relative_redirect_stays_at_its_host() -> None:
         ("http://inside.example/", "redirects: host 'inside.example' has an address that is not public; nothing is"),
         ("//other.example/", "redirects: host 'other.example' is not listed; the worker's owner lists hosts with"),
         ("http://files.example:22/", "redirects: host 'files.example:22' is not listed; the worker's owner lists"),
-        ("file:///etc/passwd", "redirects to what is no http or https URL"),
+        ("file:///etc/passwd", "redirects to what is not an http or https URL"),
         ("http://me:secret@inside.example/", "redirects to what has a user name or password in it; leave it out"),
         ("http://[", "redirects to what is no URL of a host; give https://HOST/PATH"),
         ("http://a/" + "b" * 3_000, "redirects to what is a URL of 3009 characters; the limit is 2048"),

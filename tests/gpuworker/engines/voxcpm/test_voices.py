@@ -168,8 +168,8 @@ def test_folders_pipes_and_devices_are_left_out_at_once(tmp_path: Path) -> None:
     (tmp_path / "zero.wav").symlink_to("/dev/zero")
     voices, words = find_voices(tmp_path)
     assert voices == {}
-    assert "left out: voice 'pipe': 'pipe.wav' is no regular file" in words
-    assert "left out: voice 'anna': 'anna.txt' is no regular file" in words
+    assert "left out: voice 'pipe': 'pipe.wav' is not a regular file" in words
+    assert "left out: voice 'anna': 'anna.txt' is not a regular file" in words
     assert "left out: voice 'empty': 'empty.wav' is empty" in words
     assert [line.split("'")[1] for line in words] == ["anna", "empty", "folder", "pipe", "zero"]
 
