@@ -156,7 +156,7 @@ def test_weights_of_another_shape_are_told_so(folder: Path) -> None:
 
 def test_voxcpm_that_is_not_installed_is_told_with_both_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "voxcpm", None)
-    with pytest.raises(EngineError, match=r"relayd\[voxcpm\]'.*--no-deps voxcpm=="):
+    with pytest.raises(EngineError, match=r"\[voxcpm\]'.*--no-deps voxcpm=="):
         Model.load("openbmb/VoxCPM2")
 
 
