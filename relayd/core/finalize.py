@@ -53,12 +53,22 @@ class Finalizer:
                 self.relay.acknowledge(*request.pending_ack)
         except Exception:
             log.exception("internal error in request", request_id=request.request_id)
+            self._end_log(request, last_frame)
         finally:
             request.pending_ack = None
             self.unfinalized.discard(request)
             if not self.unfinalized:
                 self._all_final.set()
                 self._all_final = trio.Event()
+
+    def _end_log(self, request: Request, last_frame: bytes | None) -> None:
+        """After an internal error: listeners must not wait for an end that never comes. Never raises."""
+        if last_frame is None or request.log.ended:
+            return
+        try:
+            request.log.append(last_frame, ends=True)
+        except Exception:
+            log.exception("internal error in request", request_id=request.request_id)
 
     async def wait_finalized(self) -> None:
         """Wait until every end is safe."""

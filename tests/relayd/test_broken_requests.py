@@ -120,6 +120,25 @@ async def test_a_request_that_failed_inside_the_relay_tells_its_reader_and_is_no
 
 
 @pytest.mark.trio
+async def test_an_end_over_which_the_store_breaks_still_reaches_the_listener(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = a_submit(queue_timeout_s=0.2)
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+        client.send(submit)
+        await until(lambda: any(request.accepted for request in relay.relay.requests.values()))
+
+        async def broken(*_args: Any) -> None:
+            raise OurMistake
+
+        monkeypatch.setattr(relay.relay.store, "commit", broken)
+        (frame,) = await client.frames(submit)
+        assert (frame.TYPE, frame.code) == ("failed", "queue_timeout")
+        monkeypatch.undo()
+        await one_more_is_served(relay, client)
+
+
+@pytest.mark.trio
 async def test_attaching_to_later_and_later_attempts_moves_nothing(tmp_path: Path) -> None:
     submit = a_submit()
     async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
