@@ -20,7 +20,7 @@ from relayd.scheduling.scheduler import no_such_space
 from relayd.store.base import StoreError, StoreInUse
 from relayd.store.factory import OfflineStore, open_offline
 from relayd.store.records import DeleteSpace, PutSpace, PutToken, SpaceRecord
-from relayd.views.rows import Row, token_row
+from relayd.views.token_rows import Row, token_row
 
 #: For a daemon on the same machine to answer a command.
 ANSWER_S = 10.0

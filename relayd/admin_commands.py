@@ -14,7 +14,7 @@ from relayd.admin import Admin, AdminError, NotRunning, open_admin
 from relayd.config.schema import Config, SpaceConfig
 from relayd.store.base import StoreError
 from relayd.store.records import TokenLimits
-from relayd.views.rows import Row
+from relayd.views.token_rows import Row
 
 _LIMITS = tuple(field.name for field in attrs.fields(TokenLimits))
 

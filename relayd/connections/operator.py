@@ -20,7 +20,8 @@ from relayd.requests.request import Request
 from relayd.store.base import StoreError
 from relayd.store.records import DeleteSpace, PutSpace, PutToken
 from relayd.views.request_detail import request_detail
-from relayd.views.rows import pages, token_row
+from relayd.views.rows import pages
+from relayd.views.token_rows import token_row
 from relayd.views.watch import WatchFeed
 
 log = structlog.get_logger("relayd.operator")

@@ -11,7 +11,8 @@ from relayd.core.relay import Relay
 from relayd.requests.request import Request
 from relayd.requests.summary import summarize
 from relayd.scheduling.model import State
-from relayd.views.rows import Row, request_row
+from relayd.views.rows import request_row
+from relayd.views.token_rows import Row
 
 #: Of what it asked for; the rest of a description is below 16 KiB, but for `details`.
 ASKED_BYTES = 24 * KIB

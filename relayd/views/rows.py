@@ -5,7 +5,6 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 
-import attrs
 import msgpack
 import trio
 
@@ -13,15 +12,12 @@ from protocol.wire.codec import encode
 from protocol.wire.errors import EncodeError
 from protocol.wire.messages import SpacesReply
 from protocol.wire.structs import KIB
-from protocol.wire.validators import Value
-from relayd.auth.tokens import iso_time
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
-from relayd.store.records import TokenRecord
+from relayd.views.token_rows import Row
 
-Row = dict[str, Value]
 #: Rows in one message: safely below the 64 KiB of a control message together with one last row.
 PAGE_BYTES = 24 * KIB
 PAGE_ROWS = 200
@@ -270,19 +266,4 @@ def client_row(relay: Relay, connection_id: str) -> Row | None:
         "bytes_sent": client.bytes_sent,
         "requests": len(client.held_requests),
         "readers": len(client.readers),
-    }
-
-
-def token_row(record: TokenRecord, now: float) -> Row:
-    """A token as listed; its text is known to nobody."""
-    state = "live" if record.live(now) else "revoked" if record.revoked_at is not None else "expired"
-    return {
-        "token_id": record.token_id,
-        "principal": record.principal,
-        "role": record.role,
-        "spaces": list(record.spaces),
-        "state": state,
-        "created": iso_time(record.created_at),
-        "expires": iso_time(record.expires_at) if record.expires_at is not None else None,
-        "limits": {name: most for name, most in attrs.asdict(record.limits).items() if most is not None},
     }

@@ -21,7 +21,6 @@ from relayd.core.relay import Relay
 from relayd.scheduling.model import State
 from relayd.views.rows import (
     TOPICS,
-    Row,
     buffered_bytes,
     client_row,
     history_row,
@@ -31,6 +30,7 @@ from relayd.views.rows import (
     watched_space_row,
     worker_row,
 )
+from relayd.views.token_rows import Row
 
 #: docs/design.md §5: deltas at most 4 times a second.
 DELTA_INTERVAL_S = 0.25

@@ -31,7 +31,7 @@ from relayd.config.schema import Limits, SpaceConfig
 from relayd.connections.operator import ACTIONS, OperatorHandler
 from relayd.logs import recent
 from relayd.requests.summary import summarize
-from relayd.views import rows
+from relayd.views import rows, token_rows
 from relayd.views.request_detail import request_detail
 
 DOC = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -260,7 +260,7 @@ def test_every_key_of_a_space_and_of_a_token_is_named() -> None:
     told = {name for row in table(section("5.4 Status and spaces")) for name in re.findall(r"`(\w+)`", row[0])}
     assert told == keys_of(rows.space_row)
     tokens = section("9.2 Steer").partition("Rows of `list_tokens`")[2]
-    assert keys_of(rows.token_row) <= set(re.findall(r"`(\w+)`", tokens))
+    assert keys_of(token_rows.token_row) <= set(re.findall(r"`(\w+)`", tokens))
 
 
 def test_the_topics_are_those_of_the_relay() -> None:

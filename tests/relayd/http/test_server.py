@@ -448,11 +448,16 @@ async def test_a_handler_that_answers_nothing_is_answered_for(tmp_path: Path) ->
         assert await http.hears_the_end()
 
 
+def parts_alive() -> set[int]:
+    return {id(thing) for thing in gc.get_objects() if isinstance(thing, PARTS)}
+
+
 @pytest.mark.trio
 async def test_nothing_of_a_connection_waits_for_the_garbage_collector(tmp_path: Path) -> None:
     async with staged(tmp_path, listen="127.0.0.1:0") as (relay, stage):
         gc.collect()
         gc.disable()
+        before = parts_alive()  # what a failed test before this one keeps alive is none of its business
         try:
             async with visitor(relay.urls[0]) as http:
                 assert len((await http.ask("POST", "/echo", body=b"x" * 1_000_000)).body) == 1_000_000
@@ -468,11 +473,9 @@ async def test_nothing_of_a_connection_waits_for_the_garbage_collector(tmp_path:
                 await http.stream.send_all(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
                 await until(lambda: len(relay.http_context.exchanges) == 1)
             await until(lambda: not relay.http_context.connections)
-            await trio.testing.wait_all_tasks_blocked()
-            left = [type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, PARTS)]
+            await until(lambda: not parts_alive() - before)  # a task that has just ended lets go of its own in a moment
         finally:
             gc.enable()
-    assert not left
 
 
 @pytest.mark.trio
@@ -648,7 +651,7 @@ async def test_failures_of_both_kinds_count_together_and_a_good_token_is_always_
                         pytest.fail("entered")
                 codes.append(refused.value.code)
             assert (await http.get("/v1/spaces")).status == 429
-            with pytest.raises(LoginRefused, match="wait a little") as refused:
+            with pytest.raises(LoginRefused, match="retry later") as refused:
                 async with peer(url, "client", "rly_c_no"):
                     pytest.fail("entered")
             codes.append(refused.value.code)

@@ -1,0 +1,24 @@
+"""Tokens as rows: without the relay's state, so that short commands need not import it."""
+
+import attrs
+
+from protocol.wire.validators import Value
+from relayd.auth.tokens import iso_time
+from relayd.store.records import TokenRecord
+
+Row = dict[str, Value]
+
+
+def token_row(record: TokenRecord, now: float) -> Row:
+    """A token as listed; its text is known to nobody."""
+    state = "live" if record.live(now) else "revoked" if record.revoked_at is not None else "expired"
+    return {
+        "token_id": record.token_id,
+        "principal": record.principal,
+        "role": record.role,
+        "spaces": list(record.spaces),
+        "state": state,
+        "created": iso_time(record.created_at),
+        "expires": iso_time(record.expires_at) if record.expires_at is not None else None,
+        "limits": {name: most for name, most in attrs.asdict(record.limits).items() if most is not None},
+    }
