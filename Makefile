@@ -43,7 +43,7 @@ test-min: | $(BIN)/python ## client, worker and the relay's HTTP with the oldest
 	  --ignore tests/gpuworker/engines/voxcpm $(addprefix --ignore tests/,protocol/test_protocol_doc.py gpuworker/engines/test_indextts2.py)
 	$(MIN_PIP) -c constraints-min.txt -e '.[relay]'
 	$(MIN_PYTEST) tests/relayd/logs tests/relayd/http \
-	  $(addprefix --ignore tests/relayd/http/,audio openai requests_api/test_openapi.py)
+	  $(addprefix --ignore tests/relayd/http/,audio openai test_prometheus.py requests_api/test_openapi.py)
 
 check: lint types contracts test ## linters, types, import contracts and tests
 

@@ -34,7 +34,7 @@ READ_ONLY_ACTIONS = frozenset({"describe", "list_tokens"})
 MAX_AUDIT_CHARS = 300
 
 
-@attrs.define(eq=False, kw_only=True)
+@attrs.define(eq=False)
 class OperatorHandler(ClientHandler):
     """One connection of an operator: what a client's can do, and `watch` and `steer`.
 
@@ -46,10 +46,10 @@ class OperatorHandler(ClientHandler):
 
     takes: ClassVar[Table] = FROM_OPERATOR
 
-    tokens: TokenRegistry
-    nursery: trio.Nursery
-    drain: Callable[[str], None]
-    _watching: WatchFeed | None = None
+    tokens: TokenRegistry = attrs.field(kw_only=True)
+    nursery: trio.Nursery = attrs.field(kw_only=True)
+    drain: Callable[[str], None] = attrs.field(kw_only=True)
+    _watching: WatchFeed | None = attrs.field(default=None, init=False)
 
     def close(self) -> None:
         """The link is gone: stop watching, and release all that the connection held."""
