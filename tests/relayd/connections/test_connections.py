@@ -429,17 +429,17 @@ async def test_what_ends_while_the_store_writes_it_is_never_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     async with daemon(tmp_path, limits={"resume_window_s": 0}) as relay, fake_worker(relay.url) as worker:
-        gateway = Gate(relay, monkeypatch)
+        gate = Gate(relay, monkeypatch)
         async with peer(relay.url, "client") as client:
             submit = a_submit(queue_timeout_s=0.05 if how == "queue_timeout" else 60.0)
             client.send(submit)
-            await until(lambda: gateway.waiting == 1)
+            await until(lambda: gate.waiting == 1)
             if how == "cancel":
                 client.send(Cancel(request_id=submit.request_id))
             if how != "hang up":
                 await client.frames(submit)
         await until(lambda: not relay.relay.requests[submit.request_id].live)
-        gateway.open.set()
+        gate.open.set()
         await until(lambda: relay.relay.requests[submit.request_id].accepted)
         assert await stored(relay, submit) in ("cancelled", "failed"), "a restart does not run it either"
         await relay.at_rest()
@@ -457,17 +457,17 @@ async def test_what_is_sent_again_while_the_store_writes_runs_once_for_both(
         peer(relay.url, "client") as one,
         peer(relay.url, "client") as two,
     ):
-        gateway = Gate(relay, monkeypatch)
+        gate = Gate(relay, monkeypatch)
         submit = a_submit()
         one.send(submit)
-        await until(lambda: gateway.waiting == 1)
+        await until(lambda: gate.waiting == 1)
         two.send(submit)
         await two.settled()
-        gateway.open.set()
+        gate.open.set()
         assert (await one.next()).TYPE == (await two.next()).TYPE == "accepted"
         worker.speak(await worker.assigned(), PCM)
         assert await one.frames(submit) == await two.frames(submit)
-        assert gateway.waiting == 1
+        assert gate.waiting == 1
         await relay.at_rest()
 
 
@@ -488,9 +488,9 @@ async def test_the_order_of_arrival_is_kept_over_group_commits(tmp_path: Path) -
 async def test_a_full_store_refuses_and_the_daemon_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     async with daemon(tmp_path) as relay, fake_worker(relay.url), peer(relay.url, "client") as client:
-        gateway = Gate(relay, monkeypatch)
-        gateway.fault = StorageFull("no room left for /var/lib/relayd/relayd.db: free some space on its disk")
-        gateway.open.set()
+        gate = Gate(relay, monkeypatch)
+        gate.fault = StorageFull("no room left for /var/lib/relayd/relayd.db: free some space on its disk")
+        gate.open.set()
         submits = [a_submit() for _ in range(3)]
         for submit in submits:
             client.send(submit)
@@ -504,7 +504,7 @@ async def test_a_full_store_refuses_and_the_daemon_goes_on(tmp_path: Path, monke
             assert "new" not in relay.relay.spaces
             assert (await steer(operator, "create_token", "ann", role="client")).code == "storage_full"
             assert (await steer(operator, "list_tokens")).data["tokens"] == []
-        gateway.fault = None
+        gate.fault = None
         await relay.at_rest()
         await relay.goes_on()
 
@@ -514,12 +514,12 @@ async def test_an_operator_who_hangs_up_leaves_nothing_half_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with daemon(tmp_path) as relay:
-        gateway = Gate(relay, monkeypatch)
+        gate = Gate(relay, monkeypatch)
         async with peer(relay.url, "operator") as operator:
             operator.send(Steer(action="create_space", target="new"))
-            await until(lambda: gateway.waiting == 1)
+            await until(lambda: gate.waiting == 1)
             await operator.cut()
-        gateway.open.set()
+        gate.open.set()
         await until(lambda: "new" in relay.relay.spaces)
         await relay.relay.store.flush()
         assert "new" in [space.name for space in (await relay.relay.store.load()).spaces]
