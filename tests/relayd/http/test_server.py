@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import ssl
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator, MutableMapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -452,8 +454,20 @@ def parts_alive() -> set[int]:
     return {id(thing) for thing in gc.get_objects() if isinstance(thing, PARTS)}
 
 
-@pytest.mark.trio
-async def test_nothing_of_a_connection_waits_for_the_garbage_collector(tmp_path: Path) -> None:
+def test_nothing_of_a_connection_waits_for_the_garbage_collector(tmp_path: Path) -> None:
+    """In a process of its own: what earlier tests have imported and configured keeps things alive, too."""
+    script = (
+        "import pathlib, sys, trio; from tests.relayd.http.test_server import leave_nothing; "
+        "trio.run(leave_nothing, pathlib.Path(sys.argv[1])); print('nothing is left')"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    root = Path(__file__).parents[3]
+    alone = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100, check=False)
+    assert (alone.returncode, "nothing is left" in alone.stdout) == (0, True), alone.stdout + alone.stderr
+
+
+async def leave_nothing(tmp_path: Path) -> None:
+    """Connections of all kinds, with the collector off; fails where anything of one stays."""
     async with staged(tmp_path, listen="127.0.0.1:0") as (relay, stage):
         gc.collect()
         gc.disable()
