@@ -25,9 +25,9 @@ test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## all tests,
 # Left out: what starts processes or a browser, needs torch or Debian's programs, or takes longer than the rest together.
 SLOW := e2e chaos browser deploy bench gpuworker/engines/voxcpm gpuworker/engines/test_indextts2.py gpuworker/slots \
   gpuworker/test_cli.py tui/terminal tui/test_snapshots.py tui/test_app.py tui/test_keys.py conformance \
-  relayd/test_departed.py relayd/http/requests_api/test_openapi.py relayd/http/test_prometheus.py relayd/store
+  relayd/test_departed.py relayd/connections/test_login_timing.py relayd/http/requests_api/test_openapi.py relayd/http/test_prometheus.py relayd/store
 test-fast: $(VENV)/.fast ## what one runs while working: no process, browser, torch or disk fault; below 90 s
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q $(addprefix --ignore tests/,$(SLOW)) $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 3 --dist worksteal -q $(addprefix --ignore tests/,$(SLOW)) $(ARGS)
 
 # What a machine has that installs the client and the worker alone, then the relay's packages too, each at its oldest. The
 # tests left out need torch, or packages that want newer ones. The tests' own are those of `make test`.
