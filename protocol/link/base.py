@@ -47,7 +47,7 @@ ABNORMAL = 1006
 
 
 class Link(Carrier):
-    """A connection that carries messages both ways; made by `serve_link`, `open_link` and the relay's plane.
+    """A connection that carries messages both ways; made by `serve_link`, `open_link` and the relay's reactor.
 
     Attributes:
         peer: who is at the other end, for people and logs: `127.0.0.1:1234`, `unix`.

@@ -100,7 +100,7 @@ async def serve_listeners(
     tls_context: ssl.SSLContext | None,
     handlers: trio.Nursery,
 ) -> None:
-    """Accept until cancelled; the connections live on in `handlers`, or in the gate's plane."""
+    """Accept until cancelled; the connections live on in `handlers`, or in the gateway's plane."""
     welcome = partial(_welcome, gateway=gateway, http=http, tls_context=tls_context)
     async with trio.open_nursery() as nursery:
         for listener in listeners:

@@ -31,7 +31,7 @@ class AudioStream:
         """The next whole samples; None at the end of a completed request.
 
         Raises:
-            Refusal: it failed or was cancelled; or a new attempt of an engine that is not reproducible began anew
+            HttpError: it failed or was cancelled; or a new attempt of an engine that is not reproducible began anew
                 behind samples that were given out.
         """
         while True:
@@ -58,7 +58,7 @@ async def open_audio(held: RequestStream) -> AudioStream:
     """Wait until the engine has begun.
 
     Raises:
-        Refusal: the request ended before, or makes no audio.
+        HttpError: the request ended before, or makes no audio.
     """
     while (frame := await _frame(held)) is not None:
         if isinstance(frame, Started):
@@ -74,7 +74,7 @@ async def _frame(held: RequestStream) -> Frame | None:
     """The next frame, places passed over.
 
     Raises:
-        Refusal: it is the end of a request that did not complete.
+        HttpError: it is the end of a request that did not complete.
     """
     while True:
         event = await held.next_event()

@@ -30,7 +30,7 @@ def principal_of(request: Request, role: str = "client") -> Principal:
         role: what it is to be done as; an operator's token is good for a client's part, too.
 
     Raises:
-        Refusal: nobody that may come in: 401, 403, or 429 after too many tries.
+        HttpError: nobody that may come in: 401, 403, or 429 after too many tries.
     """
     context, exchange = context_of(request), exchange_of(request)
     if exchange.principal is not None:

@@ -98,7 +98,7 @@ class Uploads:
         """All of the body, by its content type.
 
         Raises:
-            Refusal: it is no body of a known kind (415), is damaged (400), too large (413) or comes too slowly (408).
+            HttpError: it is no body of a known kind (415), is damaged (400), too large (413) or comes too slowly (408).
         """
         kind, options = parse_options_header(self.request.headers.get("content-type"))
         if kind == b"multipart/form-data":
@@ -295,7 +295,7 @@ def json_object(data: bytes) -> dict[str, Value]:
     """The JSON object that `data` is.
 
     Raises:
-        Refusal: it is none (400).
+        HttpError: it is none (400).
     """
     try:
         value = json.loads(data, parse_constant=_no_constant)

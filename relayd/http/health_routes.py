@@ -64,7 +64,7 @@ def _let_in(request: Request, context: HttpContext) -> None:
     """Keep out who may not see the figures of all spaces.
 
     Raises:
-        Refusal: 401, 403 or 429.
+        HttpError: 401, 403 or 429.
     """
     match context.relay.config.http.metrics:
         case "operator":

@@ -129,7 +129,7 @@ class RequestStream:
         """Submit, or take up the same request again.
 
         Raises:
-            Refusal: it is not taken.
+            HttpError: it is not taken.
         """
         request = self.context.admission.submit(submit, self.principal, self)
         if isinstance(request, Rejected):
@@ -154,7 +154,7 @@ class RequestStream:
         """Have the frames come from behind `after_seq` of `attempt`; 0 is whichever attempt there is.
 
         Raises:
-            Refusal: the result is not kept any more.
+            HttpError: the result is not kept any more.
         """
         if not self.request.has_result:
             raise HttpError(
@@ -173,7 +173,7 @@ class RequestStream:
         """Wait until the request is accepted, which means safe in the store; or has ended before.
 
         Raises:
-            Refusal: it was not taken after all, or the relay leaves.
+            HttpError: it was not taken after all, or the relay leaves.
         """
         await trio.lowlevel.checkpoint()
         while not self.request.accepted and self.request.live:
@@ -185,7 +185,7 @@ class RequestStream:
         """The next frame, or place; None when all frames were given out.
 
         Raises:
-            Refusal: there will be no more: the request was not taken, its result is lost, or the relay leaves.
+            HttpError: there will be no more: the request was not taken, its result is lost, or the relay leaves.
         """
         await trio.lowlevel.checkpoint()
         while True:
@@ -255,7 +255,7 @@ async def open_submission(
             its first frame on, and cancelled with the block.
 
     Raises:
-        Refusal: it is not taken.
+        HttpError: it is not taken.
         Cancelled: the client went away; then the request is cancelled at once, unless it was safe already and is kept.
     """
     held = RequestStream(context_of(http), exchange_of(http), principal_of(http))
@@ -280,7 +280,7 @@ async def open_reader(
     """Hold and read a request that is known, from behind `after_seq` on; leaving the block lets go of it.
 
     Raises:
-        Refusal: its result is not kept any more.
+        HttpError: its result is not kept any more.
     """
     held = RequestStream(context_of(http), exchange_of(http), principal_of(http))
     try:

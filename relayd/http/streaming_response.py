@@ -59,7 +59,7 @@ class StreamingRoute:
         """Answer one request.
 
         Raises:
-            CutShort: an error came after the head was sent.
+            ResponseAborted: an error came after the head was sent.
         """
         reply = ResponseWriter(scope, receive, send)
         try:

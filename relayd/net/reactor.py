@@ -175,7 +175,7 @@ class Reactor:
     async def serve_worker_link(
         self, link: SocketLink, pass_on: Callable[[bytes], bool], on_fault: Callable[[], None]
     ) -> None:
-        """Read a trusted link until its end; a task of the connection's. Cancelled, it leaves that to the plane.
+        """Read a trusted link until its end; a task of the connection's. Cancelled, it leaves that to the reactor.
 
         A worker sends all day, and has a task anyway: waiting for its socket alone saves a system call, and a look at
         all the others, for each frame that comes by itself.
@@ -337,7 +337,7 @@ class Reactor:
 
 @asynccontextmanager
 async def open_reactor() -> AsyncIterator[Reactor]:
-    """A plane, served until the end of the block; what is still connected then is cut."""
+    """A reactor, served until the end of the block; what is still connected then is cut."""
     reactor = Reactor()
     try:
         async with trio.open_nursery() as nursery:

@@ -265,7 +265,7 @@ class SocketLink(Link):
         del out[begun:]
         self.backlog_bytes = sum(map(len, out))
 
-    # -- its place in the plane ------------------------------------------------------------------------------
+    # -- its place in the reactor ------------------------------------------------------------------------------
 
     def send_handshake(self, data: bytes) -> None:
         """Send the answer to the handshake, before any frame."""

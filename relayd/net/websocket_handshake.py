@@ -88,7 +88,7 @@ def parse_head(data: bytes) -> Head:
     """The head in `data`, without what ends it.
 
     Raises:
-        Refusal: it is none.
+        HandshakeRejected: it is none.
     """
     lines = _LINE_END.split(data.decode("latin-1"))
     words = lines[0].split(" ")
@@ -112,7 +112,7 @@ def check_upgrade(head: Head, subprotocol: str | None) -> None:
         subprotocol: that it must offer; None takes any and none.
 
     Raises:
-        Refusal: it may not become one.
+        HandshakeRejected: it may not become one.
     """
     if head.version != "HTTP/1.1":
         raise HandshakeRejected(505, "a WebSocket needs HTTP/1.1")

@@ -134,7 +134,7 @@ async def _send(speech: Speech, audio: AudioStream, reply: ResponseWriter) -> No
     """Encode what is spoken, and send it as the client asked.
 
     Raises:
-        Refusal: the request failed; before the head was sent it is the answer.
+        HttpError: the request failed; before the head was sent it is the answer.
         AudioExtraMissing: as the worker speaks, this coding cannot be made here.
     """
     held = audio.held

@@ -79,7 +79,7 @@ def parse_speech(body: bytes) -> Speech:
     """The speech that a body asks for. Fields that the API does not have are passed over, as OpenAI's clients add some.
 
     Raises:
-        Refusal: 400 for what is no JSON, 422 with every fault for what is no request to speak.
+        HttpError: 400 for what is no JSON, 422 with every fault for what is no request to speak.
     """
     try:
         told = json.loads(body)
@@ -131,7 +131,7 @@ def params_of(speech: Speech, space: Space) -> dict[str, Value]:
     checks for itself.
 
     Raises:
-        Refusal: 422; it makes no audio, has no such voice or takes no instructions.
+        HttpError: 422; it makes no audio, has no such voice or takes no instructions.
     """
     if space.engine and space.format is None:
         raise _invalid({"model": f"space {space.name!r} makes no audio; GET /v1/models lists those that do"})
