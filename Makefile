@@ -25,7 +25,7 @@ test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## all tests,
 # Left out: what starts processes or a browser, needs torch or Debian's programs, or takes longer than the rest together.
 SLOW := e2e chaos browser deploy bench gpuworker/engines/voxcpm gpuworker/engines/test_indextts2.py gpuworker/slots \
   gpuworker/test_cli.py tui/terminal tui/test_snapshots.py tui/test_app.py tui/test_keys.py conformance \
-  relayd/test_departed.py relayd/connections/test_login_timing.py relayd/http/requests_api/test_openapi.py relayd/http/test_prometheus.py relayd/store
+  relayd/connections/test_departed.py relayd/connections/test_login_timing.py relayd/http/requests_api/test_openapi.py relayd/http/test_prometheus.py relayd/store
 test-fast: $(VENV)/.fast ## what one runs while working: no process, browser, torch or disk fault; below 90 s
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 3 --dist worksteal -q $(addprefix --ignore tests/,$(SLOW)) $(ARGS)
 

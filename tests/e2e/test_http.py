@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.relayd.http.requests_api.test_requests import pcm_of
+from tests.relayd.http.requests_api.answers import pcm_of
 from tests.support.processes import a_place, a_relay, a_worker
 from tests.support.raw_http_client import Answer, events_of, visitor
 

@@ -23,8 +23,7 @@ from gpuworker.engines.espeak.engine import EspeakEngine
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Completed
 from protocol.wire.messages import Cancel, Drain, Draining, Register, Rejected
-from tests.support.scripted_relay import RelayThread, refuse
-from tests.support.worker_side import Desk, assign, script
+from tests.support.scripted_relay import Desk, RelayThread, assign, refuse, script
 
 PATIENCE_S = 20
 

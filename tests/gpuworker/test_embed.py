@@ -15,8 +15,7 @@ from gpuworker.engines.mock import MockEngine
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Audio, Cancelled, Completed, Frame, Output, Started
 from protocol.wire.messages import Cancel, Draining, Register, Rejected
-from tests.support.scripted_relay import RelayThread, refuse
-from tests.support.worker_side import Desk, assign, script
+from tests.support.scripted_relay import Desk, RelayThread, assign, refuse, script
 
 PATIENCE_S = 10
 

@@ -13,8 +13,7 @@ from gpuworker.status import WorkerStatus
 from gpuworker.worker import Worker
 from protocol.sd_notify import ServiceManager
 from tests.support.fake_systemd import fake_systemd
-from tests.support.scripted_relay import ADDRESS
-from tests.support.worker_side import ScriptedSlot
+from tests.support.scripted_relay import ADDRESS, ScriptedSlot
 
 GRACE_S = 5.0
 

@@ -1,7 +1,4 @@
-"""The worker against a scripted relay: what it registers, runs, keeps, resumes and leaves."""
-
-import hashlib
-from collections.abc import Callable
+"""The worker against a scripted relay: what it registers, runs, stops and sends."""
 
 import pytest
 import trio
@@ -9,57 +6,37 @@ import trio.testing
 from trio.testing import MockClock
 
 from gpuworker.attempt import FRAME_PCM_BYTES
-from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk
-from gpuworker.frame_sender import FEED_BYTES
+from gpuworker.engines.base import AudioChunk, FormatChunk, OutputChunk
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job
-from gpuworker.status import WorkerError
-from gpuworker.worker import ACK_S
-from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import (
     Audio,
     Cancelled,
     Completed,
     Failed,
-    Frame,
     Output,
     Started,
 )
 from protocol.wire.messages import (
-    Ack,
     Cancel,
-    Drain,
-    Draining,
-    Error,
-    Input,
     Register,
-    Rejected,
-    Undrain,
 )
 from protocol.wire.structs import (
-    InputInfo,
-    InputRule,
     Running,
 )
-from tests.support.scripted_relay import Connection, refuse
-from tests.support.worker_side import (
+from tests.support.scripted_relay import (
     FORMAT,
     ID,
     OTHER,
     Desk,
+    Emit,
     ScriptedSlot,
     assign,
+    play_speech,
     run_with,
     script,
-    speak,
-    worker_with,
+    seqs,
 )
-
-Emit = Callable[[Chunk], None]
-
-
-def seqs(frames: list[Frame]) -> list[int]:
-    return [frame.seq for frame in frames]
 
 
 @pytest.mark.trio
@@ -97,50 +74,6 @@ async def test_a_worker_registers_only_once_its_engine_is_loaded(autojump_clock:
         assert (await desk.register()).slots == 1
 
     await run_with(script(relay), slots=(ScriptedSlot(load_s=60),))
-
-
-@pytest.mark.trio
-async def test_after_a_cut_the_frames_go_on_where_the_relay_has_them_none_twice_none_missing(
-    autojump_clock: MockClock,
-) -> None:
-    got: list[Frame] = []
-
-    async def first(desk: Desk) -> None:
-        await desk.register()
-        desk.send(assign())
-        got.append(await desk.expect(Started))
-        await trio.sleep(1.5)  # frame 1 is on its way, and lost
-        await desk.connection.cut()
-
-    async def second(desk: Desk) -> None:
-        register = await desk.register(Running(request_id=ID, attempt=1, next_seq=1))
-        (running,) = register.running
-        assert (running.request_id, running.attempt, running.next_seq) == (ID, 1, 2)
-        got.extend(await desk.frames())
-        assert seqs(got) == [0, 1, 2, 3, 4]
-        assert [frame.pcm[:1] for frame in got if isinstance(frame, Audio)] == [b"\0", b"\1", b"\2"]
-
-    await run_with(script(first), script(second))
-
-
-@pytest.mark.trio
-async def test_a_relay_that_lost_everything_gets_every_frame_again(autojump_clock: MockClock) -> None:
-    async def first(desk: Desk) -> None:
-        await desk.register()
-        desk.send(assign())
-        await trio.sleep(10)
-        await desk.connection.cut()
-
-    async def second(desk: Desk) -> None:
-        register = await desk.register(Running(request_id=ID, attempt=1, next_seq=0))
-        assert register.running == (Running(request_id=ID, attempt=1, next_seq=5),)
-        assert seqs(await desk.frames()) == [0, 1, 2, 3, 4]
-        await desk.connection.cut()
-
-    async def third(desk: Desk) -> None:
-        assert (await desk.register()).running == ()  # acknowledged to its end: forgotten
-
-    await run_with(script(first), script(second), script(third))
 
 
 @pytest.mark.trio
@@ -195,7 +128,7 @@ async def test_a_request_that_ends_as_it_is_cancelled_is_cancelled_not_completed
     async def deaf(job: Job, emit: Emit) -> RunResult:
         scope = trio.CancelScope(shield=True)
         with scope:
-            return await speak(job, emit)
+            return await play_speech(job, emit)
         raise AssertionError("nobody cancels it")
 
     async def relay(desk: Desk) -> None:
@@ -225,89 +158,6 @@ async def test_params_that_break_the_schema_fail_with_the_fields_and_never_reach
         assert slot.jobs == []
 
     await run_with(script(relay), slots=(slot,))
-
-
-DATA = b"x" * 300_000
-
-
-def info(data: bytes = DATA) -> InputInfo:
-    return InputInfo(media_type="audio/wav", size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def pieces(data: bytes = DATA, name: str = "prompt_wav") -> list[Input]:
-    step = 100_000
-    return [
-        Input(request_id=ID, name=name, offset=start, data=data[start : start + step])
-        for start in range(0, len(data), step)
-    ]
-
-
-@pytest.mark.trio
-async def test_an_engine_gets_its_inputs_whole_and_only_then(autojump_clock: MockClock) -> None:
-    slot = ScriptedSlot(inputs={"prompt_wav": InputRule()})
-
-    async def relay(desk: Desk) -> None:
-        await desk.register()
-        desk.send(assign(inputs={"prompt_wav": info()}), *pieces()[:-1])
-        await desk.silent(5)
-        assert slot.jobs == []
-        desk.send(pieces()[-1])
-        assert len(await desk.frames()) == 5
-        assert slot.jobs[0].inputs["prompt_wav"].data == DATA
-        assert slot.jobs[0].inputs["prompt_wav"].media_type == "audio/wav"
-
-    await run_with(script(relay), slots=(slot,))
-
-
-@pytest.mark.trio
-@pytest.mark.parametrize(
-    ("announced", "sent", "code"),
-    [
-        ({"prompt_wav": info()}, pieces(b"y" * 300_000), "input_mismatch"),
-        ({"prompt_wav": info()}, pieces()[1:], "input_mismatch"),
-        ({"prompt_wav": info(b"z" * 5)}, pieces(), "input_mismatch"),
-        ({"prompt_wav": info()}, pieces(name="other"), "input_mismatch"),
-        ({}, [], "input_missing"),
-        ({"prompt_wav": info(), "unknown": info(b"")}, pieces(), "invalid_params"),
-        ({"prompt_wav": info(b"z" * 500_000)}, [], "input_too_large"),
-    ],
-    ids=["wrong sha256", "a gap", "too long", "not announced", "missing", "unknown", "too large"],
-)
-async def test_inputs_that_are_not_what_was_announced_or_allowed_fail_the_request(
-    announced: dict[str, InputInfo], sent: list[Input], code: str, autojump_clock: MockClock
-) -> None:
-    slot = ScriptedSlot(inputs={"prompt_wav": InputRule(required=True, max_bytes=400_000)})
-
-    async def relay(desk: Desk) -> None:
-        await desk.register()
-        desk.send(assign(inputs=announced), *sent)
-        (last,) = await desk.frames()
-        assert isinstance(last, Failed)
-        assert last.code == code
-        assert slot.jobs == []
-
-    await run_with(script(relay), slots=(slot,))
-
-
-@pytest.mark.trio
-async def test_a_cancel_while_inputs_come_in_ends_at_once_and_a_cut_then_drops_the_attempt(
-    autojump_clock: MockClock,
-) -> None:
-    slot = ScriptedSlot(inputs={"prompt_wav": InputRule()})
-
-    async def first(desk: Desk) -> None:
-        await desk.register()
-        desk.send(assign(inputs={"prompt_wav": info()}), pieces()[0], Cancel(request_id=ID, reason="no"))
-        (last,) = await desk.frames()
-        assert isinstance(last, Cancelled)
-        desk.send(assign(attempt=2, inputs={"prompt_wav": info()}), pieces()[0])
-        await trio.testing.wait_all_tasks_blocked()
-        await desk.connection.cut()
-
-    async def second(desk: Desk) -> None:
-        assert (await desk.register()).running == ()  # the rest of the input would never come
-
-    await run_with(script(first), script(second), slots=(slot,))
 
 
 @pytest.mark.trio
@@ -516,236 +366,6 @@ async def test_the_worker_stops_a_run_whose_time_is_over_when_the_relay_cannot(a
         assert (last.code, last.message) == ("run_timeout", "it ran for more than 15 s")
 
     await run_with(script(relay), slots=(ScriptedSlot(play),))
-
-
-# -- the link ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.trio
-async def test_two_requests_share_a_link_and_a_replay_never_overfills_it(autojump_clock: MockClock) -> None:
-    size = 3 * 1024 * 1024
-    backlogs: list[int] = []
-
-    async def play(job: Job, emit: Emit) -> RunResult:
-        emit(FormatChunk(FORMAT))
-        for _ in range(size // FRAME_PCM_BYTES):
-            emit(AudioChunk(bytes(FRAME_PCM_BYTES)))
-        return RunResult(outcome="completed")
-
-    async def first(desk: Desk) -> None:
-        await desk.register()
-        desk.send(assign(), assign(OTHER))
-        await trio.testing.wait_all_tasks_blocked()
-        await desk.connection.cut()
-
-    ids: list[str] = []
-
-    async def second(desk: Desk) -> None:
-        await desk.register(
-            Running(request_id=ID, attempt=1, next_seq=0), Running(request_id=OTHER, attempt=1, next_seq=0)
-        )
-        ends = 0
-        while ends < 2:
-            message = await desk.hear()
-            assert isinstance(message, Frame)
-            assert worker._link is not None
-            backlogs.append(worker._link.backlog_bytes)
-            ids.append(message.request_id)
-            ends += message.ENDS
-        done.set()
-
-    done = trio.Event()
-    slots = (ScriptedSlot(play), ScriptedSlot(play))
-    async with worker_with(script(first), script(second), slots=slots) as worker, trio.open_nursery() as nursery:
-        nursery.start_soon(worker.run)
-        await done.wait()
-        nursery.cancel_scope.cancel()
-    assert max(backlogs) <= FEED_BYTES + FRAME_PCM_BYTES + 1024
-    assert all(ids[start : start + 2] in ([ID, OTHER], [OTHER, ID]) for start in range(2, len(ids) - 4, 2))
-
-
-@pytest.mark.trio
-@pytest.mark.parametrize("code", ["space_not_found", "forbidden", "space_full", "invalid_params"])
-async def test_a_refused_first_registration_ends_the_worker_with_the_relays_words(
-    code: str, autojump_clock: MockClock
-) -> None:
-    async def relay(desk: Desk) -> None:
-        await desk.expect(Register)
-        desk.send(Rejected.because(ErrorCode(code), "space 'tts' says no; do this"))
-        await trio.sleep_forever()
-
-    async with worker_with(script(relay)) as worker:
-        with pytest.raises(WorkerError, match="says no; do this") as caught:
-            await worker.run()
-    assert caught.value.code == code
-    assert worker.status.state == "stopped"
-
-
-@pytest.mark.trio
-async def test_a_relay_that_shuts_down_is_asked_again_and_so_is_one_that_took_the_worker_before(
-    autojump_clock: MockClock,
-) -> None:
-    async def first(desk: Desk) -> None:
-        await desk.expect(Register)
-        desk.send(Rejected.because(ErrorCode.SHUTTING_DOWN, "later"))
-        await desk.register()
-        await desk.connection.cut()
-
-    async def second(desk: Desk) -> None:
-        await desk.expect(Register)
-        desk.send(Rejected.because(ErrorCode.SPACE_FULL, "space 'tts' already has its 1 worker"))
-        await desk.register()
-        desk.send(assign())
-        assert len(await desk.frames()) == 5
-
-    await run_with(script(first), script(second))
-
-
-@pytest.mark.trio
-async def test_a_refused_login_ends_the_worker(autojump_clock: MockClock) -> None:
-    async with worker_with(refuse) as worker:
-        with pytest.raises(WorkerError, match="not known") as caught:
-            await worker.run()
-    assert caught.value.code == "unauthenticated"
-
-
-@pytest.mark.trio
-async def test_an_engine_that_cannot_be_loaded_ends_the_worker(autojump_clock: MockClock) -> None:
-    class Broken(ScriptedSlot):
-        async def serve(self) -> None:
-            await trio.sleep(1)
-            self._set_ready(False, "no such model")
-            await trio.sleep_forever()
-
-    async def relay(desk: Desk) -> None:
-        await trio.sleep_forever()
-
-    async with worker_with(script(relay), slots=(Broken(),)) as worker:
-        with pytest.raises(WorkerError, match="no such model") as caught:
-            await worker.run()
-    assert caught.value.code == "model_not_loaded"
-
-
-@pytest.mark.trio
-async def test_what_the_relay_says_that_a_worker_does_not_know_is_passed_over(autojump_clock: MockClock) -> None:
-    async def relay(desk: Desk) -> None:
-        await desk.register()
-        desk.connection.link.send_nowait(b"\x81\xa4type\xa6future")
-        desk.send(Error(code="unknown_type", message="what?"))
-        desk.send(assign())
-        assert len(await desk.frames()) == 5
-
-    await run_with(script(relay))
-
-
-@pytest.mark.trio
-async def test_a_relay_that_breaks_the_rules_is_left_and_connected_to_anew(autojump_clock: MockClock) -> None:
-    async def first(desk: Desk) -> None:
-        await desk.register()
-        desk.connection.link.send_nowait(b"\xc1 garbage")
-        async for _ in desk.connection.link:
-            pass
-        assert desk.connection.link.close_code == 1002
-
-    async def second(desk: Desk) -> None:
-        await desk.register()
-
-    await run_with(script(first), script(second))
-
-
-# -- leaving -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.trio
-async def test_a_drain_finishes_what_runs_delivers_it_and_leaves(autojump_clock: MockClock) -> None:
-    heard: list[Frame] = []
-
-    async def relay(desk: Desk) -> None:
-        await desk.register()
-        desk.send(assign())
-        await desk.expect(Started)
-        desk.send(Drain(reason="maintenance"))
-        await desk.expect(Draining)
-        await desk.expect(Audio)
-        heard.extend(await desk.frames())
-        async for _ in desk.connection.link:
-            raise AssertionError("nothing more was expected")
-
-    async with worker_with(script(relay)) as worker:
-        with trio.fail_after(60):
-            await worker.run()
-    assert isinstance(heard[-1], Completed)
-    assert worker.status.state == "stopped"
-
-
-@pytest.mark.trio
-async def test_a_drained_worker_with_nothing_to_do_leaves_at_once_linked_or_not(autojump_clock: MockClock) -> None:
-    async def relay(desk: Desk) -> None:
-        await desk.register()
-        desk.send(Drain())
-        await desk.expect(Draining)
-        async for _ in desk.connection.link:
-            pass
-
-    async with worker_with(script(relay)) as worker:
-        with trio.fail_after(1):
-            await worker.run()
-
-    async def never(connection: Connection) -> None:
-        await trio.sleep_forever()
-
-    async with worker_with(never, slots=(ScriptedSlot(load_s=60),)) as worker, trio.open_nursery() as nursery:
-        nursery.start_soon(worker.run)
-        await trio.sleep(5)
-        with trio.fail_after(1):
-            worker.drain("SIGTERM")
-            while worker.status.state != "stopped":
-                await trio.testing.wait_all_tasks_blocked()
-                await trio.sleep(0.01)
-
-
-@pytest.mark.trio
-async def test_a_drained_worker_waits_for_the_last_ack_only_so_long(autojump_clock: MockClock) -> None:
-    async def relay(desk: Desk) -> None:
-        await desk.register()
-        desk.send(assign(), Drain())
-        async for _ in desk.connection.link:
-            pass  # and no ack
-
-    async with worker_with(script(relay)) as worker:
-        began = trio.current_time()
-        await worker.run()
-        assert 3 + ACK_S <= trio.current_time() - began <= 3.5 + ACK_S
-
-
-@pytest.mark.trio
-async def test_undrain_takes_a_drain_back(autojump_clock: MockClock) -> None:
-    async def relay(desk: Desk) -> None:
-        await desk.register()
-        desk.send(assign(), Drain(), Undrain())
-        first = await desk.hear()
-        assert isinstance(first, Started | Draining)
-        frames = [first, *await desk.frames()]
-        assert isinstance(frames[-1], Completed)
-        desk.send(Ack(request_id=ID, attempt=1, seq=4), assign(OTHER))
-        assert len(await desk.frames()) == 5
-
-    await run_with(script(relay))
-
-
-@pytest.mark.trio
-async def test_stop_ends_at_once_whatever_runs(autojump_clock: MockClock) -> None:
-    async def relay(desk: Desk) -> None:
-        await desk.register()
-        desk.send(assign())
-        await desk.expect(Started)
-        worker.stop()
-        async for _ in desk.connection.link:
-            pass
-
-    async with worker_with(script(relay)) as worker:
-        with trio.fail_after(1):
-            await worker.run()
 
 
 @pytest.mark.trio

@@ -34,7 +34,7 @@ from protocol.wire.errors import EncodeError
 from protocol.wire.frames import Completed, Failed, Frame, Output, Started
 from protocol.wire.messages import FROM_WORKER
 from protocol.wire.structs import KIB
-from tests.support.worker_side import FORMAT, ID, OTHER, Desk, ScriptedSlot, assign, run_with, script
+from tests.support.scripted_relay import FORMAT, ID, OTHER, Desk, ScriptedSlot, assign, run_with, script
 
 PATIENCE_S = 20
 Emit = Callable[[Chunk], None]

@@ -13,8 +13,7 @@ from gpuworker.worker import Worker
 from protocol.wire.frames import Completed, Failed
 from protocol.wire.messages import Register
 from tests.gpuworker.engines.engine_package import NAME, install_engine
-from tests.support.scripted_relay import ADDRESS, FakeRelay
-from tests.support.worker_side import ID, OTHER, Desk, assign, script
+from tests.support.scripted_relay import ADDRESS, ID, OTHER, Desk, FakeRelay, assign, script
 
 #: A GPU with room for as many processes as the file `room` says; each takes its place at load until it ends.
 SOURCE = """

@@ -1,10 +1,9 @@
-"""Workers come, go and come back: what their requests and the listeners of those get."""
+"""Workers connect, disconnect and come back: what their requests and the listeners of those get."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
 from protocol.wire.frames import (
     Audio,
@@ -15,43 +14,29 @@ from protocol.wire.frames import (
     Started,
 )
 from protocol.wire.messages import (
-    Accepted,
     Ack,
     Assign,
-    Attach,
     Cancel,
-    Done,
     Draining,
     Error,
-    Input,
     Queued,
     Register,
     Registered,
     Rejected,
-    Status,
-    StatusReply,
-    Steer,
 )
 from protocol.wire.structs import Running
+from tests.relayd.connections.audio_frames import PCM, heard
 from tests.support.relay import (
     FORMAT,
     SCHEMA,
     a_submit,
     an_id,
-    an_input,
     daemon,
     fake_worker,
     identity,
     peer,
-    samples,
     until,
 )
-
-PCM = [samples(1200, seed) for seed in range(4)]
-
-
-def heard(frames: list[Any]) -> bytes:
-    return b"".join(frame.pcm for frame in frames if isinstance(frame, Audio))
 
 
 @pytest.mark.trio
@@ -430,174 +415,4 @@ async def test_outputs_of_functions_cross_as_well(tmp_path: Path) -> None:
         worker.send(Completed(**identity(assign, 1)))
         frames = await client.frames(submit)
         assert frames[0].data == {"words": ["a", 1, None]}
-        await relay.at_rest()
-
-
-# -- the relay is killed, or drains, and is started again ------------------------------------------------------------
-
-
-@pytest.mark.trio
-async def test_what_waits_and_what_runs_outlives_the_relay(tmp_path: Path) -> None:
-    instance = an_id()
-    submits = [a_submit(f"number {number}", inputs={"voice": an_input(PCM[0])}) for number in range(4)]
-    rules: dict[str, Any] = {"inputs": {"voice": {}}}
-    async with (
-        daemon(tmp_path, store="sqlite") as relay,
-        fake_worker(relay.url, instance=instance, **rules) as worker,
-        peer(relay.url, "client") as client,
-    ):
-        for submit in submits:
-            client.send(submit)
-            client.send(Input(request_id=submit.request_id, name="voice", offset=0, data=PCM[0]))
-            assert (await client.next(Accepted)).request_id == submit.request_id
-        running = await worker.assigned()
-        worker.speak(running, PCM[:2], end=False)
-        await client.next(Audio)
-        await client.next(Audio)
-        await relay.relay.store.flush()
-    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
-        client.send(Attach(request_id=running.request_id, attempt=1, after_seq=2))
-        for submit in submits[1:]:
-            client.send(submit)
-            assert (await client.next(Queued)).request_id == submit.request_id
-        named = (Running(request_id=running.request_id, attempt=1, next_seq=3),)
-        async with fake_worker(relay.url, instance=instance, running=named, **rules) as worker:
-            registered = await worker.peer.next(Registered)
-            assert [(r.request_id, r.next_seq) for r in registered.resume] == [(running.request_id, 0)]
-            worker.speak(running, PCM)
-            assert heard(await client.frames(submits[0])) == b"".join(PCM), "its log is there from the beginning again"
-            for submit in submits[1:]:
-                assign = await worker.assigned()
-                assert assign.request_id == submit.request_id, "in the old order"
-                assert (await worker.peer.next(Input)).data == PCM[0]
-                worker.speak(assign, PCM)
-                assert heard(await client.frames(submit)) == b"".join(PCM)
-            await relay.at_rest()
-            await relay.goes_on()
-
-
-@pytest.mark.trio
-async def test_what_was_heard_before_a_restart_is_not_tried_anew_and_its_end_is_heard(tmp_path: Path) -> None:
-    async with (
-        daemon(tmp_path, store="sqlite") as relay,
-        fake_worker(relay.url) as worker,
-        peer(relay.url, "client") as client,
-    ):
-        submit = a_submit()
-        client.send(submit)
-        worker.speak(await worker.assigned(), PCM[:2], end=False)
-        await client.next(Audio)
-        await relay.relay.store.flush()
-    async with (
-        daemon(tmp_path, store="sqlite", limits={"worker_grace_s": 0.1}) as relay,
-        fake_worker(relay.url, name="other"),
-        peer(relay.url, "client") as client,
-    ):
-        client.send(Attach(request_id=submit.request_id, attempt=1, after_seq=2))
-        failed = await client.next(Failed)
-        assert (failed.code, failed.attempt, failed.seq) == ("worker_lost", 1, 0)
-        await relay.at_rest()
-
-
-@pytest.mark.trio
-async def test_an_input_that_the_store_lost_costs_its_request_alone(tmp_path: Path) -> None:
-    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
-        submit, after = a_submit(inputs={"voice": an_input(b"abc")}), a_submit()
-        client.send(submit)
-        client.send(Input(request_id=submit.request_id, name="voice", offset=0, data=b"abc"))
-        client.send(after)
-        await client.next(Accepted)
-        relay.relay.requests[submit.request_id].inputs.clear()
-        del relay.relay.store._inputs[submit.request_id]  # type: ignore[attr-defined]
-        async with fake_worker(relay.url) as worker:
-            assign = await worker.assigned()
-            assert (await client.next(Failed)).code == "internal"
-            await worker.peer.next(Cancel)
-            worker.send(Cancelled(**identity(assign, 0)))
-            worker.speak(await worker.assigned(), PCM)
-            assert heard(await client.frames(after)) == b"".join(PCM)
-            await relay.at_rest()
-
-
-@pytest.mark.trio
-async def test_a_draining_daemon_finishes_what_runs_and_keeps_what_waits(tmp_path: Path) -> None:
-    runs, waits, late = a_submit(), a_submit(), a_submit()
-    async with (
-        daemon(tmp_path, store="sqlite", limits={"resume_window_s": 0}) as relay,
-        fake_worker(relay.url) as worker,
-        peer(relay.url, "client") as client,
-        peer(relay.url, "operator") as operator,
-    ):
-        client.send(runs)
-        assign = await worker.assigned()
-        client.send(waits)
-        await client.next(Queued)
-        operator.send(Steer(action="drain"))
-        assert (await operator.next(Done)).data == {"running": 1}
-        client.send(late)
-        refusal = await client.next(Rejected)
-        assert (refusal.code, refusal.retryable) == ("shutting_down", True)
-        worker.speak(assign, PCM)
-        assert heard(await client.frames(runs)) == b"".join(PCM)
-        await until(lambda: all(one.link.gone is not None for one in (client, worker.peer, operator)))
-    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
-        client.send(Status(request_id=waits.request_id))
-        assert (await client.next(StatusReply)).state == "queued"
-        client.send(waits)
-        async with fake_worker(relay.url) as worker:
-            worker.speak(await worker.assigned(), PCM)
-            assert heard(await client.frames(waits)) == b"".join(PCM)
-        await relay.at_rest()
-
-
-@pytest.mark.trio
-async def test_who_was_cut_off_from_running_work_comes_back_to_it_while_the_relay_drains(tmp_path: Path) -> None:
-    submit, instance = a_submit(), an_id()
-    async with (
-        daemon(tmp_path, store="sqlite") as relay,
-        fake_worker(relay.url, instance=instance) as worker,
-        peer(relay.url, "client") as client,
-        peer(relay.url, "operator") as operator,
-    ):
-        client.send(submit)
-        assign = await worker.assigned()
-        operator.send(Steer(action="drain"))
-        await operator.next(Done)
-        await worker.peer.cut()
-        await client.cut()
-        async with peer(relay.url, "worker") as idle:
-            idle.send(Register(worker="other", instance=an_id(), spaces=["tts"], engine="fake"))
-            assert (await idle.next(Rejected)).code == "shutting_down"
-        running = [Running(request_id=assign.request_id, attempt=1, next_seq=0)]
-        async with (
-            fake_worker(relay.url, instance=instance, running=running) as again,
-            peer(relay.url, "client") as listener,
-        ):
-            listener.send(Attach(request_id=submit.request_id, attempt=0, after_seq=-1))
-            assert (await again.peer.next(Registered)).resume
-            again.speak(assign, PCM)
-            assert heard(await listener.frames(submit)) == b"".join(PCM)
-            await until(lambda: listener.link.gone is not None)
-
-
-@pytest.mark.trio
-async def test_a_drain_leaves_what_does_not_end_in_time_to_its_worker(tmp_path: Path) -> None:
-    instance, submit = an_id(), a_submit()
-    async with daemon(tmp_path, store="sqlite", drain_timeout_s=0.1) as relay:
-        async with fake_worker(relay.url, instance=instance) as worker, peer(relay.url, "client") as client:
-            client.send(submit)
-            assign = await worker.assigned()
-            async with peer(relay.url, "operator") as operator:
-                operator.send(Steer(action="drain"))
-                await until(lambda: worker.peer.link.gone is not None)
-        await trio.lowlevel.checkpoint()
-    named = (Running(request_id=submit.request_id, attempt=1, next_seq=3),)
-    async with (
-        daemon(tmp_path, store="sqlite") as relay,
-        peer(relay.url, "client") as client,
-        fake_worker(relay.url, instance=instance, running=named) as worker,
-    ):
-        client.send(Attach(request_id=submit.request_id))
-        worker.speak(assign, PCM)
-        assert heard(await client.frames(submit)) == b"".join(PCM)
         await relay.at_rest()

@@ -1,12 +1,9 @@
+"""The store: what is loaded again, transactions, full disks, and that both stores mean the same."""
+
 import contextlib
-import os
-import sqlite3
-import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import attrs
 import pytest
@@ -16,9 +13,8 @@ from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import Submit
-from protocol.wire.structs import AudioFormat, InputInfo, InputRule
-from relayd.config.schema import Config, SpaceConfig
+from protocol.wire.structs import AudioFormat, InputRule
+from relayd.config.schema import SpaceConfig
 from relayd.store import (
     Change,
     DeleteRequest,
@@ -27,69 +23,24 @@ from relayd.store import (
     PutRequest,
     PutSpace,
     PutToken,
-    RequestRecord,
     SpaceRecord,
     StorageFull,
     Store,
     StoreError,
-    StoreInUse,
     TokenLimits,
-    TokenRecord,
     UpdateRequest,
     open_offline,
     open_store,
 )
 from relayd.store import sqlite as sqlite_store
-from relayd.store.database import DATABASE_NAME, SCHEMA_VERSION, Database
+from relayd.store.database import SCHEMA_VERSION, Database
 from relayd.store.memory import MemoryStore
 from relayd.store.sqlite import SqliteStore
-
-DIGEST = "0" * 64
-
-
-def request_id(number: int) -> str:
-    return f"{number:032x}"
-
-
-def request(number: int, **fields: Any) -> RequestRecord:
-    submit = Submit(
-        request_id=request_id(number),
-        space="tts",
-        params={"text": "你好", "seed": 2**63, "blob": b"\xff", "nested": {"a": [1, None, True, 0.5]}},
-        inputs={"voice": InputInfo(media_type="audio/wav", size=3, sha256=DIGEST)},
-        priority=7,
-        queue_timeout_s=1.5,
-        detach=True,
-        retry="always",
-    )
-    values: dict[str, Any] = {"request_id": request_id(number), "principal": "ann", "ticket": number, "submit": submit}
-    return RequestRecord(**{**values, "created_at": 1000.25 + number, **fields})
-
-
-def token(number: int = 1, **fields: Any) -> TokenRecord:
-    values: dict[str, Any] = {
-        "token_id": f"tok_{number}",
-        "principal": "ann",
-        "role": "client",
-        "sha256": bytes([number]) * 32,
-    }
-    return TokenRecord(**{**values, "created_at": float(number), **fields})
+from tests.relayd.store.records import config, open_sqlite_store, request, request_id, token
 
 
 def ended(number: int, state: str = "completed") -> UpdateRequest:
     return UpdateRequest(request_id=request_id(number), state=state, attempt=1, losses=0, ended_at=5.0)
-
-
-def config(state_dir: Path, store: Any = "sqlite") -> Config:
-    return Config(state_dir=state_dir, store=store)
-
-
-@contextlib.asynccontextmanager
-async def open_sqlite_store(state_dir: Path) -> AsyncIterator[SqliteStore]:
-    async with open_store(config(state_dir)) as store:
-        assert isinstance(store, SqliteStore)
-        with trio.fail_after(20):
-            yield store
 
 
 @pytest.mark.trio
@@ -168,7 +119,7 @@ from pathlib import Path
 import trio
 from relayd.store import PutRequest, UpdateRequest, open_store
 from relayd.config.loader import Config
-from tests.relayd.store.test_store import request, request_id
+from tests.relayd.store.records import request, request_id
 
 async def main():
     async with open_store(Config(state_dir=Path(sys.argv[1]))) as store, trio.open_nursery() as nursery:
@@ -432,133 +383,6 @@ async def test_a_closed_store_takes_nothing(tmp_path: Path) -> None:
         await store.commit(PutRequest(request(1)))
     store.post(PutRequest(request(1)))
     assert store.dropped == 1
-
-
-@pytest.mark.trio
-@pytest.mark.parametrize("kind", ["sqlite", "memory"])
-async def test_a_second_daemon_on_the_folder_is_refused(tmp_path: Path, kind: str) -> None:
-    async with open_store(config(tmp_path, kind)):
-        with pytest.raises(StoreInUse, match=f"another relayd \\(pid {os.getpid()}\\) uses"):
-            async with open_store(config(tmp_path)):
-                pass
-        with pytest.raises(StoreInUse), open_offline(tmp_path):
-            pass
-    async with open_store(config(tmp_path)):
-        pass
-
-
-@pytest.mark.trio
-async def test_commands_and_the_daemon_see_each_others_changes(tmp_path: Path) -> None:
-    with open_offline(tmp_path / "new" / "state") as offline:
-        offline.commit(PutToken(token()), PutSpace(SpaceRecord(name="x")))
-        assert offline.load().tokens == (token(),)
-        with pytest.raises(StoreError):
-            offline.commit(PutRequest(request(1, ticket=2**70)))
-    async with open_sqlite_store(tmp_path / "new" / "state") as store:
-        assert [space.name for space in (await store.load()).spaces] == ["x"]
-
-
-@pytest.mark.trio
-async def test_only_the_owner_can_read_what_is_stored(tmp_path: Path) -> None:
-    state_dir = tmp_path / "state"
-    async with open_sqlite_store(state_dir) as store:
-        await store.commit(PutToken(token()))
-        assert stat.S_IMODE(state_dir.stat().st_mode) == 0o700
-        assert {stat.S_IMODE(path.stat().st_mode) for path in state_dir.iterdir()} == {0o600}
-
-
-def _newer(path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-
-
-def _foreign(path: Path) -> None:
-    path.unlink()
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute("CREATE TABLE birds (name)")
-
-
-def _garbage(path: Path) -> None:
-    path.write_bytes(b"no database" * 1000)
-
-
-def _folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-@pytest.mark.trio
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (_newer, f"newer relayd \\(schema {SCHEMA_VERSION + 1}; this one knows {SCHEMA_VERSION}\\): upgrade"),
-        (_foreign, "of another program"),
-        (_garbage, "move it away"),
-        (_folder, "cannot open"),
-    ],
-)
-async def test_a_file_it_cannot_use_is_refused_in_words(
-    tmp_path: Path, spoil: Callable[[Path], None], words: str
-) -> None:
-    with open_offline(tmp_path):
-        pass
-    spoil(tmp_path / DATABASE_NAME)
-    with pytest.raises(StoreError, match=words):
-        async with open_store(config(tmp_path)):
-            pass
-
-
-@pytest.mark.trio
-async def test_a_state_dir_that_cannot_be_made_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="cannot make the state folder"):
-        async with open_store(config(tmp_path / "file" / "state")):
-            pass
-
-
-@pytest.mark.trio
-async def test_a_damaged_row_costs_only_itself(tmp_path: Path) -> None:
-    with open_offline(tmp_path) as offline:
-        offline.commit(*(PutRequest(request(n)) for n in range(3)), PutToken(token()), PutToken(token(2)))
-        offline.commit(PutSpace(SpaceRecord(name="a")), PutSpace(SpaceRecord(name="b")))
-    with contextlib.closing(sqlite3.connect(tmp_path / DATABASE_NAME)) as db, db:
-        db.execute("UPDATE requests SET submit = x'c1' WHERE ticket = 1")
-        db.execute("UPDATE tokens SET spaces = 'x' WHERE token_id = 'tok_1'")
-        db.execute("""UPDATE spaces SET config = '{"max_workers": 0}' WHERE name = 'a'""")
-        db.execute("""UPDATE spaces SET config = '{"max_workers": 4, "of_the_future": 1}' WHERE name = 'b'""")
-    async with open_sqlite_store(tmp_path) as store:
-        loaded = await store.load()
-    assert [record.ticket for record in loaded.requests] == [0, 2]
-    assert [record.token_id for record in loaded.tokens] == ["tok_2"]
-    assert [(record.name, record.config.max_workers) for record in loaded.spaces] == [("b", 4)]
-    assert [words.split(":")[0] for words in loaded.damaged] == ["spaces", "tokens", "requests"]
-
-
-@pytest.mark.trio
-async def test_a_locked_database_fails_the_commit_and_not_the_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("relayd.store.database.BUSY_TIMEOUT_S", 0.01)
-    async with open_sqlite_store(tmp_path) as store:
-        with contextlib.closing(sqlite3.connect(tmp_path / DATABASE_NAME, isolation_level=None)) as shell:
-            shell.execute("BEGIN IMMEDIATE")
-            with pytest.raises(StoreError, match="locked"):
-                await store.commit(PutRequest(request(1)))
-            shell.execute("ROLLBACK")
-        await store.commit(PutRequest(request(2)))
-        assert [record.ticket for record in (await store.load()).requests] == [2]
-
-
-def test_a_command_run_by_root_leaves_files_to_the_folders_owner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: set[tuple[int, int]] = set()
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(os, "fchown", lambda _fd, uid, gid: given.add((uid, gid)))
-    folder = tmp_path.stat()
-    with open_offline(tmp_path) as offline:
-        offline.commit(PutToken(token()))
-    assert given == {(folder.st_uid, folder.st_gid)}
 
 
 numbers = st.integers(0, 3)

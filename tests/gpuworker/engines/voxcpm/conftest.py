@@ -2,12 +2,17 @@
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from gpuworker.engines.voxcpm.engine import VoxcpmEngine
+from tests.gpuworker.engines.voxcpm.engine_runs import Samples, a_loaded
+from tests.gpuworker.engines.voxcpm.fetch_server import no_fetch_goes_on
 
 # Set before torch or huggingface_hub is imported, and inherited by slot processes: a test that reaches for the network
 # fails at once, and the helpers' two cores are not fought over. Sums depend on the number of threads.
@@ -60,6 +65,72 @@ def speech() -> Callable[..., NDArray[np.float32]]:
 def wav() -> Callable[..., bytes]:
     """`wav(samples, rate=16_000, subtype="PCM_16", container="WAV")`: a file's bytes; samples (n,) or (n, channels)."""
     return encoded
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each architecture, and `voices`: `amy` with a transcript, `bob` without."""
+    voices = tmp_path_factory.mktemp("voices")
+    (voices / "amy.wav").write_bytes(encoded(voiced(1.2, 16_000, 200.0)))
+    (voices / "amy.txt").write_text("Ah ah ah.")
+    (voices / "bob.wav").write_bytes(encoded(voiced(1.0, 22_050, 100.0), 22_050))
+    return {name: checkpoint(name) for name in ARCHES} | {"voices": voices}
+
+
+@pytest.fixture(scope="module")
+def engine_of(folders: dict[str, Path], checkpoint: Callable[..., Path]) -> Callable[..., VoxcpmEngine]:
+    """`engine_of(arch, stop="never", context=1024)`, loaded once."""
+    loaded: dict[Any, VoxcpmEngine] = {}
+
+    def load(arch: str, **more: Any) -> VoxcpmEngine:
+        key = (arch, *more.items())
+        if key not in loaded:
+            loaded[key] = a_loaded(checkpoint(arch, **more), f"voices={folders['voices']}")
+        return loaded[key]
+
+    return load
+
+
+@pytest.fixture
+def engine(arch: str, engine_of: Callable[..., VoxcpmEngine]) -> VoxcpmEngine:
+    return engine_of(arch)
+
+
+@pytest.fixture
+def voxcpm2(engine_of: Callable[..., VoxcpmEngine]) -> VoxcpmEngine:
+    return engine_of("voxcpm2")
+
+
+@pytest.fixture(scope="module")
+def package(folders: dict[str, Path]) -> Callable[..., list[Samples]]:
+    """`package(arch, text, seed=0, streaming=True, **more)`: what plain `voxcpm` makes, with an instance of its own."""
+    from tests.support.voxcpm_checkpoint.checkpoint import quiet_voxcpm
+
+    loaded: dict[str, Any] = {}
+
+    def speak(arch: str, text: str, *, seed: int = 0, streaming: bool = True, **more: Any) -> list[Samples]:
+        with quiet_voxcpm():
+            import torch
+            from voxcpm import VoxCPM
+
+            if arch not in loaded:
+                loaded[arch] = VoxCPM.from_pretrained(
+                    str(folders[arch]), load_denoiser=False, optimize=False, device="cpu"
+                )
+            given = {"inference_timesteps": 2, "retry_badcase_ratio_threshold": 1, "retry_badcase": False, **more}
+            torch.manual_seed(seed)
+            if streaming:
+                return list(loaded[arch].generate_streaming(text, **given))
+            return [loaded[arch].generate(text, **given)]
+
+    return speak
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    """Fails a test that leaves a fetch running."""
+    yield
+    no_fetch_goes_on()
 
 
 def voiced(seconds: float = 1.0, rate: int = 16_000, pitch: float = 140.0) -> NDArray[np.float32]:

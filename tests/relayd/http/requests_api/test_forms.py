@@ -1,0 +1,138 @@
+"""Forms and files of requests over HTTP."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from protocol.wire.messages import Input as InputPiece
+from tests.relayd.http.requests_api.answers import INPUTS, PCM, POST
+from tests.support.raw_http_client import File, form, visitor
+from tests.support.relay import daemon, fake_worker, samples, until
+
+
+@pytest.mark.trio
+async def test_a_form_is_taken_by_the_types_of_the_spaces_params(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker, visitor(relay.url) as http:
+        await until(lambda: bool(relay.relay.spaces["tts"].params))
+        body = b"text=12&rate=3&detach=true&priority=9"
+        kind = {"content-type": "application/x-www-form-urlencoded"}
+        assert (await http.ask("POST", POST, body=body, headers=kind)).status == 202
+        assign = await worker.assigned()
+        assert assign.params == {"text": "12", "rate": 3}
+        worker.speak(assign, PCM)
+        fields: dict[str, str | File] = {"params": '{"rate": 1}', "text": "你好"}
+        assert (await http.ask("POST", POST, **form(fields))).status == 202
+        assert (await worker.assigned()).params == {"text": "你好", "rate": 1}
+
+
+@pytest.mark.trio
+async def test_a_file_of_a_form_is_an_input_and_its_name_is_used_for_nothing(tmp_path: Path) -> None:
+    voice = samples(150_000)
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, inputs=INPUTS) as worker, visitor(relay.url) as http:
+        await until(lambda: bool(relay.relay.spaces["tts"].params))
+        parts: dict[str, str | File] = {"text": "hello"}
+        parts |= {"audio": File(voice, filename="../../etc/passwd"), "video": File(b"", "", "")}
+        posted = await http.ask("POST", POST, **form(parts))
+        assert posted.status == 202, posted.body
+        assign = await worker.assigned()
+        assert list(assign.inputs) == ["audio"]
+        assert (assign.inputs["audio"].media_type, assign.inputs["audio"].size) == ("audio/wav", len(voice))
+        got = b""
+        while len(got) < len(voice):
+            got += (await worker.peer.next(InputPiece)).data
+        assert got == voice
+        assert not any("passwd" in name for _, _, files in os.walk(tmp_path) for name in files)
+        worker.speak(assign, PCM)
+        await relay.at_rest()
+        assert relay.http_context.upload_bytes == 0
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("parts", "status", "code"),
+    [
+        ({"text": "x", "file": File(b"1")}, 422, "invalid_params"),
+        ({"text": "x", "audio": File(b"1", "text/html")}, 422, "invalid_params"),
+        ({"text": "x", "audio": File(b"1" * 400_001)}, 413, "input_too_large"),
+        ({"text": "x", "Video!": File(b"1")}, 422, "invalid_params"),
+        ({"text": "x", "video": File(b"1" * 1001, "video/mp4")}, 413, "input_too_large"),
+        ({"text": "x" * 600_000}, 413, "input_too_large"),
+        ({str(n): "x" for n in range(70)}, 422, "invalid_params"),
+    ],
+)
+async def test_files_that_a_space_does_not_take_are_refused_while_they_come(
+    tmp_path: Path, parts: Any, status: int, code: str
+) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, inputs=INPUTS), visitor(relay.url) as http:
+        await until(lambda: bool(relay.relay.spaces["tts"].params))
+        answer = await http.ask("POST", POST, **form(parts))
+        assert (answer.status, answer.error["code"]) == (status, code)
+        assert not relay.relay.requests
+        assert relay.http_context.upload_bytes == 0
+
+
+@pytest.mark.trio
+async def test_an_endless_upload_is_refused_at_its_cap_and_not_read_on(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, inputs=INPUTS), visitor(relay.url) as http:
+        await until(lambda: bool(relay.relay.spaces["tts"].params))
+        head = form({"audio": File(b"")})
+        begin = head["body"].partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+        kind = head["headers"]["content-type"]
+        await http.stream.send_all(
+            f"POST {POST} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        )
+        await http.stream.send_all(f"{len(begin):x}\r\n".encode() + begin + b"\r\n")
+        sent = 0
+        chunk = bytes(65536)
+        with trio.fail_after(10):
+            try:
+                while sent < 50_000_000:
+                    await http.stream.send_all(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
+                    sent += len(chunk)
+            except trio.BrokenResourceError:
+                pass
+        assert sent < 40_000_000, "it hung up"
+        assert relay.http_context.upload_bytes == 0
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_a_client_that_stops_in_the_middle_of_a_body_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.http.body_parser.BODY_STALL_S", 0.1)
+    async with daemon(tmp_path) as relay, visitor(relay.url) as http:
+        head = f"POST {POST} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{{"
+        await http.stream.send_all(head.encode())
+        heard = bytes(await http.stream.receive_some())
+        assert heard.startswith(b"HTTP/1.1 408")
+        assert await http.hears_the_end()
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_a_body_that_only_trickles_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.http.body_parser.BODY_STALL_S", 0.2)
+    async with daemon(tmp_path) as relay, visitor(relay.url) as http:
+        head = f"POST {POST} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
+        await http.stream.send_all(head.encode())
+        sent = 0
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+
+                async def trickle() -> None:
+                    nonlocal sent
+                    while True:
+                        await http.stream.send_all(b" ")
+                        sent += 1
+                        await trio.sleep(0.05)
+
+                nursery.start_soon(trickle)
+                assert bytes(await http.stream.receive_some()).startswith(b"HTTP/1.1 408")
+                nursery.cancel_scope.cancel()
+        assert sent < 50
