@@ -12,7 +12,8 @@ import pytest
 from protocol.wire.messages import Hello, Rejected
 from relayd.auth.tokens import TokenRegistry
 from relayd.http.prometheus import HttpReading, Scrape
-from tests.support.relay import a_submit, daemon, fake_worker, peer, samples
+from tests.support.fake_worker import fake_worker, samples
+from tests.support.relay import a_submit, daemon, peer
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "grafana.json"

@@ -20,7 +20,8 @@ from protocol.wire.errors import LoginRefused
 from protocol.wire.frames import Failed
 from protocol.wire.messages import Assign, Cancel
 from tests.deploy.proxies import DEPLOY, Proxy, certificate_in, nginx_command, nginx_config, open_proxy
-from tests.support.relay import SCHEMA, Daemon, FakeWorker, daemon, fake_worker, identity, kept_logs, samples
+from tests.support.fake_worker import SCHEMA, FakeWorker, fake_worker, identity, samples
+from tests.support.relay import Daemon, daemon, kept_logs
 from tests.support.timed_http_client import Answer, ask_on, asking
 
 KINDS = ("nginx", "caddy")

@@ -1,4 +1,4 @@
-"""A real daemon in the test's own event loop, and workers and clients for it."""
+"""A real daemon in the test's own event loop, and raw connections to it."""
 
 import hashlib
 import secrets
@@ -12,31 +12,24 @@ import pytest
 import structlog
 import trio
 
-from protocol.client.address import Address, parse_address
+from protocol.client.address import parse_address
 from protocol.link.base import Link
-from protocol.link.connect import connect
 from protocol.link.dial import log_in, open_link
 from protocol.wire.codec import decode
 from protocol.wire.frames import (
-    Audio,
-    Completed,
     Frame,
-    Started,
 )
 from protocol.wire.messages import (
     FROM_RELAY,
     PROTOCOL_VERSION,
-    Assign,
     Hello,
     Ping,
     Pong,
-    Register,
     Rejected,
     Submit,
     Welcome,
 )
 from protocol.wire.structs import (
-    AudioFormat,
     InputInfo,
 )
 from protocol.wire.validators import Message
@@ -49,14 +42,6 @@ from relayd.daemon import Daemon as RelayDaemon
 from relayd.daemon import open_daemon
 from relayd.http.context import HttpContext
 from relayd.logs.setup import run_taps
-
-FORMAT = AudioFormat(sample_rate=24_000)
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"text": {"type": "string", "minLength": 1}, "rate": {"type": "integer"}},
-    "required": ["text"],
-    "additionalProperties": False,
-}
 
 
 def a_config(state_dir: Path, **overrides: Any) -> Config:
@@ -159,6 +144,8 @@ class Daemon:
 
     async def goes_on(self) -> None:
         """A whole request, through the space `check`."""
+        from tests.support.fake_worker import fake_worker, samples  # which imports this module
+
         async with (
             fake_worker(self.url, spaces=("check",), name="checker") as worker,
             peer(self.url, "client") as client,
@@ -244,45 +231,6 @@ class Peer:
         await self.next(Pong)
 
 
-@attrs.define(eq=False)
-class Cable:
-    """A way to the relay that can be pulled: from then on nothing crosses it, and neither end is told."""
-
-    pulled: bool = False
-
-    async def connect(self, address: Address) -> trio.abc.Stream:
-        """For `open_link`."""
-        return CableStream(await connect(address), self)
-
-
-@attrs.define(eq=False)
-class CableStream(trio.abc.Stream):
-    """A stream over a `Cable`."""
-
-    stream: trio.abc.Stream
-    cable: Cable
-    _closed: trio.Event = attrs.field(factory=trio.Event)
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        data = await self.stream.receive_some(max_bytes)
-        if self.cable.pulled:
-            await self._closed.wait()
-            raise trio.ClosedResourceError
-        return data
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        if not self.cable.pulled:
-            await self.stream.send_all(data)
-        await trio.lowlevel.checkpoint()
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self.stream.wait_send_all_might_not_block()
-
-    async def aclose(self) -> None:
-        self._closed.set()
-        await self.stream.aclose()
-
-
 @asynccontextmanager
 async def peer(
     url: str, role: str, token: str | None = None, *, readonly: bool = False, **link_options: Any
@@ -291,70 +239,3 @@ async def peer(
     async with open_link(parse_address(url), **link_options) as link:
         hello = Hello(version=PROTOCOL_VERSION, role=role, token=token, readonly=readonly)
         yield Peer(link, await log_in(link, hello))
-
-
-@attrs.define(eq=False)
-class FakeWorker:
-    """A worker whose every move the test makes."""
-
-    peer: Peer
-    instance: str
-    name: str
-
-    async def assigned(self) -> Assign:
-        assign: Assign = await self.peer.next(Assign)
-        return assign
-
-    def send(self, message: Message) -> None:
-        self.peer.send(message)
-
-    def speak(self, assign: Assign, pcm: list[bytes], *, first: int = 0, end: bool = True) -> None:
-        """`started`, an audio frame for each of `pcm`, and `completed`; frames below `first` are left out."""
-        frames: list[Frame] = [Started(**identity(assign, 0), format=FORMAT)]
-        frames += [Audio(**identity(assign, 1 + i), pcm=data) for i, data in enumerate(pcm)]
-        if end:
-            frames.append(Completed(**identity(assign, 1 + len(pcm)), result={"chunks": len(pcm)}))
-        for frame in frames[first:]:
-            self.send(frame)
-
-
-def identity(assign: Assign | Message, seq: int) -> dict[str, Any]:
-    """Which frame of which attempt."""
-    assert isinstance(assign, Assign)
-    return {"request_id": assign.request_id, "attempt": assign.attempt, "seq": seq}
-
-
-@asynccontextmanager
-async def fake_worker(
-    url: str,
-    *,
-    name: str = "box",
-    instance: str | None = None,
-    spaces: tuple[str, ...] = ("tts",),
-    token: str | None = None,
-    cable: Cable | None = None,
-    **register: Any,
-) -> AsyncIterator[FakeWorker]:
-    """A registered worker, its `registered` taken; see `FakeWorker.peer` for a refusal."""
-    async with peer(url, "worker", token, connect_to=cable.connect if cable else None) as raw:
-        worker = FakeWorker(raw, instance or an_id(), name)
-        told: dict[str, Any] = {"engine": "fake", "params": SCHEMA, "format": FORMAT}
-        raw.send(
-            Register(
-                worker=name,
-                instance=worker.instance,
-                spaces=list(spaces),
-                **(told | register),
-            )
-        )
-        yield worker
-
-
-def samples(count: int, seed: int = 1) -> bytes:
-    """`count` samples that look like no others."""
-    data = b""
-    block = seed
-    while len(data) < 2 * count:
-        data += hashlib.sha256(f"{seed}:{block}".encode()).digest()
-        block += 1
-    return data[: 2 * count]

@@ -10,7 +10,8 @@ import trio
 from rich.cells import cell_len
 
 from protocol.wire.messages import Accepted, Registered, Submit
-from tests.support.relay import a_config, an_id, fake_worker, peer, running
+from tests.support.fake_worker import fake_worker
+from tests.support.relay import a_config, an_id, peer, running
 from tui.cli import main
 from tui.demo.scenes import SCENES
 from tui.print_once import TOPICS, demo_model, describe, fetch_model

@@ -16,7 +16,8 @@ from protocol.wire.errors import LinkBroken, LoginRefused
 from relayd.admin import AdminError, NotRunning, open_admin
 from relayd.cli import main
 from relayd.config.loader import load_config
-from tests.support.relay import Daemon, a_submit, daemon, fake_worker, kept_logs, peer, until
+from tests.support.fake_worker import fake_worker
+from tests.support.relay import Daemon, a_submit, daemon, kept_logs, peer, until
 
 CONFIG = 'listen = ""\n[spaces.tts]\ndescription = "of the file"\n'
 

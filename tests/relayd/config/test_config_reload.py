@@ -23,7 +23,8 @@ from relayd.core.relay import Relay
 from relayd.store.base import StoreError
 from relayd.store.memory import MemoryStore
 from relayd.store.records import PutToken, TokenRecord
-from tests.support.relay import a_submit, fake_worker, kept_logs, peer, running, until
+from tests.support.fake_worker import fake_worker
+from tests.support.relay import a_submit, kept_logs, peer, running, until
 
 TLS = Path(__file__).parents[2] / "support" / "tls"
 

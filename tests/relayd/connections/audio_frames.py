@@ -5,9 +5,7 @@ from typing import Any
 from protocol.wire.frames import (
     Audio,
 )
-from tests.support.relay import (
-    samples,
-)
+from tests.support.fake_worker import samples
 
 PCM = [samples(1200, seed) for seed in range(4)]
 

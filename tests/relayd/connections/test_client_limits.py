@@ -27,7 +27,8 @@ from protocol.wire.messages import (
 from relayd.core import admission, retention
 from relayd.scheduling.model import State
 from relayd.store import StoreError
-from tests.support.relay import a_submit, an_input, daemon, fake_worker, peer, samples, until
+from tests.support.fake_worker import fake_worker, samples
+from tests.support.relay import a_submit, an_input, daemon, peer, until
 
 VOICE = b"a voice" * 100
 RULES: dict[str, Any] = {"inputs": {"voice": {}}}

@@ -34,19 +34,8 @@ from protocol.wire.messages import (
 )
 from relayd.store.base import StorageFull, StoreError
 from relayd.store.records import UpdateRequest
-from tests.support.relay import (
-    FORMAT,
-    Daemon,
-    Peer,
-    a_submit,
-    an_input,
-    daemon,
-    fake_worker,
-    identity,
-    peer,
-    samples,
-    until,
-)
+from tests.support.fake_worker import FORMAT, fake_worker, identity, samples
+from tests.support.relay import Daemon, Peer, a_submit, an_input, daemon, peer, until
 
 PCM = [samples(1200, seed) for seed in range(3)]
 

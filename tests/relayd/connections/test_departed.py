@@ -32,7 +32,8 @@ from relayd.http.connection import RequestCycle
 from relayd.http.context import Exchange
 from relayd.net.socket_link import SocketLink
 from relayd.views.watch import WatchFeed
-from tests.support.relay import FORMAT, SCHEMA, Daemon, a_submit, an_id, an_input, daemon, until
+from tests.support.fake_worker import FORMAT, SCHEMA
+from tests.support.relay import Daemon, a_submit, an_id, an_input, daemon, until
 
 PEERS = 12
 KIB = 1024

@@ -38,18 +38,9 @@ from relayd.net.tls import ListenError
 from relayd.store.base import StoreInUse
 from relayd.store.factory import open_offline
 from relayd.store.records import PutToken, TokenLimits
-from tests.support.relay import (
-    Cable,
-    a_config,
-    a_submit,
-    daemon,
-    fake_worker,
-    identity,
-    kept_logs,
-    peer,
-    samples,
-    until,
-)
+from tests.support.cable import Cable
+from tests.support.fake_worker import fake_worker, identity, samples
+from tests.support.relay import a_config, a_submit, daemon, kept_logs, peer, until
 
 TLS = Path(__file__).parents[2] / "support" / "tls"
 PCM = [samples(1200, seed) for seed in range(3)]

@@ -40,24 +40,9 @@ from protocol.wire.structs import Running
 from relayd.connections.gateway import STALLED
 from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.views.rows import relay_row
-from tests.support.relay import (
-    FORMAT,
-    SCHEMA,
-    Cable,
-    Daemon,
-    FakeWorker,
-    Peer,
-    a_submit,
-    an_id,
-    an_input,
-    daemon,
-    fake_worker,
-    identity,
-    kept_logs,
-    peer,
-    samples,
-    until,
-)
+from tests.support.cable import Cable
+from tests.support.fake_worker import FORMAT, SCHEMA, FakeWorker, fake_worker, identity, samples
+from tests.support.relay import Daemon, Peer, a_submit, an_id, an_input, daemon, kept_logs, peer, until
 
 #: Half a MiB each; 12 MiB are more than two kernels and an inbox hold.
 LONG = [samples(1_000, seed) * 250 for seed in range(1, 25)]

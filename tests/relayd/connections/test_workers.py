@@ -26,17 +26,8 @@ from protocol.wire.messages import (
 )
 from protocol.wire.structs import Running
 from tests.relayd.connections.audio_frames import PCM, heard
-from tests.support.relay import (
-    FORMAT,
-    SCHEMA,
-    a_submit,
-    an_id,
-    daemon,
-    fake_worker,
-    identity,
-    peer,
-    until,
-)
+from tests.support.fake_worker import FORMAT, SCHEMA, fake_worker, identity
+from tests.support.relay import a_submit, an_id, daemon, peer, until
 
 
 @pytest.mark.trio

@@ -11,7 +11,8 @@ from protocol.wire.frames import Failed
 from protocol.wire.messages import Assign, Attach, Cancel, Rejected, Status, StatusReply
 from relayd.core import relay as relay_module
 from relayd.store.database import DATABASE_NAME
-from tests.support.relay import Daemon, Peer, a_submit, an_id, daemon, fake_worker, peer, samples, until
+from tests.support.fake_worker import fake_worker, samples
+from tests.support.relay import Daemon, Peer, a_submit, an_id, daemon, peer, until
 
 PCM = [samples(1_000, seed) for seed in (1, 2)]
 

@@ -23,19 +23,8 @@ from protocol.wire.messages import (
     StatusReply,
 )
 from protocol.wire.structs import Running
-from tests.support.relay import (
-    FORMAT,
-    Daemon,
-    Peer,
-    a_submit,
-    an_id,
-    daemon,
-    fake_worker,
-    kept_logs,
-    peer,
-    samples,
-    until,
-)
+from tests.support.fake_worker import FORMAT, fake_worker, samples
+from tests.support.relay import Daemon, Peer, a_submit, an_id, daemon, kept_logs, peer, until
 
 PCM = [samples(1_000, seed) for seed in (1, 2, 3)]
 SOON: dict[str, Any] = {"limits": {"worker_grace_s": 0.05}}

@@ -24,7 +24,8 @@ from protocol.wire.messages import (
     Status,
     StatusReply,
 )
-from tests.support.relay import a_submit, an_id, an_input, daemon, fake_worker, identity, peer, samples, until
+from tests.support.fake_worker import fake_worker, identity, samples
+from tests.support.relay import a_submit, an_id, an_input, daemon, peer, until
 
 PCM = [samples(1200, seed) for seed in range(3)]
 

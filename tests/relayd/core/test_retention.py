@@ -33,22 +33,9 @@ from relayd.frames.frame_file import ResultFolder
 from relayd.frames.spool import Spool
 from relayd.store.base import StorageFull
 from relayd.store.sqlite import SqliteStore
-from tests.support.relay import (
-    FORMAT,
-    Cable,
-    Daemon,
-    FakeWorker,
-    Peer,
-    a_submit,
-    an_id,
-    daemon,
-    fake_worker,
-    identity,
-    kept_logs,
-    peer,
-    samples,
-    until,
-)
+from tests.support.cable import Cable
+from tests.support.fake_worker import FORMAT, FakeWorker, fake_worker, identity, samples
+from tests.support.relay import Daemon, Peer, a_submit, an_id, daemon, kept_logs, peer, until
 
 PCM = [samples(1_000, seed) for seed in (1, 2, 3)]
 #: Half a MiB each: more than the kernel takes for a client that does not read.

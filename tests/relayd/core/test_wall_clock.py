@@ -13,7 +13,8 @@ from protocol.wire.frames import Failed
 from protocol.wire.messages import Attach, Done, Error, Queued, Rejected, Status, StatusReply, Steer
 from relayd.core import retention
 from relayd.views.rows import relay_row
-from tests.support.relay import Daemon, a_submit, daemon, fake_worker, peer, samples, until
+from tests.support.fake_worker import fake_worker, samples
+from tests.support.relay import Daemon, a_submit, daemon, peer, until
 
 DAY_S = 86_400.0
 PCM = [samples(1_000, seed) for seed in (1, 2, 3)]

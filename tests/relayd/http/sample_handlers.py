@@ -20,7 +20,8 @@ from relayd.http.app import make_app
 from relayd.http.context import HttpContext
 from relayd.http.request_stream import open_submission
 from relayd.http.streaming_response import ResponseWriter, StreamingRoute
-from tests.support.relay import Daemon, an_id, daemon, samples
+from tests.support.fake_worker import samples
+from tests.support.relay import Daemon, an_id, daemon
 
 PCM = [samples(1200, seed) for seed in range(3)]
 Logs = list[MutableMapping[str, Any]]

@@ -17,8 +17,9 @@ from protocol.wire.messages import Cancel
 from relayd.http.connection import Connection, RequestCycle
 from relayd.http.context import Exchange
 from tests.relayd.http.sample_handlers import GONE, PCM, Logs, faults, staged
+from tests.support.fake_worker import fake_worker, identity, samples
 from tests.support.raw_http_client import visitor
-from tests.support.relay import fake_worker, identity, samples, until
+from tests.support.relay import until
 
 #: What a connection is made of, and what would hold a body.
 PARTS = (Connection, RequestCycle, Exchange, Request)

@@ -7,7 +7,8 @@ import pytest
 from prometheus_client import parser
 
 from protocol import open_relay
-from tests.support.relay import Daemon, a_submit, daemon, fake_worker, peer
+from tests.support.fake_worker import fake_worker
+from tests.support.relay import Daemon, a_submit, daemon, peer
 from tests.support.timed_http_client import asking
 
 TCP: dict[str, Any] = {"listen": "127.0.0.1:0"}

@@ -15,8 +15,9 @@ from relayd.auth.origins import may_come_from
 from relayd.http.app import HEADERS
 from relayd.store.records import TokenLimits
 from tests.relayd.http.sample_handlers import GONE, PCM, Logs, make_token, staged
+from tests.support.fake_worker import fake_worker, identity
 from tests.support.raw_http_client import visitor
-from tests.support.relay import an_id, daemon, fake_worker, identity, peer, until
+from tests.support.relay import an_id, daemon, peer, until
 
 # -- who may come ----------------------------------------------------------------------------------------------------
 

@@ -20,17 +20,8 @@ from relayd.core.relay import Relay
 from relayd.http.prometheus import HttpReading, Scrape
 from relayd.stats.counters import MAX_SEEN_WORKERS, Stats
 from relayd.stats.histogram import Histogram
-from tests.support.relay import (
-    FORMAT,
-    a_submit,
-    an_id,
-    daemon,
-    fake_worker,
-    identity,
-    peer,
-    samples,
-    until,
-)
+from tests.support.fake_worker import FORMAT, fake_worker, identity, samples
+from tests.support.relay import a_submit, an_id, daemon, peer, until
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 #: A second of audio at 24 kHz.

@@ -14,7 +14,8 @@ from relayd.store.base import StorageFull
 from relayd.store.database import Database
 from relayd.store.memory import MemoryStore
 from tests.support.fake_systemd import fake_systemd
-from tests.support.relay import a_config, a_submit, daemon, fake_worker, peer, running
+from tests.support.fake_worker import fake_worker
+from tests.support.relay import a_config, a_submit, daemon, peer, running
 
 TLS = Path(__file__).parents[2] / "support" / "tls"
 

@@ -16,21 +16,9 @@ from protocol.client.watch import Watch
 from protocol.wire.errors import RequestRejected
 from protocol.wire.frames import Audio, Cancelled, Failed
 from protocol.wire.messages import Accepted, Cancel, Delta, Snapshot
-from tests.support.relay import (
-    FORMAT,
-    Cable,
-    Daemon,
-    FakeWorker,
-    a_submit,
-    an_input,
-    daemon,
-    fake_worker,
-    identity,
-    kept_logs,
-    peer,
-    samples,
-    until,
-)
+from tests.support.cable import Cable
+from tests.support.fake_worker import FORMAT, FakeWorker, fake_worker, identity, samples
+from tests.support.relay import Daemon, a_submit, an_input, daemon, kept_logs, peer, until
 
 PCM = [samples(2400), samples(1200, seed=2)]
 

@@ -8,7 +8,8 @@ import trio
 
 from protocol.client.client import open_relay
 from protocol.wire.messages import Accepted, Done, Registered, Snapshot, Submit
-from tests.support.relay import a_config, an_id, fake_worker, peer, running
+from tests.support.fake_worker import fake_worker
+from tests.support.relay import a_config, an_id, peer, running
 from tui.demo.source import Demo
 from tui.model.columns import COLUMNS
 

@@ -12,7 +12,8 @@ import trio
 
 from protocol.wire.frames import Audio, Started
 from protocol.wire.messages import Accepted, Done, Registered, Rejected, Submit
-from tests.support.relay import FORMAT, a_config, an_id, fake_worker, peer, running
+from tests.support.fake_worker import FORMAT, fake_worker
+from tests.support.relay import a_config, an_id, peer, running
 from tui.model.feed import MAX_WAITING, Ask, Feed, Listen, Meter, Options, RelaySource, Tell
 from tui.model.relay_model import RelayModel
 

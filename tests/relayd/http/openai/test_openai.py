@@ -19,7 +19,8 @@ from protocol.wire.messages import Assign, Cancel
 from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from tests.support.audio_compare import decoded, energy_likeness, of_pcm, spectral_likeness, speech_like
-from tests.support.relay import FORMAT, SCHEMA, Daemon, FakeWorker, daemon, fake_worker, identity, until
+from tests.support.fake_worker import FORMAT, SCHEMA, FakeWorker, fake_worker, identity
+from tests.support.relay import Daemon, daemon, until
 from tests.support.timed_http_client import Answer, asking
 
 TCP: dict[str, Any] = {"listen": "127.0.0.1:0"}

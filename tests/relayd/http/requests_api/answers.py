@@ -5,8 +5,8 @@ import base64
 from protocol.wire.structs import (
     InputRule,
 )
+from tests.support.fake_worker import samples
 from tests.support.raw_http_client import Answer, events_of
-from tests.support.relay import samples
 
 PCM = [samples(1200, seed) for seed in range(3)]
 ALL = b"".join(PCM)

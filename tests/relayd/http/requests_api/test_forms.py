@@ -9,8 +9,9 @@ import trio
 
 from protocol.wire.messages import Input as InputPiece
 from tests.relayd.http.requests_api.answers import INPUTS, PCM, POST
+from tests.support.fake_worker import fake_worker, samples
 from tests.support.raw_http_client import File, form, visitor
-from tests.support.relay import daemon, fake_worker, samples, until
+from tests.support.relay import daemon, until
 
 
 @pytest.mark.trio

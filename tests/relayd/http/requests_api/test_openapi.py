@@ -19,8 +19,9 @@ from protocol.wire.messages import FROM_RELAY, Assign
 from relayd.http.errors import STATUS
 from relayd.http.requests_api import routes as requests_routes
 from relayd.http.requests_api.openapi import DOCUMENT, PATHS
+from tests.support.fake_worker import FakeWorker, fake_worker, samples
 from tests.support.raw_http_client import visitor
-from tests.support.relay import FakeWorker, daemon, fake_worker, samples
+from tests.support.relay import daemon
 
 #: Codes that tell of what cannot happen to a request over HTTP: broken frames, workers, spaces being made.
 NOT_HERE = {"protocol_error", "unknown_type", "space_exists", "space_full", "slow_consumer"}

@@ -15,8 +15,9 @@ from protocol.wire.messages import (
 )
 from relayd.store.records import TokenLimits
 from tests.relayd.http.requests_api.answers import ALL, INPUTS, PCM, POST, one
+from tests.support.fake_worker import fake_worker, identity
 from tests.support.raw_http_client import visitor
-from tests.support.relay import a_submit, an_id, daemon, fake_worker, identity, peer, until
+from tests.support.relay import a_submit, an_id, daemon, peer, until
 
 # -- submitting ------------------------------------------------------------------------------------------------------
 

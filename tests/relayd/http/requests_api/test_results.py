@@ -23,8 +23,9 @@ from protocol.wire.structs import (
     AudioFormat,
 )
 from tests.relayd.http.requests_api.answers import ALL, PCM, POST, one, pcm_of
+from tests.support.fake_worker import FORMAT, fake_worker, identity
 from tests.support.raw_http_client import events_of, visitor
-from tests.support.relay import FORMAT, daemon, fake_worker, identity, peer, until
+from tests.support.relay import daemon, peer, until
 
 # -- events ----------------------------------------------------------------------------------------------------------
 

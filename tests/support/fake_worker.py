@@ -1,0 +1,102 @@
+"""A worker of a real daemon, whose every message the test sends."""
+
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+
+from protocol.wire.frames import (
+    Audio,
+    Completed,
+    Frame,
+    Started,
+)
+from protocol.wire.messages import (
+    Assign,
+    Register,
+)
+from protocol.wire.structs import (
+    AudioFormat,
+)
+from protocol.wire.validators import Message
+from tests.support.cable import Cable
+from tests.support.relay import Peer, an_id, peer
+
+FORMAT = AudioFormat(sample_rate=24_000)
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"text": {"type": "string", "minLength": 1}, "rate": {"type": "integer"}},
+    "required": ["text"],
+    "additionalProperties": False,
+}
+
+
+@attrs.define(eq=False)
+class FakeWorker:
+    """A worker whose every move the test makes."""
+
+    peer: Peer
+    instance: str
+    name: str
+
+    async def assigned(self) -> Assign:
+        assign: Assign = await self.peer.next(Assign)
+        return assign
+
+    def send(self, message: Message) -> None:
+        self.peer.send(message)
+
+    def speak(self, assign: Assign, pcm: list[bytes], *, first: int = 0, end: bool = True) -> None:
+        """`started`, an audio frame for each of `pcm`, and `completed`; frames below `first` are left out."""
+        frames: list[Frame] = [Started(**identity(assign, 0), format=FORMAT)]
+        frames += [Audio(**identity(assign, 1 + i), pcm=data) for i, data in enumerate(pcm)]
+        if end:
+            frames.append(Completed(**identity(assign, 1 + len(pcm)), result={"chunks": len(pcm)}))
+        for frame in frames[first:]:
+            self.send(frame)
+
+
+def identity(assign: Assign | Message, seq: int) -> dict[str, Any]:
+    """Which frame of which attempt."""
+    assert isinstance(assign, Assign)
+    return {"request_id": assign.request_id, "attempt": assign.attempt, "seq": seq}
+
+
+@asynccontextmanager
+async def fake_worker(
+    url: str,
+    *,
+    name: str = "box",
+    instance: str | None = None,
+    spaces: tuple[str, ...] = ("tts",),
+    token: str | None = None,
+    cable: Cable | None = None,
+    **register: Any,
+) -> AsyncIterator[FakeWorker]:
+    """A registered worker, its `registered` taken; see `FakeWorker.peer` for a refusal."""
+    async with peer(url, "worker", token, connect_to=cable.connect if cable else None) as raw:
+        worker = FakeWorker(raw, instance or an_id(), name)
+        told: dict[str, Any] = {"engine": "fake", "params": SCHEMA, "format": FORMAT}
+        raw.send(
+            Register(
+                worker=name,
+                instance=worker.instance,
+                spaces=list(spaces),
+                **(told | register),
+            )
+        )
+        yield worker
+
+
+def samples(count: int, seed: int = 1) -> bytes:
+    """`count` samples that look like no others."""
+    data = b""
+    block = seed
+    while len(data) < 2 * count:
+        data += hashlib.sha256(f"{seed}:{block}".encode()).digest()
+        block += 1
+    return data[: 2 * count]
