@@ -9,7 +9,7 @@ from protocol.link.connect import connect
 
 @attrs.define(eq=False)
 class Cable:
-    """A way to the relay that can be pulled: from then on nothing crosses it, and neither end is told."""
+    """A connection to the relay that can be pulled: nothing crosses it from then on, and neither end notices."""
 
     pulled: bool = False
 

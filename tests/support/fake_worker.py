@@ -23,6 +23,7 @@ from protocol.wire.structs import (
 from protocol.wire.validators import Message
 from tests.support.cable import Cable
 from tests.support.relay import Peer, an_id, peer
+from tests.support.tap import Tap
 
 FORMAT = AudioFormat(sample_rate=24_000)
 
@@ -37,7 +38,7 @@ SCHEMA: dict[str, Any] = {
 
 @attrs.define(eq=False)
 class FakeWorker:
-    """A worker whose every move the test makes."""
+    """A worker that sends only what the test sends."""
 
     peer: Peer
     instance: str
@@ -74,10 +75,10 @@ async def fake_worker(
     instance: str | None = None,
     spaces: tuple[str, ...] = ("tts",),
     token: str | None = None,
-    cable: Cable | None = None,
+    cable: Cable | Tap | None = None,
     **register: Any,
 ) -> AsyncIterator[FakeWorker]:
-    """A registered worker, its `registered` taken; see `FakeWorker.peer` for a refusal."""
+    """A worker that has sent `register`; its answer is read from `FakeWorker.peer`."""
     async with peer(url, "worker", token, connect_to=cable.connect if cable else None) as raw:
         worker = FakeWorker(raw, instance or an_id(), name)
         told: dict[str, Any] = {"engine": "fake", "params": SCHEMA, "format": FORMAT}
@@ -93,7 +94,7 @@ async def fake_worker(
 
 
 def samples(count: int, seed: int = 1) -> bytes:
-    """`count` samples that look like no others."""
+    """`count` samples, different for each seed."""
     data = b""
     block = seed
     while len(data) < 2 * count:

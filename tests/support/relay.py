@@ -59,7 +59,7 @@ def _empty_file(state_dir: Path) -> Path:
 
 @asynccontextmanager
 async def running(config: Config, reread: Callable[[], Config] | None = None) -> AsyncIterator["Daemon"]:
-    """The daemon, until the end of the block. It is cut off there as by a crash, without a drain."""
+    """The daemon, until the end of the block. There it is stopped as by a crash, without a drain."""
     # Plain tracebacks: structlog's own show local variables, and take minutes for the megabytes in some of them.
     structlog.configure(
         processors=[
@@ -86,7 +86,7 @@ async def running(config: Config, reread: Callable[[], Config] | None = None) ->
 
 @contextmanager
 def kept_logs() -> Iterator[list[MutableMapping[str, Any]]]:
-    """What daemons log inside the block, in place of telling it on stdout."""
+    """What daemons log inside the block; nothing of it goes to stdout."""
     with structlog.testing.capture_logs() as logs, pytest.MonkeyPatch.context() as patch:
         patch.setattr(structlog, "configure", lambda **_: None)
         patch.setattr(structlog, "reset_defaults", lambda: None)
@@ -121,16 +121,16 @@ class Daemon:
 
     @property
     def tokens(self) -> TokenRegistry:
-        """Those it accepts."""
+        """The tokens it accepts."""
         return self.started.tokens
 
     @property
     def url(self) -> str:
-        """Of its unix socket, where a test needs no token."""
+        """The URL of its unix socket, where a test needs no token."""
         return self.urls[-1]
 
     async def at_rest(self) -> None:
-        """Wait until no request lives; then nothing may be left of any."""
+        """Wait until every request has ended; then nothing of them may be left in memory."""
         relay = self.relay
         await until(lambda: not any(request.live for request in relay.requests.values()))
         await until(lambda: not any(worker.held for worker in relay.scheduler.state.workers.values()))
@@ -159,15 +159,15 @@ class Daemon:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Wait for what other tasks are about to make true."""
+    """Wait until other tasks have made it true."""
     with trio.fail_after(10):
-        while not true():  # noqa: ASYNC110  what other tasks hold has no event
+        while not true():  # noqa: ASYNC110  there is no event for it
             await trio.sleep(0.002)
 
 
 @asynccontextmanager
 async def daemon(state_dir: Path, **overrides: Any) -> AsyncIterator[Daemon]:
-    """A daemon with a space `check` beside those asked for; it is cut off at the end as by a crash."""
+    """A daemon with a space `check` besides those asked for; at the end it is stopped as by a crash."""
     spaces = {"tts": {}, "check": {}} | overrides.pop("spaces", {})
     config = a_config(state_dir, **({"store": "memory", "spaces": spaces} | overrides))
     async with running(config) as started:
@@ -202,7 +202,7 @@ class Peer:
         self.link.send(message)
 
     async def next(self, *kinds: type[Message]) -> Any:
-        """The next message of one of these kinds (any, if none); others are passed over."""
+        """The next message of one of these kinds, or of any kind if none is given; others are skipped."""
         with trio.fail_after(10):
             while True:
                 message = decode(await self.link.receive(), FROM_RELAY)
@@ -210,7 +210,7 @@ class Peer:
                     return message
 
     async def frames(self, submit: Submit, first: int = 0) -> list[Any]:
-        """The request's frames to its end; each is the one that is due."""
+        """The request's frames to its end, checked for their sequence numbers."""
         frames: list[Any] = []
         while not frames or not frames[-1].ENDS:
             message = await self.next(Frame, Rejected)
@@ -221,7 +221,7 @@ class Peer:
         return frames
 
     async def cut(self) -> None:
-        """Cut the connection without a word, as a network does."""
+        """Cut the connection without a close frame, as a network failure does."""
         self.link.abort("cut by the test")
         await self.link.aclose()
 

@@ -64,12 +64,12 @@ OTHER = "f" * 32
 
 @attrs.define
 class Connection:
-    """One client's connection, its hello taken and answered."""
+    """A client's connection after its hello was received and answered."""
 
     link: Link
     stream: trio.abc.Stream
     hello: Hello
-    #: Every message taken by `expect`.
+    #: Every message received by `expect`.
     heard: list[Message] = attrs.field(factory=list)
 
     async def expect(self, kind: type[M]) -> M:
@@ -84,26 +84,26 @@ class Connection:
             self.link.send(message)
 
     async def accept(self) -> Submit:
-        """Take a submit and accept it."""
+        """Receive a submit and accept it."""
         submit = await self.expect(Submit)
         self.send(Accepted(request_id=submit.request_id))
         return submit
 
     async def cut(self) -> None:
-        """Once all is sent, break the connection as a network does: no close frame."""
+        """Once everything is sent, cut the connection without a close frame, as a network failure does."""
         await self.link.drained()
         await trio.testing.wait_all_tasks_blocked()
         await trio.aclose_forcefully(self.stream)
 
     async def hold(self) -> None:
-        """Take messages until the client goes."""
+        """Receive messages until the client disconnects."""
         async for data in self.link:
             self.heard.append(decode(data, FROM_OPERATOR))
 
 
 @asynccontextmanager
 async def accept_link(stream: trio.abc.Stream, **rules: Any) -> AsyncIterator[Link]:
-    """The relay's end of a link over a stream at whose other end a handshake is asked for."""
+    """The relay's end of a link over a stream, after it answered the client's handshake."""
     data = await read_head(stream)
     if not is_complete(data):
         await stream.send_all(HandshakeRejected(400, "this is not HTTP").to_bytes())
@@ -248,7 +248,7 @@ def assign(request_id: str = ID, attempt: int = 1, from_seq: int = 0, **more: An
 
 @attrs.define
 class Desk:
-    """One connection of a worker, as the relay has it."""
+    """The relay's end of a worker's connection."""
 
     connection: Connection
 
@@ -261,7 +261,7 @@ class Desk:
         return message
 
     async def register(self, *resume: Running, abandon: tuple[str, ...] = ()) -> Register:
-        """Take a registration and agree to it."""
+        """Receive a registration and accept it."""
         register = await self.expect(Register)
         self.send(Registered(worker_id="w1", resume=resume, abandon=list(abandon)))
         return register
@@ -282,7 +282,7 @@ class Desk:
             self.connection.link.send(message)
 
     async def silent(self, seconds: float) -> None:
-        """Nothing comes for so long."""
+        """Check that nothing arrives for this long."""
         with trio.move_on_after(seconds):
             message = await self.hear()
             raise AssertionError(f"did not expect {message}")
@@ -340,7 +340,7 @@ class ScriptedSlot(Slot):
             await trio.sleep_forever()
 
     def die(self, back_s: float = 3.0) -> None:
-        """As a process that crashed, and comes back after a while."""
+        """Fail as a process that crashes, and be ready again after `back_s`."""
         assert self._nursery is not None
         self._scope.cancel()
         self._set_ready(False)
@@ -374,7 +374,7 @@ class ScriptedSlot(Slot):
 
 @asynccontextmanager
 async def worker_with(*scripts: Script, slots: tuple[Slot, ...] = (), **more: Any) -> AsyncIterator[Worker]:
-    """A worker that meets these scripts, one a connection, in memory; stopped at the end of the block."""
+    """A worker whose connections, in memory, follow these scripts in turn; it is stopped at the end of the block."""
     async with trio.open_nursery() as nursery:
         relay = FakeRelay(nursery, *scripts)
         worker = Worker(
@@ -389,7 +389,7 @@ async def worker_with(*scripts: Script, slots: tuple[Slot, ...] = (), **more: An
 
 
 async def run_with(*scripts: Script, slots: tuple[Slot, ...] = (), **more: Any) -> None:
-    """Run a worker against scripts until it ends by itself or the last script has ended; that is one that returns."""
+    """Run a worker against scripts until it ends by itself or the last script, which must return, has ended."""
     done = trio.Event()
 
     async def last(connection: Connection) -> None:

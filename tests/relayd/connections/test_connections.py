@@ -11,7 +11,7 @@ import trio
 from protocol.client.address import parse_address
 from protocol.link.dial import open_link
 from protocol.link.stream_link import StreamLink
-from protocol.link.websocket_frames import TEXT
+from protocol.link.websocket_frames import TEXT, make_frame
 from protocol.wire.codec import decode
 from protocol.wire.errors import ErrorCode, LinkBroken, LinkError, LoginRefused
 from protocol.wire.frames import Started
@@ -36,6 +36,7 @@ from relayd.store.base import StorageFull, StoreError
 from relayd.store.records import UpdateRequest
 from tests.support.fake_worker import FORMAT, fake_worker, identity, samples
 from tests.support.relay import Daemon, Peer, a_submit, an_input, daemon, peer, until
+from tests.support.tap import Tap
 
 PCM = [samples(1200, seed) for seed in range(3)]
 
@@ -96,7 +97,7 @@ async def test_a_text_message_closes_with_1003(tmp_path: Path, role: str) -> Non
     async with daemon(tmp_path) as relay:
         async with peer(relay.url, role) as bad:
             assert isinstance(bad.link, StreamLink)
-            bad.link._queue(TEXT, b"hello?", 6)
+            await bad.link.stream.send_all(make_frame(TEXT, b"hello?", masked=True))
             assert (await bad.next(Error)).code == "protocol_error"
             with pytest.raises(LinkBroken):
                 await bad.next(Pong)
@@ -522,8 +523,9 @@ async def test_a_worker_cut_off_while_inputs_are_on_their_way_troubles_nobody(tm
     limits = {"worker_grace_s": 0.01}
     async with daemon(tmp_path, limits=limits) as relay, peer(relay.url, "client") as client:
         submit = a_submit(inputs={"voice": an_input(voice)})
-        async with fake_worker(relay.url, inputs={"voice": {}}) as worker:
-            worker.peer.link._inbox_bytes += 2**40
+        tap = Tap()
+        async with fake_worker(relay.url, cable=tap, inputs={"voice": {}}) as worker:
+            tap.close()
             client.send(submit)
             for offset in range(0, len(voice), 262_144):
                 piece = voice[offset : offset + 262_144]

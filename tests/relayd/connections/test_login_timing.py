@@ -22,6 +22,7 @@ from protocol.wire.messages import (
     Welcome,
 )
 from protocol.wire.validators import Message
+from relayd.connections import gateway
 from relayd.connections.gateway import Gateway
 from tests.support.relay import Daemon, daemon, kept_logs, peer, until
 
@@ -94,9 +95,9 @@ async def heard(stream: trio.SocketStream, count: int) -> list[Message | Close]:
     return told
 
 
-async def all_left(relay: Daemon, gateway: Gateway) -> None:
+async def all_left(relay: Daemon, opened: Gateway) -> None:
     """Nothing is kept of any connection but the test's own."""
-    await until(lambda: not relay.relay.connections and not relay.relay.clients and not gateway.open)
+    await until(lambda: not relay.relay.connections and not relay.relay.clients and not opened.open)
 
 
 @pytest.mark.trio
@@ -147,7 +148,7 @@ async def test_a_login_over_which_the_relay_falls_leaves_nothing(
 
     async with daemon(tmp_path) as relay:
         with trio.fail_after(20), pytest.MonkeyPatch.context() as patch, kept_logs() as logs:
-            patch.setattr(Gateway, "_client" if role == "client" else "_role_handler", fall)
+            patch.setattr(gateway, f"{role.capitalize()}Handler", fall)
             stream = await trio.open_unix_socket(relay.url.removeprefix("unix:"))
             await stream.send_all(HANDSHAKE + (spoken(Hello(version=1, role=role)) if early else b""))
             if not early:

@@ -26,6 +26,7 @@ from protocol.wire.messages import (
     Steer,
 )
 from protocol.wire.structs import Running
+from relayd.store.records import PutRequest
 from tests.relayd.connections.audio_frames import PCM, heard
 from tests.support.fake_worker import fake_worker, identity
 from tests.support.relay import a_submit, an_id, an_input, daemon, peer, until
@@ -103,7 +104,8 @@ async def test_an_input_that_the_store_lost_costs_its_request_alone(tmp_path: Pa
         client.send(after)
         await client.next(Accepted)
         relay.relay.requests[submit.request_id].inputs.clear()
-        del relay.relay.store._inputs[submit.request_id]  # type: ignore[attr-defined]
+        (record,) = (each for each in (await relay.relay.store.load()).requests if each.request_id == submit.request_id)
+        await relay.relay.store.commit(PutRequest(record))
         async with fake_worker(relay.url) as worker:
             assign = await worker.assigned()
             assert (await client.next(Failed)).code == "internal"

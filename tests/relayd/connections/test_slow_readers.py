@@ -1,6 +1,5 @@
 """Readers that take nothing or little, and peers that stand still: what the daemon does, over real sockets."""
 
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -43,6 +42,7 @@ from relayd.views.rows import relay_row
 from tests.support.cable import Cable
 from tests.support.fake_worker import FORMAT, SCHEMA, FakeWorker, fake_worker, identity, samples
 from tests.support.relay import Daemon, Peer, a_submit, an_id, an_input, daemon, kept_logs, peer, until
+from tests.support.tap import Tap
 
 #: Half a MiB each; 12 MiB are more than two kernels and an inbox hold.
 LONG = [samples(1_000, seed) * 250 for seed in range(1, 25)]
@@ -50,52 +50,6 @@ LONG = [samples(1_000, seed) * 250 for seed in range(1, 25)]
 NEVER_DEAD = LinkLimits(dead_after_s=1e6)
 TCP: dict[str, Any] = {"listen": "127.0.0.1:0"}
 SHORT = {"ping_interval_s": 0.1, "dead_after_s": 0.8, "stall_timeout_s": 1.5}
-
-
-@attrs.define(eq=False)
-class Tap:
-    """What a client takes from its socket: nothing while `closed`; `lump` bytes each `pause_s` while that is set."""
-
-    lump: int = 65_536
-    pause_s: float = 0.0
-    _open: trio.Event = attrs.field(factory=trio.Event)
-
-    def close(self) -> None:
-        self._open = trio.Event()
-
-    def open(self) -> None:
-        self._open.set()
-
-    async def connect(self, address: Address) -> trio.abc.Stream:
-        """For `open_link`; the kernel's part of the receiving is kept small."""
-        self.open()
-        sock = trio.socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 128 * 1024)
-        await sock.connect((address.host, address.port))
-        return TapStream(trio.SocketStream(sock), self)
-
-
-@attrs.define(eq=False)
-class TapStream(trio.abc.Stream):
-    """A stream behind a `Tap`."""
-
-    stream: trio.SocketStream
-    tap: Tap
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        await self.tap._open.wait()
-        await trio.sleep(self.tap.pause_s)
-        return await self.stream.receive_some(min(self.tap.lump, max_bytes or self.tap.lump))
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self.stream.send_all(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self.stream.wait_send_all_might_not_block()
-
-    async def aclose(self) -> None:
-        self.tap.open()
-        await self.stream.aclose()
 
 
 @asynccontextmanager

@@ -26,6 +26,7 @@ from protocol.wire.messages import (
 )
 from tests.support.fake_worker import fake_worker, identity, samples
 from tests.support.relay import a_submit, an_id, an_input, daemon, peer, until
+from tests.support.tap import Tap
 
 PCM = [samples(1200, seed) for seed in range(3)]
 
@@ -317,15 +318,16 @@ async def test_a_second_listener_gets_the_same_frames(tmp_path: Path) -> None:
 
 @pytest.mark.trio
 async def test_a_slow_reader_holds_up_nobody_and_still_gets_it_all(tmp_path: Path) -> None:
-    pcm = [samples(100_000, seed) for seed in range(40)]  # 8 MB: more than two sockets and an inbox hold
+    pcm = [samples(100_000, seed) for seed in range(40)]  # 8 MB: more than two sockets hold
+    tap = Tap()
     async with (
         daemon(tmp_path) as relay,
         fake_worker(relay.url) as worker,
         peer(relay.url, "client") as client,
-        peer(relay.url, "client") as slow,
+        peer(relay.url, "client", connect_to=tap.connect) as slow,
     ):
         submit = a_submit()
-        slow.link._inbox_bytes += 2**40  # its reader stops
+        tap.close()
         client.send(submit)
         assign = await worker.assigned()
         slow.send(Attach(request_id=submit.request_id))
@@ -333,9 +335,7 @@ async def test_a_slow_reader_holds_up_nobody_and_still_gets_it_all(tmp_path: Pat
         assert [frame.pcm for frame in (await client.frames(submit))[1:-1]] == pcm
         (reader,) = relay.relay.requests[submit.request_id].log.readers
         assert not reader.done
-        slow.link._inbox_bytes -= 2**40
-        slow.link.reading_paused = False
-        slow.link._resume_reading()
+        tap.open()
         assert [frame.pcm for frame in (await slow.frames(submit))[1:-1]] == pcm
         await relay.at_rest()
 

@@ -471,11 +471,16 @@ class FullDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.full = True
 
-        def need_room(_folder: ResultFolder) -> None:
+        for name in ("write", "seal"):
+            monkeypatch.setattr(ResultFolder, name, self._only_with_room(getattr(ResultFolder, name)))
+
+    def _only_with_room(self, method: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any, **options: Any) -> None:
             if self.full:
                 raise OSError(errno.ENOSPC, "No space left on device")
+            method(*args, **options)
 
-        monkeypatch.setattr(ResultFolder, "_need_room", need_room)
+        return call
 
 
 @pytest.mark.trio

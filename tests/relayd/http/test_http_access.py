@@ -106,9 +106,14 @@ def test_failures_are_forgotten_in_time_and_counted_by_address() -> None:
     assert failures.add("a", 10.0) == WINDOW_S - 10
     assert failures.add("b", 10.0) is None
     assert failures.add("a", WINDOW_S + 0.5) is None
-    for number in range(10_000):
+    for _ in range(MAX_FAILURES):
+        failures.add("c", 100.0)
+    for number in range(4095):
         failures.add(str(number), 100.0)
-    assert len(failures._times) <= 4096
+    assert failures.add("c", 100.0) == WINDOW_S, "4,096 addresses are remembered"
+    for number in range(4096):
+        failures.add(str(number), 100.0)
+    assert failures.add("c", 100.0) is None, "and no more than those"
 
 
 @pytest.mark.trio

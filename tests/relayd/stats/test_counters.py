@@ -81,17 +81,17 @@ def test_only_clients_that_are_sent_something_have_a_rate() -> None:
     for second in range(1, 4):
         clients["busy"].bytes_sent += 100
         clients["gone"].bytes_sent += 100
-        stats._sample_clients(clients, float(second))
+        stats.sample(float(second), (), clients, (), ())
         assert {name: rate.per_s for name, rate in stats.clients.items()} == {"busy": 100, "gone": 100}
         assert stats.out_bytes == stats.sent_bytes(clients) == 200 * second
     clients["busy"].bytes_sent += 50
     assert stats.sent_bytes(clients) == 650
     del clients["gone"]
     for second in range(4, 13):
-        stats._sample_clients(clients, float(second))
+        stats.sample(float(second), (), clients, (), ())
     assert not stats.clients, "nothing was sent for longer than a rate is told"
     clients["busy"].bytes_sent += 100
-    stats._sample_clients(clients, 13.0)
+    stats.sample(13.0, (), clients, (), ())
     assert stats.clients["busy"].per_s == 100, "what was sent before does not count again"
 
 

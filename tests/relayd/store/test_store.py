@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
@@ -33,7 +34,7 @@ from relayd.store import (
     open_store,
 )
 from relayd.store import sqlite as sqlite_store
-from relayd.store.database import SCHEMA_VERSION, Database
+from relayd.store.database import SCHEMA_VERSION, Database, Statement
 from relayd.store.memory import MemoryStore
 from relayd.store.sqlite import SqliteStore
 from tests.relayd.store.records import config, open_sqlite_store, request, request_id, token
@@ -169,17 +170,17 @@ async def test_waiting_commits_share_one_transaction(tmp_path: Path) -> None:
         assert len((await store.load()).requests) == 500
 
 
-def _gate(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, trio.Event]:
+def _gate(monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, trio.Event]:
     """Hold the store's next transaction: (it has begun, let it go)."""
     begun, go_on = trio.Event(), trio.Event()
-    write = store._write
+    write = Database.write
 
-    async def held(batch: list[sqlite_store._Entry]) -> StoreError | None:
-        begun.set()
-        await go_on.wait()
-        return await write(batch)
+    def held(database: Database, statements: Sequence[Statement]) -> StoreError | None:
+        trio.from_thread.run_sync(begun.set)
+        trio.from_thread.run(go_on.wait)
+        return write(database, statements)
 
-    monkeypatch.setattr(store, "_write", held)
+    monkeypatch.setattr(Database, "write", held)
     return begun, go_on
 
 
@@ -188,7 +189,7 @@ async def test_a_cancelled_commit_is_whole_and_does_not_hurt_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_sqlite_store(tmp_path) as store:
-        begun, go_on = _gate(store, monkeypatch)
+        begun, go_on = _gate(monkeypatch)
         writing, waiting = trio.CancelScope(), trio.CancelScope()
 
         async def commit(number: int, scope: trio.CancelScope) -> None:
@@ -298,18 +299,18 @@ async def test_posts_wait_for_room_and_keep_their_order(tmp_path: Path) -> None:
 async def test_posts_are_tried_again_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite_store, "RETRY_S", 0.01)
     async with open_sqlite_store(tmp_path) as store:
-        write, outcomes, written = store._write, [], trio.Event()
+        write, outcomes, written = Database.write, [], trio.Event()
 
-        async def watched(batch: list[sqlite_store._Entry]) -> StoreError | None:
-            error = await write(batch)
+        def watched(database: Database, statements: Sequence[Statement]) -> StoreError | None:
+            error = write(database, statements)
             outcomes.append(type(error))
             if error is None:
-                written.set()
+                trio.from_thread.run_sync(written.set)
             else:
                 _limit_pages(store, 10_000)
             return error
 
-        monkeypatch.setattr(store, "_write", watched)
+        monkeypatch.setattr(Database, "write", watched)
         _limit_pages(store, 1)
         store.post(PutRequest(request(2), {"voice": bytes(1_000_000)}))
         await written.wait()
@@ -323,15 +324,15 @@ async def test_a_commit_does_not_wait_for_the_pause_after_a_full_disk(
 ) -> None:
     monkeypatch.setattr(sqlite_store, "RETRY_S", 3600)
     async with open_sqlite_store(tmp_path) as store:
-        write, failed = store._write, trio.Event()
+        write, failed = Database.write, trio.Event()
 
-        async def watched(batch: list[sqlite_store._Entry]) -> StoreError | None:
-            error = await write(batch)
+        def watched(database: Database, statements: Sequence[Statement]) -> StoreError | None:
+            error = write(database, statements)
             if error is not None:
-                failed.set()
+                trio.from_thread.run_sync(failed.set)
             return error
 
-        monkeypatch.setattr(store, "_write", watched)
+        monkeypatch.setattr(Database, "write", watched)
         _limit_pages(store, 1)
         store.post(PutRequest(request(2), {"voice": bytes(1_000_000)}))
         await failed.wait()
