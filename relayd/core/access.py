@@ -8,7 +8,7 @@ from relayd.core.space import Space
 from relayd.requests.request import Request
 from relayd.scheduling.scheduler import no_such_space
 
-#: Characters of a name that a refusal repeats: names in HTTP paths can have any length, names of spaces at most this.
+#: Characters of a name that a refusal repeats: a name in an HTTP path can be longer than any valid space name.
 MAX_NAME_CHARS = 64
 
 
@@ -36,5 +36,5 @@ def find_request(relay: Relay, principal: Principal, request_id: str) -> Request
         mine = request.principal == principal.name and principal.may_use(request.entry.space)
         if mine or principal.role == "operator":
             return request
-    message = f"request {request_id} is not known here: it was never accepted, is another's, or ended long ago"
+    message = f"request {request_id} is unknown: it was never accepted, belongs to another principal, or ended long ago"
     return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, request_id=request_id)

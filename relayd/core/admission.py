@@ -1,7 +1,7 @@
 """How a request is admitted: it is checked, its inputs are gathered, the store commits it, and it is queued.
 
-One task takes the whole requests in the order in which they became whole and commits them in batches, so that one
-fsync serves all that wait, and the order of arrival is the order of the queue.
+One task commits complete requests in batches, in the order in which they became complete, so that one fsync serves
+all waiting requests and the queue keeps the order of arrival.
 """
 
 import time
@@ -25,19 +25,20 @@ from relayd.store.records import PutRequest, RequestRecord
 
 log = structlog.get_logger("relayd")
 
-#: Inputs in memory at once, announced or here, until the store has them; one request may always be as large as it may.
+#: Limit for the inputs, announced or received, that the store does not have yet. A single request may exceed it, up to
+#: `limits.max_input_bytes`.
 MAX_UPLOADING_BYTES = 256 * 1024 * 1024
-#: Requests committed by one fsync at most: 64 KiB each, so a batch stays below 4 MiB without inputs.
+#: Most requests that one fsync commits: each has at most 64 KiB without its inputs, so a batch stays below 4 MiB.
 MAX_BATCH = 64
-#: The largest of the wire.
+#: The largest values that the wire allows.
 MAX_ATTEMPT, MAX_SEQ = 1_000_000, 2**31
-#: Of the name of a field and of what is wrong with it: sixteen of both fit a message.
+#: Lengths at which a field's name and the description of its fault are cut: sixteen of both fit in a message.
 MAX_FIELD_CHARS, MAX_FAULT_CHARS = 64, 180
 
 
 @attrs.define(eq=False)
 class Admission:
-    """Takes requests in, and holds them for the connections that sent them."""
+    """Admits requests and holds them for the connections that sent them."""
 
     relay: Relay
     _send_uploaded: trio.MemorySendChannel[Request] = attrs.field(init=False)
@@ -48,12 +49,17 @@ class Admission:
         self._send_uploaded, self._send_changes = trio.open_memory_channel[Request](float("inf"))
 
     def submit(self, submit: Submit, principal: Principal, holder: Holder) -> Request | Rejected:
-        """Take a `submit`: a new request, or the same one sent again, which `holder` then holds too."""
+        """Admit the request of a `submit` and let `holder` hold it.
+
+        Returns:
+            The new request; the known request if the same one was sent again (the caller makes `holder` hold it); or
+            why it was refused.
+        """
         relay = self.relay
         known = relay.requests.get(submit.request_id)
         if known is not None:
             if known.principal != principal.name or not known.same_content(submit):
-                message = f"request {submit.request_id} exists already with other content; use a new id"
+                message = f"request {submit.request_id} already exists with different content; use a new id"
                 conflict = Rejected.because(ErrorCode.ID_CONFLICT, message, request_id=submit.request_id)
                 return self._count(submit, conflict)
             return known
@@ -78,14 +84,14 @@ class Admission:
         return request
 
     def _count(self, submit: Submit, refusal: Rejected) -> Rejected:
-        """Count a refusal, and give it back."""
+        """Count a refusal and return it."""
         self.relay.stats.count_rejected(submit.space if submit.space in self.relay.spaces else None, refusal.code)
         return refusal
 
     def _refuse(self, submit: Submit, principal: Principal) -> Rejected | None:
         request_id = submit.request_id
         if self.relay.draining.is_set():
-            message = "the relay is shutting down; send the request again when it is back"
+            message = "the relay is shutting down; send the request again when it has restarted"
             return Rejected.because(ErrorCode.SHUTTING_DOWN, message, request_id=request_id, retry_after_s=5.0)
         space = find_space(self.relay, principal, submit.space)
         if isinstance(space, Rejected):
@@ -95,19 +101,19 @@ class Admission:
             message = f"the token of {principal.name!r} allows {most} queued requests; wait for one to start"
             return Rejected.because(ErrorCode.QUEUE_FULL, message, request_id=request_id)
         if faults := check_params(space.params, submit.params):
-            # Names and limits in them are the client's and the worker's, and of any length.
+            # They contain names from the client and limits from the worker, which can have any length.
             faults = {field[:MAX_FIELD_CHARS]: what[:MAX_FAULT_CHARS] for field, what in faults.items()}
-            told = "; ".join(f"{field or 'params'} {what}" for field, what in faults.items())
+            summary = "; ".join(f"{field or 'params'} {what}" for field, what in faults.items())
             return Rejected.because(
                 ErrorCode.INVALID_PARAMS,
-                f"space {space.name!r} does not take these params: {told}",
+                f"space {space.name!r} does not accept these params: {summary}",
                 request_id=request_id,
                 details=dict(faults),
             )
         try:
             encode(_largest_assign(submit, principal))
         except EncodeError as fault:
-            message = f"the request is too large to be handed to a worker ({fault}); send large values as inputs"
+            message = f"the request is too large to be sent to a worker ({fault}); send large values as inputs"
             return Rejected.because(ErrorCode.INVALID_PARAMS, message, request_id=request_id)
         return self._refuse_inputs(submit, space)
 
@@ -116,30 +122,33 @@ class Admission:
         total = sum(info.size for info in submit.inputs.values())
         most = self.relay.config.limits.max_input_bytes
         if total > most:
-            message = f"the inputs have {total} bytes; the relay takes {most} a request"
+            message = f"the inputs have {total} bytes; the relay accepts at most {most} per request"
             return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
         if total and total + self._uploading_bytes() > max(MAX_UPLOADING_BYTES, most):
-            message = "too many inputs are being uploaded at this moment; send the request again in a little while"
+            message = "too many inputs are being uploaded right now; send the request again in a few seconds"
             return Rejected.because(ErrorCode.RATE_LIMITED, message, request_id=request_id, retry_after_s=2.0)
         if not space.engine:
-            return None  # no worker has said yet what it takes; it will check for itself
+            return None  # no worker has registered yet, so its inputs are unknown; the worker checks them itself
         for name, rule in space.inputs.items():
             if rule.required and name not in submit.inputs:
                 message = f"space {space.name!r} needs input {name!r}; send it with --input {name}=FILE"
                 return Rejected.because(ErrorCode.INPUT_MISSING, message, request_id=request_id)
         for name, info in submit.inputs.items():
-            taken = space.inputs.get(name)
-            if taken is None:
-                takes = ", ".join(sorted(space.inputs)) or "none"  # 64 names of 32 characters
-                message = f"space {space.name!r} does not take input {name!r}; it takes {takes}"
+            rule = space.inputs.get(name)
+            if rule is None:
+                accepted = ", ".join(sorted(space.inputs)) or "none"  # at most 64 names of 32 characters
+                message = f"space {space.name!r} does not accept input {name!r}; it accepts {accepted}"
                 return Rejected.because(
-                    ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": "is not taken"}
+                    ErrorCode.INVALID_PARAMS,
+                    message,
+                    request_id=request_id,
+                    details={f"inputs.{name}": "is not accepted"},
                 )
-            if info.size > taken.max_bytes:
-                message = f"input {name!r} has {info.size} bytes; space {space.name!r} takes {taken.max_bytes}"
+            if info.size > rule.max_bytes:
+                message = f"input {name!r} has {info.size} bytes; space {space.name!r} accepts {rule.max_bytes} at most"
                 return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
-            if taken.media_types and info.media_type not in taken.media_types:
-                what = f"is {info.media_type!r}; it takes {', '.join(taken.media_types)}"[:MAX_FAULT_CHARS]
+            if rule.media_types and info.media_type not in rule.media_types:
+                what = f"is {info.media_type!r}; accepted are {', '.join(rule.media_types)}"[:MAX_FAULT_CHARS]
                 message = f"space {space.name!r}: input {name!r} {what}"
                 return Rejected.because(
                     ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": what}
@@ -147,37 +156,36 @@ class Admission:
         return None
 
     def _uploading_bytes(self) -> int:
-        """Bytes announced by the requests that are not in the store yet."""
+        """Bytes of inputs announced by requests that are not in the store yet."""
         admitted = [name for space in self.relay.scheduler.state.spaces.values() for name in space.admitted]
         return sum(info.size for name in admitted for info in self.relay.requests[name].submit.inputs.values())
 
     def add_input(self, request: Request, piece: Input) -> None:
-        """Take a piece of an input; the request is refused if it does not fit what was announced."""
+        """Add a piece of an input; the request is rejected if the piece does not match the announcement."""
         if request.uploaded or not request.live:
-            return  # sent again by a client that did not know yet
+            return  # a client that has reconnected may send a piece again
         if fault := request.add_input(piece.name, piece.offset, piece.data):
             have = len(request.inputs.get(piece.name, b""))
-            message = (
-                f"input {piece.name!r} at offset {piece.offset}: {have} bytes of it have come, and it was announced as "
-            )
             info = request.submit.inputs.get(piece.name)
-            self._reject(request, fault, message + (f"{info.size}" if info else "nothing"))
+            announced = f"{info.size} were announced" if info else "it was not announced"
+            message = f"input {piece.name!r} at offset {piece.offset}: {have} bytes have been received, and {announced}"
+            self._reject(request, fault, message)
         else:
             self._enqueue_if_uploaded(request)
 
     def _enqueue_if_uploaded(self, request: Request) -> Rejected | None:
-        """Pass a request on to the store if all of it has come; if it came damaged, it is turned away."""
+        """Pass a request to the store if all of its inputs have arrived; reject it if one is damaged."""
         if request.missing_input() is not None:
             return None
         if damaged := request.damaged_input():
-            message = f"input {damaged!r} is not what its sha256 announced; send the request again with a new id"
+            message = f"input {damaged!r} does not match its announced sha256; send the request again with a new id"
             return self._reject(request, ErrorCode.INPUT_MISMATCH, message)
         request.uploaded = True
         self._send_uploaded.send_nowait(request)
         return None
 
     def _reject(self, request: Request, code: ErrorCode, message: str) -> Rejected:
-        """Refuse a request that was never accepted; its id is free again."""
+        """Reject a request that was never accepted; its id can be used again."""
         refusal = Rejected.because(code, message, request_id=request.request_id)
         for holder in tuple(request.holders):
             holder.on_rejected(request, refusal)
@@ -190,7 +198,7 @@ class Admission:
         return refusal
 
     async def serve(self) -> None:
-        """Make whole requests safe and queue them, batch by batch, until cancelled."""
+        """Commit complete requests to the store and queue them, batch by batch, until cancelled."""
         async for first in self._send_changes:
             batch = [first]
             while len(batch) < MAX_BATCH:
@@ -211,7 +219,7 @@ class Admission:
                     self.relay.fail_internal(request)
 
     async def _commit(self, request: Request, faults: dict[str, StoreError]) -> None:
-        """Make one request safe; the store makes one transaction of a batch's commits, and fails only the guilty."""
+        """Commit one request; the store combines a batch into one transaction and fails only the faulty commits."""
         try:
             await self.relay.store.commit(_put(request))
         except StoreError as fault:
@@ -222,11 +230,11 @@ class Admission:
             faults[request.request_id] = StoreError("internal error; see the relay's log")
 
     def _on_committed(self, request: Request, fault: StoreError | None) -> None:
-        """The store has answered: queue the request, or turn it away."""
+        """Queue a request that the store has committed, or reject it if the commit failed."""
         relay = self.relay
         if fault is not None:
             if request.live:
-                self._reject(request, fault.code, _cannot_store(fault.code))  # the fault may name files of this machine
+                self._reject(request, fault.code, _cannot_store(fault.code))  # the fault may name local files
             return
         request.accepted = True
         request.drop_inputs()
@@ -251,12 +259,12 @@ class Admission:
 
 def _cannot_store(code: ErrorCode) -> str:
     if code is ErrorCode.STORAGE_FULL:
-        return "the relay has no room left to store the request; try again later"
-    return "the relay could not store the request, and its log says why; send it again with a new id"
+        return "the relay has no space left to store the request; try again later"
+    return "the relay could not store the request (its log says why); send it again with a new id"
 
 
 def _largest_assign(submit: Submit, principal: Principal) -> Assign:
-    """The `assign` that a request leads to, with numbers as long as they can get: it is longer than its `submit`."""
+    """Return the largest `assign` that a request can lead to; it can be larger than the `submit` itself."""
     return Assign(
         request_id=submit.request_id,
         attempt=MAX_ATTEMPT,
@@ -278,5 +286,5 @@ def _put(request: Request) -> PutRequest:
         state=State.QUEUED,
         created_at=request.created_unix,
     )
-    # An input of no bytes has no pieces, and is one all the same.
+    # An empty input has no pieces, but it is an input all the same.
     return PutRequest(record, {name: bytes(request.inputs.get(name, b"")) for name in request.submit.inputs})

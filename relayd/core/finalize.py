@@ -1,8 +1,8 @@
-"""How the end of a request is made safe, then acknowledged.
+"""Stores the end of a request, then acknowledges it.
 
-The end that a worker sends is passed on at once, and acknowledged when the frames are in a file and the end is in the
-store: until then the worker keeps all of it. An end that the relay itself makes, which nobody else knows, is stored
-before it is sent. Where the disk takes nothing, ends are acknowledged all the same.
+A last frame from a worker is passed on at once, and acknowledged when the frames are in a file and the end is in the
+store; until then the worker keeps everything. A last frame that the relay itself makes, which nobody else knows, is
+stored before it is sent. If the disk cannot be written, ends are acknowledged all the same.
 """
 
 import functools
@@ -21,20 +21,20 @@ log = structlog.get_logger("relayd.results")
 
 @attrs.define(eq=False)
 class Finalizer:
-    """Ends that are on their way into the store."""
+    """Writes ended requests to the store and to result files."""
 
     relay: ResultsOwner
     results: Retention
-    #: Ended requests that are not safe yet; their workers still keep them.
+    #: Ended requests that are not stored yet; their workers still keep them.
     unfinalized: set[Request] = attrs.field(factory=set)
     _all_final: trio.Event = attrs.field(factory=trio.Event)
 
     def finalize(self, request: Request, last_frame: bytes | None) -> None:
-        """Make an end safe, then acknowledge it.
+        """Store the end of a request, then acknowledge it.
 
         Args:
-            request: was accepted, and has ended.
-            last_frame: the relay's own; None where the log already has the worker's.
+            request: an accepted request that has ended.
+            last_frame: the last frame if the relay made it; None if the log already has the last frame.
         """
         self.unfinalized.add(request)
         self.relay.nursery.start_soon(functools.partial(self._finalize, request, last_frame))
@@ -47,7 +47,7 @@ class Finalizer:
             else:
                 await self._record(request)
                 request.log.append(last_frame, ends=True)
-                if request.log.next_seq > 1 or request.details:  # else its record says as much
+                if request.log.next_seq > 1 or request.details:  # otherwise its record is enough
                     await self.results.seal(request)
             if request.pending_ack is not None:
                 self.relay.acknowledge(*request.pending_ack)
@@ -62,7 +62,7 @@ class Finalizer:
                 self._all_final = trio.Event()
 
     def _end_log(self, request: Request, last_frame: bytes | None) -> None:
-        """After an internal error: listeners must not wait for an end that never comes. Never raises."""
+        """End the log after an internal error, so that readers do not wait for ever. Never raises."""
         if last_frame is None or request.log.ended:
             return
         try:
@@ -71,7 +71,7 @@ class Finalizer:
             log.exception("internal error in request", request_id=request.request_id)
 
     async def wait_finalized(self) -> None:
-        """Wait until every end is safe."""
+        """Wait until every end is stored."""
         while self.unfinalized:
             await self._all_final.wait()
 

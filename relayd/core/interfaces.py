@@ -1,4 +1,4 @@
-"""What the relay's state and its parts need of each other and of connections, as narrow protocols."""
+"""Narrow protocols through which the relay's state, its parts and the connections use each other."""
 
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -21,42 +21,42 @@ from relayd.store.records import UpdateRequest
 
 
 class WorkerPort(Protocol):
-    """A worker's connection, as far as the relay's state sees it."""
+    """A worker's connection, as the relay's state sees it."""
 
     @property
     def worker_id(self) -> str:
-        """The relay's name for it."""
+        """The worker's id in the relay."""
 
     @property
     def connection_id(self) -> str:
-        """Of its connection."""
+        """Id of the connection."""
 
     @property
     def principal_name(self) -> str:
-        """Whose it is."""
+        """Name of the worker's principal."""
 
     @property
     def engine(self) -> str:
-        """What it runs."""
+        """Name of the worker's engine."""
 
     @property
     def agent(self) -> str:
-        """Its program and version."""
+        """The worker's program and version."""
 
     @property
     def peer(self) -> str:
-        """Where it connects from."""
+        """Address that the worker connects from."""
 
     @property
     def rtt_s(self) -> float | None:
-        """Round trip of the last ping."""
+        """Round-trip time of the last ping in seconds; None before the first."""
 
     @property
     def received_at(self) -> float:
-        """Trio time of the last sign of life."""
+        """Trio time at which data was last received."""
 
     def assign(self, request: Request, from_seq: int) -> None:
-        """Send `assign`, and the inputs behind it."""
+        """Send `assign`, followed by the inputs."""
 
     def cancel(self, request_id: str, reason: str) -> None:
         """Send `cancel`."""
@@ -75,74 +75,74 @@ class WorkerPort(Protocol):
 
 
 class ConnectionPort(Protocol):
-    """A connection that has logged in, as far as the relay's state sees it."""
+    """A connection that has logged in, as the relay's state sees it."""
 
     @property
     def link(self) -> Link:
-        """What carries it."""
+        """The link that carries the connection."""
 
     @property
     def principal(self) -> Principal:
-        """Whose it is."""
+        """The principal that logged in."""
 
     @property
     def agent(self) -> str:
-        """Its program and version."""
+        """The peer's program and version."""
 
     @property
     def connected_at(self) -> float:
-        """Trio time of its login."""
+        """Trio time of the login."""
 
     def disconnect(self, reason: str) -> None:
-        """End it now."""
+        """End the connection now."""
 
 
 class ClientPort(Protocol):
-    """A client's connection, as far as views and counters see it."""
+    """A client's connection, as views and counters see it."""
 
     sampled_bytes: int
 
     @property
     def connection_id(self) -> str:
-        """Of its connection."""
+        """Id of the connection."""
 
     @property
     def link(self) -> Link:
-        """What carries it."""
+        """The link that carries the connection."""
 
     @property
     def principal(self) -> Principal:
-        """Whose it is."""
+        """The principal that logged in."""
 
     @property
     def held_requests(self) -> Mapping[str, Request]:
-        """The requests it holds."""
+        """The requests that the client holds, by request id."""
 
     @property
     def readers(self) -> Mapping[str, FrameReader]:
-        """What it reads, by request id."""
+        """The client's open readers, by request id."""
 
     @property
     def backlog_bytes(self) -> int:
-        """What it has not taken yet."""
+        """Bytes that were sent and that the transport has not accepted yet."""
 
     @property
     def frames_sent(self) -> int:
-        """Since its login."""
+        """Number of frames sent since the login."""
 
     @property
     def bytes_sent(self) -> int:
-        """Since its login."""
+        """Bytes of frames sent since the login."""
 
     def unsent_readers(self) -> list[FrameReader]:
-        """Readers of ended requests that have not sent all yet."""
+        """Return the readers of ended requests that have not sent all frames yet."""
 
     def send(self, message: Message) -> None:
-        """Send a message of the relay's own."""
+        """Send a message that the relay itself makes."""
 
 
 class RelayState(Protocol):
-    """The relay's state, as its spaces and workers see it."""
+    """The relay's state, as spaces and workers see it."""
 
     config: Config
     store: Store
@@ -152,20 +152,20 @@ class RelayState(Protocol):
     requests: dict[str, Request]
 
     def apply(self, decisions: Iterable[Decision]) -> None:
-        """Carry out what the scheduler decided."""
+        """Carry out the scheduler's decisions."""
 
     def save_status(self, request: Request) -> None:
-        """Post a request's status to the store."""
+        """Post the status of a request to the store."""
 
     def mark_changed(self, topic: str, key: str) -> None:
-        """Tell the watchers that a row may have changed."""
+        """Notify the watchers that a row may have changed."""
 
     def wake_positions(self) -> None:
-        """Have positions sent if a queue has moved."""
+        """Wake the task that sends positions if a queue has moved."""
 
 
 class ResultsOwner(Protocol):
-    """What results need of the relay's state: the requests they belong to, and the three things they ask for."""
+    """The relay's state, as results see it: their requests, and the actions they may ask for."""
 
     config: Config
     store: Store
@@ -173,29 +173,29 @@ class ResultsOwner(Protocol):
     requests: dict[str, Request]
 
     def live_requests(self) -> list[Request]:
-        """Those that have not ended."""
+        """Return the requests that have not ended."""
 
     def is_finalizing(self, request: Request) -> bool:
-        """Whether the end of a request is not safe yet; such a request must not be forgotten."""
+        """Whether the end of a request is not stored yet; such a request must not be removed."""
 
     def status_update(self, request: Request) -> UpdateRequest:
-        """How a request stands, as the store keeps it."""
+        """Return the status of a request as a record for the store."""
 
     def fail(self, request: Request, code: ErrorCode, message: str) -> None:
         """End a request as failed."""
 
     def remove_request(self, request: Request) -> None:
-        """Drop a request that has ended."""
+        """Remove a request that has ended."""
 
     def acknowledge(self, worker_id: str, ack: Ack) -> None:
-        """Have a worker forget an attempt, if it is there."""
+        """Send `ack` to a worker, if it is connected: it may forget the attempt."""
 
 
 class Watcher(Protocol):
-    """Somebody who wants to know what changed."""
+    """Receives notifications about changed rows."""
 
     def mark_changed(self, topic: str, key: str) -> None:
-        """The row `key` of `topic` may look otherwise now; topic `queue`: the queue of space `key` has moved."""
+        """Note that the row `key` of `topic` may have changed; topic `queue`: the queue of space `key` has moved."""
 
     def mark_busy(self, topic: str, key: str) -> None:
-        """As `touch`, of something that changes all the time."""
+        """Like `mark_changed`, for a row that changes all the time."""

@@ -9,16 +9,16 @@ from relayd.core.relay import Relay
 from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition
 
-log = structlog.get_logger("relayd.places")
+log = structlog.get_logger("relayd.positions")
 
 #: docs/design.md §5: `queued` is pushed at most 4 times a second.
 INTERVAL_S = 0.25
-#: Telling may take this part of the relay's time at most: with 10,000 in a queue each step moves them all.
+#: The largest share of the relay's time that sending may use: with 10,000 queued requests, each step moves them all.
 MAX_SHARE = 0.1
 
 
 async def serve_positions(relay: Relay) -> None:
-    """Push `queued` to the holders of every request whose place changed, until cancelled."""
+    """Push `queued` to the holders of every request whose position changed, until cancelled."""
     while True:
         await relay.positions_changed.wait()
         relay.positions_changed = trio.Event()
@@ -31,7 +31,7 @@ async def serve_positions(relay: Relay) -> None:
 
 
 def send_positions(relay: Relay) -> None:
-    """One round: every space that moved since the last."""
+    """Send the changed positions of every space that has moved since the last call."""
     now = trio.current_time()
     spaces = relay.scheduler.state.moved & relay.spaces.keys()
     relay.scheduler.state.moved.clear()
@@ -40,14 +40,14 @@ def send_positions(relay: Relay) -> None:
         relay.mark_changed("queue", name)
         if not relay.scheduler.state.spaces[name].queue:
             continue
-        for request_id, place in relay.scheduler.positions(name, now).items():
+        for request_id, position in relay.scheduler.positions(name, now).items():
             request = relay.requests[request_id]
-            if request.last_position_sent != (place.position, place.of):
-                send_position(request, place)
+            if request.last_position_sent != (position.position, position.of):
+                send_position(request, position)
 
 
-def send_position(request: Request, place: QueuePosition) -> None:
-    """Push one request's place to those that hold it."""
-    request.last_position_sent = (place.position, place.of)
+def send_position(request: Request, position: QueuePosition) -> None:
+    """Push the position of a request to its holders."""
+    request.last_position_sent = (position.position, position.of)
     for holder in request.holders:
-        holder.on_position(request, place)
+        holder.on_position(request, position)

@@ -1,7 +1,7 @@
-"""The relay's state, and how requests start and end. Its spaces and workers are in modules of their own.
+"""The relay's state, and how requests start and end. Spaces and workers have modules of their own.
 
-Plain functions change the state, each in one piece; `apply` carries out what the scheduler decides, by messages that
-are queued on links and changes posted to the store. `relayd.core.admission` takes requests in,
+Plain functions change the state, without a checkpoint in between; `apply` carries out the scheduler's decisions by
+queueing messages on links and posting changes to the store. `relayd.core.admission` admits requests,
 `relayd.requests.deadlines` has their tasks.
 """
 
@@ -41,13 +41,13 @@ from relayd.store.records import UpdateRequest
 
 log = structlog.get_logger("relayd")
 
-#: The whole message of a request over which the relay's own code failed.
+#: The message of a request that failed because of an error in the relay's own code.
 BROKEN = "internal error in this request; see the relay's log"
 
 
 @attrs.define(eq=False)
 class Relay:
-    """All that the daemon knows: requests and connections here, `spaces`, `workers` and `results` as fields."""
+    """The daemon's state: requests and connections here; `spaces`, `workers` and `results` as fields."""
 
     config: Config
     store: Store
@@ -57,9 +57,9 @@ class Relay:
     connections: dict[str, ConnectionPort] = attrs.field(factory=dict)
     clients: dict[str, ClientPort] = attrs.field(factory=dict)
     watchers: set[Watcher] = attrs.field(factory=set)
-    #: Set whenever a queue has moved: positions have to be sent.
+    #: Set whenever a queue has moved, so that positions have to be sent.
     positions_changed: trio.Event = attrs.field(factory=trio.Event)
-    #: Set when the daemon accepts nothing new and exits once what runs has ended.
+    #: Set when the daemon accepts nothing new and exits once the running requests have ended.
     draining: trio.Event = attrs.field(factory=trio.Event)
     started_at: float = attrs.field(factory=trio.current_time)
     spaces: Spaces = attrs.field(init=False)
@@ -67,14 +67,15 @@ class Relay:
     results: Retention = attrs.field(init=False)
     finalizer: Finalizer = attrs.field(init=False)
     stats: Stats = attrs.field(factory=Stats)
-    #: Recent log events, and recent actions of operators.
+    #: Recent log events.
     events: RecentRows = attrs.field(factory=lambda: RecentRows(MAX_EVENTS))
+    #: Recent actions of operators.
     audit: RecentRows = attrs.field(factory=lambda: RecentRows(MAX_AUDIT))
-    #: Where it listens, once it does.
+    #: The URLs on which the relay listens; empty until it does.
     urls: list[str] = attrs.field(factory=list)
-    #: Frames that were dropped because their attempt was over.
+    #: Number of frames that were dropped because their attempt was over.
     fenced_frames: int = 0
-    #: Connections that were closed because their clients read nothing.
+    #: Number of connections that were closed because their clients read nothing.
     slow_consumers: int = 0
     _ticket: int = 0
 
@@ -87,16 +88,16 @@ class Relay:
     # -- requests
 
     def now_unix(self) -> float:
-        """The wall clock, Unix seconds; for people alone, never for a deadline."""
+        """Return the wall-clock time in Unix seconds: for display only, never for a deadline."""
         return time.time()
 
     def next_ticket(self) -> int:
-        """The next number in order of arrival."""
+        """Return the next number in the order of arrival."""
         self._ticket += 1
         return self._ticket
 
     def add_request(self, request: Request) -> None:
-        """Take a request in whose entry the scheduler has; its task watches its deadlines from now on."""
+        """Add a request whose entry is in the scheduler already, and start the task that watches its deadlines."""
         self.requests[request.request_id] = request
         self.results.track(request)
         self._ticket = max(self._ticket, request.entry.ticket)
@@ -113,21 +114,21 @@ class Relay:
         self.mark_changed("requests", request.request_id)
 
     def remove_request(self, request: Request) -> None:
-        """Drop a request that has ended, or was never accepted."""
+        """Remove a request that has ended or was never accepted."""
         self.requests.pop(request.request_id, None)
         self.results.forget(request)
         self.mark_changed("requests", request.request_id)
 
     def cancel(self, request: Request, reason: str) -> None:
-        """Stop a request, wherever it is."""
+        """Cancel a request, whether it is queued or running."""
         self.apply(self.scheduler.cancel(request.request_id, reason))
 
     def fail(self, request: Request, code: ErrorCode, message: str) -> None:
-        """End a request as failed, and stop what runs of it."""
+        """End a request as failed, and stop its attempt if it is running."""
         self.apply(self.scheduler.fail(request.request_id, code, message))
 
     def fail_internal(self, request: Request) -> None:
-        """End a request over which the relay's own code failed, however broken it is. Never raises."""
+        """Fail a request after an error in the relay's own code, whatever state it is in. Never raises."""
         try:
             self.fail(request, ErrorCode.INTERNAL, BROKEN)
         except Exception:
@@ -135,7 +136,7 @@ class Relay:
         self._drop_broken(request)
 
     def set_aside(self, request_id: str) -> None:
-        """Give up a stored request that cannot be restored, so that no later start tries it again. Never raises."""
+        """Fail a stored request that cannot be restored, so that no later start tries it again. Never raises."""
         if (request := self.requests.get(request_id)) is not None:
             self._drop_broken(request)
         else:
@@ -143,10 +144,10 @@ class Relay:
             self.store.post(_broken_update(request_id))
 
     def _drop_broken(self, request: Request) -> None:
-        """End a live request without encoding anything of it: what failed once would fail again here.
+        """End a live request without encoding anything of it, as that may be what failed before.
 
-        Its readers learn that there are no more frames, and the store that it failed, so that no restart takes it up
-        again. Each step stands alone: one that fails keeps none of the others from being done.
+        Its readers are told that there are no more frames, and its failure is stored, so that no restart restores it.
+        The steps are independent: if one fails, the others are still done.
         """
         if not request.live:
             return
@@ -179,7 +180,7 @@ class Relay:
             request.wake,
             lambda: self.mark_changed("requests", request_id),
         ]
-        entry.state = State.FAILED  # whatever becomes of the steps: its task ends
+        entry.state = State.FAILED  # so that its task ends even if a step fails
         for step in steps:
             try:
                 step()
@@ -187,53 +188,53 @@ class Relay:
                 log.exception("internal error in request", request_id=request_id)
 
     def live_requests(self) -> list[Request]:
-        """Those that have not ended."""
+        """Return the requests that have not ended."""
         return [self.requests[request_id] for request_id in self.scheduler.state.entries]
 
     @property
     def running_count(self) -> int:
-        """Requests that run, in all spaces together."""
+        """Number of running requests in all spaces together."""
         return sum(len(space.running) for space in self.scheduler.state.spaces.values())
 
     def acknowledge(self, worker_id: str, ack: Ack) -> None:
-        """Have a worker forget an attempt, if it is there."""
+        """Send `ack` to a worker, if it is connected: it may forget the attempt."""
         if port := self.workers.get(worker_id):
             port.acknowledge(ack)
 
     def sample(self, now: float) -> None:
-        """Turn the counters into rates."""
+        """Compute rates from the counters."""
         self.stats.sample(now, self.live_requests(), self.clients, self.spaces, self.scheduler.state.workers)
 
     def expire(self, request: Request, expiry: Expiry) -> None:
-        """Carry out what a deadline says."""
+        """Carry out the consequence of a deadline that has passed."""
         request_id = request.request_id
         match expiry:
             case Expiry.NOBODY_HOLDS:
-                self.cancel(request, "its client went away and did not come back")
+                self.cancel(request, "its client disconnected and did not return")
             case Expiry.QUEUE_TIMEOUT:
                 self.fail(
                     request,
                     ErrorCode.QUEUE_TIMEOUT,
                     f"no slot of space {request.submit.space!r} was free within {request.queue_timeout_s:g} s; "
-                    "try again later, or with a longer queue_timeout_s",
+                    "try again later, or set a longer queue_timeout_s",
                 )
             case Expiry.RUN_TIMEOUT:
                 self.fail(
                     request,
                     ErrorCode.RUN_TIMEOUT,
-                    f"it ran for {request.run_timeout_s:g} s; ask for less, or raise run_timeout_s",
+                    f"it ran for more than {request.run_timeout_s:g} s; ask for less, or raise run_timeout_s",
                 )
             case Expiry.IDLE_TIMEOUT:
                 message = f"its worker sent nothing for {request.idle_timeout_s:g} s"
                 self.workers.lose_attempt(request_id, ErrorCode.IDLE_TIMEOUT, message)
             case Expiry.WORKER_GONE:
-                message = f"worker {request.entry.worker_id or '(before the restart)'} is gone"
+                message = f"worker {request.entry.worker_id or '(before the restart)'} did not reconnect"
                 self.workers.lose_attempt(request_id, ErrorCode.WORKER_LOST, message)
             case Expiry.CANCEL_UNANSWERED:
-                self.apply([Finish(request.entry, None, "its worker did not answer the cancel")])
+                self.apply([Finish(request.entry, None, "its worker did not answer the cancel message")])
 
     def apply(self, decisions: Iterable[Decision]) -> None:
-        """Do what the scheduler decided; a decision that cannot be carried out ends its own request and no other."""
+        """Carry out the scheduler's decisions; one that cannot be carried out ends its own request and no other."""
         for decision in decisions:
             try:
                 self._carry_out_one(decision)
@@ -241,10 +242,11 @@ class Relay:
                 request_id = decision.request_id if isinstance(decision, Stop) else decision.entry.request_id
                 log.exception("internal error in request", request_id=request_id)
                 if (request := self.requests.get(request_id)) is not None:
-                    # What cannot be started can still be told its end; what cannot be stopped or ended is dropped.
+                    # A request that cannot be started can still be ended with a frame; one that cannot be stopped or
+                    # ended is dropped.
                     end = self.fail_internal if isinstance(decision, Start | Requeue) else self._drop_broken
                     end(request)
-                if isinstance(decision, Start):  # its worker has not heard of it, so it will not give the slot back
+                if isinstance(decision, Start):  # the worker never received it, so it will not release the slot
                     entry, now = decision.entry, trio.current_time()
                     self.apply(self.scheduler.release(entry.worker_id or "", request_id, entry.attempt, now))
         self.wake_positions()
@@ -260,7 +262,7 @@ class Relay:
                     request.wake()
                     self.mark_changed("requests", request.request_id)
                     if request.entry.cancel_reason is not None:
-                        self.save_status(request)  # a relay that is started again must not let it run on
+                        self.save_status(request)  # so that it does not run on after a restart of the relay
                 if port := self.workers.get(decision.worker_id):
                     port.cancel(decision.request_id, decision.reason)
             case Requeue():
@@ -292,9 +294,9 @@ class Relay:
         self.workers[entry.worker_id or ""].assign(request, from_seq)
 
     def _finish(self, request: Request, code: ErrorCode | None, message: str) -> None:
-        """End a request by a frame of the relay's own."""
+        """End a request with a last frame that the relay makes."""
         request_id, attempt, seq = request.request_id, request.entry.attempt, request.log.next_seq
-        message = message[:MAX_TEXT_CHARS]  # a worker's or a client's words may be in it
+        message = message[:MAX_TEXT_CHARS]  # it may contain text from a worker or a client
         if code is None:
             cancelled = Cancelled(request_id=request_id, attempt=attempt, seq=seq, reason=message)
             self.finish_request(request, encode(cancelled), State.CANCELLED, message=message)
@@ -310,7 +312,7 @@ class Relay:
             )
             try:
                 data = encode(failed)
-            except EncodeError:  # the details are a worker's
+            except EncodeError:  # the details come from a worker
                 data = encode(attrs.evolve(failed, details=request.delivered()))
             self.finish_request(request, data, State.FAILED, code=code, message=message)
 
@@ -324,15 +326,15 @@ class Relay:
         message: str | None = None,
         owed: tuple[str, Ack] | None = None,
     ) -> None:
-        """A request has its last frame: tell its readers, and give what it held to others.
+        """End a request with its last frame: send it to the readers, store the end and start what can start now.
 
         Args:
-            request: a live one; else nothing happens.
-            last_frame: as its readers get it.
+            request: the request; if it has ended already, nothing happens.
+            last_frame: the encoded last frame.
             state: how it ended.
-            code: why it failed.
-            message: the same in words.
-            owed: the acknowledgement of a frame of a worker's, and the worker's id; sent once all of it is safe.
+            code: the error code if it failed.
+            message: the reason of a failure or cancellation, for people.
+            owed: for a last frame from a worker: the worker's id, and the `ack` that is sent once the end is stored.
         """
         if not request.live:
             return
@@ -345,8 +347,9 @@ class Relay:
         request.release_run_data()
         self.stats.count_ended(request, state, now)
         decisions = self.scheduler.end(request.request_id, state, now)
-        known = owed is not None or not request.accepted  # a restart would find it out again, or needs not know
-        if known:
+        # A worker sends its last frame again after a restart, and a request that was not accepted is not in the store.
+        send_now = owed is not None or not request.accepted
+        if send_now:
             request.log.append(last_frame, ends=True)
         for holder in request.holders:
             holder.on_ended(request)
@@ -358,24 +361,24 @@ class Relay:
             request, f"request {state}", code=code, why=message, took_s=round(now - request.created_at, 3)
         )
         if request.accepted:
-            self.finalizer.finalize(request, None if known else last_frame)
+            self.finalizer.finalize(request, None if send_now else last_frame)
         self.apply(decisions)
 
     def is_finalizing(self, request: Request) -> bool:
-        """Whether the end of a request is not safe yet."""
+        """Whether the end of a request is not stored yet."""
         return request in self.finalizer.unfinalized
 
     def has_pending_ack(self, request_id: str, attempt: int) -> bool:
-        """Whether this attempt has ended its request, and is acknowledged as soon as that is safe."""
+        """Whether this attempt has ended its request, and is acknowledged as soon as the end is stored."""
         request = self.requests.get(request_id)
         return request is not None and request.pending_ack is not None and request.pending_ack[1].attempt == attempt
 
     def save_status(self, request: Request) -> None:
-        """Post how a request stands to the store."""
+        """Post the status of a request to the store."""
         self.store.post(self.status_update(request))
 
     def status_update(self, request: Request) -> UpdateRequest:
-        """How a request stands, as the store keeps it."""
+        """Return the status of a request as a record for the store."""
         entry = request.entry
         return UpdateRequest(
             request_id=request.request_id,
@@ -391,10 +394,10 @@ class Relay:
             message=request.message,
         )
 
-    # -- for frames of workers; here, as each further lookup would cost every frame
+    # -- frames from workers; in this class, since another lookup would cost time for every frame
 
     def attempt_of(self, port: WorkerPort, request_id: str, attempt: int) -> Request | None:
-        """The live request that this worker runs as this attempt; None if that attempt is over."""
+        """Return the live request that this worker runs as this attempt; None if that attempt is over."""
         request = self.requests.get(request_id)
         if request is None or not request.live:
             return None
@@ -402,7 +405,7 @@ class Relay:
         return request if (entry.attempt, entry.worker_id) == (attempt, port.worker_id) else None
 
     async def read_input(self, request: Request, name: str) -> bytes | None:
-        """An input of an accepted request, which lies in the store; None if the request is over."""
+        """Read an input of an accepted request from the store; None if the request has ended."""
         try:
             data = await self.store.read_input(request.request_id, name)
         except (StoreError, KeyError) as fault:
@@ -415,7 +418,7 @@ class Relay:
     # -- watchers
 
     def mark_changed(self, topic: str, key: str) -> None:
-        """Tell the watchers that a row may have changed."""
+        """Notify the watchers that a row may have changed."""
         for watcher in self.watchers:
             watcher.mark_changed(topic, key)
 
@@ -425,13 +428,13 @@ class Relay:
             watcher.mark_busy(topic, key)
 
     def wake_positions(self) -> None:
-        """Have positions sent if a queue has moved."""
+        """Wake the task that sends positions if a queue has moved."""
         if self.scheduler.state.moved:
             self.positions_changed.set()
 
     def _log_request(self, request: Request, event: str, **more: object) -> None:
-        tell = log.warning if request.entry.state is State.FAILED else log.info
-        tell(
+        log_event = log.warning if request.entry.state is State.FAILED else log.info
+        log_event(
             event,
             request_id=request.request_id,
             space=request.submit.space,
@@ -442,7 +445,7 @@ class Relay:
 
 
 def _broken_update(request_id: str) -> UpdateRequest:
-    """What the store keeps of a request that was given up; its attempt's number may be what was wrong with it."""
+    """Return the stored status of a request that was dropped; its attempt number may be the fault, so it is 1."""
     return UpdateRequest(
         request_id=request_id,
         state=State.FAILED,

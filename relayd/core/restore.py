@@ -17,15 +17,15 @@ from relayd.store.records import DeleteRequest, DeleteSpace, Loaded, PutSpace, R
 
 log = structlog.get_logger("relayd")
 
-#: The wire counts attempts to a million, and the first after a restart skips one. No request gets anywhere near it.
+#: The wire allows attempts up to a million, and the first after a restart skips one. No request gets anywhere near it.
 LAST_ATTEMPT = 999_990
 
 
 async def restore(relay: Relay, loaded: Loaded) -> None:
-    """Open the spaces of the config and of the store, take up the requests, and find the results of those that ended.
+    """Open the spaces of the configuration and the store, and restore the requests and the results of ended ones.
 
     Raises:
-        StoreError: the folder of the results cannot be used.
+        StoreError: the results folder cannot be used.
     """
     records = {record.name: record for record in loaded.spaces}
     for name, config in relay.config.spaces.items():
@@ -36,7 +36,7 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
         if record.made_by == "command" or kept:
             await _open(relay, record)
         else:
-            log.info("space is gone from relayd.toml", space=record.name)
+            log.info("space was removed from relayd.toml", space=record.name)
             relay.store.post(DeleteSpace(record.name))
     known = [stored for stored in loaded.requests if stored.submit.space in relay.spaces]
     for stored in loaded.requests:
@@ -47,24 +47,24 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
     live = 0
     for stored in known:
         try:
-            live += _take_up(relay, stored, results.get(stored.request_id))
+            live += _restore_request(relay, stored, results.get(stored.request_id))
         except Exception:
-            log.exception("set aside a request that cannot be restored", request_id=stored.request_id)
+            log.exception("request cannot be restored, set aside", request_id=stored.request_id)
             relay.set_aside(stored.request_id)
     if live or results:
         log.info("requests restored", requests=live, results=len(results))
 
 
-def _take_up(relay: Relay, stored: RequestRecord, result: Contents | None) -> bool:
-    """Give a request of the store its place again; returns whether it is live."""
+def _restore_request(relay: Relay, stored: RequestRecord, result: Contents | None) -> bool:
+    """Add a stored request to the relay again; returns whether it is live."""
     if stored.attempt > LAST_ATTEMPT:
-        raise ValueError(f"attempt {stored.attempt} leaves the wire no number for another")
-    request = _revive(relay, stored, result)
+        raise ValueError(f"attempt {stored.attempt} leaves no number for another attempt on the wire")
+    request = _make_request(relay, stored, result)
     if request.live:
         relay.scheduler.restore(request.entry, request.created_at)
     relay.add_request(request)
     if stored.stopping is not None and request.live:
-        relay.cancel(request, stored.stopping)  # its worker may never have heard that, or may be gone
+        relay.cancel(request, stored.stopping)  # its worker may never have received the cancel message
     return request.live
 
 
@@ -83,8 +83,8 @@ async def _open(relay: Relay, record: SpaceRecord) -> None:
     relay.store.post(PutSpace(relay.spaces.record(space)))
 
 
-def _revive(relay: Relay, record: RequestRecord, result: Contents | None) -> Request:
-    """A request of the store. Its deadlines begin anew: the clock that measured them stopped with the last run."""
+def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) -> Request:
+    """Make a request from its record. Its deadlines start again: their clock is not that of the last run."""
     now, state = trio.current_time(), State(record.state)
     submit = record.submit
     entry = ScheduledRequest(
@@ -123,6 +123,6 @@ def _revive(relay: Relay, record: RequestRecord, result: Contents | None) -> Req
             request.log = FrameLog.of_file(record.request_id, result)
         elif state is State.COMPLETED:
             request.has_result = False
-        else:  # without its frames, it is known at least how it ended
+        else:  # its frames are lost, but its record says how it ended
             request.log.append(make_final_frame(request), ends=True)
     return request

@@ -1,7 +1,7 @@
-"""Where the frames of requests are kept, within memory and disk, and when ended requests are forgotten.
+"""Keeps the frames of requests within the limits of memory and disk, and forgets ended requests.
 
-When a request ends, `relayd.core.finalize` has its frames written into a file. Where the disk takes nothing, results
-stay in memory; only a request whose frames fit neither in memory nor on the disk fails.
+When a request ends, `relayd.core.finalize` has its frames written into a file. If the disk cannot be written, results
+stay in memory; a request fails only if its frames fit neither in memory nor on the disk.
 """
 
 from enum import Enum
@@ -24,13 +24,13 @@ from relayd.store.records import DeleteRequest
 log = structlog.get_logger("relayd.results")
 
 FOLDER_NAME = "results"
-#: How often ended requests are checked, and results that the disk did not take are written again.
+#: How often ended requests are checked, and writing of results that could not be written is tried again.
 REAP_INTERVAL_S = 5.0
-#: Ended requests that are remembered at most; the oldest go first. One costs about 3 KiB without its frames.
+#: Most ended requests that are kept; the oldest go first. One takes about 3 KiB without its frames.
 MAX_ENDED = 10_000
-#: Memory is freed down to this part of its limit, so that not every frame causes another round.
+#: Memory is freed down to this share of its limit, so that not every frame causes another round.
 LOW_WATER = 7 / 8
-#: Before another round where nothing could be freed.
+#: Wait before another round when too little could be freed.
 RETRY_S = 0.25
 
 
@@ -39,17 +39,17 @@ class Stored(Enum):
 
     FILE = "in a file"
     BOTH = "in a file, and still in memory"
-    MEMORY = "in memory alone"
+    MEMORY = "only in memory"
 
 
 @attrs.define(eq=False)
 class Retention:
-    """The frames of all requests. Without a spool (`store = "memory"`) they are in memory alone."""
+    """The frames of all requests. Without a spool (`store = "memory"`) they are only in memory."""
 
     relay: ResultsOwner
     memory: MemoryBudget = attrs.field(init=False)
     spool: Spool | None = None
-    #: Where the frames of ended requests are stored, in the order in which that was last decided.
+    #: Where the frames of ended requests are stored; the request whose place changed last comes last.
     stored: dict[Request, Stored] = attrs.field(factory=dict)
     _pressed: trio.Event = attrs.field(factory=trio.Event)
     _full: bool = False
@@ -58,13 +58,16 @@ class Retention:
         self.memory = MemoryBudget(self.relay.config.results.memory_bytes, on_exceeded=lambda: self._pressed.set())
 
     async def open(self, ended: dict[str, float]) -> dict[str, Contents]:
-        """Begin to use files, where the store outlives the daemon; returns the complete results there.
+        """Start to use files, if the store outlives the daemon.
 
         Args:
-            ended: request id -> when it was made (Unix seconds), of all that have ended; other files are deleted.
+            ended: request id -> creation time (Unix seconds) of every ended request; other files are deleted.
+
+        Returns:
+            The contents of every complete file, by request id.
 
         Raises:
-            StoreError: the folder of the files cannot be used.
+            StoreError: the results folder cannot be used.
         """
         config = self.relay.config
         if config.store == "memory":
@@ -81,11 +84,11 @@ class Retention:
 
     @property
     def disk_bytes(self) -> int:
-        """Size of all files."""
+        """Total size of the files in bytes."""
         return self.spool.used_bytes if self.spool is not None else 0
 
     def track(self, request: Request) -> None:
-        """Account for the log of a request, before it holds anything."""
+        """Account for the log of a new or restored request."""
         frames = request.log
         frames.request_id, frames.created_unix = request.request_id, request.created_unix
         frames.memory = self.memory
@@ -96,7 +99,7 @@ class Retention:
                 self._set_stored(request, Stored.FILE)
 
     def forget(self, request: Request) -> None:
-        """Drop everything of a request that nobody reads."""
+        """Drop the frames of a request that nobody reads."""
         self.stored.pop(request, None)
         self._drop(request.log)
 
@@ -108,7 +111,7 @@ class Retention:
     # -- files
 
     async def seal(self, request: Request) -> bool:
-        """Write a result into a file; False if the disk does not take it, and it stays in memory."""
+        """Write a result into a file; returns False if that failed, and the result stays in memory."""
         try:
             if self.spool is not None:
                 await self.spool.seal(request.log)
@@ -124,32 +127,32 @@ class Retention:
         return False
 
     def _set_stored(self, request: Request, where: Stored) -> None:
-        """Note where a request's frames are; one that moves goes to the end, behind those stored before it."""
+        """Note where the frames of a request are; a request whose place changes moves to the end of the order."""
         if self.stored.get(request) is not where:
             self.stored.pop(request, None)
             self.stored[request] = where
 
     def _all_stored(self, *where: Stored) -> list[Request]:
-        """Ended requests whose frames are in one of these places, oldest first."""
+        """Return the ended requests whose frames are in one of these places, oldest first."""
         return [request for request, place in self.stored.items() if place in where]
 
     @property
     def unsaved_count(self) -> int:
-        """Results that are in memory alone."""
+        """Number of results that are only in memory."""
         return len(self._all_stored(Stored.MEMORY))
 
     def _log_full(self, fault: NoRoom | None) -> None:
         if self._full != (fault is not None):
             self._full = fault is not None
             if fault is not None:
-                log.error("the disk takes no results; they stay in memory", why=str(fault))
+                log.error("results cannot be written to disk; they stay in memory", why=str(fault))
             else:
-                log.info("the disk takes results again")
+                log.info("results can be written to disk again")
 
     # -- memory
 
     async def serve_memory(self) -> None:
-        """Keep what lies in memory within its bounds, until cancelled."""
+        """Keep the frames in memory within their limit, until cancelled."""
         while True:
             if not self.memory.over:
                 self._pressed = trio.Event()
@@ -184,7 +187,7 @@ class Retention:
             self._drop_unsaved()
 
     def _drop_unsaved(self) -> bool:
-        """Drop the oldest results that nobody reads and no file has, until memory suffices; whether there were any."""
+        """Drop the oldest unread results that are only in memory, until memory suffices; returns whether any were."""
         dropped = False
         for request in self._all_stored(Stored.MEMORY):
             if not self.memory.over:
@@ -195,15 +198,15 @@ class Retention:
         return dropped
 
     def _fail_full(self, request: Request, fault: NoRoom) -> None:
-        log.error("no room for the frames of a request", request_id=request.request_id, why=str(fault))
-        words = "the relay has no room left for its frames, neither in memory nor on disk; try again later"
-        self.relay.fail(request, ErrorCode.STORAGE_FULL, words)
+        log.error("no space for the frames of a request", request_id=request.request_id, why=str(fault))
+        message = "the relay has no space left for its frames, neither in memory nor on disk; try again later"
+        self.relay.fail(request, ErrorCode.STORAGE_FULL, message)
         self._drop(request.log)
 
     # -- forgetting
 
     def _evict(self, request: Request) -> None:
-        """Drop an ended request's frames; a failure or a cancellation stays known for longer."""
+        """Drop the frames of an ended request; of a failed or cancelled one, the last frame stays."""
         self.stored.pop(request, None)
         if request.entry.state is State.COMPLETED:
             request.has_result = False
@@ -212,25 +215,24 @@ class Retention:
             self._drop(request.log, make_final_frame(request))
 
     async def _make_room(self, more: int) -> bool:
-        """Implement `Spool.make_room`: the oldest results go first, except those that are being read."""
+        """Implement `Spool.make_room`: delete the oldest results that are not being read."""
         assert self.spool is not None
         for request in self._all_stored(Stored.FILE, Stored.BOTH):
             if self.spool.used_bytes + more <= self.spool.disk_bytes:
                 break
             if request in self.stored and not request.log.readers:
                 self._evict(request)
-                await self.spool.remove(request.log)  # begun already, but to be waited for
+                await self.spool.remove(request.log)  # `_evict` has started this already; wait for it
         return self.spool.used_bytes + more <= self.spool.disk_bytes
 
     def _broken(self, frames: FrameLog, why: str) -> None:
-        """Implement `Spool.on_broken`."""
         request = self.relay.requests.get(frames.request_id)
         if request is None or request.log is not frames:
             return
         log.error("frames cannot be read back", request_id=request.request_id, why=why)
         if request.live:
-            words = "the relay cannot read its frames back from the disk; see the relay's log"
-            self.relay.fail(request, ErrorCode.INTERNAL, words)
+            message = "the relay cannot read its frames back from the disk; see the relay's log"
+            self.relay.fail(request, ErrorCode.INTERNAL, message)
             self._drop(frames)
             return
         for reader in tuple(frames.readers):
@@ -240,7 +242,7 @@ class Retention:
             self._evict(request)
 
     async def serve_retention(self) -> None:
-        """Forget ended requests after `results.retain_s`, and try again what the disk did not take; until cancelled."""
+        """Forget ended requests after `results.retain_s`, and retry failed writes of results; until cancelled."""
         while True:
             await trio.sleep(REAP_INTERVAL_S)
             try:
@@ -253,7 +255,7 @@ class Retention:
                 log.exception("internal error in retention loop")
 
     async def _keep_limits(self) -> None:
-        """Apply the settings, which may have been reloaded."""
+        """Apply the current settings, which may have been reloaded."""
         settings = self.relay.config.results
         self.memory.limit_bytes = settings.memory_bytes
         self.memory.add(0)

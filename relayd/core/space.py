@@ -29,7 +29,7 @@ class Space:
 
 
 def rules_of(config: SpaceConfig) -> SpaceRules:
-    """A space's configuration, as far as scheduling goes."""
+    """Return the part of a space's configuration that the scheduler uses."""
     return SpaceRules(
         max_workers=config.max_workers,
         max_queued=config.max_queued,
@@ -41,7 +41,7 @@ def rules_of(config: SpaceConfig) -> SpaceRules:
 
 
 async def serve_space(space: Space, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """The nursery of a space's requests; closing the space cancels what is left in it."""
+    """Run the nursery of a space's requests; when the space is closed, the tasks left in it are cancelled."""
     async with trio.open_nursery() as nursery:
         space.nursery = nursery
         task_status.started()

@@ -1,4 +1,4 @@
-"""The spaces that are open, and what happens to one: opened, changed, paused, closed, recorded."""
+"""The open spaces; opens, changes, pauses and closes them, and records them in the store."""
 
 from collections.abc import Iterator, Mapping
 
@@ -17,7 +17,7 @@ log = structlog.get_logger("relayd")
 
 @attrs.define(eq=False)
 class Spaces(Mapping[str, Space]):
-    """The open spaces by name; read it like a dict."""
+    """The open spaces by name; a mapping."""
 
     relay: RelayState
     _open: dict[str, Space] = attrs.field(factory=dict)
@@ -32,14 +32,14 @@ class Spaces(Mapping[str, Space]):
         return len(self._open)
 
     async def open(self, space: Space, *, paused: bool = False) -> None:
-        """Open a space that is not open."""
-        await self.relay.nursery.start(serve_space, space)  # first: a request in the space needs its nursery
+        """Open a space that is not open yet."""
+        await self.relay.nursery.start(serve_space, space)  # first, as a request in the space needs its nursery
         self._open[space.name] = space
         self.relay.scheduler.add_space(space.name, rules_of(space.config), paused=paused)
         self.relay.mark_changed("spaces", space.name)
 
     def close(self, name: str) -> Rejected | None:
-        """Close a space without requests and workers."""
+        """Close a space; one that has requests or workers is refused."""
         if refusal := self.relay.scheduler.remove_space(name):
             return refusal
         self._open.pop(name).closed.set()
@@ -47,7 +47,7 @@ class Spaces(Mapping[str, Space]):
         return None
 
     def change(self, space: Space, config: SpaceConfig) -> None:
-        """Give an open space other settings. Requests that are there keep the timeouts that they came in with."""
+        """Change the settings of an open space. Existing requests keep their timeouts."""
         space.config = config
         self.relay.apply(self.relay.scheduler.set_rules(space.name, rules_of(config), trio.current_time()))
         self.relay.store.post(PutSpace(self.record(space)))
@@ -68,7 +68,7 @@ class Spaces(Mapping[str, Space]):
         return None
 
     def record(self, space: Space) -> SpaceRecord:
-        """A space as the store keeps it."""
+        """Return a space as a record for the store."""
         return SpaceRecord(
             name=space.name,
             config=space.config,
@@ -82,7 +82,7 @@ class Spaces(Mapping[str, Space]):
         )
 
     def update_engines(self, register: Register) -> None:
-        """Note what a worker that has registered runs in its spaces."""
+        """Update the spaces of a worker that has registered: engine, params, inputs and format."""
         for name in register.spaces:
             space = self._open[name]
             space.engine, space.params, space.inputs = register.engine, register.params, register.inputs

@@ -11,12 +11,12 @@ from relayd.store.records import DeleteToken
 
 log = structlog.get_logger("relayd")
 
-#: Once a day: records are kept for 30 days, and a day more does not matter.
+#: Once a day: records are kept for 30 days, and one more day does not matter.
 PURGE_INTERVAL_S = 86_400.0
 
 
 async def serve_token_retention(tokens: TokenRegistry, store: Store) -> None:
-    """Purge tokens at the start and once a day, until cancelled."""
+    """Purge old tokens at the start and once a day, until cancelled."""
     while True:
         if purged := tokens.purge(time.time()):
             store.post(*map(DeleteToken, purged))

@@ -1,4 +1,4 @@
-"""The workers that are connected, and what happens to one and to its attempts."""
+"""The connected workers: registration, loss of the connection, draining, and the loss of attempts."""
 
 from collections.abc import Iterator, Mapping
 
@@ -16,13 +16,13 @@ from relayd.scheduling.model import Finish, Registration, State, WorkerState
 
 log = structlog.get_logger("relayd")
 
-#: Characters of a message in a request's timeline.
+#: Length at which a message in a request's timeline is cut.
 MAX_STEP_CHARS = 200
 
 
 @attrs.define(eq=False)
 class Workers(Mapping[str, WorkerPort]):
-    """The connected workers by id; read it like a dict."""
+    """The connected workers by id; a mapping."""
 
     relay: RelayState
     spaces: Spaces
@@ -43,12 +43,13 @@ class Workers(Mapping[str, WorkerPort]):
         """Register a worker.
 
         Returns:
-            What it has to resume and abandon; the caller answers, then calls `finish_registration`. Or why not.
+            What the worker has to resume and abandon (the caller answers, then calls `finish_registration`), or why
+            it was refused.
         """
         now = trio.current_time()
         before = self._connected.get(port.worker_id)
         if before is not None and before.principal_name != port.principal_name:
-            message = f"worker {port.worker_id!r} belongs to another principal; give this one another --name"
+            message = f"worker {port.worker_id!r} belongs to another principal; start this one with another --name"
             return Rejected.because(ErrorCode.FORBIDDEN, message)
         worker = WorkerState(
             worker_id=port.worker_id,
@@ -72,30 +73,31 @@ class Workers(Mapping[str, WorkerPort]):
             request = self.relay.requests[entry.request_id]
             request.resumed()
             self.relay.stats.count_resumed(request)
-            self.relay.save_status(request)  # it may have been queued again, or be further than the store knew
+            self.relay.save_status(request)  # its state or its attempt may differ from the stored one
             self.relay.mark_changed("requests", entry.request_id)
         self.relay.mark_changed("workers", port.worker_id)
         self.relay.wake_positions()
         return joined
 
     def finish_registration(self, register: Register, worker_id: str, joined: Registration) -> None:
-        """Carry out what follows from a registration that was answered.
+        """Carry out the decisions of a registration that was answered.
 
-        If another process of the same name is away and this one has taken its place, the relay stops waiting for it:
-        what ran there is lost. Where there is room for both, both may be workers whose connections broke together.
+        If another process with the same name is away and this one has taken its place, the relay stops waiting for
+        it, and its attempts are lost. If the spaces have room for both, they may be two workers whose connections
+        broke at the same time.
         """
-        mine = worker_id.removesuffix(register.instance[:8])
+        own_name = worker_id.removesuffix(register.instance[:8])
         for worker in list(self.relay.scheduler.state.workers.values()):
             name = worker.worker_id.removesuffix(worker.instance[:8])
-            if not worker.linked and name == mine and self.relay.scheduler.is_replaced(worker):
+            if not worker.linked and name == own_name and self.relay.scheduler.is_replaced(worker):
                 for request_id in list(worker.held):
                     self.lose_attempt(request_id, ErrorCode.WORKER_LOST, f"worker {worker.worker_id} was restarted")
         self.relay.apply(joined.decisions)
 
     def unlink(self, port: WorkerPort) -> None:
-        """A worker's connection is gone; it has a grace period to come back."""
+        """Note that the connection of a worker ended; the worker has a grace period to reconnect."""
         if self._connected.get(port.worker_id) is not port:
-            return  # it has come back already
+            return  # it has reconnected already
         del self._connected[port.worker_id]
         self.relay.stats.worker(port.worker_id).heard_at = port.received_at
         for entry in self.relay.scheduler.unlink(port.worker_id, trio.current_time()):
@@ -110,7 +112,7 @@ class Workers(Mapping[str, WorkerPort]):
         self.relay.wake_positions()
 
     def update_registration(self, port: WorkerPort, register: Register) -> None:
-        """A worker has more or fewer slots than before, or its frames depend on other things."""
+        """Apply a registration that changes a worker's slots, or what its frames depend on."""
         self.relay.scheduler.state.workers[port.worker_id].reproducible = _output_identity(register)
         self.relay.apply(self.relay.scheduler.set_slots(port.worker_id, register.slots, trio.current_time()))
         self.relay.mark_changed("workers", port.worker_id)
@@ -118,32 +120,32 @@ class Workers(Mapping[str, WorkerPort]):
     def drain(self, worker_id: str) -> None:
         """Start nothing more on a worker."""
         self.relay.scheduler.drain(worker_id)
-        log.info("worker drains", worker=worker_id)
+        log.info("worker draining", worker=worker_id)
         self.relay.mark_changed("workers", worker_id)
         self.relay.wake_positions()
 
     def undrain(self, worker_id: str) -> None:
         """Start requests on a worker again."""
         self.relay.apply(self.relay.scheduler.undrain(worker_id, trio.current_time()))
-        log.info("worker takes requests again", worker=worker_id)
+        log.info("worker accepts requests again", worker=worker_id)
         self.relay.mark_changed("workers", worker_id)
 
     # -- attempts
 
     def lose_attempt(self, request_id: str, code: ErrorCode, message: str) -> None:
-        """An attempt is lost: by its retry policy, the request is tried again or fails."""
+        """Note that an attempt is lost; depending on its retry policy, the request is tried again or fails."""
         request = self.relay.requests.get(request_id)
         if request is not None and request.entry.state is State.RUNNING:
             request.add_timeline("lost", code=code.value, why=message[:MAX_STEP_CHARS])
         self.relay.apply(self.relay.scheduler.lose(request_id, code, message, trio.current_time()))
 
     def adopt_later_attempt(self, request: Request, attempt: int) -> None:
-        """A client has frames of an attempt that the store did not know yet when an earlier relay was killed."""
+        """Switch to a later attempt, of which a client has frames: the relay was killed before it was stored."""
         decisions = self.relay.scheduler.adopt_later_attempt(request.request_id, attempt, trio.current_time())
         entry = request.entry
-        awaited = entry.attempt == attempt and not any(isinstance(each, Finish) for each in decisions)
-        if awaited and request.log.next_seq:
-            request.log.restart(attempt, 0)  # these frames are the earlier attempt's
+        adopted = entry.attempt == attempt and not any(isinstance(each, Finish) for each in decisions)
+        if adopted and request.log.next_seq:
+            request.log.restart(attempt, 0)  # the frames in the log are of the earlier attempt
             self.relay.stats.count_restarted(request)
         self.relay.apply(decisions)
 
@@ -155,17 +157,17 @@ class Workers(Mapping[str, WorkerPort]):
         message: str,
         details: dict[str, Value] | None = None,
     ) -> None:
-        """An attempt ended but its worker lives (its engine crashed, say): treated like the loss of the attempt."""
+        """Treat an attempt as lost whose worker is still connected, for example because its engine crashed."""
         request.details = details or {}
         self.relay.scheduler.state.workers[port.worker_id].held.pop(request.request_id, None)
         self.lose_attempt(request.request_id, code, message)
 
     def release(self, port: WorkerPort, request_id: str, attempt: int) -> None:
-        """A worker released an attempt."""
+        """Free the slot of an attempt that a worker has released."""
         self.relay.apply(self.relay.scheduler.release(port.worker_id, request_id, attempt, trio.current_time()))
         self.relay.mark_changed("workers", port.worker_id)
 
 
 def _output_identity(register: Register) -> str:
-    """Describe what the frames of a reproducible worker depend on; "" for any other. Equal text, equal frames."""
+    """Describe what a worker's frames depend on: equal text, equal frames; "" if it is not reproducible."""
     return f"{register.engine} {register.format} {register.fingerprint}" if register.reproducible else ""

@@ -21,12 +21,12 @@ from relayd.scheduling.model import (
 
 @attrs.define(eq=False)
 class Dispatcher:
-    """Starts waiting requests on free slots, and keeps the books of what runs where."""
+    """Starts queued requests on free slots, and records which request runs on which worker."""
 
     state: SchedulerState
 
     def dispatch(self, now: float) -> list[Decision]:
-        """Give free slots to waiting requests, one space after another, so that no space starves another."""
+        """Start queued requests on free slots, one per space in turn, so that no space starves another."""
         decisions: list[Decision] = []
         if self.state.draining:
             return decisions
@@ -44,14 +44,14 @@ class Dispatcher:
             return False
         worker = _best_worker(entry, linked)
         if worker is None:
-            message = f"{entry.next_seq} frames were delivered, and no worker that could go on from there is left"
+            message = f"{entry.next_seq} frames were delivered, and no worker is left that could continue from there"
             decisions.append(Finish(entry, ErrorCode.WORKER_LOST, message))
         else:
             decisions.append(self._start(entry, worker, now))
         return True
 
     def _can_dispatch(self, space: SpaceState, linked: list[WorkerState], entry: ScheduledRequest) -> bool:
-        """Whether an entry can start now, or no worker is left that could ever continue it."""
+        """Whether `entry` can be taken off the queue: it can start now, or no linked worker could ever run it."""
         if not self._may_run(space, entry.principal):
             return False
         return _best_worker(entry, linked) is not None or not any(_can_take(entry, worker) for worker in linked)
@@ -64,13 +64,13 @@ class Dispatcher:
         return limit is None or sum(_running_of(principal, each) for each in self.state.spaces.values()) < limit
 
     def _start(self, entry: ScheduledRequest, worker: WorkerState, now: float) -> Start:
-        goes_on = bool(entry.reproducible) and entry.reproducible == worker.reproducible
+        continues = bool(entry.reproducible) and entry.reproducible == worker.reproducible
         self.mark_running(entry, worker)
-        entry.attempt += 2 if entry.attempt_may_be_newer else 1  # never a number that may have been given out already
+        entry.attempt += 2 if entry.attempt_may_be_newer else 1  # never a number that may have been used already
         entry.attempt_may_be_newer = entry.attempt_known_from_client = entry.may_be_behind = False
         entry.started_at = now
         entry.reproducible = worker.reproducible
-        if not goes_on:
+        if not continues:
             entry.has_output, entry.next_seq = False, 0
         worker.held[entry.request_id] = entry.attempt
         self.mark_used(worker)
@@ -85,12 +85,12 @@ class Dispatcher:
         self.state.moved.add(entry.space)
 
     def clear_run(self, entry: ScheduledRequest) -> None:
-        """Note that `entry` runs nowhere any more."""
+        """Note that `entry` no longer runs."""
         self.state.spaces[entry.space].running.pop(entry.request_id, None)
         entry.worker_id, entry.worker_lost_at = None, None
 
     def stop(self, entry: ScheduledRequest, reason: str) -> Iterable[Stop]:
-        """Return the `Stop` for a linked worker; a worker that is away just no longer holds the attempt."""
+        """Return the `Stop` for a linked worker; if the worker is away, only remove the attempt from it."""
         worker = self.state.workers.get(entry.worker_id or "")
         if worker is None or entry.request_id not in worker.held:
             return ()
@@ -100,7 +100,7 @@ class Dispatcher:
         return ()
 
     def away_worker(self, worker_id: str, space: str) -> WorkerState:
-        """Return the state of a worker that so far only the store knows, and add `space` to what it serves."""
+        """Return the state of a worker that only the store knows so far, and add `space` to its spaces."""
         worker = self.state.workers.get(worker_id)
         if worker is None:
             instance = worker_id.rpartition("-")[2]
@@ -118,18 +118,18 @@ class Dispatcher:
                 del self.state.workers[worker.worker_id]
 
     def mark_used(self, worker: WorkerState) -> None:
-        """Note that a worker was used just now: among equals the one that was idle longest comes first."""
+        """Note that a worker was used just now; among equals, the worker that was idle longest comes first."""
         self.state.uses += 1
         worker.last_used = self.state.uses
 
 
 def _can_take(entry: ScheduledRequest, worker: WorkerState) -> bool:
-    """Whether `worker` could run `entry` if it had a slot; after output, it must make the same frames."""
+    """Whether `worker` could run `entry` if it had a free slot; after output, it must make the same frames."""
     return not entry.has_output or entry.retry == "always" or entry.reproducible == worker.reproducible
 
 
 def _best_worker(entry: ScheduledRequest, linked: list[WorkerState]) -> WorkerState | None:
-    """Most free slots, then the longest idle; never a worker that still holds an earlier attempt of the request."""
+    """Return the worker with most free slots, then the longest idle; never one that still holds an attempt of it."""
     free = (w for w in linked if w.free_slots and entry.request_id not in w.held and _can_take(entry, w))
     return min(free, key=lambda worker: (-worker.free_slots, worker.last_used), default=None)
 

@@ -1,4 +1,4 @@
-"""How long a queued request will wait, from its space's own recent run times. Pure."""
+"""Estimates how long queued requests will wait, from the recent run times of their space. Pure."""
 
 import heapq
 from statistics import fmean
@@ -7,15 +7,19 @@ from relayd.scheduling.model import SpaceState
 
 
 def estimate_waits_s(space: SpaceState, slots: int, count: int, now: float) -> list[float] | None:
-    """Seconds until each of the first `count` queued requests starts; None where the space's pace is not known.
+    """Estimate the seconds until each of the first `count` queued requests starts.
 
-    Each slot is free when what runs in it is through; the queue then takes the earliest slot each time.
+    Each running request is assumed to take the mean of the recent run times; each queued request then gets the slot
+    that is free first.
 
     Args:
-        space: with its running requests and its recent run times.
-        slots: of the workers that take requests.
-        count: how many of its queue.
+        space: the space, with its running requests and recent run times.
+        slots: number of slots of the workers that accept requests.
+        count: number of queued requests to estimate for.
         now: monotonic seconds.
+
+    Returns:
+        The waits in seconds, in queue order; None if the space is paused, has no slots, or no run time is known.
     """
     if not space.recent_runs_s or not slots or space.paused:
         return None
@@ -27,5 +31,5 @@ def estimate_waits_s(space: SpaceState, slots: int, count: int, now: float) -> l
 
 
 def estimate_retry_s(space: SpaceState, slots: int) -> float | None:
-    """Seconds between two starts while the queue is full: when trying again may help."""
+    """Estimate the seconds between two starts, after which a refused client may try again; None if unknown."""
     return round(fmean(space.recent_runs_s) / max(1, slots), 1) if space.recent_runs_s else None

@@ -1,4 +1,4 @@
-"""The queue of one space: who is next, and who stands where. Pure."""
+"""The queue of one space: which request is next, and the position of each. Pure."""
 
 from collections.abc import Callable, Iterator
 from itertools import chain, zip_longest
@@ -8,13 +8,13 @@ import attrs
 
 
 class Waiting(Protocol):
-    """What the queue has to know of a request."""
+    """The attributes of a request that the queue uses."""
 
     request_id: str
     principal: str
     #: 0..9; a higher one is served first.
     priority: int
-    #: Number in order of arrival.
+    #: Number in the order of arrival.
     ticket: int
 
 
@@ -24,9 +24,10 @@ Lane = dict[str, WaitingT]
 
 @attrs.define(eq=False)
 class _Level(Generic[WaitingT]):
-    """One priority. `first` is served before the lanes: requests whose attempt was lost, which keep their place.
+    """The requests of one priority.
 
-    `lanes` holds one lane a principal, in order of turn; a lane is request id -> request, by ticket.
+    `requeued` is served before the lanes: requests whose attempt was lost, which keep their place. `lanes` holds one
+    lane per principal, the one whose turn is next first; a lane is request id -> request, by ticket.
     """
 
     requeued: Lane[WaitingT] = attrs.field(factory=dict)
@@ -35,7 +36,7 @@ class _Level(Generic[WaitingT]):
 
 @attrs.define(eq=False)
 class FairQueue(Generic[WaitingT]):
-    """Priority, inside it round-robin over principals, inside that first come first served (docs/design.md §7).
+    """A queue by priority; within a priority round-robin over principals, and FIFO within each (docs/design.md §7).
 
     With one principal and one priority it is plain FIFO.
     """
@@ -52,11 +53,11 @@ class FairQueue(Generic[WaitingT]):
         return item.request_id in self._members
 
     def count_for(self, principal: str) -> int:
-        """How many requests of `principal` wait."""
+        """Return the number of queued requests of `principal`."""
         return self._per_principal.get(principal, 0)
 
     def oldest_candidates(self) -> Iterator[WaitingT]:
-        """Some of them, among which is the one that came first: with principals and priorities, not with length."""
+        """Yield some requests, the oldest among them: their number grows with principals and priorities only."""
         yield from self._promoted.values()
         for level in self._levels.values():
             yield from level.requeued.values()
@@ -64,30 +65,30 @@ class FairQueue(Generic[WaitingT]):
                 yield next(iter(lane.values()))
 
     def push(self, item: WaitingT) -> None:
-        """Stand `item` in line by its ticket, behind its principal's earlier ones."""
+        """Queue `item` by its ticket, behind its principal's earlier requests."""
         self._count(item)
         lane = self._level(item).lanes.setdefault(item.principal, {})
         overtaken = bool(lane) and next(reversed(lane.values())).ticket > item.ticket
         lane[item.request_id] = item
-        if overtaken:  # rare: an upload that took longer than a later one's
+        if overtaken:  # rare: its upload took longer than that of a later request
             level = self._level(item)
             level.lanes[item.principal] = dict(sorted(lane.items(), key=lambda pair: pair[1].ticket))
 
     def requeue(self, item: WaitingT) -> None:
-        """Give `item` back the place it was served from: before the lanes of its priority, by ticket."""
+        """Put `item` back where it was served from: before the lanes of its priority, by ticket."""
         self._count(item)
         level = self._level(item)
         level.requeued[item.request_id] = item
         level.requeued = dict(sorted(level.requeued.items(), key=lambda pair: pair[1].ticket))
 
     def promote(self, item: WaitingT) -> None:
-        """To the very front, before every priority; the last one promoted is first."""
+        """Move `item` to the very front, before every priority; the request promoted last is first."""
         self.remove(item)
         self._count(item)
         self._promoted = {item.request_id: item, **self._promoted}
 
     def remove(self, item: WaitingT) -> None:
-        """Take `item` out, wherever it stands."""
+        """Remove `item`, wherever it is in the queue."""
         del self._members[item.request_id]
         left = self._per_principal[item.principal] - 1
         if left:
@@ -106,9 +107,9 @@ class FairQueue(Generic[WaitingT]):
             del self._levels[item.priority]
 
     def pop(self, may_run: Callable[[WaitingT], bool]) -> WaitingT | None:
-        """Take out the next request that `may_run`; its principal's turn is over then.
+        """Remove and return the next request for which `may_run` is true; the turn of its principal is then over.
 
-        Of a principal's lane only the head is asked about: what holds it holds those behind it.
+        Only the head of each principal's lane is considered: what keeps it waiting also keeps those behind it.
         """
         for item in chain(self._promoted.values(), *(self._in_turn(level, 1) for level in self._by_priority())):
             if may_run(item):
@@ -116,12 +117,12 @@ class FairQueue(Generic[WaitingT]):
                 from_lane = level is not None and item.request_id in level.lanes.get(item.principal, ())
                 self.remove(item)
                 if from_lane and level is not None and item.principal in level.lanes:
-                    level.lanes[item.principal] = level.lanes.pop(item.principal)  # to the end of the turn
+                    level.lanes[item.principal] = level.lanes.pop(item.principal)  # it has its next turn last
                 return item
         return None
 
     def __iter__(self) -> Iterator[WaitingT]:
-        """All of them, in the order in which they will be served as things stand."""
+        """Iterate over all requests, in the order in which they would be served now."""
         return chain(self._promoted.values(), *(self._in_turn(level) for level in self._by_priority()))
 
     def _by_priority(self) -> list[_Level[WaitingT]]:

@@ -8,12 +8,13 @@ import attrs
 from protocol.wire.errors import ErrorCode
 from relayd.scheduling.fair_queue import FairQueue
 
-#: Run times an ETA is made of: enough to even out one odd text, few enough to follow a changed model.
+#: Number of run times that an ETA is computed from: enough to average out one unusual request, few enough to follow a
+#: change of the model.
 RECENT_RUNS = 20
 
 
 class State(StrEnum):
-    """Where a request is in its life (docs/design.md §2)."""
+    """The state of a request (docs/design.md §2)."""
 
     UPLOADING = "uploading"
     QUEUED = "queued"
@@ -30,9 +31,9 @@ class State(StrEnum):
 
 @attrs.define(eq=False, kw_only=True)
 class ScheduledRequest:
-    """A request, as far as scheduling is concerned.
+    """The scheduler's part of a request.
 
-    The caller keeps `reproducible`, `has_output` and `next_seq` true to the frames that have come.
+    The caller updates `reproducible`, `has_output` and `next_seq` when frames arrive.
     """
 
     request_id: str
@@ -43,22 +44,23 @@ class ScheduledRequest:
     retry: str = "before_output"
     state: State = State.UPLOADING
     attempt: int = 0
-    #: After a restart: one attempt more may have begun than the store had written.
+    #: After a restart: one more attempt may have begun than the store knows.
     attempt_may_be_newer: bool = False
-    #: After a restart: the attempt is known from a listener alone, and not where it began.
+    #: After a restart: the current attempt is known only from a client, and its worker is not known.
     attempt_known_from_client: bool = False
-    #: After a restart, until an attempt starts: a listener may know of one attempt more than the store does.
+    #: After a restart, until an attempt starts: a client may know of one more attempt than the store.
     may_be_behind: bool = False
     losses: int = 0
-    #: Where the attempt runs; None while queued, and after a restart until its worker has come back.
+    #: The worker that runs the attempt; None while queued, and after a restart while the worker is not known.
     worker_id: str | None = None
-    #: When the attempt was handed out.
+    #: When the attempt was assigned to a worker.
     started_at: float = 0.0
-    #: Since when its worker has been away; None while it is linked.
+    #: When the link of its worker ended; None while the worker is linked.
     worker_lost_at: float | None = None
-    #: Why its worker was told to stop it for good; such a request ends with its attempt, however that ends.
+    #: Why its worker was asked to cancel it; such a request ends with its attempt, however that ends.
     cancel_reason: str | None = None
-    #: Who makes the same frames from the same params: engine, format and fingerprint in words; "" for nobody.
+    #: Engine, format and fingerprint as text: workers with the same text make the same frames from the same params;
+    #: "" if the engine is not reproducible.
     reproducible: str = ""
     has_output: bool = False
     next_seq: int = 0
@@ -66,29 +68,29 @@ class ScheduledRequest:
 
 @attrs.define(eq=False, kw_only=True)
 class WorkerState:
-    """A worker, as far as scheduling is concerned. `held`: request id -> attempt, one slot each."""
+    """The scheduler's part of a worker. `held`: request id -> attempt, one slot each."""
 
     worker_id: str
     instance: str
     spaces: tuple[str, ...]
     slots: int
-    #: As `ScheduledRequest.reproducible`; workers with the same words can stand in for each other in mid-stream.
+    #: As `ScheduledRequest.reproducible`; workers with the same text can continue each other's streams.
     reproducible: str = ""
     linked: bool = True
     draining: bool = False
     held: dict[str, int] = attrs.field(factory=dict)
-    #: Rises with each use of any worker; the lowest has been idle longest.
+    #: The value of `SchedulerState.uses` at its last use; the worker with the lowest has been idle longest.
     last_used: int = 0
 
     @property
     def free_slots(self) -> int:
-        """Slots that can take a request now."""
+        """Number of slots that can run a request now."""
         return max(0, self.slots - len(self.held)) if self.linked and not self.draining else 0
 
 
 @attrs.frozen(kw_only=True)
 class SpaceRules:
-    """What a space allows; the defaults are docs/design.md §7's."""
+    """The limits of a space; the defaults are those of docs/design.md §7."""
 
     max_workers: int = 1
     max_queued: int = 1000
@@ -100,47 +102,48 @@ class SpaceRules:
 
 @attrs.define(eq=False, kw_only=True)
 class SpaceState:
-    """A space, as far as scheduling is concerned."""
+    """The scheduler's part of a space."""
 
     name: str
     rules: SpaceRules
     paused: bool = False
     queue: FairQueue[ScheduledRequest] = attrs.field(factory=FairQueue)
     running: dict[str, ScheduledRequest] = attrs.field(factory=dict)
-    #: Admitted, and not yet in the queue: inputs on their way, or the store still writing. Principal of each.
+    #: Request id -> principal of the requests that are admitted but not queued yet: their inputs are being uploaded, or
+    #: the store is still writing them.
     admitted: dict[str, str] = attrs.field(factory=dict)
     recent_runs_s: deque[float] = attrs.field(factory=lambda: deque(maxlen=RECENT_RUNS))
 
 
 @attrs.define(eq=False)
 class SchedulerState:
-    """All that scheduling knows: spaces, workers, and requests that have not ended. Data and questions about it."""
+    """The scheduler's data: spaces, workers, and requests that have not ended."""
 
     spaces: dict[str, SpaceState] = attrs.field(factory=dict)
     workers: dict[str, WorkerState] = attrs.field(factory=dict)
     entries: dict[str, ScheduledRequest] = attrs.field(factory=dict)
-    #: True: start no more requests (the daemon drains).
+    #: True while the daemon drains: no more requests are started.
     draining: bool = False
-    #: Spaces whose queue or pace changed since the caller last looked.
+    #: Spaces whose queue or speed changed since the caller last cleared this set.
     moved: set[str] = attrs.field(factory=set)
-    #: Principal -> requests it may have running in all spaces together.
+    #: Principal -> limit of its running requests in all spaces together.
     max_running: dict[str, int] = attrs.field(factory=dict)
-    #: How often a worker has been used; orders `WorkerState.last_used`.
+    #: Counts the uses of all workers; the source of `WorkerState.last_used`.
     uses: int = 0
 
     def workers_of(self, name: str) -> list[WorkerState]:
-        """Linked workers of a space."""
+        """Return the linked workers of a space."""
         return [worker for worker in self.workers.values() if worker.linked and name in worker.spaces]
 
     def slots_of(self, name: str) -> tuple[int, int]:
-        """Busy slots and all slots of a space's linked workers."""
+        """Return the numbers of busy slots and of all slots of a space's linked workers."""
         workers = self.workers_of(name)
         return sum(len(w.held) for w in workers), sum(w.slots for w in workers)
 
 
 @attrs.frozen
 class Start:
-    """Hand `entry` to the worker it names now; frames begin at `from_seq`."""
+    """Send `entry` to the worker that it names; its frames begin at `from_seq`."""
 
     entry: ScheduledRequest
     from_seq: int
@@ -148,7 +151,7 @@ class Start:
 
 @attrs.frozen
 class Stop:
-    """Tell a worker to stop an attempt; its slot stays held until it answers."""
+    """Ask a worker to stop an attempt; its slot stays held until the worker answers."""
 
     worker_id: str
     request_id: str
@@ -173,7 +176,7 @@ class Finish:
 
 @attrs.frozen
 class Registration:
-    """A worker is in: which of the attempts it named go on, which it is to forget, and what else follows."""
+    """The result of a worker's registration: attempts to resume, attempts to abandon, and further decisions."""
 
     resume: list[ScheduledRequest]
     abandon: list[str]
@@ -185,7 +188,7 @@ Decision = Start | Stop | Requeue | Finish
 
 @attrs.frozen
 class QueuePosition:
-    """Where a queued request stands: `position` from 1, and seconds until it should start, if that can be told."""
+    """The position of a queued request from 1, and the estimated seconds until it starts, if they are known."""
 
     position: int
     of: int

@@ -2,12 +2,12 @@
 
 Theory of operation
 -------------------
-Events come in and decisions go out: no `await`, no clock, no I/O. A method changes the `SchedulerState` and returns
-what the caller has to do; the caller must carry out all of it. Times are arguments, in monotonic seconds.
+Each method handles an event, changes the `SchedulerState` and returns decisions; the caller must carry out all of
+them. There is no `await`, no clock and no I/O. Times are arguments, in monotonic seconds.
 
-A slot is busy as long as a worker holds it, and not as long as a request runs: it is free again only when the worker
-releases it, or is gone. So a request may have ended (timed out, cancelled) while its slot is still held. Every method
-that may free a slot, or may add something that waits, ends with `Dispatcher.dispatch`, which starts what can start.
+A slot is busy as long as its worker holds it, and not only as long as a request runs: it is free again only when the
+worker releases it or is lost. So a request may have ended (timed out, cancelled) while its slot is still held. Every
+method that may free a slot or queue a request ends with `Dispatcher.dispatch`, which starts what can start.
 
 | event | from | to | returns |
 | --- | --- | --- | --- |
@@ -27,7 +27,7 @@ that may free a slot, or may add something that waits, ends with `Dispatcher.dis
 (1) It runs again from `next_seq` if nothing of it was delivered or the worker makes the same frames.
 (2) It is queued again while losses < max_attempts and `retry` allows it; otherwise the caller ends it as failed.
 
-The stateful test (tests/relayd/scheduling/test_scheduler_machine.py) holds this table against any order of events.
+The stateful test (tests/relayd/scheduling/test_scheduler_machine.py) checks this table against random orders of events.
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ from relayd.scheduling.model import (
 
 @attrs.define(eq=False)
 class Scheduler:
-    """What may happen to spaces, workers and live requests, and what follows from it."""
+    """Handles the events of spaces, workers and live requests, and returns what follows from them."""
 
     state: SchedulerState = attrs.field(factory=SchedulerState)
     dispatcher: Dispatcher = attrs.field(
@@ -71,7 +71,7 @@ class Scheduler:
         self.state.spaces[name] = SpaceState(name=name, rules=rules, paused=paused)
 
     def set_rules(self, name: str, rules: SpaceRules, now: float) -> list[Decision]:
-        """Change what a space allows; requests and workers that are in stay, even beyond a limit that is lower now."""
+        """Change the limits of a space; existing requests and workers stay, even if they exceed a lower limit."""
         self.state.spaces[name].rules = rules
         self.state.moved.add(name)
         return self.dispatcher.dispatch(now)
@@ -85,7 +85,7 @@ class Scheduler:
             return Rejected.because(
                 ErrorCode.SPACE_EXISTS,
                 f"space {name!r} still has {len(space.queue) + len(space.admitted)} queued and {len(space.running)} "
-                "running requests; pause it and let them end, or cancel them, then delete it",
+                "running requests; pause it and wait for them to end, or cancel them, then delete it",
             )
         if workers := self.state.workers_of(name):
             return Rejected.because(
@@ -96,7 +96,7 @@ class Scheduler:
         return None
 
     def pause_space(self, name: str) -> Rejected | None:
-        """Start nothing in this space, and accept nothing new."""
+        """Stop starting and accepting requests in this space."""
         if name not in self.state.spaces:
             return no_such_space(name, operator=True)
         self.state.spaces[name].paused = True
@@ -114,11 +114,11 @@ class Scheduler:
     # -- workers
 
     def join(self, worker: WorkerState, running: Mapping[str, int], now: float) -> Rejected | Registration:
-        """A worker registers, for the first time or again (same id).
+        """Register a worker, for the first time or again (same id).
 
         Args:
-            worker: as it is now; what it held before is taken over from the state of the same id.
-            running: request id -> attempt, of all it still has frames of.
+            worker: its new state; what a worker with the same id held before is taken over where it still applies.
+            running: request id -> attempt of each request of which the worker still has frames.
             now: monotonic seconds.
         """
         for name in worker.spaces:
@@ -137,16 +137,15 @@ class Scheduler:
                 abandon.append(request_id)
             else:
                 resume.append(entry)
-        for request_id in [
-            held for held in held_before if held not in worker.held
-        ]:  # sent, but lost with the connection
+        assigned_but_lost = [request_id for request_id in held_before if request_id not in worker.held]
+        for request_id in assigned_but_lost:  # the `assign` was lost with the connection
             entry = self.state.entries.get(request_id)
             if entry is not None and entry.worker_id == worker.worker_id:
                 decisions += self._dispatch_again(entry, worker, now)
         return Registration(resume, abandon, [*decisions, *self.dispatcher.dispatch(now)])
 
     def is_replaced(self, worker: WorkerState) -> bool:
-        """Whether a worker that is away could not come back now, because another has its place."""
+        """Whether a worker that is away could not register again now, because another has taken its place."""
         return any(self._no_room(name, worker.worker_id) for name in worker.spaces)
 
     def _no_room(self, name: str, worker_id: str) -> Rejected | None:
@@ -164,13 +163,13 @@ class Scheduler:
         )
 
     def _claim(self, worker: WorkerState, request_id: str, attempt: int, now: float) -> ScheduledRequest | None:
-        """Return the entry of an attempt that a worker continues; None if it is over or runs on another worker."""
+        """Mark an attempt that a worker names as running there; None if it is over or runs on another worker."""
         entry = self.state.entries.get(request_id)
         if entry is None or not attempt or entry.space not in worker.spaces:
             return None
         if attempt != entry.attempt and not (entry.attempt_may_be_newer and attempt == entry.attempt + 1):
             return None
-        if entry.state is State.QUEUED:  # given up too early: it has not been started again, so it runs where it ran
+        if entry.state is State.QUEUED:  # queued again too early, and not started since: it continues on this worker
             self.state.spaces[entry.space].queue.remove(entry)
             if attempt == entry.attempt and not entry.attempt_known_from_client:
                 entry.losses = max(0, entry.losses - 1)  # it was not lost after all
@@ -178,9 +177,8 @@ class Scheduler:
             if attempt == entry.attempt:
                 return None
             self.dispatcher.forget_away(entry)
-        if (
-            attempt != entry.attempt or entry.attempt_known_from_client
-        ):  # the relay was killed before the store had written that it began
+        # The relay may have been killed before it stored that this attempt began.
+        if attempt != entry.attempt or entry.attempt_known_from_client:
             entry.attempt, entry.started_at, entry.reproducible = attempt, now, worker.reproducible
             entry.may_be_behind = False
         entry.attempt_may_be_newer = entry.attempt_known_from_client = False
@@ -189,22 +187,22 @@ class Scheduler:
         return entry
 
     def _dispatch_again(self, entry: ScheduledRequest, worker: WorkerState, now: float) -> list[Decision]:
-        """A worker came back without an attempt that was sent to it: start it again if no output would be lost."""
+        """Start an attempt again that a worker was assigned but does not know, if no output would be lost."""
         if entry.cancel_reason is not None:
             return [Finish(entry, None, entry.cancel_reason)]
-        goes_on = bool(entry.reproducible) and entry.reproducible == worker.reproducible
-        begun = entry.next_seq or entry.has_output  # what was heard before a restart has no frames here
-        if entry.space not in worker.spaces or (begun and not goes_on):
-            return self.lose(entry.request_id, ErrorCode.WORKER_LOST, "its worker came back without it", now)
+        continues = bool(entry.reproducible) and entry.reproducible == worker.reproducible
+        has_output = entry.next_seq or entry.has_output  # output from before a restart of the relay has no frames here
+        if entry.space not in worker.spaces or (has_output and not continues):
+            return self.lose(entry.request_id, ErrorCode.WORKER_LOST, "its worker reconnected without it", now)
         self.dispatcher.mark_running(entry, worker)
         if entry.attempt_may_be_newer:
-            entry.attempt, entry.attempt_may_be_newer = entry.attempt + 2, False  # as in `_start`
+            entry.attempt, entry.attempt_may_be_newer = entry.attempt + 2, False  # as in `Dispatcher._start`
             entry.may_be_behind = False
         worker.held[entry.request_id] = entry.attempt
         return [Start(entry, entry.next_seq)]
 
     def release(self, worker_id: str, request_id: str, attempt: int, now: float) -> list[Decision]:
-        """A worker released an attempt; however that ended, its slot is free."""
+        """Free the slot of an attempt that a worker has released, however the attempt ended."""
         worker = self.state.workers.get(worker_id)
         if worker is None or worker.held.get(request_id) != attempt:
             return []
@@ -213,14 +211,14 @@ class Scheduler:
         return self.dispatcher.dispatch(now)
 
     def set_slots(self, worker_id: str, slots: int, now: float) -> list[Decision]:
-        """A worker has more or fewer slots; what runs goes on."""
+        """Change a worker's number of slots; running requests continue."""
         worker = self.state.workers[worker_id]
         worker.slots = slots
         self.state.moved.update(worker.spaces)
         return self.dispatcher.dispatch(now)
 
     def drain(self, worker_id: str) -> None:
-        """Start nothing more on this worker."""
+        """Stop starting requests on this worker."""
         worker = self.state.workers[worker_id]
         worker.draining = True
         self.state.moved.update(worker.spaces)
@@ -233,14 +231,18 @@ class Scheduler:
         return self.dispatcher.dispatch(now)
 
     def unlink(self, worker_id: str, now: float) -> list[ScheduledRequest]:
-        """A worker's link is gone; it may come back. Returns what ran there; the caller calls `lose` in due time."""
+        """Note that a worker's link ended; the worker may reconnect.
+
+        Returns:
+            The requests that ran on it; the caller calls `lose` for each when its grace period is over.
+        """
         worker = self.state.workers[worker_id]
         worker.linked = False
         self.state.moved.update(worker.spaces)
         away = [entry for entry in map(self.state.entries.get, worker.held) if entry and entry.worker_id == worker_id]
         for entry in away:
             entry.worker_lost_at = now
-        # Attempts that were fenced off already have nobody waiting for them.
+        # Nothing waits for the other attempts, which are over.
         worker.held = {entry.request_id: entry.attempt for entry in away}
         if not worker.held:
             del self.state.workers[worker_id]
@@ -258,22 +260,22 @@ class Scheduler:
             return _refuse(entry, ErrorCode.SPACE_PAUSED, f"space {space.name!r} is paused; try again later")
         if rules.refuse_when_empty and not self.state.workers_of(space.name):
             return _refuse(
-                entry, ErrorCode.NO_WORKER, f"space {space.name!r} has no worker now; start one with gpuworker run"
+                entry, ErrorCode.NO_WORKER, f"space {space.name!r} has no worker; start one with gpuworker run"
             )
         if len(space.queue) + len(space.admitted) >= rules.max_queued:
             return _refuse(
                 entry,
                 ErrorCode.QUEUE_FULL,
-                f"space {space.name!r} has its {rules.max_queued} requests queued; try again later",
+                f"space {space.name!r} already has {rules.max_queued} queued requests, its limit; try again later",
                 estimate.estimate_retry_s(space, self.state.slots_of(space.name)[1]),
             )
-        mine = space.queue.count_for(entry.principal)
-        mine += sum(principal == entry.principal for principal in space.admitted.values())
-        if mine >= rules.max_queued_per_principal:
+        own_count = space.queue.count_for(entry.principal)
+        own_count += sum(principal == entry.principal for principal in space.admitted.values())
+        if own_count >= rules.max_queued_per_principal:
             return _refuse(
                 entry,
                 ErrorCode.QUEUE_FULL,
-                f"{entry.principal!r} has {mine} requests queued in space {space.name!r}, which is its limit; "
+                f"{entry.principal!r} has {own_count} queued requests in space {space.name!r}, which is its limit; "
                 "wait for one to start",
                 estimate.estimate_retry_s(space, self.state.slots_of(space.name)[1]),
             )
@@ -282,7 +284,7 @@ class Scheduler:
         return None
 
     def enqueue(self, entry: ScheduledRequest, now: float) -> list[Decision]:
-        """An admitted request is complete and stored: it waits for a slot from now on."""
+        """Queue an admitted request that is complete and stored."""
         space = self.state.spaces[entry.space]
         space.admitted.pop(entry.request_id, None)
         entry.state = State.QUEUED
@@ -293,7 +295,7 @@ class Scheduler:
     def restore(self, entry: ScheduledRequest, now: float) -> None:
         """Restore a stored request after a restart, in ascending order of tickets; no worker is connected yet.
 
-        The worker that an attempt ran on, where the store names one, counts as away: it may come back to it.
+        If the store names the worker that ran the attempt, that worker counts as away: it may reconnect.
         """
         space = self.state.spaces[entry.space]
         self.state.entries[entry.request_id] = entry
@@ -308,7 +310,7 @@ class Scheduler:
             space.queue.push(entry)
 
     def end(self, request_id: str, state: State, now: float) -> list[Decision]:
-        """A request has its last frame. A slot it may hold is freed by `release`."""
+        """Remove a request that has its last frame. If it holds a slot, `release` frees that."""
         entry = self.state.entries.pop(request_id, None)
         if entry is None:
             return []
@@ -324,7 +326,7 @@ class Scheduler:
         return self.dispatcher.dispatch(now)
 
     def cancel(self, request_id: str, reason: str) -> list[Decision]:
-        """Stop a request: what waits ends at once; what runs is stopped by its worker, which answers `cancelled`."""
+        """Cancel a request: one that waits ends at once; a running one is stopped by its worker."""
         entry = self.state.entries.get(request_id)
         if entry is None:
             return []
@@ -336,17 +338,17 @@ class Scheduler:
         return [*self.dispatcher.stop(entry, reason), Finish(entry, None, entry.cancel_reason or reason)]
 
     def fail(self, request_id: str, code: ErrorCode, message: str) -> list[Decision]:
-        """End a request as failed; its attempt is stopped, and its slot is free when the worker answers."""
+        """End a request as failed; its attempt is stopped, and the slot is free when the worker answers."""
         entry = self.state.entries.get(request_id)
         return [] if entry is None else [*self.dispatcher.stop(entry, message), Finish(entry, code, message)]
 
     def lose(self, request_id: str, code: ErrorCode, message: str, now: float) -> list[Decision]:
-        """An attempt is lost (worker gone, engine crashed or hung): queue it again, or fail it, by its retry policy.
+        """Handle the loss of an attempt (worker lost, engine crashed or hung): queue the request again, or fail it.
 
         Args:
-            request_id: of a running request.
-            code: why; what the request fails with if it is not tried again.
-            message: the same in words.
+            request_id: the id of a running request.
+            code: the error code with which the request fails if it is not tried again.
+            message: the reason of the loss, for people.
             now: monotonic seconds.
         """
         entry = self.state.entries.get(request_id)
@@ -358,13 +360,11 @@ class Scheduler:
         entry.losses += 1
         space = self.state.spaces[entry.space]
         if entry.losses >= space.rules.max_attempts:
-            words = (
-                f"{message}; it was attempt {entry.attempt} and {entry.losses} have been lost now, so it is given up"
-            )
-            return [*stop, Finish(entry, code, words)]
+            why = f"{entry.losses} attempts have been lost, the last of them attempt {entry.attempt}"
+            return [*stop, Finish(entry, code, f"{message}; not tried again, because {why}")]
         if entry.retry == "never" or (entry.retry == "before_output" and entry.has_output and not entry.reproducible):
-            heard = f"{entry.next_seq} frames were" if entry.next_seq else "some of it was"  # 0: before a restart
-            why = "retry is 'never'" if entry.retry == "never" else f"{heard} delivered already"
+            delivered = f"{entry.next_seq} frames were" if entry.next_seq else "some of it was"  # 0 after a restart
+            why = "retry is 'never'" if entry.retry == "never" else f"{delivered} delivered already"
             return [*stop, Finish(entry, code, f"{message}; not tried again, because {why}")]
         self.dispatcher.clear_run(entry)
         entry.state = State.QUEUED
@@ -373,13 +373,13 @@ class Scheduler:
         return [*stop, Requeue(entry), *self.dispatcher.dispatch(now)]
 
     def adopt_later_attempt(self, request_id: str, attempt: int, now: float) -> list[Decision]:
-        """A listener has frames of the attempt after the current one, which a relay that was killed had not stored yet.
+        """Switch to the attempt after the current one: a client has its frames, but it was not stored before a restart.
 
-        The listener would drop everything of the current attempt, its end too, so nothing continues behind its frames.
+        The client would drop every frame of the current attempt, even the last, so the current attempt cannot continue.
         The worker that runs the later attempt may still connect.
 
-        A listener's word counts once, and only while the store may really be behind: after a restart, until an
-        attempt starts. Otherwise the number is the scheduler's alone, and no client can raise it.
+        A client can cause this only once, and only while the store may be behind: after a restart, until an attempt
+        starts. At any other time only the scheduler changes the attempt number.
         """
         entry = self.state.entries.get(request_id)
         if entry is None or not entry.may_be_behind or attempt != entry.attempt + 1:
@@ -387,14 +387,14 @@ class Scheduler:
         entry.may_be_behind = False
         entry.attempt, entry.next_seq, entry.attempt_known_from_client = attempt, 0, True
         if entry.state is State.RUNNING and entry.worker_lost_at is None:
-            words = "a listener has heard a later attempt, which the relay lost when it was killed"
-            return self.lose(request_id, ErrorCode.WORKER_LOST, words, now)
+            message = "a client has received frames of a later attempt, which was lost when the relay was killed"
+            return self.lose(request_id, ErrorCode.WORKER_LOST, message, now)
         self.dispatcher.forget_away(entry)
         entry.worker_id = None
         return []
 
     def promote(self, request_id: str) -> Rejected | None:
-        """Put a queued request to the front of its space."""
+        """Move a queued request to the front of its space's queue."""
         entry = self.state.entries.get(request_id)
         if entry is None or entry.state is not State.QUEUED:
             state = "unknown or ended" if entry is None else entry.state
@@ -406,23 +406,23 @@ class Scheduler:
         return None
 
     def limit_running(self, principal: str, at_most: int | None) -> None:
-        """Let `principal` have `at_most` running requests in all spaces together; None lifts the limit."""
+        """Limit the running requests of `principal` in all spaces together to `at_most`; None removes the limit."""
         if at_most is None:
             self.state.max_running.pop(principal, None)
         else:
             self.state.max_running[principal] = at_most
 
     def queued_count(self, principal: str) -> int:
-        """Requests of `principal` that are admitted or queued, in all spaces together."""
+        """Return the number of admitted or queued requests of `principal` in all spaces together."""
         return sum(
             space.queue.count_for(principal) + list(space.admitted.values()).count(principal)
             for space in self.state.spaces.values()
         )
 
-    # -- questions
+    # -- queries
 
     def positions(self, name: str, now: float) -> dict[str, QueuePosition]:
-        """Request id -> position, for all that is queued in a space."""
+        """Return the position of every queued request of a space, by request id."""
         space = self.state.spaces[name]
         of = len(space.queue)
         slots = sum(worker.slots for worker in self.state.workers_of(name) if not worker.draining)
@@ -434,8 +434,8 @@ class Scheduler:
 
 
 def no_such_space(name: str, request_id: str | None = None, *, operator: bool = False) -> Rejected:
-    """The refusal for a space that does not exist; only operators can run the command that makes one."""
-    hint = f"make it with: relayd space create {name}" if operator else "ask the relay's operator"
+    """Return the refusal for a space that does not exist; only operators get a hint how to create it."""
+    hint = f"create it with: relayd space create {name}" if operator else "ask the relay's operator"
     return Rejected.because(ErrorCode.SPACE_NOT_FOUND, f"space {name!r} does not exist; {hint}", request_id=request_id)
 
 

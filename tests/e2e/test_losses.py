@@ -30,7 +30,7 @@ async def test_a_request_under_which_three_workers_are_killed_fails_and_the_four
         failed = await relay.event("request failed")
         assert {failed["request_id"]} == request_ids
         assert failed["code"] == "worker_lost"
-        assert "3 have been lost" in failed["why"]
+        assert "3 attempts have been lost" in failed["why"]
         assert any("worker_lost" in line for line in bad.lines)
         async with a_worker(place, relay, *MOCK):
             await place.run("relay", "say", "hello", "--param", "speed=0", "-o", "good.wav")
@@ -50,7 +50,7 @@ async def test_an_engine_that_crashes_or_hangs_costs_its_own_request_alone(tmp_p
             )
             assert code in why
             failed = await relay.event("request failed", after=heard)
-            assert (failed["code"], "3 have been lost" in failed["why"]) == (code, True)
+            assert (failed["code"], "3 attempts have been lost" in failed["why"]) == (code, True)
             assert await listener.ended() == 0
         await place.run("relay", "say", "goes on", *tune, "--param", "speed=0", "-o", "after.wav")
     whole = (tmp_path / "whole.wav").read_bytes()

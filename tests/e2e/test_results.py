@@ -51,7 +51,7 @@ async def test_a_result_is_fetched_from_a_relay_that_was_killed_and_started_agai
         assert await state_of(place, request_id) == "completed"
         await place.run("relay", "attach", request_id, "-o", "out.wav")
         _, why = await place.run("relay", "attach", "0" * 32, "-o", "none.wav", code=1)
-        assert "is not known here" in why
+        assert "is unknown" in why
     whole = (tmp_path / "whole.wav").read_bytes()
     assert len(whole) > 20 * 2 * 16_000
     assert (tmp_path / "first.wav").read_bytes() == (tmp_path / "out.wav").read_bytes() == whole
@@ -89,13 +89,13 @@ async def test_a_disk_that_takes_nothing_fails_the_one_that_fits_nowhere_and_rec
             resource.prlimit(relay.process.pid, resource.RLIMIT_FSIZE, (100_000, hard))
             _, why = await place.run("relay", "say", "too long", *long, "-o", "none.wav", code=1)
             assert "storage_full" in why
-            assert (await relay.event("the disk takes no results; they stay in memory"))["level"] == "error"
+            assert (await relay.event("results cannot be written to disk; they stay in memory"))["level"] == "error"
             await listener.audio_chunks(None)
             assert await listener.ended() == 0
         resource.prlimit(relay.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
         await place.run("relay", "say", "too long", *long, "-o", "long.wav")
         await place.run("relay", "say", "goes on", "--param", "duration_s=4", "--param", "speed=0", "-o", "whole.wav")
-        await relay.event("the disk takes results again")
+        await relay.event("results can be written to disk again")
     assert (tmp_path / "on.wav").read_bytes() == (tmp_path / "whole.wav").read_bytes()
     assert (tmp_path / "long.wav").stat().st_size > 60 * 2 * 16_000
 

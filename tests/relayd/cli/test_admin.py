@@ -115,11 +115,11 @@ async def test_what_cannot_be_done_to_a_space_is_told_in_one_line(
 ) -> None:
     async with a_shell(tmp_path, capsys, online=online) as shell:
         await shell.run("space", "create", "lab")
-        assert "exists already" in await shell.fails("space", "create", "lab")
-        assert "exists already" in await shell.fails("space", "create", "tts")
+        assert "already exists" in await shell.fails("space", "create", "lab")
+        assert "already exists" in await shell.fails("space", "create", "tts")
         assert "not a valid space name" in await shell.fails("space", "create", "../lab")
         assert "max_workers" in await shell.fails("space", "create", "x", "--max-workers", "0")
-        assert "stands in relayd.toml" in await shell.fails("space", "delete", "tts")
+        assert "is defined in relayd.toml" in await shell.fails("space", "delete", "tts")
         for what in ("pause", "resume", "delete"):
             assert "space 'nowhere' does not exist" in await shell.fails("space", what, "nowhere")
 
@@ -300,6 +300,6 @@ async def test_a_program_gets_the_same_as_errors(tmp_path: Path) -> None:
         with pytest.raises(AdminError, match="no live token"):
             async with open_admin(config) as admin:
                 await admin.revoke_token("nobody")
-        with pytest.raises(AdminError, match=r"stands in relayd\.toml"):
+        with pytest.raises(AdminError, match=r"is defined in relayd\.toml"):
             async with open_admin(config) as admin:
                 await admin.delete_space("tts")

@@ -137,7 +137,7 @@ async def test_a_request_whose_only_reader_never_takes_anything_ends_after_its_r
         await slow.next(Accepted)
         tap.close()
         worker.speak(assign, LONG, end=False)
-        assert (await worker.peer.next(Cancel)).reason == "its client went away and did not come back"
+        assert (await worker.peer.next(Cancel)).reason == "its client disconnected and did not return"
         worker.send(Cancelled(**identity(assign, 1 + len(LONG))))
         await relay.at_rest()
         assert relay.relay.slow_consumers == 1

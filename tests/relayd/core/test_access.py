@@ -35,7 +35,7 @@ async def test_only_operators_are_told_the_command_that_makes_a_space(tmp_path: 
         assert isinstance(operator, Rejected)
         assert client.code == operator.code == "space_not_found"
         assert client.message == "space 'nope' does not exist; ask the relay's operator"
-        assert operator.message == "space 'nope' does not exist; make it with: relayd space create nope"
+        assert operator.message == "space 'nope' does not exist; create it with: relayd space create nope"
 
 
 @pytest.mark.trio

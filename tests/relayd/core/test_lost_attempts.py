@@ -54,7 +54,7 @@ async def test_a_request_that_takes_three_workers_down_fails_and_is_named_in_the
             (failed,) = await client.frames(bad)
             assert isinstance(failed, Failed)
             assert failed.code == "worker_lost"
-            assert "3 have been lost" in failed.message
+            assert "3 attempts have been lost" in failed.message
             async with fake_worker(relay.url, name="box4") as fourth:
                 client.send(good)
                 assign = await fourth.assigned()

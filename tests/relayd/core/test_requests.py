@@ -61,7 +61,7 @@ async def test_a_request_crosses_the_relay_as_the_bytes_that_came(tmp_path: Path
         ({"params": {"text": "x", "rate": "fast"}}, "invalid_params", {"rate": "must be an integer, not string"}),
         ({"params": {"text": "x", "k" * 60_000: 1}}, "invalid_params", {"k" * 64: "is unknown; it takes rate, text"}),
         ({"text": "x" * 65_400}, "invalid_params", {}),
-        ({"inputs": {"voice": an_input(b"x")}}, "invalid_params", {"inputs.voice": "is not taken"}),
+        ({"inputs": {"voice": an_input(b"x")}}, "invalid_params", {"inputs.voice": "is not accepted"}),
         ({"inputs": {"voice": an_input(b"x", size=2**40)}}, "input_too_large", {}),
     ],
 )

@@ -506,8 +506,8 @@ async def test_what_a_full_disk_does_not_take_is_kept_in_memory_and_written_once
             await until(lambda: files(tmp_path) == sorted(submit.request_id for submit in submits))
             await until(lambda: not relay.relay.results.unsaved_count)
     events = [log["event"] for log in logs if log["log_level"] in ("error", "info")]
-    assert events.count("the disk takes no results; they stay in memory") == 1
-    assert events.count("the disk takes results again") == 1
+    assert events.count("results cannot be written to disk; they stay in memory") == 1
+    assert events.count("results can be written to disk again") == 1
     async with daemon(tmp_path, **SQLITE) as relay:
         for submit, frames in zip(submits, told, strict=True):
             assert await fetched(relay, submit.request_id) == frames
