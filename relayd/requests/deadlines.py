@@ -1,4 +1,4 @@
-"""The task of a live request: it keeps the request's deadlines, and does nothing else."""
+"""The task of a live request, which watches the request's deadlines."""
 
 from collections.abc import Callable
 
@@ -17,15 +17,15 @@ async def watch_deadlines(
     expire: Callable[[Request, Expiry], None],
     fail: Callable[[Request], None],
 ) -> None:
-    """Wait until something changes or a deadline comes, until the request has ended.
+    """Watch the deadlines of a request until it has ended.
 
-    Frames move the idle deadline without waking this task; it looks again when the old one comes.
+    Frames move the idle deadline without waking this task; it computes the deadline again when the old one has passed.
 
     Args:
-        request: whose deadlines.
-        limits: the relay's.
-        expire: carries out what a deadline says.
-        fail: ends the request where that raises; must not raise itself.
+        request: the request to watch.
+        limits: the relay's limits.
+        expire: carries out the consequence of a deadline that has passed.
+        fail: ends the request if `expire` raises; must not raise itself.
     """
     while request.live:
         changed = request.changed

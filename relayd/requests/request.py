@@ -1,4 +1,4 @@
-"""A request while the relay knows it: what was asked, who holds it, its frame log and its deadlines."""
+"""A request: its submission, holders, frame log and deadlines, from its submission until it is forgotten."""
 
 import hashlib
 from enum import Enum
@@ -17,17 +17,17 @@ from relayd.frames.frame_log import FrameLog, Sink
 from relayd.requests.summary import summarize
 from relayd.scheduling.model import QueuePosition, ScheduledRequest, State
 
-#: Steps of a request that are remembered: its first ones, and the latest.
+#: Number of timeline entries that are kept: the first ones and the latest ones.
 FIRST_STEPS, LATEST_STEPS = 12, 36
-#: What is kept of what an ended request asked for.
+#: Largest summary of the submission that is kept of an ended request.
 KEPT_BYTES = 1024
-#: How long an attempt that has put out nothing waits for its worker's return before it is tried elsewhere. A worker
-#: reconnects within 0.5 s when only its network blinked; docs/design.md §6 promises the second attempt within 2 s.
+#: How long an attempt without output waits for its worker to reconnect before it is tried elsewhere. After a short
+#: network failure a worker reconnects within 0.5 s; docs/design.md §6 promises the second attempt within 2 s.
 UNHEARD_GRACE_S = 1.5
 
 
 class Expiry(Enum):
-    """What happens to a request at its next deadline."""
+    """The deadlines of a request."""
 
     NOBODY_HOLDS = "nobody holds it"
     QUEUE_TIMEOUT = "queue_timeout"
@@ -38,24 +38,28 @@ class Expiry(Enum):
 
 
 class Holder(Sink, Protocol):
-    """A client's connection, as far as its requests see it."""
+    """A client's connection, as its requests see it."""
 
     def on_accepted(self, request: "Request") -> None:
-        """The request is safe; its frames may be read."""
+        """Handle that the request is stored; its frames may be read."""
 
-    def on_position(self, request: "Request", place: QueuePosition) -> None:
-        """Where the request stands in the queue."""
+    def on_position(self, request: "Request", position: QueuePosition) -> None:
+        """Handle a changed position of the request in the queue."""
 
     def on_rejected(self, request: "Request", refusal: Rejected) -> None:
-        """The request was not taken after all."""
+        """Handle that the request was rejected after it was admitted."""
 
     def on_ended(self, request: "Request") -> None:
-        """The request needs no holder any more."""
+        """Handle that the request has ended and no longer needs a holder."""
 
 
 @attrs.define(eq=False, kw_only=True)
 class Request:
-    """One request. `entry` is the scheduler's part of it; times are monotonic seconds unless they say otherwise."""
+    """One request. `entry` is the scheduler's part of it. Times are monotonic seconds unless their names say otherwise.
+
+    Its life, in order: `uploaded`, `accepted`, `queued_at`, `entry.started_at`, `first_frame_at`, possibly
+    `abandoned_at` or `stopped_at`, `ended_at`, `pending_ack` cleared, `has_result` False.
+    """
 
     submit: Submit
     principal: str
@@ -65,26 +69,27 @@ class Request:
     queue_timeout_s: float
     run_timeout_s: float
     idle_timeout_s: float
-    #: SHA-256 of what was asked for.
+    #: SHA-256 of the submission, as `content_hash` returns it.
     content: bytes
     log: FrameLog = attrs.field(factory=FrameLog)
     inputs: dict[str, bytearray] = attrs.field(factory=dict)
     _digests: dict[str, "hashlib._Hash"] = attrs.field(factory=dict)
     holders: set[Holder] = attrs.field(factory=set)
-    #: The acknowledgement that its worker waits for until the end is safe, and which worker that is.
+    #: The id of its worker, and the `ack` that the worker gets when the end is stored.
     pending_ack: tuple[str, Ack] | None = None
-    #: Whether all of its inputs have come: it is on its way to the store, and takes no more of them.
+    #: Whether all of its inputs have arrived: it is being stored, and accepts no more input.
     uploaded: bool = False
-    #: Whether `accepted` was sent: it is in the store.
+    #: Whether it is in the store, and `accepted` was sent.
     accepted: bool = False
+    #: Since when it has had no holder, which begins its resume window; None while it has one.
     abandoned_at: float | None = None
     queued_at: float = 0.0
     last_frame_at: float = 0.0
-    #: The `entry.started_at` up to which its waiting was counted.
+    #: The `entry.started_at` for which its wait was last counted.
     wait_counted_at: float | None = None
-    #: When its worker was told to stop, while it has not answered.
+    #: When its worker was asked to stop it; None again when it is queued again or another attempt starts.
     stopped_at: float | None = None
-    #: How long its worker may stay away, from `entry.worker_lost_at` on.
+    #: How long its worker may take to reconnect, counted from `entry.worker_lost_at`.
     worker_grace_s: float = 0.0
     first_frame_at: float | None = None
     ended_at: float | None = None
@@ -94,20 +99,20 @@ class Request:
     code: str | None = None
     message: str | None = None
     details: dict[str, object] = attrs.field(factory=dict)
-    #: What has become of it, step by step: a packed map each, to have 10,000 ended requests cost little.
+    #: Its timeline: one packed map per entry, so that 10,000 ended requests take little memory.
     timeline: list[bytes] = attrs.field(factory=list)
     timeline_dropped: int = 0
-    #: What was asked, in brief, once it has ended; see `relayd.requests.summary`.
+    #: A summary of the submission, once it has ended; see `relayd.requests.summary`.
     summary: bytes = b""
-    #: Position and queue length last told to the holders.
+    #: The position and queue length last sent to the holders.
     last_position_sent: tuple[int, int] | None = None
-    #: False once it is completed and its frames are not kept any more.
+    #: False once it is completed and its frames are no longer kept.
     has_result: bool = True
     changed: trio.Event = attrs.field(factory=trio.Event)
 
     @property
     def request_id(self) -> str:
-        """The client's own id for it."""
+        """The id that the client chose."""
         return self.submit.request_id
 
     @property
@@ -125,7 +130,7 @@ class Request:
         created_unix: float,
         **more: Any,
     ) -> "Request":
-        """A request whose times begin now; what it does not say of its deadlines, its space does."""
+        """Make a request that begins now; timeouts that `submit` does not set are those of its space."""
         now = trio.current_time()
         request = cls(
             submit=submit,
@@ -145,21 +150,21 @@ class Request:
         return request
 
     def add_timeline(self, event: str, **more: Value) -> None:
-        """Remember what became of it just now."""
+        """Add an event to the timeline; when it is full, an entry in the middle is dropped."""
         if len(self.timeline) >= FIRST_STEPS + LATEST_STEPS:
             del self.timeline[FIRST_STEPS]
             self.timeline_dropped += 1
         at_s = round(trio.current_time() - self.created_at, 3)
-        told = {key: value for key, value in more.items() if value is not None}
-        self.timeline.append(msgpack.packb({"at_s": at_s, "event": event, **told}))
+        fields = {key: value for key, value in more.items() if value is not None}
+        self.timeline.append(msgpack.packb({"at_s": at_s, "event": event, **fields}))
 
     def resumed(self) -> None:
-        """Its worker is back, and goes on with it."""
+        """Note that its worker has reconnected and continues with it."""
         entry, log = self.entry, self.log
         self.last_frame_at = trio.current_time()
         self.add_timeline("worker_back", worker_id=entry.worker_id, attempt=entry.attempt)
         if entry.attempt > 1 and not entry.reproducible and not (log.next_seq or log.starts):
-            # After a restart of the relay: who has frames of an earlier attempt must not go on behind them in this one.
+            # After a restart of the relay: a reader with frames of an earlier attempt must start this one from 0.
             log.restart(entry.attempt, 0)
         self.wake()
 
@@ -185,47 +190,48 @@ class Request:
             self.wake()
 
     def release_run_data(self) -> None:
-        """It has ended: let go of what only a run needs, which may be 64 KiB and all of its inputs."""
+        """Release what only a running request needs: its params, up to 64 KiB, and its inputs."""
         self.summary = self.summary or summarize(self.submit, KEPT_BYTES)
         self.submit = attrs.evolve(self.submit, params={}, inputs={})
         self.drop_inputs()
 
     def drop_inputs(self) -> None:
-        """Let go of the inputs' bytes: the store has them."""
+        """Release the inputs, which are in the store."""
         self.inputs.clear()
         self._digests.clear()
 
     def same_content(self, submit: Submit) -> bool:
-        """Whether `submit` asks for exactly this."""
+        """Whether `submit` equals this request, apart from the id."""
         return self.content == content_hash(submit)
 
     @property
     def audio_s(self) -> float | None:
-        """Seconds of audio that the attempt at hand has put out; None where it makes none."""
+        """Seconds of audio that the current attempt has produced; None if it has no audio format."""
         if self.format is None:
             return None
         return round(self.audio_bytes / self.format.sample_bytes / self.format.sample_rate, 3)
 
     def delivered(self) -> dict[str, object]:
-        """How much of it was put out, for the `details` of its failure; empty where nothing was."""
+        """Return how much was delivered, for the `details` of a failure; empty if nothing was."""
         if not self.log.next_seq:
             return {}
         return {"delivered_frames": self.log.next_seq} | ({"delivered_s": self.audio_s} if self.audio_s else {})
 
     def wake(self) -> None:
-        """Wake the request's task: a deadline may lie elsewhere now."""
+        """Wake the request's task, since a deadline may have changed."""
         self.changed.set()
         self.changed = trio.Event()
 
     def missing_input(self) -> str | None:
-        """Name of an input that has not come whole yet."""
+        """Return the name of an input that is not complete yet; None if all are."""
         return next((n for n, info in self.submit.inputs.items() if len(self.inputs.get(n, b"")) < info.size), None)
 
     def add_input(self, name: str, offset: int, data: bytes) -> ErrorCode | None:
-        """Take a piece of an input; pieces that came before (a client that reconnected) are passed over.
+        """Add a piece of an input; bytes that were received before (from a client that reconnected) are ignored.
 
         Returns:
-            None if it fits; else what is wrong: not announced, a gap, or more than was announced.
+            None if the piece was added; `INPUT_MISMATCH` if the input was not announced or the piece leaves a gap;
+            `INPUT_TOO_LARGE` if it exceeds the announced size.
         """
         info = self.submit.inputs.get(name)
         if info is None:
@@ -241,7 +247,7 @@ class Request:
         return None
 
     def damaged_input(self) -> str | None:
-        """Name of an input whose bytes are not those whose SHA-256 was announced."""
+        """Return the name of an input that does not match its announced SHA-256; None if all match."""
         for name, info in self.submit.inputs.items():
             digest = self._digests.get(name) or hashlib.sha256()
             if digest.hexdigest() != info.sha256:
@@ -249,7 +255,7 @@ class Request:
         return None
 
     def deadline(self, resume_window_s: float, cancel_grace_s: float) -> tuple[float, Expiry]:
-        """When something happens to it if nothing else does before, and what."""
+        """Return the earliest deadline (monotonic seconds), and which one it is."""
         entry = self.entry
         due: list[tuple[float, Expiry]] = []
         if self.abandoned_at is not None and not self.submit.detach and self.stopped_at is None:
@@ -268,13 +274,13 @@ class Request:
 
 
 def content_hash(submit: Submit) -> bytes:
-    """SHA-256 of all that a `submit` asks for, its id aside; the order of a map's keys does not count."""
+    """Return the SHA-256 of a `submit` without its id; the order of keys in its maps does not matter."""
     wire = submit.to_map()
     del wire["request_id"]
-    return hashlib.sha256(msgpack.packb(_in_order(wire))).digest()
+    return hashlib.sha256(msgpack.packb(_with_sorted_keys(wire))).digest()
 
 
-def _in_order(value: Value) -> Value:
+def _with_sorted_keys(value: Value) -> Value:
     if isinstance(value, dict):
-        return {key: _in_order(value[key]) for key in sorted(value)}
-    return [_in_order(item) for item in value] if isinstance(value, list) else value
+        return {key: _with_sorted_keys(value[key]) for key in sorted(value)}
+    return [_with_sorted_keys(item) for item in value] if isinstance(value, list) else value

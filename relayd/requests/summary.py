@@ -1,27 +1,31 @@
-"""What a request asks for, in brief: params of any length, cut to what a person reads and a message carries. Pure."""
+"""Summarizes what a request asks for: params of any length are cut to fit a message and a screen. Pure."""
 
 import msgpack
 
 from protocol.wire.messages import Submit
 from protocol.wire.validators import Value
 
-#: Deeper maps and arrays are told by their size.
+#: Maps and arrays that are nested deeper are replaced by their size.
 MAX_DEPTH = 4
-#: Items of a map or an array.
+#: Items kept of a map or an array.
 MAX_ITEMS = 32
-#: Characters of a name.
+#: Characters kept of a key.
 MAX_KEY_CHARS = 64
-#: The longest strings that are tried, one after the other, until all of it fits.
+#: Lengths at which strings are cut, tried in order until the summary fits.
 STRING_CHARS = (2_000, 500, 200, 60)
 MAX_INPUTS = 16
 
 
 def summarize(submit: Submit, most_bytes: int) -> bytes:
-    """Packed map of `params`, `params_cut` (whether something of them is left out) and `inputs`, if there is room.
+    """Summarize a submission as a packed map.
 
     Args:
-        submit: what came.
-        most_bytes: of the result; at least 200.
+        submit: the submission.
+        most_bytes: the largest size of the result; at least 200.
+
+    Returns:
+        A msgpack map of `params`, `params_cut` (whether something is left out) and `inputs`, which are empty if they do
+        not fit.
     """
     inputs = [
         {"name": name, "media_type": info.media_type, "size": info.size}

@@ -360,8 +360,8 @@ class Scheduler:
         entry.losses += 1
         space = self.state.spaces[entry.space]
         if entry.losses >= space.rules.max_attempts:
-            why = f"{entry.losses} attempts have been lost, the last of them attempt {entry.attempt}"
-            return [*stop, Finish(entry, code, f"{message}; not tried again, because {why}")]
+            why = f"{entry.losses} attempts have been lost (this was attempt {entry.attempt}), so it is given up"
+            return [*stop, Finish(entry, code, f"{message}; {why}")]
         if entry.retry == "never" or (entry.retry == "before_output" and entry.has_output and not entry.reproducible):
             delivered = f"{entry.next_seq} frames were" if entry.next_seq else "some of it was"  # 0 after a restart
             why = "retry is 'never'" if entry.retry == "never" else f"{delivered} delivered already"
