@@ -134,8 +134,8 @@ class Admission:
                 message = f"space {space.name!r} needs input {name!r}; send it with --input {name}=FILE"
                 return Rejected.because(ErrorCode.INPUT_MISSING, message, request_id=request_id)
         for name, info in submit.inputs.items():
-            rule = space.inputs.get(name)
-            if rule is None:
+            input_rule = space.inputs.get(name)
+            if input_rule is None:
                 accepted = ", ".join(sorted(space.inputs)) or "none"  # at most 64 names of 32 characters
                 message = f"space {space.name!r} does not accept input {name!r}; it accepts {accepted}"
                 return Rejected.because(
@@ -144,11 +144,13 @@ class Admission:
                     request_id=request_id,
                     details={f"inputs.{name}": "is not accepted"},
                 )
-            if info.size > rule.max_bytes:
-                message = f"input {name!r} has {info.size} bytes; space {space.name!r} accepts {rule.max_bytes} at most"
+            if info.size > input_rule.max_bytes:
+                message = (
+                    f"input {name!r} has {info.size} bytes; space {space.name!r} accepts {input_rule.max_bytes} at most"
+                )
                 return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
-            if rule.media_types and info.media_type not in rule.media_types:
-                what = f"is {info.media_type!r}; accepted are {', '.join(rule.media_types)}"[:MAX_FAULT_CHARS]
+            if input_rule.media_types and info.media_type not in input_rule.media_types:
+                what = f"is {info.media_type!r}; accepted are {', '.join(input_rule.media_types)}"[:MAX_FAULT_CHARS]
                 message = f"space {space.name!r}: input {name!r} {what}"
                 return Rejected.because(
                     ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": what}

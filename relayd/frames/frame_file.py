@@ -1,9 +1,9 @@
-"""The files that hold frames: one for each request, `<request id>.frames`, in a folder of their own. Blocks.
+"""The files that hold frames: one per request, `<request id>.frames`, in a folder of their own. Its calls block.
 
-A file is a header, a record a frame (its length, its CRC-32, its bytes), and, once the request has ended, a trailer
-with which it counts as whole: the length of every frame, the attempts and where each began, and a footer. A file
-without a trailer is one that was being written when the relay died; its worker still has all of its frames.
-Everything is checked before it is used: what lies on a disk for days may come back otherwise.
+A file has a header, one record per frame (length, CRC-32, bytes) and, once the request has ended, a trailer that makes
+it complete: the length of every frame, the attempts with the seq at which each began, and a footer. A file without a
+trailer was being written when the relay died; its worker still has all of its frames. Everything is checked before it
+is used, since data on a disk can be damaged.
 """
 
 import contextlib
@@ -26,20 +26,21 @@ from protocol.wire.structs import ID_PATTERN
 SUFFIX = ".frames"
 _NAME = re.compile(ID_PATTERN.pattern + re.escape(SUFFIX))
 _MAGIC, _WHOLE = b"relayd-1", b"relayd.."
-#: Magic, and when the request was made (Unix seconds): an id may come again once its request is forgotten.
+#: Magic, and the creation time of the request (Unix seconds): an id may be used again once its request is forgotten.
 _HEADER = struct.Struct(">8sd")
 _RECORD = struct.Struct(">II")
 _START = struct.Struct(">II")
-#: Where the trailer begins, frames, attempts, CRC-32 of header, trailer and these three, magic.
+#: Offset of the trailer, number of frames, number of attempts.
 _COUNTS = struct.Struct(">QII")
+#: The fields of `_COUNTS`, the CRC-32 of the header, the trailer and those fields, and a magic.
 _FOOTER = struct.Struct(">QIII8s")
 
-#: Left free on the disk: results must not take the last of it from the store, which each request needs to be accepted.
+#: Bytes left free on the disk for the store, which must be able to write for a request to be accepted.
 KEEP_FREE_BYTES = 16 * 1024 * 1024
 FIRST_OFFSET = _HEADER.size
 RECORD_BYTES = _RECORD.size
 if TYPE_CHECKING:
-    #: Where each frame's record begins, and last where the next one would.
+    #: The offset of each frame's record, and last the offset at which the next one would begin.
     Index = array[int]
 else:
     Index = array  # takes no parameters before Python 3.12
@@ -47,16 +48,17 @@ Starts = Sequence[tuple[int, int]]
 
 
 class DamagedResult(Exception):
-    """A file, or a part of it, is not what was written."""
+    """A file, or a part of it, is damaged."""
 
 
 @attrs.frozen(kw_only=True)
 class Contents:
-    """What a whole file holds.
+    """The contents of a complete file, without the frames themselves.
 
     Args:
-        created_unix: of its request.
-        starts: (attempt, seq it began at), in order.
+        created_unix: creation time of the request, Unix seconds.
+        index: offsets of the records.
+        starts: (attempt, seq at which it began), in order.
     """
 
     created_unix: float
@@ -65,27 +67,27 @@ class Contents:
 
     @property
     def frames(self) -> int:
-        """How many."""
+        """Number of frames."""
         return len(self.index) - 1
 
     @property
     def frame_bytes(self) -> int:
-        """Of all frames, without what the file adds."""
+        """Bytes of all frames, without headers and trailer."""
         return self.index[-1] - FIRST_OFFSET - RECORD_BYTES * self.frames
 
     @property
     def file_bytes(self) -> int:
-        """Of the file."""
+        """Size of the file in bytes."""
         return size_of(self.index[-1], self.frames, len(self.starts))
 
 
 def new_index() -> Index:
-    """Of a file that holds no frames yet."""
+    """Return the index of a file that holds no frames yet."""
     return array("Q", (FIRST_OFFSET,))
 
 
 def extend(index: Index, frames: Sequence[bytes]) -> None:
-    """Note that `frames` were written behind what was there."""
+    """Extend `index` by `frames`, which were written at the end of the file."""
     end = index[-1]
     for data in frames:
         end += RECORD_BYTES + len(data)
@@ -93,31 +95,31 @@ def extend(index: Index, frames: Sequence[bytes]) -> None:
 
 
 def size_of(end: int, frames: int, starts: int) -> int:
-    """Bytes of a whole file whose last record ends at `end`."""
+    """Return the size in bytes of a complete file whose last record ends at `end`."""
     return end + 4 * frames + _START.size * starts + _FOOTER.size
 
 
 class ResultFolder:
-    """The folder of the files. One thread at a time for each file; any number for all of them."""
+    """The folder of the files. Only one thread at a time may use a file; different files may be used in parallel."""
 
     def __init__(self, path: Path) -> None:
-        """Make the folder if need be, for the owner alone.
+        """Create the folder, accessible to the owner only, unless it exists.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: the folder cannot be created.
         """
         path.mkdir(mode=0o700, exist_ok=True)
         self.path = path
-        # What root makes belongs to the owner of the state folder, as its other files.
+        # Files that root creates are given to the owner of the state folder, like the other files in it.
         self._owner = path.parent.stat() if os.geteuid() == 0 else None
         if self._owner is not None:
             os.chown(path, self._owner.st_uid, self._owner.st_gid, follow_symlinks=False)
 
     def write(self, request_id: str, created_unix: float, offset: int, frames: Sequence[bytes]) -> None:
-        """Write the records of `frames` at `offset`; at `FIRST_OFFSET` the file begins anew.
+        """Write the records of `frames` at `offset`; at `FIRST_OFFSET` the file is started again.
 
         Raises:
-            OSError: the disk does not take them; the file up to `offset` is as it was.
+            OSError: they cannot be written; the file up to `offset` is unchanged.
         """
         self._need_room()
         begins = offset == FIRST_OFFSET
@@ -128,17 +130,17 @@ class ResultFolder:
     def seal(
         self, request_id: str, created_unix: float, index: Index, starts: Starts, all_frames: Sequence[bytes] = ()
     ) -> None:
-        """Write the trailer of a file that holds all frames; when this returns the disk has it all.
+        """Complete a file by its trailer; when this returns, all of it is synced to the disk.
 
         Args:
-            request_id: names the file.
-            created_unix: of the request, Unix seconds.
-            index: of all frames.
-            starts: of the attempts.
-            all_frames: written in the same go, to a file that begins anew; none where it has them.
+            request_id: the id of the request, which names the file.
+            created_unix: creation time of the request, Unix seconds.
+            index: the index of all frames.
+            starts: (attempt, seq at which it began) of the attempts.
+            all_frames: all frames, to write the whole file at once; empty if the file has them already.
 
         Raises:
-            OSError: the disk does not take it, or could not say that it has it.
+            OSError: the file cannot be written or synced.
         """
         end, frames = index[-1], len(index) - 1
         lengths = (index[i + 1] - index[i] - RECORD_BYTES for i in range(frames))
@@ -163,30 +165,30 @@ class ResultFolder:
             os.close(folder)
 
     def read(self, request_id: str, offsets: Sequence[int]) -> list[bytes]:
-        """The frames whose records begin at `offsets`, the last of which is where the last record ends.
+        """Return the frames whose records begin at `offsets`; the last offset is the end of the last record.
 
         Raises:
             OSError: the file cannot be read.
-            DamagedResult: that is not what was written.
+            DamagedResult: a record is damaged.
         """
         begin, end = offsets[0], offsets[-1]
         with self._open(request_id, os.O_RDONLY) as file:
             data = memoryview(_read_all(file, end - begin, begin))
         frames = []
-        for here, there in itertools.pairwise(offsets):
-            length, crc = _RECORD.unpack_from(data, here - begin)
-            frame = bytes(data[here - begin + RECORD_BYTES : there - begin])
+        for offset, next_offset in itertools.pairwise(offsets):
+            length, crc = _RECORD.unpack_from(data, offset - begin)
+            frame = bytes(data[offset - begin + RECORD_BYTES : next_offset - begin])
             if length != len(frame) or crc != zlib.crc32(frame):
-                raise DamagedResult(f"the frame at byte {here} of {request_id}{SUFFIX} is damaged")
+                raise DamagedResult(f"the frame at byte {offset} of {request_id}{SUFFIX} is damaged")
             frames.append(frame)
         return frames
 
     def load(self, request_id: str) -> Contents:
-        """What a file says it holds; the frames themselves are checked when they are read.
+        """Load and check the header and trailer of a file; the frames themselves are checked when they are read.
 
         Raises:
             OSError: the file cannot be read.
-            DamagedResult: it is not whole, or no file of ours.
+            DamagedResult: the file is incomplete, damaged, or not a file of frames.
         """
         with self._open(request_id, os.O_RDONLY) as file:
             size = os.fstat(file).st_size
@@ -197,7 +199,7 @@ class ResultFolder:
             end, frames, starts, crc, whole = _FOOTER.unpack(footer)
             magic, created_unix = _HEADER.unpack(header)
             if (magic, whole) != (_MAGIC, _WHOLE) or size_of(end, frames, starts) != size:
-                raise DamagedResult(f"{request_id}{SUFFIX} is not whole")
+                raise DamagedResult(f"{request_id}{SUFFIX} is incomplete")
             trailer = _read_all(file, size - _FOOTER.size - end, end)
         if crc != zlib.crc32(footer[: _COUNTS.size], zlib.crc32(trailer, zlib.crc32(header))):
             raise DamagedResult(f"the trailer of {request_id}{SUFFIX} is damaged")
@@ -210,25 +212,25 @@ class ResultFolder:
         return Contents(created_unix=created_unix, index=index, starts=tuple((n, seq) for n, seq in begun))
 
     def cut(self, request_id: str, end: int) -> None:
-        """Let the file end at `end`, where a write that failed may have left more.
+        """Truncate the file to `end` bytes, since a failed write may have left more.
 
         Raises:
-            OSError: it cannot be done.
+            OSError: the file cannot be truncated.
         """
         with self._open(request_id, os.O_WRONLY) as file:
             os.ftruncate(file, end)
 
     def remove(self, request_id: str) -> None:
-        """Delete a file; one that is not there is no fault.
+        """Delete a file, if it exists.
 
         Raises:
-            OSError: it cannot be done.
+            OSError: the file cannot be deleted.
         """
         with contextlib.suppress(FileNotFoundError):
             self._path(request_id).unlink()
 
     def request_ids(self) -> list[str]:
-        """Of all files that are ours by their names; whatever else lies in the folder is left alone.
+        """Return the request ids of all files whose names match; other files in the folder are ignored.
 
         Raises:
             OSError: the folder cannot be read.
@@ -239,15 +241,15 @@ class ResultFolder:
     def _need_room(self) -> None:
         disk = os.statvfs(self.path)
         if disk.f_bavail * disk.f_frsize < KEEP_FREE_BYTES:
-            raise OSError(errno.ENOSPC, f"less than {KEEP_FREE_BYTES // 1024**2} MiB are left on the disk")
+            raise OSError(errno.ENOSPC, f"less than {KEEP_FREE_BYTES // 1024**2} MiB are free on the disk")
 
     @contextlib.contextmanager
     def _open(self, request_id: str, flags: int) -> Iterator[int]:
-        flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # not a pipe's other end either
+        flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: if it is a pipe, do not wait for its peer
         file = os.open(self._path(request_id), flags, 0o600)
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise OSError(f"{request_id}{SUFFIX} is no file")
+                raise OSError(f"{request_id}{SUFFIX} is not a regular file")
             if self._owner is not None and flags & os.O_CREAT:
                 os.fchown(file, self._owner.st_uid, self._owner.st_gid)
             yield file
@@ -255,9 +257,9 @@ class ResultFolder:
             os.close(file)
 
     def _path(self, request_id: str) -> Path:
-        """The file of a request. The wire has checked the id; a name that leaves the folder is refused all the same."""
+        """Return the path of a request's file. The wire has checked the id; this is a second check."""
         if not ID_PATTERN.fullmatch(request_id):
-            raise ValueError(f"{request_id!r} is no request id")
+            raise ValueError(f"{request_id!r} is not a valid request id")
         return self.path / (request_id + SUFFIX)
 
 
@@ -270,8 +272,8 @@ def _records(frames: Sequence[bytes]) -> Iterator[bytes]:
 def _write_all(file: int, data: bytes, offset: int) -> None:
     view = memoryview(data)
     while view:
-        taken = os.pwrite(file, view, offset)
-        view, offset = view[taken:], offset + taken
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _read_all(file: int, size: int, offset: int) -> bytes:
@@ -279,7 +281,7 @@ def _read_all(file: int, size: int, offset: int) -> bytes:
     while size:
         part = os.pread(file, size, offset)
         if not part:
-            raise DamagedResult("a file of results is shorter than it was")
+            raise DamagedResult("the file of a result was truncated")
         parts.append(part)
         size, offset = size - len(part), offset + len(part)
     return b"".join(parts)

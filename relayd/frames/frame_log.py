@@ -1,11 +1,11 @@
 """Frame logs: the output of a request so far, and its readers.
 
-Attach, resume, replay, a second listener and "fetch the result later" are one thing: a `FrameReader` at a `seq`.
-Appending never waits for a reader, nor for a disk. A reader sends while its sink takes, stops when the sink is full,
-and goes on from its own place when the sink says so; so a slow one costs nobody else anything, and needs no task.
+Attach, resume, replay, a second reader and "fetch the result later" are one thing: a `FrameReader` at a `seq`.
+Appending never waits for a reader or for the disk. A reader sends until its sink is full and continues from its own
+position when the sink has drained, so a slow reader does not affect the others and needs no task.
 
-Frames come into memory. `relayd.frames.spool` may write them to a file behind the log and have the log release them;
-a reader that is that far behind asks for some of them ahead, and goes on when they are there.
+New frames are kept in memory. `relayd.frames.spool` may write them to a file later and have the log release them; a
+reader that needs released frames has some of them read ahead, and continues when they have been read.
 """
 
 from collections import deque
@@ -16,11 +16,11 @@ import attrs
 
 from relayd.frames.frame_file import RECORD_BYTES, Contents, Index, new_index
 
-#: A reader hands frames to its sink until this much waits there: one second of 48 kHz speech is 96 KB.
+#: A reader passes frames to its sink until its backlog is this large: one second of 48 kHz speech is 96 KB.
 HIGH_WATER_BYTES = 256 * 1024
-#: From here down the sink asks for more: late enough to send in batches, early enough never to run dry.
+#: At this backlog the sink asks for more: late enough to send in batches, early enough never to run out of data.
 LOW_WATER_BYTES = 64 * 1024
-#: What a frame takes in memory beside its bytes: the object's head (33 bytes), its place in a list, rounding.
+#: Memory per frame in addition to its bytes: the object header (33 bytes), its place in a list, rounding.
 FRAME_COST_BYTES = 64
 
 
@@ -29,30 +29,30 @@ class Sink(Protocol):
 
     @property
     def backlog_bytes(self) -> int:
-        """What was sent and the transport has not taken yet."""
+        """Bytes that were sent and that the transport has not accepted yet."""
 
     def send_frames(self, frames: list[bytes], size: int) -> None:
-        """Send these, of `size` bytes together, without waiting; the list is not to be changed."""
+        """Send frames of `size` bytes in total without waiting; must not change the list."""
 
     def on_all_sent(self, reader: "FrameReader") -> None:
-        """A reader of this sink has sent the last frame of its log."""
+        """Handle that a reader of this sink has sent the last frame of its log."""
 
     def on_read_error(self, reader: "FrameReader") -> None:
-        """What a reader of this sink wants next cannot be read back."""
+        """Handle that the next frames of a reader of this sink cannot be read back."""
 
 
 @attrs.define(eq=False)
 class MemoryBudget:
-    """What all logs hold in memory together, and how much that may be."""
+    """The memory that all logs use together, and its limit."""
 
     limit_bytes: float = float("inf")
     held_bytes: int = 0
-    #: Called whenever something comes in while they hold too much; must not wait.
+    #: Called whenever bytes are added and the limit is exceeded; must not wait.
     on_exceeded: Callable[[], None] = lambda: None
 
     @property
     def over(self) -> bool:
-        """Whether they hold more than they may."""
+        """Whether the limit is exceeded."""
         return self.held_bytes > self.limit_bytes
 
     def add(self, cost: int) -> None:
@@ -64,18 +64,18 @@ class MemoryBudget:
 
 @attrs.define(eq=False)
 class FilePart:
-    """What of a log lies in its file: the frames below `frames`, some of which may lie in memory as well."""
+    """The part of a log that is in its file: the frames below `frames`, some of which may be in memory as well."""
 
-    #: None where it is not at hand; the trailer of a sealed file has it.
+    #: The offsets of the records; None while it is not loaded, which only a sealed file allows: its trailer has it.
     index: Index | None = attrs.field(factory=new_index)
     frames: int = 0
-    #: The file is whole, and the disk has it.
+    #: Whether the file is complete and synced to the disk.
     sealed: bool = False
-    #: Frames that are being written, from here on up, are void already.
+    #: Frames that are being written from this seq on are already void.
     valid: float = float("inf")
 
     def cut(self, seq: int) -> None:
-        """Frames from `seq` on are void; the next to be written takes the place of `seq`."""
+        """Remove the frames from `seq` on; the next frame written gets the number `seq`."""
         self.valid = min(self.valid, seq)
         if seq < self.frames:
             assert self.index is not None, "only a log that has not ended is cut"
@@ -85,40 +85,41 @@ class FilePart:
 
 @attrs.define(eq=False)
 class FrameLog:
-    """The frames of one request, and who reads them.
+    """The frames of one request, and their readers.
 
-    `seq` counts on over attempts where the engine is reproducible; where a new attempt begins lower, `restart`
-    forgets what lies behind that place and takes the readers back to it.
+    If the engine is reproducible, `seq` continues across attempts; if a new attempt begins at a lower seq, `restart`
+    removes the frames from that seq on and moves the readers back to it.
     """
 
-    #: Of its request; the file is named by it.
+    #: The id of its request, which names the file.
     request_id: str = ""
     created_unix: float = 0.0
     memory: MemoryBudget = attrs.field(factory=MemoryBudget)
-    #: Gets a reader the frames from its `seq` on, which are not in memory, and has it `go_on`; must not wait.
+    #: Starts to read the frames from a reader's `seq` on, which are not in memory, and then calls `FrameReader.feed`;
+    #: must not wait.
     fetch: Callable[["FrameReader"], None] = lambda _reader: None
     ended: bool = False
     readers: set["FrameReader"] = attrs.field(factory=set)
     file_part: FilePart = attrs.field(factory=FilePart)
-    #: Rises with every restart: what was read before it may be void.
+    #: Incremented at every restart and drop: frames that were read before may be void.
     restarts: int = 0
-    #: Bytes of all frames, wherever they lie.
+    #: Bytes of all frames, in memory or in the file.
     size_bytes: int = 0
-    #: Of those in memory, with what they cost there.
+    #: Memory used by the frames in memory, including the cost per frame.
     memory_bytes: int = 0
-    #: Number of the first frame there is; above 0 once those below were let go of for good.
+    #: Number of the first frame that is kept; above 0 once those below were dropped for good.
     first_seq: int = 0
-    #: Number of the frame that is to come next; only the log itself sets it.
+    #: Number of the next frame; only the log itself sets it.
     next_seq: int = 0
     #: Number of the first frame in memory.
     _base: int = 0
     _frames: list[bytes] = attrs.field(factory=list)
-    #: (attempt, seq it began at), in order.
+    #: (attempt, seq at which it began), in order.
     _starts: list[tuple[int, int]] = attrs.field(factory=list)
 
     @classmethod
     def of_file(cls, request_id: str, contents: Contents) -> "FrameLog":
-        """The log of a request that ended before a restart: all of it lies in its file."""
+        """Make the log of a request that ended before a restart, with all frames in its file."""
         return cls(
             request_id=request_id,
             created_unix=contents.created_unix,
@@ -132,42 +133,42 @@ class FrameLog:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has ended and every frame from the first on is there."""
+        """Whether it has ended and all of its frames are kept."""
         return self.ended and not self.first_seq
 
     @property
     def in_memory(self) -> bool:
-        """Whether every frame there is lies in memory."""
+        """Whether every frame that is kept is in memory."""
         return self._base == self.first_seq
 
     @property
     def starts(self) -> tuple[tuple[int, int], ...]:
-        """Attempts that did not begin at 0 as the first: (attempt, seq it began at), in order."""
+        """The restarts of the log: (attempt, seq at which it began), in order."""
         return tuple(self._starts)
 
     def frame(self, seq: int) -> bytes | None:
-        """The frame numbered `seq`, as the worker sent it; None where it is not in memory."""
+        """Return the frame numbered `seq`, as the worker sent it; None if it is not in memory."""
         return self._frames[seq - self._base] if seq >= self._base else None
 
     def frames_from(self, seq: int, most_bytes: int) -> tuple[list[bytes], int]:
-        """Frames from `seq` on, until there is none or they have `most_bytes`; none where `seq` is not in memory.
+        """Return frames from `seq` on until they have `most_bytes` or more.
 
         Returns:
-            them, and their size in bytes.
+            The frames, and their size in bytes; no frames if `seq` is not in memory.
         """
         frames: list[bytes] = []
         size = 0
         if seq >= self._base:
-            every, at = self._frames, seq - self._base
-            while at < len(every) and size < most_bytes:
-                data = every[at]
+            in_memory, at = self._frames, seq - self._base
+            while at < len(in_memory) and size < most_bytes:
+                data = in_memory[at]
                 frames.append(data)
                 size += len(data)
                 at += 1
         return frames, size
 
     def restart(self, attempt: int, seq: int) -> None:
-        """`attempt` begins at `seq`, at most `next_seq`; frames from there on are forgotten."""
+        """Begin `attempt` at `seq`, which is at most `next_seq`; frames from there on are removed."""
         self.restarts += 1
         self.size_bytes -= self._forget_memory(max(0, seq - self._base), len(self._frames))
         if seq < self._base:
@@ -182,7 +183,7 @@ class FrameLog:
             reader.seek(min(reader.seq, seq))
 
     def append(self, data: bytes, *, ends: bool = False) -> None:
-        """Add the next frame and send it to every reader that has kept up."""
+        """Add the next frame and send it to every reader that can send it now; `ends`: it is the last."""
         self._frames.append(data)
         self.next_seq += 1
         size = len(data)
@@ -198,7 +199,7 @@ class FrameLog:
             reader.pump()
 
     def extend(self, frames: list[bytes], size: int) -> None:
-        """Add the next frames, none of which is the last, of `size` bytes together. As `append`, for many at once."""
+        """Add several frames of `size` bytes in total, none of which is the last; otherwise like `append`."""
         before, count = self.next_seq, len(frames)
         self._frames += frames
         self.next_seq = after = before + count
@@ -218,26 +219,26 @@ class FrameLog:
                 reader.pump()
 
     def _forget_memory(self, begin: int, end: int) -> int:
-        """Let go of frames in memory, by their places there; how many bytes they were."""
-        gone = self._frames[begin:end]
+        """Release frames in memory, given by their indices in `_frames`; returns their size in bytes."""
+        released = self._frames[begin:end]
         del self._frames[begin:end]
-        size = sum(map(len, gone))
-        cost = size + FRAME_COST_BYTES * len(gone)
+        size = sum(map(len, released))
+        cost = size + FRAME_COST_BYTES * len(released)
         self.memory_bytes -= cost
         self.memory.held_bytes -= cost
         return size
 
     def _clear_memory(self) -> None:
-        """Let go of all in memory, and look at none: what was not used for long is slow to look at."""
+        """Release all frames in memory without touching them: access to memory unused for long is slow."""
         self._frames.clear()
         self.memory.held_bytes -= self.memory_bytes
         self.memory_bytes = 0
 
     def resume_seq(self, attempt: int, after_seq: int) -> int:
-        """Where a reader goes on that has the frames of `attempt` up to `after_seq`.
+        """Return the seq at which a reader continues that has the frames of `attempt` up to `after_seq`.
 
-        An attempt of 0 has seen none, and a later attempt may have begun lower than it got. The last frame of a log
-        that has ended is given to every reader: after a restart of the relay it may lie below what the reader has.
+        A reader with `attempt` 0 has no frames. A later attempt may have begun at a lower seq. The last frame of an
+        ended log is sent to every reader: after a restart of the relay, its seq may be below `after_seq`.
         """
         begun = [seq for number, seq in self._starts if number > attempt > 0]
         return min(after_seq + 1, self.next_seq - self.ended, *begun)
@@ -245,7 +246,7 @@ class FrameLog:
     # -- memory and file
 
     def next_unwritten(self, most_bytes: int, most_frames: int) -> list[bytes]:
-        """The first frames that are not in the file yet: at least one where there is one, and no more than this."""
+        """Return the first frames that are not in the file yet: at least one if there is one, else up to the limits."""
         frames: list[bytes] = []
         size = 0
         begin = self.file_part.frames - self._base
@@ -257,21 +258,21 @@ class FrameLog:
         return frames
 
     def release_written(self) -> None:
-        """Keep in memory only what the file does not have."""
-        gone = self.file_part.frames - self._base
-        if gone == len(self._frames):
+        """Release the frames in memory that the file has."""
+        written = self.file_part.frames - self._base
+        if written == len(self._frames):
             self._clear_memory()
-        elif gone > 0:
-            self._forget_memory(0, gone)
-        self._base += max(0, gone)
+        elif written > 0:
+            self._forget_memory(0, written)
+        self._base += max(0, written)
 
     def unread(self) -> None:
-        """Let go of the index where nobody reads: it takes eight bytes a frame, and a sealed file has it."""
+        """Release the index of a sealed file without readers: it takes 8 bytes per frame and can be loaded again."""
         if self.file_part.sealed and not self.readers:
             self.file_part.index = None
 
     def drop(self, last_frame: bytes | None = None) -> None:
-        """Let go of all frames for good; of an ended log `last_frame` stays in place of its last one."""
+        """Drop all frames for good; if `last_frame` is given, it replaces the last frame of an ended log."""
         self._clear_memory()
         self._base = self.next_seq - (last_frame is not None)
         self.size_bytes = 0
@@ -290,49 +291,49 @@ class FrameLog:
 
 @attrs.define(eq=False)
 class FrameReader:
-    """One reader of one log: the next `seq` it wants, and the sink that gets it, which knows it by `key`."""
+    """A reader of a log: the next `seq` to send, and the sink it sends to, which identifies the reader by `key`."""
 
     key: str
     log: FrameLog
     sink: Sink
     seq: int = 0
-    #: Whether frames are being read ahead for it.
+    #: Whether frames are being read from the file for it.
     prefetching: bool = False
-    #: Frames from `seq` on that were read ahead.
+    #: Frames from `seq` on that were read from the file.
     _prefetched: deque[bytes] = attrs.field(factory=deque)
 
     @property
     def done(self) -> bool:
-        """Whether the log has ended and all of it was sent."""
+        """Whether the log has ended and all of its frames were sent."""
         return self.log.ended and self.seq >= self.log.next_seq
 
     @property
     def is_open(self) -> bool:
-        """Whether it still reads."""
+        """Whether the reader is open."""
         return self in self.log.readers
 
     def open(self) -> None:
-        """Begin: send what is there, then each frame as it comes."""
+        """Start reading: send the existing frames, then each new frame."""
         self.seq = max(self.seq, self.log.first_seq)
         self.log.readers.add(self)
         self.pump()
 
     def close(self) -> None:
-        """Read no more."""
-        self._forget_ahead()
+        """Stop reading."""
+        self._discard_prefetched()
         self.log.readers.discard(self)
         self.log.unread()
 
     def seek(self, seq: int) -> None:
-        """Go on at `seq`; what was read ahead is not wanted any more."""
-        self._forget_ahead()
+        """Continue at `seq`; frames that were read ahead are discarded."""
+        self._discard_prefetched()
         self.seq = seq
 
     def pump(self) -> None:
-        """Send while the sink takes; called at each new frame and whenever the sink has drained."""
+        """Send frames until the sink is full; called for each new frame and whenever the sink has drained."""
         log, sink = self.log, self.sink
         while self.seq < log.next_seq and (room := HIGH_WATER_BYTES - sink.backlog_bytes) > 0:
-            frames, size = self._next_ahead(room) if self._prefetched else log.frames_from(self.seq, room)
+            frames, size = self._next_prefetched(room) if self._prefetched else log.frames_from(self.seq, room)
             if not frames:
                 if not self.prefetching:
                     log.fetch(self)
@@ -344,14 +345,14 @@ class FrameReader:
             sink.on_all_sent(self)
 
     def feed(self, frames: Iterable[bytes]) -> None:
-        """What was fetched is there: the frames from `seq` on."""
+        """Add frames from `seq` on that were read from the file, and send."""
         self._prefetched.extend(frames)
         self.log.memory.held_bytes += sum(map(len, self._prefetched))
         self.pump()
-        if self.log.memory.over:  # better to read them once more
-            self._forget_ahead()
+        if self.log.memory.over:  # memory is short: read them again later
+            self._discard_prefetched()
 
-    def _next_ahead(self, most_bytes: int) -> tuple[list[bytes], int]:
+    def _next_prefetched(self, most_bytes: int) -> tuple[list[bytes], int]:
         frames: list[bytes] = []
         size = 0
         while self._prefetched and size < most_bytes:
@@ -361,6 +362,6 @@ class FrameReader:
         self.log.memory.held_bytes -= size
         return frames, size
 
-    def _forget_ahead(self) -> None:
+    def _discard_prefetched(self) -> None:
         self.log.memory.held_bytes -= sum(map(len, self._prefetched))
         self._prefetched.clear()

@@ -79,7 +79,7 @@ def test_a_file_of_an_earlier_life_is_begun_anew(folder: ResultFolder) -> None:
 @pytest.mark.parametrize("name", ["", "../relayd.db", "A" * 32, "0" * 31, "0" * 32 + "/..", "0" * 32 + "\n"])
 def test_no_name_leads_out_of_the_folder(folder: ResultFolder, name: str) -> None:
     for use in (folder.load, folder.remove, lambda each: folder.write(each, MADE, FIRST_OFFSET, FRAMES)):
-        with pytest.raises(ValueError, match="is no request id"):
+        with pytest.raises(ValueError, match="is not a valid request id"):
             use(name)
 
 
@@ -92,7 +92,7 @@ def test_what_lies_in_the_way_is_not_followed(folder: ResultFolder, tmp_path: Pa
     assert precious.read_bytes() == b"do not touch"
     pipe = an_id()
     os.mkfifo(path_of(folder, pipe))
-    with pytest.raises(OSError, match="is no file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         folder.load(pipe)
 
 
@@ -134,7 +134,7 @@ def test_a_flipped_byte_is_never_passed_on(tmp_path_factory: pytest.TempPathFact
 def test_the_last_of_the_disk_is_left_to_the_store(folder: ResultFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = os.statvfs(folder.path)
     monkeypatch.setattr(frame_file, "KEEP_FREE_BYTES", (disk.f_blocks + 1) * disk.f_frsize)
-    with pytest.raises(OSError, match="MiB are left on the disk") as refused:
+    with pytest.raises(OSError, match="MiB are free on the disk") as refused:
         a_file(folder, FRAMES)
     assert refused.value.errno == errno.ENOSPC
     assert folder.request_ids() == []
