@@ -1,23 +1,23 @@
-"""The head of a connection's first request, read before anybody knows whose it is (docs/design.md §10)."""
+"""Reads the head of a connection's first request, which decides whether it is a WebSocket (docs/design.md §10)."""
 
 import re
 
 import trio
 
-#: What a head may be long, and how long it may take; a slower one is cut off.
+#: Limits of a head's length and of the time until it is complete.
 MAX_HEAD_BYTES = 16 * 1024
 HEAD_S = 5.0
 READ_BYTES = 16 * 1024
-#: An empty line; a bare LF ends a line, too (RFC 9112 section 2.2).
+#: An empty line; a bare LF also ends a line (RFC 9112 section 2.2).
 _END = re.compile(rb"\n\r?\n")
-#: Who wrote the last such line, and the last address in it, was the proxy that spoke to us.
+#: The last such line, and the last address in it, were written by the proxy that connects to the relay.
 _FORWARDED_FOR = re.compile(rb"\nx-forwarded-for[ \t]*:([^\r\n]*)", re.IGNORECASE)
 _ADDRESS = re.compile(r"[0-9A-Za-z.:\[\]%_-]{1,64}")
 _WEBSOCKET = re.compile(rb"\nupgrade[ \t]*:[ \t]*websocket[ \t]*\r?\n", re.IGNORECASE)
 
 
 class PrefixedStream(trio.abc.HalfCloseableStream):
-    """A stream of which something was read already, and is read once more."""
+    """A stream that returns bytes that were already read before it returns new ones."""
 
     def __init__(self, stream: trio.abc.Stream, prefix: bytes) -> None:
         #: Named as an `SSLStream` names it, so that `protocol.link.tcp_info` finds the socket.
@@ -25,7 +25,7 @@ class PrefixedStream(trio.abc.HalfCloseableStream):
         self._prefix = prefix
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        """What was read already first."""
+        """Receive, beginning with the bytes that were already read."""
         if not self._prefix:
             return await self.transport_stream.receive_some(max_bytes)
         await trio.lowlevel.checkpoint()
@@ -34,34 +34,35 @@ class PrefixedStream(trio.abc.HalfCloseableStream):
         return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """As the stream's."""
+        """See `trio.abc.SendStream`."""
         await self.transport_stream.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
-        """As the stream's."""
+        """See `trio.abc.SendStream`."""
         await self.transport_stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
-        """As the stream's; without effect under TLS, which knows no such thing."""
+        """See `trio.abc.HalfCloseableStream`; no effect under TLS, which has no half-close."""
         if isinstance(self.transport_stream, trio.abc.HalfCloseableStream):
             await self.transport_stream.send_eof()
 
     async def aclose(self) -> None:
-        """As the stream's."""
+        """See `trio.abc.AsyncResource`."""
         await self.transport_stream.aclose()
 
 
 async def read_head(stream: trio.abc.Stream) -> bytes:
-    """What a peer sends first, to the end of the head at least or as much as a head may have.
+    """Read the first bytes of a peer until they contain a whole head.
 
     Returns:
-        Bytes in which `ends` finds a head's end; less where the peer hung up, was too slow or had too much to say.
+        A head, and possibly bytes behind it. The head is incomplete (see `is_complete`) if the peer hung up or was too
+        slow, if the head is too long, or if the bytes cannot be HTTP.
     """
     head = bytearray()
     with trio.move_on_after(HEAD_S):
-        looked_at = 0
-        while len(head) < MAX_HEAD_BYTES and not _END.search(head, max(0, looked_at - 3)):
-            looked_at = len(head)
+        searched = 0
+        while len(head) < MAX_HEAD_BYTES and not _END.search(head, max(0, searched - 3)):
+            searched = len(head)
             try:
                 data = await stream.receive_some(READ_BYTES)
             except trio.BrokenResourceError:
@@ -69,38 +70,38 @@ async def read_head(stream: trio.abc.Stream) -> bytes:
             if not data:
                 break
             head += data
-            if not head[:1].isalpha():  # TLS, say: there is no head to wait for
+            if not head[:1].isalpha():  # for example TLS: no head will follow
                 break
     return bytes(head)
 
 
 def is_complete(head: bytes | bytearray) -> bool:
-    """Whether the whole head is there."""
+    """Whether `head` contains the end of the head."""
     return _END.search(head) is not None
 
 
 def split_head(head: bytes) -> tuple[bytes, bytes]:
-    """A whole head, without the empty line that ends it, and what came behind it."""
+    """Split a complete head into the head, without the empty line that ends it, and the bytes behind it."""
     end = _END.search(head)
-    assert end is not None, "only a head that is whole is looked at"
+    assert end is not None, "the head must be complete"
     return head[: end.start()].removesuffix(b"\r"), head[end.end() :]
 
 
 def needs_answer(head: bytes) -> bool:
-    """Whether a head is whole, or so long that somebody should hear of it; who was too slow is cut off."""
+    """Whether a head is complete, or too long, so that the peer gets an answer; otherwise it is disconnected."""
     return is_complete(head) or len(head) >= MAX_HEAD_BYTES
 
 
 def wants_websocket(head: bytes) -> bool:
-    """Whether a head asks for a WebSocket; whether it may have one is told by who answers it."""
+    """Whether a head asks for a WebSocket; whether it gets one is decided later."""
     end = _END.search(head)
     return end is not None and _WEBSOCKET.search(head, 0, end.end()) is not None
 
 
 def forwarded_for(head: bytes) -> str | None:
-    """The client that a proxy in front names, as its address; None where none is named.
+    """Return the client address that a proxy in front of the relay reports; None if there is none.
 
-    Only of use where every connection comes through such a proxy: anybody can write this line.
+    Any client can send this header, so use it only if every connection comes through such a proxy.
     """
     end = _END.search(head)
     lines = _FORWARDED_FOR.findall(head, 0, end.end() if end is not None else 0)
@@ -108,6 +109,6 @@ def forwarded_for(head: bytes) -> str | None:
 
 
 def last_address(forwarded: str) -> str | None:
-    """The last address of an `X-Forwarded-For`: the one before it is only what that client said of itself."""
+    """Return the last address of an `X-Forwarded-For`; the addresses before it are only the client's claims."""
     address = forwarded.rpartition(",")[2].strip()
     return address if _ADDRESS.fullmatch(address) else None

@@ -1,11 +1,12 @@
-"""The relay's data plane: every established socket in one epoll set, which one task serves.
+"""The relay's reactor: every established plain socket in one epoll set, which one task serves.
 
-A connection at rest has no task and no buffer: 5,000 of them are 5,000 small objects (docs/decisions/0015). The task
-waits through Trio for the epoll set itself to become readable, and then serves what is ready without waiting: it
-receives into one buffer that all share, parses, hands messages over, and sends what came of them. A send never waits
-either: what the kernel does not take stays in the link's backlog until epoll says that there is room, so nothing that
-is cancelled can cut a frame in half. Whatever is sent while the messages of one socket are handled is held back to
-the end of them and leaves in one system call a link: the call costs 6 µs, a frame of 8 KiB more in it 0.5.
+An idle connection has no task and no buffer: 5,000 of them are 5,000 small objects (docs/decisions/0015). The task
+waits through Trio for the epoll set itself to become readable, and then serves the ready sockets without waiting: it
+receives into one shared buffer, parses, passes messages to their handlers, and sends the results. A send never waits
+either: bytes that the kernel does not accept stay in the link's backlog until epoll reports that there is room, so a
+cancellation cannot cut a frame in half. Data that is sent while the messages of one socket are handled is held back
+until all are handled and is then sent with one system call per link: the call costs 6 µs, another frame of 8 KiB in it
+only 0.5 µs.
 """
 
 import heapq
@@ -31,26 +32,26 @@ from relayd.net.socket_link import (
     SocketLink,
 )
 
-log = structlog.get_logger("relayd.plane")
+log = structlog.get_logger("relayd.reactor")
 
-#: Sockets served before the other tasks have their turn.
+#: Sockets served in one turn, before other tasks run.
 MAX_READY = 256
-#: How late a ping may be, and a deadline be seen. A process that wakes from rest takes up to a millisecond, whatever it
-#: does then.
+#: The interval between checks, and so the largest delay of a ping or a deadline. It is not shorter because each wake-up
+#: of an idle process costs up to a millisecond.
 SWEEP_S = 0.25
 
 
 class Reactor:
-    """All of the relay's plain sockets; made by `open_reactor`.
+    """Serves all of the relay's plain sockets; opened by `open_reactor`.
 
     Attributes:
-        now: Trio time at the beginning of what is being done.
-        corked: whether what is sent is held back, for `touched` to be flushed together.
-        touched: links with something held back.
+        now: Trio time at the beginning of the current turn.
+        corked: whether sent data is held back, to be flushed for all links in `touched` together.
+        touched: links with data that is held back.
     """
 
     def __init__(self) -> None:
-        self._time = trio.lowlevel.current_clock().current_time  # `trio.current_time` takes three times as long
+        self._time = trio.lowlevel.current_clock().current_time  # three times as fast as `trio.current_time`
         self.now = self._time()
         self.corked = False
         self.touched: list[SocketLink] = []
@@ -58,14 +59,14 @@ class Reactor:
         self._epoll = select.epoll()
         self._scratch = bytearray(RECEIVE_BYTES)
         self._view = memoryview(self._scratch)
-        #: Times at which to look, and the descriptors of the links: one that is gone is not kept until its time comes.
+        #: (time of the next check, descriptor of the link); a descriptor, so that a closed link is not kept until then.
         self._dues: list[tuple[float, int]] = []
         self._ended: dict[SocketLink, None] = {}
-        #: Links of which messages wait to be handed over.
-        self._carrying: list[SocketLink] = []
-        self._some_carried = trio.Event()
+        #: Links with messages that are handled in a later turn.
+        self._deferred_links: list[SocketLink] = []
+        self._some_deferred = trio.Event()
         self._some_ended = trio.Event()
-        self._some = trio.Event()
+        self._some_registered = trio.Event()
 
     def register(
         self,
@@ -76,20 +77,23 @@ class Reactor:
         *,
         max_message_bytes: int | None = None,
     ) -> SocketLink:
-        """A link over a socket whose handshake is done; the stream is empty-handed from now on.
+        """Make a link over a socket whose handshake is done; the socket is detached from the stream.
 
-        What came behind the handshake is for `SocketLink.feed_early`, once a handler is there for it.
+        Bytes that were received behind the handshake go to `SocketLink.feed_early`, once a handler is set.
 
         Args:
-            stream: whose socket it is.
-            peer: who it is, for people.
-            rules: what the peer is held to.
-            answer: to its handshake, where it still has to be sent.
-            max_message_bytes: as `Link.set_max_message_bytes`.
+            stream: the stream whose socket is taken over.
+            peer: the peer's address, for logs and messages.
+            limits: limits and timeouts of the link.
+            answer: the handshake response, if it still has to be sent.
+            max_message_bytes: as for `Link.set_max_message_bytes`.
+
+        Raises:
+            OSError: the socket cannot be added to the epoll set.
         """
-        its = stream.socket
-        trio.lowlevel.notify_closing(its.fileno())  # Trio forgets the descriptor, which lives on here
-        sock = socket.socket(its.family, socket.SOCK_STREAM, 0, its.detach())
+        trio_socket = stream.socket
+        trio.lowlevel.notify_closing(trio_socket.fileno())  # Trio forgets the descriptor, which stays open here
+        sock = socket.socket(trio_socket.family, socket.SOCK_STREAM, 0, trio_socket.detach())
         sock.setblocking(False)
         self.now = trio.current_time()
         link = SocketLink(self, sock, peer, limits)
@@ -100,7 +104,7 @@ class Reactor:
             raise
         self._links[link.fd] = link
         link.schedule(link.check_liveness(self.now))
-        self._some.set()
+        self._some_registered.set()
         if max_message_bytes is not None:
             link.set_max_message_bytes(max_message_bytes)
         if answer:
@@ -109,40 +113,40 @@ class Reactor:
 
     @property
     def links(self) -> list[SocketLink]:
-        """All that are connected."""
+        """All connected links."""
         return list(self._links.values())
 
     def modify(self, fd: int, mask: int) -> None:
-        """Have epoll tell of other events."""
+        """Change the events that epoll reports for a descriptor."""
         self._epoll.modify(fd, mask)
 
     def remove(self, link: SocketLink) -> None:
-        """A link is about to close its socket."""
+        """Remove a link that is about to close its socket."""
         del self._links[link.fd]
         self._epoll.unregister(link.fd)
 
     def note_closed(self, link: SocketLink) -> None:
-        """A link is on its way out: whoever takes its messages is told, by a task, and not in the middle of a send."""
+        """Note that a link has ended; `serve_closed` notifies its handler later, and not in the middle of a send."""
         self._ended[link] = None
         self._some_ended.set()
 
     def schedule(self, link: SocketLink, due: float) -> None:
-        """Have a link looked at."""
+        """Schedule a check of a link's liveness at `due` (Trio time)."""
         heapq.heappush(self._dues, (due, link.fd))
 
     # -- the tasks -------------------------------------------------------------------------------------------
 
     async def serve(self) -> None:
-        """Serve what is ready, until cancelled."""
-        poll, links, fd_of_all = self._epoll.poll, self._links, self._epoll.fileno()
+        """Serve the sockets that are ready, until cancelled."""
+        poll, links, epoll_fd = self._epoll.poll, self._links, self._epoll.fileno()
         while True:
-            await trio.lowlevel.wait_readable(fd_of_all)
+            await trio.lowlevel.wait_readable(epoll_fd)
             ready = poll(0, MAX_READY)
             self.now = self._time()
             for fd, event in ready:
                 link = links.get(fd)
                 if link is None:
-                    continue  # it ended a moment ago
+                    continue  # it was closed in this turn
                 try:
                     if event & WRITABLE:
                         link.flush()
@@ -151,23 +155,23 @@ class Reactor:
                 except Exception:
                     log.exception(INTERNAL_LOG, peer=link.peer)
                     link.abort(INTERNAL_MESSAGE)
-            link = None  # it may be gone by now, and must not be kept for as long as nothing comes
+            link = None  # it may have ended, and must not be kept alive while nothing is received
 
     async def serve_deferred(self) -> None:
-        """Hand over what was too much for one turn, a turn's worth of each link at a time, until cancelled."""
+        """Handle messages that exceeded the limit of a turn, one turn per link at a time, until cancelled."""
         while True:
-            if not self._carrying:
-                self._some_carried = trio.Event()
-                await self._some_carried.wait()
+            if not self._deferred_links:
+                self._some_deferred = trio.Event()
+                await self._some_deferred.wait()
             await trio.lowlevel.checkpoint()
-            self._carry_on_once()
+            self._serve_deferred_once()
 
-    def _carry_on_once(self) -> None:
+    def _serve_deferred_once(self) -> None:
         self.now = self._time()
-        carrying, self._carrying = self._carrying, []
-        for link in carrying:
+        deferred_links, self._deferred_links = self._deferred_links, []
+        for link in deferred_links:
             try:
-                self._go_on(link)
+                self._dispatch_deferred(link)
             except Exception:
                 log.exception(INTERNAL_LOG, peer=link.peer)
                 link.abort(INTERNAL_MESSAGE)
@@ -175,16 +179,19 @@ class Reactor:
     async def serve_worker_link(
         self, link: SocketLink, pass_on: Callable[[bytes], bool], on_fault: Callable[[], None]
     ) -> None:
-        """Read a trusted link until its end; a task of the connection's. Cancelled, it leaves that to the reactor.
+        """Read the link of a worker until its end, in a task of the connection.
 
-        A worker sends all day, and has a task anyway: waiting for its socket alone saves a system call, and a look at
-        all the others, for each frame that comes by itself.
+        A worker sends often and its connection has a task anyway: waiting for this socket alone saves a system call
+        for each frame that arrives by itself.
 
         Args:
-            link: a worker's.
-            pass_on: is offered each message that comes by itself, as audio at the speed of speech does; what it sends
-                leaves at once. Where it returns False, the message goes to the link's taker.
-            on_fault: called where that broke: to tell the peer, and close.
+            link: a worker's link, in bulk mode.
+            pass_on: called with each message that arrives by itself, as audio does at the speed of speech; what it
+                sends is sent at once. If it returns False, the message goes to the link's handler.
+            on_fault: called after an unexpected exception; sends an error to the peer and closes the link.
+
+        Cancellation:
+            the reactor reads the link from then on.
         """
         now, wait_readable, fd = self._time, trio.lowlevel.wait_readable, link.fd
         try:
@@ -205,7 +212,7 @@ class Reactor:
             link.leave_bulk_mode()
 
     def _receive(self, link: SocketLink, event: int, pass_on: Callable[[bytes], bool] | None = None) -> None:
-        """Receive once, and hand over what is whole."""
+        """Receive once, and dispatch the complete messages."""
         if link.reading_paused or link.deferred:
             if event & HANG_UP and not link.deferred:
                 link.lose()
@@ -232,7 +239,7 @@ class Reactor:
             if not kept:
                 if pass_on is None:
                     data = parser.parse_single_pong(self._scratch, self._view, count)
-                    if data is not None:  # a connection at rest says nothing else
+                    if data is not None:  # an idle connection sends nothing else
                         link.on_pong(data)
                         return
                 else:
@@ -249,8 +256,8 @@ class Reactor:
             parser.events, parser.all_binary = [], True
             self.dispatch(link, events, plain)
 
-    def _go_on(self, link: SocketLink) -> None:
-        """Hand over what was left for a later turn."""
+    def _dispatch_deferred(self, link: SocketLink) -> None:
+        """Dispatch the events that were left for a later turn."""
         events, link.deferred = link.deferred, []
         if not link.stopped:
             if not link.reading_paused:
@@ -258,17 +265,17 @@ class Reactor:
             self.dispatch(link, events, plain=False)
 
     def dispatch(self, link: SocketLink, events: list[Event], plain: bool) -> None:
-        """Hand over what was parsed, or as much of it as is a turn's; what is sent meanwhile leaves together."""
+        """Pass parsed events to the link's handler, up to the limit of a turn; sent data is flushed at the end."""
         if len(events) > link.max_messages_per_turn and link.handler is not None:
             link.deferred, events = events[link.max_messages_per_turn :], events[: link.max_messages_per_turn]
             link.set_events(link.mask & ~READABLE)
-            self._carrying.append(link)
-            self._some_carried.set()
+            self._deferred_links.append(link)
+            self._some_deferred.set()
         handler = link.handler
         self.corked = True
         try:
             if plain and handler is not None and link.end_kind is None and link.closing is None:
-                handler.on_messages(events)  # type: ignore[arg-type]  # plain: bytes alone
+                handler.on_messages(events)  # type: ignore[arg-type]  # plain: only bytes
             else:
                 link.process_events(events)
         finally:
@@ -282,22 +289,22 @@ class Reactor:
             self.touched.clear()
 
     async def serve_timers(self) -> None:
-        """Look after pings and deadlines, until cancelled."""
+        """Send pings and check deadlines, until cancelled."""
         dues = self._dues
         while True:
             if not dues:
-                self._some = trio.Event()
-                await self._some.wait()
+                self._some_registered = trio.Event()
+                await self._some_registered.wait()
             began = trio.current_time()
             await trio.sleep(SWEEP_S)
             self.now = now = trio.current_time()
             if (late_s := now - began - SWEEP_S) > LATE_S:
-                self._forgive(late_s)
+                self._extend_deadlines(late_s)
             while dues and dues[0][0] <= now:
                 due, fd = heapq.heappop(dues)
                 link = self._links.get(fd)
                 if link is None or due != link.due:
-                    continue  # it is gone, or was looked at earlier
+                    continue  # it has ended, or was checked earlier
                 link.due = NEVER
                 try:
                     link.schedule(link.check_liveness(now))
@@ -306,19 +313,19 @@ class Reactor:
                     link.abort(INTERNAL_MESSAGE)
             link = None  # as in `serve`
 
-    def _forgive(self, late_s: float) -> None:
+    def _extend_deadlines(self, late_s: float) -> None:
         for link in self._links.values():
             link.extend_deadlines(late_s)
 
     async def serve_closed(self) -> None:
-        """Tell of links' ends, until cancelled."""
+        """Notify the handlers of links that have ended, until cancelled."""
         while True:
             await self._some_ended.wait()
             self._some_ended = trio.Event()
             self.notify_closed()
 
     def notify_closed(self) -> None:
-        """Tell whoever takes the messages of links that have ended."""
+        """Notify the handlers of links that have ended."""
         while self._ended:
             ended, self._ended = self._ended, {}
             for link in ended:
@@ -328,7 +335,7 @@ class Reactor:
                     log.exception(INTERNAL_LOG, peer=link.peer)
 
     def close(self) -> None:
-        """Cut all that is left."""
+        """Abort all links that are left."""
         for link in self.links:
             link.abort("the relay has stopped")
         self.notify_closed()
@@ -337,7 +344,7 @@ class Reactor:
 
 @asynccontextmanager
 async def open_reactor() -> AsyncIterator[Reactor]:
-    """A reactor, served until the end of the block; what is still connected then is cut."""
+    """Open a reactor and serve it until the end of the block; links that are still connected then are aborted."""
     reactor = Reactor()
     try:
         async with trio.open_nursery() as nursery:

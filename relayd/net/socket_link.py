@@ -1,4 +1,4 @@
-"""A link over one of the relay's sockets: it sends what the kernel takes and leaves the rest to the reactor."""
+"""A link over one of the relay's sockets: it sends what the kernel accepts and leaves the rest to the reactor."""
 
 import select
 import socket
@@ -14,25 +14,24 @@ from protocol.link.limits import LinkLimits
 from protocol.link.tcp_info import peer_acknowledges, unsent_bytes
 from protocol.link.websocket_frames import BINARY_HEADS, CLOSE, CONTROL_HEADS, Event, frame_head
 
-log = structlog.get_logger("relayd.plane")
+log = structlog.get_logger("relayd.reactor")
 
 
-#: What is received at once, from whichever socket. What comes together is passed on together, and a call to send costs
-#: far more than what is in it: with 1 MiB a saturated relay took a fifth more CPU for a frame, with 64 KiB half as much
-#: again as with that.
+#: Bytes received at once from a worker, and the size of the shared buffer. Frames received together are sent together,
+#: and the call to send costs far more than the data in it: with 1 MiB a saturated relay used a fifth more CPU for each
+#: frame, with 64 KiB half as much again as with 1 MiB.
 RECEIVE_BYTES = 2 * 1024 * 1024
-#: Of a client, which sends little but for its uploads: many small messages at once are many answers at once.
+#: Bytes received at once from a client, which sends little but for its uploads: many small messages cause many answers.
 CLIENT_RECEIVE_BYTES = 64 * 1024
 
 
-#: Messages handed over before others have their turn. A client's `spaces` takes 0.3 ms where there are many, and a
-#: worker's frame 2 µs.
+#: Messages handled per link in one turn. A client's `spaces` takes 0.3 ms if there are many, a worker's frame 2 µs.
 CLIENT_MESSAGES, WORKER_MESSAGES = 64, 4096
-#: Buffers in one `sendmsg`; the kernel takes 1,024 (IOV_MAX).
+#: Buffers in one `sendmsg`; the kernel accepts 1,024 (IOV_MAX).
 MAX_PIECES = 512
-#: Pieces that wait, two a message: what a peer that asks and never reads may have of tiny ones.
+#: Most pieces in the queue, two per message: bounds the memory for a peer that sends requests and never reads.
 MAX_QUEUED_PIECES = 65_536
-#: A fault of ours over one connection ends that one.
+#: The log event and the message of an error in the relay's own code, which ends only the connection concerned.
 INTERNAL_LOG = "internal error in connection"
 INTERNAL_MESSAGE = "internal error; see the relay's log"
 
@@ -42,34 +41,34 @@ NEVER = float("inf")
 
 
 class LinkHost(Protocol):
-    """What a link needs of the reactor that serves it."""
+    """The reactor, as its links see it."""
 
-    #: Trio time at the beginning of what is being done.
+    #: Trio time at the beginning of the current turn.
     now: float
-    #: Whether what is sent is held back, to be flushed together with other links in `touched`.
+    #: Whether sent data is held back, to be flushed for all links in `touched` together.
     corked: bool
     touched: list["SocketLink"]
 
     def modify(self, fd: int, mask: int) -> None:
-        """Have epoll report other events."""
+        """Change the events that epoll reports for a descriptor."""
 
     def remove(self, link: "SocketLink") -> None:
-        """A link is about to close its socket."""
+        """Remove a link that is about to close its socket."""
 
     def schedule(self, link: "SocketLink", due: float) -> None:
-        """Have a link looked at by `due` (Trio time)."""
+        """Schedule a check of a link's liveness at `due` (Trio time)."""
 
     def note_closed(self, link: "SocketLink") -> None:
-        """A link has ended; its handler is notified later, by a task."""
+        """Note that a link has ended; its handler is notified later, by a task."""
 
     def dispatch(self, link: "SocketLink", events: list[Event], plain: bool) -> None:
-        """Hand parsed events over; `plain`: all of them are binary messages."""
+        """Pass parsed events to the link's handler; `plain`: all of them are binary messages."""
 
 
 class SocketLink(Link):
-    """A link of the reactor. See `Link`; nothing of it is a task.
+    """A link of the reactor; see `Link`. It has no task of its own.
 
-    Its backlog counts bytes as they go out, what stands before the messages included.
+    Its backlog counts all bytes to be sent, including the frame heads.
     """
 
     __slots__ = (
@@ -92,29 +91,29 @@ class SocketLink(Link):
         self.fd = sock.fileno()
         self._reactor = reactor
         self.sock = sock
-        #: Two for each frame, head and payload; the first may be the rest of one.
+        #: Two pieces per frame, head and payload; the first piece may be the rest of one.
         self._out: list[bytes | memoryview] = []
-        #: What is queued is not to be sent by who queues it: a flush is under way or will come, or none ever will.
+        #: Whether queued data must not be sent at once: a flush is in progress or will follow, or sending has ended.
         self._held = False
         self.mask = READABLE
         self.due = NEVER
-        #: The kernel takes nothing more; what the peer sent before may still wait to be read.
+        #: Whether sending has failed; data that the peer sent before may still be unread.
         self._send_failed = False
         self._has_own_reader = False
-        #: What was parsed, and is handed over in a later turn.
+        #: Parsed events that are handled in a later turn.
         self.deferred: list[Event] = []
-        #: Of what is received and of what is handed over in one turn: who asks for much at once waits for others.
+        #: Limits of one turn, so that a peer that sends much does not delay the others.
         self.receive_bytes = CLIENT_RECEIVE_BYTES
         self.max_messages_per_turn = CLIENT_MESSAGES
 
     def use_bulk_mode(self) -> None:
-        """It is a worker: what it sends is passed on in large pieces, and `Reactor.serve_worker_link` reads it."""
+        """Use the limits of a worker, and leave reading to `Reactor.serve_worker_link`."""
         self.receive_bytes, self.max_messages_per_turn = RECEIVE_BYTES, WORKER_MESSAGES
         self._has_own_reader = True
         self.set_events(self.mask & ~READABLE)
 
     def leave_bulk_mode(self) -> None:
-        """It is not attended any more: its last words and its close frame are read as anybody's."""
+        """Let the reactor read the link again, for the last messages and the close frame."""
         self._has_own_reader = False
         if not (self.reading_paused or self.deferred):
             self.set_events(self.mask | READABLE)
@@ -122,14 +121,14 @@ class SocketLink(Link):
     # -- sending ---------------------------------------------------------------------------------------------
 
     def send_frames(self, frames: Sequence[bytes]) -> None:
-        """See `Link`: they leave together."""
+        """See `Link`; the frames are sent together."""
         if self.end_kind is not None or self.closing is not None:
             self._check()
         if len(frames) == 1:
             data = frames[0]
             head = BINARY_HEADS[len(data)]
             size, sent = len(head) + len(data), 0
-            if not (self._held or self._reactor.corked):  # nothing goes before it, and nothing will come with it
+            if not (self._held or self._reactor.corked):  # nothing is queued before it, and nothing will join it
                 try:
                     sent = self.sock.sendmsg((head, data))
                 except BlockingIOError:
@@ -149,7 +148,7 @@ class SocketLink(Link):
             self._out.extend(chain.from_iterable(zip(heads, frames, strict=True)))
             self.backlog_bytes += sum(map(len, heads)) + sum(map(len, frames))
         if self.backlog_bytes > self._limits.max_backlog_bytes:
-            self._stall(f"{self.backlog_bytes} bytes wait for {self.peer} to take them")
+            self._stall(f"{self.peer} does not read: {self.backlog_bytes} bytes are waiting to be sent")
             self._check()
         self._send_or_defer()
 
@@ -157,7 +156,7 @@ class SocketLink(Link):
         self._queue(BINARY_HEADS[len(data)], data)
 
     def _put_control(self, opcode: int, payload: bytes) -> None:
-        if self._held or self._reactor.corked or opcode == CLOSE:  # what follows a close frame is `flush`'s to do
+        if self._held or self._reactor.corked or opcode == CLOSE:  # `flush` does what must follow a close frame
             self.send_frame(opcode, payload)
             return
         frame = CONTROL_HEADS[opcode, len(payload)] + payload
@@ -180,12 +179,12 @@ class SocketLink(Link):
         self._out += (head, payload)
         self.backlog_bytes += len(head) + len(payload)
         if len(self._out) > MAX_QUEUED_PIECES and self.end_kind is None and self.closing is None:
-            self._stall(f"{len(self._out) // 2} messages wait for {self.peer} to take them")
+            self._stall(f"{self.peer} does not read: {len(self._out) // 2} messages are waiting to be sent")
             return
         self._send_or_defer()
 
     def _send_or_defer(self) -> None:
-        """Send, unless somebody is about to."""
+        """Send now, unless a flush is in progress or will follow."""
         if not self._held:
             self._held = True
             reactor = self._reactor
@@ -198,14 +197,14 @@ class SocketLink(Link):
             self.backlog_bytes = 0
 
     def flush(self) -> None:
-        """Send what the kernel takes, and have epoll tell when it takes more."""
+        """Send what the kernel accepts; if data is left, epoll reports when more can be sent."""
         out = self._out
         while out:
             pieces = out if len(out) <= MAX_PIECES else out[:MAX_PIECES]
             try:
-                taken = self.sock.sendmsg(pieces)
+                sent = self.sock.sendmsg(pieces)
             except BlockingIOError:
-                if not self.mask & WRITABLE:  # since now, and not since it last took something
+                if not self.mask & WRITABLE:  # the stall timeout begins now, and not with the last send
                     self.taken_at, self._waiting_bytes = self._reactor.now, 0
                     self.set_events(self.mask | WRITABLE)
                 return
@@ -213,14 +212,14 @@ class SocketLink(Link):
                 self._on_send_failed()
                 return
             self.taken_at = self._reactor.now
-            if taken == self.backlog_bytes:
+            if sent == self.backlog_bytes:
                 out.clear()
             else:
-                self._drop_sent(taken)
+                self._drop_sent(sent)
             if self._changed is None and self.backlog_bytes <= self._low_water:
-                self.backlog_bytes -= taken  # nobody waits for it to fall so far
+                self.backlog_bytes -= sent  # nothing waits for the backlog to fall
             else:
-                self._on_sent(taken)
+                self._on_sent(sent)
         self._held = self.stopped or self._send_failed
         if self.mask & WRITABLE:
             self.set_events(self.mask & ~WRITABLE)
@@ -230,7 +229,7 @@ class SocketLink(Link):
             self._close_frame_out()
 
     def _on_send_failed(self) -> None:
-        """The peer is gone; its last words, and its close frame, may wait in the kernel: the reader finds the end."""
+        """Stop sending to a peer that has disconnected; its last messages may still be unread, so reading goes on."""
         self._send_failed = self._held = True
         self._out.clear()
         self.backlog_bytes = 0
@@ -244,20 +243,20 @@ class SocketLink(Link):
     def _on_sent(self, size: int) -> None:
         try:
             super()._on_sent(size)
-        except Exception:  # of who waits for it to drain, and not of who sends just now
+        except Exception:  # raised by a callback that waits for the backlog to drain, not by the caller
             log.exception(INTERNAL_LOG, peer=self.peer)
             self.abort(INTERNAL_MESSAGE)
 
-    def _drop_sent(self, taken: int) -> None:
-        whole = 0
+    def _drop_sent(self, sent: int) -> None:
+        complete = 0
         for piece in self._out:
-            if len(piece) > taken:
+            if len(piece) > sent:
                 break
-            taken -= len(piece)
-            whole += 1
-        del self._out[:whole]
-        if taken:
-            self._out[0] = memoryview(self._out[0])[taken:]
+            sent -= len(piece)
+            complete += 1
+        del self._out[:complete]
+        if sent:
+            self._out[0] = memoryview(self._out[0])[sent:]
 
     def _drop_unsent(self) -> None:
         out = self._out
@@ -265,14 +264,14 @@ class SocketLink(Link):
         del out[begun:]
         self.backlog_bytes = sum(map(len, out))
 
-    # -- its place in the reactor ------------------------------------------------------------------------------
+    # -- the reactor -----------------------------------------------------------------------------------------
 
     def send_handshake(self, data: bytes) -> None:
-        """Send the answer to the handshake, before any frame."""
+        """Send the handshake response; must be called before any frame is sent."""
         self._queue(data, b"")
 
     def feed_early(self, data: bytes) -> None:
-        """Hand over what came behind the handshake, to who takes messages by now."""
+        """Process bytes that were received behind the handshake; the handler must be set."""
         parser = self.parser
         parser.feed(data)
         if parser.events:
@@ -280,7 +279,7 @@ class SocketLink(Link):
             self._reactor.dispatch(self, parser.pop_events(), plain)
 
     def set_events(self, mask: int) -> None:
-        """Have epoll report these events; a link with a reader of its own is not read by the reactor."""
+        """Set the events that epoll reports; never `READABLE` while the link has a reader of its own."""
         if self._has_own_reader:
             mask &= ~READABLE
         if not self.stopped and mask != self.mask:
@@ -300,8 +299,9 @@ class SocketLink(Link):
             self._finish_sending()
 
     def _finish_sending(self) -> None:
-        """All that was to be said is out. Where the peer may have said more, it is read on (RFC 6455 section 7.1.1):
-        closing over unread bytes resets the connection, and our close frame could be lost."""
+        """End a link that has sent everything. If the peer may have sent more, only sending ends, and reading goes on
+        (RFC 6455 section 7.1.1): to close with unread bytes would reset the connection, and the peer could lose our
+        close frame."""
         if not (self._lingers or self.parser.over):
             self._cut()
         elif not self.stopped:
@@ -328,7 +328,7 @@ class SocketLink(Link):
         self._reactor.note_closed(self)
 
     def schedule(self, due: float) -> None:
-        """Have liveness checked by `due` (Trio time)."""
+        """Schedule a check of the link's liveness at `due` (Trio time)."""
         if due < self.due:
             self.due = due
             self._reactor.schedule(self, due)

@@ -1,4 +1,4 @@
-"""TLS for the relay's listeners: the certificate, and how it is loaded."""
+"""TLS for the relay's listeners: loads the certificate."""
 
 import ssl
 
@@ -7,14 +7,14 @@ from relayd.config.schema import Tls
 
 
 class ListenError(Exception):
-    """A door cannot be opened; the text says which and what to do."""
+    """A listener cannot be opened; the message says which, and what to do."""
 
 
 def make_tls_context(config: Config) -> ssl.SSLContext | None:
-    """The certificate to show, or None for plain TCP.
+    """Return the TLS context with the configured certificate, or None for plain TCP.
 
     Raises:
-        ListenError: it cannot be used.
+        ListenError: the certificate or its key cannot be used.
     """
     if config.tls is None:
         return None
@@ -24,10 +24,10 @@ def make_tls_context(config: Config) -> ssl.SSLContext | None:
 
 
 def load_certificate(tls_context: ssl.SSLContext, tls: Tls) -> None:
-    """Have `context` show what `tls` names, in all handshakes from now on.
+    """Load the configured certificate into `tls_context`, for all handshakes from now on.
 
     Raises:
-        ListenError: it cannot be used; the context is then good for nothing.
+        ListenError: the certificate or its key cannot be used; the context must then be discarded.
     """
     try:
         tls_context.load_cert_chain(tls.cert, tls.key, password=_no_password)
@@ -36,5 +36,5 @@ def load_certificate(tls_context: ssl.SSLContext, tls: Tls) -> None:
 
 
 def _no_password() -> str:
-    """Without this OpenSSL would ask at the terminal for the password of a locked key, and a daemon would hang."""
-    raise OSError("the key is locked with a password, which relayd cannot ask for; give it without one")
+    """Refuse a key with a password; OpenSSL would otherwise ask for it at the terminal, and the daemon would hang."""
+    raise OSError("the key is protected by a password, which relayd cannot ask for; use a key without one")

@@ -13,7 +13,7 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _KEY_BYTES = 16
 #: RFC 9110 section 5.6.2.
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-#: A bare LF ends a line, too (RFC 9112 section 2.2).
+#: A bare LF also ends a line (RFC 9112 section 2.2).
 _LINE_END = re.compile(r"\r?\n")
 _REASONS = {
     400: "Bad Request",
@@ -30,15 +30,15 @@ _REASONS = {
 
 @attrs.frozen
 class HandshakeRejected(Exception):
-    """No: an HTTP status and words for the peer, who is hung up on."""
+    """A rejected handshake: the HTTP status and the message for the peer, which is then disconnected."""
 
     status: int
-    words: str
+    message: str
     headers: Mapping[str, str] = attrs.field(factory=dict)
 
     def to_bytes(self) -> bytes:
-        """As it goes out."""
-        body = f"{self.words}\n".encode()
+        """Return the HTTP response."""
+        body = f"{self.message}\n".encode()
         lines = [
             f"HTTP/1.1 {self.status} {_REASONS[self.status]}",
             "Content-Type: text/plain; charset=utf-8",
@@ -51,13 +51,13 @@ class HandshakeRejected(Exception):
 
 @attrs.frozen
 class Head:
-    """Of a request.
+    """The head of an HTTP request.
 
     Args:
-        method: as sent.
+        method: the method, as sent.
         target: path and query, as sent.
-        version: `HTTP/1.1`.
-        headers: lower-case name -> value; of several with one name the values are joined by ", ".
+        version: the HTTP version, as sent, such as `HTTP/1.1`.
+        headers: lower-case name -> value; the values of several headers with one name are joined by ", ".
     """
 
     method: str
@@ -71,11 +71,11 @@ class Head:
         return self.target.partition("?")[0]
 
     def get(self, name: str) -> str:
-        """A header's value, "" where there is none."""
+        """Return the value of a header; "" if there is none."""
         return self.headers.get(name, "")
 
     def has_token(self, name: str, word: str) -> bool:
-        """Whether a header that is a list has a word, upper or lower case."""
+        """Whether a header with a list as its value contains `word`, given in lower case; case does not matter."""
         return any(each.strip().lower() == word for each in self.get(name).split(","))
 
     @property
@@ -85,55 +85,55 @@ class Head:
 
 
 def parse_head(data: bytes) -> Head:
-    """The head in `data`, without what ends it.
+    """Parse the head in `data`, which does not include the empty line at its end.
 
     Raises:
-        HandshakeRejected: it is none.
+        HandshakeRejected: it is not a valid HTTP head.
     """
     lines = _LINE_END.split(data.decode("latin-1"))
-    words = lines[0].split(" ")
-    if len(words) != 3 or not words[2].startswith("HTTP/") or not _TOKEN.fullmatch(words[0]):
+    request_line = lines[0].split(" ")
+    if len(request_line) != 3 or not request_line[2].startswith("HTTP/") or not _TOKEN.fullmatch(request_line[0]):
         raise HandshakeRejected(400, "this is not HTTP")
     headers: dict[str, str] = {}
     for line in lines[1:]:
         name, colon, value = line.partition(":")
         if not colon or not _TOKEN.fullmatch(name):
-            raise HandshakeRejected(400, "a header line of the request is broken")
+            raise HandshakeRejected(400, "a header line of the request is malformed")
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return Head(words[0], words[1], words[2], headers)
+    return Head(request_line[0], request_line[1], request_line[2], headers)
 
 
 def check_upgrade(head: Head, subprotocol: str | None) -> None:
-    """Hold a handshake to section 4.2.1.
+    """Check a handshake against RFC 6455 section 4.2.1.
 
     Args:
-        head: of a request that is to become a WebSocket.
-        subprotocol: that it must offer; None takes any and none.
+        head: the head of the handshake request.
+        subprotocol: the subprotocol that it must offer; None if it need not offer any.
 
     Raises:
-        HandshakeRejected: it may not become one.
+        HandshakeRejected: the handshake is not acceptable.
     """
     if head.version != "HTTP/1.1":
         raise HandshakeRejected(505, "a WebSocket needs HTTP/1.1")
     if head.method != "GET":
-        raise HandshakeRejected(405, "a WebSocket is asked for with GET", {"Allow": "GET"})
+        raise HandshakeRejected(405, "a WebSocket handshake must use GET", {"Allow": "GET"})
     upgrade = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     if not head.upgrades or not head.has_token("connection", "upgrade"):
         raise HandshakeRejected(426, "this path is for WebSockets", upgrade)
     if head.get("sec-websocket-version") != "13":
-        raise HandshakeRejected(426, "the version of a WebSocket must be 13", upgrade)
+        raise HandshakeRejected(426, "the WebSocket version must be 13", upgrade)
     if not head.get("host"):
-        raise HandshakeRejected(400, "the request lacks its Host")
+        raise HandshakeRejected(400, "the request has no Host header")
     if not _is_key(head.get("sec-websocket-key")):
         raise HandshakeRejected(400, "Sec-WebSocket-Key must be 16 bytes in base64")
     offered = [each.strip() for each in head.get("sec-websocket-protocol").split(",")]
     if subprotocol is not None and subprotocol not in offered:
-        raise HandshakeRejected(400, f"ask for the WebSocket subprotocol {subprotocol}")
+        raise HandshakeRejected(400, f"the WebSocket subprotocol {subprotocol} must be offered")
 
 
 def build_response(head: Head, subprotocol: str | None) -> bytes:
-    """The relay's yes to a handshake that `check_upgrade` let through."""
+    """Return the response that accepts a handshake, which `check_upgrade` has checked."""
     digest = hashlib.sha1(head.get("sec-websocket-key").encode() + _GUID, usedforsecurity=False).digest()
     chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol else ""
     return (

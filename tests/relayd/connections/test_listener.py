@@ -137,7 +137,7 @@ async def test_a_certificate_that_cannot_be_used_is_told_before_anything_opens(t
     for cert, key, why in (
         (tmp_path / "junk.pem", TLS / "key.pem", ""),
         (TLS / "cert.pem", tmp_path / "junk.pem", ""),
-        (TLS / "cert.pem", TLS / "locked.pem", "the key is locked with a password"),
+        (TLS / "cert.pem", TLS / "locked.pem", "the key is protected by a password"),
     ):
         with pytest.raises(ListenError, match=rf"the certificate .*{cert.name} with the key .*{key.name}: .*{why}"):
             await serve(a_config(tmp_path, tls={"cert": cert, "key": key}))
