@@ -1,4 +1,4 @@
-"""A client's connection: its messages in, its requests' frames out."""
+"""A client's connection: handles its messages and sends the frames of its requests."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -38,7 +38,7 @@ from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition, State
 from relayd.views.rows import pages, space_row
 
-#: Called with a handler object and a message of the type that it stands for.
+#: Called with a handler object and a message of the type that it is registered for.
 Handler = Callable[[Any, Any], None]
 
 
@@ -46,8 +46,8 @@ Handler = Callable[[Any, Any], None]
 class ClientHandler:
     """One connection of a client; `OperatorHandler` adds what an operator can do.
 
-    It is the sink of its requests' frames: `send_frames` never raises, because a client that is gone must not trouble
-    the worker whose frame it was to get.
+    It is the sink for the frames of its requests: `send_frames` never raises, because a disconnected client must not
+    affect the worker whose frames are being delivered.
     """
 
     #: The messages that the connection may send, and their handlers; a subclass has its own.
@@ -61,22 +61,22 @@ class ClientHandler:
     admission: Admission
     readers: dict[str, FrameReader] = attrs.field(factory=dict)
     held_requests: dict[str, Request] = attrs.field(factory=dict)
-    #: Places to tell once the link has drained; the latest of each request.
+    #: The latest position of each request that is sent once the link has drained.
     _deferred_positions: dict[str, QueuePosition] = attrs.field(factory=dict)
     frames_sent: int = 0
     bytes_sent: int = 0
-    #: What that was when rates were last made of it.
+    #: The value of `bytes_sent` when rates were last computed.
     sampled_bytes: int = 0
 
     # -- as a sink and a holder
 
     @property
     def backlog_bytes(self) -> int:
-        """What the connection has not taken yet."""
+        """Bytes that were sent and that the transport has not accepted yet."""
         return self.link.backlog_bytes
 
     def send_frames(self, frames: list[bytes], size: int) -> None:
-        """Send frames; without effect on a link that is gone."""
+        """Send frames; no effect on a link that has ended."""
         try:
             self.link.send_frames(frames)
         except LinkError:
@@ -85,57 +85,59 @@ class ClientHandler:
         self.bytes_sent += size
 
     def send(self, message: Message) -> None:
-        """Send a message of the relay's own, which counts as no frame; without effect on a link that is gone."""
+        """Send a message that the relay itself makes, which is not counted as a frame; no effect on an ended link."""
         try:
             self.link.send(message)
         except LinkError:
             return
 
     def on_all_sent(self, reader: FrameReader) -> None:
-        """All of a request's frames are sent."""
+        """Remove a reader that has sent all frames of its request."""
         if self.readers.get(reader.key) is reader:
             del self.readers[reader.key]
             self.relay.mark_busy("requests", reader.key)
 
     def on_read_error(self, reader: FrameReader) -> None:
-        """The rest of a result that was being sent is lost."""
+        """Reject a request whose result cannot be read back while it is being sent."""
         if self.readers.get(reader.key) is reader:
             del self.readers[reader.key]
-            message = "the relay cannot read the result back from its disk; see its log, and submit it again"
+            message = "the relay cannot read the result back from its disk; see its log, and submit the request again"
             self.send(Rejected.because(ErrorCode.INTERNAL, message, request_id=reader.key))
 
     def on_ended(self, request: Request) -> None:
-        """The request needs no holder any more."""
+        """Forget a request that has ended and no longer needs a holder."""
         self.held_requests.pop(request.request_id, None)
 
     def on_accepted(self, request: Request) -> None:
-        """The request is safe in the store."""
+        """Send `accepted`: the request is in the store."""
         self.send(Accepted(request_id=request.request_id))
 
     def on_rejected(self, request: Request, refusal: Rejected) -> None:
-        """The request was not taken after all."""
+        """Send `rejected`, and release the request."""
         self._release(request)
         self.send(refusal)
 
-    def on_position(self, request: Request, place: QueuePosition) -> None:
-        """The request's place in the queue; a link that is behind hears of it later, and only of the last."""
+    def on_position(self, request: Request, position: QueuePosition) -> None:
+        """Send the request's position in the queue; if the link is behind, only the latest, once it has drained."""
         if self.backlog_bytes >= HIGH_WATER_BYTES:
-            self._deferred_positions[request.request_id] = place
+            self._deferred_positions[request.request_id] = position
             return
         self._deferred_positions.pop(request.request_id, None)
-        self.send(Queued(request_id=request.request_id, position=place.position, of=place.of, eta_s=place.eta_s))
+        self.send(
+            Queued(request_id=request.request_id, position=position.position, of=position.of, eta_s=position.eta_s)
+        )
 
-    # -- its life
+    # -- life cycle
 
     def begin(self) -> None:
-        """Be there for others to see."""
-        self.link.tolerate_stall = True  # frames wait for it, and it may only have been put to sleep
+        """Register the connection with the relay."""
+        self.link.tolerate_stall = True  # its backlog may only mean that the client's machine is asleep
         self.link.on_drained(self._pump, LOW_WATER_BYTES)
         self.relay.clients[self.connection_id] = self
         self.relay.mark_changed("clients", self.connection_id)
 
     def on_messages(self, messages: list[bytes]) -> None:
-        """Take its messages.
+        """Handle messages, in order.
 
         Raises:
             ProtocolError: the client broke the rules.
@@ -151,7 +153,7 @@ class ClientHandler:
             self.handlers[type(message)](self, message)
 
     def close(self) -> None:
-        """The link is gone: release all that the connection held."""
+        """Release everything that the connection holds, after its link has ended."""
         for reader in self.readers.values():
             reader.close()
         self.readers.clear()
@@ -162,16 +164,16 @@ class ClientHandler:
         self.relay.mark_changed("clients", self.connection_id)
 
     def unsent_readers(self) -> list[FrameReader]:
-        """Readers of ended requests that have not sent all yet."""
+        """Return the readers of ended requests that have not sent all frames yet."""
         return [reader for reader in self.readers.values() if reader.log.ended and not reader.done]
 
     def _pump(self) -> None:
-        """The link has drained: what waited for it goes on."""
-        untold, self._deferred_positions = self._deferred_positions, {}
-        for request_id, place in untold.items():
+        """Continue after the link has drained: send deferred positions, and let the readers send."""
+        deferred, self._deferred_positions = self._deferred_positions, {}
+        for request_id, position in deferred.items():
             request = self.held_requests.get(request_id)
             if request is not None and request.entry.state is State.QUEUED:
-                self.on_position(request, place)
+                self.on_position(request, position)
         for reader in list(self.readers.values()):
             reader.pump()
 
@@ -191,9 +193,9 @@ class ClientHandler:
             request.release(self, trio.current_time())
 
     def _start_reader(self, request: Request, seq: int) -> None:
-        """Send the request's frames from `seq` on, in place of where an earlier reader here stood."""
-        if old := self.readers.pop(request.request_id, None):
-            old.close()
+        """Send the request's frames from `seq` on, with a new reader that replaces an earlier one."""
+        if earlier := self.readers.pop(request.request_id, None):
+            earlier.close()
         reader = FrameReader(request.request_id, request.log, self, seq)
         self.readers[request.request_id] = reader
         self.relay.mark_busy("requests", request.request_id)
@@ -206,13 +208,13 @@ class ClientHandler:
 
     def _submit(self, submit: Submit) -> None:
         if self.principal.readonly:
-            self.send(_only_looks(submit.request_id))
+            self.send(_reject_readonly(submit.request_id))
             return
         request = self.admission.submit(submit, self.principal, self)
         if isinstance(request, Rejected):
             self.send(request)
         elif not request.has_result:
-            self.send(_result_gone(request))
+            self.send(_reject_without_result(request))
         else:
             if request.accepted:
                 self.on_accepted(request)
@@ -223,12 +225,12 @@ class ClientHandler:
 
     def _input(self, piece: Input) -> None:
         request = self.held_requests.get(piece.request_id)
-        if request is not None:  # else it was refused while the piece was on its way
+        if request is not None:  # otherwise it was rejected while the piece was in transit
             self.admission.add_input(request, piece)
 
     def _cancel(self, cancel: Cancel) -> None:
         if self.principal.readonly:
-            self.send(_only_looks(cancel.request_id))
+            self.send(_reject_readonly(cancel.request_id))
             return
         request = find_request(self.relay, self.principal, cancel.request_id)
         if isinstance(request, Rejected):
@@ -241,7 +243,7 @@ class ClientHandler:
         if isinstance(request, Rejected):
             self.send(request)
         elif not request.has_result:
-            self.send(_result_gone(request))
+            self.send(_reject_without_result(request))
         else:
             if request.accepted:
                 self.on_accepted(request)
@@ -262,8 +264,8 @@ class ClientHandler:
     def _send_position(self, request: Request) -> None:
         if request.entry.state is State.QUEUED:
             space = request.submit.space
-            if place := self.relay.scheduler.positions(space, trio.current_time()).get(request.request_id):
-                self.on_position(request, place)
+            if position := self.relay.scheduler.positions(space, trio.current_time()).get(request.request_id):
+                self.on_position(request, position)
 
     def _status(self, status: Status) -> None:
         request = find_request(self.relay, self.principal, status.request_id)
@@ -282,8 +284,8 @@ class ClientHandler:
             message=request.message,
         )
         if entry.state is State.QUEUED:
-            place = self.relay.scheduler.positions(entry.space, now)[request.request_id]
-            reply = attrs.evolve(reply, position=place.position, of=place.of, eta_s=place.eta_s)
+            position = self.relay.scheduler.positions(entry.space, now)[request.request_id]
+            reply = attrs.evolve(reply, position=position.position, of=position.of, eta_s=position.eta_s)
         self.send(reply)
 
     def _spaces(self, _spaces: Spaces) -> None:
@@ -306,15 +308,15 @@ ClientHandler.handlers = {
 }
 
 
-def _only_looks(request_id: str) -> Rejected:
+def _reject_readonly(request_id: str) -> Rejected:
     message = "this connection is read-only; connect without --readonly"
     return Rejected.because(ErrorCode.FORBIDDEN, message, request_id=request_id)
 
 
-def _result_gone(request: Request) -> Rejected:
+def _reject_without_result(request: Request) -> Rejected:
     return Rejected.because(
         ErrorCode.REQUEST_NOT_FOUND,
-        f"request {request.request_id} has {request.entry.state}, and its result is not kept any more; "
+        f"request {request.request_id} has {request.entry.state}, and its result is no longer kept; "
         "submit it again with a new id",
         request_id=request.request_id,
     )

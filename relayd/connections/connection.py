@@ -17,7 +17,7 @@ from relayd.net.socket_link import INTERNAL_LOG, INTERNAL_MESSAGE
 
 log = structlog.get_logger("relayd.wire")
 
-NO_TEXT = "text message; every message is binary (msgpack)"
+NO_TEXT = "text message received; every message must be binary (msgpack)"
 
 
 class RoleHandler(Protocol):
@@ -31,31 +31,31 @@ class RoleHandler(Protocol):
         """
 
     def close(self) -> None:
-        """The link is gone: release all that the connection held."""
+        """Release everything that the connection holds, after its link has ended."""
 
 
 @attrs.define(eq=False)
 class Connection:
-    """A connection that has logged in; it handles its link's messages. No exception leaves it."""
+    """A connection that has logged in, as the handler of its link. Its methods raise no exceptions."""
 
     connection_id: str
     link: Link
     principal: Principal
     relay: Relay
-    #: Called when its transport is closed.
+    #: Called when the transport is closed.
     release_slot: Callable[[], None]
-    #: The name that its program gives itself.
+    #: The peer's program and version.
     agent: str = ""
     connected_at: float = attrs.field(factory=trio.current_time)
     role_handler: RoleHandler | None = None
 
     def begin(self) -> None:
-        """Handle messages from now on; the role handler is set."""
+        """Start handling messages; the role handler must be set."""
         self.relay.connections[self.connection_id] = self
         self.link.set_handler(self)
 
     def disconnect(self, reason: str) -> None:
-        """End it now."""
+        """End the connection now."""
         self.link.abort(reason)
 
     def on_messages(self, messages: list[bytes]) -> None:
@@ -70,7 +70,7 @@ class Connection:
             self.send_internal_error()
 
     def send_internal_error(self) -> None:
-        """Send the error `internal`, and close; the exception is logged by the caller."""
+        """Send the error `internal`, and close; the caller has logged the exception."""
         send_error_and_close(self.link, ErrorCode.INTERNAL, INTERNAL_MESSAGE, INTERNAL_ERROR)
 
     def on_text(self, text: str) -> None:
@@ -88,8 +88,8 @@ class Connection:
         finally:
             del relay.connections[self.connection_id]
             relay.slow_consumers += link.stalled
-            write = log.warning if link.stalled else log.info
-            write("disconnected", peer=link.peer, principal=self.principal.name, why=link.reason or "closed")
+            log_event = log.warning if link.stalled else log.info
+            log_event("disconnected", peer=link.peer, principal=self.principal.name, why=link.reason or "closed")
 
     def on_transport_closed(self) -> None:
         """See `protocol.link.limits.LinkHandler`."""
@@ -97,8 +97,8 @@ class Connection:
 
 
 def send_protocol_error(link: Link, fault: ProtocolError) -> None:
-    """The peer broke a rule: send an error that names it, and close."""
-    log.warning("peer broke the protocol", peer=link.peer, why=str(fault))
+    """Send the error of a peer that violated the protocol, and close."""
+    log.warning("peer violated the protocol", peer=link.peer, why=str(fault))
     send_error_and_close(link, fault.code, str(fault), fault.close_code)
 
 

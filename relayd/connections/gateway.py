@@ -1,8 +1,8 @@
-"""The way in for connections: WebSocket handshake, `hello`, and then a handler for the role.
+"""Accepts WebSocket connections: the handshake, the login by `hello`, and then a handler for the role.
 
-The only place in the daemon that knows how a link comes about; what it carries is handled in `client`, `worker` and
-`operator`. Messages are handed over as they come, by `relayd.net.reactor`: once a client has logged in, its connection
-has no task any more.
+This is the only module in the daemon that knows how a link is made; its messages are handled in `client`, `worker` and
+`operator`. `relayd.net.reactor` passes them to the handlers as they arrive, so the connection of a client has no task
+of its own once it has logged in.
 """
 
 import importlib.metadata
@@ -55,34 +55,35 @@ log = structlog.get_logger("relayd.wire")
 HANG_UP_S = 1.0
 HANG_UP_READS = 64
 SERVER = f"relayd/{importlib.metadata.version('relayd')}"
-#: Longest interval between two checks for connections without a hello: the setting may have changed.
-NEWCOMERS_S = 1.0
-#: Connections that have not logged in, beyond `max_connections`: with 900 of those, a limit of 1,024 files holds.
+#: Longest interval between two checks for connections without a hello, as the setting may have changed.
+LOGIN_CHECK_S = 1.0
+#: Connections allowed beyond `max_connections`, for those that have not logged in: with 900 connections, a limit of
+#: 1,024 files is enough.
 MAX_PENDING = 64
 #: Unfinished messages of all connections together: each of 900 may be in the middle of a piece of an upload (256 KiB).
-#: What strangers hold is bounded by their number, as none may send a message of more than 64 KiB.
+#: Connections that have not logged in are limited in number, and each to messages of 64 KiB.
 MAX_PARTIAL_BYTES = 256 * 1024 * 1024
-FULL = "the relay has all the connections it takes; try again later"
+FULL = "the relay has reached its limit of connections; try again later"
 STALLED = Error(
     code=ErrorCode.SLOW_CONSUMER,
-    message="this connection does not take what is sent to it; connect again, and attach for what is missing",
+    message="this connection does not read what is sent to it; connect again, and attach to get what is missing",
 )
 
 
 @attrs.define(eq=False)
 class Gateway:
-    """Takes connections in; one for the whole daemon."""
+    """Accepts connections; one for the whole daemon."""
 
     relay: Relay
     admission: Admission
     tokens: TokenRegistry
     reactor: Reactor
-    #: Of the tasks of connections that have some.
+    #: Runs the tasks of connections that need one.
     nursery: trio.Nursery
-    #: Begins the daemon's drain; an operator may ask for it.
+    #: Begins the daemon's drain, with the reason; an operator may ask for it.
     drain: Callable[[str], None]
     failures: LoginThrottle = attrs.field(factory=LoginThrottle)
-    #: Connections from their first byte on, logged in or not.
+    #: Number of open connections, logged in or not.
     open: int = 0
     _partial: PartialBudget = attrs.field(factory=lambda: PartialBudget(MAX_PARTIAL_BYTES))
     _link_limits: tuple[Limits, LinkLimits] | None = None
@@ -93,7 +94,7 @@ class Gateway:
     # -- handshake
 
     def count_in(self, peer: str, credentials: PeerCredentials | None) -> ConnectionSlot | None:
-        """Count a connection in; None if there are too many, and it is to be closed."""
+        """Count a new connection; None if there are too many, and it must be closed."""
         if self.open >= self.relay.config.limits.max_connections + MAX_PENDING:
             log.warning("connection rejected: limit reached", peer=peer, open=self.open)
             return None
@@ -104,15 +105,15 @@ class Gateway:
         self.open -= 1
 
     async def serve(self, stream: trio.abc.Stream, data: bytes, connection_slot: ConnectionSlot) -> bool:
-        """Serve one WebSocket, from its handshake on; no exception leaves it.
+        """Serve one WebSocket from its handshake on; raises no exceptions but `trio.Cancelled`.
 
         Args:
-            stream: TLS already spoken. Of a plain socket, its descriptor may be taken over.
-            data: the head of its request, and what came behind it.
-            connection_slot: the connection's.
+            stream: the stream, after the TLS handshake if there is one; the descriptor of a plain socket is taken over.
+            data: the head of its request, and the bytes received behind it.
+            connection_slot: the slot of the connection.
 
         Returns:
-            whether the connection lives on without this task, and counts itself out.
+            Whether the connection continues without this task, and then releases its slot itself.
         """
         try:
             text, early = split_head(data)
@@ -142,14 +143,14 @@ class Gateway:
     def _take_over(
         self, stream: trio.SocketStream, answer: bytes, early: bytes, connection_slot: ConnectionSlot
     ) -> None:
-        # Before its login a peer may not make the relay hold a megabyte.
+        # Before its login a peer may send control messages only, so that it cannot make the relay hold a megabyte.
         link = self.reactor.register(
             stream, connection_slot.peer, self.link_limits, answer, max_message_bytes=MAX_CONTROL_BYTES
         )
         try:
-            patience_s = self.relay.config.limits.hello_timeout_s
+            timeout_s = self.relay.config.limits.hello_timeout_s
             pending = PendingConnection(
-                link, connection_slot, self._log_in_pending, self.reactor.now + patience_s, patience_s
+                link, connection_slot, self._log_in_pending, self.reactor.now + timeout_s, timeout_s
             )
             self._pending.append(pending)
             self._some_pending.set()
@@ -168,10 +169,10 @@ class Gateway:
                 self._some_pending = trio.Event()
                 await self._some_pending.wait()
             now = trio.current_time()
-            await trio.sleep_until(min(waiting[0].due, now + NEWCOMERS_S))
-            self._give_up_on_late(trio.current_time())
+            await trio.sleep_until(min(waiting[0].due, now + LOGIN_CHECK_S))
+            self._time_out_pending(trio.current_time())
 
-    def _give_up_on_late(self, now: float) -> None:
+    def _time_out_pending(self, now: float) -> None:
         for pending in self._pending:
             if pending.due <= now:
                 pending.time_out()
@@ -179,7 +180,7 @@ class Gateway:
 
     @property
     def link_limits(self) -> LinkLimits:
-        """Limits of links, from the current settings."""
+        """The limits of new links, from the current settings."""
         limits = self.relay.config.limits
         if self._link_limits is None or self._link_limits[0] is not limits:
             link_limits = LinkLimits(
@@ -194,10 +195,10 @@ class Gateway:
         return self._link_limits[1]
 
     def refusal(self, head: Head) -> HandshakeRejected | None:
-        """Why a handshake is rejected; None if it is accepted."""
+        """Return why a handshake is rejected; None if it is accepted."""
         origin = head.get("origin")
         if head.path != PATH:
-            return HandshakeRejected(404, f"nothing here; the relay speaks at {PATH}")
+            return HandshakeRejected(404, f"not found; the relay's WebSocket path is {PATH}")
         if not may_come_from(origin, head.get("host"), self.relay.config.allowed_origins):
             return HandshakeRejected(403, f"origin {origin} is not in allowed_origins of relayd.toml")
         return HandshakeRejected(503, FULL) if self._full() else None
@@ -208,15 +209,15 @@ class Gateway:
     # -- login
 
     async def _log_in(self, link: Link, connection_slot: ConnectionSlot) -> Connection | None:
-        """Wait for the hello; None if none came or the login is refused: the link is then closed."""
-        patience_s = self.relay.config.limits.hello_timeout_s
+        """Wait for the hello; None if none was received or the login is refused: the link is then closed."""
+        timeout_s = self.relay.config.limits.hello_timeout_s
         connection = None
         try:
-            with trio.fail_after(patience_s):
+            with trio.fail_after(timeout_s):
                 data = await link.receive()
             connection = self.log_in(link, data, connection_slot)
         except trio.TooSlowError:
-            send_protocol_error(link, HelloMissing(patience_s))
+            send_protocol_error(link, HelloMissing(timeout_s))
         except TextReceived as fault:
             send_protocol_error(link, fault)
         if connection is None:
@@ -224,18 +225,18 @@ class Gateway:
         return connection
 
     def _log_in_pending(self, pending: PendingConnection, hello: bytes, messages: list[bytes]) -> None:
-        """Log a connection of the reactor's in, and start it."""
+        """Log in a connection of the reactor, and start it."""
         connection = self.log_in(pending.link, hello, pending.connection_slot)
         if connection is not None:
             self.start(connection, messages)
 
     def log_in(self, link: Link, data: bytes, connection_slot: ConnectionSlot) -> Connection | None:
-        """Check the first message; None if it is not a hello, or the login is refused: the link then closes."""
+        """Log in by the first message; None if it is not a hello or the login is refused: the link then closes."""
         try:
             hello = decode(data, FROM_ANYONE)
             assert isinstance(hello, Hello)
             if hello.version != PROTOCOL_VERSION:
-                raise ProtocolError(f"version {hello.version}; this relay speaks version {PROTOCOL_VERSION}")
+                raise ProtocolError(f"version {hello.version}; this relay uses version {PROTOCOL_VERSION}")
             principal = self._principal(hello, connection_slot)
         except ProtocolError as fault:
             send_protocol_error(link, fault)
@@ -250,7 +251,7 @@ class Gateway:
                 link.set_max_message_bytes(MAX_MESSAGE_BYTES)
                 log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
                 return connection
-            if principal.retry_after_s is None:  # else it was logged often enough
+            if principal.retry_after_s is None:  # otherwise its address is throttled, and was logged before
                 log.warning("login refused", peer=link.peer, role=hello.role, code=principal.code)
             send_error_and_close(link, principal.code, principal.message, POLICY_VIOLATION)
         return None
@@ -263,14 +264,14 @@ class Gateway:
             return Rejected.because(ErrorCode.RATE_LIMITED, FULL)
         most = principal.limits.max_connections
         if most is not None:
-            mine = sum(other.principal.token_id == principal.token_id for other in self.relay.connections.values())
-            if mine >= most:
+            own_count = sum(other.principal.token_id == principal.token_id for other in self.relay.connections.values())
+            if own_count >= most:
                 message = f"the token of {principal.name!r} allows {most} connections at once; close one first"
                 return Rejected.because(ErrorCode.RATE_LIMITED, message)
         return principal
 
     def _throttled(self, refusal: Rejected, hello: Hello, connection_slot: ConnectionSlot) -> Rejected:
-        """The answer to a refused login, which says so if there were too many from one address."""
+        """Return the answer to a refused login: `refusal`, or that there were too many from its address."""
         if refusal.code != ErrorCode.UNAUTHENTICATED or not hello.token or connection_slot.credentials is not None:
             return refusal
         wait_s = self.failures.add(address_of(connection_slot.peer), trio.current_time())
@@ -281,15 +282,15 @@ class Gateway:
     # -- role
 
     def start(self, connection: Connection, messages: list[bytes]) -> None:
-        """Start a connection of the reactor's.
+        """Start a connection of the reactor.
 
         Args:
-            connection: one that has logged in.
-            messages: what came behind its hello.
+            connection: a connection that has logged in.
+            messages: the messages received behind its hello.
         """
         self._greet(connection)
         principal = connection.principal
-        # A client at rest needs no task; a worker and an operator have some of their own, and few are there.
+        # An idle client needs no task; workers and operators have tasks anyway, and there are few of them.
         if principal.role != "client" or principal.expires_at is not None:
             connection.link.buffer_again(messages)
             self.nursery.start_soon(self._serve_in_task, connection)
@@ -306,7 +307,7 @@ class Gateway:
             log.debug("connection lost", peer=connection.link.peer, why=connection.link.reason)
 
     async def _serve_in_task(self, connection: Connection) -> None:
-        """As `_serve`, in a task of its own; no exception leaves it."""
+        """Run `_serve` as a task; raises no exceptions but `trio.Cancelled`."""
         try:
             await self._serve(connection)
         except Exception:
@@ -319,7 +320,7 @@ class Gateway:
             raise
 
     async def _serve(self, connection: Connection) -> None:
-        """Serve a connection in its role until its link is gone or its token has expired."""
+        """Serve a connection in its role until its link has ended or its token has expired."""
         link, principal = connection.link, connection.principal
         async with trio.open_nursery() as nursery:
             connection.role_handler = self._role_handler(connection, nursery)
@@ -389,7 +390,7 @@ def _left_s(principal: Principal) -> float:
 
 
 async def reject_handshake(stream: trio.abc.Stream, refusal: HandshakeRejected) -> None:
-    """Send a rejection, and let the peer read it: closing over unread bytes resets the connection."""
+    """Send a rejection, and let the peer read it: to close with unread bytes would reset the connection."""
     try:
         with trio.move_on_after(HANG_UP_S):
             await stream.send_all(refusal.to_bytes())

@@ -1,7 +1,7 @@
-"""The daemon's listeners: TCP, with TLS where it is set, and the unix socket.
+"""The daemon's listeners: TCP, with TLS if it is configured, and the unix socket.
 
-One port serves both protocols (docs/design.md §10): `_welcome` reads the head of a connection; a request for a
-WebSocket goes to the `Gateway`, every other to the `HttpServer`.
+One port serves both protocols (docs/design.md §10): the head of each connection is read; a request for a WebSocket goes
+to the `Gateway`, any other request to the `HttpServer`.
 """
 
 import errno
@@ -25,23 +25,23 @@ from relayd.net.tls import ListenError
 
 log = structlog.get_logger("relayd.listener")
 
-#: Connections that wait to be accepted: a relay that restarts is met by all its peers within seconds.
+#: Connections that may wait to be accepted: all peers of a relay reconnect within seconds of its restart.
 BACKLOG = 512
 TLS_HANDSHAKE_S = 5.0
-#: What the system is out of when a connection cannot be accepted: it may find some again.
-_OUT_OF_ROOM = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
-OUT_OF_ROOM_S = 0.1
+#: Errors of `accept` that say that a system resource is used up for now; it is tried again after an interval.
+_OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+OUT_OF_RESOURCES_S = 0.1
 
 
 @asynccontextmanager
 async def open_listeners(config: Config) -> AsyncIterator[list[trio.SocketListener]]:
-    """Listening sockets for all that `config` names, TLS not included; the unix socket's file goes at the end.
+    """Open the listening sockets of `config`, without TLS; the unix socket's file is deleted at the end.
 
     Raises:
-        ListenError: an address is taken, or not this machine's.
+        ListenError: an address is in use or not local, or the unix socket cannot be created.
     """
     listeners: list[trio.SocketListener] = []
-    path, ours = config.socket_path, None
+    path, created = config.socket_path, None
     try:
         if config.listen_address is not None:
             host, port = config.listen_address
@@ -50,23 +50,23 @@ async def open_listeners(config: Config) -> AsyncIterator[list[trio.SocketListen
             except OSError as fault:
                 raise ListenError(
                     f"cannot listen on {config.listen}: {fault.strerror or fault}; "
-                    "choose another address with --listen, or stop what listens there"
+                    "choose another address with --listen, or stop the program that listens there"
                 ) from fault
         if path is not None:
             listeners.append(await _unix_listener(path, config.unix_socket_mode))
-            ours = path
+            created = path
         yield listeners
     finally:
         for listener in listeners:
             listener.socket.close()
-        if ours is not None:
-            ours.unlink(missing_ok=True)
+        if created is not None:
+            created.unlink(missing_ok=True)
 
 
 async def _unix_listener(path: Path, mode: int) -> trio.SocketListener:
     sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     try:
-        # The state folder's lock is ours, so a file that is there was left by a relay that was killed.
+        # This process has the lock of the state folder, so an existing file was left by a relay that was killed.
         await trio.Path(path).unlink(missing_ok=True)
         before = os.umask(0o777 & ~mode)
         try:
@@ -75,13 +75,13 @@ async def _unix_listener(path: Path, mode: int) -> trio.SocketListener:
             os.umask(before)
     except OSError as fault:
         sock.close()
-        raise ListenError(f"cannot make the socket {path}: {fault.strerror}") from fault
+        raise ListenError(f"cannot create the socket {path}: {fault.strerror}") from fault
     sock.listen(BACKLOG)
     return trio.SocketListener(sock)
 
 
 def describe(listeners: list[trio.SocketListener], tls: bool) -> list[str]:
-    """The URLs at which the listeners are reached."""
+    """Return the URLs of the listeners."""
     urls = []
     for listener in listeners:
         name = listener.socket.getsockname()
@@ -100,43 +100,43 @@ async def serve_listeners(
     tls_context: ssl.SSLContext | None,
     handlers: trio.Nursery,
 ) -> None:
-    """Accept until cancelled; the connections live on in `handlers`, or in the gateway's plane."""
-    welcome = partial(_welcome, gateway=gateway, http=http, tls_context=tls_context)
+    """Accept connections until cancelled; they continue in `handlers`, or in the gateway's reactor."""
+    handler = partial(_serve_connection, gateway=gateway, http=http, tls_context=tls_context)
     async with trio.open_nursery() as nursery:
         for listener in listeners:
-            nursery.start_soon(_accept, listener, welcome, handlers)
+            nursery.start_soon(_accept, listener, handler, handlers)
 
 
 async def _accept(
-    listener: trio.SocketListener, welcome: Callable[[trio.SocketStream], Awaitable[None]], handlers: trio.Nursery
+    listener: trio.SocketListener, handler: Callable[[trio.SocketStream], Awaitable[None]], handlers: trio.Nursery
 ) -> None:
-    """As `trio.serve_listeners` does it; but who is welcomed closes its stream, or keeps its socket."""
+    """Accept connections like `trio.serve_listeners`, but `handler` must close the stream or take over its socket."""
     while True:
         try:
             stream = await listener.accept()
         except OSError as fault:
-            if fault.errno not in _OUT_OF_ROOM:
+            if fault.errno not in _OUT_OF_RESOURCES:
                 raise
-            log.error("no connection can be accepted; trying again", why=fault.strerror, every_s=OUT_OF_ROOM_S)
-            await trio.sleep(OUT_OF_ROOM_S)
+            log.error("connections cannot be accepted; trying again", why=fault.strerror, every_s=OUT_OF_RESOURCES_S)
+            await trio.sleep(OUT_OF_RESOURCES_S)
         else:
-            handlers.start_soon(welcome, stream)
+            handlers.start_soon(handler, stream)
 
 
-async def _welcome(
+async def _serve_connection(
     stream: trio.SocketStream, gateway: Gateway, http: HttpServer, tls_context: ssl.SSLContext | None
 ) -> None:
-    lives_on, connection_slot = False, None
+    continues, connection_slot = False, None
     try:
         credentials = peer_credentials(stream.socket)
         connection_slot = gateway.count_in(_peer(stream, credentials), credentials)
     except OSError:
-        pass  # it hung up before we looked
+        pass  # the peer has disconnected already
     try:
         if connection_slot is None:
             return
         if tls_context is None or connection_slot.credentials is not None:
-            lives_on = await _pass_on(stream, gateway, http, connection_slot, secure=False)
+            continues = await _pass_on(stream, gateway, http, connection_slot, secure=False)
         else:
             tls = trio.SSLStream(stream, tls_context, server_side=True, https_compatible=True)
             with trio.fail_after(TLS_HANDSHAKE_S):
@@ -146,18 +146,18 @@ async def _welcome(
         assert connection_slot is not None
         log.debug("TLS handshake failed", peer=connection_slot.peer, why=str(fault.__cause__ or fault))
     finally:
-        stream.socket.close()  # where the connection lives on, its socket is elsewhere by now
-        if connection_slot is not None and not lives_on:
+        stream.socket.close()  # if the connection continues, its descriptor was detached from this socket
+        if connection_slot is not None and not continues:
             connection_slot.release()
 
 
 async def _pass_on(
     stream: trio.abc.Stream, gateway: Gateway, http: HttpServer, connection_slot: ConnectionSlot, *, secure: bool
 ) -> bool:
-    """Read the first head, and hand the connection to who is meant.
+    """Read the first head, and serve the connection as HTTP or as a WebSocket.
 
     Returns:
-        whether it lives on without this task, and counts itself out.
+        Whether the connection continues without this task, and then releases its slot itself.
     """
     head = await read_head(stream)
     if needs_answer(head) and not wants_websocket(head):

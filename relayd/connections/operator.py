@@ -1,4 +1,4 @@
-"""An operator's connection: a client's, and `watch` and `steer`."""
+"""An operator's connection: that of a client, with `watch` and `steer` in addition."""
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -26,7 +26,7 @@ from relayd.views.watch import WatchFeed
 
 log = structlog.get_logger("relayd.operator")
 
-#: For one action and its commit.
+#: Timeout of one action and its commit.
 ACTION_TIMEOUT_S = 10.0
 Answer = dict[str, Value] | Rejected
 #: Actions that change nothing: allowed to read-only operators, and not audited.
@@ -36,11 +36,11 @@ MAX_AUDIT_CHARS = 300
 
 @attrs.define(eq=False)
 class OperatorHandler(ClientHandler):
-    """One connection of an operator: what a client's can do, and `watch` and `steer`.
+    """One connection of an operator, which can do what a client can, and `watch` and `steer`.
 
     Args:
-        tokens: those of the relay.
-        nursery: the connection's, for its tasks.
+        tokens: the relay's tokens.
+        nursery: the nursery of the connection, for its tasks.
         drain: begins the daemon's drain, with the reason for the log.
     """
 
@@ -52,7 +52,7 @@ class OperatorHandler(ClientHandler):
     _watching: WatchFeed | None = attrs.field(default=None, init=False)
 
     def close(self) -> None:
-        """The link is gone: stop watching, and release all that the connection held."""
+        """Stop watching, and release everything that the connection holds, after its link has ended."""
         if self._watching is not None:
             self.relay.watchers.discard(self._watching)
             self._watching = None
@@ -71,10 +71,11 @@ class OperatorHandler(ClientHandler):
         self.nursery.start_soon(self._carry_out, steer)
 
     async def _carry_out(self, steer: Steer) -> None:
-        """Carry an action out, and answer.
+        """Carry out an action, and answer.
 
-        Cancellation: shielded, within `ACTION_TIMEOUT_S`: a token that revokes itself, or an operator that disconnects,
-        must not leave a change in memory that never reaches the store.
+        Cancellation:
+            Shielded, for at most `ACTION_TIMEOUT_S`: if a token revokes itself or the operator disconnects, a change in
+            memory must still reach the store.
         """
         with trio.move_on_after(ACTION_TIMEOUT_S, shield=True):
             await self._answer(steer)
@@ -84,7 +85,7 @@ class OperatorHandler(ClientHandler):
         principal = self.principal
         answer: Answer
         if action is None:
-            answer = _invalid(f"steer action {steer.action!r} is unknown; there are {', '.join(ACTIONS)}")
+            answer = _invalid(f"steer action {steer.action!r} is unknown; known actions: {', '.join(ACTIONS)}")
         elif principal.readonly and steer.action not in READ_ONLY_ACTIONS:
             answer = Rejected.because(ErrorCode.FORBIDDEN, "this connection is read-only; connect without --readonly")
             self._audit(steer, answer)
@@ -101,7 +102,7 @@ class OperatorHandler(ClientHandler):
             self.send(Done(steer_id=steer.steer_id, action=steer.action, target=steer.target, data=answer))
 
     def _audit(self, steer: Steer, answer: Answer) -> None:
-        """Record an action and its outcome in the log, and for the other operators to see."""
+        """Record an action and its outcome in the log and in the `audit` topic."""
         outcome, message = (answer.code, answer.message) if isinstance(answer, Rejected) else ("done", "")
         by = self.principal.name
         log.warning("operator action", action=steer.action, target=steer.target, by=by, answer=str(outcome))
@@ -123,7 +124,7 @@ class OperatorHandler(ClientHandler):
 
     def _request(self, request_id: str) -> Request | Rejected:
         request = self.relay.requests.get(request_id)
-        return request or Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"request {request_id} is not known here")
+        return request or Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"request {request_id} is unknown")
 
     async def _cancel_request(self, steer: Steer) -> Answer:
         request = self._request(steer.target)
@@ -187,7 +188,7 @@ class OperatorHandler(ClientHandler):
         try:
             await self.relay.store.commit(DeleteSpace(steer.target))
         except StoreError:
-            assert space is not None  # it was there to be closed
+            assert space is not None  # it has just been closed
             await self.relay.spaces.open(Space(name=space.name, config=space.config))
             raise
         return {}
@@ -198,7 +199,7 @@ class OperatorHandler(ClientHandler):
         role, expires = options.get("role"), options.get("expires")
         if role not in ROLES or not isinstance(spaces, list) or not all(isinstance(one, str) for one in spaces):
             return _invalid(
-                "create_token takes role (client, worker or operator), spaces (array of patterns) and expires"
+                "create_token needs role (client, worker or operator); optional: spaces (array of patterns), expires"
             )
         try:
             limits = parse_limits(options.get("limits", {}))
@@ -237,12 +238,12 @@ class OperatorHandler(ClientHandler):
     async def _disconnect(self, steer: Steer) -> Answer:
         connection = self.relay.connections.get(steer.target)
         if connection is None:
-            return _invalid(f"connection {steer.target!r} is not there")
+            return _invalid(f"connection {steer.target!r} does not exist")
         connection.disconnect(f"disconnected by operator {self.principal.name}")
         return {}
 
     async def _drain(self, steer: Steer) -> Answer:
-        self.drain(f"asked by operator {self.principal.name}")
+        self.drain(f"requested by operator {self.principal.name}")
         return {"running": self.relay.running_count}
 
 

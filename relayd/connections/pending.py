@@ -1,4 +1,4 @@
-"""A connection before its login."""
+"""A connection before its login, and the slot by which connections are counted."""
 
 from collections.abc import Callable
 
@@ -16,12 +16,12 @@ log = structlog.get_logger("relayd.wire")
 
 @attrs.define(eq=False)
 class ConnectionSlot:
-    """A connection's place among those that are counted, from its first byte to its last, logged in or not.
+    """Counts a connection against the limit from when it is accepted until its transport is closed.
 
     Args:
-        peer: where the connection comes from, for logs.
-        credentials: of a unix socket's peer.
-        on_left: called once, when the connection leaves its place.
+        peer: the peer's address, for logs.
+        credentials: the peer's credentials on a unix socket; None on TCP.
+        on_left: called once, when the slot is released.
     """
 
     peer: str
@@ -30,7 +30,7 @@ class ConnectionSlot:
     _left: bool = False
 
     def release(self) -> None:
-        """Leave the place; without effect after the first call."""
+        """Release the slot; no effect after the first call."""
         if not self._left:
             self._left = True
             self.on_left()
@@ -38,25 +38,25 @@ class ConnectionSlot:
 
 @attrs.define(eq=False)
 class PendingConnection:
-    """A connection of the reactor's between its handshake and its login; it handles its link's messages meanwhile.
+    """A connection of the reactor between its handshake and its login, as the handler of its link.
 
     Args:
-        link: the connection's.
-        connection_slot: the connection's.
-        log_in: called with this object, the first message, which is the hello, and the messages behind it.
-        due: Trio time by which the hello must come.
-        patience_s: how long that is after the handshake.
+        link: the link of the connection.
+        connection_slot: the slot of the connection.
+        log_in: called with this object, the first message, which must be the hello, and the messages behind it.
+        due: Trio time by which the hello must arrive.
+        timeout_s: the time allowed for the hello, from the handshake on.
     """
 
     link: SocketLink
     connection_slot: ConnectionSlot
     log_in: "Callable[[PendingConnection, bytes, list[bytes]], None]"
     due: float
-    patience_s: float
+    timeout_s: float
     waiting: bool = True
 
     def on_messages(self, messages: list[bytes]) -> None:
-        """See `protocol.link.limits.LinkHandler`: the first is the hello."""
+        """See `protocol.link.limits.LinkHandler`; the first message must be the hello."""
         self.waiting = False
         self.log_in(self, messages[0], messages[1:])
 
@@ -75,21 +75,21 @@ class PendingConnection:
         self.connection_slot.release()
 
     def time_out(self) -> None:
-        """Close the connection if its hello has not come."""
+        """Close the connection if it has sent no hello."""
         if self.waiting:
             self.waiting = False
             try:
-                send_protocol_error(self.link, HelloMissing(self.patience_s))
+                send_protocol_error(self.link, HelloMissing(self.timeout_s))
             except Exception:
                 log.exception(INTERNAL_LOG, peer=self.link.peer)
                 self.link.abort(INTERNAL_MESSAGE)
 
 
 class HelloMissing(ProtocolError):
-    """No `hello` came in time. The network may have stood still, so the peer may try again."""
+    """No `hello` was received in time. The network may have been interrupted, so the peer may try again."""
 
     code = ErrorCode.IDLE_TIMEOUT
     close_code = POLICY_VIOLATION
 
-    def __init__(self, patience_s: float) -> None:
-        super().__init__(f"no hello within {patience_s:g} s; connect again")
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"no hello within {timeout_s:g} s; connect again")

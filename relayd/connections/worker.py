@@ -1,6 +1,6 @@
-"""A worker's connection: its frames in, its assignments out.
+"""A worker's connection: handles its messages and frames, and sends its assignments.
 
-A frame is appended to its request's log as the bytes that came; only the envelope is looked at here.
+The bytes of a frame are appended to the log of its request unchanged; only the envelope is examined here.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,37 +53,37 @@ from relayd.stats.counters import WorkerStats
 
 log = structlog.get_logger("relayd.worker")
 
-#: Codes of `failed` that tell of a broken engine, not of a bad request: such an attempt may be tried again.
+#: Codes of `failed` that mean a broken engine and not a bad request: such a request may be tried again.
 ENGINE_FAULTS = frozenset({ErrorCode.ENGINE_FAILED, ErrorCode.MODEL_NOT_LOADED})
-#: A global is found faster than a member of an enum, and every frame asks.
+#: A global is faster than a member of an enum, and it is used for every frame.
 _RUNNING = State.RUNNING
-#: Of a worker's name in its id, which the wire gives 64 characters.
+#: Characters of a worker's name in its id, for which the wire allows 64 characters.
 MAX_NAME_CHARS = 48
-#: Input bytes on their way to a worker at once, so that assignments and cancels are not stuck behind an upload.
+#: Input bytes in the backlog of a worker's link, limited so that assignments and cancels do not wait behind an upload.
 FEED_BYTES = 1024 * 1024
 
 
 @attrs.define(eq=False)
 class ActiveAttempt:
-    """An attempt that runs here, and where its frames go."""
+    """An attempt that runs on this worker, and the log for its frames."""
 
     request: Request
     entry: ScheduledRequest
     log: FrameLog
     attempt: int
-    #: Of one sample over all channels.
+    #: Bytes of one sample over all channels; 0 without an audio format.
     sample_bytes: int = 0
 
     @classmethod
     def of(cls, request: Request) -> "ActiveAttempt":
-        """The attempt of a request that runs now."""
-        form = request.format
-        return cls(request, request.entry, request.log, request.entry.attempt, form.sample_bytes if form else 0)
+        """Return the current attempt of a request."""
+        audio = request.format
+        return cls(request, request.entry, request.log, request.entry.attempt, audio.sample_bytes if audio else 0)
 
 
 @attrs.define(eq=False)
 class WorkerHandler:
-    """One connection of a worker; `nursery` holds the inputs on their way to it."""
+    """One connection of a worker; the tasks that send inputs run in `nursery`."""
 
     connection_id: str
     link: Link
@@ -94,41 +94,41 @@ class WorkerHandler:
     worker_id: str = ""
     engine: str = ""
     registered: bool = False
-    #: What audio frames of an attempt begin with -> the attempt; of those that have begun, and have a format.
+    #: First bytes of an attempt's audio frames -> the attempt, for running attempts that have an audio format.
     _active: dict[bytes, ActiveAttempt] = attrs.field(factory=dict)
     _stats: WorkerStats = attrs.field(factory=WorkerStats)
 
     @property
     def principal_name(self) -> str:
-        """Whose worker it is."""
+        """Name of the worker's principal."""
         return self.principal.name
 
     @property
     def peer(self) -> str:
-        """Where it connects from."""
+        """Address that the worker connects from."""
         return self.link.peer
 
     @property
     def rtt_s(self) -> float | None:
-        """Round trip of the last ping."""
+        """Round-trip time of the last ping in seconds; None before the first."""
         return self.link.rtt_s
 
     @property
     def received_at(self) -> float:
-        """Trio time of the last sign of life."""
+        """Trio time at which data was last received."""
         return self.link.received_at
 
-    # -- what the relay asks of it
+    # -- `WorkerPort`: messages to the worker
 
     def send(self, message: Message) -> None:
-        """Send a message; without effect on a link that is gone, whose end is seen elsewhere."""
+        """Send a message; no effect on a link that has ended, which is handled elsewhere."""
         try:
             self.link.send(message)
         except LinkError:
             return
 
     def assign(self, request: Request, from_seq: int) -> None:
-        """Hand it a request; the inputs follow as fast as it takes them."""
+        """Send `assign`; the inputs follow as fast as the worker reads them."""
         submit, entry = request.submit, request.entry
         self.send(
             Assign(
@@ -142,11 +142,11 @@ class WorkerHandler:
                 run_timeout_s=request.run_timeout_s,
             )
         )
-        if submit.inputs and self.link.gone is None:  # else its nursery may be closed
+        if submit.inputs and self.link.gone is None:  # otherwise the nursery may be closed
             self.nursery.start_soon(self._send_inputs, request, entry.attempt)
 
     async def _send_inputs(self, request: Request, attempt: int) -> None:
-        """Send the inputs of an attempt, for as long as it is the one that runs here."""
+        """Send the inputs of an attempt, as long as this worker runs it."""
         try:
             for name in request.submit.inputs:
                 data = await self.relay.read_input(request, name)
@@ -160,34 +160,34 @@ class WorkerHandler:
                     self.send(Input(request_id=request.request_id, name=name, offset=offset, data=piece))
         except LinkError:
             return
-        except Exception:  # this task lives in the nursery of all connections
+        except Exception:  # must not end the other tasks in the nursery
             log.exception("internal error in request", request_id=request.request_id)
             self.relay.fail_internal(request)
 
     def cancel(self, request_id: str, reason: str) -> None:
-        """Have it stop a request."""
+        """Send `cancel`."""
         self.send(Cancel(request_id=request_id, reason=reason))
 
     def acknowledge(self, ack: Ack) -> None:
-        """Have it forget an attempt."""
+        """Send `ack`."""
         self.send(ack)
 
     def drain(self, reason: str) -> None:
-        """Have it finish and leave."""
+        """Send `drain`."""
         self.send(Drain(reason=reason))
 
     def undrain(self) -> None:
-        """Have it take requests again."""
+        """Send `undrain`."""
         self.send(Undrain())
 
     def disconnect(self, reason: str) -> None:
-        """Cut it off; it may come back."""
+        """End the connection; the worker may reconnect."""
         self.link.abort(reason)
 
-    # -- its life
+    # -- life cycle
 
     def on_messages(self, messages: list[bytes]) -> None:
-        """Take its messages.
+        """Handle messages, in order.
 
         Raises:
             ProtocolError: the worker broke the rules.
@@ -196,21 +196,21 @@ class WorkerHandler:
             if not self.forward_audio(messages[0]):
                 self._handle_message(messages[0])
             return
-        streak: dict[bytes, list[bytes]] = {}
+        run: dict[bytes, list[bytes]] = {}
         for data in messages:
-            active = data[:PREFIX_BYTES]
-            frames = streak.get(active)
+            prefix = data[:PREFIX_BYTES]
+            frames = run.get(prefix)
             if frames is not None:
                 frames.append(data)
-            elif active in self._active:
-                streak[active] = [data]
-            else:  # no audio of an attempt that is known; what came before it counts before it
-                self._flush_run(streak)
+            elif prefix in self._active:
+                run[prefix] = [data]
+            else:  # not audio of a known attempt; the frames before it are added first
+                self._flush_run(run)
                 self._handle_message(data)
-        self._flush_run(streak)
+        self._flush_run(run)
 
     def forward_audio(self, data: bytes) -> bool:
-        """Take a message if it is audio of an attempt that runs here, and due; else return False."""
+        """Add a message to its log if it is the next audio frame of a running attempt; otherwise return False."""
         active = self._active.get(data[:PREFIX_BYTES])
         if active is None:
             return False
@@ -219,17 +219,17 @@ class WorkerHandler:
             pcm_bytes >= 0 and not pcm_bytes % active.sample_bytes and self._add(active, [data], len(data), pcm_bytes)
         )
 
-    def _flush_run(self, streak: dict[bytes, list[bytes]]) -> None:
-        for name, frames in streak.items():
-            active = self._active.get(name)
+    def _flush_run(self, run: dict[bytes, list[bytes]]) -> None:
+        for prefix, frames in run.items():
+            active = self._active.get(prefix)
             pcm_bytes = match_audio_run(frames, active.log.next_seq, active.sample_bytes) if active is not None else -1
             if active is None or pcm_bytes < 0 or not self._add(active, frames, sum(map(len, frames)), pcm_bytes):
                 for data in frames:
                     self._handle_message(data)
-        streak.clear()
+        run.clear()
 
     def _handle_message(self, data: bytes) -> None:
-        """Take a message of any kind."""
+        """Decode and handle a message of any type."""
         try:
             message = decode(data, FROM_WORKER)
         except UnknownType as fault:
@@ -240,7 +240,7 @@ class WorkerHandler:
         HANDLERS[type(message)](self, message, data)
 
     def close(self) -> None:
-        """Its link is gone."""
+        """Note that the link has ended, and unlink the worker."""
         self._active.clear()
         if self.registered:
             log.info("worker disconnected", worker=self.worker_id, why=self.link.reason or "closed")
@@ -275,7 +275,7 @@ class WorkerHandler:
             engine=register.engine,
             resumes=len(joined.resume),
         )
-        # Answered before anything that follows from it is carried out: an `assign` finds the worker ready.
+        # The answer is sent before the decisions are carried out, so that the worker is ready for an `assign`.
         resume = tuple(
             Running(
                 request_id=entry.request_id,
@@ -284,11 +284,11 @@ class WorkerHandler:
             )
             for entry in joined.resume
         )
-        # What has ended here and is not safe yet is kept there: it is acknowledged in a moment.
-        owed = tuple(each for each in register.running if self.relay.has_pending_ack(each.request_id, each.attempt))
-        abandon = sorted(set(joined.abandon).difference(each.request_id for each in owed))
-        self.send(Registered(worker_id=self.worker_id, resume=resume + owed, abandon=abandon))
-        for entry in joined.resume:  # it may not have heard the `cancel`
+        # The worker must keep attempts whose end is not stored yet; they are acknowledged soon.
+        pending = tuple(each for each in register.running if self.relay.has_pending_ack(each.request_id, each.attempt))
+        abandon = sorted(set(joined.abandon).difference(each.request_id for each in pending))
+        self.send(Registered(worker_id=self.worker_id, resume=resume + pending, abandon=abandon))
+        for entry in joined.resume:  # the worker may not have received the `cancel`
             if entry.cancel_reason is not None:
                 self.cancel(entry.request_id, entry.cancel_reason)
         self.relay.workers.finish_registration(register, self.worker_id, joined)
@@ -298,9 +298,11 @@ class WorkerHandler:
             if not self.principal.may_use(name):
                 message = f"principal {self.principal_name!r} may not serve space {name!r}; ask for a token that may"
                 return Rejected.because(ErrorCode.FORBIDDEN, message)
-        if self.relay.draining.is_set() and not register.running:  # what still runs may come to its end
+        if self.relay.draining.is_set() and not register.running:  # running attempts may still end
             return Rejected.because(
-                ErrorCode.SHUTTING_DOWN, "the relay is shutting down; try again when it is back", retry_after_s=1.0
+                ErrorCode.SHUTTING_DOWN,
+                "the relay is shutting down; try again when it has restarted",
+                retry_after_s=1.0,
             )
         try:
             check_schema(register.params)
@@ -312,7 +314,7 @@ class WorkerHandler:
         self.relay.workers.drain(self.worker_id)
 
     def _frame(self, frame: Frame, data: bytes) -> None:
-        """A frame that is not the last: into the log as it came, or dropped if its attempt is over."""
+        """Append a frame that is not the last to its log, or drop it if its attempt is over."""
         request = self._request_of(frame)
         if request is None:
             self._active.pop(audio_prefix(frame.request_id, frame.attempt), None)
@@ -330,30 +332,30 @@ class WorkerHandler:
         elif isinstance(frame, Progress):
             request.fraction = frame.fraction
         active = ActiveAttempt.of(request)
-        # Audio need not go through the codec from now on; also that of a worker which came back in the middle of it.
-        if active.sample_bytes and (name := audio_prefix(frame.request_id, frame.attempt)):
-            self._active[name] = active
+        # From now on audio need not be decoded; this also holds after a worker has reconnected in mid-stream.
+        if active.sample_bytes and (prefix := audio_prefix(frame.request_id, frame.attempt)):
+            self._active[prefix] = active
         self._add(active, [data], len(data), pcm_bytes, is_output)
 
     def _add(
         self, active: ActiveAttempt, frames: list[bytes], size: int, pcm_bytes: int, is_output: bool = True
     ) -> bool:
-        """Add the frames that are due to a request's log, and keep account of them.
+        """Add the next frames to the log of their request, and update its counters.
 
         Args:
-            active: their attempt.
-            frames: none of them the last.
-            size: of them together, in bytes.
-            pcm_bytes: of audio in them.
-            is_output: whether they are something to hear or to have.
+            active: the attempt of the frames.
+            frames: the frames, none of which is the last.
+            size: bytes of all frames.
+            pcm_bytes: bytes of audio in them.
+            is_output: whether they contain output, which is audio or data.
 
         Returns:
-            False where the attempt does not run here any more; they are then as they were.
+            False if the attempt no longer runs on this worker; the frames are then not added.
         """
         request, entry, frame_log = active.request, active.entry, active.log
         if entry.state is not _RUNNING or entry.attempt != active.attempt or entry.worker_id != self.worker_id:
             return False
-        frame_log.extend(frames, size)  # first: whoever listens need not wait for the accounts
+        frame_log.extend(frames, size)  # first, so that readers need not wait for the counters
         request.audio_bytes += pcm_bytes
         request.last_frame_at = self.link.received_at
         if is_output and (request.first_frame_at is None or not entry.has_output):
@@ -373,10 +375,10 @@ class WorkerHandler:
         return True
 
     def _on_first_output(self, request: Request) -> None:
-        """It has put something out, for the first time or again."""
+        """Note the first output of a request or of an attempt."""
         if not request.entry.has_output:
             request.entry.has_output = True
-            self.relay.save_status(request)  # a relay that is started again must not try anew what was heard
+            self.relay.save_status(request)  # after a restart, the relay must know that output was delivered
         if request.first_frame_at is None:
             request.first_frame_at = now = request.last_frame_at
             request.add_timeline("first_frame")
@@ -384,34 +386,36 @@ class WorkerHandler:
             self.relay.mark_changed("requests", request.request_id)
 
     def _last_frame(self, frame: Frame, data: bytes) -> None:
-        """The attempt's end: its slot is free, whether anybody still waits for it or not."""
+        """Handle the last frame of an attempt: end the request if it is current, and free the slot in any case."""
         self._active.pop(audio_prefix(frame.request_id, frame.attempt), None)
         request = self._request_of(frame)
         relay = self.relay
         is_next = request is not None and self._is_next(request, frame)
         ack = Ack(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq)
-        owed = (self.worker_id, ack)
+        pending_ack = (self.worker_id, ack)
         if request is None or not is_next:
             if not relay.has_pending_ack(frame.request_id, frame.attempt):
                 self.send(ack)
         elif isinstance(frame, Failed) and frame.retryable and frame.code in ENGINE_FAULTS:
-            self.send(ack)  # first, so that the worker forgets this attempt before it is handed the next
+            self.send(ack)  # first, so that the worker forgets this attempt before the next is assigned
             relay.workers.lose_attempt_of_live_worker(
                 request, self, ErrorCode(frame.code), frame.message, frame.details
             )
         elif isinstance(frame, Cancelled) and request.entry.cancel_reason is None:
-            # Nobody cancelled the request: it was told to stop an attempt that was given up, and was cut off before it
-            # had; or it stopped one by itself.
+            # The request was not cancelled: either the worker was asked to stop a lost attempt and was disconnected
+            # before it had, or it stopped the attempt by itself.
             self.send(ack)
             relay.workers.lose_attempt_of_live_worker(
                 request, self, ErrorCode.WORKER_LOST, f"its worker stopped it: {frame.reason}"
             )
         elif isinstance(frame, Completed):
-            relay.finish_request(request, data, State.COMPLETED, owed=owed)
+            relay.finish_request(request, data, State.COMPLETED, pending_ack=pending_ack)
         elif isinstance(frame, Failed):
-            relay.finish_request(request, data, State.FAILED, code=frame.code, message=frame.message, owed=owed)
+            relay.finish_request(
+                request, data, State.FAILED, code=frame.code, message=frame.message, pending_ack=pending_ack
+            )
         elif isinstance(frame, Cancelled):
-            relay.finish_request(request, data, State.CANCELLED, message=frame.reason, owed=owed)
+            relay.finish_request(request, data, State.CANCELLED, message=frame.reason, pending_ack=pending_ack)
         relay.workers.release(self, frame.request_id, frame.attempt)
 
     def _request_of(self, frame: Frame) -> Request | None:
@@ -421,14 +425,14 @@ class WorkerHandler:
         return request
 
     def _is_next(self, request: Request, frame: Frame) -> bool:
-        """Whether it is the frame that is missing; one that is here already was sent again after a cut."""
-        missing = request.log.next_seq
-        if frame.seq > missing:
-            raise ProtocolError(f"frame {frame.seq} of request {frame.request_id}, and {missing} has not come")
-        return frame.seq == missing
+        """Whether `frame` is the next one; an earlier one was sent again after the worker reconnected."""
+        next_seq = request.log.next_seq
+        if frame.seq > next_seq:
+            raise ProtocolError(f"received frame {frame.seq} of request {frame.request_id}, expected frame {next_seq}")
+        return frame.seq == next_seq
 
 
-#: Of the class: bound methods kept by each link would refer to it, and keep it until a garbage collection.
+#: Functions of the class: bound methods would make reference cycles, which only a garbage collection frees.
 HANDLERS: Mapping[type[Message], Callable[[WorkerHandler, Any, bytes], None]] = {
     Ping: WorkerHandler._ping,
     Pong: lambda _worker, _pong, _data: None,

@@ -324,7 +324,7 @@ class Relay:
         *,
         code: str | None = None,
         message: str | None = None,
-        owed: tuple[str, Ack] | None = None,
+        pending_ack: tuple[str, Ack] | None = None,
     ) -> None:
         """End a request with its last frame: send it to the readers, store the end and start what can start now.
 
@@ -334,11 +334,11 @@ class Relay:
             state: how it ended.
             code: the error code if it failed.
             message: the reason of a failure or cancellation, for people.
-            owed: for a last frame from a worker: the worker's id, and the `ack` that is sent once the end is stored.
+            pending_ack: for a last frame from a worker: the worker's id, and the `ack` that is sent once the end is stored.
         """
         if not request.live:
             return
-        request.pending_ack = owed
+        request.pending_ack = pending_ack
         now = trio.current_time()
         request.ended_at, request.code, request.message = now, code, message
         request.add_timeline(
@@ -348,7 +348,7 @@ class Relay:
         self.stats.count_ended(request, state, now)
         decisions = self.scheduler.end(request.request_id, state, now)
         # A worker sends its last frame again after a restart, and a request that was not accepted is not in the store.
-        send_now = owed is not None or not request.accepted
+        send_now = pending_ack is not None or not request.accepted
         if send_now:
             request.log.append(last_frame, ends=True)
         for holder in request.holders:

@@ -244,7 +244,7 @@ async def test_a_head_that_trickles_is_cut_off_in_time(tmp_path: Path, monkeypat
 async def test_one_connection_too_many_is_refused_until_another_leaves(tmp_path: Path) -> None:
     async with daemon(tmp_path, limits={"max_connections": 2}) as relay, peer(relay.url, "client"):
         async with peer(relay.url, "worker"):
-            with pytest.raises(ConnectError, match="HTTP 503: the relay has all the connections it takes"):
+            with pytest.raises(ConnectError, match="HTTP 503: the relay has reached its limit of connections"):
                 async with peer(relay.url, "client"):
                     pytest.fail("entered")
         await until(lambda: len(relay.relay.connections) == 1)
@@ -259,7 +259,7 @@ async def test_the_last_place_is_given_once_though_two_shook_hands_for_it(tmp_pa
         async with open_link(address) as one, open_link(address) as two:
             hello = Hello(version=PROTOCOL_VERSION, role="client")
             await log_in(one, hello)
-            with pytest.raises(LoginRefused, match="has all the connections it takes") as refused:
+            with pytest.raises(LoginRefused, match="has reached its limit of connections") as refused:
                 await log_in(two, hello)
         assert refused.value.code == "rate_limited", "a code that a client tries again after"
 
@@ -303,7 +303,7 @@ async def test_a_door_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         with pytest.raises(ListenError, match=rf"cannot listen on {listen}: Address already in use; choose another"):
             await serve(a_config(tmp_path, store="memory", listen=listen))
     (tmp_path / "relayd.sock").mkdir()
-    with pytest.raises(ListenError, match=r"cannot make the socket .*relayd.sock: Is a directory"):
+    with pytest.raises(ListenError, match=r"cannot create the socket .*relayd.sock: Is a directory"):
         await serve(a_config(tmp_path, store="memory"))
     assert (tmp_path / "relayd.sock").is_dir(), "nothing of others is taken away"
 
@@ -457,7 +457,7 @@ async def test_the_oldest_results_make_room_and_whoever_asks_for_them_is_told(tm
             client.send(message)
             refusal = await client.next(Rejected)
             assert (refusal.code, refusal.request_id) == ("request_not_found", submits[0].request_id)
-            assert "has completed, and its result is not kept any more; submit it again" in refusal.message
+            assert "has completed, and its result is no longer kept; submit it again" in refusal.message
         client.send(Status(request_id=submits[0].request_id))
         assert (await client.next(StatusReply)).state == "completed"
         client.send(Attach(request_id=submits[3].request_id))

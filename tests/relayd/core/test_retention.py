@@ -331,7 +331,7 @@ async def test_a_result_whose_file_is_gone_is_not_kept_but_how_a_request_failed_
         data = path.read_bytes()
         path.write_bytes(data[:-1])
     async with daemon(tmp_path, **SQLITE) as relay:
-        assert "has completed, and its result is not kept any more" in (await refused(relay, done.request_id)).message
+        assert "has completed, and its result is no longer kept" in (await refused(relay, done.request_id)).message
         async with peer(relay.url, "client") as client:
             client.send(Attach(request_id=failed.request_id, attempt=1, after_seq=2))
             frame = await client.next(Failed)
@@ -439,7 +439,7 @@ async def test_the_oldest_files_make_room(tmp_path: Path) -> None:
             await spoken(worker, client, submit)
             await until(lambda: not relay.relay.finalizer.unfinalized)
         await until(lambda: files(tmp_path) == sorted(submit.request_id for submit in submits[2:]))
-        assert "is not kept any more" in (await refused(relay, submits[0].request_id)).message
+        assert "is no longer kept" in (await refused(relay, submits[0].request_id)).message
         assert len(await fetched(relay, submits[2].request_id)) == 5
         spool = relay.relay.results.spool
         assert spool is not None
@@ -569,7 +569,7 @@ async def test_a_result_that_cannot_be_read_back_is_refused_and_a_running_reques
             path.write_bytes(b"")
         refusal = await refused(relay, done.request_id)
         assert (refusal.code, refusal.request_id) == ("internal", done.request_id)
-        assert "is not kept any more" in (await refused(relay, done.request_id)).message
+        assert "is no longer kept" in (await refused(relay, done.request_id)).message
         async with peer(relay.url, "client") as late:
             late.send(Attach(request_id=runs.request_id))
             assert (await late.next(Failed, Audio)).code == "internal"

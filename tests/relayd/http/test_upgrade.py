@@ -67,8 +67,8 @@ async def test_who_came_is_what_the_proxy_says_where_there_is_one(behind_proxy: 
             await stream.send_all(UPGRADE)
             await switched(stream)
             await stream.send_all(nil)
-            await until(lambda: any(line["event"] == "peer broke the protocol" for line in logs))
-    ((peer, why),) = [(line["peer"], line["why"]) for line in logs if line["event"] == "peer broke the protocol"]
+            await until(lambda: any(line["event"] == "peer violated the protocol" for line in logs))
+    ((peer, why),) = [(line["peer"], line["why"]) for line in logs if line["event"] == "peer violated the protocol"]
     assert "no hello within" not in why
     assert (peer == "192.0.2.7") is behind_proxy
     assert peer.startswith("127.0.0.1:") is not behind_proxy
