@@ -334,7 +334,7 @@ class Relay:
             state: how it ended.
             code: the error code if it failed.
             message: the reason of a failure or cancellation, for people.
-            pending_ack: for a last frame from a worker: the worker's id, and the `ack` that is sent once the end is stored.
+            pending_ack: for a last frame from a worker: the worker's id, and the `ack` to send once the end is stored.
         """
         if not request.live:
             return

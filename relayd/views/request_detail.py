@@ -1,4 +1,4 @@
-"""Everything known of one request, for operators: its row, timeline, params and readers."""
+"""The details of one request, for operators: its row, timeline, params and readers."""
 
 import msgpack
 
@@ -14,21 +14,21 @@ from relayd.scheduling.model import State
 from relayd.views.rows import request_row
 from relayd.views.token_rows import Row
 
-#: Of what it asked for; the rest of a description is below 16 KiB, but for `details`.
-ASKED_BYTES = 24 * KIB
-#: Of the details of its error, which are a worker's.
+#: Limit for the summary of its submission; the rest of the reply, without `details`, is below 16 KiB.
+SUMMARY_BYTES = 24 * KIB
+#: Limit for the details of its error, which come from a worker.
 DETAILS_BYTES = 8 * KIB
 MAX_READERS = 32
 
 
 def request_detail(relay: Relay, request: Request) -> Row:
-    """What `steer` `describe` answers with."""
+    """Return the reply to the `steer` action `describe`."""
     position = None
     if request.entry.state is State.QUEUED:
         queue = relay.scheduler.state.spaces[request.submit.space].queue
         position = next(number for number, entry in enumerate(queue, 1) if entry is request.entry)
     submit, frames = request.submit, request.log
-    told: Row = {
+    detail: Row = {
         "request": request_row(relay, request.request_id, position),
         "timeline": [msgpack.unpackb(step) for step in request.timeline],
         "timeline_left_out": request.timeline_dropped,
@@ -46,13 +46,13 @@ def request_detail(relay: Relay, request: Request) -> Row:
             if (reader := client.readers.get(request.request_id)) and (behind := frames.next_seq - reader.seq) >= 0
         ][:MAX_READERS],
     }
-    asked: Row = msgpack.unpackb(request.summary or summarize(submit, ASKED_BYTES))
-    return told | asked
+    summary: Row = msgpack.unpackb(request.summary or summarize(submit, SUMMARY_BYTES))
+    return detail | summary
 
 
 def _bounded(details: dict[str, Value]) -> dict[str, Value]:
     try:
         fits = len(encode(Done(action="describe", data={"details": {"": details}}))) <= DETAILS_BYTES
-    except EncodeError:  # one level deeper than they came, they may be too deep
+    except EncodeError:  # they are nested one level deeper here than in their frame, which may be too deep
         fits = False
-    return details if fits else {"cut": "too large to be told here; its last frame has them"}
+    return details if fits else {"cut": "too large to be shown here; the request's last frame has them"}

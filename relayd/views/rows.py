@@ -1,4 +1,4 @@
-"""Spaces, workers, requests and clients as rows: one flat map each, for `spaces` and `watch`."""
+"""Spaces, workers, requests and clients as rows, which are flat maps, for `spaces` and `watch`."""
 
 import importlib.metadata
 import os
@@ -18,20 +18,20 @@ from relayd.requests.request import Request
 from relayd.scheduling.model import State
 from relayd.views.token_rows import Row
 
-#: Rows in one message: safely below the 64 KiB of a control message together with one last row.
+#: Limit for the rows of one message, well below the 64 KiB of a control message.
 PAGE_BYTES = 24 * KIB
 PAGE_ROWS = 200
 TOPICS = ("relay", "spaces", "workers", "requests", "clients", "history", "log", "audit")
 VERSION = importlib.metadata.version("relayd")
 HOST = socket.gethostname()
-#: A worker that has answered so many pings in a row not yet is told as stale; after three its connection is cut.
+#: Number of ping intervals without a sign of life after which a worker is shown as stale.
 STALE_PINGS = 2
 
 
 def pages(rows: Iterable[Row]) -> Iterator[tuple[list[Row], bool]]:
-    """The rows in pages that fit a message, with whether more follow; one empty page where there are none.
+    """Yield the rows in pages that fit in a message, each with whether more follow; one empty page if there are none.
 
-    A page is given out as soon as it is full and one more row is there, so that who makes the rows can take turns.
+    A page is yielded as soon as it is full and there is another row, so rows can be made while pages are sent.
     """
     page: list[Row] = []
     size = 0
@@ -46,7 +46,7 @@ def pages(rows: Iterable[Row]) -> Iterator[tuple[list[Row], bool]]:
 
 
 def _listable(row: Row) -> bool:
-    """Whether a row fits a page; one level deeper than in `register`, a schema may also be nested too deep."""
+    """Whether a row fits in a page; its schema may be too large, or nested too deep, by one level more than before."""
     try:
         return len(encode(SpacesReply(spaces=[row]))) <= PAGE_BYTES
     except EncodeError:
@@ -54,7 +54,7 @@ def _listable(row: Row) -> bool:
 
 
 def relay_row(relay: Relay) -> Row:
-    """The daemon itself."""
+    """Return the row of the daemon."""
     now, stats = trio.current_time(), relay.stats
     spaces = relay.scheduler.state.spaces.values()
     return {
@@ -90,7 +90,7 @@ def relay_row(relay: Relay) -> Row:
 
 
 def history_row(relay: Relay) -> Row:
-    """What came in each of the last sixty seconds, the oldest first: for the curve that a screen begins with."""
+    """Return requests and seconds of audio for each of the last sixty seconds, oldest first, for a screen's graph."""
     now, stats = trio.current_time(), relay.stats
     return {
         "name": "relay",
@@ -100,7 +100,7 @@ def history_row(relay: Relay) -> Row:
 
 
 def space_row(relay: Relay, name: str, *, with_params: bool = False) -> Row | None:
-    """A space; `state` is `ready`, `no worker` or `paused`."""
+    """Return the row of a space, with `state` `ready`, `no worker` or `paused`; None if it does not exist."""
     space = relay.spaces.get(name)
     if space is None:
         return None
@@ -126,13 +126,13 @@ def space_row(relay: Relay, name: str, *, with_params: bool = False) -> Row | No
     if with_params:
         row["inputs"] = {key: rule.to_map() for key, rule in space.inputs.items()}
         row["params"] = space.params
-        if not _listable(row):  # a schema of 30 KiB is a worker's right, and no listing's
+        if not _listable(row):  # a worker may register a schema of 30 KiB, which is too large for a list
             row["params"] = {"description": "too large to be listed"}
     return row
 
 
 def watched_space_row(relay: Relay, name: str) -> Row | None:
-    """A space, with what only an operator is told of it."""
+    """Return the row of a space with the fields that only operators get; None if it does not exist."""
     row = space_row(relay, name)
     if row is None:
         return None
@@ -153,7 +153,10 @@ def watched_space_row(relay: Relay, name: str) -> Row | None:
 
 
 def worker_row(relay: Relay, worker_id: str) -> Row | None:
-    """A worker; `state` is `idle`, `busy`, `draining`, `stale` (connected, and silent) or `away`."""
+    """Return the row of a worker; None if it is unknown.
+
+    Its `state` is `idle`, `busy`, `draining`, `stale` (connected, but silent) or `away`.
+    """
     worker = relay.scheduler.state.workers.get(worker_id)
     if worker is None:
         return None
@@ -191,7 +194,7 @@ def worker_row(relay: Relay, worker_id: str) -> Row | None:
 
 
 def request_row(relay: Relay, request_id: str, position: int | None = None) -> Row | None:
-    """A request, live or ended; `position` is its place in the queue, from 1."""
+    """Return the row of a live or ended request; None if it is unknown. `position` in the queue counts from 1."""
     request = relay.requests.get(request_id)
     if request is None:
         return None
@@ -227,14 +230,14 @@ def request_row(relay: Relay, request_id: str, position: int | None = None) -> R
 
 
 def _started_at(request: Request) -> float | None:
-    """When its attempt was handed out: the one that runs, or with which it ended; None if it ended in the queue."""
+    """Return when its last attempt was assigned; None if it is not running and did not end while running."""
     entry = request.entry
     ran = entry.worker_id is not None and not request.live
     return entry.started_at if ran or entry.state is State.RUNNING else None
 
 
 def buffered_bytes(request: Request) -> int:
-    """What the reader that is furthest behind has not taken: nearly, as if all frames were of one size."""
+    """Estimate the bytes that the slowest reader has not received, as if all frames had the same size."""
     frames = request.log
     waiting = [
         (frames.next_seq - reader.seq) * frames.size_bytes // max(1, frames.next_seq) + reader.sink.backlog_bytes
@@ -244,7 +247,7 @@ def buffered_bytes(request: Request) -> int:
 
 
 def client_row(relay: Relay, connection_id: str) -> Row | None:
-    """A connection of a client or an operator."""
+    """Return the row of a client's or operator's connection; None if it does not exist."""
     client = relay.clients.get(connection_id)
     if client is None:
         return None

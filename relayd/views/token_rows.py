@@ -1,4 +1,4 @@
-"""Tokens as rows: without the relay's state, so that short commands need not import it."""
+"""Tokens as rows. This module does not import the relay's state, which short commands do not need."""
 
 import attrs
 
@@ -10,7 +10,7 @@ Row = dict[str, Value]
 
 
 def token_row(record: TokenRecord, now: float) -> Row:
-    """A token as listed; its text is known to nobody."""
+    """Return the row of a token; its text is not stored anywhere."""
     state = "live" if record.live(now) else "revoked" if record.revoked_at is not None else "expired"
     return {
         "token_id": record.token_id,

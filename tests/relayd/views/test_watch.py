@@ -442,7 +442,7 @@ async def test_who_steered_what_is_told_and_logged_and_questions_are_not(tmp_pat
                 with pytest.raises(RequestRejected, match="read-only"):
                     await looks.operator.steer(action, target)
             await looks.operator.steer("list_tokens")
-            with pytest.raises(RequestRejected, match="not known"):
+            with pytest.raises(RequestRejected, match="is unknown"):
                 await looks.operator.steer("describe", "0" * 32)
             await shown.sees(lambda: len(shown.rows("audit")) == 5)
             rows = list(shown.rows("audit").values())
