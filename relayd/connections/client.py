@@ -51,7 +51,7 @@ class ClientHandler:
     """
 
     #: The messages that the connection may send, and their handlers; a subclass has its own.
-    takes: ClassVar[Table] = FROM_CLIENT
+    accepted_types: ClassVar[Table] = FROM_CLIENT
     handlers: ClassVar[Mapping[type[Message], Handler]]
 
     connection_id: str
@@ -146,7 +146,7 @@ class ClientHandler:
             if self.link.gone is not None:
                 return
             try:
-                message = decode(data, self.takes)
+                message = decode(data, self.accepted_types)
             except UnknownType as fault:
                 self.send(Error(code=fault.code, message=str(fault)))
                 continue

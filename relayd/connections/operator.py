@@ -44,7 +44,7 @@ class OperatorHandler(ClientHandler):
         drain: begins the daemon's drain, with the reason for the log.
     """
 
-    takes: ClassVar[Table] = FROM_OPERATOR
+    accepted_types: ClassVar[Table] = FROM_OPERATOR
 
     tokens: TokenRegistry = attrs.field(kw_only=True)
     nursery: trio.Nursery = attrs.field(kw_only=True)

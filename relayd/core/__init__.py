@@ -1,1 +1,1 @@
-"""The relay's state and every change to it; knows scheduling, frames and the store, and no connection or HTTP."""
+"""The relay's state and every change to it; uses scheduling, frames and the store, but no connections or HTTP."""

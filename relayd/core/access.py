@@ -33,8 +33,8 @@ def find_request(relay: Relay, principal: Principal, request_id: str) -> Request
     """
     request = relay.requests.get(request_id)
     if request is not None:
-        mine = request.principal == principal.name and principal.may_use(request.entry.space)
-        if mine or principal.role == "operator":
+        is_own = request.principal == principal.name and principal.may_use(request.entry.space)
+        if is_own or principal.role == "operator":
             return request
     message = f"request {request_id} is unknown: it was never accepted, belongs to another principal, or ended long ago"
     return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, request_id=request_id)

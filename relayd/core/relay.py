@@ -146,7 +146,7 @@ class Relay:
     def _drop_broken(self, request: Request) -> None:
         """End a live request without encoding anything of it, as that may be what failed before.
 
-        Its readers are told that there are no more frames, and its failure is stored, so that no restart restores it.
+        Its readers are closed, and its failure is stored, so that it is not restored after a restart.
         The steps are independent: if one fails, the others are still done.
         """
         if not request.live:

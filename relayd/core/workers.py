@@ -82,9 +82,9 @@ class Workers(Mapping[str, WorkerPort]):
     def finish_registration(self, register: Register, worker_id: str, joined: Registration) -> None:
         """Carry out the decisions of a registration that was answered.
 
-        If another process with the same name is away and this one has taken its place, the relay stops waiting for
-        it, and its attempts are lost. If the spaces have room for both, they may be two workers whose connections
-        broke at the same time.
+        If another process with the same name is disconnected and this one has taken its place, the relay stops
+        waiting for it, and its attempts are lost. If the spaces have room for both, they may be two workers whose
+        connections broke at the same time.
         """
         own_name = worker_id.removesuffix(register.instance[:8])
         for worker in list(self.relay.scheduler.state.workers.values()):

@@ -1,1 +1,1 @@
-"""Sockets: the reactor and its links, HTTP heads, the WebSocket handshake and TLS. Knows nothing of requests."""
+"""Sockets: the reactor and its links, HTTP heads, the WebSocket handshake and TLS. Independent of requests."""

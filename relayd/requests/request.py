@@ -241,9 +241,9 @@ class Request:
             return ErrorCode.INPUT_MISMATCH
         if offset + len(data) > info.size:
             return ErrorCode.INPUT_TOO_LARGE
-        fresh = data[len(have) - offset :]
-        have += fresh
-        self._digests.setdefault(name, hashlib.sha256()).update(fresh)
+        added = data[len(have) - offset :]
+        have += added
+        self._digests.setdefault(name, hashlib.sha256()).update(added)
         return None
 
     def damaged_input(self) -> str | None:

@@ -1,1 +1,1 @@
-"""Who runs what, and when: a pure state machine that knows no I/O, no clock and no event loop."""
+"""Decides which request runs when and on which worker: a pure state machine without I/O, clock and event loop."""
