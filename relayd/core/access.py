@@ -1,4 +1,4 @@
-"""Which spaces and requests a principal may see. The one place that decides it, for WebSocket and HTTP alike."""
+"""Decides which spaces and requests a principal may see, for WebSocket and HTTP alike."""
 
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Rejected
@@ -13,7 +13,7 @@ MAX_NAME_CHARS = 64
 
 
 def find_space(relay: Relay, principal: Principal, name: str) -> Space | Rejected:
-    """Return the space that `principal` names, if it may use it.
+    """Return the space with this name, if the principal may use it.
 
     `forbidden` is checked first: otherwise any token could find out which spaces exist.
     """
@@ -27,9 +27,9 @@ def find_space(relay: Relay, principal: Principal, name: str) -> Space | Rejecte
 
 
 def find_request(relay: Relay, principal: Principal, request_id: str) -> Request | Rejected:
-    """Return the request with this id, if it is the principal's own; operators may see all requests.
+    """Return the request with this id, if the principal owns it; operators may see all requests.
 
-    A request of another principal is refused like one that does not exist.
+    A request of another principal gets the same refusal as one that does not exist.
     """
     request = relay.requests.get(request_id)
     if request is not None:

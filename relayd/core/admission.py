@@ -1,4 +1,4 @@
-"""How a request is admitted: it is checked, its inputs are gathered, the store commits it, and it is queued.
+"""Admits requests: checks them, gathers their inputs, commits them to the store and queues them.
 
 One task commits complete requests in batches, in the order in which they became complete, so that one fsync serves
 all waiting requests and the queue keeps the order of arrival.

@@ -118,7 +118,7 @@ class Workers(Mapping[str, WorkerPort]):
         self.relay.mark_changed("workers", port.worker_id)
 
     def drain(self, worker_id: str) -> None:
-        """Start nothing more on a worker."""
+        """Stop starting requests on a worker."""
         self.relay.scheduler.drain(worker_id)
         log.info("worker draining", worker=worker_id)
         self.relay.mark_changed("workers", worker_id)

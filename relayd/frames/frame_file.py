@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     #: The offset of each frame's record, and last the offset at which the next one would begin.
     Index = array[int]
 else:
-    Index = array  # takes no parameters before Python 3.12
+    Index = array  # accepts no type parameters before Python 3.12
 Starts = Sequence[tuple[int, int]]
 
 

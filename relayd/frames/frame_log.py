@@ -191,7 +191,7 @@ class FrameLog:
         self.size_bytes += size
         self.memory_bytes += cost
         self.ended = ends
-        memory = self.memory  # as `MemoryBudget.add`, without a call for every frame
+        memory = self.memory  # the same as `MemoryBudget.add`, without a call per frame
         memory.held_bytes += cost
         if memory.held_bytes > memory.limit_bytes:
             memory.on_exceeded()

@@ -1,4 +1,4 @@
-"""Which waiting request gets a free slot, and on which worker. Pure."""
+"""Decides which queued request gets a free slot, and on which worker. Pure."""
 
 from collections.abc import Iterable
 from functools import partial

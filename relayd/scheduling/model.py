@@ -1,4 +1,4 @@
-"""What the scheduler knows of spaces, workers and requests, and the decisions it returns. Pure."""
+"""The scheduler's data about spaces, workers and requests, and the decisions it returns. Pure."""
 
 from collections import deque
 from enum import StrEnum

@@ -1,4 +1,4 @@
-"""The scheduler: which request runs where, and what happens to it when its worker goes away. Pure.
+"""The scheduler: which request runs where, and what happens to it when its worker is lost. Pure.
 
 Theory of operation
 -------------------
