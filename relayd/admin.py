@@ -22,12 +22,12 @@ from relayd.store.factory import OfflineStore, open_offline
 from relayd.store.records import DeleteSpace, PutSpace, PutToken, SpaceRecord
 from relayd.views.token_rows import Row, token_row
 
-#: For a daemon on the same machine to answer a command.
+#: How long a daemon on the same machine may take to answer a command.
 ANSWER_S = 10.0
 
 
 class AdminError(Exception):
-    """The command was not carried out; the text says why and what to do."""
+    """The command failed; the message says why and what to do."""
 
 
 class NotRunning(AdminError):
@@ -35,44 +35,44 @@ class NotRunning(AdminError):
 
 
 class Admin(Protocol):
-    """The commands, wherever they are carried out."""
+    """The admin commands, on a running daemon or on its store."""
 
     async def create_space(self, name: str, options: dict[str, Value]) -> None:
-        """Make a space."""
+        """Create a space."""
 
     async def spaces(self) -> list[Row]:
-        """All spaces."""
+        """Return all spaces."""
 
     async def set_paused(self, name: str, paused: bool) -> None:
-        """Pause a space or resume it."""
+        """Pause or resume a space."""
 
     async def delete_space(self, name: str) -> None:
-        """Delete a space that is at rest."""
+        """Delete an idle space."""
 
     async def create_token(
         self, name: str, role: str, spaces: list[str], expires: str | None, limits: dict[str, int]
     ) -> Row:
-        """Make a token; `token` of the row is its text. `limits`: of `TokenLimits`, those that are set."""
+        """Create a token; the row's `token` is the secret. `limits` holds the fields of `TokenLimits` that are set."""
 
     async def tokens(self) -> list[Row]:
-        """All tokens, without their texts."""
+        """Return all tokens, without their secrets."""
 
     async def revoke_token(self, which: str) -> list[str]:
-        """Revoke a token by its id, or all of a principal; the ids."""
+        """Revoke a token by its id, or all tokens of a principal; returns the ids of the revoked tokens."""
 
     async def rows(self, topic: str) -> list[Row]:
-        """`workers` or `requests`, as they are now."""
+        """Return the current rows of a topic, `workers` or `requests`."""
 
     async def drain(self) -> int:
-        """Have the daemon finish what runs and leave; how many requests run."""
+        """Tell the daemon to finish the running requests and exit; returns their number."""
 
 
 @asynccontextmanager
 async def open_admin(config: Config) -> AsyncIterator[Admin]:
-    """The commands for the daemon of this configuration, running or not.
+    """Open the commands for the daemon of this configuration, whether it runs or not.
 
     Raises:
-        AdminError: neither the daemon nor its store can be had.
+        AdminError: neither the daemon nor its store is available.
     """
     path = config.socket_path
     try:
@@ -84,41 +84,43 @@ async def open_admin(config: Config) -> AsyncIterator[Admin]:
     except RequestRejected as fault:
         raise AdminError(fault.message) from None
     except LinkError as fault:
-        raise AdminError(f"the relay went away: {fault}") from None
+        raise AdminError(f"lost the connection to the relay: {fault}") from None
     except trio.TooSlowError:
         raise AdminError(f"the relay at {path} did not answer within {ANSWER_S:g} s") from None
     if config.store == "memory":
         if path is None:
-            raise AdminError('with store = "memory" and unix_socket = false no command reaches the relay or its store')
-        raise NotRunning(f'no relay runs on {config.state_dir}, and with store = "memory" it keeps nothing meanwhile')
+            raise AdminError(
+                'with store = "memory" and unix_socket = false, commands cannot reach the relay or its store'
+            )
+        raise NotRunning(f'no relay runs on {config.state_dir}, and with store = "memory" nothing is stored meanwhile')
     try:
         with open_offline(config.state_dir) as store:
             yield Offline(config, store)
     except StoreInUse as fault:
-        why = "a relay is just starting or stopping"
+        why = "a relay is starting or stopping"
         if path is None:
-            why = "a relay runs, and with unix_socket = false no command reaches it"
+            why = "a relay is running, and with unix_socket = false commands cannot reach it"
         raise AdminError(f"{why}: {fault}") from None
     except StoreError as fault:
         raise AdminError(str(fault)) from None
 
 
 async def _connect(stack: AsyncExitStack, path: Path) -> RelayClient | None:
-    """The daemon behind the socket at `path`, until `stack` ends; None where nobody listens there."""
+    """Connect to the daemon at the socket `path`, until `stack` closes; None if nothing listens there."""
     if not await trio.Path(path).exists():
         return None
     opening = open_relay(f"unix:{path}", token="", role="operator", agent="relayd-admin")
     try:
         return await stack.enter_async_context(opening)
     except LoginRefused as fault:
-        raise AdminError(f"the relay at {path} does not let this user in: {fault}") from None
-    except ConnectError:  # a socket that a killed daemon left
+        raise AdminError(f"the relay at {path} refused this user: {fault}") from None
+    except ConnectError:  # a socket left behind by a killed daemon
         return None
 
 
 @attrs.define
 class Online:
-    """On a running daemon."""
+    """The commands on a running daemon."""
 
     relay: RelayClient
 
@@ -175,7 +177,7 @@ class Online:
 
 @attrs.define
 class Offline:
-    """On the store of a daemon that does not run."""
+    """The commands on the store of a stopped daemon."""
 
     config: Config
     store: OfflineStore

@@ -20,7 +20,7 @@ _LIMITS = tuple(field.name for field in attrs.fields(TokenLimits))
 
 
 def run_admin(args: argparse.Namespace, config: Config) -> int:
-    """Run an admin command on the daemon of this configuration; returns the exit code (docs/design.md §11)."""
+    """Run an admin command for the daemon of this configuration; returns the exit code (docs/design.md §11)."""
 
     async def work() -> None:
         async with open_admin(config) as admin:
@@ -46,7 +46,7 @@ async def _space_list(admin: Admin, args: argparse.Namespace) -> None:
 
 async def _space_pause(admin: Admin, args: argparse.Namespace) -> None:
     await admin.set_paused(args.name, True)
-    print(f"space {args.name} paused: what runs goes on, nothing new starts or is taken", file=sys.stderr)
+    print(f"space {args.name} paused: running requests continue, nothing new is started or accepted", file=sys.stderr)
 
 
 async def _space_resume(admin: Admin, args: argparse.Namespace) -> None:
@@ -62,7 +62,7 @@ async def _space_delete(admin: Admin, args: argparse.Namespace) -> None:
 async def _token_create(admin: Admin, args: argparse.Namespace) -> None:
     limits = {key: value for key in _LIMITS if (value := getattr(args, key)) is not None}
     row = await admin.create_token(args.name, args.role, args.space, args.expires, limits)
-    print(f"{row['token_id']}: keep the token, it is shown only now", file=sys.stderr)
+    print(f"{row['token_id']}: keep the token, it is not shown again", file=sys.stderr)
     print(row["token"])
 
 
@@ -87,7 +87,7 @@ async def _requests(admin: Admin, args: argparse.Namespace) -> None:
 
 async def _drain(admin: Admin, args: argparse.Namespace) -> None:
     running = await admin.drain()
-    print(f"the relay takes nothing new and leaves when {running} running requests have ended", file=sys.stderr)
+    print(f"the relay accepts nothing new and exits when {running} running requests have ended", file=sys.stderr)
 
 
 def _print_rows(rows: list[Row], columns: Sequence[str], as_json: bool) -> None:
@@ -101,7 +101,7 @@ def _cell(value: Value) -> str:
     if value is None:
         return "-"
     if isinstance(value, dict):
-        value = [f"{key}={one}" for key, one in value.items()]
+        value = [f"{key}={item}" for key, item in value.items()]
     return ",".join(map(str, value)) or "-" if isinstance(value, list) else str(value) or "-"
 
 

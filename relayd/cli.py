@@ -11,10 +11,10 @@ from protocol.commands.exit_codes import INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit code (docs/design.md §11)."""
+    """Run the console script; returns the exit code (docs/design.md §11)."""
     args = _parser().parse_args(argv)
     try:
-        from relayd.commands import run_command  # after the arguments: whoever asks for help need not wait for it
+        from relayd.commands import run_command  # only now, so that --help stays fast
 
         return run_command(args)
     except KeyboardInterrupt:
@@ -24,56 +24,58 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", type=Path, help="default: ./relayd.toml, else /etc/relayd/relayd.toml")
-    common.add_argument("--state-dir", type=Path, help="store and socket; default: ~/.local/state/relayd")
+    common.add_argument(
+        "--state-dir", type=Path, help="folder of the store and the socket; default: ~/.local/state/relayd"
+    )
     listing = argparse.ArgumentParser(add_help=False, parents=[common])
-    listing.add_argument("--json", action="store_true", help="one JSON array")
+    listing.add_argument("--json", action="store_true", help="print one JSON array")
     parser = CommandParser(prog="relayd", description="Use a GPU that has no public address.")
     parser.add_argument("--version", action=ShowVersion)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(
         name: str,
-        words: str,
+        text: str,
         parent: argparse.ArgumentParser = common,
         under: Any = commands,
         arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     ) -> argparse.ArgumentParser:
         last = name.rpartition(" ")[2]
-        command = under.add_parser(last, parents=[parent], help=words, description=words, arguments=arguments)
+        command = under.add_parser(last, parents=[parent], help=text, description=text, arguments=arguments)
         command.set_defaults(command=name)
         assert isinstance(command, argparse.ArgumentParser)
         return command
 
     command = add("serve", "run the relay until SIGTERM")
     command.add_argument("--listen", metavar="HOST:PORT", help="default: 127.0.0.1:8765")
-    add("check-config", "read the configuration and tell every fault")
-    demo = commands.add_parser("demo", help="hear a sentence through a relay and a worker started for it")
+    add("check-config", "check the configuration and list every fault")
+    demo = commands.add_parser("demo", help="speak a sentence through a relay and a worker started for it")
     demo.add_argument("text", nargs="?")
     demo.add_argument("-o", "--output", type=Path, default=Path("hello.wav"))
-    demo.add_argument("--keep", action="store_true", help="leave relay and worker running, and tell how to use them")
+    demo.add_argument(
+        "--keep", action="store_true", help="leave the relay and the worker running, and print how to use them"
+    )
     demo.set_defaults(command="demo")
 
-    spaces = commands.add_parser("space", help="make and look after spaces").add_subparsers(
-        metavar="WHAT", required=True
-    )
-    add("space create", "make a space", under=spaces, arguments=_space_options)
-    add("space list", "all spaces", listing, spaces)
-    for name, words in (
-        ("pause", "start nothing new in a space, and take nothing new"),
-        ("resume", "undo pause"),
-        ("delete", "delete a space that is at rest"),
+    spaces = commands.add_parser("space", help="create and manage spaces").add_subparsers(metavar="WHAT", required=True)
+    add("space create", "create a space", under=spaces, arguments=_space_options)
+    add("space list", "list all spaces", listing, spaces)
+    for name, summary in (
+        ("pause", "start and accept no new requests in a space"),
+        ("resume", "resume a paused space"),
+        ("delete", "delete an idle space"),
     ):
-        add(f"space {name}", words, under=spaces).add_argument("name")
+        add(f"space {name}", summary, under=spaces).add_argument("name")
 
-    tokens = commands.add_parser("token", help="make and revoke tokens").add_subparsers(metavar="WHAT", required=True)
-    add("token create", "make a token and print it, alone, on stdout", under=tokens, arguments=_token_options)
-    add("token list", "all tokens, without their texts", listing, tokens)
-    revoke = add("token revoke", "revoke a token and drop its connections", under=tokens)
+    tokens = commands.add_parser("token", help="create and revoke tokens").add_subparsers(metavar="WHAT", required=True)
+    add("token create", "create a token and print only the token on stdout", under=tokens, arguments=_token_options)
+    add("token list", "list all tokens, without their secrets", listing, tokens)
+    revoke = add("token revoke", "revoke a token and close its connections", under=tokens)
     revoke.add_argument("which", metavar="ID|NAME")
 
-    add("workers", "the workers of the running relay", listing)
-    add("requests", "the requests of the running relay", listing)
-    add("drain", "have the running relay finish what runs, and leave")
+    add("workers", "list the workers of the running relay", listing)
+    add("requests", "list the requests of the running relay", listing)
+    add("drain", "make the running relay finish its running requests and exit")
     return parser
 
 
@@ -85,25 +87,25 @@ def _space_options(create: argparse.ArgumentParser) -> None:
     create.add_argument("name")
     for field in attrs.fields(SpaceConfig):
         kind, _rule = parse_annotation(field.type)
-        plain = kind if kind in (int, float, str) else int if "int" in str(kind) else str
-        create.add_argument(f"--{field.name.replace('_', '-')}", type=plain, help=f"default: {field.default}")
+        parse = kind if kind in (int, float, str) else int if "int" in str(kind) else str
+        create.add_argument(f"--{field.name.replace('_', '-')}", type=parse, help=f"default: {field.default}")
 
 
 def _token_options(create: argparse.ArgumentParser) -> None:
     from protocol.wire.messages import ROLES
 
     create.add_argument("--role", required=True, choices=ROLES)
-    create.add_argument("--name", required=True, help="the principal it speaks for")
+    create.add_argument("--name", required=True, help="the principal it belongs to")
     create.add_argument(
         "--space", action="append", default=[], metavar="PATTERN", help="spaces it may use; default: all"
     )
     create.add_argument("--expires", metavar="WHEN", help="12h, 30d, or a date like 2031-12-31; default: never")
-    for name, words in (
+    for name, what in (
         ("queued", "requests it may have queued"),
         ("running", "requests it may have running; more wait"),
         ("connections", "connections it may have open"),
     ):
-        create.add_argument(f"--max-{name}", type=int, metavar="N", help=f"{words}, over all spaces; default: no limit")
+        create.add_argument(f"--max-{name}", type=int, metavar="N", help=f"{what}, over all spaces; default: no limit")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from protocol.install_hint import install_command
 from relayd.config.loader import load_config
 from relayd.config.schema import Config, ConfigError
 
-#: What the extra `relay` brings, by the names it is imported by.
+#: Import names of the packages in the extra `relay`.
 EXTRA = ("h11", "prometheus_client", "python_multipart", "starlette", "structlog")
 
 
@@ -25,23 +25,23 @@ class ExtraMissing(Exception):
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Run the command that was asked for; returns the exit code (docs/design.md §11)."""
+    """Run the command in `args`; returns the exit code (docs/design.md §11)."""
     try:
         return COMMANDS.get(args.command, _admin)(args)
     except (ConfigError, ExtraMissing) as fault:
-        return _complain(printable_lines(str(fault)), USAGE)
+        return _print_error(printable_lines(str(fault)), USAGE)
     except BrokenPipeError:  # `relayd requests | head`
         silence_stdout()
         return DONE
 
 
-def _complain(words: str, code: int) -> int:
-    print(f"relayd: {words}", file=sys.stderr)
+def _print_error(message: str, code: int) -> int:
+    print(f"relayd: {message}", file=sys.stderr)
     return code
 
 
-def _settle(_urls: Sequence[str]) -> None:
-    """What the daemon has made by now stays: no collection need look at it again, in the middle of a stream."""
+def _freeze_objects(_urls: Sequence[str]) -> None:
+    """Exclude the objects made at startup, which live as long as the daemon, from later garbage collections."""
     gc.collect()
     gc.freeze()
 
@@ -66,14 +66,14 @@ def _serve(args: argparse.Namespace) -> int:
 
     config = _config(args)
     set_up_logs(config.log)
-    faulthandler.enable()  # systemd's watchdog ends a relay that hangs with SIGABRT: the log then says where it stood
+    faulthandler.enable()  # systemd's watchdog sends SIGABRT to a hung relay; the log then shows where it hung
     faults: list[BaseException] = []
     try:
         keep_freed_memory()
-        trio.run(partial(serve, config, on_ready=_settle, reread=partial(_config, args)))
+        trio.run(partial(serve, config, on_ready=_freeze_objects, reread=partial(_config, args)))
     except* (StoreError, ListenError) as group:
-        faults += _leaves(group)  # told as any other command's, without the nurseries that it came through
-    return _complain(printable(str(faults[0])), FAILED) if faults else DONE
+        faults += _leaves(group)  # reported like other commands' errors, without the exception groups of the nurseries
+    return _print_error(printable(str(faults[0])), FAILED) if faults else DONE
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
@@ -88,21 +88,21 @@ def _check_config(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    _check_extra()  # the relay that it starts needs them
+    _check_extra()  # the relay it starts needs them
     import trio
 
     from relayd.demo import DEFAULT_TEXT, DemoFailed, run_demo
 
     try:
         trio.run(run_demo, DEFAULT_TEXT if args.text is None else args.text, args.output, args.keep)
-    except DemoFailed as fault:  # with the last lines of what it started
-        return _complain(printable_lines(str(fault)), FAILED)
+    except DemoFailed as fault:  # its message may hold several lines of a process's log
+        return _print_error(printable_lines(str(fault)), FAILED)
     return DONE
 
 
 def _check_extra() -> None:
-    if lacks := [name for name in EXTRA if find_spec(name) is None]:
-        what = f"the relay's packages are not installed ({', '.join(lacks)})"
+    if missing := [name for name in EXTRA if find_spec(name) is None]:
+        what = f"the relay's packages are not installed ({', '.join(missing)})"
         raise ExtraMissing(f"{what}; install them with: {install_command('relay')}")
 
 

@@ -34,21 +34,21 @@ from relayd.store.factory import open_store
 
 log = structlog.get_logger("relayd")
 
-#: For connections to be closed in order at the end.
+#: How long closing the connections may take at shutdown.
 CLOSE_S = 3.0
 
 
 @attrs.define(eq=False)
 class Shutdown:
-    """The way out: drain first, leave at once when asked twice."""
+    """Shuts the daemon down: drains first, and exits at once when asked a second time."""
 
     relay: Relay
     leave: trio.Event = attrs.field(factory=trio.Event)
 
     def drain(self, why: str) -> None:
-        """Take nothing new and leave when what runs has ended; asked again, leave now."""
+        """Accept nothing new and exit when the running requests have ended; on a second call, exit now."""
         if self.relay.draining.is_set():
-            log.warning("leaving at once", why=why)
+            log.warning("exiting without waiting for running requests", why=why)
             self.leave.set()
             return
         running, at_most_s = self.relay.running_count, self.relay.config.drain_timeout_s
@@ -59,15 +59,15 @@ class Shutdown:
 
 @attrs.define(eq=False)
 class Daemon:
-    """A daemon that listens; made by `open_daemon`.
+    """A listening daemon; made by `open_daemon`.
 
     Attributes:
-        relay: its state.
-        tokens: those it accepts.
-        http: what its HTTP routes share.
-        urls: where it listens.
-        gateway: where connections come in.
-        shutdown: how it is asked to leave.
+        relay: the state of the relay.
+        tokens: the tokens it accepts.
+        http: the context shared by the HTTP routes.
+        urls: the URLs it listens on.
+        gateway: the gateway that serves new connections.
+        shutdown: starts the shutdown.
     """
 
     relay: Relay
@@ -78,9 +78,9 @@ class Daemon:
     shutdown: Shutdown
 
     async def drain(self) -> None:
-        """Wait until it is asked to leave, and then until what runs has ended, within `drain_timeout_s`."""
+        """Wait for a shutdown request, then at most `drain_timeout_s` for the running requests to end."""
         await self.relay.draining.wait()
-        # The listeners stay open meanwhile: a peer that was cut off from what still runs may come back to it.
+        # The listeners stay open meanwhile, so that disconnected peers can reconnect to running requests.
         await _until_idle(self.relay, self.http, self.shutdown, self.relay.config.drain_timeout_s)
 
 
@@ -90,12 +90,12 @@ async def serve(
     on_ready: Callable[[Sequence[str]], None] | None = None,
     reread: Callable[[], Config] | None = None,
 ) -> None:
-    """Run the daemon until a signal or an operator ends it.
+    """Run the daemon until a signal or an operator stops it.
 
     Args:
         config: all settings.
         on_ready: called with the URLs once every listener is open and the store is loaded.
-        reread: makes `config` again, for SIGHUP; None leaves that signal alone.
+        reread: loads `config` again on SIGHUP; None leaves that signal alone.
 
     Raises:
         StoreError: the store cannot be used.
@@ -110,7 +110,7 @@ async def serve(
 
 @asynccontextmanager
 async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = None) -> AsyncIterator[Daemon]:
-    """The daemon, from its store to its listeners. At the end of the block it closes its connections in order.
+    """Start the daemon, from its store to its listeners; connections are closed in order when the block ends.
 
     Args:
         config: all settings.
@@ -120,13 +120,13 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
         StoreError: the store cannot be used.
         ListenError: a listener cannot be opened.
 
-    Cancellation: it is cut off as by a crash; what was accepted is in the store.
+    Cancellation: stops the daemon abruptly, like a crash; accepted requests are in the store.
     """
     tls_context = make_tls_context(config)
     async with open_store(config) as store, open_listeners(config) as listeners:
         loaded = await store.load()
-        for words in loaded.damaged:
-            log.error("store has a damaged record", what=words)
+        for description in loaded.damaged:
+            log.error("store has a damaged record", what=description)
         async with trio.open_nursery() as nursery:
             relay = Relay(config, store, nursery)
             await nursery.start(serve_events, relay.events)
@@ -147,7 +147,7 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
             reload = Reload(relay, tokens, tls_context, reread, manager) if reread else None
             if reload is not None:
                 nursery.start_soon(reload.serve)
-            await nursery.start(_handle_signals, shutdown, reload)  # before anybody is told that it is ready
+            await nursery.start(_handle_signals, shutdown, reload)  # before readiness is reported
             async with open_reactor() as reactor, trio.open_nursery() as connections:
                 throttle = http_context.failures
                 gateway = Gateway(relay, admission, tokens, reactor, connections, shutdown.drain, throttle)
@@ -165,12 +165,12 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
                 nursery.start_soon(HealthService(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
                 yield Daemon(relay, tokens, http_context, urls, gateway, shutdown)
                 accepting.cancel()
-                for space in relay.spaces.values():  # no deadline counts while the links are being closed
+                for space in relay.spaces.values():  # so that no deadline fires while the links are being closed
                     space.closed.set()
                 await _close_links({*reactor.links, *(each.link for each in relay.connections.values())})
                 await http.close()
                 connections.cancel_scope.cancel()
-            with trio.move_on_after(CLOSE_S):  # asked to leave at once: what is half safe is made so
+            with trio.move_on_after(CLOSE_S):  # after an immediate exit, results may not be stored yet
                 await relay.finalizer.wait_finalized()
             nursery.cancel_scope.cancel()
         await store.flush()
@@ -180,19 +180,19 @@ async def _handle_signals(
     shutdown: Shutdown, reload: Reload | None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     had_terminal = os.isatty(2)
-    heard = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if reload else ()))
-    with trio.open_signal_receiver(*heard) as signals:
+    handled = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if reload else ()))
+    with trio.open_signal_receiver(*handled) as signals:
         task_status.started()
         async for number in signals:
-            # A terminal that went away says SIGHUP as well; asked for its state, it then answers with an error.
+            # A closed terminal sends SIGHUP, too; isatty() is then False.
             if number != signal.SIGHUP or (had_terminal and not os.isatty(2)):
                 shutdown.drain(signal.Signals(number).name)
             elif reload is not None:
-                reload.ask()
+                reload.request()
 
 
 async def _until_idle(relay: Relay, http_context: HttpContext, shutdown: Shutdown, drain_timeout_s: float) -> None:
-    """Wait for what runs, for its end to be safe and for listeners to have heard it, within a drain's time."""
+    """Wait at most `drain_timeout_s` until running requests have ended, are stored and were sent to their readers."""
     with trio.move_on_after(drain_timeout_s):
         while not shutdown.leave.is_set():
             unsent = any(reader for client in relay.clients.values() for reader in client.unsent_readers())
@@ -206,7 +206,7 @@ async def _until_idle(relay: Relay, http_context: HttpContext, shutdown: Shutdow
             with trio.move_on_after(0.1):
                 await shutdown.leave.wait()
     if left := relay.running_count:
-        log.warning("left running work to its workers; it goes on when the relay is back", requests=left)
+        log.warning("exiting with running requests; they continue when the relay is back", requests=left)
 
 
 async def _close_links(links: Iterable[Link]) -> None:

@@ -1,4 +1,4 @@
-"""`relayd demo`: a relay and a worker as processes of their own, a sentence through both, and nothing left behind."""
+"""`relayd demo`: starts a relay and a worker as processes, speaks a sentence through both, and cleans up."""
 
 import json
 import os
@@ -35,21 +35,21 @@ DEFAULT_TEXT = (
     "and written down as it arrived. 你好，世界。"
 )
 SPACE = "tts"
-#: For a process to say that it is ready: a cold start of Python on a slow disk takes seconds.
+#: How long a process may take to become ready: a cold start of Python on a slow disk takes seconds.
 READY_S = 30.0
 STOP_S = 5.0
-LOOK_AGAIN_S = 0.02
-CHUNKS_A_LINE = 25
+POLL_S = 0.02
+CHUNKS_PER_LINE = 25
 SPEAK_S = 120.0
 
 
 class DemoFailed(Exception):
-    """The demo did not come to its end; the text says where it stopped."""
+    """The demo failed; the message says at which step."""
 
 
 @attrs.define
 class Demo:
-    """What was started: told at the end, or left running."""
+    """What the demo started."""
 
     folder: Path
     url: str = ""
@@ -63,15 +63,15 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
     """Speak `text` through a relay and a worker started for it, and write it to `output`.
 
     Args:
-        text: what to say; must not be empty.
+        text: the text to speak; must not be empty.
         output: the WAV file.
-        keep: leave both running, and tell how to use and how to stop them.
+        keep: leave both running, and print how to use and stop them.
 
     Raises:
         DemoFailed: something did not start, or the request failed.
     """
     if not text.strip():
-        raise DemoFailed("there is nothing to say; give a text, as in: relayd demo 'Hello.'")
+        raise DemoFailed("there is nothing to speak; give a text, as in: relayd demo 'Hello.'")
     if find_spec("espeakng_loader") is None:
         raise DemoFailed(f"the demo speaks with espeak-ng; install it with: {install_command('espeak')}")
     try:
@@ -82,11 +82,11 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
     kept = False
     try:
         async with _process(demo, "relay", _relay_command(demo), keep) as relay:
-            demo.url = (await _until(relay, relay, "listening"))["urls"][0]
+            demo.url = (await _wait_for_event(relay, relay, "listening"))["urls"][0]
             _print_step("relay", f"listens on {demo.url}")
             async with _process(demo, "worker", _worker_command(demo), keep, RELAY_TOKEN=demo.worker_token) as worker:
-                await _until(relay, worker, "worker registered")
-                _print_step("worker", f"registered space {SPACE!r}: espeak-ng, 1 slot, a process of its own")
+                await _wait_for_event(relay, worker, "worker registered")
+                _print_step("worker", f"registered space {SPACE!r}: espeak-ng, 1 slot, in its own process")
                 await _speak(demo, text, output, writer)
         kept = keep
     finally:
@@ -98,7 +98,7 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
 
 
 def _relay_command(demo: Demo) -> list[str]:
-    """The relay's command; its state folder is made, and tokens for the two that will connect."""
+    """Create the state folder, with tokens for the worker and the client, and return the relay's command."""
     state_dir = demo.folder / "state"
     config = demo.folder / "relayd.toml"
     config.write_text(f'listen = "127.0.0.1:0"\nstate_dir = "state"\n[log]\nformat = "json"\n[spaces.{SPACE}]\n')
@@ -118,8 +118,8 @@ def _worker_command(demo: Demo) -> list[str]:
 
 
 @attrs.frozen
-class Part:
-    """A process of the demo, and the file that holds what it says."""
+class DemoProcess:
+    """A process of the demo, and its log file."""
 
     name: str
     process: trio.Process
@@ -127,8 +127,8 @@ class Part:
 
 
 @asynccontextmanager
-async def _process(demo: Demo, name: str, command: list[str], keep: bool, **environ: str) -> AsyncIterator[Part]:
-    """A process in a session of its own; stopped at the end, unless all went well and it is to be kept."""
+async def _process(demo: Demo, name: str, command: list[str], keep: bool, **environ: str) -> AsyncIterator[DemoProcess]:
+    """Run a process in its own session; it is stopped at the end unless `keep` is set and the block succeeded."""
     log = demo.folder / f"{name}.log"
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RELAY_", "RELAYD_"))}
     with log.open("wb") as out:
@@ -136,12 +136,12 @@ async def _process(demo: Demo, name: str, command: list[str], keep: bool, **envi
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=inherited | environ, start_new_session=True
         )
     demo.pids[name] = process.pid
-    done = False
+    succeeded = False
     try:
-        yield Part(name, process, log)
-        done = True
+        yield DemoProcess(name, process, log)
+        succeeded = True
     finally:
-        if not (keep and done):
+        if not (keep and succeeded):
             with trio.CancelScope(shield=True):
                 await _stop(process)
 
@@ -156,32 +156,32 @@ async def _stop(process: trio.Process) -> None:
     await process.wait()
 
 
-async def _until(relay: Part, part: Part, event: str) -> dict[str, Any]:
-    """Wait until the relay logs an event, which shows that `part` is ready."""
+async def _wait_for_event(relay: DemoProcess, target: DemoProcess, event: str) -> dict[str, Any]:
+    """Wait until the relay logs an event, which shows that `target` is ready; returns the log entry."""
     with trio.move_on_after(READY_S):
-        while part.process.poll() is None:
+        while target.process.poll() is None:
             for line in (await trio.Path(relay.log).read_text()).splitlines():
-                told = _parse(line)
-                if told.get("event") == event:
-                    return told
-            await trio.sleep(LOOK_AGAIN_S)
-    said = (await trio.Path(part.log).read_text()).strip()[-2000:]
-    code = part.process.returncode
+                entry = _parse_log_line(line)
+                if entry.get("event") == event:
+                    return entry
+            await trio.sleep(POLL_S)
+    output = (await trio.Path(target.log).read_text()).strip()[-2000:]
+    code = target.process.returncode
     why = f"was not ready within {READY_S:g} s" if code is None else f"ended with code {code}"
-    raise DemoFailed(f"the {part.name} {why}; it said:\n{said or '(nothing)'}")
+    raise DemoFailed(f"the {target.name} {why}; its log ends with:\n{output or '(nothing)'}")
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _parse_log_line(line: str) -> dict[str, Any]:
     try:
-        told = json.loads(line)
+        entry = json.loads(line)
     except ValueError:
-        return {}  # half a line, or a traceback
-    return told if isinstance(told, dict) else {}
+        return {}  # a partial line, or a traceback
+    return entry if isinstance(entry, dict) else {}
 
 
 async def _speak(demo: Demo, text: str, output: Path, writer: AudioWriter) -> None:
-    """The client's part: submit, tell what happens as it happens, write the file."""
-    _print_step("client", f"says {text!r}")
+    """Act as the client: submit the text, print each step, and write the file."""
+    _print_step("client", f"submits {text!r}")
     began, first_s, chunks = time.perf_counter(), 0.0, 0
     try:
         with trio.fail_after(SPEAK_S):
@@ -204,20 +204,20 @@ async def _speak(demo: Demo, text: str, output: Path, writer: AudioWriter) -> No
                         if chunks == 1:
                             first_s = now_s
                             _print_step("client", f"first audio, {_ms(now_s)}")
-                        elif chunks % CHUNKS_A_LINE == 0:
+                        elif chunks % CHUNKS_PER_LINE == 0:
                             _print_step("client", f"chunk {chunks}, {writer.seconds:.1f} s of audio, {_ms(now_s)}")
                 await stream.result()
     except (LinkError, RequestError, ValueError, OSError) as fault:
-        raise DemoFailed(f"the sentence did not get through: {fault}") from fault
+        raise DemoFailed(f"the request failed: {fault}") from fault
     except trio.TooSlowError:
-        raise DemoFailed(f"the sentence did not get through within {SPEAK_S:g} s") from None
+        raise DemoFailed(f"the request did not complete within {SPEAK_S:g} s") from None
     if not writer.seconds:
-        raise DemoFailed("the request ended well and without any audio; give a text with words in it")
+        raise DemoFailed("the request completed without any audio; give a text with words in it")
     took_s = time.perf_counter() - began
     _print_step("client", f"wrote {output}: {writer.seconds:.1f} s of speech in {chunks} chunks")
-    _print_step("", f"first audio after {_ms(first_s)}, all of it after {_ms(took_s)}")
+    _print_step("", f"first audio after {_ms(first_s)}, all audio after {_ms(took_s)}")
     _print_step(
-        "", f"real-time factor {took_s / writer.seconds:.3f} ({writer.seconds / took_s:.0f}x faster than it plays)"
+        "", f"real-time factor {took_s / writer.seconds:.3f} ({writer.seconds / took_s:.0f}x faster than real time)"
     )
 
 
@@ -232,7 +232,7 @@ def _ms(seconds: float) -> str:
 def _print_commands(demo: Demo) -> None:
     pids = " ".join(str(pid) for pid in demo.pids.values())
     print(
-        f"\nBoth still run. Try:\n"
+        f"\nThe relay and the worker are still running. Try:\n"
         f"  export RELAY_URL={demo.url} RELAY_TOKEN={demo.client_token}\n"
         f"  relay say 'And now another sentence.' --space {SPACE} -o another.wav\n"
         f"Stop them with:\n"

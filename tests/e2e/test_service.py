@@ -32,14 +32,14 @@ async def test_a_relay_tells_systemd_its_whole_life(tmp_path: Path) -> None:
             config.write_text(config.read_text() + "[spaces.more]\n")
             relay.send_signal(signal.SIGHUP)
             assert int((await systemd.until("RELOADING"))["MONOTONIC_USEC"]) > 0
-            assert (await systemd.until("READY"))["STATUS"] == "configuration read again: 1 changes"
-            assert (await relay.event("configuration read again"))["spaces_added"] == ["more"]
+            assert (await systemd.until("READY"))["STATUS"] == "configuration reloaded: 1 changes"
+            assert (await relay.event("configuration reloaded"))["spaces_added"] == ["more"]
 
             config.write_text("listen = 5\nstore = 6\n")
             relay.send_signal(signal.SIGHUP)
             await systemd.until("RELOADING")
             await systemd.until("READY", "1")
-            faults = (await relay.event("configuration not read again: nothing is changed"))["faults"]
+            faults = (await relay.event("configuration not reloaded: nothing changed"))["faults"]
             assert len(faults) == 2
             spaces, _ = await place.run("relay", "spaces", "--json")
             assert b"more" in spaces

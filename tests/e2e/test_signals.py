@@ -25,8 +25,8 @@ async def test_a_second_sigterm_leaves_at_once_and_what_runs_to_its_worker(tmp_p
             relay.send_signal(signal.SIGTERM)
             with trio.fail_after(10):
                 assert await relay.ended() == 0
-            await relay.event("leaving at once")
-            assert (await relay.event("left running work to its workers; it goes on when the relay is back"))[
+            await relay.event("exiting without waiting for running requests")
+            assert (await relay.event("exiting with running requests; they continue when the relay is back"))[
                 "requests"
             ] == 1
             assert client.process.poll() is None, "client and worker wait for it to come back"

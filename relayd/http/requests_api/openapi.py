@@ -24,7 +24,7 @@ _WORDS = {
     416: "The range lies behind the end of the audio.",
     422: "Something asked for is not taken: `details` says what.",
     429: "Too many: queued, connections, uploads at once, or failed logins. See Retry-After.",
-    500: "The relay made a mistake, or the result was too large.",
+    500: "Internal error, or the result was too large.",
     501: "This relay was installed without its audio packages.",
     502: "The engine failed, or its worker was lost.",
     503: "No worker (and the space does not queue without), or the relay is shutting down. See Retry-After.",

@@ -221,7 +221,7 @@ async def test_the_running_daemon_tells_its_workers_and_requests_and_drains(
             assert out.splitlines()[0].split()[:3] == ["request_id", "state", "space"]
             assert submit.request_id in out
             _, said = await shell.run("drain")
-            assert "leaves when 1 running requests have ended" in said
+            assert "exits when 1 running requests have ended" in said
             assert relay.relay.draining.is_set()
 
 
@@ -254,7 +254,7 @@ async def test_a_relay_that_keeps_nothing_is_not_looked_after_while_it_is_away(
     async with a_shell(tmp_path, capsys, online=False) as shell:
         (tmp_path / "relayd.toml").write_text('store = "memory"\n' + CONFIG)
         for command in (("space", "list"), ("token", "list"), ("space", "create", "lab"), ("drain",)):
-            assert "it keeps nothing meanwhile" in await shell.fails(*command, code=3)
+            assert "nothing is stored meanwhile" in await shell.fails(*command, code=3)
         assert not (tmp_path / "relayd.db").exists()
 
 
@@ -264,7 +264,7 @@ async def test_a_folder_that_another_holds_and_a_socket_of_a_killed_relay(
 ) -> None:
     async with a_shell(tmp_path, capsys, online=True) as shell:
         (tmp_path / "relayd.sock").rename(tmp_path / "away.sock")
-        assert "just starting or stopping" in await shell.fails("space", "list")
+        assert "is starting or stopping" in await shell.fails("space", "list")
         (tmp_path / "away.sock").rename(tmp_path / "relayd.sock")
         left = tmp_path / "left.sock"
         left.hardlink_to(tmp_path / "relayd.sock")

@@ -81,7 +81,7 @@ def test_a_token_without_an_end_that_can_be_told_is_refused_and_the_list_goes_on
 async def test_a_connection_lost_within_a_command_is_told_as_that(tmp_path: Path) -> None:
     config = a_config(tmp_path / "state")
     async with running(config):
-        with pytest.raises(AdminError, match="the relay went away: gone"):
+        with pytest.raises(AdminError, match="lost the connection to the relay: gone"):
             async with open_admin(config):
                 raise ConnectError("gone")
 
@@ -102,7 +102,9 @@ async def test_without_a_unix_socket_a_running_daemon_is_called_what_it_is(tmp_p
     async with open_admin(config) as admin:
         assert await admin.tokens() == []
     async with running(config):
-        with pytest.raises(AdminError, match="a relay runs, and with unix_socket = false no command reaches it"):
+        with pytest.raises(
+            AdminError, match="a relay is running, and with unix_socket = false commands cannot reach it"
+        ):
             async with open_admin(config):
                 pass
 
@@ -110,7 +112,7 @@ async def test_without_a_unix_socket_a_running_daemon_is_called_what_it_is(tmp_p
 @pytest.mark.trio
 async def test_without_a_unix_socket_and_a_store_no_command_pretends_that_no_relay_runs(tmp_path: Path) -> None:
     config = a_config(tmp_path / "state", unix_socket=False, listen="127.0.0.1:0", store="memory")
-    with pytest.raises(AdminError, match="no command reaches the relay"):
+    with pytest.raises(AdminError, match="commands cannot reach the relay"):
         async with open_admin(config):
             pass
 

@@ -89,7 +89,7 @@ async def test_limits_level_and_spaces_are_read_again_and_what_needs_a_restart_i
     )
     async with reloading(tmp_path, first) as it:
         told = await it.reload(second)
-        assert told["event"] == "configuration read again"
+        assert told["event"] == "configuration reloaded"
         assert told["changed"] == [
             "allowed_origins: () -> ('https://x.org',)",
             "drain_timeout_s: 30.0 -> 7.0",
@@ -130,7 +130,7 @@ async def test_a_file_with_faults_changes_nothing_and_tells_all_of_them(tmp_path
         told = await it.reload(
             'drain_timeout_s = 5\n[log]\nlevel = "loud"\n[spaces.tts]\nmax_worker = 3\n[spaces.new]\n'
         )
-        assert told["event"] == "configuration not read again: nothing is changed"
+        assert told["event"] == "configuration not reloaded: nothing changed"
         assert len(told["faults"]) == 2
         assert told["faults"][0].startswith("log.level:")
         assert told["faults"][1].startswith("spaces.tts.max_worker:")
@@ -196,11 +196,11 @@ async def test_a_renewed_certificate_is_shown_and_one_that_does_not_fit_its_key_
         shown = await _shown(it.urls[0])
         await _make_certificate(cert, tmp_path / "other.pem")
         told = await it.reload(text)  # new certificate, old key
-        assert told["event"] == "configuration not read again: nothing is changed"
+        assert told["event"] == "configuration not reloaded: nothing changed"
         assert "cannot use the certificate" in told["faults"][0]
         assert await _shown(it.urls[0]) == shown
         (tmp_path / "other.pem").rename(key)
-        assert (await it.reload(text))["event"] == "configuration read again"
+        assert (await it.reload(text))["event"] == "configuration reloaded"
         assert await _shown(it.urls[0]) != shown
 
 
@@ -252,7 +252,7 @@ async def test_a_store_that_cannot_be_read_costs_no_token(tmp_path: Path, monkey
 
         monkeypatch.setattr(MemoryStore, "load", broken)
         await it.reload('listen = ""\nstore = "memory"\n[spaces.tts]\n')
-        await until(lambda: any(entry["event"] == "tokens not read again" for entry in it.logs))
+        await until(lambda: any(entry["event"] == "tokens not reloaded" for entry in it.logs))
         async with peer(it.url, "client", token.text):
             pass
 
