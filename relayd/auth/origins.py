@@ -2,11 +2,11 @@
 
 
 def may_come_from(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
-    """Whether a browser's page may send requests here.
+    """Whether a page of this origin may send requests to the relay.
 
     Args:
-        origin: the request's `Origin`; "" where it has none, as requests of other programs do.
-        host: the request's `Host`. The relay's own page has it as its origin; behind a proxy its scheme may differ.
+        origin: the request's `Origin`; "" if it has none, as in requests of programs other than browsers.
+        host: the request's `Host`. It is the origin of the relay's own page; behind a proxy the scheme may differ.
         allowed: `allowed_origins`.
     """
     if not origin or origin in allowed or "*" in allowed:

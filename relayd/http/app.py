@@ -1,4 +1,4 @@
-"""The HTTP application: its routes, the headers of every response, and how its errors look."""
+"""The HTTP application: its routes, the headers of every response, and the format of errors."""
 
 import structlog
 from starlette.applications import Starlette
@@ -20,7 +20,7 @@ from relayd.http.requests_api import routes as requests_routes
 
 log = structlog.get_logger("relayd.http")
 
-#: Of every response that does not set them itself. No HSTS: it would speak for all ports of the host.
+#: Default headers of every response. No HSTS, because it would apply to all ports of the host.
 HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -29,7 +29,7 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
 }
-#: What a page of another, listed origin may send and read.
+#: What pages of other, allowed origins may send and read.
 CORS = {
     "access-control-allow-methods": "GET, HEAD, POST, PUT, DELETE",
     "access-control-allow-headers": "Authorization, Content-Type, Last-Event-ID, Range",
@@ -39,7 +39,7 @@ CORS = {
 
 
 def make_app(context: HttpContext) -> Starlette:
-    """The application that serves `site`."""
+    """Build the application for `context`."""
     app = Starlette(
         routes=[*requests_routes.routes(), *openai_routes.routes(), *health_routes.routes(), *static_page.routes()],
         middleware=[Middleware(ResponseHeaders, context=context)],
@@ -51,7 +51,7 @@ def make_app(context: HttpContext) -> Starlette:
 
 
 class ResponseHeaders:
-    """Which pages may come, and the headers of all responses."""
+    """Middleware that checks the origin of requests, and adds headers to all responses."""
 
     def __init__(self, app: ASGIApp, context: HttpContext) -> None:
         self.app = app
@@ -72,9 +72,9 @@ class ResponseHeaders:
             if message["type"] == "http.response.start":
                 counts, status = self.context.responses, message["status"]
                 counts[status] = counts.get(status, 0) + 1
-                told = MutableHeaders(scope=message)
+                response_headers = MutableHeaders(scope=message)
                 for name, value in more.items():
-                    told.setdefault(name, value)
+                    response_headers.setdefault(name, value)
             await send(message)
 
         if not may_come_from(origin, headers.get("host", ""), allowed):
@@ -87,7 +87,7 @@ class ResponseHeaders:
 
 
 def error_response(path: str, refusal: HttpError) -> Response:
-    """A refusal in the shape of the API that `path` belongs to."""
+    """Convert an error to a response, in the format of the API that `path` belongs to."""
     body = (
         openai_routes.error_body(refusal)
         if path.startswith(openai_routes.PATHS)
@@ -107,17 +107,17 @@ async def _unroutable(request: Request, fault: Exception) -> Response:
     if fault.status_code == 405:
         allow = (fault.headers or {}).get("Allow", "")
         refusal = HttpError(
-            "method_not_allowed", f"{path} takes {allow}", status=405, headers=dict(fault.headers or {})
+            "method_not_allowed", f"{path} allows only {allow}", status=405, headers=dict(fault.headers or {})
         )
     elif fault.status_code == 404:
-        words = f"nothing is at {path}; the relay speaks WebSocket at {PATH}, and /openapi.json lists the rest"
-        refusal = HttpError("not_found", words, status=404)
+        message = f"there is nothing at {path}; WebSocket clients connect to {PATH}, and /openapi.json lists the rest"
+        refusal = HttpError("not_found", message, status=404)
     else:
         refusal = HttpError("bad_request", fault.detail, status=fault.status_code, headers=dict(fault.headers or {}))
     return error_response(path, refusal)
 
 
 async def _broken(request: Request, fault: Exception) -> Response:
-    # Starlette answers what nobody caught from outside of all middleware.
+    # Starlette sends this response from outside the middleware, so the headers are added here.
     refusal = HttpError(ErrorCode.INTERNAL, "internal error; see the relay's log", headers=HEADERS)
     return error_response(request.url.path, refusal)

@@ -1,4 +1,4 @@
-"""The audio of a held request: its format, then its samples, once each and in order."""
+"""The audio of a held request: its format, then its samples, each once and in order."""
 
 import attrs
 
@@ -12,27 +12,27 @@ from relayd.http.request_stream import RequestStream
 
 @attrs.define(eq=False)
 class AudioStream:
-    """Samples of a request as they come; made by `listen`.
+    """The samples of a request as they arrive; made by `open_audio`.
 
     Attributes:
-        format: of what `next` gives.
-        result: figures of the completed request; empty before its end.
+        format: the format of the samples that `next` returns.
+        result: the result of the completed request; empty before.
     """
 
     held: RequestStream
     format: AudioFormat
-    #: Number of the frame that is due.
-    _due: int
+    #: `seq` of the next expected frame.
+    _next_seq: int
     result: dict[str, object] = attrs.field(factory=dict)
-    #: Whether samples were given out that nobody can take back.
-    _heard: bool = False
+    #: Whether samples were returned already.
+    _delivered: bool = False
 
     async def next(self) -> bytes | None:
-        """The next whole samples; None at the end of a completed request.
+        """Return the next whole samples; None at the end of a completed request.
 
         Raises:
-            HttpError: it failed or was cancelled; or a new attempt of an engine that is not reproducible began anew
-                behind samples that were given out.
+            HttpError: the request failed or was cancelled; or a new attempt of an engine that is not reproducible
+                starts before samples that were already returned.
         """
         while True:
             match frame := await _frame(self.held):
@@ -41,24 +41,24 @@ class AudioStream:
                 case Completed():
                     self.result = dict(frame.result)
                     return None
-                case Started() if frame.seq >= self._due or not self._heard:
-                    if frame.format is None or (self._heard and frame.format != self.format):
+                case Started() if frame.seq >= self._next_seq or not self._delivered:
+                    if frame.format is None or (self._delivered and frame.format != self.format):
                         raise _no_audio(self.held)
                     self.format = frame.format
-            if self._heard and frame.seq < self._due:
-                message = "the worker was lost in mid-stream, and another one began anew; send the request again"
+            if self._delivered and frame.seq < self._next_seq:
+                message = "the worker was lost mid-stream, and the request was restarted; send it again"
                 raise HttpError(ErrorCode.WORKER_LOST, message, retryable=True)
-            self._due = frame.seq + 1
+            self._next_seq = frame.seq + 1
             if isinstance(frame, Audio) and frame.pcm:
-                self._heard = True
+                self._delivered = True
                 return frame.pcm
 
 
 async def open_audio(held: RequestStream) -> AudioStream:
-    """Wait until the engine has begun.
+    """Wait until the engine starts.
 
     Raises:
-        HttpError: the request ended before, or makes no audio.
+        HttpError: the request ended before that, or produces no audio.
     """
     while (frame := await _frame(held)) is not None:
         if isinstance(frame, Started):
@@ -71,10 +71,10 @@ async def open_audio(held: RequestStream) -> AudioStream:
 
 
 async def _frame(held: RequestStream) -> Frame | None:
-    """The next frame, places passed over.
+    """Return the next frame, skipping queue positions; None after the last one.
 
     Raises:
-        HttpError: it is the end of a request that did not complete.
+        HttpError: the request failed or was cancelled.
     """
     while True:
         event = await held.next_event()
@@ -85,5 +85,5 @@ async def _frame(held: RequestStream) -> Frame | None:
 
 
 def _no_audio(held: RequestStream) -> HttpError:
-    message = f"space {held.request.submit.space!r} makes no audio; ask for the request's events"
+    message = f"space {held.request.submit.space!r} produces no audio; use the request's events instead"
     return HttpError("no_audio", message, status=409)

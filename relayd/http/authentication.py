@@ -16,34 +16,34 @@ from relayd.net.http_head import last_address
 
 log = structlog.get_logger("relayd.http")
 
-#: The longest of the wire's `hello`.
+#: As in the wire protocol's `hello`.
 MAX_TOKEN_CHARS = 256
-#: Names under which tokens are put into URLs elsewhere; there they end in logs and histories.
+#: Query parameters that other services accept tokens in; refused, because URLs end up in logs and histories.
 SECRET_NAMES = frozenset({"token", "access_token", "api_key", "apikey", "key", "authorization"})
 
 
 def principal_of(request: Request, role: str = "client") -> Principal:
-    """Who sends `request`.
+    """Authenticate the sender of `request`.
 
     Args:
-        request: as it came.
-        role: what it is to be done as; an operator's token is good for a client's part, too.
+        request: the HTTP request.
+        role: the role to log in as; operator tokens may also log in as `client`.
 
     Raises:
-        HttpError: nobody that may come in: 401, 403, or 429 after too many tries.
+        HttpError: the login is refused: 401, 403, or 429 after too many failures or with too many connections.
     """
     context, exchange = context_of(request), exchange_of(request)
     if exchange.principal is not None:
         return exchange.principal
     if SECRET_NAMES & {name.lower() for name in request.query_params}:
-        message = "put the token into the Authorization header (Bearer TOKEN): a URL is kept in logs and histories"
+        message = "put the token into the Authorization header (Bearer TOKEN): URLs end up in logs and histories"
         raise HttpError(ErrorCode.UNAUTHENTICATED, message)
     principal = _log_in(context, exchange, _token(request), role)
     if isinstance(principal, Rejected):
         raise _refuse(context, exchange, request, role, principal)
     most = principal.limits.max_connections
     if most is not None and context.connection_count(principal) >= most:
-        message = f"the token of {principal.name!r} allows {most} connections at once; end one first"
+        message = f"the token of {principal.name!r} allows {most} connections at once; close one first"
         raise HttpError(ErrorCode.RATE_LIMITED, message)
     exchange.principal = principal
     return principal
@@ -57,13 +57,17 @@ def _log_in(context: HttpContext, exchange: Exchange, token: str | None, role: s
 
 
 def _token(request: Request) -> str | None:
-    """The bearer token; an `Authorization` of another kind stands for a token that opens nothing."""
+    """Return the bearer token; None without an `Authorization` header.
+
+    Raises:
+        HttpError: 401; the header has another scheme.
+    """
     header = request.headers.get("authorization")
     if header is None:
         return None
     scheme, _, value = header.partition(" ")
     if scheme.lower() != "bearer" or not value.strip():
-        raise HttpError(ErrorCode.UNAUTHENTICATED, "the relay takes `Authorization: Bearer TOKEN` and no other kind")
+        raise HttpError(ErrorCode.UNAUTHENTICATED, "the relay accepts only `Authorization: Bearer TOKEN`")
     return value.strip()
 
 
@@ -78,7 +82,7 @@ def _refuse(context: HttpContext, exchange: Exchange, request: Request, role: st
 
 
 def address_of(request: Request) -> str:
-    """Where a request comes from, without a port: behind a proxy, as the proxy says."""
+    """Return the client's address without its port; with `behind_proxy`, the one reported by the proxy."""
     if context_of(request).relay.config.behind_proxy:
         lines = request.headers.getlist("x-forwarded-for")
         if lines and (address := last_address(lines[-1])) is not None:

@@ -12,19 +12,19 @@ from relayd.auth.tokens import PeerCredentials, Principal, TokenRegistry
 from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 
-#: A revoked token's responses end within 2 s (docs/design.md §8), and an expired one's.
+#: Responses end within 2 s after their token was revoked (docs/design.md §8) or has expired.
 TOKENS_INTERVAL_S = 1.0
 
 
 class Waiting(Protocol):
-    """What a response waits for: a request of the relay's."""
+    """What a response waits for: a request of the relay."""
 
     @property
     def live(self) -> bool:
         """Whether more frames may still arrive."""
 
     def wake(self) -> None:
-        """Have the response look again."""
+        """Wake the task that writes the response."""
 
 
 @attrs.define(eq=False)
@@ -32,9 +32,9 @@ class Exchange:
     """One HTTP request, from its head to the end of its response.
 
     Args:
-        peer: where it comes from, for logs.
-        credentials: of a unix socket's peer.
-        secure: whether it came over TLS.
+        peer: the client's address, for logs.
+        credentials: credentials of a peer on the unix socket.
+        secure: whether the connection uses TLS.
     """
 
     peer: str
@@ -42,15 +42,15 @@ class Exchange:
     secure: bool = False
     principal: Principal | None = None
     waits_for: Waiting | None = None
-    #: The client hung up before it had its answer.
+    #: The client disconnected before its response was complete.
     gone: bool = False
     #: The response is complete.
     answered: bool = False
-    #: Ends the handler.
+    #: Cancels the handler.
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
     def abort(self) -> None:
-        """The client is not there any more: whoever works for it stops at once."""
+        """Cancel the handler, because its client has disconnected or its token is no longer valid."""
         if not self.answered:
             self.gone = True
             self.scope.cancel()
@@ -58,30 +58,30 @@ class Exchange:
 
 @attrs.define(eq=False)
 class HttpContext:
-    """What all routes share."""
+    """The state that all HTTP routes share."""
 
     relay: Relay
     admission: Admission
     tokens: TokenRegistry
     failures: LoginThrottle = attrs.field(factory=LoginThrottle)
-    #: Requests that are being answered.
+    #: Requests being answered.
     exchanges: set[Exchange] = attrs.field(factory=set)
-    #: Connections of HTTP's that are open, whether anything is being answered there or not.
+    #: Open HTTP connections, including idle ones.
     connections: int = 0
-    #: HTTP status -> responses that began with it.
+    #: HTTP status -> number of responses started with it.
     responses: dict[int, int] = attrs.field(factory=dict)
-    #: Bytes of uploads that have come and are no request's yet.
+    #: Bytes of uploads in memory that do not belong to a request yet.
     upload_bytes: int = 0
-    #: Whether the relay leaves: who waits is told so.
+    #: The relay is shutting down; waiting responses end with an error.
     leaving: bool = False
 
     @property
     def unfinished(self) -> int:
-        """Responses that can be finished without anything more being made: a drain waits for them."""
+        """Number of responses that need no more frames to finish; a drain waits for them."""
         return sum(exchange.waits_for is None or not exchange.waits_for.live for exchange in self.exchanges)
 
     def connection_count(self, principal: Principal) -> int:
-        """Connections and responses that a token has at this moment."""
+        """Count the open connections and unfinished responses of a token."""
         links = (link.principal for link in self.relay.connections.values())
         principals = (
             exchange.principal
@@ -91,14 +91,14 @@ class HttpContext:
         return sum(other.token_id == principal.token_id for other in (*links, *principals))
 
     def begin_shutdown(self) -> None:
-        """The relay is about to be gone: responses that still wait end now."""
+        """End the responses that still wait for a request, because the relay is about to exit."""
         self.leaving = True
         for exchange in self.exchanges:
             if exchange.waits_for is not None:
                 exchange.waits_for.wake()
 
     async def serve(self) -> None:
-        """End the responses to those whose token was revoked or has expired, until cancelled."""
+        """Abort the responses whose token was revoked or has expired, until cancelled."""
         while True:
             await trio.sleep(TOKENS_INTERVAL_S)
             now = time.time()
@@ -109,14 +109,14 @@ class HttpContext:
 
 
 def context_of(request: Request) -> HttpContext:
-    """What the routes share, from a request."""
+    """Return the context of the application that serves `request`."""
     context = request.app.state.context
     assert isinstance(context, HttpContext)
     return context
 
 
 def exchange_of(request: Request) -> Exchange:
-    """What the server knows of a request."""
+    """Return the exchange of a request."""
     exchange = request.state.exchange
     assert isinstance(exchange, Exchange)
     return exchange

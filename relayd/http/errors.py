@@ -1,4 +1,4 @@
-"""Errors before the first byte of a response: a status, a code and a message; each API shapes them its own way."""
+"""Errors before the first byte of a response: a status, a code and a message; each API has its own format for them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from protocol.wire.frames import Cancelled, Failed
 from protocol.wire.messages import Rejected
 from protocol.wire.validators import Value
 
-#: `cancelled` is no code of the wire: there it is a frame of its own. 410, as what was asked for will never come.
+#: Not a code of the wire protocol, which has a `cancelled` frame. 410, because the result will never exist.
 CANCELLED = "cancelled"
 STATUS: Mapping[str, int] = {
     ErrorCode.PROTOCOL_ERROR: 400,
@@ -41,22 +41,22 @@ STATUS: Mapping[str, int] = {
     ErrorCode.IDLE_TIMEOUT: 504,
     ErrorCode.STORAGE_FULL: 507,
 }
-#: What a client is told to wait that may try again, where the relay does not know better.
+#: `Retry-After` of retryable errors that have no better estimate.
 RETRY_AFTER_S = 5.0
 _MAY_RETRY = frozenset({429, 503})
 
 
 class HttpError(Exception):
-    """A request of HTTP's that gets an error in place of what it asked for.
+    """An HTTP request is answered with an error.
 
     Attributes:
-        status: of HTTP.
-        code: one of `ErrorCode`, or a word for what only HTTP knows (`not_found`, `method_not_allowed`, ...).
+        status: the HTTP status.
+        code: one of `ErrorCode`, or a code that only HTTP has (`not_found`, `method_not_allowed`, ...).
         message: what happened and what to do next.
-        details: field -> what is wrong with it, or figures.
+        details: field -> what is wrong with it; or figures.
         retryable: whether the same request may succeed later.
-        retry_after_s: how long to wait, where that makes sense.
-        headers: more of them.
+        retry_after_s: how long to wait before a retry; None if unknown.
+        headers: additional headers.
     """
 
     def __init__(
@@ -86,13 +86,19 @@ class HttpError(Exception):
             self.headers.setdefault("Retry-After", str(max(1, round(retry_after_s + 0.499))))
 
     @classmethod
-    def of(cls, told: Rejected | Failed | Cancelled) -> "HttpError":
-        """What the relay or a worker said, as HTTP says it."""
-        if isinstance(told, Cancelled):
-            return cls(CANCELLED, told.reason or "the request was cancelled")
-        retry_after_s = told.retry_after_s if isinstance(told, Rejected) else None
-        return cls(told.code, told.message, details=told.details, retryable=told.retryable, retry_after_s=retry_after_s)
+    def of(cls, message: Rejected | Failed | Cancelled) -> "HttpError":
+        """Convert a message of the relay or of a worker."""
+        if isinstance(message, Cancelled):
+            return cls(CANCELLED, message.reason or "the request was cancelled")
+        retry_after_s = message.retry_after_s if isinstance(message, Rejected) else None
+        return cls(
+            message.code,
+            message.message,
+            details=message.details,
+            retryable=message.retryable,
+            retry_after_s=retry_after_s,
+        )
 
 
 class ResponseAborted(Exception):
-    """A response that began cannot be finished: the connection is cut, so that nobody takes it for whole."""
+    """A started response cannot be finished: the connection is reset, so that it does not look complete."""

@@ -12,45 +12,45 @@ from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
 from relayd.http.prometheus import HttpReading, Scrape
 
-#: When to look again whether a relay that leaves is back.
+#: `Retry-After` of a relay that is shutting down.
 RETRY_AFTER_S = 5
 
 
 def routes() -> list[BaseRoute]:
-    """What it serves."""
+    """Return the routes of this module."""
     return [Route("/health", _health), Route("/ready", _ready), Route("/metrics", _Metrics().answer)]
 
 
 async def _health(request: Request) -> Response:
-    """That it answers says that its event loop turns; what else may be wrong, the metrics tell."""
+    """Report that the event loop runs; the metrics show other problems."""
     context = context_of(request)
-    visitors = sum(exchange.principal is not None for exchange in context.exchanges)
-    told = {
+    http_clients = sum(exchange.principal is not None for exchange in context.exchanges)
+    body = {
         "status": "healthy",
         "service": "relayd",
-        "active_connections": len(context.relay.connections) + visitors,
+        "active_connections": len(context.relay.connections) + http_clients,
         "draining": context.relay.draining.is_set(),
     }
-    return JSONResponse(told)
+    return JSONResponse(body)
 
 
 async def _ready(request: Request) -> Response:
-    """Whether new requests are taken here."""
+    """Report whether the relay accepts new requests."""
     if not context_of(request).relay.draining.is_set():
         return JSONResponse({"ready": True})
-    told = {"ready": False, "why": "the relay is shutting down"}
-    return JSONResponse(told, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
+    body = {"ready": False, "why": "the relay is shutting down"}
+    return JSONResponse(body, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
 @attrs.define(eq=False)
 class _Metrics:
-    """One scrape at a time is put into words, in a thread: with a hundred spaces that takes 0.1 s."""
+    """Encodes one scrape at a time, in a thread: with a hundred spaces that takes 0.1 s."""
 
     _limiter: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1))
 
     async def answer(self, request: Request) -> Response:
         context = context_of(request)
-        _let_in(request, context)
+        _check_access(request, context)
         http = HttpReading(context.connections, len(context.exchanges), context.responses)
         scrape = Scrape.of(context.relay, context.tokens, http)
         accept = request.headers.get("accept", "")
@@ -60,8 +60,8 @@ class _Metrics:
         return Response(body, headers={"Content-Type": content_type})
 
 
-def _let_in(request: Request, context: HttpContext) -> None:
-    """Keep out who may not see the figures of all spaces.
+def _check_access(request: Request, context: HttpContext) -> None:
+    """Check that the client may see the metrics of all spaces.
 
     Raises:
         HttpError: 401, 403 or 429.
@@ -72,5 +72,5 @@ def _let_in(request: Request, context: HttpContext) -> None:
         case "token":
             principal = principal_of(request)
             if principal.spaces:
-                words = f"the token of {principal.name!r} is for some spaces, and metrics tell of all: use one for all"
-                raise HttpError(ErrorCode.FORBIDDEN, words)
+                message = f"the token of {principal.name!r} is limited to some spaces; metrics need one for all spaces"
+                raise HttpError(ErrorCode.FORBIDDEN, message)

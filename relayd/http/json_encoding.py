@@ -1,4 +1,4 @@
-"""Requests, frames and spaces as JSON."""
+"""Encodes requests, frames and spaces as JSON."""
 
 import base64
 import json
@@ -14,12 +14,12 @@ from relayd.scheduling.model import State
 
 
 def status_json(relay: Relay, request: Request) -> dict[str, Any]:
-    """How a request stands; `status` of the wire, and where else to ask about it."""
+    """Return a request's status, as in the wire's `status`, with links."""
     entry, now = request.entry, trio.current_time()
     place = None
     if entry.state is State.QUEUED:
         place = relay.scheduler.positions(entry.space, now).get(request.request_id)
-    mine = f"/v1/requests/{request.request_id}"
+    url = f"/v1/requests/{request.request_id}"
     return {
         "request_id": request.request_id,
         "space": entry.space,
@@ -34,21 +34,21 @@ def status_json(relay: Relay, request: Request) -> dict[str, Any]:
         "audio_s": request.audio_s,
         "code": request.code and str(request.code),
         "message": request.message,
-        "links": {"self": mine, "events": f"{mine}/events", "audio": f"{mine}/audio"},
+        "links": {"self": url, "events": f"{url}/events", "audio": f"{url}/audio"},
     }
 
 
 def frame_json(message: Message) -> dict[str, Any]:
-    """A message of the wire as JSON: the same names, and binary in base64."""
+    """Convert a wire message to JSON: the same names, with binary data in base64."""
     wire = message.to_map()
-    told = {name: jsonable(value) for name, value in wire.items()}
+    fields = {name: jsonable(value) for name, value in wire.items()}
     if isinstance(pcm := wire.get("pcm"), bytes):
-        told["pcm"] = base64.b64encode(pcm).decode()
-    return told
+        fields["pcm"] = base64.b64encode(pcm).decode()
+    return fields
 
 
 def jsonable(value: Value) -> Any:
-    """A value of the wire as JSON has it: binary as `{"base64": "…"}`, what is no finite number as null."""
+    """Convert a wire value to JSON: binary data to `{"base64": "…"}`, NaN and infinities to null."""
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode()}
     if isinstance(value, dict):
@@ -61,7 +61,7 @@ def jsonable(value: Value) -> Any:
 
 
 def format_sse(kind: str, data: dict[str, Any], event_id: str | None = None) -> bytes:
-    """One server-sent event (WHATWG HTML, section 9.2)."""
-    words = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    """Encode a server-sent event (WHATWG HTML, section 9.2)."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     head = f"id: {event_id}\n" if event_id is not None else ""
-    return f"{head}event: {kind}\ndata: {words}\n\n".encode()
+    return f"{head}event: {kind}\ndata: {text}\n\n".encode()

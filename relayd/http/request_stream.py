@@ -1,7 +1,7 @@
-"""Connects an HTTP response to a request of the relay: it submits or attaches, holds, and reads frames.
+"""Connects an HTTP response to a request of the relay: submits or attaches to it, holds it and reads its frames.
 
-What the handler of `relayd.connections.client` is for a WebSocket, for a single request: the relay sees the same
-holder and the same sink, so limits, idempotency, positions and the resume window are the same.
+Does for one request what `relayd.connections.client` does for a WebSocket. To the relay it is the same kind of holder
+and sink, so limits, idempotency, positions and the resume window are the same.
 """
 
 from collections import deque
@@ -26,7 +26,7 @@ from relayd.http.errors import HttpError
 from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition, State
 
-#: A frame as it crossed the relay, with what it says; or the request's place in its queue.
+#: A frame of the request, or its position in the queue.
 Event = Frame | Queued
 
 
@@ -40,96 +40,96 @@ class RequestStream:
     backlog_bytes: int = 0
     _request: Request | None = None
     _frames: deque[bytes] = attrs.field(factory=deque)
-    #: The latest place that was not told yet.
+    #: The latest position that was not returned yet.
     _place: QueuePosition | None = None
     _reader: FrameReader | None = None
     _refusal: HttpError | None = None
-    _news: trio.Event = attrs.field(factory=trio.Event)
+    _changed: trio.Event = attrs.field(factory=trio.Event)
 
     @property
     def relay(self) -> Relay:
-        """Whose request it is."""
+        """The relay of the request."""
         return self.context.relay
 
     @property
     def request(self) -> Request:
-        """The request that is held; there is one once `submit` or `attach` has returned."""
+        """The held request; set by `submit` or `attach`."""
         assert self._request is not None
         return self._request
 
     @property
     def live(self) -> bool:
-        """Whether more frames are to come than are there."""
+        """Whether more frames may still arrive."""
         return self._refusal is None and not self.request.log.ended
 
     @property
     def queued(self) -> bool:
-        """Whether it waits for a worker."""
+        """Whether the request waits for a worker."""
         return self.request.entry.state is State.QUEUED
 
     def place(self) -> QueuePosition | None:
-        """Where it stands in its queue at this moment; None when it is in none."""
+        """Return the current position in the queue; None if the request is not queued."""
         if not self.queued:
             return None
         places = self.relay.scheduler.positions(self.request.entry.space, trio.current_time())
         return places.get(self.request.request_id)
 
     def wake(self) -> None:
-        """Have who waits for news look again."""
-        self._news.set()
+        """Wake the task that waits for the next event."""
+        self._changed.set()
 
     # -- as a sink
 
     def send_frames(self, frames: list[bytes], size: int) -> None:
-        """Take frames."""
+        """Buffer frames for `next_event`."""
         self._frames.extend(frames)
         self.backlog_bytes += size
         self.relay.stats.out_bytes += size
         self.wake()
 
     def on_all_sent(self, reader: FrameReader) -> None:
-        """All frames are here."""
+        """The reader has delivered all frames."""
         if self._reader is reader:
             self._reader = None
         self.wake()
 
     def on_read_error(self, reader: FrameReader) -> None:
-        """The rest of the result is lost."""
+        """The rest of the result cannot be read."""
         if self._reader is reader:
             self._reader = None
-            message = "the relay cannot read the result back from its disk; see its log, and submit it again"
+            message = "the relay cannot read the result from its disk; see its log, and submit the request again"
             self._refuse(HttpError(ErrorCode.INTERNAL, message))
 
     # -- as a holder
 
     def on_accepted(self, request: Request) -> None:
-        """The request is safe in the store."""
+        """The request is durable in the store."""
         self.wake()
 
     def on_rejected(self, request: Request, refusal: Rejected) -> None:
-        """The request was not taken after all."""
+        """The request was rejected."""
         self._refuse(HttpError.of(refusal))
 
     def on_position(self, request: Request, place: QueuePosition) -> None:
-        """The request's place in the queue; only the last one counts."""
+        """The request has a new position in the queue; it replaces one that was not returned yet."""
         self._place = place
         self.wake()
 
     def on_ended(self, request: Request) -> None:
-        """The request needs no holder any more."""
+        """The request has ended and needs no holder."""
         self.wake()
 
     def _refuse(self, refusal: HttpError) -> None:
         self._refusal = refusal
         self.wake()
 
-    # -- its life
+    # -- lifecycle
 
     async def submit(self, submit: Submit, inputs: Mapping[str, bytes]) -> None:
-        """Submit, or take up the same request again.
+        """Submit a request, or attach to it if it was submitted before.
 
         Raises:
-            HttpError: it is not taken.
+            HttpError: the request is rejected.
         """
         request = self.context.admission.submit(submit, self.principal, self)
         if isinstance(request, Rejected):
@@ -138,12 +138,12 @@ class RequestStream:
         for name, data in inputs.items():
             for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
                 piece = data[offset : offset + MAX_INPUT_CHUNK_BYTES]
-                told = Input(request_id=request.request_id, name=name, offset=offset, data=piece)
-                self.context.admission.add_input(request, told)
-                await trio.lowlevel.checkpoint()  # hashing all of 32 MiB at once would hold up everybody's audio
+                chunk = Input(request_id=request.request_id, name=name, offset=offset, data=piece)
+                self.context.admission.add_input(request, chunk)
+                await trio.lowlevel.checkpoint()  # hashing 32 MiB at once would delay all streams
 
     def attach(self, request: Request) -> None:
-        """Hold a request that is known."""
+        """Hold an existing request."""
         self._request = request
         if request.live and request.principal == self.principal.name:
             request.hold(self)
@@ -151,16 +151,16 @@ class RequestStream:
         self.exchange.waits_for = self
 
     def start_reading(self, attempt: int = 0, after_seq: int = -1) -> None:
-        """Have the frames come from behind `after_seq` of `attempt`; 0 is whichever attempt there is.
+        """Start reading the frames after `after_seq` of `attempt`; 0 means the current attempt.
 
         Raises:
-            HttpError: the result is not kept any more.
+            HttpError: the result is no longer kept.
         """
         if not self.request.has_result:
             raise HttpError(
                 ErrorCode.REQUEST_NOT_FOUND,
-                f"request {self.request.request_id} has {self.request.entry.state}, and its result is not kept any "
-                "more; submit it again with a new id",
+                f"request {self.request.request_id} has {self.request.entry.state}, and its result is no longer kept; "
+                "submit it again with a new id",
             )
         if attempt > self.request.entry.attempt and self.request.live:
             self.relay.workers.adopt_later_attempt(self.request, attempt)
@@ -170,10 +170,10 @@ class RequestStream:
         self._reader.open()
 
     async def wait_accepted(self) -> None:
-        """Wait until the request is accepted, which means safe in the store; or has ended before.
+        """Wait until the request is accepted, which means durable in the store, or has ended.
 
         Raises:
-            HttpError: it was not taken after all, or the relay leaves.
+            HttpError: the request is rejected, or the relay is shutting down.
         """
         await trio.lowlevel.checkpoint()
         while not self.request.accepted and self.request.live:
@@ -182,10 +182,10 @@ class RequestStream:
             raise self._refusal
 
     async def next_event(self) -> Event | None:
-        """The next frame, or place; None when all frames were given out.
+        """Return the next frame or position; None after the last frame.
 
         Raises:
-            HttpError: there will be no more: the request was not taken, its result is lost, or the relay leaves.
+            HttpError: the request is rejected, its result is lost, or the relay is shutting down.
         """
         await trio.lowlevel.checkpoint()
         while True:
@@ -218,16 +218,16 @@ class RequestStream:
         if self._refusal is not None:
             raise self._refusal
         if self.context.leaving:
-            message = "the relay is shutting down; the request stays with it: ask again when it is back"
+            message = "the relay is shutting down and keeps the request; ask again when it is back"
             raise HttpError(ErrorCode.SHUTTING_DOWN, message, retry_after_s=5.0)
-        await self._news.wait()
-        self._news = trio.Event()
+        await self._changed.wait()
+        self._changed = trio.Event()
 
     def close(self, *, cancel: str | None = None) -> None:
         """Stop reading and holding the request.
 
         Args:
-            cancel: why the request is cancelled, unless somebody else holds it; None starts its resume window.
+            cancel: the reason to cancel the request with, unless it has other holders; None starts its resume window.
         """
         if self._reader is not None:
             self._reader.close()
@@ -245,42 +245,42 @@ class RequestStream:
 async def open_submission(
     http: HttpRequest, submit: Submit, inputs: Mapping[str, bytes] | None = None, *, keep: bool = False
 ) -> AsyncIterator[RequestStream]:
-    """Submit a request for whoever sent `http`; in the block it is accepted and held.
+    """Submit a request for the client that sent `http`; in the block it is accepted and held.
 
     Args:
-        http: what asked for it.
-        submit: what the relay is asked for.
-        inputs: the bytes of what `submit` announces.
-        keep: the request goes on when the block ends, as if a client had left, and is not read; else it is read from
-            its first frame on, and cancelled with the block.
+        http: the HTTP request.
+        submit: the request to submit.
+        inputs: the data of the inputs that `submit` announces, by name.
+        keep: if true, no frames are read, and the end of the block leaves the request as a disconnected client does.
+            If false, frames are read from the first on, and the end of the block cancels the request.
 
     Raises:
-        HttpError: it is not taken.
-        Cancelled: the client went away; then the request is cancelled at once, unless it was safe already and is kept.
+        HttpError: the request is rejected.
+
+    Cancellation: cancels the request, unless it was accepted and `keep` is true.
     """
     held = RequestStream(context_of(http), exchange_of(http), principal_of(http))
-    over = "the HTTP client went away"
+    cancel: str | None = "the HTTP client disconnected"
     try:
         await held.submit(submit, inputs or {})
         if not keep:
             held.start_reading()
         await held.wait_accepted()
-        if keep:
-            over = ""
+        cancel = None if keep else cancel
         yield held
-        over = over and "the HTTP response ended before the request"
+        cancel = cancel and "the HTTP response ended before the request"
     finally:
-        held.close(cancel=over or None)
+        held.close(cancel=cancel)
 
 
 @asynccontextmanager
 async def open_reader(
     http: HttpRequest, request: Request, attempt: int = 0, after_seq: int = -1
 ) -> AsyncIterator[RequestStream]:
-    """Hold and read a request that is known, from behind `after_seq` on; leaving the block lets go of it.
+    """Hold an existing request until the block ends, and read its frames after `after_seq`.
 
     Raises:
-        HttpError: its result is not kept any more.
+        HttpError: its result is no longer kept.
     """
     held = RequestStream(context_of(http), exchange_of(http), principal_of(http))
     try:
@@ -293,10 +293,10 @@ async def open_reader(
 
 
 def find_request(http: HttpRequest, request_id: str) -> Request:
-    """Return the request with this id, if it is the principal's.
+    """Return the request with this id, if it belongs to the principal.
 
     Raises:
-        HttpError: it is not known, or another's.
+        HttpError: the request is unknown, or belongs to another principal.
     """
     request = access.find_request(context_of(http).relay, principal_of(http), request_id)
     if isinstance(request, Rejected):

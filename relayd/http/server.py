@@ -1,4 +1,4 @@
-"""Serves HTTP connections, and closes them at the end."""
+"""Serves HTTP connections, and closes them at shutdown."""
 
 import attrs
 import structlog
@@ -12,13 +12,13 @@ from relayd.net.http_head import PrefixedStream
 
 log = structlog.get_logger("relayd.http")
 
-#: Between two looks at whether the last responses have gone out.
-LOOK_S = 0.02
+#: Interval of checking whether the last responses were sent.
+POLL_S = 0.02
 
 
 @attrs.define(eq=False)
 class HttpServer:
-    """Serves the HTTP application to connections whose first bytes were read already."""
+    """Serves the HTTP application on connections whose first bytes were already read."""
 
     context: HttpContext
     app: ASGIApp
@@ -27,17 +27,17 @@ class HttpServer:
     async def serve(
         self, stream: PrefixedStream, peer: str, credentials: PeerCredentials | None, secure: bool
     ) -> bytes:
-        """One connection, to its end or to the head of a request for a WebSocket; no fault of it gets out.
+        """Serve one connection until it ends or requests a WebSocket. Errors are logged and not raised.
 
         Args:
-            stream: TLS already spoken.
-            peer: where it comes from, for logs.
-            credentials: of a unix socket's peer.
-            secure: whether it is TLS.
+            stream: the connection, after the TLS handshake.
+            peer: the client's address, for logs.
+            credentials: credentials of a peer on the unix socket.
+            secure: whether the connection uses TLS.
 
         Returns:
-            That head, where one came behind other requests, as a proxy sends it that keeps its connections: the
-            stream is open then, and somebody else's. Else nothing.
+            The head of a WebSocket request and the data after it: proxies that reuse connections send one after other
+            requests. The stream is then open and belongs to the caller. Else empty.
         """
         connection = Connection(self.app, self.context, stream, peer, credentials, secure)
         self._open.add(connection)
@@ -52,10 +52,10 @@ class HttpServer:
         return connection.upgrade
 
     async def close(self) -> None:
-        """Take no more requests: idle connections end now, others with their response, and who waits is told why."""
+        """Accept no more requests: end idle connections now, the others after their responses."""
         self.context.begin_shutdown()
         for connection in self._open:
             connection.end_if_idle()
         with trio.move_on_after(CLOSE_S):
-            while self._open:  # noqa: ASYNC110  at most a hundred times, and once in a daemon's life
-                await trio.sleep(LOOK_S)
+            while self._open:  # noqa: ASYNC110  at most a hundred times, once per daemon
+                await trio.sleep(POLL_S)

@@ -1,6 +1,6 @@
-"""The relay's page: files of the package, as they are, under a policy that lets nothing in from elsewhere.
+"""Serves the relay's page: files of the package, under a content security policy that allows no foreign content.
 
-The page speaks the WebSocket protocol; nothing here knows of spaces or requests.
+The page uses the WebSocket protocol; this module knows nothing of spaces and requests.
 """
 
 import base64
@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-#: A browser asks whether its copy is still the one, each time: a relay that was updated shows its new page at once.
+#: Browsers revalidate their copy each time, so that an updated relay shows its new page at once.
 CACHE = "no-cache"
 MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
 _STYLE = re.compile(r"<style>(.*?)</style>", re.DOTALL)
-#: A host as a browser writes it; what else is sent as one has no place in a header.
+#: A host as browsers send it; other values are not copied into a header.
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 
@@ -30,28 +30,28 @@ class File:
     etag: str
 
     async def serve(self, request: Request) -> Response:
-        """The file, or 304 to who has it."""
+        """Send the file, or 304 if the client has it."""
         headers = {"cache-control": CACHE, "etag": self.etag, **self.policy(request)}
-        if _names(request.headers.get("if-none-match", ""), self.etag):
+        if _matches(request.headers.get("if-none-match", ""), self.etag):
             return Response(status_code=304, headers=headers)
         return Response(self.body, media_type=self.media_type, headers=headers)
 
     def policy(self, request: Request) -> dict[str, str]:
-        """Headers for a document; scripts need none of their own."""
+        """Return extra headers; only documents need some."""
         del request
         return {}
 
 
 @attrs.frozen
 class Document(File):
-    """The page itself; `style` is the digest of its style sheet, which stands in it."""
+    """The HTML page; `style` is the digest of its inline style sheet."""
 
     style: str
 
     def policy(self, request: Request) -> dict[str, str]:
-        """What the page may load, connect to and use."""
+        """Return the headers that limit what the page may load, connect to and use."""
         host = request.headers.get("host", "")
-        # 'self' is to cover the WebSocket of the same host (CSP 3), and does not in every browser in use.
+        # In CSP 3, 'self' covers the WebSocket of the same host, but some browsers do not implement that.
         sockets = f" ws://{host} wss://{host}" if _HOST.fullmatch(host) else ""
         rules = (
             "default-src 'none'",
@@ -59,7 +59,7 @@ class Document(File):
             f"style-src '{self.style}'",
             f"connect-src 'self'{sockets}",
             "img-src data:",  # its icon
-            "media-src blob:",  # what was recorded, to be listened to before it is sent
+            "media-src blob:",  # playback of recordings before they are sent
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'none'",
@@ -73,7 +73,7 @@ class Document(File):
 
 
 def routes() -> list[BaseRoute]:
-    """`/` and the modules that it loads."""
+    """Return the routes of the page and of its modules."""
     served: list[BaseRoute] = []
     for entry in sorted(files("relayd.http").joinpath("static").iterdir(), key=lambda entry: entry.name):
         suffix = entry.name[entry.name.rfind(".") :]
@@ -93,7 +93,7 @@ def _file(body: bytes, media_type: str) -> File:
     return Document(body, media_type, etag, f"sha256-{digest}")
 
 
-def _names(if_none_match: str, etag: str) -> bool:
-    """Whether a client's copy is the one (RFC 9110 §13.1.2: compared weakly)."""
-    named = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
-    return etag in named or "*" in named
+def _matches(if_none_match: str, etag: str) -> bool:
+    """Whether the client's copy is current (RFC 9110 §13.1.2, weak comparison)."""
+    tags = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
+    return etag in tags or "*" in tags

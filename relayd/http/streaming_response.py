@@ -1,7 +1,7 @@
-"""Responses that are made while they are sent.
+"""Responses that are produced while they are sent.
 
-A handler of this kind is given the response to write to, so that whatever it holds meanwhile (a request of the
-relay's, say) is let go of when its block ends: an async generator would keep it until somebody collects it.
+A handler writes to the response it is given, so that what it holds (a request of the relay, say) is released when its
+block ends. An async generator would hold it until garbage collection.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,7 +18,7 @@ log = structlog.get_logger("relayd.http")
 
 
 class ResponseWriter:
-    """The response to one request."""
+    """Writes the response to one request."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
@@ -26,29 +26,29 @@ class ResponseWriter:
         self._whole = False
 
     async def start(self, media_type: str, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        """Send the head; from here on an error can only cut the response short."""
-        given = MutableHeaders(headers={"content-type": media_type} | dict(headers or {}))
+        """Send the head; a later error can only abort the response."""
+        fields = MutableHeaders(headers={"content-type": media_type} | dict(headers or {}))
         self.started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": given.raw})
+        await self._send({"type": "http.response.start", "status": status, "headers": fields.raw})
 
     async def write(self, data: bytes) -> None:
-        """Send some of the body; waits while the client takes nothing."""
+        """Send a part of the body; waits while the client does not read."""
         if data:
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def answer(self, response: Response) -> None:
-        """Send a whole response in place of one in pieces."""
+        """Send a complete response instead of a streamed one."""
         self.started = self._whole = True
         await response(self._scope, self._receive, self._send)
 
     async def end(self) -> None:
-        """The body is whole."""
+        """Finish the body."""
         if self.started and not self._whole:
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class StreamingRoute:
-    """The ASGI application of one handler that writes to a `ResponseWriter`; the endpoint of a `Route`."""
+    """An ASGI application for a handler that writes to a `ResponseWriter`; used as the endpoint of a `Route`."""
 
     def __init__(self, handler: Callable[[Request, ResponseWriter], Awaitable[None]]) -> None:
         self.handler = handler
@@ -56,10 +56,10 @@ class StreamingRoute:
         self.__doc__ = handler.__doc__
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request.
+        """Handle one request.
 
         Raises:
-            ResponseAborted: an error came after the head was sent.
+            ResponseAborted: an error occurred after the head was sent.
         """
         reply = ResponseWriter(scope, receive, send)
         try:
@@ -67,6 +67,6 @@ class StreamingRoute:
         except HttpError as refusal:
             if not reply.started:
                 raise
-            log.info("response cut short", path=scope["path"], code=refusal.code, why=refusal.message)
+            log.info("response aborted", path=scope["path"], code=refusal.code, why=refusal.message)
             raise ResponseAborted(str(refusal)) from refusal
         await reply.end()

@@ -103,11 +103,11 @@ def test_a_token_opens_only_the_roles_it_is_for(token_role: str, role: str, code
 @pytest.mark.parametrize(
     ("token", "words"),
     [
-        (None, "asks for a token: set RELAY_TOKEN or RELAY_TOKEN_FILE"),
-        ("", "asks for a token"),
+        (None, "requires a token: set RELAY_TOKEN or RELAY_TOKEN_FILE"),
+        ("", "requires a token"),
         ("letmein", "not a relay token"),
-        ("rly_c_" + "x" * 43, "does not know the token"),
-        ("rly_c_" + "x" * 43 + "\n", "does not know the token"),
+        ("rly_c_" + "x" * 43, "does not know this token"),
+        ("rly_c_" + "x" * 43 + "\n", "does not know this token"),
     ],
 )
 def test_a_token_that_is_missing_or_unknown_is_unauthenticated(token: str | None, words: str) -> None:
@@ -155,7 +155,7 @@ def test_a_principal_has_at_most_two_live_tokens_for_a_role() -> None:
     create(tokens, "worker")
     create(tokens, name="bob")
     with pytest.raises(
-        ValueError, match=f"2 live client tokens already .*{first.record.token_id}.*relayd token revoke"
+        ValueError, match=f"already has 2 live client tokens .*{first.record.token_id}.*relayd token revoke"
     ):
         create(tokens)
     tokens.create(role="client", name="ann", now=NOW + 5)
@@ -245,7 +245,7 @@ def test_tokens_that_ended_more_than_30_days_ago_are_purged_and_no_others() -> N
     assert [record.token_id for record in tokens.list()] == [lasting.record.token_id]
     code, message = refusal(tokens.log_in(hello("client", revoked.text), None, NOW))
     assert code == ErrorCode.UNAUTHENTICATED
-    assert "does not know the token" in message
+    assert "does not know this token" in message
 
 
 @pytest.mark.parametrize(
@@ -335,5 +335,5 @@ def test_no_guess_logs_in(token: str, role: str) -> None:
 
 
 def test_an_operators_token_is_for_all_spaces() -> None:
-    with pytest.raises(ValueError, match="an operator sees and steers all spaces"):
+    with pytest.raises(ValueError, match="an operator controls all spaces"):
         TokenRegistry().create(role="operator", name="ann", now=0.0, spaces=["tts"])

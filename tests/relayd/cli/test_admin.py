@@ -189,14 +189,14 @@ async def test_what_cannot_be_done_to_a_token_is_told_in_one_line(
     async with a_shell(tmp_path, capsys, online=online) as shell:
         new = ("token", "create", "--role", "client", "--name")
         assert "no live token has the id or the principal 'nobody'" in await shell.fails("token", "revoke", "nobody")
-        assert "name 'an n'" in await shell.fails(*new, "an n")
-        assert "lies in the past" in await shell.fails(*new, "ann", "--expires", "2001-01-01")
-        assert "neither a span" in await shell.fails(*new, "ann", "--expires", "soon")
+        assert "'an n' is not a valid name" in await shell.fails(*new, "an n")
+        assert "is in the past" in await shell.fails(*new, "ann", "--expires", "2001-01-01")
+        assert "neither a time span" in await shell.fails(*new, "ann", "--expires", "soon")
         assert "space pattern" in await shell.fails(*new, "ann", "--space", "a b")
         assert "max_queued" in await shell.fails(*new, "ann", "--max-queued", "-1")
         await shell.run(*new, "ann")
         await shell.run(*new, "ann")
-        assert "has 2 live client tokens already" in await shell.fails(*new, "ann")
+        assert "already has 2 live client tokens" in await shell.fails(*new, "ann")
         assert await shell.rows("token", "list") != []
 
 

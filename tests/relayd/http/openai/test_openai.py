@@ -469,7 +469,7 @@ async def test_a_client_that_goes_away_cancels_its_speech(tmp_path: Path) -> Non
         await heard.wait()
         cancel = await worker.peer.next(Cancel)
         assert cancel.request_id == assign.request_id
-        assert "went away" in cancel.reason
+        assert "disconnected" in cancel.reason
 
 
 # -- models and voices ----------------------------------------------------------------------------------------------
