@@ -1,7 +1,6 @@
-"""The bodies of HTTP requests: JSON, forms, and multipart with files; bounded while they come in.
+"""Parses the bodies of HTTP requests: JSON, forms, and multipart with files. All sizes are limited while reading.
 
-A file becomes an input under the name of its form field. What the client calls the file is looked at only to tell a
-file from a text field, and used for nothing.
+A file becomes an input with the name of its form field. The file name only distinguishes a file from a text field.
 """
 
 import hashlib
@@ -23,23 +22,23 @@ from protocol.wire.validators import Value
 from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
 
-#: Of what is no file: 64 KiB of params, each character of which JSON may write as six.
+#: Limit for everything but files: 64 KiB of params, of which JSON may write each character as six.
 MAX_FIELDS_BYTES = 512 * 1024
-#: Fields and files of one form.
+#: Fields and files in one form.
 MAX_PARTS = 64
-#: What a multipart body may have beside its files' bytes and its fields.
+#: Allowance for headers and boundaries of a multipart body.
 SLACK_BYTES = 64 * 1024
-#: A client that sends nothing for so long in the middle of a body is not waited for.
+#: How long a client may pause in the middle of a body.
 BODY_STALL_S = 30.0
-#: Nor is one that sends less than this, all in all: a body of 32 MiB would hold its place for days.
+#: Minimum average rate of a body: without it, a body of 32 MiB could hold its memory for days.
 MIN_BYTES_S = 8 * 1024
-#: Uploads in memory at once that are no request's yet; one may always be as large as a request's inputs may.
+#: Limit for all uploads in memory that are not part of a request yet, or `max_input_bytes` if that is larger.
 MAX_UPLOAD_BYTES = 256 * 1024 * 1024
 
 
 @attrs.frozen
 class Upload:
-    """A file that has come in."""
+    """An uploaded file."""
 
     media_type: str
     data: bytes = attrs.field(repr=False)
@@ -48,41 +47,41 @@ class Upload:
 
 @attrs.define
 class Body:
-    """What a request's body holds: fields, which a form has as text and JSON as values, and files by name."""
+    """The contents of a body: fields (text in forms, values in JSON) and files by name."""
 
     fields: dict[str, Value] = attrs.field(factory=dict)
     uploads: dict[str, Upload] = attrs.field(factory=dict)
-    #: Whether the fields are a form's.
+    #: Whether the fields come from a form.
     is_form: bool = False
 
 
-#: How many bytes an input of this name and media type may have; raises `HttpError` where it is not taken.
+#: Returns the size limit of an input by name and media type; raises `HttpError` if the input is not accepted.
 InputLimit = Callable[[str, str], int]
 
 
 @contextmanager
 def _counted(context: HttpContext) -> Iterator[Callable[[int], None]]:
-    """Counts what an upload holds in memory, for as long as the block lasts."""
-    mine = 0
+    """Yield a function that counts bytes of an upload in memory; the end of the block subtracts them."""
+    counted = 0
 
     def count(size: int) -> None:
-        nonlocal mine
+        nonlocal counted
         most = max(MAX_UPLOAD_BYTES, context.relay.config.limits.max_input_bytes)
         if context.upload_bytes + size > most:
-            message = "too many inputs are being uploaded at this moment; send the request again in a little while"
+            message = "too many inputs are being uploaded right now; retry later"
             raise HttpError(ErrorCode.RATE_LIMITED, message, retry_after_s=2.0)
-        mine += size
+        counted += size
         context.upload_bytes += size
 
     try:
         yield count
     finally:
-        context.upload_bytes -= mine
+        context.upload_bytes -= counted
 
 
 @contextmanager
 def open_uploads(request: Request) -> Iterator["Uploads"]:
-    """Where a request's body is read; what it holds counts as an upload until the end of the block."""
+    """Yield a reader for the body of `request`; its data counts as an upload until the end of the block."""
     with _counted(context_of(request)) as count:
         yield Uploads(request, count)
 
@@ -95,10 +94,10 @@ class Uploads:
     count: Callable[[int], None]
 
     async def read(self, cap: InputLimit) -> Body:
-        """All of the body, by its content type.
+        """Read the whole body, according to its content type.
 
         Raises:
-            HttpError: it is no body of a known kind (415), is damaged (400), too large (413) or comes too slowly (408).
+            HttpError: the body has an unsupported type (415), is invalid (400), too large (413) or too slow (408).
         """
         kind, options = parse_options_header(self.request.headers.get("content-type"))
         if kind == b"multipart/form-data":
@@ -125,18 +124,18 @@ class Uploads:
                 parser.write(piece)
             parser.finalize()
         except FormParserError as fault:
-            raise HttpError("bad_request", f"the multipart body is damaged: {fault}", status=400) from None
+            raise HttpError("bad_request", f"invalid multipart body: {fault}", status=400) from None
         if not form.ended:
-            raise HttpError("bad_request", "the multipart body has no end", status=400)
+            raise HttpError("bad_request", "the multipart body has no closing boundary", status=400)
         return Body(dict(form.fields), form.uploads, is_form=True)
 
 
 @attrs.define(eq=False)
 class _Form:
-    """What a multipart parser finds, one callback after the other."""
+    """Collects the parts of a multipart body, in callbacks of the parser."""
 
     cap: InputLimit
-    #: Bytes that all files may have together.
+    #: Bytes that all further files together may have.
     left_bytes: int
     count: Callable[[int], None]
     fields: dict[str, str] = attrs.field(factory=dict)
@@ -151,11 +150,11 @@ class _Form:
     _cap_bytes: int = 0
     _data: bytearray = attrs.field(factory=bytearray)
     _digest: Any = None
-    #: A file field of a page in which nobody chose a file.
+    #: A file field without a file name: no file was chosen in the browser's form.
     _blank: bool = False
 
     def callbacks(self) -> Any:
-        """For python-multipart; a slice of the bytes comes with those of data."""
+        """Return the callbacks for python-multipart; data callbacks get a buffer and a slice of it."""
         return {
             "on_part_begin": self.begin,
             "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
@@ -168,7 +167,7 @@ class _Form:
         }
 
     def begin(self) -> None:
-        """A part begins."""
+        """Start a part."""
         self._parts += 1
         if self._parts > MAX_PARTS:
             raise HttpError(ErrorCode.INVALID_PARAMS, f"a form may have {MAX_PARTS} parts at most")
@@ -176,17 +175,17 @@ class _Form:
         self._data = bytearray()
 
     def end_header(self) -> None:
-        """A header of the part is whole."""
+        """Store a complete header of the part."""
         name, value = self._header
         self._headers[bytes(name).lower()] = bytes(value)
         self._header = (bytearray(), bytearray())
 
     def end_headers(self) -> None:
-        """All of the part's headers are there: what is it?"""
+        """Decide from the headers whether the part is a text field or a file."""
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
         self._name = options.get(b"name", b"").decode(errors="replace")
         if not self._name or self._name in self.fields or self._name in self.uploads:
-            raise HttpError(ErrorCode.INVALID_PARAMS, f"form field {self._name!r} has no name, or comes twice")
+            raise HttpError(ErrorCode.INVALID_PARAMS, f"form field {self._name!r} has no name, or occurs twice")
         self._media_type, self._blank = None, False
         if b"filename" not in options and b"filename*" not in options:
             return
@@ -200,30 +199,32 @@ class _Form:
     def _cap(self) -> int:
         assert self._media_type is not None
         if not NAME_PATTERN.fullmatch(self._name):
-            raise HttpError(ErrorCode.INVALID_PARAMS, f"{self._name[:64]!r} is no name of an input ([a-z][a-z0-9_]*)")
+            raise HttpError(
+                ErrorCode.INVALID_PARAMS, f"{self._name[:64]!r} is not a valid input name ([a-z][a-z0-9_]*)"
+            )
         return self.cap(self._name, self._media_type)
 
     def on_data(self, data: bytes) -> None:
-        """Some of the part's content."""
+        """Append data to the part."""
         if self._media_type is None:
             self._field_bytes += len(data)
             if self._field_bytes > MAX_FIELDS_BYTES:
-                raise too_large(f"the fields of a form may have {MAX_FIELDS_BYTES} bytes together")
+                raise too_large(f"the fields of a form may have at most {MAX_FIELDS_BYTES} bytes together")
         else:
-            if self._blank and data:  # a file with content after all, only without a name
+            if self._blank and data:  # a file that has content but no name
                 self._blank, self._cap_bytes = False, self._cap()
             size = len(self._data) + len(data)
             if size > self._cap_bytes:
-                raise too_large(f"input {self._name!r} may have {self._cap_bytes} bytes here")
+                raise too_large(f"input {self._name!r} may have at most {self._cap_bytes} bytes")
             self.left_bytes -= len(data)
             if self.left_bytes < 0:
-                raise too_large("the inputs of a request are too large together; see limits.max_input_bytes")
+                raise too_large("the inputs of the request are too large together; see limits.max_input_bytes")
             self.count(len(data))
             self._digest.update(data)
         self._data += data
 
     def end_part(self) -> None:
-        """The part is whole."""
+        """Store the complete part."""
         if self._media_type is None:
             self._field_bytes += len(self._name)
             self.fields[self._name] = _utf8(bytes(self._data))
@@ -232,15 +233,15 @@ class _Form:
         self._data = bytearray()
 
     def end(self) -> None:
-        """The closing boundary was there."""
+        """Note that the closing boundary was found."""
         self.ended = True
 
 
 @attrs.define(eq=False)
 class BodyReader:
-    """The body as it comes.
+    """Iterates over the pieces of a body as they arrive.
 
-    No generator, which would be left behind half done where a piece turns out to be one too many.
+    Not a generator: that would be left unfinished when a piece exceeds the limit.
     """
 
     request: Request
@@ -252,38 +253,38 @@ class BodyReader:
     def __attrs_post_init__(self) -> None:
         declared = self.request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > self.most_bytes:
-            raise too_large(f"the body has {declared} bytes; {self.most_bytes} may be sent here")
+            raise too_large(f"the body has {declared} bytes; at most {self.most_bytes} are allowed")
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
-        """The next piece.
+        """Return the next piece.
 
         Raises:
-            HttpError: more than `most_bytes` (413), or too slowly (408).
+            HttpError: the body has more than `most_bytes` (413), or arrives too slowly (408).
         """
         if self._over:
             raise StopAsyncIteration
         due = min(trio.current_time(), self._began + self._size / MIN_BYTES_S) + BODY_STALL_S
         with trio.move_on_at(due) as patience:
-            message = await self.request.receive()
+            event = await self.request.receive()
         if patience.cancelled_caught:
-            words = f"the body came too slowly: {self._size} bytes, and then not enough; send the request again"
-            raise HttpError("request_timeout", words, status=408)
-        piece: bytes = message.get("body", b"")
-        self._over = not message.get("more_body", False)
+            message = f"the body arrived too slowly, and was abandoned after {self._size} bytes; send the request again"
+            raise HttpError("request_timeout", message, status=408)
+        piece: bytes = event.get("body", b"")
+        self._over = not event.get("more_body", False)
         self._size += len(piece)
         if self._size > self.most_bytes:
-            raise too_large(f"{self.most_bytes} bytes may be sent here")
+            raise too_large(f"at most {self.most_bytes} bytes are allowed")
         return piece
 
 
 async def read_all(request: Request, most_bytes: int) -> bytes:
-    """All of the body.
+    """Read the whole body.
 
     Raises:
-        HttpError: more than `most_bytes` (413), or too slowly (408).
+        HttpError: the body has more than `most_bytes` (413), or arrives too slowly (408).
     """
     data = bytearray()
     async for piece in BodyReader(request, most_bytes):
@@ -292,33 +293,33 @@ async def read_all(request: Request, most_bytes: int) -> bytes:
 
 
 def json_object(data: bytes) -> dict[str, Value]:
-    """The JSON object that `data` is.
+    """Parse a JSON object.
 
     Raises:
-        HttpError: it is none (400).
+        HttpError: `data` is not a JSON object (400).
     """
     try:
-        value = json.loads(data, parse_constant=_no_constant)
+        value = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as fault:
-        raise HttpError("bad_request", f"the body is no JSON: {fault}", status=400) from None
+        raise HttpError("bad_request", f"the body is not valid JSON: {fault}", status=400) from None
     if not isinstance(value, dict):
         raise HttpError("bad_request", "the body must be a JSON object", status=400)
     return value
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _urlencoded(data: bytes) -> dict[str, Value]:
     try:
         pairs = parse_qsl(data.decode(), keep_blank_values=True, max_num_fields=MAX_PARTS, errors="strict")
     except ValueError as fault:
-        raise HttpError("bad_request", f"the form is damaged: {fault}", status=400) from None
+        raise HttpError("bad_request", f"invalid form: {fault}", status=400) from None
     fields: dict[str, Value] = {}
     for name, value in pairs:
         if name in fields:
-            raise HttpError(ErrorCode.INVALID_PARAMS, f"form field {name[:64]!r} comes twice")
+            raise HttpError(ErrorCode.INVALID_PARAMS, f"form field {name[:64]!r} occurs twice")
         fields[name] = value
     return fields
 
@@ -327,9 +328,9 @@ def _utf8(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise HttpError("bad_request", "the form's fields are not UTF-8", status=400) from None
+        raise HttpError("bad_request", "the form's fields are not valid UTF-8", status=400) from None
 
 
 def too_large(message: str) -> HttpError:
-    """More than may be sent; the rest of the body is not read, so the connection ends."""
+    """Return the error for a body over a limit; the rest is not read, so the connection ends."""
     return HttpError(ErrorCode.INPUT_TOO_LARGE, message)

@@ -1,9 +1,9 @@
 """One HTTP/1.1 connection: h11 parses and frames, and the ASGI application runs over a Trio stream.
 
-The connection's own task reads; each request's handler runs in a task beside it, so that a client that goes away ends
-its handler at once. A client that takes nothing is cut off, a response that cannot be finished is cut and not ended,
-and a connection is closed in such a way that its last response is not lost to a reset. There is no HTTP/2 here, and
-a request for a WebSocket is handed back to whoever opened the connection.
+The connection's own task reads, and each request's handler runs in another task, so that a disconnect cancels the
+handler at once. A client that does not read is disconnected, a response that cannot be finished is aborted with a
+reset, and a closing connection lingers so that a reset does not destroy its last response. HTTP/2 is not supported.
+A WebSocket request is handed back to the caller of `serve`.
 """
 
 import math
@@ -30,20 +30,20 @@ from relayd.net.http_head import MAX_HEAD_BYTES, PrefixedStream
 log = structlog.get_logger("relayd.http")
 
 READ_BYTES = 64 * 1024
-#: What is sent at once: each piece that is taken shows that the client still reads.
+#: Size of one send: each completed send shows that the client still reads.
 SEND_PIECE_BYTES = 64 * 1024
-#: Pieces of a request's body, of `READ_BYTES` at most, that wait for a handler; then the client has to wait.
+#: Pieces of a request's body, each at most `READ_BYTES`, buffered for the handler; then reading pauses.
 BODY_PIECES = 10
-#: How long a connection waits for the client to read its last response and to hang up.
+#: How long a connection waits for the client to read the last response and to close its end.
 LINGER_S = 2.0
-#: What is read meanwhile and thrown away: a client may send all of a body before it looks at the answer.
+#: How much is read and discarded meanwhile: a client may send a whole body before it reads the response.
 LINGER_BYTES = 32 * 1024 * 1024
-#: Shielded, for closing in order.
+#: Shielded timeout of closing the stream.
 CLOSE_S = 2.0
-#: `SO_LINGER` of no time: the peer gets a reset, and knows that something is missing.
+#: `SO_LINGER` with a timeout of 0: the peer gets a reset, and knows that the response is incomplete.
 _RESET = struct.pack("ii", 1, 0)
 
-_ASGI = {"version": "3.0", "spec_version": "2.4"}  # from 2.4 on, nobody has to ask whether the client is still there
+_ASGI = {"version": "3.0", "spec_version": "2.4"}  # since 2.4, applications need not poll for a disconnect
 _DISCONNECT: Message = {"type": "http.disconnect"}
 _LAST_PIECE: Message = {"type": "http.request", "body": b"", "more_body": False}
 _CONTINUE = h11.InformationalResponse(status_code=100, headers=[])
@@ -52,19 +52,19 @@ _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 @lru_cache(maxsize=1)
 def _date_at(second: int) -> bytes:
-    """The value of a `Date` header."""
+    """Return the value of a `Date` header."""
     return formatdate(second, usegmt=True).encode()
 
 
-def _fault_of(request: h11.Request) -> int | None:
-    """The status that refuses a head to which h11 does not object; None for a good one."""
+def _refusal_status(request: h11.Request) -> int | None:
+    """Return the status with which to refuse a request that h11 accepted; None to accept it."""
     names = {name for name, _value in request.headers}
     if not request.http_version.startswith(b"1."):
         return 505
     if {b"content-length", b"transfer-encoding"} <= names:
-        return 400  # RFC 9112 section 6.1: a proxy in front may see the body's end elsewhere
+        return 400  # RFC 9112 section 6.1: a proxy may disagree about where the body ends
     size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
-    return 431 if size > MAX_HEAD_BYTES else None  # h11 limits a head only while it is incomplete
+    return 431 if size > MAX_HEAD_BYTES else None  # h11 limits only incomplete heads
 
 
 def _asks_for_websocket(request: h11.Request) -> bool:
@@ -72,7 +72,7 @@ def _asks_for_websocket(request: h11.Request) -> bool:
 
 
 def _head_of(request: h11.Request) -> bytes:
-    """A request's head, as it was sent or nearly so."""
+    """Rebuild a request's head."""
     lines = [request.method + b" " + request.target + b" HTTP/" + request.http_version]
     lines += [name + b": " + value for name, value in request.headers.raw_items()]
     return b"\r\n".join((*lines, b"", b""))
@@ -80,15 +80,15 @@ def _head_of(request: h11.Request) -> bytes:
 
 @attrs.define(eq=False)
 class Connection:
-    """Serves one client, one request after the other.
+    """Serves one connection, one request after the other.
 
     Args:
-        app: answers the requests.
-        context: counts them.
-        stream: TLS already spoken.
-        peer: where the client comes from, for logs.
-        credentials: of a unix socket's peer.
-        secure: whether the client speaks TLS.
+        app: the application that handles the requests.
+        context: the shared state of the routes.
+        stream: the connection, after the TLS handshake.
+        peer: the client's address, for logs.
+        credentials: credentials of a peer on the unix socket.
+        secure: whether the connection uses TLS.
     """
 
     app: ASGIApp
@@ -97,17 +97,17 @@ class Connection:
     peer: str
     credentials: PeerCredentials | None
     secure: bool
-    #: The head that asks for a WebSocket and whatever came behind it, once there is one.
+    #: The head of a WebSocket request and the data received after it; empty if there was none.
     upgrade: bytes = b""
-    #: Nothing more is answered; what still comes is read so that the client reads its response.
+    #: No more requests are served; further data is read and discarded so that the client reads its response.
     done: bool = False
     http: h11.Connection = attrs.field(factory=lambda: h11.Connection(h11.SERVER, MAX_HEAD_BYTES - 1))
     _reading: trio.CancelScope = attrs.field(factory=trio.CancelScope)
-    #: The request that is being answered.
+    #: The request being served.
     _cycle: "RequestCycle | None" = None
 
     async def serve(self) -> None:
-        """Read requests and answer them until either side ends it, or asks for a WebSocket."""
+        """Serve requests until either side closes the connection or the client requests a WebSocket."""
         try:
             async with trio.open_nursery() as handlers:
                 self._reading.deadline = trio.current_time() + http_head.HEAD_S
@@ -116,13 +116,13 @@ class Connection:
                 if self._cycle is not None:
                     self._cycle.abort()
         finally:
-            self._cycle = None  # it knows this connection: a cycle would keep both, and a body, for the collector
+            self._cycle = None  # breaks a reference cycle that would keep a body in memory until garbage collection
             if not self.upgrade:
                 with trio.move_on_after(CLOSE_S, shield=True):
                     await self.stream.aclose()
 
     def end_if_idle(self) -> None:
-        """Hang up unless a request is being answered."""
+        """Close the connection unless a request is being served."""
         if self._cycle is None:
             self._reading.cancel()
 
@@ -145,12 +145,12 @@ class Connection:
             self._limit_head()
 
     def _limit_head(self) -> None:
-        """A request that has begun to come has to come soon."""
+        """Limit the time for the rest of a request head of which a part has arrived."""
         if self._cycle is None and not self.done and self.http.trailing_data[0]:
             self._reading.deadline = min(self._reading.deadline, trio.current_time() + http_head.HEAD_S)
 
     async def _take_events(self, handlers: trio.Nursery) -> None:
-        """Act on all that has been received."""
+        """Handle all events parsed from the received data."""
         while not self.done:
             try:
                 event = self.http.next_event()
@@ -159,23 +159,23 @@ class Connection:
                 return
             cycle = self._cycle
             if isinstance(event, h11.Request):
-                if (status := _fault_of(event)) is not None:
+                if (status := _refusal_status(event)) is not None:
                     await self._refuse(status)
                 elif _asks_for_websocket(event):
                     self.upgrade = _head_of(event) + self.http.trailing_data[0]
                     return
                 else:
-                    self._begin(event, handlers)
+                    self._start_handler(event, handlers)
             elif isinstance(event, h11.Data) and cycle is not None:
                 await cycle.put({"type": "http.request", "body": bytes(event.data), "more_body": True})
             elif isinstance(event, h11.EndOfMessage) and cycle is not None:
                 await cycle.put(_LAST_PIECE)
             elif event is h11.PAUSED and cycle is not None and self.http.trailing_data[0]:
-                await cycle.ended.wait()  # the next request has come already
+                await cycle.ended.wait()  # the next request has arrived already
             else:
                 return
 
-    def _begin(self, request: h11.Request, handlers: trio.Nursery) -> None:
+    def _start_handler(self, request: h11.Request, handlers: trio.Nursery) -> None:
         """Start the handler of a request."""
         path, _, query = request.target.partition(b"?")
         exchange = Exchange(self.peer, self.credentials, self.secure)
@@ -197,37 +197,37 @@ class Connection:
         }
         self._cycle = cycle = RequestCycle(self, exchange, scope["method"], scope["path"])
         self._reading.deadline = math.inf
-        handlers.start_soon(self._answer, cycle, scope)
+        handlers.start_soon(self._handle, cycle, scope)
 
     # -- answering
 
-    async def _answer(self, cycle: "RequestCycle", scope: Scope) -> None:
-        """Run one handler; a fault of it ends its response alone."""
+    async def _handle(self, cycle: "RequestCycle", scope: Scope) -> None:
+        """Run one handler; an error in it ends only its response."""
         exchange = cycle.exchange
         self.context.exchanges.add(exchange)
         try:
             with exchange.scope:
                 await self.app(scope, cycle.receive, cycle.send)
         except ResponseAborted:
-            self._cut()
+            self._abort()
         except Exception:
             log.exception("internal error in HTTP handler", path=cycle.path, peer=exchange.peer)
         finally:
             self.context.exchanges.discard(exchange)
             cycle.close()
         if not exchange.answered and not self.done:
-            if cycle.status or exchange.gone:  # it fell midway; or its client left, or has a token no more
-                self._cut()
+            if cycle.status or exchange.gone:  # failed mid-response; or the client or its token is gone
+                self._abort()
             else:
                 await self._end_with(500)
         cycle.ended.set()
 
     async def conclude(self, cycle: "RequestCycle") -> None:
-        """A response is out: wait for the next request, or end the connection."""
+        """A response was sent: prepare for the next request, or end the connection."""
         cycle.close()
         if self._cycle is cycle and not self.done:
             self._cycle = None
-            cycle.log_answer()
+            cycle.log_response()
             if self.http.our_state is self.http.their_state is h11.DONE and not self.context.leaving:
                 self.http.start_next_cycle()
                 self._reading.deadline = trio.current_time() + self.context.relay.config.http.keep_alive_s
@@ -236,17 +236,17 @@ class Connection:
         cycle.ended.set()
 
     async def transmit(self, pieces: Sequence[bytes]) -> None:
-        """Send bytes, for as long as the client takes them; else the connection is cut."""
+        """Send bytes; abort the connection if the client does not read."""
         if sum(map(len, pieces)) <= SEND_PIECE_BYTES:
-            pieces = [b"".join(pieces)]  # and not a system call, and a packet, for each
+            pieces = [b"".join(pieces)]  # saves a system call and a packet for each piece
         for piece in pieces:
             for start in range(0, len(piece), SEND_PIECE_BYTES):
                 if not await self._send(memoryview(piece)[start : start + SEND_PIECE_BYTES]):
-                    self._cut()
+                    self._abort()
                     return
 
     async def _send(self, data: memoryview) -> bool:
-        """Whether the client has taken it."""
+        """Send data; returns False if the client disconnected or did not read for `stall_timeout_s`."""
         stall_timeout_s = self.context.relay.config.limits.stall_timeout_s
         with trio.move_on_after(stall_timeout_s):
             try:
@@ -254,25 +254,25 @@ class Connection:
             except _GONE:
                 return False
             return True
-        log.warning("client took no data", peer=self.peer, for_s=stall_timeout_s)
+        log.warning("client did not read", peer=self.peer, for_s=stall_timeout_s)
         self.context.relay.slow_consumers += 1
         return False
 
-    # -- the end
+    # -- closing
 
     async def _refuse(self, status: int) -> None:
-        """What was received is not HTTP as it may be spoken here: answer that if it can be, and end the connection."""
+        """Refuse invalid or unsupported HTTP with a status if still possible, and end the connection."""
         self.done = True
         if self._cycle is not None:
             self._cycle.abort()
             await self._cycle.ended.wait()
         if self.http.our_state is h11.SEND_BODY:
-            self._cut()
+            self._abort()
         else:
             await self._end_with(status)
 
     async def _end_with(self, status: int) -> None:
-        """Answer with a status alone where nothing has been answered yet, and end the connection."""
+        """Respond with an empty body unless a response has started, and end the connection."""
         self.done = True
         if self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             date = _date_at(int(time.time()))
@@ -282,7 +282,7 @@ class Connection:
         await self._finish()
 
     async def _finish(self) -> None:
-        """Nothing more will be said; wait a little for the client to hang up, or a reset could overtake the rest."""
+        """Close the sending side, and give the client time to close its own: a reset could overtake the response."""
         self.done = True
         self._reading.deadline = min(self._reading.deadline, trio.current_time() + LINGER_S)
         try:
@@ -290,8 +290,8 @@ class Connection:
         except (*_GONE, trio.BusyResourceError):
             self._reading.cancel()
 
-    def _cut(self) -> None:
-        """End the connection at once; the client gets a reset, so that it takes nothing for whole."""
+    def _abort(self) -> None:
+        """Abort the connection with a reset, so that a partial response does not look complete."""
         self.done = True
         self._reading.cancel()
         stream: trio.abc.Stream | None = self.stream
@@ -303,18 +303,18 @@ class Connection:
 
 @attrs.define(eq=False)
 class RequestCycle:
-    """One request and its response, as the application sees them."""
+    """One request and its response, with the ASGI interface of the application."""
 
     connection: Connection
     exchange: Exchange
     method: str
     path: str
-    #: Of the response, once its head was given.
+    #: Status of the response, once started; else 0.
     status: int = 0
-    #: The response is out, or never will be.
+    #: Set when the response was sent or aborted.
     ended: trio.Event = attrs.field(factory=trio.Event)
-    _begun: float = attrs.field(factory=time.monotonic)
-    #: A head that goes out with the first bytes of its body.
+    _started_at: float = attrs.field(factory=time.monotonic)
+    #: A head that is sent together with the first bytes of its body.
     _held: list[bytes] = attrs.field(factory=list)
     _body: tuple[trio.MemorySendChannel[Message], trio.MemoryReceiveChannel[Message]] = attrs.field(
         factory=lambda: trio.open_memory_channel[Message](BODY_PIECES)
@@ -323,33 +323,33 @@ class RequestCycle:
     # -- for the connection
 
     async def put(self, message: Message) -> None:
-        """Give a piece of the body to the handler; waits while that has too many."""
+        """Pass a piece of the body to the handler; waits while too many are buffered."""
         try:
             try:
                 self._body[0].send_nowait(message)
             except trio.WouldBlock:
                 await self._body[0].send(message)
         except _GONE:
-            return  # the handler wants no more of it
+            return  # the handler does not read the rest
 
     def close(self) -> None:
-        """No more of the body will come, or is wanted."""
+        """End the body: no more of it will arrive or is needed."""
         self._body[0].close()
 
     def abort(self) -> None:
-        """The client has left."""
+        """Cancel the handler, because the connection has ended."""
         self.exchange.abort()
         self.close()
 
-    def log_answer(self) -> None:
-        """The response is out; no more of the URL is logged than its path."""
-        took_s = round(time.monotonic() - self._begun, 4)
-        log.debug("answered", method=self.method, path=self.path, status=self.status, took_s=took_s)
+    def log_response(self) -> None:
+        """Log the completed response; of the URL only the path."""
+        took_s = round(time.monotonic() - self._started_at, 4)
+        log.debug("response sent", method=self.method, path=self.path, status=self.status, took_s=took_s)
 
     # -- for the application
 
     async def receive(self) -> Message:
-        """The next piece of the body, then that the client has left."""
+        """Return the next piece of the body; after the body, a disconnect message."""
         http = self.connection.http
         if not self.status and not self.connection.done and http.they_are_waiting_for_100_continue:
             await self.connection.transmit([http.send(_CONTINUE)])
@@ -359,15 +359,15 @@ class RequestCycle:
             return _DISCONNECT
 
     async def send(self, message: Message) -> None:
-        """Send a part of the response; waits while the client takes nothing.
+        """Send a part of the response; waits while the client does not read.
 
         Raises:
-            RuntimeError: ASGI knows no such message here.
-            h11.LocalProtocolError: it is not HTTP.
+            RuntimeError: the message is not valid in ASGI at this point.
+            h11.LocalProtocolError: the response is not valid HTTP.
         """
         kind = message["type"]
         if kind not in ("http.response.start", "http.response.body") or self.exchange.answered:
-            raise RuntimeError(f"{kind} has no place here, or came after the end of the response")
+            raise RuntimeError(f"{kind} is not valid here, or was sent after the end of the response")
         if self.connection.done:
             await trio.lowlevel.checkpoint()
             return
@@ -377,14 +377,14 @@ class RequestCycle:
 
     def _head(self, message: Message) -> list[bytes]:
         headers = [(bytes(name).strip(), bytes(value).strip()) for name, value in message.get("headers", ())]
-        whole = any(name.lower() == b"content-length" for name, _value in headers)
+        has_length = any(name.lower() == b"content-length" for name, _value in headers)
         headers.append((b"date", _date_at(int(time.time()))))
         if self.connection.context.leaving:
             headers.append((b"connection", b"close"))
         head = self.connection.http.send(h11.Response(status_code=message["status"], headers=headers))
         self.status = message["status"]
-        if not whole:
-            return [head]  # its body is made while it is sent: that may take long to begin
+        if not has_length:
+            return [head]  # a streamed body may take long to start
         self._held.append(head)
         return []
 

@@ -1,7 +1,7 @@
-"""The relay's counters in the format of Prometheus. docs/metrics.md lists every name.
+"""Exports the relay's counters in the format of Prometheus. docs/metrics.md lists every metric.
 
-Nothing is kept here: a scrape reads plain numbers of the relay. It looks at spaces, workers, connections and what runs,
-and never at the requests that wait or have ended, so that it costs the same however many those are.
+A scrape reads plain numbers of the relay; this module keeps no state. It iterates over spaces, workers, connections and
+running requests, never over queued or ended ones, so its cost does not depend on their number.
 """
 
 import platform
@@ -25,9 +25,9 @@ from relayd.stats.counters import SpaceStats, audio_ms
 from relayd.stats.histogram import Histogram
 from relayd.views.rows import VERSION
 
-#: CPU, memory, file descriptors, start time.
+#: Metrics of the process: CPU, memory, file descriptors, start time.
 _PROCESS = ProcessCollector(registry=None)
-#: A number, or one for each value of a further label.
+#: A number, or one per value of an additional label.
 Reading = float | Mapping[str, float]
 OUTCOMES = (State.COMPLETED, State.FAILED, State.CANCELLED)
 ROLES = ("client", "operator", "worker")
@@ -36,7 +36,7 @@ WORKER_STATES = ("connected", "draining", "away")
 
 @attrs.define
 class SpaceReading:
-    """A space at the moment of a scrape, with what its workers come to."""
+    """A space at the time of a scrape, with totals over its workers."""
 
     space: Space
     state: SpaceState
@@ -49,7 +49,7 @@ class SpaceReading:
 
 @attrs.frozen
 class HttpReading:
-    """Of the HTTP side: connections that are open, requests that are being answered, responses by their status."""
+    """The numbers of the HTTP server: open connections, requests being answered, responses by status."""
 
     connections: int
     answering: int
@@ -58,22 +58,22 @@ class HttpReading:
 
 @attrs.frozen(eq=False)
 class Scrape(Collector):
-    """All metrics, as they were when they were read."""
+    """All metrics at the time of one scrape."""
 
     families: list[Metric]
 
     @classmethod
     def of(cls, relay: Relay, tokens: TokenRegistry, http: HttpReading) -> "Scrape":
-        """Read everything now."""
+        """Read all metrics now."""
         spaces = _spaces(_read_spaces(relay))
         return cls([*_daemon(relay), *_http(http, tokens), *_store(relay), *spaces, *_PROCESS.collect()])
 
     def collect(self) -> list[Metric]:
-        """As `prometheus_client` asks for them."""
+        """Return the metrics, for `prometheus_client`."""
         return self.families
 
     def encode(self, accept: str = "") -> tuple[bytes, str]:
-        """Body and content type: plain text, or OpenMetrics where `accept` asks for it. Takes 0.5 ms a space."""
+        """Return body and content type: plain text, or OpenMetrics if `accept` asks for it. Takes 0.5 ms per space."""
         encode, content_type = choose_encoder(accept)
         registry = CollectorRegistry()
         registry.register(self)
@@ -81,7 +81,7 @@ class Scrape(Collector):
 
 
 def _read_spaces(relay: Relay) -> list[SpaceReading]:
-    """Every space, and each worker looked at once."""
+    """Read all spaces, visiting each worker once."""
     readings = {}
     for name, space in relay.spaces.items():
         state, stats = relay.scheduler.state.spaces[name], relay.stats.space(name)
@@ -91,9 +91,9 @@ def _read_spaces(relay: Relay) -> list[SpaceReading]:
         for reader in chain.from_iterable(request.log.readers for request in running):
             reading.readers["behind" if reader.sink.backlog_bytes >= HIGH_WATER_BYTES else "keeping up"] += 1
     for worker in relay.scheduler.state.workers.values():
-        there = "away" if not worker.linked else "draining" if worker.draining else "connected"
+        worker_state = "away" if not worker.linked else "draining" if worker.draining else "connected"
         for reading in filter(None, map(readings.get, worker.spaces)):
-            reading.workers[there] += 1
+            reading.workers[worker_state] += 1
             if worker.linked:
                 reading.slots["busy"] += len(worker.held)
                 reading.slots["free"] += worker.free_slots
@@ -106,22 +106,24 @@ def _daemon(relay: Relay) -> Iterator[Metric]:
     build = GaugeMetricFamily("relayd_build_info", "1, with the versions of relayd and Python.", labels=list(version))
     build.add_metric(list(version.values()), 1)
     yield build
-    yield _one("relayd_draining", "1 while no new request is taken and the relay is about to leave.", _flag(relay))
-    yield _one("relayd_connections", "Connections that have logged in, by role.", _connections(relay), "role")
+    yield _one("relayd_draining", "1 while the relay accepts no new requests and is about to exit.", _flag(relay))
+    yield _one("relayd_connections", "Connections that are logged in, by role.", _connections(relay), "role")
     yield _one(
-        "relayd_connections_limit", "How many may log in (limits.max_connections).", settings.limits.max_connections
+        "relayd_connections_limit",
+        "Maximum number of connections (limits.max_connections).",
+        settings.limits.max_connections,
     )
     yield _one(
         "relayd_slow_readers_total",
-        "Connections cut off because they took nothing for limits.stall_timeout_s.",
+        "Connections closed because they read nothing for limits.stall_timeout_s.",
         relay.slow_consumers,
     )
-    yield _one("relayd_frames_total", "Frames taken from workers.", relay.stats.frames)
-    yield _one("relayd_frames_dropped_total", "Frames of attempts that were over already.", relay.fenced_frames)
+    yield _one("relayd_frames_total", "Frames received from workers.", relay.stats.frames)
+    yield _one("relayd_frames_dropped_total", "Frames dropped because their attempt was over.", relay.fenced_frames)
     yield _one("relayd_frame_bytes_total", "Bytes of frames: in from workers, out to readers.", frames, "direction")
     yield _one(
         "relayd_requests_misdirected_total",
-        "Requests refused that named no space of this relay, by error code.",
+        "Rejected requests to spaces that do not exist, by error code.",
         relay.stats.rejected,
         "code",
     )
@@ -130,9 +132,11 @@ def _daemon(relay: Relay) -> Iterator[Metric]:
 def _http(http: HttpReading, tokens: TokenRegistry) -> Iterator[Metric]:
     responses = {str(status): count for status, count in http.responses.items()}
     yield _one("relayd_http_responses_total", "HTTP responses, by status.", responses, "status")
-    yield _one("relayd_logins_refused_total", "Logins refused, of all kinds, by error code.", tokens.refused, "code")
-    yield _one("relayd_http_connections", "Connections that speak plain HTTP.", http.connections)
-    yield _one("relayd_http_answering", "HTTP requests that are being answered, this one too.", http.answering)
+    yield _one(
+        "relayd_logins_refused_total", "Refused logins over all protocols, by error code.", tokens.refused, "code"
+    )
+    yield _one("relayd_http_connections", "Open connections that use plain HTTP.", http.connections)
+    yield _one("relayd_http_answering", "HTTP requests being answered, including this one.", http.answering)
 
 
 def _flag(relay: Relay) -> float:
@@ -149,109 +153,127 @@ def _connections(relay: Relay) -> dict[str, int]:
 def _store(relay: Relay) -> Iterator[Metric]:
     store, results, settings = relay.store, relay.results, relay.config.results
     commits = HistogramMetricFamily(
-        "relayd_store_commit_seconds", "Until a commit was on the disk: each `accepted` waits for one."
+        "relayd_store_commit_seconds", "Time until a commit was durable; each `accepted` waits for one."
     )
     _add_histogram(commits, [], store.commit_s)
     yield commits
     yield _one(
         "relayd_store_failed_commits_total",
-        "Commits that the disk did not take: what asked for them was refused.",
+        "Commits that failed; their callers were refused.",
         store.failed_commits,
     )
-    yield _one("relayd_store_transactions_total", "Transactions, each with one fsync.", store.transactions)
-    yield _one("relayd_store_queued", "Changes that are not written yet, by the calls that made them.", store.queued)
-    yield _one("relayd_store_dropped_total", "Changes that were given up.", store.dropped)
-    yield _one("relayd_result_memory_bytes", "Frames in memory.", results.memory.held_bytes)
-    yield _one("relayd_result_memory_limit_bytes", "As many may be (results.memory_bytes).", settings.memory_bytes)
-    yield _one("relayd_result_disk_bytes", "Frames in files.", results.disk_bytes)
-    yield _one("relayd_result_disk_limit_bytes", "As many may be (results.disk_bytes).", settings.disk_bytes)
-    yield _one("relayd_results_unsaved", "Results of ended requests that are in memory alone.", results.unsaved_count)
+    yield _one("relayd_store_transactions_total", "Transactions written, each with one fsync.", store.transactions)
+    yield _one("relayd_store_queued", "Calls whose changes are not written yet.", store.queued)
+    yield _one("relayd_store_dropped_total", "Changes that were lost.", store.dropped)
+    yield _one("relayd_result_memory_bytes", "Bytes of frames in memory.", results.memory.held_bytes)
+    yield _one(
+        "relayd_result_memory_limit_bytes", "Limit for frames in memory (results.memory_bytes).", settings.memory_bytes
+    )
+    yield _one("relayd_result_disk_bytes", "Bytes of frames in files.", results.disk_bytes)
+    yield _one("relayd_result_disk_limit_bytes", "Limit for frames in files (results.disk_bytes).", settings.disk_bytes)
+    yield _one("relayd_results_unsaved", "Results of ended requests that are only in memory.", results.unsaved_count)
 
 
 def _spaces(readings: list[SpaceReading]) -> Iterator[Metric]:
     each = partial(_each, readings)
-    spread = partial(_spread, readings)
-    yield each(
-        "relayd_space_paused", "1 while the space hands nothing out and takes nothing new.", lambda s: s.state.paused
-    )
-    yield each(
-        "relayd_requests_accepted_total", "Requests that were made safe and queued.", lambda s: s.stats.accepted.total
-    )
+    histogram_each = partial(_histogram_each, readings)
+    yield each("relayd_space_paused", "1 while the space starts and accepts no requests.", lambda s: s.state.paused)
+    yield each("relayd_requests_accepted_total", "Requests stored and queued.", lambda s: s.stats.accepted.total)
     yield each(
         "relayd_requests_ended_total",
         "Requests that have ended, by outcome.",
         lambda s: {outcome: s.space.ended.get(outcome, 0) for outcome in OUTCOMES},
         "outcome",
     )
-    yield each("relayd_requests_failed_total", "Those that failed, by error code.", lambda s: s.stats.failed, "code")
-    yield each("relayd_requests_rejected_total", "Requests refused, by error code.", lambda s: s.stats.rejected, "code")
+    yield each("relayd_requests_failed_total", "Failed requests, by error code.", lambda s: s.stats.failed, "code")
+    yield each(
+        "relayd_requests_rejected_total", "Rejected requests, by error code.", lambda s: s.stats.rejected, "code"
+    )
     yield each(
         "relayd_requests_retried_total",
-        "Attempts lost whose requests went back into the queue.",
+        "Lost attempts whose requests returned to the queue.",
         lambda s: s.stats.retried,
     )
     yield each(
-        "relayd_requests_resumed_total", "Requests that went on when their worker was back.", lambda s: s.stats.resumed
+        "relayd_requests_resumed_total",
+        "Requests that continued after their worker reconnected.",
+        lambda s: s.stats.resumed,
     )
-    yield each("relayd_requests_uploading", "Requests taken in, and not queued yet.", lambda s: len(s.state.admitted))
-    yield each("relayd_requests_queued", "Requests that wait for a slot.", lambda s: len(s.state.queue))
-    yield each("relayd_requests_queued_limit", "How many may wait (max_queued).", lambda s: s.space.config.max_queued)
-    yield each("relayd_requests_running", "Requests that run.", lambda s: len(s.state.running))
-    yield spread(
-        "relayd_request_wait_seconds", "In the queue, of what was handed to a worker.", lambda s: s.stats.wait_s
+    yield each(
+        "relayd_requests_uploading", "Admitted requests that are not queued yet.", lambda s: len(s.state.admitted)
     )
-    yield spread(
-        "relayd_request_first_audio_seconds", "From the submit to the first output.", lambda s: s.stats.first_audio_s
+    yield each("relayd_requests_queued", "Requests waiting for a slot.", lambda s: len(s.state.queue))
+    yield each(
+        "relayd_requests_queued_limit",
+        "Maximum number of queued requests (max_queued).",
+        lambda s: s.space.config.max_queued,
     )
-    yield spread(
-        "relayd_request_run_seconds", "From the hand-out to the end, of completed ones.", lambda s: s.stats.run_s
+    yield each("relayd_requests_running", "Running requests.", lambda s: len(s.state.running))
+    yield histogram_each(
+        "relayd_request_wait_seconds", "Time in the queue, of requests assigned to a worker.", lambda s: s.stats.wait_s
     )
-    yield spread(
+    yield histogram_each(
+        "relayd_request_first_audio_seconds", "Time from submit to first output.", lambda s: s.stats.first_audio_s
+    )
+    yield histogram_each(
+        "relayd_request_run_seconds", "Time from assignment to the end, of completed requests.", lambda s: s.stats.run_s
+    )
+    yield histogram_each(
         "relayd_request_real_time_factor",
-        "Seconds run per second of audio, of completed ones.",
+        "Run time per second of audio, of completed requests.",
         lambda s: s.stats.real_time_factor,
     )
-    yield each("relayd_audio_seconds_total", "Audio made by workers, also of what ended badly.", lambda s: s.audio_s)
+    yield each(
+        "relayd_audio_seconds_total",
+        "Audio produced by workers, including that of requests that did not complete.",
+        lambda s: s.audio_s,
+    )
     yield each(
         "relayd_readers",
-        "Who listens to running requests; for those behind, which have not taken what was sent yet, frames wait.",
+        "Readers of running requests; frames wait for readers that are behind.",
         lambda s: s.readers,
         "state",
     )
-    yield each("relayd_workers", "Workers, by state; one of several spaces is in each.", lambda s: s.workers, "state")
+    yield each(
+        "relayd_workers", "Workers by state; a worker of several spaces counts in each.", lambda s: s.workers, "state"
+    )
     yield each(
         "relayd_worker_slots",
-        "Slots of connected workers; those of a draining one are not free.",
+        "Slots of connected workers; slots of a draining worker are not free.",
         lambda s: s.slots,
         "state",
     )
     yield each(
         "relayd_worker_reconnects_total",
-        "Registrations of workers that were here before.",
+        "Registrations of workers that had registered before.",
         lambda s: s.stats.reconnects,
     )
 
 
-# -- families -----------------------------------------------------------------------------------------------------
+# -- metric families ----------------------------------------------------------------------------------------------
 
 
-def _family(name: str, told: str, labels: Iterable[str]) -> CounterMetricFamily | GaugeMetricFamily:
+def _family(name: str, documentation: str, labels: Iterable[str]) -> CounterMetricFamily | GaugeMetricFamily:
     kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-    return kind(name, told, labels=list(labels))
+    return kind(name, documentation, labels=list(labels))
 
 
-def _one(name: str, told: str, value: Reading, label: str = "") -> Metric:
-    """A metric of the whole relay."""
-    family = _family(name, told, [label] if label else ())
+def _one(name: str, documentation: str, value: Reading, label: str = "") -> Metric:
+    """Build a metric of the whole relay."""
+    family = _family(name, documentation, [label] if label else ())
     _add(family, [], value)
     return family
 
 
 def _each(
-    readings: list[SpaceReading], name: str, told: str, read: Callable[[SpaceReading], Reading], label: str = ""
+    readings: list[SpaceReading],
+    name: str,
+    documentation: str,
+    read: Callable[[SpaceReading], Reading],
+    label: str = "",
 ) -> Metric:
-    """A metric of every space."""
-    family = _family(name, told, ["space", label] if label else ["space"])
+    """Build a metric with a value per space."""
+    family = _family(name, documentation, ["space", label] if label else ["space"])
     for reading in readings:
         _add(family, [reading.space.name], read(reading))
     return family
@@ -265,11 +287,11 @@ def _add(family: CounterMetricFamily | GaugeMetricFamily, labels: list[str], val
         family.add_metric(labels, value)
 
 
-def _spread(
-    readings: list[SpaceReading], name: str, told: str, read: Callable[[SpaceReading], Histogram]
+def _histogram_each(
+    readings: list[SpaceReading], name: str, documentation: str, read: Callable[[SpaceReading], Histogram]
 ) -> HistogramMetricFamily:
-    """A histogram of every space."""
-    family = HistogramMetricFamily(name, told, labels=["space"])
+    """Build a histogram per space."""
+    family = HistogramMetricFamily(name, documentation, labels=["space"])
     for reading in readings:
         _add_histogram(family, [reading.space.name], read(reading))
     return family

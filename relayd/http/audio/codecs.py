@@ -1,7 +1,7 @@
-"""mp3, Opus, AAC and FLAC as streams, by the FFmpeg libraries in PyAV. Needs the extra `[audio]`.
+"""Streaming encoders for mp3, Opus, AAC and FLAC, with the FFmpeg libraries in PyAV. Needs the extra `[audio]`.
 
-Every recipe is made for a first sound as early as its codec can give it: small frames, no reservoir of bits, a page of
-Ogg every 40 ms, and nothing kept in the muxer. An answer is heard from wherever it is cut, and needs no seek.
+Every recipe minimizes the delay of the first sound: small frames, no bit reservoir, an Ogg page every 40 ms, and no
+buffering in the muxer. The streams need no seeking.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,21 +13,21 @@ from av.audio.stream import AudioStream
 from protocol.wire.structs import AudioFormat
 from relayd.http.audio.samples import samples_frame
 
-#: Of the muxer's own output; `flush_packets` empties it after every packet.
+#: Output buffer of the muxer; `flush_packets` empties it after every packet.
 BUFFER_BYTES = 4096
 
 
 @attrs.frozen(kw_only=True)
 class Recipe:
-    """How one coding is made.
+    """How to produce one coding.
 
     Args:
-        container: FFmpeg's muxer.
-        codec: FFmpeg's encoder.
-        rates_hz: what it takes; empty for nearly any.
-        bits_s: bits a second for a rate and a number of channels; None where nothing is lost.
-        codec_options: for a rate.
-        container_options: of the muxer.
+        container: FFmpeg's name of the muxer.
+        codec: FFmpeg's name of the encoder.
+        rates_hz: supported sample rates; empty for nearly any.
+        bits_s: bits per second for a sample rate and a number of channels; None for lossless codecs.
+        codec_options: encoder options for a sample rate.
+        container_options: options of the muxer.
     """
 
     container: str
@@ -38,9 +38,9 @@ class Recipe:
     container_options: Mapping[str, str] = attrs.field(factory=dict)
 
     def rate_for(self, source_hz: int) -> int:
-        """The sample rate to encode at: the worker's own, or the next higher, so that no band is lost."""
+        """Return the sample rate to encode at: the worker's own, or the next higher one, so that no band is lost."""
         if not self.rates_hz:
-            # A FLAC frame says its rate in Hz up to 65,535, or in tens (RFC 9639 section 9.1.2).
+            # A FLAC frame gives its rate in Hz up to 65,535, or in tens of Hz (RFC 9639 section 9.1.2).
             return source_hz if source_hz <= 65_535 or source_hz % 10 == 0 else 96_000
         return min((rate for rate in self.rates_hz if rate >= source_hz), default=max(self.rates_hz))
 
@@ -49,7 +49,7 @@ def _speech_bits(rate_hz: int, channels: int) -> int:
     return channels * (64_000 if rate_hz < 32_000 else 96_000)
 
 
-#: Below 16 kHz, mp3 is "MPEG-2.5", which is in no standard, and a frame of either codec lasts 70 to 130 ms.
+#: Below 16 kHz, mp3 is the unstandardized "MPEG-2.5", and a frame of either codec lasts 70 to 130 ms.
 _MPEG_HZ = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 
 RECIPES = {
@@ -58,9 +58,9 @@ RECIPES = {
         codec="libmp3lame",
         rates_hz=_MPEG_HZ,
         bits_s=_speech_bits,
-        # Quality 5 takes a third of the CPU of 2. A reservoir would hold frames back, and tie each to those before it.
+        # Quality 5 needs a third of the CPU time of 2. A reservoir delays frames and makes each depend on earlier ones.
         codec_options=lambda _rate_hz: {"compression_level": "5", "reservoir": "0"},
-        # No table of contents in front: it can only be written at the end.
+        # No table of contents at the start: it can only be written at the end.
         container_options={"write_xing": "0", "id3v2_version": "0"},
     ),
     "opus": Recipe(
@@ -68,28 +68,28 @@ RECIPES = {
         codec="libopus",
         rates_hz=(8_000, 12_000, 16_000, 24_000, 48_000),
         bits_s=lambda _rate_hz, channels: 48_000 * channels,
-        # Complexity 5 takes half the CPU of 10.
+        # Complexity 5 needs half the CPU time of 10.
         codec_options=lambda _rate_hz: {
             "application": "audio",
             "vbr": "constrained",
             "compression_level": "5",
             "frame_duration": "20",
         },
-        container_options={"page_duration": "40000"},  # µs; by default a page is a second, and sent when it is full
+        container_options={"page_duration": "40000"},  # µs; the default is a page per second, sent when full
     ),
     "aac": Recipe(container="adts", codec="aac", rates_hz=_MPEG_HZ, bits_s=_speech_bits),
     "flac": Recipe(
         container="flac",
         codec="flac",
         codec_options=lambda rate_hz: {"frame_size": str(rate_hz // 20), "compression_level": "5"},
-        # By default 8 KiB of nothing stand in front, as room for tags.
+        # The default is 8 KiB of padding at the start, for tags.
         container_options={"metadata_header_padding": "0"},
     ),
 }
 
 
 class _Sink:
-    """The file that the muxer writes into; it cannot seek."""
+    """The output file of the muxer; it cannot seek."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -105,15 +105,15 @@ class _Sink:
 
 
 class Codec:
-    """One stream of a recipe.
+    """Encodes one stream.
 
     Args:
-        recipe: what to make.
-        takes: what is fed; its rate is one that `recipe.rate_for` gave.
+        recipe: the coding to produce.
+        source: the format of the input; its rate comes from `recipe.rate_for`.
     """
 
-    def __init__(self, recipe: Recipe, takes: AudioFormat) -> None:
-        self._takes = takes
+    def __init__(self, recipe: Recipe, source: AudioFormat) -> None:
+        self._source = source
         self._fed = 0
         self._sink = _Sink()
         self._container = av.open(
@@ -123,25 +123,25 @@ class Codec:
             options={"flush_packets": "1", **recipe.container_options},
             buffer_size=BUFFER_BYTES,
         )
-        stream = self._container.add_stream(recipe.codec, rate=takes.sample_rate)
+        stream = self._container.add_stream(recipe.codec, rate=source.sample_rate)
         assert isinstance(stream, AudioStream)
         self._stream = stream
         context = stream.codec_context
-        context.layout = "stereo" if takes.channels == 2 else "mono"
+        context.layout = "stereo" if source.channels == 2 else "mono"
         if recipe.bits_s is not None:
-            context.bit_rate = recipe.bits_s(takes.sample_rate, takes.channels)
-        context.options = dict(recipe.codec_options(takes.sample_rate))
+            context.bit_rate = recipe.bits_s(source.sample_rate, source.channels)
+        context.options = dict(recipe.codec_options(source.sample_rate))
 
     def feed(self, data: bytes) -> bytes:
-        """What `data` made ready, the stream's header first."""
+        """Encode more samples; the first output begins with the header."""
         if data:
-            frame = samples_frame(data, self._takes, self._fed)
+            frame = samples_frame(data, self._source, self._fed)
             self._fed += frame.samples
             self._container.mux(self._stream.encode(frame))
         return self._sink.pop()
 
     def finish(self) -> bytes:
-        """The last frames and the stream's end."""
+        """Return the last frames and the end of the stream."""
         self._container.mux(self._stream.encode(None))
         self._container.close()
         return self._sink.pop()

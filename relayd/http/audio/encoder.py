@@ -1,11 +1,11 @@
-"""Audio as HTTP clients want it: streaming encoders from a worker's `pcm_s16le` to what the API names.
+"""Streaming audio encoders, from a worker's `pcm_s16le` to the formats that HTTP clients can ask for.
 
-An encoder is a chain of stages, each `feed(bytes) -> bytes` and in the end `finish() -> bytes`: stretch the time, mix
-to one channel, resample, then the codec. Whatever a stage can give at once it gives at once. No stage knows a thread
-or a loop: they take about 1 ms of CPU for 100 ms of audio, so `threaded_encoder` runs them in threads.
+An encoder is a chain of stages, each `feed(bytes) -> bytes` and at the end `finish() -> bytes`: time stretch, downmix,
+resampler, codec. A stage returns output as early as it can. Stages block and know no threads or event loop: they need
+about 1 ms of CPU time per 100 ms of audio, so `threaded_encoder` runs them in threads.
 
-The base install makes `wav`, and `pcm` where the worker already speaks at 24 kHz mono; all else needs the extra
-`[audio]` (PyAV, soxr), which is imported when it is first asked for.
+The base install makes `wav`, and `pcm` if the worker's audio is 24 kHz mono; everything else needs the extra
+`[audio]` (PyAV, soxr), which is imported on first use.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,66 +17,66 @@ from protocol.commands.wav_writer import HEADER_BYTES, MAX_DATA_BYTES, wav_heade
 from protocol.install_hint import install_command
 from protocol.wire.structs import AudioFormat
 
-#: What OpenAI's clients take `pcm` for; they have no way to be told otherwise.
+#: The format that OpenAI's clients assume for `pcm`.
 PCM = AudioFormat(sample_rate=24_000, channels=1)
 MIN_SPEED, MAX_SPEED = 0.25, 4.0
 
 
 class AudioExtraMissing(Exception):
-    """The packages that make this format are not installed."""
+    """The packages that this format needs are not installed."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"this relay cannot make {what}: it runs without its audio packages. Its owner installs them with: "
-            f"{install_command('audio')}; response_format 'wav' at speed 1 works without"
+            f"this relay cannot produce {what}: its audio packages are not installed. Its owner can install them with: "
+            f"{install_command('audio')}; response_format 'wav' at speed 1 works without them"
         )
 
 
 class Stage(Protocol):
-    """Takes bytes as they come, and gives what it can."""
+    """Converts a stream of bytes piece by piece."""
 
     def feed(self, data: bytes) -> bytes:
-        """What `data` made ready; may be empty."""
+        """Convert more data; returns what is ready, which may be empty."""
 
     def finish(self) -> bytes:
-        """What was held back; nothing is fed any more."""
+        """Return the rest; `feed` may not be called afterwards."""
 
 
 @attrs.define(eq=False)
 class Encoder:
-    """A chain of stages, fed with the worker's samples.
+    """A chain of stages that encodes a worker's samples.
 
     Args:
-        source: what is fed.
-        stages: in order; the last makes what is sent.
-        cheap: whether it only moves bytes, so that nothing is won by a thread.
+        source: the format of the input.
+        stages: the stages in order; the last one produces the output.
+        cheap: whether it only copies bytes, so that a thread is not worth its cost.
     """
 
     source: AudioFormat
     stages: Sequence[Stage]
     cheap: bool = False
-    #: Seconds of audio fed.
     _fed_bytes: int = 0
-    _odd: bytes = b""
+    #: The beginning of a sample whose rest was not fed yet.
+    _partial: bytes = b""
 
     @property
     def fed_s(self) -> float:
-        """Seconds of audio that were fed, before any change of speed."""
+        """Seconds of audio fed, before any change of speed."""
         return self._fed_bytes / self.source.sample_bytes / self.source.sample_rate
 
     def feed(self, pcm: bytes) -> bytes:
-        """Encode more samples, and return what is ready; a part of a sample waits for its rest."""
+        """Encode more samples, and return what is ready; a partial sample waits for its rest."""
         self._fed_bytes += len(pcm)
-        data = self._odd + pcm if self._odd else pcm
-        over = len(data) % self.source.sample_bytes
-        self._odd = data[len(data) - over :]
-        data = data[: len(data) - over]
+        data = self._partial + pcm if self._partial else pcm
+        partial_bytes = len(data) % self.source.sample_bytes
+        self._partial = data[len(data) - partial_bytes :]
+        data = data[: len(data) - partial_bytes]
         for stage in self.stages:
             data = stage.feed(data)
         return data
 
     def finish(self) -> bytes:
-        """The rest of what was fed. Nothing may follow."""
+        """Return the rest of the output; `feed` may not be called afterwards."""
         data = b""
         for stage in self.stages:
             data = stage.feed(data) + stage.finish()
@@ -85,36 +85,36 @@ class Encoder:
 
 @attrs.define(eq=False)
 class _Wav:
-    """A header that does not know how much follows, then the samples.
+    """A WAV header for an unknown length, then the samples.
 
-    Its sizes are the largest there are, as of every program that writes a WAV into a pipe: readers go on to the end.
+    The header has the largest possible sizes, as usual for a WAV written into a pipe; readers read up to the end.
     """
 
     audio_format: AudioFormat
-    _begun: bool = False
+    _started: bool = False
 
     def feed(self, data: bytes) -> bytes:
-        """The samples, behind the header the first time."""
+        """Return the samples, the first time after the header."""
         return self._header() + data
 
     def finish(self) -> bytes:
-        """The header, where there was no audio at all."""
+        """Return the header if there was no audio at all."""
         return self._header()
 
     def _header(self) -> bytes:
-        if self._begun:
+        if self._started:
             return b""
-        self._begun = True
+        self._started = True
         return wav_header(self.audio_format, MAX_DATA_BYTES - MAX_DATA_BYTES % self.audio_format.sample_bytes)
 
 
 def with_sizes(name: str, source: AudioFormat, body: bytes) -> bytes:
-    """A whole WAV with its true sizes in its header; of any other coding, `body` as it is.
+    """Correct the sizes in the header of a complete WAV; other codings are returned unchanged.
 
     Args:
-        name: of the coding.
-        source: what its encoder was fed.
-        body: all that it gave.
+        name: name of the coding.
+        source: the format of the encoder's input.
+        body: the complete output of the encoder.
     """
     return wav_header(source, len(body) - HEADER_BYTES) + body[HEADER_BYTES:] if name == "wav" else body
 
@@ -137,21 +137,21 @@ def _by_codec(name: str) -> Callable[[AudioFormat], list[Stage]]:
         except ImportError:
             raise AudioExtraMissing(name) from None
         recipe = RECIPES[name]
-        takes = attrs.evolve(source, sample_rate=recipe.rate_for(source.sample_rate))
-        return [*_converted(source, takes), Codec(recipe, takes)]
+        wanted = attrs.evolve(source, sample_rate=recipe.rate_for(source.sample_rate))
+        return [*_converted(source, wanted), Codec(recipe, wanted)]
 
     return make
 
 
 def _converted(source: AudioFormat, wanted: AudioFormat) -> list[Stage]:
-    """Stages from one format of samples to another."""
+    """Return the stages that convert between two sample formats."""
     if source == wanted:
         return []
     try:
         from relayd.http.audio.resampler import Downmix, Resampler
     except ImportError:
-        spoken = f"{source.sample_rate} Hz with {source.channels} channel{'s' * (source.channels > 1)}"
-        raise AudioExtraMissing(f"pcm, which is {wanted.sample_rate} Hz mono, of a worker's {spoken}") from None
+        given = f"{source.sample_rate} Hz with {source.channels} channel{'s' * (source.channels > 1)}"
+        raise AudioExtraMissing(f"pcm, which is {wanted.sample_rate} Hz mono, from a worker's {given}") from None
     stages: list[Stage] = []
     if wanted.channels < source.channels:
         stages.append(Downmix())
@@ -162,12 +162,12 @@ def _converted(source: AudioFormat, wanted: AudioFormat) -> list[Stage]:
 
 @attrs.frozen
 class Coding:
-    """One way to send audio.
+    """One format of encoded audio.
 
     Args:
-        name: in `response_format`.
-        content_type: of the answer.
-        stages: makes them for what the worker speaks in.
+        name: its name in `response_format`.
+        content_type: content type of the response.
+        stages: makes the stages for the format of the worker's audio.
     """
 
     name: str
@@ -175,7 +175,7 @@ class Coding:
     stages: Callable[[AudioFormat], list[Stage]] = attrs.field(repr=False)
 
 
-#: By the names of OpenAI's API, its default first.
+#: By their names in OpenAI's API, the default first.
 CODINGS = {
     coding.name: coding
     for coding in (
@@ -190,19 +190,19 @@ CODINGS = {
 
 
 def open_encoder(name: str, source: AudioFormat, speed: float = 1.0) -> Encoder:
-    """An encoder from `source` to the coding of this name.
+    """Make an encoder from `source` to a coding.
 
-    Imports what it needs the first time, which takes up to a second: call it in a thread.
+    The first call imports packages, which takes up to a second: call it in a thread.
 
     Args:
-        name: one of `CODINGS`.
-        source: what will be fed.
-        speed: of the speech, 0.25..4; its pitch stays.
+        name: a key of `CODINGS`.
+        source: the format of the input.
+        speed: of the speech, 0.25..4; the pitch stays the same.
 
     Raises:
-        KeyError: there is no such coding.
-        ValueError: the speed is out of its range.
-        AudioExtraMissing: the packages that this takes are not installed.
+        KeyError: the coding does not exist.
+        ValueError: the speed is out of range.
+        AudioExtraMissing: the packages it needs are not installed.
     """
     if not MIN_SPEED <= speed <= MAX_SPEED:
         raise ValueError(f"speed must be {MIN_SPEED} to {MAX_SPEED}, not {speed}")
@@ -218,9 +218,9 @@ def open_encoder(name: str, source: AudioFormat, speed: float = 1.0) -> Encoder:
 
 
 def check_encoder(name: str, speed: float = 1.0, source: AudioFormat = PCM) -> None:
-    """Find out whether a coding can be made here, before anybody is asked to speak; as `open_encoder`, in a thread.
+    """Check that a coding is available, before a request is submitted; call it in a thread, as `open_encoder`.
 
     Raises:
-        AudioExtraMissing: not without the extra.
+        AudioExtraMissing: the packages it needs are not installed.
     """
     open_encoder(name, source, speed)

@@ -1,4 +1,4 @@
-"""Samples of another rate or number of channels: `pcm_s16le` in, `pcm_s16le` out. Needs the extra `[audio]`."""
+"""Converts the sample rate and the number of channels of `pcm_s16le` audio. Needs the extra `[audio]`."""
 
 import numpy as np
 import soxr
@@ -6,28 +6,28 @@ from numpy.typing import NDArray
 
 
 class Downmix:
-    """Two channels to one: their mean."""
+    """Mixes two channels into one: their mean."""
 
     def feed(self, data: bytes) -> bytes:
-        """The mean of each pair; at -6 dB each, so that nothing clips."""
+        """Return the mean of each pair of samples; each channel at -6 dB, so that nothing clips."""
         pairs = np.frombuffer(data, "<i2").reshape(-1, 2)
         return _bytes((pairs.astype(np.int32).sum(axis=1) >> 1).astype("<i2"))
 
     def finish(self) -> bytes:
-        """Nothing: it holds nothing back."""
+        """Return nothing: no data is buffered."""
         return b""
 
 
 class Resampler:
-    """Another sample rate, by libsoxr.
+    """Converts the sample rate, with libsoxr.
 
-    Its quality `HQ` (20 bits) holds back 20 ms of audio, 90 ms for 8 kHz to 48 kHz; `VHQ` was no better to
-    the ear on speech, and `LQ`, which holds back 5 ms, mirrors the upper band audibly.
+    Quality `HQ` (20 bits) delays audio by 20 ms, and by 90 ms for 8 kHz to 48 kHz. `VHQ` did not sound better on
+    speech, and `LQ`, with a delay of 5 ms, has audible aliasing in the upper band.
 
     Args:
-        source_hz: sample rate of what is fed.
-        wanted_hz: of what comes back.
-        channels: of both.
+        source_hz: sample rate of the input.
+        wanted_hz: sample rate of the output.
+        channels: number of channels of both.
     """
 
     def __init__(self, source_hz: int, wanted_hz: int, channels: int) -> None:
@@ -35,11 +35,11 @@ class Resampler:
         self._stream = soxr.ResampleStream(source_hz, wanted_hz, channels, dtype="int16", quality="HQ")
 
     def feed(self, data: bytes) -> bytes:
-        """What `data` made ready."""
+        """Convert more samples; returns what is ready."""
         return self._resample(data, last=False) if data else b""
 
     def finish(self) -> bytes:
-        """What was held back."""
+        """Return the rest of the output."""
         return self._resample(b"", last=True)
 
     def _resample(self, data: bytes, *, last: bool) -> bytes:

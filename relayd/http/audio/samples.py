@@ -1,4 +1,4 @@
-"""Samples as PyAV takes them. Needs the extra `[audio]`."""
+"""Converts samples to PyAV's frames. Needs the extra `[audio]`."""
 
 from fractions import Fraction
 
@@ -8,12 +8,12 @@ from protocol.wire.structs import AudioFormat
 
 
 def samples_frame(pcm: bytes, audio_format: AudioFormat, at: int) -> AudioFrame:
-    """A frame of whole samples.
+    """Make a frame of whole samples.
 
     Args:
-        pcm: `pcm_s16le`, at least one sample.
-        audio_format: of it.
-        at: number of the first sample in its stream.
+        pcm: at least one sample, as `pcm_s16le`.
+        audio_format: the format of `pcm`.
+        at: index of the first sample in its stream.
     """
     frame = AudioFrame(
         format="s16",

@@ -1,8 +1,8 @@
-"""Encoders in threads, so that no codec keeps the loop from its other connections.
+"""Runs encoders in threads, so that codecs do not delay the event loop.
 
-100 ms of 24 kHz mono take 0.8 ms of CPU as mp3, 0.4 as Opus, 1.0 as AAC, 0.1 as FLAC, and some 0.2 ms for the way to
-a thread and back; a worker's message may hold 20 s. libav and libsoxr let go of the interpreter's lock while they work,
-so what runs in a thread costs the loop little. What only moves bytes (`wav`, `pcm` as it comes) stays in the loop.
+Encoding 100 ms of 24 kHz mono takes 0.8 ms of CPU time as mp3, 0.4 as Opus, 1.0 as AAC, 0.1 as FLAC, and some 0.2 ms
+for the thread switch; a worker's message may hold 20 s. libav and libsoxr release the GIL while they work, so the event
+loop hardly notices. Encoders that only copy bytes (`wav`, `pcm` without conversion) run in the event loop.
 """
 
 import os
@@ -17,7 +17,10 @@ _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("aud
 
 
 def _threads() -> trio.CapacityLimiter:
-    """Threads that may encode at once: one core is the loop's. A single one makes 100 s of mp3 in a second."""
+    """Return the limiter of encoder threads, which leaves one core to the event loop.
+
+    One thread encodes 100 s of mp3 per second.
+    """
     try:
         return _limiter.get()
     except LookupError:
@@ -28,23 +31,23 @@ def _threads() -> trio.CapacityLimiter:
 
 @attrs.define(eq=False)
 class Transcoder:
-    """An encoder whose work is done in threads, one piece after the other.
+    """Runs an encoder in threads, one piece after the other.
 
-    Cancellation: a piece that is being encoded is finished first, 1 ms for each 100 ms of it; the transcoder is then
-    of no use any more.
+    Cancellation: takes effect when the current piece is encoded, about 1 ms per 100 ms of audio; the transcoder is
+    unusable afterwards.
     """
 
     encoder: Encoder
 
     async def feed(self, pcm: bytes) -> bytes:
-        """As `Encoder.feed`."""
+        """See `Encoder.feed`."""
         if self.encoder.cheap:
             await trio.lowlevel.checkpoint()
             return self.encoder.feed(pcm)
         return await trio.to_thread.run_sync(self.encoder.feed, pcm, limiter=_threads())
 
     async def finish(self) -> bytes:
-        """As `Encoder.finish`."""
+        """See `Encoder.finish`."""
         if self.encoder.cheap:
             await trio.lowlevel.checkpoint()
             return self.encoder.finish()
@@ -52,21 +55,21 @@ class Transcoder:
 
 
 async def open_transcoder(name: str, source: AudioFormat, speed: float = 1.0) -> Transcoder:
-    """A transcoder from `source` to the coding of this name.
+    """Make a transcoder from `source` to a coding.
 
     Raises:
-        KeyError: there is no such coding.
-        ValueError: the speed is out of its range.
-        AudioExtraMissing: the packages that this takes are not installed.
+        KeyError: the coding does not exist.
+        ValueError: the speed is out of range.
+        AudioExtraMissing: the packages it needs are not installed.
     """
     encoder = await trio.to_thread.run_sync(open_encoder, name, source, speed, limiter=_threads())
     return Transcoder(encoder)
 
 
 async def check_coding(name: str, speed: float = 1.0, source: AudioFormat = PCM) -> None:
-    """As `check_encoder`, which may import for half a second.
+    """Run `check_encoder` in a thread, because its imports may take half a second.
 
     Raises:
-        AudioExtraMissing: not without the extra.
+        AudioExtraMissing: the packages it needs are not installed.
     """
     await trio.to_thread.run_sync(check_encoder, name, speed, source, limiter=_threads())

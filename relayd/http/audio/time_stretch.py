@@ -1,4 +1,4 @@
-"""Speech faster or slower at its own pitch. Needs the extra `[audio]`."""
+"""Changes the speed of speech without changing its pitch. Needs the extra `[audio]`."""
 
 from fractions import Fraction
 
@@ -9,20 +9,21 @@ from av.filter import Graph
 from protocol.wire.structs import AudioFormat
 from relayd.http.audio.samples import samples_frame
 
-#: What one `atempo` does: it goes no lower, and above it leaves samples out instead of blending them (FFmpeg's
-#: documentation of the filter). What is further away is done by two in a row.
-LOWEST, HIGHEST = 0.5, 2.0
-#: Silence that follows the last sample: at its end the filter drops up to two windows, of 30 to 60 ms by the rate.
-AFTER_S = 0.2
+#: Range of one `atempo` filter: lower factors are not allowed, and above 2 it skips samples instead of blending them
+#: (FFmpeg's documentation of the filter). Other speeds use two filters in a row.
+MIN_TEMPO, MAX_TEMPO = 0.5, 2.0
+#: Silence appended to the input, because the filter drops up to two windows at the end; a window has 30 to 60 ms,
+#: depending on the sample rate.
+PADDING_S = 0.2
 
 
 class TimeStretch:
-    """Another speed, by FFmpeg's `atempo` (overlap-add of windows that match, so the pitch stays).
+    """Changes the speed with FFmpeg's `atempo` (overlap-add of matching windows, which keeps the pitch).
 
-    It holds back some 50 ms of audio. What comes back is as long as what was fed, divided by the speed.
+    Delays audio by some 50 ms. The output has the duration of the input divided by the speed.
 
     Args:
-        source: what is fed, and what comes back.
+        source: the format of the input and the output.
         speed: 0.25..4.
     """
 
@@ -44,18 +45,18 @@ class TimeStretch:
         graph.link_nodes(*nodes).configure()
 
     def feed(self, data: bytes) -> bytes:
-        """What `data` made ready."""
+        """Stretch more samples; returns what is ready."""
         if not data:
             return b""
         self._push(data)
         return self._ready()
 
     def finish(self) -> bytes:
-        """What was held back."""
+        """Return the rest of the output."""
         if not self._fed:
-            return b""  # a graph that was fed nothing does not know its format
+            return b""  # a graph without input does not know its format
         left = round(self._fed / self._speed) - self._given
-        self._push(bytes(round(AFTER_S * self._source.sample_rate) * self._source.sample_bytes))
+        self._push(bytes(round(PADDING_S * self._source.sample_rate) * self._source.sample_bytes))
         self._graph.push(None)
         return self._ready()[: max(0, left) * self._source.sample_bytes]
 
@@ -77,5 +78,5 @@ class TimeStretch:
 
 
 def tempos(speed: float) -> list[float]:
-    """Factors within what one filter does well, whose product is `speed`."""
-    return [speed] if LOWEST <= speed <= HIGHEST else [speed**0.5] * 2
+    """Return factors within the range of one filter, whose product is `speed`."""
+    return [speed] if MIN_TEMPO <= speed <= MAX_TEMPO else [speed**0.5] * 2

@@ -1,4 +1,4 @@
-"""`GET /v1/requests/{id}/audio`: the audio of a request, live while it is made, in ranges once it has ended."""
+"""`GET /v1/requests/{id}/audio`: the audio of a request, live while it runs, with range support once it has ended."""
 
 import re
 
@@ -22,11 +22,11 @@ _RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 
 
 async def send_audio(http: HttpRequest, reply: ResponseWriter) -> None:
-    """The audio, as `format` says: `wav` (of itself), `pcm` as the worker made it, or a coding of `encoding`."""
+    """Send the audio in the coding given by `format`; `wav` (the default) and `pcm` keep the worker's format."""
     request = find_request(http, http.path_params["request_id"])
     name = http.query_params.get("format", "wav")
     if name not in CODINGS:
-        raise HttpError(ErrorCode.INVALID_PARAMS, f"format is one of {', '.join(CODINGS)}, not {name[:32]!r}")
+        raise HttpError(ErrorCode.INVALID_PARAMS, f"format must be one of {', '.join(CODINGS)}, not {name[:32]!r}")
     match request.entry.state:
         case State.FAILED:
             raise HttpError(request.code or ErrorCode.INTERNAL, request.message or "the request failed")
@@ -40,19 +40,19 @@ async def send_audio(http: HttpRequest, reply: ResponseWriter) -> None:
         await _send_live(http, reply, request, name)
 
 
-# -- while it speaks ----------------------------------------------------------------------------------------------
+# -- running requests ---------------------------------------------------------------------------------------------
 
 
 async def _send_live(http: HttpRequest, reply: ResponseWriter, request: Request, name: str) -> None:
     async with open_reader(http, request) as held:
         audio = await open_audio(held)
-        pcm = await audio.next()  # until there is some, another attempt may begin in another format
+        pcm = await audio.next()  # before any audio, a new attempt may have another format
         await reply.start(_content_type(name, audio.format), headers={"accept-ranges": "none"})
         if http.method == "HEAD":
             return
         if name == "wav":
-            endless = MAX_DATA_BYTES - MAX_DATA_BYTES % audio.format.sample_bytes
-            await reply.write(wav_header(audio.format, endless))
+            data_bytes = MAX_DATA_BYTES - MAX_DATA_BYTES % audio.format.sample_bytes  # the length is unknown
+            await reply.write(wav_header(audio.format, data_bytes))
         while pcm is not None:
             await reply.write(pcm)
             pcm = await audio.next()
@@ -82,19 +82,19 @@ def _content_type(name: str, audio_format: AudioFormat) -> str:
     return f"audio/pcm; rate={audio_format.sample_rate}; channels={audio_format.channels}"
 
 
-# -- once it has ended --------------------------------------------------------------------------------------------
+# -- ended requests -----------------------------------------------------------------------------------------------
 
 
 @attrs.frozen
 class ByteRange:
-    """Bytes of a body, from `first` up to but not with `end`; `part` where a client asked for them."""
+    """The bytes of a body from `first` to `end` (exclusive); `part` if a client requested a range."""
 
     first: int
     end: int
     part: bool = False
 
     def cut(self, data: bytes, at: int) -> bytes:
-        """What of `data`, which begins at byte `at` of the body, lies within."""
+        """Return the part of `data` in the range; `data` starts at byte `at` of the body."""
         return data[max(0, self.first - at) : max(0, self.end - at)]
 
 
@@ -127,7 +127,7 @@ async def _send_whole(http: HttpRequest, reply: ResponseWriter, request: Request
 
 
 async def _size_of(audio: AudioStream) -> int:
-    """Bytes of all samples: what a request knows of itself may be less after a restart."""
+    """Count the bytes of all samples; after a restart, the request's own count may be too low."""
     size = 0
     while (pcm := await audio.next()) is not None:
         size += len(pcm)
@@ -135,9 +135,9 @@ async def _size_of(audio: AudioStream) -> int:
 
 
 def span_of(header: str, total: int) -> ByteRange | None:
-    """What `Range` asks for (RFC 9110 section 14.2); None where it cannot be satisfied.
+    """Parse a `Range` header (RFC 9110 section 14.2); None if the range cannot be satisfied.
 
-    A range of another unit, several of them at once, or one that is none at all asks for everything.
+    Other units, several ranges and invalid headers select the whole body.
     """
     match = _RANGE.fullmatch(header.replace(" ", ""))
     if match is None or match[0] == "bytes=-":

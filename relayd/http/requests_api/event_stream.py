@@ -1,4 +1,4 @@
-"""`GET /v1/requests/{id}/events`: every frame as a server-sent event, from where the client left off."""
+"""`GET /v1/requests/{id}/events`: every frame as a server-sent event, resumable with `Last-Event-ID`."""
 
 import re
 
@@ -14,20 +14,20 @@ from relayd.http.request_stream import RequestStream, find_request, open_reader
 from relayd.http.streaming_response import ResponseWriter
 from relayd.requests.request import Request
 
-#: Something has to come now and then: proxies cut what is silent for a minute.
+#: Interval of comments that keep an idle stream open: proxies close connections that are silent for a minute.
 COMMENT_S = 15.0
-#: `attempt.seq` of a frame.
+#: Id of an event: `attempt.seq` of its frame.
 _EVENT_ID = re.compile(r"([0-9]{1,7})\.([0-9]{1,10})")
 MAX_ATTEMPT, MAX_SEQ = 1_000_000, 2**31
 HEADERS = {"x-accel-buffering": "no"}
 
 
 async def send_events(http: HttpRequest, reply: ResponseWriter) -> None:
-    """Tell a request's places and frames until its end; with `Last-Event-ID`, from behind that frame on."""
+    """Send a request's queue positions and frames until its end; with `Last-Event-ID`, those after that frame."""
     request = find_request(http, http.path_params["request_id"])
     attempt, seq = _last_event(http)
     if _has_all(request, attempt, seq):
-        # Told with an empty stream, a browser's EventSource would ask again for ever.
+        # After an empty stream, a browser's EventSource would reconnect forever; 204 stops it.
         await reply.answer(Response(status_code=204))
         return
     async with open_reader(http, request, attempt, seq) as held:
@@ -35,17 +35,17 @@ async def send_events(http: HttpRequest, reply: ResponseWriter) -> None:
         if http.method == "HEAD":
             return
         try:
-            while (told := await _next(held, attempt, seq)) is not None:
-                await reply.write(told)
+            while (data := await _next(held, attempt, seq)) is not None:
+                await reply.write(data)
         except HttpError as refusal:
             error = {"code": refusal.code, "message": refusal.message, "retryable": refusal.retryable}
             await reply.write(format_sse("error", error))
 
 
 async def _next(held: RequestStream, attempt: int, seq: int) -> bytes | None:
-    """The next event or comment, of what the client does not have; empty where it has that, None at the end.
+    """Return the next event or a comment; empty for a frame that the client has, None at the end.
 
-    A relay that was started again reads a request's frames from its worker, from the first on.
+    After a restart, the relay receives all frames of a request from its worker again.
     """
     message = None
     with trio.move_on_after(COMMENT_S) as silence:
@@ -67,12 +67,14 @@ def _has_all(request: Request, attempt: int, seq: int) -> bool:
 
 
 def _last_event(http: HttpRequest) -> tuple[int, int]:
-    """Attempt and seq of the last frame that the client has; 0 and -1 for none."""
+    """Return attempt and seq of the last frame that the client has; 0 and -1 if it has none."""
     text = http.headers.get("last-event-id", "")
     if not text:
         return 0, -1
     match = _EVENT_ID.fullmatch(text)
     if match is None or int(match[1]) > MAX_ATTEMPT or int(match[2]) > MAX_SEQ:
-        message = "Last-Event-ID is none of the ids that this stream gives (attempt.seq); leave it out to begin anew"
+        message = (
+            "Last-Event-ID is not a valid id of this stream (attempt.seq); leave it out to start from the beginning"
+        )
         raise HttpError(ErrorCode.INVALID_PARAMS, message)
     return int(match[1]), int(match[2])

@@ -1,4 +1,4 @@
-"""The OpenAPI document of the HTTP side (OpenAPI 3.1): what `docs/http.md` says, for programs."""
+"""The OpenAPI 3.1 document of the HTTP API, which `docs/http.md` describes for people."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,30 +10,30 @@ from relayd.views.rows import VERSION
 
 Schema = dict[str, Any]
 
-_WORDS = {
-    400: "The body is damaged, or no JSON object.",
-    401: "No token, or one that opens nothing.",
-    403: "The token's role, its spaces or the page's origin do not allow this.",
-    404: "There is no such space, or no request of this id that is the token's.",
-    405: "The path does not take this method.",
-    408: "The body came too slowly.",
-    409: "The id belongs to another request; or the result holds no audio.",
+_DESCRIPTIONS = {
+    400: "The body is invalid, or not a JSON object.",
+    401: "The token is missing or not valid.",
+    403: "The token's role or spaces, or the page's origin, do not allow this.",
+    404: "The space does not exist, or the token has no request with this id.",
+    405: "The path does not support this method.",
+    408: "The body arrived too slowly.",
+    409: "The id belongs to another request; or the result has no audio.",
     410: "The request was cancelled.",
-    413: "More than the relay or the space takes.",
-    415: "No content type that is taken here.",
-    416: "The range lies behind the end of the audio.",
-    422: "Something asked for is not taken: `details` says what.",
-    429: "Too many: queued, connections, uploads at once, or failed logins. See Retry-After.",
+    413: "The body or an input is larger than the relay or the space allows.",
+    415: "The content type is not supported.",
+    416: "The range is beyond the end of the audio.",
+    422: "A field is not valid: `details` says which.",
+    429: "Too many queued requests, connections, concurrent uploads or failed logins. See Retry-After.",
     500: "Internal error, or the result was too large.",
-    501: "This relay was installed without its audio packages.",
+    501: "This relay is installed without its audio packages.",
     502: "The engine failed, or its worker was lost.",
-    503: "No worker (and the space does not queue without), or the relay is shutting down. See Retry-After.",
+    503: "The space has no worker and does not queue without one, or the relay is shutting down. See Retry-After.",
     504: "A deadline of the request passed.",
-    507: "The relay's store is full.",
+    507: "The disk of the relay is full.",
 }
-#: What may come of anything that needs a token.
+#: Errors of all operations, because they need a token.
 _ALWAYS = (401, 403, 429)
-#: What a request that ended otherwise than completed answers with.
+#: Errors of requests that did not complete.
 _ENDED = (410, 500, 502, 503, 504, 507)
 
 
@@ -58,7 +58,7 @@ _ERROR = _object(
                 "message": {"type": "string", "description": "what happened and what to do next"},
                 "retryable": {"type": "boolean", "description": "whether the same request may succeed later"},
                 "retry_after_s": _nullable("number"),
-                "details": {"type": "object", "description": "field -> what is wrong with it, or figures"},
+                "details": {"type": "object", "description": "field -> what is wrong with it; or figures"},
             }
         )
     }
@@ -71,36 +71,36 @@ _OPTIONS: Schema = {
     "detach": {
         "type": "boolean",
         "default": False,
-        "description": "whether the request goes on though nobody reads it, asks about it or holds it",
+        "description": "whether the request continues when no client reads or holds it or asks for its status",
     },
     "retry": {"type": "string", "enum": list(RETRY_POLICIES), "default": "before_output"},
 }
 _PARAMS = {
     "type": "object",
-    "description": "as the space's `params` schema says; 64 KiB at most",
+    "description": "according to the space's `params` schema; 64 KiB at most",
     "maxProperties": 60,
 }
 _SUBMIT = _object({"params": _PARAMS, **_OPTIONS}, required=(), additionalProperties=False)
-#: Of a form, fields of other names are params and files.
+#: In a form, fields with other names are params and files.
 _FORM = {
     "type": "object",
     "properties": {"params": {"type": "string", "contentMediaType": "application/json"}},
     "additionalProperties": True,
-    "description": "each field is a param (JSON where the space wants no string), each file an input of that name",
+    "description": "each field is a param (JSON unless the space expects a string), each file an input",
 }
 _STATUS = _object(
     {
         "request_id": {"type": "string", "pattern": f"^{ID_PATTERN.pattern}$"},
         "space": {"type": "string"},
         "state": {"type": "string", "enum": [*LIVE_STATES, *ENDED_STATES]},
-        "position": _nullable("integer", description="in the queue, from 1; null when it is not queued"),
-        "of": _nullable("integer", description="queued in the space"),
-        "eta_s": _nullable("number", description="until it starts, where that can be told"),
+        "position": _nullable("integer", description="in the queue, from 1; null if it is not queued"),
+        "of": _nullable("integer", description="number of requests queued in the space"),
+        "eta_s": _nullable("number", description="seconds until it starts; null if unknown"),
         "attempt": {"type": "integer"},
-        "next_seq": {"type": "integer", "description": "frames there are"},
+        "next_seq": {"type": "integer", "description": "number of frames so far"},
         "age_s": {"type": "number"},
-        "fraction": _nullable("number", description="how far it is, where the engine tells"),
-        "audio_s": _nullable("number", description="seconds of audio made"),
+        "fraction": _nullable("number", description="progress from 0 to 1; null if the engine does not report it"),
+        "audio_s": _nullable("number", description="seconds of audio produced"),
         "code": _nullable("string", description="why it failed"),
         "message": _nullable("string"),
         "links": _object({name: {"type": "string"} for name in ("self", "events", "audio")}),
@@ -118,18 +118,18 @@ _SPACE = _object(
         "format": _nullable("object"),
         "description": {"type": "string"},
         "params": {"type": "object", "description": "JSON Schema of `params`"},
-        "inputs": {"type": "object", "description": "files that are taken, by name"},
+        "inputs": {"type": "object", "description": "accepted files, by name"},
     }
 )
 
 
-def _answers(told: Schema, *refusals: int) -> Schema:
-    """Responses: those in `told`, and errors."""
+def _responses(success: Schema, *refusals: int) -> Schema:
+    """Return the responses in `success`, and the errors."""
     errors = {
-        str(status): {"description": _WORDS[status], "content": {"application/json": {"schema": _ref("Error")}}}
+        str(status): {"description": _DESCRIPTIONS[status], "content": {"application/json": {"schema": _ref("Error")}}}
         for status in sorted({*refusals, *_ALWAYS})
     }
-    return told | errors
+    return success | errors
 
 
 def _ref(name: str) -> Schema:
@@ -137,10 +137,10 @@ def _ref(name: str) -> Schema:
 
 
 def _json(name: str, description: str, headers: Iterable[str] = ()) -> Schema:
-    told: Schema = {"description": description, "content": {"application/json": {"schema": _ref(name)}}}
+    response: Schema = {"description": description, "content": {"application/json": {"schema": _ref(name)}}}
     if headers:
-        told["headers"] = {header: {"schema": {"type": "string"}} for header in headers}
-    return told
+        response["headers"] = {header: {"schema": {"type": "string"}} for header in headers}
+    return response
 
 
 def _parameter(name: str, where: str, schema: Schema, description: str) -> Schema:
@@ -176,8 +176,8 @@ PATHS: Schema = {
     "/v1/spaces": {
         "get": {
             "operationId": "spaces",
-            "summary": "The spaces that this token may use, and what they take",
-            "responses": _answers({"200": _json("Spaces", "In order of their names.")}),
+            "summary": "List the spaces that this token may use, with the schemas of their params and inputs",
+            "responses": _responses({"200": _json("Spaces", "The spaces, sorted by name.")}),
         }
     },
     "/v1/spaces/{space}/requests": {
@@ -186,8 +186,8 @@ PATHS: Schema = {
             "operationId": "submit",
             "summary": "Submit a request",
             "requestBody": _BODY,
-            "responses": _answers(
-                {"202": _json("Status", "It is safe in the relay's store.", ["Location"])}, *_REFUSED
+            "responses": _responses(
+                {"202": _json("Status", "It is stored and will be executed.", ["Location"])}, *_REFUSED
             ),
         },
     },
@@ -195,12 +195,12 @@ PATHS: Schema = {
         "parameters": [_REQUEST_ID],
         "get": {
             "operationId": "status",
-            "summary": "How a request stands; asking keeps it alive",
-            "responses": _answers({"200": _json("Status", "How it stands.")}, 404),
+            "summary": "Return the status of a request, and keep it alive",
+            "responses": _responses({"200": _json("Status", "Its status.")}, 404),
         },
         "put": {
             "operationId": "submit_again",
-            "summary": "Submit a request under an id of your own; harmless to send again",
+            "summary": "Submit a request with an id of your own; safe to repeat",
             "parameters": [
                 _parameter(
                     "request_id", "path", {"type": "string", "pattern": f"^{ID_PATTERN.pattern}$"}, "128 random bits"
@@ -208,10 +208,10 @@ PATHS: Schema = {
                 {"name": "space", "in": "query", "required": True, "schema": {"type": "string", "minLength": 1}},
             ],
             "requestBody": _BODY,
-            "responses": _answers(
+            "responses": _responses(
                 {
                     "200": _json("Status", "The same request was submitted before, and has ended.", ["Location"]),
-                    "202": _json("Status", "It is safe in the relay's store.", ["Location"]),
+                    "202": _json("Status", "It is stored and will be executed.", ["Location"]),
                 },
                 *_REFUSED,
             ),
@@ -219,10 +219,10 @@ PATHS: Schema = {
         "delete": {
             "operationId": "cancel",
             "summary": "Cancel a request",
-            "responses": _answers(
+            "responses": _responses(
                 {
                     "200": _json("Status", "It has ended."),
-                    "202": _json("Status", "Its worker was told; it ends within a second."),
+                    "202": _json("Status", "It is being cancelled; it ends within a second."),
                 },
                 404,
             ),
@@ -232,23 +232,23 @@ PATHS: Schema = {
         "parameters": [_REQUEST_ID],
         "get": {
             "operationId": "events",
-            "summary": "Every frame as a server-sent event, until the end; binary is base64",
+            "summary": "Stream every frame as a server-sent event, until the end; binary data is base64",
             "parameters": [
                 _parameter(
                     "Last-Event-ID",
                     "header",
                     {"type": "string", "pattern": "^([0-9]{1,5}\\.[0-9]{1,9})?$"},
-                    "id of the last event you have (attempt.seq): the stream goes on behind it",
+                    "id of the last event you have (attempt.seq): the stream continues after it",
                 )
             ],
-            "responses": _answers(
+            "responses": _responses(
                 {
                     "200": {
                         "description": "`queued`, `started`, `progress`, `audio`, `output`, and one of `completed`, "
-                        "`failed`, `cancelled`; `error` where the relay itself has to stop.",
+                        "`failed`, `cancelled`; `error` if the relay has to end the stream.",
                         "content": {"text/event-stream": {"schema": _EVENT}},
                     },
-                    "204": {"description": "You have all of it."},
+                    "204": {"description": "You have all events."},
                 },
                 404,
                 422,
@@ -260,21 +260,21 @@ PATHS: Schema = {
         "parameters": [_REQUEST_ID],
         "get": {
             "operationId": "audio",
-            "summary": "What the request says: live while it speaks, in ranges (wav, pcm) once it has ended",
+            "summary": "Return the audio: live while the request runs, with ranges (wav, pcm) once it has ended",
             "parameters": [
                 _parameter(
                     "format",
                     "query",
                     {"type": "string", "enum": list(CODINGS), "default": "wav"},
-                    "`pcm` is what the worker made, at its own rate",
+                    "`pcm` has the worker's own sample rate",
                 ),
                 _parameter("Range", "header", {"type": "string"}, "one range of bytes"),
             ],
-            "responses": _answers(
+            "responses": _responses(
                 {
                     "200": {"description": "The audio.", "content": _AUDIO},
-                    "206": {"description": "The range asked for.", "content": _AUDIO},
-                    "416": {"description": _WORDS[416]},
+                    "206": {"description": "The requested range.", "content": _AUDIO},
+                    "416": {"description": _DESCRIPTIONS[416]},
                 },
                 404,
                 409,
@@ -291,9 +291,9 @@ DOCUMENT: Schema = {
     "info": {
         "title": "relayd",
         "version": VERSION,
-        "summary": "Requests to the spaces of a relay",
-        "description": "OpenAI's speech API (`/v1/audio/speech`, `/v1/models`) is served beside this, as OpenAI "
-        "documents it; the WebSocket at `/v1/relay` is described in docs/protocol.md.",
+        "summary": "Submit requests to the spaces of a relay",
+        "description": "The relay also serves OpenAI's speech API (`/v1/audio/speech`, `/v1/models`), as documented "
+        "by OpenAI; docs/protocol.md describes the WebSocket at `/v1/relay`.",
     },
     "security": [{"token": []}],
     "paths": PATHS,

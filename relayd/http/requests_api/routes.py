@@ -1,4 +1,4 @@
-"""Requests over HTTP, for any space: submit them, query their status, read and cancel them."""
+"""The HTTP API for requests to any space: submit them, query their status, read and cancel them."""
 
 import secrets
 
@@ -27,19 +27,19 @@ from relayd.views.rows import space_row
 
 
 def error_body(refusal: HttpError) -> dict[str, Value]:
-    """An error as this API tells it."""
-    told: dict[str, Value] = {
+    """Return the body of an error response of this API."""
+    error: dict[str, Value] = {
         "code": refusal.code,
         "message": refusal.message,
         "retryable": refusal.retryable,
         "retry_after_s": refusal.retry_after_s,
         "details": jsonable(refusal.details),
     }
-    return {"error": told}
+    return {"error": error}
 
 
 def routes() -> list[BaseRoute]:
-    """What it serves."""
+    """Return the routes of this API."""
     one = "/v1/requests/{request_id}"
     return [
         Route("/v1/spaces", spaces),
@@ -53,14 +53,14 @@ def routes() -> list[BaseRoute]:
 
 
 async def spaces(http: HttpRequest) -> Response:
-    """The spaces that the principal may use, with what they take."""
+    """List the spaces that the principal may use, with the schemas of their params and inputs."""
     relay, principal = context_of(http).relay, principal_of(http)
     names = sorted(name for name in relay.spaces if principal.may_use(name))
     return JSONResponse({"spaces": [jsonable(space_row(relay, name, with_params=True) or {}) for name in names]})
 
 
 async def post(http: HttpRequest) -> Response:
-    """A new request; its id is the relay's choice."""
+    """Submit a new request, with an id chosen by the relay."""
     return await _submit(http, secrets.token_hex(16), http.path_params["space"])
 
 
@@ -68,25 +68,25 @@ class OneRequest(HTTPEndpoint):
     """One request, by its id."""
 
     async def get(self, http: HttpRequest) -> Response:
-        """How it stands. Whoever asks wants it: its resume window begins anew."""
+        """Return its status, and restart its resume window."""
         request = find_request(http, http.path_params["request_id"])
         request.renew(trio.current_time())
         return JSONResponse(status_json(context_of(http).relay, request))
 
     async def put(self, http: HttpRequest) -> Response:
-        """Submit it under an id of the client's own; sent again with the same content it changes nothing."""
+        """Submit it with an id chosen by the client; repeating it with the same content changes nothing."""
         request_id = http.path_params["request_id"]
         principal_of(http)
         if not ID_PATTERN.fullmatch(request_id):
-            message = "a request id is 32 lower-case hex digits: 128 random bits, the same again for the same request"
+            message = "a request id must be 32 lower-case hex digits: 128 random bits, reused only for the same request"
             raise HttpError(ErrorCode.INVALID_PARAMS, message)
         space = http.query_params.get("space")
         if not space:
-            raise HttpError(ErrorCode.INVALID_PARAMS, f"say for which space: PUT /v1/requests/{request_id}?space=NAME")
+            raise HttpError(ErrorCode.INVALID_PARAMS, f"name the space: PUT /v1/requests/{request_id}?space=NAME")
         return await _submit(http, request_id, space)
 
     async def delete(self, http: HttpRequest) -> Response:
-        """Cancel it; a running one ends as soon as its engine has stopped."""
+        """Cancel it; a running request ends as soon as its engine has stopped."""
         request = find_request(http, http.path_params["request_id"])
         relay = context_of(http).relay
         if request.live:
@@ -103,20 +103,20 @@ async def _submit(http: HttpRequest, request_id: str, space_name: str) -> Respon
         async with open_submission(http, submit, inputs, keep=True) as held:
             request = held.request
             status = 202 if request.live else 200
-            told = status_json(context_of(http).relay, request)
-            return JSONResponse(told, status, headers={"Location": f"/v1/requests/{request_id}"})
+            content = status_json(context_of(http).relay, request)
+            return JSONResponse(content, status, headers={"Location": f"/v1/requests/{request_id}"})
 
 
 async def openapi(http: HttpRequest) -> Response:
-    """All of this, for programs."""
+    """Return the OpenAPI document."""
     return JSONResponse(DOCUMENT)
 
 
 async def upgrade_required(http: HttpRequest) -> Response:
-    """The WebSocket's path, without asking for one."""
+    """Refuse a request to the WebSocket path that is not a WebSocket handshake."""
     raise HttpError(
         "upgrade_required",
-        f"{PATH} speaks WebSocket",
+        f"{PATH} accepts only WebSocket connections",
         status=426,
         headers={"Upgrade": "websocket", "Connection": "upgrade"},
     )

@@ -1,4 +1,4 @@
-"""From the body of an HTTP request to the `submit` that a WebSocket client would have sent."""
+"""Converts the body of an HTTP request to the `submit` that a WebSocket client would send."""
 
 import json
 
@@ -15,15 +15,15 @@ from relayd.http.body_parser import Body, InputLimit
 from relayd.http.context import context_of
 from relayd.http.errors import HttpError
 
-#: What a body may say beside `params`; in a form every other field is a param.
+#: Fields of a body besides `params`; in a form, every other field is a param.
 OPTIONS = ("priority", "queue_timeout_s", "run_timeout_s", "detach", "retry")
 
 
 def find_space(http: Request, name: str) -> Space:
-    """Return the space a request is for, before anything of its body is read.
+    """Return the space a request is for; called before the body is read.
 
     Raises:
-        HttpError: the principal may not use the space, there is none, or the relay is shutting down.
+        HttpError: the space does not exist or the principal may not use it, or the relay is shutting down.
     """
     context, principal = context_of(http), principal_of(http)
     if context.relay.draining.is_set():
@@ -36,31 +36,31 @@ def find_space(http: Request, name: str) -> Space:
 
 
 def input_limits(http: Request, space: Space) -> InputLimit:
-    """How large the inputs of a space may be; the relay's own checks follow when all of them are there."""
+    """Return the size limits for the inputs of a space; the relay checks the complete inputs again."""
     most = context_of(http).relay.config.limits.max_input_bytes
 
     def cap(name: str, media_type: str) -> int:
         if not space.engine:
-            return most  # no worker has said yet what it takes
-        taken = space.inputs.get(name)
-        if taken is None:
-            takes = ", ".join(sorted(space.inputs)) or "none"
-            message = f"space {space.name!r} does not take input {name!r}; it takes {takes}"
-            raise HttpError(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name}": "is not taken"})
-        if taken.media_types and media_type not in taken.media_types:
-            what = f"is {media_type!r}; it takes {', '.join(taken.media_types)}"
+            return most  # no worker has registered its inputs yet
+        rule = space.inputs.get(name)
+        if rule is None:
+            known = ", ".join(sorted(space.inputs)) or "none"
+            message = f"space {space.name!r} does not accept input {name!r}; it accepts {known}"
+            raise HttpError(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name}": "is not accepted"})
+        if rule.media_types and media_type not in rule.media_types:
+            what = f"is {media_type!r}; it must be {' or '.join(rule.media_types)}"
             message = f"space {space.name!r}: input {name!r} {what}"
             raise HttpError(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name}": what})
-        return min(most, taken.max_bytes)
+        return min(most, rule.max_bytes)
 
     return cap
 
 
 def build_submit(request_id: str, space: Space, body: Body) -> Submit:
-    """The `submit` that `body` stands for, held to the rules of the wire.
+    """Build the `submit` message for a body, and validate it by the rules of the wire.
 
     Raises:
-        HttpError: `invalid_params`, with what is wrong.
+        HttpError: `invalid_params`, with the faults.
     """
     fields = dict(body.fields)
     options = {name: fields.pop(name) for name in OPTIONS if name in fields}
@@ -70,8 +70,8 @@ def build_submit(request_id: str, space: Space, body: Body) -> Submit:
         params = _params_of_form(space, params, fields)
     elif fields:
         unknown = ", ".join(map(repr, sorted(fields)))[:200]
-        takes = ", ".join(("params", *OPTIONS))
-        raise HttpError(ErrorCode.INVALID_PARAMS, f"the body has {unknown}; it takes {takes}")
+        known = ", ".join(("params", *OPTIONS))
+        raise HttpError(ErrorCode.INVALID_PARAMS, f"the body has unknown fields {unknown}; known are {known}")
     wire: dict[str, Value] = {
         "type": Submit.TYPE,
         "request_id": request_id,
@@ -85,8 +85,8 @@ def build_submit(request_id: str, space: Space, body: Body) -> Submit:
     try:
         submit = decode(pack(wire | options), FROM_CLIENT)
     except EncodeError as fault:
-        words = str(fault).removeprefix(f"{Submit.TYPE}: ")
-        raise HttpError(ErrorCode.INVALID_PARAMS, f"{words}; send large values as files") from None
+        what = str(fault).removeprefix(f"{Submit.TYPE}: ")
+        raise HttpError(ErrorCode.INVALID_PARAMS, f"{what}; send large values as files") from None
     except ProtocolError as fault:
         raise HttpError(ErrorCode.INVALID_PARAMS, str(fault)) from None
     assert isinstance(submit, Submit)
@@ -94,17 +94,17 @@ def build_submit(request_id: str, space: Space, body: Body) -> Submit:
 
 
 def _params_of_form(space: Space, params: Value, fields: dict[str, Value]) -> Value:
-    """Params of a form: the JSON in its field `params`, and over it each other field."""
-    told = _parsed(params) if isinstance(params, str) else params
-    if not isinstance(told, dict):
+    """Return the params of a form: the JSON object in its field `params`, overridden by the other fields."""
+    base = _parsed(params) if isinstance(params, str) else params
+    if not isinstance(base, dict):
         raise HttpError(ErrorCode.INVALID_PARAMS, "the form's field params must hold a JSON object")
-    known = space.params.get("properties")
-    rules = known if isinstance(known, dict) else {}
-    return told | {name: _coerce_field(rules.get(name), value) for name, value in fields.items()}
+    properties = space.params.get("properties")
+    rules = properties if isinstance(properties, dict) else {}
+    return base | {name: _coerce_field(rules.get(name), value) for name, value in fields.items()}
 
 
 def _coerce_field(rule: Value, value: Value) -> Value:
-    """A field's text as it is where the space wants a string; else as the JSON it is, if it is any."""
+    """Return a field's text unchanged if the space expects a string; else parsed as JSON, if it is valid JSON."""
     kind = rule.get("type") if isinstance(rule, dict) else None
     wants_text = kind == "string" or (isinstance(kind, list) and "string" in kind)
     return value if wants_text or not isinstance(value, str) else _parsed(value)

@@ -186,9 +186,9 @@ def test_without_the_extra_wav_and_pcm_as_it_comes_are_made() -> None:
     assert encode(open_encoder("pcm", PCM), [b"\1\0" * 50]) == b"\1\0" * 50
     check_encoder("wav")
     check_encoder("pcm")
-    with pytest.raises(AudioExtraMissing, match="cannot make mp3"):
+    with pytest.raises(AudioExtraMissing, match="cannot produce mp3"):
         check_encoder("mp3")
-    with pytest.raises(AudioExtraMissing, match="24000 Hz mono, of a worker's 22050 Hz with 1 channel:"):
+    with pytest.raises(AudioExtraMissing, match="24000 Hz mono, from a worker's 22050 Hz with 1 channel:"):
         check_encoder("pcm", source=source)
 
 
