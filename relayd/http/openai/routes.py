@@ -1,8 +1,8 @@
-"""OpenAI's speech API: `POST /v1/audio/speech`, and the models and voices that it may name.
+"""OpenAI's speech API: `POST /v1/audio/speech`, and the lists of models and voices.
 
-A model is a space. A request is submitted as a WebSocket client's would be, into the same queue, and what its worker
-speaks is encoded and sent as it comes. The head is sent with the first bytes of audio: until then every error has its
-own status. An error behind that cuts the connection, so that nobody takes what came for the whole.
+A model is a space. A request enters the same queue as those of WebSocket clients, and the worker's audio is encoded and
+sent as it arrives. The head is sent with the first bytes of audio; earlier errors have their own status. A later error
+resets the connection, so that partial audio does not look complete.
 """
 
 import base64
@@ -43,23 +43,23 @@ from relayd.http.streaming_response import ResponseWriter, StreamingRoute
 
 log = structlog.get_logger("relayd.http")
 
-#: What of the paths is this API's: errors there have its shape.
+#: Path prefixes of this API, which has its own error format.
 PATHS = ("/v1/audio", "/v1/models")
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def error_body(refusal: HttpError) -> dict[str, Value]:
-    """An error as OpenAI's API tells it; `param` is the first field of the body that is wrong."""
+    """Return the body of an error in OpenAI's format; `param` is the first invalid field of the body."""
     kind = "invalid_request_error" if refusal.status < 500 else "server_error"
     field = next(iter(refusal.details), None) if refusal.status == 422 else None
-    if field in ("text", ""):  # of a param: the names are the space's own there
+    if field in ("text", ""):  # a fault in a param of the space; names differ from OpenAI's
         field = "input" if field else None
-    told = {"message": refusal.message, "type": _KINDS.get(refusal.status, kind), "param": field, "code": refusal.code}
-    return {"error": told}
+    error = {"message": refusal.message, "type": _KINDS.get(refusal.status, kind), "param": field, "code": refusal.code}
+    return {"error": error}
 
 
 def routes() -> list[BaseRoute]:
-    """What it serves."""
+    """Return the routes of this API."""
     return [
         Route("/v1/audio/speech", StreamingRoute(speak), methods=["POST"]),
         Route("/v1/audio/models", list_audio_models),
@@ -73,7 +73,7 @@ def routes() -> list[BaseRoute]:
 
 
 async def speak(request: Request, reply: ResponseWriter) -> None:
-    """Speak a text: `input` with a `voice` of a `model`, which is a space."""
+    """Speak the text in `input` with a `voice` of a `model`, which is a space."""
     context, principal = context_of(request), principal_of(request)
     speech = parse_speech(await _body(request))
     space = _space(context, principal, speech.space)
@@ -104,10 +104,11 @@ async def _body(request: Request) -> bytes:
 
 
 def _space(context: HttpContext, principal: Principal, name: str) -> Space:
-    """Return the space that a client calls a model.
+    """Return the space named by a client as a model.
 
     Raises:
-        HttpError: 403 for a name that the token may not use, whether or not there is such a space; else 404.
+        HttpError: 403 for a name that the token may not use, whether or not the space exists; 404 for other unknown
+            names.
     """
     space = find_space(context.relay, principal, name)
     if isinstance(space, Rejected):
@@ -116,10 +117,10 @@ def _space(context: HttpContext, principal: Principal, name: str) -> Space:
 
 
 def _refuse_to_wait(held: RequestStream, max_wait_s: float) -> None:
-    """An HTTP client waits without a word of where it stands, and many give up after a minute: better told at once.
+    """Refuse a long wait: HTTP clients do not see their position, and many give up after a minute.
 
     Raises:
-        HttpError: 429; its start is further away than `http.max_wait_s`.
+        HttpError: 429; the request would wait longer than `http.max_wait_s`.
     """
     place = held.place()
     if place is not None and place.eta_s is not None and place.eta_s > max_wait_s:
@@ -131,11 +132,11 @@ def _refuse_to_wait(held: RequestStream, max_wait_s: float) -> None:
 
 
 async def _send(speech: Speech, audio: AudioStream, reply: ResponseWriter) -> None:
-    """Encode what is spoken, and send it as the client asked.
+    """Encode the audio, and send it in the way the client asked for.
 
     Raises:
-        HttpError: the request failed; before the head was sent it is the answer.
-        AudioExtraMissing: as the worker speaks, this coding cannot be made here.
+        HttpError: the request failed.
+        AudioExtraMissing: the coding needs packages that are not installed, given the format of the worker's audio.
     """
     held = audio.held
     if speech.whole:
@@ -160,7 +161,7 @@ async def _send(speech: Speech, audio: AudioStream, reply: ResponseWriter) -> No
 
 
 class _Bytes:
-    """The audio itself, as it comes."""
+    """Sends the bare audio as it arrives."""
 
     def __init__(self, speech: Speech, reply: ResponseWriter) -> None:
         self.speech = speech
@@ -172,53 +173,53 @@ class _Bytes:
         return self.speech.coding.content_type
 
     async def audio(self, data: bytes) -> None:
-        """Send what the codec gave, the head with the first of it."""
+        """Send encoded audio; the head is sent with the first of it."""
         if data:
-            await self._begun()
+            await self._start()
             await self.reply.write(data)
 
     async def end(self, transcoder: Transcoder) -> None:
-        """All was sent."""
-        await self._begun()
+        """Finish the response."""
+        await self._start()
 
     async def failed(self, refusal: HttpError) -> None:
-        """The rest will not come; the connection is about to be cut."""
+        """Report an error after the head was sent, before the connection is reset."""
 
-    async def _begun(self) -> None:
+    async def _start(self) -> None:
         if not self.reply.started:
-            # As nginx has it, and others after it: a proxy that gathered the answer would undo all that is done here.
+            # Keeps nginx and proxies like it from buffering the response, which would defeat streaming.
             more = {"x-accel-buffering": "no"}
             await self.reply.start(self.media_type, headers=self.headers | more)
 
 
 class _Events(_Bytes):
-    """Server-sent events: `speech.audio.delta` for every piece, `speech.audio.done` at the end."""
+    """Sends server-sent events: `speech.audio.delta` for every piece, `speech.audio.done` at the end."""
 
     @property
     def media_type(self) -> str:
         return "text/event-stream"
 
     async def audio(self, data: bytes) -> None:
-        """Send what the codec gave as one event."""
+        """Send encoded audio as one event."""
         if data:
             await self._event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode("ascii")})
 
     async def end(self, transcoder: Transcoder) -> None:
-        """Say what it took."""
+        """Send the usage."""
         usage = usage_of(self.speech, transcoder.encoder.fed_s)
         await self._event({"type": "speech.audio.done", "usage": usage})
 
     async def failed(self, refusal: HttpError) -> None:
-        """Say why: OpenAI's clients raise it."""
+        """Send an error event, which OpenAI's clients raise."""
         await self._event({"type": "error", **error_body(refusal)})
 
     async def _event(self, event: dict[str, Value]) -> None:
-        await self._begun()
+        await self._start()
         await self.reply.write(b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n")
 
 
 class _Whole(_Bytes):
-    """The audio in one piece, with its length in the head."""
+    """Sends the audio in one piece, with its length in the head."""
 
     def __init__(self, speech: Speech, reply: ResponseWriter, max_bytes: int) -> None:
         super().__init__(speech, reply)
@@ -226,16 +227,16 @@ class _Whole(_Bytes):
         self._max_bytes = max_bytes
 
     async def audio(self, data: bytes) -> None:
-        """Keep what the codec gave."""
+        """Collect encoded audio."""
         self._body += data
         if len(self._body) > self._max_bytes:
             message = (
-                f"the audio has more than {self._max_bytes} bytes (limits.max_result_bytes); leave out stream: false"
+                f"the audio is larger than {self._max_bytes} bytes (limits.max_result_bytes); leave out stream: false"
             )
             raise HttpError(ErrorCode.RESULT_TOO_LARGE, message)
 
     async def end(self, transcoder: Transcoder) -> None:
-        """Send all of it."""
+        """Send the complete audio."""
         body = with_sizes(self.speech.coding.name, transcoder.encoder.source, bytes(self._body))
         await self.reply.answer(Response(body, media_type=self.media_type, headers=self.headers))
 
@@ -244,37 +245,37 @@ class _Whole(_Bytes):
 
 
 async def list_models(request: Request) -> Response:
-    """The spaces that speak, as models."""
+    """List the spaces that speak, as models."""
     return JSONResponse({"object": "list", "data": [_model(space) for space in _speaking(request)]})
 
 
 async def show_model(request: Request) -> Response:
-    """One of them."""
+    """Return one model."""
     space = _space(context_of(request), principal_of(request), request.path_params["model"])
     return JSONResponse(_model(space))
 
 
 async def list_audio_models(request: Request) -> Response:
-    """The same, as Open WebUI asks for them."""
+    """List the models in Open WebUI's format."""
     rows = [{"id": space.name, "name": space.config.description or space.name} for space in _speaking(request)]
     return JSONResponse({"models": rows})
 
 
 async def list_voices(request: Request) -> Response:
-    """The voices of the space in `?model=`, or of all of them."""
+    """List the voices of the space in `?model=`, or of all spaces that speak."""
     name = request.query_params.get("model")
     spaces = [_space(context_of(request), principal_of(request), name)] if name else _speaking(request)
-    having: dict[str, list[str]] = {}
+    models_by_voice: dict[str, list[str]] = {}
     for space in spaces:
         for voice in dict.fromkeys((DEFAULT_VOICE, *(voices_of(space) or ()))):
-            having.setdefault(voice, []).append(space.name)
+            models_by_voice.setdefault(voice, []).append(space.name)
     return JSONResponse(
-        {"voices": [{"id": voice, "name": voice, "models": models} for voice, models in having.items()]}
+        {"voices": [{"id": voice, "name": voice, "models": models} for voice, models in models_by_voice.items()]}
     )
 
 
 def _speaking(request: Request) -> list[Space]:
-    """The spaces that the principal may use and that make audio, by name."""
+    """Return the spaces that speak and that the principal may use, sorted by name."""
     principal = principal_of(request)
     spaces = sorted(context_of(request).relay.spaces.values(), key=lambda space: space.name)
     return [space for space in spaces if principal.may_use(space.name) and speaks(space)]

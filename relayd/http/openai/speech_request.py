@@ -1,8 +1,8 @@
-"""What `POST /v1/audio/speech` asks for, in OpenAI's words, and the same in those of a space. Pure.
+"""Parses the body of `POST /v1/audio/speech`, and converts it to the params of a space. Pure.
 
-OpenAI's fields become params by a declared table, and only params that the space's worker has declared are ever sent.
-`speed` becomes none: what an engine calls speed may be anything (of `mock` it is the pace of its work), so the relay
-stretches time itself, and every space has the same 0.25 to 4.
+A table maps OpenAI's fields to params, and only params that the space's worker has declared are sent. `speed` is not
+mapped, because it means different things to engines (to `mock`, how fast it works): the relay stretches the audio
+itself, so every space supports 0.25 to 4.
 """
 
 import json
@@ -18,19 +18,19 @@ from relayd.core.space import Space
 from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED, Coding
 from relayd.http.errors import HttpError
 
-#: Of a body. What it asks for must fit a message of 64 KiB, in JSON each character may be written with six.
+#: The params must fit a message of 64 KiB, of which JSON may write each character as six.
 MAX_BODY_BYTES = 400_000
 MAX_INPUT_CHARS = 64 * 1024
 MAX_NAME_CHARS = 256
-#: OpenAI's field -> names of the param that means it, of which the first that the worker has declared is sent.
+#: OpenAI's field -> names of corresponding params; the first one that the worker has declared is used.
 PARAMS = {
     "input": ("text", "input"),
     "voice": ("voice",),
     "instructions": ("instructions", "voice_description"),
 }
-#: A voice that every space has: the one it speaks with when none is named.
+#: A voice name that every space accepts: the voice used if none is given.
 DEFAULT_VOICE = "default"
-MAX_VOICES_TOLD = 24
+MAX_VOICES_LISTED = 24
 
 
 def _voice(value: Value) -> None:
@@ -41,7 +41,7 @@ def _voice(value: Value) -> None:
 
 
 _REQUIRED = object()
-#: Field -> rule, and what it is where it is left out or null.
+#: Field -> rule, and the default if it is missing or null.
 _FIELDS: dict[str, tuple[Rule, Any]] = {
     "model": (text(MAX_NAME_CHARS), _REQUIRED),
     "input": (text(MAX_INPUT_CHARS), _REQUIRED),
@@ -56,13 +56,13 @@ _FIELDS: dict[str, tuple[Rule, Any]] = {
 
 @attrs.frozen(kw_only=True)
 class Speech:
-    """What is to be spoken, and how it is to be sent.
+    """A parsed speech request.
 
     Args:
         space: `model` of the API.
         text: `input` of the API.
-        sse: whether the audio comes as server-sent events.
-        whole: whether it is sent only when all of it is there.
+        sse: whether the audio is sent as server-sent events.
+        whole: whether the audio is sent in one piece when it is complete.
     """
 
     space: str
@@ -76,31 +76,31 @@ class Speech:
 
 
 def parse_speech(body: bytes) -> Speech:
-    """The speech that a body asks for. Fields that the API does not have are passed over, as OpenAI's clients add some.
+    """Parse a body. Unknown fields are ignored, because OpenAI's clients add some.
 
     Raises:
-        HttpError: 400 for what is no JSON, 422 with every fault for what is no request to speak.
+        HttpError: 400 if the body is not a JSON object, 422 with every fault if a field is invalid.
     """
     try:
-        told = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError) as fault:
-        why = str(fault) if isinstance(fault, json.JSONDecodeError) else "it is not UTF-8, or nested too deep"
+        why = str(fault) if isinstance(fault, json.JSONDecodeError) else "it is not UTF-8, or nested too deeply"
         raise HttpError("invalid_json", f"the body must be JSON: {why}", status=400) from None
-    if not isinstance(told, dict):
-        raise HttpError("invalid_json", f"the body must be a JSON object, not {kind_of(told)}", status=400)
+    if not isinstance(fields, dict):
+        raise HttpError("invalid_json", f"the body must be a JSON object, not {kind_of(fields)}", status=400)
     values, faults = {}, {}
     for name, (rule, default) in _FIELDS.items():
-        value = told.get(name)
+        value = fields.get(name)
         values[name] = default if value is None else value
         try:
             if values[name] is _REQUIRED:
                 raise ValueError("is required")
             rule(values[name])
-            _utf8(values[name])
+            _check_utf8(values[name])
         except ValueError as fault:
             faults[name] = str(fault)
     if not faults and not values["input"].strip():
-        faults["input"] = "holds nothing to speak"
+        faults["input"] = "contains nothing to speak"
     if faults:
         raise _invalid(faults)
     voice = values["voice"]
@@ -116,30 +116,32 @@ def parse_speech(body: bytes) -> Speech:
     )
 
 
-def _utf8(value: Value) -> None:
-    """JSON may write one half of a character in UTF-16; nothing else can."""
+def _check_utf8(value: Value) -> None:
+    """Refuse lone surrogates, which JSON can express but UTF-8 cannot."""
     try:
         str(value.get("id", "") if isinstance(value, dict) else value).encode()
     except UnicodeEncodeError:
-        raise ValueError("holds a lone surrogate, which is no character") from None
+        raise ValueError("contains a lone surrogate, which is not a character") from None
 
 
 def params_of(speech: Speech, space: Space) -> dict[str, Value]:
-    """The params with which a space is asked to speak.
+    """Convert a speech request to the params of a space.
 
-    Before its first worker has come a space has declared nothing; then the first name of each is taken, and the worker
-    checks for itself.
+    Before its first worker registers, a space has declared nothing; then the first name of each param is used, and the
+    worker checks the params itself.
 
     Raises:
-        HttpError: 422; it makes no audio, has no such voice or takes no instructions.
+        HttpError: 422; the space produces no audio, does not have the voice or does not accept instructions.
     """
     if space.engine and space.format is None:
-        raise _invalid({"model": f"space {space.name!r} makes no audio; GET /v1/models lists those that do"})
+        raise _invalid({"model": f"space {space.name!r} produces no audio; GET /v1/models lists the spaces that do"})
     properties = space.params.get("properties", {})
     params = {_param(space, "input"): speech.text}
     if None in params:
-        taken = ", ".join(sorted(properties)) or "nothing"
-        raise _invalid({"model": f"space {space.name!r} takes no text to speak, but {taken}; submit a request to it"})
+        known = ", ".join(sorted(properties)) or "none"
+        raise _invalid(
+            {"model": f"space {space.name!r} has no param for a text (it has: {known}); submit a request to it instead"}
+        )
     if speech.voice != DEFAULT_VOICE or DEFAULT_VOICE in (voices_of(space) or ()):
         voices, name = voices_of(space), _param(space, "voice")
         if name is None or (voices is not None and speech.voice not in voices):
@@ -148,26 +150,26 @@ def params_of(speech: Speech, space: Space) -> dict[str, Value]:
     if speech.instructions:
         name = _param(space, "instructions")
         if name is None:
-            raise _invalid({"instructions": f"space {space.name!r} takes no instructions; leave them out"})
+            raise _invalid({"instructions": f"space {space.name!r} does not accept instructions; leave them out"})
         params[name] = speech.instructions
     return {name: value for name, value in params.items() if name is not None}
 
 
 def _param(space: Space, field: str) -> str | None:
-    """Name of the param that a field becomes; None where the space has none for it."""
+    """Return the name of the param for a field; None if the space has none."""
     names, properties = PARAMS[field], space.params.get("properties", {})
     if not properties:
         return names[0]
-    return next((name for name in names if _asks(properties.get(name))), None)
+    return next((name for name in names if _accepts_value(properties.get(name))), None)
 
 
-def _asks(schema: Value) -> bool:
-    """Whether a param may have a value: what a worker cannot do it declares as a param that must be null."""
+def _accepts_value(schema: Value) -> bool:
+    """Whether a param accepts a value: workers declare unsupported params as ones that must be null."""
     return isinstance(schema, dict) and not ("const" in schema and schema["const"] is None)
 
 
 def voices_of(space: Space) -> tuple[str, ...] | None:
-    """The voices that a space's worker has declared, its default aside; None where it takes any name."""
+    """Return the voices declared by a space's worker, besides its default; None if it accepts any name."""
     name = _param(space, "voice")
     if name is None:
         return ()
@@ -181,28 +183,33 @@ def voices_of(space: Space) -> tuple[str, ...] | None:
 
 def _no_such_voice(voice: str, space: Space, voices: Iterable[str]) -> str:
     names = [DEFAULT_VOICE, *(name for name in voices if name != DEFAULT_VOICE)]
-    told = ", ".join(names[:MAX_VOICES_TOLD])
-    if len(names) > MAX_VOICES_TOLD:
-        told += f" and {len(names) - MAX_VOICES_TOLD} more: GET /v1/audio/voices?model={space.name}"
-    return f"space {space.name!r} has no voice {voice[:64]!r}; there are {told}"
+    listed = ", ".join(names[:MAX_VOICES_LISTED])
+    if len(names) > MAX_VOICES_LISTED:
+        listed += f" and {len(names) - MAX_VOICES_LISTED} more: GET /v1/audio/voices?model={space.name}"
+    return f"space {space.name!r} has no voice {voice[:64]!r}; it has {listed}"
 
 
 def _invalid(faults: dict[str, str]) -> HttpError:
-    told = "; ".join(f"{field}: {what}" for field, what in faults.items())
-    return HttpError(ErrorCode.INVALID_PARAMS, told, details=faults)
+    message = "; ".join(f"{field}: {what}" for field, what in faults.items())
+    return HttpError(ErrorCode.INVALID_PARAMS, message, details=faults)
 
 
 def usage_of(speech: Speech, audio_s: float) -> dict[str, Value]:
-    """What a speech took. Nothing here counts tokens: a character stands for one of input, 50 ms for one of audio.
+    """Return the usage of a request. The relay counts no tokens: a character counts as an input token, 50 ms of audio
+    as an output token.
 
     Args:
-        speech: what was asked for.
-        audio_s: seconds that the worker spoke.
+        speech: the speech request.
+        audio_s: duration of the worker's audio in seconds.
     """
-    heard, spoken = len(speech.text), round(audio_s * 20)
-    return {"input_tokens": heard, "output_tokens": spoken, "total_tokens": heard + spoken}
+    input_tokens, output_tokens = len(speech.text), round(audio_s * 20)
+    return {
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "total_tokens": input_tokens + output_tokens,
+    }
 
 
 def speaks(space: Space) -> bool:
-    """Whether a space makes audio of text; one that no worker has served yet may."""
+    """Whether a space converts text to audio; True for one that no worker has served yet."""
     return (not space.engine or isinstance(space.format, AudioFormat)) and _param(space, "input") is not None

@@ -238,7 +238,7 @@ async def test_the_openai_package_speaks_lists_and_raises_its_own_errors(tmp_pat
                 assert b"".join([piece async for piece in streamed.iter_bytes()]) == PCM
             with pytest.raises(openai.NotFoundError, match="space 'nobody' does not exist"):
                 await speak(model="nobody")
-            with pytest.raises(openai.UnprocessableEntityError, match="there are default, anna, bert") as fault:
+            with pytest.raises(openai.UnprocessableEntityError, match="it has default, anna, bert") as fault:
                 await speak(voice="alloy")
             assert (fault.value.code, fault.value.param) == ("invalid_params", "voice")
         async with openai.AsyncOpenAI(base_url=base_url, api_key="rly_c_none", max_retries=0) as stranger:
@@ -341,7 +341,7 @@ async def test_an_engine_that_makes_no_audio_is_refused_at_once(tmp_path: Path) 
     async with daemon(tmp_path) as relay, fake_worker(relay.url, format=None):
         status, told, _ = await error_of(relay.url)
         assert (status, told["code"], told["param"]) == (422, "invalid_params", "model")
-        assert "makes no audio" in told["message"]
+        assert "produces no audio" in told["message"]
 
 
 @pytest.mark.trio
@@ -349,13 +349,13 @@ async def test_an_engine_that_makes_no_audio_is_refused_at_once(tmp_path: Path) 
     ("fields", "param", "words"),
     [
         ({"input": None}, "input", "is required"),
-        ({"input": "  "}, "input", "holds nothing to speak"),
+        ({"input": "  "}, "input", "contains nothing to speak"),
         ({"input": 5}, "input", "must be a string"),
         ({"model": None}, "model", "is required"),
         ({"voice": ["anna"]}, "voice", "must be a string or"),
-        ({"voice": "alloy"}, "voice", "there are default, anna, bert"),
-        ({"voice": {"id": "alloy"}}, "voice", "there are default, anna, bert"),
-        ({"instructions": "softly"}, "instructions", "takes no instructions"),
+        ({"voice": "alloy"}, "voice", "it has default, anna, bert"),
+        ({"voice": {"id": "alloy"}}, "voice", "it has default, anna, bert"),
+        ({"instructions": "softly"}, "instructions", "does not accept instructions"),
         ({"response_format": "wma"}, "response_format", "must be one of mp3, opus, aac, flac, wav, pcm"),
         ({"speed": 0.2}, "speed", "0.25..4.0"),
         ({"speed": True}, "speed", "must be a number"),

@@ -80,11 +80,11 @@ def test_fields_become_the_params_that_the_worker_declared(
 @pytest.mark.parametrize(
     ("schema", "fields", "words"),
     [
-        (ESPEAK, {"voice": "alloy"}, "voice: space 'tts' has no voice 'alloy'; there are default, auto, en-us"),
-        (mock.PARAMS, {"voice": "alloy"}, "there are default"),
-        (params_schema(Abilities()), {"voice": "alloy"}, "there are default"),
-        (params_schema(Abilities()), {"instructions": "softly"}, "takes no instructions"),
-        ({"properties": {"prompt": {"type": "string"}}}, {}, "takes no text to speak, but prompt"),
+        (ESPEAK, {"voice": "alloy"}, "voice: space 'tts' has no voice 'alloy'; it has default, auto, en-us"),
+        (mock.PARAMS, {"voice": "alloy"}, "it has default"),
+        (params_schema(Abilities()), {"voice": "alloy"}, "it has default"),
+        (params_schema(Abilities()), {"instructions": "softly"}, "does not accept instructions"),
+        ({"properties": {"prompt": {"type": "string"}}}, {}, "has no param for a text (it has: prompt)"),
     ],
 )
 def test_what_the_worker_did_not_declare_is_refused(schema: dict[str, Any], fields: dict[str, Any], words: str) -> None:
