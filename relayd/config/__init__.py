@@ -1,1 +1,1 @@
-"""The settings: their schema, and how they are read from relayd.toml and the environment."""
+"""The settings: their schema, and their loading from relayd.toml and the environment."""

@@ -1,4 +1,4 @@
-"""Where settings come from: `relayd.toml`, over it `RELAYD_...` variables, over those the command line."""
+"""Loads the settings: `relayd.toml`, overridden by `RELAYD_...` variables, overridden by the command line."""
 
 import difflib
 import re
@@ -28,9 +28,9 @@ from relayd.config.schema import SpaceConfig as SpaceConfig
 from relayd.config.schema import Tls as Tls
 
 SYSTEM_FILE = Path("/etc/relayd/relayd.toml")
-#: `sun_path` of Linux, without its closing NUL (unix(7)).
+#: Size of `sun_path` on Linux, without the terminating NUL (unix(7)).
 MAX_SOCKET_PATH_BYTES = 107
-#: What Kubernetes (and Docker links) set for a service that is called "relayd": none of ours, and no typing error.
+#: Variables that Kubernetes and Docker links set for a service named "relayd": not settings, and not typos either.
 _FOREIGN_VARIABLES = re.compile(r"RELAYD_(SERVICE_\w+|PORT(_\w+)?|ENV_\w+|NAME)")
 
 
@@ -40,41 +40,41 @@ def load_config(
     environ: Mapping[str, str],
     overrides: Mapping[str, Value] | None = None,
 ) -> Config:
-    """The settings: the file's, over them the environment's, over those the command line's.
+    """Load the settings from the file, the environment and the command line; later ones take precedence.
 
     Args:
-        path: the file. None takes `$RELAYD_CONFIG`, `./relayd.toml` or `/etc/relayd/relayd.toml`, whichever comes
-            first, and with none of them the defaults with one space, `tts`.
+        path: the file. None means the first of `$RELAYD_CONFIG`, `./relayd.toml` and `/etc/relayd/relayd.toml` that
+            exists, and without any of them the defaults with one space, `tts`.
         environ: the environment; `RELAYD_LIMITS__DEAD_AFTER_S` is `limits.dead_after_s`.
-        overrides: nested as in the file; values of None are passed over.
+        overrides: nested as in the file; values of None are ignored.
 
     Raises:
-        ConfigError: the file cannot be read, or something in it, or in a variable, is wrong: all of it is told.
+        ConfigError: the file cannot be read, or the file or a variable has faults; lists all of them.
     """
     path = path or _find_file(environ)
     source = str(path) if path else "built-in configuration"
     raw = _read_file(path) if path else {"spaces": {"tts": {}}}
     if path:
-        _anchor(raw, path.absolute().parent)
+        _make_absolute(raw, path.absolute().parent)
     faults = _merge_environment(raw, environ)
     _merge(raw, overrides or {})
     raw.setdefault("state_dir", str(default_state_dir(environ)))
-    _anchor(raw, Path.cwd())
+    _make_absolute(raw, Path.cwd())
     try:
         config = structure(Config, raw, (), source)
     except ConfigError as error:
-        raise ConfigError([*faults, *error.faults, *_faults_between(raw)], source) from None
-    if faults := [*faults, *_faults_between(raw)]:
+        raise ConfigError([*faults, *error.faults, *_find_conflicts(raw)], source) from None
+    if faults := [*faults, *_find_conflicts(raw)]:
         raise ConfigError(faults, source)
     return config
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
-    """Where state lies when nobody says: systemd's `$STATE_DIRECTORY`, else `relayd` in the user's state folder."""
+    """Return the default state folder: systemd's `$STATE_DIRECTORY`, else `relayd` in the user's state folder."""
     if given := environ.get("STATE_DIRECTORY", "").split(":")[0]:
         return Path(given)
     home = environ.get("XDG_STATE_HOME", "")
-    # The XDG specification has relative paths ignored.
+    # The XDG specification requires that relative paths are ignored.
     return (Path(home) if home.startswith("/") else Path(environ.get("HOME") or Path.home(), ".local/state")) / "relayd"
 
 
@@ -105,8 +105,8 @@ def _merge(raw: dict[str, Value], over: Mapping[str, Value]) -> None:
             raw[key] = str(value) if isinstance(value, Path) else value
 
 
-def _anchor(raw: dict[str, Value], folder: Path) -> None:
-    """Take relative paths from `folder`: the file's own for what stands in it, else the current one."""
+def _make_absolute(raw: dict[str, Value], folder: Path) -> None:
+    """Make paths absolute, relative to `folder`: the file's own for paths in the file, else the current one."""
     tls = raw.get("tls")
     for table, key in ((raw, "state_dir"), (tls, "cert"), (tls, "key")):
         if isinstance(table, dict) and isinstance(given := table.get(key), str) and given and "\0" not in given:
@@ -114,19 +114,19 @@ def _anchor(raw: dict[str, Value], folder: Path) -> None:
 
 
 def _merge_environment(raw: dict[str, Value], environ: Mapping[str, str]) -> list[str]:
-    """Put the `RELAYD_...` variables into `raw`; what is wrong with their names comes back."""
+    """Merge the `RELAYD_...` variables into `raw`; returns the faults in their names."""
     faults = []
     for variable in sorted(environ):
         if not variable.startswith("RELAYD_") or variable == "RELAYD_CONFIG" or _FOREIGN_VARIABLES.fullmatch(variable):
             continue
         value = environ[variable]
         if variable == "RELAYD_STATE_DIR" and not value:
-            continue  # unset, for all that look for the socket too
+            continue  # counts as unset, as in the client programs that look for the socket
         known = _settings_by_variable(raw)
         if (setting := known.get(variable)) is None:
-            # All begin alike, so the usual 0.6 would find kinship everywhere.
+            # All names start alike, so the default cutoff of 0.6 would match everything.
             close = difflib.get_close_matches(variable, known, n=1, cutoff=0.85)
-            faults.append(f"{variable}: names no setting" + (f"; did you mean {close[0]}?" if close else ""))
+            faults.append(f"{variable}: is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
             continue
         *sections, key = setting[0]
         over: dict[str, Value] = {key: _parse_variable(value, setting[1])}
@@ -137,7 +137,7 @@ def _merge_environment(raw: dict[str, Value], environ: Mapping[str, str]) -> lis
 
 
 def _settings_by_variable(raw: Mapping[str, Value]) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Variable -> path and type of its setting; every space of the file has its own, and `TTS` is there for all."""
+    """Return variable -> path and type of its setting, for every space in the file and always for `tts`."""
     spaces = raw.get("spaces")
     tables: list[tuple[tuple[str, ...], type]] = [((), Config)]
     tables += [((section,), cls) for section, cls in SECTIONS.items()]
@@ -154,7 +154,7 @@ def _settings_by_variable(raw: Mapping[str, Value]) -> dict[str, tuple[tuple[str
 
 
 def _parse_variable(value: str, kind: Any) -> Value:
-    """Text stays text; other values are written as in TOML; a list may also be parted by commas."""
+    """Parse a variable: strings are taken literally, other values as TOML; lists may also be separated by commas."""
     if kind in (str, Path) or get_origin(kind) is Literal:
         return value
     if get_origin(kind) is tuple and not value.lstrip().startswith("["):
@@ -162,32 +162,32 @@ def _parse_variable(value: str, kind: Any) -> Value:
     try:
         return tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return value  # its rule says what it should have been
+        return value  # its rule reports the fault
 
 
-def _faults_between(raw: Mapping[str, Value]) -> Iterator[str]:
-    """What is wrong only in view of another setting; told besides the faults of single ones."""
+def _find_conflicts(raw: Mapping[str, Value]) -> Iterator[str]:
+    """Yield the faults that involve more than one setting."""
     listen = raw.get("listen", attrs.fields(Config).listen.default)
     tls = raw.get("tls")
     if listen and isinstance(listen, str) and tls is None and raw.get("behind_proxy", False) is False:
         try:
             host, _ = split_listen(listen)
         except ValueError:
-            host = "localhost"  # told already
+            host = "localhost"  # already reported
         if not is_loopback(host):
             yield (
-                f"listen: {listen} can be reached from other machines, in plain text: give a certificate in [tls], "
-                "or say behind_proxy = true where a proxy in front speaks TLS"
+                f"listen: {listen} can be reached from other machines without encryption: give a certificate in [tls], "
+                "or set behind_proxy = true if a proxy in front of the relay provides TLS"
             )
     if raw.get("unix_socket", True) is False:
         if listen == "":
-            yield 'listen: nothing is left to listen on: it is "" and unix_socket is false'
+            yield 'listen: there is nothing to listen on: it is "" and unix_socket is false'
     elif isinstance(state_dir := raw["state_dir"], str):
         length = len(str(Path(state_dir, "relayd.sock")).encode(errors="surrogateescape"))
         if length > MAX_SOCKET_PATH_BYTES:
             yield (
-                f"state_dir: the path of the socket in it has {length} bytes, and Linux takes {MAX_SOCKET_PATH_BYTES}: "
-                "use a shorter one, or say unix_socket = false"
+                f"state_dir: the path of the socket in it has {length} bytes, and Linux allows "
+                f"{MAX_SOCKET_PATH_BYTES}: use a shorter one, or set unix_socket = false"
             )
     if isinstance(spaces := raw.get("spaces"), dict):
         for name in spaces:
@@ -197,8 +197,8 @@ def _faults_between(raw: Mapping[str, Value]) -> Iterator[str]:
                 yield f"spaces: {fault}"
     if isinstance(tls, dict):
         for key in ("cert", "key"):
-            if isinstance(file := tls.get(key), str) and file and (trouble := _unreadable(Path(file))):
-                yield f"tls.{key}: {file}: {trouble}"
+            if isinstance(file := tls.get(key), str) and file and (error := _read_error(Path(file))):
+                yield f"tls.{key}: {file}: {error}"
     limits = raw.get("limits")
     if isinstance(limits, dict):
         ping, dead = (
@@ -209,7 +209,7 @@ def _faults_between(raw: Mapping[str, Value]) -> Iterator[str]:
             yield f"limits.dead_after_s: is {dead}; it must be at least twice limits.ping_interval_s ({ping})"
 
 
-def _unreadable(path: Path) -> str:
+def _read_error(path: Path) -> str:
     try:
         with path.open("rb"):
             return ""

@@ -1,8 +1,8 @@
-"""The settings, as frozen classes, and the strict conversion from tables to them; `loader` reads the files.
+"""The settings as frozen classes, and the strict conversion of tables to them; `loader` reads the files.
 
-Nothing is coerced, what is unknown is refused, and every fault is told at once with its path. A setting is one
-line in its class: the annotation carries the rule, so a class that is built by hand (a space created at run
-time) is held to the same rules as the file.
+Nothing is coerced, unknown keys are refused, and all faults are reported together, each with its path. A setting is one
+line in its class, and its annotation holds the rule, so that objects constructed elsewhere (such as a space created at
+run time) follow the same rules as the file.
 """
 
 import difflib
@@ -41,7 +41,7 @@ class ConfigError(Exception):
     """The settings cannot be used.
 
     Attributes:
-        faults: every one, as `path.to.key: what is wrong`.
+        faults: all faults, as `path.to.key: what is wrong`.
     """
 
     def __init__(self, faults: Iterable[str], source: str = "configuration") -> None:
@@ -51,10 +51,10 @@ class ConfigError(Exception):
 
 
 def split_listen(listen: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`; an IPv6 host stands in brackets.
+    """Split `HOST:PORT` into host and port; an IPv6 host must be in brackets.
 
     Raises:
-        ValueError: says how to write it.
+        ValueError: `listen` is not valid; the message gives the right form.
     """
     host, colon, port = listen.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
@@ -62,14 +62,14 @@ def split_listen(listen: str) -> tuple[str, int]:
     elif ":" in host:
         raise ValueError(f"{listen!r}: put an IPv6 address in brackets, as in [::1]:8765")
     if not colon or not host or not re.fullmatch(r"[0-9]{1,5}", port):
-        raise ValueError(f"{listen!r} is not HOST:PORT; 0.0.0.0:8765 takes every IPv4 address of the machine")
+        raise ValueError(f"{listen!r} is not HOST:PORT; 0.0.0.0:8765 listens on every IPv4 address of the machine")
     if int(port) > 65_535:
         raise ValueError(f"port {port} is over 65535")
     return host, int(port)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
+    """Whether `host` can be reached only from this machine."""
     if host == "localhost":
         return True
     try:
@@ -114,14 +114,14 @@ _bytes = integer(1, 2**40)
 
 
 def parse_annotation(annotation: Any) -> tuple[Any, Rule | None]:
-    """The plain type and, where one is annotated, the rule."""
+    """Return the plain type and the annotated rule; None if there is no rule."""
     if get_origin(annotation) is Annotated:
         kind, rule = get_args(annotation)
         return kind, rule
     return annotation, None
 
 
-def _keep_rule(kind: Any, rule: Rule, value: Value) -> Value:
+def _apply_rule(kind: Any, rule: Rule, value: Value) -> Value:
     rule(value)
     if kind is float:
         return float(value)
@@ -131,7 +131,7 @@ def _keep_rule(kind: Any, rule: Rule, value: Value) -> Value:
 
 
 def _with_rules(_cls: type, fields: Fields) -> Fields:
-    """Make every annotated rule hold on construction, too."""
+    """Apply every annotated rule on construction, too."""
     return [_with_rule(field) for field in fields]
 
 
@@ -142,7 +142,7 @@ def _with_rule(field: "attrs.Attribute[Any]") -> "attrs.Attribute[Any]":
 
     def convert(value: Value) -> Value:
         try:
-            return _keep_rule(kind, rule, value)
+            return _apply_rule(kind, rule, value)
         except ValueError as fault:
             raise FieldError(f"{field.name}: {fault}") from None
 
@@ -154,7 +154,7 @@ def _with_rule(field: "attrs.Attribute[Any]") -> "attrs.Attribute[Any]":
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
 class Tls:
-    """Files of the certificate chain and its key, PEM."""
+    """The files of the certificate chain and its key, in PEM format."""
 
     cert: Annotated[Path, _path]
     key: Annotated[Path, _path]
@@ -162,7 +162,7 @@ class Tls:
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
 class LogConfig:
-    """What is logged, and how: `auto` is `console` on a terminal and `json` elsewhere."""
+    """Level and format of the log: `auto` is `console` on a terminal and `json` elsewhere."""
 
     level: Annotated[str, choice("debug", "info", "warning", "error")] = "info"
     format: Annotated[Literal["auto", "console", "json"], choice("auto", "console", "json")] = "auto"
@@ -170,18 +170,18 @@ class LogConfig:
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
 class Limits:
-    """Deadlines and sizes that hold for all connections and requests."""
+    """Deadlines and sizes that apply to all connections and requests."""
 
     hello_timeout_s: Annotated[float, number(0.01, 60)] = 3.0
     ping_interval_s: Annotated[float, number(0.01, 3600)] = 5.0
     dead_after_s: Annotated[float, number(0.02, 36_000)] = 15.0
-    #: How long a request outlives its last holder; 0 cancels it at once.
+    #: How long a request continues without a holder; 0 cancels it at once.
     resume_window_s: Annotated[float, _from_zero_s] = 30.0
-    #: How long a request that ran on a lost worker waits for that worker to come back.
+    #: How long a request on a disconnected worker waits for the worker to reconnect.
     worker_grace_s: Annotated[float, _from_zero_s] = 30.0
     stall_timeout_s: Annotated[float, _seconds] = 60.0
     cancel_grace_s: Annotated[float, _from_zero_s] = 5.0
-    #: Fits, with the daemon's own files, below the 1,024 descriptors that Linux grants by default.
+    #: With the daemon's own files, fits into the 1,024 descriptors that Linux allows by default.
     max_connections: Annotated[int, _count] = 900
     #: Per connection; must hold the largest message.
     max_backlog_bytes: Annotated[int, integer(2 * MAX_MESSAGE_BYTES, 2**40)] = 8 * MIB
@@ -191,12 +191,12 @@ class Limits:
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
 class Results:
-    """How long, and where, what requests put out is kept.
+    """How long and where the results of requests are kept.
 
     Args:
-        retain_s: an ended request and its result are known this long.
-        memory_bytes: of all frames in memory; what is more lies in files in the state folder.
-        disk_bytes: of all those files; the oldest results go first.
+        retain_s: how long an ended request and its result are kept.
+        memory_bytes: limit for all frames in memory; more are moved to files in the state folder.
+        disk_bytes: limit for all those files; the oldest results are deleted first.
     """
 
     retain_s: Annotated[float, _from_zero_s] = 600.0
@@ -206,13 +206,13 @@ class Results:
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
 class Http:
-    """What holds for HTTP alone.
+    """Settings of HTTP.
 
     Args:
-        max_wait_s: `/v1/audio/speech` refuses a request that is told to wait longer for its start, with `queue_full`.
-        keep_alive_s: how long a connection waits for its next request.
-        metrics: who may ask for `/metrics`: `token` is a client's or an operator's for all spaces, `operator` an
-            operator's alone, `public` anybody.
+        max_wait_s: `/v1/audio/speech` refuses requests with a longer estimated wait, with `queue_full`.
+        keep_alive_s: how long an idle connection waits for the next request.
+        metrics: who may read `/metrics`: `token` means clients and operators with access to all spaces, `operator`
+            only operators, `public` everybody.
     """
 
     max_wait_s: Annotated[float, _from_zero_s] = 120.0
@@ -222,12 +222,12 @@ class Http:
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
 class SpaceConfig:
-    """One space. The timeouts are what a request gets that names none of its own.
+    """One space. The timeouts are defaults for requests that do not set their own.
 
     Args:
-        max_workers: workers that may serve it at once; one more is refused with `space_full`.
-        when_empty: what becomes of a request while no worker is connected: `queue` or `refuse`.
-        max_attempts: losses of a worker or engine after which a request fails.
+        max_workers: workers that may serve it at once; further ones are refused with `space_full`.
+        when_empty: what happens to requests while no worker is connected: `queue` or `refuse`.
+        max_attempts: number of losses of a worker or engine after which a request fails.
     """
 
     max_workers: Annotated[int, integer(1, 1_000)] = 1
@@ -242,25 +242,25 @@ class SpaceConfig:
     description: Annotated[str, text(1_000)] = ""
 
     def to_map(self) -> dict[str, Value]:
-        """The settings by name; `None` left out."""
+        """Return the settings by name, without those that are None."""
         return {name: value for name, value in attrs.asdict(self).items() if value is not None}
 
     @classmethod
     def from_map(cls, values: Mapping[str, Value], *, path: str = "") -> Self:
-        """The space that `values` describe; what is not named has its default.
+        """Make a space from `values`; missing settings have their defaults.
 
         Args:
-            values: as `to_map` makes them, or from a command.
-            path: stands before the key in every fault.
+            values: settings by name, from `to_map` or from a command.
+            path: prefix of the key in every fault.
 
         Raises:
-            ConfigError: with every fault.
+            ConfigError: `values` have faults; lists all of them.
         """
         return structure(cls, dict(values), (path,) if path else (), "space")
 
     @classmethod
     def field_names(cls) -> frozenset[str]:
-        """Names of all settings of a space."""
+        """Return the names of all settings of a space."""
         return frozenset(field.name for field in attrs.fields(cls))
 
 
@@ -269,11 +269,13 @@ class Config:
     """All settings of one daemon.
 
     Args:
-        listen: `HOST:PORT`; port 0 takes a free one, and "" turns TCP off.
-        state_dir: holds the store, the lock and the unix socket.
-        behind_proxy: a proxy in front speaks TLS, so plain TCP beyond loopback is meant.
-        allowed_origins: browser origins taken besides none at all; `*` takes any.
-        store: `sqlite`, or `memory`, which forgets everything at the end.
+        listen: `HOST:PORT`; port 0 picks a free one, and "" turns TCP off.
+        state_dir: the folder of the store, the lock and the unix socket.
+        behind_proxy: a proxy in front of the relay provides TLS, so plain TCP on other addresses than loopback is
+            intended.
+        allowed_origins: origins of browser pages that may connect; `*` allows any. Requests without an origin are
+            always allowed.
+        store: `sqlite`, or `memory`, which keeps nothing after the end.
     """
 
     listen: Annotated[str, _listen] = "127.0.0.1:8765"
@@ -298,7 +300,7 @@ class Config:
 
     @property
     def socket_path(self) -> Path | None:
-        """Where the unix socket lies; None when it is off."""
+        """Path of the unix socket; None when it is off."""
         return self.state_dir / "relayd.sock" if self.unix_socket else None
 
 
@@ -315,14 +317,16 @@ SECTIONS: Mapping[str, type[attrs.AttrsInstance]] = {
 
 
 def structure(cls: type[SettingsT], raw: Value, path: tuple[str, ...], source: str) -> SettingsT:
-    """The settings that a table holds.
+    """Convert a table to a settings class.
 
     Args:
-        path: of the table, as faults are to name it.
-        source: stands before the list of faults.
+        cls: the settings class.
+        raw: the table.
+        path: path of the table, as a prefix for faults.
+        source: the heading of the list of faults.
 
     Raises:
-        ConfigError: with every fault.
+        ConfigError: the table has faults; lists all of them.
     """
     faults: list[str] = []
     settings = _read_table(cls, raw, path, faults)
@@ -332,12 +336,12 @@ def structure(cls: type[SettingsT], raw: Value, path: tuple[str, ...], source: s
 
 
 def space_name(value: Value) -> None:
-    """The rule of space names."""
+    """Check a space name; raises `ValueError`."""
     text(64, SPACE_PATTERN, "a space name (a letter or digit, then up to 63 letters, digits and . _ -)")(value)
 
 
 def _read_table(cls: type[SettingsT], raw: Value, path: tuple[str, ...], faults: list[str]) -> SettingsT | None:
-    """The settings of one table; None where it has faults, which are added to `faults`."""
+    """Convert one table; None if it has faults, which are added to `faults`."""
     if not isinstance(raw, dict):
         faults.append(f"{_join(*path)}: must be a table, not {kind_of(raw)}")
         return None
@@ -349,7 +353,7 @@ def _read_table(cls: type[SettingsT], raw: Value, path: tuple[str, ...], faults:
         elif field.default is attrs.NOTHING:
             faults.append(f"{_join(*path, field.name)}: is required")
     unknown = sorted(raw.keys() - {field.name for field in attrs.fields(cls)})
-    faults += [f"{_join(*path, key)}: is no setting{_did_you_mean(key, cls)}" for key in unknown]
+    faults += [f"{_join(*path, key)}: is not a setting{_suggest(key, cls)}" for key in unknown]
     return cls(**values) if len(faults) == before else None
 
 
@@ -357,7 +361,7 @@ def _read_setting(field: "attrs.Attribute[Any]", value: Value, path: tuple[str, 
     kind, rule = parse_annotation(field.type)
     if rule is not None:
         try:
-            return _keep_rule(kind, rule, value)
+            return _apply_rule(kind, rule, value)
         except ValueError as fault:
             faults.append(f"{_join(*path)}: {fault}")
             return None
@@ -365,7 +369,7 @@ def _read_setting(field: "attrs.Attribute[Any]", value: Value, path: tuple[str, 
         return _read_table(SECTIONS[field.name], value, path, faults)
     if isinstance(value, dict):
         return {name: _read_table(SpaceConfig, table, (*path, name), faults) for name, table in value.items()}
-    faults.append(f"{_join(*path)}: must hold one table a space ([spaces.NAME]), not {kind_of(value)}")
+    faults.append(f"{_join(*path)}: must have a table for each space ([spaces.NAME]), not {kind_of(value)}")
     return None
 
 
@@ -373,7 +377,7 @@ def _join(*path: str) -> str:
     return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"' for part in path)
 
 
-def _did_you_mean(key: str, cls: type) -> str:
+def _suggest(key: str, cls: type) -> str:
     names = [field.name for field in attrs.fields(cls)]
     for section, other in SECTIONS.items():
         if other is not cls and key in {field.name for field in attrs.fields(other)}:
@@ -382,4 +386,4 @@ def _did_you_mean(key: str, cls: type) -> str:
         return f"; did you mean spaces.NAME.{key}?"
     if close := difflib.get_close_matches(key, names, n=1):
         return f"; did you mean {close[0]}?"
-    return f"; here are {', '.join(sorted(names))}"
+    return f"; the settings here are {', '.join(sorted(names))}"

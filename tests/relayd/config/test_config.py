@@ -100,13 +100,13 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
     [
         ("listen = 8765", "listen: must be a string, not int"),
         ('listen = "8765"', "listen: '8765' is not HOST:PORT"),
-        ('listen = ":8765"', "listen: ':8765' is not HOST:PORT; 0.0.0.0:8765 takes"),
+        ('listen = ":8765"', "listen: ':8765' is not HOST:PORT; 0.0.0.0:8765 listens on"),
         ('listen = "localhost:http"', "listen: 'localhost:http' is not HOST:PORT"),
         ('listen = "localhost:65536"', "listen: port 65536 is over 65535"),
         ('listen = "::1:80"', "in brackets, as in [::1]:8765"),
-        ('listen = "0.0.0.0:8765"', "listen: 0.0.0.0:8765 can be reached from other machines, in plain text"),
-        ('listen = "relay.example:1"', "or say behind_proxy = true"),
-        ('listen = ""\nunix_socket = false', "listen: nothing is left to listen on"),
+        ('listen = "0.0.0.0:8765"', "listen: 0.0.0.0:8765 can be reached from other machines without encryption"),
+        ('listen = "relay.example:1"', "or set behind_proxy = true"),
+        ('listen = ""\nunix_socket = false', "listen: there is nothing to listen on"),
         ('state_dir = ""', "state_dir: must not be empty"),
         (f'state_dir = "/{"x" * 100}"', "state_dir: the path of the socket in it has 113 bytes"),
         ('unix_socket = "yes"', "unix_socket: must be true or false, not string"),
@@ -125,16 +125,16 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
         ("[limits]\nmax_backlog_bytes = 1000", "limits.max_backlog_bytes: is 1000; it must lie in 2097152.."),
         ('[log]\nlevel = "verbose"', "log.level: must be one of debug, info, warning, error, not 'verbose'"),
         ("log = 3", "log: must be a table, not int"),
-        ("spaces = []", "spaces: must hold one table a space ([spaces.NAME]), not array"),
+        ("spaces = []", "spaces: must have a table for each space ([spaces.NAME]), not array"),
         ("[spaces]\ntts = 1", "spaces.tts: must be a table, not int"),
         ("[spaces.tts]\nmax_workers = 0", "spaces.tts.max_workers: is 0; it must lie in 1..1000"),
         ('[spaces.tts]\nwhen_empty = "wait"', "spaces.tts.when_empty: must be one of queue, refuse"),
         ('[spaces."a b"]', "spaces: 'a b' is not a space name"),
-        ("[spaces.tts]\nmax_worker = 1", "spaces.tts.max_worker: is no setting; did you mean max_workers?"),
-        ("max_workers = 1", "max_workers: is no setting; did you mean spaces.NAME.max_workers?"),
-        ("dead_after_s = 20", "dead_after_s: is no setting; did you mean limits.dead_after_s?"),
-        ("behind_prox = true", "behind_prox: is no setting; did you mean behind_proxy?"),
-        ("[log]\nxyzzy = 1", "log.xyzzy: is no setting; here are format, level"),
+        ("[spaces.tts]\nmax_worker = 1", "spaces.tts.max_worker: is not a setting; did you mean max_workers?"),
+        ("max_workers = 1", "max_workers: is not a setting; did you mean spaces.NAME.max_workers?"),
+        ("dead_after_s = 20", "dead_after_s: is not a setting; did you mean limits.dead_after_s?"),
+        ("behind_prox = true", "behind_prox: is not a setting; did you mean behind_proxy?"),
+        ("[log]\nxyzzy = 1", "log.xyzzy: is not a setting; the settings here are format, level"),
         ('[tls]\ncert = "relayd.toml"', "tls.key: is required"),
         ('[tls]\ncert = "relayd.toml"\nkey = "missing.pem"', "missing.pem: No such file or directory"),
         ("listen = ", "is not TOML: Invalid value (at end of document)"),
@@ -240,8 +240,8 @@ def test_an_unknown_variable_is_refused_unless_kubernetes_made_it(file: Path) ->
     load(file, "", {"RELAYD_PORT": "tcp://10.0.0.1:80", "RELAYD_SERVICE_HOST": "10.0.0.1", "RELAYD_PORT_80_TCP": "x"})
     told = faults(file, "", {"RELAYD_LIMITS__DEAD_AFTER": "9", "RELAYD_TOKEN": "rly_w_secret"})
     assert told == [
-        "RELAYD_LIMITS__DEAD_AFTER: names no setting; did you mean RELAYD_LIMITS__DEAD_AFTER_S?",
-        "RELAYD_TOKEN: names no setting",
+        "RELAYD_LIMITS__DEAD_AFTER: is not a setting; did you mean RELAYD_LIMITS__DEAD_AFTER_S?",
+        "RELAYD_TOKEN: is not a setting",
     ]
 
 
@@ -275,7 +275,7 @@ def test_a_space_made_by_hand_is_held_to_the_same_rules() -> None:
         SpaceConfig.from_map({"max_workers": "1", "max_queue": 1}, path="space create")
     assert caught.value.faults == [
         '"space create".max_workers: must be an integer, not string',
-        '"space create".max_queue: is no setting; did you mean max_queued?',
+        '"space create".max_queue: is not a setting; did you mean max_queued?',
     ]
 
 
