@@ -1,4 +1,4 @@
-"""The latest log events and operator actions, as rows for operators."""
+"""Keeps the latest log events and operator actions, as rows for operators."""
 
 import itertools
 import sys
@@ -13,17 +13,17 @@ import trio
 from protocol.wire.validators import Value
 from relayd.logs.setup import log_tap, redacted
 
-#: Lines of the log, and steers, that are kept.
+#: Number of log events and operator actions that are kept.
 MAX_EVENTS = 5_000
 MAX_AUDIT = 1_000
-#: Of one value and of all details together, in characters: a traceback is for the log itself.
+#: Limits for one value and for all details together, in characters; tracebacks are only in the log itself.
 MAX_VALUE_CHARS = 200
 MAX_DETAILS_CHARS = 600
-#: What events call a thing -> the key that it has in rows; the rest is told as details.
+#: Key in events -> key in rows; other keys become details.
 _KEYS = {"request_id": "request_id", "space": "space", "worker": "worker_id", "principal": "principal"}
-#: Methods of loggers that are no levels.
+#: Logger methods whose name is not a level.
 _LEVELS = {"exception": "error", "warn": "warning", "fatal": "critical"}
-#: What processors put beside the event's own.
+#: Keys that are added by processors.
 _NOT_SHOWN = frozenset({"event", "level", "logger", "timestamp", "exc_info", "stack_info"})
 
 Row = dict[str, Value]
@@ -31,7 +31,7 @@ Row = dict[str, Value]
 
 @attrs.define(eq=False)
 class RecentRows:
-    """Rows with rising ids, of which the latest `most` are kept. May be added to from any thread."""
+    """The latest `most` rows, with increasing ids. Rows may be added from any thread."""
 
     most: int
     rows: deque[Row] = attrs.field(init=False)
@@ -41,7 +41,7 @@ class RecentRows:
         self.rows = deque(maxlen=self.most)
 
     def add(self, row: Row) -> None:
-        """Add a row; it is given its id, and the time."""
+        """Add a row, with its id and the time."""
         self.rows.append({"id": str(next(self._ids)), "time": round(time.time(), 3), **row})
 
     @property
@@ -50,7 +50,7 @@ class RecentRows:
         return int(self.rows[-1]["id"]) if self.rows else 0
 
     def between(self, after: int, until: int, most: int) -> list[Row]:
-        """The latest `most` rows with ids above `after` and not above `until`, the oldest first."""
+        """Return the latest `most` rows with `after` < id <= `until`, oldest first."""
         found: list[Row] = []
         for row in reversed(tuple(self.rows)):
             number = int(row["id"])
@@ -62,7 +62,7 @@ class RecentRows:
 
 
 async def serve_events(ring: RecentRows, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """Keep in `ring` what is logged, until cancelled."""
+    """Add log events to `ring` until cancelled."""
 
     def record(method: str, event: Mapping[str, Any]) -> None:
         ring.add(log_row(method, event))
@@ -73,24 +73,26 @@ async def serve_events(ring: RecentRows, task_status: trio.TaskStatus[None] = tr
 
 
 def log_row(method: str, event: Mapping[str, Any]) -> Row:
-    """A line of the log as a row, without its id.
+    """Convert a log event to a row, without an id.
 
     Args:
-        method: of the logger, which is its level.
-        event: what was logged.
+        method: the logger's method, which gives the level.
+        event: the logged event.
     """
     row: Row = {"level": _LEVELS.get(method, method), "event": _short(event.get("event", ""))}
     row |= {key: _short(event[name]) if event.get(name) is not None else None for name, key in _KEYS.items()}
     more = {name: _short(value) for name, value in event.items() if name not in _KEYS and name not in _NOT_SHOWN}
-    if event.get("exc_info") and (fault := _fault(event["exc_info"])) is not None:
+    if event.get("exc_info") and (fault := _exception_of(event["exc_info"])) is not None:
         more |= {"exception": _short(repr(fault))}
     row["details"] = " ".join(f"{name}={value}" for name, value in more.items())[:MAX_DETAILS_CHARS]
     return row
 
 
-def _fault(exc_info: object) -> BaseException | None:
+def _exception_of(exc_info: object) -> BaseException | None:
     return exc_info if isinstance(exc_info, BaseException) else sys.exc_info()[1]
 
 
 def _short(value: object) -> str:
-    return redacted(str(value)[: 2 * MAX_VALUE_CHARS])[:MAX_VALUE_CHARS]  # redacted first: half a token is one, too
+    return redacted(str(value)[: 2 * MAX_VALUE_CHARS])[
+        :MAX_VALUE_CHARS
+    ]  # redacted before the final cut: part of a token is secret, too

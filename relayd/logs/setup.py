@@ -1,7 +1,7 @@
-"""Logs on stderr: for a person on a terminal, one JSON object a line elsewhere; stdlib loggers go the same way.
+"""Sets up logging to stderr: readable lines on a terminal, else one JSON object per line; also for stdlib loggers.
 
-A module says `log = get_logger(__name__)` and then `log.info("what happened", key=value)`. Whatever is
-logged, no token leaves: the finished line is searched for them.
+Modules use `log = get_logger(__name__)` and `log.info("what happened", key=value)`. Tokens are redacted from every
+finished line.
 """
 
 import logging
@@ -19,17 +19,17 @@ from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 from protocol.commands.progress import printable
 from relayd.config.schema import LogConfig
 
-#: Loggers that tell every step they take at `debug`.
+#: Loggers that log every step at `debug`.
 QUIET_LOGGERS = ("python_multipart",)
 _TOKEN = re.compile(r"(rly_[a-z]_)[A-Za-z0-9_-]{16,}")
-#: Told every event from `info` up, whatever level the log itself has: method of the logger, and what is logged.
+#: Called with the logger's method and the event, for every event from `info` up, regardless of the log level.
 Tap = Callable[[str, EventDict], None]
 _taps: list[Tap] = []
 
 
 @contextmanager
 def log_tap(tap: Tap) -> Iterator[None]:
-    """Tell `tap` what is logged inside the block, from whatever thread logs it. It must neither wait nor raise."""
+    """Pass events logged during the block to `tap`, in the thread that logs them. It must neither block nor raise."""
     _taps.append(tap)
     try:
         yield
@@ -38,7 +38,7 @@ def log_tap(tap: Tap) -> Iterator[None]:
 
 
 def run_taps(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """The first processor of a log."""
+    """Pass an event to the taps; the first processor of the log."""
     if method != "debug":
         for tap in tuple(_taps):
             tap(method, event)
@@ -46,12 +46,12 @@ def run_taps(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict
 
 
 def redacted(text: str) -> str:
-    """`text` with tokens cut to their prefix."""
+    """Return `text` with tokens cut to their prefix."""
     return _TOKEN.sub(r"\1[secret]", text) if "rly_" in text else text
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    """The logger of a module; may be made before `set_up_logs`."""
+    """Return the logger of a module; may be called before `set_up_logs`."""
     logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
     return logger
 
@@ -61,7 +61,7 @@ def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
 
     Args:
         config: level and format.
-        stream: stderr if None.
+        stream: where to write; stderr if None.
     """
     stream = stream or sys.stderr
     console = config.format == "console" or (config.format == "auto" and stream.isatty())
@@ -72,13 +72,13 @@ def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     render = _console_processors(stream.isatty()) if console else _json_processors()
-    # For a person the standard library's handler makes the lines; where each connection and each request leaves one,
-    # they are written as they are, which costs half.
+    # On a terminal the standard library's handler formats the lines. JSON lines are written directly, which costs half
+    # and matters because each connection and each request logs one.
     last = [structlog.stdlib.ProcessorFormatter.wrap_for_formatter] if console else [*render, _redact]
     structlog.configure(
         processors=[
             run_taps,
-            # Asks the stdlib's root logger at every call, so that `set_level` works on loggers that are in use.
+            # Asks the stdlib's root logger at every call, so that `set_level` affects existing loggers.
             structlog.stdlib.filter_by_level,
             *common,
             structlog.stdlib.PositionalArgumentsFormatter(),
@@ -96,7 +96,7 @@ def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
         )
     )
-    # A log that cannot be written (the terminal went away) must not print tracebacks into what is left.
+    # If the log cannot be written, because the terminal was closed, logging must not print tracebacks.
     logging.raiseExceptions = False
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -107,23 +107,23 @@ def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
 
 
 def set_level(level: str) -> None:
-    """Change what is logged from now on: `debug`, `info`, `warning` or `error`."""
+    """Set the log level: `debug`, `info`, `warning` or `error`."""
     logging.getLogger().setLevel(level.upper())
 
 
 class _Lines:
-    """Writes finished lines; in the place of a logger of the standard library's, whose levels it goes by."""
+    """Writes finished lines. Replaces a logger of the standard library, and uses the level of its root logger."""
 
     def __init__(self, stream: TextIO, name: str = "") -> None:
         self.name = name
         self._stream = stream
-        # What structlog's processors ask of a logger; those before 25.5 ask for the second of the two.
+        # structlog's `filter_by_level` uses `getEffectiveLevel`, and before 25.5 `isEnabledFor`.
         self.disabled = False
         self.getEffectiveLevel = logging.getLogger().getEffectiveLevel
         self.isEnabledFor = logging.getLogger().isEnabledFor
 
     def write(self, line: str) -> None:
-        """One line, in one piece; without effect where the stream takes none, as of a terminal that went away."""
+        """Write one line at once; does nothing if the stream cannot be written, such as that of a closed terminal."""
         try:
             self._stream.write(f"{line}\n")
             self._stream.flush()
@@ -139,7 +139,7 @@ def _redact(_logger: WrappedLogger, _name: str, line: str) -> str:
 
 class _Redacting(structlog.stdlib.ProcessorFormatter):
     def format(self, record: logging.LogRecord) -> str:
-        """The finished line, with tokens cut to their prefix."""
+        """Format a record, with tokens cut to their prefix."""
         return redacted(super().format(record))
 
 
@@ -148,7 +148,7 @@ def _json_processors() -> list[Processor]:
 
 
 def _console_processors(colors: bool) -> list[Processor]:
-    # Plain tracebacks: the coloured ones show local variables, which is where secrets and megabytes are.
+    # Plain tracebacks: the coloured ones show local variables, which may hold secrets and megabytes.
     renderer = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_plain_traceback)
     return [_printable, renderer]
 
@@ -159,7 +159,7 @@ def _plain_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
 
 
 def _printable(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
-    """Escape control characters: what a peer sends must not steer the terminal."""
+    """Escape control characters: text from a peer must not control the terminal."""
     for key, value in event.items():
         if isinstance(value, str):
             event[key] = printable(value)

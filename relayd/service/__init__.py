@@ -1,1 +1,1 @@
-"""The relay as a service of the operating system: systemd's watchdog, health checks and the memory allocator."""
+"""The relay as an operating system service: systemd's watchdog, health checks and the memory allocator."""

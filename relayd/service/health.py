@@ -1,7 +1,7 @@
-"""The daemon as a service: reports its state to systemd, and signs of life while its health checks pass.
+"""Reports the daemon's state to systemd, and watchdog pings while its health checks pass.
 
-Alive means: the event loop turns, the store's writer takes its turn, and whoever knocks at a door is let in. A disk or
-a table of files that is merely full is no illness: a restart would cure nothing and cut every stream.
+Healthy means that the event loop runs, the store's writer makes progress, and the listeners accept connections. A full
+disk or file table is not a failure: a restart would not help and would interrupt every stream.
 """
 
 import logging
@@ -15,9 +15,9 @@ from protocol.sd_notify import Check, ServiceManager, serve_watchdog
 from relayd.core.relay import Relay
 from relayd.store.base import StoreError
 
-#: How often the line of `systemctl status` is looked over.
+#: How often the status line of `systemctl status` is updated.
 STATUS_INTERVAL_S = 5.0
-#: After the drain: links are closed and the store is written, each with a deadline of its own.
+#: How long closing the links and writing the store may take after the drain.
 LEAVE_S = 30.0
 
 log = logging.getLogger("relayd.systemd")
@@ -25,14 +25,14 @@ log = logging.getLogger("relayd.systemd")
 
 @attrs.define(eq=False)
 class HealthService:
-    """What systemd is told of a relay whose doors are, by their URLs, `doors`."""
+    """Reports on a relay with `listeners`, by their URLs."""
 
     relay: Relay
-    doors: Mapping[str, trio.SocketListener]
+    listeners: Mapping[str, trio.SocketListener]
     manager: ServiceManager
 
     async def serve(self) -> None:
-        """Say that all is ready, and go on telling until cancelled. The doors must be open."""
+        """Report readiness, then the status until cancelled. The listeners must be open."""
         self.manager.ready(self.status())
         if not self.manager.present:
             return
@@ -44,31 +44,31 @@ class HealthService:
                 self.manager.status(self.status())
 
     def status(self) -> str:
-        """The relay in one line."""
+        """Describe the relay in one line."""
         relay = self.relay
         queued = sum(len(space.queue) for space in relay.scheduler.state.spaces.values())
         counts = f"{relay.running_count} running, {queued} queued"
         if relay.draining.is_set():
             return f"draining: {counts}"
         workers = f"{len(relay.workers)} worker{'' if len(relay.workers) == 1 else 's'}"
-        return f"{workers}, {counts}; listens on {', '.join(self.doors)}"
+        return f"{workers}, {counts}; listens on {', '.join(self.listeners)}"
 
     async def _report_stopping(self) -> None:
         await self.relay.draining.wait()
         self.manager.stopping(self.status(), self.relay.config.drain_timeout_s + LEAVE_S)
 
-    # -- is it alive
+    # -- health checks
 
     def health_checks(self) -> dict[str, Check]:
-        """What the watchdog looks at."""
-        doors = {f"door {url}": ListenerCheck(self.relay, listener).check for url, listener in self.doors.items()}
-        return {"store": self._check_store, **doors}
+        """Return the health checks of the watchdog."""
+        checks = {f"listener {url}": ListenerCheck(self.relay, each).check for url, each in self.listeners.items()}
+        return {"store": self._check_store, **checks}
 
     async def _check_store(self) -> str:
         try:
-            await self.relay.store.flush()  # waits its turn behind all that is queued, as any commit does
+            await self.relay.store.flush()  # waits in the queue, as any commit does
         except StoreError:
-            return ""  # the disk says no, and that is an answer; the store tells it and tries again
+            return ""  # the disk refuses writes, but the writer runs; the store logs the error and retries
         return ""
 
 
@@ -80,29 +80,29 @@ class ListenerCheck:
     listener: trio.SocketListener
 
     async def check(self) -> str:
-        """Knock, and wait to be answered: a connection that says nothing and hangs up is hung up on."""
+        """Connect, close the sending side, and wait until the relay closes the connection."""
         if self.relay.draining.is_set():
             return ""  # closed on purpose
         sock = self.listener.socket
         try:
             address = sock.getsockname()
             probe = trio.socket.socket(sock.family, sock.type)
-        except OSError as fault:  # no descriptor is left, or the doors are being closed just now
+        except OSError as fault:  # no file descriptor is left, or the listeners are being closed
             log.warning("health check: listener does not answer: %s", fault)
             return ""
         with probe:
             try:
                 await probe.connect(address)
-            except OSError as fault:  # a firewall, or a socket file that was deleted: it is not the loop that stands
+            except OSError as fault:  # a firewall or a deleted socket file: the event loop is not hung
                 log.warning("health check: listener %s does not answer: %s", address, fault)
                 return ""
             try:
                 probe.getpeername()
-            except OSError:  # Trio takes EAGAIN for a connect under way; a unix socket means a backlog that is full
-                return "nobody empties its backlog"
+            except OSError:  # Trio treats EAGAIN as a connect in progress; for a unix socket it means a full backlog
+                return "its backlog is full"
             try:
                 probe.shutdown(socket.SHUT_WR)
                 await probe.recv(1)
             except OSError:
-                return ""  # hung up on, harder
+                return ""  # closed with a reset
         return ""

@@ -1,4 +1,4 @@
-"""Spaces, tokens and requests that outlive the daemon."""
+"""The store: keeps spaces, tokens and requests across restarts of the daemon."""
 
 from relayd.store.base import StorageFull as StorageFull
 from relayd.store.base import Store as Store

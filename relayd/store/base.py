@@ -1,4 +1,4 @@
-"""The interface of a store: it keeps records across restarts and takes changes to them."""
+"""The interface of a store, which keeps records across restarts and applies changes to them."""
 
 import abc
 
@@ -6,40 +6,40 @@ from protocol.wire.errors import ErrorCode
 from relayd.stats.histogram import DISK_S, Histogram
 from relayd.store.records import Change, Loaded
 
-#: Entries that wait for a disk that takes nothing: a few minutes of a busy relay, some 50 MiB.
+#: Queued posts while the disk accepts no writes: a few minutes of a busy relay, some 50 MiB.
 MAX_POSTED = 100_000
 
 
 class StoreError(Exception):
-    """The store cannot do what it was asked for; the text says what to do about it.
+    """The store failed; the message says what to do.
 
     Attributes:
-        code: what to answer a peer with: `storage_full` or `internal`.
+        code: the error code for a peer: `storage_full` or `internal`.
     """
 
     code = ErrorCode.INTERNAL
 
 
 class StorageFull(StoreError):
-    """No room is left on the disk; the store goes on, and takes changes again once there is room."""
+    """The disk is full; the store accepts changes again once there is space."""
 
     code = ErrorCode.STORAGE_FULL
 
 
 class StoreInUse(StoreError):
-    """Another process holds this state folder."""
+    """Another process uses this state folder."""
 
 
 # -- changes ------------------------------------------------------------------------------------------------------
 
 
 class Store(abc.ABC):
-    """Takes changes, in the order of the calls, whoever makes them: `commit` and `post` share one queue.
+    """Applies changes in the order of the calls: `commit` and `post` share one queue.
 
     Attributes:
-        commit_s: seconds from the call of `commit` until it was durable; of none that failed.
-        failed_commits: of calls.
-        dropped: posts that were lost: over `MAX_POSTED`, refused for good, or still waiting at the end.
+        commit_s: seconds from the call of `commit` until it was durable; without failed calls.
+        failed_commits: number of failed calls.
+        dropped: number of lost posts: over `MAX_POSTED`, permanently refused, or unwritten at the end.
     """
 
     def __init__(self) -> None:
@@ -49,57 +49,57 @@ class Store(abc.ABC):
 
     @property
     def transactions(self) -> int:
-        """Transactions written so far, each with one fsync."""
+        """Number of transactions written so far, each with one fsync."""
         return 0
 
     @property
     def queued(self) -> int:
-        """Calls whose changes are not written yet."""
+        """Number of calls whose changes are not written yet."""
         return 0
 
     @abc.abstractmethod
     async def load(self) -> Loaded:
-        """All that is held now; changes that are still queued are in it.
+        """Return all records, including changes that are still queued.
 
         Raises:
-            StoreError: it cannot be read.
+            StoreError: the store cannot be read.
         """
 
     @abc.abstractmethod
     async def commit(self, *changes: Change) -> None:
-        """Make `changes`, all of them or none; durable when this returns.
+        """Apply all of `changes` or none; they are durable when this returns.
 
         Raises:
-            StorageFull: no room; nothing of `changes` was made.
-            StoreError: any other trouble of the disk; as above.
+            StorageFull: the disk is full; none of `changes` was applied.
+            StoreError: another error of the disk; none of `changes` was applied.
 
-        Cancellation: the changes are made all the same, or fail unheard. They keep their place, so a change that
-        takes them back, queued afterwards, is made after them.
+        Cancellation: the changes are still applied, or fail silently. They keep their place in the queue, so a change
+        queued afterwards to undo them is applied after them.
         """
 
     @abc.abstractmethod
     def post(self, *changes: Change) -> None:
-        """Have `changes` made soon, all of them or none; after a crash they may be missing.
+        """Queue `changes` to be applied soon, all of them or none; a crash may lose them.
 
-        Never waits and never fails: posted changes are tried again until the disk takes them. While more than
-        `MAX_POSTED` wait for a disk that takes nothing, new ones are dropped, counted and logged.
+        Never waits and never fails: posted changes are retried until they are written. While `MAX_POSTED` of them are
+        queued, new ones are dropped, counted and logged.
         """
 
     @abc.abstractmethod
     async def flush(self) -> None:
-        """Return when all that was queued before is durable.
+        """Wait until everything queued before is durable.
 
         Raises:
-            StoreError: the disk does not take it.
+            StoreError: the disk refused the write.
         """
 
     @abc.abstractmethod
     async def read_input(self, request_id: str, name: str) -> bytes:
-        """The bytes of an input of a committed request.
+        """Return the data of an input of a committed request.
 
         Raises:
-            KeyError: there is no such input (the request ended, or never was).
-            StoreError: it cannot be read.
+            KeyError: the input does not exist (the request has ended, or never existed).
+            StoreError: the input cannot be read.
         """
 
 

@@ -1,4 +1,7 @@
-"""The SQLite file: its tables, and records and changes as rows. Blocks; `relayd.store.sqlite` runs it in threads."""
+"""The SQLite database: its tables, and the conversion of records and changes to rows.
+
+Blocks; `relayd.store.sqlite` runs it in threads.
+"""
 
 import contextlib
 import json
@@ -36,17 +39,17 @@ from relayd.store.records import (
 from relayd.store.state_dir import open_private
 
 DATABASE_NAME = "relayd.db"
-#: "rlyd" in ASCII; tells `file` and us whose database this is.
+#: "rlyd" in ASCII; identifies the database as relayd's, also to `file`.
 APPLICATION_ID = 0x726C7964
-#: For a person with the sqlite3 shell in the middle of a transaction.
+#: How long to wait for a lock, such as that of a transaction in the sqlite3 shell.
 BUSY_TIMEOUT_S = 5.0
-#: Less than this free, and an I/O error is put down to the full disk that it almost always is.
+#: With less free space than this, an I/O error is reported as a full disk, its almost certain cause.
 FULL_BELOW_BYTES = 1024 * 1024
 
 Statement = tuple[str, tuple[Any, ...]]
 RecordT = TypeVar("RecordT")
 
-#: Steps from one schema version to the next: the first makes version 1 of an empty file. Only ever append.
+#: Steps from one schema version to the next; the first creates version 1 in an empty file. Append only.
 _MIGRATIONS = (
     """
     CREATE TABLE spaces (name TEXT PRIMARY KEY, config TEXT NOT NULL, paused INTEGER NOT NULL, made_by TEXT NOT NULL,
@@ -67,25 +70,26 @@ SCHEMA_VERSION = len(_MIGRATIONS)
 
 
 class BadChange(StoreError):
-    """SQLite will never take this change, whatever the state of the disk."""
+    """SQLite refuses this change, regardless of the state of the disk."""
 
 
 class Database:
-    """Two connections to one file, one that writes and one that reads; each for one thread at a time."""
+    """Two connections to one file, for writing and for reading; each may be used by one thread at a time."""
 
     def __init__(self, path: Path, writer: sqlite3.Connection, reader: sqlite3.Connection) -> None:
         self._path = path
         self._writer = writer
         self._reader = reader
-        #: Transactions that were committed.
+        #: Number of committed transactions.
         self.transactions = 0
 
     @classmethod
     def open(cls, state_dir: Path) -> Self:
-        """Open the database in a folder that is there and locked; make it, or bring it up to date.
+        """Open the database in an existing, locked folder; it is created or migrated if necessary.
 
         Raises:
-            StoreError: it cannot be opened, is damaged, is no database of ours, or a newer relayd wrote it.
+            StoreError: the database cannot be opened, is damaged, belongs to another program, or was written by a
+                newer relayd.
         """
         path = state_dir / DATABASE_NAME
         try:
@@ -95,32 +99,32 @@ class Database:
         with contextlib.ExitStack() as opened:
             try:
                 writer = opened.enter_context(contextlib.closing(_connect(path)))
-                _bring_up_to_date(writer, path)
+                _migrate(writer, path)
                 writer.execute("PRAGMA journal_mode = WAL")
-                # FULL has every commit fsynced in WAL mode; NORMAL would not (sqlite.org/pragma.html).
+                # In WAL mode, FULL syncs every commit; NORMAL does not (sqlite.org/pragma.html).
                 writer.execute("PRAGMA synchronous = FULL")
-                # Give back what one huge transaction made of the WAL.
+                # Truncates the WAL after a huge transaction.
                 writer.execute(f"PRAGMA journal_size_limit = {64 * 1024 * 1024}")
                 reader = opened.enter_context(contextlib.closing(_connect(path)))
                 reader.execute("PRAGMA query_only = ON")
             except sqlite3.Error as fault:
-                raise _in_words(fault, path) from fault
+                raise _to_store_error(fault, path) from fault
             opened.pop_all()
         return cls(path, writer, reader)
 
     def close(self) -> None:
-        """Close both connections; the last to close folds the WAL into the file."""
+        """Close both connections; the last one to close merges the WAL into the file."""
         self._reader.close()
         self._writer.close()
 
     # -- writing -
 
     def statements(self, changes: Iterable[Change]) -> list[Statement]:
-        """What `changes` are in SQL."""
+        """Convert `changes` to SQL."""
         return [statement for change in changes for statement in _statements(change)]
 
     def write(self, statements: Sequence[Statement]) -> StoreError | None:
-        """Make all of `statements` durable, or none of them and say why."""
+        """Execute all of `statements` durably, or none of them and return the error."""
         if not statements:
             return None
         try:
@@ -129,12 +133,12 @@ class Database:
                 self._writer.execute(sql, values)
             self._writer.execute("COMMIT")
         except (sqlite3.Error, OverflowError) as fault:
-            error = _in_words(fault, self._path)
+            error = _to_store_error(fault, self._path)
             error.__cause__ = fault
             return error
         finally:
             if self._writer.in_transaction:
-                # Why it is left open is on its way up; if this fails too, still nothing of it is written.
+                # The original error is being handled; if the rollback fails too, nothing is written either.
                 with contextlib.suppress(sqlite3.Error):
                     self._writer.execute("ROLLBACK")
         self.transactions += 1
@@ -143,7 +147,7 @@ class Database:
     # -- reading -
 
     def load(self) -> Loaded:
-        """As `Store.load`, for what is committed."""
+        """See `Store.load`; returns only committed records."""
         damaged: list[str] = []
 
         def records(table: str, order: str, parse: Callable[[sqlite3.Row], RecordT]) -> tuple[RecordT, ...]:
@@ -158,58 +162,58 @@ class Database:
                 damaged=tuple(damaged),
             )
         except sqlite3.Error as fault:
-            raise _in_words(fault, self._path) from fault
+            raise _to_store_error(fault, self._path) from fault
 
     def read_input(self, request_id: str, name: str) -> bytes:
-        """As `Store.read_input`."""
+        """See `Store.read_input`."""
         try:
             row = self._reader.execute(
                 "SELECT data FROM inputs WHERE request_id = ? AND name = ?", (request_id, name)
             ).fetchone()
         except sqlite3.Error as fault:
-            raise _in_words(fault, self._path) from fault
+            raise _to_store_error(fault, self._path) from fault
         if row is None:
             raise KeyError(name)
         return bytes(row["data"])
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # No thread is bound to a connection; who calls makes sure that one at a time uses it.
+    # Not bound to a thread; callers ensure that only one thread at a time uses it.
     connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
     return connection
 
 
-def _bring_up_to_date(connection: sqlite3.Connection, path: Path) -> None:
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if application != APPLICATION_ID and (application or version or tables):
-        raise StoreError(f"{path} is the database of another program; name another folder with --state-dir")
+        raise StoreError(f"{path} is the database of another program; choose another folder with --state-dir")
     if version > SCHEMA_VERSION:
         raise StoreError(
             f"{path} was written by a newer relayd (schema {version}; this one knows {SCHEMA_VERSION}): "
-            "upgrade relayd, or name another folder with --state-dir"
+            "upgrade relayd, or choose another folder with --state-dir"
         )
     for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
-        # A transaction each, so that a crash in between leaves one version or the next.
+        # One transaction per step, so that a crash leaves a complete version.
         connection.executescript(
             f"BEGIN IMMEDIATE; {script} PRAGMA application_id = {APPLICATION_ID}; "
             f"PRAGMA user_version = {number}; COMMIT;"
         )
 
 
-def _in_words(fault: Exception, path: Path) -> StoreError:
-    """SQLite's error as ours, with what to do about it."""
+def _to_store_error(fault: Exception, path: Path) -> StoreError:
+    """Convert an error of SQLite, with what to do about it."""
     code = getattr(fault, "sqlite_errorcode", 0) & 0xFF
     full = code == sqlite3.SQLITE_FULL
     if code == sqlite3.SQLITE_IOERR:
         with contextlib.suppress(OSError):
             full = shutil.disk_usage(path.parent).free < FULL_BELOW_BYTES
     if full:
-        return StorageFull(f"no room left for {path}: free some space on its disk")
+        return StorageFull(f"no space left for {path}: free some space on its disk")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return StoreError(f"{path} is damaged, or no SQLite database ({fault}): move it away, or restore a backup")
+        return StoreError(f"{path} is damaged, or not a SQLite database ({fault}): move it away, or restore a backup")
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return StoreError(f"{path} cannot be written ({fault}): it and its folder must belong to the daemon's user")
     kind = StoreError if isinstance(fault, sqlite3.OperationalError) else BadChange
@@ -292,7 +296,7 @@ def _parsed(
 
 
 def _space(row: sqlite3.Row) -> SpaceRecord:
-    # A setting that only a newer relayd knows must not cost the space.
+    # Ignores settings of a newer relayd instead of losing the space.
     known = {key: value for key, value in json.loads(row["config"]).items() if key in SpaceConfig.field_names()}
     return SpaceRecord(
         name=row["name"],
@@ -311,7 +315,7 @@ def _token(row: sqlite3.Row) -> TokenRecord:
     limits = json.loads(row["limits"])
     known = {field.name for field in attrs.fields(TokenLimits)}
     if not isinstance(row["sha256"], bytes):
-        raise ValueError("its hash is no bytes")
+        raise ValueError("its hash is not bytes")
     return TokenRecord(
         token_id=row["token_id"],
         principal=row["principal"],

@@ -1,4 +1,4 @@
-"""The store that the settings ask for, with its state folder locked."""
+"""Opens the store chosen in the settings, with its state folder locked."""
 
 import contextlib
 from collections.abc import AsyncIterator, Iterator
@@ -13,13 +13,13 @@ from relayd.store.state_dir import lock_state_dir
 
 @contextlib.asynccontextmanager
 async def open_store(config: Config) -> AsyncIterator[Store]:
-    """The daemon's store. The state folder is this process's alone until the end, also with `store = "memory"`.
+    """Open the daemon's store, and lock the state folder until the end, also with `store = "memory"`.
 
-    On the way out what is queued is written, within `sqlite.CLOSE_S`.
+    At the end, queued changes are written, within `sqlite.CLOSE_S`.
 
     Raises:
-        StoreInUse: another relayd, or an admin command, is on this folder.
-        StoreError: the folder or the database cannot be used; the text says why.
+        StoreInUse: another relayd, or an admin command, uses the folder.
+        StoreError: the folder or the database cannot be used.
     """
     from relayd.store.memory import MemoryStore
     from relayd.store.sqlite import open_sqlite
@@ -39,26 +39,26 @@ class OfflineStore:
         self._database = database
 
     def load(self) -> Loaded:
-        """As `Store.load`."""
+        """See `Store.load`."""
         return self._database.load()
 
     def read_input(self, request_id: str, name: str) -> bytes:
-        """As `Store.read_input`."""
+        """See `Store.read_input`."""
         return self._database.read_input(request_id, name)
 
     def commit(self, *changes: Change) -> None:
-        """As `Store.commit`."""
+        """See `Store.commit`."""
         if (fault := self._database.write(self._database.statements(changes))) is not None:
             raise fault
 
 
 @contextlib.contextmanager
 def open_offline(state_dir: Path) -> Iterator[OfflineStore]:
-    """The SQLite store in `state_dir`, for a command that runs while no daemon does.
+    """Open the SQLite store in `state_dir` for a command, while no daemon runs.
 
     Raises:
-        StoreInUse: a daemon runs on this folder (or stops just now).
-        StoreError: the folder or the database cannot be used; the text says why.
+        StoreInUse: a daemon uses this folder, or is just stopping.
+        StoreError: the folder or the database cannot be used.
     """
     with lock_state_dir(state_dir):
         database = Database.open(state_dir)

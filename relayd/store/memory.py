@@ -1,4 +1,4 @@
-"""A store that forgets: for tests, demos, and relays whose requests need not outlive them."""
+"""A store in memory, for tests, demos, and relays whose requests need not survive a restart."""
 
 import attrs
 import trio
@@ -21,7 +21,7 @@ from relayd.store.records import (
 
 
 class MemoryStore(Store):
-    """As any other store, but for durability: every change is made at the call."""
+    """A store without durability: every change is applied during the call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class MemoryStore(Store):
         self._inputs: dict[str, dict[str, bytes]] = {}
 
     async def load(self) -> Loaded:
-        """As `Store.load`."""
+        """See `Store.load`."""
         await trio.lowlevel.checkpoint()
         return Loaded(
             spaces=tuple(sorted(self._spaces.values(), key=lambda record: record.name)),
@@ -40,16 +40,16 @@ class MemoryStore(Store):
         )
 
     async def commit(self, *changes: Change) -> None:
-        """As `Store.commit`; the changes are made before the checkpoint, so also when it is cancelled."""
+        """See `Store.commit`; the changes are applied before the checkpoint, so also if it is cancelled."""
         self.post(*changes)
         await trio.lowlevel.checkpoint()
 
     def post(self, *changes: Change) -> None:
-        """As `Store.post`."""
+        """See `Store.post`."""
         for change in changes:
-            self._make(change)
+            self._apply(change)
 
-    def _make(self, change: Change) -> None:
+    def _apply(self, change: Change) -> None:
         match change:
             case PutSpace(record):
                 self._spaces[record.name] = record
@@ -72,10 +72,10 @@ class MemoryStore(Store):
                 self._inputs.pop(request_id, None)
 
     async def flush(self) -> None:
-        """As `Store.flush`: nothing is ever queued."""
+        """See `Store.flush`; nothing is ever queued."""
         await trio.lowlevel.checkpoint()
 
     async def read_input(self, request_id: str, name: str) -> bytes:
-        """As `Store.read_input`."""
+        """See `Store.read_input`."""
         await trio.lowlevel.checkpoint()
         return self._inputs[request_id][name]

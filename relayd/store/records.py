@@ -1,4 +1,4 @@
-"""What the store keeps, as records, and the changes that it is asked to make."""
+"""The records in the store, and the changes it can apply."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,10 @@ class SpaceRecord:
     """A space.
 
     Args:
-        made_by: `config` for one that stands in relayd.toml, else `command`.
-        params: JSON Schema that its last worker registered; empty before the first.
-        inputs: input name -> what that worker takes under it.
-        format: of the audio that worker makes.
+        made_by: `config` if the space is defined in relayd.toml, else `command`.
+        params: JSON Schema of the params, registered by its last worker; empty before its first worker.
+        inputs: input name -> rule registered by that worker.
+        format: format of that worker's audio; None if it produces none.
         created_at: Unix seconds, as every time in a record.
     """
 
@@ -36,7 +36,7 @@ class SpaceRecord:
 
 @attrs.frozen(kw_only=True)
 class TokenLimits:
-    """What one token may have at once, over all spaces; None is no limit but the spaces' own."""
+    """Limits of one token, over all spaces; None means that only the spaces' own limits apply."""
 
     max_queued: int | None = None
     max_running: int | None = None
@@ -45,14 +45,14 @@ class TokenLimits:
 
 @attrs.frozen(kw_only=True)
 class TokenRecord:
-    """A token, known by its SHA-256 alone.
+    """A token, identified by its SHA-256.
 
     Args:
-        token_id: names it in listings and for `revoke`; no secret.
-        principal: who it speaks for.
+        token_id: its id in listings and for `revoke`; not secret.
+        principal: the principal it belongs to.
         role: `client`, `worker` or `operator`.
         spaces: patterns of the spaces it may use; empty for all.
-        sha256: of the token's ASCII text.
+        sha256: SHA-256 of the token's ASCII text.
     """
 
     token_id: str
@@ -66,22 +66,22 @@ class TokenRecord:
     revoked_at: float | None = None
 
     def live(self, now: float) -> bool:
-        """Whether it still opens the door at Unix second `now`."""
+        """Whether it is neither revoked nor expired at `now`, in Unix seconds."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
 @attrs.frozen(kw_only=True)
 class RequestRecord:
-    """A request, without its inputs' bytes and its frames.
+    """A request, without the data of its inputs and without its frames.
 
     Args:
-        ticket: the order requests came in; rises by at least one for each.
+        ticket: position in the order of arrival; higher for each later request.
         state: one of the states of docs/design.md §2.
-        has_output: whether a listener may have heard something of the current attempt.
-        reproducible: as the scheduler's `Entry.reproducible`, of the current attempt.
-        stopping: why it is being stopped for good while it runs; None where it is not.
-        worker_id: where the current attempt runs; None where none does.
-        code: why it failed.
+        has_output: whether a client may have received output of the current attempt.
+        reproducible: the scheduler's `Entry.reproducible` of the current attempt.
+        stopping: why the running request is being stopped permanently; None if it is not.
+        worker_id: the worker of the current attempt; None if none runs.
+        code: the error code if it failed.
     """
 
     request_id: str
@@ -103,35 +103,35 @@ class RequestRecord:
 
 @attrs.frozen
 class PutSpace:
-    """The space is as the record says, whatever it was before."""
+    """Create or replace a space."""
 
     record: SpaceRecord
 
 
 @attrs.frozen
 class DeleteSpace:
-    """The space is gone; its requests are deleted one by one by who decides that."""
+    """Delete a space; its requests are deleted separately."""
 
     name: str
 
 
 @attrs.frozen
 class PutToken:
-    """The token is as the record says, whatever it was before."""
+    """Create or replace a token."""
 
     record: TokenRecord
 
 
 @attrs.frozen
 class DeleteToken:
-    """The token is forgotten."""
+    """Delete a token."""
 
     token_id: str
 
 
 @attrs.frozen
 class PutRequest:
-    """A request with its inputs' bytes (by name; never changed afterwards); one of the same id is replaced."""
+    """Create or replace a request, with the data of its inputs by name, which never changes afterwards."""
 
     record: RequestRecord
     inputs: Mapping[str, bytes | bytearray] = attrs.field(factory=dict, repr=False)
@@ -139,9 +139,9 @@ class PutRequest:
 
 @attrs.frozen(kw_only=True)
 class UpdateRequest:
-    """The part of a request that changes while it lives; passed over when the store knows no such request.
+    """Update the mutable fields of a request; ignored if the request does not exist.
 
-    With one of the ended states its inputs are dropped.
+    A change to an ended state deletes its inputs.
     """
 
     request_id: str
@@ -158,11 +158,11 @@ class UpdateRequest:
 
     @property
     def ends(self) -> bool:
-        """Whether the request's inputs are needed no more."""
+        """Whether the new state is an ended one, so that the inputs are no longer needed."""
         return self.state in ENDED_STATES
 
     def fields(self) -> dict[str, Any]:
-        """What changes, by the names of `RequestRecord`."""
+        """Return the changed fields, by their names in `RequestRecord`."""
         values = attrs.asdict(self, recurse=False)
         del values["request_id"]
         return values
@@ -170,7 +170,7 @@ class UpdateRequest:
 
 @attrs.frozen
 class DeleteRequest:
-    """The request and its inputs are forgotten."""
+    """Delete a request and its inputs."""
 
     request_id: str
 
@@ -180,11 +180,11 @@ Change = PutSpace | DeleteSpace | PutToken | DeleteToken | PutRequest | UpdateRe
 
 @attrs.frozen(kw_only=True)
 class Loaded:
-    """All that the store holds, but the inputs' bytes.
+    """The contents of the store, without the data of inputs.
 
     Args:
-        requests: by ascending ticket.
-        damaged: what could not be read, in words; it was left where it is.
+        requests: in the order of their tickets.
+        damaged: descriptions of rows that could not be read; the rows were left unchanged.
     """
 
     spaces: tuple[SpaceRecord, ...] = ()

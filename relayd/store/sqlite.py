@@ -1,4 +1,4 @@
-"""The durable store: one writer task commits everything that waits in one transaction, with one fsync."""
+"""The durable store: a writer task commits all queued changes in one transaction, with one fsync."""
 
 import contextlib
 from collections import deque
@@ -15,17 +15,17 @@ from relayd.store.records import Change, Loaded
 
 log = get_logger(__name__)
 
-#: At the end, how long the queue may take to be written.
+#: How long writing the queue may take at the end.
 CLOSE_S = 10.0
-#: Pause before posted changes that a full disk did not take are tried again; a `commit` in between tries them at once.
+#: Pause before posted changes are retried after a failure; a `commit` in between retries them at once.
 RETRY_S = 1.0
-#: Bytes of inputs in one transaction, so that a small commit never waits for more than this behind large ones.
+#: Limit of input data per transaction, which limits how long a small commit waits for large ones.
 MAX_BATCH_BYTES = 32 * 1024 * 1024
 
 
 @attrs.define(eq=False)
 class _Entry:
-    """What one call queued. `done` is None for a post."""
+    """The changes of one call. `done` is None for a post."""
 
     statements: list[Statement]
     size_bytes: int
@@ -41,37 +41,37 @@ class SqliteStore(Store):
         self._database = database
         self._queue: deque[_Entry] = deque()
         self._posted = 0
-        #: Set by whatever is queued; and by what is not to wait for a full disk's pause.
+        #: `_queued` is set by every call, `_urgent` by calls that must not wait for the pause after a failure.
         self._queued = trio.Event()
         self._urgent = trio.Event()
         self._closing = False
         self._holding = False
         self._scope = trio.CancelScope(shield=True)
-        # Threads of its own: a pool full of name look-ups must not hold up `accepted`.
+        # Own thread limiters: a default limiter exhausted by name lookups must not delay `accepted`.
         self._write_limiter = trio.CapacityLimiter(1)
         self._read_limiter = trio.CapacityLimiter(1)
 
     @property
     def transactions(self) -> int:
-        """As `Store.transactions`."""
+        """See `Store.transactions`."""
         return self._database.transactions
 
     @property
     def queued(self) -> int:
-        """As `Store.queued`."""
+        """See `Store.queued`."""
         return len(self._queue)
 
     async def load(self) -> Loaded:
-        """As `Store.load`."""
+        """See `Store.load`."""
         await self.flush()
         return await trio.to_thread.run_sync(self._database.load, limiter=self._read_limiter)
 
     async def read_input(self, request_id: str, name: str) -> bytes:
-        """As `Store.read_input`."""
+        """See `Store.read_input`."""
         return await trio.to_thread.run_sync(self._database.read_input, request_id, name, limiter=self._read_limiter)
 
     async def commit(self, *changes: Change) -> None:
-        """As `Store.commit`."""
+        """See `Store.commit`."""
         if self._closing:
             raise StoreError("the store is closed")
         done = trio.Event()
@@ -83,23 +83,23 @@ class SqliteStore(Store):
             self.commit_s.add(trio.current_time() - called_at)
         else:
             self.failed_commits += 1
-            # One fault may fail many callers, and an exception object serves one.
+            # One error may fail many callers, and each needs its own exception object.
             raise type(entry.error)(*entry.error.args) from entry.error
 
     async def flush(self) -> None:
-        """As `Store.flush`: a commit of nothing, which still waits its turn."""
+        """See `Store.flush`; an empty commit, which waits for its turn."""
         await self.commit()
 
     def post(self, *changes: Change) -> None:
-        """As `Store.post`."""
+        """See `Store.post`."""
         if self._closing or self._posted >= MAX_POSTED:
-            self._drop("the store is closed" if self._closing else f"{MAX_POSTED} wait for the disk already")
+            self._drop("the store is closed" if self._closing else f"{MAX_POSTED} are already waiting for the disk")
             return
         self._enqueue(changes, None)
         self._posted += 1
 
     def _enqueue(self, changes: tuple[Change, ...], done: trio.Event | None) -> _Entry:
-        # Made into SQL here, so that a change that cannot be is told to who made it.
+        # Converted to SQL here, so that an invalid change raises in its caller.
         statements = self._database.statements(changes)
         size = sum(len(v) for _, values in statements for v in values if isinstance(v, bytes | bytearray))
         entry = _Entry(statements, size, done)
@@ -114,7 +114,7 @@ class SqliteStore(Store):
     # -- the writer -
 
     async def serve_writes(self) -> None:
-        """Write what is queued until `stop`; a cancellation from outside does not reach it."""
+        """Write queued changes until `stop`; shielded from cancellation by the caller."""
         with self._scope:
             while self._queue or not self._closing:
                 if not self._queue:
@@ -126,13 +126,13 @@ class SqliteStore(Store):
                     await self._pause()
         for entry in self._queue:
             if entry.done is None:
-                self._drop("the store was closed before the disk took it")
+                self._drop("the store was closed before it was written")
             elif not entry.done.is_set():
-                entry.error = StoreError("the store was closed before the disk took it")
+                entry.error = StoreError("the store was closed before the change was written")
                 entry.done.set()
 
     def stop(self) -> None:
-        """Take nothing more; write what is queued, within `CLOSE_S`."""
+        """Accept nothing more, and write the queue within `CLOSE_S`."""
         self._closing = True
         self._scope.deadline = trio.current_time() + CLOSE_S
         self._queued.set()
@@ -146,7 +146,7 @@ class SqliteStore(Store):
             await self._urgent.wait()
 
     async def _write_batch(self) -> bool:
-        """Write the first entries of the queue; False if posts among them stay, to be tried again."""
+        """Write the first entries of the queue; False if some posts failed and stay in the queue for a retry."""
         batch = self._next_batch()
         error = await self._write(batch)
         one_by_one = len(batch) > 1 and isinstance(error, StorageFull | BadChange)
@@ -157,7 +157,7 @@ class SqliteStore(Store):
             if error is not None and entry.done is None and not isinstance(error, BadChange):
                 held.append(entry)
             else:
-                # What comes after a held post fails with it: made before it, it would break the order.
+                # Commits after a held post fail with it: written before it, they would break the order.
                 self._conclude(entry, error)
         for _ in batch:
             self._queue.popleft()
@@ -192,19 +192,19 @@ class SqliteStore(Store):
         if bool(held) != self._holding:
             self._holding = bool(held)
             if held:
-                log.error("the disk takes no changes; trying again", error=str(error), waiting=len(self._queue))
+                log.error("the disk refuses changes; retrying", error=str(error), waiting=len(self._queue))
             else:
-                log.info("the disk takes changes again")
+                log.info("the disk accepts changes again")
 
 
 @contextlib.asynccontextmanager
 async def open_sqlite(state_dir: Path) -> AsyncIterator[SqliteStore]:
-    """The store in `state_dir`, which is there and locked by the caller.
+    """Open the store in `state_dir`, which must exist and be locked by the caller.
 
     Raises:
-        StoreError: the database cannot be used; the text says why.
+        StoreError: the database cannot be used.
 
-    Cancellation: the writer outlives it until the block is left, so that cleanup may still commit.
+    Cancellation: the writer runs until the end of the block, so that cleanup can still commit.
     """
     database = await trio.to_thread.run_sync(Database.open, state_dir)
     try:

@@ -1,4 +1,4 @@
-"""The relay's state folder: private, and one daemon's alone."""
+"""The relay's state folder: private, and locked by one process."""
 
 import contextlib
 import errno
@@ -13,25 +13,25 @@ LOCK_NAME = "relayd.lock"
 
 
 def make_state_dir(state_dir: Path) -> None:
-    """Make the folder if need be, for the owner alone; one that is there keeps its mode.
+    """Create the folder if necessary, private to the owner; an existing folder keeps its mode.
 
     Raises:
-        StoreError: it cannot be made or written to.
+        StoreError: the folder cannot be created or is not writable.
     """
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as fault:
-        raise StoreError(f"cannot make the state folder {state_dir}: {fault.strerror}") from fault
+        raise StoreError(f"cannot create the state folder {state_dir}: {fault.strerror}") from fault
     if not os.access(state_dir, os.W_OK | os.X_OK):
         raise StoreError(
-            f"cannot write to the state folder {state_dir}: set its owner, or name another with --state-dir"
+            f"cannot write to the state folder {state_dir}: correct its owner, or choose another with --state-dir"
         )
 
 
 def open_private(path: Path) -> int:
-    """A descriptor of `path`, made with mode 0600 if need be; root gives it to the folder's owner.
+    """Open `path`, and create it with mode 0600 if necessary; as root, make the folder's owner its owner.
 
-    Without that, a `sudo relayd token create` would leave files that the daemon's own user cannot open.
+    Otherwise `sudo relayd token create` would leave files that the daemon's user cannot open.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     if os.geteuid() == 0:
@@ -42,11 +42,11 @@ def open_private(path: Path) -> int:
 
 @contextlib.contextmanager
 def lock_state_dir(state_dir: Path) -> Iterator[None]:
-    """Hold the folder for this process alone; the lock ends with the process, however that ends.
+    """Lock the folder for this process; the kernel releases the lock when the process ends.
 
     Raises:
-        StoreInUse: another process holds it.
-        StoreError: the lock cannot be made.
+        StoreInUse: another process holds the lock.
+        StoreError: the lock cannot be created.
     """
     make_state_dir(state_dir)
     path = state_dir / LOCK_NAME
@@ -62,7 +62,7 @@ def lock_state_dir(state_dir: Path) -> Iterator[None]:
                 raise StoreError(f"cannot lock {path}: {fault.strerror}") from fault
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             raise StoreInUse(
-                f"another relayd (pid {holder}) uses {state_dir}; stop it, or name another folder with --state-dir"
+                f"another relayd (pid {holder}) uses {state_dir}; stop it, or choose another folder with --state-dir"
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

@@ -44,8 +44,8 @@ async def test_it_tells_that_it_is_ready_how_it_stands_and_that_it_stops(
 
 
 async def _service(relay: Any, listeners: list[trio.SocketListener]) -> dict[str, str]:
-    doors = dict(zip(describe(listeners, tls=False), listeners, strict=True))
-    checks = HealthService(relay, doors, ServiceManager()).health_checks()
+    checked = dict(zip(describe(listeners, tls=False), listeners, strict=True))
+    checks = HealthService(relay, checked, ServiceManager()).health_checks()
     return dict(words.split(": ", 1) for words in await run_checks(checks, 1.0))
 
 
@@ -113,7 +113,7 @@ async def test_a_door_that_nobody_opens_is_told(tmp_path: Path) -> None:
         (dead,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         async with dead:
             port = dead.socket.getsockname()[1]
-            assert await _service(relay.relay, [dead]) == {f"door ws://127.0.0.1:{port}": "no answer within 1 s"}
+            assert await _service(relay.relay, [dead]) == {f"listener ws://127.0.0.1:{port}": "no answer within 1 s"}
             relay.relay.draining.set()  # closed on purpose
             assert await _service(relay.relay, [dead]) == {}
 
@@ -126,7 +126,7 @@ async def test_a_unix_door_whose_backlog_is_full_is_told(tmp_path: Path) -> None
         await sock.bind(str(path))
         sock.listen(0)
         async with trio.SocketListener(sock) as dead:
-            assert await _service(relay.relay, [dead]) == {f"door unix:{path}": "no answer within 1 s"}
-            assert await _service(relay.relay, [dead]) == {f"door unix:{path}": "nobody empties its backlog"}
+            assert await _service(relay.relay, [dead]) == {f"listener unix:{path}": "no answer within 1 s"}
+            assert await _service(relay.relay, [dead]) == {f"listener unix:{path}": "its backlog is full"}
             path.unlink()  # whoever did that, a restart of the relay is not the answer
             assert await _service(relay.relay, [dead]) == {}

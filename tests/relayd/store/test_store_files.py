@@ -100,7 +100,7 @@ async def test_a_file_it_cannot_use_is_refused_in_words(
 @pytest.mark.trio
 async def test_a_state_dir_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="cannot make the state folder"):
+    with pytest.raises(StoreError, match="cannot create the state folder"):
         async with open_store(config(tmp_path / "file" / "state")):
             pass
 
