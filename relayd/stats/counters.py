@@ -1,6 +1,6 @@
-"""What the relay counts: over the last seconds, the last minute, five minutes, and since the start.
+"""The relay's counters: over the last seconds, the last minute, five minutes, and since startup.
 
-What happens often is only counted, in plain numbers; once a second `sample` looks at them and makes rates of them.
+Frequent events only increment plain numbers; once a second, `sample` computes rates from them.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -19,41 +19,41 @@ from relayd.stats.windows import SAMPLE_S, End, MinuteWindow, OutcomeWindow, Rat
 T = TypeVar("T")
 log = structlog.get_logger("relayd.stats")
 
-#: Workers that are remembered as having been here, so that their return is told from a first visit.
+#: Number of remembered worker ids, used to distinguish reconnects from first registrations.
 MAX_SEEN_WORKERS = 1_000
-#: Codes that are counted by name; a worker may fail a request with any word.
+#: Codes counted by name; workers may fail requests with arbitrary codes.
 KNOWN_CODES = frozenset(str(code) for code in ErrorCode)
 OTHER_CODE = "other"
 
 
 class SentBytes(Protocol):
-    """A connection that is sent frames, as far as counting goes."""
+    """A connection to which frames are sent, as needed for counting."""
 
     sampled_bytes: int
 
     @property
     def connection_id(self) -> str:
-        """Of its connection."""
+        """Id of the connection."""
 
     @property
     def bytes_sent(self) -> int:
-        """Since its login."""
+        """Bytes sent since its login."""
 
 
 @attrs.define(eq=False)
 class SpaceStats:
-    """Of one space."""
+    """The counters of one space."""
 
     accepted: MinuteWindow = attrs.field(factory=MinuteWindow)
     first_audio: SampleWindow = attrs.field(factory=SampleWindow)
     ends: OutcomeWindow = attrs.field(factory=OutcomeWindow)
-    #: Since the start, by error code.
+    #: Error code -> count since startup.
     failed: dict[str, int] = attrs.field(factory=dict)
     rejected: dict[str, int] = attrs.field(factory=dict)
     retried: int = 0
     resumed: int = 0
     reconnects: int = 0
-    #: Of attempts that are over. Whole milliseconds, because sums of those never go down by a rounding.
+    #: Audio of ended attempts. In whole milliseconds, because their sums never decrease through rounding.
     audio_ms: int = 0
     wait_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
     first_audio_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
@@ -63,7 +63,7 @@ class SpaceStats:
 
 @attrs.define(eq=False)
 class WorkerStats:
-    """Of one worker: who it is, also while it is away, and how it did."""
+    """Identity and counters of one worker, kept while it is disconnected."""
 
     name: str = ""
     engine: str = ""
@@ -79,16 +79,18 @@ class WorkerStats:
 
 @attrs.define(eq=False)
 class Stats:
-    """Of the whole relay. What each frame counts is counted once, by its worker and by its reader, and added up here
-    when somebody asks."""
+    """The counters of the whole relay.
 
-    #: As of the last sample.
+    A frame is counted only by its worker and by its reader; totals are computed on demand.
+    """
+
+    #: Audio produced up to the last sample.
     audio_s: float = 0.0
-    #: Of attempts that are over, as `SpaceStats.audio_ms`.
+    #: Audio of ended attempts, as in `SpaceStats.audio_ms`.
     audio_ms: int = 0
-    #: Sent to HTTP clients, to clients that have gone since, and to the others up to the last sample.
+    #: Bytes sent to HTTP clients, to disconnected clients, and to connected clients up to the last sample.
     out_bytes: int = 0
-    #: From workers that have gone since.
+    #: Frames and bytes from workers that are no longer known.
     past_frames: int = 0
     past_frame_bytes: int = 0
     accepted: MinuteWindow = attrs.field(factory=MinuteWindow)
@@ -97,93 +99,93 @@ class Stats:
     first_audio: SampleWindow = attrs.field(factory=SampleWindow)
     spaces: dict[str, SpaceStats] = attrs.field(factory=dict)
     workers: dict[str, WorkerStats] = attrs.field(factory=dict)
-    #: Of clients that were sent frames in the last seconds.
+    #: Rates of clients to which frames were sent in the last seconds.
     clients: dict[str, Rate] = attrs.field(factory=dict)
     out: Rate = attrs.field(factory=Rate)
     frames_in: Rate = attrs.field(factory=Rate)
-    #: By error code, of requests to spaces that are not there: their names are anybody's words.
+    #: Error code -> requests to spaces that do not exist; not per space, because clients choose the names freely.
     rejected: dict[str, int] = attrs.field(factory=dict)
     _seen_workers: dict[str, None] = attrs.field(factory=dict)
 
     def space(self, name: str) -> SpaceStats:
-        """What is known of a space."""
+        """Return the counters of a space, creating them if necessary."""
         if name not in self.spaces:
             self.spaces[name] = SpaceStats()
         return self.spaces[name]
 
     def worker(self, worker_id: str) -> WorkerStats:
-        """What is known of a worker."""
-        if worker_id not in self.workers:  # asked at each frame
+        """Return the counters of a worker, creating them if necessary."""
+        if worker_id not in self.workers:  # called for each frame, so without `setdefault`
             self.workers[worker_id] = WorkerStats()
         return self.workers[worker_id]
 
     @property
     def frames(self) -> int:
-        """Taken from workers since the start."""
+        """Number of frames received from workers since startup."""
         return self.past_frames + sum(worker.frames for worker in self.workers.values())
 
     @property
     def frame_bytes(self) -> int:
-        """Of those frames."""
+        """Bytes of those frames."""
         return self.past_frame_bytes + sum(worker.frame_bytes for worker in self.workers.values())
 
     def sent_bytes(self, clients: Mapping[str, SentBytes]) -> int:
-        """Of frames sent since the start; `clients` are those that are there."""
+        """Return the bytes of frames sent since startup; `clients` are the connected ones."""
         return self.out_bytes + sum(client.bytes_sent - client.sampled_bytes for client in clients.values())
 
-    # -- what happens
+    # -- events
 
     def count_accepted(self, request: Request) -> None:
-        """A request is in."""
+        """Count an accepted request."""
         now = trio.current_time()
         self.accepted.add(now)
         self.space(request.submit.space).accepted.add(now)
 
     def count_rejected(self, space: str | None, code: str) -> None:
-        """A request was refused; `space` is None where there is none of that name."""
+        """Count a rejected request; `space` is None if the space does not exist."""
         count(self.rejected if space is None else self.space(space).rejected, code)
 
     def count_started(self, request: Request, from_seq: int) -> None:
-        """A request was handed to a worker, whose frames begin at `from_seq`."""
+        """Count the assignment of a request to a worker, whose frames begin at `from_seq`."""
         started_at = request.entry.started_at
-        if started_at != request.wait_counted_at:  # else it was handed out again to the worker that had it
+        if started_at != request.wait_counted_at:  # else it was assigned again to the same worker
             request.wait_counted_at = started_at
             self.space(request.submit.space).wait_s.add(max(0.0, started_at - request.queued_at))
         if not from_seq:
             self.count_restarted(request)
 
     def count_restarted(self, request: Request) -> None:
-        """What an attempt has put out is void, and was made all the same."""
+        """Count the audio of an attempt whose output is discarded."""
         self._count_audio(request)
         request.audio_bytes = 0
 
     def _count_audio(self, request: Request) -> None:
-        """An attempt is over, and what it has put out counts from now on without it."""
+        """Add the audio of an ended attempt to the totals."""
         made_ms = audio_ms(request)
         self.audio_ms += made_ms
         self.space(request.submit.space).audio_ms += made_ms
 
     def count_retried(self, request: Request) -> None:
-        """An attempt was lost, and the request waits for another."""
+        """Count a lost attempt whose request is queued again."""
         self.space(request.submit.space).retried += 1
 
     def count_resumed(self, request: Request) -> None:
-        """A worker came back, and goes on with the request."""
+        """Count a request that continues after its worker reconnected."""
         self.space(request.submit.space).resumed += 1
 
     def count_registration(self, worker_id: str, spaces: Iterable[str]) -> None:
-        """A worker has registered."""
+        """Count the registration of a worker."""
         seen = self._seen_workers
         if worker_id in seen:
             for space in spaces:
                 self.space(space).reconnects += 1
-            del seen[worker_id]  # to be the latest again
+            del seen[worker_id]  # moves it to the end
         elif len(seen) >= MAX_SEEN_WORKERS:
             del seen[next(iter(seen))]
         seen[worker_id] = None
 
     def observe_first_frame(self, request: Request, now: float) -> None:
-        """The first output of a request has come."""
+        """Record the time to the first output of a request."""
         waited_s = now - request.created_at
         self.first_audio.add(now, waited_s)
         space = self.space(request.submit.space)
@@ -191,7 +193,7 @@ class Stats:
         space.first_audio_s.add(waited_s)
 
     def count_ended(self, request: Request, state: State, now: float) -> None:
-        """A request has ended as `state`."""
+        """Count a request that has ended in `state`."""
         self._count_audio(request)
         space = self.space(request.submit.space)
         if state is State.FAILED:
@@ -214,7 +216,7 @@ class Stats:
         if request.entry.worker_id in self.workers:
             self.workers[request.entry.worker_id].ends.add(end)
 
-    # -- what is looked at once a second
+    # -- once a second
 
     def sample(
         self,
@@ -224,7 +226,7 @@ class Stats:
         spaces: Container[str],
         workers: Container[str],
     ) -> None:
-        """Make rates of the counters, and forget spaces, workers and clients that are gone."""
+        """Update the rates, and drop the counters of spaces, workers and clients that no longer exist."""
         self.audio_s = (self.audio_ms + sum(map(audio_ms, live))) / 1000
         self.audio.add(now, self.audio_s - self.audio.total)
         self.frames_in.sample(now, self.frame_bytes)
@@ -238,7 +240,7 @@ class Stats:
             self.past_frame_bytes += gone.frame_bytes
 
     def _sample_clients(self, clients: Mapping[str, SentBytes], now: float) -> None:
-        """Of thousands of clients few are sent anything: only those have a rate."""
+        """Update the rates of clients; only the few that receive frames have one."""
         for client in [client for client in clients.values() if client.bytes_sent != client.sampled_bytes]:
             if client.connection_id not in self.clients:
                 self.clients[client.connection_id] = Rate(begin=client.sampled_bytes)
@@ -253,7 +255,7 @@ class Stats:
 
 
 def audio_ms(request: Request) -> int:
-    """Milliseconds of audio that the attempt at hand has put out."""
+    """Return the milliseconds of audio produced by the current attempt."""
     return round(1000 * (request.audio_s or 0.0))
 
 
@@ -268,7 +270,7 @@ def _forget(known: dict[str, T], there: Container[str]) -> list[T]:
 
 
 async def serve_stats(sample: Callable[[float], None]) -> None:
-    """Look at the counters once a second, until cancelled."""
+    """Call `sample` once a second, until cancelled."""
     while True:
         await trio.sleep(SAMPLE_S)
         try:

@@ -1,4 +1,4 @@
-"""Counts and samples over the last minutes: for rates, percentiles and shares of failures."""
+"""Sliding windows of counts and samples over the last minutes, for rates, percentiles and error rates."""
 
 import math
 from collections import deque
@@ -6,36 +6,37 @@ from collections import deque
 import attrs
 
 SAMPLE_S = 1.0
-#: What "a minute" and "lately" mean in rows.
+#: Seconds in `MinuteWindow`.
 MINUTE = 60
+#: Length of the other windows.
 WINDOW_S = 300.0
-#: Samples kept of one kind: a percentile of a thousand is as good as one of all.
+#: Samples kept per window: percentiles of a thousand samples are good enough.
 MAX_SAMPLES = 1_000
-#: Over which bytes a second are told: long enough for frames of a second each.
+#: Samples that a rate is averaged over: enough for streams with one frame per second.
 RATE_SAMPLES = 6
 
 
 @attrs.define(eq=False)
 class MinuteWindow:
-    """What was counted in each of the last sixty seconds, the running one last."""
+    """Counts for each of the last sixty seconds, the current one last."""
 
     total: float = 0.0
     _buckets: deque[float] = attrs.field(factory=lambda: deque([0.0] * MINUTE, maxlen=MINUTE))
     _second: int = 0
 
     def add(self, now: float, amount: float = 1.0) -> None:
-        """Count `amount`."""
+        """Add `amount` to the current second."""
         self._roll(now)
         self._buckets[-1] += amount
         self.total += amount
 
     def sum(self, now: float) -> float:
-        """Of the last minute."""
+        """Return the sum over the last minute."""
         self._roll(now)
         return math.fsum(self._buckets)
 
     def by_second(self, now: float) -> list[float]:
-        """Sixty numbers, the oldest first."""
+        """Return the sixty counts, oldest first."""
         self._roll(now)
         return list(self._buckets)
 
@@ -48,18 +49,18 @@ class MinuteWindow:
 
 @attrs.define(eq=False)
 class SampleWindow:
-    """Samples of the last five minutes, the latest thousand at most, and what they come to."""
+    """Samples of the last five minutes, at most the latest thousand."""
 
     _samples: deque[tuple[float, float]] = attrs.field(factory=lambda: deque(maxlen=MAX_SAMPLES))
     _sorted: list[float] | None = None
 
     def add(self, now: float, value: float) -> None:
-        """Take a sample."""
+        """Add a sample."""
         self._samples.append((now, value))
         self._sorted = None
 
     def percentile(self, now: float, part: float) -> float | None:
-        """The sample that `part` of all do not exceed (nearest rank); None where there is none."""
+        """Return the percentile for the fraction `part` (nearest rank); None if there are no samples."""
         while self._samples and self._samples[0][0] < now - WINDOW_S:
             self._samples.popleft()
             self._sorted = None
@@ -71,7 +72,7 @@ class SampleWindow:
 
 @attrs.frozen
 class End:
-    """How a request ended: when, whether it failed, and how long it ran for how much audio."""
+    """The end of a request: time, outcome, run time and duration of its audio."""
 
     when: float
     failed: bool
@@ -81,22 +82,22 @@ class End:
 
 @attrs.define(eq=False)
 class OutcomeWindow:
-    """The ends of the last five minutes, the latest thousand at most."""
+    """The ends of requests in the last five minutes, at most the latest thousand."""
 
     _ends: deque[End] = attrs.field(factory=lambda: deque(maxlen=MAX_SAMPLES))
     _cached: tuple[float | None, float | None] | None = None
 
     def add(self, end: End) -> None:
-        """Take one more."""
+        """Add an end."""
         self._ends.append(end)
         self._cached = None
 
     def rtf(self, now: float) -> float | None:
-        """Real-time factor: seconds run per second of audio, of what was completed; None where there was no audio."""
+        """Return the real-time factor of completed requests: run time per second of audio; None without audio."""
         return self._compute(now)[0]
 
     def error_percent(self, now: float) -> float | None:
-        """Of what was completed or failed, how much failed; None where nothing was."""
+        """Return the percentage of failed requests; None if none has ended."""
         return self._compute(now)[1]
 
     def _compute(self, now: float) -> tuple[float | None, float | None]:
@@ -116,18 +117,18 @@ class OutcomeWindow:
 
 @attrs.define(eq=False)
 class Rate:
-    """How fast a counter rises, from what it was at each of the last samples."""
+    """The rate of a counter, computed from its last samples."""
 
     per_s: int = 0
-    #: Where the counter stood at the sample before the first.
+    #: Value of the counter at the time of the sample before the first.
     _begin: int = 0
     _seen: deque[tuple[float, int]] = attrs.field(factory=lambda: deque(maxlen=RATE_SAMPLES))
 
     def sample(self, now: float, count: int) -> None:
-        """The counter stands at `count` now."""
+        """Record the value of the counter, `count`, and update the rate."""
         seen = self._seen
-        if not seen:  # it has begun since the last sample
+        if not seen:  # it started since the last sample
             seen.append((now - SAMPLE_S, self._begin))
         seen.append((now, count))
-        when, before = seen[0]
-        self.per_s = round((count - before) / (now - when)) if now > when else 0
+        then, count_then = seen[0]
+        self.per_s = round((count - count_then) / (now - then)) if now > then else 0
