@@ -39,7 +39,7 @@ async def test_a_file_and_a_recording_reach_the_worker_as_they_are(
         await window.until("document.getElementById('text').matches(':invalid')")  # the browser asks for a text
         await window.type("text", "A file")
         await window.click("#submit")
-        await window.until("document.getElementById('ask-fault').textContent.startsWith('voice is needed')")
+        await window.until("document.getElementById('ask-fault').textContent.startsWith('voice is required')")
 
         await window.do(lambda driver: driver.find_element("css selector", "#inputs input").send_keys(str(sound)))
         await window.click("#more summary")

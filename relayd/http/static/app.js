@@ -1,5 +1,5 @@
-// The relay's page: it speaks the WebSocket protocol of docs/protocol.md and nothing else. docs/page.md says how.
-// Here its parts are put together; each has a module of its own.
+// The relay's page, a client of the WebSocket protocol in docs/protocol.md; docs/page.md describes it.
+// This module connects its parts, which are separate modules.
 
 import { $, announce, firstButton, set } from "./elements.js";
 import { build, count, dropForm, enable, formSpace, mark, readInputs, readParams, wordForm } from "./form.js";
@@ -13,7 +13,7 @@ import { kept } from "./storage.js";
 import { fault, language, say, seconds, setLanguage, size } from "./words.js";
 
 const MAX_ROWS = 50;
-/** Of a message that carries params, for what else is in it (§4). */
+/** Room for the other fields of a message that carries params (§4). */
 const MARGIN_BYTES = 2048;
 
 const rows = new Map(); // id → Row
@@ -22,13 +22,13 @@ const player = new Player((track) => {
 });
 const link = new Link((what, message) => ({ welcome, down, refused, message: take })[what](message));
 let principal = kept("sessionStorage", "principal");
-let limits = {}; // as the relay told them
+let limits = {}; // from the relay's welcome
 let server = "";
 let linkState = "";
-let spaces = []; // as the relay last told them
-let page = []; // of an answer that is not whole yet
+let spaces = []; // the latest list from the relay
+let page = []; // spaces of an incomplete answer
 
-// What happens to a request.
+// Requests.
 
 function changed(request, what, before) {
   const row = rows.get(request.id);
@@ -62,7 +62,7 @@ function recall() {
   let list = [];
   try {
     list = JSON.parse(kept("sessionStorage", `requests.${principal}`) ?? "[]");
-  } catch { /* not ours */ }
+  } catch { /* not written by this page */ }
   for (const row of list) add(new Request(link, row, changed));
 }
 
@@ -94,7 +94,7 @@ function clear() {
   $("none").hidden = false;
 }
 
-// The connection's part.
+// The connection.
 
 function welcome(message) {
   if (principal !== message.principal) {
@@ -121,7 +121,7 @@ function down() {
   showSpace();
 }
 
-/** The relay will not have us: back to the door, and say why. */
+/** The relay refused the login: show the login form, with the reason. */
 function refused({ code, message }) {
   for (const { request } of rows.values()) request.unplugged();
   if (code !== "connection") kept("sessionStorage", "token", null);
@@ -172,7 +172,7 @@ function showSpaces() {
   const state = { ready: "ready", "no worker": "no_worker", paused: "paused" };
   const lines = spaces.map(({ name, state: is }) => [name, `${name} · ${say(state[is] ?? "no_worker")}`]);
   if (lines.map(([name]) => name).join() === [...select.options].map(({ value }) => value).join()) {
-    lines.forEach(([, words], i) => set(select.options[i], words)); // who has it open goes on choosing
+    lines.forEach(([, words], i) => set(select.options[i], words)); // keeps an open menu usable
   } else {
     select.replaceChildren(...lines.map(([name, words]) => new Option(words, name)));
     select.value = (spaceOf(wanted) ?? spaces.find(({ state: is }) => is === "ready") ?? spaces[0])?.name ?? "";
@@ -194,11 +194,11 @@ function showSpace() {
   enable(is === "ready");
 }
 
-let reading = false; // files, for a request that is about to be submitted
+let reading = false; // the files of a request about to be submitted
 async function submit() {
   if (reading) return;
   const space = formSpace();
-  player.unlock(rateOf(space)); // while this counts as something that the person did
+  player.unlock(rateOf(space)); // while this counts as a user action
   $("ask-fault").hidden = true;
   for (const element of $("form").querySelectorAll("[aria-invalid]")) element.removeAttribute("aria-invalid");
   let params;
@@ -226,7 +226,7 @@ async function submit() {
   request.resume();
 }
 
-// Language, and what the person does.
+// Language and user input.
 
 function speak() {
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
@@ -288,7 +288,7 @@ $("text").onkeydown = (event) => {
 
 addEventListener("pagehide", remember);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => rows.forEach((row) => row.draw()));
-// Figures that count by themselves: processing time, and how long it is until a request starts.
+// Figures that change with time: processing time, and time until a request starts.
 setInterval(() => rows.forEach((row) => row.request.ended || row.soon()), 250);
 
 const token = kept("sessionStorage", "token");

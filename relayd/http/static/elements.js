@@ -1,4 +1,4 @@
-// The document's elements, by short names.
+// Helpers for the document's elements.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -8,18 +8,18 @@ export function make(tag, ...children) {
   return element;
 }
 
-/** Only what is different is written: a screen reader is told of every change. */
+/** Set text only if it differs, because screen readers announce every change. */
 export function set(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** For screen readers, which are told what happens to a request but not every figure. */
+/** Announce events of requests, but not every figure, to screen readers. */
 export function announce(words) {
   $("says").append(make("p", words));
   while ($("says").childElementCount > 20) $("says").firstChild.remove();
 }
 
-/** The first button in an element that can be seen, so that the focus may go there. */
+/** The first visible button in an element, to move the focus to. */
 export function firstButton(element) {
   return [...element.querySelectorAll("button")].find((button) => button.offsetParent);
 }

@@ -1,4 +1,4 @@
-// The form of a space: fields after the JSON Schema of its params, and its inputs.
+// The form of a space: fields from the JSON Schema of its params, and its inputs.
 
 import { $, make, set } from "./elements.js";
 import { InputField } from "./input.js";
@@ -6,7 +6,7 @@ import { say } from "./words.js";
 
 let form = null; // {name of the space, shape, fields, inputs, most characters of text}
 
-/** The form is off while nobody could serve it. Who was writing goes on where they were, once it is back. */
+/** Disable the form while no worker can serve it; enabling it again restores the cursor. */
 let writing = null;
 export function enable(on) {
   if ($("form").disabled === !on) return;
@@ -19,7 +19,7 @@ export function enable(on) {
   }
 }
 
-/** Fields for the space's params and inputs, made anew only when these have changed. */
+/** Build fields for the space's params and inputs, only if these have changed. */
 export function build(space) {
   const shape = JSON.stringify([space.name, space.params, space.inputs]);
   if (form?.shape === shape) return;
@@ -42,7 +42,7 @@ export function build(space) {
   wordForm();
 }
 
-/** A field for a param, after its schema. `read` gives its value; undefined leaves it out. */
+/** Add a field for a param, according to its schema. `read` returns its value; undefined leaves it out. */
 function setting(name, schema, required) {
   const id = `param-${name}`;
   const kind = schema.enum ? "enum" : schema.type;
@@ -83,7 +83,7 @@ function setting(name, schema, required) {
   form.fields.set(name, { element, read, schema });
 }
 
-/** The words of a form that was built, in the language of now. */
+/** Set the texts of the form in the current language. */
 export function wordForm() {
   if (!form) return;
   $("text").placeholder = say("text_hint");
@@ -104,7 +104,7 @@ export function count() {
   $("text").setAttribute("aria-invalid", String(Boolean(form?.most && n > form.most)));
 }
 
-/** Mark the fields that the relay refused. */
+/** Mark the fields that the relay rejected. */
 export function mark(request) {
   if (request.space !== form?.name) return;
   for (const field of Object.keys(request.failure?.details ?? {})) {
@@ -113,7 +113,7 @@ export function mark(request) {
   }
 }
 
-/** Name → {media_type, data, sha256}; throws what the person is to be told, as `readParams` does. */
+/** Name → {media_type, data, sha256}; throws errors to show to the user, as `readParams` does. */
 export async function readInputs() {
   const files = {};
   for (const field of form.inputs) {
@@ -137,7 +137,7 @@ export function readParams() {
   return params;
 }
 
-/** The space whose form it is. */
+/** The space of the current form. */
 export const formSpace = () => form?.name;
 
 export function dropForm() {

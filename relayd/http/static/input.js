@@ -4,17 +4,17 @@ import { say, seconds, size } from "./words.js";
 
 const hex = (bytes) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 
-/** A request's id (§3). */
+/** A new request id (§3). */
 export const newId = () => hex(crypto.getRandomValues(new Uint8Array(16)));
 
-/** Its kind as the space spells it: browsers name WAV in several ways, and media types are compared literally. */
+/** The media type in the space's spelling: browsers have several names for WAV, and media types are compared literally. */
 function kindOf(file, kinds) {
   const names = [file.type || "application/octet-stream"];
   if (/^audio\/(x-|vnd\.)?wave?$/.test(names[0])) names.push("audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave");
   return kinds.length ? names.find((name) => kinds.includes(name)) : names[0];
 }
 
-/** The field of an input that a space takes: a file, or the microphone where audio is taken. */
+/** The field of an input: a file, or a recording if the space accepts audio. */
 export class InputField {
   element = $("input").content.firstElementChild.cloneNode(true);
   #file = null;
@@ -43,14 +43,14 @@ export class InputField {
     return this.element.querySelector(selector);
   }
 
-  /** Its words, in the language of now. */
+  /** Set its texts in the current language. */
   word() {
     set(this.#part(".label"), `${this.name} (${say(this.required ? "required" : "optional")})`);
     set(this.#part(".record"), say(this.#recorder ? "stop" : "record"));
     this.#part(".record").classList.toggle("recording", Boolean(this.#recorder));
   }
 
-  /** What was chosen or recorded may be listened to before it is sent. */
+  /** Keep a chosen file or a recording; audio can be played before it is sent. */
   #keep(file) {
     this.#file = file;
     if (this.#url) URL.revokeObjectURL(this.#url);
@@ -66,7 +66,7 @@ export class InputField {
     const [record, line] = [this.#part(".record"), this.#part(".told")];
     const recorder = new Recorder();
     this.#recorded_s = 0;
-    record.disabled = true; // while the person is asked
+    record.disabled = true; // while the browser asks for permission
     try {
       await recorder.start(this.most, (s) => {
         if (s === null) return this.stop();
@@ -81,7 +81,7 @@ export class InputField {
     this.word();
   }
 
-  /** End a recording, if there is one, and take it. */
+  /** End a recording, if there is one, and use it. */
   async stop() {
     const recorder = this.#recorder;
     if (!recorder) return;
@@ -92,7 +92,7 @@ export class InputField {
     this.word();
   }
 
-  /** {media_type, data, sha256}, or null for none; throws what the person is to be told. */
+  /** {media_type, data, sha256}, or null for none; throws errors to show to the user. */
   async read() {
     await this.stop();
     const { name, kinds, most, required } = this;

@@ -3,24 +3,24 @@ import { decode, encode } from "./msgpack.js";
 const PING_MS = 4000;
 const SPACES_MS = 1500;
 const CONNECT_MS = 10000;
-/** Errors of a connection after which another may do better (§11). */
+/** Connection errors after which a new connection may succeed (§11). */
 const PASSING = ["rate_limited", "internal", "idle_timeout", "slow_consumer"];
 
-/** A connection that is made anew when it is lost. `tell` hears of "welcome", "down", "refused" and "message". */
+/** A connection that reconnects when it is lost. `notify` is called with "welcome", "down", "refused" and "message". */
 export class Link {
-  open = false; // and logged in
+  open = false; // connected and logged in
   #ws = null;
   #token = "";
-  #tell;
+  #notify;
   #ceiling_s = 0.5;
   #timers = [];
   #retry = 0;
 
-  constructor(tell) {
-    this.#tell = tell;
+  constructor(notify) {
+    this.#notify = notify;
   }
 
-  /** `patient`: a first try that fails is followed by others. */
+  /** `patient`: retry also if the first attempt fails. */
   start(token, patient) {
     this.stop();
     this.#token = token;
@@ -40,10 +40,10 @@ export class Link {
   }
 
   send(message) {
-    if (this.open) this.#ws.send(encode(message)); // else Request.resume() says it on the next connection
+    if (this.open) this.#ws.send(encode(message)); // else Request.resume() sends it on the next connection
   }
 
-  /** The relay broke a rule: leave this connection. A browser may not say 1002. */
+  /** The relay broke a rule: close this connection. Browsers cannot send code 1002. */
   drop() {
     this.#ws?.close(4002);
     this.#lost(this.#ws, null);
@@ -56,21 +56,21 @@ export class Link {
     ws.binaryType = "arraybuffer";
     this.#ws = ws;
     let welcomed = 0;
-    let heard = Date.now();
+    let lastReceived = Date.now();
     let deadAfter = CONNECT_MS;
     let refusal = null;
     const hasPatience = () => patient || welcomed > 0;
     this.#timers.forEach(clearInterval);
     this.#timers = [
-      setInterval(() => Date.now() - heard > deadAfter && this.#lost(ws, null, hasPatience(), welcomed), 1000),
+      setInterval(() => Date.now() - lastReceived > deadAfter && this.#lost(ws, null, hasPatience(), welcomed), 1000),
     ];
     ws.onopen = () => {
-      heard = Date.now();
+      lastReceived = Date.now();
       ws.send(encode({ type: "hello", version: 1, role: "client", token: this.#token, agent: "page/1" }));
     };
     ws.onmessage = ({ data }) => {
       if (ws !== this.#ws) return;
-      heard = Date.now();
+      lastReceived = Date.now();
       let message;
       try {
         message = decode(new Uint8Array(data));
@@ -87,11 +87,11 @@ export class Link {
         const ping = () => this.send({ type: "ping", timestamp: Date.now() / 1000 });
         this.#timers.push(setInterval(ask, SPACES_MS), setInterval(ping, PING_MS));
         this.send({ type: "spaces" });
-        this.#tell("welcome", message);
+        this.#notify("welcome", message);
       } else if (message.type === "error" && !(message.code === "unknown_type" && welcomed)) {
         refusal = message; // the close follows
       } else {
-        this.#tell("message", message);
+        this.#notify("message", message);
       }
     };
     ws.onclose = ({ code }) => {
@@ -105,11 +105,11 @@ export class Link {
     this.#timers.forEach(clearInterval);
     [this.#ws, this.open] = [null, false];
     ws.close();
-    if (refusal && !PASSING.includes(refusal.code)) return this.#tell("refused", refusal);
-    if (!patient) return this.#tell("refused", refusal ?? { code: "connection" });
-    this.#tell("down", refusal);
+    if (refusal && !PASSING.includes(refusal.code)) return this.#notify("refused", refusal);
+    if (!patient) return this.#notify("refused", refusal ?? { code: "connection" });
+    this.#notify("down", refusal);
     if (welcomed && Date.now() - welcomed > 5000) this.#ceiling_s = 0.5;
-    // A random part of the ceiling, so that a relay that comes back is not met by all its clients at once.
+    // A random part of the ceiling, so that not all clients reconnect to a restarted relay at once.
     this.#retry = setTimeout(() => this.#connect(true), 1000 * this.#ceiling_s * Math.random());
     this.#ceiling_s = Math.min(10, 2 * this.#ceiling_s);
   }

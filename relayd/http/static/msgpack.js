@@ -1,10 +1,10 @@
-// msgpack, as far as the protocol speaks it (docs/protocol.md §3): no extensions, string keys only.
+// The part of msgpack that the protocol uses (docs/protocol.md §3): no extensions, string keys only.
 
 const utf8 = new TextEncoder();
 const fromUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const MAX_DEPTH = 16;
 
-/** The bytes of a value: whole numbers as integers, Uint8Array as bin; a key whose value is undefined is left out. */
+/** Encode a value: whole numbers as integers, Uint8Array as bin; keys with undefined values are left out. */
 export function encode(value) {
   let bytes = new Uint8Array(1024);
   let view = new DataView(bytes.buffer);
@@ -21,7 +21,7 @@ export function encode(value) {
     return at;
   };
   const number = (kind, width, n) => {
-    const at = room(width); // first, as it may put another view in place
+    const at = room(width); // first, because it may replace the view
     view[`set${kind}`](at, n);
   };
   const byte = (tag) => number("Uint8", 1, tag);
@@ -29,12 +29,12 @@ export function encode(value) {
     const at = room(data.length);
     bytes.set(data, at);
   };
-  const put = { // behind a tag, by its size in bytes
+  const put = { // writes a tag and a number of this size in bytes
     1: (n) => number("Uint8", 1, n),
     2: (n) => number("Uint16", 2, n),
     4: (n) => number("Uint32", 4, n),
   };
-  const sized = (count, fixed, most, tags) => { // the head of a string, binary, array or map
+  const sized = (count, fixed, most, tags) => { // writes the head of a string, binary, array or map
     if (count <= most) return byte(fixed | count);
     const size = count < 0x100 && tags[1] ? 1 : count < 0x10000 ? 2 : 4;
     byte(tags[size]);
@@ -86,7 +86,7 @@ export function encode(value) {
   return bytes.slice(0, end);
 }
 
-/** The value of all of `data`. Binaries are views into it: whoever keeps one, or needs it aligned, slices it. */
+/** Decode all of `data`. Binaries are views into it: slice them to keep or align them. */
 export function decode(data) {
   const view = new DataView(data.buffer, data.byteOffset, data.byteLength);
   let end = 0;
@@ -105,7 +105,7 @@ export function decode(data) {
     return items;
   };
   const map = (count, depth) => {
-    const pairs = Object.create(null); // so that no key means more than itself
+    const pairs = Object.create(null); // without a prototype, so that no key is special
     for (let i = 0; i < count; i++) {
       const key = any(depth + 1);
       if (typeof key !== "string") throw new TypeError("a msgpack key that is no string");
@@ -145,7 +145,7 @@ export function decode(data) {
       case 0xdd: return array(size[4](), depth);
       case 0xde: return map(size[2](), depth);
       case 0xdf: return map(size[4](), depth);
-      default: throw new TypeError(`msgpack with the tag ${tag}`); // extensions are not spoken
+      default: throw new TypeError(`msgpack with the tag ${tag}`); // extensions are not supported
     }
   };
   const value = any(1);

@@ -1,16 +1,16 @@
-/** After so long without a sound the machine's audio may sleep. */
+/** The audio context is suspended after this time without sound. */
 const REST_MS = 2000;
 
-/** Plays one track at a time; those that wait for their turn follow by themselves. */
+/** Plays one track at a time; queued tracks follow automatically. */
 export class Player {
-  track = null; // that plays, or is paused
+  track = null; // the playing or paused track
   paused = false;
   waiting = false; // for more audio
   #turns = [];
-  #contexts = new Map(); // sample rate → context. Browsers resample better than we would.
+  #contexts = new Map(); // sample rate → context; the browser resamples
   #node = null;
   #context = null;
-  #number = 0; // of the last start
+  #number = 0; // incremented by each start and stop
   #changed;
 
   constructor(changed) {
@@ -21,7 +21,7 @@ export class Player {
     return typeof AudioWorkletNode === "function";
   }
 
-  /** The browser lets nothing sound until the person has done something on the page. */
+  /** The browser blocks sound until the user interacts with the page. */
   get blocked() {
     return Boolean(this.#node) && this.#context.state !== "running";
   }
@@ -30,7 +30,7 @@ export class Player {
     return this.track === track && !this.paused && !this.blocked;
   }
 
-  /** To be called while the person does something, so that what comes later may sound. */
+  /** Must be called in a user action, so that later audio may play. */
   unlock(rate) {
     if (this.able) this.#open(rate).context.resume();
   }
@@ -46,7 +46,7 @@ export class Player {
     return opened;
   }
 
-  /** Let it sound when its turn comes. */
+  /** Play the track now, or after the playing one. */
   enqueue(track) {
     if (!this.able || this.track === track || this.#turns.includes(track)) return;
     if (this.track && !this.paused) this.#turns.push(track);
@@ -55,7 +55,7 @@ export class Player {
 
   async play(track) {
     if (track.over && track.at * track.channels >= track.samples) track.at = 0;
-    this.#let();
+    this.#detach();
     this.#turns = this.#turns.filter((other) => other !== track);
     [this.track, this.paused, this.waiting] = [track, false, true];
     const mine = ++this.#number;
@@ -69,16 +69,16 @@ export class Player {
       numberOfInputs: 0, outputChannelCount: [channels], processorOptions: { channels, at },
     });
     node.connect(context.destination);
-    node.port.onmessage = ({ data }) => this.#told(node, data);
+    node.port.onmessage = ({ data }) => this.#onReport(node, data);
     [this.#node, this.#context] = [node, context];
-    context.resume(); // it may have gone to rest meanwhile
+    context.resume(); // it may have been suspended meanwhile
     track.listener = this;
     for (const piece of track.from(at)) this.more(piece);
     if (track.over) this.over();
     this.#changed(track);
   }
 
-  #told(node, { at, waiting, ended }) {
+  #onReport(node, { at, waiting, ended }) {
     if (node !== this.#node) return;
     this.track.at = at;
     this.waiting = waiting;
@@ -93,7 +93,7 @@ export class Player {
   }
 
   pause() {
-    this.#let();
+    this.#detach();
     this.paused = true;
     this.#changed(this.track);
   }
@@ -104,10 +104,10 @@ export class Player {
     else this.#changed(track);
   }
 
-  /** The track is at its end, or is gone; the next one's turn. */
+  /** End the current track, and play the next one. */
   stop() {
     const { track } = this;
-    this.#let();
+    this.#detach();
     this.track = null;
     this.#changed(track);
     const next = this.#turns.shift();
@@ -124,7 +124,7 @@ export class Player {
     if (this.track) this.stop();
   }
 
-  #let() {
+  #detach() {
     this.#number++;
     this.#node?.port.postMessage({ stop: true });
     this.#node = null;
@@ -133,7 +133,7 @@ export class Player {
     if (this.track) this.track.listener = null;
   }
 
-  // What a track tells the one who plays it.
+  // Called by the track that is playing.
 
   more(piece) {
     const copy = piece.slice();

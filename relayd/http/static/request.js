@@ -1,30 +1,30 @@
 import { Track } from "./track.js";
 import { size } from "./words.js";
 
-/** The last states of a request. */
+/** The final states of a request. */
 const ENDS = ["completed", "failed", "cancelled", "rejected", "lost"];
 const PIECE_BYTES = 262144;
-/** Kept small, or a cancel waits behind the upload (§5.3). */
+/** Limit of unsent data, so that a cancel does not wait behind the upload (§5.3). */
 const AHEAD_BYTES = 2 * PIECE_BYTES;
-/** Of what is shown of results that are no speech. */
+/** Limit of the text shown for results other than speech. */
 const MAX_OUTPUT_CHARS = 100000;
 
 /** One request; `changed(request, what)` is called with "state" (and the one before), "track", "audio", "output" or "figures". */
 export class Request {
-  state = "sending"; // sending, accepted, queued, running, again (the relay leaves; it is asked once more), or one of ENDS
+  state = "sending"; // sending, accepted, queued, running, again (the relay is shutting down; retried later), or one of ENDS
   accepted = false;
   cancelling = false;
-  fetching = false; // an ended one, whose frames are read again
-  sent = 0; // 0..1 of its inputs
+  fetching = false; // an ended request whose frames are read again
+  sent = 0; // uploaded fraction of its inputs, 0..1
   place = null; // {position, of, eta_s, at}
   progress = null;
   failure = null;
   result = null;
-  began = 0; // when it started, in ms since 1970: a reload must not begin it anew
+  began = 0; // when it started, in ms since 1970; kept across reloads
   first_s = null;
   outputs = [];
   track = new Track();
-  files = null; // name → {media_type, data, sha256}, in this page's life
+  files = null; // name → {media_type, data, sha256}; not kept across reloads
   #attempt = 0;
   #next = 0;
   #bytes = 0;
@@ -35,12 +35,12 @@ export class Request {
   #upload = 0;
 
   constructor(link, row, changed) {
-    Object.assign(this, row); // id, space, params, made, and what was kept of it
+    Object.assign(this, row); // id, space, params, made, and its stored fields
     this.link = link;
     this.changed = changed;
   }
 
-  /** What lives on in sessionStorage. */
+  /** The fields to keep in sessionStorage. */
   row() {
     const { id, space, params, made, state, accepted, cancelling, failure, result, began, first_s, hasInputs } = this;
     const heard = this.track.at || this.heard || 0;
@@ -56,7 +56,7 @@ export class Request {
     return typeof text === "string" ? text.trim() || "—" : JSON.stringify(this.params);
   }
 
-  /** What §7 asks for on every new connection; on the first one of a new request, that is the submit. */
+  /** Submit or attach, as §7 requires on every new connection. */
   resume() {
     clearTimeout(this.#later);
     const request_id = this.id;
@@ -70,7 +70,7 @@ export class Request {
     } else {
       this.link.send({ type: "attach", request_id, attempt: this.#attempt, after_seq: this.#next - 1 });
     }
-    if (this.cancelling) this.link.send({ type: "cancel", request_id }); // one may be lost with its connection (§5.5)
+    if (this.cancelling) this.link.send({ type: "cancel", request_id }); // the first one may have been lost with its connection (§5.5)
   }
 
   async #send() {
@@ -90,7 +90,7 @@ export class Request {
     }
   }
 
-  /** Uploads of the connection that is gone end. */
+  /** The connection was lost: stop the upload. */
   unplugged() {
     this.#upload++;
     clearTimeout(this.#later);
@@ -102,7 +102,7 @@ export class Request {
     this.changed(this, "state");
   }
 
-  /** Read all its frames from the relay once more, which keeps them for a while after the end. */
+  /** Read all frames again from the relay, which keeps them for a while after the end. */
   fetch() {
     this.fetching = true;
     this.heard = 0;
@@ -135,14 +135,14 @@ export class Request {
     }
   }
 
-  /** The rules of §6 by their numbers. */
+  /** Apply the rules of §6, by their numbers. */
   #frame(frame) {
     const { type, attempt, seq } = frame;
     if (attempt < this.#attempt) return; // 2
     if (type !== "failed" && type !== "cancelled") { // 3
       if (attempt === this.#attempt && seq < this.#next) return; // 4
       if (seq > this.#next) return this.#missing(); // 5
-      if (seq < this.#next) { // 6: all from here on is void
+      if (seq < this.#next) { // 6: everything from here on is void
         this.#bytes = this.#bytesBefore[seq] ?? 0;
         this.track.cut(this.#bytes);
         this.outputs.length = this.#outputsBefore[seq] ?? 0;
@@ -154,13 +154,13 @@ export class Request {
     this.#bytesBefore[seq] = this.#bytes;
     this.#outputsBefore[seq] = this.outputs.length;
     this.accepted = true;
-    this[`_${type}`]?.(frame); // a type of a later version is passed over (§1)
+    this[`_${type}`]?.(frame); // unknown types are ignored (§1)
   }
 
   #missing() {
-    if (this.#gaps++ === 0) return this.link.drop(); // and attach again, once
+    if (this.#gaps++ === 0) return this.link.drop(); // reconnect and attach again, once
     this.link.send({ type: "cancel", request_id: this.id });
-    this.#end("failed", { code: "frames_missing", message: "the relay left out a part of the result" });
+    this.#end("failed", { code: "frames_missing", message: "the relay skipped a part of the result" });
   }
 
   #to(state) {
@@ -175,7 +175,7 @@ export class Request {
     this.place = null;
     if (format) {
       this.track.begin(format);
-      if (this.heard) [this.track.at, this.heard] = [this.heard, 0]; // this page was loaded again: on from there
+      if (this.heard) [this.track.at, this.heard] = [this.heard, 0]; // the page was reloaded: continue from there
     }
     this.#to("running");
     if (format) this.changed(this, "track");
@@ -223,7 +223,7 @@ export class Request {
     this.changed(this, "state", before);
   }
 
-  /** What is shown of results that are no speech. */
+  /** The text shown for results other than speech. */
   shown() {
     let text = "";
     for (const data of this.outputs) {

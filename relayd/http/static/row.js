@@ -2,13 +2,13 @@ import { $, firstButton, make, set } from "./elements.js";
 import { PEAK_S } from "./track.js";
 import { clock, fault, say, seconds } from "./words.js";
 
-/** How far an arrow key moves in the audio. */
+/** How far an arrow key moves in the audio, in seconds. */
 const STEP_S = 2;
-/** Drawn in a square of 24. */
+/** SVG paths in a square of 24. */
 const TRIANGLE = "M9.5 5.5 19 12l-9.5 6.5z"; // play
 const BARS = "M7 5h3.5v14H7zM13.5 5H17v14h-3.5z"; // pause
 
-/** A request in the list. `rateOf` tells the sample rate that a space speaks at; `forget` takes a row out. */
+/** A request in the list. `rateOf` returns the sample rate of a space; `forget` removes a row. */
 export class Row {
   #player;
   #drawn = 0;
@@ -33,7 +33,7 @@ export class Row {
     new ResizeObserver(() => this.soon()).observe(this.part("canvas"));
   }
 
-  /** The browser's own step is too small to be of use. */
+  /** Move by STEP_S: the browser's own step is too small. */
   #step(event) {
     const back = ["ArrowLeft", "ArrowDown"].includes(event.key);
     if (!back && !["ArrowRight", "ArrowUp"].includes(event.key)) return;
@@ -42,7 +42,7 @@ export class Row {
     this.#player.seek(track, track.at_s + (back ? -STEP_S : STEP_S));
   }
 
-  /** The file is made when it is asked for. */
+  /** Create the file only when the user downloads it. */
   #save() {
     if (this.#url) URL.revokeObjectURL(this.#url);
     const { track, id } = this.request;
@@ -53,7 +53,7 @@ export class Row {
     way.click();
   }
 
-  /** Draw it, once, however much has changed until then. */
+  /** Schedule one redraw for all changes until then. */
   soon() {
     if (this.#drawn) return;
     this.#drawn = setTimeout(() => {
@@ -100,7 +100,7 @@ export class Row {
       button.hidden = !there;
       set(button, say(verb));
       button.ariaLabel = say("copy", { verb: say(verb), text: name });
-      if (wasHere && !there) firstButton(this.element)?.focus(); // else the place in the page is lost
+      if (wasHere && !there) firstButton(this.element)?.focus(); // else the keyboard focus is lost
     }
     this.part(".cancel").disabled = request.cancelling;
   }
@@ -129,7 +129,7 @@ export class Row {
     this.#wave(at, all);
   }
 
-  /** One bar for 5 pixels; while the request runs there is room for what is to come. */
+  /** Draw one bar per 5 pixels; a running request leaves room for further audio. */
   #wave(at, all) {
     const canvas = this.part("canvas");
     const { width, height } = canvas.getBoundingClientRect();
@@ -143,15 +143,15 @@ export class Row {
     const [played, ahead] = [style.getPropertyValue("--accent"), style.getPropertyValue("--wave")];
     const { peaks, over } = this.request.track;
     const bars = Math.floor(width / 5);
-    const span = over ? all : Math.max(6, all * 1.15); // seconds over the whole width
+    const span = over ? all : Math.max(6, all * 1.15); // seconds across the whole width
     for (let bar = 0; bar < bars; bar++) {
       const from = (bar / bars) * span;
       if (from >= all) break;
       const until = Math.min(peaks.length, Math.max(Math.floor(from / PEAK_S) + 1, Math.floor((((bar + 1) / bars) * span) / PEAK_S)));
-      let sum = 0; // the mean of peaks: the highest of many is nearly the same everywhere
+      let sum = 0; // the mean of peaks: the maximum is nearly the same everywhere
       for (let i = Math.floor(from / PEAK_S); i < until; i++) sum += peaks[i] ?? 0;
       const loud = sum / Math.max(1, until - Math.floor(from / PEAK_S));
-      const tall = Math.max(3, Math.sqrt(loud) * (height - 6)); // as the ear hears it, soft speech is not nothing
+      const tall = Math.max(3, Math.sqrt(loud) * (height - 6)); // closer to perceived loudness, so that soft speech is visible
       pen.fillStyle = from < at ? played : ahead;
       pen.beginPath();
       pen.roundRect(bar * 5, (height - tall) / 2, 3, tall, 1.5);
@@ -182,13 +182,13 @@ export class Row {
   }
 }
 
-/** [colour, words] for how a request stands. */
+/** [colour, text] for the state of a request. */
 function stateOf(request) {
   const { state, place, progress } = request;
   if (!request.ended && request.cancelling) return ["wait", say("stopping")];
   if (state === "completed") return ["good", say("completed")];
   if (["failed", "rejected", "lost"].includes(state)) return ["bad", say(state)];
-  if (state === "queued" && !place) return ["wait", say("accepted")]; // not told again yet
+  if (state === "queued" && !place) return ["wait", say("accepted")]; // the position is not known yet
   if (state === "queued") {
     const { position, of, eta_s } = place;
     if (eta_s === undefined || eta_s === null) return ["wait", say("queued", { position, of })];

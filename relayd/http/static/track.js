@@ -1,4 +1,4 @@
-/** Seconds of audio that one peak of a waveform stands for. */
+/** Seconds of audio per peak of the waveform. */
 export const PEAK_S = 0.02;
 
 export function wavHeader(rate, channels, bytes) {
@@ -19,16 +19,16 @@ export function wavHeader(rate, channels, bytes) {
   return head.buffer;
 }
 
-/** The audio of a request, as far as it has come. `at` is the frame (of samples) that is heard next. */
+/** The received audio of a request. `at` is the next sample frame to play. */
 export class Track {
   rate = 0;
   channels = 1;
   pieces = []; // Int16Array
   samples = 0;
-  over = false; // no more comes
+  over = false; // the audio is complete
   at = 0;
-  peaks = []; // of each PEAK_S, 0..1
-  listener = null; // the player, while it plays this
+  peaks = []; // one per PEAK_S, 0..1
+  listener = null; // the player, while it plays this track
 
   get length_s() {
     return this.rate ? this.samples / this.channels / this.rate : 0;
@@ -41,7 +41,7 @@ export class Track {
   begin({ sample_rate: rate, channels = 1 }) {
     if (this.rate && (rate !== this.rate || channels !== this.channels)) {
       this.cut(0);
-      this.listener?.lost(); // another format: the player begins anew
+      this.listener?.lost(); // another format: the player has to restart
       this.at = 0;
     }
     this.rate = rate;
@@ -49,7 +49,7 @@ export class Track {
   }
 
   add(pcm) {
-    const piece = new Int16Array(pcm.slice().buffer); // pcm lies at any offset in its message
+    const piece = new Int16Array(pcm.slice().buffer); // pcm may be unaligned in its message
     if (!piece.length) return;
     this.#measure(piece);
     this.pieces.push(piece);
@@ -66,7 +66,7 @@ export class Track {
     }
   }
 
-  /** All from this byte on is void, and comes anew. */
+  /** Discard everything from this byte on; it will be sent again. */
   cut(bytes) {
     const samples = bytes / 2;
     while (this.samples > samples) {
@@ -87,7 +87,7 @@ export class Track {
     this.listener?.over();
   }
 
-  /** The pieces from a frame on. */
+  /** The pieces from a sample frame on. */
   *from(frame) {
     let before = frame * this.channels;
     for (const piece of this.pieces) {

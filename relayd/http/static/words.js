@@ -1,38 +1,38 @@
-// What the page says, in its languages.
+// The texts of the page, in its languages.
 
 import { kept } from "./storage.js";
 
 const WORDS = {
   en: {
     skip: "To the content", leave: "Log out", login: "Log in", login_title: "Log in to the relay", token: "Token",
-    token_help: "The token stays in this tab, until you log out or close it. Whoever runs the relay makes one with “relayd token create --role client --name NAME”.",
+    token_help: "The token stays in this tab, until you log out or close it. The relay’s operator creates one with “relayd token create --role client --name NAME”.",
     logging_in: "Logging in…", bad_token: "The relay does not know this token, or it was revoked or has expired. Check it, or ask for a new one.",
-    unreachable: "The relay does not answer, or does not take this page’s address. Try again; if it stays so, ask whoever runs the relay (allowed_origins in relayd.toml).",
-    link_on: "✓ Connected as {who}", link_off: "✗ Not connected, trying again…", link_wait: "Connecting…",
-    no_sound: "This page came over plain HTTP from another machine, and browsers play no live sound and take no files on such a page. Open it over HTTPS, or through “ssh -L”.",
-    ask_title: "New request", space: "Space", text: "Text", text_hint: "What is to be spoken?", more: "More settings", submit: "Submit",
-    keys: "Ctrl + Enter submits", count: "{n} of {most}", standard: "Standard ({value})", standard_none: "Standard",
-    yes: "Yes", no: "No", no_json: "{name}: this is no valid JSON.", too_long: "Text and settings have {size}; at most {most} are taken.",
-    ready: "✓ Connected", no_worker: "✗ Not connected", paused: "✗ Paused", no_spaces: "✗ There is no space that your token may use",
-    load_ready: "{busy} of {slots} slots busy, {queued} waiting", load_no_worker: "No worker is there. The form comes back by itself with it.",
-    load_paused: "An operator has paused this space. The form comes back by itself.", load_off: "No connection to the relay. The form comes back by itself.",
-    required: "required", optional: "optional", record: "Record", stop: "Stop", recorded: "Recorded: {s}. A file chosen instead replaces it.",
-    recording: "Recording… {s}", no_microphone: "The microphone cannot be used: {why}", too_large: "{name} has {size}; at most {most} are taken.",
-    wrong_type: "{name} is of the kind {kind}; taken are {kinds}.", need_input: "{name} is needed: choose a file, or record one.",
-    list_title: "My requests", none: "None yet. What you submit is listed here, and stays when this page is loaded again.",
-    sending: "Sending", sending_part: "Sending {percent} %", accepted: "Accepted", queued: "Place {position} of {of}",
-    queued_eta: "Place {position} of {of}, starts in about {eta}", queued_soon: "Place {position} of {of}, starts soon", loading: "The model is loading", generating: "Being made",
-    encoding: "Being encoded", completed: "✓ Completed", failed: "✗ Failed", cancelled: "Cancelled", stopping: "Being cancelled…",
-    rejected: "✗ Refused", lost: "✗ Not kept any more", again: "Waiting for the relay",
-    play: "Play", pause: "Pause", seek: "Place in the audio", place: "{at} of {all}", gathering: "waiting for more…", blocked: "Press play to listen: browsers start no sound by themselves after a page was loaded.",
+    unreachable: "The relay does not answer, or does not allow this page’s address. Try again; if that does not help, ask the relay’s operator (allowed_origins in relayd.toml).",
+    link_on: "✓ Connected as {who}", link_off: "✗ Not connected, reconnecting…", link_wait: "Connecting…",
+    no_sound: "This page was loaded over plain HTTP from another machine, where browsers allow neither live sound nor file uploads. Open it over HTTPS, or through “ssh -L”.",
+    ask_title: "New request", space: "Space", text: "Text", text_hint: "Text to speak", more: "More settings", submit: "Submit",
+    keys: "Ctrl + Enter submits", count: "{n} of {most}", standard: "Default ({value})", standard_none: "Default",
+    yes: "Yes", no: "No", no_json: "{name}: this is not valid JSON.", too_long: "Text and settings have {size}; the limit is {most}.",
+    ready: "✓ Connected", no_worker: "✗ Not connected", paused: "✗ Paused", no_spaces: "✗ Your token may not use any space",
+    load_ready: "{busy} of {slots} slots busy, {queued} waiting", load_no_worker: "No worker is connected. The form is enabled again when one connects.",
+    load_paused: "An operator has paused this space. The form is enabled again when it resumes.", load_off: "No connection to the relay. The form is enabled again when it is back.",
+    required: "required", optional: "optional", record: "Record", stop: "Stop", recorded: "Recorded: {s}. Choosing a file replaces it.",
+    recording: "Recording… {s}", no_microphone: "The microphone cannot be used: {why}", too_large: "{name} has {size}; the limit is {most}.",
+    wrong_type: "{name} has the type {kind}; accepted types are {kinds}.", need_input: "{name} is required: choose a file, or record one.",
+    list_title: "My requests", none: "None yet. Your requests are listed here, and stay when this page is reloaded.",
+    sending: "Sending", sending_part: "Sending {percent} %", accepted: "Accepted", queued: "Position {position} of {of}",
+    queued_eta: "Position {position} of {of}, starts in about {eta}", queued_soon: "Position {position} of {of}, starts soon", loading: "Loading the model", generating: "Generating",
+    encoding: "Encoding", completed: "✓ Completed", failed: "✗ Failed", cancelled: "Cancelled", stopping: "Cancelling…",
+    rejected: "✗ Rejected", lost: "✗ No longer kept", again: "Waiting for the relay",
+    play: "Play", pause: "Pause", seek: "Position in the audio", place: "{at} of {all}", gathering: "waiting for more…", blocked: "Press play to listen: browsers do not start sound automatically after a page was loaded.",
     cancel: "Cancel", load: "Listen again", download: "Download", forget: "Remove", copy: "{verb}: {text}",
     run: "Processing time", length: "Audio", rtf: "Real-time factor", first: "First sound after", wait: "Waited",
-    not_kept: "The relay does not keep this result any more.", anew: "The request was begun anew on another worker.",
+    not_kept: "The relay no longer keeps this result.", anew: "The request was restarted on another worker.",
     heard: "The audio up to here can be played and downloaded.", output: "Output",
-    said_accepted: "Request accepted.", said_queued: "Place {position} of {of} in the queue.", said_started: "Your request is being made.",
+    said_accepted: "Request accepted.", said_queued: "Position {position} of {of} in the queue.", said_started: "Your request has started.",
     said_completed: "Request completed: {s} of audio.", said_done: "Request completed.", said_failed: "Request failed: {why}", said_cancelled: "Request cancelled.",
-    lost_link: "The connection to the relay is gone. It is being made anew; nothing is lost.", back_link: "Connected again.",
-    server: "Served by {server}. Audio is played while it is made.", codes: {},
+    lost_link: "The connection to the relay was lost. Reconnecting; nothing is lost.", back_link: "Connected again.",
+    server: "Served by {server}. Audio is played while it is generated.", codes: {},
   },
   zh: {
     skip: "跳到正文", leave: "退出登录", login: "登录", login_title: "登录到中继", token: "令牌",
@@ -97,7 +97,7 @@ export const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).
 
 export const size = (bytes) => (bytes < 1048576 ? `${Math.ceil(bytes / 1024)} KiB` : `${(bytes / 1048576).toFixed(1)} MiB`);
 
-/** What went wrong, for people: the relay's words, and in Chinese what its code means before them. */
+/** An error for the user: the relay's message; in Chinese, after the meaning of its code. */
 export function fault({ code, message, details }) {
   const meaning = WORDS[language].codes[code];
   const fields = Object.entries(details ?? {}).filter(([, wrong]) => typeof wrong === "string");

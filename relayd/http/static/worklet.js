@@ -1,37 +1,37 @@
-// Runs on the browser's audio thread, where nothing may wait: what plays samples, and what takes them from the microphone.
+// Runs on the browser's audio thread, where nothing may block: plays samples, and records the microphone.
 /* global AudioWorkletProcessor, registerProcessor, sampleRate */
 
-/** Seconds of audio at hand before the first sound, and the most that are waited for after one has run dry. */
+/** Seconds of audio buffered before playback starts, and the maximum buffered after an underrun. */
 const FIRST_S = 0.15;
 const MOST_S = 2.4;
-/** Seconds over which sound comes back after a pause, so that it does not click; it leaves by FADE a sample. */
+/** Seconds of fading in after a pause, which avoids clicks; fading out multiplies by FADE per sample. */
 const RISE_S = 0.004;
 const FADE = 0.98;
-/** Frames between two reports of where we are, about 20 a second. */
+/** Frames between position reports, about 20 per second. */
 const REPORT_FRAMES = 2048;
 
 /**
- * Plays pieces of interleaved 16-bit samples without a gap as long as there are any, and falls silent where there
- * are none; the more often that happens, the more it gathers before it goes on.
+ * Plays pieces of interleaved 16-bit samples without gaps, and is silent during an underrun; after each underrun it
+ * buffers more before it continues.
  *
- * Told: {pcm: Int16Array}, {cut: frame} (all from there on is void, and comes anew), {over: true}, {stop: true}.
- * Tells: {at: frame, waiting: bool, ended: bool, pauses: count}.
+ * Receives: {pcm: Int16Array}, {cut: frame} (everything from there on is void and sent again), {over: true},
+ * {stop: true}. Sends: {at: frame, waiting: bool, ended: bool, pauses: count}.
  */
 class RelayPlayer extends AudioWorkletProcessor {
   constructor({ processorOptions: { channels, at } }) {
     super();
     this.channels = channels;
     this.pieces = [];
-    this.offset = 0; // samples of the first piece that are played
-    this.at = at; // the frame that is played next …
-    this.next = at; // … and the one that comes next from outside
+    this.offset = 0; // played samples of the first piece
+    this.at = at; // the next frame to play …
+    this.next = at; // … and the next frame to receive
     this.need = FIRST_S * sampleRate;
     this.playing = false;
     this.over = false;
     this.stopped = false;
     this.pauses = 0;
     this.gain = 0;
-    this.last = new Float32Array(channels); // what sound fades from
+    this.last = new Float32Array(channels); // last output, to fade out from
     this.unreported = 0;
     this.port.onmessage = ({ data }) => this.take(data);
   }
@@ -45,8 +45,8 @@ class RelayPlayer extends AudioWorkletProcessor {
 
   append(pcm) {
     const frames = pcm.length / this.channels;
-    const heard = Math.min(frames, Math.max(0, this.at - this.next)); // comes anew, and was played already
-    if (heard < frames) this.pieces.push(pcm.subarray(heard * this.channels));
+    const played = Math.min(frames, Math.max(0, this.at - this.next)); // sent again, and already played
+    if (played < frames) this.pieces.push(pcm.subarray(played * this.channels));
     this.next += frames;
   }
 
@@ -117,7 +117,7 @@ class RelayPlayer extends AudioWorkletProcessor {
   }
 }
 
-/** Sends what the microphone takes: {pcm: Float32Array} of one channel, every REPORT_FRAMES. */
+/** Sends the microphone's samples: {pcm: Float32Array} of one channel, every REPORT_FRAMES. */
 class RelayRecorder extends AudioWorkletProcessor {
   constructor() {
     super();
