@@ -1,4 +1,4 @@
-"""What the admin commands do: on a running daemon through the socket in its state folder, else on its store."""
+"""Implements the admin commands: on a running daemon, through the socket in its state folder, else on its store."""
 
 import time
 from collections.abc import AsyncIterator

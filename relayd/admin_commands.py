@@ -1,4 +1,4 @@
-"""The commands of `relayd` that look after spaces, tokens and a running relay: what they print."""
+"""The commands of `relayd` that manage spaces, tokens and a running relay, and print the results."""
 
 import argparse
 import sys
@@ -87,7 +87,7 @@ async def _requests(admin: Admin, args: argparse.Namespace) -> None:
 
 async def _drain(admin: Admin, args: argparse.Namespace) -> None:
     running = await admin.drain()
-    print(f"the relay accepts nothing new and exits when {running} running requests have ended", file=sys.stderr)
+    print(f"the relay accepts nothing new and exits when its running requests have ended ({running})", file=sys.stderr)
 
 
 def _print_rows(rows: list[Row], columns: Sequence[str], as_json: bool) -> None:

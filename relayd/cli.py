@@ -1,4 +1,4 @@
-"""The command `relayd`: serve, look after spaces and tokens, and the demo."""
+"""The command `relayd`: its arguments and its entry point."""
 
 import argparse
 import sys

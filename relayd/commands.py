@@ -1,4 +1,4 @@
-"""How the commands of `relayd` run and end; each imports what it needs, so that the short ones are quick."""
+"""Runs the commands of `relayd`; each imports only what it needs, so that short ones start fast."""
 
 import argparse
 import faulthandler

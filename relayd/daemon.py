@@ -1,4 +1,4 @@
-"""The daemon, assembled: its parts, how it starts and how it stops."""
+"""The composition root of the daemon: assembles its parts, starts them and stops them."""
 
 import os
 import signal

@@ -373,7 +373,7 @@ def parse_limits(wire: Value) -> TokenLimits:
 
 def iso_time(unix_s: float) -> str:
     """Format `unix_s` as ISO 8601 in UTC, to the second, clamped to the range of valid dates."""
-    at = min(max(unix_s, 0.0), _LAST_S) if unix_s == unix_s else 0.0  # NaN is not itself
+    at = min(max(unix_s, 0.0), _LAST_S) if unix_s == unix_s else 0.0  # NaN differs from itself
     return datetime.datetime.fromtimestamp(int(at), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

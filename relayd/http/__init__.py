@@ -1,1 +1,1 @@
-"""HTTP on the relay's port: requests, OpenAI's speech API, operations and the page, on the same queue as the rest."""
+"""HTTP on the relay's port: the request API, OpenAI's speech API, health, metrics and the page."""

@@ -1,4 +1,4 @@
-"""What every HTTP route shares, and the exchanges that are open now."""
+"""The state shared by all HTTP routes, and the open exchanges."""
 
 import time
 from typing import Protocol

@@ -1,1 +1,1 @@
-"""How the relay logs, and the recent log lines that operators can watch."""
+"""The relay's logging, and the recent log events that operators can watch."""

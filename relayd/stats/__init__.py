@@ -1,1 +1,1 @@
-"""Counters, rates and histograms of what the relay does."""
+"""Counters, rates and histograms of the relay's work."""

@@ -1,1 +1,1 @@
-"""Encoders for audio in other formats, rates and speeds; all but `threaded_encoder` know no event loop."""
+"""Audio encoders for other formats, sample rates and speeds; only `threaded_encoder` uses the event loop."""

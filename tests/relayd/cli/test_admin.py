@@ -221,7 +221,7 @@ async def test_the_running_daemon_tells_its_workers_and_requests_and_drains(
             assert out.splitlines()[0].split()[:3] == ["request_id", "state", "space"]
             assert submit.request_id in out
             _, said = await shell.run("drain")
-            assert "exits when 1 running requests have ended" in said
+            assert "exits when its running requests have ended (1)" in said
             assert relay.relay.draining.is_set()
 
 
