@@ -50,6 +50,11 @@ def section(heading: str) -> str:
     return found[0]
 
 
+def folded(text: str) -> str:
+    """The text with every run of whitespace as one space, so that a phrase is found wherever its lines are wrapped."""
+    return " ".join(text.split())
+
+
 def table(text: str) -> list[list[str]]:
     """Rows of the first table in `text`, its head left out; a cell is stripped."""
     lines = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
@@ -157,7 +162,7 @@ def test_the_annotations_of_the_hex_examples_quote_the_bytes_beside_them() -> No
 
 def test_the_lengths_told_of_the_hello_frame_are_those_of_the_example() -> None:
     size = len(examples()["hello"])
-    assert f"`{0x80 | size:02x}` (masked, {size} bytes)" in DOC
+    assert f"`{0x80 | size:02x}` (masked, {size} bytes)" in folded(DOC)
 
 
 def test_the_fixed_limits_are_those_of_the_codec() -> None:
@@ -178,7 +183,7 @@ def test_the_fixed_limits_are_those_of_the_codec() -> None:
 
 
 def test_the_times_told_for_connecting_and_for_liveness_are_those_of_the_reference_client() -> None:
-    closing, liveness = section("2.5 Closing"), section("2.4 Liveness")
+    closing, liveness = folded(section("2.5 Closing")), folded(section("2.4 Liveness"))
     assert f"may take {dial.CONNECT_TIMEOUT_S:g} s up to the 101" in closing
     assert f"then {dial.LOGIN_TIMEOUT_S:g} s more up to `welcome`" in closing
     assert f"starts at {backoff.FIRST_S:g} s and doubles to {backoff.LONGEST_S:g} s" in closing
@@ -243,7 +248,7 @@ def test_every_key_of_an_operators_row_is_named(topic: str, functions: list[Any]
 
 
 def test_every_key_of_a_description_is_named() -> None:
-    told = set(re.findall(r"`(\w+)`", section("9.2 Steer").partition("`describe` tells all")[2]))
+    told = set(re.findall(r"`(\w+)`", folded(section("9.2 Steer")).partition("`describe` returns everything")[2]))
     assert keys_of(request_detail) | keys_of(summarize) <= told
 
 
@@ -251,7 +256,7 @@ def test_the_values_that_count_on_are_told() -> None:
     ages = re.search(r"^\*\*Ages\.\*\*(.*?)\n\n", DOC, re.MULTILINE | re.DOTALL)
     assert ages
     for topic, keys in COUNTS_ON.items():
-        counted = re.search(rf"`{topic}`: (.*?)(?=\.\s`|\. The relay|$)", ages[1].replace("\n", " "))
+        counted = re.search(rf"`{topic}`: (.*?)(?=\.\s`|\. The relay|$)", folded(ages[1]))
         assert counted
         assert set(keys) == set(re.findall(r"`(\w+_s)`", counted[1]))
 
@@ -259,7 +264,7 @@ def test_the_values_that_count_on_are_told() -> None:
 def test_every_key_of_a_space_and_of_a_token_is_named() -> None:
     told = {name for row in table(section("5.4 Status and spaces")) for name in re.findall(r"`(\w+)`", row[0])}
     assert told == keys_of(rows.space_row)
-    tokens = section("9.2 Steer").partition("Rows of `list_tokens`")[2]
+    tokens = folded(section("9.2 Steer")).partition("Rows of `list_tokens`")[2]
     assert keys_of(token_rows.token_row) <= set(re.findall(r"`(\w+)`", tokens))
 
 
