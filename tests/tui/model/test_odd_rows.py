@@ -7,6 +7,7 @@ import pytest
 from protocol.wire.messages import Snapshot
 from protocol.wire.validators import Value
 from tests.tui.screen import a_client, a_line, a_relay, a_request, a_space, a_stage, a_worker
+from tui.model.actions import TOPIC_OF
 from tui.model.columns import COLUMNS, natural
 from tui.model.relay_model import RelayModel
 from tui.model.row_filter import Filter, said
@@ -50,7 +51,7 @@ def a_picture(topic: str, row: dict[str, Value]) -> RelayModel:
 @pytest.mark.parametrize("kind", COLUMNS)
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: repr(odd)[:12])
 def test_whatever_stands_in_a_row_it_is_shown_sorted_and_searched(kind: str, odd: Any) -> None:
-    topic = "requests" if kind == "queue" else kind
+    topic = TOPIC_OF.get(kind, kind)
     known = dict.fromkeys([*ROWS[kind], *(column.key for column in COLUMNS[kind])])
     for name in known:
         for state in STATES if topic == "requests" and name != "state" else (ROWS[kind].get("state"),):
