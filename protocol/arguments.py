@@ -1,4 +1,4 @@
-"""What the command-line parsers of `relay`, `relayd`, `gpuworker` and `relay-tui` share."""
+"""The base classes of the command-line parsers of `relay`, `relayd`, `gpuworker` and `relay-tui`."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -6,12 +6,12 @@ from typing import Any
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that can be given its arguments as late as when its command is the one that was asked for.
+    """A parser whose arguments can be added late: only when its command is the one requested.
 
-    So `relayd --help` does not import what the options of `relayd space create` are read from.
+    `relayd --help` therefore does not import what the options of `relayd space create` are derived from.
 
     Args:
-        arguments: adds them.
+        arguments: adds the arguments.
     """
 
     def __init__(self, *args: Any, arguments: Callable[[argparse.ArgumentParser], None] | None = None, **kwargs: Any):
@@ -20,7 +20,7 @@ class CommandParser(argparse.ArgumentParser):
 
     # The signature is that of typeshed's overloads; argparse itself calls it for a command's parser.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As of `ArgumentParser`."""
+        """Like `ArgumentParser.parse_known_args`."""
         if self._late is not None:
             self._late(self)
             self._late = None
@@ -28,14 +28,14 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class ShowVersion(argparse.Action):
-    """Prints the name of the program and the version of relayd, which is looked up only then."""
+    """Prints the name of the program and the version of relayd, which is looked up only when needed."""
 
     def __init__(self, option_strings: Sequence[str], dest: str) -> None:
-        words = "show the version and exit"
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=words)
+        summary = "show the version and exit"
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=summary)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        """Print and exit."""
+        """Print the version and exit."""
         from importlib.metadata import version
 
         print(f"{parser.prog} {version('relayd')}")

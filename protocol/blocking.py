@@ -105,8 +105,8 @@ class _Portal:
     def end_blocks(self, *, but: int) -> None:
         """Leave all open blocks except the first `but`, innermost first.
 
-        Ctrl-C can come just between the start of a block and the moment when the `with` statement notes it; such a
-        block would never be left.
+        Ctrl-C can arrive between the start of a block and the moment when the `with` statement notes it; such a block
+        would never be left.
         """
         for left, scope in reversed(list(self._open.items())[but:]):
             self._token.run_sync_soon(scope.cancel)

@@ -1,4 +1,4 @@
-"""The `relay` command: its arguments, its exit codes, and how faults are told."""
+"""The `relay` command: its arguments, its exit codes, and how it reports errors."""
 
 import argparse
 import json
@@ -13,11 +13,11 @@ from protocol.wire.errors import ConnectError, LinkError, LoginRefused, Protocol
 
 EPILOG = """\
 environment:
-  RELAY_URL         ws://host:port, wss://host or unix:PATH; the local relay's socket where unset
+  RELAY_URL         ws://host:port, wss://host or unix:PATH; default: the local relay's socket
   RELAY_TOKEN       the token, or
-  RELAY_TOKEN_FILE  a file that holds it
+  RELAY_TOKEN_FILE  a file that contains it
 
-exit codes: 0 done, 1 failed, 2 wrong use or config, 3 cannot connect, 130 interrupted
+exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 cannot connect, 130 interrupted
 """
 
 
@@ -34,26 +34,28 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(
         name: str,
-        words: str,
+        summary: str,
         parents: Sequence[argparse.ArgumentParser] = (),
         arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     ) -> Any:
-        return commands.add_parser(name, parents=[*parents, common], help=words, description=words, arguments=arguments)
+        return commands.add_parser(
+            name, parents=[*parents, common], help=summary, description=summary, arguments=arguments
+        )
 
-    say = add("say", "Speak a text and write the speech to a file as it arrives.", [output], _add_making)
-    say.add_argument("text", metavar="TEXT", help="what to speak; - reads it from standard input")
-    say.add_argument("--space", default="tts", help="the space that speaks (default: %(default)s)")
-    submit = add("submit", "Submit any request; outputs are printed as JSON lines.", [output], _add_making)
-    submit.add_argument("--space", required=True, help="the space to submit to")
+    say = add("say", "Speak a text and write the speech to a file as it arrives.", [output], _add_submit_options)
+    say.add_argument("text", metavar="TEXT", help="text to speak; - reads it from standard input")
+    say.add_argument("--space", default="tts", help="space to submit to (default: %(default)s)")
+    submit = add("submit", "Submit any request; outputs are printed as JSON lines.", [output], _add_submit_options)
+    submit.add_argument("--space", required=True, help="space to submit to")
     attach = add("attach", "Follow a request that was submitted before.", [output])
     _add_id(attach)
-    attach.add_argument("--after-seq", type=int, default=-1, metavar="N", help="leave out the frames up to number N")
-    _add_id(add("status", "Show how a request stands."))
+    attach.add_argument("--after-seq", type=int, default=-1, metavar="N", help="skip the frames up to number N")
+    _add_id(add("status", "Show the state of a request."))
     cancel = add("cancel", "Cancel a request.")
     _add_id(cancel)
-    cancel.add_argument("--reason", default="", help="why, for whoever reads of it")
+    cancel.add_argument("--reason", default="", help="reason, reported with the end of the request")
     add("spaces", "List the spaces.")
-    watch = add("watch", "Follow everything that happens (operators).")
+    watch = add("watch", "Follow everything that happens (for operators).")
     watch.add_argument(
         "topics",
         nargs="*",
@@ -65,11 +67,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _common() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--url", help="where the relay is (default: $RELAY_URL, else the local socket)")
-    parser.add_argument("--token-file", metavar="FILE", help="file that holds the token (default: $RELAY_TOKEN...)")
-    parser.add_argument("--role", choices=("client", "operator"), help="log in as (default: client; watch: operator)")
-    parser.add_argument("--json", action="store_true", help="print JSON; of a request, one line for each message")
-    parser.add_argument("--quiet", "-q", action="store_true", help="no progress, only faults")
+    parser.add_argument("--url", help="address of the relay (default: $RELAY_URL, else the local socket)")
+    parser.add_argument("--token-file", metavar="FILE", help="file that contains the token (default: $RELAY_TOKEN...)")
+    parser.add_argument(
+        "--role", choices=("client", "operator"), help="role to log in with (default: client; watch: operator)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON; for a request, one line for each message")
+    parser.add_argument("--quiet", "-q", action="store_true", help="show errors only, no progress")
     return parser
 
 
@@ -79,31 +83,39 @@ def _output() -> argparse.ArgumentParser:
         "--output",
         "-o",
         metavar="FILE",
-        help="write audio here as WAV, or binary output as it is; - is raw PCM on standard output "
-        "(default: SPACE-ID.wav in this directory, once there is audio)",
+        help="write audio to this file as WAV, or binary output as it is; - writes raw PCM to standard output "
+        "(default: SPACE-ID.wav in this directory, created when audio arrives)",
     )
     return parser
 
 
-def _add_making(parser: argparse.ArgumentParser) -> None:
+def _add_submit_options(parser: argparse.ArgumentParser) -> None:
     from protocol.wire.messages import RETRY_POLICIES
 
     parser.add_argument(
-        "--param", "-p", action="append", default=[], type=_param, metavar="KEY=VALUE", help="JSON where it parses"
+        "--param",
+        "-p",
+        action="append",
+        default=[],
+        type=_param,
+        metavar="KEY=VALUE",
+        help="a param; the value is parsed as JSON if it is valid JSON, else used as text",
     )
     parser.add_argument(
-        "--input", "-i", action="append", default=[], type=_pair, metavar="NAME=PATH", help="a file to send along"
+        "--input", "-i", action="append", default=[], type=_pair, metavar="NAME=PATH", help="a file to send as an input"
     )
     parser.add_argument("--priority", type=int, choices=range(10), default=5, metavar="0..9", help="higher goes first")
-    parser.add_argument("--queue-timeout", type=float, metavar="S", help="give up when it has not started after this")
-    parser.add_argument("--run-timeout", type=float, metavar="S", help="give up when it runs for longer")
+    parser.add_argument(
+        "--queue-timeout", type=float, metavar="S", help="give up if it has not started after S seconds"
+    )
+    parser.add_argument("--run-timeout", type=float, metavar="S", help="give up if it runs for more than S seconds")
     parser.add_argument(
         "--retry",
         choices=RETRY_POLICIES,
         default="before_output",
-        help="when its worker is lost (default: %(default)s)",
+        help="whether to try again if its worker is lost (default: %(default)s)",
     )
-    parser.add_argument("--detach", action="store_true", help="print the request's id and leave it to itself")
+    parser.add_argument("--detach", action="store_true", help="print the request's id and do not wait for the result")
 
 
 def _add_id(parser: argparse.ArgumentParser) -> None:
@@ -133,13 +145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
     Args:
-        argv: arguments without the program's name; None takes those of the process.
+        argv: arguments without the program's name; None uses those of the process.
     """
     args = _parser().parse_args(argv)
     progress = Progress(sys.stderr, quiet=args.quiet)
     try:
         from protocol.commands.commands import (
-            run_command,  # after the arguments: whoever asks for help need not wait for it
+            run_command,  # after parsing, so that --help does not wait for the import
         )
 
         return run_command(args, progress)
@@ -166,9 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as fault:
         progress.error(str(fault))
         return USAGE
-    except KeyboardInterrupt:  # a second one, while the first was being obeyed
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first was being handled
         return INTERRUPTED
-    except BaseExceptionGroup as group:  # the same, where it hit one of the link's tasks
+    except BaseExceptionGroup as group:  # likewise, raised in one of the link's tasks
         if group.split(KeyboardInterrupt)[1] is not None:
             raise
         return INTERRUPTED

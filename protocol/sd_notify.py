@@ -54,37 +54,37 @@ class ServiceManager:
     def ready(self, status: str) -> None:
         """Report that the service is ready, also at the end of a reload."""
         self._status = _one_line(status)
-        self._say("READY=1", f"STATUS={self._status}")
+        self._send("READY=1", f"STATUS={self._status}")
 
     def starting(self, status: str, within_s: float) -> None:
         """Report that the service is still starting and will report again `within_s`, overriding `TimeoutStartSec`."""
         self.status(status)
-        self._say(f"EXTEND_TIMEOUT_USEC={int(within_s * 1e6)}")
+        self._send(f"EXTEND_TIMEOUT_USEC={int(within_s * 1e6)}")
 
     def reloading(self) -> None:
         """Report that the settings are being read again; `ready` ends it."""
         # systemd 253 and later need the time, to tell this reload from an earlier one.
-        self._say("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self, status: str, within_s: float) -> None:
         """Report that the service is stopping and may take `within_s` for it, overriding `TimeoutStopSec`."""
         self._status = _one_line(status)
         # In this order: time requested before systemd knows of the stop would be added to another timeout.
-        self._say("STOPPING=1", f"STATUS={self._status}")
-        self._say(f"EXTEND_TIMEOUT_USEC={int(within_s * 1e6)}")
+        self._send("STOPPING=1", f"STATUS={self._status}")
+        self._send(f"EXTEND_TIMEOUT_USEC={int(within_s * 1e6)}")
 
-    def status(self, words: str) -> None:
+    def status(self, text: str) -> None:
         """Set the line shown by `systemctl status`; sent only if it has changed."""
-        words = _one_line(words)
-        if words != self._status:
-            self._status = words
-            self._say(f"STATUS={words}")
+        text = _one_line(text)
+        if text != self._status:
+            self._status = text
+            self._send(f"STATUS={text}")
 
     def alive(self) -> None:
         """Send the watchdog's sign of life."""
-        self._say("WATCHDOG=1")
+        self._send("WATCHDOG=1")
 
-    def _say(self, *lines: str) -> None:
+    def _send(self, *lines: str) -> None:
         if not self.address:
             return
         path = "\0" + self.address[1:] if self.address.startswith("@") else self.address
@@ -97,16 +97,16 @@ class ServiceManager:
             log.warning("systemd could not be notified of %s: %s", lines[0], fault)
 
 
-def _one_line(words: str) -> str:
+def _one_line(text: str) -> str:
     """Text from a peer must not look like a message of ours."""
-    return "".join(sign if sign.isprintable() else " " for sign in words)[:MAX_STATUS_CHARS]
+    return "".join(char if char.isprintable() else " " for char in text)[:MAX_STATUS_CHARS]
 
 
 async def serve_watchdog(manager: ServiceManager, checks: Mapping[str, Check]) -> None:
     """Send signs of life as long as no check reports a fault; returns if there is no watchdog.
 
     There are two rounds in each `watchdog_s`, and a check has a quarter of it: a sign of life is late only if checks
-    failed or the event loop stood still, and a single delay does not kill the service.
+    failed or the event loop was blocked, and a single delay does not kill the service.
 
     Args:
         manager: the manager to report to.
@@ -114,7 +114,7 @@ async def serve_watchdog(manager: ServiceManager, checks: Mapping[str, Check]) -
     """
     if not manager.present or manager.watchdog_s is None:
         return
-    ill = False
+    unhealthy = False
     while True:
         began = trio.current_time()
         faults = await run_checks(checks, manager.watchdog_s / 4)
@@ -122,9 +122,9 @@ async def serve_watchdog(manager: ServiceManager, checks: Mapping[str, Check]) -
             manager.alive()
         if faults:
             log.error("not healthy, so systemd gets no sign of life: %s", "; ".join(faults))
-        elif ill:
+        elif unhealthy:
             log.warning("healthy again")
-        ill = bool(faults)
+        unhealthy = bool(faults)
         await trio.sleep_until(began + manager.watchdog_s / 2)
 
 
@@ -144,4 +144,4 @@ async def run_checks(checks: Mapping[str, Check], deadline_s: float) -> list[str
             for name, check in checks.items():
                 nursery.start_soon(run, name, check)
     late = f"no answer within {deadline_s:g} s"
-    return [f"{name}: {words}" for name in checks if (words := found.get(name, late))]
+    return [f"{name}: {fault}" for name in checks if (fault := found.get(name, late))]

@@ -219,8 +219,8 @@ class RelayClient:
 
     async def spaces(self) -> list[dict[str, Value]]:
         """The spaces that this principal may use, each as a map."""
-        _last, question = await self._call_until_answered(Spaces(), SpacesReply)
-        return [space for page in question.pages for space in page.spaces]
+        _last, call = await self._call_until_answered(Spaces(), SpacesReply)
+        return [space for page in call.pages for space in page.spaces]
 
     @asynccontextmanager
     async def watch(self, topics: Sequence[str] = ()) -> AsyncIterator[Watch]:
@@ -306,17 +306,17 @@ class RelayClient:
         """Repeat a call over as many links as it takes to get an answer."""
         while True:
             link = await self._wait_link()
-            question = PendingCall(ask, repeat=repeat)
-            self._calls.add(question)
+            call = PendingCall(ask, repeat=repeat)
+            self._calls.add(call)
             try:
                 self._send_all(link, (*before, ask))
-                await question.done.wait()
+                await call.done.wait()
             finally:
-                self._calls.forget(question)
-            if question.fault is not None:
-                raise question.fault()
-            if isinstance(question.answer, kind):
-                return question.answer, question
+                self._calls.forget(call)
+            if call.fault is not None:
+                raise call.fault()
+            if isinstance(call.answer, kind):
+                return call.answer, call
 
     def _send_all(self, link: Link, messages: Sequence[Message]) -> None:
         try:

@@ -52,7 +52,7 @@ async def read_inputs(sources: Mapping[str, InputSource]) -> tuple[dict[str, byt
 
 def _read(path: Path) -> bytes:
     if path.stat().st_size > MAX_INPUT_BYTES:
-        raise ValueError(f"input file {path} has more than {MAX_INPUT_BYTES >> 20} MiB, which no relay takes")
+        raise ValueError(f"input file {path} has more than {MAX_INPUT_BYTES >> 20} MiB, which no relay accepts")
     return path.read_bytes()
 
 

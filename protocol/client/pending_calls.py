@@ -43,32 +43,32 @@ class PendingCalls:
     def __init__(self) -> None:
         self._open: deque[PendingCall] = deque()
 
-    def add(self, question: PendingCall) -> None:
+    def add(self, call: PendingCall) -> None:
         """Add a call that was sent, or is about to be."""
-        self._open.append(question)
+        self._open.append(call)
 
-    def forget(self, question: PendingCall) -> None:
+    def forget(self, call: PendingCall) -> None:
         """Remove a call that nobody waits for; a late answer is dropped."""
-        if question in self._open:
-            self._open.remove(question)
+        if call in self._open:
+            self._open.remove(call)
 
     def rejected(self, refusal: Rejected) -> bool:
         """Take a refusal; False if it answers no call."""
-        question = next((one for one in self._open if one.correlation_id == refusal.request_id), None)
-        if question is None:
+        call = next((one for one in self._open if one.correlation_id == refusal.request_id), None)
+        if call is None:
             return False
-        target = question.ask.target if isinstance(question.ask, Steer) else refusal.request_id or ""
-        self._reject(question, target, refusal, refusal.retryable)
+        target = call.ask.target if isinstance(call.ask, Steer) else refusal.request_id or ""
+        self._reject(call, target, refusal, refusal.retryable)
         return True
 
     def reject_all(self, error: Error) -> None:
         """Fail all calls: the relay does not know one of these messages, and does not say which."""
-        for question in tuple(self._open):
-            self._reject(question, "", error, False)
+        for call in tuple(self._open):
+            self._reject(call, "", error, False)
 
-    def _reject(self, question: PendingCall, target: str, why: Rejected | Error, retryable: bool) -> None:
+    def _reject(self, call: PendingCall, target: str, why: Rejected | Error, retryable: bool) -> None:
         fault = partial(RequestRejected, target, why.code, why.message, dict(why.details), retryable)
-        self._settle(question, fault=fault)
+        self._settle(call, fault=fault)
 
     def status_reply(self, reply: StatusReply) -> None:
         """Take the answer to `status`."""
@@ -80,31 +80,31 @@ class PendingCalls:
 
     def spaces_reply(self, reply: SpacesReply) -> None:
         """Take a page of the answer to `spaces`."""
-        question = next((one for one in self._open if isinstance(one.ask, Spaces)), None)
-        if question is not None:
-            question.pages.append(reply)
+        call = next((one for one in self._open if isinstance(one.ask, Spaces)), None)
+        if call is not None:
+            call.pages.append(reply)
             if not reply.more:
-                self._settle(question, reply)
+                self._settle(call, reply)
 
     def _answer(self, kind: type[Message], about: str, answer: Message) -> None:
-        question = next((one for one in self._open if isinstance(one.ask, kind) and one.correlation_id == about), None)
-        if question is not None:
-            self._settle(question, answer)
+        call = next((one for one in self._open if isinstance(one.ask, kind) and one.correlation_id == about), None)
+        if call is not None:
+            self._settle(call, answer)
 
     def _settle(
-        self, question: PendingCall, answer: Message | None = None, fault: Callable[[], Exception] | None = None
+        self, call: PendingCall, answer: Message | None = None, fault: Callable[[], Exception] | None = None
     ) -> None:
-        self._open.remove(question)
-        question.answer, question.fault = answer, fault
-        question.done.set()
+        self._open.remove(call)
+        call.answer, call.fault = answer, fault
+        call.done.set()
 
     def on_link_lost(self, why: str) -> None:
         """Wake all callers, who then call again, except those whose call must not be repeated."""
         unknown = partial(LinkBroken, f"{why}; whether it was carried out is not known")
-        for question in tuple(self._open):
-            self._settle(question, fault=None if question.repeat else unknown)
+        for call in tuple(self._open):
+            self._settle(call, fault=None if call.repeat else unknown)
 
     def fail(self, fault: Callable[[], Exception]) -> None:
         """Fail all calls: there will be no more answers."""
-        for question in tuple(self._open):
-            self._settle(question, fault=fault)
+        for call in tuple(self._open):
+            self._settle(call, fault=fault)

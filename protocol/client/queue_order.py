@@ -26,20 +26,20 @@ class QueueOrder:
         """Apply a whole snapshot, or a whole round of changes (with its pages joined)."""
         if isinstance(change, Snapshot):
             self._orders, self._space_of, self._positions = {}, {}, {}
-        told: list[Row] = change.data.get("requests", [])
-        rows = [row for row in told if isinstance(row.get("request_id"), str) and isinstance(row.get("space", ""), str)]
+        sent: list[Row] = change.data.get("requests", [])
+        rows = [row for row in sent if isinstance(row.get("request_id"), str) and isinstance(row.get("space", ""), str)]
         gone = change.gone.get("requests", []) if isinstance(change, Delta) else ()
-        self._take_out([*(row.get("request_id", "") for row in rows), *gone])
+        self._remove([*(row.get("request_id", "") for row in rows), *gone])
         placed = [row for row in rows if isinstance(row.get("position"), int)]
         for row in sorted(placed, key=lambda row: int(row["position"])):
             space, request_id = row.get("space", ""), row.get("request_id", "")
             self._orders.setdefault(space, []).insert(row["position"] - 1, request_id)
             self._space_of[request_id] = space
             self._positions.pop(space, None)
-        # It was sent while it had a place, which it has lost since: that place counted for those behind it.
-        self._take_out(row.get("request_id", "") for row in placed if row.get("state") != "queued")
+        # It was sent with a place that it has lost since; the places of the requests behind it were counted with it.
+        self._remove(row.get("request_id", "") for row in placed if row.get("state") != "queued")
 
-    def _take_out(self, request_ids: Iterable[str]) -> None:
+    def _remove(self, request_ids: Iterable[str]) -> None:
         leaving: dict[str, set[str]] = {}
         for request_id in request_ids:
             space = self._space_of.pop(request_id, None)
@@ -67,20 +67,20 @@ class QueueOrder:
         return self._positions[space][request_id]
 
 
-def rows_to_send(told: Iterable[str], order: list[str], again: set[str]) -> set[str]:
+def rows_to_send(known: Iterable[str], order: list[str], again: set[str]) -> set[str]:
     """The rows to send to bring a reader from an old order to the current one. The relay's counterpart of `QueueOrder`.
 
     Args:
-        told: the order that the reader has.
+        known: the order that the reader has.
         order: the current order.
         again: ids that are sent in any case; a reader takes them out and inserts them at their positions.
 
     Returns:
         other ids of `order` that must be sent: those new in it, and those that have overtaken others. Ids only in
-        `told` must be reported (as gone) in the same round.
+        `known` must be reported (as gone) in the same round.
     """
     now = set(order) - again
-    kept = [each for each in told if each in now]
+    kept = [each for each in known if each in now]
     fresh = now.difference(kept)
     rest = [each for each in order if each in now and each not in fresh] if fresh or again else order
     if rest == kept:

@@ -293,18 +293,18 @@ class Stream:
         Raises:
             ProtocolError: the first time; the link is then closed, and `open` is called with the next.
         """
-        words = f"request {self.request_id}: frame {frame.seq} came where {self.next_seq} was due"
+        problem = f"request {self.request_id}: received frame {frame.seq}, expected {self.next_seq}"
         if not self._left_out:
             self._left_out = True
-            raise ProtocolError(words)
-        self.fail(partial(ProtocolError, f"{words}; the result is incomplete"))
+            raise ProtocolError(problem)
+        self.fail(partial(ProtocolError, f"{problem}; the result is incomplete"))
         if self._submit is not None and self._link is not None and self._link.gone is None:
             self._link.send(Cancel(request_id=self.request_id, reason="frames were left out twice"))
 
     def _on_end(self, frame: Failed | Cancelled) -> None:
         if isinstance(frame, Failed):
-            told = (frame.code, frame.message, dict(frame.details), frame.retryable)
-            self.fail(partial(RequestFailed, self.request_id, *told))
+            failure = (frame.code, frame.message, dict(frame.details), frame.retryable)
+            self.fail(partial(RequestFailed, self.request_id, *failure))
         else:
             self.fail(partial(RequestCancelled, self.request_id, frame.reason))
 
@@ -350,8 +350,8 @@ class AudioChunks:
             if isinstance(event, Restarted) and self._begun:
                 self._begun = False
                 if self._on_restart is None:
-                    words = "the audio starts again on another worker; pass on_restart to audio() to follow it"
-                    raise AudioRestarted(event.request_id, ErrorCode.WORKER_LOST, words, {}, True)
+                    advice = "the audio starts again on another worker; pass on_restart to audio() to follow it"
+                    raise AudioRestarted(event.request_id, ErrorCode.WORKER_LOST, advice, {}, True)
                 self._on_restart()
 
 

@@ -27,7 +27,7 @@ from protocol.wire.validators import Struct, Value
 
 
 def run_command(args: argparse.Namespace, progress: Progress) -> int:
-    """Run the command that was asked for; returns its exit code where nothing goes wrong, else raises what did."""
+    """Run the requested command; returns its exit code, or raises the error that ended it."""
     args.token = read_token(args.token_file) if args.token_file else None
     return trio.run(_run, args, progress)
 
@@ -36,12 +36,13 @@ async def _run(args: argparse.Namespace, progress: Progress) -> int:
     """Run the command until it ends or a signal ends it, in which case it still cancels its request in order."""
     caught: list[int] = []
     with trio.CancelScope() as working:
-        listening = trio.CancelScope()
+        receiving = trio.CancelScope()
         ready = trio.Event()
 
-        async def listen() -> None:
+        async def receive_signal() -> None:
+            # The receiver closes after the first signal, so a second Ctrl-C ends the program at once.
             # Once one has come the receiver is gone, and a second Ctrl-C ends the program at once.
-            with listening, trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            with receiving, trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                 ready.set()
                 async for number in signals:
                     caught.append(number)
@@ -49,9 +50,9 @@ async def _run(args: argparse.Namespace, progress: Progress) -> int:
             working.cancel()
 
         async def stop() -> None:
-            listening.cancel()
+            receiving.cancel()
 
-        async with open_background(listen, stop):
+        async with open_background(receive_signal, stop):
             await ready.wait()
             await COMMANDS[args.command](args, progress)
             return DONE
@@ -81,9 +82,9 @@ async def say(args: argparse.Namespace, progress: Progress) -> None:
     if text == "-":
         text = (await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)).rstrip("\n")
     if not text.strip():
-        raise ValueError("the text is empty: there is nothing to say")
+        raise ValueError("the text is empty; there is nothing to speak")
     if any(name == "text" for name, _value in args.param):
-        raise ValueError("--param text=... and TEXT mean the same; give one of them")
+        raise ValueError("--param text=... and TEXT are the same param; give one of them")
     await _submit(args, progress, {"text": text})
 
 
@@ -211,9 +212,9 @@ class Sink:
             raise ValueError("--detach waits for no output; leave out -o, and fetch it with: relay attach ID -o FILE")
         if self._pipe:
             if args.json:
-                raise ValueError("--json and -o - both want standard output")
+                raise ValueError("--json and -o - both write to standard output; use one of them")
             if sys.stdout.isatty():
-                raise ValueError("standard output is a terminal; raw PCM goes to a pipe or a file")
+                raise ValueError("standard output is a terminal; redirect raw PCM to a pipe or a file")
             self._writer = AudioWriter(sys.stdout.buffer)
         elif args.output is not None:
             self._where = args.output
@@ -229,8 +230,8 @@ class Sink:
                 await self._on_event(event)
         except RequestError as fault:
             if self._json:
-                told = {"code": fault.code, "message": fault.message, "details": fault.details}
-                self.line({"type": "failed", "request_id": fault.request_id, **told, "retryable": fault.retryable})
+                error = {"code": fault.code, "message": fault.message, "details": fault.details}
+                self.line({"type": "failed", "request_id": fault.request_id, **error, "retryable": fault.retryable})
             raise
         finally:
             if self._audio_s and not stream.ended:
@@ -261,8 +262,8 @@ class Sink:
             elif not self._json and not self._pipe:
                 self.line(event.data)
         elif isinstance(event, Restarted):
-            words = "the file starts again" if not self._pipe else "what was written is followed by all of it again"
-            self._progress.note(f"the request starts over; {words}")
+            effect = "the file starts again" if not self._pipe else "the whole audio follows what was written"
+            self._progress.note(f"the request starts over; {effect}")
 
     def _begin(self, audio_format: AudioFormat) -> None:
         if self._writer is None:
@@ -306,9 +307,9 @@ class Sink:
 def _event_json(event: Event) -> dict[str, Value]:
     """An event as a JSON line; audio is given by its size."""
     if isinstance(event, Audio):
-        told = event.to_map()
-        told["bytes"] = len(told.pop("pcm"))
-        return told
+        row = event.to_map()
+        row["bytes"] = len(row.pop("pcm"))
+        return row
     if isinstance(event, Struct):
         return event.to_map()
     return {"type": "restarted", "request_id": event.request_id, "attempt": event.attempt, "seq": event.seq}

@@ -1,4 +1,4 @@
-"""How the commands end: their exit codes (docs/design.md §11), and an output that nobody reads any more."""
+"""The commands' exit codes (docs/design.md §11), and the handling of a standard output whose reader has closed it."""
 
 import os
 import signal
@@ -6,14 +6,14 @@ import sys
 from contextlib import suppress
 
 DONE, FAILED, USAGE, CANNOT_CONNECT, INTERRUPTED = 0, 1, 2, 3, 130
-#: What a shell reports of a program that SIGPIPE ended.
+#: The exit status that a shell reports for a program ended by SIGPIPE.
 PIPE_CLOSED = 128 + signal.SIGPIPE
 
 
 def silence_stdout() -> None:
-    """Send what is still to be written to stdout nowhere; called when its reader went away (`... | head`).
+    """Discard further output to stdout; called when its reader has closed it (`... | head`).
 
-    What is buffered would raise again, with a traceback, when the interpreter flushes at its end.
+    Otherwise the interpreter would flush the buffered output at exit, and print a traceback.
     """
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)

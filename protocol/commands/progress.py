@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: how a request gets on, tables, and text of others made harmless."""
+"""The output for a person at a terminal: the progress of a request, tables, and escaped text from peers."""
 
 import json
 import shutil
@@ -10,42 +10,43 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from protocol.wire.messages import Queued
 
-#: On a terminal: as often as an eye follows.
+#: Seconds between updates on a terminal: as fast as the eye follows.
 REDRAW_S = 0.1
-#: In a log: often enough to see that it goes on.
+#: Seconds between lines in a log.
 PLAIN_S = 5.0
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, newlines too, escaped as Python writes them.
+    """`text` with control characters and newlines escaped as Python writes them.
 
-    What a peer chose (a message, a name, a description) must neither steer the terminal nor fake a line of its own.
+    Text chosen by a peer (a message, a name, a description) must neither control the terminal nor imitate a line of
+    its own.
     """
     return text if text.isprintable() else "".join(c if _is_harmless(c) else ascii(c)[1:-1] for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """As `printable`, for text that may have lines: newlines stay."""
+    """Like `printable`, for text of several lines: newlines are kept."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def printable_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """`value` as one line of JSON in which nothing steers a terminal: json.dumps leaves 0x7f to 0x9f as they are."""
+    """`value` as one line of JSON that cannot control a terminal: json.dumps does not escape 0x7f to 0x9f."""
     text = json.dumps(value, ensure_ascii=False, default=default)
     return text if text.isprintable() else "".join(c if _is_harmless(c) else json.dumps(c)[1:-1] for c in text)
 
 
 def _is_harmless(char: str) -> bool:
-    # Spaces of other scripts, such as the ideographic one, are not printable to Python.
+    # Python does not count the spaces of other scripts, such as the ideographic one, as printable.
     return char.isprintable() or unicodedata.category(char) == "Zs"
 
 
 class Progress:
-    """Tells how a request gets on.
+    """Shows the progress of a request.
 
     Args:
-        out: where to.
-        quiet: say nothing but errors.
+        out: where to write.
+        quiet: write only errors.
         clock: seconds, monotonic.
     """
 
@@ -55,33 +56,33 @@ class Progress:
         self._clock = clock
         self._live = out.isatty()
         self._drawn = False
-        self._said_at = float("-inf")
+        self._status_at = float("-inf")
         self._began_at = clock()
         self._started_at: float | None = None
         self._first_audio_s: float | None = None
 
     def queued(self, place: "Queued") -> None:
-        """Its place in the queue."""
+        """Show the place in the queue."""
         eta = "" if place.eta_s is None else f", starts in about {_seconds(place.eta_s)}"
         self._status(f"queued: position {place.position} of {place.of}{eta}", urgent=True)
 
     def started(self) -> None:
-        """It runs."""
+        """Show that the request runs."""
         self._started_at = self._clock()
         self._status("running", urgent=False)
 
     def progress(self, state: str, fraction: float, message: str) -> None:
-        """What the engine says of itself."""
+        """Show progress reported by the engine."""
         self._status(f"{state} {fraction:.0%}" + (f": {message}" if message else ""), urgent=False)
 
     def audio(self, seconds: float) -> None:
-        """So much audio has come."""
+        """Show how many seconds of audio have arrived."""
         if self._first_audio_s is None:
             self._first_audio_s = self._clock() - self._began_at
         self._status(f"{seconds:.1f} s of audio{self._speed(seconds)}", urgent=False)
 
     def completed(self, seconds: float, where: str) -> None:
-        """The end, well; `seconds` of audio, 0 where there was none."""
+        """Show the successful end; `seconds` of audio, 0 if there was none."""
         took_s = self._clock() - self._began_at
         if seconds:
             first = "" if self._first_audio_s is None else f", first audio after {self._first_audio_s:.2f} s"
@@ -91,18 +92,18 @@ class Progress:
         self.note(text + (f" -> {where}" if where else ""))
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Write a permanent line."""
         if not self._quiet:
             self._wipe()
-            self._say(f"{printable(text)}\n")
+            self._write(f"{printable(text)}\n")
 
     def error(self, text: str) -> None:
-        """A line that stays and is said even when quiet."""
+        """Write a permanent line, even if quiet."""
         self._wipe()
-        self._say(f"relay: {printable(text)}\n")
+        self._write(f"relay: {printable(text)}\n")
 
     def close(self) -> None:
-        """Take the rewritten line away."""
+        """Remove the live status line."""
         self._wipe()
 
     def _speed(self, seconds: float) -> str:
@@ -111,28 +112,28 @@ class Progress:
 
     def _status(self, text: str, *, urgent: bool) -> None:
         now = self._clock()
-        if self._quiet or (not urgent and now - self._said_at < (REDRAW_S if self._live else PLAIN_S)):
+        if self._quiet or (not urgent and now - self._status_at < (REDRAW_S if self._live else PLAIN_S)):
             return
-        self._said_at = now
+        self._status_at = now
         text = printable(text)
         if self._live:
-            # Return, the text, and clear what is left of the longer line before it.
-            # A line that wraps could not be taken back.
-            self._say(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K")
+            # Carriage return, the text, then clear the rest of a longer previous line.
+            # A wrapped line could not be overwritten.
+            self._write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K")
             self._drawn = True
         else:
-            self._say(f"{text}\n")
+            self._write(f"{text}\n")
 
     def _wipe(self) -> None:
         if self._drawn:
-            self._say("\r\x1b[K")
+            self._write("\r\x1b[K")
             self._drawn = False
 
-    def _say(self, text: str) -> None:
+    def _write(self, text: str) -> None:
         try:
             self._out.write(text)
             self._out.flush()
-        except (OSError, ValueError):  # a terminal that is gone must not stop the audio
+        except (OSError, ValueError):  # a closed terminal must not stop the audio
             self._quiet = True
 
 
@@ -141,7 +142,7 @@ def _seconds(seconds: float) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Rows, the first of them the heads, in columns; the cells made `printable`."""
+    """Format rows in columns; the first row holds the headings, and each cell is made `printable`."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -122,7 +122,7 @@ class AudioWriter:
         if not self._owned or self._fd < 0:
             return
         if self.is_wav and self.format is not None and os.fstat(self._fd).st_size > HEADER_BYTES + self.data_bytes:
-            os.ftruncate(self._fd, HEADER_BYTES + self.data_bytes)  # drop the rest of a write that failed half way
+            os.ftruncate(self._fd, HEADER_BYTES + self.data_bytes)  # drop the rest of a write that failed halfway
         os.close(self._fd)
         self._fd = -1
         if self._made is not None:

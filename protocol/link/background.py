@@ -1,4 +1,4 @@
-"""A task that runs beside a block, without making exception groups of the block's own exceptions."""
+"""Runs a task beside a block without wrapping the block's own exceptions in groups."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,20 +10,20 @@ import trio
 async def open_background(
     work: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]]
 ) -> AsyncIterator[None]:
-    """Run `work` until the block ends; what the block raises comes out as it is.
+    """Run `work` until the block ends; an exception of the block is raised unchanged.
 
     A plain nursery around a `yield` would wrap every exception of the caller's block in a group, so that
     `except RequestFailed` around `async with open_relay()` would not match.
 
     Args:
-        work: shielded from the block's cancellation, so that it can end in order. An exception of its own is a
-            bug: it cancels the block and comes out in a group.
+        work: shielded from the block's cancellation, so that it can end in order. An exception that it raises is a
+            bug: it cancels the block and is raised in a group.
         stop: awaited, shielded, when the block has ended for whatever reason; it must make `work` return.
     """
     fault: BaseException | None = None
     ended = trio.Event()
 
-    # Ctrl-C is for the program's own code: in here it would end the link before it could say goodbye.
+    # Ctrl-C is for the program's own code: here it would end the link before the closing handshake.
     @trio.lowlevel.enable_ki_protection
     async def shielded() -> None:
         with trio.CancelScope(shield=True):

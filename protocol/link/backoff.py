@@ -1,18 +1,18 @@
-"""How long to wait before the next try to connect."""
+"""Computes the waiting time before the next attempt to connect."""
 
 import random
 from collections.abc import Callable
 
 FIRST_S = 0.5
 LONGEST_S = 10.0
-#: A link that lived this long was a good one: the next loss starts over with the shortest wait.
+#: A login that lasted this long was a success: after it, waiting starts again with the shortest time.
 HELD_S = 5.0
 
 
 class Backoff:
-    """Waiting times that double from `first_s` to `longest_s`, each drawn anew from 0 to that (full jitter).
+    """Waiting times whose upper bound doubles from `first_s` to `longest_s`, each drawn from 0 to that bound.
 
-    With full jitter a relay that comes back is not met by all its peers in the same instant.
+    With this full jitter, a relay that restarts does not receive all its peers' attempts at the same moment.
     """
 
     def __init__(
@@ -27,12 +27,12 @@ class Backoff:
         self._ceiling_s = first_s
 
     def next_s(self) -> float:
-        """The wait before the next try; doubles the ceiling for the one after."""
+        """The wait before the next attempt; doubles the bound for the one after it."""
         delay_s = self._draw() * self._ceiling_s
         self._ceiling_s = min(self._ceiling_s * 2, self.longest_s)
         return delay_s
 
     def note_uptime(self, seconds: float) -> None:
-        """Tell how long the last login held; after `HELD_S` the waits begin anew."""
+        """Report how long the last login lasted; after `HELD_S` or more, the bound is reset."""
         if seconds >= HELD_S:
             self._ceiling_s = self.first_s

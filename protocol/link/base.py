@@ -1,8 +1,8 @@
-"""The `Link`: messages both ways over one WebSocket, whatever carries its bytes.
+"""The `Link`: messages in both directions over one WebSocket, independent of the transport.
 
-Here is all that a link decides: what may be sent, what was heard, who is silent or takes nothing, how it ends. How
-bytes get to the transport and back is its subclasses' part: `protocol.link.stream_link` over any Trio stream, with
-tasks; `relayd.net` over the relay's sockets, without any. No function here waits but those that say `async`.
+A link decides what may be sent, keeps what was received, detects a peer that is silent or stalled, and ends the
+connection. Subclasses move the bytes: `protocol.link.stream_link` over any Trio stream, with tasks, and `relayd.net`
+over the relay's sockets, without tasks. Only functions that are `async` wait.
 """
 
 from collections import deque
@@ -34,33 +34,34 @@ from protocol.wire.errors import ErrorCode, LinkBroken, LinkClosed, LinkError, T
 from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.validators import Message
 
-#: For what is queued to go out, and again for the peer to answer our close frame.
+#: Time for the queued messages to go out, and again for the peer to answer our close frame.
 CLOSE_S = 2.0
-#: For a peer that broke a rule to read why: closing over unread bytes resets the connection, and the reason is lost.
+#: Time for a peer that broke a rule to read the reason: closing a socket with unread bytes resets the connection, and
+#: the reason is lost.
 LINGER_S = 2.0
-#: Messages read and not yet taken by `receive`. Eight of the largest; with more the peer is made to wait.
+#: Messages received but not yet returned by `receive`: eight of the largest. Beyond this, the link stops reading.
 MAX_INBOX_BYTES = 8 * MAX_MESSAGE_BYTES
-#: What one message costs beside its bytes, so that a queue of tiny ones is bounded too.
+#: Overhead counted for each message in addition to its bytes, so that a queue of tiny messages is bounded too.
 MESSAGE_COST_BYTES = 64
-#: Section 7.1.5 of RFC 6455: the connection went without a close frame.
+#: RFC 6455 section 7.1.5: the connection ended without a close frame.
 ABNORMAL = 1006
 
 
 class Link(Carrier):
-    """A connection that carries messages both ways; made by `serve_link`, `open_link` and the relay's reactor.
+    """A connection that carries messages in both directions; made by `serve_link`, `open_link` and the relay's reactor.
 
     Attributes:
-        peer: who is at the other end, for people and logs: `127.0.0.1:1234`, `unix`.
-        rtt_s: seconds that the last ping took, None before the first pong.
-        reason: why the link is gone, in words; empty while it lives.
-        close_code: the WebSocket close code, ours or the peer's; None while it lives or where there was none.
-        backlog_bytes: queued and not yet taken by the transport; only the link itself sets it.
+        peer: the other end, for people and logs: `127.0.0.1:1234`, `unix`.
+        rtt_s: round-trip time of the last ping, in seconds; None before the first pong.
+        reason: why the link ended, as text; empty while it is open.
+        close_code: the WebSocket close code, ours or the peer's; None while the link is open or if there was none.
+        backlog_bytes: bytes queued that the transport has not accepted yet; set only by the link itself.
         stopped: whether the transport is closed and nothing more will happen.
-        stalled: whether it ended, or is about to, because the peer took nothing.
-        patient: whether a peer that is silent, but whose machine answers, is given `send_timeout_s` to take what is
-            on its way to it, and not `dead_after_s`: a program that reads nothing answers no pings either.
-        heard_at: Trio time of the peer's last sign of life: any bytes, a pong too.
-        taken_at: Trio time at which some of what is sent last got further.
+        stalled: whether the link ended, or is about to, because the peer accepted no data.
+        tolerate_stall: whether a peer that is silent, but whose machine still acknowledges data, gets `send_timeout_s`
+            to accept what is being sent, instead of `dead_after_s`: a program that does not read answers no pings.
+        received_at: Trio time of the last bytes received from the peer, including pongs.
+        taken_at: Trio time at which sending last made progress.
     """
 
     __slots__ = (
@@ -111,14 +112,14 @@ class Link(Carrier):
         self._close_by = float("inf")
         self._lingers = False
         self.handler: LinkHandler | None = None
-        self._notified = 0  # of the end
+        self._notified = 0  # calls made to the handler about the end
         self._inbox: deque[bytes | str] | None = None
         self._inbox_bytes = 0
         self.reading_paused = False
         self.backlog_bytes = 0
         self._waiting_bytes = 0
         self._drained: list[tuple[int, Callable[[], None]]] | None = None
-        self._low_water: float = float("inf")  # no callback waits for less
+        self._low_water: float = float("inf")  # the lowest low-water mark of the callbacks
         self._changed: trio.Event | None = None
         self._ping_due = now + limits.ping_interval_s
         self._pinged_at: float | None = None
@@ -131,20 +132,20 @@ class Link(Carrier):
 
         Raises:
             LinkClosed: this side closed the link.
-            LinkBroken: the link is gone, or broke just now because the peer does not take what is queued; LinkClosed
-                where the link has a farewell for such a peer.
-            ValueError: the message is longer than any peer takes.
+            LinkBroken: the link ended earlier, or breaks now because the peer does not read what is queued; LinkClosed
+                in the second case if the limits contain a farewell message.
+            ValueError: the message is longer than the limit.
         """
         self._check()
         if len(data) > self._limits.max_message_bytes:
             raise ValueError(f"a message of {len(data)} bytes; the limit is {self._limits.max_message_bytes}")
         if self.backlog_bytes + len(data) > self._limits.max_backlog_bytes:
-            self._stall(f"{self.backlog_bytes} bytes wait for {self.peer} to take them")
+            self._stall(f"{self.backlog_bytes} bytes are queued for {self.peer}, which does not read them")
             self._check()
         self._put(data)
 
     def send_frames(self, frames: Sequence[bytes]) -> None:
-        """As `send_nowait` for each in turn; a carrier may send them at once."""
+        """Call `send_nowait` for each frame in order; a subclass may send them together."""
         for data in frames:
             self.send_nowait(data)
 
@@ -152,19 +153,20 @@ class Link(Carrier):
         """Encode and queue a message; never waits.
 
         Raises:
-            EncodeError: the wire cannot carry it; nothing was queued.
-            LinkClosed: as `send_nowait`.
-            LinkBroken: as `send_nowait`.
+            EncodeError: the message cannot be encoded; nothing was queued.
+            LinkClosed: as for `send_nowait`.
+            LinkBroken: as for `send_nowait`.
         """
         self.send_nowait(encode(message))
 
     def on_drained(self, callback: Callable[[], None], low_water: int) -> Callable[[], None]:
-        """Call `callback` each time the backlog falls from above `low_water` bytes to it or below.
+        """Call `callback` each time the backlog falls from above `low_water` bytes to `low_water` or less.
 
-        The callback runs where the transport is written to: it may call `send_nowait`, and must neither wait nor raise.
+        The callback runs in the code that writes to the transport: it may call `send_nowait`, but must neither wait nor
+        raise.
 
         Returns:
-            a function that takes the callback off again.
+            a function that removes the callback.
         """
         entry = (low_water, callback)
         if self._drained is None:
@@ -183,7 +185,7 @@ class Link(Carrier):
 
         Raises:
             LinkClosed: this side closed the link.
-            LinkBroken: the link is gone.
+            LinkBroken: the link ended.
         """
         await trio.lowlevel.checkpoint()
         self._check()
@@ -192,7 +194,7 @@ class Link(Carrier):
             self._check()
 
     def _on_sent(self, size: int) -> None:
-        """The transport took so much of the backlog."""
+        """Note that the transport has accepted `size` bytes of the backlog."""
         before = self.backlog_bytes
         self.backlog_bytes = left = before - size
         if self._changed is not None:
@@ -205,21 +207,21 @@ class Link(Carrier):
     # -- receiving -------------------------------------------------------------------------------------------
 
     def set_max_message_bytes(self, max_bytes: int) -> None:
-        """Take no longer ones from now on; at most what the link's limits allow."""
+        """Accept no longer messages from now on; the link's limits still apply."""
         self.parser.max_message_bytes = min(max_bytes, self._limits.max_message_bytes)
 
     async def receive(self) -> bytes:
-        """The next binary message. What came before the peer closed is still given out.
+        """Return the next binary message, including messages received before the peer closed.
 
-        Up to `MAX_INBOX_BYTES` are read ahead. With more unread, the link stops reading, pongs too, so a peer may
-        then take this end for dead: leave nothing unread for longer than `dead_after_s`.
+        Up to `MAX_INBOX_BYTES` are read ahead. If more is unread, the link stops reading, pongs included, so the peer
+        may consider this end dead: call `receive` at least once in each `dead_after_s`.
 
         Raises:
             LinkClosed: this side closed the link.
-            LinkBroken: the link is gone and everything received is taken.
+            LinkBroken: the link ended, and every message received has been returned.
             ProtocolError: the peer sent a text message; close with 1003.
 
-        Cancellation: nothing is lost; the next call gives the message.
+        Cancellation: nothing is lost; the next call returns the message.
         """
         await trio.lowlevel.checkpoint()
         while True:
@@ -238,7 +240,7 @@ class Link(Carrier):
             await self._change()
 
     def __aiter__(self) -> Self:
-        """Messages until the link is gone; `reason` then tells why. Raises ProtocolError as `receive`."""
+        """Iterate over messages until the link ends; `reason` then says why. Raises ProtocolError like `receive`."""
         return self
 
     async def __anext__(self) -> bytes:
@@ -248,15 +250,15 @@ class Link(Carrier):
             raise StopAsyncIteration from None
 
     def set_handler(self, handler: LinkHandler) -> None:
-        """From now on messages are not kept for `receive`, but given to `taker` as they come, those kept so far first.
+        """Pass messages to `handler` as they arrive instead of keeping them for `receive`; first those kept so far.
 
-        It hears of the end even where the link is gone already.
+        The handler is notified of the end even if the link has ended already.
         """
         self.handler = handler
         kept, self._inbox, self._inbox_bytes = self._inbox or (), None, 0
         for is_text, group in groupby(kept, lambda message: isinstance(message, str)):
             if self.closing is not None or self.end_kind is LinkClosed:
-                break  # the taker itself, or this side before, has closed
+                break  # closed by the handler, or by this side earlier
             if is_text:
                 for text in group:
                     handler.on_text(str(text))
@@ -269,13 +271,13 @@ class Link(Carrier):
             self._schedule_notify()
 
     def buffer_again(self, messages: list[bytes]) -> None:
-        """Take back from the taker what it was handed last; from now on messages are kept for who takes them next."""
+        """Take back the messages last passed to the handler, and keep messages for `receive` or the next handler."""
         self.handler = None
         if messages:
             self._dispatch(messages)
 
     def process_events(self, events: list[Event]) -> None:
-        """What was parsed, in order."""
+        """Process parsed events, in order."""
         messages: list[bytes] = []
         for event in events:
             if type(event) is bytes:
@@ -292,7 +294,7 @@ class Link(Carrier):
 
     def _dispatch(self, messages: list[bytes]) -> None:
         if self.end_kind is not None or self.closing is not None:
-            return  # whoever took them has seen the end
+            return  # the handler or `receive` has reported the end
         if self.handler is not None:
             self.handler.on_messages(messages)
             return
@@ -307,7 +309,7 @@ class Link(Carrier):
         self._wake()
 
     def _on_control(self, event: Event) -> None:
-        """Whatever is no binary message."""
+        """Process an event that is not a binary message."""
         match event:
             case str():
                 if self.closing is not None:
@@ -319,28 +321,28 @@ class Link(Carrier):
                     self._inbox.append(event)
                     self._add_to_inbox(len(event) + MESSAGE_COST_BYTES)
             case Ping():
-                if self.closing is None:  # nothing follows a close frame
+                if self.closing is None:  # nothing may follow a close frame
                     self._send_control(PONG, event.payload)
             case Pong():
                 self.on_pong(event.payload)
             case Close():
-                said = f": {event.reason}" if event.reason else ""
-                self._end(LinkBroken, f"{self.peer} closed the connection ({event.code}{said})", event.code)
+                detail = f": {event.reason}" if event.reason else ""
+                self._end(LinkBroken, f"{self.peer} closed the connection ({event.code}{detail})", event.code)
             case Fault():
-                # It may have much on its way that nobody reads now, and shall learn why all the same.
-                said = f"{self.peer} sent {event.words}"
-                self._end(LinkBroken, said, event.code, close=(event.code, event.words), linger_s=LINGER_S)
+                # The peer may still be sending a lot that is no longer read; linger so that it learns the reason.
+                reason = f"{self.peer} sent {event.reason}"
+                self._end(LinkBroken, reason, event.code, close=(event.code, event.reason), linger_s=LINGER_S)
 
     def on_pong(self, payload: bytes) -> None:
-        """A pong came; the answer to the last ping gives the round trip."""
+        """Process a pong; the answer to the last ping gives the round-trip time."""
         if self._pinged_at is not None and payload == self._pings.to_bytes(4, "big"):
             self.rtt_s, self._pinged_at = self.received_at - self._pinged_at, None
-            self.taken_at = self.received_at  # what lay before the ping was read, too
+            self.taken_at = self.received_at  # the peer has also read everything sent before the ping
 
     def _send_control(self, opcode: int, payload: bytes) -> None:
-        """Queue a control frame, within the bound of all that is queued: a flood of pings is answered only so far."""
+        """Queue a control frame within the backlog limit, so that a flood of pings cannot grow the queue."""
         if self.backlog_bytes + MESSAGE_COST_BYTES > self._limits.max_backlog_bytes:
-            self._stall(f"{self.backlog_bytes} bytes wait for {self.peer} to take them")
+            self._stall(f"{self.backlog_bytes} bytes are queued for {self.peer}, which does not read them")
         else:
             self._put_control(opcode, payload)
 
@@ -348,18 +350,18 @@ class Link(Carrier):
 
     @property
     def gone(self) -> LinkError | None:
-        """What `send_nowait` would raise now; None while the link lives."""
+        """The exception that `send_nowait` would raise now; None while the link is open."""
         if self.closing is not None and self.end_kind is None:
             return LinkClosed(self.reason or "closed")
         return None if self.end_kind is None else self.end_kind(self.reason)
 
     def abort(self, reason: str) -> None:
-        """Break the link now, from this side: nothing more is sent, the transport is cut."""
+        """Break the link now from this side: nothing more is sent, and the transport is cut."""
         self._end(LinkClosed, reason)
         self._cut()
 
     def close_soon(self, code: int = 1000, reason: str = "") -> None:
-        """Begin to close: what is queued goes out, then a close frame; the rest as `aclose`, without waiting for it.
+        """Begin to close: send what is queued, then a close frame. Like `aclose`, but does not wait.
 
         Args:
             code: WebSocket close code (RFC 6455 section 7.4.1).
@@ -369,13 +371,13 @@ class Link(Carrier):
             self._close(code, cut_reason(reason))
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
-        """Send what is queued, close the WebSocket and then the transport. May be called again, and from anywhere.
+        """Send what is queued, close the WebSocket and then the transport. May be called repeatedly, from any task.
 
         Args:
             code: WebSocket close code (RFC 6455 section 7.4.1).
             reason: at most 123 bytes of UTF-8.
 
-        Cancellation: shielded; it ends within twice `CLOSE_S`, by cutting the transport where nothing else helps.
+        Cancellation: shielded; it ends within twice `CLOSE_S`, by cutting the transport if necessary.
         """
         self.close_soon(code, reason)
         with trio.CancelScope(shield=True):
@@ -386,29 +388,29 @@ class Link(Carrier):
             await self._wait_stopped()
 
     async def wait_gone(self) -> None:
-        """Wait until the link is gone or closing, from whichever side."""
+        """Wait until the link has ended or is closing, from either side."""
         await trio.lowlevel.checkpoint()
         while self.gone is None:
             await self._change()
 
     def notify_closed(self) -> None:
-        """Tell the taker of the end, as far as it has come; for the carrier's task."""
+        """Notify the handler of each stage of the end that has been reached; called by a task of the subclass."""
         handler = self.handler
         if handler is not None and self._notified == 0 and self.gone is not None:
             self._notified = 1
             handler.on_closed()
         if handler is not None and self._notified == 1 and self.stopped:
             self._notified = 2
-            self.handler = None  # it refers to the link in turn: neither would be freed before a garbage collection
+            self.handler = None  # breaks the reference cycle: else only the garbage collector would free both
             handler.on_transport_closed()
 
     def _release(self) -> None:
-        """Drop what the link holds, once its transport is cut; for the carrier.
+        """Release what the link holds once its transport is cut; for subclasses.
 
-        What was received in whole before the peer closed stays for `receive` and `hand_to`.
+        Complete messages received before the peer closed stay available to `receive` and `set_handler`.
         """
         self.parser.release()
-        self._drained = None  # whoever waits for the backlog to fall refers to the link in turn
+        self._drained = None  # the callbacks refer back to the link
         if self.end_kind is LinkClosed:
             self._inbox, self._inbox_bytes = None, 0
 
@@ -426,14 +428,14 @@ class Link(Carrier):
         self._put_control(CLOSE, close_payload(code, reason))
 
     def _forget_inbox(self) -> None:
-        """Nobody takes what was read any more; the peer's answer may be behind it."""
+        """Drop unread messages; nobody will receive them, and the peer's close frame may be behind them."""
         self._inbox, self._inbox_bytes = None, 0
         if self.reading_paused:
             self.reading_paused = False
             self._resume_reading()
 
     def _close_frame_out(self) -> None:
-        """All that was queued has gone out, the close frame too."""
+        """Note that everything queued has been sent, including the close frame."""
         if self.end_kind is None and self.closing is not None:
             self._close_by = min(self._close_by, trio.current_time() + CLOSE_S)
             self.schedule(self._close_by)
@@ -453,21 +455,21 @@ class Link(Carrier):
         close: tuple[int, str] | None = None,
         linger_s: float = 0.0,
     ) -> None:
-        """The one place where a link's life ends; the first call counts.
+        """End the link. Every end passes here; only the first call counts.
 
         Args:
-            kind: what is raised to who still uses it.
-            reason: in words.
+            kind: the exception raised to callers from now on.
+            reason: the reason, as text.
             code: the close code.
-            close: of the close frame that the peer is to get, where it is not the answer to its own.
-            linger_s: how long to read on, so that the peer finds the close frame and no reset.
+            close: code and reason of the close frame to send, if it is not the answer to the peer's close frame.
+            linger_s: how long to continue reading, so that the peer receives the close frame rather than a reset.
         """
         if self.end_kind is not None:
             return
         answer = close or ((code, "") if code is not None and code != ABNORMAL else None)
-        if self.closing is not None:  # whatever happens while we close, we closed
-            kind, (code, said), answer = LinkClosed, self.closing, None
-            reason = said or "closed"
+        if self.closing is not None:  # whatever happens while we close, it was this side that closed
+            kind, (code, close_reason), answer = LinkClosed, self.closing, None
+            reason = close_reason or "closed"
         self.end_kind, self.reason, self.close_code = kind, reason, code
         if self.closing is None and answer is None:
             self._drop_unsent()
@@ -481,14 +483,14 @@ class Link(Carrier):
         self._finish()
 
     def lose(self, why: str = "") -> None:
-        """The transport went."""
+        """End the link because the transport failed."""
         self._end(LinkBroken, why or f"connection to {self.peer} lost", ABNORMAL)
         self._cut()
 
     def _stall(self, why: str) -> None:
-        """The peer does not take what waits for it: that is dropped, and the link closed with its farewell.
+        """Drop what the peer does not read, and close the link with the farewell message from its limits.
 
-        What is on its way must get through first; a peer that reads nothing is cut off after `aclose`'s time.
+        What is being sent must go out first; a peer that reads nothing is cut off after the time that `aclose` allows.
         """
         self.stalled = True
         reason = f"{ErrorCode.SLOW_CONSUMER}: {why}"
@@ -504,18 +506,18 @@ class Link(Carrier):
     # -- liveness --------------------------------------------------------------------------------------------
 
     def extend_deadlines(self, late_s: float) -> None:
-        """This process stood still for so long (it was stopped, or swapped): whatever the peer sent waits unread."""
+        """Postpone the deadlines: this process was suspended for `late_s`, so data from the peer waits unread."""
         self.received_at += late_s
         self.taken_at += late_s
 
     def check_liveness(self, now: float) -> float:
-        """See to pings, to silence, and to a peer that takes nothing; when to look again.
+        """Send pings, and end the link if the peer is silent or stalled.
 
         Args:
             now: Trio time.
 
         Returns:
-            Trio time; infinite once there is nothing left to look at.
+            Trio time of the next check; infinite if none is needed.
         """
         if now >= self._close_by:
             self.lose("closed" if self.closing is not None else "")
@@ -523,7 +525,7 @@ class Link(Carrier):
             return self._close_by if not self.stopped else float("inf")
         sending = self._sending
         if sending:
-            waiting = self._in_kernel()  # a kernel that is full takes the next piece only much later
+            waiting = self._in_kernel()  # a full kernel buffer accepts the next piece only much later
             if waiting < self._waiting_bytes:
                 self.taken_at = now
             self._waiting_bytes = waiting
@@ -538,15 +540,15 @@ class Link(Carrier):
         )
         match assess(facts, self._limits):
             case Dead(silent_s):
-                self.lose(f"nothing heard from {self.peer} for {silent_s:.0f} s")
+                self.lose(f"nothing received from {self.peer} for {silent_s:.0f} s")
                 return float("inf")
             case Stalled():
-                self._stall(f"{self.peer} took no data for {self._limits.send_timeout_s:g} s")
+                self._stall(f"{self.peer} accepted no data for {self._limits.send_timeout_s:g} s")
                 return self._close_by
             case Alive(check_at, ping):
                 if ping:
                     self._ping_due = now + self._limits.ping_interval_s
-                    if self._pinged_at is None:  # one in flight is enough: TCP loses none
+                    if self._pinged_at is None:  # one ping in flight is enough: TCP loses none
                         self._pings = (self._pings + 1) & 0xFFFF_FFFF
                         self._pinged_at = now
                         self._send_control(PING, self._pings.to_bytes(4, "big"))
@@ -555,7 +557,7 @@ class Link(Carrier):
     def _machine_answers(self) -> bool:
         return self.tolerate_stall and self._peer_acknowledges()
 
-    # -- who waits -------------------------------------------------------------------------------------------
+    # -- waiting for changes ---------------------------------------------------------------------------------
 
     def _wake(self) -> None:
         if self._changed is not None:

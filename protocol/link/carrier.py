@@ -1,4 +1,4 @@
-"""What a link needs of whatever carries its bytes: a Trio stream with tasks, or a socket of the relay's reactor."""
+"""What a link needs from its transport: a Trio stream with tasks, or a socket of the relay's reactor."""
 
 import abc
 
@@ -10,7 +10,7 @@ class Carrier(abc.ABC):
 
     @abc.abstractmethod
     def _put(self, data: bytes) -> None:
-        """Queue a binary message, and count it in `backlog_bytes`."""
+        """Queue a binary message, and add it to `backlog_bytes`."""
 
     @abc.abstractmethod
     def _put_control(self, opcode: int, payload: bytes) -> None:
@@ -18,11 +18,11 @@ class Carrier(abc.ABC):
 
     @abc.abstractmethod
     def _drop_unsent(self) -> None:
-        """Drop what is queued and not on its way yet, whole frames alone."""
+        """Drop the queued frames of which nothing has been sent yet."""
 
     @abc.abstractmethod
     def _finish(self) -> None:
-        """The link has ended: cut the transport, once what `_put_control` queued last is out, or at `_close_by`."""
+        """The link has ended: cut the transport after the last control frame was sent, or at `_close_by`."""
 
     @abc.abstractmethod
     def _cut(self) -> None:
@@ -30,25 +30,25 @@ class Carrier(abc.ABC):
 
     @abc.abstractmethod
     def _schedule_notify(self) -> None:
-        """Have a task call `notify_closed`."""
+        """Arrange for a task to call `notify_closed`."""
 
     @abc.abstractmethod
     def _resume_reading(self) -> None:
-        """The inbox has room again."""
+        """Continue reading: the inbox has room again."""
 
     @abc.abstractmethod
     def schedule(self, due: float) -> None:
-        """Have `check_liveness` called at `due` (Trio time) at the latest."""
+        """Arrange for `check_liveness` to be called at `due` (Trio time) or earlier."""
 
     @property
     @abc.abstractmethod
     def _sending(self) -> bool:
-        """Whether the transport has something that the peer has not taken."""
+        """Whether the transport holds data that the peer has not accepted."""
 
     @abc.abstractmethod
     def _peer_acknowledges(self) -> bool:
-        """Whether the peer's machine is there, as far as the kernel can tell."""
+        """Whether the peer's machine still acknowledges data, as far as the kernel can tell."""
 
     @abc.abstractmethod
     def _in_kernel(self) -> int:
-        """Bytes that the kernel has, and the peer's has not; 0 where that cannot be told."""
+        """Bytes that our kernel has sent or queued but the peer's has not acknowledged; 0 if unknown."""

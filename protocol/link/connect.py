@@ -1,4 +1,4 @@
-"""A client's way to a relay: the transport, TLS included, and the handshake of RFC 6455 (by `websockets`) on it."""
+"""Connects a client to a relay: the transport, with TLS if asked for, and the WebSocket handshake (`websockets`)."""
 
 import errno
 import os
@@ -14,23 +14,23 @@ from protocol.wire.messages import SUBPROTOCOL
 if TYPE_CHECKING:
     from websockets.client import ClientProtocol
 
-#: Of an answer to the handshake; what comes behind the head of an upgrade does not count.
+#: Limit for the answer to the handshake; bytes behind the head of a successful answer do not count.
 MAX_ANSWER_BYTES = 16 * 1024
-#: Of a refusal's own words.
-MAX_WORDS_CHARS = 300
+#: Limit for the text of a refusal that is shown.
+MAX_REFUSAL_CHARS = 300
 _RECEIVE_BYTES = 4096
 _HEAD_END = b"\r\n\r\n"
 
 
 async def connect(address: Address, ssl_context: ssl.SSLContext | None = None) -> trio.abc.Stream:
-    """A transport to `address`, TLS included.
+    """Open a transport to `address`, TLS included.
 
     Args:
-        address: where to.
-        ssl_context: for `tls`; the system's certificate authorities where it is None.
+        address: the relay's address.
+        ssl_context: for `tls`; None uses the system's certificate authorities.
 
     Raises:
-        ConnectError: nobody answered, or TLS failed; the text says what to look at.
+        ConnectError: the relay could not be reached, or TLS failed; the message says why.
     """
     try:
         if address.kind == "unix":
@@ -59,7 +59,7 @@ async def connect(address: Address, ssl_context: ssl.SSLContext | None = None) -
 
 
 def _reasons(fault: OSError) -> set[str]:
-    """Why, in words; trio puts the failures of several tried addresses into a group."""
+    """The reasons as text; Trio groups the failures of several addresses."""
     cause = fault.__cause__
     if isinstance(cause, BaseExceptionGroup):
         return set().union(*(_reasons(one) for one in cause.exceptions if isinstance(one, OSError)))
@@ -70,13 +70,13 @@ def _reasons(fault: OSError) -> set[str]:
     return {fault.strerror or str(fault)}
 
 
-async def shake_hands(stream: trio.abc.Stream, address: Address) -> bytes:
-    """Ask for a WebSocket; returns what came behind the answer. The stream is the caller's to close.
+async def perform_handshake(stream: trio.abc.Stream, address: Address) -> bytes:
+    """Perform the WebSocket handshake; returns the bytes received behind the answer. Does not close the stream.
 
     Raises:
-        ConnectError: the handshake was refused or cut off.
+        ConnectError: the handshake was refused or not finished.
     """
-    # Imported here, as a relay and a command on a store are no clients of anybody.
+    # Imported here, because a relay and the commands that work on a store are not clients.
     from websockets.client import ClientProtocol
     from websockets.typing import Subprotocol
     from websockets.uri import WebSocketURI
@@ -84,7 +84,7 @@ async def shake_hands(stream: trio.abc.Stream, address: Address) -> bytes:
     uri = WebSocketURI(address.kind == "tls", address.host or "localhost", address.port or 80, address.resource, "")
     client = ClientProtocol(uri, subprotocols=[Subprotocol(SUBPROTOCOL)])
     client.send_request(client.connect())
-    cut_off = f"{address} is no relay, or it hung up: the WebSocket handshake did not finish"
+    cut_off = f"{address} is not a relay, or it closed the connection: the WebSocket handshake did not finish"
     try:
         await stream.send_all(b"".join(client.data_to_send()))
         answer = bytearray()
@@ -96,7 +96,7 @@ async def shake_hands(stream: trio.abc.Stream, address: Address) -> bytes:
         head, end, early = bytes(answer).partition(_HEAD_END)
         if b" 101" in head.partition(b"\r\n")[0]:
             client.receive_data(head + end)
-        else:  # its body tells why
+        else:  # the body gives the reason
             client.receive_data(bytes(answer))
             await _read_refusal(stream, client, len(answer))
             early = b""
@@ -107,7 +107,7 @@ async def shake_hands(stream: trio.abc.Stream, address: Address) -> bytes:
 
 
 async def _read_refusal(stream: trio.abc.Stream, client: "ClientProtocol", size: int) -> None:
-    """Read on to the end of an answer that is no upgrade."""
+    """Read the rest of an answer that refuses the upgrade."""
     while client.handshake_exc is None and size < MAX_ANSWER_BYTES:
         data = await stream.receive_some(_RECEIVE_BYTES)
         size += len(data)
@@ -125,7 +125,7 @@ def _check_answer(client: "ClientProtocol", address: Address, cut_off: str) -> N
     answer = next((event for event in client.events_received() if isinstance(event, Response)), None)
     fault = client.handshake_exc
     if answer is not None and answer.status_code != 101:
-        body = (answer.body or b"").decode("utf-8", "replace").strip()[:MAX_WORDS_CHARS]
+        body = (answer.body or b"").decode("utf-8", "replace").strip()[:MAX_REFUSAL_CHARS]
         raise ConnectError(f"{address} answered HTTP {answer.status_code}" + (f": {body}" if body else ""))
     if fault is not None or answer is None:
         because = f" ({fault})" if isinstance(fault, InvalidHandshake) else ""

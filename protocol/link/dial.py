@@ -1,4 +1,4 @@
-"""Making links: over a stream at hand, to an address, and to an address for ever."""
+"""Makes links: over an open stream, to an address, and to an address with endless reconnecting."""
 
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,16 +11,16 @@ from protocol.link.background import open_background
 from protocol.link.backoff import Backoff as Backoff
 from protocol.link.base import CLOSE_S as CLOSE_S
 from protocol.link.base import Link as Link
-from protocol.link.connect import connect, shake_hands
+from protocol.link.connect import connect, perform_handshake
 from protocol.link.limits import LinkLimits as LinkLimits
 from protocol.link.stream_link import StreamLink
 from protocol.wire.codec import decode
 from protocol.wire.errors import ConnectError, ErrorCode, LinkBroken, LinkError, LoginRefused, ProtocolError
 from protocol.wire.messages import FROM_RELAY, Error, Hello, Rejected, Welcome
 
-#: TCP, TLS and WebSocket handshakes together.
+#: For the TCP, TLS and WebSocket handshakes together.
 CONNECT_TIMEOUT_S = 10.0
-#: From our `hello` to the relay's `welcome`.
+#: From sending `hello` to receiving `welcome`.
 LOGIN_TIMEOUT_S = 10.0
 
 
@@ -28,16 +28,16 @@ LOGIN_TIMEOUT_S = 10.0
 async def serve_link(
     stream: trio.abc.Stream, *, peer: str, limits: LinkLimits | None = None, is_client: bool = False, early: bytes = b""
 ) -> AsyncIterator[Link]:
-    """A link over a stream whose WebSocket handshake is done; closed, and the stream with it, at the end of the block.
+    """Run a link over a stream whose WebSocket handshake is done; both are closed at the end of the block.
 
     Args:
-        stream: must be used by nobody else from now on.
-        peer: who it is, for people.
-        limits: what the peer is held to.
-        is_client: whether this side asked for the handshake.
-        early: bytes that came behind the handshake.
+        stream: must not be used by anyone else from now on.
+        peer: name of the other end, for people.
+        limits: the limits enforced on the peer.
+        is_client: whether this side is the WebSocket client.
+        early: bytes received behind the handshake.
 
-    Cancellation: the block alone is cancelled; what is queued still goes out, within `CLOSE_S`.
+    Cancellation: only the block is cancelled; what is queued is still sent, within `CLOSE_S`.
     """
     link = StreamLink(stream, peer, limits or LinkLimits(), is_client=is_client, early=early)
     async with open_background(link.run, link.aclose):
@@ -56,14 +56,14 @@ async def open_link(
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
     limits: LinkLimits | None = None,
 ) -> AsyncIterator[Link]:
-    """A link to the relay at `address`, not logged in yet.
+    """Open a link to the relay at `address`; it is not logged in yet.
 
     Args:
-        address: where it listens.
-        ssl_context: for wss://; None takes the system's certificate authorities.
-        connect_to: makes the transport in place of sockets; for tests and tunnels.
-        connect_timeout_s: for transport and handshakes together.
-        limits: what the relay is held to.
+        address: the relay's address.
+        ssl_context: for wss://; None uses the system's certificate authorities.
+        connect_to: makes the transport instead of opening a socket; for tests and tunnels.
+        connect_timeout_s: for the transport and the handshakes together.
+        limits: the limits enforced on the relay.
 
     Raises:
         ConnectError: no link could be made.
@@ -74,25 +74,25 @@ async def open_link(
         stream = await (connect_to(address) if connect_to is not None else connect(address, ssl_context))
     if connecting.cancelled_caught:
         raise ConnectError(too_slow)
-    with trio.move_on_at(deadline) as shaking:
+    with trio.move_on_at(deadline) as handshaking:
         try:
-            early = await shake_hands(stream, address)
+            early = await perform_handshake(stream, address)
         except BaseException:
             await trio.aclose_forcefully(stream)
             raise
-    if shaking.cancelled_caught:
+    if handshaking.cancelled_caught:
         raise ConnectError(too_slow)
     async with serve_link(stream, peer=str(address), limits=limits, is_client=True, early=early) as link:
         yield link
 
 
 async def log_in(link: Link, hello: Hello) -> Welcome:
-    """Say hello and wait for the relay's welcome.
+    """Send `hello` and wait for the relay's `welcome`.
 
     Raises:
-        LoginRefused: the relay said no.
-        LinkBroken: the link went, or the relay did not answer within `LOGIN_TIMEOUT_S`.
-        ProtocolError: the answer was none of the protocol's.
+        LoginRefused: the relay refused the login.
+        LinkBroken: the link ended, or the relay did not answer within `LOGIN_TIMEOUT_S`.
+        ProtocolError: the answer is not a message that may follow `hello`.
     """
     link.send(hello)
     with trio.move_on_after(LOGIN_TIMEOUT_S):
@@ -115,20 +115,20 @@ async def run_with_reconnect(
     ssl_context: ssl.SSLContext | None = None,
     connect_to: Connect | None = None,
 ) -> None:
-    """Connect, log in and serve, again and again for ever.
+    """Connect, log in and serve, again after each loss.
 
     Args:
-        address: where the relay listens.
-        hello: of every login.
-        serve: called with each new link. When it returns and the link is not broken, so does this function; when it
+        address: the relay's address.
+        hello: sent at every login.
+        serve: called with each new link. If it returns while the link is not broken, this function returns too; if it
             raises LinkError or ProtocolError, or returns because the link broke, a new link is made.
-        on_down: told why the link went, or could not be made, and in how many seconds the next try follows.
-        backoff: waiting times; 0.5 -> 10 s with full jitter by default.
-        ssl_context: as `open_link`.
-        connect_to: as `open_link`.
+        on_down: called with the reason why the link broke or could not be made, and the seconds until the next attempt.
+        backoff: waiting times; by default 0.5 s to 10 s with full jitter.
+        ssl_context: as for `open_link`.
+        connect_to: as for `open_link`.
 
     Raises:
-        LoginRefused: the relay refused the login with a code that trying again does not help.
+        LoginRefused: the relay refused the login with a code that is not retryable.
     """
     backoff = backoff or Backoff()
     while True:
@@ -148,7 +148,7 @@ async def run_with_reconnect(
                 fault = link.gone
             backoff.note_uptime(trio.current_time() - began)
         except LoginRefused as refusal:
-            if not _may_pass(refusal.code):
+            if not _is_retryable(refusal.code):
                 raise
             fault = refusal
         except ConnectError as failure:
@@ -161,5 +161,5 @@ async def run_with_reconnect(
         await trio.sleep(delay_s)
 
 
-def _may_pass(code: str) -> bool:
+def _is_retryable(code: str) -> bool:
     return any(code == known and known.retryable for known in ErrorCode)

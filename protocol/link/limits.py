@@ -1,4 +1,4 @@
-"""What a link holds its peer to, and who takes its messages."""
+"""The limits that a link enforces on its peer, and the interface that receives its messages."""
 
 from typing import Protocol
 
@@ -9,28 +9,28 @@ from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.validators import Message
 
 PING_INTERVAL_S = 5.0
-#: Three pings unanswered, and no other byte.
+#: Time in which three pings stay unanswered and no other byte arrives.
 DEAD_AFTER_S = 15.0
-#: For anything at all of what waits to be taken; a peer that takes little at a time is slow, and not gone.
+#: Time in which the peer must accept some of what is queued; a peer that accepts a little at a time is merely slow.
 SEND_TIMEOUT_S = 60.0
-#: Messages queued and not yet taken by the transport: a quarter of the largest result.
+#: Limit for messages queued but not accepted by the transport: a quarter of the largest result.
 MAX_BACKLOG_BYTES = 16 * MAX_MESSAGE_BYTES
 
 
 @attrs.frozen
 class LinkLimits:
-    """What a link holds its peer to; many links share one.
+    """The limits that a link enforces on its peer; many links share one instance.
 
     Args:
         ping_interval_s: seconds between WebSocket pings.
         dead_after_s: seconds of silence after which the link is broken.
-        send_timeout_s: with something to send, and nothing of it taken for so many seconds, the link breaks
+        send_timeout_s: if data is queued and the peer accepts none for this many seconds, the link breaks
             ("slow_consumer").
-        max_backlog_bytes: with more queued, the same.
-        farewell: for such a peer, in place of what it did not take; the link is then closed, and counts as closed by
-            this side, after at most twice `CLOSE_S`.
-        max_message_bytes: longer ones are neither taken nor sent.
-        budget: bounds what all links with it hold of unfinished messages.
+        max_backlog_bytes: the link breaks in the same way if more than this is queued.
+        farewell: message sent to such a peer in place of what it did not read; the link is then closed within twice
+            `CLOSE_S`, and counts as closed by this side.
+        max_message_bytes: longer messages are neither accepted nor sent.
+        budget: limits the unfinished messages of all links that share it.
     """
 
     ping_interval_s: float = PING_INTERVAL_S
@@ -43,17 +43,17 @@ class LinkLimits:
 
 
 class LinkHandler(Protocol):
-    """Who is handed a link's messages as they come; none of this may wait or raise."""
+    """Receives a link's messages as they arrive; its methods must neither wait nor raise."""
 
     def on_messages(self, messages: list[bytes]) -> None:
-        """Binary messages, in order."""
+        """Process binary messages, in order."""
 
     def on_text(self, text: str) -> None:
-        """A text message."""
+        """Process a text message."""
 
     def on_closed(self) -> None:
-        """The link is gone or closing: no message comes any more, and none can be sent. Told by a task, never within
-        a send."""
+        """The link has ended or is closing: no more messages arrive, and none can be sent. Called by a task, never
+        during a send."""
 
     def on_transport_closed(self) -> None:
-        """Its transport is cut as well."""
+        """The transport has been cut as well."""

@@ -1,4 +1,4 @@
-"""Whether the peer of a link lives and takes what it is sent: facts in, a verdict out. Pure."""
+"""Decides whether a link's peer is alive and accepts what is sent, from known facts and without I/O."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ import attrs
 
 from protocol.link.limits import LinkLimits
 
-#: How often in `send_timeout_s` a link looks whether its peer takes what is sent.
-LOOKS = 8
-#: How long a silent peer whose machine still answers is given at a time.
-PATIENCE_S = 1.0
-#: A process that is called so much later than it asked for stood still: what its peers sent waits unread.
+#: How often in `send_timeout_s` a link checks whether its peer accepts data.
+CHECKS = 8
+#: Time until the next check of a silent peer whose machine still answers.
+RECHECK_S = 1.0
+#: A check that runs this much later than scheduled means that the process was suspended: data from peers waits unread.
 LATE_S = 1.0
 
 
@@ -20,13 +20,13 @@ class LinkFacts:
 
     Args:
         now: the time of the check.
-        received_at: when anything last came from the peer.
-        taken_at: when some of what is sent last got further.
+        received_at: when anything was last received from the peer.
+        taken_at: when sending last made progress.
         ping_due: when the next ping is due.
-        reading_paused: whether this side does not read, so that silence means nothing.
-        sending: whether anything waits to be sent.
-        machine_answers: whether the peer's machine still acknowledges what it is sent, though its program is silent;
-            asked only where the peer would count as dead otherwise.
+        reading_paused: whether this side has stopped reading, so that silence means nothing.
+        sending: whether data waits to be sent.
+        machine_answers: whether the peer's machine still acknowledges data although its program is silent; called only
+            if the peer would otherwise count as dead.
     """
 
     now: float
@@ -40,7 +40,7 @@ class LinkFacts:
 
 @attrs.frozen
 class Alive:
-    """Nothing is wrong: check again at `check_at` (Trio time), and send a ping now if `ping` says so."""
+    """The link is healthy: check again at `check_at` (Trio time), and send a ping now if `ping` is set."""
 
     check_at: float
     ping: bool
@@ -48,18 +48,18 @@ class Alive:
 
 @attrs.frozen
 class Dead:
-    """Nothing came from the peer for `silent_s` seconds."""
+    """Nothing was received from the peer for `silent_s` seconds."""
 
     silent_s: float
 
 
 @attrs.frozen
 class Stalled:
-    """The peer took nothing of what is sent for all of `send_timeout_s`."""
+    """The peer accepted nothing of what was sent for `send_timeout_s`."""
 
 
 def assess(facts: LinkFacts, limits: LinkLimits) -> Alive | Dead | Stalled:
-    """Judge a link by what is known of it."""
+    """Judge a link by the known facts."""
     now = facts.now
     dead_at = facts.received_at + limits.dead_after_s
     if facts.reading_paused:
@@ -67,8 +67,8 @@ def assess(facts: LinkFacts, limits: LinkLimits) -> Alive | Dead | Stalled:
     elif now >= dead_at:
         if not (facts.sending and facts.machine_answers()):
             return Dead(now - facts.received_at)
-        dead_at = now + PATIENCE_S
-    check_at = min(dead_at, now + limits.send_timeout_s / LOOKS)
+        dead_at = now + RECHECK_S
+    check_at = min(dead_at, now + limits.send_timeout_s / CHECKS)
     if facts.sending:
         stalls_at = facts.taken_at + limits.send_timeout_s
         if now >= stalls_at:

@@ -1,7 +1,7 @@
-"""A link over any Trio stream: one task always reads, one alone writes, one looks after liveness.
+"""A link over any Trio stream: one task reads, one writes, one checks liveness.
 
-Nobody else touches the transport: `send_nowait` only queues. So a cancelled request can never leave half a frame on
-the wire, and a peer that stops reading holds up nothing but its own backlog.
+No other task touches the transport, and `send_nowait` only queues. A cancelled request can therefore never leave half
+a frame on the wire, and a peer that stops reading delays only its own backlog.
 """
 
 from collections import deque
@@ -15,16 +15,16 @@ from protocol.link.tcp_info import peer_acknowledges, socket_of, unsent_bytes
 from protocol.link.websocket_frames import BINARY, make_frame
 
 RECEIVE_BYTES = 64 * 1024
-#: A longer send goes out in pieces of this size, each of which shows that the peer still takes bytes.
+#: A longer message is sent in pieces of this size, each of which shows that the peer still accepts data.
 SEND_PIECE_BYTES = 64 * 1024
-#: A piece that took this long had to wait for the peer: its going through is a sign of life.
+#: A piece that took this long had to wait for the peer, so its success is a sign of life.
 WAITED_S = 0.01
 
-_GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
+_TRANSPORT_ERRORS = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class StreamLink(Link):
-    """See `Link`. `run` is its tasks; the handshake is done, and `early` are the bytes that came behind it."""
+    """A link over a stream after the handshake; `early` are the bytes received behind it. `run` runs its tasks."""
 
     def __init__(
         self, stream: trio.abc.Stream, peer: str, limits: LinkLimits, *, is_client: bool, early: bytes = b""
@@ -33,16 +33,16 @@ class StreamLink(Link):
         self.stream = stream
         self._is_client = is_client
         self._early = early
-        #: (opcode, payload, what it counts in the backlog)
+        #: (opcode, payload, bytes counted in the backlog)
         self._outbox: deque[tuple[int, bytes, int]] = deque()
-        self._in_flight = 0  # what the message on its way counts; it is in the backlog still
+        self._in_flight = 0  # bytes counted for the message being sent; they are still part of the backlog
         self._busy = False
         self._more = trio.Event()
         self._sooner = trio.Event()
         self._read_out = trio.Event()
         self._scope = trio.CancelScope()
 
-    # -- as a carrier ----------------------------------------------------------------------------------------
+    # -- Carrier ---------------------------------------------------------------------------------------------
 
     def _put(self, data: bytes) -> None:
         self._queue(BINARY, data, len(data))
@@ -72,7 +72,7 @@ class StreamLink(Link):
         self._wake()
 
     def schedule(self, due: float) -> None:
-        """Have liveness checked by `due` (Trio time)."""
+        """Check liveness at `due` (Trio time) or earlier."""
         self._sooner.set()
 
     @property
@@ -90,7 +90,7 @@ class StreamLink(Link):
     # -- the tasks -------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """The link's own tasks, until its end."""
+        """Run the link's tasks until it ends."""
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -116,12 +116,12 @@ class StreamLink(Link):
                 self.parser.feed(data)
                 if self.parser.events:
                     self.process_events(self.parser.pop_events())
-                data = b""  # not to be kept for as long as nothing more comes
+                data = b""  # free the memory while nothing arrives
             while self.reading_paused:
                 await self._change()
             try:
                 data = await self.stream.receive_some(RECEIVE_BYTES)
-            except _GONE:
+            except _TRANSPORT_ERRORS:
                 break
             if not data:
                 break
@@ -136,7 +136,7 @@ class StreamLink(Link):
             while not self._outbox:
                 if self.end_kind is not None:
                     if self._lingers:
-                        await self._read_out.wait()  # or until `look` cuts it off
+                        await self._read_out.wait()  # or until `check_liveness` cuts the transport
                     self._cut()
                     return
                 self._close_frame_out()
@@ -146,8 +146,8 @@ class StreamLink(Link):
             self._in_flight, self._busy, self.taken_at = cost, True, trio.current_time()
             try:
                 await self._send(make_frame(opcode, payload, masked=self._is_client))
-            except _GONE:
-                # The reader ends the link when it has read to the end, and then knows the reason.
+            except _TRANSPORT_ERRORS:
+                # The reader ends the link once it has read everything, and then knows the reason.
                 if self.closing is None and self.end_kind is None:
                     await trio.sleep(CLOSE_S)
                 self.lose()
@@ -156,14 +156,14 @@ class StreamLink(Link):
             self._on_sent(cost)
 
     async def _send(self, data: bytes) -> None:
-        """In pieces. While a long message goes out slowly, nothing may be heard of a peer that takes it."""
+        """Send in pieces: while a long message goes out slowly, its progress may be the peer's only sign of life."""
         view = memoryview(data)
         while True:
             piece, view = view[:SEND_PIECE_BYTES], view[SEND_PIECE_BYTES:]
             began = trio.current_time()
             await self.stream.send_all(piece)
             self.taken_at = now = trio.current_time()
-            # Bytes that went out only after a wait were taken by a living peer, not by the kernel's free buffer.
+            # Bytes that were accepted only after a wait went to a live peer, not into the kernel's free buffer.
             if now - began > WAITED_S:
                 self.received_at = now
             if not view:

@@ -1,4 +1,4 @@
-"""What the kernel knows of the other end of a connection; beside Linux, nothing."""
+"""What the kernel knows about the other end of a connection; available only on Linux."""
 
 import socket
 import struct
@@ -9,27 +9,27 @@ import trio
 
 
 class Socket(Protocol):
-    """The standard library's socket, or Trio's."""
+    """A socket of the standard library or of Trio."""
 
     @property
     def family(self) -> int:
         """Address family."""
 
     def fileno(self) -> int:
-        """Its descriptor."""
+        """The file descriptor."""
 
     def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes:
-        """See the standard library."""
+        """See `socket.socket.getsockopt`."""
 
 
 def unsent_bytes(sock: Socket) -> int | None:
-    """Bytes handed to the kernel that the peer's has not acknowledged; of a unix socket, that the peer has not read.
+    """Bytes given to the kernel that the peer has not acknowledged; for a unix socket, has not read.
 
-    None where that cannot be told.
+    None if this is unknown.
     """
     if sys.platform != "linux":
         return None
-    import fcntl  # not there on Windows
+    import fcntl  # does not exist on Windows
     import termios
 
     try:  # SIOCOUTQ, tcp(7) and unix(7); TIOCOUTQ is the same number
@@ -39,15 +39,15 @@ def unsent_bytes(sock: Socket) -> int | None:
 
 
 def peer_acknowledges(sock: Socket) -> bool:
-    """Whether the peer's machine acknowledges what it is sent, though its program may read nothing.
+    """Whether the peer's machine acknowledges data, even if its program reads nothing.
 
-    A machine that is there answers each probe of its closed window at once; one that is gone leaves two of these, or
-    of what was sent again, without an answer. False where that cannot be told.
+    A reachable machine answers each window probe immediately; one that cannot be reached leaves two probes or
+    retransmissions unanswered. False if this is unknown.
     """
     if sys.platform != "linux":
         return False
     if sock.family == socket.AF_UNIX:
-        return True  # with the program its end goes, too
+        return True  # if the program ends, its end of the socket closes
     try:  # struct tcp_info of linux/tcp.h begins: state, ca_state, retransmits, probes
         _state, _ca_state, retransmits, probes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 4)
     except OSError:  # closed meanwhile
@@ -56,7 +56,7 @@ def peer_acknowledges(sock: Socket) -> bool:
 
 
 def socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
-    """The socket under a stream, under TLS or what was read ahead too; None under one that has none."""
+    """The socket under a stream, also through TLS or a buffering wrapper; None if there is none."""
     while (under := getattr(stream, "transport_stream", None)) is not None:
         stream = under
     return stream.socket if isinstance(stream, trio.SocketStream) else None

@@ -1,8 +1,8 @@
-"""WebSocket frames (RFC 6455) without I/O: a parser for either end, and what goes out.
+"""WebSocket frames (RFC 6455) without I/O: a parser for either end, and functions that build frames.
 
-The parser looks at bytes where they lie, in the buffer they were received into, and makes nothing but the payloads.
-What a frame costs is paid per frame of audio, so the common one (a whole, binary, unfragmented message) comes first.
-Masking is done in C by `websockets`: 0.5 µs for 8 KiB, against 9 in Python.
+The parser reads bytes in the buffer into which they were received, and allocates only the payloads. Its cost is paid
+for every frame of audio, so the common frame (a whole, binary, unfragmented message) is handled first. Masking is done
+in C by `websockets`: 0.5 µs for 8 KiB, against 9 µs in Python.
 """
 
 import secrets
@@ -15,7 +15,7 @@ import attrs
 
 try:
     from websockets.speedups import apply_mask
-except ImportError:  # a platform for which there is no wheel
+except ImportError:  # a platform without a wheel
     from websockets.utils import apply_mask
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
@@ -25,14 +25,14 @@ GOING_AWAY, BROKEN_RULE, NO_CODE, BAD_TEXT = 1001, 1002, 1005, 1007
 POLICY_VIOLATION, TOO_BIG, INTERNAL_ERROR = 1008, 1009, 1011
 #: Registered with IANA after the RFC: the server is overloaded.
 TRY_AGAIN_LATER = 1013
-#: Codes that may stand in a close frame: those of the registry, and those left to libraries and applications.
+#: Codes allowed in a close frame: those of the registry, and those reserved for libraries and applications.
 _SENDABLE = frozenset((*range(1000, 1004), *range(1007, 1015)))
-#: Of a control frame (section 5.5); a close frame's reason has two bytes less.
+#: Limit for a control frame (section 5.5); a close frame's reason has two bytes fewer.
 MAX_CONTROL_PAYLOAD = 125
 MAX_REASON_BYTES = MAX_CONTROL_PAYLOAD - 2
 
-#: A frame up to this size waits for its rest as the bytes that came, which are copied at each look; a longer one gets
-#: a buffer of its own, so that a peer that sends byte by byte makes nobody copy a mebibyte each time.
+#: A frame up to this size waits for its rest as the bytes received, which are copied for each new piece; a longer one
+#: gets its own buffer, so that a peer that sends byte by byte cannot cause a mebibyte to be copied each time.
 SMALL_BYTES = 64 * 1024
 
 _SIZE16 = struct.Struct(">BBH").pack
@@ -42,7 +42,7 @@ _MASKED = 0x80
 _RESERVED = 0x70
 _WHOLE_BINARY = _FIN | BINARY
 _PONG = _FIN | PONG
-#: Second byte of a masked frame whose length has two bytes.
+#: Second byte of a masked frame whose length takes two bytes.
 _MASKED_16 = _MASKED | 126
 _decoder = getincrementaldecoder("utf-8")
 
@@ -58,14 +58,14 @@ class Ping:
 
 @attrs.frozen
 class Pong:
-    """The peer answers a ping, or says that it lives."""
+    """The peer answers a ping, or reports that it is alive."""
 
     payload: bytes
 
 
 @attrs.frozen
 class Close:
-    """The peer closes; `code` is `NO_CODE` where it gave none."""
+    """The peer closes; `code` is `NO_CODE` if it sent none."""
 
     code: int
     reason: str
@@ -73,13 +73,13 @@ class Close:
 
 @attrs.frozen
 class Fault:
-    """The peer broke a rule; close with this code. Nothing is parsed after it."""
+    """The peer broke a rule: close with this code. Nothing is parsed after it. `reason` continues "the peer sent"."""
 
     code: int
-    words: str
+    reason: str
 
 
-#: What comes out of a parser: messages as `bytes` or, of text, `str`; the rest as the classes above.
+#: What a parser yields: `bytes` for a binary message, `str` for a text message, and the classes above.
 Event = bytes | str | Ping | Pong | Close | Fault
 
 
@@ -88,14 +88,14 @@ class _Decoder(Protocol):
 
 
 class PartialBudget:
-    """A bound on the unfinished messages of all parsers that share it.
+    """Limits the unfinished messages of all parsers that share it.
 
-    When there are too many, the one that began first is given up: an honest peer finishes its message in a moment,
-    and whoever holds many open on purpose loses his own first. Frames of up to `SMALL_BYTES` are not counted while they
-    wait for their rest, as each connection has one at most.
+    Beyond the limit, the unfinished message that began first is dropped: an honest peer finishes its message quickly,
+    and a peer that keeps many open on purpose loses its own first. Frames of up to `SMALL_BYTES` are not counted while
+    they wait for their rest, because each connection has at most one.
 
     Args:
-        max_bytes: for all of them together; room for a message counts from when it is made.
+        max_bytes: for all of them together; a message counts from when its buffer is allocated.
     """
 
     __slots__ = ("_sizes", "held_bytes", "max_bytes")
@@ -103,10 +103,10 @@ class PartialBudget:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.held_bytes = 0
-        self._sizes: dict[Parser, int] = {}  # the message that began first comes first
+        self._sizes: dict[Parser, int] = {}  # in the order in which the messages began
 
     def note(self, parser: "Parser", size: int) -> None:
-        """A parser now holds so many bytes of an unfinished message; 0 when it holds none."""
+        """Note that a parser now holds `size` bytes of an unfinished message; 0 if it holds none."""
         self.held_bytes += size - self._sizes.get(parser, 0)
         if not size:
             self._sizes.pop(parser, None)
@@ -117,18 +117,18 @@ class PartialBudget:
 
 
 class Parser:
-    """The receiving side of one connection.
+    """Parses what one connection receives.
 
     Args:
         masked: whether the peer is the client, whose frames are masked (section 5.1).
-        max_message_bytes: longer messages are a `Fault` with 1009, before anything is allocated for them.
-        budget: bounds what this parser and others hold of unfinished messages together.
+        max_message_bytes: a longer message is a `Fault` with code 1009, before anything is allocated for it.
+        budget: limits the unfinished messages of this parser and others together.
 
     Attributes:
-        events: what was parsed; whoever called `parse` or `feed` takes them out (`take`).
-        plain: whether all of `events` are binary messages.
-        left: the beginning of a frame whose rest has not come; to stand before what `parse` gets next.
-        large: a frame of more than `SMALL_BYTES` whose rest has not come; to be filled from `large_at` on.
+        events: what was parsed; the caller of `parse` or `feed` removes it with `pop_events`.
+        all_binary: whether all of `events` are binary messages.
+        partial_frame: the beginning of an incomplete frame; it must precede the data of the next `parse`.
+        large_frame: an incomplete frame of more than `SMALL_BYTES`, to be filled from `large_at` on.
     """
 
     __slots__ = (
@@ -157,18 +157,18 @@ class Parser:
         self.large_frame: bytearray | None = None
         self.large_at = 0
         self._over = False  # nothing more is parsed
-        self._opcode = CONTINUATION  # of the message that came in part, else 0
-        self._message: bytearray | None = None  # in one piece: parts of no or one byte would cost more than they are
-        self._size = 0  # of them
+        self._opcode = CONTINUATION  # of the unfinished message, else 0
+        self._message: bytearray | None = None  # one buffer: a list of tiny fragments would cost more than their bytes
+        self._size = 0  # bytes in _message
         self._text: _Decoder | None = None
 
     def pop_events(self) -> list[Event]:
-        """The events so far."""
+        """Return the events so far, and remove them."""
         events, self.events, self.all_binary = self.events, [], True
         return events
 
     def release(self) -> None:
-        """Drop all that has come and was not taken out; whatever follows is dropped as well.
+        """Drop everything received but not fetched; whatever follows is dropped as well.
 
         Called when the connection is over: a mebibyte of an unfinished message must not wait for the garbage collector.
         """
@@ -177,8 +177,8 @@ class Parser:
         self._forget_partial()
 
     def give_up(self) -> None:
-        """Drop the unfinished message, for which there is no room; the peer learns of it when it sends more."""
-        self._fault(TRY_AGAIN_LATER, "a message too slowly; the relay has no room for it now")
+        """Drop the unfinished message, because there is no room for it; the peer learns of it when it sends more."""
+        self._fault(TRY_AGAIN_LATER, "a message too slowly; the relay has no more room for it")
 
     @property
     def over(self) -> bool:
@@ -186,7 +186,7 @@ class Parser:
         return self._over
 
     def feed(self, data: Buffer) -> None:
-        """Parse what was received."""
+        """Parse received data."""
         if self.large_frame is not None:
             taken = min(len(self.large_frame) - self.large_at, len(data))
             self.large_frame[self.large_at : self.large_at + taken] = data[:taken]
@@ -198,7 +198,7 @@ class Parser:
         self.parse(data, memoryview(data), len(data))
 
     def fill_large(self, count: int) -> bool:
-        """So many bytes were put into `large`; parses it, and returns True, where it is whole now."""
+        """Note that `count` bytes were put into `large_frame`; if it is complete, parse it and return True."""
         whole = self.large_frame
         assert whole is not None
         self.large_at += count
@@ -210,10 +210,10 @@ class Parser:
         return True
 
     def parse(self, data: Buffer, view: memoryview, end: int) -> None:
-        """Parse `data[:end]`, of which `view` is a view; `left` was put before it, and is replaced."""
+        """Parse `data[:end]`, of which `view` is a view; it must begin with `partial_frame`, which is then replaced."""
         masked, at, least = self.masked, 0, 6 if self.masked else 2
         events = self.events
-        # Of the longest frame with a length of two bytes, which is most of them.
+        # `common`: the loop may use the shortcut for whole binary messages with a two-byte length, which most are.
         common = masked and not self._opcode and not self._over and self.max_message_bytes >= 0xFFFF
         self.partial_frame = b""
         while end - at >= 2 and not self._over:
@@ -249,7 +249,7 @@ class Parser:
                 if size < 65_536 or size >> 63:
                     self._fault(BROKEN_RULE, "a length that is not in its shortest form, or over 2^63")
                     return
-            # Limits come before the payload does: nothing is kept of what is not taken in the end.
+            # Check limits before the payload arrives, so that no memory is used for a frame that is rejected.
             if self._size + size > self.max_message_bytes and not first & 8:
                 self._fault(TOO_BIG, f"a message of more than {self.max_message_bytes // 1024} KiB")
                 return
@@ -275,8 +275,10 @@ class Parser:
             self.partial_frame = bytes(view[at:end])
 
     def parse_single(self, data: Buffer, view: memoryview, end: int) -> bytes | None:
-        """The message that `data[:end]` is, if it is one of the usual kind, and all of it; else None, and nothing is
-        parsed. Nothing of a frame before it may wait for its rest."""
+        """Return the message if `data[:end]` is exactly one frame of the usual kind; else return None, parsing nothing.
+
+        Call it only while no earlier frame is incomplete.
+        """
         if (
             end < 8 + 126
             or data[0] != _WHOLE_BINARY
@@ -291,14 +293,16 @@ class Parser:
         return apply_mask(view[8:end], data[4:8])
 
     def parse_single_pong(self, data: Buffer, view: memoryview, end: int) -> bytes | None:
-        """As `lone`, for a pong: what it carries."""
+        """Like `parse_single`, for a pong: returns its payload."""
         if data[0] != _PONG or end < 6 or data[1] != end - 6 | _MASKED or end > 6 + MAX_CONTROL_PAYLOAD:
             return None
         return None if self._over or not self.masked else apply_mask(view[6:end], data[2:6])
 
     def _parse_run(self, data: Buffer, view: memoryview, at: int, size: int, end: int) -> int:
-        """Parse the frames from `at` on for as long as they begin as the first does, and return where they stop: a
-        worker that is behind sends many of one length."""
+        """Parse the frames from `at` on that have the same head as the first; return where they end.
+
+        A worker that catches up sends many frames of one length.
+        """
         head, follows, append = data[at : at + 4], data.startswith, self.events.append
         for begin in range(at + 8, end - size + 1, size + 8):
             if not follows(head, begin - 8):
@@ -308,20 +312,20 @@ class Parser:
         return at
 
     def _may_come(self, first: int, size: int) -> bool:
-        """Whether a frame that begins so, and is no whole binary message, may come now."""
+        """Check that a frame with this first byte, other than a whole binary message, is allowed now."""
         opcode = first & 15
         if first & _RESERVED:
             return self._fault(BROKEN_RULE, "reserved bits are set, and no extension was agreed upon")
         if opcode > PONG or BINARY < opcode < CLOSE:
-            return self._fault(BROKEN_RULE, f"opcode {opcode} means nothing")
+            return self._fault(BROKEN_RULE, f"a frame with the unknown opcode {opcode}")
         if opcode >= CLOSE and (not first & _FIN or size > MAX_CONTROL_PAYLOAD):
             return self._fault(BROKEN_RULE, "a control frame that is fragmented, or longer than 125 bytes")
         if opcode == CONTINUATION and not self._opcode:
-            return self._fault(BROKEN_RULE, "a continuation of nothing")
+            return self._fault(BROKEN_RULE, "a continuation frame without a message to continue")
         return True
 
     def _take(self, first: int, payload: bytes) -> None:
-        """A whole frame that is no whole binary message, or comes where none may."""
+        """Process a complete frame that is not a whole binary message, or that arrives within a message."""
         opcode = first & 15
         if opcode >= CLOSE:
             self._take_control(opcode, payload)
@@ -361,7 +365,7 @@ class Parser:
             self._take_close(payload)
 
     def _take_close(self, payload: bytes) -> None:
-        """Section 5.5.1, and 7.4 for the codes."""
+        """Process a close frame: section 5.5.1, and 7.4 for the codes."""
         if not payload:
             self._end(Close(NO_CODE, ""))
             return
@@ -396,12 +400,12 @@ class Parser:
             self._budget.note(self, self._size + (len(self.large_frame) if self.large_frame is not None else 0))
 
 
-#: Sizes of which the head is kept; streams have few.
+#: Number of sizes for which the frame head is cached; streams use few.
 MAX_HEADS = 4096
 
 
 class _Heads(dict[int, bytes]):
-    """Made when first looked up."""
+    """Frame heads, made at the first lookup."""
 
     def __missing__(self, size: int) -> bytes:
         if len(self) >= MAX_HEADS:
@@ -410,11 +414,11 @@ class _Heads(dict[int, bytes]):
         return head
 
 
-#: Size of a whole binary message of a server's -> what stands before it.
+#: Size of a server's whole binary message -> its frame head.
 BINARY_HEADS: Mapping[int, bytes] = _Heads()
 
 
-#: Opcode and size of a server's control frame -> what stands before its payload.
+#: Opcode and size of a server's control frame -> its frame head.
 CONTROL_HEADS: Mapping[tuple[int, int], bytes] = {
     (opcode, size): bytes((_FIN | opcode, size))
     for opcode in (CLOSE, PING, PONG)
@@ -423,7 +427,7 @@ CONTROL_HEADS: Mapping[tuple[int, int], bytes] = {
 
 
 def frame_head(opcode: int, size: int, mask: bytes = b"") -> bytes:
-    """What stands before the payload of an unfragmented frame; with a mask, a client's."""
+    """The head of an unfragmented frame; with a mask, a client's."""
     first, bit = _FIN | opcode, _MASKED if mask else 0
     if size < 126:
         return bytes((first, bit | size)) + mask
@@ -433,20 +437,20 @@ def frame_head(opcode: int, size: int, mask: bytes = b"") -> bytes:
 
 
 def make_frame(opcode: int, payload: bytes, *, masked: bool) -> bytes:
-    """A whole frame, of a client's where it is masked."""
+    """A whole frame; a client's if it is masked."""
     if not masked:
         return frame_head(opcode, len(payload)) + payload
-    mask = secrets.token_bytes(4)  # section 5.3: not to be guessed
+    mask = secrets.token_bytes(4)  # section 5.3: unpredictable
     return frame_head(opcode, len(payload), mask) + apply_mask(payload, mask)
 
 
 def close_payload(code: int, reason: str) -> bytes:
-    """Of a close frame; a reason that is too long is cut."""
+    """The payload of a close frame; a reason that is too long is cut."""
     if code == NO_CODE:
         return b""
     return code.to_bytes(2, "big") + cut_reason(reason).encode()
 
 
 def cut_reason(reason: str) -> str:
-    """As much of a close reason as a frame takes, in whole characters."""
+    """The longest beginning of a close reason that fits into a frame, in whole characters."""
     return reason.encode()[:MAX_REASON_BYTES].decode("utf-8", "ignore")

@@ -161,7 +161,7 @@ def decode(data: bytes, table: Table) -> Message:
         raise ProtocolError("the message has no string 'type'")
     cls = table.get(kind)
     if cls is None:
-        raise UnknownType(f"message type {kind[:64]!r} is not taken here; it takes {', '.join(sorted(table))}")
+        raise UnknownType(f"message type {kind[:64]!r} is not accepted here; accepted: {', '.join(sorted(table))}")
     if len(data) > MAX_CONTROL_BYTES and kind not in BULK:
         raise ProtocolError(f"{kind}: {len(data)} bytes; the limit for this type is {MAX_CONTROL_BYTES}")
     return cls.from_map(wire)

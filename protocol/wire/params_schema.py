@@ -19,7 +19,7 @@ MAX_FAULTS = 16
 #: Length of one fault, so that all of them fit in a message with room to spare.
 MAX_FIELD_CHARS = 128
 MAX_WORDS_CHARS = 300
-MAX_CHOICES_TOLD = 32
+MAX_CHOICES_LISTED = 32
 
 #: Nesting of schemas, the outermost included.
 MAX_DEPTH = 8
@@ -150,9 +150,7 @@ class _Walk:
     def _count(self, parts: int) -> None:
         self.parts += parts
         if self.parts > MAX_PARTS:
-            raise ValueError(
-                f"params is too large a schema: more than {MAX_PARTS:,} keywords, choices and names in all"
-            )
+            raise ValueError(f"params: the schema is too large: more than {MAX_PARTS:,} keywords, choices and names")
 
 
 def _fault(path: tuple[str, ...], words: str) -> ValueError:
@@ -216,8 +214,8 @@ class _Check:
         if choices := schema.get("enum"):
             self._spend(len(choices) // 4)  # a comparison is this much faster than a step
             if value not in choices or not self._is_one_of(value, choices):
-                self._spend(MAX_CHOICES_TOLD)
-                yield path, f"must be one of {', '.join(map(_short, choices[:MAX_CHOICES_TOLD]))}"
+                self._spend(MAX_CHOICES_LISTED)
+                yield path, f"must be one of {', '.join(map(_short, choices[:MAX_CHOICES_LISTED]))}"
         if "const" in schema and not _same(value, schema["const"]):
             why = schema.get("description")
             yield path, f"must be {_short(schema['const'])}" + (f": {why}" if isinstance(why, str) and why else "")
@@ -260,7 +258,7 @@ class _Check:
                 yield from self.faults(properties[name], inner, (*path, name))
             elif others is False:
                 self._spend(len(properties))
-                yield (*path, name), f"is unknown; it takes {', '.join(sorted(properties)) or 'nothing'}"
+                yield (*path, name), f"is unknown; accepted: {', '.join(sorted(properties)) or 'none'}"
             elif others is not True:
                 yield from self.faults(others, inner, (*path, name))
 

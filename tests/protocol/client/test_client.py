@@ -175,11 +175,11 @@ async def test_a_watcher_that_falls_behind_gets_one_snapshot_instead(autojump_cl
 async def test_watching_as_a_client_is_refused_in_words(autojump_clock: trio.testing.MockClock) -> None:
     async def script(connection: Connection) -> None:
         await connection.expect(Watch)
-        connection.send(Error(code="unknown_type", message="message type 'watch' is not taken here"))
+        connection.send(Error(code="unknown_type", message="message type 'watch' is not accepted here"))
         await connection.hold()
 
     async with relay_with(script) as relay, relay.watch() as watch:
-        with pytest.raises(RequestRejected, match="'watch' is not taken here"):
+        with pytest.raises(RequestRejected, match="'watch' is not accepted here"):
             await anext(watch)
 
 

@@ -219,7 +219,7 @@ async def test_frames_left_out_twice_end_that_stream_alone_and_cancel_its_reques
 
     async with relay_with(script) as relay:
         async with relay.submit("tts", {"text": "hi"}) as stream:
-            with pytest.raises(ProtocolError, match="frame 3 came where 2 was due; the result is incomplete"):
+            with pytest.raises(ProtocolError, match="received frame 3, expected 2; the result is incomplete"):
                 await stream.result()
             lost = stream.request_id
         async with relay.submit("tts", {"text": "whole"}) as stream:

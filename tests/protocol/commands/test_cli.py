@@ -171,7 +171,7 @@ REPO = Path(__file__).parents[3]
 def test_a_rejected_request_is_one_sentence_and_a_line_for_each_field(capsys: pytest.CaptureFixture[str]) -> None:
     async def script(connection: Connection) -> None:
         submit = await connection.expect(Submit)
-        details = {"rate": "must be at least 80", "spede": "is unknown; it takes rate, text"}
+        details = {"rate": "must be at least 80", "spede": "is unknown; accepted: rate, text"}
         connection.send(
             Rejected(request_id=submit.request_id, code="invalid_params", message="not these params", details=details)
         )
@@ -183,7 +183,7 @@ def test_a_rejected_request_is_one_sentence_and_a_line_for_each_field(capsys: py
     assert err.splitlines() == [
         "relay: not these params (invalid_params)",
         "relay:   rate: must be at least 80",
-        "relay:   spede: is unknown; it takes rate, text",
+        "relay:   spede: is unknown; accepted: rate, text",
     ]
     assert not Path("out.wav").exists()
 
@@ -344,11 +344,11 @@ def test_watch_prints_what_changes_until_it_is_interrupted() -> None:
     [
         (["say", ""], "the text is empty"),
         (["say", " \n"], "the text is empty"),
-        (["say", "a", "-p", "text=b"], "mean the same"),
+        (["say", "a", "-p", "text=b"], "are the same param"),
         (["say", "a", "--space", "no spaces"], "space: 'no spaces' is not a space name"),
         (["say", "x" * 70_000], "larger than a relay accepts"),
         (["say", "a", "-o", "none/out.wav"], "none/out.wav: No such file"),
-        (["say", "a", "-o", "-", "--json"], "both want standard output"),
+        (["say", "a", "-o", "-", "--json"], "both write to standard output"),
         (["submit", "--space", "x", "--input", "voice=none.wav"], "none.wav: No such file"),
         (["status", "1234"], "'1234' is not a request id"),
         (["status", ID, "--token-file", "none"], "token file none cannot be read"),

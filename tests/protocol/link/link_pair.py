@@ -57,7 +57,7 @@ class RawPeer:
                     del self.events[: number + 1]
                     return event
             data = await self.stream.receive_some()
-            assert data, "the link hung up"
+            assert data, "the link closed the connection"
             self.ws.receive_data(bytes(data))
             self.events += self.ws.events()
 

@@ -41,8 +41,8 @@ async def test_connect_errors_say_what_is_wrong(tmp_path: object) -> None:
     ("answer", "words"),
     [
         (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 14\r\n\r\norigin refused", "HTTP 403: origin refused"),
-        (b"", "hung up"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "no relay"),
+        (b"", "closed the connection"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "is not a relay"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "HTTP 200"),
     ],
 )

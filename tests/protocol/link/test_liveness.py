@@ -5,7 +5,7 @@ from typing import Any
 import attrs
 
 from protocol.link.limits import LinkLimits
-from protocol.link.liveness import LOOKS, PATIENCE_S, Alive, Dead, LinkFacts, Stalled, assess
+from protocol.link.liveness import CHECKS, RECHECK_S, Alive, Dead, LinkFacts, Stalled, assess
 
 LIMITS = LinkLimits(ping_interval_s=5.0, dead_after_s=15.0, send_timeout_s=60.0)
 
@@ -42,7 +42,7 @@ def test_silence_means_nothing_while_this_side_does_not_read() -> None:
 
 def test_a_silent_peer_with_something_on_its_way_is_given_time_while_its_machine_answers() -> None:
     silent = facts(received_at=80.0, sending=True, taken_at=99.0, machine_answers=lambda: True)
-    assert assess(silent, LIMITS) == Alive(100.0 + PATIENCE_S, ping=False)
+    assert assess(silent, LIMITS) == Alive(100.0 + RECHECK_S, ping=False)
     assert assess(attrs.evolve(silent, machine_answers=lambda: False), LIMITS) == Dead(20.0)
 
 
@@ -61,4 +61,4 @@ def test_a_peer_that_takes_nothing_for_all_of_the_timeout_has_stalled() -> None:
 
 def test_a_slow_peer_is_looked_at_several_times_within_the_timeout() -> None:
     often = LinkLimits(ping_interval_s=500.0, dead_after_s=500.0, send_timeout_s=8.0)
-    assert assess(facts(sending=True, ping_due=600.0), often) == Alive(100.0 + 8.0 / LOOKS, ping=False)
+    assert assess(facts(sending=True, ping_due=600.0), often) == Alive(100.0 + 8.0 / CHECKS, ping=False)

@@ -391,7 +391,7 @@ def test_bad_bytes_are_refused(data: bytes) -> None:
 
 
 def test_an_unknown_type_is_told_apart_and_says_what_is_taken() -> None:
-    with pytest.raises(UnknownType, match="'dance' is not taken here; it takes attach, cancel") as fault:
+    with pytest.raises(UnknownType, match="'dance' is not accepted here; accepted: attach, cancel") as fault:
         decode(msgpack.packb({"type": "dance"}), FROM_CLIENT)
     assert fault.value.code is ErrorCode.UNKNOWN_TYPE
     with pytest.raises(UnknownType):

@@ -37,7 +37,7 @@ SCHEMA: dict[str, Any] = {
         ({"text": "a", "rate": 1000}, {"rate": "must be at most 450"}),
         ({"text": "a", "rate": True}, {"rate": "must be an integer, not boolean"}),
         ({"text": "a", "voice": "fr"}, {"voice": "must be one of en, zh"}),
-        ({"text": "a", "spede": 1}, {"spede": "is unknown; it takes more, rate, text, voice"}),
+        ({"text": "a", "spede": 1}, {"spede": "is unknown; accepted: more, rate, text, voice"}),
         ({"text": "a", "more": {"pitch": "high"}}, {"more.pitch": "must be a number, not string"}),
         ({"rate": 1, "x": 2}, {"text": "is required", "rate": "must be at least 80", "x": None}),
     ],

@@ -337,7 +337,7 @@ async def test_a_client_gone_without_a_word_is_noticed_and_its_request_ends_afte
         await worker.peer.next(Ack)
         await relay.at_rest()
         await relay.goes_on()
-    assert "nothing heard from" in why_disconnected(logs)
+    assert "nothing received from" in why_disconnected(logs)
 
 
 @pytest.mark.trio
@@ -400,7 +400,7 @@ async def test_a_stalled_reader_is_cut_off_and_another_of_the_same_request_misse
         async with peer(relay.url, "client") as again:  # it comes back, and the rest is there
             again.send(Attach(request_id=submit.request_id, attempt=1, after_seq=3))
             assert [frame.TYPE for frame in await again.frames(submit, first=4)][-1] == "completed"
-    assert "took no data for 0.3 s" in why_disconnected(logs)
+    assert "accepted no data for 0.3 s" in why_disconnected(logs)
 
 
 # -- results go ------------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ async def test_a_relay_that_stood_still_takes_nobody_for_dead(monkeypatch: pytes
         stand_still(1.5)
         await trio.sleep(0.3)
         assert link.gone is None
-        with pytest.raises(LinkBroken, match="nothing heard"):
+        with pytest.raises(LinkBroken, match="nothing received"):
             await hear_out(link)
 
 

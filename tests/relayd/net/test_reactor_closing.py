@@ -49,7 +49,7 @@ async def test_a_silent_peer_is_taken_for_dead_and_one_that_sends_anything_is_no
             await far.send(b"here")
         assert link.gone is None
         last = trio.current_time()
-        with pytest.raises(LinkBroken, match="nothing heard"):
+        with pytest.raises(LinkBroken, match="nothing received"):
             await hear_out(link)
         assert trio.current_time() - last > 0.2
         assert link.close_code == 1006
