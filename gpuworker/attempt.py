@@ -145,9 +145,9 @@ class Attempt:
             return
         try:
             self._add_chunk(chunk)
-        except (ValueError, TypeError) as refusal:  # EncodeError and FieldError among them
-            words = f"the engine's output cannot be sent: {refusal}"
-            self.fail(RunResult.failed(ErrorCode.ENGINE_FAILED, words))
+        except (ValueError, TypeError) as refusal:  # includes EncodeError and FieldError
+            message = f"the engine's output cannot be sent: {refusal}"
+            self.fail(RunResult.failed(ErrorCode.ENGINE_FAILED, message))
 
     def fail(self, fault: RunResult) -> None:
         """Stop it and let it end as `fault`, unless it was cancelled or has failed already."""
@@ -261,8 +261,8 @@ class Attempt:
         return figures
 
     def _append_audio(self, pcm: bytes) -> None:
-        if seat := audio_prefix(self.request_id, self.number):
-            self._append_data(pack_audio(seat, self.next_seq, pcm))
+        if prefix := audio_prefix(self.request_id, self.number):
+            self._append_data(pack_audio(prefix, self.next_seq, pcm))
         else:
             self._append(Audio(request_id=self.request_id, attempt=self.number, seq=self.next_seq, pcm=pcm))
 
@@ -274,6 +274,6 @@ class Attempt:
         self._frames.append(data)
         self._bytes += len(data)
         if self._bytes > self._max_bytes and not self.ended and self._fault is None:
-            words = f"its result is over {self._max_bytes} bytes; ask for less, or raise the relay's max_result_bytes"
-            self.fail(RunResult.failed(ErrorCode.RESULT_TOO_LARGE, words))
+            message = f"the result exceeds {self._max_bytes} bytes; ask for less, or raise the relay's max_result_bytes"
+            self.fail(RunResult.failed(ErrorCode.RESULT_TOO_LARGE, message))
         self._on_frames(self)

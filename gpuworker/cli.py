@@ -1,4 +1,4 @@
-"""`gpuworker run | engines | doctor`."""
+"""The `gpuworker` command: `run`, `engines` and `doctor`."""
 
 import argparse
 import json
@@ -12,17 +12,18 @@ from protocol.commands.exit_codes import DONE, INTERRUPTED, USAGE, silence_stdou
 if TYPE_CHECKING:
     from protocol.wire.validators import Value
 
-ENGINES_WORDS = "the engines installed, their options, and whether they can run here"
-RUN_WORDS = (
-    "Register with a relay and run its requests. SIGTERM or Ctrl-C finishes what runs first, a second one does not."
+ENGINES_SUMMARY = "list the installed engines, their options, and whether they can run here"
+RUN_DESCRIPTION = (
+    "Register with a relay and run its requests. The first SIGTERM or Ctrl-C lets running requests finish; the second "
+    "stops them."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with docs/design.md §11's codes."""
+    """Entry point; exits with the codes of docs/design.md §11."""
     given = _parser().parse_args(arguments)
     try:
-        # Each command imports what it needs: whoever asks for help, or for the engines, need not wait for the rest.
+        # Each command imports only what it needs, so that --help and `engines` do not wait for the rest.
         from gpuworker.config import ConfigError
 
         try:
@@ -32,30 +33,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = USAGE
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except BrokenPipeError:  # `| head` has read enough; nothing more may be written, at exit neither
+    except BrokenPipeError:  # the reader (`| head`) has closed the pipe: write nothing more, not even at exit
         silence_stdout()
         code = DONE
     sys.exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="gpuworker", description="Serve an engine of this machine through a relay.")
+    parser = CommandParser(prog="gpuworker", description="Serve an engine on this machine through a relay.")
     parser.add_argument("--version", action=ShowVersion)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(
         name: str,
         command: Callable[[argparse.Namespace], int],
-        words: str,
+        summary: str,
         arguments: Callable[[argparse.ArgumentParser], None],
         description: str | None = None,
     ) -> None:
-        parser = commands.add_parser(name, help=words, description=description, arguments=arguments)
+        parser = commands.add_parser(name, help=summary, description=description, arguments=arguments)
         parser.set_defaults(command=command)
 
-    add("run", _run, "register with a relay and run its requests", _run_options, RUN_WORDS)
-    add("engines", list_engines, ENGINES_WORDS, _engines_options)
-    add("doctor", _doctor, "what can run here, and the commands that install what is missing", _doctor_options)
+    add("run", _run, "register with a relay and run its requests", _run_options, RUN_DESCRIPTION)
+    add("engines", list_engines, ENGINES_SUMMARY, _engines_options)
+    add("doctor", _doctor, "check what can run here, and show how to install what is missing", _doctor_options)
     return parser
 
 
@@ -66,7 +67,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _engines_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _doctor_options(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +93,7 @@ def _doctor(given: argparse.Namespace) -> int:
 
 
 def describe_engine(name: str) -> "dict[str, Value]":
-    """One engine, as `gpuworker engines --json` lists it."""
+    """Describe one engine, as `gpuworker engines --json` lists it."""
     from gpuworker.engines.catalog import EngineNotFound, find_engine
 
     try:
@@ -120,7 +121,7 @@ def describe_engine(name: str) -> "dict[str, Value]":
 
 
 def list_engines(given: argparse.Namespace) -> int:
-    """Print the engines installed."""
+    """Print the installed engines."""
     from gpuworker.engines.catalog import engine_names
 
     engines = [describe_engine(name) for name in engine_names()]

@@ -1,4 +1,4 @@
-"""What a worker is told: command line, environment and defaults as one frozen value."""
+"""Reads a worker's configuration from the command line, the environment and defaults, as one frozen value."""
 
 import argparse
 import os
@@ -19,12 +19,12 @@ MAX_SLOTS = 1_000
 
 
 class ConfigError(ValueError):
-    """Wrong use: the text says what and what is right."""
+    """The configuration is not valid; the message lists what is wrong and what is accepted."""
 
 
 @attrs.frozen(kw_only=True)
 class WorkerConfig:
-    """One worker's configuration; fields as the options of `gpuworker run`."""
+    """The configuration of one worker; the fields correspond to the options of `gpuworker run`."""
 
     address: Address
     token: str | None
@@ -41,44 +41,58 @@ class WorkerConfig:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `gpuworker run`."""
+    """Add the options of `gpuworker run`."""
     from gpuworker.slots.process_slot import CANCEL_GRACE_S, LOAD_TIMEOUT_S
     from gpuworker.worker import DRAIN_TIMEOUT_S
 
     parser.add_argument(
-        "--relay", metavar="URL", help="ws://, wss:// or unix:PATH; else RELAY_URL, else this machine's relay"
+        "--relay", metavar="URL", help="ws://, wss:// or unix:PATH (default: RELAY_URL, else the relay on this machine)"
     )
-    parser.add_argument("--space", action="append", metavar="NAME", help=f"to serve; may be repeated ({DEFAULT_SPACE})")
-    add_engine_options(parser, DEFAULT_ENGINE, f"see `gpuworker engines` ({DEFAULT_ENGINE})")
-    parser.add_argument("--token-file", metavar="FILE", help="holds the token; else RELAY_TOKEN or RELAY_TOKEN_FILE")
-    parser.add_argument("--name", help="of this worker, for people (the machine's name)")
+    parser.add_argument(
+        "--space", action="append", metavar="NAME", help=f"space to serve; repeatable (default: {DEFAULT_SPACE})"
+    )
+    add_engine_options(parser, DEFAULT_ENGINE, f"engine to run; see `gpuworker engines` (default: {DEFAULT_ENGINE})")
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="file that contains the token (default: RELAY_TOKEN or the file in RELAY_TOKEN_FILE)",
+    )
+    parser.add_argument("--name", help="name of this worker, for people (default: the host name)")
     parser.add_argument(
         "--load-timeout",
         type=float,
         default=LOAD_TIMEOUT_S,
         metavar="S",
-        help=f"for loading, a download aside ({LOAD_TIMEOUT_S:g})",
+        help=f"longest silence while loading, downloads excepted, in seconds (default: {LOAD_TIMEOUT_S:g})",
     )
     parser.add_argument(
         "--cancel-grace",
         type=float,
         default=CANCEL_GRACE_S,
         metavar="S",
-        help=f"from cancel to kill ({CANCEL_GRACE_S:g})",
+        help=f"seconds from a cancel until a slot is killed (default: {CANCEL_GRACE_S:g})",
     )
     parser.add_argument(
-        "--drain-timeout", type=float, default=DRAIN_TIMEOUT_S, metavar="S", help=f"to finish in ({DRAIN_TIMEOUT_S:g})"
+        "--drain-timeout",
+        type=float,
+        default=DRAIN_TIMEOUT_S,
+        metavar="S",
+        help=f"seconds for running requests to finish after SIGTERM (default: {DRAIN_TIMEOUT_S:g})",
     )
     parser.add_argument(
-        "--in-threads", action="store_true", help="slots as threads: no isolation, less memory; for load tests"
+        "--in-threads", action="store_true", help="run slots as threads: no isolation, less memory; for load tests"
     )
 
 
-def add_engine_options(parser: argparse.ArgumentParser, default: str | None, words: str) -> None:
-    """`--engine`, `--slots` and `-o`."""
-    parser.add_argument("--engine", default=default, metavar="NAME", help=words)
+def add_engine_options(parser: argparse.ArgumentParser, default: str | None, engine_help: str) -> None:
+    """Add `--engine`, `--slots` and `-o`."""
+    parser.add_argument("--engine", default=default, metavar="NAME", help=engine_help)
     parser.add_argument(
-        "--slots", type=int, default=1, metavar="N", help="requests at once, each in its own process (1)"
+        "--slots",
+        type=int,
+        default=1,
+        metavar="N",
+        help="requests to run at the same time, each in its own process (default: 1)",
     )
     parser.add_argument(
         "-o",
@@ -91,10 +105,10 @@ def add_engine_options(parser: argparse.ArgumentParser, default: str | None, wor
 
 
 def read_config(given: argparse.Namespace, environ: Mapping[str, str] | None = None) -> WorkerConfig:
-    """The configuration that a command line and the environment stand for.
+    """Read the configuration from a parsed command line and the environment.
 
     Raises:
-        ConfigError: with every fault there is, one a line.
+        ConfigError: its message has one line for each fault.
     """
     environ = os.environ if environ is None else environ
     faults: list[str] = []
@@ -110,7 +124,7 @@ def read_config(given: argparse.Namespace, environ: Mapping[str, str] | None = N
         faults.append(str(fault))
     spaces = tuple(dict.fromkeys(given.space or [DEFAULT_SPACE]))
     faults += [
-        f"--space {space}: no space name ({SPACE_PATTERN.pattern})"
+        f"--space {space}: not a valid space name ({SPACE_PATTERN.pattern})"
         for space in spaces
         if not SPACE_PATTERN.fullmatch(space)
     ]
@@ -118,11 +132,11 @@ def read_config(given: argparse.Namespace, environ: Mapping[str, str] | None = N
         faults.append(f"--slots {given.slots}: must lie in 1..{MAX_SLOTS}")
     for name in ("load_timeout", "cancel_grace", "drain_timeout"):
         if not 0 <= getattr(given, name) < float("inf"):
-            faults.append(f"--{name.replace('_', '-')} {getattr(given, name)}: must be seconds, 0 or more")
+            faults.append(f"--{name.replace('_', '-')} {getattr(given, name)}: must be a number of seconds, 0 or more")
     try:
         engine_class = find_engine(given.engine)
         options = parse_options(engine_class.OPTIONS, given.options)
-        engine_class(options)  # what only the engine can check
+        engine_class(options)  # checks that only the engine can do
         faults += [needs(given.engine, lack) for lack in engine_class.check(options, given.slots)]
     except (EngineNotFound, OptionError) as fault:
         faults.append(str(fault))
@@ -145,10 +159,10 @@ def read_config(given: argparse.Namespace, environ: Mapping[str, str] | None = N
 
 
 def needs(engine: str, lack: Missing) -> str:
-    """What an engine lacks, in a sentence."""
+    """Describe in one line what an engine lacks."""
     return f"engine {engine!r} needs {lack.what}" + (f": {lack.install}" if lack.install else "")
 
 
 def worker_name(given: str | None) -> str:
-    """A name for people: the one given, else the machine's."""
+    """The worker's name as shown to people: the one given, else the host name."""
     return re.sub(r"\s+", "-", (given or socket.gethostname() or "worker").strip())[:64] or "worker"

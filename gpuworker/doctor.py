@@ -29,7 +29,10 @@ Outcome = Literal["ok", "missing", "failed", "unreachable"]
 
 @attrs.frozen(kw_only=True)
 class Finding:
-    """The result of one check: its subject, outcome and description, and the command that fixes a failure."""
+    """The result of one check: its subject, outcome and description, and the command that fixes a failure.
+
+    The field names are those of `--json`.
+    """
 
     what: str
     outcome: Outcome
@@ -41,7 +44,7 @@ def add_doctor_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `gpuworker doctor`."""
     parser.add_argument("--relay", metavar="URL", help="relay to log in to, with the token; default: RELAY_URL, if set")
     parser.add_argument("--token-file", metavar="FILE", help="has the token; default: RELAY_TOKEN or RELAY_TOKEN_FILE")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_engine_options(parser, None, "check only this engine, with the options given to `gpuworker run`")
 
 
@@ -80,10 +83,12 @@ def run_doctor(given: argparse.Namespace, environ: Mapping[str, str] | None = No
 
 
 def _python() -> Finding:
-    words = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    version = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     if sys.platform != "linux":
-        return Finding(what="python", outcome="failed", words=f"{words}; slots need Linux (pidfd, parent-death signal)")
-    return Finding(what="python", outcome="ok" if sys.version_info >= MIN_PYTHON else "failed", words=words)
+        return Finding(
+            what="python", outcome="failed", words=f"{version}; slots need Linux (pidfd, parent-death signal)"
+        )
+    return Finding(what="python", outcome="ok" if sys.version_info >= MIN_PYTHON else "failed", words=version)
 
 
 def _engines() -> list[Finding]:
@@ -123,16 +128,17 @@ def _engine(name: str, given: list[str], slots: int) -> list[Finding]:
 
 def _gpu() -> Finding:
     """Ask nvidia-smi, which needs no Python package; then ask torch, in its own process, whether it sees the GPU."""
-    words = "none seen (no nvidia-smi); espeak, mock and function need none"
+    description = "none found (no nvidia-smi); espeak, mock and function need none"
     outcome: Outcome = "missing"
     if smi := shutil.which("nvidia-smi"):
         query = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        told = _output(query, NVIDIA_SMI_S)
-        outcome, words = ("ok", "; ".join(told.splitlines())) if told else ("failed", "nvidia-smi does not answer")
+        gpus = _output(query, NVIDIA_SMI_S)
+        outcome = "ok" if gpus else "failed"
+        description = "; ".join(gpus.splitlines()) if gpus else "nvidia-smi does not answer"
     if find_spec("torch") is not None:
         script = "import torch; print(torch.__version__, 'sees', torch.cuda.device_count(), 'GPU(s)')"
-        words += f"; torch {_output([sys.executable, '-c', script], TORCH_S) or 'cannot be imported'}"
-    return Finding(what="gpu", outcome=outcome, words=words)
+        description += f"; torch {_output([sys.executable, '-c', script], TORCH_S) or 'cannot be imported'}"
+    return Finding(what="gpu", outcome=outcome, words=description)
 
 
 def _output(command: list[str], limit_s: float) -> str:
@@ -150,7 +156,7 @@ async def _relay(address: Address, token: str | None) -> Finding:
     try:
         async with open_link(address) as link:
             welcome = await log_in(link, hello)
-            return Finding(what=what, outcome="ok", words=f"{address} takes the token, as {welcome.principal!r}")
+            return Finding(what=what, outcome="ok", words=f"{address} accepts the token, as {welcome.principal!r}")
     except LoginRefused as refusal:
         return Finding(what=what, outcome="failed", words=f"{address} refuses the login: {refusal.code}: {refusal}")
     except (LinkError, ProtocolError) as fault:

@@ -200,7 +200,7 @@ class Executor:
             logging.WARNING if attempt.outcome == "failed" else logging.INFO,
             "request %s: %s",
             attempt.request_id[:8],
-            _in_words(attempt, end),
+            _describe_end(attempt, end),
         )
         self.changed()
 
@@ -211,20 +211,22 @@ def _params_fault(capabilities: Capabilities, assign: Assign) -> RunResult | Non
         faults = check_params(capabilities.params, assign.params)
     except Exception as fault:  # the schema is the engine's: it may have an invalid pattern or a dangling `$ref`
         log.exception("request %s: its params cannot be checked", assign.request_id[:8])
-        words = f"the params cannot be checked against the engine's schema: {type(fault).__name__}: {error_text(fault)}"
-        return RunResult.failed(ErrorCode.ENGINE_FAILED, words)
+        message = (
+            f"the params cannot be checked against the engine's schema: {type(fault).__name__}: {error_text(fault)}"
+        )
+        return RunResult.failed(ErrorCode.ENGINE_FAILED, message)
     if not faults:
         return None
-    words = "; ".join(f"{name or 'params'} {fault}" for name, fault in faults.items())
+    message = "; ".join(f"{name or 'params'} {fault}" for name, fault in faults.items())
     return RunResult(
         outcome="failed",
         code=ErrorCode.INVALID_PARAMS.value,
-        message=words[:MAX_TEXT_CHARS],
+        message=message[:MAX_TEXT_CHARS],
         details=dict(faults),
     )
 
 
-def _in_words(attempt: Attempt, end: RunResult) -> str:
+def _describe_end(attempt: Attempt, end: RunResult) -> str:
     if attempt.outcome == "failed":
         return f"failed: {end.code}: {end.message}"
     if attempt.outcome == "cancelled":

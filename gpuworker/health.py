@@ -1,8 +1,8 @@
 """Reports the state of the worker to systemd, and sends the watchdog's signs of life while it is healthy.
 
 A worker is ready once an engine is loaded in a slot, with or without a relay: a relay that is down at boot must not
-fail the unit, as the worker keeps trying for ever. It is alive while its event loop runs and no slot is stuck: a run
-that was asked to stop is killed after its grace, so one that still runs long after shows that the worker has lost
+fail the unit, because the worker keeps trying. It is alive while its event loop runs and no slot is stuck: a run that
+was asked to stop is killed after its grace, so one that still runs long after that shows that the worker has lost
 control of its slots. An engine that hangs, crashes or cannot be loaded is handled by its slot alone.
 """
 
@@ -18,18 +18,18 @@ from protocol.sd_notify import ServiceManager, serve_watchdog
 
 #: How often the line of `systemctl status` is updated and readiness is checked.
 STATUS_INTERVAL_S = 1.0
-#: Between two signs of life while engines load. The worker itself limits how long that may take: a download may
-#: take hours, and a load that hangs is killed after `--load-timeout`.
+#: Time allowed between two status reports while engines load. The worker itself limits the load: a download may take
+#: hours, and a load that hangs is killed after `--load-timeout`.
 START_S = 60.0
-#: Time past the grace of a cancel: for the kill, and for a process that the kernel is slow to end.
+#: Time added to the grace of a cancel: for the kill, and for a process that the kernel is slow to end.
 STUCK_S = 30.0
-#: Time after the drain: slots are killed and reaped.
+#: Time allowed after the drain for slots to be killed and reaped.
 LEAVE_S = 20.0
 
 
 @attrs.define(eq=False)
 class HealthService:
-    """What systemd is told about a worker.
+    """Reports the health of a worker to systemd.
 
     Args:
         worker: a worker that does not run yet.
@@ -44,7 +44,7 @@ class HealthService:
     manager: ServiceManager
     cancel_grace_s: float
     drain_timeout_s: float
-    #: Run that was asked to stop -> when this was first seen.
+    #: A run that was asked to stop -> when this was first noticed.
     _stopping: dict[Run, float] = attrs.field(factory=dict)
 
     async def serve(self) -> None:
@@ -59,18 +59,18 @@ class HealthService:
             nursery.start_soon(serve_watchdog, self.manager, {"slots": self.check_slots})
             while True:
                 await trio.sleep(STATUS_INTERVAL_S)
-                self._look_at_slots()
+                self._update_stopping()
                 self.manager.status(self.status())
 
     def stopping(self) -> None:
-        """Whether a signal made it drain. A drain that the relay asked for does not count: it may be undone."""
+        """Report that a signal made it drain. A drain asked for by the relay does not count: it may be undone."""
         self.manager.stopping(self.status(), self.drain_timeout_s + ACK_S + LEAVE_S)
 
     def status(self) -> str:
         """The worker's state in one line."""
-        return in_words(self.worker.status, len(self.slots))
+        return describe_status(self.worker.status, len(self.slots))
 
-    def _look_at_slots(self) -> None:
+    def _update_stopping(self) -> None:
         now = trio.current_time()
         runs = [slot.stopping for slot in self.slots]
         self._stopping = {run: self._stopping.get(run, now) for run in runs if run is not None}
@@ -78,24 +78,22 @@ class HealthService:
     async def check_slots(self) -> str:
         """A description of slots that are stuck, for the watchdog; empty if there are none."""
         await trio.lowlevel.checkpoint()
-        self._look_at_slots()
-        patience_s = self.cancel_grace_s + STUCK_S
-        long_ago = trio.current_time() - patience_s
-        overdue = [s.name for s in self.slots if s.stopping and self._stopping[s.stopping] < long_ago]
-        return (
-            f"{', '.join(overdue)} asked to stop more than {patience_s:g} s ago, and still running" if overdue else ""
-        )
+        self._update_stopping()
+        limit_s = self.cancel_grace_s + STUCK_S
+        earliest = trio.current_time() - limit_s
+        overdue = [s.name for s in self.slots if s.stopping and self._stopping[s.stopping] < earliest]
+        return f"{', '.join(overdue)} still running, asked to stop more than {limit_s:g} s ago" if overdue else ""
 
 
-def in_words(status: WorkerStatus, slots: int) -> str:
-    """A worker's status in one line."""
+def describe_status(status: WorkerStatus, slots: int) -> str:
+    """Describe a worker's status in one line."""
     spaces = ", ".join(status.spaces)
     where = {
         "loading": "loading its engine",
-        "connecting": f"no link to {status.relay}",
+        "connecting": f"not connected to {status.relay}",
         "registered": f"registered at {status.relay}",
         "draining": "draining",
         "stopped": "stopped",
     }[status.state]
-    words = f"{where}; space {spaces}: {status.slots} of {slots} slots ready, {status.running} running"
-    return f"{words}; {status.fault}" if status.fault else words
+    text = f"{where}; space {spaces}: {status.slots} of {slots} slots ready, {status.running} running"
+    return f"{text}; {status.fault}" if status.fault else text

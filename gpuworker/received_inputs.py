@@ -36,13 +36,13 @@ class ReceivedInputs:
         for name, info in self._infos.items():
             allowed = rules.get(name)
             if allowed is None:
-                takes = ", ".join(sorted(rules)) or "none"
-                self._fail(ErrorCode.INVALID_PARAMS, f"input {name!r} is unknown; this engine takes {takes}")
+                accepted = ", ".join(sorted(rules)) or "none"
+                self._fail(ErrorCode.INVALID_PARAMS, f"input {name!r} is unknown; this engine accepts: {accepted}")
             elif info.size > allowed.max_bytes:
                 self._fail(ErrorCode.INPUT_TOO_LARGE, f"input {name!r} has {info.size} bytes, over {allowed.max_bytes}")
             elif allowed.media_types and info.media_type not in allowed.media_types:
-                takes = ", ".join(allowed.media_types)
-                self._fail(ErrorCode.INVALID_PARAMS, f"input {name!r} is {info.media_type!r}; it must be {takes}")
+                accepted = ", ".join(allowed.media_types)
+                self._fail(ErrorCode.INVALID_PARAMS, f"input {name!r} is {info.media_type!r}; it must be {accepted}")
 
     def add(self, piece: Input) -> None:
         """Add a piece; one that does not fit sets `fault`."""
@@ -55,7 +55,7 @@ class ReceivedInputs:
         if piece.offset != len(held) or piece.offset + len(piece.data) > self._infos[piece.name].size:
             self._fail(
                 ErrorCode.INPUT_MISMATCH,
-                f"input {piece.name!r}: {len(piece.data)} bytes at {piece.offset}, where {len(held)} of "
+                f"input {piece.name!r}: received {len(piece.data)} bytes at {piece.offset}, but {len(held)} of "
                 f"{self._infos[piece.name].size} had arrived",
             )
             return

@@ -1,4 +1,4 @@
-"""`gpuworker run`: a worker of its own process, until it has drained or a signal ends it."""
+"""`gpuworker run`: runs a worker in its own process until it has drained or a signal ends it."""
 
 import faulthandler
 import logging
@@ -28,7 +28,7 @@ def run_worker(config: WorkerConfig) -> int:
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("gpuworker").setLevel(logging.INFO)
-    faulthandler.enable()  # systemd's watchdog ends a worker that hangs with SIGABRT: the log then says where it stood
+    faulthandler.enable()  # systemd's watchdog ends a hung worker with SIGABRT: the log then shows where it hung
     try:
         return trio.run(_serve, config)
     except WorkerError as fault:
@@ -55,7 +55,7 @@ async def _serve(config: WorkerConfig) -> int:
                 async for number in signals:
                     heard.append(number)
                     if len(heard) == 1:
-                        worker.drain(f"{signal.Signals(number).name}; once more to stop at once")
+                        worker.drain(f"{signal.Signals(number).name}; send it again to stop at once")
                         service.stopping()
                     else:
                         worker.stop()
@@ -64,7 +64,7 @@ async def _serve(config: WorkerConfig) -> int:
             nursery.start_soon(service.serve)
             try:
                 await worker.run()
-            except WorkerError as fault:  # kept, as a nursery would wrap it in a group
+            except WorkerError as fault:  # stored, because a nursery would wrap it in a group
                 failure = fault
             nursery.cancel_scope.cancel()
     if failure is not None:
@@ -73,7 +73,7 @@ async def _serve(config: WorkerConfig) -> int:
 
 
 def make_slots(config: WorkerConfig) -> list[Slot]:
-    """The slots of a worker, not served yet."""
+    """Make the slots of a worker; they are not served yet."""
     if config.in_threads:
         make = partial(config.engine_class, config.options)
         return [ThreadSlot(index, make, cancel_grace_s=config.cancel_grace_s) for index in range(config.slots)]

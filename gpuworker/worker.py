@@ -1,4 +1,4 @@
-"""The worker: it connects to the relay, registers its spaces, and reconnects for ever."""
+"""The worker: it connects to the relay, registers its spaces, and reconnects whenever the link is lost."""
 
 import importlib.metadata
 import logging
@@ -222,7 +222,7 @@ class Worker:
         if self._leave.is_set():  # the link was lost while leaving: do not connect again
             self._scope.cancel()
             return
-        log.warning("no link to %s: %s; next try in %.1f s", self._address, fault, delay_s)
+        log.warning("no link to %s: %s; next attempt in %.1f s", self._address, fault, delay_s)
         self._on_status()
 
     async def _serve(self, link: Link, welcome: Welcome) -> None:
@@ -260,7 +260,7 @@ class Worker:
             message = decode(data, FROM_RELAY)
             handler = self._handlers[type(message)]
         except (UnknownType, KeyError) as fault:
-            log.warning("the relay sent a message that a worker does not accept: %s", fault)  # a newer relay, perhaps
+            log.warning("the relay sent a message that a worker does not accept: %s", fault)  # perhaps a newer relay
             return
         handler(message)
 
@@ -349,7 +349,7 @@ class Worker:
         work.changed()
 
     def _on_rejected(self, rejected: Rejected) -> None:
-        log.error("the relay refused: %s: %s", rejected.code, rejected.message)
+        log.error("the relay refused this worker: %s: %s", rejected.code, rejected.message)
         self._fault = rejected.message
         if self._sender is not None:
             return

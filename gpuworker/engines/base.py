@@ -17,8 +17,8 @@ from protocol.wire.validators import Value
 OptionValue = str | int | float | bool | None
 #: Longest `Capabilities.fingerprint` that the wire accepts.
 MAX_FINGERPRINT_CHARS = 200
-#: Longest error detail on the wire: a field's fault is a sentence, not a traceback.
-MAX_WORDS_CHARS = 2_000
+#: Longest error detail on the wire: a fault of a field is described in a sentence, not a traceback.
+MAX_DETAIL_CHARS = 2_000
 
 
 # -- chunks ------------------------------------------------------------------------------------------------------
@@ -143,10 +143,10 @@ def wire_text(text: str) -> str:
 def error_text(fault: BaseException) -> str:
     """The message of an exception in a form that the wire accepts; never raises."""
     try:
-        words = str(fault)
+        message = str(fault)
     except Exception:  # noqa: BLE001 - an engine's own exception may have any __str__
-        words = "(it has no readable message)"
-    return wire_text(words)
+        message = "(it has no readable message)"
+    return wire_text(message)
 
 
 class EngineError(Exception):
@@ -171,7 +171,7 @@ class EngineError(Exception):
     ) -> None:
         message = wire_text(message)
         super().__init__(message)
-        self.message = message[:MAX_WORDS_CHARS]
+        self.message = message[:MAX_DETAIL_CHARS]
         self.code = code
         self.details = dict(details or {})
         self.retryable = retryable
@@ -182,8 +182,8 @@ class InvalidParams(EngineError):
     """The params break a rule that JSON Schema cannot express; `details` is field -> what is wrong."""
 
     def __init__(self, details: Mapping[str, str]) -> None:
-        words = "; ".join(f"{name} {fault}" for name, fault in details.items())
-        super().__init__(words, code=ErrorCode.INVALID_PARAMS, details=details)
+        message = "; ".join(f"{name} {fault}" for name, fault in details.items())
+        super().__init__(message, code=ErrorCode.INVALID_PARAMS, details=details)
 
 
 class OptionError(ValueError):

@@ -49,7 +49,7 @@ def parse_options(declared: Mapping[str, Option], given: Iterable[str]) -> dict[
             raise OptionError(f"-o {item}: write it as key=value")
         option = declared.get(key)
         if option is None:
-            raise OptionError(f"-o {key}: no such option; this engine takes {', '.join(sorted(declared)) or 'none'}")
+            raise OptionError(f"-o {key}: no such option; accepted: {', '.join(sorted(declared)) or 'none'}")
         values[key] = _value(key, option, text)
         seen.add(key)
     lacking = [name for name, option in declared.items() if option.required and name not in seen]
@@ -68,5 +68,5 @@ def _value(key: str, option: Option, text: str) -> OptionValue:
     try:
         return option.kind(text)
     except ValueError:
-        words = {int: "a whole number", float: "a number"}
-        raise OptionError(f"-o {key}={text}: must be {words.get(option.kind, 'text')}") from None
+        kinds = {int: "a whole number", float: "a number"}
+        raise OptionError(f"-o {key}={text}: must be {kinds.get(option.kind, 'text')}") from None

@@ -132,7 +132,7 @@ class MockEngine(Engine):
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "sample_rate": Option(kind=int, default=24_000, help="Hz"),
         "chunk_ms": Option(kind=int, default=100, help="audio in one chunk, unless the request sets it"),
-        "speed": Option(kind=float, default=1.0, help="seconds of audio a second, unless the request sets it"),
+        "speed": Option(kind=float, default=1.0, help="seconds of audio made in a second, unless the request sets it"),
         "delay_s": Option(kind=float, default=0.0, help="wait before the first chunk, unless the request sets it"),
         "reproducible": Option(kind=bool, default=True, help="false: the same tune, cut differently each time"),
         "load_s": Option(kind=float, default=0.0, help="seconds that loading takes"),

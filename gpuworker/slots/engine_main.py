@@ -68,15 +68,15 @@ class EngineMain:
                 os._exit(1)
             if not data:
                 os._exit(0)
-            for said in commands:
-                if said["do"] == "cancel":
-                    self._cancelled_run = max(self._cancelled_run, said["run"])
+            for message in commands:
+                if message["do"] == "cancel":
+                    self._cancelled_run = max(self._cancelled_run, message["run"])
                 else:
-                    self._commands.put(said)
+                    self._commands.put(message)
 
-    def _say(self, said: ipc.IpcMessage) -> None:
+    def _send(self, message: ipc.IpcMessage) -> None:
         # Blocks while the worker does not read: a slot is ahead of it by no more than the socket's buffer.
-        self._sock.sendall(ipc.pack(said))
+        self._sock.sendall(ipc.pack(message))
 
     def serve(self) -> None:
         """Load the engine and run requests, until the engine must be restarted."""
@@ -84,36 +84,36 @@ class EngineMain:
         if engine is None:
             return
         while True:
-            said = self._commands.get()
-            run: int = said["run"]
+            message = self._commands.get()
+            run: int = message["run"]
 
             def cancelled(run: int = run) -> bool:
                 return self._cancelled_run >= run
 
             def emit(chunk: Chunk) -> None:
-                self._say(ipc.encode_chunk(chunk))
+                self._send(ipc.encode_chunk(chunk))
 
-            inputs = {name: EngineInput(**given) for name, given in said["inputs"].items()}
-            end = run_engine(engine, said["params"], inputs, cancelled, emit)
+            inputs = {name: EngineInput(**given) for name, given in message["inputs"].items()}
+            end = run_engine(engine, message["params"], inputs, cancelled, emit)
             for stream in (sys.stdout, sys.stderr):  # what this run printed belongs under its own name in the log
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
-            self._say({"is": "end", **attrs.asdict(end)})
+            self._send({"is": "end", **attrs.asdict(end)})
             if end.restart:
                 return
 
-    def _load(self, said: dict[str, Any]) -> Engine | None:
+    def _load(self, message: dict[str, Any]) -> Engine | None:
         try:
-            engine = find_engine(said["engine"])(said["options"])
-            engine.report = lambda progress: self._say(ipc.encode_chunk(progress))
+            engine = find_engine(message["engine"])(message["options"])
+            engine.report = lambda progress: self._send(ipc.encode_chunk(progress))
             engine.load()
             engine.report = Engine.report
-            self._say({"is": "ready", "capabilities": ipc.encode_capabilities(engine.capabilities)})
+            self._send({"is": "ready", "capabilities": ipc.encode_capabilities(engine.capabilities)})
         except (EngineError, OptionError, EngineNotFound) as fault:
-            self._say({"is": "load_failed", "message": error_text(fault)})
+            self._send({"is": "load_failed", "message": error_text(fault)})
         except Exception as fault:  # noqa: BLE001 - a model's loader may raise anything; the worker reports it
             traceback.print_exc()
-            self._say({"is": "load_failed", "message": f"{type(fault).__name__}: {error_text(fault)}"})
+            self._send({"is": "load_failed", "message": f"{type(fault).__name__}: {error_text(fault)}"})
         else:
             return engine
         return None

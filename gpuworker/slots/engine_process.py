@@ -46,14 +46,14 @@ class EngineProcess:
         self._sending = trio.Lock()
         self._inbox = ipc.Inbox()
 
-    async def send(self, said: ipc.IpcMessage) -> None:
+    async def send(self, message: ipc.IpcMessage) -> None:
         """Send a message; lost if the process has ended, which `receive` reports.
 
         Cancellation: may leave half a message behind; kill the process then.
         """
         async with self._sending:
             try:
-                await self._stream.send_all(ipc.pack(said))
+                await self._stream.send_all(ipc.pack(message))
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return
 
@@ -62,14 +62,14 @@ class EngineProcess:
         while True:
             try:
                 data = await self._stream.receive_some(_READ_BYTES)
-                said = self._inbox.feed(bytes(data))
+                message = self._inbox.feed(bytes(data))
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return []
             except ipc.PipeError as fault:
                 log.error("%s: its process sent an invalid message: %s", self.name, fault)
                 return []
-            if said or not data:
-                return said
+            if message or not data:
+                return message
 
     async def wait_exit(self) -> str:
         """Wait for the end of a process that has closed its socket, and kill it if it lingers.

@@ -26,9 +26,9 @@ class PipeError(Exception):
     """The bytes received are not a valid message."""
 
 
-def pack(said: IpcMessage) -> bytes:
+def pack(message: IpcMessage) -> bytes:
     """Encode one message."""
-    body: bytes = msgpack.packb(said)
+    body: bytes = msgpack.packb(message)
     return len(body).to_bytes(_HEAD_BYTES, "big") + body
 
 
@@ -46,7 +46,7 @@ class Inbox:
         """
         held = self._held
         held += data
-        said: list[IpcMessage] = []
+        message: list[IpcMessage] = []
         at = 0
         while len(held) - at >= _HEAD_BYTES:
             size = int.from_bytes(held[at : at + _HEAD_BYTES], "big")
@@ -59,10 +59,10 @@ class Inbox:
                 message = msgpack.unpackb(held[at + _HEAD_BYTES : end])
             except (ValueError, TypeError) as fault:
                 raise PipeError(str(fault)) from None
-            said.append(message)
+            message.append(message)
             at = end
         del held[:at]
-        return said
+        return message
 
 
 def encode_chunk(chunk: Chunk) -> IpcMessage:
@@ -76,17 +76,17 @@ def encode_chunk(chunk: Chunk) -> IpcMessage:
     return {"is": "format", "format": chunk.format.to_map() if chunk.format else None}
 
 
-def decode_chunk(said: IpcMessage) -> Chunk | None:
+def decode_chunk(message: IpcMessage) -> Chunk | None:
     """Decode the chunk in a message; None if it is another kind of message."""
-    kind = said["is"]
+    kind = message["is"]
     if kind == "audio":
-        return AudioChunk(said["pcm"])
+        return AudioChunk(message["pcm"])
     if kind == "progress":
-        return ProgressChunk(said["state"], said["fraction"], said["message"])
+        return ProgressChunk(message["state"], message["fraction"], message["message"])
     if kind == "output":
-        return OutputChunk(said["data"])
+        return OutputChunk(message["data"])
     if kind == "format":
-        return FormatChunk(parse_struct(AudioFormat, said["format"]) if said["format"] else None)
+        return FormatChunk(parse_struct(AudioFormat, message["format"]) if message["format"] else None)
     return None
 
 
@@ -102,13 +102,13 @@ def encode_capabilities(capabilities: Capabilities) -> dict[str, Value]:
     }
 
 
-def decode_capabilities(said: dict[str, Value]) -> Capabilities:
+def decode_capabilities(message: dict[str, Value]) -> Capabilities:
     """Decode capabilities from a map."""
     return Capabilities(
-        format=parse_struct(AudioFormat, said["format"]) if said["format"] else None,
-        late_format=said["late_format"],
-        reproducible=said["reproducible"],
-        fingerprint=said["fingerprint"],
-        params=said["params"],
-        inputs={name: parse_struct(InputRule, rule) for name, rule in said["inputs"].items()},
+        format=parse_struct(AudioFormat, message["format"]) if message["format"] else None,
+        late_format=message["late_format"],
+        reproducible=message["reproducible"],
+        fingerprint=message["fingerprint"],
+        params=message["params"],
+        inputs={name: parse_struct(InputRule, rule) for name, rule in message["inputs"].items()},
     )

@@ -15,12 +15,11 @@ from gpuworker.slots.slot import Job, Run, Slot
 from protocol.link.backoff import Backoff
 from protocol.wire.errors import ErrorCode
 
-#: Delay between a slot's death and its next process; it doubles, so that a crash loop does not eat the machine.
+#: Delay between a slot's death and its next process; it doubles, so that a crash loop does not use up the machine.
 RESTART_FIRST_S = 0.2
 RESTART_LONGEST_S = 60.0
-#: Longest silence of a load: a model of some GB takes minutes to read from a slow disk.
-#: Downloads give signs of life; a limit on the whole load would kill a slow one again and again, because the
-#: hub's library starts from the beginning each time.
+#: Longest silence of a load: a model of some GB takes minutes to read from a slow disk. Downloads give signs of life;
+#: a limit on the whole load would kill a slow one again and again, because the hub's library starts over each time.
 LOAD_TIMEOUT_S = 900.0
 #: Time from a cancel to the kill. Longer than any chunk takes to make, because a killed slot must reload its model.
 CANCEL_GRACE_S = 5.0

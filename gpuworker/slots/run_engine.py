@@ -119,7 +119,7 @@ class _Output:
     """Emits the chunks of a run: its format first, and each in a form that the wire accepts."""
 
     def __init__(self, cancelled: Callable[[], bool], emit: Callable[[Chunk], None]) -> None:
-        self.told: FormatChunk | None = None
+        self.format_chunk: FormatChunk | None = None
         self._cancelled = cancelled
         self._emit = emit
 
@@ -130,13 +130,13 @@ class _Output:
             EngineError: it cannot be sent, or it is a second format.
         """
         if isinstance(chunk, FormatChunk):
-            if self.told is not None:
+            if self.format_chunk is not None:
                 raise EngineError("the engine yielded its format twice, or too late")
-            self.told = chunk
-        elif self.told is None:
-            self.told = FormatChunk(None)
-            self._emit(self.told)
-        if (fit := _validate_chunk(chunk, self.told)) is not None:
+            self.format_chunk = chunk
+        elif self.format_chunk is None:
+            self.format_chunk = FormatChunk(None)
+            self._emit(self.format_chunk)
+        if (fit := _validate_chunk(chunk, self.format_chunk)) is not None:
             self._emit(fit)
 
     def report(self, progress: ProgressChunk) -> None:
@@ -147,7 +147,7 @@ class _Output:
         """
         if not isinstance(progress, ProgressChunk):
             raise EngineError(f"the engine reported {type(progress).__name__}, which is not a ProgressChunk")
-        if self.told is not None and not self._cancelled():
+        if self.format_chunk is not None and not self._cancelled():
             self.put(progress)
 
 
@@ -161,21 +161,21 @@ def _drain(chunks: Iterator[Chunk], outlet: _Output, cancelled: Callable[[], boo
         outlet.put(chunk)
     if cancelled():
         return RunResult(outcome="cancelled")
-    if outlet.told is None:
+    if outlet.format_chunk is None:
         outlet.put(FormatChunk(None))
     return RunResult(outcome="completed")
 
 
-def _validate_chunk(chunk: Chunk, told: FormatChunk) -> Chunk | None:
+def _validate_chunk(chunk: Chunk, format_chunk: FormatChunk) -> Chunk | None:
     """The chunk in a form that the wire accepts; None if it is empty.
 
     Raises:
         EngineError: it cannot be sent.
     """
     if isinstance(chunk, AudioChunk):
-        if told.format is None:
+        if format_chunk.format is None:
             raise EngineError("the engine made audio before yielding its format")
-        if len(chunk.pcm) % told.format.sample_bytes:
+        if len(chunk.pcm) % format_chunk.format.sample_bytes:
             raise EngineError(
                 f"the engine made {len(chunk.pcm)} bytes of audio, which is not a whole number of samples"
             )

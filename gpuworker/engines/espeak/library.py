@@ -100,7 +100,7 @@ class LibEspeak:
 
         Args:
             runs: voices from `voices`, with texts of any length.
-            rate_wpm: words a minute, 80..450.
+            rate_wpm: words per minute, 80..450.
             pitch: 0..100.
             volume: 0..200; 100 is the library's default.
 
@@ -177,6 +177,6 @@ def libespeak() -> LibEspeak:
     try:
         loader = importlib.import_module("espeakng_loader")
     except ImportError as fault:
-        words = f"engine espeak needs the espeakng-loader package: {install_command('espeak')}"
-        raise EngineError(words) from fault
+        message = f"engine espeak needs the espeakng-loader package: {install_command('espeak')}"
+        raise EngineError(message) from fault
     return LibEspeak(str(loader.get_library_path()), str(loader.get_data_path()))

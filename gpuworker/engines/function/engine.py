@@ -15,7 +15,7 @@ Its parameters become the params: the JSON Schema is derived from annotations an
 annotated `bytes` or `EngineInput` is an uploaded input of that name; one called `cancelled` gets a callable that
 returns whether to stop. A class is instantiated once, at load, and the instance is called: the place for a model.
 
-The relay ends a request that is silent for its space's `idle_timeout_s` (30). A function that takes longer should
+The relay ends a request that is silent for its space's `idle_timeout_s` (30). A function that needs longer should
 yield a `ProgressChunk` now and then; if it cannot, raise the limit of the space.
 """
 
@@ -123,7 +123,7 @@ class FunctionEngine(Engine):
             finally:
                 if inspect.isgenerator(returned):
                     returned.close()
-        if not results.told_format:
+        if not results.has_format:
             yield FormatChunk(None)
 
 

@@ -15,14 +15,14 @@ class Results:
         format: of its audio if it is known in advance; then no `FormatChunk` is made.
 
     Attributes:
-        told_format: the format is settled, in advance or by a chunk.
+        has_format: the format is settled, in advance or by a chunk.
     """
 
-    def __init__(self, format: AudioFormat | None) -> None:  # noqa: A002 - the wire's word
+    def __init__(self, format: AudioFormat | None) -> None:  # noqa: A002 - the name used on the wire
         self._ahead = format is not None
         self._format = format
         self._rest = b""
-        self.told_format = self._ahead
+        self.has_format = self._ahead
 
     def chunks(self, value: Any) -> Iterator[Chunk]:
         """The chunks of one value.
@@ -33,8 +33,8 @@ class Results:
         if value is None:
             return
         if isinstance(value, FormatChunk):
-            if not self.told_format:
-                self._format, self.told_format = value.format, True
+            if not self.has_format:
+                self._format, self.has_format = value.format, True
                 yield value
         elif isinstance(value, AudioChunk | OutputChunk | ProgressChunk):
             if isinstance(value, AudioChunk) and self._format is None:
@@ -52,8 +52,8 @@ class Results:
             yield from self._after_format(None, OutputChunk(list(value) if isinstance(value, tuple) else value))
 
     def _after_format(self, format: AudioFormat | None, chunk: Chunk) -> Iterator[Chunk]:  # noqa: A002
-        if not self.told_format:
-            self._format, self.told_format = format, True
+        if not self.has_format:
+            self._format, self.has_format = format, True
             yield FormatChunk(format)
         yield chunk
 
@@ -67,9 +67,9 @@ class Results:
             format_ = AudioFormat(sample_rate=sample_rate or self._format.sample_rate, channels=channels)  # type: ignore[union-attr]
         except ValueError as fault:
             raise EngineError(f"the function's audio: {fault}") from None
-        if self.told_format and format_ != self._format:
+        if self.has_format and format_ != self._format:
             raise EngineError(
-                f"the function's audio is {_words(format_)}; the request's format is {_words(self._format)}"
+                f"the function's audio is {_describe(format_)}; the request's format is {_describe(self._format)}"
             )
         yield from self._after_format(format_, AudioChunk(pcm))
 
@@ -83,7 +83,7 @@ class Results:
             yield AudioChunk(pcm[:whole])
 
 
-def _words(format_: AudioFormat | None) -> str:
+def _describe(format_: AudioFormat | None) -> str:
     return "none" if format_ is None else f"{format_.sample_rate} Hz, {format_.channels} channel(s)"
 
 

@@ -144,7 +144,7 @@ class IndexTTS2Engine(Engine):
         self._torch = importlib.import_module("torch")
         self._taken = frozenset(inspect.signature(self._model.infer).parameters)
         if "spk_audio_prompt" not in self._taken:
-            raise EngineError("this model's infer takes no spk_audio_prompt: wrap it with functools.wraps, if at all")
+            raise EngineError("this model's infer has no parameter spk_audio_prompt: wrap it with functools.wraps")
         self._folder = Path(tempfile.mkdtemp(prefix="gpuworker-indextts2-"))
         self._capabilities = Capabilities(
             format=AudioFormat(sample_rate=SAMPLE_RATE),
@@ -233,9 +233,9 @@ class IndexTTS2Engine(Engine):
         elif "spk_audio_prompt" in inputs:
             speaker = inputs["spk_audio_prompt"].data
         else:
-            words = "is required: a recording of the voice to speak with" + (", or a voice" if self._voices else "")
+            reason = "is required: a recording of the voice to speak with" + (", or a voice" if self._voices else "")
             raise EngineError(
-                f"spk_audio_prompt {words}", code=ErrorCode.INPUT_MISSING, details={"spk_audio_prompt": words}
+                f"spk_audio_prompt {reason}", code=ErrorCode.INPUT_MISSING, details={"spk_audio_prompt": reason}
             )
         return speaker, None if emotion is None else emotion.data
 
@@ -263,7 +263,7 @@ class IndexTTS2Engine(Engine):
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
         """Report the model's steps as progress, and let a cancel stop it between two of them."""
-        told = ProgressChunk("generating", 0.0)
+        last_report = ProgressChunk("generating", 0.0)
         steps = 0
 
         def look(*_: Any) -> None:
@@ -272,14 +272,14 @@ class IndexTTS2Engine(Engine):
                 raise _Stopped
             steps += 1
             if steps % STEPS_A_REPORT == 0:
-                self.report(told)
+                self.report(last_report)
 
         def progress(fraction: float, desc: str = "") -> None:
-            nonlocal told
+            nonlocal last_report
             if self.cancelled():
                 raise _Stopped
-            told = ProgressChunk("generating", float(fraction), str(desc))
-            self.report(told)
+            last_report = ProgressChunk("generating", float(fraction), str(desc))
+            self.report(last_report)
 
         hooks = [module.register_forward_pre_hook(look) for module in _stepped(self._model)]
         before = getattr(self._model, "gr_progress", None)
@@ -333,24 +333,24 @@ class IndexTTS2Engine(Engine):
         return given
 
     def _mapped(self, fault: Exception) -> EngineError:
-        words = f"{type(fault).__name__}: {fault}"
+        message = f"{type(fault).__name__}: {fault}"
         # Compare by name: it is torch's class, in a process that may not have torch.
         if type(fault).__name__ == "OutOfMemoryError":
             return EngineError(
-                f"the GPU's memory is full: give it fewer --slots, -o half=true, or shorter texts ({words})",
+                f"the GPU's memory is full: give it fewer --slots, -o half=true, or shorter texts ({message})",
                 retryable=True,
                 restart=True,
             )
-        if "CUDA error" in words:  # no call succeeds in a process after such an error
-            return EngineError(words, retryable=True, restart=True)
-        return EngineError(words)
+        if "CUDA error" in message:  # no call succeeds in a process after such an error
+            return EngineError(message, retryable=True, restart=True)
+        return EngineError(message)
 
 
 def _find_voices(folder: Path) -> Mapping[str, Any]:
     found: Mapping[str, Any]
     found, left_out = importlib.import_module("gpuworker.engines.voxcpm.voices").find_voices(folder)
-    for words in left_out:
-        print(words)  # to the worker's log
+    for message in left_out:
+        print(message)  # to the worker's log
     if not found:
         raise EngineError(f"-o voices={folder}: contains no voice; put NAME.wav there")
     return found

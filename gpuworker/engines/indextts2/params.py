@@ -33,12 +33,12 @@ SAMPLING: dict[str, dict[str, Value]] = {
 }
 
 
-def params_schema(model: Any, taken: Collection[str], voices: Collection[str]) -> dict[str, Value]:
+def params_schema(model: Any, parameters: Collection[str], voices: Collection[str]) -> dict[str, Value]:
     """The JSON Schema of the params.
 
     Args:
         model: an IndexTTS2; provides the limits, and whether it reads emotion from text.
-        taken: the parameters of its `infer`; `lang` indicates 2.5.
+        parameters: the parameters of its `infer`; `lang` indicates 2.5.
         voices: names of the voices on this machine.
     """
     limits = getattr(getattr(model, "cfg", None), "gpt", None)
@@ -53,27 +53,27 @@ def params_schema(model: Any, taken: Collection[str], voices: Collection[str]) -
     }
     properties: dict[str, Value] = {
         "text": {"type": "string", "minLength": 1, "maxLength": MAX_TEXT_CHARS},
-        "emo_alpha": _range("number", 0.0, 1.0, 1.0, "how much of the emotion; with use_emo_text about 0.6"),
+        "emo_alpha": _range("number", 0.0, 1.0, 1.0, "strength of the emotion; with use_emo_text about 0.6"),
         "emo_vector": vector,
-        "use_random": {"type": "boolean", "default": False, "description": "take the emotion's sample by chance"},
-        "interval_silence": _range("integer", 0, 5_000, 200, "ms between segments"),
+        "use_random": {"type": "boolean", "default": False, "description": "choose the emotion's sample at random"},
+        "interval_silence": _range("integer", 0, 5_000, 200, "silence between segments, ms"),
         "max_text_tokens_per_segment": _range("integer", 20, max_text, min(120, max_text)),
         **SAMPLING,
-        "max_mel_tokens": _range("integer", 50, max_mel, min(1_500, max_mel), "of a segment: what is longer is cut"),
-        "seed": _range("integer", 0, 2**63 - 1, 0, "another seed, another take"),
+        "max_mel_tokens": _range("integer", 50, max_mel, min(1_500, max_mel), "longest segment; the rest is cut off"),
+        "seed": _range("integer", 0, 2**63 - 1, 0, "a different seed gives a different rendition"),
     }
     required: list[Value] = ["text"]
     if getattr(model, "qwen_emo", True) is not None:
-        words = "in place of the text, with use_emo_text"
+        description = "used instead of the text, with use_emo_text"
         properties["use_emo_text"] = {"type": "boolean", "default": False, "description": "read emotion from the text"}
-        properties["emo_text"] = {"type": "string", "minLength": 1, "maxLength": 1_000, "description": words}
-    if "lang" in taken:
-        properties["lang"] = {"enum": list(LANGUAGES), "description": "of the text"}
+        properties["emo_text"] = {"type": "string", "minLength": 1, "maxLength": 1_000, "description": description}
+    if "lang" in parameters:
+        properties["lang"] = {"enum": list(LANGUAGES), "description": "language of the text"}
         properties["duration_factor"] = _range("number", 0.5, 2.0, 1.0, "above 1 is slower")
         required.append("lang")
     if voices:
-        words = "a voice of this machine, in place of spk_audio_prompt"
-        properties["voice"] = {"enum": list(voices), "description": words}
+        description = "a voice of this machine, instead of spk_audio_prompt"
+        properties["voice"] = {"enum": list(voices), "description": description}
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
@@ -91,12 +91,12 @@ def faults(params: Mapping[str, Value], inputs: Mapping[str, EngineInput]) -> di
     if not str(params["text"]).strip():
         found["text"] = "contains nothing to speak"
     if "voice" in params and "spk_audio_prompt" in inputs:
-        found["voice"] = "was given with spk_audio_prompt; the request speaks with one of them"
+        found["voice"] = "was given with spk_audio_prompt; leave out one of them"
     by_text = bool(params.get("use_emo_text"))
     if "emo_text" in params and not by_text:
-        found["emo_text"] = "is read only where use_emo_text is true"
+        found["emo_text"] = "is used only if use_emo_text is true"
     if "emo_vector" in params and by_text:
-        found["emo_vector"] = "was given with use_emo_text; the emotion comes from one of them"
+        found["emo_vector"] = "was given with use_emo_text; leave out one of them"
     if "emo_audio_prompt" in inputs and (by_text or "emo_vector" in params):
-        found["emo_audio_prompt"] = "was given with emo_vector or use_emo_text; the emotion comes from one of them"
+        found["emo_audio_prompt"] = "was given with emo_vector or use_emo_text; leave it or them out"
     return found

@@ -1,7 +1,7 @@
 """Decodes uploaded audio to the samples that prompt a model: mixed to mono, resampled, and checked against limits.
 
-The bytes may be anything: what is read of them, and for how long, is bounded by the limits and never by what a header
-says. Samples come out as `librosa.load(file, sr=rate)` makes them, bit by bit: that is what voxcpm itself would read.
+The bytes may be anything: how much of them is read, and for how long, is bounded by the limits and never by what a
+header claims. The samples equal those of `librosa.load(file, sr=rate)` bit for bit, which is what voxcpm itself reads.
 """
 
 import io
@@ -18,7 +18,7 @@ _STARTS = (b"fLaC", b"OggS", b"ID3")
 _FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
 READABLE = "WAV, FLAC, MP3, OGG"
 
-#: From the lowest rate of telephones to the highest of studios.
+#: From the lowest rate used in telephony to the highest used in studios.
 MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 384_000
 MAX_CHANNELS = 8
 #: Audio whose loudest sample is below this counts as silent: -60 dBFS, below the noise of a quiet room.
@@ -34,9 +34,9 @@ class AudioFault(ValueError):
 
 
 class _Straight(soundfile.SoundFile):
-    """Read from its beginning to its end.
+    """A file that is read from its beginning to its end, without seeking.
 
-    soundfile seeks after each read, to where it is already. That fails at the end of a file whose length is not known.
+    soundfile seeks after each read, to the current position. That fails at the end of a file of unknown length.
     """
 
     def seekable(self) -> bool:
@@ -44,20 +44,20 @@ class _Straight(soundfile.SoundFile):
 
 
 def decode(data: bytes, *, rate: int, max_seconds: float, min_seconds: float = 0.2) -> NDArray[np.float32]:
-    """Samples of an audio file.
+    """Decode the samples of an audio file.
 
     Args:
-        data: a WAV, FLAC, MP3 or OGG (Vorbis, Opus) file, whatever it is called.
+        data: a WAV, FLAC, MP3 or OGG (Vorbis, Opus) file, whatever its name or media type.
         rate: Hz of the samples returned.
-        max_seconds: refused when longer; at most so much is decoded (and a block).
-        min_seconds: refused when shorter.
+        max_seconds: longer audio is rejected; at most this much (and one block) is decoded.
+        min_seconds: shorter audio is rejected.
 
     Returns:
-        float32, shape (n,), mono, -1..1, or a little over where a lossy or float file goes over.
+        float32, shape (n,), mono, -1..1, or slightly beyond if a lossy or float file goes beyond.
 
     Raises:
-        AudioFault: it is no audio of these formats, too long, too short, silent, or has samples that are no numbers.
-            Nothing else is raised, whatever the bytes are.
+        AudioFault: it is not audio in one of these formats, is too long, too short or silent, or contains NaN or
+            infinity. Nothing else is raised, whatever the bytes are.
     """
     if not _may_be_audio(data):
         raise AudioFault(f"is not audio that can be read ({READABLE})")
@@ -67,7 +67,7 @@ def decode(data: bytes, *, rate: int, max_seconds: float, min_seconds: float = 0
             given_rate: int = file.samplerate
     except soundfile.LibsndfileError as fault:
         raise AudioFault(
-            f"is not audio that can be read ({READABLE}); save it anew, as 16-bit WAV for instance "
+            f"is not audio that can be read ({READABLE}); save it again, for example as 16-bit WAV "
             f"(libsndfile: {fault.error_string.strip()})"
         ) from None
     if (seconds := len(samples) / given_rate) < min_seconds:
@@ -82,18 +82,18 @@ def decode(data: bytes, *, rate: int, max_seconds: float, min_seconds: float = 0
 def _may_be_audio(data: bytes) -> bool:
     if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
         return True
-    # 11 bits set begin a frame of MPEG audio (ISO 11172-3, 2.4.2.3).
+    # A frame of MPEG audio begins with 11 bits that are set (ISO 11172-3, 2.4.2.3).
     return data.startswith(_STARTS) or (len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0)
 
 
 def _read(file: _Straight, max_seconds: float) -> NDArray[np.float32]:
-    """All of the audio, mono, at its own rate."""
+    """Read all of the audio, mono, at its own rate."""
     if file.format not in _FORMATS:
         raise AudioFault(f"is {file.format} audio; give {READABLE}")
     if not MIN_RATE_HZ <= file.samplerate <= MAX_RATE_HZ:
-        raise AudioFault(f"has {file.samplerate} samples a second; give {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz")
+        raise AudioFault(f"has a sample rate of {file.samplerate} Hz; give {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz")
     if file.channels > MAX_CHANNELS:
-        raise AudioFault(f"has {file.channels} channels; give at most {MAX_CHANNELS}, best mono")
+        raise AudioFault(f"has {file.channels} channels; give at most {MAX_CHANNELS}, preferably mono")
     max_frames = math.floor(max_seconds * file.samplerate)
     # A stream written without knowing its length reports 2**63 - 1: then only reading it shows the length.
     if max_frames < file.frames < 2**62:
@@ -107,10 +107,10 @@ def _read(file: _Straight, max_seconds: float) -> NDArray[np.float32]:
             raise AudioFault(f"is too long; give at most {max_seconds:g} s")
         peak = np.max(np.abs(block))
         if not np.isfinite(peak):
-            raise AudioFault("has samples that are no numbers (NaN or infinity); save it anew, as 16-bit WAV")
+            raise AudioFault("contains samples that are NaN or infinite; save it again, as 16-bit WAV")
         if peak > MAX_PEAK:
-            raise AudioFault(f"has samples up to {peak:g}, where full scale is 1; divide them by it")
-        # In the order of librosa.to_mono: adding in another order changes the last bits.
+            raise AudioFault(f"has samples up to {peak:g}, where full scale is 1; divide them by that")
+        # Add in the order of librosa.to_mono: another order changes the last bits.
         blocks.append(np.mean(block.T, axis=0))
     return np.concatenate(blocks)
 

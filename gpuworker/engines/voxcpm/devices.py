@@ -33,10 +33,10 @@ def known_warnings() -> Iterator[None]:
 
 
 def import_voxcpm() -> tuple[TorchaudioInUse, Any]:
-    """The package, with the torchaudio it got; it draws no bars.
+    """Import voxcpm; return the torchaudio that it uses, and the package, with its progress bars disabled.
 
     Raises:
-        EngineError: it is not installed, or something that it needs is not.
+        EngineError: voxcpm, or something that it needs, is not installed.
     """
     torchaudio = ensure_torchaudio()
     try:
@@ -47,72 +47,76 @@ def import_voxcpm() -> tuple[TorchaudioInUse, Any]:
     except ImportError as fault:
         raise EngineError(
             f"voxcpm cannot be imported ({fault}); install what it needs with: {install_command('voxcpm')}; "
-            "then itself with: pip install --no-deps voxcpm==2.0.3"
+            "then voxcpm with: pip install --no-deps voxcpm==2.0.3"
         ) from fault
     for module in (first, second):
-        # voxcpm would draw a progress bar into the log at every step of every request.
+        # Otherwise voxcpm would draw a progress bar into the log at every step of every request.
         if not isinstance(module.tqdm, functools.partial):
             module.tqdm = functools.partial(module.tqdm, disable=True)
     return torchaudio, voxcpm
 
 
 def choose_device(device: str) -> str:
-    """What `device` means here: "cuda:0" for "cuda", say.
+    """Resolve `device` on this machine: "cuda" to "cuda:0", for example.
 
     Args:
         device: auto, cpu, mps, cuda or cuda:N.
 
     Raises:
-        EngineError: there is no such device here.
+        EngineError: this machine has no such device.
     """
     asked = device.strip().lower()
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if asked == "auto":
         asked = "cuda" if cuda else "mps" if mps else "cpu"
         if asked == "cpu" and shutil.which("nvidia-smi"):
-            log(f"there is an NVIDIA driver, but torch {torch.__version__} finds no GPU: it speaks on the CPU, slowly")
+            log(f"there is an NVIDIA driver, but torch {torch.__version__} finds no GPU: speech runs slowly on the CPU")
     if asked == "cpu" or (asked == "mps" and mps):
         return asked
     kind, _, number = asked.partition(":")
     if kind != "cuda" or not (number.isdecimal() or asked == "cuda"):
         raise EngineError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N, or mps on a Mac that has it")
     if not cuda:
-        built = f"torch {torch.__version__} is built without CUDA: install one with it"
+        built = f"torch {torch.__version__} is built without CUDA: install a build with CUDA"
         if torch.version.cuda:
-            built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}: what does nvidia-smi say?"
+            built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}: check nvidia-smi"
         raise EngineError(f"device {device}: torch finds no CUDA GPU here ({built}); or use -o device=auto")
     count = torch.cuda.device_count()
     if int(number or 0) >= count:
-        raise EngineError(f"device {device}: there are {count} GPUs here, from cuda:0 on")
+        raise EngineError(f"device {device}: this machine has {count} GPUs, numbered from cuda:0")
     return f"cuda:{int(number)}" if number else f"cuda:{torch.cuda.current_device()}"
 
 
 def load_denoiser(torchaudio: TorchaudioInUse, *, offline: bool) -> Any:
-    """voxcpm's denoiser of prompt audio, which comes from ModelScope.
+    """Load voxcpm's denoiser for prompt audio, which is fetched from ModelScope.
 
     Raises:
-        EngineError: packages are missing, or ModelScope does not give it.
+        EngineError: packages are missing, or ModelScope does not provide it.
     """
     lacks = [] if importlib.util.find_spec("modelscope") else ["modelscope"]
     if torchaudio.kind == "stand-in":
         lacks.append("torchaudio")
     elif torchaudio.kind == "real, our load":
-        # It also writes files with torchaudio, which needs torchcodec for it from 2.9 on.
+        # It also writes files with torchaudio, which requires torchcodec for that from 2.9 on.
         lacks.append("torchcodec")
     if lacks:
-        raise EngineError(f"the denoiser needs {' and '.join(lacks)}: pip install {' '.join(lacks)}; or leave it out")
+        raise EngineError(
+            f"the denoiser needs {' and '.join(lacks)}: pip install {' '.join(lacks)}; or start without -o denoiser"
+        )
     if offline:
-        raise EngineError("the denoiser is looked up at ModelScope at each start, which offline forbids; drop either")
+        raise EngineError(
+            "the denoiser is looked up at ModelScope at each start, which -o offline forbids; leave out one of them"
+        )
     try:
         from voxcpm.zipenhancer import ZipEnhancer
 
         return ZipEnhancer()
     except Exception as fault:  # modelscope's exceptions have no common class
         raise EngineError(
-            f"the denoiser cannot be loaded ({fault}); is ModelScope in reach? Or leave it out"
+            f"the denoiser cannot be loaded ({fault}); check that ModelScope can be reached, or start without it"
         ) from fault
 
 
-def log(words: str) -> None:
+def log(text: str) -> None:
     """Write a line to the worker's log."""
-    print(f"voxcpm: {words}", file=sys.stderr, flush=True)
+    print(f"voxcpm: {text}", file=sys.stderr, flush=True)

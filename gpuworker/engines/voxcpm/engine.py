@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gpuworker.engines.voxcpm.synthesis import Speaker
     from gpuworker.engines.voxcpm.voices import Voice
 
-#: Modules that voxcpm needs, by their import names; the extra `voxcpm` has them all.
+#: Modules that voxcpm needs, by their import names; the extra `voxcpm` contains them all.
 NEEDS = (
     "torch",
     "transformers",
@@ -48,31 +48,31 @@ NEEDS = (
 )
 VOXCPM = "voxcpm==2.0.3"
 DEFAULT_VOICES = Path("voices")
-#: Size of the cache of encoded prompts: a minute of VoxCPM2's has 375 patches of 1 KiB.
+#: Size of the cache of encoded prompts; one minute of prompt audio for VoxCPM2 has 375 patches of 1 KiB.
 MAX_CACHE_BYTES = 256 * 1024 * 1024
-#: Runs of the self-check on devices that choose kernels by measuring; a CPU does not.
+#: Runs of the self-check on devices that choose kernels by timing them, which a CPU does not.
 CHECK_RUNS = 3
 
 
 class VoxcpmEngine(Engine):
     """Speech by a VoxCPM model, streamed step by step."""
 
-    SUMMARY: ClassVar[str] = "speech by VoxCPM2, 1.5 and 0.5B: streaming, voices, cloning; wants a GPU"
+    SUMMARY: ClassVar[str] = "speech by VoxCPM2, 1.5 and 0.5B: streaming, voices, cloning; a GPU is recommended"
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "model": Option(default="openbmb/VoxCPM2", help="Hugging Face id, or a folder with the model's files"),
         "device": Option(default="auto", help="auto, cuda, cuda:1, cpu …"),
         "optimize": Option(
-            kind=bool, default=True, help="compile the model, on device cuda only: slower start, faster"
+            kind=bool, default=True, help="compile the model (on device cuda only): slower start, faster speech"
         ),
         "denoiser": Option(kind=bool, default=False, help="load the denoiser too, for requests with denoise"),
-        "offline": Option(kind=bool, default=False, help="load from disk alone"),
-        "voices": Option(help="folder of named voices, NAME.wav with NAME.txt (default: voices, where there is one)"),
+        "offline": Option(kind=bool, default=False, help="load only from disk, without network access"),
+        "voices": Option(help="folder of named voices, NAME.wav with NAME.txt (default: voices, if it exists)"),
         "url_hosts": Option(
-            help="hosts from which prompt audio may be fetched, a.example,.b.example; a run is then not repeatable"
+            help="hosts from which prompt audio may be fetched, a.example,.b.example; makes runs not reproducible"
         ),
-        "max_prompt_s": Option(kind=float, default=50.0, help="length of prompt and reference audio, at most"),
-        "check_memory": Option(kind=bool, default=True, help="refuse to start more slots than there is memory for"),
-        "voice_cache": Option(kind=int, default=32, help="encoded prompts that are kept"),
+        "max_prompt_s": Option(kind=float, default=50.0, help="longest prompt and reference audio, in seconds"),
+        "check_memory": Option(kind=bool, default=True, help="refuse to start more slots than fit into memory"),
+        "voice_cache": Option(kind=int, default=32, help="number of encoded prompts to keep"),
     }
 
     def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
@@ -92,7 +92,7 @@ class VoxcpmEngine(Engine):
 
     @classmethod
     def missing(cls) -> list[Missing]:
-        """The missing packages: two commands, because voxcpm requires many that speaking does not need."""
+        """The missing packages: two commands, because voxcpm requires many packages that speech does not need."""
         found = []
         lacks = [name for name in NEEDS if not importlib.util.find_spec(name)]
         if lacks:
@@ -103,14 +103,16 @@ class VoxcpmEngine(Engine):
 
     @classmethod
     def check(cls, options: Mapping[str, OptionValue], slots: int) -> list[Missing]:
-        """What is missing: packages, possible options, and memory for this many models side by side."""
+        """What is missing: packages, valid options, and memory for this many models side by side."""
         found = cls.missing()
         try:
             options = cls(options).options
         except OptionError as fault:
             return [*found, Missing(str(fault), "")]
         if (voices := options["voices"]) is not None and not Path(str(voices)).is_dir():
-            found.append(Missing(f"the folder of voices {str(voices)!r}, which is none; make it, or drop -o voices"))
+            found.append(
+                Missing(f"the folder of voices {str(voices)!r}, which does not exist; create it, or drop -o voices")
+            )
         if not options["check_memory"]:
             return found
         return found + lacking_memory(str(options["model"]), str(options["device"]), slots)
@@ -126,7 +128,7 @@ class VoxcpmEngine(Engine):
         return self._capabilities
 
     def load(self) -> None:
-        """Read the model, find the voices, and let it speak a few steps."""
+        """Read the model, find the voices, and warm the model up by speaking a few steps."""
         if lacks := self.missing():
             raise EngineError("engine voxcpm needs " + "; ".join(f"{lack.what}: {lack.install}" for lack in lacks))
         from gpuworker.engines.voxcpm.model import Model
@@ -155,7 +157,7 @@ class VoxcpmEngine(Engine):
         )
         self._capabilities = Capabilities(
             format=AudioFormat(sample_rate=model.sample_rate),
-            # A fetched file may be different the next time, so the worker cannot promise to reproduce it.
+            # A fetched file may be different the next time, so the worker cannot promise reproducible output.
             reproducible=checked.repeats and not self._hosts,
             fingerprint=_fingerprint(model.fingerprint, checked.digest, voices),
             params=params_schema(can),
@@ -181,9 +183,9 @@ class VoxcpmEngine(Engine):
 
     def _fetched(self, had_bytes: int, total_bytes: int) -> None:
         """Write a message to the log, and report that the load is alive."""
-        words = f"fetching {self.options['model']}: {had_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB"
-        _log(words)
-        self.report(ProgressChunk("loading", had_bytes / total_bytes if total_bytes else 0.0, words))
+        text = f"fetching {self.options['model']}: {had_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB"
+        _log(text)
+        self.report(ProgressChunk("loading", had_bytes / total_bytes if total_bytes else 0.0, text))
 
     def _voices(self, model: "Model") -> dict[str, "Voice"]:
         from gpuworker.engines.voxcpm.audio_decode import AudioFault, decode
@@ -201,8 +203,8 @@ class VoxcpmEngine(Engine):
                 voices[name] = voice
             except AudioFault as fault:
                 left_out.append(f"left out: voice {name!r}: its audio {fault}")
-        for words in left_out:
-            _log(words)
+        for line in left_out:
+            _log(line)
         return voices
 
 
@@ -212,5 +214,5 @@ def _fingerprint(model: str, digest: str, voices: Mapping[str, "Voice"]) -> str:
     return f"{model[:150]} {digest} {named[:16]}"
 
 
-def _log(words: str) -> None:
-    print(f"voxcpm: {words}", file=sys.stderr, flush=True)
+def _log(text: str) -> None:
+    print(f"voxcpm: {text}", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
 """Fetches a file from a client's URL so that the client cannot reach what only this machine can reach.
 
-The worker's owner lists the hosts. A host's name is resolved once, every address it has must be public, and the
+The worker's owner lists the hosts. A host name is resolved once, every address that it has must be public, and the
 connection goes to one of those addresses, so that nothing can change in between (DNS rebinding). Each redirect is
-checked in full like the first URL. The time and the size are bounded as a whole, whatever the server does.
+checked in full like the first URL. Time and size are bounded as a whole, whatever the server does.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ import attrs
 from gpuworker.engines.voxcpm.url_policy import DEFAULT_PORTS, PORTS, FetchRefused, Listed, Target, is_public, resolve
 
 MAX_REDIRECTS = 3
-#: How many addresses of a host are tried.
+#: Number of addresses of a host that are tried.
 MAX_TRIES = 4
-#: How soon a cancel is noticed.
+#: Time until a cancel is noticed.
 POLL_S = 0.1
 PIECE_BYTES = 65_536
-#: How much longer than the time limit sockets live: the caller's thread is the one to report the timeout.
+#: How much longer than the time limit sockets live, so that the caller's thread is the one to report the timeout.
 LATE_S = 1.0
 
 
@@ -41,10 +41,10 @@ class Fetcher:
     """Fetches from listed hosts.
 
     Args:
-        hosts: each as `Listed` says.
-        resolve: (host, port) -> its addresses, or OSError.
+        hosts: each in the form that `Listed` describes.
+        resolve: (host, port) -> its addresses; raises OSError.
         allowed: whether an address may be connected to.
-        tls: what https servers are verified by.
+        tls: context that verifies https servers.
     """
 
     hosts: tuple[Listed, ...] = attrs.field(converter=_listed)
@@ -63,7 +63,7 @@ class Fetcher:
                 if cancelled():
                     raise FetchRefused("was cancelled")
                 if fetching.left_s <= 0:
-                    raise FetchRefused(f"did not arrive within {timeout_s:g} s")
+                    raise FetchRefused(f"was not received within {timeout_s:g} s")
         finally:
             fetching.stop()
         return fetching.result()
@@ -77,24 +77,24 @@ def fetch(
     timeout_s: float,
     cancelled: Callable[[], bool] = _never,
 ) -> bytes:
-    """The file at a URL, of a listed host with public addresses only. Proxies of the environment are not used.
+    """Fetch the file at a URL from a listed host with public addresses only. Proxies of the environment are not used.
 
     Args:
         url: http or https.
-        hosts: each `example.org`, or `.example.org` for all below it; ports 80 and 443, or the one given with `:port`.
-        max_bytes: refused when larger; no more is read.
-        timeout_s: for all of it, from looking up the name to the last byte.
-        cancelled: looked at every `POLL_S`.
+        hosts: each `example.org`, or `.example.org` for all its subdomains; ports 80 and 443, or the one in `:port`.
+        max_bytes: a larger file is rejected; no more is read.
+        timeout_s: for everything, from the name lookup to the last byte.
+        cancelled: checked every `POLL_S`.
 
     Raises:
-        FetchRefused: nothing, or not all of it, may be or could be fetched.
-        OptionError: one of `hosts` is none.
+        FetchRefused: the file may not be fetched, or could not be fetched completely.
+        OptionError: an entry of `hosts` is not valid.
     """
     return Fetcher(hosts).fetch(url, max_bytes=max_bytes, timeout_s=timeout_s, cancelled=cancelled)
 
 
 class _Fetching:
-    """One fetch: `run` has its own thread, the rest is called in the caller's."""
+    """One fetch: `run` is called in its own thread, the other methods in the caller's."""
 
     def __init__(self, rules: Fetcher, max_bytes: int, deadline: float) -> None:
         self._rules = rules
@@ -116,14 +116,14 @@ class _Fetching:
         return self._result
 
     def stop(self) -> None:
-        """Make `run` end soon, wherever it is."""
+        """Make `run` end soon, whatever it is doing."""
         with self._lock:
             self._stopped = True
             self._hang_up()
 
     def _hang_up(self) -> None:
         if self._wire is not None:
-            with contextlib.suppress(OSError):  # the server was faster
+            with contextlib.suppress(OSError):  # the connection has been closed already
                 self._wire.shutdown(socket.SHUT_RDWR)
             self._wire.close()
             self._wire = None
@@ -149,14 +149,14 @@ class _Fetching:
             try:
                 following = Target.parse(_joined(target, found))
             except FetchRefused as refused:
-                raise FetchRefused(f"redirects to what {refused}") from None
+                raise FetchRefused(f"redirects to a URL that {refused}") from None
             if target.scheme == "https" and following.scheme == "http":
-                raise FetchRefused("redirects from https to http; give a URL that stays with https")
+                raise FetchRefused("redirects from https to http; give a URL that stays on https")
             target = following
         raise FetchRefused(f"redirects more than {MAX_REDIRECTS} times; give the URL of the file itself")
 
     def _addresses(self, target: Target) -> list[str]:
-        if not any(listed.takes(target.host, target.port) for listed in self._rules.hosts):
+        if not any(listed.allows(target.host, target.port) for listed in self._rules.hosts):
             asked = target.host if target.port in PORTS else target.authority
             raise FetchRefused(f"host {asked!r} is not listed; the worker's owner lists hosts with -o url_hosts=…")
         try:
@@ -165,13 +165,13 @@ class _Fetching:
             addresses = []
         if not addresses:
             raise FetchRefused(f"host {target.host!r} has no address; check its name")
-        # Do not say which: a client need not learn how the names of this network resolve.
+        # Do not name the address: a client need not learn how names resolve in this network.
         if not all(map(self._rules.allowed, addresses)):
             raise FetchRefused(f"host {target.host!r} has an address that is not public; nothing is fetched from it")
         return addresses[:MAX_TRIES]
 
     def _get(self, target: Target) -> bytes | str:
-        """The file, or the URL it redirects to."""
+        """Return the file, or the URL it redirects to."""
         connection = _Pinned(self, target, self._addresses(target), self._rules.tls)
         try:
             connection.request("GET", target.path, headers={"Accept-Encoding": "identity", "User-Agent": "gpuworker"})
@@ -182,12 +182,14 @@ class _Fetching:
         except FetchRefused:
             raise
         except ssl.SSLCertVerificationError as fault:
-            raise FetchRefused(f"host {target.host!r} has no certificate that holds: {fault.verify_message}") from None
+            raise FetchRefused(f"host {target.host!r} has no valid certificate: {fault.verify_message}") from None
         except OSError as fault:
-            words = (fault.reason if isinstance(fault, ssl.SSLError) else fault.strerror) or type(fault).__name__
-            raise FetchRefused(f"host {target.host!r} cannot be reached: {words}") from None
+            reason = (fault.reason if isinstance(fault, ssl.SSLError) else fault.strerror) or type(fault).__name__
+            raise FetchRefused(f"host {target.host!r} cannot be reached: {reason}") from None
         except (http.client.HTTPException, ValueError) as fault:
-            raise FetchRefused(f"host {target.host!r} broke off, or speaks no HTTP: {type(fault).__name__}") from None
+            raise FetchRefused(
+                f"host {target.host!r} closed the connection, or did not answer with HTTP: {type(fault).__name__}"
+            ) from None
         finally:
             connection.close()
             with self._lock:
@@ -199,41 +201,41 @@ class _Fetching:
             raise FetchRefused(f"host {target.host!r} answered {response.status} {phrase}".rstrip())
         if (coding := response.getheader("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
             raise FetchRefused(
-                f"host {target.host!r} sends it packed ({coding[:20]!r}); have it send the file as it is"
+                f"host {target.host!r} sends it compressed ({coding[:20]!r}); have it send the file as it is"
             )
         expected = response.length
         if expected is not None and expected > self._max_bytes:
-            raise FetchRefused(f"is {expected:,} bytes; give at most {self._max_bytes:,}")
+            raise FetchRefused(f"has {expected:,} bytes; give at most {self._max_bytes:,}")
         data = bytearray()
         while piece := response.read(min(PIECE_BYTES, self._max_bytes + 1 - len(data))):
             data += piece
             if len(data) > self._max_bytes:
-                raise FetchRefused(f"is more than {self._max_bytes:,} bytes; give at most that")
+                raise FetchRefused(f"has more than {self._max_bytes:,} bytes; give at most that")
         if expected is not None and len(data) < expected:
-            raise FetchRefused(f"host {target.host!r} broke off after {len(data):,} of {expected:,} bytes")
+            raise FetchRefused(f"host {target.host!r} closed the connection after {len(data):,} of {expected:,} bytes")
         return bytes(data)
 
     def connect(self, address: str, port: int, within_s: float) -> socket.socket:
-        """A connection to an address, which `stop` can cut."""
+        """Connect to an address; `stop` can cut the connection."""
         wire = socket.create_connection((address, port), timeout=max(0.01, within_s))
         with self._lock:
             if self._stopped:
                 wire.close()
                 raise FetchRefused("was stopped")
-            # Another handle of the same connection, because TLS takes over the first.
+            # A second handle of the same connection, because TLS takes ownership of the first.
             self._wire = wire.dup()
         wire.settimeout(self.left_s + LATE_S)
         return wire
 
 
 class _Pinned(http.client.HTTPConnection):
-    """Connects to known addresses, while everything sent and verified uses the host's name."""
+    """Connects to known addresses, but uses the host's name in what it sends and verifies."""
 
     def __init__(
         self, fetching: _Fetching, target: Target, addresses: Sequence[str], tls: Callable[[], ssl.SSLContext]
     ) -> None:
         super().__init__(target.host, target.port)
-        self.default_port = DEFAULT_PORTS[target.scheme]  # left out of the Host header
+        self.default_port = DEFAULT_PORTS[target.scheme]  # omitted from the Host header
         self._fetching = fetching
         self._target = target
         self._addresses = addresses

@@ -8,22 +8,25 @@ from pathlib import Path
 
 import torch
 
-#: Weights of gigabytes are told apart by their size and this much of them: the start (all tensors' names and places),
-#: the end, and blocks spread evenly between, as a fine-tuned model differs from its origin in values alone.
+#: Large weights files are distinguished by their size and samples of this many bytes: the start (names and offsets of
+#: all tensors), the end, and blocks spread evenly between, because a fine-tuned model differs only in values.
 _EDGE_BYTES = 1024 * 1024
 _BLOCKS, _BLOCK_BYTES = 64, 16 * 1024
 
 
 def model_fingerprint(folder: Path, *, device: str, dtype: str, compiled: bool) -> str:
-    """16 hex digits: two processes with the same ones make the same samples from the same request and seed.
+    """A digest of 16 hex digits: two processes with equal digests make equal samples for equal request and seed.
 
-    Covered: the model's files, the versions of voxcpm and torch (with CUDA and cuDNN), dtype, compiled or not, and the
-    kind of device: the GPU's name, or the CPU's model, instruction set and number of threads, as sums depend on them.
-    Not covered: what kernels are chosen by timing them (torch.compile may); the engine's self-check covers that.
+    It covers the model's files, the versions of voxcpm and torch (with CUDA and cuDNN), the dtype, whether the model is
+    compiled, and the kind of device: the GPU's name, or the CPU's model, instruction set and number of threads, on
+    which the rounding of sums depends. It does not cover kernels chosen by timing them (as torch.compile may); the
+    engine's self-check covers those.
 
     Args:
-        folder: of the model's files.
+        folder: the folder of the model's files.
         device: "cpu", "mps", "cuda" or "cuda:1".
+        dtype: the dtype that the model computes with.
+        compiled: whether it is compiled.
     """
     digest = hashlib.sha256()
     for name in ("voxcpm", "transformers"):
@@ -41,7 +44,7 @@ def model_fingerprint(folder: Path, *, device: str, dtype: str, compiled: bool) 
 def _device_words(device: str) -> Iterator[str]:
     if device.startswith("cuda"):
         yield torch.cuda.get_device_name(device)
-        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch gives it no types
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # untyped in torch
         yield f"cuda {torch.version.cuda} cudnn {cudnn}"
         return
     yield device

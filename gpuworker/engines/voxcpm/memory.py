@@ -1,7 +1,7 @@
-"""Estimates how much memory slots of a VoxCPM model need and how much there is, before any slot is started.
+"""Estimates how much memory slots of a VoxCPM model need and how much is free, before any slot is started.
 
-Estimates, from the checkpoint's files where they are on this machine, else from a table of the released models. They
-are there to refuse what cannot go well, so `-o check_memory=false` overrules them.
+The estimates come from the checkpoint's files if they are on this machine, else from a table of the released models.
+They exist to refuse a start that cannot succeed; `-o check_memory=false` overrides them.
 """
 
 import json
@@ -19,14 +19,14 @@ import attrs
 from gpuworker.engines.base import Missing
 
 GIB = 1024**3
-#: What a slot needs on a GPU besides its model: the CUDA context, kernels and their work space, activations, the
-#: graphs of torch.compile. With it VoxCPM2 comes to the "~8 GB" of the VoxCPM project's README, whose "~6 GB" and
-#: "~5 GB" for the smaller ones lie further above their files.
+#: What a slot needs on a GPU in addition to its model: the CUDA context, kernels and their workspace, activations, and
+#: the graphs of torch.compile. With it, VoxCPM2 needs the "~8 GB" stated in the VoxCPM project's README; the "~6 GB"
+#: and "~5 GB" stated for the smaller models exceed the size of their files by more.
 CUDA_OVERHEAD_BYTES = 5 * GIB // 2
-#: The same on a CPU: the interpreter, torch and librosa take 0.6 GiB before anything is computed.
+#: The same on a CPU: the interpreter, torch and librosa need 0.6 GiB before anything is computed.
 CPU_OVERHEAD_BYTES = GIB
 NVIDIA_SMI_S = 10.0
-#: Longest header of a safetensors file; the released ones have 100 KB.
+#: Longest header of a safetensors file; those of the released models have 100 KB.
 MAX_HEADER_BYTES = 64 * 1024 * 1024
 #: Names used by `get_dtype` of voxcpm 2.0.3. The VAE is always float32 (`from_local`).
 _ELEMENT_BYTES = {"bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2, "float32": 4, "fp32": 4}
@@ -36,13 +36,13 @@ MEMINFO = Path("/proc/meminfo")
 
 @attrs.frozen(kw_only=True)
 class Need:
-    """Bytes of a model.
+    """The memory that a model needs, in bytes.
 
     Args:
-        weights: of the language models and all round them, as they are computed with.
-        vae: of the audio VAE, in float32.
-        cache: of both language models' KV caches, which are taken whole at load.
-        building: of main memory while it loads: voxcpm builds the model there in float32 first, whatever the device.
+        weights: language models and everything around them, in the dtype used for computing.
+        vae: the audio VAE, in float32.
+        cache: the KV caches of both language models, which are allocated in full at load.
+        building: main memory needed while it loads: voxcpm first builds the model there in float32, on any device.
     """
 
     weights: int
@@ -52,7 +52,7 @@ class Need:
 
     @property
     def model(self) -> int:
-        """Bytes of a loaded model."""
+        """The bytes of a loaded model."""
         return self.weights + self.vae + self.cache
 
 
@@ -66,8 +66,8 @@ def _released(parameters: int, vae_parameters: int, layers: int, head: int, cont
     )
 
 
-#: The released models, all bfloat16. Parameters: counted by `parameter_count` of the tests' checkpoints, but for 1.5
-#: the 0.8B of the VoxCPM README. Layers are those of both language models; sources as in that module.
+#: The released models, all bfloat16. Parameters were counted by `parameter_count` of the tests' checkpoints, except for
+#: 1.5: the 0.8B of the VoxCPM README. Layers are those of both language models; for the sources see that module.
 RELEASED: Mapping[str, Need] = {
     "openbmb/voxcpm2": _released(2_290_004_544, 94_213_957, 28 + 8, 128, 8_192),
     "openbmb/voxcpm1.5": _released(800_000_000, 95_000_000, 24 + 8, 64, 8_192),
@@ -79,10 +79,10 @@ RELEASED: Mapping[str, Need] = {
 
 
 def need_of(model: str) -> Need | None:
-    """Bytes of a model; None where nothing is known of it, as of a fine-tuned one that is still to be downloaded.
+    """The memory that a model needs; None if unknown, for example for a fine-tuned model that is not downloaded yet.
 
     Args:
-        model: as option `model`: a folder, or a Hugging Face id.
+        model: the value of option `model`: a folder, or a Hugging Face id.
     """
     folder = _folder(model)
     if folder is not None and (need := _need_of_files(folder)) is not None:
@@ -113,7 +113,7 @@ def _cache() -> Path:
 
 
 def _need_of_files(folder: Path) -> Need | None:
-    """Compute it from the files of a checkpoint; None if they are incomplete or not as expected."""
+    """Compute the need from the files of a checkpoint; None if they are incomplete or not as expected."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         width = _ELEMENT_BYTES[str(config.get("dtype", "bfloat16"))]
@@ -130,31 +130,31 @@ def _need_of_files(folder: Path) -> Need | None:
 
 
 def _elements(tensors: Path, pickled: Path, width: int) -> int:
-    """Numbers in a weights file: from the header of safetensors, or the size of a pickle with `width` bytes each."""
+    """The number of values in a weights file, from the safetensors header, or a pickle's size at `width` bytes each."""
     if not tensors.is_file():
         return pickled.stat().st_size // width
     with tensors.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > MAX_HEADER_BYTES:
-            raise ValueError(f"{tensors}: no safetensors file")
+            raise ValueError(f"{tensors}: not a safetensors file")
         header: dict[str, Any] = json.loads(file.read(size))
     return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def _cache_elements(config: dict[str, Any]) -> int:
-    """Numbers in both KV caches, as allocated by `setup_cache` of voxcpm 2.0.3."""
+    """The number of values in both KV caches, as allocated by `setup_cache` of voxcpm 2.0.3."""
     lm = config["lm_config"]
     head = lm.get("kv_channels") or lm["hidden_size"] // lm["num_attention_heads"]
     layers = lm["num_hidden_layers"] + config.get("residual_lm_num_layers", 8)
     return int(2 * layers * lm["num_key_value_heads"] * head * config.get("max_length", 8_192))
 
 
-# -- what there is -----------------------------------------------------------------------------------------------
+# -- what is free ------------------------------------------------------------------------------------------------
 
 
 @attrs.frozen
 class Free:
-    """Free memory: bytes, what it is called, and whether it is a GPU's or main memory."""
+    """Free memory: its size in bytes, its name, and whether it is a GPU's or main memory."""
 
     size: int
     where: str
@@ -162,10 +162,10 @@ class Free:
 
 
 def free_memory(device: str) -> Free | None:
-    """What is free where a model of option `device` would go; None where this cannot be told.
+    """The free memory where option `device` would place a model; None if unknown.
 
-    By nvidia-smi, which needs no Python package. It numbers GPUs by PCI bus, CUDA by speed unless CUDA_DEVICE_ORDER
-    says PCI_BUS_ID: with unequal GPUs set that, or the figures may be those of another one.
+    It is read with nvidia-smi, which needs no Python package. nvidia-smi numbers GPUs by PCI bus, but CUDA by speed
+    unless CUDA_DEVICE_ORDER is PCI_BUS_ID: set that if the GPUs differ, or the figures may be those of another GPU.
     """
     device = device.strip().lower()
     if device == "cpu":
@@ -184,12 +184,12 @@ def free_memory(device: str) -> Free | None:
 
 
 def free_main_memory() -> Free | None:
-    """The memory that programs may still use without swapping."""
+    """The memory that programs can still use without swapping."""
     try:
-        told = MEMINFO.read_text()
+        meminfo = MEMINFO.read_text()
     except OSError:
         return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", told, re.MULTILINE)
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
     return Free(int(found[1]) * 1024, "this machine", gpu=False) if found else None
 
 
@@ -197,13 +197,13 @@ def _gpus() -> dict[str, Free] | None:
     """The free memory by index and UUID of each GPU; None if nvidia-smi does not report it."""
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free,name", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True).stdout
+        output = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     gpus = {}
-    for line in told.splitlines():
+    for line in output.splitlines():
         fields = [field.strip() for field in line.split(",", 3)]
-        if len(fields) != 4 or not fields[2].isdigit():  # "[N/A]" of a GPU cut into MIG instances
+        if len(fields) != 4 or not fields[2].isdigit():  # "[N/A]" for a GPU split into MIG instances
             return None
         gpus[f"{fields[0]} {fields[1]}"] = Free(int(fields[2]) * 1024**2, fields[3], gpu=True)
     return gpus
@@ -218,7 +218,7 @@ def _visible(gpus: dict[str, Free] | None) -> list[Free] | None:
         return None
     visible = []
     for name in filter(None, map(str.strip, chosen.split(","))):
-        # An index, or the beginning of a UUID; CUDA stops at the first that it does not know.
+        # An index, or the beginning of a UUID; CUDA stops at the first one that it does not know.
         matches = [gpu for key, gpu in gpus.items() if key.split()[0] == name or key.split()[1].startswith(name)]
         if len(matches) != 1:
             break
@@ -226,50 +226,50 @@ def _visible(gpus: dict[str, Free] | None) -> list[Free] | None:
     return visible
 
 
-# -- both --------------------------------------------------------------------------------------------------------
+# -- the comparison ----------------------------------------------------------------------------------------------
 
 
 def lacking_memory(model: str, device: str, slots: int) -> list[Missing]:
-    """What `slots` of a model lack; empty if they fit, or if it cannot be determined."""
+    """The memory that `slots` of a model lack; empty if they fit, or if it cannot be determined."""
     need, free = need_of(model), free_memory(device)
     if need is None or free is None:
         return []
     each = slot_bytes(need, gpu=free.gpu)
-    room = free.size if free.gpu else free.size - (need.building - need.weights)  # the last model is built in it, too
+    room = free.size if free.gpu else free.size - (need.building - need.weights)  # the last model is built in it too
     lacks = []
     if each * slots > room:
         fit = max(0, room // each)
         advice = (
-            f"use --slots {fit}" if fit else "not one fits, so free some, or take a smaller model (openbmb/VoxCPM-0.5B)"
+            f"use --slots {fit}" if fit else "not one fits; free some, or use a smaller model (openbmb/VoxCPM-0.5B)"
         )
         what = (
             f"about {_gib(free.size - room + each * slots)} of {_kind(free)} for {_slots(slots)} of {model}, "
-            f"{_gib(free.size)} are free on {free.where}; {advice}; -o check_memory=false starts them all the same"
+            f"{_gib(free.size)} are free on {free.where}; {advice}; -o check_memory=false starts them anyway"
         )
         lacks.append(Missing(what))
     if free.gpu and (main := free_main_memory()) is not None and main.size < need.building:
         what = (
-            f"about {_gib(need.building)} of main memory for a while to load {model}, {_gib(main.size)} are free on "
-            "this machine; free some, or add swap; -o check_memory=false tries all the same"
+            f"about {_gib(need.building)} of main memory while {model} loads, {_gib(main.size)} are free on "
+            "this machine; free some, or add swap; -o check_memory=false tries anyway"
         )
         lacks.append(Missing(what))
     return lacks
 
 
 def memory_outlook(model: str, device: str, slots: int) -> str:
-    """A sentence on how much of the free memory `slots` of a model need."""
+    """Describe in a sentence how much of the free memory `slots` of a model need."""
     need, free = need_of(model), free_memory(device)
     if need is None:
-        return f"how much memory {model} takes is not known before it is here"
+        return f"how much memory {model} needs is not known until it is downloaded"
     each = slot_bytes(need, gpu=free is None or free.gpu)
-    words = f"{_slots(slots)} of {model} {'takes' if slots == 1 else 'take'} about {_gib(each * slots)}"
+    text = f"{_slots(slots)} of {model} {'needs' if slots == 1 else 'need'} about {_gib(each * slots)}"
     if free is None:
-        return f"{words}; how much is free cannot be told"
-    return f"{words} of {_kind(free)}, {_gib(free.size)} are free on {free.where}"
+        return f"{text}; how much is free is not known"
+    return f"{text} of {_kind(free)}, {_gib(free.size)} are free on {free.where}"
 
 
 def slot_bytes(need: Need, *, gpu: bool) -> int:
-    """The memory that one slot needs, model and overhead."""
+    """The memory that one slot needs, for the model and the overhead."""
     return need.model + (CUDA_OVERHEAD_BYTES if gpu else CPU_OVERHEAD_BYTES)
 
 

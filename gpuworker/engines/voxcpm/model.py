@@ -1,8 +1,8 @@
 """Wraps the voxcpm package in one class: it loads, encodes prompts, speaks, and raises errors that say what to do.
 
-One model speaks one text at a time, ever: voxcpm keeps the KV cache and the decoder's state in the model, so a second
-stream would corrupt the first without a word, and `Model` refuses it. All calls come from one thread (CUDA graphs are
-bound to theirs).
+A model speaks only one text at a time: voxcpm keeps the KV cache and the decoder's state in the model, so a second
+stream would silently corrupt the first, and `Model` refuses it. All calls come from one thread, because CUDA graphs are
+bound to the thread that captured them.
 """
 
 import importlib.util
@@ -21,12 +21,12 @@ from gpuworker.engines.base import EngineError, InvalidParams
 from gpuworker.engines.voxcpm.devices import choose_device, import_voxcpm, known_warnings, load_denoiser, log
 from gpuworker.engines.voxcpm.errors import named_faults
 from gpuworker.engines.voxcpm.fingerprint import model_fingerprint
-from gpuworker.engines.voxcpm.model_files import Fetched, find_folder, read_config, to_nobody
+from gpuworker.engines.voxcpm.model_files import Fetched, find_folder, ignore_progress, read_config
 from gpuworker.engines.voxcpm.model_output import PromptCache as PromptCache
 from gpuworker.engines.voxcpm.model_output import Samples, Speech, Whole, audio_places
 
-#: Patches of prompt audio that VoxCPM 1.x decodes before the speech and cuts off again. A shorter prompt would cost
-#: the first patches of the speech (`decode_audio[..., patch_len * (streaming_prefix_len - 1):]` in voxcpm 2.0.3).
+#: Patches of prompt audio that VoxCPM 1.x decodes before the speech and then cuts off. A shorter prompt would cost the
+#: first patches of the speech (`decode_audio[..., patch_len * (streaming_prefix_len - 1):]` in voxcpm 2.0.3).
 _CONTEXT_PATCHES_1X = 2
 
 
@@ -35,11 +35,11 @@ class Settings:
     """How to speak; the names are those of voxcpm's `generate`.
 
     Args:
-        min_len: steps before speech may end.
-        max_len: steps at most; `int(tokens * ratio_threshold + 10)` caps them too.
-        retry_badcase: of `whole` alone: speak again where the speech is suspiciously long.
-        retry_badcase_max_times: tries in all, the first counted, as voxcpm counts them; 0 is no retry.
-        ratio_threshold: steps per token of text from which on it is suspicious.
+        min_len: the fewest steps before the speech may end.
+        max_len: the most steps; `int(tokens * ratio_threshold + 10)` is a limit too.
+        retry_badcase: used only by `whole`: speak again if the speech is suspiciously long.
+        retry_badcase_max_times: attempts in total, including the first, as voxcpm counts them; 0 means no retry.
+        ratio_threshold: steps per token of text above which speech is suspiciously long.
     """
 
     cfg_value: float = 2.0
@@ -57,15 +57,16 @@ class Model:
     Attributes:
         arch: "voxcpm2" or "voxcpm" (1.5 and 0.5B).
         sample_rate: of the speech, Hz.
-        chunk_samples: in each chunk of a stream, all alike.
+        chunk_samples: samples in each chunk of a stream; all chunks are equally long.
         prompt_rate: of prompt and reference audio, Hz.
-        context: places for prompt, text and speech together: text takes one a token, audio one a patch (a chunk).
-        clones: whether it takes reference audio, and a description of the voice before the text (VoxCPM2).
-        device: what it runs on: "cuda:1", "cpu" …
+        context: positions for prompt, text and speech together: a token of text takes one, a patch of audio (a chunk)
+            takes one.
+        clones: whether it accepts reference audio, and a description of the voice before the text (VoxCPM2).
+        device: the device it runs on: "cuda:1", "cpu" …
         compiled: by torch.compile.
         fingerprint: see `model_fingerprint`.
-        can_normalize: text normalization is installed.
-        can_denoise: the denoiser is loaded.
+        can_normalize: whether text normalization is installed.
+        can_denoise: whether the denoiser is loaded.
     """
 
     def __init__(self, voxcpm: Any, *, arch: str, device: str, compiled: bool, fingerprint: str, denoiser: Any) -> None:
@@ -97,38 +98,38 @@ class Model:
         denoiser: bool = False,
         offline: bool = False,
         revision: str | None = None,
-        fetched: Fetched = to_nobody,
+        fetched: Fetched = ignore_progress,
     ) -> "Model":
-        """Read a model and put it on a device. It has not spoken yet: the first speech is slower than the others.
+        """Read a model and put it on a device. Its first speech is slower than the following ones.
 
         Args:
-            model: folder, or Hugging Face id.
+            model: a folder, or a Hugging Face id.
             device: auto, cpu, mps, cuda or cuda:N.
             optimize: compile it, on CUDA only; voxcpm then speaks a few steps itself.
             denoiser: load the denoiser too; it is fetched from ModelScope.
-            offline: no network.
-            revision: of the hub's repository.
-            fetched: told how far a download is, as by `find_folder`.
+            offline: do not use the network.
+            revision: revision of the hub's repository.
+            fetched: called with the progress of a download, as by `find_folder`.
 
         Raises:
-            EngineError: it cannot; the message says what to do.
+            EngineError: it cannot be loaded; the message says what to do.
         """
         torchaudio, voxcpm = import_voxcpm()
-        # First check what fails soon: the model may be gigabytes to fetch.
+        # Check first what can fail quickly: fetching a model may take gigabytes of traffic.
         chosen = choose_device(device)
         cleaner = load_denoiser(torchaudio, offline=offline) if denoiser else None
         folder = find_folder(model, offline=offline, revision=revision, fetched=fetched)
         arch = str(read_config(folder).get("architecture", "voxcpm")).lower()
         on_cuda = chosen.startswith("cuda")
         if on_cuda:
-            # voxcpm compiles for exactly "cuda", so that name is made to mean the device chosen.
+            # voxcpm compiles only for exactly "cuda", so make that name refer to the chosen device.
             torch.cuda.set_device(chosen)
-            # Otherwise the VAE's transposed convolutions sum in any order, and a run could not be repeated.
+            # Otherwise the VAE's transposed convolutions add in varying order, and a run could not be repeated.
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False
         compiled = optimize and on_cuda and importlib.util.find_spec("triton") is not None
         if optimize and on_cuda and not compiled:
-            log("triton is not installed, so the model is not compiled and speaks slower: pip install triton")
+            log("triton is not installed, so the model is not compiled and is slower: pip install triton")
         try:
             with known_warnings(), named_faults(0):
                 loaded = voxcpm.VoxCPM(
@@ -140,7 +141,7 @@ class Model:
                 )
         except EngineError:
             raise
-        except Exception as fault:  # pydantic, safetensors, pickle and torch have their own classes
+        except Exception as fault:  # pydantic, safetensors, pickle and torch each raise classes of their own
             raise EngineError(f"the model in {folder} cannot be read: {fault}; fetch it again") from fault
         mark = model_fingerprint(folder, device=chosen, dtype=str(loaded.tts_model.config.dtype), compiled=compiled)
         return cls(loaded, arch=arch, device=chosen, compiled=compiled, fingerprint=mark, denoiser=cleaner)
@@ -148,14 +149,14 @@ class Model:
     # -- text
 
     def tokens(self, text: str) -> int:
-        """How many tokens the text has: places in the context, and what the cap on steps is reckoned by."""
+        """The number of tokens in the text: positions in the context, and the basis of the limit on steps."""
         return len(self._tts.text_tokenizer(text))
 
     def normalize(self, text: str) -> str:
-        """Numbers, dates and signs of the text in words (Chinese and English).
+        """Write numbers, dates and signs in the text out as words (Chinese and English).
 
         Raises:
-            EngineError: the packages for it are not installed.
+            EngineError: the packages for this are not installed.
         """
         if not self.can_normalize:
             raise EngineError("this worker cannot normalize text: pip install wetext inflect regex")
@@ -171,23 +172,23 @@ class Model:
     def encode(
         self, *, prompt: Samples | None, prompt_text: str | None, reference: Samples | None, denoise: bool = False
     ) -> PromptCache:
-        """Prompt and reference audio as the model takes them. Draws nothing from the random generator.
+        """Encode prompt and reference audio for the model. Does not use the random generator.
 
         Args:
-            prompt: speech to go on from, float32 mono at `prompt_rate`; it needs its text.
-            prompt_text: what is said in it.
-            reference: speech whose voice to take, likewise (VoxCPM2).
-            denoise: clean both first.
+            prompt: speech to continue from, float32 mono at `prompt_rate`; requires its text.
+            prompt_text: the transcript of `prompt`.
+            reference: speech whose voice to imitate, in the same format (VoxCPM2).
+            denoise: remove noise from both first.
 
         Raises:
-            InvalidParams: the model takes no reference, or a prompt and its text are not both given.
-            EngineError: no denoiser was loaded, or it failed; or out of memory.
+            InvalidParams: the model accepts no reference, or only one of prompt and its text is given.
+            EngineError: no denoiser is loaded, or it failed; or memory ran out.
         """
         self._check_free()
         if (prompt is None) != (not prompt_text):
-            raise InvalidParams({"prompt_text": "and prompt audio go together: give both or neither"})
+            raise InvalidParams({"prompt_text": "and prompt audio belong together: give both or neither"})
         if reference is not None and not self.clones:
-            raise InvalidParams({"reference_wav": "is taken by VoxCPM2 only; give prompt_wav with prompt_text"})
+            raise InvalidParams({"reference_wav": "is accepted by VoxCPM2 only; give prompt_wav with prompt_text"})
         if prompt is None and reference is None:
             raise InvalidParams({"prompt_wav": "is required, or reference_wav"})
         if denoise and self._denoiser is None:
@@ -207,7 +208,7 @@ class Model:
     def _write_wav(self, path: Path, samples: Samples | None, denoise: bool) -> str | None:
         if samples is None:
             return None
-        # 32 bit floats at the model's own rate, so that no reader of the file changes a sample.
+        # 32-bit floats at the model's own rate, so that reading the file does not change a sample.
         soundfile.write(path, samples, self.prompt_rate, subtype="FLOAT")
         if not denoise:
             return str(path)
@@ -234,7 +235,7 @@ class Model:
     # -- speech
 
     def seed(self, seed: int) -> None:
-        """Set the random generators, of the GPU too: what is spoken next is the same each time.
+        """Seed the random generators, including the GPU's, so that the next speech is the same each time.
 
         Args:
             seed: 0 to 2**64 - 1.
@@ -242,24 +243,26 @@ class Model:
         torch.manual_seed(seed)
 
     def stream(self, text: str, cache: PromptCache | None, settings: Settings) -> Speech:
-        """Speak, chunk by chunk: the samples that `VoxCPM.generate_streaming` yields after `torch.manual_seed`.
+        """Speak chunk by chunk: yields the samples that `VoxCPM.generate_streaming` yields after `torch.manual_seed`.
 
-        What voxcpm promises of the chunks put together, beside the samples of `whole`, measured on float32:
+        How the joined chunks compare with the samples of `whole`, measured in float32:
 
-        - VoxCPM2 without a prompt, or with reference audio alone: the same but for rounding (1e-6 of full scale), as
-          its decoder keeps its state from chunk to chunk. Going on from prompt audio, a stream's decoder starts cold
-          where the whole's hears the prompt's end first: the first five chunks or so differ, the first one audibly.
-        - VoxCPM 1.5 and 0.5B decode each chunk from the last 3 patches: the first three are the same but for
-          rounding (the first one, after a prompt), the later ones sound alike and differ by some percent.
+        - VoxCPM2 without a prompt, or with only reference audio: equal except for rounding (1e-6 of full scale),
+          because its decoder keeps its state between chunks. When it continues from prompt audio, a stream's decoder
+          starts without state, while that of `whole` has decoded the end of the prompt: about the first five chunks
+          differ, the first one audibly.
+        - VoxCPM 1.5 and 0.5B decode each chunk from the last 3 patches: the first three chunks (after a prompt, only
+          the first) are equal except for rounding; later ones sound alike and differ by some percent.
 
         Args:
             text: to speak; white space as `VoxCPM.generate` leaves it (no line ends).
-            settings: its retries are not for a stream.
+            cache: the encoded prompt, if any.
+            settings: how to speak; the retries do not apply to a stream.
 
         Raises:
-            RuntimeError: another speech is open on this model: a bug of the caller's.
-            EngineError: at once or at any chunk: prompt, text and speech need more than `context`; out of memory
-                (retryable, and the engine is to be started anew).
+            RuntimeError: another speech is open on this model, which is a bug in the caller.
+            EngineError: immediately or at any chunk: prompt, text and speech exceed `context`, or memory ran out
+                (retryable; the engine must then be restarted).
         """
         self._check_free()
         self._check_room(text, cache)
@@ -269,21 +272,23 @@ class Model:
         return speech
 
     def whole(self, text: str, cache: PromptCache | None, settings: Settings, on_step: Callable[[int], None]) -> Whole:
-        """Speak in one go: the samples that `VoxCPM.generate` returns after `torch.manual_seed`.
+        """Speak as a whole: returns the samples that `VoxCPM.generate` returns after `torch.manual_seed`.
 
         Args:
-            text: as `stream`'s.
-            on_step: called with 1, 2, 3… at each of the model's steps, those of retries counted on. What it raises
-                stops the speech and is raised here; the model is then ready for the next.
+            text: as for `stream`.
+            cache: as for `stream`.
+            settings: how to speak.
+            on_step: called with 1, 2, 3… at each step of the model; retries continue the count. An exception that it
+                raises stops the speech and is raised here; the model is then ready for the next speech.
 
         Raises:
-            RuntimeError, EngineError: as `stream`.
+            RuntimeError, EngineError: as for `stream`.
         """
         self._check_free()
         self._check_room(text, cache)
         arguments = _arguments(text, cache, settings)
         if settings.retry_badcase and settings.retry_badcase_max_times > 0:
-            # With 0 tries, voxcpm would not speak at all.
+            # With 0 attempts, voxcpm would not speak at all.
             arguments.update(retry_badcase=True, retry_badcase_max_times=settings.retry_badcase_max_times)
         steps = 0
 
@@ -292,7 +297,7 @@ class Model:
             steps += 1
             on_step(steps)
 
-        # The stop head is called once a step, in both architectures, and outside everything that is compiled.
+        # In both architectures, the stop head is called once per step, outside everything that is compiled.
         hook = self._tts.stop_head.register_forward_hook(count)
         try:
             with named_faults(self.context):
@@ -300,7 +305,7 @@ class Model:
         finally:
             hook.remove()
         if not self.clones and cache is not None:
-            # 1.x leaves the prompt's patches, which it decoded too, at the front.
+            # 1.x also decodes the patches of the prompt, and leaves them at the front.
             latents = latents[min(_CONTEXT_PATCHES_1X, audio_places(cache.value)) :]
         return Whole(wav.squeeze(0).numpy(), latents, self._merged)
 
@@ -314,7 +319,7 @@ class Model:
         needs = self.tokens(value.get("prompt_text", "") + text) + 1 + audio_places(value)
         if needs > self.context:
             raise EngineError(
-                f"text and prompt need {needs} of the model's {self.context} places; "
+                f"text and prompt need {needs} of the {self.context} positions in the model's context; "
                 "shorten the text or the prompt audio"
             )
 

@@ -1,4 +1,4 @@
-"""Finds a model's files, in a given folder or a snapshot from the Hugging Face hub, and checks that none is missing."""
+"""Finds a model's files, in a given folder or a snapshot from the Hugging Face hub, and checks that all are present."""
 
 import io
 import json
@@ -11,39 +11,40 @@ from typing import Any
 from gpuworker.engines.base import EngineError
 
 ARCHITECTURES = ("voxcpm2", "voxcpm")
-#: "owner/name": a name on the hub, which as a path could only be a relative one of two parts.
+#: "owner/name": a name on the hub; read as a path, it could only be a relative one with two parts.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-#: The files that voxcpm reads, each with its alternatives.
+#: The files that voxcpm reads; each entry lists alternatives.
 _FILES = (
     ("config.json",),
     ("model.safetensors", "pytorch_model.bin"),
     ("audiovae.safetensors", "audiovae.pth"),
     ("tokenizer.json", "tokenizer.model"),
 )
-#: Time between two progress reports of a download.
-TELL_S = 10.0
+#: Shortest time between two progress reports of a download.
+REPORT_S = 10.0
 
-#: Called with the bytes of a download that have arrived, and the total (of the files begun; 0 if not known).
+#: Called with the bytes of a download that have arrived, and the total (of the files begun; 0 if unknown).
 Fetched = Callable[[int, int], None]
 
 
-def to_nobody(_had: int, _total: int) -> None:
+def ignore_progress(_had: int, _total: int) -> None:
     """Ignore the progress."""
 
 
 def find_folder(
-    model: str, *, offline: bool = False, revision: str | None = None, fetched: Fetched = to_nobody
+    model: str, *, offline: bool = False, revision: str | None = None, fetched: Fetched = ignore_progress
 ) -> Path:
-    """The folder of `model`, fetched from the hub if need be and allowed.
+    """The folder of `model`; fetched from the hub if necessary and allowed.
 
     Args:
         model: a folder, or a hub id such as `openbmb/VoxCPM2`.
-        offline: take what is on disk alone.
-        revision: of the hub's repository, a commit or tag; None takes its newest.
-        fetched: called every `TELL_S` of a download at the most, and only where more has come; by any one thread.
+        offline: use only what is on disk.
+        revision: commit or tag in the hub's repository; None uses the newest.
+        fetched: called during a download, at most every `REPORT_S` and only if more has arrived, from one thread at a
+            time.
 
     Raises:
-        EngineError: it is neither, or the hub does not give it.
+        EngineError: `model` is neither a folder nor a hub id, or the hub does not provide it.
     """
     if model and (folder := _expanded(model)).is_dir():
         return folder
@@ -62,30 +63,30 @@ def find_folder(
         off = offline or isinstance(fault.__cause__ or fault, errors.OfflineModeIsEnabled)
         raise EngineError(_not_here(model, off)) from fault
     except errors.GatedRepoError as fault:
-        raise EngineError(f"model {model} wants an account that was let in: `hf auth login` first") from fault
+        raise EngineError(f"model {model} requires an account with access to it: run `hf auth login` first") from fault
     except errors.RevisionNotFoundError as fault:
         raise EngineError(f"model {model} has no revision {revision!r} on the Hugging Face hub") from fault
     except errors.RepositoryNotFoundError as fault:
-        raise EngineError(f"the Hugging Face hub has no {model}; is it spelled right, or is it a folder?") from fault
+        raise EngineError(f"the Hugging Face hub has no model {model}; check the spelling, or give a folder") from fault
     except (errors.HfHubHTTPError, OSError) as fault:
         raise EngineError(f"model {model} could not be fetched ({fault}); try again, or give a folder") from fault
 
 
 def _bar_class(fetched: Fetched) -> Any:
-    """A progress bar for the hub's library that draws nothing."""
+    """Make a class of progress bars for the hub's library that call `fetched` and draw nothing."""
     from tqdm.std import tqdm
 
     most, next_at = 0, 0.0
 
-    class Bar(tqdm):  # type: ignore[misc]  # it has no types
+    class Bar(tqdm):  # type: ignore[misc]  # tqdm is untyped
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
 
         def display(self, *_args: object, **_kwargs: object) -> bool:
-            """Called under tqdm's lock; also by its monitor if nothing has arrived for long."""
+            """Called under tqdm's lock; also by its monitor thread if nothing has arrived for long."""
             nonlocal most, next_at
             if self.unit == "B" and self.n > most and time.monotonic() >= next_at:
-                most, next_at = int(self.n), time.monotonic() + TELL_S
+                most, next_at = int(self.n), time.monotonic() + REPORT_S
                 fetched(most, int(self.total or 0))
             return True
 
@@ -100,7 +101,7 @@ def _expanded(path: str) -> Path:
 
 
 def _not_here(model: str, offline: bool) -> str:
-    why = "fetching is switched off (offline)" if offline else "the Hugging Face hub cannot be reached"
+    why = "downloads are disabled (offline)" if offline else "the Hugging Face hub cannot be reached"
     return (
         f"model {model} is neither a folder here nor in this machine's Hugging Face cache, and {why}; fetch it once "
         f"with `hf download {model}`, or give the folder of its files"
@@ -108,14 +109,14 @@ def _not_here(model: str, offline: bool) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The model's config.json, once all that voxcpm reads is there.
+    """Read the model's config.json, after checking that all files that voxcpm reads are present.
 
     Raises:
-        EngineError: a file is missing or is not a config, or the architecture is not one of voxcpm's.
+        EngineError: a file is missing or not a config, or the architecture is not supported by voxcpm.
     """
     lacks = [" or ".join(names) for names in _FILES if not any((folder / name).is_file() for name in names)]
     if lacks:
-        raise EngineError(f"{folder} contains no VoxCPM model: {', '.join(lacks)} missing; was the download cut off?")
+        raise EngineError(f"{folder} is not a complete VoxCPM model: {', '.join(lacks)} missing; download it again")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as fault:
@@ -123,5 +124,5 @@ def read_config(folder: Path) -> dict[str, Any]:
     arch = str(config.get("architecture", "voxcpm")).lower() if isinstance(config, dict) else "none"
     if arch not in ARCHITECTURES:
         known = " and ".join(ARCHITECTURES)
-        raise EngineError(f"{folder} holds a model of architecture {arch!r}; voxcpm speaks {known}")
+        raise EngineError(f"{folder} contains a model of architecture {arch!r}; voxcpm supports {known}")
     return dict(config)

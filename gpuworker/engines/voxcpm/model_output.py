@@ -1,4 +1,4 @@
-"""The results of a model: encoded prompts, a speech that streams, and a speech made as a whole."""
+"""The results of a model: encoded prompts, streamed speech, and speech made as a whole."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,12 +15,12 @@ Samples = NDArray[np.float32]
 
 @attrs.frozen(eq=False)
 class PromptCache:
-    """Encoded prompt audio, to speak with any number of times.
+    """Encoded prompt audio, usable any number of times.
 
     Args:
         value: voxcpm's own dict; opaque.
-        patches: places it takes in the model's context: audio, markers, and the tokens of its text.
-        nbytes: of its tensors.
+        patches: positions that it takes in the model's context: audio, markers, and the tokens of its text.
+        nbytes: size of its tensors in bytes.
     """
 
     value: dict[str, Any]
@@ -28,12 +28,12 @@ class PromptCache:
     nbytes: int
 
 
-#: From the text spoken, what it was spoken with and its latents (steps, patch, dimensions): the prompt to go on from.
+#: (text spoken, prompt used, latents of shape (steps, patch, dimensions)) -> the prompt to continue from.
 Merge = Callable[[str, PromptCache | None, torch.Tensor], PromptCache]
 
 
 def audio_places(value: Mapping[str, Any]) -> int:
-    """Places in the context of the audio in a cache's `value`: its patches, and two markers round a reference."""
+    """Positions in the context taken by the audio in a cache's `value`: patches, and two markers around a reference."""
     places = len(value["audio_feat"]) if "audio_feat" in value else 0
     return places + (len(value["ref_audio_feat"]) + 2 if "ref_audio_feat" in value else 0)
 
@@ -47,19 +47,19 @@ class Whole:
     _merge: Merge
 
     def as_prompt(self, text: str, cache: PromptCache | None) -> PromptCache:
-        """A prompt with which the next speech continues in the same voice; `text` and `cache` as they were spoken."""
+        """Make a prompt that continues this speech in the same voice; pass the `text` and `cache` that were spoken."""
         return self._merge(text, cache, self._latents)
 
 
 class Speech:
-    """A text being spoken: iterates float32 arrays of shape (n,), each as soon as it is made.
+    """A text being spoken: iterates over float32 arrays of shape (n,), each as soon as it is made.
 
-    Close it to cancel, between two chunks; the model is then ready for the next. It is closed once it has ended.
+    To cancel, close it between two chunks; the model is then ready for the next speech. It closes itself at the end.
 
     Args:
         chunks: voxcpm's generator.
-        context: places of the model, for the words of an error.
-        merge: of the model.
+        context: size of the model's context, for error messages.
+        merge: the model's function that makes the prompt to continue from.
     """
 
     def __init__(self, chunks: Any, context: int, merge: Merge) -> None:
@@ -73,7 +73,7 @@ class Speech:
         return self
 
     def __next__(self) -> Samples:
-        """The next chunk.
+        """Return the next chunk.
 
         Raises:
             EngineError: the model failed; see `Model.stream`.
@@ -86,25 +86,25 @@ class Speech:
         except BaseException:
             self.close()
             raise
-        # VoxCPM2 drops older ones from its list, so the newest is taken each time.
+        # VoxCPM2 drops older entries from its list, so take the newest each time.
         self._latents.append(latents[-1])
         chunk: Samples = wav.squeeze(0).numpy()
         return chunk
 
     def close(self) -> None:
-        """Stop speaking. Does nothing once it has ended."""
+        """Stop speaking; does nothing if it has ended."""
         self.ended = True
         self._chunks.close()
 
     def as_prompt(self, text: str, cache: PromptCache | None) -> PromptCache:
-        """A prompt from which the next speech goes on in the same voice; `text` and `cache` as they were spoken.
+        """Make a prompt that continues this speech in the same voice; pass the `text` and `cache` that were spoken.
 
-        Of as much as was made: after the end, or after `close`.
+        It covers what was spoken, up to the end or to `close`.
 
         Raises:
-            ValueError: nothing was made, or it still speaks.
+            ValueError: nothing was spoken, or the speech has not ended.
         """
         if not self.ended or not self._latents:
-            raise ValueError("a speech is a prompt once it has ended, if it made any audio")
+            raise ValueError("only a speech that has ended and made audio can be a prompt")
         with torch.inference_mode():
             return self._merge(text, cache, torch.cat(self._latents, dim=1).squeeze(0).cpu())

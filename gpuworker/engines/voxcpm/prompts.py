@@ -1,4 +1,4 @@
-"""Finds the voice of a request: its prompt and reference audio is fetched, decoded, encoded, and cached."""
+"""Finds the voice of a request: fetches, decodes and encodes its prompt and reference audio, and caches the result."""
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
@@ -16,7 +16,7 @@ from gpuworker.engines.voxcpm.url_policy import FetchRefused
 from gpuworker.engines.voxcpm.voices import PromptCaches, Voice
 from protocol.wire.validators import Value
 
-#: A fetch is part of the run: a slot waits for it.
+#: Time for a fetch. It is part of the run, so a slot waits for it.
 FETCH_S = 20.0
 
 
@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 @attrs.frozen
 class Source:
-    """Audio of a voice: the field it came in, its bytes, and its cache key."""
+    """Audio of a voice: the field in which it was sent, its bytes, and its cache key."""
 
     field: str
     data: bytes
@@ -35,7 +35,7 @@ class Source:
 
 @attrs.frozen
 class Prompt:
-    """An encoded voice, and the field it came in."""
+    """An encoded voice, and the field in which it was sent."""
 
     cache: PromptCache
     field: str
@@ -46,11 +46,11 @@ class Prompts:
     """Finds the voice that a request asks for.
 
     Args:
-        model: that encodes it.
-        voices: of this worker, by name.
-        hosts: from which audio may be fetched, as `parse_hosts` made them.
-        max_prompt_s: length of the audio, s.
-        caches: of what was encoded.
+        model: encodes the audio.
+        voices: the voices of this worker, by name.
+        hosts: hosts from which audio may be fetched, as returned by `parse_hosts`.
+        max_prompt_s: longest audio, in seconds.
+        caches: the cache of encoded prompts.
     """
 
     model: Model
@@ -67,26 +67,26 @@ class Prompts:
         described: bool,
         cancelled: Callable[[], bool],
     ) -> Prompt | None:
-        """The encoded voice of a request; None where it names none and sends no audio.
+        """Return the encoded voice of a request; None if it names no voice and sends no audio.
 
         Args:
-            given: its params, which keep the schema and the rules.
+            given: its params, which satisfy the schema and the rules.
             inputs: `prompt_wav`, `reference_wav`.
-            described: a description of the voice goes before the text.
-            cancelled: whether to stop.
+            described: whether a description of the voice precedes the text.
+            cancelled: returns whether to stop.
 
         Raises:
-            InvalidParams: the audio cannot be had or used.
-            EngineError: the worker's own audio cannot, or the model failed.
-            Stopped: it was cancelled.
+            InvalidParams: the request's audio cannot be fetched or used.
+            EngineError: the worker's own audio cannot be used, or the model failed.
+            Stopped: the run was cancelled.
         """
         text = given.get("prompt_text")
         if (name := given.get("voice")) is not None:
-            if (voice := self.voices.get(name)) is None:  # its folder has changed, and another slot announced it
-                raise EngineError(f"this slot has no voice {name!r} any more; the worker's owner must start it again")
+            if (voice := self.voices.get(name)) is None:  # the folder changed, and another slot announced the voice
+                raise EngineError(f"this slot no longer has the voice {name!r}; the worker's owner must restart it")
             source = Source("voice", voice.read(), voice.digest)
             reference = source if self.model.clones else None
-            # A described voice is cloned by its reference alone: a prompt would keep its own manner of speaking.
+            # A described voice is cloned from its reference only: a prompt would keep its own way of speaking.
             prompt = source if voice.text is not None and not (reference and described) else None
             text = voice.text if prompt else None
         else:

@@ -1,7 +1,7 @@
 """Runs one request of engine `voxcpm`, from its params and inputs to its audio.
 
-The order is that of a reproducible run: check, encode the voice (which may come out of the cache, and draws nothing
-from the random generator), seed, speak.
+The order is that of a reproducible run: check, encode the voice (it may come from the cache, and does not use the
+random generator), seed, speak.
 """
 
 import re
@@ -22,15 +22,15 @@ from gpuworker.engines.voxcpm.text_split import split
 from gpuworker.engines.voxcpm.validation import find_faults, speakable
 from protocol.wire.validators import Value
 
-#: 64 KiB of PCM: speech made as a whole is passed on in such pieces.
+#: 64 KiB of PCM: speech made as a whole is passed on in chunks of this size.
 CHUNK_SAMPLES = 32_768
 #: Steps of the model between two progress reports; counted in steps, so that a repeated run makes the same frames.
 PROGRESS_STEPS = 5
 #: The limit in `generate` of the voxcpm package: no piece has more steps.
 MAX_STEPS = 4_096
-#: What the package adds to tokens * ratio; and a few tokens for its marks and for what comes together at a seam.
+#: Steps that the package adds to tokens * ratio; and tokens for its marks and for what merges at a seam.
 SPARE_STEPS, SPARE_TOKENS = 10, 8
-#: Fewer tokens do not make a sentence: a prompt that leaves no more room is rejected.
+#: Fewer tokens do not make a sentence: a prompt that leaves less room than this is rejected.
 MIN_PIECE_TOKENS = 16
 #: A description of the voice before the text, in the form that VoxCPM2 expects.
 _LEAD = re.compile(r"\s*[(（][^()（）]{1,400}[)）]")
@@ -43,7 +43,7 @@ class Speaker:
     """Speaks requests, one at a time.
 
     Args:
-        model: loaded.
+        model: a loaded model.
         prompts: finds the voice of a request.
     """
 
@@ -58,19 +58,19 @@ class Speaker:
         cancelled: Callable[[], bool],
         report: Callable[[ProgressChunk], None],
     ) -> Iterator[AudioChunk]:
-        """The audio of one request, at the model's rate, mono.
+        """Yield the audio of one request, at the model's rate, mono.
 
-        In mode streaming each chunk of the model is yielded as it is made: 80 or 160 ms. A text that the model takes
-        in one piece has the very samples that the voxcpm package makes of it with the same seed.
+        In mode streaming, each chunk of the model is yielded as it is made: 80 or 160 ms. A text that the model
+        accepts in one piece has exactly the samples that the voxcpm package makes of it with the same seed.
 
         Args:
-            params: keep the schema.
+            params: satisfy the schema.
             inputs: `prompt_wav`, `reference_wav`.
-            cancelled: whether to stop; looked at before each step of the model where none yields.
-            report: takes word of how far it is, in mode non_streaming.
+            cancelled: returns whether to stop; checked before each step of the model while nothing is yielded.
+            report: receives progress, in mode non_streaming.
 
         Raises:
-            InvalidParams: what no schema can say; every faulty field is named.
+            InvalidParams: the params break a rule that the schema cannot express; every faulty field is named.
             EngineError: the model failed.
         """
         given = {**DEFAULTS, **{name: value for name, value in params.items() if value is not None}}
@@ -84,7 +84,7 @@ class Speaker:
             retry_badcase_max_times=int(given["retry_badcase_max_times"]),
             ratio_threshold=float(given["retry_badcase_ratio_threshold"]),
         )
-        lead, text = self._words(given)
+        lead, text = self._lead_and_text(given)
         try:
             prompt = self.prompts.find(given, inputs, described=bool(lead), cancelled=cancelled)
             run = _Run(
@@ -105,8 +105,8 @@ class Speaker:
         except Stopped:
             return
 
-    def _words(self, given: Mapping[str, Value]) -> tuple[str, str]:
-        """The description of the voice, which precedes each separate piece ("" for none), and the text."""
+    def _lead_and_text(self, given: Mapping[str, Value]) -> tuple[str, str]:
+        """The description of the voice, to be placed before each separate piece ("" for none), and the text."""
         text = given["text"]
         if given["normalize"]:
             text = self.model.normalize(_spaced(text))
@@ -122,10 +122,10 @@ class Speaker:
         return _spaced(found[0]), text[found.end() :]
 
     def _pieces(self, lead: str, text: str, prompt: Prompt | None, settings: Settings) -> list[str]:
-        """`text` as one piece if the model takes it, with its prompt and the steps it may have; else in several.
+        """`text` as one piece if the model accepts it with its prompt and the steps it may take; else in several.
 
-        A voice that the model chose itself is kept by letting the later pieces go on from the first: that is then
-        their prompt, so each piece gets half the room.
+        A voice that the model chose itself is kept by letting the later pieces continue from the first. The first is
+        then their prompt, so each piece gets half the context.
         """
         room = self.model.context - SPARE_TOKENS - (prompt.cache.patches if prompt else 0)
         tokens = self.model.tokens(lead + _spaced(text))
@@ -136,21 +136,21 @@ class Speaker:
         if limit < MIN_PIECE_TOKENS:
             field = prompt.field if prompt else "voice_description"
             raise InvalidParams(
-                {field: f"leaves too little of the model's {self.model.context} steps; send less of it"}
+                {field: f"leaves too little of the {self.model.context} positions in the model's context; shorten it"}
             )
 
         def measure(piece: str) -> int:
             return self.model.tokens(_spaced(piece))
 
-        # Its line ends are ends of sentences, so it is split as it arrived.
+        # Line ends count as ends of sentences, so split the text with its white space unchanged.
         pieces = [_spaced(piece) for piece in split(text, limit, measure)]
         if max(map(measure, pieces)) > limit:
-            raise InvalidParams({"text": "has a character with more marks on it than the model takes"})
+            raise InvalidParams({"text": "has a character with more combining marks than the model accepts"})
         return pieces
 
 
 def _spaced(text: str) -> str:
-    """Replace all white space by single spaces, as the voxcpm package does."""
+    """Replace every run of white space by a single space, as the voxcpm package does."""
     return _SPACE.sub(" ", text)
 
 
@@ -161,9 +161,9 @@ def most_steps(tokens: int, settings: Settings) -> int:
 
 @attrs.define(kw_only=True)
 class _Run:
-    """The pieces of one request, being spoken.
+    """The pieces of one request, as they are spoken.
 
-    The piece before must have ended when the next is asked for: a model that speaks two at once corrupts both.
+    Request a piece only after the one before has ended: a model that speaks two at once corrupts both.
     """
 
     model: Model
@@ -208,13 +208,13 @@ class _Run:
             if self.cancelled():
                 raise Stopped
             made += 1
-            if made % PROGRESS_STEPS == 0:  # a bad case that is made again does not reduce it
+            if made % PROGRESS_STEPS == 0:  # the count continues when a bad case is made again
                 self.report(ProgressChunk("generating", (number + min(made / most, 1.0)) / len(self.pieces)))
 
         return on_step
 
 
 def _before_next(text: str) -> str:
-    """`text` as it stands before the next piece: the white space between them is in neither."""
+    """`text` as it precedes the next piece: the white space between two pieces belongs to neither."""
     wide = unicodedata.east_asian_width(text[-1]) in "WF"
     return text if wide or text[-1].isspace() else text + " "

@@ -1,10 +1,10 @@
 """Cuts a long text into pieces that a speech model accepts, where a speaker would pause.
 
-Boundaries are those of Unicode (UAX 29: sentences, words, grapheme clusters; UAX 14: where no Japanese line starts), by
-the properties that the `regex` package knows, and tightened for abbreviations, initials, ordinals, quoted speech and
-wrapped lines. The rules err towards too few sentence ends: one missed only makes a piece longer, a wrong one puts a
-pause after "Dr.". `pysbd` and `uniseg` were weighed: the first knows a closed list of languages and rewrites
-text, the second knows no abbreviations either.
+Boundaries are those of Unicode (UAX 29: sentences, words, grapheme clusters; UAX 14: where no Japanese line starts),
+derived from the properties that the `regex` package knows, with stricter rules for abbreviations, initials, ordinals,
+quoted speech and wrapped lines. The rules prefer too few sentence ends: a missed one only makes a piece longer, while a
+wrong one puts a pause after "Dr.". `pysbd` and `uniseg` were considered: the first knows a fixed list of languages and
+rewrites text, the second does not know abbreviations either.
 """
 
 import functools
@@ -15,20 +15,20 @@ from typing import Any
 
 import attrs
 
-# Followed by a name or a number, hardly ever by the next sentence.
+# Followed by a name or a number, rarely by the next sentence.
 ABBREVIATIONS = (
     "Mr|Mrs|Ms|Mx|Dr|Drs|Dra|Prof|St|Ste|Mt|Ft|Gen|Col|Maj|Capt|Cmdr|Lt|Sgt|Rev|Hon|Gov|Sen|Rep|Pres|Sr|Sra|Srta|"
     "Mme|Mlle|Hr|Nr|bzw|ca|cf|vs|viz|approx|dept|est|fig|figs|Fig|Figs|vol|Vol|ed|eds|г|ул|им|рис"
 )
-# Words of their own, abbreviations only before a number: "No. 5", "Jan. 3", "pp. 4-7".
+# Words in their own right, but abbreviations before a number: "No. 5", "Jan. 3", "pp. 4-7".
 BEFORE_NUMBERS = "No|Nos|no|nos|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec|pp|Art|Sec|Ch|chap|Ex|стр"
 #: Thai and Lao vowels that are written before the consonant they are spoken after.
 LEADING_VOWELS = frozenset("เแโใไເແໂໃໄ")
-#: How far a rule looks back or ahead, in characters: keeps the whole linear.
+#: How far a rule looks back or ahead, in characters; keeps the total time linear.
 LOOK_CHARS = 40
 
 _MARK = r"[\p{SB=STerm}\p{SB=ATerm}…‥⋯]"
-# What closes a quotation or bracket. „…“ and »…« close with what opens elsewhere: then no letter follows.
+# Marks that close a quotation or bracket. „…“ and »…« close with a mark that opens elsewhere: then no letter follows.
 _CLOSING = r"""(?:[\p{Pe}\p{Pf}"'*_]|\p{Pi}(?![\p{L}\p{N}])|[\u00a0\u202f\ ][»›](?![\p{L}\p{N}]))*+"""
 _CASELESS = r"""[\p{Ps}\p{Pi}"']*\p{SB=OLetter}"""
 
@@ -45,8 +45,8 @@ class _Patterns:
     word: Any
     spoken: Any
     opening: Any
-    clinging: Any
-    goes_on: Any
+    no_break_before: Any
+    continuation: Any
     caseless: Any
     lower: Any
     wrapped: Any
@@ -58,7 +58,7 @@ class _Patterns:
 
 @functools.cache
 def _patterns() -> _Patterns:
-    """Compile the rules once; `regex` comes with the extra `voxcpm`, and machines without it import this module too."""
+    """Compile the rules once, when needed: machines without the extra `voxcpm`, which has `regex`, import this too."""
     import regex
 
     def rule(pattern: str) -> Any:
@@ -79,8 +79,8 @@ def _patterns() -> _Patterns:
         word=rule(r"(?w)\b"),
         spoken=rule(r"[\p{L}\p{N}]"),
         opening=rule(r"[\p{Ps}\p{Pi}¿¡]\s*$"),
-        clinging=rule(r"[\p{LB=CJ}\p{LB=NS}]"),
-        goes_on=rule(rf"[,;:，；：、､،؛]|{_MARK}"),
+        no_break_before=rule(r"[\p{LB=CJ}\p{LB=NS}]"),
+        continuation=rule(rf"[,;:，；：、､،؛]|{_MARK}"),
         caseless=rule(_CASELESS),
         lower=rule(rf"[^\p{{L}}]{{0,{LOOK_CHARS}}}\p{{Lower}}"),
         wrapped=rule(r"""[\p{Ps}\p{Pi}"']*+\p{Lower}"""),
@@ -99,7 +99,7 @@ def _is_sentence_end(text: str, match: Any) -> bool:
     """Whether these marks end a sentence, and are not within a number, a name, an abbreviation or quoted speech."""
     rules = _patterns()
     marks, closing, gap, after = match["marks"], match["closing"], match["gap"], match.end()
-    if rules.goes_on.match(text, after):
+    if rules.continuation.match(text, after):
         return False
     may_be_inside = all(mark in ".․﹒．…‥⋯" for mark in marks)
     if not gap:
@@ -133,14 +133,14 @@ def _sentence_ends(text: str) -> Iterator[int]:
 
 @attrs.frozen
 class _Text:
-    """A text with the places where it may be cut. Places are counted in grapheme clusters, from 0 to `size`.
+    """A text with the places where it may be cut. A place is a number of grapheme clusters, from 0 to `size`.
 
     Attributes:
-        offsets: of each place in the text, in characters (`size` + 1 of them).
+        offsets: offset of each place in the text, in characters (`size` + 1 of them).
         content: for each place, the first cluster at or after it that is not white space.
         filled: for each place, the end of the last cluster before it that is not white space.
-        spoken: for each place, the first cluster at or after it that has a letter or digit; `size` where none follows.
-        levels: cuts in ascending order, each list ending with `size`; from the best level to the worst.
+        spoken: for each place, the first cluster at or after it with a letter or digit; `size` if none follows.
+        levels: lists of cuts in ascending order, each ending with `size`; from the best level to the worst.
     """
 
     text: str
@@ -176,8 +176,8 @@ def _read(text: str) -> _Text:
         """Convert offsets to cuts; offsets within a grapheme cluster are left out."""
         return {places[end] for end in ends if end in places}
 
-    def tidy(cuts: Collection[int]) -> list[int]:
-        """Leave out cuts that would part marks from the words they belong to."""
+    def keep_words_whole(cuts: Collection[int]) -> list[int]:
+        """Drop cuts that would separate marks from the words they belong to."""
         kept: list[int] = []
         start = 0
         for cut in sorted({*cuts, size} - {0}):
@@ -188,10 +188,10 @@ def _read(text: str) -> _Text:
             start = cut
         return kept or [size]
 
-    def may_part(place: int) -> bool:
-        return not (clusters[place - 1][0] in LEADING_VOWELS or rules.clinging.match(clusters[place]))
+    def may_cut(place: int) -> bool:
+        return not (clusters[place - 1][0] in LEADING_VOWELS or rules.no_break_before.match(clusters[place]))
 
-    inner = {place for place in range(1, size) if may_part(place)}
+    inner = {place for place in range(1, size) if may_cut(place)}
     return _Text(
         text=text,
         size=size,
@@ -202,17 +202,17 @@ def _read(text: str) -> _Text:
         ),
         spoken=spoken,
         levels=[
-            tidy(at_places(_sentence_ends(text))),
-            tidy(at_places(match.end() for match in rules.clause.finditer(text))),
-            tidy(at_places(match.end() for match in rules.space.finditer(text))),
-            tidy(at_places(match.start() for match in rules.word.finditer(text)) & inner),
-            tidy(inner),
+            keep_words_whole(at_places(_sentence_ends(text))),
+            keep_words_whole(at_places(match.end() for match in rules.clause.finditer(text))),
+            keep_words_whole(at_places(match.end() for match in rules.space.finditer(text))),
+            keep_words_whole(at_places(match.start() for match in rules.word.finditer(text)) & inner),
+            keep_words_whole(inner),
         ],
     )
 
 
 def _reach(start: int, size: int, guess: int, fits: Callable[[int], bool]) -> int:
-    """The farthest place up to which everything fits, at least one cluster; doubling, then halving, from a guess."""
+    """The farthest place up to which everything fits, at least one cluster; doubles, then halves, a guess."""
     good, bad = start + 1, size + 1
     probe = min(max(good, start + guess), size)
     while good + 1 < bad:
@@ -225,7 +225,7 @@ def _reach(start: int, size: int, guess: int, fits: Callable[[int], bool]) -> in
 
 
 def _best_cut(levels: Iterable[Sequence[int]], after: int, reach: int, fits: Callable[[int], bool]) -> int | None:
-    """The last cut of the best level that has one after `after` and up to `reach`; None if none has."""
+    """The last cut of the best level that has one after `after` and up to `reach`; None if no level has one."""
     for cuts in levels:
         first, at, step = bisect_right(cuts, after), bisect_right(cuts, reach) - 1, 1
         while at >= first:
@@ -238,22 +238,22 @@ def _best_cut(levels: Iterable[Sequence[int]], after: int, reach: int, fits: Cal
 
 
 def split(text: str, limit: int, measure: Callable[[str], int]) -> list[str]:
-    """Cuts a text into pieces that fit, each as long as it can be for a good cut.
+    """Split a text into pieces that fit, each as long as a good cut allows.
 
-    Cuts are made at ends of sentences and lines where one is within reach, else at clause marks, else at white space,
-    else at word edges, else between grapheme clusters, which are never cut. Only white space at the cuts is lost.
-    A "(description)" that the text begins with stays whole, with what follows it, where it fits.
+    The text is cut at ends of sentences and lines if one is within reach, else at clause marks, else at white space,
+    else between words, else between grapheme clusters, which are never cut. Only white space at the cuts is lost.
+    A "(description)" at the beginning stays whole, together with the text that follows it, if that fits.
 
     Args:
         text: any text; line breaks may be of any kind.
-        limit: the most that `measure` may give for a piece, in its unit.
-        measure: size of a text, such as its tokens; should not grow smaller for longer texts. Asked O(log n) times a
-            piece, with texts at most about twice as long as the piece; and once with the whole.
+        limit: the largest size of a piece, in the unit of `measure`.
+        measure: returns the size of a text, such as its number of tokens; should not decrease for longer texts. Called
+            O(log n) times per piece, with texts at most about twice as long as the piece, and once with the whole text.
 
     Returns:
-        The text itself where it fits; nothing where it is only white space; else pieces that fit, with no white space
-        round them. A grapheme cluster that alone is over the limit is a piece nevertheless: who calls must look.
-        A piece without letter or digit comes only from a text without, or from a run of marks that is over the limit.
+        the text itself if it fits; nothing if it is only white space; else pieces without surrounding white space. All
+        fit, except a single grapheme cluster larger than the limit, which the caller must check for. A piece without
+        a letter or digit occurs only if the text has none, or contains a run of marks larger than the limit.
     """
     if not text or text.isspace():
         return []
@@ -273,7 +273,7 @@ def split(text: str, limit: int, measure: Callable[[str], int]) -> list[str]:
         reach = _reach(start, parts.size, guess, fits)
         stop = None
         if after > start:
-            # With a word of what follows the description at least; else it is too long, and cut like any text.
+            # Keep at least a word after the description; if that does not fit, cut it like any other text.
             stop = _best_cut(parts.levels[:-1], parts.spoken[after], reach, fits)
         stop = stop or _best_cut(parts.levels, parts.spoken[start], reach, fits) or reach
         pieces.append(parts.piece(start, stop))

@@ -1,9 +1,9 @@
-"""Provides what voxcpm needs of torchaudio, if the real one is missing or does not load.
+"""Provides what voxcpm uses of torchaudio, if the real package is missing or cannot be imported.
 
-voxcpm 2.0.3 imports torchaudio at the top of `model/voxcpm.py` and calls two of its functions, both for the prompt
-audio of VoxCPM 1.x only. `import torchaudio` fails where torch is the CPU build and torchaudio is not, and from 2.9 on
-`torchaudio.load` needs torchcodec and FFmpeg besides. Prompts reach the model as WAV at the model's own rate, so
-the stand-in gives the very samples that the real one gives (16 and 32 bit WAV, as `torchaudio.load` reads them).
+voxcpm 2.0.3 imports torchaudio at the top of `model/voxcpm.py` and calls two of its functions, both only for the prompt
+audio of VoxCPM 1.x. `import torchaudio` fails if torch is the CPU build and torchaudio is not; from 2.9 on,
+`torchaudio.load` also requires torchcodec and FFmpeg. Prompts reach the model as WAV at the model's own rate, so the
+stand-in returns exactly the samples that the real one returns (16- and 32-bit WAV, as read by `torchaudio.load`).
 """
 
 import importlib
@@ -14,17 +14,17 @@ from typing import Any, Literal
 
 import attrs
 
-#: How `import torchaudio` fails: it is not installed, or its libraries need a CUDA that is not there.
+#: Errors of `import torchaudio`: it is not installed, or its libraries require a CUDA version that is missing.
 _NOT_LOADABLE = (ImportError, OSError, RuntimeError, AttributeError)
 
 
 @attrs.frozen
 class TorchaudioInUse:
-    """Which torchaudio `import voxcpm` gets.
+    """The torchaudio that `import voxcpm` uses.
 
     Args:
-        kind: "real", "real, our load" (it is there but cannot read files), or "stand-in".
-        why: what the real one said, empty for "real".
+        kind: "real", "real, our load" (the real one, which cannot read files), or "stand-in".
+        why: the error of the real one, empty for "real".
     """
 
     kind: Literal["real", "real, our load", "stand-in"]
@@ -32,10 +32,10 @@ class TorchaudioInUse:
 
 
 def load(path: str, *_args: object, **_kwargs: object) -> tuple[Any, int]:
-    """As `torchaudio.load`.
+    """Replacement for `torchaudio.load`.
 
     Args:
-        path: a file that soundfile reads.
+        path: a file that soundfile can read.
 
     Returns:
         float32 tensor of shape (channels, samples) in -1..1, and its rate in Hz.
@@ -48,9 +48,9 @@ def load(path: str, *_args: object, **_kwargs: object) -> tuple[Any, int]:
 
 
 def resample(waveform: Any, orig_freq: int, new_freq: int, *_args: object, **_kwargs: object) -> Any:
-    """As `torchaudio.functional.resample`, by soxr.
+    """Replacement for `torchaudio.functional.resample` with soxr.
 
-    Close to it but not bit for bit, so the adapter never has it called with two rates that differ.
+    Its result is close but not equal to the original's; the engine never calls it with two different rates.
 
     Args:
         waveform: tensor of shape (channels, samples).
@@ -70,11 +70,11 @@ def resample(waveform: Any, orig_freq: int, new_freq: int, *_args: object, **_kw
 
 
 def ensure_torchaudio() -> TorchaudioInUse:
-    """Make `import torchaudio` work for voxcpm; call it before voxcpm is imported. It may be called twice."""
+    """Make `import torchaudio` work for voxcpm; call it before voxcpm is imported. It may be called repeatedly."""
     try:
         torchaudio: Any = importlib.import_module("torchaudio")
     except _NOT_LOADABLE as fault:
-        # The next import would find a half-imported package, and take it for a whole one.
+        # Otherwise the next import would find the half-imported package and take it for a complete one.
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
             del sys.modules[name]
         _install()
@@ -91,7 +91,7 @@ def ensure_torchaudio() -> TorchaudioInUse:
 
 def _install() -> None:
     package, functional = types.ModuleType("torchaudio"), types.ModuleType("torchaudio.functional")
-    # Library code asks `importlib.util.find_spec("torchaudio")`, which raises for a module without a spec.
+    # Libraries call `importlib.util.find_spec("torchaudio")`, which raises for a module without a spec.
     package.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None, is_package=True)
     functional.__spec__ = importlib.machinery.ModuleSpec("torchaudio.functional", None)
     names: dict[str, object] = {"__path__": [], "__version__": "0+stand.in", "is_stand_in": True, "load": load}
@@ -115,6 +115,6 @@ def _load_fault(torchaudio: Any) -> str:
         soundfile.write(path, np.zeros(160, np.float32), 16_000, subtype="FLOAT")
         try:
             torchaudio.load(str(path))
-        except Exception as fault:  # noqa: BLE001 - whatever a backend raises, ours replaces it
+        except Exception as fault:  # noqa: BLE001 - a backend may raise anything, and is then replaced
             return f"{type(fault).__name__}: {fault}"
     return ""

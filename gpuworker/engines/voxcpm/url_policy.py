@@ -17,12 +17,12 @@ PORTS = (80, 443)
 _HOST = re.compile(r"[a-z0-9_](?:[a-z0-9._-]{0,251}[a-z0-9_])?")
 #: Characters of a path or query that are left as they are: delimiters, or part of an encoding.
 SAFE = "/%:=&?~#+!$,;'@()*[]"
-#: Not public although `is_global` says so, in some or all versions of Python: protocol assignments (Oracle's
-#: metadata among them), 6to4 relays, and Azure's services for its own machines.
-_OURS = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")))
+#: Networks that are not public although `is_global` says so, in some or all versions of Python: protocol assignments
+#: (including Oracle's metadata service), 6to4 relays, and Azure's services for its own machines.
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")))
 _GLOBAL_V6 = ipaddress.ip_network("2000::/3")
-#: Addresses that embed an IPv4 address, to which a gateway would forward: Teredo and others, 6to4. NAT64 and
-#: IPv4-mapped ones lie outside 2000::/3.
+#: Addresses that contain an IPv4 address, to which a gateway would forward: Teredo and others, 6to4. NAT64 and
+#: IPv4-mapped addresses lie outside 2000::/3.
 _TUNNELS = (ipaddress.ip_network("2001::/23"), ipaddress.ip_network("2002::/16"))
 
 
@@ -31,7 +31,7 @@ class FetchRefused(ValueError):
 
 
 def _host_name(host: str) -> str:
-    """A host as it is compared: lower-case ASCII; an IPv6 address in its shortest form, without brackets."""
+    """A host as compared: lower-case ASCII; an IPv6 address in its shortest form, without brackets."""
     try:
         return str(ipaddress.IPv6Address(host))
     except ValueError:
@@ -51,10 +51,10 @@ class Listed:
 
     @classmethod
     def parse(cls, entry: str) -> "Listed":
-        """From its text.
+        """Parse an entry of the list.
 
         Raises:
-            OptionError: it is none.
+            OptionError: it is not valid.
         """
         try:
             parts = urlsplit("//" + entry.removeprefix("."))
@@ -67,7 +67,7 @@ class Listed:
                 "or example.org:8443"
             ) from None
 
-    def takes(self, host: str, port: int) -> bool:
+    def allows(self, host: str, port: int) -> bool:
         """Whether it allows this host and port."""
         if port not in (PORTS if self.port is None else (self.port,)):
             return False
@@ -75,10 +75,10 @@ class Listed:
 
 
 def parse_hosts(option: str) -> tuple[str, ...]:
-    """Hosts from an option's text, with commas between.
+    """Parse a comma-separated list of hosts.
 
     Raises:
-        OptionError: one of them is none.
+        OptionError: an entry is not valid.
     """
     entries = tuple(entry.strip() for entry in option.split(",") if entry.strip())
     for entry in entries:
@@ -87,7 +87,7 @@ def parse_hosts(option: str) -> tuple[str, ...]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to a machine on the internet, and leads nowhere else."""
+    """Whether an IP address belongs to a machine on the public internet, and forwards to nothing else."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -96,14 +96,14 @@ def is_public(address: str) -> bool:
         ip.scope_id is not None or ip not in _GLOBAL_V6 or any(ip in net for net in _TUNNELS)
     ):
         return False
-    return ip.is_global and not ip.is_multicast and not any(ip in net for net in _OURS)
+    return ip.is_global and not ip.is_multicast and not any(ip in net for net in _NOT_PUBLIC)
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a host.
+    """Resolve all addresses of a host.
 
     Raises:
-        OSError: it has none.
+        OSError: it cannot be resolved.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
@@ -111,12 +111,12 @@ def resolve(host: str, port: int) -> list[str]:
 
 @attrs.frozen
 class Target:
-    """What a URL asks for.
+    """The parts of a URL that a fetch needs.
 
     Args:
         scheme: `http` or `https`.
-        host: as `Listed` compares it.
-        path: with the query, percent-encoded.
+        host: in the form in which `Listed` compares it.
+        path: including the query, percent-encoded.
     """
 
     scheme: str
@@ -126,27 +126,27 @@ class Target:
 
     @classmethod
     def parse(cls, url: str) -> "Target":
-        """From a URL.
+        """Parse a URL.
 
         Raises:
-            FetchRefused: it is none, or has in it what has no place in a request's params.
+            FetchRefused: it is not a valid URL, or contains something that must not be in a request's params.
         """
         if len(url) > MAX_URL_CHARS:
             raise FetchRefused(f"is a URL of {len(url)} characters; the limit is {MAX_URL_CHARS}")
         if not url.isprintable() or " " in url or "\\" in url:
-            raise FetchRefused("holds a space or a sign that no URL has; percent-encode it")
+            raise FetchRefused("contains a space or a character that is not allowed in a URL; percent-encode it")
         try:
             parts = urlsplit(url)
             scheme, port = parts.scheme, parts.port
             if scheme not in ("http", "https"):
                 raise FetchRefused("is not an http or https URL")
             if "@" in parts.netloc:
-                raise FetchRefused("has a user name or password in it; leave it out")
+                raise FetchRefused("contains a user name or password; leave it out")
             host = _host_name(parts.hostname or "")
         except FetchRefused:
             raise
         except ValueError:
-            raise FetchRefused("is no URL of a host; give https://HOST/PATH") from None
+            raise FetchRefused("is not a URL with a host; give https://HOST/PATH") from None
         path = quote(parts.path, SAFE) or "/"
         if parts.query:
             path += "?" + quote(parts.query, SAFE)

@@ -11,14 +11,14 @@ def speakable(text: str) -> bool:
 
 
 def find_faults(given: Mapping[str, Value], inputs: Collection[str]) -> dict[str, str]:
-    """What is wrong with a request that keeps the schema.
+    """Find the faults of a request that satisfies the schema.
 
     Args:
-        given: its params; None is not given.
+        given: its params; None counts as not given.
         inputs: names of its inputs.
 
     Returns:
-        field -> what is wrong with it, to be read after the field's name.
+        field -> what is wrong with it, phrased to follow the field's name.
     """
     there = {name for name, value in given.items() if value is not None} | set(inputs)
     prompts = [name for name in ("prompt_wav", "prompt_wav_url") if name in there]
@@ -31,14 +31,14 @@ def find_faults(given: Mapping[str, Value], inputs: Collection[str]) -> dict[str
             faults[name] = "contains no words"
     for names in (prompts, references):
         if len(names) > 1:
-            faults[names[1]] = f"is given beside input {names[0]}; send one of them"
+            faults[names[1]] = f"was given with input {names[0]}; send only one of them"
     if prompts and "prompt_text" not in there:
-        faults["prompt_text"] = f"is required with {prompts[0]}: what is said in it, word for word"
+        faults["prompt_text"] = f"is required with {prompts[0]}: its transcript, word for word"
     if "prompt_text" in there and not prompts:
-        faults["prompt_wav"] = "is required with prompt_text, as an input: the audio it is the text of"
+        faults["prompt_wav"] = "is required with prompt_text, as an input: the audio that prompt_text transcribes"
     if "prompt_text" in there and "voice_description" in there:
-        faults["voice_description"] = "is not followed where speech goes on from a prompt; leave out one of them"
+        faults["voice_description"] = "has no effect if speech continues from a prompt; leave out one of them"
     others = [*prompts, *(["prompt_text"] if "prompt_text" in there else []), *references]
     if "voice" in there and others:
-        faults["voice"] = f"is a prompt of its own; leave out {' and '.join(others)}, or leave out voice"
+        faults["voice"] = f"already contains a prompt; leave out {' and '.join(others)}, or leave out voice"
     return faults

@@ -1,6 +1,6 @@
 """Reads a worker's named voices from a folder: NAME.wav (or .flac .mp3 .ogg), and its transcript NAME.txt.
 
-And the cache of prompts made from them. Nothing heavy is imported: audio is decoded where it is used.
+Also contains the cache of prompts made from them. Nothing heavy is imported: audio is decoded elsewhere.
 """
 
 import hashlib
@@ -19,18 +19,18 @@ from protocol.wire.messages import SPACE_PATTERN
 #: In order of preference, if one name has several.
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 TEXT_SUFFIX = ".txt"
-#: Their names, of up to 64 characters, go into the params schema as an `enum`, and a relay lists no schema of more than
-#: 24 KiB.
+#: Their names, of up to 64 characters each, are listed in the params schema as an `enum`, and a relay lists no schema
+#: of more than 24 KiB.
 MAX_VOICES = 200
-#: Files read in a folder; a voice has two.
+#: Most files read in a folder; a voice has two.
 MAX_ENTRIES = 10_000
-#: Size of one voice. A minute of 48 kHz stereo at 24 bits is 17 MB.
+#: Largest audio file of a voice. A minute of 48 kHz stereo at 24 bits has 17 MB.
 MAX_AUDIO_BYTES = 32 * 2**20
-#: A fast speaker says 25 characters a second.
+#: A fast speaker speaks 25 characters a second.
 MAX_TEXT_CHARS = 2_000
 MAX_TEXT_BYTES = 4 * MAX_TEXT_CHARS + 1_024
-#: How many are listed one by one.
-MAX_WORDS = 50
+#: Most left-out files that are listed individually.
+MAX_LISTED = 50
 
 ValueT = TypeVar("ValueT")
 
@@ -40,10 +40,10 @@ class Voice:
     """One voice of the folder.
 
     Args:
-        name: as a request asks for it.
-        audio: its file, links followed.
-        text: what is said in it, without white space around; None where there is no transcript.
-        digest: SHA-256, hexadecimal, of the audio and the transcript: changes when either does.
+        name: the name by which a request selects it.
+        audio: its file, with links resolved.
+        text: its transcript, without surrounding white space; None if there is none.
+        digest: SHA-256, hexadecimal, of the audio and the transcript.
     """
 
     name: str
@@ -52,17 +52,17 @@ class Voice:
     digest: str
 
     def read(self) -> bytes:
-        """Its audio file.
+        """Read its audio file.
 
         Raises:
-            EngineError: it is gone, or is not what it was when the worker announced it.
+            EngineError: it cannot be read, or has changed since the worker announced it.
         """
         try:
             data = _read(self.audio, MAX_AUDIO_BYTES)
         except (OSError, _LeftOut) as fault:
-            raise EngineError(f"voice {self.name!r} cannot be read: {_words(fault)}; start the worker again") from None
+            raise EngineError(f"voice {self.name!r} cannot be read: {_reason(fault)}; restart the worker") from None
         if _digest(hashlib.sha256(data), self.text) != self.digest:
-            raise EngineError(f"voice {self.name!r} has changed since the worker started; start the worker again")
+            raise EngineError(f"voice {self.name!r} has changed since the worker started; restart the worker")
         return data
 
 
@@ -71,11 +71,11 @@ class _LeftOut(Exception):
 
 
 def find_voices(folder: Path, *, need_text: bool = False) -> tuple[dict[str, Voice], list[str]]:
-    """The voices of a folder, and what in it is none.
+    """Find the voices in a folder, and the files that are not usable voices.
 
     Args:
-        folder: looked at itself, not the folders in it. Hidden files are passed over.
-        need_text: leave out voices without a transcript (VoxCPM 1.x takes none).
+        folder: searched without its subfolders. Hidden files are ignored.
+        need_text: leave out voices without a transcript (VoxCPM 1.x requires one).
 
     Returns:
         name -> voice, sorted, at most `MAX_VOICES`; and a sentence for each file that was left out.
@@ -89,45 +89,45 @@ def find_voices(folder: Path, *, need_text: bool = False) -> tuple[dict[str, Voi
             names = [entry.name for entry, _ in zip(entries, range(MAX_ENTRIES + 1), strict=False)]
     except (OSError, RuntimeError) as fault:  # RuntimeError: links that form a loop
         raise EngineError(
-            f"the folder of voices {str(folder)!r} cannot be read: {_words(fault)}; "
-            "make it, or give another with -o voices=FOLDER"
+            f"the folder of voices {str(folder)!r} cannot be read: {_reason(fault)}; "
+            "create it, or give another one with -o voices=FOLDER"
         ) from None
-    words = _LeftOutLog()
+    left_out = _LeftOutLog()
     if len(names) > MAX_ENTRIES:
-        words.add(f"{str(folder)!r} has more than {MAX_ENTRIES} files; some were not looked at")
-    audio, texts = _sorted_out(sorted(names[:MAX_ENTRIES]), words)
+        left_out.add(f"{str(folder)!r} has more than {MAX_ENTRIES} files; the rest was not read")
+    audio, texts = _sort_files(sorted(names[:MAX_ENTRIES]), left_out)
     voices: dict[str, Voice] = {}
     for name, file in sorted(audio.items()):
         if len(voices) == MAX_VOICES:
-            words.add(f"voice {name!r} and those after it: a worker takes at most {MAX_VOICES} voices")
+            left_out.add(f"voice {name!r} and those after it: a worker has at most {MAX_VOICES} voices")
             break
         try:
             voices[name] = _voice(root, name, file, texts.pop(name, None), need_text)
         except (OSError, _LeftOut) as fault:
-            words.add(f"voice {name!r}: {_words(fault)}")
+            left_out.add(f"voice {name!r}: {_reason(fault)}")
     for name, file in sorted(texts.items()):
         if name not in audio:
-            words.add(f"{file!r}: there is no {name}.wav (or {' '.join(AUDIO_SUFFIXES[1:])}) beside it")
-    return voices, words.summary()
+            left_out.add(f"{file!r}: there is no {name}.wav (or {' '.join(AUDIO_SUFFIXES[1:])}) beside it")
+    return voices, left_out.summary()
 
 
 @attrs.define
 class _LeftOutLog:
-    words: list[str] = attrs.field(factory=list)
+    lines: list[str] = attrs.field(factory=list)
     more: int = 0
 
-    def add(self, words: str) -> None:
-        if len(self.words) < MAX_WORDS:
-            self.words.append("left out: " + wire_text(words))
+    def add(self, reason: str) -> None:
+        if len(self.lines) < MAX_LISTED:
+            self.lines.append("left out: " + wire_text(reason))
         else:
             self.more += 1
 
     def summary(self) -> list[str]:
-        return [*self.words, f"left out: {self.more} more"] if self.more else self.words
+        return [*self.lines, f"left out: {self.more} more"] if self.more else self.lines
 
 
-def _sorted_out(files: list[str], words: _LeftOutLog) -> tuple[dict[str, str], dict[str, str]]:
-    """Name -> audio file, name -> transcript."""
+def _sort_files(files: list[str], left_out: _LeftOutLog) -> tuple[dict[str, str], dict[str, str]]:
+    """Sort files into name -> audio file and name -> transcript."""
     audio: dict[str, str] = {}
     texts: dict[str, str] = {}
     for file in files:
@@ -135,15 +135,15 @@ def _sorted_out(files: list[str], words: _LeftOutLog) -> tuple[dict[str, str], d
         if file.startswith("."):
             continue
         if suffix.lower() not in (*AUDIO_SUFFIXES, TEXT_SUFFIX):
-            words.add(f"{file!r}: a voice is NAME{' or NAME'.join(AUDIO_SUFFIXES)}, and NAME{TEXT_SUFFIX}")
+            left_out.add(f"{file!r}: a voice is NAME{' or NAME'.join(AUDIO_SUFFIXES)}, and NAME{TEXT_SUFFIX}")
         elif SPACE_PATTERN.fullmatch(name) is None:
-            words.add(f"{file!r}: a voice's name has 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or digit")
+            left_out.add(f"{file!r}: a voice's name has 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or digit")
         else:
             found = texts if suffix.lower() == TEXT_SUFFIX else audio
             first, second = sorted((found.get(name, file), file), key=_preference)
             found[name] = first
             if first != second:
-                words.add(f"{second!r}: {first!r} is there as well, and is used")
+                left_out.add(f"{second!r}: {first!r} has the same name and is used instead")
     return audio, texts
 
 
@@ -158,7 +158,7 @@ def _voice(root: Path, name: str, audio: str, text_file: str | None, need_text: 
     if text_file is not None:
         text = _transcript(_read(_inside(root, text_file), MAX_TEXT_BYTES), text_file)
     if text is None and need_text:
-        raise _LeftOut(f"this model needs what is said in it, in {name}{TEXT_SUFFIX}")
+        raise _LeftOut(f"this model needs its transcript in {name}{TEXT_SUFFIX}")
     data = _read(path, MAX_AUDIO_BYTES)
     if not data:
         raise _LeftOut(f"{audio!r} is empty")
@@ -166,11 +166,11 @@ def _voice(root: Path, name: str, audio: str, text_file: str | None, need_text: 
 
 
 def _inside(root: Path, file: str) -> Path:
-    """The path of `file` with all links followed."""
+    """The path of `file`, with all links resolved."""
     try:
         path = (root / file).resolve(strict=True)
     except RuntimeError:
-        raise _LeftOut(f"{file!r} is a link that leads round") from None
+        raise _LeftOut(f"{file!r} is a link that forms a loop") from None
     if not path.is_relative_to(root):
         raise _LeftOut(f"{file!r} is a link out of the folder; copy the file into it")
     return path
@@ -191,9 +191,9 @@ def _transcript(data: bytes, file: str) -> str | None:
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise _LeftOut(f"{file!r} is not UTF-8; save it as that") from None
+        raise _LeftOut(f"{file!r} is not UTF-8; save it as UTF-8") from None
     if len(text) > MAX_TEXT_CHARS:
-        raise _LeftOut(f"{file!r} has {len(text)} characters; it may have {MAX_TEXT_CHARS}")
+        raise _LeftOut(f"{file!r} has {len(text)} characters; the limit is {MAX_TEXT_CHARS}")
     return text or None
 
 
@@ -201,16 +201,16 @@ def _digest(audio: "hashlib._Hash", text: str | None) -> str:
     return hashlib.sha256(audio.digest() + (b"" if text is None else text.encode())).hexdigest()
 
 
-def _words(fault: Exception) -> str:
+def _reason(fault: Exception) -> str:
     return (fault.strerror or type(fault).__name__) if isinstance(fault, OSError) else str(fault)
 
 
 class PromptCaches(Generic[ValueT]):
-    """The values put last or asked for last, as many as fit both bounds.
+    """Keeps the values used most recently, as many as fit both limits.
 
     Args:
-        at_most: how many.
-        max_bytes: all of them together; one that alone is larger is not kept.
+        at_most: the most values.
+        max_bytes: their total size; a value that is larger by itself is not kept.
     """
 
     def __init__(self, at_most: int, max_bytes: int) -> None:
@@ -234,7 +234,7 @@ class PromptCaches(Generic[ValueT]):
         return kept[0]
 
     def put(self, key: Hashable, value: ValueT, nbytes: int) -> None:
-        """Add `value`, and drop the values that were not used for longest."""
+        """Add `value`, and drop the values that have not been used for the longest time."""
         if (before := self._kept.pop(key, None)) is not None:
             self.nbytes -= before[1]
         if nbytes > self._max_bytes:

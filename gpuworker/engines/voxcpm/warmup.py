@@ -1,4 +1,4 @@
-"""Runs a newly loaded model: this pays the cost of first runs, and shows whether the model repeats itself."""
+"""Runs a newly loaded model, to pay the cost of the first runs and to check that the model is reproducible."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from gpuworker.engines.voxcpm.model import Model, PromptCache, Settings
 
 TEXT = "Hello, this is the first sentence."
-#: Steps of one run. The first after a prompt differs from the rest, and a CUDA graph is replayed from the third on.
+#: Steps in one run. The first after a prompt differs from the rest, and a CUDA graph is replayed from the third on.
 STEPS = 4
 TONE_HZ, TONE_S = 220.0, 0.5
 
 
 @attrs.frozen
 class WarmUp:
-    """What the first runs showed.
+    """The result of the first runs.
 
     Args:
-        digest: of their samples, 16 hex digits. Two processes with another one make other samples, whatever else they
-            have in common: CUDA kernels are chosen by measuring, and CPUs round in their own ways.
-        repeats: the same seed made the same samples each time.
+        digest: of their samples, 16 hex digits. Processes with different digests make different samples even if
+            everything else is equal: CUDA kernels are chosen by timing them, and CPUs differ in rounding.
+        repeats: whether the same seed made the same samples each time.
     """
 
     digest: str
@@ -34,7 +34,7 @@ class WarmUp:
 def warm_up(model: Model, runs: int) -> WarmUp:
     """Speak a few steps in every way that a request may ask for, `runs` times.
 
-    The prompt goes the way of an uploaded one: the first file that librosa reads takes it seconds.
+    The prompt is read like an uploaded one, because the first file that librosa reads takes it seconds.
 
     Raises:
         EngineError: the model cannot speak.

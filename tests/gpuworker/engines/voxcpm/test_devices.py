@@ -99,11 +99,11 @@ def test_a_download_is_told_while_more_of_it_comes_and_no_longer(
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr("gpuworker.engines.voxcpm.model_files.TELL_S", 0.0)
+    monkeypatch.setattr("gpuworker.engines.voxcpm.model_files.REPORT_S", 0.0)
     told: list[tuple[int, int]] = []
     assert find_folder("openbmb/VoxCPM2", fetched=lambda had, total: told.append((had, total))) == folder
     assert told == [(1_000, 4_000), (4_000, 4_000)]
-    monkeypatch.setattr("gpuworker.engines.voxcpm.model_files.TELL_S", 60.0)
+    monkeypatch.setattr("gpuworker.engines.voxcpm.model_files.REPORT_S", 60.0)
     find_folder("openbmb/VoxCPM2", fetched=lambda had, total: told.append((had, total)))
     assert told[2:] == [(1_000, 4_000)]
     assert capfd.readouterr() == ("", "")

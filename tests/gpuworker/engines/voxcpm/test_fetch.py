@@ -107,7 +107,7 @@ def test_a_host_that_is_not_listed_is_refused_before_its_name_is_looked_up() -> 
     ],
 )
 def test_a_listed_host_is_that_host_or_what_is_below_it(entry: str, host: str, port: int, takes: bool) -> None:
-    assert Listed.parse(entry).takes(host, port) is takes
+    assert Listed.parse(entry).allows(host, port) is takes
 
 
 @pytest.mark.parametrize(
