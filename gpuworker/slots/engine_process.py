@@ -62,14 +62,14 @@ class EngineProcess:
         while True:
             try:
                 data = await self._stream.receive_some(_READ_BYTES)
-                message = self._inbox.feed(bytes(data))
+                messages = self._inbox.feed(bytes(data))
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return []
             except ipc.PipeError as fault:
                 log.error("%s: its process sent an invalid message: %s", self.name, fault)
                 return []
-            if message or not data:
-                return message
+            if messages or not data:
+                return messages
 
     async def wait_exit(self) -> str:
         """Wait for the end of a process that has closed its socket, and kill it if it lingers.

@@ -46,7 +46,7 @@ class Inbox:
         """
         held = self._held
         held += data
-        message: list[IpcMessage] = []
+        messages: list[IpcMessage] = []
         at = 0
         while len(held) - at >= _HEAD_BYTES:
             size = int.from_bytes(held[at : at + _HEAD_BYTES], "big")
@@ -59,10 +59,10 @@ class Inbox:
                 message = msgpack.unpackb(held[at + _HEAD_BYTES : end])
             except (ValueError, TypeError) as fault:
                 raise PipeError(str(fault)) from None
-            message.append(message)
+            messages.append(message)
             at = end
         del held[:at]
-        return message
+        return messages
 
 
 def encode_chunk(chunk: Chunk) -> IpcMessage:

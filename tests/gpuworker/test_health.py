@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from gpuworker.health import STUCK_S, HealthService, in_words
+from gpuworker.health import STUCK_S, HealthService, describe_status
 from gpuworker.identity import Identity
 from gpuworker.slots.slot import Job, Run, Slot
 from gpuworker.status import WorkerStatus
@@ -72,7 +72,7 @@ async def test_a_run_that_stands_long_after_it_was_to_be_ended_by_force_is_told(
         await trio.sleep(GRACE_S + STUCK_S - 1)
         assert await service.check_slots() == ""
         await trio.sleep(2)
-        assert await service.check_slots() == "slot 0 asked to stop more than 35 s ago, and still running"
+        assert await service.check_slots() == "slot 0 still running, asked to stop more than 35 s ago"
         nursery.cancel_scope.cancel()
 
 
@@ -106,4 +106,6 @@ def test_the_status_says_what_is_wrong() -> None:
         cancelled=0,
         fault="refused",
     )
-    assert in_words(status, 3) == "no link to wss://x:443; space a, b: 2 of 3 slots ready, 1 running; refused"
+    assert (
+        describe_status(status, 3) == "not connected to wss://x:443; space a, b: 2 of 3 slots ready, 1 running; refused"
+    )
