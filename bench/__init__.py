@@ -1,1 +1,1 @@
-"""Figures of this machine, as ratios in one run; see README.md in this folder for what each means."""
+"""Measurements of this machine, as ratios within one run; README.md in this folder explains each figure."""

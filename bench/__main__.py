@@ -1,4 +1,4 @@
-"""`python -m bench [FIGURE]...`: measure, and print a table or JSON."""
+"""`python -m bench [FIGURE]...`: measures, and prints a table or JSON."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from bench.machine import machine_line
 from bench.relay import idle, relay
 from bench.relay.servers import Checkout, peers_line
 
-#: Name -> what it measures. A new figure is a module with `measure` and a line here.
+#: Name -> function that measures it. A new figure is a module with `measure`, and a line here.
 FIGURES: dict[str, Callable[[], list[Row]]] = {
     "relay": relay.measure,
     "idle": idle.measure,
@@ -24,30 +24,33 @@ FIGURES: dict[str, Callable[[], list[Row]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 1 where a figure breaks what the docs claim."""
+    """Returns 1 if a figure exceeds a limit claimed in the documents."""
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["voxcpm"]:
-        # A command of its own: it takes many minutes, and needs torch and the real voxcpm package.
+        # A command of its own, because it takes many minutes and needs torch and the real voxcpm package.
         from bench.voxcpm import gpu
 
         return gpu.main(given[1:])
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Figures of this machine, as ratios.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure this machine, as ratios.")
     parser.add_argument(
-        "figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}; default: all. Or: voxcpm --help"
+        "figures",
+        nargs="*",
+        metavar="FIGURE",
+        help=f"what to measure, of {', '.join(FIGURES)} (default: all). Or: voxcpm --help",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="of `relay` only what is promised about its speed: about a minute"
+        "--quick", action="store_true", help="for `relay`, only the figures with a promised limit: about a minute"
     )
     parser.add_argument(
-        "--part", action="append", choices=relay.PARTS, help="with --quick: only this; may be given several times"
+        "--part", action="append", choices=relay.PARTS, help="with --quick: measure only this part; repeatable"
     )
-    parser.add_argument("--list", action="store_true", help="name the figures and measure nothing")
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
-    parser.add_argument("--save", action="store_true", help="write to bench/results/DATE-COMMIT.md as well")
-    parser.add_argument("-o", "--output", type=Path, help="write to this file as well")
+    parser.add_argument("--list", action="store_true", help="list the figures without measuring")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--save", action="store_true", help="also write to bench/results/DATE-COMMIT.md")
+    parser.add_argument("-o", "--output", type=Path, help="also write to this file")
     args = parser.parse_args(given)
     if unknown := [name for name in args.figures if name not in FIGURES]:
-        parser.error(f"no figure is named {', '.join(unknown)}; there are {', '.join(FIGURES)}")
+        parser.error(f"there is no figure {', '.join(unknown)}; available: {', '.join(FIGURES)}")
     if args.list:
         for name, measure in FIGURES.items():
             print(f"{name:8} {(sys.modules[measure.__module__].__doc__ or '').splitlines()[0]}")
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"measuring {name}...", file=sys.stderr, flush=True)
         try:
             rows += figures[name]()
-        except RuntimeError as fault:  # no compiler, or a relay that does not start: the other figures still come
+        except RuntimeError as fault:  # no compiler, or a relay that does not start: measure the other figures
             print(f"{name}: {fault}", file=sys.stderr, flush=True)
             broken = True
     took_s = round(time.monotonic() - began)

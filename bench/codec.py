@@ -1,4 +1,4 @@
-"""What a message costs to encode and to decode, and the worst that 64 KiB can do to a decoder."""
+"""Measures the cost of encoding and decoding a message, and the slowest decode of a hostile message of up to 64 KiB."""
 
 import secrets
 import time
@@ -18,13 +18,13 @@ from protocol.wire.validators import Message
 
 ROUNDS = 9
 REPEAT = 2_000
-#: docs/design.md and protocol.wire.codec: no decode blocks the relay for longer.
+#: Limit from docs/design.md and protocol.wire.codec: no decode blocks the relay for longer.
 WORST_MS = 5.0
 _ID = "0123456789abcdef" * 2
 
 
 def measure() -> list[Row]:
-    """Ordinary messages against bare msgpack, then hostile ones against the clock."""
+    """Compare ordinary messages with bare msgpack, and time hostile ones."""
     audio = Audio(request_id=_ID, attempt=1, seq=70_000, pcm=secrets.token_bytes(SPEECH_BYTES))
     submit = Submit(request_id=_ID, space="tts", params={"text": "Hello world. " * 8, "voice": "en", "rate": 170})
     return [
@@ -58,7 +58,7 @@ def _us(call: Callable[[], Any]) -> float:
 
 
 def _hostile() -> list[Row]:
-    """The slowest of `_attacks`; each at its best of several tries, because the claim is about the code."""
+    """The slowest of `_attacks`; each counts with its best of several runs, because the claim is about the code."""
     attacks = _attacks()
     took_ms, name = max((min(_attack_ms(*attack) for _ in range(7)), name) for name, attack in attacks.items())
     words = f"decode the worst of {len(attacks)} hostile messages of up to 64 KiB: {name}"
@@ -67,13 +67,13 @@ def _hostile() -> list[Row]:
 
 def _attack_ms(data: bytes, table: Table) -> float:
     began = time.perf_counter()
-    with suppress(ProtocolError):  # some are refused, others are allowed and dear
+    with suppress(ProtocolError):  # some are rejected, others are valid and expensive
         decode(data, table)
     return 1000 * (time.perf_counter() - began)
 
 
 def _attacks() -> Mapping[str, tuple[bytes, Table]]:
-    """Messages made to cost as much as the limits let them: each is at one limit, or at several."""
+    """Messages made to cost as much as the limits allow; each is at one or several limits."""
     pack = msgpack.packb
     room = MAX_CONTROL_BYTES - 512
     params = {"type": "submit", "request_id": _ID, "space": "tts"}
@@ -81,16 +81,16 @@ def _attacks() -> Mapping[str, tuple[bytes, Table]]:
     running = {"request_id": _ID, "attempt": 1, "next_seq": 1}
 
     def values(each: Any, count: int) -> list[Any]:
-        """`count` values in arrays as long as the limit."""
+        """`count` values, in arrays of the largest allowed length."""
         return [[each] * min(1_024, count - at) for at in range(0, count, 1_024)]
 
     def raw(packed: bytes) -> bytes:
-        """A `submit` whose params are these bytes; msgpack would pack the same values shorter."""
+        """A `submit` whose params are these bytes; msgpack would encode the same values in fewer."""
         head: bytes = pack({**params, "params": {}})
         return head[:-1] + packed
 
     def wide(letter: int, count: int) -> bytes:
-        """An array under a key; its empty strings take three bytes each, and a step more than short ones."""
+        """An array under a key; its empty strings use three bytes each, and cost one more step than short ones."""
         return b"\xa1" + bytes((letter,)) + b"\xdc" + count.to_bytes(2) + b"\xda\x00\x00" * count
 
     rules = {f"i{i}": {"media_types": ["xx"] * 1_015} for i in range(16)}

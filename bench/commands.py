@@ -1,4 +1,4 @@
-"""`python -m bench.commands`: what each short command costs, in CPU of its process, beside an empty Python's."""
+"""`python -m bench.commands`: measures the CPU time of each short command, relative to an empty Python process."""
 
 import os
 import resource
@@ -11,7 +11,7 @@ from statistics import median
 ROUNDS = 7
 MODULES = {"relay": "protocol.cli", "relayd": "relayd.cli", "gpuworker": "gpuworker.cli", "relay-tui": "tui.cli"}
 EMPTY = ("-c", "pass")
-#: Typed by people, or called by scripts in a loop.
+#: Commands that people type, or that scripts call in a loop.
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("relay", "--help"),
     ("relay", "--version"),
@@ -33,18 +33,18 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
 
 
 def python_arguments(command: tuple[str, ...]) -> tuple[str, ...]:
-    """The arguments of a Python that runs `command`."""
+    """The arguments with which Python runs `command`."""
     return ("-m", MODULES[command[0]], *command[1:])
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """One in which no command meets a relay, a token or a file of this machine's owner."""
+    """An environment in which no command finds a relay, a token or a file of this machine's owner."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RELAY_", "RELAYD_"))}
     return inherited | {"RELAYD_STATE_DIR": str(folder), "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def main() -> None:
-    """Measure all in turns, and print a table."""
+    """Measure all commands in turns, and print a table."""
     runs = {EMPTY: EMPTY} | {command: python_arguments(command) for command in COMMANDS}
     spent: dict[tuple[str, ...], list[float]] = {name: [] for name in runs}
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
@@ -52,7 +52,7 @@ def main() -> None:
         for number in range(ROUNDS + 1):
             for name, arguments in runs.items():
                 cpu_s = _cpu_s(arguments, environ, folder)
-                if number:  # the first round also writes byte code
+                if number:  # the first round also writes bytecode files
                     spent[name].append(cpu_s)
     empty_s = median(spent[EMPTY])
     print(f"python -c pass: {empty_s * 1000:.0f} ms of CPU")

@@ -1,10 +1,10 @@
-"""What `guard` starts in the place of relayd: the same program in the same process, with its work counted.
+"""The program that `guard` starts instead of relayd: relayd in the same process, with its work counted.
 
     python counted.py CELLS [argument of relayd]...
 
-CELLS is a file of numbers that both processes map. SIGUSR1 switches to the counter whose number stands in cell
-`WANTED`, and says so in `DONE`: until then nothing is counted and nothing slowed down. It imports nothing of the bench,
-because the relayd that is measured may be another checkout with another interpreter.
+CELLS is a file of numbers that both processes map. On SIGUSR1, this process switches to the counter whose number is in
+cell `WANTED`, and confirms in cell `DONE`; until then nothing is counted or slowed down. It imports nothing of the
+bench, because the measured relayd may be another checkout with another interpreter.
 """
 
 import mmap
@@ -49,7 +49,7 @@ def main() -> None:
         sys.setprofile(profile if wanted == CALLS + 1 else None)
         tracing = trace if wanted == BYTECODES + 1 else None
         sys.settrace(tracing)
-        while frame is not None:  # those that run already, among them trio's own loop
+        while frame is not None:  # frames that are already running, including Trio's own loop
             frame.f_trace = tracing
             if tracing is not None:
                 frame.f_trace_opcodes, frame.f_trace_lines = True, False
@@ -64,7 +64,7 @@ def main() -> None:
     instruments: list[Any] = []
     signal.signal(signal.SIGUSR1, switch)
     sys.argv = ["relayd", *sys.argv[2:]]
-    # In place of this file's folder: where relayd is looked for as `python -m` does it.
+    # Instead of this file's folder: the directory in which `python -m` would look for relayd.
     sys.path[0] = ""
     runpy.run_module("relayd.cli", run_name="__main__", alter_sys=True)
 

@@ -1,4 +1,4 @@
-"""What a measurement gives: a `Row` with its unit, what it stands against, and how far the rounds lay apart."""
+"""The result of a measurement: a `Row` with its unit, the value it is compared with, and the spread of the rounds."""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,13 +16,13 @@ class Row:
     Args:
         figure: the group it belongs to, as named on the command line.
         name: what was measured.
-        unit: of `value` and `against`.
+        unit: unit of `value` and `against`.
         value: median of the rounds.
-        against: the same of what it is compared with, measured in the same rounds; None where it stands alone.
-        peer: what it is compared with.
-        ratios: `value` / `against` of each round. Their median is the figure: the machine's mood cancels out in it.
-        limit: the most that `value` may be, where the docs claim one.
-        limit_ratio: the same for the ratio.
+        against: median of the value it is compared with, measured in the same rounds; None without a comparison.
+        peer: name of what it is compared with.
+        ratios: `value` / `against` of each round. Their median is the figure: the machine's variations cancel out.
+        limit: upper limit of `value`, if the documents claim one.
+        limit_ratio: upper limit of the ratio, likewise.
     """
 
     figure: str
@@ -37,18 +37,18 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Median of the rounds' ratios."""
+        """The median of the rounds' ratios."""
         return statistics.median(self.ratios) if self.ratios else None
 
     @property
     def kept(self) -> bool:
-        """Whether it is within what the docs claim."""
+        """Whether it is within the limits claimed in the documents."""
         if self.limit_ratio is not None and (self.ratio is None or self.ratio > self.limit_ratio):
             return False
         return self.limit is None or self.value <= self.limit
 
     def to_map(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it as a map for JSON."""
         return {**attrs.asdict(self), "ratio": self.ratio, "kept": self.kept}
 
 
@@ -62,7 +62,7 @@ def paired(
     *,
     limit_ratio: float | None = None,
 ) -> Row:
-    """A row from rounds that were measured side by side."""
+    """Make a row from rounds that were measured side by side."""
     return Row(
         figure=figure,
         name=name,
@@ -76,7 +76,7 @@ def paired(
 
 
 def in_turns(rounds: int, calls: Mapping[str, Callable[[], GivenT]]) -> dict[str, list[GivenT]]:
-    """Call each `rounds` times, in the order ABC CBA ABC..., so that a machine that slows down slows all."""
+    """Call each `rounds` times, in the order ABC CBA ABC..., so that a machine that slows down affects all equally."""
     given: dict[str, list[GivenT]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in list(calls)[:: -1 if number % 2 else 1]:
@@ -87,21 +87,21 @@ def in_turns(rounds: int, calls: Mapping[str, Callable[[], GivenT]]) -> dict[str
 def alternate(
     rounds: int, first: Callable[[], GivenT], second: Callable[[], GivenT]
 ) -> tuple[list[GivenT], list[GivenT]]:
-    """`in_turns` for two."""
+    """Like `in_turns`, for two functions."""
     ours, theirs = in_turns(rounds, {"ours": first, "theirs": second}).values()
     return ours, theirs
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Rows as a Markdown table; what several peers stand beside is told once."""
+    """Format rows as a Markdown table; a value compared with several peers is shown once."""
     lines = [
         "| what | value | beside | ratio (lowest..highest round) |",
         "| --- | ---: | ---: | --- |",
     ]
     before: Row | None = None
     for row in rows:
-        said = before is not None and (before.figure, before.name, before.value) == (row.figure, row.name, row.value)
-        what = " | " if said else f"{row.figure}: {row.name} | {_number(row.value)} {row.unit}"
+        again = before is not None and (before.figure, before.name, before.value) == (row.figure, row.name, row.value)
+        what = " | " if again else f"{row.figure}: {row.name} | {_number(row.value)} {row.unit}"
         against = "" if row.against is None else f"{_number(row.against)} {row.peer}"
         lines.append(f"| {what} | {against} | {_remark(row)} |")
         before = row
@@ -109,28 +109,28 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def verdict(rows: Iterable[Row]) -> str:
-    """Which limits were kept, and which not; empty where there was none."""
+    """Report which limits were kept and which were broken; empty if there were none."""
     held = [row for row in rows if row.limit is not None or row.limit_ratio is not None]
     broken = [row for row in held if not row.kept]
     if not held:
         return ""
-    words = [f"{len(held) - len(broken)} of {len(held)} limits kept."]
+    parts = [f"{len(held) - len(broken)} of {len(held)} limits kept."]
     for row in broken:
         beside = f" beside {row.peer}: {_number(row.ratio)}" if row.ratio is not None and row.limit is None else ""
-        words.append(f"- Broken: {row.figure}: {row.name}{beside}")
-    return "\n".join(words)
+        parts.append(f"- Broken: {row.figure}: {row.name}{beside}")
+    return "\n".join(parts)
 
 
 def _remark(row: Row) -> str:
-    words = []
+    parts = []
     if row.ratio is not None:
         rounds = f" ({_number(min(row.ratios))}..{_number(max(row.ratios))})" if len(row.ratios) > 1 else ""
-        words.append(f"**{_number(row.ratio)}**{rounds}")
+        parts.append(f"**{_number(row.ratio)}**{rounds}")
     if row.limit_ratio is not None:
-        words.append(f"at most {_number(row.limit_ratio)}: {'kept' if row.kept else '**BROKEN**'}")
+        parts.append(f"at most {_number(row.limit_ratio)}: {'kept' if row.kept else '**BROKEN**'}")
     if row.limit is not None:
-        words.append(f"at most {_number(row.limit)} {row.unit}: {'kept' if row.kept else '**BROKEN**'}")
-    return "; ".join(words)
+        parts.append(f"at most {_number(row.limit)} {row.unit}: {'kept' if row.kept else '**BROKEN**'}")
+    return "; ".join(parts)
 
 
 def _number(value: float) -> str:

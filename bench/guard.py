@@ -1,7 +1,8 @@
-"""`python -m bench.guard`: what a frame costs the relay in numbers that no clock makes, held against a budget.
+"""`python -m bench.guard`: counts the relay's work per frame without a clock, and compares it with a budget.
 
-Frames are pushed through the real daemon in lock-step: the next go out when the last have arrived. So the counts are
-nearly the same in every run, on every machine and beside any neighbour; a tenth more is a change in the code.
+Frames are pushed through the real daemon in lock-step: the next are sent when the last have arrived. The counts are
+therefore nearly the same in every run, on every machine and under any load; a difference of a tenth is a change in
+the code.
 """
 
 import argparse
@@ -31,21 +32,21 @@ from bench.relay.servers import Checkout, Server, open_relayd, serving_command
 
 BUDGETS = Path(__file__).with_name("budgets.toml")
 PCM_BYTES = 1_024
-#: Until what the relay still does with the last frame is done: so long without a change.
+#: Time without a change in the counts after which the relay is considered idle.
 STILL_S = 0.03
 WAIT_S = 60.0
-#: Batches that are not counted, then those that are, several times: the least counts, as what a timer does in between
-#: (deadlines, `delta`s, the store) is in the others.
+#: Batches that are not counted; then batches per count, and number of counts. The lowest count is used, because timers
+#: (deadlines, `delta`s, the store) add to the others.
 WARM_UP, REPEAT, TIMES = 10, 30, 4
-#: Part of its budget by which a count may be over it; and of one call or step, for what has less than one a frame.
+#: Fraction by which a count may exceed its budget; and the least absolute excess, for counts below one per frame.
 TOLERANCE, LEAST = 0.05, 0.02
-#: Of instructions: where things lie in memory is chance, and looking them up takes more or less.
+#: The same for instructions: they depend on where objects happen to lie in memory.
 MACHINE_TOLERANCE = 0.2
 
 
 @attrs.frozen
 class Shape:
-    """How frames come: `batch` in one write, spread over `streams`, each read by `listeners`."""
+    """How frames arrive: `batch` in one write, spread over `streams`, each read by `listeners`."""
 
     streams: int
     batch: int
@@ -58,8 +59,8 @@ SHAPES = {
     "one for 20 readers": Shape(1, 1, 20),
 }
 
-#: What is counted -> what it is of.
-WORDS = {
+#: Counter -> what it counts.
+DESCRIPTIONS = {
     "calls": "calls of functions, Python's and C's",
     "bytecodes": "bytecodes",
     "steps": "steps of tasks (a checkpoint each)",
@@ -70,7 +71,7 @@ WORDS = {
 
 
 class Pusher:
-    """One request for each stream of a shape, and frames of them in lock-step."""
+    """One request for each stream of a shape; pushes their frames in lock-step."""
 
     def __init__(self, fleet: RelaydFleet, shape: Shape) -> None:
         self._fleet, self._shape = fleet, shape
@@ -79,7 +80,7 @@ class Pusher:
         self._routes = fleet.begin(self._load)
         frames = [self._frames(route) for route in self._routes]
         turns = shape.batch // shape.streams
-        #: Each batch: frame by frame another stream's.
+        #: Batches in which consecutive frames belong to different streams.
         self._batches = [
             b"".join(mine[turn] for turn in range(begin, begin + turns) for mine in frames)
             for begin in range(0, each, turns)
@@ -90,7 +91,7 @@ class Pusher:
                 reader.on_message = self._counting(reader.on_message)
 
     def _frames(self, route: Route) -> list[bytes]:
-        """All of a stream's, with their numbers."""
+        """All frames of a stream, in order."""
         first = self._fleet.first_seq
         made = variants(route.name, PCM_BYTES, first, self._load.each, self._fleet.wrapping)
         frames = []
@@ -111,7 +112,7 @@ class Pusher:
         return count
 
     def push(self, batches: int) -> None:
-        """Send so many batches, each when the last has arrived."""
+        """Send `batches` batches, each after the last has arrived."""
         for batch in self._batches[:batches]:
             due = self._got + self._shape.batch * self._shape.listeners
             self._routes[0].sender.send(batch)
@@ -124,21 +125,21 @@ class Pusher:
 
 
 Counts = dict[str, float]
-#: Does its argument, and says what the relay did meanwhile.
+#: Calls its argument, and returns what the relay did meanwhile.
 Count = Callable[[Callable[[], None]], Counts]
 
 
 def _of_each_shape(server: Server, count: Count) -> dict[str, Counts]:
-    """What a frame of each shape costs."""
-    given = {}
+    """Count the cost of a frame of each shape."""
+    counted = {}
     with closing(RelaydFleet(server, most_streams=20, workers=1)) as fleet:
         for name, shape in SHAPES.items():
             pusher = Pusher(fleet, shape)
             pusher.push(WARM_UP)
             counts = [count(partial(pusher.push, REPEAT)) for _ in range(TIMES)]
-            given[name] = {what: min(each[what] for each in counts) / (REPEAT * shape.batch) for what in counts[0]}
+            counted[name] = {what: min(each[what] for each in counts) / (REPEAT * shape.batch) for what in counts[0]}
             pusher.end()
-    return given
+    return counted
 
 
 # -- in Python ----------------------------------------------------------------------------------------------------
@@ -146,27 +147,27 @@ def _of_each_shape(server: Server, count: Count) -> dict[str, Counts]:
 
 @attrs.frozen
 class Cells:
-    """The numbers that a relay under `bench.counted` counts up."""
+    """The numbers that a relay under `bench.counted` increments."""
 
     pid: int
     numbers: memoryview
 
     def switch(self, wanted: int) -> None:
-        """To another counter, or to none."""
+        """Switch to another counter, or to none."""
         done = self.numbers[DONE]
         self.numbers[WANTED] = wanted
         os.kill(self.pid, signal.SIGUSR1)
         _await(lambda: self.numbers[DONE] != done)
 
     def settle(self) -> list[int]:
-        """The numbers once they stand still."""
+        """Return the numbers once they no longer change."""
         still = None
         while still != (still := self.numbers.tolist()):
             time.sleep(STILL_S)
         return still
 
     def count(self, counter: int, work: Callable[[], None]) -> list[int]:
-        """By how much each number rose."""
+        """Return the increase of each number during `work`."""
         self.switch(counter + 1)
         before = self.settle()
         work()
@@ -176,7 +177,7 @@ class Cells:
 
 
 def count_in_python() -> dict[str, Counts]:
-    """Calls and bytecodes of the relay's main thread, and its tasks' steps."""
+    """Count calls and bytecodes of the relay's main thread, and steps of its tasks."""
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(8 * CELLS)
         numbers = memoryview(mmap(file.fileno(), 8 * CELLS)).cast("Q")
@@ -198,21 +199,21 @@ def count_in_python() -> dict[str, Counts]:
 
 
 def count_system_calls() -> dict[str, Counts]:
-    """By strace, over all threads."""
+    """Count system calls with strace, over all threads."""
 
     def count(server: Server, work: Callable[[], None]) -> Counts:
-        with tempfile.NamedTemporaryFile("r") as told:
-            command = ["strace", "-f", "-c", "-o", told.name, "-p", str(server.pid)]
+        with tempfile.NamedTemporaryFile("r") as summary:
+            command = ["strace", "-f", "-c", "-o", summary.name, "-p", str(server.pid)]
             with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
                 assert strace.stderr is not None
-                words = strace.stderr.readline()
-                if "attached" not in words:
-                    raise RuntimeError(f"strace: {words}")
+                line = strace.stderr.readline()
+                if "attached" not in line:
+                    raise RuntimeError(f"strace: {line}")
                 work()
                 time.sleep(STILL_S)
                 strace.send_signal(signal.SIGINT)
                 strace.communicate()
-            table = Path(told.name).read_text()
+            table = Path(summary.name).read_text()
         rows = re.findall(r"^\s*[\d.]+\s+[\d.]+\s+\d+\s+(\d+)\s+(?:\d+\s+)?(\w+)$", table, re.MULTILINE)
         return {"syscalls": sum(int(number) for number, name in rows if name != "total")}
 
@@ -221,7 +222,7 @@ def count_system_calls() -> dict[str, Counts]:
 
 
 def count_instructions() -> dict[str, Counts]:
-    """By callgrind, in thousands: what Python's own counts do not see, as copies and masking."""
+    """Count thousands of instructions with callgrind, which includes what Python's counts miss (copies, masking)."""
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
 
         def control(server: Server, *what: str) -> None:
@@ -249,7 +250,7 @@ def count_instructions() -> dict[str, Counts]:
 
 @contextmanager
 def _open_quiet(command: list[str]) -> Iterator[Server]:
-    """A relay without pings, and in which nothing depends on chance."""
+    """Start a relay without pings, in which nothing depends on chance."""
     with open_relayd(store="memory", ping_interval_s=3600, command=command, PYTHONHASHSEED="0") as server:
         yield server
 
@@ -258,7 +259,7 @@ def _await(done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not done():
         if time.monotonic() > deadline:
-            raise RuntimeError("the counted relay does not answer its signal")
+            raise RuntimeError("the counted relay does not react to SIGUSR1")
         time.sleep(0.001)
 
 
@@ -272,60 +273,60 @@ _COUNTERS: Mapping[str, tuple[str, Callable[[], dict[str, Counts]]]] = {
 
 
 def measure() -> dict[str, Counts]:
-    """All that can be counted here."""
-    given: dict[str, Counts] = {name: {} for name in SHAPES}
-    for words, (program, count) in _COUNTERS.items():
+    """Count everything that can be counted on this machine."""
+    counted: dict[str, Counts] = {name: {} for name in SHAPES}
+    for label, (program, count) in _COUNTERS.items():
         if program and shutil.which(program) is None:
-            print(f"absent: {program} (apt-get install {program}); {words} are not counted", file=sys.stderr)
+            print(f"absent: {program} (apt-get install {program}); {label} are not counted", file=sys.stderr)
             continue
-        print(f"counting {words}...", file=sys.stderr, flush=True)
+        print(f"counting {label}...", file=sys.stderr, flush=True)
         for name, counts in count().items():
-            given[name] |= counts
-    return given
+            counted[name] |= counts
+    return counted
 
 
-def _write(given: Mapping[str, Counts]) -> None:
+def _write(counted: Mapping[str, Counts]) -> None:
     lines = [
-        "# What a frame may cost the relay; `make bench-guard` fails where it is over by more than the tolerance.",
-        "# Set anew by `python -m bench.guard --write`, in the commit that changes a cost and says why.",
+        "# What a frame may cost the relay; `make bench-guard` fails if a count exceeds it by more than the tolerance.",
+        "# Written by `python -m bench.guard --write`, in the commit that changes a cost and says why.",
         f"tolerance = {TOLERANCE}",
         f"machine_tolerance = {MACHINE_TOLERANCE}",
     ]
-    for name, counts in given.items():
+    for name, counts in counted.items():
         lines += ["", f'["{name}"]', *(f"{what} = {number:.4g}" for what, number in counts.items())]
     BUDGETS.write_text("\n".join([*lines, ""]))
 
 
-def verdicts(given: Mapping[str, Counts], told: Mapping[str, Any]) -> tuple[str, bool]:
-    """A table of counts beside their budgets, and whether all keep them; `told` is the budgets' file."""
+def verdicts(counted: Mapping[str, Counts], budgets: Mapping[str, Any]) -> tuple[str, bool]:
+    """Compare counts with `budgets`, the parsed file; return a table, and whether all are within budget."""
     lines, kept = ["| a frame, | counted | budget | |", "| --- | ---: | ---: | --- |"], True
-    for name, counts in given.items():
+    for name, counts in counted.items():
         for what, number in counts.items():
-            budget = told.get(name, {}).get(what)
+            budget = budgets.get(name, {}).get(what)
             if budget is None:
-                lines.append(f"| {name}: {WORDS[what]} | {number:.2f} | | no budget |")
+                lines.append(f"| {name}: {DESCRIPTIONS[what]} | {number:.2f} | | no budget |")
                 continue
-            tolerance = told["machine_tolerance" if what == "kilo_instructions" else "tolerance"]
+            tolerance = budgets["machine_tolerance" if what == "kilo_instructions" else "tolerance"]
             over = number > budget * (1 + tolerance) + LEAST
             kept = kept and not over
             verdict = f"**over** by {number / budget - 1:+.0%}" if over else f"{number / budget - 1:+.1%}"
-            lines.append(f"| {name}: {WORDS[what]} | {number:.2f} | {budget:g} | {verdict} |")
+            lines.append(f"| {name}: {DESCRIPTIONS[what]} | {number:.2f} | {budget:g} | {verdict} |")
     return "\n".join(lines), kept
 
 
 def main() -> int:
-    """Returns 1 where a budget is overdrawn."""
-    parser = argparse.ArgumentParser(prog="python -m bench.guard", description="What a frame costs, counted.")
+    """Returns 1 if a count exceeds its budget."""
+    parser = argparse.ArgumentParser(prog="python -m bench.guard", description="Count the relay's work per frame.")
     parser.add_argument("--write", action="store_true", help=f"make these counts the budget ({BUDGETS.name})")
     args = parser.parse_args()
-    given = measure()
+    counted = measure()
     if args.write:
-        _write(given)
-    text, kept = verdicts(given, tomllib.loads(BUDGETS.read_text()))
+        _write(counted)
+    text, kept = verdicts(counted, tomllib.loads(BUDGETS.read_text()))
     print(text)
     if not kept:
         print(
-            f"\nA frame costs more than {BUDGETS.name} allows. Meant? Then say why, and set it: --write",
+            f"\nA frame costs more than {BUDGETS.name} allows. If that is intended, set the new budget: --write",
             file=sys.stderr,
         )
     return 0 if kept else 1

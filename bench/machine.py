@@ -1,4 +1,4 @@
-"""The machine's line: figures without it mean nothing."""
+"""Describes the machine in one line, without which the figures mean nothing."""
 
 import importlib.metadata
 import os
@@ -9,7 +9,7 @@ PACKAGES = ("trio", "msgpack", "attrs")
 
 
 def machine_line() -> str:
-    """CPU, cores, kernel, Python and the versions that matter, and how busy the machine was before we began."""
+    """CPU, cores, kernel, Python, the versions that matter, and the load before the measurement."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     return (
@@ -27,7 +27,7 @@ def _cpu_model() -> str:
 
 
 def filesystem_of(path: Path) -> str:
-    """Type of the file system that holds `path`: an fsync costs nothing on tmpfs."""
+    """The type of the file system that contains `path`: an fsync costs nothing on tmpfs."""
     best, kind = "", "unknown"
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, mount, fs_type, *_ = line.split()

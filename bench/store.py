@@ -1,4 +1,4 @@
-"""How many requests a second the store makes safe, alone and in a crowd: what group commit is worth."""
+"""Measures how many requests per second the store commits, alone and concurrently: the benefit of group commit."""
 
 import secrets
 import tempfile
@@ -14,13 +14,13 @@ from relayd.store.records import PutRequest, RequestRecord
 from relayd.store.sqlite import SqliteStore, open_sqlite
 
 CROWD = 100
-#: Commits of a round: of the one committer, and of each of the crowd.
+#: Commits per round: of the single committer, and of each of the concurrent ones.
 ALONE_EACH, CROWD_EACH = 150, 15
 ROUNDS = 5
 
 
 def measure() -> list[Row]:
-    """Commits as `relayd.core.admission` makes them, each durable before the next of the same committer."""
+    """Commit as `relayd.core.admission` does, each committer waiting until its commit is durable."""
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as name:
         folder = Path(name)
         disk = filesystem_of(folder)
@@ -51,7 +51,7 @@ def measure() -> list[Row]:
 
 
 async def _commits(folder: Path, committers: int, each: int) -> tuple[float, float]:
-    """Commits a second, and transactions a commit."""
+    """Commits per second, and transactions per commit."""
     async with open_sqlite(folder) as store:
         began, transactions = time.perf_counter(), store.transactions
         async with trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""What 200 real-time streams cost the worker that sends them: its frame logs, its feeder, masking and the link."""
+"""Measures what 200 real-time streams cost the worker that sends them: frame logs, sender, masking and link."""
 
 import os
 import subprocess
@@ -20,14 +20,14 @@ STREAMS = 200
 #: A chunk of 7,680 bytes is 80 ms of 48 kHz speech.
 INTERVAL_S = 0.08
 SECONDS = 5.0
-#: Of one core: the worker must be able to feed them.
+#: Limit in percent of one core: the worker must be able to send them.
 LIMIT_PERCENT = 100.0
-#: The relay's end, in a process of its own: takes all that comes.
+#: The relay's end, a process that reads everything.
 _DRAIN = "import os\nwhile os.read(0, 1 << 20): pass"
 
 
 def measure() -> list[Row]:
-    """The share of a core, and the CPU of one frame."""
+    """Measure the share of a core, and the CPU time per frame."""
     share, frame_us = trio.run(_feed)
     what = f"{STREAMS} real-time streams of 48 kHz speech on one link"
     return [
@@ -57,7 +57,7 @@ async def _feed() -> tuple[float, float]:
 
 
 async def _speak(attempts: list[Attempt]) -> tuple[float, float]:
-    """A chunk of each attempt an interval, evenly in turns."""
+    """Send a chunk of each attempt per interval, evenly spaced."""
     chunk = AudioChunk(bytes(SPEECH_BYTES))
     frames = 0
     cpu_s, began = time.process_time(), trio.current_time()

@@ -1,1 +1,1 @@
-"""VoxCPM through the relay, beside the plain package."""
+"""Compares VoxCPM through the relay with the plain package."""

@@ -1,9 +1,9 @@
-"""VoxCPM of full size and random weights: plain voxcpm in N processes, against relayd, a worker and N clients.
+"""Compares plain voxcpm in N processes with relayd, a worker and N clients, on models of full size and random weights.
 
 `python -m bench voxcpm [--slots 1,2,4,8] [--out FILE]`, or `python -m bench.voxcpm.gpu`. Speed does not depend on the
 values of weights, so nothing is downloaded. Both sides speak the same text with the same seed for the same number of
-steps, so they make the same samples; their SHA-256 is compared. Where there is no CUDA GPU, tiny models on the CPU
-show that the bench works, and their figures mean little.
+steps, so they make the same samples, whose SHA-256 is compared. Without a CUDA GPU, tiny models on the CPU show that
+the bench works, but their figures mean little.
 """
 
 import argparse
@@ -37,13 +37,13 @@ _HEAD = (
     "speech a second, all slots, s | loading a slot, s | memory, GiB | same samples |\n"
     "| --- | ---: | --- | --- | --- | --- | --- | --- | --- |"
 )
-#: Weights of 5 GB are not written for every run; what lies in `--folder` is taken where it is whole.
+#: Marks complete models in `--folder`, which are reused: 5 GB of weights are not written for every run.
 _WRITTEN = "written"
 
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """What is measured."""
+    """What to measure."""
 
     size: Size
     arches: tuple[Arch, ...]
@@ -55,13 +55,13 @@ class Plan:
     environ: dict[str, str]
 
 
-#: One side at one number of slots; or why there is nothing, and whether that is a fault.
+#: The result of one side at one number of slots; or why there is none, and whether that is a failure.
 Outcome = Side | tuple[str, bool]
 
 
 @attrs.frozen(kw_only=True)
 class Row:
-    """One model at one number of slots, on both sides."""
+    """The results of one model at one number of slots, on both sides."""
 
     arch: Arch
     slots: int
@@ -70,19 +70,19 @@ class Row:
 
     @property
     def same(self) -> bool | None:
-        """Whether both made the same samples in every round; None where one side made none."""
+        """Whether both sides made the same samples in every round; None if one side made none."""
         if not isinstance(self.plain, Side) or not isinstance(self.path, Side):
             return None
         return {spoken.digest for spoken in self.path.speeches} == self.plain.references
 
     @property
     def failed(self) -> bool:
-        """Whether a side broke, or both made different samples. To be skipped is no fault."""
+        """Whether a side failed, or the sides made different samples. A skipped side is not a failure."""
         broke = any(not isinstance(side, Side) and side[1] for side in (self.plain, self.path))
         return broke or self.same is False
 
     def line(self) -> str:
-        """As a line of the table."""
+        """Format it as a line of the table."""
         cells = [NAMES[self.arch], str(self.slots)]
         if isinstance(self.plain, Side) or isinstance(self.path, Side):
             cells += [self._pair(value, form) for value, form in _FIGURES]
@@ -92,7 +92,7 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
     def notes(self) -> Iterator[str]:
-        """Why a side has no figures, and what else is to be known."""
+        """Explain missing figures, and anything else worth knowing."""
         where = f"{NAMES[self.arch]}, {self.slots} slot{'s' if self.slots > 1 else ''}"
         for name, side in (("plain", self.plain), ("relayd", self.path)):
             if not isinstance(side, Side):
@@ -131,13 +131,13 @@ _FIGURES: tuple[tuple[Callable[[Side], float | None], str], ...] = (
 
 
 def measure(plan: Plan, folder: Path, deadline: Deadline) -> tuple[list[Row], str]:
-    """Each model: plain at every number of slots, then the whole path likewise.
+    """Measure each model: plain voxcpm at every number of slots, then the whole path likewise.
 
-    Plain processes are added as the numbers rise, and gone before the first worker starts: there is not memory for
-    both. So the rounds of the two sides do not take turns; leave the machine alone meanwhile.
+    Plain processes are added as the numbers rise, and ended before the first worker starts, because there is not
+    enough memory for both. So the rounds of the two sides do not alternate; do not use the machine meanwhile.
 
     Returns:
-        the rows, and what they ran on.
+        the rows, and a description of the software and hardware.
     """
     rows, versions = [], ""
     with open_relayd() as server:
@@ -217,7 +217,7 @@ def _say(words: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 1 where a side broke or the two made different samples, 130 where Ctrl-C or SIGTERM ended it."""
+    """Returns 1 if a side failed or the two made different samples, 130 if Ctrl-C or SIGTERM ended it."""
     plan, given = _plan(argv)
     began = time.monotonic()
     machine = machine_line()
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _as_ctrl_c(_number: int, _frame: object) -> None:
-    """Trio takes a Ctrl-C where it can, and everything started is ended on the way out."""
+    """Raise KeyboardInterrupt, so that SIGTERM also ends everything that was started."""
     signal.raise_signal(signal.SIGINT)
 
 

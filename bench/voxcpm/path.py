@@ -1,4 +1,4 @@
-"""The whole path: the real relayd, `gpuworker run --engine voxcpm`, and a client a slot, over loopback."""
+"""Measures the whole path over loopback: relayd, `gpuworker run --engine voxcpm`, and one client per slot."""
 
 import hashlib
 import re
@@ -34,10 +34,10 @@ def measure_path(
     gauge: Gauge,
     environ: dict[str, str],
 ) -> Side:
-    """A new worker with so many slots, and as many clients that submit together, a round more than is counted.
+    """Run a new worker with `slots` slots and as many concurrent clients, for one round more than is counted.
 
     Raises:
-        Failed, OutOfTime: the worker does not come up, or a request fails.
+        Failed, OutOfTime: the worker does not start, or a request fails.
     """
     command = [
         *(sys.executable, "-m", "gpuworker.cli", "run", "--relay", f"ws://127.0.0.1:{server.port}"),
@@ -76,7 +76,7 @@ async def _measure(
 
 
 async def _wait_ready(client: RelayClient, worker: "subprocess.Popen[bytes]", log: Path, slots: int) -> None:
-    """Until the relay knows all slots, and no worker of an earlier round."""
+    """Wait until the relay knows all slots, and no longer knows a worker of an earlier round."""
     while True:
         space = next(space for space in await client.spaces() if space["name"] == SPACE)
         if (space["workers"], space["slots"]) == (1, slots):
@@ -86,7 +86,7 @@ async def _wait_ready(client: RelayClient, worker: "subprocess.Popen[bytes]", lo
 
 
 def _check(worker: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Raise what keeps a worker from getting ready."""
+    """Raise the error that keeps a worker from becoming ready."""
     ended = worker.poll() is not None
     if fault := re.search(r"cannot be loaded: (.*)", log.read_text(errors="replace")):
         raise Failed(fault[1][-600:])

@@ -1,6 +1,6 @@
-"""Plain voxcpm, as a program without relayd calls it: a process a slot, each with a model of its own.
+"""Runs plain voxcpm as a program without relayd would: one process per slot, each with its own model.
 
-`python -m bench.voxcpm.plain MODEL DEVICE OPTIMIZE` is such a process: a line of JSON in, a line of JSON out.
+`python -m bench.voxcpm.plain MODEL DEVICE OPTIMIZE` is such a process: it reads and writes lines of JSON.
 """
 
 import contextlib
@@ -29,23 +29,23 @@ _LAST_WORDS = 6
 
 @attrs.frozen
 class Talker:
-    """One process with a model, ready to speak."""
+    """A process with a loaded model."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
     _heard: bytearray = attrs.field(factory=bytearray)
 
     def send(self, job: Job, *, deterministic: bool) -> None:
-        """Have it speak."""
+        """Make it speak."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # what it died of is asked for with its answer
+        with contextlib.suppress(BrokenPipeError):  # `answer` reports why the process ended
             self.process.stdin.write(json.dumps({**attrs.asdict(job), "deterministic": deterministic}).encode() + b"\n")
 
     def answer(self, deadline: Deadline) -> dict[str, Any]:
-        """Its next line.
+        """Return its next line.
 
         Raises:
-            Failed: it has ended.
+            Failed: the process has ended.
         """
         assert self.process.stdout is not None
         while b"\n" not in self._heard:
@@ -72,7 +72,7 @@ class Plain:
     """Any number of plain processes; more can be added.
 
     Attributes:
-        versions: what they run on, in words, once there is one.
+        versions: a description of the software and hardware, once a process has started.
     """
 
     def __init__(self, model: Path, device: str, *, optimize: bool, gauge: Gauge, environ: dict[str, str]) -> None:
@@ -94,14 +94,14 @@ class Plain:
 
     @property
     def count(self) -> int:
-        """Processes that are ready."""
+        """The number of processes that are ready."""
         return len(self._talkers)
 
     def add(self, job: Job, deadline: Deadline) -> None:
-        """One process more. It speaks once under the engine's own settings: the samples to compare with.
+        """Add a process. It speaks once with the engine's own settings, for the samples to compare with.
 
         Raises:
-            Failed, OutOfTime: it does not come up; it is gone then.
+            Failed, OutOfTime: it did not start; it has been ended.
         """
         log = self._folder / f"{self.count}.log"
         began = time.monotonic()
@@ -116,10 +116,10 @@ class Plain:
         self._talkers.append(talker)
 
     def measure(self, job: Job, rounds: int, deadline: Deadline) -> Side:
-        """All of them speak, a round more than is counted.
+        """Make all of them speak, for one round more than is counted.
 
         Raises:
-            Failed, OutOfTime: a process has ended, or takes too long; they are of no use then.
+            Failed, OutOfTime: a process has ended or takes too long; the processes cannot be used any further.
         """
         measured = [self._round(job, deadline) for _ in range(1 + rounds)][1:]
         memory = self._gauge.used([talker.process.pid for talker in self._talkers])
@@ -146,7 +146,7 @@ def _process(command: list[str], log: Path, environ: dict[str, str]) -> Iterator
         try:
             yield process
         finally:
-            process.stdin.close()  # the end of its input is the end of an idle one, and of what compiles for it
+            process.stdin.close()  # ends an idle process, and its compile workers
             for stop in (process.terminate, process.kill):
                 try:
                     process.wait(_STOP_S)
@@ -158,9 +158,9 @@ def _process(command: list[str], log: Path, environ: dict[str, str]) -> Iterator
 
 
 def main() -> int:
-    """Load the model, then speak each job that comes; ends with its stdin."""
+    """Load the model, then speak each job received; ends with the end of stdin."""
     folder, device, optimize = sys.argv[1:]
-    # What libraries print is no answer.
+    # Output printed by libraries must not be read as an answer.
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:
         os.dup2(2, 1)
         _serve(Path(folder), device, bool(int(optimize)), answers)
@@ -171,14 +171,14 @@ def _serve(folder: Path, device: str, optimize: bool, answers: IO[str]) -> None:
     from gpuworker.engines.voxcpm.crossfade import pcm16
     from gpuworker.engines.voxcpm.devices import import_voxcpm
 
-    # For its stand-in, where torchaudio is not installed or does not load; and for a log without progress bars.
+    # For the stand-in if torchaudio is missing or does not load, and for a log without progress bars.
     _torchaudio, voxcpm = import_voxcpm()
     import numpy as np
     import torch
 
     if device.startswith("cuda"):
         torch.cuda.set_device(device if ":" in device else "cuda:0")
-    # voxcpm compiles for exactly "cuda", whichever GPU that then is.
+    # voxcpm compiles only for exactly "cuda", whichever GPU that is.
     name = device.partition(":")[0]
     model = voxcpm.VoxCPM.from_pretrained(
         str(folder), load_denoiser=False, optimize=optimize, device=name, local_files_only=True
@@ -186,7 +186,7 @@ def _serve(folder: Path, device: str, optimize: bool, answers: IO[str]) -> None:
     answers.write(json.dumps({"versions": _versions(device)}) + "\n")
     for line in sys.stdin:
         job = json.loads(line)
-        # As the engine has it; plain voxcpm leaves the choice to cuDNN, and may make other samples each time.
+        # As the engine sets it; plain voxcpm leaves the choice to cuDNN, and may make other samples each time.
         torch.backends.cudnn.deterministic = job["deterministic"]
         began = time.perf_counter()
         torch.manual_seed(job["seed"])

@@ -525,7 +525,7 @@ def test_the_catalog_finds_what_is_installed_and_names_it_where_one_is_not() -> 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["nope=1"], "no such option; this engine takes flag, rate, size"),
+        (["nope=1"], "no such option; accepted: flag, rate, size"),
         (["size"], "key=value"),
         (["size=big"], "whole number"),
         (["rate=x"], "a number"),
