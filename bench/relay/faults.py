@@ -1,4 +1,4 @@
-"""A relay that errs, so that each run begins with proof: the load generator notices what a relay must not do."""
+"""A faulty relay, with which each run first proves that the load generator detects a relay's faults."""
 
 import secrets
 import socket
@@ -18,7 +18,7 @@ def _damaged(frames: Frames) -> Frames:
     return [*frames[:3], frames[3][:-100] + b"?" + frames[3][-99:], *frames[4:]]
 
 
-#: What a relay does with eight frames, and what the generator must say.
+#: What a relay does with eight frames, and the error that the generator must report.
 _FAULTS: dict[str, tuple[Callable[[Frames], Frames], str]] = {
     "passes them on": (lambda frames: frames, ""),
     "loses one": (lambda frames: frames[:3] + frames[4:], "frame 4 in place of 3"),
@@ -31,7 +31,7 @@ _FAULTS: dict[str, tuple[Callable[[Frames], Frames], str]] = {
 
 
 def prove() -> None:
-    """Raises RuntimeError where the generator takes a fault for none, or none for a fault."""
+    """Check the generator; raises RuntimeError if it misses a fault, or reports one that does not exist."""
     for words, (err, expected) in _FAULTS.items():
         try:
             _round(err)
@@ -58,7 +58,7 @@ def _round(err: Callable[[Frames], Frames]) -> None:
     try:
         run_round(SATURATED, [Stream(sender, [reader], made, 0, COUNT)], [], [])
     finally:
-        ours_in.shutdown(socket.SHUT_RDWR)  # where nothing was sent, it waits no more
+        ours_in.shutdown(socket.SHUT_RDWR)  # ends the wait if nothing was sent
         thread.join()
         for end in (ours_in, theirs_in, theirs_out, ours_out):
             end.close()

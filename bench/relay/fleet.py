@@ -1,6 +1,6 @@
-"""Workers and clients of each kind of relay, and the streams between them; what is timed the generator does.
+"""Workers and clients of each kind of relay, and the streams between them; the generator does the timing.
 
-relayd's own are in `relayd_fleet`.
+Those of relayd are in `relayd_fleet`.
 """
 
 import abc
@@ -20,17 +20,17 @@ WORKERS = 4
 
 @attrs.frozen(kw_only=True)
 class Load:
-    """What one round carries.
+    """The load of one round.
 
     Args:
-        each: frames of a stream.
-        streams: spread evenly over the workers.
-        listeners: readers of each stream; more than one only where there is one stream.
-        pcm_bytes: of audio in a frame.
-        interval_s: between two frames of a stream; 0 as fast as they are taken.
-        window: frames of a stream on their way at most, where there is no interval.
-        flood: the first stream has so many times the frames of the others, in the same time, and does not count.
-        stalled: the reader of that first stream reads nothing.
+        each: frames per stream.
+        streams: number of streams, spread evenly over the workers.
+        listeners: readers of each stream; more than one only if there is one stream.
+        pcm_bytes: bytes of audio in a frame.
+        interval_s: time between two frames of a stream; 0 sends as fast as they are accepted.
+        window: most frames of a stream in flight, if there is no interval.
+        flood: the first stream sends this many times the frames of the others in the same time, and does not count.
+        stalled: the reader of that first stream does not read.
     """
 
     each: int
@@ -45,7 +45,7 @@ class Load:
 
 @attrs.define(eq=False)
 class Route:
-    """A stream's ends: its name is the request's id."""
+    """The ends of a stream; its name is the request's id."""
 
     name: str
     sender: Connection
@@ -53,7 +53,7 @@ class Route:
 
 
 class Fleet(abc.ABC):
-    """Connections to one relay. They last, so that a round pays for frames alone."""
+    """Connections to one relay. They are kept, so that a round pays only for frames."""
 
     wrapping: Wrapping = frames.WEBSOCKET
     #: Number of a stream's first audio frame.
@@ -68,40 +68,40 @@ class Fleet(abc.ABC):
             self.workers.append(self.keep(self.open_worker(number)))
 
     def keep(self, connection: Connection) -> Connection:
-        """Look after a connection."""
+        """Register a connection, to be closed at the end."""
         return self._open.enter_context(closing(connection))
 
     def close(self) -> None:
-        """Hang up everywhere."""
+        """Close all connections."""
         self._open.close()
 
     @abc.abstractmethod
     def open_worker(self, number: int) -> Connection:
-        """A worker, ready."""
+        """Open a worker's connection and make it ready."""
 
     @abc.abstractmethod
     def begin(self, load: Load) -> list[Route]:
-        """Make the streams of a round, running."""
+        """Set up the streams of a round."""
 
     @abc.abstractmethod
     def end(self, routes: list[Route], load: Load) -> None:
-        """End them."""
+        """End the streams."""
 
     @abc.abstractmethod
     def look_after(self) -> None:
-        """Between rounds of others: answer pings."""
+        """Answer pings while other fleets have their rounds."""
 
     def round(self, load: Load) -> Round:
-        """One round.
+        """Run one round.
 
         Raises:
-            Stuck: it did not come to its end, or frames were lost or mixed up.
+            Stuck: it did not finish, or frames were lost or mixed up.
         """
         before_s = self.server.cpu_s()
         routes = self.begin(load)
         streams = [self._stream(load, number, route) for number, route in enumerate(routes)]
         mode = PACED if load.interval_s else SATURATED
-        # What a stream's first frame sets off is no part of what frames cost at the speed of speech.
+        # What a stream's first frame causes is not part of the cost of frames at the speed of speech.
         done = run_round(mode, streams, self.workers, [self.server.pid], lead_s=load.interval_s)
         self.end(routes, load)
         return attrs.evolve(done, whole_cpu_s=self.server.cpu_s() - before_s)
@@ -123,13 +123,13 @@ class Fleet(abc.ABC):
         )
 
     def frames_of(self, load: Load, number: int) -> int:
-        """Frames of the stream of this number."""
-        # One of the others' frames less in time: it must have been sent when they have all of theirs.
+        """The number of frames of a stream."""
+        # One frame of the others less in time: the flood must have been sent when they have received everything.
         return (load.each - 1) * load.flood if load.flood and number == 0 else load.each
 
 
 class RoutedFleet(Fleet):
-    """Where a stream is no more than a name: readers say once which is theirs."""
+    """For relays in which a stream is only a name: readers subscribe once by name."""
 
     def __init__(self, server: Server, most_streams: int = 50, workers: int = WORKERS) -> None:
         self._readers: dict[str, list[Connection]] = {}
@@ -137,7 +137,7 @@ class RoutedFleet(Fleet):
 
     @abc.abstractmethod
     def open_reader(self, name: str) -> Connection:
-        """A connection that gets all frames of this stream."""
+        """Open a connection that receives all frames of this stream."""
 
     def begin(self, load: Load) -> list[Route]:
         """See `Fleet`."""
@@ -151,7 +151,7 @@ class RoutedFleet(Fleet):
         return routes
 
     def end(self, routes: list[Route], load: Load) -> None:
-        """See `Fleet`: there is nothing to do."""
+        """See `Fleet`; nothing to do."""
 
     def look_after(self) -> None:
         """See `Fleet`."""
@@ -160,7 +160,7 @@ class RoutedFleet(Fleet):
 
 
 class WebSocketFleet(RoutedFleet):
-    """At the relays of a few lines of `bench.relay.peers`."""
+    """For the minimal relays in `bench.relay.peers`."""
 
     def open_worker(self, number: int) -> Connection:
         """See `Fleet`."""
@@ -172,7 +172,7 @@ class WebSocketFleet(RoutedFleet):
 
 
 class SocketIoFleet(RoutedFleet):
-    """At python-socketio: a stream is a room."""
+    """For python-socketio: a stream is a room."""
 
     wrapping = frames.SOCKETIO
 
@@ -188,7 +188,7 @@ class SocketIoFleet(RoutedFleet):
 
 
 def open_socketio(server: Server) -> WebSocket:
-    """A connection of Socket.IO (protocol 5 over Engine.IO 4), its namespace joined."""
+    """Open a connection of Socket.IO (protocol 5 over Engine.IO 4), with its namespace joined."""
     sock = WebSocket(server.port, "/socket.io/?EIO=4&transport=websocket")
     _ask_socketio(sock, "40", b"40")
     return sock
@@ -203,7 +203,7 @@ def _ask_socketio(sock: WebSocket, words: str, answer: bytes) -> None:
 
 
 class NatsFleet(RoutedFleet):
-    """At nats-server: a stream is a subject."""
+    """For nats-server: a stream is a subject."""
 
     wrapping = frames.NATS
 
@@ -219,7 +219,7 @@ class NatsFleet(RoutedFleet):
 
 
 class TcpFleet(Fleet):
-    """Through HAProxy: each stream has a connection of its own, as there is nobody to part the frames of a worker."""
+    """For HAProxy: each stream has its own connection, because a TCP proxy cannot route the frames of a worker."""
 
     wrapping = frames.TCP
 
@@ -234,14 +234,14 @@ class TcpFleet(Fleet):
     def begin(self, load: Load) -> list[Route]:
         """See `Fleet`."""
         behind = self.server.behind
-        assert behind is not None, "a proxy stands before somebody"
+        assert behind is not None, "a proxy needs a server behind it"
         while len(self._pairs) < load.streams:
             sender = self.keep(self.open_worker(len(self._pairs)))
             self._pairs.append((sender, self.keep(Tcp.of_socket(behind.accept()[0]))))
         return [Route(f"{n:032x}", sender, [reader]) for n, (sender, reader) in enumerate(self._pairs[: load.streams])]
 
     def end(self, routes: list[Route], load: Load) -> None:
-        """See `Fleet`: there is nothing to do."""
+        """See `Fleet`; nothing to do."""
 
     def look_after(self) -> None:
-        """See `Fleet`: nobody sends pings."""
+        """See `Fleet`; there are no pings."""

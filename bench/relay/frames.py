@@ -1,7 +1,7 @@
-"""An audio frame as bytes with holes: what differs from frame to frame is written into place, the rest is made once.
+"""Audio frames as templates: what differs between frames is written into place, the rest is built once.
 
-The bytes are a worker's: a real `audio` message, its `seq` as short as msgpack makes it, really masked. Relays that
-know nothing of it pass it on as they would any message, and find its reader by the request id in it.
+The bytes are a worker's: a real `audio` message, with `seq` in msgpack's shortest form, masked. Relays that do not know
+the protocol forward it like any message, and route it by the request id that it contains.
 """
 
 import struct
@@ -12,27 +12,27 @@ import attrs
 from protocol.wire.codec import encode
 from protocol.wire.frames import Audio
 
-#: Any key is allowed (RFC 6455 section 5.3); of one whose four bytes are equal, a hole needs not know where it stands.
+#: Any key is allowed (RFC 6455 section 5.3); with four equal bytes, a hole can be filled without knowing its offset.
 MASK_BYTE = 0x37
 _MASK = bytes((MASK_BYTE,)) * 4
 _MASKED = bytes(byte ^ MASK_BYTE for byte in range(256))
 TEXT, BINARY, PONG = 1, 2, 10
-#: 80 ms of 48 kHz speech, 16 bit: what VoxCPM puts out at once. The "8 KiB" of the tables.
+#: 80 ms of 48 kHz speech, 16 bit, which VoxCPM makes in one step. The "8 KiB" of the tables.
 SPEECH_BYTES = 7_680
 
 _AN_ID = "0123456789abcdef" * 2
 _STAMP_BYTES = 8
-#: msgpack's positive integers: the first number of each width, the bytes that hold the number, and one to look for.
+#: msgpack's positive integers: the first number of each width, the bytes used, and a number to search for.
 _WIDTHS = ((0, 1, 0x5B), (128, 1, 0xDB), (256, 2, 0x5BDB), (65_536, 4, 0x5BDB3C7A))
 
 
 def _audio(request_id: str, seq: int, pcm_bytes: int) -> bytes:
-    """Its samples are no two alike, so that a mix-up shows."""
+    """An audio frame; all its samples differ, so that a mix-up is detected."""
     pcm = (bytes(range(251)) * (pcm_bytes // 251 + 1))[:pcm_bytes]
     return encode(Audio(request_id=request_id, attempt=1, seq=seq, pcm=pcm))
 
 
-#: Where the request id stands in a frame, for relays that route by it.
+#: Offset of the request id in a frame, for relays that route by it.
 _ROUTE_AT = _audio(_AN_ID, 0, 16).index(_AN_ID.encode())
 ROUTE = slice(_ROUTE_AT, _ROUTE_AT + len(_AN_ID))
 
@@ -46,18 +46,18 @@ def _head(opcode: int, size: int, mask: int) -> bytes:
 
 
 def message(data: bytes, opcode: int = BINARY) -> bytes:
-    """One WebSocket message as a client sends it, masked."""
+    """A WebSocket message as sent by a client, masked."""
     return _head(opcode, len(data), 0x80) + _MASK + data.translate(_MASKED)
 
 
 def plain_message(data: bytes) -> bytes:
-    """One WebSocket message as a server sends it."""
+    """A WebSocket message as sent by a server."""
     return _head(BINARY, len(data), 0) + data
 
 
 @attrs.frozen
 class Wrapping:
-    """How a protocol carries a frame from a sender: what stands before it, behind it, and whether it is masked."""
+    """How a protocol wraps a frame from a sender: the bytes before and after it, and whether it is masked."""
 
     wrap: Callable[[str, bytes], bytes]
     tail_bytes: int = 0
@@ -66,11 +66,11 @@ class Wrapping:
 
 @attrs.frozen
 class Variant:
-    """A frame with holes, for numbers from `first_seq` on: `wire` is sent, `read` is what comes of it.
+    """A frame template for numbers from `first_seq` on: `wire` is sent, `read` is received.
 
     Args:
-        seq_bytes: of the hole for the number, big-endian, at `seq_at`; the time stands in eight at `stamp_at`.
-        wrapped: by so many bytes both lie further behind in `wire`.
+        seq_bytes: size of the hole for the number, big-endian, at `seq_at`; the time has eight bytes at `stamp_at`.
+        wrapped: offset by which both holes lie further back in `wire`.
     """
 
     first_seq: int
@@ -84,7 +84,7 @@ class Variant:
 
 
 def variants(request_id: str, pcm_bytes: int, first_seq: int, count: int, wrapping: Wrapping) -> list[Variant]:
-    """The frames of one stream, for each width of number that occurs in it."""
+    """The templates of one stream, one for each width of number that occurs in it."""
     made = []
     for (begin, seq_bytes, sample), end in zip(_WIDTHS, [first for first, *_ in _WIDTHS[1:]] + [2**31], strict=True):
         if begin < first_seq + count and first_seq < end:
@@ -107,7 +107,7 @@ def variants(request_id: str, pcm_bytes: int, first_seq: int, count: int, wrappi
 
 
 WEBSOCKET = Wrapping(lambda _id, data: message(data))
-#: Nothing in between knows WebSocket: what goes in comes out, so it is a server's already.
+#: No party in between knows WebSocket: bytes arrive as sent, so they must be a server's.
 TCP = Wrapping(lambda _id, data: plain_message(data), masked=False)
 NATS = Wrapping(
     lambda name, data: b"PUB %s %d\r\n%s\r\n" % (name.encode(), len(data), data), tail_bytes=2, masked=False
@@ -115,7 +115,7 @@ NATS = Wrapping(
 
 
 def _event(name: str, data: bytes) -> bytes:
-    """An event of Socket.IO 5 with one attachment: a text, then a binary message."""
+    """An event of Socket.IO 5 with one attachment: a text message, then a binary one."""
     return message(b'451-["frame","%s",{"_placeholder":true,"num":0}]' % name.encode(), TEXT) + message(data)
 
 

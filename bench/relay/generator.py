@@ -1,4 +1,4 @@
-"""`load.c`, compiled, and the plans that it carries out."""
+"""Compiles `load.c`, and runs the plans that it carries out."""
 
 import atexit
 import functools
@@ -16,75 +16,75 @@ from bench.relay.frames import Variant
 from bench.relay.sockets import Connection
 
 SOURCE = Path(__file__).with_name("load.c")
-#: A round that takes longer is not slow but stuck.
+#: A round that takes longer is stuck rather than slow.
 ROUND_S = 30.0
 SATURATED, PACED, HOLD = 0, 1, 2
 
 
 class Stuck(RuntimeError):
-    """A round did not come to its end, or frames were lost, doubled, changed or out of order."""
+    """A round did not finish, or frames were lost, doubled, changed or out of order."""
 
 
 @attrs.frozen
 class Stream:
-    """One stream of a round: who sends it, who reads it, and its frames."""
+    """One stream of a round: its sender, its readers, and its frames."""
 
     sender: Connection
     readers: Sequence[Connection]
     variants: Sequence[Variant]
     first_seq: int
     frames: int
-    #: Seconds between two frames, and before the first; no pace where the round is saturated.
+    #: Seconds between two frames, and before the first; no pace if the round is saturated.
     interval_s: float = 0.0
     offset_s: float = 0.0
-    #: Frames on their way at most; 0: any number.
+    #: Most frames in flight; 0: any number.
     window: int = 64
-    #: Its latencies do not count.
+    #: Its latencies are not counted.
     quiet: bool = False
-    #: Its readers read nothing before the round is over; they must find all of it then.
+    #: Its readers read nothing before the round is over; then all frames must be there.
     stalled: bool = False
 
 
 @attrs.frozen
 class Round:
-    """What one round took."""
+    """The result of one round."""
 
     frames: int
     wall_s: float
     load_cpu_s: float
-    #: Of each process watched: user and system time of all its threads, and what it holds at the end.
+    #: For each watched process: user and system time of all its threads, and its memory at the end.
     cpu_s: Sequence[float]
     rss_kib: Sequence[int]
-    #: From a frame's send to its receipt, without the first frame of each stream; then of those alone.
+    #: From sending a frame to receiving it, without the first frame of each stream; then for the first frames only.
     p50_us: float
     p99_us: float
     first_p50_us: float
     #: Pings answered.
     pongs: int
-    #: Frames that a stalled reader had not got when the others had all of theirs.
+    #: Frames that a stalled reader had not received when the others had received all of theirs.
     stalled_frames: int
-    #: CPU of the relay from before the requests of the round to after their ends.
+    #: CPU of the relay including the set-up and tear-down of the round's requests.
     whole_cpu_s: float = 0.0
 
     @property
     def frames_a_second(self) -> float:
-        """Throughput; a frame that has several readers counts at each."""
+        """The throughput; a frame with several readers counts for each."""
         return self.frames / self.wall_s
 
     @property
     def cpu_us_a_frame(self) -> float:
-        """CPU of the relay alone."""
+        """CPU of the relay per frame."""
         return 1e6 * sum(self.cpu_s) / self.frames
 
     @property
     def load_share(self) -> float:
-        """Part of a core that the load itself takes: near 1 it would be what is measured."""
+        """Share of a core used by the load generator; near 1, it would be what is measured."""
         return self.load_cpu_s / self.wall_s
 
 
 @functools.cache
 def program() -> Path:
-    """`load.c`, compiled; gone when this process ends.
+    """Compile `load.c`; the program is deleted when this process ends.
 
     Raises:
         RuntimeError: there is no C compiler.
@@ -101,15 +101,15 @@ def program() -> Path:
 def run_round(
     mode: int, streams: Sequence[Stream], around: Iterable[Connection], pids: Sequence[int], lead_s: float = 0.0
 ) -> Round:
-    """Send and receive all frames of `streams`; what else comes in is given to the connections afterwards.
+    """Send and receive all frames of `streams`; other messages received are passed to the connections afterwards.
 
     Args:
-        around: connections that must be looked after besides those of the streams.
-        pids: processes whose CPU and memory are to be told.
-        lead_s: CPU, time and frames count from then on; of a paced round alone.
+        around: connections to watch in addition to those of the streams.
+        pids: processes whose CPU and memory are reported.
+        lead_s: CPU, time and frames count from then on; only for a paced round.
 
     Raises:
-        Stuck: see there.
+        Stuck: the round failed; see `Stuck`.
     """
     ends = dict.fromkeys(around)
     for stream in streams:
@@ -134,15 +134,15 @@ def run_round(
 
 @attrs.frozen
 class Hold:
-    """Connections at rest, in a process of their own that answers pings."""
+    """Idle connections, held by a process that answers pings."""
 
     process: "subprocess.Popen[bytes]"
 
     def end(self) -> int:
-        """Hang up; how many pings were answered.
+        """Close them; returns how many pings were answered.
 
         Raises:
-            Stuck: the relay had hung up before.
+            Stuck: the relay had closed a connection before.
         """
         self.process.terminate()
         out, _ = self.process.communicate()
@@ -150,7 +150,7 @@ class Hold:
 
 
 def hold(connections: Sequence[Connection]) -> Hold:
-    """Hand over connections for good."""
+    """Hand connections over permanently."""
     for connection in connections:
         connection.settle()
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
@@ -169,7 +169,7 @@ def hold(connections: Sequence[Connection]) -> Hold:
 
 
 def _connection_lines(connections: Sequence[Connection]) -> list[str]:
-    """`conns COUNT`, then `conn DESCRIPTOR KIND` each; later lines name them by their place."""
+    """`conns COUNT`, then `conn DESCRIPTOR KIND` for each; later lines refer to them by index."""
     return [f"conns {len(connections)}", *(f"conn {end.sock.fileno()} {end.KIND}" for end in connections)]
 
 
@@ -177,8 +177,8 @@ def _stream_lines(streams: Sequence[Stream], connections: Sequence[Connection], 
     """`streams COUNT`, `burst BYTES FRAMES`, and for each stream, with its templates in `blob`:
 
     `stream SENDER FIRST_SEQ FRAMES INTERVAL_NS OFFSET_NS WINDOW QUIET`, then
-    `variant FIRST_SEQ SEQ_BYTES MASK`, four numbers of what is sent (place in `blob`, size, places of number and stamp
-    in it) and the same of what is received; then `reader CONNECTION STALLED` each.
+    `variant FIRST_SEQ SEQ_BYTES MASK`, four numbers about what is sent (offset in `blob`, size, offsets of number and
+    stamp in it) and the same for what is received; then `reader CONNECTION STALLED` for each.
     """
     place = {connection: number for number, connection in enumerate(connections)}
     lines = [f"streams {len(streams)}", f"burst {64 * 1024} 8"]

@@ -1,4 +1,4 @@
-"""What a relay weighs at rest, and what connections cost that do nothing but answer its pings."""
+"""Measures the memory of a relay at rest, and the cost of connections that only answer its pings."""
 
 import resource
 import sys
@@ -16,16 +16,16 @@ from bench.relay.relayd_fleet import log_in
 from bench.relay.servers import Absent, Server, open_nats, open_python_peer, open_relayd
 from bench.relay.sockets import Connection, NatsLine, WebSocket
 
-#: The first connections also pay for what the process needs once; the slope behind them is a connection's own.
+#: The first connections also pay for one-time allocations; the slope after them is the cost of a connection.
 WARM_UP, CONNECTIONS = 500, 5_000
-#: Of the peers that are there for their slope alone.
+#: For peers that are measured only for their slope.
 FEWER = 1_500
-#: Handed over together: so soon that none of them misses a ping.
+#: Connections handed over together: few enough that none misses a ping.
 BATCH = 500
 PING_S = 5.0
-#: Three pings each; and before, time for what connecting has left to do.
+#: Time for three pings each; and before that, time for the work that connecting leaves behind.
 WATCH_S, SETTLE_S = 15.0, 3.0
-#: Descriptors for all else.
+#: Descriptors reserved for everything else.
 SPARE_FILES = 300
 RELAYD = "relayd"
 
@@ -73,14 +73,14 @@ class Guests:
     kib: int = 0
 
     def watch(self) -> None:
-        """Called twice: the second time tells what was between."""
+        """Record the counters; call it twice, and the figures describe the time between."""
         self.cpu_s = self.server.cpu_s() - self.cpu_s
         self.watched_s = time.monotonic() - self.watched_s
         self.kib = self.server.rss_kib()
 
     @property
     def kib_each(self) -> float:
-        """Resident memory of a connection that has been pinged."""
+        """Resident memory per connection that has been pinged."""
         return (self.kib - self.warm_kib) / (self.count - WARM_UP)
 
     @property
@@ -90,7 +90,7 @@ class Guests:
 
 
 def measure() -> list[Row]:
-    """All relays are watched at the same time, so that the machine's mood is theirs together."""
+    """Watch all relays at the same time, so that the machine's variations affect all alike."""
     most = _most_connections()
     with ExitStack() as stack:
         guests: dict[str, Guests] = {}
@@ -98,7 +98,7 @@ def measure() -> list[Row]:
             try:
                 server = stack.enter_context(kind.open())
             except Absent:
-                continue  # told by the figure `relay`
+                continue  # measured by the figure `relay`
             guests[name] = _fill(server, kind, min(most, kind.most))
             for held in guests[name].holds:
                 stack.callback(held.process.kill)

@@ -1,4 +1,4 @@
-"""What a frame costs on its way through the relay, beside other relays under the same load, in the same minutes."""
+"""Measures the cost of a frame in the relay, compared with other relays under the same load at the same time."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,21 +17,21 @@ from bench.relay.relayd_fleet import RelaydFleet
 from bench.relay.servers import Absent, Server, open_haproxy, open_nats, open_python_peer, open_relayd
 
 MIB = 1024**2
-#: 12 frames of 80 ms a second: speech as fast as it is spoken.
+#: 12 frames of 80 ms a second: speech at the speed at which it is spoken.
 SPEECH_INTERVAL_S = 1 / 12
-#: A saturated round is so long that a relay takes about so much CPU for it.
+#: CPU time that a saturated round should take in a relay.
 ROUND_CPU_S = 0.4
 LEAST_EACH, MOST_EACH = 20, 400
-#: Frames in a saturated round hold at most so much of a relay's memory, which is half of what relayd may have.
+#: Most memory of a relay that the frames of a saturated round may use: half of what relayd is configured for.
 MOST_BYTES = 128 * MIB
-#: Listeners of the one stream of a fan-out, and frames a second of a paced one.
+#: Listeners of the single stream of a fan-out, and its frames per second if paced.
 LISTENERS, FAN_RATE = 50, 60
-#: In a round with a stalled reader: its stream's frames for each of the others'. In 2 s more than the kernel holds.
+#: In a round with a stalled reader: its stream's frames per frame of the others. More than the kernel holds in 2 s.
 FLOOD = 40
-#: In the round that shows where they wait: the same, what may lie in memory, and how much the relay may grow by.
+#: In the round that shows where they wait: the same, its duration, the memory limit, and the relay's largest growth.
 DELUGE, DELUGE_S, SMALL_MEMORY_BYTES, MOST_GROWTH_BYTES = 300, 3.0, 4 * MIB, 24 * MIB
 
-#: Of what has no aim of its own.
+#: Rounds for figures without a limit.
 GROWTH_ROUNDS = 3
 
 RELAYD, SQLITE, STALL, SMALL = "relayd", "relayd, sqlite", "relayd, stalls", "relayd, small memory"
@@ -63,7 +63,7 @@ _FLEETS: dict[str, Callable[[Server, int], Fleet]] = {
 
 
 class Field:
-    """The relays of this run: each is started when it is first wanted, and stays. All run, and only one has work."""
+    """The relays of this run: each is started when it is first needed, and kept. Only one has work at a time."""
 
     def __init__(self, most_streams: int) -> None:
         self._most_streams = most_streams
@@ -72,11 +72,11 @@ class Field:
         self._absent: set[str] = set()
 
     def close(self) -> None:
-        """Stop them."""
+        """Stop all relays."""
         self._open.close()
 
     def fleets(self, names: Sequence[str]) -> dict[str, Fleet]:
-        """Those of `names` that there are, warmed up."""
+        """The available relays of `names`, warmed up."""
         for name in names:
             if name in self._fleets or name in self._absent:
                 continue
@@ -88,28 +88,28 @@ class Field:
                 continue
             fleet = _FLEETS.get(name, WebSocketFleet)(server, self._most_streams)
             self._fleets[name] = self._open.enter_context(closing(fleet))
-            if name == RELAYD:  # as one that has run for a while: its memory is full of results, of which the oldest go
+            if name == RELAYD:  # like one that has run for a while: memory full of results, the oldest being dropped
                 for _ in range(3):
                     fleet.round(Load(each=MOST_BYTES // (50 * SPEECH_BYTES)))
         return {name: self._fleets[name] for name in names if name in self._fleets}
 
     def round(self, name: str, load: Load) -> Round:
-        """One round of one of them, while the others rest."""
+        """Run one round on one relay while the others are idle."""
         for fleet in self._fleets.values():
             fleet.look_after()
         return self._fleets[name].round(load)
 
     def rounds(self, count: int, load: Load, names: Sequence[str]) -> dict[str, list[Round]]:
-        """`count` rounds of each, in turns."""
+        """Run `count` rounds on each, in turns."""
         return in_turns(count, {name: partial(self.round, name, load) for name in self.fleets(names)})
 
     def saturated(self, count: int, load: Load, names: Sequence[str]) -> dict[str, list[Round]]:
-        """`rounds` as long as each relay needs to have its figure settle; a short one first tells how long that is."""
+        """Like `rounds`, long enough for each relay's figure to settle; a short trial round determines the length."""
         calls = {}
         most_each = max(LEAST_EACH, min(MOST_EACH * 50 // load.streams, MOST_BYTES // (load.streams * load.pcm_bytes)))
         for name, fleet in self.fleets(names).items():
             trial = attrs.evolve(load, each=LEAST_EACH)
-            fleet.round(trial)  # imports, caches and buffers grow to their size
+            fleet.round(trial)  # imports, caches and buffers reach their final size
             took = fleet.round(trial)
             fair = ROUND_CPU_S / (sum(took.cpu_s) / LEAST_EACH)
             mine = attrs.evolve(load, each=max(LEAST_EACH, min(most_each, round(fair))))
@@ -119,7 +119,7 @@ class Field:
 
 @attrs.frozen(kw_only=True)
 class Scale:
-    """How much is measured."""
+    """How much to measure."""
 
     saturated: int
     paced: int
@@ -135,7 +135,7 @@ FULL = Scale(saturated=13, paced=11, paced_s=1.0, fan_out=5, fan_out_paced=4, st
 
 
 def _cpu(name: str, rounds: dict[str, list[Round]], limits: dict[str, float]) -> list[Row]:
-    """A row for each peer."""
+    """Make a row for each peer."""
     ours = [each.cpu_us_a_frame for each in rounds[RELAYD]]
     return [
         paired(
@@ -168,14 +168,14 @@ def _latency(name: str, rounds: dict[str, list[Round]], limits: dict[str, float]
                 rows.append(paired("relay", what, "µs", ours, [of(r) for r in theirs], peer, limit_ratio=limit))
     quietest = min(each.p99_us for each in rounds[RELAYD])
     for peer, theirs in rounds.items():
-        if peer != RELAYD:  # what neighbours do only ever adds
+        if peer != RELAYD:  # other load on the machine can only add to it
             what = f"{name}: worker to client, p99 of the quietest round"
             rows.append(paired("relay", what, "µs", [quietest], [min(each.p99_us for each in theirs)], peer))
     return rows
 
 
 def saturated(field: Field, scale: Scale, peers: Sequence[str]) -> list[Row]:
-    """50 streams of 4 workers, as fast as the relay takes them."""
+    """Measure 50 streams of 4 workers, as fast as the relay accepts them."""
     name = "saturated, 50 streams, 8 KiB"
     rounds = field.saturated(scale.saturated, Load(each=0), [RELAYD, *peers])
     rows = _cpu(name, rounds, {NATS: 1.15, HAPROXY: 1.5, TRIO: 0.1})
@@ -209,7 +209,7 @@ def saturated(field: Field, scale: Scale, peers: Sequence[str]) -> list[Row]:
 
 
 def paced(field: Field, scale: Scale, peers: Sequence[str], streams: int = 50) -> list[Row]:
-    """Speech as fast as it is spoken: every frame wakes the relay by itself, so it costs more."""
+    """Measure speech at the speed of speaking: every frame wakes the relay separately, so it costs more."""
     load = Load(each=1 + round(scale.paced_s / SPEECH_INTERVAL_S), streams=streams, interval_s=SPEECH_INTERVAL_S)
     rounds = field.rounds(scale.paced, load, [RELAYD, *peers])
     name = f"paced, {streams} streams of 12 frames/s, 8 KiB"
@@ -221,7 +221,7 @@ def paced(field: Field, scale: Scale, peers: Sequence[str], streams: int = 50) -
 
 
 def fan_out(field: Field, scale: Scale, peers: Sequence[str]) -> list[Row]:
-    """One stream to 50 listeners; a frame counts at each of them."""
+    """Measure one stream to 50 listeners; a frame counts for each of them."""
     load = Load(each=0, streams=1, listeners=LISTENERS)
     full = field.saturated(scale.fan_out, load, [RELAYD, *peers])
     spoken = attrs.evolve(load, each=1 + round(scale.paced_s * FAN_RATE), interval_s=1 / FAN_RATE)
@@ -234,7 +234,7 @@ def fan_out(field: Field, scale: Scale, peers: Sequence[str]) -> list[Row]:
 
 
 def stalled(field: Field, scale: Scale) -> list[Row]:
-    """One reader among 50 reads nothing, and its stream comes at 40 times the others' pace: what the others notice."""
+    """Measure the effect on others of a reader among 50 that does not read, with a stream 40 times as fast."""
     each = round(scale.stalled_s / SPEECH_INTERVAL_S)
     flowing = Load(each=each, interval_s=SPEECH_INTERVAL_S, flood=FLOOD)
     field.fleets([STALL])
@@ -261,7 +261,7 @@ def stalled(field: Field, scale: Scale) -> list[Row]:
 
 
 def _bounded(field: Field) -> list[Row]:
-    """Where a stalled reader's frames wait: not in memory."""
+    """Check that a stalled reader's frames do not wait in memory."""
     load = Load(
         each=round(DELUGE_S / SPEECH_INTERVAL_S),
         streams=4,
@@ -282,7 +282,7 @@ def _bounded(field: Field) -> list[Row]:
 
 
 def growth(field: Field) -> list[Row]:
-    """How the cost of a frame grows with its size, with streams, and with listeners."""
+    """Measure how the cost of a frame grows with its size, with streams, and with listeners."""
     rows = []
     loads = {
         **{f"saturated, 50 streams, frames of {kib} KiB": Load(each=0, pcm_bytes=kib * 1024) for kib in (1, 4, 64)},
@@ -299,7 +299,7 @@ def growth(field: Field) -> list[Row]:
 
 
 def with_disk(field: Field, scale: Scale) -> list[Row]:
-    """What the SQLite store adds to frames that come at the speed of speech: it is asked at begin and end alone."""
+    """Measure what the SQLite store adds at the speed of speech: it is used only at the begin and end of requests."""
     load = Load(each=1 + round(scale.paced_s / SPEECH_INTERVAL_S), interval_s=SPEECH_INTERVAL_S)
     rounds = field.rounds(GROWTH_ROUNDS, load, [SQLITE, RELAYD])
     disk, memory = ([each.cpu_us_a_frame for each in rounds[name]] for name in (SQLITE, RELAYD))
@@ -311,7 +311,7 @@ PARTS = ("saturated", "paced", "fan-out", "stalled")
 
 
 def measure_quick(parts: Sequence[str] = PARTS) -> list[Row]:
-    """What is promised about the relay's speed, and no more: about a minute."""
+    """Measure only the figures with a promised limit: about a minute."""
     with closing(Field(50)) as field:
         work = {
             "saturated": lambda: saturated(field, QUICK, [NATS, HAPROXY, TRIO, WEBSOCKETS]),
@@ -323,7 +323,7 @@ def measure_quick(parts: Sequence[str] = PARTS) -> list[Row]:
 
 
 def measure() -> list[Row]:
-    """All of it: some five minutes."""
+    """Measure everything: about five minutes."""
     pythons = [TRIO, WEBSOCKETS, AIOHTTP, PICOWS, SOCKETIO]
     with closing(Field(200)) as field:
         return _all_of(
@@ -340,7 +340,7 @@ def measure() -> list[Row]:
 
 
 def _all_of(parts: Mapping[str, Callable[[], list[Row]]]) -> list[Row]:
-    """Their rows; a part that broke is a broken row, and costs no other its figures."""
+    """The rows of all parts; a part that fails becomes a broken row, and does not affect the others."""
     prove()
     rows: list[Row] = []
     for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""Workers and clients of the real daemon: what `fleet` says, by the messages of the protocol."""
+"""Workers and clients of the real daemon: implements `fleet` with the messages of the protocol."""
 
 import secrets
 import select
@@ -35,16 +35,16 @@ from protocol.wire.messages import (
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Message
 
-#: Until requests have begun, or ended.
+#: Time for requests to begin or end.
 TURN_S = 60.0
-#: Bytes that the kernel may hold for a reader that is going to stall: else it would hold a whole round. Much less, and
-#: a reader that does read is slow already: a loopback segment has 64 KiB.
+#: Receive buffer of a reader that is going to stall: otherwise the kernel would hold a whole round. With much less, a
+#: reader that does read is already slow, because a loopback segment has 64 KiB.
 SMALL_BUFFER = 128 * 1024
 
 
 @attrs.define(eq=False)
 class Request:
-    """One request of a round, and how far it has come."""
+    """One request of a round, and its progress."""
 
     request_id: str
     readers: list[Connection]
@@ -54,13 +54,13 @@ class Request:
 
 
 class RelaydFleet(Fleet):
-    """At the real daemon: every stream is a request, submitted, stored, accepted, assigned, and completed in the end.
+    """For the real daemon: every stream is a request that is submitted, stored, accepted, assigned and completed.
 
     Args:
-        stalls: the first client gets a small receive buffer, so that the relay feels it where it does not read.
+        stalls: the first client gets a small receive buffer, so that the relay notices when it does not read.
     """
 
-    first_seq = 1  # behind `started`
+    first_seq = 1  # after `started`
 
     def __init__(self, server: Server, most_streams: int = 50, workers: int = WORKERS, *, stalls: bool = False) -> None:
         self._slots = -(-most_streams // workers) if workers else 0
@@ -170,7 +170,7 @@ def _there(worker: Connection | None) -> Connection:
 
 
 def log_in(server: Server, role: str, receive_buffer: int | None = None) -> WebSocket:
-    """A connection to the daemon, logged in."""
+    """Open a connection to the daemon, and log in."""
     sock = WebSocket(server.port, PATH, SUBPROTOCOL, receive_buffer)
     ask(sock, Hello(version=PROTOCOL_VERSION, role=role, token=server.tokens[role], agent="bench"), Welcome)
     return sock

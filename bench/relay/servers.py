@@ -1,4 +1,4 @@
-"""Relays as processes of their own: started, watched from outside, stopped. A peer that is missing is `Absent`."""
+"""Relays as separate processes: started, observed from outside, stopped. A peer that is not installed is `Absent`."""
 
 import importlib.metadata
 import importlib.util
@@ -24,11 +24,11 @@ SPACE = "bench"
 READY_S = 90.0
 STOP_S = 10.0
 LOOK_AGAIN_S = 0.02
-#: Of this file: what the peers are started in.
+#: The folder in which the peers are started.
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Results are let go of soon, so that one round's frames do not fill the memory in which the next is measured. Pings
-#: are there, but seldom: the peers of the same rounds send none. Idle connections have a figure of their own.
+#: Results are dropped soon, so that one round's frames do not fill the memory in which the next is measured. Pings are
+#: rare, because the other peers send none. Idle connections are measured separately.
 _CONFIG = f"""
 listen = "127.0.0.1:0"
 state_dir = "state"
@@ -51,19 +51,19 @@ idle_timeout_s = 3_600
 
 
 class Absent(Exception):
-    """A peer that is not installed; the text says how to have it."""
+    """A peer is not installed; the message says how to install it."""
 
 
 @attrs.frozen
 class Server:
-    """A relay that listens on loopback. Its process is looked at, never asked."""
+    """A relay that listens on loopback. Its process is only observed from outside."""
 
     name: str
     pid: int
     port: int
-    #: Role -> token; empty where none is needed.
+    #: Role -> token; empty if none is needed.
     tokens: dict[str, str] = attrs.field(factory=dict)
-    #: Where a proxy passes on what comes in.
+    #: The socket to which a proxy forwards.
     behind: socket.socket | None = None
 
     def cpu_s(self) -> float:
@@ -86,14 +86,14 @@ class Server:
 
 @attrs.frozen
 class Checkout:
-    """Which relayd is measured: this one, or the one that RELAYD_BENCH_CHECKOUT points to (with a .venv of its own)."""
+    """The relayd that is measured: this one, or the one at RELAYD_BENCH_CHECKOUT (with a .venv of its own)."""
 
     folder: Path
     python: str
 
     @classmethod
     def wanted(cls) -> "Checkout":
-        """As the environment says."""
+        """The checkout chosen by the environment."""
         if not (given := os.environ.get("RELAYD_BENCH_CHECKOUT")):
             return cls(ROOT, sys.executable)
         folder = Path(given).resolve()
@@ -102,12 +102,12 @@ class Checkout:
 
     @property
     def command(self) -> list[str]:
-        """Of its command line."""
+        """The command line that runs it."""
         return [self.python, "-m", "relayd.cli"]
 
     @property
     def commit(self) -> str:
-        """Short, with a `+` where files were changed since; empty where there is no git."""
+        """The short commit id, with a `+` if files have changed since; empty without git."""
         git = ["git", "-C", str(self.folder)]
         told = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
@@ -115,7 +115,7 @@ class Checkout:
 
 
 def serving_command(checkout: Checkout) -> list[str]:
-    """What is measured; RELAYD_BENCH_COMMAND puts another (a profiler's) in its place."""
+    """The command that serves; RELAYD_BENCH_COMMAND replaces it (for a profiler)."""
     return shlex.split(os.environ.get("RELAYD_BENCH_COMMAND", "")) or checkout.command
 
 
@@ -128,14 +128,15 @@ def open_relayd(
     command: list[str] | None = None,
     **environ: str,
 ) -> Iterator[Server]:
-    """The real daemon, on a free port, with a throw-away state folder; it logs to a file, as under systemd.
+    """Start the real daemon on a free port, with a temporary state folder; it logs to a file, as under systemd.
 
     Args:
-        store: `memory` leaves the disk out of it.
-        ping_interval_s: of connections at rest; they are dead after three of those.
-        memory_bytes: of all frames; what is more goes to files, or where the store is `memory`, the oldest results go.
-        command: in place of what `serving_command` says.
-        environ: variables of its process.
+        store: `memory` does not use the disk.
+        ping_interval_s: for idle connections; they are dead after three intervals.
+        memory_bytes: for all frames; beyond it, they go to files, or the oldest results are dropped if `store` is
+            `memory`.
+        command: used instead of `serving_command`.
+        environ: environment variables of its process.
     """
     checkout = Checkout.wanted()
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as name:
@@ -150,7 +151,7 @@ def open_relayd(
 
 
 def _issue_tokens(checkout: Checkout, config: Path) -> dict[str, str]:
-    """By the commands that a person would use, on the running daemon: so any relayd can be asked."""
+    """Create tokens with the commands that a person would use, on the running daemon, so that any version works."""
     create = [*checkout.command, "token", "create", "--space", SPACE, "--config", str(config)]
     asked = {
         role: subprocess.Popen(
@@ -174,7 +175,7 @@ def _issue_tokens(checkout: Checkout, config: Path) -> dict[str, str]:
 
 # -- peers --------------------------------------------------------------------------------------------------------
 
-#: Relay of a few lines -> packages it stands on, the first of which is its name.
+#: Minimal relay -> the packages that it uses, the first of which gives its name.
 _PYTHON_PEERS = {
     "plain_trio": ("trio-websocket", "trio"),
     "on_websockets": ("websockets", "uvloop"),
@@ -184,7 +185,7 @@ _PYTHON_PEERS = {
 }
 _MODULES = {"python-socketio": "socketio", "trio-websocket": "trio_websocket"}
 _NATS, _HAPROXY = "nats-server", "haproxy"
-#: One thread: what is a floor for one thread of relayd would else also pay for two threads' meeting.
+#: One thread: otherwise the lower bound for one thread of relayd would include handing work between two threads.
 _HAPROXY_CONFIG = """
 global
   nbthread 1
@@ -202,10 +203,10 @@ listen bench
 
 @contextmanager
 def open_python_peer(module: str, ping_interval_s: float | None = None) -> Iterator[Server]:
-    """A relay of a few lines, of `bench.relay.peers`.
+    """Start a minimal relay of `bench.relay.peers`.
 
     Raises:
-        Absent: a package that it stands on is not installed.
+        Absent: a package that it uses is not installed.
     """
     _packages(module)
     command = [sys.executable, "-m", f"bench.relay.peers.{module}"]
@@ -219,7 +220,7 @@ def open_python_peer(module: str, ping_interval_s: float | None = None) -> Itera
 
 @contextmanager
 def open_nats(ping_interval_s: float | None = None) -> Iterator[Server]:
-    """nats-server, with its defaults.
+    """Start nats-server with its defaults.
 
     Raises:
         Absent: it is not installed.
@@ -237,7 +238,7 @@ def open_nats(ping_interval_s: float | None = None) -> Iterator[Server]:
 
 @contextmanager
 def open_haproxy() -> Iterator[Server]:
-    """HAProxy, passing TCP connections on to a socket of ours: it knows no frames, so it is the floor.
+    """Start HAProxy, forwarding TCP connections to a socket of ours: it knows no frames, so it is the lower bound.
 
     Raises:
         Absent: it is not installed.
@@ -252,12 +253,12 @@ def open_haproxy() -> Iterator[Server]:
         config.write_text(_HAPROXY_CONFIG % (port, behind.getsockname()[1]))
         with _open_process_in(ROOT, [program, "-db", "-f", str(config)], Path(folder, "log")) as process:
             _await_port(process, port)
-            behind.accept()[0].close()  # of the port's trial
+            behind.accept()[0].close()  # from the check of the port
             yield Server(_HAPROXY, process.pid, port, behind=behind)
 
 
 def peers_line() -> str:
-    """What there is to be measured, with versions, and what is missing."""
+    """List the available peers with their versions, and those that are missing."""
     words = [f"relayd {Checkout.wanted().commit}".strip()]
     for module in _PYTHON_PEERS:
         try:
@@ -274,7 +275,7 @@ def peers_line() -> str:
 
 
 def _packages(module: str) -> str:
-    """What a relay of a few lines stands on."""
+    """Describe the packages of a minimal relay."""
     packages = _PYTHON_PEERS[module]
     for package in packages:
         if importlib.util.find_spec(_MODULES.get(package, package)) is None:
@@ -294,7 +295,7 @@ def _program(name: str) -> str:
 
 @contextmanager
 def open_process(command: list[str], log: Path, **environ: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that writes to `log` and sees no relay of the environment but in `environ`; ended with the block."""
+    """Start a process that writes to `log` and knows no relay except through `environ`; ended with the block."""
     with _open_process_in(None, command, log, environ) as process:
         yield process
 
@@ -328,7 +329,7 @@ def _free_port() -> int:
 
 
 def _await_port(process: "subprocess.Popen[bytes]", port: int) -> None:
-    """Until somebody listens there."""
+    """Wait until the port accepts connections."""
     deadline = time.monotonic() + READY_S
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -341,7 +342,7 @@ def _await_port(process: "subprocess.Popen[bytes]", port: int) -> None:
 
 
 def _port_in_log(process: "subprocess.Popen[bytes]", log: Path) -> int:
-    """The port of the line that says `listening`."""
+    """The port in the log line `listening`."""
     deadline = time.monotonic() + READY_S
     while process.poll() is None and time.monotonic() < deadline:
         for line in log.read_text().splitlines():

@@ -1,6 +1,6 @@
-"""Connections to relays for all that is not timed: handshakes, logins, set-up and tear-down. The rest `load.c` does.
+"""Connections to relays for whatever is not timed: handshakes, logins, set-up, tear-down; `load.c` does the rest.
 
-Both use the same sockets in turns, so nothing may be left half here when it is the other's (`Connection.settle`).
+Both use the same sockets in turns, so no half-read message may be left when the other takes over (`Connection.settle`).
 """
 
 import abc
@@ -23,14 +23,14 @@ _view = memoryview(_shared)
 
 
 class Connection(abc.ABC):
-    """One connection to a relay; nothing blocks but where it says so.
+    """One connection to a relay; methods block only where they say so.
 
     Args:
         port: on loopback.
-        receive_buffer: bytes for the kernel to hold; None leaves it the choice.
+        receive_buffer: size of the kernel's receive buffer in bytes; None uses the default.
     """
 
-    #: As `load.c` calls the protocol.
+    #: The protocol's number in `load.c`.
     KIND = 0
 
     def __init__(self, port: int, receive_buffer: int | None = None) -> None:
@@ -40,12 +40,12 @@ class Connection(abc.ABC):
         self.sock.settimeout(ANSWER_S)
         self.sock.connect(("127.0.0.1", port))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        #: Called with each message that is whole.
+        #: Called with each complete message.
         self.on_message: Callable[[bytes], None] = lambda _message: None
         self.received = bytearray()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.sock.close()
 
     def wait(self, write: bool = False) -> None:
@@ -65,24 +65,24 @@ class Connection(abc.ABC):
                 self.wait(write=True)
 
     def fill(self) -> bool:
-        """Read once; False where there was nothing."""
+        """Read once; returns False if there was nothing to read."""
         try:
             count = self.sock.recv_into(_shared)
         except BlockingIOError:
             return False
         if not count:
-            raise RuntimeError("the relay hung up")
+            raise RuntimeError("the relay closed the connection")
         self.received += _view[:count]
         return True
 
     def take(self) -> None:
-        """Read once, and hand out the messages that are whole."""
+        """Read once, and pass on the complete messages."""
         if self.fill():
             self.parse()
 
     @abc.abstractmethod
     def parse(self) -> None:
-        """Hand out what is whole of `received`."""
+        """Pass on the complete messages in `received`."""
 
     def until(self, done: Callable[[], bool]) -> None:
         """Read, blocking, until `done`."""
@@ -94,12 +94,12 @@ class Connection(abc.ABC):
             self.take()
 
     def settle(self) -> None:
-        """Have no half message."""
+        """Read until no incomplete message is left."""
         self.until(lambda: not self.received)
 
 
 class WebSocket(Connection):
-    """A WebSocket; text messages are handed out as binary ones are."""
+    """A WebSocket connection; text messages are passed on like binary ones."""
 
     def __init__(self, port: int, path: str, subprotocol: str | None = None, receive_buffer: int | None = None) -> None:
         super().__init__(port, receive_buffer)
@@ -187,7 +187,7 @@ class NatsLine(Connection):
 
 
 class Tcp(Connection):
-    """One end of a connection that goes through a proxy which knows nothing of what it carries."""
+    """One end of a connection through a TCP proxy, which does not know what it carries."""
 
     def __init__(self, port: int) -> None:
         super().__init__(port)
@@ -195,7 +195,7 @@ class Tcp(Connection):
 
     @classmethod
     def of_socket(cls, sock: socket.socket) -> "Tcp":
-        """The other end, accepted already."""
+        """Wrap the other end, which has been accepted already."""
         end = cls.__new__(cls)
         end.sock, end.received, end.on_message = sock, bytearray(), lambda _message: None
         sock.setblocking(False)

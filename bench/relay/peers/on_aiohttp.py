@@ -6,7 +6,7 @@ import uvloop
 from aiohttp import WSMsgType, web
 
 from bench.relay.frames import ROUTE
-from bench.relay.peers import ping_interval_s, told_to_listen
+from bench.relay.peers import announce_listening, ping_interval_s
 
 readers: dict[bytes, list[web.WebSocketResponse]] = {}
 PING_S = ping_interval_s()
@@ -37,7 +37,7 @@ async def main() -> None:
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    told_to_listen(runner.addresses[0][1])
+    announce_listening(runner.addresses[0][1])
     await asyncio.Event().wait()
 
 

@@ -4,7 +4,7 @@ import uvloop
 from picows import WSFrame, WSListener, WSMsgType, WSTransport, WSUpgradeRequest, ws_create_server
 
 from bench.relay.frames import ROUTE
-from bench.relay.peers import ping_interval_s, told_to_listen
+from bench.relay.peers import announce_listening, ping_interval_s
 
 readers: dict[bytes, list[WSTransport]] = {}
 
@@ -42,7 +42,7 @@ async def main() -> None:
         auto_ping_idle_timeout=idle_s,
         auto_ping_reply_timeout=idle_s,
     )
-    told_to_listen(server.sockets[0].getsockname()[1])
+    announce_listening(server.sockets[0].getsockname()[1])
     await server.serve_forever()
 
 

@@ -6,7 +6,7 @@ import socketio
 import uvicorn
 import uvloop
 
-from bench.relay.peers import ping_interval_s, told_to_listen
+from bench.relay.peers import announce_listening, ping_interval_s
 
 sio = socketio.AsyncServer(
     async_mode="asgi", ping_interval=ping_interval_s() or 25, ping_timeout=60, max_http_buffer_size=10_000_000
@@ -26,7 +26,7 @@ async def main() -> None:
     sio.on("join", join)
     sio.on("frame", frame)
     listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    told_to_listen(listening.getsockname()[1])
+    announce_listening(listening.getsockname()[1])
     config = uvicorn.Config(
         socketio.ASGIApp(sio), loop="uvloop", log_level="warning", ws_per_message_deflate=False, ws_ping_interval=None
     )

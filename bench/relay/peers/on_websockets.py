@@ -5,7 +5,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from bench.relay.frames import ROUTE
-from bench.relay.peers import ping_interval_s, told_to_listen
+from bench.relay.peers import announce_listening, ping_interval_s
 
 readers: dict[bytes, list[ServerConnection]] = {}
 
@@ -27,7 +27,7 @@ async def serve_one(ws: ServerConnection) -> None:
 
 async def main() -> None:
     async with serve(serve_one, "127.0.0.1", 0, compression=None, ping_interval=ping_interval_s()) as server:
-        told_to_listen(server.sockets[0].getsockname()[1])
+        announce_listening(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 
 

@@ -4,7 +4,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, serve_websocket
 
 from bench.relay.frames import ROUTE
-from bench.relay.peers import ping_interval_s, told_to_listen
+from bench.relay.peers import announce_listening, ping_interval_s
 
 readers: dict[bytes, list[WebSocketConnection]] = {}
 
@@ -39,7 +39,7 @@ async def main() -> None:
         server = await nursery.start(
             lambda *, task_status: serve_websocket(serve_one, "127.0.0.1", 0, None, task_status=task_status)
         )
-        told_to_listen(server.port)
+        announce_listening(server.port)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Fetcher:
                 if cancelled():
                     raise FetchRefused("was cancelled")
                 if fetching.left_s <= 0:
-                    raise FetchRefused(f"was not received within {timeout_s:g} s")
+                    raise FetchRefused(f"did not arrive within {timeout_s:g} s")
         finally:
             fetching.stop()
         return fetching.result()

@@ -132,7 +132,7 @@ class Target:
             FetchRefused: it is not a valid URL, or contains something that must not be in a request's params.
         """
         if len(url) > MAX_URL_CHARS:
-            raise FetchRefused(f"is a URL of {len(url)} characters; the limit is {MAX_URL_CHARS}")
+            raise FetchRefused(f"has {len(url)} characters; the limit is {MAX_URL_CHARS}")
         if not url.isprintable() or " " in url or "\\" in url:
             raise FetchRefused("contains a space or a character that is not allowed in a URL; percent-encode it")
         try:
@@ -146,7 +146,7 @@ class Target:
         except FetchRefused:
             raise
         except ValueError:
-            raise FetchRefused("is not a URL with a host; give https://HOST/PATH") from None
+            raise FetchRefused("has no valid host; give https://HOST/PATH") from None
         path = quote(parts.path, SAFE) or "/"
         if parts.query:
             path += "?" + quote(parts.query, SAFE)

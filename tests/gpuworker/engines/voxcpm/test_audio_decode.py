@@ -122,20 +122,20 @@ def test_samples_that_are_no_numbers_are_refused(bad: float) -> None:
     samples[77] = bad
     file = io.BytesIO()
     soundfile.write(file, samples, RATE, format="WAV", subtype="DOUBLE")
-    assert fault(file.getvalue()) == "has samples that are no numbers (NaN or infinity); save it anew, as 16-bit WAV"
+    assert fault(file.getvalue()) == "contains samples that are NaN or infinite; save it again, as 16-bit WAV"
 
 
 def test_float_samples_on_another_scale_are_refused_and_a_little_over_full_scale_is_taken() -> None:
     assert fault(encode(tone(1, level=32_768), name="wav-float")) == (
-        "has samples up to 32768, where full scale is 1; divide them by it"
+        "has samples up to 32768, where full scale is 1; divide them by that"
     )
     assert decode(encode(tone(1, level=1.5), name="wav-float"), rate=RATE, max_seconds=2).max() == pytest.approx(1.5)
 
 
 def test_a_rate_or_a_number_of_channels_that_no_recording_has_is_refused() -> None:
-    assert fault(encode(tone(1, 1_000), 1_000)) == "has 1000 samples a second; give 4000 to 384000 Hz"
-    assert fault(encode(tone(0.01, 999_999), 999_999)).startswith("has 999999 samples a second")
-    assert fault(encode(tone(0.3, channels=9))) == "has 9 channels; give at most 8, best mono"
+    assert fault(encode(tone(1, 1_000), 1_000)) == "has a sample rate of 1000 Hz; give 4000 to 384000 Hz"
+    assert fault(encode(tone(0.01, 999_999), 999_999)).startswith("has a sample rate of 999999 Hz")
+    assert fault(encode(tone(0.3, channels=9))) == "has 9 channels; give at most 8, preferably mono"
     data = encode(tone(1))
     for rate in (0, 2**31, 2**32 - 1):
         assert fault(data[:24] + struct.pack("<I", rate) + data[28:])
@@ -172,7 +172,7 @@ def test_another_format_that_libsndfile_knows_is_refused() -> None:
 def test_a_damaged_file_says_what_to_do() -> None:
     words = fault(encode(tone(1))[:30])
     assert words.startswith(
-        "is not audio that can be read (WAV, FLAC, MP3, OGG); save it anew, as 16-bit WAV for instance (libsndfile: "
+        "is not audio that can be read (WAV, FLAC, MP3, OGG); save it again, for example as 16-bit WAV (libsndfile: "
     )
 
 

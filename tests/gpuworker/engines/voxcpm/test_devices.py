@@ -50,7 +50,7 @@ _RESPONSE: Any = SimpleNamespace(headers={}, request=None)
     ("fault", "words"),
     [
         (errors.LocalEntryNotFoundError("no route"), "cannot be reached"),
-        (errors.RepositoryNotFoundError("404", response=_RESPONSE), "is it spelled right"),
+        (errors.RepositoryNotFoundError("404", response=_RESPONSE), "check the spelling"),
         (errors.RevisionNotFoundError("404", response=_RESPONSE), "no revision 'v9'"),
         (errors.GatedRepoError("403", response=_RESPONSE), "hf auth login"),
         (errors.HfHubHTTPError("502 Bad Gateway", response=_RESPONSE), "502 Bad Gateway"),

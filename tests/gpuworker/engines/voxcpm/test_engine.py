@@ -102,7 +102,7 @@ def test_a_folder_of_voices_that_is_none_is_told_before_anything_is_loaded(tmp_p
         return "; ".join(lack.what for lack in VoxcpmEngine.check(options, 1))
 
     assert lacks(f"voices={tmp_path}") == ""
-    assert "which is none; make it, or drop -o voices" in lacks(f"voices={tmp_path / 'none'}")
+    assert "which does not exist; create it, or drop -o voices" in lacks(f"voices={tmp_path / 'none'}")
 
 
 def test_a_download_is_told_in_the_log_and_as_a_sign_of_life(
@@ -192,7 +192,7 @@ def test_a_prompt_that_leaves_no_room_for_the_text_is_refused(engine_of: Callabl
     data = {"reference_wav": encoded(voiced(16.0))}
     faults = faults_of(engine, "x" * 100, data, retry_badcase_ratio_threshold=6)
     assert set(faults) == {"reference_wav"}
-    assert "too little of the model's 128 steps" in faults["reference_wav"]
+    assert "too little of the 128 positions" in faults["reference_wav"]
 
 
 def test_a_voice_whose_file_is_gone_fails_the_request_and_not_the_engine(

@@ -67,10 +67,10 @@ def test_a_relative_redirect_stays_at_its_host() -> None:
         ("http://inside.example/", "redirects: host 'inside.example' has an address that is not public; nothing is"),
         ("//other.example/", "redirects: host 'other.example' is not listed; the worker's owner lists hosts with"),
         ("http://files.example:22/", "redirects: host 'files.example:22' is not listed; the worker's owner lists"),
-        ("file:///etc/passwd", "redirects to what is not an http or https URL"),
-        ("http://me:secret@inside.example/", "redirects to what has a user name or password in it; leave it out"),
-        ("http://[", "redirects to what is no URL of a host; give https://HOST/PATH"),
-        ("http://a/" + "b" * 3_000, "redirects to what is a URL of 3009 characters; the limit is 2048"),
+        ("file:///etc/passwd", "redirects to a URL that is not an http or https URL"),
+        ("http://me:secret@inside.example/", "redirects to a URL that contains a user name or password; leave it out"),
+        ("http://[", "redirects to a URL that has no valid host; give https://HOST/PATH"),
+        ("http://a/" + "b" * 3_000, "redirects to a URL that has 3009 characters; the limit is 2048"),
     ],
 )
 def test_a_redirect_gets_no_further_than_a_first_url(location: str, words: str) -> None:
@@ -93,7 +93,7 @@ def test_a_redirect_from_https_to_http_is_refused() -> None:
     with Server(redirect("http://localhost/v.wav"), tls=True) as server:
         fetching = Fetcher([f"localhost:{server.port}", "localhost"], names("localhost"), only_this_machine, trusting)
         assert refusal(fetching, f"https://localhost:{server.port}/") == (
-            "redirects from https to http; give a URL that stays with https"
+            "redirects from https to http; give a URL that stays on https"
         )
 
 
@@ -111,7 +111,7 @@ def test_redirects_that_lead_round_end_after_three() -> None:
 def test_a_file_that_says_it_is_too_large_is_not_read() -> None:
     with Server(served(b"", length=10**12)) as server:
         assert refusal(fetcher(server.port), f"http://files.example:{server.port}/") == (
-            "is 1,000,000,000,000 bytes; give at most 10,000"
+            "has 1,000,000,000,000 bytes; give at most 10,000"
         )
 
 
@@ -129,7 +129,7 @@ def test_a_file_that_does_not_end_is_cut_off(head: str) -> None:
 
     with Server(script) as server:
         words = refusal(fetcher(server.port), f"http://files.example:{server.port}/", max_bytes=1_000_000)
-        assert words == "is more than 1,000,000 bytes; give at most that"
+        assert words == "has more than 1,000,000 bytes; give at most that"
     assert sent < 50_000_000  # what the sockets' buffers take
 
 
@@ -137,7 +137,7 @@ def test_what_is_packed_is_not_unpacked() -> None:
     bomb = gzip.compress(bytes(5_000_000))
     with Server(served(bomb, "200 OK", "Content-Encoding: gzip")) as server:
         assert refusal(fetcher(server.port), f"http://files.example:{server.port}/") == (
-            "host 'files.example' sends it packed ('gzip'); have it send the file as it is"
+            "host 'files.example' sends it compressed ('gzip'); have it send the file as it is"
         )
 
 
@@ -237,11 +237,11 @@ def test_an_answer_that_is_no_file_is_told_by_its_number(status: str, words: str
 def test_half_a_file_is_no_file() -> None:
     with Server(served(b"half", length=8)) as server:
         assert refusal(fetcher(server.port), f"http://files.example:{server.port}/") == (
-            "host 'files.example' broke off after 4 of 8 bytes"
+            "host 'files.example' closed the connection after 4 of 8 bytes"
         )
     with Server(lambda _: [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\nhalf"]) as server:
         words = refusal(fetcher(server.port), f"http://files.example:{server.port}/")
-        assert words.startswith("host 'files.example' broke off, or speaks no HTTP")
+        assert words.startswith("host 'files.example' closed the connection, or did not answer with HTTP")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,9 @@ def test_half_a_file_is_no_file() -> None:
 def test_what_is_no_http_is_refused(sent: bytes) -> None:
     with Server(lambda _: [sent]) as server:
         words = refusal(fetcher(server.port), f"http://files.example:{server.port}/")
-    assert words.startswith(("host 'files.example' broke off, or speaks no HTTP", "host 'files.example' cannot be"))
+    assert words.startswith(
+        ("host 'files.example' closed the connection, or did not answer with HTTP", "host 'files.example' cannot be")
+    )
 
 
 def test_a_server_that_speaks_no_tls_is_told() -> None:

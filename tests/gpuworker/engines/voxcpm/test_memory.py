@@ -112,7 +112,7 @@ def test_what_cannot_be_told_is_not_guessed(smi: Smi, main_memory: Callable[[flo
     memory.MEMINFO.unlink()
     assert free_memory("cpu") is None
     assert lacking_memory(V2, "cpu", 1_000) == []
-    assert "cannot be told" in memory_outlook(V2, "cuda", 1)
+    assert "is not known" in memory_outlook(V2, "cuda", 1)
 
 
 # -- what is needed ----------------------------------------------------------------------------------------------
@@ -203,13 +203,13 @@ def test_slots_that_do_not_fit_are_refused_with_how_many_do(smi: Smi, main_memor
     (lack,) = lacking_memory(V2, "auto", 4)
     assert lack == Missing(
         "about 29.6 GiB of GPU memory for 4 slots of openbmb/VoxCPM2, 15.2 GiB are free on NVIDIA L4; use --slots 2; "
-        "-o check_memory=false starts them all the same"
+        "-o check_memory=false starts them anyway"
     )
     smi("0, GPU-a, 4000, NVIDIA T4")
     (lack,) = lacking_memory(V2, "auto", 1)
     assert "not one fits" in lack.what
     assert memory_outlook(V2, "auto", 2) == (
-        "2 slots of openbmb/VoxCPM2 take about 14.8 GiB of GPU memory, 3.9 GiB are free on NVIDIA T4"
+        "2 slots of openbmb/VoxCPM2 need about 14.8 GiB of GPU memory, 3.9 GiB are free on NVIDIA T4"
     )
 
 
@@ -219,7 +219,7 @@ def test_a_machine_that_cannot_hold_a_model_while_it_loads_is_told(
     smi("0, GPU-a, 80000, NVIDIA A100")
     main_memory(6)
     (lack,) = lacking_memory(V2, "cuda", 1)
-    assert "8.9 GiB of main memory for a while to load openbmb/VoxCPM2, 6.0 GiB are free on this machine" in lack.what
+    assert "8.9 GiB of main memory while openbmb/VoxCPM2 loads, 6.0 GiB are free on this machine" in lack.what
 
 
 def test_on_a_cpu_main_memory_is_what_counts(main_memory: Callable[[float], None]) -> None:
@@ -266,7 +266,7 @@ def test_doctor_tells_what_the_slots_take(
     code, found = told("--slots", "2")
     assert (code, found["outcome"]) == (0, "ok")
     assert (
-        "2 slots of openbmb/VoxCPM2 take about 14.8 GiB of GPU memory, 15.2 GiB are free on NVIDIA L4" in found["words"]
+        "2 slots of openbmb/VoxCPM2 need about 14.8 GiB of GPU memory, 15.2 GiB are free on NVIDIA L4" in found["words"]
     )
     code, found = told("--slots", "3")
     assert (code, found["outcome"]) == (1, "missing")

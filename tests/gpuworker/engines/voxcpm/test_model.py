@@ -406,7 +406,9 @@ def test_a_text_too_long_for_the_model_is_named_before_it_speaks(model: Model) -
     assert model.tokens(fits) == CONTEXT - 2
     assert len(streamed(model, text=fits, settings=attrs.evolve(QUICK, max_len=1))) == model.chunk_samples
     for speak in (streamed, whole):
-        with pytest.raises(EngineError, match=f"need {CONTEXT + 1} of the model's {CONTEXT} places; shorten") as caught:
+        with pytest.raises(
+            EngineError, match=f"need {CONTEXT + 1} of the {CONTEXT} positions in the model's context; shorten"
+        ) as caught:
             speak(model, text=fits + "xx")
         assert not caught.value.retryable
     assert np.array_equal(streamed(model), expected)

@@ -107,9 +107,9 @@ def test_several_faults_are_told_at_once_each_by_its_field() -> None:
         ("normalize", True, "must be false: this worker lacks the packages"),
         ("denoise", True, "must be false: this worker runs without a denoiser"),
         ("voice", "amy", "must be null: this worker has no voices"),
-        ("voice_description", "old", "must be null: this model takes no description"),
+        ("voice_description", "old", "must be null: this model accepts no description"),
         ("prompt_wav_url", "https://a.example/b.wav", "must be null: this worker fetches nothing"),
-        ("reference_wav_url", "https://a.example/b.wav", "must be null: this model takes no reference audio"),
+        ("reference_wav_url", "https://a.example/b.wav", "must be null: this model accepts no reference audio"),
     ],
 )
 def test_what_a_worker_cannot_do_is_refused_with_the_reason(name: str, value: Any, words: str) -> None:
@@ -146,11 +146,11 @@ def test_reference_audio_is_an_input_of_voxcpm2_alone_and_of_any_media_type() ->
         ({"prompt_wav_url": "u"}, [], {"prompt_text": "required with prompt_wav_url"}),
         ({"prompt_text": " . "}, ["prompt_wav"], {"prompt_text": "no words"}),
         ({"voice_description": "()"}, [], {"voice_description": "no words"}),
-        ({"prompt_text": "Ah.", "prompt_wav_url": "u"}, ["prompt_wav"], {"prompt_wav_url": "beside input prompt_wav"}),
-        ({"reference_wav_url": "u"}, ["reference_wav"], {"reference_wav_url": "beside input reference_wav"}),
+        ({"prompt_text": "Ah.", "prompt_wav_url": "u"}, ["prompt_wav"], {"prompt_wav_url": "with input prompt_wav"}),
+        ({"reference_wav_url": "u"}, ["reference_wav"], {"reference_wav_url": "with input reference_wav"}),
         ({"voice": "amy"}, ["reference_wav"], {"voice": "leave out reference_wav"}),
         ({"voice": "amy", "prompt_text": "Ah."}, ["prompt_wav"], {"voice": "leave out prompt_wav and prompt_text"}),
-        ({"prompt_text": "Ah.", "voice_description": "old"}, ["prompt_wav"], {"voice_description": "not followed"}),
+        ({"prompt_text": "Ah.", "voice_description": "old"}, ["prompt_wav"], {"voice_description": "has no effect"}),
         ({"text": "!", "prompt_text": "Ah."}, [], {"text": "nothing", "prompt_wav": "required"}),
     ],
 )

@@ -47,10 +47,12 @@ def test_a_voice_that_changed_since_is_not_read_as_the_one_announced(tmp_path: P
     put(tmp_path, anna_wav=b"anna", anna_txt="one")
     voices, _ = find_voices(tmp_path)
     put(tmp_path, anna_wav=b"other")
-    with pytest.raises(EngineError, match=r"^voice 'anna' has changed since the worker started; start the worker ag"):
+    with pytest.raises(EngineError, match=r"^voice 'anna' has changed since the worker started; restart the worker"):
         voices["anna"].read()
     (tmp_path / "anna.wav").unlink()
-    with pytest.raises(EngineError, match=r"^voice 'anna' cannot be read: No such file or directory; start the work"):
+    with pytest.raises(
+        EngineError, match=r"^voice 'anna' cannot be read: No such file or directory; restart the worker"
+    ):
         voices["anna"].read()
 
 
@@ -59,7 +61,7 @@ def test_a_model_that_needs_transcripts_leaves_out_voices_that_have_none(tmp_pat
     voices, words = find_voices(tmp_path, need_text=True)
     assert list(voices) == ["anna"]
     assert words == [
-        f"left out: voice '{name}': this model needs what is said in it, in {name}.txt" for name in ("ben", "cleo")
+        f"left out: voice '{name}': this model needs its transcript in {name}.txt" for name in ("ben", "cleo")
     ]
     assert list(find_voices(tmp_path)[0]) == ["anna", "ben", "cleo"]
 
@@ -99,8 +101,8 @@ def test_of_two_files_for_one_name_the_first_kind_is_used(tmp_path: Path) -> Non
     voices, words = find_voices(tmp_path)
     assert voices["anna"].read() == b"wav"
     assert words == [
-        "left out: 'anna.mp3': 'anna.flac' is there as well, and is used",
-        "left out: 'anna.flac': 'anna.wav' is there as well, and is used",
+        "left out: 'anna.mp3': 'anna.flac' has the same name and is used instead",
+        "left out: 'anna.flac': 'anna.wav' has the same name and is used instead",
     ]
 
 
@@ -189,8 +191,8 @@ def test_a_transcript_that_is_no_utf8_or_too_long_leaves_its_voice_out(tmp_path:
     assert list(voices) == ["bom", "dora"]
     assert voices["bom"].text == "hi"
     assert words == [
-        "left out: voice 'anna': 'anna.txt' is not UTF-8; save it as that",
-        "left out: voice 'ben': 'ben.txt' has 2001 characters; it may have 2000",
+        "left out: voice 'anna': 'anna.txt' is not UTF-8; save it as UTF-8",
+        "left out: voice 'ben': 'ben.txt' has 2001 characters; the limit is 2000",
         "left out: voice 'cleo': 'cleo.txt' has more than 9,024 bytes; shorten it",
     ]
 
@@ -210,7 +212,7 @@ def test_a_folder_that_cannot_be_read_says_what_to_do(tmp_path: Path, kind: str)
         folder.write_bytes(b"")
     elif kind == "round":
         folder.symlink_to(folder)
-    with pytest.raises(EngineError, match=r"cannot be read: .+; make it, or give another with -o voices=FOLDER$"):
+    with pytest.raises(EngineError, match=r"cannot be read: .+; create it, or give another one with -o voices=FOLDER$"):
         find_voices(folder)
 
 
@@ -223,7 +225,7 @@ def test_as_many_voices_as_are_taken_fit_a_schema_and_a_register_message(tmp_pat
     voices, words = find_voices(tmp_path)
     assert len(voices) == MAX_VOICES
     assert words == [
-        f"left out: voice '{MAX_VOICES}{'x' * 61}' and those after it: a worker takes at most {MAX_VOICES} voices",
+        f"left out: voice '{MAX_VOICES}{'x' * 61}' and those after it: a worker has at most {MAX_VOICES} voices",
     ]
     schema = {"type": "object", "properties": {"voice": {"enum": list(voices)}}}
     check_schema(schema)
@@ -242,7 +244,7 @@ def test_a_folder_full_of_other_files_is_told_in_few_words(tmp_path: Path, monke
     assert words[-1] == "left out: 20 more"
     monkeypatch.setattr(module, "MAX_ENTRIES", 10)
     _, words = find_voices(tmp_path)
-    assert words[0] == f"left out: {str(tmp_path)!r} has more than 10 files; some were not looked at"
+    assert words[0] == f"left out: {str(tmp_path)!r} has more than 10 files; the rest was not read"
     assert len(words) == 11
 
 
