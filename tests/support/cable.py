@@ -14,7 +14,7 @@ class Cable:
     pulled: bool = False
 
     async def connect(self, address: Address) -> trio.abc.Stream:
-        """For `open_link`."""
+        """Connect; pass it to `open_link`."""
         return CableStream(await connect(address), self)
 
 

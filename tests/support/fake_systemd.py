@@ -1,4 +1,4 @@
-"""The socket that a service tells systemd things through, as a test listens at it."""
+"""A stand-in for the socket on which systemd receives a service's notifications."""
 
 import socket
 from collections.abc import Iterator
@@ -13,33 +13,33 @@ PATIENCE_S = 40.0
 
 @attrs.define(eq=False)
 class FakeSystemd:
-    """What was said, message by message; `address` is for `NOTIFY_SOCKET`."""
+    """The notifications received, message by message; `address` is for `NOTIFY_SOCKET`."""
 
     address: str
     plain: socket.socket
     sock: trio.socket.SocketType
 
     async def next(self) -> dict[str, str]:
-        """The next message; its lines by name."""
+        """Return the next message as a map of its lines."""
         with trio.fail_after(PATIENCE_S):
             data = await self.sock.recv(65_536)
         return dict(line.split("=", 1) for line in data.decode().split("\n"))
 
     async def until(self, name: str, words: str = "") -> dict[str, str]:
-        """The next message with a line `name` that has `words` in it; others are passed over."""
+        """Return the next message whose line `name` contains `words`; skip others."""
         with trio.fail_after(PATIENCE_S):
             while name not in (said := await self.next()) or words not in said[name]:
                 pass
         return said
 
     async def silent(self, seconds: float, name: str) -> None:
-        """No message with a line `name` comes for so long."""
+        """Check that no message with a line `name` arrives for `seconds`."""
         with trio.move_on_after(seconds):
             await self.until(name)
             raise AssertionError(f"did not expect {name}")
 
     def drain(self) -> None:
-        """Forget what has come so far."""
+        """Discard the messages received so far."""
         while True:
             try:
                 self.plain.recv(65_536)
@@ -49,7 +49,7 @@ class FakeSystemd:
 
 @contextmanager
 def fake_systemd(address: str | Path) -> Iterator[FakeSystemd]:
-    """A manager at `address`, a path or an abstract name that begins with `@`."""
+    """Run a fake service manager at `address`, a path or an abstract name that begins with `@`."""
     name = str(address)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as plain:
         plain.bind("\0" + name[1:] if name.startswith("@") else name)

@@ -52,7 +52,7 @@ class FakeWorker:
         self.peer.send(message)
 
     def speak(self, assign: Assign, pcm: list[bytes], *, first: int = 0, end: bool = True) -> None:
-        """`started`, an audio frame for each of `pcm`, and `completed`; frames below `first` are left out."""
+        """Send `started`, an audio frame for each of `pcm`, and `completed`; skip frames below `first`."""
         frames: list[Frame] = [Started(**identity(assign, 0), format=FORMAT)]
         frames += [Audio(**identity(assign, 1 + i), pcm=data) for i, data in enumerate(pcm)]
         if end:
@@ -62,7 +62,7 @@ class FakeWorker:
 
 
 def identity(assign: Assign | Message, seq: int) -> dict[str, Any]:
-    """Which frame of which attempt."""
+    """The fields that identify a frame of an attempt."""
     assert isinstance(assign, Assign)
     return {"request_id": assign.request_id, "attempt": assign.attempt, "seq": seq}
 

@@ -1,4 +1,4 @@
-"""Real processes for the tests: started, listened to, and ended by pid."""
+"""Real processes for tests: started, with their output read, and ended by pid."""
 
 import json
 import os
@@ -18,7 +18,7 @@ _MODULES = {"relayd": "relayd.cli", "gpuworker": "gpuworker.cli", "relay": "prot
 
 @attrs.define(eq=False)
 class Proc:
-    """A process, and what it has said on stderr."""
+    """A process, and its output on stderr."""
 
     process: trio.Process
     lines: list[str] = attrs.field(factory=list)
@@ -26,7 +26,7 @@ class Proc:
     _closed: bool = False
 
     async def listen(self) -> None:
-        """Keep its stderr; a process that nobody listens to would block."""
+        """Read its stderr; otherwise the process would block."""
         assert self.process.stderr is not None
         left = b""
         async for data in self.process.stderr:
@@ -39,7 +39,7 @@ class Proc:
         self._said.set()
 
     async def until(self, wanted: Callable[[str], Any], after: int = 0) -> Any:
-        """The first true value of `wanted` over its lines from number `after` on."""
+        """Return the first true value of `wanted` over its lines from number `after` on."""
         with trio.move_on_after(PATIENCE_S):
             while True:
                 said = self._said = trio.Event()
@@ -52,7 +52,7 @@ class Proc:
         raise AssertionError("it never said that; it said:\n" + "\n".join(self.lines[-40:]))
 
     async def event(self, name: str, after: int = 0) -> dict[str, Any]:
-        """The first JSON log line whose event is `name`."""
+        """Wait for the first JSON log line whose event is `name`."""
 
         def wanted(line: str) -> dict[str, Any] | None:
             told = json.loads(line) if line.startswith("{") else {}
@@ -62,7 +62,7 @@ class Proc:
         return found
 
     async def audio_chunks(self, at_least: int | None) -> None:
-        """Wait until a `relay --json` has printed so many audio frames; None: until it prints no more."""
+        """Wait until a `relay --json` has printed `at_least` audio frames; None: until it prints no more."""
         assert self.process.stdout is not None
         heard = b""
         with trio.fail_after(PATIENCE_S):
@@ -76,14 +76,14 @@ class Proc:
         self.process.send_signal(number)
 
     async def ended(self) -> int:
-        """Wait for its end; its exit code."""
+        """Wait for its end; returns its exit code."""
         with trio.fail_after(PATIENCE_S):
             return await self.process.wait()
 
 
 @attrs.frozen
 class Place:
-    """A folder of a test, and the environment that its processes share."""
+    """A test's folder, and the environment that its processes share."""
 
     folder: Path
     environ: dict[str, str]
@@ -110,7 +110,7 @@ class Place:
                 nursery.cancel_scope.cancel()
 
     async def run(self, name: str, *args: str, code: int = 0, stdin: bytes = b"", **environ: str) -> tuple[bytes, str]:
-        """Run a command to its end; what it wrote to stdout and stderr."""
+        """Run a command to its end; returns what it wrote to stdout and stderr."""
         with trio.fail_after(PATIENCE_S):
             done = await trio.run_process(
                 self.command(name, *args),
@@ -127,7 +127,7 @@ class Place:
 
 
 def a_place(folder: Path, config: str = "[spaces.tts]\n") -> Place:
-    """A folder with a configuration, and an environment that leads every command there."""
+    """Make a folder with a configuration, and an environment in which every command uses it."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RELAY_", "RELAYD_"))}
     (folder / "relayd.toml").write_text(
         f'listen = "127.0.0.1:0"\nstate_dir = "{folder}/state"\n[log]\nformat = "json"\n{config}'
@@ -137,7 +137,7 @@ def a_place(folder: Path, config: str = "[spaces.tts]\n") -> Place:
 
 @asynccontextmanager
 async def a_relay(place: Place, *args: str) -> AsyncIterator[Proc]:
-    """`relayd serve`, ready."""
+    """Start `relayd serve`, and wait until it is ready."""
     async with place.start("relayd", "serve", *args) as relay:
         await relay.event("listening")
         yield relay
@@ -145,7 +145,7 @@ async def a_relay(place: Place, *args: str) -> AsyncIterator[Proc]:
 
 @asynccontextmanager
 async def a_worker(place: Place, relay: Proc, *args: str, **environ: str) -> AsyncIterator[Proc]:
-    """`gpuworker run`, registered at `relay`."""
+    """Start `gpuworker run`, and wait until it is registered at `relay`."""
     heard = len(relay.lines)
     async with place.start("gpuworker", "run", *args, **environ) as worker:
         await relay.event("worker registered", after=heard)

@@ -1,4 +1,4 @@
-"""An HTTP client that does what the test says and no more."""
+"""An HTTP client that sends exactly what the test asks for."""
 
 import json
 import secrets
@@ -16,17 +16,17 @@ from protocol.client.address import parse_address
 
 @attrs.define(eq=False)
 class Answer:
-    """A response: its head, and its body as far as it was read."""
+    """A response: its head, and the part of its body that was read."""
 
     status: int
     headers: dict[str, str]
     _visitor: "Visitor"
     body: bytes = b""
-    #: Whether the body ended as HTTP says it must.
+    #: Whether the body ended as HTTP requires.
     whole: bool = False
 
     async def piece(self) -> bytes:
-        """The next bytes of the body; none at its end."""
+        """Read more of the body; returns nothing at its end."""
         with trio.fail_after(10):
             event = await self._visitor.next_event()
         if isinstance(event, h11.Data):
@@ -38,31 +38,31 @@ class Answer:
         return b""
 
     async def rest(self) -> bytes:
-        """All of the body."""
+        """Read the whole body."""
         while await self.piece():
             pass
         return self.body
 
     async def until(self, word: bytes) -> bytes:
-        """The body up to and with `word`."""
+        """Read the body up to and including `word`."""
         while word not in self.body:
             assert await self.piece(), f"{word!r} is not in {self.body[:2000]!r}"
         return self.body
 
     @property
     def json(self) -> Any:
-        """The body, which is JSON."""
+        """Parse the body as JSON."""
         return json.loads(self.body)
 
     @property
     def error(self) -> Any:
-        """What is wrong, as the requests API tells it."""
+        """Return the error in the format of the requests API."""
         return self.json["error"]
 
 
 @attrs.define(eq=False)
 class Visitor:
-    """One connection."""
+    """Serve one connection."""
 
     stream: trio.abc.Stream
     headers: dict[str, str] = attrs.field(factory=dict)
@@ -95,7 +95,7 @@ class Visitor:
         await self.send(h11.EndOfMessage())
 
     async def answer(self) -> Answer:
-        """The head of the answer."""
+        """Read the head of the answer."""
         with trio.fail_after(10):
             while isinstance(head := await self.next_event(), h11.InformationalResponse):
                 pass
@@ -103,12 +103,12 @@ class Visitor:
         return Answer(head.status_code, {k.decode().lower(): v.decode() for k, v in head.headers}, self)
 
     async def open(self, method: str, path: str, **more: Any) -> Answer:
-        """Ask, and get the head of the answer."""
+        """Send a request, and read the head of the answer."""
         await self.begin(method, path, **more)
         return await self.answer()
 
     async def ask(self, method: str, path: str, **more: Any) -> Answer:
-        """Ask, and get the whole answer."""
+        """Send a request, and read the whole answer."""
         answer = await self.open(method, path, **more)
         await answer.rest()
         return answer
@@ -117,7 +117,7 @@ class Visitor:
         return await self.ask("GET", path, **more)
 
     async def hears_the_end(self) -> bool:
-        """Whether the relay hangs up."""
+        """Whether the relay closes the connection."""
         with trio.move_on_after(10):
             try:
                 while await self.stream.receive_some():
@@ -132,7 +132,7 @@ class Visitor:
 async def visitor(
     url: str, *, token: str | None = None, context: ssl.SSLContext | None = None
 ) -> AsyncIterator[Visitor]:
-    """A connection to a door, at first without a request."""
+    """Open a connection to a listener; sends no request yet."""
     address = parse_address(url)
     stream: trio.abc.Stream
     if address.kind == "unix":
@@ -151,7 +151,7 @@ async def visitor(
 
 @attrs.frozen
 class File:
-    """A file of a form."""
+    """A file in a form."""
 
     data: bytes
     media_type: str = "audio/wav"
@@ -159,7 +159,7 @@ class File:
 
 
 def form(parts: Mapping[str, str | File]) -> dict[str, Any]:
-    """A multipart body, and the header that says so."""
+    """Make a multipart body, and the matching header."""
     boundary = secrets.token_hex(8)
     body = b""
     for name, part in parts.items():
@@ -172,7 +172,7 @@ def form(parts: Mapping[str, str | File]) -> dict[str, Any]:
 
 
 def events_of(body: bytes) -> list[tuple[str, str | None, Any]]:
-    """(type, id, data) of the whole server-sent events in `body`."""
+    """Parse the complete server-sent events in `body` to (type, id, data)."""
     told = []
     for block in body.decode().split("\n\n")[:-1]:
         lines = dict(line.split(": ", 1) for line in block.split("\n") if not line.startswith(":"))

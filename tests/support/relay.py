@@ -45,7 +45,7 @@ from relayd.logs.setup import run_taps
 
 
 def a_config(state_dir: Path, **overrides: Any) -> Config:
-    """Settings for a test's daemon: no TCP port unless asked for, one space `tts`."""
+    """Settings for a test's daemon: no TCP port unless asked for, and one space `tts`."""
     plain: dict[str, Any] = {"state_dir": state_dir, "listen": "", "spaces": {"tts": {}}}
     return load_config(Path(_empty_file(state_dir)), environ={}, overrides=plain | overrides)
 
@@ -101,17 +101,17 @@ class Daemon:
 
     @property
     def urls(self) -> list[str]:
-        """Where it listens."""
+        """The URLs at which it listens."""
         return self.started.urls
 
     @property
     def http_context(self) -> HttpContext:
-        """What its HTTP routes share."""
+        """The context that its HTTP routes share."""
         return self.started.http
 
     @property
     def gateway(self) -> Gateway:
-        """Where connections come in."""
+        """The gateway that accepts its connections."""
         return self.started.gateway
 
     @property
@@ -143,7 +143,7 @@ class Daemon:
         assert not any(request.holders or request.inputs for request in relay.requests.values())
 
     async def goes_on(self) -> None:
-        """A whole request, through the space `check`."""
+        """Check that it still works, with a whole request in the space `check`."""
         from tests.support.fake_worker import fake_worker, samples  # which imports this module
 
         async with (
@@ -175,19 +175,19 @@ async def daemon(state_dir: Path, **overrides: Any) -> AsyncIterator[Daemon]:
 
 
 def a_submit(text: Any = "hello", **fields: Any) -> Submit:
-    """A request to speak."""
+    """Make a request to speak."""
     plain: dict[str, Any] = {"request_id": an_id(), "space": "tts", "params": {"text": text}}
     return Submit(**(plain | fields))
 
 
 def an_input(data: bytes, **fields: Any) -> InputInfo:
-    """How `data` is announced."""
+    """Make the announcement of an input."""
     plain: dict[str, Any] = {"media_type": "audio/wav", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return InputInfo(**(plain | fields))
 
 
 def an_id() -> str:
-    """A fresh request or instance id."""
+    """Make a new request or instance id."""
     return secrets.token_hex(16)
 
 
@@ -226,7 +226,7 @@ class Peer:
         await self.link.aclose()
 
     async def settled(self) -> None:
-        """Wait until the relay has read all that was sent."""
+        """Wait until the relay has read everything sent."""
         self.send(Ping(timestamp=1.0))
         await self.next(Pong)
 

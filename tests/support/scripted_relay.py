@@ -73,7 +73,7 @@ class Connection:
     heard: list[Message] = attrs.field(factory=list)
 
     async def expect(self, kind: type[M]) -> M:
-        """The next message, which must be of this kind."""
+        """Return the next message, which must be of this kind."""
         message = decode(await self.link.receive(), FROM_OPERATOR)
         self.heard.append(message)
         assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
@@ -119,7 +119,7 @@ Script = Callable[[Connection], Awaitable[None]]
 
 
 async def serve(stream: trio.abc.Stream, script: Script) -> None:
-    """One connection."""
+    """Serve one connection."""
     async with contextlib.AsyncExitStack() as stack:
         try:
             link = await stack.enter_async_context(accept_link(stream))
@@ -136,11 +136,11 @@ async def serve(stream: trio.abc.Stream, script: Script) -> None:
 
 
 async def refuse(_connection: Connection) -> None:
-    """As a script: the login is refused."""
+    """A script that refuses the login."""
 
 
 class FakeRelay:
-    """Answers each connection with the next script; the last script answers all that follow."""
+    """Answers each connection with the next script; the last script answers all further ones."""
 
     def __init__(self, nursery: trio.Nursery, *scripts: Script) -> None:
         self._nursery = nursery
@@ -152,7 +152,7 @@ class FakeRelay:
         return self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
 
     async def connect(self, _address: Address) -> trio.abc.Stream:
-        """A new connection's client end."""
+        """Make a new connection; returns the client's end."""
         await trio.lowlevel.checkpoint()
         ours, theirs = trio.testing.memory_stream_pair()
         self._nursery.start_soon(serve, theirs, self.next_script())
@@ -160,7 +160,7 @@ class FakeRelay:
 
 
 def frames(request_id: str, *pcm: bytes, attempt: int = 1, seq: int = 0, ends: bool = True) -> list[Frame]:
-    """started, audio..., completed, from `seq` on of the same sequence."""
+    """Make started, audio..., completed, numbered from `seq` on."""
     every: list[Frame] = [Started(request_id=request_id, attempt=attempt, seq=0, format=FORMAT)]
     every += [Audio(request_id=request_id, attempt=attempt, seq=number, pcm=data) for number, data in enumerate(pcm, 1)]
     if ends:
@@ -170,7 +170,7 @@ def frames(request_id: str, *pcm: bytes, attempt: int = 1, seq: int = 0, ends: b
 
 
 async def speak(connection: Connection) -> None:
-    """Serve any number of submits, each with a place in the queue and three chunks."""
+    """A script that serves any number of submits, each with a place in the queue and three chunks."""
     async for data in connection.link:
         message = decode(data, FROM_OPERATOR)
         connection.heard.append(message)
@@ -187,9 +187,9 @@ def failed(request_id: str, seq: int = 0, **more: object) -> Failed:
 
 
 class RelayThread:
-    """A fake relay on a unix socket, in a thread of its own, for tests of what is not Trio; gives its URL.
+    """A fake relay on a unix socket, in its own thread, for tests of code without Trio; yields its URL.
 
-    A fault of a script is raised at the end of the block.
+    An error in a script is raised at the end of the block.
     """
 
     def __init__(self, directory: Path, *scripts: Script) -> None:
@@ -267,7 +267,7 @@ class Desk:
         return register
 
     async def frames(self) -> list[Frame]:
-        """Frames up to a last one, which is acknowledged."""
+        """Receive frames up to the last one of an attempt, and acknowledge it."""
         frames: list[Frame] = []
         while not frames or not frames[-1].ENDS:
             message = await self.hear()
@@ -289,7 +289,7 @@ class Desk:
 
 
 def script(work: Callable[[Desk], Awaitable[None]]) -> Script:
-    """A script that fails the test if it takes longer than any should."""
+    """Make a script that fails the test if it takes too long."""
 
     async def serve(connection: Connection) -> None:
         with trio.fail_after(600):
@@ -307,7 +307,7 @@ Play = Callable[[Job, Emit], Awaitable[RunResult]]
 
 
 async def play_speech(job: Job, emit: Emit) -> RunResult:
-    """A format, three chunks a second apart, and a good end."""
+    """Emit a format and three chunks, a second apart; ends successfully."""
     emit(FormatChunk(FORMAT))
     for number in range(3):
         await trio.sleep(1)
@@ -316,7 +316,7 @@ async def play_speech(job: Job, emit: Emit) -> RunResult:
 
 
 class ScriptedSlot(Slot):
-    """Plays a coroutine in place of an engine; `stop_s` after a cancel it stops."""
+    """Runs a coroutine instead of an engine; it stops `stop_s` after a cancel."""
 
     def __init__(
         self, play: Play = play_speech, *, stop_s: float = 0.1, load_s: float = 0.0, **capabilities: Any

@@ -1,4 +1,4 @@
-"""An HTTP client that shows what comes when, over any stream: TCP, TLS or a unix socket."""
+"""An HTTP client that shows what arrives when, over any stream: TCP, TLS or a unix socket."""
 
 import json
 import ssl
@@ -15,7 +15,7 @@ Headers = list[tuple[str, str]]
 
 @attrs.define(eq=False)
 class Answer:
-    """A response whose head is there; its body is read as it comes."""
+    """A response whose head has arrived; its body is read as it arrives."""
 
     status: int
     headers: dict[str, str]
@@ -23,7 +23,7 @@ class Answer:
     _stream: trio.abc.Stream
 
     async def piece(self) -> bytes | None:
-        """Some of the body, at once when it is there; None at its end."""
+        """Return some of the body as soon as it arrives; None at its end."""
         while True:
             event = await next_event(self._connection, self._stream)
             if isinstance(event, h11.Data):
@@ -32,19 +32,19 @@ class Answer:
                 return None
 
     async def body(self) -> bytes:
-        """All that is left of it."""
+        """Read the rest of the body."""
         pieces = []
         while (piece := await self.piece()) is not None:
             pieces.append(piece)
         return b"".join(pieces)
 
     async def json(self) -> Any:
-        """The body, parsed."""
+        """Read the rest of the body, and parse it as JSON."""
         return json.loads(await self.body())
 
 
 async def next_event(connection: h11.Connection, stream: trio.abc.Stream) -> Any:
-    """What the server says next."""
+    """Return the next event from the server."""
     while (event := connection.next_event()) is h11.NEED_DATA:
         connection.receive_data(bytes(await stream.receive_some(65_536)))
     return event
@@ -52,7 +52,7 @@ async def next_event(connection: h11.Connection, stream: trio.abc.Stream) -> Any
 
 @asynccontextmanager
 async def open_stream(url: str, context: ssl.SSLContext | None = None) -> AsyncIterator[trio.abc.Stream]:
-    """A connection to `ws://HOST:PORT`, `http://…`, `https://…` or `unix:PATH`."""
+    """Connect to `ws://HOST:PORT`, `http://…`, `https://…` or `unix:PATH`."""
     kind, _, place = url.partition(":")
     if kind == "unix":
         stream: trio.abc.Stream = await trio.open_unix_socket(place)

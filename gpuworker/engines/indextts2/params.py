@@ -98,5 +98,5 @@ def faults(params: Mapping[str, Value], inputs: Mapping[str, EngineInput]) -> di
     if "emo_vector" in params and by_text:
         found["emo_vector"] = "was given with use_emo_text; leave out one of them"
     if "emo_audio_prompt" in inputs and (by_text or "emo_vector" in params):
-        found["emo_audio_prompt"] = "was given with emo_vector or use_emo_text; leave it or them out"
+        found["emo_audio_prompt"] = "was given with emo_vector or use_emo_text; use only one of them"
     return found

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from protocol.client.address import parse_address
-from protocol.link.connect import connect, shake_hands
+from protocol.link.connect import connect, perform_handshake
 from protocol.link.stream_link import StreamLink
 from protocol.link.websocket_frames import BINARY, TRY_AGAIN_LATER, Close, Event, Parser, frame_head, make_frame
 from protocol.wire.codec import encode
@@ -82,7 +82,7 @@ def _held_bytes() -> int:
 async def _shaken(url: str) -> trio.abc.Stream:
     address = parse_address(url)
     stream = await connect(address)
-    await shake_hands(stream, address)
+    await perform_handshake(stream, address)
     return stream
 
 

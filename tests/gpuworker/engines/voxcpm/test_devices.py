@@ -38,7 +38,7 @@ def test_what_is_neither_folder_nor_id_is_told_so(model: str) -> None:
 
 
 def test_offline_a_model_that_was_never_fetched_is_named() -> None:
-    with pytest.raises(EngineError, match=r"fetching is switched off \(offline\); .* `hf download openbmb/NoSuch`"):
+    with pytest.raises(EngineError, match=r"downloads are disabled \(offline\); .* `hf download openbmb/NoSuch`"):
         Model.load("openbmb/NoSuch", offline=True)
 
 
@@ -119,7 +119,7 @@ def test_a_device_that_is_not_here_is_told_before_anything_is_fetched(monkeypatc
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "audiovae.pth", "tokenizer.json"])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(EngineError, match=f"{name}.* missing; was the download cut off"):
+    with pytest.raises(EngineError, match=f"{name}.* missing; download it again"):
         Model.load(str(folder))
 
 
@@ -128,7 +128,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     [
         ("{", "is not JSON"),
         ("[]", "architecture 'none'"),
-        ('{"architecture": "VoxCPM3"}', "architecture 'voxcpm3'; voxcpm speaks voxcpm2 and voxcpm"),
+        ('{"architecture": "VoxCPM3"}', "architecture 'voxcpm3'; voxcpm supports voxcpm2 and voxcpm"),
         ('{"architecture": "voxcpm"}', "cannot be read"),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_gpu_that_torch_does_not_see_is_told(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for found, words in ((None, ""), ("/usr/bin/nvidia-smi", "it speaks on the CPU, slowly")):
+    for found, words in ((None, ""), ("/usr/bin/nvidia-smi", "speech runs slowly on the CPU")):
         monkeypatch.setattr("shutil.which", lambda _name, found=found: found)
         assert choose_device("auto") == "cpu"
         assert words in capfd.readouterr().err
@@ -195,7 +195,7 @@ def test_a_device_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_device("auto") == "cuda:0"
     assert choose_device("cuda") == "cuda:0"
     assert choose_device("cuda:1") == "cuda:1"
-    with pytest.raises(EngineError, match="there are 2 GPUs here, from cuda:0 on"):
+    with pytest.raises(EngineError, match="this machine has 2 GPUs, numbered from cuda:0"):
         choose_device("cuda:2")
 
 
@@ -223,7 +223,7 @@ def test_a_gpu_with_no_room_for_the_model_is_told_so(folder: Path, monkeypatch: 
 def test_the_denoiser_is_loaded_only_when_asked_and_says_at_once_what_it_needs(folder: Path) -> None:
     assert not Model.load(str(folder)).can_denoise
     assert "voxcpm.zipenhancer" not in sys.modules
-    with pytest.raises(EngineError, match="pip install modelscope torchaudio; or leave it out"):
+    with pytest.raises(EngineError, match="pip install modelscope torchaudio; or start without -o denoiser"):
         Model.load(str(folder), denoiser=True)
 
 
