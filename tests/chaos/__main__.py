@@ -1,4 +1,4 @@
-"""`python -m tests.chaos`: one long run, its table on stdout; exit code 1 where a promise was broken."""
+"""`python -m tests.chaos`: one long run, with its table on stdout; exit code 1 if a promise was broken."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ import trio
 
 from tests.chaos.run import Settings, clear, report, run_chaos
 
-#: Of the run, at its end, the relay's process is left alone, to see what an old one keeps.
+#: Fraction of the run, at its end, in which the relay's process is left alone, to see what an old process keeps.
 SPARED = 0.1
 
 
@@ -26,11 +26,11 @@ def leaves(fault: BaseException) -> Iterator[BaseException]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--seed", type=int, default=1, help="of everything that is drawn (1)")
-    parser.add_argument("--minutes", type=float, default=1.0, help="how long there are faults (1)")
-    parser.add_argument("--clients", type=int, default=6, help="listeners at once (6)")
-    parser.add_argument("--slots", type=int, default=3, help="of each of the three workers (3)")
-    parser.add_argument("-o", "--output", type=Path, help="write the table to this file as well")
+    parser.add_argument("--seed", type=int, default=1, help="seed of all random choices (default: 1)")
+    parser.add_argument("--minutes", type=float, default=1.0, help="minutes with faults (default: 1)")
+    parser.add_argument("--clients", type=int, default=6, help="concurrent listeners (default: 6)")
+    parser.add_argument("--slots", type=int, default=3, help="slots of each of the three workers (default: 3)")
+    parser.add_argument("-o", "--output", type=Path, help="also write the table to this file")
     given = parser.parse_args()
     storm_s = given.minutes * 60
     settings = Settings(

@@ -1,4 +1,4 @@
-"""The clients: each follows its plans one after another, with the library that users have."""
+"""The clients: each follows its plans one after another, with the public client library."""
 
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -18,15 +18,15 @@ from tests.chaos.report import Case, Ledger
 from tests.chaos.verdict import Hearing
 from tests.chaos.workload import CHUNK_MS, LOOSE, Plan, draw_plan
 
-#: Whatever happens, a listener has its end by then: several times all windows of the configuration together.
+#: A listener must have its end by then: several times all windows of the configuration together.
 END_S = 90.0
-#: For an answer to `status`, with the relay being killed meanwhile.
+#: Time for an answer to `status`, while the relay may be killed.
 ANSWER_S = 40.0
-#: Between two looks at a request that is being made safe again.
+#: Time between two checks of a request that is being stored again.
 POLL_S = 0.1
-#: Between two questions after a request that nobody listens to.
+#: Time between two status questions about a request without a listener.
 ASK_S = 0.5
-#: Before a submit that a draining relay refused is sent again.
+#: Time before a submit that a draining relay refused is sent again.
 AGAIN_S = 0.3
 
 Act = Callable[[Stream], Awaitable[bool]]
@@ -34,7 +34,7 @@ Act = Callable[[Stream], Awaitable[bool]]
 
 @asynccontextmanager
 async def open_client(line: Line, token: str, ledger: Ledger) -> AsyncIterator[RelayClient]:
-    """A client over `line`; the first try is repeated as well, for there may be no relay just now."""
+    """Open a client over `line`; the first attempt is repeated too, because the relay may be down."""
     url = f"ws://127.0.0.1:{line.port}"
     async with AsyncExitStack() as stack:
         relay: RelayClient | None = None
@@ -56,7 +56,7 @@ async def open_client(line: Line, token: str, ledger: Ledger) -> AsyncIterator[R
 
 @attrs.define(eq=False)
 class Client:
-    """One client that stays, with its line, and the others for what takes two."""
+    """One permanent client with its line; `others` are used by plans that need two clients."""
 
     name: str
     relay: RelayClient
@@ -75,14 +75,14 @@ class Client:
         self._plans = random.Random(f"{self.seed} plans of {self.name}")
 
     async def serve(self, calm: trio.Event) -> None:
-        """Follow one plan after another until it is calm."""
+        """Follow one plan after another until `calm` is set."""
         number = 0
         while not calm.is_set():
             number += 1
             await self.follow(draw_plan(self._plans, f"{self.name} #{number}"))
 
     async def follow(self, plan: Plan) -> None:
-        """One plan, to its verdict."""
+        """Follow one plan, and judge its result."""
         case = self.at_hand = self.ledger.open_case(plan, new_request_id(), self.name)
         with trio.move_on_after(END_S * (2 if plan.fail else 1)) as patience:
             try:
@@ -99,13 +99,13 @@ class Client:
 
     @property
     def other(self) -> "Client":
-        """Another client, by chance."""
+        """Return another client, chosen at random."""
         return self._random.choice([client for client in self.others if client is not self])
 
     # -- what a listener does
 
     async def _submit(self, case: Case, act: Act, *, relay: RelayClient | None = None, detach: bool = False) -> bool:
-        """Submit, and `act` on the stream; again where a relay that leaves refuses."""
+        """Submit, and `act` on the stream; repeat if a draining relay refuses."""
         plan = case.plan
         while True:
             try:
@@ -121,7 +121,7 @@ class Client:
                 await trio.sleep(AGAIN_S)
 
     async def _attach(self, case: Case, hearing: Hearing) -> None:
-        """Listen to it here, to the end."""
+        """Attach to the request, and listen to the end."""
         async with self.relay.attach(case.request_id, hearing.after_seq, attempt=hearing.attempt) as stream:
             with suppress(RequestRejected):  # which `_hear` meets again
                 await stream.wait_accepted()
@@ -135,7 +135,7 @@ class Client:
         return hearing
 
     async def _hear(self, stream: Stream, case: Case, hearing: Hearing, until: int | None = None) -> bool:
-        """Take events until the end (True), or until `until` audio frames have come."""
+        """Process events until the end (True), or until `until` audio frames have arrived."""
         pace_s = CHUNK_MS / 1000 / case.plan.speed * (1.5 if case.plan.space == LOOSE else 1.0)
         since: float | None = None
         try:
@@ -165,9 +165,9 @@ class Client:
         return True
 
     async def _check_status(self, case: Case) -> None:
-        """The store says the same as the listener heard.
+        """Check that the store reports the same end that the listener received.
 
-        A relay killed between the telling of an end and its sealing takes the attempt up again, and hears the same end.
+        A relay that is killed between reporting an end and storing it resumes the attempt, and receives the same end.
         """
         ends = {hearing.end for hearing in case.hearings if hearing.end}
         state = ""
@@ -261,7 +261,7 @@ class Client:
         self.ledger.close_hearing(case, hearing)
 
     async def _die(self, case: Case) -> bool:
-        """Submit as a client that dies in the middle; True if it heard the end before."""
+        """Submit as a client that dies in the middle; True if it received the end before."""
         mortal = self._hearing(case, " (mortal)")
         ended = False
         name = f"client {case.plan.name} (mortal)"

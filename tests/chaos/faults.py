@@ -1,4 +1,4 @@
-"""The storm: for each actor and each line a track of faults, drawn from the seed, and how they are done."""
+"""The faults: for each process and each line a track of faults, drawn from the seed, and the code that causes them."""
 
 import os
 import random
@@ -12,7 +12,7 @@ from tests.chaos.processes import Actor
 from tests.chaos.proxy import Line
 from tests.chaos.report import Ledger
 
-#: What befalls the relay -> how often.
+#: Fault of the relay -> relative frequency.
 RELAY_FAULTS = {"kill -9": 16, "SIGTERM": 2, "SIGSTOP": 2}
 _LINE_FAULTS = {
     "cut RST": 6,
@@ -25,17 +25,17 @@ _LINE_FAULTS = {
     "trickle": 2,
 }
 WORKER_FAULTS = _LINE_FAULTS | {"kill -9": 6, "slot kill -9": 4, "SIGSTOP": 3}
-#: A killed client is a kind of plan: who takes its place must be known.
+#: A killed client is a kind of plan instead, because its successor must be known.
 CLIENT_FAULTS = _LINE_FAULTS | {"slow reader": 4}
-#: For a relay that drains; its own limit and what it does afterwards.
+#: Time for a relay to drain: its own limit, and what it does afterwards.
 DRAIN_S = 15.0
-#: A slow reader's line, bytes a second: less than its stream, more than nothing.
+#: Speed of a slow reader's line, bytes per second: less than its stream needs, but more than nothing.
 SLOW_BYTES_PER_S = (2_000.0, 8_000.0)
 
 
 @attrs.frozen
 class Planned:
-    """A fault to come: after `gap_s`, for `for_s`. `dice`, 0..1, is for what else there is to choose."""
+    """A future fault: after `gap_s`, for `for_s`. `dice`, 0..1, decides its other choices."""
 
     gap_s: float
     kind: str
@@ -44,7 +44,7 @@ class Planned:
 
 
 def draw_faults(random: random.Random, kinds: Mapping[str, int], gap_s: tuple[float, float]) -> Iterator[Planned]:
-    """The track of one actor, for ever; a pure function of the state of `random`."""
+    """The endless track of one process or line; a pure function of the state of `random`."""
     while True:
         yield Planned(
             gap_s=random.uniform(*gap_s),
@@ -55,7 +55,7 @@ def draw_faults(random: random.Random, kinds: Mapping[str, int], gap_s: tuple[fl
 
 
 async def storm_line(line: Line, planned: Planned, ledger: Ledger) -> None:
-    """Do a fault of a line, to its end. Kinds of actors are passed over."""
+    """Cause a fault of a line, and end it. Faults of processes are skipped."""
     kind = planned.kind
     cuts = kind.startswith("cut")
     fault = ledger.begin_fault(kind, line.name, cuts=cuts)
@@ -85,7 +85,7 @@ async def storm_line(line: Line, planned: Planned, ledger: Ledger) -> None:
 
 
 async def storm_worker(worker: Actor, planned: Planned, ledger: Ledger, nursery: trio.Nursery) -> None:
-    """Do a fault of a worker's process."""
+    """Cause a fault of a worker's process."""
     if planned.kind == "SIGSTOP":
         await _stop_and_go(worker, planned, ledger)
         return
@@ -104,7 +104,7 @@ async def storm_worker(worker: Actor, planned: Planned, ledger: Ledger, nursery:
 
 
 async def storm_relay(relay: Actor, planned: Planned, ledger: Ledger, nursery: trio.Nursery) -> None:
-    """Do a fault of the relay."""
+    """Cause a fault of the relay."""
     if planned.kind == "SIGSTOP":
         await _stop_and_go(relay, planned, ledger)
         return
@@ -134,7 +134,7 @@ async def _stop_and_go(actor: Actor, planned: Planned, ledger: Ledger) -> None:
 
 @attrs.define(eq=False)
 class Storm:
-    """All tracks. `calm` ends them, `spare_relay` those of the relay; a fault at hand is brought to its end."""
+    """All tracks. `calm` ends them, `spare_relay` ends those of the relay; a current fault is completed."""
 
     seed: int
     ledger: Ledger
@@ -145,7 +145,7 @@ class Storm:
     _idle: trio.Event = attrs.field(factory=trio.Event)
 
     def relay_track(self, relay: Actor, gap_s: tuple[float, float]) -> None:
-        """Begin the relay's."""
+        """Start the relay's track."""
 
         async def do(planned: Planned) -> None:
             await storm_relay(relay, planned, self.ledger, self.nursery)
@@ -153,7 +153,7 @@ class Storm:
         self._begin("relay", RELAY_FAULTS, gap_s, do, self.spare_relay)
 
     def worker_track(self, worker: Actor, line: Line, gap_s: tuple[float, float]) -> None:
-        """Begin a worker's."""
+        """Start the tracks of a worker and its line."""
 
         async def do(planned: Planned) -> None:
             if planned.kind in _LINE_FAULTS:
@@ -164,7 +164,7 @@ class Storm:
         self._begin(f"worker {worker.name}", WORKER_FAULTS, gap_s, do, self.calm)
 
     def client_track(self, line: Line, gap_s: tuple[float, float]) -> None:
-        """Begin a client's."""
+        """Start a client's track."""
 
         async def do(planned: Planned) -> None:
             await storm_line(line, planned, self.ledger)
@@ -195,7 +195,7 @@ class Storm:
             self._idle.set()
 
     async def end(self) -> None:
-        """Calm: nothing new, and what is at hand to its end."""
+        """End the storm: start no new faults, and complete the current ones."""
         self.calm.set()
         self.spare_relay.set()
         await self._idle.wait()

@@ -1,4 +1,4 @@
-"""The real processes: one relay that is started again and again, and workers; what they say is kept and told on."""
+"""The real processes: a relay that is restarted repeatedly, and workers; their output is kept and passed on."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from typing import Any
 import attrs
 import trio
 
-#: For a process to come up, on a machine that does other things as well.
+#: Time for a process to start, on a busy machine.
 START_S = 30.0
-#: Lines kept of a process, for the story of what went wrong.
+#: Lines kept of a process, for the report on a failure.
 KEPT_LINES = 4_000
 _REPO = Path(__file__).parents[2]
 
@@ -29,10 +29,10 @@ class Actor:
     Args:
         name: for people.
         command: module and arguments.
-        environ: of the process.
-        folder: it runs there.
-        hear: told each line of its stderr, with its name.
-        ready_words: its line that says it can be used.
+        environ: environment of the process.
+        folder: its working directory.
+        hear: called with its name and each line of its stderr.
+        ready_words: text in the line that shows that it is ready.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Actor:
     ready_words: str
     process: trio.Process | None = None
     starts: int = 0
-    #: Ended by itself, though nobody had asked it to.
+    #: Exits that nobody caused.
     surprises: list[str] = attrs.field(factory=list)
     ready: trio.Event = attrs.field(factory=trio.Event)
     lines: deque[str] = attrs.field(factory=lambda: deque(maxlen=KEPT_LINES))
@@ -51,18 +51,18 @@ class Actor:
 
     @property
     def pid(self) -> int:
-        """Of the process that runs."""
+        """The id of the running process."""
         assert self.process is not None
         return self.process.pid
 
     async def start(self, nursery: trio.Nursery) -> None:
-        """Start it; `ready` tells when it can be used."""
+        """Start it; `ready` is set when it can be used."""
         self.starts += 1
         self.ready = trio.Event()
         environ = {**os.environ, **self.environ, "PYTHONPATH": str(_REPO), "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-m", *self.command]
         process = await trio.lowlevel.open_process(command, stderr=-1, stdin=-3, env=environ, cwd=self.folder)
-        # Both at once: the end of the process before this one may be seen only now.
+        # Wait for both: the end of the previous process may be noticed only now.
         self.process, self._doomed = process, False
         nursery.start_soon(self._listen, process)
 
@@ -99,25 +99,25 @@ class Actor:
             self.process.send_signal(number)
 
     async def kill(self) -> None:
-        """kill -9, and wait for the end."""
+        """Kill it with SIGKILL, and wait for the end."""
         self.signal(signal.SIGKILL)
         if self.process is not None:
             with trio.CancelScope(shield=True):
                 await self.process.wait()
 
     async def ended(self) -> int | None:
-        """Wait for its end; its exit code."""
+        """Wait for its end; returns its exit code."""
         assert self.process is not None
         return await self.process.wait()
 
     def children(self) -> list[int]:
-        """Processes that it started, in order; for a worker: its slots."""
+        """The ids of its child processes, in order; for a worker: its slots."""
         with suppress(OSError):
             return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
         return []
 
     def figures(self) -> tuple[int, float]:
-        """Open files, and resident memory in MiB."""
+        """The number of open files, and the resident memory in MiB."""
         with suppress(OSError):
             files = len(os.listdir(f"/proc/{self.pid}/fd"))  # noqa: PTH208 - one call
             for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
@@ -127,7 +127,7 @@ class Actor:
 
 
 def as_json(line: str) -> dict[str, Any]:
-    """A line of a JSON log; empty where it is none."""
+    """Parse a line of a JSON log; empty if it is not JSON."""
     if line.startswith("{"):
         with suppress(ValueError):
             told: dict[str, Any] = json.loads(line)

@@ -1,16 +1,16 @@
-"""A proxy that does to TCP connections what bad networks do; one `Line` is one way through it, and its controls.
+"""A proxy that treats TCP connections as bad networks do; a `Line` is one path through it, with its controls.
 
 A line forwards whatever connects to its port. The controls act on all of its connections at once:
 
 | control | is like |
 | --- | --- |
 | `cut("rst")`, `cut("fin")` | a router that resets, a proxy that closes |
-| `lose()` | a NAT that forgot: what is sent is swallowed for ever, and no FIN comes through either |
-| `held` | packets are lost, and sent again once it is over: nothing goes through, new connections included |
+| `lose()` | a NAT that has lost its state: data is swallowed permanently, and no FIN passes either |
+| `held` | packets are lost and sent again later: nothing passes until then, not even new connections |
 | `unplugged` | nobody listens: new connections are reset |
-| `delay_s`, `bytes_per_s` | a long way, a thin one |
+| `delay_s`, `bytes_per_s` | a long distance, a low bandwidth |
 | `trickling` | one byte at a time |
-| `stop_in_frame()` | as `held`, in the middle of what is being sent |
+| `stop_in_frame()` | like `held`, but beginning in the middle of what is being sent |
 """
 
 import random
@@ -24,9 +24,9 @@ import attrs
 import trio
 
 _READ_BYTES = 64 * 1024
-#: Of a throttled line, so that it flows rather than gushes.
+#: Size of a piece on a throttled line, so that data flows evenly.
 _PIECE_BYTES = 512
-#: A thousand bytes a second or so; without it a fast loop would be one.
+#: Limits a trickling line to a few thousand bytes a second; without it, a fast loop would not be slow.
 _TRICKLE_S = 0.0005
 
 Direction = Literal["up", "down"]
@@ -42,7 +42,7 @@ class _Pair:
     lost: bool = False
 
     def reset(self) -> None:
-        """Close both ends with RST (SO_LINGER 0, RFC 9293 section 3.6 leaves this to the implementation)."""
+        """Close both ends with RST (SO_LINGER 0; RFC 9293 section 3.6 leaves this to the implementation)."""
         for stream in (self.near, self.far):
             with suppress(OSError):
                 stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -57,17 +57,17 @@ class _Pair:
 
 
 class Line:
-    """One way to the target, with its troubles; made by `open_line`.
+    """One path to the target, with its faults; made by `open_line`.
 
     Args:
         name: for people.
         target: host and port.
-        random: draws where a frame is cut in two.
+        random: chooses where a frame is cut in two.
 
     Attributes:
-        port: where to connect to instead, on 127.0.0.1.
-        opened: connections so far.
-        held: directions in which nothing goes through now.
+        port: the port to connect to instead, on 127.0.0.1.
+        opened: number of connections so far.
+        held: directions in which nothing passes now.
     """
 
     def __init__(self, name: str, target: tuple[str, int], random: random.Random) -> None:
@@ -87,13 +87,13 @@ class Line:
 
     @property
     def connections(self) -> int:
-        """How many go through it now, half-open ones included."""
+        """The number of current connections, including half-open ones."""
         return len(self._pairs)
 
     # -- controls
 
     def cut(self, how: Literal["rst", "fin"]) -> int:
-        """Cut all connections; how many there were."""
+        """Cut all connections; returns how many there were."""
         pairs = [pair for pair in self._pairs if not pair.lost]
         for pair in pairs:
             if how == "rst":
@@ -104,7 +104,7 @@ class Line:
         return len(pairs)
 
     def lose(self) -> int:
-        """Let all connections be half-open from now on, for good; how many there were."""
+        """Make all connections half-open permanently; returns how many there were."""
         pairs = [pair for pair in self._pairs if not pair.lost]
         for pair in pairs:
             pair.lost = True
@@ -112,15 +112,15 @@ class Line:
         return len(pairs)
 
     def hold(self, *directions: Direction) -> None:
-        """Let nothing through in these directions (none named: in both) until `heal`."""
+        """Let nothing pass in these directions (by default both) until `heal`."""
         self.held = frozenset(directions or ("up", "down"))
 
     def stop_in_frame(self, *directions: Direction) -> None:
-        """Let a part of what comes next through in each direction, and then nothing until `heal`."""
+        """Let a part of the next data pass in each direction, and then nothing until `heal`."""
         self._cut_next = frozenset(directions or ("up", "down"))
 
     def heal(self) -> None:
-        """End all troubles but cuts and what was lost."""
+        """End all faults except cuts and lost connections."""
         self.unplugged = False
         self.delay_s = self.bytes_per_s = 0.0
         self.trickling = False
@@ -165,7 +165,7 @@ class Line:
             if not pair.lost:
                 await sink.send_eof()
         except _GONE:
-            if not pair.lost:  # a lost one keeps its other end in the dark
+            if not pair.lost:  # the other end of a lost connection learns nothing
                 pair.reset()
 
     async def _pass(self, pair: _Pair, sink: trio.SocketStream, data: bytes, direction: Direction) -> None:
@@ -197,7 +197,7 @@ class Line:
 
 @asynccontextmanager
 async def open_line(name: str, target: tuple[str, int], random: random.Random) -> AsyncIterator[Line]:
-    """A line to `target`, open until the end of the block; its connections are reset then."""
+    """Open a line to `target` until the end of the block, where its connections are reset."""
     line = Line(name, target, random)
     async with trio.open_nursery() as nursery:
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
