@@ -77,7 +77,7 @@ async def test_a_worker_is_ready_without_a_relay_and_tells_its_link_and_its_leav
     with fake_systemd(tmp_path / "notify") as systemd:
         told = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": WATCHED}
         async with place.start("gpuworker", "run", *MOCK, **told) as worker:
-            assert (await systemd.until("READY"))["STATUS"].startswith("no link to unix:")
+            assert (await systemd.until("READY"))["STATUS"].startswith("not connected to unix:")
             await systemd.until("WATCHDOG")
             async with a_relay(place) as relay:
                 await systemd.until("STATUS", "registered at unix:")
