@@ -214,4 +214,4 @@ def test_a_voice_that_another_slot_announced_fails_the_request_and_not_the_engin
     engine = engine_of("voxcpm2")
     end = run_engine(engine, {"text": "x", **QUICK, "voice": "carl"}, {}, never, lambda _chunk: None)
     assert (end.outcome, end.code) == ("failed", "engine_failed")
-    assert "no voice 'carl' any more" in end.message
+    assert "no longer has the voice 'carl'" in end.message

@@ -311,7 +311,7 @@ def test_what_is_reckoned_to_fit_does_and_nearly_nothing_more(model: Model) -> N
     room = CONTEXT - cache.patches - model.tokens(TEXT) - 1
     settings = Settings(inference_timesteps=1, max_len=room, ratio_threshold=99.0)
     assert len(streamed(model, cache, settings=settings)) == room * model.chunk_samples
-    with pytest.raises(EngineError, match=f"filled all {CONTEXT} places"):
+    with pytest.raises(EngineError, match=f"filled the model's context of {CONTEXT} positions"):
         streamed(model, cache, settings=attrs.evolve(settings, max_len=room + 2))
 
 
@@ -346,7 +346,7 @@ def test_speech_with_a_reference_goes_on_with_it(v2: Model) -> None:
     cache = prompted(v2, reference=True)
     speech = v2.stream(TEXT, cache, QUICK)
     next(speech)
-    with pytest.raises(ValueError, match="once it has ended"):
+    with pytest.raises(ValueError, match="that has ended and made audio"):
         speech.as_prompt(TEXT, cache)
     speech.close()
     merged = speech.as_prompt(TEXT, cache)
