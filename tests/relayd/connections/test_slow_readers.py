@@ -306,8 +306,8 @@ async def test_half_open_connections_are_seen_on_both_ends_and_nothing_is_lost(t
             await until(lambda: not relay.relay.workers and not relay.relay.clients)
             await until(lambda: bool(client.link.gone and raw.link.gone))
             assert trio.current_time() - began < dead["dead_after_s"] + 1.0
-            assert "nothing heard" in client.link.reason
-            assert "nothing heard" in raw.link.reason
+            assert "nothing received" in client.link.reason
+            assert "nothing received" in raw.link.reason
         running = (Running(request_id=submit.request_id, attempt=1, next_seq=5),)
         async with (
             fake_worker(relay.url, instance=instance, running=running) as worker,
