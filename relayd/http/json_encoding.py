@@ -10,15 +10,12 @@ import trio
 from protocol.wire.validators import Message, Value
 from relayd.core.relay import Relay
 from relayd.requests.request import Request
-from relayd.scheduling.model import State
 
 
 def status_json(relay: Relay, request: Request) -> dict[str, Any]:
     """Return a request's status, as in the wire's `status`, with links."""
     entry, now = request.entry, trio.current_time()
-    place = None
-    if entry.state is State.QUEUED:
-        place = relay.scheduler.positions(entry.space, now).get(request.request_id)
+    place = relay.scheduler.position(entry, now)
     url = f"/v1/requests/{request.request_id}"
     return {
         "request_id": request.request_id,

@@ -68,11 +68,8 @@ class RequestStream:
         return self.request.entry.state is State.QUEUED
 
     def place(self) -> QueuePosition | None:
-        """Return the current position in the queue; None if the request is not queued."""
-        if not self.queued:
-            return None
-        places = self.relay.scheduler.positions(self.request.entry.space, trio.current_time())
-        return places.get(self.request.request_id)
+        """Where it stands in its queue at this moment; None when it is in none."""
+        return self.relay.scheduler.position(self.request.entry, trio.current_time())
 
     def wake(self) -> None:
         """Wake the task that waits for the next event."""

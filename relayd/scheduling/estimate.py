@@ -1,33 +1,31 @@
 """Estimates how long queued requests will wait, from the recent run times of their space. Pure."""
 
-import heapq
+from collections.abc import Callable
 from statistics import fmean
 
 from relayd.scheduling.model import SpaceState
 
 
-def estimate_waits_s(space: SpaceState, slots: int, count: int, now: float) -> list[float] | None:
-    """Estimate the seconds until each of the first `count` queued requests starts.
+def estimate_wait_s(space: SpaceState, slots: int, now: float) -> Callable[[int], float | None]:
+    """Return a function: place in the queue, from 0 -> seconds until that request starts, None where unknown.
 
-    Each running request is assumed to take the mean of the recent run times; each queued request then gets the slot
-    that is free first.
+    A slot is free when what runs in it has taken the mean run time, and then takes the next request each time. No
+    slot is busy for longer than one run, so the slots take their turns in the order in which they become free.
 
     Args:
-        space: the space, with its running requests and recent run times.
-        slots: number of slots of the workers that accept requests.
-        count: number of queued requests to estimate for.
+        space: with its running requests and its recent run times.
+        slots: of the workers that accept requests.
         now: monotonic seconds.
 
     Returns:
         The waits in seconds, in queue order; None if the space is paused, has no slots, or no run time is known.
     """
     if not space.recent_runs_s or not slots or space.paused:
-        return None
+        return lambda _place: None
     run_s = fmean(space.recent_runs_s)
-    busy = sorted(max(0.0, run_s - (now - entry.started_at)) for entry in space.running.values())
-    free_at = busy[:slots] + [0.0] * (slots - len(busy))
-    heapq.heapify(free_at)
-    return [round(heapq.heappushpop(free_at, free_at[0] + run_s), 1) for _ in range(count)]
+    busy = sorted(max(0.0, run_s - (now - entry.started_at)) for entry in space.running.values())[:slots]
+    free_at = [0.0] * (slots - len(busy)) + busy
+    return lambda place: round(free_at[place % slots] + place // slots * run_s, 1)
 
 
 def estimate_retry_s(space: SpaceState, slots: int) -> float | None:

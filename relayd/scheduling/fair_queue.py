@@ -1,5 +1,6 @@
 """The queue of one space: which request is next, and the position of each. Pure."""
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from itertools import chain, zip_longest
 from typing import Generic, Protocol, TypeVar
@@ -19,19 +20,55 @@ class Waiting(Protocol):
 
 
 WaitingT = TypeVar("WaitingT", bound=Waiting)
-Lane = dict[str, WaitingT]
+
+
+@attrs.define(eq=False)
+class _Lane(Generic[WaitingT]):
+    """Requests by ticket. The sorted tickets tell how many stand before one without walking the lane."""
+
+    _items: dict[str, WaitingT] = attrs.field(factory=dict)
+    _tickets: list[int] = attrs.field(factory=list)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[WaitingT]:
+        return iter(self._items.values())
+
+    def __contains__(self, item: WaitingT) -> bool:
+        return item.request_id in self._items
+
+    def add(self, item: WaitingT) -> None:
+        """Insert `item` at its ticket's place."""
+        overtaken = bool(self._tickets) and self._tickets[-1] > item.ticket
+        insort(self._tickets, item.ticket)
+        self._items[item.request_id] = item
+        if overtaken:  # rare: an upload that took longer than a later one's, or a lost attempt
+            self._items = dict(sorted(self._items.items(), key=lambda pair: pair[1].ticket))
+
+    def remove(self, item: WaitingT) -> None:
+        """Remove `item`."""
+        del self._items[item.request_id]
+        del self._tickets[bisect_left(self._tickets, item.ticket)]
+
+    def index(self, item: WaitingT) -> int:
+        """How many stand before `item`."""
+        return bisect_left(self._tickets, item.ticket)
 
 
 @attrs.define(eq=False)
 class _Level(Generic[WaitingT]):
-    """The requests of one priority.
+    """One priority.
 
     `requeued` is served before the lanes: requests whose attempt was lost, which keep their place. `lanes` holds one
-    lane per principal, the one whose turn is next first; a lane is request id -> request, by ticket.
+    lane a principal, in order of turn.
     """
 
-    requeued: Lane[WaitingT] = attrs.field(factory=dict)
-    lanes: dict[str, Lane[WaitingT]] = attrs.field(factory=dict)
+    requeued: _Lane[WaitingT] = attrs.field(factory=_Lane)
+    lanes: dict[str, _Lane[WaitingT]] = attrs.field(factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.requeued) + sum(map(len, self.lanes.values()))
 
 
 @attrs.define(eq=False)
@@ -41,9 +78,9 @@ class FairQueue(Generic[WaitingT]):
     With one principal and one priority it is plain FIFO.
     """
 
-    _promoted: Lane[WaitingT] = attrs.field(factory=dict)
+    _promoted: dict[str, WaitingT] = attrs.field(factory=dict)
     _levels: dict[int, _Level[WaitingT]] = attrs.field(factory=dict)
-    _members: Lane[WaitingT] = attrs.field(factory=dict)
+    _members: dict[str, WaitingT] = attrs.field(factory=dict)
     _per_principal: dict[str, int] = attrs.field(factory=dict)
 
     def __len__(self) -> int:
@@ -60,26 +97,19 @@ class FairQueue(Generic[WaitingT]):
         """Yield some requests, the oldest among them: their number grows with principals and priorities only."""
         yield from self._promoted.values()
         for level in self._levels.values():
-            yield from level.requeued.values()
+            yield from level.requeued
             for lane in level.lanes.values():
-                yield next(iter(lane.values()))
+                yield next(iter(lane))
 
     def push(self, item: WaitingT) -> None:
         """Queue `item` by its ticket, behind its principal's earlier requests."""
         self._count(item)
-        lane = self._level(item).lanes.setdefault(item.principal, {})
-        overtaken = bool(lane) and next(reversed(lane.values())).ticket > item.ticket
-        lane[item.request_id] = item
-        if overtaken:  # rare: its upload took longer than that of a later request
-            level = self._level(item)
-            level.lanes[item.principal] = dict(sorted(lane.items(), key=lambda pair: pair[1].ticket))
+        self._level(item).lanes.setdefault(item.principal, _Lane()).add(item)
 
     def requeue(self, item: WaitingT) -> None:
         """Put `item` back where it was served from: before the lanes of its priority, by ticket."""
         self._count(item)
-        level = self._level(item)
-        level.requeued[item.request_id] = item
-        level.requeued = dict(sorted(level.requeued.items(), key=lambda pair: pair[1].ticket))
+        self._level(item).requeued.add(item)
 
     def promote(self, item: WaitingT) -> None:
         """Move `item` to the very front, before every priority; the request promoted last is first."""
@@ -98,12 +128,14 @@ class FairQueue(Generic[WaitingT]):
         if self._promoted.pop(item.request_id, None) is not None:
             return
         level = self._levels[item.priority]
-        if level.requeued.pop(item.request_id, None) is None:
+        if item in level.requeued:
+            level.requeued.remove(item)
+        else:
             lane = level.lanes[item.principal]
-            del lane[item.request_id]
+            lane.remove(item)
             if not lane:
                 del level.lanes[item.principal]
-        if not level.requeued and not level.lanes:
+        if not level:
             del self._levels[item.priority]
 
     def pop(self, may_run: Callable[[WaitingT], bool]) -> WaitingT | None:
@@ -114,7 +146,8 @@ class FairQueue(Generic[WaitingT]):
         for item in chain(self._promoted.values(), *(self._in_turn(level, 1) for level in self._by_priority())):
             if may_run(item):
                 level = self._levels.get(item.priority)
-                from_lane = level is not None and item.request_id in level.lanes.get(item.principal, ())
+                lane = level.lanes.get(item.principal) if level is not None else None
+                from_lane = lane is not None and item in lane
                 self.remove(item)
                 if from_lane and level is not None and item.principal in level.lanes:
                     level.lanes[item.principal] = level.lanes.pop(item.principal)  # it has its next turn last
@@ -125,13 +158,33 @@ class FairQueue(Generic[WaitingT]):
         """Iterate over all requests, in the order in which they would be served now."""
         return chain(self._promoted.values(), *(self._in_turn(level) for level in self._by_priority()))
 
+    def position(self, item: WaitingT) -> int:
+        """How many are served before `item` as things stand: its index in `iter(self)`.
+
+        The cost grows with the number of principals and of promoted requests, not with the length of the queue.
+        """
+        if item.request_id in self._promoted:
+            return list(self._promoted).index(item.request_id)
+        higher = sum(len(level) for priority, level in self._levels.items() if priority > item.priority)
+        level, before = self._levels[item.priority], len(self._promoted) + higher
+        if item in level.requeued:
+            return before + level.requeued.index(item)
+        turn = level.lanes[item.principal].index(item)
+        before += len(level.requeued) + turn
+        rounds = turn + 1  # the lanes before its own have had their turn of this round, those behind it have not
+        for principal, lane in level.lanes.items():
+            if principal == item.principal:
+                rounds = turn
+            else:
+                before += min(len(lane), rounds)
+        return before
+
     def _by_priority(self) -> list[_Level[WaitingT]]:
         return [self._levels[priority] for priority in sorted(self._levels, reverse=True)]
 
     def _in_turn(self, level: _Level[WaitingT], rounds: int | None = None) -> Iterator[WaitingT]:
-        yield from level.requeued.values()
-        lanes = [lane.values() for lane in level.lanes.values()]
-        for number, turn in enumerate(zip_longest(*lanes)):
+        yield from level.requeued
+        for number, turn in enumerate(zip_longest(*level.lanes.values())):
             if number == rounds:
                 return
             yield from (item for item in turn if item is not None)

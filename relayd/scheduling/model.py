@@ -1,6 +1,6 @@
 """The scheduler's data about spaces, workers and requests, and the decisions it returns. Pure."""
 
-from collections import deque
+from collections import Counter, deque
 from enum import StrEnum
 
 import attrs
@@ -64,6 +64,8 @@ class ScheduledRequest:
     reproducible: str = ""
     has_output: bool = False
     next_seq: int = 0
+    #: Size of its inputs, which the store keeps until it has ended.
+    input_bytes: int = 0
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -109,10 +111,15 @@ class SpaceState:
     paused: bool = False
     queue: FairQueue[ScheduledRequest] = attrs.field(factory=FairQueue)
     running: dict[str, ScheduledRequest] = attrs.field(factory=dict)
-    #: Request id -> principal of the requests that are admitted but not queued yet: their inputs are being uploaded, or
-    #: the store is still writing them.
-    admitted: dict[str, str] = attrs.field(factory=dict)
+    #: Admitted, and not yet in the queue: inputs on their way, or the store still writing.
+    admitted: dict[str, ScheduledRequest] = attrs.field(factory=dict)
+    #: Principal -> how many of `admitted` are its.
+    admitted_per_principal: Counter[str] = attrs.field(factory=Counter)
     recent_runs_s: deque[float] = attrs.field(factory=lambda: deque(maxlen=RECENT_RUNS))
+
+    def waiting_count(self, principal: str) -> int:
+        """Requests of `principal` that are admitted or queued."""
+        return self.queue.count_for(principal) + self.admitted_per_principal[principal]
 
 
 @attrs.define(eq=False)
@@ -128,8 +135,42 @@ class SchedulerState:
     moved: set[str] = attrs.field(factory=set)
     #: Principal -> limit of its running requests in all spaces together.
     max_running: dict[str, int] = attrs.field(factory=dict)
-    #: Counts the uses of all workers; the source of `WorkerState.last_used`.
+    #: Principal -> bytes of inputs of its live requests, and of those of them that are still being uploaded.
+    input_bytes: Counter[str] = attrs.field(factory=Counter)
+    uploading_bytes: Counter[str] = attrs.field(factory=Counter)
+    #: Principal -> requests whose inputs are being uploaded.
+    uploads: Counter[str] = attrs.field(factory=Counter)
+    #: How often a worker has been used; orders `WorkerState.last_used`.
     uses: int = 0
+
+    def add_entry(self, entry: ScheduledRequest) -> None:
+        """Account for a live request."""
+        self.entries[entry.request_id] = entry
+        self.input_bytes[entry.principal] += entry.input_bytes
+
+    def pop_entry(self, request_id: str) -> ScheduledRequest | None:
+        """Undo `add_entry`, for a request that has ended; None where there is no such live request."""
+        if (entry := self.entries.pop(request_id, None)) is not None:
+            _subtract(self.input_bytes, entry.principal, entry.input_bytes)
+        return entry
+
+    def add_admitted(self, entry: ScheduledRequest) -> None:
+        """Note a request that is admitted and not queued yet."""
+        space = self.spaces[entry.space]
+        space.admitted[entry.request_id] = entry
+        space.admitted_per_principal[entry.principal] += 1
+        if entry.input_bytes:
+            self.uploading_bytes[entry.principal] += entry.input_bytes
+            self.uploads[entry.principal] += 1
+
+    def remove_admitted(self, entry: ScheduledRequest) -> None:
+        """Undo `add_admitted`; without effect where there is nothing to undo."""
+        space = self.spaces[entry.space]
+        if space.admitted.pop(entry.request_id, None) is not None:
+            _subtract(space.admitted_per_principal, entry.principal, 1)
+            if entry.input_bytes:
+                _subtract(self.uploading_bytes, entry.principal, entry.input_bytes)
+                _subtract(self.uploads, entry.principal, 1)
 
     def workers_of(self, name: str) -> list[WorkerState]:
         """Return the linked workers of a space."""
@@ -139,6 +180,13 @@ class SchedulerState:
         """Return the numbers of busy slots and of all slots of a space's linked workers."""
         workers = self.workers_of(name)
         return sum(len(w.held) for w in workers), sum(w.slots for w in workers)
+
+
+def _subtract(counter: Counter[str], principal: str, count: int) -> None:
+    """Keep no zeros: a relay meets many principals in its life."""
+    counter[principal] -= count
+    if not counter[principal]:
+        del counter[principal]
 
 
 @attrs.frozen

@@ -30,7 +30,7 @@ method that may free a slot or queue a request ends with `Dispatcher.dispatch`, 
 The stateful test (tests/relayd/scheduling/test_scheduler_machine.py) checks this table against random orders of events.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 
@@ -269,8 +269,7 @@ class Scheduler:
                 f"space {space.name!r} already has {rules.max_queued} queued requests, its limit; try again later",
                 estimate.estimate_retry_s(space, self.state.slots_of(space.name)[1]),
             )
-        own_count = space.queue.count_for(entry.principal)
-        own_count += sum(principal == entry.principal for principal in space.admitted.values())
+        own_count = space.waiting_count(entry.principal)
         if own_count >= rules.max_queued_per_principal:
             return _refuse(
                 entry,
@@ -279,14 +278,14 @@ class Scheduler:
                 "wait for one to start",
                 estimate.estimate_retry_s(space, self.state.slots_of(space.name)[1]),
             )
-        self.state.entries[entry.request_id] = entry
-        space.admitted[entry.request_id] = entry.principal
+        self.state.add_entry(entry)
+        self.state.add_admitted(entry)
         return None
 
     def enqueue(self, entry: ScheduledRequest, now: float) -> list[Decision]:
         """Queue an admitted request that is complete and stored."""
         space = self.state.spaces[entry.space]
-        space.admitted.pop(entry.request_id, None)
+        self.state.remove_admitted(entry)
         entry.state = State.QUEUED
         space.queue.push(entry)
         self.state.moved.add(space.name)
@@ -298,7 +297,7 @@ class Scheduler:
         If the store names the worker that ran the attempt, that worker counts as away: it may reconnect.
         """
         space = self.state.spaces[entry.space]
-        self.state.entries[entry.request_id] = entry
+        self.state.add_entry(entry)
         entry.may_be_behind = True
         if entry.state is State.RUNNING:
             entry.worker_lost_at = now
@@ -310,15 +309,15 @@ class Scheduler:
             space.queue.push(entry)
 
     def end(self, request_id: str, state: State, now: float) -> list[Decision]:
-        """Remove a request that has its last frame. If it holds a slot, `release` frees that."""
-        entry = self.state.entries.pop(request_id, None)
+        """A request has its last frame. A slot it may hold is freed by `release`."""
+        entry = self.state.pop_entry(request_id)
         if entry is None:
             return []
         space = self.state.spaces[entry.space]
         if entry in space.queue:
             space.queue.remove(entry)
         self.dispatcher.forget_away(entry)
-        space.admitted.pop(request_id, None)
+        self.state.remove_admitted(entry)
         if space.running.pop(request_id, None) is not None and state is State.COMPLETED:
             space.recent_runs_s.append(max(0.0, now - entry.started_at))
         entry.state = state
@@ -413,24 +412,30 @@ class Scheduler:
             self.state.max_running[principal] = at_most
 
     def queued_count(self, principal: str) -> int:
-        """Return the number of admitted or queued requests of `principal` in all spaces together."""
-        return sum(
-            space.queue.count_for(principal) + list(space.admitted.values()).count(principal)
-            for space in self.state.spaces.values()
-        )
+        """Requests of `principal` that are admitted or queued, in all spaces together."""
+        return sum(space.waiting_count(principal) for space in self.state.spaces.values())
 
     # -- queries
 
     def positions(self, name: str, now: float) -> dict[str, QueuePosition]:
         """Return the position of every queued request of a space, by request id."""
         space = self.state.spaces[name]
-        of = len(space.queue)
-        slots = sum(worker.slots for worker in self.state.workers_of(name) if not worker.draining)
-        waits = estimate.estimate_waits_s(space, slots, of, now)
+        of, wait_s = len(space.queue), self._estimate_wait_s(space, now)
         return {
-            entry.request_id: QueuePosition(index + 1, of, waits[index] if waits else None)
-            for index, entry in enumerate(space.queue)
+            entry.request_id: QueuePosition(index + 1, of, wait_s(index)) for index, entry in enumerate(space.queue)
         }
+
+    def position(self, entry: ScheduledRequest, now: float) -> QueuePosition | None:
+        """The position of one request, without a walk through the queue; None where it is not queued."""
+        space = self.state.spaces.get(entry.space)
+        if space is None or entry not in space.queue:
+            return None
+        index = space.queue.position(entry)
+        return QueuePosition(index + 1, len(space.queue), self._estimate_wait_s(space, now)(index))
+
+    def _estimate_wait_s(self, space: SpaceState, now: float) -> Callable[[int], float | None]:
+        slots = sum(worker.slots for worker in self.state.workers_of(space.name) if not worker.draining)
+        return estimate.estimate_wait_s(space, slots, now)
 
 
 def no_such_space(name: str, request_id: str | None = None, *, operator: bool = False) -> Rejected:

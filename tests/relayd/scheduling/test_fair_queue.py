@@ -132,6 +132,7 @@ def test_it_counts_right_loses_nothing_and_serves_in_the_order_it_tells(steps: l
         assert all(item in queue for item in waiting.values())
         for name in ("ann", "bob", "cid"):
             assert queue.count_for(name) == sum(item.principal == name for item in waiting.values())
+        assert [queue.position(item) for item in queue] == list(range(len(queue)))
     told = [item.request_id for item in queue]
     assert sorted(told) == sorted(waiting)
     assert served(queue) == "".join(told)

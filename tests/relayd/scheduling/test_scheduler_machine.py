@@ -1,5 +1,7 @@
 """The scheduler under every order of events that Hypothesis can think of, against the books a test keeps by itself."""
 
+from collections import Counter
+from collections.abc import Iterable
 from itertools import count
 
 import attrs
@@ -29,6 +31,13 @@ SPACES = {
 }
 WORKERS = {"one": "", "two": "tone", "three": "tone"}
 picks = st.integers(0, 1000)
+
+
+def _bytes_per_principal(entries: Iterable[ScheduledRequest]) -> Counter[str]:
+    total = Counter[str]()
+    for entry in entries:
+        total[entry.principal] += entry.input_bytes
+    return total
 
 
 @attrs.define
@@ -124,7 +133,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     def submit(self, space: str, principal: str, priority: int, retry: str, whole: bool) -> None:
         ticket = next(self.tickets)
         entry = ScheduledRequest(
-            request_id=f"r{ticket}", space=space, principal=principal, priority=priority, ticket=ticket, retry=retry
+            request_id=f"r{ticket}",
+            space=space,
+            principal=principal,
+            priority=priority,
+            ticket=ticket,
+            retry=retry,
+            input_bytes=ticket % 3,
         )
         waiting = sum(e.space == space and e.state in (State.QUEUED, State.UPLOADING) for e in self.live.values())
         refusal = self.scheduler.admit(entry)
@@ -360,6 +375,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name, space in self.scheduler.state.spaces.items():
             places = list(self.scheduler.positions(name, self.now).values())
             assert [place.position for place in places] == list(range(1, len(space.queue) + 1))
+            assert [self.scheduler.position(entry, self.now) for entry in space.queue] == places
+
+    @invariant()
+    def what_a_principal_has_is_counted(self) -> None:
+        state = self.scheduler.state
+        admitted = [entry for space in state.spaces.values() for entry in space.admitted.values()]
+        assert state.input_bytes == _bytes_per_principal(self.live.values())
+        assert state.uploading_bytes == _bytes_per_principal(admitted)
+        for space in state.spaces.values():
+            assert space.admitted_per_principal == Counter(entry.principal for entry in space.admitted.values())
 
     def teardown(self) -> None:
         """Whatever happened, all that waits gets its turn, and ends."""
