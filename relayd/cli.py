@@ -92,7 +92,10 @@ def _space_options(create: argparse.ArgumentParser) -> None:
 
 
 def _token_options(create: argparse.ArgumentParser) -> None:
+    import attrs
+
     from protocol.wire.messages import ROLES
+    from relayd.store.records import TokenLimits
 
     create.add_argument("--role", required=True, choices=ROLES)
     create.add_argument("--name", required=True, help="the principal it belongs to")
@@ -100,12 +103,9 @@ def _token_options(create: argparse.ArgumentParser) -> None:
         "--space", action="append", default=[], metavar="PATTERN", help="spaces it may use; default: all"
     )
     create.add_argument("--expires", metavar="WHEN", help="12h, 30d, or a date like 2031-12-31; default: never")
-    for name, what in (
-        ("queued", "requests it may have queued"),
-        ("running", "requests it may have running; more wait"),
-        ("connections", "connections it may have open"),
-    ):
-        create.add_argument(f"--max-{name}", type=int, metavar="N", help=f"{what}, over all spaces; default: no limit")
+    for field in attrs.fields(TokenLimits):
+        setting = f"default: {field.name} of [limits.principal]"
+        create.add_argument(f"--{field.name.replace('_', '-')}", type=int, metavar="N", help=setting)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from protocol.sd_notify import ServiceManager
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import Config
 from relayd.config_reload import Reload
+from relayd.connections.budget import ConnectionBudget
 from relayd.connections.gateway import Gateway
 from relayd.connections.listener import describe, open_listeners, serve_listeners
 from relayd.core.admission import Admission
@@ -137,6 +138,7 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
             http = HttpServer(http_context, make_app(http_context))
             await restore(relay, loaded)
             nursery.start_soon(admission.serve)
+            nursery.start_soon(relay.principals.serve)
             nursery.start_soon(serve_positions, relay)
             nursery.start_soon(serve_stats, relay.sample)
             nursery.start_soon(relay.results.serve_memory)
@@ -149,8 +151,8 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
                 nursery.start_soon(reload.serve)
             await nursery.start(_handle_signals, shutdown, reload)  # before readiness is reported
             async with open_reactor() as reactor, trio.open_nursery() as connections:
-                throttle = http_context.failures
-                gateway = Gateway(relay, admission, tokens, reactor, connections, shutdown.drain, throttle)
+                budget = ConnectionBudget(lambda: relay.config, http_context.failures)
+                gateway = Gateway(relay, admission, tokens, reactor, connections, shutdown.drain, budget)
                 connections.start_soon(gateway.serve_login_timeouts)
                 accepting = trio.CancelScope()
 

@@ -256,19 +256,39 @@ class Link(Carrier):
         """
         self.handler = handler
         kept, self._inbox, self._inbox_bytes = self._inbox or (), None, 0
+        self.reading_paused, was_paused = False, self.reading_paused
         for is_text, group in groupby(kept, lambda message: isinstance(message, str)):
             if self.closing is not None or self.end_kind is LinkClosed:
                 break  # closed by the handler, or by this side earlier
-            if is_text:
+            if (inbox := self._paused_inbox()) is not None:
+                inbox.extend(group)  # the handler has called `pause`
+            elif is_text:
                 for text in group:
                     handler.on_text(str(text))
             else:
                 handler.on_messages([message for message in group if isinstance(message, bytes)])
-        if self.reading_paused:
-            self.reading_paused = False
+        if was_paused and not self.reading_paused:
             self._resume_reading()
         if self.gone is not None:
             self._schedule_notify()
+
+    def pause(self, messages: list[bytes]) -> None:
+        """Stop reading, and keep `messages` and what has been received behind them, until `set_handler` is called.
+
+        Args:
+            messages: those of the handler's last call that it has not handled.
+        """
+        self.handler, self._inbox, self._inbox_bytes = None, deque(messages), 0
+        self.reading_paused = True
+        self._add_to_inbox(sum(map(len, messages)) + MESSAGE_COST_BYTES * len(messages))
+
+    def _paused_inbox(self) -> deque[bytes | str] | None:
+        return self._inbox if self.handler is None else None
+
+    async def wait_reading(self) -> None:
+        """Wait until the link is read again, or has stopped."""
+        while self.reading_paused and not self.stopped:
+            await self._change()
 
     def buffer_again(self, messages: list[bytes]) -> None:
         """Take back the messages last passed to the handler, and keep messages for `receive` or the next handler."""
@@ -305,7 +325,7 @@ class Link(Carrier):
 
     def _add_to_inbox(self, cost: int) -> None:
         self._inbox_bytes += cost
-        self.reading_paused = self._inbox_bytes > MAX_INBOX_BYTES
+        self.reading_paused = self.reading_paused or self._inbox_bytes > MAX_INBOX_BYTES
         self._wake()
 
     def _on_control(self, event: Event) -> None:

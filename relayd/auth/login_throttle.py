@@ -41,6 +41,11 @@ class LoginThrottle:
         times.append(now)
         return None
 
+    def is_throttled(self, address: str, now: float) -> bool:
+        """Whether the next failure of `address` would be one too many."""
+        times = self._times.get(address)
+        return times is not None and len(times) == MAX_FAILURES and now - times[0] < WINDOW_S
+
 
 def address_of(peer: str) -> str:
     """Return a peer's address without its port.

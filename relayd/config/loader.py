@@ -23,6 +23,7 @@ from relayd.config.schema import ConfigError as ConfigError
 from relayd.config.schema import Http as Http
 from relayd.config.schema import Limits as Limits
 from relayd.config.schema import LogConfig as LogConfig
+from relayd.config.schema import PrincipalLimits as PrincipalLimits
 from relayd.config.schema import Results as Results
 from relayd.config.schema import SpaceConfig as SpaceConfig
 from relayd.config.schema import Tls as Tls
@@ -140,7 +141,7 @@ def _settings_by_variable(raw: Mapping[str, Value]) -> dict[str, tuple[tuple[str
     """Return variable -> path and type of its setting, for every space in the file and always for `tts`."""
     spaces = raw.get("spaces")
     tables: list[tuple[tuple[str, ...], type]] = [((), Config)]
-    tables += [((section,), cls) for section, cls in SECTIONS.items()]
+    tables += [(tuple(section.split(".")), cls) for section, cls in SECTIONS.items()]
     tables += [(("spaces", name), SpaceConfig) for name in ("tts", *(spaces if isinstance(spaces, dict) else ()))]
     found = {}
     for path, cls in tables:

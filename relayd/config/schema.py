@@ -169,6 +169,35 @@ class LogConfig:
 
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
+class PrincipalLimits:
+    """What one principal may have, over all of its connections and spaces; a token may name other limits.
+
+    They hold for clients, and `max_connections` for workers too; not for operators and local users of the unix socket.
+
+    Args:
+        max_connections: connections at once, an HTTP request that is being answered included.
+        requests_per_s: submits and HTTP requests a second; five seconds of them may come at once.
+        max_queued: requests that are uploaded or wait for a worker.
+        max_running: requests that run; None for no limit but the spaces' own.
+        max_uploads: requests whose inputs are being uploaded.
+        max_input_bytes: inputs of all live requests.
+        max_readers: requests that are read while they are made, or afterwards.
+        max_retained: ended requests that are remembered.
+        max_priority: highest priority; a request with a higher one gets this.
+    """
+
+    max_connections: Annotated[int, _count] = 300
+    requests_per_s: Annotated[float, number(0.001, 1e6)] = 200.0
+    max_queued: Annotated[int, _count] = 1_000
+    max_running: Annotated[int | None, optional(_count)] = None
+    max_uploads: Annotated[int, _count] = 32
+    max_input_bytes: Annotated[int, _bytes] = 512 * MIB
+    max_readers: Annotated[int, _count] = 2_000
+    max_retained: Annotated[int, _count] = 5_000
+    max_priority: Annotated[int, integer(0, 9)] = 5
+
+
+@attrs.frozen(kw_only=True, field_transformer=_with_rules)
 class Limits:
     """Deadlines and sizes that apply to all connections and requests."""
 
@@ -183,10 +212,15 @@ class Limits:
     cancel_grace_s: Annotated[float, _from_zero_s] = 5.0
     #: With the daemon's own files, fits into the 1,024 descriptors that Linux allows by default.
     max_connections: Annotated[int, _count] = 900
+    #: Connections that have not logged in; where there are more, the oldest of them are closed.
+    max_pending: Annotated[int, _count] = 512
+    #: The same, of one address; of an IPv6 address, of its /64 network. Not used behind a proxy.
+    max_pending_per_address: Annotated[int, _count] = 256
     #: Per connection; must hold the largest message.
     max_backlog_bytes: Annotated[int, integer(2 * MAX_MESSAGE_BYTES, 2**40)] = 8 * MIB
     max_input_bytes: Annotated[int, _bytes] = 32 * MIB
     max_result_bytes: Annotated[int, _bytes] = 64 * MIB
+    principal: PrincipalLimits = attrs.field(factory=PrincipalLimits)
 
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
@@ -304,10 +338,12 @@ class Config:
         return self.state_dir / "relayd.sock" if self.unix_socket else None
 
 
+#: Path of a table -> its class.
 SECTIONS: Mapping[str, type[attrs.AttrsInstance]] = {
     "tls": Tls,
     "log": LogConfig,
     "limits": Limits,
+    "limits.principal": PrincipalLimits,
     "results": Results,
     "http": Http,
 }
@@ -366,7 +402,7 @@ def _read_setting(field: "attrs.Attribute[Any]", value: Value, path: tuple[str, 
             faults.append(f"{_join(*path)}: {fault}")
             return None
     if get_origin(kind) is not dict:
-        return _read_table(SECTIONS[field.name], value, path, faults)
+        return _read_table(SECTIONS[".".join(path)], value, path, faults)
     if isinstance(value, dict):
         return {name: _read_table(SpaceConfig, table, (*path, name), faults) for name, table in value.items()}
     faults.append(f"{_join(*path)}: must have a table for each space ([spaces.NAME]), not {kind_of(value)}")

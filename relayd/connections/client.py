@@ -1,5 +1,6 @@
 """A client's connection: handles its messages and sends the frames of its requests."""
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
 from relayd.core.access import find_request
 from relayd.core.admission import Admission
+from relayd.core.principals import RETRY_S, PrincipalUsage, limits_of, too_fast
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import HIGH_WATER_BYTES, LOW_WATER_BYTES, FrameReader
 from relayd.requests.request import Request
@@ -59,6 +61,8 @@ class ClientHandler:
     principal: Principal
     relay: Relay
     admission: Admission
+    #: What its principal uses; None for one that is not limited.
+    usage: PrincipalUsage | None = None
     readers: dict[str, FrameReader] = attrs.field(factory=dict)
     held_requests: dict[str, Request] = attrs.field(factory=dict)
     #: The latest position of each request that is sent once the link has drained.
@@ -136,21 +140,37 @@ class ClientHandler:
         self.relay.clients[self.connection_id] = self
         self.relay.mark_changed("clients", self.connection_id)
 
-    def on_messages(self, messages: list[bytes]) -> None:
-        """Handle messages, in order.
+    def on_messages(self, messages: list[bytes]) -> int:
+        """See `RoleHandler.on_messages`.
 
         Raises:
             ProtocolError: the client broke the rules.
         """
-        for data in messages:
-            if self.link.gone is not None:
-                return
-            try:
-                message = decode(data, self.accepted_types)
-            except UnknownType as fault:
-                self.send(Error(code=fault.code, message=str(fault)))
-                continue
-            self.handlers[type(message)](self, message)
+        usage = self.usage
+        if usage is None:
+            for data in messages:
+                self._handle_message(data)
+            return len(messages)
+        if not usage.charge(0.0, trio.current_time()):
+            return 0
+        began = time.thread_time()
+        for number, data in enumerate(messages, 1):
+            self._handle_message(data)
+            ended = time.thread_time()
+            if not usage.charge(ended - began, trio.current_time()):
+                return number
+            began = ended
+        return len(messages)
+
+    def _handle_message(self, data: bytes) -> None:
+        if self.link.gone is not None:
+            return
+        try:
+            message = decode(data, self.accepted_types)
+        except UnknownType as fault:
+            self.send(Error(code=fault.code, message=str(fault)))
+            return
+        self.handlers[type(message)](self, message)
 
     def close(self) -> None:
         """Release everything that the connection holds, after its link has ended."""
@@ -210,6 +230,9 @@ class ClientHandler:
         if self.principal.readonly:
             self.send(_reject_readonly(submit.request_id))
             return
+        if refused := self._refuse_submit(submit.request_id) or self._refuse_reader(submit.request_id):
+            self.send(refused)
+            return
         request = self.admission.submit(submit, self.principal, self)
         if isinstance(request, Rejected):
             self.send(request)
@@ -222,6 +245,19 @@ class ClientHandler:
                 self._hold(request)
                 self._send_position(request)
             self._start_reader(request, 0)
+
+    def _refuse_submit(self, request_id: str) -> Rejected | None:
+        if request_id in self.relay.requests:
+            return None  # sent again, after a cut
+        wait_s = self.relay.principals.request_wait_s(self.principal, self.relay.config.limits.principal)
+        return _rate_limited(request_id, too_fast(self.principal.name), wait_s) if wait_s else None
+
+    def _refuse_reader(self, request_id: str) -> Rejected | None:
+        most = limits_of(self.principal, self.relay.config.limits.principal).max_readers
+        name, clients = self.principal.name, self.relay.clients.values()
+        if request_id in self.readers or sum(len(c.readers) for c in clients if c.principal.name == name) < most:
+            return None
+        return _rate_limited(request_id, f"{name!r} may read {most} requests at once; leave one first", RETRY_S)
 
     def _input(self, piece: Input) -> None:
         request = self.held_requests.get(piece.request_id)
@@ -244,6 +280,8 @@ class ClientHandler:
             self.send(request)
         elif not request.has_result:
             self.send(_reject_without_result(request))
+        elif refused := self._refuse_reader(attach.request_id):
+            self.send(refused)
         else:
             if request.accepted:
                 self.on_accepted(request)
@@ -262,10 +300,8 @@ class ClientHandler:
             self.relay.mark_busy("requests", leave.request_id)
 
     def _send_position(self, request: Request) -> None:
-        if request.entry.state is State.QUEUED:
-            space = request.submit.space
-            if position := self.relay.scheduler.positions(space, trio.current_time()).get(request.request_id):
-                self.on_position(request, position)
+        if place := self.relay.scheduler.position(request.entry, trio.current_time()):
+            self.on_position(request, place)
 
     def _status(self, status: Status) -> None:
         request = find_request(self.relay, self.principal, status.request_id)
@@ -283,9 +319,8 @@ class ClientHandler:
             code=request.code,
             message=request.message,
         )
-        if entry.state is State.QUEUED:
-            position = self.relay.scheduler.positions(entry.space, now)[request.request_id]
-            reply = attrs.evolve(reply, position=position.position, of=position.of, eta_s=position.eta_s)
+        if place := self.relay.scheduler.position(entry, now):
+            reply = attrs.evolve(reply, position=place.position, of=place.of, eta_s=place.eta_s)
         self.send(reply)
 
     def _spaces(self, _spaces: Spaces) -> None:
@@ -311,6 +346,12 @@ ClientHandler.handlers = {
 def _reject_readonly(request_id: str) -> Rejected:
     message = "this connection is read-only; connect without --readonly"
     return Rejected.because(ErrorCode.FORBIDDEN, message, request_id=request_id)
+
+
+def _rate_limited(request_id: str, message: str, retry_after_s: float) -> Rejected:
+    return Rejected.because(
+        ErrorCode.RATE_LIMITED, message, request_id=request_id, retry_after_s=round(retry_after_s, 3)
+    )
 
 
 def _reject_without_result(request: Request) -> Rejected:

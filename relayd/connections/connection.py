@@ -12,19 +12,25 @@ from protocol.link.websocket_frames import INTERNAL_ERROR
 from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, TextReceived
 from protocol.wire.messages import Error
 from relayd.auth.tokens import Principal
+from relayd.core.principals import PrincipalUsage
 from relayd.core.relay import Relay
+from relayd.logs.flood import LogFlood
 from relayd.net.socket_link import INTERNAL_LOG, INTERNAL_MESSAGE
 
 log = structlog.get_logger("relayd.wire")
 
-NO_TEXT = "text message received; every message must be binary (msgpack)"
+_protocol_faults = LogFlood()
+NO_TEXT = "text message; every message is binary (msgpack)"
 
 
 class RoleHandler(Protocol):
     """Handles the messages of a connection that has logged in, as a client, a worker or an operator."""
 
-    def on_messages(self, messages: list[bytes]) -> None:
-        """Handle messages, in order.
+    def on_messages(self, messages: list[bytes]) -> int:
+        """Handle messages, in order, for as long as the principal has its share of the event loop's time.
+
+        Returns:
+            how many were handled; the rest come again.
 
         Raises:
             ProtocolError: the peer broke the rules.
@@ -48,6 +54,8 @@ class Connection:
     agent: str = ""
     connected_at: float = attrs.field(factory=trio.current_time)
     role_handler: RoleHandler | None = None
+    #: What its principal uses; None for one that is not limited.
+    usage: PrincipalUsage | None = None
 
     def begin(self) -> None:
         """Start handling messages; the role handler must be set."""
@@ -62,12 +70,19 @@ class Connection:
         """See `protocol.link.limits.LinkHandler`."""
         assert self.role_handler is not None
         try:
-            self.role_handler.on_messages(messages)
+            handled = self.role_handler.on_messages(messages)
+            if handled < len(messages) and self.usage is not None and self.link.gone is None:
+                self.link.pause(messages[handled:])
+                self.relay.principals.defer(self.usage, self)
         except ProtocolError as fault:
             send_protocol_error(self.link, fault)
         except Exception:
             log.exception(INTERNAL_LOG, peer=self.link.peer)
             self.send_internal_error()
+
+    def resume(self) -> None:
+        """Handle messages again: the principal has its turn."""
+        self.link.set_handler(self)
 
     def send_internal_error(self) -> None:
         """Send the error `internal`, and close; the caller has logged the exception."""
@@ -97,8 +112,9 @@ class Connection:
 
 
 def send_protocol_error(link: Link, fault: ProtocolError) -> None:
-    """Send the error of a peer that violated the protocol, and close."""
-    log.warning("peer violated the protocol", peer=link.peer, why=str(fault))
+    """The peer broke a rule: send an error that names it, and close."""
+    if (more := _protocol_faults.fields()) is not None:
+        log.warning("peer violated the protocol", peer=link.peer, why=str(fault), **more)
     send_error_and_close(link, fault.code, str(fault), fault.close_code)
 
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 
 import attrs
 import structlog
@@ -33,16 +34,18 @@ from protocol.wire.messages import (
     Rejected,
     Welcome,
 )
-from relayd.auth.login_throttle import TOO_MANY_LOGINS, LoginThrottle, address_of
+from relayd.auth.login_throttle import TOO_MANY_LOGINS, address_of
 from relayd.auth.origins import may_come_from
-from relayd.auth.tokens import PeerCredentials, Principal, TokenRegistry
+from relayd.auth.tokens import Principal, TokenRegistry
 from relayd.config.schema import Limits
+from relayd.connections.budget import ConnectionBudget, ConnectionSlot
 from relayd.connections.client import ClientHandler
 from relayd.connections.connection import Connection, RoleHandler, send_error_and_close, send_protocol_error
 from relayd.connections.operator import OperatorHandler
-from relayd.connections.pending import ConnectionSlot, HelloMissing, PendingConnection
+from relayd.connections.pending import HelloMissing, PendingConnection
 from relayd.connections.worker import WorkerHandler
 from relayd.core.admission import Admission
+from relayd.core.principals import RETRY_S, full_message, is_limited
 from relayd.core.relay import Relay
 from relayd.net.http_head import split_head
 from relayd.net.reactor import Reactor
@@ -55,11 +58,8 @@ log = structlog.get_logger("relayd.wire")
 HANG_UP_S = 1.0
 HANG_UP_READS = 64
 SERVER = f"relayd/{importlib.metadata.version('relayd')}"
-#: Longest interval between two checks for connections without a hello, as the setting may have changed.
+#: Longest interval between two checks for connections without a hello: the setting may have changed.
 LOGIN_CHECK_S = 1.0
-#: Connections allowed beyond `max_connections`, for those that have not logged in: with 900 connections, a limit of
-#: 1,024 files is enough.
-MAX_PENDING = 64
 #: Unfinished messages of all connections together: each of 900 may be in the middle of a piece of an upload (256 KiB).
 #: Connections that have not logged in are limited in number, and each to messages of 64 KiB.
 MAX_PARTIAL_BYTES = 256 * 1024 * 1024
@@ -82,9 +82,7 @@ class Gateway:
     nursery: trio.Nursery
     #: Begins the daemon's drain, with the reason; an operator may ask for it.
     drain: Callable[[str], None]
-    failures: LoginThrottle = attrs.field(factory=LoginThrottle)
-    #: Number of open connections, logged in or not.
-    open: int = 0
+    budget: ConnectionBudget
     _partial: PartialBudget = attrs.field(factory=lambda: PartialBudget(MAX_PARTIAL_BYTES))
     _link_limits: tuple[Limits, LinkLimits] | None = None
     #: Connections without a hello, the oldest first.
@@ -92,17 +90,6 @@ class Gateway:
     _some_pending: trio.Event = attrs.field(factory=trio.Event)
 
     # -- handshake
-
-    def count_in(self, peer: str, credentials: PeerCredentials | None) -> ConnectionSlot | None:
-        """Count a new connection; None if there are too many, and it must be closed."""
-        if self.open >= self.relay.config.limits.max_connections + MAX_PENDING:
-            log.warning("connection rejected: limit reached", peer=peer, open=self.open)
-            return None
-        self.open += 1
-        return ConnectionSlot(peer, credentials, self._count_out)
-
-    def _count_out(self) -> None:
-        self.open -= 1
 
     async def serve(self, stream: trio.abc.Stream, data: bytes, connection_slot: ConnectionSlot) -> bool:
         """Serve one WebSocket from its handshake on; raises no exceptions but `trio.Cancelled`.
@@ -118,7 +105,7 @@ class Gateway:
         try:
             text, early = split_head(data)
             head = parse_head(text)
-            if refusal := self.refusal(head):
+            if refusal := self.refusal(head, connection_slot):
                 raise refusal
             check_upgrade(head, SUBPROTOCOL)
             answer = build_response(head, SUBPROTOCOL)
@@ -154,6 +141,7 @@ class Gateway:
             )
             self._pending.append(pending)
             self._some_pending.set()
+            connection_slot.hang_up = partial(link.abort, "too many connections without a login")
             link.set_handler(pending)
             if early:
                 link.feed_early(early)
@@ -194,17 +182,15 @@ class Gateway:
             self._link_limits = limits, link_limits
         return self._link_limits[1]
 
-    def refusal(self, head: Head) -> HandshakeRejected | None:
-        """Return why a handshake is rejected; None if it is accepted."""
+    def refusal(self, head: Head, connection_slot: ConnectionSlot) -> HandshakeRejected | None:
+        """Why a handshake is rejected; None if it is accepted."""
         origin = head.get("origin")
         if head.path != PATH:
             return HandshakeRejected(404, f"not found; the relay's WebSocket path is {PATH}")
         if not may_come_from(origin, head.get("host"), self.relay.config.allowed_origins):
             return HandshakeRejected(403, f"origin {origin} is not in allowed_origins of relayd.toml")
-        return HandshakeRejected(503, FULL) if self._full() else None
-
-    def _full(self) -> bool:
-        return len(self.relay.connections) >= self.relay.config.limits.max_connections
+        full = connection_slot.credentials is None and self.budget.is_full("worker")
+        return HandshakeRejected(503, FULL) if full else None
 
     # -- login
 
@@ -248,6 +234,8 @@ class Gateway:
                 connection = Connection(
                     secrets.token_hex(8), link, principal, self.relay, connection_slot.release, hello.agent
                 )
+                if is_limited(principal):
+                    connection.usage = self.relay.principals.usage_of(principal.name)
                 link.set_max_message_bytes(MAX_MESSAGE_BYTES)
                 log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
                 return connection
@@ -260,21 +248,17 @@ class Gateway:
         principal = self.tokens.log_in(hello, connection_slot.credentials, time.time())
         if isinstance(principal, Rejected):
             return self._throttled(principal, hello, connection_slot)
-        if self._full():  # others have logged in since its handshake
-            return Rejected.because(ErrorCode.RATE_LIMITED, FULL)
-        most = principal.limits.max_connections
-        if most is not None:
-            own_count = sum(other.principal.token_id == principal.token_id for other in self.relay.connections.values())
-            if own_count >= most:
-                message = f"the token of {principal.name!r} allows {most} connections at once; close one first"
-                return Rejected.because(ErrorCode.RATE_LIMITED, message)
+        if message := full_message(principal, self.relay.config.limits.principal, self.relay.connections.values()):
+            return Rejected.because(ErrorCode.RATE_LIMITED, message, retry_after_s=RETRY_S)
+        if not connection_slot.log_in(principal.role):  # others have logged in since its handshake
+            return Rejected.because(ErrorCode.RATE_LIMITED, FULL, retry_after_s=RETRY_S)
         return principal
 
     def _throttled(self, refusal: Rejected, hello: Hello, connection_slot: ConnectionSlot) -> Rejected:
         """Return the answer to a refused login: `refusal`, or that there were too many from its address."""
         if refusal.code != ErrorCode.UNAUTHENTICATED or not hello.token or connection_slot.credentials is not None:
             return refusal
-        wait_s = self.failures.add(address_of(connection_slot.peer), trio.current_time())
+        wait_s = self.budget.failures.add(address_of(connection_slot.peer), trio.current_time())
         if wait_s is None:
             return refusal
         return Rejected.because(ErrorCode.RATE_LIMITED, TOO_MANY_LOGINS, retry_after_s=wait_s)
@@ -336,6 +320,7 @@ class Gateway:
             worker = WorkerHandler(
                 connection.connection_id, connection.link, connection.principal, self.relay, nursery, connection.agent
             )
+            worker.usage = connection.usage
             if isinstance(connection.link, SocketLink):
                 connection.link.use_bulk_mode()
                 nursery.start_soon(
@@ -362,7 +347,12 @@ class Gateway:
 
     def _client(self, connection: Connection) -> ClientHandler:
         client = ClientHandler(
-            connection.connection_id, connection.link, connection.principal, self.relay, self.admission
+            connection.connection_id,
+            connection.link,
+            connection.principal,
+            self.relay,
+            self.admission,
+            connection.usage,
         )
         client.begin()
         return client

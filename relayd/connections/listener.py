@@ -6,6 +6,7 @@ to the `Gateway`, any other request to the `HttpServer`.
 
 import errno
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -17,20 +18,29 @@ import trio
 
 from relayd.auth.tokens import PeerCredentials, peer_credentials
 from relayd.config.schema import Config
+from relayd.connections.budget import ConnectionSlot
 from relayd.connections.gateway import Gateway
-from relayd.connections.pending import ConnectionSlot
 from relayd.http.server import HttpServer
 from relayd.net.http_head import PrefixedStream, forwarded_for, needs_answer, read_head, wants_websocket
 from relayd.net.tls import ListenError
 
 log = structlog.get_logger("relayd.listener")
 
-#: Connections that may wait to be accepted: all peers of a relay reconnect within seconds of its restart.
-BACKLOG = 512
+#: Connections that wait to be accepted: a relay that restarts is met by all its peers within seconds.
+BACKLOG = 4096
+#: Connections accepted before other tasks have their turn.
+MAX_ACCEPTED = 64
 TLS_HANDSHAKE_S = 5.0
-#: Errors of `accept` that say that a system resource is used up for now; it is tried again after an interval.
-_OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
-OUT_OF_RESOURCES_S = 0.1
+#: What the system is out of when a connection cannot be accepted: it may find some again.
+_OUT_OF_ROOM = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+OUT_OF_ROOM_S = 0.1
+#: What befell the connection and not the listener, and that there is none (accept(2)).
+_PASSING = frozenset(
+    (
+        *(errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENOPROTOOPT),
+        *(errno.ENETDOWN, errno.EHOSTDOWN, errno.ENONET, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH),
+    )
+)
 
 
 @asynccontextmanager
@@ -110,31 +120,56 @@ async def serve_listeners(
 async def _accept(
     listener: trio.SocketListener, handler: Callable[[trio.SocketStream], Awaitable[None]], handlers: trio.Nursery
 ) -> None:
-    """Accept connections like `trio.serve_listeners`, but `handler` must close the stream or take over its socket."""
-    while True:
-        try:
-            stream = await listener.accept()
-        except OSError as fault:
-            if fault.errno not in _OUT_OF_RESOURCES:
-                raise
-            log.error("connections cannot be accepted; trying again", why=fault.strerror, every_s=OUT_OF_RESOURCES_S)
-            await trio.sleep(OUT_OF_RESOURCES_S)
-        else:
-            handlers.start_soon(handler, stream)
+    """As `trio.serve_listeners`; but `welcome` closes its stream, or keeps its socket.
+
+    Connections are accepted many at a time: in a flood the kernel's queue would overflow while the tasks of those
+    before have their turn, and whoever is dropped from it tries again only a second later.
+    """
+    sock = socket.socket(fileno=os.dup(listener.socket.fileno()))
+    sock.setblocking(False)
+    with sock:
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            try:
+                for _ in range(MAX_ACCEPTED):
+                    accepted, _address = sock.accept()
+                    stream = trio.SocketStream(trio.socket.from_stdlib_socket(accepted))
+                    handlers.start_soon(handler, stream)
+            except OSError as fault:
+                if fault.errno in _PASSING:
+                    continue
+                if fault.errno not in _OUT_OF_ROOM:
+                    raise
+                log.error("no connection can be accepted; trying again", why=fault.strerror, every_s=OUT_OF_ROOM_S)
+                await trio.sleep(OUT_OF_ROOM_S)
 
 
 async def _serve_connection(
     stream: trio.SocketStream, gateway: Gateway, http: HttpServer, tls_context: ssl.SSLContext | None
 ) -> None:
-    continues, connection_slot = False, None
     try:
         credentials = peer_credentials(stream.socket)
-        connection_slot = gateway.count_in(_peer(stream, credentials), credentials)
+        peer = _peer(stream, credentials)
     except OSError:
-        pass  # the peer has disconnected already
+        stream.socket.close()
+        return  # it hung up before we looked
+    connection_slot = gateway.budget.admit(peer, credentials)
+    with trio.CancelScope() as scope:
+        connection_slot.hang_up = scope.cancel
+        await _serve_stranger(stream, connection_slot, gateway, http, tls_context)
+
+
+async def _serve_stranger(
+    stream: trio.SocketStream,
+    connection_slot: ConnectionSlot,
+    gateway: Gateway,
+    http: HttpServer,
+    tls_context: ssl.SSLContext | None,
+) -> None:
+    continues = False
     try:
-        if connection_slot is None:
-            return
+        if penalty_s := gateway.budget.penalty_s(connection_slot):
+            await trio.sleep(penalty_s)
         if tls_context is None or connection_slot.credentials is not None:
             continues = await _pass_on(stream, gateway, http, connection_slot, secure=False)
         else:
@@ -143,11 +178,10 @@ async def _serve_connection(
                 await tls.do_handshake()
             await _pass_on(tls, gateway, http, connection_slot, secure=True)
     except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
-        assert connection_slot is not None
         log.debug("TLS handshake failed", peer=connection_slot.peer, why=str(fault.__cause__ or fault))
     finally:
-        stream.socket.close()  # if the connection continues, its descriptor was detached from this socket
-        if connection_slot is not None and not continues:
+        stream.socket.close()  # where the connection lives on, its socket is elsewhere by now
+        if not continues:
             connection_slot.release()
 
 
@@ -161,7 +195,7 @@ async def _pass_on(
     """
     head = await read_head(stream)
     if needs_answer(head) and not wants_websocket(head):
-        head = await http.serve(PrefixedStream(stream, head), connection_slot.peer, connection_slot.credentials, secure)
+        head = await http.serve(PrefixedStream(stream, head), connection_slot, secure)
     if not wants_websocket(head):
         return False
     if connection_slot.credentials is None and http.context.relay.config.behind_proxy:

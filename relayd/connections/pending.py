@@ -7,33 +7,11 @@ import structlog
 
 from protocol.link.websocket_frames import POLICY_VIOLATION
 from protocol.wire.errors import ErrorCode, ProtocolError, TextReceived
-from relayd.auth.tokens import PeerCredentials
+from relayd.connections.budget import ConnectionSlot
 from relayd.connections.connection import NO_TEXT, send_protocol_error
 from relayd.net.socket_link import INTERNAL_LOG, INTERNAL_MESSAGE, SocketLink
 
 log = structlog.get_logger("relayd.wire")
-
-
-@attrs.define(eq=False)
-class ConnectionSlot:
-    """Counts a connection against the limit from when it is accepted until its transport is closed.
-
-    Args:
-        peer: the peer's address, for logs.
-        credentials: the peer's credentials on a unix socket; None on TCP.
-        on_left: called once, when the slot is released.
-    """
-
-    peer: str
-    credentials: PeerCredentials | None
-    on_left: Callable[[], None]
-    _left: bool = False
-
-    def release(self) -> None:
-        """Release the slot; no effect after the first call."""
-        if not self._left:
-            self._left = True
-            self.on_left()
 
 
 @attrs.define(eq=False)

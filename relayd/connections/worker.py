@@ -3,6 +3,7 @@
 The bytes of a frame are appended to the log of its request unchanged; only the envelope is examined here.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ from protocol.wire.params_schema import check_schema
 from protocol.wire.structs import Running
 from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
+from relayd.core.principals import PrincipalUsage
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import FrameLog
 from relayd.requests.request import Request
@@ -92,6 +94,8 @@ class WorkerHandler:
     nursery: trio.Nursery
     agent: str = ""
     worker_id: str = ""
+    #: What its principal uses; None for one that is not limited.
+    usage: PrincipalUsage | None = None
     engine: str = ""
     registered: bool = False
     #: First bytes of an attempt's audio frames -> the attempt, for running attempts that have an audio format.
@@ -186,18 +190,20 @@ class WorkerHandler:
 
     # -- life cycle
 
-    def on_messages(self, messages: list[bytes]) -> None:
-        """Handle messages, in order.
+    def on_messages(self, messages: list[bytes]) -> int:
+        """See `RoleHandler.on_messages`; audio that is due is not counted, because passing it on costs next to nothing.
 
         Raises:
             ProtocolError: the worker broke the rules.
         """
-        if len(messages) == 1:
-            if not self.forward_audio(messages[0]):
-                self._handle_message(messages[0])
-            return
+        if len(messages) == 1 and self.forward_audio(messages[0]):
+            return 1
+        usage = self.usage
+        if usage is not None and not usage.charge(0.0, trio.current_time()):
+            return 0
+        began = time.thread_time() if usage is not None else 0.0
         run: dict[bytes, list[bytes]] = {}
-        for data in messages:
+        for number, data in enumerate(messages, 1):
             prefix = data[:PREFIX_BYTES]
             frames = run.get(prefix)
             if frames is not None:
@@ -207,7 +213,13 @@ class WorkerHandler:
             else:  # not audio of a known attempt; the frames before it are added first
                 self._flush_run(run)
                 self._handle_message(data)
+                if usage is not None:
+                    ended = time.thread_time()
+                    if not usage.charge(ended - began, trio.current_time()):
+                        return number
+                    began = ended
         self._flush_run(run)
+        return len(messages)
 
     def forward_audio(self, data: bytes) -> bool:
         """Add a message to its log if it is the next audio frame of a running attempt; otherwise return False."""

@@ -15,7 +15,9 @@ from protocol.wire.errors import EncodeError, ErrorCode
 from protocol.wire.messages import Assign, Input, Rejected, Submit
 from protocol.wire.params_schema import check_params
 from relayd.auth.tokens import Principal
+from relayd.config.schema import PrincipalLimits
 from relayd.core.access import find_space
+from relayd.core.principals import RETRY_S, cap_submit, is_limited, limits_of
 from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.requests.request import Holder, Request
@@ -56,6 +58,9 @@ class Admission:
             why it was refused.
         """
         relay = self.relay
+        limits = limits_of(principal, relay.config.limits.principal)
+        if is_limited(principal) and submit.space in relay.spaces:
+            submit = cap_submit(submit, limits, relay.spaces[submit.space].config)
         known = relay.requests.get(submit.request_id)
         if known is not None:
             if known.principal != principal.name or not known.same_content(submit):
@@ -63,9 +68,10 @@ class Admission:
                 conflict = Rejected.because(ErrorCode.ID_CONFLICT, message, request_id=submit.request_id)
                 return self._count(submit, conflict)
             return known
-        if refused := self._refuse(submit, principal):
+        if refused := self._refuse(submit, principal, limits):
             return self._count(submit, refused)
-        relay.scheduler.limit_running(principal.name, principal.limits.max_running)
+        relay.scheduler.limit_running(principal.name, limits.max_running)
+        relay.principals.usage_of(principal.name).max_retained = limits.max_retained
         entry = ScheduledRequest(
             request_id=submit.request_id,
             space=submit.space,
@@ -73,6 +79,7 @@ class Admission:
             priority=submit.priority,
             ticket=relay.next_ticket(),
             retry=submit.retry,
+            input_bytes=sum(info.size for info in submit.inputs.values()),
         )
         if refused := relay.scheduler.admit(entry):
             return self._count(submit, refused)
@@ -88,7 +95,7 @@ class Admission:
         self.relay.stats.count_rejected(submit.space if submit.space in self.relay.spaces else None, refusal.code)
         return refusal
 
-    def _refuse(self, submit: Submit, principal: Principal) -> Rejected | None:
+    def _refuse(self, submit: Submit, principal: Principal, limits: PrincipalLimits) -> Rejected | None:
         request_id = submit.request_id
         if self.relay.draining.is_set():
             message = "the relay is shutting down; send the request again when it has restarted"
@@ -96,9 +103,9 @@ class Admission:
         space = find_space(self.relay, principal, submit.space)
         if isinstance(space, Rejected):
             return attrs.evolve(space, request_id=request_id)
-        most = principal.limits.max_queued
-        if most is not None and self.relay.scheduler.queued_count(principal.name) >= most:
-            message = f"the token of {principal.name!r} allows {most} queued requests; wait for one to start"
+        most = limits.max_queued
+        if self.relay.scheduler.queued_count(principal.name) >= most:
+            message = f"{principal.name!r} may have {most} queued requests over all spaces; wait for one to start"
             return Rejected.because(ErrorCode.QUEUE_FULL, message, request_id=request_id)
         if faults := check_params(space.params, submit.params):
             # They contain names from the client and limits from the worker, which can have any length.
@@ -115,7 +122,25 @@ class Admission:
         except EncodeError as fault:
             message = f"the request is too large to be sent to a worker ({fault}); send large values as inputs"
             return Rejected.because(ErrorCode.INVALID_PARAMS, message, request_id=request_id)
-        return self._refuse_inputs(submit, space)
+        return self._refuse_share(submit, principal, limits) or self._refuse_inputs(submit, space)
+
+    def _refuse_share(self, submit: Submit, principal: Principal, limits: PrincipalLimits) -> Rejected | None:
+        """Refuse inputs beyond the principal's share of the relay's memory and disk."""
+        total = sum(info.size for info in submit.inputs.values())
+        state, name = self.relay.scheduler.state, principal.name
+        if not total or total > self.relay.config.limits.max_input_bytes:  # the latter has a refusal of its own
+            return None
+        message = None
+        if state.uploads[name] >= limits.max_uploads:
+            message = f"{name!r} may upload the inputs of {limits.max_uploads} requests at once; wait for one of them"
+        elif state.input_bytes[name] and state.input_bytes[name] + total > limits.max_input_bytes:
+            message = (
+                f"the inputs of the live requests of {name!r} would have {state.input_bytes[name] + total} bytes, and "
+                f"it may have {limits.max_input_bytes}; wait until one of its requests has ended"
+            )
+        if message is None:
+            return None
+        return Rejected.because(ErrorCode.RATE_LIMITED, message, request_id=submit.request_id, retry_after_s=RETRY_S)
 
     def _refuse_inputs(self, submit: Submit, space: Space) -> Rejected | None:
         request_id = submit.request_id
@@ -124,8 +149,8 @@ class Admission:
         if total > most:
             message = f"the inputs have {total} bytes; the relay accepts at most {most} per request"
             return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
-        if total and total + self._uploading_bytes() > max(MAX_UPLOADING_BYTES, most):
-            message = "too many inputs are being uploaded right now; send the request again in a few seconds"
+        if total and total + self.relay.scheduler.state.uploading_bytes.total() > max(MAX_UPLOADING_BYTES, most):
+            message = "too many inputs are being uploaded at this moment; send the request again in a little while"
             return Rejected.because(ErrorCode.RATE_LIMITED, message, request_id=request_id, retry_after_s=2.0)
         if not space.engine:
             return None  # no worker has registered yet, so its inputs are unknown; the worker checks them itself
@@ -156,11 +181,6 @@ class Admission:
                     ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": what}
                 )
         return None
-
-    def _uploading_bytes(self) -> int:
-        """Bytes of inputs announced by requests that are not in the store yet."""
-        admitted = [name for space in self.relay.scheduler.state.spaces.values() for name in space.admitted]
-        return sum(info.size for name in admitted for info in self.relay.requests[name].submit.inputs.values())
 
     def add_input(self, request: Request, piece: Input) -> None:
         """Add a piece of an input; the request is rejected if the piece does not match the announcement."""

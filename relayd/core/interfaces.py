@@ -11,6 +11,7 @@ from protocol.wire.messages import Ack
 from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
 from relayd.config.schema import Config
+from relayd.core.principals import Principals
 from relayd.frames.frame_log import FrameReader
 from relayd.requests.request import Request
 from relayd.scheduling.model import Decision
@@ -171,6 +172,7 @@ class ResultsOwner(Protocol):
     store: Store
     nursery: trio.Nursery
     requests: dict[str, Request]
+    principals: Principals
 
     def live_requests(self) -> list[Request]:
         """Return the requests that have not ended."""

@@ -26,6 +26,7 @@ from protocol.wire.messages import (
 from relayd.config.schema import Config
 from relayd.core.finalize import Finalizer
 from relayd.core.interfaces import ClientPort, ConnectionPort, Watcher, WorkerPort
+from relayd.core.principals import Principals
 from relayd.core.retention import Retention
 from relayd.core.spaces import Spaces
 from relayd.core.workers import MAX_STEP_CHARS, Workers
@@ -67,7 +68,8 @@ class Relay:
     results: Retention = attrs.field(init=False)
     finalizer: Finalizer = attrs.field(init=False)
     stats: Stats = attrs.field(factory=Stats)
-    #: Recent log events.
+    principals: Principals = attrs.field(factory=Principals)
+    #: Recent log events, and recent actions of operators.
     events: RecentRows = attrs.field(factory=lambda: RecentRows(MAX_EVENTS))
     #: Recent actions of operators.
     audit: RecentRows = attrs.field(factory=lambda: RecentRows(MAX_AUDIT))

@@ -102,6 +102,7 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         started_at=now,
         reproducible=record.reproducible,
         has_output=record.has_output,
+        input_bytes=sum(info.size for info in submit.inputs.values()),
     )
     request = Request.of(
         submit,

@@ -4,7 +4,11 @@ When a request ends, `relayd.core.finalize` has its frames written into a file. 
 stay in memory; a request fails only if its frames fit neither in memory nor on the disk.
 """
 
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
+from itertools import islice
 
 import attrs
 import structlog
@@ -149,6 +153,9 @@ class Retention:
             else:
                 log.info("results can be written to disk again")
 
+    def _file_bytes(self, request: Request) -> int:
+        return self.spool.file_bytes(request.log) if self.spool is not None else 0
+
     # -- memory
 
     async def serve_memory(self) -> None:
@@ -187,9 +194,12 @@ class Retention:
             self._drop_unsaved()
 
     def _drop_unsaved(self) -> bool:
-        """Drop the oldest unread results that are only in memory, until memory suffices; returns whether any were."""
+        """Drop results that nobody reads and no file has, until memory suffices; whether there were any.
+
+        The oldest of the principal that has most go first.
+        """
         dropped = False
-        for request in self._all_stored(Stored.MEMORY):
+        for request in _heaviest_first(self._all_stored(Stored.MEMORY), lambda request: request.log.memory_bytes):
             if not self.memory.over:
                 break
             if not request.log.readers:
@@ -215,9 +225,15 @@ class Retention:
             self._drop(request.log, make_final_frame(request))
 
     async def _make_room(self, more: int) -> bool:
-        """Implement `Spool.make_room`: delete the oldest results that are not being read."""
+        """Implement `Spool.make_room`: the oldest results of the principal that has most go first.
+
+        Results that are being read stay.
+        """
         assert self.spool is not None
-        for request in self._all_stored(Stored.FILE, Stored.BOTH):
+        if self.spool.used_bytes + more <= self.spool.disk_bytes:
+            return True
+        unread = [request for request in self._all_stored(Stored.FILE, Stored.BOTH) if not request.log.readers]
+        for request in _heaviest_first(unread, self._file_bytes):
             if self.spool.used_bytes + more <= self.spool.disk_bytes:
                 break
             if request in self.stored and not request.log.readers:
@@ -268,8 +284,43 @@ class Retention:
         ended = [r for r in relay.requests.values() if r.ended_at is not None and not self.relay.is_finalizing(r)]
         ended = [request for request in ended if not request.log.readers]
         ended.sort(key=lambda request: request.ended_at or 0.0)
-        too_many = len(ended) - MAX_ENDED
-        for number, request in enumerate(ended):
-            if number < too_many or now - (request.ended_at or 0.0) >= relay.config.results.retain_s:
+        kept = [request for request in ended if now - (request.ended_at or 0.0) < relay.config.results.retain_s]
+        counts = Counter(request.principal for request in kept)
+        too_many = {
+            name: count - self._max_retained(name) for name, count in counts.items() if count > self._max_retained(name)
+        }
+        forgotten = set(ended).difference(kept)
+        for request in kept:
+            if too_many.get(request.principal, 0) > 0:
+                too_many[request.principal] -= 1
+                forgotten.add(request)
+        left = [request for request in kept if request not in forgotten]
+        forgotten.update(islice(_heaviest_first(left, lambda _request: 1), max(0, len(left) - MAX_ENDED)))
+        for request in ended:
+            if request in forgotten:
                 relay.remove_request(request)
                 relay.store.post(DeleteRequest(request.request_id))
+
+    def _max_retained(self, principal: str) -> int:
+        own = self.relay.principals.usage_of(principal).max_retained
+        return self.relay.config.limits.principal.max_retained if own is None else own
+
+
+def _heaviest_first(requests: Sequence[Request], weigh: Callable[[Request], int]) -> Iterator[Request]:
+    """Requests in the order in which they go: each time the first one of the principal that has most then.
+
+    Whoever keeps little loses nothing to a principal that fills the relay.
+    """
+    lanes: dict[str, deque[tuple[int, Request]]] = {}
+    for request in requests:
+        lanes.setdefault(request.principal, deque()).append((weigh(request), request))
+    heap = [(-sum(weight for weight, _ in lane), name) for name, lane in lanes.items()]
+    heapq.heapify(heap)
+    while heap:
+        weight, name = heap[0]
+        mine, request = lanes[name].popleft()
+        if lanes[name]:
+            heapq.heapreplace(heap, (weight + mine, name))
+        else:
+            heapq.heappop(heap)
+        yield request

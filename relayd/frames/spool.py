@@ -59,6 +59,10 @@ class Spool:
         """Whether the log has a file."""
         return frames.request_id in self._sizes
 
+    def file_bytes(self, frames: FrameLog) -> int:
+        """Size of a log's file, 0 where it has none."""
+        return self._sizes.get(frames.request_id, 0)
+
     def _set_size(self, request_id: str, size: int) -> None:
         self.used_bytes += size - self._sizes.pop(request_id, 0)
         if size:

@@ -10,6 +10,7 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PROTOCOL_VERSION, Hello, Rejected
 from relayd.auth import login_throttle
 from relayd.auth.tokens import Principal
+from relayd.core.principals import RETRY_S, too_fast
 from relayd.http.context import Exchange, HttpContext, context_of, exchange_of
 from relayd.http.errors import HttpError
 from relayd.net.http_head import last_address
@@ -41,10 +42,13 @@ def principal_of(request: Request, role: str = "client") -> Principal:
     principal = _log_in(context, exchange, _token(request), role)
     if isinstance(principal, Rejected):
         raise _refuse(context, exchange, request, role, principal)
-    most = principal.limits.max_connections
-    if most is not None and context.connection_count(principal) >= most:
-        message = f"the token of {principal.name!r} allows {most} connections at once; close one first"
-        raise HttpError(ErrorCode.RATE_LIMITED, message)
+    if full := context.full_message(principal):
+        raise HttpError(ErrorCode.RATE_LIMITED, full, retry_after_s=RETRY_S)
+    if wait_s := context.relay.principals.request_wait_s(principal, context.relay.config.limits.principal):
+        raise HttpError(ErrorCode.RATE_LIMITED, too_fast(principal.name), retry_after_s=wait_s)
+    if not exchange.slot.log_in(principal.role):
+        message = "the relay has all the connections it accepts; try again later"
+        raise HttpError(ErrorCode.RATE_LIMITED, message, retry_after_s=RETRY_S)
     exchange.principal = principal
     return principal
 
@@ -53,7 +57,7 @@ def _log_in(context: HttpContext, exchange: Exchange, token: str | None, role: s
     if token is not None and len(token) > MAX_TOKEN_CHARS:
         return Rejected.because(ErrorCode.UNAUTHENTICATED, "not a relay token: it is too long")
     hello = Hello(version=PROTOCOL_VERSION, role=role, token=token, agent="")
-    return context.tokens.log_in(hello, exchange.credentials, time.time())
+    return context.tokens.log_in(hello, exchange.slot.credentials, time.time())
 
 
 def _token(request: Request) -> str | None:
@@ -87,4 +91,4 @@ def address_of(request: Request) -> str:
         lines = request.headers.getlist("x-forwarded-for")
         if lines and (address := last_address(lines[-1])) is not None:
             return address
-    return login_throttle.address_of(exchange_of(request).peer)
+    return login_throttle.address_of(exchange_of(request).slot.peer)

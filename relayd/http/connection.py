@@ -21,8 +21,7 @@ import structlog
 import trio
 from starlette.types import ASGIApp, Message, Scope
 
-from relayd.auth.tokens import PeerCredentials
-from relayd.http.context import Exchange, HttpContext
+from relayd.http.context import Exchange, HttpContext, Slot
 from relayd.http.errors import ResponseAborted
 from relayd.net import http_head
 from relayd.net.http_head import MAX_HEAD_BYTES, PrefixedStream
@@ -83,19 +82,17 @@ class Connection:
     """Serves one connection, one request after the other.
 
     Args:
-        app: the application that handles the requests.
-        context: the shared state of the routes.
-        stream: the connection, after the TLS handshake.
-        peer: the client's address, for logs.
-        credentials: credentials of a peer on the unix socket.
-        secure: whether the connection uses TLS.
+        app: answers the requests.
+        context: counts them.
+        stream: TLS already spoken.
+        slot: counts the connection, and knows where the client comes from.
+        secure: whether the client speaks TLS.
     """
 
     app: ASGIApp
     context: HttpContext
     stream: PrefixedStream
-    peer: str
-    credentials: PeerCredentials | None
+    slot: Slot
     secure: bool
     #: The head of a WebSocket request and the data received after it; empty if there was none.
     upgrade: bytes = b""
@@ -178,7 +175,7 @@ class Connection:
     def _start_handler(self, request: h11.Request, handlers: trio.Nursery) -> None:
         """Start the handler of a request."""
         path, _, query = request.target.partition(b"?")
-        exchange = Exchange(self.peer, self.credentials, self.secure)
+        exchange = Exchange(self.slot, self.secure)
         scope: Scope = {
             "type": "http",
             "asgi": dict(_ASGI),
@@ -211,9 +208,10 @@ class Connection:
         except ResponseAborted:
             self._abort()
         except Exception:
-            log.exception("internal error in HTTP handler", path=cycle.path, peer=exchange.peer)
+            log.exception("internal error in HTTP handler", path=cycle.path, peer=exchange.slot.peer)
         finally:
             self.context.exchanges.discard(exchange)
+            self.slot.log_out()
             cycle.close()
         if not exchange.answered and not self.done:
             if cycle.status or exchange.gone:  # failed mid-response; or the client or its token is gone
@@ -254,7 +252,7 @@ class Connection:
             except _GONE:
                 return False
             return True
-        log.warning("client did not read", peer=self.peer, for_s=stall_timeout_s)
+        log.warning("client took no data", peer=self.slot.peer, for_s=stall_timeout_s)
         self.context.relay.slow_consumers += 1
         return False
 

@@ -1,6 +1,7 @@
 """The state shared by all HTTP routes, and the open exchanges."""
 
 import time
+from itertools import chain
 from typing import Protocol
 
 import attrs
@@ -9,6 +10,7 @@ from starlette.requests import Request
 
 from relayd.auth.login_throttle import LoginThrottle
 from relayd.auth.tokens import PeerCredentials, Principal, TokenRegistry
+from relayd.core import principals
 from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 
@@ -27,18 +29,29 @@ class Waiting(Protocol):
         """Wake the task that writes the response."""
 
 
+class Slot(Protocol):
+    """A connection's place among all that the relay keeps."""
+
+    peer: str
+    credentials: PeerCredentials | None
+
+    def log_in(self, role: str) -> bool:
+        """Note that the peer has logged in; False where the relay has all the connections of that role it may have."""
+
+    def log_out(self) -> None:
+        """Note that the connection waits for its next request."""
+
+
 @attrs.define(eq=False)
 class Exchange:
     """One HTTP request, from its head to the end of its response.
 
     Args:
-        peer: the client's address, for logs.
-        credentials: credentials of a peer on the unix socket.
-        secure: whether the connection uses TLS.
+        slot: the connection's.
+        secure: whether it came over TLS.
     """
 
-    peer: str
-    credentials: PeerCredentials | None = None
+    slot: Slot
     secure: bool = False
     principal: Principal | None = None
     waits_for: Waiting | None = None
@@ -80,15 +93,11 @@ class HttpContext:
         """Number of responses that need no more frames to finish; a drain waits for them."""
         return sum(exchange.waits_for is None or not exchange.waits_for.live for exchange in self.exchanges)
 
-    def connection_count(self, principal: Principal) -> int:
-        """Count the open connections and unfinished responses of a token."""
-        links = (link.principal for link in self.relay.connections.values())
-        principals = (
-            exchange.principal
-            for exchange in self.exchanges
-            if exchange.principal is not None and not exchange.answered
-        )
-        return sum(other.token_id == principal.token_id for other in (*links, *principals))
+    def full_message(self, principal: Principal) -> str | None:
+        """Why a principal may not have one more request answered at this moment; None if it may."""
+        answering = (exchange for exchange in self.exchanges if not exchange.answered)
+        settings = self.relay.config.limits.principal
+        return principals.full_message(principal, settings, chain(self.relay.connections.values(), answering))
 
     def begin_shutdown(self) -> None:
         """End the responses that still wait for a request, because the relay is about to exit."""

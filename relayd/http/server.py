@@ -5,9 +5,8 @@ import structlog
 import trio
 from starlette.types import ASGIApp
 
-from relayd.auth.tokens import PeerCredentials
 from relayd.http.connection import CLOSE_S, Connection
-from relayd.http.context import HttpContext
+from relayd.http.context import HttpContext, Slot
 from relayd.net.http_head import PrefixedStream
 
 log = structlog.get_logger("relayd.http")
@@ -24,28 +23,25 @@ class HttpServer:
     app: ASGIApp
     _open: set[Connection] = attrs.field(factory=set)
 
-    async def serve(
-        self, stream: PrefixedStream, peer: str, credentials: PeerCredentials | None, secure: bool
-    ) -> bytes:
-        """Serve one connection until it ends or requests a WebSocket. Errors are logged and not raised.
+    async def serve(self, stream: PrefixedStream, slot: Slot, secure: bool) -> bytes:
+        """One connection, to its end or to the head of a request for a WebSocket; no fault of it gets out.
 
         Args:
-            stream: the connection, after the TLS handshake.
-            peer: the client's address, for logs.
-            credentials: credentials of a peer on the unix socket.
-            secure: whether the connection uses TLS.
+            stream: TLS already spoken.
+            slot: counts the connection, and knows where it comes from.
+            secure: whether it is TLS.
 
         Returns:
             The head of a WebSocket request and the data after it: proxies that reuse connections send one after other
             requests. The stream is then open and belongs to the caller. Else empty.
         """
-        connection = Connection(self.app, self.context, stream, peer, credentials, secure)
+        connection = Connection(self.app, self.context, stream, slot, secure)
         self._open.add(connection)
         self.context.connections += 1
         try:
             await connection.serve()
         except Exception:
-            log.exception("internal error in connection", peer=peer)
+            log.exception("internal error in connection", peer=slot.peer)
         finally:
             self._open.discard(connection)
             self.context.connections -= 1

@@ -199,6 +199,9 @@ class Reactor:
                 await wait_readable(fd)
                 while link.deferred:
                     await trio.lowlevel.checkpoint()
+                if link.reading_paused:
+                    await link.wait_reading()
+                    continue
                 self.now = now()
                 try:
                     if not link.stopped:

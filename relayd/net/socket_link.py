@@ -293,6 +293,7 @@ class SocketLink(Link):
 
     def _resume_reading(self) -> None:
         self.set_events(self.mask | READABLE)
+        self._wake()
 
     def _finish(self) -> None:
         if not self._out:

@@ -36,11 +36,17 @@ class SpaceRecord:
 
 @attrs.frozen(kw_only=True)
 class TokenLimits:
-    """Limits of one token, over all spaces; None means that only the spaces' own limits apply."""
+    """A token's own limits, in place of those of `[limits.principal]`; None where the settings hold."""
 
     max_queued: int | None = None
     max_running: int | None = None
     max_connections: int | None = None
+    requests_per_s: int | None = None
+    max_uploads: int | None = None
+    max_input_bytes: int | None = None
+    max_readers: int | None = None
+    max_retained: int | None = None
+    max_priority: int | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -22,10 +22,12 @@ from protocol.wire.frames import (
 from protocol.wire.messages import (
     FROM_RELAY,
     PROTOCOL_VERSION,
+    Done,
     Hello,
     Ping,
     Pong,
     Rejected,
+    Steer,
     Submit,
     Welcome,
 )
@@ -172,6 +174,14 @@ async def daemon(state_dir: Path, **overrides: Any) -> AsyncIterator[Daemon]:
     config = a_config(state_dir, **({"store": "memory", "spaces": spaces} | overrides))
     async with running(config) as started:
         yield started
+
+
+async def new_token(relay: Daemon, role: str = "client", name: str = "ann", **options: Any) -> str:
+    """A token that the daemon has just made; `options` are those of `create_token`."""
+    async with peer(relay.url, "operator") as operator:
+        operator.send(Steer(action="create_token", target=name, options={"role": role, **options}))
+        token: str = (await operator.next(Done)).data["token"]
+        return token
 
 
 def a_submit(text: Any = "hello", **fields: Any) -> Submit:

@@ -208,21 +208,6 @@ async def test_a_token_reaches_only_requests_of_its_spaces(tmp_path: Path) -> No
 
 
 @pytest.mark.trio
-async def test_connections_that_never_log_in_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.connections.gateway.MAX_PENDING", 2)
-    async with daemon(tmp_path, limits={"max_connections": 1}) as relay:
-        path = relay.url.removeprefix("unix:")
-        streams = [await trio.open_unix_socket(path) for _ in range(3)]
-        await streams[0].send_all(b"GET ")
-        with trio.fail_after(4):  # the three places are taken: a fourth is hung up on at once, without a handshake
-            extra = await trio.open_unix_socket(path)
-            assert await extra.receive_some() == b""
-            await extra.aclose()
-        for stream in streams:
-            await stream.aclose()
-
-
-@pytest.mark.trio
 async def test_a_deleted_space_is_back_when_the_store_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with daemon(tmp_path) as relay, open_relay(relay.url, token="", role="operator") as operator:
         await operator.steer("create_space", "songs")

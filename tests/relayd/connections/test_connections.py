@@ -35,7 +35,7 @@ from protocol.wire.messages import (
 from relayd.store.base import StorageFull, StoreError
 from relayd.store.records import UpdateRequest
 from tests.support.fake_worker import FORMAT, fake_worker, identity, samples
-from tests.support.relay import Daemon, Peer, a_submit, an_input, daemon, peer, until
+from tests.support.relay import Daemon, Peer, a_submit, an_input, daemon, new_token, peer, until
 from tests.support.tap import Tap
 
 PCM = [samples(1200, seed) for seed in range(3)]
@@ -146,17 +146,10 @@ async def steer(operator: Peer, action: str, target: str = "", **options: Any) -
     return await operator.next(Done, Rejected)
 
 
-async def a_token(relay: Daemon, role: str, name: str = "ann", **options: Any) -> str:
-    async with peer(relay.url, "operator") as operator:
-        done = await steer(operator, "create_token", name, role=role, **options)
-        token: str = done.data["token"]
-        return token
-
-
 @pytest.mark.trio
 async def test_who_may_not_log_in(tmp_path: Path) -> None:
     async with daemon(tmp_path, listen="127.0.0.1:0") as relay:
-        worker_token = await a_token(relay, "worker")
+        worker_token = await new_token(relay, "worker")
         for role, token, code in (
             ("client", None, "unauthenticated"),
             ("client", "rly_c_" + "x" * 43, "unauthenticated"),
@@ -175,9 +168,9 @@ async def test_who_may_not_log_in(tmp_path: Path) -> None:
 @pytest.mark.trio
 async def test_a_token_opens_its_own_spaces_and_requests_alone(tmp_path: Path) -> None:
     async with daemon(tmp_path, listen="127.0.0.1:0") as relay:
-        ann = await a_token(relay, "client", "ann", spaces=["tts"])
-        bob = await a_token(relay, "client", "bob")
-        box = await a_token(relay, "worker", "box", spaces=["other*"])
+        ann = await new_token(relay, "client", "ann", spaces=["tts"])
+        bob = await new_token(relay, "client", "bob")
+        box = await new_token(relay, "worker", "box", spaces=["other*"])
         url = relay.urls[0]
         async with peer(url, "client", ann) as client, peer(url, "client", bob) as other:
             client.send(a_submit(space="check"))
@@ -197,7 +190,7 @@ async def test_a_token_opens_its_own_spaces_and_requests_alone(tmp_path: Path) -
 @pytest.mark.trio
 async def test_revoking_a_token_drops_its_connections_also_ones_own(tmp_path: Path) -> None:
     async with daemon(tmp_path, listen="127.0.0.1:0") as relay:
-        token = await a_token(relay, "operator")
+        token = await new_token(relay, "operator")
         async with peer(relay.urls[0], "operator", token) as one, peer(relay.urls[0], "client", token) as two:
             one.send(Steer(action="revoke_token", target="ann"))
             for dropped in (one, two):
@@ -215,7 +208,7 @@ async def test_revoking_a_token_drops_its_connections_also_ones_own(tmp_path: Pa
 @pytest.mark.trio
 async def test_a_connection_ends_with_its_token(tmp_path: Path) -> None:
     async with daemon(tmp_path, listen="127.0.0.1:0") as relay:
-        token = await a_token(relay, "worker", expires="1s")
+        token = await new_token(relay, "worker", expires="1s")
         async with fake_worker(relay.urls[0], token=token) as worker:
             error = await worker.peer.next(Error)
             assert (error.code, error.message) == ("unauthenticated", "the token has expired")

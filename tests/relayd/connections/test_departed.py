@@ -21,10 +21,11 @@ from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.messages import PROTOCOL_VERSION, Hello, Input, Register, Watch
 from protocol.wire.validators import Message
 from relayd.connections import gateway
+from relayd.connections.budget import ConnectionSlot
 from relayd.connections.client import ClientHandler
 from relayd.connections.connection import Connection
 from relayd.connections.operator import OperatorHandler
-from relayd.connections.pending import ConnectionSlot, PendingConnection
+from relayd.connections.pending import PendingConnection
 from relayd.connections.worker import WorkerHandler
 from relayd.http.body_parser import Uploads
 from relayd.http.connection import Connection as HttpConnection

@@ -40,7 +40,7 @@ from relayd.store.factory import open_offline
 from relayd.store.records import PutToken, TokenLimits
 from tests.support.cable import Cable
 from tests.support.fake_worker import fake_worker, identity, samples
-from tests.support.relay import a_config, a_submit, daemon, kept_logs, peer, until
+from tests.support.relay import a_config, a_submit, daemon, kept_logs, new_token, peer, until
 
 TLS = Path(__file__).parents[2] / "support" / "tls"
 PCM = [samples(1200, seed) for seed in range(3)]
@@ -242,22 +242,25 @@ async def test_a_head_that_trickles_is_cut_off_in_time(tmp_path: Path, monkeypat
 
 @pytest.mark.trio
 async def test_one_connection_too_many_is_refused_until_another_leaves(tmp_path: Path) -> None:
-    async with daemon(tmp_path, limits={"max_connections": 2}) as relay, peer(relay.url, "client"):
-        async with peer(relay.url, "worker"):
+    async with daemon(tmp_path, listen="127.0.0.1:0", limits={"max_connections": 2}) as relay:
+        url, token = relay.urls[0], await new_token(relay)
+        async with peer(url, "client", token), peer(url, "worker", await new_token(relay, "worker")):
             with pytest.raises(ConnectError, match="HTTP 503: the relay has reached its limit of connections"):
-                async with peer(relay.url, "client"):
+                async with peer(url, "client", token):
                     pytest.fail("entered")
-        await until(lambda: len(relay.relay.connections) == 1)
-        async with peer(relay.url, "client") as client:
+            async with peer(relay.url, "operator") as operator:  # the unix socket is not counted
+                await operator.settled()
+        await until(lambda: not relay.relay.connections)
+        async with peer(url, "client", token) as client:
             await client.settled()
 
 
 @pytest.mark.trio
 async def test_the_last_place_is_given_once_though_two_shook_hands_for_it(tmp_path: Path) -> None:
-    async with daemon(tmp_path, limits={"max_connections": 1}) as relay:
-        address = parse_address(relay.url)
+    async with daemon(tmp_path, listen="127.0.0.1:0", limits={"max_connections": 1}) as relay:
+        address, token = parse_address(relay.urls[0]), await new_token(relay)
         async with open_link(address) as one, open_link(address) as two:
-            hello = Hello(version=PROTOCOL_VERSION, role="client")
+            hello = Hello(version=PROTOCOL_VERSION, role="client", token=token)
             await log_in(one, hello)
             with pytest.raises(LoginRefused, match="has reached its limit of connections") as refused:
                 await log_in(two, hello)
@@ -525,7 +528,7 @@ async def test_a_token_allows_so_many_queued_requests(tmp_path: Path) -> None:
         client.send(refused)
         refusal = await client.next(Rejected)
         assert (refusal.request_id, refusal.code, refusal.retryable) == (refused.request_id, "queue_full", True)
-        assert "allows 1 queued" in refusal.message
+        assert "may have 1 queued" in refusal.message
         other.send(a_submit())
         await other.next(Queued)
         async with fake_worker(relay.url) as worker:

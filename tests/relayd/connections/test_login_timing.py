@@ -1,6 +1,7 @@
 """How connections come in: before, with and behind their hello, over real sockets."""
 
 import errno
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ async def heard(stream: trio.SocketStream, count: int) -> list[Message | Close]:
 
 async def all_left(relay: Daemon, opened: Gateway) -> None:
     """Nothing is kept of any connection but the test's own."""
-    await until(lambda: not relay.relay.connections and not relay.relay.clients and not opened.open)
+    await until(lambda: not relay.relay.connections and not relay.relay.clients and not opened.budget.open)
 
 
 @pytest.mark.trio
@@ -157,7 +158,7 @@ async def test_a_login_over_which_the_relay_falls_leaves_nothing(
             while await stream.receive_some():  # the relay hangs up
                 pass
             await stream.aclose()
-            await until(lambda: not relay.gateway.open and not relay.gateway.reactor.links)
+            await until(lambda: not relay.gateway.budget.open and not relay.gateway.reactor.links)
         assert any(entry["event"] == "internal error in connection" for entry in logs)
         await relay.goes_on()
 
@@ -193,16 +194,16 @@ async def test_who_is_closed_with_much_on_its_way_still_hears_why(tmp_path: Path
 
 @pytest.mark.trio
 async def test_a_system_out_of_descriptors_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, refused = trio.SocketListener.accept, 0
+    real, refused = socket.socket.accept, 0
 
-    async def accept(listener: trio.SocketListener) -> trio.SocketStream:
+    def accept(listening: socket.socket) -> Any:
         nonlocal refused
         if refused < 2:
             refused += 1
             raise OSError(errno.EMFILE, "Too many open files")
-        return await real(listener)
+        return real(listening)
 
-    monkeypatch.setattr(trio.SocketListener, "accept", accept)
+    monkeypatch.setattr(socket.socket, "accept", accept)
     async with daemon(tmp_path) as relay:
         await relay.goes_on()
     assert refused == 2

@@ -41,7 +41,7 @@ from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.views.rows import relay_row
 from tests.support.cable import Cable
 from tests.support.fake_worker import FORMAT, SCHEMA, FakeWorker, fake_worker, identity, samples
-from tests.support.relay import Daemon, Peer, a_submit, an_id, an_input, daemon, kept_logs, peer, until
+from tests.support.relay import Daemon, Peer, a_submit, an_id, an_input, daemon, kept_logs, new_token, peer, until
 from tests.support.tap import Tap
 
 #: Half a MiB each; 12 MiB are more than two kernels and an inbox hold.
@@ -55,15 +55,8 @@ SHORT = {"ping_interval_s": 0.1, "dead_after_s": 0.8, "stall_timeout_s": 1.5}
 @asynccontextmanager
 async def slow_reader(relay: Daemon, tap: Tap) -> AsyncIterator[Peer]:
     """A client behind a tap; it never takes the relay for dead."""
-    async with peer(relay.urls[0], "client", await a_token(relay), connect_to=tap.connect, limits=NEVER_DEAD) as slow:
+    async with peer(relay.urls[0], "client", await new_token(relay), connect_to=tap.connect, limits=NEVER_DEAD) as slow:
         yield slow
-
-
-async def a_token(relay: Daemon) -> str:
-    async with peer(relay.url, "operator") as operator:
-        operator.send(Steer(action="create_token", target="ann", options={"role": "client"}))
-        token: str = (await operator.next(Done)).data["token"]
-        return token
 
 
 def heard(frames: list[Any]) -> list[bytes]:
@@ -109,7 +102,7 @@ async def test_a_reader_that_takes_nothing_is_told_so_and_gets_the_rest_when_it_
                 await slow.next()
             assert slow.link.close_code == 1008
             assert -1 < last < len(LONG)
-            async with peer(relay.urls[0], "client", await a_token(relay)) as again:
+            async with peer(relay.urls[0], "client", await new_token(relay)) as again:
                 again.send(Attach(request_id=submit.request_id, attempt=1, after_seq=last))
                 worker.speak(assign, LONG, first=1 + len(LONG))
                 assert heard(await again.frames(submit, first=last + 1)) == LONG[last:]

@@ -1,7 +1,6 @@
 """Access over HTTP: tokens, failed logins, origins, and limits on connections."""
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from relayd.store.records import TokenLimits
 from tests.relayd.http.sample_handlers import GONE, PCM, Logs, make_token, staged
 from tests.support.fake_worker import fake_worker, identity
 from tests.support.raw_http_client import visitor
-from tests.support.relay import an_id, daemon, peer, until
+from tests.support.relay import an_id, daemon, peer
 
 # -- who may come ----------------------------------------------------------------------------------------------------
 
@@ -219,18 +218,3 @@ async def test_every_answer_has_the_headers_that_keep_browsers_safe(tmp_path: Pa
             for name, value in HEADERS.items():
                 assert answer.headers.get(name) == value, (path, name)
             assert "server" not in answer.headers
-
-
-@pytest.mark.trio
-async def test_connections_of_both_kinds_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relayd.connections.gateway.MAX_PENDING", 1)
-    async with staged(tmp_path, limits={"max_connections": 1}) as (relay, _):
-        async with visitor(relay.url) as one, peer(relay.url, "client"):
-            assert (await one.get("/fine")).status == 200
-            async with visitor(relay.url) as too_many:
-                with suppress(trio.BrokenResourceError):
-                    await too_many.stream.send_all(b"GET /fine HTTP/1.1\r\n\r\n")
-                assert await too_many.hears_the_end()
-        await until(lambda: not relay.relay.connections)
-        async with visitor(relay.url) as again:
-            assert (await again.get("/fine")).status == 200

@@ -1,0 +1,220 @@
+"""What one principal uses of the relay, over all of its connections, and what it may use (docs/design.md §8).
+
+A hostile or broken tenant costs only itself: beyond its share its messages wait, and beyond its limits its requests
+are refused with `rate_limited`. Local users of the unix socket and operators are not limited.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Iterable
+from itertools import count
+from typing import Protocol
+
+import attrs
+import structlog
+import trio
+
+from protocol.wire.messages import Submit
+from relayd.auth.tokens import Principal
+from relayd.config.schema import PrincipalLimits, SpaceConfig
+
+log = structlog.get_logger("relayd.limits")
+
+#: Part of the event loop's time that the messages of one principal may take, and how much of it at once, in seconds.
+CPU_SHARE = 0.5
+CPU_BURST_S = 0.004
+MIN_WAIT_S = 1e-4
+#: Seconds of `requests_per_s` that may come at once: a client that connects again sends all it has.
+BURST_S = 5.0
+#: When it makes sense to try again where a principal has its share: no better answer is known.
+RETRY_S = 2.0
+
+
+@attrs.define(eq=False)
+class TokenBucket:
+    """Allows `rate` events a second, and `burst` at once after a rest."""
+
+    rate: float
+    burst: float
+    level: float
+    updated_at: float
+
+    @classmethod
+    def full(cls, rate: float, burst: float, now: float) -> "TokenBucket":
+        """A bucket that nobody has used."""
+        return cls(rate, burst, burst, now)
+
+    def refill(self, now: float) -> None:
+        """Account for the time that has passed until `now`, in monotonic seconds."""
+        self.level = min(self.burst, self.level + max(0.0, now - self.updated_at) * self.rate)
+        self.updated_at = now
+
+    def take(self, now: float) -> float:
+        """Take one event; returns 0, or the seconds until there is room for it, and then nothing is taken."""
+        self.refill(now)
+        if self.level >= 1.0:
+            self.level -= 1.0
+            return 0.0
+        return (1.0 - self.level) / self.rate
+
+
+class Deferrable(Protocol):
+    """A connection whose messages wait for its principal's share of the event loop."""
+
+    def resume(self) -> None:
+        """Handle messages again."""
+
+
+@attrs.define(eq=False)
+class PrincipalUsage:
+    """What one principal uses now; one object for all of its connections."""
+
+    name: str
+    cpu: TokenBucket
+    requests: TokenBucket
+    #: Ended requests of it that are remembered; None for the setting.
+    max_retained: int | None = None
+    #: Connections whose messages wait for the principal's share, in order of turn.
+    deferred: deque[Deferrable] = attrs.field(factory=deque)
+
+    def charge(self, cpu_s: float, now: float) -> bool:
+        """Account for time spent on the principal's messages; False where its share is used up for now."""
+        self.cpu.refill(now)
+        self.cpu.level -= cpu_s
+        return self.cpu.level > 0.0
+
+
+@attrs.define(eq=False)
+class Principals:
+    """The usage of every principal that has logged in, and the turns of those that wait for their share."""
+
+    _by_name: dict[str, PrincipalUsage] = attrs.field(factory=dict)
+    _due: list[tuple[float, int, PrincipalUsage]] = attrs.field(factory=list)
+    _numbers: "count[int]" = attrs.field(factory=count)
+    _some_due: trio.Event = attrs.field(factory=trio.Event)
+
+    def usage_of(self, name: str) -> PrincipalUsage:
+        """The usage of a principal; bounded, as the principals are, by the tokens that operators make."""
+        usage = self._by_name.get(name)
+        if usage is None:
+            now = trio.current_time()
+            cpu = TokenBucket.full(CPU_SHARE, CPU_BURST_S, now)
+            usage = self._by_name[name] = PrincipalUsage(name, cpu, TokenBucket.full(1.0, float("inf"), now))
+        return usage
+
+    def request_wait_s(self, principal: Principal, settings: PrincipalLimits) -> float:
+        """Count one request; returns 0, or the seconds to wait where the principal sends more than it may."""
+        if not is_limited(principal):
+            return 0.0
+        bucket = self.usage_of(principal.name).requests
+        bucket.rate = limits_of(principal, settings).requests_per_s  # it may have been reloaded
+        bucket.burst = max(1.0, bucket.rate * BURST_S)
+        return bucket.take(trio.current_time())
+
+    def defer(self, usage: PrincipalUsage, connection: Deferrable) -> None:
+        """Have `connection.resume` called once its principal has its turn again."""
+        usage.deferred.append(connection)
+        if len(usage.deferred) == 1:
+            self._schedule(usage, trio.current_time())
+
+    def _schedule(self, usage: PrincipalUsage, now: float) -> None:
+        usage.cpu.refill(now)
+        # The smallest debt waits, too: rounding may leave one after just the time that it should take.
+        wait_s = max(MIN_WAIT_S, -usage.cpu.level / usage.cpu.rate) if usage.cpu.level < 0.0 else 0.0
+        heapq.heappush(self._due, (now + wait_s, next(self._numbers), usage))
+        self._some_due.set()
+
+    async def serve(self) -> None:
+        """Give those that wait their turns, until cancelled."""
+        while True:
+            self._some_due = trio.Event()
+            with trio.move_on_at(self._due[0][0] if self._due else float("inf")):
+                await self._some_due.wait()
+            await trio.lowlevel.checkpoint()
+            if not self._due or self._due[0][0] > trio.current_time():
+                continue
+            _, _, usage = heapq.heappop(self._due)
+            usage.cpu.refill(trio.current_time())
+            turns = len(usage.deferred)
+            while turns and usage.cpu.level >= 0.0:
+                turns -= 1
+                connection = usage.deferred.popleft()
+                try:
+                    connection.resume()
+                except Exception:
+                    log.exception("internal error in turn", principal=usage.name)
+            if usage.deferred:
+                self._schedule(usage, trio.current_time())
+
+
+def is_limited(principal: Principal) -> bool:
+    """Whether `[limits.principal]` holds for a principal: not for local users and operators."""
+    return not principal.local and principal.role != "operator"
+
+
+def limits_of(principal: Principal, settings: PrincipalLimits) -> PrincipalLimits:
+    """What a principal may use: its token's own limits, and the settings where its token names none."""
+    if not is_limited(principal):
+        return UNLIMITED
+    own = {name: value for name, value in attrs.asdict(principal.limits).items() if value is not None}
+    return attrs.evolve(settings, **own) if own else settings
+
+
+def too_fast(name: str) -> str:
+    """The refusal for a principal that sends more requests a second than it may."""
+    return f"{name!r} sends more requests a second than it may; send them again later, and fewer at once"
+
+
+class HasPrincipal(Protocol):
+    """A connection, or an HTTP request that is being answered."""
+
+    @property
+    def principal(self) -> Principal | None:
+        """Whose it is; None before the login."""
+
+
+def full_message(principal: Principal, settings: PrincipalLimits, open_now: Iterable[HasPrincipal]) -> str | None:
+    """Why a principal may not have one more connection; None if it may.
+
+    Args:
+        open_now: connections and HTTP requests, of everybody.
+    """
+    own = principal.limits.max_connections
+    others = [other.principal for other in open_now if other.principal is not None]
+    if own is not None:
+        if sum(other.token_id == principal.token_id for other in others) >= own:
+            return f"the token of {principal.name!r} allows {own} connections at once; close one first"
+    elif is_limited(principal) and sum(other.name == principal.name for other in others) >= settings.max_connections:
+        return f"{principal.name!r} may have {settings.max_connections} connections at once; close one first"
+    return None
+
+
+def cap_submit(submit: Submit, limits: PrincipalLimits, space: SpaceConfig) -> Submit:
+    """The submit with what an operator allows: the client's own priority and timeouts cannot exceed it.
+
+    A submit that is sent again is capped in the same way, so that it is still the same request.
+    """
+    return attrs.evolve(
+        submit,
+        priority=min(submit.priority, limits.max_priority),
+        queue_timeout_s=_at_most(submit.queue_timeout_s, space.queue_timeout_s),
+        run_timeout_s=_at_most(submit.run_timeout_s, space.run_timeout_s),
+    )
+
+
+def _at_most(asked: float | None, ceiling: float) -> float | None:
+    return None if asked is None else min(asked, ceiling)
+
+
+#: What nobody reaches.
+UNLIMITED = PrincipalLimits(
+    max_connections=1_000_000,
+    requests_per_s=1e6,
+    max_queued=1_000_000,
+    max_running=None,
+    max_uploads=1_000_000,
+    max_input_bytes=2**40,
+    max_readers=1_000_000,
+    max_retained=1_000_000,
+    max_priority=9,
+)

@@ -1,0 +1,225 @@
+"""One principal's share: what is beyond it waits or is refused, and no other principal notices."""
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+from protocol.wire.frames import Completed
+from protocol.wire.messages import Accepted, Attach, Ping, Pong, Queued, Rejected, Spaces, SpacesReply, Status
+from relayd.core import retention
+from relayd.core.principals import CPU_BURST_S, CPU_SHARE, Principals, PrincipalUsage, TokenBucket
+from relayd.store.records import TokenLimits
+from tests.support.fake_worker import fake_worker, samples
+from tests.support.relay import Peer, a_submit, an_input, daemon, new_token, peer, until
+
+
+def limited(**limits: Any) -> dict[str, Any]:
+    return {"limits": {"principal": limits}}
+
+
+def test_a_bucket_allows_a_burst_and_then_its_rate() -> None:
+    bucket = TokenBucket.full(2.0, 3.0, now=10.0)
+    assert [bucket.take(10.0) for _ in range(3)] == [0.0] * 3
+    assert bucket.take(10.0) == pytest.approx(0.5)
+    assert bucket.take(10.25) == pytest.approx(0.25)
+    assert bucket.take(10.5) == 0.0
+    assert bucket.take(10.0) > 0.0, "a clock that is read out of order gives nothing"
+    assert [bucket.take(1e9) for _ in range(4)] == [0.0, 0.0, 0.0, pytest.approx(0.5)]
+
+
+@attrs.define(eq=False)
+class Turn:
+    """A connection whose turn costs `cost_s`, and which comes `left` times again."""
+
+    usage: PrincipalUsage
+    principals: Principals
+    cost_s: float
+    left: int
+    done_at: float = 0.0
+
+    def resume(self) -> None:
+        """Use the principal's share."""
+        self.usage.charge(self.cost_s, trio.current_time())
+        self.left -= 1
+        if self.left:
+            self.principals.defer(self.usage, self)
+        else:
+            self.done_at = trio.current_time()
+
+
+@pytest.mark.trio
+async def test_a_principal_in_debt_waits_and_another_does_not(autojump_clock: trio.testing.MockClock) -> None:
+    principals = Principals()
+    greedy, modest = principals.usage_of("greedy"), principals.usage_of("modest")
+    assert principals.usage_of("greedy") is greedy
+    began = trio.current_time()
+    assert not greedy.charge(1.0, began)
+    turns = [Turn(greedy, principals, 0.1, 3), Turn(modest, principals, 0.0, 1)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(principals.serve)
+        for turn in turns:
+            principals.defer(turn.usage, turn)
+        await until(lambda: all(not turn.left for turn in turns))
+        nursery.cancel_scope.cancel()
+    assert turns[1].done_at == began
+    assert turns[0].done_at - began == pytest.approx((1.2 - CPU_BURST_S) / CPU_SHARE, abs=0.01)
+
+
+@pytest.mark.trio
+async def test_messages_beyond_the_share_wait_and_come_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.principals.CPU_BURST_S", 1e-9)
+    async with daemon(tmp_path) as relay, peer(relay.url, "client", await new_token(relay)) as client:
+        stamps = [float(number) for number in range(300)]
+        for stamp in stamps:
+            client.send(Ping(timestamp=stamp))
+        assert [(await client.next(Pong)).timestamp for _ in stamps] == stamps
+        client.send(Spaces())
+        await client.next(SpacesReply)
+
+
+@pytest.mark.trio
+async def test_a_client_that_leaves_while_it_waits_for_its_turn_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.principals.CPU_BURST_S", 1e-9)
+    monkeypatch.setattr("relayd.core.principals.CPU_SHARE", 1e-3)
+    async with daemon(tmp_path) as relay:
+        async with peer(relay.url, "client", await new_token(relay)) as client:
+            for number in range(100):
+                client.send(Ping(timestamp=float(number)))
+            await client.next(Pong)
+        await until(lambda: not relay.relay.connections and not relay.gateway.budget.open)
+
+
+@pytest.mark.trio
+async def test_submits_beyond_the_rate_are_refused_until_later(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path, **limited(requests_per_s=0.5)) as relay,
+        peer(relay.url, "client", await new_token(relay)) as client,
+        peer(relay.url, "client") as local,
+    ):
+        submits = [a_submit() for _ in range(3)]
+        for submit in submits:
+            client.send(submit)
+        refused = await client.next(Rejected)
+        assert (refused.request_id, refused.code) == (submits[2].request_id, "rate_limited")
+        assert refused.retryable
+        assert 0.0 < (refused.retry_after_s or 0.0) <= 2.0
+        client.send(submits[0])  # the same again is no new request
+        client.send(Status(request_id=submits[0].request_id))
+        await client.next(Queued, Accepted)
+        for _ in range(5):  # local users are not limited
+            local.send(a_submit())
+            await local.next(Queued)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(("limits", "of_token"), [({"max_uploads": 1}, False), ({"max_uploads": 1}, True)])
+async def test_uploads_at_once_are_limited(tmp_path: Path, limits: dict[str, int], of_token: bool) -> None:
+    async with (
+        daemon(tmp_path, **limited(**({} if of_token else limits))) as relay,
+        peer(relay.url, "client", await new_token(relay, limits=limits if of_token else {})) as client,
+    ):
+        first, second = (a_submit(inputs={"voice": an_input(b"voice")}) for _ in range(2))
+        client.send(first)
+        client.send(second)
+        refused = await client.next(Rejected)
+        assert (refused.request_id, refused.code) == (second.request_id, "rate_limited")
+        assert "may upload the inputs of 1 requests" in refused.message
+
+
+@pytest.mark.trio
+async def test_inputs_of_waiting_requests_are_limited_together(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path, **limited(max_input_bytes=10)) as relay,
+        peer(relay.url, "client", await new_token(relay)) as client,
+    ):
+        large, next_one = (a_submit(inputs={"voice": an_input(b"v" * size)}) for size in (12, 1))
+        client.send(large)  # a single request may have any size
+        client.send(next_one)
+        refused = await client.next(Rejected)
+        assert (refused.request_id, refused.code) == (next_one.request_id, "rate_limited")
+        assert "13 bytes" in refused.message
+
+
+@pytest.mark.trio
+async def test_readers_are_limited(tmp_path: Path) -> None:
+    async with daemon(tmp_path, **limited(max_readers=1)) as relay:
+        token = await new_token(relay)
+        async with peer(relay.url, "client", token) as client, peer(relay.url, "client", token) as other:
+            submit = a_submit()
+            client.send(submit)
+            await client.next(Queued)
+            other.send(Attach(request_id=submit.request_id))
+            assert (await other.next(Rejected)).code == "rate_limited"
+            client.send(Attach(request_id=submit.request_id))  # in place of its own reader
+            await client.next(Queued)
+
+
+@pytest.mark.trio
+async def test_a_client_cannot_exceed_the_priority_and_the_timeouts_that_the_operator_set(tmp_path: Path) -> None:
+    space = {"tts": {"queue_timeout_s": 60.0, "run_timeout_s": 50.0}}
+    async with daemon(tmp_path, spaces=space, **limited(max_priority=6)) as relay:
+        for token, priority, timeouts in (
+            (await new_token(relay), 6, (60.0, 50.0)),
+            (await new_token(relay, name="bob", limits={"max_priority": 8}), 8, (60.0, 50.0)),
+            (None, 9, (1e6, 1e6)),  # a local user
+        ):
+            async with peer(relay.url, "client", token) as client:
+                submit = a_submit(priority=9, queue_timeout_s=1e6, run_timeout_s=1e6)
+                client.send(submit)
+                await client.next(Queued)
+                request = relay.relay.requests[submit.request_id]
+                assert request.entry.priority == priority
+                assert (request.queue_timeout_s, request.run_timeout_s) == timeouts
+                client.send(submit)  # and it is still the same request
+                await client.next(Queued)
+
+
+@pytest.mark.trio
+async def test_timeouts_below_the_spaces_are_the_clients_own(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, peer(relay.url, "client", await new_token(relay)) as client:
+        submit = a_submit(priority=1, queue_timeout_s=7.0, run_timeout_s=8.0)
+        client.send(submit)
+        await client.next(Queued)
+        request = relay.relay.requests[submit.request_id]
+        assert (request.entry.priority, request.queue_timeout_s, request.run_timeout_s) == (1, 7.0, 8.0)
+
+
+async def finish(client: Peer, worker: Any, count: int) -> list[str]:
+    """Requests that a worker has completed, one after the other."""
+    ids = []
+    for _ in range(count):
+        submit = a_submit(detach=True)
+        client.send(submit)
+        worker.speak(await worker.assigned(), [samples(10)])
+        await client.next(Completed)
+        ids.append(submit.request_id)
+    return ids
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("settings", [{"max_retained": 3}, {}], ids=["own limit", "limit of all"])
+async def test_a_principal_with_many_results_pushes_out_only_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, int]
+) -> None:
+    monkeypatch.setattr(retention, "REAP_INTERVAL_S", 0.02)
+    if not settings:
+        monkeypatch.setattr(retention, "MAX_ENDED", 4)
+    async with daemon(tmp_path, **limited(**settings)) as relay, fake_worker(relay.url) as worker:
+        async with peer(relay.url, "client", await new_token(relay)) as few:
+            (own,) = await finish(few, worker, 1)
+        async with peer(relay.url, "client", await new_token(relay, name="bob")) as many:
+            others = await finish(many, worker, 8)
+        await until(lambda: set(relay.relay.requests) == {own, *others[-3:]})
+
+
+def test_a_token_can_name_every_limit_of_a_principal() -> None:
+    from relayd.config.schema import PrincipalLimits
+
+    assert {field.name for field in attrs.fields(TokenLimits)} == {f.name for f in attrs.fields(PrincipalLimits)}
