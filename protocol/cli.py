@@ -83,8 +83,8 @@ def _output() -> argparse.ArgumentParser:
         "--output",
         "-o",
         metavar="FILE",
-        help="write audio to this file as WAV, or binary output as it is; - writes raw PCM to standard output "
-        "(default: SPACE-ID.wav in this directory, created when audio arrives)",
+        help="write audio to this file, by its suffix as WAV, .mp3 or .pcm, or binary output as it is; - writes raw "
+        "PCM to standard output (default: SPACE-ID.wav in this directory, created when audio arrives)",
     )
     return parser
 

@@ -17,7 +17,7 @@ from relayd.config.loader import load_config
 from relayd.config.schema import Config, ConfigError
 
 #: Import names of the packages in the extra `relay`.
-EXTRA = ("h11", "prometheus_client", "python_multipart", "starlette", "structlog")
+EXTRA = ("h11", "lameenc", "prometheus_client", "python_multipart", "starlette", "structlog")
 
 
 class ExtraMissing(Exception):

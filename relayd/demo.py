@@ -19,7 +19,7 @@ import attrs
 import trio
 
 from protocol.client.client import open_relay
-from protocol.commands.wav_writer import AudioWriter
+from protocol.commands.wav_writer import AudioWriter, check_audio_name
 from protocol.install_hint import install_command
 from protocol.wire.errors import LinkError, RequestError
 from protocol.wire.frames import Audio, Started
@@ -64,7 +64,7 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
 
     Args:
         text: the text to speak; must not be empty.
-        output: the WAV file.
+        output: the file; its suffix selects WAV, mp3 or PCM.
         keep: leave both running, and print how to use and stop them.
 
     Raises:
@@ -75,7 +75,10 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
     if find_spec("espeakng_loader") is None:
         raise DemoFailed(f"the demo speaks with espeak-ng; install it with: {install_command('espeak')}")
     try:
+        check_audio_name(output)
         writer = AudioWriter(output)
+    except ValueError as fault:
+        raise DemoFailed(str(fault)) from None
     except OSError as fault:
         raise DemoFailed(f"cannot write {output}: {fault.strerror}") from None
     demo = Demo(Path(tempfile.mkdtemp(prefix="relayd-demo-")))

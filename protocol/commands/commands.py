@@ -16,9 +16,9 @@ from protocol.client.client import RelayClient, open_relay
 from protocol.client.stream import Event, Restarted, Stream
 from protocol.commands.exit_codes import DONE, INTERRUPTED
 from protocol.commands.progress import Progress, printable, printable_json, printable_lines, table
-from protocol.commands.wav_writer import AudioWriter
+from protocol.commands.wav_writer import AudioWriter, check_audio_name
 from protocol.link.background import open_background
-from protocol.wire.errors import EncodeError, LinkError, RequestError
+from protocol.wire.errors import EncodeError, ErrorCode, LinkError, RequestError
 from protocol.wire.frames import Audio, Output, Started
 from protocol.wire.frames import Progress as ProgressFrame
 from protocol.wire.messages import Queued, Snapshot, Welcome
@@ -207,7 +207,9 @@ class Sink:
         self._pipe = args.output == "-"
         self._where = ""
         self._writer: AudioWriter | None = None
+        self._format: AudioFormat | None = None
         self._binary_bytes = 0
+        self._outputs = 0
         if args.output is not None and getattr(args, "detach", False):
             raise ValueError("--detach waits for no output; leave out -o, and fetch it with: relay attach ID -o FILE")
         if self._pipe:
@@ -217,6 +219,8 @@ class Sink:
                 raise ValueError("standard output is a terminal; redirect raw PCM to a pipe or a file")
             self._writer = AudioWriter(sys.stdout.buffer)
         elif args.output is not None:
+            if args.command == "say":  # before it is asked for; what another request makes may be a file of any kind
+                check_audio_name(args.output)
             self._where = args.output
             self._writer = AudioWriter(Path(args.output))
 
@@ -238,6 +242,9 @@ class Sink:
                 self._progress.note(
                     f"{self._audio_s:.1f} s of audio were written to {self._where or 'standard output'}"
                 )
+        if self._format is not None and not self._audio_s and not self._outputs:
+            message = "the engine made no audio of this, so nothing was written; send something else to speak"
+            raise RequestError(stream.request_id, ErrorCode.ENGINE_FAILED, message)
         self._progress.completed(self._audio_s, self._where if self._audio_s or self._binary_bytes else "")
 
     @property
@@ -249,14 +256,16 @@ class Sink:
             self._progress.queued(event)
         elif isinstance(event, Started):
             self._progress.started()
-            if event.format is not None:
-                self._begin(event.format)
+            self._format = event.format
+            if self._format is not None and self._audio_s:  # another attempt
+                self._begin(self._format)
         elif isinstance(event, ProgressFrame):
             self._progress.progress(event.state, event.fraction, event.message)
         elif isinstance(event, Audio):
             await self._write(event.pcm)
             self._progress.audio(self._audio_s)
         elif isinstance(event, Output):
+            self._outputs += 1
             if isinstance(event.data, bytes):
                 await self._binary(event.data)
             elif not self._json and not self._pipe:
@@ -272,9 +281,12 @@ class Sink:
         self._writer.begin(audio_format)
 
     async def _write(self, pcm: bytes) -> None:
-        if self._writer is None or self._writer.format is None:
-            raise ValueError("the request sends audio without having sent its format")
-        if self._writer.is_wav:
+        if self._writer is None or self._writer.format is None:  # not before there is some: a file keeps what is in it
+            if self._format is None:
+                raise ValueError("the request sends audio without having sent its format")
+            self._begin(self._format)
+        assert self._writer is not None
+        if self._writer.is_file:
             self._writer.write(pcm)
         else:
             # A player reads a pipe in real time: waiting for it here would hold up the pings.
@@ -284,7 +296,7 @@ class Sink:
         if self._writer is None:
             self._where = f"{self._name}.bin"
             self._writer = AudioWriter(Path(self._where))
-        if self._writer.format is not None:
+        if self._format is not None:
             self._progress.note(f"{len(data)} bytes of binary output dropped: the output file contains the audio")
             return
         self._binary_bytes += len(data)

@@ -1,16 +1,24 @@
-"""Writes PCM to a file as it arrives: a WAV that is valid at every moment, or raw PCM if the output cannot seek."""
+"""Writes audio to a file as it arrives: a WAV that is valid at every moment, mp3, or raw PCM if it cannot seek."""
 
 import os
 import stat
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from protocol.commands.mp3_encoder import Mp3Encoder
 from protocol.wire.structs import AudioFormat
 
 #: RIFF stores sizes in 32 bits; its own size includes 36 bytes of header.
 MAX_DATA_BYTES = 0xFFFF_FFFF - 36
 HEADER_BYTES = 44
+#: Names of files that get the samples alone.
+RAW_SUFFIXES = frozenset({".pcm", ".raw", ".s16", ".s16le"})
+#: Names that promise a kind of audio that is not made here; any other name gets a WAV.
+_OTHER = """.3gp .aac .ac3 .aif .aiff .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp4 .mpga .oga .ogg .opus
+.snd .spx .weba .webm .wma .wv"""
+OTHER_SUFFIXES = frozenset(_OTHER.split())
 
 
 def wav_header(audio_format: AudioFormat, data_bytes: int) -> bytes:
@@ -33,12 +41,34 @@ def wav_header(audio_format: AudioFormat, data_bytes: int) -> bytes:
     )
 
 
+def check_audio_name(path: str | Path) -> None:
+    """Find out whether audio can be written under a name, which says of what kind it is to be.
+
+    Raises:
+        ValueError: not here; says which names can.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in OTHER_SUFFIXES:
+        raise ValueError(
+            f"{path}: audio is written as .wav, .mp3 or .pcm; give such a name, "
+            f"then make {suffix} of it: ffmpeg -i FILE.wav FILE{suffix}"
+        )
+    if suffix == ".mp3":
+        try:
+            import lameenc  # noqa: F401
+        except ImportError:
+            raise ValueError(
+                f"{path}: mp3 takes the package lameenc (pip install lameenc); a name that ends in .wav goes without"
+            ) from None
+
+
 class AudioWriter:
     """Writes the audio of one request to a path or an open file.
 
-    A file becomes a WAV: each write appends the samples first and updates the header after, so a program killed between
-    the two leaves a WAV that is shorter by one write, never one that claims more than it contains. An output that
-    cannot seek (a pipe, a terminal) gets raw PCM.
+    The name of a file says what it becomes: `.mp3` is mp3 (by the package lameenc), `.pcm` and `.raw` are the samples
+    alone, and any other is a WAV, but for those of kinds that are not made here. Of a WAV, a write appends the samples
+    first and updates the header after, so a program killed between the two leaves a WAV that is shorter by one write,
+    never one that claims more than it contains. An output that cannot seek (a pipe, a terminal) gets raw PCM.
 
     An existing file keeps its content until `begin`; a file created here is removed if `begin` was never called.
 
@@ -52,6 +82,7 @@ class AudioWriter:
     def __init__(self, target: str | Path | BinaryIO) -> None:
         self.format: AudioFormat | None = None
         self.data_bytes = 0
+        self._is_binary = False
         self._made: Path | None = None
         if isinstance(target, str | Path):
             path = Path(target)
@@ -62,12 +93,16 @@ class AudioWriter:
                 fd = _open_existing(path)
             self._fd = fd
             self._owned = True
+            self._path: Path | None = path
         else:
             target.flush()
             self._fd = target.fileno()
-            self._owned = False
+            self._owned, self._path = False, None
         # A file opened by somebody else may contain more than ours (`>> log`): only a path becomes a WAV.
-        self.is_wav = self._owned and stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self.is_file = self._owned and stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._suffix = self._path.suffix.lower() if self._path is not None and self.is_file else ""
+        self.is_wav = self.is_file and self._suffix not in {".mp3", *RAW_SUFFIXES}
+        self._mp3: Mp3Encoder | None = None
 
     @property
     def seconds(self) -> float:
@@ -75,13 +110,21 @@ class AudioWriter:
         return 0.0 if self.format is None else self.data_bytes / self.format.sample_bytes / self.format.sample_rate
 
     def begin(self, audio_format: AudioFormat) -> None:
-        """Begin the audio, or begin it again: earlier audio is dropped if the output can seek."""
+        """Begin the audio, or begin it again: earlier audio is dropped if the output can seek.
+
+        Raises:
+            ValueError: the file's name promises a kind of audio that cannot be made here.
+        """
+        if self.is_file and self._path is not None:
+            check_audio_name(self._path)
         self.format, self.data_bytes = audio_format, 0
         self._made = None
-        if self.is_wav:
+        if self.is_file:
             os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
+        if self.is_wav:
             self._write_all(wav_header(audio_format, 0))
+        self._mp3 = Mp3Encoder(audio_format) if self._suffix == ".mp3" else None
 
     def write(self, pcm: bytes) -> None:
         """Append whole samples.
@@ -97,7 +140,7 @@ class AudioWriter:
             return
         if self.is_wav and self.data_bytes + len(pcm) > MAX_DATA_BYTES:
             raise ValueError("a WAV file holds at most 4 GiB")
-        self._write_all(pcm)
+        self._write_all(pcm if self._mp3 is None else self._mp3.feed(pcm))
         self.data_bytes += len(pcm)
         if self.is_wav:
             os.pwrite(self._fd, wav_header(self.format, self.data_bytes), 0)
@@ -111,9 +154,10 @@ class AudioWriter:
         """
         if self.format is not None:
             raise RuntimeError("write_binary() after begin()")
-        if self.is_wav:
+        if self.is_file and not self._is_binary:
             os.ftruncate(self._fd, 0)
             self.is_wav = False
+        self._is_binary = True
         self._made = None
         self._write_all(data)
 
@@ -121,6 +165,9 @@ class AudioWriter:
         """Close the file; does nothing if it is closed."""
         if not self._owned or self._fd < 0:
             return
+        if self._mp3 is not None:
+            with suppress(OSError):  # a full disk was told of already, by the write before
+                self._write_all(self._mp3.finish())
         if self.is_wav and self.format is not None and os.fstat(self._fd).st_size > HEADER_BYTES + self.data_bytes:
             os.ftruncate(self._fd, HEADER_BYTES + self.data_bytes)  # drop the rest of a write that failed halfway
         os.close(self._fd)

@@ -31,11 +31,14 @@ class AudioStream:
         """Return the next whole samples; None at the end of a completed request.
 
         Raises:
-            HttpError: the request failed or was cancelled; or a new attempt of an engine that is not reproducible
-                starts before samples that were already returned.
+            HttpError: the request failed, was cancelled, or completed without a single sample; or a new attempt of an
+                engine that is not reproducible starts before samples that were already returned.
         """
         while True:
             match frame := await _frame(self.held):
+                case None | Completed() if not self._delivered:
+                    message = "the engine made no audio of this; send another text, or ask the relay's operator"
+                    raise HttpError(ErrorCode.ENGINE_FAILED, message, retryable=False)
                 case None:
                     return None
                 case Completed():

@@ -21,6 +21,7 @@ from gpuworker.engines.base import (
 )
 from gpuworker.engines.espeak.library import libespeak
 from protocol.install_hint import install_command
+from protocol.speakable import speakable
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 
@@ -102,7 +103,7 @@ class EspeakEngine(Engine):
         """Yield the speech in chunks of 100 ms."""
         del inputs
         text, voice = params["text"], params.get("voice", AUTO)
-        if not text.strip():
+        if not speakable(text):
             raise InvalidParams({"text": "contains nothing to speak"})
         if voice == AUTO:
             runs = script_runs(text, str(self.options["chinese_voice"]), str(self.options["voice"]))

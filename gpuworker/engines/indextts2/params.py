@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from gpuworker.engines.base import EngineInput
+from protocol.speakable import speakable
 from protocol.wire.structs import InputRule
 from protocol.wire.validators import Value
 
@@ -88,7 +89,7 @@ def input_rules(voices: Collection[str]) -> dict[str, InputRule]:
 def faults(params: Mapping[str, Value], inputs: Mapping[str, EngineInput]) -> dict[str, str]:
     """Faults that the schema cannot express and upstream would ignore: field -> what is wrong."""
     found: dict[str, str] = {}
-    if not str(params["text"]).strip():
+    if not speakable(str(params["text"]), symbols=False):
         found["text"] = "contains nothing to speak"
     if "voice" in params and "spk_audio_prompt" in inputs:
         found["voice"] = "was given with spk_audio_prompt; leave out one of them"

@@ -19,7 +19,8 @@ from gpuworker.engines.voxcpm.model import Model, PromptCache, Settings
 from gpuworker.engines.voxcpm.prompts import Prompt, Prompts, Stopped
 from gpuworker.engines.voxcpm.schema import DEFAULTS, NON_STREAMING
 from gpuworker.engines.voxcpm.text_split import split
-from gpuworker.engines.voxcpm.validation import find_faults, speakable
+from gpuworker.engines.voxcpm.validation import find_faults
+from protocol.speakable import speakable
 from protocol.wire.validators import Value
 
 #: 64 KiB of PCM: speech made as a whole is passed on in chunks of this size.
@@ -110,14 +111,14 @@ class Speaker:
         text = given["text"]
         if given["normalize"]:
             text = self.model.normalize(_spaced(text))
-            if not speakable(text):
+            if not speakable(text, symbols=False):
                 raise InvalidParams({"text": "contains nothing to speak once it is normalized"})
         if not self.model.clones:
             return "", text
         if (description := given.get("voice_description")) is not None:
             return f"({_BRACKETS.sub('', _spaced(description)).strip()})", text
         found = _LEAD.match(text)
-        if found is None or not speakable(text[found.end() :]):
+        if found is None or not speakable(text[found.end() :], symbols=False):
             return "", text
         return _spaced(found[0]), text[found.end() :]
 

@@ -2,12 +2,8 @@
 
 from collections.abc import Collection, Mapping
 
+from protocol.speakable import speakable
 from protocol.wire.validators import Value
-
-
-def speakable(text: str) -> bool:
-    """Whether the text contains a letter or a digit, of any script."""
-    return any(char.isalnum() for char in text)
 
 
 def find_faults(given: Mapping[str, Value], inputs: Collection[str]) -> dict[str, str]:
@@ -24,10 +20,10 @@ def find_faults(given: Mapping[str, Value], inputs: Collection[str]) -> dict[str
     prompts = [name for name in ("prompt_wav", "prompt_wav_url") if name in there]
     references = [name for name in ("reference_wav", "reference_wav_url") if name in there]
     faults: dict[str, str] = {}
-    if not speakable(given["text"]):
+    if not speakable(given["text"], symbols=False):
         faults["text"] = "contains nothing to speak"
     for name in ("prompt_text", "voice_description"):
-        if name in there and not speakable(given[name]):
+        if name in there and not speakable(given[name], symbols=False):
             faults[name] = "contains no words"
     for names in (prompts, references):
         if len(names) > 1:

@@ -1,6 +1,6 @@
-"""Streaming encoders for mp3, Opus, AAC and FLAC, with the FFmpeg libraries in PyAV. Needs the extra `[audio]`.
+"""Streaming encoders for Opus, AAC and FLAC, with the FFmpeg libraries in PyAV. Needs the extra `[audio]`.
 
-Every recipe minimizes the delay of the first sound: small frames, no bit reservoir, an Ogg page every 40 ms, and no
+Every recipe minimizes the delay of the first sound: small frames, an Ogg page every 40 ms, and no
 buffering in the muxer. The streams need no seeking.
 """
 
@@ -49,20 +49,10 @@ def _speech_bits(rate_hz: int, channels: int) -> int:
     return channels * (64_000 if rate_hz < 32_000 else 96_000)
 
 
-#: Below 16 kHz, mp3 is the unstandardized "MPEG-2.5", and a frame of either codec lasts 70 to 130 ms.
-_MPEG_HZ = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
+#: Below 16 kHz a frame of AAC lasts 70 to 130 ms.
+_AAC_HZ = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 
 RECIPES = {
-    "mp3": Recipe(
-        container="mp3",
-        codec="libmp3lame",
-        rates_hz=_MPEG_HZ,
-        bits_s=_speech_bits,
-        # Quality 5 needs a third of the CPU time of 2. A reservoir delays frames and makes each depend on earlier ones.
-        codec_options=lambda _rate_hz: {"compression_level": "5", "reservoir": "0"},
-        # No table of contents at the start: it can only be written at the end.
-        container_options={"write_xing": "0", "id3v2_version": "0"},
-    ),
     "opus": Recipe(
         container="ogg",
         codec="libopus",
@@ -77,7 +67,7 @@ RECIPES = {
         },
         container_options={"page_duration": "40000"},  # µs; the default is a page per second, sent when full
     ),
-    "aac": Recipe(container="adts", codec="aac", rates_hz=_MPEG_HZ, bits_s=_speech_bits),
+    "aac": Recipe(container="adts", codec="aac", rates_hz=_AAC_HZ, bits_s=_speech_bits),
     "flac": Recipe(
         container="flac",
         codec="flac",

@@ -4,8 +4,8 @@ An encoder is a chain of stages, each `feed(bytes) -> bytes` and at the end `fin
 resampler, codec. A stage returns output as early as it can. Stages block and know no threads or event loop: they need
 about 1 ms of CPU time per 100 ms of audio, so `threaded_encoder` runs them in threads.
 
-The base install makes `wav`, and `pcm` if the worker's audio is 24 kHz mono; everything else needs the extra
-`[audio]` (PyAV, soxr), which is imported on first use.
+The relay's own packages make `mp3`, `wav`, and `pcm` if the worker's audio is 24 kHz mono; everything else needs the
+extra `[audio]` (PyAV, soxr), which is imported on first use.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from typing import Protocol
 
 import attrs
 
+from protocol.commands.mp3_encoder import Mp3Encoder
 from protocol.commands.wav_writer import HEADER_BYTES, MAX_DATA_BYTES, wav_header
 from protocol.install_hint import install_command
 from protocol.wire.structs import AudioFormat
@@ -25,10 +26,10 @@ MIN_SPEED, MAX_SPEED = 0.25, 4.0
 class AudioExtraMissing(Exception):
     """The packages that this format needs are not installed."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, extra: str = "audio") -> None:
         super().__init__(
-            f"this relay cannot produce {what}: its audio packages are not installed. Its owner can install them with: "
-            f"{install_command('audio')}; response_format 'wav' at speed 1 works without them"
+            f"this relay cannot produce {what}: its packages for it are missing. Its owner can install them with: "
+            f"{install_command(extra)}; response_format 'wav' at speed 1 works without them"
         )
 
 
@@ -130,6 +131,13 @@ def _pcm(source: AudioFormat) -> list[Stage]:
     return _converted(source, PCM)
 
 
+def _mp3(source: AudioFormat) -> list[Stage]:
+    try:
+        return [Mp3Encoder(source)]
+    except ImportError:
+        raise AudioExtraMissing("mp3", "relay") from None
+
+
 def _by_codec(name: str) -> Callable[[AudioFormat], list[Stage]]:
     def make(source: AudioFormat) -> list[Stage]:
         try:
@@ -179,7 +187,7 @@ class Coding:
 CODINGS = {
     coding.name: coding
     for coding in (
-        Coding("mp3", "audio/mpeg", _by_codec("mp3")),
+        Coding("mp3", "audio/mpeg", _mp3),
         Coding("opus", "audio/ogg; codecs=opus", _by_codec("opus")),
         Coding("aac", "audio/aac", _by_codec("aac")),
         Coding("flac", "audio/flac", _by_codec("flac")),

@@ -97,7 +97,9 @@ class IndexTTS2:
         if emotion is not None:
             _note("heard", rate=soundfile.info(emotion).samplerate)
         wavs: list[torch.Tensor] = []
-        sentences = [sentence.split() for sentence in text.split(".") if sentence.strip(" !?\n")]
+        sentences = [
+            sentence.split() for sentence in text.split(".") if sentence.strip(" !?\n") not in ("", "(silence)")
+        ]
         for index, words in enumerate(sentences):
             self._set_gr_progress(0.2 + 0.7 * index / len(sentences), f"speech synthesis {index + 1}")
             print("\r 40%|####      | 10/25", end="", file=sys.stderr)

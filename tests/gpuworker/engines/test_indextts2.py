@@ -244,6 +244,7 @@ def test_a_release_that_does_not_stream_is_heard_as_a_whole(upstream: Upstream) 
     ("params", "inputs", "field", "words"),
     [
         ({"text": " \n"}, {}, "text", "nothing to speak"),
+        ({"text": "…!"}, {}, "text", "nothing to speak"),
         ({"emo_text": "sad"}, {}, "emo_text", "use_emo_text"),
         ({"emo_vector": [0.1] * 8, "use_emo_text": True}, {}, "emo_vector", "one of them"),
         ({"emo_vector": [0.1] * 8}, {"emo_audio_prompt": said()}, "emo_audio_prompt", "one of them"),
@@ -378,7 +379,7 @@ async def test_a_fault_of_the_gpu_is_retryable_and_costs_the_slot_its_process(
 
 
 def test_a_text_that_upstream_makes_nothing_of_fails_alone(engine: IndexTTS2Engine) -> None:
-    end, _ = run(engine, {"text": "?!"})
+    end, _ = run(engine, {"text": "(silence)"})
     assert (end.code, end.retryable, end.restart) == ("engine_failed", False, False)
     assert run(engine, {"text": "fine"})[0].outcome == "completed"
 

@@ -199,6 +199,43 @@ def test_a_failure_after_some_audio_keeps_what_came_and_says_so(capsys: pytest.C
     assert "relay: it broke (engine_failed)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [("say", "..."), ("submit", "--space", "tts"), ("attach", "a" * 32)])
+def test_speech_without_a_sample_is_a_failure_and_leaves_no_file(
+    argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def script(connection: Connection) -> None:
+        if argv[0] == "attach":
+            rid = (await connection.expect(Attach)).request_id
+        else:
+            rid = (await connection.accept()).request_id
+        connection.send(*frames(rid))
+        await connection.hold()
+
+    Path("old.wav").write_bytes(b"what was there")
+    assert run(script, *argv, "-o", "old.wav") == 1
+    assert "made no audio" in capsys.readouterr().err
+    assert Path("old.wav").read_bytes() == b"what was there"
+    assert run(script, *argv) == 1
+    assert {path.name for path in Path().iterdir()} <= {"old.wav", "relay.sock"}
+
+
+def test_say_writes_what_the_name_of_the_file_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(speak, "say", "hi", "-o", "out.mp3", "-q") == 0
+    assert Path("out.mp3").read_bytes()[:2] == b"\xff\xf3"  # an mp3 frame at 24 kHz
+    assert run(speak, "say", "hi", "-o", "out.pcm", "-q") == 0
+    assert Path("out.pcm").read_bytes() == PCM
+
+
+def test_say_refuses_a_name_that_it_cannot_keep_before_anything_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["say", "hi", "-o", "out.flac", "--url", "unix:nobody.sock"]) == 2
+    assert "out.flac: audio is written as .wav, .mp3 or .pcm" in capsys.readouterr().err
+    assert not Path("out.flac").exists()
+    assert run(speak, "submit", "--space", "tts", "-o", "out.flac") == 2
+    assert not Path("out.flac").exists()
+
+
 def test_submit_prints_values_as_json_lines_and_writes_binary(capsys: pytest.CaptureFixture[str]) -> None:
     async def script(connection: Connection) -> None:
         submit = await connection.accept()

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from protocol.commands import wav_writer
-from protocol.commands.wav_writer import AudioWriter, wav_header
+from protocol.commands.wav_writer import AudioWriter, check_audio_name, wav_header
 from protocol.wire.structs import AudioFormat
+from tests.support.audio_compare import decoded, of_pcm, spectral_likeness, speech_like
 
 MONO = AudioFormat(sample_rate=24_000)
 STEREO = AudioFormat(sample_rate=48_000, channels=2)
@@ -203,3 +204,59 @@ def test_writing_before_the_format_is_known_is_a_bug(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         writer.write_binary(b"x")
     writer.close()
+
+
+@pytest.mark.parametrize("name", ["out.pcm", "out.RAW", "out.s16le"])
+def test_a_name_of_raw_samples_gets_the_samples_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"what was there")
+    writer = AudioWriter(tmp_path / name)
+    for _ in range(2):  # as when the request starts again
+        writer.begin(MONO)
+        writer.write(b"\1\0" * 100)
+    writer.close()
+    assert (tmp_path / name).read_bytes() == b"\1\0" * 100
+
+
+@pytest.mark.parametrize("form", [MONO, STEREO, AudioFormat(sample_rate=8_000), AudioFormat(sample_rate=96_000)])
+def test_a_name_of_mp3_gets_mp3(tmp_path: Path, form: AudioFormat) -> None:
+    path, pcm = tmp_path / "out.MP3", speech_like(form.sample_rate, 2.0, form.channels)
+    writer = AudioWriter(path)
+    for _ in range(2):
+        writer.begin(form)
+        for begin in range(0, len(pcm), 10_000):
+            writer.write(pcm[begin : begin + 10_000])
+    assert writer.seconds == pytest.approx(2.0)
+    writer.close()
+    heard = decoded(path.read_bytes(), "mp3")
+    assert heard.duration_s == pytest.approx(2.0, abs=0.1)
+    assert spectral_likeness(of_pcm(pcm, form), heard) > 0.95
+
+
+@pytest.mark.parametrize("suffix", [".flac", ".ogg", ".opus", ".m4a", ".AAC", ".webm"])
+def test_a_name_of_another_kind_of_audio_is_refused_and_the_file_kept(tmp_path: Path, suffix: str) -> None:
+    old, new = tmp_path / f"old{suffix}", tmp_path / f"new{suffix}"
+    old.write_bytes(b"what was there")
+    for path in (old, new):
+        writer = AudioWriter(path)
+        with pytest.raises(ValueError, match=r"audio is written as \.wav, \.mp3 or \.pcm"):
+            writer.begin(MONO)
+        writer.close()
+    assert old.read_bytes() == b"what was there"
+    assert not new.exists()
+
+
+def test_without_lameenc_mp3_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lameenc", None)
+    with pytest.raises(ValueError, match="pip install lameenc"):
+        check_audio_name("out.mp3")
+    check_audio_name("out.wav")
+
+
+@pytest.mark.parametrize("name", ["out.mp3", "out.flac", "out.pcm", "out.png"])
+def test_binary_output_is_written_as_it_is_under_every_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"what was there before, and is longer")
+    writer = AudioWriter(tmp_path / name)
+    writer.write_binary(b"one ")
+    writer.write_binary(b"two")
+    writer.close()
+    assert (tmp_path / name).read_bytes() == b"one two"

@@ -172,7 +172,8 @@ def _without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_without_the_extra")
 @pytest.mark.parametrize(
-    ("coding", "rate_hz", "speed"), [(c, 24_000, 1.0) for c in CODECS] + [("pcm", 22_050, 1.0), ("wav", 24_000, 2.0)]
+    ("coding", "rate_hz", "speed"),
+    [(c, 24_000, 1.0) for c in CODECS[1:]] + [("pcm", 22_050, 1.0), ("wav", 24_000, 2.0)],
 )
 def test_without_the_extra_the_error_says_how_to_install_it(coding: str, rate_hz: int, speed: float) -> None:
     with pytest.raises(AudioExtraMissing, match=r"pip install '\.\[audio\]'"):
@@ -186,8 +187,7 @@ def test_without_the_extra_wav_and_pcm_as_it_comes_are_made() -> None:
     assert encode(open_encoder("pcm", PCM), [b"\1\0" * 50]) == b"\1\0" * 50
     check_encoder("wav")
     check_encoder("pcm")
-    with pytest.raises(AudioExtraMissing, match="cannot produce mp3"):
-        check_encoder("mp3")
+    assert decoded(encode(open_encoder("mp3", source), [speech_like(22_050, 1.0)]), "mp3").duration_s > 0.9
     with pytest.raises(AudioExtraMissing, match="24000 Hz mono, from a worker's 22050 Hz with 1 channel:"):
         check_encoder("pcm", source=source)
 

@@ -22,6 +22,7 @@ from protocol.wire.messages import (
 from protocol.wire.structs import (
     AudioFormat,
 )
+from relayd.http.audio.encoder import CODINGS
 from tests.relayd.http.requests_api.answers import ALL, PCM, POST, one, pcm_of
 from tests.support.fake_worker import FORMAT, fake_worker, identity
 from tests.support.raw_http_client import events_of, visitor
@@ -175,6 +176,28 @@ async def test_a_result_that_is_no_audio_says_so(tmp_path: Path) -> None:
         worker.send(Started(**identity(assign, 0), format=None))
         answer = await http.get(one(posted, "/audio"))
         assert (answer.status, answer.error["code"]) == (409, "no_audio")
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("name", CODINGS)
+async def test_a_request_that_completed_without_a_sample_is_no_empty_file(tmp_path: Path, name: str) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker, visitor(relay.url) as http:
+        posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
+        worker.speak(await worker.assigned(), [b""], end=False)
+        async with trio.open_nursery() as nursery:
+
+            async def listen() -> None:
+                async with visitor(relay.url) as listener:
+                    live = await listener.get(one(posted, f"/audio?format={name}"))
+                    assert (live.status, live.error["code"]) == (502, "engine_failed")
+
+            nursery.start_soon(listen)
+            request = relay.relay.requests[posted.json["request_id"]]
+            await until(lambda: len(request.log.readers) > 0)
+            worker.send(Completed(request_id=request.request_id, attempt=1, seq=2, result={}))
+        await relay.at_rest()
+        answer = await http.get(one(posted, f"/audio?format={name}"))
+        assert (answer.status, answer.error["code"], answer.error["retryable"]) == (502, "engine_failed", False)
 
 
 @pytest.mark.trio
