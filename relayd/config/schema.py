@@ -107,6 +107,42 @@ def _path(value: Value) -> None:
         raise ValueError("must not be empty")
 
 
+def space_name(value: Value) -> None:
+    """Check a space name; raises `ValueError`."""
+    text(64, SPACE_PATTERN, "a space name (a letter or digit, then up to 63 letters, digits and . _ -)")(value)
+
+
+def _models(value: Value) -> None:
+    _each_in_table(value, space_name)
+
+
+def _voices(value: Value) -> None:
+    _each_in_table(value, _voice)
+
+
+def _voice(value: Value) -> None:
+    if isinstance(value, dict):  # by the name of a space: its own
+        _each_in_table(value, _voice_name)
+    else:
+        _voice_name(value)
+
+
+def _each_in_table(value: Value, rule: Rule) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f'must be a table of names, as in {{"tts-1" = "tts", "*" = "tts"}}, not {kind_of(value)}')
+    for key, inner in value.items():
+        try:
+            rule(inner)
+        except ValueError as fault:
+            raise ValueError(f"{key!r}: {fault}") from None
+
+
+def _voice_name(value: Value) -> None:
+    text(256)(value)
+    if not value:
+        raise ValueError("must not be empty")
+
+
 _seconds = number(0.001, 1e7)
 _from_zero_s = number(0.0, 1e7)
 _count = integer(1, 1_000_000)
@@ -244,14 +280,38 @@ class Http:
 
     Args:
         max_wait_s: `/v1/audio/speech` refuses requests with a longer estimated wait, with `queue_full`.
+        no_worker_wait_s: `/v1/audio/speech` answers 503 `no_worker` if no worker connects within this time.
         keep_alive_s: how long an idle connection waits for the next request.
+        lists: who may list models and voices: `token` means tokens that may use them, `public` everybody, who then sees
+            all of them.
         metrics: who may read `/metrics`: `token` means clients and operators with access to all spaces, `operator`
             only operators, `public` everybody.
     """
 
     max_wait_s: Annotated[float, _from_zero_s] = 120.0
+    no_worker_wait_s: Annotated[float, _from_zero_s] = 5.0
+    lists: Annotated[Literal["token", "public"], choice("token", "public")] = "token"
     metrics: Annotated[Literal["token", "operator", "public"], choice("token", "operator", "public")] = "token"
     keep_alive_s: Annotated[float, number(0.01, 3600)] = 30.0
+
+
+@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+class OpenAi:
+    """What the names that OpenAI's clients have built in stand for.
+
+    Args:
+        models: model -> space; `*` is any name that no space has.
+        voices: voice -> voice of the space, `default` for its own choice; `*` is any that the space does not have. A
+            table in it, by the name of a space, is for that space alone.
+        unknown_instructions: what becomes of `instructions` in a space that takes none.
+        strict: refuse every name that no space, no voice and no table here has, and instructions that a space does not
+            take. Else any name is good where a token may use one speaking space.
+    """
+
+    models: Annotated[dict[str, str], _models] = attrs.field(factory=dict)
+    voices: Annotated[dict[str, str | dict[str, str]], _voices] = attrs.field(factory=dict)
+    unknown_instructions: Annotated[Literal["ignore", "refuse"], choice("ignore", "refuse")] = "ignore"
+    strict: Annotated[bool, boolean] = False
 
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
@@ -325,6 +385,7 @@ class Config:
     limits: Limits = attrs.field(factory=Limits)
     results: Results = attrs.field(factory=Results)
     http: Http = attrs.field(factory=Http)
+    openai: OpenAi = attrs.field(factory=OpenAi)
     spaces: dict[str, SpaceConfig] = attrs.field(factory=dict)
 
     @property
@@ -346,6 +407,7 @@ SECTIONS: Mapping[str, type[attrs.AttrsInstance]] = {
     "limits.principal": PrincipalLimits,
     "results": Results,
     "http": Http,
+    "openai": OpenAi,
 }
 
 
@@ -369,11 +431,6 @@ def structure(cls: type[SettingsT], raw: Value, path: tuple[str, ...], source: s
     if settings is None:
         raise ConfigError(faults, source)
     return settings
-
-
-def space_name(value: Value) -> None:
-    """Check a space name; raises `ValueError`."""
-    text(64, SPACE_PATTERN, "a space name (a letter or digit, then up to 63 letters, digits and . _ -)")(value)
 
 
 def _read_table(cls: type[SettingsT], raw: Value, path: tuple[str, ...], faults: list[str]) -> SettingsT | None:

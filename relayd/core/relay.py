@@ -214,12 +214,17 @@ class Relay:
             case Expiry.NOBODY_HOLDS:
                 self.cancel(request, "its client disconnected and did not return")
             case Expiry.QUEUE_TIMEOUT:
-                self.fail(
-                    request,
-                    ErrorCode.QUEUE_TIMEOUT,
-                    f"no slot of space {request.submit.space!r} was free within {request.queue_timeout_s:g} s; "
-                    "try again later, or set a longer queue_timeout_s",
-                )
+                space, waited = request.submit.space, f"it waited {request.queue_timeout_s:g} s"
+                if self.scheduler.state.spaces[space].paused:
+                    message = f"space {space!r} is paused; {waited}: try again when it is resumed"
+                elif not self.workers.serving(space):
+                    message = f"no worker is connected to space {space!r}; {waited}: try again when one is"
+                else:
+                    message = (
+                        f"no slot of space {space!r} was free within {request.queue_timeout_s:g} s; "
+                        "try again later, or set a longer queue_timeout_s"
+                    )
+                self.fail(request, ErrorCode.QUEUE_TIMEOUT, message)
             case Expiry.RUN_TIMEOUT:
                 self.fail(
                     request,

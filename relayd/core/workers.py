@@ -27,6 +27,8 @@ class Workers(Mapping[str, WorkerPort]):
     relay: RelayState
     spaces: Spaces
     _connected: dict[str, WorkerPort] = attrs.field(factory=dict)
+    #: Set, and replaced, when a worker comes, or takes requests again.
+    joined: trio.Event = attrs.field(factory=trio.Event)
 
     def __getitem__(self, worker_id: str) -> WorkerPort:
         return self._connected[worker_id]
@@ -77,6 +79,7 @@ class Workers(Mapping[str, WorkerPort]):
             self.relay.mark_changed("requests", entry.request_id)
         self.relay.mark_changed("workers", port.worker_id)
         self.relay.wake_positions()
+        self._tell_joined()
         return joined
 
     def finish_registration(self, register: Register, worker_id: str, joined: Registration) -> None:
@@ -129,6 +132,15 @@ class Workers(Mapping[str, WorkerPort]):
         self.relay.apply(self.relay.scheduler.undrain(worker_id, trio.current_time()))
         log.info("worker accepts requests again", worker=worker_id)
         self.relay.mark_changed("workers", worker_id)
+        self._tell_joined()
+
+    def _tell_joined(self) -> None:
+        self.joined.set()
+        self.joined = trio.Event()
+
+    def serving(self, space: str) -> bool:
+        """Whether a worker is connected to `space` that starts requests."""
+        return any(not worker.draining for worker in self.relay.scheduler.state.workers_of(space))
 
     # -- attempts
 

@@ -280,14 +280,20 @@ class BodyReader:
         return piece
 
 
-async def read_all(request: Request, most_bytes: int) -> bytes:
+async def read_all(request: Request, most_bytes: int, count: Callable[[int], None] = lambda _size: None) -> bytes:
     """Read the whole body.
+
+    Args:
+        request: the request.
+        most_bytes: limit of its size.
+        count: called with the size of every piece; may raise `HttpError`.
 
     Raises:
         HttpError: the body has more than `most_bytes` (413), or arrives too slowly (408).
     """
     data = bytearray()
     async for piece in BodyReader(request, most_bytes):
+        count(len(piece))
         data += piece
     return bytes(data)
 

@@ -85,6 +85,8 @@ class HttpContext:
     responses: dict[int, int] = attrs.field(factory=dict)
     #: Bytes of uploads in memory that do not belong to a request yet.
     upload_bytes: int = 0
+    #: Spaces for which the log has reported that another voice than requested is used.
+    voices_replaced: set[str] = attrs.field(factory=set)
     #: The relay is shutting down; waiting responses end with an error.
     leaving: bool = False
 

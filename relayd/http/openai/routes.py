@@ -6,35 +6,42 @@ resets the connection, so that partial audio does not look complete.
 """
 
 import base64
+import hashlib
 import json
 import math
 import secrets
-from contextlib import aclosing
+from urllib.parse import quote
 
+import attrs
 import structlog
+import trio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Rejected, Submit
+from protocol.wire.structs import InputInfo
 from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal
 from relayd.core.access import find_space
+from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.http.audio.encoder import PCM, AudioExtraMissing, with_sizes
 from relayd.http.audio.threaded_encoder import Transcoder, check_coding, open_transcoder
 from relayd.http.audio_stream import AudioStream, open_audio
 from relayd.http.authentication import principal_of
+from relayd.http.body_parser import open_uploads, read_all
 from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
+from relayd.http.openai.names import only_space, space_named, speaking_spaces
 from relayd.http.openai.speech_request import (
     DEFAULT_VOICE,
     MAX_BODY_BYTES,
+    SpaceParams,
     Speech,
     params_of,
     parse_speech,
-    speaks,
     usage_of,
     voices_of,
 )
@@ -45,6 +52,11 @@ log = structlog.get_logger("relayd.http")
 
 #: Path prefixes of this API, which has its own error format.
 PATHS = ("/v1/audio", "/v1/models")
+#: Between two looks for a worker while a request is queued, at least.
+MIN_LOOK_S = 1.0
+#: Names that a refusal lists.
+MAX_MODELS_TOLD = 16
+_ANYBODY = Principal(name="anybody", role="client")
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -52,10 +64,8 @@ def error_body(refusal: HttpError) -> dict[str, Value]:
     """Return the body of an error in OpenAI's format; `param` is the first invalid field of the body."""
     kind = "invalid_request_error" if refusal.status < 500 else "server_error"
     field = next(iter(refusal.details), None) if refusal.status == 422 else None
-    if field in ("text", ""):  # a fault in a param of the space; names differ from OpenAI's
-        field = "input" if field else None
-    error = {"message": refusal.message, "type": _KINDS.get(refusal.status, kind), "param": field, "code": refusal.code}
-    return {"error": error}
+    kind = _KINDS.get(refusal.status, kind)
+    return {"error": {"message": refusal.message, "type": kind, "param": field or None, "code": refusal.code}}
 
 
 def routes() -> list[BaseRoute]:
@@ -65,7 +75,7 @@ def routes() -> list[BaseRoute]:
         Route("/v1/audio/models", list_audio_models),
         Route("/v1/audio/voices", list_voices),
         Route("/v1/models", list_models),
-        Route("/v1/models/{model}", show_model),
+        Route("/v1/models/{model:path}", show_model),
     ]
 
 
@@ -74,46 +84,109 @@ def routes() -> list[BaseRoute]:
 
 async def speak(request: Request, reply: ResponseWriter) -> None:
     """Speak the text in `input` with a `voice` of a `model`, which is a space."""
-    context, principal = context_of(request), principal_of(request)
-    speech = parse_speech(await _body(request))
-    space = _space(context, principal, speech.space)
-    params = params_of(speech, space)
     try:
-        await check_coding(speech.coding.name, speech.speed, space.format or PCM)
-        submit = Submit(
-            request_id=secrets.token_hex(16),
-            space=space.name,
-            params=params,
-            queue_timeout_s=max(0.001, min(space.config.queue_timeout_s, context.relay.config.http.max_wait_s)),
-        )
-        async with open_submission(request, submit) as held:
-            _refuse_to_wait(held, context.relay.config.http.max_wait_s)
-            await _send(speech, await open_audio(held), reply)
+        await _speak(request, reply)
     except AudioExtraMissing as fault:
         raise HttpError("format_unavailable", str(fault), status=422, details={"response_format": str(fault)}) from None
+    except HttpError as refusal:
+        if refusal.status == 504 or not refusal.retryable:
+            # The openai package sends every 5xx twice more otherwise, and waits as long again each time.
+            refusal.headers.setdefault("x-should-retry", "false")
+        raise
 
 
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async with aclosing(request.stream()) as pieces:
-        async for piece in pieces:
-            body += piece
-            if len(body) > MAX_BODY_BYTES:
-                raise HttpError(ErrorCode.INPUT_TOO_LARGE, f"the body has more than {MAX_BODY_BYTES} bytes")
-    return bytes(body)
+async def _speak(request: Request, reply: ResponseWriter) -> None:
+    context, principal = context_of(request), principal_of(request)
+    limits = context.relay.config.http
+    with open_uploads(request) as uploads:
+        speech = parse_speech(await read_all(request, MAX_BODY_BYTES, uploads.count))
+    space = _space(context, principal, speech.model)
+    await _wait_for_worker(context, space)
+    names, only = context.relay.config.openai, only_space(context.relay.spaces.values(), principal)
+    asked = params_of(speech, space, names, any_voice=not names.strict and only is space)
+    if asked.voice != speech.voice and space.name not in context.voices_replaced:
+        context.voices_replaced.add(space.name)
+        log.warning("voice is spoken with another", space=space.name, asked=speech.voice, voice=asked.voice)
+    await check_coding(speech.coding.name, speech.speed, space.format or PCM)
+    submit = Submit(
+        request_id=secrets.token_hex(16),
+        space=space.name,
+        params=asked.params,
+        inputs={
+            name: InputInfo(media_type=media_type, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+            for name, (media_type, data) in asked.inputs.items()
+        },
+        queue_timeout_s=max(0.001, min(space.config.queue_timeout_s, limits.max_wait_s)),
+    )
+    inputs = {name: data for name, (_, data) in asked.inputs.items()}
+    try:
+        async with open_submission(request, submit, inputs) as held:
+            _refuse_to_wait(held, limits.max_wait_s)
+            audio = await _begun(held, limits.no_worker_wait_s)
+            await _send(speech, audio, reply, _headers(held, asked))
+    except HttpError as refusal:
+        refusal.details = {asked.field(name): what for name, what in refusal.details.items()}
+        raise
 
 
-def _space(context: HttpContext, principal: Principal, name: str) -> Space:
-    """Return the space named by a client as a model.
+async def _wait_for_worker(context: HttpContext, space: Space) -> None:
+    """Wait for a worker before anything is submitted: until one has come, a space may not have said what it takes.
+
+    A space that refuses while it is empty, or is paused, says so itself when it is asked.
+
+    Raises:
+        HttpError: 503; none has come.
+    """
+    relay = context.relay
+    scheduled = relay.scheduler.state.spaces[space.name]
+    if scheduled.rules.refuse_when_empty or scheduled.paused:
+        return
+    with trio.move_on_after(relay.config.http.no_worker_wait_s):
+        while not relay.workers.serving(space.name):
+            await relay.workers.joined.wait()
+    if not relay.workers.serving(space.name):
+        raise _no_worker(space.name)
+
+
+async def _begun(held: RequestStream, no_worker_wait_s: float) -> AudioStream:
+    """Wait until the engine has begun.
+
+    Raises:
+        HttpError: the request ended before; or it is still queued, and has had no worker for at least this long.
+    """
+    served, relay, space = True, held.relay, held.request.submit.space
+    while True:
+        with trio.move_on_after(max(MIN_LOOK_S, no_worker_wait_s)):
+            return await open_audio(held)
+        before, served = served, not held.queued or relay.workers.serving(space)
+        if not served and not before:
+            raise _no_worker(space)
+
+
+def _no_worker(space: str) -> HttpError:
+    message = f"no worker of space {space!r} takes requests now; try again when one is connected (GET /v1/models)"
+    return HttpError(ErrorCode.NO_WORKER, message, retryable=True)
+
+
+def _space(context: HttpContext, principal: Principal, model: str) -> Space:
+    """Return the space that a client calls a model, or that the model stands for.
 
     Raises:
         HttpError: 403 for a name that the token may not use, whether or not the space exists; 404 for other unknown
             names.
     """
-    space = find_space(context.relay, principal, name)
-    if isinstance(space, Rejected):
-        raise HttpError.of(space)
-    return space
+    relay = context.relay
+    name = space_named(model, relay.spaces, principal, relay.config.openai)
+    space = find_space(relay, principal, name)
+    if not isinstance(space, Rejected):
+        return space
+    if name != model:
+        what = f"; model {model[:64]!r} stands for it ([openai] models of relayd.toml)"
+    elif space.code == ErrorCode.SPACE_NOT_FOUND and (others := speaking_spaces(relay.spaces.values(), principal)):
+        what = f"; models are {', '.join(other.name for other in others[:MAX_MODELS_TOLD])} (GET /v1/models)"
+    else:
+        what = ""
+    raise HttpError.of(attrs.evolve(space, message=space.message + what))
 
 
 def _refuse_to_wait(held: RequestStream, max_wait_s: float) -> None:
@@ -131,7 +204,17 @@ def _refuse_to_wait(held: RequestStream, max_wait_s: float) -> None:
         raise HttpError(ErrorCode.QUEUE_FULL, message, retry_after_s=math.ceil(place.eta_s - max_wait_s))
 
 
-async def _send(speech: Speech, audio: AudioStream, reply: ResponseWriter) -> None:
+def _headers(held: RequestStream, asked: SpaceParams) -> dict[str, str]:
+    """What the head says of the request. A header is ASCII; what is not is written as in a URL."""
+    told = {
+        "x-request-id": held.request.request_id,
+        "x-relay-space": held.request.submit.space,
+        "x-relay-voice": quote(asked.voice, safe=" !#$&'()*+,/:;=?@[]"),
+    }
+    return told | ({"x-relay-ignored": ", ".join(asked.passed_over)} if asked.passed_over else {})
+
+
+async def _send(speech: Speech, audio: AudioStream, reply: ResponseWriter, headers: dict[str, str]) -> None:
     """Encode the audio, and send it in the way the client asked for.
 
     Raises:
@@ -143,15 +226,14 @@ async def _send(speech: Speech, audio: AudioStream, reply: ResponseWriter) -> No
         send: _Bytes = _Whole(speech, reply, held.relay.config.limits.max_result_bytes)
     else:
         send = _Events(speech, reply) if speech.sse else _Bytes(speech, reply)
-    send.headers = {"x-request-id": held.request.request_id}
+    send.headers = headers
     transcoder: Transcoder | None = None
     try:
         while (pcm := await audio.next()) is not None:
             if transcoder is None:
                 transcoder = await open_transcoder(speech.coding.name, audio.format, speech.speed)
             await send.audio(await transcoder.feed(pcm))
-        if transcoder is None:
-            transcoder = await open_transcoder(speech.coding.name, audio.format, speech.speed)
+        assert transcoder is not None  # what ends without audio has failed
         await send.audio(await transcoder.finish())
         await send.end(transcoder)
     except HttpError as refusal:
@@ -246,13 +328,14 @@ class _Whole(_Bytes):
 
 async def list_models(request: Request) -> Response:
     """List the spaces that speak, as models."""
-    return JSONResponse({"object": "list", "data": [_model(space) for space in _speaking(request)]})
+    relay = context_of(request).relay
+    return JSONResponse({"object": "list", "data": [_model(relay, space) for space in _speaking(request)]})
 
 
 async def show_model(request: Request) -> Response:
-    """Return one model."""
-    space = _space(context_of(request), principal_of(request), request.path_params["model"])
-    return JSONResponse(_model(space))
+    """Return one model, or what a name stands for, under that name."""
+    context, name = context_of(request), request.path_params["model"]
+    return JSONResponse(_model(context.relay, _space(context, _reader(request), name), name))
 
 
 async def list_audio_models(request: Request) -> Response:
@@ -264,7 +347,7 @@ async def list_audio_models(request: Request) -> Response:
 async def list_voices(request: Request) -> Response:
     """List the voices of the space in `?model=`, or of all spaces that speak."""
     name = request.query_params.get("model")
-    spaces = [_space(context_of(request), principal_of(request), name)] if name else _speaking(request)
+    spaces = [_space(context_of(request), _reader(request), name)] if name else _speaking(request)
     models_by_voice: dict[str, list[str]] = {}
     for space in spaces:
         for voice in dict.fromkeys((DEFAULT_VOICE, *(voices_of(space) or ()))):
@@ -274,12 +357,20 @@ async def list_voices(request: Request) -> Response:
     )
 
 
+def _reader(request: Request) -> Principal:
+    """Who asks what there is. Some programs ask without the key that they have: Open WebUI does."""
+    without_key = request.headers.get("authorization", "").strip().lower() in ("", "bearer")
+    if without_key and context_of(request).relay.config.http.lists == "public":
+        return _ANYBODY
+    return principal_of(request)
+
+
 def _speaking(request: Request) -> list[Space]:
     """Return the spaces that speak and that the principal may use, sorted by name."""
-    principal = principal_of(request)
-    spaces = sorted(context_of(request).relay.spaces.values(), key=lambda space: space.name)
-    return [space for space in spaces if principal.may_use(space.name) and speaks(space)]
+    return speaking_spaces(context_of(request).relay.spaces.values(), _reader(request))
 
 
-def _model(space: Space) -> dict[str, Value]:
-    return {"id": space.name, "object": "model", "created": int(space.created_at), "owned_by": "relayd"}
+def _model(relay: Relay, space: Space, name: str | None = None) -> dict[str, Value]:
+    ready = relay.workers.serving(space.name) and not relay.scheduler.state.spaces[space.name].paused
+    told = {"id": name or space.name, "object": "model", "created": int(space.created_at), "owned_by": "relayd"}
+    return told | {"ready": ready}

@@ -7,19 +7,25 @@ itself, so every space supports 0.25 to 4.
 
 import json
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import attrs
 
+from protocol.speakable import speakable
 from protocol.wire.errors import ErrorCode
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Rule, Value, boolean, choice, kind_of, number, text
+from relayd.config.schema import MIB, OpenAi
 from relayd.core.space import Space
 from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED, Coding
 from relayd.http.errors import HttpError
+from relayd.http.openai.extra_fields import read_extra
 
-#: The params must fit a message of 64 KiB, of which JSON may write each character as six.
-MAX_BODY_BYTES = 400_000
+#: Enough for a minute of recorded speech in base64.
+MAX_BODY_BYTES = 8 * MIB
+#: Values in a body; parsing as many takes 20 ms.
+MAX_BODY_VALUES = 100_000
 MAX_INPUT_CHARS = 64 * 1024
 MAX_NAME_CHARS = 256
 #: OpenAI's field -> names of corresponding params; the first one that the worker has declared is used.
@@ -30,7 +36,10 @@ PARAMS = {
 }
 #: A voice name that every space accepts: the voice used if none is given.
 DEFAULT_VOICE = "default"
+_NO_NAMES = OpenAi(strict=True)
 MAX_VOICES_LISTED = 24
+#: Limits of a refusal: names of fields come from the client, in any number and length.
+MAX_FAULTS, MAX_FIELD_CHARS = 16, 64
 
 
 def _voice(value: Value) -> None:
@@ -59,13 +68,14 @@ class Speech:
     """A parsed speech request.
 
     Args:
-        space: `model` of the API.
+        model: a space, or a name that stands for one.
         text: `input` of the API.
         sse: whether the audio is sent as server-sent events.
         whole: whether the audio is sent in one piece when it is complete.
+        extra: fields that OpenAI's API does not have.
     """
 
-    space: str
+    model: str
     text: str
     voice: str
     instructions: str
@@ -73,16 +83,19 @@ class Speech:
     speed: float
     sse: bool
     whole: bool
+    extra: dict[str, Value]
 
 
 def parse_speech(body: bytes) -> Speech:
-    """Parse a body. Unknown fields are ignored, because OpenAI's clients add some.
+    """Parse a body.
 
     Raises:
         HttpError: 400 if the body is not a JSON object, 422 with every fault if a field is invalid.
     """
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_BODY_VALUES:
+        raise HttpError(ErrorCode.INPUT_TOO_LARGE, f"the body holds more than {MAX_BODY_VALUES} values")
     try:
-        fields = json.loads(body)
+        fields = json.loads(body, parse_constant=str)
     except (ValueError, RecursionError) as fault:
         why = str(fault) if isinstance(fault, json.JSONDecodeError) else "it is not UTF-8, or nested too deeply"
         raise HttpError("invalid_json", f"the body must be JSON: {why}", status=400) from None
@@ -99,13 +112,13 @@ def parse_speech(body: bytes) -> Speech:
             _check_utf8(values[name])
         except ValueError as fault:
             faults[name] = str(fault)
-    if not faults and not values["input"].strip():
+    if not faults and not speakable(values["input"]):
         faults["input"] = "contains nothing to speak"
     if faults:
         raise _invalid(faults)
     voice = values["voice"]
     return Speech(
-        space=values["model"],
+        model=values["model"],
         text=values["input"],
         voice=(voice["id"] if isinstance(voice, dict) else voice) or DEFAULT_VOICE,
         instructions=values["instructions"],
@@ -113,6 +126,7 @@ def parse_speech(body: bytes) -> Speech:
         speed=float(values["speed"]),
         sse=values["stream_format"] == "sse",
         whole=not values["stream"] and values["stream_format"] == "audio",
+        extra={name: value for name, value in fields.items() if name not in _FIELDS},
     )
 
 
@@ -124,11 +138,40 @@ def _check_utf8(value: Value) -> None:
         raise ValueError("contains a lone surrogate, which is not a character") from None
 
 
-def params_of(speech: Speech, space: Space) -> dict[str, Value]:
-    """Convert a speech request to the params of a space.
+@attrs.frozen(kw_only=True)
+class SpaceParams:
+    """A speech request as params and inputs of a space.
+
+    Args:
+        inputs: name -> media type and content.
+        voice: the voice that is used; `default` if the space chooses.
+        passed_over: fields that are ignored.
+        names: param or input -> the field of the body that it was sent as.
+    """
+
+    params: dict[str, Value]
+    inputs: dict[str, tuple[str, bytes]] = attrs.field(factory=dict)
+    voice: str = DEFAULT_VOICE
+    passed_over: tuple[str, ...] = ()
+    names: dict[str, str] = attrs.field(factory=dict)
+
+    def field(self, name: str) -> str:
+        """The field of the body that a param, an input or a part of one was sent as."""
+        whole, dot, part = name.removeprefix("inputs.").partition(".")
+        return self.names.get(whole, whole) + dot + part
+
+
+def params_of(speech: Speech, space: Space, names: OpenAi = _NO_NAMES, *, any_voice: bool = False) -> SpaceParams:
+    """Convert a speech request to the params and inputs of a space.
 
     Before its first worker registers, a space has declared nothing; then the first name of each param is used, and the
     worker checks the params itself.
+
+    Args:
+        speech: the request.
+        space: the space.
+        names: what voice names stand for, and whether unknown instructions are refused.
+        any_voice: whether the default voice is used for a name that the space does not have.
 
     Raises:
         HttpError: 422; the space produces no audio, does not have the voice or does not accept instructions.
@@ -136,23 +179,60 @@ def params_of(speech: Speech, space: Space) -> dict[str, Value]:
     if space.engine and space.format is None:
         raise _invalid({"model": f"space {space.name!r} produces no audio; GET /v1/models lists the spaces that do"})
     properties = space.params.get("properties", {})
-    params = {_param(space, "input"): speech.text}
-    if None in params:
-        known = ", ".join(sorted(properties)) or "none"
+    text_param = _param(space, "input")
+    if text_param is None:
+        taken = ", ".join(sorted(properties)) or "none"
         raise _invalid(
-            {"model": f"space {space.name!r} has no param for a text (it has: {known}); submit a request to it instead"}
+            {"model": f"space {space.name!r} has no param for a text (it has: {taken}); submit a request to it instead"}
         )
-    if speech.voice != DEFAULT_VOICE or DEFAULT_VOICE in (voices_of(space) or ()):
-        voices, name = voices_of(space), _param(space, "voice")
-        if name is None or (voices is not None and speech.voice not in voices):
-            raise _invalid({"voice": _no_such_voice(speech.voice, space, voices or ())})
-        params[name] = speech.voice
+    extra = read_extra(speech.extra, space)
+    if extra.faults:
+        raise _invalid(extra.faults)
+    params = extra.params | {text_param: speech.text}
+    passed_over = []
+    if extra.recorded:  # it is the voice: what `voice` names besides is only there because the API requires it
+        names = attrs.evolve(names, voices={})
+    try:
+        voice = _voice_of(extra.voice or speech.voice, space, names, any_voice=any_voice and not extra.voice)
+        if extra.voice and speech.voice != voice and speech.voice in (voices_of(space) or ()):
+            raise ValueError(f"names another voice than voice, {speech.voice!r}; send one of them")
+    except ValueError as fault:
+        raise _invalid({extra.names.get("voice", "voice"): str(fault)}) from None
+    if (name := _param(space, "voice")) and (voice != DEFAULT_VOICE or DEFAULT_VOICE in (voices_of(space) or ())):
+        params[name] = voice
     if speech.instructions:
-        name = _param(space, "instructions")
-        if name is None:
+        if name := _param(space, "instructions"):
+            params[name] = speech.instructions
+            extra.names[name] = "instructions"
+        elif names.strict or names.unknown_instructions == "refuse":
             raise _invalid({"instructions": f"space {space.name!r} does not accept instructions; leave them out"})
-        params[name] = speech.instructions
-    return {name: value for name, value in params.items() if name is not None}
+        else:
+            passed_over.append("instructions")
+    told = extra.names | {text_param: "input"}
+    return SpaceParams(params=params, inputs=extra.inputs, voice=voice, passed_over=tuple(passed_over), names=told)
+
+
+def _voice_of(asked: str, space: Space, names: OpenAi, *, any_voice: bool) -> str:
+    """The voice of the space that `asked` stands for: what the settings say of this name, or the space's own, or what
+    they say of every other name.
+
+    Raises:
+        ValueError: it stands for none.
+    """
+    own = names.voices.get(space.name)
+    tables = (own if isinstance(own, dict) else {}, names.voices)
+    voices = voices_of(space)
+    for name in (asked, "*"):
+        meaning = next((table[name] for table in tables if isinstance(table.get(name), str)), None)
+        voice = meaning if isinstance(meaning, str) else asked
+        if voice == DEFAULT_VOICE or voices is None or voice in voices:
+            return voice
+        if meaning is not None:
+            what = f"voice {asked[:64]!r} stands for {voice[:64]!r} ([openai] voices of relayd.toml)"
+            raise ValueError(f"{what}, and {_no_such_voice(voice, space, voices)}")
+    if not any_voice:
+        raise ValueError(_no_such_voice(asked, space, voices or ()))
+    return DEFAULT_VOICE
 
 
 def _param(space: Space, field: str) -> str | None:
@@ -190,6 +270,7 @@ def _no_such_voice(voice: str, space: Space, voices: Iterable[str]) -> str:
 
 
 def _invalid(faults: dict[str, str]) -> HttpError:
+    faults = {field[:MAX_FIELD_CHARS]: what for field, what in islice(faults.items(), MAX_FAULTS)}
     message = "; ".join(f"{field}: {what}" for field, what in faults.items())
     return HttpError(ErrorCode.INVALID_PARAMS, message, details=faults)
 

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 
 from protocol.wire.validators import FieldError
 from relayd.config.loader import default_state_dir, load_config
-from relayd.config.schema import Config, ConfigError, Limits, LogConfig, SpaceConfig, Tls, is_loopback, split_listen
+from relayd.config.schema import (
+    Config,
+    ConfigError,
+    Limits,
+    LogConfig,
+    OpenAi,
+    SpaceConfig,
+    Tls,
+    is_loopback,
+    split_listen,
+)
 
 ROOT = Path(__file__).parents[3]
 HOME = {"HOME": "/home/ann"}
@@ -44,6 +54,11 @@ def test_without_a_file_there_are_the_defaults_and_one_space(file: Path, monkeyp
     assert config.socket_path == Path("/home/ann/.local/state/relayd/relayd.sock")
 
 
+def test_a_table_of_names_can_come_from_the_environment(file: Path) -> None:
+    config = load(file, "", {"RELAYD_OPENAI__MODELS": '{"tts-1" = "tts"}'})
+    assert config.openai.models == {"tts-1": "tts"}
+
+
 def test_the_file_is_looked_for_in_a_fixed_order(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system, named = file.parent / "system.toml", file.parent / "named.toml"
     monkeypatch.setattr("relayd.config.loader.SYSTEM_FILE", system)
@@ -72,6 +87,7 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
         log = {level = "debug", format = "json"}
         limits = {resume_window_s = 0, max_connections = 7}
         results = {retain_s = 1.5}
+        openai = {models = {"tts-1" = "tts"}, voices = {alloy = "anna", tts = {"*" = "default"}}, strict = true}
         [spaces.tts]
         max_running_per_principal = 2
         when_empty = "refuse"
@@ -89,6 +105,7 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
         log=LogConfig(level="debug", format="json"),
         limits=Limits(resume_window_s=0.0, max_connections=7),
         results=config.results,
+        openai=OpenAi(models={"tts-1": "tts"}, voices={"alloy": "anna", "tts": {"*": "default"}}, strict=True),
         spaces={"tts": SpaceConfig(max_running_per_principal=2, when_empty="refuse"), "My.space_2": SpaceConfig()},
     )
     assert type(config.drain_timeout_s) is float
@@ -107,6 +124,11 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
         ('listen = "0.0.0.0:8765"', "listen: 0.0.0.0:8765 can be reached from other machines without encryption"),
         ('listen = "relay.example:1"', "or set behind_proxy = true"),
         ('listen = ""\nunix_socket = false', "listen: there is nothing to listen on"),
+        ('openai.models = "tts"', "openai.models: must be a table of names, as in"),
+        ('[openai.models]\n"tts-1" = "no space"', "openai.models: 'tts-1': 'no space' is not a space name"),
+        ("[openai.voices]\nalloy = 5", "openai.voices: 'alloy': must be a string, not int"),
+        ("[openai.voices.tts]\nalloy = ''", "openai.voices: 'tts': 'alloy': must not be empty"),
+        ('openai.unknown_instructions = "drop"', "openai.unknown_instructions: must be one of ignore, refuse"),
         ('state_dir = ""', "state_dir: must not be empty"),
         (f'state_dir = "/{"x" * 100}"', "state_dir: the path of the socket in it has 113 bytes"),
         ('unix_socket = "yes"', "unix_socket: must be true or false, not string"),

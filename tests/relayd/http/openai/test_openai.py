@@ -15,15 +15,16 @@ import trio
 
 from protocol import open_relay
 from protocol.wire.frames import Audio, Completed, Failed, Started
-from protocol.wire.messages import Assign, Cancel
-from protocol.wire.structs import AudioFormat
+from protocol.wire.messages import Assign, Cancel, Input
+from protocol.wire.structs import AudioFormat, InputRule
 from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from tests.support.audio_compare import decoded, energy_likeness, of_pcm, spectral_likeness, speech_like
 from tests.support.fake_worker import FORMAT, SCHEMA, FakeWorker, fake_worker, identity
-from tests.support.relay import Daemon, daemon, until
-from tests.support.timed_http_client import Answer, asking
+from tests.support.relay import Daemon, a_submit, daemon, kept_logs, peer, until
+from tests.support.timed_http_client import Answer, asking, open_stream
 
 TCP: dict[str, Any] = {"listen": "127.0.0.1:0"}
+STRICT: dict[str, Any] = {"openai": {"strict": True}}
 VOICES = SCHEMA | {"properties": SCHEMA["properties"] | {"voice": {"enum": ["anna", "bert"]}}}
 PCM = speech_like(FORMAT.sample_rate, 2.0)
 SECOND = FORMAT.sample_rate * 2
@@ -182,23 +183,87 @@ async def test_events_carry_the_same_bytes_and_end_with_the_usage(tmp_path: Path
 
 
 @pytest.mark.trio
-async def test_no_audio_at_all_is_a_valid_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("fields", [{}, {"stream": False}, {"stream_format": "sse"}])
+async def test_an_engine_that_makes_no_audio_at_all_is_a_failure(
+    tmp_path: Path, coding: str, fields: dict[str, Any]
+) -> None:
     async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
         nursery.start_soon(speak_once, worker, b"")
-        async with asking_to_speak(relay.url, response_format="wav") as answer:
-            assert answer.status == 200
-            assert len(await answer.body()) == 44
+        status, told, headers = await error_of(relay.url, response_format=coding, **fields)
+        assert (status, told["code"], headers["x-should-retry"]) == (502, "engine_failed", "false")
+        assert "made no audio" in told["message"]
+
+
+# -- fields beyond OpenAI's -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_what_the_space_declares_is_sent_on_and_checked(tmp_path: Path) -> None:
+    async with speaking(tmp_path) as (relay, worker):
+        assign, _ = await spoken(relay, worker, rate=7, unheard_of=[1])
+        assert assign.params == {"text": "hello", "rate": 7}
+        for rate in ("x", 1.5, 10**29):
+            status, told, _ = await error_of(relay.url, rate=rate)
+            assert (status, told["code"]) == (422, "invalid_params")
+            assert told["param"] == ("rate" if rate != 10**29 else None)
+        status, told, _ = await error_of(relay.url, ref_audio="UklGRg==")
+        assert (status, told["param"]) == (422, "ref_audio")
+
+
+@pytest.mark.trio
+async def test_a_recording_in_the_body_reaches_the_worker_and_its_faults_the_client(tmp_path: Path) -> None:
+    recording = bytes(300_000)
+    packed = base64.b64encode(recording).decode()
+    inputs = {"reference_wav": InputRule(max_bytes=400_000)}
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, params=VOICES, inputs=inputs) as worker:
+        assign, _ = await spoken(relay, worker, ref_audio=f"data:audio/wav;base64,{packed}")
+        assert assign.inputs["reference_wav"].media_type == "audio/wav"
+        assert (await worker.peer.next(Input)).request_id == assign.request_id
+
+        async def refuse() -> None:
+            refused = await worker.assigned()
+            details = {"reference_wav": "is no audio"}
+            fault: dict[str, Any] = {"code": "invalid_params", "message": "is no audio", "retryable": False}
+            worker.send(Failed(**identity(refused, 0), **fault, details=details))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(refuse)
+            status, told, _ = await error_of(relay.url, ref_audio=packed)
+        assert (status, told["param"]) == (422, "ref_audio")
+        status, told, _ = await error_of(relay.url, ref_audio=packed * 2)
+        assert (status, told["code"]) == (413, "input_too_large")
+        await until(lambda: relay.http_context.upload_bytes == 0)
 
 
 # -- who the clients are ------------------------------------------------------------------------------------------
 
-OPEN_WEBUI = {"input": "Hello there.", "voice": "anna", "model": "tts"}
-SILLY_TAVERN = {"input": "Hello there.", "response_format": "mp3", "voice": "bert", "speed": 1, "model": "tts"}
+#: What each sends by default. Those of litellm, LiveKit and pipecat were written down as the packages sent them.
+BODIES: dict[str, dict[str, Any]] = {
+    "Open WebUI": {"input": "Hello there.", "voice": "alloy", "model": "tts-1"},
+    "SillyTavern": {
+        "input": "Hello there.",
+        "response_format": "mp3",
+        "voice": "nova",
+        "speed": 1,
+        "model": "tts-1",
+    },
+    "litellm": {"model": "tts-1", "input": "Hello there.", "voice": "alloy"},
+    "LiveKit": {
+        "model": "gpt-4o-mini-tts",
+        "input": "Hello there.",
+        "voice": "ash",
+        "response_format": "mp3",
+        "speed": 1.0,
+        "stream_format": "sse",
+    },
+    "pipecat": {"model": "gpt-4o-mini-tts", "input": "Hello there.", "voice": "alloy", "response_format": "pcm"},
+}
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize("body", [OPEN_WEBUI, SILLY_TAVERN])
-async def test_bodies_of_known_programs_are_answered_with_mp3(tmp_path: Path, body: dict[str, Any]) -> None:
+@pytest.mark.parametrize("program", BODIES)
+async def test_default_bodies_of_known_programs_are_spoken(tmp_path: Path, program: str) -> None:
     async with speaking(tmp_path) as (relay, worker), trio.open_nursery() as nursery:
         told: list[Assign] = []
 
@@ -206,12 +271,21 @@ async def test_bodies_of_known_programs_are_answered_with_mp3(tmp_path: Path, bo
             told.append(await speak_once(worker))
 
         nursery.start_soon(serve)
-        sent = json.dumps(body).encode()
+        asked = BODIES[program]
         headers = [("Content-Type", "application/json")]
-        async with asking(relay.url, "POST", "/v1/audio/speech", headers=headers, body=sent) as answer:
-            assert answer.headers["content-type"] == "audio/mpeg"
-            assert decoded(await answer.body(), "mp3").duration_s == pytest.approx(2.0, abs=0.15)
-    assert told[0].params == {"text": "Hello there.", "voice": body["voice"]}
+        async with asking(
+            relay.url, "POST", "/v1/audio/speech", headers=headers, body=json.dumps(asked).encode()
+        ) as answer:
+            assert answer.status == 200
+            heard = await answer.body()
+    if asked.get("stream_format") == "sse":
+        events = [json.loads(line.removeprefix("data: ")) for line in heard.decode().split("\n\n")[:-1]]
+        heard = b"".join(base64.b64decode(event["audio"]) for event in events if "audio" in event)
+    if asked.get("response_format") == "pcm":
+        assert heard == PCM
+    else:
+        assert decoded(heard, "mp3").duration_s == pytest.approx(2.0, abs=0.15)
+    assert told[0].params == {"text": "Hello there."}
 
 
 async def token_of(relay: Daemon, *spaces: str) -> str:
@@ -223,7 +297,7 @@ async def token_of(relay: Daemon, *spaces: str) -> str:
 
 @pytest.mark.trio
 async def test_the_openai_package_speaks_lists_and_raises_its_own_errors(tmp_path: Path) -> None:
-    async with speaking(tmp_path, **TCP) as (relay, worker), trio.open_nursery() as nursery:
+    async with speaking(tmp_path, **TCP, **STRICT) as (relay, worker), trio.open_nursery() as nursery:
         base_url = relay.urls[0].replace("ws:", "http:") + "/v1"
         async with openai.AsyncOpenAI(base_url=base_url, api_key=await token_of(relay), max_retries=0) as client:
             assert [model.id async for model in client.models.list()] == ["check", "tts"]
@@ -246,6 +320,114 @@ async def test_the_openai_package_speaks_lists_and_raises_its_own_errors(tmp_pat
                 await stranger.models.list()
 
 
+# -- names that clients have built in ---------------------------------------------------------------------------------
+
+ALLOY = {"model": "tts-1", "voice": "alloy", "instructions": "Speak softly."}
+
+
+async def spoken(relay: Daemon, worker: FakeWorker, token: str | None = None, **fields: Any) -> tuple[Assign, Any]:
+    """What the worker is asked for, and the head that the client gets."""
+    told: list[Assign] = []
+
+    async def serve() -> None:
+        told.append(await speak_once(worker))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        url = relay.url if token is None else relay.urls[0]
+        async with asking_to_speak(url, token, **({"response_format": "pcm"} | fields)) as answer:
+            assert answer.status == 200, await answer.body()
+            assert await answer.body() == PCM
+    return told[0], answer.headers
+
+
+@pytest.mark.trio
+async def test_one_speaking_space_is_enough_for_openais_names_and_says_what_it_did(tmp_path: Path) -> None:
+    with kept_logs() as logs:
+        async with speaking(tmp_path) as (relay, worker):
+            for _ in range(2):
+                assign, head = await spoken(relay, worker, **ALLOY)
+                assert (assign.space, assign.params) == ("tts", {"text": "hello"})
+                assert (head["x-relay-space"], head["x-relay-voice"]) == ("tts", "default")
+                assert head["x-relay-ignored"] == "instructions"
+            assign, head = await spoken(relay, worker, model="kokoro", voice="bert")
+            assert (assign.params["voice"], head["x-relay-voice"]) == ("bert", "bert")
+            assert "x-relay-ignored" not in head
+            async with asking(relay.url, "GET", "/v1/models/tts-1") as answer:
+                assert (await answer.json())["id"] == "tts-1"
+            async with asking(relay.url, "GET", "/v1/audio/voices?model=openai/tts-1-hd") as answer:
+                assert [voice["id"] for voice in (await answer.json())["voices"]] == ["default", "anna", "bert"]
+    assert [(log["asked"], log["voice"]) for log in logs if log["event"].startswith("voice is spoken")] == [
+        ("alloy", "default")
+    ]
+
+
+@pytest.mark.trio
+async def test_with_two_speaking_spaces_a_name_that_is_none_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    async with speaking(tmp_path) as (relay, _), fake_worker(relay.url, spaces=("check",), name="two", params=VOICES):
+        status, told, _ = await error_of(relay.url, **ALLOY)
+        assert (status, told["code"]) == (404, "space_not_found")
+        assert "models are check, tts" in told["message"]
+        status, told, _ = await error_of(relay.url, voice="alloy")
+        assert (status, told["param"]) == (422, "voice")
+
+
+@pytest.mark.trio
+async def test_a_token_for_one_space_of_several_has_openais_names_and_nobody_elses(tmp_path: Path) -> None:
+    async with (
+        speaking(tmp_path, **TCP) as (relay, worker),
+        fake_worker(relay.url, spaces=("check",), name="two", params=VOICES),
+    ):
+        token = await token_of(relay, "tts")
+        assign, _ = await spoken(relay, worker, token, **ALLOY)
+        assert assign.space == "tts"
+        for model in ("check", "nobody"):
+            status, told, _ = await error_of(relay.urls[0], token, model=model)
+            assert (status, told["code"]) == (403, "forbidden")
+
+
+@pytest.mark.trio
+async def test_the_settings_say_what_names_stand_for(tmp_path: Path) -> None:
+    names = {
+        "models": {"tts-1": "tts", "*": "check"},
+        "voices": {"alloy": "anna", "bert": "anna", "tts": {"alloy": "bert"}, "gone": "eve", "*": "default"},
+        "unknown_instructions": "refuse",
+    }
+    async with (
+        speaking(tmp_path, openai=names) as (relay, worker),
+        fake_worker(relay.url, spaces=("check",), name="two", params=VOICES) as other,
+    ):
+        for asked, speaker, fields in (
+            ("bert", worker, {"model": "tts-1", "voice": "alloy"}),
+            ("anna", other, {"model": "kokoro", "voice": "alloy"}),
+            ("anna", worker, {"voice": "bert"}),
+            ("anna", worker, {"voice": "anna"}),
+            (None, worker, {"voice": "nova"}),
+        ):
+            assign, head = await spoken(relay, speaker, **fields)
+            assert (assign.params.get("voice"), head["x-relay-voice"]) == (asked, asked or "default")
+        _, told, _ = await error_of(relay.url, voice="gone")
+        assert "'gone' stands for 'eve' ([openai] voices of relayd.toml)" in told["message"]
+        _, told, _ = await error_of(relay.url, instructions="softly")
+        assert told["param"] == "instructions"
+
+
+@pytest.mark.trio
+async def test_a_model_that_stands_for_a_space_that_is_not_there_says_so(tmp_path: Path) -> None:
+    async with speaking(tmp_path, openai={"models": {"tts-1": "gone"}}) as (relay, _):
+        status, told, _ = await error_of(relay.url, model="tts-1")
+        assert status == 404
+        assert "'tts-1' stands for it ([openai] models" in told["message"]
+
+
+@pytest.mark.trio
+async def test_a_voice_in_any_script_fits_the_head(tmp_path: Path) -> None:
+    voices = SCHEMA | {"properties": SCHEMA["properties"] | {"voice": {"enum": ["小美"]}}}
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, params=voices) as worker:
+        _, head = await spoken(relay, worker, voice="小美")
+        assert head["x-relay-voice"] == "%E5%B0%8F%E7%BE%8E"
+
+
 # -- errors before the first byte -----------------------------------------------------------------------------------
 
 
@@ -263,18 +445,20 @@ async def test_who_may_not_is_told_so_before_anything_is_spoken(tmp_path: Path) 
         token = await token_of(relay, "nobody")
         status, told, _ = await error_of(url, token, model="nobody")
         assert (status, told["code"], told["type"]) == (404, "space_not_found", "invalid_request_error")
-        assert told["message"] == "space 'nobody' does not exist; ask the relay's operator"
+        assert told["message"].startswith("space 'nobody' does not exist; ask the relay's operator")
         assert not relay.relay.requests
 
 
 @pytest.mark.trio
 async def test_a_full_queue_is_429_with_the_time_to_wait(tmp_path: Path) -> None:
-    async with daemon(tmp_path, spaces={"tts": {"max_queued": 1}}) as relay, trio.open_nursery() as nursery:
+    async with speaking(tmp_path, spaces={"tts": {"max_queued": 1}}) as (relay, worker), trio.open_nursery() as nursery:
 
         async def wait() -> None:
             async with asking_to_speak(relay.url):
-                raise AssertionError("there is no worker")
+                raise AssertionError("the worker says nothing")
 
+        nursery.start_soon(wait)
+        await worker.assigned()
         nursery.start_soon(wait)
         await until(lambda: bool(relay.relay.scheduler.state.spaces["tts"].queue))
         status, told, headers = await error_of(relay.url)
@@ -311,13 +495,95 @@ async def test_a_space_that_refuses_while_empty_is_503(tmp_path: Path) -> None:
 
 
 @pytest.mark.trio
-async def test_a_deadline_in_the_queue_is_504(tmp_path: Path) -> None:
-    async with daemon(tmp_path, spaces={"tts": {"queue_timeout_s": 0.05}}) as relay:
-        status, told, _ = await error_of(relay.url)
-        assert (status, told["code"]) == (504, "queue_timeout")
-    async with daemon(tmp_path, http={"max_wait_s": 0.05}) as relay:
-        status, told, _ = await error_of(relay.url)
-        assert (status, told["code"]) == (504, "queue_timeout")
+@pytest.mark.parametrize("waits", [{"spaces": {"tts": {"queue_timeout_s": 0.05}}}, {"http": {"max_wait_s": 0.05}}])
+async def test_a_deadline_in_the_queue_is_504_and_not_sent_again(tmp_path: Path, waits: dict[str, Any]) -> None:
+    async with speaking(tmp_path, **waits) as (relay, worker), trio.open_nursery() as nursery:
+
+        async def hear() -> None:
+            async with asking_to_speak(relay.url, response_format="pcm") as answer:
+                assert await answer.body() == PCM
+
+        nursery.start_soon(hear)
+        assign = await worker.assigned()
+        status, told, headers = await error_of(relay.url)
+        assert (status, told["code"], headers["x-should-retry"]) == (504, "queue_timeout", "false")
+        assert "no slot of space 'tts' was free" in told["message"]
+        worker.speak(assign, pieces(PCM))
+
+
+@pytest.mark.trio
+async def test_without_a_worker_it_is_503_within_the_wait_and_nothing_is_queued(tmp_path: Path) -> None:
+    async with daemon(tmp_path, http={"no_worker_wait_s": 0.05}) as relay:
+        status, told, headers = await error_of(relay.url)
+        assert (status, told["code"], told["type"]) == (503, "no_worker", "server_error")
+        assert "no worker of space 'tts' takes requests now" in told["message"]
+        assert "retry-after" in headers
+        assert "x-should-retry" not in headers
+        assert not relay.relay.requests
+        async with fake_worker(relay.url, params=VOICES) as worker:
+            await spoken(relay, worker)
+            relay.relay.workers.drain(next(iter(relay.relay.workers)))
+            assert (await error_of(relay.url))[0] == 503
+
+
+@pytest.mark.trio
+async def test_a_worker_that_comes_within_the_wait_is_asked_in_its_own_words(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, trio.open_nursery() as nursery:
+
+        async def hear() -> None:
+            async with asking_to_speak(relay.url, voice="alloy", response_format="pcm") as answer:
+                assert await answer.body() == PCM
+
+        nursery.start_soon(hear)
+        await until(lambda: bool(relay.http_context.exchanges))
+        async with fake_worker(relay.url, params=VOICES) as worker:
+            assert (await speak_once(worker)).params == {"text": "hello"}
+            await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_who_is_queued_when_the_last_worker_leaves_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.http.openai.routes.MIN_LOOK_S", 0.02)
+    async with daemon(tmp_path, http={"no_worker_wait_s": 0.02}) as relay, trio.open_nursery() as nursery:
+        heard = trio.Event()
+
+        async def hear() -> None:
+            status, told, _ = await error_of(relay.url)
+            assert (status, told["code"]) == (503, "no_worker")
+            heard.set()
+
+        async def hold() -> None:
+            async with asking_to_speak(relay.url):
+                pass
+
+        async with fake_worker(relay.url, params=VOICES) as worker:
+            nursery.start_soon(hold)
+            await worker.assigned()
+            nursery.start_soon(hear)
+            await until(lambda: bool(relay.relay.scheduler.state.spaces["tts"].queue))
+        await heard.wait()
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_a_deadline_in_an_empty_queue_says_that_nobody_is_connected(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+        submit = a_submit(queue_timeout_s=0.05)
+        client.send(submit)
+        (failed,) = await client.frames(submit)
+        assert failed.code == "queue_timeout"
+        assert "no worker is connected to space 'tts'" in failed.message
+
+
+@pytest.mark.trio
+async def test_a_body_that_stops_half_way_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relayd.http.body_parser.BODY_STALL_S", 0.05)
+    async with daemon(tmp_path) as relay, open_stream(relay.url) as stream:
+        await stream.send_all(b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n{")
+        with trio.fail_after(10):
+            assert b" 408 " in await stream.receive_some()
 
 
 @pytest.mark.trio
@@ -350,6 +616,8 @@ async def test_an_engine_that_makes_no_audio_is_refused_at_once(tmp_path: Path) 
     [
         ({"input": None}, "input", "is required"),
         ({"input": "  "}, "input", "contains nothing to speak"),
+        ({"input": "\ufffd"}, "input", "contains nothing to speak"),
+        ({"input": "\ufeff\u200b... -"}, "input", "contains nothing to speak"),
         ({"input": 5}, "input", "must be a string"),
         ({"model": None}, "model", "is required"),
         ({"voice": ["anna"]}, "voice", "must be a string or"),
@@ -368,7 +636,7 @@ async def test_an_engine_that_makes_no_audio_is_refused_at_once(tmp_path: Path) 
 async def test_what_cannot_be_spoken_is_422_and_says_why(
     tmp_path: Path, fields: dict[str, Any], param: str, words: str
 ) -> None:
-    async with speaking(tmp_path) as (relay, _):
+    async with speaking(tmp_path, **STRICT) as (relay, _):
         status, told, _ = await error_of(relay.url, **fields)
         assert (status, told["code"], told["param"]) == (422, "invalid_params", param)
         assert words in told["message"]
@@ -389,8 +657,9 @@ async def test_what_is_no_json_object_is_400(tmp_path: Path, body: bytes) -> Non
 @pytest.mark.trio
 async def test_a_body_without_end_is_413(tmp_path: Path) -> None:
     async with daemon(tmp_path) as relay:
-        status, told, _ = await error_of(relay.url, input="x" * 500_000)
-        assert (status, told["code"]) == (413, "input_too_large")
+        for fields in ({"input": "x" * 9_000_000}, {"x": [0] * 200_000}):
+            status, told, _ = await error_of(relay.url, **fields)
+            assert (status, told["code"]) == (413, "input_too_large")
 
 
 @pytest.mark.trio
@@ -479,7 +748,7 @@ async def test_a_client_that_goes_away_cancels_its_speech(tmp_path: Path) -> Non
 async def test_models_and_voices_are_those_the_token_may_use(tmp_path: Path) -> None:
     spaces = {"tts": {"description": "speaks"}, "text": {}}
     async with (
-        speaking(tmp_path, spaces=spaces, **TCP) as (relay, _),
+        speaking(tmp_path, spaces=spaces, **TCP, **STRICT) as (relay, _),
         fake_worker(relay.url, spaces=("text",), name="other", format=None),
     ):
 
@@ -490,7 +759,8 @@ async def test_models_and_voices_are_those_the_token_may_use(tmp_path: Path) -> 
         everybody, few = await token_of(relay), await token_of(relay, "tts")
         status, told = await get("/v1/models", everybody)
         assert (status, told["object"], [row["id"] for row in told["data"]]) == (200, "list", ["check", "tts"])
-        assert told["data"][1].keys() == {"id", "object", "created", "owned_by"}
+        assert told["data"][1].keys() == {"id", "object", "created", "owned_by", "ready"}
+        assert [row["ready"] for row in told["data"]] == [False, True]
         assert [row["id"] for row in (await get("/v1/models", few))[1]["data"]] == ["tts"]
         assert await get("/v1/audio/models", few) == (200, {"models": [{"id": "tts", "name": "speaks"}]})
         status, told = await get("/v1/audio/voices", few)
@@ -506,3 +776,20 @@ async def test_models_and_voices_are_those_the_token_may_use(tmp_path: Path) -> 
             assert (await get(path.format("nobody"), everybody))[0] == 404
         for path in ("/v1/models", "/v1/models/tts", "/v1/audio/models", "/v1/audio/voices"):
             assert (await get(path))[0] == 401
+
+
+@pytest.mark.trio
+async def test_public_lists_are_told_to_anybody_and_speech_is_not(tmp_path: Path) -> None:
+    async with speaking(tmp_path, http={"lists": "public"}, **TCP) as (relay, _):
+        url, few = relay.urls[0], await token_of(relay, "check")
+        for path in ("/v1/models", "/v1/models/tts", "/v1/audio/models", "/v1/audio/voices?model=tts-1"):
+            for headers in ([], [("Authorization", "Bearer")]):
+                async with asking(url, "GET", path, headers=headers) as answer:
+                    assert answer.status == 200, (path, headers)
+            async with asking(url, "GET", path, token="rly_c_wrong") as answer:
+                assert answer.status == 401
+        async with asking(url, "GET", "/v1/models", token=few) as answer:
+            assert [row["id"] for row in (await answer.json())["data"]] == ["check"]
+        assert (await error_of(url))[0] == 401
+        async with asking(url, "GET", "/v1/spaces") as answer:
+            assert answer.status == 401

@@ -72,7 +72,7 @@ def refusal_of(space: Space, **fields: Any) -> HttpError:
 def test_fields_become_the_params_that_the_worker_declared(
     schema: dict[str, Any], fields: dict[str, Any], params: dict[str, Any]
 ) -> None:
-    told = params_of(a_speech(**fields), a_space(schema))
+    told = params_of(a_speech(**fields), a_space(schema)).params
     assert told == params
     assert check_params(schema, told) == {}
 
@@ -100,7 +100,7 @@ def test_of_many_voices_some_are_told_and_where_the_rest_are() -> None:
 
 def test_a_voice_named_default_is_sent_where_a_worker_has_one() -> None:
     schema = ESPEAK | {"properties": {"text": {}, "voice": {"enum": ["default", "other"]}}}
-    assert params_of(a_speech(), a_space(schema)) == {"text": "hello", "voice": "default"}
+    assert params_of(a_speech(), a_space(schema)).params == {"text": "hello", "voice": "default"}
 
 
 def test_voices_are_those_of_the_schema() -> None:

@@ -1,0 +1,169 @@
+"""Fields beyond OpenAI's: what a space has declared is sent on, who speaks is never passed over."""
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpuworker.engines import mock
+from gpuworker.engines.indextts2.params import input_rules as index_inputs
+from gpuworker.engines.voxcpm.schema import Abilities, input_rules, params_schema
+from protocol.wire.params_schema import check_params
+from protocol.wire.structs import AudioFormat, InputRule
+from relayd.config.schema import OpenAi, SpaceConfig
+from relayd.core.space import Space
+from relayd.http.errors import HttpError
+from relayd.http.openai.speech_request import SpaceParams, params_of, parse_speech
+
+WAV = b"RIFF and so on"
+RECORDING = base64.b64encode(WAV).decode()
+TEXT = {"type": "string"}
+
+
+def a_space(properties: dict[str, Any], inputs: dict[str, InputRule] | None = None) -> Space:
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    form = AudioFormat(sample_rate=24_000)
+    return Space(name="tts", config=SpaceConfig(), engine="fake", params=schema, inputs=inputs or {}, format=form)
+
+
+MOCK = a_space(mock.PARAMS["properties"])
+
+
+def voxcpm(**can: Any) -> Space:
+    abilities = Abilities(**can)
+    return a_space(params_schema(abilities)["properties"], input_rules(abilities))
+
+
+CLONING, NEEDS_WORDS = voxcpm(clones=True, voices=("ann", "bert")), voxcpm(voices=("ann", "bert"))
+FETCHING = voxcpm(clones=True, fetches=True)
+INDEX = a_space({"text": TEXT}, index_inputs(()))
+
+
+def asked(space: Space, **fields: Any) -> SpaceParams:
+    body = {"model": "tts", "input": "hello", "voice": "alloy"} | fields
+    told = params_of(parse_speech(json.dumps(body).encode()), space, OpenAi(), any_voice=True)
+    assert check_params(space.params, told.params) == {}
+    return told
+
+
+def refusal_of(space: Space, **fields: Any) -> HttpError:
+    with pytest.raises(HttpError) as caught:
+        asked(space, **fields)
+    assert caught.value.status == 422
+    return caught.value
+
+
+def test_a_field_that_the_space_declares_as_a_param_is_sent_on_as_it_is() -> None:
+    told = asked(MOCK, seed=1, fail={"how": "hang"}, speed=2, lang_code="a", volume_multiplier=1.0, stream=False)
+    assert told.params == {"text": "hello", "seed": 1, "fail": {"how": "hang"}}  # speed is the relay's own
+
+
+def test_what_is_null_is_left_out_and_input_is_the_text() -> None:
+    assert asked(MOCK, seed=None, text="other").params == {"text": "hello"}
+
+
+@pytest.mark.parametrize("value", ["\ud800", ["\ud800"], {"how": "\udfff"}, {"\ud800": 1}])
+def test_half_a_character_is_refused_by_the_name_of_its_field(value: Any) -> None:
+    assert refusal_of(MOCK, fail=value).details == {"fail": "contains a lone surrogate, which is not a character"}
+
+
+@pytest.mark.parametrize("field", ["ref_audio", "reference_audio", "speaker_wav", "audio_prompt_path", "refAudio"])
+@pytest.mark.parametrize("recording", [RECORDING, f"data:audio/flac;base64,{RECORDING}"])
+def test_a_recording_of_a_voice_becomes_what_the_space_calls_it(field: str, recording: str) -> None:
+    kind = "audio/flac" if recording.startswith("data:") else "application/octet-stream"
+    told = asked(CLONING, **{field: recording})
+    assert (told.inputs, told.params) == ({"reference_wav": (kind, WAV)}, {"text": "hello"})
+    assert told.field("inputs.reference_wav") == told.field("reference_wav") == field
+    assert asked(INDEX, **{field: recording}).inputs == {"spk_audio_prompt": (kind, WAV)}
+
+
+@pytest.mark.parametrize("space", [CLONING, NEEDS_WORDS])
+@pytest.mark.parametrize("words", ["ref_text", "reference_text", "prompt_text"])
+def test_with_the_words_in_it_speech_goes_on_from_a_recording(space: Space, words: str) -> None:
+    told = asked(space, ref_audio=RECORDING, **{words: "as I said"})
+    assert told.params == {"text": "hello", "prompt_text": "as I said"}
+    assert list(told.inputs) == ["prompt_wav"]
+
+
+def test_a_recording_that_the_space_names_so_itself_is_that_input() -> None:
+    space = a_space({"text": TEXT}, {"ref_audio": InputRule(media_types=["audio/wav"]), "noise": InputRule()})
+    told = asked(space, ref_audio=RECORDING, noise=RECORDING)
+    assert told.inputs == {"ref_audio": ("audio/wav", WAV), "noise": ("application/octet-stream", WAV)}
+
+
+def test_a_url_is_sent_on_where_the_space_fetches_it() -> None:
+    told = asked(FETCHING, ref_audio="https://host/a.wav")
+    assert told.params == {"text": "hello", "reference_wav_url": "https://host/a.wav"}
+    assert "fetches none" in refusal_of(CLONING, ref_audio="https://host/a.wav").details["ref_audio"]
+
+
+def test_a_recording_is_the_voice_whatever_the_settings_make_of_names() -> None:
+    body = json.dumps({"model": "tts", "input": "hello", "voice": "alloy", "ref_audio": RECORDING}).encode()
+    told = params_of(parse_speech(body), CLONING, OpenAi(voices={"*": "ann"}), any_voice=True)
+    assert told.params == {"text": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("space", "fields", "field", "words"),
+    [
+        (MOCK, {"ref_audio": RECORDING}, "ref_audio", "takes no recording of a voice"),
+        (MOCK, {"speaker_wav": "/home/ann/voice.wav"}, "speaker_wav", "takes no recording of a voice"),
+        (CLONING, {"speaker_wav": "/home/ann/voice.wav"}, "speaker_wav", "the relay opens no paths"),
+        (CLONING, {"ref_audio": "data:audio/wav,RIFF"}, "ref_audio", "must be base64 in a data URL"),
+        (CLONING, {"ref_audio": "data:;base64,"}, "ref_audio", "is an empty file"),
+        (CLONING, {"ref_audio": 5}, "ref_audio", "must be a string"),
+        (CLONING, {"ref_audio": RECORDING, "speaker_wav": RECORDING}, "speaker_wav", "says the same as another"),
+        (CLONING, {"ref_text": "hello"}, "ref_text", "goes with a recording"),
+        (NEEDS_WORDS, {"ref_audio": RECORDING}, "ref_audio", "needs the words in it"),
+        (MOCK, {"speaker": "anna"}, "speaker", "it has default"),
+        (CLONING, {"voice_id": "eve"}, "voice_id", "it has default, ann, bert"),
+        (CLONING, {"voice": "ann", "voice_id": "bert"}, "voice_id", "names another voice than voice, 'ann'"),
+        (CLONING, {"speaker": 3}, "speaker", "must be a string"),
+        (MOCK, {"speaker_embedding": [1.0]}, "speaker_embedding", "is not taken by space 'tts'"),
+        (MOCK, {"references": [{"audio": RECORDING}]}, "references", "is not taken by space 'tts'"),
+        (MOCK, {"voice_description": "an old man"}, "voice_description", "is not taken by space 'tts'"),
+    ],
+)
+def test_who_speaks_is_never_passed_over(space: Space, fields: dict[str, Any], field: str, words: str) -> None:
+    assert words in refusal_of(space, **fields).details[field]
+
+
+@pytest.mark.parametrize("field", ["speaker", "voice_id", "voiceName", "speaker_id"])
+def test_a_voice_by_another_name_is_spoken_with(field: str) -> None:
+    told = asked(CLONING, **{field: "bert"})
+    assert (told.params, told.voice) == ({"text": "hello", "voice": "bert"}, "bert")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ref_audio": None, "speaker": "", "references": [], "clone_voice": False},
+        {"voice_speed": 1.1, "speaker_boost": True, "voice_settings": {"stability": 1}},
+        {"prompt": "x", "reference_audio_format": "wav", "language": "en", "id": "7", "name": "x"},
+    ],
+)
+def test_what_says_nothing_of_who_speaks_is_passed_over(fields: dict[str, Any]) -> None:
+    assert asked(MOCK, **fields).params == {"text": "hello"}
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8) | st.just(RECORDING),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+_NAMES = ("ref_audio", "ref_text", "speaker", "prompt_wav", "prompt_text", "seed", "cfg_value", "voice_id", "x")
+
+
+@given(st.dictionaries(st.sampled_from(_NAMES), _JSON, max_size=4))
+def test_any_extra_fields_are_params_or_a_refusal(fields: dict[str, Any]) -> None:
+    body = json.dumps({"model": "tts", "input": "hello"} | fields).encode()
+    for space in (MOCK, CLONING, NEEDS_WORDS):
+        refused = None
+        try:
+            params_of(parse_speech(body), space, OpenAi(), any_voice=True)
+        except HttpError as refusal:
+            refused = refusal
+        assert refused is None or (refused.status == 422 and refused.details.keys() <= fields.keys())
