@@ -1,5 +1,7 @@
 """The official `openai` package, unchanged, against a relay and a worker as a user starts them."""
 
+import hashlib
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from tests.support.processes import Place, Proc, a_place, a_relay, a_worker
 
 TEXT = "The relay sends what is spoken while it is being made, and nobody waits for the whole of it."
 ESPEAK = AudioFormat(sample_rate=22_050)
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "openai.mjs"
+NODE = shutil.which("node")
 
 
 async def client_of(place: Place, relay: Proc) -> openai.OpenAI:
@@ -79,3 +83,29 @@ async def test_the_openai_package_hears_events(tmp_path: Path) -> None:
             body = await trio.to_thread.run_sync(partial(speak, client, stream_format="sse"))
     assert body.count(b'"speech.audio.delta"') > 10
     assert body.rstrip().rpartition(b"data: ")[2].startswith(b'{"type": "speech.audio.done", "usage": {')
+
+
+@pytest.mark.trio
+async def test_the_openai_packages_speak_with_their_own_names_and_a_seed_is_the_spaces_own(tmp_path: Path) -> None:
+    """Python's and npm's; and what the space declares beside is sent on: the same samples as `relay say` gets."""
+    assert NODE is not None, "there is no `node` on PATH; `make test` puts one into .venv/bin"
+    place = a_place(tmp_path)
+    async with a_relay(place) as relay, a_worker(place, relay, "--engine", "mock", "-o", "speed=0"):
+        with await client_of(place, relay) as client:
+            for names in ({"model": "tts-1", "voice": "alloy"}, {"model": "gpt-4o-mini-tts", "voice": "marin"}):
+                asked = partial(speak, client, **names, instructions="Speak in a cheerful tone.")
+                assert decoded(await trio.to_thread.run_sync(asked), "mp3").duration_s > 2
+            seeded = partial(speak, client, response_format="pcm", voice="alloy", extra_body={"seed": 7})
+            heard = await trio.to_thread.run_sync(seeded)
+            url, key = str(client.base_url), client.api_key
+            with pytest.raises(openai.UnprocessableEntityError) as refused:
+                await trio.to_thread.run_sync(partial(speak, client, extra_body={"seed": "x"}))
+            assert refused.value.param == "seed"
+        await place.run("relay", "say", TEXT, "-p", "seed=7", "-o", "said.pcm")
+        said = (place.folder / "said.pcm").read_bytes()
+        environ = place.environ | {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": key}
+        command = [NODE, str(EXAMPLE), "Hello.", str(tmp_path / "out.mp3")]
+        done = await trio.run_process(command, env=environ, capture_stdout=True)
+    assert hashlib.sha256(heard).digest() == hashlib.sha256(said).digest()
+    assert done.stdout == b"spoken by tts with voice default\n"
+    assert decoded((tmp_path / "out.mp3").read_bytes(), "mp3").duration_s > 2
