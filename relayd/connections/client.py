@@ -1,10 +1,12 @@
 """A client's connection: handles its messages and sends the frames of its requests."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import attrs
+import structlog
 import trio
 
 from protocol.link.base import Link
@@ -40,6 +42,8 @@ from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition, State
 from relayd.views.rows import pages, space_row
 
+log = structlog.get_logger("relayd")
+
 #: Called with a handler object and a message of the type that it is registered for.
 Handler = Callable[[Any, Any], None]
 
@@ -67,6 +71,8 @@ class ClientHandler:
     held_requests: dict[str, Request] = attrs.field(factory=dict)
     #: The latest position of each request that is sent once the link has drained.
     _deferred_positions: dict[str, QueuePosition] = attrs.field(factory=dict)
+    #: Requests whose end is not safe yet, and how often the client has asked how they stand.
+    _deferred_statuses: Counter[str] = attrs.field(factory=Counter)
     frames_sent: int = 0
     bytes_sent: int = 0
     #: The value of `bytes_sent` when rates were last computed.
@@ -307,7 +313,26 @@ class ClientHandler:
         request = find_request(self.relay, self.principal, status.request_id)
         if isinstance(request, Rejected):
             self.send(request)
-            return
+        elif request not in self.relay.finalizer.unfinalized:
+            self._send_status(request)
+        else:
+            self._deferred_statuses[request.request_id] += 1
+            if self._deferred_statuses[request.request_id] == 1:
+                self.relay.nursery.start_soon(self._send_deferred_statuses, request)
+
+    async def _send_deferred_statuses(self, request: Request) -> None:
+        """Tell how a request stands once that is safe: a relay that is killed must not forget what it told."""
+        try:
+            refusal = await self.relay.finalizer.wait_safe(request)
+            for _ in range(self._deferred_statuses.pop(request.request_id)):
+                if refusal is not None:
+                    self.send(refusal)
+                else:
+                    self._send_status(request)
+        except Exception:  # this task lives in the relay's nursery
+            log.exception("internal error in request", request_id=request.request_id)
+
+    def _send_status(self, request: Request) -> None:
         entry, now = request.entry, trio.current_time()
         reply = StatusReply(
             request_id=request.request_id,

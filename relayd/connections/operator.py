@@ -31,6 +31,11 @@ ACTION_TIMEOUT_S = 10.0
 Answer = dict[str, Value] | Rejected
 #: Actions that change nothing: allowed to read-only operators, and not audited.
 READ_ONLY_ACTIONS = frozenset({"describe", "list_tokens"})
+#: Actions that hold at once, and are answered when the store has them: `done` must outlive a relay that is killed.
+STORED_ACTIONS = frozenset({"cancel", "promote", "pause_space", "resume_space", "revoke_token"})
+NOT_STORED = (
+    "the action holds, but is not stored: a relay that is started again before its disk takes it has forgotten it"
+)
 MAX_AUDIT_CHARS = 300
 
 
@@ -77,10 +82,14 @@ class OperatorHandler(ClientHandler):
             Shielded, for at most `ACTION_TIMEOUT_S`: if a token revokes itself or the operator disconnects, a change in
             memory must still reach the store.
         """
-        with trio.move_on_after(ACTION_TIMEOUT_S, shield=True):
-            await self._answer(steer)
+        with trio.CancelScope(shield=True):
+            answer = await self._answer(steer)
+        if isinstance(answer, Rejected):
+            self.send(attrs.evolve(answer, request_id=steer.steer_id or None))
+        else:
+            self.send(Done(steer_id=steer.steer_id, action=steer.action, target=steer.target, data=answer))
 
-    async def _answer(self, steer: Steer) -> None:
+    async def _answer(self, steer: Steer) -> Answer:
         action = ACTIONS.get(steer.action)
         principal = self.principal
         answer: Answer
@@ -91,15 +100,33 @@ class OperatorHandler(ClientHandler):
             self._audit(steer, answer)
         else:
             try:
-                answer = await action(self, steer)
+                with trio.fail_after(ACTION_TIMEOUT_S):
+                    answer = await action(self, steer)
+                    if steer.action in STORED_ACTIONS and not isinstance(answer, Rejected):
+                        await self._store(steer)
             except StoreError as fault:
                 answer = Rejected.because(fault.code, str(fault))
+            except trio.TooSlowError:
+                words = f"the disk has not answered for {ACTION_TIMEOUT_S:g} s; {NOT_STORED}"
+                answer = Rejected.because(ErrorCode.STORAGE_FULL, words)
             if steer.action not in READ_ONLY_ACTIONS:
                 self._audit(steer, answer)
-        if isinstance(answer, Rejected):
-            self.send(attrs.evolve(answer, request_id=steer.steer_id or None))
-        else:
-            self.send(Done(steer_id=steer.steer_id, action=steer.action, target=steer.target, data=answer))
+        return answer
+
+    async def _store(self, steer: Steer) -> None:
+        """Wait until what an action has changed is in the store.
+
+        Raises:
+            StoreError: the disk does not take it now; it will be tried again.
+        """
+        request = self.relay.requests.get(steer.target)
+        try:
+            if request is not None and request.uploaded:
+                await self.relay.store.commit(self.relay.status_update(request))
+            else:
+                await self.relay.store.flush()
+        except StoreError as fault:
+            raise type(fault)(f"{fault}; {NOT_STORED}") from fault
 
     def _audit(self, steer: Steer, answer: Answer) -> None:
         """Record an action and its outcome in the log and in the `audit` topic."""
@@ -120,7 +147,9 @@ class OperatorHandler(ClientHandler):
 
     async def _describe(self, steer: Steer) -> Answer:
         request = self._request(steer.target)
-        return request if isinstance(request, Rejected) else request_detail(self.relay, request)
+        if isinstance(request, Rejected):
+            return request
+        return await self.relay.finalizer.wait_safe(request) or request_detail(self.relay, request)
 
     def _request(self, request_id: str) -> Request | Rejected:
         request = self.relay.requests.get(request_id)
@@ -135,9 +164,11 @@ class OperatorHandler(ClientHandler):
         return {"state": str(request.entry.state)}
 
     async def _promote(self, steer: Steer) -> Answer:
-        refusal = self.relay.scheduler.promote(steer.target)
+        if refusal := self.relay.scheduler.promote(steer.target):
+            return refusal
+        self.relay.save_status(self.relay.requests[steer.target])
         self.relay.apply([])  # the positions have changed
-        return refusal or {}
+        return {}
 
     async def _drain_worker(self, steer: Steer) -> Answer:
         port = self.relay.workers.get(steer.target)
@@ -232,7 +263,7 @@ class OperatorHandler(ClientHandler):
         for connection in list(self.relay.connections.values()):
             if connection.principal.token_id in ids:
                 connection.disconnect("its token was revoked")
-        await self.relay.store.commit(*map(PutToken, revoked))
+        self.relay.store.post(*map(PutToken, revoked))
         return {"revoked": sorted(ids)}
 
     async def _disconnect(self, steer: Steer) -> Answer:

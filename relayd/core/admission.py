@@ -242,8 +242,11 @@ class Admission:
 
     async def _commit(self, request: Request, faults: dict[str, StoreError]) -> None:
         """Commit one request; the store combines a batch into one transaction and fails only the faulty commits."""
+        if not request.live:
+            return  # cancelled, and the client was told so: a request stored now would run after the next start
         try:
             await self.relay.store.commit(_put(request))
+            request.accepted = True
         except StoreError as fault:
             log.error("store failed", why=str(fault), request_id=request.request_id)
             faults[request.request_id] = fault
@@ -258,7 +261,6 @@ class Admission:
             if request.live:
                 self._reject(request, fault.code, _cannot_store(fault.code))  # the fault may name local files
             return
-        request.accepted = True
         request.drop_inputs()
         if not request.live:  # cancelled while the store was writing
             relay.save_status(request)

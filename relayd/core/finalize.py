@@ -2,32 +2,45 @@
 
 A last frame from a worker is passed on at once, and acknowledged when the frames are in a file and the end is in the
 store; until then the worker keeps everything. A last frame that the relay itself makes, which nobody else knows, is
-stored before it is sent. If the disk cannot be written, ends are acknowledged all the same.
+stored before it is sent. So is every cancellation: a worker that repeats `cancelled` to a relay that has forgotten the
+cancel would have the request run again. If the disk cannot be written, ends are acknowledged all the same, but a
+cancellation waits for the disk.
 """
 
-import functools
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import attrs
 import structlog
 import trio
 
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Rejected
 from relayd.core.interfaces import ResultsOwner
 from relayd.core.retention import Retention
 from relayd.requests.request import Request
+from relayd.scheduling.model import State
 from relayd.store.base import StoreError
 
 log = structlog.get_logger("relayd.results")
 
+#: Before a cancellation that the disk did not take is tried again.
+RETRY_S = 1.0
+#: For the disk to take what was decided of a request, before who asks is told that it does not.
+SAFE_S = 5.0
+
 
 @attrs.define(eq=False)
 class Finalizer:
-    """Writes ended requests to the store and to result files."""
+    """Writes ended requests, and cancels of running ones, to the store and to result files."""
 
     relay: ResultsOwner
     results: Retention
-    #: Ended requests that are not stored yet; their workers still keep them.
-    unfinalized: set[Request] = attrs.field(factory=set)
-    _all_final: trio.Event = attrs.field(factory=trio.Event)
+    #: Requests whose end or cancel is not stored yet, and the number of tasks that store it; their workers still keep
+    #: them.
+    unfinalized: Counter[Request] = attrs.field(factory=Counter)
+    _changed: trio.Event = attrs.field(factory=trio.Event)
 
     def finalize(self, request: Request, last_frame: bytes | None) -> None:
         """Store the end of a request, then acknowledge it.
@@ -36,8 +49,25 @@ class Finalizer:
             request: an accepted request that has ended.
             last_frame: the last frame if the relay made it; None if the log already has the last frame.
         """
-        self.unfinalized.add(request)
-        self.relay.nursery.start_soon(functools.partial(self._finalize, request, last_frame))
+        self._begin(request, partial(self._finalize, request, last_frame))
+
+    def remember_cancel(self, request: Request) -> None:
+        """Store that a running request is being stopped: a relay that is started again must not let it run on."""
+        self._begin(request, partial(self._record, request))
+
+    def _begin(self, request: Request, work: Callable[[], Awaitable[None]]) -> None:
+        self.unfinalized[request] += 1
+        self.relay.nursery.start_soon(self._run, request, work)
+
+    async def _run(self, request: Request, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except Exception:
+            log.exception("internal error in request", request_id=request.request_id)
+        finally:
+            self.unfinalized -= Counter((request,))  # drops what reaches zero
+            self._changed.set()
+            self._changed = trio.Event()
 
     async def _finalize(self, request: Request, last_frame: bytes | None) -> None:
         try:
@@ -56,10 +86,6 @@ class Finalizer:
             self._end_log(request, last_frame)
         finally:
             request.pending_ack = None
-            self.unfinalized.discard(request)
-            if not self.unfinalized:
-                self._all_final.set()
-                self._all_final = trio.Event()
 
     def _end_log(self, request: Request, last_frame: bytes | None) -> None:
         """End the log after an internal error, so that readers do not wait for ever. Never raises."""
@@ -73,12 +99,29 @@ class Finalizer:
     async def wait_finalized(self) -> None:
         """Wait until every end is stored."""
         while self.unfinalized:
-            await self._all_final.wait()
+            await self._changed.wait()
+
+    async def wait_safe(self, request: Request) -> Rejected | None:
+        """Wait until what was decided of a request is in the store, so that it can be told; or say why it cannot."""
+        with trio.move_on_after(SAFE_S):
+            while request in self.unfinalized:
+                await self._changed.wait()
+            return None
+        words = "the relay's disk does not take what became of the request; ask again later"
+        return Rejected.because(ErrorCode.STORAGE_FULL, words, request_id=request.request_id)
 
     async def _record(self, request: Request) -> None:
-        update = self.relay.status_update(request)
-        try:
-            await self.relay.store.commit(update)
-        except StoreError as fault:
-            log.error("request end not stored, retrying", request_id=request.request_id, why=str(fault))
-            self.relay.store.post(update)
+        told = False
+        while True:
+            update = self.relay.status_update(request)
+            try:
+                await self.relay.store.commit(update)
+                return
+            except StoreError as fault:
+                if not told:
+                    log.error("request end not stored, retrying", request_id=request.request_id, why=str(fault))
+                    told = True
+            if not request.live and request.entry.state is not State.CANCELLED:
+                self.relay.store.post(update)
+                return
+            await trio.sleep(RETRY_S)

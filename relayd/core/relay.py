@@ -164,7 +164,7 @@ class Relay:
                 port.cancel(request_id, BROKEN)
 
         def store() -> None:
-            if request.accepted:
+            if request.uploaded:
                 self.store.post(_broken_update(request_id))
 
         def close(reader: FrameReader) -> None:
@@ -269,7 +269,7 @@ class Relay:
                     request.wake()
                     self.mark_changed("requests", request.request_id)
                     if request.entry.cancel_reason is not None:
-                        self.save_status(request)  # so that it does not run on after a restart of the relay
+                        self.finalizer.remember_cancel(request)
                 if port := self.workers.get(decision.worker_id):
                     port.cancel(decision.request_id, decision.reason)
             case Requeue():
@@ -354,8 +354,9 @@ class Relay:
         request.release_run_data()
         self.stats.count_ended(request, state, now)
         decisions = self.scheduler.end(request.request_id, state, now)
-        # A worker sends its last frame again after a restart, and a request that was not accepted is not in the store.
-        send_now = pending_ack is not None or not request.accepted
+        # A worker sends its last frame again after a restart, and a request that was not uploaded is not in the store.
+        # A repeated `cancelled` would not end the request: see `relayd.core.finalize`.
+        send_now = (pending_ack is not None and state is not State.CANCELLED) or not request.uploaded
         if send_now:
             request.log.append(last_frame, ends=True)
         for holder in request.holders:
@@ -367,7 +368,7 @@ class Relay:
         self._log_request(
             request, f"request {state}", code=code, why=message, took_s=round(now - request.created_at, 3)
         )
-        if request.accepted:
+        if request.uploaded:  # it is in the store, or about to be
             self.finalizer.finalize(request, None if send_now else last_frame)
         self.apply(decisions)
 
@@ -396,6 +397,7 @@ class Relay:
             reproducible=entry.reproducible,
             stopping=entry.cancel_reason,
             worker_id=entry.worker_id,
+            promoted=entry.promoted,
             ended_at=time.time() if request.ended_at is not None else None,
             code=request.code,
             message=request.message,

@@ -51,6 +51,8 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
         except Exception:
             log.exception("request cannot be restored, set aside", request_id=stored.request_id)
             relay.set_aside(stored.request_id)
+    for stored in sorted((each for each in known if each.promoted), key=lambda each: each.promoted):
+        relay.scheduler.promote(stored.request_id)
     if live or results:
         log.info("requests restored", requests=live, results=len(results))
 
@@ -103,6 +105,7 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         reproducible=record.reproducible,
         has_output=record.has_output,
         input_bytes=sum(info.size for info in submit.inputs.values()),
+        promoted=record.promoted,
     )
     request = Request.of(
         submit,

@@ -299,3 +299,13 @@ def find_request(http: HttpRequest, request_id: str) -> Request:
     if isinstance(request, Rejected):
         raise HttpError.of(request)
     return request
+
+
+async def wait_safe(http: HttpRequest, request: Request) -> None:
+    """Wait until how a request stands is stored: a relay that is killed must not forget what it told.
+
+    Raises:
+        HttpError: the disk does not take it.
+    """
+    if (refusal := await context_of(http).relay.finalizer.wait_safe(request)) is not None:
+        raise HttpError.of(refusal)

@@ -69,6 +69,7 @@ class Dispatcher:
         entry.attempt += 2 if entry.attempt_may_be_newer else 1  # never a number that may have been used already
         entry.attempt_may_be_newer = entry.attempt_known_from_client = entry.may_be_behind = False
         entry.started_at = now
+        entry.promoted = 0
         entry.reproducible = worker.reproducible
         if not continues:
             entry.has_output, entry.next_seq = False, 0

@@ -66,6 +66,8 @@ class ScheduledRequest:
     next_seq: int = 0
     #: Size of its inputs, which the store keeps until it has ended.
     input_bytes: int = 0
+    #: While it waits: above 0 it was promoted, and the highest is served first.
+    promoted: int = 0
 
 
 @attrs.define(eq=False, kw_only=True)

@@ -400,7 +400,9 @@ class Scheduler:
             return Rejected.because(
                 ErrorCode.REQUEST_NOT_FOUND, f"request {request_id} is {state}; only a queued one can be promoted"
             )
-        self.state.spaces[entry.space].queue.promote(entry)
+        queue = self.state.spaces[entry.space].queue
+        entry.promoted = 1 + max(each.promoted for each in queue)
+        queue.promote(entry)
         self.state.moved.add(entry.space)
         return None
 

@@ -65,6 +65,7 @@ _MIGRATIONS = (
     """,
     "ALTER TABLE requests ADD COLUMN stopping TEXT;",
     "ALTER TABLE requests ADD COLUMN worker_id TEXT;",
+    "ALTER TABLE requests ADD COLUMN promoted INTEGER NOT NULL DEFAULT 0;",
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 

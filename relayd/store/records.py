@@ -87,6 +87,7 @@ class RequestRecord:
         reproducible: the scheduler's `Entry.reproducible` of the current attempt.
         stopping: why the running request is being stopped permanently; None if it is not.
         worker_id: the worker of the current attempt; None if none runs.
+        promoted: the scheduler's `ScheduledRequest.promoted`.
         code: the error code if it failed.
     """
 
@@ -101,6 +102,7 @@ class RequestRecord:
     reproducible: str = ""
     stopping: str | None = None
     worker_id: str | None = None
+    promoted: int = 0
     created_at: float
     ended_at: float | None = None
     code: str | None = None
@@ -158,6 +160,7 @@ class UpdateRequest:
     reproducible: str = ""
     stopping: str | None = None
     worker_id: str | None = None
+    promoted: int = 0
     ended_at: float | None = None
     code: str | None = None
     message: str | None = None

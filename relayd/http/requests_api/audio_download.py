@@ -13,7 +13,7 @@ from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from relayd.http.audio.threaded_encoder import check_coding, open_transcoder
 from relayd.http.audio_stream import AudioStream, open_audio
 from relayd.http.errors import CANCELLED, HttpError
-from relayd.http.request_stream import find_request, open_reader
+from relayd.http.request_stream import find_request, open_reader, wait_safe
 from relayd.http.streaming_response import ResponseWriter
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
@@ -27,6 +27,7 @@ async def send_audio(http: HttpRequest, reply: ResponseWriter) -> None:
     name = http.query_params.get("format", "wav")
     if name not in CODINGS:
         raise HttpError(ErrorCode.INVALID_PARAMS, f"format must be one of {', '.join(CODINGS)}, not {name[:32]!r}")
+    await wait_safe(http, request)
     match request.entry.state:
         case State.FAILED:
             raise HttpError(request.code or ErrorCode.INTERNAL, request.message or "the request failed")

@@ -17,7 +17,7 @@ from relayd.http.body_parser import open_uploads
 from relayd.http.context import context_of
 from relayd.http.errors import HttpError
 from relayd.http.json_encoding import jsonable, status_json
-from relayd.http.request_stream import find_request, open_submission
+from relayd.http.request_stream import find_request, open_submission, wait_safe
 from relayd.http.requests_api.audio_download import send_audio
 from relayd.http.requests_api.event_stream import send_events
 from relayd.http.requests_api.openapi import DOCUMENT
@@ -71,6 +71,7 @@ class OneRequest(HTTPEndpoint):
         """Return its status, and restart its resume window."""
         request = find_request(http, http.path_params["request_id"])
         request.renew(trio.current_time())
+        await wait_safe(http, request)
         return JSONResponse(status_json(context_of(http).relay, request))
 
     async def put(self, http: HttpRequest) -> Response:
@@ -91,6 +92,7 @@ class OneRequest(HTTPEndpoint):
         relay = context_of(http).relay
         if request.live:
             relay.cancel(request, f"cancelled by {principal_of(http).name}")
+        await wait_safe(http, request)
         return JSONResponse(status_json(relay, request), 202 if request.live else 200)
 
 
@@ -102,6 +104,7 @@ async def _submit(http: HttpRequest, request_id: str, space_name: str) -> Respon
         inputs = {name: upload.data for name, upload in body.uploads.items()}
         async with open_submission(http, submit, inputs, keep=True) as held:
             request = held.request
+            await wait_safe(http, request)
             status = 202 if request.live else 200
             content = status_json(context_of(http).relay, request)
             return JSONResponse(content, status, headers={"Location": f"/v1/requests/{request_id}"})

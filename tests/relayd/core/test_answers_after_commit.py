@@ -1,0 +1,291 @@
+"""What the relay answers is in the store first: a relay that is killed right behind an answer has not forgotten it."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from protocol.wire.frames import Cancelled
+from protocol.wire.messages import (
+    Accepted,
+    Cancel,
+    Done,
+    Ping,
+    Pong,
+    Queued,
+    Rejected,
+    Status,
+    StatusReply,
+    Steer,
+)
+from protocol.wire.validators import Message
+from relayd.core import finalize
+from relayd.store.base import StorageFull
+from relayd.store.database import Database
+from relayd.store.records import Loaded
+from relayd.store.sqlite import SqliteStore
+from tests.support.fake_worker import fake_worker, identity
+from tests.support.raw_http_client import visitor
+from tests.support.relay import Daemon, Peer, a_submit, an_id, daemon, peer, until
+
+SQLITE: dict[str, Any] = {"store": "sqlite"}
+
+
+class Disk:
+    """A disk that stands still, or is full, when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._turns, self.full = threading.Event(), False
+        self._turns.set()
+        write = Database.write
+
+        def slow(database: Database, statements: Sequence[Any]) -> Any:
+            self._turns.wait(20)
+            return StorageFull("no room left") if self.full and statements else write(database, statements)
+
+        monkeypatch.setattr(Database, "write", slow)
+
+    @contextmanager
+    def stands(self) -> Iterator[None]:
+        """Nothing is written inside the block."""
+        self._turns.clear()
+        try:
+            yield
+        finally:
+            self._turns.set()
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+async def heard(client: Peer) -> list[Message]:
+    """All that comes while the relay reads what was sent, and does what it does without its disk."""
+    messages: list[Message] = []
+    for _ in range(5):
+        await trio.sleep(0.01)
+        client.send(Ping(timestamp=1.0))
+        while not isinstance(message := await client.next(), Pong):
+            messages.append(message)
+    return [message for message in messages if not isinstance(message, Queued)]
+
+
+def in_store(relay: Daemon) -> Loaded:
+    """What is committed at this moment, as a relay that is killed leaves it."""
+    store = relay.relay.store
+    assert isinstance(store, SqliteStore)
+    return store._database.load()
+
+
+async def accepted(client: Peer, **fields: Any) -> str:
+    """A request that waits in the store."""
+    submit = a_submit(detach=True, **fields)
+    client.send(submit)
+    while (await client.next(Accepted)).request_id != submit.request_id:
+        pass
+    return submit.request_id
+
+
+def holds(loaded: Loaded, steer: Steer) -> bool:
+    """Whether the store knows what a steer has done."""
+    requests = {record.request_id: record for record in loaded.requests}
+    spaces = {record.name: record for record in loaded.spaces}
+    match steer.action:
+        case "cancel":
+            return requests[steer.target].state == "cancelled"
+        case "promote":
+            return requests[steer.target].promoted > 0
+        case "pause_space" | "resume_space":
+            return steer.target in spaces and spaces[steer.target].paused == (steer.action == "pause_space")
+        case "create_space" | "delete_space":
+            return (steer.target in spaces) == (steer.action == "create_space")
+        case "create_token":
+            return [token.principal for token in loaded.tokens] == [steer.target]
+    return [token.revoked_at is not None for token in loaded.tokens] == [True]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    "action",
+    [
+        "cancel",
+        "promote",
+        "pause_space",
+        "resume_space",
+        "create_space",
+        "delete_space",
+        "create_token",
+        "revoke_token",
+    ],
+)
+async def test_a_steer_is_done_when_the_store_has_it(tmp_path: Path, disk: Disk, action: str) -> None:
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "operator") as operator:
+        target, options = "check", dict[str, Any]()
+        if action in ("cancel", "promote"):
+            target = await accepted(operator)
+        elif action == "resume_space":
+            operator.send(Steer(action="pause_space", target=target))
+            await operator.next(Done)
+        elif action.endswith("token"):
+            target, options = "ann", {"role": "client"}
+            if action == "revoke_token":
+                operator.send(Steer(action="create_token", target=target, options=options))
+                await operator.next(Done)
+        elif action != "pause_space":
+            target = "fresh"
+            if action == "delete_space":
+                operator.send(Steer(action="create_space", target=target))
+                await operator.next(Done)
+        steer = Steer(action=action, target=target, options=options, steer_id="x")
+        with disk.stands():
+            operator.send(steer)
+            assert await heard(operator) == []
+            assert not holds(in_store(relay), steer)
+        done = await operator.next(Done, Rejected)
+        assert isinstance(done, Done)
+        assert holds(in_store(relay), steer)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("action", ["cancel", "promote", "pause_space", "revoke_token"])
+async def test_a_steer_that_a_full_disk_does_not_take_is_told_so_and_stored_once_there_is_room(
+    tmp_path: Path, disk: Disk, action: str
+) -> None:
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "operator") as operator:
+        target = "check"
+        if action in ("cancel", "promote"):
+            target = await accepted(operator)
+        elif action == "revoke_token":
+            target = "ann"
+            operator.send(Steer(action="create_token", target=target, options={"role": "client"}))
+            await operator.next(Done)
+        steer = Steer(action=action, target=target, steer_id="x")
+        disk.full = True
+        operator.send(steer)
+        refusal = await operator.next(Done, Rejected)
+        assert (refusal.request_id, refusal.code) == ("x", "storage_full")
+        assert "not stored" in refusal.message
+        disk.full = False
+        await until(lambda: holds(in_store(relay), steer))
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("where", ["queued", "running"])
+async def test_a_status_behind_a_cancel_comes_when_the_store_has_the_cancel(
+    tmp_path: Path, disk: Disk, where: str
+) -> None:
+    async with (
+        daemon(tmp_path, **SQLITE) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url, spaces=("check",)) as worker,
+        visitor(relay.url) as http,
+    ):
+        request_id = await accepted(client, space="check" if where == "running" else "tts")
+        if where == "running":
+            await worker.assigned()
+            await relay.relay.store.flush()
+        with disk.stands():
+            client.send(Cancel(request_id=request_id))
+            for _ in range(3):
+                client.send(Status(request_id=request_id))
+            await http.begin("GET", f"/v1/requests/{request_id}")
+            assert await heard(client) == []
+            with trio.move_on_after(0.05):
+                raise AssertionError(f"HTTP answered {await http.next_event()}")
+        for _ in range(3):
+            status = await client.next(StatusReply)
+            assert status.state == ("cancelled" if where == "queued" else "running")
+        assert (await http.answer()).status == 200
+        (record,) = in_store(relay).requests
+        assert record.stopping is not None or record.state == "cancelled"
+
+
+@pytest.mark.trio
+async def test_a_cancel_over_http_is_answered_when_the_store_has_it(tmp_path: Path, disk: Disk) -> None:
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client, visitor(relay.url) as http:
+        request_id = await accepted(client)
+        with disk.stands():
+            await http.begin("DELETE", f"/v1/requests/{request_id}")
+            with trio.move_on_after(0.05):
+                raise AssertionError(f"HTTP answered {await http.next_event()}")
+        answer = await http.answer()
+        await answer.rest()
+        assert (answer.status, answer.json["state"]) == (200, "cancelled")
+        assert in_store(relay).requests[0].state == "cancelled"
+
+
+@pytest.mark.trio
+async def test_cancelled_from_a_worker_is_told_when_the_store_has_it(tmp_path: Path, disk: Disk) -> None:
+    """A relay that had forgotten the cancel would take the repeated frame for a lost attempt, and run it again."""
+    async with (
+        daemon(tmp_path, **SQLITE) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url) as worker,
+    ):
+        request_id = await accepted(client)
+        assign = await worker.assigned()
+        await relay.relay.store.flush()
+        with disk.stands():
+            client.send(Cancel(request_id=request_id))
+            await worker.peer.next(Cancel)
+            worker.send(Cancelled(**identity(assign, 0), reason="stopped"))
+            await worker.peer.settled()
+            assert await heard(client) == []
+        assert (await client.next(Cancelled)).reason == "stopped"
+        assert in_store(relay).requests[0].state == "cancelled"
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_cancelled_while_the_request_is_being_stored_is_told_when_its_end_is_stored(
+    tmp_path: Path, disk: Disk
+) -> None:
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client:
+        submit = a_submit(detach=True)
+        with disk.stands():
+            client.send(submit)
+            await client.settled()
+            client.send(Cancel(request_id=submit.request_id))
+            assert await heard(client) == []
+        await client.next(Cancelled)
+        assert [record.state for record in in_store(relay).requests] == ["cancelled"]
+
+
+@pytest.mark.trio
+async def test_a_cancel_that_a_full_disk_does_not_take_is_told_once_there_is_room(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finalize, "RETRY_S", 0.02)
+    monkeypatch.setattr(finalize, "SAFE_S", 0.1)
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client:
+        request_id = await accepted(client)
+        disk.full = True
+        client.send(Cancel(request_id=request_id))
+        client.send(Status(request_id=request_id))
+        refusal = await client.next(StatusReply, Rejected, Cancelled)
+        assert (refusal.request_id, refusal.code) == (request_id, "storage_full")
+        disk.full = False
+        assert (await client.next(Cancelled)).request_id == request_id
+        assert in_store(relay).requests[0].state == "cancelled"
+
+
+@pytest.mark.trio
+async def test_promoted_requests_keep_their_order_over_restarts(tmp_path: Path) -> None:
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "operator") as operator:
+        first, second, third, fourth = [await accepted(operator) for _ in range(4)]
+        for request_id in (third, second):
+            operator.send(Steer(action="promote", target=request_id))
+            await operator.next(Done)
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "operator") as operator:
+        operator.send(Steer(action="promote", target=fourth))
+        await operator.next(Done)
+    async with daemon(tmp_path, **SQLITE) as relay:
+        queue = relay.relay.scheduler.state.spaces["tts"].queue
+        assert [entry.request_id for entry in queue] == [fourth, second, third, first]
+        async with fake_worker(relay.url, instance=an_id()) as worker:
+            assert (await worker.assigned()).request_id == fourth
