@@ -62,7 +62,7 @@ def _serve(args: argparse.Namespace) -> int:
     from relayd.logs.setup import set_up_logs
     from relayd.net.tls import ListenError
     from relayd.service.malloc import keep_freed_memory
-    from relayd.store.base import StoreError
+    from relayd.store.base import StoreError, StoreInUse
 
     config = _config(args)
     set_up_logs(config.log)
@@ -73,7 +73,11 @@ def _serve(args: argparse.Namespace) -> int:
         trio.run(partial(serve, config, on_ready=_freeze_objects, reread=partial(_config, args)))
     except* (StoreError, ListenError) as group:
         faults += _leaves(group)  # reported like other commands' errors, without the exception groups of the nurseries
-    return _print_error(printable(str(faults[0])), FAILED) if faults else DONE
+    if not faults:
+        return DONE
+    # Another start would not repair a store, but a port or folder that another process holds may be free soon.
+    hopeless = isinstance(faults[0], StoreError) and not isinstance(faults[0], StoreInUse)
+    return _print_error(printable(str(faults[0])), USAGE if hopeless else FAILED)
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:

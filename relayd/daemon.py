@@ -126,8 +126,6 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
     tls_context = make_tls_context(config)
     async with open_store(config) as store, open_listeners(config) as listeners:
         loaded = await store.load()
-        for description in loaded.damaged:
-            log.error("store has a damaged record", what=description)
         async with trio.open_nursery() as nursery:
             relay = Relay(config, store, nursery)
             await nursery.start(serve_events, relay.events)

@@ -79,6 +79,8 @@ class Relay:
     fenced_frames: int = 0
     #: Number of connections that were closed because their clients read nothing.
     slow_consumers: int = 0
+    #: Records of the store that could not be read or restored when the relay started.
+    records_set_aside: int = 0
     _ticket: int = 0
 
     def __attrs_post_init__(self) -> None:

@@ -19,6 +19,8 @@ log = structlog.get_logger("relayd")
 
 #: The wire allows attempts up to a million, and the first after a restart skips one. No request gets anywhere near it.
 LAST_ATTEMPT = 999_990
+#: Damaged records that are told one by one.
+MAX_TOLD = 20
 
 
 async def restore(relay: Relay, loaded: Loaded) -> None:
@@ -27,6 +29,11 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
     Raises:
         StoreError: the results folder cannot be used.
     """
+    for words in loaded.damaged[:MAX_TOLD]:
+        log.error("store has a damaged record", what=words)
+    if len(loaded.damaged) > MAX_TOLD:
+        log.error("store has more damaged records", records=len(loaded.damaged) - MAX_TOLD)
+    relay.records_set_aside = len(loaded.damaged)
     records = {record.name: record for record in loaded.spaces}
     for name, config in relay.config.spaces.items():
         record = records.pop(name, SpaceRecord(name=name, created_at=time.time()))
@@ -38,12 +45,9 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
         else:
             log.info("space was removed from relayd.toml", space=record.name)
             relay.store.post(DeleteSpace(record.name))
-    known = [stored for stored in loaded.requests if stored.submit.space in relay.spaces]
-    for stored in loaded.requests:
-        if stored.submit.space not in relay.spaces:
-            relay.store.post(DeleteRequest(stored.request_id))
+    known, left_alone = _in_open_spaces(relay, loaded)
     ended = {stored.request_id: stored.created_at for stored in known if not State(stored.state).live}
-    results = await relay.results.open(ended)
+    results = await relay.results.open(ended, left_alone)
     live = 0
     for stored in known:
         try:
@@ -51,10 +55,32 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
         except Exception:
             log.exception("request cannot be restored, set aside", request_id=stored.request_id)
             relay.set_aside(stored.request_id)
+            relay.records_set_aside += 1
     for stored in sorted((each for each in known if each.promoted), key=lambda each: each.promoted):
         relay.scheduler.promote(stored.request_id)
     if live or results:
         log.info("requests restored", requests=live, results=len(results))
+
+
+def _in_open_spaces(relay: Relay, loaded: Loaded) -> tuple[list[RequestRecord], frozenset[str]]:
+    """Return the requests whose spaces are open, and the ids of those that are left in the store as they are.
+
+    A space may be missing because its record is damaged: its requests wait until it is created again. A deleted space
+    has only ended requests, which are deleted with it.
+    """
+    left_alone = {key for table, key in loaded.damaged_keys if table == "requests" and isinstance(key, str)}
+    known = []
+    for stored in loaded.requests:
+        name = stored.submit.space
+        if name in relay.spaces:
+            known.append(stored)
+        elif State(stored.state).live or ("spaces", name) in loaded.damaged_keys:
+            log.error("request without its space, set aside", request_id=stored.request_id, space=name)
+            relay.records_set_aside += 1
+            left_alone.add(stored.request_id)
+        else:
+            relay.store.post(DeleteRequest(stored.request_id))
+    return known, frozenset(left_alone)
 
 
 def _restore_request(relay: Relay, stored: RequestRecord, result: Contents | None) -> bool:

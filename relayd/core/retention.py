@@ -6,7 +6,7 @@ stay in memory; a request fails only if its frames fit neither in memory nor on 
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from enum import Enum
 from itertools import islice
 
@@ -22,8 +22,8 @@ from relayd.frames.spool import NoRoom, Spool
 from relayd.requests.final_frame import make_final_frame
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
-from relayd.store.base import StoreError
 from relayd.store.records import DeleteRequest
+from relayd.store.state_dir import file_error
 
 log = structlog.get_logger("relayd.results")
 
@@ -61,11 +61,12 @@ class Retention:
     def __attrs_post_init__(self) -> None:
         self.memory = MemoryBudget(self.relay.config.results.memory_bytes, on_exceeded=lambda: self._pressed.set())
 
-    async def open(self, ended: dict[str, float]) -> dict[str, Contents]:
+    async def open(self, ended: dict[str, float], left_alone: Container[str] = ()) -> dict[str, Contents]:
         """Start to use files, if the store outlives the daemon.
 
         Args:
             ended: request id -> creation time (Unix seconds) of every ended request; other files are deleted.
+            left_alone: ids whose files are kept all the same, because their records cannot be read.
 
         Returns:
             The contents of every complete file, by request id.
@@ -82,9 +83,9 @@ class Retention:
             self.spool = Spool(
                 folder, self.relay.nursery, config.results.disk_bytes, make_room=self._make_room, on_broken=self._broken
             )
-            return await self.spool.sweep(ended)
+            return await self.spool.sweep(ended, left_alone)
         except OSError as fault:
-            raise StoreError(f"cannot use {path}: {fault.strerror}; it must belong to the daemon's user") from fault
+            raise file_error(fault, f"cannot use {path}", "it must be a folder of the daemon's user") from fault
 
     @property
     def disk_bytes(self) -> int:
@@ -218,11 +219,14 @@ class Retention:
     def _evict(self, request: Request) -> None:
         """Drop the frames of an ended request; of a failed or cancelled one, the last frame stays."""
         self.stored.pop(request, None)
-        if request.entry.state is State.COMPLETED:
-            request.has_result = False
-            self._drop(request.log)
-        else:
-            self._drop(request.log, make_final_frame(request))
+        last_frame = None
+        if request.entry.state is not State.COMPLETED:
+            try:
+                last_frame = make_final_frame(request)
+            except Exception:  # what makes room for others must not fail with this one
+                log.exception("internal error in request", request_id=request.request_id)
+        request.has_result = last_frame is not None
+        self._drop(request.log, last_frame)
 
     async def _make_room(self, more: int) -> bool:
         """Implement `Spool.make_room`: the oldest results of the principal that has most go first.

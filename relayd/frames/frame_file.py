@@ -239,6 +239,7 @@ class ResultFolder:
         return sorted(name.removesuffix(SUFFIX) for name in names if _NAME.fullmatch(name))
 
     def _need_room(self) -> None:
+        self.path.mkdir(mode=0o700, exist_ok=True)  # somebody may have deleted it meanwhile
         disk = os.statvfs(self.path)
         if disk.f_bavail * disk.f_frsize < KEEP_FREE_BYTES:
             raise OSError(errno.ENOSPC, f"less than {KEEP_FREE_BYTES // 1024**2} MiB are free on the disk")

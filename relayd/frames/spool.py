@@ -5,7 +5,7 @@ being written or read. Frames count as written only afterwards, as far as they a
 read are discarded if a restart has made them void. No file stays open between two operations.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from weakref import WeakValueDictionary
 
 import attrs
@@ -224,27 +224,35 @@ class Spool:
 
     # -- at the start
 
-    async def sweep(self, ended: dict[str, float]) -> dict[str, Contents]:
+    async def sweep(self, ended: dict[str, float], left_alone: Container[str] = ()) -> dict[str, Contents]:
         """Return the contents of the complete files of ended requests, by request id; delete all other files.
 
         Args:
             ended: request id -> creation time (Unix seconds) of every ended request.
+            left_alone: ids whose files are neither read nor deleted.
 
         Raises:
             OSError: the folder cannot be read.
         """
-        found, damaged = await trio.to_thread.run_sync(_sweep, self.folder, ended)
+        found, damaged, unknown = await trio.to_thread.run_sync(_sweep, self.folder, ended, left_alone)
         for message in damaged:
             log.error("a result is damaged", what=message)
+        if unknown:
+            log.info("files of unknown or unfinished requests deleted", files=unknown)
         for request_id, contents in found.items():
             self._set_size(request_id, contents.file_bytes)
         return found
 
 
-def _sweep(folder: ResultFolder, ended: dict[str, float]) -> tuple[dict[str, Contents], list[str]]:
+def _sweep(
+    folder: ResultFolder, ended: dict[str, float], left_alone: Container[str]
+) -> tuple[dict[str, Contents], list[str], int]:
     found: dict[str, Contents] = {}
     damaged: list[str] = []
+    unknown = 0
     for request_id in folder.request_ids():
+        if request_id in left_alone:
+            continue
         contents = None
         try:
             if request_id in ended:
@@ -256,6 +264,7 @@ def _sweep(folder: ResultFolder, ended: dict[str, float]) -> tuple[dict[str, Con
                 found[request_id] = contents
             else:
                 folder.remove(request_id)
+                unknown += request_id not in ended
         except OSError as fault:
             damaged.append(str(fault))
-    return found, damaged
+    return found, damaged, unknown

@@ -165,6 +165,11 @@ def _store(relay: Relay) -> Iterator[Metric]:
     yield _one("relayd_store_transactions_total", "Transactions written, each with one fsync.", store.transactions)
     yield _one("relayd_store_queued", "Calls whose changes are not written yet.", store.queued)
     yield _one("relayd_store_dropped_total", "Changes that were lost.", store.dropped)
+    yield _one(
+        "relayd_store_records_set_aside",
+        "Records that could not be read or restored at the start; the log names them.",
+        relay.records_set_aside,
+    )
     yield _one("relayd_result_memory_bytes", "Bytes of frames in memory.", results.memory.held_bytes)
     yield _one(
         "relayd_result_memory_limit_bytes", "Limit for frames in memory (results.memory_bytes).", settings.memory_bytes

@@ -5,12 +5,13 @@ Blocks; `relayd.store.sqlite` runs it in threads.
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import attrs
 import msgpack
@@ -21,6 +22,7 @@ from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import parse_struct
 from relayd.config.schema import ConfigError, SpaceConfig
 from relayd.store.base import StorageFull, StoreError
+from relayd.store.record_rules import RecordT, checked
 from relayd.store.records import (
     Change,
     DeleteRequest,
@@ -36,7 +38,7 @@ from relayd.store.records import (
     TokenRecord,
     UpdateRequest,
 )
-from relayd.store.state_dir import open_private
+from relayd.store.state_dir import file_error, open_private
 
 DATABASE_NAME = "relayd.db"
 #: "rlyd" in ASCII; identifies the database as relayd's, also to `file`.
@@ -45,9 +47,26 @@ APPLICATION_ID = 0x726C7964
 BUSY_TIMEOUT_S = 5.0
 #: With less free space than this, an I/O error is reported as a full disk, its almost certain cause.
 FULL_BELOW_BYTES = 1024 * 1024
+#: A larger file is not checked at the start: this takes a third of a second, and clients wait.
+CHECK_BELOW_BYTES = 64 * 1024 * 1024
+
+#: Whatever the bytes of a row are, they cost only that row.
+_PARSE_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    ProtocolError,
+    ConfigError,
+    msgpack.UnpackException,
+)
+
+#: The standard library's: commands without structlog read the store, too.
+log = logging.getLogger(__name__)
 
 Statement = tuple[str, tuple[Any, ...]]
-RecordT = TypeVar("RecordT")
 
 #: Steps from one schema version to the next; the first creates version 1 in an empty file. Append only.
 _MIGRATIONS = (
@@ -68,6 +87,16 @@ _MIGRATIONS = (
     "ALTER TABLE requests ADD COLUMN promoted INTEGER NOT NULL DEFAULT 0;",
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
+#: What is read of each table; one that lacks any of it is damaged.
+COLUMNS = {
+    "spaces": "name, config, paused, made_by, engine, params, inputs, format, created_at",
+    "tokens": "token_id, principal, role, spaces, sha256, limits, created_at, expires_at, revoked_at",
+    "requests": (
+        "request_id, principal, ticket, submit, state, attempt, losses, has_output, reproducible, stopping, "
+        "worker_id, promoted, created_at, ended_at, code, message"
+    ),
+    "inputs": "request_id, name, data",
+}
 
 
 class BadChange(StoreError):
@@ -96,11 +125,13 @@ class Database:
         try:
             os.close(open_private(path))
         except OSError as fault:
-            raise StoreError(f"cannot open {path}: {fault.strerror}; it must belong to the daemon's user") from fault
+            raise file_error(fault, f"cannot open {path}", "it must belong to the daemon's user") from fault
         with contextlib.ExitStack() as opened:
             try:
                 writer = opened.enter_context(contextlib.closing(_connect(path)))
                 _migrate(writer, path)
+                if path.stat().st_size <= CHECK_BELOW_BYTES:
+                    _check(writer, path)
                 writer.execute("PRAGMA journal_mode = WAL")
                 # In WAL mode, FULL syncs every commit; NORMAL does not (sqlite.org/pragma.html).
                 writer.execute("PRAGMA synchronous = FULL")
@@ -108,8 +139,14 @@ class Database:
                 writer.execute(f"PRAGMA journal_size_limit = {64 * 1024 * 1024}")
                 reader = opened.enter_context(contextlib.closing(_connect(path)))
                 reader.execute("PRAGMA query_only = ON")
+                # Bytes that are not UTF-8 cost only their row, not the whole table.
+                reader.text_factory = lambda data: data.decode(errors="surrogateescape")
+                for table, columns in COLUMNS.items():
+                    reader.execute(f"SELECT {columns} FROM {table} LIMIT 0")
             except sqlite3.Error as fault:
                 raise _to_store_error(fault, path) from fault
+            except UnicodeDecodeError as fault:  # SQLite's own message quotes a damaged schema
+                raise _damaged(path, fault) from fault
             opened.pop_all()
         return cls(path, writer, reader)
 
@@ -133,7 +170,7 @@ class Database:
             for sql, values in statements:
                 self._writer.execute(sql, values)
             self._writer.execute("COMMIT")
-        except (sqlite3.Error, OverflowError) as fault:
+        except (sqlite3.Error, ArithmeticError, ValueError, TypeError) as fault:  # also a value that SQLite cannot hold
             error = _to_store_error(fault, self._path)
             error.__cause__ = fault
             return error
@@ -149,10 +186,10 @@ class Database:
 
     def load(self) -> Loaded:
         """See `Store.load`; returns only committed records."""
-        damaged: list[str] = []
+        damaged: dict[tuple[str, object], str] = {}
 
         def records(table: str, order: str, parse: Callable[[sqlite3.Row], RecordT]) -> tuple[RecordT, ...]:
-            rows = self._reader.execute(f"SELECT * FROM {table} ORDER BY {order}")
+            rows = self._reader.execute(f"SELECT {COLUMNS[table]} FROM {table} ORDER BY {order}")
             return tuple(_parsed(rows, table, parse, damaged))
 
         try:
@@ -160,7 +197,8 @@ class Database:
                 spaces=records("spaces", "name", _space),
                 tokens=records("tokens", "created_at, token_id", _token),
                 requests=records("requests", "ticket, request_id", _request),
-                damaged=tuple(damaged),
+                damaged=tuple(damaged.values()),
+                damaged_keys=frozenset(damaged),
             )
         except sqlite3.Error as fault:
             raise _to_store_error(fault, self._path) from fault
@@ -204,6 +242,33 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuse a file that would fail at the first write; rebuild an index that does not match its table."""
+
+    def fault(pragma: str) -> str:
+        found = [str(message) for (message,) in connection.execute(f"PRAGMA {pragma}(1000)")]
+        # A value of the wrong type costs only its row; `load` handles that.
+        return next((message for message in found if message != "ok" and " value in " not in message), "")
+
+    if not (found := fault("integrity_check")):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.execute("REINDEX")
+        still = fault("quick_check")
+        connection.execute("ROLLBACK" if still else "COMMIT")
+    except sqlite3.Error as error:
+        still = str(error)
+    if still:
+        raise _damaged(path, still)
+    log.warning("an index of %s was damaged, and was rebuilt: %s", path, found)
+
+
+def _damaged(path: Path, why: object) -> StoreError:
+    message = " ".join(str(why).split())
+    return StoreError(f"{path} is damaged, or not a SQLite database ({message}): move it away, or restore a backup")
+
+
 def _to_store_error(fault: Exception, path: Path) -> StoreError:
     """Convert an error of SQLite, with what to do about it."""
     code = getattr(fault, "sqlite_errorcode", 0) & 0xFF
@@ -213,8 +278,9 @@ def _to_store_error(fault: Exception, path: Path) -> StoreError:
             full = shutil.disk_usage(path.parent).free < FULL_BELOW_BYTES
     if full:
         return StorageFull(f"no space left for {path}: free some space on its disk")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return StoreError(f"{path} is damaged, or not a SQLite database ({fault}): move it away, or restore a backup")
+    wrong_schema = code == sqlite3.SQLITE_ERROR  # our statements are right for our tables
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or wrong_schema:
+        return _damaged(path, fault)
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return StoreError(f"{path} cannot be written ({fault}): it and its folder must belong to the daemon's user")
     kind = StoreError if isinstance(fault, sqlite3.OperationalError) else BadChange
@@ -287,13 +353,19 @@ def _put_token(record: TokenRecord) -> Statement:
 
 
 def _parsed(
-    rows: Iterable[sqlite3.Row], table: str, parse: Callable[[sqlite3.Row], RecordT], damaged: list[str]
+    rows: Iterable[sqlite3.Row],
+    table: str,
+    parse: Callable[[sqlite3.Row], RecordT],
+    damaged: dict[tuple[str, object], str],
 ) -> Iterable[RecordT]:
     for row in rows:
         try:
-            yield parse(row)
-        except (ValueError, TypeError, LookupError, AttributeError, ProtocolError, ConfigError) as fault:
-            damaged.append(f"{table}: {row[0]}: {type(fault).__name__}: {fault}")
+            for value in row:
+                if isinstance(value, str):
+                    value.encode()  # not where its bytes are no UTF-8
+            yield checked(parse(row))
+        except _PARSE_ERRORS as fault:
+            damaged[table, row[0]] = f"{table}: {row[0]!r}: {type(fault).__name__}: {fault}"
 
 
 def _space(row: sqlite3.Row) -> SpaceRecord:
@@ -315,8 +387,6 @@ def _space(row: sqlite3.Row) -> SpaceRecord:
 def _token(row: sqlite3.Row) -> TokenRecord:
     limits = json.loads(row["limits"])
     known = {field.name for field in attrs.fields(TokenLimits)}
-    if not isinstance(row["sha256"], bytes):
-        raise ValueError("its hash is not bytes")
     return TokenRecord(
         token_id=row["token_id"],
         principal=row["principal"],
@@ -331,7 +401,7 @@ def _token(row: sqlite3.Row) -> TokenRecord:
 
 
 def _request(row: sqlite3.Row) -> RequestRecord:
-    columns = {name: row[name] for name in row.keys() if name in {f.name for f in attrs.fields(RequestRecord)}}  # noqa: SIM118
+    columns = dict(zip(row.keys(), row, strict=True))
     columns["submit"] = Submit.from_map(msgpack.unpackb(row["submit"]))
     columns["has_output"] = bool(row["has_output"])
     return RequestRecord(**columns)

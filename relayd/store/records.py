@@ -194,9 +194,11 @@ class Loaded:
     Args:
         requests: in the order of their tickets.
         damaged: descriptions of rows that could not be read; the rows were left unchanged.
+        damaged_keys: table and key of those rows.
     """
 
     spaces: tuple[SpaceRecord, ...] = ()
     tokens: tuple[TokenRecord, ...] = ()
     requests: tuple[RequestRecord, ...] = ()
     damaged: tuple[str, ...] = ()
+    damaged_keys: frozenset[tuple[str, object]] = frozenset()

@@ -7,9 +7,24 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from relayd.store.base import StoreError, StoreInUse
+from relayd.store.base import StorageFull, StoreError, StoreInUse
 
 LOCK_NAME = "relayd.lock"
+
+
+def file_error(fault: OSError, what: str, advice: str) -> StoreError:
+    """Convert an error of the system, with what to do about it.
+
+    Args:
+        fault: the error.
+        what: what failed, and for which file.
+        advice: what to do if no other cause is known.
+    """
+    if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFull(f"{what}: no space left on its disk: free some space there")
+    if fault.errno == errno.EROFS:
+        advice = "make its disk writable, or choose another folder with --state-dir"
+    return StoreError(f"{what}: {fault.strerror or fault}; {advice}")
 
 
 def make_state_dir(state_dir: Path) -> None:
@@ -21,7 +36,9 @@ def make_state_dir(state_dir: Path) -> None:
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as fault:
-        raise StoreError(f"cannot create the state folder {state_dir}: {fault.strerror}") from fault
+        raise file_error(
+            fault, f"cannot create the state folder {state_dir}", "choose another with --state-dir"
+        ) from fault
     if not os.access(state_dir, os.W_OK | os.X_OK):
         raise StoreError(
             f"cannot write to the state folder {state_dir}: correct its owner, or choose another with --state-dir"
@@ -53,19 +70,21 @@ def lock_state_dir(state_dir: Path) -> Iterator[None]:
     try:
         descriptor = open_private(path)
     except OSError as fault:
-        raise StoreError(f"cannot open {path}: {fault.strerror}") from fault
+        raise file_error(fault, f"cannot open {path}", "it must belong to the daemon's user") from fault
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as fault:
             if fault.errno not in (errno.EAGAIN, errno.EACCES):
-                raise StoreError(f"cannot lock {path}: {fault.strerror}") from fault
+                advice = "choose a folder on a local disk with --state-dir"
+                raise file_error(fault, f"cannot lock {path}", advice) from fault
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             raise StoreInUse(
                 f"another relayd (pid {holder}) uses {state_dir}; stop it, or choose another folder with --state-dir"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # only for people; the lock holds without it
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -1,5 +1,6 @@
 """A request over which the relay's own code fails ends by itself: the daemon, and every other request, go on."""
 
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 
 from protocol.wire.frames import Failed
-from protocol.wire.messages import Assign, Attach, Cancel, Rejected, Status, StatusReply
+from protocol.wire.messages import Assign, Attach, Cancel, Error, Rejected, Status, StatusReply
 from relayd.core import relay as relay_module
+from relayd.requests import final_frame
 from relayd.store.database import DATABASE_NAME
-from tests.support.fake_worker import fake_worker, samples
+from tests.support.fake_worker import fake_worker, identity, samples
 from tests.support.relay import Daemon, Peer, a_submit, an_id, daemon, peer, until
 
 PCM = [samples(1_000, seed) for seed in (1, 2)]
@@ -178,3 +180,72 @@ async def test_a_store_with_a_record_that_cannot_be_restored_opens_all_the_same(
             await relay.relay.store.flush()
             known = relay.relay.requests.get(bad.request_id)
             assert known is None or not known.live
+
+
+async def failed_by_worker(relay: Daemon, client: Peer) -> str:
+    """A request that its worker has failed in the middle of its audio, so that it has a file of frames."""
+    async with fake_worker(relay.url, name="fails", instance=an_id()) as worker:
+        submit = a_submit(detach=True)
+        client.send(submit)
+        assign = await worker.assigned()
+        worker.speak(assign, PCM, end=False)
+        worker.send(Failed(**identity(assign, 3), code="invalid_params", message="no"))
+        assert (await client.frames(submit))[-1].code == "invalid_params"
+        await relay.relay.finalizer.wait_finalized()
+    return submit.request_id
+
+
+@pytest.mark.trio
+async def test_a_last_frame_that_cannot_be_built_at_the_start_sets_its_request_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sqlite: dict[str, Any] = {"store": "sqlite"}
+    async with daemon(tmp_path, **sqlite) as relay, peer(relay.url, "client") as client:
+        bad, good = await failed_by_worker(relay, client), await failed_by_worker(relay, client)
+    shutil.rmtree(tmp_path / "results")  # their last frames are made from their records
+    hits = list[str]()
+    monkeypatch.setattr(final_frame, "Failed", raises_once(Failed, bad, hits))
+    async with daemon(tmp_path, **sqlite) as relay, peer(relay.url, "client") as client:
+        assert hits
+        assert relay.relay.records_set_aside == 1
+        assert await state_of(client, good) == "failed"
+        await one_more_is_served(relay, client)
+    async with daemon(tmp_path, **sqlite) as relay, peer(relay.url, "client") as client:
+        client.send(Attach(request_id=bad))
+        assert (await client.next(Failed)).code == "internal", "it is marked, and comes up no more"
+
+
+@pytest.mark.trio
+async def test_a_last_frame_that_cannot_be_built_when_room_is_made_costs_its_request_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hits = list[str]()
+    async with (
+        daemon(tmp_path, store="sqlite", results={"disk_bytes": 11_000}) as relay,
+        peer(relay.url, "client") as client,
+    ):
+        bad = await failed_by_worker(relay, client)
+        monkeypatch.setattr(final_frame, "Failed", raises_once(Failed, bad, hits))
+        others = [await failed_by_worker(relay, client) for _ in range(3)]
+        assert hits
+        client.send(Attach(request_id=bad))
+        assert (await client.next(Rejected)).code == "request_not_found"
+        for other in others:
+            client.send(Attach(request_id=other))
+            assert (await client.next(Failed)).code == "invalid_params"
+        await one_more_is_served(relay, client)
+
+
+@pytest.mark.trio
+async def test_an_assign_that_cannot_be_built_for_a_submit_costs_its_connection_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, hits = a_submit(), list[str]()
+    monkeypatch.setattr("relayd.core.admission.Assign", raises_once(Assign, bad.request_id, hits))
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+        async with peer(relay.url, "client") as unlucky:
+            unlucky.send(bad)
+            assert (await unlucky.next(Rejected, Error)).code == "internal"
+        assert hits
+        assert bad.request_id not in relay.relay.requests
+        await one_more_is_served(relay, client)

@@ -1,0 +1,89 @@
+"""What records must be like: what a damaged file says must not get into the relay, to fail at some later time."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import attrs
+
+from protocol.wire.frames import MAX_TEXT_CHARS
+from protocol.wire.messages import ENDED_STATES, LIVE_STATES, ROLES, SPACE_PATTERN
+from protocol.wire.params_schema import check_schema
+from protocol.wire.structs import attempt_rule, request_id_rule
+from protocol.wire.validators import (
+    FieldError,
+    Rule,
+    array_of,
+    binary,
+    choice,
+    integer,
+    number,
+    optional,
+    text,
+)
+from relayd.store.records import RequestRecord, SpaceRecord, TokenLimits, TokenRecord
+
+RecordT = TypeVar("RecordT", bound=RequestRecord | SpaceRecord | TokenRecord)
+
+#: Names, codes and ids; and messages.
+_word, _words = text(256), text(MAX_TEXT_CHARS)
+_unix_s = number()
+
+#: Class of a record -> its fields and their rules; those without are of classes that have rules of their own.
+RULES: Mapping[type[Any], Mapping[str, Rule]] = {
+    SpaceRecord: {
+        "name": text(64, SPACE_PATTERN, "a space name"),
+        "made_by": choice("config", "command"),
+        "engine": _word,
+        "params": check_schema,
+        "created_at": _unix_s,
+    },
+    TokenLimits: {field.name: optional(integer(0)) for field in attrs.fields(TokenLimits)},
+    TokenRecord: {
+        "token_id": _word,
+        "principal": _word,
+        "role": choice(*ROLES),
+        "spaces": array_of(_word),
+        "sha256": binary(32),
+        "created_at": _unix_s,
+        "expires_at": optional(_unix_s),
+        "revoked_at": optional(_unix_s),
+    },
+    RequestRecord: {
+        "request_id": request_id_rule,
+        "principal": _word,
+        "ticket": integer(0),
+        "state": choice(*LIVE_STATES, *ENDED_STATES),
+        "attempt": attempt_rule,
+        "losses": integer(0),
+        "reproducible": text(65_536),
+        "stopping": optional(_words),
+        "worker_id": optional(_word),
+        "promoted": integer(0),
+        "created_at": _unix_s,
+        "ended_at": optional(_unix_s),
+        "code": optional(_word),
+        "message": optional(_words),
+    },
+}
+
+
+def checked(record: RecordT) -> RecordT:
+    """Return a record, all of whose fields may be used.
+
+    Raises:
+        FieldError: says which one may not.
+    """
+    _check(record)
+    if isinstance(record, TokenRecord):
+        _check(record.limits)
+    if isinstance(record, RequestRecord) and record.submit.request_id != record.request_id:
+        raise FieldError(f"submit: is of request {record.submit.request_id}")
+    return record
+
+
+def _check(record: object) -> None:
+    for name, rule in RULES[type(record)].items():
+        try:
+            rule(getattr(record, name))
+        except ValueError as fault:
+            raise FieldError(f"{name}: {fault}") from None
