@@ -19,6 +19,7 @@ from relayd.connections.budget import ConnectionBudget
 from relayd.connections.gateway import Gateway
 from relayd.connections.listener import describe, open_listeners, serve_listeners
 from relayd.core.admission import Admission
+from relayd.core.clock import RelayClock, serve_clock
 from relayd.core.positions import serve_positions
 from relayd.core.relay import Relay
 from relayd.core.restore import restore
@@ -127,7 +128,7 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
     async with open_store(config) as store, open_listeners(config) as listeners:
         loaded = await store.load()
         async with trio.open_nursery() as nursery:
-            relay = Relay(config, store, nursery)
+            relay = Relay(config, store, nursery, clock=RelayClock.after(loaded))
             await nursery.start(serve_events, relay.events)
             shutdown = Shutdown(relay)
             admission = Admission(relay)
@@ -138,6 +139,7 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
             nursery.start_soon(admission.serve)
             nursery.start_soon(relay.principals.serve)
             nursery.start_soon(serve_positions, relay)
+            nursery.start_soon(serve_clock, relay)
             nursery.start_soon(serve_stats, relay.sample)
             nursery.start_soon(relay.results.serve_memory)
             nursery.start_soon(relay.results.serve_retention)

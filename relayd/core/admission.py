@@ -245,7 +245,7 @@ class Admission:
         if not request.live:
             return  # cancelled, and the client was told so: a request stored now would run after the next start
         try:
-            await self.relay.store.commit(_put(request))
+            await self.relay.store.commit(_put(request, self.relay.clock.of(trio.current_time())))
             request.accepted = True
         except StoreError as fault:
             log.error("store failed", why=str(fault), request_id=request.request_id)
@@ -301,13 +301,14 @@ def _largest_assign(submit: Submit, principal: Principal) -> Assign:
     )
 
 
-def _put(request: Request) -> PutRequest:
+def _put(request: Request, now: float) -> PutRequest:
     record = RequestRecord(
         request_id=request.request_id,
         principal=request.principal,
         ticket=request.entry.ticket,
         submit=request.submit,
         state=State.QUEUED,
+        since=now,
         created_at=request.created_unix,
     )
     # An empty input has no pieces, but it is an input all the same.

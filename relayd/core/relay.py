@@ -24,6 +24,7 @@ from protocol.wire.messages import (
     Ack,
 )
 from relayd.config.schema import Config
+from relayd.core.clock import RelayClock
 from relayd.core.finalize import Finalizer
 from relayd.core.interfaces import ClientPort, ConnectionPort, Watcher, WorkerPort
 from relayd.core.principals import Principals
@@ -63,6 +64,7 @@ class Relay:
     #: Set when the daemon accepts nothing new and exits once the running requests have ended.
     draining: trio.Event = attrs.field(factory=trio.Event)
     started_at: float = attrs.field(factory=trio.current_time)
+    clock: RelayClock = attrs.field(factory=RelayClock)
     spaces: Spaces = attrs.field(init=False)
     workers: Workers = attrs.field(init=False)
     results: Retention = attrs.field(init=False)
@@ -194,6 +196,11 @@ class Relay:
     def live_requests(self) -> list[Request]:
         """Return the requests that have not ended."""
         return [self.requests[request_id] for request_id in self.scheduler.state.entries]
+
+    @property
+    def has_live_requests(self) -> bool:
+        """Whether any has not ended."""
+        return bool(self.scheduler.state.entries)
 
     @property
     def running_count(self) -> int:
@@ -390,6 +397,7 @@ class Relay:
     def status_update(self, request: Request) -> UpdateRequest:
         """Return the status of a request as a record for the store."""
         entry = request.entry
+        since = request.ended_at or (entry.started_at if entry.state is State.RUNNING else request.queued_at)
         return UpdateRequest(
             request_id=request.request_id,
             state=entry.state,
@@ -400,6 +408,8 @@ class Relay:
             stopping=entry.cancel_reason,
             worker_id=entry.worker_id,
             promoted=entry.promoted,
+            since=self.clock.of(since),
+            away_since=None if entry.worker_lost_at is None else self.clock.of(entry.worker_lost_at),
             ended_at=time.time() if request.ended_at is not None else None,
             code=request.code,
             message=request.message,

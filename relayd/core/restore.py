@@ -89,8 +89,10 @@ def _restore_request(relay: Relay, stored: RequestRecord, result: Contents | Non
         raise ValueError(f"attempt {stored.attempt} leaves no number for another attempt on the wire")
     request = _make_request(relay, stored, result)
     if request.live:
-        relay.scheduler.restore(request.entry, request.created_at)
+        relay.scheduler.restore(request.entry, trio.current_time())
     relay.add_request(request)
+    if request.entry.state is State.RUNNING and stored.away_since is None:
+        relay.save_status(request)  # its worker is away from now on, also for the start after this one
     if stored.stopping is not None and request.live:
         relay.cancel(request, stored.stopping)  # its worker may never have received the cancel message
     return request.live
@@ -112,8 +114,9 @@ async def _open(relay: Relay, record: SpaceRecord) -> None:
 
 
 def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) -> Request:
-    """Make a request from its record. Its deadlines start again: their clock is not that of the last run."""
+    """Make a request from its record. Its deadlines continue: the relay's clock did not run meanwhile."""
     now, state = trio.current_time(), State(record.state)
+    since = min(now, relay.clock.trio_time(record.since))
     submit = record.submit
     entry = ScheduledRequest(
         request_id=record.request_id,
@@ -127,7 +130,8 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         worker_id=record.worker_id if state is State.RUNNING else None,
         attempt_may_be_newer=state.live,
         losses=record.losses,
-        started_at=now,
+        started_at=since,
+        worker_lost_at=None if record.away_since is None else min(now, relay.clock.trio_time(record.away_since)),
         reproducible=record.reproducible,
         has_output=record.has_output,
         input_bytes=sum(info.size for info in submit.inputs.values()),
@@ -143,10 +147,11 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         accepted=True,
         abandoned_at=now,
         worker_grace_s=relay.config.limits.worker_grace_s,
-        ended_at=None if state.live else now,
+        ended_at=None if state.live else since,
         code=record.code,
         message=record.message,
     )
+    request.created_at = request.queued_at = since
     if not state.live:
         request.release_run_data()
         if result is not None:

@@ -18,7 +18,10 @@ PURGE_INTERVAL_S = 86_400.0
 async def serve_token_retention(tokens: TokenRegistry, store: Store) -> None:
     """Purge old tokens at the start and once a day, until cancelled."""
     while True:
-        if purged := tokens.purge(time.time()):
-            store.post(*map(DeleteToken, purged))
-            log.info("old tokens purged", tokens=purged)
+        try:
+            if purged := tokens.purge(time.time()):
+                store.post(*map(DeleteToken, purged))
+                log.info("old tokens purged", tokens=purged)
+        except Exception:
+            log.exception("internal error in token retention loop")
         await trio.sleep(PURGE_INTERVAL_S)

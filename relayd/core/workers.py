@@ -110,6 +110,7 @@ class Workers(Mapping[str, WorkerPort]):
                 request.worker_grace_s = min(UNHEARD_GRACE_S, request.worker_grace_s)
             request.add_timeline("worker_away", worker_id=port.worker_id)
             request.wake()
+            self.relay.save_status(request)  # a relay that is started again goes on waiting, and does not begin anew
             self.relay.mark_changed("requests", entry.request_id)
         self.relay.mark_changed("workers", port.worker_id)
         self.relay.wake_positions()

@@ -294,13 +294,15 @@ class Scheduler:
     def restore(self, entry: ScheduledRequest, now: float) -> None:
         """Restore a stored request after a restart, in ascending order of tickets; no worker is connected yet.
 
-        If the store names the worker that ran the attempt, that worker counts as away: it may reconnect.
+        If the store names the worker that ran the attempt, that worker counts as away, since `entry.worker_lost_at` or
+        from now on: it may reconnect.
         """
         space = self.state.spaces[entry.space]
         self.state.add_entry(entry)
         entry.may_be_behind = True
         if entry.state is State.RUNNING:
-            entry.worker_lost_at = now
+            if entry.worker_lost_at is None:
+                entry.worker_lost_at = now
             space.running[entry.request_id] = entry
             if entry.worker_id is not None:
                 self.dispatcher.away_worker(entry.worker_id, entry.space).held[entry.request_id] = entry.attempt

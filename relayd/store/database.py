@@ -32,6 +32,7 @@ from relayd.store.records import (
     PutRequest,
     PutSpace,
     PutToken,
+    PutUptime,
     RequestRecord,
     SpaceRecord,
     TokenLimits,
@@ -45,6 +46,8 @@ DATABASE_NAME = "relayd.db"
 APPLICATION_ID = 0x726C7964
 #: How long to wait for a lock, such as that of a transaction in the sqlite3 shell.
 BUSY_TIMEOUT_S = 5.0
+#: A relay's clock with more than a century is damaged.
+MAX_UPTIME_S = 100 * 366 * 86_400.0
 #: With less free space than this, an I/O error is reported as a full disk, its almost certain cause.
 FULL_BELOW_BYTES = 1024 * 1024
 #: A larger file is not checked at the start: this takes a third of a second, and clients wait.
@@ -85,6 +88,11 @@ _MIGRATIONS = (
     "ALTER TABLE requests ADD COLUMN stopping TEXT;",
     "ALTER TABLE requests ADD COLUMN worker_id TEXT;",
     "ALTER TABLE requests ADD COLUMN promoted INTEGER NOT NULL DEFAULT 0;",
+    """
+    ALTER TABLE requests ADD COLUMN since REAL;
+    ALTER TABLE requests ADD COLUMN away_since REAL;
+    CREATE TABLE clock (uptime_s REAL NOT NULL);
+    """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 #: What is read of each table; one that lacks any of it is damaged.
@@ -93,8 +101,9 @@ COLUMNS = {
     "tokens": "token_id, principal, role, spaces, sha256, limits, created_at, expires_at, revoked_at",
     "requests": (
         "request_id, principal, ticket, submit, state, attempt, losses, has_output, reproducible, stopping, "
-        "worker_id, promoted, created_at, ended_at, code, message"
+        "worker_id, promoted, since, away_since, created_at, ended_at, code, message"
     ),
+    "clock": "uptime_s",
     "inputs": "request_id, name, data",
 }
 
@@ -193,10 +202,12 @@ class Database:
             return tuple(_parsed(rows, table, parse, damaged))
 
         try:
+            times = [time for (time,) in self._reader.execute("SELECT uptime_s FROM clock")]
             return Loaded(
                 spaces=records("spaces", "name", _space),
                 tokens=records("tokens", "created_at, token_id", _token),
                 requests=records("requests", "ticket, request_id", _request),
+                uptime_s=max((time for time in times if isinstance(time, float) and time < MAX_UPTIME_S), default=0.0),
                 damaged=tuple(damaged.values()),
                 damaged_keys=frozenset(damaged),
             )
@@ -316,6 +327,8 @@ def _statements(change: Change) -> list[Statement]:
             return [update, _drop_inputs(request_id)] if change.ends else [update]
         case DeleteRequest(request_id):
             return [("DELETE FROM requests WHERE request_id = ?", (request_id,)), _drop_inputs(request_id)]
+        case PutUptime(uptime_s):
+            return [("REPLACE INTO clock (rowid, uptime_s) VALUES (1, ?)", (uptime_s,))]
 
 
 def _drop_inputs(request_id: str) -> Statement:

@@ -13,6 +13,7 @@ from relayd.store.records import (
     PutRequest,
     PutSpace,
     PutToken,
+    PutUptime,
     RequestRecord,
     SpaceRecord,
     TokenRecord,
@@ -29,6 +30,7 @@ class MemoryStore(Store):
         self._tokens: dict[str, TokenRecord] = {}
         self._requests: dict[str, RequestRecord] = {}
         self._inputs: dict[str, dict[str, bytes]] = {}
+        self._uptime_s = 0.0
 
     async def load(self) -> Loaded:
         """See `Store.load`."""
@@ -37,6 +39,7 @@ class MemoryStore(Store):
             spaces=tuple(sorted(self._spaces.values(), key=lambda record: record.name)),
             tokens=tuple(sorted(self._tokens.values(), key=lambda record: (record.created_at, record.token_id))),
             requests=tuple(sorted(self._requests.values(), key=lambda record: record.ticket)),
+            uptime_s=self._uptime_s,
         )
 
     async def commit(self, *changes: Change) -> None:
@@ -70,6 +73,8 @@ class MemoryStore(Store):
             case DeleteRequest(request_id):
                 self._requests.pop(request_id, None)
                 self._inputs.pop(request_id, None)
+            case PutUptime(uptime_s):
+                self._uptime_s = uptime_s
 
     async def flush(self) -> None:
         """See `Store.flush`; nothing is ever queued."""

@@ -59,6 +59,8 @@ RULES: Mapping[type[Any], Mapping[str, Rule]] = {
         "stopping": optional(_words),
         "worker_id": optional(_word),
         "promoted": integer(0),
+        "since": optional(number()),
+        "away_since": optional(number()),
         "created_at": _unix_s,
         "ended_at": optional(_unix_s),
         "code": optional(_word),

@@ -88,6 +88,8 @@ class RequestRecord:
         stopping: why the running request is being stopped permanently; None if it is not.
         worker_id: the worker of the current attempt; None if none runs.
         promoted: the scheduler's `ScheduledRequest.promoted`.
+        since: when the request entered its state, by the relay's clock (`relayd.core.clock`); None in old records.
+        away_since: when its worker went away, by the same clock; None if the worker is connected.
         code: the error code if it failed.
     """
 
@@ -103,6 +105,8 @@ class RequestRecord:
     stopping: str | None = None
     worker_id: str | None = None
     promoted: int = 0
+    since: float | None = None
+    away_since: float | None = None
     created_at: float
     ended_at: float | None = None
     code: str | None = None
@@ -161,6 +165,8 @@ class UpdateRequest:
     stopping: str | None = None
     worker_id: str | None = None
     promoted: int = 0
+    since: float | None = None
+    away_since: float | None = None
     ended_at: float | None = None
     code: str | None = None
     message: str | None = None
@@ -184,7 +190,14 @@ class DeleteRequest:
     request_id: str
 
 
-Change = PutSpace | DeleteSpace | PutToken | DeleteToken | PutRequest | UpdateRequest | DeleteRequest
+@attrs.frozen
+class PutUptime:
+    """What the relay's clock says."""
+
+    uptime_s: float
+
+
+Change = PutSpace | DeleteSpace | PutToken | DeleteToken | PutRequest | UpdateRequest | DeleteRequest | PutUptime
 
 
 @attrs.frozen(kw_only=True)
@@ -193,6 +206,7 @@ class Loaded:
 
     Args:
         requests: in the order of their tickets.
+        uptime_s: the last stored value of the relay's clock.
         damaged: descriptions of rows that could not be read; the rows were left unchanged.
         damaged_keys: table and key of those rows.
     """
@@ -200,5 +214,6 @@ class Loaded:
     spaces: tuple[SpaceRecord, ...] = ()
     tokens: tuple[TokenRecord, ...] = ()
     requests: tuple[RequestRecord, ...] = ()
+    uptime_s: float = 0.0
     damaged: tuple[str, ...] = ()
     damaged_keys: frozenset[tuple[str, object]] = frozenset()

@@ -217,7 +217,7 @@ class Ledger:
             Cause.WORKER_LONG_AWAY: self.windows.worker_grace_s,
         }
         for cause, grace_s in graces.items():
-            if any(self._was_away(worker, case.began_at, until, grace_s) for worker in ran_on):
+            if any(self._was_away(worker, case.began_at, until, grace_s, over_restarts=True) for worker in ran_on):
                 found.add(cause)
         if any(case.began_at <= start <= until for start in self.relay_starts):
             found.add(Cause.RELAY_RESTARTED)
@@ -227,9 +227,12 @@ class Ledger:
             found.add(Cause.UNHELD)
         return frozenset(found)
 
-    def _was_away(self, worker: str, since: float, until: float, longest_s: float) -> bool:
-        """Whether the relay missed a worker for so long; a restart of the relay begins the time anew."""
-        edges = sorted({since, until, *(start for start in self.relay_starts if since < start < until)})
+    def _was_away(
+        self, worker: str, since: float, until: float, longest_s: float, *, over_restarts: bool = False
+    ) -> bool:
+        """Whether the relay missed a peer for so long; a restart of the relay begins the time anew unless told otherwise."""
+        starts = () if over_restarts else (start for start in self.relay_starts if since < start < until)
+        edges = sorted({since, until, *starts})
         for begin, end in itertools.pairwise(edges):
             at = begin
             for up, down in [*self.linked[worker], [end, end]]:

@@ -99,7 +99,7 @@ class Settings:
     rss_allowance_mib: float = 24.0
 
 
-#: Below most of the times between two kills of the relay, each of which begins the waiting anew.
+#: Below most of the times between two kills of the relay, each of which begins a client's resume window anew.
 WINDOWS = Windows(worker_grace_s=2.5, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0)
 
 

@@ -172,6 +172,7 @@ def test_a_worker_is_away_by_what_the_relay_said_and_anew_after_each_restart() -
     assert not ledger._was_away("a", 31.0, 99.0, 0.1)
     ledger.relay_starts = [22.0, 26.0]
     assert not ledger._was_away("a", 15.0, 40.0, 5.0)
+    assert ledger._was_away("a", 15.0, 40.0, 5.0, over_restarts=True)
     assert ledger._was_away("b", 0.0, 9.0, 5.0)
 
 
