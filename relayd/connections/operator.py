@@ -32,7 +32,9 @@ Answer = dict[str, Value] | Rejected
 #: Actions that change nothing: allowed to read-only operators, and not audited.
 READ_ONLY_ACTIONS = frozenset({"describe", "list_tokens"})
 #: Actions that hold at once, and are answered when the store has them: `done` must outlive a relay that is killed.
-STORED_ACTIONS = frozenset({"cancel", "promote", "pause_space", "resume_space", "revoke_token"})
+STORED_ACTIONS = frozenset(
+    {"cancel", "promote", "pause_space", "resume_space", "revoke_token", "drain_worker", "undrain_worker"}
+)
 NOT_STORED = (
     "the action holds, but is not stored: a relay that is started again before its disk takes it has forgotten it"
 )
@@ -171,11 +173,9 @@ class OperatorHandler(ClientHandler):
         return {}
 
     async def _drain_worker(self, steer: Steer) -> Answer:
-        port = self.relay.workers.get(steer.target)
-        if port is None:
+        if steer.target not in self.relay.workers:
             return self._no_worker(steer.target)
-        self.relay.workers.drain(steer.target)
-        port.drain(f"drained by operator {self.principal.name}")
+        self.relay.workers.drain_by_operator(steer.target, f"drained by operator {self.principal.name}")
         return {}
 
     async def _undrain_worker(self, steer: Steer) -> Answer:

@@ -34,6 +34,7 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
     if len(loaded.damaged) > MAX_TOLD:
         log.error("store has more damaged records", records=len(loaded.damaged) - MAX_TOLD)
     relay.records_set_aside = len(loaded.damaged)
+    relay.workers.drained.update(dict.fromkeys(loaded.drains))
     records = {record.name: record for record in loaded.spaces}
     for name, config in relay.config.spaces.items():
         record = records.pop(name, SpaceRecord(name=name, created_at=time.time()))

@@ -13,9 +13,12 @@ from relayd.core.interfaces import RelayState, WorkerPort
 from relayd.core.spaces import Spaces
 from relayd.requests.request import UNHEARD_GRACE_S, Request
 from relayd.scheduling.model import Finish, Registration, State, WorkerState
+from relayd.store.records import DeleteDrain, PutDrain
 
 log = structlog.get_logger("relayd")
 
+#: Drained workers that are remembered: an id belongs to one process, and most never come back.
+MAX_DRAINED = 1_000
 #: Length at which a message in a request's timeline is cut.
 MAX_STEP_CHARS = 200
 
@@ -26,6 +29,8 @@ class Workers(Mapping[str, WorkerPort]):
 
     relay: RelayState
     spaces: Spaces
+    #: Those that operators have drained, connected or not; the first comes first.
+    drained: dict[str, None] = attrs.field(factory=dict)
     _connected: dict[str, WorkerPort] = attrs.field(factory=dict)
     #: Set, and replaced, when a worker comes, or takes requests again.
     joined: trio.Event = attrs.field(factory=trio.Event)
@@ -59,6 +64,7 @@ class Workers(Mapping[str, WorkerPort]):
             spaces=tuple(register.spaces),
             slots=register.slots,
             reproducible=_output_identity(register),
+            draining=port.worker_id in self.drained,
         )
         joined = self.relay.scheduler.join(worker, {r.request_id: r.attempt for r in register.running}, now)
         if isinstance(joined, Rejected):
@@ -89,6 +95,8 @@ class Workers(Mapping[str, WorkerPort]):
         waiting for it, and its attempts are lost. If the spaces have room for both, they may be two workers whose
         connections broke at the same time.
         """
+        if worker_id in self.drained:
+            self._connected[worker_id].drain("drained by an operator")  # it may not have received the first message
         own_name = worker_id.removesuffix(register.instance[:8])
         for worker in list(self.relay.scheduler.state.workers.values()):
             name = worker.worker_id.removesuffix(worker.instance[:8])
@@ -128,8 +136,22 @@ class Workers(Mapping[str, WorkerPort]):
         self.relay.mark_changed("workers", worker_id)
         self.relay.wake_positions()
 
+    def drain_by_operator(self, worker_id: str, reason: str) -> None:
+        """Drain a connected worker, also after a restart of the relay or a cut."""
+        self.drained[worker_id] = None
+        self.relay.store.post(PutDrain(worker_id))
+        if len(self.drained) > MAX_DRAINED:
+            oldest = next(iter(self.drained))
+            del self.drained[oldest]
+            self.relay.store.post(DeleteDrain(oldest))
+        self.drain(worker_id)
+        self._connected[worker_id].drain(reason)
+
     def undrain(self, worker_id: str) -> None:
         """Start requests on a worker again."""
+        if worker_id in self.drained:
+            del self.drained[worker_id]
+            self.relay.store.post(DeleteDrain(worker_id))
         self.relay.apply(self.relay.scheduler.undrain(worker_id, trio.current_time()))
         log.info("worker accepts requests again", worker=worker_id)
         self.relay.mark_changed("workers", worker_id)

@@ -25,10 +25,12 @@ from relayd.store.base import StorageFull, StoreError
 from relayd.store.record_rules import RecordT, checked
 from relayd.store.records import (
     Change,
+    DeleteDrain,
     DeleteRequest,
     DeleteSpace,
     DeleteToken,
     Loaded,
+    PutDrain,
     PutRequest,
     PutSpace,
     PutToken,
@@ -93,6 +95,7 @@ _MIGRATIONS = (
     ALTER TABLE requests ADD COLUMN away_since REAL;
     CREATE TABLE clock (uptime_s REAL NOT NULL);
     """,
+    "CREATE TABLE drains (worker_id TEXT NOT NULL UNIQUE);",
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 #: What is read of each table; one that lacks any of it is damaged.
@@ -104,6 +107,7 @@ COLUMNS = {
         "worker_id, promoted, since, away_since, created_at, ended_at, code, message"
     ),
     "clock": "uptime_s",
+    "drains": "worker_id",
     "inputs": "request_id, name, data",
 }
 
@@ -202,11 +206,13 @@ class Database:
             return tuple(_parsed(rows, table, parse, damaged))
 
         try:
+            drains = [name for (name,) in self._reader.execute("SELECT worker_id FROM drains ORDER BY rowid")]
             times = [time for (time,) in self._reader.execute("SELECT uptime_s FROM clock")]
             return Loaded(
                 spaces=records("spaces", "name", _space),
                 tokens=records("tokens", "created_at, token_id", _token),
                 requests=records("requests", "ticket, request_id", _request),
+                drains=tuple(name for name in drains if isinstance(name, str)),
                 uptime_s=max((time for time in times if isinstance(time, float) and time < MAX_UPTIME_S), default=0.0),
                 damaged=tuple(damaged.values()),
                 damaged_keys=frozenset(damaged),
@@ -327,6 +333,10 @@ def _statements(change: Change) -> list[Statement]:
             return [update, _drop_inputs(request_id)] if change.ends else [update]
         case DeleteRequest(request_id):
             return [("DELETE FROM requests WHERE request_id = ?", (request_id,)), _drop_inputs(request_id)]
+        case PutDrain(worker_id):
+            return [("INSERT OR IGNORE INTO drains (worker_id) VALUES (?)", (worker_id,))]
+        case DeleteDrain(worker_id):
+            return [("DELETE FROM drains WHERE worker_id = ?", (worker_id,))]
         case PutUptime(uptime_s):
             return [("REPLACE INTO clock (rowid, uptime_s) VALUES (1, ?)", (uptime_s,))]
 

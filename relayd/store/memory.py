@@ -6,10 +6,12 @@ import trio
 from relayd.store.base import Store
 from relayd.store.records import (
     Change,
+    DeleteDrain,
     DeleteRequest,
     DeleteSpace,
     DeleteToken,
     Loaded,
+    PutDrain,
     PutRequest,
     PutSpace,
     PutToken,
@@ -30,6 +32,7 @@ class MemoryStore(Store):
         self._tokens: dict[str, TokenRecord] = {}
         self._requests: dict[str, RequestRecord] = {}
         self._inputs: dict[str, dict[str, bytes]] = {}
+        self._drains: dict[str, None] = {}
         self._uptime_s = 0.0
 
     async def load(self) -> Loaded:
@@ -39,6 +42,7 @@ class MemoryStore(Store):
             spaces=tuple(sorted(self._spaces.values(), key=lambda record: record.name)),
             tokens=tuple(sorted(self._tokens.values(), key=lambda record: (record.created_at, record.token_id))),
             requests=tuple(sorted(self._requests.values(), key=lambda record: record.ticket)),
+            drains=tuple(self._drains),
             uptime_s=self._uptime_s,
         )
 
@@ -73,6 +77,10 @@ class MemoryStore(Store):
             case DeleteRequest(request_id):
                 self._requests.pop(request_id, None)
                 self._inputs.pop(request_id, None)
+            case PutDrain(worker_id):
+                self._drains[worker_id] = None
+            case DeleteDrain(worker_id):
+                self._drains.pop(worker_id, None)
             case PutUptime(uptime_s):
                 self._uptime_s = uptime_s
 

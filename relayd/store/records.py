@@ -191,13 +191,38 @@ class DeleteRequest:
 
 
 @attrs.frozen
+class PutDrain:
+    """A worker was drained by an operator: it is to be given no requests."""
+
+    worker_id: str
+
+
+@attrs.frozen
+class DeleteDrain:
+    """A worker is given requests again."""
+
+    worker_id: str
+
+
+@attrs.frozen
 class PutUptime:
     """What the relay's clock says."""
 
     uptime_s: float
 
 
-Change = PutSpace | DeleteSpace | PutToken | DeleteToken | PutRequest | UpdateRequest | DeleteRequest | PutUptime
+Change = (
+    PutSpace
+    | DeleteSpace
+    | PutToken
+    | DeleteToken
+    | PutRequest
+    | UpdateRequest
+    | DeleteRequest
+    | PutDrain
+    | DeleteDrain
+    | PutUptime
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -206,6 +231,7 @@ class Loaded:
 
     Args:
         requests: in the order of their tickets.
+        drains: ids of drained workers, in the order in which they were drained.
         uptime_s: the last stored value of the relay's clock.
         damaged: descriptions of rows that could not be read; the rows were left unchanged.
         damaged_keys: table and key of those rows.
@@ -214,6 +240,7 @@ class Loaded:
     spaces: tuple[SpaceRecord, ...] = ()
     tokens: tuple[TokenRecord, ...] = ()
     requests: tuple[RequestRecord, ...] = ()
+    drains: tuple[str, ...] = ()
     uptime_s: float = 0.0
     damaged: tuple[str, ...] = ()
     damaged_keys: frozenset[tuple[str, object]] = frozenset()

@@ -17,7 +17,19 @@ import attrs
 import trio
 
 from protocol.wire.frames import Cancelled, Frame
-from protocol.wire.messages import Accepted, Cancel, Done, Rejected, Snapshot, Status, StatusReply, Steer, Watch
+from protocol.wire.messages import (
+    Accepted,
+    Cancel,
+    Done,
+    Drain,
+    Registered,
+    Rejected,
+    Snapshot,
+    Status,
+    StatusReply,
+    Steer,
+    Watch,
+)
 from tests.chaos.processes import Actor
 from tests.chaos.run import clear
 from tests.support.fake_worker import fake_worker, identity
@@ -35,6 +47,9 @@ format = "json"
 max_queued = 100000
 max_queued_per_principal = 100000
 queue_timeout_s = 100000.0
+
+[spaces.drains]
+max_workers = 1000
 
 [spaces.served]
 max_queued_per_principal = 100000
@@ -287,6 +302,22 @@ async def revoke_token(stage: Stage) -> Look:
     return look
 
 
+async def drain_worker(stage: Stage) -> Look:
+    """An operator drained a worker, which had not heard of it when the relay was killed."""
+    async with peer(stage.url, "operator") as operator, fake_worker(stage.url, spaces=("drains",)) as worker:
+        registered = await worker.peer.next(Registered)
+        await steered(operator, "drain_worker", registered.worker_id)
+        stage.kill()
+
+    async def look() -> bool:
+        async with fake_worker(stage.url, spaces=("drains",), instance=worker.instance) as again:
+            await again.peer.next(Drain)
+            (row,) = [row for row in await stage.rows("workers") if row["worker_id"] == registered.worker_id]
+            return bool(row["state"] == "draining")
+
+    return look
+
+
 SCENES: Mapping[str, Scene] = {
     scene.__name__: scene
     for scene in (
@@ -299,6 +330,7 @@ SCENES: Mapping[str, Scene] = {
         http_submit,
         steer_cancel,
         promote,
+        drain_worker,
         pause,
         create_space,
         create_token,

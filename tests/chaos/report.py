@@ -230,7 +230,7 @@ class Ledger:
     def _was_away(
         self, worker: str, since: float, until: float, longest_s: float, *, over_restarts: bool = False
     ) -> bool:
-        """Whether the relay missed a peer for so long; a restart of the relay begins the time anew unless told otherwise."""
+        """Whether the relay missed a peer for so long; a restart of the relay begins the time anew, but where told."""
         starts = () if over_restarts else (start for start in self.relay_starts if since < start < until)
         edges = sorted({since, until, *starts})
         for begin, end in itertools.pairwise(edges):

@@ -14,9 +14,11 @@ from protocol.wire.messages import (
     Accepted,
     Cancel,
     Done,
+    Drain,
     Ping,
     Pong,
     Queued,
+    Registered,
     Rejected,
     Status,
     StatusReply,
@@ -289,3 +291,31 @@ async def test_promoted_requests_keep_their_order_over_restarts(tmp_path: Path) 
         assert [entry.request_id for entry in queue] == [fourth, second, third, first]
         async with fake_worker(relay.url, instance=an_id()) as worker:
             assert (await worker.assigned()).request_id == fourth
+
+
+@pytest.mark.trio
+async def test_a_worker_stays_drained_over_a_restart_until_it_is_undrained(tmp_path: Path, disk: Disk) -> None:
+    instance = an_id()
+    async with (
+        daemon(tmp_path, **SQLITE) as relay,
+        fake_worker(relay.url, instance=instance) as worker,
+        peer(relay.url, "operator") as operator,
+    ):
+        worker_id = (await worker.peer.next(Registered)).worker_id
+        with disk.stands():
+            operator.send(Steer(action="drain_worker", target=worker_id))
+            assert await heard(operator) == []
+        await operator.next(Done)
+        assert in_store(relay).drains == (worker_id,)
+        await accepted(operator)
+    async with (
+        daemon(tmp_path, **SQLITE) as relay,
+        peer(relay.url, "operator") as operator,
+        fake_worker(relay.url, instance=instance) as worker,
+    ):
+        await worker.peer.next(Drain)
+        assert relay.relay.scheduler.state.workers[worker_id].draining
+        operator.send(Steer(action="undrain_worker", target=worker_id))
+        await operator.next(Done)
+        assert in_store(relay).drains == ()
+        await worker.assigned()
