@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import codec, store, worker
+from bench import codec, store, tenants, worker
 from bench.figures import Row, table, verdict
 from bench.machine import machine_line
 from bench.relay import idle, relay
@@ -20,6 +20,7 @@ FIGURES: dict[str, Callable[[], list[Row]]] = {
     "worker": worker.measure,
     "codec": codec.measure,
     "store": store.measure,
+    "tenants": tenants.measure,
 }
 
 
@@ -42,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="for `relay`, only the figures with a promised limit: about a minute"
     )
     parser.add_argument(
-        "--part", action="append", choices=relay.PARTS, help="with --quick: measure only this part; repeatable"
+        "--part",
+        action="append",
+        choices=(*relay.PARTS, "tenants"),
+        help="with --quick: measure only this part; repeatable",
     )
     parser.add_argument("--list", action="store_true", help="list the figures without measuring")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -57,9 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     machine, peers, began, rows = machine_line(), peers_line(), time.monotonic(), []
     figures, broken = dict(FIGURES), False
+    parts = args.part or relay.PARTS
     if args.quick or args.part:
-        figures["relay"] = lambda: relay.measure_quick(args.part or relay.PARTS)
-    for name in args.figures or (["relay"] if args.quick or args.part else figures):
+        figures["relay"] = lambda: relay.measure_quick([part for part in parts if part != "tenants"])
+    named = args.figures
+    if not named and (args.quick or args.part):
+        named = [name for name in ("relay", "tenants") if name in parts or (name == "relay" and parts != ["tenants"])]
+    for name in named or figures:
         print(f"measuring {name}...", file=sys.stderr, flush=True)
         try:
             rows += figures[name]()

@@ -144,8 +144,8 @@ def open_relayd(
         config = folder / "relayd.toml"
         config.write_text(_CONFIG % (store, ping_interval_s, 3 * ping_interval_s, memory_bytes))
         serve = [*(command or serving_command(checkout)), "serve", "--config", str(config)]
-        with _open_process_in(checkout.folder, serve, folder / "log", environ) as process:
-            port = _port_in_log(process, folder / "log")
+        with open_process_in(checkout.folder, serve, folder / "log", environ) as process:
+            port = port_in_log(process, folder / "log")
             issued = _issue_tokens(checkout, config)
             yield Server("relayd", process.pid, port, issued)
 
@@ -153,9 +153,10 @@ def open_relayd(
 def _issue_tokens(checkout: Checkout, config: Path) -> dict[str, str]:
     """Create tokens with the commands that a person would use, on the running daemon, so that any version works."""
     create = [*checkout.command, "token", "create", "--space", SPACE, "--config", str(config)]
+    most = ("--max-connections", "100000")  # beyond what one principal may have
     asked = {
         role: subprocess.Popen(
-            [*create, "--role", role, "--name", f"bench-{role}"],
+            [*create, "--role", role, "--name", f"bench-{role}", *most],
             cwd=checkout.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -214,8 +215,8 @@ def open_python_peer(module: str, ping_interval_s: float | None = None) -> Itera
         command += ["--ping", f"{ping_interval_s:g}"]
     with tempfile.TemporaryDirectory(prefix="relayd-bench-") as folder:
         log = Path(folder, "log")
-        with _open_process_in(ROOT, command, log) as process:
-            yield Server(_PYTHON_PEERS[module][0], process.pid, _port_in_log(process, log))
+        with open_process_in(ROOT, command, log) as process:
+            yield Server(_PYTHON_PEERS[module][0], process.pid, port_in_log(process, log))
 
 
 @contextmanager
@@ -231,7 +232,7 @@ def open_nats(ping_interval_s: float | None = None) -> Iterator[Server]:
         config = Path(folder, "nats.conf")
         config.write_text("" if ping_interval_s is None else f'ping_interval: "{ping_interval_s:g}s"\n')
         command = [program, "-a", "127.0.0.1", "-p", str(port), "-c", str(config)]
-        with _open_process_in(ROOT, command, Path(folder, "log")) as process:
+        with open_process_in(ROOT, command, Path(folder, "log")) as process:
             _await_port(process, port)
             yield Server(_NATS, process.pid, port)
 
@@ -251,7 +252,7 @@ def open_haproxy() -> Iterator[Server]:
     ):
         config = Path(folder, "haproxy.cfg")
         config.write_text(_HAPROXY_CONFIG % (port, behind.getsockname()[1]))
-        with _open_process_in(ROOT, [program, "-db", "-f", str(config)], Path(folder, "log")) as process:
+        with open_process_in(ROOT, [program, "-db", "-f", str(config)], Path(folder, "log")) as process:
             _await_port(process, port)
             behind.accept()[0].close()  # from the check of the port
             yield Server(_HAPROXY, process.pid, port, behind=behind)
@@ -296,12 +297,12 @@ def _program(name: str) -> str:
 @contextmanager
 def open_process(command: list[str], log: Path, **environ: str) -> Iterator["subprocess.Popen[bytes]"]:
     """Start a process that writes to `log` and knows no relay except through `environ`; ended with the block."""
-    with _open_process_in(None, command, log, environ) as process:
+    with open_process_in(None, command, log, environ) as process:
         yield process
 
 
 @contextmanager
-def _open_process_in(
+def open_process_in(
     folder: Path | None, command: list[str], log: Path, environ: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator["subprocess.Popen[bytes]"]:
     with log.open("wb") as out:
@@ -341,7 +342,7 @@ def _await_port(process: "subprocess.Popen[bytes]", port: int) -> None:
     raise RuntimeError(f"{process.args!r} did not start")
 
 
-def _port_in_log(process: "subprocess.Popen[bytes]", log: Path) -> int:
+def port_in_log(process: "subprocess.Popen[bytes]", log: Path) -> int:
     """The port in the log line `listening`."""
     deadline = time.monotonic() + READY_S
     while process.poll() is None and time.monotonic() < deadline:

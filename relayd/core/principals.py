@@ -21,8 +21,8 @@ from relayd.config.schema import PrincipalLimits, SpaceConfig
 log = structlog.get_logger("relayd.limits")
 
 #: Part of the event loop's time that the messages of one principal may take, and how much of it at once, in seconds.
-CPU_SHARE = 0.5
-CPU_BURST_S = 0.004
+CPU_SHARE = 0.2
+CPU_BURST_S = 0.003
 MIN_WAIT_S = 1e-4
 #: Seconds of `requests_per_s` that may come at once: a client that connects again sends all it has.
 BURST_S = 5.0

@@ -27,7 +27,7 @@ from protocol.wire.messages import (
     Table,
 )
 from protocol.wire.validators import Message, Struct
-from relayd.config.schema import Limits, SpaceConfig
+from relayd.config.schema import Limits, PrincipalLimits, SpaceConfig
 from relayd.connections.operator import ACTIONS, OperatorHandler
 from relayd.logs import recent
 from relayd.requests.summary import summarize
@@ -199,9 +199,13 @@ def test_a_refused_login_is_tried_again_exactly_where_its_code_is_retryable() ->
 
 
 def test_every_limit_that_a_relay_can_be_set_to_is_named() -> None:
-    text = section("4 Limits")
+    text, of_one = section("4 Limits"), section("4.1 One principal's share")
     for setting in attrs.fields(Limits):
-        assert f"`{setting.name}`" in text
+        assert setting.name == "principal" or f"`{setting.name}`" in text
+    rows_ = {code(row[0].partition(",")[0]): row[1] for row in table(of_one)}
+    assert rows_.keys() == {setting.name for setting in attrs.fields(PrincipalLimits)}
+    for name in ("max_connections", "max_queued", "max_uploads", "max_readers", "max_retained", "max_priority"):
+        assert int(rows_[name].replace(",", "")) == getattr(PrincipalLimits(), name)
 
 
 def test_every_option_of_create_space_is_named() -> None:
