@@ -302,6 +302,7 @@ class Worker:
             params=capabilities.params,
             inputs=capabilities.inputs,
             format=capabilities.format,
+            streams=capabilities.streams,
             reproducible=capabilities.reproducible,
             fingerprint=capabilities.fingerprint,
             running=self._executor_or_fail.running_attempts(),

@@ -87,6 +87,9 @@ class Capabilities:
     Args:
         format: of its audio, None if it makes none or does not know the format yet.
         late_format: the format is known only during a run, from a `FormatChunk` as its first chunk.
+        streams: a run yields or reports something every few seconds from its beginning to its end. The relay takes a
+            run that is silent for its space's `idle_timeout_s` for a hung one then, stops it and tries it again. Any
+            other engine may be silent for as long as `run_timeout_s` allows.
         reproducible: equal params and inputs give equal chunks, in any process on this kind of machine. After a loss
             such a run is repeated and continues where it stopped, so declare it truthfully.
         fingerprint: everything else that its samples depend on (model files, device, library versions), in at most
@@ -99,6 +102,7 @@ class Capabilities:
 
     format: AudioFormat | None = None
     late_format: bool = False
+    streams: bool = False
     reproducible: bool = False
     fingerprint: str = attrs.field(default="", validator=attrs.validators.max_len(MAX_FINGERPRINT_CHARS))
     params: dict[str, Value] = attrs.field(factory=dict)

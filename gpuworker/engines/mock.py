@@ -152,7 +152,11 @@ class MockEngine(Engine):
         """Audio at the option's rate; by default reproducible by any mock that cuts it equally."""
         cut = f"chunks of {self.options['chunk_ms']} ms"
         return Capabilities(
-            format=self._format, reproducible=bool(self.options["reproducible"]), fingerprint=cut, params=PARAMS
+            format=self._format,
+            streams=True,
+            reproducible=bool(self.options["reproducible"]),
+            fingerprint=cut,
+            params=PARAMS,
         )
 
     def load(self) -> None:

@@ -95,6 +95,7 @@ def encode_capabilities(capabilities: Capabilities) -> dict[str, Value]:
     return {
         "format": capabilities.format.to_map() if capabilities.format else None,
         "late_format": capabilities.late_format,
+        "streams": capabilities.streams,
         "reproducible": capabilities.reproducible,
         "fingerprint": capabilities.fingerprint,
         "params": capabilities.params,

@@ -380,6 +380,7 @@ class Register(Message):
         params: JSON Schema (2020-12) of `submit.params`.
         inputs: input name -> what is accepted.
         format: of the audio that this engine makes, or None if it makes none.
+        streams: frames come all the time while it runs, so that a silent attempt is a hung one.
         reproducible: equal params (and seed) give equal frames, by any worker of this engine, format and fingerprint.
         fingerprint: everything else that the frames depend on: model files, device, versions.
         running: the attempts whose frames it still has.
@@ -394,6 +395,7 @@ class Register(Message):
     params: dict[str, Value] = map_field()
     inputs: dict[str, InputRule] = struct_map_field(InputRule, _input_name)
     format: AudioFormat | None = struct_field(AudioFormat)
+    streams: bool = field(boolean, True)
     reproducible: bool = field(boolean, False)
     fingerprint: str = field(text(200), "")
     running: tuple[Running, ...] = struct_list_field(Running)

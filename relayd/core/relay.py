@@ -241,7 +241,7 @@ class Relay:
                     f"it ran for more than {request.run_timeout_s:g} s; ask for less, or raise run_timeout_s",
                 )
             case Expiry.IDLE_TIMEOUT:
-                message = f"its worker sent nothing for {request.idle_timeout_s:g} s"
+                message = f"its worker sent nothing for {request.idle_timeout_s:g} s, its space's idle_timeout_s"
                 self.workers.lose_attempt(request_id, ErrorCode.IDLE_TIMEOUT, message)
             case Expiry.WORKER_GONE:
                 message = f"worker {request.entry.worker_id or '(before the restart)'} did not reconnect"

@@ -63,6 +63,7 @@ class Workers(Mapping[str, WorkerPort]):
             instance=register.instance,
             spaces=tuple(register.spaces),
             slots=register.slots,
+            streams=register.streams,
             reproducible=_output_identity(register),
             draining=port.worker_id in self.drained,
         )

@@ -268,7 +268,7 @@ class Request:
             due.append((entry.started_at + self.run_timeout_s, Expiry.RUN_TIMEOUT))
             if entry.worker_lost_at is not None:
                 due.append((entry.worker_lost_at + self.worker_grace_s, Expiry.WORKER_GONE))
-            else:
+            elif entry.streams:
                 due.append((self.last_frame_at + self.idle_timeout_s, Expiry.IDLE_TIMEOUT))
         return min(due, key=lambda pair: pair[0])
 

@@ -80,7 +80,7 @@ class Dispatcher:
     def mark_running(self, entry: ScheduledRequest, worker: WorkerState) -> None:
         """Note that `entry` runs on `worker`."""
         entry.state = State.RUNNING
-        entry.worker_id = worker.worker_id
+        entry.worker_id, entry.streams = worker.worker_id, worker.streams
         entry.worker_lost_at = None
         self.state.spaces[entry.space].running[entry.request_id] = entry
         self.state.moved.add(entry.space)

@@ -62,6 +62,8 @@ class ScheduledRequest:
     #: Engine, format and fingerprint as text: workers with the same text make the same frames from the same params;
     #: "" if the engine is not reproducible.
     reproducible: str = ""
+    #: Whether frames come all the time while it runs, so that silence means a hung engine.
+    streams: bool = True
     has_output: bool = False
     next_seq: int = 0
     #: Size of its inputs, which the store keeps until it has ended.
@@ -80,6 +82,8 @@ class WorkerState:
     slots: int
     #: As `ScheduledRequest.reproducible`; workers with the same text can continue each other's streams.
     reproducible: str = ""
+    #: As `Register.streams`.
+    streams: bool = True
     linked: bool = True
     draining: bool = False
     held: dict[str, int] = attrs.field(factory=dict)

@@ -47,6 +47,7 @@ async def test_a_worker_registers_what_its_engine_announced_and_turns_chunks_int
         register = await desk.register()
         assert (register.spaces, register.slots, register.format) == (["tts"], 1, FORMAT)
         assert register.params == {"type": "object"}
+        assert not register.streams, "an engine that declares nothing may be silent"
         desk.send(assign())
         frames = await desk.frames()
         assert [type(frame) for frame in frames] == [Started, Audio, Audio, Audio, Completed]

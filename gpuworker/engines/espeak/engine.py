@@ -94,7 +94,9 @@ class EspeakEngine(Engine):
                     f"-o {name}={self.options[name]} is not a voice; choose one of {', '.join(library.voices)}"
                 )
         self._capabilities = Capabilities(
-            format=AudioFormat(sample_rate=library.sample_rate), params=_params([AUTO, *library.voices])
+            format=AudioFormat(sample_rate=library.sample_rate),
+            streams=True,
+            params=_params([AUTO, *library.voices]),
         )
         for _ in self.generate({"text": "a 好"}, {}):
             pass

@@ -148,6 +148,7 @@ class IndexTTS2Engine(Engine):
         self._folder = Path(tempfile.mkdtemp(prefix="gpuworker-indextts2-"))
         self._capabilities = Capabilities(
             format=AudioFormat(sample_rate=SAMPLE_RATE),
+            streams=True,
             params=params_schema(self._model, self._taken, self._voices),
             inputs=input_rules(self._voices),
         )
