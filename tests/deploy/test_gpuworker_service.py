@@ -90,7 +90,7 @@ def test_the_unit_leaves_the_worker_its_gpu_its_compiler_and_its_time_to_drain()
     assert said["PrivateDevices"] == ["no"]
     assert [rule.split()[0] for rule in said["DeviceAllow"]] == ["char-nvidia*", "char-drm"]
     assert float(said["TimeoutStopSec"][0]) > DRAIN_TIMEOUT_S
-    assert said["Restart"] == ["always"]
+    assert said["Restart"] == ["on-failure"]
     assert said["StartLimitIntervalSec"] == ["0"]
     caches = dict(word.split("=", 1) for line in said["Environment"] for word in line.split())
     for name in ("HF_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HOME"):  # / is its home otherwise

@@ -11,7 +11,7 @@ import pytest
 import relayd.cli
 from gpuworker.slots.process_slot import LOAD_TIMEOUT_S
 from protocol.cli import _parser as relay_parser
-from protocol.commands.exit_codes import USAGE
+from protocol.commands.exit_codes import INTERRUPTED, USAGE
 from relayd.config_reload import NEEDS_RESTART
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,13 @@ def test_a_relay_that_was_drained_or_has_a_faulty_configuration_is_not_started_a
     unit = settings("relayd.service")
     assert unit["Restart"] == ["on-failure"]
     assert unit["RestartPreventExitStatus"] == [str(USAGE)]
+
+
+def test_a_worker_that_was_drained_or_interrupted_is_not_started_again_and_one_that_failed_is() -> None:
+    unit = settings("gpuworker.service")
+    assert unit["Restart"] == ["on-failure"]
+    assert unit["SuccessExitStatus"] == [str(INTERRUPTED)]
+    assert "RestartPreventExitStatus" not in unit
 
 
 def test_a_reload_is_the_signal_that_the_daemon_reads_its_settings_at() -> None:

@@ -8,12 +8,30 @@ from pathlib import Path
 import pytest
 import trio
 
+from protocol.client.client import open_relay
+from protocol.commands.exit_codes import DONE, INTERRUPTED
 from tests.support.fake_systemd import fake_systemd
 from tests.support.processes import a_place, a_relay, a_worker
 
 MOCK = ("--engine", "mock")
 #: Signs of life every half second.
 WATCHED = "1000000"
+
+
+@pytest.mark.trio
+async def test_a_worker_that_is_drained_or_interrupted_ends_as_its_unit_takes_for_asked_to_leave(
+    tmp_path: Path,
+) -> None:
+    place = a_place(tmp_path)
+    async with a_relay(place) as relay:
+        async with a_worker(place, relay, *MOCK) as worker:
+            worker_id = (await relay.event("worker registered"))["worker"]
+            async with open_relay(f"unix:{tmp_path}/state/relayd.sock", role="operator") as operator:
+                await operator.steer("drain_worker", worker_id)
+            assert await worker.ended() == DONE
+        async with a_worker(place, relay, *MOCK) as worker:
+            worker.send_signal(signal.SIGINT)
+            assert await worker.ended() == INTERRUPTED
 
 
 @pytest.mark.trio
