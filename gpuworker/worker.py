@@ -97,6 +97,8 @@ class Worker:
         self._registered_once = False
         self._register_again = Backoff(REGISTER_AGAIN_FIRST_S, REGISTER_AGAIN_LONGEST_S)
         self._refused = trio.Event()
+        #: When the relay wants to be asked again; None leaves it to the backoff.
+        self._retry_after_s: float | None = None
         self._max_result_bytes = MAX_RESULT_BYTES
         self._drain_asked = trio.Event()
         self._drains = False
@@ -285,8 +287,7 @@ class Worker:
             self._announced = self._running_attempts(capabilities)
             self._send(self._registration(capabilities))
             await self._refused.wait()
-            delay_s = self._register_again.next_s()
-            log.info("registering again in %.1f s", delay_s)
+            delay_s = self._register_again.next_s() if self._retry_after_s is None else self._retry_after_s
             await trio.sleep(delay_s)
 
     def _running_attempts(self, capabilities: Capabilities) -> tuple[int, bool, str]:
@@ -354,12 +355,10 @@ class Worker:
         self._fault = rejected.message
         if self._sender is not None:
             return
-        # If the worker has never served, the person who started it is there to read this: report it and end.
-        # `space_full` is mostly a second worker started by mistake. Later, the relay may have been reconfigured, or
-        # still count an old connection of this worker; both may pass.
-        if not self._registered_once and (not rejected.retryable or rejected.code == ErrorCode.SPACE_FULL):
+        if final:
             self._fail(rejected.code, rejected.message)
         else:
+            self._retry_after_s = rejected.retry_after_s
             self._refused.set()
         self._on_status()
 

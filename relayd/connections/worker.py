@@ -184,6 +184,10 @@ class WorkerHandler:
         """Send `undrain`."""
         self.send(Undrain())
 
+    def ping(self) -> None:
+        """Ask for a sign of life."""
+        self.send(Ping(timestamp=self.relay.now_unix()))
+
     def disconnect(self, reason: str) -> None:
         """End the connection; the worker may reconnect."""
         self.link.abort(reason)
@@ -274,6 +278,8 @@ class WorkerHandler:
             return
         joined = self.relay.workers.register(self, register)
         if isinstance(joined, Rejected):
+            self.refused_at = self.refused_at or trio.current_time()
+            joined = self.relay.workers.recheck_refusal(self, register, joined, self.refused_at)
             log.warning("worker refused", worker=self.worker_id, code=joined.code, why=joined.message)
             self.send(joined)
             return

@@ -71,6 +71,9 @@ class WorkerPort(Protocol):
     def undrain(self) -> None:
         """Send `undrain`."""
 
+    def ping(self) -> None:
+        """Send `ping`, whose answer shows that the worker is still there."""
+
     def disconnect(self, reason: str) -> None:
         """End the connection."""
 

@@ -89,6 +89,31 @@ class Workers(Mapping[str, WorkerPort]):
         self._tell_joined()
         return joined
 
+    def recheck_refusal(self, port: WorkerPort, register: Register, refusal: Rejected, refused_at: float) -> Rejected:
+        """A worker was refused; if the space is full of workers that may be gone soon, tell it to try again.
+
+        A machine that was reset leaves its old connection half open for up to `dead_after_s`, and its new worker must
+        not give up meanwhile. So whoever has the place is asked for a sign of life, and until it has given one since
+        `refused_at`, the refusal may pass; a former process of the same worker is cut off before. It may pass, too,
+        if one of them drains.
+        """
+        if refusal.code != ErrorCode.SPACE_FULL:
+            return refusal
+        state, mine = self.relay.scheduler.state, _name(port.worker_id, register.instance)
+        others = {each.worker_id: each for name in register.spaces for each in state.workers_of(name)}
+        others.pop(port.worker_id, None)
+        silent = [each for each in others.values() if self._connected[each.worker_id].received_at < refused_at]
+        for each in silent:
+            before = self._connected[each.worker_id]
+            is_former = (_name(each.worker_id, each.instance), before.principal_name) == (mine, port.principal_name)
+            if is_former and trio.current_time() - refused_at > TAKE_OVER_S:
+                before.disconnect("it does not answer, and a new process of the same worker wants its place")
+            else:
+                before.ping()
+        if not silent and not any(worker.draining for worker in others.values()):
+            return refusal
+        return attrs.evolve(refusal, retry_after_s=REGISTER_AGAIN_S)
+
     def finish_registration(self, register: Register, worker_id: str, joined: Registration) -> None:
         """Carry out the decisions of a registration that was answered.
 
@@ -202,6 +227,11 @@ class Workers(Mapping[str, WorkerPort]):
         """Free the slot of an attempt that a worker has released."""
         self.relay.apply(self.relay.scheduler.release(port.worker_id, request_id, attempt, trio.current_time()))
         self.relay.mark_changed("workers", port.worker_id)
+
+
+def _name(worker_id: str, instance: str) -> str:
+    """The part of a worker's id that all its processes share."""
+    return worker_id.removesuffix(instance[:8])
 
 
 def _output_identity(register: Register) -> str:

@@ -48,6 +48,50 @@ async def test_a_second_worker_is_told_which_space_is_full(tmp_path: Path) -> No
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize(("name", "dead_after_s"), [("other", 1.0), ("box", 600.0)])
+async def test_a_worker_whose_place_a_silent_one_holds_is_told_to_ask_again_and_gets_it(
+    tmp_path: Path, name: str, dead_after_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.workers.TAKE_OVER_S", 0.5)
+    limits = {"ping_interval_s": 0.5, "dead_after_s": dead_after_s}
+    async with daemon(tmp_path, limits=limits) as relay:
+        cable = Cable()
+        async with fake_worker(relay.url, name="box", cable=cable) as old:
+            await old.peer.next(Registered)
+            cable.pulled = True
+            async with fake_worker(relay.url, name=name) as new:
+                refusal = await new.peer.next(Rejected)
+                assert (refusal.code, refusal.retry_after_s) == ("space_full", 1.0)
+                with trio.fail_after(10):
+                    while True:
+                        await trio.sleep(0.1)
+                        new.send(new.registration)
+                        answer = await new.peer.next(Rejected, Registered)
+                        if isinstance(answer, Registered):
+                            break
+                        assert answer.retry_after_s == 1.0, "it may still be gone"
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_a_worker_whose_place_is_held_is_told_to_stop_once_the_other_has_answered(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url) as old:
+        await old.peer.next(Registered)
+        async with fake_worker(relay.url) as new:
+            assert (await new.peer.next(Rejected)).retry_after_s == 1.0
+            await old.peer.next(Ping)
+            old.send(Pong(timestamp=0.0))
+            await old.peer.settled()
+            new.send(new.registration)
+            assert (await new.peer.next(Rejected)).retry_after_s is None
+            old.send(Draining())
+            await until(lambda: next(iter(relay.relay.scheduler.state.workers.values())).draining)
+            new.send(new.registration)
+            assert (await new.peer.next(Rejected)).retry_after_s == 1.0
+        await relay.goes_on()
+
+
+@pytest.mark.trio
 @pytest.mark.parametrize(
     ("fields", "code"),
     [({"params": {"type": 5}}, "invalid_params"), ({"params": {"$ref": "http://example.org/"}}, "invalid_params")],
