@@ -323,6 +323,10 @@ class Worker:
                 self._send(self._registration(capabilities))
         if capabilities is None and (fault := next((s.load_fault for s in self._slots if s.load_fault), "")):
             self._fail(ErrorCode.MODEL_NOT_LOADED.value, f"engine {self._identity.engine!r} cannot be loaded: {fault}")
+        if self._failure is None and (broken := next((s.broken for s in self._slots if s.broken), "")):
+            log.error("%s", broken)
+            self._failure, self._fault = WorkerError(ErrorCode.ENGINE_FAILED.value, broken), broken
+            self.drain("its GPU failed")  # what the relay has not heard yet is delivered first
         self._on_status()
 
     def _on_registered(self, registered: Registered) -> None:
@@ -395,7 +399,7 @@ class Worker:
     # -- leaving
 
     def _undrain(self) -> None:
-        if self._drains:
+        if self._drains and self._failure is None:
             log.info("no longer draining: the relay asked to continue")
             self._drains = False
             self._drain_asked = trio.Event()

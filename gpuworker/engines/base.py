@@ -286,7 +286,8 @@ class Engine(ABC):
             chunks, each as soon as it is made. It must be closeable at any `yield`, and ready for the next run then.
 
         Raises:
-            EngineError: the run failed. Any other exception is reported as `engine_failed`, not retryable.
+            EngineError: the run failed. Any other exception is reported as `engine_failed`, not retryable. An error of
+                the GPU is recognized in either: it is retryable, and the slot starts a new engine.
         """
 
     def close(self) -> None:  # noqa: B027 - most engines have nothing to release

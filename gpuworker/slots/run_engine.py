@@ -20,6 +20,7 @@ from gpuworker.engines.base import (
     error_text,
     wire_text,
 )
+from gpuworker.engines.device_fault import DeviceFault, find_device_fault
 from protocol.wire import codec
 from protocol.wire.errors import EncodeError, ErrorCode
 from protocol.wire.frames import MAX_TEXT_CHARS, PROGRESS_STATES
@@ -33,7 +34,10 @@ _ENVELOPE: dict[str, Value] = {"request_id": "f" * 32, "attempt": 1_000_000, "se
 
 @attrs.frozen(kw_only=True)
 class RunResult:
-    """How a run ended. `code` to `retryable` are sent in `failed`; `restart`: the engine must be started again."""
+    """How a run ended. `code` to `retryable` are sent in `failed`.
+
+    `restart`: the engine must be started again; `process_broken`: in another process.
+    """
 
     outcome: Literal["completed", "failed", "cancelled"]
     code: str = ""
@@ -41,6 +45,7 @@ class RunResult:
     details: dict[str, Value] = attrs.field(factory=dict)
     retryable: bool = False
     restart: bool = False
+    process_broken: bool = False
 
     @classmethod
     def failed(cls, code: ErrorCode, message: str, *, retryable: bool = False) -> "RunResult":
@@ -51,15 +56,19 @@ class RunResult:
     @classmethod
     def from_error(cls, fault: BaseException) -> "RunResult":
         """The failure that an engine's exception stands for."""
+        device_fault = find_device_fault(fault)
+        restart, process_broken = device_fault is not None, device_fault is DeviceFault.FAILED
         if not isinstance(fault, EngineError):
-            return cls.failed(ErrorCode.ENGINE_FAILED, f"{type(fault).__name__}: {error_text(fault)}")
+            end = cls.failed(ErrorCode.ENGINE_FAILED, f"{type(fault).__name__}: {error_text(fault)}", retryable=restart)
+            return attrs.evolve(end, restart=restart, process_broken=process_broken)
         end = cls(
             outcome="failed",
             code=str(fault.code)[:64],
             message=wire_text(str(fault.message))[:MAX_TEXT_CHARS],
             details={wire_text(str(name))[:64]: value for name, value in list(fault.details.items())[:MAX_DETAILS]},
-            retryable=bool(fault.retryable),
-            restart=bool(fault.restart),
+            retryable=bool(fault.retryable) or restart,
+            restart=bool(fault.restart) or restart,
+            process_broken=process_broken,
         )
         try:
             codec.pack({"type": "failed", **_ENVELOPE, "message": end.message, "details": end.details})
@@ -108,9 +117,8 @@ def run_engine(
     except (Exception, SystemExit) as fault:  # noqa: BLE001 - the one broad catch for a request: engines raise anything
         if not isinstance(fault, EngineError):
             traceback.print_exc(file=sys.stderr)
-        if cancelled() and not (isinstance(fault, EngineError) and fault.restart):
-            return RunResult(outcome="cancelled")
-        return RunResult.from_error(fault)
+        end = RunResult.from_error(fault)
+        return RunResult(outcome="cancelled") if cancelled() and not end.restart else end
     finally:
         engine.report = Engine.report  # a report between two runs belongs to neither
 

@@ -71,6 +71,7 @@ class Slot(ABC):
         busy: a job runs in it.
         capabilities: those of its engine, None until it has been loaded once.
         load_fault: why the last load failed; empty if it succeeded.
+        broken: why no engine can run in this program again; empty if one can.
         on_change: called, in the Trio thread, after each change of `ready`, `busy` or `load_fault`.
     """
 
@@ -79,6 +80,7 @@ class Slot(ABC):
         self.ready = False
         self.capabilities: Capabilities | None = None
         self.load_fault = ""
+        self.broken = ""
         self.on_change: Callable[[], None] = lambda: None
         self._run: Run | None = None
 

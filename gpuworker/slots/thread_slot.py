@@ -66,6 +66,8 @@ class ThreadSlot(Slot):
                 if self._order is not None:
                     self._order.stop.set()
                 self._orders.put(None)
+            if self.broken:
+                await trio.sleep_forever()
             backoff.note_uptime(trio.current_time() - began)
             await trio.sleep(backoff.next_s())
 
@@ -99,7 +101,10 @@ class ThreadSlot(Slot):
                     call_in_trio(self._run_ended, run, end)
                     if end.restart:
                         break
-                engine.close()
+                try:
+                    engine.close()
+                except Exception:
+                    log.exception("%s: the engine cannot be closed", self.name)
             call_in_trio(ended.set)
         except trio.RunFinishedError:
             return  # the worker has ended; there is nobody left to notify
@@ -120,6 +125,9 @@ class ThreadSlot(Slot):
 
     def _run_ended(self, run: Run, end: RunResult) -> None:
         self._order = None
+        if end.process_broken:
+            self.broken = f"the GPU cannot be used by this program any more ({end.message}); start the program again"
+            self.on_change()
         self._set_ready(not end.restart)
         run.finish(end)
 

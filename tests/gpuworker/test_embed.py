@@ -105,6 +105,63 @@ def test_the_callable_runs_in_one_thread_that_is_not_the_programs_and_may_raise(
     assert set(threads) == {"gpuworker-0"}
 
 
+def test_a_call_that_breaks_the_gpu_for_this_program_ends_its_worker_with_a_clear_word(
+    tmp_path: Path, handles: list[Handle]
+) -> None:
+    heard: list[Message] = []
+
+    def call(text: str) -> str:
+        raise RuntimeError(f"CUDA error: device-side assert triggered ({text})")
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        while not isinstance(message := await desk.hear(), Failed):
+            heard.append(message)
+        heard.append(message)
+        desk.send(Ack(request_id=message.request_id, attempt=message.attempt, seq=message.seq))
+        await trio.sleep_forever()
+
+    with RelayThread(tmp_path, script(relay)) as url:
+        handle = serve(call, url=url, space="tts")
+        handles.append(handle)
+        until(lambda: handle.status().state == "stopped")
+    assert any(isinstance(message, Draining) for message in heard), (
+        "before the end of the request: nothing new may come"
+    )
+    last = heard[-1]
+    assert isinstance(last, Failed)
+    assert last.retryable
+    assert "the GPU cannot be used by this program any more" in handle.status().fault
+    assert "start the program again" in handle.status().fault
+
+
+def test_a_call_that_finds_no_memory_on_the_gpu_is_served_on(tmp_path: Path, handles: list[Handle]) -> None:
+    calls: list[str] = []
+    outcomes: list[str] = []
+
+    def call(text: str) -> str:
+        calls.append(text)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return text.upper()
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        for attempt in (1, 2):
+            desk.send(assign(attempt=attempt))
+            while not isinstance(message := await desk.hear(), Completed | Failed):
+                pass
+            outcomes.append(message.TYPE)
+            desk.send(Ack(request_id=message.request_id, attempt=message.attempt, seq=message.seq))
+        await trio.sleep_forever()
+
+    with RelayThread(tmp_path, script(relay)) as url:
+        handles.append(serve(call, url=url, space="tts"))
+        until(lambda: len(outcomes) == 2)
+    assert outcomes == ["failed", "completed"]
+
+
 def test_a_refusal_is_raised_where_the_program_starts_it(tmp_path: Path) -> None:
     async def full(desk: Desk) -> None:
         await desk.expect(Register)

@@ -494,6 +494,59 @@ def test_what_an_engine_raises_is_how_its_run_ends(fault: Exception, expected: R
     assert engine.closed == 1
 
 
+class AcceleratorError(RuntimeError):
+    """As torch has it."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch has it."""
+
+
+def raised_from(fault: Exception, cause: Exception) -> Exception:
+    fault.__cause__ = cause
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "process_broken"),
+    [
+        (RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), True),
+        (RuntimeError("HIP error: invalid device function"), True),
+        (Exception("hipErrorIllegalAddress"), True),
+        (AcceleratorError("an unspecified launch failure"), True),
+        (OutOfMemoryError("Tried to allocate 2.00 GiB"), False),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
+        (RuntimeError("MPS backend out of memory"), False),
+        (raised_from(ValueError("no voice"), RuntimeError("CUDA error: misaligned address")), True),
+        (raised_from(EngineError("the model failed"), RuntimeError("CUDA error: misaligned address")), True),
+        (EngineError("CUDA error: unspecified launch failure"), True),
+        (ExceptionGroup("two", [KeyError("a"), RuntimeError("NCCL error in: x.cpp:1")]), True),
+    ],
+)
+def test_an_error_of_the_gpu_may_be_tried_again_in_a_new_engine_whatever_engine_it_came_from(
+    fault: Exception, process_broken: bool
+) -> None:
+    end = RunResult.from_error(fault)
+    assert (end.code, end.retryable, end.restart, end.process_broken) == ("engine_failed", True, True, process_broken)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ValueError("cannot speak 'CUDA error: out of memory'"),
+        KeyError("hipError"),
+        RuntimeError("no such voice"),
+        MemoryError("Unable to allocate 80 GiB for an array"),
+        InvalidParams({"text": "is rude"}),
+    ],
+)
+def test_another_error_costs_no_engine(fault: Exception) -> None:
+    end = RunResult.from_error(fault)
+    assert (end.retryable, end.restart, end.process_broken) == (False, False, False)
+
+
 def test_chunks_are_held_to_what_the_wire_takes() -> None:
     assert run(Scripted(AudioChunk(b"\0"), format=MONO), {})[0].outcome == "failed"
     assert run(Scripted(AudioChunk(b"\0\0")), {})[0].outcome == "failed"

@@ -1,4 +1,4 @@
-"""A worker whose GPU runs out of memory, in a run and while a model loads."""
+"""A worker whose GPU fails or runs out of memory, in a run and while a model loads."""
 
 import logging
 from pathlib import Path
@@ -36,6 +36,8 @@ SOURCE = """
 
         def generate(self, params, inputs):
             yield AudioChunk(bytes(2))
+            if params.get("broken"):
+                raise RuntimeError("CUDA error: device-side assert triggered; use fewer --slots")
             if params.get("greedy"):
                 raise EngineError("CUDA out of memory; use fewer --slots", retryable=True, restart=True)
             yield AudioChunk(bytes(2))
@@ -92,11 +94,12 @@ async def until_slots(desk: Desk, slots: int) -> None:
 
 
 @pytest.mark.trio
-async def test_a_run_that_ends_out_of_memory_may_be_tried_again_and_its_slot_is_started_anew(gpu: Gpu) -> None:
+@pytest.mark.parametrize("how", ["greedy", "broken"])
+async def test_a_run_that_the_gpu_failed_may_be_tried_again_and_its_slot_is_started_anew(gpu: Gpu, how: str) -> None:
     async def relay(desk: Desk) -> None:
         await desk.register()
         taken = gpu.taken()
-        desk.send(assign(params={"greedy": True}))
+        desk.send(assign(params={how: True}))
         message = await desk.hear()
         while not isinstance(message, Register):  # told before the request fails: nothing new may come
             message = await desk.hear()

@@ -281,10 +281,11 @@ async def test_half_open_connections_are_seen_on_both_ends_and_nothing_is_lost(t
             peer(relay.url, "client", connect_to=ours.connect, limits=LinkLimits(**dead)) as client,
             peer(relay.url, "worker", connect_to=theirs.connect, limits=LinkLimits(**dead)) as raw,
         ):
-            raw.send(a_register(instance))
+            registration = a_register(instance)
+            raw.send(registration)
             submit = a_submit()
             client.send(submit)
-            worker = FakeWorker(raw, instance, "box")
+            worker = FakeWorker(raw, registration)
             assign = await worker.assigned()
             worker.speak(assign, pcm[:2], end=False)
             for _ in range(2):
