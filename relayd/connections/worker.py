@@ -51,6 +51,7 @@ from relayd.core.relay import Relay
 from relayd.frames.frame_log import FrameLog
 from relayd.requests.request import Request
 from relayd.scheduling.model import ScheduledRequest, State
+from relayd.scheduling.scheduler import ENGINE_FAULTS
 from relayd.stats.counters import WorkerStats
 
 log = structlog.get_logger("relayd.worker")

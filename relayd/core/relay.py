@@ -242,6 +242,7 @@ class Relay:
                 )
             case Expiry.IDLE_TIMEOUT:
                 message = f"its worker sent nothing for {request.idle_timeout_s:g} s, its space's idle_timeout_s"
+                self.workers.count_engine_failure(request.entry.worker_id or "")
                 self.workers.lose_attempt(request_id, ErrorCode.IDLE_TIMEOUT, message)
             case Expiry.WORKER_GONE:
                 message = f"worker {request.entry.worker_id or '(before the restart)'} did not reconnect"

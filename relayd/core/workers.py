@@ -200,6 +200,20 @@ class Workers(Mapping[str, WorkerPort]):
             request.add_timeline("lost", code=code.value, why=message[:MAX_STEP_CHARS])
         self.relay.apply(self.relay.scheduler.lose(request_id, code, message, trio.current_time()))
 
+    def count_engine_failure(self, worker_id: str) -> None:
+        """A worker's engine failed an attempt; one that does so again and again is handed nothing for a while."""
+        if rest_s := self.relay.scheduler.count_engine_failure(worker_id, trio.current_time()):
+            log.warning("worker rests, as its engine fails again and again", worker=worker_id, rest_s=rest_s)
+            self.relay.mark_changed("workers", worker_id)
+
+    def end_rests(self, now: float) -> None:
+        """Let workers take requests again whose rest is over."""
+        rested, decisions = self.relay.scheduler.end_rests(now)
+        for worker_id in rested:
+            log.info("worker has rested", worker=worker_id)
+            self.relay.mark_changed("workers", worker_id)
+        self.relay.apply(decisions)
+
     def adopt_later_attempt(self, request: Request, attempt: int) -> None:
         """Switch to a later attempt, of which a client has frames: the relay was killed before it was stored."""
         decisions = self.relay.scheduler.adopt_later_attempt(request.request_id, attempt, trio.current_time())

@@ -31,7 +31,7 @@ _PROCESS = ProcessCollector(registry=None)
 Reading = float | Mapping[str, float]
 OUTCOMES = (State.COMPLETED, State.FAILED, State.CANCELLED)
 ROLES = ("client", "operator", "worker")
-WORKER_STATES = ("connected", "draining", "away")
+WORKER_STATES = ("connected", "draining", "resting", "away")
 
 
 @attrs.define

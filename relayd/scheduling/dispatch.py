@@ -36,13 +36,13 @@ class Dispatcher:
         return decisions
 
     def _dispatch_one(self, space: SpaceState, now: float, decisions: list[Decision]) -> bool:
-        linked = self.state.workers_of(space.name)
-        if not any(worker.free_slots for worker in linked):
+        fit = self.state.fit_workers_of(space.name)
+        if not any(worker.free_slots for worker in fit):
             return False
-        entry = space.queue.pop(partial(self._can_dispatch, space, linked))
+        entry = space.queue.pop(partial(self._can_dispatch, space, fit))
         if entry is None:
             return False
-        worker = _best_worker(entry, linked)
+        worker = _best_worker(entry, fit)
         if worker is None:
             message = f"{entry.next_seq} frames were delivered, and no worker is left that could continue from there"
             decisions.append(Finish(entry, ErrorCode.WORKER_LOST, message))
@@ -54,7 +54,8 @@ class Dispatcher:
         """Whether `entry` can be taken off the queue: it can start now, or no linked worker could ever run it."""
         if not self._may_run(space, entry.principal):
             return False
-        return _best_worker(entry, linked) is not None or not any(_can_take(entry, worker) for worker in linked)
+        linked = self.state.workers_of(space.name)
+        return _best_worker(entry, fit) is not None or not any(_can_take(entry, worker) for worker in linked)
 
     def _may_run(self, space: SpaceState, principal: str) -> bool:
         limit = space.rules.max_running_per_principal

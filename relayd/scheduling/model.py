@@ -89,6 +89,11 @@ class WorkerState:
     held: dict[str, int] = attrs.field(factory=dict)
     #: The value of `SchedulerState.uses` at its last use; the worker with the lowest has been idle longest.
     last_used: int = 0
+    #: Attempts that its engine failed since it last completed one, and the rests that it was given for them.
+    failures: int = 0
+    rests: int = 0
+    #: Until when it is handed nothing, as long as another worker of the space can have it; 0 while it does not rest.
+    rests_until: float = 0.0
 
     @property
     def free_slots(self) -> int:
@@ -181,6 +186,16 @@ class SchedulerState:
     def workers_of(self, name: str) -> list[WorkerState]:
         """Return the linked workers of a space."""
         return [worker for worker in self.workers.values() if worker.linked and name in worker.spaces]
+
+    def fit_workers_of(self, name: str) -> list[WorkerState]:
+        """Linked workers of a space without those that rest, or with them where no other takes requests."""
+        linked = self.workers_of(name)
+        fit = [worker for worker in linked if not worker.rests_until]
+        return fit if any(worker.slots and not worker.draining for worker in fit) else linked
+
+    def is_resting(self, worker: WorkerState) -> bool:
+        """Whether a worker rests: its engine failed again and again, and others of its spaces take its requests."""
+        return bool(worker.rests_until) and all(worker not in self.fit_workers_of(name) for name in worker.spaces)
 
     def slots_of(self, name: str) -> tuple[int, int]:
         """Return the numbers of busy slots and of all slots of a space's linked workers."""

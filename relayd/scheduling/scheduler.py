@@ -54,6 +54,13 @@ from relayd.scheduling.model import (
     WorkerState,
 )
 
+#: What an attempt is lost with when its engine is at fault.
+ENGINE_FAULTS = frozenset({ErrorCode.ENGINE_FAILED, ErrorCode.MODEL_NOT_LOADED, ErrorCode.IDLE_TIMEOUT})
+#: Attempts in a row that an engine has to fail until its worker rests, and for how long: at first, and at most.
+FAILURES_TO_REST = 3
+REST_FIRST_S = 10.0
+REST_LONGEST_S = 600.0
+
 
 @attrs.define(eq=False)
 class Scheduler:
@@ -128,6 +135,7 @@ class Scheduler:
         held_before = known.held if known else {}
         if known:
             worker.last_used, worker.draining = known.last_used, known.draining
+            worker.failures, worker.rests, worker.rests_until = known.failures, known.rests, known.rests_until
         self.state.workers[worker.worker_id] = worker
         self.state.moved.update(worker.spaces)
         resume, abandon, decisions = [], [], list[Decision]()
@@ -229,6 +237,36 @@ class Scheduler:
         worker.draining = False
         self.state.moved.update(worker.spaces)
         return self.dispatcher.dispatch(now)
+
+    def count_completed(self, worker_id: str) -> None:
+        """A worker completed an attempt: what its engine failed before counts no more."""
+        if (worker := self.state.workers.get(worker_id)) is not None:
+            worker.failures, worker.rests, worker.rests_until = 0, 0, 0.0
+
+    def count_engine_failure(self, worker_id: str, now: float) -> float:
+        """A worker's engine failed an attempt. From the third in a row on it rests, twice as long each time.
+
+        It fails faster than others work, and so would be free most often and eat the queue.
+
+        Returns:
+            for how many seconds it rests from now on; 0 if nothing has changed.
+        """
+        worker = self.state.workers.get(worker_id)
+        if worker is None:
+            return 0.0
+        worker.failures += 1
+        if worker.failures < FAILURES_TO_REST or worker.rests_until:
+            return 0.0
+        rest_s = min(REST_FIRST_S * 2**worker.rests, REST_LONGEST_S)
+        worker.rests, worker.rests_until = worker.rests + 1, now + rest_s
+        return float(rest_s)
+
+    def end_rests(self, now: float) -> tuple[list[str], list[Decision]]:
+        """Let workers take requests again whose rest is over: their ids, and what can start now."""
+        over = [worker for worker in self.state.workers.values() if 0 < worker.rests_until <= now]
+        for worker in over:
+            worker.rests_until = 0.0
+        return [worker.worker_id for worker in over], self.dispatcher.dispatch(now) if over else []
 
     def unlink(self, worker_id: str, now: float) -> list[ScheduledRequest]:
         """Note that a worker's link ended; the worker may reconnect.
@@ -359,6 +397,8 @@ class Scheduler:
         if entry.cancel_reason is not None:
             return [*stop, Finish(entry, None, entry.cancel_reason)]
         entry.losses += 1
+        if code in ENGINE_FAULTS:
+            entry.failed_on.add(entry.worker_id or "")
         space = self.state.spaces[entry.space]
         if entry.losses >= space.rules.max_attempts:
             why = f"{entry.losses} attempts have been lost (this was attempt {entry.attempt}), so it is given up"

@@ -169,6 +169,8 @@ def worker_row(relay: Relay, worker_id: str) -> Row | None:
         state = "stale"
     elif worker.draining:
         state = "draining"
+    elif relay.scheduler.state.is_resting(worker):
+        state = "resting"
     else:
         state = "busy" if worker.held else "idle"
     return {

@@ -1,5 +1,6 @@
 """Workers connect, disconnect and come back: what their requests and the listeners of those get."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,41 @@ async def test_frames_of_an_attempt_that_is_over_are_fenced(tmp_path: Path) -> N
             assert heard(frames) == b"".join(PCM)
             assert relay.relay.fenced_frames == 4
             await relay.at_rest()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("retry", ["before_output", "always"])
+async def test_a_worker_that_fails_at_once_does_not_eat_the_queue_beside_one_that_works(
+    tmp_path: Path, retry: str
+) -> None:
+    async def serve(worker: FakeWorker, *, works: bool) -> None:
+        while True:
+            assign = await worker.assigned()
+            if works:
+                await trio.sleep(0.02)
+                worker.speak(assign, PCM)
+            else:
+                worker.send(Failed(**identity(assign, 0), code="engine_failed", message="RuntimeError: no GPU"))
+
+    async with (
+        daemon(tmp_path, spaces={"tts": {"max_workers": 2}}) as relay,
+        fake_worker(relay.url, name="bad") as bad,
+        fake_worker(relay.url, name="good") as good,
+        peer(relay.url, "client") as client,
+        peer(relay.url, "operator") as operator,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(partial(serve, bad, works=False))
+        nursery.start_soon(partial(serve, good, works=True))
+        for _ in range(20):
+            client.send(a_submit(retry=retry))
+        ends = [(await client.next(Completed, Failed)).TYPE for _ in range(20)]
+        assert ends.count("failed") == (0 if retry == "always" else 3)
+        operator.send(Watch(topics=["workers"]))
+        rows = (await operator.next(Snapshot)).data["workers"]
+        assert {row["name"]: row["state"] for row in rows} == {"bad": "resting", "good": "idle"}
+        await relay.at_rest()
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.trio

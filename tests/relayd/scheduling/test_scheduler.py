@@ -39,6 +39,68 @@ def test_a_slot_is_free_only_when_the_worker_lets_go() -> None:
     assert bench.scheduler.release("nobody", "a", 1, bench.now) == []
 
 
+def fail(bench: Bench, name: str, worker_id: str) -> list[Decision]:
+    """An engine raises, and the request is not tried again."""
+    attempt = bench[name].attempt
+    bench.scheduler.count_engine_failure(worker_id, bench.now)
+    decisions = bench.scheduler.end(name, State.FAILED, bench.now)
+    return [*decisions, *bench.scheduler.release(worker_id, name, attempt, bench.now)]
+
+
+def test_a_worker_whose_engine_fails_again_and_again_rests_while_another_works_longer_each_time() -> None:
+    bench = Bench(max_workers=2)
+    bench.join("good", slots=1)
+    bench.queue("long")
+    bench.join("bad", slots=2)
+    bad = bench.scheduler.state.workers["bad"]
+    for number in range(20):
+        bench.queue(f"r{number}")
+    assert started(fail(bench, "r0", "bad")) == ["r2"]
+    assert started(fail(bench, "r1", "bad")) == ["r3"]
+    assert not bench.scheduler.state.is_resting(bad)
+    assert started(fail(bench, "r2", "bad")) == [], "it rests"
+    assert bench.scheduler.state.is_resting(bad)
+    assert fail(bench, "r3", "bad") == [], "what still ran there makes the rest no longer"
+    assert started(bench.complete("long", "good")) == ["r4"]
+    bench.now += 9.9
+    assert bench.scheduler.end_rests(bench.now) == ([], [])
+    bench.now += 0.2
+    ids, decisions = bench.scheduler.end_rests(bench.now)
+    assert (ids, started(decisions)) == (["bad"], ["r5", "r6"])
+    fail(bench, "r5", "bad")
+    assert bad.rests_until == bench.now + 20
+    bench.scheduler.count_completed("bad")
+    assert not bench.scheduler.state.is_resting(bad)
+
+
+def test_a_worker_that_rests_serves_on_where_no_other_takes_requests() -> None:
+    bench = Bench(max_workers=2)
+    bench.join("bad")
+    for number in range(6):
+        bench.queue(f"r{number}")
+    for number in range(4):
+        assert started(fail(bench, f"r{number}", "bad")) == [f"r{number + 1}"]
+    bench.join("leaves")
+    bench.scheduler.drain("leaves")
+    assert not bench.scheduler.state.is_resting(bench.scheduler.state.workers["bad"])
+
+
+def test_what_an_engine_failed_goes_to_another_worker_and_waits_for_it() -> None:
+    bench = Bench(max_workers=2)
+    bench.join("good", slots=1)
+    bench.queue("long")
+    bench.join("bad", slots=4)
+    bench.queue("a", retry="always")
+    assert bench["a"].worker_id == "bad"
+    bench.scheduler.state.workers["bad"].held.pop("a")
+    assert kinds(bench.lose("a", ErrorCode.ENGINE_FAILED)) == [("Requeue", "a")]
+    assert started(bench.complete("long", "good")) == ["a"]
+    assert bench["a"].worker_id == "good"
+    bench.scheduler.unlink("good", bench.now)
+    assert started(bench.lose("a")) == ["a"], "there is no other left"
+    assert bench["a"].worker_id == "bad"
+
+
 def test_the_worker_with_most_free_slots_gets_it_then_the_longest_idle() -> None:
     bench = Bench(max_workers=3)
     bench.join("one", slots=1)
