@@ -21,8 +21,9 @@ from gpuworker.engines.base import (
     wire_text,
 )
 from gpuworker.engines.device_fault import DeviceFault, find_device_fault
+from gpuworker.engines.plain_values import plain
 from protocol.wire import codec
-from protocol.wire.errors import EncodeError, ErrorCode
+from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import MAX_TEXT_CHARS, PROGRESS_STATES
 from protocol.wire.validators import Value
 
@@ -71,8 +72,9 @@ class RunResult:
             process_broken=process_broken,
         )
         try:
+            end = attrs.evolve(end, details=plain(end.details))
             codec.pack({"type": "failed", **_ENVELOPE, "message": end.message, "details": end.details})
-        except EncodeError as refusal:
+        except ValueError as refusal:  # EncodeError among them
             return end.without_details(refusal)
         return end
 
@@ -194,8 +196,9 @@ def _validate_chunk(chunk: Chunk, format_chunk: FormatChunk) -> Chunk | None:
         return ProgressChunk(state, fraction, wire_text(str(chunk.message))[:MAX_TEXT_CHARS])
     if isinstance(chunk, OutputChunk):
         try:
+            chunk = OutputChunk(plain(chunk.data))
             codec.pack({"type": "output", **_ENVELOPE, "data": chunk.data})
-        except EncodeError as fault:
+        except ValueError as fault:
             raise EngineError(f"this {type(chunk.data).__name__} cannot be sent: {fault}") from None
     elif not isinstance(chunk, FormatChunk):
         raise EngineError(f"the engine yielded {type(chunk).__name__}, which is not a chunk")

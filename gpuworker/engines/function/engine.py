@@ -7,7 +7,7 @@ What it returns, or each item that it yields, becomes output:
 | (sample_rate, array), as Gradio has it | audio at that rate |
 | numpy array or torch tensor: float -1..1, int16 or int32; mono, (n, 2) or (2, n) | audio at option `sample_rate` |
 | bytes | audio if option `sample_rate` is given (16-bit, little-endian), else binary output |
-| str, dict, list, number, bool | output |
+| str, dict, list, number, bool | output; scalars and arrays of numpy or torch in them become numbers and lists |
 | a chunk of `gpuworker.engines.base` | itself |
 | None | nothing |
 

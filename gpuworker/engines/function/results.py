@@ -2,9 +2,11 @@
 
 import importlib
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 from gpuworker.engines.base import AudioChunk, Chunk, EngineError, FormatChunk, OutputChunk, ProgressChunk
+from gpuworker.engines.plain_values import is_array
 from protocol.wire.structs import AudioFormat
 
 
@@ -40,16 +42,14 @@ class Results:
             if isinstance(value, AudioChunk) and self._format is None:
                 raise EngineError("an AudioChunk came before a FormatChunk; give -o sample_rate=… or yield one first")
             yield from self._after_format(None, value)
-        elif isinstance(value, tuple) and len(value) == 2 and type(value[0]) is int and _is_array(value[1]):
-            yield from self._array(value[1], value[0])
-        elif _is_array(value):
+        elif isinstance(value, tuple) and len(value) == 2 and _is_rate(value[0]) and is_array(value[1]):
+            yield from self._array(value[1], int(value[0]))
+        elif is_array(value) and value.shape:
             yield from self._array(value, None)
         elif isinstance(value, bytes | bytearray | memoryview) and self._ahead:
             yield from self._audio(bytes(value))
-        elif isinstance(value, bytearray | memoryview):
-            yield from self._after_format(None, OutputChunk(bytes(value)))
         else:
-            yield from self._after_format(None, OutputChunk(list(value) if isinstance(value, tuple) else value))
+            yield from self._after_format(None, OutputChunk(value))
 
     def _after_format(self, format: AudioFormat | None, chunk: Chunk) -> Iterator[Chunk]:  # noqa: A002
         if not self.has_format:
@@ -60,7 +60,8 @@ class Results:
     def _array(self, array: Any, sample_rate: int | None) -> Iterator[Chunk]:
         if sample_rate is None and self._format is None:
             raise EngineError(
-                "the function returned an array without its rate: return (sample_rate, array), or give -o sample_rate=…"
+                "the function returned an array without its rate: return (sample_rate, array), or give "
+                "-o sample_rate=…; if it is no audio, return array.tolist()"
             )
         pcm, channels = array_pcm(array)
         try:
@@ -87,9 +88,9 @@ def _describe(format_: AudioFormat | None) -> str:
     return "none" if format_ is None else f"{format_.sample_rate} Hz, {format_.channels} channel(s)"
 
 
-def _is_array(value: Any) -> bool:
-    """Whether it is a numpy array or a torch tensor, without importing either."""
-    return hasattr(value, "__array__") and hasattr(value, "dtype") and hasattr(value, "shape")
+def _is_rate(value: Any) -> bool:
+    """Whether it is a whole number, perhaps of numpy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def array_pcm(array: Any) -> tuple[bytes, int]:

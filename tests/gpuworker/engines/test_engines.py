@@ -1,13 +1,17 @@
 """The built-in engines and their catalog."""
 
+import dataclasses
+import datetime
 import math
 import sys
 import time
 from array import array
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -307,6 +311,50 @@ def test_what_a_function_returns_or_yields_becomes_output(value: Any, expected: 
         assert (end.outcome, chunks) == ("completed", expected)
 
 
+@dataclasses.dataclass
+class Word:
+    text: str
+    score: Any
+
+
+Span = namedtuple("Span", "start end")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.float32(0.5), 0.5),
+        ({"score": np.float32(0.5), "n": np.int64(3), "ok": np.bool_(True)}, {"score": 0.5, "n": 3, "ok": True}),
+        ([{"box": np.array([[1, 2], [3, 4]])}], [{"box": [[1, 2], [3, 4]]}]),
+        ({"zero": np.array(7), "text": np.str_("a")}, {"zero": 7, "text": "a"}),
+        ({np.int64(1): "one", 2: "two", None: "none"}, {"1": "one", "2": "two", "null": "none"}),
+        ((1, {"b"}, (np.int8(2),)), [1, ["b"], [2]]),
+        (Word("hi", np.float64(0.25)), {"text": "hi", "score": 0.25}),
+        ([Span(np.int32(1), 2)], [{"start": 1, "end": 2}]),
+        (
+            {"when": datetime.date(2026, 1, 2), "where": Path("a/b"), "rest": bytearray(b"x")},
+            {"when": "2026-01-02", "where": "a/b", "rest": b"x"},
+        ),
+    ],
+)
+def test_values_of_numpy_and_the_standard_library_become_plain_ones(value: Any, expected: Any) -> None:
+    end, chunks = run(function(lambda: value), {})
+    assert end == RunResult(outcome="completed")
+    assert chunks == [FormatChunk(None), OutputChunk(expected)]
+    assert msgpack.unpackb(msgpack.packb(chunks[1].data)) == expected
+
+
+def test_a_rate_of_numpy_is_a_rate_and_an_array_that_no_message_has_room_for_is_told() -> None:
+    chunks = run(function(lambda: (np.int64(24_000), np.zeros(3, np.float32))), {})[1]
+    assert chunks == [FormatChunk(AudioFormat(sample_rate=24_000)), AudioChunk(bytes(6))]
+    end, _ = run(function(lambda: {"all": np.zeros(1_000_000)}), {})
+    assert "an array of 1000000 values; yield it in parts" in end.message
+
+
+def test_details_of_an_error_may_be_of_numpy() -> None:
+    assert RunResult.from_error(EngineError("no", details={"at": np.int64(3)})).details == {"at": 3}
+
+
 def test_bytes_and_arrays_are_audio_where_the_rate_is_given() -> None:
     def call() -> Iterator[Any]:
         yield b"\1\0\2"
@@ -331,7 +379,7 @@ def test_bytes_and_arrays_are_audio_where_the_rate_is_given() -> None:
         ([(1, np.zeros(3))], "sample_rate"),
         (["words", (16_000, np.zeros(3))], "none"),
         ([object()], "object"),
-        ([{1: 2}], "key"),
+        ([{(1, 2): 3}], "key"),
         ([b"x" * 2_000_000], "limit"),
         ([AudioChunk(b"\0\0")], "FormatChunk"),
     ],
