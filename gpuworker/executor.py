@@ -7,7 +7,7 @@ import attrs
 import trio
 
 from gpuworker.attempt import Attempt
-from gpuworker.engines.base import Capabilities, error_text
+from gpuworker.engines.base import Capabilities, RequestContext, error_text
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job, Slot
 from protocol.wire.errors import ErrorCode
@@ -165,7 +165,15 @@ class Executor:
             )
         attempt.stop_engine = slot.cancel
         attempt.begin(trio.current_time())
-        job = Job(attempt.assign.params, attempt.uploads.pop_all(), attempt.request_id)
+        assign = attempt.assign
+        context = RequestContext(
+            request_id=assign.request_id,
+            attempt=assign.attempt,
+            space=assign.space,
+            principal=assign.principal,
+            run_timeout_s=assign.run_timeout_s,
+        )
+        job = Job(assign.params, attempt.uploads.pop_all(), context)
         limit_s = attempt.assign.run_timeout_s
         async with trio.open_nursery() as nursery:
             if limit_s > 0:

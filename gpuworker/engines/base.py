@@ -4,6 +4,7 @@ To add an engine, write a module with a subclass of `Engine`, and register it un
 `gpuworker.engines`. Import anything heavy in `load`, never at the top: `gpuworker engines` imports every engine.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
@@ -78,6 +79,27 @@ class EngineInput:
 
     data: bytes
     media_type: str = "application/octet-stream"
+
+
+@attrs.frozen(kw_only=True)
+class RequestContext:
+    """Who asked, and for what: for an engine whose `generate` has a parameter `context`, and for functions likewise.
+
+    Args:
+        request_id: the request's id, the same in each attempt.
+        attempt: from 1; above it, earlier attempts were lost.
+        space: where it was submitted.
+        principal: whose token it was submitted with.
+        started_unix: when this attempt began, Unix seconds.
+        run_timeout_s: how long it may run; 0 where there is no limit.
+    """
+
+    request_id: str = ""
+    attempt: int = 1
+    space: str = ""
+    principal: str = ""
+    started_unix: float = attrs.field(factory=time.time)
+    run_timeout_s: float = 0.0
 
 
 @attrs.frozen(kw_only=True)
@@ -281,6 +303,8 @@ class Engine(ABC):
         Args:
             params: valid for the JSON Schema in `capabilities`.
             inputs: by name; the required ones are present.
+
+        An engine that wants to know who asks adds a parameter `context: RequestContext`; it is given by name.
 
         Yields:
             chunks, each as soon as it is made. It must be closeable at any `yield`, and ready for the next run then.

@@ -21,7 +21,7 @@ from typing import Any
 
 import attrs
 
-from gpuworker.engines.base import Chunk, Engine, EngineError, EngineInput, OptionError, error_text
+from gpuworker.engines.base import Chunk, Engine, EngineError, EngineInput, OptionError, RequestContext, error_text
 from gpuworker.engines.catalog import EngineNotFound, find_engine
 from gpuworker.slots import ipc
 from gpuworker.slots.run_engine import run_engine

@@ -135,9 +135,10 @@ class ProcessSlot(Slot):
     async def _start(self, job: Job, run: Run) -> None:
         assert self._child is not None
         self._runs += 1
-        self._child.request_id = job.request_id
+        self._child.request_id = job.context.request_id
         inputs = {name: attrs.asdict(given) for name, given in job.inputs.items()}
-        await self._child.send({"do": "run", "run": self._runs, "params": job.params, "inputs": inputs})
+        told = {"params": job.params, "inputs": inputs, "context": attrs.asdict(job.context)}
+        await self._child.send({"do": "run", "run": self._runs, **told})
 
     async def _stop_when_asked(self, run: Run) -> None:
         await run.cancel_asked.wait()

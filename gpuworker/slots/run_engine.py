@@ -1,10 +1,11 @@
 """Runs one request on an engine; the same code serves a slot's process and a slot's thread."""
 
+import inspect
 import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 
@@ -17,6 +18,7 @@ from gpuworker.engines.base import (
     FormatChunk,
     OutputChunk,
     ProgressChunk,
+    RequestContext,
     error_text,
     wire_text,
 )
@@ -90,6 +92,7 @@ def run_engine(
     inputs: Mapping[str, EngineInput],
     cancelled: Callable[[], bool],
     emit: Callable[[Chunk], None],
+    context: RequestContext | None = None,
 ) -> RunResult:
     """Run one request to its end; never raises because of what the engine does.
 
@@ -102,13 +105,16 @@ def run_engine(
         inputs: the complete inputs, by name.
         cancelled: returns whether to stop; any thread may make it true.
         emit: receives each chunk; it may block.
+        context: for an engine whose `generate` has a parameter of that name.
     """
     engine.cancelled = cancelled
     outlet = _Output(cancelled, emit)
     engine.report = outlet.report
     try:
         late = engine.capabilities.late_format
-        chunks = engine.generate(params, inputs)
+        wanted = "context" in inspect.signature(engine.generate).parameters
+        more: dict[str, Any] = {"context": context or RequestContext()} if wanted else {}
+        chunks = engine.generate(params, inputs, **more)
         try:
             if not late:
                 outlet.put(FormatChunk(engine.format_for(params)))

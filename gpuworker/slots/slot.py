@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import attrs
 import trio
 
-from gpuworker.engines.base import Capabilities, Chunk, EngineInput, error_text
+from gpuworker.engines.base import Capabilities, Chunk, EngineInput, RequestContext, error_text
 from gpuworker.slots.run_engine import RunResult
 from protocol.wire.errors import ErrorCode
 from protocol.wire.validators import Value
@@ -21,8 +21,7 @@ class Job:
 
     params: dict[str, Value]
     inputs: Mapping[str, EngineInput] = attrs.field(factory=dict)
-    #: The request's id, for the log.
-    request_id: str = ""
+    context: RequestContext = attrs.field(factory=RequestContext)
 
 
 class Run:

@@ -97,7 +97,8 @@ class ThreadSlot(Slot):
                     def emit(chunk: Chunk, run: Run = run) -> None:
                         call_in_trio(self._emitted, run, chunk)
 
-                    end = run_engine(engine, order.job.params, order.job.inputs, order.stop.is_set, emit)
+                    job = order.job
+                    end = run_engine(engine, job.params, job.inputs, order.stop.is_set, emit, job.context)
                     call_in_trio(self._run_ended, run, end)
                     if end.restart:
                         break

@@ -69,6 +69,22 @@ async def test_a_worker_registers_what_its_engine_announced_and_turns_chunks_int
 
 
 @pytest.mark.trio
+async def test_an_engine_can_learn_who_asked_and_for_which_request(autojump_clock: MockClock) -> None:
+    slot = ScriptedSlot()
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(principal="ann", attempt=2, run_timeout_s=7.0))
+        await desk.frames()
+
+    await run_with(script(relay), slots=(slot,))
+    context = slot.jobs[0].context
+    assert (context.request_id, context.attempt, context.space, context.principal) == (ID, 2, "tts", "ann")
+    assert context.run_timeout_s == 7.0
+    assert abs(context.started_unix - time.time()) < 60
+
+
+@pytest.mark.trio
 async def test_a_worker_registers_only_once_its_engine_is_loaded(autojump_clock: MockClock) -> None:
     async def relay(desk: Desk) -> None:
         await desk.silent(59)

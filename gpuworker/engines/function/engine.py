@@ -13,7 +13,9 @@ What it returns, or each item that it yields, becomes output:
 
 Its parameters become the params: the JSON Schema is derived from annotations and defaults. A parameter
 annotated `bytes` or `EngineInput` is an uploaded input of that name; one called `cancelled` gets a callable that
-returns whether to stop. A class is instantiated once, at load, and the instance is called: the place for a model.
+returns whether to stop, and one called `context`, if it is annotated as nothing else, gets the `RequestContext`:
+who asked, and the request's id. A class is instantiated once, at load, and the instance is called: the place for a
+model.
 
 The relay ends a request that is silent for its space's `idle_timeout_s` (30). A function that needs longer should
 yield a `ProgressChunk` now and then; if it cannot, raise the limit of the space.
@@ -37,6 +39,7 @@ from gpuworker.engines.base import (
     Option,
     OptionError,
     OptionValue,
+    RequestContext,
 )
 from gpuworker.engines.function.results import Results
 from gpuworker.engines.function.signature import Signature, read_signature
@@ -107,12 +110,14 @@ class FunctionEngine(Engine):
         self._call = found
         self._signature = read_signature(found)
 
-    def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
+    def generate(
+        self, params: dict[str, Value], inputs: Mapping[str, EngineInput], context: RequestContext | None = None
+    ) -> Iterator[Chunk]:
         """Call it, and convert its results to chunks."""
         assert self._call is not None
         assert self._signature is not None
         results = Results(self._format)
-        arguments = self._signature.arguments(params, inputs, self.cancelled)
+        arguments = self._signature.arguments(params, inputs, self.cancelled, context or RequestContext())
         returned = self._call(**arguments)
         if not isinstance(returned, Iterator):
             yield from results.chunks(returned)

@@ -8,13 +8,15 @@ from typing import Any
 
 import attrs
 
-from gpuworker.engines.base import EngineError, EngineInput
+from gpuworker.engines.base import EngineError, EngineInput, RequestContext
 from protocol.wire.messages import NAME_PATTERN
 from protocol.wire.structs import InputRule
 from protocol.wire.validators import Value
 
 #: The parameter that receives a callable which returns whether to stop.
 CANCELLED = "cancelled"
+#: The parameter that receives the `RequestContext`, unless it is annotated as something else.
+CONTEXT = "context"
 
 _JSON_TYPES: dict[Any, str] = {
     str: "string",
@@ -36,15 +38,21 @@ class Signature:
         inputs: the parameters that are uploaded.
         whole_inputs: inputs that are passed as an `EngineInput`, not as bytes.
         wants_cancelled: whether it has a parameter `cancelled`.
+        wants_context: whether it has a parameter `context` for the `RequestContext`.
     """
 
     params: dict[str, Value]
     inputs: dict[str, InputRule]
     whole_inputs: frozenset[str]
     wants_cancelled: bool
+    wants_context: bool
 
     def arguments(
-        self, params: dict[str, Value], inputs: Mapping[str, EngineInput], cancelled: Callable[[], bool]
+        self,
+        params: dict[str, Value],
+        inputs: Mapping[str, EngineInput],
+        cancelled: Callable[[], bool],
+        context: RequestContext,
     ) -> dict[str, Any]:
         """The keyword arguments for one call."""
         arguments: dict[str, Any] = dict(params)
@@ -53,6 +61,8 @@ class Signature:
                 arguments[name] = given if name in self.whole_inputs else given.data
         if self.wants_cancelled:
             arguments[CANCELLED] = cancelled
+        if self.wants_context:
+            arguments[CONTEXT] = context
         return arguments
 
 
@@ -77,7 +87,7 @@ def read_signature(call: Callable[..., Any]) -> Signature:
     required: list[str] = []
     inputs: dict[str, InputRule] = {}
     whole_inputs: set[str] = set()
-    open_ended = False
+    open_ended = wants_context = False
     for name, parameter in parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             open_ended = True
@@ -87,6 +97,9 @@ def read_signature(call: Callable[..., Any]) -> Signature:
             continue
         else:
             hint = hints.get(name, parameter.annotation)
+            if name == CONTEXT and (hint is parameter.empty or RequestContext in _parts(hint)):
+                wants_context = True
+                continue
             optional = parameter.default is not parameter.empty
             wanted = [part for part in _parts(hint) if part in (bytes, EngineInput)]
             if wanted:
@@ -106,6 +119,7 @@ def read_signature(call: Callable[..., Any]) -> Signature:
         inputs=inputs,
         whole_inputs=frozenset(whole_inputs),
         wants_cancelled=CANCELLED in parameters,
+        wants_context=wants_context,
     )
 
 

@@ -28,6 +28,7 @@ from gpuworker.engines.base import (
     OptionError,
     OutputChunk,
     ProgressChunk,
+    RequestContext,
 )
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine, parse_options
 from gpuworker.engines.espeak.engine import EspeakEngine, script_runs
@@ -458,6 +459,44 @@ def test_a_function_that_asks_for_cancelled_can_stop_itself_and_its_generator_is
     end, _ = run(function(call), {}, lambda: next(asked))
     assert end.outcome == "cancelled"
     assert log[-1] == "closed"
+
+
+def test_a_function_that_asks_for_the_context_learns_who_asked() -> None:
+    def call(text: str, context) -> dict[str, Any]:  # type: ignore[no-untyped-def]  # as people write it
+        return {"who": context.principal, "id": context.request_id, "text": text}
+
+    def typed(context: RequestContext | None = None) -> str:
+        assert context is not None
+        return context.space
+
+    asked = RequestContext(request_id="r1", principal="ann", space="tts")
+    for served, expected in ((call, {"who": "ann", "id": "r1", "text": "hi"}), (typed, "tts")):
+        engine, chunks = function(served), list[Chunk]()
+        assert "context" not in engine.capabilities.params["properties"]
+        params = {"text": "hi"} if served is call else {}
+        assert run_engine(engine, params, {}, lambda: False, chunks.append, asked).outcome == "completed"
+        assert chunks[1] == OutputChunk(expected)
+
+
+def test_a_param_of_another_type_may_be_called_context() -> None:
+    def answer(question: str, context: str) -> str:
+        return f"{question} {context}"
+
+    engine = function(answer)
+    assert engine.capabilities.params["properties"]["context"] == {"type": "string"}
+    assert run(engine, {"question": "Q", "context": "C"})[1][1] == OutputChunk("Q C")
+
+
+def test_an_engine_whose_generate_has_a_context_gets_it() -> None:
+    class Asking(Scripted):
+        def generate(self, params: Any, inputs: Any, context: RequestContext | None = None) -> Iterator[Chunk]:
+            assert context is not None
+            yield OutputChunk(context.principal)
+
+    chunks: list[Chunk] = []
+    asked = RequestContext(principal="ann")
+    assert run_engine(Asking(), {}, {}, lambda: False, chunks.append, asked).outcome == "completed"
+    assert chunks[1] == OutputChunk("ann")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trio
 
-from gpuworker.engines.base import AudioChunk, Chunk, Engine, FormatChunk, OptionValue, OutputChunk
+from gpuworker.engines.base import AudioChunk, Chunk, Engine, FormatChunk, OptionValue, OutputChunk, RequestContext
 from gpuworker.engines.catalog import find_engine, parse_options
 from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, Tune, tune_key
@@ -52,7 +52,7 @@ class Bench:
         self, params: dict[str, Value], emit: Callable[[Chunk], None] = lambda _: None, request_id: str = ""
     ) -> RunResult:
         await self.until(lambda: self.slot.free)
-        return await self.slot.run(Job(params, request_id=request_id), emit)
+        return await self.slot.run(Job(params, context=RequestContext(request_id=request_id)), emit)
 
 
 @asynccontextmanager
