@@ -52,6 +52,7 @@ class Attempt:
         on_frames: called after each change that gives the sender something to send.
 
     Attributes:
+        params: of the request, as the engine gets them.
         from_seq: the first frame that the relay lacked when it assigned the attempt.
         next_seq: number of the next frame to be made.
         cursor: number of the next frame to send over the current link.
@@ -71,6 +72,7 @@ class Attempt:
     ) -> None:
         self.assign = assign
         self.request_id = assign.request_id
+        self.params: dict[str, Value] = assign.params
         self.number = assign.attempt
         self.from_seq = assign.from_seq if reproducible else 0
         self.next_seq = 0

@@ -13,7 +13,7 @@ from gpuworker.slots.slot import Job, Slot
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import MAX_TEXT_CHARS
 from protocol.wire.messages import Ack, Assign, Input
-from protocol.wire.params_schema import check_params
+from protocol.wire.params_schema import check_params, integers_as_int
 from protocol.wire.structs import Running
 
 #: How long an assigned attempt waits for a slot. The relay counts slots, so this covers races: a slot
@@ -107,6 +107,7 @@ class Executor:
         if fault := _params_fault(capabilities, assign):
             self._finish(attempt, fault)
             return
+        attempt.params = integers_as_int(capabilities.params, assign.params)
         attempt.uploads.refuse_by(capabilities.inputs)
         self._nursery.start_soon(self._run, attempt)
 
@@ -173,7 +174,7 @@ class Executor:
             principal=assign.principal,
             run_timeout_s=assign.run_timeout_s,
         )
-        job = Job(assign.params, attempt.uploads.pop_all(), context)
+        job = Job(attempt.params, attempt.uploads.pop_all(), context)
         limit_s = attempt.assign.run_timeout_s
         async with trio.open_nursery() as nursery:
             if limit_s > 0:

@@ -1,10 +1,9 @@
 """The `relay` command: its arguments, its exit codes, and how it reports errors."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from protocol.arguments import CommandParser, ShowVersion
 from protocol.commands.exit_codes import CANNOT_CONNECT, FAILED, INTERRUPTED, PIPE_CLOSED, USAGE, silence_stdout
@@ -127,18 +126,6 @@ def _pair(argument: str) -> tuple[str, str]:
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{argument!r} is not NAME=VALUE")
     return name, value
-
-
-def _param(argument: str) -> tuple[str, Any]:
-    name, value = _pair(argument)
-    try:
-        return name, json.loads(value, parse_constant=_no_constant)
-    except ValueError:
-        return name, value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

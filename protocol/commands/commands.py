@@ -2,12 +2,13 @@
 
 import argparse
 import base64
+import json
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import trio
 
@@ -18,12 +19,18 @@ from protocol.commands.exit_codes import DONE, INTERRUPTED
 from protocol.commands.progress import Progress, printable, printable_json, printable_lines, table
 from protocol.commands.wav_writer import AudioWriter, check_audio_name
 from protocol.link.background import open_background
-from protocol.wire.errors import EncodeError, ErrorCode, LinkError, RequestError
+from protocol.wire.errors import EncodeError, ErrorCode, LinkError, RequestError, RequestRejected
 from protocol.wire.frames import Audio, Output, Started
 from protocol.wire.frames import Progress as ProgressFrame
 from protocol.wire.messages import Queued, Snapshot, Welcome
+from protocol.wire.params_schema import takes_text
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Struct, Value
+
+#: How long the answer is awaited to what a space takes; without it, the refusal is told as it came.
+SPACES_S = 3.0
+
+Params = dict[str, Value]
 
 
 def run_command(args: argparse.Namespace, progress: Progress) -> int:
@@ -94,31 +101,63 @@ async def submit(args: argparse.Namespace, progress: Progress) -> None:
 
 
 async def _submit(args: argparse.Namespace, progress: Progress, params: dict[str, Value]) -> None:
-    params |= dict(args.param)
+    params |= {name: _parsed(text) for name, text in args.param}
     inputs = {name: Path(path) for name, path in args.input}
     sink = Sink(args, progress, args.space)
     try:
-        async with (
-            _open(args, progress) as relay,
-            relay.submit(
-                args.space,
-                params,
-                inputs=inputs,
-                priority=args.priority,
-                queue_timeout_s=args.queue_timeout,
-                run_timeout_s=args.run_timeout,
-                detach=args.detach,
-                retry=args.retry,
-            ) as stream,
-        ):
-            if args.detach:
-                sink.line({"type": "accepted", "request_id": stream.request_id} if args.json else stream.request_id)
-            else:
-                await sink.attach_to(stream)
+        async with _open(args, progress) as relay:
+            try:
+                await _follow(relay, args, sink, params, inputs)
+            except RequestRejected as refusal:
+                if not (texts := await _params_taken_as_text(relay, args, refusal.details)):
+                    raise
+                await _follow(relay, args, sink, params | texts, inputs)
     except EncodeError as fault:
         raise ValueError(f"the request is larger than a relay accepts: {fault}") from fault
     finally:
         sink.close()
+
+
+async def _follow(
+    relay: RelayClient, args: argparse.Namespace, sink: "Sink", params: dict[str, Value], inputs: dict[str, Path]
+) -> None:
+    async with relay.submit(
+        args.space,
+        params,
+        inputs=inputs,
+        priority=args.priority,
+        queue_timeout_s=args.queue_timeout,
+        run_timeout_s=args.run_timeout,
+        detach=args.detach,
+        retry=args.retry,
+    ) as stream:
+        if args.detach:
+            sink.line({"type": "accepted", "request_id": stream.request_id} if args.json else stream.request_id)
+        else:
+            await sink.attach_to(stream)
+
+
+async def _params_taken_as_text(relay: RelayClient, args: argparse.Namespace, refused: Container[str]) -> Params:
+    """Those of the refused params that were read as JSON, and that the space takes as text: 123, true, null."""
+    read = {name: text for name, text in args.param if name in refused and not isinstance(_parsed(text), str)}
+    rows: list[dict[str, Value]] = []
+    if read:
+        with trio.move_on_after(SPACES_S):
+            rows = await relay.spaces()
+    schema = next((row.get("params") or {} for row in rows if row.get("name") == args.space), {})
+    rules = schema.get("properties", {})
+    return {name: text for name, text in read.items() if takes_text(rules.get(name), text)}
+
+
+def _parsed(text: str) -> Value:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 async def attach(args: argparse.Namespace, progress: Progress) -> None:

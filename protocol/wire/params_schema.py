@@ -186,6 +186,48 @@ def check_params(schema: dict[str, Value], params: dict[str, Value]) -> dict[str
     return faults
 
 
+def integers_as_int(schema: Value, value: Value) -> Value:
+    """`value` with an int for each whole float that fits `schema` as an integer: JSON Schema takes 2.0 for one.
+
+    Args:
+        schema: has passed `check_schema`.
+        value: has passed `check_params`.
+    """
+    if not isinstance(schema, dict):
+        return value
+    if isinstance(value, float):
+        names = schema.get("type", ())
+        names = (names,) if isinstance(names, str) else names
+        choices = (*schema.get("enum", ()), schema.get("const"))
+        wanted = ("integer" in names and "number" not in names) or any(type(c) is int and c == value for c in choices)
+        if wanted and value.is_integer() and abs(value) < 2**63:
+            return int(value)
+    elif isinstance(value, dict):
+        known, others = schema.get("properties", {}), schema.get("additionalProperties")
+        value = {name: integers_as_int(known.get(name, others), inner) for name, inner in value.items()}
+    elif isinstance(value, list):
+        value = [integers_as_int(schema.get("items"), inner) for inner in value]
+    for keyword in _BRANCHES:
+        for branch in schema.get(keyword, ()):
+            if not check_params({"allOf": [branch]}, value):
+                value = integers_as_int(branch, value)
+                if keyword != "allOf":
+                    break
+    return value
+
+
+def takes_text(schema: Value, text: str) -> bool:
+    """Whether a param with `schema` takes `text` as it is, where it could also be read as JSON: 123, true, null."""
+    if not isinstance(schema, dict):
+        return False
+    if "type" in schema:
+        return "string" in ([schema["type"]] if isinstance(schema["type"], str) else schema["type"])
+    choices = (*schema.get("enum", ()), schema.get("const"))
+    return text in choices or any(
+        takes_text(branch, text) for keyword in _BRANCHES for branch in schema.get(keyword, ())
+    )
+
+
 def _cut(words: str, at: int) -> str:
     return words if len(words) <= at else words[: at - 3] + "..."
 

@@ -85,6 +85,19 @@ async def test_an_engine_can_learn_who_asked_and_for_which_request(autojump_cloc
 
 
 @pytest.mark.trio
+async def test_an_engine_gets_an_int_for_an_integer_however_it_was_written(autojump_clock: MockClock) -> None:
+    slot = ScriptedSlot(params={"type": "object", "properties": {"n": {"type": "integer"}}})
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(params={"n": 2.0, "x": 2.0}))
+        await desk.frames()
+
+    await run_with(script(relay), slots=(slot,))
+    assert repr(slot.jobs[0].params) == "{'n': 2, 'x': 2.0}"
+
+
+@pytest.mark.trio
 async def test_a_worker_registers_only_once_its_engine_is_loaded(autojump_clock: MockClock) -> None:
     async def relay(desk: Desk) -> None:
         await desk.silent(59)

@@ -10,6 +10,7 @@ import attrs
 
 from gpuworker.engines.base import EngineError, EngineInput, RequestContext
 from protocol.wire.messages import NAME_PATTERN
+from protocol.wire.params_schema import MAX_DEPTH, integers_as_int
 from protocol.wire.structs import InputRule
 from protocol.wire.validators import Value
 
@@ -35,6 +36,7 @@ class Signature:
 
     Args:
         params: JSON Schema of its parameters.
+        inner: the same of what their lists and dicts hold, to which a request is not held.
         inputs: the parameters that are uploaded.
         whole_inputs: inputs that are passed as an `EngineInput`, not as bytes.
         wants_cancelled: whether it has a parameter `cancelled`.
@@ -42,6 +44,7 @@ class Signature:
     """
 
     params: dict[str, Value]
+    inner: dict[str, Value]
     inputs: dict[str, InputRule]
     whole_inputs: frozenset[str]
     wants_cancelled: bool
@@ -55,7 +58,7 @@ class Signature:
         context: RequestContext,
     ) -> dict[str, Any]:
         """The keyword arguments for one call."""
-        arguments: dict[str, Any] = dict(params)
+        arguments: dict[str, Any] = integers_as_int(self.inner, params)
         for name, given in inputs.items():
             if name in self.inputs:
                 arguments[name] = given if name in self.whole_inputs else given.data
@@ -87,6 +90,7 @@ def read_signature(call: Callable[..., Any]) -> Signature:
     required: list[str] = []
     inputs: dict[str, InputRule] = {}
     whole_inputs: set[str] = set()
+    inner: dict[str, Value] = {}
     open_ended = wants_context = False
     for name, parameter in parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -109,6 +113,7 @@ def read_signature(call: Callable[..., Any]) -> Signature:
                 whole_inputs.update({name} if EngineInput in wanted else ())
                 continue
             properties[name] = _schema(hint, parameter.default)
+            inner[name] = _inner_schema(hint)
             if not optional:
                 required.append(name)
     schema: dict[str, Value] = {"type": "object", "properties": properties, "additionalProperties": open_ended}
@@ -116,6 +121,7 @@ def read_signature(call: Callable[..., Any]) -> Signature:
         schema["required"] = required
     return Signature(
         params=schema,
+        inner={"properties": inner},
         inputs=inputs,
         whole_inputs=frozenset(whole_inputs),
         wants_cancelled=CANCELLED in parameters,
@@ -137,7 +143,8 @@ def _schema(hint: Any, default: Any) -> dict[str, Value]:
     if typing.get_origin(hint) is typing.Literal:
         schema["enum"] = list(typing.get_args(hint))
     else:
-        names = [_JSON_TYPES.get(typing.get_origin(part) or part) for part in _parts(hint)]
+        parts = _parts(hint)
+        names = [_JSON_TYPES.get(typing.get_origin(part) or part) for part in parts]
         if None not in names:  # a type that JSON lacks: accepts anything
             if default is None and "null" not in names:
                 names.append("null")
@@ -145,3 +152,14 @@ def _schema(hint: Any, default: Any) -> dict[str, Value]:
     if default is not inspect.Parameter.empty and isinstance(default, str | int | float | bool | None):
         schema["default"] = default
     return schema
+
+
+def _inner_schema(hint: Any, depth: int = 1) -> dict[str, Value]:
+    """The types of the items of lists, and of the values of dicts, as far as annotations tell them."""
+    branches = []
+    for part in _parts(hint):
+        keyword = {list: "items", dict: "additionalProperties"}.get(typing.get_origin(part))
+        if keyword and depth < MAX_DEPTH:
+            inner = typing.get_args(part)[-1]
+            branches.append({keyword: _schema(inner, inspect.Parameter.empty) | _inner_schema(inner, depth + 1)})
+    return {"allOf": branches} if branches else {}

@@ -428,6 +428,14 @@ def test_params_and_inputs_are_read_from_the_signature() -> None:
     assert chunks[1] == OutputChunk(["hi", 1.0, 3, "good", [], None, b"v", None, False])
 
 
+def test_whole_numbers_in_lists_and_dicts_are_ints_where_they_are_annotated_so() -> None:
+    def call(ns: list[int], more: dict[str, list[int]] | None = None, xs: list[float] = []) -> list[str]:  # noqa: B006
+        return [repr(ns), repr(more), repr(xs)]
+
+    _, chunks = run(function(call), {"ns": [1.0, 2], "more": {"a": [3.0]}, "xs": [1.0]})
+    assert chunks[1] == OutputChunk(["[1, 2]", "{'a': [3]}", "[1.0]"])
+
+
 def test_a_class_is_made_once_at_load_and_called() -> None:
     class Model:
         made = 0

@@ -36,6 +36,7 @@ from protocol.wire.messages import (
     Submit,
     Watch,
 )
+from protocol.wire.validators import Value
 from tests.support.scripted_relay import FORMAT, ID, Connection, RelayThread, Script, failed, frames, speak
 
 PCM = b"\1\0" * 2400 + b"\2\0" * 2400 + b"\3\0" * 2400
@@ -186,6 +187,35 @@ def test_a_rejected_request_is_one_sentence_and_a_line_for_each_field(capsys: py
         "relay:   spede: is unknown; accepted: rate, text",
     ]
     assert not Path("out.wav").exists()
+
+
+def test_what_looks_like_json_is_sent_as_text_where_the_space_takes_text(capsys: pytest.CaptureFixture[str]) -> None:
+    heard: list[dict[str, Value]] = []
+    params = {
+        "type": "object",
+        "properties": {
+            "text": {"type": "string"},
+            "size": {"enum": ["1", "2"]},
+            "mood": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "n": {"type": "integer"},
+        },
+    }
+
+    async def script(connection: Connection) -> None:
+        submit = await connection.expect(Submit)
+        heard.append(submit.params)
+        details = {"text": "must be a string, not int", "size": "must be one of 1, 2", "mood": "must be a string"}
+        connection.send(Rejected(request_id=submit.request_id, code="invalid_params", message="no", details=details))
+        await connection.expect(Spaces)
+        connection.send(SpacesReply(spaces=[{"name": "other"}, {"name": "fn", "params": params}]))
+        submit = await connection.accept()
+        heard.append(submit.params)
+        connection.send(frames(submit.request_id, b"", seq=0)[0])
+        await connection.hold()
+
+    run(script, "submit", "--space", "fn", *["-p", "text=123", "-p", "size=1", "-p", "mood=true", "-p", "n=2"])
+    assert heard[0] == {"text": 123, "size": 1, "mood": True, "n": 2}
+    assert heard[1] == {"text": "123", "size": "1", "mood": "true", "n": 2}
 
 
 def test_a_failure_after_some_audio_keeps_what_came_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:

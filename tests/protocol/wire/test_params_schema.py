@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.wire.params_schema import KEYWORDS, MAX_DEPTH, MAX_FAULTS, check_params, check_schema
+from protocol.wire.params_schema import KEYWORDS, MAX_DEPTH, MAX_FAULTS, check_params, check_schema, integers_as_int
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -300,3 +300,27 @@ def test_it_takes_what_a_validator_of_the_whole_of_json_schema_takes(
     check_schema(schema)
     told = check_params(schema, given_params)
     assert (not told) == jsonschema.Draft202012Validator(schema).is_valid(given_params), told
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "expected"),
+    [
+        ({"type": "integer"}, 2.0, 2),
+        ({"type": ["integer", "null"]}, 2.0, 2),
+        ({"type": ["integer", "number"]}, 2.0, 2.0),
+        ({"type": "number"}, 2.0, 2.0),
+        ({}, 2.0, 2.0),
+        ({"enum": [1, 2]}, 2.0, 2),
+        ({"const": 2}, 2.0, 2),
+        ({"properties": {"n": {"type": "integer"}}}, {"n": 2.0, "x": 2.0}, {"n": 2, "x": 2.0}),
+        ({"additionalProperties": {"type": "integer"}}, {"n": 2.0}, {"n": 2}),
+        ({"items": {"type": "integer"}}, [1.0, 2.0], [1, 2]),
+        ({"anyOf": [{"type": "null"}, {"type": "integer"}]}, 2.0, 2),
+        ({"oneOf": [{"type": "string"}, {"items": {"type": "integer"}}]}, [2.0], [2]),
+        ({"allOf": [{"minimum": 0}, {"type": "integer"}]}, 2.0, 2),
+        ({"type": "integer"}, 1e300, 1e300),
+        (True, 2.0, 2.0),
+    ],
+)
+def test_a_whole_float_becomes_an_int_where_an_integer_is_wanted(schema: Any, value: Any, expected: Any) -> None:
+    assert repr(integers_as_int(schema, value)) == repr(expected)
