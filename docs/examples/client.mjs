@@ -15,7 +15,15 @@ import { decode, encode } from "@msgpack/msgpack";
 import WebSocket from "ws";
 
 // ignoreUndefined: a field without a value is left out, as §3 wants it.
-const pack = (message) => encode(message, { ignoreUndefined: true });
+const pack = (message) => encode(wellFormed(message), { ignoreUndefined: true });
+
+/** A text that was cut inside an emoji would be no UTF-8, and be refused (§3): such a half becomes U+FFFD. */
+function wellFormed(value) {
+  if (typeof value === "string") return value.toWellFormed();
+  if (Array.isArray(value)) return value.map(wellFormed);
+  if (value == null || Object.getPrototypeOf(value) !== Object.prototype) return value;
+  return Object.fromEntries(Object.entries(value).map(([key, inner]) => [wellFormed(key), wellFormed(inner)]));
+}
 
 /** A message of the relay, or why it is none. */
 function unpack(data, isBinary) {

@@ -6,12 +6,13 @@ pass are unpacked, by an Unpacker made for that one message, because one that ha
 The walk is bounded by `MAX_VALUES`, which keeps the worst message near 2 ms (`make bench` prints it).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import msgpack
 
 from protocol.wire.audio_envelope import read_audio
-from protocol.wire.errors import EncodeError, ProtocolError, UnknownType
+from protocol.wire.errors import BadText, EncodeError, ProtocolError, UnknownType
 from protocol.wire.frames import MAX_MESSAGE_BYTES, Audio
 from protocol.wire.messages import BULK, MAX_CONTROL_BYTES, Table
 from protocol.wire.validators import Message, Value
@@ -23,6 +24,9 @@ MAX_ARRAY = 1024
 MAX_VALUES = 16_384
 #: Maps and arrays in one message: an empty one is a single byte on the wire but 64 bytes when built.
 MAX_CONTAINERS = 4_096
+#: Strings that are not UTF-8 of which one message's refusal tells, and characters of each part of their paths.
+MAX_BAD_PLACES = 16
+MAX_PLACE_CHARS = 64
 
 
 def _fixed_sizes() -> tuple[int, ...]:
@@ -130,15 +134,49 @@ def unpack(data: bytes) -> dict[str, Value]:
     """Unpack the map in `data`, within the limits of the wire.
 
     Raises:
-        ProtocolError: for any bytes that are not such a map; never anything else.
+        BadText: for such a map with strings that are not UTF-8.
+        ProtocolError: for any other bytes that are not such a map; never anything else.
     """
     check_bytes(data)
     try:
         wire: dict[str, Value] = msgpack.unpackb(data)
+    except UnicodeDecodeError:
+        wire = msgpack.unpackb(data, unicode_errors="surrogateescape")
+        places = islice(_bad_places(wire, ()), MAX_BAD_PLACES)
+        raise BadText(_repaired(wire), dict.fromkeys(places, "holds bytes that are no UTF-8")) from None
     except (ValueError, TypeError, OverflowError, RecursionError) as fault:
-        # After the walk, only bad UTF-8 should be left; msgpack's other errors are all of these types.
+        # After the walk, nothing should be left; msgpack's errors are all of these types.
         raise ProtocolError(f"bad msgpack: {type(fault).__name__}") from None
     return wire
+
+
+def _bad_places(value: Value, path: tuple[str, ...]) -> Iterator[str]:
+    """The paths of the strings with lone surrogates in a value, keys among them."""
+    if isinstance(value, str):
+        if _repaired(value) != value:
+            yield _repaired(".".join(part[:MAX_PLACE_CHARS] for part in path))
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _bad_places(key, (*path, key))
+            yield from _bad_places(inner, (*path, key))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _bad_places(inner, (*path, str(place)))
+
+
+def _repaired(value: Value) -> Value:
+    """`value` with "?" for each lone surrogate in its strings."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_repaired(key): _repaired(inner) for key, inner in value.items()}
+    return [_repaired(inner) for inner in value] if isinstance(value, list) else value
+
+
+def repair(fault: BadText) -> bytes:
+    """The message that could not be decoded, with "?" for what is no UTF-8; it may break other rules still."""
+    data: bytes = msgpack.packb(fault.wire)
+    return data
 
 
 def decode(data: bytes, table: Table) -> Message:
@@ -150,6 +188,7 @@ def decode(data: bytes, table: Table) -> Message:
 
     Raises:
         UnknownType: its `type` is not in the table.
+        BadText: it has strings that are not UTF-8.
         ProtocolError: anything else is wrong with it.
     """
     if Audio.TYPE in table and (audio := read_audio(data)) is not None:

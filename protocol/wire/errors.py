@@ -6,6 +6,7 @@ a value, `protocol.wire.messages.Rejected`, and travels as one.
 """
 
 from enum import StrEnum
+from typing import Any
 
 
 class ErrorCode(StrEnum):
@@ -88,6 +89,22 @@ class UnknownType(ProtocolError):
     """A well-formed message whose `type` this end does not accept from this peer."""
 
     code = ErrorCode.UNKNOWN_TYPE
+
+
+class BadText(ProtocolError):
+    """A message holds strings that are not UTF-8, as of a JavaScript text that was cut in the middle of an emoji.
+
+    Whoever knows whom the message is about may answer that one alone, and keep the connection.
+
+    Attributes:
+        wire: the message, with "?" for each byte that is in no character.
+        fields: where these strings are, the path joined by dots, and what is wrong with them.
+    """
+
+    def __init__(self, wire: dict[str, Any], fields: dict[str, str]) -> None:
+        super().__init__("; ".join(f"{name} {fault}" for name, fault in fields.items()))
+        self.wire = wire
+        self.fields = fields
 
 
 class EncodeError(ValueError):

@@ -10,8 +10,8 @@ import structlog
 import trio
 
 from protocol.link.base import Link
-from protocol.wire.codec import decode
-from protocol.wire.errors import ErrorCode, LinkError, UnknownType
+from protocol.wire.codec import decode, repair
+from protocol.wire.errors import BadText, ErrorCode, LinkError, UnknownType
 from protocol.wire.messages import (
     FROM_CLIENT,
     Accepted,
@@ -31,7 +31,8 @@ from protocol.wire.messages import (
     Submit,
     Table,
 )
-from protocol.wire.validators import Message
+from protocol.wire.structs import ID_PATTERN
+from protocol.wire.validators import Message, Value
 from relayd.auth.tokens import Principal
 from relayd.core.access import find_request
 from relayd.core.admission import Admission
@@ -386,3 +387,14 @@ def _reject_without_result(request: Request) -> Rejected:
         "submit it again with a new id",
         request_id=request.request_id,
     )
+
+
+def _refuse_text(fault: BadText) -> Rejected | None:
+    """The refusal of a `submit` that holds text which is not UTF-8; None for any other message."""
+    request_id = fault.wire.get("request_id")
+    if fault.wire.get("type") != Submit.TYPE or not isinstance(request_id, str) or not ID_PATTERN.fullmatch(request_id):
+        return None
+    details: dict[str, Value] = {name.removeprefix("params."): words for name, words in fault.fields.items()}
+    told = "; ".join(f"{name} {words}" for name, words in details.items())
+    message = f"{told}; send text as UTF-8, and do not cut it inside a character"
+    return Rejected.because(ErrorCode.INVALID_PARAMS, message, request_id=request_id, details=details)

@@ -13,8 +13,8 @@ import trio
 
 from protocol.link.base import Link
 from protocol.wire.audio_envelope import PREFIX_BYTES, audio_prefix, match_audio, match_audio_run
-from protocol.wire.codec import decode
-from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, UnknownType
+from protocol.wire.codec import decode, repair
+from protocol.wire.errors import BadText, ErrorCode, LinkError, ProtocolError, UnknownType
 from protocol.wire.frames import (
     Audio,
     Cancelled,
@@ -248,7 +248,11 @@ class WorkerHandler:
     def _handle_message(self, data: bytes) -> None:
         """Decode and handle a message of any type."""
         try:
-            message = decode(data, FROM_WORKER)
+            try:
+                message = decode(data, FROM_WORKER)
+            except BadText as fault:  # words of one request's engine: the worker's other requests go on
+                data = repair(fault)
+                message = decode(data, FROM_WORKER)
         except UnknownType as fault:
             self.send(Error(code=fault.code, message=str(fault)))
             return

@@ -210,10 +210,12 @@ def test_what_looks_like_json_is_sent_as_text_where_the_space_takes_text(capsys:
         connection.send(SpacesReply(spaces=[{"name": "other"}, {"name": "fn", "params": params}]))
         submit = await connection.accept()
         heard.append(submit.params)
-        connection.send(frames(submit.request_id, b"", seq=0)[0])
+        connection.send(*frames(submit.request_id, b"\1\0"))
         await connection.hold()
 
-    run(script, "submit", "--space", "fn", *["-p", "text=123", "-p", "size=1", "-p", "mood=true", "-p", "n=2"])
+    assert (
+        run(script, "submit", "--space", "fn", *["-p", "text=123", "-p", "size=1", "-p", "mood=true", "-p", "n=2"]) == 0
+    )
     assert heard[0] == {"text": 123, "size": 1, "mood": True, "n": 2}
     assert heard[1] == {"text": "123", "size": "1", "mood": "true", "n": 2}
 

@@ -18,9 +18,10 @@ from protocol.wire.codec import (
     check_bytes,
     decode,
     encode,
+    repair,
     unpack,
 )
-from protocol.wire.errors import EncodeError, ErrorCode, ProtocolError, UnknownType
+from protocol.wire.errors import BadText, EncodeError, ErrorCode, ProtocolError, UnknownType
 from protocol.wire.frames import (
     MAX_MESSAGE_BYTES,
     MAX_PCM_BYTES,
@@ -126,6 +127,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "readonly": st.booleans(),
     "reason": words,
     "reproducible": st.booleans(),
+    "streams": st.booleans(),
     "request_id": ids,
     "result": maps,
     "resume": running,
@@ -516,3 +518,15 @@ def test_an_output_may_be_any_value_or_large_binary() -> None:
         assert decode(encode(message), FROM_WORKER) == message
     with pytest.raises(EncodeError):
         encode(Output(request_id=ID, attempt=1, seq=1, data=["x" * 70_000]))
+
+
+def test_text_that_is_no_utf_8_is_told_by_its_places() -> None:
+    wire = {"type": "submit", "params": {"text": "XXX", "a": ["ok", {"XXX": "gut 好"}]}, "space": "tts"}
+    with pytest.raises(BadText) as caught:
+        unpack(msgpack.packb(wire).replace(b"XXX", b"\xff\xfe\xfd"))
+    assert caught.value.fields == dict.fromkeys(("params.text", "params.a.1.???"), "holds bytes that are no UTF-8")
+    assert unpack(repair(caught.value)) == {
+        "type": "submit",
+        "params": {"text": "???", "a": ["ok", {"???": "gut 好"}]},
+        "space": "tts",
+    }

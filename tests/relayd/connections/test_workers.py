@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from protocol.wire.codec import encode
 from protocol.wire.frames import (
     Audio,
     Cancelled,
@@ -375,6 +376,62 @@ async def test_a_worker_that_fails_at_once_does_not_eat_the_queue_beside_one_tha
         assert {row["name"]: row["state"] for row in rows} == {"bad": "resting", "good": "idle"}
         await relay.at_rest()
         nursery.cancel_scope.cancel()
+
+
+def half_an_emoji(message: Message, at: bytes = b"XXX") -> bytes:
+    """The message with what JavaScript makes of half an emoji in place of `at`."""
+    data = encode(message)
+    assert data.count(at) == 1
+    return data.replace(at, b"\xed\xa0\xbd")
+
+
+@pytest.mark.trio
+async def test_half_an_emoji_in_one_submit_costs_no_other_request_of_the_connection(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path) as relay,
+        fake_worker(relay.url, params={}) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        submit = a_submit()
+        client.send(submit)
+        assign = await worker.assigned()
+        for params, field in (
+            ({"text": "Hi XXX"}, "text"),
+            ({"a": {"b": [1, "XXX"]}}, "a.b.1"),
+            ({"XXX": 1}, "???"),
+        ):
+            bad = a_submit(params=params)
+            client.link.send_nowait(half_an_emoji(bad))
+            refusal = await client.next(Rejected)
+            assert (refusal.request_id, refusal.code) == (bad.request_id, "invalid_params")
+            assert refusal.details == {field: "holds bytes that are no UTF-8"}
+        client.link.send_nowait(half_an_emoji(Cancel(request_id=an_id(), reason="XXX")))
+        await client.settled()
+        worker.speak(assign, PCM)
+        assert heard(await client.frames(submit)) == b"".join(PCM)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("kind", [Output, Failed])
+async def test_words_of_an_engine_that_are_no_utf_8_do_not_cut_off_its_worker(tmp_path: Path, kind: type) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker, peer(relay.url, "client") as client:
+        submit = a_submit()
+        client.send(submit)
+        assign = await worker.assigned()
+        worker.send(Started(**identity(assign, 0), format=None))
+        if kind is Output:
+            worker.peer.link.send_nowait(half_an_emoji(Output(**identity(assign, 1), data={"text": "XXX"})))
+            worker.send(Completed(**identity(assign, 2)))
+        else:
+            failed = Failed(**identity(assign, 1), code="engine_failed", message="XXX")
+            worker.peer.link.send_nowait(half_an_emoji(failed))
+        *_, output, last = await client.frames(submit)
+        if kind is Output:
+            assert (output.data, last.TYPE) == ({"text": "???"}, "completed")
+        else:
+            assert (last.TYPE, last.message) == ("failed", "???")
+        await relay.at_rest()
 
 
 @pytest.mark.trio
