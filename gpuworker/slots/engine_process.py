@@ -21,6 +21,11 @@ EXIT_S = 1.0
 STDERR_S = 0.5
 #: Time from SIGKILL to the end; only a process stuck in the kernel (a lost GPU) takes longer, and is left behind.
 KILL_S = 5.0
+#: Variables of the worker's that lead to its token, or let who has them speak to systemd in its name. An engine runs
+#: other people's code, and needs none of them.
+KEPT_BACK = frozenset(
+    {"RELAY_TOKEN", "RELAY_TOKEN_FILE", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
+)
 
 log = logging.getLogger("gpuworker.slot")
 
@@ -168,6 +173,7 @@ async def open_child(name: str) -> AsyncIterator[EngineProcess]:
     try:
         process = subprocess.Popen(  # noqa: ASYNC220 - see above
             [sys.executable, "-P", "-m", "gpuworker.slots.engine_main", str(theirs.fileno()), str(os.getpid())],
+            env={name: value for name, value in os.environ.items() if name not in KEPT_BACK},
             stdin=subprocess.DEVNULL,
             stdout=write_end,
             stderr=write_end,

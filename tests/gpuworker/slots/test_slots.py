@@ -274,6 +274,19 @@ async def test_an_engine_that_asks_for_it_is_started_again_after_its_failure(
 
 
 @pytest.mark.trio
+async def test_an_engines_process_has_the_environment_of_its_worker_without_the_ways_to_its_token(
+    function_slot: Callable[..., ProcessSlot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RELAY_TOKEN", "RELAY_TOKEN_FILE", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "HF_TOKEN"):
+        monkeypatch.setenv(name, "secret")
+    chunks: list[Chunk] = []
+    source = "import os\ndef call():\n    return [name for name, value in os.environ.items() if value == 'secret']\n"
+    async with serving(function_slot(source)) as bench:
+        assert (await bench.run({}, chunks.append)).outcome == "completed"
+    assert chunks[-1] == OutputChunk(["HF_TOKEN"])
+
+
+@pytest.mark.trio
 async def test_a_load_that_fails_or_never_ends_is_told_and_tried_again(
     function_slot: Callable[..., ProcessSlot],
 ) -> None:
