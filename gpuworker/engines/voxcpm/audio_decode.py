@@ -6,11 +6,22 @@ header claims. The samples equal those of `librosa.load(file, sr=rate)` bit for 
 
 import io
 import math
+from collections.abc import Iterable
+from itertools import repeat, takewhile
+from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 from numpy.typing import NDArray
+
+from gpuworker.engines.voxcpm.recording_formats import (
+    NotReadable,
+    RecordingFormat,
+    can_read,
+    open_recording,
+    recognize,
+)
 
 #: File signatures. libsndfile knows 20 more formats, most of them read by code that is rarely reviewed.
 _STARTS = (b"fLaC", b"OggS", b"ID3")
@@ -59,7 +70,9 @@ def decode(data: bytes, *, rate: int, max_seconds: float, min_seconds: float = 0
         AudioFault: it is not audio in one of these formats, is too long, too short or silent, or contains NaN or
             infinity. Nothing else is raised, whatever the bytes are.
     """
-    if not _may_be_audio(data):
+    if (kind := recognize(data)) is not None:
+        samples, given_rate = _read_recording(data, kind, max_seconds)
+    elif not _may_be_audio(data):
         raise AudioFault(f"is not audio that can be read ({READABLE})")
     try:
         with _Straight(io.BytesIO(data)) as file:
@@ -100,11 +113,12 @@ def _read(file: _Straight, max_seconds: float) -> NDArray[np.float32]:
         seconds = math.ceil(file.frames / file.samplerate * 10) / 10
         raise AudioFault(f"is {seconds:.10g} s long; give at most {max_seconds:g} s")
     blocks, frames = [np.zeros(0, np.float32)], 0
-    buffer = np.empty((BLOCK_FRAMES, file.channels), np.float32)
-    while len(block := file.read(out=buffer)):
+    for block in read:
         frames += len(block)
-        if frames > max_frames:
+        if frames > math.floor(max_seconds * rate):
             raise AudioFault(f"is too long; give at most {max_seconds:g} s")
+        if not len(block):
+            continue
         peak = np.max(np.abs(block))
         if not np.isfinite(peak):
             raise AudioFault("contains samples that are NaN or infinite; save it again, as 16-bit WAV")

@@ -34,6 +34,7 @@ from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine,
 from gpuworker.engines.espeak.engine import EspeakEngine, script_runs
 from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, default_duration_s
+from gpuworker.slots import ipc
 from gpuworker.slots.run_engine import RunResult, run_engine
 from protocol.wire.params_schema import check_params, check_schema
 from protocol.wire.structs import AudioFormat
@@ -342,7 +343,7 @@ def test_values_of_numpy_and_the_standard_library_become_plain_ones(value: Any, 
     end, chunks = run(function(lambda: value), {})
     assert end == RunResult(outcome="completed")
     assert chunks == [FormatChunk(None), OutputChunk(expected)]
-    assert msgpack.unpackb(msgpack.packb(chunks[1].data)) == expected
+    assert msgpack.unpackb(msgpack.packb(ipc.encode_chunk(chunks[1])))["data"] == expected
 
 
 def test_a_rate_of_numpy_is_a_rate_and_an_array_that_no_message_has_room_for_is_told() -> None:

@@ -4,7 +4,9 @@ import io
 import struct
 import tracemalloc
 import warnings
+from typing import Any
 
+import av
 import librosa
 import numpy as np
 import pytest
@@ -153,7 +155,6 @@ def test_a_rate_or_a_number_of_channels_that_no_recording_has_is_refused() -> No
         b"hello, this is text",
         b"\0" * 1_000,
         b"%PDF-1.7",
-        b"\0\0\0\x20ftypM4A ",
         b"FORM\0\0\0\0AIFF",
     ],
 )
@@ -268,3 +269,103 @@ def test_a_garbled_or_cut_file_is_audio_or_a_fault(
 )
 def test_any_bytes_are_audio_or_a_fault(start: bytes, rest: bytes) -> None:
     check(fault_or_samples(start + rest))
+
+
+# -- recordings of phones and browsers -------------------------------------------------------------------------------
+
+
+def recording(kind: str, codec: str, seconds: float = 1.0, channels: int = 1) -> bytes:
+    """A tone, encoded as a phone or a browser does it."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container:
+        stream: Any = container.add_stream(codec, rate=48_000, layout="mono" if channels == 1 else "stereo")
+        layout = stream.layout.name
+        samples = np.ascontiguousarray(tone(seconds, 48_000, channels).T)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+        frame.rate = 48_000
+        for part in av.AudioResampler(format=stream.format.name, layout=layout, rate=48_000).resample(frame):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+RECORDINGS = [("ipod", "aac"), ("mp4", "aac"), ("adts", "aac"), ("webm", "libopus"), ("matroska", "libopus")]
+
+
+@pytest.mark.parametrize(("kind", "codec"), RECORDINGS)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_recordings_of_phones_and_browsers_are_read(kind: str, codec: str, channels: int) -> None:
+    samples = decode(recording(kind, codec, channels=channels), rate=RATE, max_seconds=50)
+    assert len(samples) == pytest.approx(RATE, rel=0.06)
+    middle = samples[RATE // 4 : RATE // 2]
+    expected = np.mean(tone(1, channels=channels)[RATE // 4 : RATE // 2], axis=1)
+    assert np.sqrt(np.mean(middle**2)) == pytest.approx(np.sqrt(np.mean(expected**2)), rel=0.1)
+
+
+def test_a_recording_is_held_to_the_limits_and_a_damaged_one_says_what_to_do() -> None:
+    data = recording("ipod", "aac", seconds=3)
+    assert fault(data, max_seconds=2) == "is too long; give at most 2 s"
+    assert fault(recording("webm", "libopus", seconds=0.1)).endswith("give at least 0.2 s")
+    for damaged in (data[: len(data) // 2], b"\0\0\0\x20ftypM4A ", b"\0\0\0\x20ftypM4A " + bytes(1_000)):
+        assert "ffmpeg -i recording.m4a recording.wav" in fault(damaged)
+
+
+@given(st.sampled_from(RECORDINGS), st.integers(0, 4_000), st.binary(max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_a_garbled_recording_is_audio_or_a_fault(which: tuple[str, str], at: int, rest: bytes) -> None:
+    data = recording(*which, seconds=0.5)
+    check(fault_or_samples(data[:at] + rest + data[at + len(rest) :]))
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (
+            b"\0\0\0\x20ftypM4A ",
+            "is MP4/AAC audio (a phone's recording), which is not read here; convert it: ffmpeg ",
+        ),
+        (b"\0\0\0\x18ftyp3gp4", "is MP4/AAC audio"),
+        (b"\x1a\x45\xdf\xa3", "is WebM audio (a browser's recording)"),
+        (b"\xff\xf1\x50\x80", "is AAC audio"),
+        (b"#!AMR\n", "is AMR audio"),
+        (b"caff\0\1\0\0", "is CAF audio"),
+        (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "is WMA audio"),
+    ],
+)
+def test_without_pyav_a_recording_is_named_with_the_command_that_converts_it(
+    start: bytes, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpuworker.engines.voxcpm.audio_decode.can_read", lambda: False)
+    told = fault(start + bytes(100))
+    assert told.startswith(words)
+    assert told.endswith(" recording.wav")
+
+
+# -- WAV without its size --------------------------------------------------------------------------------------------
+
+
+def without_size(data: bytes, riff: int = 0) -> bytes:
+    at = data.index(b"data")
+    return data[:4] + riff.to_bytes(4, "little") + data[8 : at + 4] + bytes(4) + data[at + 8 :]
+
+
+@pytest.mark.parametrize("riff", [0, 36, 2**32 - 1])
+def test_a_wav_whose_recorder_was_killed_goes_on_to_its_end(riff: int) -> None:
+    data = encode(tone(1))
+    found = decode(without_size(data, riff), rate=RATE, max_seconds=50)
+    np.testing.assert_array_equal(found, decode(data, rate=RATE, max_seconds=50))
+
+
+def test_a_wav_without_a_size_may_have_other_chunks_before_it_and_half_a_sample_at_its_end() -> None:
+    data = encode(tone(1))
+    note = b"LIST" + (5).to_bytes(4, "little") + b"hello\0"
+    found = decode(without_size(data[:36] + note + data[36:] + b"\1"), rate=RATE, max_seconds=50)
+    np.testing.assert_array_equal(found, decode(data, rate=RATE, max_seconds=50))
+
+
+def test_an_empty_wav_stays_empty_whatever_chunks_follow() -> None:
+    data = encode(tone(1))
+    empty = without_size(data)[: data.index(b"data") + 8]
+    note = b"LIST" + (4000).to_bytes(4, "little") + bytes(4000)
+    for found in (fault(empty), fault(empty + note)):
+        assert found.startswith("is 0 s long")
