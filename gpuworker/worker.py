@@ -355,7 +355,15 @@ class Worker:
         work.changed()
 
     def _on_rejected(self, rejected: Rejected) -> None:
-        log.error("the relay refused this worker: %s: %s", rejected.code, rejected.message)
+        # If the worker has never served, the person who started it is there to read this: report it and end.
+        # `space_full` is mostly a second worker started by mistake, unless the relay says when to ask again: it does
+        # not know yet whether the worker that has the place is still there. Later, the relay may have been
+        # reconfigured, or still count an old connection of this worker; both may pass.
+        mistake = rejected.code == ErrorCode.SPACE_FULL and rejected.retry_after_s is None
+        final = self._sender is None and not self._registered_once and (not rejected.retryable or mistake)
+        if self._fault != rejected.message:  # logged once, however often it is asked again
+            later = "" if final or self._sender is not None else "; registering again until it is accepted"
+            log.error("the relay refused this worker: %s: %s%s", rejected.code, rejected.message, later)
         self._fault = rejected.message
         if self._sender is not None:
             return

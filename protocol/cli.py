@@ -96,9 +96,9 @@ def _add_submit_options(parser: argparse.ArgumentParser) -> None:
         "-p",
         action="append",
         default=[],
-        type=_param,
+        type=_pair,
         metavar="KEY=VALUE",
-        help="a param; the value is parsed as JSON if it is valid JSON, else used as text",
+        help="a param; the value is used as text if the space takes text or it is not valid JSON, else parsed as JSON",
     )
     parser.add_argument(
         "--input", "-i", action="append", default=[], type=_pair, metavar="NAME=PATH", help="a file to send as an input"

@@ -108,6 +108,7 @@ def decode_capabilities(message: dict[str, Value]) -> Capabilities:
     return Capabilities(
         format=parse_struct(AudioFormat, message["format"]) if message["format"] else None,
         late_format=message["late_format"],
+        streams=message["streams"],
         reproducible=message["reproducible"],
         fingerprint=message["fingerprint"],
         params=message["params"],

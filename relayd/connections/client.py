@@ -10,7 +10,7 @@ import structlog
 import trio
 
 from protocol.link.base import Link
-from protocol.wire.codec import decode, repair
+from protocol.wire.codec import decode
 from protocol.wire.errors import BadText, ErrorCode, LinkError, UnknownType
 from protocol.wire.messages import (
     FROM_CLIENT,

@@ -56,8 +56,6 @@ from relayd.stats.counters import WorkerStats
 
 log = structlog.get_logger("relayd.worker")
 
-#: Codes of `failed` that mean a broken engine and not a bad request: such a request may be tried again.
-ENGINE_FAULTS = frozenset({ErrorCode.ENGINE_FAILED, ErrorCode.MODEL_NOT_LOADED})
 #: A global is faster than a member of an enum, and it is used for every frame.
 _RUNNING = State.RUNNING
 #: Characters of a worker's name in its id, for which the wire allows 64 characters.
@@ -99,6 +97,8 @@ class WorkerHandler:
     usage: PrincipalUsage | None = None
     engine: str = ""
     registered: bool = False
+    #: Trio time of the first refusal, 0 before.
+    refused_at: float = 0.0
     #: First bytes of an attempt's audio frames -> the attempt, for running attempts that have an audio format.
     _active: dict[bytes, ActiveAttempt] = attrs.field(factory=dict)
     _stats: WorkerStats = attrs.field(factory=WorkerStats)
@@ -416,10 +416,18 @@ class WorkerHandler:
         is_next = request is not None and self._is_next(request, frame)
         ack = Ack(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq)
         pending_ack = (self.worker_id, ack)
+        if is_next and isinstance(frame, Completed):
+            relay.scheduler.count_completed(self.worker_id)
+        elif is_next and isinstance(frame, Failed) and frame.code in ENGINE_FAULTS:
+            relay.workers.count_engine_failure(self.worker_id)
         if request is None or not is_next:
             if not relay.has_pending_ack(frame.request_id, frame.attempt):
                 self.send(ack)
-        elif isinstance(frame, Failed) and frame.retryable and frame.code in ENGINE_FAULTS:
+        elif (
+            isinstance(frame, Failed)
+            and frame.code in ENGINE_FAULTS
+            and (frame.retryable or request.submit.retry == "always")
+        ):
             self.send(ack)  # first, so that the worker forgets this attempt before the next is assigned
             relay.workers.lose_attempt_of_live_worker(
                 request, self, ErrorCode(frame.code), frame.message, frame.details

@@ -213,7 +213,8 @@ class Relay:
             port.acknowledge(ack)
 
     def sample(self, now: float) -> None:
-        """Compute rates from the counters."""
+        """Compute rates from the counters, and end the rests that are over."""
+        self.workers.end_rests(now)
         self.stats.sample(now, self.live_requests(), self.clients, self.spaces, self.scheduler.state.workers)
 
     def expire(self, request: Request, expiry: Expiry) -> None:

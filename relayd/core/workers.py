@@ -19,6 +19,10 @@ log = structlog.get_logger("relayd")
 
 #: Drained workers that are remembered: an id belongs to one process, and most never come back.
 MAX_DRAINED = 1_000
+#: When a worker is to register again whose place may be free soon.
+REGISTER_AGAIN_S = 1.0
+#: How long a worker may leave a ping unanswered while a new process of the same name wants its place.
+TAKE_OVER_S = 3.5
 #: Length at which a message in a request's timeline is cut.
 MAX_STEP_CHARS = 200
 
@@ -123,9 +127,9 @@ class Workers(Mapping[str, WorkerPort]):
         """
         if worker_id in self.drained:
             self._connected[worker_id].drain("drained by an operator")  # it may not have received the first message
-        own_name = worker_id.removesuffix(register.instance[:8])
+        own_name = _name(worker_id, register.instance)
         for worker in list(self.relay.scheduler.state.workers.values()):
-            name = worker.worker_id.removesuffix(worker.instance[:8])
+            name = _name(worker.worker_id, worker.instance)
             if not worker.linked and name == own_name and self.relay.scheduler.is_replaced(worker):
                 for request_id in list(worker.held):
                     self.lose_attempt(request_id, ErrorCode.WORKER_LOST, f"worker {worker.worker_id} was restarted")

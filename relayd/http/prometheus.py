@@ -91,7 +91,9 @@ def _read_spaces(relay: Relay) -> list[SpaceReading]:
         for reader in chain.from_iterable(request.log.readers for request in running):
             reading.readers["behind" if reader.sink.backlog_bytes >= HIGH_WATER_BYTES else "keeping up"] += 1
     for worker in relay.scheduler.state.workers.values():
-        worker_state = "away" if not worker.linked else "draining" if worker.draining else "connected"
+        resting = relay.scheduler.state.is_resting(worker)
+        worker_state = "draining" if worker.draining else "resting" if resting else "connected"
+        worker_state = worker_state if worker.linked else "away"
         for reading in filter(None, map(readings.get, worker.spaces)):
             reading.workers[worker_state] += 1
             if worker.linked:

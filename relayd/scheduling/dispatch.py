@@ -50,7 +50,7 @@ class Dispatcher:
             decisions.append(self._start(entry, worker, now))
         return True
 
-    def _can_dispatch(self, space: SpaceState, linked: list[WorkerState], entry: ScheduledRequest) -> bool:
+    def _can_dispatch(self, space: SpaceState, fit: list[WorkerState], entry: ScheduledRequest) -> bool:
         """Whether `entry` can be taken off the queue: it can start now, or no linked worker could ever run it."""
         if not self._may_run(space, entry.principal):
             return False
@@ -130,9 +130,14 @@ def _can_take(entry: ScheduledRequest, worker: WorkerState) -> bool:
     return not entry.has_output or entry.retry == "always" or entry.reproducible == worker.reproducible
 
 
-def _best_worker(entry: ScheduledRequest, linked: list[WorkerState]) -> WorkerState | None:
-    """Return the worker with most free slots, then the longest idle; never one that still holds an attempt of it."""
-    free = (w for w in linked if w.free_slots and entry.request_id not in w.held and _can_take(entry, w))
+def _best_worker(entry: ScheduledRequest, fit: list[WorkerState]) -> WorkerState | None:
+    """Return the worker with most free slots, then the longest idle; never one that still holds an attempt of it.
+
+    Nor one whose engine has failed it, while there is another that it can wait for.
+    """
+    able = [w for w in fit if w.slots and not w.draining and _can_take(entry, w)]
+    untried = [w for w in able if w.worker_id not in entry.failed_on]
+    free = (w for w in untried or able if w.free_slots and entry.request_id not in w.held)
     return min(free, key=lambda worker: (-worker.free_slots, worker.last_used), default=None)
 
 

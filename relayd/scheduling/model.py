@@ -66,6 +66,8 @@ class ScheduledRequest:
     streams: bool = True
     has_output: bool = False
     next_seq: int = 0
+    #: Workers whose engine failed an attempt of it; another one is tried next where there is one.
+    failed_on: set[str] = attrs.field(factory=set)
     #: Size of its inputs, which the store keeps until it has ended.
     input_bytes: int = 0
     #: While it waits: above 0 it was promoted, and the highest is served first.

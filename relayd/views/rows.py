@@ -155,7 +155,7 @@ def watched_space_row(relay: Relay, name: str) -> Row | None:
 def worker_row(relay: Relay, worker_id: str) -> Row | None:
     """Return the row of a worker; None if it is unknown.
 
-    Its `state` is `idle`, `busy`, `draining`, `stale` (connected, but silent) or `away`.
+    Its `state` is `idle`, `busy`, `draining`, `resting`, `stale` (connected, but silent) or `away`.
     """
     worker = relay.scheduler.state.workers.get(worker_id)
     if worker is None:

@@ -13,8 +13,9 @@ import trio
 from gpuworker.embed import EmbedError, Handle, serve
 from gpuworker.engines.mock import MockEngine
 from protocol.wire.errors import ErrorCode
-from protocol.wire.frames import Audio, Cancelled, Completed, Frame, Output, Started
-from protocol.wire.messages import Cancel, Draining, Register, Rejected
+from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Frame, Output, Started
+from protocol.wire.messages import Ack, Cancel, Draining, Register, Rejected
+from protocol.wire.validators import Message
 from tests.support.scripted_relay import Desk, RelayThread, assign, refuse, script
 
 PATIENCE_S = 10

@@ -1,5 +1,7 @@
 """The worker against a scripted relay: what it registers, runs, stops and sends."""
 
+import time
+
 import pytest
 import trio
 import trio.testing

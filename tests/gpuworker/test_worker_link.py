@@ -166,6 +166,26 @@ async def test_a_relay_that_shuts_down_is_asked_again_and_so_is_one_that_took_th
 
 
 @pytest.mark.trio
+async def test_a_worker_asks_again_for_as_long_as_the_relay_wants_it_to_and_says_so_once(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = Rejected.because(ErrorCode.SPACE_FULL, "space 'tts' already has its 1 worker", retry_after_s=2.0)
+
+    async def relay(desk: Desk) -> None:
+        began = trio.current_time()
+        for _ in range(20):
+            await desk.expect(Register)
+            desk.send(refusal)
+        await desk.register()
+        assert trio.current_time() - began == pytest.approx(40.0)
+        desk.send(assign())
+        assert len(await desk.frames()) == 5
+
+    await run_with(script(relay))
+    assert caplog.text.count("already has its 1 worker") == 1
+
+
+@pytest.mark.trio
 async def test_a_refused_login_ends_the_worker(autojump_clock: MockClock) -> None:
     async with worker_with(refuse) as worker:
         with pytest.raises(WorkerError, match="not known") as caught:

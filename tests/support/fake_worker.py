@@ -41,8 +41,15 @@ class FakeWorker:
     """A worker that sends only what the test sends."""
 
     peer: Peer
-    instance: str
-    name: str
+    registration: Register
+
+    @property
+    def instance(self) -> str:
+        return self.registration.instance
+
+    @property
+    def name(self) -> str:
+        return self.registration.worker
 
     async def assigned(self) -> Assign:
         assign: Assign = await self.peer.next(Assign)
@@ -80,17 +87,10 @@ async def fake_worker(
 ) -> AsyncIterator[FakeWorker]:
     """A worker that has sent `register`; its answer is read from `FakeWorker.peer`."""
     async with peer(url, "worker", token, connect_to=cable.connect if cable else None) as raw:
-        worker = FakeWorker(raw, instance or an_id(), name)
         told: dict[str, Any] = {"engine": "fake", "params": SCHEMA, "format": FORMAT}
-        raw.send(
-            Register(
-                worker=name,
-                instance=worker.instance,
-                spaces=list(spaces),
-                **(told | register),
-            )
-        )
-        yield worker
+        registration = Register(worker=name, instance=instance or an_id(), spaces=list(spaces), **(told | register))
+        raw.send(registration)
+        yield FakeWorker(raw, registration)
 
 
 def samples(count: int, seed: int = 1) -> bytes:

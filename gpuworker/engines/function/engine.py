@@ -17,8 +17,7 @@ returns whether to stop, and one called `context`, if it is annotated as nothing
 who asked, and the request's id. A class is instantiated once, at load, and the instance is called: the place for a
 model.
 
-The relay ends a request that is silent for its space's `idle_timeout_s` (30). A function that needs longer should
-yield a `ProgressChunk` now and then; if it cannot, raise the limit of the space.
+A call may take as long as the space's `run_timeout_s` (120), and be silent meanwhile.
 """
 
 import importlib

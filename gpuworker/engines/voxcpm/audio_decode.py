@@ -58,7 +58,8 @@ def decode(data: bytes, *, rate: int, max_seconds: float, min_seconds: float = 0
     """Decode the samples of an audio file.
 
     Args:
-        data: a WAV, FLAC, MP3 or OGG (Vorbis, Opus) file, whatever its name or media type.
+        data: a WAV, FLAC, MP3 or OGG (Vorbis, Opus) file, whatever its name or media type;
+            with PyAV also the formats of `recording_formats`.
         rate: Hz of the samples returned.
         max_seconds: longer audio is rejected; at most this much (and one block) is decoded.
         min_seconds: shorter audio is rejected.
@@ -74,15 +75,8 @@ def decode(data: bytes, *, rate: int, max_seconds: float, min_seconds: float = 0
         samples, given_rate = _read_recording(data, kind, max_seconds)
     elif not _may_be_audio(data):
         raise AudioFault(f"is not audio that can be read ({READABLE})")
-    try:
-        with _Straight(io.BytesIO(data)) as file:
-            samples = _read(file, max_seconds)
-            given_rate: int = file.samplerate
-    except soundfile.LibsndfileError as fault:
-        raise AudioFault(
-            f"is not audio that can be read ({READABLE}); save it again, for example as 16-bit WAV "
-            f"(libsndfile: {fault.error_string.strip()})"
-        ) from None
+    else:
+        samples, given_rate = _read_file(_with_size(data), max_seconds)
     if (seconds := len(samples) / given_rate) < min_seconds:
         raise AudioFault(f"is {math.floor(seconds * 100) / 100:g} s long; give at least {min_seconds:g} s")
     peak = float(np.max(np.abs(samples)))
@@ -99,19 +93,73 @@ def _may_be_audio(data: bytes) -> bool:
     return data.startswith(_STARTS) or (len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0)
 
 
-def _read(file: _Straight, max_seconds: float) -> NDArray[np.float32]:
-    """Read all of the audio, mono, at its own rate."""
-    if file.format not in _FORMATS:
-        raise AudioFault(f"is {file.format} audio; give {READABLE}")
-    if not MIN_RATE_HZ <= file.samplerate <= MAX_RATE_HZ:
-        raise AudioFault(f"has a sample rate of {file.samplerate} Hz; give {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz")
-    if file.channels > MAX_CHANNELS:
-        raise AudioFault(f"has {file.channels} channels; give at most {MAX_CHANNELS}, preferably mono")
-    max_frames = math.floor(max_seconds * file.samplerate)
-    # A stream written without knowing its length reports 2**63 - 1: then only reading it shows the length.
-    if max_frames < file.frames < 2**62:
-        seconds = math.ceil(file.frames / file.samplerate * 10) / 10
-        raise AudioFault(f"is {seconds:.10g} s long; give at most {max_seconds:g} s")
+def _with_size(data: bytes) -> bytes:
+    """A WAV whose size is written only when it is closed, with the size that it has: recorders are killed, pipes end.
+
+    A data chunk of size 0 goes on to the end of the file, unless what follows are the file's further chunks.
+    """
+    at = 12
+    while data[:4] == b"RIFF" and at + 8 <= len(data):
+        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if name == b"data":
+            rest = len(data) - at - 8
+            if size or not rest or _are_chunks(data, at + 8):
+                break
+            return data[: at + 4] + rest.to_bytes(4, "little") + data[at + 8 :]
+        at += 8 + size + size % 2
+    return data
+
+
+def _are_chunks(data: bytes, at: int) -> bool:
+    """Whether chunks with printable names fill the file from `at` to its end."""
+    while at + 8 <= len(data) and all(32 <= byte < 127 for byte in data[at : at + 4]):
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8 + size + size % 2
+    return at in (len(data), len(data) + 1)
+
+
+def _read_file(data: bytes, max_seconds: float) -> tuple[NDArray[np.float32], int]:
+    """All of the audio, mono, and its rate."""
+    try:
+        with _Straight(io.BytesIO(data)) as file:
+            if file.format not in _FORMATS:
+                raise AudioFault(f"is {file.format} audio; give {READABLE}")
+            _check_format(file.samplerate, file.channels)
+            # A stream written without knowing its length reports 2**63 - 1: then only reading it shows the length.
+            if math.floor(max_seconds * file.samplerate) < file.frames < 2**62:
+                seconds = math.ceil(file.frames / file.samplerate * 10) / 10
+                raise AudioFault(f"is {seconds:.10g} s long; give at most {max_seconds:g} s")
+            buffer = np.empty((BLOCK_FRAMES, file.channels), np.float32)
+            blocks = takewhile(len, (file.read(out=buffer) for _ in repeat(None)))
+            return _mixed(blocks, file.samplerate, max_seconds), file.samplerate
+    except soundfile.LibsndfileError as fault:
+        raise AudioFault(
+            f"is not audio that can be read ({READABLE}); save it again, for example as 16-bit WAV "
+            f"(libsndfile: {fault.error_string.strip()})"
+        ) from None
+
+
+def _read_recording(data: bytes, kind: RecordingFormat, max_seconds: float) -> tuple[NDArray[np.float32], int]:
+    """As `_read_file`, of a format that only PyAV reads."""
+    if not can_read():
+        raise AudioFault(kind.advice)
+    try:
+        recording = open_recording(data, kind)
+        _check_format(recording.rate, recording.channels)
+        return _mixed(recording.samples, recording.rate, max_seconds), recording.rate
+    except NotReadable as fault:
+        raise AudioFault(f"{kind.advice} (FFmpeg: {fault})") from None
+
+
+def _check_format(rate: int, channels: int) -> None:
+    if not MIN_RATE_HZ <= rate <= MAX_RATE_HZ:
+        raise AudioFault(f"has a sample rate of {rate} Hz; give {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz")
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise AudioFault(f"has {channels} channels; give at most {MAX_CHANNELS}, preferably mono")
+
+
+def _mixed(read: Iterable[NDArray[Any]], rate: int, max_seconds: float) -> NDArray[np.float32]:
+    """Blocks of shape (n, channels) as one, mono."""
     blocks, frames = [np.zeros(0, np.float32)], 0
     for block in read:
         frames += len(block)

@@ -157,6 +157,7 @@ class VoxcpmEngine(Engine):
         )
         self._capabilities = Capabilities(
             format=AudioFormat(sample_rate=model.sample_rate),
+            streams=True,
             # A fetched file may be different the next time, so the worker cannot promise reproducible output.
             reproducible=checked.repeats and not self._hosts,
             fingerprint=_fingerprint(model.fingerprint, checked.digest, voices),

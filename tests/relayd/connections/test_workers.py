@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from protocol.wire.codec import encode
 from protocol.wire.frames import (
@@ -21,14 +22,20 @@ from protocol.wire.messages import (
     Cancel,
     Draining,
     Error,
+    Ping,
+    Pong,
     Queued,
     Register,
     Registered,
     Rejected,
+    Snapshot,
+    Watch,
 )
 from protocol.wire.structs import Running
+from protocol.wire.validators import Message
 from tests.relayd.connections.audio_frames import PCM, heard
-from tests.support.fake_worker import FORMAT, SCHEMA, fake_worker, identity
+from tests.support.cable import Cable
+from tests.support.fake_worker import FORMAT, SCHEMA, FakeWorker, fake_worker, identity
 from tests.support.relay import a_submit, an_id, daemon, peer, until
 
 

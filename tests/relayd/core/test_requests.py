@@ -25,6 +25,7 @@ from protocol.wire.messages import (
     Status,
     StatusReply,
 )
+from protocol.wire.structs import Running
 from tests.support.fake_worker import fake_worker, identity, samples
 from tests.support.relay import a_submit, an_id, an_input, daemon, peer, until
 from tests.support.tap import Tap

@@ -7,6 +7,7 @@ import pytest
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Rejected
 from relayd.scheduling.model import (
+    Decision,
     Finish,
     SpaceRules,
     State,
