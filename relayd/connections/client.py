@@ -10,7 +10,7 @@ import structlog
 import trio
 
 from protocol.link.base import Link
-from protocol.wire.codec import decode
+from protocol.wire.codec import decode, repair
 from protocol.wire.errors import BadText, ErrorCode, LinkError, UnknownType
 from protocol.wire.messages import (
     FROM_CLIENT,
@@ -177,6 +177,11 @@ class ClientHandler:
         except UnknownType as fault:
             self.send(Error(code=fault.code, message=str(fault)))
             return
+        except BadText as fault:  # it costs that request, and no other of this connection
+            if (refusal := _refuse_text(fault)) is not None:
+                self.send(refusal)
+                return
+            message = decode(repair(fault), self.accepted_types)
         self.handlers[type(message)](self, message)
 
     def close(self) -> None:
