@@ -193,6 +193,10 @@ class TokenRegistry:
             f"{why}: set RELAY_TOKEN or RELAY_TOKEN_FILE; {_command(hello.role)} creates one on the relay's machine",
         )
 
+    def is_known(self, text: str) -> bool:
+        """Whether a token is one of the relay's, live or not; cheaper than a login."""
+        return hash_token(text) in self._by_sha256
+
     def is_live(self, token_id: str, now: float) -> bool:
         """Whether a token exists and is neither revoked nor expired at `now`, in Unix seconds."""
         record = self._by_id.get(token_id)

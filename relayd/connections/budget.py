@@ -28,7 +28,7 @@ RESERVED_PART = 20
 #: Between two lines of the log about strangers that were hung up on.
 REPORT_S = 1.0
 #: A connection of an address with too many failed logins is looked at after this time.
-PENALTY_S = 1.0
+PENALTY_S = 0.5
 
 
 def _nothing() -> None:

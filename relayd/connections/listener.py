@@ -21,7 +21,7 @@ from relayd.config.schema import Config
 from relayd.connections.budget import ConnectionSlot
 from relayd.connections.gateway import Gateway
 from relayd.http.server import HttpServer
-from relayd.net.http_head import PrefixedStream, forwarded_for, needs_answer, read_head, wants_websocket
+from relayd.net.http_head import PrefixedStream, bearer_token, forwarded_for, needs_answer, read_head, wants_websocket
 from relayd.net.tls import ListenError
 
 log = structlog.get_logger("relayd.listener")
@@ -195,6 +195,7 @@ async def _pass_on(
     """
     head = await read_head(stream)
     if needs_answer(head) and not wants_websocket(head):
+        await http.context.wait_turn(connection_slot, bearer_token(head))
         head = await http.serve(PrefixedStream(stream, head), connection_slot, secure)
     if not wants_websocket(head):
         return False

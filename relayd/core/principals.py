@@ -24,6 +24,8 @@ log = structlog.get_logger("relayd.limits")
 CPU_SHARE = 0.2
 CPU_BURST_S = 0.003
 MIN_WAIT_S = 1e-4
+#: No principal's name: those of tokens and users are not empty.
+_STRANGERS = ""
 #: Seconds of `requests_per_s` that may come at once: a client that connects again sends all it has.
 BURST_S = 5.0
 #: When it makes sense to try again where a principal has its share: no better answer is known.
@@ -76,12 +78,28 @@ class PrincipalUsage:
     max_retained: int | None = None
     #: Connections whose messages wait for the principal's share, in order of turn.
     deferred: deque[Deferrable] = attrs.field(factory=deque)
+    #: Whether a time is set at which they have their turn.
+    scheduled: bool = False
 
     def charge(self, cpu_s: float, now: float) -> bool:
         """Account for time spent on the principal's messages; False where its share is used up for now."""
         self.cpu.refill(now)
         self.cpu.level -= cpu_s
         return self.cpu.level > 0.0
+
+
+@attrs.define(eq=False)
+class _Turn:
+    """A task that waits for the strangers' turn."""
+
+    usage: PrincipalUsage
+    cost_s: float
+    came: trio.Event = attrs.field(factory=trio.Event)
+
+    def resume(self) -> None:
+        """Let the task go on."""
+        self.usage.cpu.level -= self.cost_s
+        self.came.set()
 
 
 @attrs.define(eq=False)
@@ -111,14 +129,33 @@ class Principals:
         bucket.burst = max(1.0, bucket.rate * BURST_S)
         return bucket.take(trio.current_time())
 
+    async def wait_stranger_turn(self, cost_s: float) -> None:
+        """Wait for the turn of peers that have not logged in, who have the share of one principal together.
+
+        Args:
+            cost_s: what the turn is expected to take of the event loop's time.
+        """
+        usage = self.usage_of(_STRANGERS)
+        if usage.deferred or not usage.charge(0.0, trio.current_time()):
+            turn = _Turn(usage, cost_s)
+            self.defer(usage, turn)
+            try:
+                await turn.came.wait()
+            finally:
+                if turn in usage.deferred:
+                    usage.deferred.remove(turn)
+        else:
+            usage.cpu.level -= cost_s
+
     def defer(self, usage: PrincipalUsage, connection: Deferrable) -> None:
         """Have `connection.resume` called once its principal has its turn again."""
         usage.deferred.append(connection)
-        if len(usage.deferred) == 1:
+        if not usage.scheduled:
             self._schedule(usage, trio.current_time())
 
     def _schedule(self, usage: PrincipalUsage, now: float) -> None:
         usage.cpu.refill(now)
+        usage.scheduled = True
         # The smallest debt waits, too: rounding may leave one after just the time that it should take.
         wait_s = max(MIN_WAIT_S, -usage.cpu.level / usage.cpu.rate) if usage.cpu.level < 0.0 else 0.0
         heapq.heappush(self._due, (now + wait_s, next(self._numbers), usage))
@@ -134,6 +171,7 @@ class Principals:
             if not self._due or self._due[0][0] > trio.current_time():
                 continue
             _, _, usage = heapq.heappop(self._due)
+            usage.scheduled = False
             usage.cpu.refill(trio.current_time())
             turns = len(usage.deferred)
             while turns and usage.cpu.level >= 0.0:

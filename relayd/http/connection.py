@@ -10,7 +10,7 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from urllib.parse import unquote
@@ -53,6 +53,14 @@ _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 def _date_at(second: int) -> bytes:
     """Return the value of a `Date` header."""
     return formatdate(second, usegmt=True).encode()
+
+
+def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The token of a request's `Authorization`, "" where there is none."""
+    for name, value in headers:
+        if name == b"authorization":
+            return value.partition(b" ")[2].strip().decode("latin-1")
+    return ""
 
 
 def _refusal_status(request: h11.Request) -> int | None:
@@ -102,6 +110,8 @@ class Connection:
     _reading: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     #: The request being served.
     _cycle: "RequestCycle | None" = None
+    #: Requests whose answer has begun.
+    _answered: int = 0
 
     async def serve(self) -> None:
         """Serve requests until either side closes the connection or the client requests a WebSocket."""
@@ -204,6 +214,9 @@ class Connection:
         self.context.exchanges.add(exchange)
         try:
             with exchange.scope:
+                if self._answered:  # the first request had its turn before the connection came here
+                    await self.context.wait_turn(self.slot, bearer_token(scope["headers"]))
+                self._answered += 1
                 await self.app(scope, cycle.receive, cycle.send)
         except ResponseAborted:
             self._abort()

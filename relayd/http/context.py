@@ -16,6 +16,8 @@ from relayd.core.relay import Relay
 
 #: Responses end within 2 s after their token was revoked (docs/design.md §8) or has expired.
 TOKENS_INTERVAL_S = 1.0
+#: What an answer to somebody without a token takes of the event loop's time, most of it in the routing.
+STRANGER_COST_S = 0.001
 
 
 class Waiting(Protocol):
@@ -94,6 +96,11 @@ class HttpContext:
     def unfinished(self) -> int:
         """Number of responses that need no more frames to finish; a drain waits for them."""
         return sum(exchange.waits_for is None or not exchange.waits_for.live for exchange in self.exchanges)
+
+    async def wait_turn(self, slot: Slot, token: str) -> None:
+        """Wait until a request may be answered: those without a token of the relay's have a share together."""
+        if slot.credentials is None and not (token and self.tokens.is_known(token)):
+            await self.relay.principals.wait_stranger_turn(STRANGER_COST_S)
 
     def full_message(self, principal: Principal) -> str | None:
         """Why a principal may not have one more request answered at this moment; None if it may."""

@@ -12,6 +12,7 @@ READ_BYTES = 16 * 1024
 _END = re.compile(rb"\n\r?\n")
 #: The last such line, and the last address in it, were written by the proxy that connects to the relay.
 _FORWARDED_FOR = re.compile(rb"\nx-forwarded-for[ \t]*:([^\r\n]*)", re.IGNORECASE)
+_BEARER = re.compile(rb"\nauthorization[ \t]*:[ \t]*bearer[ \t]+([^\r\n]*)", re.IGNORECASE)
 _ADDRESS = re.compile(r"[0-9A-Za-z.:\[\]%_-]{1,64}")
 _WEBSOCKET = re.compile(rb"\nupgrade[ \t]*:[ \t]*websocket[ \t]*\r?\n", re.IGNORECASE)
 
@@ -96,6 +97,13 @@ def wants_websocket(head: bytes) -> bool:
     """Whether a head asks for a WebSocket; whether it gets one is decided later."""
     end = _END.search(head)
     return end is not None and _WEBSOCKET.search(head, 0, end.end()) is not None
+
+
+def bearer_token(head: bytes) -> str:
+    """The token of a head's `Authorization`, "" where there is none."""
+    end = _END.search(head)
+    found = _BEARER.search(head, 0, end.end() if end is not None else 0)
+    return found[1].strip().decode("latin-1") if found else ""
 
 
 def forwarded_for(head: bytes) -> str | None:
