@@ -16,6 +16,8 @@ from protocol.install_hint import install_command
 from relayd.config.loader import load_config
 from relayd.config.schema import Config, ConfigError
 
+#: Descriptors that the daemon asks the system for.
+MAX_FILES = 65_536
 #: Import names of the packages in the extra `relay`.
 EXTRA = ("h11", "lameenc", "prometheus_client", "python_multipart", "starlette", "structlog")
 
@@ -54,6 +56,16 @@ def _config(args: argparse.Namespace) -> Config:
 # -- commands -----------------------------------------------------------------------------------------------------
 
 
+def _raise_file_limit() -> None:
+    """Use as many descriptors as the system allows: strangers need some, beyond the connections that count."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def _serve(args: argparse.Namespace) -> int:
     _check_extra()
     import trio
@@ -70,6 +82,7 @@ def _serve(args: argparse.Namespace) -> int:
     faults: list[BaseException] = []
     try:
         keep_freed_memory()
+        _raise_file_limit()
         trio.run(partial(serve, config, on_ready=_freeze_objects, reread=partial(_config, args)))
     except* (StoreError, ListenError) as group:
         faults += _leaves(group)  # reported like other commands' errors, without the exception groups of the nurseries

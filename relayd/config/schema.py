@@ -249,9 +249,9 @@ class Limits:
     #: With the daemon's own files, fits into the 1,024 descriptors that Linux allows by default.
     max_connections: Annotated[int, _count] = 900
     #: Connections that have not logged in; where there are more, the oldest of them are closed.
-    max_pending: Annotated[int, _count] = 512
+    max_pending: Annotated[int, _count] = 4_096
     #: The same, of one address; of an IPv6 address, of its /64 network. Not used behind a proxy.
-    max_pending_per_address: Annotated[int, _count] = 256
+    max_pending_per_address: Annotated[int, _count] = 2_048
     #: Per connection; must hold the largest message.
     max_backlog_bytes: Annotated[int, integer(2 * MAX_MESSAGE_BYTES, 2**40)] = 8 * MIB
     max_input_bytes: Annotated[int, _bytes] = 32 * MIB

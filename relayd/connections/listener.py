@@ -31,6 +31,8 @@ BACKLOG = 4096
 #: Connections accepted before other tasks have their turn.
 MAX_ACCEPTED = 64
 TLS_HANDSHAKE_S = 5.0
+#: What a handshake takes of the event loop's time with an RSA key of 2,048 bits.
+TLS_COST_S = 0.002
 #: What the system is out of when a connection cannot be accepted: it may find some again.
 _OUT_OF_ROOM = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 OUT_OF_ROOM_S = 0.1
@@ -175,6 +177,7 @@ async def _serve_stranger(
         else:
             tls = trio.SSLStream(stream, tls_context, server_side=True, https_compatible=True)
             with trio.fail_after(TLS_HANDSHAKE_S):
+                await gateway.relay.principals.wait_stranger_turn(TLS_COST_S)
                 await tls.do_handshake()
             await _pass_on(tls, gateway, http, connection_slot, secure=True)
     except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:

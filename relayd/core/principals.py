@@ -24,6 +24,8 @@ log = structlog.get_logger("relayd.limits")
 CPU_SHARE = 0.2
 CPU_BURST_S = 0.003
 MIN_WAIT_S = 1e-4
+#: The same of all peers together that have not logged in.
+STRANGERS_SHARE = 0.5
 #: No principal's name: those of tokens and users are not empty.
 _STRANGERS = ""
 #: Seconds of `requests_per_s` that may come at once: a client that connects again sends all it has.
@@ -78,6 +80,8 @@ class PrincipalUsage:
     max_retained: int | None = None
     #: Connections whose messages wait for the principal's share, in order of turn.
     deferred: deque[Deferrable] = attrs.field(factory=deque)
+    #: Whether the latest has its turn first: in a flood of strangers, those who came before may be gone by now.
+    newest_first: bool = False
     #: Whether a time is set at which they have their turn.
     scheduled: bool = False
 
@@ -116,8 +120,10 @@ class Principals:
         usage = self._by_name.get(name)
         if usage is None:
             now = trio.current_time()
-            cpu = TokenBucket.full(CPU_SHARE, CPU_BURST_S, now)
-            usage = self._by_name[name] = PrincipalUsage(name, cpu, TokenBucket.full(1.0, float("inf"), now))
+            cpu = TokenBucket.full(CPU_SHARE if name != _STRANGERS else STRANGERS_SHARE, CPU_BURST_S, now)
+            usage = PrincipalUsage(name, cpu, TokenBucket.full(1.0, float("inf"), now))
+            usage.newest_first = name == _STRANGERS
+            self._by_name[name] = usage
         return usage
 
     def request_wait_s(self, principal: Principal, settings: PrincipalLimits) -> float:
@@ -176,7 +182,7 @@ class Principals:
             turns = len(usage.deferred)
             while turns and usage.cpu.level >= 0.0:
                 turns -= 1
-                connection = usage.deferred.popleft()
+                connection = usage.deferred.pop() if usage.newest_first else usage.deferred.popleft()
                 try:
                     connection.resume()
                 except Exception:

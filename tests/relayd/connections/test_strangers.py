@@ -141,3 +141,22 @@ async def test_an_address_that_failed_too_often_waits_and_then_its_good_token_co
         async with peer(url, "client", token) as client:
             await client.settled()
         assert trio.current_time() - began >= 0.2
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("role", ["client", "nobody"])
+async def test_http_requests_of_strangers_have_one_share_and_those_with_a_token_pass_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    monkeypatch.setattr("relayd.core.principals.STRANGERS_SHARE", 1e-9)
+    async with daemon(tmp_path, listen="127.0.0.1:0") as relay:
+        token = await new_token(relay)
+        await relay.relay.principals.wait_stranger_turn(1.0)  # the share is used up
+        port = int(relay.urls[0].rpartition(":")[2])
+        header = f"Authorization: Bearer {token if role == 'client' else 'rly_c_unknown'}\r\n"
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(f"GET /v1/spaces HTTP/1.1\r\nHost: relay\r\n{header}\r\n".encode())
+            with trio.move_on_after(10 if role == "client" else 0.2) as waited:
+                assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+        assert waited.cancelled_caught is (role == "nobody")
+        await relay.goes_on()
