@@ -1,6 +1,7 @@
 """Engine `voxcpm`: its options, its capabilities, and how it loads. Nothing heavy is imported before `load`."""
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from gpuworker.engines.base import (
     ProgressChunk,
 )
 from gpuworker.engines.voxcpm.memory import lacking_memory, memory_outlook
+from gpuworker.engines.voxcpm.model_files import fault_of
 from gpuworker.engines.voxcpm.schema import Abilities, input_rules, params_schema
 from gpuworker.engines.voxcpm.url_policy import parse_hosts
 from protocol.install_hint import install_command
@@ -52,6 +54,13 @@ DEFAULT_VOICES = Path("voices")
 MAX_CACHE_BYTES = 256 * 1024 * 1024
 #: Runs of the self-check on devices that choose kernels by timing them, which a CPU does not.
 CHECK_RUNS = 3
+
+
+def _installed_version() -> str:
+    try:
+        return importlib.metadata.version("voxcpm")
+    except importlib.metadata.PackageNotFoundError:  # a copy of the package without its metadata
+        return "unknown"
 
 
 class VoxcpmEngine(Engine):
@@ -99,6 +108,9 @@ class VoxcpmEngine(Engine):
             found.append(Missing(f"the packages of voxcpm ({', '.join(lacks)})", install_command("voxcpm")))
         if not importlib.util.find_spec("voxcpm"):
             found.append(Missing("the voxcpm package", f"pip install --no-deps {VOXCPM}"))
+        elif (version := _installed_version()) != VOXCPM.partition("==")[2]:
+            # The engine uses private parts of the package, which may differ in another version.
+            found.append(Missing(f"{VOXCPM}; version {version} is installed", f"pip install --no-deps {VOXCPM}"))
         return found
 
     @classmethod
@@ -109,6 +121,8 @@ class VoxcpmEngine(Engine):
             options = cls(options).options
         except OptionError as fault:
             return [*found, Missing(str(fault), "")]
+        if unusable := fault_of(str(options["model"])):
+            found.append(Missing(f"a model: {unusable}"))
         if (voices := options["voices"]) is not None and not Path(str(voices)).is_dir():
             found.append(
                 Missing(f"the folder of voices {str(voices)!r}, which does not exist; create it, or drop -o voices")
@@ -145,6 +159,7 @@ class VoxcpmEngine(Engine):
             offline=bool(self.options["offline"]),
             fetched=self._fetched,
         )
+        model.prepare_normalizer()
         voices = self._voices(model)
         on_cpu = model.device == "cpu"
         checked = warm_up(model, 1 if on_cpu else CHECK_RUNS)

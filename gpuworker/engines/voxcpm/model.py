@@ -5,6 +5,7 @@ stream would silently corrupt the first, and `Model` refuses it. All calls come 
 bound to the thread that captured them.
 """
 
+import functools
 import importlib.util
 import tempfile
 import weakref
@@ -51,6 +52,14 @@ class Settings:
     ratio_threshold: float = 6.0
 
 
+@functools.cache
+def _normalizer() -> Any:
+    with known_warnings():
+        from voxcpm.utils.text_normalize import TextNormalizer
+
+        return TextNormalizer()
+
+
 class Model:
     """One loaded VoxCPM model.
 
@@ -73,7 +82,6 @@ class Model:
         self._voxcpm = voxcpm
         self._tts = tts = voxcpm.tts_model
         self._denoiser = denoiser
-        self._normalizer: Any = None
         self._speaking: weakref.ref[Speech] | None = None
         self.arch = arch
         self.clones = arch == "voxcpm2"
@@ -160,12 +168,12 @@ class Model:
         """
         if not self.can_normalize:
             raise EngineError("this worker cannot normalize text: pip install wetext inflect regex")
-        if self._normalizer is None:
-            with known_warnings():
-                from voxcpm.utils.text_normalize import TextNormalizer
+        return str(_normalizer().normalize(text))
 
-                self._normalizer = TextNormalizer()
-        return str(self._normalizer.normalize(text))
+    def prepare_normalizer(self) -> None:
+        """Build the normalizer, if it is installed: that takes some ten seconds, which no request should wait for."""
+        if self.can_normalize:
+            _normalizer()
 
     # -- prompts
 

@@ -49,10 +49,7 @@ def find_folder(
     if model and (folder := _expanded(model)).is_dir():
         return folder
     if not _REPOSITORY.fullmatch(model):
-        raise EngineError(
-            f"model {model!r} is neither a folder nor a hub id; give a folder with the model's files, or an id "
-            "such as openbmb/VoxCPM2"
-        )
+        raise EngineError(_neither(model))
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -70,6 +67,24 @@ def find_folder(
         raise EngineError(f"the Hugging Face hub has no model {model}; check the spelling, or give a folder") from fault
     except (errors.HfHubHTTPError, OSError) as fault:
         raise EngineError(f"model {model} could not be fetched ({fault}); try again, or give a folder") from fault
+
+
+def fault_of(model: str) -> str | None:
+    """Say what is wrong with `model` without fetching anything; None if it can be tried."""
+    if model and (folder := _expanded(model)).is_dir():
+        try:
+            read_config(folder)
+        except EngineError as fault:
+            return str(fault)
+        return None
+    return None if _REPOSITORY.fullmatch(model) else _neither(model)
+
+
+def _neither(model: str) -> str:
+    return (
+        f"model {model!r} is neither a folder nor a hub id; give a folder with the model's files, or an id "
+        "such as openbmb/VoxCPM2"
+    )
 
 
 def _bar_class(fetched: Fetched) -> Any:

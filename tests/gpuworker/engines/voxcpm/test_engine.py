@@ -12,6 +12,7 @@ import pytest
 from gpuworker.engines.base import OptionError, ProgressChunk
 from gpuworker.engines.catalog import engine_names, find_engine, parse_options
 from gpuworker.engines.voxcpm.engine import VoxcpmEngine
+from gpuworker.engines.voxcpm.model import _normalizer
 from gpuworker.slots.run_engine import run_engine
 from protocol.wire.params_schema import check_schema
 from protocol.wire.validators import Value
@@ -34,6 +35,24 @@ def faults_of(engine: VoxcpmEngine, text: str, inputs: Any = None, **params: Val
 def test_it_is_found_by_its_name() -> None:
     assert find_engine("voxcpm") is VoxcpmEngine
     assert VoxcpmEngine.missing() == []
+
+
+def test_another_version_of_the_package_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _name: "2.1.0")
+    (lack,) = VoxcpmEngine.missing()
+    assert lack.what == "voxcpm==2.0.3; version 2.1.0 is installed"
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "./nothing", "", "EMPTY"])
+def test_a_model_that_is_not_there_is_missing_before_it_is_loaded(model: str, tmp_path: Path) -> None:
+    options = {name: option.default for name, option in VoxcpmEngine.OPTIONS.items()}
+    options |= {"model": str(tmp_path) if model == "EMPTY" else model, "check_memory": False}
+    (lack,) = VoxcpmEngine.check(options, 1)
+    assert ("is not a complete VoxCPM model" if model == "EMPTY" else "neither a folder nor a hub id") in lack.what
+
+
+def test_the_normalizer_is_built_when_the_engine_loads(engine: VoxcpmEngine) -> None:
+    assert _normalizer.cache_info().currsize == 1
 
 
 def test_it_announces_rate_voices_params_and_that_it_is_reproducible(
