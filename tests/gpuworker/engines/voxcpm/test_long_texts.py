@@ -74,6 +74,16 @@ def asked_of(engine: VoxcpmEngine, monkeypatch: pytest.MonkeyPatch) -> list[Give
     return given
 
 
+def test_phonemes_in_braces_reach_the_model_as_they_are_written(
+    engine_of: Callable[..., VoxcpmEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of("voxcpm2")
+    given = asked_of(engine, monkeypatch)
+    text = "他姓{dan1}。{HH AH0 L OW1}, he said."
+    speech_of(engine, text)
+    assert [piece.text for piece in given] == [text]
+
+
 @pytest.mark.parametrize(
     ("arch", "ratio", "chars"),
     [("voxcpm2", 1, 5_000), ("voxcpm2", 6, 500), ("voxcpm1.5", 6, 500), ("voxcpm", 6, 500), ("voxcpm2", 20, 200)],
