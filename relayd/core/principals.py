@@ -53,8 +53,8 @@ class TokenBucket:
         self.level = min(self.burst, self.level + max(0.0, now - self.updated_at) * self.rate)
         self.updated_at = now
 
-    def take(self, now: float) -> float:
-        """Take one event; returns 0, or the seconds until there is room for it, and then nothing is taken."""
+    def consume(self, now: float) -> float:
+        """Count one event; returns 0, or the seconds until there is room for it, and then nothing is taken."""
         self.refill(now)
         if self.level >= 1.0:
             self.level -= 1.0
@@ -133,7 +133,7 @@ class Principals:
         bucket = self.usage_of(principal.name).requests
         bucket.rate = limits_of(principal, settings).requests_per_s  # it may have been reloaded
         bucket.burst = max(1.0, bucket.rate * BURST_S)
-        return bucket.take(trio.current_time())
+        return bucket.consume(trio.current_time())
 
     async def wait_stranger_turn(self, cost_s: float) -> None:
         """Wait for the turn of peers that have not logged in, who have the share of one principal together.

@@ -22,12 +22,12 @@ def limited(**limits: Any) -> dict[str, Any]:
 
 def test_a_bucket_allows_a_burst_and_then_its_rate() -> None:
     bucket = TokenBucket.full(2.0, 3.0, now=10.0)
-    assert [bucket.take(10.0) for _ in range(3)] == [0.0] * 3
-    assert bucket.take(10.0) == pytest.approx(0.5)
-    assert bucket.take(10.25) == pytest.approx(0.25)
-    assert bucket.take(10.5) == 0.0
-    assert bucket.take(10.0) > 0.0, "a clock that is read out of order gives nothing"
-    assert [bucket.take(1e9) for _ in range(4)] == [0.0, 0.0, 0.0, pytest.approx(0.5)]
+    assert [bucket.consume(10.0) for _ in range(3)] == [0.0] * 3
+    assert bucket.consume(10.0) == pytest.approx(0.5)
+    assert bucket.consume(10.25) == pytest.approx(0.25)
+    assert bucket.consume(10.5) == 0.0
+    assert bucket.consume(10.0) > 0.0, "a clock that is read out of order gives nothing"
+    assert [bucket.consume(1e9) for _ in range(4)] == [0.0, 0.0, 0.0, pytest.approx(0.5)]
 
 
 @attrs.define(eq=False)
