@@ -13,7 +13,7 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PATH
 from relayd.auth.origins import may_come_from
 from relayd.http import health_routes, static_page
-from relayd.http.context import HttpContext
+from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
 from relayd.http.openai import routes as openai_routes
 from relayd.http.requests_api import routes as requests_routes
@@ -29,13 +29,12 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
 }
-#: What pages of other, allowed origins may send and read.
-CORS = {
-    "access-control-allow-methods": "GET, HEAD, POST, PUT, DELETE",
-    "access-control-allow-headers": "Authorization, Content-Type, Last-Event-ID, Range",
-    "access-control-expose-headers": "Content-Range, Location, Retry-After",
-    "access-control-max-age": "600",
-}
+#: What pages of other, allowed origins may read: all headers, named where `*` is only a name (requests with cookies).
+EXPOSED = "*, Accept-Ranges, Content-Length, Content-Range, ETag, Location, Retry-After, X-Request-Id"
+#: What they may send is whatever they ask for: client libraries add headers of their own.
+CORS = {"access-control-allow-methods": "GET, HEAD, POST, PUT, DELETE", "access-control-max-age": "600"}
+#: What a page may send that does not say what it wants to send.
+USUAL_HEADERS = "Authorization, Content-Type, Last-Event-ID, Range, If-Range"
 
 
 def make_app(context: HttpContext) -> Starlette:
@@ -62,11 +61,8 @@ class ResponseHeaders:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        origin, allowed = headers.get("origin", ""), self.context.relay.config.allowed_origins
-        more = HEADERS
-        if origin and (origin in allowed or "*" in allowed):
-            more = HEADERS | {"access-control-allow-origin": origin, "vary": "Origin"}
+        headers, allowed = Headers(scope=scope), self.context.relay.config.allowed_origins
+        origin, more = headers.get("origin", ""), _headers_for(headers, self.context)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -81,9 +77,23 @@ class ResponseHeaders:
             refusal = HttpError(ErrorCode.FORBIDDEN, f"origin {origin} is not in allowed_origins of relayd.toml")
             await error_response(scope["path"], refusal)(scope, receive, send_with_headers)
         elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-            await Response(status_code=204, headers=CORS)(scope, receive, send_with_headers)
+            asked = headers.get("access-control-request-headers") or USUAL_HEADERS
+            cors = CORS | {"access-control-allow-headers": asked}
+            await Response(status_code=204, headers=cors)(scope, receive, send_with_headers)
         else:
             await self.app(scope, receive, send_with_headers)
+
+
+def _headers_for(request_headers: Headers, context: HttpContext) -> dict[str, str]:
+    """Return the headers of every response to a request; with those that let a page of a listed origin read it."""
+    origin, allowed = request_headers.get("origin", ""), context.relay.config.allowed_origins
+    if not origin or (origin not in allowed and "*" not in allowed):
+        return HEADERS
+    return HEADERS | {
+        "access-control-allow-origin": origin,
+        "access-control-expose-headers": EXPOSED,
+        "vary": "Origin, Access-Control-Request-Headers",
+    }
 
 
 def error_response(path: str, refusal: HttpError) -> Response:
@@ -119,5 +129,6 @@ async def _unroutable(request: Request, fault: Exception) -> Response:
 
 async def _broken(request: Request, fault: Exception) -> Response:
     # Starlette sends this response from outside the middleware, so the headers are added here.
-    refusal = HttpError(ErrorCode.INTERNAL, "internal error; see the relay's log", headers=HEADERS)
+    headers = _headers_for(request.headers, context_of(request))
+    refusal = HttpError(ErrorCode.INTERNAL, "internal error; see the relay's log", headers=headers)
     return error_response(request.url.path, refusal)

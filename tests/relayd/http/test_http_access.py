@@ -210,6 +210,24 @@ async def test_origins_are_checked_and_listed_ones_may_read(tmp_path: Path) -> N
 
 
 @pytest.mark.trio
+async def test_a_listed_page_may_send_what_its_library_sends_and_read_what_the_relay_answers(tmp_path: Path) -> None:
+    origin = {"origin": "https://friend.example"}
+    async with staged(tmp_path, allowed_origins=[origin["origin"]]) as (relay, stage), visitor(relay.url) as http:
+        stage.go_on.set()
+        sent = "authorization, content-type, idempotency-key, openai-beta, x-stainless-lang, x-title"
+        asked = origin | {"access-control-request-method": "POST", "access-control-request-headers": sent}
+        preflight = await http.ask("OPTIONS", "/v1/audio/speech", headers=asked)
+        assert preflight.headers["access-control-allow-headers"] == sent
+        refused = await http.ask("OPTIONS", "/v1/audio/speech", headers=asked | {"origin": "https://evil.example"})
+        assert "access-control-allow-headers" not in refused.headers
+        for path in ("/v1/spaces", "/nothing", "/broken"):
+            answer = await http.get(path, headers=origin)
+            assert answer.headers["access-control-allow-origin"] == origin["origin"], path
+            exposed = answer.headers["access-control-expose-headers"].lower().split(", ")
+            assert {"x-request-id", "retry-after", "content-range", "accept-ranges", "etag", "location"} <= {*exposed}
+
+
+@pytest.mark.trio
 async def test_every_answer_has_the_headers_that_keep_browsers_safe(tmp_path: Path) -> None:
     async with staged(tmp_path) as (relay, stage), visitor(relay.url) as http:
         stage.go_on.set()
