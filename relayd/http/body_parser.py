@@ -19,7 +19,7 @@ from starlette.requests import Request
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import NAME_PATTERN
 from protocol.wire.validators import Value
-from relayd.http.context import HttpContext, context_of
+from relayd.http.context import HttpContext, context_of, exchange_of
 from relayd.http.errors import HttpError
 
 #: Limit for everything but files: 64 KiB of params, of which JSON may write each character as six.
@@ -262,14 +262,21 @@ class BodyReader:
         """Return the next piece.
 
         Raises:
-            HttpError: the body has more than `most_bytes` (413), or arrives too slowly (408).
+            HttpError: the body has more than `most_bytes` (413), or arrives too slowly (408); or the relay is shutting
+                down (503).
         """
         if self._over:
             raise StopAsyncIteration
+        exchange = exchange_of(self.request)
         due = min(trio.current_time(), self._began + self._size / MIN_BYTES_S) + BODY_STALL_S
         with trio.move_on_at(due) as patience:
+            exchange.reading = patience
             event = await self.request.receive()
+        exchange.reading = None
         if patience.cancelled_caught:
+            if context_of(self.request).leaving:
+                message = "the relay is shutting down; send the request again when it is back"
+                raise HttpError(ErrorCode.SHUTTING_DOWN, message, retry_after_s=5.0)
             message = f"the body arrived too slowly, and was abandoned after {self._size} bytes; send the request again"
             raise HttpError("request_timeout", message, status=408)
         piece: bytes = event.get("body", b"")

@@ -61,6 +61,8 @@ class Exchange:
     gone: bool = False
     #: The response is complete.
     answered: bool = False
+    #: Cancels the wait for the next piece of the body; None while the handler does not read it.
+    reading: trio.CancelScope | None = None
     #: Cancels the handler.
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
@@ -94,8 +96,9 @@ class HttpContext:
 
     @property
     def unfinished(self) -> int:
-        """Number of responses that need no more frames to finish; a drain waits for them."""
-        return sum(exchange.waits_for is None or not exchange.waits_for.live for exchange in self.exchanges)
+        """Number of responses that need no more of their client or of frames to finish; a drain waits for them."""
+        settled = (exchange for exchange in self.exchanges if exchange.reading is None)
+        return sum(exchange.waits_for is None or not exchange.waits_for.live for exchange in settled)
 
     async def wait_turn(self, slot: Slot, token: str) -> None:
         """Wait until a request may be answered: those without a token of the relay's have a share together."""
@@ -109,9 +112,11 @@ class HttpContext:
         return principals.full_message(principal, settings, chain(self.relay.connections.values(), answering))
 
     def begin_shutdown(self) -> None:
-        """End the responses that still wait for a request, because the relay is about to exit."""
+        """End the responses that still wait for a request or for a body, because the relay is about to exit."""
         self.leaving = True
         for exchange in self.exchanges:
+            if exchange.reading is not None:
+                exchange.reading.cancel()
             if exchange.waits_for is not None:
                 exchange.waits_for.wake()
 

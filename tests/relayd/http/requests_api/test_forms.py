@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import trio
+from starlette.routing import Route
 
 from protocol.wire.messages import Input as InputPiece
+from relayd.http.app import make_app
+from relayd.http.requests_api.routes import OneRequest
 from tests.relayd.http.requests_api.answers import INPUTS, PCM, POST
 from tests.support.fake_worker import fake_worker, samples
 from tests.support.raw_http_client import File, form, visitor
-from tests.support.relay import daemon, until
+from tests.support.relay import an_id, daemon, until
 
 
 @pytest.mark.trio
@@ -100,18 +103,41 @@ async def test_an_endless_upload_is_refused_at_its_cap_and_not_read_on(tmp_path:
         await relay.goes_on()
 
 
+def half_a_body(method: str, path: str) -> bytes:
+    """A request whose body stops after its first byte."""
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{{"
+    return head.encode()
+
+
 @pytest.mark.trio
-async def test_a_client_that_stops_in_the_middle_of_a_body_is_not_waited_for(
+async def test_a_client_that_stops_in_the_middle_of_a_body_is_waited_for_on_no_route(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relayd.http.body_parser.BODY_STALL_S", 0.1)
-    async with daemon(tmp_path) as relay, visitor(relay.url) as http:
-        head = f"POST {POST} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{{"
-        await http.stream.send_all(head.encode())
-        heard = bytes(await http.stream.receive_some())
-        assert heard.startswith(b"HTTP/1.1 408")
-        assert await http.hears_the_end()
+    async with daemon(tmp_path) as relay:
+        routes = [route for route in make_app(relay.http_context).routes if isinstance(route, Route)]
+        taking = [(route, method) for route in routes for method in route.methods or () if method in ("POST", "PUT")]
+        taking += [(route, "PUT") for route in routes if route.endpoint is OneRequest]
+        assert len(taking) >= 3
+        for route, method in taking:
+            path = route.path.format(space="tts", request_id=an_id()) + "?space=tts"
+            async with visitor(relay.url) as http:
+                await http.stream.send_all(half_a_body(method, path))
+                with trio.fail_after(5):
+                    assert bytes(await http.stream.receive_some()).startswith(b"HTTP/1.1 408"), path
+                assert await http.hears_the_end()
         await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_an_unfinished_body_holds_no_drain_and_its_client_is_told(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, visitor(relay.url) as http:
+        await http.stream.send_all(half_a_body("POST", "/v1/audio/speech"))
+        await until(lambda: any(exchange.reading for exchange in relay.http_context.exchanges))
+        assert not relay.http_context.unfinished
+        relay.http_context.begin_shutdown()
+        with trio.fail_after(5):
+            assert bytes(await http.stream.receive_some()).startswith(b"HTTP/1.1 503")
 
 
 @pytest.mark.trio
