@@ -207,7 +207,10 @@ class Rejected(Message):
 
 @attrs.frozen(kw_only=True)
 class StatusReply(Message):
-    """Answers `status` with the request's state. `position`, `of`, `eta_s` while queued; `code` once failed."""
+    """Answers `status` with the request's state.
+
+    `position`, `of`, `eta_s` while queued; `code`, `details`, `retryable` once failed.
+    """
 
     TYPE: ClassVar[str] = "status"
     request_id: str = field(request_id_rule)
@@ -221,6 +224,8 @@ class StatusReply(Message):
     eta_s: float | None = field(optional(number()), None)
     code: str | None = field(optional(_code), None)
     message: str | None = field(optional(_words), None)
+    details: dict[str, Value] = map_field()
+    retryable: bool | None = field(optional(boolean), None)
 
 
 @attrs.frozen(kw_only=True)

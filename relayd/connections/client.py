@@ -349,6 +349,8 @@ class ClientHandler:
             age_s=round(max(0.0, now - request.created_at), 3),
             code=request.code,
             message=request.message,
+            details={} if request.live else request.details,
+            retryable=request.outcome.retryable,
         )
         if place := self.relay.scheduler.position(entry, now):
             reply = attrs.evolve(reply, position=place.position, of=place.of, eta_s=place.eta_s)

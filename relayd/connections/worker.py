@@ -440,10 +440,17 @@ class WorkerHandler:
                 request, self, ErrorCode.WORKER_LOST, f"its worker stopped it: {frame.reason}"
             )
         elif isinstance(frame, Completed):
-            relay.finish_request(request, data, State.COMPLETED, pending_ack=pending_ack)
+            relay.finish_request(request, data, State.COMPLETED, result=frame.result, pending_ack=pending_ack)
         elif isinstance(frame, Failed):
             relay.finish_request(
-                request, data, State.FAILED, code=frame.code, message=frame.message, pending_ack=pending_ack
+                request,
+                data,
+                State.FAILED,
+                code=frame.code,
+                message=frame.message,
+                details=frame.details,
+                retryable=frame.retryable,
+                pending_ack=pending_ack,
             )
         elif isinstance(frame, Cancelled):
             relay.finish_request(request, data, State.CANCELLED, message=frame.reason, pending_ack=pending_ack)

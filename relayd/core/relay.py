@@ -23,6 +23,7 @@ from protocol.wire.frames import (
 from protocol.wire.messages import (
     Ack,
 )
+from protocol.wire.validators import Value
 from relayd.config.schema import Config
 from relayd.core.clock import RelayClock
 from relayd.core.finalize import Finalizer
@@ -34,6 +35,7 @@ from relayd.core.workers import MAX_STEP_CHARS, Workers
 from relayd.frames.frame_log import FrameReader
 from relayd.logs.recent import MAX_AUDIT, MAX_EVENTS, RecentRows
 from relayd.requests.deadlines import watch_deadlines
+from relayd.requests.outcome import Outcome
 from relayd.requests.request import Expiry, Request
 from relayd.scheduling.model import Decision, Finish, Requeue, Start, State, Stop
 from relayd.scheduling.scheduler import Scheduler
@@ -331,8 +333,17 @@ class Relay:
             try:
                 data = encode(failed)
             except EncodeError:  # the details come from a worker
-                data = encode(attrs.evolve(failed, details=request.delivered()))
-            self.finish_request(request, data, State.FAILED, code=code, message=message)
+                failed = attrs.evolve(failed, details=request.delivered())
+                data = encode(failed)
+            self.finish_request(
+                request,
+                data,
+                State.FAILED,
+                code=code,
+                message=message,
+                details=failed.details,
+                retryable=failed.retryable,
+            )
 
     def finish_request(
         self,
@@ -342,6 +353,9 @@ class Relay:
         *,
         code: str | None = None,
         message: str | None = None,
+        details: dict[str, Value] | None = None,
+        retryable: bool | None = None,
+        result: dict[str, Value] | None = None,
         pending_ack: tuple[str, Ack] | None = None,
     ) -> None:
         """End a request with its last frame: send it to the readers, store the end and start what can start now.
@@ -352,6 +366,9 @@ class Relay:
             state: how it ended.
             code: the error code if it failed.
             message: the reason of a failure or cancellation, for people.
+            details: of a failure.
+            retryable: whether a failed request may succeed later.
+            result: of a completed request.
             pending_ack: for a last frame from a worker: the worker's id, and the `ack` to send once the end is stored.
         """
         if not request.live:
@@ -359,6 +376,14 @@ class Relay:
         request.pending_ack = pending_ack
         now = trio.current_time()
         request.ended_at, request.code, request.message = now, code, message
+        request.outcome = Outcome(
+            details=details or {},
+            retryable=retryable,
+            result=result or {},
+            run_s=round(now - request.entry.started_at, 3) if request.entry.state is State.RUNNING else None,
+            audio_s=request.audio_s,
+        )
+        request.details = request.outcome.details
         request.add_timeline(
             "ended", state=str(state), code=code and str(code), why=message and message[:MAX_STEP_CHARS]
         )
@@ -415,6 +440,7 @@ class Relay:
             ended_at=time.time() if request.ended_at is not None else None,
             code=request.code,
             message=request.message,
+            outcome=request.outcome.pack() if request.ended_at is not None else None,
         )
 
     # -- frames from workers; in this class, since another lookup would cost time for every frame

@@ -11,6 +11,7 @@ from relayd.core.space import Space
 from relayd.frames.frame_file import Contents
 from relayd.frames.frame_log import FrameLog
 from relayd.requests.final_frame import make_final_frame
+from relayd.requests.outcome import Outcome
 from relayd.requests.request import Request
 from relayd.scheduling.model import ScheduledRequest, State
 from relayd.store.records import DeleteRequest, DeleteSpace, Loaded, PutSpace, RequestRecord, SpaceRecord
@@ -151,7 +152,9 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         ended_at=None if state.live else since,
         code=record.code,
         message=record.message,
+        outcome=Outcome.unpack(record.outcome),
     )
+    request.details = request.outcome.details
     request.created_at = request.queued_at = since
     if not state.live:
         request.release_run_data()

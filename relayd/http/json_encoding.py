@@ -9,6 +9,7 @@ import trio
 
 from protocol.wire.validators import Message, Value
 from relayd.core.relay import Relay
+from relayd.http.errors import HttpError
 from relayd.requests.request import Request
 
 
@@ -31,7 +32,20 @@ def status_json(relay: Relay, request: Request) -> dict[str, Any]:
         "audio_s": request.audio_s,
         "code": request.code and str(request.code),
         "message": request.message,
+        "details": {} if request.live else jsonable(request.details),
+        "retryable": request.outcome.retryable,
         "links": {"self": url, "events": f"{url}/events", "audio": f"{url}/audio"},
+    }
+
+
+def error_json(refusal: HttpError) -> dict[str, Any]:
+    """Return an error, as in the body of an error response and in an `error` event."""
+    return {
+        "code": refusal.code,
+        "message": refusal.message,
+        "retryable": refusal.retryable,
+        "retry_after_s": refusal.retry_after_s,
+        "details": jsonable(refusal.details),
     }
 
 

@@ -14,7 +14,17 @@ def make_final_frame(request: Request) -> bytes:
     if request.entry.state is State.CANCELLED:
         return encode(Cancelled(request_id=request_id, attempt=attempt, seq=seq, reason=message))
     code = request.code or ErrorCode.INTERNAL.value
-    retryable = any(code == known and known.retryable for known in ErrorCode)
+    retryable = request.outcome.retryable
+    if retryable is None:  # a record of an older relayd
+        retryable = any(code == known and known.retryable for known in ErrorCode)
     return encode(
-        Failed(request_id=request_id, attempt=attempt, seq=seq, code=code, message=message, retryable=retryable)
+        Failed(
+            request_id=request_id,
+            attempt=attempt,
+            seq=seq,
+            code=code,
+            message=message,
+            details=request.details,
+            retryable=retryable,
+        )
     )

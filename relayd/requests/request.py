@@ -14,6 +14,7 @@ from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
 from relayd.frames.frame_log import FrameLog, Sink
+from relayd.requests.outcome import Outcome
 from relayd.requests.summary import summarize
 from relayd.scheduling.model import QueuePosition, ScheduledRequest, State
 
@@ -24,6 +25,7 @@ KEPT_BYTES = 1024
 #: How long an attempt without output waits for its worker to reconnect before it is tried elsewhere. After a short
 #: network failure a worker reconnects within 0.5 s; docs/design.md §6 promises the second attempt within 2 s.
 UNHEARD_GRACE_S = 1.5
+NOT_ENDED = Outcome()
 
 
 class Expiry(Enum):
@@ -98,7 +100,10 @@ class Request:
     fraction: float | None = None
     code: str | None = None
     message: str | None = None
-    details: dict[str, object] = attrs.field(factory=dict)
+    #: Of the latest loss of an attempt; of the failure once it has ended.
+    details: dict[str, Value] = attrs.field(factory=dict)
+    #: What else is known once it has ended.
+    outcome: Outcome = NOT_ENDED
     #: Its timeline: one packed map per entry, so that 10,000 ended requests take little memory.
     timeline: list[bytes] = attrs.field(factory=list)
     timeline_dropped: int = 0
@@ -208,10 +213,10 @@ class Request:
     def audio_s(self) -> float | None:
         """Seconds of audio that the current attempt has produced; None if it has no audio format."""
         if self.format is None:
-            return None
+            return self.outcome.audio_s
         return round(self.audio_bytes / self.format.sample_bytes / self.format.sample_rate, 3)
 
-    def delivered(self) -> dict[str, object]:
+    def delivered(self) -> dict[str, Value]:
         """Return how much was delivered, for the `details` of a failure; empty if nothing was."""
         if not self.log.next_seq:
             return {}

@@ -96,6 +96,7 @@ _MIGRATIONS = (
     CREATE TABLE clock (uptime_s REAL NOT NULL);
     """,
     "CREATE TABLE drains (worker_id TEXT NOT NULL UNIQUE);",
+    "ALTER TABLE requests ADD COLUMN outcome BLOB;",
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 #: What is read of each table; one that lacks any of it is damaged.
@@ -104,7 +105,7 @@ COLUMNS = {
     "tokens": "token_id, principal, role, spaces, sha256, limits, created_at, expires_at, revoked_at",
     "requests": (
         "request_id, principal, ticket, submit, state, attempt, losses, has_output, reproducible, stopping, "
-        "worker_id, promoted, since, away_since, created_at, ended_at, code, message"
+        "worker_id, promoted, since, away_since, created_at, ended_at, code, message, outcome"
     ),
     "clock": "uptime_s",
     "drains": "worker_id",

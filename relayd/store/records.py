@@ -91,6 +91,7 @@ class RequestRecord:
         since: when the request entered its state, by the relay's clock (`relayd.core.clock`); None in old records.
         away_since: when its worker went away, by the same clock; None if the worker is connected.
         code: the error code if it failed.
+        outcome: what else is known of an ended request, as `relayd.requests.request.Outcome` packs it.
     """
 
     request_id: str
@@ -111,6 +112,7 @@ class RequestRecord:
     ended_at: float | None = None
     code: str | None = None
     message: str | None = None
+    outcome: bytes | None = None
 
 
 @attrs.frozen
@@ -170,6 +172,7 @@ class UpdateRequest:
     ended_at: float | None = None
     code: str | None = None
     message: str | None = None
+    outcome: bytes | None = None
 
     @property
     def ends(self) -> bool:

@@ -30,7 +30,12 @@ async def send_audio(http: HttpRequest, reply: ResponseWriter) -> None:
     await wait_safe(http, request)
     match request.entry.state:
         case State.FAILED:
-            raise HttpError(request.code or ErrorCode.INTERNAL, request.message or "the request failed")
+            raise HttpError(
+                request.code or ErrorCode.INTERNAL,
+                request.message or "the request failed",
+                details=request.details,
+                retryable=request.outcome.retryable,
+            )
         case State.CANCELLED:
             raise HttpError(CANCELLED, request.message or "the request was cancelled")
     if name not in ("wav", "pcm"):

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Frame
 from relayd.http.errors import HttpError
-from relayd.http.json_encoding import format_sse, frame_json
+from relayd.http.json_encoding import error_json, format_sse, frame_json
 from relayd.http.request_stream import RequestStream, find_request, open_reader
 from relayd.http.streaming_response import ResponseWriter
 from relayd.requests.request import Request
@@ -38,8 +38,7 @@ async def send_events(http: HttpRequest, reply: ResponseWriter) -> None:
             while (data := await _next(held, attempt, seq)) is not None:
                 await reply.write(data)
         except HttpError as refusal:
-            error = {"code": refusal.code, "message": refusal.message, "retryable": refusal.retryable}
-            await reply.write(format_sse("error", error))
+            await reply.write(format_sse("error", error_json(refusal)))
 
 
 async def _next(held: RequestStream, attempt: int, seq: int) -> bytes | None:

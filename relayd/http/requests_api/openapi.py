@@ -103,6 +103,8 @@ _STATUS = _object(
         "audio_s": _nullable("number", description="seconds of audio produced"),
         "code": _nullable("string", description="why it failed"),
         "message": _nullable("string"),
+        "details": {"type": "object", "description": "why it failed: field -> what is wrong with it; or figures"},
+        "retryable": _nullable("boolean", description="whether the same request may succeed later; null unless failed"),
         "links": _object({name: {"type": "string"} for name in ("self", "events", "audio")}),
     }
 )

@@ -16,7 +16,7 @@ from relayd.http.authentication import principal_of
 from relayd.http.body_parser import open_uploads
 from relayd.http.context import context_of
 from relayd.http.errors import HttpError
-from relayd.http.json_encoding import jsonable, status_json
+from relayd.http.json_encoding import error_json, jsonable, status_json
 from relayd.http.request_stream import find_request, open_submission, wait_safe
 from relayd.http.requests_api.audio_download import send_audio
 from relayd.http.requests_api.event_stream import send_events
@@ -28,14 +28,7 @@ from relayd.views.rows import space_row
 
 def error_body(refusal: HttpError) -> dict[str, Value]:
     """Return the body of an error response of this API."""
-    error: dict[str, Value] = {
-        "code": refusal.code,
-        "message": refusal.message,
-        "retryable": refusal.retryable,
-        "retry_after_s": refusal.retry_after_s,
-        "details": jsonable(refusal.details),
-    }
-    return {"error": error}
+    return {"error": error_json(refusal)}
 
 
 def routes() -> list[BaseRoute]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import attrs
 import h11
 import pytest
 import trio
@@ -17,6 +18,10 @@ from protocol.wire.frames import (
 from protocol.wire.messages import (
     Ack,
     Attach,
+    Done,
+    Status,
+    StatusReply,
+    Steer,
     Submit,
 )
 from protocol.wire.structs import (
@@ -26,7 +31,7 @@ from relayd.http.audio.encoder import CODINGS
 from tests.relayd.http.requests_api.answers import ALL, PCM, POST, one, pcm_of
 from tests.support.fake_worker import FORMAT, fake_worker, identity
 from tests.support.raw_http_client import events_of, visitor
-from tests.support.relay import daemon, peer, until
+from tests.support.relay import Daemon, daemon, peer, until
 
 # -- events ----------------------------------------------------------------------------------------------------------
 
@@ -274,3 +279,45 @@ async def test_a_result_outlives_the_relay_that_made_it(tmp_path: Path) -> None:
         assert (part.status, part.body) == (206, ALL[:100])
         again = await http.ask("PUT", f"{one(posted)}?space=tts", told={"params": {"text": "x"}, "detach": True})
         assert (again.status, again.json["state"]) == (200, "completed")
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+async def reasons_of(relay: Daemon, request_id: str) -> list[dict[str, Any]]:
+    """Why a request failed, as every face tells it."""
+    named = ("code", "message", "details", "retryable")
+    async with visitor(relay.url) as http, peer(relay.url, "client") as client, peer(relay.url, "operator") as operator:
+        client.send(Status(request_id=request_id))
+        told: list[Any] = [attrs.asdict(await client.next(StatusReply))]
+        client.send(Attach(request_id=request_id))
+        told.append(attrs.asdict(await client.next(Failed)))
+        told.append((await http.get(f"/v1/requests/{request_id}")).json)
+        told.append(events_of((await http.get(f"/v1/requests/{request_id}/events")).body)[-1][2])
+        told += [(await http.get(f"/v1/requests/{request_id}/audio?format={name}")).error for name in ("wav", "mp3")]
+        operator.send(Steer(action="describe", target=request_id))
+        row = (await operator.next(Done)).data
+        assert row["details"] == told[0]["details"]
+    return [{name: each[name] for name in named} for each in told]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("has_output", [False, True])
+async def test_a_failure_has_the_same_reason_on_every_face_and_after_a_restart(
+    tmp_path: Path, has_output: bool
+) -> None:
+    details = {"text": "is too long", "at": {"chars": [1, 2]}}
+    reason: dict[str, Any] = {"code": "invalid_params", "message": "no air", "details": details, "retryable": True}
+    async with daemon(tmp_path, store="sqlite") as relay, fake_worker(relay.url) as worker, visitor(relay.url) as http:
+        posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
+        assign = await worker.assigned()
+        if has_output:
+            worker.speak(assign, PCM[:1], end=False)
+        worker.send(Failed(**identity(assign, 2 * has_output), **reason))
+        await worker.peer.next(Ack)
+        assert await reasons_of(relay, posted.json["request_id"]) == [reason] * 6
+    async with daemon(tmp_path, store="sqlite") as relay:
+        assert await reasons_of(relay, posted.json["request_id"]) == [reason] * 6
+        request = relay.relay.requests[posted.json["request_id"]]
+        relay.relay.results._evict(request)
+        assert await reasons_of(relay, posted.json["request_id"]) == [reason] * 6
