@@ -354,6 +354,8 @@ class WorkerHandler:
             request.format = frame.format
         elif isinstance(frame, Progress):
             request.fraction = frame.fraction
+        elif isinstance(frame, Output):
+            request.has_outputs = True
         active = ActiveAttempt.of(request)
         # From now on audio need not be decoded; this also holds after a worker has reconnected in mid-stream.
         if active.sample_bytes and (prefix := audio_prefix(frame.request_id, frame.attempt)):

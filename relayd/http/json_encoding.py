@@ -11,6 +11,7 @@ from protocol.wire.validators import Message, Value
 from relayd.core.relay import Relay
 from relayd.http.errors import HttpError
 from relayd.requests.request import Request
+from relayd.scheduling.model import State
 
 
 def status_json(relay: Relay, request: Request) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def status_json(relay: Relay, request: Request) -> dict[str, Any]:
         "message": request.message,
         "details": {} if request.live else jsonable(request.details),
         "retryable": request.outcome.retryable,
+        "run_s": request.outcome.run_s,
+        "result": jsonable(request.outcome.result) if entry.state is State.COMPLETED else None,
         "links": {"self": url, "events": f"{url}/events", "audio": f"{url}/audio"},
     }
 

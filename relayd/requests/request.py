@@ -98,6 +98,8 @@ class Request:
     format: AudioFormat | None = None
     audio_bytes: int = 0
     fraction: float | None = None
+    #: Whether there are `output` frames among its frames.
+    has_outputs: bool = False
     code: str | None = None
     message: str | None = None
     #: Of the latest loss of an attempt; of the failure once it has ended.

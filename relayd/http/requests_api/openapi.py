@@ -105,9 +105,18 @@ _STATUS = _object(
         "message": _nullable("string"),
         "details": {"type": "object", "description": "why it failed: field -> what is wrong with it; or figures"},
         "retryable": _nullable("boolean", description="whether the same request may succeed later; null unless failed"),
+        "run_s": _nullable("number", description="how long its last attempt ran; null until it has ended"),
+        "result": _nullable("object", description="what the engine says of a completed request; null otherwise"),
         "links": _object({name: {"type": "string"} for name in ("self", "events", "audio")}),
     }
 )
+_OUTPUTS = {
+    "type": ["array", "null"],
+    "items": {},
+    "description": "data of all `output` frames once it has completed; null before, and if they are too large (64 KiB) "
+    "or no longer kept: see its events. Binary data is {base64: string}",
+}
+_STATUS_AND_OUTPUTS = _object(_STATUS["properties"] | {"outputs": _OUTPUTS})
 _SPACE = _object(
     {
         "name": {"type": "string"},
@@ -198,7 +207,7 @@ PATHS: Schema = {
         "get": {
             "operationId": "status",
             "summary": "Return the status of a request, and keep it alive",
-            "responses": _responses({"200": _json("Status", "Its status.")}, 404),
+            "responses": _responses({"200": _json("StatusAndOutputs", "Its status.")}, 404),
         },
         "put": {
             "operationId": "submit_again",
@@ -305,6 +314,7 @@ DOCUMENT: Schema = {
             "Error": _ERROR,
             "Spaces": _object({"spaces": {"type": "array", "items": _SPACE}}),
             "Status": _STATUS,
+            "StatusAndOutputs": _STATUS_AND_OUTPUTS,
             "Submit": _SUBMIT,
         },
     },

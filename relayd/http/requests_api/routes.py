@@ -21,8 +21,10 @@ from relayd.http.request_stream import find_request, open_submission, wait_safe
 from relayd.http.requests_api.audio_download import send_audio
 from relayd.http.requests_api.event_stream import send_events
 from relayd.http.requests_api.openapi import DOCUMENT
+from relayd.http.requests_api.outputs import outputs_of
 from relayd.http.requests_api.submission import build_submit, find_space, input_limits
 from relayd.http.streaming_response import StreamingRoute
+from relayd.scheduling.model import State
 from relayd.views.rows import space_row
 
 
@@ -61,11 +63,12 @@ class OneRequest(HTTPEndpoint):
     """One request, by its id."""
 
     async def get(self, http: HttpRequest) -> Response:
-        """Return its status, and restart its resume window."""
+        """Return its status, with its outputs once it has completed, and restart its resume window."""
         request = find_request(http, http.path_params["request_id"])
         request.renew(trio.current_time())
         await wait_safe(http, request)
-        return JSONResponse(status_json(context_of(http).relay, request))
+        outputs = await outputs_of(http, request) if request.entry.state is State.COMPLETED else None
+        return JSONResponse(status_json(context_of(http).relay, request) | {"outputs": outputs})
 
     async def put(self, http: HttpRequest) -> Response:
         """Submit it with an id chosen by the client; repeating it with the same content changes nothing."""

@@ -12,6 +12,7 @@ from protocol.wire.frames import (
     Audio,
     Completed,
     Failed,
+    Output,
     Progress,
     Started,
 )
@@ -279,6 +280,50 @@ async def test_a_result_outlives_the_relay_that_made_it(tmp_path: Path) -> None:
         assert (part.status, part.body) == (206, ALL[:100])
         again = await http.ask("PUT", f"{one(posted)}?space=tts", told={"params": {"text": "x"}, "detach": True})
         assert (again.status, again.json["state"]) == (200, "completed")
+
+
+# -- status ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_a_client_that_only_asks_gets_its_result_also_after_a_restart(tmp_path: Path) -> None:
+    values: list[Any] = [{"label": "cat", "p": [0.5, 0.25]}, "text", None, b"\x00\xff"]
+    async with daemon(tmp_path, store="sqlite") as relay, fake_worker(relay.url) as worker, visitor(relay.url) as http:
+        posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
+        assign = await worker.assigned()
+        worker.speak(assign, PCM[:1], end=False)
+        running = (await http.get(one(posted))).json
+        assert (running["outputs"], running["result"], running["run_s"]) == (None, None, None)
+        for seq, value in enumerate(values, start=2):
+            worker.send(Output(**identity(assign, seq), data=value))
+        worker.send(Completed(**identity(assign, 6), result={"chunks": 5}))
+        await worker.peer.next(Ack)
+        told = [(await http.get(one(posted))).json]
+    async with daemon(tmp_path, store="sqlite") as relay, visitor(relay.url) as http:
+        told.append((await http.get(one(posted))).json)
+        relay.relay.results._evict(relay.relay.requests[posted.json["request_id"]])
+        dropped = (await http.get(one(posted))).json
+    for status in told:
+        assert status["outputs"] == [*values[:-1], {"base64": "AP8="}]
+        assert (status["result"], status["audio_s"]) == ({"chunks": 5}, 0.05)
+        assert status["run_s"] > 0
+    assert (dropped["outputs"], dropped["result"]) == (None, {"chunks": 5})
+
+
+@pytest.mark.trio
+async def test_a_status_holds_no_large_outputs_and_says_that_of_audio_there_are_none(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker, visitor(relay.url) as http:
+        for outputs in (["x" * 60_000] * 2, [b"\0" * 100_000], []):
+            posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
+            assign = await worker.assigned()
+            worker.send(Started(**identity(assign, 0), format=FORMAT))
+            for seq, value in enumerate(outputs, start=1):
+                worker.send(Output(**identity(assign, seq), data=value))
+            worker.send(Completed(**identity(assign, 1 + len(outputs))))
+            await worker.peer.next(Ack)
+            status = (await http.get(one(posted))).json
+            assert status["outputs"] == (None if outputs else [])
+            assert status["links"]["events"] == one(posted, "/events")
 
 
 # -- failures --------------------------------------------------------------------------------------------------------
