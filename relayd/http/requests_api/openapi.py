@@ -64,7 +64,8 @@ _ERROR = _object(
     }
 )
 _SECONDS = {"minimum": 0.001, "maximum": 1e7}
-_OPTIONS: Schema = {
+#: Fields of a body besides `params`; in a form, every other field is a param.
+OPTIONS: Schema = {
     "priority": {"type": "integer", "minimum": 0, "maximum": 9, "default": 5},
     "queue_timeout_s": _nullable("number", **_SECONDS),
     "run_timeout_s": _nullable("number", **_SECONDS),
@@ -80,13 +81,13 @@ _PARAMS = {
     "description": "according to the space's `params` schema; 64 KiB at most",
     "maxProperties": 60,
 }
-_SUBMIT = _object({"params": _PARAMS, **_OPTIONS}, required=(), additionalProperties=False)
+_SUBMIT = _object({"params": _PARAMS, **OPTIONS}, required=(), additionalProperties=False)
 #: In a form, fields with other names are params and files.
 _FORM = {
     "type": "object",
     "properties": {"params": {"type": "string", "contentMediaType": "application/json"}},
     "additionalProperties": True,
-    "description": "each field is a param (JSON unless the space expects a string), each file an input",
+    "description": "each field is a param, in the type that the space expects; each file an input",
 }
 _STATUS = _object(
     {

@@ -1,12 +1,14 @@
 """Converts the body of an HTTP request to the `submit` that a WebSocket client would send."""
 
 import json
+from collections.abc import Mapping
 
 from starlette.requests import Request
 
 from protocol.wire.codec import decode, pack
 from protocol.wire.errors import EncodeError, ErrorCode, ProtocolError
 from protocol.wire.messages import FROM_CLIENT, Rejected, Submit
+from protocol.wire.params_schema import check_params
 from protocol.wire.validators import Value
 from relayd.core import access
 from relayd.core.space import Space
@@ -14,9 +16,10 @@ from relayd.http.authentication import principal_of
 from relayd.http.body_parser import Body, InputLimit
 from relayd.http.context import context_of
 from relayd.http.errors import HttpError
+from relayd.http.requests_api.openapi import OPTIONS
 
-#: Fields of a body besides `params`; in a form, every other field is a param.
-OPTIONS = ("priority", "queue_timeout_s", "run_timeout_s", "detach", "retry")
+#: How forms write yes and no: HTML's checkboxes, Python, JSON, and people.
+_BOOLEANS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
 
 
 def find_space(http: Request, name: str) -> Space:
@@ -66,7 +69,7 @@ def build_submit(request_id: str, space: Space, body: Body) -> Submit:
     options = {name: fields.pop(name) for name in OPTIONS if name in fields}
     params = fields.pop("params", {})
     if body.is_form:
-        options = {name: _parsed(str(value)) for name, value in options.items()}
+        options = _coerce_fields(OPTIONS, options)
         params = _params_of_form(space, params, fields)
     elif fields:
         unknown = ", ".join(map(repr, sorted(fields)))[:200]
@@ -95,19 +98,38 @@ def build_submit(request_id: str, space: Space, body: Body) -> Submit:
 
 def _params_of_form(space: Space, params: Value, fields: dict[str, Value]) -> Value:
     """Return the params of a form: the JSON object in its field `params`, overridden by the other fields."""
-    base = _parsed(params) if isinstance(params, str) else params
+    base = _parsed(params or "{}") if isinstance(params, str) else params
     if not isinstance(base, dict):
         raise HttpError(ErrorCode.INVALID_PARAMS, "the form's field params must hold a JSON object")
     properties = space.params.get("properties")
-    rules = properties if isinstance(properties, dict) else {}
-    return base | {name: _coerce_field(rules.get(name), value) for name, value in fields.items()}
+    return base | _coerce_fields(properties if isinstance(properties, dict) else {}, fields)
 
 
-def _coerce_field(rule: Value, value: Value) -> Value:
-    """Return a field's text unchanged if the space expects a string; else parsed as JSON, if it is valid JSON."""
-    kind = rule.get("type") if isinstance(rule, dict) else None
-    wants_text = kind == "string" or (isinstance(kind, list) and "string" in kind)
-    return value if wants_text or not isinstance(value, str) else _parsed(value)
+def _coerce_fields(rules: Mapping[str, Value], fields: Mapping[str, Value]) -> dict[str, Value]:
+    """Convert the texts of a form to the types of their schemas; an empty one that its schema refuses is left out."""
+    filled = {name: text for name, text in fields.items() if text or _fits(rules.get(name, {}), text)}
+    return {name: _coerce_field(rules.get(name, {}), text) for name, text in filled.items()}
+
+
+def _coerce_field(rule: Value, text: Value) -> Value:
+    """Return the first reading of a field's text that its schema accepts: as it is, as JSON, as a yes or no.
+
+    If there is none, the reading by its type, whose fault can be told best.
+    """
+    if not isinstance(text, str) or _fits(rule, text):
+        return text
+    value = _parsed(text)
+    kinds = rule.get("type", ()) if isinstance(rule, dict) else ()
+    if "integer" in kinds and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    boolean = _BOOLEANS.get(text.strip().lower())
+    if boolean is not None and not _fits(rule, value) and _fits(rule, boolean):
+        return boolean
+    return text if "string" in kinds else value
+
+
+def _fits(rule: Value, value: Value) -> bool:
+    return not check_params({"properties": {"": rule}}, {"": value})
 
 
 def _parsed(text: str) -> Value:

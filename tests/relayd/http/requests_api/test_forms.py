@@ -32,6 +32,75 @@ async def test_a_form_is_taken_by_the_types_of_the_spaces_params(tmp_path: Path)
         assert (await worker.assigned()).params == {"text": "你好", "rate": 1}
 
 
+TYPES = {
+    "type": "object",
+    "properties": {
+        "untyped": {},
+        "text": {"type": "string", "minLength": 1},
+        "note": {"type": "string"},
+        "voice": {"enum": ["a", "b"]},
+        "size": {"enum": [1, 2, "auto"]},
+        "flag": {"type": "boolean"},
+        "count": {"type": "integer", "minimum": 1},
+        "ratio": {"type": ["number", "null"]},
+        "list": {"type": "array", "items": {"type": "integer"}},
+        "either": {"anyOf": [{"type": "integer"}, {"type": "boolean"}]},
+    },
+}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("sent", "params"),
+    [
+        ("untyped=123", {"untyped": "123"}),
+        ("untyped=true", {"untyped": "true"}),
+        ("untyped=%22quoted%22&other=null", {"untyped": '"quoted"', "other": "null"}),
+        ("untyped=", {"untyped": ""}),
+        ("voice=&flag=&count=&ratio=&list=&size=&either=&text=&note=", {"note": ""}),
+        ("text=1&note=true&voice=a", {"text": "1", "note": "true", "voice": "a"}),
+        *((f"flag={word}", {"flag": True}) for word in ("true", "True", "on", "1", "yes")),
+        *((f"flag={word}", {"flag": False}) for word in ("false", "False", "off", "0", "no")),
+        ("count=2.0", {"count": 2}),
+        ("ratio=0.5", {"ratio": 0.5}),
+        ("ratio=null", {"ratio": None}),
+        ("list=[1,2]", {"list": [1, 2]}),
+        ("size=2", {"size": 2}),
+        ("size=auto", {"size": "auto"}),
+        ("either=1", {"either": 1}),
+        ("either=on", {"either": True}),
+        ("params=&count=1&detach=on&priority=&queue_timeout_s=&retry=", {"count": 1}),
+    ],
+)
+async def test_a_forms_field_means_what_html_and_python_mean_by_it(tmp_path: Path, sent: str, params: Any) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, params=TYPES) as worker, visitor(relay.url) as http:
+        await until(lambda: bool(relay.relay.spaces["tts"].params))
+        kind = {"content-type": "application/x-www-form-urlencoded"}
+        answer = await http.ask("POST", POST, body=sent.encode(), headers=kind)
+        assert answer.status == 202, answer.body
+        given = (await worker.assigned()).params
+        assert given == params
+        assert [*map(type, given.values())] == [*map(type, params.values())]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("sent", "details"),
+    [
+        ("count=0", {"count": "must be at least 1"}),
+        ("count=many", {"count": "must be an integer, not string"}),
+        ("flag=maybe", {"flag": "must be a boolean, not string"}),
+        ("voice=c", {"voice": "must be one of a, b"}),
+    ],
+)
+async def test_a_forms_wrong_field_is_named_with_what_it_must_be(tmp_path: Path, sent: str, details: Any) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, params=TYPES), visitor(relay.url) as http:
+        await until(lambda: bool(relay.relay.spaces["tts"].params))
+        kind = {"content-type": "application/x-www-form-urlencoded"}
+        answer = await http.ask("POST", POST, body=sent.encode(), headers=kind)
+        assert (answer.status, answer.error["details"]) == (422, details)
+
+
 @pytest.mark.trio
 async def test_a_file_of_a_form_is_an_input_and_its_name_is_used_for_nothing(tmp_path: Path) -> None:
     voice = samples(150_000)
