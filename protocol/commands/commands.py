@@ -87,12 +87,19 @@ async def say(args: argparse.Namespace, progress: Progress) -> None:
     """Speak a text."""
     text = args.text
     if text == "-":
-        text = (await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)).rstrip("\n")
+        text = (await trio.to_thread.run_sync(_read_text, abandon_on_cancel=True)).rstrip("\n")
     if not text.strip():
         raise ValueError("the text is empty; there is nothing to speak")
     if any(name == "text" for name, _value in args.param):
         raise ValueError("--param text=... and TEXT are the same param; give one of them")
     await _submit(args, progress, {"text": text})
+
+
+def _read_text() -> str:
+    try:
+        return sys.stdin.read().removeprefix("\ufeff")
+    except UnicodeDecodeError as fault:
+        raise ValueError(f"text: not UTF-8 at byte {fault.start + 1}; save the file as UTF-8") from None
 
 
 async def submit(args: argparse.Namespace, progress: Progress) -> None:
@@ -113,7 +120,7 @@ async def _submit(args: argparse.Namespace, progress: Progress, params: dict[str
                     raise
                 await _follow(relay, args, sink, params | texts, inputs)
     except EncodeError as fault:
-        raise ValueError(f"the request is larger than a relay accepts: {fault}") from fault
+        raise ValueError(f"the request cannot be sent: {fault.told_in('params')}") from fault
     finally:
         sink.close()
 

@@ -15,6 +15,7 @@ from protocol.wire.audio_envelope import read_audio
 from protocol.wire.errors import BadText, EncodeError, ProtocolError, UnknownType
 from protocol.wire.frames import MAX_MESSAGE_BYTES, Audio
 from protocol.wire.messages import BULK, MAX_CONTROL_BYTES, Table
+from protocol.wire.unsendable import find_unsendable, largest_value
 from protocol.wire.validators import Message, Value
 
 MAX_DEPTH = 16
@@ -224,11 +225,22 @@ def pack(wire: Mapping[str, Value]) -> bytes:
     try:
         data: bytes = msgpack.packb(wire)
     except (ValueError, TypeError, OverflowError, RecursionError) as fault:
-        raise EncodeError(f"{wire.get('type')}: {fault}") from None
+        raise _unsendable(wire, str(fault)) from None
     if len(data) > MAX_CONTROL_BYTES and wire.get("type") not in BULK:
-        raise EncodeError(f"{wire.get('type')}: {len(data)} bytes; the limit is {MAX_CONTROL_BYTES}")
+        raise _unsendable(wire, f"{len(data)} bytes; the limit is {MAX_CONTROL_BYTES}", len(data))
     try:
         check_bytes(data)
     except ProtocolError as fault:
-        raise EncodeError(f"{wire.get('type')}: {fault}") from None
+        raise _unsendable(wire, str(fault), len(data)) from None
     return data
+
+
+def _unsendable(wire: Mapping[str, Value], why: str, size: int = 0) -> EncodeError:
+    """Return the error for a message that cannot be encoded, with the values that are at fault."""
+    fields = find_unsendable(wire, depth=MAX_DEPTH, entries=MAX_MAP, items=MAX_ARRAY)
+    if not fields and size > MAX_CONTROL_BYTES:
+        where, most = largest_value(wire)
+        all_of_it = f"all values together may have {MAX_CONTROL_BYTES:,}"
+        fields = {where: f"has {most:,} bytes, and {all_of_it}: send large values as files, or as bytes of their own"}
+    told = "; ".join(f"{where} {words}" for where, words in fields.items()) or why
+    return EncodeError(f"{wire.get('type')}: {told}", fields)

@@ -108,7 +108,24 @@ class BadText(ProtocolError):
 
 
 class EncodeError(ValueError):
-    """A message of our own cannot be encoded: it is too large, too deep, or has a type that msgpack lacks."""
+    """A message of our own cannot be encoded: it is too large, too deep, or has a type that msgpack lacks.
+
+    Attributes:
+        fields: the values that are at fault, the path joined by dots, and what is wrong with them and what to do; empty
+            if no single value is at fault.
+    """
+
+    def __init__(self, message: str, fields: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.fields = fields or {}
+
+    def fields_in(self, name: str) -> dict[str, str]:
+        """Return `fields`, as somebody knows them who wrote only what is in the field `name` of the message."""
+        return {where.removeprefix(f"{name}."): words for where, words in self.fields.items()}
+
+    def told_in(self, name: str) -> str:
+        """Return `fields_in` as a sentence; if no single value is at fault, the message."""
+        return "; ".join(f"{where} {words}" for where, words in self.fields_in(name).items()) or str(self)
 
 
 class LinkError(Exception):

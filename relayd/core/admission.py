@@ -120,8 +120,9 @@ class Admission:
         try:
             encode(_largest_assign(submit, principal))
         except EncodeError as fault:
-            message = f"the request is too large to be sent to a worker ({fault}); send large values as inputs"
-            return Rejected.because(ErrorCode.INVALID_PARAMS, message, request_id=request_id)
+            faults = fault.fields_in("params")
+            message = f"the request cannot be sent to a worker: {fault.told_in('params')}"
+            return Rejected.because(ErrorCode.INVALID_PARAMS, message, request_id=request_id, details=dict(faults))
         return self._refuse_share(submit, principal, limits) or self._refuse_inputs(submit, space)
 
     def _refuse_share(self, submit: Submit, principal: Principal, limits: PrincipalLimits) -> Rejected | None:

@@ -227,7 +227,7 @@ class _Form:
         """Store the complete part."""
         if self._media_type is None:
             self._field_bytes += len(self._name)
-            self.fields[self._name] = _utf8(bytes(self._data))
+            self.fields[self._name] = _utf8(self._name, bytes(self._data))
         elif not self._blank:
             self.uploads[self._name] = Upload(self._media_type, bytes(self._data), self._digest.hexdigest())
         self._data = bytearray()
@@ -313,6 +313,8 @@ def json_object(data: bytes) -> dict[str, Value]:
     """
     try:
         value = json.loads(data, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as fault:
+        raise HttpError("bad_request", f"the body {_not_utf8(fault)}", status=400) from None
     except (ValueError, RecursionError) as fault:
         raise HttpError("bad_request", f"the body is not valid JSON: {fault}", status=400) from None
     if not isinstance(value, dict):
@@ -327,6 +329,8 @@ def _refuse_constant(name: str) -> None:
 def _urlencoded(data: bytes) -> dict[str, Value]:
     try:
         pairs = parse_qsl(data.decode(), keep_blank_values=True, max_num_fields=MAX_PARTS, errors="strict")
+    except UnicodeDecodeError as fault:
+        raise HttpError("bad_request", f"a field of the form {_not_utf8(fault)}", status=400) from None
     except ValueError as fault:
         raise HttpError("bad_request", f"invalid form: {fault}", status=400) from None
     fields: dict[str, Value] = {}
@@ -337,11 +341,16 @@ def _urlencoded(data: bytes) -> dict[str, Value]:
     return fields
 
 
-def _utf8(data: bytes) -> str:
+def _utf8(name: str, data: bytes) -> str:
     try:
         return data.decode()
-    except UnicodeDecodeError:
-        raise HttpError("bad_request", "the form's fields are not valid UTF-8", status=400) from None
+    except UnicodeDecodeError as fault:
+        name, why = name[:64], _not_utf8(fault)
+        raise HttpError("bad_request", f"form field {name!r} {why}", status=400, details={name: why}) from None
+
+
+def _not_utf8(fault: UnicodeDecodeError) -> str:
+    return f"is not UTF-8 at byte {fault.start + 1}: send text as UTF-8"
 
 
 def too_large(message: str) -> HttpError:
