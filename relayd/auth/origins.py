@@ -1,5 +1,8 @@
 """Which browser pages may send requests to the relay."""
 
+#: Ports that browsers leave out of an origin.
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
 
 def may_come_from(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
     """Whether a page of this origin may send requests to the relay.
@@ -9,7 +12,24 @@ def may_come_from(origin: str, host: str, allowed: tuple[str, ...]) -> bool:
         host: the request's `Host`. It is the origin of the relay's own page; behind a proxy the scheme may differ.
         allowed: `allowed_origins`.
     """
-    if not origin or origin in allowed or "*" in allowed:
+    if not origin or is_listed(origin, allowed):
         return True
-    scheme, _, authority = origin.partition("://")
-    return scheme in ("http", "https") and authority.lower() == host.lower()
+    scheme, _, _authority = origin.partition("://")
+    return scheme in _DEFAULT_PORTS and _normal(origin) == _normal(f"{scheme}://{host}")
+
+
+def is_listed(origin: str, allowed: tuple[str, ...]) -> bool:
+    """Whether `allowed_origins` lists an origin; case and default ports do not matter."""
+    return "*" in allowed or _normal(origin) in map(_normal, allowed)
+
+
+def refusal_message(origin: str) -> str:
+    """Say why a page may not send requests, and what its owner can do."""
+    if origin == "null":  # pages from files, in sandboxed frames, behind some redirects
+        return 'the page has no origin of its own (null); only allowed_origins = ["*"] in relayd.toml lets it in'
+    return f"origin {origin} is not in allowed_origins of relayd.toml"
+
+
+def _normal(origin: str) -> str:
+    origin = origin.lower()
+    return origin.removesuffix(_DEFAULT_PORTS.get(origin.partition("://")[0], ""))

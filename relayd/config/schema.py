@@ -87,10 +87,29 @@ def _listen(value: Value) -> None:
         split_listen(value)
 
 
+#: As browsers write it in `Origin` (RFC 6454 section 6.2); they write names in ASCII.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s:/?#@\\\[\]]+)(?::([1-9][0-9]{0,4}))?", re.IGNORECASE)
+
+
 def _origin(value: Value) -> None:
     text(255)(value)
-    if value != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", value):
-        raise ValueError(f"{value!r} is not an origin like https://example.org (no path, no trailing slash)")
+    if value == "*":
+        return
+    if "*" in value:
+        raise ValueError(f'{value!r}: an origin may have no wildcard; list each one, or write "*" for all')
+    if value == "null":
+        raise ValueError("'null' cannot be listed: every page without an origin sends it; only \"*\" lets them in")
+    match = _ORIGIN.fullmatch(value)
+    if match is None or not value.isascii():
+        raise ValueError(
+            f"{value!r} is not an origin like https://example.org or http://[::1]:3000 (scheme, host in ASCII, and "
+            "port if it is not the default; no path, no trailing slash)"
+        )
+    host, port = match[1].lower(), match[2]
+    if host[0] == "[" and (address := ipaddress.ip_address(host[1:-1])).compressed != host[1:-1]:
+        raise ValueError(f"{value!r}: browsers write this address as [{address.compressed}]")
+    if port is not None and int(port) > 65_535:
+        raise ValueError(f"{value!r}: port {port} is over 65535")
 
 
 def _mode(value: Value) -> None:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PATH
-from relayd.auth.origins import may_come_from
+from relayd.auth.origins import is_listed, may_come_from, refusal_message
 from relayd.http import health_routes, static_page
 from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
@@ -74,7 +74,7 @@ class ResponseHeaders:
             await send(message)
 
         if not may_come_from(origin, headers.get("host", ""), allowed):
-            refusal = HttpError(ErrorCode.FORBIDDEN, f"origin {origin} is not in allowed_origins of relayd.toml")
+            refusal = HttpError(ErrorCode.FORBIDDEN, refusal_message(origin))
             await error_response(scope["path"], refusal)(scope, receive, send_with_headers)
         elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             asked = headers.get("access-control-request-headers") or USUAL_HEADERS
@@ -86,8 +86,8 @@ class ResponseHeaders:
 
 def _headers_for(request_headers: Headers, context: HttpContext) -> dict[str, str]:
     """Return the headers of every response to a request; with those that let a page of a listed origin read it."""
-    origin, allowed = request_headers.get("origin", ""), context.relay.config.allowed_origins
-    if not origin or (origin not in allowed and "*" not in allowed):
+    origin = request_headers.get("origin", "")
+    if not origin or not is_listed(origin, context.relay.config.allowed_origins):
         return HEADERS
     return HEADERS | {
         "access-control-allow-origin": origin,

@@ -183,6 +183,12 @@ async def test_a_tokens_connections_are_counted_over_both_kinds(tmp_path: Path) 
         ("http://friend", "relay:1", ("http://friend",), True),
         ("http://friend.evil", "relay:1", ("http://friend",), False),
         ("http://any", "relay:1", ("*",), True),
+        ("null", "relay:1", ("*",), True),
+        ("https://a.example", "relay:1", ("https://A.example:443",), True),
+        ("http://a.example", "relay:1", ("HTTP://a.example:80",), True),
+        ("https://a.example:80", "relay:1", ("https://a.example",), False),
+        ("https://relay", "relay:443", (), True),
+        ("chrome-extension://abc", "relay:1", ("chrome-extension://abc",), True),
     ],
 )
 def test_pages_of_our_own_and_of_listed_origins_may_come(
@@ -197,6 +203,9 @@ async def test_origins_are_checked_and_listed_ones_may_read(tmp_path: Path) -> N
     async with daemon(tmp_path, allowed_origins=[friend]) as relay, visitor(relay.url) as http:
         evil = await http.ask("POST", "/v1/spaces/tts/requests", headers={"origin": "https://evil.example"}, told={})
         assert (evil.status, evil.error["code"]) == (403, "forbidden")
+        sandbox = await http.get("/v1/spaces", headers={"origin": "null"})
+        assert sandbox.status == 403
+        assert '"*"' in sandbox.error["message"]
         assert "access-control-allow-origin" not in evil.headers
         own = await http.get("/v1/spaces", headers={"origin": "http://localhost"})
         assert own.status == 200
