@@ -70,6 +70,8 @@ def _refusal_status(request: h11.Request) -> int | None:
         return 505
     if {b"content-length", b"transfer-encoding"} <= names:
         return 400  # RFC 9112 section 6.1: a proxy may disagree about where the body ends
+    if b"transfer-encoding" in names and request.http_version < b"1.1":
+        return 400  # the same
     size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
     return 431 if size > MAX_HEAD_BYTES else None  # h11 limits only incomplete heads
 
@@ -184,7 +186,11 @@ class Connection:
 
     def _start_handler(self, request: h11.Request, handlers: trio.Nursery) -> None:
         """Start the handler of a request."""
-        path, _, query = request.target.partition(b"?")
+        authority, target = http_head.split_target(request.target.decode())
+        headers = list(request.headers)
+        if authority:
+            headers = [*(header for header in headers if header[0] != b"host"), (b"host", authority.encode())]
+        path, _, query = target.partition("?")
         exchange = Exchange(self.slot, self.secure)
         scope: Scope = {
             "type": "http",
@@ -192,11 +198,11 @@ class Connection:
             "http_version": request.http_version.decode(),
             "method": request.method.decode(),
             "scheme": "https" if self.secure else "http",
-            "path": unquote(path.decode()),
-            "raw_path": path,
-            "query_string": query,
+            "path": unquote(path),
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
             "root_path": "",
-            "headers": list(request.headers),
+            "headers": headers,
             "client": None,
             "server": None,
             "state": {"exchange": exchange},

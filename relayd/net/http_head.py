@@ -14,6 +14,8 @@ _END = re.compile(rb"\n\r?\n")
 _FORWARDED_FOR = re.compile(rb"\nx-forwarded-for[ \t]*:([^\r\n]*)", re.IGNORECASE)
 _BEARER = re.compile(rb"\nauthorization[ \t]*:[ \t]*bearer[ \t]+([^\r\n]*)", re.IGNORECASE)
 _ADDRESS = re.compile(r"[0-9A-Za-z.:\[\]%_-]{1,64}")
+#: Forward proxies and some clients send a whole URI as the target, which a server must accept (RFC 9112 section 3.2.2).
+_ABSOLUTE = re.compile(r"(?:https?|wss?)://(?:[^/?#@]*@)?([^/?#@]+)([^#]*)", re.IGNORECASE)
 _WEBSOCKET = re.compile(rb"\nupgrade[ \t]*:[ \t]*websocket[ \t]*\r?\n", re.IGNORECASE)
 
 
@@ -104,6 +106,18 @@ def bearer_token(head: bytes) -> str:
     end = _END.search(head)
     found = _BEARER.search(head, 0, end.end() if end is not None else 0)
     return found[1].strip().decode("latin-1") if found else ""
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """Split a request's target into the authority, which then replaces `Host`, and the path with its query.
+
+    Returns:
+        ("", `target`) for a target that is not in absolute form.
+    """
+    match = _ABSOLUTE.fullmatch(target)
+    if match is None:
+        return "", target
+    return match[1], match[2] if match[2].startswith("/") else f"/{match[2]}"
 
 
 def forwarded_for(head: bytes) -> str | None:

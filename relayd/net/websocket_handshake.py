@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import attrs
 
+from relayd.net.http_head import split_target
+
 #: RFC 6455 section 1.3.
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _KEY_BYTES = 16
@@ -55,7 +57,7 @@ class Head:
 
     Args:
         method: the method, as sent.
-        target: path and query, as sent.
+        target: path and query.
         version: the HTTP version, as sent, such as `HTTP/1.1`.
         headers: lower-case name -> value; the values of several headers with one name are joined by ", ".
     """
@@ -101,7 +103,10 @@ def parse_head(data: bytes) -> Head:
             raise HandshakeRejected(400, "a header line of the request is malformed")
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return Head(request_line[0], request_line[1], request_line[2], headers)
+    authority, target = split_target(request_line[1])
+    if authority:
+        headers["host"] = authority
+    return Head(request_line[0], target, request_line[2], headers)
 
 
 def check_upgrade(head: Head, subprotocol: str | None) -> None:
@@ -118,6 +123,8 @@ def check_upgrade(head: Head, subprotocol: str | None) -> None:
         raise HandshakeRejected(505, "a WebSocket needs HTTP/1.1")
     if head.method != "GET":
         raise HandshakeRejected(405, "a WebSocket handshake must use GET", {"Allow": "GET"})
+    if head.get("content-length") not in ("", "0") or head.get("transfer-encoding"):
+        raise HandshakeRejected(400, "a WebSocket handshake has no body")
     upgrade = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     if not head.upgrades or not head.has_token("connection", "upgrade"):
         raise HandshakeRejected(426, "this path is for WebSockets", upgrade)

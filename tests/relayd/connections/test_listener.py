@@ -159,6 +159,9 @@ HERE, ELSEWHERE = "https://here.example", "https://elsewhere.example"
         (a_head(subprotocol="chat"), 400, b"subprotocol"),
         (a_head(Origin=ELSEWHERE), 403, b"allowed_origins"),
         (a_head(Origin="null"), 403, b"allowed_origins"),
+        (a_head(**{"Content-Length": "5"}) + b"hello", 400, b"no body"),
+        (a_head(**{"Transfer-Encoding": "chunked"}) + b"0\r\n\r\n", 400, b"no body"),
+        (a_head("http://relay/x"), 404, b"/v1/relay"),
         (a_head(Origin=HERE + ".evil"), 403, b"allowed_origins"),
     ],
 )
@@ -179,9 +182,12 @@ async def test_a_handshake_that_is_not_for_the_relay_is_refused_in_words(
 @pytest.mark.parametrize(
     ("allowed", "origin"), [([], ""), ([HERE], HERE), ([ELSEWHERE, HERE], HERE), (["*"], ELSEWHERE), (["*"], "null")]
 )
-async def test_no_origin_and_those_allowed_are_taken(tmp_path: Path, allowed: list[str], origin: str) -> None:
+@pytest.mark.parametrize("authority", ["", "http://relay", "ws://relay:1"])
+async def test_no_origin_and_those_allowed_are_taken(
+    tmp_path: Path, allowed: list[str], origin: str, authority: str
+) -> None:
     async with daemon(tmp_path, allowed_origins=allowed) as relay, dial(relay.url) as stream:
-        await stream.send_all(a_head(PATH + "?x=1", "chat, " + SUBPROTOCOL, Origin=origin))
+        await stream.send_all(a_head(authority + PATH + "?x=1", "chat, " + SUBPROTOCOL, Origin=origin))
         with trio.fail_after(5):
             answer = bytes(await stream.receive_some())
         assert answer.startswith(b"HTTP/1.1 101 ")

@@ -149,6 +149,7 @@ async def test_a_body_that_nobody_reads_ends_the_connection_and_not_the_answer(t
     ("head", "status"),
     [
         (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST /echo HTTP/1.0\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
         (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", 400),
         (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: +3\r\n\r\nabc", 400),
         (b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
@@ -178,6 +179,22 @@ async def test_a_head_that_can_be_read_in_two_ways_is_refused_and_nothing_behind
 async def test_a_method_is_taken_as_it_is_written(tmp_path: Path) -> None:
     async with staged(tmp_path) as (relay, _), visitor(relay.url) as http:
         assert [(await http.get("/fine")).status, (await http.ask("head", "/fine")).status] == [200, 405]
+
+
+@pytest.mark.trio
+async def test_a_target_may_be_a_whole_uri_whose_host_then_counts(tmp_path: Path, logs: Logs) -> None:
+    async with daemon(tmp_path) as relay, visitor(relay.url) as http:
+        for target in ("http://relay:1/v1/spaces", "HTTPS://me@relay:1/v1/spaces?a=b", "wss://relay:1/v1/spaces"):
+            assert (await http.get(target)).status == 200, target
+        assert (await http.get("http://relay")).status == (await http.get("/")).status
+        assert (await http.get("http://relay?x")).status == (await http.get("/?x")).status
+        assert (await http.get("http:///v1/spaces")).status == 404
+        own = await http.get("http://relay:1/v1/spaces", headers={"origin": "http://relay:1"})
+        assert own.status == 200
+        other = await http.get("http://relay:1/v1/spaces", headers={"origin": "http://localhost", "host": "localhost"})
+        assert other.status == 403, "the Host header does not count"
+    paths = {line["path"] for line in logs if line["event"] == "response sent"}
+    assert paths == {"/v1/spaces", "/", "http:///v1/spaces"}
 
 
 @pytest.mark.trio
