@@ -180,6 +180,8 @@ def _find_conflicts(raw: Mapping[str, Value]) -> Iterator[str]:
                 f"listen: {listen} can be reached from other machines without encryption: give a certificate in [tls], "
                 "or set behind_proxy = true if a proxy in front of the relay provides TLS"
             )
+    if raw.get("trusted_proxies") and raw.get("behind_proxy", False) is False:
+        yield "trusted_proxies: has no effect without behind_proxy = true"
     if raw.get("unix_socket", True) is False:
         if listen == "":
             yield 'listen: there is nothing to listen on: it is "" and unix_socket is false'

@@ -112,6 +112,14 @@ def _origin(value: Value) -> None:
         raise ValueError(f"{value!r}: port {port} is over 65535")
 
 
+def _network(value: Value) -> None:
+    text(64)(value)
+    try:
+        ipaddress.ip_network(value)
+    except ValueError as fault:
+        raise ValueError(f"{fault}; write an address or a network, as in 10.1.2.3 or 10.1.0.0/16") from None
+
+
 def _mode(value: Value) -> None:
     integer(0)(value)
     if value > 0o777:
@@ -385,7 +393,8 @@ class Config:
         listen: `HOST:PORT`; port 0 picks a free one, and "" turns TCP off.
         state_dir: the folder of the store, the lock and the unix socket.
         behind_proxy: a proxy in front of the relay provides TLS, so plain TCP on other addresses than loopback is
-            intended.
+            intended, and `X-Forwarded-For` of trusted proxies names the client.
+        trusted_proxies: addresses and networks of those proxies; without any, all of loopback and private networks.
         allowed_origins: origins of browser pages that may connect; `*` allows any. Requests without an origin are
             always allowed.
         store: `sqlite`, or `memory`, which keeps nothing after the end.
@@ -394,6 +403,7 @@ class Config:
     listen: Annotated[str, _listen] = "127.0.0.1:8765"
     state_dir: Annotated[Path, _path]
     behind_proxy: Annotated[bool, boolean] = False
+    trusted_proxies: Annotated[tuple[str, ...], array_of(_network)] = ()
     allowed_origins: Annotated[tuple[str, ...], array_of(_origin)] = ()
     unix_socket: Annotated[bool, boolean] = True
     unix_socket_mode: Annotated[int, _mode] = 0o600

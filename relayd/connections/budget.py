@@ -16,6 +16,7 @@ import trio
 from relayd.auth.login_throttle import LoginThrottle, address_of
 from relayd.auth.tokens import PeerCredentials
 from relayd.config.schema import Config
+from relayd.net.proxies import is_trusted
 
 log = structlog.get_logger("relayd.wire")
 
@@ -52,11 +53,12 @@ class ConnectionSlot:
     hang_up: Callable[[], None] = _nothing
     known: bool = False
     released: bool = False
+    #: The peer's address; of an IPv6 address, the network that one customer has (RFC 6177). `peer` may later be the
+    #: client that a proxy reports.
+    network: str = attrs.field(init=False)
 
-    @property
-    def network(self) -> str:
-        """The peer's address; of an IPv6 address, the network that one customer has (RFC 6177)."""
-        return network_of(self.peer)
+    def __attrs_post_init__(self) -> None:
+        self.network = network_of(self.peer)
 
     def log_in(self, role: str) -> bool:
         """Note that the peer has logged in; False where the relay has all the connections of that role it may have."""
@@ -156,9 +158,9 @@ class ConnectionBudget:
                 del self._by_network[slot.network]
 
     def _make_room(self, newest: ConnectionSlot) -> None:
-        limits, behind_proxy = self.config().limits, self.config().behind_proxy
-        mine = self._by_network[newest.network]
-        if not behind_proxy and len(mine) > limits.max_pending_per_address:
+        config = self.config()
+        limits, mine = config.limits, self._by_network[newest.network]
+        if not is_trusted(newest.peer, config) and len(mine) > limits.max_pending_per_address:
             self._drop(next(iter(mine)))
         elif len(self._strangers) > max(MIN_STRANGERS, min(limits.max_pending, self._files_left())):
             heaviest = max(self._by_network.values(), key=len)

@@ -22,6 +22,7 @@ from relayd.connections.budget import ConnectionSlot
 from relayd.connections.gateway import Gateway
 from relayd.http.server import HttpServer
 from relayd.net.http_head import PrefixedStream, bearer_token, forwarded_for, needs_answer, read_head, wants_websocket
+from relayd.net.proxies import client_of
 from relayd.net.tls import ListenError
 
 log = structlog.get_logger("relayd.listener")
@@ -202,8 +203,9 @@ async def _pass_on(
         head = await http.serve(PrefixedStream(stream, head), connection_slot, secure)
     if not wants_websocket(head):
         return False
-    if connection_slot.credentials is None and http.context.relay.config.behind_proxy:
-        connection_slot.peer = forwarded_for(head) or connection_slot.peer
+    if connection_slot.credentials is None:
+        client = client_of(connection_slot.peer, forwarded_for(head), http.context.relay.config)
+        connection_slot.peer = client or connection_slot.peer
     return await gateway.serve(stream, head, connection_slot)
 
 

@@ -13,7 +13,7 @@ from relayd.auth.tokens import Principal
 from relayd.core.principals import RETRY_S, too_fast
 from relayd.http.context import Exchange, HttpContext, context_of, exchange_of
 from relayd.http.errors import HttpError
-from relayd.net.http_head import last_address
+from relayd.net.proxies import client_of
 
 log = structlog.get_logger("relayd.http")
 
@@ -86,9 +86,9 @@ def _refuse(context: HttpContext, exchange: Exchange, request: Request, role: st
 
 
 def address_of(request: Request) -> str:
-    """Return the client's address without its port; with `behind_proxy`, the one reported by the proxy."""
-    if context_of(request).relay.config.behind_proxy:
-        lines = request.headers.getlist("x-forwarded-for")
-        if lines and (address := last_address(lines[-1])) is not None:
-            return address
-    return login_throttle.address_of(exchange_of(request).slot.peer)
+    """Return the client's address without its port; behind a trusted proxy, the one reported by the proxy."""
+    slot = exchange_of(request).slot
+    client = None
+    if slot.credentials is None:
+        client = client_of(slot.peer, request.headers.getlist("x-forwarded-for"), context_of(request).relay.config)
+    return client or login_throttle.address_of(slot.peer)

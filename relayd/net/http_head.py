@@ -10,10 +10,8 @@ HEAD_S = 5.0
 READ_BYTES = 16 * 1024
 #: An empty line; a bare LF also ends a line (RFC 9112 section 2.2).
 _END = re.compile(rb"\n\r?\n")
-#: The last such line, and the last address in it, were written by the proxy that connects to the relay.
 _FORWARDED_FOR = re.compile(rb"\nx-forwarded-for[ \t]*:([^\r\n]*)", re.IGNORECASE)
 _BEARER = re.compile(rb"\nauthorization[ \t]*:[ \t]*bearer[ \t]+([^\r\n]*)", re.IGNORECASE)
-_ADDRESS = re.compile(r"[0-9A-Za-z.:\[\]%_-]{1,64}")
 #: Forward proxies and some clients send a whole URI as the target, which a server must accept (RFC 9112 section 3.2.2).
 _ABSOLUTE = re.compile(r"(?:https?|wss?)://(?:[^/?#@]*@)?([^/?#@]+)([^#]*)", re.IGNORECASE)
 _WEBSOCKET = re.compile(rb"\nupgrade[ \t]*:[ \t]*websocket[ \t]*\r?\n", re.IGNORECASE)
@@ -120,17 +118,8 @@ def split_target(target: str) -> tuple[str, str]:
     return match[1], match[2] if match[2].startswith("/") else f"/{match[2]}"
 
 
-def forwarded_for(head: bytes) -> str | None:
-    """Return the client address that a proxy in front of the relay reports; None if there is none.
-
-    Any client can send this header, so use it only if every connection comes through such a proxy.
-    """
+def forwarded_for(head: bytes) -> list[str]:
+    """Return the values of the `X-Forwarded-For` headers, which any client can send; see `relayd.net.proxies`."""
     end = _END.search(head)
     lines = _FORWARDED_FOR.findall(head, 0, end.end() if end is not None else 0)
-    return last_address(lines[-1].decode("ascii", "replace")) if lines else None
-
-
-def last_address(forwarded: str) -> str | None:
-    """Return the last address of an `X-Forwarded-For`; the addresses before it are only the client's claims."""
-    address = forwarded.rpartition(",")[2].strip()
-    return address if _ADDRESS.fullmatch(address) else None
+    return [line.decode("ascii", "replace") for line in lines]
