@@ -311,14 +311,14 @@ class Http:
         keep_alive_s: how long an idle connection waits for the next request.
         lists: who may list models and voices: `token` means tokens that may use them, `public` everybody, who then sees
             all of them.
-        metrics: who may read `/metrics`: `token` means clients and operators with access to all spaces, `operator`
-            only operators, `public` everybody.
+        metrics: who may read `/metrics`: `operator` means operators, `token` also clients with access to all spaces,
+            `public` everybody.
     """
 
     max_wait_s: Annotated[float, _from_zero_s] = 120.0
     no_worker_wait_s: Annotated[float, _from_zero_s] = 5.0
     lists: Annotated[Literal["token", "public"], choice("token", "public")] = "token"
-    metrics: Annotated[Literal["token", "operator", "public"], choice("token", "operator", "public")] = "token"
+    metrics: Annotated[Literal["token", "operator", "public"], choice("token", "operator", "public")] = "operator"
     keep_alive_s: Annotated[float, number(0.01, 3600)] = 30.0
 
 

@@ -1,5 +1,7 @@
 """Health, readiness and metrics: for load balancers, service managers and Prometheus."""
 
+from contextlib import suppress
+
 import attrs
 import trio
 from starlette.requests import Request
@@ -22,15 +24,13 @@ def routes() -> list[BaseRoute]:
 
 
 async def _health(request: Request) -> Response:
-    """Report that the event loop runs; the metrics show other problems."""
+    """Report that the event loop runs, and to those who may log in how many have; the metrics show other problems."""
     context = context_of(request)
+    body = {"status": "healthy", "service": "relayd", "draining": context.relay.draining.is_set()}
     http_clients = sum(exchange.principal is not None for exchange in context.exchanges)
-    body = {
-        "status": "healthy",
-        "service": "relayd",
-        "active_connections": len(context.relay.connections) + http_clients,
-        "draining": context.relay.draining.is_set(),
-    }
+    with suppress(HttpError):
+        principal_of(request)
+        body["active_connections"] = len(context.relay.connections) + http_clients
     return JSONResponse(body)
 
 

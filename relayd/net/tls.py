@@ -5,6 +5,9 @@ import ssl
 from relayd.config.loader import Config
 from relayd.config.schema import Tls
 
+#: For TLS 1.2, beside those of TLS 1.3: with forward secrecy and authenticated encryption, so none in CBC mode.
+TLS12_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+
 
 class ListenError(Exception):
     """A listener cannot be opened; the message says which, and what to do."""
@@ -19,6 +22,8 @@ def make_tls_context(config: Config) -> ssl.SSLContext | None:
     if config.tls is None:
         return None
     tls_context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls_context.set_ciphers(TLS12_CIPHERS)
+    tls_context.set_alpn_protocols(["http/1.1"])
     load_certificate(tls_context, config.tls)
     return tls_context
 

@@ -34,7 +34,7 @@ from protocol.wire.messages import (
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import ConfigError
 from relayd.daemon import serve
-from relayd.net.tls import ListenError
+from relayd.net.tls import ListenError, make_tls_context
 from relayd.store.base import StoreInUse
 from relayd.store.factory import open_offline
 from relayd.store.records import PutToken, TokenLimits
@@ -99,6 +99,24 @@ def a_head(path: str = PATH, subprotocol: str = SUBPROTOCOL, **more: str) -> byt
 
 def trusting() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(TLS / "cert.pem"))
+
+
+def test_tls_offers_authenticated_ciphers_with_forward_secrecy_and_http_1(tmp_path: Path) -> None:
+    context = make_tls_context(a_config(tmp_path, tls={"cert": TLS / "cert.pem", "key": TLS / "key.pem"}))
+    assert context is not None
+    assert context.minimum_version >= ssl.TLSVersion.TLSv1_2
+    ciphers = [cipher["name"] for cipher in context.get_ciphers()]
+    assert [name for name in ciphers if not name.startswith(("TLS_", "ECDHE-"))] == []
+    assert all("GCM" in name or "CHACHA20" in name for name in ciphers)
+    client = trusting()
+    client.set_alpn_protocols(["h2", "http/1.1"])
+    told = [ssl.MemoryBIO() for _ in range(2)]
+    server = context.wrap_bio(told[0], told[1], server_side=True)
+    caller = client.wrap_bio(told[1], told[0], server_hostname="localhost")
+    for side in (caller, server, caller, server):
+        with suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    assert caller.selected_alpn_protocol() == server.selected_alpn_protocol() == "http/1.1"
 
 
 @pytest.mark.trio

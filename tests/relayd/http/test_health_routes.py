@@ -28,12 +28,14 @@ async def token_of(relay: Daemon, role: str, *spaces: str) -> str:
 
 
 @pytest.mark.trio
-async def test_health_counts_connections_and_needs_no_token(tmp_path: Path) -> None:
+async def test_health_needs_no_token_and_tells_only_who_has_one_how_many_are_connected(tmp_path: Path) -> None:
     async with daemon(tmp_path, **TCP) as relay:
         async with asking(relay.urls[0], "GET", "/health") as answer:
             told = await answer.json()
         assert answer.status == 200
-        assert told == {"status": "healthy", "service": "relayd", "active_connections": 0, "draining": False}
+        assert told == {"status": "healthy", "service": "relayd", "draining": False}
+        async with asking(relay.urls[0], "GET", "/health", token="wrong") as answer:
+            assert (answer.status, await answer.json()) == (200, told)
         async with peer(relay.url, "client"), peer(relay.url, "client"), asking(relay.url, "GET", "/health") as answer:
             assert (await answer.json())["active_connections"] == 2
         async with asking(relay.urls[0], "HEAD", "/health") as answer:
@@ -75,8 +77,8 @@ async def test_metrics_are_told_in_prometheus_own_format(tmp_path: Path) -> None
 
 
 @pytest.mark.trio
-async def test_metrics_are_for_those_who_may_use_every_space(tmp_path: Path) -> None:
-    async with daemon(tmp_path, **TCP) as relay:
+async def test_metrics_can_be_told_to_all_who_may_use_every_space(tmp_path: Path) -> None:
+    async with daemon(tmp_path, **TCP, http={"metrics": "token"}) as relay:
         url = relay.urls[0]
         tokens = {role: await token_of(relay, role) for role in ("client", "operator", "worker")}
         assert await status_of(url, "/metrics") == 401
@@ -90,8 +92,8 @@ async def test_metrics_are_for_those_who_may_use_every_space(tmp_path: Path) -> 
 
 
 @pytest.mark.trio
-async def test_metrics_can_be_kept_for_operators(tmp_path: Path) -> None:
-    async with daemon(tmp_path, **TCP, http={"metrics": "operator"}) as relay:
+async def test_metrics_are_for_operators(tmp_path: Path) -> None:
+    async with daemon(tmp_path, **TCP) as relay:
         statuses = [
             await status_of(relay.urls[0], "/metrics", token)
             for token in (None, await token_of(relay, "client"), await token_of(relay, "operator"))
@@ -104,5 +106,5 @@ async def test_a_scrape_leaves_no_connection_behind(tmp_path: Path) -> None:
     async with daemon(tmp_path, **TCP, http={"metrics": "public"}) as relay:
         for _ in range(3):
             assert await status_of(relay.urls[0], "/metrics") == 200
-        async with asking(relay.urls[0], "GET", "/health") as answer:
+        async with asking(relay.url, "GET", "/health") as answer:
             assert (await answer.json())["active_connections"] == 0
