@@ -4,6 +4,7 @@ Every recipe minimizes the delay of the first sound: small frames, an Ogg page e
 buffering in the muxer. The streams need no seeking.
 """
 
+import os
 from collections.abc import Callable, Mapping
 
 import attrs
@@ -79,14 +80,29 @@ RECIPES = {
 
 
 class _Sink:
-    """The output file of the muxer; it cannot seek."""
+    """The output file of the muxer. What is written elsewhere than at the end comes too late for a stream."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
+        self._at = self._end = 0
+        #: The data that was written elsewhere, and where.
+        self.patches: list[tuple[int, bytes]] = []
 
     def write(self, data: bytes) -> int:
-        self._pieces.append(bytes(data))
+        if self._at == self._end:
+            self._pieces.append(bytes(data))
+            self._end += len(data)
+        else:
+            self.patches.append((self._at, bytes(data)))
+        self._at += len(data)
         return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._end}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
 
     def pop(self) -> bytes:
         data = b"".join(self._pieces)
@@ -121,6 +137,11 @@ class Codec:
         if recipe.bits_s is not None:
             context.bit_rate = recipe.bits_s(source.sample_rate, source.channels)
         context.options = dict(recipe.codec_options(source.sample_rate))
+
+    @property
+    def patches(self) -> list[tuple[int, bytes]]:
+        """See `Stage.patches`: the number of samples and their MD5 in a FLAC's header."""
+        return self._sink.patches
 
     def feed(self, data: bytes) -> bytes:
         """Encode more samples; the first output begins with the header."""

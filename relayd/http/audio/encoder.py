@@ -14,7 +14,7 @@ from typing import Protocol
 import attrs
 
 from protocol.commands.mp3_encoder import Mp3Encoder
-from protocol.commands.wav_writer import HEADER_BYTES, MAX_DATA_BYTES, wav_header
+from protocol.commands.wav_writer import MAX_DATA_BYTES, wav_header
 from protocol.install_hint import install_command
 from protocol.wire.structs import AudioFormat
 
@@ -34,7 +34,11 @@ class AudioExtraMissing(Exception):
 
 
 class Stage(Protocol):
-    """Converts a stream of bytes piece by piece."""
+    """Converts a stream of bytes piece by piece.
+
+    The last stage of a chain may have `patches` after `finish`: bytes of its output that it could know only then, such
+    as the length in a header, as (offset, data).
+    """
 
     def feed(self, data: bytes) -> bytes:
         """Convert more data; returns what is ready, which may be empty."""
@@ -83,6 +87,14 @@ class Encoder:
             data = stage.feed(data) + stage.finish()
         return data
 
+    def with_sizes(self, body: bytes) -> bytes:
+        """Return the complete output with the sizes in its header, which a stream cannot have."""
+        whole = bytearray(body)
+        for stage in self.stages[-1:]:
+            for at, data in getattr(stage, "patches", ()):
+                whole[at : at + len(data)] = data
+        return bytes(whole)
+
 
 @attrs.define(eq=False)
 class _Wav:
@@ -93,9 +105,16 @@ class _Wav:
 
     audio_format: AudioFormat
     _started: bool = False
+    _data_bytes: int = 0
+
+    @property
+    def patches(self) -> list[tuple[int, bytes]]:
+        """See `Stage`."""
+        return [(0, wav_header(self.audio_format, self._data_bytes))]
 
     def feed(self, data: bytes) -> bytes:
         """Return the samples, the first time after the header."""
+        self._data_bytes += len(data)
         return self._header() + data
 
     def finish(self) -> bytes:
@@ -107,17 +126,6 @@ class _Wav:
             return b""
         self._started = True
         return wav_header(self.audio_format, MAX_DATA_BYTES - MAX_DATA_BYTES % self.audio_format.sample_bytes)
-
-
-def with_sizes(name: str, source: AudioFormat, body: bytes) -> bytes:
-    """Correct the sizes in the header of a complete WAV; other codings are returned unchanged.
-
-    Args:
-        name: name of the coding.
-        source: the format of the encoder's input.
-        body: the complete output of the encoder.
-    """
-    return wav_header(source, len(body) - HEADER_BYTES) + body[HEADER_BYTES:] if name == "wav" else body
 
 
 # -- the codings --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from relayd.auth.tokens import Principal
 from relayd.core.access import find_space
 from relayd.core.relay import Relay
 from relayd.core.space import Space
-from relayd.http.audio.encoder import PCM, AudioExtraMissing, with_sizes
+from relayd.http.audio.encoder import PCM, AudioExtraMissing
 from relayd.http.audio.threaded_encoder import Transcoder, check_coding, open_transcoder
 from relayd.http.audio_stream import AudioStream, open_audio
 from relayd.http.authentication import principal_of
@@ -319,7 +319,7 @@ class _Whole(_Bytes):
 
     async def end(self, transcoder: Transcoder) -> None:
         """Send the complete audio."""
-        body = with_sizes(self.speech.coding.name, transcoder.encoder.source, bytes(self._body))
+        body = transcoder.encoder.with_sizes(bytes(self._body))
         await self.reply.answer(Response(body, media_type=self.media_type, headers=self.headers))
 
 

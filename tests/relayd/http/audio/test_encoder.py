@@ -22,7 +22,6 @@ from relayd.http.audio.encoder import (
     Encoder,
     check_encoder,
     open_encoder,
-    with_sizes,
 )
 from relayd.http.audio.threaded_encoder import check_coding, open_transcoder
 from tests.support.audio_compare import decoded, energy_likeness, of_pcm, spectral_likeness, speech_like
@@ -143,11 +142,29 @@ def test_a_streamed_wav_is_read_to_its_end() -> None:
 def test_a_whole_wav_says_its_size() -> None:
     source = AudioFormat(sample_rate=22_050)
     pcm = speech_like(22_050, 1.0)
-    body = with_sizes("wav", source, encode(open_encoder("wav", source), [pcm]))
+    encoder = open_encoder("wav", source)
+    body = encoder.with_sizes(encode(encoder, [pcm]))
     with wave.open(io.BytesIO(body)) as reader:
         assert reader.getnframes() == 22_050
         assert reader.readframes(22_050) == pcm
-    assert with_sizes("mp3", source, b"anything") == b"anything"
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("speed", [1.0, 1.5])
+@pytest.mark.parametrize("coding", ALL)
+def test_a_whole_body_says_how_long_it_is(coding: str, channels: int, speed: float) -> None:
+    source = AudioFormat(sample_rate=24_000, channels=channels)
+    pcm = speech_like(24_000, 3.0, channels)
+    encoder = open_encoder(coding, source, speed)
+    streamed = encode(encoder, pieces(pcm, source))
+    body = encoder.with_sizes(streamed)
+    assert len(body) == len(streamed)
+    if coding in LOSSLESS:
+        assert soundfile.info(io.BytesIO(body)).frames == pytest.approx(72_000 / speed, abs=1)
+        heard, _rate_hz = soundfile.read(io.BytesIO(body), dtype="int16")
+        assert (speed != 1) or heard.tobytes() == pcm
+    else:
+        assert body == streamed
 
 
 @pytest.mark.parametrize("speed", [0.0, 0.2, 4.1, float("nan"), float("inf")])
