@@ -13,6 +13,7 @@ from relayd.auth.tokens import PeerCredentials, Principal, TokenRegistry
 from relayd.core import principals
 from relayd.core.admission import Admission
 from relayd.core.relay import Relay
+from relayd.http.audio.encoded_results import EncodedResults
 
 #: Responses end within 2 s after their token was revoked (docs/design.md §8) or has expired.
 TOKENS_INTERVAL_S = 1.0
@@ -91,6 +92,7 @@ class HttpContext:
     upload_bytes: int = 0
     #: Spaces for which the log has reported that another voice than requested is used.
     voices_replaced: set[str] = attrs.field(factory=set)
+    encoded: EncodedResults = attrs.field(factory=EncodedResults)
     #: The relay is shutting down; waiting responses end with an error.
     leaving: bool = False
 

@@ -16,6 +16,8 @@ from relayd.http.audio.samples import samples_frame
 
 #: Output buffer of the muxer; `flush_packets` empties it after every packet.
 BUFFER_BYTES = 4096
+#: `AVFMT_FLAG_BITEXACT` of libavformat.
+BITEXACT = 0x400
 
 
 @attrs.frozen(kw_only=True)
@@ -137,6 +139,10 @@ class Codec:
         if recipe.bits_s is not None:
             context.bit_rate = recipe.bits_s(source.sample_rate, source.channels)
         context.options = dict(recipe.codec_options(source.sample_rate))
+
+    def make_repeatable(self) -> None:
+        """Have equal input give equal output: an Ogg stream otherwise has a random number."""
+        self._container.flags |= BITEXACT
 
     @property
     def patches(self) -> list[tuple[int, bytes]]:

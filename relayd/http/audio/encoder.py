@@ -87,6 +87,11 @@ class Encoder:
             data = stage.feed(data) + stage.finish()
         return data
 
+    def make_repeatable(self) -> None:
+        """Have equal input give equal output; call it before `feed`. Not for streams that a client may chain."""
+        for stage in self.stages[-1:]:
+            getattr(stage, "make_repeatable", lambda: None)()
+
     def with_sizes(self, body: bytes) -> bytes:
         """Return the complete output with the sizes in its header, which a stream cannot have."""
         whole = bytearray(body)

@@ -1,6 +1,7 @@
 """`GET /v1/requests/{id}/audio`: the audio of a request, live while it runs, with range support once it has ended."""
 
 import re
+from functools import partial
 
 import attrs
 from starlette.requests import Request as HttpRequest
@@ -12,12 +13,16 @@ from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from relayd.http.audio.threaded_encoder import check_coding, open_transcoder
 from relayd.http.audio_stream import AudioStream, open_audio
+from relayd.http.authentication import principal_of
+from relayd.http.context import context_of
 from relayd.http.errors import CANCELLED, HttpError
 from relayd.http.request_stream import find_request, open_reader, wait_safe
 from relayd.http.streaming_response import ResponseWriter
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
 
+#: Most bytes of encoded audio that are copied at a time.
+PIECE_BYTES = 256 * 1024
 _RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 
 
@@ -39,7 +44,8 @@ async def send_audio(http: HttpRequest, reply: ResponseWriter) -> None:
         case State.CANCELLED:
             raise HttpError(CANCELLED, request.message or "the request was cancelled")
     if name not in ("wav", "pcm"):
-        await _send_encoded(http, reply, request, name)
+        await _check_available(name)
+        await (_send_whole_encoded if request.log.is_complete else _send_encoded)(http, reply, request, name)
     elif request.log.is_complete:
         await _send_whole(http, reply, request, name)
     else:
@@ -64,11 +70,14 @@ async def _send_live(http: HttpRequest, reply: ResponseWriter, request: Request,
             pcm = await audio.next()
 
 
-async def _send_encoded(http: HttpRequest, reply: ResponseWriter, request: Request, name: str) -> None:
+async def _check_available(name: str) -> None:
     try:
         await check_coding(name)
     except AudioExtraMissing as fault:
         raise HttpError("not_implemented", str(fault), status=501) from None
+
+
+async def _send_encoded(http: HttpRequest, reply: ResponseWriter, request: Request, name: str) -> None:
     async with open_reader(http, request) as held:
         audio = await open_audio(held)
         pcm = await audio.next()
@@ -110,18 +119,8 @@ async def _send_whole(http: HttpRequest, reply: ResponseWriter, request: Request
         data_bytes = await _size_of(audio)
     head = wav_header(audio.format, data_bytes) if name == "wav" else b""
     total = len(head) + data_bytes
-    etag = f'"{request.request_id}.{name}"'
-    headers = {"accept-ranges": "bytes", "etag": etag}
-    whole = ByteRange(0, total)
-    span = whole if http.headers.get("if-range", etag) != etag else span_of(http.headers.get("range", ""), total)
-    if span is None:
-        await reply.answer(Response(status_code=416, headers=headers | {"content-range": f"bytes */{total}"}))
-        return
-    headers["content-length"] = str(span.end - span.first)
-    if span.part:
-        headers["content-range"] = f"bytes {span.first}-{span.end - 1}/{total}"
-    await reply.start(_content_type(name, audio.format), status=206 if span.part else 200, headers=headers)
-    if http.method == "HEAD":
+    etag = f'"{request.request_id}.{request.created_unix:.0f}.{name}"'
+    if (span := await _start(http, reply, _content_type(name, audio.format), etag, total)) is None:
         return
     at = len(head)
     await reply.write(span.cut(head, 0))
@@ -130,6 +129,48 @@ async def _send_whole(http: HttpRequest, reply: ResponseWriter, request: Request
         while at < span.end and (pcm := await audio.next()) is not None:
             await reply.write(span.cut(pcm, at))
             at += len(pcm)
+
+
+async def _send_whole_encoded(http: HttpRequest, reply: ResponseWriter, request: Request, name: str) -> None:
+    encode = partial(_encode, http, request, name)
+    async with context_of(http).encoded.open(principal_of(http).name, request, name, encode) as audio:
+        span = await _start(http, reply, CODINGS[name].content_type, audio.etag, len(audio.body))
+        if span is not None:
+            for at in range(span.first, span.end, PIECE_BYTES):
+                await reply.write(audio.body[at : min(at + PIECE_BYTES, span.end)])
+
+
+async def _encode(http: HttpRequest, request: Request, name: str) -> bytes:
+    body = bytearray()
+    async with open_reader(http, request) as held:
+        audio = await open_audio(held)
+        pcm = await audio.next()
+        transcoder = await open_transcoder(name, audio.format)
+        transcoder.encoder.make_repeatable()
+        while pcm is not None:
+            body += await transcoder.feed(pcm)
+            pcm = await audio.next()
+        body += await transcoder.finish()
+    return transcoder.encoder.with_sizes(bytes(body))
+
+
+async def _start(http: HttpRequest, reply: ResponseWriter, kind: str, etag: str, total: int) -> ByteRange | None:
+    """Send the head of a body of `total` bytes; returns the part of it to send, or None if none is to be sent."""
+    headers = {"accept-ranges": "bytes", "etag": etag}
+    known = {each.strip().removeprefix("W/") for each in http.headers.get("if-none-match", "").split(",")}
+    if known & {etag, "*"}:
+        await reply.answer(Response(status_code=304, headers=headers))
+        return None
+    whole = http.headers.get("if-range", etag) != etag
+    span = ByteRange(0, total) if whole else span_of(http.headers.get("range", ""), total)
+    if span is None:
+        await reply.answer(Response(status_code=416, headers=headers | {"content-range": f"bytes */{total}"}))
+        return None
+    headers["content-length"] = str(span.end - span.first)
+    if span.part:
+        headers["content-range"] = f"bytes {span.first}-{span.end - 1}/{total}"
+    await reply.start(kind, status=206 if span.part else 200, headers=headers)
+    return None if http.method == "HEAD" else span
 
 
 async def _size_of(audio: AudioStream) -> int:

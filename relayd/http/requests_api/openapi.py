@@ -272,7 +272,7 @@ PATHS: Schema = {
         "parameters": [_REQUEST_ID],
         "get": {
             "operationId": "audio",
-            "summary": "Return the audio: live while the request runs, with ranges (wav, pcm) once it has ended",
+            "summary": "Return the audio: live while the request runs, with ranges once it has ended",
             "parameters": [
                 _parameter(
                     "format",
@@ -286,6 +286,7 @@ PATHS: Schema = {
                 {
                     "200": {"description": "The audio.", "content": _AUDIO},
                     "206": {"description": "The requested range.", "content": _AUDIO},
+                    "304": {"description": "The client has it: its ETag is in If-None-Match."},
                     "416": {"description": _DESCRIPTIONS[416]},
                 },
                 404,

@@ -1,6 +1,6 @@
 """A WebSocket on a connection that was used for HTTP before, as proxies send it that keep their connections."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ async def test_who_comes_through_a_proxy_can_log_in(tmp_path: Path) -> None:
 
 
 def test_only_the_last_address_that_a_trusted_proxy_names_counts() -> None:
-    def named(*lines: bytes, peer: str = "127.0.0.1:5", trusted: Sequence[str] = ()) -> str | None:
+    def named(*lines: bytes, peer: str = "127.0.0.1:5", trusted: tuple[str, ...] = ()) -> str | None:
         head = b"GET / HTTP/1.1\r\n" + b"".join(line + b"\r\n" for line in lines) + b"\r\nX-Forwarded-For: 9.9.9.9"
         config = Config(state_dir=Path(), behind_proxy=True, trusted_proxies=trusted)
         assert client_of(peer, forwarded_for(head), attrs.evolve(config, behind_proxy=False)) is None
@@ -111,7 +111,7 @@ def test_only_the_last_address_that_a_trusted_proxy_names_counts() -> None:
         assert named(line, peer=peer) == "10.0.0.7", peer
     for peer in ("9.9.9.9:5", "[2a00::1]:5", "[::ffff:9.9.9.9]:5", "unix (pid 1)"):
         assert named(line, peer=peer) is None, peer
-    proxies = ["9.9.9.9", "10.0.0.0/8", "2a00::/16"]
+    proxies = ("9.9.9.9", "10.0.0.0/8", "2a00::/16")
     for peer in ("9.9.9.9:5", "[2a00::1]:5", "10.0.0.1:5"):
         assert named(line, peer=peer, trusted=proxies) == "8.8.8.8", peer
     assert named(line, peer="127.0.0.1:5", trusted=proxies) is None, "what is not listed is not trusted"
