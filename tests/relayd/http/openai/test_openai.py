@@ -206,7 +206,7 @@ async def test_what_the_space_declares_is_sent_on_and_checked(tmp_path: Path) ->
         for rate in ("x", 1.5, 10**29):
             status, told, _ = await error_of(relay.url, rate=rate)
             assert (status, told["code"]) == (422, "invalid_params")
-            assert told["param"] == ("rate" if rate != 10**29 else None)
+            assert told["param"] == "rate"
         status, told, _ = await error_of(relay.url, ref_audio="UklGRg==")
         assert (status, told["param"]) == (422, "ref_audio")
 
