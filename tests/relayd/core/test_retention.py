@@ -335,7 +335,9 @@ async def test_a_result_whose_file_is_gone_is_not_kept_but_how_a_request_failed_
         async with peer(relay.url, "client") as client:
             client.send(Attach(request_id=failed.request_id, attempt=1, after_seq=2))
             frame = await client.next(Failed)
-            assert (frame.code, frame.message, frame.retryable) == ("engine_failed", "it burst", True)
+            assert (frame.code, frame.message, frame.retryable) == ("engine_failed", "it burst", False), (
+                "as it was told"
+            )
         assert files(tmp_path) == []
 
 
