@@ -240,7 +240,9 @@ def _unsendable(wire: Mapping[str, Value], why: str, size: int = 0) -> EncodeErr
     fields = find_unsendable(wire, depth=MAX_DEPTH, entries=MAX_MAP, items=MAX_ARRAY)
     if not fields and size > MAX_CONTROL_BYTES:
         where, most = largest_value(wire)
-        all_of_it = f"all values together may have {MAX_CONTROL_BYTES:,}"
-        fields = {where: f"has {most:,} bytes, and {all_of_it}: send large values as files, or as bytes of their own"}
+        limit, advice = MAX_CONTROL_BYTES, "send large values as files, or as bytes of their own"
+        if size > MAX_MESSAGE_BYTES:
+            limit, advice = MAX_MESSAGE_BYTES, "send it in pieces"
+        fields = {where: f"has {most} bytes, and for all values together the limit is {limit}: {advice}"}
     told = "; ".join(f"{where} {words}" for where, words in fields.items()) or why
     return EncodeError(f"{wire.get('type')}: {told}", fields)

@@ -511,7 +511,7 @@ def test_what_the_wire_cannot_carry_is_an_encode_error(value: Any) -> None:
         ({"a": "good \ud83d"}, {"params.a": "is not UTF-8 at character 6"}),
         ({"a\udce9": 1}, {"params.a?": "is not UTF-8 at character 2"}),
         ({"a": [1, {"n": 10**29}], "b": -(2**63) - 1}, {"params.a.1.n": "is a whole number", "params.b": "is a whole"}),
-        ({"a": "x" * 70_000, "b": "é" * 100}, {"params.a": "has 70,000 bytes"}),
+        ({"a": "x" * 70_000, "b": "é" * 100}, {"params.a": "has 70000 bytes"}),
         ({"a": {str(key): 0 for key in range(65)}}, {"params.a": "has 65 entries, and may have 64"}),
         ({"a": [0] * 1025}, {"params.a": "has 1,025 items, and may have 1,024"}),
         ({"a": {1: 2}}, {"params.a": "has the key 1"}),
@@ -528,7 +528,7 @@ def test_an_encode_error_names_the_values_that_are_at_fault(params: Any, fields:
 
 
 def test_a_large_output_is_not_said_to_be_too_deep() -> None:
-    with pytest.raises(EncodeError, match=r"data.log has 200,000 bytes") as caught:
+    with pytest.raises(EncodeError, match=r"data.log has 200000 bytes") as caught:
         encode(Output(request_id=ID, attempt=1, seq=1, data={"log": "x" * 200_000}))
     assert "nested" not in str(caught.value)
 

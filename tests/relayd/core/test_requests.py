@@ -53,7 +53,8 @@ async def test_a_request_crosses_the_relay_as_the_bytes_that_came(tmp_path: Path
 
 
 TOO_LARGE = (
-    "has 65,400 bytes, and all values together may have 65,536: send large values as files, or as bytes of their own"
+    "has 65400 bytes, and for all values together the limit is 65536: "
+    "send large values as files, or as bytes of their own"
 )
 
 
