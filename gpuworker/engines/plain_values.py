@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Mapping, Set
 from typing import Any
 
-from protocol.wire.codec import MAX_VALUES
 from protocol.wire.validators import Value
 
 #: Deeper than any message may be nested; a value that contains itself ends here.
@@ -47,6 +46,8 @@ def plain(value: Any, depth: int = 0) -> Value:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name), depth + 1) for field in dataclasses.fields(value)}
     if is_array(value):
+        from protocol.wire.codec import MAX_VALUES  # here, for `gpuworker engines` needs no msgpack
+
         if math.prod(value.shape) > MAX_VALUES:
             raise ValueError(f"an array of {math.prod(value.shape)} values; yield it in parts, or as array.tobytes()")
         value = value.detach().cpu() if hasattr(value, "detach") else value  # torch, perhaps on the GPU
