@@ -21,13 +21,13 @@ RUN_DESCRIPTION = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with the codes of docs/design.md §11."""
-    given = _parser().parse_args(arguments)
+    args = _parser().parse_args(arguments)
     try:
         # Each command imports only what it needs, so that --help and `engines` do not wait for the rest.
         from gpuworker.config import ConfigError
 
         try:
-            code: int = given.command(given)
+            code: int = args.command(args)
         except ConfigError as fault:
             print(f"gpuworker: {fault}", file=sys.stderr)
             code = USAGE
@@ -76,17 +76,17 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
     add_doctor_options(parser)
 
 
-def _run(given: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     from gpuworker.config import read_config
     from gpuworker.serving import run_worker
 
-    return run_worker(read_config(given))
+    return run_worker(read_config(args))
 
 
-def _doctor(given: argparse.Namespace) -> int:
+def _doctor(args: argparse.Namespace) -> int:
     from gpuworker.doctor import run_doctor
 
-    return run_doctor(given)
+    return run_doctor(args)
 
 
 # -- engines -----------------------------------------------------------------------------------------------------
@@ -120,12 +120,12 @@ def describe_engine(name: str) -> "dict[str, Value]":
     return {"name": name, "summary": engine.SUMMARY, "runs_here": not missing, "missing": missing, "options": options}
 
 
-def list_engines(given: argparse.Namespace) -> int:
+def list_engines(args: argparse.Namespace) -> int:
     """Print the installed engines."""
     from gpuworker.engines.catalog import engine_names
 
     engines = [describe_engine(name) for name in engine_names()]
-    if given.json:
+    if args.json:
         print(json.dumps(engines, ensure_ascii=False, indent=2))
         return DONE
     for engine in engines:

@@ -104,7 +104,7 @@ def add_engine_options(parser: argparse.ArgumentParser, default: str | None, eng
     )
 
 
-def read_config(given: argparse.Namespace, environ: Mapping[str, str] | None = None) -> WorkerConfig:
+def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> WorkerConfig:
     """Read the configuration from a parsed command line and the environment.
 
     Raises:
@@ -115,29 +115,29 @@ def read_config(given: argparse.Namespace, environ: Mapping[str, str] | None = N
     address, token, engine_class = None, None, None
     options: dict[str, OptionValue] = {}
     try:
-        address = from_environment(given.relay, environ)
+        address = from_environment(args.relay, environ)
     except ValueError as fault:
         faults.append(str(fault))
     try:
-        token = read_token(given.token_file) if given.token_file else token_from_environment(environ)
+        token = read_token(args.token_file) if args.token_file else token_from_environment(environ)
     except ValueError as fault:
         faults.append(str(fault))
-    spaces = tuple(dict.fromkeys(given.space or [DEFAULT_SPACE]))
+    spaces = tuple(dict.fromkeys(args.space or [DEFAULT_SPACE]))
     faults += [
         f"--space {space}: not a valid space name ({SPACE_PATTERN.pattern})"
         for space in spaces
         if not SPACE_PATTERN.fullmatch(space)
     ]
-    if not 1 <= given.slots <= MAX_SLOTS:
-        faults.append(f"--slots {given.slots}: must lie in 1..{MAX_SLOTS}")
+    if not 1 <= args.slots <= MAX_SLOTS:
+        faults.append(f"--slots {args.slots}: must lie in 1..{MAX_SLOTS}")
     for name in ("load_timeout", "cancel_grace", "drain_timeout"):
-        if not 0 <= getattr(given, name) < float("inf"):
-            faults.append(f"--{name.replace('_', '-')} {getattr(given, name)}: must be a number of seconds, 0 or more")
+        if not 0 <= getattr(args, name) < float("inf"):
+            faults.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number of seconds, 0 or more")
     try:
-        engine_class = find_engine(given.engine)
-        options = parse_options(engine_class.OPTIONS, given.options)
+        engine_class = find_engine(args.engine)
+        options = parse_options(engine_class.OPTIONS, args.options)
         engine_class(options)  # checks that only the engine can do
-        faults += [needs(given.engine, lack) for lack in engine_class.check(options, given.slots)]
+        faults += [needs(args.engine, lack) for lack in engine_class.check(options, args.slots)]
     except (EngineNotFound, OptionError) as fault:
         faults.append(str(fault))
     if faults or address is None or engine_class is None:
@@ -146,15 +146,15 @@ def read_config(given: argparse.Namespace, environ: Mapping[str, str] | None = N
         address=address,
         token=token,
         spaces=spaces,
-        engine=given.engine,
+        engine=args.engine,
         engine_class=engine_class,
         options=options,
-        slots=given.slots,
-        name=worker_name(given.name),
-        in_threads=given.in_threads,
-        load_timeout_s=given.load_timeout,
-        cancel_grace_s=given.cancel_grace,
-        drain_timeout_s=given.drain_timeout,
+        slots=args.slots,
+        name=worker_name(args.name),
+        in_threads=args.in_threads,
+        load_timeout_s=args.load_timeout,
+        cancel_grace_s=args.cancel_grace,
+        drain_timeout_s=args.drain_timeout,
     )
 
 
@@ -163,6 +163,6 @@ def needs(engine: str, lack: Missing) -> str:
     return f"engine {engine!r} needs {lack.what}" + (f": {lack.install}" if lack.install else "")
 
 
-def worker_name(given: str | None) -> str:
+def worker_name(name: str | None) -> str:
     """The worker's name as shown to people: the one given, else the host name."""
-    return re.sub(r"\s+", "-", (given or socket.gethostname() or "worker").strip())[:64] or "worker"
+    return re.sub(r"\s+", "-", (name or socket.gethostname() or "worker").strip())[:64] or "worker"

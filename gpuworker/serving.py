@@ -46,15 +46,15 @@ async def _serve(config: WorkerConfig) -> int:
     )
     manager = ServiceManager.from_environment()
     service = HealthService(worker, slots, manager, config.cancel_grace_s, config.drain_timeout_s)
-    heard: list[int] = []
+    received: list[int] = []
     failure: WorkerError | None = None
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
 
             async def listen() -> None:
                 async for number in signals:
-                    heard.append(number)
-                    if len(heard) == 1:
+                    received.append(number)
+                    if len(received) == 1:
                         worker.drain(f"{signal.Signals(number).name}; send it again to stop at once")
                         service.stopping()
                     else:
@@ -69,7 +69,7 @@ async def _serve(config: WorkerConfig) -> int:
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    return INTERRUPTED if signal.SIGINT in heard or len(heard) > 1 else DONE
+    return INTERRUPTED if signal.SIGINT in received or len(received) > 1 else DONE
 
 
 def make_slots(config: WorkerConfig) -> list[Slot]:

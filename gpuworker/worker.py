@@ -326,7 +326,7 @@ class Worker:
         if self._failure is None and (broken := next((s.broken for s in self._slots if s.broken), "")):
             log.error("%s", broken)
             self._failure, self._fault = WorkerError(ErrorCode.ENGINE_FAILED.value, broken), broken
-            self.drain("its GPU failed")  # what the relay has not heard yet is delivered first
+            self.drain("its GPU failed")  # frames that the relay does not have yet are delivered first
         self._on_status()
 
     def _on_registered(self, registered: Registered) -> None:

@@ -21,7 +21,7 @@ from tui.model.actions import Plan
 from tui.model.feed import Ask, Feed, Listen, Source
 from tui.model.formatting import plain, short_id
 from tui.model.relay_model import RelayModel, RowView
-from tui.model.row_filter import said
+from tui.model.row_filter import searchable_text
 from tui.screens import tables
 from tui.screens.base import RelayScreen
 from tui.screens.dialogs import HelpDialog, JumpDialog
@@ -319,7 +319,7 @@ class RelayTui(App[int]):
         for topic in ("spaces", "workers", "requests", "clients"):
             word = topic[:-1]
             for view in self.model.rows(topic):
-                if wanted and wanted not in said(view).lower():
+                if wanted and wanted not in searchable_text(view).lower():
                     continue
                 found.append((f"{topic}/{view.key}", f"{word} {_described(view)}"))
                 if len(found) > MAX_FOUND:
@@ -345,8 +345,8 @@ class RelayTui(App[int]):
 
 
 def _described(view: RowView) -> str:
-    words = [view.text("name") or view.key, view.text("principal"), view.text("state")]
-    return plain("  ".join(word for word in words if word))
+    parts = [view.text("name") or view.key, view.text("principal"), view.text("state")]
+    return plain("  ".join(word for word in parts if word))
 
 
 def _outcome(plan: Plan, answers: Sequence[tuple[str, Done | Rejected]]) -> Piece:

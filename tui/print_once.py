@@ -72,20 +72,20 @@ def describe(rows: Rows, width: int | None = None, *, ascii_only: bool = False) 
 
 
 def _relay(view: RowView) -> str:
-    said = [
+    parts = [
         f"relay {state_glyphs.mark('relay', formatting.plain(view.text('state')))}",
         f"up {formatting.age(view.number('uptime_s') or 0)}",
         f"{view.text('workers')} workers, {view.text('queued')} queued, {view.text('running')} running",
     ]
     half, most = view.number("first_audio_p50_s"), view.number("first_audio_p95_s")
     if half is not None and most is not None:
-        said.append(f"first audio {formatting.seconds(half)} (p95 {formatting.seconds(most)})")
+        parts.append(f"first audio {formatting.seconds(half)} (p95 {formatting.seconds(most)})")
     known: Sequence[tuple[str, Callable[[float], str]]] = (
         ("out_bytes_s", lambda value: f"{formatting.rate(value)} out"),
         ("errors_min", lambda value: f"{formatting.count(value)} errors/min"),
     )
-    said += [form(value) for key, form in known if (value := view.number(key)) is not None]
-    return ", ".join(said)
+    parts += [form(value) for key, form in known if (value := view.number(key)) is not None]
+    return ", ".join(parts)
 
 
 def _table(kind: str, views: list[RowView], width: int, most: int | None = None) -> list[str]:

@@ -14,7 +14,7 @@ _FAILED = re.compile(
     r"|(CU|HIP|ROC)[A-Z]+_STATUS_|device-side assert|illegal memory access",
     re.IGNORECASE,
 )
-#: Their words quote what a function was given, which may be anything.
+#: Their messages quote what a function was given, which may be anything.
 _QUOTING = (ValueError, TypeError, LookupError)
 
 
@@ -35,10 +35,10 @@ def find_device_fault(fault: BaseException) -> DeviceFault | None:
 
 def _fault_of(fault: BaseException) -> DeviceFault | None:
     classes = {base.__name__ for base in type(fault).__mro__}
-    words = "" if isinstance(fault, _QUOTING) else error_text(fault)
-    if _MEMORY_CLASS in classes or _MEMORY.search(words):
+    text = "" if isinstance(fault, _QUOTING) else error_text(fault)
+    if _MEMORY_CLASS in classes or _MEMORY.search(text):
         return DeviceFault.MEMORY
-    if _FAILED_CLASS in classes or _FAILED.search(words):
+    if _FAILED_CLASS in classes or _FAILED.search(text):
         return DeviceFault.FAILED
     return None
 

@@ -93,7 +93,7 @@ class EngineMain:
             def emit(chunk: Chunk) -> None:
                 self._send(ipc.encode_chunk(chunk))
 
-            inputs = {name: EngineInput(**given) for name, given in message["inputs"].items()}
+            inputs = {name: EngineInput(**item) for name, item in message["inputs"].items()}
             end = run_engine(engine, message["params"], inputs, cancelled, emit, RequestContext(**message["context"]))
             for stream in (sys.stdout, sys.stderr):  # what this run printed belongs under its own name in the log
                 with contextlib.suppress(OSError, ValueError):

@@ -85,7 +85,7 @@ class ProcessSlot(Slot):
             with trio.move_on_after(self._load_timeout_s) as deadline:
                 await child.send({"do": "load", "engine": self._engine, "options": self._options})
                 while answer is None and (batch := await child.receive()):
-                    answer = next((said for said in batch if said["is"] != "progress"), None)
+                    answer = next((message for message in batch if message["is"] != "progress"), None)
                     deadline.deadline = trio.current_time() + self._load_timeout_s
         if answer is not None and answer["is"] == "ready":
             self.capabilities = ipc.decode_capabilities(answer["capabilities"])
@@ -106,16 +106,16 @@ class ProcessSlot(Slot):
     async def _live(self, child: EngineProcess) -> None:
         self._died = "the worker stopped"
         while batch := await child.receive():
-            for said in batch:
-                self._on_ipc_message(said)
+            for message in batch:
+                self._on_ipc_message(message)
         how = await child.wait_exit()
         log.warning("%s: %s", self.name, how)
         self._died = f"{how}; a new one is started; see its output in the worker's log"
 
-    def _on_ipc_message(self, said: dict[str, Any]) -> None:
+    def _on_ipc_message(self, message: dict[str, Any]) -> None:
         run = self._run
         try:
-            chunk = ipc.decode_chunk(said)
+            chunk = ipc.decode_chunk(message)
         except ValueError as fault:  # not a valid format
             if run is not None:
                 run.fail(fault)
@@ -123,8 +123,8 @@ class ProcessSlot(Slot):
         if chunk is not None:
             if run is not None:
                 run.emit(chunk)
-        elif said["is"] == "end":
-            end = RunResult(**{name: value for name, value in said.items() if name != "is"})
+        elif message["is"] == "end":
+            end = RunResult(**{name: value for name, value in message.items() if name != "is"})
             if self._child is not None:
                 self._child.end_run()
             if end.restart:
@@ -136,9 +136,9 @@ class ProcessSlot(Slot):
         assert self._child is not None
         self._runs += 1
         self._child.request_id = job.context.request_id
-        inputs = {name: attrs.asdict(given) for name, given in job.inputs.items()}
-        told = {"params": job.params, "inputs": inputs, "context": attrs.asdict(job.context)}
-        await self._child.send({"do": "run", "run": self._runs, **told})
+        inputs = {name: attrs.asdict(item) for name, item in job.inputs.items()}
+        job_fields = {"params": job.params, "inputs": inputs, "context": attrs.asdict(job.context)}
+        await self._child.send({"do": "run", "run": self._runs, **job_fields})
 
     async def _stop_when_asked(self, run: Run) -> None:
         await run.cancel_asked.wait()

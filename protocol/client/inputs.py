@@ -35,8 +35,8 @@ async def read_inputs(sources: Mapping[str, InputSource]) -> tuple[dict[str, byt
     """
     data: dict[str, bytes] = {}
     infos: dict[str, InputInfo] = {}
-    for name, given in sources.items():
-        source, media_type = given if isinstance(given, tuple) else (given, None)
+    for name, entry in sources.items():
+        source, media_type = entry if isinstance(entry, tuple) else (entry, None)
         if isinstance(source, Path):
             media_type = media_type or mimetypes.guess_type(source.name)[0]
             data[name] = await trio.to_thread.run_sync(_read, source)

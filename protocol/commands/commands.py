@@ -27,7 +27,7 @@ from protocol.wire.params_schema import takes_text
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Struct, Value
 
-#: How long the answer is awaited to what a space takes; without it, the refusal is told as it came.
+#: How long to wait for the list of what a space accepts; without it, the refusal is printed as it came.
 SPACES_S = 3.0
 
 Params = dict[str, Value]

@@ -166,7 +166,7 @@ class AudioWriter:
         if not self._owned or self._fd < 0:
             return
         if self._mp3 is not None:
-            with suppress(OSError):  # a full disk was told of already, by the write before
+            with suppress(OSError):  # the write before has already reported a full disk
                 self._write_all(self._mp3.finish())
         if self.is_wav and self.format is not None and os.fstat(self._fd).st_size > HEADER_BYTES + self.data_bytes:
             os.ftruncate(self._fd, HEADER_BYTES + self.data_bytes)  # drop the rest of a write that failed halfway

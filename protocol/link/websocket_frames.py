@@ -380,8 +380,8 @@ class Parser:
             return
         self._end(Close(code, reason))
 
-    def _fault(self, code: int, words: str) -> bool:
-        self._end(Fault(code, words))
+    def _fault(self, code: int, message: str) -> bool:
+        self._end(Fault(code, message))
         return False
 
     def _end(self, event: Event) -> None:

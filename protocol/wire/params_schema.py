@@ -153,10 +153,10 @@ class _Walk:
             raise ValueError(f"params: the schema is too large: more than {MAX_PARTS:,} keywords, choices and names")
 
 
-def _fault(path: tuple[str, ...], words: str) -> ValueError:
+def _fault(path: tuple[str, ...], reason: str) -> ValueError:
     # Search from the end: the keyword is there.
     where = ".".join(part[:MAX_FIELD_CHARS] for part in path)
-    return ValueError(f"{where if len(where) <= MAX_WORDS_CHARS else '...' + where[-MAX_WORDS_CHARS:]} {words}")
+    return ValueError(f"{where if len(where) <= MAX_WORDS_CHARS else '...' + where[-MAX_WORDS_CHARS:]} {reason}")
 
 
 def check_params(schema: dict[str, Value], params: dict[str, Value]) -> dict[str, str]:
@@ -174,9 +174,9 @@ def check_params(schema: dict[str, Value], params: dict[str, Value]) -> dict[str
     if not schema:
         return faults
     try:
-        for path, words in _Check().faults(schema, params, ()):
+        for path, reason in _Check().faults(schema, params, ()):
             field = _cut(".".join(str(part)[:MAX_FIELD_CHARS] for part in path), MAX_FIELD_CHARS)
-            faults.setdefault(field, _cut(words, MAX_WORDS_CHARS))
+            faults.setdefault(field, _cut(reason, MAX_WORDS_CHARS))
             if len(faults) >= MAX_FAULTS:
                 break
     except _TooLong:
@@ -228,8 +228,8 @@ def takes_text(schema: Value, text: str) -> bool:
     )
 
 
-def _cut(words: str, at: int) -> str:
-    return words if len(words) <= at else words[: at - 3] + "..."
+def _cut(text: str, at: int) -> str:
+    return text if len(text) <= at else text[: at - 3] + "..."
 
 
 class _TooLong(Exception):

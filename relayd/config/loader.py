@@ -72,8 +72,8 @@ def load_config(
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
     """Return the default state folder: systemd's `$STATE_DIRECTORY`, else `relayd` in the user's state folder."""
-    if given := environ.get("STATE_DIRECTORY", "").split(":")[0]:
-        return Path(given)
+    if configured := environ.get("STATE_DIRECTORY", "").split(":")[0]:
+        return Path(configured)
     home = environ.get("XDG_STATE_HOME", "")
     # The XDG specification requires that relative paths are ignored.
     return (Path(home) if home.startswith("/") else Path(environ.get("HOME") or Path.home(), ".local/state")) / "relayd"
@@ -110,8 +110,8 @@ def _make_absolute(raw: dict[str, Value], folder: Path) -> None:
     """Make paths absolute, relative to `folder`: the file's own for paths in the file, else the current one."""
     tls = raw.get("tls")
     for table, key in ((raw, "state_dir"), (tls, "cert"), (tls, "key")):
-        if isinstance(table, dict) and isinstance(given := table.get(key), str) and given and "\0" not in given:
-            table[key] = str(folder / Path(given).expanduser())
+        if isinstance(table, dict) and isinstance(path := table.get(key), str) and path and "\0" not in path:
+            table[key] = str(folder / Path(path).expanduser())
 
 
 def _merge_environment(raw: dict[str, Value], environ: Mapping[str, str]) -> list[str]:

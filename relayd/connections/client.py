@@ -327,7 +327,7 @@ class ClientHandler:
                 self.relay.nursery.start_soon(self._send_deferred_statuses, request)
 
     async def _send_deferred_statuses(self, request: Request) -> None:
-        """Tell how a request stands once that is safe: a relay that is killed must not forget what it told."""
+        """Send the status of a request once it is stored: a relay that is killed must not forget what it reported."""
         try:
             refusal = await self.relay.finalizer.wait_safe(request)
             for _ in range(self._deferred_statuses.pop(request.request_id)):
@@ -401,7 +401,7 @@ def _refuse_text(fault: BadText) -> Rejected | None:
     request_id = fault.wire.get("request_id")
     if fault.wire.get("type") != Submit.TYPE or not isinstance(request_id, str) or not ID_PATTERN.fullmatch(request_id):
         return None
-    details: dict[str, Value] = {name.removeprefix("params."): words for name, words in fault.fields.items()}
-    told = "; ".join(f"{name} {words}" for name, words in details.items())
-    message = f"{told}; send text as UTF-8, and do not cut it inside a character"
+    details: dict[str, Value] = {name.removeprefix("params."): text for name, text in fault.fields.items()}
+    faults = "; ".join(f"{name} {text}" for name, text in details.items())
+    message = f"{faults}; send text as UTF-8, and do not cut it inside a character"
     return Rejected.because(ErrorCode.INVALID_PARAMS, message, request_id=request_id, details=details)

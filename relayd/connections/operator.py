@@ -109,8 +109,8 @@ class OperatorHandler(ClientHandler):
             except StoreError as fault:
                 answer = Rejected.because(fault.code, str(fault))
             except trio.TooSlowError:
-                words = f"the disk has not answered for {ACTION_TIMEOUT_S:g} s; {NOT_STORED}"
-                answer = Rejected.because(ErrorCode.STORAGE_FULL, words)
+                message = f"the disk has not answered for {ACTION_TIMEOUT_S:g} s; {NOT_STORED}"
+                answer = Rejected.because(ErrorCode.STORAGE_FULL, message)
             if steer.action not in READ_ONLY_ACTIONS:
                 self._audit(steer, answer)
         return answer
@@ -119,7 +119,7 @@ class OperatorHandler(ClientHandler):
         """Wait until what an action has changed is in the store.
 
         Raises:
-            StoreError: the disk does not take it now; it will be tried again.
+            StoreError: the disk cannot store it now; it will be tried again.
         """
         request = self.relay.requests.get(steer.target)
         try:

@@ -244,7 +244,7 @@ class Admission:
     async def _commit(self, request: Request, faults: dict[str, StoreError]) -> None:
         """Commit one request; the store combines a batch into one transaction and fails only the faulty commits."""
         if not request.live:
-            return  # cancelled, and the client was told so: a request stored now would run after the next start
+            return  # cancelled, and reported to the client as such: a request stored now would run after the next start
         try:
             await self.relay.store.commit(_put(request, self.relay.clock.of(trio.current_time())))
             request.accepted = True

@@ -25,9 +25,9 @@ from relayd.store.base import StoreError
 
 log = structlog.get_logger("relayd.results")
 
-#: Before a cancellation that the disk did not take is tried again.
+#: Seconds until the relay tries again to store a cancellation that the disk refused.
 RETRY_S = 1.0
-#: For the disk to take what was decided of a request, before who asks is told that it does not.
+#: Seconds that a reply waits for the disk to store a decision about a request; then the reply is a refusal.
 SAFE_S = 5.0
 
 
@@ -102,25 +102,25 @@ class Finalizer:
             await self._changed.wait()
 
     async def wait_safe(self, request: Request) -> Rejected | None:
-        """Wait until what was decided of a request is in the store, so that it can be told; or say why it cannot."""
+        """Wait until the decision about a request is in the store and may be reported; else return a refusal."""
         with trio.move_on_after(SAFE_S):
             while request in self.unfinalized:
                 await self._changed.wait()
             return None
-        words = "the relay's disk does not take what became of the request; ask again later"
-        return Rejected.because(ErrorCode.STORAGE_FULL, words, request_id=request.request_id)
+        message = "the relay's disk cannot store the outcome of the request now; ask again later"
+        return Rejected.because(ErrorCode.STORAGE_FULL, message, request_id=request.request_id)
 
     async def _record(self, request: Request) -> None:
-        told = False
+        logged = False
         while True:
             update = self.relay.status_update(request)
             try:
                 await self.relay.store.commit(update)
                 return
             except StoreError as fault:
-                if not told:
+                if not logged:
                     log.error("request end not stored, retrying", request_id=request.request_id, why=str(fault))
-                    told = True
+                    logged = True
             if not request.live and request.entry.state is not State.CANCELLED:
                 self.relay.store.post(update)
                 return

@@ -20,8 +20,8 @@ log = structlog.get_logger("relayd")
 
 #: The wire allows attempts up to a million, and the first after a restart skips one. No request gets anywhere near it.
 LAST_ATTEMPT = 999_990
-#: Damaged records that are told one by one.
-MAX_TOLD = 20
+#: Damaged records that are logged one by one.
+MAX_REPORTED = 20
 
 
 async def restore(relay: Relay, loaded: Loaded) -> None:
@@ -30,10 +30,10 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
     Raises:
         StoreError: the results folder cannot be used.
     """
-    for words in loaded.damaged[:MAX_TOLD]:
-        log.error("store has a damaged record", what=words)
-    if len(loaded.damaged) > MAX_TOLD:
-        log.error("store has more damaged records", records=len(loaded.damaged) - MAX_TOLD)
+    for damage in loaded.damaged[:MAX_REPORTED]:
+        log.error("store has a damaged record", what=damage)
+    if len(loaded.damaged) > MAX_REPORTED:
+        log.error("store has more damaged records", records=len(loaded.damaged) - MAX_REPORTED)
     relay.records_set_aside = len(loaded.damaged)
     relay.workers.drained.update(dict.fromkeys(loaded.drains))
     records = {record.name: record for record in loaded.spaces}

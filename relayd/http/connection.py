@@ -271,7 +271,7 @@ class Connection:
             except _GONE:
                 return False
             return True
-        log.warning("client took no data", peer=self.slot.peer, for_s=stall_timeout_s)
+        log.warning("client read nothing", peer=self.slot.peer, for_s=stall_timeout_s)
         self.context.relay.slow_consumers += 1
         return False
 

@@ -302,10 +302,10 @@ def find_request(http: HttpRequest, request_id: str) -> Request:
 
 
 async def wait_safe(http: HttpRequest, request: Request) -> None:
-    """Wait until how a request stands is stored: a relay that is killed must not forget what it told.
+    """Wait until the status of a request is stored: a relay that is killed must not forget what it reported.
 
     Raises:
-        HttpError: the disk does not take it.
+        HttpError: the disk cannot store it.
     """
     if (refusal := await context_of(http).relay.finalizer.wait_safe(request)) is not None:
         raise HttpError.of(refusal)

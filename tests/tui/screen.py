@@ -97,7 +97,7 @@ class Scripted:
             self.heard = None
 
 
-REFUSED = Rejected.because(ErrorCode.REQUEST_NOT_FOUND, "request is not known here")
+REFUSED = Rejected.because(ErrorCode.REQUEST_NOT_FOUND, "request is unknown")
 
 
 @attrs.define(eq=False)

@@ -140,7 +140,7 @@ async def test_a_refusal_is_told() -> None:
         stage.source.answers[a] = REFUSED
         await stage.snapshot(requests=[a_request(a, age_s=9.0), a_request(b)])
         await stage.press("x", "y")
-        await stage.until(lambda: "not done: request_not_found: request is not known here" in stage.text)
+        await stage.until(lambda: "not done: request_not_found: request is unknown" in stage.text)
         await stage.press("space", "space", "x", "y")
         await stage.until(lambda: "1 of 2 not done" in stage.text)
 

@@ -47,7 +47,7 @@ def relay(play: Play, *, still: bool = False) -> Row:
     states = [request.state for request in play.requests.values()]
     first = sorted(value for space in play.spaces.values() for value in space.first_audio)
     requests, audio_s, errors = (sum(play.last_seconds(MINUTE_S, at)) for at in range(3))
-    told: Row = {
+    row: Row = {
         "name": "relay",
         "version": "0.2.0",
         "host": "relay.example.org",
@@ -76,7 +76,7 @@ def relay(play: Play, *, still: bool = False) -> Row:
         "result_disk_bytes": 0,
         "results_unsaved": 0,
     }
-    return told if still else {**told, "uptime_s": round(play.scene.uptime_s + play.now, 1)}
+    return row if still else {**row, "uptime_s": round(play.scene.uptime_s + play.now, 1)}
 
 
 def _space(play: Play, space: Space) -> Row:
@@ -111,7 +111,7 @@ def _space(play: Play, space: Space) -> Row:
 
 
 def _worker(play: Play, worker: Worker) -> Row:
-    part, silent = worker.part, worker.last_heard is not None
+    part, silent = worker.part, worker.silent_since is not None
     if not worker.connected:
         state = "away"
     elif silent:
@@ -133,7 +133,7 @@ def _worker(play: Play, worker: Worker) -> Row:
         "principal": "gpu",
         "peer": part.peer,
         "rtt_ms": part.rtt_ms if worker.connected else None,
-        "last_seen_s": None if worker.last_heard is None else round(play.now - worker.last_heard, 1),
+        "last_seen_s": None if worker.silent_since is None else round(play.now - worker.silent_since, 1),
         "rtf": rtf if worker.held else None,
         "bytes_s": int(speaking * BYTES_PER_AUDIO_S / rtf),
         "slots": part.slots,

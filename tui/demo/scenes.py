@@ -144,7 +144,7 @@ SCENES: dict[str, Scene] = {
         steered=(
             (310, "dana", "pause_space", "tts-draft", "done", ""),
             (48, "root", "drain_worker", "relay-host", "done", ""),
-            (19, "root", "cancel", "0c21f7aa", "request_not_found", "request 0c21f7aa is not known here"),
+            (19, "root", "cancel", "0c21f7aa", "request_not_found", "request 0c21f7aa is unknown"),
         ),
     ),
 }

@@ -74,13 +74,13 @@ class Worker:
     draining: bool = False
     held: list[str] = attrs.field(factory=list)
     connected: bool = True
-    #: When it was last heard, if it has gone silent; None while it answers.
-    last_heard: float | None = None
+    #: When its last message came, if it is silent; None while it answers.
+    silent_since: float | None = None
 
     @property
     def free(self) -> bool:
         """Whether it can take another request."""
-        return self.connected and self.last_heard is None and not self.draining and len(self.held) < self.part.slots
+        return self.connected and self.silent_since is None and not self.draining and len(self.held) < self.part.slots
 
 
 @attrs.define(eq=False)
@@ -164,7 +164,7 @@ class Play:
             worker.draining = worker.part.draining
             worker.connected = not worker.part.away
             if worker.part.silent_s is not None:
-                worker.last_heard = -worker.part.silent_s
+                worker.silent_since = -worker.part.silent_s
             if worker.part.away:
                 self.note(
                     "warning", "worker disconnected", worker_id=worker.worker_id, details="why=no answer to pings"
@@ -239,7 +239,7 @@ class Play:
 
     def _go_on(self, request: Request, tick_s: float) -> None:
         worker = self.workers[request.worker_id or ""]
-        if not worker.connected or worker.last_heard is not None:
+        if not worker.connected or worker.silent_since is not None:
             return
         ran = self.now - (request.started or 0.0)
         if request.stopping:
@@ -292,7 +292,7 @@ class Play:
         self.note("warning" if state == "failed" else "info", f"request {state}", request, why + took)
         self.touch(request)
 
-    # -- told
+    # -- changes
 
     def touch(self, request: Request) -> None:
         """Mark a request, and every row that shows it, as changed."""
@@ -376,7 +376,7 @@ class Play:
             return None
         for worker in self.workers.values():
             if worker.connection_id == connection_id and worker.connected:
-                worker.connected, worker.last_heard = False, self.now
+                worker.connected, worker.silent_since = False, self.now
                 self.touched.add(("workers", worker.worker_id))
                 return None
-        return Rejected.because(ErrorCode.INVALID_PARAMS, f"connection {connection_id!r} is not known here")
+        return Rejected.because(ErrorCode.INVALID_PARAMS, f"connection {connection_id!r} is unknown")

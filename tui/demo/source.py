@@ -62,12 +62,12 @@ class Demo:
     async def changes(self) -> AsyncGenerator[Snapshot | Delta, None]:
         """Yield one snapshot, then deltas for ever."""
         yield self.snapshot()
-        told = trio.current_time()
+        sent_at = trio.current_time()
         while True:
             await trio.sleep(DELTA_S)
             now = trio.current_time()
-            delta = self.step(now - told)
-            told = now
+            delta = self.step(now - sent_at)
+            sent_at = now
             if delta.data or delta.gone:
                 yield delta
 
@@ -81,7 +81,7 @@ class Demo:
         if action == "describe":
             request = self.play.requests.get(target)
             if request is None:
-                return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"request {target} is not known here")
+                return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"request {target} is unknown")
             return Done(action=action, target=target, data=demo_rows.describe(self.play, request))
         if self.readonly:
             refusal: Rejected | None = Rejected.because(
@@ -113,9 +113,7 @@ class Demo:
             case "disconnect":
                 return play.disconnect(target)
             case "cancel" | "promote":
-                return Rejected.because(
-                    ErrorCode.REQUEST_NOT_FOUND, f"request {target} is not known here, or not queued"
-                )
+                return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"request {target} is unknown, or not queued")
             case _:
                 return Rejected.because(ErrorCode.INVALID_PARAMS, f"{action} {target!r}: no such target here")
         return None

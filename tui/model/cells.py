@@ -165,7 +165,7 @@ def request_state(view: RowView, now: float) -> Cell:
 
 
 def last_seen(view: RowView, now: float) -> Cell:
-    """The time since a worker was last heard; `now` while it answers its pings."""
+    """The time since the last message of a worker; `now` while it answers its pings."""
     value = view.aged("last_seen_s", now)
     return Cell("now", DIM) if value is None else Cell(formatting.age(value), "bad")
 
@@ -178,8 +178,8 @@ def client_state(view: RowView, _now: float) -> Cell:
 
 def audit_outcome(view: RowView, _now: float) -> Cell:
     """`done`, or why the relay refused."""
-    said = view.text("outcome")
-    if said == "done":
+    outcome = view.text("outcome")
+    if outcome == "done":
         return Cell(state_glyphs.mark("outcome", "done"), "good")
     why = f": {message}" if (message := view.text("message")) else ""
-    return Cell(f"{state_glyphs.look('outcome', 'refused').glyph} {formatting.plain(said + why)}", "bad")
+    return Cell(f"{state_glyphs.look('outcome', 'refused').glyph} {formatting.plain(outcome + why)}", "bad")

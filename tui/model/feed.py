@@ -59,8 +59,8 @@ class Source(Protocol):
     async def steer(self, action: str, target: str, options: Options) -> Done | Rejected:
         """Carry out an action and return the relay's answer."""
 
-    async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
-        """Pass the audio of a request to `heard` as it arrives, until it ends."""
+    async def listen(self, request_id: str, after_seq: int, on_audio: Callable[[bytes], None]) -> None:
+        """Pass the audio of a request to `on_audio` as it arrives, until it ends."""
 
 
 class RelaySource:
@@ -126,7 +126,7 @@ class RelaySource:
             return Rejected.because(ErrorCode.INTERNAL, f"{fault}; whether it was done is not known")
         return Done(action=action, target=target, data=data)
 
-    async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
+    async def listen(self, request_id: str, after_seq: int, on_audio: Callable[[bytes], None]) -> None:
         """Subscribe to the frames of the request."""
         if self._relay is None:
             return
@@ -134,7 +134,7 @@ class RelaySource:
             async with self._relay.attach(request_id, after_seq) as stream:
                 async for frame in stream:
                     if isinstance(frame, Audio):
-                        heard(frame.pcm)
+                        on_audio(frame.pcm)
         except (LinkError, RequestError):
             return  # the row of the request shows how it ended
 
@@ -159,11 +159,11 @@ class Simulated:
         answer: Done | Rejected = await self._demo.steer(action, target, options)
         return answer
 
-    async def listen(self, request_id: str, after_seq: int, heard: Callable[[bytes], None]) -> None:
+    async def listen(self, request_id: str, after_seq: int, on_audio: Callable[[bytes], None]) -> None:
         """Play a tone that swells, at 24 kHz."""
         while True:
             loud = int(12_000 * (1.1 + math.sin(time.monotonic())))
-            heard(array("h", [loud, -loud] * 1_200).tobytes())
+            on_audio(array("h", [loud, -loud] * 1_200).tobytes())
             await trio.sleep(0.1)
 
 

@@ -41,17 +41,17 @@ class Filter:
 
     def lets_through(self, view: RowView) -> bool:
         """Whether the row passes the filter."""
-        return self._search is None or (self._search(said(view)) is None) is self.inverted
+        return self._search is None or (self._search(searchable_text(view)) is None) is self.inverted
 
 
-def said(view: RowView) -> str:
+def searchable_text(view: RowView) -> str:
     """The text of a row that filters and jumps search."""
-    words = [view.key]
+    parts = [view.key]
     for value in view.row.values():
         if isinstance(value, str):
-            words.append(value)
+            parts.append(value)
         elif isinstance(value, list):
-            words.extend(one for one in value if isinstance(one, str))
+            parts.extend(one for one in value if isinstance(one, str))
     if view.topic == "requests" and (worker := view.text("worker")):
-        words.append(worker)
-    return " ".join(words)
+        parts.append(worker)
+    return " ".join(parts)

@@ -286,9 +286,9 @@ class RelayScreen(Screen[None]):
             views: Sequence[RowView] = tuple(table.views)
             self.app.push_screen(ExportDialog(table.kind, views), self._exported)
 
-    def _exported(self, said: tuple[str, str] | None) -> None:
-        if said is not None:
-            self.host.show_notice(*said)
+    def _exported(self, notice: tuple[str, str] | None) -> None:
+        if notice is not None:
+            self.host.show_notice(*notice)
 
     def action_log(self) -> None:
         """Show the log lines that mention the row under the cursor."""

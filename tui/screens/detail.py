@@ -198,10 +198,10 @@ class RequestDetail(RowDetail):
 
     def _output(self, view: RowView) -> str:
         audio, size, frames = view.number("audio_s"), view.number("bytes") or 0, view.number("frames") or 0
-        said = f"{audio:.1f} s of audio, " if audio is not None else ""
+        audio_text = f"{audio:.1f} s of audio, " if audio is not None else ""
         first = view.number("first_frame_s")
         after = f", the first after {formatting.seconds(first)}" if first is not None else ""
-        return f"{said}{frames:.0f} frames, {formatting.size(size)}{after}"
+        return f"{audio_text}{frames:.0f} frames, {formatting.size(size)}{after}"
 
     def _timeline(self, model: RelayModel) -> Lines:
         timeline = self._told.get("timeline")
@@ -263,7 +263,7 @@ def _texts(title: str, text: str, token: str, width: int) -> Lines:
     lines: Lines = []
     room = max(20, width - LABEL - 2)
     for paragraph in text.splitlines():
-        for words in textwrap.wrap(plain(paragraph), room, drop_whitespace=False) or [""]:
-            for part in chop_cells(words, room) or [""]:  # a character may be two cells wide
+        for line in textwrap.wrap(plain(paragraph), room, drop_whitespace=False) or [""]:
+            for part in chop_cells(line, room) or [""]:  # a character may be two cells wide
                 lines.append([_label("" if lines else title), (part, token)])
     return lines

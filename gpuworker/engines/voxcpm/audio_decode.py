@@ -177,10 +177,10 @@ def _mixed(read: Iterable[NDArray[Any]], rate: int, max_seconds: float) -> NDArr
     return np.concatenate(blocks)
 
 
-def _resample(samples: NDArray[np.float32], given: int, wanted: int) -> NDArray[np.float32]:
+def _resample(samples: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:
     """Resample like librosa.resample with soxr_hq, which also adjusts the length."""
-    if given == wanted:
+    if from_hz == to_hz:
         return samples
-    resampled = np.asarray(soxr.resample(samples, given, wanted, quality="HQ"), np.float32)
-    length = math.ceil(len(samples) * (wanted / given))
+    resampled = np.asarray(soxr.resample(samples, from_hz, to_hz, quality="HQ"), np.float32)
+    length = math.ceil(len(samples) * (to_hz / from_hz))
     return np.pad(resampled[:length], (0, max(0, length - len(resampled))))

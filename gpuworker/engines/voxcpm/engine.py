@@ -207,9 +207,9 @@ class VoxcpmEngine(Engine):
         from gpuworker.engines.voxcpm.audio_decode import AudioFault, decode
         from gpuworker.engines.voxcpm.voices import find_voices
 
-        given = self.options["voices"]
-        folder = DEFAULT_VOICES if given is None else Path(str(given))
-        if given is None and not folder.is_dir():
+        option = self.options["voices"]
+        folder = DEFAULT_VOICES if option is None else Path(str(option))
+        if option is None and not folder.is_dir():
             return {}
         found, left_out = find_voices(folder, need_text=not model.clones)
         voices = {}

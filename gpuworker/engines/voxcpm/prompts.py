@@ -61,7 +61,7 @@ class Prompts:
 
     def find(
         self,
-        given: Mapping[str, Value],
+        params: Mapping[str, Value],
         inputs: Mapping[str, EngineInput],
         *,
         described: bool,
@@ -70,7 +70,7 @@ class Prompts:
         """Return the encoded voice of a request; None if it names no voice and sends no audio.
 
         Args:
-            given: its params, which satisfy the schema and the rules.
+            params: its params, which satisfy the schema and the rules.
             inputs: `prompt_wav`, `reference_wav`.
             described: whether a description of the voice precedes the text.
             cancelled: returns whether to stop.
@@ -80,8 +80,8 @@ class Prompts:
             EngineError: the worker's own audio cannot be used, or the model failed.
             Stopped: the run was cancelled.
         """
-        text = given.get("prompt_text")
-        if (name := given.get("voice")) is not None:
+        text = params.get("prompt_text")
+        if (name := params.get("voice")) is not None:
             if (voice := self.voices.get(name)) is None:  # the folder changed, and another slot announced the voice
                 raise EngineError(f"this slot no longer has the voice {name!r}; the worker's owner must restart it")
             source = Source("voice", voice.read(), voice.digest)
@@ -90,11 +90,11 @@ class Prompts:
             prompt = source if voice.text is not None and not (reference and described) else None
             text = voice.text if prompt else None
         else:
-            prompt = self._source("prompt_wav", given, inputs, cancelled)
-            reference = self._source("reference_wav", given, inputs, cancelled)
+            prompt = self._source("prompt_wav", params, inputs, cancelled)
+            reference = self._source("reference_wav", params, inputs, cancelled)
         if (first := prompt or reference) is None:
             return None
-        cache = self._encoded(prompt, text, reference, given["denoise"], cancelled)
+        cache = self._encoded(prompt, text, reference, params["denoise"], cancelled)
         if cancelled():
             raise Stopped
         return Prompt(cache, first.field)
@@ -102,13 +102,13 @@ class Prompts:
     def _source(
         self,
         name: str,
-        given: Mapping[str, Value],
+        params: Mapping[str, Value],
         inputs: Mapping[str, EngineInput],
         cancelled: Callable[[], bool],
     ) -> Source | None:
         if name in inputs:
             field, data = name, inputs[name].data
-        elif (url := given.get(f"{name}_url")) is not None:
+        elif (url := params.get(f"{name}_url")) is not None:
             field = f"{name}_url"
             try:
                 data = fetch(url, self.hosts, max_bytes=MAX_INPUT_BYTES, timeout_s=FETCH_S, cancelled=cancelled)

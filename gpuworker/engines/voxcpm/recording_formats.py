@@ -14,19 +14,21 @@ class RecordingFormat:
     """A format that libsndfile cannot read.
 
     Args:
-        words: what it is, for people.
+        description: what it is, for people.
         demuxer: FFmpeg's name for it; no other demuxer is given the bytes.
         suffix: of its files.
     """
 
-    words: str
+    description: str
     demuxer: str
     suffix: str
 
     @property
     def advice(self) -> str:
         """What to do where it is not read."""
-        return f"is {self.words}, which is not read here; convert it: ffmpeg -i recording{self.suffix} recording.wav"
+        return (
+            f"is {self.description}, which is not read here; convert it: ffmpeg -i recording{self.suffix} recording.wav"
+        )
 
 
 MP4 = RecordingFormat("MP4/AAC audio (a phone's recording)", "mov", ".m4a")

@@ -74,20 +74,20 @@ class Speaker:
             InvalidParams: the params break a rule that the schema cannot express; every faulty field is named.
             EngineError: the model failed.
         """
-        given = {**DEFAULTS, **{name: value for name, value in params.items() if value is not None}}
-        if faults := find_faults(given, inputs):
+        values = {**DEFAULTS, **{name: value for name, value in params.items() if value is not None}}
+        if faults := find_faults(values, inputs):
             raise InvalidParams(faults)
         settings = Settings(
-            cfg_value=float(given["cfg_value"]),
-            inference_timesteps=int(given["inference_timesteps"]),
+            cfg_value=float(values["cfg_value"]),
+            inference_timesteps=int(values["inference_timesteps"]),
             max_len=MAX_STEPS,
-            retry_badcase=given["retry_badcase"],
-            retry_badcase_max_times=int(given["retry_badcase_max_times"]),
-            ratio_threshold=float(given["retry_badcase_ratio_threshold"]),
+            retry_badcase=values["retry_badcase"],
+            retry_badcase_max_times=int(values["retry_badcase_max_times"]),
+            ratio_threshold=float(values["retry_badcase_ratio_threshold"]),
         )
-        lead, text = self._lead_and_text(given)
+        lead, text = self._lead_and_text(values)
         try:
-            prompt = self.prompts.find(given, inputs, described=bool(lead), cancelled=cancelled)
+            prompt = self.prompts.find(values, inputs, described=bool(lead), cancelled=cancelled)
             run = _Run(
                 model=self.model,
                 settings=settings,
@@ -97,8 +97,8 @@ class Speaker:
                 cancelled=cancelled,
                 report=report,
             )
-            self.model.seed(int(given["seed"]))
-            made = run.whole() if given["mode"] == NON_STREAMING else run.streamed()
+            self.model.seed(int(values["seed"]))
+            made = run.whole() if values["mode"] == NON_STREAMING else run.streamed()
             with closing(join(made, len(run.pieces), self.model.sample_rate)) as speech:
                 for samples in speech:
                     for start in range(0, len(samples), CHUNK_SAMPLES):
@@ -106,16 +106,16 @@ class Speaker:
         except Stopped:
             return
 
-    def _lead_and_text(self, given: Mapping[str, Value]) -> tuple[str, str]:
+    def _lead_and_text(self, values: Mapping[str, Value]) -> tuple[str, str]:
         """The description of the voice, to be placed before each separate piece ("" for none), and the text."""
-        text = given["text"]
-        if given["normalize"]:
+        text = values["text"]
+        if values["normalize"]:
             text = self.model.normalize(_spaced(text))
             if not speakable(text, symbols=False):
                 raise InvalidParams({"text": "contains nothing to speak once it is normalized"})
         if not self.model.clones:
             return "", text
-        if (description := given.get("voice_description")) is not None:
+        if (description := values.get("voice_description")) is not None:
             return f"({_BRACKETS.sub('', _spaced(description)).strip()})", text
         found = _LEAD.match(text)
         if found is None or not speakable(text[found.end() :], symbols=False):

@@ -6,24 +6,24 @@ from protocol.speakable import speakable
 from protocol.wire.validators import Value
 
 
-def find_faults(given: Mapping[str, Value], inputs: Collection[str]) -> dict[str, str]:
+def find_faults(params: Mapping[str, Value], inputs: Collection[str]) -> dict[str, str]:
     """Find the faults of a request that satisfies the schema.
 
     Args:
-        given: its params; None counts as not given.
+        params: its params; None counts as absent.
         inputs: names of its inputs.
 
     Returns:
         field -> what is wrong with it, phrased to follow the field's name.
     """
-    there = {name for name, value in given.items() if value is not None} | set(inputs)
+    there = {name for name, value in params.items() if value is not None} | set(inputs)
     prompts = [name for name in ("prompt_wav", "prompt_wav_url") if name in there]
     references = [name for name in ("reference_wav", "reference_wav_url") if name in there]
     faults: dict[str, str] = {}
-    if not speakable(given["text"], symbols=False):
+    if not speakable(params["text"], symbols=False):
         faults["text"] = "contains nothing to speak"
     for name in ("prompt_text", "voice_description"):
-        if name in there and not speakable(given[name], symbols=False):
+        if name in there and not speakable(params[name], symbols=False):
             faults[name] = "contains no words"
     for names in (prompts, references):
         if len(names) > 1:

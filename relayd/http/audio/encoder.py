@@ -171,8 +171,8 @@ def _converted(source: AudioFormat, wanted: AudioFormat) -> list[Stage]:
     try:
         from relayd.http.audio.resampler import Downmix, Resampler
     except ImportError:
-        given = f"{source.sample_rate} Hz with {source.channels} channel{'s' * (source.channels > 1)}"
-        raise AudioExtraMissing(f"pcm, which is {wanted.sample_rate} Hz mono, from a worker's {given}") from None
+        have = f"{source.sample_rate} Hz with {source.channels} channel{'s' * (source.channels > 1)}"
+        raise AudioExtraMissing(f"pcm, which is {wanted.sample_rate} Hz mono, from a worker's {have}") from None
     stages: list[Stage] = []
     if wanted.channels < source.channels:
         stages.append(Downmix())

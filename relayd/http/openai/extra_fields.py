@@ -1,7 +1,7 @@
 """Reads the fields of `POST /v1/audio/speech` that OpenAI's API does not have. Pure.
 
 Params and inputs that the space has declared are sent on. Names that other servers use for a voice, for a recording of
-one or for its transcript are translated to those of the space, or refused, so that nobody is heard in another voice
+one or for its transcript are translated to those of the space, or refused, so that no speech has another voice
 than was asked for. All other fields are ignored.
 """
 
@@ -16,9 +16,9 @@ from protocol.wire.structs import InputRule
 from protocol.wire.validators import Value, kind_of
 from relayd.core.space import Space
 
-#: Inputs that are a recording of the voice to speak with, without its words; the first that a space takes.
+#: Inputs that are a recording of the voice to speak with, without a transcript; the first that a space accepts is used.
 REFERENCE_INPUTS = ("reference_wav", "spk_audio_prompt", "ref_audio", "reference_audio", "speaker_wav", "audio_prompt")
-#: A recording to go on from, and the words in it.
+#: A recording that the speech continues, and its transcript.
 PROMPT_INPUT, PROMPT_TEXT = "prompt_wav", "prompt_text"
 #: Words in a field's name that say who speaks, unless a word beside them says that it is about how.
 _WHO = frozenset(["voice", "voices", "speaker", "speakers", "spk", "ref", "refer", "reference", "references"])
@@ -57,7 +57,7 @@ def read_extra(fields: Mapping[str, Value], space: Space) -> ExtraFields:
     recordings: dict[str, Value] = {}
     texts: dict[str, Value] = {}
     for field, value in fields.items():
-        words = frozenset(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", field).lower().replace("-", "_").split("_"))
+        parts = frozenset(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", field).lower().replace("-", "_").split("_"))
         try:
             if value is None:
                 continue
@@ -68,17 +68,17 @@ def read_extra(fields: Mapping[str, Value], space: Space) -> ExtraFields:
                 continue
             elif field in space.inputs:
                 _add_recording(extra, field, value, field, space)
-            elif not words & (_WHO | {"prompt"}) or words & _HOW:
+            elif not parts & (_WHO | {"prompt"}) or parts & _HOW:
                 continue
-            elif words & _WORDS_IN_IT:
+            elif parts & _WORDS_IN_IT:
                 texts[field] = value
-            elif words & _RECORDING:
+            elif parts & _RECORDING:
                 recordings[field] = value
-            elif words <= _NAME and words != {"reference"}:
+            elif parts <= _NAME and parts != {"reference"}:
                 extra.voice = _text(value)
                 extra.names["voice"] = field
-            elif words & _WHO:
-                raise ValueError(f"is not taken by space {space.name!r}; leave it out, or name one of its voices")
+            elif parts & _WHO:
+                raise ValueError(f"is not accepted by space {space.name!r}; leave it out, or name one of its voices")
         except ValueError as fault:
             extra.faults[field] = str(fault)
     _add_reference(extra, recordings, texts, space)
@@ -91,7 +91,7 @@ def _add_reference(
     """Add a recording and its transcript in the way the space accepts them."""
     if len(recordings) > 1 or len(texts) > 1:
         for field in list(recordings)[1:] + list(texts)[1:]:
-            extra.faults[field] = "says the same as another field; send one of them"
+            extra.faults[field] = "means the same as another field; send one of them"
         return
     text_field, text = next(iter(texts.items()), (PROMPT_TEXT, extra.params.get(PROMPT_TEXT)))
     for field, value in recordings.items():
@@ -105,9 +105,9 @@ def _add_reference(
             if taken is not None:
                 _add_recording(extra, taken, value, field, space)
             elif PROMPT_INPUT in space.inputs:
-                raise ValueError(f"needs the words in it beside it (ref_text) in space {space.name!r}")
+                raise ValueError(f"needs its transcript (ref_text) as well in space {space.name!r}")
             else:
-                raise ValueError(f"is not taken: space {space.name!r} takes no recording of a voice; leave it out")
+                raise ValueError(f"is not accepted: space {space.name!r} accepts no recording of a voice; leave it out")
         except ValueError as fault:
             extra.faults[field] = str(fault)
     if texts and not recordings:
@@ -116,29 +116,29 @@ def _add_reference(
 
 def _add_recording(extra: ExtraFields, name: str, value: Value, field: str, space: Space) -> None:
     """Add a recording as input `name`, or its URL if the space fetches it."""
-    told = _text(value).strip()
+    text = _text(value).strip()
     extra.names[name] = field
     extra.recorded = extra.recorded or name in (PROMPT_INPUT, *REFERENCE_INPUTS)
-    if re.match(r"https?://", told):
+    if re.match(r"https?://", text):
         by_url = f"{name}_url"
         schema = space.params.get("properties", {}).get(by_url)
         if not isinstance(schema, dict) or "const" in schema:
             raise ValueError(f"is a URL, and space {space.name!r} fetches none; send the recording itself in base64")
-        extra.params[by_url] = told
+        extra.params[by_url] = text
         extra.names[by_url] = field
         return
-    extra.inputs[name] = _decoded(told, space.inputs[name])
+    extra.inputs[name] = _decoded(text, space.inputs[name])
 
 
-def _decoded(told: str, rule: InputRule) -> tuple[str, bytes]:
+def _decoded(text: str, rule: InputRule) -> tuple[str, bytes]:
     media_type = rule.media_types[0] if rule.media_types else "application/octet-stream"
-    if told.startswith("data:"):
-        head, _, told = told.partition(",")
+    if text.startswith("data:"):
+        head, _, text = text.partition(",")
         if not head.endswith(";base64"):
             raise ValueError("must be base64 in a data URL: data:audio/wav;base64,…")
-        if given := _MEDIA_TYPE.match(head.removeprefix("data:")):
-            media_type = given[0]
-    packed = "".join(told.split()).rstrip("=")
+        if match := _MEDIA_TYPE.match(head.removeprefix("data:")):
+            media_type = match[0]
+    packed = "".join(text.split()).rstrip("=")
     try:
         data = binascii.a2b_base64(packed + "=" * (-len(packed) % 4), strict_mode=True)
     except ValueError:  # binascii.Error, or characters that are not ASCII

@@ -130,7 +130,7 @@ async def _speak(request: Request, reply: ResponseWriter) -> None:
 
 
 async def _wait_for_worker(context: HttpContext, space: Space) -> None:
-    """Wait for a worker before anything is submitted: until one has come, a space may not have said what it takes.
+    """Wait for a worker before anything is submitted: until one has come, it may be unknown what a space accepts.
 
     A space that refuses while it is empty, or is paused, says so itself when it is asked.
 
@@ -205,13 +205,13 @@ def _refuse_to_wait(held: RequestStream, max_wait_s: float) -> None:
 
 
 def _headers(held: RequestStream, asked: SpaceParams) -> dict[str, str]:
-    """What the head says of the request. A header is ASCII; what is not is written as in a URL."""
-    told = {
+    """The headers that describe the request. They are ASCII; other characters are percent-encoded as in a URL."""
+    headers = {
         "x-request-id": held.request.request_id,
         "x-relay-space": held.request.submit.space,
         "x-relay-voice": quote(asked.voice, safe=" !#$&'()*+,/:;=?@[]"),
     }
-    return told | ({"x-relay-ignored": ", ".join(asked.passed_over)} if asked.passed_over else {})
+    return headers | ({"x-relay-ignored": ", ".join(asked.passed_over)} if asked.passed_over else {})
 
 
 async def _send(speech: Speech, audio: AudioStream, reply: ResponseWriter, headers: dict[str, str]) -> None:
@@ -372,5 +372,5 @@ def _speaking(request: Request) -> list[Space]:
 
 def _model(relay: Relay, space: Space, name: str | None = None) -> dict[str, Value]:
     ready = relay.workers.serving(space.name) and not relay.scheduler.state.spaces[space.name].paused
-    told = {"id": name or space.name, "object": "model", "created": int(space.created_at), "owned_by": "relayd"}
-    return told | {"ready": ready}
+    model = {"id": name or space.name, "object": "model", "created": int(space.created_at), "owned_by": "relayd"}
+    return model | {"ready": ready}

@@ -208,8 +208,8 @@ def params_of(speech: Speech, space: Space, names: OpenAi = _NO_NAMES, *, any_vo
             raise _invalid({"instructions": f"space {space.name!r} does not accept instructions; leave them out"})
         else:
             passed_over.append("instructions")
-    told = extra.names | {text_param: "input"}
-    return SpaceParams(params=params, inputs=extra.inputs, voice=voice, passed_over=tuple(passed_over), names=told)
+    sent_as = extra.names | {text_param: "input"}
+    return SpaceParams(params=params, inputs=extra.inputs, voice=voice, passed_over=tuple(passed_over), names=sent_as)
 
 
 def _voice_of(asked: str, space: Space, names: OpenAi, *, any_voice: bool) -> str:

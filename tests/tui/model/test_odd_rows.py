@@ -10,7 +10,7 @@ from tests.tui.screen import a_client, a_line, a_relay, a_request, a_space, a_st
 from tui.model.actions import TOPIC_OF
 from tui.model.columns import COLUMNS, natural
 from tui.model.relay_model import RelayModel
-from tui.model.row_filter import Filter, said
+from tui.model.row_filter import Filter, searchable_text
 from tui.model.row_order import Order
 from tui.widgets.status_lines import status
 
@@ -61,7 +61,7 @@ def test_whatever_stands_in_a_row_it_is_shown_sorted_and_searched(kind: str, odd
             for column in COLUMNS[kind]:
                 assert all("\x1b" not in column.cell(view, 102.0).text for view in views)
                 order = Order(natural(kind), column.sort, filter=Filter.of("."))
-                assert order.update(views) == [view for view in views if said(view)]
+                assert order.update(views) == [view for view in views if searchable_text(view)]
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: repr(odd)[:12])
