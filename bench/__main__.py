@@ -26,12 +26,12 @@ FIGURES: dict[str, Callable[[], list[Row]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a figure exceeds a limit claimed in the documents."""
-    given = sys.argv[1:] if argv is None else list(argv)
-    if given[:1] == ["voxcpm"]:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["voxcpm"]:
         # A command of its own, because it takes many minutes and needs torch and the real voxcpm package.
         from bench.voxcpm import gpu
 
-        return gpu.main(given[1:])
+        return gpu.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure this machine, as ratios.")
     parser.add_argument(
         "figures",
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--save", action="store_true", help="also write to bench/results/DATE-COMMIT.md")
     parser.add_argument("-o", "--output", type=Path, help="also write to this file")
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     if unknown := [name for name in args.figures if name not in FIGURES]:
         parser.error(f"there is no figure {', '.join(unknown)}; available: {', '.join(FIGURES)}")
     if args.list:

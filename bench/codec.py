@@ -61,8 +61,8 @@ def _hostile() -> list[Row]:
     """The slowest of `_attacks`; each counts with its best of several runs, because the claim is about the code."""
     attacks = _attacks()
     took_ms, name = max((min(_attack_ms(*attack) for _ in range(7)), name) for name, attack in attacks.items())
-    words = f"decode the worst of {len(attacks)} hostile messages of up to 64 KiB: {name}"
-    return [Row(figure="codec", name=words, unit="ms", value=took_ms, limit=WORST_MS)]
+    label = f"decode the worst of {len(attacks)} hostile messages of up to 64 KiB: {name}"
+    return [Row(figure="codec", name=label, unit="ms", value=took_ms, limit=WORST_MS)]
 
 
 def _attack_ms(data: bytes, table: Table) -> float:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import attrs
 
-GivenT = TypeVar("GivenT")
+ResultT = TypeVar("ResultT")
 
 
 @attrs.frozen(kw_only=True)
@@ -75,18 +75,18 @@ def paired(
     )
 
 
-def in_turns(rounds: int, calls: Mapping[str, Callable[[], GivenT]]) -> dict[str, list[GivenT]]:
+def in_turns(rounds: int, calls: Mapping[str, Callable[[], ResultT]]) -> dict[str, list[ResultT]]:
     """Call each `rounds` times, in the order ABC CBA ABC..., so that a machine that slows down affects all equally."""
-    given: dict[str, list[GivenT]] = {name: [] for name in calls}
+    results: dict[str, list[ResultT]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in list(calls)[:: -1 if number % 2 else 1]:
-            given[name].append(calls[name]())
-    return given
+            results[name].append(calls[name]())
+    return results
 
 
 def alternate(
-    rounds: int, first: Callable[[], GivenT], second: Callable[[], GivenT]
-) -> tuple[list[GivenT], list[GivenT]]:
+    rounds: int, first: Callable[[], ResultT], second: Callable[[], ResultT]
+) -> tuple[list[ResultT], list[ResultT]]:
     """Like `in_turns`, for two functions."""
     ours, theirs = in_turns(rounds, {"ours": first, "theirs": second}).values()
     return ours, theirs

@@ -41,7 +41,7 @@ def measure() -> list[Row]:
         ),
         paired(
             "store",
-            f"transactions (each one fsync) a commit, {CROWD} committers",
+            f"transactions (each one fsync) per commit, {CROWD} committers",
             "transactions",
             [each for _, each in crowd],
             [each for _, each in alone],

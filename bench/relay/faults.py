@@ -32,14 +32,15 @@ _FAULTS: dict[str, tuple[Callable[[Frames], Frames], str]] = {
 
 def prove() -> None:
     """Check the generator; raises RuntimeError if it misses a fault, or reports one that does not exist."""
-    for words, (err, expected) in _FAULTS.items():
+    for behaviour, (err, expected) in _FAULTS.items():
         try:
             _round(err)
-            said = ""
+            report = ""
         except Stuck as stuck:
-            said = str(stuck)
-        if expected not in said or bool(said) != bool(expected):
-            raise RuntimeError(f"of a relay that {words}, the load generator says {said!r} instead of {expected!r}")
+            report = str(stuck)
+        if expected not in report or bool(report) != bool(expected):
+            message = f"a relay that {behaviour}: the load generator reports {report!r} instead of {expected!r}"
+            raise RuntimeError(message)
 
 
 def _round(err: Callable[[Frames], Frames]) -> None:

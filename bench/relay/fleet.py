@@ -194,11 +194,11 @@ def open_socketio(server: Server) -> WebSocket:
     return sock
 
 
-def _ask_socketio(sock: WebSocket, words: str, answer: bytes) -> None:
-    heard: list[bytes] = []
-    sock.on_message = heard.append
-    sock.send(message(words.encode(), frames.TEXT))
-    sock.until(lambda: any(told.startswith(answer) for told in heard))
+def _ask_socketio(sock: WebSocket, text: str, answer: bytes) -> None:
+    received: list[bytes] = []
+    sock.on_message = received.append
+    sock.send(message(text.encode(), frames.TEXT))
+    sock.until(lambda: any(answered.startswith(answer) for answered in received))
     sock.on_message = lambda _message: None
 
 

@@ -127,9 +127,9 @@ def run_round(
         done = subprocess.run(
             command, pass_fds=[end.sock.fileno() for end in connections], stdout=subprocess.PIPE, check=False
         )
-    told = _parse(done.stdout, done.returncode)
-    _give_back(connections, told.pop("others"))
-    return Round(**told)
+    report = _parse(done.stdout, done.returncode)
+    _give_back(connections, report.pop("others"))
+    return Round(**report)
 
 
 @attrs.frozen
@@ -204,12 +204,12 @@ def _stream_lines(streams: Sequence[Stream], connections: Sequence[Connection], 
 
 def _parse(out: bytes, code: int) -> dict[str, Any]:
     try:
-        told: dict[str, Any] = json.loads(out)
+        report: dict[str, Any] = json.loads(out)
     except ValueError:
         raise Stuck(f"the load generator ended with {code}: {out[-200:]!r}") from None
-    if error := told.get("error"):
+    if error := report.get("error"):
         raise Stuck(str(error))
-    return told
+    return report
 
 
 def _give_back(connections: Sequence[Connection], others: Sequence[dict[str, Any]]) -> None:

@@ -152,11 +152,11 @@ def _rows(guests: dict[str, Guests]) -> list[Row]:
         ("RSS at rest, no connection", "MiB", lambda each: each.rest_kib / 1024, None),
         (f"RSS of each of {count}", "KiB", lambda each: each.kib_each, 6.0),
         ("CPU of a ping and its pong", "µs", lambda each: each.us_a_ping, None),
-        ("CPU to take a connection in", "µs", lambda each: 1e6 * each.accept_s, 400.0),
+        ("CPU to accept a connection", "µs", lambda each: 1e6 * each.accept_s, 400.0),
     ]
     for name, unit, of, limit in figures:
         for peer, theirs in guests.items():
             values = [of(ours)], [of(theirs)]
             rows.append(attrs.evolve(paired("idle", name, unit, *values, peer), limit=limit))
-            limit = None  # told once
+            limit = None  # reported once
     return rows

@@ -1,15 +1,15 @@
-/* The load: senders and readers on sockets that others have connected, in one thread and one epoll loop.
+/* The load generator: senders and readers on sockets that are already connected, in one thread and one epoll loop.
  *
- *   load PLAN        a plan is text, one thing a line; `generator.py` writes it and says what each line means
+ *   load PLAN        a plan is text, one item per line; `generator.py` writes it and documents the lines
  *
  * A message is a template with two holes, its number (seq) and the time it was sent (stamp); whatever a protocol needs
- * around it (WebSocket head and mask, NATS's PUB line, Socket.IO's event) was put there beforehand. So a frame costs a
- * memcpy here, and what is measured is never the load. Every frame that comes back is compared with what was sent,
- * byte for byte, and must bear the number that is due at that reader: one lost, doubled, changed or out of order ends
- * the round with an error.
+ * around it (WebSocket header and mask, NATS's PUB line, Socket.IO's event) is already there. So a frame costs a memcpy
+ * here, and the generator does not limit the measurement. Every frame that arrives is compared with what was sent,
+ * byte for byte, and must have the number that is due at that reader: a frame that is lost, duplicated, changed or out
+ * of order ends the round with an error.
  *
- * Each stream has a window: so many frames are on their way at most, counted at its slowest reader. Without one, a
- * relay that drains its senders at once would be measured by how much it can hold.
+ * Each stream has a window: the largest number of frames in flight, counted at its slowest reader. Without it, the
+ * measurement would show how much a relay can buffer, if it drains its senders at once.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -37,16 +37,16 @@ enum { SATURATED, PACED, HOLD };
 #define SCRATCH (1 << 20)
 #define MAX_PIDS 16
 #define MAX_EVENTS 256
-/* Long enough for what a relay still does with the last frame after its reader has it. */
+/* Long enough for the work that a relay does after the reader has received the last frame. */
 #define SETTLE_US 10000
 
 typedef struct {
     uint64_t from; /* first seq it serves: a number takes more bytes as it grows */
     const uint8_t *wire, *ref;
-    uint32_t wire_len, wire_seq, wire_stamp; /* what is sent, and its holes */
-    uint32_t ref_len, ref_seq, ref_stamp;    /* what is received, and its holes */
+    uint32_t wire_len, wire_seq, wire_stamp; /* the message that is sent, and its holes */
+    uint32_t ref_len, ref_seq, ref_stamp;    /* the message that is received, and its holes */
     uint32_t seq_bytes;
-    uint32_t mask; /* XORed over the holes; its four bytes are equal, so that it does not matter where they stand */
+    uint32_t mask; /* XORed over the holes; its four bytes are equal, so that their position does not matter */
 } Variant;
 
 typedef struct Conn Conn;
@@ -57,7 +57,7 @@ typedef struct {
     int variant_count;
     int *readers, reader_count; /* those that count for the window */
     uint64_t first, total, window, interval_ns, next_due;
-    uint64_t sent, acked, at_acked; /* acked: what its slowest reader has; at_acked: readers that stand there */
+    uint64_t sent, acked, at_acked; /* acked: frames that its slowest reader has; at_acked: readers at that count */
     bool quiet;                     /* its latencies do not count */
 } Stream;
 
@@ -65,7 +65,7 @@ struct Conn {
     int fd, kind, id;
     uint8_t *out; /* not sent yet: out[out_at .. out_end) */
     size_t out_at, out_end, out_room;
-    uint8_t *rest; /* received, not a whole message yet */
+    uint8_t *rest; /* received, but not a complete message yet */
     size_t rest_len, rest_room;
     Stream *reads;
     uint64_t received;
@@ -82,11 +82,11 @@ static Conn **senders;
 static int sender_count;
 static int mode, poll_fd;
 static uint64_t missing, deliveries, pongs, stalled_missing;
-static uint32_t *latencies, *firsts; /* of a stream's first frame apart from the others */
+static uint32_t *latencies, *firsts; /* those of the first frame of a stream are separate */
 static uint64_t latency_count, first_count;
 static uint8_t *scratch;
 static bool timed = true;
-static char *others; /* JSON of the messages that are no frames, for who made the plan */
+static char *others; /* JSON of the messages that are not frames, for the caller */
 static size_t others_len, others_room;
 
 static void fail(const char *format, ...) {
@@ -139,7 +139,7 @@ static uint64_t rss_kib_of(pid_t pid) {
     return resident * (uint64_t)sysconf(_SC_PAGESIZE) / 1024;
 }
 
-/* -- what is no frame ------------------------------------------------------------------------------------------- */
+/* -- other messages --------------------------------------------------------------------------------------------- */
 
 static void tell(const Conn *conn, const char *what, const uint8_t *data, size_t size) {
     size_t need = others_len + 2 * size + 100;
@@ -220,8 +220,8 @@ static uint64_t credit(const Stream *stream) {
     return room < left ? room : left;
 }
 
-/* A burst of a sender, its streams in turn; true where it could go on at once. A few frames at a time or more: one
- * credit that comes back makes no system call of its own. */
+/* Send a burst of a sender, its streams in turn; true if it could send more at once. It waits for several frames, so
+ * that a single credit that comes back does not cost a system call. */
 static bool feed(Conn *conn, uint64_t burst_bytes, uint64_t least) {
     if (conn->out_at < conn->out_end) return false;
     uint64_t ready = 0, left = 0;
@@ -299,7 +299,7 @@ static void pong(Conn *conn, const uint8_t *data, size_t size) {
     if (!conn->want_write) flush(conn);
 }
 
-/* How many bytes were used; what is left is not whole. */
+/* Returns the number of bytes used; the rest is an incomplete message. */
 static size_t parse_ws(Conn *conn, const uint8_t *data, size_t size, uint64_t now) {
     size_t at = 0;
     while (size - at >= 2) {
@@ -320,7 +320,7 @@ static size_t parse_ws(Conn *conn, const uint8_t *data, size_t size, uint64_t no
         case 0x89: pong(conn, payload, length); break;
         case 0x8a: break;
         case 0x81:
-            if (length == 1 && *payload == '2') { /* Engine.IO's own ping, which is a text */
+            if (length == 1 && *payload == '2') { /* Engine.IO's ping, which is a text message */
                 static const uint8_t answer[] = {0x81, 0x81, 0, 0, 0, 0, '3'};
                 memcpy(room_for(conn, sizeof answer), answer, sizeof answer);
                 pongs++;
@@ -397,7 +397,7 @@ static void read_plan(const char *path) {
         if (sscanf(line, "%31s %n", word, &skip) != 1) continue;
         const char *rest = line + skip;
         uint64_t n[12] = {0};
-        int given = sscanf(rest, "%" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64
+        int fields = sscanf(rest, "%" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64
                            " %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64,
                            n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7, n + 8, n + 9, n + 10, n + 11);
         if (!strcmp(word, "blob") && sscanf(rest, "%3999s", text) == 1) {
@@ -417,10 +417,10 @@ static void read_plan(const char *path) {
         else if (!strcmp(word, "pid") && pid_count < MAX_PIDS) pids[pid_count++] = (pid_t)n[0];
         else if (!strcmp(word, "conns")) conns = more(conns, sizeof(Conn) * (size_t)(conn_room = (int)n[0]));
         else if (!strcmp(word, "streams")) streams = more(streams, sizeof(Stream) * (size_t)(stream_room = (int)n[0]));
-        else if (!strcmp(word, "conn") && given == 2 && conn_count < conn_room) {
+        else if (!strcmp(word, "conn") && fields == 2 && conn_count < conn_room) {
             conns[conn_count] = (Conn){.fd = (int)n[0], .kind = (int)n[1], .id = conn_count};
             conn_count++;
-        } else if (!strcmp(word, "stream") && given == 7 && stream_count < stream_room && n[0] < (uint64_t)conn_count) {
+        } else if (!strcmp(word, "stream") && fields == 7 && stream_count < stream_room && n[0] < (uint64_t)conn_count) {
             Stream *stream = &streams[stream_count++];
             Conn *sender = &conns[n[0]];
             *stream = (Stream){.sender = sender, .first = n[1], .total = n[2], .interval_ns = n[3], .next_due = n[4],
@@ -430,13 +430,13 @@ static void read_plan(const char *path) {
                 sender->sends = more(sender->sends, sizeof(Stream *) * (size_t)sender->send_room);
             }
             sender->sends[sender->send_count++] = stream;
-        } else if (!strcmp(word, "variant") && given == 11 && stream_count && streams[stream_count - 1].variant_count < 5) {
+        } else if (!strcmp(word, "variant") && fields == 11 && stream_count && streams[stream_count - 1].variant_count < 5) {
             Stream *stream = &streams[stream_count - 1];
             stream->variants[stream->variant_count++] = (Variant){
                 .from = n[0], .seq_bytes = (uint32_t)n[1], .mask = (uint32_t)n[2],
                 .wire = blob + n[3], .wire_len = (uint32_t)n[4], .wire_seq = (uint32_t)n[5], .wire_stamp = (uint32_t)n[6],
                 .ref = blob + n[7], .ref_len = (uint32_t)n[8], .ref_seq = (uint32_t)n[9], .ref_stamp = (uint32_t)n[10]};
-        } else if (!strcmp(word, "reader") && given == 2 && stream_count && n[0] < (uint64_t)conn_count) {
+        } else if (!strcmp(word, "reader") && fields == 2 && stream_count && n[0] < (uint64_t)conn_count) {
             Stream *stream = &streams[stream_count - 1];
             Conn *conn = &conns[n[0]];
             conn->reads = stream;
@@ -457,7 +457,7 @@ static void read_plan(const char *path) {
     for (int at = 0; at < conn_count; at++)
         if (conns[at].send_count) senders[sender_count++] = &conns[at];
     latencies = more(NULL, sizeof(uint32_t) * (deliveries + 1));
-    memset(latencies, 0, sizeof(uint32_t) * (deliveries + 1)); /* its pages, now and not in the round */
+    memset(latencies, 0, sizeof(uint32_t) * (deliveries + 1)); /* touch its pages now, not in the round */
     firsts = more(NULL, sizeof(uint32_t) * (size_t)(conn_count + 1));
 }
 
@@ -518,7 +518,7 @@ static void saturate(uint64_t deadline) {
 
 static uint64_t frames, began, own, cpu[MAX_PIDS];
 
-/* From here on it counts. */
+/* The measurement starts here. */
 static void start(void) {
     frames = missing;
     for (int at = 0; at < pid_count; at++) cpu[at] = cpu_ns_of(pids[at]);
@@ -573,7 +573,7 @@ int main(int count, char **words) {
     if (missing) fail("%" PRIu64 " of %" PRIu64 " frames did not come within %.0f s", missing, frames, timeout_ns / 1e9);
     usleep(SETTLE_US);
     for (int at = 0; at < pid_count; at++) cpu[at] = cpu_ns_of(pids[at]) - cpu[at], rss[at] = rss_kib_of(pids[at]);
-    for (int more = 10; more && turn(0) > 0; more--) continue; /* a frame too many would be here now */
+    for (int more = 10; more && turn(0) > 0; more--) continue; /* a surplus frame would arrive now */
     uint64_t stood = stalled_missing;
     timed = false;
     for (int at = 0; at < conn_count; at++)

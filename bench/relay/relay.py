@@ -159,12 +159,12 @@ def _latency(name: str, rounds: dict[str, list[Round]], limits: dict[str, float]
         "p99": lambda r: r.p99_us,
         "p50 of the first frame of each stream": lambda r: r.first_p50_us,
     }
-    for words, of in quantiles.items():
+    for label, of in quantiles.items():
         ours = [of(each) for each in rounds[RELAYD]]
         for peer, theirs in rounds.items():
             if peer != RELAYD:
-                what = f"{name}: worker to client, {words}"
-                limit = limits.get(peer) if words == "p99" else None
+                what = f"{name}: worker to client, {label}"
+                limit = limits.get(peer) if label == "p99" else None
                 rows.append(paired("relay", what, "µs", ours, [of(r) for r in theirs], peer, limit_ratio=limit))
     quietest = min(each.p99_us for each in rounds[RELAYD])
     for peer, theirs in rounds.items():
@@ -200,7 +200,7 @@ def saturated(field: Field, scale: Scale, peers: Sequence[str]) -> list[Row]:
     rows.append(
         Row(
             figure="relay",
-            name=f"{name}: the load's own share of a core (near 100: the bottleneck)",
+            name=f"{name}: the load generator's share of a core (near 100: the bottleneck)",
             unit="%",
             value=share,
         )
@@ -250,11 +250,11 @@ def stalled(field: Field, scale: Scale) -> list[Row]:
     waiting = median(each.stalled_frames for each in stuck) * flowing.pcm_bytes / MIB
     row = paired(
         "relay",
-        f"one stalled reader among 50, {waiting:.1f} MiB wait for it: the others' p99",
+        f"one stalled reader among 50, {waiting:.1f} MiB wait for it: p99 of the others",
         "µs",
         [each.p99_us for each in stuck],
         [each.p99_us for each in fine],
-        "nobody stalled",
+        "no reader stalled",
         limit_ratio=1.1,
     )
     return [row, *_bounded(field)]
@@ -274,10 +274,10 @@ def _bounded(field: Field) -> list[Row]:
     rest_kib = server.rss_kib()
     done = field.round(SMALL, load)
     waiting = done.stalled_frames * load.pcm_bytes / MIB
-    words = f"{waiting:.0f} MiB wait for a stalled reader, {SMALL_MEMORY_BYTES // MIB} MiB of them may in memory"
+    label = f"{waiting:.0f} MiB wait for a stalled reader, {SMALL_MEMORY_BYTES // MIB} MiB of them allowed in memory"
     grown = (done.rss_kib[0] - rest_kib) / 1024
     return [
-        Row(figure="relay", name=f"{words}: the relay grew by", unit="MiB", value=grown, limit=MOST_GROWTH_BYTES / MIB)
+        Row(figure="relay", name=f"{label}: the relay grew by", unit="MiB", value=grown, limit=MOST_GROWTH_BYTES / MIB)
     ]
 
 
@@ -347,6 +347,6 @@ def _all_of(parts: Mapping[str, Callable[[], list[Row]]]) -> list[Row]:
         try:
             rows += part()
         except Stuck as fault:
-            words = f"{name}: FAILED: {fault}"
-            rows.append(Row(figure="relay", name=words, unit="", value=float("inf"), limit=0))
+            label = f"{name}: FAILED: {fault}"
+            rows.append(Row(figure="relay", name=label, unit="", value=float("inf"), limit=0))
     return rows

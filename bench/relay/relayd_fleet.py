@@ -91,7 +91,7 @@ class RelaydFleet(Fleet):
             format=AudioFormat(sample_rate=48_000),
         )
         ask(sock, register, Registered)
-        sock.on_message = lambda data: self._hear_worker(sock, decode(data, FROM_RELAY))
+        sock.on_message = lambda data: self._on_worker_message(sock, decode(data, FROM_RELAY))
         return sock
 
     def _client(self, number: int) -> Connection:
@@ -108,7 +108,7 @@ class RelaydFleet(Fleet):
             request = Request(secrets.token_hex(16), clients)
             self._requests[request.request_id] = request
             for client in clients:
-                client.on_message = self._hearer(request)
+                client.on_message = self._reader_of(request)
             submit = Submit(request_id=request.request_id, space=SPACE, params={"text": "Hello."})
             clients[0].send(message(encode(submit)))
         self.until(lambda: all(request.started for request in self._requests.values()))
@@ -140,28 +140,28 @@ class RelaydFleet(Fleet):
             for descriptor, _ in self._poll.poll(TURN_S):
                 self._by_descriptor[descriptor].take()
 
-    def _hearer(self, request: Request) -> Callable[[bytes], None]:
+    def _reader_of(self, request: Request) -> Callable[[bytes], None]:
         def hear(data: bytes) -> None:
-            told = decode(data, FROM_RELAY)
-            if isinstance(told, Started):
+            message = decode(data, FROM_RELAY)
+            if isinstance(message, Started):
                 request.started += 1
-            elif isinstance(told, Completed):
+            elif isinstance(message, Completed):
                 request.ended += 1
-            elif not isinstance(told, Accepted | Queued):
-                raise RuntimeError(f"the relay sent {told}")
+            elif not isinstance(message, Accepted | Queued):
+                raise RuntimeError(f"the relay sent {message}")
 
         return hear
 
-    def _hear_worker(self, sock: Connection, told: Message) -> None:
-        if isinstance(told, Assign):
-            request = self._requests[told.request_id]
+    def _on_worker_message(self, sock: Connection, message: Message) -> None:
+        if isinstance(message, Assign):
+            request = self._requests[message.request_id]
             request.worker = sock
             begun = Started(
-                request_id=request.request_id, attempt=told.attempt, seq=0, format=AudioFormat(sample_rate=48_000)
+                request_id=request.request_id, attempt=message.attempt, seq=0, format=AudioFormat(sample_rate=48_000)
             )
             sock.send(message(encode(begun)))
-        elif not isinstance(told, Ack):
-            raise RuntimeError(f"the relay sent {told}")
+        elif not isinstance(message, Ack):
+            raise RuntimeError(f"the relay sent {message}")
 
 
 def _there(worker: Connection | None) -> Connection:
@@ -182,9 +182,9 @@ def ask(sock: WebSocket, question: Message, answer: type[Message]) -> None:
     Raises:
         RuntimeError: another answer came, or none.
     """
-    heard: list[Message] = []
-    sock.on_message = lambda data: heard.append(decode(data, FROM_RELAY))
+    received: list[Message] = []
+    sock.on_message = lambda data: received.append(decode(data, FROM_RELAY))
     sock.send(message(encode(question)))
-    sock.until(lambda: bool(heard))
-    if not isinstance(heard[0], answer):
-        raise RuntimeError(f"the relay answered {question.TYPE} with {heard[0]}")
+    sock.until(lambda: bool(received))
+    if not isinstance(received[0], answer):
+        raise RuntimeError(f"the relay answered {question.TYPE} with {received[0]}")

@@ -94,9 +94,9 @@ class Checkout:
     @classmethod
     def wanted(cls) -> "Checkout":
         """The checkout chosen by the environment."""
-        if not (given := os.environ.get("RELAYD_BENCH_CHECKOUT")):
+        if not (checkout := os.environ.get("RELAYD_BENCH_CHECKOUT")):
             return cls(ROOT, sys.executable)
-        folder = Path(given).resolve()
+        folder = Path(checkout).resolve()
         own = folder / ".venv/bin/python"
         return cls(folder, str(own) if own.exists() else sys.executable)
 
@@ -109,9 +109,9 @@ class Checkout:
     def commit(self) -> str:
         """The short commit id, with a `+` if files have changed since; empty without git."""
         git = ["git", "-C", str(self.folder)]
-        told = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        output = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-        return told.stdout.strip() + ("+" if changed.stdout.strip() else "")
+        return output.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def serving_command(checkout: Checkout) -> list[str]:
@@ -167,9 +167,9 @@ def _issue_tokens(checkout: Checkout, config: Path) -> dict[str, str]:
     }
     issued = {}
     for role, process in asked.items():
-        token, words = process.communicate()
+        token, errors = process.communicate()
         if not token:
-            raise RuntimeError(f"relayd gave no token: {words}")
+            raise RuntimeError(f"relayd gave no token: {errors}")
         issued[role] = token.strip()
     return issued
 
@@ -260,19 +260,19 @@ def open_haproxy() -> Iterator[Server]:
 
 def peers_line() -> str:
     """List the available peers with their versions, and those that are missing."""
-    words = [f"relayd {Checkout.wanted().commit}".strip()]
+    parts = [f"relayd {Checkout.wanted().commit}".strip()]
     for module in _PYTHON_PEERS:
         try:
-            words.append(_packages(module))
+            parts.append(_packages(module))
         except Absent as missing:
-            words.append(f"no {missing}")
+            parts.append(f"no {missing}")
     for name, flag in ((_NATS, "--version"), (_HAPROXY, "-v")):
         try:
-            told = subprocess.run([_program(name), flag], capture_output=True, text=True, check=False).stdout
-            words.append(f"{name} {(re.findall(r'[0-9]+(?:[.][0-9]+)+', told) or [''])[0]}")
+            output = subprocess.run([_program(name), flag], capture_output=True, text=True, check=False).stdout
+            parts.append(f"{name} {(re.findall(r'[0-9]+(?:[.][0-9]+)+', output) or [''])[0]}")
         except Absent as missing:
-            words.append(f"no {missing}")
-    return ", ".join(words)
+            parts.append(f"no {missing}")
+    return ", ".join(parts)
 
 
 def _packages(module: str) -> str:
@@ -348,10 +348,10 @@ def port_in_log(process: "subprocess.Popen[bytes]", log: Path) -> int:
     while process.poll() is None and time.monotonic() < deadline:
         for line in log.read_text().splitlines():
             try:
-                told = json.loads(line)
+                event = json.loads(line)
             except ValueError:
                 continue
-            if told.get("event") == "listening":
-                return int(urlsplit(told["urls"][0]).port or 0)
+            if event.get("event") == "listening":
+                return int(urlsplit(event["urls"][0]).port or 0)
         time.sleep(LOOK_AGAIN_S)
     raise RuntimeError(f"{process.args!r} did not start:\n{log.read_text()[-2000:]}")

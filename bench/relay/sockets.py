@@ -139,10 +139,10 @@ class WebSocket(Connection):
             if begin + size > have:
                 break
             at = begin + size
-            self._hear(first, bytes(received[begin:at]))
+            self._handle_frame(first, bytes(received[begin:at]))
         del received[:at]
 
-    def _hear(self, first: int, data: bytes) -> None:
+    def _handle_frame(self, first: int, data: bytes) -> None:
         if first == 0x80 | TEXT and data == b"2":  # Engine.IO's ping
             self.send(message(b"3", TEXT))
         elif first in (0x80 | TEXT, 0x80 | BINARY):

@@ -34,7 +34,7 @@ NAMES = {"voxcpm2": "VoxCPM2", "voxcpm1.5": "VoxCPM 1.5", "voxcpm": "VoxCPM 0.5B
 _GIB = 1024**3
 _HEAD = (
     "| model | slots | first audio p50, ms | first audio max, ms | real-time factor p50 | "
-    "speech a second, all slots, s | loading a slot, s | memory, GiB | same samples |\n"
+    "speech per second, all slots, s | loading a slot, s | memory, GiB | same samples |\n"
     "| --- | ---: | --- | --- | --- | --- | --- | --- | --- |"
 )
 #: Marks complete models in `--folder`, which are reused: 5 GB of weights are not written for every run.
@@ -101,14 +101,14 @@ class Row:
             made = {spoken.digest for spoken in self.plain.speeches}
             if made != self.plain.references:
                 yield (
-                    f"{where}, plain: the timed runs made {len(made)} kinds of samples; compared are those of a run "
-                    "with deterministic cuDNN, as the engine has it"
+                    f"{where}, plain: the timed runs made {len(made)} different outputs; the comparison uses "
+                    "a run with deterministic cuDNN, as the engine sets it"
                 )
 
     def _pair(self, value: "Callable[[Side], float | None]", form: str) -> str:
         plain, path = (value(side) if isinstance(side, Side) else None for side in (self.plain, self.path))
-        words = " / ".join("–" if figure is None else format(figure, form) for figure in (plain, path))
-        return f"{words} (**{path / plain:.2f}**)" if plain and path else words
+        text = " / ".join("–" if figure is None else format(figure, form) for figure in (plain, path))
+        return f"{text} (**{path / plain:.2f}**)" if plain and path else text
 
 
 def _audio_rate(side: Side) -> float:
@@ -144,8 +144,8 @@ def measure(plan: Plan, folder: Path, deadline: Deadline) -> tuple[list[Row], st
         for arch in plan.arches:
             model = _checkpoint(folder, arch, plan.size)
             gauge = Gauge.at_rest(plan.device)
-            plain, told = _plain(plan, model, gauge, deadline)
-            versions = versions or told
+            plain, described = _plain(plan, model, gauge, deadline)
+            versions = versions or described
             path = [_path(plan, server, model, slots, gauge, deadline) for slots in plan.slots]
             rows += [
                 Row(arch=arch, slots=slots, plain=one, path=other)
@@ -209,8 +209,8 @@ def _outcome(plan: Plan, model: Path, more: int, deadline: Deadline, measured: C
         return str(fault), "out of memory" not in str(fault).lower()
 
 
-def _say(words: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {words}", file=sys.stderr, flush=True)
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 # -- command line ------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def _say(words: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a side failed or the two made different samples, 130 if Ctrl-C or SIGTERM ended it."""
-    plan, given = _plan(argv)
+    plan, args = _plan(argv)
     began = time.monotonic()
     machine = machine_line()
     before = signal.signal(signal.SIGTERM, _as_ctrl_c)
@@ -226,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = ""
     try:
         with ExitStack() as stack:
-            folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relayd-bench-")))
-            rows, versions = measure(plan, folder, Deadline.after(given.seconds))
+            folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relayd-bench-")))
+            rows, versions = measure(plan, folder, Deadline.after(args.seconds))
     except* KeyboardInterrupt:
         _say("interrupted")
     finally:
@@ -236,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     text = "\n".join(_report(plan, rows, machine, versions, time.monotonic() - began))
     print(text)
-    if given.out is not None:
-        given.out.write_text(f"{text}\n", encoding="utf-8")
+    if args.out is not None:
+        args.out.write_text(f"{text}\n", encoding="utf-8")
     return 1 if any(row.failed for row in rows) else 0
 
 
@@ -251,12 +251,12 @@ def _report(plan: Plan, rows: Sequence[Row], machine: str, versions: str, took_s
     yield machine
     yield f"\nVoxCPM on: {versions}; device {plan.device}{compiled}"
     if plan.device == "cpu" or plan.size == "tiny":
-        yield "\n**A smoke test: the figures of tiny models or of a CPU tell nothing of a GPU's.**"
+        yield "\n**A smoke test: the figures of tiny models or of a CPU say nothing about a GPU.**"
     yield (
         f"\nWeights are random, of {plan.size} size. A speech: {plan.job.steps} steps from {len(plan.job.text)} "
-        f"characters, {plan.job.timesteps} timesteps, seed {plan.job.seed}; {plan.rounds} rounds, in each one speech "
-        "a slot, all begun together. Each cell: plain voxcpm, a process a slot / relayd, worker and a client a slot "
-        "(**ratio**).\n"
+        f"characters, {plan.job.timesteps} timesteps, seed {plan.job.seed}; {plan.rounds} rounds, each with one speech "
+        "per slot, all started together. Each cell: plain voxcpm, one process per slot / relayd, a worker and one "
+        "client per slot (**ratio**).\n"
     )
     yield _HEAD
     yield from (row.line() for row in rows)
@@ -271,47 +271,47 @@ def _plan(argv: Sequence[str] | None) -> tuple[Plan, Any]:
     parser.add_argument("--size", choices=get_args(Size), help="of the models; full on a GPU, else tiny")
     parser.add_argument("--arch", action="append", choices=get_args(Arch), help="repeatable; voxcpm2 and voxcpm (0.5B)")
     parser.add_argument("--slots", type=_numbers, metavar="N,N…", help="1,2,4,8 on a GPU, else 1,2")
-    steps = f"of a speech, {MIN_STEPS}..{MAX_STEPS}: 100 of full size, else 24"
+    steps = f"steps of a speech, {MIN_STEPS}..{MAX_STEPS}: 100 of full size, else 24"
     parser.add_argument("--steps", type=int, metavar="N", help=steps)
     parser.add_argument("--timesteps", type=int, default=10, metavar="N", help="diffusion steps of each (10)")
     parser.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="that are counted, after one that is not (3)"
+        "--rounds", type=int, default=3, metavar="N", help="rounds that count, after one that does not (3)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=1500.0, metavar="S", help="skip what is left after this (1500)"
+        "--seconds", type=float, default=1500.0, metavar="S", help="skip the rest after this many seconds (1500)"
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, cpu")
-    parser.add_argument("--no-optimize", action="store_true", help="no torch.compile, on either side")
-    parser.add_argument("--folder", type=Path, help="keep the models here (7 GB) and take them from here")
+    parser.add_argument("--no-optimize", action="store_true", help="without torch.compile, on both sides")
+    parser.add_argument("--folder", type=Path, help="keep the models here (7 GB) and reuse them")
     parser.add_argument("--out", type=Path, help="write the report to this file as well")
-    given = parser.parse_args(argv)
-    device = _device(given.device)
-    size: Size = given.size or ("tiny" if device == "cpu" else "full")
-    arches = tuple(dict.fromkeys(given.arch or ("voxcpm2", "voxcpm")))
+    args = parser.parse_args(argv)
+    device = _device(args.device)
+    size: Size = args.size or ("tiny" if device == "cpu" else "full")
+    arches = tuple(dict.fromkeys(args.arch or ("voxcpm2", "voxcpm")))
     if size == "full" and (unknown := [arch for arch in arches if arch not in FULL]):
-        parser.error(f"--arch {unknown[0]}: its full dimensions are not known here; known: {', '.join(FULL)}")
-    if given.rounds < 1 or not 1 <= given.timesteps <= 50:
+        parser.error(f"--arch {unknown[0]}: its full dimensions are unknown; known: {', '.join(FULL)}")
+    if args.rounds < 1 or not 1 <= args.timesteps <= 50:
         parser.error("--rounds must be 1 or more, --timesteps 1 to 50")
     try:
-        job = make_job(given.steps or (100 if size == "full" else 24), given.timesteps)
+        job = make_job(args.steps or (100 if size == "full" else 24), args.timesteps)
     except ValueError as fault:
         parser.error(f"--steps: {fault}")
     environ = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if device == "cpu":
         # Sums depend on the number of threads, and tiny models are slower with more.
         environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    slots = given.slots or ((1, 2) if device == "cpu" else (1, 2, 4, 8))
+    slots = args.slots or ((1, 2) if device == "cpu" else (1, 2, 4, 8))
     plan = Plan(
         size=size,
         arches=arches,
         slots=slots,
         job=job,
-        rounds=given.rounds,
+        rounds=args.rounds,
         device=device,
-        optimize=not given.no_optimize,
+        optimize=not args.no_optimize,
         environ=environ,
     )
-    return plan, given
+    return plan, args
 
 
 def _device(asked: str) -> str:

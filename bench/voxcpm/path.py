@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from bench.relay.servers import SPACE, Server, open_process
-from bench.voxcpm.plain import last_words
+from bench.voxcpm.plain import end_of_log
 from bench.voxcpm.round import Deadline, Failed, Gauge, Job, OutOfTime, Side, Spoken
 from protocol.client.client import RelayClient, open_relay
 from protocol.wire.errors import LinkError, RequestCancelled, RequestFailed, RequestRejected
@@ -48,7 +48,8 @@ def measure_path(
         log = Path(folder, "log")
         with open_process(command, log, RELAY_TOKEN=server.tokens["worker"], **environ) as worker:
             measured, memory = trio.run(_measure, server, worker, log, slots, job, rounds, deadline, gauge)
-        load_s = [float(told) for told in re.findall(r"voxcpm loaded in ([\d.]+) s", log.read_text(errors="replace"))]
+        loads = re.findall(r"voxcpm loaded in ([\d.]+) s", log.read_text(errors="replace"))
+        load_s = [float(seconds) for seconds in loads]
     return Side(measured, frozenset(), load_s, memory)
 
 
@@ -91,7 +92,7 @@ def _check(worker: "subprocess.Popen[bytes]", log: Path) -> None:
     if fault := re.search(r"cannot be loaded: (.*)", log.read_text(errors="replace")):
         raise Failed(fault[1][-600:])
     if ended:
-        raise Failed(last_words(log))
+        raise Failed(end_of_log(log))
 
 
 async def _round(clients: list[RelayClient], job: Job, deadline: Deadline) -> list[Spoken]:

@@ -24,7 +24,7 @@ import attrs
 from bench.voxcpm.round import Deadline, Failed, Gauge, Job, OutOfTime, Side, Spoken
 
 _STOP_S = 5.0
-_LAST_WORDS = 6
+_LOG_LINES = 6
 
 
 @attrs.frozen
@@ -33,7 +33,7 @@ class Talker:
 
     process: "subprocess.Popen[bytes]"
     log: Path
-    _heard: bytearray = attrs.field(factory=bytearray)
+    _buffer: bytearray = attrs.field(factory=bytearray)
 
     def send(self, job: Job, *, deterministic: bool) -> None:
         """Make it speak."""
@@ -48,24 +48,24 @@ class Talker:
             Failed: the process has ended.
         """
         assert self.process.stdout is not None
-        while b"\n" not in self._heard:
+        while b"\n" not in self._buffer:
             ready, _, _ = select.select([self.process.stdout], [], [], deadline.left_s())
             if not ready:
                 raise OutOfTime
             data = os.read(self.process.stdout.fileno(), 65_536)
             if not data:
-                raise Failed(last_words(self.log))
-            self._heard.extend(data)
-        line, _, rest = bytes(self._heard).partition(b"\n")
-        self._heard[:] = rest
-        told: dict[str, Any] = json.loads(line)
-        return told
+                raise Failed(end_of_log(self.log))
+            self._buffer.extend(data)
+        line, _, rest = bytes(self._buffer).partition(b"\n")
+        self._buffer[:] = rest
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
 
-def last_words(log: Path) -> str:
+def end_of_log(log: Path) -> str:
     """The end of a log, in one line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    return " ".join(list(filter(None, lines))[-_LAST_WORDS:])[-600:] or "it ended without a word"
+    return " ".join(list(filter(None, lines))[-_LOG_LINES:])[-600:] or "it ended without a message"
 
 
 class Plain:
@@ -131,8 +131,8 @@ class Plain:
         return [_spoken(talker.answer(deadline)) for talker in self._talkers]
 
 
-def _spoken(told: dict[str, Any]) -> Spoken:
-    return Spoken(told["first_s"], told["wall_s"], told["audio_s"], told["digest"])
+def _spoken(reply: dict[str, Any]) -> Spoken:
+    return Spoken(reply["first_s"], reply["wall_s"], reply["audio_s"], reply["digest"])
 
 
 @contextlib.contextmanager
@@ -186,7 +186,7 @@ def _serve(folder: Path, device: str, optimize: bool, answers: IO[str]) -> None:
     answers.write(json.dumps({"versions": _versions(device)}) + "\n")
     for line in sys.stdin:
         job = json.loads(line)
-        # As the engine sets it; plain voxcpm leaves the choice to cuDNN, and may make other samples each time.
+        # As the engine sets it; plain voxcpm leaves the choice to cuDNN, and may make different samples each time.
         torch.backends.cudnn.deterministic = job["deterministic"]
         began = time.perf_counter()
         torch.manual_seed(job["seed"])
@@ -202,32 +202,34 @@ def _serve(folder: Path, device: str, optimize: bool, answers: IO[str]) -> None:
             chunks.append(chunk)
         wall_s = time.perf_counter() - began
         if len(chunks) != job["steps"]:
-            raise RuntimeError(f"{len(chunks)} steps in place of {job['steps']}: this model was not made for the bench")
+            raise RuntimeError(
+                f"{len(chunks)} steps in place of {job['steps']}: this model was not written by the bench"
+            )
         samples = np.concatenate(chunks)
-        told = {
+        reply = {
             "first_s": first_s,
             "wall_s": wall_s,
             "audio_s": len(samples) / model.tts_model.sample_rate,
             "digest": hashlib.sha256(pcm16(samples)).hexdigest(),
         }
-        answers.write(json.dumps(told) + "\n")
+        answers.write(json.dumps(reply) + "\n")
 
 
 def _versions(device: str) -> str:
     import torch
 
-    words = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    parts = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for name in ("triton", "torchaudio", "voxcpm", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            words.append(f"{name} {importlib.metadata.version(name)}")
+            parts.append(f"{name} {importlib.metadata.version(name)}")
     if device != "cpu":
         gpu = torch.cuda.get_device_properties(device)
-        words.insert(0, f"{gpu.name}, {gpu.total_memory / 1024**3:.1f} GiB")
+        parts.insert(0, f"{gpu.name}, {gpu.total_memory / 1024**3:.1f} GiB")
         cudnn: Any = torch.backends.cudnn
-        words.append(f"CUDA {torch.version.cuda}, cuDNN {cudnn.version()}")
+        parts.append(f"CUDA {torch.version.cuda}, cuDNN {cudnn.version()}")
     else:
-        words.insert(0, f"CPU, {torch.get_num_threads()} thread(s) a process")
-    return ", ".join(words)
+        parts.insert(0, f"CPU, {torch.get_num_threads()} thread(s) per process")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

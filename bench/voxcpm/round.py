@@ -1,4 +1,4 @@
-"""What is spoken in the bench of VoxCPM, what one speech took, and how much memory and time there is."""
+"""The job of the VoxCPM bench, its measurements, and gauges of the memory and time that are left."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import attrs
 from gpuworker.engines.voxcpm.memory import free_memory
 
 _SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody who saw it could say why it had done so. "
-#: What voxcpm adds to tokens * ratio before it cuts off. The ratio must lie in 1..20, and a text has 2 tokens or more.
+#: Steps that voxcpm adds to tokens * ratio before it stops. The ratio must lie in 1..20; a text has 2 tokens or more.
 _SPARE_STEPS = 10
 MIN_STEPS, MAX_STEPS = 12, 600
 SEED = 7
@@ -23,7 +23,7 @@ class Failed(Exception):
 
 
 class OutOfTime(Exception):
-    """The bench has taken as long as it may."""
+    """The time limit of the bench has passed."""
 
 
 @attrs.frozen
@@ -31,7 +31,7 @@ class Job:
     """One speech, for both sides. With weights that never stop it takes exactly `steps` steps.
 
     Args:
-        ratio: voxcpm's `retry_badcase_ratio_threshold`, which makes the cap of `int(tokens * ratio + 10)` steps that.
+        ratio: voxcpm's `retry_badcase_ratio_threshold`, set so that the limit `int(tokens * ratio + 10)` is `steps`.
         timesteps: `inference_timesteps`.
     """
 
@@ -43,12 +43,12 @@ class Job:
 
 
 def make_job(steps: int, timesteps: int) -> Job:
-    """A job of so many steps, with half as many tokens of text, which is about what speech has.
+    """A job of `steps` steps, with half as many tokens of text, about the ratio of real speech.
 
-    The checkpoints' tokenizer makes one token of a character, and one of the text's start.
+    The tokenizer of the checkpoints makes one token per character, and one for the start of the text.
 
     Raises:
-        ValueError: no text can have so many.
+        ValueError: `steps` is out of range.
     """
     if not MIN_STEPS <= steps <= MAX_STEPS:
         raise ValueError(f"{steps} steps: must lie in {MIN_STEPS}..{MAX_STEPS}")
@@ -60,12 +60,12 @@ def make_job(steps: int, timesteps: int) -> Job:
 
 @attrs.frozen
 class Spoken:
-    """What one speech took.
+    """The measurements of one speech.
 
     Args:
-        first_s: from the call to the first audio.
-        wall_s: from the call to the last.
-        audio_s: how long it is.
+        first_s: seconds from the call to the first audio.
+        wall_s: seconds from the call to the last audio.
+        audio_s: its length in seconds.
         digest: SHA-256 of its samples as 16-bit PCM.
     """
 
@@ -76,19 +76,19 @@ class Spoken:
 
     @property
     def real_time_factor(self) -> float:
-        """Seconds that a second of speech takes to make."""
+        """Seconds of work per second of speech."""
         return self.wall_s / self.audio_s
 
 
 @attrs.frozen
 class Side:
-    """What one side showed at one number of slots.
+    """The measurements of one side at one number of slots.
 
     Args:
-        rounds: in each, a speech a slot, begun together.
-        references: samples of a run under the engine's own settings, where they differ from those of `rounds`.
-        load_s: of each slot.
-        memory: bytes, None where it cannot be told.
+        rounds: each with one speech per slot, started together.
+        references: digests of runs with the settings of the engine; those of `rounds` may differ.
+        load_s: the time that each slot took to load.
+        memory: bytes; None if unknown.
     """
 
     rounds: list[list[Spoken]]
@@ -98,23 +98,23 @@ class Side:
 
     @property
     def speeches(self) -> list[Spoken]:
-        """Of all rounds."""
+        """The speeches of all rounds."""
         return [spoken for each in self.rounds for spoken in each]
 
 
 @attrs.frozen
 class Deadline:
-    """When the bench is to be done."""
+    """The moment at which the bench must end."""
 
     at: float
 
     @classmethod
     def after(cls, seconds: float) -> "Deadline":
-        """So many seconds from now."""
+        """The deadline `seconds` from now."""
         return cls(time.monotonic() + seconds)
 
     def left_s(self) -> float:
-        """Seconds to it, more than none.
+        """Seconds until the deadline; always positive.
 
         Raises:
             OutOfTime: it has passed.
@@ -130,11 +130,11 @@ class Deadline:
 
 @attrs.frozen
 class Gauge:
-    """Memory that what was started since takes: of the GPU, or resident memory of processes.
+    """Measures the memory that is used by what was started since: GPU memory, or resident memory on a CPU.
 
     Args:
         device: as torch names it.
-        free_at_rest: bytes of the GPU.
+        free_at_rest: free bytes on the GPU before anything was started; None if unknown or on a CPU.
     """
 
     device: str
@@ -142,11 +142,11 @@ class Gauge:
 
     @classmethod
     def at_rest(cls, device: str) -> "Gauge":
-        """To be made before anything is started."""
+        """A gauge for `device`; call this before anything is started."""
         return cls(device, None if device == "cpu" else _free_on_gpu(device))
 
     def used(self, processes: Sequence[int]) -> int | None:
-        """Bytes; `processes`, with all that they started, counts on a CPU."""
+        """Bytes in use; on a CPU those of `processes` and their descendants. None if unknown."""
         if self.device == "cpu":
             return resident_bytes(processes)
         free = _free_on_gpu(self.device)
@@ -156,17 +156,17 @@ class Gauge:
 def _free_on_gpu(device: str) -> int | None:
     if (free := free_memory(device)) is not None:
         return free.size if free.gpu else None
-    # nvidia-smi does not say (MIG). CUDA does, in a process whose own share goes with it.
+    # nvidia-smi does not report it (MIG). CUDA does; the process that asks frees its own share when it ends.
     program = f"import torch; print(torch.cuda.mem_get_info({device!r})[0])"
     try:
-        told = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=_ASK_S, check=True).stdout
-        return int(told)
+        output = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=_ASK_S, check=True).stdout
+        return int(output)
     except (subprocess.SubprocessError, ValueError):
         return None
 
 
 def resident_bytes(processes: Sequence[int]) -> int:
-    """Resident memory of processes and of all that they started."""
+    """Resident memory of processes and of all their descendants."""
     parents: dict[int, list[int]] = {}
     sizes: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*/status"):

@@ -13,8 +13,8 @@ def ping_interval_s() -> float | None:
     """The value of `--ping`, or None."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--ping", type=float, default=None)
-    given: float | None = parser.parse_args().ping
-    return given
+    interval_s: float | None = parser.parse_args().ping
+    return interval_s
 
 
 def announce_listening(port: int) -> None:
