@@ -141,27 +141,27 @@ class RelaydFleet(Fleet):
                 self._by_descriptor[descriptor].take()
 
     def _reader_of(self, request: Request) -> Callable[[bytes], None]:
-        def hear(data: bytes) -> None:
-            message = decode(data, FROM_RELAY)
-            if isinstance(message, Started):
+        def read(data: bytes) -> None:
+            incoming = decode(data, FROM_RELAY)
+            if isinstance(incoming, Started):
                 request.started += 1
-            elif isinstance(message, Completed):
+            elif isinstance(incoming, Completed):
                 request.ended += 1
-            elif not isinstance(message, Accepted | Queued):
-                raise RuntimeError(f"the relay sent {message}")
+            elif not isinstance(incoming, Accepted | Queued):
+                raise RuntimeError(f"the relay sent {incoming}")
 
-        return hear
+        return read
 
-    def _on_worker_message(self, sock: Connection, message: Message) -> None:
-        if isinstance(message, Assign):
-            request = self._requests[message.request_id]
+    def _on_worker_message(self, sock: Connection, incoming: Message) -> None:
+        if isinstance(incoming, Assign):
+            request = self._requests[incoming.request_id]
             request.worker = sock
             begun = Started(
-                request_id=request.request_id, attempt=message.attempt, seq=0, format=AudioFormat(sample_rate=48_000)
+                request_id=request.request_id, attempt=incoming.attempt, seq=0, format=AudioFormat(sample_rate=48_000)
             )
             sock.send(message(encode(begun)))
-        elif not isinstance(message, Ack):
-            raise RuntimeError(f"the relay sent {message}")
+        elif not isinstance(incoming, Ack):
+            raise RuntimeError(f"the relay sent {incoming}")
 
 
 def _there(worker: Connection | None) -> Connection:

@@ -134,7 +134,7 @@ def _is_cancelled(stage: Stage, request_id: str) -> Look:
 
 
 async def cancelled(stage: Stage) -> Look:
-    """A client heard `cancelled` of a request that waited."""
+    """A client received `cancelled` for a request that waited."""
     async with peer(stage.url, "client") as client:
         request_id = await stage.queued(client)
         client.send(Cancel(request_id=request_id))
@@ -175,7 +175,7 @@ async def status_of_running(stage: Stage) -> Look:
 
 
 async def cancelled_by_worker(stage: Stage) -> Look:
-    """A client heard `cancelled` of a request that ran."""
+    """A client received `cancelled` for a request that ran."""
     async with peer(stage.url, "client") as client, running(stage, client) as (request_id, worker, assign):
         client.send(Cancel(request_id=request_id))
         await worker.peer.next(Cancel)
@@ -303,7 +303,7 @@ async def revoke_token(stage: Stage) -> Look:
 
 
 async def drain_worker(stage: Stage) -> Look:
-    """An operator drained a worker, which had not heard of it when the relay was killed."""
+    """An operator drained a worker, which had not received the drain when the relay was killed."""
     async with peer(stage.url, "operator") as operator, fake_worker(stage.url, spaces=("drains",)) as worker:
         registered = await worker.peer.next(Registered)
         await steered(operator, "drain_worker", registered.worker_id)

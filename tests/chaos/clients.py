@@ -15,7 +15,7 @@ from protocol.wire.frames import Audio, Frame
 from protocol.wire.messages import LIVE_STATES
 from tests.chaos.proxy import Line, open_line
 from tests.chaos.report import Case, Ledger
-from tests.chaos.verdict import Hearing
+from tests.chaos.verdict import Reception
 from tests.chaos.workload import CHUNK_MS, LOOSE, Plan, draw_plan
 
 #: A listener must have its end by then: several times all windows of the configuration together.
@@ -49,7 +49,7 @@ async def open_client(line: Line, token: str, ledger: Ledger) -> AsyncIterator[R
                         on_reconnect=lambda _fault, _delay_s: ledger.link_down(line.name),
                     )
                 )
-            except (ConnectError, LinkBroken):  # no relay, or one that was killed before it had answered
+            except (ConnectError, LinkBroken):  # no relay, or it was killed before it answered
                 await trio.sleep(AGAIN_S)
         yield relay
 
@@ -66,7 +66,7 @@ class Client:
     seed: int
     target: tuple[str, int]
     others: Sequence["Client"] = ()
-    at_hand: Case | None = None
+    current: Case | None = None
     _random: random.Random = attrs.field(init=False)
     _plans: random.Random = attrs.field(init=False)
 
@@ -83,7 +83,7 @@ class Client:
 
     async def follow(self, plan: Plan) -> None:
         """Follow one plan, and judge its result."""
-        case = self.at_hand = self.ledger.open_case(plan, new_request_id(), self.name)
+        case = self.current = self.ledger.open_case(plan, new_request_id(), self.name)
         with trio.move_on_after(END_S * (2 if plan.fail else 1)) as patience:
             try:
                 await _DEEDS[plan.kind](self, case)
@@ -95,7 +95,7 @@ class Client:
         if patience.cancelled_caught:
             self.ledger.complain(f"no end within {END_S:g} s", case)
         self.ledger.close_case(case)
-        self.at_hand = None
+        self.current = None
 
     @property
     def other(self) -> "Client":
@@ -120,48 +120,50 @@ class Client:
                 self.ledger.counts["submits refused by a draining relay"] += 1
                 await trio.sleep(AGAIN_S)
 
-    async def _attach(self, case: Case, hearing: Hearing) -> None:
+    async def _attach(self, case: Case, reception: Reception) -> None:
         """Attach to the request, and listen to the end."""
-        async with self.relay.attach(case.request_id, hearing.after_seq, attempt=hearing.attempt) as stream:
-            with suppress(RequestRejected):  # which `_hear` meets again
+        async with self.relay.attach(case.request_id, reception.after_seq, attempt=reception.attempt) as stream:
+            with suppress(RequestRejected):  # `_receive` raises it again
                 await stream.wait_accepted()
             case.unheld_to = min(case.unheld_to, trio.current_time())
-            await self._hear(stream, case, hearing)
-        self.ledger.close_hearing(case, hearing)
+            await self._receive(stream, case, reception)
+        self.ledger.close_reception(case, reception)
 
-    def _hearing(self, case: Case, what: str = "", after_seq: int = -1) -> Hearing:
-        hearing = Hearing(f"{self.name}{what}", after_seq, began_at=trio.current_time())
-        case.hearings.append(hearing)
-        return hearing
+    def _new_reception(self, case: Case, what: str = "", after_seq: int = -1) -> Reception:
+        reception = Reception(f"{self.name}{what}", after_seq, began_at=trio.current_time())
+        case.receptions.append(reception)
+        return reception
 
-    async def _hear(self, stream: Stream, case: Case, hearing: Hearing, until: int | None = None) -> bool:
+    async def _receive(self, stream: Stream, case: Case, reception: Reception, until: int | None = None) -> bool:
         """Process events until the end (True), or until `until` audio frames have arrived."""
         pace_s = CHUNK_MS / 1000 / case.plan.speed * (1.5 if case.plan.space == LOOSE else 1.0)
         since: float | None = None
         try:
             async for event in stream.events():
                 if isinstance(event, Restarted):
-                    hearing.void(event.seq)
-                    self.ledger.note(case.plan.name, f"{hearing.name} hears attempt {event.attempt} from {event.seq}")
+                    reception.void(event.seq)
+                    self.ledger.note(
+                        case.plan.name, f"{reception.name} receives attempt {event.attempt} from {event.seq}"
+                    )
                 elif isinstance(event, Frame):
-                    hearing.attempt, hearing.last_seq = event.attempt, event.seq
+                    reception.attempt, reception.last_seq = event.attempt, event.seq
                 if isinstance(event, Audio):
                     now = trio.current_time()
                     if since is not None:
-                        self.ledger.take_gap(case, self.name, since, now, pace_s)
+                        self.ledger.record_gap(case, self.name, since, now, pace_s)
                     since = now
-                    hearing.pieces.append((event.seq, event.pcm))
-                    if until is not None and len(hearing.pieces) > until:
+                    reception.pieces.append((event.seq, event.pcm))
+                    if until is not None and len(reception.pieces) > until:
                         return False
-            hearing.end = "completed"
+            reception.end = "completed"
         except RequestCancelled as end:
-            hearing.end, hearing.message = "cancelled", str(end)
+            reception.end, reception.message = "cancelled", str(end)
         except RequestFailed as end:
-            hearing.end, hearing.message = f"failed {end.code}", end.message
+            reception.end, reception.message = f"failed {end.code}", end.message
         except RequestRejected as end:
-            hearing.end, hearing.message = f"rejected {end.code}", str(end)
+            reception.end, reception.message = f"rejected {end.code}", str(end)
         except (LinkError, ProtocolError) as fault:
-            hearing.end, hearing.message = type(fault).__name__, str(fault)
+            reception.end, reception.message = type(fault).__name__, str(fault)
         return True
 
     async def _check_status(self, case: Case) -> None:
@@ -169,7 +171,7 @@ class Client:
 
         A relay that is killed between reporting an end and storing it resumes the attempt, and receives the same end.
         """
-        ends = {hearing.end for hearing in case.hearings if hearing.end}
+        ends = {reception.end for reception in case.receptions if reception.end}
         state = ""
         with trio.move_on_after(ANSWER_S):
             while ends != {state}:
@@ -181,45 +183,45 @@ class Client:
         if not state:
             self.ledger.complain(f"no answer to status within {ANSWER_S:g} s", case)
         elif ends != {state}:
-            self.ledger.complain(f"its status is {state!r}, and heard was {sorted(ends)}", case)
+            self.ledger.complain(f"its status is {state!r}, and the ends received are {sorted(ends)}", case)
 
     # -- the kinds of plans
 
     async def _plain(self, case: Case) -> None:
-        hearing = self._hearing(case)
-        await self._submit(case, lambda stream: self._hear(stream, case, hearing))
-        self.ledger.close_hearing(case, hearing)
+        reception = self._new_reception(case)
+        await self._submit(case, lambda stream: self._receive(stream, case, reception))
+        self.ledger.close_reception(case, reception)
 
     async def _again(self, case: Case) -> None:
         await self._plain(case)
         await trio.sleep(case.plan.later_s)
         other = self.other
-        await other._attach(case, other._hearing(case, " fetches it again"))
+        await other._attach(case, other._new_reception(case, " fetches it again"))
 
     async def _with_other(self, case: Case, deed: Callable[["Client"], Awaitable[None]]) -> None:
         """Listen to the end, and have another client do something in the middle."""
-        hearing = self._hearing(case)
+        reception = self._new_reception(case)
         other = self.other
 
         async def act(stream: Stream) -> bool:
-            ended = await self._hear(stream, case, hearing, case.plan.at_frame)
+            ended = await self._receive(stream, case, reception, case.plan.at_frame)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(deed, other)
                 if not ended:
-                    await self._hear(stream, case, hearing)
-                self.ledger.close_hearing(case, hearing)
+                    await self._receive(stream, case, reception)
+                self.ledger.close_reception(case, reception)
             return True
 
         await self._submit(case, act)
 
     async def _second(self, case: Case) -> None:
-        await self._with_other(case, lambda other: other._attach(case, other._hearing(case, " listens in")))
+        await self._with_other(case, lambda other: other._attach(case, other._new_reception(case, " listens in")))
 
     async def _twin(self, case: Case) -> None:
         async def submit_too(other: "Client") -> None:
-            hearing = other._hearing(case, " submits it too")
-            await other._submit(case, lambda stream: other._hear(stream, case, hearing))
-            self.ledger.close_hearing(case, hearing)
+            reception = other._new_reception(case, " submits it too")
+            await other._submit(case, lambda stream: other._receive(stream, case, reception))
+            self.ledger.close_reception(case, reception)
 
         await self._with_other(case, submit_too)
 
@@ -230,39 +232,39 @@ class Client:
 
         await self._submit(case, leave, detach=True)
         await trio.sleep(case.plan.later_s)
-        await self._attach(case, self._hearing(case, " comes back"))
+        await self._attach(case, self._new_reception(case, " comes back"))
 
     async def _by_hand(self, case: Case) -> None:
-        first = self._hearing(case)
-        if await self._submit(case, lambda s: self._hear(s, case, first, case.plan.at_frame), detach=True):
-            self.ledger.close_hearing(case, first)
+        first = self._new_reception(case)
+        if await self._submit(case, lambda s: self._receive(s, case, first, case.plan.at_frame), detach=True):
+            self.ledger.close_reception(case, first)
             return
         await trio.sleep(case.plan.later_s)
-        rest = self._hearing(case, " goes on", first.last_seq)
+        rest = self._new_reception(case, " goes on", first.last_seq)
         rest.pieces, rest.attempt = list(first.pieces), first.attempt
         await self._attach(case, rest)
 
     async def _cancelled(self, case: Case) -> None:
-        hearing = self._hearing(case)
+        reception = self._new_reception(case)
 
         async def cancel(stream: Stream) -> None:
             case.cancelled_at = trio.current_time()
             self.ledger.note(case.plan.name, "cancels it")
-            await self.relay.cancel(stream.request_id, "enough heard")
+            await self.relay.cancel(stream.request_id, "enough received")
 
         async def act(stream: Stream) -> bool:
-            if not await self._hear(stream, case, hearing, case.plan.at_frame):
+            if not await self._receive(stream, case, reception, case.plan.at_frame):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(cancel, stream)
-                    await self._hear(stream, case, hearing)
+                    await self._receive(stream, case, reception)
             return True
 
         await self._submit(case, act)
-        self.ledger.close_hearing(case, hearing)
+        self.ledger.close_reception(case, reception)
 
     async def _die(self, case: Case) -> bool:
         """Submit as a client that dies in the middle; True if it received the end before."""
-        mortal = self._hearing(case, " (mortal)")
+        mortal = self._new_reception(case, " (mortal)")
         ended = False
         name = f"client {case.plan.name} (mortal)"
         async with open_line(name, self.target, self._random) as line:
@@ -271,7 +273,7 @@ class Client:
 
                     async def act(stream: Stream) -> bool:
                         nonlocal ended
-                        ended = await self._hear(stream, case, mortal, case.plan.at_frame)
+                        ended = await self._receive(stream, case, mortal, case.plan.at_frame)
                         if not ended:  # from here on nothing it says comes through: it is as dead as with kill -9
                             fault = self.ledger.begin_fault("killed", "client", cuts=True)
                             line.unplugged = True
@@ -286,7 +288,7 @@ class Client:
 
                     await self._submit(case, act, relay=relay)
         if ended:
-            self.ledger.close_hearing(case, mortal)
+            self.ledger.close_reception(case, mortal)
         else:
             mortal.left = True
         return ended
@@ -295,7 +297,7 @@ class Client:
         if await self._die(case):
             return
         await trio.sleep(case.plan.later_s)
-        await self._attach(case, self._hearing(case, " inherits it"))
+        await self._attach(case, self._new_reception(case, " inherits it"))
 
     async def _abandoned(self, case: Case) -> None:
         if await self._die(case):
@@ -303,7 +305,7 @@ class Client:
         # Whoever attached would hold it, so there is nothing but to ask.
         while (await self.relay.status(case.request_id)).state in LIVE_STATES:  # noqa: ASYNC110
             await trio.sleep(ASK_S)
-        await self._attach(case, self._hearing(case, " looks at what became of it"))
+        await self._attach(case, self._new_reception(case, " looks at what became of it"))
 
 
 _DEEDS: dict[str, Callable[[Client, Case], Awaitable[None]]] = {

@@ -19,7 +19,7 @@ START_S = 30.0
 KEPT_LINES = 4_000
 _REPO = Path(__file__).parents[2]
 
-Hear = Callable[[str, str], None]
+OnLine = Callable[[str, str], None]
 
 
 @attrs.define(eq=False)
@@ -31,7 +31,7 @@ class Actor:
         command: module and arguments.
         environ: environment of the process.
         folder: its working directory.
-        hear: called with its name and each line of its stderr.
+        on_line: called with its name and each line of its stderr.
         ready_words: text in the line that shows that it is ready.
     """
 
@@ -39,7 +39,7 @@ class Actor:
     command: Sequence[str]
     environ: dict[str, str]
     folder: Path
-    hear: Hear
+    on_line: OnLine
     ready_words: str
     process: trio.Process | None = None
     starts: int = 0
@@ -87,7 +87,7 @@ class Actor:
 
     def _take(self, line: str) -> None:
         self.lines.append(line)
-        self.hear(self.name, line)
+        self.on_line(self.name, line)
         if self.ready_words in line:
             self.ready.set()
 

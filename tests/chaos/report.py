@@ -1,4 +1,4 @@
-"""What happened: faults, what the processes said, each request from its submit to its verdict; and the table of it."""
+"""The record of a run: faults, log lines, each request from its submit to its verdict; and the table of results."""
 
 import hashlib
 import itertools
@@ -10,18 +10,18 @@ import attrs
 import trio
 
 from tests.chaos.processes import as_json
-from tests.chaos.verdict import Cause, Hearing, judge, judge_attempts, lost_and_doubled
+from tests.chaos.verdict import Cause, Reception, judge, judge_attempts, lost_and_doubled
 from tests.chaos.workload import SAMPLE_BYTES, Plan
 
-#: As `gpuworker.executor` logs the begin of an attempt.
+#: The line that `gpuworker.executor` logs at the start of an attempt.
 _BEGUN = re.compile(r"request ([0-9a-f]{8}) of \S+: attempt (\d+) in space")
-#: From a death to the moment the relay has seen it: `dead_after_s`, and a little.
+#: Time in which the relay detects a lost connection: `dead_after_s` and a margin.
 SEEN_S = 3.0
-#: Pauses of a busy machine.
+#: Pauses up to this are those of a busy machine.
 NOISE_S = 0.25
-#: Of the timeline, kept for the story of what went wrong.
+#: Events of the timeline that are kept, to explain what went wrong.
 KEPT_EVENTS = 60_000
-#: Events of the relay that are about a request.
+#: Log events of the relay that concern a request.
 _ABOUT = frozenset(
     {"request started", "request queued again", "request completed", "request failed", "request cancelled"}
 )
@@ -29,24 +29,24 @@ _ABOUT = frozenset(
 
 @attrs.define(eq=False)
 class Fault:
-    """One trouble, from its begin to its end."""
+    """One fault, from its start to its end."""
 
     kind: str
     target: str
     began_at: float
     healed_at: float = float("inf")
-    #: Whether it is over the moment it is done.
+    #: Whether it has no duration, such as a cut connection.
     cuts: bool = False
 
     @property
     def account(self) -> str:
-        """Under which it is counted."""
+        """The name under which it is counted."""
         return f"{self.target.split()[0]}: {self.kind}"
 
 
 @attrs.define(eq=False)
 class Pause:
-    """The longest between two audio frames of a stream, beyond their pace; of so many that were looked at."""
+    """The longest pause between two audio frames of a stream beyond their pace, of `frames` frames."""
 
     longest_s: float = 0.0
     where: str = ""
@@ -55,7 +55,7 @@ class Pause:
 
 @attrs.define(eq=False)
 class Case:
-    """One request."""
+    """One request and everything recorded about it."""
 
     plan: Plan
     request_id: str
@@ -63,14 +63,14 @@ class Case:
     #: Name of the client that submits it.
     listener: str = ""
     accepted_at: float | None = None
-    hearings: list[Hearing] = attrs.field(factory=list)
+    receptions: list[Reception] = attrs.field(factory=list)
     cancelled_at: float | None = None
-    #: Since when nobody listens, by the harness's own doing; None while somebody does.
+    #: When the harness left it without a listener; None if it has one.
     unheld_from: float | None = None
     unheld_to: float = float("inf")
     ended_at: float | None = None
     closed_at: float | None = None
-    #: (attempt, worker process) as the workers told it, and the same as the relay did.
+    #: (attempt, worker process), as logged by the workers (`begun`) and by the relay (`started`).
     begun: list[tuple[int, str]] = attrs.field(factory=list)
     started: list[tuple[int, str]] = attrs.field(factory=list)
     requeued: int = 0
@@ -78,24 +78,24 @@ class Case:
 
     @property
     def short(self) -> str:
-        """As the workers' logs name it."""
+        """The id as shortened in the workers' logs."""
         return self.request_id[:8]
 
 
 @attrs.define(eq=False)
 class Windows:
-    """The settings that bound what may happen when, seconds."""
+    """The settings that limit what may happen, in seconds."""
 
     worker_grace_s: float
     unheard_grace_s: float
     resume_window_s: float
-    #: After the last fault, a stream goes on within this.
+    #: A stream must continue within this time after the last fault.
     promised_s: float
 
 
 @attrs.define(eq=False)
 class Ledger:
-    """All of it. `began_at` is the zero of the timeline."""
+    """The record of a run. The timeline starts at `began_at`."""
 
     windows: Windows
     began_at: float
@@ -103,13 +103,13 @@ class Ledger:
     faults: list[Fault] = attrs.field(factory=list)
     counts: Counter[str] = attrs.field(factory=Counter)
     pauses: dict[str, Pause] = attrs.field(factory=lambda: defaultdict(Pause))
-    #: In a stream, from the end of the last fault that concerns it to the next frame.
+    #: The longest time from the end of the last fault that concerns a stream to its next frame.
     longest_quiet_s: float = 0.0
     complaints: list[str] = attrs.field(factory=list)
     timeline: deque[tuple[float, str, str]] = attrs.field(factory=lambda: deque(maxlen=KEPT_EVENTS))
-    #: Moments at which the relay was seen to be started.
+    #: Times at which the relay logged that it was listening.
     relay_starts: list[float] = attrs.field(factory=list)
-    #: Worker name -> [(since when it was registered, until when)]; the last may be open.
+    #: Name of a worker or client -> [[connected at, disconnected at]]; the last may be open.
     linked: dict[str, list[list[float]]] = attrs.field(factory=lambda: defaultdict(list))
     on_complaint: Callable[[], None] = lambda: None
     _by_short: dict[str, Case] = attrs.field(factory=dict)
@@ -117,77 +117,77 @@ class Ledger:
     # -- writing
 
     def note(self, who: str, what: str) -> None:
-        """A line of the timeline."""
+        """Add a line to the timeline."""
         self.timeline.append((trio.current_time(), who, what))
 
-    def complain(self, words: str, case: Case | None = None) -> None:
-        """A promise was broken."""
+    def complain(self, message: str, case: Case | None = None) -> None:
+        """Record that a promise was broken."""
         who = f"{case.plan.name} ({case.request_id})" if case else "run"
         if case is not None:
-            case.complaints.append(words)
-        self.complaints.append(f"{who}: {words}")
-        self.note(case.plan.name if case else "run", f"COMPLAINT {words}")
+            case.complaints.append(message)
+        self.complaints.append(f"{who}: {message}")
+        self.note(case.plan.name if case else "run", f"COMPLAINT {message}")
         self.on_complaint()
 
     def open_case(self, plan: Plan, request_id: str, listener: str) -> Case:
-        """A request is about to be submitted."""
+        """Record that a request is about to be submitted."""
         case = Case(plan, request_id, trio.current_time(), listener)
         self.cases[request_id] = self._by_short[case.short] = case
-        words = f"submits {request_id}: {plan.kind}, {plan.space}, retry {plan.retry}, {plan.duration_s} s"
-        self.note(plan.name, words + (f", {plan.fail}" if plan.fail else ""))
+        line = f"submits {request_id}: {plan.kind}, {plan.space}, retry {plan.retry}, {plan.duration_s} s"
+        self.note(plan.name, line + (f", {plan.fail}" if plan.fail else ""))
         return case
 
     def begin_fault(self, kind: str, target: str, *, cuts: bool = False) -> Fault:
-        """A trouble begins."""
+        """Record the start of a fault."""
         fault = Fault(kind, target, trio.current_time(), cuts=cuts)
         self.faults.append(fault)
         self.note("FAULT", f"{target}: {kind}")
         return fault
 
     def heal_fault(self, fault: Fault) -> None:
-        """A trouble is over."""
+        """Record the end of a fault."""
         fault.healed_at = trio.current_time()
         if not fault.cuts:
             self.note("FAULT", f"{fault.target}: {fault.kind} is over")
 
-    # -- what the processes say
+    # -- log lines
 
-    def hear(self, name: str, line: str) -> None:
-        """A line of a process's log."""
+    def record_line(self, name: str, line: str) -> None:
+        """Record a line of a process's log."""
         if name == "relay":
-            self._hear_relay(line)
+            self._record_relay_line(line)
             return
         self.note(name, line)
         if (found := _BEGUN.search(line)) and (case := self._by_short.get(found[1])):
             case.begun.append((int(found[2]), name))
 
-    def _hear_relay(self, line: str) -> None:
-        told = as_json(line)
-        event = told.get("event", "")
+    def _record_relay_line(self, line: str) -> None:
+        entry = as_json(line)
+        event = entry.get("event", "")
         if event in ("connected", "disconnected"):
             return
-        self.note("relay", line if not told else f"{event} {_figures(told)}")
+        self.note("relay", line if not entry else f"{event} {_fields(entry)}")
         now = trio.current_time()
         if event == "listening":
             self.relay_starts.append(now)
         elif event == "worker registered":
-            self.linked[_worker_name(told["worker"])].append([now, float("inf")])
+            self.linked[_worker_name(entry["worker"])].append([now, float("inf")])
         elif event == "worker disconnected":
-            self._unlink(_worker_name(told["worker"]), now)
-        elif event in _ABOUT and (case := self.cases.get(told.get("request_id", ""))):
+            self._unlink(_worker_name(entry["worker"]), now)
+        elif event in _ABOUT and (case := self.cases.get(entry.get("request_id", ""))):
             if event == "request started":
-                case.started.append((told["attempt"], _worker_name(told["worker"])))
+                case.started.append((entry["attempt"], _worker_name(entry["worker"])))
             elif event == "request queued again":
                 case.requeued += 1
-        if told.get("level") in ("error", "critical") or "Traceback" in line or "exception" in told:
-            self.complain(f"the relay logs an error: {line[:2_000]}")
+        if entry.get("level") in ("error", "critical") or "Traceback" in line or "exception" in entry:
+            self.complain(f"the relay logged an error: {line[:2_000]}")
 
     def link_up(self, who: str) -> None:
-        """A client has logged in."""
+        """Record that a client has logged in."""
         self.linked[who].append([trio.current_time(), float("inf")])
 
     def link_down(self, who: str) -> None:
-        """A client has seen that its link is gone."""
+        """Record that a client has lost its link."""
         self._unlink(who, trio.current_time())
 
     def _unlink(self, worker: str, now: float) -> None:
@@ -195,14 +195,14 @@ class Ledger:
             spans[-1][1] = now
 
     def relay_gone(self) -> None:
-        """The relay's process has ended, and every link with it."""
+        """Record that the relay's process has ended, and every link with it."""
         for worker in self.linked:
             self._unlink(worker, trio.current_time())
 
     # -- judging
 
     def causes(self, case: Case, until: float) -> frozenset[Cause]:
-        """What befell a request up to then."""
+        """What happened to a request up to `until`."""
         ran_on = {worker for _attempt, worker in case.started} | {worker for _attempt, worker in case.begun}
         found = set()
         for fault in self.faults:
@@ -230,7 +230,7 @@ class Ledger:
     def _was_away(
         self, worker: str, since: float, until: float, longest_s: float, *, over_restarts: bool = False
     ) -> bool:
-        """Whether the relay missed a peer for so long; a restart of the relay begins the time anew, but where told."""
+        """Whether a peer was away for `longest_s`. A restart of the relay resets that time, unless `over_restarts`."""
         starts = () if over_restarts else (start for start in self.relay_starts if since < start < until)
         edges = sorted({since, until, *starts})
         for begin, end in itertools.pairwise(edges):
@@ -249,39 +249,39 @@ class Ledger:
         since = max([case.unheld_from, *(start for start in self.relay_starts if start <= until)])
         return min(until, case.unheld_to) - since >= self.windows.resume_window_s * 0.9
 
-    def close_hearing(self, case: Case, hearing: Hearing) -> None:
-        """A listener has its end: judge it."""
-        hearing.ended_at = trio.current_time()
-        case.ended_at = hearing.ended_at
-        self.note(case.plan.name, f"{hearing.name} hears the end: {hearing.end} {hearing.message}")
-        for words in judge(case.plan, hearing, self.causes(case, hearing.ended_at)):
-            self.complain(f"{hearing.name}: {words}", case)
+    def close_reception(self, case: Case, reception: Reception) -> None:
+        """Judge a reception that has ended."""
+        reception.ended_at = trio.current_time()
+        case.ended_at = reception.ended_at
+        self.note(case.plan.name, f"{reception.name} has the end: {reception.end} {reception.message}")
+        for fault in judge(case.plan, reception, self.causes(case, reception.ended_at)):
+            self.complain(f"{reception.name}: {fault}", case)
         self.counts["listeners"] += 1
-        self.counts[f"ended {hearing.end}"] += 1
-        self.counts["samples compared"] += len(hearing.pcm) // SAMPLE_BYTES
-        lost, doubled = lost_and_doubled(case.plan, hearing) if hearing.end == "completed" else (0, 0)
+        self.counts[f"ended {reception.end}"] += 1
+        self.counts["samples compared"] += len(reception.pcm) // SAMPLE_BYTES
+        lost, doubled = lost_and_doubled(case.plan, reception) if reception.end == "completed" else (0, 0)
         self.counts["samples lost"] += lost
         self.counts["samples doubled"] += doubled
-        self.counts["samples voided by a restart"] += hearing.voided
-        self.counts["restarts heard"] += hearing.restarts
-        for other in case.hearings:
-            if other is not hearing and other.end and other.end != hearing.end:
-                self.complain(f"{other.name} heard {other.end!r}, and {hearing.name} {hearing.end!r}", case)
-        hearing.pieces = [(-1, hashlib.sha256(hearing.pcm).digest())]  # memory: the run is long
+        self.counts["samples voided by a restart"] += reception.voided
+        self.counts["restarts seen"] += reception.restarts
+        for other in case.receptions:
+            if other is not reception and other.end and other.end != reception.end:
+                self.complain(f"{other.name} received {other.end!r}, and {reception.name} {reception.end!r}", case)
+        reception.pieces = [(-1, hashlib.sha256(reception.pcm).digest())]  # to save memory in a long run
 
     def close_case(self, case: Case) -> None:
-        """All is known of a request: judge how often it ran, and forget it."""
+        """Judge how often a request ran, once everything about it is known, and forget it."""
         case.closed_at = trio.current_time()
         begun = [attempt for attempt, _worker in case.begun]
         until = case.ended_at or trio.current_time()
         starts = sum(case.began_at <= start <= until for start in self.relay_starts)
-        self.counts["requests run twice unnoticed"] += 0  # the table has it in any case
-        for words in judge_attempts(case.plan, begun, case.requeued, starts):
-            self.counts["requests run twice unnoticed"] += "twice" in words or "times" in words
-            self.complain(words, case)
+        self.counts["requests run twice unnoticed"] += 0  # so that the table has this line
+        for fault in judge_attempts(case.plan, begun, case.requeued, starts):
+            self.counts["requests run twice unnoticed"] += "twice" in fault or "times" in fault
+            self.complain(fault, case)
         for unknown in set(case.begun) - set(case.started):
-            self.complain(f"attempt {unknown[0]} ran on {unknown[1]}, which the relay has not told", case)
-        kept = any(hearing.end and not hearing.end.endswith("request_not_found") for hearing in case.hearings)
+            self.complain(f"attempt {unknown[0]} ran on {unknown[1]}, which the relay has not logged", case)
+        kept = any(reception.end and not reception.end.endswith("request_not_found") for reception in case.receptions)
         self.counts["accepted requests lost"] += case.accepted_at is not None and not kept
         self.counts["requests"] += 1
         self.counts["attempts"] += len(begun)
@@ -289,8 +289,8 @@ class Ledger:
         if not case.complaints:
             del self.cases[case.request_id], self._by_short[case.short]
 
-    def take_gap(self, case: Case, listener: str, since: float, now: float, pace_s: float) -> None:
-        """The pause between two audio frames of a stream, put to the account of what made it."""
+    def record_gap(self, case: Case, listener: str, since: float, now: float, pace_s: float) -> None:
+        """Record the pause between two audio frames of a stream, under the fault that caused it."""
         gap_s = now - since - pace_s
         concerned = {"relay", listener, *(f"worker {worker}" for _attempt, worker in case.started[-2:])}
         faults = [
@@ -298,7 +298,7 @@ class Ledger:
             for fault in itertools.islice(reversed(self.faults), 200)
             if fault.began_at <= now and fault.healed_at >= since - SEEN_S and fault.target in concerned
         ]
-        # What was healed shortly before still makes pauses, but not the short ones: those are everyday noise.
+        # A fault that has just ended still causes pauses; but short pauses are ordinary noise.
         kinds = {fault.account for fault in faults if fault.healed_at >= since or gap_s > NOISE_S}
         name = "none" if not kinds else kinds.pop() if len(kinds) == 1 else "several at once"
         worst = self.pauses[name]
@@ -309,13 +309,15 @@ class Ledger:
         if quiet_s > self.longest_quiet_s:
             self.longest_quiet_s = quiet_s
         if quiet_s > self.windows.promised_s:
-            words = f"{listener} heard nothing for {gap_s:.1f} s, {quiet_s:.1f} s of them after the last fault was over"
-            self.complain(words, case)
+            message = (
+                f"{listener} received nothing for {gap_s:.1f} s, {quiet_s:.1f} s of them after the last fault ended"
+            )
+            self.complain(message, case)
 
-    # -- telling
+    # -- reporting
 
     def story(self, case: Case | None) -> str:
-        """The timeline of one request: what it, its relay and its workers did, and every fault meanwhile."""
+        """The timeline of one request: what the relay and its workers did, and every fault in that time."""
         if case is None:
             return "\n".join(self._line(*each) for each in list(self.timeline)[-80:])
         until = (case.closed_at or case.ended_at or float("inf")) + 1.0
@@ -332,29 +334,29 @@ class Ledger:
         return f"{at - self.began_at:9.3f}  {who:<14} {what[:400]}"
 
     def table(self) -> str:
-        """What was done and seen, as Markdown."""
+        """The faults and the results, as Markdown tables."""
         faults = Counter(fault.account for fault in self.faults)
         rows = [("fault", "times"), ("---", "---:"), *((kind, f"{times}") for kind, times in sorted(faults.items()))]
         seen = [
-            ("seen", "count"),
+            ("result", "count"),
             ("---", "---:"),
             *((what, f"{count:,}") for what, count in sorted(self.counts.items())),
         ]
         pauses = [
-            ("longest pause in a stream, beyond its pace", "ms", "of frames", "where"),
+            ("longest pause in a stream, beyond its pace", "ms", "frames", "where"),
             ("---", "---:", "---:", "---"),
         ]
         for kind, pause in sorted(self.pauses.items()):
             pauses.append((f"during {kind}", f"{pause.longest_s * 1000:,.0f}", f"{pause.frames:,}", pause.where))
-        pauses.append(("after the last fault was over", f"{self.longest_quiet_s * 1000:,.0f}", "", ""))
+        pauses.append(("after the last fault ended", f"{self.longest_quiet_s * 1000:,.0f}", "", ""))
         return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in part) for part in (rows, seen, pauses))
 
 
-def _figures(told: dict[str, object]) -> str:
+def _fields(entry: dict[str, object]) -> str:
     skipped = ("event", "level", "timestamp", "logger")
-    return " ".join(f"{key}={value}" for key, value in told.items() if key not in skipped)
+    return " ".join(f"{key}={value}" for key, value in entry.items() if key not in skipped)
 
 
 def _worker_name(worker_id: str) -> str:
-    """The name that a worker was started with, without its instance."""
+    """The name with which a worker was started, without its instance id."""
     return worker_id.rpartition("-")[0]

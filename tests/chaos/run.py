@@ -1,4 +1,4 @@
-"""One run: processes, lines, clients and the storm, and what is left when it is over.
+"""One run: starts processes, lines, clients and the storm of faults, and checks what is left at the end.
 
 `python -m tests.chaos --seed 7 --minutes 25`, as `make chaos SEED=7 MINUTES=25` calls it.
 """
@@ -22,7 +22,7 @@ from tests.chaos.faults import Storm
 from tests.chaos.processes import Actor
 from tests.chaos.proxy import Line, open_line
 from tests.chaos.report import Ledger, Windows
-from tests.chaos.short_timeouts import in_haste
+from tests.chaos.short_timeouts import shortened_timeouts
 from tests.chaos.workload import CHUNK_MS, FRAIL_ATTEMPTS, FRAIL_IDLE_S, PATIENT_ATTEMPTS, SAMPLE_RATE_HZ, Plan
 
 Gap = tuple[float, float]
@@ -45,7 +45,7 @@ cancel_grace_s = 2.0
 
 [results]
 retain_s = {retain_s}
-# A few streams fill it: most frames are written to files in the storm, and read back from there.
+# A few streams fill it, so most frames are written to files during the storm, and read back from there.
 memory_bytes = 20_000
 
 [spaces.tts]
@@ -70,20 +70,20 @@ idle_timeout_s = {frail_idle_s}
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """Of one run.
+    """The settings of one run.
 
     Args:
-        seed: of everything that is drawn.
+        seed: determines all random choices.
         storm_s: how long there are faults.
-        spare_relay_s: of it, at the end, how long the relay's process is left alone, to see what it keeps.
-        clients: listeners at once.
-        slots: of each of the two workers of space `tts`; that of `loose` has as many.
-        relay_gap_s: between two faults of the relay, from its being back on; drawn from this range, as the others.
-        worker_gap_s: the same of each worker.
-        client_gap_s: the same of each client.
-        retain_s: results are kept this long; afterwards the relay must be as small as in the beginning.
+        spare_relay_s: the last part of `storm_s`, in which the relay's process is left alone, to see what it keeps.
+        clients: the number of clients.
+        slots: the slots of each worker.
+        relay_gap_s: the range of the time from the end of one fault of the relay to the next.
+        worker_gap_s: the same for each worker.
+        client_gap_s: the same for each client.
+        retain_s: how long results are kept; then the relay must be as small as at the start.
         wait_retention: whether to wait for that.
-        rss_allowance_mib: by which the relay may have grown.
+        rss_allowance_mib: growth of the relay's memory that is allowed.
     """
 
     seed: int
@@ -99,13 +99,13 @@ class Settings:
     rss_allowance_mib: float = 24.0
 
 
-#: Below most of the times between two kills of the relay, each of which begins a client's resume window anew.
+#: Shorter than most times between two kills of the relay, because each kill restarts a client's resume window.
 WINDOWS = Windows(worker_grace_s=2.5, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0)
 
 
 @attrs.define(eq=False)
 class Stage:
-    """All that takes part."""
+    """The processes, lines and clients of a run."""
 
     folder: Path
     settings: Settings
@@ -117,12 +117,12 @@ class Stage:
 
     @property
     def socket_url(self) -> str:
-        """The operator's door."""
+        """The address of the operator's socket."""
         return f"unix:{self.folder}/state/relayd.sock"
 
 
 def free_port() -> int:
-    """A port of loopback that nobody has; the relay comes back to it after every restart."""
+    """A free port on loopback; the relay uses it again after every restart."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port: int = taken.getsockname()[1]
@@ -130,7 +130,7 @@ def free_port() -> int:
 
 
 def make_token(folder: Path, role: str) -> str:
-    """A token of a relay that does not run yet."""
+    """Create a token before the relay runs."""
     command = [sys.executable, "-m", "relayd.cli", "token", "create", "--role", role, "--name", f"chaos-{role}"]
     command += ["--config", str(folder / "relayd.toml")]
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout.strip()
@@ -138,7 +138,7 @@ def make_token(folder: Path, role: str) -> str:
 
 @asynccontextmanager
 async def open_stage(folder: Path, settings: Settings, nursery: trio.Nursery) -> AsyncIterator[Stage]:
-    """Everything up and undisturbed; all processes are killed at the end of the block."""
+    """Start everything, without faults; all processes are killed at the end of the block."""
     port = free_port()
     target = ("127.0.0.1", port)
     values = attrs.asdict(WINDOWS) | {"port": port, "folder": folder, "retain_s": settings.retain_s}
@@ -147,7 +147,7 @@ async def open_stage(folder: Path, settings: Settings, nursery: trio.Nursery) ->
     tokens = {role: await trio.to_thread.run_sync(make_token, folder, role) for role in ("worker", "client")}
     ledger = Ledger(WINDOWS, trio.current_time())
     serve = ("relayd.cli", "serve", "--config", str(folder / "relayd.toml"))
-    relay = Actor("relay", serve, {}, folder, ledger.hear, '"event": "listening"')
+    relay = Actor("relay", serve, {}, folder, ledger.record_line, '"event": "listening"')
     async with AsyncExitStack() as stack:
 
         async def line_of(name: str) -> Line:
@@ -170,7 +170,7 @@ async def open_stage(folder: Path, settings: Settings, nursery: trio.Nursery) ->
             for option in (f"reproducible={reproducible}", f"sample_rate={SAMPLE_RATE_HZ}", f"chunk_ms={CHUNK_MS}"):
                 command += ["-o", option]
             environ = {"RELAY_TOKEN": tokens["worker"]}
-            worker = Actor(name, command, environ, folder, ledger.hear, "registered space")
+            worker = Actor(name, command, environ, folder, ledger.record_line, "registered space")
             stack.push_async_callback(worker.kill)
             await worker.start(nursery)
             workers.append(worker)
@@ -189,7 +189,7 @@ async def open_stage(folder: Path, settings: Settings, nursery: trio.Nursery) ->
 
 
 def undisturbed(client: Client, space: str) -> Plan:
-    """A request of the warm-up, whose samples show that the expected ones are those of an undisturbed run."""
+    """A request of the warm-up; it shows that the expected samples are those of an undisturbed run."""
     return Plan(
         name=f"{client.name} warms up {space}",
         kind="plain",
@@ -206,15 +206,15 @@ def undisturbed(client: Client, space: str) -> Plan:
 
 
 async def warm_up(stage: Stage) -> tuple[int, float]:
-    """Undisturbed requests; the relay's open files and memory after them, with its clients and workers connected."""
+    """Run requests without faults; returns the relay's open files and MiB of memory, with all peers connected."""
     async with trio.open_nursery() as nursery:
         for number, client in enumerate(stage.clients):
             nursery.start_soon(client.follow, undisturbed(client, ("tts", "loose")[number % 2]))
     return stage.relay.figures()
 
 
-async def look_over(stage: Stage) -> dict[str, list[dict[str, object]]]:
-    """Rows of all topics, as an operator sees them."""
+async def all_rows(stage: Stage) -> dict[str, list[dict[str, object]]]:
+    """Return the rows of all topics, as an operator sees them."""
     async with open_relay(stage.socket_url, token="", role="operator") as relay, relay.watch() as watch:
         async for change in watch:
             if isinstance(change, Snapshot):
@@ -223,12 +223,12 @@ async def look_over(stage: Stage) -> dict[str, list[dict[str, object]]]:
 
 
 async def check_remains(stage: Stage, before: tuple[int, float]) -> None:
-    """Once all is over: slots free, nothing alive, files and memory of the relay as they were."""
+    """Check that slots are free, no request is live, and the relay's files and memory are as before."""
     ledger, settings = stage.ledger, stage.settings
-    faults = ["nothing looked at"]
+    faults = ["nothing was checked"]
     with trio.move_on_after(settings.retain_s * settings.wait_retention + 20.0):
         while faults:
-            faults = _remains(stage, before, await look_over(stage))
+            faults = _remains(stage, before, await all_rows(stage))
             await trio.sleep(0.5)
     files, rss_mib = stage.relay.figures()
     ledger.note("run", f"relay: {before[0]} open files and {before[1]:.1f} MiB before, {files} and {rss_mib:.1f} after")
@@ -242,7 +242,7 @@ def _remains(stage: Stage, before: tuple[int, float], rows: dict[str, list[dict[
     faults = []
     live = [row["request_id"] for row in rows.get("requests", ()) if row["state"] in ("uploading", "queued", "running")]
     if live:
-        faults.append(f"{len(live)} requests are still alive: {live[:5]}")
+        faults.append(f"{len(live)} requests are still live: {live[:5]}")
     kept = rows.get("requests", ())
     if stage.settings.wait_retention and kept:
         faults.append(f"{len(kept)} ended requests are kept longer than retain_s")
@@ -250,22 +250,22 @@ def _remains(stage: Stage, before: tuple[int, float], rows: dict[str, list[dict[
     for worker in stage.workers:
         row = workers.get(worker.name)
         if row is None or row["slots"] != stage.settings.slots:
-            faults.append(f"worker {worker.name} has not come back with all of its slots: {row}")
+            faults.append(f"worker {worker.name} is not connected again with all of its slots: {row}")
         elif row["busy"]:
-            faults.append(f"slots of worker {worker.name} are still taken: {row}")
+            faults.append(f"slots of worker {worker.name} are still busy: {row}")
     if len(workers) > len(stage.workers) or len(rows.get("workers", ())) > len(stage.workers):
-        faults.append(f"workers of former times are still awaited: {sorted(workers)}")
+        faults.append(f"former workers are still remembered: {sorted(workers)}")
     files, rss_mib = stage.relay.figures()
     if files > before[0]:
-        faults.append(f"the relay has {files} open files, and had {before[0]}")
+        faults.append(f"the relay has {files} open files, and had {before[0]} before")
     if rss_mib > before[1] + stage.settings.rss_allowance_mib:
-        faults.append(f"the relay has {rss_mib:.1f} MiB, and had {before[1]:.1f}")
+        faults.append(f"the relay has {rss_mib:.1f} MiB, and had {before[1]:.1f} before")
     return faults
 
 
 async def run_chaos(folder: Path, settings: Settings) -> Ledger:
-    """A whole run; what was seen, and what was wrong in `complaints`."""
-    with in_haste():
+    """Do a whole run; returns its record, with what went wrong in `complaints`."""
+    with shortened_timeouts():
         async with trio.open_nursery() as nursery:
             async with open_stage(folder, settings, nursery) as stage:
                 await _run(stage, nursery)
@@ -302,7 +302,7 @@ async def _run(stage: Stage, nursery: trio.Nursery) -> None:
 
 
 def report(ledger: Ledger, settings: Settings, folder: Path) -> str:
-    """The table, and the story of the first requests that were wronged."""
+    """The table, and the timelines of the first requests with complaints."""
     took_s = ledger.timeline[-1][0] - ledger.began_at if ledger.timeline else 0.0
     parts = [
         f"seed {settings.seed}, {took_s / 60:.1f} minutes, {len(ledger.complaints)} complaints",
@@ -311,17 +311,17 @@ def report(ledger: Ledger, settings: Settings, folder: Path) -> str:
     ]
     if ledger.complaints:
         parts += ["", "## Complaints", *ledger.complaints[:100]]
-        wronged = [case for case in ledger.cases.values() if case.complaints]
-        for case in wronged[:3]:
+        failed = [case for case in ledger.cases.values() if case.complaints]
+        for case in failed[:3]:
             parts += [
                 "",
-                f"## The story of {case.plan.name} ({case.request_id}), seed {settings.seed}",
+                f"## Timeline of {case.plan.name} ({case.request_id}), seed {settings.seed}",
                 ledger.story(case),
             ]
-        if not wronged:
-            parts += ["", "## The last of the timeline", ledger.story(None)]
+        if not failed:
+            parts += ["", "## End of the timeline", ledger.story(None)]
         (folder / "timeline.txt").write_text("\n".join(ledger._line(*each) for each in ledger.timeline))
-        parts += ["", f"The whole timeline: {folder / 'timeline.txt'}"]
+        parts += ["", f"Whole timeline: {folder / 'timeline.txt'}"]
     return "\n".join(parts)
 
 

@@ -1,7 +1,7 @@
-"""The waits of clients and workers, made short, so that a round of cut and recovery takes seconds.
+"""Short timeouts for clients and workers, so that a cut and its recovery take seconds.
 
-They are constants and defaults of `protocol`, which no option names: nobody but a test wants them otherwise. The
-relay's own are settings. `python -m tests.chaos.short_timeouts run ...` is `gpuworker run ...` in haste.
+They replace constants and defaults of `protocol` that have no option, because only tests need other values. Those of
+the relay are settings. `python -m tests.chaos.short_timeouts run ...` is `gpuworker run ...` with short timeouts.
 """
 
 import random
@@ -14,18 +14,18 @@ import protocol.link.dial
 from gpuworker.cli import main
 
 PING_INTERVAL_S = 0.5
-#: 15 s otherwise; on loopback a peer that is only slow answers within one.
+#: 15 s otherwise; on loopback even a slow peer answers within 1 s.
 DEAD_AFTER_S = 2.5
 HANDSHAKE_S = 3.0
-#: The ceiling of the waits between two tries, doubling from the first.
+#: The first and the longest wait between two attempts; it doubles each time.
 BACKOFF_S = (0.1, 0.8)
-#: 5 s otherwise. Under this storm hardly a login holds so long, and every wait would be the longest.
+#: 5 s otherwise. In this storm hardly any login lasts that long, so every wait would be the longest.
 HELD_S = 0.5
 
 
 @contextmanager
-def in_haste() -> Iterator[None]:
-    """Short waits for all links that this process opens in the block."""
+def shortened_timeouts() -> Iterator[None]:
+    """Use short timeouts for all links that this process opens in the block."""
     link, backoff = protocol.link.dial, protocol.link.backoff
     defaults = link.open_link.__wrapped__.__kwdefaults__  # type: ignore[attr-defined]
     before = dict(defaults), backoff.Backoff.__init__.__defaults__, backoff.HELD_S, link.LOGIN_TIMEOUT_S
@@ -41,5 +41,5 @@ def in_haste() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    with in_haste():
+    with shortened_timeouts():
         main()

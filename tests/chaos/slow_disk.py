@@ -1,6 +1,6 @@
-"""`relayd` on a disk that takes its time: what is answered before its commit is lost by a kill behind the answer.
+"""`relayd` with a slow disk: anything answered before its commit is lost by a kill right after the answer.
 
-On a fast disk the commit mostly wins that race. `python -m tests.chaos.slow_disk serve ...` is `relayd serve ...`.
+On a fast disk the commit usually wins that race. `python -m tests.chaos.slow_disk serve ...` is `relayd serve ...`.
 """
 
 import sys
@@ -11,7 +11,7 @@ from relayd.cli import main
 from relayd.store.base import StoreError
 from relayd.store.database import Database, Statement
 
-#: Of each transaction, before the disk gets it.
+#: Delay of each transaction before it is written.
 DELAY_S = 0.03
 _write = Database.write
 

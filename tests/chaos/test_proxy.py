@@ -118,7 +118,7 @@ async def test_a_lost_connection_is_silent_for_ever_and_a_new_one_is_not() -> No
         assert await hears_nothing(stream)
         assert await echoed(await bench.dial()) == WORDS
         await bench.ends[0].send_all(WORDS)
-        assert bench.ended == [], "the other end has heard of no FIN"
+        assert bench.ended == [], "the other end has received no FIN"
 
 
 @pytest.mark.trio

@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.faults import CLIENT_FAULTS, RELAY_FAULTS, WORKER_FAULTS, draw_faults
 from tests.chaos.report import Fault, Ledger, Windows
-from tests.chaos.verdict import Cause, Hearing, judge, judge_attempts, lost_and_doubled
+from tests.chaos.verdict import Cause, Reception, judge, judge_attempts, lost_and_doubled
 from tests.chaos.workload import KINDS, Plan, draw_plan
 
 PLAN = Plan(
@@ -22,15 +22,15 @@ NOTHING: frozenset[Cause] = frozenset()
 KILLED = frozenset({Cause.WORKER_KILLED})
 
 
-def heard(plan: Plan = PLAN, end: str = "completed", *, chunk: int = 800, chunks: int | None = None) -> Hearing:
+def received(plan: Plan = PLAN, end: str = "completed", *, chunk: int = 800, chunks: int | None = None) -> Reception:
     pcm = plan.expected()
     pieces = [(seq, pcm[at : at + chunk]) for seq, at in enumerate(range(0, len(pcm), chunk), 1)]
-    return Hearing("listener", end=end, attempt=1, pieces=pieces[:chunks])
+    return Reception("listener", end=end, attempt=1, pieces=pieces[:chunks])
 
 
 def test_all_samples_and_a_completed_is_what_was_promised() -> None:
-    assert judge(PLAN, heard(), NOTHING) == []
-    assert judge(PLAN, heard(), frozenset(Cause) - {Cause.CANCELLED}) == []
+    assert judge(PLAN, received(), NOTHING) == []
+    assert judge(PLAN, received(), frozenset(Cause) - {Cause.CANCELLED}) == []
 
 
 def test_a_lost_a_doubled_a_swapped_and_a_changed_chunk_are_seen() -> None:
@@ -42,9 +42,9 @@ def test_a_lost_a_doubled_a_swapped_and_a_changed_chunk_are_seen() -> None:
         lambda pieces: pieces[:-1],
         lambda pieces: pieces + pieces,
     ):
-        hearing = heard()
-        hearing.pieces = spoil(hearing.pieces)
-        assert len(judge(PLAN, hearing, frozenset(Cause) - {Cause.CANCELLED})) == 1
+        reception = received()
+        reception.pieces = spoil(reception.pieces)
+        assert len(judge(PLAN, reception, frozenset(Cause) - {Cause.CANCELLED})) == 1
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_a_lost_a_doubled_a_swapped_and_a_changed_chunk_are_seen() -> None:
 def test_what_is_wrong_with_samples_is_counted(
     spoil: Callable[[list[tuple[int, bytes]]], list[tuple[int, bytes]]], lost: int, doubled: int
 ) -> None:
-    hearing = heard(chunk=848)  # as the mock cuts it
-    hearing.pieces = spoil(hearing.pieces)
-    assert lost_and_doubled(PLAN, hearing) == (lost, doubled)
+    reception = received(chunk=848)  # as the mock cuts it
+    reception.pieces = spoil(reception.pieces)
+    assert lost_and_doubled(PLAN, reception) == (lost, doubled)
 
 
 @pytest.mark.trio
@@ -71,17 +71,17 @@ async def test_a_request_that_was_accepted_and_then_forgotten_is_counted_as_lost
     for number, end in enumerate(("completed", "failed request_not_found")):
         case = ledger.open_case(PLAN, f"{number:032x}", "client 1")
         case.accepted_at = case.began_at
-        case.hearings.append(heard(end=end))
+        case.receptions.append(received(end=end))
         ledger.close_case(case)
         assert ledger.counts["accepted requests lost"] == number
 
 
 def test_what_came_before_a_failure_must_be_the_beginning() -> None:
     never = attrs.evolve(PLAN, retry="never")
-    hearing = heard(never, "failed worker_lost", chunks=4)
-    assert judge(never, hearing, KILLED) == []
-    hearing.pieces = hearing.pieces[1:]
-    assert "the same up to sample 0" in judge(never, hearing, KILLED)[0]
+    reception = received(never, "failed worker_lost", chunks=4)
+    assert judge(never, reception, KILLED) == []
+    reception.pieces = reception.pieces[1:]
+    assert "the same up to sample 0" in judge(never, reception, KILLED)[0]
 
 
 @pytest.mark.parametrize(
@@ -110,25 +110,25 @@ def test_what_came_before_a_failure_must_be_the_beginning() -> None:
     ],
 )
 def test_each_end_needs_its_cause(plan: Plan, end: str, causes: frozenset[Cause], allowed: bool) -> None:
-    assert (judge(plan, heard(plan, end, chunks=3), causes) == []) is allowed
+    assert (judge(plan, received(plan, end, chunks=3), causes) == []) is allowed
 
 
 def test_an_attempt_without_output_is_awaited_for_less() -> None:
     never = attrs.evolve(PLAN, retry="never")
-    assert judge(never, heard(never, "failed worker_lost", chunks=0), frozenset({Cause.WORKER_AWAY})) == []
+    assert judge(never, received(never, "failed worker_lost", chunks=0), frozenset({Cause.WORKER_AWAY})) == []
 
 
 def test_a_cancelled_request_must_not_complete_and_a_failing_engine_neither() -> None:
-    assert judge(PLAN, heard(), frozenset({Cause.CANCELLED}))
-    assert judge(FRAIL, heard(FRAIL), NOTHING)
+    assert judge(PLAN, received(), frozenset({Cause.CANCELLED}))
+    assert judge(FRAIL, received(FRAIL), NOTHING)
 
 
 def test_audio_begins_anew_only_where_nobody_has_it_any_more_or_it_was_asked_for() -> None:
     def restarted(plan: Plan, causes: frozenset[Cause]) -> bool:
-        hearing = heard(plan)
-        assert hearing.void(3) > 0
-        hearing.pieces = heard(plan).pieces
-        return judge(plan, hearing, causes) == []
+        reception = received(plan)
+        assert reception.void(3) > 0
+        reception.pieces = received(plan).pieces
+        return judge(plan, reception, causes) == []
 
     assert not restarted(PLAN, KILLED)
     assert not restarted(PLAN, frozenset({Cause.RELAY_RESTARTED}))
@@ -181,7 +181,7 @@ async def test_faults_of_workers_that_did_not_run_it_excuse_nothing() -> None:
     ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
     case = ledger.open_case(PLAN, "00" * 16, "client 1")
     ledger.linked |= {"a": [[0.0, float("inf")]], "client 1": [[0.0, float("inf")]]}
-    ledger.hear("a", f"12:00:00 I request {case.short} of chaos-client: attempt 1 in space 'tts'")
+    ledger.record_line("a", f"12:00:00 I request {case.short} of chaos-client: attempt 1 in space 'tts'")
     assert case.begun == [(1, "a")]
     now = case.began_at
     ledger.faults = [Fault("kill -9", "worker b", now, now + 1)]
@@ -189,4 +189,4 @@ async def test_faults_of_workers_that_did_not_run_it_excuse_nothing() -> None:
     ledger.faults.append(Fault("kill -9", "worker a", now, now + 1))
     assert ledger.causes(case, now + 2) == KILLED
     ledger.close_case(case)
-    assert ledger.complaints == [f"x ({case.request_id}): attempt 1 ran on a, which the relay has not told"]
+    assert ledger.complaints == [f"x ({case.request_id}): attempt 1 ran on a, which the relay has not logged"]

@@ -1,4 +1,4 @@
-"""What is asked for, drawn from a seed, and the samples that each answer must have: those of an undisturbed run."""
+"""The requests of a run, derived from a seed, and the samples that each must return: those of an undisturbed run."""
 
 import hashlib
 import random
@@ -8,16 +8,16 @@ import attrs
 
 from gpuworker.engines.mock import Tune, tune_key
 
-#: Low, so that a machine with two cores has time for many streams.
+#: Low, so that a machine with two cores can run many streams.
 SAMPLE_RATE_HZ = 8_000
 SAMPLE_BYTES = 2
-#: Of no note a whole number of cycles, so that two swapped chunks show even inside one note.
+#: Not a whole number of cycles of any note, so that swapped chunks are visible even inside one note.
 CHUNK_MS = 53
-#: Losses after which a request is given up, in spaces where only chance takes workers down.
+#: Losses after which a request is given up, in spaces where only random faults stop workers.
 PATIENT_ATTEMPTS = 50
-#: The same in the space of those that take their slot down themselves.
+#: The same in the space of requests that end their own slot.
 FRAIL_ATTEMPTS = 3
-#: And how long it waits there for a hung engine.
+#: `idle_timeout_s` of that space: how long it waits for a hung engine.
 FRAIL_IDLE_S = 1.2
 
 REPRODUCIBLE, LOOSE, FRAIL = "tts", "loose", "frail"
@@ -27,20 +27,20 @@ _tune = Tune(SAMPLE_RATE_HZ)
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """One request and what its listener does.
+    """One request, and what its listener does.
 
     Args:
-        name: unique in a run; what its text is, so that no two requests make the same tune.
+        name: unique in a run; also its text, so that no two requests make the same tune.
         kind: one of `KINDS`.
-        space: `tts` (reproducible), `loose` (not) or `frail` (its engine takes the slot down).
-        seed: of the tune.
-        duration_s: of audio.
-        speed: audio seconds made in one second.
+        space: `tts` (reproducible), `loose` (not) or `frail` (its engine ends the slot).
+        seed: the seed of the tune.
+        duration_s: seconds of audio.
+        speed: seconds of audio made per second.
         retry: as in `submit`.
-        fail: script of the mock's failure; None for none.
-        progress: `progress` frames in between.
-        at_frame: audio frames after which the kind's deed is done.
-        later_s: from leaving to coming back.
+        fail: the mock engine's script of a failure; None for none.
+        progress: the number of `progress` frames.
+        at_frame: the number of audio frames after which the listener does what its kind says.
+        later_s: seconds from leaving to coming back.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def params(self) -> dict[str, Any]:
-        """Of the `submit`."""
+        """The params of the `submit`."""
         params: dict[str, Any] = {
             "text": self.name,
             "seed": self.seed,
@@ -77,34 +77,34 @@ class Plan:
         return _tune.pcm(tune_key(self.name, self.seed), 0, round(self.duration_s * SAMPLE_RATE_HZ))
 
     def expected_sha256(self) -> str:
-        """Of all of them."""
+        """SHA-256 of the expected samples."""
         return hashlib.sha256(self.expected()).hexdigest()
 
 
-#: What a listener does -> how often.
+#: What a listener does -> its relative frequency.
 KINDS = {
-    "plain": 8,  # submits and listens to the end
-    "again": 3,  # and fetches the result once more afterwards
-    "second": 3,  # another connection listens too, from somewhere in the middle on
-    "twin": 2,  # the same submit comes over a second connection as well
+    "plain": 8,  # submits, and listens to the end
+    "again": 3,  # and fetches the result again afterwards
+    "second": 3,  # another connection listens too, from a frame in the middle
+    "twin": 2,  # the same submit is also sent over a second connection
     "detached": 3,  # submits, leaves, and fetches all of it later
-    "by hand": 2,  # the same, but goes on after the frames it has
-    "heir": 3,  # dies; another connection takes over in time
-    "abandoned": 1,  # dies, and nobody comes
+    "by hand": 2,  # the same, but continues after the frames that it has
+    "heir": 3,  # its connection is lost; another one takes over in time
+    "abandoned": 1,  # its connection is lost, and no other takes over
     "cancelled": 2,  # is cancelled in the middle
-    "poison": 1,  # takes down every slot it runs in, or hangs there
+    "poison": 1,  # ends every slot in which it runs, or hangs there
 }
 
 
 def draw_plan(random: random.Random, name: str) -> Plan:
-    """The next plan of a client; a pure function of the state of `random`."""
+    """Draw the next plan of a client; depends only on the state of `random`."""
     kind = random.choices(list(KINDS), list(KINDS.values()))[0]
     duration_s = round(random.choice((0.3, 1.0, 2.0, 3.0, 5.0)) * random.uniform(0.7, 1.3), 2)
     space = LOOSE if kind in ("plain", "again", "second", "detached", "cancelled") and random.random() < 0.3 else ""
     space = FRAIL if kind == "poison" else space or REPRODUCIBLE
     frames = int(duration_s * 1000 / CHUNK_MS)
     at_frame = random.randrange(max(1, frames))
-    if kind == "cancelled":  # so long that it cannot end of itself before the cancel is carried out
+    if kind == "cancelled":  # so long that it cannot end before the cancel is carried out
         duration_s = 90.0
     fail = None
     if kind == "poison":

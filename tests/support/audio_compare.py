@@ -1,4 +1,4 @@
-"""What comes out of an encoder, decoded by FFmpeg and compared with what went in."""
+"""Compares the output of an encoder, decoded by FFmpeg, with its input."""
 
 import contextlib
 import io
@@ -15,14 +15,14 @@ from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import PCM
 
 Samples = NDArray[np.float64]
-#: Energy is looked at in windows of this length; codecs begin with up to 70 ms of their own silence.
+#: Length of the windows in which energy is measured; codecs add up to 70 ms of silence at the start.
 WINDOW_S = 0.05
-#: Spectra are compared at this rate, up to 4 kHz: what every coding keeps.
+#: Spectra are compared at this rate, up to 4 kHz, which every coding keeps.
 COMPARED_HZ = 8_000
 
 
 @attrs.frozen
-class Heard:
+class Sound:
     """Mono samples and their rate."""
 
     samples: Samples
@@ -43,60 +43,60 @@ def speech_like(rate_hz: int, duration_s: float, channels: int = 1) -> bytes:
     return bytes(np.repeat(mono[:, None], channels, axis=1).tobytes())
 
 
-def of_pcm(pcm: bytes, audio_format: AudioFormat = PCM) -> Heard:
-    """Raw samples, both channels mixed."""
+def of_pcm(pcm: bytes, audio_format: AudioFormat = PCM) -> Sound:
+    """Decode raw samples, with all channels mixed to one."""
     samples = np.frombuffer(pcm, "<i2").reshape(-1, audio_format.channels).mean(axis=1)
-    return Heard(samples, audio_format.sample_rate)
+    return Sound(samples, audio_format.sample_rate)
 
 
-def decoded(body: bytes, coding: str) -> Heard:
-    """What a player hears of `body`."""
+def decoded(body: bytes, coding: str) -> Sound:
+    """Decode `body` as a player does, mixed to one channel."""
     if coding == "pcm":
         return of_pcm(body)
     pieces: list[Any] = []
     with av.open(io.BytesIO(body), "r") as container:
         stream = container.streams.audio[0]
         mono = AudioResampler(format="s16", layout="mono", rate=stream.rate)
-        with contextlib.suppress(av.InvalidDataError):  # where it was cut off
+        with contextlib.suppress(av.InvalidDataError):  # the body was cut off here
             for frame in container.decode(stream):
                 pieces += [piece.to_ndarray()[0] for piece in mono.resample(frame)]
         pieces += [piece.to_ndarray()[0] for piece in mono.resample(None)]
         rate_hz = stream.rate
-    return Heard(np.concatenate(pieces).astype(np.float64) if pieces else np.zeros(0), rate_hz)
+    return Sound(np.concatenate(pieces).astype(np.float64) if pieces else np.zeros(0), rate_hz)
 
 
-def energy_likeness(one: Heard, other: Heard, speed: float = 1.0) -> float:
-    """Correlation of the energies over time, at the delay up to 150 ms that fits best; 1 is the same.
+def energy_likeness(one: Sound, other: Sound, speed: float = 1.0) -> float:
+    """Correlation of the energies over time, at the best delay up to 150 ms; 1 for equal sounds.
 
     Args:
-        one: as it was spoken.
-        other: as it was heard.
-        speed: by which `other` is faster than `one`.
+        one: the original.
+        other: the decoded sound.
+        speed: the factor by which `other` is faster than `one`.
     """
     before = _energy(one, WINDOW_S)
     delays_s = np.arange(0, 0.15, 0.005)
     return max(_correlation(before, _energy(other, WINDOW_S / speed, delay_s)) for delay_s in delays_s)
 
 
-def spectral_likeness(one: Heard, other: Heard) -> float:
-    """Correlation of the mean spectra up to 4 kHz, in dB; 1 is the same.
+def spectral_likeness(one: Sound, other: Sound) -> float:
+    """Correlation of the mean spectra up to 4 kHz, in dB; 1 for equal sounds.
 
-    A shift in time does not count, one in pitch does.
+    A shift in time has no effect, a shift in pitch has.
     """
     return _correlation(_spectrum(one), _spectrum(other))
 
 
-def _energy(heard: Heard, window_s: float, delay_s: float = 0.0) -> Samples:
-    size, begin = heard.rate_hz * window_s, round(delay_s * heard.rate_hz)
-    edges = begin + (np.arange(int((len(heard.samples) - begin) / size) + 1) * size).astype(int)
-    return np.array([np.sqrt(np.mean(heard.samples[a:b] ** 2)) for a, b in itertools.pairwise(edges)])
+def _energy(sound: Sound, window_s: float, delay_s: float = 0.0) -> Samples:
+    size, begin = sound.rate_hz * window_s, round(delay_s * sound.rate_hz)
+    edges = begin + (np.arange(int((len(sound.samples) - begin) / size) + 1) * size).astype(int)
+    return np.array([np.sqrt(np.mean(sound.samples[a:b] ** 2)) for a, b in itertools.pairwise(edges)])
 
 
-def _spectrum(heard: Heard) -> Samples:
-    """In bins of 50 Hz."""
-    size = heard.rate_hz // 50
-    whole = len(heard.samples) // size * size
-    blocks = heard.samples[:whole].reshape(-1, size) * np.hanning(size)
+def _spectrum(sound: Sound) -> Samples:
+    """The mean spectrum in dB, in bins of 50 Hz."""
+    size = sound.rate_hz // 50
+    whole = len(sound.samples) // size * size
+    blocks = sound.samples[:whole].reshape(-1, size) * np.hanning(size)
     power = np.mean(np.abs(np.fft.rfft(blocks, axis=1)) ** 2, axis=0)[: COMPARED_HZ // 2 // 50]
     decibels: Samples = 10 * np.log10(power + power.max() * 1e-6)
     return decibels

@@ -16,9 +16,7 @@ from protocol.client.address import parse_address
 from protocol.link.base import Link
 from protocol.link.dial import log_in, open_link
 from protocol.wire.codec import decode
-from protocol.wire.frames import (
-    Frame,
-)
+from protocol.wire.frames import Frame
 from protocol.wire.messages import (
     FROM_RELAY,
     PROTOCOL_VERSION,
@@ -31,9 +29,7 @@ from protocol.wire.messages import (
     Submit,
     Welcome,
 )
-from protocol.wire.structs import (
-    InputInfo,
-)
+from protocol.wire.structs import InputInfo
 from protocol.wire.validators import Message
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.loader import load_config
@@ -61,7 +57,7 @@ def _empty_file(state_dir: Path) -> Path:
 
 @asynccontextmanager
 async def running(config: Config, reread: Callable[[], Config] | None = None) -> AsyncIterator["Daemon"]:
-    """The daemon, until the end of the block. There it is stopped as by a crash, without a drain."""
+    """Run the daemon until the end of the block, where it stops as in a crash, without a drain."""
     # Plain tracebacks: structlog's own show local variables, and take minutes for the megabytes in some of them.
     structlog.configure(
         processors=[
@@ -88,7 +84,7 @@ async def running(config: Config, reread: Callable[[], Config] | None = None) ->
 
 @contextmanager
 def kept_logs() -> Iterator[list[MutableMapping[str, Any]]]:
-    """What daemons log inside the block; nothing of it goes to stdout."""
+    """Capture what daemons log inside the block, instead of printing it."""
     with structlog.testing.capture_logs() as logs, pytest.MonkeyPatch.context() as patch:
         patch.setattr(structlog, "configure", lambda **_: None)
         patch.setattr(structlog, "reset_defaults", lambda: None)
@@ -132,7 +128,7 @@ class Daemon:
         return self.urls[-1]
 
     async def at_rest(self) -> None:
-        """Wait until every request has ended; then nothing of them may be left in memory."""
+        """Wait until every request has ended, and check that nothing of them is left in memory."""
         relay = self.relay
         await until(lambda: not any(request.live for request in relay.requests.values()))
         await until(lambda: not any(worker.held for worker in relay.scheduler.state.workers.values()))
@@ -145,7 +141,7 @@ class Daemon:
         assert not any(request.holders or request.inputs for request in relay.requests.values())
 
     async def goes_on(self) -> None:
-        """Check that it still works, with a whole request in the space `check`."""
+        """Check that it still works, with a complete request in the space `check`."""
         from tests.support.fake_worker import fake_worker, samples  # which imports this module
 
         async with (
@@ -169,7 +165,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def daemon(state_dir: Path, **overrides: Any) -> AsyncIterator[Daemon]:
-    """A daemon with a space `check` besides those asked for; at the end it is stopped as by a crash."""
+    """Run a daemon that has a space `check` too; at the end it stops as in a crash."""
     spaces = {"tts": {}, "check": {}} | overrides.pop("spaces", {})
     config = a_config(state_dir, **({"store": "memory", "spaces": spaces} | overrides))
     async with running(config) as started:
@@ -177,7 +173,7 @@ async def daemon(state_dir: Path, **overrides: Any) -> AsyncIterator[Daemon]:
 
 
 async def new_token(relay: Daemon, role: str = "client", name: str = "ann", **options: Any) -> str:
-    """A token that the daemon has just made; `options` are those of `create_token`."""
+    """Have the daemon create a token; `options` are those of `create_token`."""
     async with peer(relay.url, "operator") as operator:
         operator.send(Steer(action="create_token", target=name, options={"role": role, **options}))
         token: str = (await operator.next(Done)).data["token"]
@@ -203,7 +199,7 @@ def an_id() -> str:
 
 @attrs.define(eq=False)
 class Peer:
-    """A raw connection: messages out, messages in."""
+    """A raw connection that sends and receives messages."""
 
     link: Link
     welcome: Welcome

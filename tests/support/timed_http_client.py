@@ -1,4 +1,4 @@
-"""An HTTP client that shows what arrives when, over any stream: TCP, TLS or a unix socket."""
+"""An HTTP client that shows when each part of a response arrives, over TCP, TLS or a unix socket."""
 
 import json
 import ssl
@@ -74,16 +74,16 @@ async def ask_on(
     headers: Headers | None = None,
     body: bytes = b"",
 ) -> Answer:
-    """Send one request, and give its answer once its head is there."""
+    """Send one request; returns its answer once the response head has arrived."""
     connection = h11.Connection(h11.CLIENT)
-    told: Headers = list(headers or [])
-    if not any(name.lower() == "host" for name, _value in told):
-        told.insert(0, ("Host", "localhost"))
+    sent: Headers = list(headers or [])
+    if not any(name.lower() == "host" for name, _value in sent):
+        sent.insert(0, ("Host", "localhost"))
     if token is not None:
-        told.append(("Authorization", f"Bearer {token}"))
+        sent.append(("Authorization", f"Bearer {token}"))
     if body or method in ("POST", "PUT"):
-        told.append(("Content-Length", str(len(body))))
-    await stream.send_all(connection.send(h11.Request(method=method, target=path, headers=told)) or b"")
+        sent.append(("Content-Length", str(len(body))))
+    await stream.send_all(connection.send(h11.Request(method=method, target=path, headers=sent)) or b"")
     if body:
         await stream.send_all(connection.send(h11.Data(data=body)) or b"")
     connection.send(h11.EndOfMessage())
@@ -92,14 +92,14 @@ async def ask_on(
         if isinstance(event, h11.Response):
             found = {name.decode().lower(): value.decode() for name, value in event.headers}
             return Answer(event.status_code, found, connection, stream)
-        assert isinstance(event, h11.InformationalResponse), f"the server hung up: {event!r}"
+        assert isinstance(event, h11.InformationalResponse), f"unexpected event from the server: {event!r}"
 
 
 @asynccontextmanager
 async def asking(
     url: str, method: str, path: str, *, context: ssl.SSLContext | None = None, **more: Any
 ) -> AsyncIterator[Answer]:
-    """One request on a connection of its own; `more` is as for `ask_on`."""
+    """Send one request on a connection of its own; `more` is as for `ask_on`."""
     with trio.fail_after(20):
         async with open_stream(url, context) as stream:
             yield await ask_on(stream, method, path, **more)

@@ -3,8 +3,8 @@
 `python -m tests.support.voxcpm_checkpoint.checkpoint OUT --arch voxcpm2 [--size full] [--stop never|always|STEPS]`
 
 Sample rates, hops, patch sizes and special tokens are the real ones at both sizes, so the voxcpm package reads the
-folder as it reads a download and makes as many samples a step. Speed does not depend on the values of the weights; the
-full size has the dimensions of the released models (see `FULL`).
+folder as it reads a download and makes as many samples per step. Speed does not depend on the values
+of the weights; the full size has the dimensions of the released models (see `FULL`).
 """
 
 import argparse
@@ -32,11 +32,11 @@ from tests.support.voxcpm_checkpoint.dimensions import (
 )
 
 #: When speech ends. "never": only at the cap, exactly `min(int(tokens * ratio + 10), max_len)` steps.
-#: "always": at the first chance, exactly `min(min_len + 2, cap)` steps. A number: about so many steps, which differ
-#: by text and seed as they do for a real model.
+#: "always": as early as possible, exactly `min(min_len + 2, cap)` steps. A number: about that many steps, which differ
+#: by text and seed as those of a real model do.
 Stop = Literal["never", "always"] | int
 
-#: Standard deviation aimed at for the speech: clearly not silence, and 10 of them fit in full scale.
+#: Target of the standard deviation of the speech: clearly not silence, and a tenth of full scale.
 _LOUDNESS = 0.1
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 _SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
@@ -44,7 +44,7 @@ _SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 @attrs.frozen
 class Checkpoint:
-    """What was written: `parameters` of the language models, encoder and decoder, `vae_parameters` of the VAE."""
+    """A written checkpoint; `parameters` are those of the language models, encoder and decoder."""
 
     folder: Path
     parameters: int
@@ -67,20 +67,20 @@ def write_checkpoint(
     Needs memory for the largest single tensor and the VAE, not for the model (full VoxCPM2: below 2 GiB).
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         arch: `voxcpm2` (48 kHz), `voxcpm1.5` (44.1 kHz) or `voxcpm` (the 0.5B, 16 kHz).
-        stop: when speech ends; a number only for tiny ones, as it needs trial runs.
-        size: `full` knows voxcpm2 and voxcpm.
-        dtype: of the weights other than the VAE's; by default float32 for tiny ones (bit-identical on any run of one
+        stop: when speech ends; a number works only for tiny ones, because it needs trial runs.
+        size: `full` exists for voxcpm2 and voxcpm.
+        dtype: type of the weights except the VAE's; by default float32 for tiny ones (bit-identical on any run of one
             machine) and bfloat16 for full ones, as released.
-        seed: of the weights.
+        seed: the seed of the weights.
         context: length of the KV cache in tokens and patches; by default 1,024 (tiny) or the released one.
 
     Raises:
         ValueError: there are no full dimensions of `arch`, or `stop` is a number for a full one.
     """
     if size == "full" and arch not in FULL:
-        raise ValueError(f"the full dimensions of {arch} are not known here; known: {', '.join(FULL)}")
+        raise ValueError(f"the full dimensions of {arch} are unknown; known: {', '.join(FULL)}")
     if size == "full" and not isinstance(stop, str):
         raise ValueError("a full checkpoint stops 'never' or 'always': a number needs trial runs of the model")
     kind = dtype or ("float32" if size == "tiny" else "bfloat16")
@@ -101,7 +101,7 @@ def write_checkpoint(
 
 
 def parameter_count(arch: Arch, size: Size = "full") -> tuple[int, int]:
-    """Parameters of a checkpoint without writing it: of the language models and all round them, and of the VAE."""
+    """Parameters of a checkpoint, without writing it: of everything except the VAE, and of the VAE."""
     dimensions = FULL[arch] if size == "full" else tiny(vocabulary_size(), 1_024)
     config = config_of(arch, dimensions, "bfloat16")
     with quiet_voxcpm():
@@ -117,7 +117,7 @@ def parameter_count(arch: Arch, size: Size = "full") -> tuple[int, int]:
 
 @contextlib.contextmanager
 def quiet_voxcpm() -> Iterator[None]:
-    """Import and use voxcpm without its notes on stderr; only deprecations that it is known for are kept back."""
+    """Import and use voxcpm without its notes on stderr; of warnings, only its known deprecations are suppressed."""
     with known_warnings(), contextlib.redirect_stderr(io.StringIO()):
         import_voxcpm()
         yield
@@ -147,7 +147,7 @@ def _skeleton(model_class: Any, parsed: Any) -> Any:
         chunk_size, sample_rate = 1, 1
 
     with torch.device("meta"):
-        # The KV cache asks for its device by name: 32 positions are enough for one never used.
+        # The KV cache asks for its device by name: 32 positions are enough, because it is never used.
         return model_class(parsed.model_copy(update={"max_length": 32}), NoTokens(), NoVae(), device="cpu")
 
 
@@ -170,7 +170,7 @@ def _write_vae(folder: Path, config: Mapping[str, Any], seed: int) -> int:
 
 
 def _write_weights(folder: Path, config: Mapping[str, Any], dtype: str, seed: int, stop: str) -> int:
-    """Write model.safetensors tensor by tensor: the full ones need not fit in memory."""
+    """Write model.safetensors tensor by tensor: a full model need not fit in memory."""
     import torch
 
     model_class, config_class, _vae_class = _classes(config)
@@ -197,9 +197,9 @@ def _write_weights(folder: Path, config: Mapping[str, Any], dtype: str, seed: in
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], kind: Any, generator: Any, stop: str) -> Any:
-    """One tensor, as torch's own layers start: uniform within 1/sqrt(inputs), norms 1.
+    """One tensor, initialized as torch's own layers are: uniform within 1/sqrt(inputs), norms 1.
 
-    The stop head looks at feature 0 alone, which is made a constant: row 1 above row 0 stops, below it never does.
+    The stop head depends only on feature 0, which is a constant: it always stops if row 1 is above row 0, else never.
     """
     import torch
 
@@ -220,7 +220,7 @@ def _random_tensor(name: str, shape: tuple[int, ...], kind: Any, generator: Any,
 
 
 def _write_stop_head(folder: Path, hidden: int, steps: int, seed: int) -> None:
-    """Choose, of 200 random stop heads, the one that ends trial sentences nearest to `steps` steps; write it."""
+    """Write the stop head, of 200 random ones, that ends trial sentences nearest to `steps` steps."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -247,12 +247,12 @@ def _write_stop_head(folder: Path, hidden: int, steps: int, seed: int) -> None:
 
 
 def _trial_features(folder: Path, steps: int, seed: int) -> list[Any]:
-    """What the stop head sees in trial runs: each a tensor of shape (steps, hidden)."""
+    """The inputs of the stop head in trial runs: tensors of shape (steps, hidden)."""
     import torch
     from voxcpm import VoxCPM
 
     model = VoxCPM.from_pretrained(str(folder), load_denoiser=False, optimize=False, device="cpu").tts_model
-    # Latents only: nobody listens to a trial.
+    # Only latents are needed, so no audio is decoded.
     model.audio_vae.decode = lambda latents, *_: latents.new_zeros(1, 1, 1)
     seen: list[Any] = []
     model.stop_head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0][0].float()))
@@ -276,14 +276,16 @@ def _stop(text: str) -> Stop:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write one checkpoint and say how large it is."""
-    words = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m tests.support.voxcpm_checkpoint.checkpoint", description=words)
+    """Write one checkpoint, and print its size."""
+    description = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.voxcpm_checkpoint.checkpoint", description=description
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     parser.add_argument("--arch", choices=get_args(Arch), default="voxcpm2")
     parser.add_argument("--size", choices=get_args(Size), default="tiny")
     parser.add_argument("--stop", type=_stop, default="never", help="never, always, or about how many steps (tiny)")
-    parser.add_argument("--dtype", choices=tuple(_ELEMENT_BYTES), default=None, help="default: as the size has it")
+    parser.add_argument("--dtype", choices=tuple(_ELEMENT_BYTES), default=None, help="default: depends on the size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--context", type=int, default=None, help="length of the KV cache")
     args = parser.parse_args(argv)
@@ -300,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except ValueError as fault:
         parser.error(str(fault))
-    millions = f"{made.parameters / 1e6:,.1f} M parameters and {made.vae_parameters / 1e6:,.1f} M of the VAE"
+    millions = f"{made.parameters / 1e6:,.1f} M parameters and {made.vae_parameters / 1e6:,.1f} M in the VAE"
     print(f"{args.arch} {args.size}: {millions}, {made.size_bytes / 1e6:,.1f} MB, {time.monotonic() - began:.1f} s")
     return 0
 

@@ -1,4 +1,4 @@
-"""How large VoxCPM's models are, released and tiny; their config.json, and a tokenizer of characters and bytes."""
+"""Dimensions of VoxCPM's models, released and tiny; their config.json, and a tokenizer of characters and bytes."""
 
 import json
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ _TINY_HEAD = 16
 _TINY_HIDDEN = 64
 _TINY_VAE = {"encoder_dim": 4, "decoder_dim": 128}
 
-#: What a tiny one keeps of the released models. Sources: the defaults of the two `AudioVAEConfig` classes of voxcpm
-#: 2.0.3 (0.5B and VoxCPM2); for 1.5 the 44.1 kHz and 7,056 samples a step of its model card, which these rates make.
+#: What tiny models have in common with the released ones. Sources: the defaults of the two `AudioVAEConfig` classes of voxcpm
+#: 2.0.3 (0.5B and VoxCPM2); for 1.5 44.1 kHz and 7,056 samples per step, from its model card.
 _SHAPES: Mapping[Arch, Mapping[str, Any]] = {
     "voxcpm2": {
         "architecture": "voxcpm2",
@@ -67,10 +67,10 @@ class Dimensions:
 
 #: The released models. Sources: the number of residual layers, the quantizer's width, the context and the width of the
 #: local transformers are the defaults of the two `VoxCPMConfig` classes of voxcpm 2.0.3, the VAE's widths those of its
-#: `AudioVAEConfig` classes. The rest is what readers of the config.json of openbmb/VoxCPM2 and openbmb/VoxCPM-0.5B
-#: agree on in public (ports to SGLang, MLX and Rust): language models of 28 x 2,048 and 24 x 1,024, 16 heads over 2 KV
-#: heads, local transformers 12 and 4 deep, heads of 128 and 64, a vocabulary of 73,448. The files themselves could not
-#: be read where this was written. They come to 2.38 and 0.73 billion parameters, VAE included.
+#: `AudioVAEConfig` classes. The rest is taken from public ports (SGLang, MLX and Rust), which agree on the config.json
+#: of openbmb/VoxCPM2 and openbmb/VoxCPM-0.5B: language models of 28 x 2,048 and 24 x 1,024, 16 heads over 2 KV
+#: heads, local transformers 12 and 4 deep, heads of 128 and 64, a vocabulary of 73,448. The files themselves were
+#: not available. The models have 2.38 and 0.73 billion parameters, including the VAE.
 FULL: Mapping[Arch, Dimensions] = {
     "voxcpm2": Dimensions(
         hidden=2_048,
@@ -112,7 +112,7 @@ FULL: Mapping[Arch, Dimensions] = {
 
 
 def tiny(vocabulary: int, context: int) -> Dimensions:
-    """Dimensions with which a step takes milliseconds on a CPU."""
+    """Dimensions small enough that a step takes milliseconds on a CPU."""
     heads = _TINY_HIDDEN // _TINY_HEAD
     return Dimensions(
         hidden=_TINY_HIDDEN,
