@@ -15,8 +15,8 @@ _TINY_HEAD = 16
 _TINY_HIDDEN = 64
 _TINY_VAE = {"encoder_dim": 4, "decoder_dim": 128}
 
-#: What tiny models have in common with the released ones. Sources: the defaults of the two `AudioVAEConfig` classes of voxcpm
-#: 2.0.3 (0.5B and VoxCPM2); for 1.5 44.1 kHz and 7,056 samples per step, from its model card.
+#: What tiny models have in common with the released ones. Sources: the defaults of the two `AudioVAEConfig` classes of
+#: voxcpm 2.0.3 (0.5B and VoxCPM2); for 1.5 44.1 kHz and 7,056 samples per step, from its model card.
 _SHAPES: Mapping[Arch, Mapping[str, Any]] = {
     "voxcpm2": {
         "architecture": "voxcpm2",
