@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             broken = True
     took_s = round(time.monotonic() - began)
     if args.json:
-        told = {"machine": machine, "peers": peers, "date": _today(), "took_s": took_s}
-        told["rows"] = [row.to_map() for row in rows]
-        text = json.dumps(told, ensure_ascii=False, indent=1)
+        report = {"machine": machine, "peers": peers, "date": _today(), "took_s": took_s}
+        report["rows"] = [row.to_map() for row in rows]
+        text = json.dumps(report, ensure_ascii=False, indent=1)
     else:
         text = "\n\n".join(filter(None, [machine, peers, table(rows), verdict(rows), f"{_today()}, {took_s} s."]))
     print(text)

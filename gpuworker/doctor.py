@@ -48,28 +48,28 @@ def add_doctor_options(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser, None, "check only this engine, with the options given to `gpuworker run`")
 
 
-def run_doctor(given: argparse.Namespace, environ: Mapping[str, str] | None = None) -> int:
+def run_doctor(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> int:
     """Print the findings; return 1 if no engine can run or the login fails, 3 if the relay does not answer.
 
     Raises:
         ConfigError: the relay's address, the engine or its options are not valid.
     """
     environ = os.environ if environ is None else environ
-    if given.engine is None and (given.options or given.slots != 1):
+    if args.engine is None and (args.options or args.slots != 1):
         raise ConfigError("--slots and -o belong to an engine: give --engine too")
-    engines = _engines() if given.engine is None else _engine(given.engine, given.options, given.slots)
+    engines = _engines() if args.engine is None else _engine(args.engine, args.options, args.slots)
     findings = [_python(), *engines, _gpu()]
-    url = given.relay or environ.get("RELAY_URL")
+    url = args.relay or environ.get("RELAY_URL")
     if url:
         try:
             address = from_environment(url, environ)
-            token = read_token(given.token_file) if given.token_file else token_from_environment(environ)
+            token = read_token(args.token_file) if args.token_file else token_from_environment(environ)
         except ValueError as fault:
             raise ConfigError(str(fault)) from None
         import trio
 
         findings.append(trio.run(_relay, address, token))
-    if given.json:
+    if args.json:
         print(json.dumps([attrs.asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
     else:
         for finding in findings:
@@ -107,13 +107,13 @@ def _engines() -> list[Finding]:
     return findings
 
 
-def _engine(name: str, given: list[str], slots: int) -> list[Finding]:
+def _engine(name: str, arguments: list[str], slots: int) -> list[Finding]:
     """Check one engine with these options and this many slots."""
     if slots < 1:
         raise ConfigError(f"--slots {slots}: must be 1 or more")
     try:
         engine = find_engine(name)
-        options = parse_options(engine.OPTIONS, given)
+        options = parse_options(engine.OPTIONS, arguments)
         engine(options)  # checks that only the engine can do
     except (EngineNotFound, OptionError) as fault:
         raise ConfigError(str(fault)) from None

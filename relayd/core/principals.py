@@ -54,7 +54,7 @@ class TokenBucket:
         self.updated_at = now
 
     def consume(self, now: float) -> float:
-        """Count one event; returns 0, or the seconds until there is room for it, and then nothing is taken."""
+        """Count one event and return 0; or count nothing, and return the seconds until one is allowed."""
         self.refill(now)
         if self.level >= 1.0:
             self.level -= 1.0

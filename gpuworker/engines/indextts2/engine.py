@@ -198,15 +198,15 @@ class IndexTTS2Engine(Engine):
             with contextlib.ExitStack() as stack:
                 if self.LOCK is not None:
                     stack.callback(self.LOCK.release)
-                given = self._arguments(params)
+                arguments = self._arguments(params)
                 came_by = "spk_audio_prompt" if params.get("voice") is None else "voice"
                 path = stack.enter_context(self._file(came_by, speaker, SPEAKER_HZ))
-                given["spk_audio_prompt"] = str(path)
+                arguments["spk_audio_prompt"] = str(path)
                 if emotion is not None:
                     path = stack.enter_context(self._file("emo_audio_prompt", emotion, EMOTION_HZ))
-                    given["emo_audio_prompt"] = str(path)
+                    arguments["emo_audio_prompt"] = str(path)
                 stack.enter_context(self._watched())
-                for pcm in self._speech(params, given):
+                for pcm in self._speech(params, arguments):
                     for start in range(0, len(pcm), CHUNK_BYTES):
                         yield AudioChunk(pcm[start : start + CHUNK_BYTES])
         except _Stopped:
@@ -293,16 +293,16 @@ class IndexTTS2Engine(Engine):
             for hook in hooks:
                 hook.remove()
 
-    def _speech(self, params: dict[str, Value], given: dict[str, Value]) -> Iterator[bytes]:
+    def _speech(self, params: dict[str, Value], arguments: dict[str, Value]) -> Iterator[bytes]:
         """The PCM of each segment and of the silences between them."""
         silence_ms = int(params.get("interval_silence", 200))
         streams = "stream_return" in self._taken
         if streams:
-            given |= {"stream_return": True, "interval_silence": 0}
+            arguments |= {"stream_return": True, "interval_silence": 0}
         seed = int(params.get("seed", 0))
         self._torch.manual_seed(seed)
         random.seed(seed)
-        made = self._model.infer(**given)
+        made = self._model.infer(**arguments)
         if not streams:
             if made is None or made[0] != SAMPLE_RATE:
                 what = "nothing" if made is None else f"audio at {made[0]} Hz, not {SAMPLE_RATE},"
@@ -323,15 +323,15 @@ class IndexTTS2Engine(Engine):
 
     def _arguments(self, params: dict[str, Value]) -> dict[str, Value]:
         """The arguments for `infer`, except the recordings."""
-        given: dict[str, Value] = {"text": params["text"], "output_path": None, "verbose": False}
+        arguments: dict[str, Value] = {"text": params["text"], "output_path": None, "verbose": False}
         for name, rule in self._capabilities.params["properties"].items():
             if name in self._taken or name in SAMPLING or name == "max_mel_tokens":
-                given[name] = params.get(name, rule.get("default"))
-        given["top_k"] = given["top_k"] or None
+                arguments[name] = params.get(name, rule.get("default"))
+        arguments["top_k"] = arguments["top_k"] or None
         vector = params.get("emo_vector")
         if vector is not None and hasattr(self._model, "normalize_emo_vec"):
-            given["emo_vector"] = self._model.normalize_emo_vec(list(vector), apply_bias=True)
-        return given
+            arguments["emo_vector"] = self._model.normalize_emo_vec(list(vector), apply_bias=True)
+        return arguments
 
     def _mapped(self, fault: Exception) -> EngineError:
         message = f"{type(fault).__name__}: {fault}"
