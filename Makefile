@@ -8,10 +8,11 @@ ARGS ?=
 JOBS ?= 2 # processes that test, a file of tests at a time
 SEED ?= 1
 MINUTES ?= 5
+SAMPLE ?= 200
 export TEXT # the shell takes it from the environment, so that no quote or $ in it is the shell's
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-min check lint types contracts bench bench-guard chaos clean
+.PHONY: help demo test test-fast test-min check lint types contracts bench bench-guard chaos fuzz mutants clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +24,7 @@ test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## all tests,
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # Left out: what starts processes or a browser, needs torch or Debian's programs, or takes longer than the rest together.
-SLOW := e2e chaos browser deploy bench gpuworker/engines/voxcpm gpuworker/engines/test_indextts2.py gpuworker/slots \
+SLOW := e2e chaos fuzz browser deploy bench gpuworker/engines/voxcpm gpuworker/engines/test_indextts2.py gpuworker/slots \
   gpuworker/test_cli.py tui/terminal tui/test_snapshots.py tui/test_app.py tui/test_keys.py conformance \
   relayd/connections/test_departed.py relayd/connections/test_login_timing.py relayd/http/requests_api/test_openapi.py relayd/http/test_prometheus.py relayd/store
 test-fast: $(VENV)/.fast ## what one runs while working: no process, browser, torch or disk fault; below 90 s
@@ -67,6 +68,14 @@ bench-guard: $(VENV)/.dev ## what a frame costs, counted and held against bench/
 
 chaos: $(VENV)/.dev ## a storm of cuts and kills: make chaos SEED=7 MINUTES=25
 	$(BIN)/python -m tests.chaos --seed $(SEED) --minutes $(MINUTES) $(ARGS)
+
+fuzz: $(VENV)/.dev ## what takes a stranger's bytes, for minutes each: make fuzz MINUTES=5 ARGS="--target codec"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --only-binary :all: atheris || \
+	  echo "no atheris for this machine: the mutations are drawn, and nothing guides them"
+	$(BIN)/python -m tests.fuzz --seed $(SEED) --minutes $(MINUTES) $(ARGS)
+
+mutants: $(VENV)/.dev ## small faults that the tests must notice: make mutants SAMPLE=200 SEED=7 ARGS="--only scheduling"
+	$(BIN)/python -m tests.mutants --seed $(SEED) --sample $(SAMPLE) --jobs $(JOBS) $(ARGS)
 
 clean: ## all that make has made
 	rm -rf $(VENV) $(MIN) hello.wav docs/examples/node_modules .mypy_cache .ruff_cache .hypothesis
