@@ -99,8 +99,13 @@ class Client:
 
     @property
     def other(self) -> "Client":
-        """Return another client, chosen at random."""
-        return self._random.choice([client for client in self.others if client is not self])
+        """Return another client of the same principal, chosen at random."""
+        return self._random.choice([each for each in self.others if each is not self and each.token == self.token])
+
+    @property
+    def stranger(self) -> "Client":
+        """Return a client of another principal, chosen at random."""
+        return self._random.choice([each for each in self.others if each.token != self.token])
 
     # -- what a listener does
 
@@ -110,9 +115,14 @@ class Client:
         while True:
             try:
                 async with (relay or self.relay).submit(
-                    plan.space, plan.params, retry=plan.retry, detach=detach, request_id=case.request_id
+                    plan.space,
+                    plan.params,
+                    inputs=plan.inputs,
+                    retry=plan.retry,
+                    detach=detach,
+                    request_id=case.request_id,
                 ) as stream:
-                    case.accepted_at = case.accepted_at or trio.current_time()
+                    self.ledger.note_accepted(case)
                     return await act(stream)
             except RequestRejected as refusal:
                 if refusal.code != ErrorCode.SHUTTING_DOWN:
@@ -198,10 +208,12 @@ class Client:
         other = self.other
         await other._attach(case, other._new_reception(case, " fetches it again"))
 
-    async def _with_other(self, case: Case, deed: Callable[["Client"], Awaitable[None]]) -> None:
+    async def _with_other(
+        self, case: Case, deed: Callable[["Client"], Awaitable[None]], other: "Client | None" = None
+    ) -> None:
         """Listen to the end, and have another client do something in the middle."""
         reception = self._new_reception(case)
-        other = self.other
+        other = other or self.other
 
         async def act(stream: Stream) -> bool:
             ended = await self._receive(stream, case, reception, case.plan.at_frame)
@@ -224,6 +236,16 @@ class Client:
             self.ledger.close_reception(case, reception)
 
         await self._with_other(case, submit_too)
+
+    async def _pried(self, case: Case) -> None:
+        async def pry(stranger: "Client") -> None:
+            try:
+                status = await stranger.relay.status(case.request_id)
+            except RequestRejected:
+                return
+            self.ledger.complain(f"{stranger.name}, of another principal, was told {status.state}", case)
+
+        await self._with_other(case, pry, self.stranger)
 
     async def _detached(self, case: Case) -> None:
         async def leave(stream: Stream) -> bool:
@@ -313,6 +335,7 @@ _DEEDS: dict[str, Callable[[Client, Case], Awaitable[None]]] = {
     "again": Client._again,
     "second": Client._second,
     "twin": Client._twin,
+    "pried": Client._pried,
     "detached": Client._detached,
     "by hand": Client._by_hand,
     "heir": Client._heir,

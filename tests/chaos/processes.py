@@ -14,7 +14,7 @@ import attrs
 import trio
 
 #: Time for a process to start, on a busy machine.
-START_S = 30.0
+START_S = 90.0
 #: Lines kept of a process, for the report on a failure.
 KEPT_LINES = 4_000
 _REPO = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ class Actor:
         """Start it; `ready` is set when it can be used."""
         self.starts += 1
         self.ready = trio.Event()
-        environ = {**os.environ, **self.environ, "PYTHONPATH": str(_REPO), "PYTHONUNBUFFERED": "1"}
+        environ = {**os.environ, **self.environ, "PYTHONPATH": f"{_REPO}:{self.folder}", "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-m", *self.command]
         process = await trio.lowlevel.open_process(command, stderr=-1, stdin=-3, env=environ, cwd=self.folder)
         # Wait for both: the end of the previous process may be noticed only now.

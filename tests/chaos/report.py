@@ -103,6 +103,8 @@ class Ledger:
     faults: list[Fault] = attrs.field(factory=list)
     counts: Counter[str] = attrs.field(factory=Counter)
     pauses: dict[str, Pause] = attrs.field(factory=lambda: defaultdict(Pause))
+    #: Set, and made anew, when a client hears `accepted` of a new request.
+    next_accepted: trio.Event = attrs.field(factory=trio.Event)
     #: The longest time from the end of the last fault that concerns a stream to its next frame.
     longest_quiet_s: float = 0.0
     complaints: list[str] = attrs.field(factory=list)
@@ -136,6 +138,13 @@ class Ledger:
         line = f"submits {request_id}: {plan.kind}, {plan.space}, retry {plan.retry}, {plan.duration_s} s"
         self.note(plan.name, line + (f", {plan.fail}" if plan.fail else ""))
         return case
+
+    def note_accepted(self, case: Case) -> None:
+        """A client has heard `accepted`."""
+        if case.accepted_at is None:
+            case.accepted_at = trio.current_time()
+            self.next_accepted.set()
+            self.next_accepted = trio.Event()
 
     def begin_fault(self, kind: str, target: str, *, cuts: bool = False) -> Fault:
         """Record the start of a fault."""

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import trio
 
 from protocol.client.client import open_relay
 from protocol.wire.messages import Snapshot
+from tests.chaos import engine
 from tests.chaos.clients import END_S, Client, open_client
 from tests.chaos.faults import Storm
 from tests.chaos.processes import Actor
@@ -99,6 +101,8 @@ class Settings:
     rss_allowance_mib: float = 24.0
 
 
+#: Of the clients, in turn.
+PRINCIPALS = ("alice", "bob")
 #: Shorter than most times between two kills of the relay, because each kill restarts a client's resume window.
 WINDOWS = Windows(worker_grace_s=2.5, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0)
 
@@ -129,24 +133,25 @@ def free_port() -> int:
         return port
 
 
-def make_token(folder: Path, role: str) -> str:
+def make_token(folder: Path, role: str, name: str) -> str:
     """Create a token before the relay runs."""
-    command = [sys.executable, "-m", "relayd.cli", "token", "create", "--role", role, "--name", f"chaos-{role}"]
+    command = [sys.executable, "-m", "relayd.cli", "token", "create", "--role", role, "--name", name]
     command += ["--config", str(folder / "relayd.toml")]
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout.strip()
 
 
 @asynccontextmanager
-async def open_stage(folder: Path, settings: Settings, nursery: trio.Nursery) -> AsyncIterator[Stage]:
+async def open_stage(folder: Path, settings: Settings, ledger: Ledger, nursery: trio.Nursery) -> AsyncIterator[Stage]:
     """Start everything, without faults; all processes are killed at the end of the block."""
+    engine.install(folder)
     port = free_port()
     target = ("127.0.0.1", port)
     values = attrs.asdict(WINDOWS) | {"port": port, "folder": folder, "retain_s": settings.retain_s}
     values |= {"patient": PATIENT_ATTEMPTS, "frail": FRAIL_ATTEMPTS, "frail_idle_s": FRAIL_IDLE_S}
     (folder / "relayd.toml").write_text(_CONFIG.format(**values))
-    tokens = {role: await trio.to_thread.run_sync(make_token, folder, role) for role in ("worker", "client")}
-    ledger = Ledger(WINDOWS, trio.current_time())
-    serve = ("relayd.cli", "serve", "--config", str(folder / "relayd.toml"))
+    worker_token = await trio.to_thread.run_sync(make_token, folder, "worker", "chaos-worker")
+    tokens = [await trio.to_thread.run_sync(make_token, folder, "client", name) for name in PRINCIPALS]
+    serve = ("tests.chaos.slow_disk", "serve", "--config", str(folder / "relayd.toml"))
     relay = Actor("relay", serve, {}, folder, ledger.record_line, '"event": "listening"')
     async with AsyncExitStack() as stack:
 
@@ -165,11 +170,11 @@ async def open_stage(folder: Path, settings: Settings, nursery: trio.Nursery) ->
         ):
             line = await line_of(f"worker {name}")
             command = ["tests.chaos.short_timeouts", "run", "--name", name, "--relay", f"ws://127.0.0.1:{line.port}"]
-            command += ["--engine", "mock", "--slots", str(settings.slots), "--cancel-grace", "1"]
+            command += ["--engine", engine.NAME, "--slots", str(settings.slots), "--cancel-grace", "1"]
             command += [f"--space={space}" for space in spaces]
             for option in (f"reproducible={reproducible}", f"sample_rate={SAMPLE_RATE_HZ}", f"chunk_ms={CHUNK_MS}"):
                 command += ["-o", option]
-            environ = {"RELAY_TOKEN": tokens["worker"]}
+            environ = {"RELAY_TOKEN": worker_token}
             worker = Actor(name, command, environ, folder, ledger.record_line, "registered space")
             stack.push_async_callback(worker.kill)
             await worker.start(nursery)
@@ -181,8 +186,9 @@ async def open_stage(folder: Path, settings: Settings, nursery: trio.Nursery) ->
         for number in range(1, settings.clients + 1):
             name = f"client {number}"
             line = await line_of(name)
-            link = await stack.enter_async_context(open_client(line, tokens["client"], ledger))
-            clients.append(Client(name, link, line, ledger, tokens["client"], settings.seed, target))
+            token = tokens[number % len(tokens)]
+            link = await stack.enter_async_context(open_client(line, token, ledger))
+            clients.append(Client(name, link, line, ledger, token, settings.seed, target))
         for client in clients:
             client.others = clients
         yield Stage(folder, settings, ledger, relay, workers, lines, clients)
@@ -264,13 +270,17 @@ def _remains(stage: Stage, before: tuple[int, float], rows: dict[str, list[dict[
 
 
 async def run_chaos(folder: Path, settings: Settings) -> Ledger:
-    """Do a whole run; returns its record, with what went wrong in `complaints`."""
-    with shortened_timeouts():
-        async with trio.open_nursery() as nursery:
-            async with open_stage(folder, settings, nursery) as stage:
-                await _run(stage, nursery)
-            nursery.cancel_scope.cancel()
-    return stage.ledger
+    """Do a whole run; returns its record, also of a run that falls over, with what went wrong in `complaints`."""
+    ledger = Ledger(WINDOWS, trio.current_time())
+    try:
+        with shortened_timeouts():
+            async with trio.open_nursery() as nursery:
+                async with open_stage(folder, settings, ledger, nursery) as stage:
+                    await _run(stage, nursery)
+                nursery.cancel_scope.cancel()
+    except Exception as fault:  # noqa: BLE001 - for example a process that did not come up: told with its evidence
+        ledger.complain("the run fell over:\n" + "".join(traceback.format_exception(fault)))
+    return ledger
 
 
 async def _run(stage: Stage, nursery: trio.Nursery) -> None:

@@ -22,7 +22,15 @@ FRAIL_IDLE_S = 1.2
 
 REPRODUCIBLE, LOOSE, FRAIL = "tts", "loose", "frail"
 
+#: The input that the engine takes, if it is given; its tune depends on it.
+INPUT = "voice"
+
 _tune = Tune(SAMPLE_RATE_HZ)
+
+
+def digest(data: bytes) -> str:
+    """What the tune depends on of an input."""
+    return hashlib.sha256(data).hexdigest()
 
 
 @attrs.frozen(kw_only=True)
@@ -41,6 +49,7 @@ class Plan:
         progress: the number of `progress` frames.
         at_frame: the number of audio frames after which the listener does what its kind says.
         later_s: seconds from leaving to coming back.
+        input_bytes: size of the input; 0 for none.
     """
 
     name: str
@@ -54,6 +63,12 @@ class Plan:
     progress: int
     at_frame: int
     later_s: float
+    input_bytes: int = 0
+
+    @property
+    def inputs(self) -> dict[str, bytes]:
+        """Of the `submit`."""
+        return {INPUT: random.Random(self.seed).randbytes(self.input_bytes)} if self.input_bytes else {}
 
     @property
     def params(self) -> dict[str, Any]:
@@ -74,7 +89,8 @@ class Plan:
 
     def expected(self) -> bytes:
         """The samples of an undisturbed run."""
-        return _tune.pcm(tune_key(self.name, self.seed), 0, round(self.duration_s * SAMPLE_RATE_HZ))
+        words = self.name + "".join(map(digest, self.inputs.values()))
+        return _tune.pcm(tune_key(words, self.seed), 0, round(self.duration_s * SAMPLE_RATE_HZ))
 
     def expected_sha256(self) -> str:
         """SHA-256 of the expected samples."""
@@ -86,6 +102,7 @@ KINDS = {
     "plain": 8,  # submits, and listens to the end
     "again": 3,  # and fetches the result again afterwards
     "second": 3,  # another connection listens too, from a frame in the middle
+    "pried": 1,  # a client of another principal asks about it, and must not be told
     "twin": 2,  # the same submit is also sent over a second connection
     "detached": 3,  # submits, leaves, and fetches all of it later
     "by hand": 2,  # the same, but continues after the frames that it has
@@ -121,4 +138,5 @@ def draw_plan(random: random.Random, name: str) -> Plan:
         progress=random.choice((0, 0, 7)),
         at_frame=at_frame,
         later_s=round(random.uniform(0.0, 4.0), 2),
+        input_bytes=random.choice((0, 0, 0, 100, 40_000, 300_000)),
     )
