@@ -121,7 +121,7 @@ class Attempt:
         """Start sending from `seq`, over a new link."""
         if seq < self._base and self._end is not None:  # this relay has none of the frames that the others would follow
             self._end_at(seq, self._end)
-        self.cursor = max(seq, self._base)
+        self.cursor = seq
 
     # -- for whoever runs it
 

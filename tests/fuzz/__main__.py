@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,9 +50,11 @@ def fuzz_unguided(name: str, folder: Path, seed: int, seconds: float) -> None:
 
     until = time.monotonic() + seconds
     executions = findings = 0
+    inputs: Iterator[bytes] | None = None
     while time.monotonic() < until and findings < MAX_FINDINGS:
         with TARGETS[name]() as target:  # a relay that was found to have a fault is started anew
-            for data in mutations(random.Random(f"{name} {seed} {executions}"), target.seeds):
+            inputs = inputs or mutations(random.Random(f"{name} {seed}"), target.seeds)
+            for data in inputs:
                 if time.monotonic() > until:
                     break
                 executions += 1

@@ -1,5 +1,6 @@
 """The targets: what takes a stranger's bytes. Each is a function of bytes that raises if a promise is broken."""
 
+import copy
 import io
 import random
 import socket
@@ -121,13 +122,14 @@ def spoil(dice: random.Random, message: Map) -> Map:
             if isinstance(below, dict | list) and below and dice.random() < 0.6:
                 at = below
                 continue
+            odd = copy.deepcopy(dice.choice(ODD))
             match dice.randrange(8):
                 case 0:
                     del at[key]
                 case 1 if isinstance(at, dict):
-                    at[dice.choice(("minimum", "pattern", "enum", "type", "x", "anyOf", "$ref"))] = dice.choice(ODD)
+                    at[dice.choice(("minimum", "pattern", "enum", "type", "x", "anyOf", "$ref"))] = odd
                 case _:
-                    at[key] = dice.choice(ODD)
+                    at[key] = odd
             break
     return spoilt
 
