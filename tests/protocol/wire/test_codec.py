@@ -18,6 +18,7 @@ from protocol.wire.codec import (
     check_bytes,
     decode,
     encode,
+    pack,
     repair,
     unpack,
 )
@@ -340,6 +341,13 @@ def test_a_control_message_ends_at_64_kib_and_a_bulk_one_at_1_mib() -> None:
     decode(params({"text": fits}), FROM_CLIENT)
     with pytest.raises(ProtocolError, match="limit for this type is 65536"):
         decode(params("x" * MAX_CONTROL_BYTES), FROM_CLIENT)
+    more = MAX_CONTROL_BYTES - len(params({"text": fits}))
+    assert len(params({"text": fits + more * "x"})) == MAX_CONTROL_BYTES
+    decode(params({"text": fits + more * "x"}), FROM_CLIENT)
+    pack(unpack(params({"text": fits + more * "x"})))
+    for longer in (1, 2):
+        with pytest.raises(ProtocolError, match="limit for this type is 65536|nested deeper"):
+            decode(params({"text": fits + (more + longer) * "x"}), FROM_CLIENT)
     whole = Audio(request_id=ID, attempt=1, seq=0, pcm=bytes(MAX_PCM_BYTES))
     assert decode(encode(whole), FROM_WORKER) == whole
     assert len(encode(whole)) <= MAX_MESSAGE_BYTES

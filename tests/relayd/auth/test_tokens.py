@@ -215,6 +215,14 @@ def test_the_daemons_user_and_root_need_no_token_on_the_unix_socket(role: str, u
         assert outcome.name == "root"
 
 
+def test_nobody_else_needs_no_token_unless_it_is_said() -> None:
+    tokens = TokenRegistry()
+    own = {os.geteuid(), 0}
+    for uid in sorted({*own, *range(12), os.geteuid() + 1, 1000, 1001, 65534}):
+        outcome = tokens.log_in(hello("operator"), PeerCredentials(pid=7, uid=uid, gid=0), NOW)
+        assert isinstance(outcome, Principal) is (uid in own), uid
+
+
 def test_other_users_need_a_token_on_the_unix_socket_too() -> None:
     tokens = make_tokens()
     code, message = refusal(tokens.log_in(hello("client"), STRANGER, NOW))

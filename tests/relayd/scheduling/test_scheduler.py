@@ -263,6 +263,53 @@ def test_places_and_eta_come_from_the_spaces_own_pace() -> None:
     assert [(name, p.position, p.of, p.eta_s) for name, p in places.items()] == [("d", 1, 2, 0.0), ("e", 2, 2, 6.0)]
 
 
+def test_the_pace_is_made_of_completed_runs_alone() -> None:
+    bench = Bench(max_workers=2)
+    bench.join("one")
+    for name, state in (("a", State.FAILED), ("b", State.CANCELLED), ("c", State.COMPLETED)):
+        bench.queue(name)
+        bench.now += 1 if state is State.COMPLETED else 100
+        bench.scheduler.end(name, state, bench.now)
+        bench.scheduler.release("one", name, bench.scheduler.state.workers["one"].held[name], bench.now)
+    bench.queue("d")
+    bench.queue("waits")
+    bench.queue("ended while it waited")
+    bench.now += 0.25
+    bench.scheduler.end("ended while it waited", State.COMPLETED, bench.now)
+    assert list(bench.scheduler.state.spaces["tts"].recent_runs_s) == [1.0]
+    assert bench.scheduler.positions("tts", bench.now)["waits"].eta_s == 0.8
+
+
+def test_nobody_knows_when_a_paused_space_or_one_without_workers_goes_on() -> None:
+    bench = Bench()
+    bench.join()
+    bench.queue("a")
+    bench.complete("a")
+    bench.queue("b")
+    bench.queue("c")
+    assert bench.scheduler.positions("tts", bench.now)["c"].eta_s == 0.0
+    bench.scheduler.state.spaces["tts"].paused = True
+    assert bench.scheduler.positions("tts", bench.now)["c"].eta_s is None
+    bench.scheduler.state.spaces["tts"].paused = False
+    bench.scheduler.unlink("box", bench.now)
+    assert bench.scheduler.positions("tts", bench.now)["c"].eta_s is None
+
+
+def test_a_worker_that_is_back_has_been_idle_since_it_let_go() -> None:
+    bench = Bench(max_workers=3)
+    bench.join("one")
+    bench.join("two")
+    bench.queue("a")
+    bench.complete("a", "one")
+    bench.scheduler.unlink("one", bench.now)
+    bench.join("one")
+    bench.queue("b")
+    assert bench["b"].worker_id == "two", "the other has worked less lately, though this one has just come back"
+    bench.complete("b", "two")
+    bench.queue("c")
+    assert bench["c"].worker_id == "one"
+
+
 def test_a_space_closes_only_when_it_is_at_rest() -> None:
     bench = Bench()
     bench.queue("a")

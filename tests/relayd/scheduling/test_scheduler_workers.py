@@ -85,6 +85,18 @@ def test_what_was_given_up_too_early_runs_where_it_ran() -> None:
     assert bench.order() == []
 
 
+def test_who_comes_back_with_an_attempt_gives_one_loss_back_and_no_more() -> None:
+    bench = Bench(max_attempts=5)
+    bench.join()
+    bench.queue("a")
+    bench["a"].losses = 2
+    bench.scheduler.unlink("box", bench.now)
+    bench.lose("a")
+    assert bench["a"].losses == 3
+    bench.join(running={"a": 1})
+    assert bench["a"].losses == 2
+
+
 @pytest.mark.parametrize("claim", [0, 2])
 def test_nobody_claims_what_never_ran_there(claim: int) -> None:
     bench = Bench()

@@ -75,6 +75,7 @@ async def test_what_the_worker_spoke_is_heard_in_every_format(tmp_path: Path, co
             body = await answer.body()
             assert answer.status == 200
             assert answer.headers["content-type"] == CODINGS[coding].content_type
+            assert answer.headers["x-accel-buffering"] == "no", "or nginx holds the audio back"
             assert answer.headers["x-request-id"] in relay.relay.requests
         await relay.at_rest()
     heard, spoken = decoded(body, coding), of_pcm(PCM)
@@ -170,6 +171,7 @@ async def test_events_carry_the_same_bytes_and_end_with_the_usage(tmp_path: Path
         nursery.start_soon(speak_once, worker)
         async with asking_to_speak(relay.url, response_format="wav", stream_format="sse") as answer:
             assert answer.headers["content-type"] == "text/event-stream"
+            assert answer.headers["x-accel-buffering"] == "no"
             body = await answer.body()
     lines = body.decode().split("\n\n")
     assert lines.pop() == ""

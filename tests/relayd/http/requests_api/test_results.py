@@ -47,6 +47,7 @@ async def test_events_tell_the_place_and_every_frame_and_go_on_behind_the_last_o
     async with daemon(tmp_path) as relay, visitor(relay.url) as http, visitor(relay.url) as other:
         posted = await other.ask("POST", POST, told={"params": {"text": "x"}})
         answer = await http.open("GET", one(posted, "/events"))
+        assert answer.headers["x-accel-buffering"] == "no"
         assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
         await answer.until(b"event: queued")
         async with fake_worker(relay.url) as worker:

@@ -1,0 +1,158 @@
+"""What is being read, or is not safe yet, is left alone by whatever makes room and forgets."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+from relayd.core.relay import Relay
+from relayd.frames.frame_log import FrameLog
+from relayd.requests.request import Request
+from tests.support.fake_worker import fake_worker, samples
+from tests.support.relay import Daemon, a_submit, daemon, peer, until
+
+PCM = [samples(1_000, seed) for seed in (1, 2, 3)]
+
+
+@asynccontextmanager
+async def ended(tmp_path: Path, count: int, **options: Any) -> AsyncIterator[tuple[Daemon, list[Request]]]:
+    """A relay with ended requests that nobody reads, oldest first."""
+    async with (
+        daemon(tmp_path, **options) as relay,
+        fake_worker(relay.url) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        requests = []
+        for _ in range(count):
+            submit = a_submit()
+            client.send(submit)
+            worker.speak(await worker.assigned(), PCM)
+            await client.frames(submit)
+            requests.append(relay.relay.requests[submit.request_id])
+        await until(lambda: not relay.relay.finalizer.unfinalized)
+        await until(lambda: not any(request.log.readers for request in requests))
+        yield relay, requests
+
+
+@contextmanager
+def read(log: FrameLog) -> Iterator[None]:
+    """Somebody reads it in the block, and does not get on."""
+    reader: Any = object()
+    log.readers.add(reader)
+    try:
+        yield
+    finally:
+        log.readers.remove(reader)
+
+
+def whole(request: Request) -> bool:
+    """Whether its frames can be fetched."""
+    return request.has_result and request.log.next_seq == len(PCM) + 2
+
+
+@pytest.mark.trio
+async def test_an_ended_request_is_forgotten_when_its_time_is_over_and_never_while_it_is_read(tmp_path: Path) -> None:
+    async with ended(tmp_path, 2) as (relay, (first, second)):
+        results = relay.relay.results
+        retain_s = relay.relay.config.results.retain_s
+        assert first.ended_at is not None
+        assert second.ended_at is not None
+        with read(first.log):
+            results._reap(first.ended_at + retain_s)
+            assert first.request_id in relay.relay.requests
+        results._reap(min(first.ended_at + retain_s - 0.001, second.ended_at + retain_s - 0.001))
+        assert {first.request_id, second.request_id} <= set(relay.relay.requests), "not a moment too early"
+        results._reap(first.ended_at + retain_s)
+        assert first.request_id not in relay.relay.requests
+        assert (second.request_id in relay.relay.requests) is (second.ended_at > first.ended_at)
+
+
+@pytest.mark.trio
+async def test_an_end_that_is_not_safe_yet_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ended(tmp_path, 1) as (relay, (request,)):
+        monkeypatch.setattr(Relay, "is_finalizing", lambda _relay, asked: asked is request)
+        relay.relay.results._reap(trio.current_time() + 1e6)
+        assert request.request_id in relay.relay.requests
+        monkeypatch.setattr(Relay, "is_finalizing", lambda _relay, _asked: False)
+        relay.relay.results._reap(trio.current_time() + 1e6)
+        assert request.request_id not in relay.relay.requests
+
+
+@pytest.mark.trio
+async def test_over_their_number_the_oldest_go_and_those_that_are_read_stay(tmp_path: Path) -> None:
+    async with ended(tmp_path, 3, limits={"principal": {"max_retained": 1}}) as (relay, (first, second, third)):
+        first.principal = second.principal = third.principal = "ann"  # a local user has no limits
+        with read(first.log):
+            relay.relay.results._reap(trio.current_time())
+            assert [request.request_id for request in (first, third)] == list(relay.relay.requests)
+        assert whole(third)
+        assert second.request_id not in relay.relay.requests
+
+
+@pytest.mark.trio
+async def test_room_on_disk_is_not_made_of_what_is_being_read(tmp_path: Path) -> None:
+    async with ended(tmp_path, 3, store="sqlite") as (relay, (first, second, third)):
+        results = relay.relay.results
+        assert results.spool is not None
+        size = results.spool.used_bytes // 3
+        results.spool.disk_bytes = results.spool.used_bytes
+        with read(first.log):
+            assert await results._make_room(size)
+            assert [whole(request) for request in (first, second, third)] == [True, False, True]
+            with read(third.log):
+                assert not await results._make_room(2 * size), "what is left is being read"
+        assert whole(first)
+        assert whole(third)
+
+
+@pytest.mark.trio
+async def test_who_begins_to_read_while_room_is_made_keeps_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ended(tmp_path, 2, store="sqlite") as (relay, (first, second)):
+        results = relay.relay.results
+        spool = results.spool
+        assert spool is not None
+        spool.disk_bytes = 0
+        remove = type(spool).remove
+        reader: Any = object()
+
+        async def read_meanwhile(self: Any, log: FrameLog) -> None:
+            second.log.readers.add(reader)
+            await remove(self, log)
+
+        monkeypatch.setattr(type(spool), "remove", read_meanwhile)
+        assert not await results._make_room(0)
+        second.log.readers.remove(reader)
+        assert (whole(first), whole(second)) == (False, True)
+
+
+@pytest.mark.trio
+async def test_memory_is_not_freed_of_what_is_being_read_and_only_as_far_as_needed(tmp_path: Path) -> None:
+    async with ended(tmp_path, 3) as (relay, (first, second, third)):
+        results = relay.relay.results
+        results.memory.limit_bytes = results.memory.held_bytes - 1
+        with read(first.log):
+            assert results._drop_unsaved()
+        assert [whole(request) for request in (first, second, third)] == [True, False, True]
+        results.memory.limit_bytes = results.memory.held_bytes
+        assert not results._drop_unsaved()
+        assert whole(third)
+
+
+@pytest.mark.trio
+async def test_whoever_keeps_most_loses_first(tmp_path: Path) -> None:
+    async with ended(tmp_path, 4) as (relay, requests):
+        for request, principal in zip(requests, ("ann", "bob", "bob", "bob"), strict=True):
+            request.principal = principal
+        results = relay.relay.results
+        weighed = {request: request.log.memory_bytes for request in requests}
+        assert len(set(weighed.values())) == 1
+        results.memory.limit_bytes = results.memory.held_bytes - 2 * weighed[requests[0]] + 1
+        results._drop_unsaved()
+        assert [whole(request) for request in requests] == [True, False, False, True]
+        assert attrs.asdict(results.memory)["held_bytes"] == 2 * weighed[requests[0]]
