@@ -346,7 +346,7 @@ def test_a_control_message_ends_at_64_kib_and_a_bulk_one_at_1_mib() -> None:
     decode(params({"text": fits + more * "x"}), FROM_CLIENT)
     pack(unpack(params({"text": fits + more * "x"})))
     for longer in (1, 2):
-        with pytest.raises(ProtocolError, match="limit for this type is 65536|nested deeper"):
+        with pytest.raises(ProtocolError, match=r"limit for this type is 65536|nested deeper"):
             decode(params({"text": fits + (more + longer) * "x"}), FROM_CLIENT)
     whole = Audio(request_id=ID, attempt=1, seq=0, pcm=bytes(MAX_PCM_BYTES))
     assert decode(encode(whole), FROM_WORKER) == whole
