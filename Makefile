@@ -9,6 +9,7 @@ JOBS ?= 2 # processes that test, a file of tests at a time
 SEED ?= 1
 MINUTES ?= 5
 SAMPLE ?= 200
+KILLS ?= 56
 export TEXT # the shell takes it from the environment, so that no quote or $ in it is the shell's
 
 .DEFAULT_GOAL := help
@@ -67,6 +68,7 @@ bench-guard: $(VENV)/.dev ## what a frame costs, counted and held against bench/
 	$(BIN)/python -m bench.guard $(ARGS)
 
 chaos: $(VENV)/.dev ## a storm of cuts and kills: make chaos SEED=7 MINUTES=25
+	$(BIN)/python -m tests.chaos.answers --kills $(KILLS)
 	$(BIN)/python -m tests.chaos --seed $(SEED) --minutes $(MINUTES) $(ARGS)
 
 fuzz: $(VENV)/.dev ## what takes a stranger's bytes, for minutes each: make fuzz MINUTES=5 ARGS="--target codec"

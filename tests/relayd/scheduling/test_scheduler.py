@@ -295,6 +295,35 @@ def test_nobody_knows_when_a_paused_space_or_one_without_workers_goes_on() -> No
     assert bench.scheduler.positions("tts", bench.now)["c"].eta_s is None
 
 
+def test_a_worker_that_has_just_got_a_request_has_not_been_idle() -> None:
+    bench = Bench(max_workers=2)
+    bench.join("two", slots=3)
+    bench.join("one", slots=2)
+    bench.queue("a")
+    bench.queue("b")
+    assert (bench["a"].worker_id, bench["b"].worker_id) == ("two", "one")
+
+
+def test_what_has_started_is_no_longer_promoted() -> None:
+    bench = Bench()
+    bench.queue("a")
+    bench.queue("b")
+    bench.scheduler.promote("b")
+    assert bench["b"].promoted
+    assert started(bench.join().decisions) == ["b"]
+    assert bench["b"].promoted == 0
+
+
+def test_what_cannot_be_made_again_begins_anew() -> None:
+    bench = Bench()
+    bench.join()
+    bench.queue("a", retry="always")
+    bench.heard("a")
+    bench.lose("a")
+    bench.scheduler.release("box", "a", 1, bench.now)
+    assert (bench["a"].attempt, bench["a"].next_seq, bench["a"].has_output) == (2, 0, False)
+
+
 def test_a_worker_that_is_back_has_been_idle_since_it_let_go() -> None:
     bench = Bench(max_workers=3)
     bench.join("one")
