@@ -9,6 +9,7 @@ import attrs
 import pytest
 import trio
 
+from protocol.wire.messages import Accepted
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import FrameLog
 from relayd.requests.request import Request
@@ -80,6 +81,16 @@ async def test_an_end_that_is_not_safe_yet_is_not_forgotten(tmp_path: Path, monk
         monkeypatch.setattr(Relay, "is_finalizing", lambda _relay, _asked: False)
         relay.relay.results._reap(trio.current_time() + 1e6)
         assert request.request_id not in relay.relay.requests
+
+
+@pytest.mark.trio
+async def test_what_still_waits_is_never_forgotten(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+        submit = a_submit()
+        client.send(submit)
+        await client.next(Accepted)
+        relay.relay.results._reap(trio.current_time() + 1e6)
+        assert submit.request_id in relay.relay.requests
 
 
 @pytest.mark.trio
