@@ -40,12 +40,13 @@ PEERS = 12
 KIB = 1024
 #: For what the relay remembers of a worker or a request, and what is cached; a third of what the smallest case sends.
 SLACK_BYTES = 256 * KIB
-OF_NEWCOMERS = (PendingConnection, ConnectionSlot)
+OF_NEWCOMERS = (PendingConnection,)
 OF_CONNECTIONS = (
     SocketLink,
     StreamLink,
     Parser,
     *OF_NEWCOMERS,
+    ConnectionSlot,
     Connection,
     ClientHandler,
     WorkerHandler,
@@ -182,7 +183,7 @@ async def _http_cut_between_requests(url: str) -> None:
 
 async def _all_gone(relay: Daemon) -> None:
     """Wait until the relay has heard of every end, and looked through those who had not said hello."""
-    await until(lambda: not (relay.relay.connections or relay.http_context.connections))
+    await until(lambda: not (relay.relay.connections or relay.http_context.connections or relay.gateway.budget.open))
     await until(lambda: not any(type(each) in OF_NEWCOMERS for each in gc.get_objects()))
 
 
