@@ -12,6 +12,7 @@ from protocol.wire.audio_envelope import audio_prefix, pack_audio
 from protocol.wire.codec import encode
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import (
+    MAX_BINARY_BYTES,
     Audio,
     Cancelled,
     Completed,
@@ -166,7 +167,7 @@ class Attempt:
                 self._append_audio(pcm)
         elif isinstance(chunk, OutputChunk):
             self._on_output()
-            self._append(Output(request_id=self.request_id, attempt=self.number, seq=self.next_seq, data=chunk.data))
+            self._append_output(chunk)
         elif isinstance(chunk, ProgressChunk):
             self._append(
                 Progress(
@@ -267,6 +268,24 @@ class Attempt:
             self._append_data(pack_audio(prefix, self.next_seq, pcm))
         else:
             self._append(Audio(request_id=self.request_id, attempt=self.number, seq=self.next_seq, pcm=pcm))
+
+    def _append_output(self, chunk: OutputChunk) -> None:
+        """Make one frame of a value; of binary that is larger than a message, several."""
+        data = chunk.data
+        parts = [data]
+        if isinstance(data, bytes) and len(data) > MAX_BINARY_BYTES:
+            parts = [data[start : start + MAX_BINARY_BYTES] for start in range(0, len(data), MAX_BINARY_BYTES)]
+        for left, part in zip(range(len(parts) - 1, -1, -1), parts, strict=True):
+            self._append(
+                Output(
+                    request_id=self.request_id,
+                    attempt=self.number,
+                    seq=self.next_seq,
+                    data=part,
+                    media_type=chunk.media_type,
+                    more=True if left else None,
+                )
+            )
 
     def _append(self, frame: Frame) -> None:
         self._append_data(encode(frame))

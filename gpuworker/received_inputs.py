@@ -8,6 +8,7 @@ import trio
 from gpuworker.engines.base import EngineInput
 from gpuworker.slots.run_engine import RunResult
 from protocol.wire.errors import ErrorCode
+from protocol.wire.media_types import accepts
 from protocol.wire.messages import Input
 from protocol.wire.structs import InputInfo, InputRule
 
@@ -40,7 +41,7 @@ class ReceivedInputs:
                 self._fail(ErrorCode.INVALID_PARAMS, f"input {name!r} is unknown; this engine accepts: {accepted}")
             elif info.size > allowed.max_bytes:
                 self._fail(ErrorCode.INPUT_TOO_LARGE, f"input {name!r} has {info.size} bytes, over {allowed.max_bytes}")
-            elif allowed.media_types and info.media_type not in allowed.media_types:
+            elif not accepts(allowed.media_types, info.media_type):
                 accepted = ", ".join(allowed.media_types)
                 self._fail(ErrorCode.INVALID_PARAMS, f"input {name!r} is {info.media_type!r}; it must be {accepted}")
 

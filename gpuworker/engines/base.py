@@ -50,10 +50,16 @@ class OutputChunk:
     """A value that is not speech: anything that msgpack can encode.
 
     The limit applies to the whole message, so keep 1 KiB for the envelope: 64 KiB - 1 KiB for maps and arrays,
-    1 MiB - 1 KiB for binary and strings. A larger value makes its request fail.
+    1 MiB - 1 KiB for strings. A larger value makes its request fail. Binary may be as large as a result: it is sent in
+    parts.
+
+    Args:
+        data: the value.
+        media_type: what it is, such as `image/png`; for binary, None leaves that to its first bytes.
     """
 
     data: Value
+    media_type: str | None = None
 
 
 @attrs.frozen

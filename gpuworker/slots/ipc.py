@@ -72,7 +72,7 @@ def encode_chunk(chunk: Chunk) -> IpcMessage:
     if isinstance(chunk, ProgressChunk):
         return {"is": "progress", **attrs.asdict(chunk)}
     if isinstance(chunk, OutputChunk):
-        return {"is": "output", "data": chunk.data}
+        return {"is": "output", "data": chunk.data, "media_type": chunk.media_type}
     return {"is": "format", "format": chunk.format.to_map() if chunk.format else None}
 
 
@@ -84,7 +84,7 @@ def decode_chunk(message: IpcMessage) -> Chunk | None:
     if kind == "progress":
         return ProgressChunk(message["state"], message["fraction"], message["message"])
     if kind == "output":
-        return OutputChunk(message["data"])
+        return OutputChunk(message["data"], message["media_type"])
     if kind == "format":
         return FormatChunk(parse_struct(AudioFormat, message["format"]) if message["format"] else None)
     return None

@@ -24,13 +24,18 @@ from gpuworker.engines.base import (
 )
 from gpuworker.engines.device_fault import DeviceFault, find_device_fault
 from gpuworker.engines.plain_values import plain
+from gpuworker.slots import ipc
 from protocol.wire import codec
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import MAX_TEXT_CHARS, PROGRESS_STATES
+from protocol.wire.media_types import media_type_rule, recognize
+from protocol.wire.structs import KIB
 from protocol.wire.validators import Value
 
 #: Limit for `details`, which share a control message with the message text.
 MAX_DETAILS = 32
+#: Binary of one chunk: what a message from a slot has left after its envelope.
+MAX_BINARY_BYTES = ipc.MAX_BYTES - 64 * KIB
 #: The longest possible envelope: what fits with it fits with any. Its id has 32 digits.
 _ENVELOPE: dict[str, Value] = {"request_id": "f" * 32, "attempt": 1_000_000, "seq": 2**31}
 
@@ -202,10 +207,28 @@ def _validate_chunk(chunk: Chunk, format_chunk: FormatChunk) -> Chunk | None:
         return ProgressChunk(state, fraction, wire_text(str(chunk.message))[:MAX_TEXT_CHARS])
     if isinstance(chunk, OutputChunk):
         try:
-            chunk = OutputChunk(plain(chunk.data))
-            codec.pack({"type": "output", **_ENVELOPE, "data": chunk.data})
+            return _validate_output(chunk)
         except ValueError as fault:
             raise EngineError(f"this {type(chunk.data).__name__} cannot be sent: {fault}") from None
     elif not isinstance(chunk, FormatChunk):
         raise EngineError(f"the engine yielded {type(chunk).__name__}, which is not a chunk")
     return chunk
+
+
+def _validate_output(chunk: OutputChunk) -> OutputChunk:
+    """The output in a form that the wire accepts, with the media type of binary if its first bytes say what it is.
+
+    Raises:
+        ValueError: it cannot be sent.
+    """
+    data = plain(chunk.data)
+    media_type = chunk.media_type
+    if media_type is not None:
+        media_type_rule(media_type)
+    if not isinstance(data, bytes):
+        codec.pack({"type": "output", **_ENVELOPE, "data": data})
+    elif len(data) > MAX_BINARY_BYTES:
+        raise ValueError(f"it has {len(data)} bytes, and may have {MAX_BINARY_BYTES}; yield it in parts")
+    else:
+        media_type = media_type or recognize(data)
+    return OutputChunk(data, media_type)

@@ -22,6 +22,7 @@ from protocol.link.background import open_background
 from protocol.wire.errors import EncodeError, ErrorCode, LinkError, RequestError, RequestRejected
 from protocol.wire.frames import Audio, Output, Started
 from protocol.wire.frames import Progress as ProgressFrame
+from protocol.wire.media_types import BINARY, suffix_of
 from protocol.wire.messages import Queued, Snapshot, Welcome
 from protocol.wire.params_schema import takes_text
 from protocol.wire.structs import AudioFormat
@@ -313,7 +314,7 @@ class Sink:
         elif isinstance(event, Output):
             self._outputs += 1
             if isinstance(event.data, bytes):
-                await self._binary(event.data)
+                await self._binary(event.data, event.media_type or BINARY)
             elif not self._json and not self._pipe:
                 self.line(event.data)
         elif isinstance(event, Restarted):
@@ -338,9 +339,9 @@ class Sink:
             # A player reads a pipe in real time: waiting for it here would hold up the pings.
             await trio.to_thread.run_sync(self._writer.write, pcm, abandon_on_cancel=True)
 
-    async def _binary(self, data: bytes) -> None:
+    async def _binary(self, data: bytes, media_type: str) -> None:
         if self._writer is None:
-            self._where = f"{self._name}.bin"
+            self._where = f"{self._name}{suffix_of(media_type)}"
             self._writer = AudioWriter(Path(self._where))
         if self._format is not None:
             self._progress.note(f"{len(data)} bytes of binary output dropped: the output file contains the audio")

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import attrs
 
+from protocol.wire.media_types import media_type_rule
 from protocol.wire.structs import KIB, AudioFormat, attempt_rule, request_id_rule, seq_rule
 from protocol.wire.validators import (
     Message,
@@ -15,6 +16,7 @@ from protocol.wire.validators import (
     field,
     map_field,
     number,
+    optional,
     struct_field,
     text,
 )
@@ -23,6 +25,8 @@ from protocol.wire.validators import (
 MAX_MESSAGE_BYTES = 1024 * KIB
 #: Size of `pcm` in one `audio` message: what a message has left after its envelope (below 200 bytes).
 MAX_PCM_BYTES = MAX_MESSAGE_BYTES - 1 * KIB
+#: Size of binary `data` in one `output` message; larger binary is sent in parts.
+MAX_BINARY_BYTES = MAX_PCM_BYTES
 MAX_TEXT_CHARS = 4096
 PROGRESS_STATES = ("loading", "generating", "encoding")
 
@@ -68,10 +72,15 @@ class Audio(Frame):
 
 @attrs.frozen(kw_only=True)
 class Output(Frame):
-    """A value that is not speech: any msgpack value up to 64 KiB, or binary up to a message's size."""
+    """A value that is not speech: any msgpack value up to 64 KiB, or binary up to a message's size.
+
+    `media_type` says what kind of file it is, None where nobody said. With `more` the next `output` frame continues it.
+    """
 
     TYPE: ClassVar[str] = "output"
     data: Value = field(any_value, None)
+    media_type: str | None = field(optional(media_type_rule), None)
+    more: bool | None = field(optional(boolean), None)
 
 
 @attrs.frozen(kw_only=True)

@@ -12,6 +12,7 @@ import trio
 
 from protocol.wire.codec import encode
 from protocol.wire.errors import EncodeError, ErrorCode
+from protocol.wire.media_types import accepts
 from protocol.wire.messages import Assign, Input, Rejected, Submit
 from protocol.wire.params_schema import check_params
 from relayd.auth.tokens import Principal
@@ -175,7 +176,7 @@ class Admission:
                     f"input {name!r} has {info.size} bytes; space {space.name!r} accepts {input_rule.max_bytes} at most"
                 )
                 return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
-            if input_rule.media_types and info.media_type not in input_rule.media_types:
+            if not accepts(input_rule.media_types, info.media_type):
                 what = f"is {info.media_type!r}; accepted are {', '.join(input_rule.media_types)}"[:MAX_FAULT_CHARS]
                 message = f"space {space.name!r}: input {name!r} {what}"
                 return Rejected.because(

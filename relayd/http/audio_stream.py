@@ -35,7 +35,7 @@ class AudioStream:
                 engine that is not reproducible starts before samples that were already returned.
         """
         while True:
-            match frame := await _frame(self.held):
+            match frame := await next_frame(self.held):
                 case None | Completed() if not self._delivered:
                     message = "the engine made no audio of this; send another text, or ask the relay's operator"
                     raise HttpError(ErrorCode.ENGINE_FAILED, message, retryable=False)
@@ -63,7 +63,7 @@ async def open_audio(held: RequestStream) -> AudioStream:
     Raises:
         HttpError: the request ended before that, or produces no audio.
     """
-    while (frame := await _frame(held)) is not None:
+    while (frame := await next_frame(held)) is not None:
         if isinstance(frame, Started):
             if frame.format is None:
                 break
@@ -73,7 +73,7 @@ async def open_audio(held: RequestStream) -> AudioStream:
     raise _no_audio(held)
 
 
-async def _frame(held: RequestStream) -> Frame | None:
+async def next_frame(held: RequestStream) -> Frame | None:
     """Return the next frame, skipping queue positions; None after the last one.
 
     Raises:

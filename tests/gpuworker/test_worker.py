@@ -319,6 +319,30 @@ async def test_a_large_chunk_is_split_into_frames_of_whole_samples(autojump_cloc
 
 
 @pytest.mark.trio
+async def test_a_file_larger_than_a_message_goes_in_parts_that_say_so(autojump_clock: MockClock) -> None:
+    data = bytes(range(256)) * 10_000
+
+    async def play(job: Job, emit: Emit) -> RunResult:
+        emit(FormatChunk(None))
+        emit(OutputChunk(data, "image/png"))
+        emit(OutputChunk(b"small", None))
+        return RunResult(outcome="completed")
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign())
+        frames = await desk.frames()
+        *parts, small = [frame for frame in frames if isinstance(frame, Output)]
+        assert b"".join(part.data for part in parts) == data
+        assert [(part.media_type, part.more) for part in parts] == [("image/png", True)] * 2 + [("image/png", None)]
+        assert (small.data, small.media_type, small.more) == (b"small", None, None)
+        assert isinstance(frames[-1], Completed)
+        assert frames[-1].result["chunks"] == 2
+
+    await run_with(script(relay), slots=(ScriptedSlot(play, format=None),))
+
+
+@pytest.mark.trio
 async def test_a_result_over_the_relays_limit_fails_and_stops_the_engine(autojump_clock: MockClock) -> None:
     async def play(job: Job, emit: Emit) -> RunResult:
         emit(FormatChunk(FORMAT))

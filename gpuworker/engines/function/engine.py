@@ -6,13 +6,16 @@ What it returns, or each item that it yields, becomes output:
 | --- | --- |
 | (sample_rate, array), as Gradio has it | audio at that rate |
 | numpy array or torch tensor: float -1..1, int16 or int32; mono, (n, 2) or (2, n) | audio at option `sample_rate` |
-| bytes | audio if option `sample_rate` is given (16-bit, little-endian), else binary output |
+| bytes | audio if option `sample_rate` is given (16-bit, little-endian), else binary output: an image, a video … by |
+| | its first bytes |
+| an image of PIL, or an object with `data` and `media_type` | output of that media type |
 | str, dict, list, number, bool | output; scalars and arrays of numpy or torch in them become numbers and lists |
 | a chunk of `gpuworker.engines.base` | itself |
 | None | nothing |
 
 Its parameters become the params: the JSON Schema is derived from annotations and defaults. A parameter
-annotated `bytes` or `EngineInput` is an uploaded input of that name; one called `cancelled` gets a callable that
+annotated `bytes` or `EngineInput` is an uploaded input of that name, and `Annotated[bytes, "image/png", "image/*"]`
+says which media types it takes; one called `cancelled` gets a callable that
 returns whether to stop, and one called `context`, if it is annotated as nothing else, gets the `RequestContext`:
 who asked, and the request's id. A class is instantiated once, at load, and the instance is called: the place for a
 model.

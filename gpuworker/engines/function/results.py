@@ -9,6 +9,9 @@ from gpuworker.engines.base import AudioChunk, Chunk, EngineError, FormatChunk, 
 from gpuworker.engines.plain_values import is_array
 from protocol.wire.structs import AudioFormat
 
+#: IPython's methods of objects that are pictures, and what they return.
+_PICTURES = {"_repr_png_": "image/png", "_repr_jpeg_": "image/jpeg"}
+
 
 class Results:
     """Converts the values of one run to chunks.
@@ -49,7 +52,7 @@ class Results:
         elif isinstance(value, bytes | bytearray | memoryview) and self._ahead:
             yield from self._audio(bytes(value))
         else:
-            yield from self._after_format(None, OutputChunk(value))
+            yield from self._after_format(None, declared_output(value) or OutputChunk(value))
 
     def _after_format(self, format: AudioFormat | None, chunk: Chunk) -> Iterator[Chunk]:  # noqa: A002
         if not self.has_format:
@@ -82,6 +85,24 @@ class Results:
         self._rest = pcm[whole:]
         if whole:
             yield AudioChunk(pcm[:whole])
+
+
+def declared_output(value: Any) -> OutputChunk | None:
+    """The output for an object that declares what it is; None for any other value.
+
+    It has bytes or text in `data` and a `media_type`, as an `EngineInput` has, or it can show itself to a notebook as a
+    PNG or JPEG, as images of PIL can.
+    """
+    if isinstance(value, type):
+        return None
+    data, media_type = getattr(value, "data", None), getattr(value, "media_type", None)
+    if isinstance(media_type, str) and isinstance(data, bytes | bytearray | memoryview | str):
+        return OutputChunk(data, media_type)
+    for name, kind in _PICTURES.items():
+        picture = getattr(value, name, None)
+        if callable(picture) and isinstance(drawn := picture(), bytes):
+            return OutputChunk(drawn, kind)
+    return None
 
 
 def _describe(format_: AudioFormat | None) -> str:

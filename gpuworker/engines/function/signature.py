@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from gpuworker.engines.base import EngineError, EngineInput, RequestContext
+from protocol.wire.media_types import MEDIA_TYPE_PATTERN
 from protocol.wire.messages import NAME_PATTERN
 from protocol.wire.params_schema import MAX_DEPTH, integers_as_int
 from protocol.wire.structs import InputRule
@@ -84,8 +85,9 @@ def read_signature(call: Callable[..., Any]) -> Signature:
         raise EngineError(f"{_name(call)} has no readable signature ({fault}); wrap it in a function") from fault
     try:
         hints = typing.get_type_hints(target)
+        declared = typing.get_type_hints(target, include_extras=True)
     except Exception:  # noqa: BLE001 - an annotation may be any expression; without one the parameter accepts anything
-        hints = {}
+        hints = declared = {}
     properties: dict[str, Value] = {}
     required: list[str] = []
     inputs: dict[str, InputRule] = {}
@@ -109,7 +111,7 @@ def read_signature(call: Callable[..., Any]) -> Signature:
             if wanted:
                 if not NAME_PATTERN.fullmatch(name):
                     raise EngineError(f"{_name(call)}: {name!r} is not a valid input name ([a-z][a-z0-9_]{{0,31}})")
-                inputs[name] = InputRule(required=not optional)
+                inputs[name] = InputRule(required=not optional, media_types=_media_types(declared.get(name)))
                 whole_inputs.update({name} if EngineInput in wanted else ())
                 continue
             properties[name] = _schema(hint, parameter.default)
@@ -136,6 +138,13 @@ def _name(call: Callable[..., Any]) -> str:
 def _parts(hint: Any) -> tuple[Any, ...]:
     """The members of a union; for any other hint, the hint alone."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _media_types(hint: Any) -> list[str]:
+    """The media types in the metadata of `Annotated`, also inside a union; other metadata is passed over."""
+    told = getattr(hint, "__metadata__", ())
+    kinds = [kind for kind in told if isinstance(kind, str) and MEDIA_TYPE_PATTERN.fullmatch(kind)]
+    return kinds + [kind for part in (_parts(hint) if _parts(hint) != (hint,) else ()) for kind in _media_types(part)]
 
 
 def _schema(hint: Any, default: Any) -> dict[str, Value]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from protocol.wire.media_types import BINARY, recognize
 from protocol.wire.structs import InputRule
 from protocol.wire.validators import Value, kind_of
 from relayd.core.space import Space
@@ -131,7 +132,7 @@ def _add_recording(extra: ExtraFields, name: str, value: Value, field: str, spac
 
 
 def _decoded(text: str, rule: InputRule) -> tuple[str, bytes]:
-    media_type = rule.media_types[0] if rule.media_types else "application/octet-stream"
+    media_type = None
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
@@ -145,7 +146,8 @@ def _decoded(text: str, rule: InputRule) -> tuple[str, bytes]:
         raise ValueError("must be the file itself in base64, or a data URL; the relay opens no paths") from None
     if not data:
         raise ValueError("is an empty file")
-    return media_type, data
+    literal = [kind for kind in rule.media_types if "*" not in kind]
+    return media_type or (literal[0] if literal else recognize(data) or BINARY), data
 
 
 def _text(value: Value) -> str:

@@ -1,6 +1,7 @@
 """`GET /v1/requests/{id}/audio`: the audio of a request, live while it runs, with range support once it has ended."""
 
 import re
+from collections.abc import Mapping
 from functools import partial
 
 import attrs
@@ -33,6 +34,22 @@ async def send_audio(http: HttpRequest, reply: ResponseWriter) -> None:
     if name not in CODINGS:
         raise HttpError(ErrorCode.INVALID_PARAMS, f"format must be one of {', '.join(CODINGS)}, not {name[:32]!r}")
     await wait_safe(http, request)
+    check_result(request)
+    if name not in ("wav", "pcm"):
+        await _check_available(name)
+        await (_send_whole_encoded if request.log.is_complete else _send_encoded)(http, reply, request, name)
+    elif request.log.is_complete:
+        await _send_whole(http, reply, request, name)
+    else:
+        await _send_live(http, reply, request, name)
+
+
+def check_result(request: Request) -> None:
+    """Check that a request has a result, or may still have one.
+
+    Raises:
+        HttpError: it has failed, or was cancelled.
+    """
     match request.entry.state:
         case State.FAILED:
             raise HttpError(
@@ -43,13 +60,6 @@ async def send_audio(http: HttpRequest, reply: ResponseWriter) -> None:
             )
         case State.CANCELLED:
             raise HttpError(CANCELLED, request.message or "the request was cancelled")
-    if name not in ("wav", "pcm"):
-        await _check_available(name)
-        await (_send_whole_encoded if request.log.is_complete else _send_encoded)(http, reply, request, name)
-    elif request.log.is_complete:
-        await _send_whole(http, reply, request, name)
-    else:
-        await _send_live(http, reply, request, name)
 
 
 # -- running requests ---------------------------------------------------------------------------------------------
@@ -120,7 +130,7 @@ async def _send_whole(http: HttpRequest, reply: ResponseWriter, request: Request
     head = wav_header(audio.format, data_bytes) if name == "wav" else b""
     total = len(head) + data_bytes
     etag = f'"{request.request_id}.{request.created_unix:.0f}.{name}"'
-    if (span := await _start(http, reply, _content_type(name, audio.format), etag, total)) is None:
+    if (span := await start_range(http, reply, _content_type(name, audio.format), etag, total)) is None:
         return
     at = len(head)
     await reply.write(span.cut(head, 0))
@@ -134,7 +144,7 @@ async def _send_whole(http: HttpRequest, reply: ResponseWriter, request: Request
 async def _send_whole_encoded(http: HttpRequest, reply: ResponseWriter, request: Request, name: str) -> None:
     encode = partial(_encode, http, request, name)
     async with context_of(http).encoded.open(principal_of(http).name, request, name, encode) as audio:
-        span = await _start(http, reply, CODINGS[name].content_type, audio.etag, len(audio.body))
+        span = await start_range(http, reply, CODINGS[name].content_type, audio.etag, len(audio.body))
         if span is not None:
             for at in range(span.first, span.end, PIECE_BYTES):
                 await reply.write(audio.body[at : min(at + PIECE_BYTES, span.end)])
@@ -154,9 +164,11 @@ async def _encode(http: HttpRequest, request: Request, name: str) -> bytes:
     return transcoder.encoder.with_sizes(bytes(body))
 
 
-async def _start(http: HttpRequest, reply: ResponseWriter, kind: str, etag: str, total: int) -> ByteRange | None:
+async def start_range(
+    http: HttpRequest, reply: ResponseWriter, kind: str, etag: str, total: int, more: Mapping[str, str] | None = None
+) -> ByteRange | None:
     """Send the head of a body of `total` bytes; returns the part of it to send, or None if none is to be sent."""
-    headers = {"accept-ranges": "bytes", "etag": etag}
+    headers = {"accept-ranges": "bytes", "etag": etag, **(more or {})}
     known = {each.strip().removeprefix("W/") for each in http.headers.get("if-none-match", "").split(",")}
     if known & {etag, "*"}:
         await reply.answer(Response(status_code=304, headers=headers))

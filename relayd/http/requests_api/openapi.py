@@ -108,7 +108,7 @@ _STATUS = _object(
         "retryable": _nullable("boolean", description="whether the same request may succeed later; null unless failed"),
         "run_s": _nullable("number", description="how long its last attempt ran; null until it has ended"),
         "result": _nullable("object", description="what the engine says of a completed request; null otherwise"),
-        "links": _object({name: {"type": "string"} for name in ("self", "events", "audio")}),
+        "links": _object({name: {"type": "string"} for name in ("self", "events", "audio", "output")}),
     }
 )
 _OUTPUTS = {
@@ -183,6 +183,25 @@ _EVENT = _object(
     },
     required=("event", "data"),
 )
+
+_NUMBER = _parameter("number", "path", {"type": "integer", "minimum": 0}, "which output, from 0")
+_OUTPUT: Schema = {
+    "operationId": "output",
+    "summary": "Return the first output as the bytes it is: an image, a video, text; any other value as JSON",
+    "parameters": [_parameter("Range", "header", {"type": "string"}, "one range of bytes, once it has ended")],
+    "responses": _responses(
+        {
+            "200": {
+                "description": "The output, in the media type that its engine declared.",
+                "content": {"*/*": _BYTES},
+            },
+            "206": {"description": "The requested range.", "content": {"*/*": _BYTES}},
+            "416": {"description": "The range is beyond the end of the output."},
+        },
+        404,
+        *_ENDED,
+    ),
+}
 
 PATHS: Schema = {
     "/v1/spaces": {
@@ -296,6 +315,11 @@ PATHS: Schema = {
                 *_ENDED,
             ),
         },
+    },
+    "/v1/requests/{request_id}/output": {"parameters": [_REQUEST_ID], "get": _OUTPUT},
+    "/v1/requests/{request_id}/output/{number}": {
+        "parameters": [_REQUEST_ID, _NUMBER],
+        "get": _OUTPUT | {"operationId": "output_by_number", "summary": "Return an output by its number"},
     },
 }
 

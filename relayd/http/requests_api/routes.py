@@ -21,6 +21,7 @@ from relayd.http.request_stream import find_request, open_submission, wait_safe
 from relayd.http.requests_api.audio_download import send_audio
 from relayd.http.requests_api.event_stream import send_events
 from relayd.http.requests_api.openapi import DOCUMENT
+from relayd.http.requests_api.output_download import send_output
 from relayd.http.requests_api.outputs import outputs_of
 from relayd.http.requests_api.submission import build_submit, find_space, input_limits
 from relayd.http.streaming_response import StreamingRoute
@@ -42,6 +43,8 @@ def routes() -> list[BaseRoute]:
         Route(one, OneRequest),
         Route(f"{one}/events", StreamingRoute(send_events), methods=["GET"]),
         Route(f"{one}/audio", StreamingRoute(send_audio), methods=["GET"]),
+        Route(f"{one}/output", StreamingRoute(send_output), methods=["GET"]),
+        Route(f"{one}/output/{{number}}", StreamingRoute(send_output), methods=["GET"]),
         Route("/openapi.json", openapi),
         Route(PATH, upgrade_required),
     ]

@@ -7,6 +7,7 @@ from starlette.requests import Request
 
 from protocol.wire.codec import decode, pack
 from protocol.wire.errors import EncodeError, ErrorCode, ProtocolError
+from protocol.wire.media_types import accepts
 from protocol.wire.messages import FROM_CLIENT, Rejected, Submit
 from protocol.wire.params_schema import check_params
 from protocol.wire.validators import Value
@@ -50,7 +51,7 @@ def input_limits(http: Request, space: Space) -> InputLimit:
             known = ", ".join(sorted(space.inputs)) or "none"
             message = f"space {space.name!r} does not accept input {name!r}; it accepts {known}"
             raise HttpError(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name}": "is not accepted"})
-        if rule.media_types and media_type not in rule.media_types:
+        if not accepts(rule.media_types, media_type):
             what = f"is {media_type!r}; it must be {' or '.join(rule.media_types)}"
             message = f"space {space.name!r}: input {name!r} {what}"
             raise HttpError(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name}": what})

@@ -9,7 +9,7 @@ from array import array
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgpack
 import numpy as np
@@ -275,6 +275,14 @@ def function(call: Any, **options: Any) -> FunctionEngine:
 
 
 MONO = AudioFormat(sample_rate=16_000)
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
+
+
+class Picture:
+    """Shows itself to notebooks, as images of PIL do."""
+
+    def _repr_png_(self) -> bytes:
+        return PNG
 
 
 @pytest.mark.parametrize(
@@ -288,6 +296,13 @@ MONO = AudioFormat(sample_rate=16_000)
         (7, [FormatChunk(None), OutputChunk(7)]),
         (True, [FormatChunk(None), OutputChunk(True)]),
         (b"\0\1", [FormatChunk(None), OutputChunk(b"\0\1")]),
+        (PNG, [FormatChunk(None), OutputChunk(PNG, "image/png")]),
+        (bytearray(PNG), [FormatChunk(None), OutputChunk(PNG, "image/png")]),
+        (OutputChunk(PNG), [FormatChunk(None), OutputChunk(PNG, "image/png")]),
+        (OutputChunk(b"a,b", "text/csv"), [FormatChunk(None), OutputChunk(b"a,b", "text/csv")]),
+        (OutputChunk("<p>", "text/html"), [FormatChunk(None), OutputChunk("<p>", "text/html")]),
+        (EngineInput(b"\0\1", "video/mp4"), [FormatChunk(None), OutputChunk(b"\0\1", "video/mp4")]),
+        (Picture(), [FormatChunk(None), OutputChunk(PNG, "image/png")]),
         ((16_000, np.array([1, -2], np.int16)), [FormatChunk(MONO), AudioChunk(b"\1\0\xfe\xff")]),
         ((16_000, np.array([1.0, -2.0, 0.5], np.float32)), [FormatChunk(MONO), AudioChunk(b"\xff\x7f\1\x80\0\x40")]),
         ((16_000, np.array([[65536, 131072, 0]], np.int32)), [FormatChunk(MONO), AudioChunk(b"\1\0\2\0\0\0")]),
@@ -311,6 +326,40 @@ def test_what_a_function_returns_or_yields_becomes_output(value: Any, expected: 
     for call in (plain, generator):
         end, chunks = run(function(call), {})
         assert (end.outcome, chunks) == ("completed", expected)
+
+
+@pytest.mark.parametrize("wrong", ["png", "image/png\r\nx: y", "image/" + "x" * 200, ""])
+def test_a_media_type_that_is_none_fails_its_request_in_words(wrong: str) -> None:
+    end, _ = run(function(lambda: OutputChunk(PNG, wrong)), {})
+    assert end.outcome == "failed"
+    assert "cannot be sent" in end.message
+
+
+def test_bytes_are_a_file_of_any_size_and_other_values_have_the_size_of_a_message() -> None:
+    large = PNG + bytes(3 * 1024 * 1024)
+    assert run(function(lambda: large), {})[1][1] == OutputChunk(large, "image/png")
+    end, _ = run(function(lambda: "x" * len(large)), {})
+    assert end.outcome == "failed"
+
+
+def test_inputs_declare_their_media_types() -> None:
+    def call(
+        picture: Annotated[bytes, "image/png", "image/jpeg"],
+        film: Annotated[EngineInput, "video/*"] | None = None,
+        told: Annotated[bytes, "whatever people say about it"] = b"",
+        anything: Annotated[bytes | None, "audio/wav"] = None,
+        n: Annotated[int, "a/number"] = 1,
+    ) -> Any:
+        return n
+
+    capabilities = function(call).capabilities
+    assert {name: rule.media_types for name, rule in capabilities.inputs.items()} == {
+        "picture": ["image/png", "image/jpeg"],
+        "film": ["video/*"],
+        "told": [],
+        "anything": ["audio/wav"],
+    }
+    assert capabilities.params["properties"] == {"n": {"type": "integer", "default": 1}}
 
 
 @dataclasses.dataclass
@@ -382,7 +431,7 @@ def test_bytes_and_arrays_are_audio_where_the_rate_is_given() -> None:
         (["words", (16_000, np.zeros(3))], "none"),
         ([object()], "object"),
         ([{(1, 2): 3}], "key"),
-        ([b"x" * 2_000_000], "limit"),
+        (["x" * 2_000_000], "limit"),
         ([AudioChunk(b"\0\0")], "FormatChunk"),
     ],
 )

@@ -59,7 +59,6 @@ def many_values(count: int) -> dict[str, Any]:
 
 #: Just under each limit of a message: its envelope does not fit beside them any more.
 TOO_LARGE = {
-    "binary": b"x" * (KIB * KIB - 40),
     "text": "x" * (KIB * KIB - 40),
     "nested, by bytes": {"rows": [list(range(1000, 1010))] * 2, "pad": b"x" * (64 * KIB - 130)},
     "nested, by values": many_values(MAX_VALUES - 4),

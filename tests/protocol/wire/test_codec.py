@@ -33,6 +33,7 @@ from protocol.wire.frames import (
 )
 from protocol.wire.messages import (
     BULK,
+    FRAMES,
     FROM_ANYONE,
     FROM_CLIENT,
     FROM_OPERATOR,
@@ -111,6 +112,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "inputs": st.dictionaries(names, infos, max_size=3),
     "instance": ids,
     "limits": maps,
+    "media_type": st.none() | st.sampled_from(["image/png", "text/plain; charset=utf-8"]),
     "message": words,
     "more": st.booleans(),
     "name": names,
@@ -160,6 +162,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "assign.run_timeout_s": st.floats(0, 1e9),
     "error.request_id": st.none() | words,
     "input.data": st.binary(max_size=200),
+    "output.more": st.none() | st.booleans(),
     "output.data": values.filter(lambda value: value is not None),
     "progress.state": st.sampled_from(["loading", "generating", "encoding"]),
     "register.inputs": st.dictionaries(names, rules, max_size=2),
@@ -566,3 +569,21 @@ def test_text_that_is_no_utf_8_is_told_by_its_places() -> None:
         "params": {"text": "???", "a": ["ok", {"???": "gut 好"}]},
         "space": "tts",
     }
+
+
+def test_an_output_of_an_older_peer_lacks_a_media_type_and_an_older_peer_drops_it() -> None:
+    new = Output(request_id="0" * 32, attempt=1, seq=1, data=b"x", media_type="image/png")
+    wire = {name: value for name, value in new.to_map().items() if name not in ("media_type", "more")}
+    old = decode(pack(wire), FRAMES)
+    assert isinstance(old, Output)
+    assert (old.data, old.media_type, old.more) == (b"x", None, None)
+    assert b"more" not in encode(new)
+    later = decode(pack(new.to_map() | {"of_a_later_version": [1]}), FRAMES)
+    assert later == new
+
+
+@pytest.mark.parametrize("wrong", ["png", "image/png\r\nx: y", "a/" + "b" * 200, 7, b"image/png"])
+def test_a_media_type_that_is_none_is_refused(wrong: Any) -> None:
+    wire = Output(request_id="0" * 32, attempt=1, seq=1, data=b"x").to_map()
+    with pytest.raises(ProtocolError, match="media_type"):
+        decode(pack(wire | {"media_type": wrong}), FRAMES)

@@ -1,0 +1,125 @@
+"""Outputs over HTTP: as the bytes they are, with their media type, whole, in parts and in ranges."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.wire.frames import Audio, Completed, Failed, Output, Progress, Started
+from protocol.wire.messages import Assign
+from tests.relayd.http.requests_api.answers import PCM, POST, one
+from tests.support.fake_worker import FORMAT, FakeWorker, fake_worker, identity
+from tests.support.raw_http_client import events_of, visitor
+from tests.support.relay import daemon
+
+PNG = b"\x89PNG\r\n\x1a\n" + hashlib.shake_256(b"png").digest(5000)
+MADE: tuple[dict[str, Any], ...] = (
+    {"data": PNG, "media_type": "image/png"},
+    {"data": "words ✓"},
+    {"data": PNG[:700], "media_type": "video/mp4", "more": True},
+    {"data": PNG[700:], "media_type": "video/mp4"},
+    {"data": {"a": [1, b"\0"]}},
+    {"data": b"<script>", "media_type": "text/html"},
+    {"data": b"old worker"},
+    {"data": "<svg/>", "media_type": "image/svg+xml"},
+    {"data": b"", "media_type": "image/png"},
+)
+
+
+def make(worker: FakeWorker, assign: Assign, outputs: Sequence[dict[str, Any]], *, end: bool = True) -> None:
+    """Send the frames of a request whose outputs these are."""
+    worker.send(Started(**identity(assign, 0)))
+    for seq, output in enumerate(outputs, 1):
+        worker.send(Output(**identity(assign, seq), **output))
+    if end:
+        worker.send(Completed(**identity(assign, len(outputs) + 1)))
+
+
+@pytest.mark.trio
+async def test_each_output_is_answered_as_what_it_is(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker, visitor(relay.url) as http:
+        posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
+        make(worker, await worker.assigned(), MADE)
+        await relay.at_rest()
+        link = posted.json["links"]["output"]
+        short = posted.json["request_id"][:8]
+        for path, kind, body, disposition in (
+            (link, "image/png", PNG, f'inline; filename="{short}-0.png"'),
+            (f"{link}/0", "image/png", PNG, f'inline; filename="{short}-0.png"'),
+            (f"{link}/1", "text/plain; charset=utf-8", "words ✓".encode(), f'inline; filename="{short}-1.txt"'),
+            (f"{link}/2", "video/mp4", PNG, f'inline; filename="{short}-2.mp4"'),
+            (f"{link}/3", "application/json", b'{"a":[1,{"base64":"AA=="}]}', f'inline; filename="{short}-3.json"'),
+            (f"{link}/4", "text/html", b"<script>", f'attachment; filename="{short}-4.html"'),
+            (f"{link}/5", "application/octet-stream", b"old worker", f'attachment; filename="{short}-5.bin"'),
+            (f"{link}/6", "image/svg+xml", b"<svg/>", f'attachment; filename="{short}-6.svg"'),
+            (f"{link}/7", "image/png", b"", f'inline; filename="{short}-7.png"'),
+        ):
+            answer = await http.get(path)
+            assert (answer.status, answer.headers["content-type"], answer.body) == (200, kind, body), path
+            assert answer.headers["content-disposition"] == disposition
+            assert answer.headers["content-length"] == str(len(body))
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert "sandbox" in answer.headers["content-security-policy"]
+        for number in ("8", "x", "-1", "9" * 30, "%D9%A3"):
+            answer = await http.get(f"{link}/{number}")
+            assert answer.status == 404, number
+        assert "it made 8" in (await http.get(f"{link}/8")).error["message"]
+        told = events_of((await http.get(one(posted, "/events"))).body)
+        assert told[1][2]["media_type"] == "image/png"
+        assert "media_type" not in told[2][2]
+
+
+@pytest.mark.trio
+async def test_an_output_of_an_ended_request_is_answered_in_ranges(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker, visitor(relay.url) as http:
+        posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
+        make(worker, await worker.assigned(), MADE)
+        await relay.at_rest()
+        path = one(posted, "/output/2")
+        part = await http.get(path, headers={"range": "bytes=690-709"})
+        assert (part.status, part.body) == (206, PNG[690:710])
+        assert part.headers["content-range"] == f"bytes 690-709/{len(PNG)}"
+        changed = await http.get(path, headers={"range": "bytes=0-1", "if-range": '"other"'})
+        assert (changed.status, changed.body) == (200, PNG)
+        beyond = await http.get(path, headers={"range": f"bytes={len(PNG)}-"})
+        assert (beyond.status, beyond.headers["content-range"]) == (416, f"bytes */{len(PNG)}")
+        head = await http.ask("HEAD", path)
+        assert (head.status, head.headers["content-length"], head.body) == (200, str(len(PNG)), b"")
+
+
+@pytest.mark.trio
+async def test_an_output_is_sent_while_its_request_runs(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker, visitor(relay.url) as http:
+        posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
+        assign = await worker.assigned()
+        make(worker, assign, MADE[:3], end=False)
+        answer = await http.open("GET", one(posted, "/output/2"))
+        await answer.until(PNG[:700])
+        assert (answer.status, answer.headers["accept-ranges"]) == (200, "none")
+        worker.send(Progress(**identity(assign, 4)))
+        worker.send(Output(**identity(assign, 5), **MADE[3]))
+        await answer.rest()
+        assert answer.body == PNG, "it ends with its last part, and not with its request"
+        worker.send(Completed(**identity(assign, 6)))
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_request_without_that_output_says_so(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, fake_worker(relay.url) as worker, visitor(relay.url) as http:
+        posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
+        assign = await worker.assigned()
+        worker.send(Started(**identity(assign, 0), format=FORMAT))
+        worker.send(Audio(**identity(assign, 1), pcm=PCM[0]))
+        worker.send(Completed(**identity(assign, 2)))
+        answer = await http.get(one(posted, "/output"))
+        assert (answer.status, answer.error["code"]) == (404, "no_output")
+        posted = await http.ask("POST", POST, told={"params": {"text": "x"}})
+        assign = await worker.assigned()
+        worker.send(Failed(**identity(assign, 0), code="engine_failed", message="no air"))
+        await relay.at_rest()
+        answer = await http.get(one(posted, "/output"))
+        assert (answer.status, answer.error["message"]) == (502, "no air")
+        assert (await http.get(f"/v1/requests/{'0' * 32}/output")).status == 404
