@@ -12,6 +12,7 @@ import trio
 from protocol.link.base import Link
 from protocol.link.websocket_frames import GOING_AWAY
 from protocol.sd_notify import ServiceManager
+from relayd.auth.result_links import KEY_NAME, LinkSigner, load_signer, new_signer
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import Config
 from relayd.config_reload import Reload
@@ -133,7 +134,7 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
             shutdown = Shutdown(relay)
             admission = Admission(relay)
             tokens = TokenRegistry(loaded.tokens)
-            http_context = HttpContext(relay, admission, tokens)
+            http_context = HttpContext(relay, admission, tokens, _open_signer(config))
             http = HttpServer(http_context, make_app(http_context))
             await restore(relay, loaded)
             nursery.start_soon(admission.serve)
@@ -176,6 +177,15 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
                 await relay.finalizer.wait_finalized()
             nursery.cancel_scope.cancel()
         await store.flush()
+
+
+def _open_signer(config: Config) -> LinkSigner:
+    try:
+        return load_signer(config.state_dir)
+    except OSError as fault:
+        why = f"links to results end with this process: {config.state_dir / KEY_NAME}: {fault.strerror or fault}"
+        log.warning("the key of links cannot be kept", why=why)
+        return new_signer()
 
 
 async def _handle_signals(

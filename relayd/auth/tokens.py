@@ -172,15 +172,7 @@ class TokenRegistry:
                 f"token {record.token_id} of {record.principal!r} is for the role '{record.role}' and cannot log in "
                 f"as '{hello.role}'; create one that can with {_command(hello.role)}",
             )
-        return Principal(
-            name=record.principal,
-            role=hello.role,
-            spaces=record.spaces,
-            token_id=record.token_id,
-            readonly=hello.readonly,
-            limits=record.limits,
-            expires_at=record.expires_at,
-        )
+        return _principal(record, hello.role, readonly=hello.readonly)
 
     def _log_in_local(self, hello: Hello, peer: PeerCredentials | None) -> Principal | Rejected:
         if peer is not None and (name := self._local_names.get(peer.uid)) is not None:
@@ -196,6 +188,13 @@ class TokenRegistry:
     def is_known(self, text: str) -> bool:
         """Whether a token is one of the relay's, live or not; cheaper than a login."""
         return hash_token(text) in self._by_sha256
+
+    def client_of(self, token_id: str, now: float) -> Principal | None:
+        """The principal of a token that may log in as a client at `now`, in Unix seconds; None if there is none."""
+        record = self._by_id.get(token_id)
+        if record is None or not record.live(now) or "client" not in _LOGINS[record.role]:
+            return None
+        return _principal(record, "client")
 
     def is_live(self, token_id: str, now: float) -> bool:
         """Whether a token exists and is neither revoked nor expired at `now`, in Unix seconds."""
@@ -325,6 +324,18 @@ class TokenRegistry:
     def list(self) -> list[TokenRecord]:
         """Return all records, oldest first, including revoked and expired ones."""
         return sorted(self._by_id.values(), key=lambda record: (record.created_at, record.token_id))
+
+
+def _principal(record: TokenRecord, role: str, *, readonly: bool = False) -> Principal:
+    return Principal(
+        name=record.principal,
+        role=role,
+        spaces=record.spaces,
+        token_id=record.token_id,
+        readonly=readonly,
+        limits=record.limits,
+        expires_at=record.expires_at,
+    )
 
 
 def hash_token(text: str) -> bytes:

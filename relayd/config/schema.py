@@ -309,6 +309,7 @@ class Http:
         max_wait_s: `/v1/audio/speech` refuses requests with a longer estimated wait, with `queue_full`.
         no_worker_wait_s: `/v1/audio/speech` answers 503 `no_worker` if no worker connects within this time.
         keep_alive_s: how long an idle connection waits for the next request.
+        link_s: the longest that a link to a result may last; 0 for no links.
         lists: who may list models and voices: `token` means tokens that may use them, `public` everybody, who then sees
             all of them.
         metrics: who may read `/metrics`: `operator` means operators, `token` also clients with access to all spaces,
@@ -317,6 +318,7 @@ class Http:
 
     max_wait_s: Annotated[float, _from_zero_s] = 120.0
     no_worker_wait_s: Annotated[float, _from_zero_s] = 5.0
+    link_s: Annotated[int, integer(0, 31_536_000)] = 604_800
     lists: Annotated[Literal["token", "public"], choice("token", "public")] = "token"
     metrics: Annotated[Literal["token", "operator", "public"], choice("token", "operator", "public")] = "operator"
     keep_alive_s: Annotated[float, number(0.01, 3600)] = 30.0

@@ -23,6 +23,11 @@ MAX_TOKEN_CHARS = 256
 SECRET_NAMES = frozenset({"token", "access_token", "api_key", "apikey", "key", "authorization"})
 
 
+#: Query parameter of a signed link to one result.
+LINK = "link"
+_NEW_LINK = "ask whoever gave it to you for a new one (GET /v1/requests/ID/link)"
+
+
 def principal_of(request: Request, role: str = "client") -> Principal:
     """Authenticate the sender of `request`.
 
@@ -42,6 +47,44 @@ def principal_of(request: Request, role: str = "client") -> Principal:
     principal = _log_in(context, exchange, _token(request), role)
     if isinstance(principal, Rejected):
         raise _refuse(context, exchange, request, role, principal)
+    _admit(context, exchange, principal)
+    return principal
+
+
+def principal_by_link(request: Request, request_id: str) -> Principal:
+    """Authenticate the sender of `request` by its signed link to one result, or as `principal_of` if it has none.
+
+    Raises:
+        HttpError: the link is for something else, has expired or was damaged, or its token was revoked; or as for
+            `principal_of`.
+    """
+    context, exchange = context_of(request), exchange_of(request)
+    if LINK not in request.query_params:
+        return principal_of(request)
+    now = time.time()
+    grant = context.links.read(request_id, request.query_params[LINK])
+    if grant is None:
+        wait_s = context.failures.add(address_of(request), trio.current_time())
+        if wait_s is not None:
+            raise HttpError(ErrorCode.RATE_LIMITED, login_throttle.TOO_MANY_LOGINS, retry_after_s=wait_s)
+        raise HttpError(ErrorCode.UNAUTHENTICATED, f"this link is not valid for this result; {_NEW_LINK}")
+    if not now < grant.expires_at <= now + context.relay.config.http.link_s:
+        raise HttpError(ErrorCode.UNAUTHENTICATED, f"this link has expired; {_NEW_LINK}")
+    principal = context.tokens.client_of(grant.token_id, now)
+    if not grant.token_id and (linked := context.relay.requests.get(request_id)) is not None:
+        principal = Principal(name=linked.principal, role="client", local=True)
+    if principal is None:
+        raise HttpError(ErrorCode.UNAUTHENTICATED, f"the token that this link was made with has ended; {_NEW_LINK}")
+    _admit(context, exchange, principal)
+    return principal
+
+
+def _admit(context: HttpContext, exchange: Exchange, principal: Principal) -> None:
+    """Let an authenticated principal have its answer.
+
+    Raises:
+        HttpError: it has too many at once, or asks too fast.
+    """
     if full := context.full_message(principal):
         raise HttpError(ErrorCode.RATE_LIMITED, full, retry_after_s=RETRY_S)
     if wait_s := context.relay.principals.request_wait_s(principal, context.relay.config.limits.principal):
@@ -50,7 +93,6 @@ def principal_of(request: Request, role: str = "client") -> Principal:
         message = "the relay has all the connections it accepts; try again later"
         raise HttpError(ErrorCode.RATE_LIMITED, message, retry_after_s=RETRY_S)
     exchange.principal = principal
-    return principal
 
 
 def _log_in(context: HttpContext, exchange: Exchange, token: str | None, role: str) -> Principal | Rejected:

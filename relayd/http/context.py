@@ -9,6 +9,7 @@ import trio
 from starlette.requests import Request
 
 from relayd.auth.login_throttle import LoginThrottle
+from relayd.auth.result_links import LinkSigner, new_signer
 from relayd.auth.tokens import PeerCredentials, Principal, TokenRegistry
 from relayd.core import principals
 from relayd.core.admission import Admission
@@ -81,6 +82,8 @@ class HttpContext:
     relay: Relay
     admission: Admission
     tokens: TokenRegistry
+    #: Makes and checks links to results.
+    links: LinkSigner = attrs.field(factory=new_signer)
     failures: LoginThrottle = attrs.field(factory=LoginThrottle)
     #: Requests being answered.
     exchanges: set[Exchange] = attrs.field(factory=set)

@@ -20,7 +20,7 @@ from relayd.auth.tokens import Principal
 from relayd.core import access
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import LOW_WATER_BYTES, FrameReader
-from relayd.http.authentication import principal_of
+from relayd.http.authentication import principal_by_link, principal_of
 from relayd.http.context import Exchange, HttpContext, context_of, exchange_of
 from relayd.http.errors import HttpError
 from relayd.requests.request import Request
@@ -295,7 +295,20 @@ def find_request(http: HttpRequest, request_id: str) -> Request:
     Raises:
         HttpError: the request is unknown, or belongs to another principal.
     """
-    request = access.find_request(context_of(http).relay, principal_of(http), request_id)
+    return _find(http, principal_of(http), request_id)
+
+
+def find_result(http: HttpRequest, request_id: str) -> Request:
+    """Return the request with this id, to read its result: by a token, or by a link that is for this one alone.
+
+    Raises:
+        HttpError: as for `find_request`; or the link is not valid.
+    """
+    return _find(http, principal_by_link(http, request_id), request_id)
+
+
+def _find(http: HttpRequest, principal: Principal, request_id: str) -> Request:
+    request = access.find_request(context_of(http).relay, principal, request_id)
     if isinstance(request, Rejected):
         raise HttpError.of(request)
     return request

@@ -17,7 +17,7 @@ from relayd.http.audio_stream import AudioStream, open_audio
 from relayd.http.authentication import principal_of
 from relayd.http.context import context_of
 from relayd.http.errors import CANCELLED, HttpError
-from relayd.http.request_stream import find_request, open_reader, wait_safe
+from relayd.http.request_stream import find_result, open_reader, wait_safe
 from relayd.http.streaming_response import ResponseWriter
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
@@ -29,7 +29,7 @@ _RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 
 async def send_audio(http: HttpRequest, reply: ResponseWriter) -> None:
     """Send the audio in the coding given by `format`; `wav` (the default) and `pcm` keep the worker's format."""
-    request = find_request(http, http.path_params["request_id"])
+    request = find_result(http, http.path_params["request_id"])
     name = http.query_params.get("format", "wav")
     if name not in CODINGS:
         raise HttpError(ErrorCode.INVALID_PARAMS, f"format must be one of {', '.join(CODINGS)}, not {name[:32]!r}")

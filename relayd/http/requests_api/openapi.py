@@ -6,6 +6,7 @@ from typing import Any
 from protocol.wire.messages import ENDED_STATES, LIVE_STATES, RETRY_POLICIES
 from protocol.wire.structs import ID_PATTERN
 from relayd.http.audio.encoder import CODINGS
+from relayd.http.requests_api.openapi_others import OPENAI_ERROR, OTHER_PATHS, SPEECH
 from relayd.views.rows import VERSION
 
 Schema = dict[str, Any]
@@ -184,6 +185,13 @@ _EVENT = _object(
     required=("event", "data"),
 )
 
+_LINK = _object(
+    {
+        "url": {"type": "string", "description": "path of the result: its audio, or its first output"},
+        "expires_at": {"type": "string", "format": "date-time"},
+        "links": _object({name: {"type": "string"} for name in ("audio", "output")}),
+    }
+)
 _NUMBER = _parameter("number", "path", {"type": "integer", "minimum": 0}, "which output, from 0")
 _OUTPUT: Schema = {
     "operationId": "output",
@@ -316,6 +324,22 @@ PATHS: Schema = {
             ),
         },
     },
+    "/v1/requests/{request_id}/link": {
+        "parameters": [_REQUEST_ID],
+        "get": {
+            "operationId": "link",
+            "summary": "Make a link to the audio and outputs of this request, which needs no token until it expires",
+            "parameters": [
+                _parameter(
+                    "expires_s",
+                    "query",
+                    {"type": "integer", "minimum": 1, "default": 3600},
+                    "how long it lasts, at most `http.link_s` of the relay",
+                )
+            ],
+            "responses": _responses({"200": _json("Link", "The link.")}, 404, 422),
+        },
+    },
     "/v1/requests/{request_id}/output": {"parameters": [_REQUEST_ID], "get": _OUTPUT},
     "/v1/requests/{request_id}/output/{number}": {
         "parameters": [_REQUEST_ID, _NUMBER],
@@ -329,15 +353,17 @@ DOCUMENT: Schema = {
         "title": "relayd",
         "version": VERSION,
         "summary": "Submit requests to the spaces of a relay",
-        "description": "The relay also serves OpenAI's speech API (`/v1/audio/speech`, `/v1/models`), as documented "
-        "by OpenAI; docs/protocol.md describes the WebSocket at `/v1/relay`.",
+        "description": "docs/protocol.md describes the WebSocket at `/v1/relay`.",
     },
     "security": [{"token": []}],
-    "paths": PATHS,
+    "paths": PATHS | OTHER_PATHS,
     "components": {
         "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         "schemas": {
             "Error": _ERROR,
+            "Link": _LINK,
+            "OpenAiError": OPENAI_ERROR,
+            "Speech": SPEECH,
             "Spaces": _object({"spaces": {"type": "array", "items": _SPACE}}),
             "Status": _STATUS,
             "StatusAndOutputs": _STATUS_AND_OUTPUTS,

@@ -11,7 +11,7 @@ from protocol.wire.media_types import BINARY, essence, suffix_of
 from relayd.http.audio_stream import next_frame
 from relayd.http.errors import HttpError
 from relayd.http.json_encoding import jsonable
-from relayd.http.request_stream import RequestStream, find_request, open_reader, wait_safe
+from relayd.http.request_stream import RequestStream, find_result, open_reader, wait_safe
 from relayd.http.requests_api.audio_download import check_result, start_range
 from relayd.http.streaming_response import ResponseWriter
 
@@ -34,7 +34,7 @@ async def send_output(http: HttpRequest, reply: ResponseWriter) -> None:
     It is sent as it arrives; once the request has ended, with its length and range support.
     """
     number = _number(http.path_params.get("number", "0"))
-    request = find_request(http, http.path_params["request_id"])
+    request = find_result(http, http.path_params["request_id"])
     await wait_safe(http, request)
     check_result(request)
     is_complete = request.log.is_complete

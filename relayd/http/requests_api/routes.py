@@ -1,6 +1,7 @@
 """The HTTP API for requests to any space: submit them, query their status, read and cancel them."""
 
 import secrets
+import time
 
 import trio
 from starlette.endpoints import HTTPEndpoint
@@ -12,7 +13,9 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PATH
 from protocol.wire.structs import ID_PATTERN
 from protocol.wire.validators import Value
-from relayd.http.authentication import principal_of
+from relayd.auth.result_links import LinkGrant
+from relayd.auth.tokens import iso_time
+from relayd.http.authentication import LINK, principal_of
 from relayd.http.body_parser import open_uploads
 from relayd.http.context import context_of
 from relayd.http.errors import HttpError
@@ -28,6 +31,10 @@ from relayd.http.streaming_response import StreamingRoute
 from relayd.scheduling.model import State
 from relayd.views.rows import space_row
 
+#: How long a link lasts if its maker does not say.
+DEFAULT_LINK_S = 3600
+MAX_DIGITS = 10
+
 
 def error_body(refusal: HttpError) -> dict[str, Value]:
     """Return the body of an error response of this API."""
@@ -42,6 +49,7 @@ def routes() -> list[BaseRoute]:
         Route("/v1/spaces/{space}/requests", post, methods=["POST"]),
         Route(one, OneRequest),
         Route(f"{one}/events", StreamingRoute(send_events), methods=["GET"]),
+        Route(f"{one}/link", link),
         Route(f"{one}/audio", StreamingRoute(send_audio), methods=["GET"]),
         Route(f"{one}/output", StreamingRoute(send_output), methods=["GET"]),
         Route(f"{one}/output/{{number}}", StreamingRoute(send_output), methods=["GET"]),
@@ -107,6 +115,24 @@ async def _submit(http: HttpRequest, request_id: str, space_name: str) -> Respon
             status = 202 if request.live else 200
             content = status_json(context_of(http).relay, request)
             return JSONResponse(content, status, headers={"Location": f"/v1/requests/{request_id}"})
+
+
+async def link(http: HttpRequest) -> Response:
+    """Make a link to the result of a request, which needs no token until it expires."""
+    principal, request_id = principal_of(http), http.path_params["request_id"]
+    request = find_request(http, request_id)
+    most = context_of(http).relay.config.http.link_s
+    text = http.query_params.get("expires_s", str(min(most, DEFAULT_LINK_S)))
+    if not (text.isascii() and text.isdigit() and len(text) < MAX_DIGITS and 0 < int(text) <= most):
+        message = f"expires_s must be a whole number of seconds from 1 to {most}, not {text[:32]!r}"
+        if most == 0:
+            message = "this relay makes no links ([http] link_s = 0); read the result with a token"
+        raise HttpError(ErrorCode.INVALID_PARAMS, message, details={"expires_s": message})
+    grant = LinkGrant(int(time.time()) + int(text), principal.token_id or "")
+    signed = f"{LINK}={context_of(http).links.make(request_id, grant)}"
+    links = {name: f"/v1/requests/{request_id}/{name}?{signed}" for name in ("audio", "output")}
+    made = "output" if request.entry.state is State.COMPLETED and request.audio_s is None else "audio"
+    return JSONResponse({"url": links[made], "expires_at": iso_time(grant.expires_at), "links": links})
 
 
 async def openapi(http: HttpRequest) -> Response:

@@ -85,7 +85,7 @@ async def test_an_output_too_large_for_a_message_fails_its_request_and_the_slot_
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    slot = function_slot(kind, tmp_path, "def call(size: int):\n    return b'x' * size\n")
+    slot = function_slot(kind, tmp_path, "def call(size: int):\n    return 'x' * size\n")
 
     async def relay(desk: Desk) -> None:
         await desk.register()

@@ -16,9 +16,12 @@ from starlette.routing import Route
 
 from protocol.wire.codec import decode
 from protocol.wire.messages import FROM_RELAY, Assign
+from relayd.http import health_routes
 from relayd.http.errors import STATUS
+from relayd.http.openai import routes as openai_routes
 from relayd.http.requests_api import routes as requests_routes
 from relayd.http.requests_api.openapi import DOCUMENT, PATHS
+from relayd.http.requests_api.openapi_others import OTHER_PATHS
 from tests.support.fake_worker import FakeWorker, fake_worker, samples
 from tests.support.raw_http_client import visitor
 from tests.support.relay import daemon
@@ -34,6 +37,9 @@ EXAMPLES = 40
 def test_every_route_is_described_and_nothing_else() -> None:
     served = {route.path for route in requests_routes.routes() if isinstance(route, Route)}
     assert served - {"/openapi.json", "/v1/relay"} == PATHS.keys()
+    others = {route.path for route in [*openai_routes.routes(), *health_routes.routes()] if isinstance(route, Route)}
+    assert {path.replace(":path}", "}") for path in others} == OTHER_PATHS.keys()
+    assert DOCUMENT["paths"] == PATHS | OTHER_PATHS
 
 
 def test_the_guide_names_every_path_and_every_code() -> None:

@@ -1,6 +1,7 @@
 """Outputs over HTTP: as the bytes they are, with their media type, whole, in parts and in ranges."""
 
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 
 from protocol.wire.frames import Audio, Completed, Failed, Output, Progress, Started
 from protocol.wire.messages import Assign
-from tests.relayd.http.requests_api.answers import PCM, POST, one
+from relayd.auth.result_links import LinkGrant
+from tests.relayd.http.requests_api.answers import ALL, PCM, POST, one
 from tests.support.fake_worker import FORMAT, FakeWorker, fake_worker, identity
 from tests.support.raw_http_client import events_of, visitor
 from tests.support.relay import daemon
@@ -123,3 +125,87 @@ async def test_a_request_without_that_output_says_so(tmp_path: Path) -> None:
         answer = await http.get(one(posted, "/output"))
         assert (answer.status, answer.error["message"]) == (502, "no air")
         assert (await http.get(f"/v1/requests/{'0' * 32}/output")).status == 404
+
+
+# -- links -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_a_link_opens_one_result_without_a_token_until_it_expires(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path, listen="127.0.0.1:0") as relay,
+        fake_worker(relay.url) as worker,
+        visitor(relay.urls[0]) as stranger,
+    ):
+        ann = relay.tokens.create(role="client", name="ann", now=0.0)
+        async with visitor(relay.urls[0], token=ann.text) as http:
+            posted = [await http.ask("POST", POST, told={"params": {"text": "x"}}) for _ in range(2)]
+            worker.speak(await worker.assigned(), PCM)
+            make(worker, await worker.assigned(), MADE)
+            await relay.at_rest()
+            audio = (await http.get(one(posted[0], "/link?expires_s=60"))).json
+            output = (await http.get(one(posted[1], "/link"))).json
+            for secret in (ann.text, ann.text.split("_")[-1]):
+                assert secret not in str((audio, output))
+
+            heard = await stranger.get(audio["url"] + "&format=pcm")
+            assert (heard.status, heard.body) == (200, ALL)
+            part = await stranger.get(audio["url"] + "&format=pcm", headers={"range": "bytes=2-5"})
+            assert (part.status, part.body) == (206, ALL[2:6])
+            shown = await stranger.get(output["url"])
+            assert (shown.headers["content-type"], shown.body) == ("image/png", PNG)
+            assert (await stranger.get(output["url"].replace("/output", "/output/1"))).body == "words ✓".encode()
+
+            signed = audio["url"].partition("?")[2]
+            for path in ("", "/events", "/link"):
+                assert (await stranger.get(one(posted[0], f"{path}?{signed}"))).status == 401, path
+            assert (await stranger.ask("DELETE", one(posted[0], f"?{signed}"))).status == 401
+            assert (await stranger.get(f"/v1/spaces?{signed}")).status == 401
+            other = await stranger.get(one(posted[1], f"/output?{signed}"))
+            assert (other.status, other.error["code"]) == (401, "unauthenticated")
+            at = signed.index("=") + 1
+            for damaged in (signed[:at] + "9" + signed[at:], signed[:-2] + "xx", signed + "x", "link=", "link=1..x"):
+                assert (await stranger.get(one(posted[0], f"/audio?{damaged}"))).status == 401, damaged
+
+            for wrong in ("0", "-1", "x", "1e3", "99999999999", "", "%D9%A3"):
+                answer = await http.get(one(posted[0], f"/link?expires_s={wrong}"))
+                assert (answer.status, list(answer.error["details"])) == (422, ["expires_s"]), wrong
+            assert (await stranger.get(one(posted[0], "/link"))).status == 401
+            bob = relay.tokens.create(role="client", name="bob", now=0.0)
+            async with visitor(relay.urls[0], token=bob.text) as foreign:
+                assert (await foreign.get(one(posted[0], "/link"))).status == 404
+
+            ended = LinkGrant(int(time.time()) - 1, ann.record.token_id)
+            late = relay.http_context.links.make(posted[0].json["request_id"], ended)
+            assert "expired" in (await stranger.get(one(posted[0], f"/audio?link={late}"))).error["message"]
+            relay.tokens.revoke(ann.record.token_id, time.time())
+            assert (await stranger.get(audio["url"])).status == 401, "the link ends with its token"
+
+
+@pytest.mark.trio
+async def test_a_link_lasts_over_a_restart_and_its_guesses_are_counted(tmp_path: Path) -> None:
+    async with daemon(tmp_path, store="sqlite") as relay, fake_worker(relay.url) as worker, visitor(relay.url) as http:
+        posted = await http.ask("POST", POST, told={"params": {"text": "x"}, "detach": True})
+        make(worker, await worker.assigned(), MADE)
+        await relay.at_rest()
+        link = (await http.get(one(posted, "/link"))).json["url"]
+        assert "/output?link=" in link
+        kept = tmp_path / "link.key"
+        assert (kept.stat().st_mode & 0o777, len(kept.read_bytes())) == (0o600, 32)
+    async with daemon(tmp_path, store="sqlite", listen="127.0.0.1:0") as relay, visitor(relay.urls[0]) as stranger:
+        assert (await stranger.get(link)).body == PNG
+        for _ in range(10):
+            assert (await stranger.get(link[:-3] + "xxx")).status == 401
+        assert (await stranger.get(link[:-3] + "xxx")).status == 429
+        assert (await stranger.get(link)).status == 200
+    kept.write_bytes(b"half")
+    async with daemon(tmp_path, store="sqlite", listen="127.0.0.1:0") as relay, visitor(relay.urls[0]) as stranger:
+        assert (await stranger.get(link)).status == 401
+        assert len(kept.read_bytes()) == 32
+    async with daemon(tmp_path, store="sqlite", http={"link_s": 0}) as relay, visitor(relay.url) as http:
+        assert "link_s" in (await http.get(one(posted, "/link"))).error["message"]
+    kept.unlink()
+    kept.mkdir()
+    async with daemon(tmp_path, store="sqlite") as relay, visitor(relay.url) as http:
+        fresh = (await http.get(one(posted, "/link"))).json["url"]
+        assert (await http.get(fresh)).body == PNG, "a key that cannot be kept does not stop the relay"

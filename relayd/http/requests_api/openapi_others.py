@@ -1,0 +1,138 @@
+"""The paths of the OpenAPI document that are not of the requests API: OpenAI's, health and metrics."""
+
+from typing import Any
+
+from relayd.http.audio.encoder import CODINGS
+
+Schema = dict[str, Any]
+
+_ANY_OBJECT: Schema = {"type": "object"}
+_BYTES: Schema = {"schema": {"type": "string", "format": "binary"}}
+_PUBLIC: list[Schema] = []
+
+
+def _answer(description: str, media_type: str = "application/json", schema: Schema | None = None) -> Schema:
+    return {"description": description, "content": {media_type: {"schema": schema or _ANY_OBJECT}}}
+
+
+def _openai_errors(*statuses: int) -> Schema:
+    error = _answer("An error, as OpenAI has it.", schema={"$ref": "#/components/schemas/OpenAiError"})
+    return {str(status): error for status in statuses}
+
+
+_LISTS = {
+    "200": _answer("The list."),
+    **_openai_errors(401, 403, 429),
+}
+OPENAI_ERROR: Schema = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+SPEECH: Schema = {
+    "type": "object",
+    "properties": {
+        "model": {"type": "string", "description": "a space, or a name that the relay's settings know"},
+        "input": {"type": "string", "minLength": 1, "description": "the text to speak"},
+        "voice": {"description": "a voice of the space, or a name of OpenAI's"},
+        "response_format": {"type": "string", "enum": list(CODINGS), "default": next(iter(CODINGS))},
+        "speed": {"type": "number", "minimum": 0.25, "maximum": 4.0, "default": 1.0},
+        "instructions": {"type": ["string", "null"]},
+        "stream_format": {"type": "string", "enum": ["audio", "sse"], "default": "audio"},
+        "stream": {"type": "boolean", "description": "false: the whole file at once, with its length"},
+    },
+    "required": ["model", "input"],
+    "additionalProperties": True,
+}
+
+OTHER_PATHS: Schema = {
+    "/v1/audio/speech": {
+        "post": {
+            "operationId": "speech",
+            "summary": "Speak a text, as OpenAI's clients ask for it",
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Speech"}}},
+            },
+            "responses": {
+                "200": {
+                    "description": "The audio, as it is made; or events, for `stream_format` sse.",
+                    "content": {
+                        "text/event-stream": _BYTES,
+                        **{coding.content_type.partition(";")[0]: _BYTES for coding in CODINGS.values()},
+                    },
+                },
+                **_openai_errors(400, 401, 403, 404, 408, 409, 410, 413, 415, 422, 429, 500, 501, 502, 503, 504, 507),
+            },
+        }
+    },
+    "/v1/audio/models": {
+        "get": {"operationId": "audio_models", "summary": "List the models that speak", "responses": _LISTS}
+    },
+    "/v1/audio/voices": {
+        "get": {"operationId": "voices", "summary": "List the voices of the models", "responses": _LISTS}
+    },
+    "/v1/models": {"get": {"operationId": "models", "summary": "List the models", "responses": _LISTS}},
+    "/v1/models/{model}": {
+        "parameters": [
+            {
+                "name": "model",
+                "in": "path",
+                "required": True,
+                "schema": {"type": "string", "minLength": 1},
+                "description": "the model's name",
+            }
+        ],
+        "get": {
+            "operationId": "model",
+            "summary": "Describe a model",
+            "responses": {"200": _answer("The model."), **_openai_errors(401, 403, 404, 429)},
+        },
+    },
+    "/health": {
+        "get": {
+            "operationId": "health",
+            "summary": "Say that the relay runs",
+            "security": _PUBLIC,
+            "responses": {"200": _answer("It runs.")},
+        }
+    },
+    "/ready": {
+        "get": {
+            "operationId": "ready",
+            "summary": "Say whether the relay accepts new requests",
+            "security": _PUBLIC,
+            "responses": {"200": _answer("It does."), "503": _answer("It is shutting down. See Retry-After.")},
+        }
+    },
+    "/metrics": {
+        "get": {
+            "operationId": "metrics",
+            "summary": "Return the metrics, for Prometheus; who may read them is a setting of the relay",
+            "responses": {
+                "200": {
+                    "description": "The metrics.",
+                    "content": {
+                        "text/plain": {"schema": {"type": "string"}},
+                        "application/openmetrics-text": {"schema": {"type": "string"}},
+                    },
+                },
+                **{
+                    status: _answer("An error.", schema={"$ref": "#/components/schemas/Error"})
+                    for status in ("401", "403", "429")
+                },
+            },
+        }
+    },
+}
