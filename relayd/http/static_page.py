@@ -58,8 +58,8 @@ class Document(File):
             "script-src 'self'",
             f"style-src '{self.style}'",
             f"connect-src 'self'{sockets}",
-            "img-src data:",  # its icon
-            "media-src blob:",  # playback of recordings before they are sent
+            "img-src data: blob:",  # its icon; results
+            "media-src blob:",  # recordings before they are sent; results
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'none'",

@@ -185,10 +185,10 @@ class Window:
         """What an element says."""
         return str(await self.js("document.querySelector(values[0]).textContent.trim()", selector))
 
-    async def download(self) -> bytes:
+    async def download(self, suffix: str = "wav") -> bytes:
         """What the first request's download brings."""
         request_id = await self.js("document.querySelector('.request').dataset.id")
-        path = self.browser.downloads / f"relay-{request_id[:8]}.wav"
+        path = self.browser.downloads / f"relay-{request_id[:8]}.{suffix}"
         path.unlink(missing_ok=True)
         await self.click(".request .download")
         await trio.to_thread.run_sync(_until_there, path)

@@ -3,11 +3,13 @@
 from typing import Any
 
 from relayd.http.audio.encoder import CODINGS
+from relayd.http.openai.speech_request import MAX_INPUT_CHARS, MAX_NAME_CHARS, MAX_SPEED, MIN_SPEED
 
 Schema = dict[str, Any]
 
 _ANY_OBJECT: Schema = {"type": "object"}
 _BYTES: Schema = {"schema": {"type": "string", "format": "binary"}}
+_EVENT: Schema = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _PUBLIC: list[Schema] = []
 
 
@@ -43,14 +45,24 @@ OPENAI_ERROR: Schema = {
 SPEECH: Schema = {
     "type": "object",
     "properties": {
-        "model": {"type": "string", "description": "a space, or a name that the relay's settings know"},
-        "input": {"type": "string", "minLength": 1, "description": "the text to speak"},
-        "voice": {"description": "a voice of the space, or a name of OpenAI's"},
-        "response_format": {"type": "string", "enum": list(CODINGS), "default": next(iter(CODINGS))},
-        "speed": {"type": "number", "minimum": 0.25, "maximum": 4.0, "default": 1.0},
-        "instructions": {"type": ["string", "null"]},
-        "stream_format": {"type": "string", "enum": ["audio", "sse"], "default": "audio"},
-        "stream": {"type": "boolean", "description": "false: the whole file at once, with its length"},
+        "model": {"type": "string", "maxLength": MAX_NAME_CHARS, "description": "a space, or a name in the settings"},
+        "input": {"type": "string", "minLength": 1, "maxLength": MAX_INPUT_CHARS, "description": "the text to speak"},
+        "voice": {
+            "anyOf": [
+                {"type": ["string", "null"], "maxLength": MAX_NAME_CHARS},
+                {
+                    "type": "object",
+                    "properties": {"id": {"type": "string", "maxLength": MAX_NAME_CHARS}},
+                    "required": ["id"],
+                },
+            ],
+            "description": "a voice of the space, or a name of OpenAI's",
+        },
+        "response_format": {"enum": [*CODINGS, None], "default": next(iter(CODINGS))},
+        "speed": {"type": ["number", "null"], "minimum": MIN_SPEED, "maximum": MAX_SPEED, "default": 1.0},
+        "instructions": {"type": ["string", "null"], "maxLength": MAX_INPUT_CHARS},
+        "stream_format": {"enum": ["audio", "sse", None], "default": "audio"},
+        "stream": {"type": ["boolean", "null"], "description": "false: the whole file at once, with its length"},
     },
     "required": ["model", "input"],
     "additionalProperties": True,
@@ -69,7 +81,7 @@ OTHER_PATHS: Schema = {
                 "200": {
                     "description": "The audio, as it is made; or events, for `stream_format` sse.",
                     "content": {
-                        "text/event-stream": _BYTES,
+                        "text/event-stream": {"schema": _EVENT},
                         **{coding.content_type.partition(";")[0]: _BYTES for coding in CODINGS.values()},
                     },
                 },

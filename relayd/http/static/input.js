@@ -7,11 +7,12 @@ const hex = (bytes) => Array.from(bytes, (byte) => byte.toString(16).padStart(2,
 /** A new request id (§3). */
 export const newId = () => hex(crypto.getRandomValues(new Uint8Array(16)));
 
-/** The media type in the space's spelling: browsers have several names for WAV, and media types are compared literally. */
+/** The media type in the space's spelling: browsers have several names for WAV. `image/*` accepts all images. */
 function kindOf(file, kinds) {
   const names = [file.type || "application/octet-stream"];
   if (/^audio\/(x-|vnd\.)?wave?$/.test(names[0])) names.push("audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave");
-  return kinds.length ? names.find((name) => kinds.includes(name)) : names[0];
+  const accepted = (name) => !kinds.length || kinds.some((kind) => [name, "*/*", `${name.split("/")[0]}/*`].includes(kind.toLowerCase()));
+  return names.find(accepted);
 }
 
 /** The field of an input: a file, or a recording if the space accepts audio. */

@@ -9,6 +9,10 @@ const AHEAD_BYTES = 2 * PIECE_BYTES;
 /** Limit of the text shown for results other than speech. */
 const MAX_OUTPUT_CHARS = 100000;
 
+/** Whether the page shows files of this kind. */
+export const isSeen = (kind) => /^(image|audio|video)\//.test(kind);
+const isFile = ({ data, media_type }) => data instanceof Uint8Array || (typeof data === "string" && isSeen(media_type ?? ""));
+
 /** One request; `changed(request, what)` is called with "state" (and the one before), "track", "audio", "output" or "figures". */
 export class Request {
   state = "sending"; // sending, accepted, queued, running, again (the relay is shutting down; retried later), or one of ENDS
@@ -22,7 +26,7 @@ export class Request {
   result = null;
   began = 0; // when it started, in ms since 1970; kept across reloads
   first_s = null;
-  outputs = [];
+  outputs = []; // {data, media_type, more} of each frame
   track = new Track();
   files = null; // name → {media_type, data, sha256}; not kept across reloads
   #attempt = 0;
@@ -194,8 +198,8 @@ export class Request {
     this.changed(this, "audio");
   }
 
-  _output({ data = null }) {
-    this.outputs.push(data);
+  _output({ data = null, media_type, more }) {
+    this.outputs.push({ data, media_type, more });
     this.changed(this, "output");
   }
 
@@ -223,12 +227,29 @@ export class Request {
     this.changed(this, "state", before);
   }
 
+  /** The outputs that are files, as [{kind, parts}]; without one that is still arriving. */
+  madeFiles() {
+    const files = [];
+    let file = null;
+    for (const output of this.outputs.filter(isFile)) {
+      file ??= { kind: (output.media_type ?? "application/octet-stream").split(";")[0].toLowerCase(), parts: [] };
+      file.parts.push(output.data);
+      if (output.more) continue;
+      files.push(file);
+      file = null;
+    }
+    return files;
+  }
+
   /** The text shown for results other than speech. */
   shown() {
     let text = "";
-    for (const data of this.outputs) {
-      if (data instanceof Uint8Array) text += `[${size(data.length)}]\n`;
-      else text += typeof data === "string" ? `${data} ` : `${JSON.stringify(data, (_, v) => (v instanceof Uint8Array ? [...v] : v))}\n`;
+    for (const { kind, parts } of this.madeFiles()) {
+      if (!isSeen(kind)) text += `[${kind} · ${size(parts.reduce((sum, part) => sum + part.length, 0))}]\n`;
+    }
+    for (const output of this.outputs) {
+      const { data } = output;
+      if (!isFile(output)) text += typeof data === "string" ? `${data} ` : `${JSON.stringify(data, (_, v) => (v instanceof Uint8Array ? [...v] : v))}\n`;
       if (text.length > MAX_OUTPUT_CHARS) return `${text.slice(0, MAX_OUTPUT_CHARS)}…`;
     }
     return text.trim();

@@ -1,4 +1,5 @@
 import { $, firstButton, make, set } from "./elements.js";
+import { isSeen } from "./request.js";
 import { PEAK_S } from "./track.js";
 import { clock, fault, say, seconds } from "./words.js";
 
@@ -12,7 +13,9 @@ const BARS = "M7 5h3.5v14H7zM13.5 5H17v14h-3.5z"; // pause
 export class Row {
   #player;
   #drawn = 0;
-  #url = null;
+  #urls = [];
+  #files = []; // those that are shown, by their first parts
+  #seen = []; // their URLs
 
   constructor(request, { player, rateOf, forget }) {
     this.request = request;
@@ -44,13 +47,37 @@ export class Row {
 
   /** Create the file only when the user downloads it. */
   #save() {
-    if (this.#url) URL.revokeObjectURL(this.#url);
+    this.#urls.forEach((url) => URL.revokeObjectURL(url));
     const { track, id } = this.request;
-    const sound = track.samples > 0;
-    this.#url = URL.createObjectURL(sound ? track.wav() : new Blob([this.request.shown()], { type: "text/plain" }));
-    const way = make("a");
-    Object.assign(way, { href: this.#url, download: `relay-${id.slice(0, 8)}.${sound ? "wav" : "txt"}` });
-    way.click();
+    let saved = this.request.madeFiles().map(({ kind, parts }) => [new Blob(parts), suffix(kind)]);
+    if (track.samples) saved = [[track.wav(), "wav"]];
+    else if (!saved.length) saved = [[new Blob([this.request.shown()], { type: "text/plain" }), "txt"]];
+    this.#urls = saved.map(([blob]) => URL.createObjectURL(blob));
+    this.#urls.forEach((href, i) => {
+      const number = saved.length > 1 ? `-${i + 1}` : "";
+      Object.assign(make("a"), { href, download: `relay-${id.slice(0, 8)}${number}.${saved[i][1]}` }).click();
+    });
+  }
+
+  /** Show images, sound and videos. */
+  #show(files) {
+    const seen = files.filter(({ kind }) => isSeen(kind));
+    const firsts = seen.map(({ parts }) => parts[0]);
+    if (this.#files.some((part, i) => part !== firsts[i])) {
+      this.#seen.forEach((url) => URL.revokeObjectURL(url)); // the output starts again
+      this.part(".media").replaceChildren();
+      [this.#files, this.#seen] = [[], []];
+    }
+    for (const { kind, parts } of seen.slice(this.#files.length)) {
+      const url = URL.createObjectURL(new Blob(parts, { type: kind }));
+      const element = make({ image: "img", audio: "audio", video: "video" }[kind.split("/")[0]]);
+      Object.assign(element, { src: url, controls: true, alt: say("output"), ariaLabel: say("output") });
+      element.onerror = () => element.replaceWith(make("p", `[${kind}]`)); // a kind that this browser cannot show
+      this.part(".media").append(element);
+      this.#seen.push(url);
+    }
+    this.#files = firsts;
+    this.part(".media").hidden = !firsts.length;
   }
 
   /** Schedule one redraw for all changes until then. */
@@ -79,6 +106,8 @@ export class Row {
     this.part(".bar").hidden = !(part > 0 && part < 1) || request.ended;
     this.part(".bar i").style.width = `${100 * (part || 0)}%`;
 
+    const files = request.madeFiles();
+    this.#show(files);
     const text = request.shown();
     this.part(".output").hidden = !text;
     set(this.part(".output"), text);
@@ -92,8 +121,8 @@ export class Row {
     set(wrong, why + (why && track.samples && !request.gone ? ` ${say("heard")}` : ""));
 
     const name = request.title.slice(0, 40);
-    const verbs = { cancel: !request.ended && !request.fetching, forget: request.ended, download: track.samples > 0 || Boolean(text),
-      load: request.ended && request.state === "completed" && !track.samples && !text && !request.gone };
+    const verbs = { cancel: !request.ended && !request.fetching, forget: request.ended, download: track.samples > 0 || Boolean(text) || files.length > 0,
+      load: request.ended && request.state === "completed" && !track.samples && !text && !files.length && !request.gone };
     for (const [verb, there] of Object.entries(verbs)) {
       const button = this.part(`.${verb}`);
       const wasHere = document.activeElement === button;
@@ -180,6 +209,12 @@ export class Row {
     });
     list.hidden = !figures.length;
   }
+}
+
+/** The suffix of a file of this kind. */
+function suffix(kind) {
+  const known = { "application/octet-stream": "bin", "audio/mpeg": "mp3", "audio/mp4": "m4a", "image/jpeg": "jpg", "text/plain": "txt", "video/quicktime": "mov" };
+  return known[kind] ?? kind.split("/")[1].replace(/^x-|\+.*/g, "").replace(/[^a-z0-9]/g, "").slice(0, 8);
 }
 
 /** [colour, text] for the state of a request. */
