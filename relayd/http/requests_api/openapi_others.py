@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from relayd.http.audio.encoder import CODINGS
-from relayd.http.openai.speech_request import MAX_INPUT_CHARS, MAX_NAME_CHARS, MAX_SPEED, MIN_SPEED
+from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED
+from relayd.http.openai.speech_request import MAX_INPUT_CHARS, MAX_NAME_CHARS
 
 Schema = dict[str, Any]
 
