@@ -9,6 +9,7 @@ import trio
 from starlette.routing import Route
 
 from protocol.wire.messages import Input as InputPiece
+from protocol.wire.structs import InputRule
 from relayd.http.app import make_app
 from relayd.http.requests_api.routes import OneRequest
 from tests.relayd.http.requests_api.answers import INPUTS, PCM, POST
@@ -232,3 +233,20 @@ async def test_a_body_that_only_trickles_is_not_waited_for_for_ever(
                 assert bytes(await http.stream.receive_some()).startswith(b"HTTP/1.1 408")
                 nursery.cancel_scope.cancel()
         assert sent < 50
+
+
+@pytest.mark.trio
+async def test_a_space_that_takes_all_images_takes_each_kind_of_them(tmp_path: Path) -> None:
+    rules = {"picture": InputRule(media_types=["image/*", "audio/webm"])}
+    async with (
+        daemon(tmp_path) as relay,
+        fake_worker(relay.url, inputs=rules) as worker,
+        visitor(relay.url) as http,
+    ):
+        await until(lambda: bool(relay.relay.spaces["tts"].inputs))
+        for kind in ("image/png", "IMAGE/JPEG", "audio/webm;codecs=opus"):
+            fields: dict[str, str | File] = {"text": "x", "picture": File(b"bytes", kind)}
+            assert (await http.ask("POST", POST, **form(fields))).status == 202, kind
+            worker.speak(await worker.assigned(), PCM)
+        refused = await http.ask("POST", POST, **form({"text": "x", "picture": File(b"bytes", "video/mp4")}))
+        assert (refused.status, list(refused.error["details"])) == (422, ["inputs.picture"])

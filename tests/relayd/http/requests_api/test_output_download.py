@@ -152,6 +152,8 @@ async def test_a_link_opens_one_result_without_a_token_until_it_expires(tmp_path
             assert (heard.status, heard.body) == (200, ALL)
             part = await stranger.get(audio["url"] + "&format=pcm", headers={"range": "bytes=2-5"})
             assert (part.status, part.body) == (206, ALL[2:6])
+            mp3 = await stranger.get(audio["url"] + "&format=mp3")
+            assert (mp3.status, mp3.headers["content-type"]) == (200, "audio/mpeg")
             shown = await stranger.get(output["url"])
             assert (shown.headers["content-type"], shown.body) == ("image/png", PNG)
             assert (await stranger.get(output["url"].replace("/output", "/output/1"))).body == "words ✓".encode()
