@@ -140,10 +140,10 @@ async def test_a_worker_lost_in_mid_stream_cuts_the_audio_short_and_never_silent
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize("store", ["memory", "sqlite"])
-async def test_finished_audio_has_its_length_and_is_given_in_ranges(tmp_path: Path, store: str) -> None:
+@pytest.mark.parametrize("settings", [{"store": "memory"}, {"store": "sqlite", "results": {"memory_bytes": 1}}])
+async def test_finished_audio_has_its_length_and_is_given_in_ranges(tmp_path: Path, settings: dict[str, Any]) -> None:
     async with (
-        daemon(tmp_path, store=store, results={"memory_bytes": 1}) as relay,
+        daemon(tmp_path, **settings) as relay,
         fake_worker(relay.url) as worker,
         visitor(relay.url) as http,
     ):
