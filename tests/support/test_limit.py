@@ -32,7 +32,17 @@ def run(folder: Path, chosen: str) -> "subprocess.CompletedProcess[str]":
     (folder / "test_hanging.py").write_text(HANGING)
     settings = [f"--override-ini={one}" for one in ("async_limit_s=0.5", "faulthandler_timeout=8")]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", f"-c{ROOT}/pyproject.toml", "-ptests.conftest", "-k", chosen, *settings, folder],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            f"-c{ROOT}/pyproject.toml",
+            "-ptests.conftest",
+            "-k",
+            chosen,
+            *settings,
+            folder,
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -2,6 +2,7 @@
 
 import errno
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,29 @@ async def test_who_does_not_wait_for_the_handshake_is_heard_as_any_other(tmp_pat
                 assert told == [Welcome] + [Error] * 99, "one login a connection"
                 assert len(relay.relay.connections) == 1
             await all_left(relay, relay.gateway)
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_a_hello_that_comes_byte_by_byte_is_not_waited_for(tmp_path: Path) -> None:
+    async def drip(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):  # it was hung up on
+            for byte in bytes([0x82, 0x80 | 100, 0, 0, 0, 0]) + bytes(50):  # a message of 100 bytes, RFC 6455, 5.2
+                await stream.send_all(bytes([byte]))
+                await trio.sleep(0.01)
+
+    async with daemon(tmp_path, limits={"hello_timeout_s": 0.3}) as relay:
+        with trio.fail_after(20):
+            async with (
+                await trio.open_unix_socket(relay.url.removeprefix("unix:")) as stream,
+                trio.open_nursery() as nursery,
+            ):
+                await stream.send_all(HANDSHAKE)
+                nursery.start_soon(drip, stream)
+                error, close = await heard(stream, 2)
+                assert isinstance(error, Error)
+                assert error.code == "idle_timeout"
+                assert isinstance(close, Close)
         await relay.goes_on()
 
 

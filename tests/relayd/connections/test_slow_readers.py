@@ -9,12 +9,9 @@ import attrs
 import pytest
 import trio
 
-from protocol.client.address import Address, parse_address
+from protocol.client.address import Address
 from protocol.link import base
-from protocol.link.dial import open_link
 from protocol.link.limits import LinkLimits
-from protocol.link.stream_link import StreamLink
-from protocol.wire.codec import decode
 from protocol.wire.errors import LinkBroken
 from protocol.wire.frames import (
     MAX_MESSAGE_BYTES,
@@ -23,7 +20,6 @@ from protocol.wire.frames import (
     Completed,
 )
 from protocol.wire.messages import (
-    FROM_RELAY,
     Accepted,
     Attach,
     Cancel,
@@ -313,28 +309,6 @@ async def test_half_open_connections_are_seen_on_both_ends_and_nothing_is_lost(t
             worker.speak(assign, pcm, first=3)
             assert heard(await client.frames(submit, first=3)) == pcm[2:]
             await relay.at_rest()
-
-
-@pytest.mark.trio
-async def test_a_hello_that_comes_byte_by_byte_is_not_waited_for(tmp_path: Path) -> None:
-    async with daemon(tmp_path, limits={"hello_timeout_s": 0.3}) as relay:
-        async with open_link(parse_address(relay.url)) as link:
-            assert isinstance(link, StreamLink)
-            stream = link.stream
-            header = bytes([0x82, 0x80 | 100, 0, 0, 0, 0])  # a binary message of 100 bytes, RFC 6455 section 5.2
-            with trio.fail_after(10):
-                for byte in header + bytes(50):
-                    try:
-                        await stream.send_all(bytes([byte]))
-                    except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
-                        break  # gone, or the link itself answers the relay's close
-                    if link.gone is not None:
-                        break
-                    await trio.sleep(0.01)
-                error = decode(await link.receive(), FROM_RELAY)
-        assert isinstance(error, Error)
-        assert error.code == "idle_timeout"
-        await relay.goes_on()
 
 
 @pytest.mark.trio
