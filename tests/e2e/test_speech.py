@@ -168,19 +168,24 @@ async def test_a_killed_client_frees_its_slot_after_its_resume_window(tmp_path: 
 @pytest.mark.trio
 async def test_a_relay_told_to_stop_finishes_what_runs_and_keeps_what_waits(tmp_path: Path) -> None:
     place = a_place(tmp_path)
-    async with a_relay(place) as relay, a_worker(place, relay, *MOCK) as worker:
-        async with place.start("relay", "say", "runs", "-p", "duration_s=1.5", "-o", "runs.wav") as runs:
+    async with (
+        a_relay(place) as relay,
+        place.start("relay", "say", "runs", "-p", "duration_s=1.5", "-o", "runs.wav") as runs,
+    ):
+        # Both are queued before there is a worker, so that no slow process lets the second one start.
+        await relay.event("request accepted")
+        waits = (await place.run("relay", "say", "waits", "-p", "duration_s=0.2", "--detach"))[0].decode().strip()
+        async with a_worker(place, relay, *MOCK) as worker:
             await relay.event("request started")
-            waits = (await place.run("relay", "say", "waits", "-p", "duration_s=0.2", "--detach"))[0].decode().strip()
             relay.send_signal(signal.SIGTERM)
             assert await runs.ended() == 0
-        assert await relay.ended() == 0
-        assert seconds_of(tmp_path / "runs.wav") == pytest.approx(1.5)
-        async with a_relay(place) as again:
-            await again.event("request started")
-            await place.run("relay", "attach", waits, "-o", "waits.wav")
-        assert seconds_of(tmp_path / "waits.wav") == pytest.approx(0.2)
-        assert worker.process.poll() is None
+            assert await relay.ended() == 0
+            assert seconds_of(tmp_path / "runs.wav") == pytest.approx(1.5)
+            async with a_relay(place) as again:
+                await again.event("request started")
+                await place.run("relay", "attach", waits, "-o", "waits.wav")
+            assert seconds_of(tmp_path / "waits.wav") == pytest.approx(0.2)
+            assert worker.process.poll() is None
 
 
 @pytest.mark.trio
