@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from protocol.arguments import CommandParser, ShowVersion
-from protocol.commands.exit_codes import DONE, INTERRUPTED, USAGE, silence_stdout
+from protocol.commands.exit_codes import DONE, INTERRUPTED, USAGE, open_closed_streams, silence_stdout
 
 if TYPE_CHECKING:
     from protocol.wire.validators import Value
@@ -21,6 +21,7 @@ RUN_DESCRIPTION = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with the codes of docs/design.md §11."""
+    open_closed_streams()
     args = _parser().parse_args(arguments)
     try:
         # Each command imports only what it needs, so that --help and `engines` do not wait for the rest.

@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from protocol.arguments import CommandParser, ShowVersion
-from protocol.commands.exit_codes import CANNOT_CONNECT, FAILED, INTERRUPTED, PIPE_CLOSED, USAGE, silence_stdout
+from protocol.commands.exit_codes import (
+    CANNOT_CONNECT,
+    FAILED,
+    INTERRUPTED,
+    PIPE_CLOSED,
+    USAGE,
+    open_closed_streams,
+    silence_stdout,
+)
 from protocol.commands.progress import Progress
 from protocol.wire.errors import ConnectError, LinkError, LoginRefused, ProtocolError, RequestError
 
@@ -134,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None uses those of the process.
     """
+    open_closed_streams()
     args = _parser().parse_args(argv)
     progress = Progress(sys.stderr, quiet=args.quiet)
     try:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from protocol.arguments import CommandParser, ShowVersion
-from protocol.commands.exit_codes import INTERRUPTED
+from protocol.commands.exit_codes import INTERRUPTED, open_closed_streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the console script; returns the exit code (docs/design.md §11)."""
+    open_closed_streams()
     args = _parser().parse_args(argv)
     try:
         from relayd.commands import run_command  # only now, so that --help stays fast

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from protocol.arguments import ShowVersion
-from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, silence_stdout
+from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, open_closed_streams, silence_stdout
 from protocol.commands.progress import printable, printable_json
 from protocol.install_hint import install_command
 from protocol.wire.errors import LinkError
@@ -19,6 +19,7 @@ SCENES = ("busy", "empty", "broken")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code (docs/design.md §11)."""
+    open_closed_streams()
     args = _parser().parse_args(argv)
     try:
         return _once(args) if args.once or args.json else _live(args)

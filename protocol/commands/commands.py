@@ -89,6 +89,8 @@ async def say(args: argparse.Namespace, progress: Progress) -> None:
     text = args.text
     if text == "-":
         text = (await trio.to_thread.run_sync(_read_text, abandon_on_cancel=True)).rstrip("\n")
+        if not text:
+            raise ValueError("there is nothing to read on standard input")
     if not text.strip():
         raise ValueError("the text is empty; there is nothing to speak")
     if any(name == "text" for name, _value in args.param):
