@@ -46,7 +46,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     from gpuworker.worker import DRAIN_TIMEOUT_S
 
     parser.add_argument(
-        "--relay", metavar="URL", help="ws://, wss:// or unix:PATH (default: RELAY_URL, else the relay on this machine)"
+        "--relay",
+        metavar="URL",
+        help="ws://, wss://, http(s):// or unix:PATH (default: RELAY_URL, else the local socket)",
     )
     parser.add_argument(
         "--space", action="append", metavar="NAME", help=f"space to serve; repeatable (default: {DEFAULT_SPACE})"

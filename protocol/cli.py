@@ -20,9 +20,11 @@ from protocol.wire.errors import ConnectError, LinkError, LoginRefused, Protocol
 
 EPILOG = """\
 environment:
-  RELAY_URL         ws://host:port, wss://host or unix:PATH; default: the local relay's socket
+  RELAY_URL         ws://host:port, wss://host, the page's http(s):// address or unix:PATH;
+                    default: the local relay's socket
   RELAY_TOKEN       the token, or
   RELAY_TOKEN_FILE  a file that contains it
+  SSL_CERT_FILE     the certificates to trust with wss://, if not those of the system
 
 exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 cannot connect, 130 interrupted
 """

@@ -189,7 +189,7 @@ class Offline:
             return stored.get(name, fresh)
         if name in stored:
             return stored[name]
-        raise AdminError(no_such_space(name, operator=True).message)
+        raise AdminError(no_such_space(name, operator=True, known={*self.config.spaces, *stored}).message)
 
     async def create_space(self, name: str, options: dict[str, Value]) -> None:
         """See `Admin`."""

@@ -151,8 +151,9 @@ export class RelayClient {
 
   constructor(url, { token, agent = "client.mjs/1", log = () => {} } = {}) {
     this.#url = new URL(url);
+    this.#url.protocol = this.#url.protocol.replace(/^http/, "ws"); // the page's address means the same relay
     if (!["ws:", "wss:"].includes(this.#url.protocol)) throw new TypeError(`${url} is no ws:// or wss:// URL`);
-    this.#url.pathname = this.#url.pathname.replace(/(\/v1\/relay)?\/*$/, "/v1/relay"); // a prefix before it is kept
+    this.#url.pathname = this.#url.pathname.replace(/(\/v1(\/relay)?)?\/*$/, "/v1/relay"); // a prefix before it is kept
     this.#hello = pack({ type: "hello", version: 1, role: "client", token: token || undefined, agent });
     this.#log = log;
   }

@@ -14,8 +14,8 @@ from protocol.wire.messages import PATH
 #: Name of the relay's socket in its state directory.
 SOCKET_NAME = "relayd.sock"
 MAX_TOKEN_CHARS = 256
-_SCHEMES: dict[str, Literal["tcp", "tls"]] = {"ws": "tcp", "wss": "tls"}
-_MISTAKEN = {"http": "ws", "https": "wss"}
+#: The addresses of the page and of the HTTP API mean the same relay.
+_SCHEMES: dict[str, Literal["tcp", "tls"]] = {"ws": "tcp", "wss": "tls", "http": "tcp", "https": "tls"}
 
 
 @attrs.frozen(kw_only=True)
@@ -48,7 +48,8 @@ def parse_address(url: str) -> Address:
     """Parse a relay URL.
 
     Args:
-        url: `ws://host[:port][/prefix]`, `wss://...` or `unix:PATH`; `/v1/relay` is appended if it is missing.
+        url: `ws://host[:port][/prefix]`, `wss://...` or `unix:PATH`; `/v1/relay` is appended if it is missing. The
+            addresses of the page and of OpenAI's API (`http://host[:port][/prefix][/v1]`, `https://...`) are taken too.
 
     Raises:
         ValueError: it is none of these; the message says what is wrong and what is right.
@@ -64,8 +65,7 @@ def parse_address(url: str) -> Address:
         raise ValueError(f"relay URL {url!r}: {fault}") from None
     kind = _SCHEMES.get(parts.scheme)
     if kind is None:
-        hint = f"; did you mean {_MISTAKEN[parts.scheme]}://?" if parts.scheme in _MISTAKEN else ""
-        raise ValueError(f"relay URL {url!r} must begin with ws://, wss:// or unix:{hint}")
+        raise ValueError(f"relay URL {url!r} must begin with ws://, wss:// or unix:")
     if "@" in parts.netloc:
         raise ValueError("a relay URL must contain no user or token: put the token in RELAY_TOKEN or RELAY_TOKEN_FILE")
     if parts.query or parts.fragment:
@@ -80,7 +80,7 @@ def parse_address(url: str) -> Address:
         port = 443 if kind == "tls" else 80
     if not 0 < port < 65536:
         raise ValueError(f"relay URL {url!r}: port {port} lies outside 1..65535")
-    prefix = parts.path.rstrip("/").removesuffix(PATH)
+    prefix = re.sub(r"/v1(/relay)?$", "", parts.path.rstrip("/"))
     return Address(kind=kind, host=host, port=port, resource=prefix + PATH)
 
 

@@ -5,6 +5,7 @@ import os
 import ssl
 from typing import TYPE_CHECKING
 
+import attrs
 import trio
 
 from protocol.client.address import Address
@@ -50,12 +51,18 @@ async def connect(address: Address, ssl_context: ssl.SSLContext | None = None) -
             raise
         return stream
     except trio.BrokenResourceError as fault:
-        raise ConnectError(f"{address}: TLS failed: {fault.__cause__ or fault}") from fault
+        raise ConnectError(f"{address}: TLS failed: {fault.__cause__ or fault}; {_tls_hint(address, fault)}") from fault
     except OSError as fault:
         reasons = _reasons(fault)
         if reasons <= {os.strerror(errno.ENOENT), os.strerror(errno.ECONNREFUSED)}:
             raise ConnectError(f"no relay listens at {address}") from fault
         raise ConnectError(f"cannot reach {address}: {'; '.join(sorted(reasons))}") from fault
+
+
+def _tls_hint(address: Address, fault: BaseException) -> str:
+    if isinstance(fault.__cause__, ssl.SSLCertVerificationError):
+        return "if you trust its authority, name the file of its certificate in SSL_CERT_FILE"
+    return f"if it does not speak TLS, use {attrs.evolve(address, kind='tcp')}"
 
 
 def _reasons(fault: OSError) -> set[str]:
@@ -85,6 +92,8 @@ async def perform_handshake(stream: trio.abc.Stream, address: Address) -> bytes:
     client = ClientProtocol(uri, subprotocols=[Subprotocol(SUBPROTOCOL)])
     client.send_request(client.connect())
     cut_off = f"{address} is not a relay, or it closed the connection: the WebSocket handshake did not finish"
+    if address.kind == "tcp":
+        cut_off += f"; if it speaks TLS, use {attrs.evolve(address, kind='tls')}"
     try:
         await stream.send_all(b"".join(client.data_to_send()))
         answer = bytearray()
@@ -126,7 +135,9 @@ def _check_answer(client: "ClientProtocol", address: Address, cut_off: str) -> N
     fault = client.handshake_exc
     if answer is not None and answer.status_code != 101:
         body = (answer.body or b"").decode("utf-8", "replace").strip()[:MAX_REFUSAL_CHARS]
-        raise ConnectError(f"{address} answered HTTP {answer.status_code}" + (f": {body}" if body else ""))
+        moved = answer.headers.get("Location", "")[:MAX_REFUSAL_CHARS] if 300 <= answer.status_code < 400 else ""
+        why = f"; use {moved}" if moved else f": {body}" if body else ""
+        raise ConnectError(f"{address} answered HTTP {answer.status_code}{why}")
     if fault is not None or answer is None:
         because = f" ({fault})" if isinstance(fault, InvalidHandshake) else ""
         raise ConnectError(cut_off + because) from fault

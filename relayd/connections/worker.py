@@ -46,6 +46,7 @@ from protocol.wire.params_schema import check_schema
 from protocol.wire.structs import Running
 from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
+from relayd.core.access import find_space
 from relayd.core.principals import PrincipalUsage
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import FrameLog
@@ -321,6 +322,8 @@ class WorkerHandler:
             if not self.principal.may_use(name):
                 message = f"principal {self.principal_name!r} may not serve space {name!r}; ask for a token that may"
                 return Rejected.because(ErrorCode.FORBIDDEN, message)
+            if isinstance(unknown := find_space(self.relay, self.principal, name), Rejected):
+                return unknown
         if self.relay.draining.is_set() and not register.running:  # running attempts may still end
             return Rejected.because(
                 ErrorCode.SHUTTING_DOWN,

@@ -22,7 +22,8 @@ def find_space(relay: Relay, principal: Principal, name: str) -> Space | Rejecte
         return Rejected.because(ErrorCode.FORBIDDEN, message)
     space = relay.spaces.get(name)
     if space is None:
-        return no_such_space(name[:MAX_NAME_CHARS], operator=principal.role == "operator")
+        known = filter(principal.may_use, relay.spaces)
+        return no_such_space(name[:MAX_NAME_CHARS], operator=principal.role == "operator", known=known)
     return space
 
 

@@ -30,7 +30,9 @@ method that may free a slot or queue a request ends with `Dispatcher.dispatch`, 
 The stateful test (tests/relayd/scheduling/test_scheduler_machine.py) checks this table against random orders of events.
 """
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 
 import attrs
 
@@ -60,6 +62,8 @@ ENGINE_FAULTS = frozenset({ErrorCode.ENGINE_FAILED, ErrorCode.MODEL_NOT_LOADED, 
 FAILURES_TO_REST = 3
 REST_FIRST_S = 10.0
 REST_LONGEST_S = 600.0
+#: Names that a misspelt one is compared with, which takes about 10 us each.
+MAX_COMPARED = 200
 
 
 @attrs.define(eq=False)
@@ -87,7 +91,7 @@ class Scheduler:
         """Close a space that has no requests and no workers."""
         space = self.state.spaces.get(name)
         if space is None:
-            return no_such_space(name, operator=True)
+            return no_such_space(name, operator=True, known=self.state.spaces)
         if space.queue or space.running or space.admitted:
             return Rejected.because(
                 ErrorCode.SPACE_EXISTS,
@@ -105,7 +109,7 @@ class Scheduler:
     def pause_space(self, name: str) -> Rejected | None:
         """Stop starting and accepting requests in this space."""
         if name not in self.state.spaces:
-            return no_such_space(name, operator=True)
+            return no_such_space(name, operator=True, known=self.state.spaces)
         self.state.spaces[name].paused = True
         self.state.moved.add(name)
         return None
@@ -113,7 +117,7 @@ class Scheduler:
     def resume_space(self, name: str, now: float) -> Rejected | list[Decision]:
         """Undo `pause_space`."""
         if name not in self.state.spaces:
-            return no_such_space(name, operator=True)
+            return no_such_space(name, operator=True, known=self.state.spaces)
         self.state.spaces[name].paused = False
         self.state.moved.add(name)
         return self.dispatcher.dispatch(now)
@@ -482,9 +486,20 @@ class Scheduler:
         return estimate.estimate_wait_s(space, slots, now)
 
 
-def no_such_space(name: str, request_id: str | None = None, *, operator: bool = False) -> Rejected:
-    """Return the refusal for a space that does not exist; only operators get a hint how to create it."""
-    hint = f"create it with: relayd space create {name}" if operator else "ask the relay's operator"
+def no_such_space(
+    name: str, request_id: str | None = None, *, operator: bool = False, known: Iterable[str] = ()
+) -> Rejected:
+    """Return the refusal for a space that does not exist.
+
+    Args:
+        name: the name that was asked for.
+        request_id: the request that asked for it, if any.
+        operator: whether to say how the space is created.
+        known: the spaces that may be named to whoever asked, for a hint at a misspelt name.
+    """
+    close = difflib.get_close_matches(name, islice(known, MAX_COMPARED), n=1)
+    hint = f"did you mean {close[0]!r}? Otherwise " if close else ""
+    hint += f"create it with: relayd space create {name}" if operator else "ask the relay's operator"
     return Rejected.because(ErrorCode.SPACE_NOT_FOUND, f"space {name!r} does not exist; {hint}", request_id=request_id)
 
 

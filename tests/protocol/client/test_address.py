@@ -25,6 +25,9 @@ from protocol.client.address import (
         ("ws://h:1/gpu", Address(kind="tcp", host="h", port=1, resource="/gpu/v1/relay")),
         ("ws://h:1/gpu/v1/relay/", Address(kind="tcp", host="h", port=1, resource="/gpu/v1/relay")),
         ("ws://[::1]:8765", Address(kind="tcp", host="::1", port=8765)),
+        ("http://h:1/", Address(kind="tcp", host="h", port=1)),
+        ("HTTP://h:1/v1", Address(kind="tcp", host="h", port=1)),
+        ("https://h/gpu/v1/", Address(kind="tls", host="h", port=443, resource="/gpu/v1/relay")),
         ("unix:/run/relayd/relayd.sock", Address(kind="unix", path="/run/relayd/relayd.sock")),
         ("unix:///run/relayd.sock", Address(kind="unix", path="/run/relayd.sock")),
         ("unix:here.sock", Address(kind="unix", path="here.sock")),
@@ -38,8 +41,7 @@ def test_urls_are_understood(url: str, address: Address) -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("http://relay:8765", "did you mean ws://"),
-        ("https://relay", "did you mean wss://"),
+        ("ftp://relay:8765", "must begin with ws://"),
         ("relay:8765", "must begin with ws://"),
         ("127.0.0.1:8765", "must begin with ws://"),
         ("", "must begin with ws://"),

@@ -467,8 +467,8 @@ def test_what_cannot_be_sent_is_told_with_what_is_wrong_with_it(
 def test_no_relay_is_exit_3_and_names_where_it_looked(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["spaces"]) == 3
     assert "no relay listens at unix:" in capsys.readouterr().err
-    assert main(["spaces", "--url", "http://h"]) == 2
-    assert "did you mean ws://" in capsys.readouterr().err
+    assert main(["spaces", "--url", "h:1"]) == 2
+    assert "must begin with ws://" in capsys.readouterr().err
 
 
 def test_a_refused_login_says_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

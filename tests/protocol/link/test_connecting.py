@@ -44,6 +44,10 @@ async def test_connect_errors_say_what_is_wrong(tmp_path: object) -> None:
         (b"", "closed the connection"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "is not a relay"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "HTTP 200"),
+        (
+            b"HTTP/1.1 308 No\r\nLocation: https://h/v1/relay\r\nContent-Length: 0\r\n\r\n",
+            "308; use https://h/v1/relay",
+        ),
     ],
 )
 async def test_whatever_else_answers_is_a_connect_error(

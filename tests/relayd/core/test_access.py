@@ -8,6 +8,7 @@ from protocol.wire.messages import Rejected
 from relayd.auth.tokens import Principal
 from relayd.core.access import find_request, find_space
 from relayd.core.space import Space
+from tests.support.fake_worker import fake_worker
 from tests.support.relay import a_submit, an_id, daemon, peer
 
 ANN = Principal(name="ann", role="client", spaces=("tts", "no*"))
@@ -36,6 +37,26 @@ async def test_only_operators_are_told_the_command_that_makes_a_space(tmp_path: 
         assert client.code == operator.code == "space_not_found"
         assert client.message == "space 'nope' does not exist; ask the relay's operator"
         assert operator.message == "space 'nope' does not exist; create it with: relayd space create nope"
+
+
+@pytest.mark.trio
+async def test_a_misspelt_space_gets_a_hint_which_names_no_space_that_is_forbidden(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay:
+        anyone = Principal(name="bob", role="client")
+        for who, wrong, hint in (
+            (anyone, "t t s", "did you mean 'tts'? Otherwise ask the relay's operator"),
+            (anyone, "chek", "did you mean 'check'? Otherwise ask the relay's operator"),
+            (Principal(name="few", role="client", spaces=("tts", "chek")), "chek", "ask the relay's operator"),
+            (ROOT, "ttss", "did you mean 'tts'? Otherwise create it with: relayd space create ttss"),
+        ):
+            refused = find_space(relay.relay, who, wrong)
+            assert isinstance(refused, Rejected)
+            assert refused.message.startswith(f"space {wrong!r} does not exist; {hint}")
+        paused = relay.relay.scheduler.pause_space("tt")
+        assert paused is not None
+        assert "did you mean 'tts'?" in paused.message
+        async with fake_worker(relay.url, spaces=("tss",)) as worker:
+            assert "did you mean 'tts'?" in (await worker.peer.next(Rejected)).message
 
 
 @pytest.mark.trio
