@@ -1,7 +1,9 @@
 """The composition root of the daemon: assembles its parts, starts them and stops them."""
 
 import os
+import re
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
@@ -58,6 +60,13 @@ class Shutdown:
         log.warning("draining", why=why, running=running, at_most_s=at_most_s)
         self.relay.scheduler.state.draining = True
         self.relay.draining.set()
+
+
+#: Logged at each start where other machines can connect without TLS.
+PLAIN_TEXT = (
+    "plain_text: everybody on the network can read and use the tokens, and read and change texts and audio; "
+    "use [tls] or a proxy as soon as not all of them are trusted"
+)
 
 
 @attrs.define(eq=False)
@@ -164,7 +173,15 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
                 connections.start_soon(accept)
                 urls = describe(listeners, tls=tls_context is not None)
                 relay.urls = list(urls)
-                log.info("listening", urls=urls, spaces=sorted(relay.spaces), state_dir=str(config.state_dir))
+                log.info(
+                    "listening",
+                    urls=urls,
+                    spaces=sorted(relay.spaces),
+                    state_dir=str(config.state_dir),
+                    **_first_steps(urls),
+                )
+                if config.is_exposed:
+                    log.warning(PLAIN_TEXT, listen=config.listen)
                 nursery.start_soon(HealthService(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
                 yield Daemon(relay, tokens, http_context, urls, gateway, shutdown)
                 accepting.cancel()
@@ -186,6 +203,15 @@ def _open_signer(config: Config) -> LinkSigner:
         why = f"links to results end with this process: {config.state_dir / KEY_NAME}: {fault.strerror or fault}"
         log.warning("the key of links cannot be kept", why=why)
         return new_signer()
+
+
+def _first_steps(urls: Sequence[str]) -> dict[str, str]:
+    """Return what a newcomer looks for: the page, the base URL of OpenAI's API, and how to make a token."""
+    steps = {"new_token": "relayd token create --role client --name NAME"}
+    if web := next((url for url in urls if url.startswith("ws")), None):
+        web = re.sub(r"//(0\.0\.0\.0|\[::\]):", f"//{socket.gethostname()}:", web.replace("ws", "http", 1))
+        steps |= {"page": f"{web}/", "openai_base_url": f"{web}/v1"}
+    return steps
 
 
 async def _handle_signals(

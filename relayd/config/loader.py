@@ -170,7 +170,8 @@ def _find_conflicts(raw: Mapping[str, Value]) -> Iterator[str]:
     """Yield the faults that involve more than one setting."""
     listen = raw.get("listen", attrs.fields(Config).listen.default)
     tls = raw.get("tls")
-    if listen and isinstance(listen, str) and tls is None and raw.get("behind_proxy", False) is False:
+    intended = raw.get("behind_proxy", False) or raw.get("plain_text", False)  # or no boolean, which is reported
+    if listen and isinstance(listen, str) and tls is None and not intended:
         try:
             host, _ = split_listen(listen)
         except ValueError:
@@ -178,7 +179,8 @@ def _find_conflicts(raw: Mapping[str, Value]) -> Iterator[str]:
         if not is_loopback(host):
             yield (
                 f"listen: {listen} can be reached from other machines without encryption: give a certificate in [tls], "
-                "or set behind_proxy = true if a proxy in front of the relay provides TLS"
+                "set behind_proxy = true if a proxy in front of the relay provides TLS, or set plain_text = true on a "
+                "network where everybody may read the tokens and all that is said"
             )
     if raw.get("trusted_proxies") and raw.get("behind_proxy", False) is False:
         yield "trusted_proxies: has no effect without behind_proxy = true"

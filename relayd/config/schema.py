@@ -397,6 +397,7 @@ class Config:
         behind_proxy: a proxy in front of the relay provides TLS, so plain TCP on other addresses than loopback is
             intended, and `X-Forwarded-For` of trusted proxies names the client.
         trusted_proxies: addresses and networks of those proxies; without any, all of loopback and private networks.
+        plain_text: the same on a trusted network without TLS; tokens and everything else can be read there.
         allowed_origins: origins of browser pages that may connect; `*` allows any. Requests without an origin are
             always allowed.
         store: `sqlite`, or `memory`, which keeps nothing after the end.
@@ -406,6 +407,7 @@ class Config:
     state_dir: Annotated[Path, _path]
     behind_proxy: Annotated[bool, boolean] = False
     trusted_proxies: Annotated[tuple[str, ...], array_of(_network)] = ()
+    plain_text: Annotated[bool, boolean] = False
     allowed_origins: Annotated[tuple[str, ...], array_of(_origin)] = ()
     unix_socket: Annotated[bool, boolean] = True
     unix_socket_mode: Annotated[int, _mode] = 0o600
@@ -423,6 +425,12 @@ class Config:
     def listen_address(self) -> tuple[str, int] | None:
         """Host and port to bind; None when TCP is off."""
         return split_listen(self.listen) if self.listen else None
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether other machines can connect without encryption."""
+        unencrypted = self.listen_address is not None and self.tls is None and not self.behind_proxy
+        return unencrypted and not is_loopback(split_listen(self.listen)[0])
 
     @property
     def socket_path(self) -> Path | None:

@@ -22,12 +22,10 @@ NODE = shutil.which("node")
 
 
 async def client_of(place: Place, relay: Proc) -> openai.OpenAI:
-    """As a user would make it: with the URL and a token."""
+    """As a user would make it: with the URL that the relay logs, and a token."""
     told = await relay.event("listening")
-    url = next(url for url in told["urls"] if url.startswith("ws:"))
     token, _ = await place.run("relayd", "token", "create", "--role", "client", "--name", "reader")
-    base_url = url.replace("ws:", "http:") + "/v1"
-    return openai.OpenAI(base_url=base_url, api_key=token.decode().strip(), max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=told["openai_base_url"], api_key=token.decode().strip(), max_retries=0, timeout=30)
 
 
 def speak(client: openai.OpenAI, **fields: Any) -> bytes:

@@ -122,7 +122,7 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
         ('listen = "localhost:65536"', "listen: port 65536 is over 65535"),
         ('listen = "::1:80"', "in brackets, as in [::1]:8765"),
         ('listen = "0.0.0.0:8765"', "listen: 0.0.0.0:8765 can be reached from other machines without encryption"),
-        ('listen = "relay.example:1"', "or set behind_proxy = true"),
+        ('listen = "relay.example:1"', "or set plain_text = true"),
         ('listen = ""\nunix_socket = false', "listen: there is nothing to listen on"),
         ('openai.models = "tts"', "openai.models: must be a table of names, as in"),
         ('[openai.models]\n"tts-1" = "no space"', "openai.models: 'tts-1': 'no space' is not a space name"),
@@ -231,7 +231,9 @@ def test_a_file_that_cannot_be_read_is_one_fault(file: Path) -> None:
         load_config(file, environ=HOME)
 
 
-@pytest.mark.parametrize("extra", [{"behind_proxy": True}, {"tls": {"cert": "relayd.toml", "key": "relayd.toml"}}])
+@pytest.mark.parametrize(
+    "extra", [{"behind_proxy": True}, {"plain_text": True}, {"tls": {"cert": "relayd.toml", "key": "relayd.toml"}}]
+)
 def test_tls_or_a_proxy_opens_the_relay_to_other_machines(file: Path, extra: dict[str, Any]) -> None:
     assert load(file, 'listen = "0.0.0.0:0"', **extra).listen_address == ("0.0.0.0", 0)
 

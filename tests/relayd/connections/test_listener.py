@@ -33,7 +33,7 @@ from protocol.wire.messages import (
 )
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.schema import ConfigError
-from relayd.daemon import serve
+from relayd.daemon import PLAIN_TEXT, serve
 from relayd.net.tls import ListenError, make_tls_context
 from relayd.store.base import StoreInUse
 from relayd.store.factory import open_offline
@@ -117,6 +117,47 @@ def test_tls_offers_authenticated_ciphers_with_forward_secrecy_and_http_1(tmp_pa
         with suppress(ssl.SSLWantReadError):
             side.do_handshake()
     assert caller.selected_alpn_protocol() == server.selected_alpn_protocol() == "http/1.1"
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"listen": "0.0.0.0:0", "plain_text": True}, True),
+        ({"listen": "127.0.0.1:0", "plain_text": True}, False),
+        ({"listen": "0.0.0.0:0", "behind_proxy": True}, False),
+    ],
+)
+async def test_plain_text_for_other_machines_is_served_where_it_is_meant_and_loud_in_the_log(
+    tmp_path: Path, logs: Logs, settings: dict[str, Any], warned: bool
+) -> None:
+    async with daemon(tmp_path, **settings) as relay:
+        async with dial(relay.urls[0].replace("0.0.0.0", "127.0.0.1")) as stream:
+            await stream.send_all(b"GET /health HTTP/1.0\r\n\r\n")
+            assert b" 200 " in await rest_of(stream)
+        told = [line["log_level"] for line in logs if line["event"] == PLAIN_TEXT]
+        assert told == (["warning"] if warned else [])
+        (listening,) = [line for line in logs if line["event"] == "listening"]
+        assert "0.0.0.0" not in listening["page"]
+        assert listening["openai_base_url"] == listening["page"] + "v1"
+
+
+@pytest.mark.trio
+async def test_whoever_speaks_tls_to_a_plain_door_or_plain_text_to_a_tls_door_is_told_the_other_url(
+    tmp_path: Path,
+) -> None:
+    tls = {"cert": TLS / "cert.pem", "key": TLS / "key.pem"}
+    async with (
+        daemon(tmp_path / "plain", listen="127.0.0.1:0") as plain,
+        daemon(tmp_path / "tls", listen="127.0.0.1:0", tls=tls) as crypted,
+    ):
+        for right, wrong in ((crypted.urls[0], "ws"), (plain.urls[0], "wss")):
+            with pytest.raises(ConnectError, match=f"use {right}$"):
+                async with open_link(parse_address(wrong + right[right.index(":") :])):
+                    pass
+        with pytest.raises(ConnectError, match=r"certificate verify failed.* SSL_CERT_FILE"):
+            async with open_link(parse_address(crypted.urls[0])):
+                pass
 
 
 @pytest.mark.trio
