@@ -50,7 +50,14 @@ class Admin(Protocol):
         """Delete an idle space."""
 
     async def create_token(
-        self, name: str, role: str, spaces: list[str], expires: str | None, limits: dict[str, int]
+        self,
+        name: str,
+        role: str,
+        spaces: list[str],
+        expires: str | None,
+        limits: dict[str, int],
+        *,
+        readonly: bool = False,
     ) -> Row:
         """Create a token; the row's `token` is the secret. `limits` holds the fields of `TokenLimits` that are set."""
 
@@ -141,10 +148,18 @@ class Online:
         await self.relay.steer("delete_space", name)
 
     async def create_token(
-        self, name: str, role: str, spaces: list[str], expires: str | None, limits: dict[str, int]
+        self,
+        name: str,
+        role: str,
+        spaces: list[str],
+        expires: str | None,
+        limits: dict[str, int],
+        *,
+        readonly: bool = False,
     ) -> Row:
         """See `Admin`."""
         options: dict[str, Value] = {"role": role, "spaces": spaces, "expires": expires, "limits": limits}
+        options["readonly"] = readonly
         return await self.relay.steer("create_token", name, **options)
 
     async def tokens(self) -> list[Row]:
@@ -235,14 +250,27 @@ class Offline:
         self.store.commit(DeleteSpace(name))
 
     async def create_token(
-        self, name: str, role: str, spaces: list[str], expires: str | None, limits: dict[str, int]
+        self,
+        name: str,
+        role: str,
+        spaces: list[str],
+        expires: str | None,
+        limits: dict[str, int],
+        *,
+        readonly: bool = False,
     ) -> Row:
         """See `Admin`."""
         now, tokens = time.time(), TokenRegistry(self.store.load().tokens)
         try:
             expires_at = parse_expires(expires, now) if expires is not None else None
             token = tokens.create(
-                role=role, name=name, now=now, spaces=spaces, expires_at=expires_at, limits=parse_limits(limits)
+                role=role,
+                name=name,
+                now=now,
+                spaces=spaces,
+                expires_at=expires_at,
+                limits=parse_limits(limits),
+                readonly=readonly,
             )
         except ValueError as fault:
             raise AdminError(str(fault)) from None

@@ -61,14 +61,18 @@ async def _space_delete(admin: Admin, args: argparse.Namespace) -> None:
 
 async def _token_create(admin: Admin, args: argparse.Namespace) -> None:
     limits = {key: value for key in _LIMITS if (value := getattr(args, key)) is not None}
-    row = await admin.create_token(args.name, args.role, args.space, args.expires, limits)
+    row = await admin.create_token(args.name, args.role, args.space, args.expires, limits, readonly=args.readonly)
     print(f"{row['token_id']}: keep the token, it is not shown again", file=sys.stderr)
     print(row["token"])
 
 
 async def _token_list(admin: Admin, args: argparse.Namespace) -> None:
     rows = await admin.tokens()
-    _print_rows(rows, ("token_id", "principal", "role", "spaces", "state", "created", "expires", "limits"), args.json)
+    _print_rows(
+        rows,
+        ("token_id", "principal", "role", "readonly", "spaces", "state", "created", "expires", "limits"),
+        args.json,
+    )
 
 
 async def _token_revoke(admin: Admin, args: argparse.Namespace) -> None:

@@ -99,6 +99,12 @@ class Principal:
         return not self.spaces or any(fnmatchcase(space, pattern) for pattern in self.spaces)
 
 
+def reject_readonly(request_id: str | None = None) -> Rejected:
+    """Return the refusal of what a read-only principal may not do."""
+    message = "this login is read-only: connect without --readonly, with a token that was created without it"
+    return Rejected.because(ErrorCode.FORBIDDEN, message, request_id=request_id)
+
+
 @attrs.frozen
 class NewToken:
     """A new token. `text` is the secret: it is shown once and not stored."""
@@ -212,6 +218,7 @@ class TokenRegistry:
         spaces: Iterable[str] = (),
         expires_at: float | None = None,
         limits: TokenLimits | None = None,
+        readonly: bool = False,
     ) -> NewToken:
         """Create a token. It is valid immediately; if its record cannot be committed, call `forget`.
 
@@ -222,6 +229,7 @@ class TokenRegistry:
             spaces: case-sensitive patterns of fnmatch; empty for all spaces.
             expires_at: Unix seconds, after `now`; None for never.
             limits: the token's limits; None for no limits.
+            readonly: whether it may only watch.
 
         Raises:
             ValueError: an argument is invalid, or the principal already has two live tokens of this role.
@@ -241,6 +249,8 @@ class TokenRegistry:
                 )
         if patterns and role == "operator":
             raise ValueError("an operator controls all spaces; leave out --space, or create a client or worker token")
+        if readonly and role == "worker":
+            raise ValueError("a worker cannot be read-only; create an operator's or a client's token")
         if expires_at is not None and expires_at <= now:
             raise ValueError(f"the token would already have expired, at {iso_time(expires_at)}")
         live = [r for r in self._by_id.values() if r.principal == name and r.role == role and r.live(now)]
@@ -257,6 +267,7 @@ class TokenRegistry:
             spaces=patterns,
             sha256=hash_token(text),
             limits=limits or TokenLimits(),
+            readonly=readonly,
             created_at=now,
             expires_at=expires_at,
         )

@@ -33,7 +33,7 @@ from protocol.wire.messages import (
 )
 from protocol.wire.structs import ID_PATTERN
 from protocol.wire.validators import Message, Value
-from relayd.auth.tokens import Principal
+from relayd.auth.tokens import Principal, reject_readonly
 from relayd.core.access import find_request
 from relayd.core.admission import Admission
 from relayd.core.principals import RETRY_S, PrincipalUsage, limits_of, too_fast
@@ -239,9 +239,6 @@ class ClientHandler:
         self.send(Pong(timestamp=ping.timestamp, server_time=self.relay.now_unix()))
 
     def _submit(self, submit: Submit) -> None:
-        if self.principal.readonly:
-            self.send(_reject_readonly(submit.request_id))
-            return
         if refused := self._refuse_submit(submit.request_id) or self._refuse_reader(submit.request_id):
             self.send(refused)
             return
@@ -278,7 +275,7 @@ class ClientHandler:
 
     def _cancel(self, cancel: Cancel) -> None:
         if self.principal.readonly:
-            self.send(_reject_readonly(cancel.request_id))
+            self.send(reject_readonly(cancel.request_id))
             return
         request = find_request(self.relay, self.principal, cancel.request_id)
         if isinstance(request, Rejected):
@@ -374,11 +371,6 @@ ClientHandler.handlers = {
     Status: ClientHandler._status,
     Spaces: ClientHandler._spaces,
 }
-
-
-def _reject_readonly(request_id: str) -> Rejected:
-    message = "this connection is read-only; connect without --readonly"
-    return Rejected.because(ErrorCode.FORBIDDEN, message, request_id=request_id)
 
 
 def _rate_limited(request_id: str, message: str, retry_after_s: float) -> Rejected:

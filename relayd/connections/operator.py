@@ -11,7 +11,7 @@ import trio
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import FROM_OPERATOR, ROLES, Done, Rejected, Steer, Table, Watch
 from protocol.wire.validators import Value
-from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits
+from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits, reject_readonly
 from relayd.connections.client import ClientHandler
 from relayd.core.space import Space
 from relayd.core.space_rules import check_new_space, refuse_configured
@@ -98,7 +98,7 @@ class OperatorHandler(ClientHandler):
         if action is None:
             answer = _invalid(f"steer action {steer.action!r} is unknown; known actions: {', '.join(ACTIONS)}")
         elif principal.readonly and steer.action not in READ_ONLY_ACTIONS:
-            answer = Rejected.because(ErrorCode.FORBIDDEN, "this connection is read-only; connect without --readonly")
+            answer = reject_readonly()
             self._audit(steer, answer)
         else:
             try:
@@ -227,16 +227,24 @@ class OperatorHandler(ClientHandler):
     async def _create_token(self, steer: Steer) -> Answer:
         options, now = steer.options, time.time()
         spaces = options.get("spaces", [])
-        role, expires = options.get("role"), options.get("expires")
-        if role not in ROLES or not isinstance(spaces, list) or not all(isinstance(one, str) for one in spaces):
+        role, expires, readonly = options.get("role"), options.get("expires"), options.get("readonly", False)
+        texts = isinstance(spaces, list) and all(isinstance(one, str) for one in spaces)
+        if role not in ROLES or not texts or not isinstance(readonly, bool):
             return _invalid(
-                "create_token needs role (client, worker or operator); optional: spaces (array of patterns), expires"
+                "create_token needs role (client, worker or operator); optional: spaces (array of patterns), expires, "
+                "readonly (boolean)"
             )
         try:
             limits = parse_limits(options.get("limits", {}))
             expires_at = parse_expires(str(expires), now) if expires is not None else None
             token = self.tokens.create(
-                role=role, name=steer.target, now=now, spaces=spaces, expires_at=expires_at, limits=limits
+                role=role,
+                name=steer.target,
+                now=now,
+                spaces=spaces,
+                expires_at=expires_at,
+                limits=limits,
+                readonly=readonly,
             )
         except ValueError as fault:
             return _invalid(str(fault))

@@ -15,7 +15,7 @@ from protocol.wire.errors import EncodeError, ErrorCode
 from protocol.wire.media_types import accepts
 from protocol.wire.messages import Assign, Input, Rejected, Submit
 from protocol.wire.params_schema import check_params
-from relayd.auth.tokens import Principal
+from relayd.auth.tokens import Principal, reject_readonly
 from relayd.config.schema import PrincipalLimits
 from relayd.core.access import find_space
 from relayd.core.principals import RETRY_S, cap_submit, is_limited, limits_of
@@ -59,6 +59,8 @@ class Admission:
             why it was refused.
         """
         relay = self.relay
+        if principal.readonly:
+            return self._count(submit, reject_readonly(submit.request_id))
         limits = limits_of(principal, relay.config.limits.principal)
         if is_limited(principal) and submit.space in relay.spaces:
             submit = cap_submit(submit, limits, relay.spaces[submit.space].config)

@@ -97,12 +97,13 @@ _MIGRATIONS = (
     """,
     "CREATE TABLE drains (worker_id TEXT NOT NULL UNIQUE);",
     "ALTER TABLE requests ADD COLUMN outcome BLOB;",
+    "ALTER TABLE tokens ADD COLUMN readonly INTEGER NOT NULL DEFAULT 0;",
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 #: What is read of each table; one that lacks any of it is damaged.
 COLUMNS = {
     "spaces": "name, config, paused, made_by, engine, params, inputs, format, created_at",
-    "tokens": "token_id, principal, role, spaces, sha256, limits, created_at, expires_at, revoked_at",
+    "tokens": "token_id, principal, role, spaces, sha256, limits, readonly, created_at, expires_at, revoked_at",
     "requests": (
         "request_id, principal, ticket, submit, state, attempt, losses, has_output, reproducible, stopping, "
         "worker_id, promoted, since, away_since, created_at, ended_at, code, message, outcome"
@@ -418,6 +419,7 @@ def _token(row: sqlite3.Row) -> TokenRecord:
         spaces=tuple(json.loads(row["spaces"])),
         sha256=row["sha256"],
         limits=TokenLimits(**{key: value for key, value in limits.items() if key in known}),
+        readonly=bool(row["readonly"]),
         created_at=row["created_at"],
         expires_at=row["expires_at"],
         revoked_at=row["revoked_at"],

@@ -59,6 +59,7 @@ class TokenRecord:
         role: `client`, `worker` or `operator`.
         spaces: patterns of the spaces it may use; empty for all.
         sha256: SHA-256 of the token's ASCII text.
+        readonly: whether it may only watch.
     """
 
     token_id: str
@@ -67,6 +68,7 @@ class TokenRecord:
     spaces: tuple[str, ...] = ()
     sha256: bytes = attrs.field(repr=False)
     limits: TokenLimits = attrs.field(factory=TokenLimits)
+    readonly: bool = False
     created_at: float
     expires_at: float | None = None
     revoked_at: float | None = None

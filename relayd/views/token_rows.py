@@ -16,6 +16,7 @@ def token_row(record: TokenRecord, now: float) -> Row:
         "token_id": record.token_id,
         "principal": record.principal,
         "role": record.role,
+        "readonly": record.readonly,
         "spaces": list(record.spaces),
         "state": state,
         "created": iso_time(record.created_at),
