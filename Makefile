@@ -13,13 +13,22 @@ KILLS ?= 56
 export TEXT # the shell takes it from the environment, so that no quote or $ in it is the shell's
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-min check lint types contracts bench bench-guard chaos fuzz mutants clean
+.PHONY: help install run test-setup test-basic demo test test-fast test-min check lint types contracts bench bench-guard chaos fuzz mutants clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+install: $(VENV)/.demo ## the commands in .venv/bin, with all that relay and espeak need
+
+run: $(VENV)/.demo ## a relay, as relayd.toml says: make run ARGS="--listen 127.0.0.1:9000"
+	$(BIN)/relayd serve $(ARGS)
+
 demo: $(VENV)/.demo ## hear a sentence through a relay and a worker: writes hello.wav
 	@$(BIN)/relayd demo -o hello.wav $${TEXT:+"$$TEXT"}
+
+test-setup: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## what `make test` needs: 2 GB, and Chromium by apt
+
+test-basic: test-fast ## another name of test-fast
 
 test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## all tests, as CI runs them
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
@@ -99,6 +108,7 @@ $(VENV)/.fast: pyproject.toml constraints.txt | $(BIN)/python
 
 # voxcpm without what it names and an engine never imports: docs/decisions/0010-voxcpm-install.md.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setting up $(VENV): this downloads about 2 GB, most of it torch"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps voxcpm
 	@touch $@ $(VENV)/.demo $(VENV)/.fast
@@ -124,5 +134,6 @@ $(VENV)/.debian: tests/deploy/programs.sh | $(BIN)/python
 
 # The page is tried in a real browser.
 $(VENV)/.chromium: tests/browser/programs.sh | $(BIN)/python
+	@command -v chromedriver >/dev/null || echo "installing Chromium and its driver into the system, with apt-get"
 	@tests/browser/programs.sh
 	@touch $@
