@@ -63,6 +63,13 @@ def test_a_unit_waits_for_ready_and_is_watched(name: str) -> None:
     assert unit["StartLimitIntervalSec"] == ["0"]  # never given up
 
 
+@pytest.mark.parametrize("name", UNITS)
+def test_a_unit_bounds_memory_and_tasks(name: str) -> None:
+    unit = settings(name)
+    assert unit["MemoryMax"]
+    assert unit["TasksMax"]
+
+
 def test_the_workers_unit_gives_it_time_to_load() -> None:
     assert seconds(settings("gpuworker.service")["TimeoutStartSec"][0]) > LOAD_TIMEOUT_S
 
