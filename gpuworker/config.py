@@ -1,10 +1,13 @@
 """Reads a worker's configuration from the command line, the environment and defaults, as one frozen value."""
 
 import argparse
+import difflib
 import os
 import re
+import shlex
 import socket
 from collections.abc import Mapping
+from typing import Any
 
 import attrs
 
@@ -20,6 +23,21 @@ MAX_SLOTS = 1_000
 
 class ConfigError(ValueError):
     """The configuration is not valid; the message lists what is wrong and what is accepted."""
+
+
+PREFIX = "GPUWORKER_"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+#: The unit's own variable, and those that Kubernetes and Docker links set for a service named "gpuworker".
+_FOREIGN_VARIABLES = re.compile(rf"{PREFIX}(ARGS|SERVICE_\w+|PORT(_\w+)?|ENV_\w+)")
+
+
+class _Spaces(argparse.Action):
+    """Collects spaces; those of the environment, which are one text, are replaced."""
+
+    def __call__(self, _parser: object, namespace: argparse.Namespace, values: Any, _option: object = None) -> None:
+        """Add one."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), values])
 
 
 @attrs.frozen(kw_only=True)
@@ -38,6 +56,8 @@ class WorkerConfig:
     load_timeout_s: float
     cancel_grace_s: float
     drain_timeout_s: float
+    log_level: str
+    log_format: str
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +71,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="ws://, wss://, http(s):// or unix:PATH (default: RELAY_URL, else the local socket)",
     )
     parser.add_argument(
-        "--space", action="append", metavar="NAME", help=f"space to serve; repeatable (default: {DEFAULT_SPACE})"
+        "--space", action=_Spaces, metavar="NAME", help=f"space to serve; repeatable (default: {DEFAULT_SPACE})"
     )
     add_engine_options(parser, DEFAULT_ENGINE, f"engine to run; see `gpuworker engines` (default: {DEFAULT_ENGINE})")
     parser.add_argument(
@@ -84,6 +104,27 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--in-threads", action="store_true", help="run slots as threads: no isolation, less memory; for load tests"
     )
+    parser.add_argument("--log-level", default="info", choices=LOG_LEVELS, help="least level to log (default: info)")
+    parser.add_argument(
+        "--log-format", default="text", choices=("text", "json"), help="lines for people, or JSON (default: text)"
+    )
+    _read_variables(parser)
+
+
+def _read_variables(parser: argparse.ArgumentParser) -> None:
+    """Take the defaults of the options from `GPUWORKER_SPACE`, `GPUWORKER_LOG_LEVEL`, ..., as if they were args."""
+    options = {f"{PREFIX}{action.dest.upper()}": action for action in parser._actions if action.nargs != 0}
+    for variable in sorted(os.environ):
+        if not variable.startswith(PREFIX) or _FOREIGN_VARIABLES.fullmatch(variable):
+            continue
+        if (action := options.get(variable)) is None:
+            close = difflib.get_close_matches(variable, options, n=1, cutoff=0.8)
+            parser.error(f"{variable}: is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
+        value = os.environ[variable]
+        if action.choices and value not in action.choices:
+            parser.error(f"{variable}: must be one of {', '.join(action.choices)}, not {value!r}")
+        # Given again on the command line, spaces replace these, and options of the engine add to them.
+        action.default = shlex.split(value) if action.dest == "options" else value
 
 
 def add_engine_options(parser: argparse.ArgumentParser, default: str | None, engine_help: str) -> None:
@@ -124,7 +165,8 @@ def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = No
         token = read_token(args.token_file) if args.token_file else token_from_environment(environ)
     except ValueError as fault:
         faults.append(str(fault))
-    spaces = tuple(dict.fromkeys(args.space or [DEFAULT_SPACE]))
+    named = args.space.replace(",", " ").split() if isinstance(args.space, str) else args.space
+    spaces = tuple(dict.fromkeys(named or [DEFAULT_SPACE]))
     faults += [
         f"--space {space}: not a valid space name ({SPACE_PATTERN.pattern})"
         for space in spaces
@@ -157,6 +199,8 @@ def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = No
         load_timeout_s=args.load_timeout,
         cancel_grace_s=args.cancel_grace,
         drain_timeout_s=args.drain_timeout,
+        log_level=args.log_level,
+        log_format=args.log_format,
     )
 
 

@@ -1,5 +1,7 @@
 """Formats the log lines that `gpuworker run` writes to the terminal."""
 
+import datetime
+import json
 import logging
 from types import TracebackType
 
@@ -30,3 +32,23 @@ class LineFormatter(logging.Formatter):
 
 def _set_in(lines: str) -> str:
     return "\n".join(f"  | {printable(line)}" for line in lines.split("\n"))
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes one JSON object for each record, with the keys of the relay's log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        told = {
+            "timestamp": at.isoformat().replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            "module": record.module,
+            "func_name": record.funcName,
+            "lineno": record.lineno,
+        }
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told)

@@ -11,7 +11,7 @@ import trio
 from gpuworker.config import WorkerConfig
 from gpuworker.health import HealthService
 from gpuworker.identity import Identity
-from gpuworker.log_format import LineFormatter
+from gpuworker.log_format import JsonFormatter, LineFormatter
 from gpuworker.slots.process_slot import ProcessSlot
 from gpuworker.slots.slot import Slot
 from gpuworker.slots.thread_slot import ThreadSlot
@@ -25,9 +25,10 @@ from protocol.sd_notify import ServiceManager
 def run_worker(config: WorkerConfig) -> int:
     """Register with a relay and run its requests; returns the exit code (docs/design.md §11)."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    lines = LineFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    handler.setFormatter(JsonFormatter() if config.log_format == "json" else lines)
     logging.basicConfig(handlers=[handler])
-    logging.getLogger("gpuworker").setLevel(logging.INFO)
+    logging.getLogger("gpuworker").setLevel(config.log_level.upper())
     faulthandler.enable()  # systemd's watchdog ends a hung worker with SIGABRT: the log then shows where it hung
     try:
         return trio.run(_serve, config)

@@ -94,7 +94,7 @@ class Reload:
         """
         old = self.relay.config
         kept: dict[str, Any] = {name: getattr(old, name) for name in NEEDS_RESTART}
-        kept["log"] = attrs.evolve(new.log, format=old.log.format)
+        kept["log"] = attrs.evolve(new.log, format=old.log.format, callsite=old.log.callsite)
         if (old.tls is None) != (new.tls is None):
             kept["tls"] = old.tls
         applied = attrs.evolve(new, **kept)

@@ -229,6 +229,8 @@ class LogConfig:
 
     level: Annotated[str, choice("debug", "info", "warning", "error")] = "info"
     format: Annotated[Literal["auto", "console", "json"], choice("auto", "console", "json")] = "auto"
+    #: Whether each line names the module, function and line that wrote it; costs some microseconds a line.
+    callsite: Annotated[bool, boolean] = False
 
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)

@@ -22,6 +22,8 @@ from relayd.config.schema import LogConfig
 #: Loggers that log every step at `debug`.
 QUIET_LOGGERS = ("python_multipart",)
 _TOKEN = re.compile(r"(rly_[a-z]_)[A-Za-z0-9_-]{16,}")
+_PARAMETER = structlog.processors.CallsiteParameter
+_CALLSITE = (_PARAMETER.MODULE, _PARAMETER.FUNC_NAME, _PARAMETER.LINENO)
 #: Called with the logger's method and the event, for every event from `info` up, regardless of the log level.
 Tap = Callable[[str, EventDict], None]
 _taps: list[Tap] = []
@@ -71,6 +73,8 @@ def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    if config.callsite:
+        common.append(structlog.processors.CallsiteParameterAdder(_CALLSITE))
     render = _console_processors(stream.isatty()) if console else _json_processors()
     # On a terminal the standard library's handler formats the lines. JSON lines are written directly, which costs half
     # and matters because each connection and each request logs one.

@@ -1,6 +1,8 @@
 """`gpuworker run | engines | doctor`: what they print and how they exit."""
 
+import datetime
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from gpuworker.cli import main
 from gpuworker.config import ConfigError, WorkerConfig, add_run_options, read_config
 from gpuworker.engines.base import Missing
 from gpuworker.engines.espeak.engine import EspeakEngine
+from gpuworker.log_format import JsonFormatter
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Completed
 from protocol.wire.messages import Cancel, Drain, Draining, Register, Rejected
@@ -62,7 +65,7 @@ def test_run_has_defaults_for_everything_and_takes_relay_and_token_from_the_envi
 
 def test_run_tells_every_fault_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        config("--relay", "http://x", "--space", "a/b", "--slots", "0", "--engine", "nope", "--cancel-grace", "-1")
+        config("--relay", "ftp://x", "--space", "a/b", "--slots", "0", "--engine", "nope", "--cancel-grace", "-1")
     words = str(caught.value)
     for part in ("ws://", "a/b", "--slots 0", "nope", "--cancel-grace"):
         assert part in words
@@ -130,7 +133,7 @@ def test_doctor_tries_the_relay_and_the_token(tmp_path: Path, capsys: pytest.Cap
         assert call("doctor", "--json", "--relay", url) == 1
         found = relay_finding()
         assert (found["outcome"], "unauthenticated" in found["words"]) == ("failed", True)
-    assert call("doctor", "--relay", "http://x") == 2
+    assert call("doctor", "--relay", "ftp://x") == 2
 
 
 @pytest.mark.parametrize(
@@ -156,6 +159,51 @@ def test_doctor_names_the_gpu_that_nvidia_smi_sees(
     gpu = next(found for found in json.loads(capsys.readouterr().out) if found["what"] == "gpu")
     assert gpu["outcome"] == outcome
     assert words in gpu["words"]
+
+
+# -- settings and logs from the environment
+
+
+def test_every_option_can_be_set_in_the_environment_and_the_command_line_comes_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (
+        *(("SPACE", "a,b"), ("ENGINE", "mock"), ("OPTIONS", "speed=2 chunk_ms=50"), ("SLOTS", "3"), ("NAME", "box")),
+        *(("LOG_LEVEL", "debug"), ("DRAIN_TIMEOUT", "7"), ("ARGS", "--engine voxcpm"), ("PORT_80_TCP", "tcp://x")),
+    ):
+        monkeypatch.setenv(f"GPUWORKER_{name}", value)
+    told = config()
+    assert (told.spaces, told.engine, told.slots, told.name) == (("a", "b"), "mock", 3, "box")
+    assert (told.options["speed"], told.options["chunk_ms"]) == (2.0, 50)
+    assert (told.log_level, told.log_format, told.drain_timeout_s) == ("debug", "text", 7.0)
+    told = config("--space", "c", "-o", "speed=4", "--slots", "1", "--log-level", "error")
+    assert (told.spaces, told.options["speed"], told.slots, told.log_level) == (("c",), 4.0, 1, "error")
+    for variable, value, fault in (
+        ("GPUWORKER_SLOT", "2", "did you mean GPUWORKER_SLOTS?"),
+        ("GPUWORKER_LOG_LEVEL", "loud", "must be one of debug, info, warning, error"),
+        ("GPUWORKER_SLOTS", "many", "invalid int value: 'many'"),
+    ):
+        with monkeypatch.context() as wrong:
+            wrong.setenv(variable, value)
+            with pytest.raises(SystemExit) as ended:
+                config()
+        assert ended.value.code == 2
+        assert fault in capsys.readouterr().err
+
+
+def test_a_json_line_has_level_time_and_place_and_stays_one_line() -> None:
+    try:
+        raise RuntimeError("no\nway")
+    except RuntimeError as fault:
+        raised = (RuntimeError, fault, fault.__traceback__)
+    record = logging.LogRecord("gpuworker.x", logging.WARNING, "/a/place.py", 7, "said %s", ("a\nb",), raised, "do")
+    line = JsonFormatter().format(record)
+    told = json.loads(line)
+    assert "\n" not in line
+    assert (told["level"], told["event"], told["logger"]) == ("warning", "said a\nb", "gpuworker.x")
+    assert (told["module"], told["func_name"], told["lineno"]) == ("place", "do", 7)
+    assert datetime.datetime.fromisoformat(told["timestamp"]).timestamp() == pytest.approx(record.created, abs=1e-3)
+    assert "RuntimeError" in told["exception"]
 
 
 # -- `gpuworker run` as a process --------------------------------------------------------------------------------

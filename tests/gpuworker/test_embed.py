@@ -182,7 +182,7 @@ def test_wrong_arguments_are_raised_at_once() -> None:
     with pytest.raises(ValueError, match="is not a valid space name"):
         serve(speak, url="ws://127.0.0.1:1", space="no/space")
     with pytest.raises(ValueError, match="ws://"):
-        serve(speak, url="http://127.0.0.1:1", space="tts")
+        serve(speak, url="ftp://127.0.0.1:1", space="tts")
     with pytest.raises(ValueError, match="slots"):
         serve(speak, url="ws://127.0.0.1:1", space="tts", slots=0)
     with pytest.raises(EmbedError, match="async"):

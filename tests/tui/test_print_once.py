@@ -52,7 +52,7 @@ def test_without_a_relay_it_ends_with_3_and_names_the_socket(
 
 
 def test_a_wrong_url_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--once", "--url", "http://localhost"]) == 2
+    assert main(["--once", "--url", "ftp://localhost"]) == 2
     assert "ws://" in capsys.readouterr().err
 
 

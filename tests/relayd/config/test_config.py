@@ -170,7 +170,7 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
         ("max_workers = 1", "max_workers: is not a setting; did you mean spaces.NAME.max_workers?"),
         ("dead_after_s = 20", "dead_after_s: is not a setting; did you mean limits.dead_after_s?"),
         ("behind_prox = true", "behind_prox: is not a setting; did you mean behind_proxy?"),
-        ("[log]\nxyzzy = 1", "log.xyzzy: is not a setting; the settings here are format, level"),
+        ("[log]\nxyzzy = 1", "log.xyzzy: is not a setting; the settings here are callsite, format, level"),
         ('[tls]\ncert = "relayd.toml"', "tls.key: is required"),
         ('[tls]\ncert = "relayd.toml"\nkey = "missing.pem"', "missing.pem: No such file or directory"),
         ("listen = ", "is not TOML: Invalid value (at end of document)"),

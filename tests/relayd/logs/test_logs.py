@@ -52,6 +52,18 @@ def test_away_from_a_terminal_each_line_is_a_json_object() -> None:
     }
 
 
+def test_lines_name_their_place_in_the_code_where_that_is_asked_for() -> None:
+    stream = io.StringIO()
+    set_up_logs(LogConfig(callsite=True), stream)
+    get_logger("relayd.x").info("here")
+    logging.getLogger("other").warning("there")
+    for line in stream.getvalue().splitlines():
+        told = json.loads(line)
+        assert told["module"] == "test_logs"
+        assert told["func_name"].startswith("test_lines_name_their_place")
+        assert told["lineno"] > 0
+
+
 def test_on_a_terminal_lines_are_for_people() -> None:
     stream = Terminal()
     set_up_logs(LogConfig(), stream)
