@@ -19,6 +19,8 @@ Params (all but `text` optional):
 | output | `audio`, or `text`: one word in each chunk as `output` instead of audio |
 | fail | {how: raise, hang, exit or slow; at: the chunk before which, from 0; seconds: of `slow` (1); \
 code: of `exit` (3); retryable: of `raise`} |
+
+The inputs `audio`, `video` and `file` are optional: an `output` before all else tells type, size and SHA-256 of each.
 """
 
 import hashlib
@@ -44,7 +46,7 @@ from gpuworker.engines.base import (
     OutputChunk,
     ProgressChunk,
 )
-from protocol.wire.structs import AudioFormat
+from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import Value
 
 NOTE_MS = 200
@@ -82,6 +84,13 @@ PARAMS: dict[str, Value] = {
     "required": ["text"],
     "additionalProperties": False,
 }
+
+INPUTS = {name: InputRule() for name in ("audio", "video", "file")}
+
+
+def _described(given: EngineInput) -> Value:
+    digest = hashlib.sha256(given.data).hexdigest()
+    return {"media_type": given.media_type, "size": len(given.data), "sha256": digest}
 
 
 class Tune:
@@ -157,6 +166,7 @@ class MockEngine(Engine):
             reproducible=bool(self.options["reproducible"]),
             fingerprint=cut,
             params=PARAMS,
+            inputs=INPUTS,
         )
 
     def load(self) -> None:
@@ -171,8 +181,9 @@ class MockEngine(Engine):
         return None if params.get("output") == "text" else self._format
 
     def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
-        """Yield the tune, or the words, at the requested pace."""
-        del inputs
+        """Yield what came as inputs, then the tune, or the words, at the requested pace."""
+        if inputs:
+            yield OutputChunk({name: _described(each) for name, each in inputs.items()})
         text = params["text"]
         chunk_s = self._figure(params, "chunk_ms") / 1000
         speed = self._figure(params, "speed")

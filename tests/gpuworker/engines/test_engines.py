@@ -68,6 +68,14 @@ def mock() -> MockEngine:
     return engine
 
 
+def test_mock_tells_which_inputs_came(mock: MockEngine) -> None:
+    assert set(mock.capabilities.inputs) == {"audio", "video", "file"}
+    first, *tune = mock.generate({"text": "a", "speed": 0}, {"file": EngineInput(b"abc", "text/plain")})
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert first == OutputChunk({"file": {"media_type": "text/plain", "size": 3, "sha256": digest}})
+    assert tune == list(mock.generate({"text": "a", "speed": 0}, {}))
+
+
 def test_mock_audio_is_a_pure_function_of_text_and_seed_however_it_is_cut(mock: MockEngine) -> None:
     params = {"text": "hello", "seed": 3, "duration_s": 2.0}
     end, chunks = run(mock, params)
