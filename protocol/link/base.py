@@ -258,7 +258,7 @@ class Link(Carrier):
         kept, self._inbox, self._inbox_bytes = self._inbox or (), None, 0
         self.reading_paused, was_paused = False, self.reading_paused
         for is_text, group in groupby(kept, lambda message: isinstance(message, str)):
-            if self.closing is not None or self.end_kind is LinkClosed:
+            if self.closed_here:
                 break  # closed by the handler, or by this side earlier
             if (inbox := self._paused_inbox()) is not None:
                 inbox.extend(group)  # the handler has called `pause`
@@ -267,8 +267,10 @@ class Link(Carrier):
                     handler.on_text(str(text))
             else:
                 handler.on_messages([message for message in group if isinstance(message, bytes)])
-        if was_paused and not self.reading_paused:
-            self._resume_reading()
+        if was_paused:
+            self.received_at = trio.current_time()  # what has come meanwhile was not read
+            if not self.reading_paused:
+                self._resume_reading()
         if self.gone is not None:
             self._schedule_notify()
 
@@ -374,6 +376,11 @@ class Link(Carrier):
         if self.closing is not None and self.end_kind is None:
             return LinkClosed(self.reason or "closed")
         return None if self.end_kind is None else self.end_kind(self.reason)
+
+    @property
+    def closed_here(self) -> bool:
+        """Whether this side has closed: what the peer has sent no longer counts."""
+        return self.closing is not None or self.end_kind is LinkClosed
 
     def abort(self, reason: str) -> None:
         """Break the link now from this side: nothing more is sent, and the transport is cut."""
@@ -568,7 +575,7 @@ class Link(Carrier):
             case Alive(check_at, ping):
                 if ping:
                     self._ping_due = now + self._limits.ping_interval_s
-                    if self._pinged_at is None:  # one ping in flight is enough: TCP loses none
+                    if self._pinged_at is None or self.reading_paused:  # one ping in flight is enough: TCP loses none
                         self._pings = (self._pings + 1) & 0xFFFF_FFFF
                         self._pinged_at = now
                         self._send_control(PING, self._pings.to_bytes(4, "big"))

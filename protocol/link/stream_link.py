@@ -67,6 +67,8 @@ class StreamLink(Link):
 
     def _schedule_notify(self) -> None:
         self._sooner.set()
+        if self.stopped:  # its tasks have ended, and nobody else would notify the handler
+            self.notify_closed()
 
     def _resume_reading(self) -> None:
         self._wake()

@@ -4,6 +4,7 @@ A token has 256 random bits, so it cannot be guessed; the throttle only limits t
 accepted: clients that share an address with a program using an old token must not be locked out.
 """
 
+import ipaddress
 from collections import OrderedDict, deque
 
 import attrs
@@ -32,8 +33,9 @@ class LoginThrottle:
         Returns:
             None, or if `address` has failed too often, the seconds until it may try again.
         """
-        times = self._times.setdefault(address, deque(maxlen=MAX_FAILURES))
-        self._times.move_to_end(address)
+        network = network_of(address)
+        times = self._times.setdefault(network, deque(maxlen=MAX_FAILURES))
+        self._times.move_to_end(network)
         if len(self._times) > MAX_ADDRESSES:
             self._times.popitem(last=False)
         if len(times) == MAX_FAILURES and now - times[0] < WINDOW_S:
@@ -43,7 +45,7 @@ class LoginThrottle:
 
     def is_throttled(self, address: str, now: float) -> bool:
         """Whether the next failure of `address` would be one too many."""
-        times = self._times.get(address)
+        times = self._times.get(network_of(address))
         return times is not None and len(times) == MAX_FAILURES and now - times[0] < WINDOW_S
 
 
@@ -55,3 +57,13 @@ def address_of(peer: str) -> str:
     """
     has_port = peer.startswith("[") or peer.count(":") == 1
     return peer.rpartition(":")[0] if has_port else peer
+
+
+def network_of(peer: str) -> str:
+    """The address in `peer`, without its port; for IPv6, the /64 it is in."""
+    address = address_of(peer).strip("[]").partition("%")[0]
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network((ip, 64), strict=False)) if ip.version == 6 else address

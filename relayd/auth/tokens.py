@@ -191,9 +191,10 @@ class TokenRegistry:
             f"{why}: set RELAY_TOKEN or RELAY_TOKEN_FILE; {_command(hello.role)} creates one on the relay's machine",
         )
 
-    def is_known(self, text: str) -> bool:
-        """Whether a token is one of the relay's, live or not; cheaper than a login."""
-        return hash_token(text) in self._by_sha256
+    def owner_of(self, text: str, now: float) -> str | None:
+        """The principal of a live token; None for any other text. Cheaper than a login."""
+        record = self._by_sha256.get(hash_token(text))
+        return record.principal if record is not None and record.live(now) else None
 
     def client_of(self, token_id: str, now: float) -> Principal | None:
         """The principal of a token that may log in as a client at `now`, in Unix seconds; None if there is none."""
@@ -343,7 +344,7 @@ def _principal(record: TokenRecord, role: str, *, readonly: bool = False) -> Pri
         role=role,
         spaces=record.spaces,
         token_id=record.token_id,
-        readonly=readonly,
+        readonly=readonly or record.readonly,
         limits=record.limits,
         expires_at=record.expires_at,
     )

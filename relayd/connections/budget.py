@@ -5,7 +5,6 @@ next, first of the address that has most. A peer that logs in does so within mil
 the unix socket are never counted, so that an operator always gets in.
 """
 
-import ipaddress
 import resource
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ import attrs
 import structlog
 import trio
 
-from relayd.auth.login_throttle import LoginThrottle, address_of
+from relayd.auth.login_throttle import LoginThrottle, address_of, network_of
 from relayd.auth.tokens import PeerCredentials
 from relayd.config.schema import Config
 from relayd.net.proxies import is_trusted
@@ -180,13 +179,3 @@ class ConnectionBudget:
             log.warning(
                 "connections dropped before their login", count=self.dropped - reported, waiting=len(self._strangers)
             )
-
-
-def network_of(peer: str) -> str:
-    """The address in `peer`, without its port; for IPv6, the /64 it is in."""
-    address = address_of(peer).strip("[]").partition("%")[0]
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    return str(ipaddress.ip_network((ip, 64), strict=False)) if ip.version == 6 else address

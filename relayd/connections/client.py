@@ -170,7 +170,7 @@ class ClientHandler:
         return len(messages)
 
     def _handle_message(self, data: bytes) -> None:
-        if self.link.gone is not None:
+        if self.link.closed_here:
             return
         try:
             message = decode(data, self.accepted_types)
@@ -264,7 +264,11 @@ class ClientHandler:
     def _refuse_reader(self, request_id: str) -> Rejected | None:
         most = limits_of(self.principal, self.relay.config.limits.principal).max_readers
         name, clients = self.principal.name, self.relay.clients.values()
-        if request_id in self.readers or sum(len(c.readers) for c in clients if c.principal.name == name) < most:
+        if request_id in self.readers:
+            return None
+        # After a cut, the connection before may still be there with its readers: each request counts once.
+        read = {key for client in clients if client.principal.name == name for key in client.readers}
+        if request_id in read or len(read) < most:
             return None
         return _rate_limited(request_id, f"{name!r} may read {most} requests at once; leave one first", RETRY_S)
 

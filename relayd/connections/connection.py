@@ -71,7 +71,7 @@ class Connection:
         assert self.role_handler is not None
         try:
             handled = self.role_handler.on_messages(messages)
-            if handled < len(messages) and self.usage is not None and self.link.gone is None:
+            if handled < len(messages) and self.usage is not None and not self.link.closed_here:
                 self.link.pause(messages[handled:])
                 self.relay.principals.defer(self.usage, self)
         except ProtocolError as fault:

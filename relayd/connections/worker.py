@@ -224,7 +224,8 @@ class WorkerHandler:
                     if not usage.charge(ended - began, trio.current_time()):
                         return number
                     began = ended
-        self._flush_run(run)
+        if self._flush_run(run) and usage is not None:
+            usage.charge(time.thread_time() - began, trio.current_time())
         return len(messages)
 
     def forward_audio(self, data: bytes) -> bool:
@@ -237,14 +238,18 @@ class WorkerHandler:
             pcm_bytes >= 0 and not pcm_bytes % active.sample_bytes and self._add(active, [data], len(data), pcm_bytes)
         )
 
-    def _flush_run(self, run: dict[bytes, list[bytes]]) -> None:
+    def _flush_run(self, run: dict[bytes, list[bytes]]) -> bool:
+        """Add the frames of a run to their logs; returns whether some had to be decoded."""
+        decoded = False
         for prefix, frames in run.items():
             active = self._active.get(prefix)
             pcm_bytes = match_audio_run(frames, active.log.next_seq, active.sample_bytes) if active is not None else -1
             if active is None or pcm_bytes < 0 or not self._add(active, frames, sum(map(len, frames)), pcm_bytes):
+                decoded = True
                 for data in frames:
                     self._handle_message(data)
         run.clear()
+        return decoded
 
     def _handle_message(self, data: bytes) -> None:
         """Decode and handle a message of any type."""

@@ -5,6 +5,7 @@ are refused with `rate_limited`. Local users of the unix socket and operators ar
 """
 
 import heapq
+import time
 from collections import deque
 from collections.abc import Iterable
 from itertools import count
@@ -76,12 +77,14 @@ class PrincipalUsage:
     name: str
     cpu: TokenBucket
     requests: TokenBucket
-    #: Ended requests of it that are remembered; None for the setting.
+    #: Ended requests of it that are remembered; None until its first submit.
     max_retained: int | None = None
     #: Connections whose messages wait for the principal's share, in order of turn.
     deferred: deque[Deferrable] = attrs.field(factory=deque)
     #: Whether the latest has its turn first: in a flood of strangers, those who came before may be gone by now.
     newest_first: bool = False
+    #: All time charged so far.
+    charged_s: float = 0.0
     #: Whether a time is set at which they have their turn.
     scheduled: bool = False
 
@@ -89,6 +92,7 @@ class PrincipalUsage:
         """Account for time spent on the principal's messages; False where its share is used up for now."""
         self.cpu.refill(now)
         self.cpu.level -= cpu_s
+        self.charged_s += cpu_s
         return self.cpu.level > 0.0
 
 
@@ -141,7 +145,16 @@ class Principals:
         Args:
             cost_s: what the turn is expected to take of the event loop's time.
         """
-        usage = self.usage_of(_STRANGERS)
+        await self._wait_turn(self.usage_of(_STRANGERS), cost_s)
+
+    async def wait_refused_turn(self, name: str, cost_s: float) -> None:
+        """Wait for a principal's turn if it has used up its requests, so that refusing more costs only its share."""
+        usage = self.usage_of(name)
+        usage.requests.refill(trio.current_time())
+        if usage.requests.level < 1.0:
+            await self._wait_turn(usage, cost_s)
+
+    async def _wait_turn(self, usage: PrincipalUsage, cost_s: float) -> None:
         if usage.deferred or not usage.charge(0.0, trio.current_time()):
             turn = _Turn(usage, cost_s)
             self.defer(usage, turn)
@@ -177,16 +190,20 @@ class Principals:
             if not self._due or self._due[0][0] > trio.current_time():
                 continue
             _, _, usage = heapq.heappop(self._due)
-            usage.scheduled = False
             usage.cpu.refill(trio.current_time())
             turns = len(usage.deferred)
             while turns and usage.cpu.level >= 0.0:
                 turns -= 1
                 connection = usage.deferred.pop() if usage.newest_first else usage.deferred.popleft()
+                began, charged_s = time.thread_time(), usage.charged_s
                 try:
                     connection.resume()
                 except Exception:
                     log.exception("internal error in turn", principal=usage.name)
+                # The handlers have charged for the messages; what a long list of them costs to keep comes on top.
+                spent_s = time.thread_time() - began - (usage.charged_s - charged_s)
+                usage.charge(max(0.0, spent_s), trio.current_time())
+            usage.scheduled = False
             if usage.deferred:
                 self._schedule(usage, trio.current_time())
 

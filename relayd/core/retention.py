@@ -306,8 +306,9 @@ class Retention:
                 relay.store.post(DeleteRequest(request.request_id))
 
     def _max_retained(self, principal: str) -> int:
+        """The limit of its latest submit; after a restart there is none until it submits again."""
         own = self.relay.principals.usage_of(principal).max_retained
-        return self.relay.config.limits.principal.max_retained if own is None else own
+        return MAX_ENDED if own is None else own
 
 
 def _heaviest_first(requests: Sequence[Request], weigh: Callable[[Request], int]) -> Iterator[Request]:

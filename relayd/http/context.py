@@ -107,8 +107,13 @@ class HttpContext:
 
     async def wait_turn(self, slot: Slot, token: str) -> None:
         """Wait until a request may be answered: those without a token of the relay's have a share together."""
-        if slot.credentials is None and not (token and self.tokens.is_known(token)):
+        if slot.credentials is not None:
+            return
+        owner = self.tokens.owner_of(token, time.time()) if token else None
+        if owner is None:
             await self.relay.principals.wait_stranger_turn(STRANGER_COST_S)
+        else:
+            await self.relay.principals.wait_refused_turn(owner, STRANGER_COST_S)
 
     def full_message(self, principal: Principal) -> str | None:
         """Why a principal may not have one more request answered at this moment; None if it may."""

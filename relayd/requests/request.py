@@ -281,9 +281,14 @@ class Request:
 
 
 def content_hash(submit: Submit) -> bytes:
-    """Return the SHA-256 of a `submit` without its id; the order of keys in its maps does not matter."""
+    """Return the SHA-256 of what a `submit` asks for; the order of keys in its maps does not matter.
+
+    Its id does not count, nor do priority and timeouts: an operator's limits change them, and a submit that is sent
+    again after such a change is still the same request.
+    """
     wire = submit.to_map()
-    del wire["request_id"]
+    for name in ("request_id", "priority", "queue_timeout_s", "run_timeout_s"):
+        wire.pop(name, None)
     return hashlib.sha256(msgpack.packb(_with_sorted_keys(wire))).digest()
 
 

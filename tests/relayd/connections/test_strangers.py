@@ -10,8 +10,8 @@ import trio
 from protocol.client.address import parse_address
 from protocol.link.dial import open_link
 from protocol.wire.errors import ConnectError
-from relayd.auth.login_throttle import MAX_FAILURES
-from relayd.connections.budget import ConnectionBudget, ConnectionSlot, network_of
+from relayd.auth.login_throttle import MAX_FAILURES, network_of
+from relayd.connections.budget import ConnectionBudget, ConnectionSlot
 from tests.support.relay import a_config, daemon, kept_logs, new_token, peer, until
 
 

@@ -69,6 +69,21 @@ async def test_a_principal_in_debt_waits_and_another_does_not(autojump_clock: tr
 
 
 @pytest.mark.trio
+async def test_a_connection_that_waits_again_and_again_is_scheduled_once(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    principals = Principals()
+    usage = principals.usage_of("busy")
+    turn = Turn(usage, principals, 0.01, 200)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(principals.serve)
+        principals.defer(usage, turn)
+        await until(lambda: turn.left < 50)
+        assert len(principals._due) <= 1
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
 async def test_messages_beyond_the_share_wait_and_come_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +102,7 @@ async def test_a_client_that_leaves_while_it_waits_for_its_turn_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relayd.core.principals.CPU_BURST_S", 1e-9)
-    monkeypatch.setattr("relayd.core.principals.CPU_SHARE", 1e-3)
+    monkeypatch.setattr("relayd.core.principals.CPU_SHARE", 0.02)
     async with daemon(tmp_path) as relay:
         async with peer(relay.url, "client", await new_token(relay)) as client:
             for number in range(100):
@@ -152,13 +167,15 @@ async def test_readers_are_limited(tmp_path: Path) -> None:
     async with daemon(tmp_path, **limited(max_readers=1)) as relay:
         token = await new_token(relay)
         async with peer(relay.url, "client", token) as client, peer(relay.url, "client", token) as other:
-            submit = a_submit()
+            submit, one_more = a_submit(), a_submit()
             client.send(submit)
             await client.next(Queued)
-            other.send(Attach(request_id=submit.request_id))
-            assert (await other.next(Rejected)).code == "rate_limited"
-            client.send(Attach(request_id=submit.request_id))  # in place of its own reader
-            await client.next(Queued)
+            client.send(one_more)
+            refused = await client.next(Rejected)
+            assert (refused.request_id, refused.code) == (one_more.request_id, "rate_limited")
+            for peer_ in (client, other):  # its own again, also from a new connection after a cut, counts once
+                peer_.send(Attach(request_id=submit.request_id))
+                await peer_.next(Queued)
 
 
 @pytest.mark.trio
@@ -177,7 +194,7 @@ async def test_a_client_cannot_exceed_the_priority_and_the_timeouts_that_the_ope
                 request = relay.relay.requests[submit.request_id]
                 assert request.entry.priority == priority
                 assert (request.queue_timeout_s, request.run_timeout_s) == timeouts
-                client.send(submit)  # and it is still the same request
+                client.send(attrs.evolve(submit, priority=3, run_timeout_s=2e6))  # and it is still the same request
                 await client.next(Queued)
 
 

@@ -40,6 +40,11 @@ def _bytes_per_principal(entries: Iterable[ScheduledRequest]) -> Counter[str]:
     return total
 
 
+def can_take(entry: ScheduledRequest, worker: WorkerState) -> bool:
+    """Whether a worker would make the frames that a client has already, or none are needed."""
+    return not entry.has_output or entry.retry == "always" or entry.reproducible == worker.reproducible
+
+
 @attrs.define
 class Box:
     """A worker as it is: what it was handed and has not let go of, linked or not."""
@@ -367,8 +372,18 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if space.name == "other" and any(e.principal == entry.principal for e in space.running.values()):
                     continue
                 for worker in linked:
-                    mismatch = entry.has_output and entry.retry != "always"
-                    assert entry.request_id in worker.held or (mismatch and entry.reproducible != worker.reproducible)
+                    assert (
+                        entry.request_id in worker.held
+                        or not can_take(entry, worker)
+                        or (worker.worker_id in entry.failed_on and self.untried(entry))
+                    )
+
+    def untried(self, entry: ScheduledRequest) -> bool:
+        """Whether another worker, free or not, could run a request that has failed on some."""
+        return any(
+            worker.slots and not worker.draining and worker.worker_id not in entry.failed_on and can_take(entry, worker)
+            for worker in self.scheduler.state.workers_of(entry.space)
+        )
 
     @invariant()
     def places_are_told_for_all_that_wait(self) -> None:

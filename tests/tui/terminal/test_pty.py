@@ -127,7 +127,7 @@ def test_without_a_terminal_it_says_what_to_do_instead() -> None:
 
 
 def test_a_wrong_url_is_told_before_there_is_a_screen() -> None:
-    with on_a_pty(["-m", "tui.cli", "--url", "http://localhost"]) as terminal:
+    with on_a_pty(["-m", "tui.cli", "--url", "ftp://localhost"]) as terminal:
         assert terminal.wait(20) == 2
         terminal.read_for(0.1)
         assert b"\x1b[?1049h" not in terminal.output

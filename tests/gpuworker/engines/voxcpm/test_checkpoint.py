@@ -66,7 +66,7 @@ def test_bfloat16_ones_speak_too(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"voxcpm1\.5 are not known"):
+    with pytest.raises(ValueError, match=r"voxcpm1\.5 are unknown"):
         write_checkpoint(tmp_path, "voxcpm1.5", size="full")
     with pytest.raises(ValueError, match="trial runs"):
         write_checkpoint(tmp_path, "voxcpm2", size="full", stop=12)
