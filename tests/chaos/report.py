@@ -5,6 +5,7 @@ import itertools
 import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import attrs
 import trio
@@ -15,6 +16,8 @@ from tests.chaos.workload import SAMPLE_BYTES, Plan
 
 #: The line that `gpuworker.executor` logs at the start of an attempt.
 _BEGUN = re.compile(r"request ([0-9a-f]{8}) of \S+: attempt (\d+) in space")
+#: The line that it logs when an attempt whose inputs had not all arrived is given back: it never ran.
+_NEVER_RAN = re.compile(r"request ([0-9a-f]{8}): attempt (\d+) dropped: the link was lost before its inputs")
 #: Time in which the relay detects a lost connection: `dead_after_s` and a margin.
 SEEN_S = 3.0
 #: Pauses up to this are those of a busy machine.
@@ -169,6 +172,9 @@ class Ledger:
         self.note(name, line)
         if (found := _BEGUN.search(line)) and (case := self._by_short.get(found[1])):
             case.begun.append((int(found[2]), name))
+        elif (found := _NEVER_RAN.search(line)) and (case := self._by_short.get(found[1])):
+            with suppress(ValueError):
+                case.begun.remove((int(found[2]), name))
 
     def _record_relay_line(self, line: str) -> None:
         entry = as_json(line)

@@ -190,3 +190,15 @@ async def test_faults_of_workers_that_did_not_run_it_excuse_nothing() -> None:
     assert ledger.causes(case, now + 2) == KILLED
     ledger.close_case(case)
     assert ledger.complaints == [f"x ({case.request_id}): attempt 1 ran on a, which the relay has not logged"]
+
+
+@pytest.mark.trio
+async def test_an_attempt_whose_inputs_never_arrived_did_not_run() -> None:
+    ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+    case = ledger.open_case(PLAN, "00" * 16, "client 1")
+    ledger.record_line("a", f"INFO request {case.short} of alice: attempt 1 in space 'tts'")
+    dropped = "dropped: the link was lost before its inputs had arrived"
+    for who in ("b", "a", "a"):
+        ledger.record_line(who, f"INFO request {case.short}: attempt 1 {dropped}")
+    ledger.record_line("a", f"INFO request {case.short} of alice: attempt 2 in space 'tts'")
+    assert case.begun == [(2, "a")]
