@@ -95,7 +95,8 @@ async def test_what_still_waits_is_never_forgotten(tmp_path: Path) -> None:
 
 @pytest.mark.trio
 async def test_over_their_number_the_oldest_go_and_those_that_are_read_stay(tmp_path: Path) -> None:
-    async with ended(tmp_path, 3, limits={"principal": {"max_retained": 1}}) as (relay, (first, second, third)):
+    async with ended(tmp_path, 3) as (relay, (first, second, third)):
+        relay.relay.principals.usage_of("ann").max_retained = 1
         first.principal = second.principal = third.principal = "ann"  # a local user has no limits
         with read(first.log):
             relay.relay.results._reap(trio.current_time())
