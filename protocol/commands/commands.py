@@ -123,7 +123,7 @@ async def _submit(args: argparse.Namespace, progress: Progress, params: dict[str
                     raise
                 await _follow(relay, args, sink, params | texts, inputs)
     except EncodeError as fault:
-        raise ValueError(f"the request cannot be sent: {fault.told_in('params')}") from fault
+        raise ValueError(f"the request cannot be sent: {fault.describe_in('params')}") from fault
     finally:
         sink.close()
 

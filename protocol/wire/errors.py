@@ -123,7 +123,7 @@ class EncodeError(ValueError):
         """Return `fields`, as somebody knows them who wrote only what is in the field `name` of the message."""
         return {where.removeprefix(f"{name}."): words for where, words in self.fields.items()}
 
-    def told_in(self, name: str) -> str:
+    def describe_in(self, name: str) -> str:
         """Return `fields_in` as a sentence; if no single value is at fault, the message."""
         return "; ".join(f"{where} {words}" for where, words in self.fields_in(name).items()) or str(self)
 

@@ -124,7 +124,7 @@ class Admission:
             encode(_largest_assign(submit, principal))
         except EncodeError as fault:
             faults = fault.fields_in("params")
-            message = f"the request cannot be sent to a worker: {fault.told_in('params')}"
+            message = f"the request cannot be sent to a worker: {fault.describe_in('params')}"
             return Rejected.because(ErrorCode.INVALID_PARAMS, message, request_id=request_id, details=dict(faults))
         return self._refuse_share(submit, principal, limits) or self._refuse_inputs(submit, space)
 

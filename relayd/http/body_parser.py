@@ -267,14 +267,16 @@ class BodyReader:
         """
         if self._over:
             raise StopAsyncIteration
-        exchange = exchange_of(self.request)
+        exchange, context = exchange_of(self.request), context_of(self.request)
         due = min(trio.current_time(), self._began + self._size / MIN_BYTES_S) + BODY_STALL_S
         with trio.move_on_at(due) as patience:
             exchange.reading = patience
+            if context.leaving:  # the cancellation met the piece before, or came before the first
+                patience.cancel()
             event = await self.request.receive()
         exchange.reading = None
         if patience.cancelled_caught:
-            if context_of(self.request).leaving:
+            if context.leaving:
                 message = "the relay is shutting down; send the request again when it is back"
                 raise HttpError(ErrorCode.SHUTTING_DOWN, message, retry_after_s=5.0)
             message = f"the body arrived too slowly, and was abandoned after {self._size} bytes; send the request again"

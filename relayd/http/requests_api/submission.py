@@ -89,8 +89,8 @@ def build_submit(request_id: str, space: Space, body: Body) -> Submit:
     try:
         submit = decode(pack(wire | options), FROM_CLIENT)
     except EncodeError as fault:
-        told, faults = fault.told_in("params"), fault.fields_in("params")
-        raise HttpError(ErrorCode.INVALID_PARAMS, told, details=faults) from None
+        message, faults = fault.describe_in("params"), fault.fields_in("params")
+        raise HttpError(ErrorCode.INVALID_PARAMS, message, details=faults) from None
     except ProtocolError as fault:
         raise HttpError(ErrorCode.INVALID_PARAMS, str(fault)) from None
     assert isinstance(submit, Submit)

@@ -1,6 +1,7 @@
 """A submitted request at the client: its frames, its end, and what happens when the program leaves early."""
 
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -8,6 +9,7 @@ import trio.testing
 
 from protocol import (
     ConnectError,
+    RelayClient,
     RequestCancelled,
     RequestFailed,
     RequestRejected,
@@ -33,7 +35,7 @@ from protocol.wire.messages import (
 )
 from protocol.wire.validators import Message
 from tests.protocol.client.scripted_client import A, B, all_audio, relay_with
-from tests.support.scripted_relay import ID, URL, Connection, FakeRelay, failed, frames, speak
+from tests.support.scripted_relay import ID, URL, Connection, FakeRelay, Script, failed, frames, speak
 
 
 async def take_by(way: str, stream: Stream, got: list[object]) -> None:
@@ -246,6 +248,19 @@ async def test_what_has_ended_or_was_cancelled_by_leaving_is_not_left_again(
     assert [type(message) for message in heard] == [Submit, Submit, Cancel, Attach]
 
 
+@asynccontextmanager
+async def connected_once(script: Script) -> AsyncIterator[RelayClient]:
+    """A client whose first connection goes as `script` says; it never gets another one."""
+
+    async def refuse(_address: Address) -> trio.abc.Stream:
+        raise ConnectError("down")
+
+    async with trio.open_nursery() as nursery:
+        ways = [FakeRelay(nursery, script).connect]
+        async with open_relay(URL, connect_to=lambda address: (ways.pop() if ways else refuse)(address)) as relay:
+            yield relay
+
+
 @pytest.mark.trio
 async def test_leaving_what_is_only_read_while_the_link_is_down_waits_for_nothing(
     autojump_clock: trio.testing.MockClock,
@@ -254,18 +269,12 @@ async def test_leaving_what_is_only_read_while_the_link_is_down_waits_for_nothin
         await connection.expect(Attach)
         await connection.cut()
 
-    async def no_way(_address: Address) -> trio.abc.Stream:
-        raise ConnectError("down")
-
-    async with trio.open_nursery() as nursery:
-        fake = FakeRelay(nursery, script)
-        ways = [fake.connect]
-        began = 0.0
-        async with open_relay(URL, connect_to=lambda address: (ways.pop() if ways else no_way)(address)) as relay:
-            async with relay.attach(ID):
-                await trio.sleep(20)
-                began = trio.current_time()
-            assert trio.current_time() == began
+    began = 0.0
+    async with connected_once(script) as relay:
+        async with relay.attach(ID):
+            await trio.sleep(20)
+            began = trio.current_time()
+        assert trio.current_time() == began
 
 
 @pytest.mark.trio
@@ -274,15 +283,9 @@ async def test_leaving_while_the_link_is_down_ends_within_two_seconds(autojump_c
         await connection.accept()
         await connection.cut()
 
-    async def no_way(_address: Address) -> trio.abc.Stream:
-        raise ConnectError("down")
-
-    async with trio.open_nursery() as nursery:
-        fake = FakeRelay(nursery, script)
-        ways = [fake.connect]
-        began = 0.0
-        async with open_relay(URL, connect_to=lambda address: (ways.pop() if ways else no_way)(address)) as relay:
-            async with relay.submit("tts"):
-                await trio.sleep(20)
-                began = trio.current_time()
-            assert trio.current_time() - began == pytest.approx(2.0)
+    began = 0.0
+    async with connected_once(script) as relay:
+        async with relay.submit("tts"):
+            await trio.sleep(20)
+            began = trio.current_time()
+        assert trio.current_time() - began == pytest.approx(2.0)

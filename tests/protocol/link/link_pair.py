@@ -11,6 +11,7 @@ from wsproto.events import AcceptConnection, Event, Request
 from protocol.client.address import Address
 from protocol.link.base import Link
 from protocol.link.dial import open_link
+from protocol.link.limits import LinkLimits
 from protocol.wire.messages import SUBPROTOCOL
 from tests.support.scripted_relay import ADDRESS, accept_link
 
@@ -70,9 +71,11 @@ class RawPeer:
 
 
 @asynccontextmanager
-async def link_to_raw_peer() -> AsyncIterator[tuple[Link, RawPeer]]:
-    """A client's link to a `RawPeer`."""
-    ours, theirs = trio.testing.memory_stream_pair()
+async def link_to_raw_peer(
+    *, limits: LinkLimits | None = None, lockstep: bool = False
+) -> AsyncIterator[tuple[Link, RawPeer]]:
+    """A client's link to a `RawPeer`; with `lockstep` nothing is buffered: a send waits until the peer receives."""
+    ours, theirs = trio.testing.lockstep_stream_pair() if lockstep else trio.testing.memory_stream_pair()
     peer = RawPeer(theirs)
 
     async def connect(_address: Address) -> trio.abc.Stream:
@@ -81,5 +84,5 @@ async def link_to_raw_peer() -> AsyncIterator[tuple[Link, RawPeer]]:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.accept)
-        async with open_link(ADDRESS, connect_to=connect) as link:
+        async with open_link(ADDRESS, connect_to=connect, limits=limits) as link:
             yield link, peer

@@ -4,56 +4,35 @@ import pytest
 import trio
 import trio.testing
 
-from protocol.client.address import Address
 from protocol.link import base
-from protocol.link.dial import open_link
 from protocol.link.limits import LinkLimits
 from protocol.wire.errors import LinkBroken
 from protocol.wire.frames import MAX_MESSAGE_BYTES
-from tests.protocol.link.link_pair import RawPeer, link_pair
-from tests.support.scripted_relay import ADDRESS
+from tests.protocol.link.link_pair import link_pair, link_to_raw_peer
 
 
 @pytest.mark.trio
 async def test_backlog_over_its_bound_breaks_the_link_as_a_slow_consumer(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    ours, theirs = trio.testing.lockstep_stream_pair()  # takes nothing that nobody reads
-    peer = RawPeer(theirs)
-
-    async def connect(_address: Address) -> trio.abc.Stream:
-        await trio.lowlevel.checkpoint()
-        return ours
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(peer.accept)
-        async with open_link(ADDRESS, connect_to=connect, limits=LinkLimits(max_backlog_bytes=5000)) as link:
-            for _ in range(5):
-                link.send_nowait(b"x" * 1000)
-            assert link.backlog_bytes == 5000
-            with pytest.raises(LinkBroken, match="slow_consumer"):
-                link.send_nowait(b"x")
-            with pytest.raises(LinkBroken, match="slow_consumer"):
-                await link.receive()
+    async with link_to_raw_peer(limits=LinkLimits(max_backlog_bytes=5000), lockstep=True) as (link, _peer):
+        for _ in range(5):
+            link.send_nowait(b"x" * 1000)
+        assert link.backlog_bytes == 5000
+        with pytest.raises(LinkBroken, match="slow_consumer"):
+            link.send_nowait(b"x")
+        with pytest.raises(LinkBroken, match="slow_consumer"):
+            await link.receive()
 
 
 @pytest.mark.trio
 async def test_a_send_that_makes_no_way_ends_the_link_at_its_deadline(autojump_clock: trio.testing.MockClock) -> None:
-    ours, theirs = trio.testing.lockstep_stream_pair()
-    peer = RawPeer(theirs)
-
-    async def connect(_address: Address) -> trio.abc.Stream:
-        await trio.lowlevel.checkpoint()
-        return ours
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(peer.accept)
-        async with open_link(ADDRESS, connect_to=connect, limits=LinkLimits(send_timeout_s=3)) as link:
-            link.send_nowait(b"nobody takes this")
-            began = trio.current_time()
-            with pytest.raises(LinkBroken, match="accepted no data for 3 s"):
-                await link.receive()
-            assert trio.current_time() - began == pytest.approx(3)
+    async with link_to_raw_peer(limits=LinkLimits(send_timeout_s=3), lockstep=True) as (link, _peer):
+        link.send_nowait(b"nobody takes this")
+        began = trio.current_time()
+        with pytest.raises(LinkBroken, match="accepted no data for 3 s"):
+            await link.receive()
+        assert trio.current_time() - began == pytest.approx(3)
 
 
 @pytest.mark.trio

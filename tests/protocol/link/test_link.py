@@ -13,7 +13,7 @@ from protocol.link.limits import LinkLimits
 from protocol.wire.errors import LinkBroken, ProtocolError
 from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.messages import SUBPROTOCOL
-from tests.protocol.link.link_pair import RawPeer, link_pair, link_to_raw_peer
+from tests.protocol.link.link_pair import link_pair, link_to_raw_peer
 from tests.support.scripted_relay import ADDRESS, Connection, FakeRelay, accept_link
 
 
@@ -115,25 +115,16 @@ async def test_one_message_that_takes_longer_than_the_dead_time_to_arrive_keeps_
 async def test_a_peer_that_takes_one_long_message_slowly_is_not_taken_for_dead(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    ours, theirs = trio.testing.lockstep_stream_pair()
-    peer = RawPeer(theirs)
-
-    async def connect(_address: Address) -> trio.abc.Stream:
-        await trio.lowlevel.checkpoint()
-        return ours
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(peer.accept)
-        async with open_link(ADDRESS, connect_to=connect) as link:
-            link.send_nowait(b"x" * 600_000)
-            # 64 KiB every 4 s: 40 s for the whole, and not one byte back.
-            for _ in range(9):
-                for _ in range(64):
-                    await theirs.receive_some(1024)
-                await trio.sleep(4)
-            assert trio.current_time() > 30
-            assert link.gone is None
-            link.abort("seen enough")
+    async with link_to_raw_peer(lockstep=True) as (link, peer):
+        link.send_nowait(b"x" * 600_000)
+        # 64 KiB every 4 s: 40 s for the whole, and not one byte back.
+        for _ in range(9):
+            for _ in range(64):
+                await peer.stream.receive_some(1024)
+            await trio.sleep(4)
+        assert trio.current_time() > 30
+        assert link.gone is None
+        link.abort("seen enough")
 
 
 @pytest.mark.trio

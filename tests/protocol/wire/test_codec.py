@@ -560,9 +560,9 @@ def test_an_output_may_be_any_value_or_large_binary() -> None:
 
 
 def test_text_that_is_no_utf_8_is_told_by_its_places() -> None:
-    wire = {"type": "submit", "params": {"text": "XXX", "a": ["ok", {"XXX": "gut 好"}]}, "space": "tts"}
+    wire = {"type": "submit", "params": {"text": "BAD", "a": ["ok", {"BAD": "gut 好"}]}, "space": "tts"}
     with pytest.raises(BadText) as caught:
-        unpack(msgpack.packb(wire).replace(b"XXX", b"\xff\xfe\xfd"))
+        unpack(msgpack.packb(wire).replace(b"BAD", b"\xff\xfe\xfd"))
     assert caught.value.fields == dict.fromkeys(("params.text", "params.a.1.???"), "holds bytes that are no UTF-8")
     assert unpack(repair(caught.value)) == {
         "type": "submit",

@@ -385,7 +385,7 @@ async def test_a_worker_that_fails_at_once_does_not_eat_the_queue_beside_one_tha
         nursery.cancel_scope.cancel()
 
 
-def half_an_emoji(message: Message, at: bytes = b"XXX") -> bytes:
+def half_an_emoji(message: Message, at: bytes = b"BAD") -> bytes:
     """The message with what JavaScript makes of half an emoji in place of `at`."""
     data = encode(message)
     assert data.count(at) == 1
@@ -403,16 +403,16 @@ async def test_half_an_emoji_in_one_submit_costs_no_other_request_of_the_connect
         client.send(submit)
         assign = await worker.assigned()
         for params, field in (
-            ({"text": "Hi XXX"}, "text"),
-            ({"a": {"b": [1, "XXX"]}}, "a.b.1"),
-            ({"XXX": 1}, "???"),
+            ({"text": "Hi BAD"}, "text"),
+            ({"a": {"b": [1, "BAD"]}}, "a.b.1"),
+            ({"BAD": 1}, "???"),
         ):
             bad = a_submit(params=params)
             client.link.send_nowait(half_an_emoji(bad))
             refusal = await client.next(Rejected)
             assert (refusal.request_id, refusal.code) == (bad.request_id, "invalid_params")
             assert refusal.details == {field: "holds bytes that are no UTF-8"}
-        client.link.send_nowait(half_an_emoji(Cancel(request_id=an_id(), reason="XXX")))
+        client.link.send_nowait(half_an_emoji(Cancel(request_id=an_id(), reason="BAD")))
         await client.settled()
         worker.speak(assign, PCM)
         assert heard(await client.frames(submit)) == b"".join(PCM)
@@ -428,10 +428,10 @@ async def test_words_of_an_engine_that_are_no_utf_8_do_not_cut_off_its_worker(tm
         assign = await worker.assigned()
         worker.send(Started(**identity(assign, 0), format=None))
         if kind is Output:
-            worker.peer.link.send_nowait(half_an_emoji(Output(**identity(assign, 1), data={"text": "XXX"})))
+            worker.peer.link.send_nowait(half_an_emoji(Output(**identity(assign, 1), data={"text": "BAD"})))
             worker.send(Completed(**identity(assign, 2)))
         else:
-            failed = Failed(**identity(assign, 1), code="engine_failed", message="XXX")
+            failed = Failed(**identity(assign, 1), code="engine_failed", message="BAD")
             worker.peer.link.send_nowait(half_an_emoji(failed))
         *_, output, last = await client.frames(submit)
         if kind is Output:

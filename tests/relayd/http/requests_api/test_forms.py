@@ -211,6 +211,17 @@ async def test_an_unfinished_body_holds_no_drain_and_its_client_is_told(tmp_path
 
 
 @pytest.mark.trio
+async def test_a_body_of_which_a_piece_comes_as_the_relay_leaves_is_not_waited_for(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, visitor(relay.url) as http:
+        await http.stream.send_all(half_a_body("POST", "/v1/audio/speech"))
+        await until(lambda: any(exchange.reading for exchange in relay.http_context.exchanges))
+        relay.http_context.leaving = True  # and what cancels the wait meets a piece that is there already
+        await http.stream.send_all(b" ")
+        with trio.fail_after(5):
+            assert bytes(await http.stream.receive_some()).startswith(b"HTTP/1.1 503")
+
+
+@pytest.mark.trio
 async def test_a_body_that_only_trickles_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
