@@ -8,10 +8,10 @@ from gpuworker.engines.base import error_text
 
 #: Classes of torch, by name: torch is not imported here, and may not be installed.
 _MEMORY_CLASS, _FAILED_CLASS = "OutOfMemoryError", "AcceleratorError"
-_MEMORY = re.compile(r"out of memory|RESOURCE_EXHAUSTED|_STATUS_ALLOC_FAILED", re.IGNORECASE)
-_FAILED = re.compile(
-    r"(CUDA|HIP|cuDNN|MIOpen|NCCL|XPU) (error|failure)|Triton Error|cudaError|CUDA_ERROR_|hipError"
-    r"|(CU|HIP|ROC)[A-Z]+_STATUS_|device-side assert|illegal memory access",
+_MEMORY = re.compile(r"out of memory|(?<!StatusCode\.)RESOURCE_EXHAUSTED|_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_FAILED = re.compile(  # whole words, and names in capitals: "relationship error" and "customer_status_bad" are no GPU's
+    r"\b(CUDA|HIP|cuDNN|MIOpen|NCCL|XPU) (error|failure)|\bTriton Error|\bcudaError|\bCUDA_ERROR_|\bhipError"
+    r"|(?-i:\b(CU|HIP|ROC)[A-Z]+_STATUS_)|device-side assert|illegal memory access",
     re.IGNORECASE,
 )
 #: Their messages quote what a function was given, which may be anything.

@@ -81,7 +81,7 @@ class RunResult:
         try:
             end = attrs.evolve(end, details=plain(end.details))
             codec.pack({"type": "failed", **_ENVELOPE, "message": end.message, "details": end.details})
-        except ValueError as refusal:  # EncodeError among them
+        except Exception as refusal:  # noqa: BLE001 - EncodeError, and whatever the engine's own objects raise
             return end.without_details(refusal)
         return end
 

@@ -173,15 +173,17 @@ class ClientHandler:
         if self.link.closed_here:
             return
         try:
-            message = decode(data, self.accepted_types)
+            try:
+                message = decode(data, self.accepted_types)
+            except BadText as fault:  # it costs that request, and no other of this connection
+                if (refusal := _refuse_text(fault)) is not None:
+                    self.relay.stats.count_rejected(None, refusal.code)
+                    self.send(refusal)
+                    return
+                message = decode(repair(fault), self.accepted_types)
         except UnknownType as fault:
             self.send(Error(code=fault.code, message=str(fault)))
             return
-        except BadText as fault:  # it costs that request, and no other of this connection
-            if (refusal := _refuse_text(fault)) is not None:
-                self.send(refusal)
-                return
-            message = decode(repair(fault), self.accepted_types)
         self.handlers[type(message)](self, message)
 
     def close(self) -> None:

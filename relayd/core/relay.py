@@ -231,6 +231,11 @@ class Relay:
                     message = f"space {space!r} is paused; {waited}: try again when it is resumed"
                 elif not self.workers.serving(space):
                     message = f"no worker is connected to space {space!r}; {waited}: try again when one is"
+                elif request.entry.failed_on:
+                    message = (
+                        f"its engine failed on {', '.join(sorted(request.entry.failed_on))}, and no slot of another "
+                        f"worker of space {space!r} was free within {request.queue_timeout_s:g} s; try again later"
+                    )
                 else:
                     message = (
                         f"no slot of space {space!r} was free within {request.queue_timeout_s:g} s; "
@@ -458,6 +463,8 @@ class Relay:
         """Read an input of an accepted request from the store; None if the request has ended."""
         try:
             data = await self.store.read_input(request.request_id, name)
+            if len(data) != request.submit.inputs[name].size:  # its worker would wait for the rest
+                raise StoreError(f"it has {len(data)} bytes; {request.submit.inputs[name].size} were announced")
         except (StoreError, KeyError) as fault:
             if request.live:
                 log.error("input lost", request_id=request.request_id, input=name, why=repr(fault))

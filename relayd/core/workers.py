@@ -141,7 +141,8 @@ class Workers(Mapping[str, WorkerPort]):
             return  # it has reconnected already
         del self._connected[port.worker_id]
         self.relay.stats.worker(port.worker_id).heard_at = port.received_at
-        for entry in self.relay.scheduler.unlink(port.worker_id, trio.current_time()):
+        away, decisions = self.relay.scheduler.unlink(port.worker_id, trio.current_time())
+        for entry in away:
             request = self.relay.requests[entry.request_id]
             request.worker_grace_s = self.relay.config.limits.worker_grace_s
             if not entry.has_output:
@@ -151,7 +152,7 @@ class Workers(Mapping[str, WorkerPort]):
             self.relay.save_status(request)  # a relay that is started again goes on waiting, and does not begin anew
             self.relay.mark_changed("requests", entry.request_id)
         self.relay.mark_changed("workers", port.worker_id)
-        self.relay.wake_positions()
+        self.relay.apply(decisions)
 
     def update_registration(self, port: WorkerPort, register: Register) -> None:
         """Apply a registration that changes a worker's slots, or what its frames depend on."""
@@ -161,10 +162,10 @@ class Workers(Mapping[str, WorkerPort]):
 
     def drain(self, worker_id: str) -> None:
         """Stop starting requests on a worker."""
-        self.relay.scheduler.drain(worker_id)
+        decisions = self.relay.scheduler.drain(worker_id, trio.current_time())
         log.info("worker draining", worker=worker_id)
         self.relay.mark_changed("workers", worker_id)
-        self.relay.wake_positions()
+        self.relay.apply(decisions)
 
     def drain_by_operator(self, worker_id: str, reason: str) -> None:
         """Drain a connected worker, also after a restart of the relay or a cut."""

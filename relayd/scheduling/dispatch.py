@@ -36,13 +36,14 @@ class Dispatcher:
         return decisions
 
     def _dispatch_one(self, space: SpaceState, now: float, decisions: list[Decision]) -> bool:
-        fit = self.state.fit_workers_of(space.name)
-        if not any(worker.free_slots for worker in fit):
+        linked = self.state.workers_of(space.name)
+        if not any(worker.free_slots for worker in linked):
             return False
-        entry = space.queue.pop(partial(self._can_dispatch, space, fit))
+        fit = self.state.fit_workers_of(space.name)
+        entry = space.queue.pop(partial(self._can_dispatch, space, linked, fit))
         if entry is None:
             return False
-        worker = _best_worker(entry, fit)
+        worker = _best_worker(entry, linked, fit)
         if worker is None:
             message = f"{entry.next_seq} frames were delivered, and no worker is left that could continue from there"
             decisions.append(Finish(entry, ErrorCode.WORKER_LOST, message))
@@ -50,12 +51,13 @@ class Dispatcher:
             decisions.append(self._start(entry, worker, now))
         return True
 
-    def _can_dispatch(self, space: SpaceState, fit: list[WorkerState], entry: ScheduledRequest) -> bool:
+    def _can_dispatch(
+        self, space: SpaceState, linked: list[WorkerState], fit: list[WorkerState], entry: ScheduledRequest
+    ) -> bool:
         """Whether `entry` can be taken off the queue: it can start now, or no linked worker could ever run it."""
         if not self._may_run(space, entry.principal):
             return False
-        linked = self.state.workers_of(space.name)
-        return _best_worker(entry, fit) is not None or not any(_can_take(entry, worker) for worker in linked)
+        return _best_worker(entry, linked, fit) is not None or not any(_can_take(entry, worker) for worker in linked)
 
     def _may_run(self, space: SpaceState, principal: str) -> bool:
         limit = space.rules.max_running_per_principal
@@ -130,15 +132,20 @@ def _can_take(entry: ScheduledRequest, worker: WorkerState) -> bool:
     return not entry.has_output or entry.retry == "always" or entry.reproducible == worker.reproducible
 
 
-def _best_worker(entry: ScheduledRequest, fit: list[WorkerState]) -> WorkerState | None:
+def _best_worker(entry: ScheduledRequest, linked: list[WorkerState], fit: list[WorkerState]) -> WorkerState | None:
     """Return the worker with most free slots, then the longest idle; never one that still holds an attempt of it.
 
-    Nor one whose engine has failed it, while there is another that it can wait for.
+    Nor one that rests, or whose engine has failed it, while there is another that it can wait for.
     """
-    able = [w for w in fit if w.slots and not w.draining and _can_take(entry, w)]
+    able = _able(entry, fit) or _able(entry, linked)
     untried = [w for w in able if w.worker_id not in entry.failed_on]
     free = (w for w in untried or able if w.free_slots and entry.request_id not in w.held)
     return min(free, key=lambda worker: (-worker.free_slots, worker.last_used), default=None)
+
+
+def _able(entry: ScheduledRequest, workers: list[WorkerState]) -> list[WorkerState]:
+    """Return the workers that could run `entry`, those without a free slot among them."""
+    return [worker for worker in workers if worker.slots and not worker.draining and _can_take(entry, worker)]
 
 
 def _running_of(principal: str, space: SpaceState) -> int:

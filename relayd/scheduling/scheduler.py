@@ -14,7 +14,7 @@ method that may free a slot or queue a request ends with `Dispatcher.dispatch`, 
 | `admit` | - | uploading | None or `Rejected` |
 | `enqueue` | uploading | queued | what can start now |
 | `dispatch` | queued | running, attempt + 1 (+ 2 when a newer attempt may exist after a restart) | `Start` |
-| `unlink` | running | running, worker away | the requests; the caller starts their grace |
+| `unlink` | running | running, worker away | the requests, whose grace the caller starts; what can start now |
 | `join`, attempt named | running (worker away), or queued too early | running | `Registration.resume` |
 | `join`, attempt not named | running | running again, or as `lose` (1) | `Start` ... |
 | `lose` | running | queued in its old place, or unchanged (2) | `Stop`?, then `Requeue` or `Finish` |
@@ -138,7 +138,7 @@ class Scheduler:
         known = self.state.workers.get(worker.worker_id)
         held_before = known.held if known else {}
         if known:
-            worker.last_used, worker.draining = known.last_used, known.draining
+            worker.last_used, worker.draining = known.last_used, worker.draining or known.draining
             worker.failures, worker.rests, worker.rests_until = known.failures, known.rests, known.rests_until
         self.state.workers[worker.worker_id] = worker
         self.state.moved.update(worker.spaces)
@@ -229,11 +229,12 @@ class Scheduler:
         self.state.moved.update(worker.spaces)
         return self.dispatcher.dispatch(now)
 
-    def drain(self, worker_id: str) -> None:
-        """Stop starting requests on this worker."""
+    def drain(self, worker_id: str, now: float) -> list[Decision]:
+        """Stop starting requests on this worker; what waited for it may start on another."""
         worker = self.state.workers[worker_id]
         worker.draining = True
         self.state.moved.update(worker.spaces)
+        return self.dispatcher.dispatch(now)
 
     def undrain(self, worker_id: str, now: float) -> list[Decision]:
         """Undo `drain`."""
@@ -261,9 +262,9 @@ class Scheduler:
         worker.failures += 1
         if worker.failures < FAILURES_TO_REST or worker.rests_until:
             return 0.0
-        rest_s = min(REST_FIRST_S * 2**worker.rests, REST_LONGEST_S)
+        rest_s = min(REST_FIRST_S * 2.0 ** min(worker.rests, 32), REST_LONGEST_S)  # a float has no room for 2 ** 1024
         worker.rests, worker.rests_until = worker.rests + 1, now + rest_s
-        return float(rest_s)
+        return rest_s
 
     def end_rests(self, now: float) -> tuple[list[str], list[Decision]]:
         """Let workers take requests again whose rest is over: their ids, and what can start now."""
@@ -272,11 +273,12 @@ class Scheduler:
             worker.rests_until = 0.0
         return [worker.worker_id for worker in over], self.dispatcher.dispatch(now) if over else []
 
-    def unlink(self, worker_id: str, now: float) -> list[ScheduledRequest]:
+    def unlink(self, worker_id: str, now: float) -> tuple[list[ScheduledRequest], list[Decision]]:
         """Note that a worker's link ended; the worker may reconnect.
 
         Returns:
-            The requests that ran on it; the caller calls `lose` for each when its grace period is over.
+            The requests that ran on it; the caller calls `lose` for each when its grace period is over. And what can
+            start now: requests may have waited for this worker, because another had failed them or rests.
         """
         worker = self.state.workers[worker_id]
         worker.linked = False
@@ -288,7 +290,7 @@ class Scheduler:
         worker.held = {entry.request_id: entry.attempt for entry in away}
         if not worker.held:
             del self.state.workers[worker_id]
-        return away
+        return away, self.dispatcher.dispatch(now)
 
     # -- requests
 

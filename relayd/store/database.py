@@ -24,6 +24,7 @@ from relayd.config.schema import ConfigError, SpaceConfig
 from relayd.store.base import StorageFull, StoreError
 from relayd.store.record_rules import RecordT, checked
 from relayd.store.records import (
+    MAX_UPTIME_S,
     Change,
     DeleteDrain,
     DeleteRequest,
@@ -48,8 +49,6 @@ DATABASE_NAME = "relayd.db"
 APPLICATION_ID = 0x726C7964
 #: How long to wait for a lock, such as that of a transaction in the sqlite3 shell.
 BUSY_TIMEOUT_S = 5.0
-#: A relay's clock with more than a century is damaged.
-MAX_UPTIME_S = 100 * 366 * 86_400.0
 #: With less free space than this, an I/O error is reported as a full disk, its almost certain cause.
 FULL_BELOW_BYTES = 1024 * 1024
 #: A larger file is not checked at the start: this takes a third of a second, and clients wait.
@@ -232,7 +231,10 @@ class Database:
             raise _to_store_error(fault, self._path) from fault
         if row is None:
             raise KeyError(name)
-        return bytes(row["data"])
+        data = row["data"]
+        if not isinstance(data, bytes):  # a number would be that many zeros
+            raise StoreError(f"input {name!r} of request {request_id} is damaged: it is no BLOB")
+        return data
 
 
 def _connect(path: Path) -> sqlite3.Connection:

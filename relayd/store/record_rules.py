@@ -20,7 +20,7 @@ from protocol.wire.validators import (
     optional,
     text,
 )
-from relayd.store.records import RequestRecord, SpaceRecord, TokenLimits, TokenRecord
+from relayd.store.records import MAX_UPTIME_S, RequestRecord, SpaceRecord, TokenLimits, TokenRecord
 
 RecordT = TypeVar("RecordT", bound=RequestRecord | SpaceRecord | TokenRecord)
 
@@ -59,8 +59,8 @@ RULES: Mapping[type[Any], Mapping[str, Rule]] = {
         "stopping": optional(_words),
         "worker_id": optional(_word),
         "promoted": integer(0),
-        "since": optional(number()),
-        "away_since": optional(number()),
+        "since": optional(number(at_most=MAX_UPTIME_S)),
+        "away_since": optional(number(at_most=MAX_UPTIME_S)),
         "created_at": _unix_s,
         "ended_at": optional(_unix_s),
         "code": optional(_word),

@@ -10,6 +10,9 @@ from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
 
+#: A relay's clock with more than a century is damaged.
+MAX_UPTIME_S = 100 * 366 * 86_400.0
+
 
 @attrs.frozen(kw_only=True)
 class SpaceRecord:

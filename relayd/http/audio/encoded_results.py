@@ -40,6 +40,11 @@ class EncodedResults:
     #: Principal -> the lock of its encoding; only of those who encode or wait for it.
     _locks: dict[str, trio.Lock] = attrs.field(factory=dict)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being encoded or sent."""
+        return not self._sending and not self._locks
+
     @asynccontextmanager
     async def open(
         self, principal: str, request: Request, name: str, encode: Callable[[], Awaitable[bytes]]

@@ -414,6 +414,16 @@ def test_details_of_an_error_may_be_of_numpy() -> None:
     assert RunResult.from_error(EngineError("no", details={"at": np.int64(3)})).details == {"at": 3}
 
 
+def test_details_whose_own_code_breaks_are_left_out() -> None:
+    class Broken:
+        def model_dump(self) -> None:
+            raise RuntimeError("CUDA error: no kernel image")
+
+    end = RunResult.from_error(EngineError("no", details={"at": Broken()}))
+    assert (end.details, end.outcome) == ({}, "failed")
+    assert end.message.startswith("no (its details are left out: ")
+
+
 def test_bytes_and_arrays_are_audio_where_the_rate_is_given() -> None:
     def call() -> Iterator[Any]:
         yield b"\1\0\2"
@@ -691,6 +701,10 @@ def test_an_error_of_the_gpu_may_be_tried_again_in_a_new_engine_whatever_engine_
         ValueError("cannot speak 'CUDA error: out of memory'"),
         KeyError("hipError"),
         RuntimeError("no such voice"),
+        RuntimeError("relationship error between tables"),
+        RuntimeError("ownership failure"),
+        RuntimeError("bad process_status_code 3, shipment_status_unknown, customer_status_bad"),
+        RuntimeError("StatusCode.RESOURCE_EXHAUSTED"),
         MemoryError("Unable to allocate 80 GiB for an array"),
         InvalidParams({"text": "is rude"}),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.wire.codec import encode
+from protocol.wire.codec import encode, pack
 from protocol.wire.frames import (
     Audio,
     Cancelled,
@@ -413,6 +413,8 @@ async def test_half_an_emoji_in_one_submit_costs_no_other_request_of_the_connect
             assert (refusal.request_id, refusal.code) == (bad.request_id, "invalid_params")
             assert refusal.details == {field: "holds bytes that are no UTF-8"}
         client.link.send_nowait(half_an_emoji(Cancel(request_id=an_id(), reason="BAD")))
+        client.link.send_nowait(pack({"type": "wish", "text": "BAD"}).replace(b"BAD", b"\xed\xa0\xbd"))
+        assert (await client.next(Error)).code == "unknown_type"
         await client.settled()
         worker.speak(assign, PCM)
         assert heard(await client.frames(submit)) == b"".join(PCM)

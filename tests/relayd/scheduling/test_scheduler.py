@@ -12,6 +12,7 @@ from relayd.scheduling.model import (
     SpaceRules,
     State,
 )
+from relayd.scheduling.scheduler import REST_LONGEST_S
 from tests.relayd.scheduling.scheduler_bench import Bench, kinds, started
 
 # -- handing out -----------------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def test_a_worker_that_rests_serves_on_where_no_other_takes_requests() -> None:
     for number in range(4):
         assert started(fail(bench, f"r{number}", "bad")) == [f"r{number + 1}"]
     bench.join("leaves")
-    bench.scheduler.drain("leaves")
+    bench.scheduler.drain("leaves", bench.now)
     assert not bench.scheduler.state.is_resting(bench.scheduler.state.workers["bad"])
 
 
@@ -100,6 +101,56 @@ def test_what_an_engine_failed_goes_to_another_worker_and_waits_for_it() -> None
     bench.scheduler.unlink("good", bench.now)
     assert started(bench.lose("a")) == ["a"], "there is no other left"
     assert bench["a"].worker_id == "bad"
+
+
+@pytest.mark.parametrize("how", ["unlinked", "drained"])
+def test_what_waited_for_a_worker_starts_on_another_when_it_goes(how: str) -> None:
+    bench = Bench(max_workers=2)
+    bench.join("good", slots=1)
+    bench.queue("long")
+    bench.join("bad", slots=2)
+    bench.queue("a", retry="always")
+    bench.scheduler.state.workers["bad"].held.pop("a")
+    assert kinds(bench.lose("a", ErrorCode.ENGINE_FAILED)) == [("Requeue", "a")]
+    if how == "drained":
+        decisions = bench.scheduler.drain("good", bench.now)
+    else:
+        _away, decisions = bench.scheduler.unlink("good", bench.now)
+    assert started(decisions) == ["a"]
+    assert bench["a"].worker_id == "bad"
+
+
+def test_a_request_that_only_a_resting_worker_can_continue_is_continued_there() -> None:
+    bench = Bench(max_workers=2)
+    bench.join("rests", slots=2, reproducible="tone")
+    bench.queue("a")
+    bench["a"].has_output, bench["a"].next_seq = True, 5
+    bench.join("other", slots=1, reproducible="another tone")
+    bench.scheduler.state.workers["rests"].rests_until = bench.now + 600
+    bench.scheduler.state.workers["rests"].held.pop("a")
+    decisions = bench.lose("a")
+    assert kinds(decisions) == [("Requeue", "a"), ("Start", "a")]
+    assert bench["a"].worker_id == "rests"
+
+
+def test_a_rest_has_a_longest_however_often_it_comes() -> None:
+    bench = Bench()
+    bench.join("bad")
+    for _ in range(3):
+        bench.scheduler.count_engine_failure("bad", bench.now)
+    rests = []
+    for _ in range(1100):
+        bench.now += 700.0
+        bench.scheduler.end_rests(bench.now)
+        rests.append(bench.scheduler.count_engine_failure("bad", bench.now))
+    assert set(rests[10:]) == {REST_LONGEST_S}
+
+
+def test_a_worker_that_is_drained_before_it_is_back_takes_nothing() -> None:
+    bench = Bench()
+    bench.scheduler.restore(bench.entry("a", state=State.RUNNING, attempt=1, worker_id="box"), bench.now)
+    bench.queue("b")
+    assert started(bench.join("box", {"a": 1}, slots=2, draining=True).decisions) == []
 
 
 def test_the_worker_with_most_free_slots_gets_it_then_the_longest_idle() -> None:
@@ -142,7 +193,7 @@ def test_more_slots_take_more_and_fewer_slots_stop_nothing() -> None:
 def test_a_draining_worker_gets_nothing_new_until_it_is_undrained() -> None:
     bench = Bench()
     bench.join()
-    bench.scheduler.drain("box")
+    bench.scheduler.drain("box", bench.now)
     bench.queue("a")
     assert bench["a"].state is State.QUEUED
     assert started(bench.scheduler.undrain("box", bench.now)) == ["a"]
@@ -152,7 +203,7 @@ def test_a_draining_worker_still_drains_when_it_comes_back() -> None:
     bench = Bench()
     bench.join(slots=2)
     bench.queue("a")
-    bench.scheduler.drain("box")
+    bench.scheduler.drain("box", bench.now)
     bench.scheduler.unlink("box", bench.now)
     bench.join(running={"a": 1}, slots=2)
     bench.queue("b")

@@ -234,9 +234,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(choice=picks)
     def unlink(self, choice: int) -> None:
         worker_id = self.pick([name for name, box in self.boxes.items() if box.linked], choice)
-        away = {entry.request_id for entry in self.scheduler.unlink(worker_id, self.now)}
+        away, decisions = self.scheduler.unlink(worker_id, self.now)
         self.boxes[worker_id].linked = False
-        assert away == {n for n, e in self.live.items() if e.worker_id == worker_id and e.state is State.RUNNING}
+        running = {n for n, e in self.live.items() if e.worker_id == worker_id and e.state is State.RUNNING}
+        assert {entry.request_id for entry in away} == running
+        self.carry_out(decisions)
 
     @rule(choice=picks)
     def give_up_on_a_worker_that_is_away(self, choice: int) -> None:
@@ -295,7 +297,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         box = self.boxes[worker_id]
         box.draining = not box.draining
         if box.draining:
-            self.scheduler.drain(worker_id)
+            self.carry_out(self.scheduler.drain(worker_id, self.now))
         else:
             self.carry_out(self.scheduler.undrain(worker_id, self.now))
 
@@ -384,6 +386,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             worker.slots and not worker.draining and worker.worker_id not in entry.failed_on and can_take(entry, worker)
             for worker in self.scheduler.state.workers_of(entry.space)
         )
+
+    @invariant()
+    def nothing_waits_for_an_event_that_could_start_it(self) -> None:
+        assert self.scheduler.dispatcher.dispatch(self.now) == []
 
     @invariant()
     def places_are_told_for_all_that_wait(self) -> None:

@@ -40,7 +40,7 @@ def test_a_worker_that_comes_back_goes_on_with_what_it_ran() -> None:
     bench.join()
     bench.queue("a")
     bench.queue("b")
-    (away,) = bench.scheduler.unlink("box", bench.now)
+    (away,), _decisions = bench.scheduler.unlink("box", bench.now)
     assert (away.request_id, away.worker_lost_at) == ("a", bench.now)
     joined = bench.join(running={"a": 1, "of another life": 4})
     assert [entry.request_id for entry in joined.resume] == ["a"]

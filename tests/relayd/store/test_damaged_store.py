@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.wire.messages import Accepted, Attach, Done, Status, StatusReply, Steer
+from protocol.wire.messages import Accepted, Attach, Done, Input, Status, StatusReply, Steer
+from relayd.scheduling.model import State
 from relayd.store.base import StorageFull, StoreError
 from relayd.store.database import DATABASE_NAME
 from relayd.store.factory import open_offline
 from tests.support.fake_worker import fake_worker, samples
-from tests.support.relay import Daemon, a_submit, an_id, daemon, kept_logs, peer
+from tests.support.relay import Daemon, a_submit, an_id, an_input, daemon, kept_logs, peer, until
 
 SQLITE: dict[str, Any] = {"store": "sqlite"}
 
@@ -197,13 +198,46 @@ async def test_an_impossible_token_opens_nothing_and_the_others_do(
 
 @pytest.mark.trio
 @pytest.mark.parametrize("value", ["text", 7, b"short"])
-async def test_an_impossible_input_fails_its_request_alone(filled: tuple[Path, dict[str, str]], value: Any) -> None:
+async def test_a_stray_input_of_no_sense_costs_no_request(filled: tuple[Path, dict[str, str]], value: Any) -> None:
     folder, ids = filled
     with sqlite3.connect(folder / DATABASE_NAME) as database:
         database.execute("INSERT INTO inputs VALUES (?, 'voice', ?)", (ids["bad"], value))
     database.close()
-    async with daemon(folder, **SQLITE) as relay:
-        assert await state(relay, ids["bad"]) == "queued"
+    async with daemon(folder, **SQLITE) as relay, fake_worker(relay.url, instance=an_id()) as worker:
+        for name in ("bad", "good"):
+            assign = await worker.assigned()
+            assert assign.request_id == ids[name]
+            worker.speak(assign, [samples(10)])
+        await relay.relay.finalizer.wait_finalized()
+        assert [await state(relay, ids[name]) for name in ("bad", "good")] == ["completed"] * 2
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("value", ["text", 7, b"short", None])
+async def test_a_damaged_input_fails_its_own_request(tmp_path: Path, value: Any) -> None:
+    damaged, whole = (a_submit(detach=True, inputs={"voice": an_input(b"a voice")}) for _ in range(2))
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client:
+        for submit in (damaged, whole):
+            client.send(submit)
+            client.send(Input(request_id=submit.request_id, name="voice", offset=0, data=b"a voice"))
+            await client.next(Accepted)
+    with sqlite3.connect(tmp_path / DATABASE_NAME) as database:
+        where = "WHERE request_id = ?"
+        if value is None:
+            assert database.execute(f"DELETE FROM inputs {where}", (damaged.request_id,)).rowcount == 1
+        else:
+            assert database.execute(f"UPDATE inputs SET data = ? {where}", (value, damaged.request_id)).rowcount == 1
+    database.close()
+    rules: dict[str, Any] = {"inputs": {"voice": {}}}
+    async with (
+        daemon(tmp_path, **SQLITE) as relay,
+        fake_worker(relay.url, instance=an_id(), slots=2, **rules) as worker,
+    ):
+        assigns = [await worker.assigned() for _ in range(2)]
+        assert (await worker.peer.next(Input)).data == b"a voice"
+        worker.speak(assigns[1], [samples(10)])
+        await until(lambda: relay.relay.requests[whole.request_id].entry.state is State.COMPLETED)
+        await until(lambda: relay.relay.requests[damaged.request_id].entry.state is State.FAILED)
         await relay.goes_on()
 
 
