@@ -41,20 +41,20 @@ class LinkSigner:
 
     _key: bytes = attrs.field(repr=False)
 
-    def make(self, request_id: str, grant: LinkGrant) -> str:
-        """Make a link to the result of a request."""
-        return f"{grant.expires_at}.{grant.token_id}.{self._signature(request_id, grant)}"
+    def make(self, result: str, grant: LinkGrant) -> str:
+        """Make a link to the result of this name."""
+        return f"{grant.expires_at}.{grant.token_id}.{self._signature(result, grant)}"
 
-    def read(self, request_id: str, link: str) -> LinkGrant | None:
-        """Return what a link grants, which may have expired; None if it was not made here, or for another request."""
+    def read(self, result: str, link: str) -> LinkGrant | None:
+        """Return what a link grants, which may have expired; None if it was not made here, or for another result."""
         match = _LINK.fullmatch(link)
         if match is None:
             return None
         grant = LinkGrant(int(match[1]), match[2])
-        return grant if hmac.compare_digest(self._signature(request_id, grant), match[3]) else None
+        return grant if hmac.compare_digest(self._signature(result, grant), match[3]) else None
 
-    def _signature(self, request_id: str, grant: LinkGrant) -> str:
-        signed = f"result link 1\n{request_id}\n{grant.expires_at}\n{grant.token_id}".encode()
+    def _signature(self, result: str, grant: LinkGrant) -> str:
+        signed = f"result link 1\n{result}\n{grant.expires_at}\n{grant.token_id}".encode()
         digest = hmac.new(self._key, signed, hashlib.sha256).digest()
         return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 

@@ -14,6 +14,7 @@ from relayd.core.principals import RETRY_S, too_fast
 from relayd.http.context import Exchange, HttpContext, context_of, exchange_of
 from relayd.http.errors import HttpError
 from relayd.net.proxies import client_of
+from relayd.requests.request import Request as RelayRequest
 
 log = structlog.get_logger("relayd.http")
 
@@ -62,21 +63,28 @@ def principal_by_link(request: Request, request_id: str) -> Principal:
     if LINK not in request.query_params:
         return principal_of(request)
     now = time.time()
-    grant = context.links.read(request_id, request.query_params[LINK])
-    if grant is None:
+    linked = context.relay.requests.get(request_id)
+    grant = context.links.read(result_name(linked), request.query_params[LINK]) if linked is not None else None
+    if linked is None or grant is None:
         wait_s = context.failures.add(address_of(request), trio.current_time())
         if wait_s is not None:
             raise HttpError(ErrorCode.RATE_LIMITED, login_throttle.TOO_MANY_LOGINS, retry_after_s=wait_s)
-        raise HttpError(ErrorCode.UNAUTHENTICATED, f"this link is not valid for this result; {_NEW_LINK}")
+        message = f"this link is not valid for this result, or the result is no longer kept; {_NEW_LINK}"
+        raise HttpError(ErrorCode.UNAUTHENTICATED, message)
     if not now < grant.expires_at <= now + context.relay.config.http.link_s:
         raise HttpError(ErrorCode.UNAUTHENTICATED, f"this link has expired; {_NEW_LINK}")
     principal = context.tokens.client_of(grant.token_id, now)
-    if not grant.token_id and (linked := context.relay.requests.get(request_id)) is not None:
-        principal = Principal(name=linked.principal, role="client", local=True)
+    if not grant.token_id:  # made on the unix socket: whoever has the link has not come from there
+        principal = Principal(name=linked.principal, role="client")
     if principal is None:
         raise HttpError(ErrorCode.UNAUTHENTICATED, f"the token that this link was made with has ended; {_NEW_LINK}")
     _admit(context, exchange, principal)
     return principal
+
+
+def result_name(request: RelayRequest) -> str:
+    """What a link is for: this request, and not a later one that was given the same id."""
+    return f"{request.request_id}.{request.created_unix:.0f}"
 
 
 def _admit(context: HttpContext, exchange: Exchange, principal: Principal) -> None:

@@ -59,7 +59,8 @@ def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The token of a request's `Authorization`, "" where there is none."""
     for name, value in headers:
         if name == b"authorization":
-            return value.partition(b" ")[2].strip().decode("latin-1")
+            scheme, _, token = value.partition(b" ")
+            return token.strip().decode("latin-1") if scheme.lower() == b"bearer" else ""
     return ""
 
 

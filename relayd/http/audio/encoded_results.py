@@ -6,8 +6,8 @@ the memory for those that are being sent.
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import attrs
 import trio
@@ -21,7 +21,7 @@ MAX_KEPT_BYTES = 64 * 1024 * 1024
 MAX_SENDING_BYTES = 64 * 1024 * 1024
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class EncodedAudio:
     """A result in a coding, with the `ETag` of these bytes."""
 
@@ -33,10 +33,11 @@ class EncodedAudio:
 class EncodedResults:
     """Has results encoded, and keeps those that were asked for last; one for the whole daemon."""
 
-    _kept: OrderedDict[tuple[Request, str], EncodedAudio] = attrs.field(factory=OrderedDict)
+    #: By id and creation time of the request, and coding: a request that is forgotten is not kept by this.
+    _kept: OrderedDict[tuple[str, float, str], EncodedAudio] = attrs.field(factory=OrderedDict)
     _kept_bytes: int = 0
-    #: Principal -> bytes that are being sent to it.
-    _sending: Counter[str] = attrs.field(factory=Counter)
+    #: Principal -> what is being sent to it, and how often.
+    _sending: dict[str, Counter[EncodedAudio]] = attrs.field(factory=dict)
     #: Principal -> the lock of its encoding; only of those who encode or wait for it.
     _locks: dict[str, trio.Lock] = attrs.field(factory=dict)
 
@@ -63,31 +64,48 @@ class EncodedResults:
         lock = self._locks.setdefault(principal, trio.Lock())
         try:
             async with lock:
-                audio = self._find(request, name) or self._keep(request, name, await encode())
+                key = (request.request_id, request.created_unix, name)
+                audio = self._find(key)
+                if audio is None:
+                    body = await encode()
+                    digest = await trio.to_thread.run_sync(lambda: hashlib.sha256(body).hexdigest())
+                    audio = self._keep(key, EncodedAudio(body, f'"{digest[:32]}"'))
         finally:
             if not lock.locked():
                 self._locks.pop(principal, None)
-        size = len(audio.body)
-        if self._sending[principal] and self._sending[principal] + size > MAX_SENDING_BYTES:
+        with self.sending(principal, audio):
+            yield audio
+
+    @contextmanager
+    def sending(self, principal: str, audio: EncodedAudio) -> Iterator[None]:
+        """Count `audio` as being sent to a principal until the block ends; however often, it is in memory once.
+
+        Raises:
+            HttpError: too much is being sent to the principal.
+        """
+        sent = self._sending.setdefault(principal, Counter())
+        others = sum(len(each.body) for each in sent if each is not audio)
+        if others and others + len(audio.body) > MAX_SENDING_BYTES:
             message = "too much encoded audio is being sent to you at once; read it, then ask for more"
             raise HttpError(ErrorCode.RATE_LIMITED, message, retry_after_s=2.0)
-        self._sending[principal] += size
+        sent[audio] += 1
         try:
-            yield audio
+            yield
         finally:
-            self._sending[principal] -= size
-            if not self._sending[principal]:
-                del self._sending[principal]
+            sent[audio] -= 1
+            if not sent[audio]:
+                del sent[audio]
+            if not sent:
+                self._sending.pop(principal, None)
 
-    def _find(self, request: Request, name: str) -> EncodedAudio | None:
-        if audio := self._kept.get((request, name)):
-            self._kept.move_to_end((request, name))
+    def _find(self, key: tuple[str, float, str]) -> EncodedAudio | None:
+        if audio := self._kept.get(key):
+            self._kept.move_to_end(key)
         return audio
 
-    def _keep(self, request: Request, name: str, body: bytes) -> EncodedAudio:
-        audio = EncodedAudio(body, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
-        self._kept[request, name] = audio
-        self._kept_bytes += len(body)
+    def _keep(self, key: tuple[str, float, str], audio: EncodedAudio) -> EncodedAudio:
+        self._kept[key] = audio
+        self._kept_bytes += len(audio.body)
         while self._kept_bytes > MAX_KEPT_BYTES:
             _, oldest = self._kept.popitem(last=False)
             self._kept_bytes -= len(oldest.body)

@@ -92,13 +92,12 @@ class Encoder:
         for stage in self.stages[-1:]:
             getattr(stage, "make_repeatable", lambda: None)()
 
-    def with_sizes(self, body: bytes) -> bytes:
-        """Return the complete output with the sizes in its header, which a stream cannot have."""
-        whole = bytearray(body)
+    def with_sizes(self, body: bytearray) -> bytes:
+        """Return the complete output with the sizes in its header, which a stream cannot have; changes `body`."""
         for stage in self.stages[-1:]:
             for at, data in getattr(stage, "patches", ()):
-                whole[at : at + len(data)] = data
-        return bytes(whole)
+                body[at : at + len(data)] = data
+        return bytes(body)
 
 
 @attrs.define(eq=False)

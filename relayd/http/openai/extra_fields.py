@@ -25,6 +25,7 @@ PROMPT_INPUT, PROMPT_TEXT = "prompt_wav", "prompt_text"
 _WHO = frozenset(["voice", "voices", "speaker", "speakers", "spk", "ref", "refer", "reference", "references"])
 _WHO |= {"clone", "cloning", "timbre"}
 _HOW = frozenset(["speed", "rate", "volume", "pitch", "settings", "boost", "format", "language", "lang"])
+_HOW |= {"system", "negative", "count", "length"}
 _RECORDING = frozenset(["audio", "wav", "speech", "sample", "file", "path", "url", "recording"])
 _WORDS_IN_IT = frozenset(["text", "transcript", "transcription"])
 _NAME = frozenset(["voice", "speaker", "spk", "reference", "predefined", "id", "name"])
@@ -63,13 +64,13 @@ def read_extra(fields: Mapping[str, Value], space: Space) -> ExtraFields:
             if value is None:
                 continue
             if field in space.params.get("properties", {}):
-                _check_text(value)
+                check_text(value)
                 extra.params[field] = value
             elif value is False or value in ("", [], {}):
                 continue
             elif field in space.inputs:
                 _add_recording(extra, field, value, field, space)
-            elif not parts & (_WHO | {"prompt"}) or parts & _HOW:
+            elif not parts & (_WHO | {"prompt"}) or parts & _HOW or field == "text_prompt":
                 continue
             elif parts & _WORDS_IN_IT:
                 texts[field] = value
@@ -155,12 +156,16 @@ def _text(value: Value) -> str:
         value = value["id"]
     if not isinstance(value, str):
         raise ValueError(f"must be a string, not {kind_of(value)}")
-    _check_text(value)
+    check_text(value)
     return value
 
 
-def _check_text(value: Value) -> None:
-    """JSON may write one half of a character in UTF-16; nothing else can."""
+def check_text(value: Value) -> None:
+    """Refuse half of a UTF-16 character, which JSON can express and UTF-8 cannot.
+
+    Raises:
+        ValueError: there is one.
+    """
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

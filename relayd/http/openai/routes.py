@@ -27,6 +27,7 @@ from relayd.auth.tokens import Principal
 from relayd.core.access import find_space
 from relayd.core.relay import Relay
 from relayd.core.space import Space
+from relayd.http.audio.encoded_results import EncodedAudio
 from relayd.http.audio.encoder import PCM, AudioExtraMissing
 from relayd.http.audio.threaded_encoder import Transcoder, check_coding, open_transcoder
 from relayd.http.audio_stream import AudioStream, open_audio
@@ -100,27 +101,29 @@ async def _speak(request: Request, reply: ResponseWriter) -> None:
     limits = context.relay.config.http
     with open_uploads(request) as uploads:
         speech = parse_speech(await read_all(request, MAX_BODY_BYTES, uploads.count))
-    space = _space(context, principal, speech.model)
-    await _wait_for_worker(context, space)
-    names, only = context.relay.config.openai, only_space(context.relay.spaces.values(), principal)
-    asked = params_of(speech, space, names, any_voice=not names.strict and only is space)
-    if asked.voice != speech.voice and space.name not in context.voices_replaced:
-        context.voices_replaced.add(space.name)
-        log.warning("voice is spoken with another", space=space.name, asked=speech.voice, voice=asked.voice)
-    await check_coding(speech.coding.name, speech.speed, space.format or PCM)
-    submit = Submit(
-        request_id=secrets.token_hex(16),
-        space=space.name,
-        params=asked.params,
-        inputs={
-            name: InputInfo(media_type=media_type, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-            for name, (media_type, data) in asked.inputs.items()
-        },
-        queue_timeout_s=max(0.001, min(space.config.queue_timeout_s, limits.max_wait_s)),
-    )
-    inputs = {name: data for name, (_, data) in asked.inputs.items()}
+        space = _space(context, principal, speech.model)
+        await _wait_for_worker(context, space)
+        names, only = context.relay.config.openai, only_space(context.relay.spaces.values(), principal)
+        asked = params_of(speech, space, names, any_voice=not names.strict and only is space)
+        if asked.replaced and space.name not in context.voices_replaced:
+            context.voices_replaced.add(space.name)
+            log.warning("voice is spoken with another", space=space.name, asked=speech.voice, voice=asked.voice)
+        await check_coding(speech.coding.name, speech.speed, space.format or PCM)
+        submit = Submit(
+            request_id=secrets.token_hex(16),
+            space=space.name,
+            params=asked.params,
+            inputs={
+                name: InputInfo(media_type=media_type, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+                for name, (media_type, data) in asked.inputs.items()
+            },
+            queue_timeout_s=max(0.001, min(space.config.queue_timeout_s, limits.max_wait_s)),
+        )
+        inputs = {name: data for name, (_, data) in asked.inputs.items()}
     try:
         async with open_submission(request, submit, inputs) as held:
+            for sent in (speech.extra, asked.inputs, inputs):
+                sent.clear()  # the relay has its own copy, and a response may take minutes
             _refuse_to_wait(held, limits.max_wait_s)
             audio = await _begun(held, limits.no_worker_wait_s)
             await _send(speech, audio, reply, _headers(held, asked))
@@ -180,6 +183,9 @@ def _space(context: HttpContext, principal: Principal, model: str) -> Space:
     space = find_space(relay, principal, name)
     if not isinstance(space, Rejected):
         return space
+    if name != model and space.code == ErrorCode.FORBIDDEN:  # its name is the operator's own
+        message = f"principal {principal.name!r} may not use model {model[:64]!r}; ask for a token that may"
+        raise HttpError(ErrorCode.FORBIDDEN, message)
     if name != model:
         what = f"; model {model[:64]!r} stands for it ([openai] models of relayd.toml)"
     elif space.code == ErrorCode.SPACE_NOT_FOUND and (others := speaking_spaces(relay.spaces.values(), principal)):
@@ -223,7 +229,7 @@ async def _send(speech: Speech, audio: AudioStream, reply: ResponseWriter, heade
     """
     held = audio.held
     if speech.whole:
-        send: _Bytes = _Whole(speech, reply, held.relay.config.limits.max_result_bytes)
+        send: _Bytes = _Whole(speech, reply, held)
     else:
         send = _Events(speech, reply) if speech.sse else _Bytes(speech, reply)
     send.headers = headers
@@ -303,10 +309,11 @@ class _Events(_Bytes):
 class _Whole(_Bytes):
     """Sends the audio in one piece, with its length in the head."""
 
-    def __init__(self, speech: Speech, reply: ResponseWriter, max_bytes: int) -> None:
+    def __init__(self, speech: Speech, reply: ResponseWriter, held: RequestStream) -> None:
         super().__init__(speech, reply)
+        self._held = held
         self._body = bytearray()
-        self._max_bytes = max_bytes
+        self._max_bytes = held.relay.config.limits.max_result_bytes
 
     async def audio(self, data: bytes) -> None:
         """Collect encoded audio."""
@@ -319,8 +326,9 @@ class _Whole(_Bytes):
 
     async def end(self, transcoder: Transcoder) -> None:
         """Send the complete audio."""
-        body = transcoder.encoder.with_sizes(bytes(self._body))
-        await self.reply.answer(Response(body, media_type=self.media_type, headers=self.headers))
+        body = transcoder.encoder.with_sizes(self._body)
+        with self._held.context.encoded.sending(self._held.principal.name, EncodedAudio(body, "")):
+            await self.reply.answer(Response(body, media_type=self.media_type, headers=self.headers))
 
 
 # -- models and voices --------------------------------------------------------------------------------------------

@@ -20,12 +20,14 @@ from relayd.config.schema import MIB, OpenAi
 from relayd.core.space import Space
 from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED, Coding
 from relayd.http.errors import HttpError
-from relayd.http.openai.extra_fields import read_extra
+from relayd.http.openai.extra_fields import check_text, read_extra
 
 #: Enough for a minute of recorded speech in base64.
 MAX_BODY_BYTES = 8 * MIB
 #: Values in a body; parsing as many takes 20 ms.
 MAX_BODY_VALUES = 100_000
+#: Fields of a body, and characters of a field's name: every name is looked at.
+MAX_FIELDS, MAX_NAME_CHARS = 256, 64
 MAX_INPUT_CHARS = 64 * 1024
 MAX_NAME_CHARS = 256
 #: OpenAI's field -> names of corresponding params; the first one that the worker has declared is used.
@@ -101,6 +103,9 @@ def parse_speech(body: bytes) -> Speech:
         raise HttpError("invalid_json", f"the body must be JSON: {why}", status=400) from None
     if not isinstance(fields, dict):
         raise HttpError("invalid_json", f"the body must be a JSON object, not {kind_of(fields)}", status=400)
+    if len(fields) > MAX_FIELDS or any(len(name) > MAX_NAME_CHARS for name in fields):
+        message = f"a body may have {MAX_FIELDS} fields, whose names have at most {MAX_NAME_CHARS} characters"
+        raise HttpError(ErrorCode.INPUT_TOO_LARGE, message)
     values, faults = {}, {}
     for name, (rule, default) in _FIELDS.items():
         value = fields.get(name)
@@ -109,7 +114,7 @@ def parse_speech(body: bytes) -> Speech:
             if values[name] is _REQUIRED:
                 raise ValueError("is required")
             rule(values[name])
-            _check_utf8(values[name])
+            check_text(values[name])
         except ValueError as fault:
             faults[name] = str(fault)
     if not faults and not speakable(values["input"]):
@@ -130,14 +135,6 @@ def parse_speech(body: bytes) -> Speech:
     )
 
 
-def _check_utf8(value: Value) -> None:
-    """Refuse lone surrogates, which JSON can express but UTF-8 cannot."""
-    try:
-        str(value.get("id", "") if isinstance(value, dict) else value).encode()
-    except UnicodeEncodeError:
-        raise ValueError("contains a lone surrogate, which is not a character") from None
-
-
 @attrs.frozen(kw_only=True)
 class SpaceParams:
     """A speech request as params and inputs of a space.
@@ -145,6 +142,7 @@ class SpaceParams:
     Args:
         inputs: name -> media type and content.
         voice: the voice that is used; `default` if the space chooses.
+        replaced: whether it is used because the space does not have the one that was asked for.
         passed_over: fields that are ignored.
         names: param or input -> the field of the body that it was sent as.
     """
@@ -152,6 +150,7 @@ class SpaceParams:
     params: dict[str, Value]
     inputs: dict[str, tuple[str, bytes]] = attrs.field(factory=dict)
     voice: str = DEFAULT_VOICE
+    replaced: bool = False
     passed_over: tuple[str, ...] = ()
     names: dict[str, str] = attrs.field(factory=dict)
 
@@ -209,7 +208,14 @@ def params_of(speech: Speech, space: Space, names: OpenAi = _NO_NAMES, *, any_vo
         else:
             passed_over.append("instructions")
     sent_as = extra.names | {text_param: "input"}
-    return SpaceParams(params=params, inputs=extra.inputs, voice=voice, passed_over=tuple(passed_over), names=sent_as)
+    return SpaceParams(
+        params=params,
+        inputs=extra.inputs,
+        voice=voice,
+        replaced=voice != speech.voice and not extra.voice and not extra.recorded,
+        passed_over=tuple(passed_over),
+        names=sent_as,
+    )
 
 
 def _voice_of(asked: str, space: Space, names: OpenAi, *, any_voice: bool) -> str:

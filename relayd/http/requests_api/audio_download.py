@@ -161,7 +161,7 @@ async def _encode(http: HttpRequest, request: Request, name: str) -> bytes:
             body += await transcoder.feed(pcm)
             pcm = await audio.next()
         body += await transcoder.finish()
-    return transcoder.encoder.with_sizes(bytes(body))
+    return transcoder.encoder.with_sizes(body)
 
 
 async def start_range(
@@ -173,7 +173,7 @@ async def start_range(
     if known & {etag, "*"}:
         await reply.answer(Response(status_code=304, headers=headers))
         return None
-    whole = http.headers.get("if-range", etag) != etag
+    whole = http.method != "GET" or http.headers.get("if-range", etag) != etag  # RFC 9110 14.2: ranges are of GET
     span = ByteRange(0, total) if whole else span_of(http.headers.get("range", ""), total)
     if span is None:
         await reply.answer(Response(status_code=416, headers=headers | {"content-range": f"bytes */{total}"}))

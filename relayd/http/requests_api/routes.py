@@ -15,7 +15,7 @@ from protocol.wire.structs import ID_PATTERN
 from protocol.wire.validators import Value
 from relayd.auth.result_links import LinkGrant
 from relayd.auth.tokens import iso_time, reject_readonly
-from relayd.http.authentication import LINK, principal_of
+from relayd.http.authentication import LINK, principal_of, result_name
 from relayd.http.body_parser import open_uploads
 from relayd.http.context import context_of
 from relayd.http.errors import HttpError
@@ -131,7 +131,7 @@ async def link(http: HttpRequest) -> Response:
             message = "this relay makes no links ([http] link_s = 0); read the result with a token"
         raise HttpError(ErrorCode.INVALID_PARAMS, message, details={"expires_s": message})
     grant = LinkGrant(int(time.time()) + int(text), principal.token_id or "")
-    signed = f"{LINK}={context_of(http).links.make(request_id, grant)}"
+    signed = f"{LINK}={context_of(http).links.make(result_name(request), grant)}"
     links = {name: f"/v1/requests/{request_id}/{name}?{signed}" for name in ("audio", "output")}
     made = "output" if request.entry.state is State.COMPLETED and request.audio_s is None else "audio"
     return JSONResponse({"url": links[made], "expires_at": iso_time(grant.expires_at), "links": links})

@@ -81,10 +81,16 @@ async def test_encoded_results_that_are_kept_or_being_sent_have_limits(
     assert "".join(encoded) == "abab", "the last one is kept"
     async with results.open("ann", request, "b", partial(encode, "b")):
         with pytest.raises(HttpError, match="at once"):
-            async with results.open("ann", request, "b", partial(encode, "b")):
+            async with results.open("ann", request, "a", partial(encode, "a")):
                 pytest.fail("opened")
         async with results.open("ben", request, "b", partial(encode, "b")):
             pass
+        async with (
+            results.open("ben", request, "b", partial(encode, "b")) as once,
+            results.open("ben", request, "b", partial(encode, "b")) as twice,
+        ):
+            assert once is twice, "what is in memory once counts once"
+    assert results.idle
 
 
 @pytest.mark.trio

@@ -143,7 +143,7 @@ def test_a_whole_wav_says_its_size() -> None:
     source = AudioFormat(sample_rate=22_050)
     pcm = speech_like(22_050, 1.0)
     encoder = open_encoder("wav", source)
-    body = encoder.with_sizes(encode(encoder, [pcm]))
+    body = encoder.with_sizes(bytearray(encode(encoder, [pcm])))
     with wave.open(io.BytesIO(body)) as reader:
         assert reader.getnframes() == 22_050
         assert reader.readframes(22_050) == pcm
@@ -157,7 +157,7 @@ def test_a_whole_body_says_how_long_it_is(coding: str, channels: int, speed: flo
     pcm = speech_like(24_000, 3.0, channels)
     encoder = open_encoder(coding, source, speed)
     streamed = encode(encoder, pieces(pcm, source))
-    body = encoder.with_sizes(streamed)
+    body = encoder.with_sizes(bytearray(streamed))
     assert len(body) == len(streamed)
     if coding in LOSSLESS:
         assert soundfile.info(io.BytesIO(body)).frames == pytest.approx(72_000 / speed, abs=1)

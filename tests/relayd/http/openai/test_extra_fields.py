@@ -137,12 +137,28 @@ def test_a_voice_by_another_name_is_spoken_with(field: str) -> None:
     assert (told.params, told.voice) == ({"text": "hello", "voice": "bert"}, "bert")
 
 
+def test_a_voice_counts_as_replaced_only_if_the_one_that_was_asked_for_is_not_spoken() -> None:
+    assert asked(CLONING).replaced
+    assert not asked(CLONING, voice="ann").replaced
+    assert not asked(CLONING, speaker="bert").replaced
+    assert not asked(CLONING, ref_audio=RECORDING).replaced
+
+
+@pytest.mark.parametrize("fields", [{"aA" * 40_000: 1}, {f"f{number}": 1 for number in range(300)}])
+def test_a_body_of_names_is_refused_before_they_are_read(fields: dict[str, Any]) -> None:
+    with pytest.raises(HttpError) as caught:
+        asked(MOCK, **fields)
+    assert (caught.value.status, caught.value.code) == (413, "input_too_large")
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {"ref_audio": None, "speaker": "", "references": [], "clone_voice": False},
         {"voice_speed": 1.1, "speaker_boost": True, "voice_settings": {"stability": 1}},
         {"prompt": "x", "reference_audio_format": "wav", "language": "en", "id": "7", "name": "x"},
+        {"system_prompt_text": "x", "negative_prompt_text": "x", "text_prompt": "x"},
+        {"reference_count": 2, "max_ref_length": 30},
     ],
 )
 def test_what_says_nothing_of_who_speaks_is_passed_over(fields: dict[str, Any]) -> None:

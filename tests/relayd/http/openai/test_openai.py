@@ -423,6 +423,14 @@ async def test_a_model_that_stands_for_a_space_that_is_not_there_says_so(tmp_pat
 
 
 @pytest.mark.trio
+async def test_a_model_that_stands_for_a_space_of_others_does_not_name_it(tmp_path: Path) -> None:
+    async with speaking(tmp_path, openai={"models": {"*": "tts"}}) as (relay, _):
+        token = relay.tokens.create(role="client", name="bob", now=0.0, spaces=["check"]).text
+        status, told, _ = await error_of(relay.url, token=token, model="tts-1")
+        assert (status, told["message"]) == (403, "principal 'bob' may not use model 'tts-1'; ask for a token that may")
+
+
+@pytest.mark.trio
 async def test_a_voice_in_any_script_fits_the_head(tmp_path: Path) -> None:
     voices = SCHEMA | {"properties": SCHEMA["properties"] | {"voice": {"enum": ["小美"]}}}
     async with daemon(tmp_path) as relay, fake_worker(relay.url, params=voices) as worker:

@@ -11,10 +11,11 @@ import pytest
 from protocol.wire.frames import Audio, Completed, Failed, Output, Progress, Started
 from protocol.wire.messages import Assign
 from relayd.auth.result_links import LinkGrant
+from relayd.http.authentication import result_name
 from tests.relayd.http.requests_api.answers import ALL, PCM, POST, one
 from tests.support.fake_worker import FORMAT, FakeWorker, fake_worker, identity
 from tests.support.raw_http_client import events_of, visitor
-from tests.support.relay import daemon
+from tests.support.relay import an_id, daemon
 
 PNG = b"\x89PNG\r\n\x1a\n" + hashlib.shake_256(b"png").digest(5000)
 MADE: tuple[dict[str, Any], ...] = (
@@ -178,10 +179,40 @@ async def test_a_link_opens_one_result_without_a_token_until_it_expires(tmp_path
                 assert (await foreign.get(one(posted[0], "/link"))).status == 404
 
             ended = LinkGrant(int(time.time()) - 1, ann.record.token_id)
-            late = relay.http_context.links.make(posted[0].json["request_id"], ended)
+            late = relay.http_context.links.make(result_name(relay.relay.requests[posted[0].json["request_id"]]), ended)
             assert "expired" in (await stranger.get(one(posted[0], f"/audio?link={late}"))).error["message"]
             relay.tokens.revoke(ann.record.token_id, time.time())
             assert (await stranger.get(audio["url"])).status == 401, "the link ends with its token"
+
+
+@pytest.mark.trio
+async def test_a_link_opens_no_later_request_of_the_same_id_and_has_its_principals_limits(tmp_path: Path) -> None:
+    limits = {"principal": {"requests_per_s": 0.4}}
+    async with (
+        daemon(tmp_path, listen="127.0.0.1:0", limits=limits) as relay,
+        fake_worker(relay.url) as worker,
+        visitor(relay.url) as http,
+        visitor(relay.urls[0]) as stranger,
+    ):
+        path = f"/v1/requests/{an_id()}"
+
+        async def make_again() -> str:
+            await http.ask("PUT", f"{path}?space=tts", told={"params": {"text": "x"}})
+            worker.speak(await worker.assigned(), PCM)
+            await relay.at_rest()
+            (request,) = relay.relay.requests.values()
+            request.created_unix -= 5  # as time would have it
+            link: str = (await http.get(f"{path}/link")).json["links"]["audio"]
+            return link
+
+        link = await make_again()
+        assert [(await stranger.get(link)).status for _ in range(3)] == [200, 200, 429]
+        (request,) = relay.relay.requests.values()
+        relay.relay.remove_request(request)
+        await make_again()
+        (request,) = relay.relay.requests.values()
+        request.created_unix += 1
+        assert (await stranger.get(link)).status == 401, "it was for the request before"
 
 
 @pytest.mark.trio
