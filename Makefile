@@ -68,7 +68,7 @@ types: $(VENV)/.dev
 contracts: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 
-bench: $(VENV)/.dev ## figures of this machine beside other relays, as ratios in one run: 7 minutes
+bench: $(VENV)/.dev ## figures of this machine beside other relays, as ratios in one run: a quarter of an hour
 	@$(call DEBIAN, nats-server haproxy gcc:cc)
 	$(BIN)/python -m bench --save $(ARGS)
 
