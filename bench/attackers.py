@@ -120,7 +120,6 @@ ATTACKS: dict[str, Callable[[int, str], Awaitable[None]]] = {
     "handshakes without a hello": _strangers(_HANDSHAKE.encode()),
     "TLS hellos": _strangers(_CLIENT_HELLO),
     "kept-alive connections": _strangers(b"GET /health HTTP/1.1\r\nHost: relay\r\n\r\n"),
-    "bad logins": _bad_logins,
     "status": _tenant(lambda _n, name: Status(request_id=name), QUEUED),
     "attach": _tenant(lambda _n, name: Attach(request_id=name), QUEUED),
     "spaces": _tenant(lambda _n, _name: Spaces()),
@@ -128,6 +127,8 @@ ATTACKS: dict[str, Callable[[int, str], Awaitable[None]]] = {
     "submits": _tenant(lambda n, _name: Submit(request_id=f"{n + 1:032x}", space="empty", params={}, detach=True)),
     "pings": _tenant(lambda n, _name: Ping(timestamp=float(n))),
     "registrations": _tenant(_register, role="worker"),
+    # The last: it has the address, which is everybody's here, wait before each login for some minutes.
+    "bad logins": _bad_logins,
 }
 
 

@@ -284,6 +284,7 @@ def audio() -> Iterator[Target]:
 
     from gpuworker.engines.voxcpm.audio_decode import AudioFault
     from gpuworker.engines.voxcpm.audio_decode import decode as decode_audio
+    from tests.support.recordings import RECORDINGS, make_recording
 
     def run(data: bytes) -> None:
         try:
@@ -306,6 +307,8 @@ def audio() -> Iterator[Target]:
         seeds.append(file.getvalue())
     wav = seeds[0]
     sizes = [wav[:40] + size.to_bytes(4, "little") + wav[44:] for size in (0, 1, 2**31 - 1, 2**32 - 1, 2_000_000_000)]
+    for container, codec in (*RECORDINGS, ("caf", "pcm_s16le"), ("asf", "wmav2")):
+        seeds.append(make_recording(container, codec, seconds=0.3, rate=16_000))
     yield Target(run, [*seeds, *sizes, b"RIFF\0\0\0\0WAVE", b"ID3\x04\0\0\x7f\x7f\x7f\x7f", b"\xff\xfb\x90\x64"])
 
 

@@ -4,9 +4,7 @@ import io
 import struct
 import tracemalloc
 import warnings
-from typing import Any
 
-import av
 import librosa
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gpuworker.engines.voxcpm.audio_decode import AudioFault, decode
+from tests.support.recordings import RECORDINGS, make_recording, tone
 
 RATE = 16_000
 FORMATS = {
@@ -34,12 +33,6 @@ FORMATS = {
     "vorbis": ("OGG", "VORBIS"),
     "opus": ("OGG", "OPUS"),
 }
-
-
-def tone(seconds: float, rate: int = RATE, channels: int = 1, level: float = 0.3) -> NDArray[np.float32]:
-    """(n, channels), another pitch in each."""
-    time = np.arange(round(seconds * rate)) / rate
-    return np.stack([level * np.sin(2 * np.pi * 220 * (1 + at) * time) for at in range(channels)], 1).astype(np.float32)
 
 
 def encode(samples: NDArray[np.float32], rate: int = RATE, name: str = "wav") -> bytes:
@@ -274,28 +267,10 @@ def test_any_bytes_are_audio_or_a_fault(start: bytes, rest: bytes) -> None:
 # -- recordings of phones and browsers -------------------------------------------------------------------------------
 
 
-def recording(kind: str, codec: str, seconds: float = 1.0, channels: int = 1) -> bytes:
-    """A tone, encoded as a phone or a browser does it."""
-    file = io.BytesIO()
-    with av.open(file, "w", format=kind) as container:
-        stream: Any = container.add_stream(codec, rate=48_000, layout="mono" if channels == 1 else "stereo")
-        layout = stream.layout.name
-        samples = np.ascontiguousarray(tone(seconds, 48_000, channels).T)
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
-        frame.rate = 48_000
-        for part in av.AudioResampler(format=stream.format.name, layout=layout, rate=48_000).resample(frame):
-            container.mux(stream.encode(part))
-        container.mux(stream.encode(None))
-    return file.getvalue()
-
-
-RECORDINGS = [("ipod", "aac"), ("mp4", "aac"), ("adts", "aac"), ("webm", "libopus"), ("matroska", "libopus")]
-
-
 @pytest.mark.parametrize(("kind", "codec"), RECORDINGS)
 @pytest.mark.parametrize("channels", [1, 2])
 def test_recordings_of_phones_and_browsers_are_read(kind: str, codec: str, channels: int) -> None:
-    samples = decode(recording(kind, codec, channels=channels), rate=RATE, max_seconds=50)
+    samples = decode(make_recording(kind, codec, channels=channels), rate=RATE, max_seconds=50)
     assert len(samples) == pytest.approx(RATE, rel=0.06)
     middle = samples[RATE // 4 : RATE // 2]
     expected = np.mean(tone(1, channels=channels)[RATE // 4 : RATE // 2], axis=1)
@@ -303,9 +278,9 @@ def test_recordings_of_phones_and_browsers_are_read(kind: str, codec: str, chann
 
 
 def test_a_recording_is_held_to_the_limits_and_a_damaged_one_says_what_to_do() -> None:
-    data = recording("ipod", "aac", seconds=3)
+    data = make_recording("ipod", "aac", seconds=3)
     assert fault(data, max_seconds=2) == "is too long; give at most 2 s"
-    assert fault(recording("webm", "libopus", seconds=0.1)).endswith("give at least 0.2 s")
+    assert fault(make_recording("webm", "libopus", seconds=0.1)).endswith("give at least 0.2 s")
     for damaged in (data[: len(data) // 2], b"\0\0\0\x20ftypM4A ", b"\0\0\0\x20ftypM4A " + bytes(1_000)):
         assert "ffmpeg -i recording.m4a recording.wav" in fault(damaged)
 
@@ -313,7 +288,7 @@ def test_a_recording_is_held_to_the_limits_and_a_damaged_one_says_what_to_do() -
 @given(st.sampled_from(RECORDINGS), st.integers(0, 4_000), st.binary(max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_a_garbled_recording_is_audio_or_a_fault(which: tuple[str, str], at: int, rest: bytes) -> None:
-    data = recording(*which, seconds=0.5)
+    data = make_recording(*which, seconds=0.5)
     check(fault_or_samples(data[:at] + rest + data[at + len(rest) :]))
 
 
