@@ -79,6 +79,8 @@ def open_recording(data: bytes, kind: RecordingFormat) -> Blocks:
         if not container.streams.audio:
             raise NotReadable("it has no audio track")
         stream = container.streams.audio[0]
+        if stream.codec_context is None:
+            raise NotReadable("its audio is in a codec that FFmpeg does not know")
         rate, channels = int(stream.rate or 0), int(stream.channels or 0)
     except (av.FFmpegError, ValueError, EOFError) as fault:
         raise NotReadable(_words(fault)) from None

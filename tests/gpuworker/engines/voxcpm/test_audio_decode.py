@@ -285,6 +285,12 @@ def test_a_recording_is_held_to_the_limits_and_a_damaged_one_says_what_to_do() -
         assert "ffmpeg -i recording.m4a recording.wav" in fault(damaged)
 
 
+def test_a_recording_in_a_codec_that_nobody_knows_is_a_fault() -> None:
+    data = make_recording("webm", "libopus")
+    assert b"A_OPUS" in data
+    assert "a codec that FFmpeg does not know" in fault(data.replace(b"A_OPUS", b"A_OPUX"))
+
+
 @given(st.sampled_from(RECORDINGS), st.integers(0, 4_000), st.binary(max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_a_garbled_recording_is_audio_or_a_fault(which: tuple[str, str], at: int, rest: bytes) -> None:
