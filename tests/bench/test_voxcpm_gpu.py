@@ -29,7 +29,7 @@ def test_both_sides_make_the_same_samples_and_leave_no_process(
 ) -> None:
     models, out = tmp_path / "models", tmp_path / "out.md"
     only = ["--size", "tiny", "--device", "cpu", "--arch", "voxcpm", "--slots", "1", "--steps", "12", "--rounds", "1"]
-    assert main(["voxcpm", *only, "--seconds", "100", "--folder", str(models), "--out", str(out)]) == 0
+    assert main(["voxcpm", *only, "--seconds", "1000", "--folder", str(models), "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert out.read_text(encoding="utf-8") == told
     line = next(line for line in told.splitlines() if line.startswith("| VoxCPM 0.5B | 1 |"))
