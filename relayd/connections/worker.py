@@ -109,6 +109,10 @@ class WorkerHandler:
         """Name of the worker's principal."""
         return self.principal.name
 
+    def may_serve(self, space: str) -> bool:
+        """Whether the worker's principal may serve a space."""
+        return self.principal.may_use(space)
+
     @property
     def peer(self) -> str:
         """Address that the worker connects from."""

@@ -36,6 +36,9 @@ class WorkerPort(Protocol):
     def principal_name(self) -> str:
         """Name of the worker's principal."""
 
+    def may_serve(self, space: str) -> bool:
+        """Whether the worker's principal may serve a space."""
+
     @property
     def engine(self) -> str:
         """Name of the worker's engine."""

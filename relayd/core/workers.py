@@ -19,6 +19,8 @@ log = structlog.get_logger("relayd")
 
 #: Drained workers that are remembered: an id belongs to one process, and most never come back.
 MAX_DRAINED = 1_000
+#: Worker ids whose principal is remembered, the latest; also those of workers that are away.
+MAX_OWNERS = 10_000
 #: When a worker is to register again whose place may be free soon.
 REGISTER_AGAIN_S = 1.0
 #: How long a worker may leave a ping unanswered while a new process of the same name wants its place.
@@ -36,6 +38,8 @@ class Workers(Mapping[str, WorkerPort]):
     #: Those that operators have drained, connected or not; the first comes first.
     drained: dict[str, None] = attrs.field(factory=dict)
     _connected: dict[str, WorkerPort] = attrs.field(factory=dict)
+    #: Worker id -> its principal.
+    _owners: dict[str, str] = attrs.field(factory=dict)
     #: Set, and replaced, when a worker comes, or takes requests again.
     joined: trio.Event = attrs.field(factory=trio.Event)
 
@@ -59,7 +63,7 @@ class Workers(Mapping[str, WorkerPort]):
         """
         now = trio.current_time()
         before = self._connected.get(port.worker_id)
-        if before is not None and before.principal_name != port.principal_name:
+        if not self._is_own(port, port.worker_id):
             message = f"worker {port.worker_id!r} belongs to another principal; start this one with another --name"
             return Rejected.because(ErrorCode.FORBIDDEN, message)
         worker = WorkerState(
@@ -75,6 +79,10 @@ class Workers(Mapping[str, WorkerPort]):
         if isinstance(joined, Rejected):
             return joined
         self._connected[port.worker_id] = port
+        self._owners.pop(port.worker_id, None)  # the latest comes last
+        self._owners[port.worker_id] = port.principal_name
+        if len(self._owners) > MAX_OWNERS:
+            del self._owners[next(iter(self._owners))]
         stats = self.relay.stats.worker(port.worker_id)
         stats.name, stats.engine, stats.agent = register.worker, register.engine, port.agent
         stats.principal, stats.peer = port.principal_name, port.peer
@@ -92,6 +100,19 @@ class Workers(Mapping[str, WorkerPort]):
         self.relay.wake_positions()
         self._tell_joined()
         return joined
+
+    def _is_own(self, port: WorkerPort, worker_id: str) -> bool:
+        """Whether `worker_id` is a worker of this one's principal, or new; connected or not.
+
+        Of a worker that only the store knows, after a restart, the principal is unknown: then whoever may serve its
+        spaces may be it, and could have its requests anyway.
+        """
+        before = self._connected.get(worker_id)
+        owner = before.principal_name if before is not None else self._owners.get(worker_id)
+        if owner is not None:
+            return owner == port.principal_name
+        known = self.relay.scheduler.state.workers.get(worker_id)
+        return known is None or all(map(port.may_serve, known.spaces))
 
     def recheck_refusal(self, port: WorkerPort, register: Register, refusal: Rejected, refused_at: float) -> Rejected:
         """A worker was refused; if the space is full of workers that may be gone soon, tell it to try again.
@@ -127,10 +148,11 @@ class Workers(Mapping[str, WorkerPort]):
         """
         if worker_id in self.drained:
             self._connected[worker_id].drain("drained by an operator")  # it may not have received the first message
-        own_name = _name(worker_id, register.instance)
+        own_name, port = _name(worker_id, register.instance), self._connected[worker_id]
         for worker in list(self.relay.scheduler.state.workers.values()):
             name = _name(worker.worker_id, worker.instance)
-            if not worker.linked and name == own_name and self.relay.scheduler.is_replaced(worker):
+            is_former = not worker.linked and name == own_name and self._is_own(port, worker.worker_id)
+            if is_former and self.relay.scheduler.is_replaced(worker):
                 for request_id in list(worker.held):
                     self.lose_attempt(request_id, ErrorCode.WORKER_LOST, f"worker {worker.worker_id} was restarted")
         self.relay.apply(joined.decisions)
