@@ -56,6 +56,8 @@ from protocol.wire.messages import (
     Steer,
     Submit,
     Welcome,
+    WorkerAway,
+    WorkerBack,
 )
 from protocol.wire.messages import Watch as WatchMessage
 from protocol.wire.validators import Message, Value
@@ -98,7 +100,7 @@ class RelayClient:
         self._calls = PendingCalls()
         self._watch: tuple[WatchMessage, Watch] | None = None
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
-            **dict.fromkeys((Accepted, Queued, *FRAMES.values()), self._to_stream),
+            **dict.fromkeys((Accepted, Queued, WorkerAway, WorkerBack, *FRAMES.values()), self._to_stream),
             Rejected: self._rejected,
             Error: self._error,
             StatusReply: self._calls.status_reply,

@@ -34,6 +34,8 @@ from protocol.wire.messages import (
     Cancel,
     Queued,
     Rejected,
+    WorkerAway,
+    WorkerBack,
 )
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
@@ -54,7 +56,7 @@ class Restarted:
     seq: int
 
 
-Event = Accepted | Queued | Restarted | Frame
+Event = Accepted | Queued | WorkerAway | WorkerBack | Restarted | Frame
 
 
 class AudioRestarted(RequestFailed):
@@ -129,7 +131,7 @@ class Stream:
                 return event
 
     def events(self) -> "Events":
-        """Iterate over everything about the request: Accepted, Queued (only the latest), Restarted, frames."""
+        """Iterate over all about it: Accepted, Queued (only the latest), WorkerAway, WorkerBack, Restarted, frames."""
         return Events(self)
 
     def audio(self, on_restart: Callable[[], None] | None = None) -> "AudioChunks":
@@ -210,7 +212,7 @@ class Stream:
         """Send this again over each new link, until the end: a relay that was killed may have forgotten it."""
         self._cancel = encode(cancel)
 
-    def on_message(self, message: Accepted | Queued | Rejected | Frame) -> None:
+    def on_message(self, message: Accepted | Queued | WorkerAway | WorkerBack | Rejected | Frame) -> None:
         """Process a message from the relay about this request."""
         if self.ended:
             return
@@ -229,7 +231,7 @@ class Stream:
             if self._events and isinstance(self._events[-1], Queued):
                 self._events.pop()
             self._events.append(message)
-        elif first:
+        elif isinstance(message, WorkerAway | WorkerBack) or first:
             self._events.append(message)
         self._changed.set()
 

@@ -23,7 +23,7 @@ from protocol.wire.errors import EncodeError, ErrorCode, LinkError, RequestError
 from protocol.wire.frames import Audio, Output, Started
 from protocol.wire.frames import Progress as ProgressFrame
 from protocol.wire.media_types import BINARY, suffix_of
-from protocol.wire.messages import Queued, Snapshot, Welcome
+from protocol.wire.messages import Queued, Snapshot, Welcome, WorkerAway, WorkerBack
 from protocol.wire.params_schema import takes_text
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Struct, Value
@@ -303,6 +303,10 @@ class Sink:
     async def _on_event(self, event: Event) -> None:
         if isinstance(event, Queued):
             self._progress.queued(event)
+        elif isinstance(event, WorkerAway):
+            self._progress.worker_away(event.wait_s)
+        elif isinstance(event, WorkerBack):
+            self._progress.started()
         elif isinstance(event, Started):
             self._progress.started()
             self._format = event.format

@@ -64,7 +64,12 @@ class Progress:
     def queued(self, place: "Queued") -> None:
         """Show the place in the queue."""
         eta = "" if place.eta_s is None else f", starts in about {_seconds(place.eta_s)}"
-        self._status(f"queued: position {place.position} of {place.of}{eta}", urgent=True)
+        why = f", again because {place.message}" if place.message else ""
+        self._status(f"queued: position {place.position} of {place.of}{eta}{why}", urgent=True)
+
+    def worker_away(self, wait_s: float) -> None:
+        """Show that the worker was lost."""
+        self._status(f"its worker is not connected; waiting up to {_seconds(wait_s)} for it", urgent=True)
 
     def started(self) -> None:
         """Show that the request runs."""

@@ -163,13 +163,36 @@ class Accepted(Message):
 
 @attrs.frozen(kw_only=True)
 class Queued(Message):
-    """The place of a request: `position` from 1, `of` all queued in the space, `eta_s` until it starts."""
+    """The place of a request: `position` from 1, `of` all queued in the space, `eta_s` until it starts.
+
+    `code` and `message` say why it waits again, if an attempt was lost.
+    """
 
     TYPE: ClassVar[str] = "queued"
     request_id: str = field(request_id_rule)
     position: int = field(integer(1))
     of: int = field(integer(1))
     eta_s: float | None = field(optional(number()), None)
+    code: str | None = field(optional(_code), None)
+    message: str = field(_words, "")
+
+
+@attrs.frozen(kw_only=True)
+class WorkerAway(Message):
+    """The worker of a running request is disconnected; the relay waits for it for `wait_s`."""
+
+    TYPE: ClassVar[str] = "worker_away"
+    request_id: str = field(request_id_rule)
+    wait_s: float = field(number())
+
+
+@attrs.frozen(kw_only=True)
+class WorkerBack(Message):
+    """A worker runs the request again: the one that was away, or another one with a new attempt."""
+
+    TYPE: ClassVar[str] = "worker_back"
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
 
 
 @attrs.frozen(kw_only=True)
@@ -452,7 +475,8 @@ FROM_WORKER: Table = {**_table(Ping, Pong, Register, Draining), **FRAMES}
 #: An operator is a client that may also watch and steer.
 FROM_OPERATOR: Table = {**FROM_CLIENT, **_table(Watch, Steer)}
 FROM_RELAY: Table = {
-    **_table(Ping, Pong, Error, Welcome, Accepted, Queued, Rejected, StatusReply, SpacesReply),
+    **_table(Ping, Pong, Error, Welcome, Accepted, Queued, WorkerAway, WorkerBack, Rejected),
+    **_table(StatusReply, SpacesReply),
     **_table(Registered, Assign, Input, Cancel, Drain, Undrain, Ack, Snapshot, Delta, Done),
     **FRAMES,
 }

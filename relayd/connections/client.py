@@ -22,7 +22,6 @@ from protocol.wire.messages import (
     Leave,
     Ping,
     Pong,
-    Queued,
     Rejected,
     Spaces,
     SpacesReply,
@@ -134,9 +133,11 @@ class ClientHandler:
             self._deferred_positions[request.request_id] = position
             return
         self._deferred_positions.pop(request.request_id, None)
-        self.send(
-            Queued(request_id=request.request_id, position=position.position, of=position.of, eta_s=position.eta_s)
-        )
+        self.send(request.queued_message(position))
+
+    def on_worker(self, request: Request) -> None:
+        """Tell the client whether the request's worker is away."""
+        self.send(request.worker_message())
 
     # -- life cycle
 
@@ -317,6 +318,8 @@ class ClientHandler:
     def _send_position(self, request: Request) -> None:
         if place := self.relay.scheduler.position(request.entry, trio.current_time()):
             self.on_position(request, place)
+        elif request.entry.worker_lost_at is not None:
+            self.on_worker(request)
 
     def _status(self, status: Status) -> None:
         request = find_request(self.relay, self.principal, status.request_id)

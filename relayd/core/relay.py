@@ -312,6 +312,8 @@ class Relay:
         if entry.attempt and (entry.attempt > 1 or request.log.next_seq > from_seq):
             request.log.restart(entry.attempt, from_seq)
         request.add_timeline("started", attempt=entry.attempt, worker_id=entry.worker_id, from_seq=from_seq or None)
+        if entry.attempt > 1:
+            request.tell_worker()
         request.wake()
         self.mark_changed("workers", entry.worker_id or "")
         self._log_request(request, "request started", attempt=entry.attempt, worker=entry.worker_id)

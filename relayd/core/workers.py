@@ -7,7 +7,7 @@ import structlog
 import trio
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import Register, Rejected
+from protocol.wire.messages import MAX_TEXT_CHARS, Register, Rejected
 from protocol.wire.validators import Value
 from relayd.core.interfaces import RelayState, WorkerPort
 from relayd.core.spaces import Spaces
@@ -170,6 +170,7 @@ class Workers(Mapping[str, WorkerPort]):
             if not entry.has_output:
                 request.worker_grace_s = min(UNHEARD_GRACE_S, request.worker_grace_s)
             request.add_timeline("worker_away", worker_id=port.worker_id)
+            request.tell_worker()
             request.wake()
             self.relay.save_status(request)  # a relay that is started again goes on waiting, and does not begin anew
             self.relay.mark_changed("requests", entry.request_id)
@@ -225,6 +226,7 @@ class Workers(Mapping[str, WorkerPort]):
         request = self.relay.requests.get(request_id)
         if request is not None and request.entry.state is State.RUNNING:
             request.add_timeline("lost", code=code.value, why=message[:MAX_STEP_CHARS])
+            request.lost = code.value, message[:MAX_TEXT_CHARS]
         self.relay.apply(self.relay.scheduler.lose(request_id, code, message, trio.current_time()))
 
     def count_engine_failure(self, worker_id: str) -> None:

@@ -4,7 +4,6 @@ import attrs
 
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Frame, Started
-from protocol.wire.messages import Queued
 from protocol.wire.structs import AudioFormat
 from relayd.http.errors import HttpError
 from relayd.http.request_stream import RequestStream
@@ -74,7 +73,7 @@ async def open_audio(held: RequestStream) -> AudioStream:
 
 
 async def next_frame(held: RequestStream) -> Frame | None:
-    """Return the next frame, skipping queue positions; None after the last one.
+    """Return the next frame, skipping what is none; None after the last one.
 
     Raises:
         HttpError: the request failed or was cancelled.
@@ -83,7 +82,7 @@ async def next_frame(held: RequestStream) -> Frame | None:
         event = await held.next_event()
         if isinstance(event, Failed | Cancelled):
             raise HttpError.of(event)
-        if not isinstance(event, Queued):
+        if event is None or isinstance(event, Frame):
             return event
 
 

@@ -15,7 +15,16 @@ from starlette.requests import Request as HttpRequest
 from protocol.wire.codec import decode
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Frame
-from protocol.wire.messages import FRAMES, MAX_INPUT_CHUNK_BYTES, Input, Queued, Rejected, Submit
+from protocol.wire.messages import (
+    FRAMES,
+    MAX_INPUT_CHUNK_BYTES,
+    Input,
+    Queued,
+    Rejected,
+    Submit,
+    WorkerAway,
+    WorkerBack,
+)
 from relayd.auth.tokens import Principal
 from relayd.core import access
 from relayd.core.relay import Relay
@@ -26,8 +35,8 @@ from relayd.http.errors import HttpError
 from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition, State
 
-#: A frame of the request, or its position in the queue.
-Event = Frame | Queued
+#: A frame of the request, its position in the queue, or what became of its worker.
+Event = Frame | Queued | WorkerAway | WorkerBack
 
 
 @attrs.define(eq=False)
@@ -42,6 +51,8 @@ class RequestStream:
     _frames: deque[bytes] = attrs.field(factory=deque)
     #: The latest position that was not returned yet.
     _place: QueuePosition | None = None
+    #: Whether there is news of its worker that was not returned yet.
+    _worker_changed: bool = False
     _reader: FrameReader | None = None
     _refusal: HttpError | None = None
     _changed: trio.Event = attrs.field(factory=trio.Event)
@@ -112,6 +123,11 @@ class RequestStream:
         self._place = place
         self.wake()
 
+    def on_worker(self, request: Request) -> None:
+        """The request's worker is away, or a worker runs it again."""
+        self._worker_changed = True
+        self.wake()
+
     def on_ended(self, request: Request) -> None:
         """The request has ended and needs no holder."""
         self.wake()
@@ -145,6 +161,7 @@ class RequestStream:
         if request.live and request.principal == self.principal.name:
             request.hold(self)
         self._place = self.place()
+        self._worker_changed = request.entry.worker_lost_at is not None
         self.exchange.waits_for = self
 
     def start_reading(self, attempt: int = 0, after_seq: int = -1) -> None:
@@ -179,13 +196,17 @@ class RequestStream:
             raise self._refusal
 
     async def next_event(self) -> Event | None:
-        """Return the next frame or position; None after the last frame.
+        """Return the next frame, position or news of the worker; None after the last frame.
 
         Raises:
             HttpError: the request is rejected, its result is lost, or the relay is shutting down.
         """
         await trio.lowlevel.checkpoint()
         while True:
+            if self._worker_changed:
+                self._worker_changed = False
+                if self.request.entry.state is State.RUNNING:
+                    return self.request.worker_message()
             if self._frames:
                 data = self._frames.popleft()
                 self.backlog_bytes -= len(data)
@@ -196,9 +217,7 @@ class RequestStream:
                 return frame
             place, self._place = self._place, None
             if place is not None and self.queued:
-                return Queued(
-                    request_id=self.request.request_id, position=place.position, of=place.of, eta_s=place.eta_s
-                )
+                return self.request.queued_message(place)
             if self.request.log.ended and self._reader is None and self._refusal is None:
                 return None
             await self._wait()

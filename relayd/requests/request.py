@@ -9,7 +9,7 @@ import msgpack
 import trio
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import Ack, Rejected, Submit
+from protocol.wire.messages import Ack, Queued, Rejected, Submit, WorkerAway, WorkerBack
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
@@ -47,6 +47,9 @@ class Holder(Sink, Protocol):
 
     def on_position(self, request: "Request", position: QueuePosition) -> None:
         """Handle a changed position of the request in the queue."""
+
+    def on_worker(self, request: "Request") -> None:
+        """Handle that its worker is away, or that a worker runs it again."""
 
     def on_rejected(self, request: "Request", refusal: Rejected) -> None:
         """Handle that the request was rejected after it was admitted."""
@@ -102,6 +105,8 @@ class Request:
     has_outputs: bool = False
     code: str | None = None
     message: str | None = None
+    #: Code and message of the latest loss of an attempt.
+    lost: tuple[str, str] | None = None
     #: Of the latest loss of an attempt; of the failure once it has ended.
     details: dict[str, Value] = attrs.field(factory=dict)
     #: What else is known once it has ended.
@@ -173,7 +178,33 @@ class Request:
         if entry.attempt > 1 and not entry.reproducible and not (log.next_seq or log.starts):
             # After a restart of the relay: a reader with frames of an earlier attempt must start this one from 0.
             log.restart(entry.attempt, 0)
+        self.tell_worker()
         self.wake()
+
+    def tell_worker(self) -> None:
+        """Tell its holders that its worker is away, or that a worker runs it again."""
+        for holder in self.holders:
+            holder.on_worker(self)
+
+    def worker_message(self) -> WorkerAway | WorkerBack:
+        """Return what a reader of this running request has to know about its worker."""
+        lost_at = self.entry.worker_lost_at
+        if lost_at is None:
+            return WorkerBack(request_id=self.request_id, attempt=self.entry.attempt)
+        left_s = lost_at + self.worker_grace_s - trio.current_time()
+        return WorkerAway(request_id=self.request_id, wait_s=round(max(0.0, left_s), 3))
+
+    def queued_message(self, place: QueuePosition) -> Queued:
+        """Return what a reader has to know about its place, and why it waits again."""
+        code, message = self.lost or (None, "")
+        return Queued(
+            request_id=self.request_id,
+            position=place.position,
+            of=place.of,
+            eta_s=place.eta_s,
+            code=code,
+            message=message,
+        )
 
     def hold(self, holder: Holder) -> None:
         """Add a holder: while a request has one, its resume window does not run."""

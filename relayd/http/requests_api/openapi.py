@@ -283,8 +283,9 @@ PATHS: Schema = {
             "responses": _responses(
                 {
                     "200": {
-                        "description": "`queued`, `started`, `progress`, `audio`, `output`, and one of `completed`, "
-                        "`failed`, `cancelled`; `error` if the relay has to end the stream.",
+                        "description": "`queued`, `started`, `worker_away`, `worker_back`, `progress`, `audio`, "
+                        "`output`, and one of `completed`, `failed`, `cancelled`; `error` if the relay has to end "
+                        "the stream.",
                         "content": {"text/event-stream": {"schema": _EVENT}},
                     },
                     "204": {"description": "You have all events."},
