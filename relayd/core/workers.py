@@ -187,7 +187,7 @@ class Workers(Mapping[str, WorkerPort]):
         """Stop starting requests on a worker."""
         decisions = self.relay.scheduler.drain(worker_id, trio.current_time())
         log.info("worker draining", worker=worker_id)
-        self.relay.mark_changed("workers", worker_id)
+        self._mark_changed(worker_id)
         self.relay.apply(decisions)
 
     def drain_by_operator(self, worker_id: str, reason: str) -> None:
@@ -208,8 +208,14 @@ class Workers(Mapping[str, WorkerPort]):
             self.relay.store.post(DeleteDrain(worker_id))
         self.relay.apply(self.relay.scheduler.undrain(worker_id, trio.current_time()))
         log.info("worker accepts requests again", worker=worker_id)
-        self.relay.mark_changed("workers", worker_id)
+        self._mark_changed(worker_id)
         self._tell_joined()
+
+    def _mark_changed(self, worker_id: str) -> None:
+        self.relay.mark_changed("workers", worker_id)
+        if worker := self.relay.scheduler.state.workers.get(worker_id):
+            for name in worker.spaces:
+                self.relay.mark_changed("spaces", name)
 
     def _tell_joined(self) -> None:
         self.joined.set()

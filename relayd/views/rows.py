@@ -111,6 +111,7 @@ def space_row(relay: Relay, name: str, *, with_params: bool = False) -> Row | No
         "name": name,
         "state": "paused" if scheduled.paused else "ready" if workers else "no worker",
         "workers": len(workers),
+        "draining": sum(worker.draining for worker in workers),
         "max_workers": space.config.max_workers,
         "slots": slots,
         "busy": busy,

@@ -70,6 +70,22 @@ async def test_its_msgpack_reads_and_writes_what_the_reference_does(site: Browse
         assert bytes(await call(window, left_out)) == msgpack.packb({"b": 1})
 
 
+@pytest.mark.trio
+async def test_its_digest_is_the_browsers_own(site: BrowserPlace, browser: Browser) -> None:
+    both = """
+      const { sha256 } = await import("/digest.js");
+      const same = async (size) => {
+        const bytes = crypto.getRandomValues(new Uint8Array(size + 3)).subarray(3); // unaligned
+        return String(sha256(bytes)) === String(new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)));
+      };
+      return Promise.all(values[0].map(same));
+    """
+    sizes = [0, 1, 55, 56, 63, 64, 65, 119, 120, 60_000]  # around the ends of its blocks
+    async with a_window(browser) as window:
+        await window.open(site.url)
+        assert await call(window, both, sizes) == [True] * len(sizes)
+
+
 #: The audio thread, driven by hand: `steps` are lists of messages, and after each so many quanta are asked for.
 PLAYER = """
   window.sampleRate = 1000;

@@ -75,11 +75,12 @@ async def test_a_reload_in_mid_stream_goes_on_where_it_was(site: BrowserPlace, b
         await window.until_state("completed")
         assert samples(await window.download()) == tune(LONG)
         await window.do(lambda driver: driver.refresh())
-        await window.until_state("completed")
-        await window.click(".load")  # the relay has it still
-        await window.until(HEARS)
-        await window.until("document.querySelector('.load').hidden")
+        await window.until("document.querySelector('.wave').offsetWidth > 0")  # the relay has it still
+        assert await window.words(".request .state") == "✓ Completed"
         assert samples(await window.download()) == tune(LONG)
+        assert await window.js("window.loudness()") < LOUD  # nobody asked to hear it again
+        await window.click(".play")
+        await window.until(HEARS)
     assert browser.errors() == []
 
 
@@ -143,6 +144,7 @@ async def test_a_killed_worker_and_a_killed_relay_cost_no_sample(tmp_path: Path,
             await relay.ended()
             await window.until("document.getElementById('link').textContent === '✗ Not connected, reconnecting…'")
             assert await window.js("document.getElementById('form').disabled")
+            assert await window.words(".request .state") == "Not connected to the relay"
             async with a_relay(site, "--listen", site.url.removeprefix("http://").removesuffix("/")):
                 await window.until("document.getElementById('link').textContent === '✓ Connected as anna'")
                 await window.until_state("completed")

@@ -39,6 +39,7 @@ ARGUMENTS = (
     "--autoplay-policy=no-user-gesture-required",
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
+    "--host-resolver-rules=MAP relay.test 127.0.0.1",  # to the browser another machine, so no secure context over HTTP
     "--ignore-certificate-errors",  # of the tests' own certificate, on this machine's own address
 )
 
@@ -211,16 +212,16 @@ class BrowserPlace(Place):
     token: str
 
 
-async def steer(place: Place, action: str, target: str, **options: str) -> dict[str, Any]:
+async def steer(place: Place, action: str, target: str, **options: Any) -> dict[str, Any]:
     """What an operator does, on the relay's own socket."""
     async with open_relay(f"unix:{place.folder}/state/relayd.sock", token="", role="operator") as relay:
         return await relay.steer(action, target, **options)
 
 
 @asynccontextmanager
-async def a_site(folder: Path) -> AsyncIterator[tuple[BrowserPlace, Proc]]:
+async def a_site(folder: Path, config: str = "[spaces.tts]\n") -> AsyncIterator[tuple[BrowserPlace, Proc]]:
     """A relay of a test's own, to be killed."""
-    place = a_place(folder)
+    place = a_place(folder, config)
     async with a_relay(place) as relay:
         [url, *_] = (await relay.event("listening"))["urls"]
         token = (await steer(place, "create_token", "anna", role="client"))["token"]

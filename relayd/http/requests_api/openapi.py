@@ -124,6 +124,7 @@ _SPACE = _object(
         "name": {"type": "string"},
         "state": {"type": "string", "enum": ["ready", "no worker", "paused"]},
         "workers": {"type": "integer"},
+        "draining": {"type": "integer", "description": "how many of them take no new requests"},
         "slots": {"type": "integer"},
         "queued": {"type": "integer"},
         "running": {"type": "integer"},

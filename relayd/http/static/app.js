@@ -9,12 +9,15 @@ import { encode } from "./msgpack.js";
 import { Player } from "./player.js";
 import { Request } from "./request.js";
 import { Row } from "./row.js";
+import { stateOfSpace } from "./space.js";
 import { kept } from "./storage.js";
 import { fault, language, say, seconds, setLanguage, size } from "./words.js";
 
 const MAX_ROWS = 50;
 /** Room for the other fields of a message that carries params (§4). */
 const MARGIN_BYTES = 2048;
+/** After a reload, results are read again until the page holds this much. */
+const MAX_RESTORED_BYTES = 64 * 1048576;
 
 const rows = new Map(); // id → Row
 const player = new Player((track) => {
@@ -34,15 +37,20 @@ function changed(request, what, before) {
   const row = rows.get(request.id);
   if (!row) return;
   row.soon();
-  if (what === "track" && (!request.ended || request.fetching)) player.enqueue(request.track);
+  if (what === "track" && (request.fetching ? request.listening : !request.ended)) player.enqueue(request.track);
+  if (what === "away") announce(say("said_away"));
   if (what !== "state") return;
+  if (request.ended) restore();
   if (request.fetching || request.state === before) return remember();
   if (request.state === "accepted") announce(say("said_accepted"));
-  if (request.state === "queued" && before !== "queued") announce(say("said_queued", request.place));
+  if (request.state === "queued" && before !== "queued") {
+    if (request.lost) announce(say("queued_again", { why: fault(request.lost) }));
+    announce(say("said_queued", request.place));
+  }
   if (request.state === "running") announce(say("said_started"));
   if (request.state === "completed") {
     const s = request.track.length_s;
-    announce(s ? say("said_completed", { s: seconds(s) }) : say("said_done"));
+    announce(s ? say("said_completed", { s: seconds(s) }) : say(request.silent ? "no_audio" : "said_done"));
   }
   if (["failed", "rejected", "lost"].includes(request.state)) {
     announce(say("said_failed", { why: fault(request.failure ?? {}) }));
@@ -66,8 +74,16 @@ function recall() {
   for (const row of list) add(new Request(link, row, changed));
 }
 
+/** After a reload, read the results again that the relay still keeps: one at a time, the newest first. */
+function restore() {
+  const requests = [...rows.values()].map(({ request }) => request);
+  const held_bytes = requests.reduce((sum, request) => sum + request.held_bytes, 0);
+  if (!link.open || held_bytes > MAX_RESTORED_BYTES || requests.some(({ fetching }) => fetching)) return;
+  requests.findLast((request) => request.missing)?.fetch(false);
+}
+
 function add(request) {
-  const row = new Row(request, { player, rateOf, forget });
+  const row = new Row(request, { player, spaceOf, rateOf, forget });
   rows.set(request.id, row);
   $("list").prepend(row.element);
   const old = [...rows.values()].filter((other) => other.request.ended);
@@ -112,6 +128,7 @@ function welcome(message) {
   showLink("on");
   show("desk");
   for (const { request } of rows.values()) if (!request.ended) request.resume();
+  restore();
 }
 
 function down() {
@@ -169,21 +186,20 @@ const rateOf = (name) => spaceOf(name)?.format?.sample_rate ?? 24000;
 function showSpaces() {
   const select = $("space");
   const wanted = select.value || kept("sessionStorage", "space");
-  const state = { ready: "ready", "no worker": "no_worker", paused: "paused" };
-  const lines = spaces.map(({ name, state: is }) => [name, `${name} · ${say(state[is] ?? "no_worker")}`]);
+  const lines = spaces.map((space) => [space.name, `${space.name} · ${say(stateOfSpace(space))}`]);
   if (lines.map(([name]) => name).join() === [...select.options].map(({ value }) => value).join()) {
     lines.forEach(([, words], i) => set(select.options[i], words)); // keeps an open menu usable
   } else {
     select.replaceChildren(...lines.map(([name, words]) => new Option(words, name)));
-    select.value = (spaceOf(wanted) ?? spaces.find(({ state: is }) => is === "ready") ?? spaces[0])?.name ?? "";
+    select.value = (spaceOf(wanted) ?? spaces.find((space) => stateOfSpace(space) === "ready") ?? spaces[0])?.name ?? "";
   }
   showSpace();
 }
 
 function showSpace() {
   const space = spaceOf($("space").value);
-  const is = !link.open ? "off" : { ready: "ready", "no worker": "no_worker", paused: "paused" }[space?.state];
-  const words = !space ? (link.open ? "no_spaces" : "no_worker") : is === "off" ? "no_worker" : is;
+  const is = link.open ? stateOfSpace(space) : "off";
+  const words = is === "off" ? "no_worker" : space ? is : "no_spaces";
   const chip = $("space-state");
   set(chip, say(words));
   chip.dataset.is = is === "ready" ? "good" : "bad";
@@ -233,9 +249,6 @@ function speak() {
   for (const element of document.querySelectorAll("[data-say]")) set(element, say(element.dataset.say));
   const other = language === "zh" ? "en" : "zh";
   Object.assign($("language"), { lang: other, textContent: other === "zh" ? "中文" : "English", ariaLabel: other === "zh" ? "切换到中文" : "Switch to English" });
-  const poor = !window.isSecureContext;
-  $("note").hidden = !poor;
-  if (poor) set($("note"), say("no_sound"));
   showLink(linkState);
   if (principal !== null && spaces.length) showSpaces();
   wordForm();

@@ -4,7 +4,7 @@ import { $, make, set } from "./elements.js";
 import { InputField } from "./input.js";
 import { say } from "./words.js";
 
-let form = null; // {name of the space, shape, fields, inputs, most characters of text}
+let form = null; // {name of the space, shape, fields, inputs; text: param of the large field, its rule, and most characters}
 
 /** Disable the form while no worker can serve it; enabling it again restores the cursor. */
 let writing = null;
@@ -28,24 +28,37 @@ export function build(space) {
   form?.inputs.forEach((field) => field.stop());
   const inputs = Object.entries(space.inputs ?? {}).map(([name, rule]) => new InputField(name, rule));
   form = { name: space.name, shape, fields: new Map(), inputs };
-  const rule = properties.text;
-  const spoken = Boolean(rule) || !Object.keys(properties).length;
-  $("text-field").hidden = !spoken;
-  $("text").required = spoken && (!rule || needed.includes("text"));
+  form.text = textParam(properties, needed);
+  const rule = properties[form.text];
+  form.rule = rule ?? {};
+  $("text-field").hidden = !form.text;
+  $("text").required = Boolean(form.text) && (!rule || needed.includes(form.text));
   form.most = rule?.maxLength ?? null;
+  set($("text-about"), rule?.description ?? "");
+  $("text-about").hidden = !rule?.description;
   $("settings").replaceChildren();
-  for (const [name, schema] of Object.entries(properties)) if (name !== "text" && !("const" in schema)) setting(name, schema, needed.includes(name));
+  for (const [name, schema] of Object.entries(properties)) if (name !== form.text && !("const" in schema)) setting(name, schema, needed.includes(name));
   $("more").hidden = !form.fields.size;
-  $("more").open = [...form.fields.values()].some(({ element }) => element.required) || (!spoken && form.fields.size > 0);
+  $("more").open = [...form.fields.values()].some(({ element }) => element.required) || (!form.text && form.fields.size > 0);
   $("inputs").replaceChildren(...inputs.map(({ element }) => element));
   $("inputs").hidden = !inputs.length;
   wordForm();
 }
 
+/** The param that is written in the large field: `text`, or else the first text, a required one before others; null without any. */
+function textParam(properties, needed) {
+  if ("text" in properties || !Object.keys(properties).length) return "text";
+  const isText = ({ type, anyOf = [], enum: values, const: fixed }) =>
+    values === undefined && fixed === undefined && ([type].flat().includes("string") || anyOf.some(isText));
+  const texts = Object.keys(properties).filter((name) => isText(properties[name]));
+  return texts.find((name) => needed.includes(name)) ?? texts[0] ?? null;
+}
+
 /** Add a field for a param, according to its schema. `read` returns its value; undefined leaves it out. */
 function setting(name, schema, required) {
   const id = `param-${name}`;
-  const kind = schema.enum ? "enum" : schema.type;
+  const kinds = [schema.type].flat().filter((type) => type !== "null");
+  const kind = schema.enum ? "enum" : kinds.length === 1 ? kinds[0] : null;
   let element;
   let read;
   if (kind === "enum" || kind === "boolean") {
@@ -86,7 +99,8 @@ function setting(name, schema, required) {
 /** Set the texts of the form in the current language. */
 export function wordForm() {
   if (!form) return;
-  $("text").placeholder = say("text_hint");
+  set($("text-label"), form.text === "text" ? say("text") : (form.rule.title ?? form.text));
+  $("text").placeholder = form.rule.default ? String(form.rule.default) : form.text === "text" ? say("text_hint") : "";
   for (const { element, schema } of form.fields.values()) {
     if (element.tagName !== "SELECT") continue;
     element.options[0].text = schema.default === undefined ? say("standard_none") : say("standard", { value: told(schema.default) });
@@ -108,7 +122,7 @@ export function count() {
 export function mark(request) {
   if (request.space !== form?.name) return;
   for (const field of Object.keys(request.failure?.details ?? {})) {
-    const element = field === "text" ? $("text") : form.fields.get(field)?.element;
+    const element = field === form.text ? $("text") : form.fields.get(field)?.element;
     element?.setAttribute("aria-invalid", "true");
   }
 }
@@ -125,7 +139,7 @@ export async function readInputs() {
 
 export function readParams() {
   const params = {};
-  if (!$("text-field").hidden) params.text = $("text").value;
+  if (form.text && ($("text").value || $("text").required)) params[form.text] = $("text").value;
   for (const [name, { read }] of form.fields) {
     try {
       const value = read();

@@ -1,3 +1,4 @@
+import { sha256 } from "./digest.js";
 import { $, set } from "./elements.js";
 import { Recorder } from "./recorder.js";
 import { say, seconds, size } from "./words.js";
@@ -49,6 +50,9 @@ export class InputField {
     set(this.#part(".label"), `${this.name} (${say(this.required ? "required" : "optional")})`);
     set(this.#part(".record"), say(this.#recorder ? "stop" : "record"));
     this.#part(".record").classList.toggle("recording", Boolean(this.#recorder));
+    if (navigator.mediaDevices || this.#part(".record").hidden) return;
+    this.#part(".record").disabled = true; // browsers give the microphone to secure contexts only
+    set(this.#part(".hint"), say("no_recording"));
   }
 
   /** Keep a chosen file or a recording; audio can be played before it is sent. */
@@ -100,11 +104,11 @@ export class InputField {
     const file = this.#file;
     if (!file && required) throw new TypeError(say("need_input", { name }));
     if (!file) return null;
-    if (!crypto.subtle) throw new TypeError(say("no_sound"));
     if (file.size > most) throw new TypeError(say("too_large", { name: file.name, size: size(file.size), most: size(most) }));
     const media_type = kindOf(file, kinds);
     if (!media_type) throw new TypeError(say("wrong_type", { name: file.name, kind: file.type || "?", kinds: kinds.join(", ") }));
     const data = new Uint8Array(await file.arrayBuffer());
-    return { media_type, data, sha256: hex(new Uint8Array(await crypto.subtle.digest("SHA-256", data))) };
+    const digest = crypto.subtle ? new Uint8Array(await crypto.subtle.digest("SHA-256", data)) : sha256(data);
+    return { media_type, data, sha256: hex(digest) };
   }
 }

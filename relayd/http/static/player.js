@@ -1,5 +1,28 @@
+import { Speaker } from "./speaker.js";
+
 /** The audio context is suspended after this time without sound. */
 const REST_MS = 2000;
+/** Frames that the page's own thread fills at once: 0.17 s at 24 kHz. */
+const FILL_FRAMES = 4096;
+
+/** A node that plays on the audio thread; on this thread over plain HTTP from another machine, where browsers have no AudioWorklet. */
+function speakerNode(context, channels, at) {
+  if (context.audioWorklet) {
+    return new AudioWorkletNode(context, "relay-player", {
+      numberOfInputs: 0, outputChannelCount: [channels], processorOptions: { channels, at },
+    });
+  }
+  const node = context.createScriptProcessor(FILL_FRAMES, 0, channels);
+  const speaker = new Speaker(channels, at, context.sampleRate, (data) => node.port.onmessage({ data }));
+  node.port = { onmessage: () => {}, postMessage: (message) => speaker.take(message) };
+  node.onaudioprocess = ({ outputBuffer }) => {
+    const output = Array.from({ length: channels }, (_, channel) => outputBuffer.getChannelData(channel));
+    if (speaker.process(output)) return;
+    node.onaudioprocess = null;
+    node.disconnect();
+  };
+  return node;
+}
 
 /** Plays one track at a time; queued tracks follow automatically. */
 export class Player {
@@ -17,10 +40,6 @@ export class Player {
     this.#changed = changed;
   }
 
-  get able() {
-    return typeof AudioWorkletNode === "function";
-  }
-
   /** The browser blocks sound until the user interacts with the page. */
   get blocked() {
     return Boolean(this.#node) && this.#context.state !== "running";
@@ -32,7 +51,7 @@ export class Player {
 
   /** Must be called in a user action, so that later audio may play. */
   unlock(rate) {
-    if (this.able) this.#open(rate).context.resume();
+    this.#open(rate).context.resume();
   }
 
   #open(rate) {
@@ -40,7 +59,7 @@ export class Player {
     if (!opened) {
       const context = new AudioContext({ sampleRate: rate, latencyHint: "playback" });
       context.onstatechange = () => this.#changed(this.track);
-      opened = { context, ready: context.audioWorklet.addModule(new URL("worklet.js", import.meta.url)) };
+      opened = { context, ready: context.audioWorklet?.addModule(new URL("worklet.js", import.meta.url)) };
       this.#contexts.set(rate, opened);
     }
     return opened;
@@ -48,7 +67,7 @@ export class Player {
 
   /** Play the track now, or after the playing one. */
   enqueue(track) {
-    if (!this.able || this.track === track || this.#turns.includes(track)) return;
+    if (this.track === track || this.#turns.includes(track)) return;
     if (this.track && !this.paused) this.#turns.push(track);
     else this.play(track);
   }
@@ -65,9 +84,7 @@ export class Player {
     await ready;
     if (mine !== this.#number) return;
     const { channels, at } = track;
-    const node = new AudioWorkletNode(context, "relay-player", {
-      numberOfInputs: 0, outputChannelCount: [channels], processorOptions: { channels, at },
-    });
+    const node = speakerNode(context, channels, at);
     node.connect(context.destination);
     node.port.onmessage = ({ data }) => this.#onReport(node, data);
     [this.#node, this.#context] = [node, context];

@@ -13,12 +13,22 @@ const MAX_OUTPUT_CHARS = 100000;
 export const isSeen = (kind) => /^(image|audio|video)\//.test(kind);
 const isFile = ({ data, media_type }) => data instanceof Uint8Array || (typeof data === "string" && isSeen(media_type ?? ""));
 
-/** One request; `changed(request, what)` is called with "state" (and the one before), "track", "audio", "output" or "figures". */
+const failureOf = ({ code, message, details }) => ({ code, message, details: { ...details } });
+
+/** One request; `changed(request, what)` is called with "state" (and the one before), "away", "track", "audio", "output" or "figures". */
 export class Request {
-  state = "sending"; // sending, accepted, queued, running, again (the relay is shutting down; retried later), or one of ENDS
+  state = "sending"; // sending, accepted, queued, running, again (refused for now; sent again later), or one of ENDS
   accepted = false;
   cancelling = false;
-  fetching = false; // an ended request whose frames are read again
+  fetching = false; // an ended request whose frames are read again …
+  listening = false; // … to be played at once
+  loaded = true; // false after a reload, until its frames have been read again
+  gone = false; // its result is no longer kept
+  silent = false; // it has completed without the audio that was announced
+  unheard = Date.now(); // since when there is no connection; null while there is one
+  away = null; // {since, until}: its worker was lost, and the relay waits for it
+  lost = null; // {code, message}: why it waits again
+  retry = null; // {at, failure}: when it is sent again, and why it was refused
   sent = 0; // uploaded fraction of its inputs, 0..1
   place = null; // {position, of, eta_s, at}
   progress = null;
@@ -40,15 +50,16 @@ export class Request {
 
   constructor(link, row, changed) {
     Object.assign(this, row); // id, space, params, made, and its stored fields
+    this.loaded = !this.ended;
     this.link = link;
     this.changed = changed;
   }
 
   /** The fields to keep in sessionStorage. */
   row() {
-    const { id, space, params, made, state, accepted, cancelling, failure, result, began, first_s, hasInputs } = this;
+    const { id, space, params, made, state, accepted, cancelling, failure, result, began, first_s, hasInputs, gone, silent } = this;
     const heard = this.track.at || this.heard || 0;
-    return { id, space, params, made, state, accepted, cancelling, failure, result, began, first_s, hasInputs, heard };
+    return { id, space, params, made, state, accepted, cancelling, failure, result, began, first_s, hasInputs, gone, silent, heard };
   }
 
   get ended() {
@@ -56,13 +67,30 @@ export class Request {
   }
 
   get title() {
-    const { text } = this.params;
+    const text = this.params.text ?? Object.values(this.params).find((value) => typeof value === "string");
     return typeof text === "string" ? text.trim() || "—" : JSON.stringify(this.params);
+  }
+
+  /** Seconds that its attempt has been running; null unless it runs. Stands still while that is not known. */
+  get running_s() {
+    if (this.state !== "running" || !this.began) return null;
+    return ((this.away?.since ?? this.unheard ?? Date.now()) - this.began) / 1000;
+  }
+
+  /** Whether its result is to be read again after a reload. */
+  get missing() {
+    return this.ended && !this.loaded && !this.gone && ["completed", "failed", "cancelled"].includes(this.state);
+  }
+
+  get held_bytes() {
+    return 2 * this.track.samples + this.outputs.reduce((sum, { data }) => sum + (data?.length ?? 0), 0);
   }
 
   /** Submit or attach, as §7 requires on every new connection. */
   resume() {
     clearTimeout(this.#later);
+    this.unheard = this.link.open ? null : this.unheard ?? Date.now();
+    [this.away, this.lost, this.retry] = [null, null, null]; // the answer says what holds now
     const request_id = this.id;
     if (!this.accepted && this.#next === 0 && (this.files || !this.hasInputs)) {
       const inputs = {};
@@ -97,19 +125,22 @@ export class Request {
   /** The connection was lost: stop the upload. */
   unplugged() {
     this.#upload++;
+    this.unheard ??= Date.now();
     clearTimeout(this.#later);
   }
 
   cancel() {
     this.cancelling = true;
+    if (this.state === "again" && !this.accepted) return this.#end("cancelled"); // the relay does not have it
     this.link.send({ type: "cancel", request_id: this.id });
     this.changed(this, "state");
   }
 
-  /** Read all frames again from the relay, which keeps them for a while after the end. */
-  fetch() {
+  /** Read all frames again from the relay, which keeps them for a while after the end; `listening`: and play them. */
+  fetch(listening) {
     this.fetching = true;
-    this.heard = 0;
+    this.listening = listening;
+    if (listening) this.heard = 0;
     [this.#attempt, this.#next, this.#bytes] = [0, 0, 0];
     this.outputs = [];
     this.resume();
@@ -127,9 +158,22 @@ export class Request {
     } else if (type === "queued") {
       const { position, of, eta_s } = message;
       this.place = { position, of, eta_s, at: Date.now() };
+      if (message.code) this.lost = { code: message.code, message: message.message };
+      [this.away, this.progress, this.began] = [null, null, 0];
       this.#to("queued");
-    } else if (type === "rejected" && message.code === "shutting_down") {
-      this.#later = setTimeout(() => this.resume(), 1000 * (message.retry_after_s ?? 1));
+    } else if (type === "worker_away") {
+      this.away = { since: Date.now(), until: Date.now() + 1000 * message.wait_s };
+      this.#run();
+      this.changed(this, "away");
+    } else if (type === "worker_back") {
+      if (this.#attempt && message.attempt > this.#attempt) this.began = 0;
+      [this.away, this.lost] = [null, null];
+      this.#run();
+    } else if (type === "rejected" && message.retryable && (message.retry_after_s || message.code === "shutting_down")) {
+      if (this.cancelling && !this.accepted) return this.#end("cancelled");
+      const wait_ms = 1000 * (message.retry_after_s ?? 1);
+      this.retry = { at: Date.now() + wait_ms, failure: failureOf(message) };
+      this.#later = setTimeout(() => this.resume(), wait_ms);
       this.place = null;
       this.#to("again");
     } else if (type === "rejected") {
@@ -174,14 +218,18 @@ export class Request {
     this.changed(this, "state", before);
   }
 
-  _started({ format }) {
+  #run() {
     this.began ||= Date.now();
     this.place = null;
+    this.#to("running");
+  }
+
+  _started({ format }) {
     if (format) {
       this.track.begin(format);
       if (this.heard) [this.track.at, this.heard] = [this.heard, 0]; // the page was reloaded: continue from there
     }
-    this.#to("running");
+    if (!this.lost) this.#run(); // else it is of the attempt that was lost
     if (format) this.changed(this, "track");
   }
 
@@ -205,6 +253,7 @@ export class Request {
 
   _completed({ result = {} }) {
     this.result = { ...result };
+    this.silent = this.track.rate > 0 && !this.track.samples && !this.outputs.length;
     this.#end("completed");
   }
 
@@ -221,8 +270,9 @@ export class Request {
     clearTimeout(this.#later);
     if (this.fetching && ["lost", "rejected"].includes(state)) this.gone = true;
     else this.state = state;
-    if (failure && !this.gone) this.failure = { code: failure.code, message: failure.message, details: { ...failure.details } };
-    [this.fetching, this.files, this.place, this.progress] = [false, null, null, null];
+    if (failure && !this.gone) this.failure = failureOf(failure);
+    [this.fetching, this.loaded, this.files, this.place, this.progress] = [false, true, null, null, null];
+    [this.away, this.lost, this.retry] = [null, null, null];
     this.track.end();
     this.changed(this, "state", before);
   }

@@ -1,5 +1,6 @@
 import { $, firstButton, make, set } from "./elements.js";
 import { isSeen } from "./request.js";
+import { stateOfSpace } from "./space.js";
 import { PEAK_S } from "./track.js";
 import { clock, fault, say, seconds } from "./words.js";
 
@@ -9,17 +10,19 @@ const STEP_S = 2;
 const TRIANGLE = "M9.5 5.5 19 12l-9.5 6.5z"; // play
 const BARS = "M7 5h3.5v14H7zM13.5 5H17v14h-3.5z"; // pause
 
-/** A request in the list. `rateOf` returns the sample rate of a space; `forget` removes a row. */
+/** A request in the list. `spaceOf` returns the row of a space, `rateOf` its sample rate; `forget` removes a row. */
 export class Row {
   #player;
+  #spaceOf;
   #drawn = 0;
   #urls = [];
   #files = []; // those that are shown, by their first parts
   #seen = []; // their URLs
 
-  constructor(request, { player, rateOf, forget }) {
+  constructor(request, { player, spaceOf, rateOf, forget }) {
     this.request = request;
     this.#player = player;
+    this.#spaceOf = spaceOf;
     this.element = $("request").content.firstElementChild.cloneNode(true);
     this.part = (name) => this.element.querySelector(name);
     const { track } = request;
@@ -29,7 +32,7 @@ export class Row {
     this.part(".cancel").onclick = () => request.cancel();
     this.part(".load").onclick = () => {
       player.unlock(track.rate || rateOf(request.space));
-      request.fetch();
+      request.fetch(true);
     };
     this.part(".forget").onclick = () => forget(this);
     this.part(".download").onclick = () => this.#save();
@@ -115,6 +118,10 @@ export class Row {
     this.#listen();
     this.#figures();
 
+    const about = whyOf(request, this.#spaceOf(request.space));
+    this.part(".why").hidden = !about;
+    set(this.part(".why"), about);
+
     const wrong = this.part(".wrong");
     const why = request.gone ? say("not_kept") : request.failure && !(request.cancelling && request.state === "cancelled") ? fault(request.failure) : "";
     wrong.hidden = !why || (request.state === "cancelled" && request.cancelling);
@@ -140,7 +147,6 @@ export class Row {
     if (!track.samples) return;
     const plays = this.#player.plays(track);
     const button = this.part(".play");
-    button.hidden = !this.#player.able;
     button.ariaLabel = say("copy", { verb: say(plays ? "pause" : "play"), text: this.request.title.slice(0, 40) });
     this.part(".play path").setAttribute("d", plays ? BARS : TRIANGLE);
     const all = track.length_s;
@@ -190,10 +196,9 @@ export class Row {
 
   #figures() {
     const { request } = this;
-    const { result, track, began } = request;
+    const { result, track } = request;
     const figures = [];
-    const live = !request.ended && !request.fetching && began;
-    const run = result?.run_s ?? (live ? (Date.now() - began) / 1000 : null);
+    const run = result?.run_s ?? request.running_s;
     const length = track.length_s || result?.duration_s || 0;
     if (request.first_s !== null) figures.push(["first", seconds(request.first_s)]);
     if (run !== null) figures.push(["run", seconds(run)]);
@@ -219,7 +224,9 @@ function suffix(kind) {
 
 /** [colour, text] for the state of a request. */
 function stateOf(request) {
-  const { state, place, progress } = request;
+  const { state, place, progress, retry, away } = request;
+  const left = (until) => seconds(Math.max(0, Math.ceil((until - Date.now()) / 1000)), 0);
+  if (!request.ended && !request.fetching && request.unheard) return ["bad", say("unheard")];
   if (!request.ended && request.cancelling) return ["wait", say("stopping")];
   if (state === "completed") return ["good", say("completed")];
   if (["failed", "rejected", "lost"].includes(state)) return ["bad", say(state)];
@@ -232,6 +239,19 @@ function stateOf(request) {
     return ["wait", say("queued_eta", { position, of, eta: seconds(left_s, 0) })];
   }
   if (state === "sending" && request.hasInputs && request.sent > 0) return ["", say("sending_part", { percent: Math.round(100 * request.sent) })];
+  if (state === "again" && retry) return ["wait", say("again_in", { s: left(retry.at) })];
+  if (state === "running" && away) return ["bad", say("away", { s: left(away.until) })];
   if (state === "running") return ["", say(["loading", "encoding"].includes(progress?.state) ? progress.state : "generating")];
   return ["", say(state)];
+}
+
+/** Why a request waits, or has nothing to show; empty if there is nothing to say. */
+function whyOf(request, space) {
+  const { state, lost, retry, silent } = request;
+  if (silent && state === "completed") return say("no_audio");
+  if (request.ended || request.unheard) return "";
+  if (state === "again" && retry) return fault(retry.failure);
+  if (state !== "queued") return "";
+  const is = stateOfSpace(space);
+  return [lost && say("queued_again", { why: fault(lost) }), is !== "ready" && say(`waits_${is}`)].filter(Boolean).join(" ");
 }
