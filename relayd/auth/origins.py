@@ -1,5 +1,12 @@
 """Which browser pages may send requests to the relay."""
 
+import attrs
+import structlog
+
+log = structlog.get_logger("relayd.auth")
+
+#: Refused origins that are logged; anyone can make up more.
+MAX_LOGGED = 50
 #: Ports that browsers leave out of an origin.
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
@@ -28,6 +35,19 @@ def refusal_message(origin: str) -> str:
     if origin == "null":  # pages from files, in sandboxed frames, behind some redirects
         return 'the page has no origin of its own (null); only allowed_origins = ["*"] in relayd.toml lets it in'
     return f"origin {origin} is not in allowed_origins of relayd.toml"
+
+
+@attrs.define(eq=False)
+class RefusedOrigins:
+    """Logs each refused origin once: a page cannot read why it was refused, so the operator has to see it."""
+
+    _logged: set[str] = attrs.field(factory=set)
+
+    def add(self, origin: str) -> None:
+        """Log an origin that was refused."""
+        if origin not in self._logged and len(self._logged) < MAX_LOGGED:
+            self._logged.add(origin)
+            log.warning("origin refused", origin=origin, why=refusal_message(origin))
 
 
 def _normal(origin: str) -> str:

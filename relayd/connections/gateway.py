@@ -35,7 +35,7 @@ from protocol.wire.messages import (
     Welcome,
 )
 from relayd.auth.login_throttle import TOO_MANY_LOGINS, address_of
-from relayd.auth.origins import may_come_from, refusal_message
+from relayd.auth.origins import RefusedOrigins, may_come_from, refusal_message
 from relayd.auth.tokens import Principal, TokenRegistry
 from relayd.config.schema import Limits
 from relayd.connections.budget import ConnectionBudget, ConnectionSlot
@@ -88,6 +88,7 @@ class Gateway:
     #: Connections without a hello, the oldest first.
     _pending: list[PendingConnection] = attrs.field(factory=list)
     _some_pending: trio.Event = attrs.field(factory=trio.Event)
+    _refused_origins: RefusedOrigins = attrs.field(factory=RefusedOrigins)
 
     # -- handshake
 
@@ -188,6 +189,7 @@ class Gateway:
         if head.path != PATH:
             return HandshakeRejected(404, f"not found; the relay's WebSocket path is {PATH}")
         if not may_come_from(origin, head.get("host"), self.relay.config.allowed_origins):
+            self._refused_origins.add(origin)
             return HandshakeRejected(403, refusal_message(origin))
         full = connection_slot.credentials is None and self.budget.is_full("worker")
         return HandshakeRejected(503, FULL) if full else None

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PATH
-from relayd.auth.origins import is_listed, may_come_from, refusal_message
+from relayd.auth.origins import RefusedOrigins, is_listed, may_come_from, refusal_message
 from relayd.http import health_routes, static_page
 from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
@@ -55,6 +55,7 @@ class ResponseHeaders:
     def __init__(self, app: ASGIApp, context: HttpContext) -> None:
         self.app = app
         self.context = context
+        self.refused = RefusedOrigins()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse its origin."""
@@ -74,6 +75,7 @@ class ResponseHeaders:
             await send(message)
 
         if not may_come_from(origin, headers.get("host", ""), allowed):
+            self.refused.add(origin)
             refusal = HttpError(ErrorCode.FORBIDDEN, refusal_message(origin))
             await error_response(scope["path"], refusal)(scope, receive, send_with_headers)
         elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:

@@ -1,6 +1,6 @@
-"""Serves the relay's page: files of the package, under a content security policy that allows no foreign content.
+"""Serves the relay's page and `/docs`: files of the package, under a policy that allows no foreign content.
 
-The page uses the WebSocket protocol; this module knows nothing of spaces and requests.
+The page uses the WebSocket protocol, and `/docs` draws `/openapi.json`; this module knows nothing of either.
 """
 
 import base64
@@ -16,6 +16,8 @@ from starlette.routing import BaseRoute, Route
 #: Browsers revalidate their copy each time, so that an updated relay shows its new page at once.
 CACHE = "no-cache"
 MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
+#: Paths of the documents; every other file is served under its name.
+DOCUMENTS = {"index.html": "/", "docs.html": "/docs"}
 _STYLE = re.compile(r"<style>(.*?)</style>", re.DOTALL)
 #: A host as browsers send it; other values are not copied into a header.
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
@@ -79,7 +81,7 @@ def routes() -> list[BaseRoute]:
         suffix = entry.name[entry.name.rfind(".") :]
         if suffix in MEDIA_TYPES:
             file = _file(entry.read_bytes(), MEDIA_TYPES[suffix])
-            path = "/" if entry.name == "index.html" else f"/{entry.name}"
+            path = DOCUMENTS.get(entry.name, f"/{entry.name}")
             served.append(Route(path, file.serve, methods=["GET"], include_in_schema=False))
     return served
 

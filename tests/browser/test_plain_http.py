@@ -1,4 +1,4 @@
-"""The page over plain HTTP from another machine, which browsers do not count as a secure context; and any space's form."""
+"""The page over plain HTTP from another machine, to browsers no secure context; and the form of any space."""
 
 import hashlib
 import os

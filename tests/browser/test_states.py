@@ -14,7 +14,7 @@ from tests.support.processes import a_worker
 
 CARD = "document.querySelector('.request .state').textContent"
 WHY = "document.querySelector('.request .why').textContent"
-RUN = "[...document.querySelectorAll('.figures div')].find(({ dataset }) => dataset.name === 'run')?.lastChild.textContent"
+RUN = "document.querySelector('.figures [data-name=run] dd')?.textContent"
 
 
 async def runs_for_a_minute(window: Window) -> None:

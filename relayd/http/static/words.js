@@ -38,6 +38,7 @@ const WORDS = {
     said_completed: "Request completed: {s} of audio.", said_done: "Request completed.", said_failed: "Request failed: {why}", said_cancelled: "Request cancelled.",
     said_away: "The worker was lost. The relay waits for it to come back.",
     lost_link: "The connection to the relay was lost. Reconnecting; nothing is lost.", back_link: "Connected again.",
+    docs: "HTTP API",
     server: "Served by {server}. Audio is played while it is generated.", codes: {},
   },
   zh: {
@@ -75,6 +76,7 @@ const WORDS = {
     said_completed: "请求已完成：音频 {s}。", said_done: "请求已完成。", said_failed: "请求失败：{why}", said_cancelled: "请求已取消。",
     said_away: "工作者已断线，中继正在等它回来。",
     lost_link: "与中继的连接已断开，正在重新连接；不会丢失任何内容。", back_link: "已重新连接。",
+    docs: "HTTP 接口（英文）",
     server: "由 {server} 提供。音频边生成边播放。",
     codes: {
       protocol_error: "协议错误", unknown_type: "未知消息类型", unauthenticated: "未登录", forbidden: "没有权限", space_not_found: "没有这个空间",

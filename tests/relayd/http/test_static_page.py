@@ -24,36 +24,39 @@ async def fetch(relay: Daemon, path: str, *headers: tuple[str, str]) -> tuple[in
 @pytest.mark.trio
 async def test_all_that_the_page_loads_is_there_and_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
     async with daemon(tmp_path, **TCP) as relay:
-        status, headers, page = await fetch(relay, "/")
-        assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
-        assert re.findall(r"<script[^>]*>", page) == ['<script type="module" src="app.js">']
-        wanted, seen = ["app.js"], set[str]()
-        while wanted:
-            name = wanted.pop()
-            status, headers, source = await fetch(relay, f"/{name}")
-            assert (status, headers["content-type"]) == (200, "text/javascript; charset=utf-8")
-            assert "://" not in source
-            seen.add(name)
-            wanted += {*re.findall(r'(?:from "\./|URL\(")([a-z]+\.js)"', source)} - seen
+        seen = set[str]()
+        for path, script in (("/", "app.js"), ("/docs", "docs.js")):
+            status, headers, page = await fetch(relay, path)
+            assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+            assert re.findall(r"<script[^>]*>", page) == [f'<script type="module" src="{script}">']
+            # a name of its icon's, not fetched
+            assert set(re.findall(r"[a-z]+://[a-z0-9.]+", page)) == {"http://www.w3.org"}
+            assert not re.search(r"\sstyle=|\son[a-z]+=", page)
+            wanted = [script]
+            while wanted:
+                name = wanted.pop()
+                status, headers, source = await fetch(relay, f"/{name}")
+                assert (status, headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+                assert "://" not in source
+                seen.add(name)
+                wanted += {*re.findall(r'(?:from "\./|URL\(")([a-z]+\.js)"', source)} - seen
         assert "worklet.js" in seen
-        assert seen | {"index.html"} == {entry.name for entry in files("relayd.http").joinpath("static").iterdir()}
-        assert set(re.findall(r"[a-z]+://[a-z0-9.]+", page)) == {
-            "http://www.w3.org"
-        }  # a name of its icon's, not fetched
-        assert not re.search(r"\sstyle=|\son[a-z]+=", page)
+        documents = {"index.html", "docs.html"}
+        assert seen | documents == {entry.name for entry in files("relayd.http").joinpath("static").iterdir()}
 
 
 @pytest.mark.trio
 async def test_its_policy_lets_in_its_own_scripts_alone(tmp_path: Path) -> None:
     async with daemon(tmp_path, **TCP) as relay:
-        _status, headers, page = await fetch(relay, "/", ("Host", "relay.example:8443"))
+        for path in ("/docs", "/"):
+            _status, headers, page = await fetch(relay, path, ("Host", "relay.example:8443"))
+            [style] = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+            assert f"style-src 'sha256-{digest}';" in headers["content-security-policy"]
         policy = dict(rule.split(" ", 1) for rule in headers["content-security-policy"].split("; "))
         assert policy["default-src"] == "'none'"
         assert policy["script-src"] == "'self'"
         assert policy["connect-src"] == "'self' ws://relay.example:8443 wss://relay.example:8443"
-        [style] = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-        assert policy["style-src"] == f"'sha256-{digest}'"
         assert "unsafe" not in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
         for odd in ("x;script-src *", "a b", "'unsafe-inline'", "[::1", "*"):
