@@ -80,10 +80,13 @@ async def _run(args: argparse.Namespace) -> int:
     app = RelayTui(source, readonly=args.readonly, theme=args.theme, ascii_only=args.ascii, driver_class=RelayDriver)
     app.ending.keep_terminal()
     # Without the mouse, text can be selected as in any terminal, and moving the mouse sends nothing.
-    value = await app.run_async(mouse=False)
-    code = value if value is not None else app.return_code or 0
-    app.ending.begin(code)
-    await app.close()
+    code = 1
+    try:
+        value = await app.run_async(mouse=False)
+        code = value if value is not None else app.return_code or 0
+    finally:
+        app.ending.begin(code)
+        await app.close()
     app.ending.over()
     if app.ending.terminal_gone:
         os._exit(code)  # bytes still buffered for the terminal would raise at interpreter exit
