@@ -9,7 +9,7 @@ from functools import partial
 import trio
 
 from gpuworker.config import WorkerConfig
-from gpuworker.health import HealthService
+from gpuworker.health import LEAVE_S, HealthService
 from gpuworker.identity import Identity
 from gpuworker.log_format import JsonFormatter, LineFormatter
 from gpuworker.slots.process_slot import ProcessSlot
@@ -19,6 +19,7 @@ from gpuworker.status import WorkerError
 from gpuworker.worker import Worker
 from protocol.commands.exit_codes import DONE, FAILED, INTERRUPTED
 from protocol.commands.progress import printable
+from protocol.exit_deadline import end_within, prepare_exit_deadline
 from protocol.sd_notify import ServiceManager
 
 
@@ -30,11 +31,14 @@ def run_worker(config: WorkerConfig) -> int:
     logging.basicConfig(handlers=[handler])
     logging.getLogger("gpuworker").setLevel(config.log_level.upper())
     faulthandler.enable()  # systemd's watchdog ends a hung worker with SIGABRT: the log then shows where it hung
+    prepare_exit_deadline()
     try:
         return trio.run(_serve, config)
     except WorkerError as fault:
         print(printable(f"gpuworker: {fault.code}: {fault}"), file=sys.stderr)
         return FAILED
+    finally:
+        end_within(LEAVE_S)
 
 
 async def _serve(config: WorkerConfig) -> int:
@@ -44,6 +48,7 @@ async def _serve(config: WorkerConfig) -> int:
         config.address,
         slots,
         drain_timeout_s=config.drain_timeout_s,
+        on_leave=partial(end_within, LEAVE_S),
     )
     manager = ServiceManager.from_environment()
     service = HealthService(worker, slots, manager, config.cancel_grace_s, config.drain_timeout_s)

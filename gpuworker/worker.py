@@ -68,6 +68,7 @@ class Worker:
         connect_to: makes the transport; for tests and tunnels.
         ssl_context: for wss://.
         on_status: called in the Trio thread after each change of `status`.
+        on_leave: called once the worker stops, for whatever reason, before its slots are ended.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Worker:
         connect_to: Connect | None = None,
         ssl_context: ssl.SSLContext | None = None,
         on_status: Callable[[], None] = lambda: None,
+        on_leave: Callable[[], None] = lambda: None,
     ) -> None:
         self._identity = identity
         self._address = address
@@ -88,6 +90,7 @@ class Worker:
         self._connect_to = connect_to
         self._ssl_context = ssl_context
         self._on_status = on_status
+        self._on_leave = on_leave
         self._executor: Executor | None = None
         self._scope = trio.CancelScope()
         self._link: Link | None = None
@@ -140,7 +143,10 @@ class Worker:
                         slot.on_change = self._slot_changed
                         nursery.start_soon(slot.serve)
                     nursery.start_soon(self._leave_when_drained)
-                    await self._keep_linked()
+                    try:
+                        await self._keep_linked()
+                    finally:
+                        self._on_leave()
                     nursery.cancel_scope.cancel()
         finally:
             self._stopped = True

@@ -70,22 +70,28 @@ def _serve(args: argparse.Namespace) -> int:
     _check_extra()
     import trio
 
+    from protocol.exit_deadline import end_within, prepare_exit_deadline
     from relayd.daemon import serve
     from relayd.logs.setup import set_up_logs
     from relayd.net.tls import ListenError
+    from relayd.service.health import LEAVE_S
     from relayd.service.malloc import keep_freed_memory
     from relayd.store.base import StoreError, StoreInUse
 
     config = _config(args)
     set_up_logs(config.log)
     faulthandler.enable()  # systemd's watchdog sends SIGABRT to a hung relay; the log then shows where it hung
+    prepare_exit_deadline()
+    leave = partial(end_within, LEAVE_S)
     faults: list[BaseException] = []
     try:
         keep_freed_memory()
         _raise_file_limit()
-        trio.run(partial(serve, config, on_ready=_freeze_objects, reread=partial(_config, args)))
+        trio.run(partial(serve, config, on_ready=_freeze_objects, on_leave=leave, reread=partial(_config, args)))
     except* (StoreError, ListenError) as group:
         faults += _leaves(group)  # reported like other commands' errors, without the exception groups of the nurseries
+    finally:
+        leave()
     if not faults:
         return DONE
     # Another start would not repair a store, but a port or folder that another process holds may be free soon.

@@ -100,6 +100,7 @@ async def serve(
     config: Config,
     *,
     on_ready: Callable[[Sequence[str]], None] | None = None,
+    on_leave: Callable[[], None] = lambda: None,
     reread: Callable[[], Config] | None = None,
 ) -> None:
     """Run the daemon until a signal or an operator stops it.
@@ -107,13 +108,14 @@ async def serve(
     Args:
         config: all settings.
         on_ready: called with the URLs once every listener is open and the store is loaded.
+        on_leave: called when the daemon has drained or broken down, before it waits for its parts to end; perhaps again.
         reread: loads `config` again on SIGHUP; None leaves that signal alone.
 
     Raises:
         StoreError: the store cannot be used.
         ListenError: a listener cannot be opened.
     """
-    async with open_daemon(config, reread=reread) as daemon:
+    async with open_daemon(config, on_leave=on_leave, reread=reread) as daemon:
         if on_ready is not None:
             on_ready(daemon.urls)
         await daemon.drain()
@@ -121,11 +123,14 @@ async def serve(
 
 
 @asynccontextmanager
-async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = None) -> AsyncIterator[Daemon]:
+async def open_daemon(
+    config: Config, *, on_leave: Callable[[], None] = lambda: None, reread: Callable[[], Config] | None = None
+) -> AsyncIterator[Daemon]:
     """Start the daemon, from its store to its listeners; connections are closed in order when the block ends.
 
     Args:
         config: all settings.
+        on_leave: as for `serve`.
         reread: as for `serve`.
 
     Raises:
@@ -137,7 +142,8 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
     tls_context = make_tls_context(config)
     async with open_store(config) as store, open_listeners(config) as listeners:
         loaded = await store.load()
-        async with trio.open_nursery() as nursery:
+        # Entered last, and so left first: `on_leave` is called before a nursery waits for its tasks.
+        async with trio.open_nursery() as nursery, _calling(on_leave):
             relay = Relay(config, store, nursery, clock=RelayClock.after(loaded))
             await nursery.start(serve_events, relay.events)
             shutdown = Shutdown(relay)
@@ -160,7 +166,7 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
             if reload is not None:
                 nursery.start_soon(reload.serve)
             await nursery.start(_handle_signals, shutdown, reload)  # before readiness is reported
-            async with open_reactor() as reactor, trio.open_nursery() as connections:
+            async with open_reactor() as reactor, trio.open_nursery() as connections, _calling(on_leave):
                 budget = ConnectionBudget(lambda: relay.config, http_context.failures)
                 gateway = Gateway(relay, admission, tokens, reactor, connections, shutdown.drain, budget)
                 connections.start_soon(gateway.serve_login_timeouts)
@@ -184,6 +190,7 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
                     log.warning(PLAIN_TEXT, listen=config.listen)
                 nursery.start_soon(HealthService(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
                 yield Daemon(relay, tokens, http_context, urls, gateway, shutdown)
+                on_leave()
                 accepting.cancel()
                 for space in relay.spaces.values():  # so that no deadline fires while the links are being closed
                     space.closed.set()
@@ -194,6 +201,14 @@ async def open_daemon(config: Config, *, reread: Callable[[], Config] | None = N
                 await relay.finalizer.wait_finalized()
             nursery.cancel_scope.cancel()
         await store.flush()
+
+
+@asynccontextmanager
+async def _calling(on_leave: Callable[[], None]) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        on_leave()
 
 
 def _open_signer(config: Config) -> LinkSigner:

@@ -64,15 +64,15 @@ class EngineMain:
             try:
                 data = self._sock.recv(_READ_BYTES)
                 commands = inbox.feed(data)
-            except (OSError, ipc.PipeError):
+                for message in commands:
+                    if message["do"] == "cancel":
+                        self._cancelled_run = max(self._cancelled_run, message["run"])
+                    else:
+                        self._commands.put(message)
+            except BaseException:  # noqa: BLE001 - whatever it is (no memory): without this thread the slot is deaf
                 os._exit(1)
             if not data:
                 os._exit(0)
-            for message in commands:
-                if message["do"] == "cancel":
-                    self._cancelled_run = max(self._cancelled_run, message["run"])
-                else:
-                    self._commands.put(message)
 
     def _send(self, message: ipc.IpcMessage) -> None:
         # Blocks while the worker does not read: a slot is ahead of it by no more than the socket's buffer.
@@ -126,10 +126,18 @@ def main(arguments: list[str]) -> None:
         sock.set_inheritable(False)
         process = EngineMain(sock)
         threading.Thread(target=process.read_commands, name="commands", daemon=True).start()
-        process.serve()
-        sys.stderr.flush()
-        # Do not return: threads and atexit handlers of a failed engine may hang.
-        os._exit(0)
+        code = 1
+        try:
+            process.serve()
+            code = 0
+        except BaseException:  # noqa: BLE001 - MemoryError, and what an engine leaves in this thread
+            with contextlib.suppress(MemoryError):
+                traceback.print_exc()
+        finally:
+            # Do not return: threads and atexit handlers of a failed engine may hang.
+            with contextlib.suppress(Exception):
+                sys.stderr.flush()
+            os._exit(code)
 
 
 if __name__ == "__main__":
