@@ -1,7 +1,7 @@
 """The last resort of a daemon that is leaving: whatever hangs then, the process ends, and says where it hung.
 
-A shutdown waits for other code (threads, shielded clean-up, the interpreter's own end), and after a `MemoryError` any of
-it may fail to happen. The kernel's timer needs neither memory, nor a thread, nor the event loop.
+A shutdown waits for other code (threads, shielded clean-up, the interpreter's own end), and after a `MemoryError` any
+of it may fail to happen. The kernel's timer needs neither memory, nor a thread, nor the event loop.
 """
 
 import faulthandler

@@ -108,7 +108,7 @@ async def serve(
     Args:
         config: all settings.
         on_ready: called with the URLs once every listener is open and the store is loaded.
-        on_leave: called when the daemon has drained or broken down, before it waits for its parts to end; perhaps again.
+        on_leave: called, perhaps repeatedly, once the daemon has drained or broken down, before its parts are ended.
         reread: loads `config` again on SIGHUP; None leaves that signal alone.
 
     Raises:

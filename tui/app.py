@@ -196,6 +196,8 @@ class RelayTui(App[int]):
 
     def draw(self) -> None:
         """Bring the screen up to date; postponed while the terminal is not reading."""
+        if not self.is_running:
+            return  # it is shutting down: a tick of the clock may find a screen without its widgets
         if self._behind:
             self._owed = True
             return

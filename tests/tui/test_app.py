@@ -13,7 +13,9 @@ from tests.tui.screen import (
     a_stage,
     a_worker,
 )
+from tui.app import RelayTui
 from tui.model.feed import Connected, Disconnected
+from tui.screens.base import RelayScreen
 from tui.screens.dialogs import ConfirmDialog
 
 
@@ -360,3 +362,19 @@ async def test_a_terminal_that_does_not_keep_up_is_sent_nothing_more_and_later_a
             assert "bbbbbbbb" in stage.text
         finally:
             del type(driver).behind  # type: ignore[union-attr]
+
+
+@pytest.mark.asyncio
+async def test_a_tick_of_the_clock_while_the_screen_closes_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[bool] = []
+
+    def tick(screen: RelayScreen) -> None:
+        app = screen.app
+        assert isinstance(app, RelayTui)
+        app.draw()
+        ticks.append(True)
+
+    monkeypatch.setattr(RelayScreen, "on_unmount", tick, raising=False)
+    async with a_stage() as stage:
+        await stage.snapshot(spaces=[a_space("tts")])
+    assert ticks
