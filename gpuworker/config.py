@@ -1,4 +1,7 @@
-"""Reads a worker's configuration from the command line, the environment and defaults, as one frozen value."""
+"""Reads a worker's configuration as one frozen value.
+
+The command line takes precedence over the environment, the environment over the settings file, and that over defaults.
+"""
 
 import argparse
 import difflib
@@ -6,7 +9,9 @@ import os
 import re
 import shlex
 import socket
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -14,6 +19,7 @@ import attrs
 from gpuworker.engines.base import Engine, Missing, OptionError, OptionValue
 from gpuworker.engines.catalog import EngineNotFound, find_engine, parse_options
 from protocol.client.address import Address, from_environment, read_token, token_from_environment
+from protocol.log_lines import FORMATS, LEVELS
 from protocol.wire.messages import SPACE_PATTERN
 
 DEFAULT_SPACE = "tts"
@@ -26,7 +32,6 @@ class ConfigError(ValueError):
 
 
 PREFIX = "GPUWORKER_"
-LOG_LEVELS = ("debug", "info", "warning", "error")
 #: The unit's own variable, and those that Kubernetes and Docker links set for a service named "gpuworker".
 _FOREIGN_VARIABLES = re.compile(rf"{PREFIX}(ARGS|SERVICE_\w+|PORT(_\w+)?|ENV_\w+)")
 
@@ -65,6 +70,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     from gpuworker.slots.process_slot import CANCEL_GRACE_S, LOAD_TIMEOUT_S
     from gpuworker.worker import DRAIN_TIMEOUT_S
 
+    parser.add_argument("--config", metavar="FILE", help="TOML file of settings with the names of these options")
     parser.add_argument(
         "--relay",
         metavar="URL",
@@ -104,10 +110,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--in-threads", action="store_true", help="run slots as threads: no isolation, less memory; for load tests"
     )
-    parser.add_argument("--log-level", default="info", choices=LOG_LEVELS, help="least level to log (default: info)")
+    parser.add_argument("--log-level", default="info", choices=LEVELS, help="least level to log (default: info)")
     parser.add_argument(
-        "--log-format", default="text", choices=("text", "json"), help="lines for people, or JSON (default: text)"
+        "--log-format",
+        default="text",
+        choices=("text", *FORMATS),
+        help="text or console: lines for people; json; auto: console on a terminal, else json (default: text)",
     )
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    parser.set_defaults(settings=Settings(actions))
+    for action in actions.values():
+        action.default = None  # so that `Settings.fill` knows what was given
     _read_variables(parser)
 
 
@@ -125,6 +138,75 @@ def _read_variables(parser: argparse.ArgumentParser) -> None:
             parser.error(f"{variable}: must be one of {', '.join(action.choices)}, not {value!r}")
         # Given again on the command line, spaces replace these, and options of the engine add to them.
         action.default = shlex.split(value) if action.dest == "options" else value
+
+
+class Settings:
+    """What `gpuworker run` can be told, by any of its ways.
+
+    Args:
+        actions: the command line's options, by name; those that the settings file may have.
+    """
+
+    def __init__(self, actions: Mapping[str, argparse.Action]) -> None:
+        self._actions = dict(actions)
+        self._defaults = {name: action.default for name, action in actions.items()}
+
+    def fill(self, args: argparse.Namespace, environ: Mapping[str, str]) -> list[str]:
+        """Fill in what neither the command line nor the environment said; returns the faults of the settings file."""
+        faults: list[str] = []
+        raw: dict[str, Any] = {}
+        if args.config:
+            path = Path(args.config)
+            try:
+                raw = tomllib.loads(path.read_bytes().decode())
+            except OSError as fault:
+                faults.append(f"{path}: cannot be read: {fault.strerror}")
+            except ValueError as fault:  # TOMLDecodeError or UnicodeDecodeError
+                faults.append(f"{path}: is not TOML: {fault}")
+        if environ.get("RELAY_URL"):
+            raw.pop("relay", None)
+        if environ.get("RELAY_TOKEN") or environ.get("RELAY_TOKEN_FILE"):
+            raw.pop("token_file", None)
+        for key, value in raw.items():
+            name = key.replace("-", "_")
+            if name not in self._actions or name == "config":
+                close = difflib.get_close_matches(name, self._actions, n=1, cutoff=0.6)
+                faults.append(
+                    f"{args.config}: {key}: is not a setting" + (f"; did you mean {close[0]}?" if close else "")
+                )
+            elif fault := self._fault(name, value):
+                faults.append(f"{args.config}: {key}: {fault}")
+            elif name == "options":
+                args.options = [*(f"{option}={_option_text(v)}" for option, v in value.items()), *(args.options or ())]
+            elif getattr(args, name) is None:
+                in_folder = name == "token_file"
+                setattr(args, name, str(Path(args.config).absolute().parent / value) if in_folder else value)
+        for name, default in self._defaults.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+        return faults
+
+    def _fault(self, name: str, value: object) -> str:
+        action = self._actions[name]
+        if name == "space":
+            fits = isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+            return "" if fits else "must be a string or a list of strings"
+        if name == "options":
+            fits = isinstance(value, dict) and all(isinstance(each, str | int | float) for each in value.values())
+            return "" if fits else 'must be a table of the engine\'s options, such as {model = "…"}'
+        kind = bool if action.nargs == 0 else action.type or str
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            return f"must be {_KINDS[kind]}, not {value!r}"
+        if action.choices and value not in action.choices:
+            return f"must be one of {', '.join(action.choices)}, not {value!r}"
+        return ""
+
+
+_KINDS: Mapping[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+
+def _option_text(value: str | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def add_engine_options(parser: argparse.ArgumentParser, default: str | None, engine_help: str) -> None:
@@ -154,7 +236,7 @@ def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = No
         ConfigError: its message has one line for each fault.
     """
     environ = os.environ if environ is None else environ
-    faults: list[str] = []
+    faults: list[str] = args.settings.fill(args, environ)
     address, token, engine_class = None, None, None
     options: dict[str, OptionValue] = {}
     try:

@@ -1,7 +1,6 @@
 """`gpuworker run`: runs a worker in its own process until it has drained or a signal ends it."""
 
 import faulthandler
-import logging
 import signal
 import sys
 from functools import partial
@@ -11,7 +10,6 @@ import trio
 from gpuworker.config import WorkerConfig
 from gpuworker.health import LEAVE_S, HealthService
 from gpuworker.identity import Identity
-from gpuworker.log_format import JsonFormatter, LineFormatter
 from gpuworker.slots.process_slot import ProcessSlot
 from gpuworker.slots.slot import Slot
 from gpuworker.slots.thread_slot import ThreadSlot
@@ -20,16 +18,13 @@ from gpuworker.worker import Worker
 from protocol.commands.exit_codes import DONE, FAILED, INTERRUPTED
 from protocol.commands.progress import printable
 from protocol.exit_deadline import end_within, prepare_exit_deadline
+from protocol.log_lines import set_up_log
 from protocol.sd_notify import ServiceManager
 
 
 def run_worker(config: WorkerConfig) -> int:
     """Register with a relay and run its requests; returns the exit code (docs/design.md §11)."""
-    handler = logging.StreamHandler(sys.stderr)
-    lines = LineFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    handler.setFormatter(JsonFormatter() if config.log_format == "json" else lines)
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger("gpuworker").setLevel(config.log_level.upper())
+    set_up_log("gpuworker", config.log_level, config.log_format)
     faulthandler.enable()  # systemd's watchdog ends a hung worker with SIGABRT: the log then shows where it hung
     prepare_exit_deadline()
     try:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import attrs
 
+from protocol.log_lines import FORMATS, LEVELS
 from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.messages import SPACE_PATTERN
 from protocol.wire.validators import (
@@ -227,8 +228,8 @@ class Tls:
 class LogConfig:
     """Level and format of the log: `auto` is `console` on a terminal and `json` elsewhere."""
 
-    level: Annotated[str, choice("debug", "info", "warning", "error")] = "info"
-    format: Annotated[Literal["auto", "console", "json"], choice("auto", "console", "json")] = "auto"
+    level: Annotated[str, choice(*LEVELS)] = "info"
+    format: Annotated[Literal["auto", "console", "json"], choice(*FORMATS)] = "auto"
     #: Whether each line names the module, function and line that wrote it; costs some microseconds a line.
     callsite: Annotated[bool, boolean] = False
 

@@ -8,6 +8,7 @@ import attrs
 import structlog
 import trio
 
+from protocol.log_lines import redacted
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import FROM_OPERATOR, ROLES, Done, Rejected, Steer, Table, Watch
 from protocol.wire.validators import Value
@@ -15,7 +16,6 @@ from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits, rejec
 from relayd.connections.client import ClientHandler
 from relayd.core.space import Space
 from relayd.core.space_rules import check_new_space, refuse_configured
-from relayd.logs.setup import redacted
 from relayd.requests.request import Request
 from relayd.store.base import StoreError
 from relayd.store.records import DeleteSpace, PutSpace, PutToken

@@ -10,8 +10,9 @@ from typing import Any
 import attrs
 import trio
 
+from protocol.log_lines import redacted
 from protocol.wire.validators import Value
-from relayd.logs.setup import log_tap, redacted
+from relayd.logs.setup import log_tap
 
 #: Number of log events and operator actions that are kept.
 MAX_EVENTS = 5_000

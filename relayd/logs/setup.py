@@ -5,7 +5,6 @@ finished line.
 """
 
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,11 +16,11 @@ import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 from protocol.commands.progress import printable
+from protocol.log_lines import for_people, redacted
 from relayd.config.schema import LogConfig
 
 #: Loggers that log every step at `debug`.
 QUIET_LOGGERS = ("python_multipart",)
-_TOKEN = re.compile(r"(rly_[a-z]_)[A-Za-z0-9_-]{16,}")
 _PARAMETER = structlog.processors.CallsiteParameter
 _CALLSITE = (_PARAMETER.MODULE, _PARAMETER.FUNC_NAME, _PARAMETER.LINENO)
 #: Called with the logger's method and the event, for every event from `info` up, regardless of the log level.
@@ -47,11 +46,6 @@ def run_taps(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict
     return event
 
 
-def redacted(text: str) -> str:
-    """Return `text` with tokens cut to their prefix."""
-    return _TOKEN.sub(r"\1[secret]", text) if "rly_" in text else text
-
-
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """Return the logger of a module; may be called before `set_up_logs`."""
     logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
@@ -66,7 +60,7 @@ def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
         stream: where to write; stderr if None.
     """
     stream = stream or sys.stderr
-    console = config.format == "console" or (config.format == "auto" and stream.isatty())
+    console = for_people(config.format, stream)
     common: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tests.support.processes import a_place, a_relay
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "gpuworker.service"
+SETTINGS = ROOT / "deploy" / "gpuworker.toml"
 ENVIRONMENT = ROOT / "deploy" / "gpuworker.env"
 DOCUMENTS = ("gpu-machine.md", "indextts2.md")
 
@@ -60,6 +62,18 @@ def test_the_unit_starts_the_worker_with_arguments_that_it_takes() -> None:
     assert unit()["LoadCredential"] == ["token:/etc/gpuworker/token"]
     assert unit()["EnvironmentFile"] == ["/etc/gpuworker/env"]
     assert told["RELAY_URL"].startswith("wss://")
+
+
+def test_the_settings_file_has_the_defaults_and_names_every_setting_that_the_unit_leaves_open() -> None:
+    args = gpuworker_parser().parse_args(["run", "--config", str(SETTINGS)])
+    plain = gpuworker_parser().parse_args(["run"])
+    assert args.settings.fill(args, {}) == plain.settings.fill(plain, {}) == []
+    assert (args.space, args.options) == (["tts"], ["model=openbmb/VoxCPM2"])
+    left_out = {"relay", "token_file", "name", "in_threads"}
+    named = set(tomllib.loads(SETTINGS.read_text()))
+    for name in vars(plain).keys() - {"command", "settings", "config", "space", "options", "engine"}:
+        assert getattr(args, name) == getattr(plain, name)
+        assert (name in named) is (name not in left_out)
 
 
 @pytest.mark.trio

@@ -22,7 +22,7 @@ from gpuworker.cli import main
 from gpuworker.config import ConfigError, WorkerConfig, add_run_options, read_config
 from gpuworker.engines.base import Missing
 from gpuworker.engines.espeak.engine import EspeakEngine
-from gpuworker.log_format import JsonFormatter
+from protocol.log_lines import JsonFormatter, LineFormatter
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Completed
 from protocol.wire.messages import Cancel, Drain, Draining, Register, Rejected
@@ -365,3 +365,78 @@ def test_slots_in_threads_need_no_processes(tmp_path: Path) -> None:
         assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() == []
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0
+
+
+SETTINGS = """
+relay = "ws://relay.test:9"
+space = ["a", "b"]
+engine = "mock"
+slots = 3
+token_file = "token"
+drain_timeout = 7
+in-threads = true
+log_level = "debug"
+
+[options]
+speed = 2
+chunk_ms = 50
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    (tmp_path / "token").write_text("rly_w_2\n")
+    path = tmp_path / "gpuworker.toml"
+    path.write_text(SETTINGS)
+    return path
+
+
+def test_a_settings_file_gives_what_neither_the_command_line_nor_the_environment_says(
+    settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = config("--config", str(settings))
+    assert (str(told.address), told.token, told.spaces) == ("ws://relay.test:9", "rly_w_2", ("a", "b"))
+    assert (told.engine, told.slots, told.in_threads, told.log_level) == ("mock", 3, True, "debug")
+    assert (told.drain_timeout_s, told.options["speed"], told.options["chunk_ms"]) == (7.0, 2.0, 50)
+    assert told.cancel_grace_s == config("--engine", "mock").cancel_grace_s
+    monkeypatch.setenv("GPUWORKER_CONFIG", str(settings))
+    monkeypatch.setenv("GPUWORKER_SLOTS", "2")
+    monkeypatch.setenv("GPUWORKER_LOG_LEVEL", "error")
+    told = config("--slots", "1", "--space", "c", "-o", "speed=4", RELAY_URL="ws://other.test:9", RELAY_TOKEN="rly_w_3")
+    assert (told.slots, told.log_level, told.spaces, told.in_threads) == (1, "error", ("c",), True)
+    assert (str(told.address), told.token) == ("ws://other.test:9", "rly_w_3")
+    assert (told.options["speed"], told.options["chunk_ms"]) == (4.0, 50)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("slot = 2", "slot: is not a setting; did you mean slots?"),
+        ('slots = "2"', "slots: must be a whole number, not '2'"),
+        ("slots = true", "slots: must be a whole number, not True"),
+        ("in_threads = 1", "in_threads: must be true or false, not 1"),
+        ("space = [1]", "space: must be a string or a list of strings"),
+        ("options = 'speed=2'", "options: must be a table of the engine's options"),
+        ('log_level = "loud"', "log_level: must be one of debug, info, warning, error, not 'loud'"),
+        ('config = "x"', "config: is not a setting"),
+        ("slots =", "is not TOML"),
+    ],
+)
+def test_a_fault_of_the_settings_file_is_told_with_its_place(tmp_path: Path, line: str, fault: str) -> None:
+    path = tmp_path / "gpuworker.toml"
+    path.write_text(f'engine = "mock"\n{line}\n')
+    with pytest.raises(ConfigError) as caught:
+        config("--config", str(path))
+    assert f"{path}: {fault}" in str(caught.value)
+
+
+def test_a_missing_settings_file_is_told() -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        config("--engine", "mock", "--config", "/no/such/file.toml")
+
+
+def test_no_token_gets_into_a_workers_log() -> None:
+    secret = "rly_w_" + "a" * 32
+    record = logging.LogRecord("gpuworker", logging.INFO, "/a/place.py", 7, "it said %s", (secret,), None)
+    assert JsonFormatter().format(record).count("rly_w_[secret]") == 1
+    assert LineFormatter("%(message)s").format(record) == "it said rly_w_[secret]"

@@ -24,11 +24,11 @@ from gpuworker.engines.base import (
 from gpuworker.engines.catalog import find_engine, parse_options
 from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.executor import Executor
-from gpuworker.log_format import LineFormatter
 from gpuworker.slots.process_slot import ProcessSlot
 from gpuworker.slots.run_engine import RunResult, run_engine
 from gpuworker.slots.slot import Job, Slot
 from gpuworker.slots.thread_slot import ThreadSlot
+from protocol.log_lines import LineFormatter
 from protocol.wire.codec import MAX_VALUES, decode
 from protocol.wire.errors import EncodeError
 from protocol.wire.frames import Completed, Failed, Frame, Output, Started
