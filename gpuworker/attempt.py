@@ -81,6 +81,8 @@ class Attempt:
         self.ended = False
         self.dropped = False
         self.outcome = ""
+        #: For operators, sent before the last frame of a failed attempt.
+        self.report = ""
         self.uploads = ReceivedInputs(assign.inputs)
         self.cancel_reason: str | None = None
         self.scope = trio.CancelScope()
@@ -111,6 +113,11 @@ class Attempt:
     def has_frames(self) -> bool:
         """Whether there are frames that have not been sent over the current link."""
         return self.cursor < self.next_seq and not self.dropped
+
+    @property
+    def at_last_frame(self) -> bool:
+        """Whether `next_frame` is the last one."""
+        return self.ended and self.cursor == self.next_seq - 1
 
     def next_frame(self) -> bytes:
         """The frame at `cursor`, which advances. Call it only while `has_frames`."""
@@ -207,7 +214,7 @@ class Attempt:
         short = self.next_seq < self.from_seq  # the relay holds more frames of an earlier attempt than this one made
         if short and end.outcome == "completed":
             end = RunResult.failed(ErrorCode.ENGINE_FAILED, "the engine is not reproducible: it made less than before")
-        self.outcome = end.outcome
+        self.outcome, self.report = end.outcome, end.report
         self.ended = True
         if short:
             self._end_at(self.from_seq, end)

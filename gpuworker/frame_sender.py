@@ -6,6 +6,8 @@ import trio
 
 from gpuworker.attempt import Attempt
 from protocol.link.base import Link
+from protocol.wire.codec import encode
+from protocol.wire.messages import Report
 from protocol.wire.structs import KIB
 
 #: Most bytes queued in the link, plus one frame. Enough to keep a fast network busy, and little enough that
@@ -47,5 +49,8 @@ class FrameSender:
             attempt = self._waiting.popleft()
             self._queued.discard(attempt)
             if attempt.has_frames:
+                if attempt.report and attempt.at_last_frame:
+                    report = Report(request_id=attempt.request_id, attempt=attempt.number, output=attempt.report)
+                    self._link.send_nowait(encode(report))
                 self._link.send_nowait(attempt.next_frame())
                 self.add(attempt)

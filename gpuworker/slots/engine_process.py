@@ -6,15 +6,19 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
 
 from gpuworker.slots import ipc
+from protocol.wire.messages import MAX_REPORT_CHARS
 
 _READ_BYTES = 256 * 1024
 MAX_LINE_CHARS = 500
+#: Lines of a run that operators are told if it fails.
+MAX_LINES = 40
 #: Time from the end of its socket to the end of the process, before it is killed; allows to learn its exit code.
 EXIT_S = 1.0
 #: Time to read the rest of stderr once the process has ended; a child of it may hold the other end open.
@@ -34,14 +38,15 @@ class EngineProcess:
     """A running slot process; made by `open_child`.
 
     Attributes:
-        request_id: the running request, for the log; empty while there is none. The output of the process goes only to
-            the worker's log: it may belong to one principal, and the next request to another.
+        request_id: the running request; empty while there is none. The output of the process goes only to the worker's
+            log, and to operators with the run that printed it: the next one may be another principal's.
     """
 
     def __init__(self, name: str, process: "subprocess.Popen[bytes]", stream: trio.SocketStream, output: int) -> None:
         self.name = name
         self.pid = process.pid
         self.request_id = ""
+        self._printed: deque[str] = deque(maxlen=MAX_LINES)
         self._line = b""
         self._process = process
         self._stream = stream
@@ -118,6 +123,16 @@ class EngineProcess:
         self._end_line()
         self._output_ended.set()
 
+    def begin_run(self, request_id: str) -> None:
+        """A run begins: what is printed from now on is its own."""
+        self.request_id = request_id
+        self._printed.clear()
+
+    @property
+    def printed(self) -> str:
+        """The last lines that the current or latest run printed."""
+        return "\n".join(self._printed)[-MAX_REPORT_CHARS:]
+
     def end_run(self) -> None:
         """A run has ended: log what it printed under its name, before the next one begins."""
         try:
@@ -142,6 +157,8 @@ class EngineProcess:
         # A progress bar overwrites its line with "\\r"; only the last version matters.
         text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace").strip()[:MAX_LINE_CHARS]
         if text:
+            if self.request_id:
+                self._printed.append(text)
             running = f", request {self.request_id[:8]}" if self.request_id else ""
             log.info("%s%s | %s", self.name, running, text)
 

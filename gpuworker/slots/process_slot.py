@@ -72,7 +72,8 @@ class ProcessSlot(Slot):
                         # In this order: the relay must know that the slot is gone before it sees its run fail.
                         self._set_ready(False)
                         if self._run is not None:
-                            self._run.finish(RunResult.failed(ErrorCode.ENGINE_FAILED, self._died, retryable=True))
+                            end = RunResult.failed(ErrorCode.ENGINE_FAILED, self._died, retryable=True)
+                            self._run.finish(attrs.evolve(end, report=child.printed))
                     backoff.note_uptime(trio.current_time() - began)
             await trio.sleep(backoff.next_s())
 
@@ -127,6 +128,8 @@ class ProcessSlot(Slot):
             end = RunResult(**{name: value for name, value in message.items() if name != "is"})
             if self._child is not None:
                 self._child.end_run()
+                if end.outcome == "failed":
+                    end = attrs.evolve(end, report=self._child.printed or end.report)
             if end.restart:
                 self._set_ready(False)
             if run is not None:
@@ -135,7 +138,7 @@ class ProcessSlot(Slot):
     async def _start(self, job: Job, run: Run) -> None:
         assert self._child is not None
         self._runs += 1
-        self._child.request_id = job.context.request_id
+        self._child.begin_run(job.context.request_id)
         inputs = {name: attrs.asdict(item) for name, item in job.inputs.items()}
         job_fields = {"params": job.params, "inputs": inputs, "context": attrs.asdict(job.context)}
         await self._child.send({"do": "run", "run": self._runs, **job_fields})

@@ -29,6 +29,7 @@ from protocol.wire import codec
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import MAX_TEXT_CHARS, PROGRESS_STATES
 from protocol.wire.media_types import media_type_rule, recognize
+from protocol.wire.messages import MAX_REPORT_CHARS
 from protocol.wire.structs import KIB
 from protocol.wire.validators import Value
 
@@ -44,7 +45,8 @@ _ENVELOPE: dict[str, Value] = {"request_id": "f" * 32, "attempt": 1_000_000, "se
 class RunResult:
     """How a run ended. `code` to `retryable` are sent in `failed`.
 
-    `restart`: the engine must be started again; `process_broken`: in another process.
+    `restart`: the engine must be started again; `process_broken`: in another process. `report`: for operators, what a
+    failed run printed.
     """
 
     outcome: Literal["completed", "failed", "cancelled"]
@@ -54,6 +56,7 @@ class RunResult:
     retryable: bool = False
     restart: bool = False
     process_broken: bool = False
+    report: str = ""
 
     @classmethod
     def failed(cls, code: ErrorCode, message: str, *, retryable: bool = False) -> "RunResult":
@@ -128,9 +131,11 @@ def run_engine(
             if (close := getattr(chunks, "close", None)) is not None:
                 close()
     except (Exception, SystemExit) as fault:  # noqa: BLE001 - the one broad catch for a request: engines raise anything
-        if not isinstance(fault, EngineError):
-            traceback.print_exc(file=sys.stderr)
         end = RunResult.from_error(fault)
+        if not isinstance(fault, EngineError):
+            report = wire_text("".join(traceback.format_exception(fault)))
+            print(report, end="", file=sys.stderr)
+            end = attrs.evolve(end, report=report[-MAX_REPORT_CHARS:])
         return RunResult(outcome="cancelled") if cancelled() and not end.restart else end
     finally:
         engine.report = Engine.report  # a report between two runs belongs to neither

@@ -59,6 +59,8 @@ PATH = "/v1/relay"
 MAX_CONTROL_BYTES = 64 * KIB
 #: `data` of one `input` message: small enough that an upload and live audio share a link fairly.
 MAX_INPUT_CHUNK_BYTES = 256 * KIB
+#: `output` of a `report`: a traceback and the lines before it.
+MAX_REPORT_CHARS = 4096
 
 SPACE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -436,6 +438,16 @@ class Draining(Message):
     TYPE: ClassVar[str] = "draining"
 
 
+@attrs.frozen(kw_only=True)
+class Report(Message):
+    """For operators only: what an attempt printed before it failed, its traceback included; before its last frame."""
+
+    TYPE: ClassVar[str] = "report"
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule)
+    output: str = field(text(MAX_REPORT_CHARS))
+
+
 # -- from operators ----------------------------------------------------------------------------------------------
 
 
@@ -471,7 +483,7 @@ BULK = frozenset({"audio", "input", "output"})
 
 FROM_ANYONE: Table = _table(Hello)
 FROM_CLIENT: Table = _table(Ping, Pong, Submit, Input, Cancel, Attach, Leave, Status, Spaces)
-FROM_WORKER: Table = {**_table(Ping, Pong, Register, Draining), **FRAMES}
+FROM_WORKER: Table = {**_table(Ping, Pong, Register, Draining, Report), **FRAMES}
 #: An operator is a client that may also watch and steer.
 FROM_OPERATOR: Table = {**FROM_CLIENT, **_table(Watch, Steer)}
 FROM_RELAY: Table = {

@@ -12,6 +12,7 @@ import structlog
 import trio
 
 from protocol.link.base import Link
+from protocol.log_lines import redacted
 from protocol.wire.audio_envelope import PREFIX_BYTES, audio_prefix, match_audio, match_audio_run
 from protocol.wire.codec import decode, repair
 from protocol.wire.errors import BadText, ErrorCode, LinkError, ProtocolError, UnknownType
@@ -40,6 +41,7 @@ from protocol.wire.messages import (
     Register,
     Registered,
     Rejected,
+    Report,
     Undrain,
 )
 from protocol.wire.params_schema import check_schema
@@ -348,6 +350,10 @@ class WorkerHandler:
     def _draining(self, _draining: Draining, _data: bytes) -> None:
         self.relay.workers.drain(self.worker_id)
 
+    def _report(self, report: Report, _data: bytes) -> None:
+        if (request := self.relay.attempt_of(self, report.request_id, report.attempt)) is not None:
+            request.add_report(f"attempt {report.attempt} on {self.worker_id}:\n{redacted(report.output)}")
+
     def _frame(self, frame: Frame, data: bytes) -> None:
         """Append a frame that is not the last to its log, or drop it if its attempt is over."""
         request = self._request_of(frame)
@@ -490,6 +496,7 @@ HANDLERS: Mapping[type[Message], Callable[[WorkerHandler, Any, bytes], None]] = 
     Pong: lambda _worker, _pong, _data: None,
     Register: WorkerHandler._register,
     Draining: WorkerHandler._draining,
+    Report: WorkerHandler._report,
     Started: WorkerHandler._frame,
     Progress: WorkerHandler._frame,
     Audio: WorkerHandler._frame,

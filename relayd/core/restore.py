@@ -154,7 +154,7 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         message=record.message,
         outcome=Outcome.unpack(record.outcome),
     )
-    request.details = request.outcome.details
+    request.details, request.report = request.outcome.details, request.outcome.report or ""
     request.created_at = request.queued_at = since
     if not state.live:
         request.release_run_data()

@@ -33,6 +33,7 @@ class Outcome:
         run_s: how long its last attempt ran; None if there was none.
         audio_s: seconds of audio that it produced; None if it has no audio format.
         has_outputs: whether there are `output` frames among its frames.
+        report: for operators only, what its failed attempts printed.
     """
 
     details: dict[str, Value] = attrs.field(factory=dict, converter=_bounded)
@@ -41,6 +42,7 @@ class Outcome:
     run_s: float | None = None
     audio_s: float | None = None
     has_outputs: bool = False
+    report: str | None = None
 
     def pack(self) -> bytes:
         """Encode it for the store."""

@@ -9,7 +9,7 @@ import msgpack
 import trio
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import Ack, Queued, Rejected, Submit, WorkerAway, WorkerBack
+from protocol.wire.messages import MAX_REPORT_CHARS, Ack, Queued, Rejected, Submit, WorkerAway, WorkerBack
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
@@ -109,6 +109,8 @@ class Request:
     lost: tuple[str, str] | None = None
     #: Of the latest loss of an attempt; of the failure once it has ended.
     details: dict[str, Value] = attrs.field(factory=dict)
+    #: For operators only: what its failed attempts printed, the latest last.
+    report: str = ""
     #: What else is known once it has ended.
     outcome: Outcome = NOT_ENDED
     #: Its timeline: one packed map per entry, so that 10,000 ended requests take little memory.
@@ -169,6 +171,10 @@ class Request:
         at_s = round(trio.current_time() - self.created_at, 3)
         fields = {key: value for key, value in more.items() if value is not None}
         self.timeline.append(msgpack.packb({"at_s": at_s, "event": event, **fields}))
+
+    def add_report(self, text: str) -> None:
+        """Add what an attempt printed; the oldest is cut off."""
+        self.report = f"{self.report}\n{text}".strip()[-MAX_REPORT_CHARS:]
 
     def resumed(self) -> None:
         """Note that its worker has reconnected and continues with it."""

@@ -1,4 +1,4 @@
-"""The details of one request, for operators: its row, timeline, params and readers."""
+"""The details of one request, for operators: its row, timeline, params, readers and what its attempts printed."""
 
 import msgpack
 
@@ -18,6 +18,8 @@ from relayd.views.token_rows import Row
 SUMMARY_BYTES = 24 * KIB
 #: Limit for the details of its error, which come from a worker.
 DETAILS_BYTES = 8 * KIB
+#: Limit for what its attempts printed.
+REPORT_BYTES = 8 * KIB
 MAX_READERS = 32
 
 
@@ -39,6 +41,7 @@ def request_detail(relay: Relay, request: Request) -> Row:
         "idle_timeout_s": request.idle_timeout_s,
         "format": request.format.to_map() if request.format else None,
         "details": _bounded(request.details),
+        "report": request.report.encode()[-REPORT_BYTES:].decode(errors="ignore"),
         "holders": len(request.holders),
         "readers": [
             {"connection_id": connection_id, "principal": client.principal.name, "behind_frames": behind}

@@ -42,6 +42,7 @@ from protocol.wire.messages import (
     Queued,
     Register,
     Registered,
+    Report,
     Submit,
     Welcome,
 )
@@ -251,9 +252,12 @@ class Desk:
     """The relay's end of a worker's connection."""
 
     connection: Connection
+    reports: list[Report] = attrs.field(factory=list)
 
     async def hear(self) -> Message:
-        return decode(await self.connection.link.receive(), FROM_WORKER)
+        while isinstance(message := decode(await self.connection.link.receive(), FROM_WORKER), Report):
+            self.reports.append(message)
+        return message
 
     async def expect(self, kind: type[M]) -> M:
         message = await self.hear()

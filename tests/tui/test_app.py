@@ -2,6 +2,7 @@
 
 import pytest
 
+from protocol.wire.messages import Done
 from tests.tui.screen import (
     LOST,
     REFUSED,
@@ -378,3 +379,15 @@ async def test_a_tick_of_the_clock_while_the_screen_closes_draws_nothing(monkeyp
     async with a_stage() as stage:
         await stage.snapshot(spaces=[a_space("tts")])
     assert ticks
+
+
+@pytest.mark.asyncio
+async def test_the_detail_of_a_request_shows_what_its_failed_attempts_printed() -> None:
+    async with a_stage(screen="4") as stage:
+        report = "attempt 1 on box-1:\nTraceback (most recent call last):\nKeyError: 'weights'"
+        stage.source.answers["describe"] = Done(action="describe", target="r1", data={"report": report})
+        await stage.snapshot(requests=[a_request("r1", state="failed", code="engine_failed", message="it broke")])
+        await stage.press("enter")
+        await stage.draw()
+        await stage.until(lambda: "KeyError: 'weights'" in stage.text)
+        assert "attempt 1 on box-1:" in stage.text

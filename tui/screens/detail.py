@@ -173,6 +173,8 @@ class RequestDetail(RowDetail):
             lines.append(_fact("position", view.position))
         lines.append([_label("output"), (self._output(view), "")])
         lines += self._timeline(view.model)
+        if isinstance(report := self._told.get("report"), str) and report:
+            lines += _texts("output", report, "dim", self.size.width)
         lines += self._maps("params", self._told.get("params"))
         inputs = self._told.get("inputs")
         for one in inputs if isinstance(inputs, list) else []:

@@ -384,3 +384,62 @@ def test_no_log_line_carries_a_control_character_and_no_text_makes_a_line_of_its
     assert first == r"I cancelled: \x1b]0;owned\x07\r\n12:00:00 I fake\x9b2J"
     assert rest
     assert all(line.startswith("  | ") and line.isprintable() for line in rest)
+
+
+# -- what operators are told ---------------------------------------------------------------------------------------
+
+PRINTS = """
+import os
+
+def call(text: str, end: str = ""):
+    print("heard", text)
+    if end == "raise":
+        raise RuntimeError("cannot say " + text)
+    if end == "die":
+        print("dying of", text, flush=True)
+        os._exit(3)
+    return text
+"""
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("end", ["raise", "die"])
+async def test_what_a_failed_attempt_printed_is_reported_and_nothing_of_another(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    slot = function_slot("process", tmp_path, PRINTS)
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(params={"text": "alice's secret"}))
+        assert isinstance((await desk.frames())[-1], Completed)
+        assert not desk.reports
+        desk.send(assign(OTHER, params={"text": "bob's words", "end": end}))
+        while not isinstance(last := await desk.hear(), Failed):
+            pass
+        (report,) = desk.reports
+        assert (report.request_id, report.attempt) == (OTHER, 1)
+        assert "heard bob's words" in report.output
+        assert ("Traceback" if end == "raise" else "dying of bob's words") in report.output
+        assert "alice" not in report.output
+        assert "Traceback" not in last.message
+        assert "heard" not in last.message
+
+    with trio.fail_after(PATIENCE_S):
+        await run_with(script(relay), slots=(slot,))
+
+
+@pytest.mark.trio
+async def test_the_traceback_of_a_thread_is_reported(tmp_path: Path) -> None:
+    slot = function_slot("thread", tmp_path, PRINTS)
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(params={"text": "words", "end": "raise"}))
+        assert isinstance((await desk.frames())[-1], Failed)
+        assert "in call" in desk.reports[0].output
+        assert "cannot say words" in desk.reports[0].output
+
+    with trio.fail_after(PATIENCE_S):
+        await run_with(script(relay), slots=(slot,))
