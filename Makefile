@@ -9,6 +9,7 @@ JOBS ?= 2 # processes that test, a file of tests at a time
 SEED ?= 1
 MINUTES ?= 5
 SAMPLE ?= 200
+MODULES ?=
 KILLS ?= 56
 export TEXT # the shell takes it from the environment, so that no quote or $ in it is the shell's
 
@@ -85,11 +86,12 @@ fuzz: $(VENV)/.dev ## what takes a stranger's bytes, for minutes each: make fuzz
 	  echo "no atheris for this machine: the mutations are drawn, and nothing guides them"
 	$(BIN)/python -m tests.fuzz --seed $(SEED) --minutes $(MINUTES) $(ARGS)
 
-mutants: $(VENV)/.dev ## small faults that the tests must notice: make mutants SAMPLE=200 SEED=7 ARGS="--only scheduling"
-	$(BIN)/python -m tests.mutants --seed $(SEED) --sample $(SAMPLE) --jobs $(JOBS) $(ARGS)
+mutants: $(VENV)/.dev ## small faults that the tests must notice: make mutants SAMPLE=200 SEED=7 MODULES="scheduling codec"
+	$(BIN)/python -m tests.mutants --seed $(SEED) --sample $(SAMPLE) --jobs $(JOBS) --modules "$(MODULES)" \
+	  $(if $(filter file,$(origin MINUTES)),,--minutes $(MINUTES)) $(ARGS)
 
 clean: ## all that make has made
-	rm -rf $(VENV) $(MIN) hello.wav docs/examples/node_modules .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MIN) hello.wav docs/examples/node_modules .mypy_cache .ruff_cache .hypothesis .mutants.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- set-up. A stamp each: made anew when what it was made from changes. The constraints are the versions tested.

@@ -146,11 +146,9 @@ class FairQueue(Generic[WaitingT]):
         for item in chain(self._promoted.values(), *(self._in_turn(level, 1) for level in self._by_priority())):
             if may_run(item):
                 level = self._levels.get(item.priority)
-                lane = level.lanes.get(item.principal) if level is not None else None
-                from_lane = lane is not None and item in lane
-                self.remove(item)
-                if from_lane and level is not None and item.principal in level.lanes:
+                if item.request_id not in self._promoted and level and item not in level.requeued:
                     level.lanes[item.principal] = level.lanes.pop(item.principal)  # it has its next turn last
+                self.remove(item)
                 return item
         return None
 

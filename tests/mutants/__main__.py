@@ -1,172 +1,115 @@
 """`python -m tests.mutants`: puts one small fault after another into the modules that decide, and runs their tests.
 
-A fault that no test notices is a survivor; those that cannot matter stand in `survivors.txt` with the reason. The files
-stay as they are: a forked process imports the mutant instead of the module, and runs the tests in itself.
+A fault that no test notices is a survivor. Those that cannot matter stand in `survivors.txt` with the reason: they are
+tried too, and not counted. The files stay as they are.
 """
 
 import argparse
-import importlib.abc
-import importlib.util
-import os
 import random
-import signal
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from importlib.machinery import ModuleSpec
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
-from tests.mutants.mutations import Mutant, mutants_of, mutated
+import pytest
 
-#: Module or folder -> the tests that must notice a fault in it, those that notice most first.
+from tests.mutants.mutations import Mutant, mutants_of
+from tests.mutants.session import OPTIONS, MutantSession, Verdict, repeat_examples
+
+_CORE = ("tests/relayd/core", "tests/relayd/connections/test_connections.py", "tests/relayd/views")
+#: Module or folder -> the tests that must notice a fault in it. Of these, each mutant runs those that reach it.
 TESTS: dict[str, tuple[str, ...]] = {
     "relayd/scheduling": ("tests/relayd/scheduling", "tests/relayd/core"),
-    "relayd/requests": ("tests/relayd/requests", "tests/relayd/core", "tests/relayd/connections/test_connections.py"),
-    "relayd/core": ("tests/relayd/core", "tests/relayd/connections/test_connections.py", "tests/relayd/views"),
+    "relayd/requests": ("tests/relayd/requests", *_CORE),
+    "relayd/core": _CORE,
     "relayd/frames": ("tests/relayd/frames", "tests/relayd/requests", "tests/relayd/core/test_retention.py"),
     "relayd/auth": (
         "tests/relayd/auth",
         "tests/relayd/connections/test_client_limits.py",
         "tests/relayd/http/test_http_access.py",
     ),
+    "relayd/http/openai": ("tests/relayd/http/openai",),
     "protocol/wire/codec.py": ("tests/protocol/wire",),
     "gpuworker/attempt.py": ("tests/gpuworker/test_worker.py", "tests/gpuworker/test_worker_link.py"),
 }
 SURVIVORS = Path(__file__).with_name("survivors.txt")
-#: A mutant that makes its tests hang is noticed, too.
-PATIENCE_S = 240.0
-#: Imported once, before the forks.
-_HEAVY = ("pytest", "pytest_trio", "hypothesis", "trio", "attrs", "msgpack", "structlog", "starlette", "h11", "sqlite3")
+#: More than this part alive is a failure.
+MOST_ALIVE = 0.05
 
 
 def known_survivors() -> dict[str, str]:
-    """Change -> why it cannot matter."""
+    """`Mutant.change` -> why it cannot matter."""
     lines = [line for line in SURVIVORS.read_text().splitlines() if line and not line.startswith("#")]
     return {change.strip(): reason.strip() for change, _, reason in (line.partition("  --  ") for line in lines)}
 
 
-def change_of(mutant: Mutant) -> str:
-    """A mutant's name that outlives changes of other lines."""
-    return f"{mutant.path}: {mutant.before}  ->  {mutant.after}"
-
-
-def _tests_for(path: Path, places: Sequence[str]) -> tuple[str, ...]:
-    """The files of tests, those that are named after the module first."""
-    files = [file for place in map(Path, places) for file in (sorted(place.rglob("test_*.py")) or [place])]
-    return tuple(str(file) for file in sorted(files, key=lambda file: path.stem not in file.stem))
-
-
-def all_mutants(only: str) -> list[tuple[Mutant, tuple[str, ...]]]:
-    """Every mutant of the modules that decide, and the tests of its module."""
-    found = []
+def all_mutants(modules: str = "") -> dict[tuple[str, ...], list[Mutant]]:
+    """The mutants of the modules whose path:line: contains one of these words, by the tests that must notice them."""
+    words = modules.split() or [""]
+    found: dict[tuple[str, ...], list[Mutant]] = {}
     for place, tests in TESTS.items():
         for path in sorted(Path(place).glob("*.py")) or [Path(place)]:
-            own = _tests_for(path, tests)
-            found += [(mutant, own) for mutant in mutants_of(path) if only in f"{path}:{mutant.line}:"]
+            for mutant in mutants_of(path):
+                if any(word in f"{path}:{mutant.line}:" for word in words):
+                    found.setdefault(tests, []).append(mutant)
     return found
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the mutant where its module is asked for."""
-
-    def __init__(self, mutant: Mutant) -> None:
-        self.mutant = mutant
-        self.name = ".".join(mutant.path.with_suffix("").parts)
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """See `importlib.abc.MetaPathFinder`."""
-        if fullname != self.name:
-            return None
-        return importlib.util.spec_from_file_location(fullname, self.mutant.path, loader=self)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """See `importlib.abc.Loader`."""
-        code = compile(mutated(self.mutant.path, self.mutant.number), str(self.mutant.path), "exec")
-        exec(code, vars(module))
+def drawn(groups: dict[tuple[str, ...], list[Mutant]], known: Iterable[str], sample: int, seed: int) -> set[Mutant]:
+    """As many as `sample` (0: all) of those that are not known to survive, and all that are."""
+    everyone = [mutant for mutants in groups.values() for mutant in mutants]
+    unknown = [mutant for mutant in everyone if mutant.change not in set(known)]
+    chosen = random.Random(seed).sample(unknown, min(sample or len(unknown), len(unknown)))
+    return {mutant for mutant in everyone if mutant.change in set(known)} | set(chosen)
 
 
-def _run_tests(mutant: Mutant | None, tests: tuple[str, ...]) -> int:
-    """In the forked process: pytest's exit code."""
-    import pytest
-
-    os.setpgid(0, 0)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    if mutant is not None:
-        sys.meta_path.insert(0, _Finder(mutant))
-    return int(pytest.main(["-x", "-q", "--no-header", "--assert=plain", "-p", "no:cacheprovider", *tests]))
-
-
-def lives(mutant: Mutant | None, tests: tuple[str, ...]) -> bool:
-    """Whether all of `tests` pass with the mutant."""
-    pid = os.fork()
-    if not pid:
-        code = 70
-        try:
-            code = _run_tests(mutant, tests)
-        finally:
-            os._exit(code)
-    until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return status == 0
-        time.sleep(0.05)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return False
+def report(verdicts: list[Verdict], known: Iterable[str], gone: Iterable[str]) -> bool:
+    """Print it; whether few enough are alive, and the list of survivors is right."""
+    alive = {verdict.mutant.change for verdict in verdicts if verdict.alive}
+    killed = {verdict.mutant.change for verdict in verdicts} - alive
+    counted = [verdict for verdict in verdicts if verdict.mutant.change not in set(known)]
+    tried, lived = Counter[Path](), Counter[Path]()
+    for verdict in counted:
+        tried[verdict.mutant.path] += 1
+        lived[verdict.mutant.path] += verdict.alive
+    print()
+    for path, count in sorted(tried.items()):
+        print(f"{path!s:40} {count:4} tried, {lived[path]:3} alive ({100 * lived[path] / count:.1f} %)")
+    percentage = 100 * lived.total() / (len(counted) or 1)
+    print(f"{'in all':40} {len(counted):4} tried, {lived.total():3} alive ({percentage:.1f} %)")
+    for verdict in sorted(counted, key=lambda verdict: (verdict.mutant.path, verdict.mutant.line)):
+        if verdict.alive:
+            print(f"  {verdict.mutant.name}{'' if verdict.tests else '  (no test reaches it)'}")
+    outdated = [*(f"killed: {change}" for change in known if change in killed), *(f"gone: {change}" for change in gone)]
+    for line in outdated:
+        print(f"  {SURVIVORS.name} names a mutant that is {line}")
+    return not outdated and lived.total() <= MOST_ALIVE * len(counted)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--sample", type=int, default=0, help="so many mutants, drawn by the seed (default: all)")
     parser.add_argument("--seed", type=int, default=1, help="of the sample (default: 1)")
-    parser.add_argument("--only", default="", help="mutants whose path:line: contains this")
+    parser.add_argument("--modules", default="", help="words: mutants whose path:line: contains one of them")
+    parser.add_argument("--tests", default="", help="these tests alone, instead of all that belong to the modules")
     parser.add_argument("--jobs", type=int, default=2, help="processes that test (default: 2)")
     parser.add_argument("--minutes", type=float, default=0, help="begin no mutant after that (default: no limit)")
     given = parser.parse_args()
-    for name in _HEAVY:
-        importlib.import_module(name)
-    everyone = all_mutants(given.only)
-    known = known_survivors()
-    drawn = [pair for pair in everyone if change_of(pair[0]) not in known]
-    if given.sample:
-        drawn = random.Random(given.seed).sample(drawn, min(given.sample, len(drawn)))
     until = time.monotonic() + given.minutes * 60 if given.minutes else float("inf")
-    told = f"{len(everyone)} mutants, {len(everyone) - len(drawn)} of them not tried"
-    print(f"{told}; seed {given.seed}", flush=True)
-    for tests in {drawn_tests for _mutant, drawn_tests in drawn}:
-        if any(not Path(test).exists() for test in tests):  # which would kill every mutant
-            parser.error(f"run it in the repository's root; not all there: {' '.join(tests)}")
-    alive: list[Mutant] = []
-    tried = 0
-
-    def one(pair: tuple[Mutant, tuple[str, ...]]) -> None:
-        nonlocal tried
-        mutant, tests = pair
-        if time.monotonic() > until:
-            return
-        began = time.monotonic()
-        survives = lives(mutant, tests)
-        tried += 1
-        if survives:
-            alive.append(mutant)
-        print(
-            f"{tried:4} {'ALIVE ' if survives else 'killed'} {time.monotonic() - began:5.1f} s  {mutant.name}",
-            flush=True,
-        )
-
-    with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(one, drawn))
-    print(f"\n{tried} tried, {len(alive)} alive ({100 * len(alive) / max(1, tried):.1f} %)")
-    for mutant in sorted(alive, key=lambda mutant: (mutant.path, mutant.line)):
-        print(f"  {mutant.name}")
-    return int(len(alive) > 0.05 * tried)
+    groups, known = all_mutants(given.modules), known_survivors()
+    gone = known.keys() - {mutant.change for mutants in all_mutants().values() for mutant in mutants}
+    chosen = drawn(groups, known, given.sample, given.seed)
+    print(f"{sum(map(len, groups.values()))} mutants, {len(chosen)} of them to try; seed {given.seed}", flush=True)
+    repeat_examples()
+    verdicts: list[Verdict] = []
+    for tests, mutants in groups.items():
+        if trying := [mutant for mutant in mutants if mutant in chosen]:
+            session = MutantSession(trying, given.jobs, until)
+            if pytest.main([*OPTIONS, *(given.tests.split() or tests)], plugins=[session]) not in (0, 5):
+                parser.error(f"its tests must pass in the repository's root first: {' '.join(tests)}")
+            verdicts += session.verdicts
+    return int(not report(verdicts, known, gone))
 
 
 if __name__ == "__main__":

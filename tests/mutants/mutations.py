@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,10 @@ class Mutant:
     path: Path
     number: int
     line: int
+    #: Function or method, with its class, in whose body it is; "" outside, where only an import runs it.
+    owner: str
+    #: The lines of the statement: a test that runs none of them cannot notice it.
+    lines: range
     before: str
     after: str
 
@@ -47,6 +52,11 @@ class Mutant:
     def name(self) -> str:
         """The change, for people."""
         return f"{self.path}:{self.line}: {self.before}  ->  {self.after}"
+
+    @property
+    def change(self) -> str:
+        """A name that outlives changes of other lines."""
+        return f"{self.path} {self.owner or '-'}: {self.before}  ->  {self.after}"
 
 
 def _edits(node: ast.AST) -> Iterator[ast.AST | None]:
@@ -121,22 +131,48 @@ def _is_unheard(node: ast.AST) -> bool:
 _TYPES = ("annotation", "returns", "decorator_list", "bases")
 
 
-def _places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
-    """Every (parent, field, index, child) below `node` that is behaviour."""
+@attrs.frozen
+class _Place:
+    """A node that is behaviour, and where it is."""
+
+    parent: ast.AST
+    field: str
+    index: int | None
+    node: ast.AST
+    owner: str
+    lines: range
+
+
+def _lines_of(statement: ast.stmt) -> range:
+    """Without those of the statements in it."""
+    inner = getattr(statement, "body", None)
+    end = inner[0].lineno - 1 if inner else statement.end_lineno or statement.lineno
+    return range(statement.lineno, max(statement.lineno, end) + 1)
+
+
+def _places(node: ast.AST, scope: str = "", owner: str = "", lines: range = range(0)) -> Iterator[_Place]:
+    """Every place below `node`, which is in the body of the function `owner`; `scope`: names of classes before it."""
     for field, value in ast.iter_fields(node):
         if field in _TYPES:
             continue
         children = enumerate(value) if isinstance(value, list) else [(None, value)]
         for index, child in children:
-            if isinstance(child, ast.AST) and not _is_unheard(child):
-                yield node, field, index, child
-                yield from _places(child)
+            if not isinstance(child, ast.AST) or _is_unheard(child):
+                continue
+            in_body = owner
+            if not owner and field == "body" and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                in_body = f"{scope}{node.name}"
+            within = _lines_of(child) if isinstance(child, ast.stmt) else lines
+            yield _Place(node, field, index, child, in_body, within)
+            yield from _places(
+                child, f"{scope}{child.name}." if isinstance(child, ast.ClassDef) else scope, in_body, within
+            )
 
 
-def _changes(tree: ast.Module) -> Iterator[tuple[ast.AST, str, int | None, ast.AST, ast.AST | None]]:
-    for parent, field, index, child in _places(tree):
-        for edit in _edits(child):
-            yield parent, field, index, child, edit
+def _changes(tree: ast.Module) -> Iterator[tuple[_Place, ast.AST | None]]:
+    for place in _places(tree):
+        for edit in _edits(place.node):
+            yield place, edit
 
 
 def _told(node: ast.AST) -> str:
@@ -146,24 +182,37 @@ def _told(node: ast.AST) -> str:
     return head if len(head) <= 90 else f"{head[:87]}..."
 
 
+@functools.cache
+def _source(path: Path) -> str:
+    return path.read_text()  # once: whoever edits it meanwhile does not change what is tried
+
+
+@functools.cache
 def mutants_of(path: Path) -> list[Mutant]:
     """All mutants of a module."""
-    tree = ast.parse(path.read_text())
     return [
-        Mutant(path, number, getattr(child, "lineno", 0), _told(child), "(left out)" if edit is None else _told(edit))
-        for number, (_parent, _field, _index, child, edit) in enumerate(_changes(tree))
+        Mutant(
+            path,
+            number,
+            getattr(place.node, "lineno", 0),
+            place.owner,
+            place.lines,
+            _told(place.node),
+            "(left out)" if edit is None else _told(edit),
+        )
+        for number, (place, edit) in enumerate(_changes(ast.parse(_source(path))))
     ]
 
 
 def mutated(path: Path, number: int) -> ast.Module:
     """The module's tree with the `number`-th fault in it."""
-    tree = ast.parse(path.read_text())
-    for at, (parent, field, index, child, edit) in enumerate(_changes(tree)):
+    tree = ast.parse(_source(path))
+    for at, (place, edit) in enumerate(_changes(tree)):
         if at == number:
-            new = ast.copy_location(ast.Pass() if edit is None else edit, child)
-            if index is None:
-                setattr(parent, field, new)
+            new = ast.copy_location(ast.Pass() if edit is None else edit, place.node)
+            if place.index is None:
+                setattr(place.parent, place.field, new)
             else:
-                getattr(parent, field)[index] = new
+                getattr(place.parent, place.field)[place.index] = new
             return ast.fix_missing_locations(tree)
     raise IndexError(number)

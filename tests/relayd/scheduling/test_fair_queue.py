@@ -84,6 +84,23 @@ def test_who_may_not_run_is_passed_over_and_keeps_its_turn() -> None:
     assert served(queue) == "ab"
 
 
+def test_only_the_head_of_a_lane_is_considered() -> None:
+    queue = queue_of(*items("ab"))
+    assert queue.pop(lambda item: item.request_id == "b") is None
+    assert served(queue) == "ab"
+
+
+def test_what_was_promoted_or_given_back_takes_nobodys_turn() -> None:
+    queue = queue_of(*(a_to_d := items("abcd")), Item("x", "bob", ticket=9), Item("y", "bob", ticket=10))
+    queue.promote(a_to_d[3])
+    first, second = queue.pop(lambda _: True), queue.pop(lambda _: True)
+    assert first is a_to_d[3]
+    assert second is a_to_d[0]
+    queue.requeue(second)
+    assert queue.pop(lambda _: True) is second
+    assert served(queue) == "xbyc"
+
+
 operations = st.lists(
     st.tuples(
         st.sampled_from(["push", "push", "push", "pop", "pop_but_ann", "remove", "promote", "back"]),
@@ -133,11 +150,14 @@ def test_it_counts_right_loses_nothing_and_serves_in_the_order_it_tells(steps: l
         for name in ("ann", "bob", "cid"):
             assert queue.count_for(name) == sum(item.principal == name for item in waiting.values())
         assert [queue.position(item) for item in queue] == list(range(len(queue)))
+        candidates = list(queue.oldest_candidates())
+        if waiting:
+            assert min(waiting.values(), key=lambda item: item.ticket) in candidates
     told = [item.request_id for item in queue]
     assert sorted(told) == sorted(waiting)
     assert served(queue) == "".join(told)
     assert not list(queue)
-    assert not queue._levels
+    assert attrs.asdict(queue, recurse=False) == attrs.asdict(FairQueue[Item](), recurse=False), "it keeps nothing"
 
 
 @given(st.lists(st.sampled_from("ab"), max_size=30), st.sets(st.integers(0, 29)))
