@@ -375,7 +375,7 @@ class Scheduler:
         entry = self.state.entries.get(request_id)
         if entry is None:
             return []
-        if entry.state is State.RUNNING and entry.worker_id and entry.worker_lost_at is None:
+        if entry.worker_id and entry.worker_lost_at is None:  # it runs
             if entry.cancel_reason is not None:
                 return []
             entry.cancel_reason = reason

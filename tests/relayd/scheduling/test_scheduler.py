@@ -319,7 +319,7 @@ def test_the_pace_is_made_of_completed_runs_alone() -> None:
     bench.join("one")
     for name, state in (("a", State.FAILED), ("b", State.CANCELLED), ("c", State.COMPLETED)):
         bench.queue(name)
-        bench.now += 1 if state is State.COMPLETED else 100
+        bench.now += 0.5 if state is State.COMPLETED else 100
         bench.scheduler.end(name, state, bench.now)
         bench.scheduler.release("one", name, bench.scheduler.state.workers["one"].held[name], bench.now)
     bench.queue("d")
@@ -327,8 +327,8 @@ def test_the_pace_is_made_of_completed_runs_alone() -> None:
     bench.queue("ended while it waited")
     bench.now += 0.25
     bench.scheduler.end("ended while it waited", State.COMPLETED, bench.now)
-    assert list(bench.scheduler.state.spaces["tts"].recent_runs_s) == [1.0]
-    assert bench.scheduler.positions("tts", bench.now)["waits"].eta_s == 0.8
+    assert list(bench.scheduler.state.spaces["tts"].recent_runs_s) == [0.5]
+    assert bench.scheduler.positions("tts", bench.now)["waits"].eta_s == 0.2
 
 
 def test_nobody_knows_when_a_paused_space_or_one_without_workers_goes_on() -> None:
