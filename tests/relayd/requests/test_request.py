@@ -1,13 +1,22 @@
-"""A request's holders and its resume window: `hold`, `release` and `renew`."""
+"""A request: its holders and its resume window, its deadlines, its inputs, and what is told of it."""
 
+import hashlib
+from typing import Any
+
+import attrs
+import msgpack
 import pytest
 import trio
 import trio.testing
 
+from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Rejected, Submit
-from relayd.config.schema import SpaceConfig
+from protocol.wire.structs import AudioFormat, InputInfo
+from relayd.config.schema import Limits, SpaceConfig
 from relayd.frames.frame_log import FrameReader
-from relayd.requests.request import Expiry, Request
+from relayd.requests.deadlines import watch_deadlines
+from relayd.requests.outcome import Outcome
+from relayd.requests.request import Expiry, Request, content_hash
 from relayd.scheduling.model import QueuePosition, ScheduledRequest, State
 
 WINDOW_S, CANCEL_GRACE_S = 30.0, 10.0
@@ -194,3 +203,203 @@ async def test_a_release_that_leaves_another_holder_wakes_nobody(autojump_clock:
     changed = request.changed
     request.release(first, trio.current_time())
     assert not woken(request, changed)
+
+
+# -- deadlines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("state", "fields", "due_s", "expiry"),
+    [
+        (State.UPLOADING, {}, 10.0, Expiry.QUEUE_TIMEOUT),
+        (State.QUEUED, {"queued_at": 5.0}, 15.0, Expiry.QUEUE_TIMEOUT),
+        (State.RUNNING, {}, 5.0, Expiry.IDLE_TIMEOUT),
+        (State.RUNNING, {"last_frame_at": 16.0}, 20.0, Expiry.RUN_TIMEOUT),
+        (State.RUNNING, {"streams": False}, 20.0, Expiry.RUN_TIMEOUT),
+        (State.RUNNING, {"worker_lost_at": 2.0, "worker_grace_s": 1.5}, 3.5, Expiry.WORKER_GONE),
+        (State.RUNNING, {"worker_lost_at": 2.0, "worker_grace_s": 30.0}, 20.0, Expiry.RUN_TIMEOUT),
+        (State.RUNNING, {"stopped_at": 3.0, "abandoned_at": -90.0}, 13.0, Expiry.CANCEL_UNANSWERED),
+        (State.RUNNING, {"abandoned_at": -26.0}, 4.0, Expiry.NOBODY_HOLDS),
+        (State.QUEUED, {"abandoned_at": -26.0}, 4.0, Expiry.NOBODY_HOLDS),
+    ],
+)
+async def test_the_earliest_deadline_is_the_one_that_holds(
+    autojump_clock: trio.testing.MockClock, state: State, fields: dict[str, float], due_s: float, expiry: Expiry
+) -> None:
+    timeouts = SpaceConfig(queue_timeout_s=10.0, run_timeout_s=20.0, idle_timeout_s=5.0)
+    now = trio.current_time()
+    entry = ScheduledRequest(request_id="1" * 32, space="tts", principal="ann", ticket=1, state=state)
+    entry.started_at = now
+    request = Request.of(Submit(request_id="1" * 32, space="tts", params={}), "ann", entry, timeouts, 0.0)
+    for name, value in fields.items():
+        at = now + value if name.endswith("_at") else value
+        setattr(entry if name in ("streams", "worker_lost_at") else request, name, at)
+    assert request.deadline(WINDOW_S, CANCEL_GRACE_S) == (pytest.approx(now + due_s), expiry)
+
+
+@pytest.mark.trio
+async def test_a_submit_without_timeouts_has_those_of_its_space_and_one_with_them_its_own() -> None:
+    entry = ScheduledRequest(request_id="1" * 32, space="tts", principal="ann", ticket=1)
+    space = SpaceConfig(queue_timeout_s=1.0, run_timeout_s=2.0, idle_timeout_s=3.0)
+    submit = Submit(request_id="1" * 32, space="tts", params={})
+    request = Request.of(submit, "ann", entry, space, 5.0)
+    assert (request.queue_timeout_s, request.run_timeout_s, request.idle_timeout_s) == (1.0, 2.0, 3.0)
+    own = Request.of(attrs.evolve(submit, queue_timeout_s=7.0, run_timeout_s=8.0), "ann", entry, space, 5.0)
+    assert (own.queue_timeout_s, own.run_timeout_s, own.created_unix) == (7.0, 8.0, 5.0)
+
+
+@pytest.mark.trio
+async def test_a_deadline_that_frames_have_moved_does_not_expire_and_a_fault_ends_the_request(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    request = a_request(State.RUNNING)
+    request.run_timeout_s, request.idle_timeout_s = 100.0, 10.0
+    began = trio.current_time()
+    expired: list[tuple[float, Expiry]] = []
+    failed: list[Request] = []
+
+    def expire(_request: Request, expiry: Expiry) -> None:
+        expired.append((trio.current_time() - began, expiry))
+        if len(expired) == 1:
+            request.last_frame_at = trio.current_time()
+        else:
+            raise OSError
+
+    def fail(broken: Request) -> None:
+        failed.append(broken)
+        request.entry.state = State.FAILED
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch_deadlines, request, Limits(), expire, fail)
+        await trio.sleep(6)
+        request.last_frame_at = trio.current_time()  # a frame, which wakes nobody
+    assert expired == [(pytest.approx(16.0), Expiry.IDLE_TIMEOUT), (pytest.approx(26.0), Expiry.IDLE_TIMEOUT)]
+    assert failed == [request]
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def with_inputs(**inputs: bytes) -> Request:
+    request = a_request()
+    infos = {
+        name: InputInfo(media_type="audio/wav", size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        for name, data in inputs.items()
+    }
+    request.submit = attrs.evolve(request.submit, inputs=infos)
+    return request
+
+
+@pytest.mark.trio
+async def test_pieces_of_an_input_follow_one_another_and_may_come_again() -> None:
+    request = with_inputs(voice=b"0123456789", song=b"")
+    assert request.missing_input() == "voice"
+    assert request.add_input("voice", 1, b"x") is ErrorCode.INPUT_MISMATCH, "a gap"
+    assert request.add_input("lyrics", 0, b"x") is ErrorCode.INPUT_MISMATCH, "not announced"
+    assert request.add_input("voice", 0, b"0123") is None
+    assert request.add_input("voice", 0, b"0123") is None
+    assert request.add_input("voice", 2, b"2345") is None
+    assert request.missing_input() == "voice"
+    assert request.add_input("voice", 6, b"67890") is ErrorCode.INPUT_TOO_LARGE
+    assert request.add_input("voice", 6, b"6789") is None
+    assert request.missing_input() is None
+    assert request.damaged_input() is None
+    assert bytes(request.inputs["voice"]) == b"0123456789"
+    request.drop_inputs()
+    assert (request.inputs, request.missing_input()) == ({}, "voice")
+
+
+@pytest.mark.trio
+async def test_an_input_that_is_not_what_was_announced_is_named() -> None:
+    request = with_inputs(song=b"", voice=b"0123")
+    request.add_input("voice", 0, b"0124")
+    assert request.damaged_input() == "voice"
+
+
+@pytest.mark.trio
+async def test_what_only_runs_need_is_released_and_the_first_summary_stays() -> None:
+    request = with_inputs(voice=b"0123")
+    request.release_run_data()
+    summary = request.summary
+    assert (request.submit.params, request.submit.inputs, request.submit.space) == ({}, {}, "tts")
+    request.release_run_data()
+    assert request.summary == summary
+    assert msgpack.unpackb(summary)["params"] == {"text": "hi"}
+
+
+# -- what is told of it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_a_timeline_keeps_its_beginning_and_its_end(autojump_clock: trio.testing.MockClock) -> None:
+    request = a_request()
+    for number in range(49):
+        await trio.sleep(0.0123)
+        request.add_timeline("step", number=number, nothing=None)
+    told = [msgpack.unpackb(packed) for packed in request.timeline]
+    assert request.timeline_dropped == 2
+    assert [entry.get("number") for entry in told] == [None, *range(11), *range(13, 49)]
+    assert told[:2] == [{"at_s": 0.0, "event": "created"}, {"at_s": 0.012, "event": "step", "number": 0}]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("attempt", "reproducible", "frames", "starts"),
+    [(1, "", 0, []), (2, "", 0, [(2, 0)]), (2, "tone", 0, []), (2, "", 1, []), (3, "", None, [(2, 0)])],
+)
+async def test_a_reader_begins_anew_where_the_worker_came_back_with_a_later_attempt(
+    autojump_clock: trio.testing.MockClock,
+    attempt: int,
+    reproducible: str,
+    frames: int | None,
+    starts: list[tuple[int, int]],
+) -> None:
+    request = a_request(State.RUNNING)
+    request.entry.attempt, request.entry.reproducible, request.entry.worker_id = attempt, reproducible, "box"
+    if frames is None:
+        request.log.restart(2, 0)
+    for _ in range(frames or 0):
+        request.log.append(b"frame")
+    await trio.sleep(3)
+    changed = request.changed
+    request.resumed()
+    assert list(request.log.starts) == starts
+    assert request.last_frame_at == trio.current_time()
+    assert woken(request, changed)
+    back = {"at_s": 3.0, "event": "worker_back", "worker_id": "box", "attempt": attempt}
+    assert msgpack.unpackb(request.timeline[-1]) == back
+
+
+@pytest.mark.trio
+async def test_what_was_delivered_is_told_in_frames_and_seconds() -> None:
+    request = a_request(State.RUNNING)
+    request.outcome = Outcome(audio_s=7.0)
+    assert request.audio_s == 7.0
+    assert request.delivered() == {}
+    request.log.append(b"frame")
+    request.format = AudioFormat(sample_rate=24_000)
+    assert request.delivered() == {"delivered_frames": 1}
+    request.audio_bytes = 2 * 30_007
+    assert request.delivered() == {"delivered_frames": 1, "delivered_s": 1.25}
+
+
+@pytest.mark.trio
+async def test_the_same_content_is_told_by_what_is_asked_for_alone() -> None:
+    params: dict[str, Any] = {"text": "hi", "more": [{"a": 1, "b": 2}]}
+    submit = Submit(request_id="1" * 32, space="tts", params=params)
+    same = {
+        "request_id": "2" * 32,
+        "priority": 9,
+        "queue_timeout_s": 5.0,
+        "run_timeout_s": 5.0,
+        "params": {"more": [{"b": 2, "a": 1}], "text": "hi"},
+    }
+    for name, value in same.items():
+        assert content_hash(attrs.evolve(submit, **{name: value})) == content_hash(submit), name
+    other = {"space": "other", "params": {"text": "hi", "more": [{"a": 1, "b": 3}]}, "detach": True, "retry": "never"}
+    for name, value in other.items():
+        assert content_hash(attrs.evolve(submit, **{name: value})) != content_hash(submit), name
+    request = a_request()
+    assert request.same_content(request.submit)
+    assert not request.same_content(submit)
