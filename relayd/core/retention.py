@@ -240,7 +240,7 @@ class Retention:
         for request in _heaviest_first(unread, self._file_bytes):
             if self.spool.used_bytes + more <= self.spool.disk_bytes:
                 break
-            if request in self.stored and not request.log.readers:
+            if not request.log.readers:  # still: others may have begun to read meanwhile
                 self._evict(request)
                 await self.spool.remove(request.log)  # `_evict` has started this already; wait for it
         return self.spool.used_bytes + more <= self.spool.disk_bytes
@@ -269,7 +269,7 @@ class Retention:
                 await self._keep_limits()
                 self._reap(trio.current_time())
                 for request in self._all_stored(Stored.MEMORY):
-                    if self.spool is None or (request in self.stored and not await self.seal(request)):
+                    if not await self.seal(request):
                         break
             except Exception:
                 log.exception("internal error in retention loop")
@@ -285,17 +285,18 @@ class Retention:
 
     def _reap(self, now: float) -> None:
         relay = self.relay
-        ended = [r for r in relay.requests.values() if r.ended_at is not None and not self.relay.is_finalizing(r)]
-        ended = [request for request in ended if not request.log.readers]
-        ended.sort(key=lambda request: request.ended_at or 0.0)
-        kept = [request for request in ended if now - (request.ended_at or 0.0) < relay.config.results.retain_s]
-        counts = Counter(request.principal for request in kept)
-        too_many = {
-            name: count - self._max_retained(name) for name, count in counts.items() if count > self._max_retained(name)
+        ended_at = {
+            request: request.ended_at
+            for request in relay.requests.values()
+            if request.ended_at is not None and not relay.is_finalizing(request) and not request.log.readers
         }
+        ended = sorted(ended_at, key=ended_at.__getitem__)
+        kept = [request for request in ended if now - ended_at[request] < relay.config.results.retain_s]
+        counts = Counter(request.principal for request in kept)
+        too_many = {name: count - self._max_retained(name) for name, count in counts.items()}
         forgotten = set(ended).difference(kept)
         for request in kept:
-            if too_many.get(request.principal, 0) > 0:
+            if too_many[request.principal] > 0:
                 too_many[request.principal] -= 1
                 forgotten.add(request)
         left = [request for request in kept if request not in forgotten]

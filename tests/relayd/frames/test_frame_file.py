@@ -1,8 +1,10 @@
+import contextlib
 import errno
 import itertools
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -138,3 +140,87 @@ def test_the_last_of_the_disk_is_left_to_the_store(folder: ResultFolder, monkeyp
         a_file(folder, FRAMES)
     assert refused.value.errno == errno.ENOSPC
     assert folder.request_ids() == []
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_sixteen_mebibytes_are_left_to_the_store(
+    folder: ResultFolder, monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    request_id, index = a_file(folder, FRAMES, seal=False)
+    free = SimpleNamespace(f_frsize=4096, f_bavail=16 * 1024 * 1024 // 4096 - missing)
+    monkeypatch.setattr(os, "statvfs", lambda _path: free)
+    for call in (
+        lambda: folder.write(request_id, MADE, index[-1], [b"more"]),
+        lambda: folder.seal(request_id, MADE, index, STARTS),
+    ):
+        with pytest.raises(OSError, match="MiB are free") if missing else contextlib.nullcontext():
+            call()
+
+
+def test_a_result_is_synced_with_its_name_when_it_is_sealed_and_nothing_stays_open(
+    folder: ResultFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+
+    def sync(file: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    monkeypatch.setattr(os, "fsync", sync)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    request_id, _ = a_file(folder, FRAMES)
+    folder.load(request_id)
+    assert synced == [str(path_of(folder, request_id)), str(folder.path)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_what_the_system_writes_and_reads_in_pieces_is_whole(
+    folder: ResultFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, pread = os.pwrite, os.pread
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:7], offset))
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, 7), offset))
+    request_id, index = a_file(folder, [b"started" * 9, b"completed"])
+    assert folder.read(request_id, folder.load(request_id).index) == [b"started" * 9, b"completed"]
+    assert folder.load(request_id).index == index
+
+
+def test_nothing_is_left_of_a_file_that_is_begun_anew_and_none_is_made_by_sealing(folder: ResultFolder) -> None:
+    request_id, _ = a_file(folder, FRAMES)
+    folder.write(request_id, MADE, FIRST_OFFSET, [b"x"])
+    assert path_of(folder, request_id).stat().st_size == extend_one(b"x")[-1]
+    with pytest.raises(FileNotFoundError):
+        folder.seal(an_id(), MADE, extend_one(b"x"), STARTS)
+    assert folder.request_ids() == [request_id]
+
+
+def extend_one(frame: bytes) -> Index:
+    index = new_index()
+    extend(index, [frame])
+    return index
+
+
+def test_a_result_without_frames_is_whole(folder: ResultFolder) -> None:
+    request_id, _ = a_file(folder, [])
+    contents = folder.load(request_id)
+    assert (contents.frames, contents.frame_bytes) == (0, 0)
+    empty = an_id()
+    folder.write(empty, MADE, FIRST_OFFSET, [])
+    folder.seal(empty, MADE, new_index(), ())
+    assert folder.load(empty).frames == 0
+
+
+def test_a_folder_that_was_deleted_is_made_again_and_one_that_is_there_is_used(tmp_path: Path) -> None:
+    folder = ResultFolder(tmp_path / "results")
+    folder.path.rmdir()
+    a_file(folder, FRAMES)
+    assert len(ResultFolder(folder.path).request_ids()) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
+def test_what_root_makes_belongs_to_the_owner_of_the_state(tmp_path: Path) -> None:
+    os.chown(tmp_path, 12345, 12346)
+    folder = ResultFolder(tmp_path / "results")
+    request_id, _ = a_file(folder, FRAMES)
+    for path in (folder.path, path_of(folder, request_id)):
+        assert (path.stat().st_uid, path.stat().st_gid) == (12345, 12346)

@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 import pytest
+import structlog
 import trio
 
 from relayd.frames.frame_file import ResultFolder
@@ -498,3 +499,82 @@ async def test_a_log_that_is_dropped_while_room_is_made_leaves_no_file(tmp_path:
         bench.spool.make_room = make_room
         await getattr(bench.spool, call)(log)
         assert (bench.files, bench.spool.used_bytes) == ([], 0)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("call", ["spill", "seal"])
+async def test_files_may_take_exactly_what_they_are_allowed(tmp_path: Path, call: str, missing: int) -> None:
+    async with a_bench(tmp_path) as bench:
+        log = bench.log()
+        fill(log, frames(3, 1_000), end=call == "seal")
+        await getattr(bench.spool, call)(log)
+        size = bench.spool.used_bytes
+        assert (
+            size
+            == bench.spool.file_bytes(log)
+            == sum(path.stat().st_size for path in bench.spool.folder.path.iterdir())
+        )
+        await bench.spool.remove(log)
+        assert (bench.spool.used_bytes, bench.spool.file_bytes(log), bench.spool.has_file(log)) == (0, 0, False)
+        bench.spool.disk_bytes = size - missing
+        again = bench.log()
+        fill(again, frames(3, 1_000), end=call == "seal")
+        if missing:
+            with pytest.raises(NoRoom):
+                await getattr(bench.spool, call)(again)
+        else:
+            await getattr(bench.spool, call)(again)
+        assert bench.spool.has_file(again) is not bool(missing)
+
+
+@pytest.mark.trio
+async def test_what_takes_the_place_of_what_was_written_needs_no_room(tmp_path: Path) -> None:
+    async with a_bench(tmp_path) as bench:
+        log = bench.log()
+        fill(log, frames(3, 1_000))
+        await bench.spool.spill(log)
+        bench.spool.disk_bytes = 0
+        log.restart(2, 1)
+        fill(log, frames(2, 1_000, tag=1))
+        await bench.spool.spill(log)
+        assert log.file_part.frames == 3
+        fill(log, frames(1, 1_000))
+        with pytest.raises(NoRoom):
+            await bench.spool.spill(log)
+
+
+@pytest.mark.trio
+async def test_a_file_with_other_frames_than_it_should_have_is_not_read(tmp_path: Path) -> None:
+    async with a_bench(tmp_path) as bench:
+        log = bench.log()
+        fill(log, frames(3, 1_000), end=True)
+        await bench.spool.seal(log)
+        log.release_written()
+        other = FrameLog(request_id=log.request_id, created_unix=log.created_unix)
+        fill(other, frames(2, 1_000), end=True)
+        await Spool(bench.spool.folder, bench.spool.nursery, 2**40, bench.spool.make_room, bench.spool.on_broken).seal(
+            other
+        )
+        _, bucket = bench.reader(log)
+        await until(lambda: len(bench.broken) == 1)
+        assert "belongs to another result" in bench.broken[0]
+        assert not bucket.got
+
+
+@pytest.mark.trio
+async def test_files_whose_records_cannot_be_read_are_left_as_they_are_at_the_start(tmp_path: Path) -> None:
+    async with a_bench(tmp_path) as bench:
+        kept, left, unknown = (bench.log() for _ in range(3))
+        for log in (kept, left, unknown):
+            fill(log, frames(2, 10), end=True)
+            await bench.spool.seal(log)
+    async with a_bench(tmp_path) as bench:
+        with structlog.testing.capture_logs() as logs:
+            found = await bench.spool.sweep({kept.request_id: 1.5, left.request_id: 1.5}, {left.request_id})
+        assert list(found) == [kept.request_id]
+        assert bench.files == sorted([kept.request_id, left.request_id])
+        assert bench.spool.used_bytes == found[kept.request_id].file_bytes
+        assert [(log["event"], log.get("files")) for log in logs] == [
+            ("files of unknown or unfinished requests deleted", 1)
+        ]

@@ -306,6 +306,16 @@ def test_what_ended_on_a_worker_that_goes_is_not_waited_for() -> None:
     assert worker(bench).held == {"b": 1}
 
 
+def test_what_waits_again_does_not_count_as_running() -> None:
+    bench = Bench(max_running_per_principal=1)
+    bench.join("one", reproducible=TONE)
+    bench.queue("a")
+    bench.heard("a")
+    bench.scheduler.drain("one", bench.now)
+    bench.lose("a")
+    assert not bench.scheduler.state.spaces["tts"].running
+
+
 # -- attempts ---------------------------------------------------------------------------------------------------------
 
 
