@@ -20,18 +20,13 @@ from protocol.wire.frames import Cancelled, Frame
 from protocol.wire.messages import (
     Accepted,
     Cancel,
-    Done,
     Drain,
     Registered,
-    Rejected,
-    Snapshot,
     Status,
     StatusReply,
-    Steer,
-    Watch,
 )
-from tests.chaos.processes import Actor
-from tests.chaos.run import clear
+from tests.chaos.operator_view import OperatorView, steered
+from tests.chaos.processes import Actor, clear
 from tests.support.fake_worker import fake_worker, identity
 from tests.support.raw_http_client import visitor
 from tests.support.relay import Peer, a_submit, an_id, peer
@@ -58,11 +53,10 @@ queue_timeout_s = 100000.0
 
 
 @attrs.define(eq=False)
-class Stage:
+class Stage(OperatorView):
     """A relay on a slow disk, which is killed and started again."""
 
-    relay: Actor
-    url: str
+    relay: Actor = attrs.field(kw_only=True)
     kills: Counter[str] = attrs.field(factory=Counter)
     forgotten: Counter[str] = attrs.field(factory=Counter)
 
@@ -77,41 +71,11 @@ class Stage:
         await client.next(Accepted)
         return submit.request_id
 
-    async def state(self, request_id: str) -> str:
-        """How a request stands; empty where the relay has none of this id."""
-        async with peer(self.url, "operator") as operator:
-            operator.send(Status(request_id=request_id))
-            answer = await operator.next(StatusReply, Rejected)
-            return answer.state if isinstance(answer, StatusReply) else ""
-
-    async def rows(self, topic: str) -> list[dict[str, Any]]:
-        """What operators see of a topic."""
-        async with peer(self.url, "operator") as operator:
-            operator.send(Watch(topics=[topic]))
-            rows: list[dict[str, Any]] = []
-            while True:
-                page: Snapshot = await operator.next(Snapshot)
-                rows += page.data.get(topic, [])
-                if not page.more:
-                    return rows
-
-    async def space(self, name: str) -> dict[str, Any] | None:
-        """The row of a space, if there is one."""
-        return next((row for row in await self.rows("spaces") if row["name"] == name), None)
-
 
 #: Looks, on the relay that was started again, whether what was answered holds.
 Look = Callable[[], Awaitable[bool]]
 #: Has something answered, and kills the relay in the same turn.
 Scene = Callable[[Stage], Awaitable[Look]]
-
-
-async def steered(client: Peer, action: str, target: str, **options: Any) -> dict[str, Any]:
-    """Have an operator's action done; what the answer says."""
-    client.send(Steer(action=action, target=target, options=options))
-    done = await client.next(Done, Rejected)
-    assert isinstance(done, Done), done
-    return dict(done.data)
 
 
 async def accepted(stage: Stage) -> Look:
@@ -265,16 +229,6 @@ async def create_space(stage: Stage) -> Look:
     return look
 
 
-async def _live_tokens(stage: Stage, principal: str) -> list[str]:
-    async with peer(stage.url, "operator") as operator:
-        rows: list[Any] = []
-        while True:
-            page = await steered(operator, "list_tokens", "", after=rows[-1]["token_id"] if rows else "")
-            rows += page["tokens"]
-            if not page["more"]:
-                return [r["token_id"] for r in rows if r["principal"] == principal and r["state"] == "live"]
-
-
 async def create_token(stage: Stage) -> Look:
     """An operator made a token."""
     name = f"p{an_id()}"
@@ -283,7 +237,7 @@ async def create_token(stage: Stage) -> Look:
         stage.kill()
 
     async def look() -> bool:
-        return await _live_tokens(stage, name) == [made["token_id"]]
+        return await stage.live_tokens(name) == [made["token_id"]]
 
     return look
 
@@ -297,7 +251,7 @@ async def revoke_token(stage: Stage) -> Look:
         stage.kill()
 
     async def look() -> bool:
-        return await _live_tokens(stage, name) == []
+        return await stage.live_tokens(name) == []
 
     return look
 
@@ -344,7 +298,7 @@ async def kill_behind_answers(folder: Path, kills: int) -> Stage:
     (folder / "relayd.toml").write_text(_CONFIG.format(folder=folder))
     command = ("tests.chaos.slow_disk", "serve", "--config", str(folder / "relayd.toml"))
     relay = Actor("relay", command, {}, folder, lambda _name, _line: None, '"event": "listening"')
-    stage = Stage(relay, f"unix:{folder}/state/relayd.sock")
+    stage = Stage(f"unix:{folder}/state/relayd.sock", relay=relay)
     async with trio.open_nursery() as nursery:
         try:
             await relay.start(nursery)

@@ -1,6 +1,7 @@
 """The clients: each follows its plans one after another, with the public client library."""
 
 import random
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
@@ -12,30 +13,34 @@ from protocol.client.client import new_request_id, open_relay
 from protocol.client.stream import Stream
 from protocol.wire.errors import ConnectError, ErrorCode, LinkBroken, LinkError
 from protocol.wire.frames import Audio, Frame
-from protocol.wire.messages import LIVE_STATES
-from tests.chaos.proxy import Line, open_line
+from protocol.wire.messages import LIVE_STATES, Queued
+from tests.chaos.proxy import Line, Target, open_line
 from tests.chaos.report import Case, Ledger
 from tests.chaos.verdict import Reception
-from tests.chaos.workload import CHUNK_MS, LOOSE, Plan, draw_plan
+from tests.chaos.workload import CHUNK_MS, LOOSE, Plan, draw_plan, draw_short_plan
 
-#: A listener must have its end by then: several times all windows of the configuration together.
-END_S = 90.0
-#: Time for an answer to `status`, while the relay may be killed.
-ANSWER_S = 40.0
+#: A listener must have its end by then: many times all windows of the configuration together, for a busy machine.
+END_S = 300.0
+#: Time for an answer to `status`, while the relay may be killed: on a busy machine each of its starts takes 10 s.
+ANSWER_S = 240.0
 #: Time between two checks of a request that is being stored again.
 POLL_S = 0.1
 #: Time between two status questions about a request without a listener.
 ASK_S = 0.5
 #: Time before a submit that a draining relay refused is sent again.
 AGAIN_S = 0.3
+#: Refusals after which a program submits again later.
+AGAIN_AFTER = (ErrorCode.SHUTTING_DOWN, ErrorCode.SPACE_PAUSED, ErrorCode.RATE_LIMITED, ErrorCode.QUEUE_FULL)
+#: Time from a burst of requests to the next.
+BURST_GAP_S = (2.0, 12.0)
 
 Act = Callable[[Stream], Awaitable[bool]]
 
 
 @asynccontextmanager
-async def open_client(line: Line, token: str, ledger: Ledger) -> AsyncIterator[RelayClient]:
+async def open_client(line: Line, token: str, ledger: Ledger, tls: ssl.SSLContext | None) -> AsyncIterator[RelayClient]:
     """Open a client over `line`; the first attempt is repeated too, because the relay may be down."""
-    url = f"ws://127.0.0.1:{line.port}"
+    url = f"{'ws' if tls is None else 'wss'}://127.0.0.1:{line.port}"
     async with AsyncExitStack() as stack:
         relay: RelayClient | None = None
         while relay is None:
@@ -45,6 +50,7 @@ async def open_client(line: Line, token: str, ledger: Ledger) -> AsyncIterator[R
                         url,
                         token=token,
                         agent=line.name,
+                        ssl_context=tls,
                         on_up=lambda _welcome: ledger.link_up(line.name),
                         on_reconnect=lambda _fault, _delay_s: ledger.link_down(line.name),
                     )
@@ -64,7 +70,8 @@ class Client:
     ledger: Ledger
     token: str
     seed: int
-    target: tuple[str, int]
+    target: Target
+    tls: ssl.SSLContext | None = None
     others: Sequence["Client"] = ()
     current: Case | None = None
     _random: random.Random = attrs.field(init=False)
@@ -80,6 +87,19 @@ class Client:
         while not calm.is_set():
             number += 1
             await self.follow(draw_plan(self._plans, f"{self.name} #{number}"))
+
+    async def serve_bursts(self, calm: trio.Event, size: int) -> None:
+        """Submit `size` short requests at once, and follow them all, again and again until `calm` is set."""
+        number = 0
+        while not calm.is_set():
+            with trio.move_on_after(self._random.uniform(*BURST_GAP_S)):
+                await calm.wait()
+                return
+            self.ledger.counts["bursts"] += 1
+            async with trio.open_nursery() as nursery:
+                for _ in range(size):
+                    number += 1
+                    nursery.start_soon(self.follow, draw_short_plan(self._plans, f"{self.name} #{number}"))
 
     async def follow(self, plan: Plan) -> None:
         """Follow one plan, and judge its result."""
@@ -112,6 +132,7 @@ class Client:
     async def _submit(self, case: Case, act: Act, *, relay: RelayClient | None = None, detach: bool = False) -> bool:
         """Submit, and `act` on the stream; repeat if a draining relay refuses."""
         plan = case.plan
+        case.detached = detach
         while True:
             try:
                 async with (relay or self.relay).submit(
@@ -119,15 +140,16 @@ class Client:
                     plan.params,
                     inputs=plan.inputs,
                     retry=plan.retry,
+                    queue_timeout_s=plan.queue_timeout_s,
                     detach=detach,
                     request_id=case.request_id,
                 ) as stream:
                     self.ledger.note_accepted(case)
                     return await act(stream)
             except RequestRejected as refusal:
-                if refusal.code != ErrorCode.SHUTTING_DOWN:
+                if refusal.code not in AGAIN_AFTER:
                     raise
-                self.ledger.counts["submits refused by a draining relay"] += 1
+                self.ledger.counts[f"submits refused with {refusal.code}"] += 1
                 await trio.sleep(AGAIN_S)
 
     async def _attach(self, case: Case, reception: Reception) -> None:
@@ -157,6 +179,8 @@ class Client:
                     )
                 elif isinstance(event, Frame):
                     reception.attempt, reception.last_seq = event.attempt, event.seq
+                if isinstance(event, Queued):
+                    self.ledger.note_position(case, event.position, event.of)
                 if isinstance(event, Audio):
                     now = trio.current_time()
                     if since is not None:
@@ -291,7 +315,7 @@ class Client:
         name = f"client {case.plan.name} (mortal)"
         async with open_line(name, self.target, self._random) as line:
             with trio.CancelScope() as life:
-                async with open_client(line, self.token, self.ledger) as relay:
+                async with open_client(line, self.token, self.ledger, self.tls) as relay:
 
                     async def act(stream: Stream) -> bool:
                         nonlocal ended

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections import deque
@@ -14,7 +15,7 @@ import attrs
 import trio
 
 #: Time for a process to start, on a busy machine.
-START_S = 90.0
+START_S = 240.0
 #: Lines kept of a process, for the report on a failure.
 KEPT_LINES = 4_000
 _REPO = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ class Actor:
         folder: its working directory.
         on_line: called with its name and each line of its stderr.
         ready_words: text in the line that shows that it is ready.
+        may_leave: whether it may end by itself, with exit code 0.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Actor:
     folder: Path
     on_line: OnLine
     ready_words: str
+    may_leave: bool = False
     process: trio.Process | None = None
     starts: int = 0
     #: Exits that nobody caused.
@@ -82,7 +85,7 @@ class Actor:
                 for line in whole:
                     self._take(line.decode("utf-8", "replace"))
         code = await process.wait()
-        if process is self.process and not self._doomed:
+        if process is self.process and not self._doomed and not (self.may_leave and code == 0):
             self.surprises.append(f"{self.name} ended by itself with {code}: {' | '.join(list(self.lines)[-3:])}")
 
     def _take(self, line: str) -> None:
@@ -104,6 +107,11 @@ class Actor:
         if self.process is not None:
             with trio.CancelScope(shield=True):
                 await self.process.wait()
+
+    @property
+    def left(self) -> bool:
+        """Whether its process has ended."""
+        return self.process is not None and self.process.poll() is not None
 
     async def ended(self) -> int | None:
         """Wait for its end; returns its exit code."""
@@ -133,3 +141,8 @@ def as_json(line: str) -> dict[str, Any]:
             told: dict[str, Any] = json.loads(line)
             return told
     return {}
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run left behind."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -30,6 +30,8 @@ _PIECE_BYTES = 512
 _TRICKLE_S = 0.0005
 
 Direction = Literal["up", "down"]
+#: Host and port, or the path of a unix socket.
+Target = tuple[str, int] | str
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
@@ -61,7 +63,7 @@ class Line:
 
     Args:
         name: for people.
-        target: host and port.
+        target: where it leads.
         random: chooses where a frame is cut in two.
 
     Attributes:
@@ -70,7 +72,7 @@ class Line:
         held: directions in which nothing passes now.
     """
 
-    def __init__(self, name: str, target: tuple[str, int], random: random.Random) -> None:
+    def __init__(self, name: str, target: Target, random: random.Random) -> None:
         self.name = name
         self.target = target
         self.port = 0
@@ -136,7 +138,8 @@ class Line:
     async def serve(self, near: trio.SocketStream) -> None:
         """Forward one connection to its end."""
         self.opened += 1
-        pair = _Pair(near, trio.SocketStream(trio.socket.socket()))
+        family = socket.AF_UNIX if isinstance(self.target, str) else socket.AF_INET
+        pair = _Pair(near, trio.SocketStream(trio.socket.socket(family)))
         try:
             if self.unplugged:
                 pair.reset()
@@ -196,7 +199,7 @@ class Line:
 
 
 @asynccontextmanager
-async def open_line(name: str, target: tuple[str, int], random: random.Random) -> AsyncIterator[Line]:
+async def open_line(name: str, target: Target, random: random.Random) -> AsyncIterator[Line]:
     """Open a line to `target` until the end of the block, where its connections are reset."""
     line = Line(name, target, random)
     async with trio.open_nursery() as nursery:

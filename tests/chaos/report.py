@@ -6,6 +6,8 @@ import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
+from typing import Any
 
 import attrs
 import trio
@@ -19,7 +21,7 @@ _BEGUN = re.compile(r"request ([0-9a-f]{8}) of \S+: attempt (\d+) in space")
 #: The line that it logs when an attempt whose inputs had not all arrived is given back: it never ran.
 _NEVER_RAN = re.compile(r"request ([0-9a-f]{8}): attempt (\d+) dropped: the link was lost before its inputs")
 #: Time in which the relay detects a lost connection: `dead_after_s` and a margin.
-SEEN_S = 3.0
+SEEN_S = 4.0
 #: Pauses up to this are those of a busy machine.
 NOISE_S = 0.25
 #: Events of the timeline that are kept, to explain what went wrong.
@@ -77,6 +79,8 @@ class Case:
     begun: list[tuple[int, str]] = attrs.field(factory=list)
     started: list[tuple[int, str]] = attrs.field(factory=list)
     requeued: int = 0
+    #: Whether it needs no holder.
+    detached: bool = False
     complaints: list[str] = attrs.field(factory=list)
 
     @property
@@ -106,14 +110,16 @@ class Ledger:
     faults: list[Fault] = attrs.field(factory=list)
     counts: Counter[str] = attrs.field(factory=Counter)
     pauses: dict[str, Pause] = attrs.field(factory=lambda: defaultdict(Pause))
-    #: Set, and made anew, when a client hears `accepted` of a new request.
-    next_accepted: trio.Event = attrs.field(factory=trio.Event)
+    #: Set, and made anew, when somebody hears an answer that promises something, such as `accepted` of a new request.
+    next_answer: trio.Event = attrs.field(factory=trio.Event)
     #: The longest time from the end of the last fault that concerns a stream to its next frame.
     longest_quiet_s: float = 0.0
     complaints: list[str] = attrs.field(factory=list)
     timeline: deque[tuple[float, str, str]] = attrs.field(factory=lambda: deque(maxlen=KEPT_EVENTS))
     #: Times at which the relay logged that it was listening.
     relay_starts: list[float] = attrs.field(factory=list)
+    #: Space that was paused, or worker id that was drained -> Unix seconds of the answer.
+    held_back: dict[str, float] = attrs.field(factory=dict)
     #: Name of a worker or client -> [[connected at, disconnected at]]; the last may be open.
     linked: dict[str, list[list[float]]] = attrs.field(factory=lambda: defaultdict(list))
     on_complaint: Callable[[], None] = lambda: None
@@ -146,8 +152,19 @@ class Ledger:
         """A client has heard `accepted`."""
         if case.accepted_at is None:
             case.accepted_at = trio.current_time()
-            self.next_accepted.set()
-            self.next_accepted = trio.Event()
+            self.note_answer()
+
+    def note_answer(self) -> None:
+        """Somebody has heard an answer that promises something."""
+        self.next_answer.set()
+        self.next_answer = trio.Event()
+
+    def note_position(self, case: Case, position: int, of: int) -> None:
+        """A client has heard its place in the queue."""
+        self.counts["positions heard"] += 1
+        self.counts["longest queue"] = max(self.counts["longest queue"], of)
+        if not 1 <= position <= of:
+            self.complain(f"it is told to be at place {position} of {of}", case)
 
     def begin_fault(self, kind: str, target: str, *, cuts: bool = False) -> Fault:
         """Record the start of a fault."""
@@ -194,8 +211,16 @@ class Ledger:
                 case.started.append((entry["attempt"], _worker_name(entry["worker"])))
             elif event == "request queued again":
                 case.requeued += 1
+        if event == "request started":
+            self._judge_start(entry)
         if entry.get("level") in ("error", "critical") or "Traceback" in line or "exception" in entry:
             self.complain(f"the relay logged an error: {line[:2_000]}")
+
+    def _judge_start(self, entry: dict[str, Any]) -> None:
+        at = datetime.fromisoformat(entry["timestamp"]).timestamp()
+        for what in (entry["space"], entry["worker"]):
+            if at > self.held_back.get(what, at):
+                self.complain(f"request {entry['request_id']} was started, though {what} is paused or drained")
 
     def link_up(self, who: str) -> None:
         """Record that a client has logged in."""
@@ -238,7 +263,7 @@ class Ledger:
             found.add(Cause.RELAY_RESTARTED)
         if case.cancelled_at is not None and case.cancelled_at <= until:
             found.add(Cause.CANCELLED)
-        if self._was_unheld(case, until):
+        if not case.detached and self._was_unheld(case, until):
             found.add(Cause.UNHELD)
         return frozenset(found)
 
@@ -307,7 +332,12 @@ class Ledger:
     def record_gap(self, case: Case, listener: str, since: float, now: float, pace_s: float) -> None:
         """Record the pause between two audio frames of a stream, under the fault that caused it."""
         gap_s = now - since - pace_s
-        concerned = {"relay", listener, *(f"worker {worker}" for _attempt, worker in case.started[-2:])}
+        concerned = {
+            "relay",
+            listener,
+            f"space {case.plan.space}",
+            *(f"worker {worker}" for _attempt, worker in case.started[-2:]),
+        }
         faults = [
             fault
             for fault in itertools.islice(reversed(self.faults), 200)

@@ -3,195 +3,23 @@
 `python -m tests.chaos --seed 7 --minutes 25`, as `make chaos SEED=7 MINUTES=25` calls it.
 """
 
-import random
-import shutil
-import socket
-import subprocess
-import sys
 import traceback
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
-import attrs
 import trio
 
 from protocol.client.client import open_relay
 from protocol.wire.messages import Snapshot
-from tests.chaos import engine
-from tests.chaos.clients import END_S, Client, open_client
+from tests.chaos.clients import END_S, Client
 from tests.chaos.faults import Storm
-from tests.chaos.processes import Actor
-from tests.chaos.proxy import Line, open_line
-from tests.chaos.report import Ledger, Windows
+from tests.chaos.operator_view import OperatorView
+from tests.chaos.report import Ledger
 from tests.chaos.short_timeouts import shortened_timeouts
-from tests.chaos.workload import CHUNK_MS, FRAIL_ATTEMPTS, FRAIL_IDLE_S, PATIENT_ATTEMPTS, SAMPLE_RATE_HZ, Plan
-
-Gap = tuple[float, float]
-
-_CONFIG = """\
-listen = "127.0.0.1:{port}"
-state_dir = "{folder}/state"
-drain_timeout_s = 4.0
-
-[log]
-format = "json"
-
-[limits]
-ping_interval_s = 0.5
-dead_after_s = 2.0
-resume_window_s = {resume_window_s}
-worker_grace_s = {worker_grace_s}
-stall_timeout_s = 10.0
-cancel_grace_s = 2.0
-
-[results]
-retain_s = {retain_s}
-# A few streams fill it, so most frames are written to files during the storm, and read back from there.
-memory_bytes = 20_000
-
-[spaces.tts]
-max_workers = 8
-max_attempts = {patient}
-queue_timeout_s = 60.0
-idle_timeout_s = 20.0
-
-[spaces.loose]
-max_workers = 8
-max_attempts = {patient}
-queue_timeout_s = 60.0
-idle_timeout_s = 20.0
-
-[spaces.frail]
-max_workers = 8
-max_attempts = {frail}
-queue_timeout_s = 60.0
-idle_timeout_s = {frail_idle_s}
-"""
-
-
-@attrs.frozen(kw_only=True)
-class Settings:
-    """The settings of one run.
-
-    Args:
-        seed: determines all random choices.
-        storm_s: how long there are faults.
-        spare_relay_s: the last part of `storm_s`, in which the relay's process is left alone, to see what it keeps.
-        clients: the number of clients.
-        slots: the slots of each worker.
-        relay_gap_s: the range of the time from the end of one fault of the relay to the next.
-        worker_gap_s: the same for each worker.
-        client_gap_s: the same for each client.
-        retain_s: how long results are kept; then the relay must be as small as at the start.
-        wait_retention: whether to wait for that.
-        rss_allowance_mib: growth of the relay's memory that is allowed.
-    """
-
-    seed: int
-    storm_s: float
-    spare_relay_s: float
-    clients: int = 6
-    slots: int = 3
-    relay_gap_s: Gap = (1.0, 3.6)
-    worker_gap_s: Gap = (1.0, 5.0)
-    client_gap_s: Gap = (1.0, 6.0)
-    retain_s: float = 40.0
-    wait_retention: bool = True
-    rss_allowance_mib: float = 24.0
-
-
-#: Of the clients, in turn.
-PRINCIPALS = ("alice", "bob")
-#: Shorter than most times between two kills of the relay, because each kill restarts a client's resume window.
-WINDOWS = Windows(worker_grace_s=2.5, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0)
-
-
-@attrs.define(eq=False)
-class Stage:
-    """The processes, lines and clients of a run."""
-
-    folder: Path
-    settings: Settings
-    ledger: Ledger
-    relay: Actor
-    workers: list[Actor]
-    worker_lines: list[Line]
-    clients: list[Client]
-
-    @property
-    def socket_url(self) -> str:
-        """The address of the operator's socket."""
-        return f"unix:{self.folder}/state/relayd.sock"
-
-
-def free_port() -> int:
-    """A free port on loopback; the relay uses it again after every restart."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
-
-
-def make_token(folder: Path, role: str, name: str) -> str:
-    """Create a token before the relay runs."""
-    command = [sys.executable, "-m", "relayd.cli", "token", "create", "--role", role, "--name", name]
-    command += ["--config", str(folder / "relayd.toml")]
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout.strip()
-
-
-@asynccontextmanager
-async def open_stage(folder: Path, settings: Settings, ledger: Ledger, nursery: trio.Nursery) -> AsyncIterator[Stage]:
-    """Start everything, without faults; all processes are killed at the end of the block."""
-    engine.install(folder)
-    port = free_port()
-    target = ("127.0.0.1", port)
-    values = attrs.asdict(WINDOWS) | {"port": port, "folder": folder, "retain_s": settings.retain_s}
-    values |= {"patient": PATIENT_ATTEMPTS, "frail": FRAIL_ATTEMPTS, "frail_idle_s": FRAIL_IDLE_S}
-    (folder / "relayd.toml").write_text(_CONFIG.format(**values))
-    worker_token = await trio.to_thread.run_sync(make_token, folder, "worker", "chaos-worker")
-    tokens = [await trio.to_thread.run_sync(make_token, folder, "client", name) for name in PRINCIPALS]
-    serve = ("tests.chaos.slow_disk", "serve", "--config", str(folder / "relayd.toml"))
-    relay = Actor("relay", serve, {}, folder, ledger.record_line, '"event": "listening"')
-    async with AsyncExitStack() as stack:
-
-        async def line_of(name: str) -> Line:
-            draws = random.Random(f"{settings.seed} line of {name}")
-            return await stack.enter_async_context(open_line(name, target, draws))
-
-        stack.push_async_callback(relay.kill)
-        await relay.start(nursery)
-        await relay.wait_ready()
-        workers, lines = [], []
-        for name, spaces, reproducible in (
-            ("a", ("tts", "frail"), "true"),
-            ("b", ("tts",), "true"),
-            ("c", ("loose",), "false"),
-        ):
-            line = await line_of(f"worker {name}")
-            command = ["tests.chaos.short_timeouts", "run", "--name", name, "--relay", f"ws://127.0.0.1:{line.port}"]
-            command += ["--engine", engine.NAME, "--slots", str(settings.slots), "--cancel-grace", "1"]
-            command += [f"--space={space}" for space in spaces]
-            for option in (f"reproducible={reproducible}", f"sample_rate={SAMPLE_RATE_HZ}", f"chunk_ms={CHUNK_MS}"):
-                command += ["-o", option]
-            environ = {"RELAY_TOKEN": worker_token}
-            worker = Actor(name, command, environ, folder, ledger.record_line, "registered space")
-            stack.push_async_callback(worker.kill)
-            await worker.start(nursery)
-            workers.append(worker)
-            lines.append(line)
-        for worker in workers:
-            await worker.wait_ready()
-        clients: list[Client] = []
-        for number in range(1, settings.clients + 1):
-            name = f"client {number}"
-            line = await line_of(name)
-            token = tokens[number % len(tokens)]
-            link = await stack.enter_async_context(open_client(line, token, ledger))
-            clients.append(Client(name, link, line, ledger, token, settings.seed, target))
-        for client in clients:
-            client.others = clients
-        yield Stage(folder, settings, ledger, relay, workers, lines, clients)
+from tests.chaos.stage import LEAVER, WINDOWS, Settings, Stage, open_stage
+from tests.chaos.steering import Operator
+from tests.chaos.web import WebClient
+from tests.chaos.workload import Plan
 
 
 def undisturbed(client: Client, space: str) -> Plan:
@@ -226,6 +54,17 @@ async def all_rows(stage: Stage) -> dict[str, list[dict[str, object]]]:
             if isinstance(change, Snapshot):
                 return {topic: list(rows.values()) for topic, rows in watch.state.items()}
     raise AssertionError("the relay ended the watch")
+
+
+async def watch_memory(stage: Stage, before_mib: float, calm: trio.Event) -> None:
+    """Check until `calm` is set that the relay does not hold all that it is sent."""
+    counts = stage.ledger.counts
+    while not calm.is_set():
+        rss_mib = stage.relay.figures()[1]
+        if rss_mib > before_mib + stage.settings.rss_peak_mib >= counts["relay MiB at most"]:
+            stage.ledger.complain(f"the relay has {rss_mib:.1f} MiB, and had {before_mib:.1f} before")
+        counts["relay MiB at most"] = max(counts["relay MiB at most"], round(rss_mib))
+        await trio.sleep(0.2)
 
 
 async def check_remains(stage: Stage, before: tuple[int, float]) -> None:
@@ -269,6 +108,15 @@ def _remains(stage: Stage, before: tuple[int, float], rows: dict[str, list[dict[
     return faults
 
 
+def leaves(fault: BaseException) -> Iterator[BaseException]:
+    """The exceptions in a group of groups."""
+    if isinstance(fault, BaseExceptionGroup):
+        for inner in fault.exceptions:
+            yield from leaves(inner)
+    else:
+        yield fault
+
+
 async def run_chaos(folder: Path, settings: Settings) -> Ledger:
     """Do a whole run; returns its record, also of a run that falls over, with what went wrong in `complaints`."""
     ledger = Ledger(WINDOWS, trio.current_time())
@@ -279,7 +127,8 @@ async def run_chaos(folder: Path, settings: Settings) -> Ledger:
                     await _run(stage, nursery)
                 nursery.cancel_scope.cancel()
     except Exception as fault:  # noqa: BLE001 - for example a process that did not come up: told with its evidence
-        ledger.complain("the run fell over:\n" + "".join(traceback.format_exception(fault)))
+        for leaf in leaves(fault):
+            ledger.complain("the run fell over:\n" + "".join(traceback.format_exception(leaf)))
     return ledger
 
 
@@ -289,14 +138,28 @@ async def _run(stage: Stage, nursery: trio.Nursery) -> None:
     storm = Storm(settings.seed, ledger, nursery)
     storm.relay_track(stage.relay, settings.relay_gap_s)
     for worker, line in zip(stage.workers, stage.worker_lines, strict=True):
-        storm.worker_track(worker, line, settings.worker_gap_s)
-    for client in stage.clients:
+        if worker.name == LEAVER:
+            storm.client_track(line, settings.worker_gap_s)
+        else:
+            storm.worker_track(worker, line, settings.worker_gap_s)
+    bursts = [stage.burst] if stage.burst else []
+    clients: list[Client | WebClient] = [*stage.clients, *stage.web]
+    for client in (*clients, *bursts):
         storm.client_track(client.line, settings.client_gap_s)
     leave = trio.Event()
     with trio.move_on_after(settings.storm_s + 2 * END_S):
         async with trio.open_nursery() as listening:
-            for client in stage.clients:
+            for client in clients:
                 listening.start_soon(client.serve, leave)
+            for burst in bursts:
+                listening.start_soon(burst.serve_bursts, leave, settings.burst)
+            for hostile in stage.hostiles:
+                listening.start_soon(hostile.serve, leave)
+            listening.start_soon(watch_memory, stage, before[1], leave)
+            if settings.steers:
+                leaver = next(worker for worker in stage.workers if worker.name == LEAVER)
+                view = OperatorView(stage.socket_url)
+                listening.start_soon(Operator(view, ledger, settings.seed, leaver, nursery).serve, leave)
             await trio.sleep(settings.storm_s - settings.spare_relay_s)
             storm.spare_relay.set()
             await trio.sleep(settings.spare_relay_s)
@@ -308,6 +171,7 @@ async def _run(stage: Stage, nursery: trio.Nursery) -> None:
     await check_remains(stage, before)
     ledger.counts["relay starts"] = stage.relay.starts
     ledger.counts["client connections"] = sum(client.line.opened for client in stage.clients)
+    ledger.counts["HTTP connections"] = sum(client.line.opened for client in stage.web)
     ledger.counts["worker connections"] = sum(line.opened for line in stage.worker_lines)
 
 
@@ -333,8 +197,3 @@ def report(ledger: Ledger, settings: Settings, folder: Path) -> str:
         (folder / "timeline.txt").write_text("\n".join(ledger._line(*each) for each in ledger.timeline))
         parts += ["", f"Whole timeline: {folder / 'timeline.txt'}"]
     return "\n".join(parts)
-
-
-def clear(folder: Path) -> None:
-    """Delete what a run left behind."""
-    shutil.rmtree(folder, ignore_errors=True)

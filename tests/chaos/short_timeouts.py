@@ -15,8 +15,9 @@ from gpuworker.cli import main
 
 PING_INTERVAL_S = 0.5
 #: 15 s otherwise; on loopback even a slow peer answers within 1 s.
-DEAD_AFTER_S = 2.5
-HANDSHAKE_S = 3.0
+DEAD_AFTER_S = 3.5
+#: 10 s otherwise; a busy machine needs most of that.
+HANDSHAKE_S = 8.0
 #: The first and the longest wait between two attempts; it doubles each time.
 BACKOFF_S = (0.1, 0.8)
 #: 5 s otherwise. In this storm hardly any login lasts that long, so every wait would be the longest.

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.chaos.run import Settings, report, run_chaos
+from tests.chaos.run import report, run_chaos
+from tests.chaos.stage import Settings
 
 #: All of it, on a machine that does other things as well; by itself it takes about 25 s.
 PATIENCE_S = 110.0
@@ -17,7 +18,11 @@ async def test_in_a_storm_of_cuts_and_kills_every_listener_gets_its_samples_and_
         seed=20,
         storm_s=12.0,
         spare_relay_s=2.0,
+        tls=False,
         clients=5,
+        web=2,
+        hostile=False,
+        burst=20,
         slots=2,
         relay_gap_s=(1.5, 4.0),
         retain_s=60.0,

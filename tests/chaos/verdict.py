@@ -135,6 +135,8 @@ def _judge_end(plan: Plan, reception: Reception, causes: frozenset[Cause]) -> st
             return None
         return f"nobody cancelled it, and it was held ({reception.message})"
     allowed: set[str] = set()
+    if plan.queue_timeout_s is not None and reception.ended_at - reception.began_at >= plan.queue_timeout_s:
+        allowed.add("queue_timeout")
     if plan.space == FRAIL:
         # Given up after too many losses, or not tried again at all. The request itself causes the loss of its attempts.
         allowed |= {"engine_failed", "idle_timeout"}

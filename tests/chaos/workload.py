@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -21,6 +22,8 @@ FRAIL_ATTEMPTS = 3
 FRAIL_IDLE_S = 1.2
 
 REPRODUCIBLE, LOOSE, FRAIL = "tts", "loose", "frail"
+#: Spaces of many short requests, of requests that nobody serves, and of the hostile worker.
+DEEP, HELD, LAIR = "deep", "held", "lair"
 
 #: The input that the engine takes, if it is given; its tune depends on it.
 INPUT = "voice"
@@ -39,7 +42,7 @@ class Plan:
 
     Args:
         name: unique in a run; also its text, so that no two requests make the same tune.
-        kind: one of `KINDS`.
+        kind: one of `KINDS` or `WEB_KINDS`.
         space: `tts` (reproducible), `loose` (not) or `frail` (its engine ends the slot).
         seed: the seed of the tune.
         duration_s: seconds of audio.
@@ -50,6 +53,7 @@ class Plan:
         at_frame: the number of audio frames after which the listener does what its kind says.
         later_s: seconds from leaving to coming back.
         input_bytes: size of the input; 0 for none.
+        queue_timeout_s: as in `submit`; None for that of the space.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Plan:
     at_frame: int
     later_s: float
     input_bytes: int = 0
+    queue_timeout_s: float | None = None
 
     @property
     def inputs(self) -> dict[str, bytes]:
@@ -112,21 +117,48 @@ KINDS = {
     "poison": 1,  # ends every slot in which it runs, or hangs there
 }
 
+_ALSO_LOOSE = ("plain", "again", "second", "detached", "cancelled", "events", "audio", "deleted")
+#: The same for a client that uses HTTP.
+WEB_KINDS = {
+    "events": 4,  # puts a request, and follows its events; after a cut, from the last one on
+    "audio": 3,  # puts one that needs no holder, and downloads its audio; after a cut, what is missing if it can
+    "deleted": 1,  # puts one, and deletes it in the middle
+    "speech": 3,  # uses OpenAI's API, where the response is the request; after a cut, a new one
+}
 
-def draw_plan(random: random.Random, name: str) -> Plan:
+
+def draw_short_plan(random: random.Random, name: str) -> Plan:
+    """Draw one of the many short requests of a burst; some of them do not wait for long."""
+    return Plan(
+        name=name,
+        kind="plain",
+        space=DEEP,
+        seed=random.randrange(2**32),
+        duration_s=round(random.uniform(0.1, 0.4), 2),
+        speed=10.0,
+        retry=random.choice(("before_output", "always")),
+        fail=None,
+        progress=0,
+        at_frame=0,
+        later_s=0.0,
+        queue_timeout_s=random.choice((None, None, None, round(random.uniform(0.5, 8.0), 2))),
+    )
+
+
+def draw_plan(random: random.Random, name: str, kinds: Mapping[str, int] = KINDS) -> Plan:
     """Draw the next plan of a client; depends only on the state of `random`."""
-    kind = random.choices(list(KINDS), list(KINDS.values()))[0]
+    kind = random.choices(list(kinds), list(kinds.values()))[0]
     duration_s = round(random.choice((0.3, 1.0, 2.0, 3.0, 5.0)) * random.uniform(0.7, 1.3), 2)
-    space = LOOSE if kind in ("plain", "again", "second", "detached", "cancelled") and random.random() < 0.3 else ""
+    space = LOOSE if kind in _ALSO_LOOSE and random.random() < 0.3 else ""
     space = FRAIL if kind == "poison" else space or REPRODUCIBLE
     frames = int(duration_s * 1000 / CHUNK_MS)
     at_frame = random.randrange(max(1, frames))
-    if kind == "cancelled":  # so long that it cannot end before the cancel is carried out
+    if kind in ("cancelled", "deleted"):  # so long that it cannot end before the cancel is carried out
         duration_s = 90.0
     fail = None
     if kind == "poison":
         fail = {"how": random.choice(("exit", "hang")), "at": random.randrange(max(1, frames))}
-    return Plan(
+    plan = Plan(
         name=name,
         kind=kind,
         space=space,
@@ -140,3 +172,5 @@ def draw_plan(random: random.Random, name: str) -> Plan:
         later_s=round(random.uniform(0.0, 4.0), 2),
         input_bytes=random.choice((0, 0, 0, 100, 40_000, 300_000)),
     )
+    # OpenAI's API cannot say these.
+    return attrs.evolve(plan, speed=1.0, retry="before_output", input_bytes=0) if kind == "speech" else plan
