@@ -49,7 +49,9 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
             relay.store.post(DeleteSpace(record.name))
     known, left_alone = _in_open_spaces(relay, loaded)
     ended = {stored.request_id: stored.created_at for stored in known if not State(stored.state).live}
-    results = await relay.results.open(ended, left_alone)
+    # Of these the `Finalizer` may store the end first: a kill in between leaves an unfinished file.
+    recorded_first = frozenset(each.request_id for each in known if each.state != State.COMPLETED)
+    results = await relay.results.open(ended, left_alone, recorded_first)
     live = 0
     for stored in known:
         try:

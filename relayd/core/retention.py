@@ -61,12 +61,15 @@ class Retention:
     def __attrs_post_init__(self) -> None:
         self.memory = MemoryBudget(self.relay.config.results.memory_bytes, on_exceeded=lambda: self._pressed.set())
 
-    async def open(self, ended: dict[str, float], left_alone: Container[str] = ()) -> dict[str, Contents]:
+    async def open(
+        self, ended: dict[str, float], left_alone: Container[str] = (), recorded_first: Container[str] = ()
+    ) -> dict[str, Contents]:
         """Start to use files, if the store outlives the daemon.
 
         Args:
             ended: request id -> creation time (Unix seconds) of every ended request; other files are deleted.
             left_alone: ids whose files are kept all the same, because their records cannot be read.
+            recorded_first: ids of requests whose end was stored before their file was completed: it may be unfinished.
 
         Returns:
             The contents of every complete file, by request id.
@@ -83,7 +86,7 @@ class Retention:
             self.spool = Spool(
                 folder, self.relay.nursery, config.results.disk_bytes, make_room=self._make_room, on_broken=self._broken
             )
-            return await self.spool.sweep(ended, left_alone)
+            return await self.spool.sweep(ended, left_alone, recorded_first)
         except OSError as fault:
             raise file_error(fault, f"cannot use {path}", "it must be a folder of the daemon's user") from fault
 

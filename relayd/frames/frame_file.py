@@ -51,6 +51,10 @@ class DamagedResult(Exception):
     """A file, or a part of it, is damaged."""
 
 
+class UnfinishedResult(DamagedResult):
+    """A file has no trailer: the relay died before it was complete, or the file was truncated."""
+
+
 @attrs.frozen(kw_only=True)
 class Contents:
     """The contents of a complete file, without the frames themselves.
@@ -188,18 +192,19 @@ class ResultFolder:
 
         Raises:
             OSError: the file cannot be read.
-            DamagedResult: the file is incomplete, damaged, or not a file of frames.
+            UnfinishedResult: the file has no trailer.
+            DamagedResult: the file is damaged, or not a file of frames.
         """
         with self._open(request_id, os.O_RDONLY) as file:
             size = os.fstat(file).st_size
             if size < FIRST_OFFSET + _FOOTER.size:
-                raise DamagedResult(f"{request_id}{SUFFIX} is too short")
+                raise UnfinishedResult(f"{request_id}{SUFFIX} is too short")
             header = _read_all(file, _HEADER.size, 0)
             footer = _read_all(file, _FOOTER.size, size - _FOOTER.size)
             end, frames, starts, crc, whole = _FOOTER.unpack(footer)
             magic, created_unix = _HEADER.unpack(header)
             if (magic, whole) != (_MAGIC, _WHOLE) or size_of(end, frames, starts) != size:
-                raise DamagedResult(f"{request_id}{SUFFIX} is incomplete")
+                raise UnfinishedResult(f"{request_id}{SUFFIX} is incomplete")
             trailer = _read_all(file, size - _FOOTER.size - end, end)
         if crc != zlib.crc32(footer[: _COUNTS.size], zlib.crc32(trailer, zlib.crc32(header))):
             raise DamagedResult(f"the trailer of {request_id}{SUFFIX} is damaged")

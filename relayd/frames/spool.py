@@ -12,7 +12,15 @@ import attrs
 import structlog
 import trio
 
-from relayd.frames.frame_file import RECORD_BYTES, Contents, DamagedResult, ResultFolder, extend, size_of
+from relayd.frames.frame_file import (
+    RECORD_BYTES,
+    Contents,
+    DamagedResult,
+    ResultFolder,
+    UnfinishedResult,
+    extend,
+    size_of,
+)
 from relayd.frames.frame_log import HIGH_WATER_BYTES, FrameLog, FrameReader
 
 log = structlog.get_logger("relayd.results")
@@ -224,17 +232,20 @@ class Spool:
 
     # -- at the start
 
-    async def sweep(self, ended: dict[str, float], left_alone: Container[str] = ()) -> dict[str, Contents]:
+    async def sweep(
+        self, ended: dict[str, float], left_alone: Container[str] = (), recorded_first: Container[str] = ()
+    ) -> dict[str, Contents]:
         """Return the contents of the complete files of ended requests, by request id; delete all other files.
 
         Args:
             ended: request id -> creation time (Unix seconds) of every ended request.
             left_alone: ids whose files are neither read nor deleted.
+            recorded_first: ids of requests whose end was stored before their file was completed: it may be unfinished.
 
         Raises:
             OSError: the folder cannot be read.
         """
-        found, damaged, unknown = await trio.to_thread.run_sync(_sweep, self.folder, ended, left_alone)
+        found, damaged, unknown = await trio.to_thread.run_sync(_sweep, self.folder, ended, left_alone, recorded_first)
         for message in damaged:
             log.error("a result is damaged", what=message)
         if unknown:
@@ -245,7 +256,7 @@ class Spool:
 
 
 def _sweep(
-    folder: ResultFolder, ended: dict[str, float], left_alone: Container[str]
+    folder: ResultFolder, ended: dict[str, float], left_alone: Container[str], recorded_first: Container[str]
 ) -> tuple[dict[str, Contents], list[str], int]:
     found: dict[str, Contents] = {}
     damaged: list[str] = []
@@ -253,10 +264,14 @@ def _sweep(
     for request_id in folder.request_ids():
         if request_id in left_alone:
             continue
-        contents = None
+        contents, unfinished = None, request_id not in ended
         try:
             if request_id in ended:
                 contents = folder.load(request_id)
+        except UnfinishedResult as fault:
+            unfinished = request_id in recorded_first
+            if not unfinished:
+                damaged.append(str(fault))
         except (OSError, DamagedResult) as fault:
             damaged.append(str(fault))
         try:
@@ -264,7 +279,7 @@ def _sweep(
                 found[request_id] = contents
             else:
                 folder.remove(request_id)
-                unknown += request_id not in ended
+                unknown += unfinished
         except OSError as fault:
             damaged.append(str(fault))
     return found, damaged, unknown

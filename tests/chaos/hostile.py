@@ -246,7 +246,7 @@ class Hostile:
                 of = {"request_id": assign.request_id, "attempt": assign.attempt, "seq": 0}
                 worker.send(Started(**of, format=FORMAT))
                 for seq in range(1, FRAMES // len(assigned)):
-                    worker.send(Progress(**(of | {"seq": seq}), state="busy", fraction=0.5))
+                    worker.send(Progress(**(of | {"seq": seq}), state="generating", fraction=0.5))
                 for _ in range(5):
                     of["seq"] = self._random.choice(_SEQS[1:])
                     worker.send(self._random.choice(_frames(of)))
@@ -272,7 +272,7 @@ def _frames(of: dict[str, object]) -> list[Frame]:
         Audio(**of, pcm=b"\1\2" * 400),  # type: ignore[arg-type]
         Completed(**of, result={}),  # type: ignore[arg-type]
         Failed(**of, code="engine_failed", message="it is broken", retryable=False),  # type: ignore[arg-type]
-        Progress(**of, state="x", fraction=1.0),  # type: ignore[arg-type]
+        Progress(**of, state="generating", fraction=1.0),  # type: ignore[arg-type]
     ]
 
 

@@ -13,6 +13,7 @@ import attrs
 import pytest
 import structlog
 import trio
+from structlog.testing import capture_logs
 
 from relayd.frames.frame_file import ResultFolder
 from relayd.frames.frame_log import HIGH_WATER_BYTES, FrameLog, FrameReader, MemoryBudget
@@ -188,6 +189,24 @@ async def test_only_whole_files_of_requests_that_ended_outlive_a_restart(tmp_pat
         ended = {whole.request_id: 1.5, torn.request_id: 1.5, other.request_id: 2.5, an_id(): 1.0}
         assert list(await bench.spool.sweep(ended)) == [whole.request_id]
         assert bench.files == [whole.request_id]
+
+
+@pytest.mark.trio
+async def test_an_unfinished_file_is_no_damage_where_the_end_is_stored_before_the_file_is_complete(
+    tmp_path: Path,
+) -> None:
+    async with a_bench(tmp_path) as bench:
+        cancelled, completed = bench.log(), bench.log()
+        for log in (cancelled, completed):
+            fill(log, frames(2, 10))
+            await bench.spool.spill(log)
+    async with a_bench(tmp_path) as bench:
+        ended = {cancelled.request_id: 1.5, completed.request_id: 1.5}
+        with capture_logs() as logs:
+            assert await bench.spool.sweep(ended, recorded_first={cancelled.request_id}) == {}
+        errors = [entry["what"] for entry in logs if entry["log_level"] == "error"]
+        assert errors == [f"{completed.request_id}.frames is incomplete"]
+        assert bench.files == []
 
 
 @pytest.mark.trio
