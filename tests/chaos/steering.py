@@ -61,7 +61,7 @@ class Operator:
         while not calm.is_set():
             await trio.sleep(self._random.uniform(*GAP_S))
             await self._keep_leaver()
-            await self._verify_after_restart()
+            await self.verify_after_restart()
             action = self._random.choice(_ACTIONS)
             await self._try(action(self))
         while self._paused or not await self._try(self._wait_leaver()):
@@ -82,7 +82,7 @@ class Operator:
 
     # -- what was answered
 
-    async def _answered(self, what: str, key: str, look: Look) -> None:
+    async def answered(self, what: str, key: str, look: Look) -> None:
         """An answer has arrived: look at once whether it holds, and again after every restart."""
         self.ledger.note_answer()
         self.ledger.counts["steers answered"] += 1
@@ -99,7 +99,7 @@ class Operator:
             del self.told[key]
         self.ledger.counts["steers looked at"] += 1
 
-    async def _verify_after_restart(self) -> None:
+    async def verify_after_restart(self) -> None:
         """After a restart, look at everything that was answered before it."""
         starts = len(self.ledger.relay_starts)
         if starts == self._verified:
@@ -125,9 +125,9 @@ class Operator:
         await self.view.steer("pause_space", space)
         self.ledger.held_back[space] = time.time()
         self._paused[space] = self.ledger.begin_fault("paused", f"space {space}")
-        await self._answered(f"{space} is paused", f"paused {space}", self._is_paused(space, True))
+        await self.answered(f"{space} is paused", f"paused {space}", self.is_paused(space, True))
 
-    def _is_paused(self, space: str, paused: bool) -> Look:
+    def is_paused(self, space: str, paused: bool) -> Look:
         async def look() -> str:
             row = await self.view.space(space)
             return "" if row and row["paused"] is paused else f"its row is {row}"
@@ -152,7 +152,7 @@ class Operator:
             same = again is not None and again["worker_id"] == worker_id
             return f"its row is {again}" if same and not again["draining"] else ""
 
-        await self._answered(f"{worker_id} is drained", f"drained {worker_id}", look)
+        await self.answered(f"{worker_id} is drained", f"drained {worker_id}", look)
 
     async def _let_back(self) -> None:
         """Resume spaces, and either take the drain of a worker back or let it leave."""
@@ -163,7 +163,7 @@ class Operator:
             del self._paused[space]
             if fault is not None:
                 self.ledger.heal_fault(fault)
-            await self._answered(f"{space} is resumed", f"paused {space}", self._is_paused(space, False))
+            await self.answered(f"{space} is resumed", f"paused {space}", self.is_paused(space, False))
         if self._drained:
             worker_id, self._drained = self._drained, ""
             self.told.pop(f"drained {worker_id}", None)
@@ -207,11 +207,11 @@ class Operator:
             state = (await steered(operator, "cancel", submit.request_id))["state"]
         if state == "failed":  # it has waited for too long
             return
-        await self._answered(
-            f"{submit.request_id}: {state}", f"cancelled {submit.request_id}", self._cancelled(submit.request_id)
+        await self.answered(
+            f"{submit.request_id}: {state}", f"cancelled {submit.request_id}", self.is_cancelled(submit.request_id)
         )
 
-    def _cancelled(self, request_id: str) -> Look:
+    def is_cancelled(self, request_id: str) -> Look:
         told_at = trio.current_time()
 
         async def look() -> str:
@@ -237,7 +237,7 @@ class Operator:
             timed_out = status is not None and status.state == "failed" and status.code == "queue_timeout"
             return "" if timed_out or (status and status.position == 1) else f"its status is {status}"
 
-        await self._answered(f"{last} is promoted", "promoted", look)
+        await self.answered(f"{last} is promoted", "promoted", look)
 
     async def _token(self) -> None:
         self._number += 1
@@ -260,7 +260,7 @@ class Operator:
                 answer = await http.get("/v1/spaces")
             return "" if answer.status == expected else f"it is answered with {answer.status}"
 
-        await self._answered(f"the token of {name} is good for {expected}", f"token {name}", look)
+        await self.answered(f"the token of {name} is good for {expected}", f"token {name}", look)
 
     async def _space(self) -> None:
         self.told.pop("space fresh", None)
@@ -271,7 +271,7 @@ class Operator:
             row = await self.view.space("fresh")
             return "" if (row is not None) is there else f"its row is {row}"
 
-        await self._answered(f"space fresh: {there}", "space fresh", look)
+        await self.answered(f"space fresh: {there}", "space fresh", look)
 
 
 _ACTIONS: tuple[Callable[[Operator], Awaitable[None]], ...] = (

@@ -10,7 +10,7 @@ import pytest
 from tests.chaos.faults import CLIENT_FAULTS, RELAY_FAULTS, WORKER_FAULTS, draw_faults
 from tests.chaos.report import Fault, Ledger, Windows
 from tests.chaos.verdict import Cause, Reception, judge, judge_attempts, lost_and_doubled
-from tests.chaos.workload import KINDS, Plan, draw_plan
+from tests.chaos.workload import KINDS, WEB_KINDS, Plan, draw_plan
 
 PLAN = Plan(
     name="x", kind="plain", space="tts", seed=1, duration_s=1.0, speed=1.0, retry="before_output", fail=None,
@@ -113,6 +113,14 @@ def test_each_end_needs_its_cause(plan: Plan, end: str, causes: frozenset[Cause]
     assert (judge(plan, received(plan, end, chunks=3), causes) == []) is allowed
 
 
+def test_a_request_may_time_out_in_the_queue_only_after_the_time_that_it_asked_for() -> None:
+    brief = attrs.evolve(PLAN, queue_timeout_s=2.0)
+    for waited_s, allowed in ((1.9, False), (2.1, True)):
+        reception = received(brief, "failed queue_timeout", chunks=0)
+        reception.ended_at = waited_s
+        assert (judge(brief, reception, NOTHING) == []) is allowed
+
+
 def test_an_attempt_without_output_is_awaited_for_less() -> None:
     never = attrs.evolve(PLAN, retry="never")
     assert judge(never, received(never, "failed worker_lost", chunks=0), frozenset({Cause.WORKER_AWAY})) == []
@@ -156,6 +164,8 @@ def test_the_same_seed_draws_the_same_plans_and_faults_and_all_kinds_of_them() -
 
     assert plans(5) == plans(5) != plans(6)
     assert {plan.kind for plan in plans(5)} == set(KINDS)
+    draws = random.Random(5)
+    assert {draw_plan(draws, "web", WEB_KINDS).kind for _ in range(100)} == set(WEB_KINDS)
     for kinds in (RELAY_FAULTS, WORKER_FAULTS, CLIENT_FAULTS):
         track, again = (draw_faults(random.Random(5), kinds, (1.0, 2.0)) for _ in range(2))
         drawn = list(itertools.islice(track, 400))
