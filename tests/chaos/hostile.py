@@ -13,7 +13,7 @@ import trio
 from protocol.link.websocket_frames import BINARY, CLOSE, CONTINUATION, PING, TEXT, frame_head, make_frame
 from protocol.wire.errors import LinkError, ProtocolError
 from protocol.wire.frames import Audio, Completed, Failed, Frame, Progress, Started
-from protocol.wire.messages import Attach, Cancel, Input, Register, Registered, Rejected, Status
+from protocol.wire.messages import Ack, Attach, Cancel, Input, Register, Registered, Rejected, Status
 from tests.chaos.proxy import Target
 from tests.chaos.report import Ledger
 from tests.chaos.workload import LAIR, LOOSE, REPRODUCIBLE
@@ -100,12 +100,12 @@ class Hostile:
             yield connection
 
     async def _listen(self, connection: Peer) -> None:
-        """Read for a while; nothing may be told about the requests of others."""
+        """Read for a while; nothing may be told about the requests of others, but that they are not its own."""
         with trio.move_on_after(LISTEN_S):
             while True:
                 message = await connection.next()
                 of = getattr(message, "request_id", None)
-                if of in self.ledger.cases and not isinstance(message, Rejected):
+                if of in self.ledger.cases and not isinstance(message, Rejected | Ack | Cancel):
                     self.ledger.complain(f"{self.name} was told {message.TYPE} of a request of others: {of}")
 
     async def _connect(self) -> trio.SocketStream:

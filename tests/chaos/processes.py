@@ -16,6 +16,8 @@ import trio
 
 #: Time for a process to start, on a busy machine.
 START_S = 240.0
+#: Time between two looks whether a process that starts has ended instead.
+LOOK_S = 0.2
 #: Lines kept of a process, for the report on a failure.
 KEPT_LINES = 4_000
 _REPO = Path(__file__).parents[2]
@@ -72,8 +74,10 @@ class Actor:
     async def wait_ready(self) -> None:
         """Wait until it can be used."""
         with trio.move_on_after(START_S):
-            await self.ready.wait()
-            return
+            while not self.left:
+                with trio.move_on_after(LOOK_S):
+                    await self.ready.wait()
+                    return
         raise AssertionError(f"{self.name} did not come up; it said:\n" + "\n".join(list(self.lines)[-30:]))
 
     async def _listen(self, process: trio.Process) -> None:
