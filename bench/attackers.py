@@ -9,6 +9,8 @@ import trio
 
 from protocol.client.address import parse_address
 from protocol.link.dial import log_in, open_link
+from protocol.link.websocket_frames import BINARY, PING, make_frame
+from protocol.wire.codec import encode
 from protocol.wire.errors import ConnectError, LinkError
 from protocol.wire.messages import PATH, SUBPROTOCOL, Attach, Hello, Ping, Register, Spaces, Status, Submit
 from protocol.wire.validators import Message
@@ -63,10 +65,12 @@ def _strangers(first: bytes, slowly: bytes = b"") -> Callable[[int, str], Awaita
     return attack
 
 
-async def _bad_logins(port: int, _token: str) -> None:
+async def _logins(port: int, token: str) -> None:
+    """Logins again and again, with a token; without one, with tokens that do not exist."""
+
     async def log_in_again() -> None:
         for number in itertools.count():
-            hello = Hello(version=1, role="client", token=f"rly_c_{number:043d}")
+            hello = Hello(version=1, role="client", token=token or f"rly_c_{number:043d}")
             with suppress(ConnectError, LinkError, OSError):
                 async with open_link(parse_address(f"ws://127.0.0.1:{port}")) as link:
                     await log_in(link, hello)
@@ -109,6 +113,27 @@ def _tenant(
     return attack
 
 
+async def _control_frames(port: int, token: str) -> None:
+    """Pings of WebSocket itself, as many as the connection carries."""
+    login = encode(Hello(version=1, role="client", token=token))
+    pings = make_frame(PING, b"", masked=True) * 4_000
+    while True:
+        with suppress(OSError, trio.BrokenResourceError):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream, trio.open_nursery() as nursery:
+                await stream.send_all(_HANDSHAKE.encode())
+                await stream.receive_some()
+                await stream.send_all(make_frame(BINARY, login, masked=True))
+
+                async def read(stream: trio.SocketStream = stream) -> None:
+                    while await stream.receive_some():
+                        pass
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(read)
+                while True:
+                    await stream.send_all(pings)
+
+
 def _register(_number: int, _id: str) -> Message:
     return Register(worker="hostile", instance="0" * 32, spaces=["empty"], slots=1, engine="x", params={})
 
@@ -126,9 +151,11 @@ ATTACKS: dict[str, Callable[[int, str], Awaitable[None]]] = {
     "refused submits": _tenant(lambda n, _name: Submit(request_id=f"{n + 1:032x}", space="bench", params={"no": n})),
     "submits": _tenant(lambda n, _name: Submit(request_id=f"{n + 1:032x}", space="empty", params={}, detach=True)),
     "pings": _tenant(lambda n, _name: Ping(timestamp=float(n))),
+    "control frames": _control_frames,
+    "logins": _logins,
     "registrations": _tenant(_register, role="worker"),
     # The last: it has the address, which is everybody's here, wait before each login for some minutes.
-    "bad logins": _bad_logins,
+    "bad logins": lambda port, _token: _logins(port, ""),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Self
 import trio
 
 from protocol.link.carrier import Carrier
-from protocol.link.limits import LinkHandler, LinkLimits
+from protocol.link.limits import LINGER_S, MAX_INBOX_BYTES, MESSAGE_COST_BYTES, LinkHandler, LinkLimits, TurnMeter
 from protocol.link.liveness import Alive, Dead, LinkFacts, Stalled, assess
 from protocol.link.websocket_frames import (
     CLOSE,
@@ -31,18 +31,10 @@ from protocol.link.websocket_frames import (
 )
 from protocol.wire.codec import encode
 from protocol.wire.errors import ErrorCode, LinkBroken, LinkClosed, LinkError, TextReceived
-from protocol.wire.frames import MAX_MESSAGE_BYTES
 from protocol.wire.validators import Message
 
 #: Time for the queued messages to go out, and again for the peer to answer our close frame.
 CLOSE_S = 2.0
-#: Time for a peer that broke a rule to read the reason: closing a socket with unread bytes resets the connection, and
-#: the reason is lost.
-LINGER_S = 2.0
-#: Messages received but not yet returned by `receive`: eight of the largest. Beyond this, the link stops reading.
-MAX_INBOX_BYTES = 8 * MAX_MESSAGE_BYTES
-#: Overhead counted for each message in addition to its bytes, so that a queue of tiny messages is bounded too.
-MESSAGE_COST_BYTES = 64
 #: RFC 6455 section 7.1.5: the connection ended without a close frame.
 ABNORMAL = 1006
 
@@ -83,6 +75,7 @@ class Link(Carrier):
         "closing",
         "end_kind",
         "handler",
+        "meter",
         "parser",
         "peer",
         "reading_paused",
@@ -112,6 +105,7 @@ class Link(Carrier):
         self._close_by = float("inf")
         self._lingers = False
         self.handler: LinkHandler | None = None
+        self.meter: TurnMeter | None = None
         self._notified = 0  # calls made to the handler about the end
         self._inbox: deque[bytes | str] | None = None
         self._inbox_bytes = 0
@@ -283,6 +277,17 @@ class Link(Carrier):
         self.handler, self._inbox, self._inbox_bytes = None, deque(messages), 0
         self.reading_paused = True
         self._add_to_inbox(sum(map(len, messages)) + MESSAGE_COST_BYTES * len(messages))
+
+    def pause_reading(self) -> None:
+        """Stop reading until `resume_reading` or `set_handler` is called."""
+        self.reading_paused = True
+        self._add_to_inbox(0)
+
+    def resume_reading(self) -> None:
+        """Read again, unless messages wait for `set_handler` or `receive`."""
+        if self.reading_paused and not self._inbox:
+            self.reading_paused = False
+            self._resume_reading()
 
     def _paused_inbox(self) -> deque[bytes | str] | None:
         return self._inbox if self.handler is None else None
@@ -457,9 +462,7 @@ class Link(Carrier):
     def _forget_inbox(self) -> None:
         """Drop unread messages; nobody will receive them, and the peer's close frame may be behind them."""
         self._inbox, self._inbox_bytes = None, 0
-        if self.reading_paused:
-            self.reading_paused = False
-            self._resume_reading()
+        self.resume_reading()
 
     def _close_frame_out(self) -> None:
         """Note that everything queued has been sent, including the close frame."""

@@ -13,6 +13,13 @@ PING_INTERVAL_S = 5.0
 DEAD_AFTER_S = 15.0
 #: Time in which the peer must accept some of what is queued; a peer that accepts a little at a time is merely slow.
 SEND_TIMEOUT_S = 60.0
+#: Time for a peer that broke a rule to read the reason: closing a socket with unread bytes resets the connection, and
+#: the reason is lost.
+LINGER_S = 2.0
+#: Messages received but not yet returned by `receive`: eight of the largest. Beyond this, the link stops reading.
+MAX_INBOX_BYTES = 8 * MAX_MESSAGE_BYTES
+#: Overhead counted for each message in addition to its bytes, so that a queue of tiny messages is bounded too.
+MESSAGE_COST_BYTES = 64
 #: Limit for messages queued but not accepted by the transport: a quarter of the largest result.
 MAX_BACKLOG_BYTES = 16 * MAX_MESSAGE_BYTES
 
@@ -40,6 +47,16 @@ class LinkLimits:
     farewell: Message | None = None
     max_message_bytes: int = MAX_MESSAGE_BYTES
     budget: PartialBudget | None = None
+
+
+class TurnMeter(Protocol):
+    """Charges somebody for the turns of a link: parsing what was received, handling it, answering control frames."""
+
+    def begin(self) -> None:
+        """A turn begins."""
+
+    def end(self) -> None:
+        """A turn has ended; the link's reading may now be paused."""
 
 
 class LinkHandler(Protocol):

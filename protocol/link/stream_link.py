@@ -8,8 +8,8 @@ from collections import deque
 
 import trio
 
-from protocol.link.base import CLOSE_S, MESSAGE_COST_BYTES, Link
-from protocol.link.limits import LinkLimits
+from protocol.link.base import CLOSE_S, Link
+from protocol.link.limits import MESSAGE_COST_BYTES, LinkLimits
 from protocol.link.liveness import LATE_S
 from protocol.link.tcp_info import peer_acknowledges, socket_of, unsent_bytes
 from protocol.link.websocket_frames import BINARY, make_frame
@@ -115,9 +115,13 @@ class StreamLink(Link):
         self._early = b""
         while True:
             if data:
+                if self.meter is not None:
+                    self.meter.begin()
                 self.parser.feed(data)
                 if self.parser.events:
                     self.process_events(self.parser.pop_events())
+                if self.meter is not None:
+                    self.meter.end()
                 data = b""  # free the memory while nothing arrives
             while self.reading_paused:
                 await self._change()

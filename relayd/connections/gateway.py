@@ -45,7 +45,7 @@ from relayd.connections.operator import OperatorHandler
 from relayd.connections.pending import HelloMissing, PendingConnection
 from relayd.connections.worker import WorkerHandler
 from relayd.core.admission import Admission
-from relayd.core.principals import RETRY_S, full_message, is_limited
+from relayd.core.principals import RETRY_S, LinkMeter, full_message, is_limited
 from relayd.core.relay import Relay
 from relayd.net.http_head import split_head
 from relayd.net.reactor import Reactor
@@ -116,6 +116,7 @@ class Gateway:
             await stream.send_all(answer)
             async with serve_link(stream, peer=connection_slot.peer, limits=self.link_limits, early=early) as link:
                 link.set_max_message_bytes(MAX_CONTROL_BYTES)
+                link.meter = LinkMeter(link, self.relay.principals.strangers(), self.relay.principals)
                 connection = await self._log_in(link, connection_slot)
                 if connection is not None:
                     self._greet(connection)
@@ -143,6 +144,7 @@ class Gateway:
             self._pending.append(pending)
             self._some_pending.set()
             connection_slot.hang_up = partial(link.abort, "too many connections without a login")
+            link.meter = LinkMeter(link, self.relay.principals.strangers(), self.relay.principals)
             link.set_handler(pending)
             if early:
                 link.feed_early(early)
@@ -236,8 +238,10 @@ class Gateway:
                 connection = Connection(
                     secrets.token_hex(8), link, principal, self.relay, connection_slot.release, hello.agent
                 )
+                link.meter = None
                 if is_limited(principal):
                     connection.usage = self.relay.principals.usage_of(principal.name)
+                    link.meter = LinkMeter(link, connection.usage, self.relay.principals)
                 link.set_max_message_bytes(MAX_MESSAGE_BYTES)
                 log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
                 return connection

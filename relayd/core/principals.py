@@ -96,6 +96,48 @@ class PrincipalUsage:
         return self.cpu.level > 0.0
 
 
+class MeteredLink(Protocol):
+    """The link of a connection, whose reading can be paused."""
+
+    reading_paused: bool
+
+    def pause_reading(self) -> None:
+        """Stop reading until `resume_reading`."""
+
+    def resume_reading(self) -> None:
+        """Read again."""
+
+
+@attrs.define(eq=False)
+class LinkMeter:
+    """Charges a principal with the turns of a link: what its messages cost is charged where they are handled, the rest
+    is parsing, fragments and control frames. Beyond the principal's share the link is not read for a while."""
+
+    link: MeteredLink
+    usage: PrincipalUsage
+    principals: "Principals"
+    _began_s: float = attrs.field(factory=time.thread_time)
+    _charged_s: float = 0.0
+
+    def __attrs_post_init__(self) -> None:
+        self._charged_s = self.usage.charged_s
+
+    def begin(self) -> None:
+        """See `protocol.link.limits.TurnMeter`."""
+        self._began_s, self._charged_s = time.thread_time(), self.usage.charged_s
+
+    def end(self) -> None:
+        """See `protocol.link.limits.TurnMeter`."""
+        spent_s = time.thread_time() - self._began_s - (self.usage.charged_s - self._charged_s)
+        if not self.usage.charge(max(0.0, spent_s), trio.current_time()) and not self.link.reading_paused:
+            self.link.pause_reading()
+            self.principals.defer(self.usage, self)
+
+    def resume(self) -> None:
+        """Let the link be read again."""
+        self.link.resume_reading()
+
+
 @attrs.define(eq=False)
 class _Turn:
     """A task that waits for the strangers' turn."""
@@ -130,6 +172,10 @@ class Principals:
             self._by_name[name] = usage
         return usage
 
+    def strangers(self) -> PrincipalUsage:
+        """The usage of all peers together that have not logged in."""
+        return self.usage_of(_STRANGERS)
+
     def request_wait_s(self, principal: Principal, settings: PrincipalLimits) -> float:
         """Count one request; returns 0, or the seconds to wait where the principal sends more than it may."""
         if not is_limited(principal):
@@ -145,7 +191,7 @@ class Principals:
         Args:
             cost_s: what the turn is expected to take of the event loop's time.
         """
-        await self._wait_turn(self.usage_of(_STRANGERS), cost_s)
+        await self._wait_turn(self.strangers(), cost_s)
 
     async def wait_refused_turn(self, name: str, cost_s: float) -> None:
         """Wait for a principal's turn if it has used up its requests, so that refusing more costs only its share."""

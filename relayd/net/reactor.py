@@ -157,6 +157,11 @@ class Reactor:
                     link.abort(INTERNAL_MESSAGE)
             link = None  # it may have ended, and must not be kept alive while nothing is received
 
+    def continue_deferred(self, link: SocketLink) -> None:
+        """Handle a link's deferred events, which waited while reading was paused."""
+        self._deferred_links.append(link)
+        self._some_deferred.set()
+
     async def serve_deferred(self) -> None:
         """Handle messages that exceeded the limit of a turn, one turn per link at a time, until cancelled."""
         while True:
@@ -197,10 +202,11 @@ class Reactor:
         try:
             while not link.stopped:
                 await wait_readable(fd)
-                while link.deferred:
-                    await trio.lowlevel.checkpoint()
                 if link.reading_paused:
                     await link.wait_reading()
+                    continue
+                if link.deferred:
+                    await trio.lowlevel.checkpoint()
                     continue
                 self.now = now()
                 try:
@@ -217,7 +223,7 @@ class Reactor:
     def _receive(self, link: SocketLink, event: int, pass_on: Callable[[bytes], bool] | None = None) -> None:
         """Receive once, and dispatch the complete messages."""
         if link.reading_paused or link.deferred:
-            if event & HANG_UP and not link.deferred:
+            if event & HANG_UP and (link.reading_paused or not link.deferred):
                 link.lose()
             return
         parser = link.parser
@@ -251,29 +257,41 @@ class Reactor:
                         if link.end_kind is not None or link.closing is not None or not pass_on(data):
                             self.dispatch(link, [data], plain=True)
                         return
+            if link.meter is not None:
+                link.meter.begin()
             parser.parse(self._scratch, self._view, kept + count)
-        elif not parser.fill_large(count):
-            return
-        if parser.events:
-            events, plain = parser.events, parser.all_binary
-            parser.events, parser.all_binary = [], True
-            self.dispatch(link, events, plain)
+            if parser.events:
+                self._dispatch_parsed(link)
+            if link.meter is not None:  # another one since a login
+                link.meter.end()
+        elif parser.fill_large(count) and parser.events:
+            self._dispatch_parsed(link)
+
+    def _dispatch_parsed(self, link: SocketLink) -> None:
+        parser = link.parser
+        events, plain = parser.events, parser.all_binary
+        parser.events, parser.all_binary = [], True
+        self.dispatch(link, events, plain)
 
     def _dispatch_deferred(self, link: SocketLink) -> None:
         """Dispatch the events that were left for a later turn."""
+        if link.reading_paused:
+            return  # `continue_deferred` is called when it is resumed
         events, link.deferred = link.deferred, []
         if not link.stopped:
-            if not link.reading_paused:
-                link.set_events(link.mask | READABLE)
+            link.set_events(link.mask | READABLE)
+            if link.meter is not None:
+                link.meter.begin()
             self.dispatch(link, events, plain=False)
+            if link.meter is not None:  # another one since a login
+                link.meter.end()
 
     def dispatch(self, link: SocketLink, events: list[Event], plain: bool) -> None:
         """Pass parsed events to the link's handler, up to the limit of a turn; sent data is flushed at the end."""
         if len(events) > link.max_messages_per_turn and link.handler is not None:
             link.deferred, events = events[link.max_messages_per_turn :], events[: link.max_messages_per_turn]
             link.set_events(link.mask & ~READABLE)
-            self._deferred_links.append(link)
-            self._some_deferred.set()
+            self.continue_deferred(link)
         handler = link.handler
         self.corked = True
         try:

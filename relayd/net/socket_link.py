@@ -58,6 +58,9 @@ class LinkHost(Protocol):
     def schedule(self, link: "SocketLink", due: float) -> None:
         """Schedule a check of a link's liveness at `due` (Trio time)."""
 
+    def continue_deferred(self, link: "SocketLink") -> None:
+        """Handle a link's deferred events, which waited while reading was paused."""
+
     def note_closed(self, link: "SocketLink") -> None:
         """Note that a link has ended; its handler is notified later, by a task."""
 
@@ -292,7 +295,10 @@ class SocketLink(Link):
             self.set_events(self.mask & ~READABLE)
 
     def _resume_reading(self) -> None:
-        self.set_events(self.mask | READABLE)
+        if self.deferred:
+            self._reactor.continue_deferred(self)
+        else:
+            self.set_events(self.mask | READABLE)
         self._wake()
 
     def _finish(self) -> None:
