@@ -75,7 +75,7 @@ class Connection:
                 self.link.pause(messages[handled:])
                 self.relay.principals.defer(self.usage, self)
         except ProtocolError as fault:
-            send_protocol_error(self.link, fault)
+            send_protocol_error(self.link, fault, self.principal.name)
         except Exception:
             log.exception(INTERNAL_LOG, peer=self.link.peer)
             self.send_internal_error()
@@ -90,7 +90,7 @@ class Connection:
 
     def on_text(self, text: str) -> None:
         """See `protocol.link.limits.LinkHandler`."""
-        send_protocol_error(self.link, TextReceived(NO_TEXT))
+        send_protocol_error(self.link, TextReceived(NO_TEXT), self.principal.name)
 
     def on_closed(self) -> None:
         """See `protocol.link.limits.LinkHandler`."""
@@ -104,17 +104,24 @@ class Connection:
             del relay.connections[self.connection_id]
             relay.slow_consumers += link.stalled
             log_event = log.warning if link.stalled else log.info
-            log_event("disconnected", peer=link.peer, principal=self.principal.name, why=link.reason or "closed")
+            if (more := log_lines(self.usage)) is not None:
+                why = link.reason or "closed"
+                log_event("disconnected", peer=link.peer, principal=self.principal.name, why=why, **more)
 
     def on_transport_closed(self) -> None:
         """See `protocol.link.limits.LinkHandler`."""
         self.release_slot()
 
 
-def send_protocol_error(link: Link, fault: ProtocolError) -> None:
-    """The peer broke a rule: send an error that names it, and close."""
+def log_lines(usage: PrincipalUsage | None) -> dict[str, int] | None:
+    """See `LogFlood.fields`, for a line about a connection of a principal: each floods only its own lines."""
+    return usage.log_flood.fields() if usage is not None else {}
+
+
+def send_protocol_error(link: Link, fault: ProtocolError, principal: str | None = None) -> None:
+    """The peer broke a rule: send an error that names it, and close; `principal` is who it is, after the login."""
     if (more := _protocol_faults.fields()) is not None:
-        log.warning("peer violated the protocol", peer=link.peer, why=str(fault), **more)
+        log.warning("peer violated the protocol", peer=link.peer, principal=principal, why=str(fault), **more)
     send_error_and_close(link, fault.code, str(fault), fault.close_code)
 
 

@@ -40,7 +40,13 @@ from relayd.auth.tokens import Principal, TokenRegistry
 from relayd.config.schema import Limits
 from relayd.connections.budget import ConnectionBudget, ConnectionSlot
 from relayd.connections.client import ClientHandler
-from relayd.connections.connection import Connection, RoleHandler, send_error_and_close, send_protocol_error
+from relayd.connections.connection import (
+    Connection,
+    RoleHandler,
+    log_lines,
+    send_error_and_close,
+    send_protocol_error,
+)
 from relayd.connections.operator import OperatorHandler
 from relayd.connections.pending import HelloMissing, PendingConnection
 from relayd.connections.worker import WorkerHandler
@@ -243,7 +249,9 @@ class Gateway:
                     connection.usage = self.relay.principals.usage_of(principal.name)
                     link.meter = LinkMeter(link, connection.usage, self.relay.principals)
                 link.set_max_message_bytes(MAX_MESSAGE_BYTES)
-                log.info("connected", peer=link.peer, role=principal.role, principal=principal.name, agent=hello.agent)
+                if (more := log_lines(connection.usage)) is not None:
+                    role, name = principal.role, principal.name
+                    log.info("connected", peer=link.peer, role=role, principal=name, agent=hello.agent, **more)
                 return connection
             if principal.retry_after_s is None:  # otherwise its address is throttled, and was logged before
                 log.warning("login refused", peer=link.peer, role=hello.role, code=principal.code)

@@ -11,6 +11,7 @@ import attrs
 import structlog
 import trio
 
+from protocol.commands.progress import printable
 from protocol.link.base import Link
 from protocol.log_lines import redacted
 from protocol.wire.audio_envelope import PREFIX_BYTES, audio_prefix, match_audio, match_audio_run
@@ -48,9 +49,11 @@ from protocol.wire.params_schema import check_schema
 from protocol.wire.structs import Running
 from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
+from relayd.connections.connection import log_lines
 from relayd.core.access import find_space
-from relayd.core.principals import PrincipalUsage
+from relayd.core.principals import PROGRESS_S, PrincipalUsage
 from relayd.core.relay import Relay
+from relayd.core.workers import REGISTER_AGAIN_S
 from relayd.frames.frame_log import FrameLog
 from relayd.requests.request import Request
 from relayd.scheduling.model import ScheduledRequest, State
@@ -65,6 +68,10 @@ _RUNNING = State.RUNNING
 MAX_NAME_CHARS = 48
 #: Input bytes in the backlog of a worker's link, limited so that assignments and cancels do not wait behind an upload.
 FEED_BYTES = 1024 * 1024
+#: Requests of one worker whose inputs are in memory at once, so that one that reads slowly does not fill it.
+MAX_FEEDS = 4
+#: Spaces of a worker that a log line names.
+MAX_LISTED = 16
 
 
 @attrs.define(eq=False)
@@ -105,6 +112,7 @@ class WorkerHandler:
     #: First bytes of an attempt's audio frames -> the attempt, for running attempts that have an audio format.
     _active: dict[bytes, ActiveAttempt] = attrs.field(factory=dict)
     _stats: WorkerStats = attrs.field(factory=WorkerStats)
+    _feeds: trio.Semaphore = attrs.field(factory=lambda: trio.Semaphore(MAX_FEEDS))
 
     @property
     def principal_name(self) -> str:
@@ -160,16 +168,17 @@ class WorkerHandler:
     async def _send_inputs(self, request: Request, attempt: int) -> None:
         """Send the inputs of an attempt, as long as this worker runs it."""
         try:
-            for name in request.submit.inputs:
-                data = await self.relay.read_input(request, name)
-                if data is None:
-                    return
-                for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
-                    await self.link.drained(FEED_BYTES)
-                    if self.relay.attempt_of(self, request.request_id, attempt) is None:
+            async with self._feeds:
+                for name in request.submit.inputs:
+                    data = await self.relay.read_input(request, name)
+                    if data is None:
                         return
-                    piece = bytes(data[offset : offset + MAX_INPUT_CHUNK_BYTES])
-                    self.send(Input(request_id=request.request_id, name=name, offset=offset, data=piece))
+                    for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
+                        await self.link.drained(FEED_BYTES)
+                        if self.relay.attempt_of(self, request.request_id, attempt) is None:
+                            return
+                        piece = bytes(data[offset : offset + MAX_INPUT_CHUNK_BYTES])
+                        self.send(Input(request_id=request.request_id, name=name, offset=offset, data=piece))
         except LinkError:
             return
         except Exception:  # must not end the other tasks in the nursery
@@ -276,7 +285,8 @@ class WorkerHandler:
         """Note that the link has ended, and unlink the worker."""
         self._active.clear()
         if self.registered:
-            log.info("worker disconnected", worker=self.worker_id, why=self.link.reason or "closed")
+            if (more := log_lines(self.usage)) is not None:
+                log.info("worker disconnected", worker=self.worker_id, why=self.link.reason or "closed", **more)
             self.relay.workers.unlink(self)
 
     # -- messages
@@ -288,28 +298,32 @@ class WorkerHandler:
         if self.registered:
             self.relay.workers.update_registration(self, register)
             return
+        if len(spaces := list(dict.fromkeys(register.spaces))) < len(register.spaces):
+            register = attrs.evolve(register, spaces=spaces)
         self.worker_id = f"{register.worker[:MAX_NAME_CHARS]}-{register.instance[:8]}"
         self.engine = register.engine
         if refusal := self._refusal(register):
-            self.send(refusal)
+            self._refuse(refusal)
             return
         joined = self.relay.workers.register(self, register)
         if isinstance(joined, Rejected):
             self.refused_at = self.refused_at or trio.current_time()
             joined = self.relay.workers.recheck_refusal(self, register, joined, self.refused_at)
-            log.warning("worker refused", worker=self.worker_id, code=joined.code, why=joined.message)
-            self.send(joined)
+            self._refuse(joined)
             return
         self.registered = True
         self._stats = self.relay.stats.worker(self.worker_id)
-        log.info(
-            "worker registered",
-            worker=self.worker_id,
-            spaces=register.spaces,
-            slots=register.slots,
-            engine=register.engine,
-            resumes=len(joined.resume),
-        )
+        if (more := log_lines(self.usage)) is not None:
+            log.info(
+                "worker registered",
+                worker=self.worker_id,
+                principal=self.principal_name,
+                spaces=register.spaces[:MAX_LISTED],
+                slots=register.slots,
+                engine=register.engine,
+                resumes=len(joined.resume),
+                **more,
+            )
         # The answer is sent before the decisions are carried out, so that the worker is ready for an `assign`.
         resume = tuple(
             Running(
@@ -328,7 +342,20 @@ class WorkerHandler:
                 self.cancel(entry.request_id, entry.cancel_reason)
         self.relay.workers.finish_registration(register, self.worker_id, joined)
 
+    def _refuse(self, refusal: Rejected) -> None:
+        if (more := log_lines(self.usage)) is not None:
+            who = {"worker": self.worker_id, "principal": self.principal_name, "peer": self.peer}
+            log.warning("worker refused", **who, code=refusal.code, why=refusal.message, **more)
+        self.send(refusal)
+
     def _refusal(self, register: Register) -> Rejected | None:
+        if self.usage is not None and (wait_s := self.usage.registrations.consume(trio.current_time())):
+            message = f"the workers of {self.principal_name!r} register too often; register again later, and less often"
+            return Rejected.because(ErrorCode.RATE_LIMITED, message, retry_after_s=max(wait_s, REGISTER_AGAIN_S))
+        for field, words in (("worker", register.worker), ("engine", register.engine)):
+            if (shown := printable(words)) != words:
+                message = f"register.{field}: '{shown}' has control characters; give it another name"
+                return Rejected.because(ErrorCode.INVALID_PARAMS, message)
         for name in register.spaces:
             if not self.principal.may_use(name):
                 message = f"principal {self.principal_name!r} may not serve space {name!r}; ask for a token that may"
@@ -368,10 +395,14 @@ class WorkerHandler:
             if request.format is None or pcm_bytes % request.format.sample_bytes:
                 raise ProtocolError("audio before `started` with a format, or not of whole samples")
         elif isinstance(frame, Started):
+            if request.format is not None:
+                raise ProtocolError("a second `started`; the format of an attempt's audio cannot change")
             self.relay.stats.count_restarted(request)
             request.format = frame.format
         elif isinstance(frame, Progress):
             request.fraction = frame.fraction
+            if self.usage is not None:
+                self.usage.charge(PROGRESS_S, trio.current_time())
         elif isinstance(frame, Output):
             request.has_outputs = True
         active = ActiveAttempt.of(request)

@@ -18,6 +18,7 @@ import trio
 from protocol.wire.messages import Submit
 from relayd.auth.tokens import Principal
 from relayd.config.schema import PrincipalLimits, SpaceConfig
+from relayd.logs.flood import LogFlood
 
 log = structlog.get_logger("relayd.limits")
 
@@ -31,6 +32,13 @@ STRANGERS_SHARE = 0.5
 _STRANGERS = ""
 #: Seconds of `requests_per_s` that may come at once: a client that connects again sends all it has.
 BURST_S = 5.0
+#: Registrations of workers of one principal, and how many at once: all of its connections after a restart of the relay.
+REGISTRATIONS_PER_S = 2.0
+REGISTRATIONS_AT_ONCE = 300.0
+#: What a `progress` counts for at least: readers and watchers of its request pay for it, too.
+PROGRESS_S = 1e-4
+#: Log lines a second about the connections and workers of one principal.
+LINES_PER_S = 20
 #: When it makes sense to try again where a principal has its share: no better answer is known.
 RETRY_S = 2.0
 
@@ -77,6 +85,9 @@ class PrincipalUsage:
     name: str
     cpu: TokenBucket
     requests: TokenBucket
+    registrations: TokenBucket
+    #: Lines in the log about its connections and workers.
+    log_flood: LogFlood = attrs.field(factory=lambda: LogFlood(LINES_PER_S))
     #: Ended requests of it that are remembered; None until its first submit.
     max_retained: int | None = None
     #: Connections whose messages wait for the principal's share, in order of turn.
@@ -167,7 +178,8 @@ class Principals:
         if usage is None:
             now = trio.current_time()
             cpu = TokenBucket.full(CPU_SHARE if name != _STRANGERS else STRANGERS_SHARE, CPU_BURST_S, now)
-            usage = PrincipalUsage(name, cpu, TokenBucket.full(1.0, float("inf"), now))
+            registrations = TokenBucket.full(REGISTRATIONS_PER_S, REGISTRATIONS_AT_ONCE, now)
+            usage = PrincipalUsage(name, cpu, TokenBucket.full(1.0, float("inf"), now), registrations)
             usage.newest_first = name == _STRANGERS
             self._by_name[name] = usage
         return usage

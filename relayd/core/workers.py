@@ -184,7 +184,9 @@ class Workers(Mapping[str, WorkerPort]):
         self.relay.mark_changed("workers", port.worker_id)
 
     def drain(self, worker_id: str) -> None:
-        """Stop starting requests on a worker."""
+        """Stop starting requests on a worker; nothing happens if it drains already."""
+        if self.relay.scheduler.state.workers[worker_id].draining:
+            return
         decisions = self.relay.scheduler.drain(worker_id, trio.current_time())
         log.info("worker draining", worker=worker_id)
         self._mark_changed(worker_id)

@@ -155,9 +155,9 @@ class Stats:
             self.count_restarted(request)
 
     def count_restarted(self, request: Request) -> None:
-        """Count the audio of an attempt whose output is discarded."""
+        """Count the audio of an attempt whose output is discarded; the next one has its own format."""
         self._count_audio(request)
-        request.audio_bytes = 0
+        request.audio_bytes, request.format = 0, None
 
     def _count_audio(self, request: Request) -> None:
         """Add the audio of an ended attempt to the totals."""
