@@ -20,6 +20,7 @@ from protocol.wire.messages import (
     Input,
     Registered,
     Rejected,
+    Report,
     Snapshot,
     Status,
     StatusReply,
@@ -129,10 +130,12 @@ async def test_no_frame_reaches_a_request_of_another_worker(tmp_path: Path, kind
         for request_id in (at.assign.request_id, queued.request_id, an_id()):
             for seq in (0, 3, 2**31):
                 worker.send(kind(request_id=request_id, attempt=attempt, seq=seq, **more))
+            worker.send(Report(request_id=request_id, attempt=attempt, output="nobody's words"))
         await worker.peer.settled()
         entries = at.relay.relay.scheduler.state.entries
         assert entries[at.assign.request_id].state == "running"
-        assert at.relay.relay.requests[at.assign.request_id].log.next_seq == 3
+        running = at.relay.relay.requests[at.assign.request_id]
+        assert (running.log.next_seq, running.report) == (3, "")
         assert entries[queued.request_id].state == "queued"
         at.listener.send(Cancel(request_id=queued.request_id))
 
@@ -368,6 +371,7 @@ OUT_OF_RANGE: list[dict[str, Any]] = [
     {"type": "completed", "result": {"figures": b"x" * 66_000}},
     {"type": "cancelled", "reason": "x" * 4_097},
     {"type": "ping", "timestamp": -1.0},
+    {"type": "report", "output": "x" * 4_097},
     REGISTER | {"slots": -1},
     REGISTER | {"slots": 10**9},
     REGISTER | {"spaces": []},
@@ -596,6 +600,8 @@ async def test_the_last_words_of_an_engine_are_told_whole_and_shown_in_part(tmp_
     details: dict[str, Any] = nested("d", 13, {"n": float("nan")})
     details |= {f"\u202e{n}": "\x1b[2J" * 20 for n in range(60)}
     async with scene(tmp_path) as at, at.assigned() as (worker, assign, submit):
+        for _ in range(10):
+            worker.send(Report(request_id=assign.request_id, attempt=1, output="\x1b[2J" * 1_000))
         worker.send(Failed(**identity(assign, 0), code="x\x1b[2J\r\n", message="\x1b]0;\u202e" * 800, details=details))
         failed = (await at.client.frames(submit))[-1]
         assert len(failed.details) == len(details)
