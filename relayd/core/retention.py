@@ -190,8 +190,8 @@ class Retention:
                 await self.spool.spill(largest.log)
             except NoRoom as fault:
                 self._log_full(fault)
-                if self.memory.over and not self._drop_unsaved() and largest.live:
-                    self._fail_full(largest, fault)
+                if self.memory.over and not self._drop_unsaved() and (request := self._heaviest_live()) is not None:
+                    self._fail_full(request, fault)
                 if not self.memory.over:
                     return
         if self.memory.over:
@@ -210,6 +210,14 @@ class Retention:
                 self._evict(request)
                 dropped = True
         return dropped
+
+    def _heaviest_live(self) -> Request | None:
+        """The largest live request of the principal whose live requests are largest."""
+        live = self.relay.live_requests()
+        held = Counter[str]()
+        for request in live:
+            held[request.principal] += request.log.size_bytes
+        return max(live, key=lambda request: (held[request.principal], request.log.size_bytes), default=None)
 
     def _fail_full(self, request: Request, fault: NoRoom) -> None:
         log.error("no space for the frames of a request", request_id=request.request_id, why=str(fault))
@@ -231,15 +239,23 @@ class Retention:
         request.has_result = last_frame is not None
         self._drop(request.log, last_frame)
 
-    async def _make_room(self, more: int) -> bool:
+    async def _make_room(self, more: int, frames: FrameLog | None = None) -> bool:
         """Implement `Spool.make_room`: the oldest results of the principal that has most go first.
 
-        Results that are being read stay.
+        Results that are being read stay, and so do those of principals that have less than the one that needs room:
+        one that streams without end drops its own results, and then fails.
         """
         assert self.spool is not None
         if self.spool.used_bytes + more <= self.spool.disk_bytes:
             return True
         unread = [request for request in self._all_stored(Stored.FILE, Stored.BOTH) if not request.log.readers]
+        asking = self.relay.requests.get(frames.request_id) if frames is not None else None
+        if asking is not None:
+            used = Counter[str]()
+            for request in self.relay.requests.values():
+                used[request.principal] += self._file_bytes(request)
+            own_bytes = used[asking.principal] + more
+            unread = [r for r in unread if r.principal == asking.principal or used[r.principal] >= own_bytes]
         for request in _heaviest_first(unread, self._file_bytes):
             if self.spool.used_bytes + more <= self.spool.disk_bytes:
                 break

@@ -46,8 +46,8 @@ class Spool:
     folder: ResultFolder
     nursery: trio.Nursery
     disk_bytes: int
-    #: Deletes old results until the given number of bytes fit; returns False if they do not fit.
-    make_room: Callable[[int], Awaitable[bool]]
+    #: Deletes old results until the given number of bytes of a log fit; returns False if they do not fit.
+    make_room: Callable[[int, FrameLog], Awaitable[bool]]
     #: Called with a log that cannot be read back, and the reason.
     on_broken: Callable[[FrameLog, str], None]
     #: Size of all files in bytes.
@@ -141,7 +141,7 @@ class Spool:
 
     async def _make_room_for(self, frames: FrameLog, size: int) -> None:
         more = size - self._sizes.get(frames.request_id, 0)
-        if more > 0 and self.used_bytes + more > self.disk_bytes and not await self.make_room(more):
+        if more > 0 and self.used_bytes + more > self.disk_bytes and not await self.make_room(more, frames):
             raise NoRoom(f"results use all of their {self.disk_bytes} bytes on disk; raise results.disk_bytes")
 
     async def _in_thread(self, frames: FrameLog, work: Callable[..., None], *args: object, size: int = 0) -> None:

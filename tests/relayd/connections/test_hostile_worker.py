@@ -567,6 +567,39 @@ async def test_a_stream_without_end_is_ended_at_its_limit_and_leaves_no_more_beh
 
 
 @pytest.mark.trio
+async def test_streams_that_fill_the_disk_end_before_anybody_elses_results_go(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "store": "sqlite",
+        "limits": {"max_result_bytes": 2_000_000},
+        "results": {"memory_bytes": 1_000_000, "disk_bytes": 4_000_000},
+    }
+    count, pcm = 8, b"ab" * 50_000
+    async with scene(tmp_path, **settings) as at, at.attacker(slots=count) as worker:
+        results = at.relay.relay.results
+        kept = a_submit()
+        at.listener.send(kept)
+        worker.speak(await worker.assigned(), [pcm])
+        await worker.peer.next(Ack)
+        assigns = []
+        for _ in range(count):
+            at.client.send(a_submit(detach=True))
+            assigns.append(await worker.assigned())
+        for assign in assigns:
+            worker.send(Started(**identity(assign, 0), format=FORMAT))
+        for seq in range(1, 10):
+            for assign in assigns:
+                worker.send(Audio(**identity(assign, seq), pcm=pcm))
+            await worker.peer.settled()
+            await until(lambda: not results.memory.over)
+        lost = [line for line in at.logs if line.get("code") == "storage_full"]
+        assert {line["principal"] for line in lost} == {"ann"}
+        assert results.disk_bytes <= 4_000_000
+        assert at.relay.relay.requests[kept.request_id].has_result
+        assert at.relay.relay.requests[kept.request_id].log.is_complete
+        at.logs[:] = [line for line in at.logs if not line["event"].startswith(("no space for", "results cannot"))]
+
+
+@pytest.mark.trio
 async def test_only_a_few_inputs_are_in_memory_for_a_worker_that_does_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,7 +78,7 @@ class Bench:
 
 @asynccontextmanager
 async def a_bench(tmp_path: Path, disk_bytes: int = 2**40) -> AsyncIterator[Bench]:
-    async def no_room(_more: int) -> bool:
+    async def no_room(_more: int, _frames: FrameLog) -> bool:
         return False
 
     with trio.fail_after(60):
@@ -510,7 +510,7 @@ async def test_a_log_that_is_dropped_while_room_is_made_leaves_no_file(tmp_path:
         log = bench.log()
         fill(log, frames(6, 1_000), end=call == "seal")
 
-        async def make_room(_more: int) -> bool:
+        async def make_room(_more: int, _frames: FrameLog) -> bool:
             await trio.lowlevel.checkpoint()
             log.drop()  # it has no file yet, so nobody will delete one
             return True
