@@ -190,8 +190,8 @@ class Retention:
                 await self.spool.spill(largest.log)
             except NoRoom as fault:
                 self._log_full(fault)
-                if self.memory.over and not self._drop_unsaved() and (request := self._heaviest_live()) is not None:
-                    self._fail_full(request, fault)
+                if self.memory.over and not self._drop_unsaved() and (heaviest := self._heaviest_live()) is not None:
+                    self._fail_full(heaviest, fault)
                 if not self.memory.over:
                     return
         if self.memory.over:

@@ -12,9 +12,8 @@ from protocol.link.stream_link import StreamLink
 from protocol.link.websocket_frames import BINARY, CONTINUATION, PING, PONG, make_frame
 from protocol.wire.codec import encode
 from protocol.wire.messages import Hello, Ping, Pong, Spaces, SpacesReply
-from relayd.daemon import Daemon
 from tests.fuzz.fuzzed_relay import UPGRADE
-from tests.support.relay import daemon, new_token, peer, until
+from tests.support.relay import Daemon, daemon, new_token, peer, until
 
 FIN = 0x80
 
