@@ -14,7 +14,7 @@ KILLS ?= 56
 export TEXT # the shell takes it from the environment, so that no quote or $ in it is the shell's
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test-setup test-basic demo test test-fast test-min check lint types contracts bench bench-guard chaos fuzz mutants clean
+.PHONY: help install run test-setup test-basic demo test test-fast test-min check lint types contracts bench bench-guard chaos fuzz mutants lock clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,19 @@ fuzz: $(VENV)/.dev ## what takes a stranger's bytes, for minutes each: make fuzz
 mutants: $(VENV)/.dev ## small faults that the tests must notice: make mutants SAMPLE=200 SEED=7 MODULES="scheduling codec"
 	$(BIN)/python -m tests.mutants --seed $(SEED) --sample $(SAMPLE) --jobs $(JOBS) --modules "$(MODULES)" \
 	  $(if $(filter file,$(origin MINUTES)),,--minutes $(MINUTES)) $(ARGS)
+
+# What the documents install on a relay's and on a GPU machine, with the hashes of every file: versions of constraints.txt.
+# torch and its CUDA packages are apart, as an older driver needs those of another index. voxcpm comes without what it
+# names; hatchling builds relayd itself. No registry is named: pip takes its own.
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header -c constraints.txt
+lock: | $(BIN)/python ## write deploy/requirements-*.txt anew, with hashes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	echo hatchling | $(LOCK) pyproject.toml - --extra relay -o deploy/requirements-relay.txt
+	$(LOCK) pyproject.toml --extra audio -o deploy/requirements-audio.txt
+	echo torch | $(LOCK) - -o deploy/requirements-torch.txt
+	echo hatchling | $(LOCK) pyproject.toml - --extra voxcpm -o deploy/requirements-gpuworker.txt \
+	  $$(sed -nE 's/^((torch|triton|nvidia-|cuda-)[^=]*)==.*/--no-emit-package \1/p' deploy/requirements-torch.txt)
+	echo voxcpm | $(LOCK) - --no-deps >> deploy/requirements-gpuworker.txt
 
 clean: ## all that make has made
 	rm -rf $(VENV) $(MIN) hello.wav docs/examples/node_modules .mypy_cache .ruff_cache .hypothesis .mutants.json
