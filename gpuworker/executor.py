@@ -11,7 +11,7 @@ from gpuworker.engines.base import Capabilities, RequestContext, error_text
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job, Slot
 from protocol.wire.errors import ErrorCode
-from protocol.wire.frames import MAX_TEXT_CHARS
+from protocol.wire.frames import MAX_TEXT_CHARS, RUN_TIMEOUT_ADVICE
 from protocol.wire.messages import Ack, Assign, Input
 from protocol.wire.params_schema import check_params, integers_as_int
 from protocol.wire.structs import Running
@@ -189,7 +189,12 @@ class Executor:
     @staticmethod
     async def _stop_overdue(attempt: Attempt, limit_s: float) -> None:
         await trio.sleep(limit_s)
-        attempt.fail(RunResult.failed(ErrorCode.RUN_TIMEOUT, f"it ran for more than {limit_s:g} s"))
+        attempt.fail(
+            RunResult.failed(
+                ErrorCode.RUN_TIMEOUT,
+                f"it ran for more than {limit_s:g} s; {RUN_TIMEOUT_ADVICE}",
+            )
+        )
 
     async def _free_slot(self) -> Slot | None:
         with trio.move_on_after(SLOT_WAIT_S):

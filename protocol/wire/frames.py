@@ -28,6 +28,8 @@ MAX_PCM_BYTES = MAX_MESSAGE_BYTES - 1 * KIB
 #: Size of binary `data` in one `output` message; larger binary is sent in parts.
 MAX_BINARY_BYTES = MAX_PCM_BYTES
 MAX_TEXT_CHARS = 4096
+#: What to do about `run_timeout`.
+RUN_TIMEOUT_ADVICE = "split the text or ask for less, or raise run_timeout_s"
 PROGRESS_STATES = ("loading", "generating", "encoding")
 
 _code = text(64)

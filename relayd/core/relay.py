@@ -17,6 +17,7 @@ from protocol.wire.codec import encode
 from protocol.wire.errors import EncodeError, ErrorCode
 from protocol.wire.frames import (
     MAX_TEXT_CHARS,
+    RUN_TIMEOUT_ADVICE,
     Cancelled,
     Failed,
 )
@@ -246,7 +247,7 @@ class Relay:
                 self.fail(
                     request,
                     ErrorCode.RUN_TIMEOUT,
-                    f"it ran for more than {request.run_timeout_s:g} s; ask for less, or raise run_timeout_s",
+                    f"it ran for more than {request.run_timeout_s:g} s; {RUN_TIMEOUT_ADVICE}",
                 )
             case Expiry.IDLE_TIMEOUT:
                 message = f"its worker sent nothing for {request.idle_timeout_s:g} s, its space's idle_timeout_s"

@@ -20,6 +20,7 @@ from gpuworker.engines.base import (
     OptionValue,
     ProgressChunk,
 )
+from gpuworker.engines.voxcpm.lora import lora_files
 from gpuworker.engines.voxcpm.memory import lacking_memory, memory_outlook
 from gpuworker.engines.voxcpm.model_files import fault_of
 from gpuworker.engines.voxcpm.schema import Abilities, input_rules, params_schema
@@ -69,6 +70,7 @@ class VoxcpmEngine(Engine):
     SUMMARY: ClassVar[str] = "speech by VoxCPM2, 1.5 and 0.5B: streaming, voices, cloning; a GPU is recommended"
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "model": Option(default="openbmb/VoxCPM2", help="Hugging Face id, or a folder with the model's files"),
+        "lora": Option(help="an adapter (LoRA) for the model: a folder with lora_weights.safetensors, or such a file"),
         "device": Option(default="auto", help="auto, cuda, cuda:1, cpu …"),
         "optimize": Option(
             kind=bool, default=True, help="compile the model (on device cuda only): slower start, faster speech"
@@ -123,6 +125,11 @@ class VoxcpmEngine(Engine):
             return [*found, Missing(str(fault), "")]
         if unusable := fault_of(str(options["model"])):
             found.append(Missing(f"a model: {unusable}"))
+        if (lora := options["lora"]) is not None:
+            try:
+                lora_files(str(lora))
+            except EngineError as fault:
+                found.append(Missing(f"an adapter: {fault}"))
         if (voices := options["voices"]) is not None and not Path(str(voices)).is_dir():
             found.append(
                 Missing(f"the folder of voices {str(voices)!r}, which does not exist; create it, or drop -o voices")
@@ -157,6 +164,7 @@ class VoxcpmEngine(Engine):
             optimize=bool(self.options["optimize"]),
             denoiser=bool(self.options["denoiser"]),
             offline=bool(self.options["offline"]),
+            lora=None if self.options["lora"] is None else str(self.options["lora"]),
             fetched=self._fetched,
         )
         model.prepare_normalizer()

@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _EDGE_BYTES = 1024 * 1024
 _BLOCKS, _BLOCK_BYTES = 64, 16 * 1024
 
 
-def model_fingerprint(folder: Path, *, device: str, dtype: str, compiled: bool) -> str:
+def model_fingerprint(folder: Path, *, device: str, dtype: str, compiled: bool, more: Iterable[Path] = ()) -> str:
     """A digest of 16 hex digits: two processes with equal digests make equal samples for equal request and seed.
 
     It covers the model's files, the versions of voxcpm and torch (with CUDA and cuDNN), the dtype, whether the model is
@@ -27,17 +27,18 @@ def model_fingerprint(folder: Path, *, device: str, dtype: str, compiled: bool) 
         device: "cpu", "mps", "cuda" or "cuda:1".
         dtype: the dtype that the model computes with.
         compiled: whether it is compiled.
+        more: further files, such as an adapter's.
     """
     digest = hashlib.sha256()
     for name in ("voxcpm", "transformers"):
         digest.update(f"{name} {version(name)}\n".encode())
     digest.update(f"{torch.__version__} {dtype} {'compiled' if compiled else 'eager'}\n".encode())
     digest.update("\n".join(_device_words(device)).encode())
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".pth", ".bin", ".model"):
-            digest.update(f"\n{file.name} {file.stat().st_size}\n".encode())
-            for block in _sampled(file):
-                digest.update(block)
+    suffixes = (".json", ".safetensors", ".pth", ".bin", ".model")
+    for file in (*(each for each in sorted(folder.iterdir()) if each.suffix in suffixes), *more):
+        digest.update(f"\n{file.name} {file.stat().st_size}\n".encode())
+        for block in _sampled(file):
+            digest.update(block)
     return digest.hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ bound to the thread that captured them.
 """
 
 import functools
+import importlib
 import importlib.util
 import tempfile
 import weakref
@@ -22,6 +23,7 @@ from gpuworker.engines.base import EngineError, InvalidParams
 from gpuworker.engines.voxcpm.devices import choose_device, import_voxcpm, known_warnings, load_denoiser, log
 from gpuworker.engines.voxcpm.errors import named_faults
 from gpuworker.engines.voxcpm.fingerprint import model_fingerprint
+from gpuworker.engines.voxcpm.lora import load_lora, lora_config, lora_files
 from gpuworker.engines.voxcpm.model_files import Fetched, find_folder, ignore_progress, read_config
 from gpuworker.engines.voxcpm.model_output import PromptCache as PromptCache
 from gpuworker.engines.voxcpm.model_output import Samples, Speech, Whole, audio_places
@@ -50,6 +52,10 @@ class Settings:
     retry_badcase: bool = False
     retry_badcase_max_times: int = 3
     ratio_threshold: float = 6.0
+
+
+def _lora_class(arch: str) -> Any:
+    return importlib.import_module(f"voxcpm.model.{arch}").LoRAConfig
 
 
 @functools.cache
@@ -107,6 +113,7 @@ class Model:
         offline: bool = False,
         revision: str | None = None,
         fetched: Fetched = ignore_progress,
+        lora: str | None = None,
     ) -> "Model":
         """Read a model and put it on a device. Its first speech is slower than the following ones.
 
@@ -118,12 +125,14 @@ class Model:
             offline: do not use the network.
             revision: revision of the hub's repository.
             fetched: called with the progress of a download, as by `find_folder`.
+            lora: an adapter for it, as `lora_files` takes it.
 
         Raises:
             EngineError: it cannot be loaded; the message says what to do.
         """
         torchaudio, voxcpm = import_voxcpm()
         # Check first what can fail quickly: fetching a model may take gigabytes of traffic.
+        adapter = [] if lora is None else lora_files(lora)
         chosen = choose_device(device)
         cleaner = load_denoiser(torchaudio, offline=offline) if denoiser else None
         folder = find_folder(model, offline=offline, revision=revision, fetched=fetched)
@@ -146,12 +155,17 @@ class Model:
                     enable_denoiser=False,
                     optimize=compiled,
                     device="cuda" if on_cuda else chosen,
+                    lora_config=lora_config(adapter, _lora_class(arch)) if adapter else None,
                 )
+                if adapter:
+                    load_lora(loaded, adapter)
         except EngineError:
             raise
         except Exception as fault:  # pydantic, safetensors, pickle and torch each raise classes of their own
             raise EngineError(f"the model in {folder} cannot be read: {fault}; fetch it again") from fault
-        mark = model_fingerprint(folder, device=chosen, dtype=str(loaded.tts_model.config.dtype), compiled=compiled)
+        mark = model_fingerprint(
+            folder, device=chosen, dtype=str(loaded.tts_model.config.dtype), compiled=compiled, more=adapter
+        )
         return cls(loaded, arch=arch, device=chosen, compiled=compiled, fingerprint=mark, denoiser=cleaner)
 
     # -- text

@@ -108,19 +108,19 @@ class Speaker:
 
     def _lead_and_text(self, values: Mapping[str, Value]) -> tuple[str, str]:
         """The description of the voice, to be placed before each separate piece ("" for none), and the text."""
-        text = values["text"]
+        text, description = values["text"], values.get("voice_description")
+        if self.model.clones and description is None:
+            found = _LEAD.match(text)
+            if found is not None and speakable(text[found.end() :], symbols=False):
+                # As with `voice_description`, so that the same words are the same speech, however they are sent.
+                description, text = found[0], text[found.end() :].lstrip()
         if values["normalize"]:
             text = self.model.normalize(_spaced(text))
             if not speakable(text, symbols=False):
                 raise InvalidParams({"text": "contains nothing to speak once it is normalized"})
-        if not self.model.clones:
+        if not self.model.clones or description is None:
             return "", text
-        if (description := values.get("voice_description")) is not None:
-            return f"({_BRACKETS.sub('', _spaced(description)).strip()})", text
-        found = _LEAD.match(text)
-        if found is None or not speakable(text[found.end() :], symbols=False):
-            return "", text
-        return _spaced(found[0]), text[found.end() :]
+        return f"({_BRACKETS.sub('', _spaced(description)).strip()})", text
 
     def _pieces(self, lead: str, text: str, prompt: Prompt | None, settings: Settings) -> list[str]:
         """`text` as one piece if the model accepts it with its prompt and the steps it may take; else in several.

@@ -54,7 +54,7 @@ async def lives_until_ended(folder: Path, submit: Submit, **settings: Any) -> tu
 
 
 async def accepted(relay: Daemon, **fields: Any) -> Submit:
-    submit = a_submit(detach=True, **fields)
+    submit = a_submit(**({"detach": True} | fields))
     async with peer(relay.url, "client") as client:
         client.send(submit)
         await client.next(Accepted)
@@ -91,6 +91,17 @@ async def test_a_run_timeout_goes_on_where_it_stood(tmp_path: Path) -> None:
     ran_s, end = await lives_until_ended(tmp_path, submit)
     assert end.code == "run_timeout"
     assert LIFE_S < ran_s < 4 * DEADLINE_S, "nor does the time count that it was away"
+
+
+@pytest.mark.trio
+async def test_a_request_that_nobody_holds_any_more_is_not_kept_for_ever_by_restarts(tmp_path: Path) -> None:
+    # Its resume window begins anew with each life, as nobody could come back in between; its own deadline does not.
+    limits = {"resume_window_s": 2 * LIFE_S}
+    async with life(tmp_path, limits=limits) as relay:
+        submit = await accepted(relay, detach=False, queue_timeout_s=DEADLINE_S)
+    ran_s, end = await lives_until_ended(tmp_path, submit, limits=limits)
+    assert end.code == "queue_timeout"
+    assert ran_s < 4 * DEADLINE_S
 
 
 @pytest.mark.trio

@@ -73,6 +73,17 @@ def test_a_voice_without_transcript_or_with_a_description_is_cloned_by_reference
     assert described != speech_of(voxcpm2, "Told.", amy)
 
 
+@pytest.mark.parametrize(
+    "said", ["(an old man)Two of 3.", "（an old  man） \n Two of 3.", " ( an old man )  Two of 3."]
+)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_description_makes_the_same_speech_as_a_param_and_before_the_text(
+    voxcpm2: VoxcpmEngine, said: str, normalize: bool
+) -> None:
+    made = speech_of(voxcpm2, said, normalize=normalize)
+    assert made == speech_of(voxcpm2, "Two of 3.", voice_description="an old man", normalize=normalize)
+
+
 def test_a_description_is_spoken_with_as_the_package_does(
     voxcpm2: VoxcpmEngine, package: Callable[..., list[Samples]]
 ) -> None:
