@@ -174,8 +174,8 @@ class Settings:
                 faults.append(
                     f"{args.config}: {key}: is not a setting" + (f"; did you mean {close[0]}?" if close else "")
                 )
-            elif fault := self._fault(name, value):
-                faults.append(f"{args.config}: {key}: {fault}")
+            elif wrong := self._fault(name, value):
+                faults.append(f"{args.config}: {key}: {wrong}")
             elif name == "options":
                 args.options = [*(f"{option}={_option_text(v)}" for option, v in value.items()), *(args.options or ())]
             elif getattr(args, name) is None:
