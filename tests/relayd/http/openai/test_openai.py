@@ -240,7 +240,7 @@ async def test_a_recording_in_the_body_reaches_the_worker_and_its_faults_the_cli
 
 # -- who the clients are ------------------------------------------------------------------------------------------
 
-#: What each sends by default. Those of litellm, LiveKit and pipecat were written down as the packages sent them.
+#: What each sends by default; tests/e2e/test_openai_programs.py runs litellm, LiveKit and pipecat themselves.
 BODIES: dict[str, dict[str, Any]] = {
     "Open WebUI": {"input": "Hello there.", "voice": "alloy", "model": "tts-1"},
     "SillyTavern": {

@@ -1,0 +1,77 @@
+"""Programs that speak through OpenAI's API, unchanged and with their default calls, in an environment of their own."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.support.processes import a_place, a_relay, a_worker
+
+#: Their dependencies are not ours, and hold each other's back: `make test` installs them beside .venv.
+PYTHON = Path(f"{sys.prefix}-clients") / "bin" / "python"
+#: Each prints how many seconds of audio it got. Address and key are in OPENAI_BASE_URL and OPENAI_API_KEY.
+PROGRAMS = {
+    "litellm": """
+import io, os, av, litellm
+answer = litellm.speech(model="openai/tts-1", voice="alloy", input="Hello there.")
+with av.open(io.BytesIO(answer.content)) as file:
+    print(sum(frame.samples / frame.sample_rate for frame in file.decode(audio=0)))
+""",
+    "LiveKit": """
+import asyncio
+import aiohttp
+from livekit.agents import utils
+from livekit.plugins import openai
+
+async def main():
+    async with openai.TTS() as tts, tts.synthesize("Hello there.") as stream:
+        print(sum([event.frame.duration async for event in stream]))
+
+asyncio.run(main())
+""",
+    "pipecat": """
+import asyncio
+from pipecat.frames.frames import EndFrame, TTSAudioRawFrame, TTSSpeakFrame
+from pipecat.pipeline.pipeline import Pipeline
+from pipecat.pipeline.runner import PipelineRunner
+from pipecat.pipeline.task import PipelineTask
+from pipecat.processors.frame_processor import FrameProcessor
+from pipecat.services.openai.tts import OpenAITTSService
+
+class Listener(FrameProcessor):
+    heard_s = 0.0
+
+    async def process_frame(self, frame, direction):
+        await super().process_frame(frame, direction)
+        if isinstance(frame, TTSAudioRawFrame):
+            self.heard_s += len(frame.audio) / 2 / frame.sample_rate
+        await self.push_frame(frame, direction)
+
+async def main():
+    listener = Listener()
+    task = PipelineTask(Pipeline([OpenAITTSService(), listener]))
+    await task.queue_frames([TTSSpeakFrame("Hello there."), EndFrame()])
+    await PipelineRunner(handle_sigint=False).run(task)
+    print(listener.heard_s)
+
+asyncio.run(main())
+""",
+}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_a_program_speaks_with_its_default_calls(tmp_path: Path, program: str) -> None:
+    assert PYTHON.exists(), "`make test` installs the programs that are tried as clients"
+    place = a_place(tmp_path)
+    async with a_relay(place) as relay, a_worker(place, relay, "--engine", "mock"):
+        token, _ = await place.run("relayd", "token", "create", "--role", "client", "--name", "reader")
+        url = (await relay.event("listening"))["openai_base_url"]
+        environ = place.environ | {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": token.decode().strip()}
+        with trio.fail_after(120):
+            done = await trio.run_process(
+                [PYTHON, "-c", PROGRAMS[program]], env=environ, capture_stdout=True, capture_stderr=True, check=False
+            )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert float(done.stdout.split()[-1]) == pytest.approx(2.1, abs=0.3)
