@@ -439,6 +439,7 @@ class Relay:
             request_id=request.request_id,
             state=entry.state,
             attempt=entry.attempt,
+            highest_attempt=entry.highest_attempt,
             losses=entry.losses,
             has_output=entry.has_output,
             reproducible=entry.reproducible,

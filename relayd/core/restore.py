@@ -14,6 +14,7 @@ from relayd.requests.final_frame import make_final_frame
 from relayd.requests.outcome import Outcome
 from relayd.requests.request import Request
 from relayd.scheduling.model import ScheduledRequest, State
+from relayd.store.base import StoreError
 from relayd.store.records import DeleteRequest, DeleteSpace, Loaded, PutSpace, RequestRecord, SpaceRecord
 
 log = structlog.get_logger("relayd")
@@ -52,18 +53,30 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
     # Of these the `Finalizer` may store the end first: a kill in between leaves an unfinished file.
     recorded_first = frozenset(each.request_id for each in known if each.state != State.COMPLETED)
     results = await relay.results.open(ended, left_alone, recorded_first)
-    live = 0
+    live = []
     for stored in known:
         try:
-            live += _restore_request(relay, stored, results.get(stored.request_id))
+            if _restore_request(relay, stored, results.get(stored.request_id)):
+                live.append(stored.request_id)
         except Exception:
             log.exception("request cannot be restored, set aside", request_id=stored.request_id)
             relay.set_aside(stored.request_id)
             relay.records_set_aside += 1
     for stored in sorted((each for each in known if each.promoted), key=lambda each: each.promoted):
         relay.scheduler.promote(stored.request_id)
+    await _store_highest_attempts(relay, live)
     if live or results:
-        log.info("requests restored", requests=live, results=len(results))
+        log.info("requests restored", requests=len(live), results=len(results))
+
+
+async def _store_highest_attempts(relay: Relay, live: list[str]) -> None:
+    """Store which numbers this relay may give out before it stores that it did: it may be killed in between, too."""
+    updates = [relay.status_update(relay.requests[request_id]) for request_id in live]
+    try:
+        if updates:
+            await relay.store.commit(*updates)
+    except StoreError as fault:
+        log.warning("the numbers of attempts are not stored", why=str(fault))
 
 
 def _in_open_spaces(relay: Relay, loaded: Loaded) -> tuple[list[RequestRecord], frozenset[str]]:
@@ -89,14 +102,12 @@ def _in_open_spaces(relay: Relay, loaded: Loaded) -> tuple[list[RequestRecord], 
 
 def _restore_request(relay: Relay, stored: RequestRecord, result: Contents | None) -> bool:
     """Add a stored request to the relay again; returns whether it is live."""
-    if stored.attempt > LAST_ATTEMPT:
+    if max(stored.attempt, stored.highest_attempt) > LAST_ATTEMPT:
         raise ValueError(f"attempt {stored.attempt} leaves no number for another attempt on the wire")
     request = _make_request(relay, stored, result)
     if request.live:
         relay.scheduler.restore(request.entry, trio.current_time())
     relay.add_request(request)
-    if request.entry.state is State.RUNNING and stored.away_since is None:
-        relay.save_status(request)  # its worker is away from now on, also for the start after this one
     if stored.stopping is not None and request.live:
         relay.cancel(request, stored.stopping)  # its worker may never have received the cancel message
     return request.live
@@ -133,6 +144,7 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         attempt=record.attempt,
         worker_id=record.worker_id if state is State.RUNNING else None,
         attempt_may_be_newer=state.live,
+        highest_attempt=max(record.attempt, record.highest_attempt) + 1,
         losses=record.losses,
         started_at=since,
         worker_lost_at=None if record.away_since is None else min(now, relay.clock.trio_time(record.away_since)),

@@ -69,7 +69,7 @@ class Dispatcher:
     def _start(self, entry: ScheduledRequest, worker: WorkerState, now: float) -> Start:
         continues = bool(entry.reproducible) and entry.reproducible == worker.reproducible
         self.mark_running(entry, worker)
-        entry.attempt += 2 if entry.attempt_may_be_newer else 1  # never a number that may have been used already
+        entry.attempt = max(entry.attempt, entry.highest_attempt) + 1  # never a number that may have been used already
         entry.attempt_may_be_newer = entry.attempt_known_from_client = entry.may_be_behind = False
         entry.started_at = now
         entry.promoted = 0

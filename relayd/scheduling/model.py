@@ -44,11 +44,13 @@ class ScheduledRequest:
     retry: str = "before_output"
     state: State = State.UPLOADING
     attempt: int = 0
-    #: After a restart: one more attempt may have begun than the store knows.
+    #: After a restart: later attempts may have begun than the store knows, up to `highest_attempt`.
     attempt_may_be_newer: bool = False
+    #: The highest number that may have been given out: one more than the store knew, at each restart since.
+    highest_attempt: int = 0
     #: After a restart: the current attempt is known only from a client, and its worker is not known.
     attempt_known_from_client: bool = False
-    #: After a restart, until an attempt starts: a client may know of one more attempt than the store.
+    #: After a restart, until an attempt starts: a client may know of later attempts than the store.
     may_be_behind: bool = False
     losses: int = 0
     #: The worker that runs the attempt; None while queued, and after a restart while the worker is not known.

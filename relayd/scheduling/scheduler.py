@@ -179,7 +179,8 @@ class Scheduler:
         entry = self.state.entries.get(request_id)
         if entry is None or not attempt or entry.space not in worker.spaces:
             return None
-        if attempt != entry.attempt and not (entry.attempt_may_be_newer and attempt == entry.attempt + 1):
+        newer = entry.attempt_may_be_newer and entry.attempt < attempt <= entry.highest_attempt
+        if attempt != entry.attempt and not newer:
             return None
         if entry.state is State.QUEUED:  # queued again too early, and not started since: it continues on this worker
             self.state.spaces[entry.space].queue.remove(entry)
@@ -208,7 +209,7 @@ class Scheduler:
             return self.lose(entry.request_id, ErrorCode.WORKER_LOST, "its worker reconnected without it", now)
         self.dispatcher.mark_running(entry, worker)
         if entry.attempt_may_be_newer:
-            entry.attempt, entry.attempt_may_be_newer = entry.attempt + 2, False  # as in `Dispatcher._start`
+            entry.attempt, entry.attempt_may_be_newer = entry.highest_attempt + 1, False  # as in `Dispatcher._start`
             entry.may_be_behind = False
         worker.held[entry.request_id] = entry.attempt
         return [Start(entry, entry.next_seq)]
@@ -344,6 +345,8 @@ class Scheduler:
         space = self.state.spaces[entry.space]
         self.state.add_entry(entry)
         entry.may_be_behind = True
+        if entry.attempt_may_be_newer:
+            entry.highest_attempt = max(entry.highest_attempt, entry.attempt + 1)
         if entry.state is State.RUNNING:
             if entry.worker_lost_at is None:
                 entry.worker_lost_at = now
@@ -420,7 +423,7 @@ class Scheduler:
         return [*stop, Requeue(entry), *self.dispatcher.dispatch(now)]
 
     def adopt_later_attempt(self, request_id: str, attempt: int, now: float) -> list[Decision]:
-        """Switch to the attempt after the current one: a client has its frames, but it was not stored before a restart.
+        """Switch to a later attempt than the current one: a client has its frames, but it was not stored.
 
         The client would drop every frame of the current attempt, even the last, so the current attempt cannot continue.
         The worker that runs the later attempt may still connect.
@@ -429,7 +432,7 @@ class Scheduler:
         starts. At any other time only the scheduler changes the attempt number.
         """
         entry = self.state.entries.get(request_id)
-        if entry is None or not entry.may_be_behind or attempt != entry.attempt + 1:
+        if entry is None or not entry.may_be_behind or not entry.attempt < attempt <= entry.highest_attempt:
             return []
         entry.may_be_behind = False
         entry.attempt, entry.next_seq, entry.attempt_known_from_client = attempt, 0, True

@@ -97,6 +97,7 @@ _MIGRATIONS = (
     "CREATE TABLE drains (worker_id TEXT NOT NULL UNIQUE);",
     "ALTER TABLE requests ADD COLUMN outcome BLOB;",
     "ALTER TABLE tokens ADD COLUMN readonly INTEGER NOT NULL DEFAULT 0;",
+    "ALTER TABLE requests ADD COLUMN highest_attempt INTEGER NOT NULL DEFAULT 0;",
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 #: What is read of each table; one that lacks any of it is damaged.
@@ -104,8 +105,8 @@ COLUMNS = {
     "spaces": "name, config, paused, made_by, engine, params, inputs, format, created_at",
     "tokens": "token_id, principal, role, spaces, sha256, limits, readonly, created_at, expires_at, revoked_at",
     "requests": (
-        "request_id, principal, ticket, submit, state, attempt, losses, has_output, reproducible, stopping, "
-        "worker_id, promoted, since, away_since, created_at, ended_at, code, message, outcome"
+        "request_id, principal, ticket, submit, state, attempt, highest_attempt, losses, has_output, reproducible, "
+        "stopping, worker_id, promoted, since, away_since, created_at, ended_at, code, message, outcome"
     ),
     "clock": "uptime_s",
     "drains": "worker_id",

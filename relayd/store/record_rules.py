@@ -54,6 +54,7 @@ RULES: Mapping[type[Any], Mapping[str, Rule]] = {
         "ticket": integer(0),
         "state": choice(*LIVE_STATES, *ENDED_STATES),
         "attempt": attempt_rule,
+        "highest_attempt": attempt_rule,
         "losses": integer(0),
         "reproducible": text(65_536),
         "stopping": optional(_words),

@@ -88,6 +88,7 @@ class RequestRecord:
     Args:
         ticket: position in the order of arrival; higher for each later request.
         state: one of the states of docs/design.md §2.
+        highest_attempt: the scheduler's `ScheduledRequest.highest_attempt`.
         has_output: whether a client may have received output of the current attempt.
         reproducible: the scheduler's `Entry.reproducible` of the current attempt.
         stopping: why the running request is being stopped permanently; None if it is not.
@@ -105,6 +106,7 @@ class RequestRecord:
     submit: Submit
     state: str = "queued"
     attempt: int = 0
+    highest_attempt: int = 0
     losses: int = 0
     has_output: bool = False
     reproducible: str = ""
@@ -167,6 +169,7 @@ class UpdateRequest:
     state: str
     attempt: int
     losses: int
+    highest_attempt: int = 0
     has_output: bool = False
     reproducible: str = ""
     stopping: str | None = None

@@ -198,3 +198,18 @@ async def test_a_drain_leaves_what_does_not_end_in_time_to_its_worker(tmp_path: 
         worker.speak(assign, PCM)
         assert heard(await client.frames(submit)) == b"".join(PCM)
         await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_relays_that_are_killed_before_they_store_a_start_never_give_out_the_same_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, attempts = a_submit(detach=True), []
+    for _ in range(4):
+        async with daemon(tmp_path, store="sqlite") as relay:
+            with monkeypatch.context() as killed_before:
+                killed_before.setattr(type(relay.relay.store), "post", lambda *_changes: None)
+                async with peer(relay.url, "client") as client, fake_worker(relay.url, name=an_id()) as worker:
+                    client.send(submit)
+                    attempts.append((await worker.assigned()).attempt)
+    assert attempts == sorted(set(attempts))

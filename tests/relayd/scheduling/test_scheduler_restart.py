@@ -114,3 +114,24 @@ def test_after_a_restart_a_listener_is_believed_once_and_not_at_all_when_an_atte
     started_with = bench["b"].attempt
     bench.scheduler.adopt_later_attempt("b", started_with + 1, bench.now)
     assert bench["b"].attempt == started_with
+
+
+def test_after_two_restarts_each_attempt_that_may_have_begun_is_believed_and_no_number_comes_twice() -> (
+    None
+):
+    def restored(name: str) -> Bench:
+        bench = Bench()
+        bench.scheduler.restore(bench.entry(name, attempt=1, attempt_may_be_newer=True, highest_attempt=3), bench.now)
+        return bench
+
+    bench = restored("a")
+    assert started(bench.join().decisions) == ["a"]
+    assert bench["a"].attempt == 4
+    bench = restored("a")
+    assert bench.join(running={"a": 3}).resume == [bench["a"]]
+    assert bench["a"].attempt == 3
+    bench = restored("a")
+    bench.scheduler.adopt_later_attempt("a", 4, bench.now)
+    assert bench["a"].attempt == 1
+    bench.scheduler.adopt_later_attempt("a", 3, bench.now)
+    assert bench["a"].attempt == 3
