@@ -123,6 +123,7 @@ class Ledger:
     #: Name of a worker or client -> [[connected at, disconnected at]]; the last may be open.
     linked: dict[str, list[list[float]]] = attrs.field(factory=lambda: defaultdict(list))
     on_complaint: Callable[[], None] = lambda: None
+    _started: set[tuple[str, int]] = attrs.field(factory=set)
     _by_short: dict[str, Case] = attrs.field(factory=dict)
 
     # -- writing
@@ -217,6 +218,10 @@ class Ledger:
             self.complain(f"the relay logged an error: {line[:2_000]}")
 
     def _judge_start(self, entry: dict[str, Any]) -> None:
+        attempt = entry["request_id"], entry["attempt"]
+        if attempt in self._started:
+            return  # its worker came back without it, so it was sent again: it has run since before
+        self._started.add(attempt)
         at = datetime.fromisoformat(entry["timestamp"]).timestamp()
         for what in (entry["space"], entry["worker"]):
             if at > self.held_back.get(what, at):

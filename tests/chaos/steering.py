@@ -70,15 +70,14 @@ class Operator:
 
     async def _try(self, action: Awaitable[None]) -> bool:
         """Whether it was answered: otherwise the relay was killed, and it may have been done or not."""
+        answered = True
         try:
             await action
-        except BaseExceptionGroup as group:
-            if group.split(AWAY)[1] is not None:
-                raise
-            return False
-        except AWAY:
-            return False
-        return True
+        except* AWAY:
+            answered = False
+        except* SteerRefused as refused:
+            self.ledger.complain(f"an operator was refused: {refused.exceptions}")
+        return answered
 
     # -- what was answered
 

@@ -77,15 +77,16 @@ async def test_a_request_must_not_start_where_it_is_paused_or_drained(space: str
     ledger = Ledger(WINDOWS, 0.0)
     ledger.held_back = {"tts": 1000.0, "d-1": 1000.0}
 
-    def started(at: float, space: str, worker: str) -> None:
-        entry = {"event": "request started", "request_id": REQUEST, "space": space, "worker": worker, "attempt": 1}
-        told = entry | {"timestamp": datetime.fromtimestamp(at, UTC).isoformat()}
+    def started(at: float, space: str, worker: str, attempt: int) -> None:
+        entry = {"event": "request started", "request_id": REQUEST, "space": space, "worker": worker}
+        told = entry | {"attempt": attempt, "timestamp": datetime.fromtimestamp(at, UTC).isoformat()}
         ledger.record_line("relay", json.dumps(told))
 
-    started(999.0, space, worker)
-    started(1001.0, "loose", "a-1")
+    started(999.0, space, worker, 1)
+    started(1001.0, "loose", "a-1", 2)
+    started(1001.0, space, worker, 1)  # sent again to a worker that came back without it
     assert ledger.complaints == []
-    started(1001.0, space, worker)
+    started(1001.0, space, worker, 3)
     assert len(ledger.complaints) == 1
 
 
