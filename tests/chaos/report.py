@@ -294,6 +294,19 @@ class Ledger:
         since = max([case.unheld_from, *(start for start in self.relay_starts if start <= until)])
         return min(until, case.unheld_to) - since >= self.windows.resume_window_s * 0.9
 
+    def may_end_anew(self, case: Case) -> bool:
+        """Whether its end may be forgotten: it is passed on at once, and the worker keeps it until the relay has it.
+
+        So it is lost where the relay was killed before it was stored, and the worker before it came back.
+        """
+        ended_at = case.ended_at or 0.0
+        killed = {fault.target.removeprefix("worker ") for fault in self.faults if self._killed_since(fault, ended_at)}
+        return "relay" in killed and bool(killed & {worker for _attempt, worker in (*case.started, *case.begun)})
+
+    @staticmethod
+    def _killed_since(fault: Fault, since: float) -> bool:
+        return fault.kind.startswith("kill -9") and fault.healed_at >= since
+
     def close_reception(self, case: Case, reception: Reception) -> None:
         """Judge a reception that has ended."""
         reception.ended_at = trio.current_time()

@@ -111,7 +111,7 @@ class Settings:
     tls: bool = True
     clients: int = 6
     web: int = 3
-    burst: int = 150
+    burst: int = 200
     steers: bool = True
     hostile: bool = True
     slots: int = 3

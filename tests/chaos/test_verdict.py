@@ -203,6 +203,23 @@ async def test_faults_of_workers_that_did_not_run_it_excuse_nothing() -> None:
 
 
 @pytest.mark.trio
+async def test_an_end_may_be_forgotten_only_where_relay_and_worker_were_both_killed_since() -> None:
+    def ledger_with(*faults: Fault) -> bool:
+        ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+        case = ledger.open_case(PLAN, "00" * 16, "client 1")
+        case.started, case.ended_at = [(1, "a")], 10.0
+        ledger.faults = list(faults)
+        return ledger.may_end_anew(case)
+
+    relay, worker = Fault("kill -9 behind an answer", "relay", 11.0), Fault("kill -9", "worker a", 12.0)
+    assert ledger_with(relay, worker)
+    assert not ledger_with(relay)
+    assert not ledger_with(worker)
+    assert not ledger_with(relay, Fault("kill -9", "worker b", 12.0))
+    assert not ledger_with(relay, Fault("kill -9", "worker a", 5.0, 6.0))
+
+
+@pytest.mark.trio
 async def test_an_attempt_whose_inputs_never_arrived_did_not_run() -> None:
     ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
     case = ledger.open_case(PLAN, "00" * 16, "client 1")
