@@ -153,7 +153,7 @@ class Hostile:
         async with trio.open_nursery() as nursery:
             for _ in range(CUT_MESSAGES):
                 wait_s = self._random.uniform(0.0, 3.0)
-                nursery.start_soon(lambda wait_s=wait_s: self._cut(head, wait_s))
+                nursery.start_soon(self._cut, head, wait_s)
 
     async def _cut(self, head: bytes, wait_s: float) -> None:
         with suppress(*_GONE):

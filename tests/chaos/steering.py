@@ -148,8 +148,9 @@ class Operator:
 
         async def look() -> str:
             again = await self.view.worker(self.leaver.name)
-            same = again is not None and again["worker_id"] == worker_id
-            return f"its row is {again}" if same and not again["draining"] else ""
+            if again is None or again["worker_id"] != worker_id or again["draining"]:
+                return ""
+            return f"its row is {again}"
 
         await self.answered(f"{worker_id} is drained", f"drained {worker_id}", look)
 

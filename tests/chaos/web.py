@@ -30,8 +30,8 @@ SPEECH_SILENCE_S = 25.0
 #: How a connection ends in this storm.
 BROKEN = (OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, h11.RemoteProtocolError)
 WAV_HEADER_BYTES = 44
-#: Answers after which a program asks again: too much at once, and not now.
-_LATER = (429, 503)
+#: Answers after which a program asks again: too much at once, not now, and that the disk is too slow to tell.
+_LATER = (429, 503, 507)
 
 
 async def _read(answer: Answer, silence_s: float = SILENCE_S) -> AsyncIterator[bytes]:
