@@ -116,9 +116,7 @@ def test_after_a_restart_a_listener_is_believed_once_and_not_at_all_when_an_atte
     assert bench["b"].attempt == started_with
 
 
-def test_after_two_restarts_each_attempt_that_may_have_begun_is_believed_and_no_number_comes_twice() -> (
-    None
-):
+def test_after_two_restarts_each_attempt_that_may_have_begun_is_believed_and_no_number_comes_twice() -> None:
     def restored(name: str) -> Bench:
         bench = Bench()
         bench.scheduler.restore(bench.entry(name, attempt=1, attempt_may_be_newer=True, highest_attempt=3), bench.now)
