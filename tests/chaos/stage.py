@@ -118,7 +118,7 @@ class Settings:
     relay_gap_s: Gap = (1.0, 3.6)
     worker_gap_s: Gap = (1.0, 5.0)
     client_gap_s: Gap = (1.0, 6.0)
-    retain_s: float = 40.0
+    retain_s: float = 120.0
     wait_retention: bool = True
     rss_allowance_mib: float = 24.0
     rss_peak_mib: float = 128.0

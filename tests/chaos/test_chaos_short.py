@@ -25,7 +25,7 @@ async def test_in_a_storm_of_cuts_and_kills_every_listener_gets_its_samples_and_
         burst=20,
         slots=2,
         relay_gap_s=(1.5, 4.0),
-        retain_s=60.0,
+        retain_s=300.0,
         wait_retention=False,
     )
     with trio.fail_after(PATIENCE_S):
