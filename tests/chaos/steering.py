@@ -23,6 +23,8 @@ GAP_S = (0.1, 1.0)
 STOPPING_S = 20.0
 #: Cancelled requests and tokens that are looked at again after each restart; more would only cost time.
 KEPT = 5
+#: Time after which a request that has ended may be forgotten: less than `retain_s` of a long run.
+REMEMBERED_S = 100.0
 #: The requests that the operator cancels while they run are no longer than this, if the cancel is lost with its answer.
 RUN_S = 8.0
 #: The same of those that wait where no worker is.
@@ -45,6 +47,7 @@ class Operator:
     nursery: trio.Nursery
     #: What was answered, by what it is about; a later answer about the same replaces it.
     told: dict[str, Look] = attrs.field(factory=dict)
+    _told_at: dict[str, float] = attrs.field(factory=dict)
     #: Spaces that are paused, or may be, with the account of it.
     _paused: dict[str, Fault | None] = attrs.field(factory=dict)
     _drained: str = ""
@@ -86,7 +89,7 @@ class Operator:
         self.ledger.note_answer()
         self.ledger.counts["steers answered"] += 1
         self.ledger.note("operator", f"was told: {what}")
-        self.told[key] = look
+        self.told[key], self._told_at[key] = look, trio.current_time()
         kind = key.split()[0]
         for old in [each for each in self.told if each.startswith(f"{kind} ")][:-KEPT]:
             del self.told[old]
@@ -106,7 +109,13 @@ class Operator:
 
         async def verify() -> None:
             for key in list(self.told):
-                await self._look(key)
+                if (
+                    key.startswith(("cancelled", "promoted"))
+                    and self._told_at[key] + REMEMBERED_S < trio.current_time()
+                ):
+                    del self.told[key]
+                else:
+                    await self._look(key)
             self._verified = starts
             self.ledger.counts["restarts after which all steers were looked at"] += 1
 
