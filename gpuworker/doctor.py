@@ -14,7 +14,7 @@ from typing import Literal
 import attrs
 
 from gpuworker.config import ConfigError, add_engine_options
-from gpuworker.engines.base import OptionError
+from gpuworker.engines.base import EngineError, OptionError
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine, parse_options
 from protocol.client.address import Address, from_environment, read_token, token_from_environment
 from protocol.wire.errors import LinkError, LoginRefused, ProtocolError
@@ -118,12 +118,17 @@ def _engine(name: str, arguments: list[str], slots: int) -> list[Finding]:
     except (EngineNotFound, OptionError) as fault:
         raise ConfigError(str(fault)) from None
     what = f"engine {name}"
-    outlook = engine.outlook(options, slots)
     lacking = [
         Finding(what=what, outcome="missing", words=f"needs {lack.what}", install=lack.install)
         for lack in engine.check(options, slots)
     ]
-    return lacking or [Finding(what=what, outcome="ok", words="; ".join(filter(None, (engine.SUMMARY, outlook))))]
+    if lacking:
+        return lacking
+    try:
+        outlook = engine.outlook(options, slots)
+    except EngineError as fault:
+        return [Finding(what=what, outcome="failed", words=str(fault))]
+    return [Finding(what=what, outcome="ok", words="; ".join(filter(None, (engine.SUMMARY, outlook))))]
 
 
 def _gpu() -> Finding:

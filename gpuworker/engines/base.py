@@ -280,7 +280,13 @@ class Engine(ABC):
 
     @classmethod
     def outlook(cls, options: Mapping[str, OptionValue], slots: int) -> str:
-        """What the engine will need of this machine with these options, as text for `doctor`; as cheap as `check`."""
+        """What the engine will need of this machine with these options, as text for `doctor`; as cheap as `check`.
+
+        Called if nothing is missing. It may ask a server that the engine depends on.
+
+        Raises:
+            EngineError: what the engine depends on does not answer; `gpuworker run` starts all the same.
+        """
         del options, slots
         return ""
 

@@ -1,0 +1,1 @@
+"""Engine `openai`: any OpenAI-compatible speech server on the worker's own network."""

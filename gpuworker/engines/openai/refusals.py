@@ -1,0 +1,148 @@
+"""Turns what a speech server says when it makes no audio into errors. Pure.
+
+A client reads what the server says of its own request (4xx). What the server says of itself (5xx, keys, addresses,
+paths) is the worker's owner's business, and stays in the worker's log.
+"""
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+
+from gpuworker.engines.base import EngineError
+from protocol.wire.errors import ErrorCode
+from protocol.wire.validators import Value
+
+MAX_WORDS_CHARS = 300
+#: The server's field -> the engine's param, where they differ.
+_PARAMS = {"input": "text", "target_text": "text", "ref_audio": "reference_wav"}
+_PRIVATE = {
+    re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+"): "(an address)",
+    re.compile(r"(?<![\w/])/(?:[^\s/'\",;:]+/)+[^\s/'\",;:]*"): "(a path)",
+    re.compile(r"\b(?:sk|rly|hf|key)[-_]\S{6,}"): "(a key)",
+}
+
+
+class ServerBusy(EngineError):
+    """The server did not begin, and may later: it is busy, starting or away.
+
+    Args:
+        message: what happened.
+        retry_after_s: when the server asks to be asked again; None if it does not say.
+        away: it cannot be reached at all, so its slot is not ready either.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, away: bool = False) -> None:
+        details: dict[str, Value] = {} if retry_after_s is None else {"retry_after_s": retry_after_s}
+        super().__init__(message, details=details, retryable=True, restart=away)
+        self.retry_after_s = retry_after_s
+
+
+def refusal(status: int, headers: Mapping[str, str], body: bytes) -> EngineError:
+    """The error that an answer without audio stands for; its note says the server's own words.
+
+    Args:
+        status: of the answer, any.
+        headers: by name in lower case.
+        body: as much of it as was read.
+    """
+    fault = _refusal(status, headers, body)
+    fault.add_note(f"it answered HTTP {status}: {_owner_words(body) or 'nothing'}")
+    return fault
+
+
+def _refusal(status: int, headers: Mapping[str, str], body: bytes) -> EngineError:
+    said = _client_words(body)
+    told = f": {said}" if said else ""
+    http = f"(HTTP {status})"
+    if status < 300:
+        return EngineError(
+            f"the speech server answered without audio{told}; its owner finds out more in the worker's log"
+        )
+    if status < 400:
+        return EngineError(f"the speech server is elsewhere {http}; the worker's owner gives its address with -o url")
+    if status in (401, 403):
+        return EngineError(f"the speech server refuses the worker {http}; its owner gives a key with -o api_key_file")
+    if status in (429, 502, 503):
+        what = "answers nothing now" if status == 502 else "is busy"
+        return ServerBusy(f"the speech server {what} {http}; try again later", retry_after_s=_retry_after_s(headers))
+    if status in (400, 413, 415, 422):
+        return EngineError(
+            f"the speech server refuses this request {http}{told}", code=ErrorCode.INVALID_PARAMS, details=_fields(body)
+        )
+    if status < 500:
+        return EngineError(f"the speech server does not know the model, the voice or the path {http}{told}")
+    return EngineError(
+        f"the speech server failed {http}; the worker's owner finds the reason in its log", retryable=status == 504
+    )
+
+
+def _owner_words(body: bytes) -> str:
+    """What a body says, for the worker's log: in one line, at most `MAX_WORDS_CHARS`."""
+    parsed = _parsed(body)
+    words = _message(parsed) if parsed is not None else ""
+    if not words and body.lstrip()[:1] != b"<":  # a page says nothing in words
+        words = body[: 4 * MAX_WORDS_CHARS].decode("utf-8", "replace")
+    words = " ".join("".join(char if char.isprintable() else " " for char in words).split())
+    return words if len(words) <= MAX_WORDS_CHARS else f"{words[: MAX_WORDS_CHARS - 1]}…"
+
+
+def _client_words(body: bytes) -> str:
+    """What a body says, for the client: without addresses, paths and keys."""
+    words = _owner_words(body)
+    for pattern, instead in _PRIVATE.items():
+        words = pattern.sub(instead, words)
+    return words
+
+
+def _parsed(body: bytes) -> Value:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _message(answer: Value) -> str:
+    """The text in an error of OpenAI, FastAPI, LocalAI and others: `{"error": {"message": …}}`, `{"detail": …}`, …"""
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, list):  # FastAPI's faults of fields
+        return "; ".join(filter(None, map(_message, answer[:8])))
+    if not isinstance(answer, dict):
+        return ""
+    words = next((said for name in ("error", "detail", "message", "msg") if (said := _message(answer.get(name)))), "")
+    place = answer.get("loc")
+    field = str(place[-1]) if isinstance(place, list) and place else ""
+    return f"{_PARAMS.get(field, field)}: {words}" if field and words else words
+
+
+def _fields(body: bytes) -> dict[str, str]:
+    """Field -> what is wrong, as far as the server names fields."""
+    answer = _parsed(body)
+    if not isinstance(answer, dict):
+        return {}
+    error, detail = answer.get("error"), answer.get("detail")
+    if isinstance(error, dict) and isinstance(error.get("param"), str):
+        found: dict[str, Value] = {error["param"]: error.get("message")}
+    elif isinstance(detail, list):
+        faults = [each for each in detail[:8] if isinstance(each, dict) and isinstance(each.get("loc"), list)]
+        found = {str(fault["loc"][-1]): fault.get("msg") for fault in faults if fault["loc"]}
+    else:
+        return {}
+    return {
+        _PARAMS.get(name, name): _client_words(json.dumps(words).encode())
+        for name, words in found.items()
+        if name and isinstance(words, str)
+    }
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """`Retry-After` (RFC 9110 section 10.2.3): seconds, or a date."""
+    text = headers.get("retry-after", "").strip()
+    if text.isdecimal():
+        return float(text[:9])
+    try:
+        return max(0.0, round(parsedate_to_datetime(text).timestamp() - time.time(), 3))
+    except (ValueError, OverflowError):
+        return None
