@@ -79,7 +79,6 @@ class SpeechServer:
         self.script = script
         self.lists = lists
         self.calls: list[Call] = []
-        self.most_at_once = 0
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", port))
         self._wires: set[socket.socket] = set()
@@ -144,6 +143,30 @@ def _read(wire: socket.socket) -> Call | None:
         body += wire.recv(65_536)
     method, path, _ = first.split()
     return Call(wire, method, path, headers, json.loads(body) if body else None)
+
+
+def plays(call: Call) -> None:
+    """A script: a second of audio."""
+    call.stream([PCM])
+
+
+class Places:
+    """A server with a number of places, that turns away what comes when they are taken."""
+
+    def __init__(self, count: int) -> None:
+        self._free = threading.Semaphore(count)
+        self.refused = threading.Event()
+
+    def __call__(self, call: Call) -> None:
+        if not self._free.acquire(blocking=False):
+            self.refused.set()
+            call.answer(b"", "503 Service Unavailable", "Retry-After: 0")
+            return
+        try:
+            self.refused.wait(PATIENCE_S)  # a place is held until another request was turned away
+            plays(call)
+        finally:
+            self._free.release()
 
 
 @contextlib.contextmanager

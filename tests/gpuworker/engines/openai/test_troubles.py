@@ -17,11 +17,17 @@ from gpuworker.slots.process_slot import ProcessSlot
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job
 from gpuworker.slots.thread_slot import ThreadSlot
-from tests.gpuworker.engines.openai.speech_server import PATIENCE_S, PCM, Call, SpeechServer, an_engine, pcm, run
-
-
-def plays(call: Call) -> None:
-    call.stream([PCM])
+from tests.gpuworker.engines.openai.speech_server import (
+    PATIENCE_S,
+    PCM,
+    Call,
+    Places,
+    SpeechServer,
+    an_engine,
+    pcm,
+    plays,
+    run,
+)
 
 
 class Cancel:
@@ -267,25 +273,6 @@ def test_a_cancel_ends_the_wait_for_a_busy_server() -> None:
 
     with SpeechServer(script) as server, an_engine(server.url, "wait_s=1000") as engine:
         assert run(engine, cancelled=asked.is_set)[0].outcome == "cancelled"
-
-
-class Places:
-    """A server with a number of places, that turns away what comes when they are taken."""
-
-    def __init__(self, count: int) -> None:
-        self._free = threading.Semaphore(count)
-        self.refused = threading.Event()
-
-    def __call__(self, call: Call) -> None:
-        if not self._free.acquire(blocking=False):
-            self.refused.set()
-            call.answer(b"", "503 Service Unavailable", "Retry-After: 0")
-            return
-        try:
-            self.refused.wait(PATIENCE_S)  # a place is held until another request was turned away
-            plays(call)
-        finally:
-            self._free.release()
 
 
 def test_one_client_serves_many_threads_and_more_of_them_than_the_server_has_places() -> None:
