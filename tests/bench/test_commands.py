@@ -11,7 +11,7 @@ from bench.commands import COMMANDS, environment, python_arguments
 #: What a relay, a screen or an engine needs, and no short command does.
 HEAVY = {
     *("starlette", "h11", "prometheus_client", "python_multipart", "structlog", "anyio"),
-    *("textual", "rich", "numpy", "torch", "av", "soxr", "espeakng_loader", "asyncio"),
+    *("textual", "rich", "numpy", "torch", "av", "soxr", "espeakng_loader", "asyncio", "httpx2"),
 }
 #: What a command needs that talks to a relay or opens its store.
 TALKING = {"trio", "websockets", "ssl", "msgpack", "sqlite3"}

@@ -39,8 +39,10 @@ class Server:
 async def pcm_of(url: str, key: str, model: str, text: str) -> bytes:
     """What a relay says to the openai package."""
     with openai.OpenAI(base_url=url, api_key=key.strip(), max_retries=0, timeout=PATIENCE_S) as client:
-        fields = {"model": model, "voice": "default", "input": text, "response_format": "pcm"}
-        return (await trio.to_thread.run_sync(partial(client.audio.speech.create, **fields))).read()
+        create = client.audio.speech.create
+        ask = partial(create, model=model, voice="default", input=text, response_format="pcm")
+        body: bytes = (await trio.to_thread.run_sync(ask)).read()
+        return body
 
 
 async def a_key(place: Place) -> str:
@@ -62,7 +64,7 @@ async def a_speech_server(folder: Path, *worker: str) -> AsyncIterator[Server]:
 def samples(path: Path) -> bytes:
     with wave.open(str(path)) as wav:
         assert (wav.getframerate(), wav.getnchannels(), wav.getsampwidth()) == (24_000, 1, 2)
-        return wav.readframes(wav.getnframes())
+        return bytes(wav.readframes(wav.getnframes()))
 
 
 @pytest.fixture

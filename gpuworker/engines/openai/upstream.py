@@ -7,6 +7,7 @@ it gives up is closed at once, whether its head, a stalled body or the connectio
 import contextlib
 import math
 import queue
+import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -117,14 +118,15 @@ class Upstream:
         self._token = trio.lowlevel.current_trio_token()
         timeout = httpx2.Timeout(self._silence_s, connect=CONNECT_S, pool=None)
         # A connection a request: on a local network it costs nothing, and none is found closed by the server when the
-        # next request is on its way. The environment's proxies are for the internet. Certificates take 0.3 s to read.
+        # next request is on its way. The environment's proxies are for the internet, but not its SSL_CERT_FILE, which
+        # the standard library reads; that takes 0.3 s, so plain HTTP does without.
         async with (
             httpx2.AsyncClient(
                 headers=self._headers,
                 timeout=timeout,
                 limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
                 trust_env=False,
-                verify=self._url.startswith("https:"),
+                verify=ssl.create_default_context() if self._url.startswith("https:") else False,
             ) as self._client,
             trio.open_nursery() as self._nursery,
         ):
@@ -224,7 +226,7 @@ class Exchange:
                     self._complete = True
         except Exception as fault:  # noqa: BLE001 - the one broad catch for a request
             self._fault = _translated(fault, begun=self._head is not None)
-            self._fault.add_note(f"{type(fault).__name__}: {fault}")
+            self._fault.add_note(_reason(fault))
         finally:
             self._begun.set()
             self._ended.set()
@@ -258,6 +260,13 @@ class Exchange:
 
 def _ended() -> EngineError:
     return EngineError("the engine's HTTP client has ended", retryable=True, restart=True)
+
+
+def _reason(fault: BaseException) -> str:
+    """What is behind an exception of the HTTP client, which itself may say nothing (of a certificate, for example)."""
+    while not str(fault) and (behind := fault.__cause__ or fault.__context__) is not None:
+        fault = behind
+    return f"{type(fault).__name__}: {fault}"
 
 
 def _translated(fault: Exception, *, begun: bool) -> EngineError:

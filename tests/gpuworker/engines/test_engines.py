@@ -266,11 +266,12 @@ def test_the_modules_of_engines_import_nothing_heavy() -> None:
     import subprocess
 
     script = (
-        "import gpuworker.cli, gpuworker.engines.espeak.engine, gpuworker.engines.function.engine, sys; "
+        "import gpuworker.cli, gpuworker.engines.espeak.engine, gpuworker.engines.function.engine, "
+        "gpuworker.engines.openai.engine, sys; "
         "print(*sys.modules)"
     )
     modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"numpy", "torch", "voxcpm", "espeakng_loader"} & set(modules)
+    assert not {"numpy", "torch", "voxcpm", "espeakng_loader", "httpx2"} & set(modules)
 
 
 # -- function ----------------------------------------------------------------------------------------------------
@@ -737,7 +738,7 @@ def test_nothing_is_made_after_a_cancel_and_the_engine_is_closed_between_two_chu
 
 
 def test_the_catalog_finds_what_is_installed_and_names_it_where_one_is_not() -> None:
-    assert {"espeak", "mock", "function"} <= set(engine_names())
+    assert {"espeak", "mock", "function", "openai"} <= set(engine_names())
     assert find_engine("mock") is MockEngine
     with pytest.raises(EngineNotFound, match=r"installed are: .*mock"):
         find_engine("nope")

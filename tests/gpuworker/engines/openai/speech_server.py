@@ -3,10 +3,12 @@
 import contextlib
 import json
 import socket
+import ssl
 import struct
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import attrs
@@ -18,6 +20,8 @@ from gpuworker.slots.run_engine import RunResult, run_engine
 from protocol.wire.validators import Value
 
 PATIENCE_S = 20.0
+#: Self-signed, for localhost and 127.0.0.1.
+TLS = Path(__file__).parents[3] / "support" / "tls"
 #: A second at 24 kHz, in which no two samples are equal.
 PCM = array("h", range(-12_000, 12_000)).tobytes()
 LISTS = {"/v1/models": {"object": "list", "data": [{"id": "kokoro"}]}, "/v1/audio/voices": {"voices": ["anna", "bert"]}}
@@ -75,7 +79,7 @@ Script = Callable[[Call], None]
 class SpeechServer:
     """Answers lists by itself, and each request for speech as its script says."""
 
-    def __init__(self, script: Script, lists: Mapping[str, Any] = LISTS, port: int = 0) -> None:
+    def __init__(self, script: Script, lists: Mapping[str, Any] = LISTS, *, port: int = 0, tls: bool = False) -> None:
         self.script = script
         self.lists = lists
         self.calls: list[Call] = []
@@ -83,7 +87,10 @@ class SpeechServer:
         self._listener = socket.create_server(("127.0.0.1", port))
         self._wires: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/v1"
+        self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) if tls else None
+        if self._tls is not None:
+            self._tls.load_cert_chain(TLS / "cert.pem", TLS / "key.pem")
+        self.url = f"http{'s' * tls}://127.0.0.1:{self._listener.getsockname()[1]}/v1"
 
     def __enter__(self) -> Self:
         self._start(self._accept)
@@ -117,8 +124,8 @@ class SpeechServer:
 
     def _serve(self, wire: socket.socket) -> None:
         self._wires.add(wire)
-        with wire, contextlib.suppress(OSError):
-            if (call := _read(wire)) is not None:
+        with contextlib.suppress(OSError), wire if self._tls is None else self._tls.wrap_socket(wire, True) as plain:
+            if (call := _read(plain)) is not None:
                 if call.method == "GET":
                     listed = self.lists.get(call.path.partition("?")[0])
                     found = isinstance(listed, dict | list)
@@ -187,12 +194,14 @@ def never() -> bool:
 def run(
     engine: OpenAiEngine,
     params: dict[str, Value] | None = None,
+    *,
+    inputs: Mapping[str, EngineInput] | None = None,
     cancelled: Callable[[], bool] = never,
-    **inputs: EngineInput,
+    chunks: list[Chunk] | None = None,
 ) -> tuple[RunResult, list[Chunk]]:
     """What the engine makes of one request, through the loop that every slot uses."""
-    chunks: list[Chunk] = []
-    return run_engine(engine, {"text": "Hello."} | (params or {}), inputs, cancelled, chunks.append), chunks
+    chunks = [] if chunks is None else chunks
+    return run_engine(engine, {"text": "Hello."} | (params or {}), inputs or {}, cancelled, chunks.append), chunks
 
 
 def pcm(chunks: list[Chunk]) -> bytes:

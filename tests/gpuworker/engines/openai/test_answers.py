@@ -3,13 +3,13 @@
 import json
 import struct
 from array import array
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpuworker.engines.base import AudioChunk, Chunk, EngineError, EngineInput
+from gpuworker.engines.base import AudioChunk, Chunk, EngineError, EngineInput, FormatChunk, OptionError
 from gpuworker.engines.openai.audio_body import AudioBody, declared
 from gpuworker.engines.openai.dialects import names_in
 from gpuworker.engines.openai.refusals import refusal
@@ -17,11 +17,13 @@ from protocol.wire.structs import AudioFormat
 from tests.gpuworker.engines.openai.speech_server import (
     LISTS,
     PCM,
+    TLS,
     Call,
     SpeechServer,
     an_engine,
     format_of,
     pcm,
+    plays,
     run,
 )
 
@@ -38,10 +40,11 @@ def wav(samples: bytes, rate: int = 24_000, *, coding: int = 1, bits: int = 16, 
     return b"RIFF" + struct.pack("<I", 0xFFFF_FFFF) + b"WAVEfmt " + struct.pack("<I", len(fmt)) + fmt + listed + data
 
 
-def read(body: bytes, sizes: list[int], *, fixed: bool = False, **headers: str) -> tuple[list[Chunk], bytes]:
+def read(
+    body: bytes, sizes: list[int], headers: dict[str, str] | None = None, *, fixed: bool = False
+) -> tuple[list[Chunk], bytes]:
     """What comes of a body that arrives in pieces of these sizes, and then whole."""
-    names = {name.replace("_", "-"): text for name, text in headers.items()}
-    reader = AudioBody(declared(names), MONO, fixed=fixed)
+    reader = AudioBody(declared(headers or {}), MONO, fixed=fixed)
     chunks: list[Chunk] = []
     for size in sizes:
         chunks += reader.feed(body[:size])
@@ -80,23 +83,23 @@ def test_a_body_is_the_same_samples_however_it_is_cut(sizes: list[int], body: by
     ("headers", "expected"),
     [
         ({}, (24_000, 1)),
-        ({"content_type": "audio/pcm"}, (24_000, 1)),
-        ({"content_type": "audio/pcm;rate=48000;channels=2"}, (48_000, 2)),
-        ({"content_type": 'Audio/L16; rate="16000"'}, (16_000, 1)),
-        ({"content_type": "application/octet-stream", "x_audio_sample_rate": "44100"}, (44_100, 1)),
+        ({"content-type": "audio/pcm"}, (24_000, 1)),
+        ({"content-type": "audio/pcm;rate=48000;channels=2"}, (48_000, 2)),
+        ({"content-type": 'Audio/L16; rate="16000"'}, (16_000, 1)),
+        ({"content-type": "application/octet-stream", "x-audio-sample-rate": "44100"}, (44_100, 1)),
         (
-            {"content_type": "audio/pcm; rate=8000", "x_audio_sample_rate": "44100", "x_audio_channels": "2"},
+            {"content-type": "audio/pcm; rate=8000", "x-audio-sample-rate": "44100", "x-audio-channels": "2"},
             (44_100, 2),
         ),
-        ({"content_type": "audio/pcm; rate=fast", "x_sample_rate": "-1"}, (24_000, 1)),
+        ({"content-type": "audio/pcm; rate=fast", "x-sample-rate": "-1"}, (24_000, 1)),
     ],
 )
 def test_the_head_says_the_format_of_pcm(headers: dict[str, str], expected: tuple[int, int]) -> None:
-    assert format_of(read(PCM, [], **headers)[0]) == expected
+    assert format_of(read(PCM, [], headers)[0]) == expected
 
 
 def test_a_format_that_was_given_holds_whatever_the_head_says() -> None:
-    chunks, samples = read(PCM, [], fixed=True, content_type="audio/pcm;rate=48000")
+    chunks, samples = read(PCM, [], {"content-type": "audio/pcm;rate=48000"}, fixed=True)
     assert samples == PCM
     assert isinstance(chunks[0], AudioChunk)  # the slot has announced the format already
     with pytest.raises(EngineError, match="made audio of 48000 Hz with 1 channel, and not of 24000 Hz"):
@@ -112,13 +115,13 @@ def test_a_format_that_was_given_holds_whatever_the_head_says() -> None:
         (b"ID3\4" + bytes(100), {}, "neither PCM nor WAV"),
         (
             PCM,
-            {"content_type": "audio/mpeg"},
+            {"content-type": "audio/mpeg"},
             "sent audio/mpeg, which is neither PCM nor WAV; its owner may try -o resp",
         ),
-        (PCM, {"content_type": "audio/wav"}, "neither PCM nor WAV"),
-        (PCM, {"x_audio_bits_per_sample": "32"}, "sends 32-bit samples"),
-        (PCM, {"x_audio_format": "pcm_f32le"}, "sends pcm_f32le samples"),
-        (PCM, {"x_audio_channels": "6"}, "cannot be sent: channels"),
+        (PCM, {"content-type": "audio/wav"}, "neither PCM nor WAV"),
+        (PCM, {"x-audio-bits-per-sample": "32"}, "sends 32-bit samples"),
+        (PCM, {"x-audio-format": "pcm_f32le"}, "sends pcm_f32le samples"),
+        (PCM, {"x-audio-channels": "6"}, "cannot be sent: channels"),
         (wav(PCM, bits=24), {}, "24-bit samples of kind 1"),
         (wav(PCM, 1), {}, "cannot be sent: sample_rate"),
         (wav(PCM[:4]) + wav(PCM[:4], 48_000), {}, "audio of 48000 Hz with 1 channel after 24000 Hz"),
@@ -128,7 +131,7 @@ def test_a_format_that_was_given_holds_whatever_the_head_says() -> None:
 )
 def test_a_body_that_is_no_audio_is_told_in_words(body: bytes, headers: dict[str, str], words: str) -> None:
     with pytest.raises(EngineError, match=words):
-        read(body, [7], **headers)
+        read(body, [7], headers)
 
 
 @settings(max_examples=200, deadline=None)
@@ -182,13 +185,13 @@ def test_the_first_audio_is_passed_on_before_the_last_is_made() -> None:
             call.until_given_up()
 
         server.script = script
-        speech = engine.generate({"text": "a"}, {})
-        assert format_of([next(speech)]) == (24_000, 1)
-        assert next(speech) == AudioChunk(PCM[:100])
-        speech.close()
+        chunks: list[Chunk] = []
+        end, _ = run(engine, cancelled=lambda: len(chunks) == 2, chunks=chunks)
+        assert end.outcome == "cancelled"
+        assert chunks == [FormatChunk(MONO), AudioChunk(PCM[:100])]
 
 
-def test_options_say_what_is_asked_for(tmp_path: object) -> None:
+def test_options_say_what_is_asked_for() -> None:
     def script(call: Call) -> None:
         call.answer(wav(PCM, 16_000), "200 OK", "Content-Type: audio/wav")
 
@@ -214,7 +217,7 @@ def test_a_recording_of_a_voice_is_sent_as_a_data_url() -> None:
         assert set(engine.capabilities.inputs) == {"reference_wav"}
         assert "enum" not in engine.capabilities.params["properties"]["voice"]
         recording = EngineInput(b"RIFF\0\0\0\0WAVEx")
-        end, _ = run(engine, {"ref_text": "What I said."}, reference_wav=recording)
+        end, _ = run(engine, {"ref_text": "What I said."}, inputs={"reference_wav": recording})
         assert end.outcome == "completed"
         body = server.calls[0].body
         assert body["ref_audio"] == "data:audio/wav;base64,UklGRgAAAABXQVZFeA=="
@@ -236,7 +239,7 @@ def test_nanovllm_is_asked_at_its_own_path_and_says_its_rate() -> None:
         with an_engine(url, "api=nanovllm", "cloning=true") as engine:
             assert engine.capabilities.format == AudioFormat(sample_rate=48_000)
             inputs = {"prompt_wav": EngineInput(b"fLaC"), "reference_wav": EngineInput(b"ID3")}
-            end, chunks = run(engine, {"seed": 7, "cfg_value": 2.0, "prompt_text": "So."}, **inputs)
+            end, chunks = run(engine, {"seed": 7, "cfg_value": 2.0, "prompt_text": "So."}, inputs=inputs)
             assert (end.outcome, format_of(chunks), pcm(chunks)) == ("completed", (48_000, 1), PCM)
             assert server.calls[0].path == "/generate"
             assert server.calls[0].body == {
@@ -251,7 +254,7 @@ def test_nanovllm_is_asked_at_its_own_path_and_says_its_rate() -> None:
                 "ref_audio_wav_format": "mp3",
             }
             assert set(run(engine, {"prompt_text": "So."})[0].details) == {"prompt_wav"}
-            assert set(run(engine, {}, prompt_wav=EngineInput(b"fLaC"))[0].details) == {"prompt_text"}
+            assert set(run(engine, inputs={"prompt_wav": EngineInput(b"fLaC")})[0].details) == {"prompt_text"}
     with SpeechServer(script, {}) as server, an_engine(server.url, "api=nanovllm") as engine:
         assert engine.capabilities.inputs == {}
         assert format_of(run(engine)[1]) == (48_000, 1)
@@ -379,9 +382,19 @@ def test_a_server_without_lists_takes_any_voice(lists: dict[str, object]) -> Non
         assert "model" not in server.calls[0].body
 
 
-def test_a_key_is_read_from_its_file_and_sent(tmp_path: "object", monkeypatch: pytest.MonkeyPatch) -> None:
+def test_https_is_checked_by_the_certificates_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with SpeechServer(plays, tls=True) as server:
+        assert server.url.startswith("https:")
+        with pytest.raises(EngineError, match="CERTIFICATE_VERIFY_FAILED"), an_engine(server.url):
+            pass
+        monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "cert.pem"))
+        with an_engine(server.url) as engine:
+            assert pcm(run(engine)[1]) == PCM
+
+
+def test_a_key_is_read_from_its_file_and_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")  # of no use on one's own network
-    path = tmp_path / "key"  # type: ignore[operator]
+    path = tmp_path / "key"
     path.write_text(f"{KEY}\n")
     with SpeechServer(lambda call: call.answer(PCM)) as server, an_engine(server.url, f"api_key_file={path}") as engine:
         assert run(engine)[0].outcome == "completed"
@@ -397,11 +410,8 @@ def test_a_key_is_read_from_its_file_and_sent(tmp_path: "object", monkeypatch: p
         pass
 
 
-@pytest.mark.parametrize("make", [lambda lists: {**LISTS, "/v1/models": lists}])
-def test_a_server_with_several_models_needs_a_choice(make: Callable[[object], dict[str, object]]) -> None:
-    from gpuworker.engines.base import OptionError
-
-    lists = make({"data": [{"id": "a"}, {"id": "b"}]})
+def test_a_server_with_several_models_needs_a_choice() -> None:
+    lists = {**LISTS, "/v1/models": {"data": [{"id": "a"}, {"id": "b"}]}}
     with SpeechServer(lambda call: call.answer(PCM), lists) as server:
         with pytest.raises(OptionError, match="choose one of a, b"), an_engine(server.url):
             pass
@@ -427,8 +437,6 @@ def test_a_server_with_several_models_needs_a_choice(make: Callable[[object], di
     ],
 )
 def test_options_that_cannot_be_are_refused_in_words_and_secrets_are_not_repeated(option: str, words: str) -> None:
-    from gpuworker.engines.base import OptionError
-
     with pytest.raises(OptionError, match=words) as caught, an_engine("http://host/v1", option):
         pass
     assert "secret" not in str(caught.value)

@@ -90,10 +90,8 @@ def test_a_cancel_ends_a_body_without_end_in_mid_stream() -> None:
 
     with SpeechServer(script) as server, an_engine(server.url) as engine:
         chunks: list[Chunk] = []
-        speech = engine.generate({"text": "a"}, {})
-        while len(pcm(chunks)) < 10 * len(PCM):
-            chunks.append(next(speech))
-        speech.close()
+        end, _ = run(engine, cancelled=lambda: len(pcm(chunks)) >= 10 * len(PCM), chunks=chunks)
+        assert end.outcome == "cancelled"
         assert given_up.wait(PATIENCE_S)
         assert pcm(chunks).startswith(10 * PCM)
 
@@ -190,6 +188,11 @@ def test_a_lost_connection_is_no_end_and_may_be_tried_again(script: Callable[[Ca
         assert run(engine)[0].outcome == "completed"
 
 
+def kill_when(begun: threading.Event, server: SpeechServer) -> None:
+    begun.wait(PATIENCE_S)
+    server.kill()
+
+
 def test_a_server_killed_in_mid_stream_ends_the_run_and_the_next_one_learns_that_it_is_away() -> None:
     begun = threading.Event()
 
@@ -199,8 +202,10 @@ def test_a_server_killed_in_mid_stream_ends_the_run_and_the_next_one_learns_that
         call.until_given_up()
 
     with SpeechServer(script) as server, an_engine(server.url) as engine:
-        threading.Thread(target=lambda: (begun.wait(PATIENCE_S), server.kill())).start()
+        killer = threading.Thread(target=kill_when, args=(begun, server))
+        killer.start()
         end, chunks = run(engine)
+        killer.join(PATIENCE_S)
         assert (end.retryable, pcm(chunks)) == (True, PCM[:1000])
         assert "lost in mid-stream" in end.message
         end, _ = run(engine)
