@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "gpuworker.service"
 SETTINGS = ROOT / "deploy" / "gpuworker.toml"
 ENVIRONMENT = ROOT / "deploy" / "gpuworker.env"
-DOCUMENTS = ("gpu-machine.md", "indextts2.md")
+DOCUMENTS = ("gpu-machine.md", "indextts2.md", "speech-servers.md")
 
 
 def unit() -> dict[str, list[str]]:

@@ -79,7 +79,9 @@ Script = Callable[[Call], None]
 class SpeechServer:
     """Answers lists by itself, and each request for speech as its script says."""
 
-    def __init__(self, script: Script, lists: Mapping[str, Any] = LISTS, *, port: int = 0, tls: bool = False) -> None:
+    def __init__(
+        self, script: Script, lists: "Mapping[str, Any] | Script" = LISTS, *, port: int = 0, tls: bool = False
+    ) -> None:
         self.script = script
         self.lists = lists
         self.calls: list[Call] = []
@@ -126,7 +128,9 @@ class SpeechServer:
         self._wires.add(wire)
         with contextlib.suppress(OSError), wire if self._tls is None else self._tls.wrap_socket(wire, True) as plain:
             if (call := _read(plain)) is not None:
-                if call.method == "GET":
+                if call.method == "GET" and callable(self.lists):
+                    self.lists(call)
+                elif call.method == "GET":
                     listed = self.lists.get(call.path.partition("?")[0])
                     found = isinstance(listed, dict | list)
                     call.answer(json.dumps(listed if found else {}).encode(), "200 OK" if found else "404 Not Found")
