@@ -60,7 +60,7 @@ def declared(headers: Mapping[str, str]) -> Declared:
     """
     head = Message()
     head["content-type"] = headers.get("content-type", "")
-    media_type = head.get_content_type() if headers.get("content-type") else ""
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     bits = _number(*(headers.get(name) for name in _BITS))
     encoding = next((headers[name].lower() for name in _ENCODINGS if name in headers), "")
     if bits not in (None, 16) or "f32" in encoding or "float" in encoding:
@@ -76,7 +76,8 @@ def declared(headers: Mapping[str, str]) -> Declared:
 
 
 def _number(*texts: object) -> int | None:
-    return next((int(text) for text in texts if isinstance(text, str) and text.strip().isdecimal()), None)
+    numbers = (text.strip() for text in texts if isinstance(text, str))
+    return next((int(text[:9]) for text in numbers if text.isdecimal()), None)
 
 
 class AudioBody:

@@ -42,10 +42,19 @@ class Offer:
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """What the worker's owner has chosen, and `load` has completed."""
+    """What the worker's owner has chosen, and `load` has completed.
+
+    Args:
+        model: its name, if requests have one.
+        voices: names to offer; empty until the server was asked, None for any.
+        default_voice: the voice of a request that names none; None leaves it to the server.
+        response_format: what to ask for.
+        cloning: whether recordings of a voice are accepted.
+        extra: more fields of each request; None leaves a field out.
+    """
 
     model: str | None = None
-    voices: tuple[str, ...] | None = None
+    voices: tuple[str, ...] | None = ()
     default_voice: str | None = None
     response_format: str = "pcm"
     cloning: bool = False

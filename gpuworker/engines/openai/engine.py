@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlsplit
 
 import attrs
@@ -35,13 +35,16 @@ from gpuworker.engines.base import (
 from gpuworker.engines.openai.audio_body import AudioBody, declared
 from gpuworker.engines.openai.dialects import DIALECTS, Offer, Settings
 from gpuworker.engines.openai.refusals import ServerBusy, refusal
-from gpuworker.engines.openai.upstream import Exchange, Upstream
 from protocol.install_hint import install_command
+from protocol.link.backoff import Backoff
 from protocol.speakable import speakable
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 
-#: Between two attempts to reach a server that is busy: at first, and at most.
+if TYPE_CHECKING:
+    from gpuworker.engines.openai.upstream import Exchange, Upstream
+
+#: The longest pause before a busy server is asked again: at first, and later.
 BUSY_FIRST_S = 0.25
 BUSY_LONGEST_S = 4.0
 NAP_S = 0.05
@@ -145,10 +148,7 @@ class OpenAiEngine(Engine):
         """
         offer = self._connect()
         chosen = self._settings
-        if chosen.model is None and self._dialect.NAMES_MODEL:
-            if len(offer.models) > 1:
-                self.close()
-                raise OptionError(f"-o model=…: the server has several, choose one of {_listed(offer.models)}")
+        if chosen.model is None:
             chosen = attrs.evolve(chosen, model=next(iter(offer.models), None))
         elif chosen.model and offer.models and chosen.model not in offer.models:
             print(f"{self._url} does not list model {chosen.model}; it lists {_listed(offer.models)}", file=sys.stderr)
@@ -166,11 +166,16 @@ class OpenAiEngine(Engine):
         """Start the HTTP client, and ask what the server has."""
         if self.missing():
             raise EngineError(f"the httpx2 package is not installed: {install_command('openai')}")
+        from gpuworker.engines.openai.upstream import Upstream  # here, for `gpuworker engines` needs no Trio
+
         key = _key(self.options["api_key_file"])
         self._server = Upstream(self._url, key, float(self.options["silence_s"] or 0))
         self._server.open()
         try:
-            return self._dialect.offer(self._ask, self._settings)
+            offer = self._dialect.offer(self._ask, self._settings)
+            if self._settings.model is None and self._dialect.NAMES_MODEL and len(offer.models) > 1:
+                raise EngineError(f"{self._url} has several models, choose one: -o model=… {_listed(offer.models)}")
+            return offer
         except BaseException:
             self.close()
             raise
@@ -185,7 +190,7 @@ class OpenAiEngine(Engine):
         try:
             with self._server.ask("GET", path, query=query) as answer:
                 head = answer.head(time.monotonic() + LIST_S)
-                body = answer.read_text()
+                body = b"" if head is None else answer.read_text()
         except EngineError as fault:
             raise EngineError(f"{self._url}: {_for_owner(fault)}") from None
         if head is None:
@@ -214,7 +219,7 @@ class OpenAiEngine(Engine):
         server = self._server
         assert server is not None
         until = time.monotonic() + float(self.options["wait_s"] or 0)
-        pause_s = BUSY_FIRST_S
+        pauses = Backoff(BUSY_FIRST_S, BUSY_LONGEST_S)
         while not self.cancelled():
             try:
                 with server.ask("POST", self._dialect.SPEECH, body, cancelled=self.cancelled) as answer:
@@ -225,15 +230,14 @@ class OpenAiEngine(Engine):
                     print(_for_owner(fault), file=sys.stderr, flush=True)
                     raise
                 self.report(ProgressChunk("loading", 0.0, "the speech server is busy"))
-                self._wait(min(max(pause_s, fault.retry_after_s or 0.0), until - time.monotonic()))
-                pause_s = min(2 * pause_s, BUSY_LONGEST_S)
+                self._wait(min((fault.retry_after_s or 0.0) + pauses.next_s(), until - time.monotonic()))
 
     def _wait(self, wait_s: float) -> None:
         due = time.monotonic() + wait_s
         while (left := due - time.monotonic()) > 0 and not self.cancelled():
             time.sleep(min(left, NAP_S))
 
-    def _speech(self, answer: Exchange) -> Iterator[Chunk]:
+    def _speech(self, answer: "Exchange") -> Iterator[Chunk]:
         """The audio of one answer.
 
         Raises:

@@ -82,7 +82,7 @@ def _owner_words(body: bytes) -> str:
     """What a body says, for the worker's log: in one line, at most `MAX_WORDS_CHARS`."""
     parsed = _parsed(body)
     words = _message(parsed) if parsed is not None else ""
-    if not words and body.lstrip()[:1] != b"<":  # a page says nothing in words
+    if not words and not body.lstrip().startswith((b"<", b"data:", b"event:")):  # a page, or events of audio
         words = body[: 4 * MAX_WORDS_CHARS].decode("utf-8", "replace")
     words = " ".join("".join(char if char.isprintable() else " " for char in words).split())
     return words if len(words) <= MAX_WORDS_CHARS else f"{words[: MAX_WORDS_CHARS - 1]}…"

@@ -1,5 +1,6 @@
 """What engine `openai` makes of the answers of a speech server, good and bad."""
 
+import contextlib
 import json
 import struct
 from array import array
@@ -143,6 +144,23 @@ def test_no_body_breaks_the_reader(body: bytes, riff: bool, sizes: list[int]) ->
     except EngineError:
         return
     assert 0 < len(samples) <= len(body)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    names=st.dictionaries(
+        st.sampled_from(["content-type", "x-audio-sample-rate", "x-audio-channels", "x-bit-depth", "x-audio-format"]),
+        st.one_of(
+            st.text(st.characters(exclude_characters="\r\n\0", exclude_categories=["Cs"]), max_size=30),
+            st.sampled_from(
+                ["9" * 5_000, "audio/pcm; rate=" + "9" * 5_000, "audio/pcm; rate*=utf-8''24000", "audio/x;;="]
+            ),
+        ),
+    )
+)
+def test_no_head_breaks_the_reader(names: dict[str, str]) -> None:
+    with contextlib.suppress(EngineError):
+        read(PCM, [], names)
 
 
 # -- through HTTP
@@ -297,6 +315,7 @@ FASTAPI = {
         ),
         ("307 X", "", "engine_failed", False, "is elsewhere"),
         ("200 OK", '{"error": "out of voices"}', "engine_failed", False, "answered without audio: out of voices"),
+        ("200 OK", 'data: {"type": "speech.audio.delta"}', "engine_failed", False, "answered without audio; its owner"),
         ("200 OK", "[" * 100_000, "engine_failed", False, "answered without audio"),
     ],
 )
@@ -413,7 +432,7 @@ def test_a_key_is_read_from_its_file_and_sent(tmp_path: Path, monkeypatch: pytes
 def test_a_server_with_several_models_needs_a_choice() -> None:
     lists = {**LISTS, "/v1/models": {"data": [{"id": "a"}, {"id": "b"}]}}
     with SpeechServer(lambda call: call.answer(PCM), lists) as server:
-        with pytest.raises(OptionError, match="choose one of a, b"), an_engine(server.url):
+        with pytest.raises(EngineError, match="several models, choose one: -o model=… a, b"), an_engine(server.url):
             pass
         with an_engine(server.url, "model=c") as engine:  # it may have more than it lists
             assert run(engine)[0].outcome == "completed"
