@@ -13,6 +13,7 @@ import openai
 import pytest
 import trio
 
+from protocol import RelayClient, open_relay
 from tests.gpuworker.engines.openai.speech_server import PCM, Places, SpeechServer
 from tests.support.processes import PATIENCE_S, Place, Proc, a_place, a_relay, a_worker
 
@@ -134,12 +135,22 @@ async def test_a_server_killed_in_mid_stream_is_told_and_the_next_one_is_waited_
 @pytest.mark.trio
 async def test_sixteen_slots_before_a_server_with_four_places_all_end_well(tmp_path: Path) -> None:
     place = a_place(tmp_path)
+    heard: dict[int, bytes] = {}
+
+    async def say(client: RelayClient, number: int) -> None:
+        async with client.submit("tts", {"text": f"Sentence {number}"}) as stream:
+            heard[number] = b"".join([pcm async for pcm in stream.audio()])
+
     with SpeechServer(places := Places(4)) as server:
         options = ("--engine", "openai", "-o", f"url={server.url}", "--slots", "16")
         async with a_relay(place) as relay, a_worker(place, relay, *options) as worker:
             await worker.until(lambda _: sum("loaded in" in line for line in worker.lines) == 16)
-            async with trio.open_nursery() as nursery:
-                for number in range(16):
-                    nursery.start_soon(place.run, "relay", "say", f"Sentence {number}", "-o", f"{number}.wav")
+            with trio.fail_after(PATIENCE_S):
+                async with (
+                    open_relay(f"unix:{tmp_path}/state/relayd.sock", token="") as client,
+                    trio.open_nursery() as nursery,
+                ):
+                    for number in range(16):
+                        nursery.start_soon(say, client, number)
     assert places.refused.is_set()
-    assert [samples(tmp_path / f"{number}.wav") == PCM for number in range(16)] == [True] * 16
+    assert heard == dict.fromkeys(range(16), PCM)

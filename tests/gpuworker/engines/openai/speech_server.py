@@ -128,10 +128,12 @@ class SpeechServer:
         self._wires.add(wire)
         with contextlib.suppress(OSError), wire if self._tls is None else self._tls.wrap_socket(wire, True) as plain:
             if (call := _read(plain)) is not None:
-                if call.method == "GET" and callable(self.lists):
-                    self.lists(call)
+                lists = self.lists
+                if call.method == "GET" and not isinstance(lists, Mapping):
+                    lists(call)
                 elif call.method == "GET":
-                    listed = self.lists.get(call.path.partition("?")[0])
+                    assert isinstance(lists, Mapping)
+                    listed = lists.get(call.path.partition("?")[0])
                     found = isinstance(listed, dict | list)
                     call.answer(json.dumps(listed if found else {}).encode(), "200 OK" if found else "404 Not Found")
                 else:
