@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from protocol import RelayClient, open_relay
+from protocol.wire.structs import AudioFormat
 from tests.gpuworker.engines.openai.speech_server import PCM, Places, SpeechServer
 from tests.support.processes import PATIENCE_S, Place, Proc, a_place, a_relay, a_worker
 
@@ -140,6 +141,7 @@ async def test_sixteen_slots_before_a_server_with_four_places_all_end_well(tmp_p
     async def say(client: RelayClient, number: int) -> None:
         async with client.submit("tts", {"text": f"Sentence {number}"}) as stream:
             heard[number] = b"".join([pcm async for pcm in stream.audio()])
+            assert stream.format == AudioFormat(sample_rate=48_000)  # as the answer says, not as was expected
 
     with SpeechServer(places := Places(4)) as server:
         options = ("--engine", "openai", "-o", f"url={server.url}", "--slots", "16")
