@@ -145,9 +145,10 @@ class FairQueue(Generic[WaitingT]):
         """
         for item in chain(self._promoted.values(), *(self._in_turn(level, 1) for level in self._by_priority())):
             if may_run(item):
-                level = self._levels.get(item.priority)
-                if item.request_id not in self._promoted and level and item not in level.requeued:
-                    level.lanes[item.principal] = level.lanes.pop(item.principal)  # it has its next turn last
+                if item.request_id not in self._promoted:
+                    level = self._levels[item.priority]
+                    if item not in level.requeued:
+                        level.lanes[item.principal] = level.lanes.pop(item.principal)  # it has its next turn last
                 self.remove(item)
                 return item
         return None

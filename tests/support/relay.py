@@ -139,6 +139,8 @@ class Daemon:
         )
         assert not any(client.held_requests or client.readers for client in relay.clients.values())
         assert not any(request.holders or request.inputs for request in relay.requests.values())
+        in_memory = sum(request.log.memory_bytes for request in relay.requests.values())
+        assert relay.results.memory.held_bytes == in_memory, "what is counted is what is held"
 
     async def goes_on(self) -> None:
         """Check that it still works, with a complete request in the space `check`."""

@@ -9,11 +9,13 @@ import attrs
 import pytest
 import trio
 
-from protocol.wire.messages import Accepted
+from protocol.wire.frames import Audio, Failed
+from protocol.wire.messages import Accepted, Attach
 from relayd.core.relay import Relay
+from relayd.core.retention import Stored
 from relayd.frames.frame_log import FrameLog
 from relayd.requests.request import Request
-from tests.support.fake_worker import fake_worker, samples
+from tests.support.fake_worker import fake_worker, identity, samples
 from tests.support.relay import Daemon, a_submit, daemon, peer, until
 
 PCM = [samples(1_000, seed) for seed in (1, 2, 3)]
@@ -112,6 +114,8 @@ async def test_room_on_disk_is_not_made_of_what_is_being_read(tmp_path: Path) ->
         assert results.spool is not None
         size = results.spool.used_bytes // 3
         results.spool.disk_bytes = results.spool.used_bytes
+        assert await results._make_room(0)
+        assert all(map(whole, (first, second, third))), "it is full to the last byte, and no more is asked for"
         with read(first.log):
             assert await results._make_room(size)
             assert [whole(request) for request in (first, second, third)] == [True, False, True]
@@ -168,3 +172,130 @@ async def test_whoever_keeps_most_loses_first(tmp_path: Path) -> None:
         results._drop_unsaved()
         assert [whole(request) for request in requests] == [True, False, False, True]
         assert attrs.asdict(results.memory)["held_bytes"] == 2 * weighed[requests[0]]
+
+
+@pytest.mark.trio
+async def test_whoever_keeps_most_loses_until_others_have_as_much(tmp_path: Path) -> None:
+    async with ended(tmp_path, 5) as (relay, requests):
+        for request, principal in zip(requests, ("ann", "bob", "bob", "bob", "ann"), strict=True):
+            request.principal = principal
+        results = relay.relay.results
+        results.memory.limit_bytes = requests[0].log.memory_bytes
+        results._drop_unsaved()
+        assert [whole(request) for request in requests] == [False, False, False, True, False]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(("limit", "left"), [(4.0, 4), (3.5, 3), (3.2, 2), (0.0, 0)])
+async def test_memory_is_freed_to_seven_eighths_of_what_has_a_file_the_oldest_first(
+    tmp_path: Path, limit: float, left: int
+) -> None:
+    async with ended(tmp_path, 4, store="sqlite") as (relay, requests):
+        results = relay.relay.results
+        results.memory.limit_bytes = (
+            limit * 8 / 7 * results.memory.held_bytes / 4 if left == 4 else (limit * results.memory.held_bytes / 4)
+        )
+        await results._free_memory()
+        assert [bool(request.log.memory_bytes) for request in requests] == [False] * (4 - left) + [True] * left
+        in_file = [results.stored[request] is Stored.FILE for request in requests]
+        assert in_file == [True] * (4 - left) + [False] * left
+        assert all(map(whole, requests))
+
+
+@pytest.mark.trio
+async def test_of_what_runs_the_largest_goes_to_disk_first(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, slots=3) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        logs = []
+        for frames in (1, 3, 2):
+            submit = a_submit()
+            client.send(submit)
+            worker.speak(await worker.assigned(), PCM[:frames], end=False)
+            for _ in range(frames):
+                await client.next(Audio)
+            logs.append(relay.relay.requests[submit.request_id].log)
+        results = relay.relay.results
+        results.memory.limit_bytes = results.memory.held_bytes * 0.7
+        await results._free_memory()
+        assert [bool(log.memory_bytes) for log in logs] == [True, False, True]
+        await results._free_memory()
+        assert [bool(log.memory_bytes) for log in logs] == [True, False, True], "that was enough"
+
+
+@pytest.mark.trio
+async def test_what_is_stored_anew_is_the_last_to_go(tmp_path: Path) -> None:
+    async with ended(tmp_path, 3, store="sqlite") as (relay, (first, second, third)):
+        results = relay.relay.results
+        assert list(results.stored) == [first, second, third]
+        assert await results.seal(second)
+        assert list(results.stored) == [first, second, third], "it was there already"
+        results.stored[first] = Stored.MEMORY
+        assert results.unsaved_count == 1
+        assert await results.seal(first)
+        assert list(results.stored) == [second, third, first]
+        relay.relay.remove_request(second)
+        assert not await results.seal(second)
+        assert list(results.stored) == [third, first], "what is forgotten does not come back"
+
+
+@pytest.mark.trio
+async def test_how_a_request_failed_is_told_though_its_frames_made_room(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path) as relay,
+        fake_worker(relay.url) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        submit = a_submit()
+        client.send(submit)
+        assign = await worker.assigned()
+        worker.speak(assign, PCM, end=False)
+        worker.send(Failed(**identity(assign, 4), code="invalid_params", message="no", retryable=False))
+        told = (await client.frames(submit))[-1]
+        request = relay.relay.requests[submit.request_id]
+        await until(lambda: not relay.relay.finalizer.unfinalized and not request.log.readers)
+        results = relay.relay.results
+        results.memory.limit_bytes = 0
+        assert results._drop_unsaved()
+        assert (results.unsaved_count, request.has_result, request.log.first_seq) == (0, True, 4)
+        assert results.memory.held_bytes == request.log.memory_bytes > 0
+        client.send(Attach(request_id=submit.request_id, attempt=1, after_seq=1))
+        assert await client.next(Failed) == told
+
+
+@pytest.mark.trio
+async def test_limits_that_were_reloaded_hold_at_the_next_look(tmp_path: Path) -> None:
+    async with ended(tmp_path, 3, store="sqlite") as (relay, (first, second, third)):
+        results = relay.relay.results
+        assert results.spool is not None
+        size = results.disk_bytes // 3
+        smaller = attrs.evolve(relay.relay.config.results, memory_bytes=1, disk_bytes=2 * size)
+        relay.relay.config = attrs.evolve(relay.relay.config, results=smaller)
+        await results._keep_limits()
+        assert (results.memory.limit_bytes, results.spool.disk_bytes) == (1, 2 * size)
+        assert [whole(request) for request in (first, second, third)] == [False, True, True]
+        assert results.disk_bytes <= 2 * size
+        await until(lambda: not results.memory.held_bytes)  # it was told that memory is over its limit
+
+
+@pytest.mark.trio
+async def test_what_ended_first_is_forgotten_first_and_by_the_store_too(tmp_path: Path) -> None:
+    async with ended(tmp_path, 3, store="sqlite") as (relay, (first, second, third)):
+        assert third.ended_at is not None
+        first.ended_at = third.ended_at + 1.0  # it ran for longer than those that came after it
+        for request in (first, second, third):
+            request.principal = "ann"
+        relay.relay.principals.usage_of("ann").max_retained = 1
+        relay.relay.results._reap(trio.current_time())
+        assert list(relay.relay.requests) == [first.request_id]
+        await relay.relay.store.flush()
+        assert [record.request_id for record in (await relay.relay.store.load()).requests] == [first.request_id]
+
+
+@pytest.mark.trio
+async def test_without_files_nothing_is_on_disk(tmp_path: Path) -> None:
+    async with ended(tmp_path, 1) as (relay, (request,)):
+        assert relay.relay.results.disk_bytes == 0
+        assert relay.relay.results.stored == {request: Stored.MEMORY}

@@ -101,6 +101,19 @@ def test_what_was_promoted_or_given_back_takes_nobodys_turn() -> None:
     assert served(queue) == "xbyc"
 
 
+def test_places_are_counted_over_all_that_is_served_before() -> None:
+    back = items("abc")
+    queue = queue_of(*back, *(Item(f"p{n}", ticket=10 + n) for n in range(2)), Item("h", priority=9, ticket=20))
+    for item in back:
+        assert queue.pop(lambda each, item=item: each is item) is item  # type: ignore[misc]
+    for item in reversed(back):
+        queue.requeue(item)
+    for item in list(queue)[-2:]:
+        queue.promote(item)
+    assert [item.request_id for item in queue] == ["p1", "p0", "h", "a", "b", "c"]
+    assert [queue.position(item) for item in queue] == [0, 1, 2, 3, 4, 5]
+
+
 operations = st.lists(
     st.tuples(
         st.sampled_from(["push", "push", "push", "pop", "pop_but_ann", "remove", "promote", "back"]),
