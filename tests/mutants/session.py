@@ -1,7 +1,7 @@
 """Runs mutants inside a session of pytest that has collected their tests: each in a fork, with the tests that reach it.
 
-In the fork the mutant's function gets the code of the mutant. Whatever runs only while a module is imported (defaults,
-constants) needs a process of its own: `python -m tests.mutants.session PATH NUMBER`, with its tests on stdin.
+In the fork the mutant's function gets the code of the mutant. For what runs only while a module is imported, such as
+defaults and constants, all of ours is imported again in the fork.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -213,20 +212,16 @@ def _in_fork(
     try:
         os.setpgid(0, 0)
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+        _silence()
         if mutant.owner and _replace(mutant, functions):
-            _silence()
-            code = run_tests(tests)
+            code = _run_tests(tests)
         else:
-            names = json.dumps([(item.nodeid, limit) for item, limit in tests])
-            command = [sys.executable, "-m", "tests.mutants.session", str(mutant.path), str(mutant.number)]
-            code = subprocess.run(
-                command, input=names.encode(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            ).returncode
+            code = _run_anew(mutant, {item.nodeid: limit for item, limit in tests})
     finally:
         os._exit(code & 0xFF)
 
 
-def run_tests(tests: list[tuple[pytest.Item, float]]) -> int:
+def _run_tests(tests: list[tuple[pytest.Item, float]]) -> int:
     """Run them until one fails: 0 if none does."""
     following = [item for item, _limit in tests[1:]]
     for (item, limit), after in zip(tests, [*following, None], strict=True):
@@ -277,10 +272,9 @@ def _last_line(code: CodeType) -> int:
 
 @attrs.define(eq=False)
 class _Finder(MetaPathFinder, Loader):
-    """Imports the mutant where its module is asked for, and runs its tests alone."""
+    """Imports the mutant where its module is asked for, and runs its tests."""
 
-    path: Path
-    number: int
+    mutant: Mutant
     limits: dict[str, float]
     died: bool = True
 
@@ -288,13 +282,13 @@ class _Finder(MetaPathFinder, Loader):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
-        if fullname != ".".join(self.path.with_suffix("").parts):
+        if fullname != ".".join(self.mutant.path.with_suffix("").parts):
             return None
-        return spec_from_file_location(fullname, self.path, loader=self)
+        return spec_from_file_location(fullname, self.mutant.path, loader=self)
 
     def exec_module(self, module: ModuleType) -> None:
         """See `importlib.abc.Loader`."""
-        exec(compile(mutated(self.path, self.number), str(self.path), "exec"), vars(module))
+        exec(compile(mutated(self.mutant.path, self.mutant.number), str(self.mutant.path), "exec"), vars(module))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -302,19 +296,17 @@ class _Finder(MetaPathFinder, Loader):
         items = {item.nodeid: item for item in session.items}
         missing = self.limits.keys() - items.keys()
         tests = [(items[test], limit) for test, limit in self.limits.items() if test in items]
-        self.died = bool(session.testsfailed or missing or run_tests(tests))
+        self.died = bool(session.testsfailed or missing or _run_tests(tests))
         return True
 
 
-def main() -> int:
-    limits = dict(json.load(sys.stdin))
-    finder = _Finder(Path(sys.argv[1]), int(sys.argv[2]), limits)
+def _run_anew(mutant: Mutant, limits: dict[str, float]) -> int:
+    """Import all of ours again, with a mutant that only an import runs, and run its tests."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in (*_MEASURED, "tests"):
+            del sys.modules[name]
+    finder = _Finder(mutant, limits)
     sys.meta_path.insert(0, finder)
-    repeat_examples()
     signal.setitimer(signal.ITIMER_REAL, PATIENCE_S + sum(limits.values()))
     pytest.main([*OPTIONS, *{test.partition("::")[0]: None for test in limits}], plugins=[finder])
     return int(finder.died)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

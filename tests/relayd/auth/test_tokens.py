@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from relayd.auth.tokens import (
     hash_token,
     iso_time,
     parse_expires,
+    parse_limits,
     peer_credentials,
 )
 from relayd.store import TokenLimits
@@ -345,3 +347,175 @@ def test_no_guess_logs_in(token: str, role: str) -> None:
 def test_an_operators_token_is_for_all_spaces() -> None:
     with pytest.raises(ValueError, match="an operator controls all spaces"):
         TokenRegistry().create(role="operator", name="ann", now=0.0, spaces=["tts"])
+
+
+# -- exact bounds, and what else a registry says -----------------------------------------------------------------------
+
+
+def test_a_token_is_live_until_its_last_moment_for_every_question() -> None:
+    tokens = make_tokens()
+    new = create(tokens, "operator", expires_at=NOW + 10)
+    token_id = new.record.token_id
+    for now, live in ((NOW + 9.9, True), (NOW + 10, False)):
+        assert tokens.is_live(token_id, now) is live
+        assert (tokens.owner_of(new.text, now) == "ann") is live
+        assert (tokens.client_of(token_id, now) is not None) is live
+        assert isinstance(tokens.log_in(hello("operator", new.text), None, now), Principal) is live
+    assert tokens.owner_of("rly_o_" + "x" * 43, NOW) is None
+    assert tokens.client_of("tok_none", NOW) is None
+    assert not tokens.is_live("tok_none", NOW)
+
+
+def test_whose_results_a_token_may_read_is_known_by_its_id() -> None:
+    tokens = make_tokens()
+    client = create(tokens, spaces=["tts"], readonly=True, limits=TokenLimits(max_queued=3), expires_at=NOW + 5)
+    assert tokens.client_of(client.record.token_id, NOW) == Principal(
+        name="ann",
+        role="client",
+        spaces=("tts",),
+        token_id=client.record.token_id,
+        readonly=True,
+        limits=TokenLimits(max_queued=3),
+        expires_at=NOW + 5,
+    )
+    assert tokens.client_of(create(tokens, "worker").record.token_id, NOW) is None
+    operator = tokens.client_of(create(tokens, "operator").record.token_id, NOW)
+    assert operator is not None
+    assert (operator.role, operator.readonly) == ("client", False)
+
+
+@pytest.mark.parametrize(("token", "asked"), [(False, False), (False, True), (True, False), (True, True)])
+def test_a_login_is_read_only_if_either_side_says_so(token: bool, asked: bool) -> None:
+    tokens = make_tokens()
+    new = create(tokens, readonly=token)
+    principal = tokens.log_in(hello("client", new.text, readonly=asked), None, NOW)
+    assert isinstance(principal, Principal)
+    assert principal.readonly is (token or asked)
+    assert not principal.local
+    local = tokens.log_in(hello("operator", readonly=asked), PeerCredentials(pid=1, uid=0, gid=0), NOW)
+    assert isinstance(local, Principal)
+    assert (local.readonly, local.local, local.token_id) == (asked, True, None)
+
+
+def test_refusals_are_counted_by_their_code() -> None:
+    tokens = make_tokens()
+    for _ in range(2):
+        tokens.log_in(hello("client", "nonsense"), None, NOW)
+    tokens.log_in(hello("worker", create(tokens).text), None, NOW)
+    assert tokens.refused == {"unauthenticated": 2, "forbidden": 1}
+
+
+def test_a_token_is_not_made_for_a_moment_that_is_now() -> None:
+    tokens = make_tokens()
+    with pytest.raises(ValueError, match="already have expired"):
+        create(tokens, expires_at=NOW)
+    assert create(tokens, expires_at=NOW + 0.001).record.expires_at == NOW + 0.001
+    with pytest.raises(ValueError, match="in the past"):
+        parse_expires(iso_time(NOW), NOW)
+    assert parse_expires(iso_time(NOW + 1), NOW) == NOW + 1
+
+
+def test_expired_and_revoked_tokens_make_room_for_new_ones() -> None:
+    tokens = make_tokens()
+    create(tokens, expires_at=NOW + 1)
+    second = create(tokens)
+    with pytest.raises(ValueError, match="already has 2 live client tokens"):
+        create(tokens)
+    assert tokens.create(role="client", name="ann", now=NOW + 1).record.spaces == ()
+    tokens.revoke(second.record.token_id, NOW + 1)
+    assert tokens.revoke(second.record.token_id, NOW + 2) == [], "it is revoked once"
+    tokens.create(role="client", name="ann", now=NOW + 1)
+    create(tokens, "worker")
+    create(tokens, name="bob")
+
+
+@pytest.mark.parametrize(
+    ("revoked_s", "expires_s", "purged"),
+    [
+        (None, None, False),
+        (0.0, None, True),
+        (1.0, None, False),
+        (None, 0.0, True),
+        (0.0, 9e9, True),
+        (1.0, 2.0, False),
+    ],
+)
+def test_a_record_is_kept_for_thirty_days_after_its_first_end(
+    revoked_s: float | None, expires_s: float | None, purged: bool
+) -> None:
+    tokens = make_tokens()
+    new = create(tokens, expires_at=None if expires_s is None else NOW + 1 + expires_s)
+    if revoked_s is not None:
+        tokens.revoke(new.record.token_id, NOW + 1 + revoked_s)
+    month_s = 30 * 86_400.0
+    assert tokens.purge(NOW + 1 + month_s) == []
+    assert tokens.purge(NOW + 1.5 + month_s) == ([new.record.token_id] if purged else [])
+    assert tokens.list() == ([] if purged else tokens.list()[:1])
+
+
+def test_a_reload_takes_the_stores_records_and_keeps_what_was_revoked_or_made_here() -> None:
+    tokens = make_tokens()
+    gone, revoked_here, revoked_there, changed = (create(tokens, name=name) for name in ("a", "b", "c", "d"))
+    known = [record.token_id for record in tokens.list()]
+    new_here = create(tokens, name="e")
+    tokens.revoke(revoked_here.record.token_id, NOW)
+    other = attrs.evolve(create(make_tokens(), name="f").record, token_id="tok_f")
+    ended = tokens.reload(
+        [
+            revoked_here.record,
+            attrs.evolve(revoked_there.record, revoked_at=NOW),
+            attrs.evolve(changed.record, sha256=hash_token("another")),
+            other,
+        ],
+        known,
+    )
+    assert ended == {gone.record.token_id, revoked_there.record.token_id}
+    live = {record.principal for record in tokens.list() if record.live(NOW)}
+    assert live == {"d", "e", "f"}
+    assert tokens.owner_of(new_here.text, NOW) == "e"
+    assert (tokens.owner_of(changed.text, NOW), tokens.owner_of("another", NOW)) == (None, "d")
+
+
+def test_tokens_are_listed_by_age_and_then_by_id() -> None:
+    tokens = make_tokens()
+    for name, created in (("b", 2.0), ("a", 1.0), ("c", 1.0)):
+        tokens.create(role="client", name=name, now=created)
+    told = tokens.list()
+    assert [record.created_at for record in told] == [1.0, 1.0, 2.0]
+    assert told[0].token_id < told[1].token_id
+
+
+@pytest.mark.parametrize(
+    ("wire", "fault"),
+    [
+        ({"max_queued": 1}, None),
+        ({}, None),
+        ({"max_queued": 0}, "positive"),
+        ({"max_queued": True}, "positive"),
+        ({"max_queued": 1.5}, "positive"),
+        ({"nonsense": 1}, "must be a map"),
+        ([], "must be a map"),
+    ],
+)
+def test_limits_of_a_token_are_positive_integers(wire: Any, fault: str | None) -> None:
+    if fault is None:
+        assert parse_limits(wire) == TokenLimits(**wire)
+        return
+    with pytest.raises(ValueError, match=fault):
+        parse_limits(wire)
+
+
+def test_times_are_told_within_the_range_of_dates() -> None:
+    assert iso_time(-5.0) == iso_time(float("nan")) == "1970-01-01T00:00:00Z"
+    assert iso_time(1.9) == "1970-01-01T00:00:01Z"
+    assert iso_time(1e300) == "9999-12-31T23:59:59Z"
+    with pytest.raises(ValueError, match="beyond the year 9999"):
+        parse_expires("9999-12-31T23:59:59Z", NOW)
+    assert parse_expires("9999-12-31T23:59:58Z", NOW) == 253_402_300_798.0
+
+
+def test_a_user_without_a_name_is_told_by_number() -> None:
+    tokens = TokenRegistry(local_uids=(4_000_000_000,))
+    principal = tokens.log_in(hello("client"), PeerCredentials(pid=1, uid=4_000_000_000, gid=1), NOW)
+    assert isinstance(principal, Principal)
+    assert principal.name == "uid4000000000"
