@@ -31,7 +31,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "relayd/http/openai": ("tests/relayd/http/openai",),
     "protocol/wire/codec.py": ("tests/protocol/wire",),
-    "gpuworker/attempt.py": ("tests/gpuworker/test_worker.py", "tests/gpuworker/test_worker_link.py"),
+    "gpuworker/attempt.py": (
+        "tests/gpuworker/test_attempt.py",
+        "tests/gpuworker/test_worker.py",
+        "tests/gpuworker/test_worker_link.py",
+    ),
 }
 SURVIVORS = Path(__file__).with_name("survivors.txt")
 #: More than this part alive is a failure.
