@@ -310,7 +310,7 @@ class Relay:
         request.stopped_at = None
         request.last_position_sent = None
         self.stats.count_started(request, from_seq)
-        if entry.attempt and (entry.attempt > 1 or request.log.next_seq > from_seq):
+        if entry.attempt > 1:  # nothing of a first one is there before it starts
             request.log.restart(entry.attempt, from_seq)
         request.add_timeline("started", attempt=entry.attempt, worker_id=entry.worker_id, from_seq=from_seq or None)
         if entry.attempt > 1:
