@@ -259,7 +259,8 @@ class Retention:
         for request in _heaviest_first(unread, self._file_bytes):
             if self.spool.used_bytes + more <= self.spool.disk_bytes:
                 break
-            if not request.log.readers:  # still: others may have begun to read meanwhile
+            # Still: it may be read by now, or forgotten, and another request have its id and file.
+            if request in self.stored and not request.log.readers:
                 self._evict(request)
                 await self.spool.remove(request.log)  # `_evict` has started this already; wait for it
         return self.spool.used_bytes + more <= self.spool.disk_bytes

@@ -148,6 +148,26 @@ async def test_who_begins_to_read_while_room_is_made_keeps_the_result(
 
 
 @pytest.mark.trio
+async def test_what_is_forgotten_while_room_is_made_is_left_to_whoever_has_its_id_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ended(tmp_path, 2, store="sqlite") as (relay, (first, second)):
+        spool = relay.relay.results.spool
+        assert spool is not None
+        spool.disk_bytes = 0
+        remove = type(spool).remove
+
+        async def forget_meanwhile(self: Any, log: FrameLog) -> None:
+            if log is first.log:
+                relay.relay.remove_request(second)
+            await remove(self, log)
+
+        monkeypatch.setattr(type(spool), "remove", forget_meanwhile)
+        await relay.relay.results._make_room(0)
+        assert (first.has_result, second.has_result) == (False, True)
+
+
+@pytest.mark.trio
 async def test_memory_is_not_freed_of_what_is_being_read_and_only_as_far_as_needed(tmp_path: Path) -> None:
     async with ended(tmp_path, 3) as (relay, (first, second, third)):
         results = relay.relay.results
