@@ -109,9 +109,9 @@ def main() -> int:
     verdicts: list[Verdict] = []
     for tests, mutants in groups.items():
         if trying := [mutant for mutant in mutants if mutant in chosen]:
-            session = MutantSession(trying, given.jobs, until)
-            if pytest.main([*OPTIONS, *(given.tests.split() or tests)], plugins=[session]) not in (0, 5):
-                parser.error(f"its tests must pass in the repository's root first: {' '.join(tests)}")
+            session, own = MutantSession(trying, given.jobs, until), given.tests.split() or tests
+            if pytest.main([*OPTIONS, *own], plugins=[session]) not in (0, 5):
+                parser.error(f"they must pass first, in the repository's root: {' '.join(own)}")
             verdicts += session.verdicts
     return int(not report(verdicts, known, gone))
 

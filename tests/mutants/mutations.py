@@ -3,6 +3,7 @@
 import ast
 import copy
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class Mutant:
     lines: range
     before: str
     after: str
+    #: Which one it is, if there are several such changes in the body.
+    which: int = 1
 
     @property
     def name(self) -> str:
@@ -56,7 +59,8 @@ class Mutant:
     @property
     def change(self) -> str:
         """A name that outlives changes of other lines."""
-        return f"{self.path} {self.owner or '-'}: {self.before}  ->  {self.after}"
+        which = f" #{self.which}" if self.which > 1 else ""
+        return f"{self.path} {self.owner or '-'}: {self.before}  ->  {self.after}{which}"
 
 
 def _edits(node: ast.AST) -> Iterator[ast.AST | None]:
@@ -190,18 +194,13 @@ def _source(path: Path) -> str:
 @functools.cache
 def mutants_of(path: Path) -> list[Mutant]:
     """All mutants of a module."""
-    return [
-        Mutant(
-            path,
-            number,
-            getattr(place.node, "lineno", 0),
-            place.owner,
-            place.lines,
-            _told(place.node),
-            "(left out)" if edit is None else _told(edit),
-        )
-        for number, (place, edit) in enumerate(_changes(ast.parse(_source(path))))
-    ]
+    found, same = list[Mutant](), Counter[tuple[str, str, str]]()
+    for number, (place, edit) in enumerate(_changes(ast.parse(_source(path)))):
+        before, after = _told(place.node), "(left out)" if edit is None else _told(edit)
+        same[key := (place.owner, before, after)] += 1
+        line = getattr(place.node, "lineno", 0)
+        found.append(Mutant(path, number, line, place.owner, place.lines, before, after, same[key]))
+    return found
 
 
 def mutated(path: Path, number: int) -> ast.Module:

@@ -57,6 +57,11 @@ def test_a_mutant_says_whose_body_it_is_in_and_on_which_lines(tmp_path: Path) ->
     } <= where
 
 
+def test_each_change_has_a_name_of_its_own() -> None:
+    changes = [mutant.change for mutants in all_mutants("scheduling").values() for mutant in mutants]
+    assert len(changes) == len(set(changes))
+
+
 @pytest.mark.parametrize("place", TESTS)
 def test_every_place_has_mutants_and_tests(place: str) -> None:
     found = all_mutants(place)
