@@ -26,10 +26,9 @@ from relayd.http.openai.extra_fields import check_text, read_extra
 MAX_BODY_BYTES = 8 * MIB
 #: Values in a body; parsing as many takes 20 ms.
 MAX_BODY_VALUES = 100_000
-#: Fields of a body, and characters of a field's name: every name is looked at.
-MAX_FIELDS, MAX_NAME_CHARS = 256, 64
 MAX_INPUT_CHARS = 64 * 1024
-MAX_NAME_CHARS = 256
+#: Fields of a body, and characters of the name of a field, a model or a voice: every name is looked at.
+MAX_FIELDS, MAX_NAME_CHARS = 256, 256
 #: OpenAI's field -> names of corresponding params; the first one that the worker has declared is used.
 PARAMS = {
     "input": ("text", "input"),
