@@ -224,7 +224,7 @@ class Attempt:
 
     def _end_at(self, seq: int, end: RunResult) -> None:
         """Make `end` the only frame, with number `seq`."""
-        self._end, self._base, self.next_seq, self._bytes = end, seq, seq, 0
+        self._end, self._base, self.next_seq = end, seq, seq
         self._frames.clear()
         self._append_last(end)
 

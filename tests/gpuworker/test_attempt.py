@@ -52,6 +52,7 @@ async def test_each_kind_of_chunk_becomes_its_frame_and_the_figures_come_last(au
     bench = Bench()
     attempt = bench.attempt
     assert attempt.result(7.0) == {"chunks": 0, "run_s": 0.0}
+    await trio.sleep(9)
     attempt.begin(trio.current_time())
     await trio.sleep(0.12345678)
     attempt.add_chunk(FormatChunk(FORMAT))
@@ -63,7 +64,7 @@ async def test_each_kind_of_chunk_becomes_its_frame_and_the_figures_come_last(au
     assert attempt.finish(DONE) is DONE
     assert (attempt.ended, attempt.outcome, attempt.next_seq, bench.told) == (True, "completed", 5, 5)
     started, progress, first, second, end = bench.sent()
-    envelope = {"request_id": ID, "attempt": 1}
+    envelope: dict[str, Any] = {"request_id": ID, "attempt": 1}
     assert started == Started(**envelope, seq=0, format=FORMAT)
     assert progress == Progress(**envelope, seq=1, state="loading", fraction=0.5, message="wait")
     assert [(frame.seq, frame.pcm) for frame in (first, second)] == [(2, b"ab" * 12_001), (3, b"cd")]
@@ -149,6 +150,9 @@ def test_an_engine_that_makes_less_than_before_has_failed_and_its_end_goes_where
         bench.attempt.resume_from(0)  # a relay that has restarted and has nothing
         (sent,) = bench.sent()
         assert (type(sent), sent.seq, bench.attempt.next_seq) == (Failed, 0, 1)
+        bench.attempt.resume_from(1)  # one that has it all
+        assert not bench.attempt.has_frames
+        assert bench.attempt.next_seq == 1
 
 
 def test_an_engine_that_makes_as_much_as_before_has_completed() -> None:
@@ -242,6 +246,12 @@ def test_a_chunk_that_cannot_be_sent_fails_the_attempt() -> None:
             end = bench.attempt.finish(DONE)
         assert (bench.stops, end.code) == (1, "engine_failed")
         assert "cannot be sent" in end.message
+
+
+def test_what_is_no_chunk_is_passed_over() -> None:
+    bench = Bench()
+    bench.attempt.add_chunk("no chunk")  # type: ignore[arg-type]
+    assert (bench.attempt.next_seq, bench.attempt.assign.request_id) == (0, ID)
 
 
 def test_details_that_cannot_be_sent_are_left_out() -> None:

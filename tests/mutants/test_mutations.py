@@ -81,7 +81,7 @@ def mutant(number: int) -> Mutant:
 
 
 def test_a_seed_draws_the_same_and_every_known_survivor_is_tried() -> None:
-    groups = {("tests",): [mutant(number) for number in range(50)]}
+    groups: dict[tuple[str, ...], list[Mutant]] = {("tests",): [mutant(number) for number in range(50)]}
     known = [mutant(3).change]
     sample = drawn(groups, known, 5, seed=7)
     assert sample == drawn(groups, known, 5, seed=7) != drawn(groups, known, 5, seed=8)

@@ -1,5 +1,6 @@
 """What a principal may use: exact bounds, whose limits hold, and how its share of the event loop is counted."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,6 @@ import trio.testing
 from protocol.wire.messages import Submit
 from relayd.auth.tokens import Principal
 from relayd.config.schema import ConfigError, PrincipalLimits, SpaceConfig, structure
-from relayd.core import principals as module
 from relayd.core.principals import (
     UNLIMITED,
     Principals,
@@ -181,7 +181,7 @@ async def turns_of(usage: PrincipalUsage, principals: Principals, count: int) ->
 async def test_turns_come_in_order_as_the_share_allows_and_to_the_newest_stranger_first(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.time, "thread_time", lambda: 0.0)
+    monkeypatch.setattr(time, "thread_time", lambda: 0.0)
     principals = Principals()
     ann = principals.usage_of("ann")
     ann.charge(0.103, trio.current_time())
@@ -196,7 +196,7 @@ async def test_what_a_turn_costs_beyond_its_messages_is_charged_too(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [7.0]
-    monkeypatch.setattr(module.time, "thread_time", lambda: now[0])
+    monkeypatch.setattr(time, "thread_time", lambda: now[0])
     principals = Principals()
     usage = principals.usage_of("ann")
 

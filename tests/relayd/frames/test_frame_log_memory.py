@@ -2,7 +2,7 @@
 
 import pytest
 
-from relayd.frames.frame_log import FRAME_COST_BYTES, HIGH_WATER_BYTES, FrameLog, MemoryBudget
+from relayd.frames.frame_log import FRAME_COST_BYTES, HIGH_WATER_BYTES, FrameLog, FrameReader, MemoryBudget
 from tests.relayd.frames.test_frame_log import frame, reader_of
 
 COST = 10 + FRAME_COST_BYTES
@@ -150,7 +150,12 @@ def test_what_was_read_ahead_is_discarded_while_memory_is_short() -> None:
 def test_frames_are_asked_for_once_until_they_come() -> None:
     log = FrameLog(next_seq=3, base=3, ended=True)
     asked = []
-    log.fetch = lambda reader: (asked.append(reader.seq), setattr(reader, "prefetching", True))[0]
+
+    def fetch(reader: FrameReader) -> None:
+        asked.append(reader.seq)
+        reader.prefetching = True
+
+    log.fetch = fetch
     reader, bucket = reader_of(log)
     reader.pump()
     assert asked == [0]
