@@ -28,7 +28,7 @@ import pytest
 from tests.mutants.mutations import Mutant, mutated
 
 #: A test that takes longer than this many times its usual time hangs, and has noticed the mutant.
-PATIENCE, PATIENCE_S = 10.0, 10.0
+PATIENCE, PATIENCE_S = 4.0, 10.0
 #: Of a mutant that eats memory.
 MAX_BYTES = 6 << 30
 #: What each test reaches, as long as neither it nor the code has changed.

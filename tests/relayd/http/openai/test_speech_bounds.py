@@ -74,13 +74,13 @@ def test_no_voice_is_the_spaces_own(voice: Any) -> None:
     ],
 )
 def test_each_field_has_its_limit(field: str, fits: Any, over: Any) -> None:
-    assert speech(**{field: fits})
+    speech(**{field: fits})
     assert list(faults(**{field: over})) == [field]
 
 
 def test_a_body_has_at_most_256_fields_with_names_of_256_characters() -> None:
-    assert speech(**{f"f{number}": 1 for number in range(254)})
-    assert speech(**{"f" * 256: 1})
+    speech(**{f"f{number}": 1 for number in range(254)})
+    speech(**{"f" * 256: 1})
     for fields in ({f"f{number}": 1 for number in range(255)}, {"f" * 257: 1}):
         with pytest.raises(HttpError, match="256 fields, whose names have at most 256 characters"):
             speech(**fields)
@@ -94,7 +94,7 @@ def test_a_body_holds_at_most_a_hundred_thousand_values() -> None:
     def body(values: int) -> bytes:
         return head + b",".join([b"1"] * (values - used + 1)) + b"]}"
 
-    assert parse_speech(body(MAX_BODY_VALUES))
+    parse_speech(body(MAX_BODY_VALUES))
     with pytest.raises(HttpError, match="more than 100000 values"):
         parse_speech(body(MAX_BODY_VALUES + 1))
 
