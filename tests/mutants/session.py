@@ -81,7 +81,7 @@ class MutantSession:
         items = {item.nodeid: item for item in session.items}
         functions = _functions({str(mutant.path.resolve()) for mutant in self.mutants})
         running: dict[int, tuple[Mutant, float, int]] = {}
-        waiting = list(reversed(self.mutants))
+        waiting = sorted(self.mutants, key=lambda mutant: bool(mutant.owner))  # taken from the end: imports come last
         while waiting or running:
             while waiting and len(running) < self.jobs and time.monotonic() < self.until:
                 mutant = waiting.pop()

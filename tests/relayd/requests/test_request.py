@@ -249,6 +249,8 @@ async def test_a_submit_without_timeouts_has_those_of_its_space_and_one_with_the
     assert (request.queue_timeout_s, request.run_timeout_s, request.idle_timeout_s) == (1.0, 2.0, 3.0)
     own = Request.of(attrs.evolve(submit, queue_timeout_s=7.0, run_timeout_s=8.0), "ann", entry, space, 5.0)
     assert (own.queue_timeout_s, own.run_timeout_s, own.created_unix) == (7.0, 8.0, 5.0)
+    assert (own.uploaded, own.accepted, own.has_outputs, own.timeline_dropped) == (False, False, False, 0)
+    assert own.has_result
 
 
 @pytest.mark.trio

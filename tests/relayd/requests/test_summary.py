@@ -64,6 +64,7 @@ def test_inputs_go_before_params_and_params_go_from_the_end() -> None:
     assert summary(alone, inputs=inputs, **both) == {"params": both, "params_cut": False, "inputs": []}
     cut = {"params": {"a": "x" * 50}, "params_cut": True, "inputs": []}
     assert summary(alone - 1, inputs=inputs, **both) == cut
+    assert summary(alone - 1, inputs=inputs, **both, c=1) == cut, "and none from behind what was left out"
     deep = summary(300, inputs=inputs, a="x" * 61, b={"c": 1}, c="z" * 500, d=1)
     assert deep["params"] == {"a": "x" * 59 + "…", "b": "(1 keys)", "c": "z" * 59 + "…", "d": 1}
     assert deep["params_cut"]
