@@ -436,7 +436,7 @@ class Scheduler:
             return []
         entry.may_be_behind = False
         entry.attempt, entry.next_seq, entry.attempt_known_from_client = attempt, 0, True
-        if entry.state is State.RUNNING and entry.worker_lost_at is None:
+        if entry.worker_lost_at is None:  # one that waits has no attempt to lose
             message = "a client has received frames of a later attempt, which was lost when the relay was killed"
             return self.lose(request_id, ErrorCode.WORKER_LOST, message, now)
         self.dispatcher.forget_away(entry)

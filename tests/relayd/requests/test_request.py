@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import Rejected, Submit
+from protocol.wire.messages import Queued, Rejected, Submit, WorkerAway, WorkerBack
 from protocol.wire.structs import AudioFormat, InputInfo
 from relayd.config.schema import Limits, SpaceConfig
 from relayd.frames.frame_log import FrameReader
@@ -413,3 +413,22 @@ async def test_the_same_content_is_told_by_what_is_asked_for_alone() -> None:
     request = a_request()
     assert request.same_content(request.submit)
     assert not request.same_content(submit)
+
+
+@pytest.mark.trio
+async def test_a_reader_is_told_how_long_its_worker_is_waited_for_and_why_it_waits_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    request = a_request(State.RUNNING)
+    request.entry.attempt, request.worker_grace_s = 2, 1.5
+    assert request.worker_message() == WorkerBack(request_id=request.request_id, attempt=2)
+    request.entry.worker_lost_at = trio.current_time()
+    await trio.sleep(0.25001)
+    assert request.worker_message() == WorkerAway(request_id=request.request_id, wait_s=1.25)
+    await trio.sleep(2)
+    assert request.worker_message() == WorkerAway(request_id=request.request_id, wait_s=0.0)
+    place = QueuePosition(3, 7, 1.5)
+    plain: dict[str, Any] = {"request_id": request.request_id, "position": 3, "of": 7, "eta_s": 1.5}
+    assert request.queued_message(place) == Queued(**plain)
+    request.lost = "worker_lost", "it left"
+    assert request.queued_message(place) == Queued(**plain, code="worker_lost", message="it left")

@@ -306,6 +306,17 @@ def test_what_ended_on_a_worker_that_goes_is_not_waited_for() -> None:
     assert worker(bench).held == {"b": 1}
 
 
+def test_a_worker_that_goes_takes_nothing_with_it_that_runs_on_another_by_now() -> None:
+    bench = Bench(max_workers=2)
+    bench.join("one")
+    bench.queue("a")
+    bench.join("two")
+    assert started(bench.lose("a", ErrorCode.IDLE_TIMEOUT)) == ["a"]
+    assert bench.scheduler.unlink("one", bench.now) == ([], [])
+    assert (bench["a"].worker_id, bench["a"].worker_lost_at) == ("two", None)
+    assert "one" not in bench.scheduler.state.workers
+
+
 def test_what_waits_again_does_not_count_as_running() -> None:
     bench = Bench(max_running_per_principal=1)
     bench.join("one", reproducible=TONE)
@@ -425,6 +436,8 @@ def test_what_has_ended_says_so_and_a_cancel_is_told_with_its_first_reason() -> 
     bench = Bench()
     bench.join()
     bench.queue("a")
+    bench.queue("waits")
+    assert bench.scheduler.cancel("waits", "why") == [Finish(bench["waits"], None, "why")]
     bench.scheduler.cancel("a", "first")
     bench.scheduler.unlink("box", bench.now)
     assert bench.scheduler.cancel("a", "second") == [Finish(bench["a"], None, "first")]
