@@ -77,11 +77,11 @@ async def test_positions_are_sent_once_where_they_change(tmp_path: Path) -> None
     async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
         first, second = [await queued(relay, client) for _ in range(2)]
         await trio.sleep(2 * INTERVAL_S)
-        assert (first.last_position_sent, second.last_position_sent) == ((1, 2), (2, 2))
+        assert [each.last_position_sent for each in (first, second)] == [(1, 2), (2, 2)]
         first.last_position_sent = None
         send_positions(relay.relay)
-        assert first.last_position_sent is None, "nothing has moved since"
+        assert [each.last_position_sent for each in (first, second)] == [None, (2, 2)], "nothing has moved since"
         relay.relay.scheduler.state.moved.update({"tts", "gone"})
         send_positions(relay.relay)
-        assert first.last_position_sent == (1, 2)
+        assert [each.last_position_sent for each in (first, second)] == [(1, 2), (2, 2)]
         assert not relay.relay.scheduler.state.moved

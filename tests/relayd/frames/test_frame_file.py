@@ -3,6 +3,7 @@ import errno
 import itertools
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,10 +150,11 @@ def test_sixteen_mebibytes_are_left_to_the_store(
     request_id, index = a_file(folder, FRAMES, seal=False)
     free = SimpleNamespace(f_frsize=4096, f_bavail=16 * 1024 * 1024 // 4096 - missing)
     monkeypatch.setattr(os, "statvfs", lambda _path: free)
-    for call in (
+    calls: list[Callable[[], None]] = [
         lambda: folder.write(request_id, MADE, index[-1], [b"more"]),
         lambda: folder.seal(request_id, MADE, index, STARTS),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(OSError, match="MiB are free") if missing else contextlib.nullcontext():
             call()
 
