@@ -463,3 +463,16 @@ def test_a_limit_of_all_spaces_counts_only_the_principals_own() -> None:
     bench.queue("x", principal="bob")
     assert started(bench.queue("a")) == ["a"]
     assert started(bench.queue("b")) == []
+
+
+def test_an_attempt_that_runs_on_one_worker_is_not_another_ones() -> None:
+    bench = Bench(max_workers=2)
+    bench.join("one", slots=2)
+    bench.queue("a")
+    assert bench.join("two", {"a": 1}).abandon == ["a"]
+    assert (bench["a"].worker_id, worker(bench, "two").held) == ("one", {})
+    assert worker(bench, "one").free_slots == 1
+    bench.scheduler.drain("one", bench.now)
+    assert worker(bench, "one").free_slots == 0
+    live = {state for state in State if state.live}
+    assert live == {State.UPLOADING, State.QUEUED, State.RUNNING}
