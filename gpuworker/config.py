@@ -55,11 +55,13 @@ class WorkerConfig:
     engine: str
     engine_class: type[Engine]
     options: dict[str, OptionValue]
+    shared: bool
     slots: int
     name: str
     in_threads: bool
     load_timeout_s: float
     cancel_grace_s: float
+    stall_timeout_s: float
     drain_timeout_s: float
     log_level: str
     log_format: str
@@ -67,7 +69,7 @@ class WorkerConfig:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `gpuworker run`."""
-    from gpuworker.slots.process_slot import CANCEL_GRACE_S, LOAD_TIMEOUT_S
+    from gpuworker.slots.process_slot import CANCEL_GRACE_S, LOAD_TIMEOUT_S, STALL_TIMEOUT_S
     from gpuworker.worker import DRAIN_TIMEOUT_S
 
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings with the names of these options")
@@ -99,6 +101,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default=CANCEL_GRACE_S,
         metavar="S",
         help=f"seconds from a cancel until a slot is killed (default: {CANCEL_GRACE_S:g})",
+    )
+    parser.add_argument(
+        "--stall-timeout",
+        type=float,
+        default=STALL_TIMEOUT_S,
+        metavar="S",
+        help="engines with one process for all slots: longest silence while requests run, in seconds "
+        f"(default: {STALL_TIMEOUT_S:g})",
     )
     parser.add_argument(
         "--drain-timeout",
@@ -217,7 +227,7 @@ def add_engine_options(parser: argparse.ArgumentParser, default: str | None, eng
         type=int,
         default=1,
         metavar="N",
-        help="requests to run at the same time, each in its own process (default: 1)",
+        help="requests to run at the same time, each in its own process unless the engine is shared (default: 1)",
     )
     parser.add_argument(
         "-o",
@@ -237,7 +247,7 @@ def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = No
     """
     environ = os.environ if environ is None else environ
     faults: list[str] = args.settings.fill(args, environ)
-    address, token, engine_class = None, None, None
+    address, token, engine_class, shared = None, None, None, False
     options: dict[str, OptionValue] = {}
     try:
         address = from_environment(args.relay, environ)
@@ -256,13 +266,15 @@ def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = No
     ]
     if not 1 <= args.slots <= MAX_SLOTS:
         faults.append(f"--slots {args.slots}: must lie in 1..{MAX_SLOTS}")
-    for name in ("load_timeout", "cancel_grace", "drain_timeout"):
+    for name in ("load_timeout", "cancel_grace", "stall_timeout", "drain_timeout"):
         if not 0 <= getattr(args, name) < float("inf"):
             faults.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number of seconds, 0 or more")
     try:
         engine_class = find_engine(args.engine)
         options = parse_options(engine_class.OPTIONS, args.options)
-        engine_class(options)  # checks that only the engine can do
+        shared = engine_class(options).SHARED  # made for checks that only the engine can do, too
+        if shared and args.in_threads:
+            faults.append(f"--in-threads: engine {args.engine!r} serves all slots from one process; leave it out")
         faults += [needs(args.engine, lack) for lack in engine_class.check(options, args.slots)]
     except (EngineNotFound, OptionError) as fault:
         faults.append(str(fault))
@@ -275,11 +287,13 @@ def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = No
         engine=args.engine,
         engine_class=engine_class,
         options=options,
+        shared=shared,
         slots=args.slots,
         name=worker_name(args.name),
         in_threads=args.in_threads,
         load_timeout_s=args.load_timeout,
         cancel_grace_s=args.cancel_grace,
+        stall_timeout_s=args.stall_timeout,
         drain_timeout_s=args.drain_timeout,
         log_level=args.log_level,
         log_format=args.log_format,

@@ -10,7 +10,7 @@ import trio
 from gpuworker.config import WorkerConfig
 from gpuworker.health import LEAVE_S, HealthService
 from gpuworker.identity import Identity
-from gpuworker.slots.process_slot import ProcessSlot
+from gpuworker.slots.process_slot import EngineHost, ProcessSlot
 from gpuworker.slots.slot import Slot
 from gpuworker.slots.thread_slot import ThreadSlot
 from gpuworker.status import WorkerError
@@ -79,14 +79,17 @@ def make_slots(config: WorkerConfig) -> list[Slot]:
         make = partial(config.engine_class, config.options)
         return [ThreadSlot(index, make, cancel_grace_s=config.cancel_grace_s) for index in range(config.slots)]
     loading = trio.Lock()
-    return [
-        ProcessSlot(
-            index,
+
+    def make_host() -> EngineHost:
+        return EngineHost(
             config.engine,
             config.options,
+            shared=config.shared,
             loading=loading,
             load_timeout_s=config.load_timeout_s,
             cancel_grace_s=config.cancel_grace_s,
+            stall_timeout_s=config.stall_timeout_s,
         )
-        for index in range(config.slots)
-    ]
+
+    one = make_host() if config.shared else None
+    return [ProcessSlot(index, one or make_host()) for index in range(config.slots)]

@@ -6,7 +6,7 @@ To add an engine, write a module with a subclass of `Engine`, and register it un
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import attrs
@@ -189,7 +189,7 @@ class EngineError(Exception):
         code: the wire's error code.
         details: further facts by name.
         retryable: the same request may succeed if it is sent again.
-        restart: the engine can no longer be trusted (CUDA out of memory): its slot starts a new one.
+        restart: the engine can no longer be trusted (CUDA out of memory): its process is started again.
     """
 
     def __init__(
@@ -238,12 +238,18 @@ class Engine(ABC):
 
     Called in this order, all from one thread: `__init__` (cheap), `load` (may take minutes), `generate` any number of
     times, `close`. A run is cancelled by closing the generator between two chunks (`GeneratorExit` at its `yield`).
+
+    A shared engine is loaded once for all slots of a worker: `load`, then `seats`, which returns an engine for each
+    slot; `generate` is called only on those, each in its own thread.
     """
 
     #: Option name -> option; `__init__` gets a value for each.
     OPTIONS: ClassVar[Mapping[str, Option]] = {}
     #: One line for `gpuworker engines`.
     SUMMARY: ClassVar[str] = ""
+    #: One load serves all slots of a worker: the engine's process asks `seats` for an engine for each slot.
+    #: Of the class, or set by `__init__` where it depends on the options.
+    SHARED: bool = False
 
     #: Whether the current run is to stop; set by the slot, which checks it between chunks.
     #: An engine that works long before its next chunk may check it too, and return.
@@ -273,7 +279,7 @@ class Engine(ABC):
 
         Args:
             options: a value for each of `OPTIONS`.
-            slots: how many engines will run side by side.
+            slots: how many engines will run side by side; of a `SHARED` one, how many seats it will have.
         """
         del options, slots
         return cls.missing()
@@ -302,6 +308,17 @@ class Engine(ABC):
         Raises:
             EngineError: it cannot be loaded; the message says what to do.
         """
+
+    def seats(self, count: int) -> Sequence["Engine"]:
+        """Engines for `count` slots over what `load` made; called once after `load`, if the engine is `SHARED`.
+
+        Each has its own thread, `cancelled` and `report`, and runs one request at a time. What they share must not let
+        one request change another's chunks, nor put its words into another's error. If a seat fails with `restart`,
+        or the process ends, the runs of all seats end: those that have made audio or output, or reported progress
+        above 0, are tried again without counting it as their fault.
+        """
+        del count
+        return [self]
 
     def format_for(self, params: dict[str, Value]) -> AudioFormat | None:
         """The format of the audio that these params make; not called if the engine has `late_format`."""

@@ -17,20 +17,25 @@ Params (all but `text` optional):
 | delay_s | wait before the first chunk (option `delay_s`, 0) |
 | progress | a `progress` chunk before each this many chunks; 0: none |
 | output | `audio`, or `text`: one word in each chunk as `output` instead of audio |
-| fail | {how: raise, hang, exit or slow; at: the chunk before which, from 0; seconds: of `slow` (1); \
-code: of `exit` (3); retryable: of `raise`} |
+| fail | {how: raise, hang, exit, freeze or slow; at: the chunk before which, from 0; seconds: of `slow` (1); \
+code: of `exit` (3); retryable and restart: of `raise`} |
+
+`hang` stops its own thread, `freeze` the whole process. With option `shared` all slots are seats of one process, as
+with an engine that batches on a GPU.
 
 The inputs `audio`, `video` and `file` are optional: an `output` before all else tells type, size and SHA-256 of each.
 """
 
+import copy
 import hashlib
 import math
 import os
 import secrets
+import signal
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from gpuworker.engines.base import (
@@ -71,11 +76,12 @@ PARAMS: dict[str, Value] = {
         "fail": {
             "type": "object",
             "properties": {
-                "how": {"enum": ["raise", "hang", "exit", "slow"]},
+                "how": {"enum": ["raise", "hang", "exit", "freeze", "slow"]},
                 "at": {"type": "integer", "minimum": 0, "default": 0},
                 "seconds": {"type": "number", "minimum": 0, "maximum": 3_600, "default": 1},
                 "code": {"type": "integer", "minimum": 0, "maximum": 255, "default": 3},
                 "retryable": {"type": "boolean", "default": False},
+                "restart": {"type": "boolean", "default": False},
             },
             "required": ["how"],
             "additionalProperties": False,
@@ -146,6 +152,7 @@ class MockEngine(Engine):
         "reproducible": Option(kind=bool, default=True, help="false: the same tune, cut differently each time"),
         "load_s": Option(kind=float, default=0.0, help="seconds that loading takes"),
         "load_fails": Option(kind=bool, default=False, help="loading fails"),
+        "shared": Option(kind=bool, default=False, help="one process for all slots"),
     }
 
     def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
@@ -155,6 +162,7 @@ class MockEngine(Engine):
         except ValueError as fault:
             raise OptionError(f"-o {fault}") from None
         self._tune: Tune | None = None
+        self.SHARED = bool(self.options["shared"])
 
     @property
     def capabilities(self) -> Capabilities:
@@ -175,6 +183,10 @@ class MockEngine(Engine):
         if self.options["load_fails"]:
             raise EngineError("loading fails, as -o load_fails=true asks")
         self._tune = Tune(self._format.sample_rate)
+
+    def seats(self, count: int) -> Sequence[Engine]:
+        """Engines that share the notes."""
+        return [copy.copy(self) for _ in range(count)]
 
     def format_for(self, params: dict[str, Value]) -> AudioFormat | None:
         """The format of the tune; None for `output: text`."""
@@ -238,10 +250,16 @@ class MockEngine(Engine):
     def _fail(fail: dict[str, Value]) -> None:
         how = fail.get("how")
         if how == "raise":
-            raise EngineError("the request asked for this failure", retryable=fail.get("retryable", False))
+            raise EngineError(
+                "the request asked for this failure",
+                retryable=fail.get("retryable", False),
+                restart=fail.get("restart", False),
+            )
         if how == "exit":
             print(f"exiting with code {fail.get('code', 3)}, as the request asked", file=sys.stderr, flush=True)
             os._exit(fail.get("code", 3))
+        if how == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if how == "hang":
             print("hanging, as the request asked", file=sys.stderr, flush=True)
         while how == "hang":  # ignores `cancelled`: only a kill ends it

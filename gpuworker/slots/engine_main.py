@@ -1,4 +1,4 @@
-"""The main program of an engine's process: it loads one engine and runs one request at a time.
+"""The main program of an engine's process: it loads one engine, and runs one request at a time in each of its slots.
 
 Started as `python -P -m gpuworker.slots.engine_main FD PARENT_PID`.
 
@@ -42,8 +42,17 @@ def _isolate(parent_pid: int) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper here
 
 
+@attrs.define(eq=False)
+class Seat:
+    """What the process knows of one slot: the runs to come, and the last one that was cancelled."""
+
+    index: int
+    runs: "queue.SimpleQueue[ipc.IpcMessage]" = attrs.field(factory=queue.SimpleQueue)
+    cancelled_run: int = -1
+
+
 class EngineMain:
-    """The slot process's end of the pipe.
+    """The engine process's end of the pipe.
 
     Args:
         sock: a socket connected to the worker.
@@ -51,8 +60,9 @@ class EngineMain:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._commands: queue.SimpleQueue[ipc.IpcMessage] = queue.SimpleQueue()
-        self._cancelled_run = -1
+        self._sending = threading.Lock()
+        self._loads: queue.SimpleQueue[ipc.IpcMessage] = queue.SimpleQueue()
+        self._seats: list[Seat] = []
 
     def read_commands(self) -> None:
         """Read commands until the socket ends, which ends the process; runs in its own thread.
@@ -65,48 +75,79 @@ class EngineMain:
                 data = self._sock.recv(_READ_BYTES)
                 commands = inbox.feed(data)
                 for message in commands:
-                    if message["do"] == "cancel":
-                        self._cancelled_run = max(self._cancelled_run, message["run"])
+                    if message["do"] == "load":
+                        self._seats = [Seat(index) for index in range(message["seats"])]
+                        self._loads.put(message)
+                    elif message["do"] == "cancel":
+                        seat = self._seats[message["slot"]]
+                        seat.cancelled_run = max(seat.cancelled_run, message["run"])
                     else:
-                        self._commands.put(message)
+                        self._seats[message["slot"]].runs.put(message)
             except BaseException:  # noqa: BLE001 - whatever it is (no memory): without this thread the slot is deaf
                 os._exit(1)
             if not data:
                 os._exit(0)
 
     def _send(self, message: ipc.IpcMessage) -> None:
-        # Blocks while the worker does not read: a slot is ahead of it by no more than the socket's buffer.
-        self._sock.sendall(ipc.pack(message))
+        # Blocks while the worker does not read: the engine is ahead of it by no more than the socket's buffer.
+        with self._sending:
+            self._sock.sendall(ipc.pack(message))
 
     def serve(self) -> None:
         """Load the engine and run requests, until the engine must be restarted."""
-        engine = self._load(self._commands.get())
-        if engine is None:
-            return
+        engines = self._load(self._loads.get())
+        if len(engines) == 1:
+            self._drive(self._seats[0], engines[0])  # in the thread that loaded it
+        elif engines:
+            self._drive_all(engines)
+
+    def _drive_all(self, engines: list[Engine]) -> None:
+        """Run the requests of all slots, each in its own thread, until the engine must be restarted."""
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def drive(seat: Seat, engine: Engine) -> None:
+            try:
+                self._drive(seat, engine)
+            except BaseException as fault:  # noqa: BLE001 - nobody would notice a slot without a thread
+                ended.put(fault)
+            else:
+                ended.put(None)
+
+        for seat, engine in zip(self._seats, engines, strict=True):
+            threading.Thread(target=drive, args=(seat, engine), name=f"slot {seat.index}", daemon=True).start()
+        if (fault := ended.get()) is not None:
+            raise fault
+
+    def _drive(self, seat: Seat, engine: Engine) -> None:
+        """Run the requests of one slot, until the engine must be restarted."""
         while True:
-            message = self._commands.get()
+            message = seat.runs.get()
             run: int = message["run"]
 
             def cancelled(run: int = run) -> bool:
-                return self._cancelled_run >= run
+                return seat.cancelled_run >= run
 
             def emit(chunk: Chunk) -> None:
-                self._send(ipc.encode_chunk(chunk))
+                self._send({"slot": seat.index, **ipc.encode_chunk(chunk)})
 
             inputs = {name: EngineInput(**item) for name, item in message["inputs"].items()}
             end = run_engine(engine, message["params"], inputs, cancelled, emit, RequestContext(**message["context"]))
             for stream in (sys.stdout, sys.stderr):  # what this run printed belongs under its own name in the log
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
-            self._send({"is": "end", **attrs.asdict(end)})
+            self._send({"slot": seat.index, "is": "end", **attrs.asdict(end)})
             if end.restart:
                 return
 
-    def _load(self, message: dict[str, Any]) -> Engine | None:
+    def _load(self, message: dict[str, Any]) -> list[Engine]:
+        """The engines of the slots; empty if they cannot be loaded, which the worker has been told then."""
         try:
             engine = find_engine(message["engine"])(message["options"])
             engine.report = lambda progress: self._send(ipc.encode_chunk(progress))
             engine.load()
+            engines = list(engine.seats(len(self._seats))) if engine.SHARED else [engine]
+            if len(engines) != len(self._seats):
+                raise EngineError(f"the engine made {len(engines)} seats for {len(self._seats)} slots")
             engine.report = Engine.report
             self._send({"is": "ready", "capabilities": ipc.encode_capabilities(engine.capabilities)})
         except (EngineError, OptionError, EngineNotFound) as fault:
@@ -115,8 +156,8 @@ class EngineMain:
             traceback.print_exc()
             self._send({"is": "load_failed", "message": f"{type(fault).__name__}: {error_text(fault)}"})
         else:
-            return engine
-        return None
+            return engines
+        return []
 
 
 def main(arguments: list[str]) -> None:

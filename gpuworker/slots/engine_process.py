@@ -1,4 +1,4 @@
-"""A slot's process as seen by the worker: it is started, written to, logged, killed and reaped here."""
+"""An engine's process as seen by the worker: it is started, written to, logged, killed and reaped here."""
 
 import logging
 import os
@@ -35,11 +35,12 @@ log = logging.getLogger("gpuworker.slot")
 
 
 class EngineProcess:
-    """A running slot process; made by `open_child`.
+    """A running engine process; made by `open_child`.
 
     Attributes:
-        request_id: the running request; empty while there is none. The output of the process goes only to the worker's
-            log, and to operators with the run that printed it: the next one may be another principal's.
+        request_id: the running request; empty while there is none, and for a shared engine, which runs several. The
+            output of the process goes only to the worker's log, and to operators with the run that printed it: the
+            next one may be another principal's.
     """
 
     def __init__(self, name: str, process: "subprocess.Popen[bytes]", stream: trio.SocketStream, output: int) -> None:
@@ -101,7 +102,7 @@ class EngineProcess:
             how = f"was ended by {signal.Signals(-code).name}"
         else:
             how = f"ended with exit code {code}"
-        return f"the slot's process {how}"
+        return f"the engine's process {how}"
 
     def kill(self) -> None:
         """Kill the process and its children; does nothing once it has ended."""
@@ -177,7 +178,7 @@ class EngineProcess:
 
 @asynccontextmanager
 async def open_child(name: str) -> AsyncIterator[EngineProcess]:
-    """Start a slot's process; it is killed and reaped at the end of the block.
+    """Start an engine's process; it is killed and reaped at the end of the block.
 
     Must run in a thread that lives as long as the worker, because the parent-death signal follows the thread that
     forked. `trio.run_process` forks in a pool thread, so it cannot be used; starting here blocks for a few ms.

@@ -1,8 +1,9 @@
-"""The protocol between the worker and a slot's process: msgpack maps, each preceded by its length in 4 bytes.
+"""The protocol between the worker and an engine's process: msgpack maps, each preceded by its length in 4 bytes.
 
-Worker to slot: `load` (engine, options), `run` (run, params, inputs, context), `cancel` (run). Slot to worker:
-`progress` of a long load, `ready` (capabilities), `load_failed` (message), then a run's chunks `format` `audio`
-`progress` `output`, and `end`.
+Worker to engine: `load` (engine, options, seats), `run` (slot, run, params, inputs, context), `cancel` (slot, run).
+Engine to worker: `progress` of a long load, `ready` (capabilities), `load_failed` (message), then a run's chunks
+`format` `audio` `progress` `output`, and `end`, all with `slot`. A slot is named by its place among those of the
+process, from 0.
 It is private to one version of gpuworker: both ends always come from the same installation.
 """
 

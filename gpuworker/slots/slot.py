@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping
 import attrs
 import trio
 
-from gpuworker.engines.base import Capabilities, Chunk, EngineInput, RequestContext, error_text
+from gpuworker.engines.base import (
+    Capabilities,
+    Chunk,
+    EngineInput,
+    FormatChunk,
+    ProgressChunk,
+    RequestContext,
+    error_text,
+)
 from gpuworker.slots.run_engine import RunResult
 from protocol.wire.errors import ErrorCode
 from protocol.wire.validators import Value
@@ -25,9 +33,15 @@ class Job:
 
 
 class Run:
-    """A job in a slot, from its start to its end."""
+    """A job in a slot, from its start to its end.
+
+    Attributes:
+        made_something: the engine has begun with it in earnest: it has made output, or reported progress above 0.
+        end: how it ended; None before.
+    """
 
     def __init__(self, emit: Callable[[Chunk], None]) -> None:
+        self.made_something = False
         self._emit = emit
         self._fault: RunResult | None = None
         self.end: RunResult | None = None
@@ -36,6 +50,9 @@ class Run:
 
     def emit(self, chunk: Chunk) -> None:
         """Pass a chunk on. Never raises: an error in the receiver stops this run, but not the slot."""
+        if not self.made_something:
+            is_sign = chunk.fraction > 0 if isinstance(chunk, ProgressChunk) else not isinstance(chunk, FormatChunk)
+            self.made_something = is_sign
         if self._fault is None:
             try:
                 self._emit(chunk)
@@ -70,6 +87,7 @@ class Slot(ABC):
         busy: a job runs in it.
         capabilities: those of its engine, None until it has been loaded once.
         load_fault: why the last load failed; empty if it succeeded.
+        shared: its engine's process serves other slots too, so that its end ends their runs.
         broken: why no engine can run in this program again; empty if one can.
         on_change: called, in the Trio thread, after each change of `ready`, `busy` or `load_fault`.
     """
@@ -77,6 +95,7 @@ class Slot(ABC):
     def __init__(self, index: int) -> None:
         self.index = index
         self.ready = False
+        self.shared = False
         self.capabilities: Capabilities | None = None
         self.load_fault = ""
         self.broken = ""

@@ -17,7 +17,7 @@ from gpuworker.engines.base import (
     FormatChunk,
     ProgressChunk,
 )
-from gpuworker.slots.process_slot import ProcessSlot
+from gpuworker.slots.process_slot import EngineHost, ProcessSlot
 from gpuworker.slots.run_engine import run_engine
 from gpuworker.slots.slot import Job, Slot
 from gpuworker.slots.thread_slot import ThreadSlot
@@ -125,7 +125,7 @@ SOURCE = """
 
 def process_slot(folder: Path, patch: pytest.MonkeyPatch) -> Slot:
     install_engine(folder, patch, SOURCE)
-    return ProcessSlot(0, NAME, {})
+    return ProcessSlot(0, EngineHost(NAME, {}))
 
 
 def thread_slot(folder: Path, patch: pytest.MonkeyPatch) -> Slot:

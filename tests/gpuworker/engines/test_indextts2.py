@@ -26,7 +26,7 @@ import trio
 from gpuworker.engines.base import AudioChunk, Chunk, EngineError, EngineInput, FormatChunk, ProgressChunk
 from gpuworker.engines.indextts2.engine import CHUNK_BYTES, IndexTTS2Engine
 from gpuworker.engines.indextts2.params import EMOTIONS
-from gpuworker.slots.process_slot import ProcessSlot
+from gpuworker.slots.process_slot import EngineHost, ProcessSlot
 from gpuworker.slots.run_engine import RunResult, run_engine
 from gpuworker.slots.slot import Job
 from protocol.wire.params_schema import check_schema
@@ -311,7 +311,7 @@ def test_what_cannot_be_loaded_says_what_to_do(upstream: Upstream, options: dict
 async def a_slot(cancel_grace_s: float = 60) -> AsyncIterator[Callable[..., Any]]:
     """A slot process of the engine: called with a text it speaks it, until `stop` says so of a chunk."""
     options = {name: option.default for name, option in IndexTTS2Engine.OPTIONS.items()}
-    slot = ProcessSlot(0, "indextts2", options, cancel_grace_s=cancel_grace_s)
+    slot = ProcessSlot(0, EngineHost("indextts2", options, cancel_grace_s=cancel_grace_s))
     changed = trio.lowlevel.ParkingLot()
 
     def note() -> None:
@@ -323,8 +323,8 @@ async def a_slot(cancel_grace_s: float = 60) -> AsyncIterator[Callable[..., Any]
         while not slot.free:
             assert not slot.load_fault, slot.load_fault
             await changed.park()
-        assert slot._child is not None
-        pid = slot._child.pid
+        assert slot.host.child is not None
+        pid = slot.host.child.pid
         chunks: list[Chunk] = []
 
         def take(chunk: Chunk) -> None:

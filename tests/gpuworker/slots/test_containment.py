@@ -24,7 +24,7 @@ from gpuworker.engines.base import (
 from gpuworker.engines.catalog import find_engine, parse_options
 from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.executor import Executor
-from gpuworker.slots.process_slot import ProcessSlot
+from gpuworker.slots.process_slot import EngineHost, ProcessSlot
 from gpuworker.slots.run_engine import RunResult, run_engine
 from gpuworker.slots.slot import Job, Slot
 from gpuworker.slots.thread_slot import ThreadSlot
@@ -73,7 +73,7 @@ def function_slot(kind: str, folder: Path, source: str) -> Slot:
         return ThreadSlot(0, lambda: FunctionEngine({}, space["call"]))
     (folder / "contained_module.py").write_text(source)
     options = parse_options(find_engine("function").OPTIONS, ("call=contained_module:call",))
-    return ProcessSlot(0, "function", options)
+    return ProcessSlot(0, EngineHost("function", options))
 
 
 # -- what the wire cannot carry ----------------------------------------------------------------------------------

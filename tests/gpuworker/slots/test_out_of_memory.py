@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from gpuworker.identity import Identity
-from gpuworker.slots.process_slot import ProcessSlot
+from gpuworker.slots.process_slot import EngineHost, ProcessSlot
 from gpuworker.status import WorkerError
 from gpuworker.worker import Worker
 from protocol.wire.frames import Completed, Failed
@@ -80,7 +80,7 @@ async def run_worker(work: object, slots: int) -> None:
             worker = Worker(
                 Identity(name="box", spaces=("tts",), engine=NAME, token="t"),
                 ADDRESS,
-                [ProcessSlot(index, NAME, {}, loading=loading) for index in range(slots)],
+                [ProcessSlot(index, EngineHost(NAME, {}, loading=loading)) for index in range(slots)],
                 connect_to=relay.connect,
             )
             nursery.start_soon(worker.run)
@@ -162,7 +162,7 @@ async def test_a_worker_none_of_whose_models_can_be_loaded_ends_with_the_words(g
         async with trio.open_nursery() as nursery:
             fake = FakeRelay(nursery, script(relay))
             identity = Identity(name="box", spaces=("tts",), engine=NAME, token="t")
-            worker = Worker(identity, ADDRESS, [ProcessSlot(0, NAME, {})], connect_to=fake.connect)
+            worker = Worker(identity, ADDRESS, [ProcessSlot(0, EngineHost(NAME, {}))], connect_to=fake.connect)
             with pytest.raises(WorkerError, match="use fewer --slots") as told:
                 await worker.run()
             assert told.value.code == "model_not_loaded"

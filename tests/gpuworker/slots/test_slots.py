@@ -19,7 +19,7 @@ from gpuworker.engines.base import AudioChunk, Chunk, Engine, FormatChunk, Optio
 from gpuworker.engines.catalog import find_engine, parse_options
 from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, Tune, tune_key
-from gpuworker.slots.process_slot import ProcessSlot
+from gpuworker.slots.process_slot import EngineHost, ProcessSlot
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job, Slot
 from gpuworker.slots.thread_slot import ThreadSlot
@@ -70,7 +70,7 @@ def options(engine: str, *given: str) -> dict[str, OptionValue]:
 
 
 def mock_slot(*given: str, **more: Any) -> ProcessSlot:
-    return ProcessSlot(0, "mock", options("mock", "speed=0", *given), **more)
+    return ProcessSlot(0, EngineHost("mock", options("mock", "speed=0", *given), **more))
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def function_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 
     def make(source: str, *given: str, **more: Any) -> ProcessSlot:
         (tmp_path / "served_module.py").write_text(textwrap.dedent(source))
-        return ProcessSlot(0, "function", options("function", "call=served_module:call", *given), **more)
+        return ProcessSlot(0, EngineHost("function", options("function", "call=served_module:call", *given), **more))
 
     return make
 
@@ -136,8 +136,8 @@ async def test_a_process_that_is_killed_fails_its_request_with_the_signals_name(
 
         def kill(chunk: Chunk) -> None:
             assert isinstance(bench.slot, ProcessSlot)
-            assert bench.slot._child is not None
-            os.kill(bench.slot._child.pid, signal.SIGKILL)
+            assert bench.slot.host.child is not None
+            os.kill(bench.slot.host.child.pid, signal.SIGKILL)
 
         end = await bench.run({"text": "x", "speed": 1}, kill)
         assert "SIGKILL" in end.message
@@ -335,7 +335,7 @@ async def test_a_load_that_gives_signs_of_life_may_take_longer_and_one_that_fall
     install_engine(tmp_path, monkeypatch, source)
 
     def slot(signs: int) -> ProcessSlot:
-        return ProcessSlot(0, NAME, {"signs": signs}, load_timeout_s=3.0)
+        return ProcessSlot(0, EngineHost(NAME, {"signs": signs}, load_timeout_s=3.0))
 
     async with serving(slot(10)) as bench:
         await bench.until(lambda: bench.slot.ready or bench.slot.load_fault != "")
@@ -396,17 +396,16 @@ async def test_a_slots_process_dies_with_a_parent_that_was_killed_and_ignores_wh
     parent = textwrap.dedent(
         """
         import trio
-        from gpuworker.slots.process_slot import ProcessSlot
+        from gpuworker.slots.process_slot import EngineHost, ProcessSlot
         from gpuworker.slots.slot import Job
         async def main():
-            slot = ProcessSlot(0, "mock", {"sample_rate": 24000, "chunk_ms": 100, "speed": 0.0, "delay_s": 0.0,
-                                           "load_s": 0.0, "load_fails": False})
+            slot = ProcessSlot(0, EngineHost("mock", {"speed": 0.0}))
             ready = trio.Event()
             slot.on_change = lambda: slot.ready and ready.set()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(slot.serve)
                 await ready.wait()
-                print(slot._child.pid, flush=True)
+                print(slot.host.child.pid, flush=True)
                 await slot.run(Job({"text": "x", "fail": {"how": "hang"}}), lambda chunk: None)
         trio.run(main)
         """
