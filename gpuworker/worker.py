@@ -310,6 +310,7 @@ class Worker:
             inputs=capabilities.inputs,
             format=capabilities.format,
             streams=capabilities.streams,
+            shared=any(slot.shared for slot in self._slots),
             reproducible=capabilities.reproducible,
             fingerprint=capabilities.fingerprint,
             running=self._executor_or_fail.running_attempts(),

@@ -410,6 +410,7 @@ class Register(Message):
         params: JSON Schema (2020-12) of `submit.params`.
         inputs: input name -> what is accepted.
         format: of the audio that this engine makes, or None if it makes none.
+        shared: one process of the engine serves all slots, so that its end ends all attempts.
         streams: frames come all the time while it runs, so that a silent attempt is a hung one.
         reproducible: equal params (and seed) give equal frames, by any worker of this engine, format and fingerprint.
         fingerprint: everything else that the frames depend on: model files, device, versions.
@@ -426,6 +427,7 @@ class Register(Message):
     inputs: dict[str, InputRule] = struct_map_field(InputRule, _input_name)
     format: AudioFormat | None = struct_field(AudioFormat)
     streams: bool = field(boolean, True)
+    shared: bool = field(boolean, False)
     reproducible: bool = field(boolean, False)
     fingerprint: str = field(text(200), "")
     running: tuple[Running, ...] = struct_list_field(Running)

@@ -107,6 +107,8 @@ class WorkerHandler:
     usage: PrincipalUsage | None = None
     engine: str = ""
     registered: bool = False
+    #: One process of its engine serves all slots.
+    shared: bool = False
     #: Trio time of the first refusal, 0 before.
     refused_at: float = 0.0
     #: First bytes of an attempt's audio frames -> the attempt, for running attempts that have an audio format.
@@ -301,7 +303,7 @@ class WorkerHandler:
         if len(spaces := list(dict.fromkeys(register.spaces))) < len(register.spaces):
             register = attrs.evolve(register, spaces=spaces)
         self.worker_id = f"{register.worker[:MAX_NAME_CHARS]}-{register.instance[:8]}"
-        self.engine = register.engine
+        self.engine, self.shared = register.engine, register.shared
         if refusal := self._refusal(register):
             self._refuse(refusal)
             return
@@ -405,9 +407,13 @@ class WorkerHandler:
                 self.usage.charge(PROGRESS_S, trio.current_time())
         elif isinstance(frame, Output):
             request.has_outputs = True
+        runs_alone = request.entry.alone
+        if runs_alone and (frame.fraction > 0 if isinstance(frame, Progress) else is_output):
+            self.relay.workers.note_begun(frame.request_id)
         active = ActiveAttempt.of(request)
         # From now on audio need not be decoded; this also holds after a worker has reconnected in mid-stream.
-        if active.sample_bytes and (prefix := audio_prefix(frame.request_id, frame.attempt)):
+        known = active.sample_bytes and (is_output or not runs_alone)
+        if known and (prefix := audio_prefix(frame.request_id, frame.attempt)):
             self._active[prefix] = active
         self._add(active, [data], len(data), pcm_bytes, is_output)
 
@@ -465,11 +471,12 @@ class WorkerHandler:
         request = self._request_of(frame)
         relay = self.relay
         is_next = request is not None and self._is_next(request, frame)
+        innocent = self._innocence(frame)
         ack = Ack(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq)
         pending_ack = (self.worker_id, ack)
         if is_next and isinstance(frame, Completed):
             relay.scheduler.count_completed(self.worker_id)
-        elif is_next and isinstance(frame, Failed) and frame.code in ENGINE_FAULTS:
+        elif is_next and isinstance(frame, Failed) and frame.code in ENGINE_FAULTS and not innocent:
             relay.workers.count_engine_failure(self.worker_id)
         if request is None or not is_next:
             if not relay.has_pending_ack(frame.request_id, frame.attempt):
@@ -481,7 +488,7 @@ class WorkerHandler:
         ):
             self.send(ack)  # first, so that the worker forgets this attempt before the next is assigned
             relay.workers.lose_attempt_of_live_worker(
-                request, self, ErrorCode(frame.code), frame.message, frame.details
+                request, self, ErrorCode(frame.code), frame.message, frame.details, innocent
             )
         elif isinstance(frame, Cancelled) and request.entry.cancel_reason is None:
             # The request was not cancelled: either the worker was asked to stop a lost attempt and was disconnected
@@ -506,6 +513,11 @@ class WorkerHandler:
         elif isinstance(frame, Cancelled):
             relay.finish_request(request, data, State.CANCELLED, message=frame.reason, pending_ack=pending_ack)
         relay.workers.release(self, frame.request_id, frame.attempt)
+
+    def _innocence(self, frame: Frame) -> bool | None:
+        """What the worker of a shared engine says of an attempt that ended with its process; None for any other."""
+        innocent = frame.details.get("innocent") if self.shared and isinstance(frame, Failed) else None
+        return innocent if isinstance(innocent, bool) else None
 
     def _request_of(self, frame: Frame) -> Request | None:
         request = self.relay.attempt_of(self, frame.request_id, frame.attempt)

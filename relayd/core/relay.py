@@ -232,6 +232,11 @@ class Relay:
                     message = f"space {space!r} is paused; {waited}: try again when it is resumed"
                 elif not self.workers.serving(space):
                     message = f"no worker is connected to space {space!r}; {waited}: try again when one is"
+                elif request.entry.alone:
+                    message = (
+                        f"the process of its engine ended as it ran with others, and no worker of space {space!r} "
+                        f"could run it alone within {request.queue_timeout_s:g} s; try again later"
+                    )
                 elif request.entry.failed_on:
                     message = (
                         f"its engine failed on {', '.join(sorted(request.entry.failed_on))}, and no slot of another "

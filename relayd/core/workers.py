@@ -72,6 +72,7 @@ class Workers(Mapping[str, WorkerPort]):
             spaces=tuple(register.spaces),
             slots=register.slots,
             streams=register.streams,
+            shared=register.shared,
             reproducible=_output_identity(register),
             draining=port.worker_id in self.drained,
         )
@@ -229,13 +230,18 @@ class Workers(Mapping[str, WorkerPort]):
 
     # -- attempts
 
-    def lose_attempt(self, request_id: str, code: ErrorCode, message: str) -> None:
+    def lose_attempt(self, request_id: str, code: ErrorCode, message: str, *, innocent: bool | None = None) -> None:
         """Note that an attempt is lost; depending on its retry policy, the request is tried again or fails."""
         request = self.relay.requests.get(request_id)
         if request is not None and request.entry.state is State.RUNNING:
-            request.add_timeline("lost", code=code.value, why=message[:MAX_STEP_CHARS])
+            request.add_timeline("lost", code=code.value, why=message[:MAX_STEP_CHARS], innocent=innocent)
             request.lost = code.value, message[:MAX_TEXT_CHARS]
-        self.relay.apply(self.relay.scheduler.lose(request_id, code, message, trio.current_time()))
+        now = trio.current_time()
+        self.relay.apply(self.relay.scheduler.lose(request_id, code, message, now, innocent=innocent))
+
+    def note_begun(self, request_id: str) -> None:
+        """Note that an attempt that runs alone has made something; others may start beside it."""
+        self.relay.apply(self.relay.scheduler.has_begun(request_id, trio.current_time()))
 
     def count_engine_failure(self, worker_id: str) -> None:
         """A worker's engine failed an attempt; one that does so again and again is handed nothing for a while."""
@@ -268,11 +274,12 @@ class Workers(Mapping[str, WorkerPort]):
         code: ErrorCode,
         message: str,
         details: dict[str, Value] | None = None,
+        innocent: bool | None = None,
     ) -> None:
         """Treat an attempt as lost whose worker is still connected, for example because its engine crashed."""
         request.details = details or {}
         self.relay.scheduler.state.workers[port.worker_id].held.pop(request.request_id, None)
-        self.lose_attempt(request.request_id, code, message)
+        self.lose_attempt(request.request_id, code, message, innocent=innocent)
 
     def release(self, port: WorkerPort, request_id: str, attempt: int) -> None:
         """Free the slot of an attempt that a worker has released."""

@@ -30,10 +30,35 @@ class Dispatcher:
         decisions: list[Decision] = []
         if self.state.draining:
             return decisions
+        self._reserve_workers()
         waiting = [space for space in self.state.spaces.values() if space.queue and not space.paused]
         while waiting:
             waiting = [space for space in waiting if self._dispatch_one(space, now, decisions) and space.queue]
         return decisions
+
+    def _reserve_workers(self) -> None:
+        """Keep a worker with a shared engine free of others for each request that is to run alone.
+
+        While one waits, the worker that runs least is given nothing else, so that it becomes free.
+        """
+        suspects = self.state.suspects.values()
+        if not suspects:
+            return
+        for worker in self.state.workers.values():
+            worker.alone_for = ""
+        for entry in suspects:
+            running_on = self.state.workers.get(entry.worker_id or "")
+            if running_on is not None and running_on.shared:
+                running_on.alone_for = entry.request_id
+        for entry in suspects:
+            space = self.state.spaces[entry.space]
+            if entry.state is not State.QUEUED or space.paused or not self._may_run(space, entry.principal):
+                continue
+            choice = _candidates(entry, self.state.workers_of(space.name), self.state.fit_workers_of(space.name))
+            if all(worker.shared for worker in choice):  # otherwise a slot with a process of its own will do
+                free = [worker for worker in choice if not worker.alone_for]
+                if free:
+                    min(free, key=lambda worker: len(worker.held)).alone_for = entry.request_id
 
     def _dispatch_one(self, space: SpaceState, now: float, decisions: list[Decision]) -> bool:
         linked = self.state.workers_of(space.name)
@@ -133,14 +158,15 @@ def _can_take(entry: ScheduledRequest, worker: WorkerState) -> bool:
 
 
 def _best_worker(entry: ScheduledRequest, linked: list[WorkerState], fit: list[WorkerState]) -> WorkerState | None:
-    """Return the worker with most free slots, then the longest idle; never one that still holds an attempt of it.
-
-    Nor one that rests, or whose engine has failed it, while there is another that it can wait for.
-    """
-    able = _able(entry, fit) or _able(entry, linked)
-    untried = [w for w in able if w.worker_id not in entry.failed_on]
-    free = (w for w in untried or able if w.free_slots and entry.request_id not in w.held)
+    """Return the worker with most free slots, then the longest idle; never one that still holds an attempt of it."""
+    free = (worker for worker in _candidates(entry, linked, fit) if worker.can_start(entry))
     return min(free, key=lambda worker: (-worker.free_slots, worker.last_used), default=None)
+
+
+def _candidates(entry: ScheduledRequest, linked: list[WorkerState], fit: list[WorkerState]) -> list[WorkerState]:
+    """Return the workers that `entry` waits for, without those that rest or have failed it where there are others."""
+    able = _able(entry, fit) or _able(entry, linked)
+    return [worker for worker in able if worker.worker_id not in entry.failed_on] or able
 
 
 def _able(entry: ScheduledRequest, workers: list[WorkerState]) -> list[WorkerState]:

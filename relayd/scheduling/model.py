@@ -53,6 +53,10 @@ class ScheduledRequest:
     #: After a restart, until an attempt starts: a client may know of later attempts than the store.
     may_be_behind: bool = False
     losses: int = 0
+    #: Attempts that ended with a shared engine's process and are held against others that ran there.
+    innocent_losses: int = 0
+    #: It may be what ends a shared engine's process: its next attempt on such a worker runs alone.
+    alone: bool = False
     #: The worker that runs the attempt; None while queued, and after a restart while the worker is not known.
     worker_id: str | None = None
     #: When the attempt was assigned to a worker.
@@ -88,6 +92,8 @@ class WorkerState:
     reproducible: str = ""
     #: As `Register.streams`.
     streams: bool = True
+    #: As `Register.shared`.
+    shared: bool = False
     linked: bool = True
     draining: bool = False
     held: dict[str, int] = attrs.field(factory=dict)
@@ -98,6 +104,14 @@ class WorkerState:
     rests: int = 0
     #: Until when it is handed nothing, as long as another worker of the space can have it; 0 while it does not rest.
     rests_until: float = 0.0
+    #: The request that is to run here alone, while it waits for the others to end, and while it runs; or empty.
+    alone_for: str = ""
+
+    def can_start(self, entry: ScheduledRequest) -> bool:
+        """Whether `entry` can run here now."""
+        if self.alone_for not in ("", entry.request_id) or (entry.alone and self.shared and self.held):
+            return False
+        return self.free_slots > 0 and entry.request_id not in self.held
 
     @property
     def free_slots(self) -> int:
@@ -157,6 +171,21 @@ class SchedulerState:
     uploads: Counter[str] = attrs.field(factory=Counter)
     #: How often a worker has been used; orders `WorkerState.last_used`.
     uses: int = 0
+    #: The live requests that are to run alone, by id, the first to become one first.
+    suspects: dict[str, ScheduledRequest] = attrs.field(factory=dict)
+
+    def suspect(self, entry: ScheduledRequest) -> None:
+        """Let a live request run alone from now on."""
+        entry.alone = True
+        self.suspects[entry.request_id] = entry
+
+    def acquit(self, entry: ScheduledRequest) -> None:
+        """Undo `suspect`; without effect where there is nothing to undo."""
+        entry.alone = False
+        if self.suspects.pop(entry.request_id, None) is not None:
+            for worker in self.workers.values():
+                if worker.alone_for == entry.request_id:
+                    worker.alone_for = ""
 
     def add_entry(self, entry: ScheduledRequest) -> None:
         """Account for a live request."""
@@ -167,6 +196,7 @@ class SchedulerState:
         """Undo `add_entry`, for a request that has ended; None where there is no such live request."""
         if (entry := self.entries.pop(request_id, None)) is not None:
             _subtract(self.input_bytes, entry.principal, entry.input_bytes)
+            self.acquit(entry)
         return entry
 
     def add_admitted(self, entry: ScheduledRequest) -> None:

@@ -18,6 +18,7 @@ method that may free a slot or queue a request ends with `Dispatcher.dispatch`, 
 | `join`, attempt named | running (worker away), or queued too early | running | `Registration.resume` |
 | `join`, attempt not named | running | running again, or as `lose` (1) | `Start` ... |
 | `lose` | running | queued in its old place, or unchanged (2) | `Stop`?, then `Requeue` or `Finish` |
+| `has_begun` | running alone | running, others may start beside it | what can start now |
 | `cancel` | uploading, queued, worker away | unchanged until the caller calls `end` | `Finish` cancelled |
 | `cancel` | running | running, cancelling | `Stop` |
 | `fail` | any live | unchanged until the caller calls `end` | `Stop`?, `Finish` failed |
@@ -62,6 +63,10 @@ ENGINE_FAULTS = frozenset({ErrorCode.ENGINE_FAILED, ErrorCode.MODEL_NOT_LOADED, 
 FAILURES_TO_REST = 3
 REST_FIRST_S = 10.0
 REST_LONGEST_S = 600.0
+#: Innocent losses after which a request runs alone: whoever ends the process late, after its first output, is among
+#: those that were called innocent. And how many of them are not counted as losses.
+INNOCENT_UNTIL_ALONE = 3
+MAX_INNOCENT_LOSSES = 10
 #: Names that a misspelt one is compared with, which takes about 10 us each.
 MAX_COMPARED = 200
 
@@ -390,7 +395,9 @@ class Scheduler:
         entry = self.state.entries.get(request_id)
         return [] if entry is None else [*self.dispatcher.stop(entry, message), Finish(entry, code, message)]
 
-    def lose(self, request_id: str, code: ErrorCode, message: str, now: float) -> list[Decision]:
+    def lose(
+        self, request_id: str, code: ErrorCode, message: str, now: float, *, innocent: bool | None = None
+    ) -> list[Decision]:
         """Handle the loss of an attempt (worker lost, engine crashed or hung): queue the request again, or fail it.
 
         Args:
@@ -398,6 +405,8 @@ class Scheduler:
             code: the error code with which the request fails if it is not tried again.
             message: the reason of the loss, for people.
             now: monotonic seconds.
+            innocent: for an attempt that ended with the process of a shared engine: whether others that ran there
+                caused this rather than it; None for any other loss.
         """
         entry = self.state.entries.get(request_id)
         if entry is None or entry.state is not State.RUNNING:
@@ -405,9 +414,14 @@ class Scheduler:
         stop = self.dispatcher.stop(entry, message)
         if entry.cancel_reason is not None:
             return [*stop, Finish(entry, None, entry.cancel_reason)]
-        entry.losses += 1
-        if code in ENGINE_FAULTS:
-            entry.failed_on.add(entry.worker_id or "")
+        if innocent and entry.innocent_losses < MAX_INNOCENT_LOSSES:
+            entry.innocent_losses += 1
+        else:
+            entry.losses += 1
+            if code in ENGINE_FAULTS:
+                entry.failed_on.add(entry.worker_id or "")
+        if innocent is False or entry.innocent_losses >= INNOCENT_UNTIL_ALONE:
+            self.state.suspect(entry)
         space = self.state.spaces[entry.space]
         if entry.losses >= space.rules.max_attempts:
             why = f"{entry.losses} attempts have been lost (this was attempt {entry.attempt}), so it is given up"
@@ -421,6 +435,14 @@ class Scheduler:
         space.queue.requeue(entry)
         self.state.moved.add(space.name)
         return [*stop, Requeue(entry), *self.dispatcher.dispatch(now)]
+
+    def has_begun(self, request_id: str, now: float) -> list[Decision]:
+        """An attempt that runs alone has made something: it is not what ends a process as it begins."""
+        entry = self.state.entries.get(request_id)
+        if entry is None or not entry.alone or entry.innocent_losses >= INNOCENT_UNTIL_ALONE:
+            return []
+        self.state.acquit(entry)
+        return self.dispatcher.dispatch(now)
 
     def adopt_later_attempt(self, request_id: str, attempt: int, now: float) -> list[Decision]:
         """Switch to a later attempt than the current one: a client has its frames, but it was not stored.

@@ -30,6 +30,8 @@ SPACES = {
     "other": SpaceRules(max_workers=3, max_running_per_principal=1, max_attempts=2),
 }
 WORKERS = {"one": "", "two": "tone", "three": "tone"}
+#: Those whose engine has one process for all slots.
+SHARED = {"one", "two"}
 picks = st.integers(0, 1000)
 
 
@@ -53,6 +55,7 @@ class Box:
     slots: int
     linked: bool = True
     draining: bool = False
+    shared: bool = False
     #: request id -> attempt.
     runs: dict[str, int] = attrs.field(factory=dict)
 
@@ -84,7 +87,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert box.linked
                     assert entry.request_id not in box.runs, "one attempt at a time"
                     assert not again or entry.attempt >= again[-1]
-                    assert len(again) < 20
+                    assert len(again) < 40
+                    if box.shared and (not again or entry.attempt > again[-1]):
+                        assert not (entry.alone and box.runs), "alone"
+                        assert not any(n in self.live and self.live[n].alone for n in box.runs), "beside none alone"
                     if not again or entry.attempt > again[-1]:
                         assert not box.draining
                         assert not self.scheduler.state.spaces[entry.space].paused
@@ -209,7 +215,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             if runs and (name := self.pick([*runs], choice)) and not self.heard(name):
                 del runs[name]
         state = WorkerState(
-            worker_id=worker_id, instance="i", spaces=spaces, slots=slots, reproducible=WORKERS[worker_id]
+            worker_id=worker_id,
+            instance="i",
+            spaces=spaces,
+            slots=slots,
+            reproducible=WORKERS[worker_id],
+            shared=worker_id in SHARED,
         )
         others = {
             name: [b for i, b in self.boxes.items() if i != worker_id and b.linked and name in b.spaces]
@@ -224,7 +235,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert {e.request_id for e in joined.resume} | set(joined.abandon) == set(runs)
         resumed = {entry.request_id: entry.attempt for entry in joined.resume}
         assert all(runs[name] == attempt for name, attempt in resumed.items())
-        self.boxes[worker_id] = Box(spaces, slots, True, state.draining, resumed)
+        self.boxes[worker_id] = Box(spaces, slots, True, state.draining, state.shared, resumed)
         self.carry_out(joined.decisions)
 
     def heard(self, name: str) -> bool:
@@ -262,6 +273,35 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.boxes[worker_id].runs[name]
             del self.scheduler.state.workers[worker_id].held[name]
             self.carry_out(self.scheduler.lose(name, ErrorCode.ENGINE_FAILED, "crashed", self.now))
+
+    @rule(choice=picks, innocents=st.lists(st.booleans(), min_size=3, max_size=3))
+    def end_a_shared_process(self, choice: int, innocents: list[bool]) -> None:
+        """All that runs there is lost; the worker says who had made something."""
+        shared = [w for w, box in self.boxes.items() if box.shared and box.linked and box.runs]
+        if not shared:
+            return
+        worker_id = self.pick(shared, choice)
+        box, held = self.boxes[worker_id], self.scheduler.state.workers[worker_id].held
+        slots, box.slots = box.slots, 0
+        self.carry_out(self.scheduler.set_slots(worker_id, 0, self.now))
+        several = len(box.runs) > 1
+        for (name, attempt), made_something in zip(list(box.runs.items()), innocents, strict=False):
+            entry = self.live.get(name)
+            del box.runs[name], held[name]
+            if entry is None or (entry.worker_id, entry.attempt) != (worker_id, attempt):
+                continue
+            innocent, losses = made_something and several, entry.losses
+            decisions = self.scheduler.lose(name, ErrorCode.ENGINE_FAILED, "crashed", self.now, innocent=innocent)
+            assert entry.losses == losses + (not innocent and name not in self.stopping)
+            assert entry.alone or innocent or name in self.stopping
+            self.carry_out(decisions)
+        box.slots = slots
+        self.carry_out(self.scheduler.set_slots(worker_id, slots, self.now))
+
+    @rule(choice=picks)
+    def begin_alone(self, choice: int) -> None:
+        if alone := [name for name in self.runs() if self.live[name].alone]:
+            self.carry_out(self.scheduler.has_begun(self.pick(alone, choice), self.now))
 
     @rule(choice=picks, audible=st.booleans())
     def put_out_a_frame(self, choice: int, audible: bool) -> None:
@@ -327,7 +367,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             box.linked = box.draining = False
         old, self.live = self.live, {}
         for entry in sorted(old.values(), key=lambda entry: entry.ticket):
-            anew = attrs.evolve(entry, worker_id=None, worker_lost_at=None, cancel_reason=None, next_seq=0)
+            anew = attrs.evolve(
+                entry,
+                worker_id=None,
+                worker_lost_at=None,
+                cancel_reason=None,
+                next_seq=0,
+                alone=False,
+                innocent_losses=0,
+            )
             self.live[entry.request_id] = anew
             self.scheduler.restore(anew, self.now)
 
@@ -378,7 +426,32 @@ class SchedulerMachine(RuleBasedStateMachine):
                         entry.request_id in worker.held
                         or not can_take(entry, worker)
                         or (worker.worker_id in entry.failed_on and self.untried(entry))
+                        or worker.alone_for not in ("", entry.request_id)
+                        or (entry.alone and worker.shared and worker.held)
                     )
+
+    @invariant()
+    def workers_are_kept_free_for_those_that_run_alone_and_for_nobody_else(self) -> None:
+        state = self.scheduler.state
+        assert state.suspects == {name: entry for name, entry in self.live.items() if entry.alone}
+        kept = {w.alone_for: w for w in state.workers.values() if w.alone_for}
+        assert len(kept) == sum(bool(worker.alone_for) for worker in state.workers.values()), "one each"
+        for name, worker in kept.items():
+            entry = self.live[name]
+            assert entry.alone
+            assert worker.shared
+            if entry.state is State.QUEUED:
+                assert worker.linked
+                assert can_take(entry, worker)
+                assert not state.spaces[entry.space].paused
+        for name, entry in state.suspects.items():
+            space = state.spaces[entry.space]
+            barred = space.name == "other" and any(e.principal == entry.principal for e in space.running.values())
+            if entry.state is not State.QUEUED or space.paused or barred or name in kept:
+                continue
+            able = [w for w in state.workers_of(space.name) if w.slots and not w.draining and can_take(entry, w)]
+            able = [w for w in able if w.worker_id not in entry.failed_on] or able
+            assert not able or not all(w.shared for w in able) or all(w.alone_for for w in able)
 
     def untried(self, entry: ScheduledRequest) -> bool:
         """Whether another worker, free or not, could run a request that has failed on some."""
