@@ -209,9 +209,10 @@ class EngineHost:
         if not (goes_on and self._others_run(slot)):
             return False
         slot.abandoned = True
-        self._set_ready(False, slots=[slot])
         if 2 * sum(each.abandoned for each in self.slots) >= len(self.slots):
             self._retire()
+        else:
+            self._set_ready(False, slots=[slot])
         return True
 
     def _others_run(self, slot: "ProcessSlot") -> bool:

@@ -1,10 +1,8 @@
 """Slots that share one engine process: what a crash, a hang, a cancel or a stall of one costs the others."""
 
-import os
-import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -129,3 +127,197 @@ async def test_one_process_serves_all_slots_at_the_same_time_each_with_its_own_s
         assert [len(speech.pcm) for speech in speeches] == [48_000] * 8
         assert all(speech.is_whole_tune for speech in speeches)
         assert room.ready == [8], "told once, not slot by slot"
+
+
+@pytest.mark.trio
+async def test_a_crash_ends_every_run_of_the_process_and_says_who_had_made_something() -> None:
+    async with a_room(4) as room:
+        speaking = [room.start(index) for index in range(2)]
+        for speech in speaking:
+            await speech.heard()
+        waiting = room.start(2, delay_s=60)
+        poison = room.start(3, "a secret", fail={"how": "exit", "code": 7})
+        ends = [await speech.ended() for speech in (*speaking, waiting, poison)]
+        assert [end.details for end in ends] == [{"innocent": True}] * 2 + [{"innocent": False}] * 2
+        assert {(end.outcome, end.code, end.retryable) for end in ends} == {("failed", "engine_failed", True)}
+        (message,) = {end.message for end in ends}
+        assert "exit code 7" in message
+        assert room.ready == [4, 0], "the relay hears that the slots are gone before it hears of the ends"
+        await room.until_ready()
+        again = room.start(0, duration_s=1, speed=0)
+        assert (await again.ended()).outcome == "completed"
+        assert again.is_whole_tune
+
+
+@pytest.mark.trio
+async def test_one_that_ran_by_itself_has_nobody_else_to_blame() -> None:
+    async with a_room(4) as room:
+        speech = room.start(1, speed=50, fail={"how": "exit", "at": 5})
+        assert (await speech.ended()).details == {"innocent": False}
+        assert speech.pcm
+
+
+@pytest.mark.trio
+async def test_a_run_that_asks_for_a_new_process_ends_all_and_no_words_of_it_reach_the_others() -> None:
+    async with a_room(3) as room:
+        speaking = [room.start(index) for index in range(2)]
+        for speech in speaking:
+            await speech.heard()
+        asks = room.start(2, fail={"how": "raise", "restart": True})
+        assert (await asks.ended()).message == "the request asked for this failure"
+        assert asks.end is not None
+        assert (asks.end.details, asks.end.retryable) == ({"innocent": False}, False)
+        for speech in speaking:
+            end = await speech.ended()
+            assert (end.details, end.retryable) == ({"innocent": True}, True)
+            assert "asked" not in end.message
+        await room.until_ready()
+
+
+@pytest.mark.trio
+async def test_an_error_of_one_request_is_that_requests_alone() -> None:
+    async with a_room(2) as room:
+        neighbour = room.start(0)
+        await neighbour.heard()
+        failing = room.start(1, fail={"how": "raise", "retryable": True})
+        end = await failing.ended()
+        assert (end.code, end.retryable, end.details) == ("engine_failed", True, {})
+        await neighbour.heard(100_000)
+        assert neighbour.is_whole_tune
+        assert room.ready == [2]
+
+
+@pytest.mark.trio
+async def test_a_cancel_frees_its_slot_before_the_next_chunk_and_disturbs_no_other() -> None:
+    async with a_room(2, "speed=10") as room:
+        neighbour, cancelled = room.start(0), room.start(1)
+        await cancelled.heard()
+        cancelled.slot.cancel()
+        assert (await cancelled.ended()).outcome == "cancelled"
+        had = len(cancelled.pcm)
+        again = room.start(1, "another", duration_s=1)
+        assert (await again.ended()).outcome == "completed"
+        assert again.is_whole_tune
+        assert len(cancelled.pcm) == had
+        await neighbour.heard(1_000)
+        assert neighbour.is_whole_tune
+        assert room.ready == [2], "the same process all the time"
+
+
+@pytest.mark.trio
+async def test_a_slot_that_does_not_stop_goes_out_of_service_while_others_work_and_is_back_with_a_new_process() -> None:
+    async with a_room(8, "speed=5", cancel_grace_s=0.5) as room:
+        neighbours = [room.start(index) for index in range(7)]
+        hung = room.start(7, fail={"how": "hang"})
+        for speech in neighbours:
+            await speech.heard()
+        pid = room.pid
+        hung.slot.cancel()
+        assert (await hung.ended()).outcome == "cancelled"
+        assert room.ready == [8, 7]
+        assert not hung.slot.free
+        for speech in neighbours:
+            await speech.heard(2_000)
+            assert speech.is_whole_tune
+        assert room.pid == pid
+        for speech in neighbours:
+            speech.slot.cancel()
+            assert (await speech.ended()).outcome == "cancelled"
+        await room.until_ready()
+        assert room.ready == [8, 7, 0, 8], "nothing ran any more, so the process could go"
+        assert room.pid != pid
+
+
+@pytest.mark.trio
+async def test_a_slot_that_stops_late_is_in_service_again() -> None:
+    async with a_room(4, "speed=5", cancel_grace_s=0.2) as room:
+        neighbour = room.start(0)
+        slow = room.start(1, fail={"how": "slow", "at": 1, "seconds": 2})
+        await slow.heard()
+        await neighbour.heard()
+        pid = room.pid
+        slow.slot.cancel()
+        assert (await slow.ended()).outcome == "cancelled"
+        assert not slow.slot.free
+        await room.until(lambda: slow.slot.free)
+        again = room.start(1, "another", duration_s=1, speed=0)
+        assert (await again.ended()).outcome == "completed"
+        assert again.is_whole_tune, "nothing of the run before is in it"
+        assert room.pid == pid
+        assert neighbour.end is None
+
+
+@pytest.mark.trio
+async def test_a_process_that_has_lost_half_of_its_slots_lets_the_rest_finish_and_starts_again() -> None:
+    async with a_room(4, "speed=5", cancel_grace_s=0.2) as room:
+        neighbour = room.start(0, duration_s=6)
+        for index in (1, 2):
+            hung = room.start(index, fail={"how": "hang"})
+            await neighbour.heard()
+            hung.slot.cancel()
+            assert (await hung.ended()).outcome == "cancelled"
+        assert room.ready == [4, 3, 0], "it takes no more"
+        assert neighbour.end is None
+        assert (await neighbour.ended()).outcome == "completed"
+        assert neighbour.is_whole_tune
+        await room.until_ready()
+
+
+@pytest.mark.trio
+async def test_a_cancelled_run_that_hangs_with_no_other_alive_is_killed() -> None:
+    async with a_room(3, cancel_grace_s=0.3) as room:
+        hung, also_hung = (room.start(index, fail={"how": "hang", "at": 1}) for index in range(2))
+        for speech in (hung, also_hung):
+            await speech.heard()
+        hung.slot.cancel()
+        assert (await hung.ended()).outcome == "cancelled"
+        assert (await also_hung.ended()).details == {"innocent": True}
+        await room.until_ready()
+
+
+@pytest.mark.trio
+async def test_a_process_that_stands_still_with_requests_is_killed_and_one_without_is_not() -> None:
+    async with a_room(3, "speed=10", stall_timeout_s=1.0) as room:
+        pid = room.pid
+        await trio.sleep(1.5)  # longer than that without a request
+        assert room.pid == pid
+        hung = room.start(0, fail={"how": "hang"})
+        neighbour = room.start(1)
+        await neighbour.heard(100_000)  # 2 s of audio, longer than it may be silent: one that works is enough
+        assert hung.end is None
+        frozen = room.start(2, fail={"how": "freeze"})
+        ends = [await speech.ended() for speech in (neighbour, hung, frozen)]
+        assert [end.details["innocent"] for end in ends] == [True, False, False]
+        assert all("sent nothing for 1 s" in end.message for end in ends)
+        await room.until_ready()
+        assert room.pid != pid
+
+
+@pytest.mark.trio
+async def test_what_one_request_printed_is_in_no_answer_and_under_no_requests_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "gpuworker.slot")
+    async with a_room(2) as room:
+        neighbour = room.start(0)
+        await neighbour.heard()
+        crash = room.start(1, fail={"how": "exit", "code": 9})
+        for speech in (neighbour, crash):
+            assert "as the request asked" not in (await speech.ended()).message
+    lines = [line for line in caplog.messages if "as the request asked" in line]
+    assert lines == ["slots 0-1 | exiting with code 9, as the request asked"]
+
+
+@pytest.mark.trio
+async def test_an_idle_process_uses_no_cpu() -> None:
+    def cpu_ns(pid: int) -> int:
+        """CPU time of all its threads."""
+        return sum(int(stat.read_text().split()[0]) for stat in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+
+    async with a_room(8) as room:
+        speeches = [room.start(index, duration_s=1, speed=0) for index in range(8)]
+        for speech in speeches:
+            assert (await speech.ended()).outcome == "completed"
+        before = cpu_ns(room.pid)
+        await trio.sleep(2.0)  # what is measured, not waited for
+        assert (cpu_ns(room.pid) - before) * 1_000 < before, "a thousandth of what its start and the speech took"
