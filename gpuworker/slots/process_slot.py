@@ -13,7 +13,7 @@ from gpuworker.slots import ipc
 from gpuworker.slots.engine_process import EngineProcess, open_child
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job, Run, Slot
-from protocol.link.backoff import Backoff
+from protocol.link.backoff import HELD_S, Backoff
 from protocol.wire.errors import ErrorCode
 
 #: Delay between a process's death and the next one; it doubles, so that a crash loop does not use up the machine.
@@ -74,6 +74,8 @@ class EngineHost:
         self._stall_timeout_s = stall_timeout_s
         self._stall = trio.CancelScope()
         self._stalled = False
+        #: A run has completed in this process, so that it does not die in a loop.
+        self._worked = False
         #: The process runs nothing more, and is killed once its last run has ended.
         self._retiring = False
 
@@ -96,7 +98,7 @@ class EngineHost:
                     finally:
                         self.child = None
                         self._end_runs(how, printed=child.printed)
-                    backoff.note_uptime(trio.current_time() - began)
+                    backoff.note_uptime(HELD_S if self._worked else trio.current_time() - began)
             await trio.sleep(backoff.next_s())
 
     async def _load(self, child: EngineProcess) -> bool:
@@ -114,7 +116,7 @@ class EngineHost:
             for slot in self.slots:
                 slot.capabilities = capabilities
             log.info("%s: %s loaded in %.1f s", self.name, self._engine, trio.current_time() - began)
-            self.child, self._stalled, self._retiring = child, False, False
+            self.child, self._worked, self._stalled, self._retiring = child, False, False, False
             self._set_ready(True)
             return True
         if answer is not None:
@@ -179,6 +181,7 @@ class EngineHost:
 
     def _on_end(self, child: EngineProcess, slot: "ProcessSlot", end: RunResult) -> None:
         run = slot.live_run
+        self._worked |= end.outcome == "completed"
         if not self.shared:
             child.end_run()
             if end.outcome == "failed":
