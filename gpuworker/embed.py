@@ -166,6 +166,10 @@ def serve(
     token = token if token is not None else token_from_environment()
     make_engine: Callable[[], Engine]
     if isinstance(call, type) and issubclass(call, Engine):
+        if call.SHARED and slots > 1:
+            raise EmbedError(
+                f"{call.__qualname__} is a shared engine, which is embedded with one slot; use gpuworker run"
+            )
         make_engine = call
     else:
         options = {"sample_rate": sample_rate, "channels": channels, "reproducible": reproducible}

@@ -161,9 +161,10 @@ class Executor:
     async def _run_in_slot(self, attempt: Attempt) -> RunResult:
         slot = await self._free_slot()
         if slot is None:
-            return RunResult.failed(
-                ErrorCode.ENGINE_FAILED, f"no slot of the worker came free within {SLOT_WAIT_S:g} s", retryable=True
-            )
+            message = f"no slot of the worker came free within {SLOT_WAIT_S:g} s"
+            end = RunResult.failed(ErrorCode.ENGINE_FAILED, message, retryable=True)
+            # Assigned as the process of all slots ended: nothing of it has run.
+            return attrs.evolve(end, details={"innocent": True}) if self.slots[0].shared else end
         attempt.stop_engine = slot.cancel
         attempt.begin(trio.current_time())
         assign = attempt.assign

@@ -83,6 +83,7 @@ class ThreadSlot(Slot):
             try:
                 engine = self._make_engine()
                 engine.load()
+                (seat,) = engine.seats(1) if engine.SHARED else [engine]
                 capabilities = engine.capabilities
             except (EngineError, OptionError) as fault:
                 call_in_trio(self._load_failed, error_text(fault))
@@ -98,7 +99,7 @@ class ThreadSlot(Slot):
                         call_in_trio(self._emitted, run, chunk)
 
                     job = order.job
-                    end = run_engine(engine, job.params, job.inputs, order.stop.is_set, emit, job.context)
+                    end = run_engine(seat, job.params, job.inputs, order.stop.is_set, emit, job.context)
                     call_in_trio(self._run_ended, run, end)
                     if end.restart:
                         break

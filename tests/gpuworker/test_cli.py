@@ -77,6 +77,8 @@ def test_run_tells_every_fault_at_once() -> None:
         (["--engine", "mock", "-o", "sample_rate=1"], "sample_rate"),
         (["--engine", "mock", "-o", "nothing=1"], "no such option"),
         (["--engine", "function"], "call"),
+        (["--engine", "mock", "-o", "shared=true", "--in-threads"], "--in-threads: engine 'mock'"),
+        (["--engine", "mock", "--stall-timeout", "-1"], "--stall-timeout -1.0"),
         (["--token-file", "/nonexistent/token"], "cannot be read"),
     ],
 )

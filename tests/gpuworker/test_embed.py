@@ -175,6 +175,14 @@ def test_a_refusal_is_raised_where_the_program_starts_it(tmp_path: Path) -> None
         serve(speak, url=url, space="tts")
 
 
+def test_a_shared_engine_has_one_slot_here() -> None:
+    class Shared(MockEngine):
+        SHARED = True
+
+    with pytest.raises(EmbedError, match="one slot"):
+        serve(Shared, url="ws://127.0.0.1:1", space="tts", slots=2)
+
+
 def test_wrong_arguments_are_raised_at_once() -> None:
     async def waits() -> None:
         pass

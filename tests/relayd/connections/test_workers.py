@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 
@@ -553,3 +554,58 @@ async def test_outputs_of_functions_cross_as_well(tmp_path: Path) -> None:
         frames = await client.frames(submit)
         assert frames[0].data == {"words": ["a", 1, None]}
         await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_request_whose_worker_calls_it_innocent_is_tried_again_without_a_loss(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path) as relay,
+        fake_worker(relay.url, slots=2, shared=True, reproducible=True) as worker,
+        peer(relay.url, "client") as ann,
+        peer(relay.url, "client") as bob,
+    ):
+        submits = {ann: a_submit(), bob: a_submit()}
+        for client, submit in submits.items():
+            client.send(submit)
+        first, second = [await worker.assigned() for _ in submits]
+        worker.speak(first, PCM[:1], end=False)
+        worker.send(attrs.evolve(worker.registration, slots=0))
+        for assign, seq, innocent in ((first, 2, True), (second, 0, False)):
+            details = {"innocent": innocent}
+            worker.send(
+                Failed(**identity(assign, seq), code="engine_failed", message="x", details=details, retryable=True)
+            )
+        worker.send(worker.registration)
+        again = await worker.assigned()
+        assert again.request_id == second.request_id, "it may be to blame, so it runs alone"
+        entries = [relay.relay.requests[assign.request_id].entry for assign in (first, second)]
+        assert [(entry.losses, entry.innocent_losses) for entry in entries] == [(0, 1), (1, 0)]
+        worker.send(Started(**identity(again, 0), format=FORMAT))
+        await worker.peer.settled()
+        assert not entries[0].worker_id
+        worker.speak(again, PCM, first=1)
+        resumed = await worker.assigned()
+        assert (resumed.request_id, resumed.from_seq) == (first.request_id, 2)
+        worker.speak(resumed, PCM, first=2)
+        for client, submit in submits.items():
+            frames = [frame for frame in await client.frames(submit) if isinstance(frame, Audio)]
+            assert b"".join(frame.pcm for frame in frames) == b"".join(PCM)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_what_an_engine_says_of_its_innocence_counts_only_where_slots_share_a_process(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path) as relay,
+        fake_worker(relay.url) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        client.send(a_submit())
+        assign = await worker.assigned()
+        failed = Failed(
+            **identity(assign, 0), code="engine_failed", message="x", details={"innocent": True}, retryable=True
+        )
+        worker.send(failed)
+        await worker.assigned()
+        entry = relay.relay.requests[assign.request_id].entry
+        assert (entry.losses, entry.innocent_losses, entry.alone) == (1, 0, False)
