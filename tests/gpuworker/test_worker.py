@@ -409,6 +409,27 @@ async def test_what_is_assigned_while_a_slot_starts_again_waits_for_it(autojump_
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize("shared", [False, True])
+async def test_what_is_assigned_as_the_process_of_all_slots_ends_is_not_to_blame(
+    autojump_clock: MockClock, shared: bool
+) -> None:
+    slot = ScriptedSlot()
+    slot.shared = shared
+
+    async def relay(desk: Desk) -> None:
+        assert (await desk.register()).shared == shared
+        slot.die(back_s=60.0)
+        desk.send(assign())
+        assert (await desk.expect(Register)).slots == 0
+        (last,) = await desk.frames()
+        assert isinstance(last, Failed)
+        assert (last.code, last.retryable) == ("engine_failed", True)
+        assert last.details == ({"innocent": True} if shared else {})
+
+    await run_with(script(relay), slots=(slot,))
+
+
+@pytest.mark.trio
 async def test_the_worker_stops_a_run_whose_time_is_over_when_the_relay_cannot(autojump_clock: MockClock) -> None:
     async def play(job: Job, emit: Emit) -> RunResult:
         emit(FormatChunk(None))
