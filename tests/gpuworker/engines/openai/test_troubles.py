@@ -13,7 +13,7 @@ from gpuworker.engines.base import Chunk, EngineError, OptionValue
 from gpuworker.engines.catalog import parse_options
 from gpuworker.engines.openai.engine import OpenAiEngine
 from gpuworker.engines.openai.upstream import Upstream
-from gpuworker.slots.process_slot import ProcessSlot
+from gpuworker.slots.process_slot import EngineHost, ProcessSlot
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job
 from gpuworker.slots.thread_slot import ThreadSlot
@@ -121,7 +121,7 @@ async def test_a_slot_s_cancel_is_seen_by_the_server_and_costs_no_process(kind: 
 def a_slot(kind: type, url: str, *given: str) -> ProcessSlot | ThreadSlot:
     options: dict[str, OptionValue] = parse_options(OpenAiEngine.OPTIONS, [f"url={url}", *given])
     if kind is ProcessSlot:
-        return ProcessSlot(0, "openai", options)
+        return ProcessSlot(0, EngineHost("openai", options))
     return ThreadSlot(0, lambda: OpenAiEngine(options))
 
 
