@@ -265,4 +265,5 @@ class MockEngine(Engine):
         while how == "hang":  # ignores `cancelled`: only a kill ends it
             time.sleep(3600)
         if how == "slow":
+            print("slow, as the request asked", file=sys.stderr, flush=True)
             time.sleep(fail.get("seconds", 1))

@@ -41,11 +41,6 @@ class Speech:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def begun(self) -> None:
-        """Wait until it has made something."""
-        while not self.pcm:
-            await self._changed.wait()
-
     async def heard(self, more_bytes: int = 1) -> None:
         """Wait until it has made more than it had."""
         wanted = len(self.pcm) + more_bytes
@@ -104,6 +99,17 @@ class Room:
 
         self.nursery.start_soon(run)
         return speech
+
+
+async def printed(caplog: pytest.LogCaptureFixture, words: str, times: int = 1) -> None:
+    """Wait until engines have printed this so often: only then have they begun to hang."""
+    while sum(words in line for line in caplog.messages) < times:  # noqa: ASYNC110 - stderr makes no event here
+        await trio.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def _log_all(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "gpuworker.slot")
 
 
 @asynccontextmanager
@@ -211,11 +217,13 @@ async def test_a_cancel_frees_its_slot_before_the_next_chunk_and_disturbs_no_oth
 
 
 @pytest.mark.trio
-async def test_a_slot_that_does_not_stop_goes_out_of_service_while_others_work_and_is_back_with_a_new_process() -> None:
+async def test_a_slot_that_does_not_stop_goes_out_of_service_while_others_work_and_is_back_with_a_new_process(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with a_room(8, "speed=5", cancel_grace_s=0.5) as room:
         neighbours = [room.start(index) for index in range(7)]
         hung = room.start(7, fail={"how": "hang", "at": 1})
-        await hung.begun()
+        await printed(caplog, "hanging")
         for speech in neighbours:
             await speech.heard()
         pid = room.pid
@@ -236,11 +244,11 @@ async def test_a_slot_that_does_not_stop_goes_out_of_service_while_others_work_a
 
 
 @pytest.mark.trio
-async def test_a_slot_that_stops_late_is_in_service_again() -> None:
+async def test_a_slot_that_stops_late_is_in_service_again(caplog: pytest.LogCaptureFixture) -> None:
     async with a_room(4, "speed=5", cancel_grace_s=0.2) as room:
         neighbour = room.start(0)
         slow = room.start(1, fail={"how": "slow", "at": 1, "seconds": 2})
-        await slow.begun()
+        await printed(caplog, "slow, as the request asked")
         await neighbour.heard()
         pid = room.pid
         slow.slot.cancel()
@@ -255,12 +263,15 @@ async def test_a_slot_that_stops_late_is_in_service_again() -> None:
 
 
 @pytest.mark.trio
-async def test_a_process_that_has_lost_half_of_its_slots_lets_the_rest_finish_and_starts_again() -> None:
+async def test_a_process_that_has_lost_half_of_its_slots_lets_the_rest_finish_and_starts_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with a_room(4, "speed=5", cancel_grace_s=0.2) as room:
         neighbour = room.start(0)
         for index in (1, 2):
             hung = room.start(index, fail={"how": "hang", "at": 1})
-            await hung.begun()
+            await printed(caplog, "hanging", times=index)
+            await neighbour.heard()
             hung.slot.cancel()
             assert (await hung.ended()).outcome == "cancelled"
         assert room.ready == [4, 3, 0], "it takes no more"
@@ -273,11 +284,10 @@ async def test_a_process_that_has_lost_half_of_its_slots_lets_the_rest_finish_an
 
 
 @pytest.mark.trio
-async def test_a_cancelled_run_that_hangs_with_no_other_alive_is_killed() -> None:
+async def test_a_cancelled_run_that_hangs_with_no_other_alive_is_killed(caplog: pytest.LogCaptureFixture) -> None:
     async with a_room(3, cancel_grace_s=0.3) as room:
         hung, also_hung = (room.start(index, fail={"how": "hang", "at": 1}) for index in range(2))
-        for speech in (hung, also_hung):
-            await speech.begun()
+        await printed(caplog, "hanging", times=2)
         hung.slot.cancel()
         assert (await hung.ended()).outcome == "cancelled"
         assert (await also_hung.ended()).details == {"innocent": True}
@@ -308,7 +318,6 @@ async def test_a_process_that_stands_still_with_requests_is_killed_and_one_witho
 async def test_what_one_request_printed_is_in_no_answer_and_under_no_requests_name(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", "gpuworker.slot")
     async with a_room(2) as room:
         neighbour = room.start(0)
         await neighbour.heard()
