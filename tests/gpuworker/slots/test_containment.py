@@ -187,16 +187,6 @@ async def test_details_too_large_for_a_message_are_left_out_wherever_the_last_fr
     assert last.message.startswith("no (its details are left out: ")
 
 
-@pytest.mark.trio
-async def test_the_last_frame_alone_weighs_what_it_weighs() -> None:
-    attempt = Attempt(assign(attempt=2, from_seq=9), reproducible=True)
-    attempt.add_chunk(FormatChunk(FORMAT))
-    for _ in range(3):
-        attempt.add_chunk(AudioChunk(bytes(10_000)))
-    attempt.finish(RunResult(outcome="completed"))
-    assert attempt._bytes == sum(map(len, attempt._frames)) < 1_000
-
-
 class Unspeakable(Exception):
     def __str__(self) -> str:
         raise RuntimeError("not even its name")
