@@ -219,12 +219,14 @@ class WorkerHandler:
         Raises:
             ProtocolError: the worker broke the rules.
         """
-        if len(messages) == 1 and self.forward_audio(messages[0]):
-            return 1
         usage = self.usage
+        began = time.thread_time() if usage is not None else 0.0
+        if len(messages) == 1 and self.forward_audio(messages[0]):
+            if usage is not None:
+                usage.waive(time.thread_time() - began)
+            return 1
         if usage is not None and not usage.charge(0.0, trio.current_time()):
             return 0
-        began = time.thread_time() if usage is not None else 0.0
         run: dict[bytes, list[bytes]] = {}
         for number, data in enumerate(messages, 1):
             prefix = data[:PREFIX_BYTES]
@@ -241,8 +243,13 @@ class WorkerHandler:
                     if not usage.charge(ended - began, trio.current_time()):
                         return number
                     began = ended
-        if self._flush_run(run) and usage is not None:
-            usage.charge(time.thread_time() - began, trio.current_time())
+        decoded = self._flush_run(run)
+        if usage is not None:
+            spent_s = time.thread_time() - began
+            if decoded:
+                usage.charge(spent_s, trio.current_time())
+            else:
+                usage.waive(spent_s)
         return len(messages)
 
     def forward_audio(self, data: bytes) -> bool:

@@ -94,7 +94,7 @@ class PrincipalUsage:
     deferred: deque[Deferrable] = attrs.field(factory=deque)
     #: Whether the latest has its turn first: in a flood of strangers, those who came before may be gone by now.
     newest_first: bool = False
-    #: All time charged so far.
+    #: All time charged or waived so far.
     charged_s: float = 0.0
     #: Whether a time is set at which they have their turn.
     scheduled: bool = False
@@ -105,6 +105,10 @@ class PrincipalUsage:
         self.cpu.level -= cpu_s
         self.charged_s += cpu_s
         return self.cpu.level > 0.0
+
+    def waive(self, cpu_s: float) -> None:
+        """Account for time that costs the principal nothing."""
+        self.charged_s += cpu_s
 
 
 class MeteredLink(Protocol):
@@ -127,6 +131,7 @@ class LinkMeter:
     link: MeteredLink
     usage: PrincipalUsage
     principals: "Principals"
+    #: When this turn began; infinite between two turns.
     _began_s: float = attrs.field(factory=time.thread_time)
     _charged_s: float = 0.0
 
@@ -140,6 +145,7 @@ class LinkMeter:
     def end(self) -> None:
         """See `protocol.link.limits.TurnMeter`."""
         spent_s = time.thread_time() - self._began_s - (self.usage.charged_s - self._charged_s)
+        self._began_s = float("inf")
         if not self.usage.charge(max(0.0, spent_s), trio.current_time()) and not self.link.reading_paused:
             self.link.pause_reading()
             self.principals.defer(self.usage, self)

@@ -260,18 +260,14 @@ class Reactor:
             if link.meter is not None:
                 link.meter.begin()
             parser.parse(self._scratch, self._view, kept + count)
-            if parser.events:
-                self._dispatch_parsed(link)
-            if link.meter is not None:  # another one since a login
+            if not parser.events and link.meter is not None:
                 link.meter.end()
-        elif parser.fill_large(count) and parser.events:
-            self._dispatch_parsed(link)
-
-    def _dispatch_parsed(self, link: SocketLink) -> None:
-        parser = link.parser
-        events, plain = parser.events, parser.all_binary
-        parser.events, parser.all_binary = [], True
-        self.dispatch(link, events, plain)
+        elif not parser.fill_large(count):
+            return
+        if parser.events:
+            events, plain = parser.events, parser.all_binary
+            parser.events, parser.all_binary = [], True
+            self.dispatch(link, events, plain)
 
     def _dispatch_deferred(self, link: SocketLink) -> None:
         """Dispatch the events that were left for a later turn."""
@@ -283,11 +279,12 @@ class Reactor:
             if link.meter is not None:
                 link.meter.begin()
             self.dispatch(link, events, plain=False)
-            if link.meter is not None:  # another one since a login
-                link.meter.end()
 
     def dispatch(self, link: SocketLink, events: list[Event], plain: bool) -> None:
-        """Pass parsed events to the link's handler, up to the limit of a turn; sent data is flushed at the end."""
+        """Pass parsed events to the link's handler, up to the limit of a turn; sent data is flushed at the end.
+
+        The turn of the link's meter ends before the flush: what a worker sends goes to the links of others.
+        """
         if len(events) > link.max_messages_per_turn and link.handler is not None:
             link.deferred, events = events[link.max_messages_per_turn :], events[: link.max_messages_per_turn]
             link.set_events(link.mask & ~READABLE)
@@ -300,6 +297,8 @@ class Reactor:
             else:
                 link.process_events(events)
         finally:
+            if link.meter is not None:  # another one since a login
+                link.meter.end()
             self.corked = False
             for each in self.touched:
                 try:

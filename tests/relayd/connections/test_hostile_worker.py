@@ -9,6 +9,8 @@ import attrs
 import msgpack
 import pytest
 
+from protocol.link.stream_link import StreamLink
+from protocol.link.websocket_frames import BINARY, make_frame
 from protocol.wire.codec import encode, pack
 from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Frame, Output, Progress, Started
 from protocol.wire.messages import (
@@ -31,6 +33,8 @@ from protocol.wire.messages import (
 from protocol.wire.structs import AudioFormat, Running
 from relayd.connections.worker import MAX_FEEDS
 from relayd.core.principals import PROGRESS_S, REGISTRATIONS_AT_ONCE
+from relayd.frames.frame_log import FrameLog
+from relayd.net.socket_link import SocketLink
 from tests.relayd.connections.audio_frames import PCM, heard
 from tests.support.fake_worker import FORMAT, FakeWorker, fake_worker, identity, samples
 from tests.support.relay import Daemon, Peer, a_submit, an_id, an_input, daemon, kept_logs, new_token, peer, until
@@ -510,6 +514,37 @@ async def test_progress_costs_its_principal_a_share_of_the_relay(tmp_path: Path)
         frames = await at.client.frames(submit)
         assert len(frames) == count + 1
         assert usage.charged_s - before_s >= count * PROGRESS_S
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("slow", [(FrameLog, "extend"), (SocketLink, "flush")], ids=lambda slow: slow[1])
+async def test_audio_that_is_due_costs_its_principal_nothing_but_its_parsing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: tuple[type, str]
+) -> None:
+    spent_s = [0.0]
+    monkeypatch.setattr("time.thread_time", lambda: spent_s[0])
+    async with scene(tmp_path) as at, at.assigned() as (worker, assign, submit):
+        worker.speak(assign, PCM[:1], end=False)
+        await worker.peer.settled()
+        real = getattr(*slow)
+        frame_log = at.relay.relay.requests[submit.request_id].log
+
+        def spend(*args: Any) -> None:
+            spent_s[0] += 1.0
+            real(*args)
+
+        async def send_in_one_piece(seqs: range) -> None:
+            assert isinstance(worker.peer.link, StreamLink)
+            frames = [encode(Audio(**identity(assign, seq), pcm=PCM[0])) for seq in seqs]
+            await worker.peer.link.stream.send_all(b"".join(make_frame(BINARY, each, masked=True) for each in frames))
+            await until(lambda: frame_log.next_seq == seqs.stop)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*slow, spend)
+            await send_in_one_piece(range(2, 3))
+            await send_in_one_piece(range(3, 7))
+        assert spent_s[0] >= 1.0
+        assert at.relay.relay.principals.usage_of("mallory").cpu.level > 0.0
 
 
 @pytest.mark.trio
