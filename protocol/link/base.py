@@ -225,8 +225,7 @@ class Link(Carrier):
                 message = self._inbox.popleft()
                 self._inbox_bytes -= len(message) + MESSAGE_COST_BYTES
                 if self.reading_paused and self._inbox_bytes <= MAX_INBOX_BYTES:
-                    self.reading_paused = False
-                    self._resume_reading()
+                    self._read_again()
                 if isinstance(message, str):
                     raise TextReceived("text message; every message is binary (msgpack)")
                 return message
@@ -261,10 +260,8 @@ class Link(Carrier):
                     handler.on_text(str(text))
             else:
                 handler.on_messages([message for message in group if isinstance(message, bytes)])
-        if was_paused:
-            self.received_at = trio.current_time()  # what has come meanwhile was not read
-            if not self.reading_paused:
-                self._resume_reading()
+        if was_paused and not self.reading_paused:
+            self._read_again()
         if self.gone is not None:
             self._schedule_notify()
 
@@ -286,8 +283,12 @@ class Link(Carrier):
     def resume_reading(self) -> None:
         """Read again, unless messages wait for `set_handler` or `receive`."""
         if self.reading_paused and not self._inbox:
-            self.reading_paused = False
-            self._resume_reading()
+            self._read_again()
+
+    def _read_again(self) -> None:
+        self.reading_paused = False
+        self.received_at = trio.current_time()  # what has come meanwhile was not read
+        self._resume_reading()
 
     def _paused_inbox(self) -> deque[bytes | str] | None:
         return self._inbox if self.handler is None else None

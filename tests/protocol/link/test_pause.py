@@ -61,3 +61,25 @@ async def test_messages_of_a_paused_link_come_in_order_and_then_its_end(
             assert handler.messages[-1] == b"more"
     relay.set_handler(handler)
     assert handler.ends == ["closed", "transport closed"]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("by", ["resume_reading", "set_handler"])
+async def test_a_link_that_was_long_paused_is_not_dead_when_it_is_read_again(
+    autojump_clock: trio.testing.MockClock, by: str
+) -> None:
+    async with link_pair() as (client, relay):
+        handler = OneAtATime(relay)
+        relay.set_handler(handler)
+        relay.pause_reading()
+        await trio.sleep(100.0)
+        assert relay.gone is None
+        if by == "resume_reading":
+            relay.resume_reading()
+        else:
+            relay.set_handler(handler)
+        relay.check_liveness(trio.current_time())  # before anything is read
+        assert relay.gone is None
+        client.send_nowait(b"more")
+        await trio.testing.wait_all_tasks_blocked()
+        assert handler.messages == [b"more"]
