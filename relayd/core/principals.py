@@ -26,8 +26,12 @@ log = structlog.get_logger("relayd.limits")
 CPU_SHARE = 0.2
 CPU_BURST_S = 0.003
 MIN_WAIT_S = 1e-4
+#: Debt at which no more is added: after a flood of strangers, others must not wait until all of it is paid.
+MAX_DEBT_S = 1.0
 #: The same of all peers together that have not logged in.
 STRANGERS_SHARE = 0.5
+#: Least number of connections that wait at which those that have ended are dropped.
+TIDY_AT = 100
 #: No principal's name: those of tokens and users are not empty.
 _STRANGERS = ""
 #: Seconds of `requests_per_s` that may come at once: a client that connects again sends all it has.
@@ -98,11 +102,13 @@ class PrincipalUsage:
     charged_s: float = 0.0
     #: Whether a time is set at which they have their turn.
     scheduled: bool = False
+    #: Number of those that wait at which the links that have ended meanwhile are dropped.
+    tidy_at: int = TIDY_AT
 
     def charge(self, cpu_s: float, now: float) -> bool:
         """Account for time spent on the principal's messages; False where its share is used up for now."""
         self.cpu.refill(now)
-        self.cpu.level -= cpu_s
+        self.cpu.level = max(-MAX_DEBT_S, self.cpu.level - cpu_s)
         self.charged_s += cpu_s
         return self.cpu.level > 0.0
 
@@ -115,6 +121,7 @@ class MeteredLink(Protocol):
     """The link of a connection, whose reading can be paused."""
 
     reading_paused: bool
+    stopped: bool
 
     def pause_reading(self) -> None:
         """Stop reading until `resume_reading`."""
@@ -134,6 +141,9 @@ class LinkMeter:
     #: When this turn began; infinite between two turns.
     _began_s: float = attrs.field(factory=time.thread_time)
     _charged_s: float = 0.0
+    #: What its latest turn took, and what was charged for the next one in advance.
+    _turn_s: float = 0.0
+    _prepaid_s: float = 0.0
 
     def __attrs_post_init__(self) -> None:
         self._charged_s = self.usage.charged_s
@@ -145,14 +155,18 @@ class LinkMeter:
     def end(self) -> None:
         """See `protocol.link.limits.TurnMeter`."""
         spent_s = time.thread_time() - self._began_s - (self.usage.charged_s - self._charged_s)
-        self._began_s = float("inf")
-        if not self.usage.charge(max(0.0, spent_s), trio.current_time()) and not self.link.reading_paused:
+        self._began_s, self._turn_s = float("inf"), max(0.0, spent_s)
+        unpaid_s, self._prepaid_s = self._turn_s - self._prepaid_s, 0.0
+        if not self.usage.charge(unpaid_s, trio.current_time()) and not self.link.reading_paused:
             self.link.pause_reading()
             self.principals.defer(self.usage, self)
 
     def resume(self) -> None:
-        """Let the link be read again."""
-        self.link.resume_reading()
+        """Let the link be read again; it is charged for that at once, or all that wait would be read together."""
+        if not self.link.stopped:
+            self._prepaid_s = self._turn_s
+            self.usage.charge(self._prepaid_s, trio.current_time())
+            self.link.resume_reading()
 
 
 @attrs.define(eq=False)
@@ -233,6 +247,11 @@ class Principals:
     def defer(self, usage: PrincipalUsage, connection: Deferrable) -> None:
         """Have `connection.resume` called once its principal has its turn again."""
         usage.deferred.append(connection)
+        if len(usage.deferred) >= usage.tidy_at:  # of strangers, the first may not have their turn for long
+            usage.deferred = deque(
+                each for each in usage.deferred if not (isinstance(each, LinkMeter) and each.link.stopped)
+            )
+            usage.tidy_at = max(TIDY_AT, 2 * len(usage.deferred))
         if not usage.scheduled:
             self._schedule(usage, trio.current_time())
 
@@ -256,7 +275,7 @@ class Principals:
             _, _, usage = heapq.heappop(self._due)
             usage.cpu.refill(trio.current_time())
             turns = len(usage.deferred)
-            while turns and usage.cpu.level >= 0.0:
+            while turns and usage.deferred and usage.cpu.level >= 0.0:
                 turns -= 1
                 connection = usage.deferred.pop() if usage.newest_first else usage.deferred.popleft()
                 began, charged_s = time.thread_time(), usage.charged_s

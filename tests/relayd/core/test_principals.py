@@ -10,7 +10,17 @@ import trio
 from protocol.wire.frames import Completed
 from protocol.wire.messages import Accepted, Attach, Ping, Pong, Queued, Rejected, Spaces, SpacesReply, Status
 from relayd.core import retention
-from relayd.core.principals import CPU_BURST_S, CPU_SHARE, Principals, PrincipalUsage, TokenBucket
+from relayd.core.principals import (
+    CPU_BURST_S,
+    CPU_SHARE,
+    MAX_DEBT_S,
+    STRANGERS_SHARE,
+    TIDY_AT,
+    LinkMeter,
+    Principals,
+    PrincipalUsage,
+    TokenBucket,
+)
 from relayd.store.records import TokenLimits
 from tests.support.fake_worker import fake_worker, samples
 from tests.support.relay import Peer, a_submit, an_input, daemon, new_token, peer, until
@@ -81,6 +91,82 @@ async def test_a_connection_that_waits_again_and_again_is_scheduled_once(
         await until(lambda: turn.left < 50)
         assert len(principals._due) <= 1
         nursery.cancel_scope.cancel()
+
+
+@attrs.define(eq=False)
+class MeteredLink:
+    """A link that is read at once when it may be."""
+
+    spent_s: list[float]
+    meter: LinkMeter | None = None
+    reading_paused: bool = False
+    stopped: bool = False
+    turns: int = 0
+
+    def pause_reading(self) -> None:
+        """Wait for a turn."""
+        self.reading_paused = True
+
+    def resume_reading(self) -> None:
+        """Be read again, later."""
+        self.reading_paused = False
+
+    def read(self) -> None:
+        """Use 0.1 s."""
+        if not self.reading_paused and self.meter is not None:
+            self.meter.begin()
+            self.spent_s[0] += 0.1
+            self.turns += 1
+            self.meter.end()
+
+
+@pytest.mark.trio
+async def test_links_that_wait_are_not_all_read_together(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent_s = [0.0]
+    monkeypatch.setattr("time.thread_time", lambda: spent_s[0])
+    principals = Principals()
+    usage = principals.usage_of("busy")
+    links = [MeteredLink(spent_s) for _ in range(10)]
+    for link in links:
+        link.meter = LinkMeter(link, usage, principals)
+        link.read()
+    assert all(link.reading_paused for link in links)
+    turns_at_once = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(principals.serve)
+        for _ in range(1_000):
+            await trio.sleep(0.02)
+            before = sum(link.turns for link in links)
+            for link in links:
+                link.read()
+            turns_at_once.append(sum(link.turns for link in links) - before)
+        nursery.cancel_scope.cancel()
+    assert max(turns_at_once) == 1
+    assert sum(turns_at_once) == pytest.approx((20.0 * CPU_SHARE - MAX_DEBT_S) / 0.1, rel=0.1)
+    turns = [link.turns for link in links]
+    assert max(turns) - min(turns) <= 1
+
+
+@pytest.mark.trio
+async def test_strangers_do_not_wait_for_a_whole_flood_and_those_who_left_are_forgotten(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    principals = Principals()
+    strangers = principals.strangers()
+    began = trio.current_time()
+    for _ in range(10_000):  # each is read once, and pauses, and is closed
+        assert not strangers.charge(0.01, began)
+        link = MeteredLink([0.0], reading_paused=True)
+        principals.defer(strangers, LinkMeter(link, strangers, principals))
+        link.stopped = True
+    assert len(strangers.deferred) <= 2 * TIDY_AT
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(principals.serve)
+        await principals.wait_stranger_turn(0.001)
+        nursery.cancel_scope.cancel()
+    assert trio.current_time() - began <= 2 * MAX_DEBT_S / STRANGERS_SHARE
 
 
 @pytest.mark.trio
