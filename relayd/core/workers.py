@@ -19,7 +19,7 @@ log = structlog.get_logger("relayd")
 
 #: Drained workers that are remembered: an id belongs to one process, and most never come back.
 MAX_DRAINED = 1_000
-#: Worker ids whose principal is remembered, the latest; also those of workers that are away.
+#: Worker ids whose principal is remembered, those that came or left last; connected workers' are known anyway.
 MAX_OWNERS = 10_000
 #: When a worker is to register again whose place may be free soon.
 REGISTER_AGAIN_S = 1.0
@@ -80,10 +80,7 @@ class Workers(Mapping[str, WorkerPort]):
         if isinstance(joined, Rejected):
             return joined
         self._connected[port.worker_id] = port
-        self._owners.pop(port.worker_id, None)  # the latest comes last
-        self._owners[port.worker_id] = port.principal_name
-        if len(self._owners) > MAX_OWNERS:
-            del self._owners[next(iter(self._owners))]
+        self._remember_owner(port)
         stats = self.relay.stats.worker(port.worker_id)
         stats.name, stats.engine, stats.agent = register.worker, register.engine, port.agent
         stats.principal, stats.peer = port.principal_name, port.peer
@@ -101,6 +98,12 @@ class Workers(Mapping[str, WorkerPort]):
         self.relay.wake_positions()
         self._tell_joined()
         return joined
+
+    def _remember_owner(self, port: WorkerPort) -> None:
+        self._owners.pop(port.worker_id, None)  # the latest comes last
+        self._owners[port.worker_id] = port.principal_name
+        if len(self._owners) > MAX_OWNERS:
+            del self._owners[next(iter(self._owners))]
 
     def _is_own(self, port: WorkerPort, worker_id: str) -> bool:
         """Whether `worker_id` is a worker of this one's principal, or new; connected or not.
@@ -163,6 +166,7 @@ class Workers(Mapping[str, WorkerPort]):
         if self._connected.get(port.worker_id) is not port:
             return  # it has reconnected already
         del self._connected[port.worker_id]
+        self._remember_owner(port)  # others may have registered many ids since it came
         self.relay.stats.worker(port.worker_id).heard_at = port.received_at
         away, decisions = self.relay.scheduler.unlink(port.worker_id, trio.current_time())
         for entry in away:

@@ -205,6 +205,28 @@ async def test_a_worker_id_of_another_principal_cannot_be_taken(tmp_path: Path, 
 
 
 @pytest.mark.trio
+async def test_an_id_stays_its_principals_however_many_others_came_before_its_worker_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.workers.MAX_OWNERS", 3)
+    async with scene(tmp_path) as at:
+        token = await new_token(at.relay, "worker", "owner", spaces=["tts"])
+        submit, instance = a_submit(detach=True), an_id()
+        async with fake_worker(at.relay.url, name="box", instance=instance, token=token) as worker:
+            at.client.send(submit)
+            worker.speak(await worker.assigned(), PCM[:1], end=False)
+            for _ in range(3):
+                async with at.attacker() as other:
+                    await other.peer.next(Registered)
+                await until(lambda: len(at.relay.relay.workers) == 2)
+            await worker.peer.cut()
+            await until(lambda: len(at.relay.relay.workers) == 1)
+            async with at.attacker(name="box", instance=instance) as thief:
+                assert (await thief.peer.next(Rejected)).code == "forbidden"
+        at.client.send(Cancel(request_id=submit.request_id))
+
+
+@pytest.mark.trio
 async def test_a_namesake_of_another_principal_does_not_end_what_it_waits_for(tmp_path: Path) -> None:
     async with scene(tmp_path, spaces={"tts": {}, "other": {}}) as at:
         token = await new_token(at.relay, "worker", "owner", spaces=["tts", "other"])
