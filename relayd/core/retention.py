@@ -192,6 +192,7 @@ class Retention:
                 self._log_full(fault)
                 if self.memory.over and not self._drop_unsaved() and (heaviest := self._heaviest_live()) is not None:
                     self._fail_full(heaviest, fault)
+                    await self.spool.remove(heaviest.log)  # begun already; its room may be enough for the others
                 if not self.memory.over:
                     return
         if self.memory.over:

@@ -658,6 +658,32 @@ async def test_streams_that_fill_the_disk_end_before_anybody_elses_results_go(tm
 
 
 @pytest.mark.trio
+async def test_when_the_disk_is_full_one_stream_ends_at_a_time_and_only_of_who_has_most(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"store": "sqlite", "results": {"memory_bytes": 1_000_000, "disk_bytes": 4_000_000}}
+    pcm = b"ab" * 52_500
+    async with scene(tmp_path, **settings) as at, at.attacker(slots=3) as worker:
+        requests, results = at.relay.relay.requests, at.relay.relay.results
+        assigns = []
+        for client in (at.client, at.client, at.listener):
+            client.send(a_submit(detach=True))
+            assigns.append(await worker.assigned())
+            worker.send(Started(**identity(assigns[-1], 0), format=FORMAT))
+        for seqs in (range(1, 10), range(10, 19)):  # nearly all that the disk takes
+            for assign in assigns[:2]:
+                for seq in seqs:
+                    worker.send(Audio(**identity(assign, seq), pcm=pcm))
+            await worker.peer.settled()
+            await until(lambda: not results.memory.over)
+        for seq in range(1, 13):
+            worker.send(Audio(**identity(assigns[2], seq), pcm=pcm))
+        await worker.peer.settled()
+        await until(lambda: not results.memory.over)
+        assert sorted(requests[assign.request_id].live for assign in assigns) == [False, True, True]
+        assert requests[assigns[2].request_id].live
+        at.logs[:] = [line for line in at.logs if not line["event"].startswith(("no space for", "results cannot"))]
+
+
+@pytest.mark.trio
 async def test_only_a_few_inputs_are_in_memory_for_a_worker_that_does_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
