@@ -173,8 +173,9 @@ class Request:
         self.timeline.append(msgpack.packb({"at_s": at_s, "event": event, **fields}))
 
     def add_report(self, text: str) -> None:
-        """Add what an attempt printed; the oldest is cut off."""
-        self.report = f"{self.report}\n{text}".strip()[-MAX_REPORT_CHARS:]
+        """Add what an attempt printed, once, even if it is sent again over a new link; the oldest is cut off."""
+        if text.strip() not in self.report:
+            self.report = f"{self.report}\n{text}".strip()[-MAX_REPORT_CHARS:]
 
     def resumed(self) -> None:
         """Note that its worker has reconnected and continues with it."""

@@ -74,6 +74,10 @@ async def test_a_report_belongs_to_the_attempt_that_its_worker_runs_and_is_bound
             Report(request_id=mine.request_id, attempt=2, output="planted"),
         ):
             worker.send(wrong)
+        for _ in range(2):  # the second as if over a new link
+            worker.send(Report(request_id=mine.request_id, attempt=1, output="once"))
+        await worker.peer.settled()
+        assert relay.relay.requests[mine.request_id].report.count("once") == 1
         for number in range(9):
             worker.send(Report(request_id=mine.request_id, attempt=1, output=f"{number}" * MAX_REPORT_CHARS))
         fail(worker, assign, "the end")
