@@ -122,7 +122,7 @@ class Gateway:
             await stream.send_all(answer)
             async with serve_link(stream, peer=connection_slot.peer, limits=self.link_limits, early=early) as link:
                 link.set_max_message_bytes(MAX_CONTROL_BYTES)
-                link.meter = LinkMeter(link, self.relay.principals.strangers(), self.relay.principals)
+                link.meter = self._stranger_meter(link, connection_slot)
                 connection = await self._log_in(link, connection_slot)
                 if connection is not None:
                     self._greet(connection)
@@ -150,13 +150,19 @@ class Gateway:
             self._pending.append(pending)
             self._some_pending.set()
             connection_slot.hang_up = partial(link.abort, "too many connections without a login")
-            link.meter = LinkMeter(link, self.relay.principals.strangers(), self.relay.principals)
+            link.meter = self._stranger_meter(link, connection_slot)
             link.set_handler(pending)
             if early:
                 link.feed_early(early)
         except BaseException:
             link.abort(INTERNAL_MESSAGE)
             raise
+
+    def _stranger_meter(self, link: Link, connection_slot: ConnectionSlot) -> LinkMeter | None:
+        """None for the unix socket: a flood of strangers must not keep an operator out."""
+        if connection_slot.credentials is not None:
+            return None
+        return LinkMeter(link, self.relay.principals.strangers(), self.relay.principals)
 
     async def serve_login_timeouts(self) -> None:
         """Close connections that send no hello in time, until cancelled."""

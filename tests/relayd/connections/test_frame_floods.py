@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from protocol.client.address import parse_address
+from protocol.link.connect import connect
 from protocol.link.stream_link import StreamLink
 from protocol.link.websocket_frames import BINARY, CONTINUATION, PING, PONG, make_frame
 from protocol.wire.codec import encode
@@ -62,11 +63,27 @@ async def test_a_flood_is_not_read_beyond_its_share_and_nobody_else_waits(
             nursery.cancel_scope.cancel()
 
 
+@pytest.mark.trio
+async def test_a_flood_of_strangers_does_not_keep_out_who_comes_by_the_unix_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.principals.STRANGERS_SHARE", 1e-6)
+    async with daemon(tmp_path) as relay:
+        relay.relay.principals.strangers().charge(1.0, trio.current_time())
+        async with upgraded(relay) as stream:
+            (link,) = relay.gateway.reactor.links
+            hello = make_frame(BINARY, encode(Hello(version=1, role="operator")), masked=True)
+            before = link.received_at
+            await stream.send_all(hello[:20])
+            await until(lambda: link.received_at > before)
+            await stream.send_all(hello[20:])
+            assert b"welcome" in await stream.receive_some()
+
+
 @asynccontextmanager
-async def upgraded(relay: Daemon) -> AsyncIterator[trio.SocketStream]:
+async def upgraded(relay: Daemon) -> AsyncIterator[trio.abc.Stream]:
     """A connection behind its handshake."""
-    address = parse_address(relay.urls[0])
-    async with await trio.open_tcp_stream(address.host, address.port) as stream:
+    async with await connect(parse_address(relay.urls[0])) as stream:
         await stream.send_all(UPGRADE)
         assert b" 101 " in await stream.receive_some()
         yield stream
