@@ -16,6 +16,7 @@ from protocol.link.carrier import Carrier
 from protocol.link.limits import LINGER_S, MAX_INBOX_BYTES, MESSAGE_COST_BYTES, LinkHandler, LinkLimits, TurnMeter
 from protocol.link.liveness import Alive, Dead, LinkFacts, Stalled, assess
 from protocol.link.websocket_frames import (
+    ABNORMAL,
     CLOSE,
     PING,
     POLICY_VIOLATION,
@@ -35,8 +36,6 @@ from protocol.wire.validators import Message
 
 #: Time for the queued messages to go out, and again for the peer to answer our close frame.
 CLOSE_S = 2.0
-#: RFC 6455 section 7.1.5: the connection ended without a close frame.
-ABNORMAL = 1006
 
 
 class Link(Carrier):

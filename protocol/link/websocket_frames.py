@@ -23,6 +23,8 @@ CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 #: Section 7.4.1.
 GOING_AWAY, BROKEN_RULE, NO_CODE, BAD_TEXT = 1001, 1002, 1005, 1007
 POLICY_VIOLATION, TOO_BIG, INTERNAL_ERROR = 1008, 1009, 1011
+#: Section 7.1.5, never sent: the connection ended without a close frame.
+ABNORMAL = 1006
 #: Registered with IANA after the RFC: the server is overloaded.
 TRY_AGAIN_LATER = 1013
 #: Codes allowed in a close frame: those of the registry, and those reserved for libraries and applications.
