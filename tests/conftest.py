@@ -8,8 +8,15 @@ import threading
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
+import hypothesis
 import pytest
 import trio
+
+# How long an example takes is that of the machine. `make mutants` has a profile of its own.
+if hypothesis.settings.get_current_profile_name() == "default":
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("any machine")
 
 # A shell that runs the tests in the background has them, and what they start, ignore Ctrl+C; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -442,7 +442,7 @@ class Link(Carrier):
         Complete messages received before the peer closed stay available to `receive` and `set_handler`.
         """
         self.parser.release()
-        self._drained = None  # the callbacks refer back to the link
+        self._drained = self.meter = None  # both refer back to the link
         if self.end_kind is LinkClosed:
             self._inbox, self._inbox_bytes = None, 0
 

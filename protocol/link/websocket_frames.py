@@ -360,8 +360,6 @@ class Parser:
     def _take_control(self, opcode: int, payload: bytes) -> None:
         self.all_binary = False
         if opcode == PING:
-            if self.events and type(self.events[-1]) is Ping:  # section 5.5.3: only the last of several needs an answer
-                self.events.pop()
             self.events.append(Ping(payload))
         elif opcode == PONG:
             self.events.append(Pong(payload))

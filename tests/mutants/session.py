@@ -57,7 +57,10 @@ class Verdict:
 def repeat_examples() -> None:
     """The same examples in each run, and no search for the simplest one that fails."""
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-    hypothesis.settings.register_profile("mutants", derandomize=True, database=None, deadline=None, phases=phases)
+    every = list(hypothesis.HealthCheck)  # while lines are counted, all is slow
+    hypothesis.settings.register_profile(
+        "mutants", derandomize=True, database=None, deadline=None, phases=phases, suppress_health_check=every
+    )
     hypothesis.settings.load_profile("mutants")
 
 

@@ -96,7 +96,7 @@ async def test_cut_in_mid_stream_it_attaches_behind_the_last_frame_and_nothing_i
     cuts=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), max_size=6),
     attempts=st.lists(st.integers(1, 12), max_size=3, unique=True),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_wherever_the_connection_is_cut_each_frame_comes_once_and_in_order(
     cuts: list[tuple[int, int]], attempts: list[int]
 ) -> None:

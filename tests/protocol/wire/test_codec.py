@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import msgpack
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from protocol.wire.codec import (
@@ -120,6 +120,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "of": counts,
     "offset": st.integers(0, 2**50),
     "options": maps,
+    "output": words,
     "params": maps,
     "pcm": st.binary(max_size=200),
     "ping_interval_s": st.floats(0.01, 3600),
@@ -143,6 +144,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "seq": seqs,
     "server": words,
     "server_time": st.none() | numbers,
+    "shared": st.booleans(),
     "slots": st.integers(0, 1000),
     "space": spaces,
     "spaces": st.lists(maps, max_size=3),
@@ -153,6 +155,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "token": st.none() | words,
     "topics": st.lists(words, max_size=3),
     "version": st.integers(1, 1000),
+    "wait_s": numbers,
     "worker": words,
     "worker_id": words,
 }
@@ -186,7 +189,7 @@ any_message = st.sampled_from(CLASSES).flatmap(messages_of)
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 @given(data=st.data())
-@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=30)
 def test_every_message_survives_the_wire(cls: type[Message], data: st.DataObject) -> None:
     message = data.draw(messages_of(cls))
     packed = encode(message)
@@ -212,14 +215,14 @@ def taken_or_refused(data: bytes) -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 def test_any_bytes_are_a_message_or_a_protocol_error(data: bytes) -> None:
     taken_or_refused(data)
     taken_or_refused(b"\x81\xa4type" + data)
 
 
 @given(any_message, st.data())
-@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=800)
 def test_any_damaged_message_is_a_message_or_a_protocol_error(message: Message, data: st.DataObject) -> None:
     packed = bytearray(encode(message))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -237,7 +240,7 @@ def test_any_damaged_message_is_a_message_or_a_protocol_error(message: Message, 
 
 
 @given(any_message, st.sampled_from(sorted(FIELDS)), values)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 def test_any_value_in_any_field_is_a_message_or_a_protocol_error(message: Message, field: str, value: Any) -> None:
     taken_or_refused(msgpack.packb({**message.to_map(), field: value}))
     for name in message.field_names():
@@ -245,7 +248,7 @@ def test_any_value_in_any_field_is_a_message_or_a_protocol_error(message: Messag
 
 
 @given(any_message, st.data())
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 def test_no_message_is_taken_when_cut_or_when_bytes_follow(message: Message, data: st.DataObject) -> None:
     packed = encode(message)
     with pytest.raises(ProtocolError):
@@ -255,7 +258,7 @@ def test_no_message_is_taken_when_cut_or_when_bytes_follow(message: Message, dat
 
 
 @given(any_message, st.dictionaries(words, values, min_size=1, max_size=3))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 def test_keys_that_are_not_known_change_nothing(message: Message, more: dict[str, Any]) -> None:
     known = {attribute.name for attribute in attrs.fields(type(message))} | {"type"}  # type: ignore[arg-type]
     assume(not known & more.keys())

@@ -240,7 +240,7 @@ params = st.dictionaries(
 
 
 @given(params)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_params_give_faults_in_words_and_no_exception(given_params: dict[str, Any]) -> None:
     told = check_params(SCHEMA, given_params)
     assert all(told.values())
@@ -293,7 +293,7 @@ schemas = st.recursive(
 
 
 @given(schemas, st.dictionaries(st.text("ab", max_size=1), values, max_size=3))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_it_takes_what_a_validator_of_the_whole_of_json_schema_takes(
     schema: dict[str, Any], given_params: dict[str, Any]
 ) -> None:

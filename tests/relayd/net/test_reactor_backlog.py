@@ -12,7 +12,6 @@ from protocol.link.limits import LinkLimits
 from protocol.link.websocket_frames import (
     CLOSE,
     PING,
-    PONG,
     Close,
     Event,
     Pong,
@@ -110,8 +109,7 @@ async def test_more_than_may_wait_ends_a_link_that_has_no_farewell_and_a_ping_fl
             overfill(link, bytes(500_000))
         assert link.stopped
     async with linked(max_backlog_bytes=100_000) as (_plane, link, far):
-        # Of several pings in a row only the last is answered.
-        pings = (make_frame(PING, b"x" * 125, masked=True) + make_frame(PONG, b"", masked=True)) * 1_000
+        pings = make_frame(PING, b"x" * 125, masked=True) * 1_000
         with pytest.raises(trio.BrokenResourceError):
             await send_on(far.stream, pings)
         assert "slow_consumer" in link.reason

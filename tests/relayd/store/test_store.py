@@ -402,7 +402,7 @@ puts = st.builds(
 changes = st.one_of(puts, updates, updates, numbers.map(request_id).map(DeleteRequest))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batches=st.lists(st.lists(changes, min_size=1, max_size=4), max_size=8))
 def test_both_stores_mean_the_same(tmp_path_factory: pytest.TempPathFactory, batches: list[list[Change]]) -> None:
     async def contents(store: Store) -> object:

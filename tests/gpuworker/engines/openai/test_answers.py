@@ -58,7 +58,7 @@ def read(
 FLOATS = array("f", [0.0, 0.5, -0.5, 1.0, -1.0, 2.0, -2.0, float("nan")]).tobytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.integers(0, 70), max_size=40))
 @pytest.mark.parametrize(
     ("body", "expected"),
@@ -135,7 +135,7 @@ def test_a_body_that_is_no_audio_is_told_in_words(body: bytes, headers: dict[str
         read(body, [7], headers)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(body=st.binary(max_size=200), riff=st.booleans(), sizes=st.lists(st.integers(0, 30), max_size=8))
 def test_no_body_breaks_the_reader(body: bytes, riff: bool, sizes: list[int]) -> None:
     body = b"RIFF\0\0\0\0WAVE" + body if riff else body
@@ -146,7 +146,7 @@ def test_no_body_breaks_the_reader(body: bytes, riff: bool, sizes: list[int]) ->
     assert 0 < len(samples) <= len(body)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     names=st.dictionaries(
         st.sampled_from(["content-type", "x-audio-sample-rate", "x-audio-channels", "x-bit-depth", "x-audio-format"]),
@@ -342,7 +342,7 @@ def test_faults_of_fields_are_named_after_the_params() -> None:
     assert set(refusal(400, {}, ERROR.encode()).details) == {"voice"}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     status=st.integers(100, 999),
     body=st.one_of(

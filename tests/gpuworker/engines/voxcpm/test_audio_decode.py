@@ -237,7 +237,7 @@ def check(found: str | NDArray[np.float32]) -> None:
         assert np.isfinite(found).all()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(SEEDS),
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=12),
@@ -256,7 +256,7 @@ def test_a_garbled_or_cut_file_is_audio_or_a_fault(
     check(fault_or_samples(bytes(data[: int(keep * len(data))])))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from([b"", b"RIFF\x24\0\0\0WAVEfmt ", b"fLaC", b"OggS", b"ID3", b"\xff\xfb"]), st.binary(max_size=400)
 )
@@ -292,7 +292,7 @@ def test_a_recording_in_a_codec_that_nobody_knows_is_a_fault() -> None:
 
 
 @given(st.sampled_from(RECORDINGS), st.integers(0, 4_000), st.binary(max_size=40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_garbled_recording_is_audio_or_a_fault(which: tuple[str, str], at: int, rest: bytes) -> None:
     data = make_recording(*which, seconds=0.5)
     check(fault_or_samples(data[:at] + rest + data[at + len(rest) :]))

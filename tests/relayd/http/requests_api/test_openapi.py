@@ -102,7 +102,7 @@ def try_all(url: str, token: str, known: dict[str, str], mode: GenerationMode) -
             continue
 
         @seed(7)
-        @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=EXAMPLES, database=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode), is_known=booleans())
         def try_one(case: Any, is_known: bool) -> None:
             nonlocal count
