@@ -21,7 +21,7 @@ from gpuworker.engines.base import (
     ProgressChunk,
 )
 from gpuworker.engines.voxcpm.lora import lora_files
-from gpuworker.engines.voxcpm.memory import lacking_memory, memory_outlook
+from gpuworker.engines.voxcpm.memory import lacking_memory, memory_outlook, need_of
 from gpuworker.engines.voxcpm.model_files import fault_of
 from gpuworker.engines.voxcpm.schema import Abilities, input_rules, params_schema
 from gpuworker.engines.voxcpm.url_policy import parse_hosts
@@ -50,6 +50,8 @@ NEEDS = (
     "regex",
 )
 VOXCPM = "voxcpm==2.0.3"
+#: Room for a sentence and a few seconds of speech; with any less, every text would be refused or cut.
+MIN_CONTEXT = 128
 DEFAULT_VOICES = Path("voices")
 #: Size of the cache of encoded prompts; one minute of prompt audio for VoxCPM2 has 375 patches of 1 KiB.
 MAX_CACHE_BYTES = 256 * 1024 * 1024
@@ -75,6 +77,9 @@ class VoxcpmEngine(Engine):
         "optimize": Option(
             kind=bool, default=True, help="compile the model (on device cuda only): slower start, faster speech"
         ),
+        "context": Option(
+            kind=int, default=0, help="positions for prompt, text and speech together; 0: as many as the model has"
+        ),
         "denoiser": Option(kind=bool, default=False, help="load the denoiser too, for requests with denoise"),
         "offline": Option(kind=bool, default=False, help="load only from disk, without network access"),
         "voices": Option(help="folder of named voices, NAME.wav with NAME.txt (default: voices, if it exists)"),
@@ -94,10 +99,13 @@ class VoxcpmEngine(Engine):
             raise OptionError(f"-o url_hosts={self.options['url_hosts']}: {fault}") from None
         self._max_prompt_s = float(self.options["max_prompt_s"] or 0)
         self._voice_cache = int(self.options["voice_cache"] or 0)
+        self._context = int(self.options["context"] or 0)
         if not 1 <= self._max_prompt_s <= 300:
             raise OptionError(f"-o max_prompt_s={self._max_prompt_s:g}: must be 1 to 300 s")
         if not 0 <= self._voice_cache <= 10_000:
             raise OptionError(f"-o voice_cache={self._voice_cache}: must be 0 to 10000")
+        if self._context and self._context < MIN_CONTEXT:
+            raise OptionError(f"-o context={self._context}: must be {MIN_CONTEXT} or more, or 0 for the model's own")
         self._capabilities = Capabilities()
         self._speaker: Speaker | None = None
 
@@ -134,14 +142,18 @@ class VoxcpmEngine(Engine):
             found.append(
                 Missing(f"the folder of voices {str(voices)!r}, which does not exist; create it, or drop -o voices")
             )
+        context, own = int(options["context"] or 0), need_of(str(options["model"]))
+        if own is not None and context > own.places:
+            found.append(Missing(f"-o context={own.places} or less, because {options['model']} has no more positions"))
         if not options["check_memory"]:
             return found
-        return found + lacking_memory(str(options["model"]), str(options["device"]), slots)
+        return found + lacking_memory(str(options["model"]), str(options["device"]), slots, context)
 
     @classmethod
     def outlook(cls, options: Mapping[str, OptionValue], slots: int) -> str:
         """The memory that this many models need side by side."""
-        return memory_outlook(str(options["model"]), str(options["device"]), slots)
+        context = int(options["context"] or 0)
+        return memory_outlook(str(options["model"]), str(options["device"]), slots, context)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -162,6 +174,7 @@ class VoxcpmEngine(Engine):
             str(self.options["model"]),
             device=str(self.options["device"]),
             optimize=bool(self.options["optimize"]),
+            context=self._context,
             denoiser=bool(self.options["denoiser"]),
             offline=bool(self.options["offline"]),
             lora=None if self.options["lora"] is None else str(self.options["lora"]),

@@ -14,25 +14,28 @@ _EDGE_BYTES = 1024 * 1024
 _BLOCKS, _BLOCK_BYTES = 64, 16 * 1024
 
 
-def model_fingerprint(folder: Path, *, device: str, dtype: str, compiled: bool, more: Iterable[Path] = ()) -> str:
+def model_fingerprint(
+    folder: Path, *, device: str, dtype: str, compiled: bool, context: int, more: Iterable[Path] = ()
+) -> str:
     """A digest of 16 hex digits: two processes with equal digests make equal samples for equal request and seed.
 
     It covers the model's files, the versions of voxcpm and torch (with CUDA and cuDNN), the dtype, whether the model is
-    compiled, and the kind of device: the GPU's name, or the CPU's model, instruction set and number of threads, on
-    which the rounding of sums depends. It does not cover kernels chosen by timing them (as torch.compile may); the
-    engine's self-check covers those.
+    compiled, the size of its context (a long text is split where it ends), and the kind of device: the GPU's name, or
+    the CPU's model, instruction set and number of threads, on which the rounding of sums depends. It does not cover
+    kernels chosen by timing them (as torch.compile may); the engine's self-check covers those.
 
     Args:
         folder: the folder of the model's files.
         device: "cpu", "mps", "cuda" or "cuda:1".
         dtype: the dtype that the model computes with.
         compiled: whether it is compiled.
+        context: positions in its KV caches.
         more: further files, such as an adapter's.
     """
     digest = hashlib.sha256()
     for name in ("voxcpm", "transformers"):
         digest.update(f"{name} {version(name)}\n".encode())
-    digest.update(f"{torch.__version__} {dtype} {'compiled' if compiled else 'eager'}\n".encode())
+    digest.update(f"{torch.__version__} {dtype} {'compiled' if compiled else 'eager'} {context}\n".encode())
     digest.update("\n".join(_device_words(device)).encode())
     suffixes = (".json", ".safetensors", ".pth", ".bin", ".model")
     for file in (*(each for each in sorted(folder.iterdir()) if each.suffix in suffixes), *more):

@@ -42,13 +42,21 @@ class Need:
         weights: language models and everything around them, in the dtype used for computing.
         vae: the audio VAE, in float32.
         cache: the KV caches of both language models, which are allocated in full at load.
+        places: positions in those caches, which is the size of the model's context.
         building: main memory needed while it loads: voxcpm first builds the model there in float32, on any device.
     """
 
     weights: int
     vae: int
     cache: int
+    places: int
     building: int
+
+    def with_context(self, places: int) -> "Need":
+        """The need with caches of this many positions; 0, or more than the model has, leaves them as they are."""
+        if not 0 < places < self.places:
+            return self
+        return attrs.evolve(self, cache=self.cache // self.places * places, places=places)
 
     @property
     def model(self) -> int:
@@ -62,6 +70,7 @@ def _released(parameters: int, vae_parameters: int, layers: int, head: int, cont
         weights=2 * parameters,
         vae=_FLOAT32_BYTES * vae_parameters,
         cache=2 * 2 * layers * kv_heads * head * context,
+        places=context,
         building=_FLOAT32_BYTES * (parameters + vae_parameters),
     )
 
@@ -78,16 +87,17 @@ RELEASED: Mapping[str, Need] = {
 # -- what a model needs ------------------------------------------------------------------------------------------
 
 
-def need_of(model: str) -> Need | None:
+def need_of(model: str, context: int = 0) -> Need | None:
     """The memory that a model needs; None if unknown, for example for a fine-tuned model that is not downloaded yet.
 
     Args:
         model: the value of option `model`: a folder, or a Hugging Face id.
+        context: the value of option `context`: positions in the KV caches; 0 for as many as the model has.
     """
     folder = _folder(model)
-    if folder is not None and (need := _need_of_files(folder)) is not None:
-        return need
-    return RELEASED.get(model.lower())
+    need = _need_of_files(folder) if folder is not None else None
+    need = need or RELEASED.get(model.lower())
+    return need and need.with_context(context)
 
 
 def _folder(model: str) -> Path | None:
@@ -119,10 +129,12 @@ def _need_of_files(folder: Path) -> Need | None:
         width = _ELEMENT_BYTES[str(config.get("dtype", "bfloat16"))]
         elements = _elements(folder / "model.safetensors", folder / "pytorch_model.bin", width)
         vae_elements = _elements(folder / "audiovae.safetensors", folder / "audiovae.pth", _FLOAT32_BYTES)
+        places = int(config.get("max_length", 8_192))
         return Need(
             weights=width * elements,
             vae=_FLOAT32_BYTES * vae_elements,
-            cache=_cache_elements(config) * width,
+            cache=_place_elements(config) * width * places,
+            places=places,
             building=_FLOAT32_BYTES * (elements + vae_elements),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
@@ -141,12 +153,12 @@ def _elements(tensors: Path, pickled: Path, width: int) -> int:
     return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
-def _cache_elements(config: dict[str, Any]) -> int:
-    """The number of values in both KV caches, as allocated by `setup_cache` of voxcpm 2.0.3."""
+def _place_elements(config: dict[str, Any]) -> int:
+    """The number of values for one position in both KV caches, as allocated by `setup_cache` of voxcpm 2.0.3."""
     lm = config["lm_config"]
     head = lm.get("kv_channels") or lm["hidden_size"] // lm["num_attention_heads"]
     layers = lm["num_hidden_layers"] + config.get("residual_lm_num_layers", 8)
-    return int(2 * layers * lm["num_key_value_heads"] * head * config.get("max_length", 8_192))
+    return int(2 * layers * lm["num_key_value_heads"] * head)
 
 
 # -- what is free ------------------------------------------------------------------------------------------------
@@ -229,9 +241,9 @@ def _visible(gpus: dict[str, Free] | None) -> list[Free] | None:
 # -- the comparison ----------------------------------------------------------------------------------------------
 
 
-def lacking_memory(model: str, device: str, slots: int) -> list[Missing]:
+def lacking_memory(model: str, device: str, slots: int, context: int = 0) -> list[Missing]:
     """The memory that `slots` of a model lack; empty if they fit, or if it cannot be determined."""
-    need, free = need_of(model), free_memory(device)
+    need, free = need_of(model, context), free_memory(device)
     if need is None or free is None:
         return []
     each = slot_bytes(need, gpu=free.gpu)
@@ -256,9 +268,9 @@ def lacking_memory(model: str, device: str, slots: int) -> list[Missing]:
     return lacks
 
 
-def memory_outlook(model: str, device: str, slots: int) -> str:
+def memory_outlook(model: str, device: str, slots: int, context: int = 0) -> str:
     """Describe in a sentence how much of the free memory `slots` of a model need."""
-    need, free = need_of(model), free_memory(device)
+    need, free = need_of(model, context), free_memory(device)
     if need is None:
         return f"how much memory {model} needs is not known until it is downloaded"
     each = slot_bytes(need, gpu=free is None or free.gpu)

@@ -23,6 +23,7 @@ from gpuworker.engines.base import EngineError, InvalidParams
 from gpuworker.engines.voxcpm.devices import choose_device, import_voxcpm, known_warnings, load_denoiser, log
 from gpuworker.engines.voxcpm.errors import named_faults
 from gpuworker.engines.voxcpm.fingerprint import model_fingerprint
+from gpuworker.engines.voxcpm.loaded_model import fold_weight_norm, resize_context
 from gpuworker.engines.voxcpm.lora import load_lora, lora_config, lora_files
 from gpuworker.engines.voxcpm.model_files import Fetched, find_folder, ignore_progress, read_config
 from gpuworker.engines.voxcpm.model_output import PromptCache as PromptCache
@@ -109,6 +110,7 @@ class Model:
         *,
         device: str = "auto",
         optimize: bool = True,
+        context: int = 0,
         denoiser: bool = False,
         offline: bool = False,
         revision: str | None = None,
@@ -120,7 +122,8 @@ class Model:
         Args:
             model: a folder, or a Hugging Face id.
             device: auto, cpu, mps, cuda or cuda:N.
-            optimize: compile it, on CUDA only; voxcpm then speaks a few steps itself.
+            optimize: compile it, on CUDA only.
+            context: positions in its KV caches; 0 for as many as the model has.
             denoiser: load the denoiser too; it is fetched from ModelScope.
             offline: do not use the network.
             revision: revision of the hub's repository.
@@ -153,18 +156,27 @@ class Model:
                     str(folder),
                     zipenhancer_model_path=None,
                     enable_denoiser=False,
-                    optimize=compiled,
+                    optimize=False,  # not before its caches have their size
                     device="cuda" if on_cuda else chosen,
                     lora_config=lora_config(adapter, _lora_class(arch)) if adapter else None,
                 )
                 if adapter:
                     load_lora(loaded, adapter)
+                fold_weight_norm(loaded.tts_model.audio_vae)
+                resize_context(loaded.tts_model, context)
+                loaded.tts_model.optimize(disable=not compiled)
         except EngineError:
             raise
         except Exception as fault:  # pydantic, safetensors, pickle and torch each raise classes of their own
             raise EngineError(f"the model in {folder} cannot be read: {fault}; fetch it again") from fault
+        tts = loaded.tts_model
         mark = model_fingerprint(
-            folder, device=chosen, dtype=str(loaded.tts_model.config.dtype), compiled=compiled, more=adapter
+            folder,
+            device=chosen,
+            dtype=str(tts.config.dtype),
+            compiled=compiled,
+            context=int(tts.base_lm.kv_cache.max_length),
+            more=adapter,
         )
         return cls(loaded, arch=arch, device=chosen, compiled=compiled, fingerprint=mark, denoiser=cleaner)
 

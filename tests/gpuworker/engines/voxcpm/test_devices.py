@@ -241,14 +241,16 @@ def test_the_denoiser_needs_a_torchaudio_that_writes_files(monkeypatch: pytest.M
 
 
 def test_the_fingerprint_is_of_all_that_samples_depend_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mark(dtype: str = "float32", *, compiled: bool = False) -> str:
-        return model_fingerprint(folder, device="cpu", dtype=dtype, compiled=compiled)
+    context = Model.load(str(folder), device="cpu").context
+
+    def mark(dtype: str = "float32", *, compiled: bool = False, context: int = context) -> str:
+        return model_fingerprint(folder, device="cpu", dtype=dtype, compiled=compiled, context=context)
 
     first = mark()
     assert len(first) == 16
     assert mark() == first
     assert Model.load(str(folder), device="cpu").fingerprint == first
-    others = {mark("bfloat16"), mark(compiled=True)}
+    others = {mark("bfloat16"), mark(compiled=True), mark(context=512)}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     others.add(mark())
     monkeypatch.undo()
@@ -258,7 +260,7 @@ def test_the_fingerprint_is_of_all_that_samples_depend_on(folder: Path, monkeypa
     path.write_bytes(weights)
     others.add(mark())
     assert first not in others
-    assert len(others) == 4
+    assert len(others) == 5
 
 
 def test_the_fingerprint_of_large_weights_is_of_their_start_end_and_samples(folder: Path) -> None:
@@ -271,5 +273,5 @@ def test_the_fingerprint_of_large_weights_is_of_their_start_end_and_samples(fold
             if at is not None:
                 file.seek(at)
                 file.write(b"\xff")
-        marks.add(model_fingerprint(folder, device="cpu", dtype="float32", compiled=False))
+        marks.add(model_fingerprint(folder, device="cpu", dtype="float32", compiled=False, context=1_024))
     assert len(marks) == 5

@@ -11,6 +11,7 @@ import pytest
 from gpuworker.cli import main
 from gpuworker.engines.base import Missing
 from gpuworker.engines.voxcpm import memory
+from gpuworker.engines.voxcpm.engine import VoxcpmEngine
 from gpuworker.engines.voxcpm.memory import (
     CUDA_OVERHEAD_BYTES,
     GIB,
@@ -145,7 +146,7 @@ def write(folder: Path, config: Any = CONFIG, *, pickled: bool = False) -> Path:
 def test_a_checkpoints_need_is_read_from_its_files(pickled: bool, tmp_path: Path) -> None:
     folder = write(tmp_path / "model", pickled=pickled)
     # K and V, 4 layers, 2 heads of 16, 100 places, 2 bytes
-    expected = Need(weights=1_200, vae=200, cache=2 * 4 * 2 * 16 * 100 * 2, building=2_600)
+    expected = Need(weights=1_200, vae=200, cache=2 * 4 * 2 * 16 * 100 * 2, places=100, building=2_600)
     assert need_of(str(folder)) == expected
 
 
@@ -160,6 +161,26 @@ def test_a_model_in_the_hugging_face_cache_is_read_there(tmp_path: Path, monkeyp
     assert read.weights == 1_200
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
     assert need_of(V2) == RELEASED["openbmb/voxcpm2"]
+
+
+def test_a_smaller_context_needs_less_and_a_larger_one_than_the_model_has_is_told(
+    smi: Smi, main_memory: Callable[[float], None], tmp_path: Path
+) -> None:
+    whole, half = need_of(V2), need_of(V2, 4_096)
+    assert whole is not None
+    assert half is not None
+    # Of the largest released model, a position takes 36 KiB in both caches together.
+    assert (whole.cache, half.cache) == (8_192 * 36_864, 4_096 * 36_864)
+    assert whole.model - half.model == half.cache
+    assert need_of(V2, 100_000) == whole
+    smi("0, GPU-a, 15072, NVIDIA L4")  # two slots fit only with less context
+    assert "use --slots 1" in lacking_memory(V2, "cuda", 2)[0].what
+    assert lacking_memory(V2, "cuda", 2, context=2_048) == []
+    assert "need about 14.4 GiB" in memory_outlook(V2, "cuda", 2, context=2_048)
+    options = {name: option.default for name, option in VoxcpmEngine.OPTIONS.items()}
+    assert VoxcpmEngine.check({**options, "context": 8_192}, 1) == []
+    (lack,) = VoxcpmEngine.check({**options, "context": 8_193}, 1)
+    assert "context=8192 or less, because openbmb/VoxCPM2 has no more positions" in lack.what
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,24 @@ def test_speech_is_neither_silent_nor_clipped(model: Model) -> None:
     assert np.abs(chunks).max() < 0.95
 
 
+def test_a_smaller_context_changes_no_sample_and_ends_where_it_says(
+    arch: str, checkpoint: Callable[..., Path], load: Load
+) -> None:
+    smaller = Model.load(str(checkpoint(arch, context=CONTEXT)), device="cpu", context=CONTEXT - 20)
+    assert smaller.context == CONTEXT - 20
+    for cache in (None, prompted(load(arch))):
+        assert np.array_equal(streamed(smaller, cache), streamed(load(arch), cache))
+        assert np.array_equal(whole(smaller, cache), whole(load(arch), cache))
+    long = Settings(inference_timesteps=1, max_len=4_096, ratio_threshold=20.0)
+    with pytest.raises(EngineError, match=f"filled the model's context of {CONTEXT - 20} positions"):
+        streamed(smaller, settings=long)
+
+
+def test_more_context_than_the_model_has_is_refused(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(EngineError, match=f"has {CONTEXT} positions; use -o context={CONTEXT} or less"):
+        Model.load(str(checkpoint("voxcpm", context=CONTEXT)), device="cpu", context=CONTEXT + 1)
+
+
 _CHILD = """
 import hashlib, sys
 from gpuworker.engines.voxcpm.model import Model, Settings
