@@ -2,24 +2,26 @@
 
 A model speaks only one text at a time: voxcpm keeps the KV cache and the decoder's state in the model, so a second
 stream would silently corrupt the first, and `Model` refuses it. All calls come from one thread, because CUDA graphs are
-bound to the thread that captured them.
+bound to the thread that captured them; only what concerns text may come from others. For many texts at a time see the
+package `batch`.
 """
 
 import functools
 import importlib
 import importlib.util
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import numpy as np
 import soundfile
 import torch
 
 from gpuworker.engines.base import EngineError, InvalidParams
+from gpuworker.engines.voxcpm.batch.prefill import Opening
 from gpuworker.engines.voxcpm.devices import choose_device, import_voxcpm, known_warnings, load_denoiser, log
 from gpuworker.engines.voxcpm.errors import named_faults
 from gpuworker.engines.voxcpm.fingerprint import model_fingerprint
@@ -28,31 +30,11 @@ from gpuworker.engines.voxcpm.lora import load_lora, lora_config, lora_files
 from gpuworker.engines.voxcpm.model_files import Fetched, find_folder, ignore_progress, read_config
 from gpuworker.engines.voxcpm.model_output import PromptCache as PromptCache
 from gpuworker.engines.voxcpm.model_output import Samples, Speech, Whole, audio_places
+from gpuworker.engines.voxcpm.speech_model import Settings as Settings
 
 #: Patches of prompt audio that VoxCPM 1.x decodes before the speech and then cuts off. A shorter prompt would cost the
 #: first patches of the speech (`decode_audio[..., patch_len * (streaming_prefix_len - 1):]` in voxcpm 2.0.3).
 _CONTEXT_PATCHES_1X = 2
-
-
-@attrs.frozen(kw_only=True)
-class Settings:
-    """How to speak; the names are those of voxcpm's `generate`.
-
-    Args:
-        min_len: the fewest steps before the speech may end.
-        max_len: the most steps; `int(tokens * ratio_threshold + 10)` is a limit too.
-        retry_badcase: used only by `whole`: speak again if the speech is suspiciously long.
-        retry_badcase_max_times: attempts in total, including the first, as voxcpm counts them; 0 means no retry.
-        ratio_threshold: steps per token of text above which speech is suspiciously long.
-    """
-
-    cfg_value: float = 2.0
-    inference_timesteps: int = 10
-    min_len: int = 2
-    max_len: int = 4_096
-    retry_badcase: bool = False
-    retry_badcase_max_times: int = 3
-    ratio_threshold: float = 6.0
 
 
 def _lora_class(arch: str) -> Any:
@@ -71,6 +53,7 @@ class Model:
     """One loaded VoxCPM model.
 
     Attributes:
+        tts: the package's model.
         arch: "voxcpm2" or "voxcpm" (1.5 and 0.5B).
         sample_rate: of the speech, Hz.
         chunk_samples: samples in each chunk of a stream; all chunks are equally long.
@@ -87,8 +70,10 @@ class Model:
 
     def __init__(self, voxcpm: Any, *, arch: str, device: str, compiled: bool, fingerprint: str, denoiser: Any) -> None:
         self._voxcpm = voxcpm
-        self._tts = tts = voxcpm.tts_model
+        self.tts = tts = voxcpm.tts_model
         self._denoiser = denoiser
+        #: Of the tokenizer and the normalizer, which the runs of a batch share.
+        self._text_lock = threading.Lock()
         self._speaking: weakref.ref[Speech] | None = None
         self.arch = arch
         self.clones = arch == "voxcpm2"
@@ -184,7 +169,20 @@ class Model:
 
     def tokens(self, text: str) -> int:
         """The number of tokens in the text: positions in the context, and the basis of the limit on steps."""
-        return len(self._tts.text_tokenizer(text))
+        return len(self._token_ids(text))
+
+    def _token_ids(self, text: str) -> list[int]:
+        with self._text_lock:
+            ids: list[int] = self.tts.text_tokenizer(text)
+            return ids
+
+    def opening(self, text: str, cache: PromptCache | None) -> Opening:
+        """What the model reads before it speaks this text."""
+        prompt = cache.value if cache is not None else {}
+        said = prompt.get("prompt_text", "") if "audio_feat" in prompt else ""
+        return Opening.of(
+            self._token_ids(said + text), prompt, patch=self.tts.patch_size, dimensions=self.tts.audio_vae.latent_dim
+        )
 
     def normalize(self, text: str) -> str:
         """Write numbers, dates and signs in the text out as words (Chinese and English).
@@ -194,7 +192,8 @@ class Model:
         """
         if not self.can_normalize:
             raise EngineError("this worker cannot normalize text: pip install wetext inflect regex")
-        return str(_normalizer().normalize(text))
+        with self._text_lock:
+            return str(_normalizer().normalize(text))
 
     def prepare_normalizer(self) -> None:
         """Build the normalizer, if it is installed: that takes some ten seconds, which no request should wait for."""
@@ -237,7 +236,7 @@ class Model:
             }
             if not self.clones:
                 del paths["reference_wav_path"]
-            return self._cache_of(self._tts.build_prompt_cache(prompt_text=prompt_text or None, **paths))
+            return self._cache_of(self.tts.build_prompt_cache(prompt_text=prompt_text or None, **paths))
 
     def _write_wav(self, path: Path, samples: Samples | None, denoise: bool) -> str | None:
         if samples is None:
@@ -253,9 +252,10 @@ class Model:
             raise EngineError(f"the denoiser failed ({fault}); send denoise false") from fault
         return str(clean)
 
-    def _merged(self, text: str, cache: PromptCache | None, latents: torch.Tensor) -> PromptCache:
+    def merge(self, text: str, cache: PromptCache | None, latents: torch.Tensor) -> PromptCache:
+        """Make the prompt to continue from: `cache` and then `text`, which was spoken as these latents."""
         with torch.inference_mode():
-            return self._cache_of(self._tts.merge_prompt_cache(cache.value if cache else None, text, latents.float()))
+            return self._cache_of(self.tts.merge_prompt_cache(cache.value if cache else None, text, latents.float()))
 
     def _cache_of(self, value: dict[str, Any]) -> PromptCache:
         tensors = [item for item in value.values() if isinstance(item, torch.Tensor)]
@@ -299,9 +299,9 @@ class Model:
                 (retryable; the engine must then be restarted).
         """
         self._check_free()
-        self._check_room(text, cache)
-        chunks = self._tts.generate_with_prompt_cache_streaming(**_arguments(text, cache, settings))
-        speech = Speech(chunks, self.context, self._merged)
+        self.check_room(text, cache)
+        chunks = self.tts.generate_with_prompt_cache_streaming(**_arguments(text, cache, settings))
+        speech = Speech(chunks, self.context, self.merge)
         self._speaking = weakref.ref(speech)
         return speech
 
@@ -319,7 +319,7 @@ class Model:
             RuntimeError, EngineError: as for `stream`.
         """
         self._check_free()
-        self._check_room(text, cache)
+        self.check_room(text, cache)
         arguments = _arguments(text, cache, settings)
         if settings.retry_badcase and settings.retry_badcase_max_times > 0:
             # With 0 attempts, voxcpm would not speak at all.
@@ -332,23 +332,24 @@ class Model:
             on_step(steps)
 
         # In both architectures, the stop head is called once per step, outside everything that is compiled.
-        hook = self._tts.stop_head.register_forward_hook(count)
+        hook = self.tts.stop_head.register_forward_hook(count)
         try:
             with named_faults(self.context):
-                wav, _tokens, latents = self._tts.generate_with_prompt_cache(**arguments)
+                wav, _tokens, latents = self.tts.generate_with_prompt_cache(**arguments)
         finally:
             hook.remove()
         if not self.clones and cache is not None:
             # 1.x also decodes the patches of the prompt, and leaves them at the front.
             latents = latents[min(_CONTEXT_PATCHES_1X, audio_places(cache.value)) :]
-        return Whole(wav.squeeze(0).numpy(), latents, self._merged)
+        return Whole(wav.squeeze(0).numpy(), latents, self.merge)
 
     def _check_free(self) -> None:
         speech = self._speaking() if self._speaking is not None else None
         if speech is not None and not speech.ended:
             raise RuntimeError("this model is still speaking: a second speech at once would corrupt both")
 
-    def _check_room(self, text: str, cache: PromptCache | None) -> None:
+    def check_room(self, text: str, cache: PromptCache | None) -> None:
+        """Raise EngineError if the text and its prompt exceed `context`."""
         value = cache.value if cache is not None else {}
         needs = self.tokens(value.get("prompt_text", "") + text) + 1 + audio_places(value)
         if needs > self.context:

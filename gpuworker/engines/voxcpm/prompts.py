@@ -1,23 +1,26 @@
 """Finds the voice of a request: fetches, decodes and encodes its prompt and reference audio, and caches the result."""
 
 import hashlib
+import time
 from collections.abc import Callable, Collection, Mapping
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuworker.engines.base import EngineError, EngineInput, InvalidParams
+from gpuworker.engines.base import EngineError, EngineInput, InvalidParams, ProgressChunk
 from gpuworker.engines.voxcpm.audio_decode import AudioFault, decode
 from gpuworker.engines.voxcpm.fetch import fetch
-from gpuworker.engines.voxcpm.model import Model, PromptCache
+from gpuworker.engines.voxcpm.model_output import PromptCache
 from gpuworker.engines.voxcpm.schema import MAX_INPUT_BYTES
+from gpuworker.engines.voxcpm.speech_model import SpeechModel
 from gpuworker.engines.voxcpm.url_policy import FetchRefused
 from gpuworker.engines.voxcpm.voices import PromptCaches, Voice
 from protocol.wire.validators import Value
 
 #: Time for a fetch. It is part of the run, so a slot waits for it.
 FETCH_S = 20.0
+SIGN_OF_LIFE_S = 3.0
 
 
 class Stopped(Exception):
@@ -53,7 +56,7 @@ class Prompts:
         caches: the cache of encoded prompts.
     """
 
-    model: Model
+    model: SpeechModel
     voices: Mapping[str, Voice]
     hosts: Collection[str]
     max_prompt_s: float
@@ -66,6 +69,7 @@ class Prompts:
         *,
         described: bool,
         cancelled: Callable[[], bool],
+        report: Callable[[ProgressChunk], None],
     ) -> Prompt | None:
         """Return the encoded voice of a request; None if it names no voice and sends no audio.
 
@@ -74,6 +78,7 @@ class Prompts:
             inputs: `prompt_wav`, `reference_wav`.
             described: whether a description of the voice precedes the text.
             cancelled: returns whether to stop.
+            report: receives a sign of life every few seconds of a fetch.
 
         Raises:
             InvalidParams: the request's audio cannot be fetched or used.
@@ -90,8 +95,8 @@ class Prompts:
             prompt = source if voice.text is not None and not (reference and described) else None
             text = voice.text if prompt else None
         else:
-            prompt = self._source("prompt_wav", params, inputs, cancelled)
-            reference = self._source("reference_wav", params, inputs, cancelled)
+            prompt = self._source("prompt_wav", params, inputs, cancelled, report)
+            reference = self._source("reference_wav", params, inputs, cancelled, report)
         if (first := prompt or reference) is None:
             return None
         cache = self._encoded(prompt, text, reference, params["denoise"], cancelled)
@@ -105,13 +110,24 @@ class Prompts:
         params: Mapping[str, Value],
         inputs: Mapping[str, EngineInput],
         cancelled: Callable[[], bool],
+        report: Callable[[ProgressChunk], None],
     ) -> Source | None:
+        signed_at = time.monotonic()
+
+        def waiting() -> bool:
+            # By the clock: an engine that fetches is not reproducible. A batch that is silent for long is killed.
+            nonlocal signed_at
+            if time.monotonic() - signed_at > SIGN_OF_LIFE_S:
+                signed_at = time.monotonic()
+                report(ProgressChunk("loading"))
+            return cancelled()
+
         if name in inputs:
             field, data = name, inputs[name].data
         elif (url := params.get(f"{name}_url")) is not None:
             field = f"{name}_url"
             try:
-                data = fetch(url, self.hosts, max_bytes=MAX_INPUT_BYTES, timeout_s=FETCH_S, cancelled=cancelled)
+                data = fetch(url, self.hosts, max_bytes=MAX_INPUT_BYTES, timeout_s=FETCH_S, cancelled=waiting)
             except FetchRefused as fault:
                 if cancelled():
                     raise Stopped from None

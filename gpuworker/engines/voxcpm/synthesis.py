@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from gpuworker.engines.base import AudioChunk, EngineInput, InvalidParams, ProgressChunk
 from gpuworker.engines.voxcpm.crossfade import join, pcm16
-from gpuworker.engines.voxcpm.model import Model, PromptCache, Settings
+from gpuworker.engines.voxcpm.model_output import PromptCache
 from gpuworker.engines.voxcpm.prompts import Prompt, Prompts, Stopped
 from gpuworker.engines.voxcpm.schema import DEFAULTS, NON_STREAMING
+from gpuworker.engines.voxcpm.speech_model import SPARE_STEPS, Settings, SpeechModel
 from gpuworker.engines.voxcpm.text_split import split
 from gpuworker.engines.voxcpm.validation import find_faults
 from protocol.speakable import speakable
@@ -29,8 +30,8 @@ CHUNK_SAMPLES = 32_768
 PROGRESS_STEPS = 5
 #: The limit in `generate` of the voxcpm package: no piece has more steps.
 MAX_STEPS = 4_096
-#: Steps that the package adds to tokens * ratio; and tokens for its marks and for what merges at a seam.
-SPARE_STEPS, SPARE_TOKENS = 10, 8
+#: Tokens for the package's marks, and for what merges at a seam.
+SPARE_TOKENS = 8
 #: Fewer tokens do not make a sentence: a prompt that leaves less room than this is rejected.
 MIN_PIECE_TOKENS = 16
 #: A description of the voice before the text, in the form that VoxCPM2 expects.
@@ -48,7 +49,7 @@ class Speaker:
         prompts: finds the voice of a request.
     """
 
-    model: Model
+    model: SpeechModel
     prompts: Prompts
 
     def speak(
@@ -87,7 +88,7 @@ class Speaker:
         )
         lead, text = self._lead_and_text(values)
         try:
-            prompt = self.prompts.find(values, inputs, described=bool(lead), cancelled=cancelled)
+            prompt = self.prompts.find(values, inputs, described=bool(lead), cancelled=cancelled, report=report)
             run = _Run(
                 model=self.model,
                 settings=settings,
@@ -130,7 +131,7 @@ class Speaker:
         """
         room = self.model.context - SPARE_TOKENS - (prompt.cache.patches if prompt else 0)
         tokens = self.model.tokens(lead + _spaced(text))
-        if tokens + most_steps(tokens, settings) <= room:
+        if tokens + settings.most_steps(tokens) <= room:
             return [_spaced(text)]
         share = room if prompt else room // 2
         limit = int((share - SPARE_STEPS - SPARE_TOKENS) / (1 + settings.ratio_threshold)) - self.model.tokens(lead)
@@ -155,11 +156,6 @@ def _spaced(text: str) -> str:
     return _SPACE.sub(" ", text)
 
 
-def most_steps(tokens: int, settings: Settings) -> int:
-    """The number of steps after which the package ends the speech of this many tokens."""
-    return min(int(tokens * settings.ratio_threshold + SPARE_STEPS), settings.max_len)
-
-
 @attrs.define(kw_only=True)
 class _Run:
     """The pieces of one request, as they are spoken.
@@ -167,7 +163,7 @@ class _Run:
     Request a piece only after the one before has ended: a model that speaks two at once corrupts both.
     """
 
-    model: Model
+    model: SpeechModel
     settings: Settings
     pieces: list[str]
     lead: str
@@ -201,7 +197,7 @@ class _Run:
 
     def _on_step(self, number: int, text: str) -> Callable[[int], None]:
         """Called by the model at each of its steps: stops it once cancelled, and reports progress."""
-        most = most_steps(self.model.tokens(text), self.settings)
+        most = self.settings.most_steps(self.model.tokens(text))
         made = 0
 
         def on_step(_step: int) -> None:

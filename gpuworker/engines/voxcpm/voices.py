@@ -6,6 +6,7 @@ Also contains the cache of prompts made from them. Nothing heavy is imported: au
 import hashlib
 import os
 import stat
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from pathlib import Path
@@ -206,7 +207,7 @@ def _reason(fault: Exception) -> str:
 
 
 class PromptCaches(Generic[ValueT]):
-    """Keeps the values used most recently, as many as fit both limits.
+    """Keeps the values used most recently, as many as fit both limits; the runs of a batch share one.
 
     Args:
         at_most: the most values.
@@ -217,6 +218,7 @@ class PromptCaches(Generic[ValueT]):
         self._at_most = at_most
         self._max_bytes = max_bytes
         self._kept: OrderedDict[Hashable, tuple[ValueT, int]] = OrderedDict()
+        self._lock = threading.Lock()
         #: Total size of everything kept.
         self.nbytes = 0
 
@@ -228,19 +230,21 @@ class PromptCaches(Generic[ValueT]):
 
     def get(self, key: Hashable) -> ValueT | None:
         """The value, or None if it is not in the cache."""
-        if (kept := self._kept.get(key)) is None:
-            return None
-        self._kept.move_to_end(key)
-        return kept[0]
+        with self._lock:
+            if (kept := self._kept.get(key)) is None:
+                return None
+            self._kept.move_to_end(key)
+            return kept[0]
 
     def put(self, key: Hashable, value: ValueT, nbytes: int) -> None:
         """Add `value`, and drop the values that have not been used for the longest time."""
-        if (before := self._kept.pop(key, None)) is not None:
-            self.nbytes -= before[1]
-        if nbytes > self._max_bytes:
-            return
-        self._kept[key] = (value, nbytes)
-        self.nbytes += nbytes
-        while len(self._kept) > self._at_most or self.nbytes > self._max_bytes:
-            _, (_, freed) = self._kept.popitem(last=False)
-            self.nbytes -= freed
+        with self._lock:
+            if (before := self._kept.pop(key, None)) is not None:
+                self.nbytes -= before[1]
+            if nbytes > self._max_bytes:
+                return
+            self._kept[key] = (value, nbytes)
+            self.nbytes += nbytes
+            while len(self._kept) > self._at_most or self.nbytes > self._max_bytes:
+                _, (_, freed) = self._kept.popitem(last=False)
+                self.nbytes -= freed

@@ -9,7 +9,8 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuworker.engines.voxcpm.model import Model, PromptCache, Settings
+from gpuworker.engines.voxcpm.model_output import PromptCache
+from gpuworker.engines.voxcpm.speech_model import Settings, SpeechModel
 
 TEXT = "Hello, this is the first sentence."
 #: Steps in one run. The first after a prompt differs from the rest, and a CUDA graph is replayed from the third on.
@@ -31,7 +32,7 @@ class WarmUp:
     repeats: bool
 
 
-def warm_up(model: Model, runs: int) -> WarmUp:
+def warm_up(model: SpeechModel, runs: int) -> WarmUp:
     """Speak a few steps in every way that a request may ask for, `runs` times.
 
     The prompt is read like an uploaded one, because the first file that librosa reads takes it seconds.
@@ -52,7 +53,7 @@ def warm_up(model: Model, runs: int) -> WarmUp:
     return WarmUp("".join(sorted(digests))[:16], repeats=len(digests) == 1)
 
 
-def _short_run(model: Model, cache: PromptCache | None) -> Iterator[NDArray[np.float32]]:
+def _short_run(model: SpeechModel, cache: PromptCache | None) -> Iterator[NDArray[np.float32]]:
     settings = Settings(cfg_value=2.0, inference_timesteps=4, max_len=STEPS, retry_badcase=False)
     model.seed(0)
     with closing(model.stream(TEXT, cache, settings)) as speech:

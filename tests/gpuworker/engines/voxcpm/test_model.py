@@ -459,8 +459,8 @@ def test_a_gpu_that_fails_restarts_the_slot_and_may_be_tried_again(
         raise fault
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._tts.feat_decoder, "forward", fail)
-        patch.setattr(model._tts, "build_prompt_cache", fail)
+        patch.setattr(model.tts.feat_decoder, "forward", fail)
+        patch.setattr(model.tts, "build_prompt_cache", fail)
         for call in (
             lambda: streamed(model),
             lambda: whole(model),
@@ -477,7 +477,7 @@ def test_other_errors_fly(model: Model, monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_args: object, **_kwargs: object) -> object:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(model._tts.feat_decoder, "forward", fail)
+    monkeypatch.setattr(model.tts.feat_decoder, "forward", fail)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         streamed(model)
 
