@@ -225,9 +225,9 @@ def add_engine_options(parser: argparse.ArgumentParser, default: str | None, eng
     parser.add_argument(
         "--slots",
         type=int,
-        default=1,
         metavar="N",
-        help="requests to run at the same time, each in its own process unless the engine is shared (default: 1)",
+        help="requests to run at the same time, each in its own process unless the engine is shared "
+        "(default: 1, or as many as the engine has room for)",
     )
     parser.add_argument(
         "-o",
@@ -264,18 +264,22 @@ def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = No
         for space in spaces
         if not SPACE_PATTERN.fullmatch(space)
     ]
-    if not 1 <= args.slots <= MAX_SLOTS:
-        faults.append(f"--slots {args.slots}: must lie in 1..{MAX_SLOTS}")
+    slots = 1 if args.slots is None else args.slots
+    if not 1 <= slots <= MAX_SLOTS:
+        faults.append(f"--slots {slots}: must lie in 1..{MAX_SLOTS}")
     for name in ("load_timeout", "cancel_grace", "stall_timeout", "drain_timeout"):
         if not 0 <= getattr(args, name) < float("inf"):
             faults.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number of seconds, 0 or more")
     try:
         engine_class = find_engine(args.engine)
         options = parse_options(engine_class.OPTIONS, args.options)
-        shared = engine_class(options).SHARED  # made for checks that only the engine can do, too
+        engine = engine_class(options)  # checks that only the engine can do
+        shared = engine.SHARED
+        if args.slots is None:
+            slots = engine.default_slots
         if shared and args.in_threads:
             faults.append(f"--in-threads: engine {args.engine!r} serves all slots from one process; leave it out")
-        faults += [needs(args.engine, lack) for lack in engine_class.check(options, args.slots)]
+        faults += [needs(args.engine, lack) for lack in engine_class.check(options, slots)]
     except (EngineNotFound, OptionError) as fault:
         faults.append(str(fault))
     if faults or address is None or engine_class is None:
@@ -288,7 +292,7 @@ def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = No
         engine_class=engine_class,
         options=options,
         shared=shared,
-        slots=args.slots,
+        slots=slots,
         name=worker_name(args.name),
         in_threads=args.in_threads,
         load_timeout_s=args.load_timeout,

@@ -55,7 +55,7 @@ def run_doctor(args: argparse.Namespace, environ: Mapping[str, str] | None = Non
         ConfigError: the relay's address, the engine or its options are not valid.
     """
     environ = os.environ if environ is None else environ
-    if args.engine is None and (args.options or args.slots != 1):
+    if args.engine is None and (args.options or args.slots is not None):
         raise ConfigError("--slots and -o belong to an engine: give --engine too")
     engines = _engines() if args.engine is None else _engine(args.engine, args.options, args.slots)
     findings = [_python(), *engines, _gpu()]
@@ -107,17 +107,17 @@ def _engines() -> list[Finding]:
     return findings
 
 
-def _engine(name: str, arguments: list[str], slots: int) -> list[Finding]:
+def _engine(name: str, arguments: list[str], slots: int | None) -> list[Finding]:
     """Check one engine with these options and this many slots."""
-    if slots < 1:
+    if slots is not None and slots < 1:
         raise ConfigError(f"--slots {slots}: must be 1 or more")
     try:
         engine = find_engine(name)
         options = parse_options(engine.OPTIONS, arguments)
-        engine(options)  # checks that only the engine can do
+        made = engine(options)  # checks that only the engine can do
     except (EngineNotFound, OptionError) as fault:
         raise ConfigError(str(fault)) from None
-    what = f"engine {name}"
+    what, slots = f"engine {name}", slots or made.default_slots
     lacking = [
         Finding(what=what, outcome="missing", words=f"needs {lack.what}", install=lack.install)
         for lack in engine.check(options, slots)

@@ -250,6 +250,8 @@ class Engine(ABC):
     #: One load serves all slots of a worker: the engine's process asks `seats` for an engine for each slot.
     #: Of the class, or set by `__init__` where it depends on the options.
     SHARED: bool = False
+    #: How many slots a worker has unless it is told; of the class, or set by `__init__` as well.
+    default_slots: int = 1
 
     #: Whether the current run is to stop; set by the slot, which checks it between chunks.
     #: An engine that works long before its next chunk may check it too, and return.

@@ -327,3 +327,47 @@ async def test_a_slot_and_then_a_worker_killed_in_mid_stream_cost_a_pause_and_no
                     json.loads(line).get("attempt") for line in relay.lines[heard:] if "request started" in line
                 ]
                 assert attempts == [1, 2]
+
+
+# -- a batch -----------------------------------------------------------------------------------------------------
+
+
+async def eight_listen(place: Place, at_all_speaking: Callable[[], None]) -> list[str]:
+    """The digests of what eight clients hear at once, of equal texts with different seeds."""
+    made: dict[int, bytes] = dict.fromkeys(range(8), b"")
+
+    async def listen(seed: int) -> None:
+        params: dict[str, Value] = {"text": LONG[:60], "seed": seed, **QUICK_PARAMS}
+        async with (
+            open_relay(f"unix:{place.folder}/state/relayd.sock", token="") as relay,
+            relay.submit("tts", params) as stream,
+        ):
+            async for chunk in stream.audio():
+                speak_before = all(made.values())
+                made[seed] += chunk
+                if all(made.values()) and not speak_before:
+                    at_all_speaking()
+
+    with trio.fail_after(2 * PATIENCE_S):
+        async with trio.open_nursery() as nursery:
+            for seed in made:
+                nursery.start_soon(listen, seed)
+    return [sha256(samples).hexdigest() for samples in made.values()]
+
+
+@pytest.mark.trio
+async def test_eight_listeners_of_one_batch_hear_what_each_hears_alone_and_a_killed_engine_costs_no_sample(
+    model: Model, tmp_path: Path
+) -> None:
+    place = quiet(a_place(tmp_path))
+    async with a_relay(place) as relay, a_worker(place, relay, *model.options, "-o", "batch=8") as worker:
+        out, _ = await place.run("relay", "spaces", "--json")
+        assert json.loads(out)[0]["slots"] == 8
+        alone = await say(place, LONG[:60], "-p", "seed=7")
+        undisturbed = await eight_listen(place, lambda: None)
+        assert undisturbed[7] == sha256(alone).hexdigest()
+        assert len(set(undisturbed)) == 8
+        (engine,) = children_of(worker.process.pid)
+        disturbed = await eight_listen(place, lambda: os.kill(engine, signal.SIGKILL))
+        assert children_of(worker.process.pid) != [engine]
+        assert disturbed == undisturbed

@@ -1,4 +1,4 @@
-"""Estimates how much memory slots of a VoxCPM model need and how much is free, before any slot is started.
+"""Estimates how much memory a VoxCPM model needs in its slots or rows, and how much is free, before it is loaded.
 
 The estimates come from the checkpoint's files if they are on this machine, else from a table of the released models.
 They exist to refuse a start that cannot succeed; `-o check_memory=false` overrides them.
@@ -25,6 +25,8 @@ GIB = 1024**3
 CUDA_OVERHEAD_BYTES = 5 * GIB // 2
 #: The same on a CPU: the interpreter, torch and librosa need 0.6 GiB before anything is computed.
 CPU_OVERHEAD_BYTES = GIB
+#: What a step of a batch computes for one row: mostly the widest layers of the VAE, some MiB each with VoxCPM2.
+ROW_BYTES = 32 * 1024**2
 NVIDIA_SMI_S = 10.0
 #: Longest header of a safetensors file; those of the released models have 100 KB.
 MAX_HEADER_BYTES = 64 * 1024 * 1024
@@ -241,21 +243,52 @@ def _visible(gpus: dict[str, Free] | None) -> list[Free] | None:
 # -- the comparison ----------------------------------------------------------------------------------------------
 
 
-def lacking_memory(model: str, device: str, slots: int, context: int = 0) -> list[Missing]:
-    """The memory that `slots` of a model lack; empty if they fit, or if it cannot be determined."""
+@attrs.frozen
+class _Demand:
+    """What a worker asks for: models side by side, or rows of one model.
+
+    Args:
+        fixed: bytes needed however many there are.
+        each: bytes of one slot or row.
+        count: how many slots or rows.
+        words: the same in words.
+    """
+
+    fixed: int
+    each: int
+    count: int
+    words: str
+
+    @classmethod
+    def of(cls, need: Need, model: str, slots: int, rows: int, *, gpu: bool) -> "_Demand":
+        if rows == 1:
+            return cls(0, slot_bytes(need, gpu=gpu), slots, f"{slots} slot{'' if slots == 1 else 's'} of {model}")
+        return cls(slot_bytes(need, gpu=gpu) - need.cache, row_bytes(need), rows, f"{rows} rows of one {model}")
+
+    @property
+    def size(self) -> int:
+        return self.fixed + self.each * self.count
+
+    def fit(self, room: int) -> int:
+        """How many slots or rows fit."""
+        return max(0, (room - self.fixed) // self.each)
+
+
+def lacking_memory(model: str, device: str, slots: int, context: int = 0, rows: int = 1) -> list[Missing]:
+    """The memory that `slots` of a model, or so many `rows` of one, lack; empty if they fit, or if it is not known."""
     need, free = need_of(model, context), free_memory(device)
     if need is None or free is None:
         return []
-    each = slot_bytes(need, gpu=free.gpu)
+    demand = _Demand.of(need, model, slots, rows, gpu=free.gpu)
     room = free.size if free.gpu else free.size - (need.building - need.weights)  # the last model is built in it too
     lacks = []
-    if each * slots > room:
-        fit = max(0, room // each)
-        advice = (
-            f"use --slots {fit}" if fit else "not one fits; free some, or use a smaller model (openbmb/VoxCPM-0.5B)"
-        )
+    if demand.size > room:
+        fit = demand.fit(room)
+        advice = f"use --slots {fit}" if rows == 1 else f"use -o batch={fit}, or a smaller -o context"
+        if not fit:
+            advice = "not one fits; free some, or use a smaller model (openbmb/VoxCPM-0.5B)"
         what = (
-            f"about {_gib(free.size - room + each * slots)} of {_kind(free)} for {_slots(slots)} of {model}, "
+            f"about {_gib(free.size - room + demand.size)} of {_kind(free)} for {demand.words}, "
             f"{_gib(free.size)} are free on {free.where}; {advice}; -o check_memory=false starts them anyway"
         )
         lacks.append(Missing(what))
@@ -268,16 +301,17 @@ def lacking_memory(model: str, device: str, slots: int, context: int = 0) -> lis
     return lacks
 
 
-def memory_outlook(model: str, device: str, slots: int, context: int = 0) -> str:
-    """Describe in a sentence how much of the free memory `slots` of a model need."""
+def memory_outlook(model: str, device: str, slots: int, context: int = 0, rows: int = 1) -> str:
+    """Describe in a sentence how much of the free memory `slots` of a model, or so many `rows` of one, need."""
     need, free = need_of(model, context), free_memory(device)
     if need is None:
         return f"how much memory {model} needs is not known until it is downloaded"
-    each = slot_bytes(need, gpu=free is None or free.gpu)
-    text = f"{_slots(slots)} of {model} {'needs' if slots == 1 else 'need'} about {_gib(each * slots)}"
+    demand = _Demand.of(need, model, slots, rows, gpu=free is None or free.gpu)
+    text = f"{demand.words} {'needs' if demand.count == 1 else 'need'} about {_gib(demand.size)}"
     if free is None:
         return f"{text}; how much is free is not known"
-    return f"{text} of {_kind(free)}, {_gib(free.size)} are free on {free.where}"
+    room = f", which has room for {demand.fit(free.size)} rows" if rows > 1 else ""
+    return f"{text} of {_kind(free)}, {_gib(free.size)} are free on {free.where}{room}"
 
 
 def slot_bytes(need: Need, *, gpu: bool) -> int:
@@ -285,12 +319,13 @@ def slot_bytes(need: Need, *, gpu: bool) -> int:
     return need.model + (CUDA_OVERHEAD_BYTES if gpu else CPU_OVERHEAD_BYTES)
 
 
+def row_bytes(need: Need) -> int:
+    """The memory that one row of a batch needs, beside the model: its KV caches, and what a step computes for it."""
+    return need.cache + ROW_BYTES
+
+
 def _kind(free: Free) -> str:
     return "GPU memory" if free.gpu else "memory"
-
-
-def _slots(slots: int) -> str:
-    return f"{slots} slot" + ("" if slots == 1 else "s")
 
 
 def _gib(size: int) -> str:

@@ -18,12 +18,14 @@ MAX_URL_CHARS = 2_048
 #: 50 s of 24-bit stereo at 48 kHz take 14 MB; two inputs reach the relay's own `max_input_bytes`, 32 MiB.
 MAX_INPUT_BYTES = 16 * KIB * KIB
 
+DEFAULT_TIMESTEPS, MAX_TIMESTEPS = 10, 50
+
 STREAMING, NON_STREAMING = "streaming", "non_streaming"
 
 #: The defaults of the params: those of `voxcpm` itself, and a fixed seed.
 DEFAULTS: dict[str, Value] = {
     "cfg_value": 2.0,
-    "inference_timesteps": 10,
+    "inference_timesteps": DEFAULT_TIMESTEPS,
     "normalize": False,
     "denoise": False,
     "retry_badcase": True,
@@ -44,6 +46,7 @@ class Abilities:
         denoises: a denoiser is loaded.
         fetches: hosts are listed from which it may fetch prompt audio.
         voices: the names of its own voices.
+        max_timesteps: the most diffusion steps that a request may ask for.
     """
 
     clones: bool = False
@@ -51,6 +54,7 @@ class Abilities:
     denoises: bool = False
     fetches: bool = False
     voices: tuple[str, ...] = ()
+    max_timesteps: int = MAX_TIMESTEPS
 
 
 def params_schema(can: Abilities) -> dict[str, Value]:
@@ -60,7 +64,7 @@ def params_schema(can: Abilities) -> dict[str, Value]:
         "properties": {
             "text": _text(MAX_TEXT_CHARS, "text to speak; a long one is split at the ends of sentences"),
             **_voice(can),
-            **_model(),
+            **_model(can),
             "normalize": _switch(
                 "normalize",
                 "write numbers, dates and signs out as words first",
@@ -83,13 +87,17 @@ def input_rules(can: Abilities) -> dict[str, InputRule]:
     return {"prompt_wav": rule, "reference_wav": rule} if can.clones else {"prompt_wav": rule}
 
 
-def _model() -> dict[str, Value]:
+def _model(can: Abilities) -> dict[str, Value]:
     return {
         "cfg_value": _number(
             "number", "cfg_value", 0.1, 10, "guidance: higher follows the text and the prompt more closely"
         ),
         "inference_timesteps": _number(
-            "integer", "inference_timesteps", 1, 50, "diffusion steps for each 80 or 160 ms: more is better and slower"
+            "integer",
+            "inference_timesteps",
+            1,
+            can.max_timesteps,
+            "diffusion steps for each 80 or 160 ms: more is better and slower",
         ),
         "mode": {
             "enum": [STREAMING, NON_STREAMING],

@@ -105,8 +105,8 @@ def test_the_fingerprint_tells_what_makes_other_samples(folders: dict[str, Path]
     [
         ("max_prompt_s=0", "must be 1 to 300"),
         ("voice_cache=-1", "must be 0 to 10000"),
-        ("context=127", "must be 128 or more, or 0"),
-        ("context=-1", "must be 128 or more, or 0"),
+        ("context=511", "must be 512 or more, or 0"),
+        ("context=-1", "must be 512 or more, or 0"),
         ("url_hosts=http://a.example/x", "url_hosts"),
     ],
 )

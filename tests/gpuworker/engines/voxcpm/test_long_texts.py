@@ -58,8 +58,7 @@ class Given:
 
 def asked_of(engine: VoxcpmEngine, monkeypatch: pytest.MonkeyPatch) -> list[Given]:
     """Fills with each piece that the model is given, for the time of the test."""
-    assert engine._speaker is not None
-    model = engine._speaker.model
+    model = engine.speakers[0].model
     stream = type(model).stream
     given: list[Given] = []
 

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gpuworker.engines.base import EngineError
+from gpuworker.engines.voxcpm.batch.shared_model import SharedModel
 from gpuworker.engines.voxcpm.devices import import_voxcpm, known_warnings
 from gpuworker.engines.voxcpm.engine import VoxcpmEngine
+from gpuworker.engines.voxcpm.model import Model, Settings
 from tests.gpuworker.engines.voxcpm.engine_runs import a_loaded, speech_of
 
 RANK = 4
@@ -60,6 +63,21 @@ def test_an_adapter_changes_the_speech_and_the_fingerprint(
     marks = [engine.capabilities.fingerprint for engine in (plain, *engines)]
     assert marks[1] == marks[2]
     assert len(set(marks)) == 3
+
+
+def test_an_adapter_speaks_in_a_row_of_a_batch_as_it_does_alone(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = checkpoint("voxcpm2")
+    adapter = str(an_adapter(model, tmp_path / "adapter", "voxcpm2"))
+    plain, adapted = (Model.load(str(model), device="cpu", lora=adapter) for _ in range(2))
+    shared = SharedModel.of(adapted, 1, record=False)
+    made = []
+    for speaking in (plain, shared.seats[0]):
+        speaking.seed(1)
+        made.append(np.concatenate(list(speaking.stream("One.", None, Settings(inference_timesteps=2, max_len=4)))))
+    assert np.array_equal(made[0], made[1])
+    shared.steps.close()
 
 
 def test_an_adapter_that_does_not_fit_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -234,6 +234,22 @@ def test_slots_that_do_not_fit_are_refused_with_how_many_do(smi: Smi, main_memor
     )
 
 
+def test_rows_share_one_model_and_what_fits_is_told(smi: Smi, main_memory: Callable[[float], None]) -> None:
+    smi("0, GPU-a, 15564, NVIDIA L4")
+    assert memory_outlook(V2, "auto", 8, rows=8) == (
+        "8 rows of one openbmb/VoxCPM2 need about 9.6 GiB of GPU memory, 15.2 GiB are free on NVIDIA L4, "
+        "which has room for 25 rows"
+    )
+    assert "room for 79 rows" in memory_outlook(V2, "auto", 8, context=2_048, rows=8)
+    assert lacking_memory(V2, "auto", 25, rows=25) == []
+    (lack,) = lacking_memory(V2, "auto", 26, rows=26)
+    assert "15.2 GiB of GPU memory for 26 rows of one openbmb/VoxCPM2" in lack.what
+    assert "use -o batch=25, or a smaller -o context" in lack.what
+    smi("0, GPU-a, 6000, NVIDIA T4")
+    (lack,) = lacking_memory(V2, "auto", 8, rows=8)
+    assert "not one fits" in lack.what
+
+
 def test_a_machine_that_cannot_hold_a_model_while_it_loads_is_told(
     smi: Smi, main_memory: Callable[[float], None]
 ) -> None:
@@ -294,6 +310,12 @@ def test_doctor_tells_what_the_slots_take(
     assert "use --slots 2" in found["words"]
     code, found = told("--slots", "3", "-o", "check_memory=false")
     assert (code, found["outcome"]) == (0, "ok")
+    code, found = told("-o", "batch=8")  # which has eight slots then
+    assert (code, found["outcome"]) == (0, "ok")
+    assert "8 rows of one openbmb/VoxCPM2 need about 9.6 GiB" in found["words"]
+    assert "room for 25 rows" in found["words"]
+    code, found = told("-o", "batch=8", "--slots", "9")
+    assert (code, found["words"]) == (1, "needs -o batch=9 for --slots 9, or --slots 8")
     code, found = told("--slots", "3", "-o", "model=openbmb/VoxCPM-0.5B")
     assert (code, found["outcome"]) == (0, "ok")
 

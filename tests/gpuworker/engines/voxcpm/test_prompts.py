@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpuworker.engines.base import InvalidParams, ProgressChunk
+from gpuworker.engines.voxcpm import prompts
 from gpuworker.engines.voxcpm.engine import VoxcpmEngine
+from gpuworker.engines.voxcpm.url_policy import FetchRefused
 from tests.gpuworker.engines.voxcpm.conftest import encoded, voiced
 from tests.gpuworker.engines.voxcpm.engine_runs import Samples, a_loaded, as_pcm, speech_of
 
@@ -95,8 +98,7 @@ def test_a_prompt_is_encoded_once_and_the_cache_forgets_the_oldest(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = a_loaded(folders["voxcpm2"], f"voices={folders['voices']}", "voice_cache=2")
-    assert engine._speaker is not None
-    model = engine._speaker.model
+    model = engine.speakers[0].model
     encodings: list[Any] = []
     encode = model.encode
 
@@ -113,3 +115,22 @@ def test_a_prompt_is_encoded_once_and_the_cache_forgets_the_oldest(
     speech_of(engine, "x", voice="amy")
     speech_of(engine, "x", voice="bob")  # was the one not asked for the longest
     assert len(encodings) == 4
+
+
+def test_a_fetch_that_takes_long_gives_signs_of_life(voxcpm2: VoxcpmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(url: str, _hosts: object, *, cancelled: Callable[[], bool], **_more: object) -> bytes:
+        assert not cancelled()
+        raise FetchRefused(f"{url} does not answer")
+
+    monkeypatch.setattr(prompts, "fetch", fetch)
+    monkeypatch.setattr(prompts, "SIGN_OF_LIFE_S", -1.0)
+    signs: list[ProgressChunk] = []
+    with pytest.raises(InvalidParams, match="does not answer"):
+        voxcpm2.speakers[0].prompts.find(
+            {"prompt_wav_url": "https://a.example/a.wav", "prompt_text": "Ah.", "denoise": False},
+            {},
+            described=False,
+            cancelled=lambda: False,
+            report=signs.append,
+        )
+    assert signs == [ProgressChunk("loading")]
