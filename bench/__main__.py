@@ -29,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["voxcpm"]:
         # A command of its own, because it takes many minutes and needs torch and the real voxcpm package.
-        from bench.voxcpm import gpu
+        from bench.voxcpm import batch, gpu
 
+        if "--batch" in argv:
+            return batch.main([argument for argument in argv[1:] if argument != "--batch"])
         return gpu.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure this machine, as ratios.")
     parser.add_argument(

@@ -93,6 +93,11 @@ class Plain:
         self._open.close()
 
     @property
+    def pids(self) -> list[int]:
+        """The processes that are ready."""
+        return [talker.process.pid for talker in self._talkers]
+
+    @property
     def count(self) -> int:
         """The number of processes that are ready."""
         return len(self._talkers)
@@ -106,7 +111,7 @@ class Plain:
         log = self._folder / f"{self.count}.log"
         began = time.monotonic()
         with ExitStack() as starting:
-            talker = Talker(starting.enter_context(_process(self._command, log, self._environ)), log)
+            talker = Talker(starting.enter_context(talker_process(self._command, log, self._environ)), log)
             self.versions = talker.answer(deadline)["versions"]
             load_s = time.monotonic() - began
             talker.send(job, deterministic=True)
@@ -121,11 +126,16 @@ class Plain:
         Raises:
             Failed, OutOfTime: a process has ended or takes too long; the processes cannot be used any further.
         """
-        measured = [self._round(job, deadline) for _ in range(1 + rounds)][1:]
-        memory = self._gauge.used([talker.process.pid for talker in self._talkers])
+        measured = [self.round(job, deadline) for _ in range(1 + rounds)][1:]
+        memory = self._gauge.used(self.pids)
         return Side(measured, frozenset(self._references), list(self._load_s), memory)
 
-    def _round(self, job: Job, deadline: Deadline) -> list[Spoken]:
+    def round(self, job: Job, deadline: Deadline) -> list[Spoken]:
+        """Make all of them speak once.
+
+        Raises:
+            Failed, OutOfTime: as for `measure`.
+        """
         for talker in self._talkers:
             talker.send(job, deterministic=False)
         return [_spoken(talker.answer(deadline)) for talker in self._talkers]
@@ -136,7 +146,8 @@ def _spoken(reply: dict[str, Any]) -> Spoken:
 
 
 @contextlib.contextmanager
-def _process(command: list[str], log: Path, environ: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+def talker_process(command: list[str], log: Path, environ: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process of a `Talker`, ended afterwards."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, env=environ, bufsize=0
@@ -183,7 +194,7 @@ def _serve(folder: Path, device: str, optimize: bool, answers: IO[str]) -> None:
     model = voxcpm.VoxCPM.from_pretrained(
         str(folder), load_denoiser=False, optimize=optimize, device=name, local_files_only=True
     )
-    answers.write(json.dumps({"versions": _versions(device)}) + "\n")
+    answers.write(json.dumps({"versions": versions(device)}) + "\n")
     for line in sys.stdin:
         job = json.loads(line)
         # As the engine sets it; plain voxcpm leaves the choice to cuDNN, and may make different samples each time.
@@ -215,7 +226,7 @@ def _serve(folder: Path, device: str, optimize: bool, answers: IO[str]) -> None:
         answers.write(json.dumps(reply) + "\n")
 
 
-def _versions(device: str) -> str:
+def versions(device: str) -> str:
     import torch
 
     parts = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]

@@ -1,5 +1,6 @@
 """The job of the VoxCPM bench, its measurements, and gauges of the memory and time that are left."""
 
+import os
 import subprocess
 import sys
 import time
@@ -163,6 +164,12 @@ def _free_on_gpu(device: str) -> int | None:
         return int(output)
     except (subprocess.SubprocessError, ValueError):
         return None
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process, with all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_bytes(processes: Sequence[int]) -> int:

@@ -81,3 +81,17 @@ def test_a_side_that_broke_is_told_and_is_a_failure() -> None:
 def test_memory_counts_the_processes_that_a_process_started() -> None:
     assert resident_bytes([os.getppid()]) > resident_bytes([os.getpid()]) > 1024**2
     assert Deadline.after(5.0).left_s() > 4.0
+
+
+def test_a_batch_is_compared_with_plain_speech_and_leaves_no_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models, out = tmp_path / "models", tmp_path / "out.md"
+    only = ["--size", "tiny", "--device", "cpu", "--arch", "voxcpm", "--rows", "2", "--steps", "12", "--rounds", "1"]
+    assert main(["voxcpm", "--batch", *only, "--processes", "0", "--folder", str(models), "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert out.read_text(encoding="utf-8") == told
+    line = next(line for line in told.splitlines() if line.startswith("| voxcpm, tiny | 2 |"))
+    assert line.count("**") == 4
+    assert line.count("/ – /") == 3  # no processes were asked for
+    assert processes_with(str(models)) == []

@@ -24,8 +24,10 @@ from gpuworker.engines.voxcpm.devices import import_voxcpm, known_warnings
 from tests.support.voxcpm_checkpoint.dimensions import (
     FULL,
     Arch,
+    Dimensions,
     Size,
     config_of,
+    mid,
     tiny,
     vocabulary_size,
     write_tokenizer,
@@ -71,22 +73,22 @@ def write_checkpoint(
         arch: `voxcpm2` (48 kHz), `voxcpm1.5` (44.1 kHz) or `voxcpm` (the 0.5B, 16 kHz).
         stop: when speech ends; a number works only for tiny ones, because it needs trial runs.
         size: `full` exists for voxcpm2 and voxcpm.
-        dtype: type of the weights except the VAE's; by default float32 for tiny ones (bit-identical on any run of one
-            machine) and bfloat16 for full ones, as released.
+        dtype: type of the weights except the VAE's; by default bfloat16 for full ones, as released, else float32
+            (bit-identical on any run of one machine).
         seed: the seed of the weights.
-        context: length of the KV cache in tokens and patches; by default 1,024 (tiny) or the released one.
+        context: length of the KV cache in tokens and patches; by default the released one (full), else 1,024.
 
     Raises:
-        ValueError: there are no full dimensions of `arch`, or `stop` is a number for a full one.
+        ValueError: there are no full dimensions of `arch`, or `stop` is a number for one that is not tiny.
     """
     if size == "full" and arch not in FULL:
         raise ValueError(f"the full dimensions of {arch} are unknown; known: {', '.join(FULL)}")
-    if size == "full" and not isinstance(stop, str):
-        raise ValueError("a full checkpoint stops 'never' or 'always': a number needs trial runs of the model")
-    kind = dtype or ("float32" if size == "tiny" else "bfloat16")
+    if size != "tiny" and not isinstance(stop, str):
+        raise ValueError(f"a {size} checkpoint stops 'never' or 'always': a number needs trial runs of the model")
+    kind = dtype or ("bfloat16" if size == "full" else "float32")
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(folder)
-    dimensions = FULL[arch] if size == "full" else tiny(vocabulary, context or 1_024)
+    dimensions = _dimensions(arch, size, vocabulary, context or 1_024)
     if context is not None:
         dimensions = attrs.evolve(dimensions, context=context)
     config = config_of(arch, dimensions, kind)
@@ -100,9 +102,15 @@ def write_checkpoint(
     return Checkpoint(folder, parameters, vae_parameters, size_bytes)
 
 
+def _dimensions(arch: Arch, size: Size, vocabulary: int, context: int) -> Dimensions:
+    if size == "full":
+        return FULL[arch]
+    return tiny(vocabulary, context) if size == "tiny" else mid(vocabulary, context)
+
+
 def parameter_count(arch: Arch, size: Size = "full") -> tuple[int, int]:
     """Parameters of a checkpoint, without writing it: of everything except the VAE, and of the VAE."""
-    dimensions = FULL[arch] if size == "full" else tiny(vocabulary_size(), 1_024)
+    dimensions = _dimensions(arch, size, vocabulary_size(), 1_024)
     config = config_of(arch, dimensions, "bfloat16")
     with quiet_voxcpm():
         import torch

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 
 Arch = Literal["voxcpm2", "voxcpm1.5", "voxcpm"]
-Size = Literal["tiny", "full"]
+Size = Literal["tiny", "mid", "full"]
 
 #: One rope table length serves the language models, the encoder and the decoder: one head size for all (tiny).
 _TINY_HEAD = 16
@@ -131,6 +131,28 @@ def tiny(vocabulary: int, context: int) -> Dimensions:
         positions=context,
         context=context,
         vae=_TINY_VAE,
+    )
+
+
+def mid(vocabulary: int, context: int) -> Dimensions:
+    """Dimensions of some 80 million parameters: a CPU is busy with arithmetic then, and not with calls."""
+    return Dimensions(
+        hidden=512,
+        ffn=1_536,
+        layers=8,
+        heads=8,
+        kv_heads=2,
+        head=64,
+        residual_layers=2,
+        local_hidden=512,
+        local_ffn=2_048,
+        local_layers=6,
+        local_heads=8,
+        latent=256,
+        vocabulary=vocabulary,
+        positions=context,
+        context=context,
+        vae={"encoder_dim": 32, "decoder_dim": 512},
     )
 
 

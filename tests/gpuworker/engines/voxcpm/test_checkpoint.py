@@ -19,6 +19,7 @@ def test_full_ones_have_the_size_of_the_released_models() -> None:
     assert 0.5e9 < model < 0.7e9
     assert 0.5e8 < vae < 1.5e8
     assert sum(parameter_count("voxcpm2", "tiny")) < 1e6
+    assert 70e6 < sum(parameter_count("voxcpm2", "mid")) < 90e6
 
 
 def test_the_same_arguments_write_the_same_bytes(tmp_path: Path) -> None:
