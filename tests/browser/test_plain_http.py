@@ -18,6 +18,13 @@ def draw(style: str = "plain", *, voice: bytes, prompt: str, note: str | None = 
     yield f"{prompt}, {style}, {note}: {len(voice)} bytes, {hashlib.sha256(voice).hexdigest()}"
 """
 
+#: What Chromium says of a page that is no secure context, of how such a page plays sound, and of a download from it.
+EXPECTED = (
+    "The Cross-Origin-Opener-Policy header has been ignored",
+    "The ScriptProcessorNode is deprecated",
+    "was loaded over an insecure connection",
+)
+
 
 @pytest.mark.trio
 async def test_only_the_microphone_needs_a_secure_context(site: BrowserPlace, browser: Browser) -> None:
@@ -33,6 +40,7 @@ async def test_only_the_microphone_needs_a_secure_context(site: BrowserPlace, br
         await window.until("window.loudness() < 0.001")
         await window.click(".play")
         await window.until(HEARS)  # and once more
+    assert [error for error in browser.errors() if not any(words in error for words in EXPECTED)] == []
 
 
 @pytest.mark.trio
@@ -61,3 +69,4 @@ async def test_the_first_text_is_the_large_field_and_files_are_sent_from_anywher
         await window.until_state("completed")
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         assert await window.words(".request .output") == f"a house, plain, as it is: 700001 bytes, {digest}"
+    assert [error for error in browser.errors() if not any(words in error for words in EXPECTED)] == []

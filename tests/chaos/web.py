@@ -224,6 +224,8 @@ class WebClient:
             if data["error"]["code"] != "shutting_down":
                 reception.end = f"error {data['error']['code']}"
             return
+        if "seq" not in data:  # `worker_away`, `worker_back`
+            return
         attempt, seq = data["attempt"], data["seq"]
         if attempt > reception.attempt and seq <= reception.last_seq:
             reception.void(seq)

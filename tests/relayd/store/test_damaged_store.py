@@ -265,7 +265,8 @@ async def test_flipped_bits_are_served_around_or_refused_in_one_sentence(
                     (fault,) = fault.exceptions
                 assert "\n" not in str(fault)
                 outcomes.append("refused")
-        assert mistakes(logs) == [], seed
+        aside = "request cannot be restored, set aside"  # what no check foresaw costs that record alone
+        assert [each for each in mistakes(logs) if each["event"] != aside] == [], seed
     assert {"served", "refused"} == set(outcomes)
 
 
