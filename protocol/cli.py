@@ -124,6 +124,9 @@ def _add_submit_options(parser: argparse.ArgumentParser) -> None:
         default="before_output",
         help="whether to try again if its worker is lost (default: %(default)s)",
     )
+    parser.add_argument(
+        "--no-cache", action="store_true", help="have it made, also if the relay keeps the result of an equal request"
+    )
     parser.add_argument("--detach", action="store_true", help="print the request's id and do not wait for the result")
 
 

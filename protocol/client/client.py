@@ -125,6 +125,7 @@ class RelayClient:
         run_timeout_s: float | None = None,
         detach: bool = False,
         retry: str = "before_output",
+        cache: bool = True,
         request_id: str | None = None,
     ) -> AsyncIterator[Stream]:
         """Submit a request; the block begins once the relay has stored it safely.
@@ -141,6 +142,8 @@ class RelayClient:
             detach: the request continues when its client has gone.
             retry: whether to try again if its worker is lost: `never`, `before_output` (while nothing was streamed) or
                 `always`; see `protocol.client.stream.Restarted` for what this does to frames already delivered.
+            cache: whether a relay that keeps results may answer it with that of an equal request; see
+                `protocol.wire.frames.Completed.cached`.
             request_id: 32 lower-case hex digits, to repeat a submit that may have arrived; None makes a new one.
 
         Raises:
@@ -162,6 +165,7 @@ class RelayClient:
             run_timeout_s=run_timeout_s,
             detach=detach,
             retry=retry,
+            cache=None if cache else False,
         )
         stream = Stream(message.request_id, submit=encode(message), inputs=data)
         try:

@@ -20,7 +20,7 @@ from protocol.commands.progress import Progress, printable, printable_json, prin
 from protocol.commands.wav_writer import AudioWriter, check_audio_name
 from protocol.link.background import open_background
 from protocol.wire.errors import EncodeError, ErrorCode, LinkError, RequestError, RequestRejected
-from protocol.wire.frames import Audio, Output, Started
+from protocol.wire.frames import Audio, Completed, Output, Started
 from protocol.wire.frames import Progress as ProgressFrame
 from protocol.wire.media_types import BINARY, suffix_of
 from protocol.wire.messages import Queued, Snapshot, Welcome, WorkerAway, WorkerBack
@@ -140,6 +140,7 @@ async def _follow(
         run_timeout_s=args.run_timeout,
         detach=args.detach,
         retry=args.retry,
+        cache=not args.no_cache,
     ) as stream:
         if args.detach:
             sink.line({"type": "accepted", "request_id": stream.request_id} if args.json else stream.request_id)
@@ -259,6 +260,7 @@ class Sink:
         self._format: AudioFormat | None = None
         self._binary_bytes = 0
         self._outputs = 0
+        self._cached = False
         if args.output is not None and getattr(args, "detach", False):
             raise ValueError("--detach waits for no output; leave out -o, and fetch it with: relay attach ID -o FILE")
         if self._pipe:
@@ -294,7 +296,8 @@ class Sink:
         if self._format is not None and not self._audio_s and not self._outputs:
             message = "the engine made no audio of this, so nothing was written; send something else to speak"
             raise RequestError(stream.request_id, ErrorCode.ENGINE_FAILED, message)
-        self._progress.completed(self._audio_s, self._where if self._audio_s or self._binary_bytes else "")
+        where = self._where if self._audio_s or self._binary_bytes else ""
+        self._progress.completed(self._audio_s, where, cached=self._cached)
 
     @property
     def _audio_s(self) -> float:
@@ -323,6 +326,8 @@ class Sink:
                 await self._binary(event.data, event.media_type or BINARY)
             elif not self._json and not self._pipe:
                 self.line(event.data)
+        elif isinstance(event, Completed):
+            self._cached = bool(event.cached)
         elif isinstance(event, Restarted):
             effect = "the file starts again" if not self._pipe else "the whole audio follows what was written"
             self._progress.note(f"the request starts over; {effect}")

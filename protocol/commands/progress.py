@@ -86,15 +86,15 @@ class Progress:
             self._first_audio_s = self._clock() - self._began_at
         self._status(f"{seconds:.1f} s of audio{self._speed(seconds)}", urgent=False)
 
-    def completed(self, seconds: float, where: str) -> None:
-        """Show the successful end; `seconds` of audio, 0 if there was none."""
+    def completed(self, seconds: float, where: str, *, cached: bool = False) -> None:
+        """Show the successful end; `seconds` of audio, 0 if there was none; `cached`: of an equal request."""
         took_s = self._clock() - self._began_at
         if seconds:
             first = "" if self._first_audio_s is None else f", first audio after {self._first_audio_s:.2f} s"
             text = f"{seconds:.1f} s of audio in {took_s:.1f} s{self._speed(seconds)}{first}"
         else:
             text = f"done in {took_s:.1f} s"
-        self.note(text + (f" -> {where}" if where else ""))
+        self.note(text + (", from the relay's cache" if cached else "") + (f" -> {where}" if where else ""))
 
     def note(self, text: str) -> None:
         """Write a permanent line."""

@@ -87,11 +87,12 @@ class Output(Frame):
 
 @attrs.frozen(kw_only=True)
 class Completed(Frame):
-    """The successful end, with the request's figures."""
+    """The successful end, with the request's figures; `cached`: those of an equal request, whose frames these are."""
 
     TYPE: ClassVar[str] = "completed"
     ENDS: ClassVar[bool] = True
     result: dict[str, Value] = map_field()
+    cached: bool | None = field(optional(boolean), None)
 
 
 @attrs.frozen(kw_only=True)

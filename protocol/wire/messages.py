@@ -157,10 +157,14 @@ class Welcome(Message):
 
 @attrs.frozen(kw_only=True)
 class Accepted(Message):
-    """The relay has stored the request safely (fsynced), and this connection holds it."""
+    """The relay has stored the request safely (fsynced), and this connection holds it.
+
+    `cached`: its frames are those of an equal request; it waits for no worker.
+    """
 
     TYPE: ClassVar[str] = "accepted"
     request_id: str = field(request_id_rule)
+    cached: bool | None = field(optional(boolean), None)
 
 
 @attrs.frozen(kw_only=True)
@@ -362,6 +366,8 @@ class Submit(Message):
     run_timeout_s: float | None = field(optional(number(0.001, 1e7)), None)
     detach: bool = field(boolean, False)
     retry: str = field(choice(*RETRY_POLICIES), "before_output")
+    #: False if the relay may not answer it with the result of an equal request, nor equal requests with its result.
+    cache: bool | None = field(optional(boolean), None)
 
 
 @attrs.frozen(kw_only=True)

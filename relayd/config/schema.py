@@ -354,6 +354,9 @@ class SpaceConfig:
         max_workers: workers that may serve it at once; further ones are refused with `space_full`.
         when_empty: what happens to requests while no worker is connected: `queue` or `refuse`.
         max_attempts: number of losses of a worker or engine after which a request fails.
+        cache_s: how long a reproducible result answers equal requests, from its end on; 0 for never.
+        cache_bytes: limit for all results that are kept for this; the oldest go first.
+        cache_shared: whether a principal's results also answer the requests of others.
     """
 
     max_workers: Annotated[int, integer(1, 1_000)] = 1
@@ -365,6 +368,9 @@ class SpaceConfig:
     idle_timeout_s: Annotated[float, _seconds] = 30.0
     when_empty: Annotated[Literal["queue", "refuse"], choice("queue", "refuse")] = "queue"
     max_attempts: Annotated[int, integer(1, 100)] = 3
+    cache_s: Annotated[float, _from_zero_s] = 0.0
+    cache_bytes: Annotated[int, _bytes] = 256 * MIB
+    cache_shared: Annotated[bool, boolean] = False
     description: Annotated[str, text(1_000)] = ""
 
     def to_map(self) -> dict[str, Value]:

@@ -120,7 +120,7 @@ class ClientHandler:
 
     def on_accepted(self, request: Request) -> None:
         """Send `accepted`: the request is in the store."""
-        self.send(Accepted(request_id=request.request_id))
+        self.send(Accepted(request_id=request.request_id, cached=request.entry.copied or None))
 
     def on_rejected(self, request: Request, refusal: Rejected) -> None:
         """Send `rejected`, and release the request."""

@@ -446,7 +446,7 @@ class WorkerHandler:
         request.audio_bytes += pcm_bytes
         request.last_frame_at = self.link.received_at
         if is_output and (request.first_frame_at is None or not entry.has_output):
-            self._on_first_output(request)
+            self.relay.on_first_output(request)
         stats, relay = self._stats, self.relay
         stats.frames += len(frames)
         stats.frame_bytes += size
@@ -460,17 +460,6 @@ class WorkerHandler:
                 f"its result is over {limit} bytes; ask for less, or raise limits.max_result_bytes",
             )
         return True
-
-    def _on_first_output(self, request: Request) -> None:
-        """Note the first output of a request or of an attempt."""
-        if not request.entry.has_output:
-            request.entry.has_output = True
-            self.relay.save_status(request)  # after a restart, the relay must know that output was delivered
-        if request.first_frame_at is None:
-            request.first_frame_at = now = request.last_frame_at
-            request.add_timeline("first_frame")
-            self.relay.stats.observe_first_frame(request, now)
-            self.relay.mark_changed("requests", request.request_id)
 
     def _last_frame(self, frame: Frame, data: bytes) -> None:
         """Handle the last frame of an attempt: end the request if it is current, and free the slot in any case."""

@@ -269,10 +269,11 @@ class Admission:
         if not request.live:  # cancelled while the store was writing
             relay.save_status(request)
             return
-        for holder in tuple(request.holders):
-            holder.on_accepted(request)
         request.queued_at = trio.current_time()
         request.add_timeline("accepted")
+        source = relay.copies.begin(request)
+        for holder in tuple(request.holders):
+            holder.on_accepted(request)
         relay.stats.count_accepted(request)
         log.info(
             "request accepted",
@@ -280,7 +281,10 @@ class Admission:
             space=request.submit.space,
             principal=request.principal,
         )
-        relay.apply(relay.scheduler.enqueue(request.entry, request.queued_at))
+        if source is not None:
+            relay.copies.follow(request, source)
+        else:
+            relay.apply(relay.scheduler.enqueue(request.entry, request.queued_at))
         request.wake()
         relay.mark_changed("requests", request.request_id)
 

@@ -12,6 +12,7 @@ from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
 from relayd.config.schema import Config
 from relayd.core.principals import Principals
+from relayd.core.space import Space
 from relayd.frames.frame_log import FrameReader
 from relayd.requests.request import Request
 from relayd.scheduling.model import Decision
@@ -179,6 +180,10 @@ class ResultsOwner(Protocol):
     nursery: trio.Nursery
     requests: dict[str, Request]
     principals: Principals
+
+    @property
+    def spaces(self) -> Mapping[str, Space]:
+        """The open spaces."""
 
     def live_requests(self) -> list[Request]:
         """Return the requests that have not ended."""

@@ -27,6 +27,7 @@ from protocol.wire.messages import (
 from protocol.wire.validators import Value
 from relayd.config.schema import Config
 from relayd.core.clock import RelayClock
+from relayd.core.copies import Copies
 from relayd.core.finalize import Finalizer
 from relayd.core.interfaces import ClientPort, ConnectionPort, Watcher, WorkerPort
 from relayd.core.principals import Principals
@@ -42,7 +43,7 @@ from relayd.scheduling.model import Decision, Finish, Requeue, Start, State, Sto
 from relayd.scheduling.scheduler import Scheduler
 from relayd.stats.counters import Stats
 from relayd.store.base import Store, StoreError
-from relayd.store.records import UpdateRequest
+from relayd.store.records import COPIED, UpdateRequest
 
 log = structlog.get_logger("relayd")
 
@@ -72,6 +73,7 @@ class Relay:
     workers: Workers = attrs.field(init=False)
     results: Retention = attrs.field(init=False)
     finalizer: Finalizer = attrs.field(init=False)
+    copies: Copies = attrs.field(init=False)
     stats: Stats = attrs.field(factory=Stats)
     principals: Principals = attrs.field(factory=Principals)
     #: Recent log events, and recent actions of operators.
@@ -93,6 +95,7 @@ class Relay:
         self.workers = Workers(self, self.spaces)
         self.results = Retention(self)
         self.finalizer = Finalizer(self, self.results)
+        self.copies = Copies(self, self.results.cache)
 
     # -- requests
 
@@ -325,6 +328,7 @@ class Relay:
         self._log_request(request, "request started", attempt=entry.attempt, worker=entry.worker_id)
         self.save_status(request)
         self.workers[entry.worker_id or ""].assign(request, from_seq)
+        self.copies.join_waiting(request)
 
     def _finish(self, request: Request, code: ErrorCode | None, message: str) -> None:
         """End a request with a last frame that the relay makes."""
@@ -419,6 +423,8 @@ class Relay:
         self._log_request(
             request, f"request {state}", code=code, why=message, took_s=round(now - request.created_at, 3)
         )
+        if state is State.COMPLETED:
+            self.results.cache.add(request, space.config)
         if request.uploaded:  # it is in the store, or about to be
             self.finalizer.finalize(request, None if send_now else last_frame)
         self.apply(decisions)
@@ -449,7 +455,7 @@ class Relay:
             has_output=entry.has_output,
             reproducible=entry.reproducible,
             stopping=entry.cancel_reason,
-            worker_id=entry.worker_id,
+            worker_id=COPIED if entry.copied else entry.worker_id,
             promoted=entry.promoted,
             since=self.clock.of(since),
             away_since=None if entry.worker_lost_at is None else self.clock.of(entry.worker_lost_at),
@@ -468,6 +474,17 @@ class Relay:
             return None
         entry = request.entry
         return request if (entry.attempt, entry.worker_id) == (attempt, port.worker_id) else None
+
+    def on_first_output(self, request: Request) -> None:
+        """Note the first output of a request or of an attempt."""
+        if not request.entry.has_output:
+            request.entry.has_output = True
+            self.save_status(request)  # after a restart, the relay must know that output was delivered
+        if request.first_frame_at is None:
+            request.first_frame_at = now = request.last_frame_at
+            request.add_timeline("first_frame")
+            self.stats.observe_first_frame(request, now)
+            self.mark_changed("requests", request.request_id)
 
     async def read_input(self, request: Request, name: str) -> bytes | None:
         """Read an input of an accepted request from the store; None if the request has ended."""

@@ -15,7 +15,7 @@ from relayd.requests.outcome import Outcome
 from relayd.requests.request import Request
 from relayd.scheduling.model import ScheduledRequest, State
 from relayd.store.base import StoreError
-from relayd.store.records import DeleteRequest, DeleteSpace, Loaded, PutSpace, RequestRecord, SpaceRecord
+from relayd.store.records import COPIED, DeleteRequest, DeleteSpace, Loaded, PutSpace, RequestRecord, SpaceRecord
 
 log = structlog.get_logger("relayd")
 
@@ -64,6 +64,7 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
             relay.records_set_aside += 1
     for stored in sorted((each for each in known if each.promoted), key=lambda each: each.promoted):
         relay.scheduler.promote(stored.request_id)
+    relay.copies.restore()
     await _store_highest_attempts(relay, live)
     if live or results:
         log.info("requests restored", requests=len(live), results=len(results))
@@ -142,7 +143,8 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         retry=submit.retry,
         state=state,
         attempt=record.attempt,
-        worker_id=record.worker_id if state is State.RUNNING else None,
+        worker_id=record.worker_id if state is State.RUNNING and record.worker_id != COPIED else None,
+        copied=record.worker_id == COPIED,
         attempt_may_be_newer=state.live,
         highest_attempt=max(record.attempt, record.highest_attempt) + 1,
         losses=record.losses,

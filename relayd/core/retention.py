@@ -16,6 +16,7 @@ import trio
 
 from protocol.wire.errors import ErrorCode
 from relayd.core.interfaces import ResultsOwner
+from relayd.core.result_cache import ResultCache
 from relayd.frames.frame_file import Contents, ResultFolder
 from relayd.frames.frame_log import FrameLog, MemoryBudget
 from relayd.frames.spool import NoRoom, Spool
@@ -52,6 +53,8 @@ class Retention:
 
     relay: ResultsOwner
     memory: MemoryBudget = attrs.field(init=False)
+    #: Results that are kept to answer equal requests.
+    cache: ResultCache = attrs.field(factory=ResultCache)
     spool: Spool | None = None
     #: Where the frames of ended requests are stored; the request whose place changed last comes last.
     stored: dict[Request, Stored] = attrs.field(factory=dict)
@@ -108,6 +111,7 @@ class Retention:
 
     def forget(self, request: Request) -> None:
         """Drop the frames of a request that nobody reads."""
+        self.cache.forget(request)
         self.stored.pop(request, None)
         self._drop(request.log)
 
@@ -201,10 +205,10 @@ class Retention:
     def _drop_unsaved(self) -> bool:
         """Drop results that nobody reads and no file has, until memory suffices; whether there were any.
 
-        The oldest of the principal that has most go first.
+        Those that only the cache keeps go first, then the oldest of the principal that has most.
         """
         dropped = False
-        for request in _heaviest_first(self._all_stored(Stored.MEMORY), lambda request: request.log.memory_bytes):
+        for request in self._in_order(self._all_stored(Stored.MEMORY), lambda request: request.log.memory_bytes):
             if not self.memory.over:
                 break
             if not request.log.readers:
@@ -230,6 +234,7 @@ class Retention:
 
     def _evict(self, request: Request) -> None:
         """Drop the frames of an ended request; of a failed or cancelled one, the last frame stays."""
+        self.cache.forget(request)
         self.stored.pop(request, None)
         last_frame = None
         if request.entry.state is not State.COMPLETED:
@@ -240,8 +245,15 @@ class Retention:
         request.has_result = last_frame is not None
         self._drop(request.log, last_frame)
 
+    def _in_order(self, requests: list[Request], weigh: Callable[[Request], int]) -> Iterator[Request]:
+        """Requests in the order in which they go."""
+        begin = trio.current_time() - self.relay.config.results.retain_s
+        spare = {each for each in requests if self.cache.has(each) and (each.ended_at or 0.0) <= begin}
+        yield from (request for request in requests if request in spare)
+        yield from _heaviest_first([request for request in requests if request not in spare], weigh)
+
     async def _make_room(self, more: int, frames: FrameLog | None = None) -> bool:
-        """Implement `Spool.make_room`: the oldest results of the principal that has most go first.
+        """Implement `Spool.make_room`: results that only the cache keeps go first, then as in `_drop_unsaved`.
 
         Results that are being read stay, and so do those of principals that have less than the one that needs room:
         one that streams without end drops its own results, and then fails.
@@ -257,7 +269,7 @@ class Retention:
                 used[request.principal] += self._file_bytes(request)
             own_bytes = used[asking.principal] + more
             unread = [r for r in unread if r.principal == asking.principal or used[r.principal] >= own_bytes]
-        for request in _heaviest_first(unread, self._file_bytes):
+        for request in self._in_order(unread, self._file_bytes):
             if self.spool.used_bytes + more <= self.spool.disk_bytes:
                 break
             # Still: it may be read by now, or forgotten, and another request have its id and file.
@@ -306,10 +318,14 @@ class Retention:
 
     def _reap(self, now: float) -> None:
         relay = self.relay
+        self.cache.trim({name: space.config for name, space in relay.spaces.items()}, now)
         ended_at = {
             request: request.ended_at
             for request in relay.requests.values()
-            if request.ended_at is not None and not relay.is_finalizing(request) and not request.log.readers
+            if request.ended_at is not None
+            and not relay.is_finalizing(request)
+            and not request.log.readers
+            and not self.cache.has(request)
         }
         ended = sorted(ended_at, key=ended_at.__getitem__)
         kept = [request for request in ended if now - ended_at[request] < relay.config.results.retain_s]

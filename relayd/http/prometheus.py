@@ -207,6 +207,16 @@ def _spaces(readings: list[SpaceReading]) -> Iterator[Metric]:
         lambda s: s.stats.resumed,
     )
     yield each(
+        "relayd_cache_hits_total",
+        "Requests answered with the frames of an equal one, which ran before or at the same time.",
+        lambda s: s.stats.cache_hits,
+    )
+    yield each(
+        "relayd_cache_misses_total",
+        "Requests of spaces with a cache for which there was no equal one.",
+        lambda s: s.stats.cache_misses,
+    )
+    yield each(
         "relayd_requests_uploading", "Admitted requests that are not queued yet.", lambda s: len(s.state.admitted)
     )
     yield each("relayd_requests_queued", "Requests waiting for a slot.", lambda s: len(s.state.queue))

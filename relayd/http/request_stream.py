@@ -308,6 +308,11 @@ async def open_reader(
         held.close()
 
 
+def cache_header(request: Request) -> dict[str, str]:
+    """Return the header that says that the frames of a request are those of an equal one; none if they are not."""
+    return {"x-relay-cache": "hit"} if request.entry.copied else {}
+
+
 def find_request(http: HttpRequest, request_id: str) -> Request:
     """Return the request with this id, if it belongs to the principal.
 

@@ -1,6 +1,7 @@
 """A request: its submission, holders, frame log and deadlines, from its submission until it is forgotten."""
 
 import hashlib
+import math
 from enum import Enum
 from typing import Any, Protocol
 
@@ -76,6 +77,8 @@ class Request:
     idle_timeout_s: float
     #: SHA-256 of the submission, as `content_hash` returns it.
     content: bytes
+    #: What equal requests have in common, as `cache_key` returns it.
+    cache_key: bytes = b""
     log: FrameLog = attrs.field(factory=FrameLog)
     inputs: dict[str, bytearray] = attrs.field(factory=dict)
     _digests: dict[str, "hashlib._Hash"] = attrs.field(factory=dict)
@@ -158,6 +161,7 @@ class Request:
             run_timeout_s=config.run_timeout_s if submit.run_timeout_s is None else submit.run_timeout_s,
             idle_timeout_s=config.idle_timeout_s,
             content=content_hash(submit),
+            cache_key=cache_key(submit, principal, config),
             **more,
         )
         request.add_timeline("taken_up" if request.accepted else "created")
@@ -309,13 +313,25 @@ class Request:
             due.append((self.queued_at + self.queue_timeout_s, Expiry.QUEUE_TIMEOUT))
         elif self.stopped_at is not None:
             due.append((self.stopped_at + cancel_grace_s, Expiry.CANCEL_UNANSWERED))
-        else:
+        elif not entry.copied:  # otherwise the deadlines of the request that it is copied from hold
             due.append((entry.started_at + self.run_timeout_s, Expiry.RUN_TIMEOUT))
             if entry.worker_lost_at is not None:
                 due.append((entry.worker_lost_at + self.worker_grace_s, Expiry.WORKER_GONE))
             elif entry.streams:
                 due.append((self.last_frame_at + self.idle_timeout_s, Expiry.IDLE_TIMEOUT))
-        return min(due, key=lambda pair: pair[0])
+        return min(due, key=lambda pair: pair[0], default=(math.inf, Expiry.RUN_TIMEOUT))
+
+
+def cache_key(submit: Submit, principal: str, config: SpaceConfig) -> bytes:
+    """Return what a request has in common with those whose results may answer it; b"" if none may.
+
+    Params are compared as they were sent: the default that a schema names is only an annotation.
+    """
+    if not config.cache_s or submit.cache is False:
+        return b""
+    inputs = {name: [info.media_type, info.sha256] for name, info in submit.inputs.items()}
+    asked = [submit.space, None if config.cache_shared else principal, submit.params, inputs]
+    return hashlib.sha256(msgpack.packb(_with_sorted_keys(asked))).digest()
 
 
 def content_hash(submit: Submit) -> bytes:

@@ -92,22 +92,33 @@ class Dispatcher:
         return limit is None or sum(_running_of(principal, each) for each in self.state.spaces.values()) < limit
 
     def _start(self, entry: ScheduledRequest, worker: WorkerState, now: float) -> Start:
-        continues = bool(entry.reproducible) and entry.reproducible == worker.reproducible
         self.mark_running(entry, worker)
-        entry.attempt = max(entry.attempt, entry.highest_attempt) + 1  # never a number that may have been used already
-        entry.attempt_may_be_newer = entry.attempt_known_from_client = entry.may_be_behind = False
-        entry.started_at = now
-        entry.promoted = 0
-        entry.reproducible = worker.reproducible
-        if not continues:
-            entry.has_output, entry.next_seq = False, 0
+        self._begin_attempt(entry, worker.reproducible, now)
         worker.held[entry.request_id] = entry.attempt
         self.mark_used(worker)
         return Start(entry, entry.next_seq)
 
+    def _begin_attempt(self, entry: ScheduledRequest, reproducible: str, now: float) -> None:
+        continues = bool(entry.reproducible) and entry.reproducible == reproducible
+        entry.attempt = max(entry.attempt, entry.highest_attempt) + 1  # never a number that may have been used already
+        entry.attempt_may_be_newer = entry.attempt_known_from_client = entry.may_be_behind = False
+        entry.started_at = now
+        entry.promoted = 0
+        entry.reproducible = reproducible
+        if not continues:
+            entry.has_output, entry.next_seq = False, 0
+
+    def start_copy(self, entry: ScheduledRequest, reproducible: str, now: float) -> None:
+        """Begin an attempt without a worker; see `Scheduler.copy`."""
+        entry.state, entry.copied = State.RUNNING, True
+        entry.worker_id = entry.worker_lost_at = None
+        self.state.spaces[entry.space].running[entry.request_id] = entry
+        self.state.moved.add(entry.space)
+        self._begin_attempt(entry, reproducible, now)
+
     def mark_running(self, entry: ScheduledRequest, worker: WorkerState) -> None:
         """Note that `entry` runs on `worker`."""
-        entry.state = State.RUNNING
+        entry.state, entry.copied = State.RUNNING, False
         entry.worker_id, entry.streams = worker.worker_id, worker.streams
         entry.worker_lost_at = None
         self.state.spaces[entry.space].running[entry.request_id] = entry
@@ -116,7 +127,7 @@ class Dispatcher:
     def clear_run(self, entry: ScheduledRequest) -> None:
         """Note that `entry` no longer runs."""
         self.state.spaces[entry.space].running.pop(entry.request_id, None)
-        entry.worker_id, entry.worker_lost_at = None, None
+        entry.worker_id, entry.worker_lost_at, entry.copied = None, None, False
 
     def stop(self, entry: ScheduledRequest, reason: str) -> Iterable[Stop]:
         """Return the `Stop` for a linked worker; if the worker is away, only remove the attempt from it."""
@@ -175,4 +186,4 @@ def _able(entry: ScheduledRequest, workers: list[WorkerState]) -> list[WorkerSta
 
 
 def _running_of(principal: str, space: SpaceState) -> int:
-    return sum(entry.principal == principal for entry in space.running.values())
+    return sum(entry.principal == principal and not entry.copied for entry in space.running.values())

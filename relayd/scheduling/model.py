@@ -76,6 +76,8 @@ class ScheduledRequest:
     failed_on: set[str] = attrs.field(factory=set)
     #: Size of its inputs, which the store keeps until it has ended.
     input_bytes: int = 0
+    #: Whether no worker runs it, because its frames are copied from those of an equal request.
+    copied: bool = False
     #: While it waits: above 0 it was promoted, and the highest is served first.
     promoted: int = 0
 

@@ -21,6 +21,8 @@ method that may free a slot or queue a request ends with `Dispatcher.dispatch`, 
 | `has_begun` | running alone | running, others may start beside it | what can start now |
 | `cancel` | uploading, queued, worker away | unchanged until the caller calls `end` | `Finish` cancelled |
 | `cancel` | running | running, cancelling | `Stop` |
+| `copy` | uploading, queued, running as a copy | running as a copy, attempt + 1 or + 2 | - |
+| `end_copy` | running as a copy | queued | `Requeue`, what can start now |
 | `fail` | any live | unchanged until the caller calls `end` | `Stop`?, `Finish` failed |
 | `end` | any live | completed, failed, cancelled | what can start now |
 | `release` | any | the slot is free | what can start now |
@@ -182,7 +184,7 @@ class Scheduler:
     def _claim(self, worker: WorkerState, request_id: str, attempt: int, now: float) -> ScheduledRequest | None:
         """Mark an attempt that a worker names as running there; None if it is over or runs on another worker."""
         entry = self.state.entries.get(request_id)
-        if entry is None or not attempt or entry.space not in worker.spaces:
+        if entry is None or not attempt or entry.copied or entry.space not in worker.spaces:
             return None
         newer = entry.attempt_may_be_newer and entry.attempt < attempt <= entry.highest_attempt
         if attempt != entry.attempt and not newer:
@@ -353,7 +355,7 @@ class Scheduler:
         if entry.attempt_may_be_newer:
             entry.highest_attempt = max(entry.highest_attempt, entry.attempt + 1)
         if entry.state is State.RUNNING:
-            if entry.worker_lost_at is None:
+            if entry.worker_lost_at is None and not entry.copied:
                 entry.worker_lost_at = now
             space.running[entry.request_id] = entry
             if entry.worker_id is not None:
@@ -372,7 +374,7 @@ class Scheduler:
             space.queue.remove(entry)
         self.dispatcher.forget_away(entry)
         self.state.remove_admitted(entry)
-        if space.running.pop(request_id, None) is not None and state is State.COMPLETED:
+        if space.running.pop(request_id, None) is not None and state is State.COMPLETED and not entry.copied:
             space.recent_runs_s.append(max(0.0, now - entry.started_at))
         entry.state = state
         self.state.moved.add(space.name)
@@ -443,6 +445,35 @@ class Scheduler:
             return []
         self.state.acquit(entry)
         return self.dispatcher.dispatch(now)
+
+    def copy(self, entry: ScheduledRequest, reproducible: str, now: float) -> None:
+        """Run a live request, which no worker runs, without one: the caller copies the frames of an equal request.
+
+        Args:
+            entry: the request. It continues at its `next_seq` if `reproducible` is that of its last attempt.
+            reproducible: `ScheduledRequest.reproducible` of the request that is copied.
+            now: monotonic seconds.
+        """
+        self.state.remove_admitted(entry)
+        space = self.state.spaces[entry.space]
+        if entry in space.queue:
+            space.queue.remove(entry)
+        self.dispatcher.start_copy(entry, reproducible, now)
+
+    def end_copy(self, entry: ScheduledRequest, now: float) -> list[Decision]:
+        """Queue a copied request, because the request that it is copied from gives no result.
+
+        This is no loss of its own, so neither `retry` nor `max_attempts` matters. With output it comes before those
+        that wait, as its listener is in mid-stream; otherwise it takes the place that it would have had.
+        """
+        if not entry.copied or entry.state is not State.RUNNING:
+            return []
+        space = self.state.spaces[entry.space]
+        self.dispatcher.clear_run(entry)
+        entry.state = State.QUEUED
+        (space.queue.requeue if entry.has_output else space.queue.push)(entry)
+        self.state.moved.add(space.name)
+        return [Requeue(entry), *self.dispatcher.dispatch(now)]
 
     def adopt_later_attempt(self, request_id: str, attempt: int, now: float) -> list[Decision]:
         """Switch to a later attempt than the current one: a client has its frames, but it was not stored.

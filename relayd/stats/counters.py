@@ -53,6 +53,9 @@ class SpaceStats:
     retried: int = 0
     resumed: int = 0
     reconnects: int = 0
+    #: Requests answered with the frames of equal ones, and requests for which there was none.
+    cache_hits: int = 0
+    cache_misses: int = 0
     #: Audio of ended attempts. In whole milliseconds, because their sums never decrease through rounding.
     audio_ms: int = 0
     wait_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
@@ -255,8 +258,8 @@ class Stats:
 
 
 def audio_ms(request: Request) -> int:
-    """Return the milliseconds of audio produced by the current attempt."""
-    return round(1000 * (request.audio_s or 0.0))
+    """Return the milliseconds of audio produced by the current attempt; none if it is copied."""
+    return 0 if request.entry.copied else round(1000 * (request.audio_s or 0.0))
 
 
 def count(counts: dict[str, int], code: str) -> None:

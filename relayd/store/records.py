@@ -10,6 +10,8 @@ from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
 
+#: In the place of the worker of a request whose frames were copied from an equal one's: no worker has such an id.
+COPIED = "(copied)"
 #: A relay's clock with more than a century is damaged.
 MAX_UPTIME_S = 100 * 366 * 86_400.0
 
@@ -92,7 +94,7 @@ class RequestRecord:
         has_output: whether a client may have received output of the current attempt.
         reproducible: the scheduler's `Entry.reproducible` of the current attempt.
         stopping: why the running request is being stopped permanently; None if it is not.
-        worker_id: the worker of the current attempt; None if none runs.
+        worker_id: the worker of the current attempt; None if none runs; `COPIED`.
         promoted: the scheduler's `ScheduledRequest.promoted`.
         since: when the request entered its state, by the relay's clock (`relayd.core.clock`); None in old records.
         away_since: when its worker went away, by the same clock; None if the worker is connected.

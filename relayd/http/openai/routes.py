@@ -46,7 +46,7 @@ from relayd.http.openai.speech_request import (
     usage_of,
     voices_of,
 )
-from relayd.http.request_stream import RequestStream, open_submission
+from relayd.http.request_stream import RequestStream, cache_header, open_submission
 from relayd.http.streaming_response import ResponseWriter, StreamingRoute
 
 log = structlog.get_logger("relayd.http")
@@ -118,6 +118,7 @@ async def _speak(request: Request, reply: ResponseWriter) -> None:
                 for name, (media_type, data) in asked.inputs.items()
             },
             queue_timeout_s=max(0.001, min(space.config.queue_timeout_s, limits.max_wait_s)),
+            cache=speech.cache,
         )
         inputs = {name: data for name, (_, data) in asked.inputs.items()}
     try:
@@ -217,6 +218,7 @@ def _headers(held: RequestStream, asked: SpaceParams) -> dict[str, str]:
         "x-relay-space": held.request.submit.space,
         "x-relay-voice": quote(asked.voice, safe=" !#$&'()*+,/:;=?@[]"),
     }
+    headers |= cache_header(held.request)
     return headers | ({"x-relay-ignored": ", ".join(asked.passed_over)} if asked.passed_over else {})
 
 

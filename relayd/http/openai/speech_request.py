@@ -61,6 +61,7 @@ _FIELDS: dict[str, tuple[Rule, Any]] = {
     "speed": (number(MIN_SPEED, MAX_SPEED), 1.0),
     "stream_format": (choice("audio", "sse"), "audio"),
     "stream": (boolean, True),
+    "cache": (boolean, True),
 }
 
 
@@ -73,7 +74,8 @@ class Speech:
         text: `input` of the API.
         sse: whether the audio is sent as server-sent events.
         whole: whether the audio is sent in one piece when it is complete.
-        extra: fields that OpenAI's API does not have.
+        cache: whether the result of an equal request may answer it.
+        extra: other fields that OpenAI's API does not have.
     """
 
     model: str
@@ -84,6 +86,7 @@ class Speech:
     speed: float
     sse: bool
     whole: bool
+    cache: bool
     extra: dict[str, Value]
 
 
@@ -130,6 +133,7 @@ def parse_speech(body: bytes) -> Speech:
         speed=float(values["speed"]),
         sse=values["stream_format"] == "sse",
         whole=not values["stream"] and values["stream_format"] == "audio",
+        cache=values["cache"],
         extra={name: value for name, value in fields.items() if name not in _FIELDS},
     )
 

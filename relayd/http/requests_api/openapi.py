@@ -76,6 +76,11 @@ OPTIONS: Schema = {
         "description": "whether the request continues when no client reads or holds it or asks for its status",
     },
     "retry": {"type": "string", "enum": list(RETRY_POLICIES), "default": "before_output"},
+    "cache": {
+        "type": "boolean",
+        "default": True,
+        "description": "false: it is not answered with the result of an equal request, and its result answers none",
+    },
 }
 _PARAMS = {
     "type": "object",
@@ -171,6 +176,8 @@ _BODY = {
         "application/x-www-form-urlencoded": {"schema": _FORM},
     },
 }
+#: Headers of the answer to a submit.
+_SUBMITTED = ("Location", "x-relay-cache")
 _REFUSED = (400, 404, 408, 409, 413, 415, 422, 500, 503, 507)
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
 _AUDIO = {"audio/wav": _BYTES, "audio/pcm": _BYTES} | {
@@ -227,7 +234,7 @@ PATHS: Schema = {
             "summary": "Submit a request",
             "requestBody": _BODY,
             "responses": _responses(
-                {"202": _json("Status", "It is stored and will be executed.", ["Location"])}, *_REFUSED
+                {"202": _json("Status", "It is stored and will be executed.", _SUBMITTED)}, *_REFUSED
             ),
         },
     },
@@ -250,8 +257,8 @@ PATHS: Schema = {
             "requestBody": _BODY,
             "responses": _responses(
                 {
-                    "200": _json("Status", "The same request was submitted before, and has ended.", ["Location"]),
-                    "202": _json("Status", "It is stored and will be executed.", ["Location"]),
+                    "200": _json("Status", "The same request was submitted before, and has ended.", _SUBMITTED),
+                    "202": _json("Status", "It is stored and will be executed.", _SUBMITTED),
                 },
                 *_REFUSED,
             ),

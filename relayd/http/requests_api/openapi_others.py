@@ -63,6 +63,7 @@ SPEECH: Schema = {
         "instructions": {"type": ["string", "null"], "maxLength": MAX_INPUT_CHARS},
         "stream_format": {"enum": ["audio", "sse", None], "default": "audio"},
         "stream": {"type": ["boolean", "null"], "description": "false: the whole file at once, with its length"},
+        "cache": {"type": ["boolean", "null"], "description": "false: it is not answered with an equal one's result"},
     },
     "required": ["model", "input"],
     "additionalProperties": True,

@@ -20,7 +20,7 @@ from relayd.http.body_parser import open_uploads
 from relayd.http.context import context_of
 from relayd.http.errors import HttpError
 from relayd.http.json_encoding import error_json, jsonable, status_json
-from relayd.http.request_stream import find_request, open_submission, wait_safe
+from relayd.http.request_stream import cache_header, find_request, open_submission, wait_safe
 from relayd.http.requests_api.audio_download import send_audio
 from relayd.http.requests_api.event_stream import send_events
 from relayd.http.requests_api.openapi import DOCUMENT
@@ -116,7 +116,8 @@ async def _submit(http: HttpRequest, request_id: str, space_name: str) -> Respon
             await wait_safe(http, request)
             status = 202 if request.live else 200
             content = status_json(context_of(http).relay, request)
-            return JSONResponse(content, status, headers={"Location": f"/v1/requests/{request_id}"})
+            headers = {"Location": f"/v1/requests/{request_id}"} | cache_header(request)
+            return JSONResponse(content, status, headers=headers)
 
 
 async def link(http: HttpRequest) -> Response:

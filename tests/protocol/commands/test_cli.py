@@ -103,7 +103,8 @@ def test_say_sends_the_text_and_the_options(monkeypatch: pytest.MonkeyPatch) -> 
     code = run(
         script,
         *["say", "-", "--param", "rate=180", "-p", "voice=en", "-p", 'more={"a": [1, null]}', "-p", "nan=NaN"],
-        *["--priority", "9", "--queue-timeout", "7", "--run-timeout", "8", "--retry", "never", "-o", "x.wav", "-q"],
+        *["--priority", "9", "--queue-timeout", "7", "--run-timeout", "8", "--retry", "never", "--no-cache"],
+        *["-o", "x.wav", "-q"],
     )
     assert code == 0
     submit = submits[0]
@@ -115,6 +116,7 @@ def test_say_sends_the_text_and_the_options(monkeypatch: pytest.MonkeyPatch) -> 
         "nan": "NaN",
     }
     assert (submit.priority, submit.queue_timeout_s, submit.run_timeout_s, submit.retry) == (9, 7, 8, "never")
+    assert submit.cache is False
 
 
 def test_raw_pcm_goes_to_a_pipe(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -524,6 +526,13 @@ def test_on_a_terminal_the_line_is_rewritten_and_taken_away() -> None:
         "\r3.0 s of audio, 3.0x real time\x1b[K"
         "\r\x1b[K6.0 s of audio in 3.0 s, 3.0x real time, first audio after 2.00 s -> out.wav\n"
     )
+
+
+def test_what_the_relay_had_already_is_told_as_such() -> None:
+    out = io.StringIO()
+    progress = Progress(out, clock=lambda: 0.0)
+    progress.completed(6.0, "out.wav", cached=True)
+    assert out.getvalue() == "6.0 s of audio in 0.0 s, from the relay's cache -> out.wav\n"
 
 
 def test_a_terminal_that_is_gone_stops_nothing() -> None:

@@ -1,0 +1,236 @@
+"""Requests that join an equal one which still runs, and what becomes of them."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Frame
+from protocol.wire.messages import (
+    Accepted,
+    Attach,
+    Cancel,
+    Registered,
+    Status,
+    StatusReply,
+)
+from protocol.wire.structs import Running
+from tests.relayd.core.equal_requests import CACHE, ONE, PCM, a_relay, cached, digest, joined, spoken
+from tests.support.fake_worker import fake_worker, identity
+from tests.support.relay import a_submit, an_id, peer, until
+
+# -- one that still runs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_an_equal_request_joins_one_that_runs(tmp_path: Path) -> None:
+    async with (
+        a_relay(tmp_path) as relay,
+        fake_worker(relay.url, slots=2, **ONE) as worker,
+        joined(relay, worker) as (one, assign, other, submit),
+    ):
+        worker.speak(assign, PCM, first=3)
+        rest = await other.frames(submit, first=3)
+        assert [frame.TYPE for frame in rest] == ["audio", "completed"]
+        assert rest[-1].cached
+        last = await one.next(Completed)
+        assert not last.cached
+        assert relay.relay.requests[submit.request_id].audio_s == 0.125
+        await relay.at_rest()
+        assert relay.relay.stats.space("tts").run_s.sum > 0.0
+        assert sum(relay.relay.stats.space("tts").run_s.counts) == 1
+
+
+@pytest.mark.trio
+async def test_a_queued_request_joins_an_equal_one_that_starts(tmp_path: Path) -> None:
+    async with (
+        a_relay(tmp_path) as relay,
+        fake_worker(relay.url, **ONE) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        client.send(before := a_submit("before"))
+        assign = await worker.assigned()
+        equal = [a_submit() for _ in range(3)]
+        for submit in equal:
+            client.send(submit)
+            assert not (await client.next(Accepted)).cached or submit is before
+        worker.speak(assign, PCM)
+        assign = await worker.assigned()
+        assert assign.request_id == equal[0].request_id
+        worker.speak(assign, PCM)
+        ends = {}
+        while len(ends) < 4:
+            end = await client.next(Completed)
+            ends[end.request_id] = end.cached
+        assert ends == {before.request_id: None, equal[0].request_id: None} | {
+            each.request_id: True for each in equal[1:]
+        }
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("retry", ["never", "before_output"])
+@pytest.mark.parametrize("end", ["failed", "cancelled"])
+async def test_a_joined_request_goes_on_when_the_first_gives_no_result(tmp_path: Path, end: str, retry: str) -> None:
+    """A worker that makes the same frames continues it: none is heard twice."""
+    async with (
+        a_relay(tmp_path) as relay,
+        fake_worker(relay.url, **ONE) as worker,
+        joined(relay, worker, retry=retry) as (one, assign, other, submit),
+    ):
+        if end == "failed":
+            worker.send(Failed(**identity(assign, 3), code="engine_failed", message="no"))
+        else:
+            one.send(Cancel(request_id=assign.request_id))
+            await worker.peer.next(Cancel)
+            worker.send(Cancelled(**identity(assign, 3)))
+        again = await worker.assigned()
+        assert (again.request_id, again.from_seq) == (submit.request_id, 3)
+        worker.speak(again, PCM, first=3)
+        rest = await other.frames(submit, first=3)
+        assert [frame.TYPE for frame in rest] == ["audio", "completed"]
+        assert not rest[-1].cached
+        assert relay.relay.requests[submit.request_id].entry.losses == 0
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_of_many_that_joined_one_is_run_when_the_first_gives_no_result(tmp_path: Path) -> None:
+    async with (
+        a_relay(tmp_path) as relay,
+        fake_worker(relay.url, **ONE) as worker,
+        joined(relay, worker) as (_one, assign, other, submit),
+        peer(relay.url, "client") as third,
+    ):
+        third.send(last := a_submit())
+        assert (await third.next(Accepted)).cached
+        worker.send(Failed(**identity(assign, 3), code="engine_failed", message="no"))
+        again = await worker.assigned()
+        assert again.request_id in (submit.request_id, last.request_id)
+        worker.speak(again, PCM, first=again.from_seq)
+        assert digest([*(await other.frames(submit, first=3))]) == digest([Audio(**identity(again, 1), pcm=PCM[2])])
+        frames = await third.frames(last)
+        assert digest(frames) == hashlib.sha256(b"".join(PCM)).hexdigest()
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_lost_attempt_of_the_first_is_heard_on_by_the_joined(tmp_path: Path) -> None:
+    async with (
+        a_relay(tmp_path, CACHE | {"max_workers": 2}, limits={"worker_grace_s": 0.1}) as relay,
+        fake_worker(relay.url, name="second", **ONE) as second,
+    ):
+        await second.peer.next(Registered)
+        relay.relay.workers.drain(next(iter(relay.relay.workers)))
+        async with (
+            fake_worker(relay.url, **ONE) as worker,
+            joined(relay, worker) as (_one, assign, other, submit),
+        ):
+            relay.relay.workers.undrain(next(iter(relay.relay.workers)))
+            await worker.peer.cut()
+            again = await second.assigned()
+            assert (again.request_id, again.from_seq) == (assign.request_id, 3)
+            second.speak(again, PCM, first=3)
+            rest = await other.frames(submit, first=3)
+            assert [frame.TYPE for frame in rest] == ["audio", "completed"]
+            await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_joined_request_can_be_cancelled_alone(tmp_path: Path) -> None:
+    async with (
+        a_relay(tmp_path) as relay,
+        fake_worker(relay.url, **ONE) as worker,
+        joined(relay, worker) as (one, assign, other, submit),
+    ):
+        other.send(Cancel(request_id=submit.request_id))
+        assert isinstance((await other.frames(submit, first=3))[-1], Cancelled)
+        worker.speak(assign, PCM, first=3)
+        await one.next(Completed)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_joined_requests_use_no_slot_and_none_of_the_requests_a_principal_may_run(tmp_path: Path) -> None:
+    async with (
+        a_relay(tmp_path, CACHE | {"max_running_per_principal": 2}) as relay,
+        fake_worker(relay.url, slots=2, **ONE) as worker,
+        joined(relay, worker) as (one, assign, _other, _submit),
+    ):
+        one.send(a_submit("other"))
+        more = await worker.assigned()
+        for each in (assign, more):
+            worker.speak(each, PCM, first=3 if each is assign else 0)
+        await relay.at_rest()
+
+
+# -- restarts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_results_answer_after_a_restart(tmp_path: Path) -> None:
+    async with (
+        a_relay(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, **ONE) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        await spoken(worker, client, a_submit())
+        await cached(client, second := a_submit())
+        await relay.at_rest()
+        await until(lambda: not relay.relay.finalizer.unfinalized)
+    async with a_relay(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        assert relay.relay.results.cache.has(relay.relay.requests[second.request_id])
+        client.send(Attach(request_id=second.request_id))
+        assert (await client.next(Accepted)).cached
+        assert digest(await client.frames(second)) == hashlib.sha256(b"".join(PCM)).hexdigest()
+        await cached(client, a_submit())
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_a_joined_request_survives_a_restart_of_the_relay(tmp_path: Path, comes_back: bool) -> None:
+    instance = an_id()
+    async with (
+        a_relay(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, instance=instance, **ONE) as worker,
+        joined(relay, worker) as (_one, assign, _other, submit),
+    ):
+        await relay.relay.store.flush()
+        await until(lambda: relay.relay.requests[submit.request_id].entry.has_output)
+        await relay.relay.store.flush()
+    running = (Running(request_id=assign.request_id, attempt=1, next_seq=3),) if comes_back else ()
+    async with (
+        a_relay(tmp_path, store="sqlite", limits={"worker_grace_s": 0.1}) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url, instance=instance, running=running, **ONE) as worker,
+    ):
+        client.send(Attach(request_id=submit.request_id, attempt=1, after_seq=2))
+        if comes_back:
+            worker.speak(assign, PCM)
+        else:
+            again = await worker.assigned()
+            assert again.from_seq == 0
+            worker.speak(again, PCM)
+        frames: list[Frame] = []
+        while not frames or not frames[-1].ENDS:
+            frames.append(await client.next(Frame))
+        assert isinstance(frames[-1], Completed)
+        # With its source, the attempt that the client knows goes on; another may begin anew.
+        assert [frame.seq for frame in frames] == [0, 1, 2, 3, 4]
+        assert {frame.attempt for frame in frames} == {1 if comes_back else frames[-1].attempt}
+        assert digest(frames) == hashlib.sha256(b"".join(PCM)).hexdigest()
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_joined_request_is_queued_after_a_restart_that_knows_nothing_of_the_first(tmp_path: Path) -> None:
+    async with (
+        a_relay(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, **ONE) as worker,
+        joined(relay, worker) as (_one, _assign, _other, submit),
+    ):
+        await until(lambda: relay.relay.requests[submit.request_id].entry.has_output)
+        await relay.relay.store.flush()
+    async with a_relay(tmp_path, {}, store="sqlite") as relay, peer(relay.url, "client") as client:
+        client.send(Status(request_id=submit.request_id))
+        assert (await client.next(StatusReply)).state == "queued"
