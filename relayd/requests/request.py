@@ -343,6 +343,8 @@ def content_hash(submit: Submit) -> bytes:
     wire = submit.to_map()
     for name in ("request_id", "priority", "queue_timeout_s", "run_timeout_s"):
         wire.pop(name, None)
+    if wire.get("cache"):  # as if it were absent
+        del wire["cache"]
     return hashlib.sha256(msgpack.packb(_with_sorted_keys(wire))).digest()
 
 

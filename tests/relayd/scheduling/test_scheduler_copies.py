@@ -1,0 +1,100 @@
+"""Requests whose frames are copied: they run without a worker, and may have to be queued."""
+
+import pytest
+
+from protocol.wire.errors import ErrorCode
+from relayd.scheduling.model import Finish, Requeue, Start, State
+from tests.relayd.scheduling.scheduler_bench import TONE, Bench
+
+
+def copied(bench: Bench, name: str, **fields: str) -> None:
+    assert bench.admit(name, **fields) is None
+    bench.scheduler.copy(bench[name], TONE, bench.now)
+
+
+def queue_of(bench: Bench) -> list[str]:
+    return [entry.request_id for entry in bench.scheduler.state.spaces["tts"].queue]
+
+
+def test_a_copy_takes_neither_a_slot_nor_a_run_of_its_principal() -> None:
+    bench = Bench(max_running_per_principal=1)
+    bench.join(slots=2)
+    copied(bench, "a")
+    assert (bench["a"].state, bench["a"].attempt, bench["a"].worker_id) == (State.RUNNING, 1, None)
+    (start,) = bench.queue("b")
+    assert isinstance(start, Start)
+    assert not bench.scheduler.state.spaces["tts"].admitted
+
+
+def test_how_long_a_copy_took_says_nothing_of_the_next_run() -> None:
+    bench = Bench()
+    copied(bench, "a")
+    bench.scheduler.end("a", State.COMPLETED, bench.now + 1.0)
+    space = bench.scheduler.state.spaces["tts"]
+    assert not space.recent_runs_s
+    assert not space.running
+
+
+def test_a_queued_request_can_become_a_copy() -> None:
+    bench = Bench()
+    bench.queue("a")
+    bench.scheduler.copy(bench["a"], TONE, bench.now)
+    assert queue_of(bench) == []
+    assert bench["a"].copied
+    assert bench.join().decisions == []
+
+
+def test_a_copy_that_is_cancelled_or_fails_ends_at_once() -> None:
+    bench = Bench()
+    bench.join()
+    for name in ("a", "b"):
+        copied(bench, name)
+    (cancelled,), (failed,) = bench.scheduler.cancel("a", "why"), bench.scheduler.fail("b", ErrorCode.INTERNAL, "why")
+    assert isinstance(cancelled, Finish)
+    assert isinstance(failed, Finish)
+    assert (cancelled.code, failed.code) == (None, ErrorCode.INTERNAL)
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_no_worker_can_claim_a_copy(attempt: int) -> None:
+    bench = Bench()
+    copied(bench, "a")
+    bench["a"].attempt_may_be_newer = True
+    assert bench.join(running={"a": attempt}).abandon == ["a"]
+    assert bench["a"].copied
+
+
+@pytest.mark.parametrize("has_output", [False, True])
+def test_a_copy_that_must_be_run_overtakes_others_only_if_its_listener_is_in_mid_stream(has_output: bool) -> None:
+    bench = Bench()
+    bench.queue("before")
+    copied(bench, "copy", principal="bob")
+    bench.queue("after")
+    bench["copy"].has_output, bench["copy"].next_seq = has_output, 3 * has_output
+    assert bench.scheduler.end_copy(bench["copy"], bench.now) == [Requeue(bench["copy"])]
+    assert queue_of(bench) == (["copy", "before", "after"] if has_output else ["before", "copy", "after"])
+    assert (bench["copy"].state, bench["copy"].losses, bench["copy"].copied) == (State.QUEUED, 0, False)
+    assert bench.scheduler.end_copy(bench["copy"], bench.now) == []
+
+
+def test_a_worker_with_the_same_frames_continues_a_copy() -> None:
+    bench = Bench()
+    bench.join(reproducible=TONE)
+    copied(bench, "a")
+    bench["a"].has_output, bench["a"].next_seq = True, 3
+    requeue, start = bench.scheduler.end_copy(bench["a"], bench.now)
+    assert isinstance(requeue, Requeue)
+    assert start == Start(bench["a"], 3)
+    assert (bench["a"].attempt, bench["a"].worker_id) == (2, "box")
+
+
+def test_a_restored_copy_waits_for_no_worker() -> None:
+    bench = Bench()
+    entry = bench.entry("a", state=State.RUNNING, copied=True, attempt=1, attempt_may_be_newer=True)
+    bench.scheduler.restore(entry, bench.now)
+    assert entry.worker_lost_at is None
+    assert not bench.scheduler.state.workers
+    assert bench.scheduler.end_copy(entry, bench.now) == [Requeue(entry)]
+    (start,) = bench.join().decisions
+    assert isinstance(start, Start)
+    assert entry.attempt == 3  # the second may have begun before the restart
