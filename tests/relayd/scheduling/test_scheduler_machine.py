@@ -123,7 +123,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def runs(self) -> list[str]:
         """Requests that run on a linked worker."""
-        return [name for name, e in self.live.items() if e.state is State.RUNNING and e.worker_lost_at is None]
+        return [
+            name for name, e in self.live.items() if e.state is State.RUNNING and e.worker_id and not e.worker_lost_at
+        ]
+
+    def copies(self) -> list[str]:
+        """Requests whose frames are copied."""
+        return [name for name, e in self.live.items() if e.copied]
 
     @initialize(spaces=st.lists(st.sampled_from([*SPACES]), max_size=5), first=st.sampled_from([*WORKERS]))
     def begin(self, spaces: list[str], first: str) -> None:
@@ -168,6 +174,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         name = name or self.pick(sorted(self.admitted), choice)
         self.admitted.discard(name)
         self.carry_out(self.scheduler.enqueue(self.live[name], self.now))
+
+    @rule(choice=picks, reproducible=st.sampled_from(["tone", "other"]))
+    def copy(self, choice: int, reproducible: str) -> None:
+        waiting = [
+            name
+            for name, e in self.live.items()
+            if e.state in (State.UPLOADING, State.QUEUED) and (not e.has_output or e.reproducible == reproducible)
+        ]
+        if waiting:
+            name = self.pick(waiting, choice)
+            attempt = self.live[name].attempt
+            self.scheduler.copy(self.live[name], reproducible, self.now)
+            self.admitted.discard(name)
+            assert self.live[name].attempt > attempt
+
+    @precondition(lambda self: self.copies())
+    @rule(choice=picks, how=st.sampled_from(["frame", "complete", "run"]))
+    def go_on_with_a_copy(self, choice: int, how: str) -> None:
+        name = self.pick(self.copies(), choice)
+        entry = self.live[name]
+        if how == "frame":
+            entry.next_seq, entry.has_output = entry.next_seq + 1, True
+        elif how == "complete":
+            self.end(name, State.COMPLETED)
+        else:
+            self.carry_out(self.scheduler.end_copy(entry, self.now))
+            assert name in self.ended or not entry.copied
 
     @precondition(lambda self: self.live)
     @rule(choice=picks)
@@ -408,7 +441,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             on = [w for w, box in self.boxes.items() if box.linked and box.runs.get(name) == entry.attempt > 0]
             assert len(on) <= 1, "never two that run the same attempt"
             if entry.state is State.RUNNING and entry.worker_lost_at is None:
-                assert on == [entry.worker_id]
+                assert on == ([] if entry.copied else [entry.worker_id])
             if entry.state is State.RUNNING and entry.worker_lost_at is not None and entry.worker_id is not None:
                 assert name in self.scheduler.state.workers[entry.worker_id].held
 
@@ -419,7 +452,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue
             linked = [w for w in self.scheduler.state.workers_of(space.name) if w.free_slots]
             for entry in space.queue:
-                if space.name == "other" and any(e.principal == entry.principal for e in space.running.values()):
+                if space.name == "other" and any(
+                    e.principal == entry.principal and not e.copied for e in space.running.values()
+                ):
                     continue
                 for worker in linked:
                     assert (
@@ -490,6 +525,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name, box in list(self.boxes.items()):
             if box.linked:
                 self.unlink([n for n, b in self.boxes.items() if b.linked].index(name))
+        for name in self.copies():
+            if name in self.live:
+                self.carry_out(self.scheduler.end_copy(self.live[name], self.now))
         while away := [name for name, e in self.live.items() if e.worker_lost_at is not None]:
             self.carry_out(self.scheduler.lose(away[0], ErrorCode.WORKER_LOST, "gone", self.now))
         assert not self.scheduler.state.workers
