@@ -21,12 +21,16 @@ from protocol.wire.validators import Value
 from relayd.core.interfaces import RelayState
 from relayd.core.result_cache import ResultCache
 from relayd.core.space import Space
-from relayd.frames.frame_log import FrameReader
+from relayd.frames.frame_log import FrameReader, MemoryBudget
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
 from relayd.store.records import COPIED
 
 log = structlog.get_logger("relayd")
+
+#: While the frames in memory exceed their limit, one slice (`HIGH_WATER_BYTES`) is copied in this time.
+FULL_S = 1.0
+POLL_S = 0.05
 
 
 class CopyingRelay(RelayState, Protocol):
@@ -66,10 +70,12 @@ class Copies:
 
     relay: CopyingRelay
     cache: ResultCache
+    memory: MemoryBudget
+    _turn: trio.Lock = attrs.field(factory=trio.Lock)
 
     def begin(self, request: Request) -> Request | None:
         """Return the source of a request that would be queued otherwise, if it has one; `follow` then copies it."""
-        source = self._find(request)
+        source = None if self._is_full(request) else self._find(request)
         if source is not None:
             self._start(request, source)
         elif request.cache_key:
@@ -113,6 +119,20 @@ class Copies:
             self.follow(request, other)
         else:
             self._queue(request)
+
+    async def wait_for_room(self) -> None:
+        """Wait before more is copied that exists already: it comes faster than a disk can take it."""
+        async with self._turn:
+            with trio.move_on_after(FULL_S):
+                while self.memory.over:  # noqa: ASYNC110  there is no event for it
+                    await trio.sleep(POLL_S)
+
+    def _is_full(self, request: Request) -> bool:
+        """Whether as many requests are copied as may wait for a worker; further ones are queued, or refused there."""
+        space = self.relay.scheduler.state.spaces[request.submit.space]
+        copied = [entry.principal for entry in space.running.values() if entry.copied]
+        own = copied.count(request.principal)
+        return len(copied) >= space.rules.max_queued or own >= space.rules.max_queued_per_principal
 
     def _queue(self, request: Request) -> None:
         self.relay.apply(self.relay.scheduler.end_copy(request.entry, trio.current_time()))
@@ -196,6 +216,8 @@ class Copy:
             while self._current and self._last is None and not self._lost:
                 await self._changed.wait()
                 self._changed = trio.Event()
+                if self.reader.seq < self.source.log.next_seq:
+                    await self.copies.wait_for_room()
                 self.backlog_bytes = 0
                 self.reader.pump()
             if self._current:

@@ -95,7 +95,7 @@ class Relay:
         self.workers = Workers(self, self.spaces)
         self.results = Retention(self)
         self.finalizer = Finalizer(self, self.results)
-        self.copies = Copies(self, self.results.cache)
+        self.copies = Copies(self, self.results.cache, self.results.memory)
 
     # -- requests
 

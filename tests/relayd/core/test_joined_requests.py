@@ -11,12 +11,14 @@ from protocol.wire.messages import (
     Attach,
     Cancel,
     Registered,
+    Rejected,
     Status,
     StatusReply,
 )
 from protocol.wire.structs import Running
+from relayd.core import copies
 from tests.relayd.core.equal_requests import CACHE, ONE, PCM, a_relay, cached, digest, joined, spoken
-from tests.support.fake_worker import fake_worker, identity
+from tests.support.fake_worker import fake_worker, identity, samples
 from tests.support.relay import a_submit, an_id, peer, until
 
 # -- one that still runs ------------------------------------------------------------------------------------------
@@ -161,6 +163,41 @@ async def test_joined_requests_use_no_slot_and_none_of_the_requests_a_principal_
         more = await worker.assigned()
         for each in (assign, more):
             worker.speak(each, PCM, first=3 if each is assign else 0)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_as_many_requests_are_copied_as_may_be_queued(tmp_path: Path) -> None:
+    async with (
+        a_relay(tmp_path, CACHE | {"max_queued_per_principal": 1}) as relay,
+        fake_worker(relay.url, **ONE) as worker,
+        joined(relay, worker) as (one, assign, _other, _submit),
+    ):
+        one.send(queued := a_submit())
+        assert not (await one.next(Accepted)).cached
+        one.send(a_submit())
+        assert (await one.next(Rejected)).code == "queue_full"
+        worker.speak(assign, PCM, first=3)
+        await one.next(Completed)
+        again = await worker.assigned()
+        assert again.request_id == queued.request_id
+        worker.speak(again, PCM)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_what_is_copied_waits_while_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of it at least: it does not stop for good, as it may itself be what fills the memory."""
+    monkeypatch.setattr(copies, "FULL_S", 0.01)
+    monkeypatch.setattr(copies, "POLL_S", 0.001)
+    long = [samples(1_000, seed) * 100 for seed in range(1, 9)]  # 1.6 MB
+    async with (
+        a_relay(tmp_path, results={"memory_bytes": 2_000_000}) as relay,
+        fake_worker(relay.url, **ONE) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        await spoken(worker, client, a_submit(), long)
+        await cached(client, a_submit(), long)
         await relay.at_rest()
 
 
