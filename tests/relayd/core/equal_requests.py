@@ -13,10 +13,10 @@ from tests.support.fake_worker import FakeWorker, samples
 from tests.support.relay import Daemon, Peer, a_submit, daemon, peer
 
 PCM = [samples(1_000, seed) for seed in (1, 2, 3)]
-CACHE = {"cache_s": 600.0}
+CACHE: dict[str, Any] = {"cache_s": 600.0}
 #: What its samples depend on, besides the request.
-ONE = {"reproducible": True, "fingerprint": "one"}
-ANY = InputRule(media_types=("audio/*", "text/plain"), max_bytes=1_000)
+ONE: dict[str, Any] = {"reproducible": True, "fingerprint": "one"}
+ANY = InputRule(media_types=["audio/*", "text/plain"], max_bytes=1_000)
 
 
 @asynccontextmanager

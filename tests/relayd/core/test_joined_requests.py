@@ -60,7 +60,7 @@ async def test_a_queued_request_joins_an_equal_one_that_starts(tmp_path: Path) -
         assign = await worker.assigned()
         assert assign.request_id == equal[0].request_id
         worker.speak(assign, PCM)
-        ends = {}
+        ends: dict[str, bool | None] = {}
         while len(ends) < 4:
             end = await client.next(Completed)
             ends[end.request_id] = end.cached
@@ -242,6 +242,7 @@ async def test_a_joined_request_survives_a_restart_of_the_relay(tmp_path: Path, 
         fake_worker(relay.url, instance=instance, running=running, **ONE) as worker,
     ):
         client.send(Attach(request_id=submit.request_id, attempt=1, after_seq=2))
+        await client.settled()
         if comes_back:
             worker.speak(assign, PCM)
         else:

@@ -327,7 +327,7 @@ async def test_what_only_the_cache_keeps_goes_before_the_results_of_clients(
             await until(lambda: results.disk_bytes > 0 and not results.unsaved_count)
             assert results.spool is not None
             results.spool.disk_bytes = results.disk_bytes - 1
-            assert await results.spool.make_room(0)
+            assert await results.spool.make_room(0, relay.relay.requests[old.request_id].log)
             kept = {key for key, request in relay.relay.requests.items() if request.has_result}
             assert kept == {each.request_id for each in own}
             await missed(worker, client, a_submit())
