@@ -96,7 +96,8 @@ class Copies:
             return
         for entry in list(self.relay.scheduler.state.spaces[source.submit.space].queue):
             request = self.relay.requests[entry.request_id]
-            if request.cache_key == source.cache_key and _may_continue(request, source):
+            waits = entry.state is State.QUEUED  # still: the one before may have let it start
+            if waits and request.cache_key == source.cache_key and _may_continue(request, source):
                 self._start(request, source)
                 self.follow(request, source)
 
@@ -165,7 +166,7 @@ class Copies:
         entry, relay, name = request.entry, self.relay, request.submit.space
         audio_bytes = request.audio_bytes
         relay.stats.count_restarted(request)  # what a worker has made of it
-        relay.scheduler.copy(entry, source.entry.reproducible, trio.current_time())
+        decisions = relay.scheduler.copy(entry, source.entry.reproducible, trio.current_time())
         if entry.attempt > 1:
             request.log.restart(entry.attempt, entry.next_seq)
         request.audio_bytes = audio_bytes if entry.next_seq else 0
@@ -176,7 +177,7 @@ class Copies:
         relay.save_status(request)
         request.wake()
         relay.mark_changed("requests", request.request_id)
-        relay.wake_positions()
+        relay.apply(decisions)
 
 
 @attrs.define(eq=False)

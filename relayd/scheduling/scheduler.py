@@ -21,7 +21,7 @@ method that may free a slot or queue a request ends with `Dispatcher.dispatch`, 
 | `has_begun` | running alone | running, others may start beside it | what can start now |
 | `cancel` | uploading, queued, worker away | unchanged until the caller calls `end` | `Finish` cancelled |
 | `cancel` | running | running, cancelling | `Stop` |
-| `copy` | uploading, queued, running as a copy | running as a copy, attempt + 1 or + 2 | - |
+| `copy` | uploading, queued, running as a copy | running as a copy, a new attempt | what can start now |
 | `end_copy` | running as a copy | queued | `Requeue`, what can start now |
 | `fail` | any live | unchanged until the caller calls `end` | `Stop`?, `Finish` failed |
 | `end` | any live | completed, failed, cancelled | what can start now |
@@ -446,7 +446,7 @@ class Scheduler:
         self.state.acquit(entry)
         return self.dispatcher.dispatch(now)
 
-    def copy(self, entry: ScheduledRequest, reproducible: str, now: float) -> None:
+    def copy(self, entry: ScheduledRequest, reproducible: str, now: float) -> list[Decision]:
         """Run a live request, which no worker runs, without one: the caller copies the frames of an equal request.
 
         Args:
@@ -459,6 +459,7 @@ class Scheduler:
         if entry in space.queue:
             space.queue.remove(entry)
         self.dispatcher.start_copy(entry, reproducible, now)
+        return self.dispatcher.dispatch(now)  # a worker may have been kept free for it
 
     def end_copy(self, entry: ScheduledRequest, now: float) -> list[Decision]:
         """Queue a copied request, because the request that it is copied from gives no result.

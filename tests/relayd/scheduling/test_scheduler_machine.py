@@ -185,9 +185,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if waiting:
             name = self.pick(waiting, choice)
             attempt = self.live[name].attempt
-            self.scheduler.copy(self.live[name], reproducible, self.now)
             self.admitted.discard(name)
+            decisions = self.scheduler.copy(self.live[name], reproducible, self.now)
             assert self.live[name].attempt > attempt
+            self.carry_out(decisions)
 
     @precondition(lambda self: self.copies())
     @rule(choice=picks, how=st.sampled_from(["frame", "complete", "run"]))
