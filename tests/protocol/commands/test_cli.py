@@ -528,13 +528,6 @@ def test_on_a_terminal_the_line_is_rewritten_and_taken_away() -> None:
     )
 
 
-def test_what_the_relay_had_already_is_told_as_such() -> None:
-    out = io.StringIO()
-    progress = Progress(out, clock=lambda: 0.0)
-    progress.completed(6.0, "out.wav", cached=True)
-    assert out.getvalue() == "6.0 s of audio in 0.0 s, from the relay's cache -> out.wav\n"
-
-
 def test_a_terminal_that_is_gone_stops_nothing() -> None:
     out = Terminal()
     progress = Progress(out)
