@@ -120,7 +120,6 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "name": names,
     "next_seq": seqs,
     "of": counts,
-    "output": words,
     "offset": st.integers(0, 2**50),
     "options": maps,
     "output": words,
