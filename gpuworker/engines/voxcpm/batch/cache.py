@@ -48,12 +48,14 @@ class Cache:
     def fill(self, row: int, prefill: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Store the keys and values of a prefill, (1, key heads, tokens, size) of each layer.
 
-        What lies behind them is never attended to, so it is not cleared.
+        What lies behind them is masked, but it is cleared: a NaN of the speech before would come through the mask.
         """
         for layer, (keys, values) in enumerate(prefill):
             tokens = keys.size(2)
             self.keys[layer, row, :, :tokens] = keys[0]
             self.values[layer, row, :, :tokens] = values[0]
+            self.keys[layer, row, :, tokens:] = 0
+            self.values[layer, row, :, tokens:] = 0
 
     def get_layer_cache(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The part in use of one layer: the call with which voxcpm's `MiniCPMModel.forward_step` asks for it."""

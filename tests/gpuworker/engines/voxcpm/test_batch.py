@@ -1,5 +1,6 @@
 """The batch of rows, through the real package on tiny checkpoints: a speech has its samples whatever is beside it."""
 
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -288,6 +289,16 @@ def test_a_speech_is_the_same_while_the_longest_neighbour_needs_more_of_the_cach
     assert device.places_in_use("cpu", 100, 1_024) < len(here.task(beside).opening.tokens)
     together = here.drive([Arrival(job, 2, 0, 0), Arrival(beside, 0, 2, 0)])
     assert together[0] == here.alone(job)
+
+
+def test_a_speech_is_the_same_after_one_in_its_row_that_was_not_finite(room: Callable[[str, int], Room]) -> None:
+    here = room("voxcpm2", 3)
+    job = Job(TEXTS[0], "none", 1, 2, 2.0, 8, streams=True)
+    alone = here.alone(job)
+    sick = attrs.evolve(job, cfg_value=math.inf, max_len=4)
+    before = here.drive([Arrival(sick, 1, 0, 0)])[0]
+    assert np.isnan(np.frombuffer(before[-1], np.float32)).any()
+    assert here.drive([Arrival(job, 1, 0, 0)]) == [alone]
 
 
 def test_a_batch_of_another_size_makes_nearly_the_same_samples(room: Callable[[str, int], Room], load: Load) -> None:
