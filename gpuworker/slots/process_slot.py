@@ -327,6 +327,8 @@ class ProcessSlot(Slot):
             await child.send({"do": "cancel", "slot": self._place, "run": self._runs})
             told = True
             await trio.sleep_forever()
+        if run.end is not None:
+            return  # it ended in the very last moment
         if told and self.host.abandon(self, asked_at):  # half a message would mix with the next one
             log.warning("%s: did not stop within %g s of a cancel; out of service until it does", self.name, grace_s)
             run.finish(RunResult(outcome="cancelled"))

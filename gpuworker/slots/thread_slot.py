@@ -142,6 +142,8 @@ class ThreadSlot(Slot):
         if self._order is not None:
             self._order.stop.set()
         await trio.sleep(self._cancel_grace_s)
+        if run.end is not None:
+            return  # it ended in the very last moment
         log.warning("%s: did not stop within %g s of a cancel; abandoned", self.name, self._cancel_grace_s)
         self._set_ready(False)  # until `_run_ended`
         run.finish(RunResult(outcome="cancelled"))

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from gpuworker.engines.base import AudioChunk, Chunk
 from gpuworker.engines.catalog import find_engine, parse_options
@@ -184,6 +185,34 @@ async def test_a_run_that_asks_for_a_new_process_ends_all_and_no_words_of_it_rea
             assert (end.details, end.retryable) == ({"innocent": True}, True)
             assert "asked" not in end.message
         await room.until_ready()
+
+
+@pytest.mark.trio
+async def test_a_run_that_ends_as_its_grace_does_costs_no_neighbour(autojump_clock: trio.testing.MockClock) -> None:
+    host = EngineHost("mock", {}, shared=True)
+    slot = ProcessSlot(0, host)
+    slot.ready = True
+    killed: list[bool] = []
+
+    class Child:
+        async def send(self, message: dict[str, Value]) -> None:
+            if message["do"] == "cancel":
+                try:
+                    await trio.sleep_forever()
+                finally:  # the grace is over
+                    assert slot.live_run is not None
+                    slot.live_run.finish(RunResult(outcome="completed"))
+
+        def kill(self) -> None:
+            killed.append(True)
+
+    host.child = Child()  # type: ignore[assignment]  # the part of it that a run uses
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(slot.run, Job({"text": "a"}), lambda _chunk: None)
+        await trio.testing.wait_all_tasks_blocked()
+        slot.cancel()
+    assert not killed
+    assert slot.free
 
 
 @pytest.mark.trio

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from gpuworker.engines.base import AudioChunk, Chunk, Engine, FormatChunk, OptionValue, OutputChunk, RequestContext
 from gpuworker.engines.catalog import find_engine, parse_options
 from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, Tune, tune_key
-from gpuworker.slots.process_slot import EngineHost, ProcessSlot
+from gpuworker.slots.process_slot import CANCEL_GRACE_S, EngineHost, ProcessSlot
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job, Slot
 from gpuworker.slots.thread_slot import ThreadSlot
@@ -511,3 +512,23 @@ async def test_a_thread_slot_tells_why_its_engine_cannot_be_loaded() -> None:
     async with serving(ThreadSlot(0, make)) as bench:
         await bench.until(lambda: bench.slot.load_fault != "")
         assert bench.slot.load_fault == "RuntimeError: no model"
+
+
+@pytest.mark.trio
+async def test_a_thread_whose_run_ends_as_its_grace_does_keeps_its_slot(autojump_clock: trio.testing.MockClock) -> None:
+    slot = ThreadSlot(0, MockEngine)
+    for _ in range(20):  # Trio runs what is due at the same time in any order
+        slot.ready = True
+        ends: list[RunResult] = []
+
+        async def run(ends: list[RunResult] = ends) -> None:
+            ends.append(await slot.run(Job({"text": "a"}), lambda _chunk: None))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await trio.testing.wait_all_tasks_blocked()
+            slot.cancel()
+            await trio.sleep(CANCEL_GRACE_S)
+            if slot.stopping is not None:
+                slot.stopping.finish(RunResult(outcome="completed"))
+        assert slot.free == (ends == [RunResult(outcome="completed")])
