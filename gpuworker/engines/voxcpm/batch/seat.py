@@ -5,6 +5,7 @@ from contextlib import closing
 
 import torch
 
+from gpuworker.engines.base import EngineError
 from gpuworker.engines.voxcpm.batch.rows import Batch, Patch, Task
 from gpuworker.engines.voxcpm.batch.steps import Steps
 from gpuworker.engines.voxcpm.errors import named_faults
@@ -101,8 +102,8 @@ class Seat:
         try:
             while not ended:
                 patch = out.get()
-                ended = isinstance(patch, Exception) or patch.ended or patch.fault is not None
-                if isinstance(patch, Exception):
+                ended = isinstance(patch, EngineError) or patch.ended or patch.fault is not None
+                if isinstance(patch, EngineError):
                     raise patch
                 yield patch
                 if patch.fault is not None:

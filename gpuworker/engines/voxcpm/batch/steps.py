@@ -2,16 +2,19 @@
 
 import queue
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
+from gpuworker.engines.base import EngineError
 from gpuworker.engines.voxcpm.batch.device import bind_thread
 from gpuworker.engines.voxcpm.batch.rows import Batch, Patch, Task
+from gpuworker.engines.voxcpm.errors import named_faults
 
 T = TypeVar("T")
 #: What a speech receives: its patches, or the error that ended the step of all.
-Patches = queue.SimpleQueue[Patch | Exception]
+Patches = queue.SimpleQueue[Patch | EngineError]
 
 
 class Steps:
@@ -122,11 +125,16 @@ class Steps:
     def _step(self) -> None:
         assert self._batch is not None
         try:
-            made = self._batch.step()
+            with named_faults(self._batch.places):
+                made = self._batch.step()
         except Exception as fault:  # noqa: BLE001 - the batch is one: every speech in it fails with it
+            traceback.print_exc()
+            # Nobody knows whose fault it is: the slots find out, with a new process. And nobody may read of others.
+            told = "a step, which all requests share, failed; the worker's log says why"
+            told = str(fault) if isinstance(fault, EngineError) else told
             for row, out in self._outs.items():
                 self._batch.leave(row)
-                out.put(fault)
+                out.put(EngineError(told, retryable=True, restart=True))
             self._outs.clear()
             return
         for row, patch in made.items():

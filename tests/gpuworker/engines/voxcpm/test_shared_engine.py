@@ -192,8 +192,15 @@ def test_what_fails_or_is_cancelled_in_one_seat_changes_nothing_in_the_others(
         assert speech_of(seat, JOBS[0].text) == alone[0]
 
 
-def test_a_step_that_fails_ends_all_runs_and_the_next_ones_are_right(
-    seats: list[VoxcpmEngine], alone: list[bytes], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the GPU is out of memory"),
+        (RuntimeError("what one of them said"), "a step, which all requests share, failed"),
+    ],
+)
+def test_a_step_that_fails_ends_all_runs_to_be_tried_again_and_the_next_ones_are_right(
+    fault: Exception, told: str, seats: list[VoxcpmEngine], alone: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Batch.step
     together = threading.Barrier(2)
@@ -202,7 +209,7 @@ def test_a_step_that_fails_ends_all_runs_and_the_next_ones_are_right(
         made = step(self)
         if self.live == 2 and fails:
             fails.clear()
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise fault
         return made
 
     fails = [True]
@@ -218,7 +225,7 @@ def test_a_step_that_fails_ends_all_runs_and_the_next_ones_are_right(
 
     at_once([speak(seats[0]), speak(seats[3])])
     assert [(end.outcome, end.retryable, end.restart) for end in ends] == [("failed", True, True)] * 2
-    assert "the GPU is out of memory" in ends[0].message
+    assert all(told in end.message and "one of them" not in end.message + end.report for end in ends)
     assert speech_of(seats[1], JOBS[0].text) == alone[0]
 
 
