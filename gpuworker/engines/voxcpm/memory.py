@@ -280,7 +280,7 @@ def lacking_memory(model: str, device: str, slots: int, context: int = 0, rows: 
     if need is None or free is None:
         return []
     demand = _Demand.of(need, model, slots, rows, gpu=free.gpu)
-    room = free.size if free.gpu else free.size - (need.building - need.weights)  # the last model is built in it too
+    room = _room(need, free)
     lacks = []
     if demand.size > room:
         fit = demand.fit(room)
@@ -310,8 +310,13 @@ def memory_outlook(model: str, device: str, slots: int, context: int = 0, rows: 
     text = f"{demand.words} {'needs' if demand.count == 1 else 'need'} about {_gib(demand.size)}"
     if free is None:
         return f"{text}; how much is free is not known"
-    room = f", which has room for {demand.fit(free.size)} rows" if rows > 1 else ""
+    room = f", which has room for {demand.fit(_room(need, free))} rows" if rows > 1 else ""
     return f"{text} of {_kind(free)}, {_gib(free.size)} are free on {free.where}{room}"
+
+
+def _room(need: Need, free: Free) -> int:
+    """What models may take of the free memory: in main memory, the last of them is built too."""
+    return free.size if free.gpu else free.size - (need.building - need.weights)
 
 
 def slot_bytes(need: Need, *, gpu: bool) -> int:

@@ -1,6 +1,7 @@
 """How much memory a model takes and how much there is, with an nvidia-smi and a /proc/meminfo of the test's own."""
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -265,6 +266,11 @@ def test_on_a_cpu_main_memory_is_what_counts(main_memory: Callable[[float], None
     (lack,) = lacking_memory(V2, "cpu", 4)
     assert "of memory for 4 slots" in lack.what
     assert "16.0 GiB are free on this machine; use --slots 1;" in lack.what
+    told = re.search(r"room for (\d+) rows", memory_outlook(V2, "cpu", 8, rows=8))
+    assert told is not None
+    fit = int(told[1])
+    assert lacking_memory(V2, "cpu", fit, rows=fit) == []
+    assert lacking_memory(V2, "cpu", fit + 1, rows=fit + 1) != []
 
 
 # -- gpuworker run and doctor ------------------------------------------------------------------------------------
