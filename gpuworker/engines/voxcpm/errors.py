@@ -15,8 +15,8 @@ def named_faults(context: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as fault:
         raise EngineError(
-            f"the GPU is out of memory ({str(fault).splitlines()[0]}); run fewer slots on it (--slots), or keep "
-            "other programs off it",
+            f"the GPU is out of memory ({str(fault).splitlines()[0]}); run fewer slots or rows on it (--slots, "
+            "-o batch), or keep other programs off it",
             retryable=True,
             restart=True,
         ) from fault
