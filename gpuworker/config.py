@@ -268,8 +268,11 @@ def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = No
     if not 1 <= slots <= MAX_SLOTS:
         faults.append(f"--slots {slots}: must lie in 1..{MAX_SLOTS}")
     for name in ("load_timeout", "cancel_grace", "stall_timeout", "drain_timeout"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            faults.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number of seconds, 0 or more")
+        given_s = getattr(args, name)
+        above_0 = name in ("load_timeout", "stall_timeout")  # with 0, every engine would be killed as it begins
+        if not 0 <= given_s < float("inf") or (above_0 and not given_s):
+            least = "above 0" if above_0 else "0 or more"
+            faults.append(f"--{name.replace('_', '-')} {given_s}: must be a number of seconds, {least}")
     try:
         engine_class = find_engine(args.engine)
         options = parse_options(engine_class.OPTIONS, args.options)

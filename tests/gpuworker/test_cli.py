@@ -79,6 +79,8 @@ def test_run_tells_every_fault_at_once() -> None:
         (["--engine", "function"], "call"),
         (["--engine", "mock", "-o", "shared=true", "--in-threads"], "--in-threads: engine 'mock'"),
         (["--engine", "mock", "--stall-timeout", "-1"], "--stall-timeout -1.0"),
+        (["--engine", "mock", "--stall-timeout", "0"], "--stall-timeout 0.0: must be a number of seconds, above 0"),
+        (["--engine", "mock", "--load-timeout", "0"], "--load-timeout 0.0: must be a number of seconds, above 0"),
         (["--token-file", "/nonexistent/token"], "cannot be read"),
     ],
 )
