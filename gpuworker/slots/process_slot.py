@@ -247,7 +247,7 @@ class EngineHost:
         # In this order: the relay must know that the slots are gone before it sees their runs fail.
         self._set_ready(False)
         runs = [(slot, slot.live_run) for slot in self.slots]
-        several = sum(run is not None for _, run in runs) > 1
+        several = sum(run is not None or slot.abandoned for slot, run in runs) > 1
         for slot, run in runs:
             slot.abandoned = False
             if run is None:

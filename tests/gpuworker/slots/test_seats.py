@@ -1,5 +1,7 @@
 """Slots that share one engine process: what a crash, a hang, a cancel or a stall of one costs the others."""
 
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -270,6 +272,21 @@ async def test_a_slot_that_does_not_stop_goes_out_of_service_while_others_work_a
         await room.until_ready()
         assert room.ready == [8, 7, 0, 8], "nothing ran any more, so the process could go"
         assert room.pid != pid
+
+
+@pytest.mark.trio
+async def test_one_that_ran_beside_a_slot_out_of_service_is_innocent_of_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_room(4, "speed=5", cancel_grace_s=0.2) as room:
+        neighbour = room.start(0)
+        hung = room.start(1, fail={"how": "hang", "at": 1})
+        await printed(caplog, "hanging")
+        await neighbour.heard()
+        hung.slot.cancel()
+        assert (await hung.ended()).outcome == "cancelled"
+        os.kill(room.pid, signal.SIGKILL)
+        assert (await neighbour.ended()).details == {"innocent": True}
 
 
 @pytest.mark.trio
