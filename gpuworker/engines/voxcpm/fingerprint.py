@@ -3,7 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Iterable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -12,6 +12,8 @@ import torch
 #: all tensors), the end, and blocks spread evenly between, because a fine-tuned model differs only in values.
 _EDGE_BYTES = 1024 * 1024
 _BLOCKS, _BLOCK_BYTES = 64, 16 * 1024
+#: What speaks, what reads recordings, and what writes numbers out as words; some of these may not be installed.
+_PACKAGES = ("voxcpm", "transformers", "librosa", "soundfile", "soxr", "av", "wetext", "inflect")
 
 
 def model_fingerprint(
@@ -19,10 +21,11 @@ def model_fingerprint(
 ) -> str:
     """A digest of 16 hex digits: two processes with equal digests make equal samples for equal request and seed.
 
-    It covers the model's files, the versions of voxcpm and torch (with CUDA and cuDNN), the dtype, whether the model is
-    compiled, the size of its context (a long text is split where it ends), and the kind of device: the GPU's name, or
-    the CPU's model, instruction set and number of threads, on which the rounding of sums depends. It does not cover
-    kernels chosen by timing them (as torch.compile may); the engine's self-check covers those.
+    It covers the model's files, the versions of torch (with CUDA and cuDNN), of voxcpm, and of the packages that read
+    recordings and write numbers out as words, the dtype, whether the model is compiled, the size of its context (a long
+    text is split where it ends), and the kind of device: the GPU's name, or the CPU's model, instruction set and number
+    of threads, on which the rounding of sums depends. It does not cover kernels chosen by timing them (as torch.compile
+    may); the engine's self-check covers those.
 
     Args:
         folder: the folder of the model's files.
@@ -33,8 +36,8 @@ def model_fingerprint(
         more: further files, such as an adapter's.
     """
     digest = hashlib.sha256()
-    for name in ("voxcpm", "transformers"):
-        digest.update(f"{name} {version(name)}\n".encode())
+    for name in _PACKAGES:
+        digest.update(f"{name} {_version(name)}\n".encode())
     digest.update(f"{torch.__version__} {dtype} {'compiled' if compiled else 'eager'} {context}\n".encode())
     digest.update("\n".join(_device_words(device)).encode())
     suffixes = (".json", ".safetensors", ".pth", ".bin", ".model")
@@ -43,6 +46,13 @@ def model_fingerprint(
         for block in _sampled(file):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _device_words(device: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import errors
 
 from gpuworker.engines.base import EngineError
-from gpuworker.engines.voxcpm import devices
+from gpuworker.engines.voxcpm import devices, fingerprint
 from gpuworker.engines.voxcpm.devices import choose_device, load_denoiser
 from gpuworker.engines.voxcpm.fingerprint import model_fingerprint
 from gpuworker.engines.voxcpm.model import Model, Settings
@@ -253,6 +253,10 @@ def test_the_fingerprint_is_of_all_that_samples_depend_on(folder: Path, monkeypa
     others = {mark("bfloat16"), mark(compiled=True), mark(context=512)}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     others.add(mark())
+    for newer in ("", "voxcpm", "soxr", "wetext"):  # the last two read recordings, and numbers
+        monkeypatch.undo()
+        monkeypatch.setattr(fingerprint, "version", lambda name, newer=newer: "2" if name == newer else "1")
+        others.add(mark())
     monkeypatch.undo()
     path = folder / "model.safetensors"
     weights = bytearray(path.read_bytes())
@@ -260,7 +264,7 @@ def test_the_fingerprint_is_of_all_that_samples_depend_on(folder: Path, monkeypa
     path.write_bytes(weights)
     others.add(mark())
     assert first not in others
-    assert len(others) == 5
+    assert len(others) == 9
 
 
 def test_the_fingerprint_of_large_weights_is_of_their_start_end_and_samples(folder: Path) -> None:
