@@ -7,7 +7,7 @@ import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Self
 
 import attrs
 import h11
@@ -34,14 +34,22 @@ WAV_HEADER_BYTES = 44
 _LATER = (429, 503, 507)
 
 
-async def _read(answer: Answer, silence_s: float = SILENCE_S) -> AsyncIterator[bytes]:
-    """The pieces of a body, as they arrive."""
-    while True:
-        with trio.fail_after(silence_s):
-            piece = await answer.piece()
+@attrs.frozen
+class _Pieces:
+    """The pieces of a body, as they arrive; no generator, which would have to be closed where reading ends early."""
+
+    answer: Answer
+    silence_s: float = SILENCE_S
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        with trio.fail_after(self.silence_s):
+            piece = await self.answer.piece()
         if piece is None:
-            return
-        yield piece
+            raise StopAsyncIteration
+        return piece
 
 
 def _end_of(answer: Answer, body: bytes) -> str:
@@ -203,7 +211,7 @@ class WebClient:
         left = b""
         since: float | None = None
         pace_s = CHUNK_MS / 1000 / case.plan.speed * (1.5 if case.plan.space == LOOSE else 1.0)
-        async for piece in _read(answer):
+        async for piece in _Pieces(answer):
             whole, mark, left = (left + piece).rpartition(b"\n\n")
             for kind, _id, data in events_of(whole + mark):
                 if kind == "audio":
@@ -252,7 +260,7 @@ class WebClient:
                         else:
                             self._counts["HTTP downloads continued"] += 1
                         etag = answer.headers.get("etag", "")
-                        async for piece in _read(answer):
+                        async for piece in _Pieces(answer):
                             got += piece
                         reception.end = "completed"
                     elif answer.status == 416 and rest:
@@ -274,7 +282,7 @@ class WebClient:
             try:
                 async with self._ask("POST", "/v1/audio/speech", body=body, silence_s=SPEECH_SILENCE_S) as answer:
                     self._counts["HTTP speech responses"] += 1
-                    async for piece in _read(answer, SPEECH_SILENCE_S):
+                    async for piece in _Pieces(answer, SPEECH_SILENCE_S):
                         got += piece
                 if answer.status == 200:
                     reception.end = "completed"
