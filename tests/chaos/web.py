@@ -219,18 +219,19 @@ class WebClient:
                     if since is not None:
                         self.ledger.record_gap(case, self.name, since, now, pace_s)
                     since = now
-                self._take_event(case, reception, kind, data)
+                self.take_event(case, reception, kind, data)
             if until is not None and len(reception.pieces) > until and not reception.end:
                 return False
         return True
 
-    def _take_event(self, case: Case, reception: Reception, kind: str, data: dict[str, Any]) -> None:
+    def take_event(self, case: Case, reception: Reception, kind: str, data: dict[str, Any]) -> None:
+        """Process one event."""
         if kind == "queued":
             self.ledger.note_position(case, data["position"], data["of"])
             return
         if kind == "error":
-            if data["error"]["code"] != "shutting_down":
-                reception.end = f"error {data['error']['code']}"
+            if data["code"] != "shutting_down":  # not in an `error` of its own, as in a body
+                reception.end = f"error {data['code']}"
             return
         if "seq" not in data:  # `worker_away`, `worker_back`
             return
