@@ -482,16 +482,14 @@ class WorkerHandler:
             and frame.code in ENGINE_FAULTS
             and (frame.retryable or request.submit.retry == "always")
         ):
-            self.send(ack)  # first, so that the worker forgets this attempt before the next is assigned
             relay.workers.lose_attempt_of_live_worker(
-                request, self, ErrorCode(frame.code), frame.message, frame.details, innocent
+                request, self, ack, ErrorCode(frame.code), frame.message, frame.details, innocent
             )
         elif isinstance(frame, Cancelled) and request.entry.cancel_reason is None:
             # The request was not cancelled: either the worker was asked to stop a lost attempt and was disconnected
             # before it had, or it stopped the attempt by itself.
-            self.send(ack)
             relay.workers.lose_attempt_of_live_worker(
-                request, self, ErrorCode.WORKER_LOST, f"its worker stopped it: {frame.reason}"
+                request, self, ack, ErrorCode.WORKER_LOST, f"its worker stopped it: {frame.reason}"
             )
         elif isinstance(frame, Completed):
             relay.finish_request(request, data, State.COMPLETED, result=frame.result, pending_ack=pending_ack)

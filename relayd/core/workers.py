@@ -7,7 +7,7 @@ import structlog
 import trio
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import MAX_TEXT_CHARS, Register, Rejected
+from protocol.wire.messages import MAX_TEXT_CHARS, Ack, Register, Rejected
 from protocol.wire.validators import Value
 from relayd.core.interfaces import RelayState, WorkerPort
 from relayd.core.spaces import Spaces
@@ -234,14 +234,37 @@ class Workers(Mapping[str, WorkerPort]):
 
     # -- attempts
 
-    def lose_attempt(self, request_id: str, code: ErrorCode, message: str, *, innocent: bool | None = None) -> None:
-        """Note that an attempt is lost; depending on its retry policy, the request is tried again or fails."""
+    def lose_attempt(
+        self,
+        request_id: str,
+        code: ErrorCode,
+        message: str,
+        *,
+        innocent: bool | None = None,
+        pending_ack: tuple[str, Ack] | None = None,
+    ) -> None:
+        """Note that an attempt is lost; depending on its retry policy, the request is tried again or fails.
+
+        Args:
+            request_id: the request.
+            code: with which it fails if it is not tried again.
+            message: the same, for people.
+            innocent: as in `Scheduler.lose`.
+            pending_ack: for a loss that a worker reports: its id, and the `ack` that it gets before the next attempt is
+                assigned, or once the end is stored. A worker that has forgotten the attempt counts as one that never
+                received it.
+        """
         request = self.relay.requests.get(request_id)
         if request is not None and request.entry.state is State.RUNNING:
             request.add_timeline("lost", code=code.value, why=message[:MAX_STEP_CHARS], innocent=innocent)
             request.lost = code.value, message[:MAX_TEXT_CHARS]
-        now = trio.current_time()
-        self.relay.apply(self.relay.scheduler.lose(request_id, code, message, now, innocent=innocent))
+        decisions = self.relay.scheduler.lose(request_id, code, message, trio.current_time(), innocent=innocent)
+        ends = any(isinstance(each, Finish) and each.entry.request_id == request_id for each in decisions)
+        if pending_ack is not None and not ends:
+            self._connected[pending_ack[0]].acknowledge(pending_ack[1])
+        self.relay.apply(decisions)
+        if pending_ack is not None and ends and request is not None:
+            request.pending_ack = pending_ack
 
     def note_begun(self, request_id: str) -> None:
         """Note that an attempt that runs alone has made something; others may start beside it."""
@@ -275,6 +298,7 @@ class Workers(Mapping[str, WorkerPort]):
         self,
         request: Request,
         port: WorkerPort,
+        ack: Ack,
         code: ErrorCode,
         message: str,
         details: dict[str, Value] | None = None,
@@ -283,7 +307,7 @@ class Workers(Mapping[str, WorkerPort]):
         """Treat an attempt as lost whose worker is still connected, for example because its engine crashed."""
         request.details = details or {}
         self.relay.scheduler.state.workers[port.worker_id].held.pop(request.request_id, None)
-        self.lose_attempt(request.request_id, code, message, innocent=innocent)
+        self.lose_attempt(request.request_id, code, message, innocent=innocent, pending_ack=(port.worker_id, ack))
 
     def release(self, port: WorkerPort, request_id: str, attempt: int) -> None:
         """Free the slot of an attempt that a worker has released."""

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.wire.frames import Cancelled
+from protocol.wire.frames import Cancelled, Failed
 from protocol.wire.messages import (
     Accepted,
+    Ack,
     Cancel,
     Done,
     Drain,
@@ -319,3 +320,26 @@ async def test_a_worker_stays_drained_over_a_restart_until_it_is_undrained(tmp_p
         await operator.next(Done)
         assert in_store(relay).drains == ()
         await worker.assigned()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("lost", ["it fails", "it is stopped"])
+async def test_a_loss_that_ends_a_request_is_acknowledged_when_the_store_has_it(
+    tmp_path: Path, disk: Disk, lost: str
+) -> None:
+    """A worker that had forgotten the attempt would be handed it again by a relay that is started again."""
+    async with (
+        daemon(tmp_path, **SQLITE) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url) as worker,
+    ):
+        await accepted(client, retry="never")
+        told = identity(await worker.assigned(), 0)
+        await relay.relay.store.flush()
+        with disk.stands():
+            failed = Failed(**told, code="engine_failed", message="broke", retryable=True)
+            worker.send(failed if lost == "it fails" else Cancelled(**told, reason="stopped"))
+            assert not [message for message in await heard(worker.peer) if isinstance(message, Ack)]
+        await worker.peer.next(Ack)
+        assert in_store(relay).requests[0].state == "failed"
+        await relay.at_rest()
