@@ -326,9 +326,33 @@ class Relay:
         request.wake()
         self.mark_changed("workers", entry.worker_id or "")
         self._log_request(request, "request started", attempt=entry.attempt, worker=entry.worker_id)
-        self.save_status(request)
-        self.workers[entry.worker_id or ""].assign(request, from_seq)
+        port = self.workers[entry.worker_id or ""]
+        if request.submit.retry == "never":
+            self.nursery.start_soon(self._assign_once_stored, request, port, entry.attempt, from_seq)
+        else:
+            self.save_status(request)
+            port.assign(request, from_seq)
         self.copies.join_waiting(request)
+
+    async def _assign_once_stored(self, request: Request, port: WorkerPort, attempt: int, from_seq: int) -> None:
+        """Assign an attempt once the store knows of it: a relay that is killed must not begin it a second time."""
+        try:
+            await self.store.commit(self.status_update(request))
+        except StoreError as fault:
+            log.warning("start of a request not stored", request_id=request.request_id, why=str(fault))
+            self.save_status(request)
+        if self.workers.get(port.worker_id) is not port:
+            return  # its worker is away, or has registered again without it
+        try:
+            if self.attempt_of(port, request.request_id, attempt) is not None:
+                if request.entry.cancel_reason is None:
+                    port.assign(request, from_seq)
+                    return
+                self.apply([Finish(request.entry, None, request.entry.cancel_reason)])
+        except Exception:
+            log.exception("internal error in request", request_id=request.request_id)
+            self.fail_internal(request)
+        self.workers.release(port, request.request_id, attempt)  # nothing of it was sent to the worker
 
     def _finish(self, request: Request, code: ErrorCode | None, message: str) -> None:
         """End a request with a last frame that the relay makes."""

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from protocol.wire.frames import Cancelled, Failed
 from protocol.wire.messages import (
     Accepted,
     Ack,
+    Assign,
     Cancel,
     Done,
     Drain,
@@ -343,3 +344,53 @@ async def test_a_loss_that_ends_a_request_is_acknowledged_when_the_store_has_it(
         await worker.peer.next(Ack)
         assert in_store(relay).requests[0].state == "failed"
         await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_request_that_must_not_be_tried_again_starts_when_the_store_has_its_start(
+    tmp_path: Path, disk: Disk
+) -> None:
+    """A relay that is killed behind the start, and its worker with it, must not begin it a second time."""
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client:
+        await accepted(client, retry="never")
+        async with fake_worker(relay.url) as worker:
+            with disk.stands():
+                assert not [message for message in await heard(worker.peer) if isinstance(message, Assign)]
+                assert in_store(relay).requests[0].state == "queued"
+            worker.speak(await worker.assigned(), [])
+            (record,) = in_store(relay).requests
+            assert (record.state in ("running", "completed"), record.attempt) == (True, 1)
+            await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_request_that_is_cancelled_while_its_start_is_stored_never_runs(tmp_path: Path, disk: Disk) -> None:
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client:
+        request_id = await accepted(client, retry="never")
+        async with fake_worker(relay.url) as worker:
+            with disk.stands():
+                await worker.peer.next(Registered)
+                client.send(Cancel(request_id=request_id))
+                await worker.peer.next(Cancel)
+            await client.next(Cancelled)
+            await relay.at_rest()
+            request_id = await accepted(client)
+            assert (await worker.assigned()).request_id == request_id, "the slot is free, and nothing ran in it"
+
+
+@pytest.mark.trio
+async def test_a_worker_that_reconnects_while_a_start_is_stored_is_assigned_it_once(tmp_path: Path, disk: Disk) -> None:
+    instance = an_id()
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client:
+        request_id = await accepted(client, retry="never")
+        with ExitStack() as stack:
+            stack.enter_context(disk.stands())
+            async with fake_worker(relay.url, instance=instance) as worker:
+                await worker.peer.next(Registered)
+                await worker.peer.cut()
+            await until(lambda: not relay.relay.workers)
+            async with fake_worker(relay.url, instance=instance) as worker:
+                await worker.peer.next(Registered)
+                stack.close()
+                assert (await worker.assigned()).request_id == request_id
+                assert not [message for message in await heard(worker.peer) if isinstance(message, Assign)]
