@@ -26,6 +26,8 @@ SEEN_S = 4.0
 NOISE_S = 0.25
 #: Events of the timeline that are kept, to explain what went wrong.
 KEPT_EVENTS = 60_000
+#: Why the relay has ended the former link of a worker that is linked.
+REPLACED = "the same worker connected again"
 #: Log events of the relay that concern a request.
 _ABOUT = frozenset(
     {"request started", "request queued again", "request completed", "request failed", "request cancelled"}
@@ -202,10 +204,12 @@ class Ledger:
         self.note("relay", line if not entry else f"{event} {_fields(entry)}")
         now = trio.current_time()
         if event == "listening":
+            self.relay_gone()  # again: the last lines of the one before may have come after its end
             self.relay_starts.append(now)
         elif event == "worker registered":
+            self._unlink(_worker_name(entry["worker"]), now)
             self.linked[_worker_name(entry["worker"])].append([now, float("inf")])
-        elif event == "worker disconnected":
+        elif event == "worker disconnected" and entry["why"] != REPLACED:
             self._unlink(_worker_name(entry["worker"]), now)
         elif event in _ABOUT and (case := self.cases.get(entry.get("request_id", ""))):
             if event == "request started":

@@ -1,14 +1,16 @@
 """The judge: what it lets pass and, above all, what it does not."""
 
 import itertools
+import json
 import random
 from collections.abc import Callable
 
 import attrs
 import pytest
+import trio
 
 from tests.chaos.faults import CLIENT_FAULTS, RELAY_FAULTS, WORKER_FAULTS, draw_faults
-from tests.chaos.report import Fault, Ledger, Windows
+from tests.chaos.report import REPLACED, Fault, Ledger, Windows
 from tests.chaos.verdict import Cause, Reception, judge, judge_attempts, lost_and_doubled
 from tests.chaos.workload import KINDS, WEB_KINDS, Plan, draw_plan
 
@@ -184,6 +186,24 @@ def test_a_worker_is_away_by_what_the_relay_said_and_anew_after_each_restart() -
     assert not ledger._was_away("a", 15.0, 40.0, 5.0)
     assert ledger._was_away("a", 15.0, 40.0, 5.0, over_restarts=True)
     assert ledger._was_away("b", 0.0, 9.0, 5.0)
+
+
+@pytest.mark.trio
+async def test_a_worker_whose_link_was_replaced_or_told_late_is_away_when_its_last_link_has_ended() -> None:
+    ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+
+    def told(event: str, **more: object) -> None:
+        ledger.record_line("relay", json.dumps({"event": event, "worker": "a-1", **more}))
+
+    told("worker registered")
+    told("worker registered")
+    told("worker disconnected", why=REPLACED)
+    now = trio.current_time()
+    assert not ledger._was_away("a", now, now + 9.0, 5.0)
+    ledger.relay_gone()
+    told("worker registered")
+    told("listening")
+    assert ledger._was_away("a", now, now + 9.0, 5.0)
 
 
 @pytest.mark.trio
