@@ -75,7 +75,9 @@ class Case:
     #: When the harness left it without a listener; None if it has one.
     unheld_from: float | None = None
     unheld_to: float = float("inf")
+    #: When the last listener had the end; `first_ended_at`: the first.
     ended_at: float | None = None
+    first_ended_at: float | None = None
     closed_at: float | None = None
     #: (attempt, worker process), as logged by the workers (`begun`) and by the relay (`started`).
     begun: list[tuple[int, str]] = attrs.field(factory=list)
@@ -303,8 +305,8 @@ class Ledger:
 
         So it is lost where the relay was killed before it was stored, and the worker before it came back.
         """
-        ended_at = case.ended_at or 0.0
-        killed = {fault.target.removeprefix("worker ") for fault in self.faults if self._killed_since(fault, ended_at)}
+        since = case.first_ended_at or 0.0
+        killed = {fault.target.removeprefix("worker ") for fault in self.faults if self._killed_since(fault, since)}
         return "relay" in killed and bool(killed & {worker for _attempt, worker in (*case.started, *case.begun)})
 
     @staticmethod
@@ -315,6 +317,7 @@ class Ledger:
         """Judge a reception that has ended."""
         reception.ended_at = trio.current_time()
         case.ended_at = reception.ended_at
+        case.first_ended_at = case.first_ended_at or reception.ended_at
         self.note(case.plan.name, f"{reception.name} has the end: {reception.end} {reception.message}")
         for fault in judge(case.plan, reception, self.causes(case, reception.ended_at)):
             self.complain(f"{reception.name}: {fault}", case)
@@ -327,7 +330,8 @@ class Ledger:
         self.counts["samples voided by a restart"] += reception.voided
         self.counts["restarts seen"] += reception.restarts
         for other in case.receptions:
-            if other is not reception and other.end and other.end != reception.end:
+            differs = other is not reception and other.end and other.end != reception.end
+            if differs and not self.may_end_anew(case):
                 self.complain(f"{other.name} received {other.end!r}, and {reception.name} {reception.end!r}", case)
         reception.pieces = [(-1, hashlib.sha256(reception.pcm).digest())]  # to save memory in a long run
 

@@ -227,8 +227,14 @@ async def test_an_end_may_be_forgotten_only_where_relay_and_worker_were_both_kil
     def ledger_with(*faults: Fault) -> bool:
         ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
         case = ledger.open_case(PLAN, "00" * 16, "client 1")
-        case.started, case.ended_at = [(1, "a")], 10.0
+        case.started = [(1, "a")]
+        case.receptions = [received(end="completed"), received(end="failed worker_lost", chunks=0)]
+        ledger.close_reception(case, case.receptions[0])
+        case.first_ended_at = 10.0  # the other is heard after the faults
         ledger.faults = list(faults)
+        before = len(ledger.complaints)
+        ledger.close_reception(case, case.receptions[1])
+        assert ledger.may_end_anew(case) is not any("received" in each for each in ledger.complaints[before:])
         return ledger.may_end_anew(case)
 
     relay, worker = Fault("kill -9 behind an answer", "relay", 11.0), Fault("kill -9", "worker a", 12.0)
