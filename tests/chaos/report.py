@@ -102,6 +102,7 @@ class Windows:
     resume_window_s: float
     #: A stream must continue within this time after the last fault.
     promised_s: float
+    queue_timeout_s: float = 60.0
 
 
 @attrs.define(eq=False)
@@ -272,6 +273,12 @@ class Ledger:
                 found.add(cause)
         if any(case.began_at <= start <= until for start in self.relay_starts):
             found.add(Cause.RELAY_RESTARTED)
+        pauses = [each for each in self.faults if (each.kind, each.target) == ("paused", f"space {case.plan.space}")]
+        if any(
+            min(each.healed_at, until) - max(each.began_at, case.began_at) >= self.windows.queue_timeout_s * 0.9
+            for each in pauses
+        ):
+            found.add(Cause.PAUSED)
         if case.cancelled_at is not None and case.cancelled_at <= until:
             found.add(Cause.CANCELLED)
         if not case.detached and self._was_unheld(case, until):

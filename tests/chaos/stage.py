@@ -51,20 +51,20 @@ memory_bytes = 20_000
 [spaces.tts]
 max_workers = 8
 max_attempts = {patient}
-queue_timeout_s = 60.0
+queue_timeout_s = {queue_timeout_s}
 idle_timeout_s = 20.0
 
 [spaces.loose]
 max_workers = 8
 max_attempts = {patient}
-queue_timeout_s = 60.0
+queue_timeout_s = {queue_timeout_s}
 idle_timeout_s = 20.0
 
 [spaces.deep]
 max_workers = 8
 max_attempts = {patient}
 max_queued_per_principal = 1000
-queue_timeout_s = 60.0
+queue_timeout_s = {queue_timeout_s}
 idle_timeout_s = 20.0
 
 [spaces.held]
@@ -76,7 +76,7 @@ queue_timeout_s = 10.0
 [spaces.frail]
 max_workers = 8
 max_attempts = {frail}
-queue_timeout_s = 60.0
+queue_timeout_s = {queue_timeout_s}
 idle_timeout_s = {frail_idle_s}
 """
 

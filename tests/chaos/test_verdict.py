@@ -98,7 +98,8 @@ def test_what_came_before_a_failure_must_be_the_beginning() -> None:
         (attrs.evolve(LOOSE, retry="always"), "failed worker_lost", KILLED, False),
         (LOOSE, "failed engine_failed", KILLED, False),
         (LOOSE, "failed engine_failed", frozenset({Cause.SLOT_KILLED}), True),
-        (PLAN, "failed queue_timeout", frozenset(Cause), False),
+        (PLAN, "failed queue_timeout", frozenset(Cause) - {Cause.PAUSED}, False),
+        (PLAN, "failed queue_timeout", frozenset({Cause.PAUSED}), True),
         (PLAN, "failed internal", frozenset(Cause), False),
         (PLAN, "rejected request_not_found", frozenset(Cause), False),
         (PLAN, "ProtocolError", frozenset(Cause), False),
@@ -243,6 +244,22 @@ async def test_an_end_may_be_forgotten_only_where_relay_and_worker_were_both_kil
     assert not ledger_with(worker)
     assert not ledger_with(relay, Fault("kill -9", "worker b", 12.0))
     assert not ledger_with(relay, Fault("kill -9", "worker a", 5.0, 6.0))
+
+
+@pytest.mark.trio
+async def test_only_a_long_pause_of_its_own_space_lets_a_request_time_out() -> None:
+    ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+    case = ledger.open_case(PLAN, "00" * 16, "client 1")
+    case.detached, now = True, case.began_at
+    for target, began_s, healed_s, excused in (
+        ("space tts", 0.0, 70.0, True),
+        ("space tts", 0.0, 40.0, False),
+        ("space tts", -40.0, 40.0, False),
+        ("space loose", 0.0, 70.0, False),
+        ("space tts", 30.0, float("inf"), True),
+    ):
+        ledger.faults = [Fault("paused", target, now + began_s, now + healed_s)]
+        assert (Cause.PAUSED in ledger.causes(case, now + 100.0)) is excused
 
 
 @pytest.mark.trio

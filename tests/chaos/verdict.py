@@ -21,6 +21,7 @@ class Cause(StrEnum):
     WORKER_LONG_AWAY = "a worker that ran it stayed away for longer than worker_grace_s"
     RELAY_RESTARTED = "the relay was restarted"
     UNHELD = "no connection held it for longer than the resume window"
+    PAUSED = "its space was paused for longer than queue_timeout_s"
     CANCELLED = "its client cancelled it"
 
 
@@ -136,6 +137,8 @@ def _judge_end(plan: Plan, reception: Reception, causes: frozenset[Cause]) -> st
         return f"nobody cancelled it, and it was held ({reception.message})"
     allowed: set[str] = set()
     if plan.queue_timeout_s is not None and reception.ended_at - reception.began_at >= plan.queue_timeout_s:
+        allowed.add("queue_timeout")
+    if Cause.PAUSED in causes:
         allowed.add("queue_timeout")
     if plan.space == FRAIL:
         # Given up after too many losses, or not tried again at all. The request itself causes the loss of its attempts.
