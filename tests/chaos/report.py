@@ -307,6 +307,18 @@ class Ledger:
         since = max([case.unheld_from, *(start for start in self.relay_starts if start <= until)])
         return min(until, case.unheld_to) - since >= self.windows.resume_window_s * 0.9
 
+    def longest_rest(self, case: Case, until: float) -> float:
+        """For how long, up to `until`, neither the relay nor the line of the client had a fault."""
+        longest, at = 0.0, case.began_at
+        for fault in self.faults:
+            if (
+                fault.target in ("relay", case.listener)
+                and case.began_at <= fault.healed_at
+                and fault.began_at <= until
+            ):
+                longest, at = max(longest, fault.began_at - at), max(at, fault.healed_at)
+        return max(longest, until - at)
+
     def may_end_anew(self, case: Case) -> bool:
         """Whether its end may be forgotten: it is passed on at once, and the worker keeps it until the relay has it.
 
