@@ -259,7 +259,12 @@ class RequestStream:
 
 @asynccontextmanager
 async def open_submission(
-    http: HttpRequest, submit: Submit, inputs: Mapping[str, bytes] | None = None, *, keep: bool = False
+    http: HttpRequest,
+    submit: Submit,
+    inputs: Mapping[str, bytes] | None = None,
+    *,
+    keep: bool = False,
+    known: bool = False,
 ) -> AsyncIterator[RequestStream]:
     """Submit a request for the client that sent `http`; in the block it is accepted and held.
 
@@ -269,14 +274,15 @@ async def open_submission(
         inputs: the data of the inputs that `submit` announces, by name.
         keep: if true, no frames are read, and the end of the block leaves the request as a disconnected client does.
             If false, frames are read from the first on, and the end of the block cancels the request.
+        known: whether the client chose the id. Then it asks again where it got no answer, and must find the request.
 
     Raises:
         HttpError: the request is rejected.
 
-    Cancellation: cancels the request, unless it was accepted and `keep` is true.
+    Cancellation: cancels the request, unless it is `known`, or was accepted and `keep` is true.
     """
     held = RequestStream(context_of(http), exchange_of(http), principal_of(http))
-    cancel: str | None = "the HTTP client disconnected"
+    cancel = None if known else "the HTTP client disconnected"
     try:
         await held.submit(submit, inputs or {})
         if not keep:

@@ -111,7 +111,7 @@ async def _submit(http: HttpRequest, request_id: str, space_name: str) -> Respon
         body = await uploads.read(input_limits(http, space))
         submit = build_submit(request_id, space, body)
         inputs = {name: upload.data for name, upload in body.uploads.items()}
-        async with open_submission(http, submit, inputs, keep=True) as held:
+        async with open_submission(http, submit, inputs, keep=True, known=http.method == "PUT") as held:
             request = held.request
             await wait_safe(http, request)
             status = 202 if request.live else 200

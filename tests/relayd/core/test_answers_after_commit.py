@@ -394,3 +394,24 @@ async def test_a_worker_that_reconnects_while_a_start_is_stored_is_assigned_it_o
                 stack.close()
                 assert (await worker.assigned()).request_id == request_id
                 assert not [message for message in await heard(worker.peer) if isinstance(message, Assign)]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("method", ["PUT", "POST"])
+async def test_a_request_over_http_that_is_cut_before_its_answer_lives_on_if_its_client_knows_its_id(
+    tmp_path: Path, disk: Disk, method: str
+) -> None:
+    request_id = an_id()
+    path = f"/v1/requests/{request_id}?space=tts" if method == "PUT" else "/v1/spaces/tts/requests"
+    told = {"params": {"text": "hello"}, "detach": True}
+    async with daemon(tmp_path, **SQLITE) as relay:
+        with disk.stands():
+            async with visitor(relay.url) as http:
+                await http.begin(method, path, told=told)
+                await until(lambda: any(each.holders for each in relay.relay.requests.values()))
+            await until(lambda: not any(each.holders for each in relay.relay.requests.values()))
+        if method == "PUT":
+            async with visitor(relay.url) as http:
+                assert (await http.ask(method, path, told=told)).status == 202, "it is live"
+        else:
+            await until(lambda: [each.entry.state for each in relay.relay.requests.values()] == ["cancelled"])
