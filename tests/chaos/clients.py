@@ -15,7 +15,7 @@ from protocol.wire.errors import ConnectError, ErrorCode, LinkBroken, LinkError
 from protocol.wire.frames import Audio, Frame
 from protocol.wire.messages import LIVE_STATES, Queued, StatusReply
 from tests.chaos.proxy import Line, Target, open_line
-from tests.chaos.report import Case, Ledger
+from tests.chaos.report import NOT_FOUND, Case, Ledger
 from tests.chaos.verdict import Reception
 from tests.chaos.workload import CHUNK_MS, LOOSE, Plan, draw_plan, draw_short_plan
 
@@ -109,7 +109,8 @@ class Client:
                 await _DEEDS[plan.kind](self, case)
                 await self._check_status(case)
             except RequestRejected as refusal:
-                self.ledger.complain(f"it was refused: {refusal}", case)
+                if refusal.code != NOT_FOUND or not self.ledger.may_be_forgotten(case):
+                    self.ledger.complain(f"it was refused: {refusal}", case)
             except (LinkError, ProtocolError) as fault:
                 self.ledger.complain(f"its client gave up: {fault!r}", case)
         if patience.cancelled_caught:

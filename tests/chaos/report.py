@@ -26,11 +26,20 @@ SEEN_S = 4.0
 NOISE_S = 0.25
 #: Events of the timeline that are kept, to explain what went wrong.
 KEPT_EVENTS = 60_000
+#: How an outcome ends with which the relay says that it does not know a request.
+NOT_FOUND = "request_not_found"
 #: Why the relay has ended the former link of a worker that is linked.
 REPLACED = "the same worker connected again"
 #: Log events of the relay that concern a request.
 _ABOUT = frozenset(
-    {"request started", "request queued again", "request completed", "request failed", "request cancelled"}
+    {
+        "request accepted",
+        "request started",
+        "request queued again",
+        "request completed",
+        "request failed",
+        "request cancelled",
+    }
 )
 
 
@@ -83,6 +92,9 @@ class Case:
     begun: list[tuple[int, str]] = attrs.field(factory=list)
     started: list[tuple[int, str]] = attrs.field(factory=list)
     requeued: int = 0
+    #: Whether the relay logged that it had accepted it, and when it first logged an end.
+    stored: bool = False
+    known_end_at: float | None = None
     #: Whether it needs no holder.
     detached: bool = False
     complaints: list[str] = attrs.field(factory=list)
@@ -103,6 +115,7 @@ class Windows:
     #: A stream must continue within this time after the last fault.
     promised_s: float
     queue_timeout_s: float = 60.0
+    retain_s: float = float("inf")
 
 
 @attrs.define(eq=False)
@@ -219,6 +232,10 @@ class Ledger:
                 case.started.append((entry["attempt"], _worker_name(entry["worker"])))
             elif event == "request queued again":
                 case.requeued += 1
+            elif event == "request accepted":
+                case.stored = True
+            else:
+                case.known_end_at = case.known_end_at or now
         if event == "request started":
             self._judge_start(entry)
         if entry.get("level") in ("error", "critical") or "Traceback" in line or "exception" in entry:
@@ -328,6 +345,13 @@ class Ledger:
         killed = {fault.target.removeprefix("worker ") for fault in self.faults if self._killed_since(fault, since)}
         return "relay" in killed and bool(killed & {worker for _attempt, worker in (*case.started, *case.begun)})
 
+    def may_be_forgotten(self, case: Case) -> bool:
+        """Whether its end is older than `retain_s`, or came before it was accepted, and the relay was killed since."""
+        if case.known_end_at is None:
+            return False
+        old = trio.current_time() - case.known_end_at >= self.windows.retain_s * 0.9
+        return old or (not case.stored and any(start > case.known_end_at for start in self.relay_starts))
+
     @staticmethod
     def _killed_since(fault: Fault, since: float) -> bool:
         return fault.kind.startswith("kill -9") and fault.healed_at >= since
@@ -338,7 +362,8 @@ class Ledger:
         case.ended_at = reception.ended_at
         case.first_ended_at = case.first_ended_at or reception.ended_at
         self.note(case.plan.name, f"{reception.name} has the end: {reception.end} {reception.message}")
-        for fault in judge(case.plan, reception, self.causes(case, reception.ended_at)):
+        forgotten = reception.end.endswith(NOT_FOUND) and self.may_be_forgotten(case)
+        for fault in () if forgotten else judge(case.plan, reception, self.causes(case, reception.ended_at)):
             self.complain(f"{reception.name}: {fault}", case)
         self.counts["listeners"] += 1
         self.counts[f"ended {reception.end}"] += 1
@@ -350,7 +375,7 @@ class Ledger:
         self.counts["restarts seen"] += reception.restarts
         for other in case.receptions:
             differs = other is not reception and other.end and other.end != reception.end
-            if differs and not self.may_end_anew(case):
+            if differs and not forgotten and not self.may_end_anew(case):
                 self.complain(f"{other.name} received {other.end!r}, and {reception.name} {reception.end!r}", case)
         reception.pieces = [(-1, hashlib.sha256(reception.pcm).digest())]  # to save memory in a long run
 
@@ -366,8 +391,9 @@ class Ledger:
             self.complain(fault, case)
         for unknown in set(case.begun) - set(case.started):
             self.complain(f"attempt {unknown[0]} ran on {unknown[1]}, which the relay has not logged", case)
-        kept = any(reception.end and not reception.end.endswith("request_not_found") for reception in case.receptions)
-        self.counts["accepted requests lost"] += case.accepted_at is not None and not kept
+        kept = any(reception.end and not reception.end.endswith(NOT_FOUND) for reception in case.receptions)
+        lost = case.accepted_at is not None and not kept and not self.may_be_forgotten(case)
+        self.counts["accepted requests lost"] += lost
         self.counts["requests"] += 1
         self.counts["attempts"] += len(begun)
         self.counts["retried"] += max(0, len(begun) - 1)

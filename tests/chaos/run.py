@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import attrs
 import trio
 
 from protocol.client.client import open_relay
@@ -119,7 +120,7 @@ def leaves(fault: BaseException) -> Iterator[BaseException]:
 
 async def run_chaos(folder: Path, settings: Settings) -> Ledger:
     """Do a whole run; returns its record, also of a run that falls over, with what went wrong in `complaints`."""
-    ledger = Ledger(WINDOWS, trio.current_time())
+    ledger = Ledger(attrs.evolve(WINDOWS, retain_s=settings.retain_s), trio.current_time())
     try:
         with shortened_timeouts():
             async with trio.open_nursery() as nursery:

@@ -272,3 +272,29 @@ async def test_an_attempt_whose_inputs_never_arrived_did_not_run() -> None:
         ledger.record_line(who, f"INFO request {case.short}: attempt 1 {dropped}")
     ledger.record_line("a", f"INFO request {case.short} of alice: attempt 2 in space 'tts'")
     assert case.begun == [(2, "a")]
+
+
+@pytest.mark.trio
+async def test_a_request_may_be_forgotten_when_its_end_is_old_or_was_never_stored(autojump_clock: object) -> None:
+    windows = Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0, retain_s=50.0)
+
+    async def forgotten(accepted: bool, after_s: float, *, restarted: bool = False) -> bool:
+        ledger = Ledger(windows, 0.0)
+        case = ledger.open_case(PLAN, "00" * 16, "client 1")
+        case.detached, case.accepted_at = True, case.began_at
+        for event in ("request accepted",) * accepted + ("request completed",):
+            ledger.record_line("relay", json.dumps({"event": event, "request_id": case.request_id}))
+        await trio.sleep(after_s)
+        if restarted:
+            ledger.record_line("relay", json.dumps({"event": "listening"}))
+        reception = received(end="failed request_not_found", chunks=0)
+        case.receptions.append(reception)
+        ledger.close_reception(case, reception)
+        ledger.close_case(case)
+        assert ledger.counts["accepted requests lost"] == len(ledger.complaints)
+        return not ledger.complaints
+
+    assert await forgotten(True, 60.0)
+    assert not await forgotten(True, 5.0, restarted=True)
+    assert await forgotten(False, 5.0, restarted=True)
+    assert not await forgotten(False, 5.0)

@@ -163,7 +163,9 @@ class WebClient:
     async def _check_status(self, case: Case, reception: Reception) -> None:
         """Check that its status says the same end, as `Client` does."""
         while True:
-            _answer, body = await self._until_answered(case, "GET", f"/v1/requests/{case.request_id}")
+            answer, body = await self._until_answered(case, "GET", f"/v1/requests/{case.request_id}")
+            if answer.status == 404 and self.ledger.may_be_forgotten(case):
+                return
             status = json.loads(body)
             state = status.get("state", "")
             if state not in LIVE_STATES:
