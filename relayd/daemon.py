@@ -152,6 +152,7 @@ async def open_daemon(
             http_context = HttpContext(relay, admission, tokens, _open_signer(config))
             http = HttpServer(http_context, make_app(http_context))
             await restore(relay, loaded)
+            del loaded  # this frame lives as long as the daemon, and what has been restored is in the relay
             nursery.start_soon(admission.serve)
             nursery.start_soon(relay.principals.serve)
             nursery.start_soon(serve_positions, relay)

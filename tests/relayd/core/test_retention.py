@@ -1,6 +1,7 @@
 """What becomes of results: acknowledged when safe, found again after a restart, within memory and disk."""
 
 import errno
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from relayd.core import retention
 from relayd.frames.frame_file import ResultFolder
 from relayd.frames.spool import Spool
 from relayd.store.base import StorageFull
+from relayd.store.records import RequestRecord
 from relayd.store.sqlite import SqliteStore
 from tests.support.cable import Cable
 from tests.support.fake_worker import FORMAT, FakeWorker, fake_worker, identity, samples
@@ -580,3 +582,15 @@ async def test_a_result_that_cannot_be_read_back_is_refused_and_a_running_reques
             assert (await late.next(Failed, Audio)).code == "internal"
         await until(lambda: not files(tmp_path))
         await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_a_relay_that_has_restored_its_requests_keeps_no_second_copy_of_them(tmp_path: Path) -> None:
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client:
+        for _ in range(3):
+            client.send(a_submit(detach=True))
+            await client.next(Accepted)
+    async with daemon(tmp_path, **SQLITE) as relay:
+        assert len(relay.relay.requests) == 3
+        gc.collect()
+        assert not [each for each in gc.get_objects() if isinstance(each, RequestRecord)]
