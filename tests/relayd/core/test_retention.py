@@ -593,4 +593,4 @@ async def test_a_relay_that_has_restored_its_requests_keeps_no_second_copy_of_th
     async with daemon(tmp_path, **SQLITE) as relay:
         assert len(relay.relay.requests) == 3
         gc.collect()
-        assert not [each for each in gc.get_objects() if isinstance(each, RequestRecord)]
+        assert not [each for each in gc.get_objects() if type(each) is RequestRecord]
