@@ -105,8 +105,8 @@ class Room:
 
 
 async def printed(caplog: pytest.LogCaptureFixture, words: str, times: int = 1) -> None:
-    """Wait until engines have printed this so often: only then have they begun to hang."""
-    while sum(words in line for line in caplog.messages) < times:  # noqa: ASYNC110 - stderr makes no event here
+    """Wait until engines have printed this so often, be it in one line: only then have they begun to hang."""
+    while sum(line.count(words) for line in caplog.messages) < times:  # noqa: ASYNC110 - stderr makes no event here
         await trio.sleep(0.01)
 
 
