@@ -17,7 +17,6 @@ from protocol.wire.codec import encode
 from protocol.wire.errors import EncodeError, ErrorCode
 from protocol.wire.frames import (
     MAX_TEXT_CHARS,
-    RUN_TIMEOUT_ADVICE,
     Cancelled,
     Failed,
 )
@@ -33,6 +32,7 @@ from relayd.core.interfaces import ClientPort, ConnectionPort, Watcher, WorkerPo
 from relayd.core.principals import Principals
 from relayd.core.retention import Retention
 from relayd.core.spaces import Spaces
+from relayd.core.timeout_messages import queue_timeout_message, run_timeout_message
 from relayd.core.workers import MAX_STEP_CHARS, Workers
 from relayd.frames.frame_log import FrameReader
 from relayd.logs.recent import MAX_AUDIT, MAX_EVENTS, RecentRows
@@ -230,33 +230,15 @@ class Relay:
             case Expiry.NOBODY_HOLDS:
                 self.cancel(request, "its client disconnected and did not return")
             case Expiry.QUEUE_TIMEOUT:
-                space, waited = request.submit.space, f"it waited {request.queue_timeout_s:g} s"
-                if self.scheduler.state.spaces[space].paused:
-                    message = f"space {space!r} is paused; {waited}: try again when it is resumed"
-                elif not self.workers.serving(space):
-                    message = f"no worker is connected to space {space!r}; {waited}: try again when one is"
-                elif request.entry.alone:
-                    message = (
-                        f"the process of its engine ended as it ran with others, and no worker of space {space!r} "
-                        f"could run it alone within {request.queue_timeout_s:g} s; try again later"
-                    )
-                elif request.entry.failed_on:
-                    message = (
-                        f"its engine failed on {', '.join(sorted(request.entry.failed_on))}, and no slot of another "
-                        f"worker of space {space!r} was free within {request.queue_timeout_s:g} s; try again later"
-                    )
-                else:
-                    message = (
-                        f"no slot of space {space!r} was free within {request.queue_timeout_s:g} s; "
-                        "try again later, or set a longer queue_timeout_s"
-                    )
+                space = request.submit.space
+                message = queue_timeout_message(
+                    request,
+                    is_paused=self.scheduler.state.spaces[space].paused,
+                    is_served=self.workers.serving(space),
+                )
                 self.fail(request, ErrorCode.QUEUE_TIMEOUT, message)
             case Expiry.RUN_TIMEOUT:
-                self.fail(
-                    request,
-                    ErrorCode.RUN_TIMEOUT,
-                    f"it ran for more than {request.run_timeout_s:g} s; {RUN_TIMEOUT_ADVICE}",
-                )
+                self.fail(request, ErrorCode.RUN_TIMEOUT, run_timeout_message(request))
             case Expiry.IDLE_TIMEOUT:
                 message = f"its worker sent nothing for {request.idle_timeout_s:g} s, its space's idle_timeout_s"
                 self.workers.count_engine_failure(request.entry.worker_id or "")
@@ -322,7 +304,7 @@ class Relay:
             request.log.restart(entry.attempt, from_seq)
         request.add_timeline("started", attempt=entry.attempt, worker_id=entry.worker_id, from_seq=from_seq or None)
         if entry.attempt > 1:
-            request.tell_worker()
+            request.notify_worker_state()
         request.wake()
         self.mark_changed("workers", entry.worker_id or "")
         self._log_request(request, "request started", attempt=entry.attempt, worker=entry.worker_id)

@@ -175,7 +175,7 @@ class Workers(Mapping[str, WorkerPort]):
             if not entry.has_output:
                 request.worker_grace_s = min(UNHEARD_GRACE_S, request.worker_grace_s)
             request.add_timeline("worker_away", worker_id=port.worker_id)
-            request.tell_worker()
+            request.notify_worker_state()
             request.wake()
             self.relay.save_status(request)  # a relay that is started again goes on waiting, and does not begin anew
             self.relay.mark_changed("requests", entry.request_id)

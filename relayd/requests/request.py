@@ -189,11 +189,11 @@ class Request:
         if entry.attempt > 1 and not entry.reproducible and not (log.next_seq or log.starts):
             # After a restart of the relay: a reader with frames of an earlier attempt must start this one from 0.
             log.restart(entry.attempt, 0)
-        self.tell_worker()
+        self.notify_worker_state()
         self.wake()
 
-    def tell_worker(self) -> None:
-        """Tell its holders that its worker is away, or that a worker runs it again."""
+    def notify_worker_state(self) -> None:
+        """Notify its holders that its worker is away, or that a worker runs it again."""
         for holder in self.holders:
             holder.on_worker(self)
 

@@ -13,7 +13,7 @@ method that may free a slot or queue a request ends with `Dispatcher.dispatch`, 
 | --- | --- | --- | --- |
 | `admit` | - | uploading | None or `Rejected` |
 | `enqueue` | uploading | queued | what can start now |
-| `dispatch` | queued | running, attempt + 1 (+ 2 when a newer attempt may exist after a restart) | `Start` |
+| `dispatch` | queued | running, the next attempt (after a restart, behind any that may have begun) | `Start` |
 | `unlink` | running | running, worker away | the requests, whose grace the caller starts; what can start now |
 | `join`, attempt named | running (worker away), or queued too early | running | `Registration.resume` |
 | `join`, attempt not named | running | running again, or as `lose` (1) | `Start` ... |

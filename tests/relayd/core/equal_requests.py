@@ -9,7 +9,7 @@ from typing import Any
 from protocol.wire.frames import Audio, Frame
 from protocol.wire.messages import Accepted, Assign, Rejected, Submit
 from protocol.wire.structs import InputRule
-from tests.support.fake_worker import FakeWorker, samples
+from tests.support.fake_worker import FakeWorker, fake_worker, samples
 from tests.support.relay import Daemon, Peer, a_submit, daemon, peer
 
 PCM = [samples(1_000, seed) for seed in (1, 2, 3)]
@@ -23,6 +23,19 @@ ANY = InputRule(media_types=["audio/*", "text/plain"], max_bytes=1_000)
 async def a_relay(folder: Path, space: dict[str, Any] = CACHE, **overrides: Any) -> AsyncIterator[Daemon]:
     async with daemon(folder, spaces={"tts": space, "other": space}, **overrides) as relay:
         yield relay
+
+
+@asynccontextmanager
+async def a_stage(
+    folder: Path, space: dict[str, Any] = CACHE, **overrides: Any
+) -> AsyncIterator[tuple[Daemon, FakeWorker, Peer]]:
+    """A relay that keeps results, a worker with one slot, and a client."""
+    async with (
+        a_relay(folder, space, **overrides) as relay,
+        fake_worker(relay.url, **ONE) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        yield relay, worker, client
 
 
 async def spoken(worker: FakeWorker, client: Peer, submit: Submit, pcm: list[bytes] = PCM) -> list[Any]:

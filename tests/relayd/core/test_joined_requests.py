@@ -17,7 +17,7 @@ from protocol.wire.messages import (
 )
 from protocol.wire.structs import Running
 from relayd.core import copies
-from tests.relayd.core.equal_requests import CACHE, ONE, PCM, a_relay, cached, digest, joined, spoken
+from tests.relayd.core.equal_requests import CACHE, ONE, PCM, a_relay, a_stage, cached, digest, joined, spoken
 from tests.support.fake_worker import fake_worker, identity, samples
 from tests.support.relay import a_submit, an_id, peer, until
 
@@ -45,11 +45,7 @@ async def test_an_equal_request_joins_one_that_runs(tmp_path: Path) -> None:
 
 @pytest.mark.trio
 async def test_a_queued_request_joins_an_equal_one_that_starts(tmp_path: Path) -> None:
-    async with (
-        a_relay(tmp_path) as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path) as (relay, worker, client):
         client.send(before := a_submit("before"))
         assign = await worker.assigned()
         equal = [a_submit() for _ in range(3)]
@@ -191,11 +187,7 @@ async def test_what_is_copied_waits_while_memory_is_short(tmp_path: Path, monkey
     monkeypatch.setattr(copies, "FULL_S", 0.01)
     monkeypatch.setattr(copies, "POLL_S", 0.001)
     long = [samples(1_000, seed) * 100 for seed in range(1, 9)]  # 1.6 MB
-    async with (
-        a_relay(tmp_path, results={"memory_bytes": 2_000_000}) as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path, results={"memory_bytes": 2_000_000}) as (relay, worker, client):
         await spoken(worker, client, a_submit(), long)
         await cached(client, a_submit(), long)
         await relay.at_rest()
@@ -206,11 +198,7 @@ async def test_what_is_copied_waits_while_memory_is_short(tmp_path: Path, monkey
 
 @pytest.mark.trio
 async def test_results_answer_after_a_restart(tmp_path: Path) -> None:
-    async with (
-        a_relay(tmp_path, store="sqlite") as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path, store="sqlite") as (relay, worker, client):
         await spoken(worker, client, a_submit())
         await cached(client, second := a_submit())
         await relay.at_rest()

@@ -16,7 +16,19 @@ from protocol.wire.messages import (
 from relayd.config.schema import SpaceConfig
 from relayd.core import result_cache
 from relayd.core.retention import Retention
-from tests.relayd.core.equal_requests import ANY, CACHE, ONE, PCM, a_relay, cached, digest, hits, missed, spoken
+from tests.relayd.core.equal_requests import (
+    ANY,
+    CACHE,
+    ONE,
+    PCM,
+    a_relay,
+    a_stage,
+    cached,
+    digest,
+    hits,
+    missed,
+    spoken,
+)
 from tests.support.fake_worker import FORMAT, fake_worker, identity, samples
 from tests.support.relay import Daemon, Peer, a_submit, an_input, new_token, peer, until
 
@@ -25,11 +37,7 @@ from tests.support.relay import Daemon, Peer, a_submit, an_input, new_token, pee
 
 @pytest.mark.trio
 async def test_an_equal_request_has_the_same_samples_and_no_worker(tmp_path: Path) -> None:
-    async with (
-        a_relay(tmp_path) as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path) as (relay, worker, client):
         first, second = a_submit(), a_submit()
         made = await spoken(worker, client, first)
         frames = await cached(client, second)
@@ -47,11 +55,7 @@ async def test_an_equal_request_has_the_same_samples_and_no_worker(tmp_path: Pat
 
 @pytest.mark.trio
 async def test_the_order_of_params_does_not_matter(tmp_path: Path) -> None:
-    async with (
-        a_relay(tmp_path) as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path) as (_relay, worker, client):
         await spoken(worker, client, a_submit(params={"text": "a", "rate": 1}))
         await cached(client, a_submit(params={"rate": 1, "text": "a"}, priority=3, run_timeout_s=5.0, detach=True))
 
@@ -79,11 +83,7 @@ async def test_another_request_is_run(tmp_path: Path, other: Submit) -> None:
 
 @pytest.mark.trio
 async def test_a_result_of_a_request_without_cache_answers_none(tmp_path: Path) -> None:
-    async with (
-        a_relay(tmp_path) as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path) as (relay, worker, client):
         await spoken(worker, client, a_submit(cache=False))
         await missed(worker, client, a_submit())
         assert hits(relay) == (0, 1)
@@ -143,11 +143,7 @@ async def test_without_a_worker_the_latest_result_answers(tmp_path: Path) -> Non
 
 @pytest.mark.trio
 async def test_what_failed_or_was_cancelled_answers_none(tmp_path: Path) -> None:
-    async with (
-        a_relay(tmp_path) as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path) as (_relay, worker, client):
         for kind in (Failed, Cancelled):
             client.send(submit := a_submit())
             assign = await worker.assigned()
@@ -164,11 +160,7 @@ async def test_what_failed_or_was_cancelled_answers_none(tmp_path: Path) -> None
 
 @pytest.mark.trio
 async def test_outputs_of_any_kind_are_answered(tmp_path: Path) -> None:
-    async with (
-        a_relay(tmp_path) as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path) as (relay, worker, client):
         client.send(submit := a_submit())
         assign = await worker.assigned()
         worker.send(Started(**identity(assign, 0)))
@@ -238,11 +230,7 @@ async def reaped(relay: Daemon, monkeypatch: pytest.MonkeyPatch, after_s: float)
 async def test_a_result_answers_after_its_own_time_until_the_time_of_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
-    async with (
-        a_relay(tmp_path, store=store, results={"retain_s": 10.0}) as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path, store=store, results={"retain_s": 10.0}) as (relay, worker, client):
         first = a_submit()
         await spoken(worker, client, first)
         await reaped(relay, monkeypatch, 100.0)
@@ -259,11 +247,7 @@ async def test_a_result_answers_after_its_own_time_until_the_time_of_the_cache(
 
 @pytest.mark.trio
 async def test_a_cache_that_is_turned_off_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with (
-        a_relay(tmp_path, results={"retain_s": 10.0}) as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path, results={"retain_s": 10.0}) as (relay, worker, client):
         await spoken(worker, client, a_submit())
         keep(relay, cache_s=0.0)
         await reaped(relay, monkeypatch, 20.0)
@@ -274,11 +258,7 @@ async def test_a_cache_that_is_turned_off_keeps_nothing(tmp_path: Path, monkeypa
 
 @pytest.mark.trio
 async def test_the_result_used_longest_ago_goes_first_when_the_bytes_are_used(tmp_path: Path) -> None:
-    async with (
-        a_relay(tmp_path, CACHE | {"cache_bytes": 15_000}) as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path, CACHE | {"cache_bytes": 15_000}) as (_relay, worker, client):
         await spoken(worker, client, a_submit("one"))  # 6.4 KB each
         await spoken(worker, client, a_submit("two"))
         await cached(client, a_submit("one"))
@@ -292,11 +272,7 @@ async def test_the_result_used_longest_ago_goes_first_when_the_bytes_are_used(tm
 @pytest.mark.trio
 async def test_the_number_of_results_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(result_cache, "MAX_ENTRIES", 2)
-    async with (
-        a_relay(tmp_path) as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path) as (_relay, worker, client):
         for text in ("one", "two", "three"):
             await spoken(worker, client, a_submit(text))
         await cached(client, a_submit("three"))
@@ -335,11 +311,7 @@ async def test_what_only_the_cache_keeps_goes_before_the_results_of_clients(
 
 @pytest.mark.trio
 async def test_a_result_whose_file_is_damaged_costs_no_request(tmp_path: Path) -> None:
-    async with (
-        a_relay(tmp_path, store="sqlite") as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path, store="sqlite") as (relay, worker, client):
         first, second = a_submit(), a_submit()
         await spoken(worker, client, first)
         request = relay.relay.requests[first.request_id]
@@ -359,11 +331,7 @@ async def test_a_result_whose_file_is_damaged_costs_no_request(tmp_path: Path) -
 @pytest.mark.trio
 async def test_a_long_result_is_copied_from_its_file(tmp_path: Path) -> None:
     long = [samples(1_000, seed) * 200 for seed in range(1, 9)]  # 3.2 MB
-    async with (
-        a_relay(tmp_path, store="sqlite") as relay,
-        fake_worker(relay.url, **ONE) as worker,
-        peer(relay.url, "client") as client,
-    ):
+    async with a_stage(tmp_path, store="sqlite") as (relay, worker, client):
         first = a_submit()
         await spoken(worker, client, first, long)
         request = relay.relay.requests[first.request_id]

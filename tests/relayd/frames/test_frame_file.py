@@ -219,10 +219,16 @@ def test_a_folder_that_was_deleted_is_made_again_and_one_that_is_there_is_used(t
     assert len(ResultFolder(folder.path).request_ids()) == 1
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
-def test_what_root_makes_belongs_to_the_owner_of_the_state(tmp_path: Path) -> None:
-    os.chown(tmp_path, 12345, 12346)
+def test_what_root_makes_belongs_to_the_owner_of_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, given = tmp_path.stat(), []
+
+    def give(what: Path | int, uid: int, gid: int, *, follow_symlinks: bool = True) -> None:
+        name = what if isinstance(what, Path) else Path(f"/proc/self/fd/{what}").readlink()
+        given.append((name, uid, gid))
+
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("os.chown", give)
+    monkeypatch.setattr("os.fchown", give)
     folder = ResultFolder(tmp_path / "results")
     request_id, _ = a_file(folder, FRAMES)
-    for path in (folder.path, path_of(folder, request_id)):
-        assert (path.stat().st_uid, path.stat().st_gid) == (12345, 12346)
+    assert given == [(path, owner.st_uid, owner.st_gid) for path in (folder.path, path_of(folder, request_id))]
