@@ -16,9 +16,9 @@ from gpuworker.slots.thread_slot import ThreadSlot
 from gpuworker.status import WorkerError
 from gpuworker.worker import Worker
 from protocol.commands.exit_codes import DONE, FAILED, INTERRUPTED
-from protocol.commands.progress import printable
 from protocol.exit_deadline import end_within, prepare_exit_deadline
 from protocol.log_lines import set_up_log
+from protocol.printable import printable
 from protocol.sd_notify import ServiceManager
 
 

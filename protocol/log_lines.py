@@ -11,7 +11,7 @@ import sys
 from types import TracebackType
 from typing import TextIO
 
-from protocol.commands.progress import printable
+from protocol.printable import printable
 
 LEVELS = ("debug", "info", "warning", "error")
 #: `auto` is `console` on a terminal and `json` elsewhere.

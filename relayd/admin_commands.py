@@ -8,7 +8,8 @@ import attrs
 import trio
 
 from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED
-from protocol.commands.progress import printable, printable_json, table
+from protocol.commands.progress import table
+from protocol.printable import printable, printable_json
 from protocol.wire.validators import Value
 from relayd.admin import Admin, AdminError, NotRunning, open_admin
 from relayd.config.schema import Config, SpaceConfig

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from protocol.commands.exit_codes import DONE, FAILED, USAGE, silence_stdout
-from protocol.commands.progress import printable, printable_lines
 from protocol.install_hint import install_command
+from protocol.printable import printable, printable_lines
 from relayd.config.loader import load_config
 from relayd.config.schema import Config, ConfigError
 

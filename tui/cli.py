@@ -8,8 +8,8 @@ from typing import Any
 
 from protocol.arguments import ShowVersion
 from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, open_closed_streams, silence_stdout
-from protocol.commands.progress import printable, printable_json
 from protocol.install_hint import install_command
+from protocol.printable import printable, printable_json
 from protocol.wire.errors import LinkError
 from tui.themes.choose import NAMES
 

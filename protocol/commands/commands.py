@@ -16,9 +16,10 @@ from protocol.client.address import read_token
 from protocol.client.client import RelayClient, open_relay
 from protocol.client.stream import Event, Restarted, Stream
 from protocol.commands.exit_codes import DONE, INTERRUPTED
-from protocol.commands.progress import Progress, printable, printable_json, printable_lines, table
+from protocol.commands.progress import Progress, table
 from protocol.commands.wav_writer import AudioWriter, check_audio_name
 from protocol.link.background import open_background
+from protocol.printable import printable, printable_json, printable_lines
 from protocol.wire.errors import EncodeError, ErrorCode, LinkError, RequestError, RequestRejected
 from protocol.wire.frames import Audio, Completed, Output, Started
 from protocol.wire.frames import Progress as ProgressFrame

@@ -11,9 +11,9 @@ import attrs
 import structlog
 import trio
 
-from protocol.commands.progress import printable
 from protocol.link.base import Link
 from protocol.log_lines import redacted
+from protocol.printable import printable
 from protocol.wire.audio_envelope import PREFIX_BYTES, audio_prefix, match_audio, match_audio_run
 from protocol.wire.codec import decode, repair
 from protocol.wire.errors import BadText, ErrorCode, LinkError, ProtocolError, UnknownType

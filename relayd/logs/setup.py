@@ -15,8 +15,8 @@ from typing import TextIO
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
-from protocol.commands.progress import printable
 from protocol.log_lines import for_people, redacted
+from protocol.printable import printable
 from relayd.config.schema import LogConfig
 
 #: Loggers that log every step at `debug`.

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rich.cells import cell_len, set_cell_size
 
-from protocol.commands.progress import printable
+from protocol.printable import printable
 from tui.model.state_glyphs import BAR_EMPTY, BAR_FULL, BAR_HALF, BLOCKS, CUT
 
 Align = Literal["left", "right"]

@@ -14,7 +14,8 @@ import pytest
 import trio
 
 from protocol.cli import main
-from protocol.commands.progress import Progress, printable, printable_json, printable_lines, table
+from protocol.commands.progress import Progress, table
+from protocol.printable import printable, printable_json, printable_lines
 from protocol.wire.frames import (
     Output,
     Started,
