@@ -100,6 +100,7 @@ async def test_it_is_readable_at_a_phones_width_in_both_schemes(site: BrowserPla
         assert await pale(window) == []
         await window.log_in(site)
         await window.click("#more summary")
+        await window.type("param-duration_s", "60")
         await window.submit("x" * 200)
         await window.until_state("running")
         assert await pale(window) == []

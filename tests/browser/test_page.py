@@ -10,14 +10,13 @@ import pytest
 
 from gpuworker.engines.mock import Tune, default_duration_s, tune_key
 from protocol import open_relay
-from tests.browser.window import MOCK, Browser, BrowserPlace, a_site, a_window, steer
+from tests.browser.window import HEARD_LIVE, LOUD, MOCK, Browser, BrowserPlace, a_site, a_window, steer
 from tests.deploy.proxies import open_proxy
 from tests.support.processes import a_relay, a_worker
 
 #: 2.6 s and 5 s of tune, made in as long.
 SHORT = "a tune that is not quite so long at all"
 LONG = "a tune that is long enough to be cut in two. " * 5
-LOUD = 0.02
 RATE = 24_000
 HEARS = f"window.loudness() > {LOUD}"
 HEARD_S = "Number(document.querySelector('.wave input').value)"
@@ -42,7 +41,7 @@ async def test_speech_is_heard_before_its_request_has_ended(site: BrowserPlace, 
         await window.log_in(site)
         await window.type("text", "A tune, 一首歌")
         await window.type("text", "\ue009\ue007")  # Ctrl + Enter
-        assert await window.until(f"{HEARS} && {STATE}") == "running"
+        await window.until(HEARD_LIVE)
         request_id = (await window.words(".request code")).removeprefix("tts · ")
         async with open_relay(site.url.replace("http:", "ws:"), token=site.token) as relay:
             assert (await relay.status(request_id)).space == "tts"  # by that id it is known
@@ -69,7 +68,7 @@ async def test_a_reload_in_mid_stream_goes_on_where_it_was(site: BrowserPlace, b
         await window.until(HEARS)
         await window.until(f"{HEARD_S} > 1")
         await window.do(lambda driver: driver.refresh())
-        assert await window.until(f"{HEARS} && {STATE}") == "running"
+        await window.until(HEARD_LIVE)
         assert request_id in await window.words(".request code")
         assert await window.js(HEARD_S) > 0.9  # it does not begin at its first word again
         await window.until_state("completed")
@@ -225,7 +224,7 @@ async def test_it_speaks_over_tls_behind_a_proxy(
     async with open_proxy(kind, tmp_path, relay) as proxy, a_window(browser) as window:
         await window.log_in(attrs.evolve(site, url=f"https://localhost:{proxy.port}/"))
         await window.submit(kind)
-        assert await window.until(f"{HEARS} && {STATE}") == "running"
+        await window.until(HEARD_LIVE)
         await window.until_state("completed")
         assert samples(await window.download()) == tune(kind)
     assert browser.errors() == []

@@ -7,8 +7,8 @@ from pathlib import Path
 import attrs
 import pytest
 
-from tests.browser.test_page import HEARS, STATE, samples, tune
-from tests.browser.window import Browser, BrowserPlace, a_window
+from tests.browser.test_page import HEARS, samples, tune
+from tests.browser.window import HEARD_LIVE, Browser, BrowserPlace, a_window
 
 #: What the worker does: tells what it was given.
 DRAW = """
@@ -33,7 +33,7 @@ async def test_only_the_microphone_needs_a_secure_context(site: BrowserPlace, br
         await window.log_in(other)
         assert not await window.js("window.isSecureContext")
         await window.submit("from afar")
-        assert await window.until(f"{HEARS} && {STATE}") == "running"  # live sound
+        await window.until(HEARD_LIVE)
         await window.until_state("completed")
         assert samples(await window.download()) == tune("from afar")
         await window.until("document.querySelector('.clock').textContent.startsWith('0:02.1 /')")  # played to its end

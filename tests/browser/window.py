@@ -43,6 +43,10 @@ ARGUMENTS = (
     "--ignore-certificate-errors",  # of the tests' own certificate, on this machine's own address
 )
 
+#: Loudness at which a page is heard.
+LOUD = 0.02
+#: That the newest request was heard while it ran.
+HEARD_LIVE = "window.heardLive === document.querySelector('.request').dataset.id"
 #: Put into every page before its own scripts: an AnalyserNode on whatever is led to the loudspeaker.
 EARS = """
 window.ears = [];
@@ -60,7 +64,11 @@ window.loudness = () => Math.max(0, ...window.ears.map((ear) => {
   ear.getFloatTimeDomainData(heard);
   return Math.max(...heard.map(Math.abs));
 }));
-"""
+setInterval(() => {  // a slow driver may look only when it is over
+  const request = document.querySelector(".request");
+  if (request?.dataset.state === "running" && window.loudness() > LOUD) window.heardLive = request.dataset.id;
+}, 20);
+""".replace("LOUD", str(LOUD))
 
 #: Looks at the page until a condition holds; a condition that throws does not hold yet.
 UNTIL = """

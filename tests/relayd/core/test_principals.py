@@ -189,6 +189,7 @@ async def test_a_client_that_leaves_while_it_waits_for_its_turn_leaves_nothing(
 ) -> None:
     monkeypatch.setattr("relayd.core.principals.CPU_BURST_S", 1e-9)
     monkeypatch.setattr("relayd.core.principals.CPU_SHARE", 0.02)
+    monkeypatch.setattr("relayd.core.principals.MAX_DEBT_S", 0.02)  # a garbage collection in its turn costs no minute
     async with daemon(tmp_path) as relay:
         async with peer(relay.url, "client", await new_token(relay)) as client:
             for number in range(100):
