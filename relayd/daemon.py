@@ -34,6 +34,7 @@ from relayd.logs.recent import serve_events
 from relayd.net.reactor import open_reactor
 from relayd.net.tls import make_tls_context
 from relayd.service.health import HealthService
+from relayd.service.malloc import serve_memory_return
 from relayd.stats.counters import serve_stats
 from relayd.store.factory import open_store
 
@@ -159,6 +160,7 @@ async def open_daemon(
             nursery.start_soon(serve_clock, relay)
             nursery.start_soon(serve_stats, relay.sample)
             nursery.start_soon(relay.results.serve_memory)
+            nursery.start_soon(serve_memory_return)
             nursery.start_soon(relay.results.serve_retention)
             nursery.start_soon(serve_token_retention, tokens, store)
             nursery.start_soon(http_context.serve)

@@ -1,12 +1,17 @@
-"""Configures glibc to keep freed memory.
+"""Configures glibc to keep freed memory for a while.
 
 The relay allocates and frees thousands of frames of 8 KiB, and glibc returns the end of its heap to the kernel as soon
 as 128 KiB of it are free. The next frames then fault every page in again, which costs more than forwarding them (some
 6 µs per frame on a virtual machine). So the daemon keeps enough memory for a few results.
+
+What is freed between blocks that live on would never return that way: after a burst of long results, the daemon would
+stay as large as at its peak. Twice a minute it returns all of that: this takes milliseconds.
 """
 
 import ctypes
 import sys
+
+import trio
 
 #: Free memory kept at the end of the heap.
 KEPT_BYTES = 16 * 1024 * 1024
@@ -14,6 +19,8 @@ KEPT_BYTES = 16 * 1024 * 1024
 STEP_BYTES = 1024 * 1024
 #: Larger blocks are allocated from the kernel and returned to it; above the longest message.
 LARGE_BYTES = 4 * 1024 * 1024
+#: Time between two returns of what is free within the heap.
+RETURN_INTERVAL_S = 30.0
 # malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -28,3 +35,19 @@ def keep_freed_memory() -> bool:
         return False
     wanted = ((_M_MMAP_THRESHOLD, LARGE_BYTES), (_M_TRIM_THRESHOLD, KEPT_BYTES), (_M_TOP_PAD, STEP_BYTES))
     return all(mallopt(option, value) == 1 for option, value in wanted)
+
+
+def return_freed_memory() -> bool:
+    """Return free memory within the heap to the kernel, but not at its end; False if there is none, or no glibc."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except AttributeError:  # musl, macOS
+        return False
+    return bool(trim(ctypes.c_size_t(KEPT_BYTES)))
+
+
+async def serve_memory_return() -> None:
+    """Return freed memory regularly, until cancelled."""
+    while True:
+        await trio.sleep(RETURN_INTERVAL_S)
+        return_freed_memory()
