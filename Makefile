@@ -33,7 +33,7 @@ test-setup: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium $(CLIEN
 test-basic: test-fast ## another name of test-fast
 
 test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium $(CLIENTS)/.clients ## all tests, as CI runs them
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Left out: what starts processes or a browser, needs torch or Debian's programs, or takes longer than the rest together.
 SLOW := e2e chaos fuzz browser deploy bench gpuworker/engines/voxcpm gpuworker/engines/test_indextts2.py gpuworker/engines/openai/test_troubles.py gpuworker/slots \
@@ -125,8 +125,9 @@ $(VENV)/.fast: pyproject.toml constraints.txt | $(BIN)/python
 # voxcpm without what it names and an engine never imports: docs/decisions/0010-voxcpm-install.md.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setting up $(VENV): this downloads about 2 GB, most of it torch"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps voxcpm
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt --no-deps voxcpm
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # pip would use one core; some files are for other Pythons
 	@touch $@ $(VENV)/.demo $(VENV)/.fast
 
 # Debian packages (package:command where they differ) for whoever may install them; the bench tells what is missing.
@@ -147,16 +148,16 @@ $(VENV)/.node: docs/examples/package-lock.json constraints.txt | $(VENV)/.dev
 $(CLIENTS)/.clients: tests/e2e/clients.txt
 	@echo "setting up $(CLIENTS): 1 GB of programs that are tried as clients"
 	@$(PYTHON) -m venv --clear $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r $<
 	@touch $@
 
-# nginx, Caddy and promtool: the examples of deploy/ are tried with the real programs.
+# nginx, Caddy and promtool: the examples of deploy/ are tried with the real programs. Before Chromium: apt-get runs alone.
 $(VENV)/.debian: tests/deploy/programs.sh | $(BIN)/python
 	@tests/deploy/programs.sh $(VENV)
 	@touch $@
 
 # The page is tried in a real browser.
-$(VENV)/.chromium: tests/browser/programs.sh | $(BIN)/python
+$(VENV)/.chromium: tests/browser/programs.sh | $(VENV)/.debian
 	@command -v chromedriver >/dev/null || echo "installing Chromium and its driver into the system, with apt-get"
 	@tests/browser/programs.sh
 	@touch $@

@@ -15,7 +15,7 @@ LISTENERS = 3
 
 @pytest.mark.trio
 async def test_kills_hangs_and_poisons_cost_no_innocent_request_a_sample(tmp_path: Path) -> None:
-    found = await storm(tmp_path, 24, seed=1)
+    found = await storm(tmp_path, 16, seed=1)
     assert found.complaints == []
     assert found.faults.keys() == WEIGHTS.keys()
     assert found.seen["innocent losses of listeners"] > 0
