@@ -98,6 +98,8 @@ class Case:
     #: Whether it needs no holder.
     detached: bool = False
     complaints: list[str] = attrs.field(factory=list)
+    #: Its timeline, if there are complaints.
+    story: str = ""
 
     @property
     def short(self) -> str:
@@ -339,11 +341,15 @@ class Ledger:
     def may_end_anew(self, case: Case) -> bool:
         """Whether its end may be forgotten: it is passed on at once, and the worker keeps it until the relay has it.
 
-        So it is lost where the relay was killed before it was stored, and the worker before it came back.
+        So it is lost where the relay was killed before it was stored, and the worker was killed before it came back, or
+        stayed away for too long.
         """
-        since = case.first_ended_at or 0.0
+        since, now = case.first_ended_at or 0.0, trio.current_time()
         killed = {fault.target.removeprefix("worker ") for fault in self.faults if self._killed_since(fault, since)}
-        return "relay" in killed and bool(killed & {worker for _attempt, worker in (*case.started, *case.begun)})
+        ran_on = {worker for _attempt, worker in (*case.started, *case.begun)}
+        grace_s = self.windows.worker_grace_s
+        away = {each for each in ran_on if self._was_away(each, since, now, grace_s, over_restarts=True)}
+        return "relay" in killed and bool((killed | away) & ran_on)
 
     def may_be_forgotten(self, case: Case) -> bool:
         """Whether its end is older than `retain_s`, or came before it was accepted, and the relay was killed since."""
@@ -399,6 +405,8 @@ class Ledger:
         self.counts["retried"] += max(0, len(begun) - 1)
         if not case.complaints:
             del self.cases[case.request_id], self._by_short[case.short]
+        else:
+            case.story = self.story(case)  # in a long run its events are not kept to the end
 
     def record_gap(self, case: Case, listener: str, since: float, now: float, pace_s: float) -> None:
         """Record the pause between two audio frames of a stream, under the fault that caused it."""

@@ -194,7 +194,7 @@ def report(ledger: Ledger, settings: Settings, folder: Path) -> str:
             parts += [
                 "",
                 f"## Timeline of {case.plan.name} ({case.request_id}), seed {settings.seed}",
-                ledger.story(case),
+                case.story or ledger.story(case),
             ]
         if not failed:
             parts += ["", "## End of the timeline", ledger.story(None)]

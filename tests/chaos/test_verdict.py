@@ -224,26 +224,36 @@ async def test_faults_of_workers_that_did_not_run_it_excuse_nothing() -> None:
 
 
 @pytest.mark.trio
-async def test_an_end_may_be_forgotten_only_where_relay_and_worker_were_both_killed_since() -> None:
-    def ledger_with(*faults: Fault) -> bool:
+async def test_an_end_may_be_forgotten_only_where_the_relay_was_killed_and_the_worker_did_not_come_back(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    await trio.sleep(30.0)
+
+    def ledger_with(*faults: Fault, away_s: float = 0.0) -> bool:
         ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+        now = trio.current_time()
+        ledger.linked["a"] = [[0.0, now - 15.0], [now - 15.0 + away_s, float("inf")]]
         case = ledger.open_case(PLAN, "00" * 16, "client 1")
         case.started = [(1, "a")]
         case.receptions = [received(end="completed"), received(end="failed worker_lost", chunks=0)]
         ledger.close_reception(case, case.receptions[0])
-        case.first_ended_at = 10.0  # the other is heard after the faults
+        case.first_ended_at = now - 20.0  # the other is heard after the faults
         ledger.faults = list(faults)
         before = len(ledger.complaints)
         ledger.close_reception(case, case.receptions[1])
         assert ledger.may_end_anew(case) is not any("received" in each for each in ledger.complaints[before:])
         return ledger.may_end_anew(case)
 
-    relay, worker = Fault("kill -9 behind an answer", "relay", 11.0), Fault("kill -9", "worker a", 12.0)
+    at = trio.current_time() - 20.0
+    relay, worker = Fault("kill -9 behind an answer", "relay", at + 1), Fault("kill -9", "worker a", at + 2)
     assert ledger_with(relay, worker)
     assert not ledger_with(relay)
     assert not ledger_with(worker)
-    assert not ledger_with(relay, Fault("kill -9", "worker b", 12.0))
-    assert not ledger_with(relay, Fault("kill -9", "worker a", 5.0, 6.0))
+    assert not ledger_with(relay, Fault("kill -9", "worker b", at + 2))
+    assert not ledger_with(relay, Fault("kill -9", "worker a", at - 5, at - 4))
+    assert ledger_with(relay, away_s=6.0)
+    assert not ledger_with(relay, away_s=3.0)
+    assert not ledger_with(away_s=6.0)
 
 
 @pytest.mark.trio
