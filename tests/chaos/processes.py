@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -136,6 +137,14 @@ class Actor:
                 if line.startswith("VmRSS:"):
                     return files, int(line.split()[1]) / 1024
         return 0, 0.0
+
+    def open_files(self) -> Counter[str]:
+        """What its open files are: paths, and kinds of what has none."""
+        found: Counter[str] = Counter()
+        for entry in Path(f"/proc/{self.pid}/fd").iterdir():
+            with suppress(OSError):
+                found[re.sub(r"\[\d+\]$", "", str(entry.readlink()))] += 1
+        return found
 
 
 def as_json(line: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _remains(stage: Stage, before: tuple[int, float], rows: dict[str, list[dict[
         faults.append(f"former workers are still remembered: {sorted(workers)}")
     files, rss_mib = stage.relay.figures()
     if files > before[0]:
-        faults.append(f"the relay has {files} open files, and had {before[0]} before")
+        faults.append(f"the relay has {files} open files, and had {before[0]} before: {dict(stage.relay.open_files())}")
     if rss_mib > before[1] + stage.settings.rss_allowance_mib:
         faults.append(f"the relay has {rss_mib:.1f} MiB, and had {before[1]:.1f} before")
     return faults
