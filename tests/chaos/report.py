@@ -144,6 +144,8 @@ class Ledger:
     linked: dict[str, list[list[float]]] = attrs.field(factory=lambda: defaultdict(list))
     on_complaint: Callable[[], None] = lambda: None
     _started: set[tuple[str, int]] = attrs.field(factory=set)
+    #: Request id -> the worker of its latest attempt, and the number of starts of the relay until then.
+    _latest: dict[str, tuple[str, int]] = attrs.field(factory=dict)
     _by_short: dict[str, Case] = attrs.field(factory=dict)
 
     # -- writing
@@ -245,8 +247,11 @@ class Ledger:
 
     def _judge_start(self, entry: dict[str, Any]) -> None:
         attempt = entry["request_id"], entry["attempt"]
-        if attempt in self._started:
-            return  # its worker came back without it, so it was sent again: it has run since before
+        before = self._latest.get(entry["request_id"])
+        self._latest[entry["request_id"]] = entry["worker"], len(self.relay_starts)
+        # Its worker came back without it, so it was sent again: it has run since before. A new relay numbers it anew.
+        if attempt in self._started or (before and before[0] == entry["worker"] and before[1] < len(self.relay_starts)):
+            return
         self._started.add(attempt)
         at = datetime.fromisoformat(entry["timestamp"]).timestamp()
         for what in (entry["space"], entry["worker"]):

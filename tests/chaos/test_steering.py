@@ -86,8 +86,16 @@ async def test_a_request_must_not_start_where_it_is_paused_or_drained(space: str
     started(1001.0, "loose", "a-1", 2)
     started(1001.0, space, worker, 1)  # sent again to a worker that came back without it
     assert ledger.complaints == []
-    started(1001.0, space, worker, 3)
+    ledger.relay_starts.append(1.0)
+    started(1001.0, space, worker, 3)  # the same, with the number that a new relay gives it
+    assert ledger.complaints == []
+    started(1001.0, space, worker, 4)
     assert len(ledger.complaints) == 1
+    ledger.relay_starts.append(2.0)
+    started(1001.0, "loose", "b-1", 5)
+    ledger.relay_starts.append(3.0)
+    started(1001.0, space, worker, 6)
+    assert len(ledger.complaints) == 2
 
 
 @pytest.mark.trio
