@@ -14,7 +14,9 @@ from protocol.wire.validators import (
     boolean,
     choice,
     field,
+    integer,
     map_field,
+    map_of,
     number,
     optional,
     struct_field,
@@ -77,12 +79,15 @@ class Output(Frame):
     """A value that is not speech: any msgpack value up to 64 KiB, or binary up to a message's size.
 
     `media_type` says what kind of file it is, None where nobody said. With `more` the next `output` frame continues it.
+    A frame with `mark` has no value: it says how many characters of the text (`text_end`) the audio up to its place has
+    spoken, and how many samples (`sample`) that is.
     """
 
     TYPE: ClassVar[str] = "output"
     data: Value = field(any_value, None)
     media_type: str | None = field(optional(media_type_rule), None)
     more: bool | None = field(optional(boolean), None)
+    mark: dict[str, int] | None = field(optional(map_of(text(32), integer(0))), None)
 
 
 @attrs.frozen(kw_only=True)

@@ -30,7 +30,7 @@ from protocol.wire.structs import AudioFormat as AudioFormat
 from protocol.wire.structs import InputInfo as InputInfo
 from protocol.wire.structs import InputRule as InputRule
 from protocol.wire.structs import Running as Running
-from protocol.wire.structs import attempt_rule, request_id_rule, seq_rule
+from protocol.wire.structs import attempt_rule, input_name_rule, request_id_rule, seq_rule
 from protocol.wire.validators import Message as Message
 from protocol.wire.validators import (
     Value,
@@ -59,11 +59,12 @@ PATH = "/v1/relay"
 MAX_CONTROL_BYTES = 64 * KIB
 #: `data` of one `input` message: small enough that an upload and live audio share a link fairly.
 MAX_INPUT_CHUNK_BYTES = 256 * KIB
+#: Bytes of a live input that may be sent beyond its latest `input_ack`, client to relay and relay to worker.
+MAX_UNACKED_BYTES = 256 * KIB
 #: `output` of a `report`: a traceback and the lines before it.
 MAX_REPORT_CHARS = 4096
 
 SPACE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 ROLES = ("client", "worker", "operator")
 RETRY_POLICIES = ("never", "before_output", "always")
@@ -73,7 +74,6 @@ ENDED_STATES = ("completed", "failed", "cancelled")
 _space = text(64, SPACE_PATTERN, "a space name ([A-Za-z0-9][A-Za-z0-9._-]{0,63})")
 _code = text(64)
 _words = text(MAX_TEXT_CHARS)
-_input_name = text(32, NAME_PATTERN, "an input name ([a-z][a-z0-9_]{0,31})")
 
 
 # -- both ways -
@@ -122,13 +122,33 @@ class Error(Message):
 
 @attrs.frozen(kw_only=True)
 class Input(Message):
-    """A piece of an input, in order and without gaps; client to relay, and relay to worker after `assign`."""
+    """A piece of an input, in order and without gaps; client to relay, and relay to worker after `assign`.
+
+    `last`: the live input ends with this piece, which may be empty.
+    """
 
     TYPE: ClassVar[str] = "input"
     request_id: str = field(request_id_rule)
-    name: str = field(_input_name)
+    name: str = field(input_name_rule)
     offset: int = field(integer(0))
     data: bytes = field(binary(MAX_INPUT_CHUNK_BYTES))
+    last: bool | None = field(optional(boolean), None)
+
+
+@attrs.frozen(kw_only=True)
+class InputAck(Message):
+    """The bytes of a live input below `offset` need not be sent again; relay to client, and worker to relay.
+
+    From the relay: they are in its store, and with `last` so is the end. From a worker: the engine of `attempt` has
+    taken them.
+    """
+
+    TYPE: ClassVar[str] = "input_ack"
+    request_id: str = field(request_id_rule)
+    attempt: int = field(attempt_rule, 0)
+    name: str = field(input_name_rule)
+    offset: int = field(integer(0))
+    last: bool | None = field(optional(boolean), None)
 
 
 @attrs.frozen(kw_only=True)
@@ -287,7 +307,7 @@ class Assign(Message):
     space: str = field(_space)
     principal: str = field(text(128))
     params: dict[str, Value] = map_field()
-    inputs: dict[str, InputInfo] = struct_map_field(InputInfo, _input_name)
+    inputs: dict[str, InputInfo] = struct_map_field(InputInfo, input_name_rule)
     run_timeout_s: float = field(number(0.0, 1e9))
 
 
@@ -360,7 +380,7 @@ class Submit(Message):
     request_id: str = field(request_id_rule)
     space: str = field(_space)
     params: dict[str, Value] = map_field()
-    inputs: dict[str, InputInfo] = struct_map_field(InputInfo, _input_name)
+    inputs: dict[str, InputInfo] = struct_map_field(InputInfo, input_name_rule)
     priority: int = field(integer(0, 9), 5)
     queue_timeout_s: float | None = field(optional(number(0.001, 1e7)), None)
     run_timeout_s: float | None = field(optional(number(0.001, 1e7)), None)
@@ -368,6 +388,8 @@ class Submit(Message):
     retry: str = field(choice(*RETRY_POLICIES), "before_output")
     #: False if the relay may not answer it with the result of an equal request, nor equal requests with its result.
     cache: bool | None = field(optional(boolean), None)
+    #: Requests of one principal that belong together: a `cancel` of one cancels all that are live.
+    group: str | None = field(optional(text(64)), None)
 
 
 @attrs.frozen(kw_only=True)
@@ -430,7 +452,7 @@ class Register(Message):
     slots: int = field(integer(0, 1_000), 1)
     engine: str = field(text(128), "")
     params: dict[str, Value] = map_field()
-    inputs: dict[str, InputRule] = struct_map_field(InputRule, _input_name)
+    inputs: dict[str, InputRule] = struct_map_field(InputRule, input_name_rule)
     format: AudioFormat | None = struct_field(AudioFormat)
     streams: bool = field(boolean, True)
     shared: bool = field(boolean, False)
@@ -491,12 +513,12 @@ BULK = frozenset({"audio", "input", "output"})
 
 FROM_ANYONE: Table = _table(Hello)
 FROM_CLIENT: Table = _table(Ping, Pong, Submit, Input, Cancel, Attach, Leave, Status, Spaces)
-FROM_WORKER: Table = {**_table(Ping, Pong, Register, Draining, Report), **FRAMES}
+FROM_WORKER: Table = {**_table(Ping, Pong, Register, Draining, Report, InputAck), **FRAMES}
 #: An operator is a client that may also watch and steer.
 FROM_OPERATOR: Table = {**FROM_CLIENT, **_table(Watch, Steer)}
 FROM_RELAY: Table = {
     **_table(Ping, Pong, Error, Welcome, Accepted, Queued, WorkerAway, WorkerBack, Rejected),
-    **_table(StatusReply, SpacesReply),
+    **_table(StatusReply, SpacesReply, InputAck),
     **_table(Registered, Assign, Input, Cancel, Drain, Undrain, Ack, Snapshot, Delta, Done),
     **FRAMES,
 }

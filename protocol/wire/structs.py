@@ -4,13 +4,27 @@ import re
 
 import attrs
 
-from protocol.wire.validators import Struct, array_field, boolean, choice, field, integer, text
+from protocol.wire.validators import (
+    Struct,
+    Value,
+    array_field,
+    boolean,
+    choice,
+    field,
+    integer,
+    map_field,
+    map_of,
+    optional,
+    text,
+)
 
 KIB = 1024
 ID_PATTERN = re.compile(r"[0-9a-f]{32}")
-SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
+SHA256_OR_EMPTY = re.compile(r"([0-9a-f]{64})?")
+NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 request_id_rule = text(32, ID_PATTERN, "a request id (32 lower-case hex digits)")
+input_name_rule = text(32, NAME_PATTERN, "an input name ([a-z][a-z0-9_]{0,31})")
 seq_rule = integer(0, 2**31)
 attempt_rule = integer(0, 1_000_000)
 
@@ -37,17 +51,50 @@ class AudioFormat(Struct):
 
 @attrs.frozen(kw_only=True)
 class InputInfo(Struct):
-    """An input that a `submit` announces.
+    """An input that a `submit` announces: whole, live, or piped from another request.
 
     Args:
-        media_type: like HTTP's, e.g. `audio/wav`.
-        size: in bytes.
-        sha256: of the whole input, 64 lower-case hex digits.
+        media_type: like HTTP's, e.g. `audio/wav`; a piped input may leave it to the relay.
+        size: in bytes; of a whole input.
+        sha256: of a whole input, 64 lower-case hex digits.
+        live: its bytes are sent while the request waits and runs; the last `input` says so.
+        from_: the request whose output it is: strings as UTF-8, or audio as PCM. The relay sends it.
     """
 
-    media_type: str = field(text(128))
-    size: int = field(integer(0))
-    sha256: str = field(text(64, SHA256_PATTERN, "a SHA-256 (64 lower-case hex digits)"))
+    media_type: str = field(text(128), "")
+    size: int = field(integer(0), 0)
+    sha256: str = field(text(64, SHA256_OR_EMPTY, "a SHA-256 (64 lower-case hex digits)"), "")
+    live: bool = field(boolean, False)
+    from_: str | None = field(optional(request_id_rule), None)
+
+    def __attrs_post_init__(self) -> None:
+        if self.live and self.from_ is not None:
+            raise ValueError("is either live or from another request")
+        if self.is_fed and (self.size or self.sha256):
+            raise ValueError("has a size or sha256, which nobody knows before its end")
+        if not self.is_fed and not self.sha256:
+            raise ValueError("lacks sha256")
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether its bytes come while the request runs: it is live or piped."""
+        return self.live or self.from_ is not None
+
+    @classmethod
+    def missing(cls, wire: dict[str, Value]) -> str:
+        """See `Struct.missing`; what is required depends on the kind of input."""
+        if wire.get("from") is not None:
+            return ""
+        required = ("media_type",) if wire.get("live") else ("media_type", "size", "sha256")
+        return ", ".join(name for name in required if name not in wire)
+
+    def to_map(self) -> dict[str, Value]:
+        """See `Struct.to_map`; without what its kind of input does not have."""
+        wire = super().to_map()
+        unused = [] if self.live else ["live"]
+        unused += ["size", "sha256"] if self.is_fed else []
+        unused += ["media_type"] if self.from_ is not None and not self.media_type else []
+        return {name: value for name, value in wire.items() if name not in unused}
 
 
 @attrs.frozen(kw_only=True)
@@ -58,17 +105,23 @@ class InputRule(Struct):
         media_types: the accepted ones; empty accepts any.
         max_bytes: largest size.
         required: whether a request without it is rejected.
+        live: whether it may be live or piped; otherwise it must be whole.
     """
 
     media_types: list[str] = array_field(text(128))
     max_bytes: int = field(integer(1), 16 * 1024 * KIB)
     required: bool = field(boolean, False)
+    live: bool = field(boolean, False)
 
 
 @attrs.frozen(kw_only=True)
 class Running(Struct):
-    """The progress of an attempt: `next_seq` is the first frame not yet made (worker) or not yet received (relay)."""
+    """The progress of an attempt: `next_seq` is the first frame not yet made (worker) or not yet received (relay).
+
+    `inputs`: how many bytes of each live or piped input the worker has received.
+    """
 
     request_id: str = field(request_id_rule)
     attempt: int = field(attempt_rule)
     next_seq: int = field(seq_rule)
+    inputs: dict[str, int] = map_field(map_of(input_name_rule, integer(0)))

@@ -113,6 +113,21 @@ def array_of(rule: Rule, at_least: int = 0) -> Rule:
     return check
 
 
+def map_of(name_rule: Rule, rule: Rule) -> Rule:
+    """A map whose keys are valid for `name_rule`, and its values for `rule`."""
+
+    def check(value: Value) -> None:
+        mapping(value)
+        for name, item in value.items():
+            name_rule(name)
+            try:
+                rule(item)
+            except ValueError as fault:
+                raise ValueError(f"{name}: {fault}") from None
+
+    return check
+
+
 def optional(rule: Rule) -> Rule:
     """None, or a value that is valid for `rule`."""
 
@@ -142,9 +157,9 @@ def field(rule: Rule, default: Any = attrs.NOTHING, *, secret: bool = False) -> 
     return attrs.field(validator=_field_validator(rule), default=default, repr=not secret)
 
 
-def map_field() -> Any:
-    """An attrs field that contains a map; empty by default."""
-    return attrs.field(validator=_field_validator(mapping), factory=dict)
+def map_field(rule: Rule = mapping) -> Any:
+    """An attrs field that contains a map, checked by `rule`; empty by default."""
+    return attrs.field(validator=_field_validator(rule), factory=dict)
 
 
 def array_field(rule: Rule) -> Any:
@@ -153,14 +168,17 @@ def array_field(rule: Rule) -> Any:
 
 
 class Struct:
-    """A map inside a message that has fields of its own; subclasses are frozen attrs classes."""
+    """A map inside a message that has fields of its own; subclasses are frozen attrs classes.
+
+    A field that has the name of a Python keyword on the wire has an underscore after it here: `from_` is `from`.
+    """
 
     @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        """Wire names of the fields, in order."""
-        names: tuple[str, ...] | None = cls.__dict__.get("_names")
+    def field_names(cls) -> tuple[tuple[str, str], ...]:
+        """The fields in order: the name on the wire, and the name of the attribute."""
+        names: tuple[tuple[str, str], ...] | None = cls.__dict__.get("_names")
         if names is None:
-            names = tuple(attribute.name for attribute in attrs.fields(cls))  # type: ignore[arg-type]
+            names = tuple((a.name.rstrip("_"), a.name) for a in attrs.fields(cls))  # type: ignore[arg-type]
             cls._names = names  # type: ignore[attr-defined]
         return names
 
@@ -176,8 +194,8 @@ class Struct:
     def to_map(self) -> dict[str, Value]:
         """The fields as they are sent: `None` left out, structs as maps."""
         wire: dict[str, Value] = {}
-        for name in self.field_names():
-            value = getattr(self, name)
+        for name, attribute in self.field_names():
+            value = getattr(self, attribute)
             if value is not None:
                 wire[name] = _to_wire(value) if isinstance(value, Struct | tuple | dict) else value
         return wire
@@ -208,7 +226,7 @@ class Message(Struct):
         if missing := cls.missing(wire):
             raise ProtocolError(f"{cls.TYPE}: lacks {missing}")
         try:
-            return cls(**{name: wire[name] for name in cls.field_names() if name in wire})
+            return cls(**{attribute: wire[name] for name, attribute in cls.field_names() if name in wire})
         except ValueError as fault:
             raise ProtocolError(f"{cls.TYPE}.{fault}") from None
 
@@ -228,7 +246,7 @@ def parse_struct(cls: type[StructT], value: Value) -> StructT:
     mapping(value)
     if missing := cls.missing(value):
         raise ValueError(f"lacks {missing}")
-    return cls(**{name: value[name] for name in cls.field_names() if name in value})
+    return cls(**{attribute: value[name] for name, attribute in cls.field_names() if name in value})
 
 
 def struct_field(cls: type[Struct]) -> Any:

@@ -17,7 +17,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import NAME_PATTERN
+from protocol.wire.structs import NAME_PATTERN
 from protocol.wire.validators import Value
 from relayd.http.context import HttpContext, context_of, exchange_of
 from relayd.http.errors import HttpError

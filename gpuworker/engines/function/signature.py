@@ -10,9 +10,8 @@ import attrs
 
 from gpuworker.engines.base import EngineError, EngineInput, RequestContext
 from protocol.wire.media_types import MEDIA_TYPE_PATTERN
-from protocol.wire.messages import NAME_PATTERN
 from protocol.wire.params_schema import MAX_DEPTH, integers_as_int
-from protocol.wire.structs import InputRule
+from protocol.wire.structs import NAME_PATTERN, InputRule
 from protocol.wire.validators import Value
 
 #: The parameter that receives a callable which returns whether to stop.

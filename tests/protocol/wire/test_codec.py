@@ -245,7 +245,7 @@ def test_any_damaged_message_is_a_message_or_a_protocol_error(message: Message, 
 @settings(max_examples=300)
 def test_any_value_in_any_field_is_a_message_or_a_protocol_error(message: Message, field: str, value: Any) -> None:
     taken_or_refused(msgpack.packb({**message.to_map(), field: value}))
-    for name in message.field_names():
+    for name, _attribute in message.field_names():
         taken_or_refused(msgpack.packb({**message.to_map(), name: value}))
 
 
