@@ -142,12 +142,17 @@ def any_value(_value: Value) -> None:
     """Any value that the codec accepts."""
 
 
+def wire_name(attribute: "attrs.Attribute[Any]") -> str:
+    """A field's name on the wire: one that is a Python keyword has an underscore after it here, as in `from_`."""
+    return attribute.name.rstrip("_")
+
+
 def _field_validator(rule: Rule) -> Callable[[Any, "attrs.Attribute[Any]", Any], None]:
     def validate(_self: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         try:
             rule(value)
         except ValueError as fault:
-            raise FieldError(f"{attribute.name}: {fault}") from None
+            raise FieldError(f"{wire_name(attribute)}: {fault}") from None
 
     return validate
 
@@ -168,17 +173,14 @@ def array_field(rule: Rule) -> Any:
 
 
 class Struct:
-    """A map inside a message that has fields of its own; subclasses are frozen attrs classes.
-
-    A field that has the name of a Python keyword on the wire has an underscore after it here: `from_` is `from`.
-    """
+    """A map inside a message that has fields of its own; subclasses are frozen attrs classes."""
 
     @classmethod
     def field_names(cls) -> tuple[tuple[str, str], ...]:
         """The fields in order: the name on the wire, and the name of the attribute."""
         names: tuple[tuple[str, str], ...] | None = cls.__dict__.get("_names")
         if names is None:
-            names = tuple((a.name.rstrip("_"), a.name) for a in attrs.fields(cls))  # type: ignore[arg-type]
+            names = tuple((wire_name(a), a.name) for a in attrs.fields(cls))  # type: ignore[arg-type]
             cls._names = names  # type: ignore[attr-defined]
         return names
 
@@ -256,7 +258,7 @@ def struct_field(cls: type[Struct]) -> Any:
         try:
             return None if value is None else parse_struct(cls, value)
         except ValueError as fault:
-            raise FieldError(f"{attribute.name}: {fault}") from None
+            raise FieldError(f"{wire_name(attribute)}: {fault}") from None
 
     return attrs.field(converter=attrs.Converter(convert, takes_self=True, takes_field=True), default=None)
 
@@ -272,7 +274,7 @@ def struct_map_field(cls: type[Struct], name_rule: Rule) -> Any:
                 name_rule(name)
                 parsed[name] = parse_struct(cls, item)
         except ValueError as fault:
-            raise FieldError(f"{attribute.name}: {fault}") from None
+            raise FieldError(f"{wire_name(attribute)}: {fault}") from None
         return parsed
 
     return attrs.field(converter=attrs.Converter(convert, takes_self=True, takes_field=True), factory=dict)
@@ -286,6 +288,6 @@ def struct_list_field(cls: type[Struct]) -> Any:
             array_of(any_value)(value)
             return tuple(parse_struct(cls, item) for item in value)
         except ValueError as fault:
-            raise FieldError(f"{attribute.name}: {fault}") from None
+            raise FieldError(f"{wire_name(attribute)}: {fault}") from None
 
     return attrs.field(converter=attrs.Converter(convert, takes_self=True, takes_field=True), default=())

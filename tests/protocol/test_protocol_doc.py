@@ -26,7 +26,7 @@ from protocol.wire.messages import (
     Submit,
     Table,
 )
-from protocol.wire.validators import Message, Struct
+from protocol.wire.validators import Message, Struct, wire_name
 from relayd.config.schema import Limits, PrincipalLimits, SpaceConfig
 from relayd.connections.operator import ACTIONS, OperatorHandler
 from relayd.logs import recent
@@ -86,7 +86,7 @@ def default_in_words(attribute: "attrs.Attribute[Any]") -> str:
 
 
 def fields_in_words(cls: type[Struct]) -> list[list[str]]:
-    return [[f"`{a.name}`", default_in_words(a)] for a in attrs.fields(cast(Any, cls))]
+    return [[f"`{wire_name(a)}`", default_in_words(a)] for a in attrs.fields(cast(Any, cls))]
 
 
 def examples() -> dict[str, bytes]:

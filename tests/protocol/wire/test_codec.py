@@ -77,15 +77,27 @@ maps = st.dictionaries(words, values, max_size=4)
 seqs = st.integers(0, 2**31)
 attempts = st.integers(0, 1_000_000)
 formats = st.builds(AudioFormat, sample_rate=st.integers(8_000, 192_000), channels=st.integers(1, 2))
-running = st.lists(st.builds(Running, request_id=ids, attempt=attempts, next_seq=seqs), max_size=3).map(tuple)
-infos = st.builds(
-    InputInfo,
-    media_type=words,
-    size=st.integers(0, 2**50),
-    sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+offsets = st.integers(0, 2**50)
+received = st.dictionaries(names, offsets, max_size=2)
+running = st.lists(
+    st.builds(Running, request_id=ids, attempt=attempts, next_seq=seqs, inputs=received), max_size=3
+).map(tuple)
+infos = (
+    st.builds(
+        InputInfo,
+        media_type=words,
+        size=st.integers(0, 2**50),
+        sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+    )
+    | st.builds(InputInfo, media_type=words, live=st.just(True))
+    | st.builds(InputInfo, media_type=words, from_=ids)
 )
 rules = st.builds(
-    InputRule, media_types=st.lists(words, max_size=2), max_bytes=st.integers(1, 2**40), required=st.booleans()
+    InputRule,
+    media_types=st.lists(words, max_size=2),
+    max_bytes=st.integers(1, 2**40),
+    required=st.booleans(),
+    live=st.booleans(),
 )
 counts = st.integers(1, 2**40)
 timeouts = st.none() | st.floats(0.001, 1e7)
@@ -111,16 +123,19 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "fraction": st.floats(0, 1),
     "from_seq": seqs,
     "gone": maps,
+    "group": st.none() | words,
     "inputs": st.dictionaries(names, infos, max_size=3),
     "instance": ids,
+    "last": st.none() | st.booleans(),
     "limits": maps,
+    "mark": st.none() | st.dictionaries(words, offsets, max_size=2),
     "media_type": st.none() | st.sampled_from(["image/png", "text/plain; charset=utf-8"]),
     "message": words,
     "more": st.booleans(),
     "name": names,
     "next_seq": seqs,
     "of": counts,
-    "offset": st.integers(0, 2**50),
+    "offset": offsets,
     "options": maps,
     "output": words,
     "params": maps,
