@@ -2,7 +2,7 @@
 
 import random
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import attrs
@@ -17,7 +17,7 @@ from protocol.wire.messages import LIVE_STATES, Queued, StatusReply
 from tests.chaos.proxy import Line, Target, open_line
 from tests.chaos.report import NOT_FOUND, Case, Ledger
 from tests.chaos.verdict import Reception
-from tests.chaos.workload import CHUNK_MS, LOOSE, Plan, draw_plan, draw_short_plan
+from tests.chaos.workload import CHUNK_MS, KINDS, LOOSE, Plan, draw_plan, draw_short_plan
 
 #: A listener must have its end by then: many times all windows of the configuration together, for a busy machine.
 END_S = 300.0
@@ -73,6 +73,7 @@ class Client:
     target: Target
     tls: ssl.SSLContext | None = None
     others: Sequence["Client"] = ()
+    kinds: Mapping[str, int] = attrs.field(factory=lambda: KINDS)
     current: Case | None = None
     _random: random.Random = attrs.field(init=False)
     _plans: random.Random = attrs.field(init=False)
@@ -86,7 +87,7 @@ class Client:
         number = 0
         while not calm.is_set():
             number += 1
-            await self.follow(draw_plan(self._plans, f"{self.name} #{number}"))
+            await self.follow(draw_plan(self._plans, f"{self.name} #{number}", self.kinds))
 
     async def serve_bursts(self, calm: trio.Event, size: int) -> None:
         """Submit `size` short requests at once, and follow them all, again and again until `calm` is set."""
@@ -139,7 +140,7 @@ class Client:
                 async with (relay or self.relay).submit(
                     plan.space,
                     plan.params,
-                    inputs=plan.inputs,
+                    inputs=plan.inputs | ({"text": plan.dictate(self._random)} if plan.text else {}),
                     retry=plan.retry,
                     queue_timeout_s=plan.queue_timeout_s,
                     detach=detach,
@@ -184,7 +185,7 @@ class Client:
                     self.ledger.note_position(case, event.position, event.of)
                 if isinstance(event, Audio):
                     now = trio.current_time()
-                    if since is not None:
+                    if since is not None and not case.plan.text:  # otherwise they may be its speaker's
                         self.ledger.record_gap(case, self.name, since, now, pace_s)
                     since = now
                     reception.pieces.append((event.seq, event.pcm))
@@ -351,6 +352,19 @@ class Client:
             mortal.left = True
         return ended
 
+    async def _dictated_on(self, case: Case) -> None:
+        if await self._die(case):
+            return
+        await trio.sleep(case.plan.later_s)
+        reception = self._new_reception(case, " dictates it from the beginning")
+
+        async def act(stream: Stream) -> bool:
+            case.unheld_to = min(case.unheld_to, trio.current_time())
+            return await self._receive(stream, case, reception)
+
+        await self._submit(case, act)
+        self.ledger.close_reception(case, reception)
+
     async def _heir(self, case: Case) -> None:
         if await self._die(case):
             return
@@ -378,4 +392,7 @@ _DEEDS: dict[str, Callable[[Client, Case], Awaitable[None]]] = {
     "abandoned": Client._abandoned,
     "cancelled": Client._cancelled,
     "poison": Client._plain,
+    "dictated": Client._plain,
+    "dictated twice": Client._twin,
+    "dictated on": Client._dictated_on,
 }

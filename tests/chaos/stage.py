@@ -5,7 +5,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tests.chaos.processes import Actor
 from tests.chaos.proxy import Line, Target, open_line
 from tests.chaos.report import Ledger, Windows
 from tests.chaos.web import WebClient
-from tests.chaos.workload import CHUNK_MS, FRAIL_ATTEMPTS, FRAIL_IDLE_S, LAIR, PATIENT_ATTEMPTS, SAMPLE_RATE_HZ
+from tests.chaos.workload import CHUNK_MS, FRAIL_ATTEMPTS, FRAIL_IDLE_S, KINDS, LAIR, PATIENT_ATTEMPTS, SAMPLE_RATE_HZ
 from tests.deploy.proxies import Certificate, make_certificate
 
 Gap = tuple[float, float]
@@ -91,6 +91,7 @@ class Settings:
         spare_relay_s: the last part of `storm_s`, in which the relay's process is left alone, to see what it keeps.
         tls: whether the relay's port speaks TLS; then the other half of the peers comes over its unix socket.
         clients: the number of clients.
+        kinds: what they do, with its relative frequency.
         web: the number of clients that use HTTP.
         burst: how many short requests another client submits at once; 0 for no bursts.
         steers: whether an operator steers.
@@ -110,6 +111,7 @@ class Settings:
     spare_relay_s: float
     tls: bool = True
     clients: int = 6
+    kinds: Mapping[str, int] = attrs.field(factory=lambda: KINDS)
     web: int = 3
     burst: int = 200
     steers: bool = True
@@ -262,7 +264,9 @@ async def open_stage(folder: Path, settings: Settings, ledger: Ledger, nursery: 
             name, token, door = f"client {number}", tokens[PRINCIPALS[number % 2]], doors[number // 2 % 2]
             line = await line_of(name, door)
             link = await stack.enter_async_context(open_client(line, token, ledger, door.tls))
-            stage.clients.append(Client(name, link, line, ledger, token, settings.seed, door.target, door.tls))
+            client = Client(name, link, line, ledger, token, settings.seed, door.target, door.tls)
+            client.kinds = settings.kinds
+            stage.clients.append(client)
         if settings.burst:
             door = doors[1]
             line = await line_of("burst", door)

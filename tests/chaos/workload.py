@@ -2,12 +2,14 @@
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import attrs
+import trio
 
 from gpuworker.engines.mock import Tune, tune_key
+from gpuworker.speaking.live_text import pieces_of
 
 #: Low, so that a machine with two cores can run many streams.
 SAMPLE_RATE_HZ = 8_000
@@ -27,6 +29,16 @@ DEEP, HELD, LAIR = "deep", "held", "lair"
 
 #: The input that the engine takes, if it is given; its tune depends on it.
 INPUT = "voice"
+#: What is dictated: sentences in languages that end them in other ways.
+SENTENCES = (
+    "The relay stores every piece before the worker has it.",
+    "Mr. J. R. Smith fed it, word by word!",
+    "机器把每个字都记下来了。",
+    "Сервер помнит всё, что ему сказали.",
+    "彼は「もう一度」と言った。",
+    "And what if the line is cut in the middle of a word?",
+    "那就从断开的地方继续说！",
+)
 
 _tune = Tune(SAMPLE_RATE_HZ)
 
@@ -54,6 +66,9 @@ class Plan:
         later_s: seconds from leaving to coming back.
         input_bytes: size of the input; 0 for none.
         queue_timeout_s: as in `submit`; None for that of the space.
+        text: what is dictated while the request runs, as the live input `text`; each piece has `duration_s`. Without
+            it, `name` is the param.
+        word_s: seconds between two words of it, at most.
     """
 
     name: str
@@ -69,6 +84,17 @@ class Plan:
     later_s: float
     input_bytes: int = 0
     queue_timeout_s: float | None = None
+    text: str = ""
+    word_s: float = 0.0
+
+    async def dictate(self, random: random.Random) -> AsyncIterator[bytes]:
+        """Yield the text in parts of any size, cut anywhere, also inside a character."""
+        data = self.text.encode()
+        while data:
+            size = random.choice((1, 3, 7, 20, 60))
+            yield data[:size]
+            data = data[size:]
+            await trio.sleep(random.uniform(0.0, self.word_s))
 
     @property
     def inputs(self) -> dict[str, bytes]:
@@ -79,7 +105,7 @@ class Plan:
     def params(self) -> dict[str, Any]:
         """The params of the `submit`."""
         params: dict[str, Any] = {
-            "text": self.name,
+            **({} if self.text else {"text": self.name}),
             "seed": self.seed,
             "duration_s": self.duration_s,
             "speed": self.speed,
@@ -94,8 +120,10 @@ class Plan:
 
     def expected(self) -> bytes:
         """The samples of an undisturbed run."""
-        words = self.name + "".join(map(digest, self.inputs.values()))
-        return _tune.pcm(tune_key(words, self.seed), 0, round(self.duration_s * SAMPLE_RATE_HZ))
+        texts = [piece.text for piece in pieces_of([self.text])] if self.text else [self.name]
+        voice = "".join(map(digest, self.inputs.values()))
+        samples = round(self.duration_s * SAMPLE_RATE_HZ)
+        return b"".join(_tune.pcm(tune_key(text + voice, self.seed), 0, samples) for text in texts)
 
     def expected_sha256(self) -> str:
         """SHA-256 of the expected samples."""
@@ -115,9 +143,13 @@ KINDS = {
     "abandoned": 1,  # its connection is lost, and no other takes over
     "cancelled": 2,  # is cancelled in the middle
     "poison": 1,  # ends every slot in which it runs, or hangs there
+    "dictated": 4,  # dictates its text while it listens
+    "dictated twice": 1,  # and another client dictates the same at the same time
+    "dictated on": 2,  # its connection is lost in the middle; another one dictates from the beginning
 }
 
-_ALSO_LOOSE = ("plain", "again", "second", "detached", "cancelled", "events", "audio", "deleted")
+DICTATED = ("dictated", "dictated twice", "dictated on")
+_ALSO_LOOSE = ("plain", *DICTATED, "again", "second", "detached", "cancelled", "events", "audio", "deleted")
 #: The same for a client that uses HTTP.
 WEB_KINDS = {
     "events": 4,  # puts a request, and follows its events; after a cut, from the last one on
@@ -158,6 +190,10 @@ def draw_plan(random: random.Random, name: str, kinds: Mapping[str, int] = KINDS
     fail = None
     if kind == "poison":
         fail = {"how": random.choice(("exit", "hang")), "at": random.randrange(max(1, frames))}
+    text = ""
+    if kind in DICTATED:  # each piece is short, and there are several
+        text = f"{name}. " + " ".join(random.choices(SENTENCES, k=random.randrange(1, 7)))
+        duration_s = round(random.uniform(0.2, 0.8), 2)
     plan = Plan(
         name=name,
         kind=kind,
@@ -171,6 +207,8 @@ def draw_plan(random: random.Random, name: str, kinds: Mapping[str, int] = KINDS
         at_frame=at_frame,
         later_s=round(random.uniform(0.0, 4.0), 2),
         input_bytes=random.choice((0, 0, 0, 100, 40_000, 300_000)),
+        text=text,
+        word_s=random.choice((0.0, 0.05, 0.2)),
     )
     # OpenAI's API cannot say these.
     return attrs.evolve(plan, speed=1.0, retry="before_output", input_bytes=0) if kind == "speech" else plan
