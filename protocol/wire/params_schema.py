@@ -8,6 +8,7 @@ all items with each other. In addition, every check has a budget of steps.
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import attrs
@@ -159,22 +160,27 @@ def _fault(path: tuple[str, ...], reason: str) -> ValueError:
     return ValueError(f"{where if len(where) <= MAX_WORDS_CHARS else '...' + where[-MAX_WORDS_CHARS:]} {reason}")
 
 
-def check_params(schema: dict[str, Value], params: dict[str, Value]) -> dict[str, str]:
+def check_params(
+    schema: dict[str, Value], params: dict[str, Value], fed: AbstractSet[str] = frozenset()
+) -> dict[str, str]:
     """Check `params` and return the faults by field.
 
     Args:
         schema: has passed `check_schema`; an empty one accepts everything.
         params: those of a `submit`.
+        fed: names of its live and piped inputs. Each stands for the param of its name, which is then not missing; to
+            give both is a fault.
 
     Returns:
         field -> what is wrong with it, the path joined by dots ("" for the whole); empty if there are no faults. Params
         that take more than `MAX_STEPS` to check are rejected for that. Nothing is raised, whatever the two contain.
     """
-    faults: dict[str, str] = {}
+    twice = sorted(fed & params.keys()) if fed else ()
+    faults = dict.fromkeys(twice, "is given as an input, too; send it only once")
     if not schema:
         return faults
     try:
-        for path, reason in _Check().faults(schema, params, ()):
+        for path, reason in _Check(fed).faults(schema, params, ()):
             field = _cut(".".join(str(part)[:MAX_FIELD_CHARS] for part in path), MAX_FIELD_CHARS)
             faults.setdefault(field, _cut(reason, MAX_WORDS_CHARS))
             if len(faults) >= MAX_FAULTS:
@@ -240,6 +246,7 @@ class _TooLong(Exception):
 class _Check:
     """Checks one value against one schema; faults are found one by one, on demand."""
 
+    fed: AbstractSet[str] = frozenset()
     steps: int = 0
 
     def faults(self, schema: Value, value: Value, path: _Path) -> _Found:
@@ -289,12 +296,14 @@ class _Check:
     def _map(self, schema: dict[str, Value], value: dict[str, Value], path: _Path) -> _Found:
         properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
         self._spend(2 + 2 * len(value))
+        fed = self.fed if not path else ()
         if names := schema.get("required"):
             self._spend(len(names))
             for name in names:
-                if name not in value:
+                if name not in value and name not in fed:
                     yield (*path, name), "is required"
-        yield from _count(schema, len(value), path, "Properties", "entries")
+        as_params = sum(name in properties and name not in value for name in fed)
+        yield from _count(schema, len(value) + as_params, path, "Properties", "entries")
         for name, inner in value.items():
             if name in properties:
                 yield from self.faults(properties[name], inner, (*path, name))

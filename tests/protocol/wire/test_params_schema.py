@@ -324,3 +324,42 @@ def test_it_takes_what_a_validator_of_the_whole_of_json_schema_takes(
 )
 def test_a_whole_float_becomes_an_int_where_an_integer_is_wanted(schema: Any, value: Any, expected: Any) -> None:
     assert repr(integers_as_int(schema, value)) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    ("params", "fed", "faults"),
+    [
+        ({}, {"text"}, {}),
+        ({"rate": 80}, {"text", "voice_file"}, {}),
+        ({}, {"voice_file"}, {"text": "is required"}),
+        ({"text": "hello"}, {"text"}, {"text": "is given as an input, too; send it only once"}),
+        ({"rate": 1}, {"text"}, {"rate": "must be at least 80"}),
+    ],
+)
+def test_a_fed_input_stands_for_the_param_of_its_name(
+    params: dict[str, Any], fed: set[str], faults: dict[str, str]
+) -> None:
+    assert check_params(SCHEMA, params, fed) == faults
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"required": ["text"]}, {"required": ["ssml"]}]},
+        {"properties": {"text": {}}, "minProperties": 1},
+        {"allOf": [{"required": ["text"]}]},
+    ],
+)
+def test_a_fed_input_counts_wherever_the_whole_params_are_checked(schema: dict[str, Any]) -> None:
+    assert check_params(schema, {})
+    assert not check_params(schema, {}, {"text"})
+    assert check_params(schema, {}, {"other"})
+
+
+def test_a_fed_input_does_not_stand_for_what_lies_deeper() -> None:
+    schema = {"properties": {"more": {"required": ["text"]}}}
+    assert check_params(schema, {"more": {}}, {"text"}) == {"more.text": "is required"}
+
+
+def test_both_given_is_a_fault_without_a_schema_too() -> None:
+    assert check_params({}, {"text": "x"}, {"text"}).keys() == {"text"}
