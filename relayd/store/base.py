@@ -95,11 +95,19 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     async def read_input(self, request_id: str, name: str) -> bytes:
-        """Return the data of an input of a committed request.
+        """Return the data of a whole input of a committed request.
 
         Raises:
             KeyError: the input does not exist (the request has ended, or never existed).
             StoreError: the input cannot be read.
+        """
+
+    @abc.abstractmethod
+    async def read_live_input(self, request_id: str, name: str, offset: int, most: int) -> bytes:
+        """Return up to `most` bytes of a live input from `offset` on; fewer where the store has no more.
+
+        Raises:
+            StoreError: the pieces cannot be read, or one is missing.
         """
 
 

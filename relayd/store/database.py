@@ -17,7 +17,7 @@ import attrs
 import msgpack
 
 from protocol.wire.errors import ProtocolError
-from protocol.wire.messages import Submit
+from protocol.wire.messages import LIVE_STATES, Submit
 from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import parse_struct
 from relayd.config.schema import ConfigError, SpaceConfig
@@ -25,6 +25,7 @@ from relayd.store.base import StorageFull, StoreError
 from relayd.store.record_rules import RecordT, checked
 from relayd.store.records import (
     MAX_UPTIME_S,
+    AppendInput,
     Change,
     DeleteDrain,
     DeleteRequest,
@@ -38,6 +39,7 @@ from relayd.store.records import (
     PutUptime,
     RequestRecord,
     SpaceRecord,
+    StoredInput,
     TokenLimits,
     TokenRecord,
     UpdateRequest,
@@ -98,6 +100,10 @@ _MIGRATIONS = (
     "ALTER TABLE requests ADD COLUMN outcome BLOB;",
     "ALTER TABLE tokens ADD COLUMN readonly INTEGER NOT NULL DEFAULT 0;",
     "ALTER TABLE requests ADD COLUMN highest_attempt INTEGER NOT NULL DEFAULT 0;",
+    """
+    CREATE TABLE input_pieces (request_id TEXT NOT NULL, name TEXT NOT NULL, offset INTEGER NOT NULL,
+        data BLOB NOT NULL, last INTEGER NOT NULL, PRIMARY KEY (request_id, name, offset));
+    """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 #: What is read of each table; one that lacks any of it is damaged.
@@ -111,6 +117,7 @@ COLUMNS = {
     "clock": "uptime_s",
     "drains": "worker_id",
     "inputs": "request_id, name, data",
+    "input_pieces": "request_id, name, offset, length(data), typeof(data), last",
 }
 
 
@@ -210,10 +217,14 @@ class Database:
         try:
             drains = [name for (name,) in self._reader.execute("SELECT worker_id FROM drains ORDER BY rowid")]
             times = [time for (time,) in self._reader.execute("SELECT uptime_s FROM clock")]
+            spaces, tokens = records("spaces", "name", _space), records("tokens", "created_at, token_id", _token)
+            requests = records("requests", "ticket, request_id", _request)
+            live_inputs = self._load_live_inputs({each.request_id for each in requests}, damaged)
             return Loaded(
-                spaces=records("spaces", "name", _space),
-                tokens=records("tokens", "created_at, token_id", _token),
-                requests=records("requests", "ticket, request_id", _request),
+                spaces=spaces,
+                tokens=tokens,
+                requests=tuple(each for each in requests if ("requests", each.request_id) not in damaged),
+                live_inputs=live_inputs,
                 drains=tuple(name for name in drains if isinstance(name, str)),
                 uptime_s=max((time for time in times if isinstance(time, float) and time < MAX_UPTIME_S), default=0.0),
                 damaged=tuple(damaged.values()),
@@ -221,6 +232,26 @@ class Database:
             )
         except sqlite3.Error as fault:
             raise _to_store_error(fault, self._path) from fault
+
+    def _load_live_inputs(
+        self, known: set[str], damaged: dict[tuple[str, object], str]
+    ) -> dict[str, dict[str, StoredInput]]:
+        """Return what is stored of each live input; a request whose pieces do not follow each other is damaged."""
+        found: dict[str, dict[str, StoredInput]] = {}
+        rows = self._reader.execute(
+            f"SELECT {COLUMNS['input_pieces']} FROM input_pieces ORDER BY request_id, name, offset"
+        )
+        for request_id, name, offset, size, kind, last in rows:
+            if request_id not in known:
+                continue
+            its = found.setdefault(request_id, {})
+            before = its.get(name) or StoredInput(0, ended=False)
+            if before.ended or offset != before.size or kind != "blob" or last not in (0, 1):
+                why = f"the pieces of its input {name!r} do not follow each other at byte {before.size}"
+                damaged.setdefault(("requests", request_id), f"requests: {request_id!r}: {why}")
+            else:
+                its[name] = StoredInput(before.size + size, bool(last))
+        return found
 
     def read_input(self, request_id: str, name: str) -> bytes:
         """See `Store.read_input`."""
@@ -236,6 +267,27 @@ class Database:
         if not isinstance(data, bytes):  # a number would be that many zeros
             raise StoreError(f"input {name!r} of request {request_id} is damaged: it is no BLOB")
         return data
+
+    def read_live_input(self, request_id: str, name: str, offset: int, most: int) -> bytes:
+        """See `Store.read_live_input`."""
+        its = (request_id, name)
+        data, start = bytearray(), offset
+        try:
+            rows = self._reader.execute(
+                "SELECT offset, data FROM input_pieces WHERE request_id = ? AND name = ? AND offset < ? AND offset >= "
+                "(SELECT max(offset) FROM input_pieces WHERE request_id = ? AND name = ? AND offset <= ?) "
+                "ORDER BY offset",
+                (*its, offset + most, *its, offset),
+            )
+            for at, piece in rows:
+                if not isinstance(piece, bytes) or (at != start + len(data) if data else at > offset):
+                    raise StoreError(f"input {name!r} of request {request_id} is damaged at byte {at}")
+                if not data:
+                    start = at
+                data += piece
+        except sqlite3.Error as fault:
+            raise _to_store_error(fault, self._path) from fault
+        return bytes(data[offset - start : offset - start + most])
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -325,19 +377,21 @@ def _statements(change: Change) -> list[Statement]:
         case PutRequest(request, inputs):
             return [
                 _replace("requests", {**_columns(request), "submit": msgpack.packb(request.submit.to_map())}),
-                _drop_inputs(request.request_id),
+                *_drop_inputs(request.request_id),
                 *(
                     ("INSERT INTO inputs (request_id, name, data) VALUES (?, ?, ?)", (request.request_id, name, data))
                     for name, data in inputs.items()
                 ),
             ]
+        case AppendInput():
+            return [_append_input(change)]
         case UpdateRequest(request_id=request_id):
             fields = change.fields()
             columns = ", ".join(f"{name} = ?" for name in fields)
             update = (f"UPDATE requests SET {columns} WHERE request_id = ?", (*fields.values(), request_id))
-            return [update, _drop_inputs(request_id)] if change.ends else [update]
+            return [update, *_drop_inputs(request_id)] if change.ends else [update]
         case DeleteRequest(request_id):
-            return [("DELETE FROM requests WHERE request_id = ?", (request_id,)), _drop_inputs(request_id)]
+            return [("DELETE FROM requests WHERE request_id = ?", (request_id,)), *_drop_inputs(request_id)]
         case PutDrain(worker_id):
             return [("INSERT OR IGNORE INTO drains (worker_id) VALUES (?)", (worker_id,))]
         case DeleteDrain(worker_id):
@@ -346,8 +400,15 @@ def _statements(change: Change) -> list[Statement]:
             return [("REPLACE INTO clock (rowid, uptime_s) VALUES (1, ?)", (uptime_s,))]
 
 
-def _drop_inputs(request_id: str) -> Statement:
-    return ("DELETE FROM inputs WHERE request_id = ?", (request_id,))
+def _append_input(piece: AppendInput) -> Statement:
+    states = ", ".join(f"'{state}'" for state in LIVE_STATES)
+    is_live = f"EXISTS (SELECT 1 FROM requests WHERE request_id = ? AND state IN ({states}))"
+    insert = f"INSERT INTO input_pieces (request_id, name, offset, data, last) SELECT ?, ?, ?, ?, ? WHERE {is_live}"
+    return (insert, (piece.request_id, piece.name, piece.offset, piece.data, piece.last, piece.request_id))
+
+
+def _drop_inputs(request_id: str) -> list[Statement]:
+    return [(f"DELETE FROM {table} WHERE request_id = ?", (request_id,)) for table in ("inputs", "input_pieces")]
 
 
 def _columns(record: Any) -> dict[str, Any]:

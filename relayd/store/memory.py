@@ -3,8 +3,10 @@
 import attrs
 import trio
 
+from protocol.wire.messages import LIVE_STATES
 from relayd.store.base import Store
 from relayd.store.records import (
+    AppendInput,
     Change,
     DeleteDrain,
     DeleteRequest,
@@ -18,6 +20,7 @@ from relayd.store.records import (
     PutUptime,
     RequestRecord,
     SpaceRecord,
+    StoredInput,
     TokenRecord,
     UpdateRequest,
 )
@@ -32,6 +35,8 @@ class MemoryStore(Store):
         self._tokens: dict[str, TokenRecord] = {}
         self._requests: dict[str, RequestRecord] = {}
         self._inputs: dict[str, dict[str, bytes]] = {}
+        self._live_inputs: dict[str, dict[str, bytearray]] = {}
+        self._ended_inputs: set[tuple[str, str]] = set()
         self._drains: dict[str, None] = {}
         self._uptime_s = 0.0
 
@@ -42,6 +47,13 @@ class MemoryStore(Store):
             spaces=tuple(sorted(self._spaces.values(), key=lambda record: record.name)),
             tokens=tuple(sorted(self._tokens.values(), key=lambda record: (record.created_at, record.token_id))),
             requests=tuple(sorted(self._requests.values(), key=lambda record: record.ticket)),
+            live_inputs={
+                request_id: {
+                    name: StoredInput(len(data), (request_id, name) in self._ended_inputs)
+                    for name, data in each.items()
+                }
+                for request_id, each in self._live_inputs.items()
+            },
             drains=tuple(self._drains),
             uptime_s=self._uptime_s,
         )
@@ -67,22 +79,34 @@ class MemoryStore(Store):
             case DeleteToken(token_id):
                 self._tokens.pop(token_id, None)
             case PutRequest(request, inputs):
+                self._drop_inputs(request.request_id)
                 self._requests[request.request_id] = request
                 self._inputs[request.request_id] = {name: bytes(data) for name, data in inputs.items()}
+            case AppendInput(request_id=request_id, name=name):
+                known = self._requests.get(request_id)
+                if known is not None and known.state in LIVE_STATES:
+                    self._live_inputs.setdefault(request_id, {}).setdefault(name, bytearray()).extend(change.data)
+                    if change.last:
+                        self._ended_inputs.add((request_id, name))
             case UpdateRequest(request_id=request_id):
                 if known := self._requests.get(request_id):
                     self._requests[request_id] = attrs.evolve(known, **change.fields())
                     if change.ends:
-                        self._inputs.pop(request_id, None)
+                        self._drop_inputs(request_id)
             case DeleteRequest(request_id):
                 self._requests.pop(request_id, None)
-                self._inputs.pop(request_id, None)
+                self._drop_inputs(request_id)
             case PutDrain(worker_id):
                 self._drains[worker_id] = None
             case DeleteDrain(worker_id):
                 self._drains.pop(worker_id, None)
             case PutUptime(uptime_s):
                 self._uptime_s = uptime_s
+
+    def _drop_inputs(self, request_id: str) -> None:
+        self._inputs.pop(request_id, None)
+        for name in self._live_inputs.pop(request_id, ()):
+            self._ended_inputs.discard((request_id, name))
 
     async def flush(self) -> None:
         """See `Store.flush`; nothing is ever queued."""
@@ -92,3 +116,8 @@ class MemoryStore(Store):
         """See `Store.read_input`."""
         await trio.lowlevel.checkpoint()
         return self._inputs[request_id][name]
+
+    async def read_live_input(self, request_id: str, name: str, offset: int, most: int) -> bytes:
+        """See `Store.read_live_input`."""
+        await trio.lowlevel.checkpoint()
+        return bytes(self._live_inputs.get(request_id, {}).get(name, b"")[offset : offset + most])

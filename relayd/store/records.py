@@ -161,6 +161,30 @@ class PutRequest:
 
 
 @attrs.frozen(kw_only=True)
+class AppendInput:
+    """Add the next piece of a live input to its request; ignored if the request does not exist or has ended.
+
+    Args:
+        offset: the bytes before it, which the store has.
+        last: whether the input ends with it.
+    """
+
+    request_id: str
+    name: str
+    offset: int
+    data: bytes = attrs.field(repr=False)
+    last: bool = False
+
+
+@attrs.frozen
+class StoredInput:
+    """How much of a live input the store has, and whether its end is stored, too."""
+
+    size: int
+    ended: bool
+
+
+@attrs.frozen(kw_only=True)
 class UpdateRequest:
     """Update the mutable fields of a request; ignored if the request does not exist.
 
@@ -230,6 +254,7 @@ Change = (
     | PutToken
     | DeleteToken
     | PutRequest
+    | AppendInput
     | UpdateRequest
     | DeleteRequest
     | PutDrain
@@ -244,6 +269,7 @@ class Loaded:
 
     Args:
         requests: in the order of their tickets.
+        live_inputs: request id -> name -> what is stored of each live input of a live request that has pieces.
         drains: ids of drained workers, in the order in which they were drained.
         uptime_s: the last stored value of the relay's clock.
         damaged: descriptions of rows that could not be read; the rows were left unchanged.
@@ -253,6 +279,7 @@ class Loaded:
     spaces: tuple[SpaceRecord, ...] = ()
     tokens: tuple[TokenRecord, ...] = ()
     requests: tuple[RequestRecord, ...] = ()
+    live_inputs: Mapping[str, Mapping[str, StoredInput]] = attrs.field(factory=dict)
     drains: tuple[str, ...] = ()
     uptime_s: float = 0.0
     damaged: tuple[str, ...] = ()

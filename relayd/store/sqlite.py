@@ -70,6 +70,11 @@ class SqliteStore(Store):
         """See `Store.read_input`."""
         return await trio.to_thread.run_sync(self._database.read_input, request_id, name, limiter=self._read_limiter)
 
+    async def read_live_input(self, request_id: str, name: str, offset: int, most: int) -> bytes:
+        """See `Store.read_live_input`."""
+        read = self._database.read_live_input
+        return await trio.to_thread.run_sync(read, request_id, name, offset, most, limiter=self._read_limiter)
+
     async def commit(self, *changes: Change) -> None:
         """See `Store.commit`."""
         if self._closing:

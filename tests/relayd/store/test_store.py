@@ -1,6 +1,7 @@
 """The store: what is loaded again, transactions, full disks, and that both stores mean the same."""
 
 import contextlib
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.structs import AudioFormat, InputRule
 from relayd.config.schema import SpaceConfig
 from relayd.store import (
+    AppendInput,
     Change,
     DeleteRequest,
     DeleteSpace,
@@ -27,6 +29,7 @@ from relayd.store import (
     SpaceRecord,
     StorageFull,
     Store,
+    StoredInput,
     StoreError,
     TokenLimits,
     UpdateRequest,
@@ -34,7 +37,7 @@ from relayd.store import (
     open_store,
 )
 from relayd.store import sqlite as sqlite_store
-from relayd.store.database import SCHEMA_VERSION, Database, Statement
+from relayd.store.database import DATABASE_NAME, SCHEMA_VERSION, Database, Statement
 from relayd.store.memory import MemoryStore
 from relayd.store.sqlite import SqliteStore
 from tests.relayd.store.records import config, open_sqlite_store, request, request_id, token
@@ -100,6 +103,82 @@ async def test_a_request_put_again_replaces_its_inputs(tmp_path: Path, kind: str
             await store.read_input(request_id(1), "b")
         with pytest.raises(KeyError):
             await store.read_input(request_id(2), "a")
+
+
+def piece(number: int, offset: int, data: bytes, *, last: bool = False) -> AppendInput:
+    return AppendInput(request_id=request_id(number), name="text", offset=offset, data=data, last=last)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("kind", ["sqlite", "memory"])
+async def test_a_live_input_is_there_piece_by_piece_and_can_be_read_from_anywhere(tmp_path: Path, kind: str) -> None:
+    async with open_store(config(tmp_path, kind)) as store:
+        await store.commit(PutRequest(request(1)), PutRequest(request(2)))
+        data, sizes = bytes(range(100)), (1, 30, 60, 9)
+        for number, size in enumerate(sizes):
+            offset = sum(sizes[:number])
+            await store.commit(piece(1, offset, data[offset : offset + size]))
+        await store.commit(piece(2, 0, b"", last=True))
+        await store.commit(piece(3, 0, b"of no request"))
+        loaded = await store.load()
+        assert loaded.live_inputs == {
+            request_id(1): {"text": StoredInput(100, ended=False)},
+            request_id(2): {"text": StoredInput(0, ended=True)},
+        }
+        for start in range(101):
+            for most in (1, 29, 31, 200):
+                assert await store.read_live_input(request_id(1), "text", start, most) == data[start : start + most]
+        assert await store.read_live_input(request_id(3), "text", 0, 10) == b""
+        await store.commit(piece(1, 100, b"", last=True), ended(1))
+        await store.commit(piece(1, 100, b"too late"))
+        await store.commit(DeleteRequest(request_id(2)))
+        assert (await store.load()).live_inputs == {}
+        assert await store.read_live_input(request_id(1), "text", 0, 200) == b""
+
+
+@pytest.mark.trio
+async def test_the_pieces_of_a_live_input_are_there_after_a_restart(tmp_path: Path) -> None:
+    async with open_sqlite_store(tmp_path) as store:
+        await store.commit(PutRequest(request(1)))
+        await store.commit(piece(1, 0, b"abc"), piece(1, 3, b"de", last=True))
+    async with open_sqlite_store(tmp_path) as store:
+        assert (await store.load()).live_inputs == {request_id(1): {"text": StoredInput(5, ended=True)}}
+        assert await store.read_live_input(request_id(1), "text", 2, 2) == b"cd"
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM input_pieces WHERE offset = 3",
+        "DELETE FROM input_pieces WHERE offset = 0",
+        "UPDATE input_pieces SET data = x'61' WHERE offset = 3",
+        "UPDATE input_pieces SET data = 'text' WHERE offset = 3",
+        "UPDATE input_pieces SET data = 12 WHERE offset = 3",
+        "UPDATE input_pieces SET offset = 2 WHERE offset = 3",
+        "UPDATE input_pieces SET offset = 'x' WHERE offset = 3",
+        "UPDATE input_pieces SET offset = -1 WHERE offset = 0",
+        "UPDATE input_pieces SET last = 1 WHERE offset = 3",
+        "UPDATE input_pieces SET last = 'no' WHERE offset = 3",
+    ],
+)
+async def test_a_gap_in_a_live_input_costs_its_request_alone(tmp_path: Path, damage: str) -> None:
+    async with open_sqlite_store(tmp_path) as store:
+        await store.commit(PutRequest(request(1)), PutRequest(request(2)))
+        for number, last in ((1, False), (2, True)):
+            await store.commit(piece(number, 0, b"abc"), piece(number, 3, b"de"), piece(number, 5, b"f", last=last))
+    with sqlite3.connect(tmp_path / DATABASE_NAME) as database:
+        assert database.execute(f"{damage} AND request_id = ?", (request_id(1),)).rowcount == 1
+    database.close()
+    async with open_sqlite_store(tmp_path) as store:
+        loaded = await store.load()
+        assert [record.request_id for record in loaded.requests] == [request_id(2)]
+        assert loaded.live_inputs[request_id(2)] == {"text": StoredInput(6, ended=True)}
+        assert loaded.damaged_keys == {("requests", request_id(1))}
+        assert "input 'text' do not follow each other" in loaded.damaged[0]
+        if "last" not in damage:
+            with contextlib.suppress(StoreError):
+                assert await store.read_live_input(request_id(1), "text", 0, 10) != b"abcdef"
 
 
 @pytest.mark.trio
