@@ -286,6 +286,10 @@ class Limits:
     max_backlog_bytes: Annotated[int, integer(2 * MAX_MESSAGE_BYTES, 2**40)] = 8 * MIB
     max_input_bytes: Annotated[int, _bytes] = 32 * MIB
     max_result_bytes: Annotated[int, _bytes] = 64 * MIB
+    #: Bytes of a live input that are stored a second, and so passed on; four seconds of them may come at once.
+    live_input_bytes_s: Annotated[int, _bytes] = MIB
+    #: How long an engine waits for a live input whose feeder sends nothing.
+    feed_idle_timeout_s: Annotated[float, _seconds] = 30.0
     principal: PrincipalLimits = attrs.field(factory=PrincipalLimits)
 
 

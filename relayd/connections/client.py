@@ -19,6 +19,7 @@ from protocol.wire.messages import (
     Cancel,
     Error,
     Input,
+    InputAck,
     Leave,
     Ping,
     Pong,
@@ -38,6 +39,7 @@ from relayd.core.admission import Admission
 from relayd.core.principals import RETRY_S, PrincipalUsage, limits_of, too_fast
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import HIGH_WATER_BYTES, LOW_WATER_BYTES, FrameReader
+from relayd.requests.live_input import LiveInput
 from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition, State
 from relayd.views.rows import pages, space_row
@@ -119,13 +121,22 @@ class ClientHandler:
         self.held_requests.pop(request.request_id, None)
 
     def on_accepted(self, request: Request) -> None:
-        """Send `accepted`: the request is in the store."""
+        """Send `accepted`: the request is in the store. A feeder is told from where on to feed."""
         self.send(Accepted(request_id=request.request_id, cached=request.entry.copied or None))
+        if request.live and request.request_id in self.held_requests:
+            for name in request.fed:
+                self.on_input_stored(request, name)
 
     def on_rejected(self, request: Request, refusal: Rejected) -> None:
         """Send `rejected`, and release the request."""
         self._release(request)
         self.send(refusal)
+
+    def on_input_stored(self, request: Request, name: str) -> None:
+        """Send `input_ack`."""
+        fed = request.fed[name]
+        if isinstance(fed, LiveInput):
+            self.send(InputAck(request_id=request.request_id, name=name, offset=fed.size, last=fed.ended or None))
 
     def on_position(self, request: Request, position: QueuePosition) -> None:
         """Send the request's position in the queue; if the link is behind, only the latest, once it has drained."""
@@ -251,10 +262,11 @@ class ClientHandler:
         elif not request.has_result:
             self.send(_reject_without_result(request))
         else:
+            if request.live:
+                self._hold(request)
             if request.accepted:
                 self.on_accepted(request)
             if request.live:
-                self._hold(request)
                 self._send_position(request)
             self._start_reader(request, 0)
 
@@ -278,7 +290,7 @@ class ClientHandler:
     def _input(self, piece: Input) -> None:
         request = self.held_requests.get(piece.request_id)
         if request is not None:  # otherwise it was rejected while the piece was in transit
-            self.admission.add_input(request, piece)
+            self.admission.add_input(request, piece, self)
 
     def _cancel(self, cancel: Cancel) -> None:
         if self.principal.readonly:
@@ -299,12 +311,12 @@ class ClientHandler:
         elif refused := self._refuse_reader(attach.request_id):
             self.send(refused)
         else:
-            if request.accepted:
-                self.on_accepted(request)
             if request.live and self._may_hold(request):
                 self._hold(request)
-                if attach.attempt > request.entry.attempt:
-                    self.relay.workers.adopt_later_attempt(request, attach.attempt)
+            if request.accepted:
+                self.on_accepted(request)
+            if request.request_id in self.held_requests and attach.attempt > request.entry.attempt:
+                self.relay.workers.adopt_later_attempt(request, attach.attempt)
             self._send_position(request)
             self._start_reader(request, request.log.resume_seq(attach.attempt, attach.after_seq))
 

@@ -29,14 +29,13 @@ from protocol.wire.frames import (
 )
 from protocol.wire.messages import (
     FROM_WORKER,
-    MAX_INPUT_CHUNK_BYTES,
     Ack,
     Assign,
     Cancel,
     Drain,
     Draining,
     Error,
-    Input,
+    InputAck,
     Ping,
     Pong,
     Register,
@@ -50,6 +49,7 @@ from protocol.wire.structs import Running
 from protocol.wire.validators import Message
 from relayd.auth.tokens import Principal
 from relayd.connections.connection import log_lines
+from relayd.connections.input_sender import InputSender
 from relayd.core.access import find_space
 from relayd.core.principals import PROGRESS_S, PrincipalUsage
 from relayd.core.relay import Relay
@@ -66,10 +66,6 @@ log = structlog.get_logger("relayd.worker")
 _RUNNING = State.RUNNING
 #: Characters of a worker's name in its id, for which the wire allows 64 characters.
 MAX_NAME_CHARS = 48
-#: Input bytes in the backlog of a worker's link, limited so that assignments and cancels do not wait behind an upload.
-FEED_BYTES = 1024 * 1024
-#: Requests of one worker whose inputs are in memory at once, so that one that reads slowly does not fill it.
-MAX_FEEDS = 4
 #: Spaces of a worker that a log line names.
 MAX_LISTED = 16
 
@@ -114,7 +110,10 @@ class WorkerHandler:
     #: First bytes of an attempt's audio frames -> the attempt, for running attempts that have an audio format.
     _active: dict[bytes, ActiveAttempt] = attrs.field(factory=dict)
     _stats: WorkerStats = attrs.field(factory=WorkerStats)
-    _feeds: trio.Semaphore = attrs.field(factory=lambda: trio.Semaphore(MAX_FEEDS))
+    _inputs: InputSender = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._inputs = InputSender(self, self.link, self.relay, self.nursery)
 
     @property
     def principal_name(self) -> str:
@@ -164,28 +163,7 @@ class WorkerHandler:
                 run_timeout_s=request.run_timeout_s,
             )
         )
-        if submit.inputs and self.link.gone is None:  # otherwise the nursery may be closed
-            self.nursery.start_soon(self._send_inputs, request, entry.attempt)
-
-    async def _send_inputs(self, request: Request, attempt: int) -> None:
-        """Send the inputs of an attempt, as long as this worker runs it."""
-        try:
-            async with self._feeds:
-                for name in request.submit.inputs:
-                    data = await self.relay.read_input(request, name)
-                    if data is None:
-                        return
-                    for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
-                        await self.link.drained(FEED_BYTES)
-                        if self.relay.attempt_of(self, request.request_id, attempt) is None:
-                            return
-                        piece = bytes(data[offset : offset + MAX_INPUT_CHUNK_BYTES])
-                        self.send(Input(request_id=request.request_id, name=name, offset=offset, data=piece))
-        except LinkError:
-            return
-        except Exception:  # must not end the other tasks in the nursery
-            log.exception("internal error in request", request_id=request.request_id)
-            self.relay.fail_internal(request)
+        self._inputs.begin(request)
 
     def cancel(self, request_id: str, reason: str) -> None:
         """Send `cancel`."""
@@ -314,6 +292,11 @@ class WorkerHandler:
         if refusal := self._refusal(register):
             self._refuse(refusal)
             return
+        impossible = {each.request_id for each in register.running if not self._inputs.is_possible(each)}
+        received = {each.request_id: each.inputs for each in register.running}
+        if impossible:
+            running = tuple(each for each in register.running if each.request_id not in impossible)
+            register = attrs.evolve(register, running=running)
         joined = self.relay.workers.register(self, register)
         if isinstance(joined, Rejected):
             self.refused_at = self.refused_at or trio.current_time()
@@ -344,9 +327,11 @@ class WorkerHandler:
         )
         # The worker must keep attempts whose end is not stored yet; they are acknowledged soon.
         pending = tuple(each for each in register.running if self.relay.has_pending_ack(each.request_id, each.attempt))
-        abandon = sorted(set(joined.abandon).difference(each.request_id for each in pending))
+        abandon = sorted({*joined.abandon, *impossible}.difference(each.request_id for each in pending))
         self.send(Registered(worker_id=self.worker_id, resume=resume + pending, abandon=abandon))
-        for entry in joined.resume:  # the worker may not have received the `cancel`
+        for entry in joined.resume:
+            self._inputs.resume(self.relay.requests[entry.request_id], received[entry.request_id])
+            # The worker may not have received the `cancel`.
             if entry.cancel_reason is not None:
                 self.cancel(entry.request_id, entry.cancel_reason)
         self.relay.workers.finish_registration(register, self.worker_id, joined)
@@ -382,6 +367,9 @@ class WorkerHandler:
         except ValueError as fault:
             return Rejected.because(ErrorCode.INVALID_PARAMS, f"register: {fault}")
         return None
+
+    def _input_ack(self, ack: InputAck, _data: bytes) -> None:
+        self._inputs.on_ack(ack)
 
     def _draining(self, _draining: Draining, _data: bytes) -> None:
         self.relay.workers.drain(self.worker_id)
@@ -534,6 +522,7 @@ HANDLERS: Mapping[type[Message], Callable[[WorkerHandler, Any, bytes], None]] = 
     Register: WorkerHandler._register,
     Draining: WorkerHandler._draining,
     Report: WorkerHandler._report,
+    InputAck: WorkerHandler._input_ack,
     Started: WorkerHandler._frame,
     Progress: WorkerHandler._frame,
     Audio: WorkerHandler._frame,

@@ -18,6 +18,7 @@ from protocol.wire.params_schema import check_params
 from relayd.auth.tokens import Principal, reject_readonly
 from relayd.config.schema import PrincipalLimits
 from relayd.core.access import find_space
+from relayd.core.feeds import Feeder
 from relayd.core.principals import RETRY_S, cap_submit, is_limited, limits_of
 from relayd.core.relay import Relay
 from relayd.core.space import Space
@@ -87,6 +88,7 @@ class Admission:
         if refused := relay.scheduler.admit(entry):
             return self._count(submit, refused)
         request = Request.of(submit, principal.name, entry, relay.spaces[submit.space].config, time.time())
+        relay.feeds.open(request)
         relay.add_request(request)
         if refusal := self._enqueue_if_uploaded(request):
             return refusal
@@ -110,7 +112,8 @@ class Admission:
         if self.relay.scheduler.queued_count(principal.name) >= most:
             message = f"{principal.name!r} may have {most} queued requests over all spaces; wait for one to start"
             return Rejected.because(ErrorCode.QUEUE_FULL, message, request_id=request_id)
-        if faults := check_params(space.params, submit.params):
+        fed = {name for name, info in submit.inputs.items() if info.is_fed}
+        if faults := check_params(space.params, submit.params, fed):
             # They contain names from the client and limits from the worker, which can have any length.
             faults = {field[:MAX_FIELD_CHARS]: what[:MAX_FAULT_CHARS] for field, what in faults.items()}
             summary = "; ".join(f"{field or 'params'} {what}" for field, what in faults.items())
@@ -132,14 +135,16 @@ class Admission:
         """Refuse inputs beyond the principal's share of the relay's memory and disk."""
         total = sum(info.size for info in submit.inputs.values())
         state, name = self.relay.scheduler.state, principal.name
-        if not total or total > self.relay.config.limits.max_input_bytes:  # the latter has a refusal of its own
+        is_live = any(info.live for info in submit.inputs.values())
+        if not (total or is_live) or total > self.relay.config.limits.max_input_bytes:  # which has its own refusal
             return None
         message = None
-        if state.uploads[name] >= limits.max_uploads:
+        would = state.input_bytes[name] + max(total, 1)  # a live one has at least one byte
+        if total and state.uploads[name] >= limits.max_uploads:
             message = f"{name!r} may upload the inputs of {limits.max_uploads} requests at once; wait for one of them"
-        elif state.input_bytes[name] and state.input_bytes[name] + total > limits.max_input_bytes:
+        elif state.input_bytes[name] and would > limits.max_input_bytes:
             message = (
-                f"the inputs of the live requests of {name!r} would have {state.input_bytes[name] + total} bytes, and "
+                f"the inputs of the live requests of {name!r} would have {would} bytes, and "
                 f"it may have {limits.max_input_bytes}; wait until one of its requests has ended"
             )
         if message is None:
@@ -173,12 +178,18 @@ class Admission:
                     request_id=request_id,
                     details={f"inputs.{name}": "is not accepted"},
                 )
+            if info.is_fed and not input_rule.live:
+                what = "must be sent whole, with its size and sha256"
+                message = f"space {space.name!r}: input {name!r} {what}"
+                return Rejected.because(
+                    ErrorCode.INVALID_PARAMS, message, request_id=request_id, details={f"inputs.{name}": what}
+                )
             if info.size > input_rule.max_bytes:
                 message = (
                     f"input {name!r} has {info.size} bytes; space {space.name!r} accepts {input_rule.max_bytes} at most"
                 )
                 return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message, request_id=request_id)
-            if not accepts(input_rule.media_types, info.media_type):
+            if info.media_type and not accepts(input_rule.media_types, info.media_type):
                 what = f"is {info.media_type!r}; accepted are {', '.join(input_rule.media_types)}"[:MAX_FAULT_CHARS]
                 message = f"space {space.name!r}: input {name!r} {what}"
                 return Rejected.because(
@@ -186,8 +197,17 @@ class Admission:
                 )
         return None
 
-    def add_input(self, request: Request, piece: Input) -> None:
-        """Add a piece of an input; the request is rejected if the piece does not match the announcement."""
+    def add_input(self, request: Request, piece: Input, feeder: Feeder) -> None:
+        """Add a piece of an input; the request is rejected if the piece does not match the announcement.
+
+        Args:
+            request: a request that `feeder` holds.
+            piece: of one of its inputs.
+            feeder: who sent it; see `Feeds.add` for a live input.
+        """
+        if request.live and piece.name in request.fed:
+            self.relay.feeds.add(request, piece, feeder)
+            return
         if request.uploaded or not request.live:
             return  # a client that has reconnected may send a piece again
         if fault := request.add_input(piece.name, piece.offset, piece.data):
@@ -320,4 +340,5 @@ def _put(request: Request, now: float) -> PutRequest:
         created_at=request.created_unix,
     )
     # An empty input has no pieces, but it is an input all the same.
-    return PutRequest(record, {name: bytes(request.inputs.get(name, b"")) for name in request.submit.inputs})
+    whole = (name for name, info in request.submit.inputs.items() if not info.is_fed)
+    return PutRequest(record, {name: bytes(request.inputs.get(name, b"")) for name in whole})

@@ -172,6 +172,23 @@ class RelayState(Protocol):
         """Wake the task that sends positions if a queue has moved."""
 
 
+class FeedingRelay(RelayState, Protocol):
+    """The relay's state, as live inputs see it."""
+
+    @property
+    def spaces(self) -> Mapping[str, Space]:
+        """The open spaces."""
+
+    def fail(self, request: Request, code: ErrorCode, message: str) -> None:
+        """End a request as failed."""
+
+    def fail_internal(self, request: Request) -> None:
+        """Fail a request after an error in the relay's own code."""
+
+    def mark_busy(self, topic: str, key: str) -> None:
+        """Like `mark_changed`, for a row that changes all the time."""
+
+
 class ResultsOwner(Protocol):
     """The relay's state, as results see it: their requests, and the actions they may ask for."""
 

@@ -27,12 +27,13 @@ from protocol.wire.validators import Value
 from relayd.config.schema import Config
 from relayd.core.clock import RelayClock
 from relayd.core.copies import Copies
+from relayd.core.feeds import Feeds
 from relayd.core.finalize import Finalizer
 from relayd.core.interfaces import ClientPort, ConnectionPort, Watcher, WorkerPort
 from relayd.core.principals import Principals
 from relayd.core.retention import Retention
 from relayd.core.spaces import Spaces
-from relayd.core.timeout_messages import queue_timeout_message, run_timeout_message
+from relayd.core.timeout_messages import feed_timeout_message, queue_timeout_message, run_timeout_message
 from relayd.core.workers import MAX_STEP_CHARS, Workers
 from relayd.frames.frame_log import FrameReader
 from relayd.logs.recent import MAX_AUDIT, MAX_EVENTS, RecentRows
@@ -74,6 +75,7 @@ class Relay:
     results: Retention = attrs.field(init=False)
     finalizer: Finalizer = attrs.field(init=False)
     copies: Copies = attrs.field(init=False)
+    feeds: Feeds = attrs.field(init=False)
     stats: Stats = attrs.field(factory=Stats)
     principals: Principals = attrs.field(factory=Principals)
     #: Recent log events, and recent actions of operators.
@@ -96,6 +98,7 @@ class Relay:
         self.results = Retention(self)
         self.finalizer = Finalizer(self, self.results)
         self.copies = Copies(self, self.results.cache, self.results.memory)
+        self.feeds = Feeds(self)
 
     # -- requests
 
@@ -243,6 +246,9 @@ class Relay:
                 message = f"its worker sent nothing for {request.idle_timeout_s:g} s, its space's idle_timeout_s"
                 self.workers.count_engine_failure(request.entry.worker_id or "")
                 self.workers.lose_attempt(request_id, ErrorCode.IDLE_TIMEOUT, message)
+            case Expiry.FEED_TIMEOUT:
+                message = feed_timeout_message(request, self.config.limits.feed_idle_timeout_s)
+                self.fail(request, ErrorCode.FEED_TIMEOUT, message)
             case Expiry.WORKER_GONE:
                 message = f"worker {request.entry.worker_id or '(before the restart)'} did not reconnect"
                 self.workers.lose_attempt(request_id, ErrorCode.WORKER_LOST, message)
@@ -299,6 +305,8 @@ class Relay:
         request.last_frame_at = trio.current_time()
         request.stopped_at = None
         request.last_position_sent = None
+        for fed in request.fed.values():
+            fed.begin_attempt()
         self.stats.count_started(request, from_seq)
         if entry.attempt > 1:  # nothing of a first one is there before it starts
             request.log.restart(entry.attempt, from_seq)

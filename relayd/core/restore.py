@@ -1,6 +1,7 @@
 """Restores spaces, requests and results from the store when the daemon starts."""
 
 import time
+from collections.abc import Mapping
 
 import attrs
 import structlog
@@ -15,7 +16,16 @@ from relayd.requests.outcome import Outcome
 from relayd.requests.request import Request
 from relayd.scheduling.model import ScheduledRequest, State
 from relayd.store.base import StoreError
-from relayd.store.records import COPIED, DeleteRequest, DeleteSpace, Loaded, PutSpace, RequestRecord, SpaceRecord
+from relayd.store.records import (
+    COPIED,
+    DeleteRequest,
+    DeleteSpace,
+    Loaded,
+    PutSpace,
+    RequestRecord,
+    SpaceRecord,
+    StoredInput,
+)
 
 log = structlog.get_logger("relayd")
 
@@ -56,7 +66,8 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
     live = []
     for stored in known:
         try:
-            if _restore_request(relay, stored, results.get(stored.request_id)):
+            fed = loaded.live_inputs.get(stored.request_id, {})
+            if _restore_request(relay, stored, results.get(stored.request_id), fed):
                 live.append(stored.request_id)
         except Exception:
             log.exception("request cannot be restored, set aside", request_id=stored.request_id)
@@ -101,12 +112,15 @@ def _in_open_spaces(relay: Relay, loaded: Loaded) -> tuple[list[RequestRecord], 
     return known, frozenset(left_alone)
 
 
-def _restore_request(relay: Relay, stored: RequestRecord, result: Contents | None) -> bool:
+def _restore_request(
+    relay: Relay, stored: RequestRecord, result: Contents | None, fed: Mapping[str, StoredInput]
+) -> bool:
     """Add a stored request to the relay again; returns whether it is live."""
     if max(stored.attempt, stored.highest_attempt) > LAST_ATTEMPT:
         raise ValueError(f"attempt {stored.attempt} leaves no number for another attempt on the wire")
     request = _make_request(relay, stored, result)
     if request.live:
+        relay.feeds.open(request, fed)
         relay.scheduler.restore(request.entry, trio.current_time())
     relay.add_request(request)
     if stored.stopping is not None and request.live:

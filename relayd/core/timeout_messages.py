@@ -31,6 +31,15 @@ def queue_timeout_message(request: Request, *, is_paused: bool, is_served: bool)
     return f"no slot of space {space!r} was free {within}; try again later, or set a longer queue_timeout_s"
 
 
+def feed_timeout_message(request: Request, feed_idle_timeout_s: float) -> str:
+    """Why a request was ended whose engine waited for its feeder."""
+    names = " and ".join(repr(name) for name, fed in request.fed.items() if fed.awaits_feeder)
+    return (
+        f"its engine waits for more of its live input {names}, and nothing came for {feed_idle_timeout_s:g} s, the "
+        "relay's feed_idle_timeout_s; send it without long pauses, and end it with `last`"
+    )
+
+
 def run_timeout_message(request: Request) -> str:
     """Why a request that ran was ended."""
     return f"it ran for more than {request.run_timeout_s:g} s; {RUN_TIMEOUT_ADVICE}"

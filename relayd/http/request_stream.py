@@ -128,6 +128,10 @@ class RequestStream:
         self._worker_changed = True
         self.wake()
 
+    def on_input_stored(self, request: Request, name: str) -> None:
+        """More of a live input is stored."""
+        self.wake()
+
     def on_ended(self, request: Request) -> None:
         """The request has ended and needs no holder."""
         self.wake()
@@ -152,7 +156,7 @@ class RequestStream:
             for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
                 piece = data[offset : offset + MAX_INPUT_CHUNK_BYTES]
                 chunk = Input(request_id=request.request_id, name=name, offset=offset, data=piece)
-                self.context.admission.add_input(request, chunk)
+                self.context.admission.add_input(request, chunk, self)
                 await trio.lowlevel.checkpoint()  # hashing 32 MiB at once would delay all streams
 
     def attach(self, request: Request) -> None:

@@ -27,14 +27,15 @@ async def watch_deadlines(
         expire: carries out the consequence of a deadline that has passed.
         fail: ends the request if `expire` raises; must not raise itself.
     """
+    windows = (limits.resume_window_s, limits.cancel_grace_s, limits.feed_idle_timeout_s)
     while request.live:
         changed = request.changed
         try:
-            when, expiry = request.deadline(limits.resume_window_s, limits.cancel_grace_s)
+            when, expiry = request.deadline(*windows)
             with trio.move_on_at(when):
                 await changed.wait()
                 continue
-            when, expiry = request.deadline(limits.resume_window_s, limits.cancel_grace_s)
+            when, expiry = request.deadline(*windows)
             if when <= trio.current_time():
                 expire(request, expiry)
         except Exception:

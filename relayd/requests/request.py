@@ -15,6 +15,7 @@ from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
 from relayd.frames.frame_log import FrameLog, Sink
+from relayd.requests.live_input import FedInput
 from relayd.requests.outcome import Outcome
 from relayd.requests.summary import summarize
 from relayd.scheduling.model import QueuePosition, ScheduledRequest, State
@@ -36,6 +37,7 @@ class Expiry(Enum):
     QUEUE_TIMEOUT = "queue_timeout"
     RUN_TIMEOUT = "run_timeout"
     IDLE_TIMEOUT = "idle_timeout"
+    FEED_TIMEOUT = "feed_timeout"
     WORKER_GONE = "worker_gone"
     CANCEL_UNANSWERED = "cancel_unanswered"
 
@@ -53,10 +55,20 @@ class Holder(Sink, Protocol):
         """Handle that its worker is away, or that a worker runs it again."""
 
     def on_rejected(self, request: "Request", refusal: Rejected) -> None:
-        """Handle that the request was rejected after it was admitted."""
+        """Handle that the request was rejected after it was admitted, or what this holder feeds to it."""
+
+    def on_input_stored(self, request: "Request", name: str) -> None:
+        """Handle that more of a live input is stored, or its end."""
 
     def on_ended(self, request: "Request") -> None:
         """Handle that the request has ended and no longer needs a holder."""
+
+
+class Feeding(Protocol):
+    """What sends the live and piped inputs of an attempt to its worker."""
+
+    def wake(self) -> None:
+        """There may be something to send, or the attempt may be over."""
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -82,6 +94,9 @@ class Request:
     log: FrameLog = attrs.field(factory=FrameLog)
     inputs: dict[str, bytearray] = attrs.field(factory=dict)
     _digests: dict[str, "hashlib._Hash"] = attrs.field(factory=dict)
+    #: The inputs that are fed while it is live, by name.
+    fed: dict[str, FedInput] = attrs.field(factory=dict)
+    feeding: Feeding | None = None
     holders: set[Holder] = attrs.field(factory=set)
     #: The id of its worker, and the `ack` that the worker gets when the end is stored.
     pending_ack: tuple[str, Ack] | None = None
@@ -89,6 +104,8 @@ class Request:
     uploaded: bool = False
     #: Whether it is in the store, and `accepted` was sent.
     accepted: bool = False
+    #: When a holder last came.
+    held_at: float = -math.inf
     #: Since when it has had no holder, which begins its resume window; None while it has one.
     abandoned_at: float | None = None
     queued_at: float = 0.0
@@ -220,6 +237,7 @@ class Request:
     def hold(self, holder: Holder) -> None:
         """Add a holder: while a request has one, its resume window does not run."""
         self.holders.add(holder)
+        self.held_at = trio.current_time()
         self.abandoned_at = None
         self.wake()
 
@@ -240,9 +258,14 @@ class Request:
 
     def release_run_data(self) -> None:
         """Release what only a running request needs: its params, up to 64 KiB, and its inputs."""
-        self.summary = self.summary or summarize(self.submit, KEPT_BYTES)
+        self.summary = self.summary or self.summarize(KEPT_BYTES)
         self.submit = attrs.evolve(self.submit, params={}, inputs={})
         self.drop_inputs()
+        self.fed = {}
+
+    def summarize(self, most_bytes: int) -> bytes:
+        """Summarize what it asks for; see `relayd.requests.summary`."""
+        return summarize(self.submit, most_bytes, {name: fed.size for name, fed in self.fed.items()})
 
     def drop_inputs(self) -> None:
         """Release the inputs, which are in the store."""
@@ -267,9 +290,11 @@ class Request:
         return {"delivered_frames": self.log.next_seq} | ({"delivered_s": self.audio_s} if self.audio_s else {})
 
     def wake(self) -> None:
-        """Wake the request's task, since a deadline may have changed."""
+        """Wake the request's tasks, since a deadline may have changed, or the attempt may be over."""
         self.changed.set()
         self.changed = trio.Event()
+        if self.feeding is not None:
+            self.feeding.wake()
 
     def missing_input(self) -> str | None:
         """Return the name of an input that is not complete yet; None if all are."""
@@ -298,12 +323,16 @@ class Request:
     def damaged_input(self) -> str | None:
         """Return the name of an input that does not match its announced SHA-256; None if all match."""
         for name, info in self.submit.inputs.items():
+            if info.is_fed:
+                continue
             digest = self._digests.get(name) or hashlib.sha256()
             if digest.hexdigest() != info.sha256:
                 return name
         return None
 
-    def deadline(self, resume_window_s: float, cancel_grace_s: float) -> tuple[float, Expiry]:
+    def deadline(
+        self, resume_window_s: float, cancel_grace_s: float, feed_idle_timeout_s: float = math.inf
+    ) -> tuple[float, Expiry]:
         """Return the earliest deadline (monotonic seconds), and which one it is."""
         entry = self.entry
         due: list[tuple[float, Expiry]] = []
@@ -317,17 +346,30 @@ class Request:
             due.append((entry.started_at + self.run_timeout_s, Expiry.RUN_TIMEOUT))
             if entry.worker_lost_at is not None:
                 due.append((entry.worker_lost_at + self.worker_grace_s, Expiry.WORKER_GONE))
+            elif any(fed.is_starving for fed in self.fed.values()):
+                if self._awaits_feeder:
+                    fed_at = max(max(fed.received_at, fed.taken_at) for fed in self.fed.values())
+                    since = max(fed_at, entry.started_at, self.held_at)
+                    due.append((since + feed_idle_timeout_s, Expiry.FEED_TIMEOUT))
             elif entry.streams:
-                due.append((self.last_frame_at + self.idle_timeout_s, Expiry.IDLE_TIMEOUT))
+                took_at = max((max(fed.taken_at, fed.starved_until) for fed in self.fed.values()), default=-math.inf)
+                due.append((max(self.last_frame_at, took_at) + self.idle_timeout_s, Expiry.IDLE_TIMEOUT))
         return min(due, key=lambda pair: pair[0], default=(math.inf, Expiry.RUN_TIMEOUT))
+
+    @property
+    def _awaits_feeder(self) -> bool:
+        """Whether a client is to send more input; if it is away, its resume window decides."""
+        is_away = self.abandoned_at is not None and not self.submit.detach
+        return not is_away and any(fed.awaits_feeder for fed in self.fed.values())
 
 
 def cache_key(submit: Submit, principal: str, config: SpaceConfig) -> bytes:
     """Return what a request has in common with those whose results may answer it; b"" if none may.
 
-    Params are compared as they were sent: the default that a schema names is only an annotation.
+    Params are compared as they were sent: the default that a schema names is only an annotation. What is in a fed input
+    is not known before its end.
     """
-    if not config.cache_s or submit.cache is False:
+    if not config.cache_s or submit.cache is False or any(info.is_fed for info in submit.inputs.values()):
         return b""
     inputs = {name: [info.media_type, info.sha256] for name, info in submit.inputs.items()}
     asked = [submit.space, None if config.cache_shared else principal, submit.params, inputs]

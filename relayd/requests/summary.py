@@ -1,5 +1,7 @@
 """Summarizes what a request asks for: params of any length are cut to fit a message and a screen. Pure."""
 
+from collections.abc import Mapping
+
 import msgpack
 
 from protocol.wire.messages import Submit
@@ -16,19 +18,20 @@ STRING_CHARS = (2_000, 500, 200, 60)
 MAX_INPUTS = 16
 
 
-def summarize(submit: Submit, most_bytes: int) -> bytes:
+def summarize(submit: Submit, most_bytes: int, fed: Mapping[str, int] | None = None) -> bytes:
     """Summarize a submission as a packed map.
 
     Args:
         submit: the submission.
         most_bytes: the largest size of the result; at least 200.
+        fed: how much there is of each input that is fed.
 
     Returns:
         A msgpack map of `params`, `params_cut` (whether something is left out) and `inputs`, which are empty if they do
         not fit.
     """
     inputs = [
-        {"name": name, "media_type": info.media_type, "size": info.size}
+        {"name": name, "media_type": info.media_type, "size": (fed or {}).get(name, info.size)}
         for name, info in list(submit.inputs.items())[:MAX_INPUTS]
     ]
     for chars in STRING_CHARS:

@@ -74,8 +74,9 @@ class ScheduledRequest:
     next_seq: int = 0
     #: Workers whose engine failed an attempt of it; another one is tried next where there is one.
     failed_on: set[str] = attrs.field(factory=set)
-    #: Size of its inputs, which the store keeps until it has ended.
+    #: Size of its whole inputs, and of what has come of those that are fed; the store keeps them until it has ended.
     input_bytes: int = 0
+    fed_bytes: int = 0
     #: Whether no worker runs it, because its frames are copied from those of an equal request.
     copied: bool = False
     #: While it waits: above 0 it was promoted, and the highest is served first.
@@ -192,12 +193,17 @@ class SchedulerState:
     def add_entry(self, entry: ScheduledRequest) -> None:
         """Account for a live request."""
         self.entries[entry.request_id] = entry
-        self.input_bytes[entry.principal] += entry.input_bytes
+        self.input_bytes[entry.principal] += entry.input_bytes + entry.fed_bytes
+
+    def add_fed(self, entry: ScheduledRequest, size: int) -> None:
+        """Account for more of a fed input of a live request."""
+        entry.fed_bytes += size
+        self.input_bytes[entry.principal] += size
 
     def pop_entry(self, request_id: str) -> ScheduledRequest | None:
         """Undo `add_entry`, for a request that has ended; None where there is no such live request."""
         if (entry := self.entries.pop(request_id, None)) is not None:
-            _subtract(self.input_bytes, entry.principal, entry.input_bytes)
+            _subtract(self.input_bytes, entry.principal, entry.input_bytes + entry.fed_bytes)
             self.acquit(entry)
         return entry
 

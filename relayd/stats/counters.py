@@ -58,6 +58,9 @@ class SpaceStats:
     cache_misses: int = 0
     #: Audio of ended attempts. In whole milliseconds, because their sums never decrease through rounding.
     audio_ms: int = 0
+    #: Bytes of live inputs, and the pieces in which they came.
+    input_bytes: int = 0
+    input_pieces: int = 0
     wait_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
     first_audio_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
     run_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
@@ -147,6 +150,12 @@ class Stats:
     def count_rejected(self, space: str | None, code: str) -> None:
         """Count a rejected request; `space` is None if the space does not exist."""
         count(self.rejected if space is None else self.space(space).rejected, code)
+
+    def count_input(self, request: Request, size: int) -> None:
+        """Count a piece of a live input."""
+        space = self.space(request.submit.space)
+        space.input_bytes += size
+        space.input_pieces += 1
 
     def count_started(self, request: Request, from_seq: int) -> None:
         """Count the assignment of a request to a worker, whose frames begin at `from_seq`."""

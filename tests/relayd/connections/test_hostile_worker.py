@@ -31,7 +31,7 @@ from protocol.wire.messages import (
     Watch,
 )
 from protocol.wire.structs import AudioFormat, Running
-from relayd.connections.worker import MAX_FEEDS
+from relayd.connections.input_sender import MAX_UPLOADS
 from relayd.core.principals import PROGRESS_S, REGISTRATIONS_AT_ONCE
 from relayd.frames.frame_log import FrameLog
 from relayd.net.socket_link import SocketLink
@@ -687,7 +687,7 @@ async def test_when_the_disk_is_full_one_stream_ends_at_a_time_and_only_of_who_h
 async def test_only_a_few_inputs_are_in_memory_for_a_worker_that_does_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relayd.connections.worker.FEED_BYTES", -1)  # the worker never catches up
+    monkeypatch.setattr("relayd.connections.input_sender.FEED_BYTES", -1)  # the worker never catches up
     count, data = 12, b"x" * 1_000
     read: list[str] = []
     async with scene(tmp_path) as at, at.attacker(slots=count, inputs={"voice": {}}) as worker:
@@ -706,7 +706,7 @@ async def test_only_a_few_inputs_are_in_memory_for_a_worker_that_does_not_read(
         for _ in range(count):
             await worker.assigned()
         await at.client.settled()
-        assert len(read) == MAX_FEEDS
+        assert len(read) == MAX_UPLOADS
 
 
 # -- words that are shown to people

@@ -1,0 +1,261 @@
+"""Live inputs: takes the pieces that clients feed, stores them, and tells the feeders and the worker.
+
+What has come of an input is stored by a task of its own, which ends when nothing is left to store; the store combines
+the pieces of all inputs that wait into one transaction.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Protocol
+
+import attrs
+import structlog
+import trio
+
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Input, Rejected
+from relayd.auth.tokens import Principal
+from relayd.core.interfaces import FeedingRelay
+from relayd.core.principals import RETRY_S, limits_of
+from relayd.requests.live_input import Fault, FedInput, LiveInput, NeedsStored
+from relayd.requests.request import Holder, Request
+from relayd.store.base import StoreError
+from relayd.store.records import AppendInput, StoredInput
+
+log = structlog.get_logger("relayd")
+
+#: Limit for what has come of all live inputs together and is not stored yet.
+MAX_PENDING_BYTES = 64 * 1024 * 1024
+#: Limit for the pieces of one input that wait for a look into the store.
+MAX_UNCHECKED_BYTES = 1024 * 1024
+#: Live inputs whose last bytes are in memory, 64 KiB each; of the others they are read from the store.
+MAX_KEPT = 512
+
+CODES = {
+    Fault.GAP: ErrorCode.INPUT_MISMATCH,
+    Fault.CONFLICT: ErrorCode.ID_CONFLICT,
+    Fault.TOO_FAST: ErrorCode.RATE_LIMITED,
+}
+
+
+class Feeder(Holder, Protocol):
+    """A holder that feeds a live input."""
+
+    @property
+    def principal(self) -> Principal:
+        """Who it is."""
+
+
+@attrs.define(eq=False)
+class _Unchecked:
+    """Pieces of one input, in order, of which the first can only be compared with the help of the store."""
+
+    pieces: deque[tuple[Input, Feeder]] = attrs.field(factory=deque)
+    size: int = 0
+
+
+@attrs.define(eq=False)
+class Feeds:
+    """Takes and stores what is fed to the live inputs of requests."""
+
+    relay: FeedingRelay
+    #: Bytes that have come and are not stored yet.
+    pending_bytes: int = 0
+    #: The inputs that a task stores.
+    _storing: set[LiveInput] = attrs.field(factory=set)
+    _unchecked: dict[LiveInput, _Unchecked] = attrs.field(factory=dict)
+    #: The inputs that have bytes in memory; the one that was fed last comes last.
+    _kept: dict[LiveInput, None] = attrs.field(factory=dict)
+
+    def open(self, request: Request, stored: Mapping[str, StoredInput] | None = None) -> None:
+        """Let a new or restored request have live inputs; `stored` is what the store has of them."""
+        rate, now = float(self.relay.config.limits.live_input_bytes_s), trio.current_time()
+        for name, info in request.submit.inputs.items():
+            if info.live:
+                has = (stored or {}).get(name) or StoredInput(0, ended=False)
+                fed = LiveInput(rate=rate, size=has.size, ended=has.ended, received_at=now)
+                request.fed[name] = fed
+                request.entry.fed_bytes += has.size
+
+    def add(self, request: Request, piece: Input, feeder: Feeder) -> None:
+        """Add a piece that a holder sent; if it is not what it may be, the feeder holds the request no longer."""
+        fed = request.fed[piece.name]
+        if not isinstance(fed, LiveInput):
+            message = f"input {piece.name!r} is the output of another request; the relay feeds it, so send none of it"
+            self._refuse(request, feeder, ErrorCode.INPUT_MISMATCH, message)
+        elif self.pending_bytes + len(piece.data) > MAX_PENDING_BYTES:
+            message = "too much is being fed to the relay at this moment; go on in a little while"
+            self._refuse(request, feeder, ErrorCode.RATE_LIMITED, message)
+        elif fed in self._unchecked or self._add_known(request, fed, piece, feeder) is not None:
+            self._check_later(request, fed, piece, feeder)
+
+    async def read(self, request: Request, name: str, offset: int, most: int) -> bytes:
+        """Return the next stored bytes of a fed input, for a worker.
+
+        Raises:
+            StoreError: they cannot be read.
+        """
+        fed = request.fed[name]
+        assert isinstance(fed, LiveInput)
+        data = fed.kept(offset, most)
+        return data if data is not None else await self._read_stored(request, name, offset, most)
+
+    async def _read_stored(self, request: Request, name: str, offset: int, size: int) -> bytes:
+        data = await self.relay.store.read_live_input(request.request_id, name, offset, size)
+        if len(data) < size and request.live:
+            raise StoreError(f"input {name!r} has {len(data)} bytes from {offset} on, and {size} were stored")
+        return data
+
+    def fail(self, request: Request, name: str, fault: StoreError) -> None:
+        """End a request whose input cannot be stored or read back."""
+        if not request.live:
+            return
+        log.error("live input lost", request_id=request.request_id, input=name, why=str(fault))
+        what = "has no space left to store" if fault.code is ErrorCode.STORAGE_FULL else "could not store"
+        self.relay.fail(request, fault.code, f"the relay {what} input {name!r}; send the request again with a new id")
+
+    # -- what comes
+
+    def _add_known(
+        self, request: Request, fed: LiveInput, piece: Input, feeder: Feeder, stored: bytes | None = None
+    ) -> NeedsStored | None:
+        """Add or refuse a piece; returns what has to be read for that from the store, if anything."""
+        most, now = self._most_bytes(request, piece.name), trio.current_time()
+        added = fed.add(piece.offset, piece.data, last=bool(piece.last), most=most, now=now, stored=stored)
+        if isinstance(added, NeedsStored):
+            return added
+        if added is Fault.TOO_LARGE:
+            message = f"input {piece.name!r} has more than {most} bytes, which is what the space or the relay accepts"
+            self.relay.fail(request, ErrorCode.INPUT_TOO_LARGE, f"{message}; send less, or raise the limit")
+        elif isinstance(added, Fault):
+            message = f"input {piece.name!r} at offset {piece.offset}: {added.value}; {_known(fed)}"
+            self._refuse(request, feeder, CODES[added], message)
+        else:
+            self._count(request, piece.name, fed, added, feeder)
+        return None
+
+    def _most_bytes(self, request: Request, name: str) -> int:
+        """Return how large a live input may become, beside the others of its request."""
+        others = sum(info.size for info in request.submit.inputs.values())
+        others += sum(fed.known for each, fed in request.fed.items() if each != name and isinstance(fed, LiveInput))
+        most = max(0, self.relay.config.limits.max_input_bytes - others)
+        rule = self.relay.spaces[request.submit.space].inputs.get(name)
+        return min(most, rule.max_bytes) if rule is not None else most
+
+    def _count(self, request: Request, name: str, fed: LiveInput, size: int, feeder: Feeder) -> None:
+        relay = self.relay
+        if size:
+            relay.scheduler.state.add_fed(request.entry, size)
+            self.pending_bytes += size
+            relay.stats.count_input(request, size)
+            relay.mark_busy("requests", request.request_id)
+            used = relay.scheduler.state.input_bytes[request.principal]
+            most = limits_of(feeder.principal, relay.config.limits.principal).max_input_bytes
+            if used > most and used > request.entry.input_bytes + request.entry.fed_bytes:
+                message = (
+                    f"the inputs of the live requests of {request.principal!r} have {used} bytes, and it may have "
+                    f"{most}; send the request again when others have ended"
+                )
+                relay.fail(request, ErrorCode.RATE_LIMITED, message)
+        self._begin_to_store(request, name, fed)
+
+    def _refuse(self, request: Request, feeder: Feeder, code: ErrorCode, message: str) -> None:
+        if feeder in request.holders:
+            self.relay.stats.count_rejected(request.submit.space, code)
+            retry_after_s = RETRY_S if code is ErrorCode.RATE_LIMITED else None
+            refusal = Rejected.because(code, message, request_id=request.request_id, retry_after_s=retry_after_s)
+            feeder.on_rejected(request, refusal)
+
+    def _check_later(self, request: Request, fed: LiveInput, piece: Input, feeder: Feeder) -> None:
+        unchecked = self._unchecked.setdefault(fed, _Unchecked())
+        if unchecked.size + len(piece.data) > MAX_UNCHECKED_BYTES:
+            message = f"input {piece.name!r}: {Fault.TOO_FAST.value}; wait for input_ack"
+            self._refuse(request, feeder, ErrorCode.RATE_LIMITED, message)
+            return
+        unchecked.pieces.append((piece, feeder))
+        unchecked.size += len(piece.data)
+        self.pending_bytes += len(piece.data)
+        self._begin_to_store(request, piece.name, fed)
+
+    # -- what is stored
+
+    def _begin_to_store(self, request: Request, name: str, fed: LiveInput) -> None:
+        if request.live and fed not in self._storing and (fed.is_pending or fed in self._unchecked):
+            self._storing.add(fed)
+            self.relay.nursery.start_soon(self._store, request, name, fed)
+
+    async def _store(self, request: Request, name: str, fed: LiveInput) -> None:
+        """Store what has come of an input, until nothing is left."""
+        try:
+            while request.live and not request.accepted:
+                await request.changed.wait()
+            while request.live and (fed.is_pending or fed in self._unchecked):
+                if fed in self._unchecked:
+                    await self._check_next(request, name, fed)
+                elif wait_s := fed.wait_s(trio.current_time()):
+                    with trio.move_on_after(wait_s):
+                        await request.changed.wait()
+                else:
+                    await self._store_next(request, name, fed)
+        except StoreError as fault:
+            self.fail(request, name, fault)
+        except Exception:
+            log.exception("internal error in request", request_id=request.request_id)
+            self.relay.fail_internal(request)
+        finally:
+            self._storing.discard(fed)
+            self.pending_bytes -= fed.pending_bytes
+            if (unchecked := self._unchecked.pop(fed, None)) is not None:
+                self.pending_bytes -= unchecked.size
+
+    async def _check_next(self, request: Request, name: str, fed: LiveInput) -> None:
+        """Compare the first unchecked piece with the store, and add it."""
+        unchecked = self._unchecked[fed]
+        piece, feeder = unchecked.pieces[0]
+        stored: bytes | None = None
+        while request.live and feeder in request.holders:
+            needs = self._add_known(request, fed, piece, feeder, stored)
+            if needs is None:
+                break
+            stored = await self._read_stored(request, name, needs.offset, needs.size)
+        unchecked.pieces.popleft()
+        unchecked.size -= len(piece.data)
+        self.pending_bytes -= len(piece.data)
+        if not unchecked.pieces:
+            del self._unchecked[fed]
+
+    async def _store_next(self, request: Request, name: str, fed: LiveInput) -> None:
+        piece = fed.next_piece()
+        change = AppendInput(
+            request_id=request.request_id, name=name, offset=piece.offset, data=piece.data, last=piece.last
+        )
+        await self.relay.store.commit(change)
+        was_starving = fed.is_starving
+        fed.on_stored(piece, trio.current_time())
+        self.pending_bytes -= len(piece.data)
+        self._keep(fed)
+        if not request.live:
+            return
+        for holder in tuple(request.holders):
+            holder.on_input_stored(request, name)
+        if was_starving:
+            request.wake()
+        elif request.feeding is not None:
+            request.feeding.wake()
+
+    def _keep(self, fed: LiveInput) -> None:
+        """Keep the last bytes of this input in memory, and no longer those of the one that was fed first."""
+        self._kept.pop(fed, None)
+        self._kept[fed] = None
+        if len(self._kept) > MAX_KEPT:
+            oldest = next(iter(self._kept))
+            del self._kept[oldest]
+            oldest.forget_below(oldest.size)
+
+
+def _known(fed: FedInput) -> str:
+    """Say what there is of an input, for its feeder."""
+    if not isinstance(fed, LiveInput):
+        return ""
+    ends = f" and ends at {fed.end}" if fed.end is not None else ""
+    return f"{fed.known} bytes are known{ends}, and {fed.size} of them acknowledged"
