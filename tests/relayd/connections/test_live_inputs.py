@@ -25,6 +25,8 @@ from protocol.wire.messages import (
 )
 from protocol.wire.structs import InputInfo, Running
 from relayd.core import feeds
+from relayd.store.base import StorageFull
+from relayd.store.records import AppendInput
 from tests.support.fake_worker import FakeWorker, fake_worker, identity, samples
 from tests.support.relay import Peer, a_submit, an_id, an_input, daemon, peer, until
 
@@ -149,4 +151,526 @@ async def test_whole_inputs_come_first_and_each_live_one_on_its_own(tmp_path: Pa
             assert came or piece.name == "voice"
             came[piece.name] = came.get(piece.name, b"") + piece.data
         assert came == {"voice": b"whole", "audio": b"sound", "text": b"words"}
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("offset", "data", "last", "code"),
+    [
+        (6, b"x", None, "input_mismatch"),
+        (2, b"xx", None, "id_conflict"),
+        (0, b"hel", True, "id_conflict"),
+        (5, b"x" * (MAX_UNACKED_BYTES + 1), None, "rate_limited"),
+    ],
+)
+async def test_a_feeder_that_breaks_the_rules_is_let_go_and_the_request_goes_on(
+    tmp_path: Path, offset: int, data: bytes, last: bool | None, code: str
+) -> None:
+    async with set_up(tmp_path) as (relay, worker, client), peer(relay.url, "client") as other:
+        client.send(submit := live())
+        await client.next(Accepted)
+        feed(client, submit, 0, b"hello")
+        await acked(client, 5)
+        other.send(submit)
+        await acked(other, 5)
+        for start in range(0, len(data), 200_000):
+            feed(other, submit, offset + start, data[start : start + 200_000], last=last)
+        refusal = await other.next(Rejected)
+        assert (refusal.request_id, refusal.code) == (submit.request_id, code)
+        if code == "rate_limited":
+            return
+        feed(other, submit, 5, b"not heard any more")
+        await other.settled()
+        feed(client, submit, 5, b" you", last=True)
+        await acked(client, 9, last=True)
+        assign = await worker.assigned()
+        assert await taken(worker, assign, 9) == b"hello you"
+        worker.speak(assign, PCM)
+        await client.frames(submit)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_bytes_beyond_the_end_are_refused(tmp_path: Path) -> None:
+    async with set_up(tmp_path) as (_relay, _worker, client):
+        client.send(submit := live())
+        await client.next(Accepted)
+        feed(client, submit, 0, b"all", last=True)
+        feed(client, submit, 0, b"all", last=True)
+        feed(client, submit, 0, b"a")
+        await acked(client, 3, last=True)
+        feed(client, submit, 3, b"more")
+        refusal = await client.next(Rejected)
+        assert refusal.code == "id_conflict"
+        assert "3 bytes are known and ends at 3" in refusal.message
+
+
+@pytest.mark.trio
+async def test_older_bytes_are_compared_with_what_the_store_has(tmp_path: Path) -> None:
+    text = samples(300_000)
+    async with set_up(tmp_path, store="sqlite") as (relay, worker, client), peer(relay.url, "client") as other:
+        client.send(submit := live())
+        await client.next(Accepted)
+        for offset in range(0, 400_000, 100_000):
+            feed(client, submit, offset, text[offset : offset + 100_000])
+            await acked(client, offset + 100_000)
+        feed(client, submit, 0, text[:200_000])
+        feed(client, submit, 200_000, text[200_000:350_000])
+        feed(client, submit, 350_000, text[350_000:500_000])
+        await acked(client, 500_000)
+        other.send(submit)
+        await acked(other, 500_000)
+        feed(other, submit, 1_000, text[1_001:2_000])
+        feed(other, submit, 500_000, b"of a liar")
+        assert (await other.next(Rejected)).code == "id_conflict"
+        feed(client, submit, 500_000, b"", last=True)
+        await acked(client, 500_000, last=True)
+        assert await taken(worker, await worker.assigned(), 500_000) == text[:500_000]
+        assert relay.relay.feeds.pending_bytes == 0
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("limit", ["relay", "space"])
+async def test_too_much_fails_the_request_whole_inputs_included(tmp_path: Path, limit: str) -> None:
+    limits = {"max_input_bytes": 1_000} if limit == "relay" else {}
+    rule = {"live": True} | ({"max_bytes": 700} if limit == "space" else {})
+    async with (
+        daemon(tmp_path, limits=limits) as relay,
+        fake_worker(relay.url, inputs={"text": rule, "audio": rule, "voice": {}}) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        await until(lambda: bool(relay.relay.workers))
+        voice, audio = (b"", b"") if limit == "space" else (b"v" * 200, b"a" * 100)
+        client.send(submit := live("text", "audio", inputs={"voice": an_input(voice)}))
+        feed(client, submit, 0, voice, name="voice")
+        await client.next(Accepted)
+        feed(client, submit, 0, audio, name="audio")
+        feed(client, submit, 0, b"t" * 700)
+        assign = await worker.assigned()
+        feed(client, submit, 700, b"t")
+        failed = await client.next(Failed)
+        assert (failed.code, failed.retryable) == ("input_too_large", False)
+        assert "has more than 700 bytes" in failed.message
+        await worker.peer.next(Cancel)
+        worker.send(Cancelled(**identity(assign, 0)))
+        await relay.at_rest()
+        assert relay.relay.feeds.pending_bytes == 0
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_a_fast_feeder_is_held_up_and_not_refused(tmp_path: Path) -> None:
+    limits = {"live_input_bytes_s": 10_000, "feed_idle_timeout_s": 0.02}
+    async with set_up(tmp_path, limits=limits) as (_relay, worker, client):
+        client.send(submit := live())
+        feed(client, submit, 0, b"x" * 42_000)
+        assign = await worker.assigned()
+        await taken(worker, assign, 42_000)
+        began = trio.current_time()
+        feed(client, submit, 42_000, b"x" * 500)
+        feed(client, submit, 42_500, b"x" * 1_500, last=True)
+        await acked(client, 44_000, last=True)
+        assert trio.current_time() - began > 0.1, "which is longer than a feeder may be silent"
+        assert len(await taken(worker, assign, 44_000, start=42_000)) == 2_000
+
+
+@pytest.mark.trio
+async def test_a_feeder_that_is_cut_goes_on_from_what_was_stored(tmp_path: Path) -> None:
+    async with set_up(tmp_path) as (relay, worker, client):
+        client.send(submit := live())
+        await client.next(Accepted)
+        feed(client, submit, 0, b"one two ")
+        assign = await worker.assigned()
+        assert await taken(worker, assign, 8) == b"one two "
+        await client.cut()
+        await until(lambda: not relay.relay.requests[submit.request_id].holders)
+        async with peer(relay.url, "client") as again:
+            again.send(Attach(request_id=submit.request_id, attempt=1, after_seq=-1))
+            assert isinstance(await again.next(), Accepted)
+            ack = await again.next()
+            assert (ack.TYPE, ack.offset) == ("input_ack", 8)
+            feed(again, submit, 8, b"three", last=True)
+            await acked(again, 13, last=True)
+            assert await taken(worker, assign, 13, start=8) == b"three"
+            worker.speak(assign, PCM)
+            await again.frames(submit)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_worker_that_is_cut_gets_the_rest_and_nothing_twice(tmp_path: Path) -> None:
+    instance = an_id()
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+        async with fake_worker(relay.url, instance=instance, **RULES) as worker:
+            await until(lambda: bool(relay.relay.workers))
+            client.send(submit := live())
+            feed(client, submit, 0, b"one two ")
+            assign = await worker.assigned()
+            assert await taken(worker, assign, 8, ack=False) == b"one two "
+            worker.speak(assign, PCM, end=False)
+            await client.next(Audio)
+            await worker.peer.cut()
+        feed(client, submit, 8, b"three ")
+        await acked(client, 14)
+        running = (Running(request_id=submit.request_id, attempt=1, next_seq=2, inputs={"text": 8}),)
+        async with fake_worker(relay.url, instance=instance, running=running, **RULES) as worker:
+            registered = await worker.peer.next(Registered)
+            assert [each.request_id for each in registered.resume] == [submit.request_id]
+            takes(worker, assign, 8)
+            assert await taken(worker, assign, 14, start=8) == b"three "
+            feed(client, submit, 14, b"four", last=True)
+            assert await taken(worker, assign, 18, start=14) == b"four"
+            await worker.peer.cut()
+        running = (Running(request_id=submit.request_id, attempt=1, next_seq=2, inputs={"text": 18}),)
+        async with fake_worker(relay.url, instance=instance, running=running, **RULES) as worker:
+            await end_of(worker, 18)
+            worker.speak(assign, PCM, first=2)
+            assert [frame.TYPE for frame in await client.frames(submit, first=2)] == ["completed"]
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("whole_log", [False, True])
+async def test_a_relay_that_crashes_goes_on_with_what_it_acknowledged(tmp_path: Path, whole_log: bool) -> None:
+    instance, text = an_id(), samples(100_000)
+    async with (
+        daemon(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, instance=instance, **RULES) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        await until(lambda: bool(relay.relay.workers))
+        client.send(submit := live())
+        await client.next(Accepted)
+        feed(client, submit, 0, text[:120_000])
+        await acked(client, 120_000)
+        assign = await worker.assigned()
+        assert await taken(worker, assign, 120_000) == text[:120_000]
+        await relay.relay.store.flush()
+    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        assert relay.relay.scheduler.state.input_bytes.total() == 120_000
+        client.send(submit)
+        await acked(client, 120_000)
+        feed(client, submit, 120_000, text[120_000:], last=True)
+        await acked(client, 200_000, last=True)
+        received = 0 if whole_log else 120_000
+        running = (Running(request_id=submit.request_id, attempt=1, next_seq=0, inputs={"text": received}),)
+        async with fake_worker(relay.url, instance=instance, running=running, **RULES) as worker:
+            assert (await worker.peer.next(Registered)).resume
+            takes(worker, assign, received)
+            assert await taken(worker, assign, 200_000, start=received) == text[received:]
+            worker.speak(assign, PCM)
+            await client.frames(submit)
+        await relay.at_rest()
+        await relay.relay.finalizer.wait_finalized()
+        assert (await relay.relay.store.load()).live_inputs == {}
+
+
+@pytest.mark.trio
+async def test_a_second_attempt_gets_the_input_from_the_beginning(tmp_path: Path) -> None:
+    async with set_up(tmp_path) as (relay, worker, client):
+        client.send(submit := live())
+        feed(client, submit, 0, b"one ")
+        assign = await worker.assigned()
+        assert await taken(worker, assign, 4) == b"one "
+        worker.send(Failed(**identity(assign, 0), code="engine_failed", message="oh", retryable=True))
+        assign = await worker.assigned()
+        assert assign.attempt == 2
+        feed(client, submit, 4, b"two", last=True)
+        assert await taken(worker, assign, 7) == b"one two"
+        worker.speak(assign, PCM)
+        await client.frames(submit)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_two_holders_may_feed_and_both_are_told(tmp_path: Path) -> None:
+    async with set_up(tmp_path) as (relay, worker, client), peer(relay.url, "client") as other:
+        client.send(submit := live())
+        await acked(client, 0)
+        other.send(submit)
+        await acked(other, 0)
+        feed(client, submit, 0, b"one ")
+        await acked(other, 4)
+        feed(other, submit, 0, b"one two ")
+        await acked(client, 8)
+        feed(client, submit, 8, b"three", last=True)
+        await acked(other, 13, last=True)
+        assert await taken(worker, await worker.assigned(), 13) == b"one two three"
+
+
+@pytest.mark.trio
+async def test_only_holders_feed(tmp_path: Path) -> None:
+    async with set_up(tmp_path) as (relay, worker, client), peer(relay.url, "operator") as operator:
+        client.send(submit := live())
+        await acked(client, 0)
+        feed(operator, submit, 0, b"of somebody who does not hold it")
+        await operator.settled()
+        feed(client, submit, 0, b"mine", last=True)
+        assert await taken(worker, await worker.assigned(), 4) == b"mine"
+
+
+@pytest.mark.trio
+async def test_a_worker_is_sent_no_more_than_its_window(tmp_path: Path) -> None:
+    text = samples(400_000)
+    async with set_up(tmp_path, store="sqlite") as (relay, worker, client):
+        client.send(submit := live())
+        await client.next(Accepted)
+        for offset in range(0, len(text), 200_000):
+            feed(client, submit, offset, text[offset : offset + 200_000])
+            await acked(client, offset + 200_000)
+        assign = await worker.assigned()
+        assert len(await taken(worker, assign, MAX_UNACKED_BYTES, ack=False)) == MAX_UNACKED_BYTES
+        worker.send(Ping(timestamp=1.0))
+        assert isinstance(await worker.peer.next(Input, Pong), Pong), "an engine that takes nothing gets no more"
+        takes(worker, assign, 100_000)
+        got = await taken(worker, assign, MAX_UNACKED_BYTES + 100_000, ack=False, start=MAX_UNACKED_BYTES)
+        assert len(got) == 100_000
+        client.send(other := a_submit("of somebody else", space="check"))
+        async with fake_worker(relay.url, spaces=("check",), name="checker") as checker:
+            checker.speak(await checker.assigned(), PCM)
+            await client.frames(other)
+        takes(worker, assign, MAX_UNACKED_BYTES + 100_000)
+        start = MAX_UNACKED_BYTES + 100_000
+        assert await taken(worker, assign, len(text), start=start) == text[start:]
+
+
+@pytest.mark.trio
+async def test_feeders_that_say_nothing_hold_up_no_other_request_of_the_worker(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path) as relay,
+        fake_worker(relay.url, slots=12, **RULES) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        await until(lambda: bool(relay.relay.workers))
+        for _ in range(8):
+            client.send(live())
+            await worker.assigned()
+        submit = a_submit(inputs={"voice": an_input(b"whole")})
+        client.send(submit)
+        feed(client, submit, 0, b"whole", name="voice")
+        assign = await worker.assigned()
+        assert (await worker.peer.next(Input)).data == b"whole"
+        worker.speak(assign, PCM)
+        await client.frames(submit)
+        client.send(talks := live())
+        feed(client, talks, 0, b"words")
+        assert await taken(worker, await worker.assigned(), 5) == b"words"
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("name", "offset", "words"),
+    [("text", 6, "input_ack of 6 bytes of input 'text'; 5 were sent"), ("voice", 0, "0 were sent"), ("x", 1, "'x'")],
+)
+async def test_a_worker_that_took_what_it_never_got_is_disconnected(
+    tmp_path: Path, name: str, offset: int, words: str
+) -> None:
+    async with set_up(tmp_path) as (relay, worker, client):
+        client.send(submit := live())
+        feed(client, submit, 0, b"hello")
+        assign = await worker.assigned()
+        assert await taken(worker, assign, 5) == b"hello"
+        takes(worker, assign, 2)
+        takes(worker, assign, offset, name)
+        error = await worker.peer.next()
+        assert (error.TYPE, error.code) == ("error", "protocol_error")
+        assert words in error.message
+        await until(lambda: not relay.relay.workers)
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_an_ack_of_an_attempt_that_is_over_is_passed_over(tmp_path: Path) -> None:
+    async with set_up(tmp_path) as (relay, worker, client):
+        client.send(submit := live())
+        assign = await worker.assigned()
+        worker.speak(assign, PCM)
+        await client.frames(submit)
+        for _ in range(100):
+            takes(worker, assign, 10**9)
+        await worker.peer.settled()
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("inputs", [{"text": 6}, {"nope": 0}])
+async def test_a_worker_that_came_back_with_what_was_never_sent_begins_anew(
+    tmp_path: Path, inputs: dict[str, int]
+) -> None:
+    instance = an_id()
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+        async with fake_worker(relay.url, instance=instance, **RULES) as worker:
+            await until(lambda: bool(relay.relay.workers))
+            client.send(submit := live())
+            feed(client, submit, 0, b"hello", last=True)
+            assert await taken(worker, await worker.assigned(), 5) == b"hello"
+            await worker.peer.cut()
+        running = (Running(request_id=submit.request_id, attempt=1, next_seq=0, inputs=inputs),)
+        async with fake_worker(relay.url, instance=instance, running=running, **RULES) as worker:
+            registered = await worker.peer.next(Registered)
+            assert (registered.resume, registered.abandon) == ((), [submit.request_id])
+            assign = await worker.assigned()
+            assert await taken(worker, assign, 5) == b"hello"
+            worker.speak(assign, PCM)
+            await client.frames(submit)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_cancelled_or_left_request_takes_no_more(tmp_path: Path) -> None:
+    async with set_up(tmp_path, limits={"resume_window_s": 0.05}) as (relay, worker, client):
+        client.send(submit := live())
+        feed(client, submit, 0, b"hello")
+        assign = await worker.assigned()
+        await acked(client, 5)
+        client.send(Cancel(request_id=submit.request_id))
+        await worker.peer.next(Cancel)
+        worker.send(Cancelled(**identity(assign, 0)))
+        await client.next(Cancelled)
+        feed(client, submit, 5, b"too late")
+        await client.settled()
+        await relay.at_rest()
+        client.send(submit := live())
+        await worker.assigned()
+        await acked(client, 0)
+        await client.cut()
+        await worker.peer.next(Cancel)
+
+
+@pytest.mark.trio
+async def test_a_detached_request_goes_on_with_its_feeder_away(tmp_path: Path) -> None:
+    async with set_up(tmp_path, limits={"resume_window_s": 0}) as (relay, worker, client):
+        client.send(submit := live(detach=True))
+        feed(client, submit, 0, b"all of it", last=True)
+        await acked(client, 9, last=True)
+        await client.cut()
+        assign = await worker.assigned()
+        assert await taken(worker, assign, 9) == b"all of it"
+        worker.speak(assign, PCM)
+        await relay.at_rest()
+        assert relay.relay.requests[submit.request_id].entry.state == "completed"
+
+
+@pytest.mark.trio
+async def test_an_engine_that_waits_for_a_silent_feeder_is_not_held_for_ever(tmp_path: Path) -> None:
+    limits = {"feed_idle_timeout_s": 0.2}
+    async with set_up(tmp_path, limits=limits, spaces={"tts": {"idle_timeout_s": 0.05}}) as (relay, worker, client):
+        client.send(submit := live())
+        feed(client, submit, 0, b"hello")
+        assign = await worker.assigned()
+        await taken(worker, assign, 5)
+        failed = await client.next(Failed)
+        assert (failed.code, failed.retryable, failed.attempt) == ("feed_timeout", False, 1)
+        assert "waits for more of its live input 'text', and nothing came for 0.2 s" in failed.message
+        await worker.peer.next(Cancel)
+        worker.send(Cancelled(**identity(assign, 0)))
+        await relay.at_rest()
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_an_engine_that_takes_nothing_of_what_there_is_has_hung(tmp_path: Path) -> None:
+    limits = {"feed_idle_timeout_s": 0.05}
+    spaces = {"tts": {"idle_timeout_s": 0.2, "max_attempts": 1}}
+    async with set_up(tmp_path, limits=limits, spaces=spaces) as (_relay, worker, client):
+        client.send(submit := live())
+        feed(client, submit, 0, b"hello")
+        await taken(worker, await worker.assigned(), 5, ack=False)
+        assert (await client.next(Failed)).code == "idle_timeout"
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("fields", "code", "details"),
+    [
+        (
+            {"params": {"text": "twice"}},
+            "invalid_params",
+            {"text": "is given as an input, too; send it only once"},
+        ),
+        ({"name": "audio"}, "invalid_params", {"text": "is required"}),
+        (
+            {"name": "voice", "params": {"text": "x"}},
+            "invalid_params",
+            {"inputs.voice": "must be sent whole, with its size and sha256"},
+        ),
+        ({"name": "nope", "params": {"text": "x"}}, "invalid_params", {"inputs.nope": "is not accepted"}),
+    ],
+)
+async def test_a_bad_live_input_is_rejected_in_words(
+    tmp_path: Path, fields: dict[str, Any], code: str, details: dict[str, str]
+) -> None:
+    async with set_up(tmp_path) as (relay, _worker, client):
+        client.send(live(fields.pop("name", "text"), **fields))
+        refusal = await client.next(Rejected, Accepted)
+        assert (refusal.code, refusal.details) == (code, details)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_what_waits_for_the_disk_is_bounded_for_all_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "MAX_PENDING_BYTES", 1_000)
+    async with daemon(tmp_path, limits={"live_input_bytes_s": 100}) as relay, peer(relay.url, "client") as client:
+        first, second = live(), live()
+        for submit in (first, second):
+            client.send(submit)
+            await acked(client, 0)
+        feed(client, first, 0, b"x" * 500)
+        await acked(client, 500)
+        feed(client, first, 500, b"x" * 900)
+        feed(client, second, 0, b"x" * 101)
+        refusal = await client.next(Rejected)
+        assert (refusal.request_id, refusal.code) == (second.request_id, "rate_limited")
+        client.send(Cancel(request_id=first.request_id))
+        client.send(Cancel(request_id=second.request_id))
+        await relay.at_rest()
+        await until(lambda: relay.relay.feeds.pending_bytes == 0)
+
+
+@pytest.mark.trio
+async def test_of_many_inputs_the_memory_is_bounded_and_the_rest_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "MAX_KEPT", 2)
+    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        submits = [live() for _ in range(5)]
+        for submit in submits:
+            client.send(submit)
+            feed(client, submit, 0, submit.request_id.encode())
+            await acked(client, 32)
+        logs = [relay.relay.requests[submit.request_id].fed["text"] for submit in submits]
+        assert [log.kept(0, 32) is not None for log in logs] == [False] * 3 + [True] * 2
+        feed(client, submits[0], 30, submits[0].request_id[30:].encode() + b"more")
+        await acked(client, 36)
+        async with fake_worker(relay.url, slots=5, **RULES) as worker:
+            for _ in submits:
+                piece = await worker.peer.next(Input)
+                more = b"more" if piece.request_id == submits[0].request_id else b""
+                assert piece.data == piece.request_id.encode() + more
+
+
+@pytest.mark.trio
+async def test_a_full_disk_fails_the_request_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with set_up(tmp_path) as (relay, worker, client):
+        client.send(submit := live())
+        await acked(client, 0)
+        commit = relay.relay.store.commit
+
+        async def full(*changes: Any) -> None:
+            if isinstance(changes[0], AppendInput):
+                raise StorageFull("no space")
+            await commit(*changes)
+
+        monkeypatch.setattr(relay.relay.store, "commit", full)
+        feed(client, submit, 0, b"hello")
+        failed = await client.next(Failed)
+        assert (failed.code, failed.retryable) == ("storage_full", True)
+        assert "no space left to store input 'text'" in failed.message
+        assign = await worker.assigned()
+        worker.send(Cancelled(**identity(assign, 0)))
+        await relay.at_rest()
+        assert relay.relay.feeds.pending_bytes == 0
         await relay.goes_on()
