@@ -258,7 +258,8 @@ class Rejected(Message):
 class StatusReply(Message):
     """Answers `status` with the request's state.
 
-    `position`, `of`, `eta_s` while queued; `code`, `details`, `retryable` once failed.
+    `position`, `of`, `eta_s` while queued; `code`, `details`, `retryable` once failed. `inputs`: while it is live, the
+    `bytes`, `bytes_s`, `age_s` and `ended` of each live or piped input.
     """
 
     TYPE: ClassVar[str] = "status"
@@ -275,6 +276,7 @@ class StatusReply(Message):
     message: str | None = field(optional(_words), None)
     details: dict[str, Value] = map_field()
     retryable: bool | None = field(optional(boolean), None)
+    inputs: dict[str, Value] = map_field()
 
 
 @attrs.frozen(kw_only=True)

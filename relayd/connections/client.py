@@ -42,7 +42,7 @@ from relayd.frames.frame_log import HIGH_WATER_BYTES, LOW_WATER_BYTES, FrameRead
 from relayd.requests.live_input import LiveInput
 from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition, State
-from relayd.views.rows import pages, space_row
+from relayd.views.rows import fed_inputs, pages, space_row
 
 log = structlog.get_logger("relayd")
 
@@ -369,6 +369,7 @@ class ClientHandler:
             message=request.message,
             details={} if request.live else request.details,
             retryable=request.outcome.retryable,
+            inputs=fed_inputs(request),
         )
         if place := self.relay.scheduler.position(entry, now):
             reply = attrs.evolve(reply, position=place.position, of=place.of, eta_s=place.eta_s)

@@ -216,6 +216,8 @@ def _spaces(readings: list[SpaceReading]) -> Iterator[Metric]:
         "Requests of spaces with a cache for which there was no equal one.",
         lambda s: s.stats.cache_misses,
     )
+    yield each("relayd_live_input_bytes_total", "Bytes of live inputs that clients fed.", lambda s: s.stats.input_bytes)
+    yield each("relayd_live_input_pieces_total", "Pieces in which those bytes came.", lambda s: s.stats.input_pieces)
     yield each(
         "relayd_requests_uploading", "Admitted requests that are not queued yet.", lambda s: len(s.state.admitted)
     )

@@ -64,6 +64,8 @@ class FedInput:
     starved_until: float = -math.inf
     #: When the latest piece came.
     received_at: float = -math.inf
+    #: Time and size at the beginning of each of the last seconds in which it grew.
+    _seconds: "deque[tuple[float, int]]" = attrs.field(factory=lambda: deque(maxlen=RATE_S + 1), init=False)
 
     @property
     def is_starving(self) -> bool:
@@ -88,7 +90,17 @@ class FedInput:
         """Note that the bytes below `size` may be sent to a worker, and whether that is all."""
         if self.is_starving:
             self.starved_until = now
-        self.size, self.ended = size, ended
+        if not self._seconds or now >= self._seconds[-1][0] + 1.0:
+            self._seconds.append((now, self.size))
+        self.size, self.ended, self.received_at = size, ended, now
+
+    def bytes_s(self, now: float) -> int:
+        """Return its rate over the last seconds."""
+        recent = [each for each in self._seconds if each[0] > now - RATE_S]
+        if not recent:
+            return 0
+        since, size = recent[0]
+        return round((self.size - size) / max(1.0, now - since))
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -104,8 +116,6 @@ class LiveInput(FedInput):
     #: Bytes that may be stored now, at the time of `_refilled_at`; below 0 after a large piece.
     _allowed: float = attrs.field(init=False)
     _refilled_at: float = attrs.field(default=-math.inf, init=False)
-    #: Time and size at the beginning of each of the last seconds in which a piece came.
-    _seconds: "deque[tuple[float, int]]" = attrs.field(factory=lambda: deque(maxlen=RATE_S + 1), init=False)
 
     def __attrs_post_init__(self) -> None:
         self.end = self.size if self.ended else None
@@ -130,14 +140,6 @@ class LiveInput(FedInput):
     def awaits_feeder(self) -> bool:
         """See `FedInput.awaits_feeder`."""
         return self.is_starving and not self.is_pending
-
-    def bytes_s(self, now: float) -> int:
-        """Return its rate over the last seconds."""
-        recent = [each for each in self._seconds if each[0] > now - RATE_S]
-        if not recent:
-            return 0
-        since, size = recent[0]
-        return round((self.known - size) / max(1.0, now - since))
 
     def add(
         self, offset: int, data: bytes, *, last: bool, most: int, now: float, stored: bytes | None = None
@@ -177,8 +179,6 @@ class LiveInput(FedInput):
             return Fault.CONFLICT
         self.received_at = now
         fresh = data[known - offset :]
-        if fresh and (not self._seconds or now >= self._seconds[-1][0] + 1.0):
-            self._seconds.append((now, known))
         self._kept += fresh
         if last:
             self.end = end

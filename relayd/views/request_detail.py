@@ -9,7 +9,6 @@ from protocol.wire.structs import KIB
 from protocol.wire.validators import Value
 from relayd.core.relay import Relay
 from relayd.requests.request import Request
-from relayd.requests.summary import summarize
 from relayd.scheduling.model import State
 from relayd.views.rows import request_row
 from relayd.views.token_rows import Row
@@ -49,7 +48,7 @@ def request_detail(relay: Relay, request: Request) -> Row:
             if (reader := client.readers.get(request.request_id)) and (behind := frames.next_seq - reader.seq) >= 0
         ][:MAX_READERS],
     }
-    summary: Row = msgpack.unpackb(request.summary or summarize(submit, SUMMARY_BYTES))
+    summary: Row = msgpack.unpackb(request.summary or request.summarize(SUMMARY_BYTES))
     return detail | summary
 
 

@@ -12,9 +12,11 @@ from protocol.wire.codec import encode
 from protocol.wire.errors import EncodeError
 from protocol.wire.messages import SpacesReply
 from protocol.wire.structs import KIB
+from protocol.wire.validators import Value
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.requests.request import Request
+from relayd.requests.summary import MAX_INPUTS
 from relayd.scheduling.model import State
 from relayd.views.token_rows import Row
 
@@ -205,7 +207,7 @@ def request_row(relay: Relay, request_id: str, position: int | None = None) -> R
     end = request.ended_at if request.ended_at is not None else now
     first = request.first_frame_at
     started_at = _started_at(request)
-    return {
+    row: Row = {
         "request_id": request_id,
         "principal": request.principal,
         "space": request.submit.space,
@@ -229,6 +231,21 @@ def request_row(relay: Relay, request_id: str, position: int | None = None) -> R
         "buffered_bytes": buffered_bytes(request),
         "code": request.code,
         "message": request.message,
+    }
+    return row | ({"inputs": fed_inputs(request)} if request.fed else {})
+
+
+def fed_inputs(request: Request) -> dict[str, Value]:
+    """Return what there is of each live or piped input of a live request, and how it comes."""
+    now = trio.current_time()
+    return {
+        name: {
+            "bytes": fed.size,
+            "bytes_s": fed.bytes_s(now),
+            "age_s": round(now - max(fed.received_at, request.created_at), 1),
+            "ended": fed.ended,
+        }
+        for name, fed in list(request.fed.items())[:MAX_INPUTS]
     }
 
 

@@ -176,12 +176,12 @@ class RequestDetail(RowDetail):
         if isinstance(report := self._told.get("report"), str) and report:
             lines += _texts("output", report, "dim", self.size.width)
         lines += self._maps("params", self._told.get("params"))
-        inputs = self._told.get("inputs")
+        inputs, fed = self._told.get("inputs"), view.row.get("inputs")
         for one in inputs if isinstance(inputs, list) else []:
             if isinstance(one, dict):
-                size = one.get("size")
-                size_text = formatting.size(size) if isinstance(size, int | float) else ""
-                lines.append([_label("input"), (plain(f"{one.get('name')} {one.get('media_type')} {size_text}"), "")])
+                how = fed.get(one.get("name")) if isinstance(fed, dict) else None
+                text = _fed(how) if isinstance(how, dict) else _size(one.get("size"))
+                lines.append([_label("input"), (plain(f"{one.get('name')} {one.get('media_type')} {text}"), "")])
         if self._refused:
             lines.append([(f"no details available: {plain(self._refused)}", "dim")])
         return lines
@@ -243,6 +243,22 @@ def _said(model: RelayModel, key: str, value: Any) -> str:
         worker = model.get("workers", str(value))
         return f"worker={(worker.text('name') if worker is not None else '') or value}"
     return f"{key}={value}"
+
+
+def _fed(how: Mapping[str, Value]) -> str:
+    """How much there is of an input that is fed, and how it comes: `12 kB, 1.2 kB/s, the latest 3 s ago`."""
+    parts = [_size(how.get("bytes"))]
+    if how.get("ended"):
+        parts.append("ended")
+    else:
+        rate, age_s = how.get("bytes_s"), how.get("age_s")
+        parts.append(formatting.rate(rate) if isinstance(rate, int | float) else "")
+        parts.append(f"the latest {formatting.age(age_s)} ago" if isinstance(age_s, int | float) else "")
+    return ", ".join(part for part in parts if part)
+
+
+def _size(value: Value) -> str:
+    return formatting.size(value) if isinstance(value, int | float) else ""
 
 
 def _label(title: str) -> Piece:

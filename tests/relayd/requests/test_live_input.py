@@ -199,5 +199,6 @@ def test_the_rate_that_is_shown_is_that_of_the_last_seconds() -> None:
     assert log.bytes_s(0.0) == 0
     for second in range(10):
         log.add(second * 100, b"x" * 100, last=False, most=MIB, now=float(second))
+        log.on_stored(log.next_piece(), float(second))
     assert log.bytes_s(9.5) == pytest.approx(110, abs=15)
     assert log.bytes_s(30.0) == 0

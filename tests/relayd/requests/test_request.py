@@ -15,6 +15,7 @@ from protocol.wire.structs import AudioFormat, InputInfo
 from relayd.config.schema import Limits, SpaceConfig
 from relayd.frames.frame_log import FrameReader
 from relayd.requests.deadlines import watch_deadlines
+from relayd.requests.live_input import FedInput, LiveInput
 from relayd.requests.outcome import Outcome
 from relayd.requests.request import Expiry, Request, content_hash
 from relayd.scheduling.model import QueuePosition, ScheduledRequest, State
@@ -42,6 +43,8 @@ class FakeHolder:
     def on_worker(self, request: Request) -> None: ...
 
     def on_rejected(self, request: Request, refusal: Rejected) -> None: ...
+
+    def on_input_stored(self, request: Request, name: str) -> None: ...
 
     def on_ended(self, request: Request) -> None: ...
 
@@ -238,6 +241,77 @@ async def test_the_earliest_deadline_is_the_one_that_holds(
     due_at, earliest = request.deadline(WINDOW_S, CANCEL_GRACE_S)
     assert earliest is expiry
     assert due_at == pytest.approx(now + due_s)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("inputs", "fields", "due_s", "expiry"),
+    [
+        # Its engine has something to take: it is to move on.
+        ([{"size": 9}], {}, 5.0, Expiry.IDLE_TIMEOUT),
+        ([{"size": 9, "taken": 3, "taken_at": 2.0}], {}, 7.0, Expiry.IDLE_TIMEOUT),
+        ([{"size": 9, "starved_until": 3.0}], {}, 8.0, Expiry.IDLE_TIMEOUT),
+        ([{"size": 9, "taken": 9, "taken_at": 1.0, "ended": True}], {}, 6.0, Expiry.IDLE_TIMEOUT),
+        ([{"size": 9, "taken": 9, "ended": True}], {"streams": False}, 40.0, Expiry.RUN_TIMEOUT),
+        # It has taken all: its feeder is to.
+        ([{}], {}, 8.0, Expiry.FEED_TIMEOUT),
+        ([{"size": 9, "taken": 9, "taken_at": 1.0, "received_at": 4.0}], {}, 12.0, Expiry.FEED_TIMEOUT),
+        ([{"size": 9, "taken": 9, "taken_at": 6.0, "received_at": 4.0}], {}, 14.0, Expiry.FEED_TIMEOUT),
+        ([{"size": 9, "taken": 9}], {"last_frame_at": 7.0}, 8.0, Expiry.FEED_TIMEOUT),
+        ([{}], {"held_at": 3.0}, 11.0, Expiry.FEED_TIMEOUT),
+        ([{}, {"received_at": 5.0}], {}, 13.0, Expiry.FEED_TIMEOUT),
+        ([{}, {"size": 9, "received_at": 5.0}], {}, 13.0, Expiry.FEED_TIMEOUT),
+        ([{}, {"size": 9, "taken": 9, "ended": True}], {}, 8.0, Expiry.FEED_TIMEOUT),
+        ([{}], {"streams": False}, 8.0, Expiry.FEED_TIMEOUT),
+        # A feeder that is away has its resume window, and a worker that is away its grace.
+        ([{}], {"abandoned_at": 0.0}, 30.0, Expiry.NOBODY_HOLDS),
+        ([{}], {"worker_lost_at": 2.0, "worker_grace_s": 20.0}, 22.0, Expiry.WORKER_GONE),
+    ],
+)
+async def test_an_engine_that_starves_waits_for_its_feeder_and_not_the_relay_for_it(
+    autojump_clock: trio.testing.MockClock,
+    inputs: list[dict[str, Any]],
+    fields: dict[str, float],
+    due_s: float,
+    expiry: Expiry,
+) -> None:
+    request, now = a_request(State.RUNNING), trio.current_time()
+    request.run_timeout_s, request.idle_timeout_s = 40.0, 5.0
+    request.entry.started_at = now
+    for number, each in enumerate(inputs):
+        times = {name: now + value if name.endswith(("_at", "until")) else value for name, value in each.items()}
+        fed = LiveInput(rate=1.0, size=times.pop("size", 0), ended=times.pop("ended", False))
+        for name, value in times.items():
+            setattr(fed, name, value)
+        request.fed[str(number)] = fed
+    for name, value in fields.items():
+        at = now + value if name.endswith("_at") else value
+        setattr(request.entry if name in ("streams", "worker_lost_at") else request, name, at)
+    assert request.deadline(WINDOW_S, CANCEL_GRACE_S, 8.0) == (pytest.approx(now + due_s), expiry)
+
+
+@pytest.mark.trio
+async def test_a_feeder_that_is_waited_for_by_the_disk_or_that_is_a_pipe_has_no_deadline(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    request = a_request(State.RUNNING)
+    request.run_timeout_s, request.idle_timeout_s = 40.0, 5.0
+    request.fed["text"] = log = LiveInput(rate=1.0)
+    log.add(0, b"pending", last=False, most=99, now=trio.current_time())
+    assert request.deadline(WINDOW_S, CANCEL_GRACE_S, 8.0)[1] is Expiry.RUN_TIMEOUT
+    request.fed["text"] = FedInput()
+    assert request.deadline(WINDOW_S, CANCEL_GRACE_S, 8.0)[1] is Expiry.RUN_TIMEOUT
+
+
+@pytest.mark.trio
+async def test_a_detached_request_is_not_held_for_a_feeder_that_is_away(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    request = a_request(State.RUNNING)
+    request.submit = attrs.evolve(request.submit, detach=True)
+    request.run_timeout_s, request.abandoned_at = 40.0, trio.current_time()
+    request.fed["text"] = LiveInput(rate=1.0)
+    assert request.deadline(WINDOW_S, CANCEL_GRACE_S, 8.0)[1] is Expiry.FEED_TIMEOUT
 
 
 @pytest.mark.trio
