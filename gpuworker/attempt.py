@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import trio
 
-from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, OutputChunk, ProgressChunk
+from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, MarkChunk, OutputChunk, ProgressChunk
 from gpuworker.received_inputs import ReceivedInputs
 from gpuworker.slots.run_engine import RunResult
 from protocol.wire.audio_envelope import audio_prefix, pack_audio
@@ -51,6 +51,7 @@ class Attempt:
             They are kept all the same: a relay that restarts has none of them and asks from 0.
         max_bytes: limit for the frames.
         on_frames: called after each change that gives the sender something to send.
+        on_taken: called when the engine has taken more of a live input, with its name, and how many bytes.
 
     Attributes:
         params: of the request, as the engine gets them.
@@ -70,6 +71,7 @@ class Attempt:
         reproducible: bool,
         max_bytes: int = MAX_RESULT_BYTES,
         on_frames: Callable[["Attempt"], None] = lambda _attempt: None,
+        on_taken: Callable[["Attempt", str, int], None] = lambda _attempt, _name, _taken: None,
     ) -> None:
         self.assign = assign
         self.request_id = assign.request_id
@@ -83,7 +85,7 @@ class Attempt:
         self.outcome = ""
         #: For operators, sent before the last frame of a failed attempt.
         self.report = ""
-        self.uploads = ReceivedInputs(assign.inputs)
+        self.uploads = ReceivedInputs(assign.inputs, lambda name, taken: on_taken(self, name, taken))
         self.cancel_reason: str | None = None
         self.scope = trio.CancelScope()
         self.stop_engine: Callable[[], None] | None = None
@@ -107,7 +109,8 @@ class Attempt:
     @property
     def running(self) -> Running:
         """The attempt and its progress, as sent in `register`."""
-        return Running(request_id=self.request_id, attempt=self.number, next_seq=self.next_seq)
+        received = {name: feed.received for name, feed in self.uploads.feeds.items()}
+        return Running(request_id=self.request_id, attempt=self.number, next_seq=self.next_seq, inputs=received)
 
     @property
     def has_frames(self) -> bool:
@@ -186,6 +189,9 @@ class Attempt:
                     message=chunk.message,
                 )
             )
+        elif isinstance(chunk, MarkChunk):
+            mark = {"text_end": chunk.text_end, "sample": chunk.sample}
+            self._append(Output(request_id=self.request_id, attempt=self.number, seq=self.next_seq, mark=mark))
         elif isinstance(chunk, FormatChunk):
             self._format = chunk.format
             self._append(

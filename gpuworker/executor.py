@@ -44,6 +44,7 @@ class Executor:
     Attributes:
         attempts: the newest attempt of each request, by request id, until the relay has acknowledged its end.
         on_frames: called with an attempt that has new frames.
+        on_taken: called with an attempt whose engine has taken more of a live input, its name, and how much.
         on_change: called when an attempt arrived, ended or left, or a slot changed.
     """
 
@@ -52,6 +53,7 @@ class Executor:
         self.attempts: dict[str, Attempt] = {}
         self.tally = Totals()
         self.on_frames: Callable[[Attempt], None] = lambda _attempt: None
+        self.on_taken: Callable[[Attempt, str, int], None] = lambda _attempt, _name, _taken: None
         self.on_change: Callable[[], None] = lambda: None
         self._nursery = nursery
         self._changed = trio.lowlevel.ParkingLot()
@@ -94,6 +96,7 @@ class Executor:
             reproducible=capabilities.reproducible,
             max_bytes=max_bytes,
             on_frames=lambda attempt: self.on_frames(attempt),
+            on_taken=lambda attempt, name, taken: self.on_taken(attempt, name, taken),
         )
         self.attempts[attempt.request_id] = attempt
         self.changed()
@@ -112,9 +115,13 @@ class Executor:
         self._nursery.start_soon(self._run, attempt)
 
     def upload(self, piece: Input) -> None:
-        """Take a piece of an input; ignored for an unknown attempt."""
-        if (attempt := self.attempts.get(piece.request_id)) is not None:
-            attempt.uploads.add(piece)
+        """Take a piece of an input; ignored for an attempt that has ended or is unknown."""
+        attempt = self.attempts.get(piece.request_id)
+        if attempt is None or attempt.ended:
+            return
+        attempt.uploads.add(piece)
+        if attempt.uploads.fault is not None:
+            attempt.fail(attempt.uploads.fault)
 
     def cancel(self, request_id: str, reason: str) -> None:
         """Stop an attempt; `cancelled` follows. Ignored if it has ended or is unknown."""
@@ -138,7 +145,7 @@ class Executor:
         self.changed()
 
     def on_link_lost(self) -> None:
-        """Drop attempts whose inputs are incomplete: the relay starts such requests again."""
+        """Drop attempts whose whole inputs are incomplete: the relay starts such requests again."""
         for attempt in list(self.attempts.values()):
             if not attempt.uploads.settled.is_set():
                 self.drop(attempt, "the link was lost before its inputs had arrived")
@@ -165,6 +172,8 @@ class Executor:
             end = RunResult.failed(ErrorCode.ENGINE_FAILED, message, retryable=True)
             # Assigned as the process of all slots ended: nothing of it has run.
             return attrs.evolve(end, details={"innocent": True}) if self.slots[0].shared else end
+        if attempt.uploads.fault is not None:  # of a live input, while it waited
+            return attempt.uploads.fault
         attempt.stop_engine = slot.cancel
         attempt.begin(trio.current_time())
         assign = attempt.assign
@@ -175,7 +184,7 @@ class Executor:
             principal=assign.principal,
             run_timeout_s=assign.run_timeout_s,
         )
-        job = Job(attempt.params, attempt.uploads.pop_all(), context)
+        job = Job(attempt.params, attempt.uploads.pop_all(), context, attempt.uploads.feeds)
         limit_s = attempt.assign.run_timeout_s
         async with trio.open_nursery() as nursery:
             if limit_s > 0:
@@ -223,7 +232,7 @@ class Executor:
 def _params_fault(capabilities: Capabilities, assign: Assign) -> RunResult | None:
     """The failure of an attempt whose params do not fit the engine's schema, or whose schema is faulty."""
     try:
-        faults = check_params(capabilities.params, assign.params)
+        faults = check_params(capabilities.params, assign.params, assign.inputs.keys())
     except Exception as fault:  # the schema is the engine's: it may have an invalid pattern or a dangling `$ref`
         log.exception("request %s: its params cannot be checked", assign.request_id[:8])
         message = (

@@ -34,6 +34,7 @@ from protocol.wire.messages import (
     Error,
     Hello,
     Input,
+    InputAck,
     Ping,
     Pong,
     Register,
@@ -138,6 +139,7 @@ class Worker:
                 async with trio.open_nursery() as nursery:
                     self._executor = Executor(self._slots, nursery)
                     self._executor.on_frames = self._on_frames
+                    self._executor.on_taken = self._on_taken
                     self._executor.on_change = self._on_status
                     for slot in self._slots:
                         slot.on_change = self._slot_changed
@@ -356,6 +358,8 @@ class Worker:
             else:
                 attempt.resume_from(seq)
                 self._sender.add(attempt)
+                for name, feed in attempt.uploads.feeds.items():  # what was told over the old link may be lost
+                    self._on_taken(attempt, name, feed.taken)
         self._slot_changed()  # a slot may have changed since `register` was sent
         if self._drains:
             self._send(Draining())
@@ -392,6 +396,10 @@ class Worker:
     def _on_frames(self, attempt: Attempt) -> None:
         if self._sender is not None:
             self._sender.add(attempt)
+
+    def _on_taken(self, attempt: Attempt, name: str, taken: int) -> None:
+        if self._sender is not None and not attempt.ended:
+            self._send(InputAck(request_id=attempt.request_id, attempt=attempt.number, name=name, offset=taken))
 
     def _on_assign(self, assign: Assign) -> None:
         capabilities = self._capabilities

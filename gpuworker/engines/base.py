@@ -4,10 +4,12 @@ To add an engine, write a module with a subclass of `Engine`, and register it un
 `gpuworker.engines`. Import anything heavy in `load`, never at the top: `gpuworker engines` imports every engine.
 """
 
+import codecs
+import queue
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import attrs
 
@@ -69,7 +71,20 @@ class FormatChunk:
     format: AudioFormat | None
 
 
-Chunk = AudioChunk | ProgressChunk | OutputChunk | FormatChunk
+@attrs.frozen
+class MarkChunk:
+    """How far a text that is still being written has been spoken, sent to listeners between two chunks of audio.
+
+    Args:
+        text_end: characters of the text (code points) that the audio up to here has spoken.
+        sample: samples of audio up to here.
+    """
+
+    text_end: int
+    sample: int
+
+
+Chunk = AudioChunk | ProgressChunk | OutputChunk | FormatChunk | MarkChunk
 
 
 # -- what goes in ------------------------------------------------------------------------------------------------
@@ -81,10 +96,95 @@ class EngineInput:
 
     It holds bytes rather than a file: the worker has them already, a slot that is killed leaves nothing behind, and
     decoders (soundfile, PIL) read `io.BytesIO`. An engine that needs a path writes its own temporary file.
+    It can be iterated over as a `LiveInput` can, so that an engine reads both in one way.
     """
 
     data: bytes
     media_type: str = "application/octet-stream"
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield its bytes, in one piece."""
+        return iter([self.data] if self.data else [])
+
+    def text(self) -> Iterator[str]:
+        """Yield its text, as `LiveInput.text` does."""
+        return _decoded(self)
+
+
+class LiveInput:
+    """An input that comes while the run goes on: iterate over it, once, or over its `text`.
+
+    Each step blocks until more has come. The iteration ends with the input. Once the run is cancelled it raises
+    `RunStopped`, also from within a step, so that an engine that lets it pass ends at once.
+
+    Args:
+        media_type: as submitted.
+        on_ask: called in the reader's thread at each step, with the number of bytes that earlier steps have returned.
+    """
+
+    def __init__(self, media_type: str, on_ask: Callable[[int], None] = lambda _taken: None) -> None:
+        self.media_type = media_type
+        self._on_ask = on_ask
+        #: None wakes a reader when the run is cancelled. What lies here is limited by the sender.
+        self._pieces: queue.SimpleQueue[tuple[bytes, bool] | None] = queue.SimpleQueue()
+        self._taken = 0
+        self._ended = False
+        self._stopped = False
+
+    def __iter__(self) -> "LiveInput":
+        return self
+
+    def __next__(self) -> bytes:
+        """Wait for more bytes, and return them.
+
+        Raises:
+            RunStopped: the run was cancelled.
+        """
+        while not self._stopped:
+            self._on_ask(self._taken)
+            if self._ended:
+                raise StopIteration
+            piece = self._pieces.get()
+            if piece is not None and not self._stopped:
+                data, self._ended = piece
+                self._taken += len(data)
+                if data:
+                    return data
+        raise RunStopped("the run was cancelled")
+
+    def text(self) -> Iterator[str]:
+        """Yield its bytes as text, decoded from UTF-8; characters are never cut.
+
+        Raises:
+            EngineError: they are not UTF-8.
+            RunStopped: the run was cancelled.
+        """
+        return _decoded(self)
+
+    # -- for the slot, in any thread
+
+    def feed(self, data: bytes, *, last: bool = False) -> None:
+        """Append bytes for the reader; never blocks."""
+        self._pieces.put((data, last))
+
+    def stop(self) -> None:
+        """Wake the reader, if it waits: the run is cancelled."""
+        self._stopped = True
+        self._pieces.put(None)
+
+
+def _decoded(pieces: Iterable[bytes]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    at = 0
+    try:
+        for data in pieces:
+            if text := decoder.decode(data):
+                yield text
+            at += len(data)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as fault:
+        message = f"the input is not UTF-8: {fault.reason} near byte {at}; send text as UTF-8"
+        raise EngineError(message, code=ErrorCode.INPUT_MISMATCH) from None
 
 
 @attrs.frozen(kw_only=True)
@@ -218,6 +318,10 @@ class InvalidParams(EngineError):
         super().__init__(message, code=ErrorCode.INVALID_PARAMS, details=details)
 
 
+class RunStopped(EngineError):
+    """The run was cancelled while its engine read a live input; let it pass."""
+
+
 class OptionError(ValueError):
     """An option of an engine is unknown, missing or wrong; the message says which, and what is accepted."""
 
@@ -328,12 +432,13 @@ class Engine(ABC):
         return self.capabilities.format
 
     @abstractmethod
-    def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
+    def generate(self, params: dict[str, Value], inputs: Mapping[str, Any]) -> Iterator[Chunk]:
         """Run one request.
 
         Args:
             params: valid for the JSON Schema in `capabilities`.
-            inputs: by name; the required ones are present.
+            inputs: by name; the required ones are present. One whose rule says `live` is an `EngineInput` or, if it is
+                still being sent, a `LiveInput`; all others are whole. A live input need not be read to its end.
 
         An engine that wants to know who asks adds a parameter `context: RequestContext`; it is given by name.
 
@@ -344,6 +449,25 @@ class Engine(ABC):
             EngineError: the run failed. Any other exception is reported as `engine_failed`, not retryable. An error of
                 the GPU is recognized in either: it is retryable, and the slot starts a new engine.
         """
+
+    def piecewise(
+        self, params: dict[str, Value], inputs: Mapping[str, Any], **context: Any
+    ) -> Callable[[str], Iterator[Chunk]]:
+        """Begin a text that is still being written, and is spoken in pieces, in one run (`gpuworker.speaking`).
+
+        Override it if the pieces are to have something in common, such as the voice that the first one was spoken with.
+        Equal pieces must make equal chunks again if the engine is `reproducible`.
+
+        Args:
+            params: all but `text`.
+            inputs: as for `generate`.
+            context: `context`, if `generate` has a parameter of that name.
+
+        Returns:
+            a function that speaks the next piece: its chunks, with what belongs between it and the one before. It is
+            called once the iterator before has ended or was closed.
+        """
+        return lambda text: self.generate({**params, "text": text}, inputs, **context)
 
     def close(self) -> None:  # noqa: B027 - most engines have nothing to release
         """Release what `load` acquired. The process ends after it."""

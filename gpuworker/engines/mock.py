@@ -23,7 +23,8 @@ code: of `exit` (3); retryable and restart: of `raise`} |
 `hang` stops its own thread, `freeze` the whole process. With option `shared` all slots are seats of one process, as
 with an engine that batches on a GPU.
 
-The inputs `audio`, `video` and `file` are optional: an `output` before all else tells type, size and SHA-256 of each.
+The inputs `audio`, `video` and `file` are optional, and may be live: an `output` before all else tells type, size and
+SHA-256 of each, so it waits for their ends.
 """
 
 import copy
@@ -45,6 +46,7 @@ from gpuworker.engines.base import (
     Engine,
     EngineError,
     EngineInput,
+    LiveInput,
     Option,
     OptionError,
     OptionValue,
@@ -91,12 +93,15 @@ PARAMS: dict[str, Value] = {
     "additionalProperties": False,
 }
 
-INPUTS = {name: InputRule() for name in ("audio", "video", "file")}
+INPUTS = {name: InputRule(live=True) for name in ("audio", "video", "file")}
 
 
-def _described(given: EngineInput) -> Value:
-    digest = hashlib.sha256(given.data).hexdigest()
-    return {"media_type": given.media_type, "size": len(given.data), "sha256": digest}
+def _described(given: EngineInput | LiveInput) -> Value:
+    size, digest = 0, hashlib.sha256()
+    for data in given:
+        size += len(data)
+        digest.update(data)
+    return {"media_type": given.media_type, "size": size, "sha256": digest.hexdigest()}
 
 
 class Tune:
@@ -192,7 +197,7 @@ class MockEngine(Engine):
         """The format of the tune; None for `output: text`."""
         return None if params.get("output") == "text" else self._format
 
-    def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
+    def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput | LiveInput]) -> Iterator[Chunk]:
         """Yield what came as inputs, then the tune, or the words, at the requested pace."""
         if inputs:
             yield OutputChunk({name: _described(each) for name, each in inputs.items()})

@@ -21,7 +21,16 @@ from typing import Any
 
 import attrs
 
-from gpuworker.engines.base import Chunk, Engine, EngineError, EngineInput, OptionError, RequestContext, error_text
+from gpuworker.engines.base import (
+    Chunk,
+    Engine,
+    EngineError,
+    EngineInput,
+    LiveInput,
+    OptionError,
+    RequestContext,
+    error_text,
+)
 from gpuworker.engines.catalog import EngineNotFound, find_engine
 from gpuworker.slots import ipc
 from gpuworker.slots.run_engine import run_engine
@@ -44,11 +53,16 @@ def _isolate(parent_pid: int) -> None:
 
 @attrs.define(eq=False)
 class Seat:
-    """What the process knows of one slot: the runs to come, and the last one that was cancelled."""
+    """What the process knows of one slot: the runs to come, and the last one that was cancelled.
+
+    `live` has the live inputs of the run that came last.
+    """
 
     index: int
-    runs: "queue.SimpleQueue[ipc.IpcMessage]" = attrs.field(factory=queue.SimpleQueue)
+    runs: "queue.SimpleQueue[tuple[ipc.IpcMessage, dict[str, LiveInput]]]" = attrs.field(factory=queue.SimpleQueue)
     cancelled_run: int = -1
+    last_run: int = -1
+    live: dict[str, LiveInput] = attrs.field(factory=dict)
 
 
 class EngineMain:
@@ -75,18 +89,34 @@ class EngineMain:
                 data = self._sock.recv(_READ_BYTES)
                 commands = inbox.feed(data)
                 for message in commands:
-                    if message["do"] == "load":
-                        self._seats = [Seat(index) for index in range(message["seats"])]
-                        self._loads.put(message)
-                    elif message["do"] == "cancel":
-                        seat = self._seats[message["slot"]]
-                        seat.cancelled_run = max(seat.cancelled_run, message["run"])
-                    else:
-                        self._seats[message["slot"]].runs.put(message)
+                    self._obey(message)
             except BaseException:  # noqa: BLE001 - whatever it is (no memory): without this thread the slot is deaf
                 os._exit(1)
             if not data:
                 os._exit(0)
+
+    def _obey(self, message: ipc.IpcMessage) -> None:
+        if message["do"] == "load":
+            self._seats = [Seat(index) for index in range(message["seats"])]
+            self._loads.put(message)
+            return
+        seat, run = self._seats[message["slot"]], message["run"]
+        if message["do"] == "run":  # its live inputs are made here: their bytes may come before the slot's thread looks
+            seat.last_run = run
+            seat.live = {name: self._live_input(seat, name, kind) for name, kind in message["live"].items()}
+            seat.runs.put((message, seat.live))
+        elif message["do"] == "cancel":
+            seat.cancelled_run = max(seat.cancelled_run, run)
+            for live in seat.live.values() if run == seat.last_run else ():
+                live.stop()
+        elif run == seat.last_run:
+            seat.live[message["name"]].feed(message["data"], last=message["last"])
+
+    def _live_input(self, seat: Seat, name: str, media_type: str) -> LiveInput:
+        def on_ask(taken: int) -> None:
+            self._send({"slot": seat.index, "is": "asks", "name": name, "taken": taken})
+
+        return LiveInput(media_type, on_ask)
 
     def _send(self, message: ipc.IpcMessage) -> None:
         # Blocks while the worker does not read: the engine is ahead of it by no more than the socket's buffer.
@@ -121,7 +151,7 @@ class EngineMain:
     def _drive(self, seat: Seat, engine: Engine) -> None:
         """Run the requests of one slot, until the engine must be restarted."""
         while True:
-            message = seat.runs.get()
+            message, live = seat.runs.get()
             run: int = message["run"]
 
             def cancelled(run: int = run) -> bool:
@@ -130,7 +160,7 @@ class EngineMain:
             def emit(chunk: Chunk) -> None:
                 self._send({"slot": seat.index, **ipc.encode_chunk(chunk)})
 
-            inputs = {name: EngineInput(**item) for name, item in message["inputs"].items()}
+            inputs = {**{name: EngineInput(**item) for name, item in message["inputs"].items()}, **live}
             end = run_engine(engine, message["params"], inputs, cancelled, emit, RequestContext(**message["context"]))
             for stream in (sys.stdout, sys.stderr):  # what this run printed belongs under its own name in the log
                 with contextlib.suppress(OSError, ValueError):

@@ -1,6 +1,7 @@
 """An engine's process as seen by the worker: it is started, written to, logged, killed and reaped here."""
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -56,6 +57,8 @@ class EngineProcess:
         self._pidfd = os.pidfd_open(process.pid)
         self._sending = trio.Lock()
         self._inbox = ipc.Inbox()
+        #: Of live inputs, whose senders limit what lies here.
+        self._post, self._posted = trio.open_memory_channel[ipc.IpcMessage](math.inf)
 
     async def send(self, message: ipc.IpcMessage) -> None:
         """Send a message; lost if the process has ended, which `receive` reports.
@@ -67,6 +70,15 @@ class EngineProcess:
                 await self._stream.send_all(ipc.pack(message))
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return
+
+    def post(self, message: ipc.IpcMessage) -> None:
+        """Send a message without waiting for it; messages are sent in the order in which they are posted."""
+        self._post.send_nowait(message)
+
+    async def send_posted(self) -> None:
+        """Task of `open_child`: send what is posted. No run cancels it, so no half message is left behind."""
+        async for message in self._posted:
+            await self.send(message)
 
     async def receive(self) -> list[ipc.IpcMessage]:
         """The next message or messages; empty once the process has closed its end."""
@@ -209,6 +221,7 @@ async def open_child(name: str) -> AsyncIterator[EngineProcess]:
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(child.read_output)
+            nursery.start_soon(child.send_posted)
             try:
                 yield child
             finally:

@@ -1,9 +1,10 @@
 """The protocol between the worker and an engine's process: msgpack maps, each preceded by its length in 4 bytes.
 
-Worker to engine: `load` (engine, options, seats), `run` (slot, run, params, inputs, context), `cancel` (slot, run).
+Worker to engine: `load` (engine, options, seats), `run` (slot, run, params, inputs, live, context), `feed` (slot, run,
+name, data, last), `cancel` (slot, run).
 Engine to worker: `progress` of a long load, `ready` (capabilities), `load_failed` (message), then a run's chunks
-`format` `audio` `progress` `output`, and `end`, all with `slot`. A slot is named by its place among those of the
-process, from 0.
+`format` `audio` `progress` `output` `mark`, `asks` (name, taken) when it wants more of a live input, and `end`, all
+with `slot`. A slot is named by its place among those of the process, from 0.
 It is private to one version of gpuworker: both ends always come from the same installation.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 import attrs
 import msgpack
 
-from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk, OutputChunk, ProgressChunk
+from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk, MarkChunk, OutputChunk, ProgressChunk
 from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import Value, parse_struct
 
@@ -74,6 +75,8 @@ def encode_chunk(chunk: Chunk) -> IpcMessage:
         return {"is": "progress", **attrs.asdict(chunk)}
     if isinstance(chunk, OutputChunk):
         return {"is": "output", "data": chunk.data, "media_type": chunk.media_type}
+    if isinstance(chunk, MarkChunk):
+        return {"is": "mark", **attrs.asdict(chunk)}
     return {"is": "format", "format": chunk.format.to_map() if chunk.format else None}
 
 
@@ -86,6 +89,8 @@ def decode_chunk(message: IpcMessage) -> Chunk | None:
         return ProgressChunk(message["state"], message["fraction"], message["message"])
     if kind == "output":
         return OutputChunk(message["data"], message["media_type"])
+    if kind == "mark":
+        return MarkChunk(message["text_end"], message["sample"])
     if kind == "format":
         return FormatChunk(parse_struct(AudioFormat, message["format"]) if message["format"] else None)
     return None

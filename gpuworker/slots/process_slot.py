@@ -11,6 +11,7 @@ import trio
 from gpuworker.engines.base import OptionValue
 from gpuworker.slots import ipc
 from gpuworker.slots.engine_process import EngineProcess, open_child
+from gpuworker.slots.feed import Feed
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job, Run, Slot
 from protocol.link.backoff import HELD_S, Backoff
@@ -154,9 +155,12 @@ class EngineHost:
         return []
 
     def watch_for_stall(self) -> None:
-        """Allow `stall_timeout_s` until the next message if something runs; called at each message, and at a start."""
+        """Allow `stall_timeout_s` until the next message if something runs and does not wait for its live input.
+
+        Called at each message, at a start, and when a piece of a live input is sent.
+        """
         capabilities = self.slots[0].capabilities
-        runs = capabilities is not None and capabilities.streams and any(slot.live_run for slot in self.slots)
+        runs = capabilities is not None and capabilities.streams and any(slot.works for slot in self.slots)
         if not runs:
             self._stall.deadline = math.inf
         elif self._stall.deadline == math.inf:
@@ -166,6 +170,10 @@ class EngineHost:
         slot = self.slots[message["slot"]]
         slot.heard_at = trio.current_time()
         run = slot.live_run
+        if message["is"] == "asks":
+            slot.on_ask(message["name"], message["taken"])
+            return
+        slot.asks = None
         try:
             chunk = ipc.decode_chunk(message)
         except ValueError as fault:  # not a valid format
@@ -282,6 +290,7 @@ class ProcessSlot(Slot):
         host: as given.
         heard_at: when its last message came, in Trio time.
         abandoned: it is out of service, because its last run was cancelled and has not stopped.
+        asks: the live input of which its engine wants more; None once that goes on.
     """
 
     def __init__(self, index: int, host: EngineHost) -> None:
@@ -289,15 +298,28 @@ class ProcessSlot(Slot):
         self.shared = host.shared
         self.heard_at = -math.inf
         self.abandoned = False
+        self.asks: Feed | None = None
         self.host = host
         self._place = len(host.slots)
         self._runs = 0
+        self._feeds: Mapping[str, Feed] = {}
         host.slots.append(self)
 
     @property
     def live_run(self) -> Run | None:
         """The run that has not ended."""
         return self._run if self._run is not None and self._run.end is None else None
+
+    @property
+    def works(self) -> bool:
+        """Whether it has a run that could send something: one that waits for its live input cannot."""
+        return self.live_run is not None and (self.asks is None or not self.asks.starves)
+
+    def on_ask(self, name: str, taken: int) -> None:
+        """Its engine has taken this many bytes of a live input, and wants more."""
+        if self.live_run is not None and (feed := self._feeds.get(name)) is not None:
+            self.asks = feed
+            feed.note_taken(taken)
 
     async def serve(self) -> None:
         """Keep the engine alive; of several slots with one process, the first does."""
@@ -309,12 +331,20 @@ class ProcessSlot(Slot):
         child = self.host.child
         assert child is not None
         self._runs += 1
+        self._feeds, self.asks = job.feeds, None
         if not self.shared:  # what seats of one process print cannot be told apart
             child.begin_run(job.context.request_id)
         self.host.watch_for_stall()
         inputs = {name: attrs.asdict(item) for name, item in job.inputs.items()}
-        job_fields = {"params": job.params, "inputs": inputs, "context": attrs.asdict(job.context)}
+        live = {name: feed.media_type for name, feed in job.feeds.items()}
+        job_fields = {"params": job.params, "inputs": inputs, "live": live, "context": attrs.asdict(job.context)}
         await child.send({"do": "run", "slot": self._place, "run": self._runs, **job_fields})
+
+    def _feed(self, name: str, data: bytes, last: bool) -> None:
+        if (child := self.host.child) is not None:
+            piece = {"name": name, "data": data, "last": last}
+            child.post({"do": "feed", "slot": self._place, "run": self._runs, **piece})
+            self.host.watch_for_stall()
 
     async def _stop_when_asked(self, run: Run) -> None:
         await run.cancel_asked.wait()

@@ -14,8 +14,8 @@ from gpuworker.engines.base import (
     Chunk,
     Engine,
     EngineError,
-    EngineInput,
     FormatChunk,
+    MarkChunk,
     OutputChunk,
     ProgressChunk,
     RequestContext,
@@ -97,7 +97,7 @@ class RunResult:
 def run_engine(
     engine: Engine,
     params: dict[str, Value],
-    inputs: Mapping[str, EngineInput],
+    inputs: Mapping[str, Any],
     cancelled: Callable[[], bool],
     emit: Callable[[Chunk], None],
     context: RequestContext | None = None,
@@ -110,7 +110,7 @@ def run_engine(
     Args:
         engine: a loaded, idle engine.
         params: the checked params of the request.
-        inputs: the complete inputs, by name.
+        inputs: the whole and the live inputs, by name.
         cancelled: returns whether to stop; any thread may make it true.
         emit: receives each chunk; it may block.
         context: for an engine whose `generate` has a parameter of that name.
@@ -215,7 +215,7 @@ def _validate_chunk(chunk: Chunk, format_chunk: FormatChunk) -> Chunk | None:
             return _validate_output(chunk)
         except ValueError as fault:
             raise EngineError(f"this {type(chunk.data).__name__} cannot be sent: {fault}") from None
-    elif not isinstance(chunk, FormatChunk):
+    elif not isinstance(chunk, FormatChunk | MarkChunk):
         raise EngineError(f"the engine yielded {type(chunk).__name__}, which is not a chunk")
     return chunk
 

@@ -3,6 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import attrs
 import trio
@@ -16,6 +17,7 @@ from gpuworker.engines.base import (
     RequestContext,
     error_text,
 )
+from gpuworker.slots.feed import Feed
 from gpuworker.slots.run_engine import RunResult
 from protocol.wire.errors import ErrorCode
 from protocol.wire.validators import Value
@@ -25,11 +27,12 @@ log = logging.getLogger("gpuworker.slot")
 
 @attrs.frozen
 class Job:
-    """A request for a slot to run."""
+    """A request for a slot to run: `inputs` has the whole ones, `feeds` the live ones."""
 
     params: dict[str, Value]
     inputs: Mapping[str, EngineInput] = attrs.field(factory=dict)
     context: RequestContext = attrs.field(factory=RequestContext)
+    feeds: Mapping[str, Feed] = attrs.field(factory=dict)
 
 
 class Run:
@@ -130,7 +133,7 @@ class Slot(ABC):
         """Run a job to its end. Call it only while the slot is `free`.
 
         Args:
-            job: its params are checked, its inputs complete.
+            job: its params are checked, its whole inputs complete. Its feeds are closed at the end.
             emit: called in the Trio thread with each chunk, a `FormatChunk` first. It never waits, so the engine
                 never waits for a slow reader; whoever stores the chunks limits them by calling `cancel`.
 
@@ -143,10 +146,14 @@ class Slot(ABC):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stop_when_asked, run)
                 await self._start(job, run)
+                for name, feed in job.feeds.items():
+                    feed.flow_into(partial(self._feed, name))
                 await run.ended.wait()
                 nursery.cancel_scope.cancel()
         finally:
             self._run = None
+            for feed in job.feeds.values():
+                feed.close()
             if run.end is None:
                 self._force(run)
             self.on_change()
@@ -161,6 +168,10 @@ class Slot(ABC):
     @abstractmethod
     async def _start(self, job: Job, run: Run) -> None:
         """Give the job to the engine."""
+
+    @abstractmethod
+    def _feed(self, name: str, data: bytes, last: bool) -> None:
+        """Give a piece of a live input to the engine of the run that has started; never waits."""
 
     @abstractmethod
     async def _stop_when_asked(self, run: Run) -> None:

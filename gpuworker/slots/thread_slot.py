@@ -3,12 +3,13 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import attrs
 import trio
 
-from gpuworker.engines.base import Capabilities, Chunk, Engine, EngineError, OptionError, error_text
+from gpuworker.engines.base import Capabilities, Chunk, Engine, EngineError, LiveInput, OptionError, error_text
+from gpuworker.slots.feed import Feed
 from gpuworker.slots.process_slot import CANCEL_GRACE_S, RESTART_FIRST_S, RESTART_LONGEST_S
 from gpuworker.slots.run_engine import RunResult, run_engine
 from gpuworker.slots.slot import Job, Run, Slot
@@ -23,7 +24,14 @@ class _ThreadJob:
 
     job: Job
     run: Run
-    stop: threading.Event = attrs.field(factory=threading.Event)
+    live: Mapping[str, LiveInput]
+    stopped: threading.Event = attrs.field(factory=threading.Event)
+
+    def stop(self) -> None:
+        """Ask the engine to stop, also one that waits for more of a live input."""
+        self.stopped.set()
+        for live in self.live.values():
+            live.stop()
 
 
 class ThreadSlot(Slot):
@@ -64,7 +72,7 @@ class ThreadSlot(Slot):
                 await ended.wait()
             finally:
                 if self._order is not None:
-                    self._order.stop.set()
+                    self._order.stop()
                 self._orders.put(None)
             if self.broken:
                 await trio.sleep_forever()
@@ -98,8 +106,8 @@ class ThreadSlot(Slot):
                     def emit(chunk: Chunk, run: Run = run) -> None:
                         call_in_trio(self._emitted, run, chunk)
 
-                    job = order.job
-                    end = run_engine(seat, job.params, job.inputs, order.stop.is_set, emit, job.context)
+                    job, inputs = order.job, {**order.job.inputs, **order.live}
+                    end = run_engine(seat, job.params, inputs, order.stopped.is_set, emit, job.context)
                     call_in_trio(self._run_ended, run, end)
                     if end.restart:
                         break
@@ -134,13 +142,25 @@ class ThreadSlot(Slot):
         run.finish(end)
 
     async def _start(self, job: Job, run: Run) -> None:
-        self._order = _ThreadJob(job, run)
+        token = trio.lowlevel.current_trio_token()
+
+        def live(feed: Feed) -> LiveInput:
+            def on_ask(taken: int) -> None:
+                trio.from_thread.run_sync(feed.note_taken, taken, trio_token=token)
+
+            return LiveInput(feed.media_type, on_ask)
+
+        self._order = _ThreadJob(job, run, {name: live(feed) for name, feed in job.feeds.items()})
         self._orders.put(self._order)
+
+    def _feed(self, name: str, data: bytes, last: bool) -> None:
+        if self._order is not None:
+            self._order.live[name].feed(data, last=last)
 
     async def _stop_when_asked(self, run: Run) -> None:
         await run.cancel_asked.wait()
         if self._order is not None:
-            self._order.stop.set()
+            self._order.stop()
         await trio.sleep(self._cancel_grace_s)
         if run.end is not None:
             return  # it ended in the very last moment
@@ -150,5 +170,5 @@ class ThreadSlot(Slot):
 
     def _force(self, run: Run) -> None:
         if self._order is not None:
-            self._order.stop.set()
+            self._order.stop()
             self._set_ready(False)

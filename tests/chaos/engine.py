@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
 
-from gpuworker.engines.base import Capabilities, Chunk, EngineInput
+from gpuworker.engines.base import Capabilities, Chunk
 from gpuworker.engines.catalog import GROUP
 from gpuworker.engines.mock import MockEngine
 from protocol.wire.structs import InputRule
@@ -23,7 +24,7 @@ class VoicedMock(MockEngine):
         """The mock's, and an input."""
         return attrs.evolve(super().capabilities, inputs={INPUT: InputRule(media_types=[])})
 
-    def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
+    def generate(self, params: dict[str, Value], inputs: Mapping[str, Any]) -> Iterator[Chunk]:
         """Yield the tune of the text and the input."""
         words = "".join(digest(given.data) for given in inputs.values())
         return super().generate(params | {"text": params["text"] + words}, {})

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import trio.testing
 
 from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk
 from gpuworker.identity import Identity
+from gpuworker.slots.feed import Feed
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job, Run, Slot
 from gpuworker.worker import Worker
@@ -331,6 +332,10 @@ class ScriptedSlot(Slot):
         self._load_s = load_s
         self._announced = Capabilities(**{"format": FORMAT, "params": {}, **capabilities})
         self.jobs: list[Job] = []
+        #: What came of each live input; `takes`: its engine reads at once.
+        self.fed: dict[str, list[tuple[bytes, bool]]] = {}
+        self.takes = True
+        self._feeds: Mapping[str, Feed] = {}
         self.cancels = 0
         self._nursery: trio.Nursery | None = None
         self._scope = trio.CancelScope()
@@ -359,11 +364,17 @@ class ScriptedSlot(Slot):
     async def _start(self, job: Job, run: Run) -> None:
         assert self._nursery is not None
         self.jobs.append(job)
+        self._feeds = job.feeds
         self._nursery.start_soon(self._perform, job, run)
 
     async def _perform(self, job: Job, run: Run) -> None:
         with trio.CancelScope() as self._scope:
             run.finish(await self._play(job, run.emit))
+
+    def _feed(self, name: str, data: bytes, last: bool) -> None:
+        self.fed.setdefault(name, []).append((data, last))
+        if self.takes:
+            self._feeds[name].note_taken(self._feeds[name].taken + len(data))
 
     async def _stop_when_asked(self, run: Run) -> None:
         await run.cancel_asked.wait()

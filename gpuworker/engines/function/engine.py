@@ -15,7 +15,8 @@ What it returns, or each item that it yields, becomes output:
 
 Its parameters become the params: the JSON Schema is derived from annotations and defaults. A parameter
 annotated `bytes` or `EngineInput` is an uploaded input of that name, and `Annotated[bytes, "image/png", "image/*"]`
-says which media types it takes; one called `cancelled` gets a callable that
+says which media types it takes. One annotated `LiveInput` may be sent while the call runs: it gets an iterator over its
+bytes, or with `.text()` over its text, that waits for more. One called `cancelled` gets a callable that
 returns whether to stop, and one called `context`, if it is annotated as nothing else, gets the `RequestContext`:
 who asked, and the request's id. A class is instantiated once, at load, and the instance is called: the place for a
 model.
@@ -36,7 +37,6 @@ from gpuworker.engines.base import (
     Chunk,
     Engine,
     EngineError,
-    EngineInput,
     FormatChunk,
     Option,
     OptionError,
@@ -113,7 +113,7 @@ class FunctionEngine(Engine):
         self._signature = read_signature(found)
 
     def generate(
-        self, params: dict[str, Value], inputs: Mapping[str, EngineInput], context: RequestContext | None = None
+        self, params: dict[str, Value], inputs: Mapping[str, Any], context: RequestContext | None = None
     ) -> Iterator[Chunk]:
         """Call it, and convert its results to chunks."""
         assert self._call is not None

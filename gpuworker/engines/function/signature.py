@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from gpuworker.engines.base import EngineError, EngineInput, RequestContext
+from gpuworker.engines.base import EngineError, EngineInput, LiveInput, RequestContext
 from protocol.wire.media_types import MEDIA_TYPE_PATTERN
 from protocol.wire.params_schema import MAX_DEPTH, integers_as_int
 from protocol.wire.structs import NAME_PATTERN, InputRule
@@ -38,7 +38,7 @@ class Signature:
         params: JSON Schema of its parameters.
         inner: the same of what their lists and dicts hold, to which a request is not held.
         inputs: the parameters that are uploaded.
-        whole_inputs: inputs that are passed as an `EngineInput`, not as bytes.
+        as_they_are: inputs that are passed as an `EngineInput` or a `LiveInput`, not as bytes.
         wants_cancelled: whether it has a parameter `cancelled`.
         wants_context: whether it has a parameter `context` for the `RequestContext`.
     """
@@ -46,14 +46,14 @@ class Signature:
     params: dict[str, Value]
     inner: dict[str, Value]
     inputs: dict[str, InputRule]
-    whole_inputs: frozenset[str]
+    as_they_are: frozenset[str]
     wants_cancelled: bool
     wants_context: bool
 
     def arguments(
         self,
         params: dict[str, Value],
-        inputs: Mapping[str, EngineInput],
+        inputs: Mapping[str, Any],
         cancelled: Callable[[], bool],
         context: RequestContext,
     ) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Signature:
         arguments: dict[str, Any] = integers_as_int(self.inner, params)
         for name, given in inputs.items():
             if name in self.inputs:
-                arguments[name] = given if name in self.whole_inputs else given.data
+                arguments[name] = given if name in self.as_they_are else given.data
         if self.wants_cancelled:
             arguments[CANCELLED] = cancelled
         if self.wants_context:
@@ -90,7 +90,7 @@ def read_signature(call: Callable[..., Any]) -> Signature:
     properties: dict[str, Value] = {}
     required: list[str] = []
     inputs: dict[str, InputRule] = {}
-    whole_inputs: set[str] = set()
+    as_they_are: set[str] = set()
     inner: dict[str, Value] = {}
     open_ended = wants_context = False
     for name, parameter in parameters.items():
@@ -106,12 +106,13 @@ def read_signature(call: Callable[..., Any]) -> Signature:
                 wants_context = True
                 continue
             optional = parameter.default is not parameter.empty
-            wanted = [part for part in _parts(hint) if part in (bytes, EngineInput)]
+            wanted = [part for part in _parts(hint) if part in (bytes, EngineInput, LiveInput)]
             if wanted:
                 if not NAME_PATTERN.fullmatch(name):
                     raise EngineError(f"{_name(call)}: {name!r} is not a valid input name ([a-z][a-z0-9_]{{0,31}})")
-                inputs[name] = InputRule(required=not optional, media_types=_media_types(declared.get(name)))
-                whole_inputs.update({name} if EngineInput in wanted else ())
+                kinds, live = _media_types(declared.get(name)), LiveInput in wanted
+                inputs[name] = InputRule(required=not optional, media_types=kinds, live=live)
+                as_they_are.update({name} if live or EngineInput in wanted else ())
                 continue
             properties[name] = _schema(hint, parameter.default)
             inner[name] = _inner_schema(hint)
@@ -124,7 +125,7 @@ def read_signature(call: Callable[..., Any]) -> Signature:
         params=schema,
         inner={"properties": inner},
         inputs=inputs,
-        whole_inputs=frozenset(whole_inputs),
+        as_they_are=frozenset(as_they_are),
         wants_cancelled=CANCELLED in parameters,
         wants_context=wants_context,
     )
