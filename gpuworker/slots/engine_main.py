@@ -34,6 +34,7 @@ from gpuworker.engines.base import (
 from gpuworker.engines.catalog import EngineNotFound, find_engine
 from gpuworker.slots import ipc
 from gpuworker.slots.run_engine import run_engine
+from gpuworker.speaking.speaking import with_live_text
 
 _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 64 * 1024
@@ -179,7 +180,7 @@ class EngineMain:
             if len(engines) != len(self._seats):
                 raise EngineError(f"the engine made {len(engines)} seats for {len(self._seats)} slots")
             engine.report = Engine.report
-            self._send({"is": "ready", "capabilities": ipc.encode_capabilities(engine.capabilities)})
+            self._send({"is": "ready", "capabilities": ipc.encode_capabilities(with_live_text(engine.capabilities))})
         except (EngineError, OptionError, EngineNotFound) as fault:
             self._send({"is": "load_failed", "message": error_text(fault)})
         except Exception as fault:  # noqa: BLE001 - a model's loader may raise anything; the worker reports it

@@ -25,6 +25,7 @@ from gpuworker.engines.base import (
 from gpuworker.engines.device_fault import DeviceFault, find_device_fault
 from gpuworker.engines.plain_values import plain
 from gpuworker.slots import ipc
+from gpuworker.speaking.speaking import TEXT, is_live_text, speak
 from protocol.wire import codec
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import MAX_TEXT_CHARS, PROGRESS_STATES
@@ -122,7 +123,11 @@ def run_engine(
         late = engine.capabilities.late_format
         wanted = "context" in inspect.signature(engine.generate).parameters
         more: dict[str, Any] = {"context": context or RequestContext()} if wanted else {}
-        chunks = engine.generate(params, inputs, **more)
+        if is_live_text(engine, inputs):
+            params = {**params, TEXT: ""}
+            chunks = speak(engine, params, inputs, more)
+        else:
+            chunks = engine.generate(params, inputs, **more)
         try:
             if not late:
                 outlet.put(FormatChunk(engine.format_for(params)))

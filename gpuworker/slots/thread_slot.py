@@ -13,6 +13,7 @@ from gpuworker.slots.feed import Feed
 from gpuworker.slots.process_slot import CANCEL_GRACE_S, RESTART_FIRST_S, RESTART_LONGEST_S
 from gpuworker.slots.run_engine import RunResult, run_engine
 from gpuworker.slots.slot import Job, Run, Slot
+from gpuworker.speaking.speaking import with_live_text
 from protocol.link.backoff import Backoff
 
 log = logging.getLogger("gpuworker.slot")
@@ -92,7 +93,7 @@ class ThreadSlot(Slot):
                 engine = self._make_engine()
                 engine.load()
                 (seat,) = engine.seats(1) if engine.SHARED else [engine]
-                capabilities = engine.capabilities
+                capabilities = with_live_text(engine.capabilities)
             except (EngineError, OptionError) as fault:
                 call_in_trio(self._load_failed, error_text(fault))
             except Exception as fault:

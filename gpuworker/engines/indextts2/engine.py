@@ -23,7 +23,7 @@ import inspect
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -216,6 +216,20 @@ class IndexTTS2Engine(Engine):
         except Exception as fault:
             raise self._mapped(fault) from fault
 
+    def piecewise(
+        self, params: dict[str, Value], inputs: Mapping[str, EngineInput], **context: Any
+    ) -> Callable[[str], Iterator[Chunk]]:
+        """Speak a text piece by piece, with the silence between them that is also between segments."""
+        say = super().piecewise(params, inputs, **context)
+        silence: list[Chunk] = []
+
+        def say_next(text: str) -> Iterator[Chunk]:
+            yield from silence
+            silence[:] = [AudioChunk(_silence(params))]
+            yield from say(text)
+
+        return say_next
+
     def _wait_for_model(self) -> Iterator[Chunk]:
         """Acquire `LOCK`. Cancellation: a generator that is closed does not hold it."""
         waited_s = 0.0
@@ -295,7 +309,6 @@ class IndexTTS2Engine(Engine):
 
     def _speech(self, params: dict[str, Value], arguments: dict[str, Value]) -> Iterator[bytes]:
         """The PCM of each segment and of the silences between them."""
-        silence_ms = int(params.get("interval_silence", 200))
         streams = "stream_return" in self._taken
         if streams:
             arguments |= {"stream_return": True, "interval_silence": 0}
@@ -309,7 +322,7 @@ class IndexTTS2Engine(Engine):
                 raise EngineError(f"IndexTTS2 made {what} of the text")
             yield _pcm(made[1])
             return
-        silence = bytes(2 * (SAMPLE_RATE * silence_ms // 1000))
+        silence = _silence(params)
         first = True
         with contextlib.closing(made):
             for item in made:
@@ -375,6 +388,11 @@ def _part(holder: Any, name: str) -> Any:
         return holder[name]
     except (TypeError, KeyError, IndexError):
         return None
+
+
+def _silence(params: Mapping[str, Value]) -> bytes:
+    """The silence between two segments."""
+    return bytes(2 * (SAMPLE_RATE * int(params.get("interval_silence", 200)) // 1000))
 
 
 def _pcm(samples: Any) -> bytes:

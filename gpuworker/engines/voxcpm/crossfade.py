@@ -34,6 +34,8 @@ def join(
     *,
     pause_s: float = 0.15,
     fade_s: float = 0.01,
+    begins: bool = True,
+    ends: bool = True,
 ) -> Generator[Samples, None, None]:
     """Stream segments one after another, with a short pause between them, fading out before it and in after it.
 
@@ -47,6 +49,8 @@ def join(
         sample_rate: of all segments, Hz.
         pause_s: silence between two segments, seconds.
         fade_s: length of each fade, seconds; also the most that is held back of a segment other than the last.
+        begins: False if other segments came before these: then the first has a pause before it, and fades in as well.
+        ends: False if others may follow: then the last fades out as well, and has no pause after it.
 
     Yields:
         chunks of shape (n,), n >= 0; equal input chunks give equal output chunks.
@@ -59,15 +63,19 @@ def join(
     ramp = (0.5 - 0.5 * np.cos(np.pi * np.arange(1, fade + 1) / (fade + 1))).astype(np.float32)
     pause = np.zeros(round(pause_s * sample_rate), np.float32)
     try:
+        if not begins:
+            yield pause
         for index, segment in enumerate(segments):
             try:
                 if index >= count:
                     raise ValueError(f"there are more than the {count} segments announced")
-                faded = segment if index == 0 else _fade_in(segment, ramp)
-                if index == count - 1:
+                faded = segment if index == 0 and begins else _fade_in(segment, ramp)
+                if index < count - 1:
+                    yield from _fade_out(faded, ramp, pause)
+                elif ends:
                     yield from faded
                 else:
-                    yield from _fade_out(faded, ramp, pause)
+                    yield from _fade_out(faded, ramp, pause[:0])
             finally:
                 _close(segment)
     finally:

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpuworker.engines.base import (
     Capabilities,
@@ -262,6 +262,13 @@ class VoxcpmEngine(Engine):
     def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
         """Yield the speech of one request; see `Speaker.speak`."""
         return self.speakers[0].speak(params, inputs, cancelled=self.cancelled, report=self.report)
+
+    def piecewise(
+        self, params: dict[str, Value], inputs: Mapping[str, EngineInput], **context: Any
+    ) -> Callable[[str], Iterator[Chunk]]:
+        """Speak a text piece by piece in one voice; see `Speaker.piecewise`."""
+        del context
+        return self.speakers[0].piecewise(params, inputs, cancelled=self.cancelled, report=self.report)
 
     def _fetched(self, had_bytes: int, total_bytes: int) -> None:
         """Write a message to the log, and report that the load is alive."""

@@ -19,8 +19,8 @@ from gpuworker.engines.voxcpm.model_output import PromptCache
 from gpuworker.engines.voxcpm.prompts import Prompt, Prompts, Stopped
 from gpuworker.engines.voxcpm.schema import DEFAULTS, NON_STREAMING
 from gpuworker.engines.voxcpm.speech_model import SPARE_STEPS, Settings, SpeechModel
-from gpuworker.engines.voxcpm.text_split import split
 from gpuworker.engines.voxcpm.validation import find_faults
+from gpuworker.speaking.text_split import split
 from protocol.speakable import speakable
 from protocol.wire.validators import Value
 
@@ -75,6 +75,31 @@ class Speaker:
             InvalidParams: the params break a rule that the schema cannot express; every faulty field is named.
             EngineError: the model failed.
         """
+        return self._speak(params, inputs, None, cancelled, report)
+
+    def piecewise(
+        self,
+        params: Mapping[str, Value],
+        inputs: Mapping[str, EngineInput],
+        *,
+        cancelled: Callable[[], bool],
+        report: Callable[[ProgressChunk], None],
+    ) -> Callable[[str], Iterator[AudioChunk]]:
+        """A function that speaks the next piece of a text, as `speak` does, in the voice of the first.
+
+        They are joined as the pieces of a long text are, but each fades out: nobody knows whether it is the last.
+        """
+        voice = _Voice()
+        return lambda text: self._speak({**params, "text": text}, inputs, voice, cancelled, report)
+
+    def _speak(
+        self,
+        params: Mapping[str, Value],
+        inputs: Mapping[str, EngineInput],
+        voice: "_Voice | None",
+        cancelled: Callable[[], bool],
+        report: Callable[[ProgressChunk], None],
+    ) -> Iterator[AudioChunk]:
         values = {**DEFAULTS, **{name: value for name, value in params.items() if value is not None}}
         if faults := find_faults(values, inputs):
             raise InvalidParams(faults)
@@ -86,24 +111,33 @@ class Speaker:
             retry_badcase_max_times=int(values["retry_badcase_max_times"]),
             ratio_threshold=float(values["retry_badcase_ratio_threshold"]),
         )
-        lead, text = self._lead_and_text(values)
+        begins = voice is None or not voice.is_known
         try:
-            prompt = self.prompts.find(values, inputs, described=bool(lead), cancelled=cancelled, report=report)
+            if voice is None or begins:
+                lead, text = self._lead_and_text(values)
+                prompt = self.prompts.find(values, inputs, described=bool(lead), cancelled=cancelled, report=report)
+            else:
+                lead, text, prompt = voice.lead, self._normalized(values, values["text"]), voice.prompt
             run = _Run(
                 model=self.model,
                 settings=settings,
-                pieces=self._pieces(lead, text, prompt, settings),
+                pieces=self._pieces(lead, text, prompt, settings, goes_on=voice is not None),
                 lead=lead,
-                prompt=prompt.cache if prompt else None,
+                prompt=prompt,
+                goes_on=voice is not None,
                 cancelled=cancelled,
                 report=report,
             )
-            self.model.seed(int(values["seed"]))
+            if begins:
+                self.model.seed(int(values["seed"]))
             made = run.whole() if values["mode"] == NON_STREAMING else run.streamed()
-            with closing(join(made, len(run.pieces), self.model.sample_rate)) as speech:
+            joined = join(made, len(run.pieces), self.model.sample_rate, begins=begins, ends=voice is None)
+            with closing(joined) as speech:
                 for samples in speech:
                     for start in range(0, len(samples), CHUNK_SAMPLES):
                         yield AudioChunk(pcm16(samples[start : start + CHUNK_SAMPLES]))
+            if voice is not None:
+                voice.is_known, voice.lead, voice.prompt = True, run.lead, run.prompt
         except Stopped:
             return
 
@@ -115,25 +149,31 @@ class Speaker:
             if found is not None and speakable(text[found.end() :], symbols=False):
                 # As with `voice_description`, so that the same words are the same speech, however they are sent.
                 description, text = found[0], text[found.end() :].lstrip()
-        if values["normalize"]:
-            text = self.model.normalize(_spaced(text))
-            if not speakable(text, symbols=False):
-                raise InvalidParams({"text": "contains nothing to speak once it is normalized"})
+        text = self._normalized(values, text)
         if not self.model.clones or description is None:
             return "", text
         return f"({_BRACKETS.sub('', _spaced(description)).strip()})", text
 
-    def _pieces(self, lead: str, text: str, prompt: Prompt | None, settings: Settings) -> list[str]:
+    def _normalized(self, values: Mapping[str, Value], text: str) -> str:
+        if values["normalize"]:
+            text = self.model.normalize(_spaced(text))
+            if not speakable(text, symbols=False):
+                raise InvalidParams({"text": "contains nothing to speak once it is normalized"})
+        return text
+
+    def _pieces(
+        self, lead: str, text: str, prompt: Prompt | None, settings: Settings, *, goes_on: bool = False
+    ) -> list[str]:
         """`text` as one piece if the model accepts it with its prompt and the steps it may take; else in several.
 
         A voice that the model chose itself is kept by letting the later pieces continue from the first. The first is
-        then their prompt, so each piece gets half the context.
+        then their prompt, so each piece gets half the context; also if the text `goes_on` after these.
         """
         room = self.model.context - SPARE_TOKENS - (prompt.cache.patches if prompt else 0)
         tokens = self.model.tokens(lead + _spaced(text))
-        if tokens + settings.most_steps(tokens) <= room:
-            return [_spaced(text)]
         share = room if prompt else room // 2
+        if tokens + settings.most_steps(tokens) <= (share if goes_on else room):
+            return [_spaced(text)]
         limit = int((share - SPARE_STEPS - SPARE_TOKENS) / (1 + settings.ratio_threshold)) - self.model.tokens(lead)
         if limit < MIN_PIECE_TOKENS:
             field = prompt.field if prompt else "voice_description"
@@ -156,6 +196,15 @@ def _spaced(text: str) -> str:
     return _SPACE.sub(" ", text)
 
 
+@attrs.define
+class _Voice:
+    """What the pieces of a text that is spoken while it is written have in common, once the first has been spoken."""
+
+    is_known: bool = False
+    lead: str = ""
+    prompt: Prompt | None = None
+
+
 @attrs.define(kw_only=True)
 class _Run:
     """The pieces of one request, as they are spoken.
@@ -167,7 +216,8 @@ class _Run:
     settings: Settings
     pieces: list[str]
     lead: str
-    prompt: PromptCache | None
+    prompt: Prompt | None
+    goes_on: bool
     cancelled: Callable[[], bool]
     report: Callable[[ProgressChunk], None]
 
@@ -175,7 +225,7 @@ class _Run:
         """Each piece as an iterator over its chunks, float32 of shape (n,)."""
         for number, piece in enumerate(self.pieces):
             text = self.lead + piece
-            with closing(self.model.stream(text, self.prompt, self.settings)) as speech:
+            with closing(self.model.stream(text, self._cache, self.settings)) as speech:
                 yield iter(speech)
                 if self._goes_on(number):
                     self._go_on_from(speech.as_prompt(_before_next(text), None))
@@ -184,16 +234,20 @@ class _Run:
         """Each piece as an iterator over one array."""
         for number, piece in enumerate(self.pieces):
             text = self.lead + piece
-            speech = self.model.whole(text, self.prompt, self.settings, self._on_step(number, text))
+            speech = self.model.whole(text, self._cache, self.settings, self._on_step(number, text))
             yield iter([speech.samples])
             if self._goes_on(number):
                 self._go_on_from(speech.as_prompt(_before_next(text), None))
 
     def _goes_on(self, number: int) -> bool:
-        return number == 0 and self.prompt is None and len(self.pieces) > 1
+        return number == 0 and self.prompt is None and (self.goes_on or len(self.pieces) > 1)
+
+    @property
+    def _cache(self) -> PromptCache | None:
+        return self.prompt.cache if self.prompt else None
 
     def _go_on_from(self, prompt: PromptCache) -> None:
-        self.prompt, self.lead = prompt, ""
+        self.prompt, self.lead = Prompt(prompt, "text"), ""
 
     def _on_step(self, number: int, text: str) -> Callable[[int], None]:
         """Called by the model at each of its steps: stops it once cancelled, and reports progress."""

@@ -18,10 +18,10 @@ import attrs
 # Followed by a name or a number, rarely by the next sentence.
 ABBREVIATIONS = (
     "Mr|Mrs|Ms|Mx|Dr|Drs|Dra|Prof|St|Ste|Mt|Ft|Gen|Col|Maj|Capt|Cmdr|Lt|Sgt|Rev|Hon|Gov|Sen|Rep|Pres|Sr|Sra|Srta|"
-    "Mme|Mlle|Hr|Nr|bzw|ca|cf|vs|viz|approx|dept|est|fig|figs|Fig|Figs|vol|Vol|ed|eds|г|ул|им|рис"
+    "Mme|Mlle|Hr|Nr|bzw|ca|cf|vs|viz|approx|dept|est|fig|figs|vol|ed|eds|г|ул|пл|пр|пер|наб|кв|им|рис"
 )
 # Words in their own right, but abbreviations before a number: "No. 5", "Jan. 3", "pp. 4-7".
-BEFORE_NUMBERS = "No|Nos|no|nos|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec|pp|Art|Sec|Ch|chap|Ex|стр"
+BEFORE_NUMBERS = "no|nos|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec|pp|Art|Sec|Ch|chap|Ex|стр"
 #: Thai and Lao vowels that are written before the consonant they are spoken after.
 LEADING_VOWELS = frozenset("เแโใไເແໂໃໄ")
 #: How far a rule looks back or ahead, in characters; keeps the total time linear.
@@ -44,6 +44,8 @@ class _Patterns:
     space: Any
     word: Any
     spoken: Any
+    letter: Any
+    wide: Any
     opening: Any
     no_break_before: Any
     continuation: Any
@@ -56,9 +58,14 @@ class _Patterns:
     description: Any
 
 
+def _capitalised_too(words: str) -> str:
+    """The alternatives, and those in lower case with a capital: "ул. Ленина", and at the beginning "Ул. Ленина"."""
+    return "|".join(f"[{word[0]}{word[0].upper()}]{word[1:]}" for word in words.split("|"))
+
+
 @functools.cache
-def _patterns() -> _Patterns:
-    """Compile the rules once, when needed: machines without the extra `voxcpm`, which has `regex`, import this too."""
+def patterns() -> _Patterns:
+    """The rules, compiled once they are needed: not everything that imports this cuts a text."""
     import regex
 
     def rule(pattern: str) -> Any:
@@ -78,6 +85,8 @@ def _patterns() -> _Patterns:
         space=rule(r"[\s\u200b]++"),
         word=rule(r"(?w)\b"),
         spoken=rule(r"[\p{L}\p{N}]"),
+        letter=rule(r"\p{L}"),
+        wide=rule(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]"),
         opening=rule(r"[\p{Ps}\p{Pi}¿¡]\s*$"),
         no_break_before=rule(r"[\p{LB=CJ}\p{LB=NS}]"),
         continuation=rule(rf"[,;:，；：、､،؛]|{_MARK}"),
@@ -86,18 +95,18 @@ def _patterns() -> _Patterns:
         wrapped=rule(r"""[\p{Ps}\p{Pi}"']*+\p{Lower}"""),
         # A single letter is an initial or the end of "e.g."; one or two digits are an ordinal or a list's number.
         abbreviation=rule(
-            rf"(?<![\p{{L}}\p{{M}}\p{{N}}])(?:(?!I$)\p{{L}}\p{{M}}*+|{ABBREVIATIONS})$"
+            rf"(?<![\p{{L}}\p{{M}}\p{{N}}])(?:(?!I$)\p{{L}}\p{{M}}*+|{_capitalised_too(ABBREVIATIONS)})$"
             r"|(?<![\p{L}\p{N}.,:/-])\p{Nd}{1,2}$"
         ),
-        before_number=rule(rf"(?<![\p{{L}}\p{{M}}\p{{N}}])(?:{BEFORE_NUMBERS})$"),
+        before_number=rule(rf"(?<![\p{{L}}\p{{M}}\p{{N}}])(?:{_capitalised_too(BEFORE_NUMBERS)})$"),
         number=rule(r"\p{N}"),
         description=rule(r"\s*+[(（][^)）]*+[)）]"),
     )
 
 
-def _is_sentence_end(text: str, match: Any) -> bool:
+def is_sentence_end(text: str, match: Any) -> bool:
     """Whether these marks end a sentence, and are not within a number, a name, an abbreviation or quoted speech."""
-    rules = _patterns()
+    rules = patterns()
     marks, closing, gap, after = match["marks"], match["closing"], match["gap"], match.end()
     if rules.continuation.match(text, after):
         return False
@@ -119,15 +128,18 @@ def _is_sentence_end(text: str, match: Any) -> bool:
     return True
 
 
+def is_line_end(text: str, match: Any) -> bool:
+    """Whether a line ends here: one that continues in lower case was wrapped, unless an empty line precedes it."""
+    return len(match["breaks"].splitlines()) > 1 or not patterns().wrapped.match(text, match.end())
+
+
 def _sentence_ends(text: str) -> Iterator[int]:
-    rules = _patterns()
+    rules = patterns()
     for match in rules.sentence.finditer(text):
-        if _is_sentence_end(text, match):
+        if is_sentence_end(text, match):
             yield match.end()
     for match in rules.line.finditer(text):
-        # A line that continues in lower case was wrapped, unless an empty line precedes it.
-        is_paragraph = len(match["breaks"].splitlines()) > 1
-        if is_paragraph or not rules.wrapped.match(text, match.end()):
+        if is_line_end(text, match):
             yield match.end()
 
 
@@ -165,7 +177,7 @@ def _next_where(hits: Sequence[bool]) -> list[int]:
 
 
 def _read(text: str) -> _Text:
-    rules = _patterns()
+    rules = patterns()
     clusters: list[str] = rules.cluster.findall(text)
     size = len(clusters)
     offsets = list(accumulate(map(len, clusters), initial=0))
@@ -237,6 +249,14 @@ def _best_cut(levels: Iterable[Sequence[int]], after: int, reach: int, fits: Cal
     return None
 
 
+def cut_within(text: str, most_chars: int) -> int:
+    """The best place to cut a text that is longer, and has no end of a sentence so early: after 1 to `most_chars`."""
+    parts = _read(text)
+    reach = max(1, bisect_right(parts.offsets, most_chars) - 1)
+    cut = _best_cut(parts.levels[1:], parts.spoken[0], reach, lambda _stop: True) or reach
+    return parts.offsets[cut]
+
+
 def split(text: str, limit: int, measure: Callable[[str], int]) -> list[str]:
     """Split a text into pieces that fit, each as long as a good cut allows.
 
@@ -261,7 +281,7 @@ def split(text: str, limit: int, measure: Callable[[str], int]) -> list[str]:
     if whole <= limit:
         return [text]
     parts = _read(text)
-    description = _patterns().description.match(text)
+    description = patterns().description.match(text)
     after = bisect_right(parts.offsets, description.end() - 1) if description else 0
     pieces: list[str] = []
     start, guess = parts.content[0], parts.size * max(limit, 1) // max(whole, 1)

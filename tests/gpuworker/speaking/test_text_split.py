@@ -9,7 +9,7 @@ import regex
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpuworker.engines.voxcpm.text_split import split
+from gpuworker.speaking.text_split import split
 
 # No lone surrogates: no text off the wire has them.
 ANY_TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=120)
@@ -251,8 +251,6 @@ def test_a_fault_of_the_measure_comes_through() -> None:
 
 
 def test_the_module_loads_nothing_that_only_the_extra_has() -> None:
-    code = (
-        "import sys, gpuworker.engines.voxcpm.text_split; print(sorted({'regex', 'numpy', 'torch'} & set(sys.modules)))"
-    )
+    code = "import sys, gpuworker.speaking.text_split; print(sorted({'regex', 'numpy', 'torch'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
