@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from protocol.client.client import RelayClient as RelayClient
     from protocol.client.client import open_relay as open_relay
+    from protocol.client.inputs import From as From
+    from protocol.client.inputs import Live as Live
     from protocol.client.stream import AudioRestarted as AudioRestarted
     from protocol.client.stream import Restarted as Restarted
     from protocol.client.stream import Stream as Stream
     from protocol.commands.wav_writer import AudioWriter as AudioWriter
     from protocol.wire.errors import ConnectError as ConnectError
+    from protocol.wire.errors import InputClosed as InputClosed
     from protocol.wire.errors import LinkBroken as LinkBroken
     from protocol.wire.errors import LinkClosed as LinkClosed
     from protocol.wire.errors import LoginRefused as LoginRefused
@@ -30,8 +33,11 @@ _HOMES = {
     "AudioWriter": "commands.wav_writer",
     "AudioRestarted": "client.stream",
     "ConnectError": "wire.errors",
+    "From": "client.inputs",
+    "InputClosed": "wire.errors",
     "LinkBroken": "wire.errors",
     "LinkClosed": "wire.errors",
+    "Live": "client.inputs",
     "LoginRefused": "wire.errors",
     "ProtocolError": "wire.errors",
     "RelayClient": "client.client",

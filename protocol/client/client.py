@@ -16,6 +16,7 @@ import trio
 
 from protocol.client.address import from_environment, token_from_environment
 from protocol.client.inputs import InputSource, read_inputs
+from protocol.client.live_inputs import open_feeders
 from protocol.client.pending_calls import PendingCall, PendingCalls
 from protocol.client.stream import Stream, fresh_error
 from protocol.client.watch import Watch
@@ -43,6 +44,7 @@ from protocol.wire.messages import (
     Done,
     Error,
     Hello,
+    InputAck,
     Leave,
     Ping,
     Pong,
@@ -100,7 +102,7 @@ class RelayClient:
         self._calls = PendingCalls()
         self._watch: tuple[WatchMessage, Watch] | None = None
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
-            **dict.fromkeys((Accepted, Queued, WorkerAway, WorkerBack, *FRAMES.values()), self._to_stream),
+            **dict.fromkeys((Accepted, InputAck, Queued, WorkerAway, WorkerBack, *FRAMES.values()), self._to_stream),
             Rejected: self._rejected,
             Error: self._error,
             StatusReply: self._calls.status_reply,
@@ -126,6 +128,7 @@ class RelayClient:
         detach: bool = False,
         retry: str = "before_output",
         cache: bool = True,
+        group: str | None = None,
         request_id: str | None = None,
     ) -> AsyncIterator[Stream]:
         """Submit a request; the block begins once the relay has stored it safely.
@@ -135,7 +138,10 @@ class RelayClient:
         Args:
             space: name of the space.
             params: valid for the space's schema.
-            inputs: name -> bytes, a path, or a tuple of either with its media type. Read completely into memory.
+            inputs: name -> bytes, or a path: whole inputs, read completely into memory. Or an async iterator of str or
+                bytes, which is sent as it yields while the block lasts; its exceptions cancel the request and are
+                raised by the block. Or `Live()`, to be fed by `Stream.feed`; or `From(request_id)`, the output of
+                another request. A tuple with the media type may be in the place of bytes, a path or an iterator.
             priority: 0..9; higher goes first.
             queue_timeout_s: how long it may wait for a slot; None uses the space's limit.
             run_timeout_s: how long it may run; None uses the space's limit.
@@ -144,39 +150,45 @@ class RelayClient:
                 `always`; see `protocol.client.stream.Restarted` for what this does to frames already delivered.
             cache: whether a relay that keeps results may answer it with that of an equal request; see
                 `protocol.wire.frames.Completed.cached`.
+            group: a name of the program's own; a cancel of one request of a group cancels the others, too.
             request_id: 32 lower-case hex digits, to repeat a submit that may have arrived; None makes a new one.
 
         Raises:
             RequestRejected: the relay rejected the request; raised here or by the stream.
-            ValueError: an argument breaks a rule of the wire.
+            ValueError: an argument breaks a rule of the wire, or the relay is too old for live inputs.
             OSError: an input file cannot be read.
             LinkError: the relay is permanently unreachable.
 
         Cancellation: the request is cancelled at the relay, within `LEAVE_S`.
         """
-        data, infos = await read_inputs(inputs or {})
+        made = await read_inputs(inputs or {})
+        if any(info.is_fed for info in made.infos.values()) and "max_unacked_bytes" not in self.welcome.limits:
+            raise ValueError(f"{self.welcome.server or 'this relay'} is too old for live inputs; send them whole")
         message = Submit(
             request_id=request_id or new_request_id(),
             space=space,
             params=dict(params or {}),
-            inputs=infos,
+            inputs=made.infos,
             priority=priority,
             queue_timeout_s=queue_timeout_s,
             run_timeout_s=run_timeout_s,
             detach=detach,
             retry=retry,
             cache=None if cache else False,
+            group=group,
         )
-        stream = Stream(message.request_id, submit=encode(message), inputs=data)
+        stream = Stream(message.request_id, submit=encode(message), inputs=made.data, live=made.live)
+        faults: list[Exception] = []
         try:
             self._open(stream)
-            await stream.wait_accepted()
-            yield stream
+            async with open_feeders(stream, made.sources, faults):
+                await stream.wait_accepted()
+                yield stream
         finally:
-            if detach:
+            if detach and not faults:
                 self._release(stream)
             elif not stream.ended:
-                await self._cancel_and_leave(stream)
+                await self._cancel_and_leave(stream, faults)
             self._close(stream)
 
     @asynccontextmanager
@@ -285,8 +297,9 @@ class RelayClient:
         if not stream.ended and self._streams.get(stream.request_id) is stream:
             self._send_if_up(Leave(request_id=stream.request_id))
 
-    async def _cancel_and_leave(self, stream: Stream) -> None:
-        stream.fail(partial(LinkClosed, "the stream's block was left"))
+    async def _cancel_and_leave(self, stream: Stream, faults: list[Exception]) -> None:
+        # Another thread may be reading the stream: it gets the fault of an iterator, too.
+        stream.fail(lambda: faults[0] if faults else LinkClosed("the stream's block was left"))
         with trio.move_on_after(LEAVE_S, shield=True):
             try:
                 link = await self._wait_link()

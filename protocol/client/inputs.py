@@ -2,9 +2,10 @@
 
 import hashlib
 import mimetypes
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterable, Iterator, Mapping
 from pathlib import Path
 
+import attrs
 import trio
 
 from protocol.link.base import Link
@@ -12,7 +13,8 @@ from protocol.wire.errors import LinkError
 from protocol.wire.messages import MAX_INPUT_CHUNK_BYTES, Input
 from protocol.wire.structs import KIB, InputInfo
 
-InputSource = bytes | Path | tuple[bytes | Path, str]
+#: What is fed into a live input: bytes, or text that becomes UTF-8.
+Piece = str | bytes
 
 #: More than any relay accepts; checked before such a file is read into memory.
 MAX_INPUT_BYTES = 1024 * KIB * KIB
@@ -20,34 +22,92 @@ MAX_INPUT_BYTES = 1024 * KIB * KIB
 #: This is two pieces: the link never runs dry, and another message waits for half a MiB at most.
 HIGH_WATER_BYTES = 2 * MAX_INPUT_CHUNK_BYTES
 LOW_WATER_BYTES = MAX_INPUT_CHUNK_BYTES
+TEXT = "text/plain"
 
 
-async def read_inputs(sources: Mapping[str, InputSource]) -> tuple[dict[str, bytes], dict[str, InputInfo]]:
-    """Read the inputs; return the bytes of each, and what `submit` announces about it.
+@attrs.frozen
+class Live:
+    """An input that `Stream.feed` feeds while the request waits and runs, until `Stream.end_input`."""
+
+    media_type: str = TEXT
+
+
+@attrs.frozen
+class From:
+    """An input that the relay feeds with the output of another request: its text as UTF-8, or its audio as PCM.
+
+    The request waits until the other one has put out something, and fails with `source_failed` if that one does.
+    """
+
+    request_id: str
+    media_type: str = ""
+
+
+InputSource = (
+    bytes
+    | Path
+    | AsyncIterable[str]
+    | AsyncIterable[bytes]
+    | Live
+    | From
+    | tuple[bytes | Path | AsyncIterable[Piece], str]
+)
+
+
+@attrs.define
+class Inputs:
+    """The inputs of a request, by name.
+
+    Attributes:
+        infos: what `submit` announces about each.
+        data: the whole ones.
+        live: names of the live ones.
+        sources: what feeds those live ones that are not fed by hand.
+    """
+
+    infos: dict[str, InputInfo] = attrs.field(factory=dict)
+    data: dict[str, bytes] = attrs.field(factory=dict)
+    live: list[str] = attrs.field(factory=list)
+    sources: dict[str, AsyncIterable[Piece]] = attrs.field(factory=dict)
+
+
+async def read_inputs(sources: Mapping[str, InputSource]) -> Inputs:
+    """Read the whole inputs, and say what `submit` announces about each input.
 
     Args:
         sources: name -> bytes, a path, or either with its media type. The type of a path is guessed from its name;
-            that of bytes is `application/octet-stream`.
+            that of bytes is `application/octet-stream`. Or a live input: an async iterator, alone for `text/plain` or
+            with its media type, `Live`, or `From`.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: a file is larger than any relay accepts, or a name or media type breaks a rule of the wire.
     """
-    data: dict[str, bytes] = {}
-    infos: dict[str, InputInfo] = {}
+    inputs = Inputs()
     for name, entry in sources.items():
         source, media_type = entry if isinstance(entry, tuple) else (entry, None)
-        if isinstance(source, Path):
-            media_type = media_type or mimetypes.guess_type(source.name)[0]
-            data[name] = await trio.to_thread.run_sync(_read, source)
+        if isinstance(source, From):
+            inputs.infos[name] = InputInfo(from_=source.request_id, media_type=source.media_type)
+        elif isinstance(source, Live | AsyncIterable):
+            if isinstance(source, Live):
+                media_type = source.media_type
+            else:
+                inputs.sources[name] = source
+            inputs.infos[name] = InputInfo(media_type=media_type or TEXT, live=True)
+            inputs.live.append(name)
         else:
-            data[name] = bytes(source)
-        infos[name] = InputInfo(
-            media_type=media_type or "application/octet-stream",
-            size=len(data[name]),
-            sha256=await trio.to_thread.run_sync(_digest, data[name]),
-        )
-    return data, infos
+            if isinstance(source, Path):
+                media_type = media_type or mimetypes.guess_type(source.name)[0]
+                data = await trio.to_thread.run_sync(_read, source)
+            else:
+                data = bytes(source)
+            inputs.data[name] = data
+            inputs.infos[name] = InputInfo(
+                media_type=media_type or "application/octet-stream",
+                size=len(data),
+                sha256=await trio.to_thread.run_sync(_digest, data),
+            )
+    return inputs
 
 
 def _read(path: Path) -> bytes:

@@ -1,18 +1,20 @@
 """One request from its client's view: the relay's messages about it, in order and each frame once."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Self
 
 import attrs
 import trio
 
-from protocol.client.inputs import Upload
+from protocol.client.inputs import Piece, Upload
+from protocol.client.live_inputs import LiveInput
 from protocol.link.base import Link
 from protocol.wire.codec import encode
 from protocol.wire.errors import (
     ErrorCode,
+    InputClosed,
     LinkError,
     LoginRefused,
     ProtocolError,
@@ -32,6 +34,7 @@ from protocol.wire.messages import (
     Accepted,
     Attach,
     Cancel,
+    InputAck,
     Queued,
     Rejected,
     WorkerAway,
@@ -90,6 +93,7 @@ class Stream:
         *,
         submit: bytes | None = None,
         inputs: Mapping[str, bytes] | None = None,
+        live: Collection[str] = (),
         after_seq: int = -1,
         attempt: int = 0,
     ) -> None:
@@ -104,6 +108,7 @@ class Stream:
         self._submit = submit
         self._inputs = inputs or {}
         self._upload: Upload | None = None
+        self._live = {name: LiveInput(request_id, name) for name in live}
         self._began_at = trio.current_time()
         self._link: Link | None = None
         self._cancel: bytes | None = None
@@ -163,6 +168,56 @@ class Stream:
             result.setdefault("queue_s", round(self.queue_s, 3))
         return result
 
+    async def feed(self, name: str, data: Piece) -> None:
+        """Add bytes, or text as UTF-8, to a live input; waits while `MAX_UNACKED_BYTES` are not stored by the relay.
+
+        Bytes that the relay has not stored are kept here, and sent again when the link was lost.
+
+        Args:
+            name: an input that was submitted as `Live()`.
+            data: the next bytes; in several calls at the same time, pieces get mixed.
+
+        Raises:
+            InputClosed: the request has completed without the rest, or the input was ended.
+            RequestRejected: as for `result`. RequestFailed: it failed, or the relay refused what was fed.
+            RequestCancelled: it was cancelled.
+            ValueError: there is no live input of this name, or the text is not Unicode.
+
+        Cancellation: a part of `data` may have been added.
+        """
+        live, rest = self._find_live(name), memoryview(_as_bytes(name, data))
+        await trio.lowlevel.checkpoint()
+        while True:
+            self._raise_fault()
+            if live.ended or self._result is not None:
+                why = "was ended" if live.ended else f"is closed: request {self.request_id} has completed"
+                raise InputClosed(f"input {name!r} {why}; feed no more of it")
+            rest = rest[live.write(rest) :]
+            if not rest:
+                return
+            await self._change()
+
+    async def end_input(self, name: str) -> None:
+        """End a live input, and wait until the relay has stored all of it, or the request has completed without.
+
+        Raises:
+            RequestRejected: as for `feed`.
+            ValueError: there is no live input of this name.
+
+        Cancellation: the input is ended.
+        """
+        live = self._find_live(name)
+        live.end()
+        await trio.lowlevel.checkpoint()
+        while not live.end_stored and self._result is None:
+            self._raise_fault()
+            await self._change()
+
+    def _find_live(self, name: str) -> LiveInput:
+        if (live := self._live.get(name)) is None:
+            raise ValueError(f"there is no live input {name!r}; submit it with inputs={{{name!r}: Live()}}")
+        return live
+
     async def wait_accepted(self) -> None:
         """Wait until the relay has stored the request; raises like `result` if it rejects it."""
         await trio.lowlevel.checkpoint()
@@ -198,6 +253,7 @@ class Stream:
         """Ask for the request over a new link: submit it again while it may be unknown, else ask for missing frames."""
         if self.ended:
             return
+        is_new = self._link is None and self._submit is not None
         self._link = link
         if self._submit is not None and not self.accepted:
             link.send_nowait(self._submit)
@@ -207,14 +263,19 @@ class Stream:
             link.send_nowait(encode(attach))
         if self._cancel is not None:
             link.send_nowait(self._cancel)
+        for live in self._live.values():
+            live.open(link, is_new=is_new)
 
     def repeat_cancel(self, cancel: Cancel) -> None:
         """Send this again over each new link, until the end: a relay that was killed may have forgotten it."""
         self._cancel = encode(cancel)
 
-    def on_message(self, message: Accepted | Queued | WorkerAway | WorkerBack | Rejected | Frame) -> None:
+    def on_message(self, message: Accepted | Queued | WorkerAway | WorkerBack | Rejected | InputAck | Frame) -> None:
         """Process a message from the relay about this request."""
         if self.ended:
+            return
+        if isinstance(message, InputAck):
+            self._on_ack(message)
             return
         if isinstance(message, Rejected):
             # An accepted request that is now unknown was forgotten: that is a failure, not a rejection.
@@ -239,8 +300,24 @@ class Stream:
         """End the stream; `fault` makes a new exception with the reason for each caller."""
         if not self.ended:
             self._fault = fault
-            self._stop_upload()
+            self._stop_sending()
             self._changed.set()
+
+    def _complete(self, frame: Completed) -> None:
+        self._result = frame.result
+        self._stop_sending()
+
+    def _stop_sending(self) -> None:
+        self._stop_upload()
+        for live in self._live.values():
+            live.stop()
+
+    def _on_ack(self, ack: InputAck) -> None:
+        live = self._live.get(ack.name)
+        if live is not None and not live.on_ack(ack):
+            problem = f"the relay has only {ack.offset} bytes of input {ack.name!r}, and had stored more"
+            self.fail(partial(ProtocolError, f"request {self.request_id}: {problem}; submit it again with a new id"))
+        self._changed.set()
 
     def _accept(self) -> None:
         if not self.accepted:
@@ -265,7 +342,7 @@ class Stream:
                 self._on_end(frame)
             elif isinstance(frame, Completed):
                 self._events.append(frame)
-                self._result = frame.result
+                self._complete(frame)
             return
         if frame.seq > self.next_seq:
             if isinstance(frame, Failed | Cancelled):
@@ -284,7 +361,7 @@ class Stream:
             if self.queue_s is None and self._submit is not None:
                 self.queue_s = trio.current_time() - self._began_at
         elif isinstance(frame, Completed):
-            self._result = frame.result
+            self._complete(frame)
         elif isinstance(frame, Failed | Cancelled):
             self._events.remove(frame)  # the exception reports it
             self._on_end(frame)
@@ -355,6 +432,16 @@ class AudioChunks:
                     advice = "the audio starts again on another worker; pass on_restart to audio() to follow it"
                     raise AudioRestarted(event.request_id, ErrorCode.WORKER_LOST, advice, {}, True)
                 self._on_restart()
+
+
+def _as_bytes(name: str, data: Piece) -> bytes:
+    if not isinstance(data, str):
+        return bytes(data)
+    try:
+        return data.encode()
+    except UnicodeEncodeError as fault:
+        where = f"at character {fault.start + 1}: cut it between characters"
+        raise ValueError(f"the text for input {name!r} is not Unicode {where}") from None
 
 
 def fresh_error(fault: LinkError) -> Callable[[], LinkError]:

@@ -185,6 +185,10 @@ class RequestError(Exception):
         self.retryable = retryable
 
 
+class InputClosed(Exception):
+    """A live input takes no more: it was ended, or its request has completed."""
+
+
 class RequestRejected(RequestError):
     """The relay rejected the request."""
 

@@ -34,6 +34,7 @@ from protocol.wire.messages import (
     FROM_ANYONE,
     FROM_OPERATOR,
     FROM_WORKER,
+    MAX_UNACKED_BYTES,
     SUBPROTOCOL,
     Accepted,
     Ack,
@@ -51,7 +52,7 @@ from protocol.wire.structs import (
     AudioFormat,
     Running,
 )
-from protocol.wire.validators import Message
+from protocol.wire.validators import Message, Value
 from relayd.net.http_head import is_complete, read_head, split_head
 from relayd.net.websocket_handshake import HandshakeRejected, build_response, parse_head
 
@@ -132,7 +133,8 @@ async def serve(stream: trio.abc.Stream, script: Script) -> None:
         if hello.token == "wrong" or script is refuse:
             link.send(Error(code="unauthenticated", message="this token is not known"))
             return
-        link.send(Welcome(connection_id="c1", principal="tester", server="fake"))
+        limits: dict[str, Value] = {"max_unacked_bytes": MAX_UNACKED_BYTES}
+        link.send(Welcome(connection_id="c1", principal="tester", server="fake", limits=limits))
         connection = Connection(link, stream, hello)
         await script(connection)
 

@@ -1,0 +1,168 @@
+"""Live inputs: sent while the request waits and runs, and kept until the relay has stored them."""
+
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from typing import TYPE_CHECKING
+
+import trio
+
+from protocol.client.inputs import HIGH_WATER_BYTES, LOW_WATER_BYTES, Piece
+from protocol.link.base import Link
+from protocol.wire.errors import LinkError
+from protocol.wire.messages import MAX_INPUT_CHUNK_BYTES, MAX_UNACKED_BYTES, Input, InputAck
+
+if TYPE_CHECKING:
+    from protocol.client.stream import Stream
+
+
+class LiveInput:
+    """The bytes of one live input that the relay may not have stored yet, and how far they are sent over the link.
+
+    Attributes:
+        offset: bytes written.
+        ended: whether nothing more will be written.
+        end_stored: whether the relay has stored everything, the end included.
+    """
+
+    def __init__(self, request_id: str, name: str) -> None:
+        self.offset = 0
+        self.ended = False
+        self.end_stored = False
+        self._request_id = request_id
+        self._name = name
+        self._kept = bytearray()  # the bytes below `offset` that are either not sent or not stored
+        self._stored = 0
+        self._sent = 0
+        self._end_sent = False
+        self._link: Link | None = None
+        self._may_send = False
+        self._remove: Callable[[], None] = _nothing
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take as much of `data` as fits into the window; return how many bytes."""
+        taken = data[: MAX_UNACKED_BYTES - len(self._kept)]
+        self._kept += taken
+        self.offset += len(taken)
+        self._pump()
+        return len(taken)
+
+    def end(self) -> None:
+        """Nothing more will be written."""
+        self.ended = True
+        self._pump()
+
+    def open(self, link: Link, *, is_new: bool) -> None:
+        """Send over this link from now on.
+
+        Args:
+            link: the link.
+            is_new: whether the relay cannot know the request from another link. Otherwise nothing is sent until it has
+                said how much it has.
+        """
+        self.stop()
+        self._link, self._may_send = link, is_new
+        self._remove = link.on_drained(self._pump, LOW_WATER_BYTES)
+        self._pump()
+
+    def on_ack(self, ack: InputAck) -> bool:
+        """Process the relay's word on what it has stored; False if it has lost what it had."""
+        before = self._base
+        if not self._may_send:  # the first word over this link says where to go on
+            if ack.offset < before:
+                return False
+            self._may_send, self._end_sent = True, False
+            self._sent = min(ack.offset, self.offset)
+        self._stored = max(self._stored, ack.offset)
+        del self._kept[: self._base - before]
+        self.end_stored = self.end_stored or (bool(ack.last) and ack.offset == self.offset)
+        self._pump()
+        return True
+
+    def stop(self) -> None:
+        """Send nothing more over this link."""
+        self._may_send = False
+        self._remove()
+
+    @property
+    def _base(self) -> int:
+        """Offset of the first byte kept. What is stored, but was never sent here, is sent: the relay compares it."""
+        return min(self._stored, self._sent)
+
+    def _pump(self) -> None:
+        link = self._link
+        try:
+            while self._may_send and self._has_more and link is not None and link.backlog_bytes < HIGH_WATER_BYTES:
+                start, end = self._sent, min(self.offset, self._sent + MAX_INPUT_CHUNK_BYTES)
+                data = bytes(self._kept[start - self._base : end - self._base])
+                last = True if self.ended and end == self.offset else None
+                before = self._base
+                link.send(Input(request_id=self._request_id, name=self._name, offset=start, data=data, last=last))
+                self._sent, self._end_sent = end, bool(last)
+                del self._kept[: self._base - before]
+        except LinkError:  # it goes on over the next link
+            self._may_send = False
+
+    @property
+    def _has_more(self) -> bool:
+        return self._sent < self.offset or (self.ended and not self._end_sent and not self.end_stored)
+
+
+def _nothing() -> None:
+    pass
+
+
+@asynccontextmanager
+async def open_feeders(
+    stream: "Stream", sources: Mapping[str, AsyncIterable[Piece]], faults: list[Exception]
+) -> AsyncIterator[None]:
+    """Feed the live inputs of a request from iterators until the block ends.
+
+    An exception of an iterator cancels the block and is raised by it. One of the block is raised unchanged, not in the
+    group that a nursery would make of it.
+
+    Args:
+        stream: the request.
+        sources: name of the live input -> what yields it.
+        faults: exceptions of iterators are added to it.
+    """
+    block = trio.CancelScope()
+    block_fault: BaseException | None = None
+
+    async def feed(name: str, pieces: AsyncIterable[Piece]) -> None:
+        try:
+            await _feed_all(stream, name, pieces)
+        except Exception as fault:  # noqa: BLE001  raised again below, outside the nursery
+            faults.append(fault)
+            block.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for name, pieces in sources.items():
+            nursery.start_soon(feed, name, pieces)
+        try:
+            with block:
+                yield
+        except BaseException as fault:  # noqa: BLE001  likewise
+            block_fault = fault
+        nursery.cancel_scope.cancel()
+    if block_fault is not None:
+        raise block_fault
+    if faults:
+        raise faults[0]
+
+
+async def _feed_all(stream: "Stream", name: str, pieces: AsyncIterable[Piece]) -> None:
+    async with AsyncExitStack() as stack:
+        if isinstance(pieces, AsyncGenerator):
+            await stack.enter_async_context(aclosing(pieces))
+        async for piece in pieces:
+            try:
+                await stream.feed(name, piece)
+            except Exception:
+                if stream.ended:
+                    return  # whoever reads the stream is told why
+                raise
+    try:
+        await stream.end_input(name)
+    except Exception:
+        if not stream.ended:
+            raise
