@@ -11,15 +11,17 @@ same time. Ctrl-C ends the call that it interrupts; leaving the blocks then canc
 """
 
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import trio
 
 from protocol.client import client
+from protocol.client import inputs as sources
 from protocol.client import stream as streams
 from protocol.wire.frames import Frame
 from protocol.wire.messages import Queued, StatusReply, Welcome
@@ -204,6 +206,14 @@ class Stream:
         """The blocking form of `protocol.client.stream.Stream.result`."""
         return self._portal.call(self._stream.result)
 
+    def feed(self, name: str, data: sources.Piece) -> None:
+        """The blocking form of `protocol.client.stream.Stream.feed`."""
+        self._portal.call(self._stream.feed, name, data)
+
+    def end_input(self, name: str) -> None:
+        """The blocking form of `protocol.client.stream.Stream.end_input`."""
+        self._portal.call(self._stream.end_input, name)
+
 
 class Relay:
     """The blocking form of `protocol.client.client.RelayClient`; made by `open_relay`."""
@@ -218,9 +228,25 @@ class Relay:
         return self._relay.welcome
 
     @contextmanager
-    def submit(self, space: str, params: Mapping[str, Value] | None = None, **options: Any) -> Iterator[Stream]:
-        """Submit a request; options as for `protocol.client.client.RelayClient.submit`."""
-        with self._portal.enter(self._relay.submit(space, params, **options)) as stream:
+    def submit(
+        self,
+        space: str,
+        params: Mapping[str, Value] | None = None,
+        *,
+        inputs: "Mapping[str, InputSource] | None" = None,
+        **options: Any,
+    ) -> Iterator[Stream]:
+        """Submit a request.
+
+        Args:
+            space: name of the space.
+            params: valid for the space's schema.
+            inputs: as for `protocol.client.client.RelayClient.submit`, but what feeds a live input is an ordinary
+                iterator, which is read in a thread of its own.
+            options: as for that function.
+        """
+        made = {name: _unblocked(source) for name, source in (inputs or {}).items()}
+        with self._portal.enter(self._relay.submit(space, params, inputs=made, **options)) as stream:
             yield Stream(self._portal, stream)
 
     @contextmanager
@@ -240,6 +266,34 @@ class Relay:
     def spaces(self) -> list[dict[str, Value]]:
         """The spaces that this principal may use."""
         return self._portal.call(self._relay.spaces)
+
+
+Whole = bytes | bytearray | memoryview | Path
+InputSource = (
+    Whole | Iterable[sources.Piece] | sources.Live | sources.From | tuple[Whole | Iterable[sources.Piece], str]
+)
+
+
+def _unblocked(source: InputSource) -> sources.InputSource:
+    if isinstance(source, tuple):
+        return _fed_or_whole(source[0]), source[1]
+    return source if isinstance(source, sources.Live | sources.From) else _fed_or_whole(source)
+
+
+def _fed_or_whole(source: Whole | Iterable[sources.Piece]) -> bytes | Path | AsyncIterator[sources.Piece]:
+    if isinstance(source, Path):
+        return source
+    return bytes(source) if isinstance(source, bytes | bytearray | memoryview) else _in_thread(source)
+
+
+async def _in_thread(pieces: Iterable[sources.Piece]) -> AsyncIterator[sources.Piece]:
+    limiter = trio.CapacityLimiter(1)  # it may block for long, and must not use up the threads of others
+    steps = iter(pieces)
+    while True:
+        piece: Any = await trio.to_thread.run_sync(next, steps, _END, abandon_on_cancel=True, limiter=limiter)
+        if piece is _END:
+            return
+        yield piece
 
 
 @contextmanager

@@ -43,15 +43,7 @@ class From:
     media_type: str = ""
 
 
-InputSource = (
-    bytes
-    | Path
-    | AsyncIterable[str]
-    | AsyncIterable[bytes]
-    | Live
-    | From
-    | tuple[bytes | Path | AsyncIterable[Piece], str]
-)
+InputSource = bytes | Path | AsyncIterable[Piece] | Live | From | tuple[bytes | Path | AsyncIterable[Piece], str]
 
 
 @attrs.define

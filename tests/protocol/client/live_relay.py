@@ -1,5 +1,7 @@
 """A scripted relay that stores live inputs by the rules, and asserts that the client keeps those that it must."""
 
+from collections.abc import Callable
+
 import attrs
 
 from protocol.wire.codec import decode
@@ -27,12 +29,14 @@ class LiveRelay:
         infos: of the submit.
         pieces: as they came, over all connections.
         cancels: likewise.
+        on_message: called after each piece and each cancel.
     """
 
     stored: dict[str, bytearray] = attrs.field(factory=dict)
     infos: dict[str, InputInfo] = attrs.field(factory=dict)
     pieces: list[Input] = attrs.field(factory=list)
     cancels: list[Cancel] = attrs.field(factory=list)
+    on_message: Callable[[], None] = lambda: None
     _ended: set[str] = attrs.field(factory=set)
 
     def script(self, cut_after: int | None = None, ack_every: int = 1, *, acks: bool = True) -> Script:
@@ -68,6 +72,7 @@ class LiveRelay:
                 message = decode(data, FROM_OPERATOR)
                 if isinstance(message, Cancel):
                     self.cancels.append(message)
+                    self.on_message()
                     continue
                 assert isinstance(message, Input), message
                 self.pieces.append(message)
@@ -81,6 +86,7 @@ class LiveRelay:
                 mine += message.data[max(0, len(mine) - message.offset) :]
                 if message.last:
                     self._ended.add(name)
+                self.on_message()
                 if count == cut_after:
                     await connection.cut()
                     return

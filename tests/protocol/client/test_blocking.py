@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from protocol import ConnectError, RequestFailed, RequestRejected, blocking
+from protocol import ConnectError, InputClosed, Live, RequestFailed, RequestRejected, blocking
 from protocol.wire.messages import Cancel, Rejected, Spaces, SpacesReply, Status, StatusReply, Submit
+from tests.protocol.client.live_relay import LiveRelay
 from tests.support.scripted_relay import ID, Connection, RelayThread, failed, frames, speak
 
 
@@ -106,6 +107,58 @@ def test_ctrl_c_ends_the_waiting_call_and_cancels_the_request(tmp_path: Path) ->
     with RelayThread(tmp_path, script) as url, pytest.raises(KeyboardInterrupt):
         wait_for_ever(url)
     assert len(cancels) == 1
+
+
+def test_live_inputs_are_fed_from_an_ordinary_iterator_and_by_hand(tmp_path: Path) -> None:
+    def words() -> Iterator[str]:
+        yield "Hello"
+        first_stored.wait()
+        yield " world"
+
+    first_stored = threading.Event()
+    peer = LiveRelay(on_message=first_stored.set)
+    inputs: dict[str, blocking.InputSource] = {
+        "text": words(),
+        "audio": ([b"\1\0", b"\2\0"], "audio/pcm"),
+        "more": Live(),
+    }
+    with (
+        RelayThread(tmp_path, peer.script()) as url,
+        blocking.open_relay(url) as relay,
+        relay.submit("tts", inputs=inputs) as stream,
+    ):
+        stream.feed("more", "by ")
+        stream.feed("more", b"hand")
+        stream.end_input("more")
+        stream.result()
+        with pytest.raises(InputClosed):
+            stream.feed("more", "?")
+    assert peer.stored == {"text": b"Hello world", "audio": b"\1\0\2\0", "more": b"by hand"}
+    assert peer.infos["audio"].media_type == "audio/pcm"
+
+
+def test_an_exception_of_the_iterator_reaches_whoever_reads_the_stream(tmp_path: Path) -> None:
+    def breaks() -> Iterator[str]:
+        yield "Hello"
+        raise KeyError("the model failed")
+
+    cancelled = threading.Event()
+    first, second = LiveRelay(), LiveRelay()
+    second.on_message = lambda: cancelled.set() if second.cancels else None
+    with RelayThread(tmp_path, first.script(), second.script()) as url:
+        with (
+            pytest.raises(KeyError, match="the model failed"),
+            blocking.open_relay(url) as relay,
+            relay.submit("tts", inputs={"text": breaks()}) as stream,
+        ):
+            list(stream)
+        with (
+            pytest.raises(KeyError, match="the model failed"),
+            blocking.open_relay(url) as relay,
+            relay.submit("tts", inputs={"text": breaks()}),
+        ):
+            cancelled.wait()
+    assert len(first.cancels) == 1
 
 
 def test_several_threads_may_share_a_relay(tmp_path: Path) -> None:

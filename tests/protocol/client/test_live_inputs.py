@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from protocol import From, InputClosed, Live, ProtocolError, RelayClient, RequestFailed, RequestRejected, open_relay
 from protocol.client.address import Address
+from protocol.client.inputs import InputSource
 from protocol.wire.frames import Completed, Output
 from protocol.wire.messages import MAX_UNACKED_BYTES, Attach, Input, InputAck, Rejected, Submit, Welcome
 from protocol.wire.structs import InputInfo
@@ -27,7 +28,10 @@ async def each(*pieces: str | bytes) -> AsyncIterator[str | bytes]:
 @pytest.mark.trio
 async def test_what_an_iterator_yields_is_sent_and_ended(autojump_clock: trio.testing.MockClock) -> None:
     peer = LiveRelay()
-    inputs = {"text": each("Hel", "lo 你", "好", ""), "audio": (each(b"\1\0", b"\2\0"), "audio/pcm")}
+    inputs: dict[str, InputSource] = {
+        "text": each("Hel", "lo 你", "好", ""),
+        "audio": (each(b"\1\0", b"\2\0"), "audio/pcm"),
+    }
     async with relay_with(peer.script()) as relay, relay.submit("tts", inputs=inputs, group="turn 1") as stream:
         await stream.result()
     assert peer.infos["text"] == InputInfo(media_type="text/plain", live=True)
@@ -40,7 +44,8 @@ async def test_what_an_iterator_yields_is_sent_and_ended(autojump_clock: trio.te
 async def test_each_piece_goes_out_at_once(autojump_clock: trio.testing.MockClock) -> None:
     peer = LiveRelay()
     async with relay_with(peer.script()) as relay, relay.submit("tts", inputs={"text": Live()}) as stream:
-        for number, piece in enumerate(("a", b"b", "c"), 1):
+        pieces: list[str | bytes] = ["a", b"b", "c"]
+        for number, piece in enumerate(pieces, 1):
             await stream.feed("text", piece)
             await trio.testing.wait_all_tasks_blocked(0.01)
             assert len(peer.pieces) == number
