@@ -25,6 +25,7 @@ from protocol.wire.messages import (
 )
 from protocol.wire.structs import InputInfo, Running
 from relayd.core import feeds
+from relayd.requests.live_input import LiveInput
 from relayd.store.base import StorageFull
 from relayd.store.records import AppendInput
 from tests.support.fake_worker import FakeWorker, fake_worker, identity, samples
@@ -642,7 +643,7 @@ async def test_of_many_inputs_the_memory_is_bounded_and_the_rest_is_read_back(
             feed(client, submit, 0, submit.request_id.encode())
             await acked(client, 32)
         logs = [relay.relay.requests[submit.request_id].fed["text"] for submit in submits]
-        assert [log.kept(0, 32) is not None for log in logs] == [False] * 3 + [True] * 2
+        assert [isinstance(log, LiveInput) and log.kept(0, 32) is not None for log in logs] == [False] * 3 + [True] * 2
         feed(client, submits[0], 30, submits[0].request_id[30:].encode() + b"more")
         await acked(client, 36)
         async with fake_worker(relay.url, slots=5, **RULES) as worker:

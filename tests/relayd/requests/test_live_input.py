@@ -66,9 +66,9 @@ def test_any_pieces_in_any_order_over_restarts_give_the_bytes_once_and_in_order(
             known = text[: log.known]
             data = bytes(255 - byte for byte in known[offset : offset + size])
             if data:
-                before = log.known, log.end
+                known_before, end_before = log.known, log.end
                 assert add(log, offset, data, store=bytes(store)) is Fault.CONFLICT
-                assert (log.known, log.end) == before
+                assert (log.known, log.end) == (known_before, end_before)
         elif kind == "begin" and begun is None and log.is_pending:
             begun = log.next_piece()
         elif kind in ("finish", "store", "restart", "rest") and begun is not None:
@@ -174,22 +174,26 @@ def test_the_rate_lets_a_burst_through_and_then_so_many_bytes_a_second() -> None
     assert log.wait_s(100.0) == pytest.approx(1.0), "a rest gives no more than the burst"
 
 
+def starves(log: LiveInput) -> tuple[bool, bool]:
+    """Whether the engine waits, and for a client."""
+    return log.is_starving, log.awaits_feeder
+
+
 def test_an_engine_starves_from_when_it_has_taken_all_until_more_is_stored() -> None:
     log = an_input()
-    assert (log.is_starving, log.awaits_feeder) == (True, True)
+    assert starves(log) == (True, True)
     log.add(0, b"abc", last=False, most=9, now=2.0)
-    assert log.is_starving
-    assert not log.awaits_feeder, "the relay has something to do, the feeder has not"
+    assert starves(log) == (True, False), "the relay has something to do, the feeder has not"
     log.on_stored(log.next_piece(), 3.0)
-    assert (log.is_starving, log.starved_until) == (False, 3.0)
+    assert (starves(log), log.starved_until) == ((False, False), 3.0)
     log.on_taken(2, 4.0)
-    assert not log.is_starving
+    assert starves(log) == (False, False)
     log.on_taken(3, 5.0)
     log.on_taken(1, 6.0)
-    assert (log.is_starving, log.taken, log.taken_at, log.awaits_feeder) == (True, 3, 5.0, True)
+    assert (starves(log), log.taken, log.taken_at) == ((True, True), 3, 5.0)
     log.add(3, b"", last=True, most=9, now=7.0)
     log.on_stored(log.next_piece(), 8.0)
-    assert (log.is_starving, log.starved_until, log.awaits_feeder) == (False, 8.0, False)
+    assert (starves(log), log.starved_until) == ((False, False), 8.0)
     log.begin_attempt()
     assert log.taken == 0
 
