@@ -32,6 +32,8 @@ log = structlog.get_logger("relayd")
 #: Limit for the inputs, announced or received, that the store does not have yet. A single request may exceed it, up to
 #: `limits.max_input_bytes`.
 MAX_UPLOADING_BYTES = 256 * 1024 * 1024
+#: Live and piped inputs of one request: each takes memory as long as the request lives.
+MAX_FED = 16
 #: Most requests that one fsync commits: each has at most 64 KiB without its inputs, so a batch stays below 4 MiB.
 MAX_BATCH = 64
 #: The largest values that the wire allows.
@@ -153,6 +155,9 @@ class Admission:
 
     def _refuse_inputs(self, submit: Submit, space: Space) -> Rejected | None:
         request_id = submit.request_id
+        if sum(info.is_fed for info in submit.inputs.values()) > MAX_FED:
+            message = f"a request may have {MAX_FED} live or piped inputs; join some of them, or send them whole"
+            return Rejected.because(ErrorCode.INVALID_PARAMS, message, request_id=request_id)
         total = sum(info.size for info in submit.inputs.values())
         most = self.relay.config.limits.max_input_bytes
         if total > most:

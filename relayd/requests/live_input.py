@@ -5,7 +5,6 @@ worker and acknowledged to the feeder. Pieces may come again, cut in another way
 """
 
 import math
-from collections import deque
 from enum import Enum
 
 import attrs
@@ -65,7 +64,7 @@ class FedInput:
     #: When the latest piece came.
     received_at: float = -math.inf
     #: Time and size at the beginning of each of the last seconds in which it grew.
-    _seconds: "deque[tuple[float, int]]" = attrs.field(factory=lambda: deque(maxlen=RATE_S + 1), init=False)
+    _seconds: list[tuple[float, int]] = attrs.field(factory=list, init=False)
 
     @property
     def is_starving(self) -> bool:
@@ -91,7 +90,7 @@ class FedInput:
         if self.is_starving:
             self.starved_until = now
         if not self._seconds or now >= self._seconds[-1][0] + 1.0:
-            self._seconds.append((now, self.size))
+            self._seconds = [*self._seconds[-RATE_S:], (now, self.size)]
         self.size, self.ended, self.received_at = size, ended, now
 
     def bytes_s(self, now: float) -> int:

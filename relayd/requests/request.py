@@ -295,6 +295,8 @@ class Request:
         self.changed = trio.Event()
         if self.feeding is not None:
             self.feeding.wake()
+            if not self.live:
+                self.feeding = None
 
     def missing_input(self) -> str | None:
         """Return the name of an input that is not complete yet; None if all are."""

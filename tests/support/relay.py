@@ -138,7 +138,9 @@ class Daemon:
             space.admitted or space.running or space.queue for space in relay.scheduler.state.spaces.values()
         )
         assert not any(client.held_requests or client.readers for client in relay.clients.values())
-        assert not any(request.holders or request.inputs for request in relay.requests.values())
+        assert not any(request.holders or request.inputs or request.fed for request in relay.requests.values())
+        assert not any(request.feeding for request in relay.requests.values())
+        await until(lambda: not relay.feeds.pending_bytes)
         in_memory = sum(request.log.memory_bytes for request in relay.requests.values())
         assert relay.results.memory.held_bytes == in_memory, "what is counted is what is held"
 

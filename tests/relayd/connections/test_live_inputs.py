@@ -29,7 +29,7 @@ from relayd.requests.live_input import LiveInput
 from relayd.store.base import StorageFull
 from relayd.store.records import AppendInput
 from tests.support.fake_worker import FakeWorker, fake_worker, identity, samples
-from tests.support.relay import Peer, a_submit, an_id, an_input, daemon, peer, until
+from tests.support.relay import Peer, a_submit, an_id, an_input, daemon, new_token, peer, until
 
 RULES: dict[str, Any] = {"inputs": {"text": {"live": True}, "audio": {"live": True}, "voice": {}}}
 PCM = [samples(100)]
@@ -607,6 +607,74 @@ async def test_a_bad_live_input_is_rejected_in_words(
         refusal = await client.next(Rejected, Accepted)
         assert (refusal.code, refusal.details) == (code, details)
         await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_only_so_many_live_inputs_are_admitted(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+        client.send(live(*(f"i{number}" for number in range(16))))
+        assert isinstance(await client.next(Rejected, Accepted), Accepted)
+        client.send(live(*(f"i{number}" for number in range(17))))
+        refusal = await client.next(Rejected, Accepted)
+        assert refusal.code == "invalid_params"
+        assert "may have 16 live or piped inputs" in refusal.message
+
+
+@pytest.mark.trio
+async def test_what_is_fed_counts_in_the_share_of_its_principal_while_the_request_lives(tmp_path: Path) -> None:
+    limits = {"principal": {"max_input_bytes": 100}}
+    async with daemon(tmp_path, limits=limits) as relay, peer(relay.url, "client", await new_token(relay)) as client:
+        state = relay.relay.scheduler.state
+        client.send(first := live())
+        feed(client, first, 0, b"x" * 150)
+        await acked(client, 150)
+        assert state.input_bytes == {"ann": 150}, "one alone may reach the limit of its request"
+        client.send(live())
+        refusal = await client.next(Rejected)
+        assert (refusal.code, refusal.retry_after_s) == ("rate_limited", 2.0)
+        assert "would have 151 bytes, and it may have 100" in refusal.message
+        client.send(Cancel(request_id=first.request_id))
+        await client.next(Cancelled)
+        assert not state.input_bytes
+        second, third = live(), live()
+        for submit in (second, third):
+            client.send(submit)
+            feed(client, submit, 0, b"x" * 50)
+            await acked(client, 50)
+        feed(client, third, 50, b"x")
+        failed = await client.next(Failed)
+        assert (failed.request_id, failed.code, failed.retryable) == (third.request_id, "rate_limited", True)
+        assert state.input_bytes == {"ann": 50}
+        assert not state.uploads | state.uploading_bytes
+
+
+@pytest.mark.trio
+async def test_what_is_fed_beside_an_upload_leaves_nothing_behind_in_the_counts(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, peer(relay.url, "client", await new_token(relay)) as client:
+        state = relay.relay.scheduler.state
+        client.send(submit := live(inputs={"voice": an_input(b"12345")}))
+        feed(client, submit, 0, b"x" * 50)
+        await until(lambda: state.input_bytes["ann"] == 55)
+        assert (state.uploading_bytes["ann"], state.uploads["ann"]) == (5, 1)
+        feed(client, submit, 0, b"12345", name="voice")
+        await acked(client, 50)
+        assert not state.uploads | state.uploading_bytes
+        client.send(Cancel(request_id=submit.request_id))
+        await client.next(Cancelled)
+        assert not state.input_bytes
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_request_that_is_never_accepted_leaves_nothing_of_what_was_fed(tmp_path: Path) -> None:
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+        client.send(submit := live(inputs={"voice": an_input(b"12345")}))
+        feed(client, submit, 0, b"x" * 50)
+        feed(client, submit, 9, b"of an input with a gap", name="voice")
+        assert (await client.next(Rejected)).code == "input_mismatch"
+        await until(lambda: not relay.relay.feeds.pending_bytes)
+        assert not relay.relay.scheduler.state.input_bytes
+        assert not relay.relay.requests
 
 
 @pytest.mark.trio
