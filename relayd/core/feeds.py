@@ -7,6 +7,7 @@ the pieces of all inputs that wait into one transaction.
 from collections import deque
 from collections.abc import Mapping
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import attrs
 import structlog
@@ -17,7 +18,7 @@ from protocol.wire.messages import Input, Rejected
 from relayd.auth.tokens import Principal
 from relayd.core.interfaces import FeedingRelay
 from relayd.core.principals import RETRY_S, limits_of
-from relayd.requests.live_input import Fault, FedInput, LiveInput, NeedsStored
+from relayd.requests.live_input import Fault, LiveInput, NeedsStored
 from relayd.requests.request import Holder, Request
 from relayd.store.base import StoreError
 from relayd.store.records import AppendInput, StoredInput
@@ -64,8 +65,8 @@ class Feeds:
     #: The inputs that a task stores.
     _storing: set[LiveInput] = attrs.field(factory=set)
     _unchecked: dict[LiveInput, _Unchecked] = attrs.field(factory=dict)
-    #: The inputs that have bytes in memory; the one that was fed last comes last.
-    _kept: dict[LiveInput, None] = attrs.field(factory=dict)
+    #: The inputs that have bytes in memory, as long as their requests live; the one that was fed last comes last.
+    _kept: WeakKeyDictionary[LiveInput, None] = attrs.field(factory=WeakKeyDictionary)
 
     def open(self, request: Request, stored: Mapping[str, StoredInput] | None = None) -> None:
         """Let a new or restored request have live inputs; `stored` is what the store has of them."""
@@ -253,9 +254,7 @@ class Feeds:
             oldest.forget_below(oldest.size)
 
 
-def _known(fed: FedInput) -> str:
+def _known(fed: LiveInput) -> str:
     """Say what there is of an input, for its feeder."""
-    if not isinstance(fed, LiveInput):
-        return ""
     ends = f" and ends at {fed.end}" if fed.end is not None else ""
     return f"{fed.known} bytes are known{ends}, and {fed.size} of them acknowledged"

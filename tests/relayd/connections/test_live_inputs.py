@@ -1,5 +1,7 @@
 """Live inputs through a real daemon: what is fed reaches the engine once and in order, and the feeder is told."""
 
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -482,6 +484,25 @@ async def test_a_worker_that_took_what_it_never_got_is_disconnected(
 
 
 @pytest.mark.trio
+async def test_a_flood_of_acks_uses_up_the_share_of_the_workers_principal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.principals.CPU_SHARE", 0.001)
+    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+        token = await new_token(relay, "worker", "gpu")
+        async with fake_worker(relay.url, token=token, **RULES) as worker:
+            await until(lambda: bool(relay.relay.workers))
+            client.send(submit := live())
+            feed(client, submit, 0, b"hello")
+            assign = await worker.assigned()
+            for _ in range(5_000):
+                takes(worker, assign, 0)
+            await until(lambda: relay.relay.principals.usage_of("gpu").cpu.level < 0)
+            feed(client, submit, 5, b" you")
+            await acked(client, 9)
+
+
+@pytest.mark.trio
 async def test_an_ack_of_an_attempt_that_is_over_is_passed_over(tmp_path: Path) -> None:
     async with set_up(tmp_path) as (relay, worker, client):
         client.send(submit := live())
@@ -719,6 +740,20 @@ async def test_of_many_inputs_the_memory_is_bounded_and_the_rest_is_read_back(
                 piece = await worker.peer.next(Input)
                 more = b"more" if piece.request_id == submits[0].request_id else b""
                 assert piece.data == piece.request_id.encode() + more
+
+
+@pytest.mark.trio
+async def test_nothing_of_an_input_stays_in_memory_when_its_request_has_ended(tmp_path: Path) -> None:
+    async with set_up(tmp_path) as (relay, worker, client):
+        client.send(submit := live())
+        feed(client, submit, 0, b"hello", last=True)
+        await acked(client, 5, last=True)
+        log = weakref.ref(relay.relay.requests[submit.request_id].fed["text"])
+        worker.speak(await worker.assigned(), PCM)
+        await client.frames(submit)
+        await relay.at_rest()
+        gc.collect()
+        assert log() is None
 
 
 @pytest.mark.trio
