@@ -49,9 +49,11 @@ class AttemptFeeding:
 
 @attrs.define(eq=False)
 class InputSender:
-    """Sends inputs over one worker's link; its tasks run in `nursery`, which ends with the link."""
+    """Sends inputs over one worker's link; its tasks run in `nursery`, which ends with the link.
 
-    port: WorkerPort
+    The worker's connection, `port`, owns it, and is an argument, so that the two make no reference cycle.
+    """
+
     link: Link
     relay: Relay
     nursery: trio.Nursery
@@ -59,14 +61,14 @@ class InputSender:
     #: Held for one piece of a fed input, so that many together do not fill the link's backlog.
     _turn: trio.Lock = attrs.field(factory=trio.Lock)
 
-    def begin(self, request: Request) -> None:
+    def begin(self, port: WorkerPort, request: Request) -> None:
         """Send the inputs of a new attempt."""
-        self._start(request, {}, whole=True)
+        self._start(port, request, {}, whole=True)
 
-    def resume(self, request: Request, received: Mapping[str, int]) -> None:
+    def resume(self, port: WorkerPort, request: Request, received: Mapping[str, int]) -> None:
         """Go on with the fed inputs of an attempt that this worker runs, and of which it has received so much."""
         if request.fed:
-            self._start(request, received, whole=False)
+            self._start(port, request, received, whole=False)
 
     def is_possible(self, running: Running) -> bool:
         """Whether a worker may have received what it says of the fed inputs of an attempt."""
@@ -76,13 +78,13 @@ class InputSender:
         sizes = {name: fed.size for name, fed in request.fed.items()}
         return all(received <= sizes.get(name, -1) for name, received in running.inputs.items())
 
-    def on_ack(self, ack: InputAck) -> None:
+    def on_ack(self, port: WorkerPort, ack: InputAck) -> None:
         """Note that the engine of an attempt has taken more of an input.
 
         Raises:
             ProtocolError: the input is none of the attempt's, or so much of it was not sent.
         """
-        request = self.relay.attempt_of(self.port, ack.request_id, ack.attempt)
+        request = self.relay.attempt_of(port, ack.request_id, ack.attempt)
         if request is None:
             return
         sent = request.feeding.sent.get(ack.name) if isinstance(request.feeding, AttemptFeeding) else None
@@ -96,30 +98,30 @@ class InputSender:
         elif request.feeding is not None:
             request.feeding.wake()
 
-    def _start(self, request: Request, received: Mapping[str, int], *, whole: bool) -> None:
+    def _start(self, port: WorkerPort, request: Request, received: Mapping[str, int], *, whole: bool) -> None:
         feeding = AttemptFeeding(request.entry.attempt, {name: received.get(name, 0) for name in request.fed})
         if request.feeding is not None:
             request.feeding.wake()  # the attempt before is over
         request.feeding = feeding if request.fed else None
         if request.submit.inputs and self.link.gone is None:  # otherwise the nursery may be closed
-            self.nursery.start_soon(self._send, request, feeding, whole)
+            self.nursery.start_soon(self._send, port, request, feeding, whole)
 
-    def _is_current(self, request: Request, feeding: AttemptFeeding) -> bool:
-        current = self.relay.attempt_of(self.port, request.request_id, feeding.attempt) is request
+    def _is_current(self, port: WorkerPort, request: Request, feeding: AttemptFeeding) -> bool:
+        current = self.relay.attempt_of(port, request.request_id, feeding.attempt) is request
         return current and request.feeding in (feeding, None)
 
-    async def _send(self, request: Request, feeding: AttemptFeeding, whole: bool) -> None:
+    async def _send(self, port: WorkerPort, request: Request, feeding: AttemptFeeding, whole: bool) -> None:
         """Send the inputs of an attempt, as long as this worker runs it."""
         try:
-            if not whole or await self._send_whole(request, feeding):
-                await self._feed(request, feeding)
+            if not whole or await self._send_whole(port, request, feeding):
+                await self._feed(port, request, feeding)
         except LinkError:
             return
         except Exception:  # must not end the other tasks in the nursery
             log.exception("internal error in request", request_id=request.request_id)
             self.relay.fail_internal(request)
 
-    async def _send_whole(self, request: Request, feeding: AttemptFeeding) -> bool:
+    async def _send_whole(self, port: WorkerPort, request: Request, feeding: AttemptFeeding) -> bool:
         """Send the whole inputs; False if the attempt is over."""
         names = [name for name, info in request.submit.inputs.items() if not info.is_fed]
         if not names:
@@ -131,35 +133,37 @@ class InputSender:
                     return False
                 for offset in range(0, len(data), MAX_INPUT_CHUNK_BYTES):
                     await self.link.drained(FEED_BYTES)
-                    if not self._is_current(request, feeding):
+                    if not self._is_current(port, request, feeding):
                         return False
                     piece = bytes(data[offset : offset + MAX_INPUT_CHUNK_BYTES])
                     self.link.send(Input(request_id=request.request_id, name=name, offset=offset, data=piece))
         return True
 
-    async def _feed(self, request: Request, feeding: AttemptFeeding) -> None:
+    async def _feed(self, port: WorkerPort, request: Request, feeding: AttemptFeeding) -> None:
         """Send the fed inputs as they are stored and taken, until their ends are sent."""
-        while feeding.done != feeding.sent.keys() and self._is_current(request, feeding):
+        while feeding.done != feeding.sent.keys() and self._is_current(port, request, feeding):
             feeding.changed = trio.Event()
             for name, fed in request.fed.items():
                 try:
                     while (size := feeding.due(name, fed)) is not None:
-                        if not await self._send_piece(request, feeding, name, size):
+                        if not await self._send_piece(port, request, feeding, name, size):
                             return
                 except StoreError as fault:
                     self.relay.feeds.fail(request, name, fault)
                     return
             await feeding.changed.wait()
 
-    async def _send_piece(self, request: Request, feeding: AttemptFeeding, name: str, size: int) -> bool:
+    async def _send_piece(
+        self, port: WorkerPort, request: Request, feeding: AttemptFeeding, name: str, size: int
+    ) -> bool:
         """Send the next bytes of a fed input, or its end; False if the attempt is over."""
         async with self._turn:
             await self.link.drained(FEED_BYTES)
-            if not self._is_current(request, feeding):
+            if not self._is_current(port, request, feeding):
                 return False
             fed, offset = request.fed[name], feeding.sent[name]
             data = await self.relay.feeds.read(request, name, offset, size) if size else b""
-            if not self._is_current(request, feeding):
+            if not self._is_current(port, request, feeding):
                 return False
             feeding.sent[name] = offset + len(data)
             last = fed.ended and feeding.sent[name] == fed.size

@@ -113,7 +113,7 @@ class WorkerHandler:
     _inputs: InputSender = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._inputs = InputSender(self, self.link, self.relay, self.nursery)
+        self._inputs = InputSender(self.link, self.relay, self.nursery)
 
     @property
     def principal_name(self) -> str:
@@ -163,7 +163,7 @@ class WorkerHandler:
                 run_timeout_s=request.run_timeout_s,
             )
         )
-        self._inputs.begin(request)
+        self._inputs.begin(self, request)
 
     def cancel(self, request_id: str, reason: str) -> None:
         """Send `cancel`."""
@@ -330,7 +330,7 @@ class WorkerHandler:
         abandon = sorted({*joined.abandon, *impossible}.difference(each.request_id for each in pending))
         self.send(Registered(worker_id=self.worker_id, resume=resume + pending, abandon=abandon))
         for entry in joined.resume:
-            self._inputs.resume(self.relay.requests[entry.request_id], received[entry.request_id])
+            self._inputs.resume(self, self.relay.requests[entry.request_id], received[entry.request_id])
             # The worker may not have received the `cancel`.
             if entry.cancel_reason is not None:
                 self.cancel(entry.request_id, entry.cancel_reason)
@@ -369,7 +369,7 @@ class WorkerHandler:
         return None
 
     def _input_ack(self, ack: InputAck, _data: bytes) -> None:
-        self._inputs.on_ack(ack)
+        self._inputs.on_ack(self, ack)
 
     def _draining(self, _draining: Draining, _data: bytes) -> None:
         self.relay.workers.drain(self.worker_id)
