@@ -253,6 +253,8 @@ def cut_within(text: str, most_chars: int) -> int:
     """The best place to cut a text that is longer, and has no end of a sentence so early: after 1 to `most_chars`."""
     parts = _read(text)
     reach = max(1, bisect_right(parts.offsets, most_chars) - 1)
+    if parts.spoken[max(0, reach - LOOK_CHARS)] >= reach:  # in a long run of blanks or marks, which belong together
+        return parts.offsets[reach]
     cut = _best_cut(parts.levels[1:], parts.spoken[0], reach, lambda _stop: True) or reach
     return parts.offsets[cut]
 
