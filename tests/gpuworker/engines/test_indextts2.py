@@ -23,7 +23,16 @@ import numpy as np
 import pytest
 import trio
 
-from gpuworker.engines.base import AudioChunk, Chunk, EngineError, EngineInput, FormatChunk, ProgressChunk
+from gpuworker.engines.base import (
+    AudioChunk,
+    Chunk,
+    EngineError,
+    EngineInput,
+    FormatChunk,
+    LiveInput,
+    MarkChunk,
+    ProgressChunk,
+)
 from gpuworker.engines.indextts2.engine import CHUNK_BYTES, IndexTTS2Engine
 from gpuworker.engines.indextts2.params import EMOTIONS
 from gpuworker.slots.process_slot import EngineHost, ProcessSlot
@@ -139,6 +148,27 @@ def test_streamed_segments_and_silences_are_the_samples_that_upstream_returns_wh
     assert rate == RATE
     assert np.array_equal(samples(chunks), whole.reshape(-1))
     assert len(whole) == 6 * WORD_SAMPLES + 2 * 2_205
+
+
+def test_a_text_that_comes_is_spoken_in_pieces_with_the_silence_of_segments_between_them(
+    engine: IndexTTS2Engine,
+) -> None:
+    live = LiveInput("text/plain")
+    for part in ("One two three fo", "ur. Five si", "x seven eight."):
+        live.feed(part.encode())
+    live.feed(b"", last=True)
+    inputs = {"spk_audio_prompt": said(), "text": live}
+    chunks: list[Chunk] = []
+    end = run_engine(engine, {"interval_silence": 100, "seed": 7}, inputs, lambda: False, chunks.append)
+    assert end == RunResult(outcome="completed")
+    first, second = (
+        pcm(run(engine, {"text": text, "seed": 7})[1]) for text in ("One two three four.", "Five six seven eight.")
+    )
+    assert pcm(chunks) == first + bytes(2 * 2_205) + second
+    assert [chunk for chunk in chunks if isinstance(chunk, MarkChunk)] == [
+        MarkChunk(19, len(first) // 2),
+        MarkChunk(41, len(pcm(chunks)) // 2),
+    ]
 
 
 def test_no_silence_long_segments_and_progress(engine: IndexTTS2Engine) -> None:

@@ -10,10 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpuworker.engines.base import AudioChunk, Chunk, EngineError, EngineInput, FormatChunk, OptionError
+from gpuworker.engines.base import (
+    AudioChunk,
+    Chunk,
+    EngineError,
+    EngineInput,
+    FormatChunk,
+    LiveInput,
+    MarkChunk,
+    OptionError,
+)
 from gpuworker.engines.openai.audio_body import AudioBody, declared
 from gpuworker.engines.openai.dialects import names_in
 from gpuworker.engines.openai.refusals import refusal
+from gpuworker.slots.run_engine import run_engine
 from protocol.wire.structs import AudioFormat
 from tests.gpuworker.engines.openai.speech_server import (
     LISTS,
@@ -192,6 +202,22 @@ def test_samples_are_passed_on_as_they_come_and_the_request_is_openai_s() -> Non
         }
         assert pcm(run(engine)[1]) == PCM
         assert "voice" not in server.calls[1].body
+
+
+def test_a_text_that_comes_is_asked_for_piece_after_piece() -> None:
+    live = LiveInput("text/plain")
+    live.feed(b"A first sentence. And a second one, so it ")
+    live.feed(b"is.", last=True)
+    chunks: list[Chunk] = []
+    with SpeechServer(plays) as server, an_engine(server.url) as engine:
+        end = run_engine(engine, {"voice": "amy"}, {"text": live}, lambda: False, chunks.append)
+    assert end.outcome == "completed"
+    assert [call.body["input"] for call in server.calls] == ["A first sentence.", "And a second one, so it is."]
+    assert {call.body["voice"] for call in server.calls} == {"amy"}
+    assert pcm(chunks) == 2 * PCM
+    assert sum(isinstance(chunk, FormatChunk) for chunk in chunks) == 1
+    ends = [chunk for chunk in chunks if isinstance(chunk, MarkChunk)]
+    assert ends == [MarkChunk(17, len(PCM) // 2), MarkChunk(45, len(PCM))]
 
 
 def test_the_first_audio_is_passed_on_before_the_last_is_made() -> None:
