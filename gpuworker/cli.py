@@ -139,6 +139,7 @@ def list_engines(args: argparse.Namespace) -> int:
             default = "" if option["default"] is None else f" (default {option['default']})"
             setting = f"-o {key}={option['kind'].upper()}"
             print(f"{'':<12} {setting:<26} {option['help']}{' (required)' if option['required'] else default}")
+    print("An engine with a param text also speaks a text while it is written: live input text (relay say - reads it).")
     return DONE
 
 

@@ -116,7 +116,9 @@ class EngineHost:
             capabilities = ipc.decode_capabilities(answer["capabilities"])
             for slot in self.slots:
                 slot.capabilities = capabilities
-            log.info("%s: %s loaded in %.1f s", self.name, self._engine, trio.current_time() - began)
+            live = ", ".join(name for name, rule in capabilities.inputs.items() if rule.live)
+            more = f"; live inputs: {live}" if live else ""
+            log.info("%s: %s loaded in %.1f s%s", self.name, self._engine, trio.current_time() - began, more)
             self.child, self._worked, self._stalled, self._retiring = child, False, False, False
             self._set_ready(True)
             return True

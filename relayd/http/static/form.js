@@ -26,7 +26,8 @@ export function build(space) {
   const properties = space.params?.properties ?? {};
   const needed = space.params?.required ?? [];
   form?.inputs.forEach((field) => field.stop());
-  const inputs = Object.entries(space.inputs ?? {}).map(([name, rule]) => new InputField(name, rule));
+  const wanted = Object.entries(space.inputs ?? {}).filter(([name]) => !(name in properties)); // else the param's field has it
+  const inputs = wanted.map(([name, rule]) => new InputField(name, rule));
   form = { name: space.name, shape, fields: new Map(), inputs };
   form.text = textParam(properties, needed);
   const rule = properties[form.text];

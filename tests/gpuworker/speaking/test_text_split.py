@@ -74,6 +74,8 @@ def assert_cut_only_at_bars(marked: str) -> None:
         pytest.param("„Ja.“ |Er kam am 3. Oktober mit Nr. 7 bzw. Acht. |»Nein.« |Gut.", id="German"),
         pytest.param("¿Qué? |¡Sí! |El Sr. Gómez vino.", id="Spanish"),
         pytest.param("Пришёл А. С. Пушкин, т. е. он. |Всё.", id="Russian"),
+        pytest.param("Он тут. |Ул. Ленина и пл. Мира. |Г. Москва. |Им. Пушкина.", id="capitalised abbreviations"),
+        pytest.param("Approx. Half is left. |Cf. Smith. |Vol. Two. |Pp. 4 too.", id="at the beginning"),
         pytest.param("他说：“你好。”|然后他走了！|真的吗？|价格是3.14元。|再见", id="Chinese"),
         pytest.param("真的吗……|他走了。|“好！”，他说。|你好!|你呢?|好", id="Chinese mixed marks"),
         pytest.param("「そうだ。」と言った。|「はい。」|彼は去った。|どう？|いい｡|はい", id="Japanese"),
@@ -193,7 +195,7 @@ def test_no_piece_is_only_punctuation(words: list[str]) -> None:
             assert all(regex.search(r"[\p{L}\p{N}]", piece) for piece in split(text, limit, len))
 
 
-@given(words=st.lists(st.text("abcdefg", min_size=2, max_size=8), min_size=1, max_size=40), limit=st.integers(10, 60))
+@given(words=st.lists(st.text("abdg", min_size=2, max_size=8), min_size=1, max_size=40), limit=st.integers(10, 60))
 def test_neighbouring_sentences_are_packed_together(words: list[str], limit: int) -> None:
     pieces = split(" ".join(f"{word.title()}." for word in words), limit, len)
     assert all(len(f"{piece} {after.split()[0]}") > limit for piece, after in pairwise(pieces))
