@@ -52,7 +52,11 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     say = add("say", "Speak a text and write the speech to a file as it arrives.", [output], _add_submit_options)
-    say.add_argument("text", metavar="TEXT", help="text to speak; - reads it from standard input")
+    say.add_argument(
+        "text",
+        metavar="TEXT",
+        help="text to speak; - reads it from standard input, and speaks while it is written where the space can",
+    )
     say.add_argument("--space", default="tts", help="space to submit to (default: %(default)s)")
     submit = add("submit", "Submit any request; outputs are printed as JSON lines.", [output], _add_submit_options)
     submit.add_argument("--space", required=True, help="space to submit to")
@@ -111,7 +115,25 @@ def _add_submit_options(parser: argparse.ArgumentParser) -> None:
         help="a param; the value is used as text if the space takes text or it is not valid JSON, else parsed as JSON",
     )
     parser.add_argument(
-        "--input", "-i", action="append", default=[], type=_pair, metavar="NAME=PATH", help="a file to send as an input"
+        "--input",
+        "-i",
+        action="append",
+        default=[],
+        type=_pair,
+        metavar="NAME=PATH",
+        help="a file to send as an input; - is standard input, which is sent as it comes where the space takes that "
+        "(./- is a file of this name)",
+    )
+    parser.add_argument(
+        "--pipe",
+        action="append",
+        default=[],
+        type=_pair,
+        metavar="NAME=ID",
+        help="the output of another request as an input: its text, or its audio as PCM, while it is made",
+    )
+    parser.add_argument(
+        "--group", metavar="NAME", help="any name; relay cancel of one request of a group cancels the others, too"
     )
     parser.add_argument("--priority", type=int, choices=range(10), default=5, metavar="0..9", help="higher goes first")
     parser.add_argument(

@@ -79,7 +79,10 @@ async def read_inputs(sources: Mapping[str, InputSource]) -> Inputs:
     for name, entry in sources.items():
         source, media_type = entry if isinstance(entry, tuple) else (entry, None)
         if isinstance(source, From):
-            inputs.infos[name] = InputInfo(from_=source.request_id, media_type=source.media_type)
+            try:
+                inputs.infos[name] = InputInfo(from_=source.request_id, media_type=source.media_type)
+            except ValueError as fault:
+                raise ValueError(f"input {name!r}: {fault}") from None
         elif isinstance(source, Live | AsyncIterable):
             if isinstance(source, Live):
                 media_type = source.media_type

@@ -14,9 +14,11 @@ import trio
 
 from protocol.client.address import read_token
 from protocol.client.client import RelayClient, open_relay
+from protocol.client.inputs import TEXT, From, InputSource
 from protocol.client.stream import Event, Restarted, Stream
 from protocol.commands.exit_codes import DONE, INTERRUPTED
 from protocol.commands.progress import Progress, table
+from protocol.commands.standard_input import StandardInput, TextDecoder, decoded
 from protocol.commands.wav_writer import AudioWriter, check_audio_name
 from protocol.link.background import open_background
 from protocol.printable import printable, printable_json, printable_lines
@@ -25,7 +27,7 @@ from protocol.wire.frames import Audio, Completed, Output, Started
 from protocol.wire.frames import Progress as ProgressFrame
 from protocol.wire.media_types import BINARY, suffix_of
 from protocol.wire.messages import Queued, Snapshot, Welcome, WorkerAway, WorkerBack
-from protocol.wire.params_schema import takes_text
+from protocol.wire.params_schema import check_params, takes_text
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Struct, Value
 
@@ -87,23 +89,14 @@ def _open(args: argparse.Namespace, progress: Progress) -> AbstractAsyncContextM
 
 async def say(args: argparse.Namespace, progress: Progress) -> None:
     """Speak a text."""
-    text = args.text
-    if text == "-":
-        text = (await trio.to_thread.run_sync(_read_text, abandon_on_cancel=True)).rstrip("\n")
-        if not text:
-            raise ValueError("there is nothing to read on standard input")
-    if not text.strip():
-        raise ValueError("the text is empty; there is nothing to speak")
     if any(name == "text" for name, _value in args.param):
         raise ValueError("--param text=... and TEXT are the same param; give one of them")
-    await _submit(args, progress, {"text": text})
-
-
-def _read_text() -> str:
-    try:
-        return sys.stdin.read().removeprefix("\ufeff")
-    except UnicodeDecodeError as fault:
-        raise ValueError(f"text: not UTF-8 at byte {fault.start + 1}; save the file as UTF-8") from None
+    if args.text == "-":
+        await _submit(args, progress, {}, stdin="text")
+    elif not args.text.strip():
+        raise ValueError("the text is empty; there is nothing to speak")
+    else:
+        await _submit(args, progress, {"text": args.text})
 
 
 async def submit(args: argparse.Namespace, progress: Progress) -> None:
@@ -111,16 +104,28 @@ async def submit(args: argparse.Namespace, progress: Progress) -> None:
     await _submit(args, progress, {})
 
 
-async def _submit(args: argparse.Namespace, progress: Progress, params: dict[str, Value]) -> None:
+async def _submit(args: argparse.Namespace, progress: Progress, params: Params, stdin: str | None = None) -> None:
+    """Submit a request and follow it; `stdin` names what standard input contains, unless an option does."""
+    inputs: dict[str, InputSource] = {name: Path(path) for name, path in args.input if path != "-"}
+    inputs |= {name: From(request_id) for name, request_id in args.pipe}
+    names = [name for name, _source in (*args.input, *args.pipe)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"input {twice} has two sources; name one")
+    from_stdin = [*([stdin] if stdin else ()), *(name for name, path in args.input if path == "-")]
+    if len(from_stdin) > 1:
+        raise ValueError(f"standard input cannot be {' and '.join(from_stdin)}; name a file for one of them")
     params |= {name: _parsed(text) for name, text in args.param}
-    inputs = {name: Path(path) for name, path in args.input}
     sink = Sink(args, progress, args.space)
     try:
         async with _open(args, progress) as relay:
+            is_fed = await _add_stdin(relay, args, from_stdin[0], params, inputs) if from_stdin else False
             try:
                 await _follow(relay, args, sink, params, inputs)
             except RequestRejected as refusal:
-                if not (texts := await _params_taken_as_text(relay, args, refusal.details)):
+                if is_fed or not _read_as_json(args, refusal.details):
+                    raise  # it cannot be sent again when a part of an input is gone
+                row = await _space_row(relay, args.space)
+                if not (texts := _params_taken_as_text(row, args, refusal.details)):
                     raise
                 await _follow(relay, args, sink, params | texts, inputs)
     except EncodeError as fault:
@@ -129,8 +134,33 @@ async def _submit(args: argparse.Namespace, progress: Progress, params: dict[str
         sink.close()
 
 
+async def _add_stdin(
+    relay: RelayClient, args: argparse.Namespace, name: str, params: Params, inputs: dict[str, InputSource]
+) -> bool:
+    """Add standard input to a request; True if it is fed while it is written, which the space must take.
+
+    It is added whole if it has ended by now, or if --detach leaves nobody to feed it.
+    """
+    stdin = StandardInput()
+    row = await _space_row(relay, args.space)
+    schema, rule = row.get("params") or {}, (row.get("inputs") or {}).get(name) or {}
+    is_text = args.command == "say" or name in schema.get("properties", {})
+    is_fed = bool(rule.get("live")) and not args.detach and await stdin.read_begun()
+    if is_fed:
+        params |= _params_taken_as_text(row, args, check_params(schema, params))
+        media_type = TEXT if is_text else stdin.media_type(rule.get("media_types", ()))
+        inputs[name] = (decoded(stdin.pieces()) if is_text else stdin.pieces(), media_type)
+    elif is_text:
+        params[name] = text = TextDecoder().decode(await stdin.read_all(), final=True).rstrip("\n")
+        if not text.strip():
+            raise ValueError("there is nothing to read on standard input")
+    else:
+        inputs[name] = (await stdin.read_all(), stdin.media_type(rule.get("media_types", ())))
+    return is_fed
+
+
 async def _follow(
-    relay: RelayClient, args: argparse.Namespace, sink: "Sink", params: dict[str, Value], inputs: dict[str, Path]
+    relay: RelayClient, args: argparse.Namespace, sink: "Sink", params: Params, inputs: dict[str, InputSource]
 ) -> None:
     async with relay.submit(
         args.space,
@@ -142,6 +172,7 @@ async def _follow(
         detach=args.detach,
         retry=args.retry,
         cache=not args.no_cache,
+        group=args.group,
     ) as stream:
         if args.detach:
             sink.line({"type": "accepted", "request_id": stream.request_id} if args.json else stream.request_id)
@@ -149,16 +180,23 @@ async def _follow(
             await sink.attach_to(stream)
 
 
-async def _params_taken_as_text(relay: RelayClient, args: argparse.Namespace, refused: Container[str]) -> Params:
-    """Those of the refused params that were read as JSON, and that the space takes as text: 123, true, null."""
-    read = {name: text for name, text in args.param if name in refused and not isinstance(_parsed(text), str)}
+async def _space_row(relay: RelayClient, space: str) -> dict[str, Value]:
+    """What a space takes; empty if it is not known, or the relay does not say within `SPACES_S`."""
     rows: list[dict[str, Value]] = []
-    if read:
-        with trio.move_on_after(SPACES_S):
-            rows = await relay.spaces()
-    schema = next((row.get("params") or {} for row in rows if row.get("name") == args.space), {})
-    rules = schema.get("properties", {})
-    return {name: text for name, text in read.items() if takes_text(rules.get(name), text)}
+    with trio.move_on_after(SPACES_S):
+        rows = await relay.spaces()
+    return next((row for row in rows if row.get("name") == space), {})
+
+
+def _read_as_json(args: argparse.Namespace, refused: Container[str]) -> dict[str, str]:
+    """Those of the refused params that were read as JSON: 123, true, null."""
+    return {name: text for name, text in args.param if name in refused and not isinstance(_parsed(text), str)}
+
+
+def _params_taken_as_text(row: dict[str, Value], args: argparse.Namespace, refused: Container[str]) -> Params:
+    """Those of the params read as JSON that the space takes as text."""
+    rules = (row.get("params") or {}).get("properties", {})
+    return {name: text for name, text in _read_as_json(args, refused).items() if takes_text(rules.get(name), text)}
 
 
 def _parsed(text: str) -> Value:
@@ -321,7 +359,7 @@ class Sink:
         elif isinstance(event, Audio):
             await self._write(event.pcm)
             self._progress.audio(self._audio_s)
-        elif isinstance(event, Output):
+        elif isinstance(event, Output) and event.mark is None:
             self._outputs += 1
             if isinstance(event.data, bytes):
                 await self._binary(event.data, event.media_type or BINARY)

@@ -45,6 +45,8 @@ from protocol.wire.messages import (
     Register,
     Registered,
     Report,
+    Spaces,
+    SpacesReply,
     Submit,
     Welcome,
 )
@@ -178,7 +180,9 @@ async def speak(connection: Connection) -> None:
     async for data in connection.link:
         message = decode(data, FROM_OPERATOR)
         connection.heard.append(message)
-        if isinstance(message, Submit):
+        if isinstance(message, Spaces):
+            connection.send(SpacesReply(spaces=[]))
+        elif isinstance(message, Submit):
             connection.send(Accepted(request_id=message.request_id))
             connection.send(Queued(request_id=message.request_id, position=1, of=1, eta_s=2.0))
             connection.send(*frames(message.request_id, b"\1\0" * 2400, b"\2\0" * 2400, b"\3\0" * 2400))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import attrs
 
 from protocol.wire.codec import decode
-from protocol.wire.frames import Completed, Started
 from protocol.wire.messages import (
     FROM_OPERATOR,
     MAX_UNACKED_BYTES,
@@ -15,9 +14,12 @@ from protocol.wire.messages import (
     Input,
     InputAck,
     InputInfo,
+    Spaces,
+    SpacesReply,
     Submit,
 )
-from tests.support.scripted_relay import FORMAT, Connection, Script
+from protocol.wire.validators import Value
+from tests.support.scripted_relay import Connection, Script, frames
 
 
 @attrs.define(eq=False)
@@ -29,6 +31,8 @@ class LiveRelay:
         infos: of the submit.
         pieces: as they came, over all connections.
         cancels: likewise.
+        submit: the latest.
+        spaces: what it answers when it is asked for them.
         on_message: called after each piece and each cancel.
     """
 
@@ -36,6 +40,8 @@ class LiveRelay:
     infos: dict[str, InputInfo] = attrs.field(factory=dict)
     pieces: list[Input] = attrs.field(factory=list)
     cancels: list[Cancel] = attrs.field(factory=list)
+    submit: Submit | None = None
+    spaces: list[dict[str, Value]] = attrs.field(factory=list)
     on_message: Callable[[], None] = lambda: None
     _ended: set[str] = attrs.field(factory=set)
 
@@ -50,10 +56,14 @@ class LiveRelay:
 
         async def serve(connection: Connection) -> None:
             opened = decode(await connection.link.receive(), FROM_OPERATOR)
+            while isinstance(opened, Spaces):
+                connection.send(SpacesReply(spaces=self.spaces))
+                opened = decode(await connection.link.receive(), FROM_OPERATOR)
             assert isinstance(opened, Submit | Attach)
             is_new = not self.infos
             if isinstance(opened, Submit):
                 self.infos = dict(opened.inputs)
+                self.submit = opened
                 for name, info in self.infos.items():
                     if info.live:
                         self.stored.setdefault(name, bytearray())
@@ -99,10 +109,7 @@ class LiveRelay:
 
     def _complete_if_ended(self, connection: Connection, request_id: str) -> None:
         if self._ended == set(self.stored):
-            connection.send(
-                Started(request_id=request_id, attempt=1, seq=0, format=FORMAT),
-                Completed(request_id=request_id, attempt=1, seq=1),
-            )
+            connection.send(*frames(request_id, b"\1\0" * 2_400))
 
     def _ack(self, request_id: str, name: str) -> InputAck:
         last = True if name in self._ended else None

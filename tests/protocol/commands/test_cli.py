@@ -39,6 +39,7 @@ from protocol.wire.messages import (
     Watch,
 )
 from protocol.wire.validators import Value
+from tests.protocol.commands.conftest import WrittenInput
 from tests.support.scripted_relay import FORMAT, ID, Connection, RelayThread, Script, failed, frames, speak
 
 PCM = b"\1\0" * 2400 + b"\2\0" * 2400 + b"\3\0" * 2400
@@ -92,15 +93,17 @@ def test_say_without_o_names_the_file_after_space_and_id(capsys: pytest.CaptureF
     assert capsys.readouterr() == ("", "")
 
 
-def test_say_sends_the_text_and_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_say_sends_the_text_and_the_options(stdin: WrittenInput) -> None:
     submits: list[Submit] = []
 
     async def script(connection: Connection) -> None:
+        await connection.expect(Spaces)
+        connection.send(SpacesReply(spaces=[{"name": "tts", "inputs": {"text": {"live": True}}}]))
         submits.append(await connection.accept())
         connection.send(*frames(submits[0].request_id, b"\1\0"))
         await connection.hold()
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    stdin.write(b"from a pipe\n", last=True)
     code = run(
         script,
         *["say", "-", "--param", "rate=180", "-p", "voice=en", "-p", 'more={"a": [1, null]}', "-p", "nan=NaN"],
@@ -454,7 +457,7 @@ def test_wrong_arguments_exit_2(argv: list[str], capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("argv", "stdin", "told"),
+    ("argv", "written", "told"),
     [
         (["say", "caf\udce9"], b"", "text is not UTF-8 at character 4"),
         (["say", "-"], "café".encode("latin-1"), "not UTF-8 at byte 4; save the file as UTF-8"),
@@ -464,9 +467,9 @@ def test_wrong_arguments_exit_2(argv: list[str], capsys: pytest.CaptureFixture[s
     ],
 )
 def test_what_cannot_be_sent_is_told_with_what_is_wrong_with_it(
-    argv: list[str], stdin: bytes, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    argv: list[str], written: bytes, told: str, capsys: pytest.CaptureFixture[str], stdin: WrittenInput
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+    stdin.write(written, last=True)
     assert run(speak, *argv) == 2
     said = capsys.readouterr().err
     assert told in said
