@@ -400,7 +400,7 @@ class WorkerHandler:
             request.fraction = frame.fraction
             if self.usage is not None:
                 self.usage.charge(PROGRESS_S, trio.current_time())
-        elif isinstance(frame, Output):
+        elif isinstance(frame, Output) and frame.mark is None:
             request.has_outputs = True
         runs_alone = request.entry.alone
         if runs_alone and (frame.fraction > 0 if isinstance(frame, Progress) else is_output):

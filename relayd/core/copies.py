@@ -307,7 +307,7 @@ class Copy:
             request.audio_bytes, request.format = 0, frame.format
         elif isinstance(frame, Progress):
             request.fraction = frame.fraction
-        elif isinstance(frame, Output):
+        elif isinstance(frame, Output) and frame.mark is None:
             request.has_outputs = True
         return 0
 

@@ -30,6 +30,7 @@ STATUS: Mapping[str, int] = {
     ErrorCode.INTERNAL: 500,
     ErrorCode.ENGINE_FAILED: 502,
     ErrorCode.WORKER_LOST: 502,
+    ErrorCode.SOURCE_FAILED: 502,
     ErrorCode.SPACE_PAUSED: 503,
     ErrorCode.SPACE_FULL: 503,
     ErrorCode.NO_WORKER: 503,
@@ -39,6 +40,7 @@ STATUS: Mapping[str, int] = {
     ErrorCode.QUEUE_TIMEOUT: 504,
     ErrorCode.RUN_TIMEOUT: 504,
     ErrorCode.IDLE_TIMEOUT: 504,
+    ErrorCode.FEED_TIMEOUT: 504,
     ErrorCode.STORAGE_FULL: 507,
 }
 #: `Retry-After` of retryable errors that have no better estimate.

@@ -12,6 +12,7 @@ from relayd.core.relay import Relay
 from relayd.http.errors import HttpError
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
+from relayd.views.rows import fed_inputs
 
 
 def status_json(relay: Relay, request: Request) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def status_json(relay: Relay, request: Request) -> dict[str, Any]:
         "age_s": round(max(0.0, now - request.created_at), 3),
         "fraction": request.fraction,
         "audio_s": request.audio_s,
+        "inputs": fed_inputs(request),
         "code": request.code and str(request.code),
         "message": request.message,
         "details": {} if request.live else jsonable(request.details),

@@ -81,17 +81,34 @@ OPTIONS: Schema = {
         "default": True,
         "description": "false: it is not answered with the result of an equal request, and its result answers none",
     },
+    "group": _nullable(
+        "string", maxLength=64, description="any name; to cancel one request of a group cancels the others, too"
+    ),
 }
 _PARAMS = {
     "type": "object",
     "description": "according to the space's `params` schema; 64 KiB at most",
     "maxProperties": 60,
 }
-_SUBMIT = _object({"params": _PARAMS, **OPTIONS}, required=(), additionalProperties=False)
+_FED = {
+    "type": "object",
+    "description": "inputs that are fed while the request waits and runs, by name: `live` ones by "
+    "`PUT /v1/requests/{request_id}/inputs/{name}`, others from the output of another request",
+    "additionalProperties": {
+        "anyOf": [
+            _object({"media_type": {"type": "string", "maxLength": 128}, "live": {"const": True}}),
+            _object(
+                {"from": {"type": "string", "pattern": f"^{ID_PATTERN.pattern}$"}, "media_type": {"type": "string"}},
+                required=("from",),
+            ),
+        ]
+    },
+}
+_SUBMIT = _object({"params": _PARAMS, "inputs": _FED, **OPTIONS}, required=(), additionalProperties=False)
 #: In a form, fields with other names are params and files.
 _FORM = {
     "type": "object",
-    "properties": {"params": {"type": "string", "contentMediaType": "application/json"}},
+    "properties": {name: {"type": "string", "contentMediaType": "application/json"} for name in ("params", "inputs")},
     "additionalProperties": True,
     "description": "each field is a param, in the type that the space expects; each file an input",
 }
@@ -108,6 +125,18 @@ _STATUS = _object(
         "age_s": {"type": "number"},
         "fraction": _nullable("number", description="progress from 0 to 1; null if the engine does not report it"),
         "audio_s": _nullable("number", description="seconds of audio produced"),
+        "inputs": {
+            "type": "object",
+            "description": "live and piped inputs by name, until it has ended",
+            "additionalProperties": _object(
+                {
+                    "bytes": {"type": "integer", "description": "how many are stored"},
+                    "bytes_s": {"type": "integer"},
+                    "age_s": {"type": "number", "description": "seconds since the latest came"},
+                    "ended": {"type": "boolean"},
+                }
+            ),
+        },
         "code": _nullable("string", description="why it failed"),
         "message": _nullable("string"),
         "details": {"type": "object", "description": "why it failed: field -> what is wrong with it; or figures"},
@@ -193,6 +222,14 @@ _EVENT = _object(
     required=("event", "data"),
 )
 
+_FED_ANSWER = _object(
+    {
+        "request_id": {"type": "string"},
+        "input": {"type": "string"},
+        "bytes": {"type": "integer", "description": "how many are stored"},
+        "ended": {"type": "boolean"},
+    }
+)
 _LINK = _object(
     {
         "url": {"type": "string", "description": "path of the result: its audio, or its first output"},
@@ -272,6 +309,28 @@ PATHS: Schema = {
                     "202": _json("Status", "It is being cancelled; it ends within a second."),
                 },
                 404,
+            ),
+        },
+    },
+    "/v1/requests/{request_id}/inputs/{name}": {
+        "parameters": [
+            _REQUEST_ID,
+            _parameter("name", "path", {"type": "string", "minLength": 1}, "a live input of the request"),
+        ],
+        "put": {
+            "operationId": "feed_input",
+            "summary": "Feed a live input while the body comes; the end of the body is the end of the input",
+            "parameters": [
+                _parameter(
+                    "offset",
+                    "query",
+                    {"type": "integer", "minimum": 0, "default": 0},
+                    "number of bytes before this body, to go on after a cut",
+                )
+            ],
+            "requestBody": {"required": True, "content": {"*/*": _BYTES}},
+            "responses": _responses(
+                {"200": _json("Fed", "All of it is stored.")}, 400, 404, 409, 413, 422, 500, 503, 507
             ),
         },
     },
@@ -370,6 +429,7 @@ DOCUMENT: Schema = {
         "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         "schemas": {
             "Error": _ERROR,
+            "Fed": _FED_ANSWER,
             "Link": _LINK,
             "OpenAiError": OPENAI_ERROR,
             "Speech": SPEECH,

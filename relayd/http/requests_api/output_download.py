@@ -92,7 +92,7 @@ class OutputStream:
             if frame.seq <= self._seq:
                 message = "the worker was lost mid-stream, and the request was restarted; send it again"
                 raise HttpError(ErrorCode.WORKER_LOST, message, retryable=True)
-            part = frame if isinstance(frame, Output) else None
+            part = frame if isinstance(frame, Output) and frame.mark is None else None
         if part is None:
             return None
         self._seq, self._more = part.seq, bool(part.more)
@@ -111,7 +111,7 @@ async def open_output(held: RequestStream, number: int) -> OutputStream:
         while begins and begins[-1] >= frame.seq:  # a new attempt makes them again
             begins.pop()
             continues = False
-        if isinstance(frame, Output):
+        if isinstance(frame, Output) and frame.mark is None:
             if not continues:
                 begins.append(frame.seq)
                 if len(begins) > number:

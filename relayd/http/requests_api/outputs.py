@@ -28,7 +28,7 @@ async def outputs_of(http: HttpRequest, request: Request) -> list[Any] | None:
     try:
         async with open_reader(http, request) as held:
             async for frame in held:
-                if isinstance(frame, Output):
+                if isinstance(frame, Output) and frame.mark is None:
                     values.append(jsonable(frame.data))
                     chars += len(json.dumps(values[-1], ensure_ascii=False))
                     if chars > MAX_CHARS:

@@ -23,6 +23,7 @@ from relayd.http.json_encoding import error_json, jsonable, status_json
 from relayd.http.request_stream import cache_header, find_request, open_submission, wait_safe
 from relayd.http.requests_api.audio_download import send_audio
 from relayd.http.requests_api.event_stream import send_events
+from relayd.http.requests_api.input_feed import feed_input
 from relayd.http.requests_api.openapi import DOCUMENT
 from relayd.http.requests_api.output_download import send_output
 from relayd.http.requests_api.outputs import outputs_of
@@ -49,6 +50,7 @@ def routes() -> list[BaseRoute]:
         Route("/v1/spaces/{space}/requests", post, methods=["POST"]),
         Route(one, OneRequest),
         Route(f"{one}/events", StreamingRoute(send_events), methods=["GET"]),
+        Route(f"{one}/inputs/{{name}}", feed_input, methods=["PUT"]),
         Route(f"{one}/link", link),
         Route(f"{one}/audio", StreamingRoute(send_audio), methods=["GET"]),
         Route(f"{one}/output", StreamingRoute(send_output), methods=["GET"]),

@@ -68,13 +68,15 @@ def build_submit(request_id: str, space: Space, body: Body) -> Submit:
     """
     fields = dict(body.fields)
     options = {name: fields.pop(name) for name in OPTIONS if name in fields}
+    properties = space.params.get("properties")
+    announced = {} if body.is_form and "inputs" in (properties or {}) else _announced(body, fields.pop("inputs", {}))
     params = fields.pop("params", {})
     if body.is_form:
         options = _coerce_fields(OPTIONS, options)
         params = _params_of_form(space, params, fields)
     elif fields:
         unknown = ", ".join(map(repr, sorted(fields)))[:200]
-        known = ", ".join(("params", *OPTIONS))
+        known = ", ".join(("params", "inputs", *OPTIONS))
         raise HttpError(ErrorCode.INVALID_PARAMS, f"the body has unknown fields {unknown}; known are {known}")
     wire: dict[str, Value] = {
         "type": Submit.TYPE,
@@ -84,7 +86,8 @@ def build_submit(request_id: str, space: Space, body: Body) -> Submit:
         "inputs": {
             name: {"media_type": upload.media_type, "size": len(upload.data), "sha256": upload.sha256}
             for name, upload in body.uploads.items()
-        },
+        }
+        | announced,
     }
     try:
         submit = decode(pack(wire | options), FROM_CLIENT)
@@ -95,6 +98,24 @@ def build_submit(request_id: str, space: Space, body: Body) -> Submit:
         raise HttpError(ErrorCode.INVALID_PARAMS, str(fault)) from None
     assert isinstance(submit, Submit)
     return submit
+
+
+def _announced(body: Body, inputs: Value) -> dict[str, Value]:
+    """Return the inputs that the body only announces: live and piped ones."""
+    if body.is_form and isinstance(inputs, str):
+        inputs = _parsed(inputs or "{}")
+    if not isinstance(inputs, dict):
+        raise HttpError(ErrorCode.INVALID_PARAMS, "inputs must be a JSON object of input names")
+    for name, info in inputs.items():
+        is_fed = isinstance(info, dict) and (info.get("live") is True or "from" in info)
+        if not is_fed or name in body.uploads:
+            what = (
+                'must be {"media_type": "text/plain", "live": true} or {"from": "REQUEST_ID"}; '
+                "what is whole is sent as a file of a form"
+            )
+            message = f"input {name[:64]!r} {what}"
+            raise HttpError(ErrorCode.INVALID_PARAMS, message, details={f"inputs.{name[:64]}": what})
+    return inputs
 
 
 def _params_of_form(space: Space, params: Value, fields: dict[str, Value]) -> Value:

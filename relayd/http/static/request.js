@@ -246,7 +246,8 @@ export class Request {
     this.changed(this, "audio");
   }
 
-  _output({ data = null, media_type, more }) {
+  _output({ data = null, media_type, more, mark }) {
+    if (mark) return; // says how far the audio is in the text
     this.outputs.push({ data, media_type, more });
     this.changed(this, "output");
   }
