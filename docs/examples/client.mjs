@@ -3,8 +3,10 @@
 //
 //   RELAY_TOKEN=rly_c_… node client.mjs ws://HOST:8765 SPACE TEXT OUT.wav [PARAM=VALUE]…
 //
+// With - as the text, standard input is spoken while it is written (§5.9): a live input instead of a param.
 // Exit codes: 0 completed, 1 failed or rejected, 2 wrong use, 3 cannot connect, 130 interrupted.
-// From other code: import { RelayClient } from "./client.mjs"; main() below shows the use. Inputs (§5.3) are left out.
+// From other code: import { RelayClient } from "./client.mjs"; main() below shows the use. Of inputs, there are live
+// ones only; whole ones (§5.3) are left out.
 
 import { randomBytes } from "node:crypto";
 import { EventEmitter } from "node:events";
@@ -41,6 +43,78 @@ export class RelayError extends Error {
   }
 }
 
+/** The most bytes of a live input that may be beyond the latest `input_ack` (§5.9), and in one `input` (§4). */
+const MAX_UNACKED = 262_144;
+
+/** A live input: what the relay has not stored is kept, and sent again on the next connection. */
+class LiveInput {
+  #send; // sends a message if there is a connection
+  #name;
+  #kept = Buffer.alloc(0); // what is not acknowledged …
+  #base = 0; // … and the offset of its first byte
+  #sent = 0; // offset up to which this connection has it
+  #maySend = false; // right after the first submit; later, once the relay has said how much it has
+  #ended = false;
+  #endSent = false;
+  #over = null; // why no more can be fed
+  #wake = () => {};
+
+  constructor(name, send) {
+    this.#name = name;
+    this.#send = send;
+  }
+
+  /** Adds bytes; the promise is kept once all of them are within the window. Throws when the request has ended. */
+  async feed(bytes) {
+    while (bytes.length) {
+      if (this.#over) throw this.#over;
+      const room = MAX_UNACKED - this.#kept.length;
+      if (room > 0) {
+        this.#kept = Buffer.concat([this.#kept, bytes.subarray(0, room)]);
+        bytes = bytes.subarray(room);
+        this.#pump();
+      } else await new Promise((resolve) => (this.#wake = resolve));
+    }
+  }
+
+  end() {
+    this.#ended = true;
+    this.#pump();
+  }
+
+  /** A new connection; only with the first submit is it known what the relay has: nothing. */
+  _open(isFirst) {
+    this.#maySend = isFirst;
+    this.#pump();
+  }
+
+  _stop(error) {
+    this.#over = error;
+    this.#wake();
+  }
+
+  _acknowledged({ offset, last }) {
+    this.#kept = this.#kept.subarray(Math.max(0, offset - this.#base));
+    this.#base = Math.max(this.#base, offset);
+    if (!this.#maySend) {
+      this.#maySend = true;
+      this.#sent = this.#base;
+      this.#endSent = last === true;
+    }
+    this.#pump();
+    this.#wake();
+  }
+
+  #pump() {
+    const data = this.#kept.subarray(this.#sent - this.#base);
+    if (!this.#maySend || (!data.length && (!this.#ended || this.#endSent))) return;
+    const sent = this.#send({ name: this.#name, offset: this.#sent, data, last: this.#ended || undefined });
+    if (!sent) return;
+    this.#sent += data.length;
+    this.#endSent = this.#ended;
+  }
+}
+
 /**
  * One request. Events: `queued` and every frame, named by their type and with the message; with `audio` also the offset
  * of its bytes; and `restart` (bytes): a new attempt begins lower down, the audio from that byte on is void.
@@ -58,12 +132,16 @@ class Request extends EventEmitter {
   #bytesBefore = []; // seq → bytes of audio before that frame: where to cut when an attempt begins lower down
   #gaps = 0; // in its whole life
   #later;
+  #tried = false;
 
   constructor(client, space, params, options) {
     super();
     this.#client = client;
     // Packed once: when it is sent again it must be the same (§5.2).
     this.#submit = pack({ type: "submit", request_id: this.id, space, params, ...options });
+    /** name → LiveInput, of each input that `options.inputs` announces as live. */
+    this.live = Object.fromEntries(Object.entries(options.inputs ?? {}).filter(([, info]) => info.live).map(([name]) =>
+      [name, new LiveInput(name, (piece) => client._send(pack({ type: "input", request_id: this.id, ...piece })))]));
     this.done = new Promise((resolve, reject) => {
       this._settle = (error, result) => (error ? reject(error) : resolve(result));
     });
@@ -79,11 +157,13 @@ class Request extends EventEmitter {
   _resume() {
     clearTimeout(this.#later);
     if (!this.#accepted && this.#next === 0) {
-      this.#client._send(this.#submit);
+      if (!this.#client._send(this.#submit)) return; // not connected yet
     } else {
       const place = { attempt: this.#attempt, after_seq: this.#next - 1 };
       this.#client._send(pack({ type: "attach", request_id: this.id, ...place }));
     }
+    for (const input of Object.values(this.live)) input._open(!this.#tried);
+    this.#tried = true;
     // Nothing answers a cancel itself, so one that was sent may have been lost with its connection (§5.5).
     if (this.#cancel) this.#client._send(this.#cancel);
   }
@@ -93,6 +173,8 @@ class Request extends EventEmitter {
       this.#accepted = true;
     } else if (message.type === "queued") {
       this.emit("queued", message);
+    } else if (message.type === "input_ack") {
+      this.live[message.name]?._acknowledged(message);
     } else if (message.type === "rejected" && message.code === "shutting_down") { // of a submit; §7
       this.#later = setTimeout(() => this._resume(), 1000 * (message.retry_after_s ?? 1));
     } else if (message.type === "rejected") {
@@ -133,6 +215,8 @@ class Request extends EventEmitter {
   _end(error, result) {
     clearTimeout(this.#later);
     this.#client._requests.delete(this.id);
+    const over = error ?? new RelayError("input_closed", "the request has completed");
+    for (const input of Object.values(this.live)) input._stop(over);
     this._settle(error, result);
   }
 }
@@ -174,8 +258,10 @@ export class RelayClient {
     await new Promise((resolve) => ws.once("close", resolve).close(1000));
   }
 
+  /** Whether it was sent; else _resume() says it on the next connection. */
   _send(bytes) {
-    if (this.connected) this.#ws.send(bytes); // else _resume() says it on the next connection
+    if (this.connected) this.#ws.send(bytes);
+    return this.connected;
   }
 
   /** The relay broke a rule: leaves this connection; it is made anew. */
@@ -315,13 +401,19 @@ function param(text) {
   }
 }
 
+async function feed(input, source) {
+  for await (const bytes of source) await input.feed(bytes);
+  input.end();
+}
+
 async function main([url, space, text, path, ...rest]) {
   const say = (line) => process.stderr.write(`${line}\n`);
   let client;
   let params;
   try {
     if (!path) throw new TypeError("four arguments are needed");
-    params = { text, ...Object.fromEntries(rest.map(param)) };
+    params = Object.fromEntries(rest.map(param));
+    if (text !== "-") params = { text, ...params };
     client = new RelayClient(url, { token: process.env.RELAY_TOKEN, log: say });
   } catch (error) {
     say(`client.mjs: ${error.message}\nusage: RELAY_TOKEN=… node client.mjs URL SPACE TEXT OUT.wav [PARAM=VALUE]…`);
@@ -357,7 +449,12 @@ async function main([url, space, text, path, ...rest]) {
       request.cancel("its client cannot write the file");
     }
   };
-  request = client.submit(space, params);
+  request = client.submit(space, params, text === "-" ? { inputs: { text: { media_type: "text/plain", live: true } } } : {});
+  if (text === "-") {
+    feed(request.live.text, process.stdin).catch((error) => { // of the request itself, `done` tells
+      if (!(error instanceof RelayError)) request.cancel(`its client cannot read the text: ${error.message}`);
+    });
+  }
   request.on("queued", ({ position, of, eta_s: eta }) =>
     say(`place ${position} of ${of}${eta == null ? "" : `, starts in about ${eta.toFixed(1)} s`}`));
   request.on("started", ({ format }) => format && toFile(() => (wav ??= new WavFile(path)).begin(format)));

@@ -137,25 +137,25 @@ async def _submit(args: argparse.Namespace, progress: Progress, params: Params, 
 async def _add_stdin(
     relay: RelayClient, args: argparse.Namespace, name: str, params: Params, inputs: dict[str, InputSource]
 ) -> bool:
-    """Add standard input to a request; True if it is fed while it is written, which the space must take.
+    """Add standard input to a request; True if it is fed as it comes, which the space must take.
 
-    It is added whole if it has ended by now, or if --detach leaves nobody to feed it.
+    With --detach it is added whole, since nobody stays to feed it.
     """
     stdin = StandardInput()
     row = await _space_row(relay, args.space)
     schema, rule = row.get("params") or {}, (row.get("inputs") or {}).get(name) or {}
     is_text = args.command == "say" or name in schema.get("properties", {})
-    is_fed = bool(rule.get("live")) and not args.detach and await stdin.read_begun()
+    is_fed = bool(rule.get("live")) and not args.detach
+    if not await stdin.read_begun() and is_text:
+        raise ValueError("there is nothing to read on standard input")
+    media_type = TEXT if is_text else stdin.media_type(rule.get("media_types", ()))
     if is_fed:
         params |= _params_taken_as_text(row, args, check_params(schema, params))
-        media_type = TEXT if is_text else stdin.media_type(rule.get("media_types", ()))
         inputs[name] = (decoded(stdin.pieces()) if is_text else stdin.pieces(), media_type)
     elif is_text:
-        params[name] = text = TextDecoder().decode(await stdin.read_all(), final=True).rstrip("\n")
-        if not text.strip():
-            raise ValueError("there is nothing to read on standard input")
+        params[name] = TextDecoder().decode(await stdin.read_all(), final=True).rstrip("\n")
     else:
-        inputs[name] = (await stdin.read_all(), stdin.media_type(rule.get("media_types", ())))
+        inputs[name] = (await stdin.read_all(), media_type)
     return is_fed
 
 

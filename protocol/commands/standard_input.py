@@ -3,7 +3,6 @@
 import codecs
 import io
 import os
-import select
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 
@@ -32,14 +31,10 @@ class StandardInput:
         return bytes(self._read_ahead)
 
     async def read_begun(self) -> bool:
-        """Wait for the first that is not blank; return whether more than what is there now may come."""
+        """Wait for the first that is not blank; return whether there is any."""
         while not self.ended and not self._read_ahead.strip():
             await self._read()
-        while (
-            not self.ended and len(self._read_ahead) < MAX_INPUT_CHUNK_BYTES and select.select([self._fd], [], [], 0)[0]
-        ):
-            await self._read()
-        return not self.ended
+        return bool(self._read_ahead.strip())
 
     def media_type(self, accepted: Sequence[str]) -> str:
         """What its first bytes say it is, if that is accepted; else the first that is."""

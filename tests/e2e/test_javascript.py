@@ -13,6 +13,7 @@ import trio
 
 from protocol.wire.errors import LinkError
 from protocol.wire.messages import Attach
+from tests.protocol.client.live_relay import LiveRelay
 from tests.support.processes import Place, Proc, a_place, a_relay, a_worker
 from tests.support.scripted_relay import Connection, FakeRelay, frames, serve
 
@@ -233,6 +234,38 @@ async def test_a_message_that_breaks_the_rules_has_it_come_back_for_the_rest(tmp
     assert "the relay broke a rule" in said
     assert closed_with == [1002]
     assert sound_of(tmp_path / "whole.wav")[-1] == b"".join(PCM)
+
+
+@pytest.mark.trio
+async def test_a_text_from_standard_input_is_fed_once_and_in_order_over_cuts(tmp_path: Path) -> None:
+    place = a_javascript_place(tmp_path)
+    text = "".join(f"Sentence {number}, 第{number}句。" for number in range(30_000)).encode()
+    peer = LiveRelay()
+    scripts = [peer.script(cut_after=1), peer.script(cut_after=0), peer.script(cut_after=2, ack_every=2), peer.script()]
+    async with trio.open_nursery() as nursery:
+        fake = FakeRelay(nursery, *scripts)
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, lambda stream: serve(stream, fake.next_script()), [listener])
+        url = f"ws://127.0.0.1:{listener.socket.getsockname()[1]}"
+        spoken = (url, "tts", "-", "fed.wav", "speed=1.5")
+        _, said = await place.run("client.mjs", *spoken, stdin=text, RELAY_TOKEN="any")
+        nursery.cancel_scope.cancel()
+    assert said.count("trying again") >= 3
+    assert peer.stored == {"text": text}
+    assert peer.submit is not None
+    assert peer.submit.params == {"speed": 1.5}
+    assert len(sound_of(tmp_path / "fed.wav")[-1]) == 4_800
+
+
+@pytest.mark.trio
+async def test_what_is_spoken_from_standard_input_has_the_samples_of_the_whole_text(tmp_path: Path) -> None:
+    place = a_javascript_place(tmp_path)
+    text = "A tune, 一首歌."
+    async with a_relay(place) as relay, a_worker(place, relay, *MOCK):
+        url, token = await access(place, relay)
+        await place.run("relay", "say", text, "-o", "python.wav")
+        await place.run("client.mjs", url, "tts", "-", "js.wav", stdin=text.encode(), RELAY_TOKEN=token)
+    assert sound_of(tmp_path / "js.wav") == sound_of(tmp_path / "python.wav")
 
 
 @pytest.mark.trio

@@ -64,20 +64,18 @@ def test_say_speaks_while_the_program_writes(stdin: WrittenInput) -> None:
     assert Path("out.wav").stat().st_size == 44 + 4_800
 
 
-@pytest.mark.parametrize("options", [[], ["--detach"]])
-def test_a_text_that_is_complete_is_sent_whole(options: list[str], stdin: WrittenInput) -> None:
+def test_a_text_that_nobody_stays_to_feed_is_sent_whole(stdin: WrittenInput) -> None:
     heard: list[Submit] = []
 
     async def script(connection: Connection) -> None:
         await connection.expect(Spaces)
         connection.send(SpacesReply(spaces=[TEXT]))
         heard.append(await connection.accept())
-        connection.send(*frames(heard[0].request_id, b"\1\0"))
         await connection.hold()
 
     stdin.write(b"\xef\xbb\xbfHello.\r\nBye.\n\n", last=True)
     with RelayThread(Path.cwd(), script) as url:
-        assert main(["say", "-", "--url", url, *options]) == 0
+        assert main(["say", "-", "--url", url, "--detach"]) == 0
     assert heard[0].params == {"text": "Hello.\nBye."}
     assert heard[0].inputs == {}
 
@@ -110,23 +108,41 @@ def test_submit_streams_what_is_no_text_as_it_is(stdin: WrittenInput) -> None:
     assert peer.infos["audio"] == InputInfo(media_type="audio/pcm", live=True)  # the first that the space names
 
 
-def test_what_has_ended_is_a_whole_input_of_the_kind_that_its_bytes_say(stdin: WrittenInput) -> None:
+def test_the_first_bytes_say_what_it_is(stdin: WrittenInput) -> None:
+    wav = b"RIFF\x24\0\0\0WAVEfmt "
+    peer = LiveRelay(spaces=[AUDIO])
+    stdin.write(wav, last=True)
+    assert run(peer, "submit", "--space", "stt", "-i", "audio=-") == 0
+    assert peer.infos["audio"] == InputInfo(media_type="audio/wav", live=True)
+    assert peer.stored == {"audio": wav}
+
+
+def test_a_space_that_takes_no_live_input_gets_it_whole(stdin: WrittenInput) -> None:
     wav = b"RIFF\x24\0\0\0WAVEfmt "
     heard: list[Submit] = []
 
     async def script(connection: Connection) -> None:
         await connection.expect(Spaces)
-        connection.send(SpacesReply(spaces=[AUDIO]))
+        connection.send(SpacesReply(spaces=[{"name": "stt", "inputs": {"audio": {"media_types": ["audio/*"]}}}]))
+        stdin.write(wav[4:], last=True)
         heard.append(await connection.expect(Submit))
         assert (await connection.expect(Input)).data == wav
         connection.send(*frames(heard[0].request_id, b"\1\0"))
         await connection.hold()
 
-    stdin.write(wav, last=True)
+    stdin.write(wav[:4])
     with RelayThread(Path.cwd(), script) as url:
         assert main(["submit", "--space", "stt", "-i", "audio=-", "--url", url]) == 0
     info = heard[0].inputs["audio"]
-    assert (info.media_type, info.size, info.live) == ("audio/wav", len(wav), False)
+    assert (info.size, info.live) == (len(wav), False)
+
+
+@pytest.mark.parametrize("text", [b"", b" \n"])
+def test_nothing_to_speak_is_told(text: bytes, stdin: WrittenInput, capsys: pytest.CaptureFixture[str]) -> None:
+    stdin.write(text, last=True)
+    with RelayThread(Path.cwd(), speak) as url:
+        assert main(["say", "-", "--url", url]) == 2
+    assert "there is nothing to read on standard input" in capsys.readouterr().err
 
 
 def test_text_that_is_no_utf_8_cancels_the_request(stdin: WrittenInput, capsys: pytest.CaptureFixture[str]) -> None:
