@@ -188,6 +188,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "register.inputs": st.dictionaries(names, rules, max_size=2),
     "register.spaces": st.lists(spaces, min_size=1, max_size=3),
     "rejected.request_id": st.none() | words,
+    "status.inputs": maps,
     "status.code": st.none() | words,
     "status.message": st.none() | words,
     "status.position": st.none() | counts,
