@@ -298,7 +298,7 @@ async def test_a_cancel_as_a_run_ends_does_not_stop_the_next_run_in_its_slot(aut
 async def test_a_schema_that_breaks_the_check_fails_that_attempt_and_the_worker_serves_the_next(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(schema: dict[str, Any], params: dict[str, Any]) -> dict[str, str]:
+    def check(schema: dict[str, Any], params: dict[str, Any], _fed: object) -> dict[str, str]:
         if params["text"] == "bad":
             raise RecursionError("a $ref to itself \udce9")
         return {}

@@ -24,6 +24,7 @@ from gpuworker.slots.process_slot import CANCEL_GRACE_S, EngineHost, ProcessSlot
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job, Slot
 from gpuworker.slots.thread_slot import ThreadSlot
+from gpuworker.speaking.speaking import with_live_text
 from protocol.wire.validators import Value
 from tests.gpuworker.engines.engine_package import NAME, install_engine
 
@@ -100,7 +101,7 @@ async def test_a_slot_process_streams_what_the_engine_makes_and_runs_one_request
             assert isinstance(chunks[0], FormatChunk)
             assert len(chunks) == 11
             assert pcm(chunks) == Tune(24_000).pcm(tune_key(text, 0), 0, 24_000)
-        assert bench.slot.capabilities == _loaded_mock().capabilities
+        assert bench.slot.capabilities == with_live_text(_loaded_mock().capabilities)
 
 
 def _loaded_mock() -> MockEngine:
