@@ -172,10 +172,6 @@ class EngineHost:
         slot = self.slots[message["slot"]]
         slot.heard_at = trio.current_time()
         run = slot.live_run
-        if message["is"] == "asks":
-            slot.on_ask(message["name"], message["taken"])
-            return
-        slot.asks = None
         try:
             chunk = ipc.decode_chunk(message)
         except ValueError as fault:  # not a valid format
@@ -183,8 +179,11 @@ class EngineHost:
                 run.fail(fault)
             return
         if chunk is not None:
+            slot.asks = None
             if run is not None:
                 run.emit(chunk)
+        elif message["is"] == "asks":
+            slot.on_ask(message["name"], message["taken"])
         elif message["is"] == "end":
             end = RunResult(**{name: value for name, value in message.items() if name not in ("is", "slot")})
             self._on_end(child, slot, end)
