@@ -8,6 +8,7 @@ import attrs
 from protocol.wire.errors import ErrorCode
 from relayd.scheduling.model import (
     Decision,
+    Enter,
     Finish,
     ScheduledRequest,
     SchedulerState,
@@ -15,6 +16,7 @@ from relayd.scheduling.model import (
     Start,
     State,
     Stop,
+    Wait,
     WorkerState,
 )
 
@@ -26,15 +28,77 @@ class Dispatcher:
     state: SchedulerState
 
     def dispatch(self, now: float) -> list[Decision]:
-        """Start queued requests on free slots, one per space in turn, so that no space starves another."""
+        """Start queued requests on free slots, and see to it that no piped one holds a slot while its source waits."""
         decisions: list[Decision] = []
+        self._fill(now, decisions)
+        while self.state.unsettled:
+            unsettled = sorted(self.state.unsettled.values(), key=lambda entry: entry.ticket)  # sources come first
+            self.state.unsettled.clear()
+            for entry in unsettled:
+                self._settle(entry, decisions)
+            self._fill(now, decisions)
+        return decisions
+
+    def _fill(self, now: float, decisions: list[Decision]) -> None:
+        """Start queued requests on free slots, one per space in turn, so that no space starves another."""
         if self.state.draining:
-            return decisions
+            return
         self._reserve_workers()
         waiting = [space for space in self.state.spaces.values() if space.queue and not space.paused]
         while waiting:
             waiting = [space for space in waiting if self._dispatch_one(space, now, decisions) and space.queue]
-        return decisions
+
+    def _settle(self, entry: ScheduledRequest, decisions: list[Decision]) -> None:
+        """Let a piped request wait for its sources, or no longer.
+
+        One whose source has to wait for a slot itself gives its own back: the source may need just that one.
+        """
+        flows = self.state.flows(entry)
+        if entry.waits and flows and not entry.unheard:
+            self.state.remove_admitted(entry)
+            self.push(entry)
+            decisions.append(Enter(entry))
+        elif entry.state is State.QUEUED and not self._is_ready(entry):
+            self.hold_back(entry)
+            decisions.append(Wait(entry))
+        elif entry.state is State.RUNNING and not flows and self._can_yield(entry):
+            message = "its source waits for a worker again"
+            decisions += self.stop(entry, message)
+            if entry.retry == "never":
+                self.state.detach(entry)  # nothing more is decided about it
+                why = f"{message}; not tried again, because retry is 'never'"
+                decisions.append(Finish(entry, ErrorCode.SOURCE_FAILED, why))
+            else:
+                self.hold_back(entry)
+                decisions.append(Wait(entry))
+
+    def _is_ready(self, entry: ScheduledRequest) -> bool:
+        """Whether a piped request need not wait for its sources."""
+        return not entry.unheard and self.state.flows(entry)
+
+    def _can_yield(self, entry: ScheduledRequest) -> bool:
+        """Whether a running request holds a slot, and is not asked to stop already."""
+        return entry.worker_id is not None and entry.worker_lost_at is None and entry.cancel_reason is None
+
+    def push(self, entry: ScheduledRequest) -> None:
+        """Queue a request by its ticket."""
+        entry.state, entry.waits = State.QUEUED, False
+        self.state.spaces[entry.space].queue.push(entry)
+        self.state.moved.add(entry.space)
+        self.state.unsettle(entry)
+
+    def hold_back(self, entry: ScheduledRequest) -> None:
+        """Let a queued or running request wait for its sources. No worker may go on with the attempt that it had."""
+        space = self.state.spaces[entry.space]
+        if entry.state is State.QUEUED:
+            space.queue.remove(entry)
+        self.clear_run(entry)
+        if entry.attempt or entry.attempt_may_be_newer:
+            entry.attempt = max(entry.attempt, entry.highest_attempt) + 1
+        entry.attempt_may_be_newer = entry.attempt_known_from_client = entry.may_be_behind = False
+        entry.state, entry.waits, entry.promoted = State.UPLOADING, True, 0
+        self.state.add_admitted(entry)
+        self.state.moved.add(entry.space)
 
     def _reserve_workers(self) -> None:
         """Keep a worker with a shared engine free of others for each request that is to run alone.
@@ -80,7 +144,7 @@ class Dispatcher:
         self, space: SpaceState, linked: list[WorkerState], fit: list[WorkerState], entry: ScheduledRequest
     ) -> bool:
         """Whether `entry` can be taken off the queue: it can start now, or no linked worker could ever run it."""
-        if not self._may_run(space, entry.principal):
+        if not self._may_run(space, entry.principal) or (entry.is_piped and not self._is_ready(entry)):
             return False
         return _best_worker(entry, linked, fit) is not None or not any(_can_take(entry, worker) for worker in linked)
 
@@ -114,6 +178,7 @@ class Dispatcher:
         entry.worker_id = entry.worker_lost_at = None
         self.state.spaces[entry.space].running[entry.request_id] = entry
         self.state.moved.add(entry.space)
+        self.state.unsettle(entry)
         self._begin_attempt(entry, reproducible, now)
 
     def mark_running(self, entry: ScheduledRequest, worker: WorkerState) -> None:
@@ -123,11 +188,13 @@ class Dispatcher:
         entry.worker_lost_at = None
         self.state.spaces[entry.space].running[entry.request_id] = entry
         self.state.moved.add(entry.space)
+        self.state.unsettle(entry)
 
     def clear_run(self, entry: ScheduledRequest) -> None:
         """Note that `entry` no longer runs."""
         self.state.spaces[entry.space].running.pop(entry.request_id, None)
         entry.worker_id, entry.worker_lost_at, entry.copied = None, None, False
+        self.state.unsettle(entry)
 
     def stop(self, entry: ScheduledRequest, reason: str) -> Iterable[Stop]:
         """Return the `Stop` for a linked worker; if the worker is away, only remove the attempt from it."""

@@ -81,6 +81,19 @@ class ScheduledRequest:
     copied: bool = False
     #: While it waits: above 0 it was promoted, and the highest is served first.
     promoted: int = 0
+    #: Ids of the live requests whose output is its input; and of those of its sources, also ended ones, of whose output
+    #: nothing has come yet.
+    sources: set[str] = attrs.field(factory=set)
+    unheard: set[str] = attrs.field(factory=set)
+    #: Whether it is stored and waits for its sources; its state is `uploading` then.
+    waits: bool = False
+    #: Whether its whole inputs are not in the store yet.
+    is_uploading: bool = False
+
+    @property
+    def is_piped(self) -> bool:
+        """Whether it has a source that has not ended, or of which nothing has come yet."""
+        return bool(self.sources or self.unheard)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -143,7 +156,7 @@ class SpaceState:
     paused: bool = False
     queue: FairQueue[ScheduledRequest] = attrs.field(factory=FairQueue)
     running: dict[str, ScheduledRequest] = attrs.field(factory=dict)
-    #: Admitted, and not yet in the queue: inputs on their way, or the store still writing.
+    #: Admitted, and not yet in the queue: inputs on their way, the store still writing, or a source waited for.
     admitted: dict[str, ScheduledRequest] = attrs.field(factory=dict)
     #: Principal -> how many of `admitted` are its.
     admitted_per_principal: Counter[str] = attrs.field(factory=Counter)
@@ -176,6 +189,10 @@ class SchedulerState:
     uses: int = 0
     #: The live requests that are to run alone, by id, the first to become one first.
     suspects: dict[str, ScheduledRequest] = attrs.field(factory=dict)
+    #: Id of a source -> the live requests that it is piped to, by id.
+    piped: dict[str, dict[str, ScheduledRequest]] = attrs.field(factory=dict)
+    #: Piped requests, by id, which may have to wait for their sources now, or no longer.
+    unsettled: dict[str, ScheduledRequest] = attrs.field(factory=dict)
 
     def suspect(self, entry: ScheduledRequest) -> None:
         """Let a live request run alone from now on."""
@@ -194,17 +211,44 @@ class SchedulerState:
         """Account for a live request."""
         self.entries[entry.request_id] = entry
         self.input_bytes[entry.principal] += entry.input_bytes + entry.fed_bytes
+        for source_id in entry.sources:
+            self.piped.setdefault(source_id, {})[entry.request_id] = entry
 
     def add_fed(self, entry: ScheduledRequest, size: int) -> None:
-        """Account for more of a fed input of a live request."""
+        """Account for more of a fed input of a live request; negative where it begins anew."""
         entry.fed_bytes += size
         self.input_bytes[entry.principal] += size
+
+    def unsettle(self, entry: ScheduledRequest) -> None:
+        """Note that a request began or ended to run: what it is piped to, or itself, may have to wait or go on."""
+        if entry.is_piped:
+            self.unsettled[entry.request_id] = entry
+        if self.piped:
+            self.unsettled.update(self.piped.get(entry.request_id, {}))
+
+    def detach(self, entry: ScheduledRequest) -> None:
+        """Forget the sources of a request that is ending."""
+        for source_id in entry.sources:
+            targets = self.piped[source_id]
+            del targets[entry.request_id]
+            if not targets:
+                del self.piped[source_id]
+        entry.sources.clear()
+
+    def flows(self, entry: ScheduledRequest) -> bool:
+        """Whether each source of a request runs or has ended."""
+        return all(self.entries[each].state is State.RUNNING for each in entry.sources if each in self.entries)
 
     def pop_entry(self, request_id: str) -> ScheduledRequest | None:
         """Undo `add_entry`, for a request that has ended; None where there is no such live request."""
         if (entry := self.entries.pop(request_id, None)) is not None:
             _subtract(self.input_bytes, entry.principal, entry.input_bytes + entry.fed_bytes)
             self.acquit(entry)
+            self.detach(entry)
+            self.unsettled.pop(request_id, None)
+            for target in self.piped.pop(request_id, {}).values():
+                target.sources.discard(request_id)
+                self.unsettled[target.request_id] = target
         return entry
 
     def add_admitted(self, entry: ScheduledRequest) -> None:
@@ -212,18 +256,24 @@ class SchedulerState:
         space = self.spaces[entry.space]
         space.admitted[entry.request_id] = entry
         space.admitted_per_principal[entry.principal] += 1
-        if entry.input_bytes:
+        if entry.input_bytes and not entry.waits:
+            entry.is_uploading = True
             self.uploading_bytes[entry.principal] += entry.input_bytes
             self.uploads[entry.principal] += 1
+
+    def end_upload(self, entry: ScheduledRequest) -> None:
+        """Note that the store has the inputs of an admitted request."""
+        if entry.is_uploading:
+            entry.is_uploading = False
+            _subtract(self.uploading_bytes, entry.principal, entry.input_bytes)
+            _subtract(self.uploads, entry.principal, 1)
 
     def remove_admitted(self, entry: ScheduledRequest) -> None:
         """Undo `add_admitted`; without effect where there is nothing to undo."""
         space = self.spaces[entry.space]
         if space.admitted.pop(entry.request_id, None) is not None:
             _subtract(space.admitted_per_principal, entry.principal, 1)
-            if entry.input_bytes:
-                _subtract(self.uploading_bytes, entry.principal, entry.input_bytes)
-                _subtract(self.uploads, entry.principal, 1)
+            self.end_upload(entry)
 
     def workers_of(self, name: str) -> list[WorkerState]:
         """Return the linked workers of a space."""
@@ -277,6 +327,20 @@ class Requeue:
 
 
 @attrs.frozen
+class Wait:
+    """A piped request waits for its sources again; its attempt is over, which is no loss of its own."""
+
+    entry: ScheduledRequest
+
+
+@attrs.frozen
+class Enter:
+    """A piped request need not wait for its sources any longer: it is queued."""
+
+    entry: ScheduledRequest
+
+
+@attrs.frozen
 class Finish:
     """The relay itself ends `entry`: FAILED with a code, or CANCELLED (no code)."""
 
@@ -294,7 +358,7 @@ class Registration:
     decisions: list["Decision"]
 
 
-Decision = Start | Stop | Requeue | Finish
+Decision = Start | Stop | Requeue | Wait | Enter | Finish
 
 
 @attrs.frozen

@@ -12,7 +12,10 @@ method that may free a slot or queue a request ends with `Dispatcher.dispatch`, 
 | event | from | to | returns |
 | --- | --- | --- | --- |
 | `admit` | - | uploading | None or `Rejected` |
-| `enqueue` | uploading | queued | what can start now |
+| `enqueue` | uploading | queued; one with a pipe waits for its sources | what can start now |
+| `hear`, or its sources run | uploading, waits | queued | `Enter`, what can start now |
+| a source is queued again | queued, running | uploading, waits | `Stop`?, `Wait` (3) |
+| `begin_anew` | queued, running | uploading, waits, nothing of it delivered | `Stop`?, `Wait` (3) |
 | `dispatch` | queued | running, the next attempt (after a restart, behind any that may have begun) | `Start` |
 | `unlink` | running | running, worker away | the requests, whose grace the caller starts; what can start now |
 | `join`, attempt named | running (worker away), or queued too early | running | `Registration.resume` |
@@ -29,6 +32,7 @@ method that may free a slot or queue a request ends with `Dispatcher.dispatch`, 
 
 (1) It runs again from `next_seq` if nothing of it was delivered or the worker makes the same frames.
 (2) It is queued again while losses < max_attempts and `retry` allows it; otherwise the caller ends it as failed.
+(3) Or `Finish`, if it has begun and `retry` is `never`. In a chain this goes on; it is no loss.
 
 The stateful test (tests/relayd/scheduling/test_scheduler_machine.py) checks this table against random orders of events.
 """
@@ -56,6 +60,7 @@ from relayd.scheduling.model import (
     Start,
     State,
     Stop,
+    Wait,
     WorkerState,
 )
 
@@ -193,6 +198,9 @@ class Scheduler:
             self.state.spaces[entry.space].queue.remove(entry)
             if attempt == entry.attempt and not entry.attempt_known_from_client:
                 entry.losses = max(0, entry.losses - 1)  # it was not lost after all
+        elif entry.waits:  # after a restart
+            self.state.remove_admitted(entry)
+            entry.waits = False
         elif entry.worker_id not in (None, worker.worker_id):
             if attempt == entry.attempt:
                 return None
@@ -335,13 +343,38 @@ class Scheduler:
         return None
 
     def enqueue(self, entry: ScheduledRequest, now: float) -> list[Decision]:
-        """Queue an admitted request that is complete and stored."""
-        space = self.state.spaces[entry.space]
-        self.state.remove_admitted(entry)
-        entry.state = State.QUEUED
-        space.queue.push(entry)
-        self.state.moved.add(space.name)
+        """Queue an admitted request that is complete and stored; one with a pipe once each source has begun."""
+        if entry.is_piped:
+            self.state.end_upload(entry)
+            entry.waits = True
+            self.state.unsettle(entry)
+        else:
+            self.state.remove_admitted(entry)
+            self.dispatcher.push(entry)
         return self.dispatcher.dispatch(now)
+
+    def hear(self, entry: ScheduledRequest, source_id: str, now: float) -> list[Decision]:
+        """Note that something has come of the output of a source, or its end."""
+        if source_id not in entry.unheard or entry.request_id not in self.state.entries:
+            return []
+        self.state.unsettled[entry.request_id] = entry
+        entry.unheard.discard(source_id)
+        return self.dispatcher.dispatch(now)
+
+    def begin_anew(self, entry: ScheduledRequest, source_id: str, now: float) -> list[Decision]:
+        """Let a piped request wait for a source once more: what came of that source's output is void."""
+        if entry.request_id not in self.state.entries or entry.cancel_reason is not None:
+            return []
+        message = f"request {source_id}, its source, has begun anew"
+        stop = list(self.dispatcher.stop(entry, message))
+        if entry.retry == "never" and entry.attempt:
+            why = f"{message}; not tried again, because retry is 'never'"
+            return [*stop, Finish(entry, ErrorCode.SOURCE_FAILED, why)]
+        entry.unheard.add(source_id)
+        if not entry.waits:
+            self.dispatcher.hold_back(entry)
+        entry.reproducible, entry.has_output, entry.next_seq = "", False, 0
+        return [*stop, Wait(entry), *self.dispatcher.dispatch(now)]
 
     def restore(self, entry: ScheduledRequest, now: float) -> None:
         """Restore a stored request after a restart, in ascending order of tickets; no worker is connected yet.
@@ -360,9 +393,12 @@ class Scheduler:
             space.running[entry.request_id] = entry
             if entry.worker_id is not None:
                 self.dispatcher.away_worker(entry.worker_id, entry.space).held[entry.request_id] = entry.attempt
+        elif entry.is_piped:
+            entry.state, entry.waits = State.UPLOADING, True
+            self.state.add_admitted(entry)
         else:
-            entry.state = State.QUEUED
-            space.queue.push(entry)
+            self.dispatcher.push(entry)
+        self.state.unsettle(entry)
 
     def end(self, request_id: str, state: State, now: float) -> list[Decision]:
         """A request has its last frame. A slot it may hold is freed by `release`."""
