@@ -105,7 +105,7 @@ class OperatorHandler(ClientHandler):
                 with trio.fail_after(ACTION_TIMEOUT_S):
                     answer = await action(self, steer)
                     if steer.action in STORED_ACTIONS and not isinstance(answer, Rejected):
-                        await self._store(steer)
+                        await self._store(steer.target)
             except StoreError as fault:
                 answer = Rejected.because(fault.code, str(fault))
             except trio.TooSlowError:
@@ -115,13 +115,13 @@ class OperatorHandler(ClientHandler):
                 self._audit(steer, answer)
         return answer
 
-    async def _store(self, steer: Steer) -> None:
+    async def _store(self, target: str) -> None:
         """Wait until what an action has changed is in the store.
 
         Raises:
             StoreError: the disk cannot store it now; it will be tried again.
         """
-        request = self.relay.requests.get(steer.target)
+        request = self.relay.requests.get(target)
         try:
             if request is not None and request.uploaded:
                 await self.relay.store.commit(self.relay.status_update(request))
@@ -161,8 +161,8 @@ class OperatorHandler(ClientHandler):
         request = self._request(steer.target)
         if isinstance(request, Rejected):
             return request
-        if request.live:
-            self.relay.cancel(request, f"cancelled by operator {self.principal.name}")
+        for each in self.relay.cancel_group(request, f"cancelled by operator {self.principal.name}"):
+            await self._store(each.request_id)
         return {"state": str(request.entry.state)}
 
     async def _promote(self, steer: Steer) -> Answer:

@@ -15,10 +15,12 @@ from protocol.wire.errors import EncodeError, ErrorCode
 from protocol.wire.media_types import accepts
 from protocol.wire.messages import Assign, Input, Rejected, Submit
 from protocol.wire.params_schema import check_params
+from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal, reject_readonly
 from relayd.config.schema import PrincipalLimits
-from relayd.core.access import find_space
+from relayd.core.access import find_request, find_space
 from relayd.core.feeds import Feeder
+from relayd.core.pipes import open_pipes
 from relayd.core.principals import RETRY_S, cap_submit, is_limited, limits_of
 from relayd.core.relay import Relay
 from relayd.core.space import Space
@@ -77,7 +79,9 @@ class Admission:
         if refused := self._refuse(submit, principal, limits):
             return self._count(submit, refused)
         relay.scheduler.limit_running(principal.name, limits.max_running)
-        relay.principals.usage_of(principal.name).max_retained = limits.max_retained
+        usage = relay.principals.usage_of(principal.name)
+        usage.max_retained, usage.max_input_bytes = limits.max_retained, limits.max_input_bytes
+        sources = {info.from_ for info in submit.inputs.values() if info.from_ is not None}
         entry = ScheduledRequest(
             request_id=submit.request_id,
             space=submit.space,
@@ -86,12 +90,15 @@ class Admission:
             ticket=relay.next_ticket(),
             retry=submit.retry,
             input_bytes=sum(info.size for info in submit.inputs.values()),
+            sources={source_id for source_id in sources if relay.requests[source_id].live},
+            unheard=sources,
         )
         if refused := relay.scheduler.admit(entry):
             return self._count(submit, refused)
         request = Request.of(submit, principal.name, entry, relay.spaces[submit.space].config, time.time())
         relay.feeds.open(request)
         relay.add_request(request)
+        open_pipes(relay, request)
         if refusal := self._enqueue_if_uploaded(request):
             return refusal
         request.hold(holder)
@@ -131,13 +138,36 @@ class Admission:
             faults = fault.fields_in("params")
             message = f"the request cannot be sent to a worker: {fault.describe_in('params')}"
             return Rejected.because(ErrorCode.INVALID_PARAMS, message, request_id=request_id, details=dict(faults))
-        return self._refuse_share(submit, principal, limits) or self._refuse_inputs(submit, space)
+        for check in (
+            self._refuse_sources(submit, principal),
+            self._refuse_share(submit, principal, limits),
+            self._refuse_inputs(submit, space),
+        ):
+            if check is not None:
+                return check
+        return None
+
+    def _refuse_sources(self, submit: Submit, principal: Principal) -> Rejected | None:
+        """Refuse a pipe from a request that the principal may not read, or that has no result to read any more."""
+        for name, info in submit.inputs.items():
+            if info.from_ is None:
+                continue
+            source = find_request(self.relay, principal, info.from_)
+            if isinstance(source, Rejected):
+                message = f"input {name!r}: {source.message}"
+            elif not source.has_result:
+                message = f"input {name!r}: request {info.from_} has ended, and its result is no longer kept"
+            else:
+                continue
+            details: dict[str, Value] = {f"inputs.{name}": "is from a request that is not known"}
+            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, request_id=submit.request_id, details=details)
+        return None
 
     def _refuse_share(self, submit: Submit, principal: Principal, limits: PrincipalLimits) -> Rejected | None:
         """Refuse inputs beyond the principal's share of the relay's memory and disk."""
         total = sum(info.size for info in submit.inputs.values())
         state, name = self.relay.scheduler.state, principal.name
-        is_live = any(info.live for info in submit.inputs.values())
+        is_live = any(info.is_fed for info in submit.inputs.values())
         if not (total or is_live) or total > self.relay.config.limits.max_input_bytes:  # which has its own refusal
             return None
         message = None
@@ -232,8 +262,34 @@ class Admission:
             message = f"input {damaged!r} does not match its announced sha256; send the request again with a new id"
             return self._reject(request, ErrorCode.INPUT_MISMATCH, message)
         request.uploaded = True
-        self._send_uploaded.send_nowait(request)
+        if all(source.accepted for source in self._sources_of(request)):
+            self._send_uploaded.send_nowait(request)
+        else:
+            self.relay.nursery.start_soon(self._store_after_sources, request)
         return None
+
+    def _sources_of(self, request: Request) -> list[Request]:
+        """Return the live requests that a new request is piped from."""
+        return [self.relay.requests[source_id] for source_id in request.entry.sources]
+
+    async def _store_after_sources(self, request: Request) -> None:
+        """Pass a request to the store once its sources are accepted: a relay that is killed must not forget only them.
+
+        A source that is rejected meanwhile takes it along.
+        """
+        try:
+            for source in self._sources_of(request):
+                while request.live and source.live and not source.accepted:
+                    changed = source.changed
+                    await changed.wait()
+                if request.live and self.relay.requests.get(source.request_id) is not source:
+                    message = f"request {source.request_id}, its source, was rejected; submit both again"
+                    self._reject(request, ErrorCode.REQUEST_NOT_FOUND, message)
+            if request.live:
+                self._send_uploaded.send_nowait(request)
+        except Exception:
+            log.exception("internal error in request", request_id=request.request_id)
+            self.relay.fail_internal(request)
 
     def _reject(self, request: Request, code: ErrorCode, message: str) -> Rejected:
         """Reject a request that was never accepted; its id can be used again."""

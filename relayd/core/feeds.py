@@ -6,7 +6,7 @@ the pieces of all inputs that wait into one transaction.
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import attrs
@@ -18,7 +18,7 @@ from protocol.wire.messages import Input, Rejected
 from relayd.auth.tokens import Principal
 from relayd.core.interfaces import FeedingRelay
 from relayd.core.principals import RETRY_S, limits_of
-from relayd.requests.live_input import Fault, LiveInput, NeedsStored
+from relayd.requests.live_input import Fault, LiveInput, NeedsStored, PipedInput
 from relayd.requests.request import Holder, Request
 from relayd.store.base import StoreError
 from relayd.store.records import AppendInput, StoredInput
@@ -69,19 +69,21 @@ class Feeds:
     _kept: WeakKeyDictionary[LiveInput, None] = attrs.field(factory=WeakKeyDictionary)
 
     def open(self, request: Request, stored: Mapping[str, StoredInput] | None = None) -> None:
-        """Let a new or restored request have live inputs; `stored` is what the store has of them."""
+        """Let a new or restored request have live and piped inputs; `stored` is what the store has of them."""
         rate, now = float(self.relay.config.limits.live_input_bytes_s), trio.current_time()
         for name, info in request.submit.inputs.items():
-            if info.live:
-                has = (stored or {}).get(name) or StoredInput(0, ended=False)
-                fed = LiveInput(rate=rate, size=has.size, ended=has.ended, received_at=now)
-                request.fed[name] = fed
-                request.entry.fed_bytes += has.size
+            if not info.is_fed:
+                continue
+            has = (stored or {}).get(name) or StoredInput(0, ended=False)
+            fields: Any = {"rate": rate, "size": has.size, "ended": has.ended, "received_at": now}
+            source_id = info.from_
+            request.fed[name] = LiveInput(**fields) if source_id is None else PipedInput(**fields, source_id=source_id)
+            request.entry.fed_bytes += has.size
 
     def add(self, request: Request, piece: Input, feeder: Feeder) -> None:
         """Add a piece that a holder sent; if it is not what it may be, the feeder holds the request no longer."""
         fed = request.fed[piece.name]
-        if not isinstance(fed, LiveInput):
+        if isinstance(fed, PipedInput) or not isinstance(fed, LiveInput):
             message = f"input {piece.name!r} is the output of another request; the relay feeds it, so send none of it"
             self._refuse(request, feeder, ErrorCode.INPUT_MISMATCH, message)
         elif self.pending_bytes + len(piece.data) > MAX_PENDING_BYTES:
@@ -89,6 +91,39 @@ class Feeds:
             self._refuse(request, feeder, ErrorCode.RATE_LIMITED, message)
         elif fed in self._unchecked or self._add_known(request, fed, piece, feeder) is not None:
             self._check_later(request, fed, piece, feeder)
+
+    async def feed(self, request: Request, name: str, offset: int, data: bytes, *, last: bool) -> Fault | None:
+        """Add and store what the relay itself feeds; returns what is wrong with it if it does not fit what is known.
+
+        Raises:
+            StoreError: it cannot be stored, or not be compared.
+        """
+        fed, added = request.fed[name], None
+        assert isinstance(fed, PipedInput)
+        most, stored = self._most_bytes(request, name), None
+        while added is None or isinstance(added, NeedsStored):
+            if added is not None:
+                stored = await self._read_stored(request, name, added.offset, added.size)
+                if not request.live:
+                    return None
+            added = fed.add(offset, data, last=last, most=most, now=trio.current_time(), stored=stored)
+        if added is Fault.TOO_LARGE:
+            self._fail_too_large(request, name, most)
+        elif isinstance(added, Fault):
+            return added
+        else:
+            own_most = self.relay.principals.usage_of(request.principal).max_input_bytes
+            self._count(request, added, own_most)
+        try:
+            while request.live and fed.is_pending:
+                if wait_s := fed.wait_s(trio.current_time()):
+                    with trio.move_on_after(wait_s):
+                        await request.changed.wait()
+                else:
+                    await self._store_next(request, name, fed)
+        finally:
+            self.pending_bytes -= fed.pending_bytes
+        return None
 
     async def read(self, request: Request, name: str, offset: int, most: int) -> bytes:
         """Return the next stored bytes of a fed input, for a worker.
@@ -126,14 +161,20 @@ class Feeds:
         if isinstance(added, NeedsStored):
             return added
         if added is Fault.TOO_LARGE:
-            message = f"input {piece.name!r} has more than {most} bytes, which is what the space or the relay accepts"
-            self.relay.fail(request, ErrorCode.INPUT_TOO_LARGE, f"{message}; send less, or raise the limit")
+            self._fail_too_large(request, piece.name, most)
         elif isinstance(added, Fault):
             message = f"input {piece.name!r} at offset {piece.offset}: {added.value}; {_known(fed)}"
             self._refuse(request, feeder, CODES[added], message)
         else:
-            self._count(request, piece.name, fed, added, feeder)
+            if added:
+                self.relay.stats.count_input(request, added)
+            self._count(request, added, limits_of(feeder.principal, self.relay.config.limits.principal).max_input_bytes)
+            self._begin_to_store(request, piece.name, fed)
         return None
+
+    def _fail_too_large(self, request: Request, name: str, most: int) -> None:
+        message = f"input {name!r} has more than {most} bytes, which is what the space or the relay accepts"
+        self.relay.fail(request, ErrorCode.INPUT_TOO_LARGE, f"{message}; send less, or raise the limit")
 
     def _most_bytes(self, request: Request, name: str) -> int:
         """Return how large a live input may become, beside the others of its request."""
@@ -143,22 +184,20 @@ class Feeds:
         rule = self.relay.spaces[request.submit.space].inputs.get(name)
         return min(most, rule.max_bytes) if rule is not None else most
 
-    def _count(self, request: Request, name: str, fed: LiveInput, size: int, feeder: Feeder) -> None:
+    def _count(self, request: Request, size: int, most: int | None) -> None:
+        """Account for new bytes; `most` is what the inputs of its principal's live requests may have."""
         relay = self.relay
         if size:
             relay.scheduler.state.add_fed(request.entry, size)
             self.pending_bytes += size
-            relay.stats.count_input(request, size)
             relay.mark_busy("requests", request.request_id)
             used = relay.scheduler.state.input_bytes[request.principal]
-            most = limits_of(feeder.principal, relay.config.limits.principal).max_input_bytes
-            if used > most and used > request.entry.input_bytes + request.entry.fed_bytes:
+            if most is not None and used > most and used > request.entry.input_bytes + request.entry.fed_bytes:
                 message = (
                     f"the inputs of the live requests of {request.principal!r} have {used} bytes, and it may have "
                     f"{most}; send the request again when others have ended"
                 )
                 relay.fail(request, ErrorCode.RATE_LIMITED, message)
-        self._begin_to_store(request, name, fed)
 
     def _refuse(self, request: Request, feeder: Feeder, code: ErrorCode, message: str) -> None:
         if feeder in request.holders:

@@ -175,6 +175,8 @@ class RelayState(Protocol):
 class FeedingRelay(RelayState, Protocol):
     """The relay's state, as live inputs see it."""
 
+    principals: Principals
+
     @property
     def spaces(self) -> Mapping[str, Space]:
         """The open spaces."""

@@ -94,6 +94,8 @@ class PrincipalUsage:
     log_flood: LogFlood = attrs.field(factory=lambda: LogFlood(LINES_PER_S))
     #: Ended requests of it that are remembered; None until its first submit.
     max_retained: int | None = None
+    #: Bytes that the inputs of its live requests may have; None until its first submit.
+    max_input_bytes: int | None = None
     #: Connections whose messages wait for the principal's share, in order of turn.
     deferred: deque[Deferrable] = attrs.field(factory=deque)
     #: Whether the latest has its turn first: in a flood of strangers, those who came before may be gone by now.

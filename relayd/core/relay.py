@@ -40,7 +40,7 @@ from relayd.logs.recent import MAX_AUDIT, MAX_EVENTS, RecentRows
 from relayd.requests.deadlines import watch_deadlines
 from relayd.requests.outcome import Outcome
 from relayd.requests.request import Expiry, Request
-from relayd.scheduling.model import Decision, Finish, Requeue, Start, State, Stop
+from relayd.scheduling.model import Decision, Enter, Finish, Requeue, Start, State, Stop, Wait
 from relayd.scheduling.scheduler import Scheduler
 from relayd.stats.counters import Stats
 from relayd.store.base import Store, StoreError
@@ -137,6 +137,18 @@ class Relay:
     def cancel(self, request: Request, reason: str) -> None:
         """Cancel a request, whether it is queued or running."""
         self.apply(self.scheduler.cancel(request.request_id, reason))
+
+    def cancel_group(self, request: Request, reason: str) -> list[Request]:
+        """Cancel a request that somebody wants to end, and the others of its group; returns those that were live."""
+        group = request.submit.group
+        live = [request] if request.live else []
+        if group is not None:
+            others = [each for each in self.live_requests() if each is not request and each.submit.group == group]
+            live += [each for each in others if each.principal == request.principal]
+        for each in live:
+            if each.live:
+                self.cancel(each, reason)
+        return live
 
     def fail(self, request: Request, code: ErrorCode, message: str) -> None:
         """End a request as failed, and stop its attempt if it is running."""
@@ -266,7 +278,8 @@ class Relay:
                 if (request := self.requests.get(request_id)) is not None:
                     # A request that cannot be started can still be ended with a frame; one that cannot be stopped or
                     # ended is dropped.
-                    end = self.fail_internal if isinstance(decision, Start | Requeue) else self._drop_broken
+                    can_end = isinstance(decision, Start | Requeue | Wait | Enter)
+                    end = self.fail_internal if can_end else self._drop_broken
                     end(request)
                 if isinstance(decision, Start):  # the worker never received it, so it will not release the slot
                     entry, now = decision.entry, trio.current_time()
@@ -297,6 +310,19 @@ class Relay:
                 request.wake()
                 self._log_request(request, "request queued again", losses=decision.entry.losses)
                 self.save_status(request)
+            case Wait():
+                request = self.requests[decision.entry.request_id]
+                request.stopped_at = request.last_position_sent = None
+                request.add_timeline("waits", sources=len(decision.entry.sources | decision.entry.unheard))
+                request.wake()
+                self._log_request(request, "request waits for its source again")
+                self.save_status(request)
+            case Enter():
+                request = self.requests[decision.entry.request_id]
+                request.queued_at = trio.current_time()
+                request.add_timeline("queued")
+                request.wake()
+                self.mark_changed("requests", request.request_id)
             case Finish():
                 self._finish(self.requests[decision.entry.request_id], decision.code, decision.message)
 

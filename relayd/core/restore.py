@@ -7,6 +7,7 @@ import attrs
 import structlog
 import trio
 
+from relayd.core.pipes import open_pipes
 from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.frames.frame_file import Contents
@@ -123,6 +124,8 @@ def _restore_request(
         relay.feeds.open(request, fed)
         relay.scheduler.restore(request.entry, trio.current_time())
     relay.add_request(request)
+    if request.live:
+        open_pipes(relay, request)
     if stored.stopping is not None and request.live:
         relay.cancel(request, stored.stopping)  # its worker may never have received the cancel message
     return request.live
@@ -148,6 +151,8 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
     now, state = trio.current_time(), State(record.state)
     since = min(now, relay.clock.trio_time(record.since))
     submit = record.submit
+    sources = {info.from_ for info in submit.inputs.values() if info.from_ is not None} if state.live else set()
+    known = [relay.requests[source_id] for source_id in sources if source_id in relay.requests]
     entry = ScheduledRequest(
         request_id=record.request_id,
         space=submit.space,
@@ -168,6 +173,9 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         has_output=record.has_output,
         input_bytes=sum(info.size for info in submit.inputs.values()),
         promoted=record.promoted,
+        # An id may have been given to another request since then.
+        sources={each.request_id for each in known if each.live and each.entry.ticket < record.ticket},
+        unheard=sources,
     )
     request = Request.of(
         submit,

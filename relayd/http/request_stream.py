@@ -258,7 +258,7 @@ class RequestStream:
             return
         request.release(self, trio.current_time())
         if cancel is not None and request.live and not request.holders:
-            self.relay.cancel(request, cancel)
+            self.relay.cancel_group(request, cancel)
 
 
 @asynccontextmanager

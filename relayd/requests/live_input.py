@@ -212,3 +212,21 @@ class LiveInput(FedInput):
         if offset < self._kept_from:
             return None
         return bytes(self._kept[offset - self._kept_from : min(offset + most, self.size) - self._kept_from])
+
+
+@attrs.define(eq=False, kw_only=True)
+class PipedInput(LiveInput):
+    """An input that the relay feeds with the output of the request `source_id`; nobody is to hurry it."""
+
+    source_id: str
+
+    @property
+    def awaits_feeder(self) -> bool:
+        """See `FedInput.awaits_feeder`."""
+        return False
+
+    def clear(self) -> None:
+        """Forget all that came: the source begins anew."""
+        self._kept.clear()
+        self.size = self.taken = self._kept_from = 0
+        self.ended, self.end = False, None

@@ -65,7 +65,7 @@ class Holder(Sink, Protocol):
 
 
 class Feeding(Protocol):
-    """What sends the live and piped inputs of an attempt to its worker."""
+    """What sends the live and piped inputs of an attempt to its worker, or what feeds a piped input."""
 
     def wake(self) -> None:
         """There may be something to send, or the attempt may be over."""
@@ -97,6 +97,8 @@ class Request:
     #: The inputs that are fed while it is live, by name.
     fed: dict[str, FedInput] = attrs.field(factory=dict)
     feeding: Feeding | None = None
+    #: What feeds its piped inputs.
+    pipes: list[Feeding] = attrs.field(factory=list)
     holders: set[Holder] = attrs.field(factory=set)
     #: The id of its worker, and the `ack` that the worker gets when the end is stored.
     pending_ack: tuple[str, Ack] | None = None
@@ -297,6 +299,10 @@ class Request:
             self.feeding.wake()
             if not self.live:
                 self.feeding = None
+        for pipe in self.pipes:
+            pipe.wake()
+        if not self.live:
+            self.pipes = []
 
     def missing_input(self) -> str | None:
         """Return the name of an input that is not complete yet; None if all are."""
@@ -340,7 +346,9 @@ class Request:
         due: list[tuple[float, Expiry]] = []
         if self.abandoned_at is not None and not self.submit.detach and self.stopped_at is None:
             due.append((self.abandoned_at + resume_window_s, Expiry.NOBODY_HOLDS))
-        if entry.state is not State.RUNNING:
+        if self.waits_for_source:
+            pass  # its own waiting begins when it is queued
+        elif entry.state is not State.RUNNING:
             due.append((self.queued_at + self.queue_timeout_s, Expiry.QUEUE_TIMEOUT))
         elif self.stopped_at is not None:
             due.append((self.stopped_at + cancel_grace_s, Expiry.CANCEL_UNANSWERED))
@@ -357,6 +365,11 @@ class Request:
                 took_at = max((max(fed.taken_at, fed.starved_until) for fed in self.fed.values()), default=-math.inf)
                 due.append((max(self.last_frame_at, took_at) + self.idle_timeout_s, Expiry.IDLE_TIMEOUT))
         return min(due, key=lambda pair: pair[0], default=(math.inf, Expiry.RUN_TIMEOUT))
+
+    @property
+    def waits_for_source(self) -> bool:
+        """Whether it is complete, and is queued only when each source of its piped inputs has begun."""
+        return self.entry.state is State.UPLOADING and self.uploaded and self.entry.is_piped
 
     @property
     def _awaits_feeder(self) -> bool:

@@ -27,6 +27,7 @@ from relayd.store.records import (
     MAX_UPTIME_S,
     AppendInput,
     Change,
+    ClearInput,
     DeleteDrain,
     DeleteRequest,
     DeleteSpace,
@@ -385,6 +386,8 @@ def _statements(change: Change) -> list[Statement]:
             ]
         case AppendInput():
             return [_append_input(change)]
+        case ClearInput(request_id, name):
+            return [("DELETE FROM input_pieces WHERE request_id = ? AND name = ?", (request_id, name))]
         case UpdateRequest(request_id=request_id):
             fields = change.fields()
             columns = ", ".join(f"{name} = ?" for name in fields)

@@ -8,6 +8,7 @@ from relayd.store.base import Store
 from relayd.store.records import (
     AppendInput,
     Change,
+    ClearInput,
     DeleteDrain,
     DeleteRequest,
     DeleteSpace,
@@ -88,6 +89,9 @@ class MemoryStore(Store):
                     self._live_inputs.setdefault(request_id, {}).setdefault(name, bytearray()).extend(change.data)
                     if change.last:
                         self._ended_inputs.add((request_id, name))
+            case ClearInput(request_id, name):
+                self._live_inputs.get(request_id, {}).pop(name, None)
+                self._ended_inputs.discard((request_id, name))
             case UpdateRequest(request_id=request_id):
                 if known := self._requests.get(request_id):
                     self._requests[request_id] = attrs.evolve(known, **change.fields())

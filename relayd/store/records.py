@@ -177,6 +177,14 @@ class AppendInput:
 
 
 @attrs.frozen
+class ClearInput:
+    """Delete the pieces of a fed input: its source begins anew."""
+
+    request_id: str
+    name: str
+
+
+@attrs.frozen
 class StoredInput:
     """How much of a live input the store has, and whether its end is stored, too."""
 
@@ -255,6 +263,7 @@ Change = (
     | DeleteToken
     | PutRequest
     | AppendInput
+    | ClearInput
     | UpdateRequest
     | DeleteRequest
     | PutDrain

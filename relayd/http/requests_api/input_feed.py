@@ -12,7 +12,7 @@ from relayd.http.authentication import principal_of
 from relayd.http.context import context_of, exchange_of
 from relayd.http.errors import HttpError
 from relayd.http.request_stream import RequestStream, find_request
-from relayd.requests.live_input import LiveInput
+from relayd.requests.live_input import LiveInput, PipedInput
 from relayd.requests.request import Request
 from relayd.store.base import StoreError
 
@@ -51,7 +51,7 @@ def _find_input(request: Request, name: str) -> LiveInput:
     if not request.live:
         raise _over(request, name)
     fed = request.fed.get(name)
-    if not isinstance(fed, LiveInput):
+    if isinstance(fed, PipedInput) or not isinstance(fed, LiveInput):
         known = ", ".join(sorted(each for each, info in request.submit.inputs.items() if info.live)) or "none"
         what = f"is not a live input of request {request.request_id}; its live inputs are {known}"
         raise HttpError(ErrorCode.INVALID_PARAMS, f"{name[:32]!r} {what}", details={f"inputs.{name[:32]}": what})

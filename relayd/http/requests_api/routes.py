@@ -101,9 +101,8 @@ class OneRequest(HTTPEndpoint):
         relay, principal = context_of(http).relay, principal_of(http)
         if principal.readonly:
             raise HttpError.of(reject_readonly(request.request_id))
-        if request.live:
-            relay.cancel(request, f"cancelled by {principal.name}")
-        await wait_safe(http, request)
+        for each in [request, *relay.cancel_group(request, f"cancelled by {principal.name}")]:
+            await wait_safe(http, each)
         return JSONResponse(status_json(relay, request), 202 if request.live else 200)
 
 
