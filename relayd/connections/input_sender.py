@@ -149,7 +149,7 @@ class InputSender:
                         if not await self._send_piece(port, request, feeding, name, size):
                             return
                 except StoreError as fault:
-                    if self._is_current(request, feeding):  # a piped input that begins anew has been emptied
+                    if self._is_current(port, request, feeding):  # a piped input that begins anew has been emptied
                         self.relay.feeds.fail(request, name, fault)
                     return
             await feeding.changed.wait()

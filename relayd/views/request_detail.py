@@ -35,6 +35,7 @@ def request_detail(relay: Relay, request: Request) -> Row:
         "timeline_left_out": request.timeline_dropped,
         "retry": submit.retry,
         "detach": submit.detach,
+        "group": submit.group,
         "queue_timeout_s": request.queue_timeout_s,
         "run_timeout_s": request.run_timeout_s,
         "idle_timeout_s": request.idle_timeout_s,

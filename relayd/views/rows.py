@@ -15,6 +15,7 @@ from protocol.wire.structs import KIB
 from protocol.wire.validators import Value
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import HIGH_WATER_BYTES
+from relayd.requests.live_input import PipedInput
 from relayd.requests.request import Request
 from relayd.requests.summary import MAX_INPUTS
 from relayd.scheduling.model import State
@@ -207,6 +208,7 @@ def request_row(relay: Relay, request_id: str, position: int | None = None) -> R
     end = request.ended_at if request.ended_at is not None else now
     first = request.first_frame_at
     started_at = _started_at(request)
+    has_queued = request.accepted and not request.waits_for_source
     row: Row = {
         "request_id": request_id,
         "principal": request.principal,
@@ -217,7 +219,7 @@ def request_row(relay: Relay, request_id: str, position: int | None = None) -> R
         "position": position,
         "created_at": round(request.created_unix, 3),
         "age_s": round(end - request.created_at, 3),
-        "queued_s": round(max(0.0, (started_at or end) - request.queued_at), 3) if request.accepted else None,
+        "queued_s": round(max(0.0, (started_at or end) - request.queued_at), 3) if has_queued else None,
         "run_s": round(end - started_at, 3) if started_at is not None else None,
         "ended_s": round(now - request.ended_at, 1) if request.ended_at is not None else None,
         "attempt": entry.attempt,
@@ -244,6 +246,7 @@ def fed_inputs(request: Request) -> dict[str, Value]:
             "bytes_s": fed.bytes_s(now),
             "age_s": round(now - max(fed.received_at, request.created_at), 1),
             "ended": fed.ended,
+            **({"from": fed.source_id} if isinstance(fed, PipedInput) else {}),
         }
         for name, fed in list(request.fed.items())[:MAX_INPUTS]
     }

@@ -171,6 +171,8 @@ class RequestDetail(RowDetail):
             lines.append([_label("worker"), (plain(name), ""), (id_text, "dim")])
         if view.position is not None:
             lines.append(_fact("position", view.position))
+        if isinstance(group := self._told.get("group"), str) and group:
+            lines.append([_label("group"), (plain(group), "")])
         lines.append([_label("output"), (self._output(view), "")])
         lines += self._timeline(view.model)
         if isinstance(report := self._told.get("report"), str) and report:
@@ -248,6 +250,8 @@ def _said(model: RelayModel, key: str, value: Any) -> str:
 def _fed(how: Mapping[str, Value]) -> str:
     """How much there is of an input that is fed, and how it comes: `12 kB, 1.2 kB/s, the latest 3 s ago`."""
     parts = [_size(how.get("bytes"))]
+    if isinstance(source := how.get("from"), str):
+        parts.insert(0, f"from {source}")
     if how.get("ended"):
         parts.append("ended")
     else:

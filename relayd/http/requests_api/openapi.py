@@ -134,7 +134,9 @@ _STATUS = _object(
                     "bytes_s": {"type": "integer"},
                     "age_s": {"type": "number", "description": "seconds since the latest came"},
                     "ended": {"type": "boolean"},
-                }
+                    "from": {"type": "string", "description": "the request that a piped one comes from"},
+                },
+                required=("bytes", "bytes_s", "age_s", "ended"),
             ),
         },
         "code": _nullable("string", description="why it failed"),

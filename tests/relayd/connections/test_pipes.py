@@ -58,7 +58,7 @@ async def taken(worker: FakeWorker, assign: Assign, size: int, *, start: int = 0
     """What the worker gets of an input up to `size` bytes, from `start` on; its engine takes all of it."""
     data = b""
     while start + len(data) < size:
-        piece = await worker.peer.next(Input)
+        piece: Input = await worker.peer.next(Input)
         assert (piece.request_id, piece.name, piece.offset) == (assign.request_id, name, start + len(data))
         data += piece.data
         takes(worker, assign, start + len(data), name)
@@ -69,7 +69,7 @@ async def all_of(worker: FakeWorker, assign: Assign, *, start: int = 0, name: st
     """What the worker gets of an input until its end."""
     data = b""
     while True:
-        piece = await worker.peer.next(Input)
+        piece: Input = await worker.peer.next(Input)
         assert (piece.request_id, piece.name, piece.offset) == (assign.request_id, name, start + len(data))
         data += piece.data
         takes(worker, assign, start + len(data), name)
@@ -281,8 +281,7 @@ async def test_a_request_is_stored_after_its_source_and_rejected_with_it(tmp_pat
 
 @pytest.mark.trio
 async def test_a_source_that_others_may_not_read_is_not_found(tmp_path: Path) -> None:
-    tcp = {"listen": "127.0.0.1:0"}
-    async with stage(tmp_path, **tcp) as at:
+    async with stage(tmp_path, listen="127.0.0.1:0") as at:
         source, _, _ = await at.write("secret")
         token = await new_token(at.daemon, name="eve")
         async with peer(at.daemon.urls[0], "client", token) as eve:
@@ -337,8 +336,7 @@ async def test_a_source_that_gives_no_result_fails_the_request(tmp_path: Path, w
             at.writer.send(failed)
             await at.end_of(source)
         await at.send(submit := piped(source))
-        if not waits and how != "had failed":
-            speaking = await at.speaker.assigned()
+        speaking = await at.speaker.assigned() if not waits and how != "had failed" else None
         if how == "fails":
             at.writer.send(failed)
         elif how == "is cancelled":
@@ -351,7 +349,7 @@ async def test_a_source_that_gives_no_result_fails_the_request(tmp_path: Path, w
         told = {name: end.details[name] for name in ("request_id", "code", "message")}
         assert told == {"request_id": source.request_id, "code": code, "message": message}
         assert source.request_id in end.message
-        if not waits and how != "had failed":
+        if speaking is not None:
             await at.speaker.peer.next(Cancel)
             stop(at.speaker, speaking, 0)
         await at.daemon.at_rest()
@@ -578,6 +576,7 @@ async def test_a_relay_that_is_restarted_goes_on_in_every_phase(tmp_path: Path, 
     async with before_the_restart(tmp_path, instances) as at:
         source, writing, seq = await at.write(*([] if phase == "waits" else ["one ", "two "]))
         await at.send(submit := piped(source))
+        speaking = writing  # until there is one
         if phase != "waits":
             speaking = await at.speaker.assigned()
             assert await taken(at.speaker, speaking, 8) == b"one two "
@@ -625,15 +624,15 @@ async def test_a_source_that_says_something_else_after_a_restart_lets_the_reques
         assert await taken(at.speaker, first, 7) == b"one two"
         at.speaker.speak(first, PCM, end=False)
         await at.client.next(Audio)
-    limits = {"worker_grace_s": 0.05}
     async with (
-        daemon(tmp_path, store="sqlite", spaces=SPACES, limits=limits) as relay,
+        daemon(tmp_path, store="sqlite", spaces=SPACES) as relay,
         peer(relay.url, "client") as client,
         AsyncExitStack() as stack,
     ):
         client.send(submit)
         speaker = await came_back(relay, stack, submit, instances[1], next_seq=2, inputs={"text": 7})
-        writer = await stack.enter_async_context(fake_worker(relay.url, spaces=("llm",), **RULES))
+        told: dict[str, Any] = {"name": "of-llm", "instance": instances[0], "spaces": ("llm",)}
+        writer = await stack.enter_async_context(fake_worker(relay.url, **told | RULES))  # it has lost the attempt
         writing = await writer.assigned()
         says(writer, writing, 0, "one ", "four")
         await speaker.peer.next(Cancel)

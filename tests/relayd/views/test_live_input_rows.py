@@ -61,3 +61,23 @@ async def test_what_came_of_a_live_input_is_told_while_it_lives_and_its_size_aft
         prometheus = Told(relay.relay)
         assert prometheus("live_input_bytes_total") == 11
         assert prometheus("live_input_pieces_total") == 3
+
+
+@pytest.mark.trio
+async def test_a_piped_input_says_what_it_comes_from_and_a_request_its_group(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path) as relay,
+        peer(relay.url, "client") as client,
+        screen(relay, readonly=True) as shown,
+    ):
+        client.send(source := a_submit())
+        submit = a_submit(params={}, inputs={"text": InputInfo(from_=source.request_id)}, group="turn")
+        client.send(submit)
+        while (await client.next(Accepted)).request_id != submit.request_id:
+            pass
+        reply = await status(client, submit.request_id)
+        assert (reply.state, reply.inputs["text"]["from"]) == ("uploading", source.request_id)
+        detail = await shown.operator.steer("describe", submit.request_id)
+        assert detail["group"] == "turn"
+        assert detail["request"]["inputs"]["text"]["from"] == source.request_id
+        assert detail["request"]["queued_s"] is None

@@ -108,17 +108,23 @@ async def test_a_live_input_in_detail_shows_what_came_and_how_fast() -> None:
     async with a_stage(screen="4") as stage:
         names = ("text", "audio", "odd", "voice")
         inputs: list[Value] = [{"name": name, "media_type": "a/b", "size": 12_000} for name in names]
-        stage.source.answers["describe"] = Done(action="describe", target=A, data={"inputs": inputs})
+        stage.source.answers["describe"] = Done(action="describe", target=A, data={"inputs": inputs, "group": "turn 7"})
         fed = {
             "text": {"bytes": 1_500, "bytes_s": 250, "age_s": 3.2, "ended": False},
             "audio": {"bytes": 34_000, "bytes_s": 0, "age_s": 60.0, "ended": True},
-            "odd": {"bytes": "many", "bytes_s": None},
+            "odd": {"bytes": "many", "bytes_s": None, "from": "f" * 32},
         }
         await stage.snapshot(requests=[a_request(A, inputs=fed)])
         await stage.press("enter")
         await stage.until(lambda: "voice" in stage.text)
-        for words in ("text a/b 1.5 kB, 250 B/s, the latest 3 s ago", "audio a/b 34 kB, ended", "voice a/b 12 kB"):
+        for words in (
+            "text a/b 1.5 kB, 250 B/s, the latest 3 s ago",
+            "audio a/b 34 kB, ended",
+            "voice a/b 12 kB",
+            "odd a/b from ffff",
+        ):
             assert words in stage.text
+        assert "turn 7" in stage.text
         fed["text"] = {"bytes": 2_500, "bytes_s": 0, "age_s": 0.1, "ended": True}
         await stage.snapshot(requests=[a_request(A, inputs=fed)])
         await stage.until(lambda: "text a/b 2.5 kB, ended" in stage.text)
