@@ -43,6 +43,7 @@ class LiveInput:
         taken = data[: MAX_UNACKED_BYTES - len(self._kept)]
         self._kept += taken
         self.offset += len(taken)
+        self._advance(self._sent)
         self._pump()
         return len(taken)
 
@@ -66,14 +67,13 @@ class LiveInput:
 
     def on_ack(self, ack: InputAck) -> bool:
         """Process the relay's word on what it has stored; False if it has lost what it had."""
-        before = self._base
+        sent = self._sent
         if not self._may_send:  # the first word over this link says where to go on
-            if ack.offset < before:
+            if ack.offset < self._base:
                 return False
             self._may_send, self._end_sent = True, False
-            self._sent = min(ack.offset, self.offset)
-        self._stored = max(self._stored, ack.offset)
-        del self._kept[: self._base - before]
+            sent = min(ack.offset, self.offset)
+        self._advance(sent, ack.offset)
         self.end_stored = self.end_stored or (bool(ack.last) and ack.offset == self.offset)
         self._pump()
         return True
@@ -85,7 +85,7 @@ class LiveInput:
 
     @property
     def _base(self) -> int:
-        """Offset of the first byte kept. What is stored, but was never sent here, is sent: the relay compares it."""
+        """Offset of the first byte kept."""
         return min(self._stored, self._sent)
 
     def _pump(self) -> None:
@@ -95,12 +95,20 @@ class LiveInput:
                 start, end = self._sent, min(self.offset, self._sent + MAX_INPUT_CHUNK_BYTES)
                 data = bytes(self._kept[start - self._base : end - self._base])
                 last = True if self.ended and end == self.offset else None
-                before = self._base
                 link.send(Input(request_id=self._request_id, name=self._name, offset=start, data=data, last=last))
-                self._sent, self._end_sent = end, bool(last)
-                del self._kept[: self._base - before]
+                self._end_sent = bool(last)
+                self._advance(end)
         except LinkError:  # it goes on over the next link
             self._may_send = False
+
+    def _advance(self, sent: int, stored: int = 0) -> None:
+        """Note what is sent and stored, and drop what need not be sent again."""
+        before = self._base
+        self._sent, self._stored = sent, max(self._stored, stored)
+        if MAX_UNACKED_BYTES <= self._sent < self._stored:
+            # The relay has it from an earlier program; the bytes before these were sent for it to compare.
+            self._sent = min(self._stored, self.offset)
+        del self._kept[: self._base - before]
 
     @property
     def _has_more(self) -> bool:

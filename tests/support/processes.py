@@ -92,7 +92,7 @@ class Place:
         return [sys.executable, "-m", _MODULES[name], *args]
 
     @asynccontextmanager
-    async def start(self, name: str, *args: str, stdin: int = -3, **environ: str) -> AsyncIterator[Proc]:
+    async def start(self, name: str, *args: str, stdin: Any = -3, **environ: str) -> AsyncIterator[Proc]:
         """Start a command; it is killed at the end of the block if it still runs."""
         process = await trio.lowlevel.open_process(
             self.command(name, *args), stderr=-1, stdout=-1, stdin=stdin, env=self.environ | environ, cwd=self.folder

@@ -1,10 +1,12 @@
 """A scripted relay that stores live inputs by the rules, and asserts that the client keeps those that it must."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import attrs
 
 from protocol.wire.codec import decode
+from protocol.wire.errors import LinkError
 from protocol.wire.messages import (
     FROM_OPERATOR,
     MAX_UNACKED_BYTES,
@@ -54,6 +56,10 @@ class LiveRelay:
             acks: whether any are acknowledged, the first word included.
         """
 
+        async def until_it_leaves(connection: Connection) -> None:
+            with suppress(LinkError):
+                await serve(connection)
+
         async def serve(connection: Connection) -> None:
             opened = decode(await connection.link.receive(), FROM_OPERATOR)
             while isinstance(opened, Spaces):
@@ -76,7 +82,7 @@ class LiveRelay:
                 connection.send(*(self._ack(opened.request_id, name) for name in self.stored))
             self._complete_if_ended(connection, opened.request_id)
             told = dict(known)
-            place = {name: 0 if is_new else size for name, size in known.items()}
+            place = dict.fromkeys(known, 0) if is_new else {}
             count = 0
             async for data in connection.link:
                 message = decode(data, FROM_OPERATOR)
@@ -88,7 +94,8 @@ class LiveRelay:
                 self.pieces.append(message)
                 count += 1
                 name, end = message.name, message.offset + len(message.data)
-                assert message.offset == place[name], "a gap, or bytes sent twice over one link"
+                place.setdefault(name, min(message.offset, told[name]))
+                assert message.offset in (place[name], told[name]), "a gap, or bytes sent twice over one link"
                 assert end - told[name] <= MAX_UNACKED_BYTES
                 place[name] = end
                 mine = self.stored[name]
@@ -105,7 +112,7 @@ class LiveRelay:
                     connection.send(self._ack(opened.request_id, name))
                 self._complete_if_ended(connection, opened.request_id)
 
-        return serve
+        return until_it_leaves
 
     def _complete_if_ended(self, connection: Connection, request_id: str) -> None:
         if self._ended == set(self.stored):

@@ -64,14 +64,18 @@ async def test_each_piece_goes_out_at_once(autojump_clock: trio.testing.MockCloc
     pieces=st.lists(st.integers(0, 5) | st.sampled_from([100_000, 300_000, 600_000]), max_size=8),
     cuts=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3)), max_size=6),
     by_hand=st.booleans(),
+    earlier=st.sampled_from([0, 0, 3, 400_000, 900_000]),
 )
 @settings(max_examples=60, deadline=None)
 def test_wherever_the_connection_is_cut_the_relay_gets_the_bytes_once_and_in_order(
-    pieces: list[int], cuts: list[tuple[int, int]], by_hand: bool
+    pieces: list[int], cuts: list[tuple[int, int]], by_hand: bool, earlier: int
 ) -> None:
-    """`cuts`: after how many pieces a link is cut, and each how many are acknowledged; 0: before `accepted`."""
+    """`cuts`: after how many pieces a link is cut, and each how many are acknowledged; 0: before `accepted`.
+
+    `earlier`: how many bytes the relay has from an earlier program.
+    """
     data = [bytes([number + 1]) * size for number, size in enumerate(pieces)]
-    peer = LiveRelay()
+    peer = LiveRelay(stored={"audio": bytearray(b"".join(data)[:earlier])})
 
     async def main() -> None:
         scripts = [*(peer.script(*cut) for cut in cuts), peer.script()]
@@ -234,6 +238,20 @@ async def test_bytes_that_the_relay_has_from_an_earlier_program_are_sent_for_it_
         await stream.result()
     assert b"".join(piece.data for piece in peer.pieces) == b"Hello world"
     assert peer.stored == {"text": b"Hello world"}
+
+
+@pytest.mark.trio
+async def test_of_what_the_relay_has_from_an_earlier_program_only_the_beginning_is_sent(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    data = bytes(range(250)) * 4_000
+    peer = LiveRelay(stored={"audio": bytearray(data[:900_000])})
+    pieces = [data[start : start + 7_000] for start in range(0, len(data), 7_000)]
+    inputs = {"audio": (each(*pieces), "audio/pcm")}
+    async with relay_with(peer.script()) as relay, relay.submit("stt", inputs=inputs, request_id=ID) as stream:
+        await stream.result()
+    assert peer.stored == {"audio": data}
+    assert sum(len(piece.data) for piece in peer.pieces) < len(data) - 900_000 + MAX_UNACKED_BYTES + 7_000
 
 
 @pytest.mark.trio

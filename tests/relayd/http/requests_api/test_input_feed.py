@@ -201,6 +201,7 @@ async def test_a_live_input_comes_beside_a_file(tmp_path: Path) -> None:
 @pytest.mark.trio
 async def test_what_cannot_be_announced_or_fed_is_told(tmp_path: Path) -> None:
     async with set_up(tmp_path) as (relay, _worker, http):
+        inputs: Any
         for inputs, field in (
             ({"text": {"media_type": "text/plain"}}, "inputs.text"),
             ({"text": "hello"}, "inputs.text"),

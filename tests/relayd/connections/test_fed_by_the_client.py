@@ -1,0 +1,105 @@
+"""The client library feeds live inputs to a real daemon: over cuts, and from a program that was started again."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from protocol import Live, RequestFailed, open_relay
+from protocol.client.address import Address
+from protocol.link.backoff import Backoff
+from protocol.link.connect import connect
+from protocol.wire.messages import Assign, Input, InputAck
+from tests.support.fake_worker import FakeWorker, fake_worker, samples
+from tests.support.relay import an_id, daemon, until
+
+RULES: dict[str, Any] = {"inputs": {"text": {"live": True}}}
+PCM = [samples(100)]
+
+
+async def each(data: bytes, size: int) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), size):
+        await trio.lowlevel.checkpoint()
+        yield data[start : start + size]
+
+
+async def taken(worker: FakeWorker, assign: Assign) -> bytes:
+    """All of the input, which the engine takes as it comes."""
+    data, last = b"", False
+    while not last:
+        piece = await worker.peer.next(Input)
+        data, last = data + piece.data, bool(piece.last)
+        ack = InputAck(request_id=assign.request_id, attempt=assign.attempt, name="text", offset=len(data))
+        worker.send(ack)
+    return data
+
+
+@pytest.mark.trio
+async def test_an_iterator_that_is_faster_than_the_relay_is_held_up_and_loses_nothing(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 4_096
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, **RULES) as worker, open_relay(relay.url) as client:
+        await until(lambda: bool(relay.relay.workers))
+        async with client.submit("tts", inputs={"text": each(data, 50_000)}) as stream:
+            assign = await worker.assigned()
+            assert await taken(worker, assign) == data
+            worker.speak(assign, PCM)
+            assert b"".join([pcm async for pcm in stream.audio()]) == PCM[0]
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_links_that_are_lost_in_mid_input_lose_and_double_nothing(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 4_096
+    links: list[trio.abc.Stream] = []
+
+    async def connect_and_keep(address: Address) -> trio.abc.Stream:
+        links.append(await connect(address))
+        return links[-1]
+
+    async def cut() -> AsyncIterator[bytes]:
+        async for piece in each(data, 30_000):
+            yield piece
+            if len(links) < 4:
+                await trio.aclose_forcefully(links[-1])
+
+    async with (
+        daemon(tmp_path) as relay,
+        fake_worker(relay.url, **RULES) as worker,
+        open_relay(relay.url, connect_to=connect_and_keep, backoff=Backoff(draw=lambda: 0.01)) as client,
+    ):
+        await until(lambda: bool(relay.relay.workers))
+        async with client.submit("tts", inputs={"text": cut()}) as stream:
+            assign = await worker.assigned()
+            assert await taken(worker, assign) == data
+            worker.speak(assign, PCM)
+            await stream.result()
+    assert len(links) == 4
+
+
+@pytest.mark.trio
+async def test_a_program_that_is_started_again_feeds_the_same_request(tmp_path: Path) -> None:
+    data, request_id = bytes(range(256)) * 8_192, an_id()
+    options: dict[str, Any] = {"request_id": request_id, "detach": True}
+    async with (
+        daemon(tmp_path, store="sqlite") as relay,
+        open_relay(relay.url) as client,
+        client.submit("tts", inputs={"text": Live("text/plain")}, **options) as stream,
+    ):
+        await stream.feed("text", data[:1_500_000])
+    async with daemon(tmp_path, store="sqlite") as relay:
+        fed = relay.relay.requests[request_id].fed["text"]
+        assert 1_200_000 < fed.size <= 1_500_000
+        async with open_relay(relay.url) as client:
+            async with client.submit("tts", inputs={"text": each(b"\1" + data[1:], 9_000)}, **options) as stream:
+                with pytest.raises(RequestFailed, match="id_conflict"):
+                    await stream.result()
+            async with (
+                fake_worker(relay.url, **RULES) as worker,
+                client.submit("tts", inputs={"text": each(data, 9_000)}, **options) as stream,
+            ):
+                assign = await worker.assigned()
+                assert await taken(worker, assign) == data
+                worker.speak(assign, PCM)
+                await stream.result()
