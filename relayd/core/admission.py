@@ -12,7 +12,7 @@ import trio
 
 from protocol.wire.codec import encode
 from protocol.wire.errors import EncodeError, ErrorCode
-from protocol.wire.media_types import accepts
+from protocol.wire.media_types import MAX_MEDIA_TYPE_CHARS, accepts
 from protocol.wire.messages import Assign, Input, Rejected, Submit
 from protocol.wire.params_schema import check_params
 from protocol.wire.validators import Value
@@ -378,6 +378,11 @@ def _cannot_store(code: ErrorCode) -> str:
 
 def _largest_assign(submit: Submit, principal: Principal) -> Assign:
     """Return the largest `assign` that a request can lead to; it can be larger than the `submit` itself."""
+    unknown = "x" * MAX_MEDIA_TYPE_CHARS
+    inputs = {
+        name: attrs.evolve(info, media_type=unknown) if info.is_fed and not info.media_type else info
+        for name, info in submit.inputs.items()
+    }
     return Assign(
         request_id=submit.request_id,
         attempt=MAX_ATTEMPT,
@@ -385,7 +390,7 @@ def _largest_assign(submit: Submit, principal: Principal) -> Assign:
         space=submit.space,
         principal=principal.name,
         params=submit.params,
-        inputs=submit.inputs,
+        inputs=inputs,
         run_timeout_s=1.0,
     )
 

@@ -26,8 +26,9 @@ from protocol.wire.messages import (
     Submit,
 )
 from protocol.wire.structs import InputInfo, Running
+from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.requests.request import Request
-from relayd.store.records import ClearInput, DeleteRequest
+from relayd.store.records import AppendInput, ClearInput, DeleteRequest
 from tests.support.fake_worker import FakeWorker, fake_worker, identity, samples
 from tests.support.relay import Daemon, Peer, a_submit, an_id, an_input, daemon, new_token, peer, until
 
@@ -512,6 +513,79 @@ async def test_a_slow_speaker_does_not_hold_up_the_writer_nor_fill_the_memory(tm
         assert not at.request(source).log.readers or at.request(source).log.ended
         assert at.daemon.relay.feeds.pending_bytes == 0
         assert await all_of(at.speaker, speaking) == text.encode() * count
+
+
+@pytest.mark.trio
+async def test_while_the_store_stands_still_a_pipe_keeps_no_more_than_a_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "x" * 60_000
+    async with stage(tmp_path) as at:
+        source, writing, seq = await at.write()
+        await at.send(submit := piped(source))
+        commit, stands, goes_on = at.daemon.relay.store.commit, trio.Event(), trio.Event()
+
+        async def slow(*changes: Any) -> None:
+            if changes and isinstance(changes[0], AppendInput):
+                stands.set()
+                await goes_on.wait()
+            await commit(*changes)
+
+        monkeypatch.setattr(at.daemon.relay.store, "commit", slow)
+        for _ in range(40):
+            seq = says(at.writer, writing, seq, text)
+        ends(at.writer, writing, seq)
+        await at.end_of(source)
+        await stands.wait()
+        (reader,) = at.request(source).log.readers
+        slice_bytes = HIGH_WATER_BYTES + len(text) + 100
+        assert reader.sink.backlog_bytes <= slice_bytes
+        assert at.daemon.relay.feeds.pending_bytes <= slice_bytes
+        goes_on.set()
+        speaking = await at.speaker.assigned()
+        assert await all_of(at.speaker, speaking) == text.encode() * 40
+        at.speaker.speak(speaking, PCM)
+        await at.end_of(submit)
+        await at.daemon.at_rest()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("how", ["dropped", "unreadable"])
+async def test_a_source_whose_frames_are_lost_while_they_are_read_fails_the_request_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    async with stage(tmp_path) as at:
+        source, writing, seq = await at.write()
+        await at.send(submit := piped(source))
+        commit, stands, goes_on = at.daemon.relay.store.commit, trio.Event(), trio.Event()
+
+        async def slow(*changes: Any) -> None:
+            if changes and isinstance(changes[0], AppendInput):
+                stands.set()
+                await goes_on.wait()
+            await commit(*changes)
+
+        monkeypatch.setattr(at.daemon.relay.store, "commit", slow)
+        for _ in range(20):
+            seq = says(at.writer, writing, seq, "x" * 60_000)
+        ends(at.writer, writing, seq)
+        await at.end_of(source)
+        await stands.wait()
+        (reader,) = at.request(source).log.readers
+        if how == "dropped":
+            at.request(source).log.drop()
+        else:
+            reader.close()
+            reader.sink.on_read_error(reader)
+        goes_on.set()
+        failed = await at.end_of(submit)
+        assert failed.code == "source_failed"
+        assert failed.details["request_id"] == source.request_id
+        assert failed.details["code"] == "request_not_found"
+        assert failed.details["message"] in (
+            "its result is no longer kept",
+            "its frames cannot be read back from the relay's disk",
+        )
 
 
 @pytest.mark.trio

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from protocol.wire.frames import Cancelled, Completed, Failed, Output
-from protocol.wire.messages import MAX_UNACKED_BYTES, Accepted, Assign, Input, InputAck
+from protocol.wire.messages import MAX_UNACKED_BYTES, Accepted, Assign, Cancel, Input, InputAck
 from protocol.wire.structs import InputInfo
 from tests.relayd.http.requests_api.answers import ALL, PCM, POST, one
 from tests.support.fake_worker import FakeWorker, fake_worker, identity
@@ -224,6 +224,27 @@ async def test_what_cannot_be_announced_or_fed_is_told(tmp_path: Path) -> None:
             assert told in refused.error["message"]
         assert (await http.ask("PUT", f"/v1/requests/{an_id()}/inputs/text", body=b"x")).status == 404
         await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_a_pipe_is_announced_fed_by_the_relay_alone_and_cancelled_with_its_group(tmp_path: Path) -> None:
+    async with set_up(tmp_path) as (relay, worker, http):
+        source = await http.ask("POST", POST, told={"params": {"text": "x"}, "group": "turn"})
+        pipe = {"inputs": {"text": {"from": source.json["request_id"]}}, "group": "turn"}
+        piped = await http.ask("POST", POST, told=pipe)
+        assert (piped.status, piped.json["state"]) == (202, "uploading")
+        assert piped.json["inputs"]["text"]["from"] == source.json["request_id"]
+        refused = await http.ask("PUT", one(piped, "/inputs/text"), body=b"x")
+        assert (refused.status, refused.error["code"]) == (422, "invalid_params")
+        assert "is not a live input" in refused.error["message"]
+        assign = await worker.assigned()
+        cancelled = await http.ask("DELETE", one(piped))
+        assert cancelled.json["state"] == "cancelled"
+        await worker.peer.next(Cancel)
+        worker.send(Cancelled(**identity(assign, 0)))
+        await relay.at_rest()
+        unknown = await http.ask("POST", POST, told={"inputs": {"text": {"from": an_id()}}})
+        assert (unknown.status, unknown.error["code"]) == (404, "request_not_found")
 
 
 @pytest.mark.trio
