@@ -1,5 +1,6 @@
 """Pipes through a real daemon: the output of one request becomes the input of another, once and in order."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from protocol.wire.messages import (
 from protocol.wire.structs import InputInfo, Running
 from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.requests.request import Request
-from relayd.store.records import AppendInput, ClearInput, DeleteRequest
+from relayd.store.records import AppendInput, ClearInput, DeleteRequest, PutRequest, RequestRecord
 from tests.support.fake_worker import FakeWorker, fake_worker, identity, samples
 from tests.support.relay import Daemon, Peer, a_submit, an_id, an_input, daemon, new_token, peer, until
 
@@ -430,6 +431,7 @@ async def test_a_source_that_begins_anew_lets_the_request_begin_anew(tmp_path: P
         assert second.attempt > first.attempt
         assert second.from_seq == 0
         assert await taken(at.speaker, second, 3) == b"new"
+        assert at.daemon.relay.scheduler.state.input_bytes.total() == 3
         ends(at.writer, writing, 1)
         assert await all_of(at.speaker, second, start=3) == b""
         at.speaker.speak(second, PCM)
@@ -550,7 +552,7 @@ async def test_while_the_store_stands_still_a_pipe_keeps_no_more_than_a_slice(
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize("how", ["dropped", "unreadable"])
+@pytest.mark.parametrize("how", ["dropped", "dropped, and more comes", "unreadable"])
 async def test_a_source_whose_frames_are_lost_while_they_are_read_fails_the_request_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -568,12 +570,15 @@ async def test_a_source_whose_frames_are_lost_while_they_are_read_fails_the_requ
         monkeypatch.setattr(at.daemon.relay.store, "commit", slow)
         for _ in range(20):
             seq = says(at.writer, writing, seq, "x" * 60_000)
-        ends(at.writer, writing, seq)
-        await at.end_of(source)
+        if how != "dropped, and more comes":
+            ends(at.writer, writing, seq)
+            await at.end_of(source)
         await stands.wait()
-        (reader,) = at.request(source).log.readers
-        if how == "dropped":
+        await until(lambda: at.request(source).log.next_seq >= 20)
+        reader = next(each for each in at.request(source).log.readers if each.key == submit.request_id)
+        if how.startswith("dropped"):
             at.request(source).log.drop()
+            says(at.writer, writing, seq, "more")
         else:
             reader.close()
             reader.sink.on_read_error(reader)
@@ -584,6 +589,7 @@ async def test_a_source_whose_frames_are_lost_while_they_are_read_fails_the_requ
         assert failed.details["code"] == "request_not_found"
         assert failed.details["message"] in (
             "its result is no longer kept",
+            "its frames were dropped",
             "its frames cannot be read back from the relay's disk",
         )
 
@@ -795,6 +801,25 @@ async def test_a_source_that_is_unknown_after_a_restart_fails_the_request_unless
             assert failed.code == "source_failed"
             assert failed.details["request_id"] == source.request_id
             assert "no longer kept" in failed.message
+
+
+@pytest.mark.trio
+async def test_a_later_request_with_the_id_of_a_source_is_not_taken_for_it(tmp_path: Path) -> None:
+    instances = an_id(), an_id()
+    async with before_the_restart(tmp_path, instances) as at:
+        source, _, _ = await at.write("one two")
+        await at.send(submit := piped(source))
+        await taken(at.speaker, await at.speaker.assigned(), 7)
+        await at.daemon.relay.store.flush()
+        later = piped(submit, request_id=source.request_id)  # a circle
+        record = RequestRecord(
+            request_id=later.request_id, principal="root", ticket=1_000, submit=later, created_at=time.time()
+        )
+        await at.daemon.relay.store.commit(DeleteRequest(source.request_id), PutRequest(record))
+    async with daemon(tmp_path, store="sqlite", spaces=SPACES) as relay, peer(relay.url, "client") as client:
+        client.send(submit)
+        assert (await client.next(Failed)).code == "source_failed"
+        await until(lambda: relay.relay.requests[source.request_id].code == "source_failed")
 
 
 # -- groups
