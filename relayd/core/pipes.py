@@ -46,12 +46,16 @@ class PipingRelay(FeedingRelay, Protocol):
 
 
 def open_pipes(relay: PipingRelay, request: Request) -> None:
-    """Begin to feed the piped inputs of a new or restored request, whose sources were admitted before it."""
+    """Begin to feed the piped inputs of a new or restored request.
+
+    Its sources are older, and requests are restored in their order: one that has got the id of a source since then is
+    not known yet.
+    """
     for name, fed in request.fed.items():
         if isinstance(fed, PipedInput):
             source = relay.requests.get(fed.source_id)
-            if source is not None and (source.entry.ticket >= request.entry.ticket or not source.has_result):
-                source = None  # one that has got the id of the source since then; or its result is gone
+            if source is not None and not source.has_result:
+                source = None
             pipe = Pipe(relay, request, name, fed, source)
             pipe.begin()
             relay.nursery.start_soon(pipe.run)

@@ -152,7 +152,6 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
     since = min(now, relay.clock.trio_time(record.since))
     submit = record.submit
     sources = {info.from_ for info in submit.inputs.values() if info.from_ is not None} if state.live else set()
-    known = [relay.requests[source_id] for source_id in sources if source_id in relay.requests]
     entry = ScheduledRequest(
         request_id=record.request_id,
         space=submit.space,
@@ -173,8 +172,7 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         has_output=record.has_output,
         input_bytes=sum(info.size for info in submit.inputs.values()),
         promoted=record.promoted,
-        # An id may have been given to another request since then.
-        sources={each.request_id for each in known if each.live and each.entry.ticket < record.ticket},
+        sources={each for each in sources if each in relay.scheduler.state.entries},
         unheard=sources,
     )
     request = Request.of(

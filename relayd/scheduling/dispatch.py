@@ -96,6 +96,8 @@ class Dispatcher:
         if entry.attempt or entry.attempt_may_be_newer:
             entry.attempt = max(entry.attempt, entry.highest_attempt) + 1
         entry.attempt_may_be_newer = entry.attempt_known_from_client = entry.may_be_behind = False
+        if not entry.reproducible:
+            entry.has_output, entry.next_seq = False, 0
         entry.state, entry.waits, entry.promoted = State.UPLOADING, True, 0
         self.state.add_admitted(entry)
         self.state.moved.add(entry.space)

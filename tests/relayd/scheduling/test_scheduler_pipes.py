@@ -3,6 +3,8 @@
 from itertools import count
 from typing import Any
 
+import attrs
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -413,3 +415,41 @@ def test_a_request_that_may_not_begin_twice_fails_when_its_source_does() -> None
     assert isinstance(finished, Finish)
     assert (finished.code, finished.entry) == (ErrorCode.SOURCE_FAILED, target)
     assert scheduler.begin_anew(other, source.request_id, 1.0) == [Wait(other)], "it has not begun"
+
+
+@pytest.mark.parametrize("reproducible", ["", "tone"])
+def test_a_slot_that_was_given_back_lets_only_a_reproducible_engine_go_on_where_it_was(reproducible: str) -> None:
+    scheduler = a_scheduler()
+    for name in ("one", "two"):
+        scheduler.join(attrs.evolve(a_worker(name), reproducible=reproducible), {}, 1.0)
+    source = an_entry(1)
+    target = an_entry(2, source)
+    for entry in (source, target):
+        submit(scheduler, entry)
+    scheduler.hear(target, source.request_id, 1.0)
+    target.has_output, target.next_seq = True, 7
+    scheduler.unlink("one", 1.0)
+    scheduler.lose(source.request_id, ErrorCode.WORKER_LOST, "it is gone", 2.0)
+    assert target.waits
+    scheduler.release("two", target.request_id, 1, 3.0)
+    scheduler.end(source.request_id, State.COMPLETED, 4.0)
+    assert scheduler.release("two", source.request_id, 2, 5.0) == [Start(target, 7 if reproducible else 0)]
+
+
+def test_a_request_that_made_something_before_it_gave_its_slot_back_starts_on_any_engine() -> None:
+    scheduler = a_scheduler()
+    for name in ("one", "two"):
+        scheduler.join(a_worker(name), {}, 1.0)
+    source = an_entry(1)
+    target = an_entry(2, source)
+    for entry in (source, target):
+        submit(scheduler, entry)
+    scheduler.hear(target, source.request_id, 1.0)
+    target.has_output, target.next_seq = True, 7
+    scheduler.unlink("one", 1.0)
+    scheduler.lose(source.request_id, ErrorCode.WORKER_LOST, "it is gone", 2.0)
+    scheduler.unlink("two", 3.0)
+    scheduler.end(source.request_id, State.COMPLETED, 4.0)
+    joined = scheduler.join(attrs.evolve(a_worker("three"), reproducible="tone"), {}, 5.0)
+    assert isinstance(joined, Registration)
+    assert joined.decisions == [Start(target, 0)]
