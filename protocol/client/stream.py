@@ -192,10 +192,12 @@ class Stream:
             if live.ended or self._result is not None:
                 why = "was ended" if live.ended else f"is closed: request {self.request_id} has completed"
                 raise InputClosed(f"input {name!r} {why}; feed no more of it")
-            rest = rest[live.write(rest) :]
+            taken = live.write(rest)
+            rest = rest[taken:]
             if not rest:
                 return
-            await self._change()
+            if not taken:
+                await self._change()
 
     async def end_input(self, name: str) -> None:
         """End a live input, and wait until the relay has stored all of it, or the request has completed without.
