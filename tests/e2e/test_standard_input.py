@@ -70,3 +70,30 @@ async def finish(say: Proc) -> None:
     await write(say, "", last=True)
     await say.audio_chunks(None)
     assert await say.ended() == 0
+
+
+@pytest.mark.trio
+async def test_what_one_request_writes_is_spoken_by_another_and_a_group_ends_together(tmp_path: Path) -> None:
+    place = a_place(tmp_path, "[spaces.tts]\n[spaces.words]\n")
+    (tmp_path / "writer.py").write_text(
+        "from collections.abc import Iterator\n"
+        "def write(first: str) -> Iterator[str]:\n"
+        f"    yield first\n    yield from {TEXT[1:]!r}\n"
+    )
+    words = ("--engine", "function", "-o", "call=writer:write", "--space", "words")
+    async with a_relay(place) as relay, a_worker(place, relay, *MOCK), a_worker(place, relay, *words):
+        await place.run("relay", "say", "-", *TUNE, "-o", "fast.wav", stdin="".join(TEXT).encode())
+        first = ("relay", "submit", "--space", "words", "--detach", "--group", "story", "-p", f"first={TEXT[0]}")
+        request_id = (await place.run(*first))[0].decode().strip()
+        pipe = ("relay", "submit", "--space", "tts", "--pipe", f"text={request_id}", "--group", "story")
+        await place.run(*pipe, *TUNE, "-o", "piped.wav")
+        assert sound_of(tmp_path / "piped.wav") == sound_of(tmp_path / "fast.wav")
+        async with place.start(*pipe, "-p", "duration_s=60", "-o", "long.wav") as long:
+            heard = len(relay.lines)
+            second = await place.run(
+                "relay", "submit", "--space", "tts", *TUNE, "--group", "story", "--detach", "-p", "text=x"
+            )
+            await long.until(lambda line: "audio" in line)
+            await place.run("relay", "cancel", second[0].decode().strip())
+            assert await long.ended() == 1
+            await relay.event("request cancelled", after=heard)
