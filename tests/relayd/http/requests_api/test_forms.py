@@ -11,6 +11,7 @@ from starlette.routing import Route
 from protocol.wire.messages import Input as InputPiece
 from protocol.wire.structs import InputRule
 from relayd.http.app import make_app
+from relayd.http.requests_api.input_feed import feed_input
 from relayd.http.requests_api.routes import OneRequest
 from tests.relayd.http.requests_api.answers import INPUTS, PCM, POST
 from tests.support.fake_worker import fake_worker, samples
@@ -190,6 +191,8 @@ async def test_a_client_that_stops_in_the_middle_of_a_body_is_waited_for_on_no_r
         taking += [(route, "PUT") for route in routes if route.endpoint is OneRequest]
         assert len(taking) >= 3
         for route, method in taking:
+            if route.endpoint is feed_input:  # its body lasts as long as the request
+                continue
             path = route.path.format(space="tts", request_id=an_id()) + "?space=tts"
             async with visitor(relay.url) as http:
                 await http.stream.send_all(half_a_body(method, path))

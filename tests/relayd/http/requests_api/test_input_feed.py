@@ -178,6 +178,20 @@ async def test_a_request_that_ends_ends_the_body_that_nobody_needs(tmp_path: Pat
 
 
 @pytest.mark.trio
+async def test_a_relay_that_leaves_ends_a_body_and_the_request_goes_on(tmp_path: Path) -> None:
+    async with set_up(tmp_path) as (relay, worker, http):
+        posted = await http.ask("POST", POST, told=LIVE | {"detach": True})
+        async with a_feeder(relay.url, one(posted, "/inputs/text")) as feeder:
+            await write(feeder, b"Hello")
+            await taken(worker, await worker.assigned(), 5)
+            assert not relay.http_context.unfinished
+            relay.http_context.begin_shutdown()
+            answer = await answered(feeder)
+        assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        assert relay.relay.requests[posted.json["request_id"]].live
+
+
+@pytest.mark.trio
 async def test_a_request_of_the_websocket_is_fed_over_http(tmp_path: Path) -> None:
     async with set_up(tmp_path) as (_relay, worker, http), peer(_relay.url, "client") as client:
         info = InputInfo(media_type="text/plain", live=True)
