@@ -1,5 +1,6 @@
 """Pipes through a real daemon: the output of one request becomes the input of another, once and in order."""
 
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -28,7 +29,7 @@ from protocol.wire.messages import (
 )
 from protocol.wire.structs import InputInfo, Running
 from relayd.frames.frame_log import HIGH_WATER_BYTES
-from relayd.requests.request import Request
+from relayd.requests.request import Expiry, Request
 from relayd.store.records import AppendInput, ClearInput, DeleteRequest, PutRequest, RequestRecord
 from tests.support.fake_worker import FakeWorker, fake_worker, identity, samples
 from tests.support.relay import Daemon, Peer, a_submit, an_id, an_input, daemon, new_token, peer, until
@@ -233,18 +234,18 @@ async def test_a_request_waits_for_the_first_byte_of_each_source_without_a_slot_
     async with stage(tmp_path, writer={"slots": 2}) as at:
         first, writing_first, _ = await at.write()
         second, writing_second, _ = await at.write()
-        submit = attrs.evolve(piped(first), queue_timeout_s=0.05)
+        submit = piped(first)
         submit = attrs.evolve(submit, inputs=submit.inputs | {"audio": InputInfo(from_=second.request_id)})
         await at.send(submit)
         request = at.request(submit)
         at.writer.send(Started(**identity(writing_first, 0)))
         says(at.writer, writing_first, 1, "first")
         await until(lambda: request.entry.unheard == {second.request_id})
-        await trio.sleep(0.1)  # longer than its queue_timeout_s, which does not run
+        assert request.deadline(30.0, 5.0)[0] == math.inf
         assert (await at.status(submit)).state == "uploading"
         await at.client.settled()
         assert not at.daemon.relay.scheduler.state.uploads
-        assert at.daemon.relay.scheduler.state.spaces["tts"].waiting_count("anonymous") in (0, 1)
+        assert at.daemon.relay.scheduler.queued_count(request.principal) == 1
         says(at.writer, writing_second, 0, "second")
         speaking = await at.speaker.assigned()
         assert speaking.request_id == submit.request_id
@@ -255,11 +256,15 @@ async def test_its_queue_timeout_begins_when_it_is_queued(tmp_path: Path) -> Non
     async with stage(tmp_path) as at:
         at.client.send(a_submit())
         await at.speaker.assigned()
-        source, _, _ = await at.write("word")
-        await at.send(submit := piped(source, queue_timeout_s=0.6))
-        while (await at.client.next(Queued)).request_id != submit.request_id:
+        source, writing, _ = await at.write()
+        await at.send(submit := piped(source, queue_timeout_s=60.0))
+        request, waited_until = at.request(submit), trio.current_time()
+        says(at.writer, writing, 0, "word")
+        while (queued := await at.client.next(Queued)).request_id != submit.request_id:
             pass
-        assert (await at.end_of(submit)).code == "queue_timeout"
+        assert queued.position == 1
+        assert request.queued_at > waited_until
+        assert request.deadline(30.0, 5.0) == (request.queued_at + 60.0, Expiry.QUEUE_TIMEOUT)
 
 
 @pytest.mark.trio
@@ -609,17 +614,16 @@ async def test_a_source_larger_than_an_input_may_be_fails_the_request_alone(tmp_
 
 @pytest.mark.trio
 async def test_an_engine_that_waits_for_a_silent_source_is_not_stopped(tmp_path: Path) -> None:
-    limits = {"feed_idle_timeout_s": 0.02}
-    async with stage(tmp_path, limits=limits, spaces={"tts": {"idle_timeout_s": 0.05, "max_attempts": 1}}) as at:
+    async with stage(tmp_path) as at:
         source, writing, seq = await at.write("word")
         await at.send(submit := piped(source))
-        speaking = await at.speaker.assigned()
+        speaking, request = await at.speaker.assigned(), at.request(submit)
+        assert request.deadline(30.0, 5.0, 30.0)[1] is Expiry.IDLE_TIMEOUT
         await taken(at.speaker, speaking, 4)
-        await trio.sleep(0.2)  # longer than both timeouts, which do not run
-        assert at.request(submit).live
+        await until(lambda: request.deadline(30.0, 5.0, 30.0)[1] is Expiry.RUN_TIMEOUT)
         ends(at.writer, writing, seq)
         await all_of(at.speaker, speaking, start=4)
-        assert (await at.end_of(submit)).code == "idle_timeout", "now it is the engine's turn"
+        await until(lambda: request.deadline(30.0, 5.0, 30.0)[1] is Expiry.IDLE_TIMEOUT)
 
 
 # -- restarts of the relay
