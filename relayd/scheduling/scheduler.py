@@ -366,10 +366,10 @@ class Scheduler:
         if entry.request_id not in self.state.entries or entry.cancel_reason is not None:
             return []
         message = f"request {source_id}, its source, has begun anew"
-        stop = list(self.dispatcher.stop(entry, message))
+        stop = self.dispatcher.stop(entry, message)
         if entry.retry == "never" and entry.attempt:
-            why = f"{message}; not tried again, because retry is 'never'"
-            return [*stop, Finish(entry, ErrorCode.SOURCE_FAILED, why)]
+            message += "; not tried again, because retry is 'never'"
+            return [*stop, Finish(entry, ErrorCode.SOURCE_FAILED, message)]
         entry.unheard.add(source_id)
         if not entry.waits:
             self.dispatcher.hold_back(entry)
@@ -382,7 +382,6 @@ class Scheduler:
         If the store names the worker that ran the attempt, that worker counts as away, since `entry.worker_lost_at` or
         from now on: it may reconnect.
         """
-        space = self.state.spaces[entry.space]
         self.state.add_entry(entry)
         entry.may_be_behind = True
         if entry.attempt_may_be_newer:
@@ -390,7 +389,7 @@ class Scheduler:
         if entry.state is State.RUNNING:
             if entry.worker_lost_at is None and not entry.copied:
                 entry.worker_lost_at = now
-            space.running[entry.request_id] = entry
+            self.state.spaces[entry.space].running[entry.request_id] = entry
             if entry.worker_id is not None:
                 self.dispatcher.away_worker(entry.worker_id, entry.space).held[entry.request_id] = entry.attempt
         elif entry.is_piped:
@@ -398,7 +397,6 @@ class Scheduler:
             self.state.add_admitted(entry)
         else:
             self.dispatcher.push(entry)
-        self.state.unsettle(entry)
 
     def end(self, request_id: str, state: State, now: float) -> list[Decision]:
         """A request has its last frame. A slot it may hold is freed by `release`."""
