@@ -168,8 +168,8 @@ class Feeds:
         else:
             if added:
                 self.relay.stats.count_input(request, added)
+            self._begin_to_store(request, piece.name, fed)  # its task takes it off the count, also if it ends here
             self._count(request, added, limits_of(feeder.principal, self.relay.config.limits.principal).max_input_bytes)
-            self._begin_to_store(request, piece.name, fed)
         return None
 
     def _fail_too_large(self, request: Request, name: str, most: int) -> None:

@@ -667,6 +667,7 @@ async def test_what_is_fed_counts_in_the_share_of_its_principal_while_the_reques
         assert (failed.request_id, failed.code, failed.retryable) == (third.request_id, "rate_limited", True)
         assert state.input_bytes == {"ann": 50}
         assert not state.uploads | state.uploading_bytes
+        assert not relay.relay.feeds.pending_bytes
 
 
 @pytest.mark.trio
