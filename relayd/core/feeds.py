@@ -14,7 +14,7 @@ import structlog
 import trio
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import Input, Rejected
+from protocol.wire.messages import MAX_INPUT_CHUNK_BYTES, Input, Rejected
 from relayd.auth.tokens import Principal
 from relayd.core.interfaces import FeedingRelay
 from relayd.core.principals import RETRY_S, limits_of
@@ -27,8 +27,9 @@ log = structlog.get_logger("relayd")
 
 #: Limit for what has come of all live inputs together and is not stored yet.
 MAX_PENDING_BYTES = 64 * 1024 * 1024
-#: Limit for the pieces of one input that wait for a look into the store.
+#: Limit for the pieces of one input that wait for a look into the store; each counts with its bytes and this many more.
 MAX_UNCHECKED_BYTES = 1024 * 1024
+PIECE_BYTES = 512
 #: Live inputs whose last bytes are in memory, 64 KiB each; of the others they are read from the store.
 MAX_KEPT = 512
 
@@ -51,8 +52,23 @@ class Feeder(Holder, Protocol):
 class _Unchecked:
     """Pieces of one input, in order, of which the first can only be compared with the help of the store."""
 
-    pieces: deque[tuple[Input, Feeder]] = attrs.field(factory=deque)
+    pieces: deque["_UncheckedPiece"] = attrs.field(factory=deque)
     size: int = 0
+
+
+@attrs.define(eq=False)
+class _UncheckedPiece:
+    """What a feeder sent in one or several messages."""
+
+    feeder: Feeder
+    offset: int
+    data: bytearray
+    last: bool
+
+    def takes(self, piece: Input, feeder: Feeder) -> bool:
+        """Whether a piece goes on with it, so that one look into the store is enough for both."""
+        goes_on = feeder is self.feeder and piece.offset == self.offset + len(self.data) and not self.last
+        return goes_on and len(self.data) + len(piece.data) <= MAX_INPUT_CHUNK_BYTES
 
 
 @attrs.define(eq=False)
@@ -208,13 +224,20 @@ class Feeds:
 
     def _check_later(self, request: Request, fed: LiveInput, piece: Input, feeder: Feeder) -> None:
         unchecked = self._unchecked.setdefault(fed, _Unchecked())
-        if unchecked.size + len(piece.data) > MAX_UNCHECKED_BYTES:
+        pieces = unchecked.pieces
+        goes_on = len(pieces) > 1 and pieces[-1].takes(piece, feeder)  # the first one is being compared
+        size = len(piece.data) + (0 if goes_on else PIECE_BYTES)
+        if unchecked.size + size > MAX_UNCHECKED_BYTES:
             message = f"input {piece.name!r}: {Fault.TOO_FAST.value}; wait for input_ack"
             self._refuse(request, feeder, ErrorCode.RATE_LIMITED, message)
             return
-        unchecked.pieces.append((piece, feeder))
-        unchecked.size += len(piece.data)
-        self.pending_bytes += len(piece.data)
+        if goes_on:
+            pieces[-1].data += piece.data
+            pieces[-1].last = bool(piece.last)
+        else:
+            pieces.append(_UncheckedPiece(feeder, piece.offset, bytearray(piece.data), bool(piece.last)))
+        unchecked.size += size
+        self.pending_bytes += size
         self._begin_to_store(request, piece.name, fed)
 
     # -- what is stored
@@ -251,16 +274,19 @@ class Feeds:
     async def _check_next(self, request: Request, name: str, fed: LiveInput) -> None:
         """Compare the first unchecked piece with the store, and add it."""
         unchecked = self._unchecked[fed]
-        piece, feeder = unchecked.pieces[0]
+        first = unchecked.pieces[0]
+        piece = Input(
+            request_id=request.request_id, name=name, offset=first.offset, data=bytes(first.data), last=first.last
+        )
         stored: bytes | None = None
-        while request.live and feeder in request.holders:
-            needs = self._add_known(request, fed, piece, feeder, stored)
+        while request.live and first.feeder in request.holders:
+            needs = self._add_known(request, fed, piece, first.feeder, stored)
             if needs is None:
                 break
             stored = await self._read_stored(request, name, needs.offset, needs.size)
         unchecked.pieces.popleft()
-        unchecked.size -= len(piece.data)
-        self.pending_bytes -= len(piece.data)
+        unchecked.size -= len(piece.data) + PIECE_BYTES
+        self.pending_bytes -= len(piece.data) + PIECE_BYTES
         if not unchecked.pieces:
             del self._unchecked[fed]
 

@@ -168,7 +168,7 @@ async def test_whole_inputs_come_first_and_each_live_one_on_its_own(tmp_path: Pa
     ],
 )
 async def test_a_feeder_that_breaks_the_rules_is_let_go_and_the_request_goes_on(
-    tmp_path: Path, offset: int, data: bytes, last: bool | None, code: str
+    tmp_path: Path, offset: int, data: bytes, last: bool | None, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with set_up(tmp_path) as (relay, worker, client), peer(relay.url, "client") as other:
         client.send(submit := live())
@@ -177,6 +177,8 @@ async def test_a_feeder_that_breaks_the_rules_is_let_go_and_the_request_goes_on(
         await acked(client, 5)
         other.send(submit)
         await acked(other, 5)
+        if code == "rate_limited":  # the disk must not be faster than what follows
+            monkeypatch.setattr(relay.relay.store, "commit", lambda *_: trio.sleep_forever())
         for start in range(0, len(data), 200_000):
             feed(other, submit, offset + start, data[start : start + 200_000], last=last)
         refusal = await other.next(Rejected)
@@ -231,6 +233,44 @@ async def test_older_bytes_are_compared_with_what_the_store_has(tmp_path: Path) 
         await acked(client, 500_000, last=True)
         assert await taken(worker, await worker.assigned(), 500_000) == text[:500_000]
         assert relay.relay.feeds.pending_bytes == 0
+
+
+@pytest.mark.trio
+async def test_many_small_pieces_of_older_bytes_take_few_looks_into_the_store_and_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = samples(100_000)
+    async with set_up(tmp_path, store="sqlite") as (relay, _worker, client), peer(relay.url, "client") as other:
+        client.send(submit := live())
+        await client.next(Accepted)
+        for offset in range(0, 200_000, 100_000):
+            feed(client, submit, offset, text[offset : offset + 100_000])
+            await acked(client, offset + 100_000)
+        other.send(submit)
+        await acked(other, 200_000)
+        read, go_on, looks = relay.relay.store.read_live_input, trio.Event(), 0
+
+        async def counted(*place: Any) -> bytes:
+            nonlocal looks
+            looks += 1
+            await go_on.wait()
+            data: bytes = await read(*place)
+            return data
+
+        monkeypatch.setattr(relay.relay.store, "read_live_input", counted)
+        for offset in range(0, 20_000, 4):
+            feed(client, submit, offset, text[offset : offset + 4])
+        await until(lambda: relay.relay.feeds.pending_bytes == 20_000 + 2 * feeds.PIECE_BYTES)
+        for _ in range(5_000):  # they do not go on with each other
+            feed(other, submit, 0, text[:1])
+        refusal = await other.next(Rejected)
+        assert (refusal.code, refusal.request_id) == ("rate_limited", submit.request_id)
+        assert relay.relay.feeds.pending_bytes <= feeds.MAX_UNCHECKED_BYTES
+        go_on.set()
+        await until(lambda: not relay.relay.feeds.pending_bytes)
+        assert looks < 10
+        feed(client, submit, 200_000, b"", last=True)
+        await acked(client, 200_000, last=True)
 
 
 @pytest.mark.trio
