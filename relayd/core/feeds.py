@@ -18,7 +18,7 @@ from protocol.wire.messages import MAX_INPUT_CHUNK_BYTES, Input, Rejected
 from relayd.auth.tokens import Principal
 from relayd.core.interfaces import FeedingRelay
 from relayd.core.principals import RETRY_S, limits_of
-from relayd.requests.live_input import Fault, LiveInput, NeedsStored, PipedInput
+from relayd.requests.live_input import KEPT_BYTES, Fault, LiveInput, NeedsStored, PipedInput
 from relayd.requests.request import Holder, Request
 from relayd.store.base import StoreError
 from relayd.store.records import AppendInput, StoredInput
@@ -30,8 +30,8 @@ MAX_PENDING_BYTES = 64 * 1024 * 1024
 #: Limit for the pieces of one input that wait for a look into the store; each counts with its bytes and this many more.
 MAX_UNCHECKED_BYTES = 1024 * 1024
 PIECE_BYTES = 512
-#: Live inputs whose last bytes are in memory, 64 KiB each; of the others they are read from the store.
-MAX_KEPT = 512
+#: Limit for the last bytes of all live inputs together, in equal shares; what a worker needs besides is read back.
+MAX_KEPT_BYTES = 32 * 1024 * 1024
 
 CODES = {
     Fault.GAP: ErrorCode.INPUT_MISMATCH,
@@ -81,7 +81,7 @@ class Feeds:
     #: The inputs that a task stores.
     _storing: set[LiveInput] = attrs.field(factory=set)
     _unchecked: dict[LiveInput, _Unchecked] = attrs.field(factory=dict)
-    #: The inputs that have bytes in memory, as long as their requests live; the one that was fed last comes last.
+    #: The inputs that have bytes in memory, as long as their requests live; the one that was looked at last comes last.
     _kept: WeakKeyDictionary[LiveInput, None] = attrs.field(factory=WeakKeyDictionary)
 
     def open(self, request: Request, stored: Mapping[str, StoredInput] | None = None) -> None:
@@ -310,13 +310,14 @@ class Feeds:
             request.feeding.wake()
 
     def _keep(self, fed: LiveInput) -> None:
-        """Keep the last bytes of this input in memory, and no longer those of the one that was fed first."""
-        self._kept.pop(fed, None)
-        self._kept[fed] = None
-        if len(self._kept) > MAX_KEPT:
-            oldest = next(iter(self._kept))
-            del self._kept[oldest]
-            oldest.forget_below(oldest.size)
+        """Keep the last bytes of this input in memory: its share, which falls as there are more inputs."""
+        self._kept.setdefault(fed, None)
+        share = MAX_KEPT_BYTES // len(self._kept)
+        if share < KEPT_BYTES:
+            other = next(iter(self._kept))  # one at a time is enough, as each one came with a call
+            self._kept[other] = self._kept.pop(other)
+            for each in (fed, other):
+                each.forget_below(each.size - share)
 
 
 def _known(fed: LiveInput) -> str:
