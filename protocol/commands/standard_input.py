@@ -10,6 +10,10 @@ import trio
 
 from protocol.wire.media_types import BINARY, accepts, recognize
 from protocol.wire.messages import MAX_INPUT_CHUNK_BYTES
+from protocol.wire.structs import KIB
+
+#: Blanks before the first word; if there are more, they are sent, because they may never end.
+MAX_BLANKS = 64 * KIB
 
 
 class StandardInput:
@@ -31,8 +35,10 @@ class StandardInput:
         return bytes(self._read_ahead)
 
     async def read_begun(self) -> bool:
-        """Wait for the first that is not blank; return whether there is any."""
+        """Wait for the first that is not blank; return whether there is any, or so many blanks that more may follow."""
         while not self.ended and not self._read_ahead.strip():
+            if len(self._read_ahead) >= MAX_BLANKS:
+                return True
             await self._read()
         return bool(self._read_ahead.strip())
 

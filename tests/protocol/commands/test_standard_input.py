@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.cli import main
-from protocol.commands.standard_input import TextDecoder
+from protocol.commands.standard_input import MAX_BLANKS, TextDecoder
 from protocol.wire.messages import Cancel, Input, Spaces, SpacesReply, Submit
 from protocol.wire.structs import InputInfo, InputRule
 from protocol.wire.validators import Value
@@ -62,6 +62,22 @@ def test_say_speaks_while_the_program_writes(stdin: WrittenInput) -> None:
     assert peer.submit.params == {"voice": "7", "rate": 7}  # what the space takes as text, and what it does not
     assert peer.submit.group == "turn"
     assert Path("out.wav").stat().st_size == 44 + 4_800
+
+
+def test_blanks_that_may_never_end_are_sent_as_they_come(stdin: WrittenInput) -> None:
+    sent: list[int] = []
+
+    def write_last() -> None:
+        sent.append(len(peer.stored["text"]))
+        if not stdin.closed:
+            stdin.write(b"Hello.", last=True)
+
+    peer = LiveRelay(spaces=[TEXT], on_message=write_last)
+    for _ in range(2):
+        threading.Thread(target=stdin.write, args=(b"\n" * 40_000,)).start()
+    assert run(peer, "say", "-") == 0
+    assert sent[0] >= MAX_BLANKS, "nothing but blanks was there so far"
+    assert peer.stored["text"].strip() == b"Hello."
 
 
 def test_a_text_that_nobody_stays_to_feed_is_sent_whole(stdin: WrittenInput) -> None:
