@@ -104,7 +104,7 @@ class EngineMain:
         seat, run = self._seats[message["slot"]], message["run"]
         if message["do"] == "run":  # its live inputs are made here: their bytes may come before the slot's thread looks
             seat.last_run = run
-            seat.live = {name: self._live_input(seat, name, kind) for name, kind in message["live"].items()}
+            seat.live = {name: self._live_input(seat, run, name, kind) for name, kind in message["live"].items()}
             seat.runs.put((message, seat.live))
         elif message["do"] == "cancel":
             seat.cancelled_run = max(seat.cancelled_run, run)
@@ -113,9 +113,9 @@ class EngineMain:
         elif run == seat.last_run:
             seat.live[message["name"]].feed(message["data"], last=message["last"])
 
-    def _live_input(self, seat: Seat, name: str, media_type: str) -> LiveInput:
+    def _live_input(self, seat: Seat, run: int, name: str, media_type: str) -> LiveInput:
         def on_ask(taken: int) -> None:
-            self._send({"slot": seat.index, "is": "asks", "name": name, "taken": taken})
+            self._send({"slot": seat.index, "is": "asks", "run": run, "name": name, "taken": taken})
 
         return LiveInput(media_type, on_ask)
 
@@ -163,6 +163,8 @@ class EngineMain:
 
             inputs = {**{name: EngineInput(**item) for name, item in message["inputs"].items()}, **live}
             end = run_engine(engine, message["params"], inputs, cancelled, emit, RequestContext(**message["context"]))
+            for each in live.values():  # a thread of the engine's own may still wait for more
+                each.stop()
             for stream in (sys.stdout, sys.stderr):  # what this run printed belongs under its own name in the log
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()

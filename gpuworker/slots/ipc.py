@@ -3,8 +3,8 @@
 Worker to engine: `load` (engine, options, seats), `run` (slot, run, params, inputs, live, context), `feed` (slot, run,
 name, data, last), `cancel` (slot, run).
 Engine to worker: `progress` of a long load, `ready` (capabilities), `load_failed` (message), then a run's chunks
-`format` `audio` `progress` `output` `mark`, `asks` (name, taken) when it wants more of a live input, and `end`, all
-with `slot`. A slot is named by its place among those of the process, from 0.
+`format` `audio` `progress` `output` `mark`, `asks` (run, name, taken) when it wants more of a live input, and `end`,
+all with `slot`. A slot is named by its place among those of the process, from 0.
 It is private to one version of gpuworker: both ends always come from the same installation.
 """
 

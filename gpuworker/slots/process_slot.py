@@ -183,7 +183,7 @@ class EngineHost:
             if run is not None:
                 run.emit(chunk)
         elif message["is"] == "asks":
-            slot.on_ask(message["name"], message["taken"])
+            slot.on_ask(message["run"], message["name"], message["taken"])
         elif message["is"] == "end":
             end = RunResult(**{name: value for name, value in message.items() if name not in ("is", "slot")})
             self._on_end(child, slot, end)
@@ -316,9 +316,9 @@ class ProcessSlot(Slot):
         """Whether it has a run that could send something: one that waits for its live input cannot."""
         return self.live_run is not None and (self.asks is None or not self.asks.starves)
 
-    def on_ask(self, name: str, taken: int) -> None:
-        """Its engine has taken this many bytes of a live input, and wants more."""
-        if self.live_run is not None and (feed := self._feeds.get(name)) is not None:
+    def on_ask(self, run: int, name: str, taken: int) -> None:
+        """Its engine has taken this many bytes of a live input, and wants more; a run before may ask belatedly."""
+        if self.live_run is not None and run == self._runs and (feed := self._feeds.get(name)) is not None:
             self.asks = feed
             feed.note_taken(taken)
 

@@ -109,6 +109,7 @@ class ThreadSlot(Slot):
 
                     job, inputs = order.job, {**order.job.inputs, **order.live}
                     end = run_engine(seat, job.params, inputs, order.stopped.is_set, emit, job.context)
+                    order.stop()  # a thread of the engine's own may still wait for more
                     call_in_trio(self._run_ended, run, end)
                     if end.restart:
                         break

@@ -33,10 +33,27 @@ PATIENCE_S = 60
 
 SOURCE = """
 import os
-from gpuworker.engines.base import LiveInput
+import threading
+from gpuworker.engines.base import LiveInput, RunStopped
+
+threads = []
+
+def read(audio):
+    try:
+        list(audio)
+    except RunStopped:
+        pass
 
 def call(audio: LiveInput, how: str = "all"):
     if how == "nothing":
+        return
+    if how == "aside":
+        threads.append(threading.Thread(target=read, args=(audio,), daemon=True))
+        threads[0].start()
+        return
+    if how == "join":
+        threads[0].join(10)
+        yield threads[0].is_alive()
         return
     if how == "first":
         yield next(iter(audio)).decode()
@@ -185,6 +202,28 @@ async def test_an_engine_need_not_read_its_input_to_the_end(how: str, slot: Slot
         last.feed.add(b"c", last=True)
         await last.ended()
         assert last.chunks == ["c", "the end"]
+
+
+@pytest.mark.trio
+async def test_a_thread_of_an_engine_waits_for_its_input_no_longer_than_the_run(slot: Slot) -> None:
+    async with serving(slot) as room:
+        hearing = await room.start(how="aside")
+        assert (await hearing.ended()).outcome == "completed"
+        join = await room.start(how="join")
+        assert (await join.ended()).outcome == "completed"
+        assert join.chunks == [False]
+
+
+@pytest.mark.trio
+async def test_what_a_run_took_is_not_taken_for_what_the_next_one_took(call: dict[str, Any]) -> None:
+    slot = ProcessSlot(0, EngineHost("function", call))
+    async with serving(slot) as room:
+        await (await room.start(how="nothing")).ended()
+        hearing = await room.start()
+        slot.on_ask(1, "audio", 100)  # the thread of an engine was late
+        assert (hearing.feed.taken, slot.asks) == (0, None)
+        hearing.feed.add(b"a", last=True)
+        await hearing.ended()
 
 
 @pytest.mark.trio
