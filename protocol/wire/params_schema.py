@@ -168,8 +168,8 @@ def check_params(
     Args:
         schema: has passed `check_schema`; an empty one accepts everything.
         params: those of a `submit`.
-        fed: names of its live and piped inputs. Each stands for the param of its name, which is then not missing; to
-            give both is a fault.
+        fed: names of its inputs. Each stands for the param of its name, which is then not missing; to give both is a
+            fault.
 
     Returns:
         field -> what is wrong with it, the path joined by dots ("" for the whole); empty if there are no faults. Params

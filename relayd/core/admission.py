@@ -121,8 +121,7 @@ class Admission:
         if self.relay.scheduler.queued_count(principal.name) >= most:
             message = f"{principal.name!r} may have {most} queued requests over all spaces; wait for one to start"
             return Rejected.because(ErrorCode.QUEUE_FULL, message, request_id=request_id)
-        fed = {name for name, info in submit.inputs.items() if info.is_fed}
-        if faults := check_params(space.params, submit.params, fed):
+        if faults := check_params(space.params, submit.params, submit.inputs.keys()):
             # They contain names from the client and limits from the worker, which can have any length.
             faults = {field[:MAX_FIELD_CHARS]: what[:MAX_FAULT_CHARS] for field, what in faults.items()}
             summary = "; ".join(f"{field or 'params'} {what}" for field, what in faults.items())

@@ -675,6 +675,19 @@ async def test_a_bad_live_input_is_rejected_in_words(
 
 
 @pytest.mark.trio
+async def test_a_whole_input_stands_for_the_param_of_its_name_as_a_live_one_does(tmp_path: Path) -> None:
+    async with set_up(tmp_path) as (_relay, worker, client):
+        text = {"text": an_input(b"hello", media_type="text/plain")}
+        client.send(a_submit(inputs=text))
+        refusal = await client.next(Rejected, Accepted)
+        assert (refusal.code, list(refusal.details)) == ("invalid_params", ["text"])
+        client.send(submit := a_submit(params={}, inputs=text))
+        feed(client, submit, 0, b"hello")
+        assert isinstance(await client.next(Rejected, Accepted), Accepted)
+        assert (await worker.peer.next(Assign, Input)).params == {}
+
+
+@pytest.mark.trio
 async def test_only_so_many_live_inputs_are_admitted(tmp_path: Path) -> None:
     async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
         client.send(live(*(f"i{number}" for number in range(16))))
