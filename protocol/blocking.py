@@ -283,6 +283,8 @@ def _unblocked(source: InputSource) -> sources.InputSource:
 def _fed_or_whole(source: Whole | Iterable[sources.Piece]) -> bytes | Path | AsyncIterator[sources.Piece]:
     if isinstance(source, Path):
         return source
+    if isinstance(source, str):  # it would be fed character by character
+        raise ValueError("an input is bytes, a Path, or what yields its pieces: encode a text, or put it into a list")
     return bytes(source) if isinstance(source, bytes | bytearray | memoryview) else _in_thread(source)
 
 

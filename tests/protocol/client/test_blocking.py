@@ -137,6 +137,19 @@ def test_live_inputs_are_fed_from_an_ordinary_iterator_and_by_hand(tmp_path: Pat
     assert peer.infos["audio"].media_type == "audio/pcm"
 
 
+@pytest.mark.parametrize("source", ["a whole text", ("a whole text", "text/plain")])
+def test_a_text_is_not_taken_for_its_characters(tmp_path: Path, source: blocking.InputSource) -> None:
+    peer = LiveRelay()
+    with (
+        RelayThread(tmp_path, peer.script()) as url,
+        blocking.open_relay(url) as relay,
+        pytest.raises(ValueError, match="encode a text"),
+        relay.submit("tts", inputs={"text": source}),
+    ):
+        raise AssertionError("it was submitted")
+    assert not peer.stored
+
+
 def test_an_exception_of_the_iterator_reaches_whoever_reads_the_stream(tmp_path: Path) -> None:
     def breaks() -> Iterator[str]:
         yield "Hello"
