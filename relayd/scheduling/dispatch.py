@@ -167,7 +167,7 @@ class Dispatcher:
     def _begin_attempt(self, entry: ScheduledRequest, reproducible: str, now: float) -> None:
         continues = bool(entry.reproducible) and entry.reproducible == reproducible
         entry.attempt = max(entry.attempt, entry.highest_attempt) + 1  # never a number that may have been used already
-        entry.attempt_may_be_newer = entry.attempt_known_from_client = entry.may_be_behind = False
+        entry.attempt_may_be_newer = entry.attempt_known_from_client = False
         entry.started_at = now
         entry.promoted = 0
         entry.reproducible = reproducible

@@ -50,8 +50,6 @@ class ScheduledRequest:
     highest_attempt: int = 0
     #: After a restart: the current attempt is known only from a client, and its worker is not known.
     attempt_known_from_client: bool = False
-    #: After a restart, until an attempt starts: a client may know of later attempts than the store.
-    may_be_behind: bool = False
     losses: int = 0
     #: Attempts that ended with a shared engine's process and are held against others that ran there.
     innocent_losses: int = 0

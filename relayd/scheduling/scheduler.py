@@ -208,7 +208,6 @@ class Scheduler:
         # The relay may have been killed before it stored that this attempt began.
         if attempt != entry.attempt or entry.attempt_known_from_client:
             entry.attempt, entry.started_at, entry.reproducible = attempt, now, worker.reproducible
-            entry.may_be_behind = False
         entry.attempt_may_be_newer = entry.attempt_known_from_client = False
         self.dispatcher.mark_running(entry, worker)
         worker.held[request_id] = attempt
@@ -225,7 +224,6 @@ class Scheduler:
         self.dispatcher.mark_running(entry, worker)
         if entry.attempt_may_be_newer:
             entry.attempt, entry.attempt_may_be_newer = entry.highest_attempt + 1, False  # as in `Dispatcher._start`
-            entry.may_be_behind = False
         worker.held[entry.request_id] = entry.attempt
         return [Start(entry, entry.next_seq)]
 
@@ -383,7 +381,6 @@ class Scheduler:
         from now on: it may reconnect.
         """
         self.state.add_entry(entry)
-        entry.may_be_behind = True
         if entry.attempt_may_be_newer:
             entry.highest_attempt = max(entry.highest_attempt, entry.attempt + 1)
         if entry.state is State.RUNNING:
@@ -475,7 +472,7 @@ class Scheduler:
     def has_begun(self, request_id: str, now: float) -> list[Decision]:
         """An attempt that runs alone has made something: it is not what ends a process as it begins."""
         entry = self.state.entries.get(request_id)
-        if entry is None or not entry.alone or entry.innocent_losses >= INNOCENT_UNTIL_ALONE:
+        if entry is None or entry.innocent_losses >= INNOCENT_UNTIL_ALONE:
             return []
         self.state.acquit(entry)
         return self.dispatcher.dispatch(now)
@@ -516,13 +513,12 @@ class Scheduler:
         The client would drop every frame of the current attempt, even the last, so the current attempt cannot continue.
         The worker that runs the later attempt may still connect.
 
-        A client can cause this only once, and only while the store may be behind: after a restart, until an attempt
-        starts. At any other time only the scheduler changes the attempt number.
+        A client can name only what may have begun before a restart: `highest_attempt` is 0 without one, and below the
+        attempt as soon as one starts. At any other time only the scheduler changes the attempt number.
         """
         entry = self.state.entries.get(request_id)
-        if entry is None or not entry.may_be_behind or not entry.attempt < attempt <= entry.highest_attempt:
+        if entry is None or not entry.attempt < attempt <= entry.highest_attempt:
             return []
-        entry.may_be_behind = False
         entry.attempt, entry.next_seq, entry.attempt_known_from_client = attempt, 0, True
         if entry.worker_lost_at is None:  # one that waits has no attempt to lose
             message = "a client has received frames of a later attempt, which was lost when the relay was killed"

@@ -133,3 +133,19 @@ def test_after_two_restarts_each_attempt_that_may_have_begun_is_believed_and_no_
     assert bench["a"].attempt == 1
     bench.scheduler.adopt_later_attempt("a", 3, bench.now)
     assert bench["a"].attempt == 3
+    bench = restored("a")
+    bench.join(running={"a": 2})
+    bench.scheduler.adopt_later_attempt("a", 3, bench.now)
+    assert bench["a"].attempt == 3, "who has heard it would drop every frame of the second"
+
+
+def test_an_attempt_that_was_taken_up_again_and_then_lost_too_early_is_the_same_run() -> None:
+    bench = Bench()
+    bench.scheduler.restore(
+        bench.entry("a", state=State.RUNNING, attempt=1, started_at=500.0, attempt_may_be_newer=True), bench.now
+    )
+    bench.join(running={"a": 1})
+    bench.scheduler.unlink("box", bench.now)
+    bench.lose("a")
+    assert bench.join(running={"a": 1}).resume == [bench["a"]]
+    assert (bench["a"].losses, bench["a"].started_at) == (0, 500.0)
