@@ -273,6 +273,12 @@ def test_who_is_let_in(rules: dict[str, Any], fields: dict[str, Any], code: Erro
     assert ("c" in bench.scheduler.state.entries) == (code is None)
 
 
+def test_a_space_that_refuses_while_it_is_empty_lets_in_once_it_has_a_worker() -> None:
+    bench = Bench(refuse_when_empty=True)
+    bench.join()
+    assert bench.admit("a") is None
+
+
 def test_a_full_queue_says_when_to_try_again() -> None:
     bench = Bench(max_queued=1)
     bench.join()

@@ -59,6 +59,20 @@ def test_a_suspect_waits_for_those_that_run_and_nothing_new_starts_before_it() -
     assert started(bench.complete("b")) == ["c"]
 
 
+def test_the_worker_kept_for_a_suspect_is_the_one_that_is_free_soonest() -> None:
+    bench = a_bench()
+    bench.join("second", slots=3, shared=True, reproducible=TONE)
+    bench.join("third", slots=3, shared=True, reproducible=TONE)
+    for name in "abcdef":  # in turn on "box", "second" and "third"
+        bench.queue(name)
+    bench.complete("e", "second")
+    bench.scheduler.state.workers["box"].held.pop("d")
+    bench.scheduler.lose("d", ENGINE, "it ended", bench.now, innocent=False)  # and so does not run on "box" again
+    for name in "gh":
+        bench.queue(name)
+    assert started(bench.complete("b", "second")) == ["d"]
+
+
 def test_a_worker_kept_for_a_suspect_is_free_again_when_that_is_cancelled() -> None:
     bench = a_bench()
     for name in "ab":
