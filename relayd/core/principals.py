@@ -271,7 +271,6 @@ class Principals:
             self._some_due = trio.Event()
             with trio.move_on_at(self._due[0][0] if self._due else float("inf")):
                 await self._some_due.wait()
-            await trio.lowlevel.checkpoint()
             if not self._due or self._due[0][0] > trio.current_time():
                 continue
             _, _, usage = heapq.heappop(self._due)
