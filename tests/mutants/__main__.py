@@ -22,7 +22,7 @@ _CORE = ("tests/relayd/core", "tests/relayd/connections/test_connections.py", "t
 TESTS: dict[str, tuple[str, ...]] = {
     "relayd/scheduling": ("tests/relayd/scheduling", "tests/relayd/core"),
     "relayd/requests": ("tests/relayd/requests", *_CORE),
-    "relayd/core": _CORE,
+    "relayd/core": (*_CORE, "tests/relayd/connections/test_workers.py"),
     "relayd/frames": ("tests/relayd/frames", "tests/relayd/requests", "tests/relayd/core/test_retention.py"),
     "relayd/auth": (
         "tests/relayd/auth",

@@ -50,10 +50,11 @@ async def one_more_is_served(relay: Daemon, client: Peer) -> None:
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize("retry", ["before_output", "never"])
 async def test_an_assign_that_cannot_be_built_ends_its_request_and_frees_the_slot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retry: str
 ) -> None:
-    bad, hits = a_submit(), list[str]()
+    bad, hits = a_submit(retry=retry), list[str]()
     monkeypatch.setattr("relayd.connections.worker.Assign", raises_once(Assign, bad.request_id, hits))
     async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
         client.send(bad)
@@ -114,6 +115,7 @@ async def test_a_request_that_failed_inside_the_relay_tells_its_reader_and_is_no
         await until(lambda: bad.request_id in relay.relay.requests and not relay.relay.requests[bad.request_id].live)
         rejected = await client.next(Rejected)
         assert rejected.request_id == bad.request_id
+        assert not relay.relay.requests[bad.request_id].log.readers, "else it is never forgotten"
         await relay.relay.store.flush()
     monkeypatch.undo()
     async with daemon(tmp_path, **sqlite) as relay, peer(relay.url, "client") as client:
@@ -137,6 +139,7 @@ async def test_an_end_over_which_the_store_breaks_still_reaches_the_listener(
         monkeypatch.setattr(relay.relay.store, "commit", broken)
         (frame,) = await client.frames(submit)
         assert (frame.TYPE, frame.code) == ("failed", "queue_timeout")
+        assert relay.relay.requests[submit.request_id].log.ended
         monkeypatch.undo()
         await one_more_is_served(relay, client)
 
@@ -151,7 +154,14 @@ async def test_attaching_to_later_and_later_attempts_moves_nothing(tmp_path: Pat
             client.send(Attach(request_id=submit.request_id, attempt=attempt, after_seq=-1))
         await client.settled()
         async with fake_worker(relay.url, instance=an_id()) as worker:
-            assert (await worker.assigned()).attempt == 1
+            assign = await worker.assigned()
+            assert assign.attempt == 1
+            worker.speak(assign, PCM, end=False)
+            log = relay.relay.requests[submit.request_id].log
+            await until(lambda: log.next_seq == 3)
+            client.send(Attach(request_id=submit.request_id, attempt=2, after_seq=-1))
+            await client.settled()
+            assert log.next_seq == 3
 
 
 @pytest.mark.trio

@@ -206,6 +206,18 @@ async def test_whoever_keeps_most_loses_until_others_have_as_much(tmp_path: Path
 
 
 @pytest.mark.trio
+async def test_whoever_has_most_on_disk_loses_first(tmp_path: Path) -> None:
+    async with ended(tmp_path, 4, store="sqlite") as (relay, requests):
+        for request, principal in zip(requests, ("ann", "bob", "bob", "bob"), strict=True):
+            request.principal = principal
+        spool = relay.relay.results.spool
+        assert spool is not None
+        spool.disk_bytes = spool.used_bytes
+        assert await relay.relay.results._make_room(spool.used_bytes // 2)
+        assert [whole(request) for request in requests] == [True, False, False, True]
+
+
+@pytest.mark.trio
 @pytest.mark.parametrize(("limit", "left"), [(4.0, 4), (3.5, 3), (3.2, 2), (0.0, 0)])
 async def test_memory_is_freed_to_seven_eighths_of_what_has_a_file_the_oldest_first(
     tmp_path: Path, limit: float, left: int
@@ -318,4 +330,5 @@ async def test_what_ended_first_is_forgotten_first_and_by_the_store_too(tmp_path
 async def test_without_files_nothing_is_on_disk(tmp_path: Path) -> None:
     async with ended(tmp_path, 1) as (relay, (request,)):
         assert relay.relay.results.disk_bytes == 0
+        assert not await relay.relay.results.seal(request)
         assert relay.relay.results.stored == {request: Stored.MEMORY}

@@ -193,6 +193,31 @@ async def test_what_is_copied_waits_while_memory_is_short(tmp_path: Path, monkey
         await relay.at_rest()
 
 
+@pytest.mark.trio
+async def test_a_copy_whose_source_goes_before_memory_has_room_for_the_rest_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "FULL_S", 60.0)
+    monkeypatch.setattr(copies, "POLL_S", 0.001)
+    long = [samples(1_000, seed) * 100 for seed in range(1, 9)]  # 1.6 MB
+    async with a_stage(tmp_path, store="sqlite") as (relay, worker, client):
+        await spoken(worker, client, first := a_submit(), long)
+        await until(lambda: not relay.relay.finalizer.unfinalized)
+        memory = relay.relay.results.memory
+        memory.limit_bytes = -1
+        client.send(second := a_submit())
+        assert (await client.next(Accepted)).cached
+        source, copy = (relay.relay.requests[each.request_id] for each in (first, second))
+        await until(lambda: copy.log.next_seq > 0)
+        for _ in range(20):  # longer than the rest would take
+            await worker.peer.settled()
+        assert copy.log.next_seq < source.log.next_seq
+        relay.relay.remove_request(source)
+        memory.limit_bytes = 10_000_000
+        worker.speak(await worker.assigned(), long, first=copy.log.next_seq)
+        assert digest(await client.frames(second)) == hashlib.sha256(b"".join(long)).hexdigest()
+
+
 # -- restarts -----------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +257,7 @@ async def test_a_joined_request_survives_a_restart_of_the_relay(tmp_path: Path, 
         client.send(Attach(request_id=submit.request_id, attempt=1, after_seq=2))
         await client.settled()
         if comes_back:
+            assert relay.relay.requests[submit.request_id].entry.worker_id is None, "else it could not be cancelled"
             worker.speak(assign, PCM)
         else:
             again = await worker.assigned()

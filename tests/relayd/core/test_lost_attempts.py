@@ -239,19 +239,22 @@ async def test_what_a_worker_takes_up_again_after_it_was_given_up_is_stored_as_r
         async with fake_worker(relay.url, instance=instance) as worker:
             assign = await worker.assigned()
             await worker.peer.cut()
-        await until(lambda: relay.relay.requests[submit.request_id].entry.state == "queued")
+        request = relay.relay.requests[submit.request_id]
+        await until(lambda: request.entry.state == "queued")
+        assert request.queued_at > request.entry.started_at, "what it may wait begins anew"
         assert await stored() == ("queued", None, 1)
         running = (Running(request_id=submit.request_id, attempt=1, next_seq=0),)
         async with fake_worker(relay.url, instance=instance, running=running) as worker:
             await worker.peer.next(Registered)
             assert await stored() == ("running", f"box-{instance[:8]}", 0)
+            assert relay.relay.stats.space("tts").resumed == 1
             worker.speak(assign, PCM)
             await worker.peer.next(Ack)
         await relay.at_rest()
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize("first_back", ["listener", "former worker"])
+@pytest.mark.parametrize("first_back", ["listener", "former worker", "former worker, not for long"])
 @pytest.mark.parametrize("reproducible", [True, False])
 async def test_a_listener_that_has_heard_an_attempt_which_was_not_stored_yet_gets_its_end(
     tmp_path: Path, first_back: str, reproducible: bool
@@ -282,8 +285,13 @@ async def test_a_listener_that_has_heard_an_attempt_which_was_not_stored_yet_get
             if first_back != "listener":
                 worker.speak(assign, before, end=False)
                 await until(lambda: relay.relay.requests[submit.request_id].log.next_seq == 4)
+                if first_back != "former worker":
+                    await worker.peer.cut()
+                    await until(lambda: not relay.relay.workers)
                 client.send(heard)
-                await worker.peer.next(Cancel)
+                if first_back == "former worker":
+                    await worker.peer.next(Cancel)
+                await client.settled()
             async with fake_worker(relay.url, name="latter", instance=latter, running=named[1], **same) as other:
                 await other.peer.next(Registered)
                 other.speak(attrs.evolve(assign, attempt=2), PCM)
@@ -291,7 +299,8 @@ async def test_a_listener_that_has_heard_an_attempt_which_was_not_stored_yet_get
                 listener.format = FORMAT
                 while not listener.ended:
                     listener.on_message(await client.next(Frame))
-                worker.send(Cancelled(request_id=submit.request_id, attempt=1, seq=4, reason="told so"))
+                if first_back == "former worker":
+                    worker.send(Cancelled(request_id=submit.request_id, attempt=1, seq=4, reason="told so"))
                 heard_pcm = [frame.pcm async for frame in listener if isinstance(frame, Audio)]
                 assert (heard_pcm, listener.attempt, listener.restarts) == (PCM[1:], 2, 0)
                 await relay.at_rest()

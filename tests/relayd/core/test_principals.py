@@ -1,5 +1,6 @@
 """One principal's share: what is beyond it waits or is refused, and no other principal notices."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,57 @@ async def test_links_that_wait_are_not_all_read_together(
     assert sum(turns_at_once) == pytest.approx((20.0 * CPU_SHARE - MAX_DEBT_S) / 0.1, rel=0.1)
     turns = [link.turns for link in links]
     assert max(turns) - min(turns) <= 1
+
+
+@pytest.mark.trio
+async def test_a_link_waits_once_is_charged_from_its_beginning_and_costs_nothing_after_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spent_s, real = [0.0], time.thread_time
+    monkeypatch.setattr("time.thread_time", lambda: real() + spent_s[0])
+    principals = Principals()
+    usage = principals.usage_of("busy")
+    usage.charge(50.0, trio.current_time())
+    link = MeteredLink(spent_s)
+    meter = LinkMeter(link, usage, principals)
+    for _ in range(2):  # the second in the middle of what the first has left
+        spent_s[0] += 10.0
+        meter.end()
+        meter.begin()
+    assert usage.charged_s == pytest.approx(70.0, abs=2.0)
+    assert list(usage.deferred) == [meter]
+    link.stopped = True
+    meter.resume()
+    assert link.reading_paused
+    assert usage.charged_s == pytest.approx(70.0, abs=2.0)
+
+
+@attrs.define(eq=False)
+class Onlooker:
+    """Sees how far another is when its own turn comes."""
+
+    other: Turn
+    left: int = 0
+
+    def resume(self) -> None:
+        """Look."""
+        self.left = self.other.left
+
+
+@pytest.mark.trio
+async def test_a_principal_that_has_its_share_still_lets_others_go_in_between(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    principals = Principals()
+    turn = Turn(principals.usage_of("busy"), principals, 0.0, 200)
+    onlooker = Onlooker(turn)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(principals.serve)
+        principals.defer(turn.usage, turn)
+        principals.defer(principals.usage_of("modest"), onlooker)
+        await until(lambda: not turn.left)
+        nursery.cancel_scope.cancel()
+    assert onlooker.left > 190
 
 
 @pytest.mark.trio
