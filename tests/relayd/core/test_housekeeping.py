@@ -36,7 +36,7 @@ async def ended(tmp_path: Path, count: int, **options: Any) -> AsyncIterator[tup
             worker.speak(await worker.assigned(), PCM)
             await client.frames(submit)
             requests.append(relay.relay.requests[submit.request_id])
-        await until(lambda: not relay.relay.finalizer.unfinalized)
+            await until(lambda: not relay.relay.finalizer.unfinalized)  # so that their order is that of their files
         await until(lambda: not any(request.log.readers for request in requests))
         yield relay, requests
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Frame
+from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Frame, Started
 from protocol.wire.messages import (
     Accepted,
     Attach,
     Cancel,
+    Queued,
     Registered,
     Rejected,
     Status,
@@ -18,7 +19,7 @@ from protocol.wire.messages import (
 from protocol.wire.structs import Running
 from relayd.core import copies
 from tests.relayd.core.equal_requests import CACHE, ONE, PCM, a_relay, a_stage, cached, digest, joined, spoken
-from tests.support.fake_worker import fake_worker, identity, samples
+from tests.support.fake_worker import FORMAT, fake_worker, identity, samples
 from tests.support.relay import a_submit, an_id, peer, until
 
 # -- one that still runs ------------------------------------------------------------------------------------------
@@ -160,6 +161,42 @@ async def test_joined_requests_use_no_slot_and_none_of_the_requests_a_principal_
         for each in (assign, more):
             worker.speak(each, PCM, first=3 if each is assign else 0)
         await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_what_waits_does_not_join_a_request_whose_frames_are_never_the_same(tmp_path: Path) -> None:
+    async with a_relay(tmp_path) as relay, peer(relay.url, "client") as client:
+        submits = [a_submit(), a_submit()]
+        for submit in submits:
+            client.send(submit)
+        async with fake_worker(relay.url) as worker:
+            for submit in submits:
+                assign = await worker.assigned()
+                assert assign.request_id == submit.request_id
+                worker.speak(assign, PCM)
+
+
+@pytest.mark.trio
+async def test_what_was_begun_elsewhere_and_joins_another_is_heard_from_its_beginning(tmp_path: Path) -> None:
+    async with (
+        a_relay(tmp_path, limits={"worker_grace_s": 0.05}) as relay,
+        peer(relay.url, "client") as one,
+        peer(relay.url, "client") as other,
+    ):
+        async with fake_worker(relay.url, **ONE) as worker:
+            one.send(submit := a_submit())
+            worker.send(Started(**identity(await worker.assigned(), 0), format=FORMAT))
+            await one.next(Started)
+            await worker.peer.cut()
+        await until(lambda: relay.relay.requests[submit.request_id].entry.state == "queued")
+        other.send(first := a_submit(priority=9))
+        await other.next(Queued)
+        async with fake_worker(relay.url, name="second", reproducible=True, fingerprint="two") as worker:
+            assign = await worker.assigned()
+            assert assign.request_id == first.request_id
+            worker.speak(assign, PCM)
+            frames = await one.frames(submit)
+        assert {(frame.attempt, frame.TYPE) for frame in frames} == {(2, "started"), (2, "audio"), (2, "completed")}
 
 
 @pytest.mark.trio

@@ -26,6 +26,7 @@ from protocol.wire.messages import (
     StatusReply,
 )
 from protocol.wire.structs import Running
+from relayd.store.records import PutSpace
 from tests.support.fake_worker import fake_worker, identity, samples
 from tests.support.relay import a_submit, an_id, an_input, daemon, peer, until
 from tests.support.tap import Tap
@@ -50,6 +51,9 @@ async def test_a_request_crosses_the_relay_as_the_bytes_that_came(tmp_path: Path
         client.send(Status(request_id=submit.request_id))
         status = await client.next(StatusReply)
         assert (status.state, status.next_seq) == ("completed", 5)
+        request = relay.relay.requests[submit.request_id]
+        assert request.ended_at is not None
+        assert request.outcome.run_s == pytest.approx(request.ended_at - request.entry.started_at, abs=0.001)
 
 
 TOO_LARGE = (
@@ -527,6 +531,22 @@ async def test_status_and_spaces(tmp_path: Path) -> None:
             client.send(unknown)
             refusal = await client.next(Rejected)
             assert (refusal.code, refusal.request_id) == ("request_not_found", unknown.request_id)
+
+
+@pytest.mark.trio
+async def test_a_space_that_the_settings_no_longer_name_goes_unless_something_waits_in_it(tmp_path: Path) -> None:
+    async with daemon(tmp_path, store="sqlite", spaces={"old": {}, "used": {}, "made": {}}) as relay:
+        spaces, store = relay.relay.spaces, relay.relay.store
+        spaces["made"].made_by = "command"
+        store.post(PutSpace(spaces.record(spaces["made"])))
+        async with peer(relay.url, "client") as client:
+            client.send(a_submit(space="used", detach=True))
+            await client.next(Queued)
+        await store.flush()
+    async with daemon(tmp_path, store="sqlite") as relay:
+        assert set(relay.relay.spaces) == {"tts", "check", "used", "made"}
+        await relay.relay.store.flush()
+        assert {record.name for record in (await relay.relay.store.load()).spaces} == set(relay.relay.spaces)
 
 
 @pytest.mark.trio

@@ -1,5 +1,7 @@
 """Requests that are answered with the frames of equal ones: which, with what, for whom and for how long."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from protocol.wire.messages import (
 from relayd.config.schema import SpaceConfig
 from relayd.core import result_cache
 from relayd.core.retention import Retention
+from relayd.store.database import DATABASE_NAME
 from tests.relayd.core.equal_requests import (
     ANY,
     CACHE,
@@ -138,6 +141,20 @@ async def test_without_a_worker_the_latest_result_answers(tmp_path: Path) -> Non
             async with fake_worker(relay.url, reproducible=True, fingerprint=fingerprint) as worker:
                 await spoken(worker, client, a_submit(), pcm)
             await until(lambda: not relay.relay.workers)
+        await cached(client, a_submit(), PCM[:1])
+
+
+@pytest.mark.trio
+async def test_after_a_restart_the_result_that_ended_last_answers(tmp_path: Path) -> None:
+    async with a_relay(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        for fingerprint, pcm in (("one", PCM), ("two", PCM[:1])):
+            async with fake_worker(relay.url, reproducible=True, fingerprint=fingerprint) as worker:
+                await spoken(worker, client, a_submit(), pcm)
+                await until(lambda: not relay.relay.finalizer.unfinalized)
+            await until(lambda: not relay.relay.workers)
+    with closing(sqlite3.connect(tmp_path / DATABASE_NAME)) as database, database:
+        database.execute("UPDATE requests SET ticket = 3 - ticket")  # the one that came last had ended first
+    async with a_relay(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
         await cached(client, a_submit(), PCM[:1])
 
 
