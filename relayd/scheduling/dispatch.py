@@ -95,7 +95,7 @@ class Dispatcher:
         self.clear_run(entry)
         if entry.attempt or entry.attempt_may_be_newer:
             entry.attempt = max(entry.attempt, entry.highest_attempt) + 1
-        entry.attempt_may_be_newer = entry.attempt_known_from_client = entry.may_be_behind = False
+        entry.attempt_may_be_newer = entry.attempt_known_from_client = False
         if not entry.reproducible:
             entry.has_output, entry.next_seq = False, 0
         entry.state, entry.waits, entry.promoted = State.UPLOADING, True, 0
