@@ -184,6 +184,7 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         uploaded=True,
         accepted=True,
         abandoned_at=now,
+        restored_at=now,
         worker_grace_s=relay.config.limits.worker_grace_s,
         ended_at=None if state.live else since,
         code=record.code,

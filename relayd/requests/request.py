@@ -116,6 +116,8 @@ class Request:
     wait_counted_at: float | None = None
     #: When its worker was asked to stop it; None again when it is queued again or another attempt starts.
     stopped_at: float | None = None
+    #: When it was restored after a restart of the relay.
+    restored_at: float = -math.inf
     #: How long its worker may take to reconnect, counted from `entry.worker_lost_at`.
     worker_grace_s: float = 0.0
     first_frame_at: float | None = None
@@ -349,11 +351,11 @@ class Request:
         if self.waits_for_source:
             pass  # its own waiting begins when it is queued
         elif entry.state is not State.RUNNING:
-            due.append((self.queued_at + self.queue_timeout_s, Expiry.QUEUE_TIMEOUT))
+            due.append((self._once_settled(self.queued_at + self.queue_timeout_s), Expiry.QUEUE_TIMEOUT))
         elif self.stopped_at is not None:
             due.append((self.stopped_at + cancel_grace_s, Expiry.CANCEL_UNANSWERED))
         elif not entry.copied:  # otherwise the deadlines of the request that it is copied from hold
-            due.append((entry.started_at + self.run_timeout_s, Expiry.RUN_TIMEOUT))
+            due.append((self._once_settled(entry.started_at + self.run_timeout_s), Expiry.RUN_TIMEOUT))
             if entry.worker_lost_at is not None:
                 due.append((entry.worker_lost_at + self.worker_grace_s, Expiry.WORKER_GONE))
             elif any(fed.is_starving for fed in self.fed.values()):
@@ -370,6 +372,10 @@ class Request:
     def waits_for_source(self) -> bool:
         """Whether it is complete, and is queued only when each source of its piped inputs has begun."""
         return self.entry.state is State.UPLOADING and self.uploaded and self.entry.is_piped
+
+    def _once_settled(self, due: float) -> float:
+        """Return a deadline that is not the first thing after a restart: the worker may come back with the end."""
+        return min(due + UNHEARD_GRACE_S, max(due, self.restored_at + UNHEARD_GRACE_S))
 
     @property
     def _awaits_feeder(self) -> bool:

@@ -13,6 +13,7 @@ from protocol.wire.frames import (
 )
 from protocol.wire.messages import (
     Accepted,
+    Assign,
     Attach,
     Cancel,
     Done,
@@ -93,6 +94,37 @@ async def test_what_was_heard_before_a_restart_is_not_tried_anew_and_its_end_is_
         failed = await client.next(Failed)
         assert (failed.code, failed.attempt, failed.seq) == ("worker_lost", 1, 0)
         await relay.at_rest()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("setting", ["queue_timeout_s", "run_timeout_s"])
+async def test_a_timeout_that_passed_as_the_relay_was_killed_waits_for_a_worker_with_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setattr("relayd.requests.request.UNHEARD_GRACE_S", 60.0)
+    submit, instance = a_submit(detach=True), an_id()
+    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        if setting == "run_timeout_s":
+            async with fake_worker(relay.url, instance=instance) as worker:
+                client.send(submit)
+                await worker.assigned()
+                await relay.relay.store.flush()
+        else:  # it is killed before it has stored that an attempt began
+            client.send(submit)
+            await client.next(Accepted)
+    named = (Running(request_id=submit.request_id, attempt=1, next_seq=3),)
+    async with (
+        daemon(tmp_path, store="sqlite", spaces={"tts": {setting: 0.01}}) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url, instance=instance, running=named) as worker,
+    ):
+        client.send(Attach(request_id=submit.request_id))
+        await worker.peer.next(Registered)
+        begun = Assign(
+            request_id=submit.request_id, attempt=1, space="tts", principal="root", params={}, run_timeout_s=1.0
+        )
+        worker.speak(begun, PCM)
+        assert heard(await client.frames(submit)) == b"".join(PCM)
 
 
 @pytest.mark.trio
