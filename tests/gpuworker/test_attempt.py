@@ -39,7 +39,9 @@ class Bench:
     def sent(self) -> list[Any]:
         frames = []
         while self.attempt.has_frames:
+            is_last = self.attempt.at_last_frame
             frames.append(decode(self.attempt.next_frame(), FROM_WORKER))
+            assert is_last == frames[-1].ENDS
         return frames
 
 

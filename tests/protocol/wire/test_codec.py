@@ -430,6 +430,8 @@ def test_an_unknown_type_is_told_apart_and_says_what_is_taken() -> None:
     assert fault.value.code is ErrorCode.UNKNOWN_TYPE
     with pytest.raises(UnknownType):
         decode(encode(Hello(version=1, role="client")), FROM_CLIENT)
+    with pytest.raises(UnknownType):
+        decode(encode(Audio(request_id="a" * 32, attempt=1, seq=1, pcm=b"ab")), FROM_CLIENT)
     for wire in ({}, {"type": 1}, {"type": None}, {"type": b"hello"}):
         with pytest.raises(ProtocolError, match="no string 'type'"):
             decode(msgpack.packb(wire), FROM_ANYONE)

@@ -354,6 +354,7 @@ async def test_a_seal_that_fails_keeps_what_lies_in_the_file_alone(
             patch.setattr(bench.spool.folder, "seal", full)
             with pytest.raises(NoRoom):
                 await bench.spool.seal(log)
+        assert bench.spool.used_bytes == sum(path.stat().st_size for path in bench.spool.folder.path.iterdir()) > 0
         assert await bench.read(log) == [*some, b"completed"]
         await bench.spool.seal(log)
         assert await bench.read(log) == [*some, b"completed"]

@@ -97,7 +97,8 @@ def test_a_recording_that_the_space_names_so_itself_is_that_input() -> None:
 def test_a_url_is_sent_on_where_the_space_fetches_it() -> None:
     told = asked(FETCHING, ref_audio="https://host/a.wav")
     assert told.params == {"text": "hello", "reference_wav_url": "https://host/a.wav"}
-    assert "fetches none" in refusal_of(CLONING, ref_audio="https://host/a.wav").details["ref_audio"]
+    for space in (CLONING, INDEX):
+        assert "fetches none" in refusal_of(space, ref_audio="https://host/a.wav").details["ref_audio"]
 
 
 def test_a_recording_is_the_voice_whatever_the_settings_make_of_names() -> None:
@@ -112,6 +113,7 @@ def test_a_recording_is_the_voice_whatever_the_settings_make_of_names() -> None:
         (MOCK, {"ref_audio": RECORDING}, "ref_audio", "accepts no recording of a voice"),
         (MOCK, {"speaker_wav": "/home/ann/voice.wav"}, "speaker_wav", "accepts no recording of a voice"),
         (CLONING, {"speaker_wav": "/home/ann/voice.wav"}, "speaker_wav", "the relay opens no paths"),
+        (CLONING, {"ref_audio": f"{RECORDING[:4]}!!!!{RECORDING[4:]}"}, "ref_audio", "in base64, or a data URL"),
         (CLONING, {"ref_audio": "data:audio/wav,RIFF"}, "ref_audio", "must be base64 in a data URL"),
         (CLONING, {"ref_audio": "data:;base64,"}, "ref_audio", "is an empty file"),
         (CLONING, {"ref_audio": 5}, "ref_audio", "must be a string"),

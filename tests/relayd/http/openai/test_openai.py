@@ -17,6 +17,7 @@ from protocol import open_relay
 from protocol.wire.frames import Audio, Completed, Failed, Started
 from protocol.wire.messages import Assign, Cancel, Input
 from protocol.wire.structs import AudioFormat, InputRule
+from relayd.core.workers import Workers
 from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from tests.support.audio_compare import decoded, energy_likeness, of_pcm, spectral_likeness, speech_like
 from tests.support.fake_worker import FORMAT, SCHEMA, FakeWorker, fake_worker, identity
@@ -575,6 +576,38 @@ async def test_who_is_queued_when_the_last_worker_leaves_is_told_so(
             await until(lambda: bool(relay.relay.scheduler.state.spaces["tts"].queue))
         await heard.wait()
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_who_is_queued_while_the_last_worker_is_away_for_a_moment_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.http.openai.routes.MIN_LOOK_S", 0.02)
+    looks, statuses = list[str](), list[int]()
+
+    def serving(_workers: Workers, space: str) -> bool:
+        looks.append(space)
+        return len(looks) > 1
+
+    async with (
+        speaking(tmp_path, http={"no_worker_wait_s": 0.02}) as (relay, worker),
+        trio.open_nursery() as nursery,
+    ):
+
+        async def hear() -> None:
+            async with asking_to_speak(relay.url) as answer:
+                await answer.body()
+                statuses.append(answer.status)
+
+        nursery.start_soon(hear)
+        first = await worker.assigned()
+        nursery.start_soon(hear)
+        await until(lambda: bool(relay.relay.scheduler.state.spaces["tts"].queue))
+        monkeypatch.setattr(Workers, "serving", serving)
+        await until(lambda: len(looks) > 2)
+        worker.speak(first, pieces(PCM))
+        await speak_once(worker)
+    assert statuses == [200, 200]
 
 
 @pytest.mark.trio

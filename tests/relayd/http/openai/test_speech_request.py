@@ -108,6 +108,7 @@ def test_voices_are_those_of_the_schema() -> None:
     assert voices_of(a_space(mock.PARAMS)) == ()
     assert voices_of(a_space(params_schema(Abilities()))) == ()
     assert voices_of(a_space({"properties": {"text": {}, "voice": {"type": "string"}}})) is None
+    assert voices_of(a_space({"properties": {"text": {}, "voice": {"const": "anna"}}})) == ("anna",)
 
 
 def test_a_space_speaks_that_makes_audio_of_text() -> None:
