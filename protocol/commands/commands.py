@@ -33,6 +33,8 @@ from protocol.wire.validators import Struct, Value
 
 #: How long to wait for the list of what a space accepts; without it, the refusal is printed as it came.
 SPACES_S = 3.0
+#: Where standard input is to be a text.
+NOTHING_TO_READ = "there is nothing to read on standard input"
 
 Params = dict[str, Value]
 
@@ -115,10 +117,13 @@ async def _submit(args: argparse.Namespace, progress: Progress, params: Params, 
     if len(from_stdin) > 1:
         raise ValueError(f"standard input cannot be {' and '.join(from_stdin)}; name a file for one of them")
     params |= {name: _parsed(text) for name, text in args.param}
+    read = StandardInput() if from_stdin else None
+    if read is not None and args.command == "say" and not await read.read_begun():
+        raise ValueError(NOTHING_TO_READ)
     sink = Sink(args, progress, args.space)
     try:
         async with _open(args, progress) as relay:
-            is_fed = await _add_stdin(relay, args, from_stdin[0], params, inputs) if from_stdin else False
+            is_fed = read is not None and await _add_stdin(relay, args, read, from_stdin[0], params, inputs)
             try:
                 await _follow(relay, args, sink, params, inputs)
             except RequestRejected as refusal:
@@ -135,19 +140,23 @@ async def _submit(args: argparse.Namespace, progress: Progress, params: Params, 
 
 
 async def _add_stdin(
-    relay: RelayClient, args: argparse.Namespace, name: str, params: Params, inputs: dict[str, InputSource]
+    relay: RelayClient,
+    args: argparse.Namespace,
+    stdin: StandardInput,
+    name: str,
+    params: Params,
+    inputs: dict[str, InputSource],
 ) -> bool:
     """Add standard input to a request; True if it is fed as it comes, which the space must take.
 
     With --detach it is added whole, since nobody stays to feed it.
     """
-    stdin = StandardInput()
     row = await _space_row(relay, args.space)
     schema, rule = row.get("params") or {}, (row.get("inputs") or {}).get(name) or {}
     is_text = args.command == "say" or name in schema.get("properties", {})
     is_fed = bool(rule.get("live")) and not args.detach
     if not await stdin.read_begun() and is_text:
-        raise ValueError("there is nothing to read on standard input")
+        raise ValueError(NOTHING_TO_READ)
     media_type = TEXT if is_text else stdin.media_type(rule.get("media_types", ()))
     if is_fed:
         params |= _params_taken_as_text(row, args, check_params(schema, params))

@@ -37,7 +37,7 @@ class Bench:
         self.attempt.stop_engine = stop
 
     def sent(self) -> list[Any]:
-        frames = []
+        frames: list[Any] = []
         while self.attempt.has_frames:
             is_last = self.attempt.at_last_frame
             frames.append(decode(self.attempt.next_frame(), FROM_WORKER))
