@@ -149,7 +149,7 @@ async def test_the_space_lists_the_params_voices_and_inputs(served: Place) -> No
     assert (space["engine"], space["format"]["sample_rate"]) == ("voxcpm", 48_000)
     assert space["params"]["properties"]["voice"]["enum"] == ["amy"]
     assert space["params"]["properties"]["inference_timesteps"]["maximum"] == 50
-    assert set(space["inputs"]) == {"prompt_wav", "reference_wav"}
+    assert set(space["inputs"]) == {"prompt_wav", "reference_wav", "text"}
 
 
 @pytest.mark.trio

@@ -217,6 +217,7 @@ def describe(play: Play, request: Request) -> Row:
         "idle_timeout_s": 30.0,
         "holders": 1,
         "retry": "before_output",
+        "group": None,
         "detach": False,
         "format": {"encoding": "pcm_s16le", "sample_rate": 48_000, "channels": 1},
         "readers": [

@@ -146,7 +146,7 @@ async def test_a_link_opens_one_result_without_a_token_until_it_expires(tmp_path
             await relay.at_rest()
             audio = (await http.get(one(posted[0], "/link?expires_s=60"))).json
             output = (await http.get(one(posted[1], "/link"))).json
-            for secret in (ann.text, ann.text.split("_")[-1]):
+            for secret in (ann.text, ann.text.split("_", 2)[-1]):  # the random part may have more of them
                 assert secret not in str((audio, output))
 
             heard = await stranger.get(audio["url"] + "&format=pcm")
