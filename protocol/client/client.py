@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import trio
 
 from protocol.client.address import from_environment, token_from_environment
+from protocol.client.feeders import open_feeders
 from protocol.client.inputs import InputSource, read_inputs
-from protocol.client.live_inputs import open_feeders
 from protocol.client.pending_calls import PendingCall, PendingCalls
 from protocol.client.stream import Stream, fresh_error
 from protocol.client.watch import Watch

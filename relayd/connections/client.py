@@ -39,7 +39,7 @@ from relayd.core.admission import Admission
 from relayd.core.principals import RETRY_S, PrincipalUsage, limits_of, too_fast
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import HIGH_WATER_BYTES, LOW_WATER_BYTES, FrameReader
-from relayd.requests.live_input import LiveInput, PipedInput
+from relayd.requests.live_input import PipedInput
 from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition, State
 from relayd.views.rows import fed_inputs, pages, space_row
@@ -135,7 +135,7 @@ class ClientHandler:
     def on_input_stored(self, request: Request, name: str) -> None:
         """Send `input_ack`."""
         fed = request.fed[name]
-        if isinstance(fed, LiveInput) and not isinstance(fed, PipedInput):
+        if not isinstance(fed, PipedInput):
             self.send(InputAck(request_id=request.request_id, name=name, offset=fed.size, last=fed.ended or None))
 
     def on_position(self, request: Request, position: QueuePosition) -> None:

@@ -12,7 +12,7 @@ from protocol.wire.messages import MAX_INPUT_CHUNK_BYTES, MAX_UNACKED_BYTES, Inp
 from protocol.wire.structs import Running
 from relayd.core.interfaces import WorkerPort
 from relayd.core.relay import Relay
-from relayd.requests.live_input import FedInput
+from relayd.requests.live_input import LiveInput
 from relayd.requests.request import Request
 from relayd.store.base import StoreError
 
@@ -38,7 +38,7 @@ class AttemptFeeding:
         """See `Feeding.wake`."""
         self.changed.set()
 
-    def due(self, name: str, fed: FedInput) -> int | None:
+    def due(self, name: str, fed: LiveInput) -> int | None:
         """Return how many bytes may be sent now, 0 for the end alone; None if nothing is to be sent."""
         sent = self.sent[name]
         size = min(fed.size - sent, MAX_UNACKED_BYTES - (sent - fed.taken), MAX_INPUT_CHUNK_BYTES)

@@ -91,7 +91,7 @@ class Admission:
             retry=submit.retry,
             input_bytes=sum(info.size for info in submit.inputs.values()),
             sources={source_id for source_id in sources if relay.requests[source_id].live},
-            unheard=sources,
+            silent_sources=sources,
         )
         if refused := relay.scheduler.admit(entry):
             return self._count(submit, refused)

@@ -99,7 +99,7 @@ class Feeds:
     def add(self, request: Request, piece: Input, feeder: Feeder) -> None:
         """Add a piece that a holder sent; if it is not what it may be, the feeder holds the request no longer."""
         fed = request.fed[piece.name]
-        if isinstance(fed, PipedInput) or not isinstance(fed, LiveInput):
+        if isinstance(fed, PipedInput):
             message = f"input {piece.name!r} is the output of another request; the relay feeds it, so send none of it"
             self._refuse(request, feeder, ErrorCode.INPUT_MISMATCH, message)
         elif self.pending_bytes + len(piece.data) > MAX_PENDING_BYTES:
@@ -148,7 +148,6 @@ class Feeds:
             StoreError: they cannot be read.
         """
         fed = request.fed[name]
-        assert isinstance(fed, LiveInput)
         data = fed.kept(offset, most)
         return data if data is not None else await self._read_stored(request, name, offset, most)
 
@@ -195,7 +194,7 @@ class Feeds:
     def _most_bytes(self, request: Request, name: str) -> int:
         """Return how large a live input may become, beside the others of its request."""
         others = sum(info.size for info in request.submit.inputs.values())
-        others += sum(fed.known for each, fed in request.fed.items() if each != name and isinstance(fed, LiveInput))
+        others += sum(fed.known for each, fed in request.fed.items() if each != name)
         most = max(0, self.relay.config.limits.max_input_bytes - others)
         rule = self.relay.spaces[request.submit.space].inputs.get(name)
         return min(most, rule.max_bytes) if rule is not None else most

@@ -166,7 +166,7 @@ class Pipe:
         if self._reader is not None and self._reader.is_open and self._lost is None:
             return False
         if self.fed.ended:  # after a restart of the relay, which has forgotten the source meanwhile
-            self._hear()
+            self._note_output()
             self._ended = True
         else:
             self._fail(GONE, self._lost or "its result is no longer kept")
@@ -249,11 +249,12 @@ class Pipe:
                 self._is_void = True
                 return False
             self._offset += len(piece)
-            self._hear()
+            self._note_output()
         return True
 
-    def _hear(self) -> None:
-        decisions = self.relay.scheduler.hear(self.request.entry, self.fed.source_id, trio.current_time())
+    def _note_output(self) -> None:
+        """Tell the scheduler that something has come, or the end."""
+        decisions = self.relay.scheduler.note_source_output(self.request.entry, self.fed.source_id, trio.current_time())
         if decisions:
             self.relay.apply(decisions)
 

@@ -313,7 +313,7 @@ class Relay:
             case Wait():
                 request = self.requests[decision.entry.request_id]
                 request.stopped_at = request.last_position_sent = None
-                request.add_timeline("waits", sources=len(decision.entry.sources | decision.entry.unheard))
+                request.add_timeline("waits", sources=len(decision.entry.sources | decision.entry.silent_sources))
                 request.wake()
                 self._log_request(request, "request waits for its source again")
                 self.save_status(request)

@@ -173,7 +173,7 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         input_bytes=sum(info.size for info in submit.inputs.values()),
         promoted=record.promoted,
         sources={each for each in sources if each in relay.scheduler.state.entries},
-        unheard=sources,
+        silent_sources=sources,
     )
     request = Request.of(
         submit,

@@ -47,12 +47,13 @@ class Piece:
 
 
 @attrs.define(eq=False, kw_only=True)
-class FedInput:
+class LiveInput:
     """An input whose bytes come while its request runs, and what the engine of the current attempt has taken of it.
 
-    Times are monotonic seconds.
+    Times are monotonic seconds. `rate` is how many of its bytes are stored a second.
     """
 
+    rate: float
     #: Bytes that may be sent to a worker, and whether that is all.
     size: int = 0
     ended: bool = False
@@ -65,6 +66,18 @@ class FedInput:
     received_at: float = -math.inf
     #: Time and size at the beginning of each of the last seconds in which it grew.
     _seconds: list[tuple[float, int]] = attrs.field(factory=list, init=False)
+    #: Where it ends, once that is known.
+    end: int | None = attrs.field(init=False)
+    #: The bytes from `_kept_from` on, down to those that have come and are not stored.
+    _kept: bytearray = attrs.field(factory=bytearray, init=False)
+    _kept_from: int = attrs.field(init=False)
+    #: Bytes that may be stored now, at the time of `_refilled_at`; below 0 after a large piece.
+    _allowed: float = attrs.field(init=False)
+    _refilled_at: float = attrs.field(default=-math.inf, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.end = self.size if self.ended else None
+        self._kept_from, self._allowed = self.size, self.rate * BURST_S
 
     @property
     def is_starving(self) -> bool:
@@ -74,7 +87,7 @@ class FedInput:
     @property
     def awaits_feeder(self) -> bool:
         """Whether the engine can go on only when a client has sent more."""
-        return False
+        return self.is_starving and not self.is_pending
 
     def begin_attempt(self) -> None:
         """Note that the next attempt gets it from the beginning."""
@@ -101,25 +114,6 @@ class FedInput:
         since, size = recent[0]
         return round((self.size - size) / max(1.0, now - since))
 
-
-@attrs.define(eq=False, kw_only=True)
-class LiveInput(FedInput):
-    """A live input. `rate` is how many of its bytes are stored a second."""
-
-    rate: float
-    #: Where it ends, once that is known.
-    end: int | None = attrs.field(init=False)
-    #: The bytes from `_kept_from` on, down to those that have come and are not stored.
-    _kept: bytearray = attrs.field(factory=bytearray, init=False)
-    _kept_from: int = attrs.field(init=False)
-    #: Bytes that may be stored now, at the time of `_refilled_at`; below 0 after a large piece.
-    _allowed: float = attrs.field(init=False)
-    _refilled_at: float = attrs.field(default=-math.inf, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.end = self.size if self.ended else None
-        self._kept_from, self._allowed = self.size, self.rate * BURST_S
-
     @property
     def known(self) -> int:
         """Number of bytes that have come, those that are not stored yet among them."""
@@ -134,11 +128,6 @@ class LiveInput(FedInput):
     def is_pending(self) -> bool:
         """Whether something has come that is not stored: bytes, or the end."""
         return self.pending_bytes > 0 or (self.end is not None and not self.ended)
-
-    @property
-    def awaits_feeder(self) -> bool:
-        """See `FedInput.awaits_feeder`."""
-        return self.is_starving and not self.is_pending
 
     def add(
         self, offset: int, data: bytes, *, last: bool, most: int, now: float, stored: bytes | None = None
@@ -222,7 +211,7 @@ class PipedInput(LiveInput):
 
     @property
     def awaits_feeder(self) -> bool:
-        """See `FedInput.awaits_feeder`."""
+        """See `LiveInput.awaits_feeder`; a source has deadlines of its own."""
         return False
 
     def clear(self) -> None:

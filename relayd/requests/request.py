@@ -15,7 +15,7 @@ from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
 from relayd.frames.frame_log import FrameLog, Sink
-from relayd.requests.live_input import FedInput
+from relayd.requests.live_input import LiveInput
 from relayd.requests.outcome import Outcome
 from relayd.requests.summary import summarize
 from relayd.scheduling.model import QueuePosition, ScheduledRequest, State
@@ -95,7 +95,7 @@ class Request:
     inputs: dict[str, bytearray] = attrs.field(factory=dict)
     _digests: dict[str, "hashlib._Hash"] = attrs.field(factory=dict)
     #: The inputs that are fed while it is live, by name.
-    fed: dict[str, FedInput] = attrs.field(factory=dict)
+    fed: dict[str, LiveInput] = attrs.field(factory=dict)
     feeding: Feeding | None = None
     #: What feeds its piped inputs.
     pipes: list[Feeding] = attrs.field(factory=list)

@@ -54,7 +54,7 @@ class Dispatcher:
         One whose source has to wait for a slot itself gives its own back: the source may need just that one.
         """
         flows = self.state.flows(entry)
-        if entry.waits and flows and not entry.unheard:
+        if entry.waits and flows and not entry.silent_sources:
             self.state.remove_admitted(entry)
             self.push(entry)
             decisions.append(Enter(entry))
@@ -74,7 +74,7 @@ class Dispatcher:
 
     def _is_ready(self, entry: ScheduledRequest) -> bool:
         """Whether a piped request need not wait for its sources."""
-        return not entry.unheard and self.state.flows(entry)
+        return not entry.silent_sources and self.state.flows(entry)
 
     def _can_yield(self, entry: ScheduledRequest) -> bool:
         """Whether a running request holds a slot, and is not asked to stop already."""

@@ -82,7 +82,7 @@ class ScheduledRequest:
     #: Ids of the live requests whose output is its input; and of those of its sources, also ended ones, of whose output
     #: nothing has come yet.
     sources: set[str] = attrs.field(factory=set)
-    unheard: set[str] = attrs.field(factory=set)
+    silent_sources: set[str] = attrs.field(factory=set)
     #: Whether it is stored and waits for its sources; its state is `uploading` then.
     waits: bool = False
     #: Whether its whole inputs are not in the store yet.
@@ -91,7 +91,7 @@ class ScheduledRequest:
     @property
     def is_piped(self) -> bool:
         """Whether it has a source that has not ended, or of which nothing has come yet."""
-        return bool(self.sources or self.unheard)
+        return bool(self.sources or self.silent_sources)
 
 
 @attrs.define(eq=False, kw_only=True)

@@ -351,12 +351,12 @@ class Scheduler:
             self.dispatcher.push(entry)
         return self.dispatcher.dispatch(now)
 
-    def hear(self, entry: ScheduledRequest, source_id: str, now: float) -> list[Decision]:
+    def note_source_output(self, entry: ScheduledRequest, source_id: str, now: float) -> list[Decision]:
         """Note that something has come of the output of a source, or its end."""
-        if source_id not in entry.unheard or entry.request_id not in self.state.entries:
+        if source_id not in entry.silent_sources or entry.request_id not in self.state.entries:
             return []
         self.state.unsettled[entry.request_id] = entry
-        entry.unheard.discard(source_id)
+        entry.silent_sources.discard(source_id)
         return self.dispatcher.dispatch(now)
 
     def begin_anew(self, entry: ScheduledRequest, source_id: str, now: float) -> list[Decision]:
@@ -368,7 +368,7 @@ class Scheduler:
         if entry.retry == "never" and entry.attempt:
             message += "; not tried again, because retry is 'never'"
             return [*stop, Finish(entry, ErrorCode.SOURCE_FAILED, message)]
-        entry.unheard.add(source_id)
+        entry.silent_sources.add(source_id)
         if not entry.waits:
             self.dispatcher.hold_back(entry)
         entry.reproducible, entry.has_output, entry.next_seq = "", False, 0

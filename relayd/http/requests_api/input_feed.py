@@ -51,7 +51,7 @@ def _find_input(request: Request, name: str) -> LiveInput:
     if not request.live:
         raise _over(request, name)
     fed = request.fed.get(name)
-    if isinstance(fed, PipedInput) or not isinstance(fed, LiveInput):
+    if fed is None or isinstance(fed, PipedInput):
         known = ", ".join(sorted(each for each, info in request.submit.inputs.items() if info.live)) or "none"
         what = f"is not a live input of request {request.request_id}; its live inputs are {known}"
         raise HttpError(ErrorCode.INVALID_PARAMS, f"{name[:32]!r} {what}", details={f"inputs.{name[:32]}": what})

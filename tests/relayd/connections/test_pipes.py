@@ -240,7 +240,7 @@ async def test_a_request_waits_for_the_first_byte_of_each_source_without_a_slot_
         request = at.request(submit)
         at.writer.send(Started(**identity(writing_first, 0)))
         says(at.writer, writing_first, 1, "first")
-        await until(lambda: request.entry.unheard == {second.request_id})
+        await until(lambda: request.entry.silent_sources == {second.request_id})
         assert request.deadline(30.0, 5.0)[0] == math.inf
         assert (await at.status(submit)).state == "uploading"
         await at.client.settled()
@@ -522,6 +522,20 @@ async def test_a_slow_speaker_does_not_hold_up_the_writer_nor_fill_the_memory(tm
         assert await all_of(at.speaker, speaking) == text.encode() * count
 
 
+def stop_store(at: Stage, monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, trio.Event]:
+    """Let the store stand still at the next piece of an input; the events that it does, and that it may go on."""
+    commit, stands, goes_on = at.daemon.relay.store.commit, trio.Event(), trio.Event()
+
+    async def slow(*changes: Any) -> None:
+        if changes and isinstance(changes[0], AppendInput):
+            stands.set()
+            await goes_on.wait()
+        await commit(*changes)
+
+    monkeypatch.setattr(at.daemon.relay.store, "commit", slow)
+    return stands, goes_on
+
+
 @pytest.mark.trio
 async def test_while_the_store_stands_still_a_pipe_keeps_no_more_than_a_slice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -530,15 +544,7 @@ async def test_while_the_store_stands_still_a_pipe_keeps_no_more_than_a_slice(
     async with stage(tmp_path) as at:
         source, writing, seq = await at.write()
         await at.send(submit := piped(source))
-        commit, stands, goes_on = at.daemon.relay.store.commit, trio.Event(), trio.Event()
-
-        async def slow(*changes: Any) -> None:
-            if changes and isinstance(changes[0], AppendInput):
-                stands.set()
-                await goes_on.wait()
-            await commit(*changes)
-
-        monkeypatch.setattr(at.daemon.relay.store, "commit", slow)
+        stands, goes_on = stop_store(at, monkeypatch)
         for _ in range(40):
             seq = says(at.writer, writing, seq, text)
         ends(at.writer, writing, seq)
@@ -564,15 +570,7 @@ async def test_a_source_whose_frames_are_lost_while_they_are_read_fails_the_requ
     async with stage(tmp_path) as at:
         source, writing, seq = await at.write()
         await at.send(submit := piped(source))
-        commit, stands, goes_on = at.daemon.relay.store.commit, trio.Event(), trio.Event()
-
-        async def slow(*changes: Any) -> None:
-            if changes and isinstance(changes[0], AppendInput):
-                stands.set()
-                await goes_on.wait()
-            await commit(*changes)
-
-        monkeypatch.setattr(at.daemon.relay.store, "commit", slow)
+        stands, goes_on = stop_store(at, monkeypatch)
         for _ in range(20):
             seq = says(at.writer, writing, seq, "x" * 60_000)
         if how != "dropped, and more comes":

@@ -15,7 +15,7 @@ from protocol.wire.structs import AudioFormat, InputInfo
 from relayd.config.schema import Limits, SpaceConfig
 from relayd.frames.frame_log import FrameReader
 from relayd.requests.deadlines import watch_deadlines
-from relayd.requests.live_input import FedInput, LiveInput
+from relayd.requests.live_input import LiveInput, PipedInput
 from relayd.requests.outcome import Outcome
 from relayd.requests.request import Expiry, Request, content_hash
 from relayd.scheduling.model import QueuePosition, ScheduledRequest, State
@@ -301,7 +301,7 @@ async def test_a_feeder_that_is_waited_for_by_the_disk_or_that_is_a_pipe_has_no_
     request.fed["text"] = log = LiveInput(rate=1.0)
     log.add(0, b"pending", last=False, most=99, now=trio.current_time())
     assert request.deadline(WINDOW_S, CANCEL_GRACE_S, 8.0)[1] is Expiry.RUN_TIMEOUT
-    request.fed["text"] = FedInput()
+    request.fed["text"] = PipedInput(rate=1.0, source_id="2" * 32)
     assert request.deadline(WINDOW_S, CANCEL_GRACE_S, 8.0)[1] is Expiry.RUN_TIMEOUT
 
 

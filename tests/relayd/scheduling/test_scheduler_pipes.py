@@ -108,7 +108,7 @@ class PipeMachine(RuleBasedStateMachine):
             retry=retry,
             input_bytes=pick % 3,
             sources={each for each in sources if each in self.live},
-            unheard=sources,
+            silent_sources=sources,
         )
         assert self.scheduler.admit(entry) is None
         self.known.append(request_id)
@@ -120,9 +120,9 @@ class PipeMachine(RuleBasedStateMachine):
     def hear(self) -> None:
         """Something of each source has come that runs, or has ended."""
         for entry in list(self.live.values()):
-            for source_id in sorted(entry.unheard):
+            for source_id in sorted(entry.silent_sources):
                 if source_id not in self.live or self.live[source_id].state is State.RUNNING:
-                    self.carry_out(self.scheduler.hear(entry, source_id, self.now))
+                    self.carry_out(self.scheduler.note_source_output(entry, source_id, self.now))
 
     @precondition(lambda self: self.running())
     @rule(pick=picks)
@@ -155,7 +155,7 @@ class PipeMachine(RuleBasedStateMachine):
                 reproducible=old.reproducible,
                 has_output=old.has_output,
                 sources=set(old.sources),
-                unheard=self.sources[old.request_id].copy(),
+                silent_sources=self.sources[old.request_id].copy(),
             )
             self.live[entry.request_id] = entry
             self.scheduler.restore(entry, self.now)
@@ -230,7 +230,7 @@ class PipeMachine(RuleBasedStateMachine):
         pairs = [
             (entry, source_id)
             for entry in self.live.values()
-            for source_id in sorted(entry.sources - entry.unheard)
+            for source_id in sorted(entry.sources - entry.silent_sources)
             if self.live[source_id].state is State.RUNNING
         ]
         if pairs:
@@ -259,7 +259,7 @@ class PipeMachine(RuleBasedStateMachine):
         assert state.entries == self.live
         assert not state.unsettled
         for entry in self.live.values():
-            ready = not entry.unheard and state.flows(entry)
+            ready = not entry.silent_sources and state.flows(entry)
             assert entry.sources <= self.live.keys()
             assert (entry in space.queue) == (entry.state is State.QUEUED)
             assert (entry.request_id in space.admitted) == (entry.state is State.UPLOADING) == entry.waits
@@ -304,7 +304,7 @@ def an_entry(ticket: int, *sources: ScheduledRequest, **fields: Any) -> Schedule
         principal="ann",
         ticket=ticket,
         sources=ids.copy(),
-        unheard=ids.copy(),
+        silent_sources=ids.copy(),
         **fields,
     )
 
@@ -331,7 +331,7 @@ def test_a_source_that_crashed_starts_before_what_is_piped_from_it_whatever_thei
     target = an_entry(2, source, priority=9)
     assert submit(scheduler, source) == [Start(source, 0)]
     assert submit(scheduler, target) == []
-    assert scheduler.hear(target, source.request_id, 1.0) == [Enter(target)]
+    assert scheduler.note_source_output(target, source.request_id, 1.0) == [Enter(target)]
     del scheduler.state.workers["one"].held[source.request_id]
     decisions = scheduler.lose(source.request_id, ErrorCode.ENGINE_FAILED, "it crashed", 1.0)
     assert decisions == [Requeue(source), Start(source, 0)]
@@ -346,9 +346,9 @@ def test_a_slot_is_given_back_for_a_source_that_needs_one_and_the_attempt_cannot
     target, last = an_entry(2, source), an_entry(3, an_entry(2))
     for entry in (source, target, last):
         submit(scheduler, entry)
-    scheduler.hear(target, source.request_id, 1.0)
+    scheduler.note_source_output(target, source.request_id, 1.0)
     assert target.worker_id == "two"
-    scheduler.hear(last, target.request_id, 1.0)
+    scheduler.note_source_output(last, target.request_id, 1.0)
     scheduler.unlink("one", 1.0)
     decisions = scheduler.lose(source.request_id, ErrorCode.WORKER_LOST, "it is gone", 2.0)
     assert decisions == [
@@ -408,7 +408,7 @@ def test_a_request_that_may_not_begin_twice_fails_when_its_source_does() -> None
     target, other = an_entry(2, source, retry="never"), an_entry(3, source, retry="never")
     for entry in (source, target, other):
         submit(scheduler, entry)
-    scheduler.hear(target, source.request_id, 1.0)
+    scheduler.note_source_output(target, source.request_id, 1.0)
     assert target.attempt == 1
     stopped, finished = scheduler.begin_anew(target, source.request_id, 1.0)
     assert stopped == Stop("one", target.request_id, f"request {source.request_id}, its source, has begun anew")
@@ -426,7 +426,7 @@ def test_a_slot_that_was_given_back_lets_only_a_reproducible_engine_go_on_where_
     target = an_entry(2, source)
     for entry in (source, target):
         submit(scheduler, entry)
-    scheduler.hear(target, source.request_id, 1.0)
+    scheduler.note_source_output(target, source.request_id, 1.0)
     target.has_output, target.next_seq = True, 7
     scheduler.unlink("one", 1.0)
     scheduler.lose(source.request_id, ErrorCode.WORKER_LOST, "it is gone", 2.0)
@@ -444,7 +444,7 @@ def test_a_request_that_made_something_before_it_gave_its_slot_back_starts_on_an
     target = an_entry(2, source)
     for entry in (source, target):
         submit(scheduler, entry)
-    scheduler.hear(target, source.request_id, 1.0)
+    scheduler.note_source_output(target, source.request_id, 1.0)
     target.has_output, target.next_seq = True, 7
     scheduler.unlink("one", 1.0)
     scheduler.lose(source.request_id, ErrorCode.WORKER_LOST, "it is gone", 2.0)
