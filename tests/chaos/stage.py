@@ -122,9 +122,7 @@ class Settings:
     client_gap_s: Gap = (1.0, 6.0)
     retain_s: float = 120.0
     wait_retention: bool = True
-    #: A relay has this much more within seconds of its start in a storm, and no more after 25 minutes: glibc keeps 16
-    #: MiB for the next frames, 5,000 log events and the statistics are there, and the rest is what lies between them.
-    rss_allowance_mib: float = 56.0
+    rss_allowance_mib: float = 24.0
     rss_peak_mib: float = 128.0
 
 
