@@ -417,11 +417,8 @@ def test_a_request_that_may_not_begin_twice_fails_when_its_source_does() -> None
     assert scheduler.begin_anew(other, source.request_id, 1.0) == [Wait(other)], "it has not begun"
 
 
-@pytest.mark.parametrize("reproducible", ["", "tone"])
-def test_a_slot_that_was_given_back_lets_only_a_reproducible_engine_go_on_where_it_was(reproducible: str) -> None:
-    scheduler = a_scheduler()
-    for name in ("one", "two"):
-        scheduler.join(attrs.evolve(a_worker(name), reproducible=reproducible), {}, 1.0)
+def given_back(scheduler: Scheduler) -> tuple[ScheduledRequest, ScheduledRequest]:
+    """A source whose worker `one` was lost, and its target, which has output and gives its slot on `two` back."""
     source = an_entry(1)
     target = an_entry(2, source)
     for entry in (source, target):
@@ -431,6 +428,15 @@ def test_a_slot_that_was_given_back_lets_only_a_reproducible_engine_go_on_where_
     scheduler.unlink("one", 1.0)
     scheduler.lose(source.request_id, ErrorCode.WORKER_LOST, "it is gone", 2.0)
     assert target.waits
+    return source, target
+
+
+@pytest.mark.parametrize("reproducible", ["", "tone"])
+def test_a_slot_that_was_given_back_lets_only_a_reproducible_engine_go_on_where_it_was(reproducible: str) -> None:
+    scheduler = a_scheduler()
+    for name in ("one", "two"):
+        scheduler.join(attrs.evolve(a_worker(name), reproducible=reproducible), {}, 1.0)
+    source, target = given_back(scheduler)
     scheduler.release("two", target.request_id, 1, 3.0)
     scheduler.end(source.request_id, State.COMPLETED, 4.0)
     assert scheduler.release("two", source.request_id, 2, 5.0) == [Start(target, 7 if reproducible else 0)]
@@ -440,14 +446,7 @@ def test_a_request_that_made_something_before_it_gave_its_slot_back_starts_on_an
     scheduler = a_scheduler()
     for name in ("one", "two"):
         scheduler.join(a_worker(name), {}, 1.0)
-    source = an_entry(1)
-    target = an_entry(2, source)
-    for entry in (source, target):
-        submit(scheduler, entry)
-    scheduler.note_source_output(target, source.request_id, 1.0)
-    target.has_output, target.next_seq = True, 7
-    scheduler.unlink("one", 1.0)
-    scheduler.lose(source.request_id, ErrorCode.WORKER_LOST, "it is gone", 2.0)
+    source, target = given_back(scheduler)
     scheduler.unlink("two", 3.0)
     scheduler.end(source.request_id, State.COMPLETED, 4.0)
     joined = scheduler.join(attrs.evolve(a_worker("three"), reproducible="tone"), {}, 5.0)
