@@ -250,12 +250,13 @@ class EngineHost:
         Args:
             why: the reason, for clients.
             reporter: the slot whose run asked for a new process, if one did.
-            reported: how that run ended.
+            reported: how that run ended. If it says that it is innocent, nobody is to blame.
             printed: for operators, what the run of an engine that is not shared printed.
         """
         # In this order: the relay must know that the slots are gone before it sees their runs fail.
         self._set_ready(False)
         runs = [(slot, slot.live_run) for slot in self.slots]
+        blameless = reported is not None and reported.details.get("innocent") is True
         several = sum(run is not None or slot.abandoned for slot, run in runs) > 1
         for slot, run in runs:
             slot.abandoned = False
@@ -265,7 +266,7 @@ class EngineHost:
             if slot is reporter and reported is not None:
                 end = reported
             if self.shared:
-                innocent = several and run.made_something
+                innocent = blameless or (several and run.made_something)
                 end = attrs.evolve(
                     end, details=end.details | {"innocent": innocent}, retryable=end.retryable or innocent
                 )

@@ -140,7 +140,9 @@ def run_engine(
         if not isinstance(fault, EngineError):
             report = wire_text("".join(traceback.format_exception(fault)))
             print(report, end="", file=sys.stderr)
-            end = attrs.evolve(end, report=report[-MAX_REPORT_CHARS:])
+        else:  # a shared process cannot tell what this run printed
+            report = wire_text("\n".join(getattr(fault, "__notes__", ())))
+        end = attrs.evolve(end, report=report[-MAX_REPORT_CHARS:])
         return RunResult(outcome="cancelled") if cancelled() and not end.restart else end
     finally:
         engine.report = Engine.report  # a report between two runs belongs to neither

@@ -126,6 +126,11 @@ class Place:
         return done.stdout, stderr
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started: the engines of a worker."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def a_place(folder: Path, config: str = "[spaces.tts]\n") -> Place:
     """Make a folder with a configuration, and an environment in which every command uses it."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RELAY_", "RELAYD_"))}

@@ -5,14 +5,16 @@ on as it comes. What the server makes is its own business, so nothing is declare
 may make the whole speech before it sends any. While it is busy or away, a request waits in its slot for a while, and
 then goes back to the relay's queue.
 
-Every connection is on a Trio loop of this engine's own (`upstream`), which any number of threads may use.
+All slots share one process: each is a thread, and every connection is on a Trio loop of the engine's own (`upstream`),
+which any number of threads may use.
 """
 
+import copy
 import importlib.util
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlsplit
@@ -31,6 +33,7 @@ from gpuworker.engines.base import (
     OptionError,
     OptionValue,
     ProgressChunk,
+    RequestContext,
 )
 from gpuworker.engines.openai.audio_body import AudioBody, declared
 from gpuworker.engines.openai.dialects import DIALECTS, Offer, Settings
@@ -50,6 +53,7 @@ BUSY_LONGEST_S = 4.0
 NAP_S = 0.05
 #: A list of models or voices; the server has nothing to make for it.
 LIST_S = 10.0
+NOBODY = RequestContext()
 #: Names that `doctor` and refusals show.
 MAX_TOLD = 12
 
@@ -57,6 +61,7 @@ MAX_TOLD = 12
 class OpenAiEngine(Engine):
     """Asks a speech server; see the module's docstring."""
 
+    SHARED = True
     SUMMARY: ClassVar[str] = "any OpenAI-compatible speech server on this network: -o url=http://127.0.0.1:8880/v1"
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "url": Option(required=True, help="the server's address, up to /v1"),
@@ -162,6 +167,10 @@ class OpenAiEngine(Engine):
             inputs=self._dialect.inputs(chosen),
         )
 
+    def seats(self, count: int) -> Sequence[Engine]:
+        """Engines that share the HTTP client."""
+        return [copy.copy(self) for _ in range(count)]
+
     def _connect(self) -> Offer:
         """Start the HTTP client, and ask what the server has."""
         if self.missing():
@@ -210,7 +219,9 @@ class OpenAiEngine(Engine):
 
     # -- a run
 
-    def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
+    def generate(
+        self, params: dict[str, Value], inputs: Mapping[str, EngineInput], context: RequestContext = NOBODY
+    ) -> Iterator[Chunk]:
         """Yield the audio as the server sends it."""
         faults = {} if speakable(params["text"]) else {"text": "contains nothing to speak"}
         if faults := faults | self._dialect.faults(params, inputs):
@@ -227,7 +238,7 @@ class OpenAiEngine(Engine):
                 return
             except EngineError as fault:
                 if not isinstance(fault, ServerBusy) or time.monotonic() >= until:
-                    print(_for_owner(fault), file=sys.stderr, flush=True)
+                    print(f"request {context.request_id[:8]}: {_for_owner(fault)}", file=sys.stderr, flush=True)
                     raise
                 self.report(ProgressChunk("loading", 0.0, "the speech server is busy"))
                 self._wait(min((fault.retry_after_s or 0.0) + pauses.next_s(), until - time.monotonic()))

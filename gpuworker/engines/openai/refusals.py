@@ -30,11 +30,12 @@ class ServerBusy(EngineError):
     Args:
         message: what happened.
         retry_after_s: when the server asks to be asked again; None if it does not say.
-        away: it cannot be reached at all, so its slot is not ready either.
+        away: it cannot be reached at all, so no slot is ready until it is back; no request is to blame.
     """
 
     def __init__(self, message: str, *, retry_after_s: float | None = None, away: bool = False) -> None:
         details: dict[str, Value] = {} if retry_after_s is None else {"retry_after_s": retry_after_s}
+        details |= {"innocent": True} if away else {}
         super().__init__(message, details=details, retryable=True, restart=away)
         self.retry_after_s = retry_after_s
 

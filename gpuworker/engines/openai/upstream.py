@@ -64,6 +64,7 @@ class Upstream:
         self._headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._silence_s = silence_s
         self._closing = trio.Event()
+        self._open: set[Exchange] = set()
         self._token: trio.lowlevel.TrioToken | None = None
 
     def open(self) -> None:
@@ -104,7 +105,7 @@ class Upstream:
             query: after the path.
             cancelled: whether to stop waiting; called every `LOOK_S`.
         """
-        exchange = Exchange(self, cancelled)
+        exchange = Exchange(self, cancelled, self._open)
         client, url = self._client, self._url + path
         self._in_loop(exchange.begin, self._nursery, lambda: client.stream(method, url, json=body, params=query))
         try:
@@ -151,9 +152,11 @@ class Upstream:
 class Exchange:
     """One request and its answer; used by one thread."""
 
-    def __init__(self, upstream: Upstream, cancelled: Callable[[], bool]) -> None:
+    def __init__(self, upstream: Upstream, cancelled: Callable[[], bool], together: set["Exchange"]) -> None:
         self._upstream = upstream
         self._cancelled = cancelled
+        #: Those that the server has not answered completely; only the loop uses it.
+        self._together = together
         self._scope = trio.CancelScope()
         self._begun, self._ended = trio.Event(), trio.Event()
         self._head: Head | None = None
@@ -210,6 +213,8 @@ class Exchange:
         self, nursery: trio.Nursery, request: Callable[[], AbstractAsyncContextManager["httpx2.Response"]]
     ) -> None:
         """Start the task that sends the request."""
+        self._together.add(self)
+        self._connected_by = trio.current_time() + 2 * CONNECT_S  # TLS may take as long again
         self._send, self._receive = trio.open_memory_channel[bytes](MAX_PIECES)
         nursery.start_soon(self._run, request)
 
@@ -225,11 +230,18 @@ class Exchange:
                             await self._send.send(data)
                     self._complete = True
         except Exception as fault:  # noqa: BLE001 - the one broad catch for a request
-            self._fault = _translated(fault, begun=self._head is not None)
+            others = any(each.is_connected for each in self._together - {self})
+            self._fault = _translated(fault, begun=self._head is not None, others=others)
             self._fault.add_note(_reason(fault))
         finally:
+            self._together.discard(self)
             self._begun.set()
             self._ended.set()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the server works on it, so that it is there; false while that is not known."""
+        return self._head is not None or trio.current_time() > self._connected_by
 
     async def _is_begun(self) -> bool:
         with trio.move_on_after(LOOK_S):
@@ -269,12 +281,18 @@ def _reason(fault: BaseException) -> str:
     return f"{type(fault).__name__}: {fault}"
 
 
-def _translated(fault: Exception, *, begun: bool) -> EngineError:
-    """The error that an exception of the HTTP client stands for, in words for clients: its own name addresses."""
+def _translated(fault: Exception, *, begun: bool, others: bool) -> EngineError:
+    """The error that an exception of the HTTP client stands for, in words for clients: its own name addresses.
+
+    Args:
+        fault: what the client raised.
+        begun: whether there was a head.
+        others: whether the server works on other requests.
+    """
     import httpx2
 
     if isinstance(fault, httpx2.ConnectError | httpx2.ConnectTimeout):
-        return ServerBusy("the speech server cannot be reached; try again later", away=True)
+        return ServerBusy("the speech server cannot be reached; try again later", away=not others)
     if isinstance(fault, httpx2.TimeoutException):
         return EngineError(
             "the speech server was silent for too long; if it makes the whole speech before it sends any, the worker's "

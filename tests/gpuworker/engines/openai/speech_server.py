@@ -106,12 +106,16 @@ class SpeechServer:
 
     def kill(self) -> None:
         """Stop as a killed process does: every connection ends, and no new one is accepted."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self.hide()
         for wire in list(self._wires):
             with contextlib.suppress(OSError):
                 wire.shutdown(socket.SHUT_RDWR)
+
+    def hide(self) -> None:
+        """Accept no new connection; those that there are go on."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
     def _start(self, call: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=call, args=arguments, daemon=True)
