@@ -93,7 +93,7 @@ class Admission:
             sources={source_id for source_id in sources if relay.requests[source_id].live},
             silent_sources=sources,
         )
-        if refused := relay.scheduler.admit(entry):
+        if refused := relay.scheduler.admit(entry, answered=self.has_answer(submit, principal)):
             return self._count(submit, refused)
         request = Request.of(submit, principal.name, entry, relay.spaces[submit.space].config, time.time())
         relay.feeds.open(request)
@@ -103,6 +103,10 @@ class Admission:
             return refusal
         request.hold(holder)
         return request
+
+    def has_answer(self, submit: Submit, principal: Principal) -> bool:
+        """Whether a result that is kept answers a request, so that it needs neither a worker nor a place in a queue."""
+        return self.relay.copies.has_answer(submit, principal.name)
 
     def _count(self, submit: Submit, refusal: Rejected) -> Rejected:
         """Count a refusal and return it."""
@@ -118,7 +122,7 @@ class Admission:
         if isinstance(space, Rejected):
             return attrs.evolve(space, request_id=request_id)
         most = limits.max_queued
-        if self.relay.scheduler.queued_count(principal.name) >= most:
+        if self.relay.scheduler.queued_count(principal.name) >= most and not self.has_answer(submit, principal):
             message = f"{principal.name!r} may have {most} queued requests over all spaces; wait for one to start"
             return Rejected.because(ErrorCode.QUEUE_FULL, message, request_id=request_id)
         if faults := check_params(space.params, submit.params, submit.inputs.keys()):

@@ -16,13 +16,13 @@ import trio
 from protocol.wire.audio_envelope import PREFIX_BYTES, audio_prefix, match_audio
 from protocol.wire.codec import decode, encode
 from protocol.wire.frames import Audio, Completed, Frame, Output, Progress, Started
-from protocol.wire.messages import FRAMES, Ack
+from protocol.wire.messages import FRAMES, Ack, Submit
 from protocol.wire.validators import Value
 from relayd.core.interfaces import RelayState
 from relayd.core.result_cache import ResultCache
 from relayd.core.space import Space
 from relayd.frames.frame_log import FrameReader, MemoryBudget
-from relayd.requests.request import Request
+from relayd.requests.request import Request, cache_key
 from relayd.scheduling.model import State
 from relayd.store.records import COPIED
 
@@ -75,12 +75,20 @@ class Copies:
 
     def begin(self, request: Request) -> Request | None:
         """Return the source of a request that would be queued otherwise, if it has one; `follow` then copies it."""
-        source = None if self._is_full(request) else self._find(request)
+        is_full = self._is_full(request.submit.space, request.principal)
+        source = None if is_full else self._find(request)
         if source is not None:
             self._start(request, source)
         elif request.cache_key:
             self.relay.stats.space(request.submit.space).cache_misses += 1
         return source
+
+    def has_answer(self, submit: Submit, principal: str) -> bool:
+        """Whether a result that is kept answers a request that is not submitted yet, without a worker or a queue."""
+        key = cache_key(submit, principal, self.relay.spaces[submit.space].config)
+        if not key or self._is_full(submit.space, principal):
+            return False
+        return self.cache.find(submit.space, key, self._identities(submit.space)) is not None
 
     def follow(self, request: Request, source: Request) -> None:
         """Copy the frames of `source`, those to come among them."""
@@ -128,15 +136,20 @@ class Copies:
                 while self.memory.over:  # noqa: ASYNC110  there is no event for it
                     await trio.sleep(POLL_S)
 
-    def _is_full(self, request: Request) -> bool:
+    def _is_full(self, space_name: str, principal: str) -> bool:
         """Whether as many requests are copied as may wait for a worker; further ones are queued, or refused there."""
-        space = self.relay.scheduler.state.spaces[request.submit.space]
+        space = self.relay.scheduler.state.spaces[space_name]
         copied = [entry.principal for entry in space.running.values() if entry.copied]
-        own = copied.count(request.principal)
+        own = copied.count(principal)
         return len(copied) >= space.rules.max_queued or own >= space.rules.max_queued_per_principal
 
     def _queue(self, request: Request) -> None:
         self.relay.apply(self.relay.scheduler.end_copy(request.entry, trio.current_time()))
+
+    def _identities(self, space: str) -> set[str] | None:
+        """Return those of the connected workers of a space; None, which stands for any, while there is none."""
+        workers = self.relay.scheduler.state.workers_of(space)
+        return {worker.reproducible for worker in workers} if workers else None
 
     def _find(self, request: Request, identities: Collection[str] | None = None) -> Request | None:
         """Return a source of a request.
@@ -149,10 +162,10 @@ class Copies:
         if not request.cache_key:
             return None
         state = self.relay.scheduler.state
-        if identities is None and (workers := state.workers_of(request.submit.space)):
-            identities = {worker.reproducible for worker in workers}
+        if identities is None:
+            identities = self._identities(request.submit.space)
         running = (self.relay.requests[each] for each in state.spaces[request.submit.space].running)
-        kept = self.cache.find(request, identities)
+        kept = self.cache.find(request.submit.space, request.cache_key, identities)
         for source in running if kept is None else (kept,):
             its = source.entry
             joinable = its.reproducible and not its.copied and its.cancel_reason is None

@@ -43,14 +43,15 @@ class ResultCache:
         self._bytes[space] += request.log.size_bytes
         self._trim_space(space, config)
 
-    def find(self, request: Request, reproducible: Collection[str] | None) -> Request | None:
+    def find(self, space: str, wanted: bytes, reproducible: Collection[str] | None) -> Request | None:
         """Return a result that may answer a request.
 
         Args:
-            request: one that is not answered yet.
+            space: its space.
+            wanted: its key.
             reproducible: the identities that the output may have; None for any.
         """
-        entries, wanted = self._spaces.get(request.submit.space, {}), request.cache_key
+        entries = self._spaces.get(space, {})
         if reproducible is None:
             return next((result for (key, _), result in reversed(entries.items()) if key == wanted), None)
         return next((entries[wanted, each] for each in reproducible if (wanted, each) in entries), None)

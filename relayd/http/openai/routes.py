@@ -102,24 +102,13 @@ async def _speak(request: Request, reply: ResponseWriter) -> None:
     with open_uploads(request) as uploads:
         speech = parse_speech(await read_all(request, MAX_BODY_BYTES, uploads.count))
         space = _space(context, principal, speech.model)
-        await _wait_for_worker(context, space)
-        names, only = context.relay.config.openai, only_space(context.relay.spaces.values(), principal)
-        asked = params_of(speech, space, names, any_voice=not names.strict and only is space)
+        if not _is_answered(context, principal, space, speech):
+            await _wait_for_worker(context, space)
+        asked, submit = _asked_of(context, principal, space, speech)
         if asked.replaced and space.name not in context.voices_replaced:
             context.voices_replaced.add(space.name)
             log.warning("voice is spoken with another", space=space.name, asked=speech.voice, voice=asked.voice)
         await check_coding(speech.coding.name, speech.speed, space.format or PCM)
-        submit = Submit(
-            request_id=secrets.token_hex(16),
-            space=space.name,
-            params=asked.params,
-            inputs={
-                name: InputInfo(media_type=media_type, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-                for name, (media_type, data) in asked.inputs.items()
-            },
-            queue_timeout_s=max(0.001, min(space.config.queue_timeout_s, limits.max_wait_s)),
-            cache=speech.cache,
-        )
         inputs = {name: data for name, (_, data) in asked.inputs.items()}
     try:
         async with open_submission(request, submit, inputs) as held:
@@ -131,6 +120,39 @@ async def _speak(request: Request, reply: ResponseWriter) -> None:
     except HttpError as refusal:
         refusal.details = {asked.field(name): what for name, what in refusal.details.items()}
         raise
+
+
+def _asked_of(context: HttpContext, principal: Principal, space: Space, speech: Speech) -> tuple[SpaceParams, Submit]:
+    """Convert a speech request to what the space is asked, as far as is known what it accepts.
+
+    Raises:
+        HttpError: 422; the space does not accept it.
+    """
+    names, only = context.relay.config.openai, only_space(context.relay.spaces.values(), principal)
+    asked = params_of(speech, space, names, any_voice=not names.strict and only is space)
+    submit = Submit(
+        request_id=secrets.token_hex(16),
+        space=space.name,
+        params=asked.params,
+        inputs={
+            name: InputInfo(media_type=media_type, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+            for name, (media_type, data) in asked.inputs.items()
+        },
+        queue_timeout_s=max(0.001, min(space.config.queue_timeout_s, context.relay.config.http.max_wait_s)),
+        cache=speech.cache,
+    )
+    return asked, submit
+
+
+def _is_answered(context: HttpContext, principal: Principal, space: Space, speech: Speech) -> bool:
+    """Whether an equal result is kept, asked for as the space's last worker accepts it: no worker is needed then."""
+    if context.relay.workers.serving(space.name):
+        return False  # who serves decides
+    try:
+        _, submit = _asked_of(context, principal, space, speech)
+    except HttpError:  # the next worker may accept it
+        return False
+    return context.admission.has_answer(submit, principal)
 
 
 async def _wait_for_worker(context: HttpContext, space: Space) -> None:

@@ -10,11 +10,7 @@ import pytest
 import trio
 
 from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Output, Started
-from protocol.wire.messages import (
-    Cancel,
-    Input,
-    Submit,
-)
+from protocol.wire.messages import Accepted, Cancel, Input, Rejected, Submit
 from relayd.config.schema import SpaceConfig
 from relayd.core import result_cache
 from relayd.core.retention import Retention
@@ -142,6 +138,72 @@ async def test_without_a_worker_the_latest_result_answers(tmp_path: Path) -> Non
                 await spoken(worker, client, a_submit(), pcm)
             await until(lambda: not relay.relay.workers)
         await cached(client, a_submit(), PCM[:1])
+
+
+@pytest.mark.trio
+async def test_what_is_kept_is_answered_although_no_worker_or_no_place_in_the_queue_is_there(tmp_path: Path) -> None:
+    own = {"when_empty": "refuse", "max_queued": 3, "max_queued_per_principal": 2}
+    other = a_submit(params={"text": "other"})
+    async with a_relay(tmp_path, CACHE | own) as relay, peer(relay.url, "client") as client:
+        async with fake_worker(relay.url, **ONE) as worker:
+            await spoken(worker, client, a_submit())
+            client.send(attrs.evolve(other, request_id=a_submit().request_id))
+            await client.next(Accepted)
+            busy = await worker.assigned()
+            for number in range(2):
+                client.send(a_submit(params={"text": f"queued {number}"}))
+                await client.next(Accepted)
+            await refused(client, other, "queue_full")
+            await cached(client, a_submit())  # although this principal may not queue another
+            assert len(relay.relay.scheduler.state.spaces["tts"].queue) == 2
+            worker.speak(busy, PCM)
+            for _ in range(2):
+                worker.speak(await worker.assigned(), PCM)
+            await relay.at_rest()
+        await until(lambda: not relay.relay.workers)
+        await refused(client, a_submit(params={"text": "not known"}), "no_worker")
+        await refused(client, a_submit(cache=False), "no_worker")
+        await cached(client, a_submit())
+
+
+@pytest.mark.trio
+async def test_what_is_kept_is_answered_although_its_principal_may_queue_nothing_more(tmp_path: Path) -> None:
+    limits = {"principal": {"max_queued": 1}}
+    async with (
+        a_relay(tmp_path, limits=limits) as relay,
+        peer(relay.url, "client", await new_token(relay)) as client,
+        fake_worker(relay.url, **ONE) as worker,
+    ):
+        await spoken(worker, client, a_submit())
+        client.send(a_submit(params={"text": "runs"}))
+        await client.next(Accepted)
+        busy = await worker.assigned()
+        client.send(a_submit(params={"text": "waits"}))
+        await client.next(Accepted)
+        await refused(client, a_submit(params={"text": "one too many"}), "queue_full")
+        await cached(client, a_submit())
+        worker.speak(busy, PCM)
+        worker.speak(await worker.assigned(), PCM)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_space_that_refuses_answers_what_is_kept_after_a_restart(tmp_path: Path) -> None:
+    own = CACHE | {"when_empty": "refuse"}
+    async with a_stage(tmp_path, own, store="sqlite") as (relay, worker, client):
+        await spoken(worker, client, a_submit())
+        await relay.at_rest()
+        await until(lambda: not relay.relay.finalizer.unfinalized)
+    async with a_relay(tmp_path, own, store="sqlite") as relay, peer(relay.url, "client") as client:
+        await refused(client, a_submit(params={"text": "not known"}), "no_worker")
+        await cached(client, a_submit())
+
+
+async def refused(client: Peer, submit: Submit, code: str) -> None:
+    client.send(submit)
+    refusal = await client.next(Accepted, Rejected)
+    assert isinstance(refusal, Rejected)
+    assert refusal.code == code
 
 
 @pytest.mark.trio
