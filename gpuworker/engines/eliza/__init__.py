@@ -1,0 +1,1 @@
+"""Engine `eliza`: a conversation without a model, in English and Chinese."""
