@@ -1,19 +1,14 @@
 """Measures what a victim notices of strangers and of hostile tenants: connecting, and the time to first audio."""
 
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import trio
 
 from bench.attackers import ATTACKS
 from bench.figures import Row
-from bench.relay.servers import Checkout, open_process_in, port_in_log
+from bench.stage import open_quietly, open_stage
 from protocol.client.address import parse_address
 from protocol.client.client import open_relay
 from protocol.link.dial import log_in, open_link
@@ -21,14 +16,6 @@ from protocol.wire.errors import ConnectError, LinkError
 from protocol.wire.messages import Hello
 from protocol.wire.validators import Value
 
-_CONFIG = """
-listen = "127.0.0.1:0"
-state_dir = "state"
-[log]
-format = "json"
-[spaces.bench]
-[spaces.empty]
-"""
 #: Time for an attack to build up, and time to measure.
 WARM_UP_S, SECONDS = 3.0, 8.0
 #: What the victim asks for: audio that is made at once, so that nothing but the relay takes time.
@@ -46,9 +33,12 @@ def measure() -> list[Row]:
 
 async def _measure() -> list[Row]:
     rows: list[Row] = []
-    with _open_stage() as (port, tokens):
+    with open_stage("[spaces.empty]\n") as stage:
+        port = stage.server.port
+        tokens = {who: stage.token("client", who) for who in ("victim", "hostile")}
+        tokens["hostile-worker"] = stage.token("worker", "hostile-worker")
         async with (
-            open_relay(f"ws://127.0.0.1:{port}", token=tokens["victim"]) as client,
+            open_relay(stage.url, token=tokens["victim"]) as client,
             client.submit("bench", SPEECH) as stream,
         ):
             await stream.result()  # the worker is there
@@ -57,7 +47,7 @@ async def _measure() -> list[Row]:
             role = "hostile-worker" if kind == "registrations" else "hostile"
             attack = [sys.executable, "-m", "bench.attackers", kind, str(port), tokens[role]]
             command = ["nice", "-n", ATTACKER_NICENESS, *attack]
-            with _open(command):
+            with open_quietly(command):
                 await trio.sleep(WARM_UP_S)
                 loud = await _watch(port, tokens["victim"])
             rows += _rows(kind, quiet, loud)
@@ -131,48 +121,3 @@ async def _watch(port: int, token: str) -> Watched:
             nursery.start_soon(speak)
             nursery.start_soon(connect)
     return seen
-
-
-@contextmanager
-def _open(command: list[str], **environ: str) -> Iterator[None]:
-    with subprocess.Popen(command, env=os.environ | environ, stderr=subprocess.DEVNULL) as process:
-        try:
-            yield
-        finally:
-            process.kill()
-
-
-@contextmanager
-def _open_stage() -> Iterator[tuple[int, dict[str, str]]]:
-    """A relay with a mock worker; yields its port, and a token of everybody."""
-    checkout = Checkout.wanted()
-    with tempfile.TemporaryDirectory(prefix="relayd-bench-") as name:
-        folder = Path(name)
-        config = folder / "relayd.toml"
-        config.write_text(_CONFIG)
-        serve = [*checkout.command, "serve", "--config", str(config)]
-        with open_process_in(checkout.folder, serve, folder / "log", {}) as process:
-            port = port_in_log(process, folder / "log")
-
-            def token(role: str, who: str) -> str:
-                create = [*checkout.command, "token", "create", "--role", role, "--name", who, "--config", str(config)]
-                made = subprocess.run(create, cwd=checkout.folder, capture_output=True, text=True, check=True)
-                return made.stdout.strip()
-
-            tokens = {who: token("client", who) for who in ("victim", "hostile")}
-            tokens["hostile-worker"] = token("worker", "hostile-worker")
-            work = [
-                checkout.python,
-                "-m",
-                "gpuworker.cli",
-                "run",
-                "--engine",
-                "mock",
-                "--space",
-                "bench",
-                "--in-threads",
-            ]
-            with _open(
-                [*work, "--relay", f"ws://127.0.0.1:{port}", "--slots", "4"], RELAY_TOKEN=token("worker", "box")
-            ):
-                yield port, tokens
