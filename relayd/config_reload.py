@@ -13,7 +13,7 @@ import trio
 
 from protocol.sd_notify import ServiceManager
 from relayd.auth.tokens import TokenRegistry
-from relayd.config.schema import Config, ConfigError
+from relayd.config.schema import Config, ConfigError, Talk
 from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.logs.setup import set_level
@@ -97,6 +97,7 @@ class Reload:
         kept["log"] = attrs.evolve(new.log, format=old.log.format, callsite=old.log.callsite)
         if (old.tls is None) != (new.tls is None):
             kept["tls"] = old.tls
+        kept["talk"] = _reloaded_talk(old.talk, new.talk)
         applied = attrs.evolve(new, **kept)
         if self.tls_context is not None and applied.tls is not None:
             load_certificate(self.tls_context, applied.tls)  # always: a renewed certificate has the same file name
@@ -149,6 +150,13 @@ class Reload:
             if connection.principal.token_id in revoked:
                 connection.disconnect("its token was revoked")
         log.info("tokens reloaded", tokens=len(self.tokens.list()), revoked=sorted(revoked))
+
+
+def _reloaded_talk(old: Talk | None, new: Talk | None) -> Talk | None:
+    """Return the settings of conversations that hold until a restart: its doors and its history are open."""
+    if old is None or new is None:
+        return old
+    return attrs.evolve(new, listen=old.listen, tts_server=old.tts_server, history=old.history)
 
 
 def _differences(old: Config, new: Config) -> list[str]:

@@ -27,7 +27,7 @@ from relayd.core.positions import serve_positions
 from relayd.core.relay import Relay
 from relayd.core.restore import restore
 from relayd.core.token_retention import serve_token_retention
-from relayd.http.app import make_app
+from relayd.http.app import Routes, make_app
 from relayd.http.context import HttpContext
 from relayd.http.server import HttpServer
 from relayd.logs.recent import serve_events
@@ -37,6 +37,7 @@ from relayd.service.health import HealthService
 from relayd.service.malloc import serve_memory_return
 from relayd.stats.counters import serve_stats
 from relayd.store.factory import open_store
+from relayd.store.records import Loaded
 
 log = structlog.get_logger("relayd")
 
@@ -151,9 +152,8 @@ async def open_daemon(
             admission = Admission(relay)
             tokens = TokenRegistry(loaded.tokens)
             http_context = HttpContext(relay, admission, tokens, _open_signer(config))
-            http = HttpServer(http_context, make_app(http_context))
+            http = HttpServer(http_context, make_app(http_context, _talk_routes(config)))
             await restore(relay, loaded)
-            del loaded  # this frame lives as long as the daemon, and what has been restored is in the relay
             nursery.start_soon(admission.serve)
             nursery.start_soon(relay.principals.serve)
             nursery.start_soon(serve_positions, relay)
@@ -169,7 +169,13 @@ async def open_daemon(
             if reload is not None:
                 nursery.start_soon(reload.serve)
             await nursery.start(_handle_signals, shutdown, reload)  # before readiness is reported
-            async with open_reactor() as reactor, trio.open_nursery() as connections, _calling(on_leave):
+            async with (
+                _talking(http_context, loaded),
+                open_reactor() as reactor,
+                trio.open_nursery() as connections,
+                _calling(on_leave),
+            ):
+                del loaded  # this frame lives as long as the daemon, and what has been restored is in the relay
                 budget = ConnectionBudget(lambda: relay.config, http_context.failures)
                 gateway = Gateway(relay, admission, tokens, reactor, connections, shutdown.drain, budget)
                 connections.start_soon(gateway.serve_login_timeouts)
@@ -204,6 +210,28 @@ async def open_daemon(
                 await relay.finalizer.wait_finalized()
             nursery.cancel_scope.cancel()
         await store.flush()
+
+
+def _talk_routes(config: Config) -> Routes:
+    """Return the routes of conversations; nothing of them is imported without [talk]."""
+    if config.talk is None:
+        return []
+    from relayd.talk.routes import routes
+
+    return routes()
+
+
+@asynccontextmanager
+async def _talking(context: HttpContext, loaded: Loaded) -> AsyncIterator[None]:
+    """Keep the conversations until the end of the block, if there are to be any."""
+    if context.relay.config.talk is None:
+        yield
+        return
+    from relayd.talk.talks import open_talks
+
+    async with open_talks(context.admission, context.tokens) as context.talks:
+        await context.talks.restore(loaded)
+        yield
 
 
 @asynccontextmanager

@@ -171,6 +171,19 @@ def _voice_name(value: Value) -> None:
         raise ValueError("must not be empty")
 
 
+def _pattern(value: Value) -> None:
+    text(256)(value)
+    try:
+        re.compile(value)
+    except re.error as fault:
+        raise ValueError(f"{value!r} is not a regular expression: {fault}") from None
+
+
+def _optional_space(value: Value) -> None:
+    if value != "":
+        space_name(value)
+
+
 _seconds = number(0.001, 1e7)
 _from_zero_s = number(0.0, 1e7)
 _count = integer(1, 1_000_000)
@@ -351,6 +364,43 @@ class OpenAi:
 
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
+class Talk:
+    """Conversations: what is said is answered in one space and spoken in another.
+
+    Args:
+        reply: the space of the language model, which takes `messages`.
+        speech: the space that speaks the replies; "" for text alone.
+        listen: `HOST:PORT` of the door for clients of the GPU server; "" for none.
+        tts_server: whether `/tts` is served, for clients of the VoxCPM server.
+        sessions: `open`: whoever names a new session begins a conversation; `known`: it must have been created.
+        session_id_pattern: what the id of a session must match as a whole.
+        history: where conversations are kept; `none`: each text is answered by itself.
+        retain_days: how long a conversation is kept after its last turn.
+        max_turns: what was said and replied that is kept of one conversation.
+        max_context_chars: characters of it that the model is given, the newest.
+        barge_in: `always`: a new text interrupts the reply that is being made; `never`: it waits, unless it asks.
+        avatar: the avatar of connections that name none.
+        instructions: what the model is told first, where the conversation has none of its own.
+        audio_format: of audio that is sent in one piece; `mp3` needs the extra `audio`.
+    """
+
+    reply: Annotated[str, space_name]
+    speech: Annotated[str, _optional_space] = ""
+    listen: Annotated[str, _listen] = ""
+    tts_server: Annotated[bool, boolean] = False
+    sessions: Annotated[Literal["open", "known"], choice("open", "known")] = "open"
+    session_id_pattern: Annotated[str, _pattern] = r"(?=.*[0-9])[A-Za-z0-9._-]{1,128}"
+    history: Annotated[Literal["disk", "memory", "none"], choice("disk", "memory", "none")] = "disk"
+    retain_days: Annotated[float, number(0.001, 36_600)] = 30.0
+    max_turns: Annotated[int, integer(2, 10_000)] = 500
+    max_context_chars: Annotated[int, integer(200, 50_000)] = 16_000
+    barge_in: Annotated[Literal["never", "always"], choice("never", "always")] = "never"
+    avatar: Annotated[str, text(128)] = ""
+    instructions: Annotated[str, text(4_000)] = ""
+    audio_format: Annotated[Literal["wav", "mp3"], choice("wav", "mp3")] = "wav"
+
+
+@attrs.frozen(kw_only=True, field_transformer=_with_rules)
 class SpaceConfig:
     """One space. The timeouts are defaults for requests that do not set their own.
 
@@ -432,6 +482,7 @@ class Config:
     results: Results = attrs.field(factory=Results)
     http: Http = attrs.field(factory=Http)
     openai: OpenAi = attrs.field(factory=OpenAi)
+    talk: Talk | None = None
     spaces: dict[str, SpaceConfig] = attrs.field(factory=dict)
 
     @property
@@ -460,6 +511,7 @@ SECTIONS: Mapping[str, type[attrs.AttrsInstance]] = {
     "results": Results,
     "http": Http,
     "openai": OpenAi,
+    "talk": Talk,
 }
 
 

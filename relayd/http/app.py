@@ -1,5 +1,7 @@
 """The HTTP application: its routes, the headers of every response, and the format of errors."""
 
+from collections.abc import Sequence
+
 import structlog
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -7,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.wire.errors import ErrorCode
@@ -37,10 +40,14 @@ CORS = {"access-control-allow-methods": "GET, HEAD, POST, PUT, DELETE", "access-
 USUAL_HEADERS = "Authorization, Content-Type, Last-Event-ID, Range, If-Range"
 
 
-def make_app(context: HttpContext) -> Starlette:
-    """Build the application for `context`."""
+Routes = Sequence[BaseRoute]
+
+
+def make_app(context: HttpContext, more: Routes = ()) -> Starlette:
+    """Build the application for `context`; `more` are routes of what is above this layer."""
+    routes = [*requests_routes.routes(), *openai_routes.routes(), *health_routes.routes(), *static_page.routes()]
     app = Starlette(
-        routes=[*requests_routes.routes(), *openai_routes.routes(), *health_routes.routes(), *static_page.routes()],
+        routes=[*more, *routes],
         middleware=[Middleware(ResponseHeaders, context=context)],
         exception_handlers={HttpError: _refused, HTTPException: _unroutable, Exception: _broken},
     )

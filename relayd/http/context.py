@@ -96,6 +96,8 @@ class HttpContext:
     #: Spaces for which the log has reported that another voice than requested is used.
     voices_replaced: set[str] = attrs.field(factory=set)
     encoded: EncodedResults = attrs.field(factory=EncodedResults)
+    #: The conversations: `relayd.talk.talks.Talks`, whose `talks_of` returns them; None without [talk].
+    talks: object = None
     #: The relay is shutting down; waiting responses end with an error.
     leaving: bool = False
 

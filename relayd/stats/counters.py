@@ -3,6 +3,7 @@
 Frequent events only increment plain numbers; once a second, `sample` computes rates from them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Protocol, TypeVar
 
@@ -84,6 +85,22 @@ class WorkerStats:
 
 
 @attrs.define(eq=False)
+class TalkStats:
+    """The counters of conversations."""
+
+    #: Conversations that are kept, and replies in them that wait or are being made.
+    talks: int = 0
+    unended: int = 0
+    #: State in which replies ended -> how many.
+    turns: Counter[str] = attrs.field(factory=Counter)
+    #: Why replies were not spoken, or not to their end -> how many.
+    unspoken: Counter[str] = attrs.field(factory=Counter)
+    #: From what was said to the first word, and to the first sample, of the reply.
+    first_word_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
+    first_audio_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
+
+
+@attrs.define(eq=False)
 class Stats:
     """The counters of the whole relay.
 
@@ -103,6 +120,7 @@ class Stats:
     errors: MinuteWindow = attrs.field(factory=MinuteWindow)
     audio: MinuteWindow = attrs.field(factory=MinuteWindow)
     first_audio: SampleWindow = attrs.field(factory=SampleWindow)
+    talk: TalkStats = attrs.field(factory=TalkStats)
     spaces: dict[str, SpaceStats] = attrs.field(factory=dict)
     workers: dict[str, WorkerStats] = attrs.field(factory=dict)
     #: Rates of clients to which frames were sent in the last seconds.

@@ -4,7 +4,7 @@ import abc
 
 from protocol.wire.errors import ErrorCode
 from relayd.stats.histogram import DISK_S, Histogram
-from relayd.store.records import Change, Loaded
+from relayd.store.records import Change, Loaded, TurnRecord
 
 #: Queued posts while the disk accepts no writes: a few minutes of a busy relay, some 50 MiB.
 MAX_POSTED = 100_000
@@ -108,6 +108,14 @@ class Store(abc.ABC):
 
         Raises:
             StoreError: the pieces cannot be read, or one is missing.
+        """
+
+    @abc.abstractmethod
+    async def read_turns(self, talk_id: str) -> tuple[TurnRecord, ...]:
+        """Return the turns of a conversation, in order; without those that are damaged.
+
+        Raises:
+            StoreError: they cannot be read.
         """
 
 

@@ -31,18 +31,24 @@ from relayd.store.records import (
     DeleteDrain,
     DeleteRequest,
     DeleteSpace,
+    DeleteTalk,
     DeleteToken,
+    DeleteTurns,
     Loaded,
     PutDrain,
     PutRequest,
     PutSpace,
+    PutTalk,
     PutToken,
+    PutTurn,
     PutUptime,
     RequestRecord,
     SpaceRecord,
     StoredInput,
+    TalkRecord,
     TokenLimits,
     TokenRecord,
+    TurnRecord,
     UpdateRequest,
 )
 from relayd.store.state_dir import file_error, open_private
@@ -105,6 +111,15 @@ _MIGRATIONS = (
     CREATE TABLE input_pieces (request_id TEXT NOT NULL, name TEXT NOT NULL, offset INTEGER NOT NULL,
         data BLOB NOT NULL, last INTEGER NOT NULL, PRIMARY KEY (request_id, name, offset));
     """,
+    """
+    CREATE TABLE talks (talk_id TEXT PRIMARY KEY, principal TEXT NOT NULL, user TEXT NOT NULL, session TEXT NOT NULL,
+        instructions TEXT NOT NULL, created_at REAL NOT NULL, touched_at REAL NOT NULL,
+        UNIQUE (principal, user, session));
+    CREATE TABLE turns (talk_id TEXT NOT NULL, number INTEGER NOT NULL, role TEXT NOT NULL, content TEXT NOT NULL,
+        state TEXT NOT NULL, heard_chars INTEGER, code TEXT, message TEXT, text_request TEXT, speech_request TEXT,
+        options BLOB, at REAL NOT NULL, PRIMARY KEY (talk_id, number));
+    CREATE INDEX unended_turns ON turns (talk_id, number) WHERE options IS NOT NULL;
+    """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 #: What is read of each table; one that lacks any of it is damaged.
@@ -118,6 +133,10 @@ COLUMNS = {
     "clock": "uptime_s",
     "drains": "worker_id",
     "inputs": "request_id, name, data",
+    "talks": "talk_id, principal, user, session, instructions, created_at, touched_at",
+    "turns": (
+        "talk_id, number, role, content, state, heard_chars, code, message, text_request, speech_request, options, at"
+    ),
     "input_pieces": "request_id, name, offset, length(data), typeof(data), last",
 }
 
@@ -211,8 +230,10 @@ class Database:
         """See `Store.load`; returns only committed records."""
         damaged: dict[tuple[str, object], str] = {}
 
-        def records(table: str, order: str, parse: Callable[[sqlite3.Row], RecordT]) -> tuple[RecordT, ...]:
-            rows = self._reader.execute(f"SELECT {COLUMNS[table]} FROM {table} ORDER BY {order}")
+        def records(
+            table: str, order: str, parse: Callable[[sqlite3.Row], RecordT], where: str = ""
+        ) -> tuple[RecordT, ...]:
+            rows = self._reader.execute(f"SELECT {COLUMNS[table]} FROM {table} {where} ORDER BY {order}")
             return tuple(_parsed(rows, table, parse, damaged))
 
         try:
@@ -220,6 +241,7 @@ class Database:
             times = [time for (time,) in self._reader.execute("SELECT uptime_s FROM clock")]
             spaces, tokens = records("spaces", "name", _space), records("tokens", "created_at, token_id", _token)
             requests = records("requests", "ticket, request_id", _request)
+            unended = records("turns", "talk_id, number", _turn, "WHERE options IS NOT NULL")
             live_inputs = self._load_live_inputs({each.request_id for each in requests}, damaged)
             return Loaded(
                 spaces=spaces,
@@ -228,6 +250,8 @@ class Database:
                 live_inputs=live_inputs,
                 drains=tuple(name for name in drains if isinstance(name, str)),
                 uptime_s=max((time for time in times if isinstance(time, float) and time < MAX_UPTIME_S), default=0.0),
+                talks=records("talks", "created_at, talk_id", _talk),
+                unended_turns=unended,
                 damaged=tuple(damaged.values()),
                 damaged_keys=frozenset(damaged),
             )
@@ -268,6 +292,18 @@ class Database:
         if not isinstance(data, bytes):  # a number would be that many zeros
             raise StoreError(f"input {name!r} of request {request_id} is damaged: it is no BLOB")
         return data
+
+    def read_turns(self, talk_id: str) -> tuple[TurnRecord, ...]:
+        """See `Store.read_turns`."""
+        damaged: dict[tuple[str, object], str] = {}
+        query = f"SELECT {COLUMNS['turns']} FROM turns WHERE talk_id = ? ORDER BY number"
+        try:
+            turns = tuple(_parsed(self._reader.execute(query, (talk_id,)), "turns", _turn, damaged))
+        except sqlite3.Error as fault:
+            raise _to_store_error(fault, self._path) from fault
+        for what in damaged.values():
+            log.error("a damaged turn of a conversation is left out: %s", what)
+        return turns
 
     def read_live_input(self, request_id: str, name: str, offset: int, most: int) -> bytes:
         """See `Store.read_live_input`."""
@@ -399,6 +435,14 @@ def _statements(change: Change) -> list[Statement]:
             return [("INSERT OR IGNORE INTO drains (worker_id) VALUES (?)", (worker_id,))]
         case DeleteDrain(worker_id):
             return [("DELETE FROM drains WHERE worker_id = ?", (worker_id,))]
+        case PutTalk(talk):
+            return [_replace("talks", _columns(talk))]
+        case DeleteTalk(talk_id):
+            return [(f"DELETE FROM {table} WHERE talk_id = ?", (talk_id,)) for table in ("talks", "turns")]
+        case PutTurn(turn):
+            return [_put_turn(turn)]
+        case DeleteTurns(talk_id, first, last):
+            return [("DELETE FROM turns WHERE talk_id = ? AND number BETWEEN ? AND ?", (talk_id, first, last))]
         case PutUptime(uptime_s):
             return [("REPLACE INTO clock (rowid, uptime_s) VALUES (1, ?)", (uptime_s,))]
 
@@ -408,6 +452,13 @@ def _append_input(piece: AppendInput) -> Statement:
     is_live = f"EXISTS (SELECT 1 FROM requests WHERE request_id = ? AND state IN ({states}))"
     insert = f"INSERT INTO input_pieces (request_id, name, offset, data, last) SELECT ?, ?, ?, ?, ? WHERE {is_live}"
     return (insert, (piece.request_id, piece.name, piece.offset, piece.data, piece.last, piece.request_id))
+
+
+def _put_turn(turn: TurnRecord) -> Statement:
+    columns = _columns(turn)
+    places = ", ".join("?" * len(columns))
+    select = f"SELECT {places} WHERE EXISTS (SELECT 1 FROM talks WHERE talk_id = ?)"
+    return (f"REPLACE INTO turns ({', '.join(columns)}) {select}", (*columns.values(), turn.talk_id))
 
 
 def _drop_inputs(request_id: str) -> list[Statement]:
@@ -491,6 +542,14 @@ def _token(row: sqlite3.Row) -> TokenRecord:
         expires_at=row["expires_at"],
         revoked_at=row["revoked_at"],
     )
+
+
+def _talk(row: sqlite3.Row) -> TalkRecord:
+    return TalkRecord(**dict(zip(row.keys(), row, strict=True)))
+
+
+def _turn(row: sqlite3.Row) -> TurnRecord:
+    return TurnRecord(**dict(zip(row.keys(), row, strict=True)))
 
 
 def _request(row: sqlite3.Row) -> RequestRecord:

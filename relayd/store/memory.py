@@ -12,17 +12,23 @@ from relayd.store.records import (
     DeleteDrain,
     DeleteRequest,
     DeleteSpace,
+    DeleteTalk,
     DeleteToken,
+    DeleteTurns,
     Loaded,
     PutDrain,
     PutRequest,
     PutSpace,
+    PutTalk,
     PutToken,
+    PutTurn,
     PutUptime,
     RequestRecord,
     SpaceRecord,
     StoredInput,
+    TalkRecord,
     TokenRecord,
+    TurnRecord,
     UpdateRequest,
 )
 
@@ -39,6 +45,8 @@ class MemoryStore(Store):
         self._live_inputs: dict[str, dict[str, bytearray]] = {}
         self._ended_inputs: set[tuple[str, str]] = set()
         self._drains: dict[str, None] = {}
+        self._talks: dict[str, TalkRecord] = {}
+        self._turns: dict[str, dict[int, TurnRecord]] = {}
         self._uptime_s = 0.0
 
     async def load(self) -> Loaded:
@@ -57,6 +65,10 @@ class MemoryStore(Store):
             },
             drains=tuple(self._drains),
             uptime_s=self._uptime_s,
+            talks=tuple(sorted(self._talks.values(), key=lambda record: (record.created_at, record.talk_id))),
+            unended_turns=tuple(
+                turn for talk_id in sorted(self._turns) for turn in self._turns_of(talk_id) if not turn.ended
+            ),
         )
 
     async def commit(self, *changes: Change) -> None:
@@ -104,6 +116,18 @@ class MemoryStore(Store):
                 self._drains[worker_id] = None
             case DeleteDrain(worker_id):
                 self._drains.pop(worker_id, None)
+            case PutTalk(talk):
+                self._talks[talk.talk_id] = talk
+            case DeleteTalk(talk_id):
+                self._talks.pop(talk_id, None)
+                self._turns.pop(talk_id, None)
+            case PutTurn(turn):
+                if turn.talk_id in self._talks:
+                    self._turns.setdefault(turn.talk_id, {})[turn.number] = turn
+            case DeleteTurns(talk_id, first, last):
+                turns = self._turns.get(talk_id, {})
+                for number in [number for number in turns if first <= number <= last]:
+                    del turns[number]
             case PutUptime(uptime_s):
                 self._uptime_s = uptime_s
 
@@ -111,6 +135,14 @@ class MemoryStore(Store):
         self._inputs.pop(request_id, None)
         for name in self._live_inputs.pop(request_id, ()):
             self._ended_inputs.discard((request_id, name))
+
+    def _turns_of(self, talk_id: str) -> tuple[TurnRecord, ...]:
+        return tuple(turn for _, turn in sorted(self._turns.get(talk_id, {}).items()))
+
+    async def read_turns(self, talk_id: str) -> tuple[TurnRecord, ...]:
+        """See `Store.read_turns`."""
+        await trio.lowlevel.checkpoint()
+        return self._turns_of(talk_id)
 
     async def flush(self) -> None:
         """See `Store.flush`; nothing is ever queued."""

@@ -20,9 +20,20 @@ from protocol.wire.validators import (
     optional,
     text,
 )
-from relayd.store.records import MAX_UPTIME_S, RequestRecord, SpaceRecord, TokenLimits, TokenRecord
+from relayd.store.records import (
+    MAX_TURN_CHARS,
+    MAX_UPTIME_S,
+    TURN_ENDED,
+    TURN_LIVE,
+    RequestRecord,
+    SpaceRecord,
+    TalkRecord,
+    TokenLimits,
+    TokenRecord,
+    TurnRecord,
+)
 
-RecordT = TypeVar("RecordT", bound=RequestRecord | SpaceRecord | TokenRecord)
+RecordT = TypeVar("RecordT", bound=RequestRecord | SpaceRecord | TalkRecord | TokenRecord | TurnRecord)
 
 #: Names, codes and ids; and messages.
 _word, _words = text(256), text(MAX_TEXT_CHARS)
@@ -66,6 +77,29 @@ RULES: Mapping[type[Any], Mapping[str, Rule]] = {
         "ended_at": optional(_unix_s),
         "code": optional(_word),
         "message": optional(_words),
+    },
+    TalkRecord: {
+        "talk_id": _word,
+        "principal": _word,
+        "user": _word,
+        "session": _word,
+        "instructions": _words,
+        "created_at": _unix_s,
+        "touched_at": _unix_s,
+    },
+    TurnRecord: {
+        "talk_id": _word,
+        "number": integer(0),
+        "role": choice("user", "assistant", "system"),
+        "content": text(MAX_TURN_CHARS),
+        "state": choice(*TURN_LIVE, *TURN_ENDED),
+        "heard_chars": optional(integer(0)),
+        "code": optional(_word),
+        "message": optional(_words),
+        "text_request": optional(request_id_rule),
+        "speech_request": optional(request_id_rule),
+        "options": optional(binary(65_536)),
+        "at": _unix_s,
     },
 }
 

@@ -12,6 +12,11 @@ from relayd.config.schema import SpaceConfig
 
 #: In the place of the worker of a request whose frames were copied from an equal one's: no worker has such an id.
 COPIED = "(copied)"
+#: The states of a turn of a conversation.
+TURN_LIVE = ("waiting", "thinking", "speaking")
+TURN_ENDED = ("done", "interrupted", "failed")
+#: Characters of one turn.
+MAX_TURN_CHARS = 100_000
 #: A relay's clock with more than a century is damaged.
 MAX_UPTIME_S = 100 * 366 * 86_400.0
 
@@ -122,6 +127,58 @@ class RequestRecord:
     code: str | None = None
     message: str | None = None
     outcome: bytes | None = None
+
+
+@attrs.frozen(kw_only=True)
+class TalkRecord:
+    """A conversation: what one user of one principal says in one session.
+
+    Args:
+        instructions: what the model is told first; "" for those of the settings.
+        touched_at: when something was last said.
+    """
+
+    talk_id: str
+    principal: str
+    user: str
+    session: str
+    instructions: str = ""
+    created_at: float
+    touched_at: float
+
+
+@attrs.frozen(kw_only=True)
+class TurnRecord:
+    """What was said in a conversation, or the reply to it.
+
+    Args:
+        number: its place in the conversation; those of what was deleted are not used again.
+        role: `user`, `assistant` or `system`.
+        state: `waiting`, `thinking`, `speaking`, `done`, `interrupted` or `failed`.
+        heard_chars: how much of the content was heard; None for all of it.
+        code: why a reply failed, or what its speech failed with.
+        text_request: the id of the request that makes the reply.
+        speech_request: the id of the one that speaks it; None if it is not spoken.
+        options: of a reply that has not ended: what else it was asked for, packed.
+    """
+
+    talk_id: str
+    number: int
+    role: str
+    content: str = attrs.field(default="", repr=False)
+    state: str = "done"
+    heard_chars: int | None = None
+    code: str | None = None
+    message: str | None = None
+    text_request: str | None = None
+    speech_request: str | None = None
+    options: bytes | None = attrs.field(default=None, repr=False)
+    at: float
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes of it."""
+        return self.state in TURN_ENDED
 
 
 @attrs.frozen
@@ -250,6 +307,36 @@ class DeleteDrain:
 
 
 @attrs.frozen
+class PutTalk:
+    """Create or replace a conversation."""
+
+    record: TalkRecord
+
+
+@attrs.frozen
+class DeleteTalk:
+    """Delete a conversation and its turns."""
+
+    talk_id: str
+
+
+@attrs.frozen
+class PutTurn:
+    """Create or replace a turn; ignored if its conversation does not exist."""
+
+    record: TurnRecord
+
+
+@attrs.frozen
+class DeleteTurns:
+    """Delete turns of a conversation: those numbered from `first` up to `last`."""
+
+    talk_id: str
+    first: int
+    last: int
+
+
+@attrs.frozen
 class PutUptime:
     """What the relay's clock says."""
 
@@ -268,6 +355,10 @@ Change = (
     | DeleteRequest
     | PutDrain
     | DeleteDrain
+    | PutTalk
+    | DeleteTalk
+    | PutTurn
+    | DeleteTurns
     | PutUptime
 )
 
@@ -281,6 +372,8 @@ class Loaded:
         live_inputs: request id -> name -> what is stored of each live input of a live request that has pieces.
         drains: ids of drained workers, in the order in which they were drained.
         uptime_s: the last stored value of the relay's clock.
+        talks: in the order in which they were created.
+        unended_turns: the replies that have not ended, conversation by conversation, in order.
         damaged: descriptions of rows that could not be read; the rows were left unchanged.
         damaged_keys: table and key of those rows.
     """
@@ -291,5 +384,7 @@ class Loaded:
     live_inputs: Mapping[str, Mapping[str, StoredInput]] = attrs.field(factory=dict)
     drains: tuple[str, ...] = ()
     uptime_s: float = 0.0
+    talks: tuple[TalkRecord, ...] = ()
+    unended_turns: tuple[TurnRecord, ...] = ()
     damaged: tuple[str, ...] = ()
     damaged_keys: frozenset[tuple[str, object]] = frozenset()

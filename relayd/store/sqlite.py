@@ -11,7 +11,7 @@ import trio
 from relayd.logs.setup import get_logger
 from relayd.store.base import MAX_POSTED, StorageFull, Store, StoreError
 from relayd.store.database import BadChange, Database, Statement
-from relayd.store.records import Change, Loaded
+from relayd.store.records import Change, Loaded, TurnRecord
 
 log = get_logger(__name__)
 
@@ -74,6 +74,11 @@ class SqliteStore(Store):
         """See `Store.read_live_input`."""
         read = self._database.read_live_input
         return await trio.to_thread.run_sync(read, request_id, name, offset, most, limiter=self._read_limiter)
+
+    async def read_turns(self, talk_id: str) -> tuple[TurnRecord, ...]:
+        """See `Store.read_turns`; changes that are still queued are in it."""
+        await self.flush()
+        return await trio.to_thread.run_sync(self._database.read_turns, talk_id, limiter=self._read_limiter)
 
     async def commit(self, *changes: Change) -> None:
         """See `Store.commit`."""

@@ -1,0 +1,1 @@
+"""Conversations: what is said is answered in one space and spoken in another."""

@@ -1,0 +1,82 @@
+"""What all conversations share: the relay, the settings, the limits and the figures."""
+
+import time
+from collections import Counter
+
+import attrs
+import trio
+
+from relayd.auth.tokens import Principal, TokenRegistry
+from relayd.config.schema import Talk as TalkSettings
+from relayd.core.admission import Admission
+from relayd.core.relay import Relay
+from relayd.stats.counters import TalkStats
+from relayd.store.records import Change
+
+
+@attrs.define(eq=False)
+class Place:
+    """What the conversations share.
+
+    Args:
+        nursery: in which turns run.
+    """
+
+    admission: Admission
+    tokens: TokenRegistry
+    nursery: trio.Nursery
+    #: Principal -> its replies that wait or are being made.
+    unended: Counter[str] = attrs.field(factory=Counter)
+
+    @property
+    def relay(self) -> Relay:
+        """The relay."""
+        return self.admission.relay
+
+    @property
+    def stats(self) -> TalkStats:
+        """The figures of conversations."""
+        return self.relay.stats.talk
+
+    @property
+    def settings(self) -> TalkSettings:
+        """The settings, as they are now."""
+        settings = self.relay.config.talk
+        assert settings is not None, "without [talk], there are no conversations"
+        return settings
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether conversations are stored."""
+        return self.settings.history == "disk"
+
+    async def commit(self, *changes: Change) -> None:
+        """Store changes, if conversations are stored.
+
+        Raises:
+            StoreError: they cannot be stored.
+        """
+        if self.is_durable:
+            await self.relay.store.commit(*changes)
+        else:
+            await trio.lowlevel.checkpoint()
+
+    def post(self, *changes: Change) -> None:
+        """Store changes soon, if conversations are stored."""
+        if self.is_durable:
+            self.relay.store.post(*changes)
+
+    def count(self, principal: str, replies: int) -> None:
+        """Count replies of a principal that have begun to wait; or, below 0, that have ended."""
+        self.stats.unended += replies
+        self.unended[principal] += replies
+        if not self.unended[principal]:
+            del self.unended[principal]
+
+    def principal_named(self, name: str) -> Principal:
+        """Return a principal for what it said before the relay was restarted: with the rights of a token that lives."""
+        now = time.time()
+        for record in self.tokens.list():
+            if record.principal == name and (principal := self.tokens.client_of(record.token_id, now)) is not None:
+                return principal
+        return Principal(name=name, role="client")

@@ -1,0 +1,316 @@
+"""A session: one conversation with its replies, and the task that makes them one after the other."""
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import msgpack
+import structlog
+import trio
+
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Rejected
+from protocol.wire.validators import Value
+from relayd.auth.tokens import Principal, reject_readonly
+from relayd.core.principals import RETRY_S, is_limited, limits_of
+from relayd.store.base import StoreError
+from relayd.store.records import Change, DeleteTurns, PutTalk, PutTurn, TalkRecord, TurnRecord
+from relayd.talk.conversation import MAX_WAITING, Conversation, TurnState
+from relayd.talk.events import ReplyEnded, TurnFailed
+from relayd.talk.place import Place
+from relayd.talk.reply import Reply
+from relayd.talk.turn import Outcome, Turn
+
+log = structlog.get_logger("relayd.talk")
+
+#: Size of one text in UTF-8; with the instructions and what a prompt takes besides, it fits into a request.
+MAX_TEXT_BYTES = 32_000
+#: Size of what else a reply is asked for.
+MAX_OPTIONS_BYTES = 8_000
+BROKEN = "internal error in this turn; see the relay's log"
+
+
+@attrs.define(eq=False)
+class Session:
+    """A conversation and what is made of it, shared by all who have opened it.
+
+    Args:
+        record: as the store has it.
+        remember: called with the record when it has changed.
+    """
+
+    place: Place
+    record: TalkRecord
+    conversation: Conversation
+    remember: Callable[[TalkRecord], None]
+    #: Number of the turn -> the reply, until it has ended.
+    replies: dict[int, Reply] = attrs.field(factory=dict)
+    is_deleted: bool = False
+    #: Number of the turn -> who asked for the reply.
+    _principals: dict[int, Principal] = attrs.field(factory=dict)
+    _turn: Turn | None = None
+    _is_serving: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no reply waits or is being made."""
+        return not self.replies
+
+    def change(self, **fields: Any) -> None:
+        """Change its record; the next commit stores it."""
+        self.record = attrs.evolve(self.record, **fields)
+        if not self.is_deleted:
+            self.remember(self.record)
+
+    @property
+    def turns(self) -> list[TurnRecord]:
+        """The turns, in order; a reply that is not stored as ended has what has come of it so far."""
+        return [self._as_it_is(turn) for _, turn in sorted(self.conversation.turns.items())]
+
+    def _as_it_is(self, turn: TurnRecord) -> TurnRecord:
+        reply, making = self.replies.get(turn.number), self.conversation.making
+        if reply is None:
+            return turn
+        if making is None or making.number != turn.number:
+            return turn if not turn.ended else attrs.evolve(turn, state=TurnState.SPEAKING, code=None, message=None)
+        return attrs.evolve(turn, state=making.state, content=making.content)
+
+    # -- what is said
+
+    def say(
+        self,
+        principal: Principal,
+        text: str | None,
+        *,
+        interrupt: bool,
+        speak: bool,
+        params: Mapping[str, Value],
+        speech_params: Mapping[str, Value],
+        instructions: str | None,
+    ) -> Reply | Rejected:
+        """See `Talk.say`."""
+        options = msgpack.packb({"params": dict(params), "speech": dict(speech_params), "instructions": instructions})
+        if refusal := self._refuse(principal, text, options):
+            return refusal
+        settings = self.place.settings
+        if interrupt or settings.barge_in == "always":
+            self.interrupt("the user goes on")
+        now = time.time()
+        turns = self.conversation.say(
+            text,
+            now,
+            text_request=secrets.token_hex(16),
+            speech_request=secrets.token_hex(16) if speak and settings.speech else None,
+            options=options,
+        )
+        self.change(touched_at=now)
+        reply = self._add_reply(turns[-1], principal, tuple(turn.number for turn in turns[:-1]))
+        self.place.nursery.start_soon(self._store_said, turns, reply)
+        self._go_on()
+        return reply
+
+    def _refuse(self, principal: Principal, text: str | None, options: bytes) -> Rejected | None:
+        if principal.readonly:
+            return reject_readonly()
+        if self.is_deleted:
+            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, "this conversation was deleted; begin another one")
+        if text is not None and (refusal := _refuse_text(text)):
+            return refusal
+        if len(options) > MAX_OPTIONS_BYTES:
+            message = f"the params of a turn may have {MAX_OPTIONS_BYTES} bytes"
+            return Rejected.because(ErrorCode.INVALID_PARAMS, message)
+        if self.conversation.waiting >= MAX_WAITING:
+            message = f"{MAX_WAITING} texts wait for their reply in this conversation; wait for one of them"
+            return Rejected.because(ErrorCode.QUEUE_FULL, message, retry_after_s=RETRY_S)
+        most = limits_of(principal, self.place.relay.config.limits.principal).max_queued
+        if is_limited(principal) and self.place.unended[principal.name] >= most:
+            message = f"{principal.name!r} may wait for {most} replies in all conversations; wait for one of them"
+            return Rejected.because(ErrorCode.QUEUE_FULL, message, retry_after_s=RETRY_S)
+        return None
+
+    def _add_reply(self, turn: TurnRecord, principal: Principal, said: tuple[int, ...] = ()) -> Reply:
+        assert turn.text_request is not None
+        requests, now = (turn.text_request, turn.speech_request), trio.current_time()
+        reply = Reply(turn.number, *requests, said_at=now, said=said, on_heard=self.note_heard)
+        self.replies[turn.number] = reply
+        self._principals[turn.number] = principal
+        self.place.count(self.record.principal, 1)
+        return reply
+
+    async def _store_said(self, turns: Sequence[TurnRecord], reply: Reply) -> None:
+        """Store what was said, and that it will be answered; the reply may be on its way meanwhile."""
+        try:
+            await self._commit(*map(PutTurn, turns))
+        except StoreError as fault:
+            self._fail_unstored(reply, fault)
+        else:
+            reply.is_stored = True
+            reply.wake()
+
+    def _fail_unstored(self, reply: Reply, fault: StoreError) -> None:
+        log.error("what was said is not stored", talk=self.record.talk_id, why=str(fault))
+        message = _not_stored(fault)
+        if self._turn is not None and self._turn.reply is reply:
+            self._turn.fail(fault.code, message, retryable=fault.code.retryable)
+        elif self.conversation.refuse(reply.number, fault.code, message) is not None:
+            self._forget(reply)
+            self._drop(reply)
+        reply.end(TurnFailed(fault.code, message, fault.code.retryable))
+
+    async def add(self, role: str, content: str) -> TurnRecord | Rejected:
+        """See `Talk.add`."""
+        if refusal := _refuse_text(content):
+            return refusal
+        if self.is_deleted:
+            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, "this conversation was deleted; begin another one")
+        turn = self.conversation.add(role, content, time.time())
+        try:
+            await self._commit(PutTurn(turn), *self._trim())
+        except StoreError as fault:
+            self.conversation.delete(turn.number)
+            return Rejected.because(fault.code, _not_stored(fault))
+        return turn
+
+    def delete_turn(self, number: int) -> bool:
+        """See `Talk.delete_turn`."""
+        deleted = self.conversation.delete(number)
+        if deleted:
+            self.place.post(DeleteTurns(self.record.talk_id, number, number))
+        return deleted
+
+    def note_heard(self, number: int, samples: int) -> None:
+        """See `Talk.heard`."""
+        turn = self.conversation.heard(number, max(0, samples))
+        if turn is not None:
+            self.place.post(PutTurn(turn))
+
+    def interrupt(self, reason: str) -> bool:
+        """See `Talk.interrupt`."""
+        if self._turn is None:
+            return False
+        self._turn.interrupt(reason)
+        return True
+
+    def close(self, message: str) -> None:
+        """End all of its replies, because it is deleted."""
+        self.is_deleted = True
+        for number in list(self.replies):
+            if self.conversation.refuse(number, ErrorCode.REQUEST_NOT_FOUND, message) is not None:
+                reply = self.replies[number]
+                self._forget(reply)
+                reply.end(TurnFailed(ErrorCode.REQUEST_NOT_FOUND, message))
+        self.interrupt(message)
+
+    # -- the task
+
+    def resume(self, principal: Principal) -> None:
+        """Go on with the replies that the store has as waiting."""
+        for turn in list(self.conversation.turns.values()):
+            if not turn.ended:
+                self._add_reply(turn, principal).is_stored = True
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if not self._is_serving:
+            self._is_serving = True
+            self.place.nursery.start_soon(self._serve, name=f"talk {self.record.talk_id}")
+
+    async def _serve(self) -> None:
+        """Make the replies that wait, one after the other."""
+        try:
+            while (turn := self.conversation.begin()) is not None:
+                reply = self.replies[turn.number]
+                try:
+                    await self._make(turn, reply)
+                except Exception:
+                    log.exception("internal error in conversation", talk=self.record.talk_id)
+                    reply.end(TurnFailed(ErrorCode.INTERNAL, BROKEN, retryable=True))
+                finally:
+                    self._forget(reply)
+        finally:
+            self._is_serving = False
+
+    async def _make(self, turn: TurnRecord, reply: Reply) -> None:
+        outcome = Outcome(TurnState.FAILED, ErrorCode.INTERNAL, BROKEN, retryable=True)
+        try:
+            self._turn = self._begin(turn, reply)
+            outcome = await self._turn.run()
+        finally:
+            self._turn = None
+            ended = self.conversation.end(outcome.state, outcome.code, outcome.message)
+        await reply.stored()
+        if reply.ended is not None:  # what was said could not be stored
+            self._drop(reply)
+            return
+        ended, failure = await self._store_end(ended, outcome)
+        if self.place.settings.history == "none":
+            self._drop(reply)
+        reply.end(failure or ReplyEnded(ended))
+
+    def _begin(self, turn: TurnRecord, reply: Reply) -> Turn:
+        settings = self.place.settings
+        options = msgpack.unpackb(turn.options or b"\x80")
+        instructions = options.get("instructions")
+        if instructions is None:
+            instructions = self.record.instructions or settings.instructions
+        messages = self.conversation.prompt(turn.number, instructions, settings.max_context_chars)
+        principal = self._principals[turn.number]
+        params, speech_params = options.get("params", {}), options.get("speech", {})
+        return Turn(self.place, principal, self.conversation, reply, messages, params, speech_params)
+
+    async def _store_end(self, ended: TurnRecord, outcome: Outcome) -> tuple[TurnRecord, TurnFailed | None]:
+        """Store how a reply has ended; returns it, and the failure that its listeners are told, if it is one."""
+        try:
+            await self._commit(PutTurn(ended), *self._trim())
+        except StoreError as fault:
+            log.error("a reply is not stored", talk=self.record.talk_id, why=str(fault))
+            message = _not_stored(fault)
+            ended = attrs.evolve(ended, state=TurnState.FAILED, code=fault.code, message=message)
+            if ended.number in self.conversation.turns:
+                self.conversation.turns[ended.number] = ended
+            self.place.post(PutTurn(ended))
+            outcome = Outcome(TurnState.FAILED, fault.code, message, fault.code.retryable)
+        self.place.stats.turns[str(ended.state)] += 1
+        if outcome.state is not TurnState.FAILED:
+            return ended, None
+        return ended, TurnFailed(outcome.code or ErrorCode.INTERNAL, outcome.message or "", outcome.retryable)
+
+    async def _commit(self, *changes: Change) -> None:
+        if not self.is_deleted:
+            await self.place.commit(PutTalk(self.record), *changes)
+
+    def _trim(self) -> list[Change]:
+        last = self.conversation.trim(self.place.settings.max_turns)
+        return [] if last is None else [DeleteTurns(self.record.talk_id, 0, last)]
+
+    def _forget(self, reply: Reply) -> None:
+        """Count a reply as ended."""
+        if self.replies.pop(reply.number, None) is not None:
+            self._principals.pop(reply.number, None)
+            self.place.count(self.record.principal, -1)
+
+    def _drop(self, reply: Reply) -> None:
+        """Delete a reply that has ended, and what it is a reply to."""
+        for number in (reply.number, *reply.said):
+            self.conversation.delete(number)
+
+
+def _refuse_text(text: str) -> Rejected | None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return Rejected.because(ErrorCode.INVALID_PARAMS, "the text has half a surrogate pair; send whole characters")
+    if not text.strip():
+        return Rejected.because(ErrorCode.INVALID_PARAMS, "the text is empty; say something")
+    if size > MAX_TEXT_BYTES:
+        message = f"the text has {size} bytes; a turn may have {MAX_TEXT_BYTES}: say it in parts"
+        return Rejected.because(ErrorCode.INPUT_TOO_LARGE, message)
+    return None
+
+
+def _not_stored(fault: StoreError) -> str:
+    if fault.code is ErrorCode.STORAGE_FULL:
+        return "the relay has no space left to store the conversation; say it again later"
+    return "the relay could not store the conversation (its log says why); say it again later"

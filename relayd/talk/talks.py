@@ -1,0 +1,326 @@
+"""All conversations: found by principal, user and session, kept for a while, and continued after a restart."""
+
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
+
+import attrs
+import structlog
+import trio
+
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Rejected
+from protocol.wire.validators import Value
+from relayd.auth.tokens import Principal, TokenRegistry, reject_readonly
+from relayd.core.admission import Admission
+from relayd.store.base import StoreError
+from relayd.store.records import DeleteTalk, Loaded, PutTalk, TalkRecord, TurnRecord
+from relayd.talk.conversation import Conversation
+from relayd.talk.place import Place
+from relayd.talk.reply import Reply
+from relayd.talk.session import Session
+
+log = structlog.get_logger("relayd.talk")
+
+#: Conversations of one principal that are kept; the one in which nothing was said for longest goes first.
+MAX_TALKS = 10_000
+MAX_USER_CHARS = 128
+MAX_INSTRUCTIONS_CHARS = 4_000
+#: How often old conversations are looked for.
+PURGE_INTERVAL_S = 3_600.0
+DAY_S = 86_400.0
+
+#: User and session of one principal.
+_Key = tuple[str, str]
+
+
+@attrs.define(eq=False)
+class Talk:
+    """A conversation, as one principal has opened it."""
+
+    session: Session
+    principal: Principal
+
+    @property
+    def talk_id(self) -> str:
+        """The id that relayd has given to it."""
+        return self.record.talk_id
+
+    @property
+    def record(self) -> TalkRecord:
+        """Whose it is, and since when."""
+        return self.session.record
+
+    @property
+    def turns(self) -> Sequence[TurnRecord]:
+        """What was said and replied, in order; a reply that is being made with what has come so far."""
+        return self.session.turns
+
+    @property
+    def replies(self) -> Mapping[int, Reply]:
+        """The replies that wait or are being made, by the number of their turn; also those that others asked for."""
+        return self.session.replies
+
+    def say(
+        self,
+        text: str | None,
+        *,
+        interrupt: bool = False,
+        speak: bool = True,
+        params: Mapping[str, Value] | None = None,
+        speech_params: Mapping[str, Value] | None = None,
+        instructions: str | None = None,
+    ) -> Reply | Rejected:
+        """Say something, and have it answered when what was said before is answered.
+
+        Args:
+            text: what the user says; None to have a reply to what is there.
+            interrupt: end the reply that is being made.
+            speak: whether the reply is spoken, too, where there is a space for it.
+            params: more params of the request to the language model, such as `temperature`.
+            speech_params: params of the request that speaks, such as `voice`.
+            instructions: for this reply, instead of the conversation's.
+
+        Returns:
+            The reply, whose listeners hear of it when what was said is stored; or why it is not answered.
+        """
+        return self.session.say(
+            self.principal,
+            text,
+            interrupt=interrupt,
+            speak=speak,
+            params=params or {},
+            speech_params=speech_params or {},
+            instructions=instructions,
+        )
+
+    def interrupt(self, reason: str = "interrupted") -> bool:
+        """End the reply that is being made, and keep what was heard of it; False if there is none."""
+        return not self.principal.readonly and self.session.interrupt(reason)
+
+    def heard(self, number: int, samples: int) -> None:
+        """Say how many samples of the speech of a reply were played; it may have ended."""
+        if not self.principal.readonly:
+            self.session.note_heard(number, samples)
+
+    async def add(self, role: str, content: str) -> TurnRecord | Rejected:
+        """Add a turn that is not answered: of the `user`, the `assistant` or the `system`."""
+        return reject_readonly() if self.principal.readonly else await self.session.add(role, content)
+
+    def delete_turn(self, number: int) -> bool:
+        """Delete a turn that has ended; False if there is none."""
+        return not self.principal.readonly and self.session.delete_turn(number)
+
+
+@attrs.define(eq=False)
+class Talks:
+    """All conversations; made by `open_talks`."""
+
+    place: Place
+    #: Principal -> its conversations, by user and session.
+    _records: dict[str, dict[_Key, TalkRecord]] = attrs.field(factory=dict)
+    #: By their ids: those that somebody uses; and all of those that are only in memory.
+    _sessions: WeakValueDictionary[str, Session] = attrs.field(factory=WeakValueDictionary)
+    _kept: dict[str, Session] = attrs.field(factory=dict)
+
+    @property
+    def open_sessions(self) -> list[Session]:
+        """Those that somebody uses."""
+        return list(self._sessions.values())
+
+    # -- finding one
+
+    async def open(
+        self,
+        principal: Principal,
+        session_id: str,
+        user: str = "",
+        *,
+        create: bool = True,
+        instructions: str | None = None,
+    ) -> Talk | Rejected:
+        """Open the conversation of a session, and begin it if there is none.
+
+        Args:
+            principal: whose it is.
+            session_id: the id that the client has given to it.
+            user: which of the principal's users it is with.
+            create: whether to begin it if there is none.
+            instructions: what the model is told first; None leaves it as it is.
+
+        Returns:
+            The conversation; or why there is none: the id is not one, there is no conversation, or it cannot be read.
+        """
+        if refusal := self._refuse_names(session_id, user, instructions):
+            return refusal
+        record = self._records.get(principal.name, {}).get((user, session_id))
+        if record is None:
+            if not create:
+                message = f"there is no conversation {session_id!r}; begin it first (POST /v1/talks)"
+                return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, details={"session": "is not known"})
+            if principal.readonly:
+                return reject_readonly()
+            record = self._begin(principal.name, user, session_id)
+        session = await self._session_of(record)
+        if isinstance(session, Session) and instructions is not None and not principal.readonly:
+            session.change(instructions=instructions)
+            self.place.post(PutTalk(session.record))
+        return session if isinstance(session, Rejected) else Talk(session, principal)
+
+    def _refuse_names(self, session_id: str, user: str, instructions: str | None) -> Rejected | None:
+        details: dict[str, Value] = {}
+        if len(session_id) > 128 or not re.fullmatch(self.place.settings.session_id_pattern, session_id):
+            details["session"] = "is not an id of a session ([talk] session_id_pattern)"
+        if len(user) > MAX_USER_CHARS or not user.isprintable():
+            details["user"] = f"may have {MAX_USER_CHARS} printable characters"
+        if instructions is not None and (len(instructions) > MAX_INSTRUCTIONS_CHARS or not _is_text(instructions)):
+            details["instructions"] = f"may have {MAX_INSTRUCTIONS_CHARS} characters"
+        if not details:
+            return None
+        message = "; ".join(f"{name} {what}" for name, what in details.items())
+        return Rejected.because(ErrorCode.INVALID_PARAMS, message, details=details)
+
+    def find(self, principal: Principal, talk_id: str) -> TalkRecord | None:
+        """Return one of a principal's conversations by its id; or by its session, if it has no user."""
+        records = self._records.get(principal.name, {})
+        return records.get(("", talk_id)) or next((r for r in records.values() if r.talk_id == talk_id), None)
+
+    def list(self, principal: Principal, user: str | None = None) -> list[TalkRecord]:
+        """Return a principal's conversations, the one in which something was said last first."""
+        records = self._records.get(principal.name, {}).values()
+        found = [record for record in records if user is None or record.user == user]
+        return sorted(found, key=lambda record: record.touched_at, reverse=True)
+
+    def _begin(self, principal: str, user: str, session_id: str) -> TalkRecord:
+        now = time.time()
+        record = TalkRecord(
+            talk_id=secrets.token_hex(16),
+            principal=principal,
+            user=user,
+            session=session_id,
+            created_at=now,
+            touched_at=now,
+        )
+        records = self._records.setdefault(principal, {})
+        if len(records) >= MAX_TALKS:
+            for oldest in sorted(filter(self._is_idle, records.values()), key=lambda each: each.touched_at)[:1]:
+                self._forget(oldest, "there are too many conversations")
+        self._remember(record)
+        self.place.post(PutTalk(record))
+        return record
+
+    def _remember(self, record: TalkRecord) -> None:
+        self._records.setdefault(record.principal, {})[record.user, record.session] = record
+        self._count()
+
+    def _count(self) -> None:
+        self.place.stats.talks = sum(map(len, self._records.values()))
+
+    async def _session_of(self, record: TalkRecord) -> Session | Rejected:
+        session = self._sessions.get(record.talk_id)
+        if session is not None:
+            return session
+        try:
+            turns = await self.place.relay.store.read_turns(record.talk_id) if self.place.is_durable else ()
+        except StoreError as fault:
+            log.error("conversation cannot be read", talk=record.talk_id, why=str(fault))
+            return Rejected.because(fault.code, "the relay cannot read this conversation; see its log")
+        session = self._sessions.get(record.talk_id)  # somebody else may have been faster
+        if session is None:
+            conversation = Conversation(record.talk_id, {turn.number: turn for turn in turns})
+            session = self._sessions[record.talk_id] = Session(self.place, record, conversation, self._remember)
+            if not self.place.is_durable:
+                self._kept[record.talk_id] = session
+        return session
+
+    # -- deleting them
+
+    async def delete(self, talk: Talk) -> Rejected | None:
+        """Delete a conversation with all of its turns; returns why it cannot be."""
+        if talk.principal.readonly:
+            return reject_readonly()
+        self._forget(talk.record, "the conversation was deleted")
+        try:
+            await self.place.relay.store.flush()
+        except StoreError as fault:
+            return Rejected.because(fault.code, "the relay could not store that the conversation is deleted")
+        return None
+
+    def _forget(self, record: TalkRecord, why: str) -> None:
+        records = self._records.get(record.principal, {})
+        if records.pop((record.user, record.session), None) is not None and not records:
+            del self._records[record.principal]
+        session = self._sessions.pop(record.talk_id, None)
+        self._kept.pop(record.talk_id, None)
+        if session is not None:
+            session.close(why)
+        self.place.post(DeleteTalk(record.talk_id))
+        self._count()
+
+    def _is_idle(self, record: TalkRecord) -> bool:
+        session = self._sessions.get(record.talk_id)
+        return session is None or session.is_idle
+
+    def purge(self, now: float) -> int:
+        """Delete those in which nothing was said for `retain_days`; returns how many."""
+        oldest = now - self.place.settings.retain_days * DAY_S
+        old = [
+            record
+            for records in self._records.values()
+            for record in records.values()
+            if record.touched_at < oldest and self._is_idle(record)
+        ]
+        for record in old:
+            self._forget(record, "it was old")
+        return len(old)
+
+    async def serve(self) -> None:
+        """Delete old conversations, until cancelled."""
+        while True:
+            try:
+                if deleted := self.purge(time.time()):
+                    log.info("old conversations deleted", talks=deleted)
+            except Exception:
+                log.exception("internal error in the retention of conversations")
+            await trio.sleep(PURGE_INTERVAL_S)
+
+    # -- after a restart
+
+    async def restore(self, loaded: Loaded) -> None:
+        """Know the stored conversations again, and go on with their replies that have not ended."""
+        if not self.place.is_durable:
+            return
+        for record in loaded.talks:
+            self._remember(record)
+        unended = {turn.talk_id for turn in loaded.unended_turns}
+        for record in loaded.talks:
+            if record.talk_id in unended:
+                session = await self._session_of(record)
+                if isinstance(session, Session):
+                    session.resume(self.place.principal_named(record.principal))
+        if loaded.talks:
+            log.info("conversations restored", talks=len(loaded.talks), replies=len(loaded.unended_turns))
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@asynccontextmanager
+async def open_talks(admission: Admission, tokens: TokenRegistry) -> AsyncIterator[Talks]:
+    """Serve conversations until the end of the block; at first, none is known.
+
+    Cancellation: leaves the replies that are being made; they are continued after a restart.
+    """
+    async with trio.open_nursery() as nursery:
+        talks = Talks(Place(admission, tokens, nursery))
+        nursery.start_soon(talks.serve)
+        yield talks
+        nursery.cancel_scope.cancel()
