@@ -16,7 +16,7 @@ import trio
 from protocol import RelayClient, open_relay
 from protocol.wire.structs import AudioFormat
 from tests.gpuworker.engines.openai.speech_server import PCM, Places, SpeechServer
-from tests.support.processes import PATIENCE_S, Place, Proc, a_place, a_relay, a_worker, children_of
+from tests.support.processes import PATIENCE_S, Place, Proc, a_place, a_relay, a_worker, engines_of
 
 
 @attrs.frozen
@@ -147,7 +147,7 @@ async def test_sixteen_slots_before_a_server_with_four_places_all_end_well(tmp_p
         options = ("--engine", "openai", "-o", f"url={server.url}", "--slots", "16")
         async with a_relay(place) as relay, a_worker(place, relay, *options) as worker:
             await worker.until(lambda line: "slots 0-15: openai loaded in" in line)
-            assert len(children_of(worker.process.pid)) == 1, "one process for all slots"
+            assert len(engines_of(worker)) == 1, "one process for all slots"
             with trio.fail_after(PATIENCE_S):
                 async with (
                     open_relay(f"unix:{tmp_path}/state/relayd.sock", token="") as client,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import a_place, a_relay, a_worker, children_of
+from tests.support.processes import a_place, a_relay, a_worker, engines_of
 from tests.support.seat_storm import WEIGHTS, storm
 
 LISTENERS = 3
@@ -30,7 +30,7 @@ async def test_every_listener_hears_the_same_when_the_engine_process_is_killed_i
             say = ("relay", "say", f"text {number}", "--param", "duration_s=40", "--param")
             await place.run(*say, "speed=0", "-o", f"whole{number}.wav")
         heard = len(relay.lines)
-        (engine,) = children_of(worker.process.pid)
+        (engine,) = engines_of(worker)
         async with AsyncExitStack() as stack:
             listeners = []
             for number in range(LISTENERS):

@@ -7,6 +7,7 @@ import subprocess
 import threading
 import wave
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from gpuworker.engines.voxcpm.crossfade import pcm16
 from protocol import RequestError, RequestFailed, RequestRejected, open_relay
 from protocol.wire.validators import Value
 from tests.gpuworker.engines.voxcpm.conftest import encoded, voiced
-from tests.support.processes import PATIENCE_S, Place, a_place, a_relay, a_worker
+from tests.gpuworker.engines.voxcpm.engine_runs import a_loaded, speech_of
+from tests.support.processes import PATIENCE_S, Place, a_place, a_relay, a_worker, engines_of
 from tests.support.voxcpm_checkpoint.checkpoint import quiet_voxcpm, write_checkpoint
 
 STEP_SAMPLES = 7_680
@@ -42,11 +44,15 @@ def samples_of(path: Path) -> bytes:
 
 @attrs.frozen
 class Model:
-    """A checkpoint, a folder of voices, the options of a worker that has both, and what plain voxcpm makes with it."""
+    """A checkpoint, a folder of voices, the options of a worker that has both, and what plain voxcpm makes with it.
+
+    `batched` is what the last of eight rows makes with it, beside nobody.
+    """
 
     options: tuple[str, ...]
     voice: Path
     direct: Callable[..., bytes]
+    batched: Callable[..., bytes]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +79,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
                 return b"".join(map(pcm16, loaded[0].generate_streaming(text, **given)))
             return pcm16(loaded[0].generate(text, **given))
 
+    def batched(text: str, *, seed: int) -> bytes:
+        import torch
+
+        torch.set_num_threads(1)
+        with closing(a_loaded(folder, "batch=8", "check_memory=false")) as engine:
+            return speech_of(engine.seats(8)[-1], text, seed=seed, **QUICK_PARAMS)
+
     options = ("--engine", "voxcpm", "-o", f"model={folder}", "-o", "device=cpu", "-o", f"voices={voices}")
-    return Model((*options, "-o", "offline=true", "-o", "check_memory=false"), voices / "amy.wav", direct)
+    return Model((*options, "-o", "offline=true", "-o", "check_memory=false"), voices / "amy.wav", direct, batched)
 
 
 def quiet(place: Place) -> Place:
@@ -287,16 +300,6 @@ async def test_requests_at_once_on_one_slot_never_overlap(served: Place, model: 
 # -- what is killed ----------------------------------------------------------------------------------------------
 
 
-def children_of(pid: int) -> list[int]:
-    """Its child processes that run a slot."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [
-        int(child)
-        for child in children
-        if b"gpuworker.slots.engine_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]
-
-
 @pytest.mark.trio
 async def test_a_slot_and_then_a_worker_killed_in_mid_stream_cost_a_pause_and_no_sample(
     model: Model, tmp_path: Path
@@ -316,7 +319,7 @@ async def test_a_slot_and_then_a_worker_killed_in_mid_stream_cost_a_pause_and_no
                     proc = workers[(await relay.event("request started", after=heard))["worker"]]
                     await client.audio_chunks(5)
                     if cut == "slot":
-                        (slot,) = children_of(proc.process.pid)
+                        (slot,) = engines_of(proc)
                         os.kill(slot, signal.SIGKILL)
                     else:
                         proc.send_signal(signal.SIGKILL)
@@ -364,10 +367,11 @@ async def test_eight_listeners_of_one_batch_hear_what_each_hears_alone_and_a_kil
         out, _ = await place.run("relay", "spaces", "--json")
         assert json.loads(out)[0]["slots"] == 8
         alone = await say(place, LONG[:60], "-p", "seed=7")
+        assert alone == model.batched(LONG[:60], seed=7)
         undisturbed = await eight_listen(place, lambda: None)
         assert undisturbed[7] == sha256(alone).hexdigest()
         assert len(set(undisturbed)) == 8
-        (engine,) = children_of(worker.process.pid)
+        (engine,) = engines_of(worker)
         disturbed = await eight_listen(place, lambda: os.kill(engine, signal.SIGKILL))
-        assert children_of(worker.process.pid) != [engine]
+        assert engines_of(worker) != [engine]
         assert disturbed == undisturbed

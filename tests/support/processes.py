@@ -126,9 +126,14 @@ class Place:
         return done.stdout, stderr
 
 
-def children_of(pid: int) -> list[int]:
-    """The processes that a process has started: the engines of a worker."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def engines_of(worker: Proc) -> list[int]:
+    """The processes of a worker's engines."""
+    children = Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children").read_text().split()
+    return [
+        int(child)
+        for child in children
+        if b"gpuworker.slots.engine_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 def a_place(folder: Path, config: str = "[spaces.tts]\n") -> Place:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuworker.engines.base import AudioChunk, Chunk, EngineInput
+from gpuworker.engines.base import AudioChunk, Chunk, Engine, EngineInput
 from gpuworker.engines.catalog import parse_options
 from gpuworker.engines.voxcpm.crossfade import pcm16
 from gpuworker.engines.voxcpm.engine import VoxcpmEngine
@@ -27,7 +27,7 @@ def never() -> bool:
 
 
 def run(
-    engine: VoxcpmEngine, text: str, cancelled: Callable[[], bool] = never, inputs: Any = None, **params: Value
+    engine: Engine, text: str, cancelled: Callable[[], bool] = never, inputs: Any = None, **params: Value
 ) -> tuple[RunResult, list[Chunk]]:
     """What the engine makes of params that its own schema lets through, by the loop that every slot uses."""
     params = {"text": text, **QUICK, **params}
@@ -41,7 +41,7 @@ def pcm(chunks: list[Chunk]) -> bytes:
     return b"".join(chunk.pcm for chunk in chunks if isinstance(chunk, AudioChunk))
 
 
-def speech_of(engine: VoxcpmEngine, text: str, inputs: Any = None, **params: Value) -> bytes:
+def speech_of(engine: Engine, text: str, inputs: Any = None, **params: Value) -> bytes:
     end, chunks = run(engine, text, inputs=inputs, **params)
     assert end.outcome == "completed", end
     return pcm(chunks)

@@ -4,6 +4,8 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ TEXTS = ("Hello there, my friend.", "What?", "A rather longer sentence, whose pr
 #: A speech may end from the fourth step on, at about the sixth.
 STOP = 6
 #: Batches; each size is a fingerprint of its own, so a speech is compared only with itself in the same one.
-BATCHES = [("voxcpm2", 3), *((arch, 8) for arch in ARCHES)]
+BATCHES = [("voxcpm2", 3), ("voxcpm1.5", 5), ("voxcpm", 2), *((arch, 8) for arch in ARCHES)]
+WORDS = ("Hello", "there,", "42", "my friend.", "什么？", "Ahem!", "And", "so on…")
 
 Load = Callable[..., Model]
 
@@ -111,6 +114,39 @@ def test_one_row_has_the_bits_of_the_package_in_every_way_to_speak(
         for how in (usual, fine) if name == "none" else (usual,):
             pairs = list(zip(spoken(seat, cache, how), spoken(plain, cache, how), strict=True))
             assert all(np.array_equal(ours, theirs) for ours, theirs in pairs), (name, how)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_one_row_has_the_bits_of_the_package_whatever_is_asked_and_whenever_it_stops(
+    arch: str, load: Load, prompts: Callable[[str], dict[str, PromptCache | None]]
+) -> None:
+    plain, (seat, batch) = load(arch), seat_of(load(arch))
+    voices = prompts(arch)
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(
+        words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=8),
+        voice=st.sampled_from(sorted(voices)),
+        seed=st.integers(0, 2**32 - 1),
+        cfg_value=st.floats(1, 10),
+        timesteps=st.integers(1, 16),
+        max_len=st.integers(1, 7),
+        heard=st.integers(0, 8),
+    )
+    def chance(
+        words: list[str], voice: str, seed: int, cfg_value: float, timesteps: int, max_len: int, heard: int
+    ) -> None:
+        how = Settings(cfg_value=cfg_value, inference_timesteps=timesteps, max_len=max_len)
+
+        def first(model: SpeechModel) -> list[bytes]:
+            model.seed(seed)
+            with closing(model.stream(" ".join(words), voices[voice], how)) as stream:
+                return [samples.tobytes() for samples in islice(stream, heard)]
+
+        assert first(seat) == first(plain)
+        assert batch.live == 0
+
+    chance()
 
 
 @pytest.mark.parametrize("arch", ["voxcpm2", "voxcpm"])
