@@ -16,7 +16,7 @@ Params (all but `text` optional):
 | speed | seconds of audio made in a second of work; 0: as fast as possible (option `speed`, 1) |
 | delay_s | wait before the first chunk (option `delay_s`, 0) |
 | progress | a `progress` chunk before each this many chunks; 0: none |
-| output | `audio`, or `text`: one word in each chunk as `output` instead of audio |
+| output | `audio`, or `text`: one word in each chunk, with the blanks behind it, as `output` instead of audio |
 | fail | {how: raise, hang, exit, freeze or slow; at: the chunk before which, from 0; seconds: of `slow` (1); \
 code: of `exit` (3); retryable and restart: of `raise`} |
 
@@ -31,6 +31,7 @@ import copy
 import hashlib
 import math
 import os
+import re
 import secrets
 import signal
 import sys
@@ -243,7 +244,7 @@ class MockEngine(Engine):
 
     @staticmethod
     def _words(text: str) -> Iterator[tuple[Chunk, float]]:
-        words = text.split() or [""]
+        words = re.findall(r"\s*\S+\s*", text) or [""]
         for number, word in enumerate(words):
             yield OutputChunk(word), number / len(words)
 

@@ -10,7 +10,7 @@ import trio
 from tests.chaos.processes import clear
 from tests.chaos.run import report, run_chaos
 from tests.chaos.stage import Settings
-from tests.chaos.workload import DICTATED, KINDS
+from tests.chaos.workload import DICTATED, KINDS, PIPED
 
 #: Fraction of the run, at its end, in which the relay's process is left alone, to see what an old process keeps.
 SPARED = 0.1
@@ -24,16 +24,18 @@ def main() -> int:
     parser.add_argument("--plain", action="store_true", help="no TLS: all peers come over plain TCP")
     parser.add_argument("--slots", type=int, default=3, help="slots of each of the three workers (default: 3)")
     parser.add_argument("--dictated", action="store_true", help="the listeners only dictate: live inputs")
+    parser.add_argument("--piped", action="store_true", help="the listeners only speak what other requests put out")
     parser.add_argument("-o", "--output", type=Path, help="also write the table to this file")
     given = parser.parse_args()
     storm_s = given.minutes * 60
+    chosen = (*DICTATED * given.dictated, *PIPED * given.piped) or tuple(KINDS)
     settings = Settings(
         seed=given.seed,
         storm_s=storm_s,
         spare_relay_s=storm_s * SPARED,
         tls=not given.plain,
         clients=given.clients,
-        kinds={kind: KINDS[kind] for kind in DICTATED} if given.dictated else KINDS,
+        kinds={kind: KINDS[kind] for kind in chosen},
         slots=given.slots,
     )
     folder = Path(tempfile.mkdtemp(prefix="relayd-chaos-"))

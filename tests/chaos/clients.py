@@ -8,11 +8,12 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 import attrs
 import trio
 
-from protocol import ProtocolError, RelayClient, RequestCancelled, RequestFailed, RequestRejected, Restarted
+from protocol import From, ProtocolError, RelayClient, RequestCancelled, RequestFailed, RequestRejected, Restarted
 from protocol.client.client import new_request_id, open_relay
+from protocol.client.inputs import InputSource
 from protocol.client.stream import Stream
 from protocol.wire.errors import ConnectError, ErrorCode, LinkBroken, LinkError
-from protocol.wire.frames import Audio, Frame
+from protocol.wire.frames import Audio, Frame, Output
 from protocol.wire.messages import LIVE_STATES, Queued, StatusReply
 from tests.chaos.proxy import Line, Target, open_line
 from tests.chaos.report import NOT_FOUND, Case, Ledger
@@ -140,7 +141,8 @@ class Client:
                 async with (relay or self.relay).submit(
                     plan.space,
                     plan.params,
-                    inputs=plan.inputs | ({"text": plan.dictate(self._random)} if plan.text else {}),
+                    inputs=plan.inputs | self._text_of(case),
+                    group=case.group,
                     retry=plan.retry,
                     queue_timeout_s=plan.queue_timeout_s,
                     detach=detach,
@@ -153,6 +155,12 @@ class Client:
                     raise
                 self.ledger.counts[f"submits refused with {refusal.code}"] += 1
                 await trio.sleep(AGAIN_S)
+
+    def _text_of(self, case: Case) -> dict[str, InputSource]:
+        """The input `text` of a plan that is not told its text."""
+        if case.source is not None:
+            return {"text": From(case.source.request_id)}
+        return {"text": case.plan.dictate(self._random)} if case.plan.text and not case.plan.tells else {}
 
     async def _attach(self, case: Case, reception: Reception) -> None:
         """Attach to the request, and listen to the end."""
@@ -191,6 +199,9 @@ class Client:
                     reception.pieces.append((event.seq, event.pcm))
                     if until is not None and len(reception.pieces) > until:
                         return False
+                elif isinstance(event, Output) and case.plan.tells:
+                    assert isinstance(event.data, str)
+                    reception.pieces.append((event.seq, event.data.encode()))
             reception.end = "completed"
         except RequestCancelled as end:
             reception.end, reception.message = "cancelled", str(end)
@@ -285,11 +296,7 @@ class Client:
         await self._with_other(case, pry, self.stranger)
 
     async def _detached(self, case: Case) -> None:
-        async def leave(stream: Stream) -> bool:
-            await trio.lowlevel.checkpoint()
-            return stream.ended
-
-        await self._submit(case, leave, detach=True)
+        await self._submit(case, _leave, detach=True)
         await trio.sleep(case.plan.later_s)
         await self._attach(case, self._new_reception(case, " comes back"))
 
@@ -303,18 +310,21 @@ class Client:
         rest.pieces, rest.attempt = list(first.pieces), first.attempt
         await self._attach(case, rest)
 
-    async def _cancelled(self, case: Case) -> None:
-        reception = self._new_reception(case)
+    async def _cancelled(self, case: Case, other: Case | None = None) -> None:
+        """Listen, and cancel it, or another one, in the middle."""
+        reception, aim = self._new_reception(case), other or case
 
-        async def cancel(stream: Stream) -> None:
-            case.cancelled_at = trio.current_time()
-            self.ledger.note(case.plan.name, "cancels it")
-            await self.relay.cancel(stream.request_id, "enough received")
+        async def cancel() -> None:
+            for each in (aim, case, case.source):
+                if each is aim or (each is not None and case.plan.grouped):
+                    each.cancelled_at = trio.current_time()
+            self.ledger.note(aim.plan.name, "cancels it")
+            await self.relay.cancel(aim.request_id, "enough received")
 
         async def act(stream: Stream) -> bool:
             if not await self._receive(stream, case, reception, case.plan.at_frame):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(cancel, stream)
+                    nursery.start_soon(cancel)
                     await self._receive(stream, case, reception)
             return True
 
@@ -365,6 +375,35 @@ class Client:
         await self._submit(case, act)
         self.ledger.close_reception(case, reception)
 
+    async def _piped(self, case: Case) -> None:
+        await self._with_source(case, self._plain)
+
+    async def _piped_on(self, case: Case) -> None:
+        await self._with_source(case, self._heir)
+
+    async def _piped_from_cancelled(self, case: Case) -> None:
+        await self._with_source(case, lambda case: self._cancelled(case, case.source))
+
+    async def _piped_and_cancelled(self, case: Case) -> None:
+        await self._with_source(case, self._cancelled)
+
+    async def _with_source(self, case: Case, deed: Callable[[Case], Awaitable[None]]) -> None:
+        """Submit the source of a request, do what its listener does, and then judge the source as well."""
+        assert case.plan.source is not None
+        source = self.ledger.open_case(case.plan.source, new_request_id(), self.name)
+        if case.plan.grouped:
+            case.group = source.group = source.request_id
+        case.source = source
+        try:
+            await self._submit(source, _leave, detach=True)
+            if case.plan.later_s < 2.0:  # the others are submitted at once
+                await trio.sleep(case.plan.later_s)
+            await deed(case)
+            await self._attach(source, self._new_reception(source, " looks at the source"))
+            await self._check_status(source)
+        finally:
+            self.ledger.close_case(source)
+
     async def _heir(self, case: Case) -> None:
         if await self._die(case):
             return
@@ -378,6 +417,11 @@ class Client:
         while (await self._status(case)).state in LIVE_STATES:  # noqa: ASYNC110
             await trio.sleep(ASK_S)
         await self._attach(case, self._new_reception(case, " looks at what became of it"))
+
+
+async def _leave(stream: Stream) -> bool:
+    await trio.lowlevel.checkpoint()
+    return stream.ended
 
 
 _DEEDS: dict[str, Callable[[Client, Case], Awaitable[None]]] = {
@@ -395,4 +439,9 @@ _DEEDS: dict[str, Callable[[Client, Case], Awaitable[None]]] = {
     "dictated": Client._plain,
     "dictated twice": Client._twin,
     "dictated on": Client._dictated_on,
+    "piped": Client._piped,
+    "piped on": Client._piped_on,
+    "piped from cancelled": Client._piped_from_cancelled,
+    "piped from broken": Client._piped,
+    "piped and cancelled": Client._piped_and_cancelled,
 }

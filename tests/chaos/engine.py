@@ -25,7 +25,7 @@ class VoicedMock(MockEngine):
         return attrs.evolve(super().capabilities, inputs={INPUT: InputRule(media_types=[])})
 
     def generate(self, params: dict[str, Value], inputs: Mapping[str, Any]) -> Iterator[Chunk]:
-        """Yield the tune of the text and the input."""
+        """Yield the tune of the text and the input, or the text."""
         words = "".join(digest(given.data) for given in inputs.values())
         return super().generate(params | {"text": params["text"] + words}, {})
 

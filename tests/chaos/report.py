@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from tests.chaos.processes import as_json
-from tests.chaos.verdict import Cause, Reception, judge, judge_attempts, lost_and_doubled
+from tests.chaos.verdict import LOSSES, Cause, Reception, judge, judge_attempts, lost_and_doubled
 from tests.chaos.workload import SAMPLE_BYTES, Plan
 
 #: The line that `gpuworker.executor` logs at the start of an attempt.
@@ -36,6 +36,7 @@ _ABOUT = frozenset(
         "request accepted",
         "request started",
         "request queued again",
+        "request waits for its source again",
         "request completed",
         "request failed",
         "request cancelled",
@@ -78,6 +79,9 @@ class Case:
     began_at: float
     #: Name of the client that submits it.
     listener: str = ""
+    #: The request whose output is its input.
+    source: "Case | None" = None
+    group: str | None = None
     accepted_at: float | None = None
     receptions: list[Reception] = attrs.field(factory=list)
     cancelled_at: float | None = None
@@ -234,7 +238,7 @@ class Ledger:
         elif event in _ABOUT and (case := self.cases.get(entry.get("request_id", ""))):
             if event == "request started":
                 case.started.append((entry["attempt"], _worker_name(entry["worker"])))
-            elif event == "request queued again":
+            elif event in ("request queued again", "request waits for its source again"):
                 case.requeued += 1
             elif event == "request accepted":
                 case.stored = True
@@ -307,7 +311,19 @@ class Ledger:
             found.add(Cause.CANCELLED)
         if not case.detached and self._was_unheld(case, until):
             found.add(Cause.UNHELD)
+        if case.source is not None:
+            found |= self._causes_of_source(case.source, until)
         return frozenset(found)
+
+    def _causes_of_source(self, source: Case, until: float) -> set[Cause]:
+        found = set()
+        if any(reception.end and reception.end != "completed" for reception in source.receptions):
+            found.add(Cause.SOURCE_ENDED)
+        if self.causes(source, until) & LOSSES or len(source.begun) > 1:
+            found.add(Cause.SOURCE_LOST)
+            if not source.plan.reproducible:
+                found.add(Cause.SOURCE_ANEW)
+        return found
 
     def _was_away(
         self, worker: str, since: float, until: float, longest_s: float, *, over_restarts: bool = False

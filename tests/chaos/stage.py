@@ -67,6 +67,18 @@ max_queued_per_principal = 1000
 queue_timeout_s = {queue_timeout_s}
 idle_timeout_s = 20.0
 
+[spaces.tell]
+max_workers = 8
+max_attempts = {patient}
+queue_timeout_s = {queue_timeout_s}
+idle_timeout_s = 20.0
+
+[spaces.muse]
+max_workers = 8
+max_attempts = {patient}
+queue_timeout_s = {queue_timeout_s}
+idle_timeout_s = 20.0
+
 [spaces.held]
 
 [spaces.lair]
@@ -244,9 +256,9 @@ async def open_stage(folder: Path, settings: Settings, ledger: Ledger, nursery: 
         await relay.start(nursery)
         await relay.wait_ready()
         for name, spaces, reproducible, door in (
-            ("a", "tts frail deep", True, doors[0]),
-            ("b", "tts", True, doors[1]),
-            ("c", "loose", False, doors[0]),
+            ("a", "tts frail deep tell", True, doors[0]),
+            ("b", "tts tell", True, doors[1]),
+            ("c", "loose muse", False, doors[0]),
             (LEAVER, "tts deep", True, doors[1]),
         ):
             line = await line_of(f"worker {name}", door)

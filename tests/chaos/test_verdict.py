@@ -19,8 +19,11 @@ PLAN = Plan(
     progress=0, at_frame=0, later_s=0.0,
 )  # fmt: skip
 LOOSE = attrs.evolve(PLAN, space="loose")
+TOLD = attrs.evolve(PLAN, space="tell", text="One. Two. Three. Four.")
 FRAIL = attrs.evolve(PLAN, space="frail", fail={"how": "exit", "at": 2})
 NOTHING: frozenset[Cause] = frozenset()
+#: All that happens to a request that completes.
+HARMLESS = frozenset(Cause) - {Cause.CANCELLED, Cause.SOURCE_ENDED}
 KILLED = frozenset({Cause.WORKER_KILLED})
 
 
@@ -32,7 +35,7 @@ def received(plan: Plan = PLAN, end: str = "completed", *, chunk: int = 800, chu
 
 def test_all_samples_and_a_completed_is_what_was_promised() -> None:
     assert judge(PLAN, received(), NOTHING) == []
-    assert judge(PLAN, received(), frozenset(Cause) - {Cause.CANCELLED}) == []
+    assert judge(PLAN, received(), HARMLESS) == []
 
 
 def test_a_lost_a_doubled_a_swapped_and_a_changed_chunk_are_seen() -> None:
@@ -46,7 +49,7 @@ def test_a_lost_a_doubled_a_swapped_and_a_changed_chunk_are_seen() -> None:
     ):
         reception = received()
         reception.pieces = spoil(reception.pieces)
-        assert len(judge(PLAN, reception, frozenset(Cause) - {Cause.CANCELLED})) == 1
+        assert len(judge(PLAN, reception, HARMLESS)) == 1
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,12 @@ def test_what_came_before_a_failure_must_be_the_beginning() -> None:
         (PLAN, "cancelled", KILLED, False),
         (PLAN, "cancelled", frozenset({Cause.UNHELD}), True),
         (PLAN, "cancelled", frozenset({Cause.CANCELLED}), True),
+        (PLAN, "failed source_failed", NOTHING, False),
+        (PLAN, "failed source_failed", frozenset({Cause.SOURCE_LOST, Cause.SOURCE_ANEW}), False),
+        (PLAN, "failed source_failed", frozenset({Cause.SOURCE_ENDED}), True),
+        (attrs.evolve(PLAN, retry="never"), "failed source_failed", frozenset({Cause.SOURCE_LOST}), True),
+        (TOLD, "failed engine_failed", NOTHING, False),
+        (attrs.evolve(TOLD, fail={"how": "raise"}), "failed engine_failed", NOTHING, True),
         (FRAIL, "failed engine_failed", NOTHING, True),
         (FRAIL, "failed idle_timeout", NOTHING, True),
         (FRAIL, "failed worker_lost", NOTHING, False),
@@ -132,6 +141,7 @@ def test_an_attempt_without_output_is_awaited_for_less() -> None:
 def test_a_cancelled_request_must_not_complete_and_a_failing_engine_neither() -> None:
     assert judge(PLAN, received(), frozenset({Cause.CANCELLED}))
     assert judge(FRAIL, received(FRAIL), NOTHING)
+    assert judge(PLAN, received(), frozenset({Cause.SOURCE_ENDED}))
 
 
 def test_audio_begins_anew_only_where_nobody_has_it_any_more_or_it_was_asked_for() -> None:
@@ -147,6 +157,9 @@ def test_audio_begins_anew_only_where_nobody_has_it_any_more_or_it_was_asked_for
     assert not restarted(LOOSE, KILLED)
     assert not restarted(attrs.evolve(LOOSE, retry="always"), NOTHING)
     assert restarted(attrs.evolve(LOOSE, retry="always"), KILLED)
+    assert not restarted(PLAN, frozenset({Cause.SOURCE_LOST}))
+    assert restarted(PLAN, frozenset({Cause.SOURCE_LOST, Cause.SOURCE_ANEW}))
+    assert restarted(LOOSE, frozenset({Cause.SOURCE_LOST}))
 
 
 def test_runs_that_nobody_counted_are_seen() -> None:
@@ -308,3 +321,24 @@ async def test_a_request_may_be_forgotten_when_its_end_is_old_or_was_never_store
     assert not await forgotten(True, 5.0, restarted=True)
     assert await forgotten(False, 5.0, restarted=True)
     assert not await forgotten(False, 5.0)
+
+
+@pytest.mark.trio
+async def test_what_happened_to_a_source_excuses_what_is_piped_from_it() -> None:
+    ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+    case = ledger.open_case(PLAN, "01" * 16, "client 1")
+    case.detached, now = True, case.began_at
+    ledger.linked["a"] = [[0.0, float("inf")]]
+    loose = attrs.evolve(TOLD, space="muse")
+    for source_plan, kill_s, end, causes in (
+        (TOLD, None, "completed", NOTHING),
+        (TOLD, None, "failed engine_failed", {Cause.SOURCE_ENDED}),
+        (TOLD, None, "cancelled", {Cause.SOURCE_ENDED}),
+        (TOLD, 1.0, "completed", {Cause.SOURCE_LOST}),
+        (loose, 1.0, "completed", {Cause.SOURCE_LOST, Cause.SOURCE_ANEW}),
+    ):
+        case.source = ledger.open_case(source_plan, "02" * 16, "client 1")
+        case.source.detached, case.source.started = True, [(1, "a")]
+        case.source.receptions = [received(source_plan, end)]
+        ledger.faults = [] if kill_s is None else [Fault("kill -9", "worker a", now + kill_s, now + kill_s)]
+        assert ledger.causes(case, now + 2) == causes

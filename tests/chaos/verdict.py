@@ -23,6 +23,9 @@ class Cause(StrEnum):
     UNHELD = "no connection held it for longer than the resume window"
     PAUSED = "its space was paused for longer than queue_timeout_s"
     CANCELLED = "its client cancelled it"
+    SOURCE_ENDED = "its source failed or was cancelled"
+    SOURCE_LOST = "an attempt of its source was lost"
+    SOURCE_ANEW = "its source began anew"
 
 
 LOSSES = frozenset({Cause.WORKER_KILLED, Cause.SLOT_KILLED, Cause.WORKER_AWAY, Cause.WORKER_LONG_AWAY})
@@ -80,9 +83,11 @@ def judge(plan: Plan, reception: Reception, causes: frozenset[Cause]) -> list[st
     """
     complaints = _judge_samples(plan, reception)
     lost = _losses(causes, had_output=bool(reception.pieces or reception.voided))
-    if reception.voided and plan.reproducible and not ((lost or plan.fail) and Cause.RELAY_RESTARTED in causes):
+    both_lost = (lost or plan.fail) and Cause.RELAY_RESTARTED in causes
+    if reception.voided and plan.reproducible and not (both_lost or Cause.SOURCE_ANEW in causes):
         complaints.append("audio of a reproducible engine started again, though relay and worker were not both lost")
-    if reception.voided and not plan.reproducible and not (plan.retry == "always" and lost):
+    may_void = (plan.retry == "always" and lost) or (plan.retry != "never" and Cause.SOURCE_LOST in causes)
+    if reception.voided and not plan.reproducible and not may_void:
         complaints.append(f"audio started again with retry {plan.retry!r} and causes {_listed(causes)}")
     if (complaint := _judge_end(plan, reception, causes)) is not None:
         complaints.append(complaint)
@@ -130,6 +135,8 @@ def _judge_end(plan: Plan, reception: Reception, causes: frozenset[Cause]) -> st
     if end == "completed":
         if plan.fail:
             return "it completed, although its engine fails"
+        if Cause.SOURCE_ENDED in causes:
+            return "it completed, although its source did not"
         return "it completed despite its cancel" if Cause.CANCELLED in causes else None
     if end == "cancelled":
         if causes & {Cause.CANCELLED, Cause.UNHELD}:
@@ -140,6 +147,10 @@ def _judge_end(plan: Plan, reception: Reception, causes: frozenset[Cause]) -> st
         allowed.add("queue_timeout")
     if Cause.PAUSED in causes:
         allowed.add("queue_timeout")
+    if Cause.SOURCE_ENDED in causes or (plan.retry == "never" and Cause.SOURCE_LOST in causes):
+        allowed.add("source_failed")
+    if plan.tells and plan.fail:
+        allowed.add("engine_failed")
     if plan.space == FRAIL:
         # Given up after too many losses, or not tried again at all. The request itself causes the loss of its attempts.
         allowed |= {"engine_failed", "idle_timeout"}

@@ -24,6 +24,8 @@ FRAIL_ATTEMPTS = 3
 FRAIL_IDLE_S = 1.2
 
 REPRODUCIBLE, LOOSE, FRAIL = "tts", "loose", "frail"
+#: Spaces whose requests put out text, which others speak: the same, and one whose attempts do not go on.
+TELL, LOOSE_TELL = "tell", "muse"
 #: Spaces of many short requests, of requests that nobody serves, and of the hostile worker.
 DEEP, HELD, LAIR = "deep", "held", "lair"
 
@@ -39,6 +41,9 @@ SENTENCES = (
     "And what if the line is cut in the middle of a word?",
     "那就从断开的地方继续说！",
 )
+
+#: Words of a text that takes long to be put out, at 5 a second.
+LONG_WORDS = 300
 
 _tune = Tune(SAMPLE_RATE_HZ)
 
@@ -69,6 +74,8 @@ class Plan:
         text: what is dictated while the request runs, as the live input `text`; each piece has `duration_s`. Without
             it, `name` is the param.
         word_s: seconds between two words of it, at most.
+        source: the request whose output is that input, instead of a dictation; it puts out `text`.
+        grouped: whether both are of one group.
     """
 
     name: str
@@ -86,6 +93,8 @@ class Plan:
     queue_timeout_s: float | None = None
     text: str = ""
     word_s: float = 0.0
+    source: "Plan | None" = None
+    grouped: bool = False
 
     async def dictate(self, random: random.Random) -> AsyncIterator[bytes]:
         """Yield the text in parts of any size, cut anywhere, also inside a character."""
@@ -105,7 +114,7 @@ class Plan:
     def params(self) -> dict[str, Any]:
         """The params of the `submit`."""
         params: dict[str, Any] = {
-            **({} if self.text else {"text": self.name}),
+            **({"text": self.text, "output": "text"} if self.tells else {} if self.text else {"text": self.name}),
             "seed": self.seed,
             "duration_s": self.duration_s,
             "speed": self.speed,
@@ -116,10 +125,17 @@ class Plan:
     @property
     def reproducible(self) -> bool:
         """Whether another attempt makes the same frames."""
-        return self.space != LOOSE
+        return self.space not in (LOOSE, LOOSE_TELL)
+
+    @property
+    def tells(self) -> bool:
+        """Whether it puts out its text, instead of audio."""
+        return self.space in (TELL, LOOSE_TELL)
 
     def expected(self) -> bytes:
-        """The samples of an undisturbed run."""
+        """The samples of an undisturbed run, or the text."""
+        if self.tells:
+            return self.text.encode()
         texts = [piece.text for piece in pieces_of([self.text])] if self.text else [self.name]
         voice = "".join(map(digest, self.inputs.values()))
         samples = round(self.duration_s * SAMPLE_RATE_HZ)
@@ -146,10 +162,16 @@ KINDS = {
     "dictated": 4,  # dictates its text while it listens
     "dictated twice": 1,  # and another client dictates the same at the same time
     "dictated on": 2,  # its connection is lost in the middle; another one dictates from the beginning
+    "piped": 4,  # speaks what another request puts out
+    "piped on": 2,  # and its connection is lost in the middle; another one takes over in time
+    "piped from cancelled": 1,  # and the other is cancelled in the middle
+    "piped from broken": 1,  # and the engine of the other fails in the middle
+    "piped and cancelled": 2,  # and is cancelled in the middle; then so is the other, if they are of one group
 }
 
 DICTATED = ("dictated", "dictated twice", "dictated on")
-_ALSO_LOOSE = ("plain", *DICTATED, "again", "second", "detached", "cancelled", "events", "audio", "deleted")
+PIPED = ("piped", "piped on", "piped from cancelled", "piped from broken", "piped and cancelled")
+_ALSO_LOOSE = ("plain", *DICTATED, *PIPED, "again", "second", "detached", "cancelled", "events", "audio", "deleted")
 #: The same for a client that uses HTTP.
 WEB_KINDS = {
     "events": 4,  # puts a request, and follows its events; after a cut, from the last one on
@@ -191,7 +213,7 @@ def draw_plan(random: random.Random, name: str, kinds: Mapping[str, int] = KINDS
     if kind == "poison":
         fail = {"how": random.choice(("exit", "hang")), "at": random.randrange(max(1, frames))}
     text = ""
-    if kind in DICTATED:  # each piece is short, and there are several
+    if kind in DICTATED + PIPED:  # each piece is short, and there are several
         text = f"{name}. " + " ".join(random.choices(SENTENCES, k=random.randrange(1, 7)))
         duration_s = round(random.uniform(0.2, 0.8), 2)
     plan = Plan(
@@ -210,5 +232,34 @@ def draw_plan(random: random.Random, name: str, kinds: Mapping[str, int] = KINDS
         text=text,
         word_s=random.choice((0.0, 0.05, 0.2)),
     )
+    if kind in PIPED:
+        return _piped(random, plan)
     # OpenAI's API cannot say these.
     return attrs.evolve(plan, speed=1.0, retry="before_output", input_bytes=0) if kind == "speech" else plan
+
+
+def _piped(random: random.Random, plan: Plan) -> Plan:
+    """Let a plan speak what another one puts out."""
+    grouped = plan.kind == "piped and cancelled" and random.random() < 0.5
+    text, speed, fail, duration_s = plan.text, plan.speed, None, plan.duration_s
+    words = len(text.split())
+    if plan.kind == "piped from cancelled" or grouped:  # so long that it cannot end before the cancel is carried out
+        text, speed = " ".join([text] * (1 + LONG_WORDS // words)), 0.3
+    elif plan.kind == "piped and cancelled":
+        duration_s = 90.0
+    elif plan.kind == "piped from broken":
+        fail = {"how": "raise", "at": random.randrange(words)}
+    source = attrs.evolve(
+        plan,
+        name=f"{plan.name} source",
+        kind="source",
+        space=random.choice((TELL, TELL, LOOSE_TELL)),
+        text=text,
+        speed=speed,
+        fail=fail,
+        # A failed engine would be tried again until its attempts are used up.
+        retry=random.choice(("before_output", "never") if fail else ("before_output", "always", "always", "never")),
+        input_bytes=0,
+    )
+    at_frame = min(plan.at_frame, 5)
+    return attrs.evolve(plan, text=text, source=source, grouped=grouped, at_frame=at_frame, duration_s=duration_s)

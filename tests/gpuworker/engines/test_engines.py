@@ -128,13 +128,13 @@ def test_mock_paces_its_chunks_and_stops_soon_when_cancelled(mock: MockEngine) -
 
 
 def test_mock_makes_progress_and_text_when_asked(mock: MockEngine) -> None:
-    end, chunks = run(mock, {"text": "one two three", "output": "text", "progress": 2})
+    end, chunks = run(mock, {"text": " one two\nthree", "output": "text", "progress": 2})
     assert end.outcome == "completed"
     assert chunks == [
         FormatChunk(None),
         ProgressChunk("generating", 0.0),
-        OutputChunk("one"),
-        OutputChunk("two"),
+        OutputChunk(" one "),
+        OutputChunk("two\n"),
         ProgressChunk("generating", 2 / 3),
         OutputChunk("three"),
     ]
