@@ -106,12 +106,14 @@ class InputRule(Struct):
         max_bytes: largest size.
         required: whether a request without it is rejected.
         live: whether it may be live or piped; otherwise it must be whole.
+        patient: whether a client that holds the request may be silent for as long as it likes, where it is live.
     """
 
     media_types: list[str] = array_field(text(128))
     max_bytes: int = field(integer(1), 16 * 1024 * KIB)
     required: bool = field(boolean, False)
     live: bool = field(boolean, False)
+    patient: bool = field(boolean, False)
 
 
 @attrs.frozen(kw_only=True)

@@ -92,9 +92,15 @@ class Feeds:
                 continue
             has = (stored or {}).get(name) or StoredInput(0, ended=False)
             fields: Any = {"rate": rate, "size": has.size, "ended": has.ended, "received_at": now}
+            fields["patient"] = self.is_patient(request, name)
             source_id = info.from_
             request.fed[name] = LiveInput(**fields) if source_id is None else PipedInput(**fields, source_id=source_id)
             request.entry.fed_bytes += has.size
+
+    def is_patient(self, request: Request, name: str) -> bool:
+        """Whether the engine of its space lets the feeder of an input be silent."""
+        rule = self.relay.spaces[request.submit.space].inputs.get(name)
+        return rule is not None and rule.patient
 
     def add(self, request: Request, piece: Input, feeder: Feeder) -> None:
         """Add a piece that a holder sent; if it is not what it may be, the feeder holds the request no longer."""

@@ -331,8 +331,8 @@ class Relay:
         request.last_frame_at = trio.current_time()
         request.stopped_at = None
         request.last_position_sent = None
-        for fed in request.fed.values():
-            fed.begin_attempt()
+        for name, fed in request.fed.items():
+            fed.begin_attempt(patient=self.feeds.is_patient(request, name))
         self.stats.count_started(request, from_seq)
         if entry.attempt > 1:  # nothing of a first one is there before it starts
             request.log.restart(entry.attempt, from_seq)

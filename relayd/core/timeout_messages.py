@@ -33,7 +33,7 @@ def queue_timeout_message(request: Request, *, is_paused: bool, is_served: bool)
 
 def feed_timeout_message(request: Request, feed_idle_timeout_s: float) -> str:
     """Why a request was ended whose engine waited for its feeder."""
-    names = " and ".join(repr(name) for name, fed in request.fed.items() if fed.awaits_feeder)
+    names = " and ".join(map(repr, request.awaited_inputs))
     return (
         f"its engine waits for more of its live input {names}, and nothing came for {feed_idle_timeout_s:g} s, the "
         "relay's feed_idle_timeout_s; send it without long pauses, and end it with `last`"

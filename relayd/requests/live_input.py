@@ -57,6 +57,8 @@ class LiveInput:
     #: Bytes that may be sent to a worker, and whether that is all.
     size: int = 0
     ended: bool = False
+    #: Whether its feeder may be silent while it holds the request.
+    patient: bool = False
     #: What the engine has taken, and when it last took some.
     taken: int = 0
     taken_at: float = -math.inf
@@ -89,9 +91,9 @@ class LiveInput:
         """Whether the engine can go on only when a client has sent more."""
         return self.is_starving and not self.is_pending
 
-    def begin_attempt(self) -> None:
-        """Note that the next attempt gets it from the beginning."""
-        self.taken = 0
+    def begin_attempt(self, *, patient: bool = False) -> None:
+        """Note that the next attempt gets it from the beginning, by an engine that waits for it so."""
+        self.taken, self.patient = 0, patient
 
     def on_taken(self, offset: int, now: float) -> None:
         """Note that the engine has taken the bytes below `offset`."""

@@ -359,9 +359,9 @@ class Request:
             if entry.worker_lost_at is not None:
                 due.append((entry.worker_lost_at + self.worker_grace_s, Expiry.WORKER_GONE))
             elif any(fed.is_starving for fed in self.fed.values()):
-                if self._awaits_feeder:
+                if self.awaited_inputs:
                     fed_at = max(max(fed.received_at, fed.taken_at) for fed in self.fed.values())
-                    since = max(fed_at, entry.started_at, self.held_at)
+                    since = max(fed_at, entry.started_at, self.held_at, self.abandoned_at or -math.inf)
                     due.append((since + feed_idle_timeout_s, Expiry.FEED_TIMEOUT))
             elif entry.streams:
                 took_at = max((max(fed.taken_at, fed.starved_until) for fed in self.fed.values()), default=-math.inf)
@@ -378,10 +378,12 @@ class Request:
         return min(due + UNHEARD_GRACE_S, max(due, self.restored_at + UNHEARD_GRACE_S))
 
     @property
-    def _awaits_feeder(self) -> bool:
-        """Whether a client is to send more input; if it is away, its resume window decides."""
-        is_away = self.abandoned_at is not None and not self.submit.detach
-        return not is_away and any(fed.awaits_feeder for fed in self.fed.values())
+    def awaited_inputs(self) -> list[str]:
+        """Return the inputs of which a client is to send more in time; if it is away, its resume window decides."""
+        is_held = self.abandoned_at is None
+        if not is_held and not self.submit.detach:
+            return []
+        return [name for name, fed in self.fed.items() if fed.awaits_feeder and not (fed.patient and is_held)]
 
 
 def cache_key(submit: Submit, principal: str, config: SpaceConfig) -> bytes:

@@ -635,6 +635,65 @@ async def test_an_engine_that_waits_for_a_silent_feeder_is_not_held_for_ever(tmp
 
 
 @pytest.mark.trio
+async def test_an_empty_piece_is_a_sign_of_life(tmp_path: Path) -> None:
+    async with set_up(tmp_path) as (relay, worker, client):
+        client.send(submit := live())
+        feed(client, submit, 0, b"hello")
+        await taken(worker, await worker.assigned(), 5)
+        request = relay.relay.requests[submit.request_id]
+        await until(lambda: request.fed["text"].awaits_feeder)
+        before = request.deadline(10.0, 5.0, 30.0)
+        feed(client, submit, 5, b"")
+        await until(lambda: request.deadline(10.0, 5.0, 30.0) > before)
+        due_at, expiry = request.deadline(10.0, 5.0, 30.0)
+        assert (due_at, expiry.value) == (request.fed["text"].received_at + 30.0, "feed_timeout")
+        await relay.goes_on()
+
+
+@pytest.mark.trio
+async def test_a_feeder_may_be_silent_where_the_engine_says_so_while_it_is_there(tmp_path: Path) -> None:
+    rules = {"inputs": {"orders": {"live": True, "patient": True}}}
+    limits = {"feed_idle_timeout_s": 0.1}
+    async with (
+        daemon(tmp_path, limits=limits, spaces={"tts": {"idle_timeout_s": 0.05}}) as relay,
+        fake_worker(relay.url, **rules) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        await until(lambda: bool(relay.relay.workers))
+        client.send(submit := live("orders", params={"text": "x"}, detach=True))
+        assign = await worker.assigned()
+        await acked(client, 0)
+        request = relay.relay.requests[submit.request_id]
+        assert request.fed["orders"].is_starving
+        assert request.deadline(10.0, 5.0, 0.1)[1].value == "run_timeout"
+        feed(client, submit, 0, b"hang up", name="orders")
+        await acked(client, 7)
+        assert (await worker.peer.next(Input)).data == b"hang up"
+        takes(worker, assign, 7, "orders")
+        await client.cut()
+        await worker.peer.next(Cancel)
+        assert (request.code, request.entry.state) == ("feed_timeout", "failed")
+        assert "waits for more of its live input 'orders'" in (request.message or "")
+
+
+@pytest.mark.trio
+async def test_a_feeder_may_be_silent_after_a_restart_too(tmp_path: Path) -> None:
+    rules = {"inputs": {"orders": {"live": True, "patient": True}}}
+    submit = live("orders", params={"text": "x"}, detach=True)
+    async with (
+        daemon(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, **rules) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        await until(lambda: bool(relay.relay.workers))
+        client.send(submit)
+        await worker.assigned()
+        await acked(client, 0)
+    async with daemon(tmp_path, store="sqlite") as relay:
+        assert relay.relay.requests[submit.request_id].fed["orders"].patient
+
+
+@pytest.mark.trio
 async def test_an_engine_that_takes_nothing_of_what_there_is_has_hung(tmp_path: Path) -> None:
     limits = {"feed_idle_timeout_s": 0.05}
     spaces = {"tts": {"idle_timeout_s": 0.2, "max_attempts": 1}}

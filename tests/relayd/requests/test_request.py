@@ -263,6 +263,10 @@ async def test_the_earliest_deadline_is_the_one_that_holds(
         ([{}, {"size": 9, "received_at": 5.0}], {}, 13.0, Expiry.FEED_TIMEOUT),
         ([{}, {"size": 9, "taken": 9, "ended": True}], {}, 8.0, Expiry.FEED_TIMEOUT),
         ([{}], {"streams": False}, 8.0, Expiry.FEED_TIMEOUT),
+        # A feeder that may be silent; but something else is awaited.
+        ([{"patient": True}], {}, 40.0, Expiry.RUN_TIMEOUT),
+        ([{"patient": True}, {}], {}, 8.0, Expiry.FEED_TIMEOUT),
+        ([{"patient": True}, {"size": 9}], {}, 40.0, Expiry.RUN_TIMEOUT),
         # A feeder that is away has its resume window, and a worker that is away its grace.
         ([{}], {"abandoned_at": 0.0}, 30.0, Expiry.NOBODY_HOLDS),
         ([{}], {"worker_lost_at": 2.0, "worker_grace_s": 20.0}, 22.0, Expiry.WORKER_GONE),
@@ -311,9 +315,13 @@ async def test_a_detached_request_is_not_held_for_a_feeder_that_is_away(
 ) -> None:
     request = a_request(State.RUNNING)
     request.submit = attrs.evolve(request.submit, detach=True)
-    request.run_timeout_s, request.abandoned_at = 40.0, trio.current_time()
-    request.fed["text"] = LiveInput(rate=1.0)
-    assert request.deadline(WINDOW_S, CANCEL_GRACE_S, 8.0)[1] is Expiry.FEED_TIMEOUT
+    request.run_timeout_s = 40.0
+    for patient in (False, True):
+        request.fed["text"] = LiveInput(rate=1.0, patient=patient)
+        request.abandoned_at = trio.current_time() + 6.0
+        due_at, earliest = request.deadline(WINDOW_S, CANCEL_GRACE_S, 8.0)
+        assert (due_at - trio.current_time(), earliest) == (pytest.approx(14.0), Expiry.FEED_TIMEOUT)
+        assert request.awaited_inputs == ["text"]
 
 
 @pytest.mark.trio
