@@ -93,10 +93,10 @@ class LiveInput {
     this.#wake();
   }
 
-  _acknowledged({ offset, last }) {
+  _acknowledged({ offset, last, again }) {
     this.#kept = this.#kept.subarray(Math.max(0, offset - this.#base));
     this.#base = Math.max(this.#base, offset);
-    if (!this.#maySend) {
+    if (!this.#maySend || again) {
       this.#maySend = true;
       this.#sent = this.#base;
       this.#endSent = last === true;

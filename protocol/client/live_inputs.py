@@ -61,7 +61,7 @@ class LiveInput:
     def on_ack(self, ack: InputAck) -> bool:
         """Process the relay's word on what it has stored; False if it has lost what it had."""
         sent = self._sent
-        if not self._may_send:  # the first word over this link says where to go on
+        if not self._may_send or ack.again:  # the first word over this link says where to go on
             if ack.offset < self._base:
                 return False
             self._may_send, self._end_sent = True, False

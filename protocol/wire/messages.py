@@ -139,8 +139,8 @@ class Input(Message):
 class InputAck(Message):
     """The bytes of a live input below `offset` need not be sent again; relay to client, and worker to relay.
 
-    From the relay: they are in its store, and with `last` so is the end. From a worker: the engine of `attempt` has
-    taken them.
+    From the relay: they are in its store, and with `last` so is the end. With `again` it had no room for what was sent
+    beyond: send that again. From a worker: the engine of `attempt` has taken them.
     """
 
     TYPE: ClassVar[str] = "input_ack"
@@ -149,6 +149,7 @@ class InputAck(Message):
     name: str = field(input_name_rule)
     offset: int = field(integer(0))
     last: bool | None = field(optional(boolean), None)
+    again: bool | None = field(optional(boolean), None)
 
 
 @attrs.frozen(kw_only=True)

@@ -132,11 +132,12 @@ class ClientHandler:
         self._release(request)
         self.send(refusal)
 
-    def on_input_stored(self, request: Request, name: str) -> None:
+    def on_input_stored(self, request: Request, name: str, *, again: bool = False) -> None:
         """Send `input_ack`."""
         fed = request.fed[name]
         if not isinstance(fed, PipedInput):
-            self.send(InputAck(request_id=request.request_id, name=name, offset=fed.size, last=fed.ended or None))
+            last, repeat = fed.ended or None, again or None
+            self.send(InputAck(request_id=request.request_id, name=name, offset=fed.size, last=last, again=repeat))
 
     def on_position(self, request: Request, position: QueuePosition) -> None:
         """Send the request's position in the queue; if the link is behind, only the latest, once it has drained."""

@@ -81,6 +81,8 @@ class Feeds:
     #: The inputs that a task stores.
     _storing: set[LiveInput] = attrs.field(factory=set)
     _unchecked: dict[LiveInput, _Unchecked] = attrs.field(factory=dict)
+    #: The inputs whose feeders are to be told as soon as there is room for them.
+    _held_back: dict[LiveInput, tuple[Request, str]] = attrs.field(factory=dict)
     #: The inputs that have bytes in memory, as long as their requests live; the one that was looked at last comes last.
     _kept: WeakKeyDictionary[LiveInput, None] = attrs.field(factory=WeakKeyDictionary)
 
@@ -108,11 +110,25 @@ class Feeds:
         if isinstance(fed, PipedInput):
             message = f"input {piece.name!r} is the output of another request; the relay feeds it, so send none of it"
             self._refuse(request, feeder, ErrorCode.INPUT_MISMATCH, message)
+        elif feeder in fed.held_back and piece.offset > fed.known:
+            pass  # it follows what was dropped; its feeder does not know that yet
         elif self.pending_bytes + len(piece.data) > MAX_PENDING_BYTES:
-            message = "too much is being fed to the relay at this moment; go on in a little while"
-            self._refuse(request, feeder, ErrorCode.RATE_LIMITED, message)
-        elif fed in self._unchecked or self._add_known(request, fed, piece, feeder) is not None:
-            self._check_later(request, fed, piece, feeder)
+            fed.hold_back(feeder)
+            self._held_back[fed] = request, piece.name
+        else:
+            fed.held_back.discard(feeder)
+            if fed in self._unchecked or self._add_known(request, fed, piece, feeder) is not None:
+                self._check_later(request, fed, piece, feeder)
+
+    def _free(self, size: int) -> None:
+        """Take bytes off those that wait; once half of the room is free, those that were held back go on."""
+        self.pending_bytes -= size
+        if self._held_back and self.pending_bytes <= MAX_PENDING_BYTES // 2:
+            held_back, self._held_back = self._held_back, {}
+            for fed, (request, name) in held_back.items():
+                fed.let_go_on(trio.current_time())
+                for feeder in request.holders & fed.held_back:
+                    feeder.on_input_stored(request, name, again=True)
 
     async def feed(self, request: Request, name: str, offset: int, data: bytes, *, last: bool) -> Fault | None:
         """Add and store what the relay itself feeds; returns what is wrong with it if it does not fit what is known.
@@ -144,7 +160,7 @@ class Feeds:
                 else:
                     await self._store_next(request, name, fed)
         finally:
-            self.pending_bytes -= fed.pending_bytes
+            self._free(fed.pending_bytes)
         return None
 
     async def read(self, request: Request, name: str, offset: int, most: int) -> bytes:
@@ -272,9 +288,9 @@ class Feeds:
             self.relay.fail_internal(request)
         finally:
             self._storing.discard(fed)
-            self.pending_bytes -= fed.pending_bytes
+            self._free(fed.pending_bytes)
             if (unchecked := self._unchecked.pop(fed, None)) is not None:
-                self.pending_bytes -= unchecked.size
+                self._free(unchecked.size)
 
     async def _check_next(self, request: Request, name: str, fed: LiveInput) -> None:
         """Compare the first unchecked piece with the store, and add it."""
@@ -291,7 +307,7 @@ class Feeds:
             stored = await self._read_stored(request, name, needs.offset, needs.size)
         unchecked.pieces.popleft()
         unchecked.size -= len(piece.data) + PIECE_BYTES
-        self.pending_bytes -= len(piece.data) + PIECE_BYTES
+        self._free(len(piece.data) + PIECE_BYTES)
         if not unchecked.pieces:
             del self._unchecked[fed]
 
@@ -303,7 +319,7 @@ class Feeds:
         await self.relay.store.commit(change)
         was_starving = fed.is_starving
         fed.on_stored(piece, trio.current_time())
-        self.pending_bytes -= len(piece.data)
+        self._free(len(piece.data))
         self._keep(fed)
         if not request.live:
             return

@@ -128,8 +128,8 @@ class RequestStream:
         self._worker_changed = True
         self.wake()
 
-    def on_input_stored(self, request: Request, name: str) -> None:
-        """More of a live input is stored."""
+    def on_input_stored(self, request: Request, name: str, *, again: bool = False) -> None:
+        """More of a live input is stored, or there is room for more."""
         self.wake()
 
     def on_ended(self, request: Request) -> None:

@@ -14,6 +14,8 @@ from protocol.wire.structs import KIB
 
 #: Of what is stored, so much is kept in memory: a running attempt gets it without a look into the store.
 KEPT_BYTES = 64 * KIB
+#: What a stored piece takes on disk besides its bytes; its rate counts that, too.
+ROW_BYTES = 150
 #: Seconds of its rate that may come at once.
 BURST_S = 4.0
 #: Seconds over which the rate that is shown is measured, in steps of one.
@@ -66,6 +68,10 @@ class LiveInput:
     starved_until: float = -math.inf
     #: When the latest piece came.
     received_at: float = -math.inf
+    #: The feeders for whose pieces there was no room. What they send beyond what is known is dropped until they have
+    #: gone back to that; and whether they still have to be told.
+    held_back: set[object] = attrs.field(factory=set, init=False)
+    waits_for_room: bool = attrs.field(default=False, init=False)
     #: Time and size at the beginning of each of the last seconds in which it grew.
     _seconds: list[tuple[float, int]] = attrs.field(factory=list, init=False)
     #: Where it ends, once that is known.
@@ -89,7 +95,16 @@ class LiveInput:
     @property
     def awaits_feeder(self) -> bool:
         """Whether the engine can go on only when a client has sent more."""
-        return self.is_starving and not self.is_pending
+        return self.is_starving and not self.is_pending and not self.waits_for_room
+
+    def hold_back(self, feeder: object) -> None:
+        """Note that there was no room for what this feeder sent."""
+        self.held_back.add(feeder)
+        self.waits_for_room = True
+
+    def let_go_on(self, now: float) -> None:
+        """Note that the feeders that were held back are told to send it again."""
+        self.waits_for_room, self.received_at = False, now
 
     def begin_attempt(self, *, patient: bool = False) -> None:
         """Note that the next attempt gets it from the beginning, by an engine that waits for it so."""
@@ -184,7 +199,7 @@ class LiveInput:
         """Return the next bytes to store; `on_stored` follows."""
         begin = self.size - self._kept_from
         data = bytes(self._kept[begin : begin + MAX_INPUT_CHUNK_BYTES])
-        self._allowed -= len(data)
+        self._allowed -= len(data) + ROW_BYTES
         return Piece(self.size, data, last=self.end == self.size + len(data))
 
     def on_stored(self, piece: Piece, now: float) -> None:

@@ -57,8 +57,8 @@ class Holder(Sink, Protocol):
     def on_rejected(self, request: "Request", refusal: Rejected) -> None:
         """Handle that the request was rejected after it was admitted, or what this holder feeds to it."""
 
-    def on_input_stored(self, request: "Request", name: str) -> None:
-        """Handle that more of a live input is stored, or its end."""
+    def on_input_stored(self, request: "Request", name: str, *, again: bool = False) -> None:
+        """Handle that more of a live input is stored, or its end; what this holder sent beyond is to come `again`."""
 
     def on_ended(self, request: "Request") -> None:
         """Handle that the request has ended and no longer needs a holder."""

@@ -162,14 +162,15 @@ class Client:
             return {"text": From(case.source.request_id)}
         return {"text": case.plan.dictate(self._random)} if case.plan.text and not case.plan.tells else {}
 
-    async def _attach(self, case: Case, reception: Reception) -> None:
-        """Attach to the request, and listen to the end."""
+    async def _attach(self, case: Case, reception: Reception, target: Case | None = None) -> None:
+        """Attach to the request, which may be the source of another, and listen to the end."""
         async with self.relay.attach(case.request_id, reception.after_seq, attempt=reception.attempt) as stream:
             with suppress(RequestRejected):  # `_receive` raises it again
                 await stream.wait_accepted()
             case.unheld_to = min(case.unheld_to, trio.current_time())
             await self._receive(stream, case, reception)
-        self.ledger.close_reception(case, reception)
+        close = self.ledger.close_reception if target is None else self.ledger.close_source
+        close(target or case, reception)
 
     def _new_reception(self, case: Case, what: str = "", after_seq: int = -1) -> Reception:
         reception = Reception(f"{self.name}{what}", after_seq, began_at=trio.current_time())
@@ -399,7 +400,7 @@ class Client:
             if case.plan.later_s < 2.0:  # the others are submitted at once
                 await trio.sleep(case.plan.later_s)
             await deed(case)
-            await self._attach(source, self._new_reception(source, " looks at the source"))
+            await self._attach(source, self._new_reception(source, " looks at the source"), case)
             await self._check_status(source)
         finally:
             self.ledger.close_case(source)

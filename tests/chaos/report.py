@@ -81,6 +81,8 @@ class Case:
     listener: str = ""
     #: The request whose output is its input.
     source: "Case | None" = None
+    #: Receptions that have ended, while it is not known how the source did.
+    unjudged: list[Reception] = attrs.field(factory=list)
     group: str | None = None
     accepted_at: float | None = None
     receptions: list[Reception] = attrs.field(factory=list)
@@ -384,8 +386,11 @@ class Ledger:
         return fault.kind.startswith("kill -9") and fault.healed_at >= since
 
     def close_reception(self, case: Case, reception: Reception) -> None:
-        """Judge a reception that has ended."""
-        reception.ended_at = trio.current_time()
+        """Judge a reception that has ended; if its source has not been judged, `close_source` does it later."""
+        reception.ended_at = reception.ended_at or trio.current_time()
+        if case.source is not None and case.source.ended_at is None:
+            case.unjudged.append(reception)
+            return
         case.ended_at = reception.ended_at
         case.first_ended_at = case.first_ended_at or reception.ended_at
         self.note(case.plan.name, f"{reception.name} has the end: {reception.end} {reception.message}")
@@ -405,6 +410,13 @@ class Ledger:
             if differs and not forgotten and not self.may_end_anew(case):
                 self.complain(f"{other.name} received {other.end!r}, and {reception.name} {reception.end!r}", case)
         reception.pieces = [(-1, hashlib.sha256(reception.pcm).digest())]  # to save memory in a long run
+
+    def close_source(self, case: Case, reception: Reception) -> None:
+        """Judge how the source of a request ended, and then what was received of the request."""
+        assert case.source is not None
+        self.close_reception(case.source, reception)
+        for each in case.unjudged:
+            self.close_reception(case, each)
 
     def close_case(self, case: Case) -> None:
         """Judge how often a request ran, once everything about it is known, and forget it."""

@@ -94,7 +94,7 @@ class InputFeed(RequestStream):
                 while offset - fed.size > MAX_UNACKED_BYTES and offset - len(fresh) <= fed.known:
                     await self._wait_for_store(name)
                 last = True if is_over and start + len(piece) == len(data) else None
-                self._add(name, offset - len(fresh), fresh, last)
+                await self._add(name, offset - len(fresh), fresh, last)
         while not fed.ended:
             await self._wait_for_store(name)
 
@@ -113,10 +113,13 @@ class InputFeed(RequestStream):
             raise HttpError(ErrorCode.ID_CONFLICT, message)
         return data[count:]
 
-    def _add(self, name: str, offset: int, data: bytes, last: bool | None) -> None:
+    async def _add(self, name: str, offset: int, data: bytes, last: bool | None) -> None:
         piece = Input(request_id=self.request.request_id, name=name, offset=offset, data=data, last=last)
         self.context.admission.add_input(self.request, piece, self)
         self._check(name)
+        while self in self.request.fed[name].held_back:
+            await self._wait_for_store(name)
+            self.context.admission.add_input(self.request, piece, self)
 
     def _check(self, name: str) -> None:
         if self._refusal is not None:

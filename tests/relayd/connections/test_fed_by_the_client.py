@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import trio
 
-from protocol import Live, RequestFailed, open_relay
+from protocol import Live, RelayClient, RequestFailed, open_relay
 from protocol.client.address import Address
 from protocol.link.backoff import Backoff
 from protocol.link.connect import connect
 from protocol.wire.messages import Assign, Input, InputAck
+from relayd.core import feeds
 from tests.support.fake_worker import FakeWorker, fake_worker, samples
 from tests.support.relay import an_id, daemon, until
 
@@ -76,6 +77,39 @@ async def test_links_that_are_lost_in_mid_input_lose_and_double_nothing(tmp_path
             worker.speak(assign, PCM)
             await stream.result()
     assert len(links) == 4
+
+
+@pytest.mark.trio
+async def test_feeders_that_are_too_many_for_the_memory_are_held_back_and_go_on_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "MAX_PENDING_BYTES", 300_000)
+    held_back = 0
+
+    async def submit(client: RelayClient, number: int) -> None:
+        data = bytes([number]) * 600_000
+        async with client.submit("check", inputs={"text": each(data, 70_000)}, detach=True) as stream:
+            fed = relay.relay.requests[stream.request_id].fed["text"]
+            with trio.fail_after(20):
+                while not fed.ended:
+                    nonlocal held_back
+                    held_back += bool(fed.held_back)
+                    await trio.sleep(0.001)
+            got = [
+                await relay.relay.store.read_live_input(stream.request_id, "text", at, 99_000)
+                for at in range(0, 600_000, 99_000)
+            ]
+            assert b"".join(got) == data
+
+    async with (
+        daemon(tmp_path) as relay,
+        open_relay(relay.url) as first,
+        open_relay(relay.url) as second,
+        trio.open_nursery() as nursery,
+    ):
+        for number in range(6):
+            nursery.start_soon(submit, (first, second)[number % 2], number)
+    assert held_back
 
 
 @pytest.mark.trio

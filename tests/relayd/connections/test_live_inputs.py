@@ -827,10 +827,24 @@ async def test_what_waits_for_the_disk_is_bounded_for_all_together(
         feed(client, first, 0, b"x" * 500)
         await acked(client, 500)
         feed(client, first, 500, b"x" * 900)
-        feed(client, second, 0, b"x" * 101)
-        refusal = await client.next(Rejected)
-        assert (refusal.request_id, refusal.code) == (second.request_id, "rate_limited")
+        feed(client, second, 0, b"y" * 101)
+        feed(client, second, 101, b"z")
+        fed = relay.relay.requests[second.request_id].fed["text"]
+        await until(lambda: fed.waits_for_room)
+        assert fed.is_starving
+        assert not fed.awaits_feeder  # it is not its feeder that is late
         client.send(Cancel(request_id=first.request_id))
+        again = await client.next(InputAck, Rejected)
+        assert again == InputAck(request_id=second.request_id, name="text", offset=0, again=True)
+        assert not fed.waits_for_room
+        feed(client, second, 102, b"!")  # on its way when the relay said that
+        feed(client, second, 0, b"y" * 101)
+        feed(client, second, 101, b"z!", last=True)
+        await acked(client, 103, last=True)
+        assert (
+            await relay.relay.feeds.read(relay.relay.requests[second.request_id], "text", 0, 999) == b"y" * 101 + b"z!"
+        )
+        assert not fed.held_back
         client.send(Cancel(request_id=second.request_id))
         await relay.at_rest()
         await until(lambda: relay.relay.feeds.pending_bytes == 0)

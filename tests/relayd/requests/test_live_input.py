@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.wire.messages import MAX_UNACKED_BYTES
-from relayd.requests.live_input import BURST_S, KEPT_BYTES, Fault, LiveInput, NeedsStored, Piece
+from relayd.requests.live_input import BURST_S, KEPT_BYTES, ROW_BYTES, Fault, LiveInput, NeedsStored, Piece
 
 MIB = 1024 * 1024
 
@@ -138,6 +138,19 @@ def test_a_piece_on_both_sides_of_what_is_in_memory_is_compared_whole() -> None:
     assert log.known == 220_000
 
 
+def test_small_pieces_count_with_what_they_take_on_disk() -> None:
+    few, many = LiveInput(rate=1_000.0), LiveInput(rate=1_000.0)
+    for log in (few, many):
+        assert log.wait_s(0.0) == 0.0
+    add(few, 0, bytes(4_500))
+    few.on_stored(few.next_piece(), 0.0)
+    for number in range(30):
+        add(many, number, b"x")
+        many.on_stored(many.next_piece(), 0.0)
+    assert few.wait_s(0.0) == pytest.approx(0.5 + ROW_BYTES / 1_000)
+    assert many.wait_s(0.0) == pytest.approx((30 * (1 + ROW_BYTES) - 4_000) / 1_000)
+
+
 def test_memory_holds_the_tail_alone() -> None:
     log, store = an_input(), bytearray()
     for number in range(20):
@@ -163,13 +176,13 @@ def test_the_rate_lets_a_burst_through_and_then_so_many_bytes_a_second() -> None
     log, store = an_input(rate=1000.0), bytearray()
     burst = int(1000 * BURST_S)
     assert log.wait_s(0.0) == 0.0
-    add(log, 0, b"x" * (burst + 500))
+    add(log, 0, b"x" * (burst + 500 - ROW_BYTES))
     store_all(log, store)
     assert log.wait_s(0.0) == pytest.approx(0.5)
     assert log.wait_s(0.25) == pytest.approx(0.25)
     assert log.wait_s(0.5) == pytest.approx(0.0)
     assert log.wait_s(100.0) == 0.0
-    add(log, log.known, b"x" * (burst + 1000))
+    add(log, log.known, b"x" * (burst + 1000 - ROW_BYTES))
     store_all(log, store)
     assert log.wait_s(100.0) == pytest.approx(1.0), "a rest gives no more than the burst"
 

@@ -12,6 +12,7 @@ import trio
 from protocol.wire.frames import Cancelled, Completed, Failed, Output
 from protocol.wire.messages import MAX_UNACKED_BYTES, Accepted, Assign, Cancel, Input, InputAck
 from protocol.wire.structs import InputInfo
+from relayd.core import feeds
 from tests.relayd.http.requests_api.answers import ALL, PCM, POST, one
 from tests.support.fake_worker import FakeWorker, fake_worker, identity
 from tests.support.raw_http_client import Answer, File, Visitor, form, visitor
@@ -154,6 +155,29 @@ async def test_a_body_is_not_read_faster_than_it_is_stored(tmp_path: Path) -> No
             assert relay.relay.feeds.pending_bytes <= MAX_UNACKED_BYTES
             assert has < 2 * 2**20
         await http.ask("DELETE", one(posted))
+
+
+@pytest.mark.trio
+async def test_bodies_that_are_too_many_for_the_memory_are_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "MAX_PENDING_BYTES", 2_000)
+    async with set_up(tmp_path, limits={"live_input_bytes_s": 400}) as (relay, _worker, http):
+        first, second = [await http.ask("POST", POST, told=LIVE) for _ in range(2)]
+        async with a_feeder(relay.url, one(first, "/inputs/text")) as greedy:
+            await write(greedy, bytes(1_600))
+            await until(lambda: relay.relay.requests[first.json["request_id"]].fed["text"].size == 1_600)
+            await write(greedy, bytes(1_900))
+            await until(lambda: relay.relay.feeds.pending_bytes == 1_900)
+            async with a_feeder(relay.url, one(second, "/inputs/text")) as feeder:
+                await write(feeder, bytes(300))
+                fed = relay.relay.requests[second.json["request_id"]].fed["text"]
+                await until(lambda: fed.waits_for_room)
+                await http.ask("DELETE", one(first))
+                await feeder.send(h11.EndOfMessage())
+                answer = await answered(feeder)
+                assert (answer.status, answer.json["bytes"], answer.json["ended"]) == (200, 300, True)
+        await http.ask("DELETE", one(second))
 
 
 @pytest.mark.trio
