@@ -210,6 +210,10 @@ class Stream:
         """The blocking form of `protocol.client.stream.Stream.feed`."""
         self._portal.call(self._stream.feed, name, data)
 
+    def fed_bytes(self, name: str) -> int:
+        """The blocking form of `protocol.client.stream.Stream.fed_bytes`."""
+        return self._portal.call(self._stream.fed_bytes, name)
+
     def end_input(self, name: str) -> None:
         """The blocking form of `protocol.client.stream.Stream.end_input`."""
         self._portal.call(self._stream.end_input, name)

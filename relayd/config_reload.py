@@ -102,6 +102,9 @@ class Reload:
         if self.tls_context is not None and applied.tls is not None:
             load_certificate(self.tls_context, applied.tls)  # always: a renewed certificate has the same file name
         self.relay.config = applied
+        if applied.limits != old.limits:
+            for request in self.relay.requests.values():
+                request.wake()  # its deadline may have changed
         if applied.log.level != old.log.level:
             set_level(applied.log.level)
         return _differences(old, applied), _differences(applied, new)

@@ -17,10 +17,16 @@ class LiveInput:
         end_stored: whether the relay has stored everything, the end included.
     """
 
-    def __init__(self, request_id: str, name: str) -> None:
+    def __init__(self, request_id: str, name: str, *, goes_on: bool = False) -> None:
+        """Args:
+        request_id: the request.
+        name: of the input.
+        goes_on: whether it begins where the relay stands, as the input of a stream that was attached.
+        """
         self.offset = 0
         self.ended = False
         self.end_stored = False
+        self._goes_on = goes_on  # until something of it is written
         self._request_id = request_id
         self._name = name
         self._kept = bytearray()  # the bytes below `offset` that are either not sent or not stored
@@ -33,6 +39,7 @@ class LiveInput:
 
     def write(self, data: bytes | memoryview) -> int:
         """Take as much of `data` as fits into the window; return how many bytes."""
+        self._goes_on = False
         taken = data[: MAX_UNACKED_BYTES - len(self._kept)]
         self._kept += taken
         self.offset += len(taken)
@@ -42,6 +49,7 @@ class LiveInput:
 
     def end(self) -> None:
         """Nothing more will be written."""
+        self._goes_on = False
         self.ended = True
         self._pump()
 
@@ -60,6 +68,9 @@ class LiveInput:
 
     def on_ack(self, ack: InputAck) -> bool:
         """Process the relay's word on what it has stored; False if it has lost what it had."""
+        if self._goes_on:
+            self.offset = self._sent = self._stored = ack.offset
+            self.ended = self._end_sent = bool(ack.last)
         sent = self._sent
         if not self._may_send or ack.again:  # the first word over this link says where to go on
             if ack.offset < self._base:

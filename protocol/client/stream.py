@@ -171,10 +171,11 @@ class Stream:
     async def feed(self, name: str, data: Piece) -> None:
         """Add bytes, or text as UTF-8, to a live input; waits while `MAX_UNACKED_BYTES` are not stored by the relay.
 
-        Bytes that the relay has not stored are kept here, and sent again when the link was lost.
+        Bytes that the relay has not stored are kept here, and sent again when the link was lost. With an attached
+        request they follow what the relay has stored; see `fed_bytes`.
 
         Args:
-            name: an input that was submitted as `Live()`.
+            name: an input that was submitted as `Live()`, or as any live input of an attached request.
             data: the next bytes; in several calls at the same time, pieces get mixed.
 
         Raises:
@@ -185,8 +186,7 @@ class Stream:
 
         Cancellation: a part of `data` may have been added.
         """
-        live, rest = self._find_live(name), memoryview(_as_bytes(name, data))
-        await trio.lowlevel.checkpoint()
+        live, rest = await self._find_live(name), memoryview(_as_bytes(name, data))
         while True:
             self._raise_fault()
             if live.ended or self._result is not None:
@@ -208,15 +208,30 @@ class Stream:
 
         Cancellation: the input is ended.
         """
-        live = self._find_live(name)
+        live = await self._find_live(name)
         live.end()
-        await trio.lowlevel.checkpoint()
         while not live.end_stored and self._result is None:
             self._raise_fault()
             await self._change()
 
-    def _find_live(self, name: str) -> LiveInput:
+    async def fed_bytes(self, name: str) -> int:
+        """Return how many bytes of a live input there are: those fed here, after those that the relay had before.
+
+        Raises:
+            RequestRejected: as for `feed`.
+            ValueError: there is no live input of this name.
+        """
+        return (await self._find_live(name)).offset
+
+    async def _find_live(self, name: str) -> LiveInput:
+        await trio.lowlevel.checkpoint()
+        if self._submit is None:  # the relay names the live inputs of a request before it says that it knows it
+            await self.wait_accepted()
         if (live := self._live.get(name)) is None:
+            self._raise_fault()
+            if self._submit is None:
+                known = ", ".join(sorted(self._live)) or "none, or it has ended"
+                raise ValueError(f"request {self.request_id} takes no live input {name!r}; its live inputs are {known}")
             raise ValueError(f"there is no live input {name!r}; submit it with inputs={{{name!r}: Live()}}")
         return live
 
@@ -316,6 +331,9 @@ class Stream:
 
     def _on_ack(self, ack: InputAck) -> None:
         live = self._live.get(ack.name)
+        if live is None and self._submit is None and self._link is not None:
+            live = self._live[ack.name] = LiveInput(self.request_id, ack.name, goes_on=True)
+            live.open(self._link, is_new=False)
         if live is not None and not live.on_ack(ack):
             problem = f"the relay has only {ack.offset} bytes of input {ack.name!r}, and had stored more"
             self.fail(partial(ProtocolError, f"request {self.request_id}: {problem}; submit it again with a new id"))

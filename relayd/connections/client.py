@@ -121,11 +121,11 @@ class ClientHandler:
         self.held_requests.pop(request.request_id, None)
 
     def on_accepted(self, request: Request) -> None:
-        """Send `accepted`: the request is in the store. A feeder is told from where on to feed."""
-        self.send(Accepted(request_id=request.request_id, cached=request.entry.copied or None))
+        """Send `accepted`: the request is in the store. Before that, a feeder is told from where on to feed."""
         if request.live and request.request_id in self.held_requests:
             for name in request.fed:
                 self.on_input_stored(request, name)
+        self.send(Accepted(request_id=request.request_id, cached=request.entry.copied or None))
 
     def on_rejected(self, request: Request, refusal: Rejected) -> None:
         """Send `rejected`, and release the request."""

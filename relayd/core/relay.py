@@ -121,7 +121,7 @@ class Relay:
         nursery.start_soon(
             watch_deadlines,
             request,
-            self.config.limits,
+            lambda: self.config.limits,
             self.expire,
             self.fail_internal,
             name=f"request {request.request_id}",

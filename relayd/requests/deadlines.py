@@ -13,7 +13,7 @@ log = structlog.get_logger("relayd")
 
 async def watch_deadlines(
     request: Request,
-    limits: Limits,
+    limits: Callable[[], Limits],
     expire: Callable[[Request, Expiry], None],
     fail: Callable[[Request], None],
 ) -> None:
@@ -23,19 +23,23 @@ async def watch_deadlines(
 
     Args:
         request: the request to watch.
-        limits: the relay's limits.
+        limits: returns the relay's limits, which a reload changes.
         expire: carries out the consequence of a deadline that has passed.
         fail: ends the request if `expire` raises; must not raise itself.
     """
-    windows = (limits.resume_window_s, limits.cancel_grace_s, limits.feed_idle_timeout_s)
+
+    def deadline() -> tuple[float, Expiry]:
+        now = limits()
+        return request.deadline(now.resume_window_s, now.cancel_grace_s, now.feed_idle_timeout_s)
+
     while request.live:
         changed = request.changed
         try:
-            when, expiry = request.deadline(*windows)
+            when, expiry = deadline()
             with trio.move_on_at(when):
                 await changed.wait()
                 continue
-            when, expiry = request.deadline(*windows)
+            when, expiry = deadline()
             if when <= trio.current_time():
                 expire(request, expiry)
         except Exception:

@@ -16,6 +16,8 @@ import trio
 
 from protocol.client.address import parse_address
 from protocol.wire.errors import LinkError, LoginRefused
+from protocol.wire.frames import Failed
+from protocol.wire.structs import InputInfo
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.loader import load_config
 from relayd.config.schema import Config
@@ -77,6 +79,24 @@ async def reloading(tmp_path: Path, text: str) -> AsyncIterator[Reloading]:
     with kept_logs() as logs:
         async with running(reread(), reread) as started:
             yield Reloading(file, started.relay, started.tokens, started.urls, logs)
+
+
+@pytest.mark.trio
+async def test_a_changed_limit_holds_for_requests_that_run_already(tmp_path: Path) -> None:
+    rules: dict[str, Any] = {"inputs": {"text": {"live": True}}}
+    first = 'listen = ""\n[spaces.tts]\n[limits]\nfeed_idle_timeout_s = 600\n'
+    async with (
+        reloading(tmp_path, first) as it,
+        fake_worker(it.url, **rules) as worker,
+        peer(it.url, "client") as client,
+    ):
+        await until(lambda: bool(it.relay.workers))
+        client.send(a_submit(params={}, inputs={"text": InputInfo(media_type="text/plain", live=True)}))
+        await worker.assigned()
+        await it.reload(first.replace("600", "0.05"))
+        failed = await client.next(Failed)
+        assert failed.code == "feed_timeout"
+        assert "0.05 s" in failed.message
 
 
 @pytest.mark.trio

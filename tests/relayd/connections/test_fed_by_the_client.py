@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio
 
-from protocol import Live, RelayClient, RequestFailed, open_relay
+from protocol import InputClosed, Live, RelayClient, RequestFailed, open_relay
 from protocol.client.address import Address
 from protocol.link.backoff import Backoff
 from protocol.link.connect import connect
@@ -77,6 +77,68 @@ async def test_links_that_are_lost_in_mid_input_lose_and_double_nothing(tmp_path
             worker.speak(assign, PCM)
             await stream.result()
     assert len(links) == 4
+
+
+@pytest.mark.trio
+async def test_a_program_that_attaches_feeds_what_is_missing(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 4_096
+    async with daemon(tmp_path) as relay, fake_worker(relay.url, **RULES) as worker:
+        await until(lambda: bool(relay.relay.workers))
+        async with (
+            open_relay(relay.url) as client,
+            client.submit("tts", inputs={"text": Live()}, detach=True) as stream,
+        ):
+            assert await stream.fed_bytes("text") == 0
+            await stream.feed("text", data[:400_000])
+            assert await stream.fed_bytes("text") == 400_000
+            request_id = stream.request_id
+            fed = relay.relay.requests[request_id].fed["text"]
+            await until(lambda: fed.size == 400_000)
+        async with open_relay(relay.url) as client, client.attach(request_id) as stream:
+            assert await stream.fed_bytes("text") == 400_000
+            await stream.feed("text", data[400_000:])
+            with pytest.raises(ValueError, match="takes no live input 'audio'; its live inputs are text"):
+                await stream.feed("audio", b"x")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.end_input, "text")
+                assign = await worker.assigned()
+                assert await taken(worker, assign) == data
+            worker.speak(assign, PCM)
+            await stream.result()
+            with pytest.raises(InputClosed):
+                await stream.feed("text", b"more")
+        async with open_relay(relay.url) as client, client.attach(request_id) as stream:
+            with pytest.raises(ValueError, match="its live inputs are none, or it has ended"):
+                await stream.feed("text", b"more")
+
+
+@pytest.mark.trio
+async def test_an_attached_stream_goes_on_behind_what_others_have_fed_until_it_feeds(tmp_path: Path) -> None:
+    links: list[trio.abc.Stream] = []
+
+    async def connect_and_keep(address: Address) -> trio.abc.Stream:
+        links.append(await connect(address))
+        return links[-1]
+
+    backoff = Backoff(draw=lambda: 0.01)
+    async with (
+        daemon(tmp_path) as relay,
+        open_relay(relay.url) as first,
+        open_relay(relay.url, connect_to=connect_and_keep, backoff=backoff) as second,
+        first.submit("check", inputs={"text": Live()}) as stream,
+        second.attach(stream.request_id) as attached,
+    ):
+        assert await attached.fed_bytes("text") == 0
+        await stream.feed("text", b"from the first, ")
+        await until(lambda: relay.relay.requests[stream.request_id].fed["text"].size == 16)
+        while await attached.fed_bytes("text") < 16:
+            await trio.lowlevel.checkpoint()
+        await trio.aclose_forcefully(links[-1])
+        await attached.feed("text", b"and the second")
+        await attached.end_input("text")
+        fed = relay.relay.requests[stream.request_id].fed["text"]
+        assert fed.ended
+        assert fed.kept(0, 99) == b"from the first, and the second"
 
 
 @pytest.mark.trio

@@ -98,9 +98,9 @@ async def test_what_is_fed_while_it_runs_reaches_the_engine_and_is_acknowledged(
         assert client.welcome.limits["max_unacked_bytes"] == MAX_UNACKED_BYTES
         assert client.welcome.limits["feed_idle_timeout_s"] == 30.0
         client.send(submit := live())
-        assert isinstance(await client.next(), Accepted)
         first = await client.next()
         assert first == InputAck(request_id=submit.request_id, name="text", offset=0)
+        assert isinstance(await client.next(), Accepted)
         assign = await worker.assigned()
         assert (assign.params, assign.inputs["text"].live) == ({}, True)
         for number, words in enumerate((b"Hello, ", b"world", b".")):
@@ -125,7 +125,7 @@ async def test_what_is_fed_before_it_is_accepted_and_while_it_waits_is_there_whe
         client.send(submit := live())
         feed(client, submit, 0, b"before ")
         feed(client, submit, 7, b"it is accepted, ")
-        assert isinstance(await client.next(), Accepted)
+        await client.next(Accepted)
         await acked(client, 23)
         feed(client, submit, 23, b"and while it waits", last=True)
         await acked(client, 41, last=True)
@@ -333,9 +333,9 @@ async def test_a_feeder_that_is_cut_goes_on_from_what_was_stored(tmp_path: Path)
         await until(lambda: not relay.relay.requests[submit.request_id].holders)
         async with peer(relay.url, "client") as again:
             again.send(Attach(request_id=submit.request_id, attempt=1, after_seq=-1))
-            assert isinstance(await again.next(), Accepted)
             ack = await again.next()
             assert (ack.TYPE, ack.offset) == ("input_ack", 8)
+            assert isinstance(await again.next(), Accepted)
             feed(again, submit, 8, b"three", last=True)
             await acked(again, 13, last=True)
             assert await taken(worker, assign, 13, start=8) == b"three"
@@ -652,7 +652,7 @@ async def test_an_empty_piece_is_a_sign_of_life(tmp_path: Path) -> None:
 
 @pytest.mark.trio
 async def test_a_feeder_may_be_silent_where_the_engine_says_so_while_it_is_there(tmp_path: Path) -> None:
-    rules = {"inputs": {"orders": {"live": True, "patient": True}}}
+    rules: dict[str, Any] = {"inputs": {"orders": {"live": True, "patient": True}}}
     limits = {"feed_idle_timeout_s": 0.1}
     async with (
         daemon(tmp_path, limits=limits, spaces={"tts": {"idle_timeout_s": 0.05}}) as relay,
@@ -678,7 +678,7 @@ async def test_a_feeder_may_be_silent_where_the_engine_says_so_while_it_is_there
 
 @pytest.mark.trio
 async def test_a_feeder_may_be_silent_after_a_restart_too(tmp_path: Path) -> None:
-    rules = {"inputs": {"orders": {"live": True, "patient": True}}}
+    rules: dict[str, Any] = {"inputs": {"orders": {"live": True, "patient": True}}}
     submit = live("orders", params={"text": "x"}, detach=True)
     async with (
         daemon(tmp_path, store="sqlite") as relay,
