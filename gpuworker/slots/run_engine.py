@@ -32,12 +32,13 @@ from protocol.wire.frames import MAX_TEXT_CHARS, PROGRESS_STATES
 from protocol.wire.media_types import media_type_rule, recognize
 from protocol.wire.messages import MAX_REPORT_CHARS
 from protocol.wire.structs import KIB
-from protocol.wire.validators import Value
+from protocol.wire.validators import Value, integer
 
 #: Limit for `details`, which share a control message with the message text.
 MAX_DETAILS = 32
 #: Binary of one chunk: what a message from a slot has left after its envelope.
 MAX_BINARY_BYTES = ipc.MAX_BYTES - 64 * KIB
+_MARK_RULE = integer(0)
 #: The longest possible envelope: what fits with it fits with any. Its id has 32 digits.
 _ENVELOPE: dict[str, Value] = {"request_id": "f" * 32, "attempt": 1_000_000, "seq": 2**31}
 
@@ -217,12 +218,20 @@ def _validate_chunk(chunk: Chunk, format_chunk: FormatChunk) -> Chunk | None:
         fraction = 0.0 if math.isnan(chunk.fraction) else min(1.0, max(0.0, float(chunk.fraction)))
         state = chunk.state if chunk.state in PROGRESS_STATES else "generating"
         return ProgressChunk(state, fraction, wire_text(str(chunk.message))[:MAX_TEXT_CHARS])
+    if isinstance(chunk, MarkChunk):
+        mark = plain([chunk.text_end, chunk.sample])
+        for value in mark:
+            try:
+                _MARK_RULE(value)
+            except ValueError as fault:
+                raise EngineError(f"the engine yielded a mark with a number that {fault}") from None
+        return MarkChunk(*mark)
     if isinstance(chunk, OutputChunk):
         try:
             return _validate_output(chunk)
         except ValueError as fault:
             raise EngineError(f"this {type(chunk.data).__name__} cannot be sent: {fault}") from None
-    elif not isinstance(chunk, FormatChunk | MarkChunk):
+    elif not isinstance(chunk, FormatChunk):
         raise EngineError(f"the engine yielded {type(chunk).__name__}, which is not a chunk")
     return chunk
 

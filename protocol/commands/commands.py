@@ -257,9 +257,15 @@ async def spaces(args: argparse.Namespace, progress: Progress) -> None:
     if args.json:
         print(_json(rows), flush=True)
         return
-    columns = ("name", "state", "engine", "workers", "slots", "queued", "running", "description")
+    columns = ("name", "state", "engine", "workers", "slots", "queued", "running", "live", "description")
+    rows = [row | {"live": _live_inputs(row)} for row in rows]
     cells = [[str(row.get(column, "")) for column in columns] for row in rows]
     print(table([[column.upper() for column in columns], *cells]), flush=True)
+
+
+def _live_inputs(row: dict[str, Value]) -> str:
+    """The inputs of a space that may be fed while a request runs."""
+    return ",".join(name for name, rule in (row.get("inputs") or {}).items() if rule.get("live"))
 
 
 async def watch(args: argparse.Namespace, progress: Progress) -> None:

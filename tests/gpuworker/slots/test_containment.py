@@ -18,6 +18,7 @@ from gpuworker.engines.base import (
     Chunk,
     EngineError,
     FormatChunk,
+    MarkChunk,
     OutputChunk,
     ProgressChunk,
 )
@@ -113,6 +114,28 @@ def test_an_engine_learns_that_an_output_is_too_large_whatever_its_envelope(valu
     assert (end.outcome, end.code) == ("failed", "engine_failed")
     assert "cannot be sent" in end.message
     assert chunks == [FormatChunk(None)]
+
+
+@pytest.mark.parametrize(
+    ("text_end", "sample"), [(-1, 0), (0, -1), (1.5, 0), (0, "7"), (True, 0), (0, None), (2**60, 0)]
+)
+def test_an_engine_learns_that_a_mark_cannot_be_sent(text_end: Any, sample: Any) -> None:
+    engine = FunctionEngine({}, lambda: iter([MarkChunk(3, 4), MarkChunk(text_end, sample)]))
+    engine.load()
+    chunks: list[Chunk] = []
+    end = run_engine(engine, {}, {}, lambda: False, chunks.append)
+    assert (end.outcome, end.code) == ("failed", "engine_failed")
+    assert end.message.startswith("the engine yielded a mark with a number that ")
+    assert chunks == [FormatChunk(None), MarkChunk(3, 4)]
+
+
+def test_a_mark_may_have_the_integers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    engine = FunctionEngine({}, lambda: iter([MarkChunk(numpy.int64(3), numpy.int32(4))]))
+    engine.load()
+    chunks: list[Chunk] = []
+    assert run_engine(engine, {}, {}, lambda: False, chunks.append).outcome == "completed"
+    assert [(type(each.text_end), each) for each in chunks if isinstance(each, MarkChunk)] == [(int, MarkChunk(3, 4))]
 
 
 @pytest.mark.trio

@@ -389,11 +389,15 @@ def test_status_and_cancel_show_how_the_request_stands(capsys: pytest.CaptureFix
 def test_spaces_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     async def script(connection: Connection) -> None:
         await connection.expect(Spaces)
-        connection.send(SpacesReply(spaces=[{"name": "tts", "state": "ready", "engine": "espeak", "slots": 2}]))
+        inputs = {"text": {"live": True}, "voice": {"live": False}, "audio": {"live": True}}
+        space = {"name": "tts", "state": "ready", "engine": "espeak", "slots": 2, "inputs": inputs}
+        connection.send(SpacesReply(spaces=[space]))
         await connection.hold()
 
     assert run(script, "spaces") == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-2:] == ["LIVE", "DESCRIPTION"]
+    assert lines[1].split()[-1] == "text,audio"
     assert lines[0].split()[:3] == ["NAME", "STATE", "ENGINE"]
     assert lines[1].split()[:3] == ["tts", "ready", "espeak"]
     assert run(script, "spaces", "--json") == 0
