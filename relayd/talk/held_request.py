@@ -126,7 +126,7 @@ class HeldRequest(FrameQueue):
     def on_worker(self, request: Request) -> None:
         """Its worker is away, or back."""
 
-    def on_input_stored(self, request: Request, name: str) -> None:
+    def on_input_stored(self, request: Request, name: str, *, again: bool = False) -> None:
         """More of the text is stored for its worker."""
 
     def on_ended(self, request: Request) -> None:
