@@ -295,12 +295,12 @@ class WatchFeed:
     def _new_lines(self) -> Iterator[Row]:
         """Yield the new lines of `log` and `audit`, and some older ones as long as there are unsent ones."""
         for topic, ring in (("log", self.relay.events), ("audit", self.relay.audit)):
-            if topic not in self._topics or not ring.rows:
+            if topic not in self._topics or not ring.last:
                 continue
             if topic in self._lines:
                 first, last = self._lines[topic]
                 lines = ring.between(last, ring.last, ring.most) if ring.last > last else []
-                if first > int(ring.rows[0]["id"]):
+                if first > ring.first:
                     lines = [*ring.between(0, first - 1, LINES), *lines]
             else:
                 first, last = ring.last + 1, 0
