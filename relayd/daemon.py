@@ -25,7 +25,7 @@ from relayd.core.admission import Admission
 from relayd.core.clock import RelayClock, serve_clock
 from relayd.core.positions import serve_positions
 from relayd.core.relay import Relay
-from relayd.core.restore import restore
+from relayd.core.restore import restore, serve_settling
 from relayd.core.token_retention import serve_token_retention
 from relayd.http.app import Routes, make_app
 from relayd.http.context import HttpContext
@@ -154,6 +154,7 @@ async def open_daemon(
             http_context = HttpContext(relay, admission, tokens, _open_signer(config))
             http = HttpServer(http_context, make_app(http_context, _talk_routes(config)))
             await restore(relay, loaded)
+            nursery.start_soon(serve_settling, relay)
             nursery.start_soon(admission.serve)
             nursery.start_soon(relay.principals.serve)
             nursery.start_soon(serve_positions, relay)

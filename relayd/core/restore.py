@@ -14,7 +14,7 @@ from relayd.frames.frame_file import Contents
 from relayd.frames.frame_log import FrameLog
 from relayd.requests.final_frame import make_final_frame
 from relayd.requests.outcome import Outcome
-from relayd.requests.request import Request
+from relayd.requests.request import UNHEARD_GRACE_S, Request
 from relayd.scheduling.model import ScheduledRequest, State
 from relayd.store.base import StoreError
 from relayd.store.records import (
@@ -77,9 +77,20 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
     for stored in sorted((each for each in known if each.promoted), key=lambda each: each.promoted):
         relay.scheduler.promote(stored.request_id)
     relay.copies.restore()
+    relay.scheduler.state.settling = any(relay.requests[key].entry.state is State.QUEUED for key in live)
     await _store_highest_attempts(relay, live)
     if live or results:
         log.info("requests restored", requests=len(live), results=len(results))
+
+
+async def serve_settling(relay: Relay) -> None:
+    """Hold back what is queued until the workers have come back: one of them may have run it for the relay before.
+
+    That an attempt starts is stored without anybody waiting for it, and a killed relay may have been faster.
+    """
+    if relay.scheduler.state.settling:
+        await trio.sleep(UNHEARD_GRACE_S)
+        relay.apply(relay.scheduler.settle(trio.current_time()))
 
 
 async def _store_highest_attempts(relay: Relay, live: list[str]) -> None:

@@ -41,7 +41,7 @@ class Dispatcher:
 
     def _fill(self, now: float, decisions: list[Decision]) -> None:
         """Start queued requests on free slots, one per space in turn, so that no space starves another."""
-        if self.state.draining:
+        if self.state.draining or self.state.settling:
             return
         self._reserve_workers()
         waiting = [space for space in self.state.spaces.values() if space.queue and not space.paused]

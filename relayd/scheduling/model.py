@@ -174,6 +174,8 @@ class SchedulerState:
     entries: dict[str, ScheduledRequest] = attrs.field(factory=dict)
     #: True while the daemon drains: no more requests are started.
     draining: bool = False
+    #: True right after a restart with queued requests: a worker may come back with an attempt that the store missed.
+    settling: bool = False
     #: Spaces whose queue or speed changed since the caller last cleared this set.
     moved: set[str] = attrs.field(factory=set)
     #: Principal -> limit of its running requests in all spaces together.

@@ -401,6 +401,11 @@ class Scheduler:
         else:
             self.dispatcher.push(entry)
 
+    def settle(self, now: float) -> list[Decision]:
+        """Start requests from now on: the workers that were connected before a restart have had time to come back."""
+        self.state.settling = False
+        return self.dispatcher.dispatch(now)
+
     def end(self, request_id: str, state: State, now: float) -> list[Decision]:
         """A request has its last frame. A slot it may hold is freed by `release`."""
         entry = self.state.pop_entry(request_id)

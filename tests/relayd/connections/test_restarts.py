@@ -128,6 +128,44 @@ async def test_a_timeout_that_passed_as_the_relay_was_killed_waits_for_a_worker_
 
 
 @pytest.mark.trio
+async def test_what_a_killed_relay_had_started_is_not_given_to_another_worker_that_comes_back_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.restore.UNHEARD_GRACE_S", 60.0)
+    submit, instance = a_submit(detach=True), an_id()
+    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        client.send(submit)  # it is killed before it has stored that an attempt began
+        await client.next(Accepted)
+    named = (Running(request_id=submit.request_id, attempt=1, next_seq=3),)
+    spaces = {"tts": {"max_workers": 2}}
+    async with (
+        daemon(tmp_path, store="sqlite", spaces=spaces) as relay,
+        peer(relay.url, "client") as client,
+        fake_worker(relay.url, name="other") as other,
+    ):
+        await other.peer.next(Registered)
+        async with fake_worker(relay.url, instance=instance, running=named) as worker:
+            assert [each.request_id for each in (await worker.peer.next(Registered)).resume] == [submit.request_id]
+            client.send(Attach(request_id=submit.request_id))
+            begun = Assign(
+                request_id=submit.request_id, attempt=1, space="tts", principal="root", params={}, run_timeout_s=1.0
+            )
+            worker.speak(begun, PCM)
+            assert heard(await client.frames(submit)) == b"".join(PCM)
+
+
+@pytest.mark.trio
+async def test_what_waits_is_started_soon_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relayd.core.restore.UNHEARD_GRACE_S", 0.3)
+    submit = a_submit(detach=True)
+    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        client.send(submit)
+        await client.next(Accepted)
+    async with daemon(tmp_path, store="sqlite") as relay, fake_worker(relay.url) as worker:
+        assert (await worker.assigned()).request_id == submit.request_id
+
+
+@pytest.mark.trio
 async def test_an_input_that_the_store_lost_costs_its_request_alone(tmp_path: Path) -> None:
     async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
         submit, after = a_submit(inputs={"voice": an_input(b"abc")}), a_submit()
