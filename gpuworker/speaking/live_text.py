@@ -1,7 +1,8 @@
 """Cuts a text into pieces to be spoken while it is still being written.
 
 The pieces are those of the whole text, however it comes: each decision is made once all that it looks at is there, and
-looks at nothing more. An end counts when the next letter but one, or `LOOK_CHARS` characters, stand behind it.
+looks at nothing more. An end counts when the next letter but one, or `LOOK_CHARS` characters, stand behind it; at the
+end of a line, or before an empty line, it counts at once.
 """
 
 import heapq
@@ -11,7 +12,15 @@ from typing import Any
 
 import attrs
 
-from gpuworker.speaking.text_split import LOOK_CHARS, cut_within, is_line_end, is_sentence_end, patterns
+from gpuworker.speaking.text_split import (
+    BREAKS,
+    LOOK_CHARS,
+    cut_within,
+    is_line_end,
+    is_sentence_end,
+    is_settled_end,
+    patterns,
+)
 from protocol.speakable import speakable
 
 #: Shortest pieces, in Latin letters; a Chinese, Japanese or Korean character takes about as long to speak as 2.5 of
@@ -81,6 +90,10 @@ class LiveText:
             end: int = match.end()
             if end > self._most:
                 break
+            if is_end is is_settled_end:
+                if speakable(text[:end], symbols=False) and is_end(text, match):
+                    return end
+                continue
             looked = self._looked(end)
             if looked > len(text) and not ended:
                 return 0
@@ -94,6 +107,8 @@ class LiveText:
         """The places that may be ends, in order."""
         rules = patterns()
         kinds: list[tuple[Any, _IsEnd]] = [(rules.sentence, is_sentence_end), (rules.line, is_line_end)]
+        if any(each in self._text for each in BREAKS):
+            kinds.insert(0, (rules.settled, is_settled_end))  # of two that end at the same place it comes first
         if self._is_first:
             kinds.append((rules.clause, _is_clause_end))
         found = [zip(rule.finditer(self._text), repeat(is_end), strict=False) for rule, is_end in kinds]

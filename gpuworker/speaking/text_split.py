@@ -22,11 +22,15 @@ ABBREVIATIONS = (
 )
 # Words in their own right, but abbreviations before a number: "No. 5", "Jan. 3", "pp. 4-7".
 BEFORE_NUMBERS = "no|nos|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec|pp|Art|Sec|Ch|chap|Ex|стр"
+# May end a sentence, but before a lower-case letter they do not: at the end of a line nobody knows yet what follows.
+BEFORE_MORE = "etc|al|approx|Inc|Ltd|Co|Corp|usw|usf|др"
 #: Thai and Lao vowels that are written before the consonant they are spoken after.
 LEADING_VOWELS = frozenset("เแโใไເແໂໃໄ")
 #: How far a rule looks back or ahead, in characters; keeps the total time linear.
 LOOK_CHARS = 40
 
+#: The characters that end a line.
+BREAKS = "\n\r\v\f\x85\u2028\u2029"
 _MARK = r"[\p{SB=STerm}\p{SB=ATerm}…‥⋯]"
 # Marks that close a quotation or bracket. „…“ and »…« close with a mark that opens elsewhere: then no letter follows.
 _CLOSING = r"""(?:[\p{Pe}\p{Pf}"'*_]|\p{Pi}(?![\p{L}\p{N}])|[\u00a0\u202f\ ][»›](?![\p{L}\p{N}]))*+"""
@@ -40,6 +44,7 @@ class _Patterns:
     cluster: Any
     sentence: Any
     line: Any
+    settled: Any
     clause: Any
     space: Any
     word: Any
@@ -54,6 +59,7 @@ class _Patterns:
     wrapped: Any
     abbreviation: Any
     before_number: Any
+    before_more: Any
     number: Any
     description: Any
 
@@ -75,6 +81,8 @@ def patterns() -> _Patterns:
         cluster=rule(r"\X"),
         sentence=rule(rf"(?P<marks>(?:{_MARK}\p{{M}}*+)++)(?P<closing>{_CLOSING})(?P<gap>\s*+)"),
         line=rule(r"(?P<breaks>(?:\R[^\S\v\f\r\n\x85\u2028\u2029]*+)++)"),
+        # Up to the character that settles it: a sentence and its line end, or an empty line does.
+        settled=rule(rf"(?:(?P<marks>(?:{_MARK}\p{{M}}*+)++)|(?>\r\n|[{BREAKS}]))[^\S{BREAKS}]*+[{BREAKS}]"),
         clause=rule(
             rf"(?:[,;:](?={_CLOSING}(?:\s|{_CASELESS}))"
             r"|[\p{Terminal_Punctuation}--\p{Sentence_Terminal}--[,;:]](?!(?<=\p{N}.)\p{N})"
@@ -99,6 +107,7 @@ def patterns() -> _Patterns:
             r"|(?<![\p{L}\p{N}.,:/-])\p{Nd}{1,2}$"
         ),
         before_number=rule(rf"(?<![\p{{L}}\p{{M}}\p{{N}}])(?:{_capitalised_too(BEFORE_NUMBERS)})$"),
+        before_more=rule(rf"(?<![\p{{L}}\p{{M}}\p{{N}}])(?:{_capitalised_too(BEFORE_MORE)})$"),
         number=rule(r"\p{N}"),
         description=rule(r"\s*+[(（][^)）]*+[)）]"),
     )
@@ -131,6 +140,16 @@ def is_sentence_end(text: str, match: Any) -> bool:
 def is_line_end(text: str, match: Any) -> bool:
     """Whether a line ends here: one that continues in lower case was wrapped, unless an empty line precedes it."""
     return len(match["breaks"].splitlines()) > 1 or not patterns().wrapped.match(text, match.end())
+
+
+def is_settled_end(text: str, match: Any) -> bool:
+    """Whether a sentence and its line end here, or an empty line does, whatever follows."""
+    if match["marks"] != ".":
+        return True
+    rules, before = patterns(), text[max(0, match.start() - LOOK_CHARS) : match.start()]
+    numbered = rules.before_number.search(before)
+    may_go_on = rules.abbreviation.search(before) or rules.before_more.search(before)
+    return not may_go_on and (numbered is None or numbered[0].lower() == "no")
 
 
 def _sentence_ends(text: str) -> Iterator[int]:

@@ -76,13 +76,22 @@ def test_no_letter_and_no_digit_is_lost(text: str) -> None:
             ["「そうですね。」って言った。", "「はい、元気です。」と。"],
         ),
         ("Approx. Five hundred of them.", ["Approx. Five hundred of them."]),
-        ("Here it is, all of it. *** \n\n ---", ["Here it is,", "all of it. *** \n\n ---"]),
+        ("Here it is, all of it. *** \n\n ---", ["Here it is,", "all of it. ***"]),
         (" \n\n  Hello.  \n", ["Hello."]),
         ("", []),
         (" \n" * 1_000, []),
         ("。" * 1_000, []),
         ("☃", ["☃"]),  # an engine may read it out
-        ("Hello there, my friend.\n\n☃ *** ☃" + "\n" * 400 + "☃", ["Hello there,", "my friend.\n\n☃ *** ☃"]),
+        ("Hello there, my friend.\n\n☃ *** ☃" + "\n" * 400 + "☃", ["Hello there,", "my friend."]),
+        ("Yes.\nNo.\nWell...\nMaybe, etc.\nand so on.", ["Yes.", "No.", "Well...", "Maybe, etc.\nand so on."]),
+        (
+            "Ask Mr.\nSmith of Acme Inc.\nnow, at 5 p.m.\nor so.",
+            ["Ask Mr.\nSmith of Acme Inc.\nnow,", "at 5 p.m.\nor so."],
+        ),
+        ('"Really?"\nhe asked, and went on.\n', ['"Really?"\nhe asked,', "and went on."]),
+        ("A heading\n\nand its text\r\n \r\nOne more\nline", ["A heading", "and its text", "One more\nline"]),
+        ("1.\nFirst\n2.\nSecond\n", ["1.\nFirst\n2.", "Second"]),
+        ("好。\n「好的。」\n他说。\n", ["好。", "「好的。」\n他说。"]),
     ],
 )
 def test_pieces_end_where_a_speaker_would_pause(text: str, pieces: list[str]) -> None:
@@ -103,7 +112,11 @@ def test_a_text_without_ends_is_cut_at_a_bound() -> None:
     ("come", "known"),
     [
         ("Hello there. It", "Hello there."),  # the letter after the next one may belong to it
-        ("Hello there. \n" + "-" * 40, "Hello there."),
+        ("Hello there. " + "-" * 40, "Hello there."),
+        ("Hello there. \t\n", "Hello there."),
+        ("Да.\r", "Да."),
+        ("好。\n", "好。"),
+        ("A heading\r\n\r", "A heading"),
         ("你好，今天天气很好。我们", "你好，今天天气很好。"),
         ("Well, here it is, on", "Well, here it is,"),
         ("x" * (MOST_CHARS + 40), "x" * MOST_CHARS),
@@ -114,6 +127,22 @@ def test_a_piece_is_known_as_soon_as_what_follows_tells(come: str, known: str) -
     early = [piece for char in come[:-1] for piece in live.add(char)]
     assert early == []
     assert [piece.text for piece in live.add(come[-1])] == [known]
+
+
+@pytest.mark.parametrize(
+    "come",
+    [
+        "Ask Mr.\n",
+        "At 5 p.m.\n",
+        "It is number 3.\n",
+        "We met in Jan.\n",
+        "Apples and pears etc.\n",
+        '"Oh!"\n',
+        "---.\n",
+    ],
+)
+def test_a_line_that_may_end_within_a_sentence_waits_for_what_follows(come: str) -> None:
+    assert not list(LiveText().add(come))
 
 
 def test_marks_count_the_characters_of_the_whole_text() -> None:
