@@ -80,12 +80,12 @@ class LiveInput:
     _kept: bytearray = attrs.field(factory=bytearray, init=False)
     _kept_from: int = attrs.field(init=False)
     #: Bytes that may be stored now, at the time of `_refilled_at`; below 0 after a large piece.
-    _allowed: float = attrs.field(init=False)
+    _allowed: float = attrs.field(default=math.inf, init=False)
     _refilled_at: float = attrs.field(default=-math.inf, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.end = self.size if self.ended else None
-        self._kept_from, self._allowed = self.size, self.rate * BURST_S
+        self._kept_from = self.size
 
     @property
     def is_starving(self) -> bool:
@@ -165,9 +165,7 @@ class LiveInput:
         known, end = self.known, offset + len(data)
         if offset > known:
             return Fault.GAP
-        if self.end is not None and (end > self.end or (last and end < self.end)):
-            return Fault.CONFLICT
-        if last and end < known:
+        if (self.end is not None and end > self.end) or (last and end < known):
             return Fault.CONFLICT
         if end > most:
             return Fault.TOO_LARGE
@@ -209,9 +207,9 @@ class LiveInput:
 
     def forget_below(self, offset: int) -> None:
         """Drop bytes from memory that are stored."""
-        if (count := min(offset, self.size) - self._kept_from) > 0:
-            del self._kept[:count]
-            self._kept_from += count
+        count = max(0, min(offset, self.size) - self._kept_from)
+        del self._kept[:count]
+        self._kept_from += count
 
     def kept(self, offset: int, most: int) -> bytes | None:
         """Return up to `most` stored bytes from `offset` on, if they are in memory."""

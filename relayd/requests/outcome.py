@@ -46,7 +46,7 @@ class Outcome:
 
     def pack(self) -> bytes:
         """Encode it for the store."""
-        fields = attrs.asdict(self, recurse=False).items()
+        fields = attrs.asdict(self).items()
         packed: bytes = msgpack.packb({name: value for name, value in fields if value is not None})
         return packed
 

@@ -36,18 +36,20 @@ def summarize(submit: Submit, most_bytes: int, fed: Mapping[str, int] | None = N
     ]
     for chars in STRING_CHARS:
         params = _truncate(submit.params, chars, MAX_DEPTH)
-        packed: bytes = msgpack.packb({"params": params, "params_cut": params != submit.params, "inputs": inputs})
-        if len(packed) <= most_bytes:
+        if len(packed := _pack(submit, params, inputs)) <= most_bytes:
             return packed
     some: dict[str, Value] = {}
-    brief: dict[str, Value] = {"params": some, "params_cut": True, "inputs": []}
     for key, value in _truncate(submit.params, STRING_CHARS[-1], 1).items():
         some[key] = value
-        if len(msgpack.packb(brief)) > most_bytes:
+        if len(_pack(submit, some, [])) > most_bytes:
             del some[key]
             break
-    whole: bytes = msgpack.packb(brief | {"params_cut": some != submit.params})
-    return whole
+    return _pack(submit, some, [])
+
+
+def _pack(submit: Submit, params: dict[str, Value], inputs: list[dict[str, Value]]) -> bytes:
+    packed: bytes = msgpack.packb({"params": params, "params_cut": params != submit.params, "inputs": inputs})
+    return packed
 
 
 def _truncate(value: Value, chars: int, depth: int) -> Value:

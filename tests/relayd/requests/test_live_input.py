@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.wire.messages import MAX_UNACKED_BYTES
-from relayd.requests.live_input import BURST_S, KEPT_BYTES, ROW_BYTES, Fault, LiveInput, NeedsStored, Piece
+from relayd.requests.live_input import (
+    BURST_S,
+    KEPT_BYTES,
+    ROW_BYTES,
+    Fault,
+    LiveInput,
+    NeedsStored,
+    Piece,
+    PipedInput,
+)
 
 MIB = 1024 * 1024
 
@@ -109,6 +118,25 @@ def test_a_gap_other_bytes_and_a_second_end_are_refused_and_change_nothing() -> 
     assert store == b"hello"
 
 
+def test_one_that_was_stored_whole_before_a_restart_takes_no_more() -> None:
+    log = an_input(size=3, ended=True)
+    assert add(log, 3, b"x") is Fault.CONFLICT
+    assert add(log, 0, b"abc", last=True, store=b"abc") == 0
+    assert not log.is_pending
+
+
+def test_a_piped_input_whose_source_begins_anew_begins_anew() -> None:
+    log = PipedInput(rate=MIB, source_id="2" * 32)
+    add(log, 0, b"hello", last=True)
+    assert store_all(log, bytearray())
+    log.on_taken(2, 1.0)
+    add(log, 5, b"", last=True)
+    log.clear()
+    assert (log.size, log.taken, log.known, log.ended, log.end) == (0, 0, 0, False, None)
+    assert add(log, 0, b"other") == 5
+    assert log.next_piece() == Piece(0, b"other", last=False)
+
+
 def test_only_the_window_may_come_beyond_what_is_stored() -> None:
     log, store = an_input(), bytearray()
     assert add(log, 0, b"x" * MAX_UNACKED_BYTES) == MAX_UNACKED_BYTES
@@ -136,6 +164,10 @@ def test_a_piece_on_both_sides_of_what_is_in_memory_is_compared_whole() -> None:
     wrong[0] ^= 1
     assert add(log, 100, bytes(wrong), store=bytes(store)) is Fault.CONFLICT
     assert log.known == 220_000
+    assert add(log, 150_000, text[150_000:160_000]) == 0
+    assert log.add(100, text[100:200], last=False, most=MIB, now=1.0, stored=b"") == NeedsStored(100, 100)
+    in_memory = 200_000 - KEPT_BYTES
+    assert log.add(in_memory - 1, b"??", last=False, most=MIB, now=1.0) == NeedsStored(in_memory - 1, 1)
 
 
 def test_small_pieces_count_with_what_they_take_on_disk() -> None:
@@ -159,6 +191,7 @@ def test_memory_holds_the_tail_alone() -> None:
     assert log.kept(0, 10) is None
     assert log.kept(log.size - KEPT_BYTES - 1, 1) is None
     assert log.kept(log.size - KEPT_BYTES, MIB) == bytes(store[-KEPT_BYTES:])
+    assert log.kept(log.size - 10, 4) == bytes(store[-10:-6])
     log.forget_below(log.size)
     assert log.kept(log.size - 1, 1) is None
     assert log.kept(log.size, 1) == b""
@@ -170,6 +203,14 @@ def test_what_is_not_stored_is_not_given_to_a_worker() -> None:
     assert log.kept(0, 10) == b""
     log.on_stored(Piece(0, b"ab", last=False), 1.0)
     assert log.kept(0, 10) == b"ab"
+
+
+def test_the_end_is_stored_with_the_last_bytes() -> None:
+    log = an_input()
+    add(log, 0, b"abc", last=True)
+    assert log.next_piece() == Piece(0, b"abc", last=True)
+    log.on_stored(Piece(0, b"ab", last=False), 1.0)
+    assert log.next_piece() == Piece(2, b"c", last=True)
 
 
 def test_the_rate_lets_a_burst_through_and_then_so_many_bytes_a_second() -> None:
@@ -195,13 +236,18 @@ def starves(log: LiveInput) -> tuple[bool, bool]:
 def test_an_engine_starves_from_when_it_has_taken_all_until_more_is_stored() -> None:
     log = an_input()
     assert starves(log) == (True, True)
-    log.add(0, b"abc", last=False, most=9, now=2.0)
+    log.add(0, b"a", last=False, most=9, now=1.0)
     assert starves(log) == (True, False), "the relay has something to do, the feeder has not"
+    log.add(1, b"bc", last=False, most=9, now=2.0)
+    assert log.received_at == 2.0
     log.on_stored(log.next_piece(), 3.0)
     assert (starves(log), log.starved_until) == ((False, False), 3.0)
+    log.grow(3, 3.5, ended=False)
+    assert log.starved_until == 3.0, "it had something to take"
     log.on_taken(2, 4.0)
     assert starves(log) == (False, False)
     log.on_taken(3, 5.0)
+    log.on_taken(3, 6.0)
     log.on_taken(1, 6.0)
     assert (starves(log), log.taken, log.taken_at) == ((True, True), 3, 5.0)
     log.add(3, b"", last=True, most=9, now=7.0)
@@ -214,8 +260,11 @@ def test_an_engine_starves_from_when_it_has_taken_all_until_more_is_stored() -> 
 def test_the_rate_that_is_shown_is_that_of_the_last_seconds() -> None:
     log = an_input()
     assert log.bytes_s(0.0) == 0
-    for second in range(10):
-        log.add(second * 100, b"x" * 100, last=False, most=MIB, now=float(second))
-        log.on_stored(log.next_piece(), float(second))
-    assert log.bytes_s(9.5) == pytest.approx(110, abs=15)
+    log.grow(100, 0.0, ended=False)
+    assert log.bytes_s(0.5) == 100, "the first second is a whole one"
+    log = an_input()
+    sizes = [number * (number + 1) // 2 for number in range(72)]
+    for number, size in enumerate(sizes):  # more and more, eight times a second
+        log.grow(size, number / 8, ended=False)
+    assert log.bytes_s(9.0) == (sizes[-1] - sizes[39]) / 4, "since 5 s"
     assert log.bytes_s(30.0) == 0

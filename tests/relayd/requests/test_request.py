@@ -1,6 +1,7 @@
 """A request: its holders and its resume window, its deadlines, its inputs, and what is told of it."""
 
 import hashlib
+import math
 from typing import Any
 
 import attrs
@@ -10,14 +11,14 @@ import trio
 import trio.testing
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import Queued, Rejected, Submit, WorkerAway, WorkerBack
+from protocol.wire.messages import MAX_REPORT_CHARS, Queued, Rejected, Submit, WorkerAway, WorkerBack
 from protocol.wire.structs import AudioFormat, InputInfo
 from relayd.config.schema import Limits, SpaceConfig
 from relayd.frames.frame_log import FrameReader
 from relayd.requests.deadlines import watch_deadlines
 from relayd.requests.live_input import LiveInput, PipedInput
 from relayd.requests.outcome import Outcome
-from relayd.requests.request import Expiry, Request, content_hash
+from relayd.requests.request import Expiry, Request, cache_key, content_hash
 from relayd.scheduling.model import QueuePosition, ScheduledRequest, State
 
 WINDOW_S, CANCEL_GRACE_S = 30.0, 10.0
@@ -26,9 +27,12 @@ PATIENT = SpaceConfig(queue_timeout_s=3_600, run_timeout_s=3_600, idle_timeout_s
 
 
 class FakeHolder:
-    """A client's connection that sends nothing."""
+    """A client's connection that sends nothing, and counts what it hears of workers."""
 
     backlog_bytes = 0
+
+    def __init__(self) -> None:
+        self.heard_of_worker = 0
 
     def send_frames(self, frames: list[bytes], size: int) -> None: ...
 
@@ -40,7 +44,8 @@ class FakeHolder:
 
     def on_position(self, request: Request, place: QueuePosition) -> None: ...
 
-    def on_worker(self, request: Request) -> None: ...
+    def on_worker(self, request: Request) -> None:
+        self.heard_of_worker += 1
 
     def on_rejected(self, request: Request, refusal: Rejected) -> None: ...
 
@@ -76,8 +81,10 @@ def woken(request: Request, changed: trio.Event) -> bool:
 @pytest.mark.trio
 async def test_a_held_request_has_no_resume_window(autojump_clock: trio.testing.MockClock) -> None:
     request, holder = a_request(), FakeHolder()
+    await trio.sleep(1)
     request.hold(holder)
     assert request.holders == {holder}
+    assert request.held_at == trio.current_time()
     assert request.abandoned_at is None
     assert next_expiry(request) is Expiry.QUEUE_TIMEOUT
 
@@ -208,6 +215,29 @@ async def test_a_release_that_leaves_another_holder_wakes_nobody(autojump_clock:
     assert not woken(request, changed)
 
 
+class FakeFeeding:
+    """What feeds a request."""
+
+    def __init__(self) -> None:
+        self.woken = 0
+
+    def wake(self) -> None:
+        self.woken += 1
+
+
+@pytest.mark.trio
+async def test_what_feeds_a_request_is_woken_with_it_the_last_time_at_its_end() -> None:
+    request, feeding, pipe = a_request(State.RUNNING), FakeFeeding(), FakeFeeding()
+    request.feeding, request.pipes = feeding, [pipe]
+    request.wake()
+    assert (request.feeding, request.pipes) == (feeding, [pipe])
+    request.entry.state = State.COMPLETED
+    request.wake()
+    request.wake()
+    assert [request.feeding, *request.pipes] == [None]
+    assert (feeding.woken, pipe.woken) == (2, 2)
+
+
 # -- deadlines --------------------------------------------------------------------------------------------------------
 
 
@@ -224,11 +254,21 @@ async def test_a_release_that_leaves_another_holder_wakes_nobody(autojump_clock:
         (State.RUNNING, {"worker_lost_at": 2.0, "worker_grace_s": 30.0}, 20.0, Expiry.RUN_TIMEOUT),
         (State.RUNNING, {"stopped_at": 3.0, "abandoned_at": -90.0}, 13.0, Expiry.CANCEL_UNANSWERED),
         (State.RUNNING, {"abandoned_at": -26.0}, 4.0, Expiry.NOBODY_HOLDS),
+        # After a restart, a worker may first come back with the end.
+        (State.QUEUED, {"queued_at": -9.5, "restored_at": 0.0}, 1.5, Expiry.QUEUE_TIMEOUT),
+        (State.QUEUED, {"queued_at": -9.5, "restored_at": -2.0}, 0.5, Expiry.QUEUE_TIMEOUT),
+        # The deadlines of the request that it is copied from hold.
+        (State.RUNNING, {"copied": True}, math.inf, Expiry.RUN_TIMEOUT),
+        # Once it is complete, it waits for its source; its own waiting begins when it is queued.
+        (State.UPLOADING, {"uploaded": True, "sources": {"2" * 32}}, math.inf, Expiry.RUN_TIMEOUT),
+        (State.UPLOADING, {"uploaded": True}, 10.0, Expiry.QUEUE_TIMEOUT),
+        (State.UPLOADING, {"sources": {"2" * 32}}, 10.0, Expiry.QUEUE_TIMEOUT),
+        (State.QUEUED, {"uploaded": True, "sources": {"2" * 32}}, 10.0, Expiry.QUEUE_TIMEOUT),
         (State.QUEUED, {"abandoned_at": -26.0}, 4.0, Expiry.NOBODY_HOLDS),
     ],
 )
 async def test_the_earliest_deadline_is_the_one_that_holds(
-    autojump_clock: trio.testing.MockClock, state: State, fields: dict[str, float], due_s: float, expiry: Expiry
+    autojump_clock: trio.testing.MockClock, state: State, fields: dict[str, Any], due_s: float, expiry: Expiry
 ) -> None:
     timeouts = SpaceConfig(queue_timeout_s=10.0, run_timeout_s=20.0, idle_timeout_s=5.0)
     now = trio.current_time()
@@ -237,7 +277,7 @@ async def test_the_earliest_deadline_is_the_one_that_holds(
     request = Request.of(Submit(request_id="1" * 32, space="tts", params={}), "ann", entry, timeouts, 0.0)
     for name, value in fields.items():
         at = now + value if name.endswith("_at") else value
-        setattr(entry if name in ("streams", "worker_lost_at") else request, name, at)
+        setattr(entry if hasattr(entry, name) else request, name, at)
     due_at, earliest = request.deadline(WINDOW_S, CANCEL_GRACE_S)
     assert earliest is expiry
     assert due_at == pytest.approx(now + due_s)
@@ -250,6 +290,7 @@ async def test_the_earliest_deadline_is_the_one_that_holds(
         # Its engine has something to take: it is to move on.
         ([{"size": 9}], {}, 5.0, Expiry.IDLE_TIMEOUT),
         ([{"size": 9, "taken": 3, "taken_at": 2.0}], {}, 7.0, Expiry.IDLE_TIMEOUT),
+        ([{"size": 9, "taken_at": 2.0}, {"size": 9, "taken_at": 4.0}], {}, 9.0, Expiry.IDLE_TIMEOUT),
         ([{"size": 9, "starved_until": 3.0}], {}, 8.0, Expiry.IDLE_TIMEOUT),
         ([{"size": 9, "taken": 9, "taken_at": 1.0, "ended": True}], {}, 6.0, Expiry.IDLE_TIMEOUT),
         ([{"size": 9, "taken": 9, "ended": True}], {"streams": False}, 40.0, Expiry.RUN_TIMEOUT),
@@ -361,7 +402,9 @@ async def test_a_deadline_that_frames_have_moved_does_not_expire_and_a_fault_end
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch_deadlines, request, Limits, expire, fail)
-        await trio.sleep(6)
+        await trio.sleep(1)
+        request.wake()
+        await trio.sleep(5)
         request.last_frame_at = trio.current_time()  # a frame, which wakes nobody
     assert [expiry for _at_s, expiry in expired] == [Expiry.IDLE_TIMEOUT] * 2
     assert [at_s for at_s, _expiry in expired] == pytest.approx([16.0, 26.0])
@@ -398,19 +441,29 @@ async def test_pieces_of_an_input_follow_one_another_and_may_come_again() -> Non
     assert bytes(request.inputs["voice"]) == b"0123456789"
     request.drop_inputs()
     assert (request.inputs, request.missing_input()) == ({}, "voice")
+    request.add_input("voice", 0, b"0123456789")
+    assert request.damaged_input() is None, "all of it has come again"
 
 
 @pytest.mark.trio
 async def test_an_input_that_is_not_what_was_announced_is_named() -> None:
     request = with_inputs(song=b"", voice=b"0123")
+    fed = InputInfo(media_type="text/plain", live=True)
+    request.submit = attrs.evolve(request.submit, inputs={"text": fed, **request.submit.inputs})
     request.add_input("voice", 0, b"0124")
     assert request.damaged_input() == "voice"
+    request.drop_inputs()
+    request.add_input("voice", 0, b"0123")
+    assert request.damaged_input() is None
 
 
 @pytest.mark.trio
 async def test_what_only_runs_need_is_released_and_the_first_summary_stays() -> None:
     request = with_inputs(voice=b"0123")
+    request.add_input("voice", 0, b"0123")
+    request.fed["text"] = LiveInput(rate=1.0)
     request.release_run_data()
+    assert (request.inputs, request.fed) == ({}, {})
     summary = request.summary
     assert (request.submit.params, request.submit.inputs, request.submit.space) == ({}, {}, "tts")
     request.release_run_data()
@@ -423,6 +476,7 @@ async def test_what_only_runs_need_is_released_and_the_first_summary_stays() -> 
 
 @pytest.mark.trio
 async def test_a_timeline_keeps_its_beginning_and_its_end(autojump_clock: trio.testing.MockClock) -> None:
+    await trio.sleep(5)
     request = a_request()
     for number in range(49):
         await trio.sleep(0.0123)
@@ -431,6 +485,24 @@ async def test_a_timeline_keeps_its_beginning_and_its_end(autojump_clock: trio.t
     assert request.timeline_dropped == 2
     assert [entry.get("number") for entry in told] == [None, *range(11), *range(13, 49)]
     assert told[:2] == [{"at_s": 0.0, "event": "created"}, {"at_s": 0.012, "event": "step", "number": 0}]
+
+
+@pytest.mark.trio
+async def test_the_timeline_of_one_that_is_in_the_store_begins_where_it_was_taken_up() -> None:
+    entry = ScheduledRequest(request_id="1" * 32, space="tts", principal="ann", ticket=1)
+    submit = Submit(request_id="1" * 32, space="tts", params={})
+    request = Request.of(submit, "ann", entry, PATIENT, 0.0, accepted=True)
+    assert msgpack.unpackb(request.timeline[0])["event"] == "taken_up"
+
+
+@pytest.mark.trio
+async def test_what_attempts_printed_is_told_once_and_its_end_is_kept() -> None:
+    request = a_request()
+    for text in ("first\n", "second\n", "first\n"):
+        request.add_report(text)
+    assert request.report == "first\nsecond"
+    request.add_report("x" * MAX_REPORT_CHARS + "y")
+    assert request.report == "x" * (MAX_REPORT_CHARS - 1) + "y"
 
 
 @pytest.mark.trio
@@ -445,7 +517,8 @@ async def test_a_reader_begins_anew_where_the_worker_came_back_with_a_later_atte
     frames: int | None,
     starts: list[tuple[int, int]],
 ) -> None:
-    request = a_request(State.RUNNING)
+    request, holder = a_request(State.RUNNING), FakeHolder()
+    request.hold(holder)
     request.entry.attempt, request.entry.reproducible, request.entry.worker_id = attempt, reproducible, "box"
     if frames is None:
         request.log.restart(2, 0)
@@ -457,6 +530,7 @@ async def test_a_reader_begins_anew_where_the_worker_came_back_with_a_later_atte
     assert list(request.log.starts) == starts
     assert request.last_frame_at == trio.current_time()
     assert woken(request, changed)
+    assert holder.heard_of_worker == 1
     back = {"at_s": 3.0, "event": "worker_back", "worker_id": "box", "attempt": attempt}
     assert msgpack.unpackb(request.timeline[-1]) == back
 
@@ -484,6 +558,7 @@ async def test_the_same_content_is_told_by_what_is_asked_for_alone() -> None:
         "queue_timeout_s": 5.0,
         "run_timeout_s": 5.0,
         "params": {"more": [{"b": 2, "a": 1}], "text": "hi"},
+        "cache": True,
     }
     for name, value in same.items():
         assert content_hash(attrs.evolve(submit, **{name: value})) == content_hash(submit), name
@@ -492,12 +567,39 @@ async def test_the_same_content_is_told_by_what_is_asked_for_alone() -> None:
         "params": {"text": "hi", "more": [{"a": 1, "b": 3}]},
         "detach": True,
         "retry": "never",
+        "cache": False,
     }
     for name, value in other.items():
         assert content_hash(attrs.evolve(submit, **{name: value})) != content_hash(submit), name
     request = a_request()
     assert request.same_content(request.submit)
     assert not request.same_content(submit)
+
+
+def test_results_answer_equal_requests_of_those_who_may_share_them() -> None:
+    def key(principal: str = "ann", *, cache_s: float = 9.0, shared: bool = False, **fields: Any) -> bytes:
+        plain: dict[str, Any] = {"request_id": "1" * 32, "space": "tts", "params": {"a": 1, "b": 2}}
+        config = SpaceConfig(cache_s=cache_s, cache_shared=shared)
+        return cache_key(Submit(**(plain | fields)), principal, config)
+
+    voice = InputInfo(media_type="audio/wav", size=1, sha256="1" * 64)
+    song = InputInfo(media_type="audio/wav", size=1, sha256="2" * 64)
+    live = InputInfo(media_type="text/plain", live=True)
+    assert key() == key(params={"b": 2, "a": 1}, request_id="2" * 32, detach=True, cache=True) != b""
+    other: list[bytes] = [
+        key(),
+        key("bob"),
+        key(shared=True),
+        key(space="music"),
+        key(params={"a": 1}),
+        key(inputs={"i": voice}),
+        key(inputs={"i": song}),
+        key(inputs={"j": voice}),
+        key(inputs={"i": attrs.evolve(voice, media_type="audio/flac")}),
+    ]
+    assert len(set(other)) == len(other)
+    assert key("bob", shared=True) == key("ann", shared=True)
+    assert key(cache_s=0.0) == key(cache=False) == key(inputs={"i": voice, "text": live}) == b""
 
 
 @pytest.mark.trio
@@ -508,7 +610,7 @@ async def test_a_reader_is_told_how_long_its_worker_is_waited_for_and_why_it_wai
     request.entry.attempt, request.worker_grace_s = 2, 1.5
     assert request.worker_message() == WorkerBack(request_id=request.request_id, attempt=2)
     request.entry.worker_lost_at = trio.current_time()
-    await trio.sleep(0.25001)
+    await trio.sleep(0.25011)
     assert request.worker_message() == WorkerAway(request_id=request.request_id, wait_s=1.25)
     await trio.sleep(2)
     assert request.worker_message() == WorkerAway(request_id=request.request_id, wait_s=0.0)

@@ -48,6 +48,11 @@ def test_the_first_sixteen_inputs_are_told() -> None:
     assert told == [{"name": f"i{n:02}", "media_type": "audio/wav", "size": n} for n in range(16)]
 
 
+def test_of_an_input_that_is_fed_it_tells_what_there_is() -> None:
+    packed = summarize(a_submit(inputs={"fed": an_input(b""), "whole": an_input(b"abc")}), ROOM, {"fed": 5})
+    assert {each["name"]: each["size"] for each in msgpack.unpackb(packed)["inputs"]} == {"fed": 5, "whole": 3}
+
+
 def test_texts_are_cut_no_shorter_than_they_must() -> None:
     text = "x" * 3_000
     for chars in (2_000, 500, 200, 60):
