@@ -6,6 +6,7 @@ and neither needs the other once the frames are copied. If the source gives no r
 it has output already, a worker that makes the same frames continues it.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
@@ -23,7 +24,7 @@ from relayd.core.result_cache import ResultCache
 from relayd.core.space import Space
 from relayd.frames.frame_log import FrameReader, MemoryBudget
 from relayd.requests.request import Request, cache_key
-from relayd.scheduling.model import State
+from relayd.scheduling.model import SpaceState, State
 from relayd.store.records import COPIED
 
 log = structlog.get_logger("relayd")
@@ -72,11 +73,15 @@ class Copies:
     cache: ResultCache
     memory: MemoryBudget
     _turn: trio.Lock = attrs.field(factory=trio.Lock)
+    #: Space -> requests that were queued although they have a source, because as many were copied as may be.
+    _passed_over: defaultdict[str, deque[Request]] = attrs.field(factory=lambda: defaultdict(deque))
 
     def begin(self, request: Request) -> Request | None:
         """Return the source of a request that would be queued otherwise, if it has one; `follow` then copies it."""
-        is_full = self._is_full(request.submit.space, request.principal)
-        source = None if is_full else self._find(request)
+        source = self._find(request)
+        if source is not None and not self._space_of(request).may_copy(request.principal):
+            self._passed_over[request.submit.space].append(request)
+            return None
         if source is not None:
             self._start(request, source)
         elif request.cache_key:
@@ -84,11 +89,9 @@ class Copies:
         return source
 
     def has_answer(self, submit: Submit, principal: str) -> bool:
-        """Whether a result that is kept answers a request that is not submitted yet, without a worker or a queue."""
+        """Whether a result that is kept answers a request that is not submitted yet."""
         key = cache_key(submit, principal, self.relay.spaces[submit.space].config)
-        if not key or self._is_full(submit.space, principal):
-            return False
-        return self.cache.find(submit.space, key, self._identities(submit.space)) is not None
+        return bool(key) and self.cache.find(submit.space, key, self._identities(submit.space)) is not None
 
     def follow(self, request: Request, source: Request) -> None:
         """Copy the frames of `source`, those to come among them."""
@@ -108,6 +111,23 @@ class Copies:
             if waits and request.cache_key == source.cache_key and _may_continue(request, source):
                 self._start(request, source)
                 self.follow(request, source)
+
+    def copy_passed_over(self, space: str) -> None:
+        """Copy requests that were queued only because as many were copied as may be, while there is room."""
+        passed_over = self._passed_over.get(space)
+        while passed_over:
+            request = passed_over.popleft()
+            try:
+                if request.entry.state is not State.QUEUED or (source := self._find(request)) is None:
+                    continue
+                if not self._space_of(request).may_copy(request.principal):
+                    passed_over.appendleft(request)  # until another has ended
+                    return
+                self._start(request, source)
+                self.follow(request, source)
+            except Exception:
+                log.exception("internal error in request", request_id=request.request_id)
+                self.relay.fail_internal(request)
 
     def restore(self) -> None:
         """Keep what may answer equal requests, and continue to copy, after a restart of the relay."""
@@ -136,12 +156,8 @@ class Copies:
                 while self.memory.over:  # noqa: ASYNC110  there is no event for it
                     await trio.sleep(POLL_S)
 
-    def _is_full(self, space_name: str, principal: str) -> bool:
-        """Whether as many requests are copied as may wait for a worker; further ones are queued, or refused there."""
-        space = self.relay.scheduler.state.spaces[space_name]
-        copied = [entry.principal for entry in space.running.values() if entry.copied]
-        own = copied.count(principal)
-        return len(copied) >= space.rules.max_queued or own >= space.rules.max_queued_per_principal
+    def _space_of(self, request: Request) -> SpaceState:
+        return self.relay.scheduler.state.spaces[request.submit.space]
 
     def _queue(self, request: Request) -> None:
         self.relay.apply(self.relay.scheduler.end_copy(request.entry, trio.current_time()))

@@ -468,6 +468,7 @@ class Relay:
         if request.uploaded:  # it is in the store, or about to be
             self.finalizer.finalize(request, None if send_now else last_frame)
         self.apply(decisions)
+        self.copies.copy_passed_over(space.name)
 
     def is_finalizing(self, request: Request) -> bool:
         """Whether the end of a request is not stored yet."""

@@ -164,6 +164,26 @@ class SpaceState:
         """Requests of `principal` that are admitted or queued."""
         return self.queue.count_for(principal) + self.admitted_per_principal[principal]
 
+    def why_full(self, principal: str, *, answered: bool) -> str:
+        """Why nothing more of `principal` is admitted; empty if it is. What is copied at once needs no place here."""
+        name, rules = self.name, self.rules
+        at_once = answered and self.may_copy(principal)
+        waiting, own = len(self.admitted), self.admitted_per_principal[principal]
+        if waiting + (0 if at_once else len(self.queue)) >= rules.max_queued:
+            return f"space {name!r} already has {rules.max_queued} queued requests, its limit; try again later"
+        own += 0 if at_once else self.queue.count_for(principal)
+        if own >= rules.max_queued_per_principal:
+            return (
+                f"{principal!r} has {own} queued requests in space {name!r}, which is its limit; wait for one to start"
+            )
+        return ""
+
+    def may_copy(self, principal: str) -> bool:
+        """Whether fewer requests are copied than may be queued, of all and of `principal`."""
+        copied = [entry.principal for entry in self.running.values() if entry.copied]
+        own = copied.count(principal)
+        return len(copied) < self.rules.max_queued and own < self.rules.max_queued_per_principal
+
 
 @attrs.define(eq=False)
 class SchedulerState:

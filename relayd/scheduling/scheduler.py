@@ -313,35 +313,20 @@ class Scheduler:
 
         Args:
             entry: the request.
-            answered: whether a result that is kept answers it, so that it needs neither a worker nor the queue.
+            answered: whether a result that is kept answers it: it needs no worker, nor a place if it is copied at once.
         """
         space = self.state.spaces.get(entry.space)
         if space is None:
             return no_such_space(entry.space, entry.request_id)
-        rules = space.rules
         if space.paused:
             return _refuse(entry, ErrorCode.SPACE_PAUSED, f"space {space.name!r} is paused; try again later")
-        if rules.refuse_when_empty and not answered and not self.state.workers_of(space.name):
+        if space.rules.refuse_when_empty and not answered and not self.state.workers_of(space.name):
             return _refuse(
                 entry, ErrorCode.NO_WORKER, f"space {space.name!r} has no worker; start one with gpuworker run"
             )
-        queued, own_queued = (0, 0) if answered else (len(space.queue), space.queue.count_for(entry.principal))
-        if queued + len(space.admitted) >= rules.max_queued:
-            return _refuse(
-                entry,
-                ErrorCode.QUEUE_FULL,
-                f"space {space.name!r} already has {rules.max_queued} queued requests, its limit; try again later",
-                estimate.estimate_retry_s(space, self.state.slots_of(space.name)[1]),
-            )
-        own_count = own_queued + space.admitted_per_principal[entry.principal]
-        if own_count >= rules.max_queued_per_principal:
-            return _refuse(
-                entry,
-                ErrorCode.QUEUE_FULL,
-                f"{entry.principal!r} has {own_count} queued requests in space {space.name!r}, which is its limit; "
-                "wait for one to start",
-                estimate.estimate_retry_s(space, self.state.slots_of(space.name)[1]),
-            )
+        if full := space.why_full(entry.principal, answered=answered):
+            retry_after_s = estimate.estimate_retry_s(space, self.state.slots_of(space.name)[1])
+            return _refuse(entry, ErrorCode.QUEUE_FULL, full, retry_after_s)
         self.state.add_entry(entry)
         self.state.add_admitted(entry)
         return None

@@ -219,6 +219,25 @@ async def test_as_many_requests_are_copied_as_may_be_queued(tmp_path: Path) -> N
 
 
 @pytest.mark.trio
+async def test_what_was_queued_because_too_many_were_copied_is_copied_once_one_has_ended(tmp_path: Path) -> None:
+    async with (
+        a_relay(tmp_path, CACHE | {"max_queued_per_principal": 1}) as relay,
+        fake_worker(relay.url, **ONE) as worker,
+        joined(relay, worker) as (_one, assign, other, submit),
+        peer(relay.url, "client") as late,
+    ):
+        late.send(queued := a_submit())
+        assert not (await late.next(Accepted)).cached
+        other.send(Cancel(request_id=submit.request_id))
+        assert isinstance((await other.frames(submit, 3))[-1], Cancelled)
+        assert [(await late.next(Frame)).seq for _ in range(3)] == [0, 1, 2]  # from the one that still runs
+        worker.speak(assign, PCM, first=3)
+        frames = await late.frames(queued, 3)
+        assert frames[-1].cached
+        await relay.at_rest()
+
+
+@pytest.mark.trio
 async def test_what_is_copied_waits_while_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of it at least: it does not stop for good, as it may itself be what fills the memory."""
     monkeypatch.setattr(copies, "FULL_S", 0.01)

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Output, Started
-from protocol.wire.messages import Accepted, Cancel, Input, Rejected, Submit
+from protocol.wire.messages import Accepted, Cancel, Input, Registered, Rejected, Submit
 from relayd.config.schema import SpaceConfig
 from relayd.core import result_cache
 from relayd.core.retention import Retention
@@ -146,6 +146,7 @@ async def test_what_is_kept_is_answered_although_no_worker_or_no_place_in_the_qu
     other = a_submit(params={"text": "other"})
     async with a_relay(tmp_path, CACHE | own) as relay, peer(relay.url, "client") as client:
         async with fake_worker(relay.url, **ONE) as worker:
+            await worker.peer.next(Registered)
             await spoken(worker, client, a_submit())
             client.send(attrs.evolve(other, request_id=a_submit().request_id))
             await client.next(Accepted)
@@ -191,6 +192,7 @@ async def test_what_is_kept_is_answered_although_its_principal_may_queue_nothing
 async def test_a_space_that_refuses_answers_what_is_kept_after_a_restart(tmp_path: Path) -> None:
     own = CACHE | {"when_empty": "refuse"}
     async with a_stage(tmp_path, own, store="sqlite") as (relay, worker, client):
+        await worker.peer.next(Registered)
         await spoken(worker, client, a_submit())
         await relay.at_rest()
         await until(lambda: not relay.relay.finalizer.unfinalized)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import trio
 
+from protocol.wire.messages import Registered
 from tests.relayd.core.equal_requests import ANY, CACHE, ONE, PCM, a_relay
 from tests.support.fake_worker import SCHEMA, FakeWorker, fake_worker
 from tests.support.raw_http_client import visitor
@@ -73,6 +74,7 @@ async def test_what_is_kept_is_answered_although_no_worker_is_connected(tmp_path
     told |= {"ref_audio": RECORDING, "ref_text": "so it sounds"}
     async with a_relay(tmp_path, space, **settings) as relay, visitor(relay.url) as http:
         async with fake_worker(relay.url, params=speaker("anna"), inputs={"ref_audio": ANY}, **ONE) as worker:
+            await worker.peer.next(Registered)
             bodies: list[bytes] = []
             for _ in range(2):
                 async with trio.open_nursery() as nursery:
@@ -97,6 +99,7 @@ async def test_what_is_kept_is_answered_although_no_worker_is_connected(tmp_path
 async def test_the_requests_api_answers_from_the_cache_in_a_space_that_refuses(tmp_path: Path) -> None:
     async with a_relay(tmp_path, CACHE | {"when_empty": "refuse"}) as relay, visitor(relay.url) as http:
         async with fake_worker(relay.url, **ONE) as worker:
+            await worker.peer.next(Registered)
             await http.ask("POST", POST, told=ASKED)
             await run_one(worker)
             await relay.at_rest()
@@ -112,7 +115,8 @@ async def test_the_requests_api_answers_from_the_cache_in_a_space_that_refuses(t
 async def test_speech_that_the_last_worker_would_not_take_waits_for_the_next_one(tmp_path: Path) -> None:
     told = {"model": "tts", "input": "hello", "response_format": "pcm", "voice": "bert"}
     async with a_relay(tmp_path, openai={"strict": True}) as relay, visitor(relay.url) as http:
-        async with fake_worker(relay.url, params=speaker("anna"), **ONE):
+        async with fake_worker(relay.url, params=speaker("anna"), **ONE) as first:
+            await first.peer.next(Registered)
             assert (await http.ask("POST", SPEECH, told=told)).status == 422
         await until(lambda: not relay.relay.workers)
         async with trio.open_nursery() as nursery:
