@@ -5,19 +5,19 @@ A dialect says where speech is made, which params and inputs it takes, and how a
 
 import base64
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import attrs
 
 from gpuworker.engines.base import EngineInput
+from gpuworker.engines.model_server.engine import MAX_NAME_CHARS, names_in, without_nulls
 from protocol.wire.media_types import recognize
 from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import Value
 
 MAX_TEXT_CHARS = 20_000
 MAX_WORDS_CHARS = 4_096
-MAX_NAME_CHARS = 256
 #: Voices in a schema; a server with more has its names checked by itself.
 MAX_VOICES = 500
 RECORDING = InputRule(max_bytes=16 * 1024 * 1024)
@@ -174,7 +174,7 @@ class OpenAi(Dialect):
         if (recording := inputs.get("reference_wav")) is not None:
             data = base64.b64encode(recording.data).decode()
             sent |= {"ref_audio": f"data:{_audio_type(recording)};base64,{data}", "ref_text": params.get("ref_text")}
-        return _without_nulls(sent | dict(chosen.extra))
+        return without_nulls(sent | dict(chosen.extra))
 
 
 class NanoVllm(Dialect):
@@ -230,33 +230,13 @@ class NanoVllm(Dialect):
             if (recording := inputs.get(name)) is not None:
                 sent[f"{field}_base64"] = base64.b64encode(recording.data).decode()
                 sent[f"{field}_format"] = _audio_type(recording).partition("/")[2].replace("mpeg", "mp3")
-        return _without_nulls(sent | dict(chosen.extra))
+        return without_nulls(sent | dict(chosen.extra))
 
 
 DIALECTS: Mapping[str, Dialect] = {"openai": OpenAi(), "nanovllm": NanoVllm()}
-
-
-def names_in(listed: Value) -> tuple[str, ...]:
-    """The names in a list of models or voices: `{"data": [{"id": …}]}`, `{"voices": ["…"]}`, `[{"name": …}]`, …"""
-    return tuple(dict.fromkeys(name for name in _names(listed) if 0 < len(name) <= MAX_NAME_CHARS))
-
-
-def _names(listed: Value) -> Iterator[str]:
-    if isinstance(listed, dict):
-        listed = next((listed[key] for key in ("data", "models", "voices") if key in listed), None)
-        listed = list(listed) if isinstance(listed, dict) else listed
-    for item in listed if isinstance(listed, list) else ():
-        if isinstance(item, dict):
-            item = next((item[key] for key in ("id", "voice_id", "name", "voice") if key in item), None)
-        if isinstance(item, str):
-            yield item
 
 
 def _audio_type(recording: EngineInput) -> str:
     """The media type of a recording, by its first bytes or as it was sent."""
     found = recognize(recording.data) or recording.media_type.partition(";")[0]
     return found if found.startswith("audio/") else "audio/wav"
-
-
-def _without_nulls(sent: dict[str, Value]) -> dict[str, Value]:
-    return {name: value for name, value in sent.items() if value is not None}

@@ -20,9 +20,10 @@ from gpuworker.engines.base import (
     MarkChunk,
     OptionError,
 )
+from gpuworker.engines.model_server.engine import names_in
+from gpuworker.engines.model_server.refusals import refusal
 from gpuworker.engines.openai.audio_body import AudioBody, declared
-from gpuworker.engines.openai.dialects import names_in
-from gpuworker.engines.openai.refusals import refusal
+from gpuworker.engines.openai.engine import OpenAiEngine
 from gpuworker.slots.run_engine import run_engine
 from protocol.wire.structs import AudioFormat
 from tests.gpuworker.engines.openai.speech_server import (
@@ -304,6 +305,7 @@ def test_nanovllm_is_asked_at_its_own_path_and_says_its_rate() -> None:
         assert format_of(run(engine)[1]) == (48_000, 1)
 
 
+WORDS = OpenAiEngine.WORDS
 KEY = "sk-abcdefghijk"
 ERROR = json.dumps(
     {"error": {"message": f"no voice 'x' at http://10.0.0.1/?k={KEY} in /srv/tts/v.py", "param": "voice"}}
@@ -364,8 +366,8 @@ def test_what_the_server_says_arrives_in_words_without_what_is_its_own(
 
 
 def test_faults_of_fields_are_named_after_the_params() -> None:
-    assert set(refusal(422, {}, json.dumps(FASTAPI).encode()).details) == {"text", "speed"}
-    assert set(refusal(400, {}, ERROR.encode()).details) == {"voice"}
+    assert set(refusal(WORDS, 422, {}, json.dumps(FASTAPI).encode()).details) == {"text", "speed"}
+    assert set(refusal(WORDS, 400, {}, ERROR.encode()).details) == {"voice"}
 
 
 @settings(max_examples=200)
@@ -387,7 +389,7 @@ def test_faults_of_fields_are_named_after_the_params() -> None:
     after=st.sampled_from(["", "3", "x", "-1", "Fri, 31 Dec 1999 23:59:59 GMT", "9" * 5000]),
 )
 def test_no_refusal_breaks_the_engine(status: int, body: bytes, after: str) -> None:
-    assert str(refusal(status, {"retry-after": after}, body))
+    assert str(refusal(WORDS, status, {"retry-after": after}, body))
 
 
 def huge(call: Call) -> None:

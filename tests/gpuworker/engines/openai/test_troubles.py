@@ -11,8 +11,8 @@ import trio
 
 from gpuworker.engines.base import Chunk, EngineError, OptionValue
 from gpuworker.engines.catalog import parse_options
+from gpuworker.engines.model_server.upstream import Upstream
 from gpuworker.engines.openai.engine import OpenAiEngine
-from gpuworker.engines.openai.upstream import Upstream
 from gpuworker.slots.process_slot import EngineHost, ProcessSlot
 from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job
@@ -300,14 +300,14 @@ def test_one_client_serves_many_threads_and_more_of_them_than_the_server_has_pla
 
 
 def clients() -> Iterator[threading.Thread]:
-    return (thread for thread in threading.enumerate() if thread.name == "speech-server")
+    return (thread for thread in threading.enumerate() if thread.name == "model-server")
 
 
 def test_an_engine_that_is_closed_leaves_no_thread_and_says_so() -> None:
     with SpeechServer(plays) as server:
         with an_engine(server.url) as engine:
             assert len(list(clients())) == 1
-            upstream = Upstream(server.url, None, 1.0)
+            upstream = Upstream(server.url, None, 1.0, "the server")
             upstream.open()
         upstream.close()
         for thread in clients():
@@ -320,7 +320,7 @@ def test_an_engine_that_is_closed_leaves_no_thread_and_says_so() -> None:
 
 
 def test_lists_that_never_come_are_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpuworker.engines.openai.engine.LIST_S", 0.1)
+    monkeypatch.setattr("gpuworker.engines.model_server.engine.LIST_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         with pytest.raises(EngineError, match="does not answer: it was silent"), an_engine(url):

@@ -18,7 +18,7 @@ import attrs
 import trio
 
 from gpuworker.engines.base import EngineError
-from gpuworker.engines.openai.refusals import ServerBusy
+from gpuworker.engines.model_server.refusals import ServerBusy
 from protocol.wire.validators import Value
 
 if TYPE_CHECKING:
@@ -57,10 +57,13 @@ class Upstream:
         url: where the server's paths begin.
         key: sent as a bearer token; None for none.
         silence_s: how long the server may be silent, before its head and within a body.
+        server: what errors call it.
     """
 
-    def __init__(self, url: str, key: str | None, silence_s: float) -> None:
+    def __init__(self, url: str, key: str | None, silence_s: float, server: str) -> None:
         self._url = url
+        self._key = (key or "").encode()
+        self.server = server
         self._headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._silence_s = silence_s
         self._closing = trio.Event()
@@ -77,7 +80,7 @@ class Upstream:
             except BaseException as fault:  # noqa: BLE001 - raised where it is known, in `open`
                 opened.put(fault)
 
-        threading.Thread(target=live, name="speech-server", daemon=True).start()
+        threading.Thread(target=live, name="model-server", daemon=True).start()
         if (fault := opened.get()) is not None:
             raise fault
 
@@ -85,6 +88,10 @@ class Upstream:
         """Give up all requests, and end the thread."""
         if self._token is not None:
             self._in_loop(self._closing.set)
+
+    def hide_key(self, data: bytes) -> bytes:
+        """Take the key out of what the server says of it."""
+        return data.replace(self._key, b"(the key)") if self._key else data
 
     @contextlib.contextmanager
     def ask(
@@ -200,7 +207,7 @@ class Exchange:
                 body += data
                 if len(body) > MAX_TEXT_BYTES:
                     break
-        return bytes(body[:MAX_TEXT_BYTES])
+        return self._upstream.hide_key(bytes(body[:MAX_TEXT_BYTES]))
 
     def close(self) -> None:
         """Give up what has not arrived, and close the connection."""
@@ -231,7 +238,7 @@ class Exchange:
                     self._complete = True
         except Exception as fault:  # noqa: BLE001 - the one broad catch for a request
             others = any(each.is_connected for each in self._together - {self})
-            self._fault = _translated(fault, begun=self._head is not None, others=others)
+            self._fault = _translated(fault, self._upstream.server, begun=self._head is not None, others=others)
             self._fault.add_note(_reason(fault))
         finally:
             self._together.discard(self)
@@ -281,29 +288,26 @@ def _reason(fault: BaseException) -> str:
     return f"{type(fault).__name__}: {fault}"
 
 
-def _translated(fault: Exception, *, begun: bool, others: bool) -> EngineError:
+def _translated(fault: Exception, server: str, *, begun: bool, others: bool) -> EngineError:
     """The error that an exception of the HTTP client stands for, in words for clients: its own name addresses.
 
     Args:
         fault: what the client raised.
+        server: what the server is.
         begun: whether there was a head.
         others: whether the server works on other requests.
     """
     import httpx2
 
     if isinstance(fault, httpx2.ConnectError | httpx2.ConnectTimeout):
-        return ServerBusy("the speech server cannot be reached; try again later", away=not others)
+        return ServerBusy(f"{server} cannot be reached; try again later", away=not others)
     if isinstance(fault, httpx2.TimeoutException):
         return EngineError(
-            "the speech server was silent for too long; if it makes the whole speech before it sends any, the worker's "
-            "owner raises -o silence_s",
+            f"{server} was silent for too long; if it makes the whole answer before it sends any, the worker's owner "
+            "raises -o silence_s",
             retryable=True,
         )
     if isinstance(fault, httpx2.TransportError):
         when = "in mid-stream" if begun else "before it answered"
-        return EngineError(
-            f"the connection to the speech server was lost {when}; send the request again", retryable=True
-        )
-    return EngineError(
-        f"the speech server cannot be used: {type(fault).__name__}; its owner finds more in the worker's log"
-    )
+        return EngineError(f"the connection to {server} was lost {when}; send the request again", retryable=True)
+    return EngineError(f"{server} cannot be used: {type(fault).__name__}; its owner finds more in the worker's log")

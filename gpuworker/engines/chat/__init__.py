@@ -1,0 +1,1 @@
+"""Engine `chat`: replies by a server that speaks OpenAI's chat API."""
