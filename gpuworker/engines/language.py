@@ -75,7 +75,7 @@ class Message:
 
 
 def messages_of(params: Mapping[str, Value], inputs: Mapping[str, EngineInput]) -> list[Message]:
-    """The messages of a request, from its params or its input, with its instructions in front.
+    """The messages of a request, from its params or its input, with its instructions in front, in one message.
 
     Raises:
         InvalidParams: the input holds something else.
@@ -85,7 +85,10 @@ def messages_of(params: Mapping[str, Value], inputs: Mapping[str, EngineInput]) 
         given = _checked(whole.data)
     messages = [Message(message["role"], message["content"]) for message in given or ()]
     instructions = str(params.get("instructions") or "")
-    return [Message("system", instructions), *messages] if instructions.strip() else messages
+    at = next((at for at, message in enumerate(messages) if message.role != "system"), len(messages))
+    told = [text for text in (instructions, *(message.content for message in messages[:at])) if text.strip()]
+    # Together in one message: the templates of many models take no second one.
+    return ([Message("system", "\n\n".join(told))] if told else []) + messages[at:]
 
 
 def _checked(data: bytes) -> list[dict[str, str]]:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "gpuworker.service"
 SETTINGS = ROOT / "deploy" / "gpuworker.toml"
 ENVIRONMENT = ROOT / "deploy" / "gpuworker.env"
-DOCUMENTS = ("gpu-machine.md", "indextts2.md", "speech-servers.md")
+DOCUMENTS = ("gpu-machine.md", "indextts2.md", "language-models.md", "speech-servers.md")
 
 
 def unit() -> dict[str, list[str]]:
@@ -128,7 +128,7 @@ def commands() -> Iterator[Any]:
 def test_the_documents_commands_are_ones_that_are_taken(document: str, name: str, words: list[str]) -> None:
     given = PARSERS[name]().parse_args(words)
     if getattr(given, "engine", None):
-        parse_options(find_engine(given.engine).OPTIONS, given.options)
+        parse_options(find_engine(given.engine).OPTIONS, given.options or [])
     if document == "gpu-machine.md":
         assert {key for key, _ in getattr(given, "param", None) or []} <= set(params_schema(EVERYTHING)["properties"])
         assert {key for key, _ in getattr(given, "input", None) or []} <= set(input_rules(EVERYTHING))
