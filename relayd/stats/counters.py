@@ -3,7 +3,6 @@
 Frequent events only increment plain numbers; once a second, `sample` computes rates from them.
 """
 
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Protocol, TypeVar
 
@@ -92,9 +91,9 @@ class TalkStats:
     talks: int = 0
     unended: int = 0
     #: State in which replies ended -> how many.
-    turns: Counter[str] = attrs.field(factory=Counter)
+    turns: dict[str, int] = attrs.field(factory=dict)
     #: Why replies were not spoken, or not to their end -> how many.
-    unspoken: Counter[str] = attrs.field(factory=Counter)
+    unspoken: dict[str, int] = attrs.field(factory=dict)
     #: From what was said to the first word, and to the first sample, of the reply.
     first_word_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
     first_audio_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))

@@ -90,7 +90,7 @@ class Reply:
         An interrupted reply ends at once: what had come of its speech and was not given out yet is left out.
         """
         queue = FrameQueue(self.wake)
-        sent, told_text, told_speech = 0, False, False
+        sent, told_text, told_speech, told_format = 0, False, False, None
         try:
             while True:
                 changed = self._changed
@@ -104,7 +104,8 @@ class Reply:
                     if self.speech is not None and queue.request is None:
                         queue.open(self.speech)
                     while not self._is_over and (frame := queue.take()) is not None:
-                        for event in _events_of(frame):
+                        if (event := _event_of(frame)) is not None and event != told_format:
+                            told_format = event if isinstance(event, SpeechStarted) else told_format
                             yield event
                     has_all = self.speech is None or queue.is_read or self._is_over
                     if self.speech_ended is not None and not told_speech and has_all:
@@ -130,14 +131,15 @@ def _unreadable(refusal: Rejected) -> SpeechEnded:
     return SpeechEnded(refusal.code, refusal.message, refusal.retryable)
 
 
-def _events_of(frame: Frame) -> list[Event]:
+def _event_of(frame: Frame) -> Event | None:
     """Return what a listener gets of a frame of the speech."""
-    if isinstance(frame, Started) and frame.format is not None:
-        return [SpeechStarted(frame.format)]
-    if isinstance(frame, Audio):
-        return [Speech(frame.pcm)]
-    if isinstance(frame, Output):
-        if frame.mark is not None:
-            return [SpeechMark(frame.mark.get("text_end", 0), frame.mark.get("sample", 0))]
-        return [Extra(frame.data)]
-    return []
+    match frame:
+        case Started(format=made) if made is not None:
+            return SpeechStarted(made)
+        case Audio(pcm=pcm):
+            return Speech(pcm)
+        case Output(mark=dict() as mark):
+            return SpeechMark(mark.get("text_end", 0), mark.get("sample", 0))
+        case Output(data=data):
+            return Extra(data)
+    return None

@@ -151,7 +151,7 @@ class Session:
 
     def _fail_unstored(self, reply: Reply, fault: StoreError) -> None:
         log.error("what was said is not stored", talk=self.record.talk_id, why=str(fault))
-        message = _not_stored(fault)
+        message = not_stored(fault)
         if self._turn is not None and self._turn.reply is reply:
             self._turn.fail(fault.code, message, retryable=fault.code.retryable)
         elif self.conversation.refuse(reply.number, fault.code, message) is not None:
@@ -170,7 +170,7 @@ class Session:
             await self._commit(PutTurn(turn), *self._trim())
         except StoreError as fault:
             self.conversation.delete(turn.number)
-            return Rejected.because(fault.code, _not_stored(fault))
+            return Rejected.because(fault.code, not_stored(fault))
         return turn
 
     def delete_turn(self, number: int) -> bool:
@@ -266,13 +266,14 @@ class Session:
             await self._commit(PutTurn(ended), *self._trim())
         except StoreError as fault:
             log.error("a reply is not stored", talk=self.record.talk_id, why=str(fault))
-            message = _not_stored(fault)
+            message = not_stored(fault)
             ended = attrs.evolve(ended, state=TurnState.FAILED, code=fault.code, message=message)
             if ended.number in self.conversation.turns:
                 self.conversation.turns[ended.number] = ended
             self.place.post(PutTurn(ended))
             outcome = Outcome(TurnState.FAILED, fault.code, message, fault.code.retryable)
-        self.place.stats.turns[str(ended.state)] += 1
+        turns = self.place.stats.turns
+        turns[str(ended.state)] = turns.get(str(ended.state), 0) + 1
         if outcome.state is not TurnState.FAILED:
             return ended, None
         return ended, TurnFailed(outcome.code or ErrorCode.INTERNAL, outcome.message or "", outcome.retryable)
@@ -310,7 +311,8 @@ def _refuse_text(text: str) -> Rejected | None:
     return None
 
 
-def _not_stored(fault: StoreError) -> str:
+def not_stored(fault: StoreError) -> str:
+    """Say to a client that a conversation cannot be stored, and what to do."""
     if fault.code is ErrorCode.STORAGE_FULL:
         return "the relay has no space left to store the conversation; say it again later"
     return "the relay could not store the conversation (its log says why); say it again later"

@@ -21,7 +21,7 @@ from relayd.store.records import DeleteTalk, Loaded, PutTalk, TalkRecord, TurnRe
 from relayd.talk.conversation import Conversation
 from relayd.talk.place import Place
 from relayd.talk.reply import Reply
-from relayd.talk.session import Session
+from relayd.talk.session import Session, not_stored
 
 log = structlog.get_logger("relayd.talk")
 
@@ -122,6 +122,7 @@ class Talks:
     place: Place
     #: Principal -> its conversations, by user and session.
     _records: dict[str, dict[_Key, TalkRecord]] = attrs.field(factory=dict)
+    _by_id: dict[str, TalkRecord] = attrs.field(factory=dict)
     #: By their ids: those that somebody uses; and all of those that are only in memory.
     _sessions: WeakValueDictionary[str, Session] = attrs.field(factory=WeakValueDictionary)
     _kept: dict[str, Session] = attrs.field(factory=dict)
@@ -183,10 +184,18 @@ class Talks:
         message = "; ".join(f"{name} {what}" for name, what in details.items())
         return Rejected.because(ErrorCode.INVALID_PARAMS, message, details=details)
 
-    def find(self, principal: Principal, talk_id: str) -> TalkRecord | None:
-        """Return one of a principal's conversations by its id; or by its session, if it has no user."""
-        records = self._records.get(principal.name, {})
-        return records.get(("", talk_id)) or next((r for r in records.values() if r.talk_id == talk_id), None)
+    def find(self, principal: Principal, name: str, user: str = "") -> TalkRecord | None:
+        """Return one of a principal's conversations: by its session and user, or by its id."""
+        known = self._records.get(principal.name, {}).get((user, name)) or self._by_id.get(name)
+        return known if known is not None and known.principal == principal.name else None
+
+    async def settle(self) -> Rejected | None:
+        """Wait until what was begun, changed or deleted is stored; returns why it is not."""
+        try:
+            await self.place.commit()
+        except StoreError as fault:
+            return Rejected.because(fault.code, not_stored(fault))
+        return None
 
     def list(self, principal: Principal, user: str | None = None) -> list[TalkRecord]:
         """Return a principal's conversations, the one in which something was said last first."""
@@ -214,10 +223,8 @@ class Talks:
 
     def _remember(self, record: TalkRecord) -> None:
         self._records.setdefault(record.principal, {})[record.user, record.session] = record
-        self._count()
-
-    def _count(self) -> None:
-        self.place.stats.talks = sum(map(len, self._records.values()))
+        self._by_id[record.talk_id] = record
+        self.place.stats.talks = len(self._by_id)
 
     async def _session_of(self, record: TalkRecord) -> Session | Rejected:
         session = self._sessions.get(record.talk_id)
@@ -243,22 +250,19 @@ class Talks:
         if talk.principal.readonly:
             return reject_readonly()
         self._forget(talk.record, "the conversation was deleted")
-        try:
-            await self.place.relay.store.flush()
-        except StoreError as fault:
-            return Rejected.because(fault.code, "the relay could not store that the conversation is deleted")
-        return None
+        return await self.settle()
 
     def _forget(self, record: TalkRecord, why: str) -> None:
         records = self._records.get(record.principal, {})
         if records.pop((record.user, record.session), None) is not None and not records:
             del self._records[record.principal]
+        self._by_id.pop(record.talk_id, None)
         session = self._sessions.pop(record.talk_id, None)
         self._kept.pop(record.talk_id, None)
         if session is not None:
             session.close(why)
         self.place.post(DeleteTalk(record.talk_id))
-        self._count()
+        self.place.stats.talks = len(self._by_id)
 
     def _is_idle(self, record: TalkRecord) -> bool:
         session = self._sessions.get(record.talk_id)
@@ -267,12 +271,7 @@ class Talks:
     def purge(self, now: float) -> int:
         """Delete those in which nothing was said for `retain_days`; returns how many."""
         oldest = now - self.place.settings.retain_days * DAY_S
-        old = [
-            record
-            for records in self._records.values()
-            for record in records.values()
-            if record.touched_at < oldest and self._is_idle(record)
-        ]
+        old = [each for each in self._by_id.values() if each.touched_at < oldest and self._is_idle(each)]
         for record in old:
             self._forget(record, "it was old")
         return len(old)

@@ -15,6 +15,7 @@ from protocol.wire.messages import Rejected, Submit
 from protocol.wire.structs import InputInfo
 from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal
+from relayd.stats.counters import count
 from relayd.store.records import MAX_TURN_CHARS
 from relayd.talk.conversation import Conversation, TurnState
 from relayd.talk.events import SpeechEnded, TextEnded
@@ -276,6 +277,6 @@ class Turn:
     def _end_speech(self, code: str | None = None, message: str | None = None, *, retryable: bool = False) -> None:
         self.conversation.speech_ended(whole=code is None)
         if code is not None:
-            self.place.stats.unspoken[str(code)] += 1
+            count(self.place.stats.unspoken, code)
         self.reply.speech_ended = SpeechEnded(None if code is None else str(code), message, retryable)
         self.reply.wake()
