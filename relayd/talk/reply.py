@@ -1,6 +1,6 @@
 """A reply, as those see it who listen to it: any number of listeners, each at its own speed."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import attrs
 import trio
@@ -84,47 +84,86 @@ class Reply:
             await self._changed.wait()
         return self.ended
 
-    async def events(self) -> AsyncIterator[Event]:
+    def events(self) -> "Listener":
         """Listen to it from its beginning: text and speech as they come, then one `ReplyEnded` or `TurnFailed`.
 
         An interrupted reply ends at once: what had come of its speech and was not given out yet is left out.
         """
-        queue = FrameQueue(self.wake)
-        sent, told_text, told_speech, told_format = 0, False, False, None
-        try:
-            while True:
-                changed = self._changed
-                if self.is_stored:
-                    if sent < len(self.text):
-                        delta, sent = self.text[sent:], len(self.text)
-                        yield TextDelta(delta)
-                    if self.text_ended is not None and not told_text and sent == len(self.text):
-                        told_text = True
-                        yield self.text_ended
-                    if self.speech is not None and queue.request is None:
-                        queue.open(self.speech)
-                    while not self._is_over and (frame := queue.take()) is not None:
-                        if (event := _event_of(frame)) is not None and event != told_format:
-                            told_format = event if isinstance(event, SpeechStarted) else told_format
-                            yield event
-                    has_all = self.speech is None or queue.is_read or self._is_over
-                    if self.speech_ended is not None and not told_speech and has_all:
-                        told_speech = True
-                        yield self.speech_ended if queue.refusal is None else _unreadable(queue.refusal)
-                    if self.ended is not None and sent == len(self.text) and has_all:
-                        yield self.ended
-                        return
-                if changed is self._changed:
-                    await changed.wait()
-                else:
-                    await trio.lowlevel.checkpoint()
-        finally:
-            queue.close()
+        return Listener(self)
 
     @property
-    def _is_over(self) -> bool:
+    def changed(self) -> trio.Event:
+        """Set when there is something new."""
+        return self._changed
+
+    @property
+    def is_over(self) -> bool:
         """Whether it has ended, and not as it should."""
         return self.ended is not None and not (isinstance(self.ended, ReplyEnded) and self.ended.turn.state == "done")
+
+
+@attrs.define(eq=False)
+class Listener:
+    """One who listens to a reply: an iterator over its events, which reads its speech at its own speed."""
+
+    _reply: Reply
+    _queue: FrameQueue = attrs.field(init=False)
+    #: Characters that were told.
+    _sent: int = 0
+    _format: SpeechStarted | None = None
+    _told_text: bool = False
+    _told_speech: bool = False
+    _told_end: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        self._queue = FrameQueue(self._reply.wake)
+
+    def __aiter__(self) -> "Listener":
+        return self
+
+    async def __anext__(self) -> Event:
+        await trio.lowlevel.checkpoint()
+        while not self._told_end:
+            changed = self._reply.changed
+            if (event := self._next()) is not None:
+                return event
+            await changed.wait()
+        self.close()
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Listen no longer."""
+        self._told_end = True
+        self._queue.close()
+
+    def __del__(self) -> None:
+        self._queue.close()
+
+    def _next(self) -> Event | None:
+        """Return the next event; None if there is none now."""
+        reply, queue = self._reply, self._queue
+        if not reply.is_stored:
+            return None
+        if self._sent < len(reply.text):
+            text, self._sent = reply.text[self._sent :], len(reply.text)
+            return TextDelta(text)
+        if reply.text_ended is not None and not self._told_text:
+            self._told_text = True
+            return reply.text_ended
+        if reply.speech is not None and queue.request is None:
+            queue.open(reply.speech)
+        while not reply.is_over and (frame := queue.take()) is not None:
+            if (event := _event_of(frame)) is not None and event != self._format:
+                self._format = event if isinstance(event, SpeechStarted) else self._format
+                return event
+        if not (reply.speech is None or queue.is_read or reply.is_over):
+            return None
+        if reply.speech_ended is not None and not self._told_speech:
+            self._told_speech = True
+            return reply.speech_ended if queue.refusal is None else _unreadable(queue.refusal)
+        if reply.ended is not None:
+            self.close()
+        return reply.ended
 
 
 def _unreadable(refusal: Rejected) -> SpeechEnded:

@@ -1,0 +1,192 @@
+"""Conversations over restarts of the relay and losses of workers: whole or typed, and never half told as done."""
+
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from protocol.wire.messages import Rejected
+from relayd.talk.talks import DAY_S
+from tests.support.relay import until
+from tests.support.talking import ANN, BOB, Stage, ended, said, stage
+
+
+async def roles(on: Stage, session: str = "session-1") -> list[tuple[str, str, str]]:
+    return [(turn.role, turn.content, str(turn.state)) for turn in (await on.open(session)).turns]
+
+
+@pytest.mark.trio
+async def test_a_conversation_is_there_after_a_restart(tmp_path: Path) -> None:
+    async with stage(tmp_path) as on:
+        await on.writer()
+        await on.speaker()
+        talk = await on.open(user="user_6", instructions="Be brief.")
+        await ended(talk.say("My name is Ann."))
+        talk_id = talk.talk_id
+    async with stage(tmp_path) as on:
+        writer, _ = await on.writer(), await on.speaker()
+        talk = await on.open(user="user_6", create=False)
+        assert talk.talk_id == talk_id
+        assert [turn.content for turn in talk.turns] == ["My name is Ann.", "You said: My name is Ann.."]
+        await ended(talk.say("Who am I?"))
+        assert [message["content"] for message in writer.prompts[0]] == [
+            "Be brief.",
+            "My name is Ann.",
+            "You said: My name is Ann..",
+            "Who am I?",
+        ]
+        assert isinstance(await on.talks.open(BOB, "session-1", "user_6", create=False), Rejected)
+
+
+@pytest.mark.trio
+async def test_a_reply_that_was_made_when_the_relay_was_killed_is_finished(tmp_path: Path) -> None:
+    """The workers of this test forget their requests when they are cut: both requests are begun anew."""
+    never = trio.Event()
+    async with stage(tmp_path, limits={"worker_grace_s": 0.1}) as on:
+        await on.writer(lambda _: [never, "Lost."])
+        await on.speaker()
+        talk = await on.open()
+        first, second = said(talk.say("First")), said(talk.say("Second"))
+        await until(lambda: first.is_stored and second.is_stored)
+        await until(lambda: on.daemon.relay.requests[first.text_request].entry.attempt == 1)
+        ids = first.text_request, first.speech_request
+    async with stage(tmp_path, limits={"worker_grace_s": 0.1}) as on:
+        talk = await on.open()
+        assert [turn.state for turn in talk.turns] in (
+            ["done", "thinking", "done", "waiting"],
+            ["done", "waiting", "done", "waiting"],
+        )
+        reply = talk.replies[1]
+        assert (reply.text_request, reply.speech_request) == ids, "it is the same one"
+        writer, speaker = await on.writer(), await on.speaker()
+        turns = [await ended(each) for each in list(talk.replies.values())]
+        assert [turn.content for turn in turns] == ["You said: First.", "You said: Second."]
+        assert [assign.request_id for assign in writer.assigns] == [turn.text_request for turn in turns]
+        assert [assign.request_id for assign in speaker.assigns] == [turn.speech_request for turn in turns]
+        assert all(turn.heard_chars is None for turn in turns)
+        assert not on.talks.place.unended
+        await on.daemon.at_rest()
+
+
+@pytest.mark.trio
+async def test_a_reply_whose_requests_had_ended_is_taken_from_them(tmp_path: Path) -> None:
+    async with stage(tmp_path) as on:
+        await on.writer()
+        speaker = await on.speaker()
+        speaker.lingers = trio.Event()
+        talk = await on.open()
+        reply = said(talk.say("Hello"))
+        await until(lambda: reply.text_ended is not None)
+        relay = on.daemon.relay
+        await until(lambda: not relay.requests[reply.text_request].live)
+        await until(lambda: relay.requests[reply.text_request] not in relay.finalizer.unfinalized)
+        assert (await roles(on))[1][2] in ("thinking", "speaking"), "not done before its speech is"
+        relay.cancel(relay.requests[reply.speech_request or ""], "as the test says")
+        await until(lambda: not relay.requests[reply.speech_request or ""].live)
+        await until(lambda: relay.requests[reply.speech_request or ""] not in relay.finalizer.unfinalized)
+        turn = await ended(reply)
+        assert (turn.state, turn.code, turn.content) == ("done", "cancelled", "You said: Hello.")
+
+
+@pytest.mark.trio
+async def test_a_model_that_dies_in_the_middle_of_a_sentence_fails_the_turn(tmp_path: Path) -> None:
+    never = trio.Event()
+    async with stage(tmp_path, limits={"worker_grace_s": 0.1}) as on:
+        writer = await on.writer(lambda _: ["One and ", never])
+        await on.speaker()
+        talk = await on.open()
+        reply = said(talk.say("Count!"))
+        await until(lambda: bool(reply.text))
+        writer.gone.set()
+        with trio.fail_after(10):
+            await reply.wait_ended()
+        turn = talk.turns[1]
+        assert (turn.state, turn.code, turn.content) == ("failed", "worker_lost", "One and ")
+    async with stage(tmp_path) as on:
+        assert (await roles(on))[1] == ("assistant", "One and ", "failed")
+
+
+@pytest.mark.trio
+async def test_a_worker_that_dies_before_it_has_said_anything_costs_nothing(tmp_path: Path) -> None:
+    never = trio.Event()
+    async with stage(tmp_path, limits={"worker_grace_s": 0.1}) as on:
+        writer = await on.writer(lambda _: [never])
+        await on.speaker()
+        talk = await on.open()
+        reply = said(talk.say("Hello"))
+        await until(lambda: bool(writer.assigns))
+        writer.gone.set()
+        await until(lambda: not on.daemon.relay.workers.serving("llm"))
+        await on.writer()
+        assert (await ended(reply)).content == "You said: Hello."
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(("history", "kept"), [("memory", 4), ("none", 0)])
+async def test_a_history_that_is_not_stored_is_gone_after_a_restart(tmp_path: Path, history: str, kept: int) -> None:
+    async with stage(tmp_path, talk={"history": history}) as on:
+        writer, _ = await on.writer(), await on.speaker()
+        for text in ("One", "Two"):
+            await ended((await on.open()).say(text))
+        assert len((await on.open()).turns) == kept
+        assert len(writer.prompts[1]) == (3 if kept else 1)
+        assert (await on.daemon.relay.store.load()).talks == ()
+    async with stage(tmp_path, talk={"history": history}) as on:
+        assert on.talks.list(ANN) == []
+
+
+@pytest.mark.trio
+async def test_old_turns_and_old_conversations_are_deleted(tmp_path: Path) -> None:
+    async with stage(tmp_path, talk={"max_turns": 4, "retain_days": 2}) as on:
+        await on.writer()
+        await on.speaker()
+        talk = await on.open()
+        for number in range(4):
+            await ended(talk.say(str(number)))
+        assert [turn.number for turn in talk.turns] == [4, 5, 6, 7]
+        assert [turn.number for turn in await on.daemon.relay.store.read_turns(talk.talk_id)] == [4, 5, 6, 7]
+        assert on.talks.purge(time.time() + 1.9 * DAY_S) == 0
+        assert on.talks.purge(time.time() + 2.1 * DAY_S) == 1
+        assert isinstance(talk.say("Hello?"), Rejected)
+        assert on.talks.list(ANN) == []
+        assert on.daemon.relay.stats.talk.talks == 0
+    async with stage(tmp_path) as on:
+        assert on.talks.list(ANN) == []
+        assert (await on.open()).turns == []
+
+
+@pytest.mark.trio
+async def test_a_deleted_conversation_stays_deleted_whatever_was_being_said(tmp_path: Path) -> None:
+    never = trio.Event()
+    async with stage(tmp_path) as on:
+        writer = await on.writer(lambda _: ["Well, ", never])
+        await on.speaker()
+        talk = await on.open()
+        replies = [said(talk.say("Hello")), said(talk.say("Hello?"))]
+        await until(lambda: bool(replies[0].text))
+        assert await on.talks.delete(talk) is None
+        for reply in replies:
+            with trio.fail_after(10):
+                await reply.wait_ended()
+        await until(lambda: bool(writer.cancelled))
+        assert (await on.open()).turns == []
+        await on.daemon.at_rest()
+    async with stage(tmp_path) as on:
+        assert (await on.open()).turns == []
+
+
+@pytest.mark.trio
+async def test_turns_that_a_client_adds_or_deletes_are_stored(tmp_path: Path) -> None:
+    async with stage(tmp_path) as on:
+        writer, _ = await on.writer(), await on.speaker()
+        talk = await on.open()
+        for role, content in (("user", "Hi"), ("assistant", "Hello"), ("user", "How are you?")):
+            assert not isinstance(await talk.add(role, content), Rejected)
+        assert (await ended(talk.say(None))).content == "You said: How are you?."
+        assert talk.delete_turn(1)
+        assert not talk.delete_turn(1)
+        await ended(talk.say("And?"))
+        assert writer.prompts[1][0]["content"] == "Hi\n\nHow are you?"
+    async with stage(tmp_path) as on:
+        assert [turn.number for turn in (await on.open()).turns] == [0, 2, 3, 4, 5]
