@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from protocol.wire.frames import Audio
 from protocol.wire.messages import Submit
-from relayd.http.app import make_app
+from relayd.http.app import Routes, make_app
 from relayd.http.context import HttpContext
 from relayd.http.request_stream import open_submission
 from relayd.http.streaming_response import ResponseWriter, StreamingRoute
@@ -125,8 +125,8 @@ async def staged(state_dir: Path, **overrides: Any) -> AsyncIterator[tuple[Daemo
     """A daemon with the stage's handlers."""
     stage = Stage()
 
-    def make(context: HttpContext) -> Starlette:
-        app = make_app(context)
+    def make(context: HttpContext, more: Routes) -> Starlette:
+        app = make_app(context, more)
         app.router.routes[:0] = stage.routes()
         return app
 
