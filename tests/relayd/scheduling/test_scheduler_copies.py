@@ -98,3 +98,52 @@ def test_a_restored_copy_waits_for_no_worker() -> None:
     (start,) = bench.join().decisions
     assert isinstance(start, Start)
     assert entry.attempt == 3  # the second may have begun before the restart
+
+
+# -- what is admitted because its answer is known -----------------------------------------------------------------
+
+
+def answered(bench: Bench, name: str, principal: str = "ann") -> ErrorCode | None:
+    """Admit what a kept result answers; returns why not."""
+    refusal = bench.scheduler.admit(bench.entry(name, principal=principal), answered=True)
+    return None if refusal is None else ErrorCode(refusal.code)
+
+
+def test_what_is_answered_needs_no_worker_and_no_place_in_the_queue() -> None:
+    bench = Bench(refuse_when_empty=True, max_queued=3, max_queued_per_principal=2)
+    assert answered(bench, "a") is None
+    bench.scheduler.copy(bench["a"], TONE, bench.now)
+    refusal = bench.admit("b")
+    assert refusal is not None
+    assert refusal.code == ErrorCode.NO_WORKER
+    bench = Bench(max_queued=3, max_queued_per_principal=2)
+    for name, principal in (("a", "ann"), ("b", "ann"), ("c", "bob")):
+        bench.queue(name, principal=principal)
+    for name, principal in (("d", "ann"), ("e", "bob")):
+        assert bench.admit(name, principal=principal) is not None
+        assert answered(bench, name, principal) is None
+    assert bench.scheduler.pause_space("tts") is None
+    assert answered(bench, "f", "cid") == ErrorCode.SPACE_PAUSED
+
+
+def test_of_what_is_answered_no_more_is_admitted_at_once_than_may_be_queued() -> None:
+    bench = Bench(max_queued=3, max_queued_per_principal=2)
+    assert [answered(bench, name) for name in "abc"] == [None, None, ErrorCode.QUEUE_FULL]
+    assert [answered(bench, name, "bob") for name in "de"] == [None, ErrorCode.QUEUE_FULL]
+
+
+@pytest.mark.parametrize(("rules", "principal"), [({"max_queued_per_principal": 2}, "ann"), ({"max_queued": 2}, "bob")])
+def test_what_is_answered_needs_a_place_while_as_many_are_copied_as_may_be(
+    rules: dict[str, int], principal: str
+) -> None:
+    bench = Bench(**rules)
+    for name in "ab":
+        copied(bench, name)
+    bench.queue("c", principal=principal)
+    assert answered(bench, "d", principal) is None
+    bench.scheduler.enqueue(bench["d"], bench.now)
+    refusal = bench.scheduler.admit(bench.entry("e", principal=principal), answered=True)
+    assert refusal is not None
+    assert "2 queued requests" in refusal.message
+    bench.scheduler.end("a", State.COMPLETED, bench.now)
+    assert answered(bench, "f", principal) is None
