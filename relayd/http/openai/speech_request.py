@@ -151,11 +151,11 @@ class SpaceParams:
     """
 
     params: dict[str, Value]
-    inputs: dict[str, tuple[str, bytes]] = attrs.field(factory=dict)
-    voice: str = DEFAULT_VOICE
-    replaced: bool = False
-    passed_over: tuple[str, ...] = ()
-    names: dict[str, str] = attrs.field(factory=dict)
+    inputs: dict[str, tuple[str, bytes]]
+    voice: str
+    replaced: bool
+    passed_over: tuple[str, ...]
+    names: dict[str, str]
 
     def field(self, name: str) -> str:
         """The field of the body that a param, an input or a part of one was sent as."""
@@ -183,7 +183,7 @@ def params_of(speech: Speech, space: Space, names: OpenAi = _NO_NAMES, *, any_vo
     properties = space.params.get("properties", {})
     text_param = _param(space, "input")
     if text_param is None:
-        taken = ", ".join(sorted(properties)) or "none"
+        taken = ", ".join(sorted(properties))
         raise _invalid(
             {"model": f"space {space.name!r} has no param for a text (it has: {taken}); submit a request to it instead"}
         )

@@ -85,6 +85,7 @@ def test_a_recording_of_a_voice_becomes_what_the_space_calls_it(field: str, reco
 def test_with_the_words_in_it_speech_goes_on_from_a_recording(space: Space, words: str) -> None:
     told = asked(space, ref_audio=RECORDING, **{words: "as I said"})
     assert told.params == {"text": "hello", "prompt_text": "as I said"}
+    assert [told.field(name) for name in ("inputs.prompt_wav", "prompt_text")] == ["ref_audio", words]
     assert list(told.inputs) == ["prompt_wav"]
 
 
@@ -92,11 +93,43 @@ def test_a_recording_that_the_space_names_so_itself_is_that_input() -> None:
     space = a_space({"text": TEXT}, {"ref_audio": InputRule(media_types=["audio/wav"]), "noise": InputRule()})
     told = asked(space, ref_audio=RECORDING, noise=RECORDING)
     assert told.inputs == {"ref_audio": ("audio/wav", WAV), "noise": ("application/octet-stream", WAV)}
+    assert not told.replaced, "it is the voice, whatever else there is"
+
+
+@pytest.mark.parametrize("size", range(1, 7))
+@pytest.mark.parametrize("padding", ["", "="])
+def test_a_recording_of_any_length_comes_with_its_padding_or_without(size: int, padding: str) -> None:
+    recording = base64.b64encode(b"RIFF...."[:size]).decode()
+    told = asked(CLONING, ref_audio=recording if padding else recording.rstrip("="))
+    assert told.inputs["reference_wav"][1] == b"RIFF...."[:size]
+
+
+def test_a_recording_is_of_the_type_that_its_first_bytes_say() -> None:
+    flac = base64.b64encode(b"fLaC and so on").decode()
+    assert asked(CLONING, ref_audio=flac).inputs == {"reference_wav": ("audio/flac", b"fLaC and so on")}
+
+
+def test_the_words_in_a_recording_are_left_out_where_the_space_does_not_take_them() -> None:
+    told = asked(INDEX, ref_audio=RECORDING, ref_text="as I said")
+    assert (told.params, list(told.inputs)) == ({"text": "hello"}, ["spk_audio_prompt"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "others"),
+    [
+        (["ref_audio", "speaker_wav", "audio_prompt_path"], ["speaker_wav", "audio_prompt_path"]),
+        (["ref_audio", "ref_text", "reference_text"], ["reference_text"]),
+    ],
+)
+def test_of_several_fields_that_mean_the_same_the_first_stays(fields: list[str], others: list[str]) -> None:
+    told = refusal_of(CLONING, **dict.fromkeys(fields, RECORDING)).details
+    assert told == dict.fromkeys(others, "means the same as another field; send one of them")
 
 
 def test_a_url_is_sent_on_where_the_space_fetches_it() -> None:
     told = asked(FETCHING, ref_audio="https://host/a.wav")
     assert told.params == {"text": "hello", "reference_wav_url": "https://host/a.wav"}
+    assert told.field("reference_wav_url") == "ref_audio"
     for space in (CLONING, INDEX):
         assert "fetches none" in refusal_of(space, ref_audio="https://host/a.wav").details["ref_audio"]
 
@@ -124,7 +157,9 @@ def test_a_recording_is_the_voice_whatever_the_settings_make_of_names() -> None:
         (CLONING, {"voice_id": "eve"}, "voice_id", "it has default, ann, bert"),
         (CLONING, {"voice": "ann", "voice_id": "bert"}, "voice_id", "names another voice than voice, 'ann'"),
         (CLONING, {"speaker": 3}, "speaker", "must be a string"),
+        (CLONING, {"speaker": "\ud800"}, "speaker", "contains a lone surrogate"),
         (MOCK, {"speaker_embedding": [1.0]}, "speaker_embedding", "is not accepted by space 'tts'"),
+        (CLONING, {"reference": "bert"}, "reference", "is not accepted by space 'tts'"),
         (MOCK, {"references": [{"audio": RECORDING}]}, "references", "is not accepted by space 'tts'"),
         (MOCK, {"voice_description": "an old man"}, "voice_description", "is not accepted by space 'tts'"),
     ],
@@ -135,8 +170,15 @@ def test_who_speaks_is_never_passed_over(space: Space, fields: dict[str, Any], f
 
 @pytest.mark.parametrize("field", ["speaker", "voice_id", "voiceName", "speaker_id"])
 def test_a_voice_by_another_name_is_spoken_with(field: str) -> None:
+    assert asked(CLONING, **{field: {"id": "ann"}}).voice == "ann"
     told = asked(CLONING, **{field: "bert"})
     assert (told.params, told.voice) == ({"text": "hello", "voice": "bert"}, "bert")
+
+
+def test_a_voice_that_is_named_twice_is_no_contradiction_nor_is_one_that_the_settings_replace() -> None:
+    assert asked(CLONING, voice="ann", voice_id="ann").voice == "ann"
+    body = json.dumps({"model": "tts", "input": "hello", "voice": "ann"}).encode()
+    assert params_of(parse_speech(body), CLONING, OpenAi(voices={"ann": "bert"})).voice == "bert"
 
 
 def test_a_voice_counts_as_replaced_only_if_the_one_that_was_asked_for_is_not_spoken() -> None:
@@ -161,10 +203,17 @@ def test_a_body_of_names_is_refused_before_they_are_read(fields: dict[str, Any])
         {"prompt": "x", "reference_audio_format": "wav", "language": "en", "id": "7", "name": "x"},
         {"system_prompt_text": "x", "negative_prompt_text": "x", "text_prompt": "x"},
         {"reference_count": 2, "max_ref_length": 30},
+        {"ref_audio": None},
+        {"speaker": ""},
     ],
 )
 def test_what_says_nothing_of_who_speaks_is_passed_over(fields: dict[str, Any]) -> None:
-    assert asked(MOCK, **fields).params == {"text": "hello"}
+    assert asked(MOCK, **fields, seed=1).params == {"text": "hello", "seed": 1}
+
+
+def test_a_refusal_names_at_most_sixteen_fields_by_their_first_64_characters() -> None:
+    told = refusal_of(MOCK, **{f"speaker_{number:02}_{'x' * 99}": [1] for number in range(17)}).details
+    assert list(told) == [f"speaker_{number:02}_{'x' * 99}"[:64] for number in range(16)]
 
 
 _JSON = st.recursive(

@@ -34,7 +34,7 @@ def faults(**fields: Any) -> dict[str, Any]:
 def test_what_is_not_said_is_openais_default() -> None:
     told = speech()
     assert (told.model, told.text, told.voice, told.instructions, told.speed) == ("tts", "hello", "default", "", 1.0)
-    assert (told.sse, told.whole, told.extra) == (False, False, {})
+    assert (told.sse, told.whole, told.cache, told.extra) == (False, False, True, {})
     assert told.coding is CODINGS["mp3"] is next(iter(CODINGS.values()))
 
 
@@ -71,6 +71,7 @@ def test_no_voice_is_the_spaces_own(voice: Any) -> None:
         ("input", "a", " \n"),
         ("response_format", "wav", "midi"),
         ("stream", False, "no"),
+        ("cache", False, "no"),
     ],
 )
 def test_each_field_has_its_limit(field: str, fits: Any, over: Any) -> None:
