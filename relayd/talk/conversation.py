@@ -208,10 +208,13 @@ class Conversation:
         self._spoken.pop(number, None)
         return True
 
-    def trim(self, most: int) -> int | None:
-        """Delete the oldest ended turns over `most`; returns the number of the last one, None if none is deleted."""
-        last = None
-        for number in sorted(self.turns)[: max(0, len(self.turns) - most)]:
+    def trim(self, most: int, most_chars: int) -> int | None:
+        """Delete the oldest ended turns over `most`, or over so many characters; returns the number of the last one."""
+        last, chars = None, sum(len(turn.content) for turn in self.turns.values())
+        for number in sorted(self.turns):
+            if len(self.turns) <= most and chars <= most_chars:
+                break
+            chars -= len(self.turns[number].content)
             if not self.delete(number):
                 break
             last = number

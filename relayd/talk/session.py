@@ -29,6 +29,8 @@ log = structlog.get_logger("relayd.talk")
 MAX_TEXT_BYTES = 32_000
 #: Size of what else a reply is asked for.
 MAX_OPTIONS_BYTES = 8_000
+#: Of one conversation; the oldest turns go first.
+MAX_TALK_CHARS = 1_000_000
 BROKEN = "internal error in this turn; see the relay's log"
 
 
@@ -91,7 +93,11 @@ class Session:
         instructions: str | None,
     ) -> Reply | Rejected:
         """See `Talk.say`."""
-        options = msgpack.packb({"params": dict(params), "speech": dict(speech_params), "instructions": instructions})
+        asked = {"params": dict(params), "speech": dict(speech_params), "instructions": instructions}
+        try:
+            options = msgpack.packb(asked)
+        except (ValueError, OverflowError, TypeError) as fault:
+            return Rejected.because(ErrorCode.INVALID_PARAMS, f"the params of this turn cannot be sent: {fault}")
         if refusal := self._refuse(principal, text, options):
             return refusal
         settings = self.place.settings
@@ -220,7 +226,7 @@ class Session:
     async def _serve(self) -> None:
         """Make the replies that wait, one after the other."""
         try:
-            while (turn := self.conversation.begin()) is not None:
+            while not self._is_put_off and (turn := self.conversation.begin()) is not None:
                 reply = self.replies[turn.number]
                 try:
                     await self._make(turn, reply)
@@ -231,6 +237,11 @@ class Session:
                     self._forget(reply)
         finally:
             self._is_serving = False
+
+    @property
+    def _is_put_off(self) -> bool:
+        """Whether what waits is answered after the restart that is about to come."""
+        return self.place.relay.draining.is_set() and self.place.is_durable
 
     async def _make(self, turn: TurnRecord, reply: Reply) -> None:
         outcome = Outcome(TurnState.FAILED, ErrorCode.INTERNAL, BROKEN, retryable=True)
@@ -283,7 +294,7 @@ class Session:
             await self.place.commit(PutTalk(self.record), *changes)
 
     def _trim(self) -> list[Change]:
-        last = self.conversation.trim(self.place.settings.max_turns)
+        last = self.conversation.trim(self.place.settings.max_turns, MAX_TALK_CHARS)
         return [] if last is None else [DeleteTurns(self.record.talk_id, 0, last)]
 
     def _forget(self, reply: Reply) -> None:

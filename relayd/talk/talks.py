@@ -25,8 +25,9 @@ from relayd.talk.session import Session, not_stored
 
 log = structlog.get_logger("relayd.talk")
 
-#: Conversations of one principal that are kept; the one in which nothing was said for longest goes first.
-MAX_TALKS = 10_000
+#: Conversations of one principal that are stored, or kept in memory; the one in which nothing was said for longest goes
+#: first. Those that are listed are the latest.
+MAX_TALKS, MAX_IN_MEMORY, MAX_LISTED = 10_000, 500, 1_000
 MAX_USER_CHARS = 128
 MAX_INSTRUCTIONS_CHARS = 4_000
 #: How often old conversations are looked for.
@@ -201,7 +202,7 @@ class Talks:
         """Return a principal's conversations, the one in which something was said last first."""
         records = self._records.get(principal.name, {}).values()
         found = [record for record in records if user is None or record.user == user]
-        return sorted(found, key=lambda record: record.touched_at, reverse=True)
+        return sorted(found, key=lambda record: record.touched_at, reverse=True)[:MAX_LISTED]
 
     def _begin(self, principal: str, user: str, session_id: str) -> TalkRecord:
         now = time.time()
@@ -214,7 +215,7 @@ class Talks:
             touched_at=now,
         )
         records = self._records.setdefault(principal, {})
-        if len(records) >= MAX_TALKS:
+        if len(records) >= (MAX_TALKS if self.place.is_durable else MAX_IN_MEMORY):
             for oldest in sorted(filter(self._is_idle, records.values()), key=lambda each: each.touched_at)[:1]:
                 self._forget(oldest, "there are too many conversations")
         self._remember(record)

@@ -124,6 +124,8 @@ class Turn:
         refused = self._open(self._text, self._text_submit(settings.reply))
         if refused is not None:
             self.fail(refused.code, refused.message, retryable=refused.retryable)
+        elif reply.speech_request is not None and not settings.speech:  # since a restart or a reload
+            self._end_speech(ErrorCode.SPACE_NOT_FOUND, "no space speaks any more ([talk] speech)")
         elif reply.speech_request is not None:
             refused = self._open(self._speech, self._speech_submit(settings.speech, reply.speech_request))
             if refused is not None:

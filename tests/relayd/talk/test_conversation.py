@@ -116,9 +116,10 @@ def test_old_turns_go_and_those_to_come_stay() -> None:
     for number in range(5):
         answered(talk, str(number), str(number))
     waits = say(talk, "new")
-    assert talk.trim(4) == 7
+    assert talk.trim(6, 99) == 5
+    assert talk.trim(6, 5) == 7, "each has one character, but for what was said last"
     assert sorted(talk.turns) == [8, 9, 10, 11]
-    assert talk.trim(1) == 10
+    assert talk.trim(1, 99) == 10
     assert sorted(talk.turns) == [waits.number]
     assert not talk.delete(waits.number)
     assert Conversation("t", dict(talk.turns)).begin() == waits, "after a restart it still waits"
@@ -219,5 +220,5 @@ def test_the_newest_turns_are_kept(most: int) -> None:
     talk = Conversation("t")
     for number in range(4):
         answered(talk, str(number), "ok")
-    talk.trim(most)
+    talk.trim(most, 99)
     assert len(talk.turns) == most

@@ -2,14 +2,31 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
-from protocol.wire.messages import Rejected
+from protocol.wire.frames import Audio, Completed, Output, Started
+from protocol.wire.messages import Input, Registered, Rejected
+from protocol.wire.structs import Running
+from relayd.talk.events import ReplyEnded, Speech
 from relayd.talk.talks import DAY_S
+from tests.support.fake_worker import FORMAT, fake_worker
 from tests.support.relay import until
-from tests.support.talking import ANN, BOB, Stage, ended, said, stage
+from tests.support.talking import (
+    ANN,
+    BOB,
+    MESSAGES,
+    Sending,
+    Stage,
+    ended,
+    events_of,
+    said,
+    speech_of,
+    stage,
+    text_of,
+)
 
 
 async def roles(on: Stage, session: str = "session-1") -> list[tuple[str, str, str]]:
@@ -190,3 +207,48 @@ async def test_turns_that_a_client_adds_or_deletes_are_stored(tmp_path: Path) ->
         assert writer.prompts[1][0]["content"] == "Hi\n\nHow are you?"
     async with stage(tmp_path) as on:
         assert [turn.number for turn in (await on.open()).turns] == [0, 2, 3, 4, 5]
+
+
+@pytest.mark.trio
+async def test_what_its_workers_go_on_with_over_a_restart_is_whole(tmp_path: Path) -> None:
+    never, text = trio.Event(), "One two."
+    async with stage(tmp_path) as on:
+        writer, speaker = await on.writer(lambda _: ["One ", never]), await on.speaker()
+        talk = await on.open()
+        reply = said(talk.say("Count!"))
+        await until(lambda: reply.speech is not None and reply.speech.audio_bytes == 80)
+        assigns = [writer.assigns[0], speaker.assigns[0]]
+        instances = [writer.worker.instance, speaker.worker.instance]
+        await on.daemon.relay.store.flush()
+    async with stage(tmp_path) as on:
+        reply = (await on.open()).replies[1]
+        named = [Running(request_id=each.request_id, attempt=1, next_seq=2, inputs={}) for each in assigns]
+        named[1] = Running(request_id=assigns[1].request_id, attempt=1, next_seq=3, inputs={"text": 4})
+        llm: dict[str, Any] = {"params": MESSAGES, "format": None, "instance": instances[0], "running": named[:1]}
+        tts: dict[str, Any] = {"params": {}, "instance": instances[1], "running": named[1:]}
+        async with (
+            fake_worker(on.daemon.url, name="llm", spaces=("llm",), **llm) as first,
+            fake_worker(on.daemon.url, name="tts", spaces=("tts",), inputs={"text": {"live": True}}, **tts) as second,
+        ):
+            for worker in (first, second):
+                assert len((await worker.peer.next(Registered)).resume) == 1
+            out = Sending(first, assigns[0])
+            out.send(Started, format=None)
+            out.send(Output, data="One ")
+            out.send(Output, data="two.")
+            out.send(Completed, result={})
+            speech = Sending(second, assigns[1])
+            speech.send(Started, format=FORMAT)
+            speech.send(Audio, pcm=speech_of("One "))
+            speech.send(Output, mark={"text_end": 4, "sample": 40})
+            piece = await second.peer.next(Input)
+            while not piece.last:
+                piece = await second.peer.next(Input)
+            speech.send(Audio, pcm=speech_of(text)[80:])
+            speech.send(Completed, result={})
+            events = await events_of(reply)
+        assert text_of(events) == text
+        assert b"".join(event.pcm for event in events if isinstance(event, Speech)) == speech_of(text)
+        end = events[-1]
+        assert isinstance(end, ReplyEnded)
+        assert (end.turn.state, end.turn.content) == ("done", text)
