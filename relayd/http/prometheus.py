@@ -21,8 +21,9 @@ from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.scheduling.model import SpaceState, State
-from relayd.stats.counters import SpaceStats, audio_ms
+from relayd.stats.counters import SpaceStats, TalkStats, audio_ms
 from relayd.stats.histogram import Histogram
+from relayd.store.records import TURN_ENDED
 from relayd.views.rows import VERSION
 
 #: Metrics of the process: CPU, memory, file descriptors, start time.
@@ -66,7 +67,8 @@ class Scrape(Collector):
     def of(cls, relay: Relay, tokens: TokenRegistry, http: HttpReading) -> "Scrape":
         """Read all metrics now."""
         spaces = _spaces(_read_spaces(relay))
-        return cls([*_daemon(relay), *_http(http, tokens), *_store(relay), *spaces, *_PROCESS.collect()])
+        talk = [] if relay.config.talk is None else _talk(relay.stats.talk)
+        return cls([*_daemon(relay), *_http(http, tokens), *_store(relay), *spaces, *talk, *_PROCESS.collect()])
 
     def collect(self) -> list[Metric]:
         """Return the metrics, for `prometheus_client`."""
@@ -179,6 +181,26 @@ def _store(relay: Relay) -> Iterator[Metric]:
     yield _one("relayd_result_disk_bytes", "Bytes of frames in files.", results.disk_bytes)
     yield _one("relayd_result_disk_limit_bytes", "Limit for frames in files (results.disk_bytes).", settings.disk_bytes)
     yield _one("relayd_results_unsaved", "Results of ended requests that are only in memory.", results.unsaved_count)
+
+
+def _talk(stats: TalkStats) -> Iterator[Metric]:
+    yield _one("relayd_talk_conversations", "Conversations that are kept.", stats.talks)
+    yield _one("relayd_talk_replies", "Replies that wait or are being made.", stats.unended)
+    ended = dict.fromkeys(TURN_ENDED, 0) | stats.turns
+    yield _one("relayd_talk_turns_total", "Replies that have ended, by state.", ended, "state")
+    yield _one(
+        "relayd_talk_unspoken_total",
+        "Replies that were not spoken to their end, by error code.",
+        stats.unspoken,
+        "code",
+    )
+    for name, documentation, histogram in (
+        ("relayd_talk_first_word_seconds", "From what was said to the first word of the reply.", stats.first_word_s),
+        ("relayd_talk_first_audio_seconds", "From what was said to the first sample of it.", stats.first_audio_s),
+    ):
+        family = HistogramMetricFamily(name, documentation)
+        _add_histogram(family, [], histogram)
+        yield family
 
 
 def _spaces(readings: list[SpaceReading]) -> Iterator[Metric]:

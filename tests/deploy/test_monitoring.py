@@ -12,6 +12,7 @@ import pytest
 from protocol.wire.messages import Hello, Rejected
 from relayd.auth.tokens import TokenRegistry
 from relayd.http.prometheus import HttpReading, Scrape
+from relayd.stats.counters import count
 from tests.support.fake_worker import fake_worker, samples
 from tests.support.relay import a_submit, daemon, peer
 
@@ -61,7 +62,7 @@ def rule_queries() -> str:
 
 async def told(tmp_path: Path) -> dict[str, set[str]]:
     """Every sample of a relay that has seen something of everything, and the names of its labels."""
-    async with daemon(tmp_path) as relay, peer(relay.url, "client") as client:
+    async with daemon(tmp_path, talk={"reply": "check"}) as relay, peer(relay.url, "client") as client:
         async with fake_worker(relay.url) as worker:
             client.send(submit := a_submit())
             worker.speak(await worker.assigned(), [samples(100)])
@@ -73,6 +74,7 @@ async def told(tmp_path: Path) -> dict[str, set[str]]:
         await client.frames(late)
         tokens = TokenRegistry()
         tokens.log_in(Hello(version=1, role="client", token="wrong"), None, 0.0)
+        count(relay.relay.stats.talk.unspoken, "no_worker")
         families = Scrape.of(relay.relay, tokens, HttpReading(0, 0, {200: 1})).families
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 

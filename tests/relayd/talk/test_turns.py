@@ -7,6 +7,8 @@ import pytest
 import trio
 
 from protocol.wire.messages import Rejected
+from relayd.auth.tokens import TokenRegistry
+from relayd.http.prometheus import HttpReading, Scrape
 from relayd.store.base import StorageFull
 from relayd.store.records import PutTurn
 from relayd.talk.conversation import MAX_WAITING
@@ -359,3 +361,28 @@ async def test_a_reply_that_cannot_be_stored_is_not_told_done(tmp_path: Path, mo
         states = [(turn.role, turn.state, turn.code) for turn in talk.turns]
         assert states[1] == ("assistant", "failed", "storage_full")
         assert states[3] == ("assistant", "done", None)
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_what_became_of_turns_is_counted(tmp_path: Path) -> None:
+    never = trio.Event()
+    scripts: dict[str, list[Step]] = {"a": ["Yes."], "b": ["Well, ", never], "c": []}
+    async with stage(tmp_path) as on:
+        await on.writer(lambda messages: scripts[messages[-1]["content"][-1]])
+        await on.speaker()
+        talk = await on.open()
+        await ended(talk.say("a"))
+        reply = said(talk.say("b"))
+        await until(lambda: bool(reply.text))
+        talk.interrupt()
+        await failed(talk.say("c"))
+        stats = on.daemon.relay.stats.talk
+        assert stats.turns == {"done": 1, "interrupted": 1, "failed": 1}
+        assert (stats.talks, stats.unended) == (1, 0)
+        assert sum(stats.first_word_s.counts) == 2
+        body, _ = Scrape.of(on.daemon.relay, TokenRegistry(), HttpReading(0, 0, {})).encode()
+        assert b'relayd_talk_turns_total{state="interrupted"} 1.0' in body
+        assert b"relayd_talk_first_word_seconds_count 2.0" in body
