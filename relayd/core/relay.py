@@ -328,7 +328,7 @@ class Relay:
 
     def _start(self, request: Request, from_seq: int) -> None:
         entry = request.entry
-        request.last_frame_at = trio.current_time()
+        request.begin_attempt(from_seq, trio.current_time())
         request.stopped_at = None
         request.last_position_sent = None
         for name, fed in request.fed.items():

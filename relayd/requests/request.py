@@ -112,6 +112,11 @@ class Request:
     abandoned_at: float | None = None
     queued_at: float = 0.0
     last_frame_at: float = 0.0
+    #: When this relay started its attempt, and until when that may only make again what the relay has, without a word.
+    attempt_started_at: float = -math.inf
+    catches_up_until: float = -math.inf
+    #: How long an attempt took to make what the relay has; infinite where that is not known.
+    made_s: float = math.inf
     #: The `entry.started_at` for which its wait was last counted.
     wait_counted_at: float | None = None
     #: When its worker was asked to stop it; None again when it is queued again or another attempt starts.
@@ -188,6 +193,13 @@ class Request:
         request.add_timeline("taken_up" if request.accepted else "created")
         return request
 
+    def begin_attempt(self, from_seq: int, now: float) -> None:
+        """Note that an attempt starts. It has twice the time that an earlier one took to make what is known again."""
+        if self.attempt_started_at < self.last_frame_at and math.isfinite(self.attempt_started_at):
+            self.made_s = self.last_frame_at - self.attempt_started_at
+        self.catches_up_until = now + 2.0 * self.made_s if from_seq else -math.inf
+        self.attempt_started_at = self.last_frame_at = now
+
     def add_timeline(self, event: str, **more: Value) -> None:
         """Add an event to the timeline; when it is full, an entry in the middle is dropped."""
         if len(self.timeline) >= FIRST_STEPS + LATEST_STEPS:
@@ -205,7 +217,10 @@ class Request:
     def resumed(self) -> None:
         """Note that its worker has reconnected and continues with it."""
         entry, log = self.entry, self.log
+        is_silent = self.last_frame_at <= self.attempt_started_at
         self.last_frame_at = trio.current_time()
+        if is_silent:  # it has not sent a frame yet
+            self.attempt_started_at = self.last_frame_at
         self.add_timeline("worker_back", worker_id=entry.worker_id, attempt=entry.attempt)
         if entry.attempt > 1 and not entry.reproducible and not (log.next_seq or log.starts):
             # After a restart of the relay: a reader with frames of an earlier attempt must start this one from 0.
@@ -365,7 +380,9 @@ class Request:
                     due.append((since + feed_idle_timeout_s, Expiry.FEED_TIMEOUT))
             elif entry.streams:
                 took_at = max((max(fed.taken_at, fed.starved_until) for fed in self.fed.values()), default=-math.inf)
-                due.append((max(self.last_frame_at, took_at) + self.idle_timeout_s, Expiry.IDLE_TIMEOUT))
+                silent_until = self.catches_up_until if self.last_frame_at <= self.attempt_started_at else -math.inf
+                since = max(self.last_frame_at, took_at, silent_until)
+                due.append((since + self.idle_timeout_s, Expiry.IDLE_TIMEOUT))
         return min(due, key=lambda pair: pair[0], default=(math.inf, Expiry.RUN_TIMEOUT))
 
     @property

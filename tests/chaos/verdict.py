@@ -135,7 +135,8 @@ def _judge_end(plan: Plan, reception: Reception, causes: frozenset[Cause]) -> st
     if end == "completed":
         if plan.fail:
             return "it completed, although its engine fails"
-        if Cause.SOURCE_ENDED in causes:
+        # The source may have ended well, and that end be forgotten with the relay and its worker.
+        if Cause.SOURCE_ENDED in causes and not {Cause.SOURCE_LOST, Cause.RELAY_RESTARTED} <= causes:
             return "it completed, although its source did not"
         return "it completed despite its cancel" if Cause.CANCELLED in causes else None
     if end == "cancelled":

@@ -338,6 +338,39 @@ async def test_an_engine_that_starves_waits_for_its_feeder_and_not_the_relay_for
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize(
+    ("first_frame_s", "from_seq", "silent_s"),
+    [
+        (7.0, 5, 14.0 + 5.0),  # it has twice the time of the first one
+        (7.0, 0, 5.0),  # it begins anew: the relay waits for its first frame
+        (None, 5, 40.0),  # who knows how long what was copied or restored took to be made
+    ],
+)
+async def test_an_attempt_that_makes_known_frames_again_may_be_silent_meanwhile(
+    autojump_clock: trio.testing.MockClock, first_frame_s: float | None, from_seq: int, silent_s: float
+) -> None:
+    request = a_request(State.RUNNING)
+    request.run_timeout_s, request.idle_timeout_s = 40.0, 5.0
+    if first_frame_s is not None:
+        request.begin_attempt(0, trio.current_time())
+        await trio.sleep(first_frame_s)
+        request.last_frame_at = trio.current_time()
+        await trio.sleep(3.0)
+    for _ in range(2):  # the next one is lost as well, before it has sent anything
+        now = request.entry.started_at = trio.current_time()
+        request.begin_attempt(from_seq, now)
+        assert request.deadline(WINDOW_S, CANCEL_GRACE_S)[0] == pytest.approx(now + silent_s)
+        await trio.sleep(2.0)
+    request.resumed()  # a cut of its link changes nothing
+    assert request.deadline(WINDOW_S, CANCEL_GRACE_S)[0] == pytest.approx(
+        max(now + silent_s, trio.current_time() + 5.0)
+    )
+    await trio.sleep(1.0)
+    request.last_frame_at = trio.current_time()  # it has caught up
+    assert request.deadline(WINDOW_S, CANCEL_GRACE_S)[0] == pytest.approx(trio.current_time() + 5.0)
+
+
+@pytest.mark.trio
 async def test_a_feeder_that_is_waited_for_by_the_disk_or_that_is_a_pipe_has_no_deadline(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
