@@ -70,6 +70,27 @@ async def test_a_request_that_takes_three_workers_down_fails_and_is_named_in_the
 
 
 @pytest.mark.trio
+async def test_an_attempt_that_goes_on_has_time_to_get_there(tmp_path: Path) -> None:
+    async with daemon(tmp_path, **SOON) as relay, peer(relay.url, "client") as client:
+        client.send(submit := a_submit())
+        async with fake_worker(relay.url, reproducible=True) as first:
+            assign = await first.assigned()
+            request = relay.relay.requests[submit.request_id]
+            await trio.sleep(0.05)  # it works
+            first.speak(assign, PCM, end=False)
+            await client.next(Audio)
+            await first.peer.cut()
+        async with fake_worker(relay.url, reproducible=True) as second:
+            assign = await second.assigned()
+            assert assign.from_seq
+            assert 0.05 <= request.made_s < 10.0
+            assert request.catches_up_until == request.attempt_started_at + 2 * request.made_s
+            second.speak(assign, PCM)
+            await client.frames(submit, 2)
+        await relay.at_rest()
+
+
+@pytest.mark.trio
 async def test_losses_are_counted_across_a_restart_of_the_relay(tmp_path: Path) -> None:
     bad = a_submit(detach=True)
     sqlite = SOON | {"store": "sqlite"}

@@ -356,15 +356,16 @@ async def test_an_attempt_that_makes_known_frames_again_may_be_silent_meanwhile(
         await trio.sleep(first_frame_s)
         request.last_frame_at = trio.current_time()
         await trio.sleep(3.0)
+    due_at = 0.0
     for _ in range(2):  # the next one is lost as well, before it has sent anything
-        now = request.entry.started_at = trio.current_time()
-        request.begin_attempt(from_seq, now)
-        assert request.deadline(WINDOW_S, CANCEL_GRACE_S)[0] == pytest.approx(now + silent_s)
+        request.entry.started_at = trio.current_time()
+        request.begin_attempt(from_seq, trio.current_time())
+        due_at = trio.current_time() + silent_s
+        assert request.deadline(WINDOW_S, CANCEL_GRACE_S)[0] == pytest.approx(due_at)
         await trio.sleep(2.0)
     request.resumed()  # a cut of its link changes nothing
-    assert request.deadline(WINDOW_S, CANCEL_GRACE_S)[0] == pytest.approx(
-        max(now + silent_s, trio.current_time() + 5.0)
-    )
+    due_at = max(due_at, trio.current_time() + 5.0)
+    assert request.deadline(WINDOW_S, CANCEL_GRACE_S)[0] == pytest.approx(due_at)
     await trio.sleep(1.0)
     request.last_frame_at = trio.current_time()  # it has caught up
     assert request.deadline(WINDOW_S, CANCEL_GRACE_S)[0] == pytest.approx(trio.current_time() + 5.0)
