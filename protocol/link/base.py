@@ -13,7 +13,7 @@ from typing import Self
 import trio
 
 from protocol.link.carrier import Carrier
-from protocol.link.limits import LINGER_S, MAX_INBOX_BYTES, MESSAGE_COST_BYTES, LinkHandler, LinkLimits, TurnMeter
+from protocol.link.limits import LINGER_S, MESSAGE_COST_BYTES, LinkHandler, LinkLimits, TurnMeter
 from protocol.link.liveness import Alive, Dead, LinkFacts, Stalled, assess
 from protocol.link.websocket_frames import (
     ABNORMAL,
@@ -129,13 +129,17 @@ class Link(Carrier):
                 in the second case if the limits contain a farewell message.
             ValueError: the message is longer than the limit.
         """
+        self._check_room(len(data))
+        self._put(data)
+
+    def _check_room(self, size: int) -> None:
+        """Check that a message of `size` bytes may be queued; raises as `send_nowait`."""
         self._check()
-        if len(data) > self._limits.max_message_bytes:
-            raise ValueError(f"a message of {len(data)} bytes; the limit is {self._limits.max_message_bytes}")
-        if self.backlog_bytes + len(data) > self._limits.max_backlog_bytes:
+        if size > self._limits.max_message_bytes:
+            raise ValueError(f"a message of {size} bytes; the limit is {self._limits.max_message_bytes}")
+        if self.backlog_bytes + size > self._limits.max_backlog_bytes:
             self._stall(f"{self.backlog_bytes} bytes are queued for {self.peer}, which does not read them")
             self._check()
-        self._put(data)
 
     def send_frames(self, frames: Sequence[bytes]) -> None:
         """Call `send_nowait` for each frame in order; a subclass may send them together."""
@@ -206,7 +210,7 @@ class Link(Carrier):
     async def receive(self) -> bytes:
         """Return the next binary message, including messages received before the peer closed.
 
-        Up to `MAX_INBOX_BYTES` are read ahead. If more is unread, the link stops reading, pongs included, so the peer
+        Up to `max_inbox_bytes` are read ahead. If more is unread, the link stops reading, pongs included, so the peer
         may consider this end dead: call `receive` at least once in each `dead_after_s`.
 
         Raises:
@@ -216,6 +220,13 @@ class Link(Carrier):
 
         Cancellation: nothing is lost; the next call returns the message.
         """
+        message = await self.receive_any()
+        if isinstance(message, str):
+            raise TextReceived("text message; every message is binary (msgpack)")
+        return message
+
+    async def receive_any(self) -> bytes | str:
+        """As `receive`, but return text messages too."""
         await trio.lowlevel.checkpoint()
         while True:
             if self.closing is not None or self.end_kind is LinkClosed:
@@ -223,10 +234,8 @@ class Link(Carrier):
             if self._inbox:
                 message = self._inbox.popleft()
                 self._inbox_bytes -= len(message) + MESSAGE_COST_BYTES
-                if self.reading_paused and self._inbox_bytes <= MAX_INBOX_BYTES:
+                if self.reading_paused and self._inbox_bytes <= self._limits.max_inbox_bytes:
                     self._read_again()
-                if isinstance(message, str):
-                    raise TextReceived("text message; every message is binary (msgpack)")
                 return message
             self._check()
             await self._change()
@@ -332,7 +341,7 @@ class Link(Carrier):
 
     def _add_to_inbox(self, cost: int) -> None:
         self._inbox_bytes += cost
-        self.reading_paused = self.reading_paused or self._inbox_bytes > MAX_INBOX_BYTES
+        self.reading_paused = self.reading_paused or self._inbox_bytes > self._limits.max_inbox_bytes
         self._wake()
 
     def _on_control(self, event: Event) -> None:

@@ -16,7 +16,7 @@ SEND_TIMEOUT_S = 60.0
 #: Time for a peer that broke a rule to read the reason: closing a socket with unread bytes resets the connection, and
 #: the reason is lost.
 LINGER_S = 2.0
-#: Messages received but not yet returned by `receive`: eight of the largest. Beyond this, the link stops reading.
+#: Eight of the largest messages.
 MAX_INBOX_BYTES = 8 * MAX_MESSAGE_BYTES
 #: Overhead counted for each message in addition to its bytes, so that a queue of tiny messages is bounded too.
 MESSAGE_COST_BYTES = 64
@@ -37,6 +37,7 @@ class LinkLimits:
         farewell: message sent to such a peer in place of what it did not read; the link is then closed within twice
             `CLOSE_S`, and counts as closed by this side.
         max_message_bytes: longer messages are neither accepted nor sent.
+        max_inbox_bytes: if more than this is received but not yet returned by `receive`, the link stops reading.
         budget: limits the unfinished messages of all links that share it.
     """
 
@@ -46,6 +47,7 @@ class LinkLimits:
     max_backlog_bytes: int = MAX_BACKLOG_BYTES
     farewell: Message | None = None
     max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_inbox_bytes: int = MAX_INBOX_BYTES
     budget: PartialBudget | None = None
 
 

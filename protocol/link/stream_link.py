@@ -12,7 +12,7 @@ from protocol.link.base import CLOSE_S, Link
 from protocol.link.limits import MESSAGE_COST_BYTES, LinkLimits
 from protocol.link.liveness import LATE_S
 from protocol.link.tcp_info import peer_acknowledges, socket_of, unsent_bytes
-from protocol.link.websocket_frames import BINARY, make_frame
+from protocol.link.websocket_frames import BINARY, TEXT, make_frame
 
 RECEIVE_BYTES = 64 * 1024
 #: A longer message is sent in pieces of this size, each of which shows that the peer still accepts data.
@@ -41,6 +41,12 @@ class StreamLink(Link):
         self._sooner = trio.Event()
         self._read_out = trio.Event()
         self._scope = trio.CancelScope()
+
+    def send_text(self, text: str) -> None:
+        """Queue one text message; otherwise as `send_nowait`."""
+        payload = text.encode()
+        self._check_room(len(payload))
+        self._queue(TEXT, payload, len(payload))
 
     # -- Carrier ---------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ import pytest
 import trio
 import trio.testing
 
-from protocol.link import base
 from protocol.link.limits import LinkLimits
 from protocol.wire.errors import LinkBroken
 from protocol.wire.frames import MAX_MESSAGE_BYTES
@@ -74,11 +73,8 @@ async def test_on_drained_may_refill_the_link_until_a_long_stream_is_through(
 
 
 @pytest.mark.trio
-async def test_a_full_inbox_holds_the_peer_up_and_loses_nothing(
-    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(base, "MAX_INBOX_BYTES", 10_000)
-    async with link_pair() as (client, relay):
+async def test_a_full_inbox_holds_the_peer_up_and_loses_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    async with link_pair(max_inbox_bytes=10_000) as (client, relay):
         for number in range(50):
             client.send_nowait(bytes([number]) * 1000)
         await trio.testing.wait_all_tasks_blocked()

@@ -7,7 +7,6 @@ import structlog.testing
 import trio
 import trio.testing
 
-from protocol.link import base
 from protocol.link.limits import LinkLimits
 from protocol.link.websocket_frames import (
     CLOSE,
@@ -116,9 +115,8 @@ async def test_more_than_may_wait_ends_a_link_that_has_no_farewell_and_a_ping_fl
 
 
 @pytest.mark.trio
-async def test_a_full_inbox_holds_the_peer_up_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "MAX_INBOX_BYTES", 100_000)
-    async with linked() as (_plane, link, far), trio.open_nursery() as nursery:
+async def test_a_full_inbox_holds_the_peer_up_and_loses_nothing() -> None:
+    async with linked(max_inbox_bytes=100_000) as (_plane, link, far), trio.open_nursery() as nursery:
 
         async def send() -> None:
             for number in range(1_000):
