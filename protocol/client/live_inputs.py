@@ -38,13 +38,13 @@ class LiveInput:
         self._remove: Callable[[], None] = _nothing
 
     def write(self, data: bytes | memoryview) -> int:
-        """Take as much of `data` as fits into the window; return how many bytes."""
+        """Take as much of `data` as fits into the window; return how many bytes. Nothing is sent as a sign of life."""
         self._goes_on = False
         taken = data[: MAX_UNACKED_BYTES - len(self._kept)]
         self._kept += taken
         self.offset += len(taken)
         self._advance(self._sent)
-        self._pump()
+        self._pump(is_sign=not data)
         return len(taken)
 
     def end(self) -> None:
@@ -92,10 +92,16 @@ class LiveInput:
         """Offset of the first byte kept."""
         return min(self._stored, self._sent)
 
-    def _pump(self) -> None:
-        link = self._link
+    def _pump(self, *, is_sign: bool = False) -> None:
+        link, is_due = self._link, is_sign and not self._has_more
         try:
-            while self._may_send and self._has_more and link is not None and link.backlog_bytes < HIGH_WATER_BYTES:
+            while (
+                self._may_send
+                and (self._has_more or is_due)
+                and link is not None
+                and link.backlog_bytes < HIGH_WATER_BYTES
+            ):
+                is_due = False
                 start, end = self._sent, min(self.offset, self._sent + MAX_INPUT_CHUNK_BYTES)
                 data = bytes(self._kept[start - self._base : end - self._base])
                 last = True if self.ended and end == self.offset else None

@@ -176,7 +176,8 @@ class Stream:
 
         Args:
             name: an input that was submitted as `Live()`, or as any live input of an attached request.
-            data: the next bytes; in several calls at the same time, pieces get mixed.
+            data: the next bytes; in several calls at the same time, pieces get mixed. Empty: a sign of life, for the
+                relay's `feed_idle_timeout_s`.
 
         Raises:
             InputClosed: the request has completed without the rest, or the input was ended.

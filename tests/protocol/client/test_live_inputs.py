@@ -60,6 +60,25 @@ async def test_each_piece_goes_out_at_once(autojump_clock: trio.testing.MockCloc
     ]
 
 
+@pytest.mark.trio
+async def test_nothing_is_fed_as_a_sign_of_life(autojump_clock: trio.testing.MockClock) -> None:
+    peer = LiveRelay()
+    async with relay_with(peer.script()) as relay, relay.submit("tts", inputs={"text": Live()}) as stream:
+        for piece in ("", "abc", b"", ""):
+            await stream.feed("text", piece)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        await stream.end_input("text")
+        await stream.result()
+    assert [(piece.offset, piece.data) for piece in peer.pieces] == [
+        (0, b""),
+        (0, b"abc"),
+        (3, b""),
+        (3, b""),
+        (3, b""),
+    ]
+    assert [piece.last for piece in peer.pieces] == [None] * 4 + [True]
+
+
 @given(
     pieces=st.lists(st.integers(0, 5) | st.sampled_from([100_000, 300_000, 600_000]), max_size=8),
     cuts=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3)), max_size=6),
