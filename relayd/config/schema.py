@@ -33,6 +33,8 @@ from protocol.wire.validators import (
 
 KIB = 1024
 MIB = 1024 * KIB
+#: A format of the relay's log beside those of both daemons.
+PLAIN = "plain"
 
 Fields = list["attrs.Attribute[Any]"]
 SettingsT = TypeVar("SettingsT", bound=attrs.AttrsInstance)
@@ -239,10 +241,12 @@ class Tls:
 
 @attrs.frozen(kw_only=True, field_transformer=_with_rules)
 class LogConfig:
-    """Level and format of the log: `auto` is `console` on a terminal and `json` elsewhere."""
+    """Level and format of the log: `auto` is `console` on a terminal and `json` elsewhere; `plain` are the lines of
+    other servers, `TIME - LOGGER - LEVEL - event key=value, key=value`.
+    """
 
     level: Annotated[str, choice(*LEVELS)] = "info"
-    format: Annotated[Literal["auto", "console", "json"], choice(*FORMATS)] = "auto"
+    format: Annotated[Literal["auto", "console", "json", "plain"], choice(*FORMATS, PLAIN)] = "auto"
     #: Whether each line names the module, function and line that wrote it; costs some microseconds a line.
     callsite: Annotated[bool, boolean] = False
 

@@ -1,9 +1,12 @@
 """Sets up logging to stderr: readable lines on a terminal, else one JSON object per line; also for stdlib loggers.
 
+`plain` lines are those of other servers: `TIME - LOGGER - LEVEL - event key=value, key=value`.
+
 Modules use `log = get_logger(__name__)` and `log.info("what happened", key=value)`. Tokens are redacted from every
 finished line.
 """
 
+import datetime
 import logging
 import sys
 import traceback
@@ -17,7 +20,7 @@ from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 from protocol.log_lines import for_people, redacted
 from protocol.printable import printable
-from relayd.config.schema import LogConfig
+from relayd.config.schema import PLAIN, LogConfig
 
 #: Loggers that log every step at `debug`.
 QUIET_LOGGERS = ("python_multipart",)
@@ -69,9 +72,12 @@ def set_up_logs(config: LogConfig, stream: TextIO | None = None) -> None:
     ]
     if config.callsite:
         common.append(structlog.processors.CallsiteParameterAdder(_CALLSITE))
-    render = _console_processors(stream.isatty()) if console else _json_processors()
-    # On a terminal the standard library's handler formats the lines. JSON lines are written directly, which costs half
-    # and matters because each connection and each request logs one.
+    if console:
+        render = _console_processors(stream.isatty())
+    else:
+        render = _plain_processors() if config.format == PLAIN else _json_processors()
+    # On a terminal the standard library's handler formats the lines. Others are written directly, which costs half and
+    # matters because each connection and each request logs one.
     last = [structlog.stdlib.ProcessorFormatter.wrap_for_formatter] if console else [*render, _redact]
     structlog.configure(
         processors=[
@@ -143,6 +149,20 @@ class _Redacting(structlog.stdlib.ProcessorFormatter):
 
 def _json_processors() -> list[Processor]:
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=repr)]
+
+
+def _plain_processors() -> list[Processor]:
+    return [structlog.processors.format_exc_info, _plain_line]
+
+
+def _plain_line(_logger: WrappedLogger, _name: str, event: EventDict) -> str:
+    """Return the line of an event, in local time, and an indented traceback behind it; nothing else breaks the line."""
+    at = datetime.datetime.fromisoformat(event.pop("timestamp")).astimezone()
+    what, level, logger = event.pop("event"), event.pop("level").upper(), event.pop("logger")
+    traces = [event.pop(name) for name in ("exception", "stack") if name in event]
+    told = ", ".join(f"{key}={value}" for key, value in event.items())
+    line = f"{at:%Y-%m-%d %H:%M:%S},{at.microsecond // 1000:03} - {logger} - {level} - {what} {told}".rstrip()
+    return "\n".join([printable(line), *(f"  | {printable(each)}" for trace in traces for each in trace.split("\n"))])
 
 
 def _console_processors(colors: bool) -> list[Processor]:

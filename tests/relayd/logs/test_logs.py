@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -86,7 +87,7 @@ def _config(form: object) -> LogConfig:
     return LogConfig(format=form)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("form", ["json", "console"])
+@pytest.mark.parametrize("form", ["json", "console", "plain"])
 def test_no_token_leaves_whatever_is_logged(form: str) -> None:
     stream = io.StringIO()
     set_up_logs(_config(form), stream)
@@ -102,7 +103,7 @@ def test_no_token_leaves_whatever_is_logged(form: str) -> None:
     assert written.count("rly_w_[secret]") >= 6
 
 
-@pytest.mark.parametrize("form", ["json", "console"])
+@pytest.mark.parametrize("form", ["json", "console", "plain"])
 def test_other_libraries_logs_and_warnings_go_the_same_way(form: str) -> None:
     stream = io.StringIO()
     set_up_logs(_config(form), stream)
@@ -111,7 +112,8 @@ def test_other_libraries_logs_and_warnings_go_the_same_way(form: str) -> None:
         warnings.simplefilter("always")
         warnings.warn("careful", stacklevel=1)
     first, second = stream.getvalue().splitlines()
-    assert all(word in first for word in ("old style", "some.library", "connection_id", "c1", "warning"))
+    assert all(word in first for word in ("old style", "some.library", "connection_id", "c1"))
+    assert "warning" in first.lower()
     assert "careful" in second
 
 
@@ -141,9 +143,40 @@ def test_an_exception_is_logged_with_its_traceback_in_one_line_of_json() -> None
     assert "KeyError: 'b'" in str(line["exception"])
 
 
-def test_what_a_peer_sends_cannot_steer_the_terminal() -> None:
+def test_plain_lines_are_those_of_other_servers() -> None:
     stream = io.StringIO()
-    set_up_logs(_config("console"), stream)
+    set_up_logs(_config("plain"), stream)
+    log = get_logger("relayd.x")
+    log.info("WebSocket connected:", connection_id="user_6", user_id=6, token=SECRET)
+    log.warning("nothing more")
+    logging.getLogger("y").warning("old %s", "style", extra={"n": 1})
+    log.info("one\nline", who="a\n2025-12-29 - x - INFO - forged")
+    first, second, third, fourth = stream.getvalue().splitlines()
+    known = f"connection_id=user_6, user_id=6, token={SECRET[:6]}[secret]"
+    at = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - "
+    assert re.fullmatch(at + re.escape(f"relayd.x - INFO - WebSocket connected: {known}"), first)
+    assert re.fullmatch(at + re.escape("relayd.x - WARNING - nothing more"), second)
+    assert re.fullmatch(at + re.escape("y - WARNING - old style n=1"), third)
+    assert fourth.endswith(r"relayd.x - INFO - one\nline who=a\n2025-12-29 - x - INFO - forged")
+
+
+def test_a_plain_traceback_is_indented_so_that_it_imitates_no_line() -> None:
+    stream = io.StringIO()
+    set_up_logs(_config("plain"), stream)
+    try:
+        raise ValueError("a\n2025-12-29 12:00:00,000 - x - INFO - forged")
+    except ValueError:
+        get_logger("x").exception("failed", request_id="7")
+    first, *others = stream.getvalue().splitlines()
+    assert first.endswith("x - ERROR - failed request_id=7")
+    assert len(others) > 3
+    assert all(line.startswith("  | ") for line in others)
+
+
+@pytest.mark.parametrize("form", ["console", "plain"])
+def test_what_a_peer_sends_cannot_steer_the_terminal(form: str) -> None:
+    stream = io.StringIO()
+    set_up_logs(_config(form), stream)
     log = get_logger("x")
     evil = "\x1b]0;owned\x07\nFAKE line\x9b31m"
     log.info("hello " + evil, agent=evil, listed=[evil])
