@@ -20,7 +20,7 @@ from relayd.config.schema import Config
 from relayd.config_reload import Reload
 from relayd.connections.budget import ConnectionBudget
 from relayd.connections.gateway import Gateway
-from relayd.connections.listener import describe, open_listeners, serve_listeners
+from relayd.connections.listener import Entrance, describe, open_doors, open_listeners, serve_listeners
 from relayd.core.admission import Admission
 from relayd.core.clock import RelayClock, serve_clock
 from relayd.core.positions import serve_positions
@@ -29,7 +29,7 @@ from relayd.core.restore import restore, serve_settling
 from relayd.core.token_retention import serve_token_retention
 from relayd.http.app import Routes, make_app
 from relayd.http.context import HttpContext
-from relayd.http.server import HttpServer
+from relayd.http.server import Door, HttpServer
 from relayd.logs.recent import serve_events
 from relayd.net.reactor import open_reactor
 from relayd.net.tls import make_tls_context
@@ -80,6 +80,7 @@ class Daemon:
         tokens: the tokens it accepts.
         http: the context shared by the HTTP routes.
         urls: the URLs it listens on.
+        door_urls: those of its doors.
         gateway: the gateway that serves new connections.
         shutdown: starts the shutdown.
     """
@@ -88,6 +89,7 @@ class Daemon:
     tokens: TokenRegistry
     http: HttpContext
     urls: list[str]
+    door_urls: list[str]
     gateway: Gateway
     shutdown: Shutdown
 
@@ -126,7 +128,11 @@ async def serve(
 
 @asynccontextmanager
 async def open_daemon(
-    config: Config, *, on_leave: Callable[[], None] = lambda: None, reread: Callable[[], Config] | None = None
+    config: Config,
+    *,
+    on_leave: Callable[[], None] = lambda: None,
+    reread: Callable[[], Config] | None = None,
+    doors: Sequence[Door] = (),
 ) -> AsyncIterator[Daemon]:
     """Start the daemon, from its store to its listeners; connections are closed in order when the block ends.
 
@@ -134,6 +140,7 @@ async def open_daemon(
         config: all settings.
         on_leave: as for `serve`.
         reread: as for `serve`.
+        doors: further ports, each with an HTTP application of its own.
 
     Raises:
         StoreError: the store cannot be used.
@@ -142,7 +149,7 @@ async def open_daemon(
     Cancellation: stops the daemon abruptly, like a crash; accepted requests are in the store.
     """
     tls_context = make_tls_context(config)
-    async with open_store(config) as store, open_listeners(config) as listeners:
+    async with open_store(config) as store, open_listeners(config) as listeners, open_doors(doors) as opened:
         loaded = await store.load()
         # Entered last, and so left first: `on_leave` is called before a nursery waits for its tasks.
         async with trio.open_nursery() as nursery, _calling(on_leave):
@@ -153,6 +160,7 @@ async def open_daemon(
             tokens = TokenRegistry(loaded.tokens)
             http_context = HttpContext(relay, admission, tokens, _open_signer(config))
             http = HttpServer(http_context, make_app(http_context, _talk_routes(config)))
+            door_servers = [HttpServer(http_context, door.make_app(http_context)) for door in doors]
             await restore(relay, loaded)
             nursery.start_soon(serve_settling, relay)
             nursery.start_soon(admission.serve)
@@ -182,16 +190,20 @@ async def open_daemon(
                 connections.start_soon(gateway.serve_login_timeouts)
                 accepting = trio.CancelScope()
 
-                async def accept() -> None:
+                async def accept(listeners: list[trio.SocketListener], entrance: Entrance) -> None:
                     with accepting:
-                        await serve_listeners(listeners, gateway, http, tls_context, connections)
+                        await serve_listeners(listeners, entrance, connections)
 
-                connections.start_soon(accept)
+                connections.start_soon(accept, listeners, Entrance(gateway, http, tls_context))
+                for door_listeners, server in zip(opened, door_servers, strict=True):
+                    connections.start_soon(accept, door_listeners, Entrance(gateway, server, tls_context, is_door=True))
                 urls = describe(listeners, tls=tls_context is not None)
                 relay.urls = list(urls)
+                door_urls = [url for each in opened for url in describe(each, tls=tls_context is not None)]
                 log.info(
                     "listening",
                     urls=urls,
+                    **({"doors": door_urls} if door_urls else {}),
                     spaces=sorted(relay.spaces),
                     state_dir=str(config.state_dir),
                     **_first_steps(urls),
@@ -199,13 +211,14 @@ async def open_daemon(
                 if config.is_exposed:
                     log.warning(PLAIN_TEXT, listen=config.listen)
                 nursery.start_soon(HealthService(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
-                yield Daemon(relay, tokens, http_context, urls, gateway, shutdown)
+                yield Daemon(relay, tokens, http_context, urls, door_urls, gateway, shutdown)
                 on_leave()
                 accepting.cancel()
                 for space in relay.spaces.values():  # so that no deadline fires while the links are being closed
                     space.closed.set()
                 await _close_links({*reactor.links, *(each.link for each in relay.connections.values())})
-                await http.close()
+                for server in (http, *door_servers):
+                    await server.close()
                 connections.cancel_scope.cancel()
             with trio.move_on_after(CLOSE_S):  # after an immediate exit, results may not be stored yet
                 await relay.finalizer.wait_finalized()

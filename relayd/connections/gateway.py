@@ -54,6 +54,7 @@ from relayd.connections.worker import WorkerHandler
 from relayd.core.admission import Admission
 from relayd.core.principals import RETRY_S, LinkMeter, full_message, is_limited
 from relayd.core.relay import Relay
+from relayd.net.hang_up import answer_and_hang_up
 from relayd.net.http_head import split_head
 from relayd.net.reactor import Reactor
 from relayd.net.socket_link import INTERNAL_LOG, INTERNAL_MESSAGE, SocketLink
@@ -61,9 +62,6 @@ from relayd.net.websocket_handshake import HandshakeRejected, Head, build_respon
 
 log = structlog.get_logger("relayd.wire")
 
-#: Time for a rejected peer to read the reason.
-HANG_UP_S = 1.0
-HANG_UP_READS = 64
 SERVER = f"relayd/{importlib.metadata.version('relayd')}"
 #: Longest interval between two checks for connections without a hello: the setting may have changed.
 LOGIN_CHECK_S = 1.0
@@ -129,7 +127,7 @@ class Gateway:
                     self._greet(connection)
                     await self._serve(connection)
         except HandshakeRejected as refusal:
-            await reject_handshake(stream, refusal)
+            await answer_and_hang_up(stream, refusal.to_bytes())
         except (LinkError, trio.BrokenResourceError, trio.ClosedResourceError) as fault:
             log.debug("connection lost", peer=connection_slot.peer, why=str(fault))
         except Exception:
@@ -400,17 +398,3 @@ class Gateway:
 
 def _left_s(principal: Principal) -> float:
     return float("inf") if principal.expires_at is None else max(0.0, principal.expires_at - time.time())
-
-
-async def reject_handshake(stream: trio.abc.Stream, refusal: HandshakeRejected) -> None:
-    """Send a rejection, and let the peer read it: to close with unread bytes would reset the connection."""
-    try:
-        with trio.move_on_after(HANG_UP_S):
-            await stream.send_all(refusal.to_bytes())
-            if isinstance(stream, trio.SocketStream):
-                await stream.send_eof()
-                for _ in range(HANG_UP_READS):
-                    if not await stream.receive_some():
-                        break
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        return

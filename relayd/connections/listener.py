@@ -1,29 +1,34 @@
 """The daemon's listeners: TCP, with TLS if it is configured, and the unix socket.
 
 One port serves both protocols (docs/design.md §10): the head of each connection is read; a request for a WebSocket goes
-to the `Gateway`, any other request to the `HttpServer`.
+to the `Gateway` unless the HTTP application has its path, any other request to the `HttpServer`. A door is a further
+port, with an application of its own and without the relay's own protocol.
 """
 
 import errno
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
+import attrs
 import structlog
 import trio
 
 from relayd.auth.tokens import PeerCredentials, peer_credentials
-from relayd.config.schema import Config
+from relayd.config.schema import Config, split_listen
 from relayd.connections.budget import ConnectionSlot
 from relayd.connections.gateway import Gateway
-from relayd.http.server import HttpServer
+from relayd.http.server import Door, HttpServer
+from relayd.net.hang_up import answer_and_hang_up
 from relayd.net.http_head import PrefixedStream, bearer_token, forwarded_for, needs_answer, read_head, wants_websocket
 from relayd.net.proxies import client_of
 from relayd.net.tls import ListenError
+from relayd.net.websocket_handshake import HandshakeRejected
 
 log = structlog.get_logger("relayd.listener")
 
@@ -56,15 +61,8 @@ async def open_listeners(config: Config) -> AsyncIterator[list[trio.SocketListen
     listeners: list[trio.SocketListener] = []
     path, created = config.socket_path, None
     try:
-        if config.listen_address is not None:
-            host, port = config.listen_address
-            try:
-                listeners += await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
-            except OSError as fault:
-                raise ListenError(
-                    f"cannot listen on {config.listen}: {fault.strerror or fault}; "
-                    "choose another address with --listen, or stop the program that listens there"
-                ) from fault
+        if config.listen:
+            listeners += await _tcp_listeners(config.listen, "--listen")
         if path is not None:
             listeners.append(await _unix_listener(path, config.unix_socket_mode))
             created = path
@@ -74,6 +72,34 @@ async def open_listeners(config: Config) -> AsyncIterator[list[trio.SocketListen
             listener.socket.close()
         if created is not None:
             created.unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def open_doors(doors: Sequence[Door]) -> AsyncIterator[list[list[trio.SocketListener]]]:
+    """Open the listening sockets of doors, in their order.
+
+    Raises:
+        ListenError: as for `open_listeners`.
+    """
+    opened: list[list[trio.SocketListener]] = []
+    try:
+        for door in doors:
+            opened.append(await _tcp_listeners(door.listen, door.setting))  # noqa: PERF401  closed below
+        yield opened
+    finally:
+        for listener in chain.from_iterable(opened):
+            listener.socket.close()
+
+
+async def _tcp_listeners(listen: str, setting: str) -> list[trio.SocketListener]:
+    host, port = split_listen(listen)
+    try:
+        return await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+    except OSError as fault:
+        raise ListenError(
+            f"cannot listen on {listen}: {fault.strerror or fault}; "
+            f"choose another address with {setting}, or stop the program that listens there"
+        ) from fault
 
 
 async def _unix_listener(path: Path, mode: int) -> trio.SocketListener:
@@ -106,18 +132,28 @@ def describe(listeners: list[trio.SocketListener], tls: bool) -> list[str]:
     return urls
 
 
-async def serve_listeners(
-    listeners: list[trio.SocketListener],
-    gateway: Gateway,
-    http: HttpServer,
-    tls_context: ssl.SSLContext | None,
-    handlers: trio.Nursery,
-) -> None:
+@attrs.frozen
+class Entrance:
+    """What is behind the listeners of a port.
+
+    Args:
+        gateway: serves the relay's own protocol, and counts all connections.
+        http: serves HTTP, and the WebSockets of its application.
+        tls_context: of TCP connections; None without TLS.
+        is_door: whether the relay's own protocol is not spoken here.
+    """
+
+    gateway: Gateway
+    http: HttpServer
+    tls_context: ssl.SSLContext | None
+    is_door: bool = False
+
+
+async def serve_listeners(listeners: list[trio.SocketListener], entrance: Entrance, handlers: trio.Nursery) -> None:
     """Accept connections until cancelled; they continue in `handlers`, or in the gateway's reactor."""
-    handler = partial(_serve_connection, gateway=gateway, http=http, tls_context=tls_context)
     async with trio.open_nursery() as nursery:
         for listener in listeners:
-            nursery.start_soon(_accept, listener, handler, handlers)
+            nursery.start_soon(_accept, listener, partial(_serve_connection, entrance=entrance), handlers)
 
 
 async def _accept(
@@ -147,40 +183,32 @@ async def _accept(
                 await trio.sleep(OUT_OF_ROOM_S)
 
 
-async def _serve_connection(
-    stream: trio.SocketStream, gateway: Gateway, http: HttpServer, tls_context: ssl.SSLContext | None
-) -> None:
+async def _serve_connection(stream: trio.SocketStream, entrance: Entrance) -> None:
     try:
         credentials = peer_credentials(stream.socket)
         peer = _peer(stream, credentials)
     except OSError:
         stream.socket.close()
         return  # it hung up before we looked
-    connection_slot = gateway.budget.admit(peer, credentials)
+    connection_slot = entrance.gateway.budget.admit(peer, credentials)
     with trio.CancelScope() as scope:
         connection_slot.hang_up = scope.cancel
-        await _serve_stranger(stream, connection_slot, gateway, http, tls_context)
+        await _serve_stranger(stream, connection_slot, entrance)
 
 
-async def _serve_stranger(
-    stream: trio.SocketStream,
-    connection_slot: ConnectionSlot,
-    gateway: Gateway,
-    http: HttpServer,
-    tls_context: ssl.SSLContext | None,
-) -> None:
-    continues = False
+async def _serve_stranger(stream: trio.SocketStream, connection_slot: ConnectionSlot, entrance: Entrance) -> None:
+    continues, gateway, tls_context = False, entrance.gateway, entrance.tls_context
     try:
         if penalty_s := gateway.budget.penalty_s(connection_slot):
             await trio.sleep(penalty_s)
         if tls_context is None or connection_slot.credentials is not None:
-            continues = await _pass_on(stream, gateway, http, connection_slot, secure=False)
+            continues = await _pass_on(stream, connection_slot, entrance, secure=False)
         else:
             tls = trio.SSLStream(stream, tls_context, server_side=True, https_compatible=True)
             with trio.fail_after(TLS_HANDSHAKE_S):
                 await gateway.relay.principals.wait_stranger_turn(TLS_COST_S)
                 await tls.do_handshake()
-            await _pass_on(tls, gateway, http, connection_slot, secure=True)
+            await _pass_on(tls, connection_slot, entrance, secure=True)
     except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError) as fault:
         log.debug("TLS handshake failed", peer=connection_slot.peer, why=str(fault.__cause__ or fault))
     finally:
@@ -190,13 +218,14 @@ async def _serve_stranger(
 
 
 async def _pass_on(
-    stream: trio.abc.Stream, gateway: Gateway, http: HttpServer, connection_slot: ConnectionSlot, *, secure: bool
+    stream: trio.abc.Stream, connection_slot: ConnectionSlot, entrance: Entrance, *, secure: bool
 ) -> bool:
     """Read the first head, and serve the connection as HTTP or as a WebSocket.
 
     Returns:
         Whether the connection continues without this task, and then releases its slot itself.
     """
+    http = entrance.http
     head = await read_head(stream)
     if needs_answer(head) and not wants_websocket(head):
         await http.context.wait_turn(connection_slot, bearer_token(head))
@@ -206,7 +235,13 @@ async def _pass_on(
     if connection_slot.credentials is None:
         client = client_of(connection_slot.peer, forwarded_for(head), http.context.relay.config)
         connection_slot.peer = client or connection_slot.peer
-    return await gateway.serve(stream, head, connection_slot)
+    if http.has_websocket(head):
+        await http.serve_websocket(stream, head, connection_slot, secure)
+    elif entrance.is_door:
+        await answer_and_hang_up(stream, HandshakeRejected(404, "there is no WebSocket at this path").to_bytes())
+    else:
+        return await entrance.gateway.serve(stream, head, connection_slot)
+    return False
 
 
 def _peer(stream: trio.SocketStream, credentials: PeerCredentials | None) -> str:

@@ -225,16 +225,17 @@ class Principals:
         Args:
             cost_s: what the turn is expected to take of the event loop's time.
         """
-        await self._wait_turn(self.strangers(), cost_s)
+        await self.wait_turn(self.strangers(), cost_s)
 
     async def wait_refused_turn(self, name: str, cost_s: float) -> None:
         """Wait for a principal's turn if it has used up its requests, so that refusing more costs only its share."""
         usage = self.usage_of(name)
         usage.requests.refill(trio.current_time())
         if usage.requests.level < 1.0:
-            await self._wait_turn(usage, cost_s)
+            await self.wait_turn(usage, cost_s)
 
-    async def _wait_turn(self, usage: PrincipalUsage, cost_s: float) -> None:
+    async def wait_turn(self, usage: PrincipalUsage, cost_s: float) -> None:
+        """Wait for a principal's turn; it is charged with `cost_s` of the event loop's time."""
         if usage.deferred or not usage.charge(0.0, trio.current_time()):
             turn = _Turn(usage, cost_s)
             self.defer(usage, turn)

@@ -46,13 +46,25 @@ Routes = Sequence[BaseRoute]
 def make_app(context: HttpContext, more: Routes = ()) -> Starlette:
     """Build the application for `context`; `more` are routes of what is above this layer."""
     routes = [*requests_routes.routes(), *openai_routes.routes(), *health_routes.routes(), *static_page.routes()]
+    hint = f"; WebSocket clients connect to {PATH}, and /openapi.json lists the rest"
+    return make_door_app(context, [*more, *routes], hint)
+
+
+def make_door_app(context: HttpContext, routes: Routes, hint: str = "") -> Starlette:
+    """Build the application of a door, with the headers, origins and errors of all HTTP.
+
+    Args:
+        context: of the relay.
+        routes: all that it serves.
+        hint: ends the answer to requests for other paths.
+    """
     app = Starlette(
-        routes=[*more, *routes],
+        routes=routes,
         middleware=[Middleware(ResponseHeaders, context=context)],
         exception_handlers={HttpError: _refused, HTTPException: _unroutable, Exception: _broken},
     )
     app.router.redirect_slashes = False
-    app.state.context = context
+    app.state.context, app.state.hint = context, hint
     return app
 
 
@@ -66,14 +78,14 @@ class ResponseHeaders:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse its origin."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         headers, allowed = Headers(scope=scope), self.context.relay.config.allowed_origins
         origin, more = headers.get("origin", ""), _headers_for(headers, self.context)
 
         async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"].endswith("http.response.start"):
                 counts, status = self.context.responses, message["status"]
                 counts[status] = counts.get(status, 0) + 1
                 response_headers = MutableHeaders(scope=message)
@@ -85,7 +97,7 @@ class ResponseHeaders:
             self.refused.add(origin)
             refusal = HttpError(ErrorCode.FORBIDDEN, refusal_message(origin))
             await error_response(scope["path"], refusal)(scope, receive, send_with_headers)
-        elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+        elif scope["type"] == "http" and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             asked = headers.get("access-control-request-headers") or USUAL_HEADERS
             cors = CORS | {"access-control-allow-headers": asked}
             await Response(status_code=204, headers=cors)(scope, receive, send_with_headers)
@@ -129,8 +141,7 @@ async def _unroutable(request: Request, fault: Exception) -> Response:
             "method_not_allowed", f"{path} allows only {allow}", status=405, headers=dict(fault.headers or {})
         )
     elif fault.status_code == 404:
-        message = f"there is nothing at {path}; WebSocket clients connect to {PATH}, and /openapi.json lists the rest"
-        refusal = HttpError("not_found", message, status=404)
+        refusal = HttpError("not_found", f"there is nothing at {path}{request.app.state.hint}", status=404)
     else:
         refusal = HttpError("bad_request", fault.detail, status=fault.status_code, headers=dict(fault.headers or {}))
     return error_response(path, refusal)

@@ -1,10 +1,10 @@
-"""Authenticates HTTP requests: by bearer token, or by the credentials of a peer on the unix socket."""
+"""Authenticates HTTP requests and WebSockets: by bearer token, or by the credentials of a peer on the unix socket."""
 
 import time
 
 import structlog
 import trio
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PROTOCOL_VERSION, Hello, Rejected
@@ -29,25 +29,35 @@ LINK = "link"
 _NEW_LINK = "ask whoever gave it to you for a new one (GET /v1/requests/ID/link)"
 
 
-def principal_of(request: Request, role: str = "client") -> Principal:
+def principal_of(request: HTTPConnection, role: str = "client") -> Principal:
     """Authenticate the sender of `request`.
 
     Args:
-        request: the HTTP request.
+        request: the HTTP request, or the WebSocket.
         role: the role to log in as; operator tokens may also log in as `client`.
 
     Raises:
         HttpError: the login is refused: 401, 403, or 429 after too many failures or with too many connections.
     """
-    context, exchange = context_of(request), exchange_of(request)
+    exchange = exchange_of(request)
     if exchange.principal is not None:
         return exchange.principal
     if SECRET_NAMES & {name.lower() for name in request.query_params}:
         message = "put the token into the Authorization header (Bearer TOKEN): URLs end up in logs and histories"
         raise HttpError(ErrorCode.UNAUTHENTICATED, message)
-    principal = _log_in(context, exchange, _token(request), role)
+    return principal_by_token(request, _token(request), role)
+
+
+def principal_by_token(request: HTTPConnection, token: str | None, role: str = "client") -> Principal:
+    """Authenticate the sender of `request` by a token, wherever it came in; None for one that sent none.
+
+    Raises:
+        HttpError: as for `principal_of`.
+    """
+    context, exchange = context_of(request), exchange_of(request)
+    principal = _log_in(context, exchange, token, role)
     if isinstance(principal, Rejected):
-        raise _refuse(context, exchange, request, role, principal)
+        raise _refuse(context, request, token, role, principal)
     _admit(context, exchange, principal)
     return principal
 
@@ -110,7 +120,7 @@ def _log_in(context: HttpContext, exchange: Exchange, token: str | None, role: s
     return context.tokens.log_in(hello, exchange.slot.credentials, time.time())
 
 
-def _token(request: Request) -> str | None:
+def _token(request: HTTPConnection) -> str | None:
     """Return the bearer token; None without an `Authorization` header.
 
     Raises:
@@ -125,8 +135,10 @@ def _token(request: Request) -> str | None:
     return value.strip()
 
 
-def _refuse(context: HttpContext, exchange: Exchange, request: Request, role: str, refused: Rejected) -> HttpError:
-    if refused.code != ErrorCode.UNAUTHENTICATED or "authorization" not in request.headers:
+def _refuse(
+    context: HttpContext, request: HTTPConnection, token: str | None, role: str, refused: Rejected
+) -> HttpError:
+    if refused.code != ErrorCode.UNAUTHENTICATED or token is None:
         return HttpError.of(refused)
     wait_s = context.failures.add(address_of(request), trio.current_time())
     if wait_s is not None:
@@ -135,7 +147,7 @@ def _refuse(context: HttpContext, exchange: Exchange, request: Request, role: st
     return HttpError.of(refused)
 
 
-def address_of(request: Request) -> str:
+def address_of(request: HTTPConnection) -> str:
     """Return the client's address without its port; behind a trusted proxy, the one reported by the proxy."""
     slot = exchange_of(request).slot
     client = None

@@ -42,7 +42,7 @@ CLOSE_S = 2.0
 #: `SO_LINGER` with a timeout of 0: the peer gets a reset, and knows that the response is incomplete.
 _RESET = struct.pack("ii", 1, 0)
 
-_ASGI = {"version": "3.0", "spec_version": "2.4"}  # since 2.4, applications need not poll for a disconnect
+ASGI = {"version": "3.0", "spec_version": "2.4"}  # since 2.4, applications need not poll for a disconnect
 _DISCONNECT: Message = {"type": "http.disconnect"}
 _LAST_PIECE: Message = {"type": "http.request", "body": b"", "more_body": False}
 _CONTINUE = h11.InformationalResponse(status_code=100, headers=[])
@@ -195,7 +195,7 @@ class Connection:
         exchange = Exchange(self.slot, self.secure)
         scope: Scope = {
             "type": "http",
-            "asgi": dict(_ASGI),
+            "asgi": dict(ASGI),
             "http_version": request.http_version.decode(),
             "method": request.method.decode(),
             "scheme": "https" if self.secure else "http",

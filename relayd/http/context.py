@@ -6,7 +6,7 @@ from typing import Protocol
 
 import attrs
 import trio
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 
 from relayd.auth.login_throttle import LoginThrottle
 from relayd.auth.result_links import LinkSigner, new_signer
@@ -48,7 +48,7 @@ class Slot(Protocol):
 
 @attrs.define(eq=False)
 class Exchange:
-    """One HTTP request, from its head to the end of its response.
+    """One HTTP request, from its head to the end of its response; or a WebSocket, to its close.
 
     Args:
         slot: the connection's.
@@ -63,7 +63,8 @@ class Exchange:
     gone: bool = False
     #: The response is complete.
     answered: bool = False
-    #: Cancels the wait for the next piece of the body; None while the handler does not read it.
+    #: Cancels the wait for the next piece of the body; None while the handler does not read it. Of a WebSocket, cancels
+    #: the handler.
     reading: trio.CancelScope | None = None
     #: Cancels the handler.
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
@@ -87,6 +88,8 @@ class HttpContext:
     failures: LoginThrottle = attrs.field(factory=LoginThrottle)
     #: Requests being answered.
     exchanges: set[Exchange] = attrs.field(factory=set)
+    #: What WebSockets wait for, each for any number of requests of the relay.
+    streams: set[Waiting] = attrs.field(factory=set)
     #: Open HTTP connections, including idle ones.
     connections: int = 0
     #: HTTP status -> number of responses started with it.
@@ -105,7 +108,8 @@ class HttpContext:
     def unfinished(self) -> int:
         """Number of responses that need no more of their client or of frames to finish; a drain waits for them."""
         settled = (exchange for exchange in self.exchanges if exchange.reading is None)
-        return sum(exchange.waits_for is None or not exchange.waits_for.live for exchange in settled)
+        unsent = sum(not stream.live for stream in self.streams)
+        return unsent + sum(exchange.waits_for is None or not exchange.waits_for.live for exchange in settled)
 
     async def wait_turn(self, slot: Slot, token: str) -> None:
         """Wait until a request may be answered: those without a token of the relay's have a share together."""
@@ -131,6 +135,8 @@ class HttpContext:
                 exchange.reading.cancel()
             if exchange.waits_for is not None:
                 exchange.waits_for.wake()
+        for stream in self.streams:
+            stream.wake()
 
     async def serve(self) -> None:
         """Abort the responses whose token was revoked or has expired, until cancelled."""
@@ -143,14 +149,14 @@ class HttpContext:
                     exchange.abort()
 
 
-def context_of(request: Request) -> HttpContext:
+def context_of(request: HTTPConnection) -> HttpContext:
     """Return the context of the application that serves `request`."""
     context = request.app.state.context
     assert isinstance(context, HttpContext)
     return context
 
 
-def exchange_of(request: Request) -> Exchange:
+def exchange_of(request: HTTPConnection) -> Exchange:
     """Return the exchange of a request."""
     exchange = request.state.exchange
     assert isinstance(exchange, Exchange)

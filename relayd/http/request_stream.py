@@ -1,6 +1,7 @@
-"""Connects an HTTP response to a request of the relay: submits or attaches to it, holds it and reads its frames.
+"""Connects an HTTP response or a WebSocket to a request of the relay: submits or attaches to it, holds it and reads
+its frames.
 
-Does for one request what `relayd.connections.client` does for a WebSocket. To the relay it is the same kind of holder
+Does for one request what `relayd.connections.client` does for a link. To the relay it is the same kind of holder
 and sink, so limits, idempotency, positions and the resume window are the same.
 """
 
@@ -27,6 +28,7 @@ from protocol.wire.messages import (
 )
 from relayd.auth.tokens import Principal
 from relayd.core import access
+from relayd.core.principals import too_fast
 from relayd.core.relay import Relay
 from relayd.frames.frame_log import LOW_WATER_BYTES, FrameReader
 from relayd.http.authentication import principal_by_link, principal_of
@@ -41,10 +43,10 @@ Event = Frame | Queued | WorkerAway | WorkerBack
 
 @attrs.define(eq=False)
 class RequestStream:
-    """One request, held and read by one response."""
+    """One request, held and read by one response; or by a WebSocket, which has no exchange for it."""
 
     context: HttpContext
-    exchange: Exchange
+    exchange: Exchange | None
     principal: Principal
     backlog_bytes: int = 0
     _request: Request | None = None
@@ -166,7 +168,10 @@ class RequestStream:
             request.hold(self)
         self._place = self.place()
         self._worker_changed = request.entry.worker_lost_at is not None
-        self.exchange.waits_for = self
+        if self.exchange is not None:
+            self.exchange.waits_for = self
+        else:
+            self.context.streams.add(self)
 
     def start_reading(self, attempt: int = 0, after_seq: int = -1) -> None:
         """Start reading the frames after `after_seq` of `attempt`; 0 means the current attempt.
@@ -252,7 +257,9 @@ class RequestStream:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-        self.exchange.waits_for = None
+        if self.exchange is not None:
+            self.exchange.waits_for = None
+        self.context.streams.discard(self)
         request = self._request
         if request is None or self not in request.holders:
             return
@@ -285,8 +292,51 @@ async def open_submission(
 
     Cancellation: cancels the request, unless it is `known`, or was accepted and `keep` is true.
     """
-    held = RequestStream(context_of(http), exchange_of(http), principal_of(http))
-    cancel = None if known else "the HTTP client disconnected"
+    principal = principal_of(http)
+    reasons = ("the HTTP client disconnected", "the HTTP response ended before the request")
+    async with _hold(
+        RequestStream(context_of(http), exchange_of(http), principal), submit, inputs, keep, known, reasons
+    ) as held:
+        yield held
+
+
+@asynccontextmanager
+async def hold_submission(
+    context: HttpContext,
+    principal: Principal,
+    submit: Submit,
+    inputs: Mapping[str, bytes] | None = None,
+    *,
+    keep: bool = False,
+    known: bool = False,
+) -> AsyncIterator[RequestStream]:
+    """As `open_submission`, for a holder that is no HTTP request: a WebSocket may hold several at once.
+
+    Each counts as one of the requests a second that `principal` may send.
+
+    Raises:
+        HttpError: the request is rejected.
+
+    Cancellation: as for `open_submission`.
+    """
+    if wait_s := context.relay.principals.request_wait_s(principal, context.relay.config.limits.principal):
+        raise HttpError(ErrorCode.RATE_LIMITED, too_fast(principal.name), retry_after_s=wait_s)
+    reasons = ("the client disconnected", "the client has left the request before its end")
+    async with _hold(RequestStream(context, None, principal), submit, inputs, keep, known, reasons) as held:
+        yield held
+
+
+@asynccontextmanager
+async def _hold(
+    held: RequestStream,
+    submit: Submit,
+    inputs: Mapping[str, bytes] | None,
+    keep: bool,
+    known: bool,
+    reasons: tuple[str, str],
+) -> AsyncIterator[RequestStream]:
+    """See `open_submission`; `reasons` are those of a cancel, before the block ends in order and then."""
+    cancel = None if known else reasons[0]
     try:
         await held.submit(submit, inputs or {})
         if not keep:
@@ -294,7 +344,7 @@ async def open_submission(
         await held.wait_accepted()
         cancel = None if keep else cancel
         yield held
-        cancel = cancel and "the HTTP response ended before the request"
+        cancel = cancel and reasons[1]
     finally:
         held.close(cancel=cancel)
 

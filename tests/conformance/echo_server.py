@@ -13,7 +13,7 @@ import trio
 from protocol.link.limits import LinkLimits
 from protocol.link.websocket_frames import TEXT
 from protocol.wire.errors import LinkError
-from relayd.connections.gateway import reject_handshake
+from relayd.net.hang_up import answer_and_hang_up
 from relayd.net.http_head import MAX_HEAD_BYTES, is_complete, needs_answer, read_head, split_head
 from relayd.net.reactor import Reactor, open_reactor
 from relayd.net.socket_link import SocketLink
@@ -61,7 +61,7 @@ async def welcome(reactor: Reactor, stream: trio.SocketStream) -> None:
             head = parse_head(text)
             check_upgrade(head, None)
         except HandshakeRejected as refusal:
-            await reject_handshake(stream, refusal)
+            await answer_and_hang_up(stream, refusal.to_bytes())
             return
         link = reactor.register(stream, "peer", RULES, build_response(head, None))
         link.set_handler(Echo(link))

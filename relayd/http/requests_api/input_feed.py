@@ -75,6 +75,7 @@ class InputFeed(RequestStream):
             self._stop_reading()
 
     def _stop_reading(self) -> None:
+        assert self.exchange is not None
         if self.exchange.reading is not None:
             self.exchange.reading.cancel()
 
@@ -133,6 +134,7 @@ class InputFeed(RequestStream):
 
     async def _next_piece(self, http: HttpRequest, name: str) -> tuple[bytes, bool]:
         """Return the next piece of the body and whether it is the last; waits as long as the request does."""
+        assert self.exchange is not None
         with trio.CancelScope() as reading:
             self.exchange.reading = reading
             self.wake()  # the request may have ended before this scope was there
