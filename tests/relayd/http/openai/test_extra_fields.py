@@ -160,6 +160,7 @@ def test_a_recording_is_the_voice_whatever_the_settings_make_of_names() -> None:
         (CLONING, {"speaker": "\ud800"}, "speaker", "contains a lone surrogate"),
         (MOCK, {"speaker_embedding": [1.0]}, "speaker_embedding", "is not accepted by space 'tts'"),
         (CLONING, {"reference": "bert"}, "reference", "is not accepted by space 'tts'"),
+        (MOCK, {"timbre": "warm"}, "timbre", "is not accepted by space 'tts'"),
         (MOCK, {"references": [{"audio": RECORDING}]}, "references", "is not accepted by space 'tts'"),
         (MOCK, {"voice_description": "an old man"}, "voice_description", "is not accepted by space 'tts'"),
     ],
