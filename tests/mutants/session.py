@@ -1,7 +1,7 @@
 """Runs mutants inside a session of pytest that has collected their tests: each in a fork, with the tests that reach it.
 
 In the fork the mutant's function gets the code of the mutant. For what runs only while a module is imported, such as
-defaults and constants, all of ours is imported again in the fork.
+defaults, constants and the functions that make them, all of ours is imported again in the fork.
 """
 
 import contextlib
@@ -88,8 +88,12 @@ class MutantSession:
         while waiting or running:
             while waiting and len(running) < self.jobs and time.monotonic() < self.until:
                 mutant = waiting.pop()
-                if tests := self._tests_for(mutant):
-                    pid = os.fork() or _in_fork(mutant, [(items[test], limit) for test, limit in tests], functions)
+                tried = mutant
+                if not (tests := self._tests_for(mutant)):  # perhaps only an import runs it
+                    tried = attrs.evolve(mutant, owner="")
+                    tests = self._tests_for(tried)
+                if tests:
+                    pid = os.fork() or _in_fork(tried, [(items[test], limit) for test, limit in tests], functions)
                     running[pid] = mutant, time.monotonic(), len(tests)
                 else:
                     self._judge(mutant, True, time.monotonic(), 0)

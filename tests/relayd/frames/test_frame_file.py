@@ -226,9 +226,12 @@ def test_what_root_makes_belongs_to_the_owner_of_the_state(tmp_path: Path, monke
         name = what if isinstance(what, Path) else Path(f"/proc/self/fd/{what}").readlink()
         given.append((name, uid, gid))
 
-    monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("os.chown", give)
     monkeypatch.setattr("os.fchown", give)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    a_file(ResultFolder(tmp_path / "own"), FRAMES)
+    assert not given
+    monkeypatch.setattr("os.geteuid", lambda: 0)
     folder = ResultFolder(tmp_path / "results")
     request_id, _ = a_file(folder, FRAMES)
     assert given == [(path, owner.st_uid, owner.st_gid) for path in (folder.path, path_of(folder, request_id))]
