@@ -107,6 +107,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "action": words,
     "after_seq": st.integers(-1, 2**31),
     "age_s": numbers,
+    "again": st.none() | st.booleans(),
     "agent": words,
     "attempt": attempts,
     "cache": st.booleans(),
