@@ -169,7 +169,7 @@ async def open_daemon(
             nursery.start_soon(serve_clock, relay)
             nursery.start_soon(serve_stats, relay.sample)
             nursery.start_soon(relay.results.serve_memory)
-            nursery.start_soon(serve_memory_return)
+            nursery.start_soon(serve_memory_return, lambda: relay.stats.frames)
             nursery.start_soon(relay.results.serve_retention)
             nursery.start_soon(serve_token_retention, tokens, store)
             nursery.start_soon(http_context.serve)
@@ -239,12 +239,14 @@ def _talk_routes(config: Config) -> Routes:
 async def _talking(context: HttpContext, loaded: Loaded) -> AsyncIterator[None]:
     """Keep the conversations until the end of the block, if there are to be any."""
     if context.relay.config.talk is None:
+        del loaded  # as below
         yield
         return
     from relayd.talk.talks import open_talks
 
     async with open_talks(context.admission, context.tokens) as context.talks:
         await context.talks.restore(loaded)
+        del loaded  # this frame lives as long as the daemon
         yield
 
 

@@ -5,11 +5,13 @@ as 128 KiB of it are free. The next frames then fault every page in again, which
 6 µs per frame on a virtual machine). So the daemon keeps enough memory for a few results.
 
 What is freed between blocks that live on would never return that way: after a burst of long results, the daemon would
-stay as large as at its peak. Twice a minute it returns all of that: this takes milliseconds.
+stay as large as at its peak. Twice a minute it returns all of that: this takes milliseconds. If it forwards nothing, it
+returns the end of the heap, too.
 """
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 import trio
 
@@ -37,17 +39,24 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, value) == 1 for option, value in wanted)
 
 
-def return_freed_memory() -> bool:
-    """Return free memory within the heap to the kernel, but not at its end; False if there is none, or no glibc."""
+def return_freed_memory(kept_bytes: int = KEPT_BYTES) -> bool:
+    """Return free memory to the kernel, but for the end of the heap; False if there is none, or no glibc."""
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except AttributeError:  # musl, macOS
         return False
-    return bool(trim(ctypes.c_size_t(KEPT_BYTES)))
+    return bool(trim(ctypes.c_size_t(kept_bytes)))
 
 
-async def serve_memory_return() -> None:
-    """Return freed memory regularly, until cancelled."""
+async def serve_memory_return(count_frames: Callable[[], int]) -> None:
+    """Return freed memory regularly, until cancelled.
+
+    Args:
+        count_frames: returns how many frames came so far. While none come, nothing is kept.
+    """
+    before = 0
     while True:
         await trio.sleep(RETURN_INTERVAL_S)
-        return_freed_memory()
+        frames = count_frames()
+        return_freed_memory(KEPT_BYTES if frames > before else 0)
+        before = frames

@@ -3,9 +3,11 @@
 `python -m tests.chaos --seed 7 --minutes 25`, as `make chaos SEED=7 MINUTES=25` calls it.
 """
 
+import signal
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import attrs
 import trio
@@ -17,6 +19,7 @@ from tests.chaos.faults import Storm
 from tests.chaos.operator_view import OperatorView
 from tests.chaos.report import Ledger
 from tests.chaos.short_timeouts import shortened_timeouts
+from tests.chaos.slow_disk import BLOCKS
 from tests.chaos.stage import LEAVER, WINDOWS, Settings, Stage, open_stage
 from tests.chaos.steering import Operator
 from tests.chaos.web import WebClient
@@ -24,6 +27,24 @@ from tests.chaos.workload import Plan
 
 #: How long after the listeners the last request may end: a hostile worker may be silent in three attempts of one.
 LAST_END_S = 150.0
+#: How long the relay may take to count its blocks.
+COUNT_S = 30.0
+#: Growth that is allowed of the number of blocks that Python's objects occupy. Unlike the memory of the process, it
+#: does not depend on which of them lie together.
+BLOCKS_GROWTH = 1.1
+
+
+@attrs.frozen
+class Remains:
+    """What the relay's process holds: open files, MiB of memory, and blocks of Python's allocator."""
+
+    UNITS: ClassVar = ("open files", "MiB", "blocks")
+    files: int
+    rss_mib: float
+    blocks: int
+
+    def __str__(self) -> str:
+        return f"{self.files} open files, {self.rss_mib:.1f} MiB and {self.blocks} blocks"
 
 
 def undisturbed(who: str, space: str, kind: str = "plain") -> Plan:
@@ -43,8 +64,8 @@ def undisturbed(who: str, space: str, kind: str = "plain") -> Plan:
     )
 
 
-async def warm_up(stage: Stage) -> tuple[int, float]:
-    """Run requests without faults; returns the relay's open files and MiB of memory, with all peers connected.
+async def warm_up(stage: Stage) -> Remains:
+    """Run requests without faults; returns what the relay holds then, with all peers connected.
 
     Some come over HTTP: the relay imports what encodes audio when it is first asked for.
     """
@@ -54,7 +75,19 @@ async def warm_up(stage: Stage) -> tuple[int, float]:
         for web in stage.web:
             for kind in ("events", "audio", "speech"):
                 nursery.start_soon(web.follow, undisturbed(web.name, "tts", kind))
-    return stage.relay.figures()
+    return await measure(stage)
+
+
+async def measure(stage: Stage) -> Remains:
+    """What the relay holds now."""
+    counted = stage.folder / BLOCKS
+    counted.unlink(missing_ok=True)
+    stage.relay.signal(signal.SIGUSR2)
+    with trio.fail_after(COUNT_S):
+        while not counted.exists():  # noqa: ASYNC110  nothing else tells
+            await trio.sleep(0.05)
+    files, rss_mib = stage.relay.figures()
+    return Remains(files, rss_mib, int(counted.read_text()))
 
 
 async def all_rows(stage: Stage) -> dict[str, list[dict[str, object]]]:
@@ -77,23 +110,22 @@ async def watch_memory(stage: Stage, before_mib: float, calm: trio.Event) -> Non
         await trio.sleep(0.2)
 
 
-async def check_remains(stage: Stage, before: tuple[int, float]) -> None:
+async def check_remains(stage: Stage, before: Remains) -> None:
     """Check that slots are free, no request is live, and the relay's files and memory are as before."""
     ledger, settings = stage.ledger, stage.settings
-    faults = ["nothing was checked"]
+    faults, after = ["nothing was checked"], before
     with trio.move_on_after(settings.retain_s * settings.wait_retention + LAST_END_S):
         while faults:
-            faults = _remains(stage, before, await all_rows(stage))
+            faults = _faults(stage, before, after := await measure(stage), await all_rows(stage))
             await trio.sleep(0.5)
-    files, rss_mib = stage.relay.figures()
-    ledger.note("run", f"relay: {before[0]} open files and {before[1]:.1f} MiB before, {files} and {rss_mib:.1f} after")
-    ledger.counts["relay open files before"], ledger.counts["relay open files after"] = before[0], files
-    ledger.counts["relay MiB before"], ledger.counts["relay MiB after"] = round(before[1]), round(rss_mib)
+    ledger.note("run", f"relay: {before} before, {after} after")
+    for what, was, is_now in zip(Remains.UNITS, attrs.astuple(before), attrs.astuple(after), strict=True):
+        ledger.counts[f"relay {what} before"], ledger.counts[f"relay {what} after"] = round(was), round(is_now)
     for fault in faults:
         ledger.complain(fault)
 
 
-def _remains(stage: Stage, before: tuple[int, float], rows: dict[str, list[dict[str, object]]]) -> list[str]:
+def _faults(stage: Stage, before: Remains, after: Remains, rows: dict[str, list[dict[str, object]]]) -> list[str]:
     faults = []
     live = [row["request_id"] for row in rows.get("requests", ()) if row["state"] in ("uploading", "queued", "running")]
     if live:
@@ -110,11 +142,13 @@ def _remains(stage: Stage, before: tuple[int, float], rows: dict[str, list[dict[
             faults.append(f"slots of worker {worker.name} are still busy: {row}")
     if len(workers) > len(stage.workers) or len(rows.get("workers", ())) > len(stage.workers):
         faults.append(f"former workers are still remembered: {sorted(workers)}")
-    files, rss_mib = stage.relay.figures()
-    if files > before[0]:
-        faults.append(f"the relay has {files} open files, and had {before[0]} before: {dict(stage.relay.open_files())}")
-    if rss_mib > before[1] + stage.settings.rss_allowance_mib:
-        faults.append(f"the relay has {rss_mib:.1f} MiB, and had {before[1]:.1f} before")
+    if after.files > before.files:
+        names = dict(stage.relay.open_files())
+        faults.append(f"the relay has {after.files} open files, and had {before.files} before: {names}")
+    if after.rss_mib > before.rss_mib + stage.settings.rss_allowance_mib:
+        faults.append(f"the relay has {after.rss_mib:.1f} MiB, and had {before.rss_mib:.1f} before")
+    if after.blocks > before.blocks * BLOCKS_GROWTH:
+        faults.append(f"the relay's objects occupy {after.blocks} blocks, and {before.blocks} before")
     return faults
 
 
@@ -165,7 +199,7 @@ async def _run(stage: Stage, nursery: trio.Nursery) -> None:
                 listening.start_soon(burst.serve_bursts, leave, settings.burst)
             for hostile in stage.hostiles:
                 listening.start_soon(hostile.serve, leave)
-            listening.start_soon(watch_memory, stage, before[1], leave)
+            listening.start_soon(watch_memory, stage, before.rss_mib, leave)
             if settings.steers:
                 leaver = next(worker for worker in stage.workers if worker.name == LEAVER)
                 view = OperatorView(stage.socket_url)
