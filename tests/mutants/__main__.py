@@ -18,11 +18,13 @@ from tests.mutants.mutations import Mutant, mutants_of
 from tests.mutants.session import OPTIONS, MutantSession, Verdict, repeat_examples
 
 _CORE = ("tests/relayd/core", "tests/relayd/connections/test_connections.py", "tests/relayd/views")
+_FED = tuple(f"tests/relayd/connections/test_{name}.py" for name in ("live_inputs", "pipes", "fed_by_the_client"))
+_LOST = tuple(f"tests/relayd/connections/test_{name}.py" for name in ("workers", "lost_workers", "restarts"))
 #: Module or folder -> the tests that must notice a fault in it. Of these, each mutant runs those that reach it.
 TESTS: dict[str, tuple[str, ...]] = {
     "relayd/scheduling": ("tests/relayd/scheduling", "tests/relayd/core"),
-    "relayd/requests": ("tests/relayd/requests", *_CORE),
-    "relayd/core": (*_CORE, "tests/relayd/connections/test_workers.py"),
+    "relayd/requests": ("tests/relayd/requests", *_CORE, *_FED),
+    "relayd/core": (*_CORE, *_FED, *_LOST),
     "relayd/frames": ("tests/relayd/frames", "tests/relayd/requests", "tests/relayd/core/test_retention.py"),
     "relayd/auth": (
         "tests/relayd/auth",
