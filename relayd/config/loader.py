@@ -171,14 +171,17 @@ def _find_conflicts(raw: Mapping[str, Value]) -> Iterator[str]:
     listen = raw.get("listen", attrs.fields(Config).listen.default)
     tls = raw.get("tls")
     intended = raw.get("behind_proxy", False) or raw.get("plain_text", False)  # or no boolean, which is reported
-    if listen and isinstance(listen, str) and tls is None and not intended:
+    talk = raw.get("talk")
+    for name, door in (("listen", listen), ("talk.listen", talk.get("listen") if isinstance(talk, dict) else None)):
+        if not door or not isinstance(door, str) or tls is not None or intended:
+            continue
         try:
-            host, _ = split_listen(listen)
+            host, _ = split_listen(door)
         except ValueError:
             host = "localhost"  # already reported
         if not is_loopback(host):
             yield (
-                f"listen: {listen} can be reached from other machines without encryption: give a certificate in [tls], "
+                f"{name}: {door} can be reached from other machines without encryption: give a certificate in [tls], "
                 "set behind_proxy = true if a proxy in front of the relay provides TLS, or set plain_text = true on a "
                 "network where everybody may read the tokens and all that is said"
             )

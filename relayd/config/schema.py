@@ -177,7 +177,7 @@ def _pattern(value: Value) -> None:
     text(256)(value)
     try:
         re.compile(value)
-    except re.error as fault:
+    except (re.error, OverflowError, RecursionError) as fault:
         raise ValueError(f"{value!r} is not a regular expression: {fault}") from None
 
 

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,15 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
         ("[log]\nxyzzy = 1", "log.xyzzy: is not a setting; the settings here are callsite, format, level"),
         ('[tls]\ncert = "relayd.toml"', "tls.key: is required"),
         ('[tls]\ncert = "relayd.toml"\nkey = "missing.pem"', "missing.pem: No such file or directory"),
+        ("talk = 3", "talk: must be a table, not int"),
+        ('[talk]\nspeech = "tts"', "talk.reply: is required"),
+        ('[talk]\nreply = ""', "talk.reply: "),
+        ('[talk]\nreply = "llm"\nsession_id_pattern = "("', "talk.session_id_pattern: '(' is not a regular expression"),
+        ('[talk]\nreply = "llm"\nsession_id_pattern = "a{99999999999}"', "is not a regular expression"),
+        ('[talk]\nreply = "llm"\nhistory = "disc"', "talk.history: must be one of disk, memory, none"),
+        ('[talk]\nreply = "llm"\nlisten = "0.0.0.0:19001"', "talk.listen: 0.0.0.0:19001 can be reached from other"),
+        ('[talk]\nreply = "llm"\nlisten = "19001"', "talk.listen: '19001' is not HOST:PORT"),
+        ('[talk]\nreply = "llm"\ninstructions = "' + "x" * 4_001 + '"', "talk.instructions: "),
         ("listen = ", "is not TOML: Invalid value (at end of document)"),
         ('a = 1\na = "x"', "is not TOML: Cannot overwrite a value"),
     ],
@@ -236,6 +246,18 @@ def test_a_file_that_cannot_be_read_is_one_fault(file: Path) -> None:
 )
 def test_tls_or_a_proxy_opens_the_relay_to_other_machines(file: Path, extra: dict[str, Any]) -> None:
     assert load(file, 'listen = "0.0.0.0:0"', **extra).listen_address == ("0.0.0.0", 0)
+
+
+def test_conversations_are_there_if_their_table_is(file: Path) -> None:
+    assert load(file, "").talk is None
+    talk = load(file, '[talk]\nreply = "llm"\nspeech = ""\nretain_days = 0.5').talk
+    assert talk is not None
+    assert (talk.reply, talk.speech, talk.retain_days, talk.history) == ("llm", "", 0.5, "disk")
+    assert [bool(re.fullmatch(talk.session_id_pattern, name)) for name in ("uuid-1", "invalid-session-id", "a/1")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_tcp_can_be_turned_off(file: Path) -> None:
@@ -336,7 +358,9 @@ tables = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-keys = st.sampled_from(["listen", "tls", "log", "limits", "results", "spaces", "state_dir", "allowed_origins", "x"])
+keys = st.sampled_from(
+    ["listen", "tls", "log", "limits", "results", "spaces", "talk", "state_dir", "allowed_origins", "x"]
+)
 
 
 @given(overrides=st.dictionaries(keys, tables, max_size=4))

@@ -100,6 +100,17 @@ async def test_a_changed_limit_holds_for_requests_that_run_already(tmp_path: Pat
 
 
 @pytest.mark.trio
+async def test_of_conversations_all_is_read_again_but_what_is_open(tmp_path: Path) -> None:
+    first = 'listen = ""\n[spaces.tts]\n[talk]\nreply = "llm"\n'
+    async with reloading(tmp_path, first) as it:
+        told = await it.reload(first + 'speech = "tts"\nhistory = "none"\ntts_server = true\n')
+        assert told["changed"] == ["talk.speech:  -> tts"]
+        assert told["needs_restart"] == ["talk.history: disk -> none", "talk.tts_server: False -> True"]
+        told = await it.reload(first.partition("[talk]")[0])
+        assert "talk.reply: llm -> None" in told["needs_restart"]
+
+
+@pytest.mark.trio
 async def test_limits_level_and_spaces_are_read_again_and_what_needs_a_restart_is_told(tmp_path: Path) -> None:
     first = 'listen = ""\n[log]\nlevel = "info"\n[spaces.tts]\n[spaces.old]\n'
     second = (
