@@ -89,7 +89,7 @@ RULES: Mapping[type[Any], Mapping[str, Rule]] = {
     },
     TurnRecord: {
         "talk_id": _word,
-        "number": integer(0),
+        "number": integer(0, 2**31),
         "role": choice("user", "assistant", "system"),
         "content": text(MAX_TURN_CHARS),
         "state": choice(*TURN_LIVE, *TURN_ENDED),
@@ -115,6 +115,8 @@ def checked(record: RecordT) -> RecordT:
         _check(record.limits)
     if isinstance(record, RequestRecord) and record.submit.request_id != record.request_id:
         raise FieldError(f"submit: is of request {record.submit.request_id}")
+    if isinstance(record, TurnRecord) and not record.ended and None in (record.text_request, record.options):
+        raise FieldError("state: is that of a reply to come, which has a text_request and options")
     return record
 
 

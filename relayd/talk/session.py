@@ -248,6 +248,8 @@ class Session:
         try:
             self._turn = self._begin(turn, reply)
             outcome = await self._turn.run()
+        except Exception:
+            log.exception("internal error in conversation", talk=self.record.talk_id)
         finally:
             self._turn = None
             ended = self.conversation.end(outcome.state, outcome.code, outcome.message)

@@ -298,11 +298,17 @@ class Talks:
         unended = {turn.talk_id for turn in loaded.unended_turns}
         for record in loaded.talks:
             if record.talk_id in unended:
-                session = await self._session_of(record)
-                if isinstance(session, Session):
-                    session.resume(self.place.principal_named(record.principal))
+                await self._resume(record)
         if loaded.talks:
             log.info("conversations restored", talks=len(loaded.talks), replies=len(loaded.unended_turns))
+
+    async def _resume(self, record: TalkRecord) -> None:
+        try:
+            session = await self._session_of(record)
+            if isinstance(session, Session):
+                session.resume(self.place.principal_named(record.principal))
+        except Exception:
+            log.exception("internal error in conversation", talk=record.talk_id)
 
 
 def _is_text(value: str) -> bool:

@@ -12,7 +12,9 @@ from protocol.wire.structs import InputInfo
 from relayd.config.schema import Config
 from relayd.store import (
     RequestRecord,
+    TalkRecord,
     TokenRecord,
+    TurnRecord,
     open_store,
 )
 from relayd.store.sqlite import SqliteStore
@@ -47,6 +49,22 @@ def token(number: int = 1, **fields: Any) -> TokenRecord:
         "sha256": bytes([number]) * 32,
     }
     return TokenRecord(**{**values, "created_at": float(number), **fields})
+
+
+def talk(number: int = 1, **fields: Any) -> TalkRecord:
+    values: dict[str, Any] = {"talk_id": f"talk-{number}", "principal": "ann", "user": "user_6"}
+    values |= {"session": f"session-{number}", "created_at": 1.5 + number, "touched_at": 2e9}
+    return TalkRecord(**{**values, **fields})
+
+
+def turn(number: int, talk_number: int = 1, **fields: Any) -> TurnRecord:
+    values: dict[str, Any] = {"talk_id": f"talk-{talk_number}", "number": number, "role": "user", "at": 3.5}
+    return TurnRecord(**{**values, "content": "你好", **fields})
+
+
+def reply_to_come(number: int, talk_number: int = 1) -> TurnRecord:
+    ids = {"text_request": request_id(100 * talk_number + number), "speech_request": request_id(10_000 + talk_number)}
+    return turn(number, talk_number, role="assistant", content="", state="waiting", options=b"\x80", **ids)
 
 
 def config(state_dir: Path, store: Any = "sqlite") -> Config:

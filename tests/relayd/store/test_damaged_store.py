@@ -15,10 +15,14 @@ import pytest
 import trio
 
 from protocol.wire.messages import Accepted, Attach, Done, Input, Status, StatusReply, Steer
+from relayd.auth.tokens import Principal
 from relayd.scheduling.model import State
+from relayd.store import PutTalk, PutTurn
 from relayd.store.base import StorageFull, StoreError
 from relayd.store.database import DATABASE_NAME
 from relayd.store.factory import open_offline
+from relayd.talk.talks import Talk, Talks
+from tests.relayd.store.records import reply_to_come, talk, turn
 from tests.support.fake_worker import fake_worker, samples
 from tests.support.relay import Daemon, a_submit, an_id, an_input, daemon, kept_logs, peer, until
 
@@ -194,6 +198,54 @@ async def test_an_impossible_token_opens_nothing_and_the_others_do(
             assert relay.relay.records_set_aside == 1
             await relay.goes_on()
     assert mistakes(logs) == []
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [
+        ("talks", "principal", b"\x01"),
+        ("talks", "touched_at", "today"),
+        ("talks", "instructions", "x" * 10_000),
+        ("turns", "role", "king"),
+        ("turns", "content", b"\xff"),
+        ("turns", "state", "stuck"),
+        ("turns", "number", -1),
+        ("turns", "text_request", "Z"),
+        ("turns", "text_request", None),
+        ("turns", "options", b"\xc1"),
+        ("turns", "options", b"\x01"),
+        ("turns", "options", "text"),
+        ("turns", "options", None),
+        ("turns", "at", "today"),
+    ],
+)
+async def test_an_impossible_conversation_costs_no_other(
+    filled: tuple[Path, dict[str, str]], table: str, column: str, value: Any
+) -> None:
+    folder, ids = filled
+    with open_offline(folder) as store:
+        store.commit(PutTalk(talk(1)), PutTalk(talk(2)), PutTurn(turn(0)), PutTurn(reply_to_come(1)))
+        store.commit(PutTurn(turn(0, 2)), PutTurn(reply_to_come(1, 2)))
+    where = "number = 1 AND talk_id = 'talk-1'" if table == "turns" else "talk_id = 'talk-1'"
+    change(folder, f"UPDATE {table} SET {column} = ? WHERE {where}", value)
+    with kept_logs() as logs:
+        async with daemon(folder, **SQLITE, talk={"reply": "check"}, http={"no_worker_wait_s": 0.05}) as relay:
+            talks = relay.http_context.talks
+            assert isinstance(talks, Talks)
+            other = await talks.open(Principal(name="ann", role="client"), "session-2", "user_6", create=False)
+            assert isinstance(other, Talk)
+            with trio.fail_after(10):
+                await other.replies[1].wait_ended()
+            assert [each.role for each in other.turns] == ["user", "assistant"]
+            mine = await talks.open(Principal(name="ann", role="client"), "session-1", "user_6")
+            assert isinstance(mine, Talk)
+            for reply in list(mine.replies.values()):
+                with trio.fail_after(10):
+                    await reply.wait_ended()
+            assert await state(relay, ids["good"]) == "queued"
+            await relay.goes_on()
+    assert [each for each in mistakes(logs) if each["event"] != "internal error in conversation"] == []
 
 
 @pytest.mark.trio

@@ -22,10 +22,14 @@ from relayd.store import (
     Change,
     DeleteRequest,
     DeleteSpace,
+    DeleteTalk,
     DeleteToken,
+    DeleteTurns,
     PutRequest,
     PutSpace,
+    PutTalk,
     PutToken,
+    PutTurn,
     SpaceRecord,
     StorageFull,
     Store,
@@ -40,7 +44,16 @@ from relayd.store import sqlite as sqlite_store
 from relayd.store.database import DATABASE_NAME, SCHEMA_VERSION, Database, Statement
 from relayd.store.memory import MemoryStore
 from relayd.store.sqlite import SqliteStore
-from tests.relayd.store.records import config, open_sqlite_store, request, request_id, token
+from tests.relayd.store.records import (
+    config,
+    open_sqlite_store,
+    reply_to_come,
+    request,
+    request_id,
+    talk,
+    token,
+    turn,
+)
 
 
 def ended(number: int, state: str = "completed") -> UpdateRequest:
@@ -103,6 +116,22 @@ async def test_a_request_put_again_replaces_its_inputs(tmp_path: Path, kind: str
             await store.read_input(request_id(1), "b")
         with pytest.raises(KeyError):
             await store.read_input(request_id(2), "a")
+
+
+@pytest.mark.trio
+async def test_a_conversation_and_its_turns_are_there_after_a_restart(tmp_path: Path) -> None:
+    said = [turn(0), reply_to_come(1), turn(2, heard_chars=1, state="interrupted", code="no_worker", message="oh")]
+    async with open_sqlite_store(tmp_path) as store:
+        await store.commit(PutTalk(talk(1, instructions="Be brief.")), PutTalk(talk(2)), *map(PutTurn, said))
+        await store.commit(PutTurn(turn(0, 3)), PutTurn(turn(0, 2)), DeleteTalk("talk-2"))
+    async with open_sqlite_store(tmp_path) as store:
+        loaded = await store.load()
+        assert (loaded.talks, loaded.unended_turns) == ((talk(1, instructions="Be brief."),), (said[1],))
+        assert await store.read_turns("talk-1") == tuple(said)
+        assert await store.read_turns("talk-2") == await store.read_turns("talk-3") == ()
+        store.post(PutTurn(turn(1, role="assistant")), DeleteTurns("talk-1", 0, 0))
+        assert [each.number for each in await store.read_turns("talk-1")] == [1, 2], "also what is only queued"
+        assert (await store.load()).unended_turns == ()
 
 
 def piece(number: int, offset: int, data: bytes, *, last: bool = False) -> AppendInput:
@@ -478,7 +507,21 @@ puts = st.builds(
     numbers,
     st.dictionaries(st.sampled_from(["a", "b"]), st.binary(max_size=3)),
 )
-changes = st.one_of(puts, updates, updates, numbers.map(request_id).map(DeleteRequest))
+talks = st.integers(0, 1)
+turns = st.builds(
+    lambda number, of, make: PutTurn(make(number, of)), numbers, talks, st.sampled_from([turn, reply_to_come])
+)
+changes = st.one_of(
+    puts,
+    updates,
+    updates,
+    numbers.map(request_id).map(DeleteRequest),
+    st.builds(lambda number, said: PutTalk(talk(number, instructions=said)), talks, st.sampled_from(["", "Be brief."])),
+    turns,
+    turns,
+    talks.map(lambda number: DeleteTalk(f"talk-{number}")),
+    st.builds(lambda number, first, last: DeleteTurns(f"talk-{number}", first, last), talks, numbers, numbers),
+)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -491,7 +534,7 @@ def test_both_stores_mean_the_same(tmp_path_factory: pytest.TempPathFactory, bat
             for name in "ab":
                 with contextlib.suppress(KeyError):
                     found[record.request_id, name] = await store.read_input(record.request_id, name)
-        return attrs.asdict(loaded), found
+        return attrs.asdict(loaded), found, [await store.read_turns(f"talk-{number}") for number in range(2)]
 
     async def run() -> None:
         memory = MemoryStore()
