@@ -1,10 +1,13 @@
 """WebSocket endpoints for tests, a daemon that serves them, and clients of them."""
 
+import ssl
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from starlette.applications import Starlette
@@ -12,6 +15,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection, wrap_client_stream
 
+from protocol.link.websocket_frames import Parser, make_frame
 from protocol.wire.frames import Completed
 from relayd.http.app import Routes, make_app
 from relayd.http.context import HttpContext, context_of
@@ -32,6 +36,7 @@ class Sockets:
         #: Code with which the latest was closed, as its endpoint saw it.
         self.code: int | None = None
         self.read = 0
+        self.counted = 0
 
     def routes(self) -> list[BaseRoute]:
         return [
@@ -109,7 +114,7 @@ class Sockets:
         await websocket.accept()
         while True:
             await websocket.receive_bytes()
-            self.read += 1
+            self.counted += 1
 
     async def endless(self, websocket: WebSocket) -> None:
         principal_of_socket(websocket)
@@ -179,13 +184,18 @@ async def sockets(state_dir: Path, **overrides: Any) -> AsyncIterator[tuple[Daem
 
 @asynccontextmanager
 async def socket_to(
-    url: str, path: str, token: str | None = None, headers: dict[str, str] | None = None, **options: Any
+    url: str,
+    path: str,
+    token: str | None = None,
+    headers: dict[str, str] | None = None,
+    context: ssl.SSLContext | None = None,
+    **options: Any,
 ) -> AsyncIterator[WebSocketConnection]:
     """A WebSocket to `path`; at the end it is cut."""
     sent = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
     if token is not None:
         sent.append((b"authorization", f"Bearer {token}".encode()))
-    async with open_stream(url) as stream, trio.open_nursery() as nursery:
+    async with open_stream(url, context) as stream, trio.open_nursery() as nursery:
         host = url.partition("//")[2] or "localhost"
         assert isinstance(stream, trio.SocketStream | trio.SSLStream)
         yield await wrap_client_stream(nursery, stream, host, path, extra_headers=sent, **options)
@@ -214,3 +224,51 @@ async def closing(socket: WebSocketConnection) -> tuple[int, str]:
     reason = closed.value.reason
     assert reason is not None
     return reason.code, reason.reason or ""
+
+
+@attrs.define(eq=False)
+class RawSocket:
+    """The client's end of a WebSocket, which answers nothing by itself."""
+
+    stream: trio.abc.Stream
+    _parser: Parser = attrs.field(factory=lambda: Parser(masked=False, max_message_bytes=2**24))
+    _events: deque[Any] = attrs.field(factory=deque)
+
+    async def send(self, opcode: int, payload: bytes, *, last: bool = True) -> None:
+        """Send one frame."""
+        frame = bytearray(make_frame(opcode, payload, masked=True))
+        frame[0] &= 0xFF if last else 0x7F
+        await self.stream.send_all(frame)
+
+    async def next(self, *kinds: type) -> Any:
+        """The next message or control frame of one of these kinds."""
+        with trio.fail_after(10):
+            while True:
+                while not self._events:
+                    data = await self.stream.receive_some()
+                    assert data, "the relay hung up"
+                    self._parser.feed(data)
+                    self._events.extend(self._parser.pop_events())
+                if isinstance(event := self._events.popleft(), kinds):
+                    return event
+
+
+@asynccontextmanager
+async def raw_socket(url: str, path: str, token: str) -> AsyncIterator[RawSocket]:
+    """A WebSocket whose handshake is accepted; at the end it is cut."""
+    async with open_stream(url) as stream:
+        yield await shake_hands(stream, path, token)
+
+
+async def shake_hands(stream: trio.abc.Stream, path: str, token: str) -> RawSocket:
+    """Make a WebSocket of a connection."""
+    await stream.send_all(
+        f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+        f"Authorization: Bearer {token}\r\n\r\n".encode()
+    )
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += await stream.receive_some(1) or pytest.fail(f"it hung up, and said {head!r}")
+    assert head.startswith(b"HTTP/1.1 101 "), head
+    return RawSocket(stream)
