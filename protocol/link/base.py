@@ -480,10 +480,8 @@ class Link(Carrier):
             self.schedule(self._close_by)
 
     def _check(self) -> None:
-        if self.end_kind is not None or self.closing is not None:
-            fault = self.gone
-            assert fault is not None
-            raise fault
+        if (self.end_kind is not None or self.closing is not None) and self.gone is not None:
+            raise self.gone  # not by a name: its traceback and this frame would keep each other, and the link
 
     def _end(
         self,
