@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 
 import attrs
 import structlog
@@ -190,16 +191,19 @@ async def open_daemon(
                 connections.start_soon(gateway.serve_login_timeouts)
                 accepting = trio.CancelScope()
 
-                async def accept(listeners: list[trio.SocketListener], entrance: Entrance) -> None:
-                    with accepting:
-                        await serve_listeners(listeners, entrance, connections)
+                entrances = [Entrance(gateway, http, tls_context)]
+                entrances += [Entrance(gateway, server, tls_context, is_door=True) for server in door_servers]
 
-                connections.start_soon(accept, listeners, Entrance(gateway, http, tls_context))
-                for door_listeners, server in zip(opened, door_servers, strict=True):
-                    connections.start_soon(accept, door_listeners, Entrance(gateway, server, tls_context, is_door=True))
+                async def accept() -> None:
+                    with accepting:
+                        async with trio.open_nursery() as each:
+                            for sockets, entrance in zip([listeners, *opened], entrances, strict=True):
+                                each.start_soon(serve_listeners, sockets, entrance, connections)
+
+                connections.start_soon(accept)
                 urls = describe(listeners, tls=tls_context is not None)
                 relay.urls = list(urls)
-                door_urls = [url for each in opened for url in describe(each, tls=tls_context is not None)]
+                door_urls = describe([*chain(*opened)], tls=tls_context is not None)
                 log.info(
                     "listening",
                     urls=urls,
@@ -208,9 +212,10 @@ async def open_daemon(
                     state_dir=str(config.state_dir),
                     **_first_steps(urls),
                 )
-                if config.is_exposed:
-                    log.warning(PLAIN_TEXT, listen=config.listen)
-                nursery.start_soon(HealthService(relay, dict(zip(urls, listeners, strict=True)), manager).serve)
+                if config.exposed:
+                    log.warning(PLAIN_TEXT, listen=", ".join(config.exposed))
+                accepted = dict(zip([*urls, *door_urls], chain(listeners, *opened), strict=True))
+                nursery.start_soon(HealthService(relay, accepted, manager).serve)
                 yield Daemon(relay, tokens, http_context, urls, door_urls, gateway, shutdown)
                 on_leave()
                 accepting.cancel()

@@ -495,10 +495,11 @@ class Config:
         return split_listen(self.listen) if self.listen else None
 
     @property
-    def is_exposed(self) -> bool:
-        """Whether other machines can connect without encryption."""
-        unencrypted = self.listen_address is not None and self.tls is None and not self.behind_proxy
-        return unencrypted and not is_loopback(split_listen(self.listen)[0])
+    def exposed(self) -> list[str]:
+        """What other machines can connect to without encryption, as `HOST:PORT`."""
+        doors = [self.listen, self.talk.listen if self.talk is not None else ""]
+        unencrypted = self.tls is None and not self.behind_proxy
+        return [door for door in doors if unencrypted and door and not is_loopback(split_listen(door)[0])]
 
     @property
     def socket_path(self) -> Path | None:

@@ -8,6 +8,7 @@ import attrs
 import trio
 from starlette.requests import HTTPConnection
 
+from protocol.link.websocket_frames import PartialBudget
 from relayd.auth.login_throttle import LoginThrottle
 from relayd.auth.result_links import LinkSigner, new_signer
 from relayd.auth.tokens import PeerCredentials, Principal, TokenRegistry
@@ -18,6 +19,8 @@ from relayd.http.audio.encoded_results import EncodedResults
 
 #: Responses end within 2 s after their token was revoked (docs/design.md §8) or has expired.
 TOKENS_INTERVAL_S = 1.0
+#: Unfinished messages of all WebSockets together.
+MAX_PARTIAL_BYTES = 128 * 1024 * 1024
 #: What an answer to somebody without a token takes of the event loop's time, most of it in the routing.
 STRANGER_COST_S = 0.001
 
@@ -94,6 +97,8 @@ class HttpContext:
     connections: int = 0
     #: HTTP status -> number of responses started with it.
     responses: dict[int, int] = attrs.field(factory=dict)
+    #: Limits the unfinished messages of all WebSockets.
+    partial: PartialBudget = attrs.field(factory=lambda: PartialBudget(MAX_PARTIAL_BYTES))
     #: Bytes of uploads in memory that do not belong to a request yet.
     upload_bytes: int = 0
     #: Spaces for which the log has reported that another voice than requested is used.

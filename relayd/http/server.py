@@ -9,6 +9,7 @@ import trio
 from starlette.applications import Starlette
 from starlette.routing import Match
 
+from protocol.wire.messages import PATH
 from relayd.http.connection import CLOSE_S, Connection
 from relayd.http.context import Exchange, HttpContext, Slot
 from relayd.http.websocket import WebSocketSession
@@ -71,13 +72,13 @@ class HttpServer:
         return connection.upgrade
 
     def has_websocket(self, data: bytes) -> bool:
-        """Whether the application has a route for the WebSocket that a head asks for."""
+        """Whether the application has a route for the WebSocket that a head asks for; never for the relay's own."""
         try:
             path = parse_head(split_head(data)[0]).path
         except HandshakeRejected:
             return False
         scope = {"type": "websocket", "path": unquote(path), "root_path": "", "headers": []}
-        return any(route.matches(scope)[0] is Match.FULL for route in self.app.routes)
+        return path != PATH and any(route.matches(scope)[0] is Match.FULL for route in self.app.routes)
 
     async def serve_websocket(self, stream: trio.abc.Stream, data: bytes, slot: Slot, secure: bool) -> None:
         """One WebSocket of the application, from its handshake to its end; no fault of it gets out.

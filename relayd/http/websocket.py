@@ -18,6 +18,7 @@ from protocol.link.limits import LinkLimits
 from protocol.link.stream_link import StreamLink
 from protocol.link.websocket_frames import ABNORMAL, GOING_AWAY, INTERNAL_ERROR, POLICY_VIOLATION
 from protocol.wire.errors import LinkError
+from protocol.wire.messages import MAX_CONTROL_BYTES
 from relayd.core.principals import LinkMeter, PrincipalUsage, is_limited
 from relayd.http.connection import ASGI
 from relayd.http.context import Exchange, HttpContext
@@ -28,7 +29,7 @@ from relayd.net.websocket_handshake import HandshakeRejected, Head, build_respon
 log = structlog.get_logger("relayd.http")
 
 NORMAL = 1000
-#: The longest message of a peer.
+#: The longest message of a peer; before its login, of `MAX_CONTROL_BYTES`.
 MAX_MESSAGE_BYTES = 1024 * 1024
 #: Messages that the handler has not read; with more, reading pauses.
 MAX_UNREAD_BYTES = 1024 * 1024
@@ -252,12 +253,12 @@ class WebSocketSession:
             max_backlog_bytes=limits.max_backlog_bytes,
             max_message_bytes=limits.max_backlog_bytes,
             max_inbox_bytes=MAX_UNREAD_BYTES,
+            budget=self.context.partial,
         )
         assert self._nursery is not None
         self._link = link = StreamLink(
             self.stream, self.exchange.slot.peer, link_limits, is_client=False, early=self.early
         )
-        link.set_max_message_bytes(MAX_MESSAGE_BYTES)
         link.tolerate_stall = True
         self._charge_to(link)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S) as sending:
@@ -274,6 +275,7 @@ class WebSocketSession:
     def _charge_to(self, link: StreamLink) -> PrincipalUsage | None:
         """Have the link's turns charged to its principal, or to the strangers; None where there is no limit."""
         principal, principals = self.exchange.principal, self.context.relay.principals
+        link.set_max_message_bytes(MAX_CONTROL_BYTES if principal is None else MAX_MESSAGE_BYTES)
         if principal is None:
             usage = principals.strangers() if self.exchange.slot.credentials is None else None
         else:

@@ -260,6 +260,14 @@ def test_conversations_are_there_if_their_table_is(file: Path) -> None:
     ]
 
 
+def test_what_others_can_reach_unencrypted_is_known_for_every_door(file: Path) -> None:
+    doors = 'listen = "127.0.0.1:1"\n[talk]\nreply = "chat"\nlisten = "0.0.0.0:2"'
+    assert load(file, doors, plain_text=True).exposed == ["0.0.0.0:2"]
+    assert load(file, doors.replace("127.0.0.1", "0.0.0.0"), plain_text=True).exposed == ["0.0.0.0:1", "0.0.0.0:2"]
+    assert not load(file, doors, behind_proxy=True).exposed
+    assert not load(file, "").exposed
+
+
 def test_tcp_can_be_turned_off(file: Path) -> None:
     assert load(file, 'listen = ""').listen_address is None
     assert load(file, "unix_socket = false").socket_path is None

@@ -11,8 +11,9 @@ import trio
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from protocol.wire.frames import Audio
 from protocol.wire.messages import Submit
@@ -40,7 +41,7 @@ class Stage:
         self.go_on = trio.Event()
         self.cancelled = 0
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[BaseRoute]:
         return [
             Route("/fine", self.fine),
             Route("/echo", self.echo, methods=["POST"]),
@@ -53,6 +54,7 @@ class Stage:
             Route("/speech", StreamingRoute(self.speech)),
             Route("/takes", self.takes, methods=["POST"]),
             Route("/silent", Silent()),
+            WebSocketRoute("/socket", self.socket),
         ]
 
     async def fine(self, request: Request) -> Response:
@@ -102,6 +104,11 @@ class Stage:
                 await reply.write(bytes(65536))
         finally:
             self.left.set()
+
+    async def socket(self, websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.send_text("hello")
+        await websocket.receive_bytes()
 
     async def speech(self, request: Request, reply: ResponseWriter) -> None:
         submit = Submit(request_id=an_id(), space="tts", params={"text": "x"})

@@ -11,18 +11,22 @@ from typing import Any
 import pytest
 import trio
 from starlette.requests import Request
+from starlette.websockets import WebSocket
 
+from protocol.link.stream_link import StreamLink
 from protocol.wire.frames import Cancelled
 from protocol.wire.messages import Cancel
 from relayd.http.connection import Connection, RequestCycle
 from relayd.http.context import Exchange
+from relayd.http.websocket import WebSocketSession
 from tests.relayd.http.sample_handlers import GONE, PCM, Logs, faults, staged
+from tests.relayd.http.sample_sockets import raw_socket
 from tests.support.fake_worker import fake_worker, identity, samples
 from tests.support.raw_http_client import visitor
 from tests.support.relay import until
 
 #: What a connection is made of, and what would hold a body.
-PARTS = (Connection, RequestCycle, Exchange, Request)
+PARTS = (Connection, RequestCycle, Exchange, Request, WebSocketSession, StreamLink, WebSocket)
 
 
 # -- handlers --------------------------------------------------------------------------------------------------------
@@ -89,6 +93,9 @@ async def leave_nothing(tmp_path: Path) -> None:
             async with visitor(relay.urls[0]) as http:
                 await http.stream.send_all(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
                 await until(lambda: len(relay.http_context.exchanges) == 1)
+            for _ in range(2):
+                async with raw_socket(relay.urls[0], "/socket", "") as socket:
+                    await socket.next(str)
             await until(lambda: not relay.http_context.connections)
             await until(lambda: not parts_alive() - before)  # a task that has just ended lets go of its own in a moment
         finally:

@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from protocol.link.websocket_frames import BINARY, CONTINUATION, PING, TEXT, Close, Ping, Pong
+from protocol.wire.messages import MAX_CONTROL_BYTES
 from relayd.http.websocket import MAX_MESSAGE_BYTES, MAX_UNREAD_BYTES, MESSAGE_COST_S
 from tests.relayd.http.sample_handlers import Logs, faults, make_token
 from tests.relayd.http.sample_sockets import closing, raw_socket, socket_to, sockets
@@ -124,6 +125,17 @@ async def test_who_does_not_log_in_is_closed(tmp_path: Path) -> None:
             await trio.sleep(0.1)
             await known.send_message("still there")
             assert await known.get_message() == "still there"
+
+
+@pytest.mark.trio
+async def test_before_the_login_messages_are_short(tmp_path: Path) -> None:
+    async with (
+        sockets(tmp_path, limits={"hello_timeout_s": 30}) as (relay, endpoints),
+        socket_to(relay.urls[0], "/open") as socket,
+    ):
+        await endpoints.entered.wait()
+        await socket.send_message(bytes(MAX_CONTROL_BYTES + 1))
+        assert (await closing(socket))[0] == 1009
 
 
 @pytest.mark.trio
