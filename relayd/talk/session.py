@@ -54,6 +54,9 @@ class Session:
     _principals: dict[int, Principal] = attrs.field(factory=dict)
     _turn: Turn | None = None
     _is_serving: bool = False
+    #: Whether the task has not begun yet; and why the reply that it begins with is interrupted already.
+    _is_beginning: bool = False
+    _interrupted: str | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -194,10 +197,11 @@ class Session:
 
     def interrupt(self, reason: str) -> bool:
         """See `Talk.interrupt`."""
-        if self._turn is None:
-            return False
-        self._turn.interrupt(reason)
-        return True
+        if self._turn is not None:
+            self._turn.interrupt(reason)
+        elif self._is_beginning:
+            self._interrupted = reason
+        return self._turn is not None or self._is_beginning
 
     def close(self, message: str) -> None:
         """End all of its replies, because it is deleted."""
@@ -220,11 +224,12 @@ class Session:
 
     def _go_on(self) -> None:
         if not self._is_serving:
-            self._is_serving = True
+            self._is_serving = self._is_beginning = True
             self.place.nursery.start_soon(self._serve, name=f"talk {self.record.talk_id}")
 
     async def _serve(self) -> None:
         """Make the replies that wait, one after the other."""
+        self._is_beginning = False
         try:
             while not self._is_put_off and (turn := self.conversation.begin()) is not None:
                 reply = self.replies[turn.number]
@@ -247,6 +252,9 @@ class Session:
         outcome = Outcome(TurnState.FAILED, ErrorCode.INTERNAL, BROKEN, retryable=True)
         try:
             self._turn = self._begin(turn, reply)
+            if self._interrupted is not None:
+                self._turn.interrupt(self._interrupted)
+            self._interrupted = None
             outcome = await self._turn.run()
         except Exception:
             log.exception("internal error in conversation", talk=self.record.talk_id)

@@ -10,6 +10,7 @@ import trio
 from protocol.wire.frames import Audio, Completed, Output, Started
 from protocol.wire.messages import Input, Registered, Rejected
 from protocol.wire.structs import Running
+from relayd.store.records import PutTurn
 from relayd.talk.events import ReplyEnded, Speech
 from relayd.talk.talks import DAY_S
 from tests.support.fake_worker import FORMAT, fake_worker
@@ -87,7 +88,7 @@ async def test_a_reply_that_was_made_when_the_relay_was_killed_is_finished(tmp_p
 
 
 @pytest.mark.trio
-async def test_a_reply_whose_requests_had_ended_is_taken_from_them(tmp_path: Path) -> None:
+async def test_a_turn_is_done_when_its_speech_has_ended_also_if_that_was_cancelled(tmp_path: Path) -> None:
     async with stage(tmp_path) as on:
         await on.writer()
         speaker = await on.speaker()
@@ -95,13 +96,11 @@ async def test_a_reply_whose_requests_had_ended_is_taken_from_them(tmp_path: Pat
         talk = await on.open()
         reply = said(talk.say("Hello"))
         await until(lambda: reply.text_ended is not None)
-        relay = on.daemon.relay
-        await until(lambda: not relay.requests[reply.text_request].live)
-        await until(lambda: relay.requests[reply.text_request] not in relay.finalizer.unfinalized)
-        assert (await roles(on))[1][2] in ("thinking", "speaking"), "not done before its speech is"
-        relay.cancel(relay.requests[reply.speech_request or ""], "as the test says")
-        await until(lambda: not relay.requests[reply.speech_request or ""].live)
-        await until(lambda: relay.requests[reply.speech_request or ""] not in relay.finalizer.unfinalized)
+        speech = reply.speech
+        assert speech is not None
+        await until(lambda: speech.audio_bytes > 0)
+        assert (await roles(on))[1][2] == "speaking", "not done before its speech is"
+        on.daemon.relay.cancel(speech, "as the test says")
         turn = await ended(reply)
         assert (turn.state, turn.code, turn.content) == ("done", "cancelled", "You said: Hello.")
 
@@ -252,3 +251,36 @@ async def test_what_its_workers_go_on_with_over_a_restart_is_whole(tmp_path: Pat
         end = events[-1]
         assert isinstance(end, ReplyEnded)
         assert (end.turn.state, end.turn.content) == ("done", text)
+
+
+@pytest.mark.trio
+async def test_a_reply_whose_requests_had_ended_when_the_relay_was_killed_is_taken_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stage(tmp_path) as on:
+        await on.writer()
+        await on.speaker()
+        relay, reached = on.daemon.relay, trio.Event()
+        commit = relay.store.commit
+
+        async def killed_before(*changes: Any) -> None:
+            turns = [change.record for change in changes if isinstance(change, PutTurn)]
+            if any((turn.role, turn.state) == ("assistant", "done") for turn in turns):
+                reached.set()
+                await trio.sleep_forever()
+            await commit(*changes)
+
+        monkeypatch.setattr(relay.store, "commit", killed_before)
+        talk = await on.open()
+        reply = said(talk.say("Hello"))
+        with trio.fail_after(10):
+            await reached.wait()
+            await relay.finalizer.wait_finalized()
+        assert (await roles(on))[1][2] == "speaking", "it is not told done"
+        assert reply.ended is None
+        await relay.store.flush()
+    async with stage(tmp_path) as on:
+        talk = await on.open()
+        turn = await ended(talk.replies[1]) if talk.replies else talk.turns[1]
+        assert (turn.content, turn.state, turn.text_request) == ("You said: Hello.", "done", reply.text_request)
+        assert (await roles(on))[1] == ("assistant", "You said: Hello.", "done")

@@ -155,6 +155,20 @@ async def test_an_interrupted_reply_ends_at_once_and_only_what_was_heard_is_reme
 
 
 @pytest.mark.trio
+async def test_an_interruption_that_comes_with_the_text_is_not_lost(tmp_path: Path) -> None:
+    async with stage(tmp_path) as on:
+        await on.writer()
+        await on.speaker()
+        talk = await on.open()
+        assert not talk.interrupt()
+        first, second = talk.say("Hello"), talk.say("Hello?")
+        assert talk.interrupt()
+        assert (await ended(first)).state == "interrupted"
+        assert (await ended(second)).state == "done"
+        await on.daemon.at_rest()
+
+
+@pytest.mark.trio
 @pytest.mark.parametrize("setting", ["never", "always"])
 async def test_a_new_text_interrupts_if_it_says_so_or_always(tmp_path: Path, setting: str) -> None:
     never = trio.Event()
