@@ -146,9 +146,16 @@ class Dispatcher:
         self, space: SpaceState, linked: list[WorkerState], fit: list[WorkerState], entry: ScheduledRequest
     ) -> bool:
         """Whether `entry` can be taken off the queue: it can start now, or no linked worker could ever run it."""
-        if not self._may_run(space, entry.principal) or (entry.is_piped and not self._is_ready(entry)):
+        if not self._may_run(space, entry.principal) or entry.silent_sources or not self._will_flow(entry):
             return False
         return _best_worker(entry, linked, fit) is not None or not any(_can_take(entry, worker) for worker in linked)
+
+    def _will_flow(self, entry: ScheduledRequest) -> bool:
+        """Whether each source still runs once everything is settled: its own source may wait, and it then gives way."""
+        sources = [self.state.entries[each] for each in entry.sources if each in self.state.entries]
+        return all(
+            each.state is State.RUNNING and (not self._can_yield(each) or self._will_flow(each)) for each in sources
+        )
 
     def _may_run(self, space: SpaceState, principal: str) -> bool:
         limit = space.rules.max_running_per_principal

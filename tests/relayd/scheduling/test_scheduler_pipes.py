@@ -452,3 +452,25 @@ def test_a_request_that_made_something_before_it_gave_its_slot_back_starts_on_an
     joined = scheduler.join(attrs.evolve(a_worker("three"), reproducible="tone"), {}, 5.0)
     assert isinstance(joined, Registration)
     assert joined.decisions == [Start(target, 0)]
+
+
+def test_nothing_is_started_whose_source_is_about_to_give_its_own_slot_back() -> None:
+    scheduler = a_scheduler()
+    for worker_id in ("one", "two"):
+        scheduler.join(attrs.evolve(a_worker(worker_id), reproducible="tone"), {}, 1.0)
+    first = an_entry(1)
+    second = an_entry(2, first)
+    third = an_entry(3, second)
+    for entry in (first, second, third):
+        submit(scheduler, entry)
+    scheduler.note_source_output(second, first.request_id, 1.0)
+    scheduler.note_source_output(third, second.request_id, 1.0)
+    assert (first.worker_id, second.worker_id, third.state) == ("one", "two", State.QUEUED)
+    first.has_output, first.next_seq = True, 3
+    scheduler.unlink("one", 1.0)
+    # It has forgotten the first, makes other samples now, and has a slot for the third.
+    joined = scheduler.join(a_worker("one"), {}, 1.0)
+    assert isinstance(joined, Registration)
+    kinds = [(type(each).__name__, getattr(each, "entry", None)) for each in joined.decisions]
+    assert ("Start", third) not in kinds
+    assert (second.waits, third.waits) == (True, True)
