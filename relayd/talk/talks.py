@@ -19,6 +19,7 @@ from relayd.core.admission import Admission
 from relayd.store.base import StoreError
 from relayd.store.records import DeleteTalk, Loaded, PutTalk, TalkRecord, TurnRecord
 from relayd.talk.conversation import Conversation
+from relayd.talk.index import TalkIndex
 from relayd.talk.place import Place
 from relayd.talk.reply import Reply
 from relayd.talk.session import Session, not_stored
@@ -28,14 +29,11 @@ log = structlog.get_logger("relayd.talk")
 #: Conversations of one principal that are stored, or kept in memory; the one in which nothing was said for longest goes
 #: first. Those that are listed are the latest.
 MAX_TALKS, MAX_IN_MEMORY, MAX_LISTED = 10_000, 500, 1_000
-MAX_USER_CHARS = 128
+MAX_USER_CHARS = MAX_SESSION_CHARS = 128
 MAX_INSTRUCTIONS_CHARS = 4_000
 #: How often old conversations are looked for.
 PURGE_INTERVAL_S = 3_600.0
 DAY_S = 86_400.0
-
-#: User and session of one principal.
-_Key = tuple[str, str]
 
 
 @attrs.define(eq=False)
@@ -121,9 +119,7 @@ class Talks:
     """All conversations; made by `open_talks`."""
 
     place: Place
-    #: Principal -> its conversations, by user and session.
-    _records: dict[str, dict[_Key, TalkRecord]] = attrs.field(factory=dict)
-    _by_id: dict[str, TalkRecord] = attrs.field(factory=dict)
+    _index: TalkIndex = attrs.field(factory=TalkIndex)
     #: By their ids: those that somebody uses; and all of those that are only in memory.
     _sessions: WeakValueDictionary[str, Session] = attrs.field(factory=WeakValueDictionary)
     _kept: dict[str, Session] = attrs.field(factory=dict)
@@ -158,7 +154,7 @@ class Talks:
         """
         if refusal := self._refuse_names(session_id, user, instructions):
             return refusal
-        record = self._records.get(principal.name, {}).get((user, session_id))
+        record = self._index.of(principal.name, user, session_id)
         if record is None:
             if not create:
                 message = f"there is no conversation {session_id!r}; begin it first (POST /v1/talks)"
@@ -174,7 +170,8 @@ class Talks:
 
     def _refuse_names(self, session_id: str, user: str, instructions: str | None) -> Rejected | None:
         details: dict[str, Value] = {}
-        if len(session_id) > 128 or not re.fullmatch(self.place.settings.session_id_pattern, session_id):
+        is_usual = len(session_id) <= MAX_SESSION_CHARS and session_id.isprintable()
+        if not is_usual or not re.fullmatch(self.place.settings.session_id_pattern, session_id):
             details["session"] = "is not an id of a session ([talk] session_id_pattern)"
         if len(user) > MAX_USER_CHARS or not user.isprintable():
             details["user"] = f"may have {MAX_USER_CHARS} printable characters"
@@ -187,8 +184,7 @@ class Talks:
 
     def find(self, principal: Principal, name: str, user: str = "") -> TalkRecord | None:
         """Return one of a principal's conversations: by its session and user, or by its id."""
-        known = self._records.get(principal.name, {}).get((user, name)) or self._by_id.get(name)
-        return known if known is not None and known.principal == principal.name else None
+        return self._index.find(principal.name, name, user)
 
     async def settle(self) -> Rejected | None:
         """Wait until what was begun, changed or deleted is stored; returns why it is not."""
@@ -200,9 +196,7 @@ class Talks:
 
     def list(self, principal: Principal, user: str | None = None) -> list[TalkRecord]:
         """Return a principal's conversations, the one in which something was said last first."""
-        records = self._records.get(principal.name, {}).values()
-        found = [record for record in records if user is None or record.user == user]
-        return sorted(found, key=lambda record: record.touched_at, reverse=True)[:MAX_LISTED]
+        return self._index.all_of(principal.name, user)[:MAX_LISTED]
 
     def _begin(self, principal: str, user: str, session_id: str) -> TalkRecord:
         now = time.time()
@@ -214,18 +208,17 @@ class Talks:
             created_at=now,
             touched_at=now,
         )
-        records = self._records.setdefault(principal, {})
-        if len(records) >= (MAX_TALKS if self.place.is_durable else MAX_IN_MEMORY):
-            for oldest in sorted(filter(self._is_idle, records.values()), key=lambda each: each.touched_at)[:1]:
+        if self._index.count(principal) >= (MAX_TALKS if self.place.is_durable else MAX_IN_MEMORY):
+            oldest = next(filter(self._is_idle, reversed(self._index.all_of(principal))), None)
+            if oldest is not None:
                 self._forget(oldest, "there are too many conversations")
         self._remember(record)
         self.place.post(PutTalk(record))
         return record
 
     def _remember(self, record: TalkRecord) -> None:
-        self._records.setdefault(record.principal, {})[record.user, record.session] = record
-        self._by_id[record.talk_id] = record
-        self.place.stats.talks = len(self._by_id)
+        self._index.put(record)
+        self.place.stats.talks = len(self._index)
 
     async def _session_of(self, record: TalkRecord) -> Session | Rejected:
         session = self._sessions.get(record.talk_id)
@@ -254,16 +247,13 @@ class Talks:
         return await self.settle()
 
     def _forget(self, record: TalkRecord, why: str) -> None:
-        records = self._records.get(record.principal, {})
-        if records.pop((record.user, record.session), None) is not None and not records:
-            del self._records[record.principal]
-        self._by_id.pop(record.talk_id, None)
+        self._index.remove(record)
         session = self._sessions.pop(record.talk_id, None)
         self._kept.pop(record.talk_id, None)
         if session is not None:
             session.close(why)
         self.place.post(DeleteTalk(record.talk_id))
-        self.place.stats.talks = len(self._by_id)
+        self.place.stats.talks = len(self._index)
 
     def _is_idle(self, record: TalkRecord) -> bool:
         session = self._sessions.get(record.talk_id)
@@ -272,7 +262,7 @@ class Talks:
     def purge(self, now: float) -> int:
         """Delete those in which nothing was said for `retain_days`; returns how many."""
         oldest = now - self.place.settings.retain_days * DAY_S
-        old = [each for each in self._by_id.values() if each.touched_at < oldest and self._is_idle(each)]
+        old = list(filter(self._is_idle, self._index.older_than(oldest)))
         for record in old:
             self._forget(record, "it was old")
         return len(old)
