@@ -1,17 +1,20 @@
 """The HTTP application: its routes, the headers of every response, and the format of errors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import structlog
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketState
 
+from protocol.link.websocket_frames import INTERNAL_ERROR, POLICY_VIOLATION
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PATH
 from relayd.auth.origins import RefusedOrigins, is_listed, may_come_from, refusal_message
@@ -58,10 +61,9 @@ def make_door_app(context: HttpContext, routes: Routes, hint: str = "") -> Starl
         routes: all that it serves.
         hint: ends the answer to requests for other paths.
     """
+    handlers: dict[Any, Any] = {HttpError: _refused, HTTPException: _unroutable, Exception: _broken}
     app = Starlette(
-        routes=routes,
-        middleware=[Middleware(ResponseHeaders, context=context)],
-        exception_handlers={HttpError: _refused, HTTPException: _unroutable, Exception: _broken},
+        routes=routes, middleware=[Middleware(ResponseHeaders, context=context)], exception_handlers=handlers
     )
     app.router.redirect_slashes = False
     app.state.context, app.state.hint = context, hint
@@ -127,8 +129,12 @@ def error_response(path: str, refusal: HttpError) -> Response:
     return JSONResponse(body, refusal.status, headers=refusal.headers)
 
 
-async def _refused(request: Request, refusal: Exception) -> Response:
+async def _refused(request: HTTPConnection, refusal: Exception) -> Response | None:
     assert isinstance(refusal, HttpError)
+    if isinstance(request, WebSocket) and request.application_state is not WebSocketState.CONNECTING:
+        if request.application_state is WebSocketState.CONNECTED:
+            await request.close(POLICY_VIOLATION if refusal.status < 500 else INTERNAL_ERROR, refusal.message)
+        return None
     return error_response(request.url.path, refusal)
 
 

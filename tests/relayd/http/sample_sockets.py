@@ -52,6 +52,8 @@ class Sockets:
             WebSocketRoute("/broken-before", self.broken_before),
             WebSocketRoute("/stubborn", self.stubborn),
             WebSocketRoute("/closes", self.closes),
+            WebSocketRoute("/refuses", self.refuses),
+            WebSocketRoute("/interrupted", self.interrupted),
             WebSocketRoute("/speech", self.speech),
             Route("/plain", Stage().fine),
         ]
@@ -144,6 +146,20 @@ class Sockets:
         principal_of_socket(websocket)
         await websocket.accept()
         await websocket.close(4001, "that was all")
+
+    async def refuses(self, websocket: WebSocket) -> None:
+        principal_of_socket(websocket)
+        await websocket.accept()
+        raise HttpError(await websocket.receive_text(), "this is why")
+
+    async def interrupted(self, websocket: WebSocket) -> None:
+        principal_of_socket(websocket)
+        await websocket.accept()
+        for number in range(100):
+            with trio.move_on_after(0.001):
+                await websocket.send_bytes(bytes([number]) * 60_000)
+        self.left.set()
+        await websocket.send_text("the end")
 
     async def speech(self, websocket: WebSocket) -> None:
         """Runs a request for each text, all at once, and answers with its frames' types."""

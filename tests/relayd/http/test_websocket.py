@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.relayd.http.sample_handlers import Logs, faults, make_token
-from tests.relayd.http.sample_sockets import closing, denial, socket_to, sockets
+from tests.relayd.http.sample_sockets import closing, denial, raw_socket, socket_to, sockets
 from tests.support.relay import until
 from tests.support.timed_http_client import ask_on, open_stream
 
@@ -68,6 +68,32 @@ async def test_a_fault_of_an_endpoint_costs_only_its_socket(tmp_path: Path, logs
 async def test_an_endpoint_closes_with_a_code_of_its_own(tmp_path: Path) -> None:
     async with sockets(tmp_path) as (relay, _), socket_to(relay.urls[0], "/closes", make_token(relay)) as socket:
         assert await closing(socket) == (4001, "that was all")
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(("code", "close_code"), [("rate_limited", 1008), ("worker_lost", 1011)])
+async def test_a_refusal_after_the_handshake_is_the_reason_of_the_close(
+    code: str, close_code: int, tmp_path: Path, logs: Logs
+) -> None:
+    async with sockets(tmp_path) as (relay, _), socket_to(relay.urls[0], "/refuses", make_token(relay)) as socket:
+        await socket.send_message(code)
+        assert await closing(socket) == (close_code, "this is why")
+    assert not faults(logs)
+
+
+@pytest.mark.trio
+async def test_an_interrupted_send_leaves_no_half_message(tmp_path: Path) -> None:
+    async with (
+        sockets(tmp_path) as (relay, endpoints),
+        raw_socket(relay.urls[0], "/interrupted", make_token(relay)) as socket,
+    ):
+        await endpoints.left.wait()  # nothing is read until then
+        numbers = []
+        while isinstance(message := await socket.next(bytes, str), bytes):
+            assert message == message[:1] * 60_000
+            numbers.append(message[0])
+        assert (message, numbers) == ("the end", sorted(set(numbers)))
+        assert numbers
 
 
 @pytest.mark.trio
