@@ -140,6 +140,7 @@ class Daemon:
         assert not any(client.held_requests or client.readers for client in relay.clients.values())
         assert not any(request.holders or request.inputs or request.fed for request in relay.requests.values())
         assert not any(request.feeding for request in relay.requests.values())
+        assert not relay.scheduler.state.input_bytes
         await until(lambda: not relay.feeds.pending_bytes)
         in_memory = sum(request.log.memory_bytes for request in relay.requests.values())
         assert relay.results.memory.held_bytes == in_memory, "what is counted is what is held"

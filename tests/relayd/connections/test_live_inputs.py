@@ -186,6 +186,7 @@ async def test_a_feeder_that_breaks_the_rules_is_let_go_and_the_request_goes_on(
             feed(other, submit, offset + start, data[start : start + 200_000], last=last)
         refusal = await other.next(Rejected)
         assert (refusal.request_id, refusal.code) == (submit.request_id, code)
+        assert (refusal.retry_after_s is not None) is (code == "rate_limited")
         if code == "rate_limited":
             return
         feed(other, submit, 5, b"not heard any more")
