@@ -322,6 +322,7 @@ class Copy:
         entry.next_seq = request.log.next_seq
         request.audio_bytes += audio_bytes
         request.last_frame_at = trio.current_time()
+        request.made_s = self.source.last_frame_at - self.source.attempt_started_at
         if is_output and (request.first_frame_at is None or not entry.has_output):
             self.relay.on_first_output(request)
         self.relay.mark_busy("requests", request.request_id)

@@ -202,6 +202,8 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
         message=record.message,
         outcome=Outcome.unpack(record.outcome),
     )
+    if state is State.RUNNING:
+        request.attempt_started_at = since
     request.details, request.report = request.outcome.details, request.outcome.report or ""
     request.created_at = request.queued_at = since
     if not state.live:

@@ -115,7 +115,7 @@ class Request:
     #: When this relay started its attempt, and until when that may only make again what the relay has, without a word.
     attempt_started_at: float = -math.inf
     catches_up_until: float = -math.inf
-    #: How long an attempt took to make what the relay has; infinite where that is not known.
+    #: How long an attempt took to make what the relay has, or longer; infinite where nobody knows.
     made_s: float = math.inf
     #: The `entry.started_at` for which its wait was last counted.
     wait_counted_at: float | None = None

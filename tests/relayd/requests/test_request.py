@@ -343,7 +343,7 @@ async def test_an_engine_that_starves_waits_for_its_feeder_and_not_the_relay_for
     [
         (7.0, 5, 14.0 + 5.0),  # it has twice the time of the first one
         (7.0, 0, 5.0),  # it begins anew: the relay waits for its first frame
-        (None, 5, 40.0),  # who knows how long what was copied or restored took to be made
+        (None, 5, 40.0),  # who knows how long it took to be made
     ],
 )
 async def test_an_attempt_that_makes_known_frames_again_may_be_silent_meanwhile(
