@@ -77,7 +77,7 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
     for stored in sorted((each for each in known if each.promoted), key=lambda each: each.promoted):
         relay.scheduler.promote(stored.request_id)
     relay.copies.restore()
-    relay.scheduler.state.settling = any(relay.requests[key].entry.state is State.QUEUED for key in live)
+    relay.scheduler.state.settling = any(relay.requests[key].entry.state is not State.RUNNING for key in live)
     await _store_highest_attempts(relay, live)
     if live or results:
         log.info("requests restored", requests=len(live), results=len(results))

@@ -152,10 +152,17 @@ class Dispatcher:
 
     def _will_flow(self, entry: ScheduledRequest) -> bool:
         """Whether each source still runs once everything is settled: its own source may wait, and it then gives way."""
-        sources = [self.state.entries[each] for each in entry.sources if each in self.state.entries]
-        return all(
-            each.state is State.RUNNING and (not self._can_yield(each) or self._will_flow(each)) for each in sources
-        )
+        seen: set[str] = set()
+        to_visit = [entry]
+        while to_visit:
+            for source_id in to_visit.pop().sources - seen:
+                source = self.state.entries.get(source_id)
+                if source is not None and source.state is not State.RUNNING:
+                    return False
+                if source is not None and self._can_yield(source):
+                    to_visit.append(source)
+                seen.add(source_id)
+        return True
 
     def _may_run(self, space: SpaceState, principal: str) -> bool:
         limit = space.rules.max_running_per_principal

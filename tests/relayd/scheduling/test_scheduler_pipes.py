@@ -28,16 +28,16 @@ from relayd.scheduling.scheduler import Scheduler
 
 picks = st.integers(0, 1000)
 WORKERS = ("one", "two")
+SPACES = ("tts", "tell")
 RULES = SpaceRules(max_workers=3, max_queued=1000, max_attempts=3)
 
 
 class PipeMachine(RuleBasedStateMachine):
-    """One space, few slots, and chains of requests of which each may read any earlier one."""
+    """Two spaces, few slots, and chains of requests of which each may read any earlier one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler()
-        self.scheduler.add_space("tts", RULES)
+        self.scheduler = self.a_scheduler()
         self.live: dict[str, ScheduledRequest] = {}
         #: Every request that was, the latest last.
         self.known: list[str] = []
@@ -46,6 +46,13 @@ class PipeMachine(RuleBasedStateMachine):
         self.runs: dict[str, dict[str, int]] = {}
         self.tickets = count(1)
         self.now = 100.0
+
+    @staticmethod
+    def a_scheduler() -> Scheduler:
+        scheduler = Scheduler()
+        for name in SPACES:
+            scheduler.add_space(name, RULES)
+        return scheduler
 
     def carry_out(self, decisions: list[Decision]) -> None:
         for decision in decisions:
@@ -78,7 +85,7 @@ class PipeMachine(RuleBasedStateMachine):
 
     def join(self, worker_id: str, slots: int, reproducible: str) -> None:
         worker = WorkerState(
-            worker_id=worker_id, instance="1" * 8, spaces=("tts",), slots=slots, reproducible=reproducible
+            worker_id=worker_id, instance="1" * 8, spaces=SPACES, slots=slots, reproducible=reproducible
         )
         before = self.runs.get(worker_id, {})
         joined = self.scheduler.join(worker, dict(before), self.now)
@@ -92,16 +99,22 @@ class PipeMachine(RuleBasedStateMachine):
         self.join("one", 1, "tone")
         self.join("two", slots, "tone")
         for pick in (0, 1, 1):
-            self.submit(pick, 0, "before_output", False)
+            self.submit(pick, 0, "before_output", False, SPACES[pick])
 
-    @rule(pick=picks, other=picks, retry=st.sampled_from(["never", "before_output", "always"]), both=st.booleans())
-    def submit(self, pick: int, other: int, retry: str, both: bool) -> None:
+    @rule(
+        pick=picks,
+        other=picks,
+        retry=st.sampled_from(["never", "before_output", "always"]),
+        both=st.booleans(),
+        space=st.sampled_from(SPACES),
+    )
+    def submit(self, pick: int, other: int, retry: str, both: bool, space: str) -> None:
         """Admit and queue a request that reads an earlier one, or two, or none."""
         sources = {self.known[-1 - each % len(self.known)] for each in (pick, other)[: 1 + both] if each and self.known}
         request_id = f"{len(self.known):032x}"
         entry = ScheduledRequest(
             request_id=request_id,
-            space="tts",
+            space=space,
             principal="ann" if other % 2 else "bob",
             priority=5 + pick % 2,
             ticket=next(self.tickets),
@@ -136,8 +149,7 @@ class PipeMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         """The relay is killed and started again; its workers are away, and it has heard nothing of any source."""
         before, self.live = self.live, {}
-        self.scheduler = Scheduler()
-        self.scheduler.add_space("tts", RULES)
+        self.scheduler = self.a_scheduler()
         for old in before.values():
             entry = ScheduledRequest(
                 request_id=old.request_id,
@@ -255,10 +267,10 @@ class PipeMachine(RuleBasedStateMachine):
     @invariant()
     def each_request_is_where_it_should_be(self) -> None:
         state = self.scheduler.state
-        space = state.spaces["tts"]
         assert state.entries == self.live
         assert not state.unsettled
         for entry in self.live.values():
+            space = state.spaces[entry.space]
             ready = not entry.silent_sources and state.flows(entry)
             assert entry.sources <= self.live.keys()
             assert (entry in space.queue) == (entry.state is State.QUEUED)
@@ -271,7 +283,8 @@ class PipeMachine(RuleBasedStateMachine):
         }
         assert not state.uploads
         assert not state.uploading_bytes
-        assert sum(space.admitted_per_principal.values()) == len(space.admitted)
+        for space in state.spaces.values():
+            assert sum(space.admitted_per_principal.values()) == len(space.admitted)
 
     def teardown(self) -> None:
         """With one slot and no more faults, every request ends: no chain waits for itself."""
@@ -474,3 +487,16 @@ def test_nothing_is_started_whose_source_is_about_to_give_its_own_slot_back() ->
     kinds = [(type(each).__name__, getattr(each, "entry", None)) for each in joined.decisions]
     assert ("Start", third) not in kinds
     assert (second.waits, third.waits) == (True, True)
+
+
+def test_a_long_run_of_requests_that_each_read_the_two_before_costs_no_more_than_its_length() -> None:
+    scheduler = a_scheduler()
+    scheduler.join(a_worker(slots=60), {}, 1.0)
+    chain: list[ScheduledRequest] = []
+    for number in range(60):
+        entry = an_entry(number, *chain[-2:])
+        submit(scheduler, entry)
+        for source in chain[-2:]:
+            scheduler.note_source_output(entry, source.request_id, 1.0)
+        chain.append(entry)
+    assert all(entry.state is State.RUNNING for entry in chain)  # 2**40 ways lead through them
