@@ -85,6 +85,8 @@ async def test_a_joined_request_goes_on_when_the_first_gives_no_result(tmp_path:
             worker.send(Cancelled(**identity(assign, 3)))
         again = await worker.assigned()
         assert (again.request_id, again.from_seq) == (submit.request_id, 3)
+        request = relay.relay.requests[submit.request_id]
+        assert request.attempt_started_at < request.catches_up_until < request.attempt_started_at + 60.0
         worker.speak(again, PCM, first=3)
         rest = await other.frames(submit, first=3)
         assert [frame.TYPE for frame in rest] == ["audio", "completed"]
