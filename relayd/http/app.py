@@ -21,6 +21,7 @@ from relayd.auth.origins import RefusedOrigins, is_listed, may_come_from, refusa
 from relayd.http import health_routes, static_page
 from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
+from relayd.http.openai import errors as openai_errors
 from relayd.http.openai import routes as openai_routes
 from relayd.http.requests_api import routes as requests_routes
 
@@ -122,7 +123,7 @@ def _headers_for(request_headers: Headers, context: HttpContext) -> dict[str, st
 def error_response(path: str, refusal: HttpError) -> Response:
     """Convert an error to a response, in the format of the API that `path` belongs to."""
     body = (
-        openai_routes.error_body(refusal)
+        openai_errors.error_body(refusal)
         if path.startswith(openai_routes.PATHS)
         else requests_routes.error_body(refusal)
     )

@@ -11,6 +11,7 @@ from protocol.wire.frames import (
     Audio,
     Completed,
     Frame,
+    Output,
     Started,
 )
 from protocol.wire.messages import (
@@ -34,6 +35,22 @@ SCHEMA: dict[str, Any] = {
     "required": ["text"],
     "additionalProperties": False,
 }
+#: Of a language space.
+MESSAGES: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "messages": {"type": "array"},
+        "temperature": {"type": "number", "maximum": 1.5},
+        "top_p": {"type": "number"},
+        "max_tokens": {"type": "integer"},
+        "stop": {"type": "array", "items": {"type": "string"}},
+        "seed": {"type": "integer"},
+        "top_k": {"type": "integer"},
+    },
+    "required": ["messages"],
+    "additionalProperties": False,
+}
+ENDING: dict[str, Any] = {"finish_reason": "stop", "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
 
 
 @attrs.define(eq=False)
@@ -64,6 +81,18 @@ class FakeWorker:
         frames += [Audio(**identity(assign, 1 + i), pcm=data) for i, data in enumerate(pcm)]
         if end:
             frames.append(Completed(**identity(assign, 1 + len(pcm)), result={"chunks": len(pcm)}))
+        for frame in frames[first:]:
+            self.send(frame)
+
+    def write(
+        self, assign: Assign, texts: list[str], *, first: int = 0, ending: Any = ENDING, end: bool = True
+    ) -> None:
+        """Send `started`, an output for each of `texts` and for the ending, and `completed`; not below `first`."""
+        outputs = [*texts, *([ending] if end and ending is not None else [])]
+        frames: list[Frame] = [Started(**identity(assign, 0), format=None)]
+        frames += [Output(**identity(assign, 1 + i), data=data) for i, data in enumerate(outputs)]
+        if end:
+            frames.append(Completed(**identity(assign, 1 + len(outputs)), result={}))
         for frame in frames[first:]:
             self.send(frame)
 

@@ -1,4 +1,4 @@
-"""OpenAI's speech API: `POST /v1/audio/speech`, and the lists of models and voices.
+"""OpenAI's API: `POST /v1/audio/speech`, and the routes of chat and of the lists of models and voices.
 
 A model is a space. A request enters the same queue as those of WebSocket clients, and the worker's audio is encoded and
 sent as it arrives. The head is sent with the first bytes of audio; earlier errors have their own status. A later error
@@ -8,24 +8,19 @@ resets the connection, so that partial audio does not look complete.
 import base64
 import hashlib
 import json
-import math
 import secrets
 from urllib.parse import quote
 
-import attrs
 import structlog
-import trio
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import Rejected, Submit
+from protocol.wire.messages import Submit
 from protocol.wire.structs import InputInfo
 from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal
-from relayd.core.access import find_space
-from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.http.audio.encoded_results import EncodedAudio
 from relayd.http.audio.encoder import PCM, AudioExtraMissing
@@ -35,44 +30,33 @@ from relayd.http.authentication import principal_of
 from relayd.http.body_parser import open_uploads, read_all
 from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
-from relayd.http.openai.names import only_space, space_named, speaking_spaces
+from relayd.http.openai.chat import complete
+from relayd.http.openai.errors import error_body, forbid_retry
+from relayd.http.openai.models import list_audio_models, list_models, list_voices, show_model, space_of
+from relayd.http.openai.names import SPEECH, only_space
 from relayd.http.openai.speech_request import (
-    DEFAULT_VOICE,
     MAX_BODY_BYTES,
     SpaceParams,
     Speech,
     params_of,
     parse_speech,
     usage_of,
-    voices_of,
 )
+from relayd.http.openai.waiting import begun, refuse_to_wait, wait_for_worker
 from relayd.http.request_stream import RequestStream, cache_header, open_submission
 from relayd.http.streaming_response import ResponseWriter, StreamingRoute
 
 log = structlog.get_logger("relayd.http")
 
 #: Path prefixes of this API, which has its own error format.
-PATHS = ("/v1/audio", "/v1/models")
-#: Between two looks for a worker while a request is queued, at least.
-MIN_LOOK_S = 1.0
-#: Names that a refusal lists.
-MAX_MODELS_TOLD = 16
-_ANYBODY = Principal(name="anybody", role="client")
-_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-
-
-def error_body(refusal: HttpError) -> dict[str, Value]:
-    """Return the body of an error in OpenAI's format; `param` is the first invalid field of the body."""
-    kind = "invalid_request_error" if refusal.status < 500 else "server_error"
-    field = next(iter(refusal.details), None) if refusal.status == 422 else None
-    kind = _KINDS.get(refusal.status, kind)
-    return {"error": {"message": refusal.message, "type": kind, "param": field or None, "code": refusal.code}}
+PATHS = ("/v1/audio", "/v1/chat", "/v1/models")
 
 
 def routes() -> list[BaseRoute]:
     """Return the routes of this API."""
     return [
         Route("/v1/audio/speech", StreamingRoute(speak), methods=["POST"]),
+        Route("/v1/chat/completions", StreamingRoute(complete), methods=["POST"]),
         Route("/v1/audio/models", list_audio_models),
         Route("/v1/audio/voices", list_voices),
         Route("/v1/models", list_models),
@@ -90,9 +74,7 @@ async def speak(request: Request, reply: ResponseWriter) -> None:
     except AudioExtraMissing as fault:
         raise HttpError("format_unavailable", str(fault), status=422, details={"response_format": str(fault)}) from None
     except HttpError as refusal:
-        if refusal.status == 504 or not refusal.retryable:
-            # The openai package sends every 5xx twice more otherwise, and waits as long again each time.
-            refusal.headers.setdefault("x-should-retry", "false")
+        forbid_retry(refusal)
         raise
 
 
@@ -101,9 +83,9 @@ async def _speak(request: Request, reply: ResponseWriter) -> None:
     limits = context.relay.config.http
     with open_uploads(request) as uploads:
         speech = parse_speech(await read_all(request, MAX_BODY_BYTES, uploads.count))
-        space = _space(context, principal, speech.model)
+        space = space_of(context, principal, speech.model, SPEECH)
         if not _is_answered(context, principal, space, speech):
-            await _wait_for_worker(context, space)
+            await wait_for_worker(context, space)
         asked, submit = _asked_of(context, principal, space, speech)
         if asked.replaced and space.name not in context.voices_replaced:
             context.voices_replaced.add(space.name)
@@ -114,8 +96,8 @@ async def _speak(request: Request, reply: ResponseWriter) -> None:
         async with open_submission(request, submit, inputs) as held:
             for sent in (speech.extra, asked.inputs, inputs):
                 sent.clear()  # the relay has its own copy, and a response may take minutes
-            _refuse_to_wait(held, limits.max_wait_s)
-            audio = await _begun(held, limits.no_worker_wait_s)
+            refuse_to_wait(held, limits.max_wait_s)
+            audio = await begun(held, open_audio, limits.no_worker_wait_s)
             await _send(speech, audio, reply, _headers(held, asked))
     except HttpError as refusal:
         refusal.details = {asked.field(name): what for name, what in refusal.details.items()}
@@ -128,7 +110,7 @@ def _asked_of(context: HttpContext, principal: Principal, space: Space, speech: 
     Raises:
         HttpError: 422; the space does not accept it.
     """
-    names, only = context.relay.config.openai, only_space(context.relay.spaces.values(), principal)
+    names, only = context.relay.config.openai, only_space(SPEECH, context.relay.spaces.values(), principal)
     asked = params_of(speech, space, names, any_voice=not names.strict and only is space)
     submit = Submit(
         request_id=secrets.token_hex(16),
@@ -153,84 +135,6 @@ def _is_answered(context: HttpContext, principal: Principal, space: Space, speec
     except HttpError:  # the next worker may accept it
         return False
     return context.admission.has_answer(submit, principal)
-
-
-async def _wait_for_worker(context: HttpContext, space: Space) -> None:
-    """Wait for a worker before anything is submitted: until one has come, it may be unknown what a space accepts.
-
-    A space that refuses while it is empty, or is paused, says so itself when it is asked.
-
-    Raises:
-        HttpError: 503; none has come.
-    """
-    relay = context.relay
-    scheduled = relay.scheduler.state.spaces[space.name]
-    if scheduled.rules.refuse_when_empty or scheduled.paused:
-        return
-    with trio.move_on_after(relay.config.http.no_worker_wait_s):
-        while not relay.workers.serving(space.name):
-            await relay.workers.joined.wait()
-    if not relay.workers.serving(space.name):
-        raise _no_worker(space.name)
-
-
-async def _begun(held: RequestStream, no_worker_wait_s: float) -> AudioStream:
-    """Wait until the engine has begun.
-
-    Raises:
-        HttpError: the request ended before; or it is still queued, and has had no worker for at least this long.
-    """
-    served, relay, space = True, held.relay, held.request.submit.space
-    while True:
-        with trio.move_on_after(max(MIN_LOOK_S, no_worker_wait_s)):
-            return await open_audio(held)
-        before, served = served, not held.queued or relay.workers.serving(space)
-        if not served and not before:
-            raise _no_worker(space)
-
-
-def _no_worker(space: str) -> HttpError:
-    message = f"no worker of space {space!r} takes requests now; try again when one is connected (GET /v1/models)"
-    return HttpError(ErrorCode.NO_WORKER, message, retryable=True)
-
-
-def _space(context: HttpContext, principal: Principal, model: str) -> Space:
-    """Return the space that a client calls a model, or that the model stands for.
-
-    Raises:
-        HttpError: 403 for a name that the token may not use, whether or not the space exists; 404 for other unknown
-            names.
-    """
-    relay = context.relay
-    name = space_named(model, relay.spaces, principal, relay.config.openai)
-    space = find_space(relay, principal, name)
-    if not isinstance(space, Rejected):
-        return space
-    if name != model and space.code == ErrorCode.FORBIDDEN:  # its name is the operator's own
-        message = f"principal {principal.name!r} may not use model {model[:64]!r}; ask for a token that may"
-        raise HttpError(ErrorCode.FORBIDDEN, message)
-    if name != model:
-        what = f"; model {model[:64]!r} stands for it ([openai] models of relayd.toml)"
-    elif space.code == ErrorCode.SPACE_NOT_FOUND and (others := speaking_spaces(relay.spaces.values(), principal)):
-        what = f"; models are {', '.join(other.name for other in others[:MAX_MODELS_TOLD])} (GET /v1/models)"
-    else:
-        what = ""
-    raise HttpError.of(attrs.evolve(space, message=space.message + what))
-
-
-def _refuse_to_wait(held: RequestStream, max_wait_s: float) -> None:
-    """Refuse a long wait: HTTP clients do not see their position, and many give up after a minute.
-
-    Raises:
-        HttpError: 429; the request would wait longer than `http.max_wait_s`.
-    """
-    place = held.place()
-    if place is not None and place.eta_s is not None and place.eta_s > max_wait_s:
-        message = (
-            f"{place.of} requests are queued; this one would start in about {place.eta_s:.0f} s, and the relay lets "
-            f"HTTP clients wait {max_wait_s:g} s (http.max_wait_s)"
-        )
-        raise HttpError(ErrorCode.QUEUE_FULL, message, retry_after_s=math.ceil(place.eta_s - max_wait_s))
 
 
 def _headers(held: RequestStream, asked: SpaceParams) -> dict[str, str]:
@@ -353,56 +257,3 @@ class _Whole(_Bytes):
         body = transcoder.encoder.with_sizes(self._body)
         with self._held.context.encoded.sending(self._held.principal.name, EncodedAudio(body, "")):
             await self.reply.answer(Response(body, media_type=self.media_type, headers=self.headers))
-
-
-# -- models and voices --------------------------------------------------------------------------------------------
-
-
-async def list_models(request: Request) -> Response:
-    """List the spaces that speak, as models."""
-    relay = context_of(request).relay
-    return JSONResponse({"object": "list", "data": [_model(relay, space) for space in _speaking(request)]})
-
-
-async def show_model(request: Request) -> Response:
-    """Return one model, or what a name stands for, under that name."""
-    context, name = context_of(request), request.path_params["model"]
-    return JSONResponse(_model(context.relay, _space(context, _reader(request), name), name))
-
-
-async def list_audio_models(request: Request) -> Response:
-    """List the models in Open WebUI's format."""
-    rows = [{"id": space.name, "name": space.config.description or space.name} for space in _speaking(request)]
-    return JSONResponse({"models": rows})
-
-
-async def list_voices(request: Request) -> Response:
-    """List the voices of the space in `?model=`, or of all spaces that speak."""
-    name = request.query_params.get("model")
-    spaces = [_space(context_of(request), _reader(request), name)] if name else _speaking(request)
-    models_by_voice: dict[str, list[str]] = {}
-    for space in spaces:
-        for voice in dict.fromkeys((DEFAULT_VOICE, *(voices_of(space) or ()))):
-            models_by_voice.setdefault(voice, []).append(space.name)
-    return JSONResponse(
-        {"voices": [{"id": voice, "name": voice, "models": models} for voice, models in models_by_voice.items()]}
-    )
-
-
-def _reader(request: Request) -> Principal:
-    """Who asks what there is. Some programs ask without the key that they have: Open WebUI does."""
-    without_key = request.headers.get("authorization", "").strip().lower() in ("", "bearer")
-    if without_key and context_of(request).relay.config.http.lists == "public":
-        return _ANYBODY
-    return principal_of(request)
-
-
-def _speaking(request: Request) -> list[Space]:
-    """Return the spaces that speak and that the principal may use, sorted by name."""
-    return speaking_spaces(context_of(request).relay.spaces.values(), _reader(request))
-
-
-def _model(relay: Relay, space: Space, name: str | None = None) -> dict[str, Value]:
-    ready = relay.workers.serving(space.name) and not relay.scheduler.state.spaces[space.name].paused
-    model = {"id": name or space.name, "object": "model", "created": int(space.created_at), "owned_by": "relayd"}
-    return model | {"ready": ready}

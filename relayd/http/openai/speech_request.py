@@ -5,30 +5,23 @@ mapped, because it means different things to engines (to `mock`, how fast it wor
 itself, so every space supports 0.25 to 4.
 """
 
-import json
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any
 
 import attrs
 
 from protocol.speakable import speakable
-from protocol.wire.errors import ErrorCode
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Rule, Value, boolean, choice, kind_of, number, text
 from relayd.config.schema import MIB, OpenAi
 from relayd.core.space import Space
 from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED, Coding
-from relayd.http.errors import HttpError
 from relayd.http.openai.extra_fields import check_text, read_extra
+from relayd.http.openai.json_body import MAX_NAME_CHARS, invalid, read_fields
 
 #: Enough for a minute of recorded speech in base64.
 MAX_BODY_BYTES = 8 * MIB
-#: Values in a body; parsing as many takes 20 ms.
-MAX_BODY_VALUES = 100_000
 MAX_INPUT_CHARS = 64 * 1024
-#: Fields of a body, and characters of the name of a field, a model or a voice: every name is looked at.
-MAX_FIELDS, MAX_NAME_CHARS = 256, 256
 #: OpenAI's field -> names of corresponding params; the first one that the worker has declared is used.
 PARAMS = {
     "input": ("text", "input"),
@@ -39,8 +32,6 @@ PARAMS = {
 DEFAULT_VOICE = "default"
 _NO_NAMES = OpenAi(strict=True)
 MAX_VOICES_LISTED = 24
-#: Limits of a refusal: names of fields come from the client, in any number and length.
-MAX_FAULTS, MAX_FIELD_CHARS = 16, 64
 
 
 def _voice(value: Value) -> None:
@@ -96,18 +87,7 @@ def parse_speech(body: bytes) -> Speech:
     Raises:
         HttpError: 400 if the body is not a JSON object, 422 with every fault if a field is invalid.
     """
-    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_BODY_VALUES:
-        raise HttpError(ErrorCode.INPUT_TOO_LARGE, f"the body holds more than {MAX_BODY_VALUES} values")
-    try:
-        fields = json.loads(body, parse_constant=str)
-    except (ValueError, RecursionError) as fault:
-        why = str(fault) if isinstance(fault, json.JSONDecodeError) else "it is not UTF-8, or nested too deeply"
-        raise HttpError("invalid_json", f"the body must be JSON: {why}", status=400) from None
-    if not isinstance(fields, dict):
-        raise HttpError("invalid_json", f"the body must be a JSON object, not {kind_of(fields)}", status=400)
-    if len(fields) > MAX_FIELDS or any(len(name) > MAX_NAME_CHARS for name in fields):
-        message = f"a body may have {MAX_FIELDS} fields, whose names have at most {MAX_NAME_CHARS} characters"
-        raise HttpError(ErrorCode.INPUT_TOO_LARGE, message)
+    fields = read_fields(body)
     values, faults = {}, {}
     for name, (rule, default) in _FIELDS.items():
         value = fields.get(name)
@@ -122,7 +102,7 @@ def parse_speech(body: bytes) -> Speech:
     if not faults and not speakable(values["input"]):
         faults["input"] = "contains nothing to speak"
     if faults:
-        raise _invalid(faults)
+        raise invalid(faults)
     voice = values["voice"]
     return Speech(
         model=values["model"],
@@ -179,17 +159,17 @@ def params_of(speech: Speech, space: Space, names: OpenAi = _NO_NAMES, *, any_vo
         HttpError: 422; the space produces no audio, does not have the voice or does not accept instructions.
     """
     if space.engine and space.format is None:
-        raise _invalid({"model": f"space {space.name!r} produces no audio; GET /v1/models lists the spaces that do"})
+        raise invalid({"model": f"space {space.name!r} produces no audio; GET /v1/models lists the spaces that do"})
     properties = space.params.get("properties", {})
     text_param = _param(space, "input")
     if text_param is None:
         taken = ", ".join(sorted(properties))
-        raise _invalid(
+        raise invalid(
             {"model": f"space {space.name!r} has no param for a text (it has: {taken}); submit a request to it instead"}
         )
     extra = read_extra(speech.extra, space)
     if extra.faults:
-        raise _invalid(extra.faults)
+        raise invalid(extra.faults)
     params = extra.params | {text_param: speech.text}
     passed_over = []
     if extra.recorded:  # it is the voice: what `voice` names besides is only there because the API requires it
@@ -199,7 +179,7 @@ def params_of(speech: Speech, space: Space, names: OpenAi = _NO_NAMES, *, any_vo
         if extra.voice and speech.voice != voice and speech.voice in (voices_of(space) or ()):
             raise ValueError(f"names another voice than voice, {speech.voice!r}; send one of them")
     except ValueError as fault:
-        raise _invalid({extra.names.get("voice", "voice"): str(fault)}) from None
+        raise invalid({extra.names.get("voice", "voice"): str(fault)}) from None
     if (name := _param(space, "voice")) and (voice != DEFAULT_VOICE or DEFAULT_VOICE in (voices_of(space) or ())):
         params[name] = voice
     if speech.instructions:
@@ -207,7 +187,7 @@ def params_of(speech: Speech, space: Space, names: OpenAi = _NO_NAMES, *, any_vo
             params[name] = speech.instructions
             extra.names[name] = "instructions"
         elif names.strict or names.unknown_instructions == "refuse":
-            raise _invalid({"instructions": f"space {space.name!r} does not accept instructions; leave them out"})
+            raise invalid({"instructions": f"space {space.name!r} does not accept instructions; leave them out"})
         else:
             passed_over.append("instructions")
     sent_as = extra.names | {text_param: "input"}
@@ -276,12 +256,6 @@ def _no_such_voice(voice: str, space: Space, voices: Iterable[str]) -> str:
     if len(names) > MAX_VOICES_LISTED:
         listed += f" and {len(names) - MAX_VOICES_LISTED} more: GET /v1/audio/voices?model={space.name}"
     return f"space {space.name!r} has no voice {voice[:64]!r}; it has {listed}"
-
-
-def _invalid(faults: dict[str, str]) -> HttpError:
-    faults = {field[:MAX_FIELD_CHARS]: what for field, what in islice(faults.items(), MAX_FAULTS)}
-    message = "; ".join(f"{field}: {what}" for field, what in faults.items())
-    return HttpError(ErrorCode.INVALID_PARAMS, message, details=faults)
 
 
 def usage_of(speech: Speech, audio_s: float) -> dict[str, Value]:

@@ -6,7 +6,7 @@ from typing import Any
 from protocol.wire.messages import ENDED_STATES, LIVE_STATES, RETRY_POLICIES
 from protocol.wire.structs import ID_PATTERN
 from relayd.http.audio.encoder import CODINGS
-from relayd.http.requests_api.openapi_others import OPENAI_ERROR, OTHER_PATHS, SPEECH
+from relayd.http.requests_api.openapi_others import CHAT, OPENAI_ERROR, OTHER_PATHS, SPEECH
 from relayd.views.rows import VERSION
 
 Schema = dict[str, Any]
@@ -435,6 +435,7 @@ DOCUMENT: Schema = {
             "Link": _LINK,
             "OpenAiError": OPENAI_ERROR,
             "Speech": SPEECH,
+            "Chat": CHAT,
             "Spaces": _object({"spaces": {"type": "array", "items": _SPACE}}),
             "Status": _STATUS,
             "StatusAndOutputs": _STATUS_AND_OUTPUTS,

@@ -3,7 +3,9 @@
 from typing import Any
 
 from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED
-from relayd.http.openai.speech_request import MAX_INPUT_CHARS, MAX_NAME_CHARS
+from relayd.http.openai.chat_request import HINTS, MAX_MESSAGES, MAX_STOPS, ROLES
+from relayd.http.openai.json_body import MAX_NAME_CHARS
+from relayd.http.openai.speech_request import MAX_INPUT_CHARS
 
 Schema = dict[str, Any]
 
@@ -69,6 +71,50 @@ SPEECH: Schema = {
     "additionalProperties": True,
 }
 
+_TEXT_PART: Schema = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_OF_SAMPLING: Schema = {
+    "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
+    "top_p": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+    "max_tokens": {"type": ["integer", "null"], "minimum": 1},
+    "stop": {
+        "anyOf": [
+            {"type": ["string", "null"], "minLength": 1},
+            {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
+        ]
+    },
+    "seed": {"type": ["integer", "null"]},
+}
+CHAT: Schema = {
+    "type": "object",
+    "properties": {
+        "model": {"type": "string", "maxLength": MAX_NAME_CHARS, "description": "a space, or a name in the settings"},
+        "messages": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": MAX_MESSAGES,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "role": {"enum": list(ROLES)},
+                    "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]},
+                },
+                "required": ["role", "content"],
+            },
+        },
+        "stream": {"type": ["boolean", "null"], "description": "true: events, as the reply is written"},
+        "stream_options": {"type": ["object", "null"], "properties": {"include_usage": {"type": ["boolean", "null"]}}},
+        "max_completion_tokens": {"type": ["integer", "null"], "minimum": 1},
+        **{name: _OF_SAMPLING[name] for name in HINTS},
+        "cache": {"type": ["boolean", "null"], "description": "false: it is not answered with an equal one's result"},
+    },
+    "required": ["model", "messages"],
+    "additionalProperties": True,
+}
+
 OTHER_PATHS: Schema = {
     "/v1/audio/speech": {
         "post": {
@@ -87,6 +133,23 @@ OTHER_PATHS: Schema = {
                     },
                 },
                 **_openai_errors(400, 401, 403, 404, 408, 409, 410, 413, 415, 422, 429, 500, 501, 502, 503, 504, 507),
+            },
+        }
+    },
+    "/v1/chat/completions": {
+        "post": {
+            "operationId": "chat",
+            "summary": "Reply to messages, as OpenAI's clients ask for it",
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Chat"}}},
+            },
+            "responses": {
+                "200": {
+                    "description": "The reply; or events, with `stream`.",
+                    "content": {"text/event-stream": {"schema": _EVENT}, "application/json": {"schema": _ANY_OBJECT}},
+                },
+                **_openai_errors(400, 401, 403, 404, 408, 410, 413, 429, 500, 502, 503, 504, 507),
             },
         }
     },

@@ -556,7 +556,7 @@ async def test_a_worker_that_comes_within_the_wait_is_asked_in_its_own_words(tmp
 async def test_who_is_queued_when_the_last_worker_leaves_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relayd.http.openai.routes.MIN_LOOK_S", 0.02)
+    monkeypatch.setattr("relayd.http.openai.waiting.MIN_LOOK_S", 0.02)
     async with daemon(tmp_path, http={"no_worker_wait_s": 0.02}) as relay, trio.open_nursery() as nursery:
         heard = trio.Event()
 
@@ -582,7 +582,7 @@ async def test_who_is_queued_when_the_last_worker_leaves_is_told_so(
 async def test_who_is_queued_while_the_last_worker_is_away_for_a_moment_is_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relayd.http.openai.routes.MIN_LOOK_S", 0.02)
+    monkeypatch.setattr("relayd.http.openai.waiting.MIN_LOOK_S", 0.02)
     looks, statuses = list[str](), list[int]()
 
     def serving(_workers: Workers, space: str) -> bool:

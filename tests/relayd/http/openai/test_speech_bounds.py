@@ -10,10 +10,10 @@ from relayd.config.schema import SpaceConfig
 from relayd.core.space import Space
 from relayd.http.audio.encoder import CODINGS
 from relayd.http.errors import HttpError
+from relayd.http.openai.json_body import MAX_BODY_VALUES
 from relayd.http.openai.speech_request import (
     DEFAULT_VOICE,
     MAX_BODY_BYTES,
-    MAX_BODY_VALUES,
     Speech,
     params_of,
     parse_speech,

@@ -22,7 +22,7 @@ from relayd.http.openai import routes as openai_routes
 from relayd.http.requests_api import routes as requests_routes
 from relayd.http.requests_api.openapi import DOCUMENT, PATHS
 from relayd.http.requests_api.openapi_others import OTHER_PATHS
-from tests.support.fake_worker import FakeWorker, fake_worker, samples
+from tests.support.fake_worker import MESSAGES, FakeWorker, fake_worker, samples
 from tests.support.raw_http_client import visitor
 from tests.support.relay import daemon
 
@@ -66,11 +66,16 @@ async def test_the_relay_does_as_its_document_says(
     tmp_path: Path, mode: GenerationMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relayd.auth.login_throttle.MAX_FAILURES", 1_000_000)  # wrong tokens are part of what is tried
-    async with daemon(tmp_path, listen="127.0.0.1:0") as relay, fake_worker(relay.url, slots=64) as worker:
+    async with (
+        daemon(tmp_path, listen="127.0.0.1:0") as relay,
+        fake_worker(relay.url, slots=64) as worker,
+        fake_worker(relay.url, name="model", slots=64, spaces=("check",), params=MESSAGES, format=None) as model,
+    ):
         token = relay.tokens.create(role="client", name="ann", now=0.0).text
         url = re.sub("^ws", "http", relay.urls[0])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(speak_always, worker)
+            nursery.start_soon(reply_always, model)
             async with visitor(relay.urls[0], token=token) as http:
                 posted = await http.ask("POST", "/v1/spaces/tts/requests", told={"params": {"text": "x"}})
                 assert (await http.get(posted.json["links"]["audio"])).status == 200
@@ -87,6 +92,14 @@ async def speak_always(worker: FakeWorker) -> None:
         message = decode(await worker.peer.link.receive(), FROM_RELAY)
         if isinstance(message, Assign):
             worker.speak(message, [samples(100)])
+
+
+async def reply_always(model: FakeWorker) -> None:
+    """Reply to whatever is assigned."""
+    while True:
+        message = decode(await model.peer.link.receive(), FROM_RELAY)
+        if isinstance(message, Assign):
+            model.write(message, ["Yes."])
 
 
 def try_all(url: str, token: str, known: dict[str, str], mode: GenerationMode) -> None:
