@@ -160,7 +160,7 @@ async def open_daemon(
             admission = Admission(relay)
             tokens = TokenRegistry(loaded.tokens)
             http_context = HttpContext(relay, admission, tokens, _open_signer(config))
-            http = HttpServer(http_context, make_app(http_context, _talk_routes(config)))
+            http = HttpServer(http_context, make_app(http_context, _talk_routes(http_context)))
             door_servers = [HttpServer(http_context, door.make_app(http_context)) for door in doors]
             await restore(relay, loaded)
             nursery.start_soon(serve_settling, relay)
@@ -231,12 +231,13 @@ async def open_daemon(
         await store.flush()
 
 
-def _talk_routes(config: Config) -> Routes:
+def _talk_routes(context: HttpContext) -> Routes:
     """Return the routes of conversations; nothing of them is imported without [talk]."""
-    if config.talk is None:
+    if context.relay.config.talk is None:
         return []
-    from relayd.talk.routes import routes
+    from relayd.talk.routes import PATHS, routes
 
+    context.more_paths = PATHS
     return routes()
 
 

@@ -2,7 +2,7 @@
 
 import time
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 import trio
@@ -106,6 +106,8 @@ class HttpContext:
     encoded: EncodedResults = attrs.field(factory=EncodedResults)
     #: The conversations: `relayd.talk.talks.Talks`, whose `talks_of` returns them; None without [talk].
     talks: object = None
+    #: Paths of the OpenAPI document that are of what is above this layer.
+    more_paths: dict[str, Any] = attrs.field(factory=dict)
     #: The relay is shutting down; waiting responses end with an error.
     leaving: bool = False
 

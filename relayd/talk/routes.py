@@ -3,6 +3,7 @@
 from starlette.routing import BaseRoute
 
 from relayd.talk.dialects import own
+from relayd.talk.dialects.openapi import PATHS as PATHS
 
 
 def routes() -> list[BaseRoute]:

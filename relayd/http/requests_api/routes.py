@@ -141,7 +141,7 @@ async def link(http: HttpRequest) -> Response:
 
 async def openapi(http: HttpRequest) -> Response:
     """Return the OpenAPI document."""
-    return JSONResponse(DOCUMENT)
+    return JSONResponse(DOCUMENT | {"paths": DOCUMENT["paths"] | context_of(http).more_paths})
 
 
 async def upgrade_required(http: HttpRequest) -> Response:
