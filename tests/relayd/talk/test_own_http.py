@@ -2,6 +2,8 @@
 
 import base64
 import io
+import subprocess
+import sys
 import wave
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +14,7 @@ import pytest
 import trio
 
 from tests.support.raw_http_client import Visitor, events_of, visitor
-from tests.support.relay import new_token, until
+from tests.support.relay import daemon, new_token, until
 from tests.support.talking import Stage, speech_of, stage
 
 SSE = {"accept": "text/event-stream"}
@@ -181,10 +183,13 @@ async def test_who_may_not_is_refused(tmp_path: Path) -> None:
             assert (await stranger.get("/v1/talks")).status == 401
 
 
+def test_without_the_table_nothing_of_them_is_imported() -> None:
+    look = "import sys, relayd.daemon; sys.exit(any(name.startswith('relayd.talk') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", look], check=False, timeout=60).returncode == 0
+
+
 @pytest.mark.trio
 async def test_without_the_table_there_are_no_conversations(tmp_path: Path) -> None:
-    from tests.support.relay import daemon
-
     async with daemon(tmp_path) as relay, visitor(relay.url) as http:
         assert (await http.get("/v1/talks")).status == 404
         assert relay.http_context.talks is None
