@@ -39,6 +39,30 @@ async def test_paths_without_a_route_are_told_the_relays_own(tmp_path: Path) -> 
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("GET /echo HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 8", 426),
+        ("GET /echo HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13", 400),
+        ("GET /echo HTTP/1.1\r\nHost: x\r\nSec-WebSocket-Version: 13", 426),
+        ("POST /echo HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13", 405),
+        ("GET /echo HTTP/1.0\r\nHost: x\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13", 505),
+        ("GET /echo HTTP/1.1\r\nHost: x\r\nHost: y\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13", 400),
+    ],
+)
+async def test_what_is_no_handshake_is_refused(head: str, status: int, tmp_path: Path, logs: Logs) -> None:
+    async with sockets(tmp_path) as (relay, endpoints), open_stream(relay.urls[0]) as stream:
+        await stream.send_all(f"{head}\r\nUpgrade: websocket\r\n\r\n".encode())
+        answer = b""
+        while data := await stream.receive_some():
+            answer += data
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer
+        assert not endpoints.entered.is_set()
+        await until(lambda: not relay.gateway.budget.open)
+    assert not faults(logs)
+
+
+@pytest.mark.trio
 async def test_a_handshake_is_denied_with_a_status_and_a_reason(tmp_path: Path, logs: Logs) -> None:
     async with sockets(tmp_path) as (relay, _):
         url = relay.urls[0]
