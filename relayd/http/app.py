@@ -18,7 +18,7 @@ from protocol.link.websocket_frames import INTERNAL_ERROR, POLICY_VIOLATION
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PATH
 from relayd.auth.origins import RefusedOrigins, is_listed, may_come_from, refusal_message
-from relayd.http import health_routes, static_page
+from relayd.http import health_routes, spaces_site, static_page
 from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
 from relayd.http.openai import errors as openai_errors
@@ -49,7 +49,8 @@ Routes = Sequence[BaseRoute]
 
 def make_app(context: HttpContext, more: Routes = ()) -> Starlette:
     """Build the application for `context`; `more` are routes of what is above this layer."""
-    routes = [*requests_routes.routes(), *openai_routes.routes(), *health_routes.routes(), *static_page.routes()]
+    parts = (requests_routes, openai_routes, spaces_site, health_routes, static_page)
+    routes = [route for part in parts for route in part.routes()]
     hint = f"; WebSocket clients connect to {PATH}, and /openapi.json lists the rest"
     return make_door_app(context, [*more, *routes], hint)
 
@@ -122,11 +123,12 @@ def _headers_for(request_headers: Headers, context: HttpContext) -> dict[str, st
 
 def error_response(path: str, refusal: HttpError) -> Response:
     """Convert an error to a response, in the format of the API that `path` belongs to."""
-    body = (
-        openai_errors.error_body(refusal)
-        if path.startswith(openai_routes.PATHS)
-        else requests_routes.error_body(refusal)
-    )
+    if path.startswith(openai_routes.PATHS):
+        body = openai_errors.error_body(refusal)
+    elif path.startswith(spaces_site.PREFIX):
+        body = spaces_site.error_body(refusal)
+    else:
+        body = requests_routes.error_body(refusal)
     return JSONResponse(body, refusal.status, headers=refusal.headers)
 
 

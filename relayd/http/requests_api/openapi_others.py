@@ -24,6 +24,12 @@ def _openai_errors(*statuses: int) -> Schema:
     return {str(status): error for status in statuses}
 
 
+def _site_errors(*statuses: int) -> Schema:
+    told = {"success": {"const": False}, "message": {"type": "string"}, "error": {"type": "string"}}
+    schema: Schema = {"type": "object", "properties": told, "required": list(told)}
+    return {str(status): _answer("An error, as the site had it.", schema=schema) for status in statuses}
+
+
 _LISTS = {
     "200": _answer("The list."),
     **_openai_errors(401, 403, 429),
@@ -174,6 +180,36 @@ OTHER_PATHS: Schema = {
             "operationId": "model",
             "summary": "Describe a model",
             "responses": {"200": _answer("The model."), **_openai_errors(401, 403, 404, 429)},
+        },
+    },
+    "/websockets/submit/{space}": {
+        "parameters": [{"name": "space", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}],
+        "post": {
+            "operationId": "site_submit",
+            "summary": "Submit a prompt, as the WebSocket Spaces site took it",
+            "requestBody": {
+                "content": {
+                    kind: {"schema": {"type": "object", "properties": {"prompt": {"type": "string"}}}}
+                    for kind in ("application/x-www-form-urlencoded", "multipart/form-data", "application/json")
+                },
+            },
+            "responses": {
+                "200": _answer("`success`, `request_id`, `status` and `queue_size`."),
+                **_site_errors(400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 507),
+            },
+        },
+    },
+    "/websockets/status": {
+        "get": {
+            "operationId": "site_status",
+            "summary": "Tell how far a request is, as the WebSocket Spaces site did",
+            "parameters": [
+                {"name": "request_id", "in": "query", "required": True, "schema": {"type": "string", "minLength": 1}}
+            ],
+            "responses": {
+                "200": _answer("`request_id`, `status`, and `result` once it has ended."),
+                **_site_errors(400, 401, 403, 404, 429, 503, 507),
+            },
         },
     },
     "/health": {

@@ -421,9 +421,8 @@ async def test_no_text_at_all_is_a_failure_and_an_empty_reply_is_none(tmp_path: 
         status, told = await error_of(relay.url)
         assert (status, told["code"]) == (502, "engine_failed")
         assert "made no text" in told["message"]
-        nursery.start_soon(
-            partial(write_once, worker, (), {"finish_reason": "length", "usage": {"prompt_tokens": "x"}})
-        )
+        ending = {"finish_reason": "length", "usage": {"prompt_tokens": "x"}}
+        nursery.start_soon(partial(write_once, worker, ending))
         async with asking_for_reply(relay.url) as answer:
             told = await answer.json()
             assert (told["choices"][0]["message"]["content"], told["choices"][0]["finish_reason"]) == ("", "length")

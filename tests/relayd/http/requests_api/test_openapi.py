@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from protocol.wire.codec import decode
 from protocol.wire.messages import FROM_RELAY, Assign
-from relayd.http import health_routes
+from relayd.http import health_routes, spaces_site
 from relayd.http.errors import STATUS
 from relayd.http.openai import routes as openai_routes
 from relayd.http.requests_api import routes as requests_routes
@@ -39,7 +39,8 @@ NOTHING_TO_REFUSE = {"/health", "/ready"}
 def test_every_route_is_described_and_nothing_else() -> None:
     served = {route.path for route in requests_routes.routes() if isinstance(route, Route)}
     assert served - {"/openapi.json", "/v1/relay"} == PATHS.keys()
-    others = {route.path for route in [*openai_routes.routes(), *health_routes.routes()] if isinstance(route, Route)}
+    parts = (openai_routes, spaces_site, health_routes)
+    others = {route.path for part in parts for route in part.routes() if isinstance(route, Route)}
     assert {path.replace(":path}", "}") for path in others} == OTHER_PATHS.keys()
     assert DOCUMENT["paths"] == PATHS | OTHER_PATHS
 
