@@ -193,7 +193,7 @@ async def test_what_the_space_does_not_take_is_named(tmp_path: Path) -> None:
         assert answer.status == 422
         assert "prompt is not accepted by space 'tts'; it accepts size" in answer.json["message"]
         answer = await http.ask("POST", "/websockets/submit/tts", told={"prompt": True})
-        assert (answer.status, answer.json["message"]) == (422, "prompt must be a string, not a boolean")
+        assert (answer.status, answer.json["message"]) == (422, "prompt must be a string, not boolean")
         answer = await http.ask("POST", "/websockets/submit/tts", body=b"size=big", headers=FORM)
         assert answer.status == 422
         assert "size" in answer.json["error"]
