@@ -121,7 +121,8 @@ class HeldRequest(FrameQueue):
         self._refuse(refusal)
 
     def on_position(self, request: Request, position: QueuePosition) -> None:
-        """Its place in the queue is nobody's business here."""
+        """It is queued, or its queue has moved."""
+        self.on_change()
 
     def on_worker(self, request: Request) -> None:
         """Its worker is away, or back."""

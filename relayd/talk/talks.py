@@ -152,9 +152,9 @@ class Talks:
         Returns:
             The conversation; or why there is none: the id is not one, there is no conversation, or it cannot be read.
         """
-        if refusal := self._refuse_names(session_id, user, instructions):
-            return refusal
         record = self._index.of(principal.name, user, session_id)
+        if refusal := self._refuse_names(session_id, user, instructions, is_known=record is not None):
+            return refusal
         if record is None:
             if not create:
                 message = f"there is no conversation {session_id!r}; begin it first (POST /v1/talks)"
@@ -168,10 +168,10 @@ class Talks:
             self.place.post(PutTalk(session.record))
         return session if isinstance(session, Rejected) else Talk(session, principal)
 
-    def _refuse_names(self, session_id: str, user: str, instructions: str | None) -> Rejected | None:
+    def _refuse_names(self, session_id: str, user: str, instructions: str | None, *, is_known: bool) -> Rejected | None:
         details: dict[str, Value] = {}
         is_usual = len(session_id) <= MAX_SESSION_CHARS and session_id.isprintable()
-        if not is_usual or not re.fullmatch(self.place.settings.session_id_pattern, session_id):
+        if not is_known and not (is_usual and re.fullmatch(self.place.settings.session_id_pattern, session_id)):
             details["session"] = "is not an id of a session ([talk] session_id_pattern)"
         if len(user) > MAX_USER_CHARS or not user.isprintable():
             details["user"] = f"may have {MAX_USER_CHARS} printable characters"

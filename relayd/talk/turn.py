@@ -15,6 +15,7 @@ from protocol.wire.messages import Rejected, Submit
 from protocol.wire.structs import InputInfo
 from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal
+from relayd.scheduling.model import State
 from relayd.stats.counters import count
 from relayd.store.records import MAX_TURN_CHARS
 from relayd.talk.conversation import Conversation, TurnState
@@ -201,6 +202,8 @@ class Turn:
             since = unserved_since.setdefault(space, now)
             if now < since + patience_s:
                 due = min(due, since + patience_s)
+                continue
+            if request.entry.state is not State.QUEUED:  # it waits for the text: a worker may come until there is some
                 continue
             message = f"no worker of space {space!r} is connected; say it again when there is one"
             if held is self._text:

@@ -151,6 +151,15 @@ async def test_a_history_that_is_not_stored_is_gone_after_a_restart(tmp_path: Pa
 
 
 @pytest.mark.trio
+async def test_a_conversation_whose_id_is_none_any_more_can_still_be_opened(tmp_path: Path) -> None:
+    async with stage(tmp_path) as on:
+        await on.open("session-1")
+    async with stage(tmp_path, talk={"session_id_pattern": "[0-9]+"}) as on:
+        assert await on.talks.delete(await on.open("session-1")) is None
+        assert isinstance(await on.talks.open(ANN, "session-1"), Rejected)
+
+
+@pytest.mark.trio
 async def test_old_turns_and_old_conversations_are_deleted(tmp_path: Path) -> None:
     async with stage(tmp_path, talk={"max_turns": 4, "retain_days": 2}) as on:
         await on.writer()

@@ -227,6 +227,20 @@ async def test_without_a_worker_that_speaks_the_text_comes(tmp_path: Path, refus
 
 
 @pytest.mark.trio
+async def test_a_worker_that_speaks_may_come_while_the_model_thinks(tmp_path: Path) -> None:
+    think = trio.Event()
+    async with stage(tmp_path, http={"no_worker_wait_s": 0.05}) as on:
+        await on.writer(lambda _: [think, "Well."])
+        reply = said((await on.open()).say("Hello"))
+        await trio.sleep(0.3)  # the patience with a space without a worker is over
+        assert reply.speech_ended is None
+        await on.speaker()
+        think.set()
+        assert (await ended(reply)).code is None
+        assert any(isinstance(event, Speech) for event in await events_of(reply))
+
+
+@pytest.mark.trio
 async def test_speech_that_fails_on_the_way_leaves_the_text(tmp_path: Path) -> None:
     async with stage(tmp_path) as on:
         await on.writer()
