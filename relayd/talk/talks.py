@@ -281,7 +281,10 @@ class Talks:
 
     async def restore(self, loaded: Loaded) -> None:
         """Know the stored conversations again, and go on with their replies that have not ended."""
-        if not self.place.is_durable:
+        if not self.place.is_durable:  # what was stored before is kept as long as it would have been
+            oldest = time.time() - self.place.settings.retain_days * DAY_S
+            old = [DeleteTalk(record.talk_id) for record in loaded.talks if record.touched_at < oldest]
+            self.place.relay.store.post(*old)
             return
         for record in loaded.talks:
             self._remember(record)

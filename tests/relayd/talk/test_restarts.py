@@ -10,7 +10,7 @@ import trio
 from protocol.wire.frames import Audio, Completed, Output, Started
 from protocol.wire.messages import Input, Registered, Rejected
 from protocol.wire.structs import Running
-from relayd.store.records import PutTurn
+from relayd.store.records import PutTalk, PutTurn, TalkRecord
 from relayd.talk.events import ReplyEnded, Speech
 from relayd.talk.talks import DAY_S
 from tests.support.fake_worker import FORMAT, fake_worker
@@ -157,6 +157,21 @@ async def test_a_conversation_whose_id_is_none_any_more_can_still_be_opened(tmp_
     async with stage(tmp_path, talk={"session_id_pattern": "[0-9]+"}) as on:
         assert await on.talks.delete(await on.open("session-1")) is None
         assert isinstance(await on.talks.open(ANN, "session-1"), Rejected)
+
+
+@pytest.mark.trio
+async def test_what_was_stored_under_other_settings_is_kept_for_its_time(tmp_path: Path) -> None:
+    async with stage(tmp_path) as on:
+        store = on.daemon.relay.store
+        for number, at in ((1, time.time()), (2, time.time() - 31 * DAY_S)):
+            talk_id = f"talk-{number}"
+            record = TalkRecord(
+                talk_id=talk_id, principal="ann", user="", session=f"session-{number}", created_at=1.0, touched_at=at
+            )
+            await store.commit(PutTalk(record))
+    async with stage(tmp_path, talk={"history": "none"}) as on:
+        assert on.talks.list(ANN) == []
+        assert [each.talk_id for each in (await on.daemon.relay.store.load()).talks] == ["talk-1"]
 
 
 @pytest.mark.trio
