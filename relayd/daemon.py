@@ -150,6 +150,7 @@ async def open_daemon(
     Cancellation: stops the daemon abruptly, like a crash; accepted requests are in the store.
     """
     tls_context = make_tls_context(config)
+    doors = [*doors, *_talk_doors(config)]
     async with open_store(config) as store, open_listeners(config) as listeners, open_doors(doors) as opened:
         loaded = await store.load()
         # Entered last, and so left first: `on_leave` is called before a nursery waits for its tasks.
@@ -238,7 +239,15 @@ def _talk_routes(context: HttpContext) -> Routes:
     from relayd.talk.routes import PATHS, routes
 
     context.more_paths = PATHS
-    return routes()
+    return routes(context.relay.config.talk)
+
+
+def _talk_doors(config: Config) -> list[Door]:
+    if config.talk is None:
+        return []
+    from relayd.talk.routes import doors
+
+    return doors(config.talk)
 
 
 @asynccontextmanager

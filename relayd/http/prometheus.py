@@ -186,6 +186,7 @@ def _store(relay: Relay) -> Iterator[Metric]:
 def _talk(stats: TalkStats) -> Iterator[Metric]:
     yield _one("relayd_talk_conversations", "Conversations that are kept.", stats.talks)
     yield _one("relayd_talk_replies", "Replies that wait or are being made.", stats.unended)
+    yield _one("relayd_talk_websockets", "Open WebSockets, by dialect.", stats.websockets, "dialect")
     ended = dict.fromkeys(TURN_ENDED, 0) | stats.turns
     yield _one("relayd_talk_turns_total", "Replies that have ended, by state.", ended, "state")
     yield _one(

@@ -90,6 +90,8 @@ class TalkStats:
     #: Conversations that are kept, and replies in them that wait or are being made.
     talks: int = 0
     unended: int = 0
+    #: Dialect -> its open WebSockets.
+    websockets: dict[str, int] = attrs.field(factory=dict)
     #: State in which replies ended -> how many.
     turns: dict[str, int] = attrs.field(factory=dict)
     #: Why replies were not spoken, or not to their end -> how many.

@@ -1,11 +1,18 @@
-"""The routes of conversations: those of every dialect that is served on the main port."""
+"""The routes of conversations, and their doors: those of every dialect."""
 
 from starlette.routing import BaseRoute
 
-from relayd.talk.dialects import own
+from relayd.config.schema import Talk
+from relayd.http.server import Door
+from relayd.talk.dialects import gpu_server, own
 from relayd.talk.dialects.openapi import PATHS as PATHS
 
 
-def routes() -> list[BaseRoute]:
-    """Return all of them."""
-    return own.routes()
+def routes(settings: Talk) -> list[BaseRoute]:
+    """Return those of the main port."""
+    return [*own.routes(), *gpu_server.routes()]
+
+
+def doors(settings: Talk) -> list[Door]:
+    """Return the further ports."""
+    return [Door(settings.listen, "[talk] listen", gpu_server.make_app)] if settings.listen else []

@@ -1,0 +1,207 @@
+"""One connection of a client of the GPU server: reads its messages in order, and answers each once."""
+
+import base64
+import re
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+
+import attrs
+import structlog
+import trio
+
+from protocol.wire.messages import Rejected
+from relayd.auth.tokens import Principal
+from relayd.http.audio.encoder import AudioExtraMissing
+from relayd.talk.conversation import heard_content
+from relayd.talk.dialects.gpu_server_fields import Message, Refused, avatar_of, parse, session_of, user_of
+from relayd.talk.dialects.json_socket import JsonSocket, shown
+from relayd.talk.dialects.whole import WholeReply, whole_reply
+from relayd.talk.events import TurnFailed
+from relayd.talk.reply import Reply
+from relayd.talk.talks import MAX_TALKS, Talk, Talks
+
+log = structlog.get_logger("relayd.talk.gpu_server")
+
+#: Its name in the metrics.
+DIALECT = "gpu_server"
+NO_CALLS = "WebRTC calls are not supported by this server; text_webrtc is answered with text and audio all the same"
+#: Of a message with audio, beside the audio.
+OTHER_BYTES = 1024 * 1024
+
+
+@attrs.define(eq=False)
+class GpuServerConnection:
+    """One connection.
+
+    Args:
+        name: the id in its path.
+        user: whose it is; None if it is that of a session.
+        session: of which it is; None if it is that of a user.
+    """
+
+    socket: JsonSocket
+    talks: Talks
+    principal: Principal
+    name: str
+    user: str | None
+    session: str | None
+    #: Ids of sessions that were used here, for the log.
+    _contexts: set[str] = attrs.field(factory=set)
+    #: One reply with its audio is in memory at a time; others stay in their logs until it is sent.
+    _answering: trio.Lock = attrs.field(factory=trio.Lock)
+
+    @property
+    def _handlers(self) -> dict[str, Callable[[Message, trio.Nursery], Awaitable[None]]]:
+        return {
+            "text": self._say,
+            "text_webrtc": self._say,
+            "webrtc_offer": self._offer,
+            "webrtc_ice_candidate": self._candidate,
+            "interrupt": self._interrupt,
+        }
+
+    # -- its course
+
+    def log_mode(self) -> None:
+        """Log whose connection it is."""
+        if self.user is not None:
+            log.info("User-based connection mode:", user_id=self.user)
+        else:
+            log.info("Session-based connection mode:", session_id=self.session)
+
+    async def run(self) -> None:
+        """Serve it until it is closed; replies that are being made go on without it."""
+        websockets = self.talks.place.stats.websockets
+        websockets[DIALECT] = websockets.get(DIALECT, 0) + 1
+        self._log_connected()
+        try:
+            async with trio.open_nursery() as nursery:
+                async for data in self.socket.messages():
+                    await self._take(data, nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            websockets[DIALECT] -= 1
+            if self.user is not None:
+                log.info("Connection cleaned up (user-based):", connection_id=self.name)
+            else:
+                log.info("Connection cleaned up (session-based):", session_id=self.session)
+
+    def _log_connected(self) -> None:
+        if self.user is not None:
+            log.info("WebSocket connected (user-based):", connection_id=self.name, user_id=self.user)
+        else:
+            tutor = re.search(r"[0-9]+$", self.talks.place.settings.avatar)
+            told = {"tutor_id": int(tutor[0])} if tutor else {}
+            log.info("WebSocket connected (session-based):", session_id=self.session, **told)
+
+    async def _take(self, data: str | bytes, nursery: trio.Nursery) -> None:
+        message: Message = {}
+        try:
+            message = parse(data)
+            handler = self._handlers.get(kind) if isinstance(kind := message.get("type"), str) else None
+            if handler is None:
+                known = ", ".join(self._handlers)
+                raise Refused("type is required" if kind is None else f"Unknown type: {shown(kind)}; known: {known}")
+            await handler(message, nursery)
+        except Refused as refusal:
+            await self._refuse(message, str(refusal))
+
+    async def _answer(self, message: Message, told: Message) -> None:
+        """Answer a message; with its `message_id`, if it has one."""
+        known: Message = {"timestamp": f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S}"}
+        if isinstance(number := message.get("message_id"), str | int):
+            known["message_id"] = number
+        await self.socket.send(told | known)
+
+    async def _refuse(self, message: Message, content: str) -> None:
+        log.warning("message refused", connection_id=self.name, why=content)
+        await self._answer(message, {"type": "error", "content": content})
+
+    # -- the messages
+
+    async def _say(self, message: Message, nursery: trio.Nursery) -> None:
+        """Say something in a session; the reply is answered when it is whole, in the order of the session."""
+        is_streaming = message["type"] == "text_webrtc"
+        session = session_of(message, self.session)
+        user, avatar = user_of(message, self.user, required=is_streaming), avatar_of(message, required=is_streaming)
+        content = message.get("content")
+        if not isinstance(content, str):
+            raise Refused("content is required" if content is None else "content must be text")
+        talk = await self._open(session, create=self.talks.place.settings.sessions == "open")
+        if is_streaming:
+            ids = {"engine_session_id": session, "session_id": session}
+            log.info("Processing text with WebRTC streaming:", avatar_id=avatar, user_id=user, **ids)
+        interrupts = message.get("interrupt") is True or self.talks.place.settings.barge_in == "always"
+        if interrupts:
+            _hear_nothing(talk)
+        reply = talk.say(content, interrupt=interrupts)
+        if isinstance(reply, Rejected):
+            raise Refused(reply.message)
+        nursery.start_soon(self._reply, message, reply, is_streaming)
+
+    async def _reply(self, message: Message, reply: Reply, is_streaming: bool) -> None:
+        await reply.wait_ended()
+        async with self._answering:
+            try:
+                whole = await whole_reply(reply, self.talks.place.settings.audio_format)
+            except AudioExtraMissing as fault:
+                await self._refuse(message, str(fault))
+                return
+            if isinstance(whole, TurnFailed):
+                await self._refuse(message, whole.message)
+                return
+            await self._answer(message, self._reply_json(whole))
+            if is_streaming:
+                log.info("WebRTC streaming response sent")
+
+    def _reply_json(self, whole: WholeReply) -> Message:
+        most = self.talks.place.relay.config.limits.max_backlog_bytes - OTHER_BYTES
+        audio, fault = base64.b64encode(whole.audio).decode(), whole.speech.message if whole.speech else None
+        if len(audio) > most:
+            audio, where = "", f"/v1/requests/{whole.turn.speech_request}/audio"
+            fault = f"the speech is too long for a message (limits.max_backlog_bytes); it is at {where}"
+        told: Message = {"type": "text", "content": heard_content(whole.turn), "audio": audio, "role": "assistant"}
+        if fault is not None:
+            told["audio_error"] = fault
+        if whole.turn.state == "interrupted":
+            told["interrupted"] = True
+        return told
+
+    async def _offer(self, message: Message, nursery: trio.Nursery) -> None:
+        user = user_of(message, self.user, required=True)
+        avatar_of(message, required=True)
+        if not isinstance(message.get("sdp"), str):
+            raise Refused("sdp is required")
+        log.info(f"Received WebRTC offer from session {self.name},", user_id=user)
+        raise Refused(NO_CALLS)
+
+    async def _candidate(self, message: Message, nursery: trio.Nursery) -> None:
+        """Nothing is answered to a candidate."""
+        user = user_of(message, self.user, required=True)
+        log.info(f"Received ICE candidate from session {self.name},", user_id=user)
+
+    async def _interrupt(self, message: Message, nursery: trio.Nursery) -> None:
+        """End the reply that is being made in a session; what waits behind it is answered."""
+        session = session_of(message, self.session)
+        user_of(message, self.user, required=False)
+        talk = await self._open(session, create=False)
+        _hear_nothing(talk)
+        await self._answer(message, {"type": "interrupted", "interrupted": talk.interrupt("the client interrupted it")})
+
+    async def _open(self, session: str, *, create: bool) -> Talk:
+        talk = await self.talks.open(self.principal, session, self.user or "", create=create)
+        if isinstance(talk, Rejected):
+            is_unknown = "session" in talk.details
+            raise Refused(f"Invalid engine_session_id: {shown(session)}" if is_unknown else talk.message)
+        if self.user is not None and session not in self._contexts:
+            if len(self._contexts) >= MAX_TALKS:
+                self._contexts.clear()
+            self._contexts.add(session)
+            log.info("Created session context for", engine_session_id=session)
+        return talk
+
+
+def _hear_nothing(talk: Talk) -> None:
+    """Note that nothing was heard of what is being made: a reply comes whole, or not at all."""
+    for number in talk.replies:
+        talk.heard(number, 0)
