@@ -440,7 +440,7 @@ class Relay:
             run_s=round(now - request.entry.started_at, 3) if request.entry.state is State.RUNNING else None,
             audio_s=request.audio_s,
             has_outputs=request.has_outputs,
-            report=request.report or None,
+            report=request.report,
         )
         request.details = request.outcome.details
         request.add_timeline(

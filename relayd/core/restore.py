@@ -204,7 +204,7 @@ def _make_request(relay: Relay, record: RequestRecord, result: Contents | None) 
     )
     if state is State.RUNNING:
         request.attempt_started_at = since
-    request.details, request.report = request.outcome.details, request.outcome.report or ""
+    request.details, request.report = request.outcome.details, request.outcome.report
     request.created_at = request.queued_at = since
     if not state.live:
         request.release_run_data()

@@ -42,7 +42,7 @@ class Outcome:
     run_s: float | None = None
     audio_s: float | None = None
     has_outputs: bool = False
-    report: str | None = None
+    report: str = ""
 
     def pack(self) -> bytes:
         """Encode it for the store."""

@@ -84,6 +84,27 @@ async def test_a_worker_whose_place_a_silent_one_holds_is_told_to_ask_again_and_
 
 
 @pytest.mark.trio
+async def test_one_of_several_that_drains_is_enough_to_ask_again(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path, spaces={"tts": {"max_workers": 2}}) as relay,
+        fake_worker(relay.url, name="one") as one,
+        fake_worker(relay.url, name="two") as two,
+    ):
+        for worker in (one, two):
+            await worker.peer.next(Registered)
+        one.send(Draining())
+        await one.peer.settled()
+        async with fake_worker(relay.url, name="three") as new:
+            assert (await new.peer.next(Rejected)).retry_after_s == 1.0
+            for worker in (one, two):
+                await worker.peer.next(Ping)
+                worker.send(Pong(timestamp=0.0))
+                await worker.peer.settled()
+            new.send(new.registration)
+            assert (await new.peer.next(Rejected)).retry_after_s == 1.0
+
+
+@pytest.mark.trio
 async def test_a_worker_whose_place_is_held_is_told_to_stop_once_the_other_has_answered(tmp_path: Path) -> None:
     async with daemon(tmp_path) as relay, fake_worker(relay.url) as old:
         await old.peer.next(Registered)

@@ -28,7 +28,7 @@ from protocol.wire.messages import (
 from protocol.wire.structs import Running
 from relayd.store.records import PutSpace
 from tests.support.fake_worker import fake_worker, identity, samples
-from tests.support.relay import a_submit, an_id, an_input, daemon, peer, until
+from tests.support.relay import a_submit, an_id, an_input, daemon, kept_logs, peer, until
 from tests.support.tap import Tap
 
 PCM = [samples(1200, seed) for seed in range(3)]
@@ -54,6 +54,31 @@ async def test_a_request_crosses_the_relay_as_the_bytes_that_came(tmp_path: Path
         request = relay.relay.requests[submit.request_id]
         assert request.ended_at is not None
         assert request.outcome.run_s == pytest.approx(request.ended_at - request.entry.started_at, abs=0.001)
+
+
+@pytest.mark.trio
+async def test_a_failure_is_a_warning_in_the_log_and_all_else_of_a_request_is_not(tmp_path: Path) -> None:
+    with kept_logs() as logs:
+        async with (
+            daemon(tmp_path) as relay,
+            fake_worker(relay.url, slots=2) as worker,
+            peer(relay.url, "client") as client,
+        ):
+            good, bad = a_submit(), a_submit()
+            for submit in (good, bad):
+                client.send(submit)
+                assign = await worker.assigned()
+                if submit is bad:
+                    worker.send(Failed(**identity(assign, 0), code="invalid_params", message="no"))
+                else:
+                    worker.speak(assign, PCM)
+                await client.frames(submit)
+            await relay.at_rest()
+    told = {
+        (log["event"], log["log_level"]) for log in logs if log.get("request_id") in (good.request_id, bad.request_id)
+    }
+    assert {("request started", "info"), ("request completed", "info"), ("request failed", "warning")} <= told
+    assert not {("request completed", "warning"), ("request started", "warning"), ("request failed", "info")} & told
 
 
 TOO_LARGE = (
