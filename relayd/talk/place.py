@@ -20,11 +20,13 @@ class Place:
 
     Args:
         nursery: in which turns run.
+        kept: whether conversations outlive those who use them, as `history` says.
     """
 
     admission: Admission
     tokens: TokenRegistry
     nursery: trio.Nursery
+    kept: bool = True
     #: Principal -> its replies that wait or are being made.
     unended: Counter[str] = attrs.field(factory=Counter)
 
@@ -46,9 +48,14 @@ class Place:
         return settings
 
     @property
+    def history(self) -> str:
+        """Where conversations are kept."""
+        return self.settings.history if self.kept else "memory"
+
+    @property
     def is_durable(self) -> bool:
         """Whether conversations are stored."""
-        return self.settings.history == "disk"
+        return self.history == "disk"
 
     async def commit(self, *changes: Change) -> None:
         """Store changes, if conversations are stored.

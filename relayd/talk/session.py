@@ -27,10 +27,12 @@ log = structlog.get_logger("relayd.talk")
 
 #: Size of one text in UTF-8; with the instructions and what a prompt takes besides, it fits into a request.
 MAX_TEXT_BYTES = 32_000
-#: Size of what else a reply is asked for.
+#: Size of what else a reply is asked for; its instructions are a part of the prompt.
 MAX_OPTIONS_BYTES = 8_000
 #: Of one conversation; the oldest turns go first.
 MAX_TALK_CHARS = 1_000_000
+#: Code of a reply that was cancelled while it waited.
+CANCELLED = "cancelled"
 BROKEN = "internal error in this turn; see the relay's log"
 
 
@@ -94,14 +96,20 @@ class Session:
         params: Mapping[str, Value],
         speech_params: Mapping[str, Value],
         instructions: str | None,
+        space: str | None,
     ) -> Reply | Rejected:
         """See `Talk.say`."""
-        asked = {"params": dict(params), "speech": dict(speech_params), "instructions": instructions}
+        asked = {
+            "params": dict(params),
+            "speech": dict(speech_params),
+            "instructions": instructions,
+            "space": space,
+        }
         try:
             options = msgpack.packb(asked)
         except (ValueError, OverflowError, TypeError) as fault:
             return Rejected.because(ErrorCode.INVALID_PARAMS, f"the params of this turn cannot be sent: {fault}")
-        if refusal := self._refuse(principal, text, options):
+        if refusal := self._refuse(principal, text, len(options) - len((instructions or "").encode())):
             return refusal
         settings = self.place.settings
         if interrupt or settings.barge_in == "always":
@@ -120,14 +128,14 @@ class Session:
         self._go_on()
         return reply
 
-    def _refuse(self, principal: Principal, text: str | None, options: bytes) -> Rejected | None:
+    def _refuse(self, principal: Principal, text: str | None, options_bytes: int) -> Rejected | None:
         if principal.readonly:
             return reject_readonly()
         if self.is_deleted:
             return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, "this conversation was deleted; begin another one")
         if text is not None and (refusal := _refuse_text(text)):
             return refusal
-        if len(options) > MAX_OPTIONS_BYTES:
+        if options_bytes > MAX_OPTIONS_BYTES:
             message = f"the params of a turn may have {MAX_OPTIONS_BYTES} bytes"
             return Rejected.because(ErrorCode.INVALID_PARAMS, message)
         if self.conversation.waiting >= MAX_WAITING:
@@ -203,15 +211,29 @@ class Session:
             self._interrupted = reason
         return self._turn is not None or self._is_beginning
 
+    def cancel(self, reply: Reply, reason: str) -> bool:
+        """See `Talk.cancel`."""
+        if self._turn is not None and self._turn.reply is reply:
+            return self.interrupt(reason)
+        waited = self._refuse_waiting(reply, CANCELLED, reason)
+        if waited is not None:
+            self.place.post(PutTurn(waited))
+        return waited is not None
+
     def close(self, message: str) -> None:
         """End all of its replies, because it is deleted."""
         self.is_deleted = True
-        for number in list(self.replies):
-            if self.conversation.refuse(number, ErrorCode.REQUEST_NOT_FOUND, message) is not None:
-                reply = self.replies[number]
-                self._forget(reply)
-                reply.end(TurnFailed(ErrorCode.REQUEST_NOT_FOUND, message))
+        for reply in list(self.replies.values()):
+            self._refuse_waiting(reply, ErrorCode.REQUEST_NOT_FOUND, message)
         self.interrupt(message)
+
+    def _refuse_waiting(self, reply: Reply, code: str, message: str) -> TurnRecord | None:
+        """End a reply that waits; None if it does not."""
+        turn = self.conversation.refuse(reply.number, code, message)
+        if turn is not None:
+            self._forget(reply)
+            reply.end(TurnFailed(code, message))
+        return turn
 
     # -- the task
 
@@ -266,7 +288,7 @@ class Session:
             self._drop(reply)
             return
         ended, failure = await self._store_end(ended, outcome)
-        if self.place.settings.history == "none":
+        if self.place.history == "none":
             self._drop(reply)
         reply.end(failure or ReplyEnded(ended))
 
@@ -279,7 +301,8 @@ class Session:
         messages = self.conversation.prompt(turn.number, instructions, settings.max_context_chars)
         principal = self._principals[turn.number]
         params, speech_params = options.get("params", {}), options.get("speech", {})
-        return Turn(self.place, principal, self.conversation, reply, messages, params, speech_params)
+        space = options.get("space") or settings.reply
+        return Turn(self.place, principal, self.conversation, reply, space, messages, params, speech_params)
 
     async def _store_end(self, ended: TurnRecord, outcome: Outcome) -> tuple[TurnRecord, TurnFailed | None]:
         """Store how a reply has ended; returns it, and the failure that its listeners are told, if it is one."""

@@ -72,6 +72,7 @@ class Talk:
         params: Mapping[str, Value] | None = None,
         speech_params: Mapping[str, Value] | None = None,
         instructions: str | None = None,
+        space: str | None = None,
     ) -> Reply | Rejected:
         """Say something, and have it answered when what was said before is answered.
 
@@ -82,6 +83,7 @@ class Talk:
             params: more params of the request to the language model, such as `temperature`.
             speech_params: params of the request that speaks, such as `voice`.
             instructions: for this reply, instead of the conversation's.
+            space: of the language model, instead of that of the settings.
 
         Returns:
             The reply, whose listeners hear of it when what was said is stored; or why it is not answered.
@@ -94,7 +96,12 @@ class Talk:
             params=params or {},
             speech_params=speech_params or {},
             instructions=instructions,
+            space=space,
         )
+
+    def cancel(self, reply: Reply, reason: str = "cancelled") -> bool:
+        """End one reply, and keep what was heard of it; False if it has ended."""
+        return not self.principal.readonly and self.session.cancel(reply, reason)
 
     def interrupt(self, reason: str = "interrupted") -> bool:
         """End the reply that is being made, and keep what was heard of it; False if there is none."""
@@ -168,6 +175,14 @@ class Talks:
             self.place.post(PutTalk(session.record))
         return session if isinstance(session, Rejected) else Talk(session, principal)
 
+    def open_unkept(self, principal: Principal) -> Talk | Rejected:
+        """Begin a conversation that nobody else can find; whoever has begun it closes its session in the end."""
+        if principal.readonly:
+            return reject_readonly()
+        record = _new_record(principal.name, "", "")
+        place = attrs.evolve(self.place, kept=False)
+        return Talk(Session(place, record, Conversation(record.talk_id), lambda _record: None), principal)
+
     def _refuse_names(self, session_id: str, user: str, instructions: str | None, *, is_known: bool) -> Rejected | None:
         details: dict[str, Value] = {}
         is_usual = len(session_id) <= MAX_SESSION_CHARS and session_id.isprintable()
@@ -199,15 +214,7 @@ class Talks:
         return self._index.all_of(principal.name, user)[:MAX_LISTED]
 
     def _begin(self, principal: str, user: str, session_id: str) -> TalkRecord:
-        now = time.time()
-        record = TalkRecord(
-            talk_id=secrets.token_hex(16),
-            principal=principal,
-            user=user,
-            session=session_id,
-            created_at=now,
-            touched_at=now,
-        )
+        record = _new_record(principal, user, session_id)
         if self._index.count(principal) >= (MAX_TALKS if self.place.is_durable else MAX_IN_MEMORY):
             oldest = next(filter(self._is_idle, reversed(self._index.all_of(principal))), None)
             if oldest is not None:
@@ -302,6 +309,18 @@ class Talks:
                 session.resume(self.place.principal_named(record.principal))
         except Exception:
             log.exception("internal error in conversation", talk=record.talk_id)
+
+
+def _new_record(principal: str, user: str, session_id: str) -> TalkRecord:
+    now = time.time()
+    return TalkRecord(
+        talk_id=secrets.token_hex(16),
+        principal=principal,
+        user=user,
+        session=session_id,
+        created_at=now,
+        touched_at=now,
+    )
 
 
 def _is_text(value: str) -> bool:

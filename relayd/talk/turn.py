@@ -47,6 +47,7 @@ class Turn:
     """Makes one reply.
 
     Args:
+        text_space: the space that makes the text.
         messages: the prompt.
         params: more params of the request that makes the text.
         speech_params: params of the one that speaks it.
@@ -56,6 +57,7 @@ class Turn:
     principal: Principal
     conversation: Conversation
     reply: Reply
+    text_space: str
     messages: list[dict[str, str]]
     params: Mapping[str, Value]
     speech_params: Mapping[str, Value]
@@ -122,7 +124,7 @@ class Turn:
 
     async def _make(self) -> None:
         reply, settings = self.reply, self.place.settings
-        refused = self._open(self._text, self._text_submit(settings.reply))
+        refused = self._open(self._text, self._text_submit(self.text_space))
         if refused is not None:
             self.fail(refused.code, refused.message, retryable=refused.retryable)
         elif reply.speech_request is not None and not settings.speech:  # since a restart or a reload
