@@ -4,13 +4,13 @@ from starlette.routing import BaseRoute
 
 from relayd.config.schema import Talk
 from relayd.http.server import Door
-from relayd.talk.dialects import gpu_server, own
+from relayd.talk.dialects import gpu_server, own, realtime
 from relayd.talk.dialects.openapi import PATHS as PATHS
 
 
 def routes(settings: Talk) -> list[BaseRoute]:
     """Return those of the main port."""
-    return [*own.routes(), *gpu_server.routes()]
+    return [*own.routes(), *gpu_server.routes(), *realtime.routes()]
 
 
 def doors(settings: Talk) -> list[Door]:

@@ -159,7 +159,7 @@ class Session:
     async def _store_said(self, turns: Sequence[TurnRecord], reply: Reply) -> None:
         """Store what was said, and that it will be answered; the reply may be on its way meanwhile."""
         try:
-            await self._commit(*map(PutTurn, turns))
+            await self._commit(*(PutTurn(self.conversation.turns.get(turn.number, turn)) for turn in turns))
         except StoreError as fault:
             self._fail_unstored(reply, fault)
         else:

@@ -12,6 +12,7 @@ import trio
 from protocol.wire.codec import decode
 from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Output, Started
 from protocol.wire.messages import FROM_RELAY, Assign, Cancel, Input, InputAck, Rejected
+from protocol.wire.structs import AudioFormat
 from relayd.auth.tokens import Principal
 from relayd.store.records import TurnRecord
 from relayd.talk.events import Event, ReplyEnded, TextDelta, TurnFailed
@@ -132,6 +133,7 @@ class Writer(FakeEngine):
 class Speaker(FakeEngine):
     """Speaks what it is fed, ten samples a character, and marks each piece."""
 
+    format: AudioFormat = FORMAT
     #: Fails with this code after the first piece.
     fails_with: str | None = None
     #: Waits for this before it ends.
@@ -139,7 +141,7 @@ class Speaker(FakeEngine):
 
     async def run(self, out: Sending, fed: trio.MemoryReceiveChannel[Input]) -> None:
         """See `FakeEngine.run`."""
-        out.send(Started, format=FORMAT)
+        out.send(Started, format=self.format)
         data, chars, samples = b"", 0, 0
         async for piece in fed:
             data += piece.data
@@ -193,10 +195,10 @@ class Stage:
         writer: Writer = await self.nursery.start(self._serve, "llm", partial(Writer, answer=answer), told)
         return writer
 
-    async def speaker(self, **more: Any) -> Speaker:
+    async def speaker(self, made: AudioFormat = FORMAT, **more: Any) -> Speaker:
         """Connect a worker of the space `tts`."""
-        told: dict[str, Any] = {"params": {}, "inputs": {"text": {"live": True}}, "slots": 4} | more
-        speaker: Speaker = await self.nursery.start(self._serve, "tts", Speaker, told)
+        told: dict[str, Any] = {"params": {}, "format": made, "inputs": {"text": {"live": True}}, "slots": 4} | more
+        speaker: Speaker = await self.nursery.start(self._serve, "tts", partial(Speaker, format=made), told)
         return speaker
 
     async def _serve(

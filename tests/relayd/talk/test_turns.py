@@ -420,3 +420,55 @@ async def test_what_became_of_turns_is_counted(tmp_path: Path) -> None:
         body, _ = Scrape.of(on.daemon.relay, TokenRegistry(), HttpReading(0, 0, {})).encode()
         assert b'relayd_talk_turns_total{state="interrupted"} 1.0' in body
         assert b"relayd_talk_first_word_seconds_count 2.0" in body
+
+
+@pytest.mark.trio
+async def test_one_reply_is_cancelled_and_no_other(tmp_path: Path) -> None:
+    never = trio.Event()
+    answers: list[list[Step]] = [["Well, ", never], ["Fine."]]
+    async with stage(tmp_path) as on:
+        await on.writer(lambda _: answers.pop(0))
+        await on.speaker()
+        talk = await on.open()
+        first, second, third = [said(talk.say(text)) for text in ("One", "Two", "Three")]
+        assert talk.cancel(second), "it waits, and is not even stored"
+        assert (await failed(second)).code == "cancelled"
+        await until(lambda: bool(first.text))
+        assert talk.cancel(first)
+        assert (await ended(first)).state == "interrupted"
+        assert (await ended(third)).content == "Fine."
+        assert not talk.cancel(third)
+        await on.daemon.at_rest()
+        stored = await on.daemon.relay.store.read_turns(talk.talk_id)
+        assert [turn.state for turn in stored] == ["done", "interrupted", "done", "failed", "done", "done"]
+
+
+@pytest.mark.trio
+async def test_a_turn_may_name_another_language_model(tmp_path: Path) -> None:
+    long = "\N{PILE OF POO}" * 4_000
+    async with stage(tmp_path, talk={"reply": "other"}, spaces={"other": {}}) as on:
+        writer = await on.writer()
+        talk = await on.open()
+        assert (await ended(talk.say("Hello", speak=False, space="llm", instructions=long))).state == "done"
+        assert writer.prompts == [[{"role": "system", "content": long}, {"role": "user", "content": "Hello"}]]
+        assert (await failed(talk.say("Hello", speak=False, space="nowhere"))).code == "space_not_found"
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("history", ["disk", "none"])
+async def test_an_unkept_conversation_remembers_and_is_kept_nowhere(tmp_path: Path, history: str) -> None:
+    never = trio.Event()
+    async with stage(tmp_path, talk={"history": history}) as on:
+        writer = await on.writer(lambda messages: ["Well, ", never] if messages[-1]["content"] == "Wait" else ["Hi."])
+        talk = on.talks.open_unkept(ANN)
+        assert isinstance(talk, Talk)
+        await ended(talk.say("Hello", speak=False))
+        await ended(talk.say("Again", speak=False))
+        assert len(writer.prompts[1]) == 3
+        waits = said(talk.say("Wait", speak=False))
+        await until(lambda: bool(waits.text))
+        talk.session.close("over")
+        assert (await ended(waits)).state == "interrupted"
+        assert not on.talks.list(ANN)
+        assert not await on.daemon.relay.store.read_turns(talk.talk_id)
+        await on.daemon.at_rest()

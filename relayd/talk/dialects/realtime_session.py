@@ -1,0 +1,240 @@
+"""One Realtime session: a client's events, done in order, and the responses that it asks for."""
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import attrs
+import trio
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from protocol.wire.messages import Rejected
+from protocol.wire.validators import array_of, choice, integer, mapping, text
+from relayd.auth.tokens import Principal
+from relayd.http.context import HttpContext
+from relayd.talk.conversation import heard_content
+from relayd.talk.dialects.realtime_events import (
+    REQUIRED,
+    EventError,
+    Json,
+    error_json,
+    new_id,
+    parse_event,
+    take,
+    to_beta,
+)
+from relayd.talk.dialects.realtime_items import Items, parse_message, refusal_of
+from relayd.talk.dialects.realtime_models import speech_params
+from relayd.talk.dialects.realtime_response import Response
+from relayd.talk.dialects.realtime_settings import AUDIO, TEXT, Settings, changed, metadata_of, session_json
+from relayd.talk.talks import Talk, Talks
+
+#: Responses that one session may have made at once, besides that of its conversation.
+MAX_ASIDE = 8
+_id = text(2**20)
+
+
+@attrs.define(eq=False)
+class RealtimeSession:
+    """Serves one client.
+
+    Args:
+        websocket: accepted.
+        model: as the client has named it; `space` is what it stands for.
+        beta: whether events have the names of the beta.
+        talk: the conversation.
+        nursery: in which responses run.
+    """
+
+    websocket: WebSocket
+    context: HttpContext
+    talks: Talks
+    principal: Principal
+    model: str
+    space: str
+    beta: bool
+    talk: Talk
+    nursery: trio.Nursery
+    session_id: str = attrs.field(factory=lambda: new_id("sess"))
+    items: Items = attrs.field(init=False)
+    settings: Settings = attrs.field(init=False)
+    #: Those that are being made; one at most is a part of the conversation.
+    _responses: list[Response] = attrs.field(factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        self.items = Items(self.talk)
+        self.settings = Settings(modality=AUDIO if self._has_speech else TEXT)
+
+    async def serve(self) -> None:
+        """Serve it until its client leaves."""
+        await self.send("session.created", session=self._json())
+        for previous, item in self.items.restore():
+            await self.send("conversation.item.added", previous_item_id=previous, item=item)
+            await self.send("conversation.item.done", previous_item_id=previous, item=item)
+        while (message := await self.websocket.receive())["type"] == "websocket.receive":
+            event: Json = {}
+            try:
+                given = message.get("text")
+                event = parse_event(message["bytes"] if given is None else given)
+                await self._do(event)
+            except EventError as fault:
+                await self.send("error", error=error_json(fault, event.get("event_id")))
+        for response in self._responses:
+            response.abandon("the client has left")
+
+    async def send(self, kind: str, /, **fields: Any) -> None:
+        """Send an event."""
+        event: Json = {"type": kind, "event_id": new_id("event"), **fields}
+        told = to_beta(event) if self.beta else event
+        if told is not None:
+            await self.websocket.send_text(json.dumps(told))
+
+    @property
+    def _has_speech(self) -> bool:
+        return bool(self.talks.place.settings.speech)
+
+    def _json(self) -> Json:
+        instructions = self.settings.instructions
+        if instructions is None:
+            instructions = self.talk.record.instructions or self.talks.place.settings.instructions
+        return session_json(self.session_id, self.model, self.settings, instructions)
+
+    # -- events of the client
+
+    async def _do(self, event: Json) -> None:
+        kind = take(event, "type", _id, REQUIRED)
+        if kind in _EVENTS:
+            await _EVENTS[kind](self, event)
+        elif kind.startswith(("input_audio_buffer.", "output_audio_buffer.")):
+            message = f"{kind}: nothing is heard here; send what is said as text (conversation.item.create)"
+            raise EventError("unsupported", message, "type")
+        else:
+            known = ", ".join(_EVENTS)
+            raise EventError("unknown_event", f"{kind[:64]!r} is not an event; known are {known}", "type")
+
+    async def _update(self, event: Json) -> None:
+        fields = take(event, "session", mapping, REQUIRED)
+        if fields.get("model", self.model) not in (self.model, self.space):
+            raise EventError("unsupported", "the model of a session stays; connect again for another", "session.model")
+        settings = changed(self.settings, fields, "session.", has_speech=self._has_speech)
+        speech_params(self.context, self.talks, settings, "session.")
+        self.settings = settings
+        await self.send("session.updated", session=self._json())
+
+    async def _create_item(self, event: Json) -> None:
+        message = parse_message(take(event, "item", mapping, REQUIRED))
+        previous = self.items.last_id
+        told = self.items.json(await self.items.create(message, take(event, "previous_item_id", _id)))
+        await self.send("conversation.item.added", previous_item_id=previous, item=told)
+        await self.send("conversation.item.done", previous_item_id=previous, item=told)
+
+    async def _delete_item(self, event: Json) -> None:
+        item = self.items.find(event)
+        self.items.delete(item)
+        await self.send("conversation.item.deleted", item_id=item.item_id)
+
+    async def _retrieve_item(self, event: Json) -> None:
+        await self.send("conversation.item.retrieved", item=self.items.json(self.items.find(event)))
+
+    async def _truncate_item(self, event: Json) -> None:
+        item = self.items.find(event)
+        take(event, "content_index", integer(0, 0), 0)
+        end_ms = take(event, "audio_end_ms", integer(0), REQUIRED)
+        if not item.rate:
+            message = "this item has no audio of this session; only what was spoken in it can be truncated"
+            raise EventError("invalid_value", message, "item_id")
+        sent_ms = int(item.sent_s * 1000)
+        if end_ms > sent_ms:
+            message = f"the audio of this item, {sent_ms} ms, is shorter than {end_ms} ms"
+            raise EventError("invalid_value", message, "audio_end_ms")
+        item.truncated = True
+        self.talk.heard(item.number, item.samples_until(end_ms))
+        await self.send("conversation.item.truncated", item_id=item.item_id, content_index=0, audio_end_ms=end_ms)
+
+    async def _cancel(self, event: Json) -> None:
+        wanted = take(event, "response_id", _id)
+        for response in self._unfinished:
+            if response.response_id == wanted or (wanted is None and response.items is not None):
+                response.cancel()
+                await response.finished.wait()
+                return
+        raise EventError("response_cancel_not_active", "no such response is being made, so there is none to cancel")
+
+    # -- responses
+
+    @property
+    def _unfinished(self) -> list[Response]:
+        return [response for response in self._responses if not response.finished.is_set()]
+
+    async def _create_response(self, event: Json) -> None:
+        fields = take(event, "response", mapping, {})
+        is_aside = take(fields, "conversation", choice("auto", "none"), "auto", "response.") == "none"
+        given = take(fields, "input", array_of(mapping), None, "response.")
+        settings = changed(self.settings, fields, "response.", has_speech=self._has_speech)
+        metadata, params = metadata_of(fields), speech_params(self.context, self.talks, settings, "response.")
+        unfinished = self._unfinished
+        if is_aside and len(unfinished) > MAX_ASIDE:
+            raise EventError("rate_limit_exceeded", f"{len(unfinished)} responses are being made; wait for one of them")
+        if not is_aside and given is not None:
+            message = "response.input is only read with response.conversation 'none'"
+            raise EventError("unsupported", message, "response.input")
+        for other in unfinished:
+            if not is_aside and other.items is not None:
+                message = f"response {other.response_id} is being made; wait for its response.done, or cancel it"
+                raise EventError("conversation_already_has_active_response", message)
+        talk = await self._open_aside(given) if is_aside else self.talk
+        reply = talk.say(
+            None,
+            speak=settings.modality == AUDIO,
+            params=settings.language_params(self.context.relay.spaces[self.space].params.get("properties", {})),
+            speech_params=params,
+            instructions=settings.instructions,
+            space=self.space,
+        )
+        if isinstance(reply, Rejected):
+            raise refusal_of(reply)
+        response = Response(self.send, talk, reply, settings, None if is_aside else self.items, metadata)
+        self._responses.append(response)
+        self.nursery.start_soon(self._follow, response)
+
+    async def _open_aside(self, given: list[Json] | None) -> Talk:
+        """Open a conversation for one response: with what is given, or else with all of this one."""
+        if given is None:
+            said = [(turn.role, heard_content(turn)) for turn in self.talk.turns if turn.ended]
+        else:
+            said = [self._said(item, f"response.input[{index}].") for index, item in enumerate(given)]
+        talk = self.talks.open_unkept(self.principal)
+        if isinstance(talk, Rejected):
+            raise refusal_of(talk)
+        for role, content in said:
+            refused = await talk.add(role, content) if content else None
+            if isinstance(refused, Rejected):
+                raise refusal_of(refused)
+        return talk
+
+    def _said(self, item: Json, path: str) -> tuple[str, str]:
+        if item.get("type") == "item_reference":
+            return self.items.message_of(self.items.find({"type": "item.reference", "item_id": item.get("id")}))
+        message = parse_message(item, path)
+        return message.role, message.text
+
+    async def _follow(self, response: Response) -> None:
+        try:
+            await response.run()
+        except WebSocketDisconnect:
+            pass  # whoever reads sees it, too
+        finally:
+            self._responses.remove(response)
+            if response.items is None:
+                response.talk.session.close("its response has ended")
+
+
+_EVENTS: dict[str, Callable[[RealtimeSession, Json], Awaitable[None]]] = {
+    "session.update": RealtimeSession._update,
+    "conversation.item.create": RealtimeSession._create_item,
+    "conversation.item.retrieve": RealtimeSession._retrieve_item,
+    "conversation.item.truncate": RealtimeSession._truncate_item,
+    "conversation.item.delete": RealtimeSession._delete_item,
+    "response.create": RealtimeSession._create_response,
+    "response.cancel": RealtimeSession._cancel,
+}
