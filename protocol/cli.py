@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         help="text to speak; - reads it from standard input, and speaks while it is written where the space can",
     )
     say.add_argument("--space", default="tts", help="space to submit to (default: %(default)s)")
+    talk = add("talk", "Talk: each line is answered, in a conversation that the relay keeps.")
+    talk.add_argument(
+        "--output", "-o", metavar="FOLDER", help="have the replies spoken, and write each as a WAV into this folder"
+    )
+    talk.add_argument("--session", metavar="ID", help="go on with a conversation (default: a new one)")
+    talk.add_argument("--user", help="whose conversation it is, where a token serves several users")
+    talk.add_argument("--instructions", metavar="TEXT", help="what the model is told before the conversation")
     submit = add("submit", "Submit any request; outputs are printed as JSON lines.", [output], _add_submit_options)
     submit.add_argument("--space", required=True, help="space to submit to")
     attach = add("attach", "Follow a request that was submitted before.", [output])
@@ -173,6 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     progress = Progress(sys.stderr, quiet=args.quiet)
     try:
+        if args.command == "talk":
+            from protocol.commands.talk import run_talk
+
+            return run_talk(args, progress)
         from protocol.commands.commands import (
             run_command,  # after parsing, so that --help does not wait for the import
         )

@@ -54,7 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("text", nargs="?")
     demo.add_argument("-o", "--output", type=Path, default=Path("hello.wav"))
     demo.add_argument(
-        "--keep", action="store_true", help="leave the relay and the worker running, and print how to use them"
+        "--talk", action="store_true", help="hold conversations instead: prints the address of a page to talk with"
+    )
+    demo.add_argument(
+        "--keep", action="store_true", help="leave the relay and its workers running, and print how to use them"
     )
     demo.set_defaults(command="demo")
 

@@ -114,9 +114,14 @@ def _demo(args: argparse.Namespace) -> int:
     _check_extra()  # the relay it starts needs them
     import trio
 
-    from relayd.demo import DEFAULT_TEXT, DemoFailed, run_demo
+    from relayd.demo import DEFAULT_TEXT, DemoFailed, run_demo, run_talk_demo
 
+    if args.talk and args.text is not None:
+        return _print_error("demo --talk takes no text; what you say goes into the page that it names", USAGE)
     try:
+        if args.talk:
+            trio.run(run_talk_demo, args.keep)
+            return DONE
         trio.run(run_demo, DEFAULT_TEXT if args.text is None else args.text, args.output, args.keep)
     except DemoFailed as fault:  # its message may hold several lines of a process's log
         return _print_error(printable_lines(str(fault)), FAILED)

@@ -1,4 +1,4 @@
-"""`relayd demo`: starts a relay and a worker as processes, speaks a sentence through both, and cleans up."""
+"""`relayd demo`: starts a relay and workers as processes, speaks a sentence or holds conversations, and cleans up."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import trio
 from protocol.client.client import open_relay
 from protocol.commands.wav_writer import AudioWriter, check_audio_name
 from protocol.install_hint import install_command
+from protocol.link.background import open_background
 from protocol.wire.errors import LinkError, RequestError
 from protocol.wire.frames import Audio, Started
 from protocol.wire.messages import Accepted, Queued
@@ -35,6 +36,9 @@ DEFAULT_TEXT = (
     "and written down as it arrived. 你好，世界。"
 )
 SPACE = "tts"
+#: The engines of `--talk`, by their spaces: neither needs weights or a GPU.
+TALKERS = {"llm": "eliza", SPACE: "espeak"}
+TALK = f'[talk]\nreply = "llm"\nspeech = "{SPACE}"\n'
 #: How long a process may take to become ready: a cold start of Python on a slow disk takes seconds.
 READY_S = 30.0
 STOP_S = 5.0
@@ -72,8 +76,7 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
     """
     if not text.strip():
         raise DemoFailed("there is nothing to speak; give a text, as in: relayd demo 'Hello.'")
-    if find_spec("espeakng_loader") is None:
-        raise DemoFailed(f"the demo speaks with espeak-ng; install it with: {install_command('espeak')}")
+    _check_espeak()
     try:
         check_audio_name(output)
         writer = AudioWriter(output)
@@ -84,10 +87,10 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
     demo = Demo(Path(tempfile.mkdtemp(prefix="relayd-demo-")))
     kept = False
     try:
-        async with _process(demo, "relay", _relay_command(demo), keep) as relay:
-            demo.url = (await _wait_for_event(relay, relay, "listening"))["urls"][0]
-            _print_step("relay", f"listens on {demo.url}")
-            async with _process(demo, "worker", _worker_command(demo), keep, RELAY_TOKEN=demo.worker_token) as worker:
+        async with _process(demo, "relay", _relay_command(demo, [SPACE]), keep) as relay:
+            await _wait_until_it_listens(demo, relay)
+            command = _worker_command(demo, SPACE, "espeak")
+            async with _process(demo, "worker", command, keep, RELAY_TOKEN=demo.worker_token) as worker:
                 await _wait_for_event(relay, worker, "worker registered")
                 _print_step("worker", f"registered space {SPACE!r}: espeak-ng, 1 slot, in its own process")
                 await _speak(demo, text, output, writer)
@@ -97,27 +100,113 @@ async def run_demo(text: str, output: Path, keep: bool) -> None:
         if not kept:
             shutil.rmtree(demo.folder, ignore_errors=True)
     if kept:
-        _print_commands(demo)
+        _print_commands(demo, f"relay say 'And now another sentence.' --space {SPACE} -o another.wav")
 
 
-def _relay_command(demo: Demo) -> list[str]:
+async def run_talk_demo(keep: bool) -> None:
+    """Hold conversations: start a relay, a language model and a voice, and print where a browser finds them.
+
+    Args:
+        keep: leave all of them running, and print how to stop them; else they run until SIGINT or SIGTERM.
+
+    Raises:
+        DemoFailed: something did not start, or ended.
+    """
+    _check_espeak()
+    demo = Demo(Path(tempfile.mkdtemp(prefix="relayd-demo-")))
+    kept = False
+    try:
+        with trio.CancelScope() as scope:
+            async with _until_a_signal(scope), AsyncExitStack() as stack:
+                relay = await stack.enter_async_context(
+                    _process(demo, "relay", _relay_command(demo, TALKERS, TALK), keep)
+                )
+                await _wait_until_it_listens(demo, relay)
+                workers = {
+                    space: await stack.enter_async_context(
+                        _process(
+                            demo, engine, _worker_command(demo, space, engine), keep, RELAY_TOKEN=demo.worker_token
+                        )
+                    )
+                    for space, engine in TALKERS.items()
+                }
+                for space, worker in workers.items():
+                    await _wait_for_event(relay, worker, "worker registered", spaces=[space])
+                    _print_step(worker.name, f"registered space {space!r}")
+                _print_login(demo)
+                kept = keep
+                if not keep:
+                    print("Ctrl-C ends all of it.", flush=True)
+                    await _wait_until_one_ends([relay, *workers.values()])
+    finally:
+        if not kept:
+            shutil.rmtree(demo.folder, ignore_errors=True)
+    if kept:
+        _print_commands(demo, "relay talk")
+
+
+@asynccontextmanager
+async def _until_a_signal(scope: trio.CancelScope) -> AsyncIterator[None]:
+    """Cancel `scope` when a signal asks this process to end, while the block runs."""
+    listening = trio.CancelScope()
+    ready = trio.Event()
+
+    async def listen() -> None:
+        with listening, trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            ready.set()
+            async for _number in signals:
+                scope.cancel()
+
+    async def stop() -> None:
+        listening.cancel()
+
+    async with open_background(listen, stop):
+        await ready.wait()
+        yield
+
+
+def _check_espeak() -> None:
+    if find_spec("espeakng_loader") is None:
+        raise DemoFailed(f"the demo speaks with espeak-ng; install it with: {install_command('espeak')}")
+
+
+async def _wait_until_it_listens(demo: Demo, relay: "DemoProcess") -> None:
+    demo.url = (await _wait_for_event(relay, relay, "listening"))["urls"][0]
+    _print_step("relay", f"listens on {demo.url}")
+
+
+async def _wait_until_one_ends(processes: list["DemoProcess"]) -> None:
+    """Wait until one of them ends, which none does by itself.
+
+    Raises:
+        DemoFailed: one has.
+    """
+    while True:
+        for started in processes:
+            if (code := started.process.poll()) is not None:
+                raise DemoFailed(f"the {started.name} ended with code {code}; its log ends with:\n{_tail(started.log)}")
+        await trio.sleep(1)
+
+
+def _relay_command(demo: Demo, spaces: Iterable[str], more: str = "") -> list[str]:
     """Create the state folder, with tokens for the worker and the client, and return the relay's command."""
     state_dir = demo.folder / "state"
     config = demo.folder / "relayd.toml"
-    config.write_text(f'listen = "127.0.0.1:0"\nstate_dir = "state"\n[log]\nformat = "json"\n[spaces.{SPACE}]\n')
+    tables = more + "".join(f"[spaces.{space}]\n" for space in spaces)
+    config.write_text(f'listen = "127.0.0.1:0"\nstate_dir = "state"\n[log]\nformat = "json"\n{tables}')
     load_config(config, environ={})
     with open_offline(state_dir) as store:
         tokens = TokenRegistry()
         for role in ("worker", "client"):
-            token = tokens.create(role=role, name=f"demo-{role}", now=time.time(), spaces=[SPACE])
+            token = tokens.create(role=role, name=f"demo-{role}", now=time.time(), spaces=[*spaces])
             store.commit(PutToken(token.record))
             setattr(demo, f"{role}_token", token.text)
     return [sys.executable, "-m", "relayd.cli", "serve", "--config", str(config)]
 
 
-def _worker_command(demo: Demo) -> list[str]:
-    run = [sys.executable, "-m", "gpuworker.cli", "run", "--relay", demo.url, "--space", SPACE]
-    return [*run, "--engine", "espeak", "--name", "demo"]
+def _worker_command(demo: Demo, space: str, engine: str) -> list[str]:
+    run = [sys.executable, "-m", "gpuworker.cli", "run", "--relay", demo.url, "--space", space]
+    return [*run, "--engine", engine, "--name", f"demo-{space}"]
 
 
 @attrs.frozen
@@ -159,19 +248,22 @@ async def _stop(process: trio.Process) -> None:
     await process.wait()
 
 
-async def _wait_for_event(relay: DemoProcess, target: DemoProcess, event: str) -> dict[str, Any]:
-    """Wait until the relay logs an event, which shows that `target` is ready; returns the log entry."""
+async def _wait_for_event(relay: DemoProcess, target: DemoProcess, event: str, **fields: Any) -> dict[str, Any]:
+    """Wait until the relay logs an event with `fields`, which shows that `target` is ready; returns the log entry."""
     with trio.move_on_after(READY_S):
         while target.process.poll() is None:
             for line in (await trio.Path(relay.log).read_text()).splitlines():
                 entry = _parse_log_line(line)
-                if entry.get("event") == event:
+                if entry.get("event") == event and fields.items() <= entry.items():
                     return entry
             await trio.sleep(POLL_S)
-    output = (await trio.Path(target.log).read_text()).strip()[-2000:]
     code = target.process.returncode
     why = f"was not ready within {READY_S:g} s" if code is None else f"ended with code {code}"
-    raise DemoFailed(f"the {target.name} {why}; its log ends with:\n{output or '(nothing)'}")
+    raise DemoFailed(f"the {target.name} {why}; its log ends with:\n{_tail(target.log)}")
+
+
+def _tail(log: Path) -> str:
+    return log.read_text().strip()[-2000:] or "(nothing)"
 
 
 def _parse_log_line(line: str) -> dict[str, Any]:
@@ -232,12 +324,24 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms"
 
 
-def _print_commands(demo: Demo) -> None:
+def _print_login(demo: Demo) -> None:
+    page = demo.url.replace("ws://", "http://", 1)
+    print(
+        f"\nTalk in a browser; the link logs in, as long as this demo runs:\n"
+        f"  {page}/#login={demo.client_token}\n"
+        f"or in a terminal:\n"
+        f"  export RELAY_URL={demo.url} RELAY_TOKEN={demo.client_token}\n"
+        f"  relay talk\n",
+        flush=True,
+    )
+
+
+def _print_commands(demo: Demo, example: str) -> None:
     pids = " ".join(str(pid) for pid in demo.pids.values())
     print(
-        f"\nThe relay and the worker are still running. Try:\n"
+        f"\nThe relay and its workers are still running. Try:\n"
         f"  export RELAY_URL={demo.url} RELAY_TOKEN={demo.client_token}\n"
-        f"  relay say 'And now another sentence.' --space {SPACE} -o another.wav\n"
+        f"  {example}\n"
         f"Stop them with:\n"
         f"  kill {pids}; rm -rf {shlex.quote(str(demo.folder))}"
     )
