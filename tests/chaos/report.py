@@ -422,8 +422,8 @@ class Ledger:
         """Judge how often a request ran, once everything about it is known, and forget it."""
         case.closed_at = trio.current_time()
         begun = [attempt for attempt, _worker in case.begun]
-        until = case.ended_at or trio.current_time()
-        starts = sum(case.began_at <= start <= until for start in self.relay_starts)
+        # A relay that was killed before it stored an end that a listener has heard may begin the request once more.
+        starts = sum(case.began_at <= start <= case.closed_at for start in self.relay_starts)
         self.counts["requests run twice unnoticed"] += 0  # so that the table has this line
         for fault in judge_attempts(case.plan, begun, case.requeued, starts):
             self.counts["requests run twice unnoticed"] += "twice" in fault or "times" in fault

@@ -342,3 +342,17 @@ async def test_what_happened_to_a_source_excuses_what_is_piped_from_it() -> None
         case.source.receptions = [received(source_plan, end)]
         ledger.faults = [] if kill_s is None else [Fault("kill -9", "worker a", now + kill_s, now + kill_s)]
         assert ledger.causes(case, now + 2) == causes
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("restarted", [True, False])
+async def test_a_request_whose_end_was_forgotten_may_run_again(restarted: bool) -> None:
+    ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+    case = ledger.open_case(PLAN, "00" * 16, "client 1")
+    case.receptions, case.started = [received()], [(1, "a"), (2, "b")]
+    ledger.close_reception(case, case.receptions[0])
+    if restarted:
+        ledger.record_line("relay", json.dumps({"event": "listening"}))
+    case.begun = [(1, "a"), (2, "b")]
+    ledger.close_case(case)
+    assert bool(ledger.complaints) is not restarted
