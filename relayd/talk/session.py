@@ -27,8 +27,9 @@ log = structlog.get_logger("relayd.talk")
 
 #: Size of one text in UTF-8; with the instructions and what a prompt takes besides, it fits into a request.
 MAX_TEXT_BYTES = 32_000
-#: Size of what else a reply is asked for; its instructions are a part of the prompt.
-MAX_OPTIONS_BYTES = 8_000
+MAX_INSTRUCTIONS_CHARS = 4_000
+#: Size of the params of both requests of a turn.
+MAX_PARAMS_BYTES = 8_000
 #: Of one conversation; the oldest turns go first.
 MAX_TALK_CHARS = 1_000_000
 #: Code of a reply that was cancelled while it waited.
@@ -109,7 +110,14 @@ class Session:
             options = msgpack.packb(asked)
         except (ValueError, OverflowError, TypeError) as fault:
             return Rejected.because(ErrorCode.INVALID_PARAMS, f"the params of this turn cannot be sent: {fault}")
-        if refusal := self._refuse(principal, text, len(options) - len((instructions or "").encode())):
+        params_bytes = len(options) - len((instructions or "").encode())
+        if len(instructions or "") > MAX_INSTRUCTIONS_CHARS or params_bytes > MAX_PARAMS_BYTES:
+            message = (
+                f"a turn may have instructions of {MAX_INSTRUCTIONS_CHARS} characters, and {MAX_PARAMS_BYTES} bytes of "
+                "params"
+            )
+            return Rejected.because(ErrorCode.INVALID_PARAMS, message)
+        if refusal := self._refuse(principal, text):
             return refusal
         settings = self.place.settings
         if interrupt or settings.barge_in == "always":
@@ -128,16 +136,13 @@ class Session:
         self._go_on()
         return reply
 
-    def _refuse(self, principal: Principal, text: str | None, options_bytes: int) -> Rejected | None:
+    def _refuse(self, principal: Principal, text: str | None) -> Rejected | None:
         if principal.readonly:
             return reject_readonly()
         if self.is_deleted:
             return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, "this conversation was deleted; begin another one")
         if text is not None and (refusal := _refuse_text(text)):
             return refusal
-        if options_bytes > MAX_OPTIONS_BYTES:
-            message = f"the params of a turn may have {MAX_OPTIONS_BYTES} bytes"
-            return Rejected.because(ErrorCode.INVALID_PARAMS, message)
         if self.conversation.waiting >= MAX_WAITING:
             message = f"{MAX_WAITING} texts wait for their reply in this conversation; wait for one of them"
             return Rejected.because(ErrorCode.QUEUE_FULL, message, retry_after_s=RETRY_S)

@@ -22,6 +22,7 @@ from relayd.talk.conversation import Conversation
 from relayd.talk.index import TalkIndex
 from relayd.talk.place import Place
 from relayd.talk.reply import Reply
+from relayd.talk.session import MAX_INSTRUCTIONS_CHARS as MAX_INSTRUCTIONS_CHARS
 from relayd.talk.session import Session, not_stored
 
 log = structlog.get_logger("relayd.talk")
@@ -30,7 +31,6 @@ log = structlog.get_logger("relayd.talk")
 #: first. Those that are listed are the latest.
 MAX_TALKS, MAX_IN_MEMORY, MAX_LISTED = 10_000, 500, 1_000
 MAX_USER_CHARS = MAX_SESSION_CHARS = 128
-MAX_INSTRUCTIONS_CHARS = 4_000
 #: How often old conversations are looked for.
 PURGE_INTERVAL_S = 3_600.0
 DAY_S = 86_400.0

@@ -11,7 +11,7 @@ from relayd.auth.tokens import TokenRegistry
 from relayd.http.prometheus import HttpReading, Scrape
 from relayd.store.base import StorageFull
 from relayd.store.records import PutTurn
-from relayd.talk.conversation import MAX_WAITING
+from relayd.talk.conversation import MAX_PROMPT_BYTES, MAX_WAITING
 from relayd.talk.events import (
     Event,
     ReplyEnded,
@@ -30,6 +30,7 @@ from tests.support.relay import until
 from tests.support.talking import (
     ANN,
     BOB,
+    MESSAGES,
     Stage,
     Step,
     ended,
@@ -323,7 +324,9 @@ async def test_what_is_no_text_is_refused_and_so_is_too_much(tmp_path: Path) -> 
             codes.append(reply.code)
         assert codes == ["invalid_params", "invalid_params", "invalid_params", "input_too_large"]
         assert isinstance(talk.say("x", params={"a": "x" * 9_000}), Rejected)
-        replies = [talk.say("Hello") for _ in range(MAX_WAITING + 5)]
+        assert isinstance(talk.say("x", instructions="x" * 4_001), Rejected)
+        said(talk.say("x", instructions="你" * 4_000))
+        replies = [talk.say("Hello") for _ in range(MAX_WAITING + 4)]
         refused = [reply for reply in replies if isinstance(reply, Rejected)]
         assert {reply.code for reply in refused} == {"queue_full"}
         assert 3 <= len(refused) <= 5
@@ -333,6 +336,19 @@ async def test_what_is_no_text_is_refused_and_so_is_too_much(tmp_path: Path) -> 
         unknown = await on.talks.open(ANN, "unknown-1", create=False)
         assert isinstance(unknown, Rejected)
         assert unknown.code == "request_not_found"
+
+
+@pytest.mark.trio
+async def test_the_longest_prompt_fits_into_a_request(tmp_path: Path) -> None:
+    params = {**MESSAGES, "additionalProperties": True}
+    async with stage(tmp_path, talk={"speech": "", "max_context_chars": 50_000}) as on:
+        writer = await on.writer(lambda _: ["𝄞" * 1_000], params=params)
+        talk = await on.open(instructions="𝄞" * 4_000)
+        for _ in range(8):
+            await ended(talk.say("你" * 1_000))
+        await ended(talk.say("你" * (MAX_TEXT_BYTES // 3), params={"more": "x" * 7_900}))
+        sizes = [sum(len(message["content"].encode()) for message in prompt) for prompt in writer.prompts]
+        assert MAX_PROMPT_BYTES - 10_000 < max(sizes) <= MAX_PROMPT_BYTES
 
 
 @pytest.mark.trio
