@@ -175,6 +175,22 @@ async def test_what_was_stored_under_other_settings_is_kept_for_its_time(tmp_pat
 
 
 @pytest.mark.trio
+async def test_a_reply_that_is_cancelled_with_its_text_is_not_made_after_a_restart(tmp_path: Path) -> None:
+    async with stage(tmp_path) as on:
+        await on.writer()
+        await on.speaker()
+        talk = await on.open()
+        replies = [said(talk.say("One")), said(talk.say("Two"))]
+        assert talk.cancel(replies[1])
+        await ended(replies[0])
+        assert not talk.cancel(replies[1])
+        await on.daemon.relay.store.flush()
+        assert (await on.daemon.relay.store.load()).unended_turns == ()
+    async with stage(tmp_path) as on:
+        assert [state for _, _, state in await roles(on)] == ["done", "done", "done", "failed"]
+
+
+@pytest.mark.trio
 async def test_old_turns_and_old_conversations_are_deleted(tmp_path: Path) -> None:
     async with stage(tmp_path, talk={"max_turns": 4, "retain_days": 2}) as on:
         await on.writer()
