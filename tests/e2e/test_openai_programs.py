@@ -1,4 +1,4 @@
-"""Programs that speak through OpenAI's API, unchanged and with their default calls, in an environment of their own."""
+"""Programs that use OpenAI's API, unchanged and with their default calls, in an environment of their own."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.support.processes import a_place, a_relay, a_worker
+from tests.support.processes import Place, Proc, a_place, a_relay, a_worker
 
 #: Their dependencies are not ours, and hold each other's back: `make test` installs them beside .venv.
 PYTHON = Path(f"{sys.prefix}-clients") / "bin" / "python"
@@ -59,19 +59,92 @@ asyncio.run(main())
 """,
 }
 
+#: What was said so far, for each of `TALKING`, which print the reply.
+TALK = """
+TALK = [("user", "My number is 4711."), ("assistant", "I see."), ("user", "What number did I tell you?")]
+"""
+TALKING = {
+    "litellm": """
+import litellm
+messages = [{"role": role, "content": text} for role, text in TALK]
+chunks = litellm.completion(model="openai/gpt-4o", messages=messages, stream=True)
+print("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
+""",
+    "LiveKit": """
+import asyncio
+from livekit.agents import llm
+from livekit.plugins import openai
+
+async def main():
+    context = llm.ChatContext.empty()
+    for role, text in TALK:
+        context.add_message(role=role, content=text)
+    async with openai.LLM() as model, model.chat(chat_ctx=context) as stream:
+        deltas = [chunk.delta.content or "" async for chunk in stream if chunk.delta]
+    print("".join(deltas))
+    await model.aclose()
+
+asyncio.run(main())
+""",
+    "pipecat": """
+import asyncio
+from pipecat.frames.frames import EndFrame, LLMContextFrame, LLMTextFrame
+from pipecat.pipeline.pipeline import Pipeline
+from pipecat.pipeline.runner import PipelineRunner
+from pipecat.pipeline.task import PipelineTask
+from pipecat.processors.aggregators.llm_context import LLMContext
+from pipecat.processors.frame_processor import FrameProcessor
+from pipecat.services.openai.llm import OpenAILLMService
+
+class Reader(FrameProcessor):
+    text = ""
+
+    async def process_frame(self, frame, direction):
+        await super().process_frame(frame, direction)
+        if isinstance(frame, LLMTextFrame):
+            self.text += frame.text
+        await self.push_frame(frame, direction)
+
+async def main():
+    reader = Reader()
+    context = LLMContext([{"role": role, "content": text} for role, text in TALK])
+    task = PipelineTask(Pipeline([OpenAILLMService(), reader]))
+    await task.queue_frames([LLMContextFrame(context), EndFrame()])
+    await PipelineRunner(handle_sigint=False).run(task)
+    print(reader.text)
+
+asyncio.run(main())
+""",
+}
+
 
 @pytest.mark.trio
 @pytest.mark.parametrize("program", PROGRAMS)
 async def test_a_program_speaks_with_its_default_calls(tmp_path: Path, program: str) -> None:
-    assert PYTHON.exists(), "`make test` installs the programs that are tried as clients"
     place = a_place(tmp_path)
     async with a_relay(place) as relay, a_worker(place, relay, "--engine", "mock"):
-        token, _ = await place.run("relayd", "token", "create", "--role", "client", "--name", "reader")
-        url = (await relay.event("listening"))["openai_base_url"]
-        environ = place.environ | {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": token.decode().strip()}
-        with trio.fail_after(120):
-            done = await trio.run_process(
-                [PYTHON, "-c", PROGRAMS[program]], env=environ, capture_stdout=True, capture_stderr=True, check=False
-            )
+        printed = await run_program(place, relay, PROGRAMS[program])
+    assert float(printed.split()[-1]) == pytest.approx(2.1, abs=0.3)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("program", TALKING)
+async def test_a_program_talks_with_its_default_calls(tmp_path: Path, program: str) -> None:
+    place = a_place(tmp_path, "[spaces.llm]\n")
+    async with a_relay(place) as relay, a_worker(place, relay, "--engine", "eliza", "--space", "llm"):
+        printed = await run_program(place, relay, TALK + TALKING[program])
+    assert printed.splitlines()[-1] == b"You told me the number 4711."
+
+
+async def run_program(place: Place, relay: Proc, program: str) -> bytes:
+    """What a program prints, which finds the relay by OpenAI's own variables."""
+    assert PYTHON.exists(), "`make test` installs the programs that are tried as clients"
+    token, _ = await place.run("relayd", "token", "create", "--role", "client", "--name", "reader")
+    url = (await relay.event("listening"))["openai_base_url"]
+    environ = place.environ | {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": token.decode().strip()}
+    with trio.fail_after(120):
+        done = await trio.run_process(
+            [PYTHON, "-c", program], env=environ, capture_stdout=True, capture_stderr=True, check=False
+        )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    assert float(done.stdout.split()[-1]) == pytest.approx(2.1, abs=0.3)
+    return bytes(done.stdout)

@@ -68,9 +68,9 @@ async def test_the_relay_does_as_its_document_says(
 ) -> None:
     monkeypatch.setattr("relayd.auth.login_throttle.MAX_FAILURES", 1_000_000)  # wrong tokens are part of what is tried
     async with (
-        daemon(tmp_path, listen="127.0.0.1:0") as relay,
+        daemon(tmp_path, listen="127.0.0.1:0", spaces={"tts": {}, "llm": {}}) as relay,
         fake_worker(relay.url, slots=64) as worker,
-        fake_worker(relay.url, name="model", slots=64, spaces=("check",), params=MESSAGES, format=None) as model,
+        fake_worker(relay.url, name="model", slots=64, spaces=("llm",), params=MESSAGES, format=None) as model,
     ):
         token = relay.tokens.create(role="client", name="ann", now=0.0).text
         url = re.sub("^ws", "http", relay.urls[0])
