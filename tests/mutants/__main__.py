@@ -111,7 +111,8 @@ def main() -> int:
     verdicts: list[Verdict] = []
     for tests, mutants in groups.items():
         if trying := [mutant for mutant in mutants if mutant in chosen]:
-            session, own = MutantSession(trying, given.jobs, until), given.tests.split() or tests
+            doubted = {mutant for mutant in trying if mutant.change in known}
+            session, own = MutantSession(trying, given.jobs, until, doubted), given.tests.split() or tests
             if pytest.main([*OPTIONS, *own], plugins=[session]) not in (0, 5):
                 parser.error(f"they must pass first, in the repository's root: {' '.join(own)}")
             verdicts += session.verdicts

@@ -71,6 +71,8 @@ class MutantSession:
     mutants: Sequence[Mutant]
     jobs: int
     until: float
+    #: Those that are known to survive: tried again before they count as killed, as a busy machine fails tests, too.
+    known: set[Mutant]
     verdicts: list[Verdict] = attrs.field(factory=list)
     _reach: dict[str, Reach] = attrs.field(factory=dict)
 
@@ -102,6 +104,10 @@ class MutantSession:
             pid, status = os.wait()
             mutant, began, count = running.pop(pid)
             _end_group(pid)
+            if status and mutant in self.known:
+                self.known.remove(mutant)
+                waiting.append(mutant)
+                continue
             self._judge(mutant, status == 0, began, count)
         return True
 
