@@ -358,7 +358,7 @@ class OpenAi:
             table in it, by the name of a space, is for that space alone.
         unknown_instructions: what becomes of `instructions` in a space that takes none.
         strict: refuse every name that no space, no voice and no table here has, and instructions that a space does not
-            take. Else any name is good where a token may use one speaking space.
+            take. Else any name is good where a token may use one space of the kind that is asked.
     """
 
     models: Annotated[dict[str, str], _models] = attrs.field(factory=dict)

@@ -1,5 +1,7 @@
 """The official `openai` package, unchanged, against a relay and workers of language spaces, as a user starts them."""
 
+import os
+import signal
 import socket
 import sys
 from functools import partial
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 
+from gpuworker.engines.eliza.rules import ENGLISH
 from tests.e2e.test_openai import client_of
 from tests.support.processes import PATIENCE_S, a_place, a_relay, a_worker
 
@@ -50,6 +53,31 @@ async def test_the_openai_package_talks_with_eliza_and_hangs_up(tmp_path: Path) 
 
             await trio.to_thread.run_sync(hang_up)
         await relay.event("request cancelled")
+
+
+@pytest.mark.trio
+async def test_a_reply_of_eliza_is_whole_although_its_process_is_killed(tmp_path: Path) -> None:
+    place = a_place(tmp_path, SPACES)
+    command = ("--engine", "eliza", "--space", "llm", "-o", "pace_ms=20")
+    async with a_relay(place) as relay, a_worker(place, relay, *command) as worker:
+        with await client_of(place, relay) as client:
+
+            def read_all() -> str:
+                text = ""
+                create: Any = client.chat.completions.create
+                for chunk in create(model="llm", messages=[user("Tell me a story.")], stream=True):
+                    if not text and chunk.choices[0].delta.content:
+                        os.kill(child_of(worker.process.pid), signal.SIGKILL)
+                    text += chunk.choices[0].delta.content or ""
+                return text
+
+            assert await trio.to_thread.run_sync(read_all) == ENGLISH.story
+        await relay.event("request queued again")
+
+
+def child_of(pid: int) -> int:
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
 
 
 @pytest.mark.trio
