@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from protocol.wire.validators import Rule, kind_of
-from relayd.http.openai.extra_fields import check_text
 
 Json = dict[str, Any]
 
@@ -58,7 +57,10 @@ def take(fields: Mapping[str, Any], name: str, rule: Rule, default: Any = None, 
     try:
         rule(value)
         if isinstance(value, str):
-            check_text(value)
+            value.encode()
+    except UnicodeEncodeError:
+        message = f"{path}{name} has half a surrogate pair; send whole characters"
+        raise EventError("invalid_value", message, path + name) from None
     except ValueError as fault:
         raise EventError("invalid_value", f"{path}{name} {fault}", path + name) from None
     return value
@@ -139,7 +141,12 @@ def usage_json(usage: Mapping[str, Any], audio_s: float) -> Json:
         "total_tokens": asked + text + audio,
         "input_tokens": asked,
         "output_tokens": text + audio,
-        "input_token_details": {"text_tokens": asked, "audio_tokens": 0, "cached_tokens": 0},
+        "input_token_details": {
+            "text_tokens": asked,
+            "audio_tokens": 0,
+            "cached_tokens": 0,
+            "cached_tokens_details": {"text_tokens": 0, "audio_tokens": 0},
+        },
         "output_token_details": {"text_tokens": text, "audio_tokens": audio},
     }
 

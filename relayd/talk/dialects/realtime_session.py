@@ -112,6 +112,9 @@ class RealtimeSession:
             known = ", ".join(_EVENTS)
             raise EventError("unknown_event", f"{kind[:64]!r} is not an event; known are {known}", "type")
 
+    async def _clear_input(self, event: Json) -> None:
+        await self.send("input_audio_buffer.cleared")  # clients that interrupt clear it, even if it is empty
+
     async def _update(self, event: Json) -> None:
         fields = take(event, "session", mapping, REQUIRED)
         if fields.get("model", self.model) not in (self.model, self.space):
@@ -235,6 +238,7 @@ _EVENTS: dict[str, Callable[[RealtimeSession, Json], Awaitable[None]]] = {
     "conversation.item.retrieve": RealtimeSession._retrieve_item,
     "conversation.item.truncate": RealtimeSession._truncate_item,
     "conversation.item.delete": RealtimeSession._delete_item,
+    "input_audio_buffer.clear": RealtimeSession._clear_input,
     "response.create": RealtimeSession._create_response,
     "response.cancel": RealtimeSession._cancel,
 }

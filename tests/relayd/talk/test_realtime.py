@@ -450,3 +450,92 @@ async def test_voices_are_those_of_the_speech_api(tmp_path: Path) -> None:
         error = await client.fault()
         assert error["param"] == "session.audio.output.voice"
         assert "anna" in error["message"]
+
+
+#: What foreign clients send for a turn of text and an interruption, as their sources have it.
+LIVEKIT: list[dict[str, Any]] = [
+    {
+        "type": "session.update",
+        "event_id": "session_update_1",
+        "session": {
+            "type": "realtime",
+            "model": "gpt-realtime",
+            "output_modalities": ["audio"],
+            "audio": {
+                "input": {
+                    "format": {"type": "audio/pcm", "rate": 24_000},
+                    "noise_reduction": None,
+                    "transcription": {"model": "gpt-4o-mini-transcribe"},
+                    "turn_detection": {"type": "semantic_vad", "create_response": True, "eagerness": "medium"},
+                },
+                "output": {"format": {"type": "audio/pcm", "rate": 24_000}, "speed": 1.0, "voice": "marin"},
+            },
+            "max_output_tokens": "inf",
+            "tool_choice": "auto",
+            "tracing": None,
+            "truncation": None,
+        },
+    },
+    {"type": "session.update", "event_id": "tools_update_1", "session": {"type": "realtime", "tools": []}},
+    {"type": "session.update", "session": {"type": "realtime", "instructions": "Be kind."}},
+    {
+        "type": "conversation.item.create",
+        "event_id": "chat_ctx_create_1",
+        "previous_item_id": "root",
+        "item": {
+            "id": "item_1",
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "Hi"}],
+        },
+    },
+    {
+        "type": "response.create",
+        "event_id": "response_create_1",
+        "response": {"instructions": None, "metadata": {"client_event_id": "response_create_1"}},
+    },
+]
+PIPECAT: list[dict[str, Any]] = [
+    {
+        "type": "session.update",
+        "event_id": "6b5b",
+        "session": {
+            "type": "realtime",
+            "instructions": "Be kind.",
+            "audio": {"input": {"turn_detection": None}, "output": {"voice": "alloy"}},
+            "tools": [],
+        },
+    },
+    {
+        "type": "conversation.item.create",
+        "event_id": "1c2d",
+        "item": {
+            "id": "9e107d9d372bb6826bd81d3542a419d6",
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "Hi"}],
+        },
+    },
+    {"type": "input_audio_buffer.clear", "event_id": "77aa"},
+    {"type": "response.create", "event_id": "88bb", "response": {"output_modalities": ["audio"]}},
+]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("sequence", [LIVEKIT, PIPECAT], ids=["LiveKit", "pipecat"])
+async def test_what_foreign_clients_send_is_answered_without_an_error(
+    tmp_path: Path, sequence: list[dict[str, Any]]
+) -> None:
+    async with realtime(tmp_path, "/v1/realtime?model=gpt-realtime") as (on, client):
+        await a_reply(on)
+        for event in sequence:
+            await client.socket.send_message(json.dumps(event))
+        done = await client.done()
+        assert done["status"] == "completed"
+        assert client.heard() == speech_of("Hello there, you.")
+        assert "error" not in client.types()
+        metadata = sequence[-1]["response"].get("metadata")
+        assert done["metadata"] == metadata
+        item_id = done["output"][0]["id"]
+        await client.say("conversation.item.truncate", item_id=item_id, content_index=0, audio_end_ms=3)
+        assert (await client.next())["type"] == "conversation.item.truncated"
