@@ -11,6 +11,7 @@ import { Request } from "./request.js";
 import { Row } from "./row.js";
 import { stateOfSpace } from "./space.js";
 import { kept } from "./storage.js";
+import { Talk } from "./talk.js";
 import { fault, language, say, seconds, setLanguage, size } from "./words.js";
 
 const MAX_ROWS = 50;
@@ -22,7 +23,9 @@ const MAX_RESTORED_BYTES = 64 * 1048576;
 const rows = new Map(); // id → Row
 const player = new Player((track) => {
   for (const row of rows.values()) if (row.request.track === track) row.soon();
+  talk.played(track);
 });
+const talk = new Talk(player);
 const link = new Link((what, message) => ({ welcome, down, refused, message: take })[what](message));
 let principal = kept("sessionStorage", "principal");
 let limits = {}; // from the relay's welcome
@@ -127,6 +130,7 @@ function welcome(message) {
   page = [];
   showLink("on");
   show("desk");
+  talk.begin();
   for (const { request } of rows.values()) if (!request.ended) request.resume();
   restore();
 }
@@ -251,7 +255,9 @@ function speak() {
   Object.assign($("language"), { lang: other, textContent: other === "zh" ? "中文" : "English", ariaLabel: other === "zh" ? "切换到中文" : "Switch to English" });
   showLink(linkState);
   if (principal !== null && spaces.length) showSpaces();
+  for (const element of document.querySelectorAll("[data-name]")) element.setAttribute("aria-label", say(element.dataset.name));
   wordForm();
+  talk.draw();
   for (const row of rows.values()) row.draw();
 }
 
@@ -273,6 +279,7 @@ $("leave").onclick = () => {
   kept("sessionStorage", "token", null);
   kept("sessionStorage", `requests.${principal}`, null);
   kept("sessionStorage", "principal", null);
+  talk.end();
   clear();
   [principal, spaces] = [null, []];
   dropForm();
@@ -303,6 +310,16 @@ addEventListener("pagehide", remember);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => rows.forEach((row) => row.draw()));
 // Figures that change with time: processing time, and time until a request starts.
 setInterval(() => rows.forEach((row) => row.request.ended || row.soon()), 250);
+
+/** A link with a login, as `relayd demo --talk` prints it: it opens the tab to talk, and vanishes from the address. */
+const login = location.hash.match(/^#login=(.+)$/)?.[1];
+if (login) {
+  history.replaceState(null, "", location.pathname + location.search);
+  if (!kept("sessionStorage", "token")) {
+    kept("sessionStorage", "token", login);
+    kept("sessionStorage", "tab", "talk");
+  }
+}
 
 const token = kept("sessionStorage", "token");
 if (principal !== null) recall();
