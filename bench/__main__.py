@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import cached, codec, store, tenants, worker
+from bench import cached, codec, store, talk, tenants, worker
 from bench.figures import Row, table, verdict
 from bench.machine import machine_line
 from bench.relay import idle, relay
@@ -22,6 +22,7 @@ FIGURES: dict[str, Callable[[], list[Row]]] = {
     "store": store.measure,
     "tenants": tenants.measure,
     "cached": cached.measure,
+    "talk": talk.measure,
 }
 
 

@@ -37,7 +37,7 @@ DEFAULT_TEXT = (
 )
 SPACE = "tts"
 #: The engines of `--talk`, by their spaces: neither needs weights or a GPU.
-TALKERS = {"llm": "eliza", SPACE: "espeak"}
+TALKERS = {"llm": ("eliza", "-o", "pace_ms=10"), SPACE: ("espeak",)}
 TALK = f'[talk]\nreply = "llm"\nspeech = "{SPACE}"\n'
 #: How long a process may take to become ready: a cold start of Python on a slow disk takes seconds.
 READY_S = 30.0
@@ -125,7 +125,7 @@ async def run_talk_demo(keep: bool) -> None:
                 workers = {
                     space: await stack.enter_async_context(
                         _process(
-                            demo, engine, _worker_command(demo, space, engine), keep, RELAY_TOKEN=demo.worker_token
+                            demo, engine[0], _worker_command(demo, space, *engine), keep, RELAY_TOKEN=demo.worker_token
                         )
                     )
                     for space, engine in TALKERS.items()
@@ -204,9 +204,9 @@ def _relay_command(demo: Demo, spaces: Iterable[str], more: str = "") -> list[st
     return [sys.executable, "-m", "relayd.cli", "serve", "--config", str(config)]
 
 
-def _worker_command(demo: Demo, space: str, engine: str) -> list[str]:
+def _worker_command(demo: Demo, space: str, *engine: str) -> list[str]:
     run = [sys.executable, "-m", "gpuworker.cli", "run", "--relay", demo.url, "--space", space]
-    return [*run, "--engine", engine, "--name", f"demo-{space}"]
+    return [*run, "--engine", *engine, "--name", f"demo-{space}"]
 
 
 @attrs.frozen

@@ -11,7 +11,7 @@ import { Request } from "./request.js";
 import { Row } from "./row.js";
 import { stateOfSpace } from "./space.js";
 import { kept } from "./storage.js";
-import { Talk } from "./talk.js";
+import { Talk } from "./conversation.js";
 import { fault, language, say, seconds, setLanguage, size } from "./words.js";
 
 const MAX_ROWS = 50;

@@ -300,7 +300,9 @@ export class Request {
     }
     for (const output of this.outputs) {
       const { data } = output;
-      if (!isFile(output)) text += typeof data === "string" ? `${data} ` : `${JSON.stringify(data, (_, v) => (v instanceof Uint8Array ? [...v] : v))}\n`;
+      if (isFile(output)) continue;
+      if (typeof data === "string") text += data; // texts are pieces of one
+      else text += `${text && !text.endsWith("\n") ? "\n" : ""}${JSON.stringify(data, (_, v) => (v instanceof Uint8Array ? [...v] : v))}\n`;
       if (text.length > MAX_OUTPUT_CHARS) return `${text.slice(0, MAX_OUTPUT_CHARS)}…`;
     }
     return text.trim();

@@ -3,7 +3,7 @@
 import { $, announce, make, set } from "./elements.js";
 import { Face } from "./face.js";
 import { kept } from "./storage.js";
-import { ask, bytesOf, events, readSpeech } from "./talk_api.js";
+import { ask, bytesOf, events, readSpeech } from "./talks.js";
 import { Track } from "./track.js";
 import { fault, language, say } from "./words.js";
 
