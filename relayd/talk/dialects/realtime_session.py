@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -66,7 +67,13 @@ class RealtimeSession:
         self.settings = Settings(modality=AUDIO if self._has_speech else TEXT)
 
     async def serve(self) -> None:
-        """Serve it until its client leaves."""
+        """Serve it until its client leaves, which interrupts its replies."""
+        with suppress(WebSocketDisconnect):  # while something is sent
+            await self._serve()
+        for response in self._responses:
+            response.abandon("the client has left")
+
+    async def _serve(self) -> None:
         await self.send("session.created", session=self._json())
         for previous, item in self.items.restore():
             await self.send("conversation.item.added", previous_item_id=previous, item=item)
@@ -79,8 +86,6 @@ class RealtimeSession:
                 await self._do(event)
             except EventError as fault:
                 await self.send("error", error=error_json(fault, event.get("event_id")))
-        for response in self._responses:
-            response.abandon("the client has left")
 
     async def send(self, kind: str, /, **fields: Any) -> None:
         """Send an event."""
@@ -223,9 +228,8 @@ class RealtimeSession:
 
     async def _follow(self, response: Response) -> None:
         try:
-            await response.run()
-        except WebSocketDisconnect:
-            pass  # whoever reads sees it, too
+            with suppress(WebSocketDisconnect):  # whoever reads sees it, too
+                await response.run()
         finally:
             self._responses.remove(response)
             if response.items is None:
