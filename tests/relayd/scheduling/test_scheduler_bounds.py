@@ -18,6 +18,23 @@ def worker(bench: Bench, worker_id: str = "box") -> WorkerState:
     return bench.scheduler.state.workers[worker_id]
 
 
+@pytest.mark.parametrize(
+    ("retry", "frames", "why"),
+    [
+        ("never", 0, "retry is 'never'"),
+        ("before_output", 3, "3 frames were delivered already"),
+        ("before_output", 0, "some of it was delivered already"),
+    ],
+)
+def test_a_loss_that_ends_a_request_says_why_it_is_not_tried_again(retry: str, frames: int, why: str) -> None:
+    bench = Bench()
+    bench.join()
+    bench.queue("a", retry=retry)
+    bench.heard("a", frames)
+    (finish,) = (decision for decision in bench.lose("a") if isinstance(decision, Finish))
+    assert finish.message == f"it broke; not tried again, because {why}"
+
+
 # -- what others are told of ------------------------------------------------------------------------------------------
 
 CHANGES: list[tuple[str, Callable[[Bench], object]]] = [

@@ -77,6 +77,19 @@ def test_a_copy_that_must_be_run_overtakes_others_only_if_its_listener_is_in_mid
     assert bench.scheduler.end_copy(bench["copy"], bench.now) == []
 
 
+def test_a_copy_that_has_ended_is_not_run_and_what_a_worker_runs_goes_on() -> None:
+    bench = Bench()
+    bench.join()
+    bench.queue("runs")
+    assert bench.scheduler.end_copy(bench["runs"], bench.now) == []
+    assert bench["runs"].state is State.RUNNING
+    copied(bench, "copy")
+    ended = bench["copy"]
+    bench.scheduler.end("copy", State.CANCELLED, bench.now)
+    assert bench.scheduler.end_copy(ended, bench.now) == []
+    assert (ended.state, queue_of(bench)) == (State.CANCELLED, [])
+
+
 def test_a_worker_with_the_same_frames_continues_a_copy() -> None:
     bench = Bench()
     bench.join(reproducible=TONE)
