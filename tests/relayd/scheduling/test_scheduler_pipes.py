@@ -414,6 +414,30 @@ def test_a_request_that_waits_takes_no_upload_and_counts_as_queued() -> None:
     assert not scheduler.state.piped
 
 
+def test_a_source_that_begins_anew_changes_nothing_for_what_is_stopped_or_over_and_nothing_twice() -> None:
+    scheduler = a_scheduler()
+    scheduler.join(a_worker(slots=4), {}, 1.0)
+    source = an_entry(1)
+    stopped, over, waits = an_entry(2, source), an_entry(3, source), an_entry(4, source)
+    for entry in (source, stopped, over, waits):
+        submit(scheduler, entry)
+    scheduler.note_source_output(stopped, source.request_id, 1.0)
+    scheduler.note_source_output(over, source.request_id, 1.0)
+    scheduler.cancel(stopped.request_id, "enough")
+    scheduler.end(over.request_id, State.FAILED, 1.0)
+    for entry in (stopped, over):
+        assert scheduler.begin_anew(entry, source.request_id, 1.0) == []
+        assert not entry.silent_sources
+        assert scheduler.note_source_output(entry, source.request_id, 1.0) == []
+    for _ in range(2):
+        assert scheduler.begin_anew(waits, source.request_id, 1.0) == [Wait(waits)]
+    assert scheduler.state.spaces["tts"].admitted_per_principal["ann"] == 1, "it is counted once"
+    scheduler.end(waits.request_id, State.CANCELLED, 1.0)
+    for entry in (stopped, waits):
+        assert scheduler.note_source_output(entry, source.request_id, 1.0) == []
+    assert waits.silent_sources, "what is over is left as it is"
+
+
 def test_a_request_that_may_not_begin_twice_fails_when_its_source_does() -> None:
     scheduler = a_scheduler()
     scheduler.join(a_worker(slots=2), {}, 1.0)
@@ -427,6 +451,7 @@ def test_a_request_that_may_not_begin_twice_fails_when_its_source_does() -> None
     assert stopped == Stop("one", target.request_id, f"request {source.request_id}, its source, has begun anew")
     assert isinstance(finished, Finish)
     assert (finished.code, finished.entry) == (ErrorCode.SOURCE_FAILED, target)
+    assert finished.message.endswith("its source, has begun anew; not tried again, because retry is 'never'")
     assert scheduler.begin_anew(other, source.request_id, 1.0) == [Wait(other)], "it has not begun"
 
 
