@@ -98,7 +98,11 @@ def test_an_attempt_that_only_a_listener_knows_of_and_nobody_runs_ends_under_its
     bench.scheduler.restore(
         bench.entry("a", state=State.RUNNING, attempt=1, attempt_may_be_newer=True, retry="never"), bench.now
     )
+    bench["a"].next_seq = 3
+    assert bench.scheduler.adopt_later_attempt("a", 1, bench.now) == []
+    assert (bench["a"].next_seq, bench["a"].attempt_known_from_client) == (3, False), "it is that attempt already"
     bench.scheduler.adopt_later_attempt("a", 2, bench.now)
+    assert bench["a"].next_seq == 0
     assert code_of(bench.lose("a")) is ErrorCode.WORKER_LOST
     assert bench["a"].attempt == 2, "a listener drops the end of an attempt before its own"
     for attempt in (0, 1, 2, 4):
