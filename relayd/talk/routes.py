@@ -4,13 +4,14 @@ from starlette.routing import BaseRoute
 
 from relayd.config.schema import Talk
 from relayd.http.server import Door
-from relayd.talk.dialects import gpu_server, own, realtime
+from relayd.talk.dialects import gpu_server, own, realtime, tts_server
 from relayd.talk.dialects.openapi import PATHS as PATHS
 
 
 def routes(settings: Talk) -> list[BaseRoute]:
     """Return those of the main port."""
-    return [*own.routes(), *gpu_server.routes(), *realtime.routes()]
+    more = tts_server.routes() if settings.tts_server else []
+    return [*own.routes(), *gpu_server.routes(), *realtime.routes(), *more]
 
 
 def doors(settings: Talk) -> list[Door]:

@@ -131,7 +131,7 @@ class Writer(FakeEngine):
 
 @attrs.define(eq=False)
 class Speaker(FakeEngine):
-    """Speaks what it is fed, ten samples a character, and marks each piece."""
+    """Speaks what it is fed, ten samples a character, and marks each piece; or the words of its param `text`."""
 
     format: AudioFormat = FORMAT
     #: Fails with this code after the first piece.
@@ -142,6 +142,9 @@ class Speaker(FakeEngine):
     async def run(self, out: Sending, fed: trio.MemoryReceiveChannel[Input]) -> None:
         """See `FakeEngine.run`."""
         out.send(Started, format=self.format)
+        if "text" in out.assign.params:
+            await self._speak_words(out)
+            return
         data, chars, samples = b"", 0, 0
         async for piece in fed:
             data += piece.data
@@ -159,6 +162,16 @@ class Speaker(FakeEngine):
                 return
             if piece.last:
                 break
+        if self.lingers is not None:
+            await self.lingers.wait()
+        out.send(Completed, result={})
+
+    async def _speak_words(self, out: Sending) -> None:
+        for word in out.assign.params["text"].split():
+            out.send(Audio, pcm=speech_of(word))
+        if self.fails_with is not None:
+            out.send(Failed, code=self.fails_with, message="as the test says")
+            return
         if self.lingers is not None:
             await self.lingers.wait()
         out.send(Completed, result={})

@@ -58,5 +58,7 @@ def parse_object(text: str) -> dict[str, Any]:
 
 def shown(value: object) -> str:
     """Return a value that a client has sent, as an error names it."""
+    if isinstance(value, list | dict):
+        return "an array" if isinstance(value, list) else "an object"
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
