@@ -240,12 +240,13 @@ async def test_params_have_the_ranges_and_the_words_of_that_server(tmp_path: Pat
             ("retry_badcase_ratio_threshold", 0.9, "must be between 1.0 and 20.0"),
             ("retry_badcase_ratio_threshold", 20.1, "must be between 1.0 and 20.0"),
         ):
-            await client.ask(**({"text": "Hello"} | {name: value}))
+            params: dict[str, Any] = {"text": "Hello"} | {name: value}
+            await client.ask(**params)
             (answer,) = await client.until("error")
             assert answer["request_id"] == "r-1"
             message, details = f"Validation failed: {name}: {fault}", {name: fault}
             assert answer["error"] == {"code": "INVALID_PARAMS", "message": message, "details": details}
-        bounds = {"cfg_value": 10, "inference_timesteps": 50, "retry_badcase_max_times": 0}
+        bounds: dict[str, Any] = {"cfg_value": 10, "inference_timesteps": 50, "retry_badcase_max_times": 0}
         await client.ask("x" * 5_000, **bounds, retry_badcase_ratio_threshold=1)
         assert (await client.until("complete", "error"))[-1]["type"] == "complete"
 
