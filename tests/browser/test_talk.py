@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.test_access import nameless
+from tests.browser.test_access import nameless, pale
 from tests.browser.test_modules import call
 from tests.browser.window import LOUD, Browser, BrowserPlace, Window, a_site, a_window
 from tests.support.processes import Proc, a_relay, a_worker
@@ -46,18 +46,15 @@ async def test_what_is_typed_is_answered_heard_interrupted_and_kept(tmp_path: Pa
         await by_link(window, site)
         assert await window.js("location.hash") == ""
         await say(window, "Hello, 你好")
-        await window.until(
-            f"({TURNS})[1]?.length > 1 && {HEARS} && {STATES} === 'done,thinking'"
-        )  # while it is written
-        await window.until(f"{OPENING} > 0.3")
+        spoken = f"({TURNS})[1]?.length > 1 && {HEARS} && {OPENING} > 0.3"  # all of it while it is still written
+        await window.until(f"{STATES} === 'done,thinking' && {spoken}")
         await window.until(f"{STATES} === 'done,done'")
         first = await window.js(TURNS)
         assert first[0] == "Hello, 你好"
         await window.until(f"{SILENT} && {OPENING} < 0.05 && document.getElementById('talk-stop').disabled")
 
         await say(window, "I am sad about a great many things.")
-        await window.until(HEARS)
-        await window.click("#talk-stop")
+        await window.until(f"{HEARS} && (document.getElementById('talk-stop').click(), true)")  # at once
         await window.until(f"{STATES} === 'done,done,done,interrupted' && {SILENT}")
         assert await window.words(".turn:last-child small") == "interrupted"
         assert await window.js("document.querySelector('.turn:last-child del') !== null")  # what nobody heard
@@ -69,6 +66,10 @@ async def test_what_is_typed_is_answered_heard_interrupted_and_kept(tmp_path: Pa
         await window.click(".turn .again:not([hidden])")
         await window.until(HEARS)
         assert await nameless(window) == []
+        narrow = {"width": 320, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        await window.cdp("Emulation.setDeviceMetricsOverride", **narrow)
+        assert await pale(window) == []
+        assert await window.js("document.documentElement.scrollWidth") <= 320
 
         async with a_window(browser) as other:  # another device
             await by_link(other, site)

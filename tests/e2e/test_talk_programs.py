@@ -1,6 +1,7 @@
 """Conversations with real processes: the demo, and `relay talk`."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import trio
 
 from tests.e2e.test_speech import is_empty, level_of, processes_in, seconds_of, tmpdir
 from tests.support.processes import PATIENCE_S, Place, Proc, a_place, a_relay, a_worker
+from tests.support.raw_http_client import visitor
 
 __all__ = ["tmpdir"]  # the fixture
 
@@ -110,3 +112,31 @@ async def test_talk_says_what_is_wrong(tmp_path: Path) -> None:
 async def refused(place: Place, code: int, words: str, *args: str) -> None:
     _, told = await place.run("relay", "talk", *args, code=code, stdin=b"Hello!\n")
     assert words in told
+
+
+@pytest.mark.trio
+async def test_ctrl_c_interrupts_a_reply_and_the_talk_goes_on_at_a_terminal(tmp_path: Path) -> None:
+    place = a_place(tmp_path, CONFIG)
+    keyboard, terminal = os.openpty()
+    talk = ("talk", "--session", "s1", "--json")
+    async with a_relay(place) as relay, a_worker(place, relay, *SLOW):
+        async with place.start("relay", *talk, stdin=terminal) as client:
+            os.write(keyboard, b"I am sad.\n")
+            await lines_of(client, 1)
+            client.send_signal(signal.SIGINT)
+            await client.until(lambda line: "interrupted" in line and "Ctrl-C" not in line)
+            os.write(keyboard, b"Hello.\n\x04")
+            told = await rest_of(client)
+            assert await client.ended() == 0
+        assert json.loads(told.splitlines()[-2])["state"] == "done"
+        async with place.start("relay", *talk, stdin=subprocess.PIPE) as client:
+            assert client.process.stdin is not None
+            await client.process.stdin.send_all(b"I am sad.\n")
+            await lines_of(client, 1)
+            client.send_signal(signal.SIGINT)
+            assert await client.ended() == 130
+        async with visitor(f"unix:{tmp_path}/state/relayd.sock") as http:
+            turns = (await http.get("/v1/talks/s1/turns")).json["turns"]
+    assert [turn["state"] for turn in turns if turn["role"] == "assistant"] == ["interrupted", "done", "interrupted"]
+    os.close(keyboard)
+    os.close(terminal)

@@ -146,7 +146,9 @@ export class Player {
     this.#node?.port.postMessage({ stop: true });
     this.#node = null;
     const context = this.#context;
-    setTimeout(() => (this.#node && this.#context === context) || context?.suspend(), REST_MS);
+    const number = this.#number;
+    // A later stop of the same context has a rest of its own: an earlier one would cut off how its sound fades.
+    setTimeout(() => (number !== this.#number && this.#context === context) || context?.suspend(), REST_MS);
     if (this.track) this.track.listener = null;
   }
 
