@@ -34,6 +34,7 @@ MAX_PARAMS_BYTES = 8_000
 MAX_TALK_CHARS = 1_000_000
 #: Code of a reply that was cancelled while it waited.
 CANCELLED = "cancelled"
+DELETED = "this conversation was deleted; begin another one"
 BROKEN = "internal error in this turn; see the relay's log"
 
 
@@ -140,7 +141,7 @@ class Session:
         if principal.readonly:
             return reject_readonly()
         if self.is_deleted:
-            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, "this conversation was deleted; begin another one")
+            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, DELETED)
         if text is not None and (refusal := _refuse_text(text)):
             return refusal
         if self.conversation.waiting >= MAX_WAITING:
@@ -186,7 +187,7 @@ class Session:
         if refusal := _refuse_text(content):
             return refusal
         if self.is_deleted:
-            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, "this conversation was deleted; begin another one")
+            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, DELETED)
         turn = self.conversation.add(role, content, time.time())
         try:
             await self._commit(PutTurn(turn), *self._trim())

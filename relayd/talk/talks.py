@@ -22,8 +22,8 @@ from relayd.talk.conversation import Conversation
 from relayd.talk.index import TalkIndex
 from relayd.talk.place import Place
 from relayd.talk.reply import Reply
+from relayd.talk.session import DELETED, Session, not_stored
 from relayd.talk.session import MAX_INSTRUCTIONS_CHARS as MAX_INSTRUCTIONS_CHARS
-from relayd.talk.session import Session, not_stored
 
 log = structlog.get_logger("relayd.talk")
 
@@ -237,6 +237,8 @@ class Talks:
             log.error("conversation cannot be read", talk=record.talk_id, why=str(fault))
             return Rejected.because(fault.code, "the relay cannot read this conversation; see its log")
         session = self._sessions.get(record.talk_id)  # somebody else may have been faster
+        if session is None and self._index.find(record.principal, record.talk_id, record.user) is None:
+            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, DELETED)
         if session is None:
             conversation = Conversation(record.talk_id, {turn.number: turn for turn in turns})
             session = self._sessions[record.talk_id] = Session(self.place, record, conversation, self._remember)

@@ -1,5 +1,6 @@
 """Conversations over restarts of the relay and losses of workers: whole or typed, and never half told as done."""
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import trio
 from protocol.wire.frames import Audio, Completed, Output, Started
 from protocol.wire.messages import Input, Registered, Rejected
 from protocol.wire.structs import Running
-from relayd.store.records import PutTalk, PutTurn, TalkRecord
+from relayd.store.records import PutTalk, PutTurn, TalkRecord, TurnRecord
+from relayd.talk.conversation import Conversation
 from relayd.talk.events import ReplyEnded, Speech
-from relayd.talk.talks import DAY_S
+from relayd.talk.session import Session
+from relayd.talk.talks import DAY_S, Talk
 from tests.support.fake_worker import FORMAT, fake_worker
 from tests.support.relay import until
 from tests.support.talking import (
@@ -227,6 +230,42 @@ async def test_a_deleted_conversation_stays_deleted_whatever_was_being_said(tmp_
         assert (await on.open()).turns == []
         await on.daemon.at_rest()
     async with stage(tmp_path) as on:
+        assert (await on.open()).turns == []
+
+
+@pytest.mark.trio
+async def test_a_conversation_that_is_deleted_while_it_is_read_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stage(tmp_path) as on:
+        await on.writer()
+        talk = await on.open()
+        await ended(talk.say("Hello", speak=False))
+        store, opened = on.daemon.relay.store, list[Talk | Rejected]()
+        read_turns, is_read, go_on = store.read_turns, trio.Event(), trio.Event()
+
+        async def read_slowly(talk_id: str) -> tuple[TurnRecord, ...]:
+            turns = await read_turns(talk_id)
+            is_read.set()
+            await go_on.wait()
+            return turns
+
+        async def open_it() -> None:
+            opened.append(await on.talks.open(ANN, "session-1"))
+
+        record = talk.record
+        del talk
+        gc.collect()
+        monkeypatch.setattr(store, "read_turns", read_slowly)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(open_it)
+            await is_read.wait()
+            other = Talk(Session(on.talks.place, record, Conversation(record.talk_id), lambda _: None), ANN)
+            assert await on.talks.delete(other) is None
+            go_on.set()
+        assert isinstance(opened[0], Rejected)
+        assert opened[0].code == "request_not_found"
+        monkeypatch.undo()
         assert (await on.open()).turns == []
 
 
