@@ -132,11 +132,11 @@ class GpuServerConnection:
             ids = {"engine_session_id": session, "session_id": session}
             log.info("Processing text with WebRTC streaming:", avatar_id=avatar, user_id=user, **ids)
         interrupts = message.get("interrupt") is True or self.talks.place.settings.barge_in == "always"
-        if interrupts:
-            _hear_nothing(talk)
         reply = talk.say(content, interrupt=interrupts)
         if isinstance(reply, Rejected):
             raise Refused(reply.message)
+        if interrupts:
+            _hear_nothing(talk)
         nursery.start_soon(self._reply, message, reply, is_streaming)
 
     async def _reply(self, message: Message, reply: Reply, is_streaming: bool) -> None:
@@ -185,8 +185,9 @@ class GpuServerConnection:
         session = session_of(message, self.session)
         user_of(message, self.user, required=False)
         talk = await self._open(session, create=False)
+        interrupted = talk.interrupt("the client interrupted it")
         _hear_nothing(talk)
-        await self._answer(message, {"type": "interrupted", "interrupted": talk.interrupt("the client interrupted it")})
+        await self._answer(message, {"type": "interrupted", "interrupted": interrupted})
 
     async def _open(self, session: str, *, create: bool) -> Talk:
         talk = await self.talks.open(self.principal, session, self.user or "", create=create)
@@ -202,6 +203,6 @@ class GpuServerConnection:
 
 
 def _hear_nothing(talk: Talk) -> None:
-    """Note that nothing was heard of what is being made: a reply comes whole, or not at all."""
-    for number in talk.replies:
-        talk.heard(number, 0)
+    """Note that nothing was heard of what has just been interrupted: a reply comes whole, or not at all."""
+    if (making := talk.session.conversation.making) is not None:
+        talk.heard(making.number, 0)

@@ -410,3 +410,16 @@ async def test_a_revoked_token_ends_its_connection_with_1008(tmp_path: Path, mon
             on.daemon.tokens.revoke(made.record.token_id, 1.0)
             assert (await closing(client.socket))[0] == 1008
         await until(lambda: on.daemon.relay.stats.talk.websockets == {"gpu_server": 0})
+
+
+@pytest.mark.trio
+async def test_a_refused_message_interrupts_nothing(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (on, writer), gpu_client(on) as client:
+        go_on = trio.Event()
+        writer.answer = lambda _: ["This takes ", go_on, "long."]
+        await client.send(GOOD)
+        session = (await on.open("uuid-session-1", user="6")).session
+        await until(lambda: session.conversation.making is not None and session.conversation.making.samples > 0)
+        assert await client.error(GOOD | {"content": " ", "interrupt": True}) == "the text is empty; say something"
+        go_on.set()
+        assert (await client.answer())["content"] == "This takes long."
