@@ -32,6 +32,7 @@ from relayd.talk.talks import Talk, Talks
 
 #: Responses that one session may have made at once, besides that of its conversation.
 MAX_ASIDE = 8
+LEFT = "the client has left"
 _id = text(2**20)
 
 
@@ -71,7 +72,7 @@ class RealtimeSession:
         with suppress(WebSocketDisconnect):  # while something is sent
             await self._serve()
         for response in self._responses:
-            response.abandon("the client has left")
+            response.abandon(LEFT)
 
     async def _serve(self) -> None:
         await self.send("session.created", session=self._json())
@@ -228,8 +229,9 @@ class RealtimeSession:
 
     async def _follow(self, response: Response) -> None:
         try:
-            with suppress(WebSocketDisconnect):  # whoever reads sees it, too
-                await response.run()
+            await response.run()
+        except WebSocketDisconnect:  # whoever reads sees it, too, but perhaps later
+            response.abandon(LEFT)
         finally:
             self._responses.remove(response)
             if response.items is None:

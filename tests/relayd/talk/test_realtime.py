@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
+from starlette.websockets import WebSocketDisconnect
 
 from protocol.wire.structs import AudioFormat
+from relayd.talk.dialects.realtime_session import RealtimeSession
 from tests.relayd.http.sample_sockets import denial
 from tests.relayd.talk.realtime_client import PATH, client_of, realtime
 from tests.support.relay import new_token, until
@@ -396,6 +399,41 @@ async def test_who_leaves_hears_no_more(tmp_path: Path) -> None:
                 await client.next("response.output_audio.delta")
             await until(lambda: len(writer.cancelled) == len(writer.assigns))
         await until(lambda: not on.talks.place.unended)
+
+
+@attrs.define(eq=False)
+class LeavingSocket:
+    """Asks for a response, and is found to be closed when the text of that is sent."""
+
+    asks: bool = True
+
+    async def receive(self) -> dict[str, Any]:
+        if not self.asks:
+            await trio.sleep_forever()
+        self.asks = False
+        return {"type": "websocket.receive", "text": '{"type": "response.create"}'}
+
+    async def send_text(self, data: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if "delta" in data:
+            raise WebSocketDisconnect(1006)
+
+
+@pytest.mark.trio
+async def test_who_is_found_to_have_left_when_a_reply_is_sent_hears_no_more(tmp_path: Path) -> None:
+    never = trio.Event()
+    async with stage(tmp_path) as on, trio.open_nursery() as nursery:
+        writer = await on.writer(lambda _messages: ["Well, ", never])
+        await on.speaker()
+        talk = await on.open()
+        await talk.add("user", "Hi")
+        socket: Any = LeavingSocket()
+        context = on.daemon.http_context
+        session = RealtimeSession(socket, context, on.talks, ANN, "llm", "llm", False, talk, nursery)
+        nursery.start_soon(session.serve)
+        await until(lambda: len(writer.cancelled) == 1)
+        await until(lambda: not on.talks.place.unended)
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.trio
