@@ -78,6 +78,11 @@ class Session:
         """The turns, in order; a reply that is not stored as ended has what has come of it so far."""
         return [self._as_it_is(turn) for _, turn in sorted(self.conversation.turns.items())]
 
+    def turn(self, number: int) -> TurnRecord | None:
+        """Return one of the turns; None if there is none."""
+        turn = self.conversation.turns.get(number)
+        return None if turn is None else self._as_it_is(turn)
+
     def _as_it_is(self, turn: TurnRecord) -> TurnRecord:
         reply, making = self.replies.get(turn.number), self.conversation.making
         if reply is None:

@@ -58,6 +58,10 @@ class Talk:
         """What was said and replied, in order; a reply that is being made with what has come so far."""
         return self.session.turns
 
+    def turn(self, number: int) -> TurnRecord | None:
+        """Return one of them; None if there is none."""
+        return self.session.turn(number)
+
     @property
     def replies(self) -> Mapping[int, Reply]:
         """The replies that wait or are being made, by the number of their turn; also those that others asked for."""

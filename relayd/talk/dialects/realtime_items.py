@@ -190,7 +190,7 @@ class Items:
         self._by_id.pop(item.item_id, None)
 
     def _turn(self, item: Item) -> TurnRecord | None:
-        return next((turn for turn in self.talk.turns if turn.number == item.number), None)
+        return self.talk.turn(item.number)
 
     def message_of(self, item: Item) -> tuple[str, str]:
         """Return its role, and what was said or heard of it."""
