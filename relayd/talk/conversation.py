@@ -17,6 +17,8 @@ from relayd.talk.playing import Mark, heard_chars
 
 #: Replies of one conversation that may wait.
 MAX_WAITING = 100
+#: Replies of one conversation of which somebody may still say what was heard.
+MAX_SPOKEN = 20
 #: Size of all messages of one prompt in UTF-8: a request's params have 64 KiB.
 MAX_PROMPT_BYTES = 56_000
 #: What a message takes beside its text.
@@ -50,16 +52,16 @@ class Making:
     spoken: bool = False
     spoken_whole: bool = False
 
-    def heard(self) -> int | None:
-        """Return how many characters of it were heard; None for all of them."""
+    def heard(self, content: str) -> int | None:
+        """Return how many characters of its content were heard; None for all of them."""
         if not self.spoken:
             return None
         marks = self.marks
-        if self.spoken_whole and (not marks or marks[-1].text_end < len(self.content)):
-            marks = [*marks, Mark(len(self.content), self.samples)]
+        if self.spoken_whole and (not marks or marks[-1].text_end < len(content)):
+            marks = [*marks, Mark(len(content), self.samples)]
         played = self.samples if self.played is None else self.played
-        chars = heard_chars(self.content, marks, played)
-        return None if chars >= len(self.content) else chars
+        chars = heard_chars(content, marks, played)
+        return None if chars >= len(content) else chars
 
 
 @attrs.define(eq=False)
@@ -69,13 +71,14 @@ class Conversation:
     Args:
         talk_id: its id.
         turns: by number; those that wait are continued with `resume`.
+        spoken: of the last replies that were spoken, what was made of them but their content: for a listener who says
+            later what was heard.
     """
 
     talk_id: str
     turns: dict[int, TurnRecord] = attrs.field(factory=dict)
     making: Making | None = None
     _waiting: deque[int] = attrs.field(factory=deque)
-    #: Of the last replies that were spoken: what was made of them, for a listener who says later what was heard.
     _spoken: dict[int, Making] = attrs.field(factory=dict)
     _next: int = 0
 
@@ -159,12 +162,13 @@ class Conversation:
         self.making = None
         if making.marks or making.samples:
             self._spoken[making.number] = making
-            if len(self._spoken) > MAX_WAITING:
+            if len(self._spoken) > MAX_SPOKEN:
                 del self._spoken[next(iter(self._spoken))]
         waits = self.turns.get(making.number)
         assert waits is not None, "a reply that is being made is not deleted"
-        heard = making.heard() if state is not TurnState.DONE or making.played is not None else None
-        return self._put(waits, state, code, message, content=making.content, heard_chars=heard)
+        content, making.content = making.content, ""
+        heard = making.heard(content) if state is not TurnState.DONE or making.played is not None else None
+        return self._put(waits, state, code, message, content=content, heard_chars=heard)
 
     def _put(
         self, turn: TurnRecord, state: TurnState, code: str | None, message: str | None, **more: Any
@@ -195,7 +199,7 @@ class Conversation:
         if made is None or turn is None:
             return None
         made.played = samples
-        now = attrs.evolve(turn, heard_chars=made.heard())
+        now = attrs.evolve(turn, heard_chars=made.heard(turn.content))
         self.turns[number] = now
         return now if now != turn else None
 

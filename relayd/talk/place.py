@@ -1,7 +1,7 @@
 """What all conversations share: the relay, the settings, the limits and the figures."""
 
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import attrs
 import trio
@@ -12,6 +12,10 @@ from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 from relayd.stats.counters import TalkStats
 from relayd.store.records import Change
+from relayd.talk.conversation import Making
+
+#: Conversations of which it is kept how their last replies were spoken, whether somebody uses them or not.
+MAX_SPOKEN_TALKS = 1_000
 
 
 @attrs.define(eq=False)
@@ -29,6 +33,9 @@ class Place:
     kept: bool = True
     #: Principal -> its replies that wait or are being made.
     unended: Counter[str] = attrs.field(factory=Counter)
+
+    #: Id of a conversation -> see `Conversation`; the one that was opened last comes last.
+    spoken: OrderedDict[str, dict[int, Making]] = attrs.field(factory=OrderedDict)
 
     @property
     def relay(self) -> Relay:
@@ -72,6 +79,14 @@ class Place:
         """Store changes soon, if conversations are stored."""
         if self.is_durable:
             self.relay.store.post(*changes)
+
+    def spoken_in(self, talk_id: str) -> dict[int, Making]:
+        """Return how the last replies of a conversation were spoken; what is added is kept for a while."""
+        spoken = self.spoken.setdefault(talk_id, {})
+        self.spoken.move_to_end(talk_id)
+        if len(self.spoken) > MAX_SPOKEN_TALKS:
+            self.spoken.popitem(last=False)
+        return spoken
 
     def count(self, principal: str, replies: int) -> None:
         """Count replies of a principal that have begun to wait; or, below 0, that have ended."""

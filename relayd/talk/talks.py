@@ -244,7 +244,8 @@ class Talks:
         if session is None and self._index.find(record.principal, record.talk_id, record.user) is None:
             return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, DELETED)
         if session is None:
-            conversation = Conversation(record.talk_id, {turn.number: turn for turn in turns})
+            spoken = self.place.spoken_in(record.talk_id)
+            conversation = Conversation(record.talk_id, {turn.number: turn for turn in turns}, spoken=spoken)
             session = self._sessions[record.talk_id] = Session(self.place, record, conversation, self._remember)
             if not self.place.is_durable:
                 self._kept[record.talk_id] = session
@@ -263,6 +264,7 @@ class Talks:
         self._index.remove(record)
         session = self._sessions.pop(record.talk_id, None)
         self._kept.pop(record.talk_id, None)
+        self.place.spoken.pop(record.talk_id, None)
         if session is not None:
             session.close(why)
         self.place.post(DeleteTalk(record.talk_id))

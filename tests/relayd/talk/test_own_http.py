@@ -1,6 +1,7 @@
 """Talking over HTTP: `/v1/talks`."""
 
 import base64
+import gc
 import io
 import subprocess
 import sys
@@ -108,6 +109,21 @@ async def test_events_come_as_the_reply_is_made(tmp_path: Path) -> None:
         assert events[-1][2]["state"] == "done"
         format_of = next(data for name, _, data in events if name == "speech_started")
         assert format_of == {"encoding": "pcm_s16le", "sample_rate": 24_000, "channels": 1}
+
+
+@pytest.mark.trio
+async def test_what_was_heard_may_be_said_when_nobody_uses_the_conversation_any_more(tmp_path: Path) -> None:
+    async with talking(tmp_path) as (on, http):
+        await on.writer(lambda _: ["One two three."])
+        await on.speaker()
+        turn = (await http.ask("POST", "/v1/talks/s1/say", told={"text": "Count!"})).json["turn"]
+        await until(lambda: gc.collect() >= 0 and not on.talks.open_sessions)
+        heard = await http.ask("POST", "/v1/talks/s1/heard", told={"number": turn["number"], "samples": 75})
+        assert heard.status == 204
+        turns = (await http.get("/v1/talks/s1/turns")).json["turns"]
+        assert (turns[-1]["heard_chars"], turns[-1]["content"]) == (7, "One two three.")
+        assert (await http.ask("DELETE", "/v1/talks/s1")).status == 204
+        assert not on.talks.place.spoken
 
 
 @pytest.mark.trio
