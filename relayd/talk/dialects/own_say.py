@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 
 from protocol.wire.errors import ErrorCode
 from protocol.wire.validators import Rule, Value, boolean, kind_of, optional, text
+from relayd.http.audio.encoded_results import EncodedAudio
 from relayd.http.audio.encoder import AudioExtraMissing
 from relayd.http.authentication import principal_of
 from relayd.http.context import context_of, exchange_of
@@ -57,17 +58,19 @@ async def say(http: Request, reply: ResponseWriter) -> None:
         if "text/event-stream" in http.headers.get("accept", ""):
             await _send_events(made, reply)
         else:
-            await _send_whole(made, reply, settings.audio_format if settings else "wav")
+            await _send_whole(http, made, reply, settings.audio_format if settings else "wav")
 
 
-async def _send_whole(made: Reply, reply: ResponseWriter, coding: str) -> None:
+async def _send_whole(http: Request, made: Reply, reply: ResponseWriter, coding: str) -> None:
+    await made.wait_ended()  # until then its speech is in its log, not here
     try:
         whole = await whole_reply(made, coding)
     except AudioExtraMissing as fault:
         raise HttpError("format_unavailable", str(fault), status=501) from None
     if isinstance(whole, TurnFailed):
         raise failure_of(whole)
-    await reply.answer(JSONResponse(whole_json(whole)))
+    with context_of(http).encoded.sending(principal_of(http).name, EncodedAudio(whole.audio, "")):
+        await reply.answer(JSONResponse(whole_json(whole)))
 
 
 async def _send_events(made: Reply, reply: ResponseWriter) -> None:

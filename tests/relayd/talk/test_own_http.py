@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 
+from relayd.http.audio.encoded_results import MAX_SENDING_BYTES, EncodedAudio
 from tests.support.raw_http_client import Visitor, events_of, visitor
 from tests.support.relay import daemon, new_token, until
 from tests.support.talking import Stage, speech_of, stage
@@ -109,6 +110,19 @@ async def test_events_come_as_the_reply_is_made(tmp_path: Path) -> None:
         assert events[-1][2]["state"] == "done"
         format_of = next(data for name, _, data in events if name == "speech_started")
         assert format_of == {"encoding": "pcm_s16le", "sample_rate": 24_000, "channels": 1}
+
+
+@pytest.mark.trio
+async def test_what_is_sent_to_a_principal_in_one_piece_is_limited(tmp_path: Path) -> None:
+    async with talking(tmp_path) as (on, http):
+        await on.writer()
+        await on.speaker()
+        encoded = on.daemon.http_context.encoded
+        with encoded.sending("ann", EncodedAudio(bytes(MAX_SENDING_BYTES), "")):
+            refused = await http.ask("POST", "/v1/talks/s1/say", told={"text": "Hello"})
+            assert (refused.status, refused.error["code"]) == (429, "rate_limited")
+        assert (await http.ask("POST", "/v1/talks/s1/say", told={"text": "Hello"})).json["audio"]
+        assert encoded.idle
 
 
 @pytest.mark.trio
