@@ -6,9 +6,12 @@ from collections import Counter, OrderedDict
 import attrs
 import trio
 
+from protocol.wire.errors import ErrorCode
+from protocol.wire.messages import Rejected
 from relayd.auth.tokens import Principal, TokenRegistry
 from relayd.config.schema import Talk as TalkSettings
 from relayd.core.admission import Admission
+from relayd.core.principals import too_fast
 from relayd.core.relay import Relay
 from relayd.stats.counters import TalkStats
 from relayd.store.records import Change
@@ -87,6 +90,13 @@ class Place:
         if len(self.spoken) > MAX_SPOKEN_TALKS:
             self.spoken.popitem(last=False)
         return spoken
+
+    def refuse_too_fast(self, principal: Principal) -> Rejected | None:
+        """Count one request of a principal that comes over a WebSocket; returns why it has to wait."""
+        wait_s = self.relay.principals.request_wait_s(principal, self.relay.config.limits.principal)
+        if not wait_s:
+            return None
+        return Rejected.because(ErrorCode.RATE_LIMITED, too_fast(principal.name), retry_after_s=wait_s)
 
     def count(self, principal: str, replies: int) -> None:
         """Count replies of a principal that have begun to wait; or, below 0, that have ended."""

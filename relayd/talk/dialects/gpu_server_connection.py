@@ -24,6 +24,8 @@ log = structlog.get_logger("relayd.talk.gpu_server")
 
 #: Its name in the metrics.
 DIALECT = "gpu_server"
+#: Messages of one connection that may wait for their answers, also if their replies have ended.
+MAX_UNANSWERED = 1_000
 NO_CALLS = "WebRTC calls are not supported by this server; text_webrtc is answered with text and audio all the same"
 #: Of a message with audio, beside the audio.
 OTHER_BYTES = 1024 * 1024
@@ -47,6 +49,8 @@ class GpuServerConnection:
     session: str | None
     #: Ids of sessions that were used here, for the log.
     _contexts: set[str] = attrs.field(factory=set)
+    #: Messages that have a reply, and were not answered yet.
+    _unanswered: int = 0
     #: One reply with its audio is in memory at a time; others stay in their logs until it is sent.
     _answering: trio.Lock = attrs.field(factory=trio.Lock)
 
@@ -122,6 +126,8 @@ class GpuServerConnection:
     async def _say(self, message: Message, nursery: trio.Nursery) -> None:
         """Say something in a session; the reply is answered when it is whole, in the order of the session."""
         is_streaming = message["type"] == "text_webrtc"
+        if self._unanswered >= MAX_UNANSWERED:
+            raise Refused(f"{MAX_UNANSWERED} messages wait for their answers on this connection; read some of them")
         session = session_of(message, self.session)
         user, avatar = user_of(message, self.user, required=is_streaming), avatar_of(message, required=is_streaming)
         content = message.get("content")
@@ -132,16 +138,18 @@ class GpuServerConnection:
             ids = {"engine_session_id": session, "session_id": session}
             log.info("Processing text with WebRTC streaming:", avatar_id=avatar, user_id=user, **ids)
         interrupts = message.get("interrupt") is True or self.talks.place.settings.barge_in == "always"
-        reply = talk.say(content, interrupt=interrupts)
+        reply = self.talks.place.refuse_too_fast(self.principal) or talk.say(content, interrupt=interrupts)
         if isinstance(reply, Rejected):
             raise Refused(reply.message)
         if interrupts:
             _hear_nothing(talk)
+        self._unanswered += 1
         nursery.start_soon(self._reply, message, reply, is_streaming)
 
     async def _reply(self, message: Message, reply: Reply, is_streaming: bool) -> None:
         await reply.wait_ended()
         async with self._answering:
+            self._unanswered -= 1
             try:
                 whole = await whole_reply(reply, self.talks.place.settings.audio_format)
             except AudioExtraMissing as fault:

@@ -96,7 +96,7 @@ class Response:
         self.abandon("cancelled by the client")
         self._scope.cancel()
 
-    def abandon(self, reason: str) -> None:
+    def abandon(self, reason: str = "the client has left") -> None:
         """End the reply, which nobody will be told of."""
         if self.item.spoken and not self.item.truncated:
             self.talk.heard(self.reply.number, self.item.samples)

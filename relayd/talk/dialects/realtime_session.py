@@ -32,7 +32,6 @@ from relayd.talk.talks import Talk, Talks
 
 #: Responses that one session may have made at once, besides that of its conversation.
 MAX_ASIDE = 8
-LEFT = "the client has left"
 _id = text(2**20)
 
 
@@ -72,7 +71,7 @@ class RealtimeSession:
         with suppress(WebSocketDisconnect):  # while something is sent
             await self._serve()
         for response in self._responses:
-            response.abandon(LEFT)
+            response.abandon()
 
     async def _serve(self) -> None:
         await self.send("session.created", session=self._json())
@@ -191,6 +190,8 @@ class RealtimeSession:
             if not is_aside and other.items is not None:
                 message = f"response {other.response_id} is being made; wait for its response.done, or cancel it"
                 raise EventError("conversation_already_has_active_response", message)
+        if (refused := self.talks.place.refuse_too_fast(self.principal)) is not None:
+            raise refusal_of(refused)
         talk = await self._open_aside(given) if is_aside else self.talk
         reply = talk.say(
             None,
@@ -231,7 +232,7 @@ class RealtimeSession:
         try:
             await response.run()
         except WebSocketDisconnect:  # whoever reads sees it, too, but perhaps later
-            response.abandon(LEFT)
+            response.abandon()
         finally:
             self._responses.remove(response)
             if response.items is None:

@@ -301,7 +301,8 @@ async def test_a_message_may_interrupt_the_one_before(tmp_path: Path) -> None:
 @pytest.mark.trio
 async def test_a_thousand_messages_at_once_are_each_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relayd.talk.session.MAX_WAITING", 9)
-    async with serving(tmp_path) as (on, writer), gpu_client(on) as client:
+    limits = {"principal": {"requests_per_s": 10_000.0}}
+    async with serving(tmp_path, limits=limits) as (on, writer), gpu_client(on) as client:
         go_on = trio.Event()
         writer.answer = lambda messages: [go_on, "Yes."]
         answers: list[dict[str, Any]] = []
@@ -423,3 +424,27 @@ async def test_a_refused_message_interrupts_nothing(tmp_path: Path) -> None:
         assert await client.error(GOOD | {"content": " ", "interrupt": True}) == "the text is empty; say something"
         go_on.set()
         assert (await client.answer())["content"] == "This takes long."
+
+
+@pytest.mark.trio
+async def test_messages_count_as_requests_of_their_principal(tmp_path: Path) -> None:
+    limits = {"principal": {"requests_per_s": 0.001}}  # so one at once, which is the handshake
+    async with serving(tmp_path, limits=limits) as (on, writer), gpu_client(on) as client:
+        assert "requests a second" in await client.error(GOOD)
+        assert not writer.assigns
+
+
+@pytest.mark.trio
+async def test_a_client_has_so_many_messages_unanswered_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.talk.dialects.gpu_server_connection.MAX_UNANSWERED", 2)
+    async with serving(tmp_path) as (on, writer), gpu_client(on) as client:
+        go_on = trio.Event()
+        writer.answer = lambda _: [go_on, "Yes."]
+        for _number in range(2):
+            await client.send(GOOD)
+        assert await client.error(GOOD) == "2 messages wait for their answers on this connection; read some of them"
+        go_on.set()
+        assert [(await client.answer())["type"] for _number in range(2)] == ["text", "text"]
+        assert (await client.ask(GOOD))["type"] == "text"

@@ -437,6 +437,16 @@ async def test_who_is_found_to_have_left_when_a_reply_is_sent_hears_no_more(tmp_
 
 
 @pytest.mark.trio
+async def test_responses_count_as_requests_of_their_principal(tmp_path: Path) -> None:
+    limits = {"principal": {"requests_per_s": 0.001}}  # so one at once, which is the handshake
+    async with realtime(tmp_path, limits=limits) as (on, client):
+        await on.writer()
+        await client.user("Hi")
+        await client.say("response.create")
+        assert (await client.fault())["code"] == "rate_limited"
+
+
+@pytest.mark.trio
 async def test_logins_and_models(tmp_path: Path) -> None:
     async with stage(tmp_path, listen="127.0.0.1:0") as on:
         url, token = on.daemon.urls[0], await new_token(on.daemon)
