@@ -259,7 +259,8 @@ class PrincipalLimits:
 
     Args:
         max_connections: connections at once, an HTTP request that is being answered included.
-        requests_per_s: submits and HTTP requests a second; five seconds of them may come at once.
+        requests_per_s: submits, HTTP requests and turns over WebSockets a second; five seconds of them may come at
+            once.
         max_queued: requests that are uploaded or wait for a worker.
         max_running: requests that run; None for no limit but the spaces' own.
         max_uploads: requests whose inputs are being uploaded.
