@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=3, help="slots of each of the three workers (default: 3)")
     parser.add_argument("--dictated", action="store_true", help="the listeners only dictate: live inputs")
     parser.add_argument("--piped", action="store_true", help="the listeners only speak what other requests put out")
+    parser.add_argument("--talking", action="store_true", help="the listeners only hold conversations")
     parser.add_argument("-o", "--output", type=Path, help="also write the table to this file")
     given = parser.parse_args()
     storm_s = given.minutes * 60
@@ -34,7 +35,8 @@ def main() -> int:
         storm_s=storm_s,
         spare_relay_s=storm_s * SPARED,
         tls=not given.plain,
-        clients=given.clients,
+        clients=0 if given.talking else given.clients,
+        **({"web": 0, "burst": 0, "talkers": given.clients} if given.talking else {}),
         kinds={kind: KINDS[kind] for kind in chosen},
         slots=given.slots,
     )

@@ -22,6 +22,7 @@ from tests.chaos.short_timeouts import shortened_timeouts
 from tests.chaos.slow_disk import BLOCKS
 from tests.chaos.stage import LEAVER, WINDOWS, Settings, Stage, open_stage
 from tests.chaos.steering import Operator
+from tests.chaos.talking import Talker
 from tests.chaos.web import WebClient
 from tests.chaos.workload import Plan
 
@@ -75,6 +76,8 @@ async def warm_up(stage: Stage) -> Remains:
         for web in stage.web:
             for kind in ("events", "audio", "speech"):
                 nursery.start_soon(web.follow, undisturbed(web.name, "tts", kind))
+        for talker in stage.talkers:
+            nursery.start_soon(talker.converse, f"{talker.name} warms up")
     return await measure(stage)
 
 
@@ -187,7 +190,7 @@ async def _run(stage: Stage, nursery: trio.Nursery) -> None:
         else:
             storm.worker_track(worker, line, settings.worker_gap_s)
     bursts = [stage.burst] if stage.burst else []
-    clients: list[Client | WebClient] = [*stage.clients, *stage.web]
+    clients: list[Client | WebClient | Talker] = [*stage.clients, *stage.web, *stage.talkers]
     for client in (*clients, *bursts):
         storm.client_track(client.line, settings.client_gap_s)
     leave = trio.Event()
@@ -215,7 +218,7 @@ async def _run(stage: Stage, nursery: trio.Nursery) -> None:
     await check_remains(stage, before)
     ledger.counts["relay starts"] = stage.relay.starts
     ledger.counts["client connections"] = sum(client.line.opened for client in stage.clients)
-    ledger.counts["HTTP connections"] = sum(client.line.opened for client in stage.web)
+    ledger.counts["HTTP connections"] = sum(client.line.opened for client in (*stage.web, *stage.talkers))
     ledger.counts["worker connections"] = sum(line.opened for line in stage.worker_lines)
 
 

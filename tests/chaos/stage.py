@@ -18,6 +18,8 @@ from tests.chaos.hostile import Hostile
 from tests.chaos.processes import Actor
 from tests.chaos.proxy import Line, Target, open_line
 from tests.chaos.report import Ledger, Windows
+from tests.chaos.talk_plans import LLM, SPEECH
+from tests.chaos.talking import Talker
 from tests.chaos.web import WebClient
 from tests.chaos.workload import CHUNK_MS, FRAIL_ATTEMPTS, FRAIL_IDLE_S, KINDS, LAIR, PATIENT_ATTEMPTS, SAMPLE_RATE_HZ
 from tests.deploy.proxies import Certificate, make_certificate
@@ -47,6 +49,16 @@ cancel_grace_s = 2.0
 retain_s = {retain_s}
 # A few streams fill it, so most frames are written to files during the storm, and read back from there.
 memory_bytes = 20_000
+
+[talk]
+reply = "{llm}"
+speech = "{speech}"
+
+[spaces.{llm}]
+max_workers = 8
+max_attempts = {patient}
+queue_timeout_s = {queue_timeout_s}
+idle_timeout_s = 20.0
 
 [spaces.tts]
 max_workers = 8
@@ -105,6 +117,7 @@ class Settings:
         clients: the number of clients.
         kinds: what they do, with its relative frequency.
         web: the number of clients that use HTTP.
+        talkers: the number of clients that talk.
         burst: how many short requests another client submits at once; 0 for no bursts.
         steers: whether an operator steers.
         hostile: whether there are a hostile tenant and a hostile worker.
@@ -126,6 +139,7 @@ class Settings:
     clients: int = 6
     kinds: Mapping[str, int] = attrs.field(factory=lambda: KINDS)
     web: int = 3
+    talkers: int = 2
     burst: int = 200
     steers: bool = True
     hostile: bool = True
@@ -162,6 +176,7 @@ class Stage:
     worker_lines: list[Line] = attrs.field(factory=list)
     clients: list[Client] = attrs.field(factory=list)
     web: list[WebClient] = attrs.field(factory=list)
+    talkers: list[Talker] = attrs.field(factory=list)
     burst: Client | None = None
     hostiles: list[Hostile] = attrs.field(factory=list)
 
@@ -213,6 +228,7 @@ def write_config(folder: Path, settings: Settings, port: int, certificate: Certi
     """Write the relay's settings."""
     values = attrs.asdict(WINDOWS) | {"port": port, "folder": folder, "retain_s": settings.retain_s, "tls": ""}
     values |= {"patient": PATIENT_ATTEMPTS, "frail": FRAIL_ATTEMPTS, "frail_idle_s": FRAIL_IDLE_S}
+    values |= {"llm": LLM, "speech": SPEECH}
     if certificate is not None:
         values["tls"] = f'\n[tls]\ncert = "{certificate.cert}"\nkey = "{certificate.key}"\n'
     (folder / "relayd.toml").write_text(_CONFIG.format(**values))
@@ -220,12 +236,16 @@ def write_config(folder: Path, settings: Settings, port: int, certificate: Certi
 
 def make_worker(name: str, spaces: str, reproducible: bool, line: Line, door: Door, stage: "Stage") -> Actor:
     """A worker that dials `line`."""
+    runs, options = engine.MODEL, []
+    if spaces != LLM:
+        runs = engine.NAME
+        options = [f"reproducible={reproducible}".lower(), f"sample_rate={SAMPLE_RATE_HZ}", f"chunk_ms={CHUNK_MS}"]
     url = f"{'wss' if door.certificate else 'ws'}://127.0.0.1:{line.port}"
-    command = ["tests.chaos.short_timeouts", "run", "--name", name, "--relay", url, "--engine", engine.NAME]
+    command = ["tests.chaos.short_timeouts", "run", "--name", name, "--relay", url, "--engine", runs]
     command += ["--slots", str(stage.settings.slots), "--cancel-grace", "1"]
     command += [f"--space={space}" for space in spaces.split()]
-    for option in (f"reproducible={reproducible}", f"sample_rate={SAMPLE_RATE_HZ}", f"chunk_ms={CHUNK_MS}"):
-        command += ["-o", option.lower()]
+    for option in options:
+        command += ["-o", option]
     environ = {"RELAY_TOKEN": stage.tokens["worker"]}
     if door.certificate:
         environ["SSL_CERT_FILE"] = str(door.certificate.cert)
@@ -261,6 +281,7 @@ async def open_stage(folder: Path, settings: Settings, ledger: Ledger, nursery: 
             ("b", "tts tell", True, doors[1]),
             ("c", "loose muse", False, doors[0]),
             (LEAVER, "tts deep", True, doors[1]),
+            *([("e", LLM, True, doors[0])] * bool(settings.talkers)),
         ):
             line = await line_of(f"worker {name}", door)
             worker = make_worker(name, spaces, reproducible, line, door, stage)
@@ -288,6 +309,11 @@ async def open_stage(folder: Path, settings: Settings, ledger: Ledger, nursery: 
         for number in range(1, settings.web + 1):
             name, token, door = f"web {number}", tokens[PRINCIPALS[number % 2]], doors[number % 2]
             stage.web.append(WebClient(name, await line_of(name, door), ledger, token, settings.seed, door.tls))
+        for number in range(1, settings.talkers + 1):  # two of each user, of different principals
+            name, token, door = f"talker {number}", tokens[PRINCIPALS[number % 2]], doors[number // 2 % 2]
+            talker = Talker(name, await line_of(name, door), ledger, token, settings.seed, door.tls)
+            talker.user, talker.others = f"user_{(number + 1) // 2}", stage.talkers
+            stage.talkers.append(talker)
         if settings.hostile:
             for name, role in ((TENANT, "client"), (INTRUDER, "worker")):
                 url, target, token = stage.socket_url, doors[0].target, tokens[name]

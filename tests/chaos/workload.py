@@ -53,6 +53,12 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def tune_of(text: str, seed: int, duration_s: float, voice: str = "") -> bytes:
+    """The samples of a text that is spoken piece by piece."""
+    samples = round(duration_s * SAMPLE_RATE_HZ)
+    return b"".join(_tune.pcm(tune_key(piece.text + voice, seed), 0, samples) for piece in pieces_of([text]))
+
+
 @attrs.frozen(kw_only=True)
 class Plan:
     """One request, and what its listener does.
@@ -136,10 +142,10 @@ class Plan:
         """The samples of an undisturbed run, or the text."""
         if self.tells:
             return self.text.encode()
-        texts = [piece.text for piece in pieces_of([self.text])] if self.text else [self.name]
         voice = "".join(map(digest, self.inputs.values()))
-        samples = round(self.duration_s * SAMPLE_RATE_HZ)
-        return b"".join(_tune.pcm(tune_key(text + voice, self.seed), 0, samples) for text in texts)
+        if self.text:
+            return tune_of(self.text, self.seed, self.duration_s, voice)
+        return _tune.pcm(tune_key(self.name + voice, self.seed), 0, round(self.duration_s * SAMPLE_RATE_HZ))
 
     def expected_sha256(self) -> str:
         """SHA-256 of the expected samples."""
