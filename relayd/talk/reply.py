@@ -41,7 +41,7 @@ class Reply:
     said_at: float
     #: Numbers of what it is a reply to.
     said: tuple[int, ...] = ()
-    on_heard: Callable[[int, int], None] = lambda _number, _samples: None
+    on_heard: Callable[[int, int], bool] = lambda _number, _samples: False
     #: The text so far.
     text: str = ""
     #: The request that speaks it, once there is one.

@@ -208,11 +208,12 @@ class Session:
             self.place.post(DeleteTurns(self.record.talk_id, number, number))
         return deleted
 
-    def note_heard(self, number: int, samples: int) -> None:
+    def note_heard(self, number: int, samples: int) -> bool:
         """See `Talk.heard`."""
         turn = self.conversation.heard(number, max(0, samples))
         if turn is not None:
             self.place.post(PutTurn(turn))
+        return turn is not None
 
     def interrupt(self, reason: str) -> bool:
         """See `Talk.interrupt`."""

@@ -111,10 +111,17 @@ class Talk:
         """End the reply that is being made, and keep what was heard of it; False if there is none."""
         return not self.principal.readonly and self.session.interrupt(reason)
 
-    def heard(self, number: int, samples: int) -> None:
-        """Say how many samples of the speech of a reply were played; it may have ended."""
-        if not self.principal.readonly:
-            self.session.note_heard(number, samples)
+    async def interrupt_for_good(self, reason: str = "interrupted") -> bool:
+        """Do the same, and wait until it is stored: it holds whatever happens to the relay."""
+        reply = next(iter(self.replies.values()), None)  # they are made one after the other
+        if reply is None or not self.interrupt(reason):
+            return False
+        await reply.wait_ended()
+        return True
+
+    def heard(self, number: int, samples: int) -> bool:
+        """Say how many samples of the speech of a reply were played; whether that changes one that has ended."""
+        return not self.principal.readonly and self.session.note_heard(number, samples)
 
     async def add(self, role: str, content: str) -> TurnRecord | Rejected:
         """Add a turn that is not answered: of the `user`, the `assistant` or the `system`."""

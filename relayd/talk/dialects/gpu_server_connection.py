@@ -193,8 +193,11 @@ class GpuServerConnection:
         session = session_of(message, self.session)
         user_of(message, self.user, required=False)
         talk = await self._open(session, create=False)
+        made = next(iter(talk.replies.values()), None)
         interrupted = talk.interrupt("the client interrupted it")
         _hear_nothing(talk)
+        if interrupted and made is not None:
+            await made.wait_ended()  # then it holds, whatever happens to the relay
         await self._answer(message, {"type": "interrupted", "interrupted": interrupted})
 
     async def _open(self, session: str, *, create: bool) -> Talk:

@@ -105,7 +105,8 @@ async def interrupt(http: Request) -> Response:
     principal_of(http)
     fields = await fields_of(http, _INTERRUPT)
     talk = await open_named(http, fields.get("user"))
-    return JSONResponse({"interrupted": talk.interrupt(fields.get("reason") or "interrupted by the client")})
+    reason = fields.get("reason") or "interrupted by the client"
+    return JSONResponse({"interrupted": await talk.interrupt_for_good(reason)})
 
 
 async def heard(http: Request) -> Response:
@@ -113,5 +114,6 @@ async def heard(http: Request) -> Response:
     principal_of(http)
     fields = await fields_of(http, _HEARD, "number", "samples")
     talk = await open_named(http, fields.get("user"))
-    talk.heard(fields["number"], fields["samples"])
+    if talk.heard(fields["number"], fields["samples"]):
+        or_refuse(await talks_of(http).settle())
     return Response(status_code=204)

@@ -156,10 +156,46 @@ async def test_a_reply_goes_on_without_its_client_and_can_be_interrupted_by_anot
         assert (await http.ask("POST", "/v1/talks/s1/heard", told={"number": 1, "samples": 80})).status == 204
         interrupted = await http.ask("POST", "/v1/talks/s1/interrupt")
         assert interrupted.json == {"interrupted": True}
-        await until(lambda: not on.talks.place.unended)
         turns = (await http.get("/v1/talks/s1/turns")).json["turns"]
         assert (turns[1]["state"], turns[1]["heard_chars"]) == ("interrupted", 8)
         assert (await http.ask("POST", "/v1/talks/s1/interrupt")).json == {"interrupted": False}
+
+
+@pytest.mark.trio
+async def test_an_interruption_and_what_was_heard_are_stored_before_they_are_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with talking(tmp_path) as (on, http):
+        await on.writer(lambda _: ["One two three. ", trio.Event()])
+        await on.speaker()
+        async with visitor(on.daemon.url, token=await new_token(on.daemon)) as listening:
+            answer = await listening.open("POST", "/v1/talks/s1/say", told={"text": "Count!"}, headers=SSE)
+            await answer.until(b"event: mark")
+        store = on.daemon.relay.store
+        commit = store.commit
+        for path, told in (("interrupt", {}), ("heard", {"number": 1, "samples": 80})):
+            held, allowed, answered = trio.Event(), trio.Event(), trio.Event()
+
+            async def slow(*changes: Any, held: trio.Event = held, allowed: trio.Event = allowed) -> None:
+                held.set()
+                await allowed.wait()
+                await commit(*changes)
+
+            async def ask(path: str, told: dict[str, Any], answered: trio.Event = answered) -> None:
+                assert (await http.ask("POST", f"/v1/talks/s1/{path}", told=told)).status in (200, 204)
+                answered.set()
+
+            monkeypatch.setattr(store, "commit", slow)
+            with trio.fail_after(20):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(ask, path, told)
+                    await held.wait()
+                    with trio.move_on_after(0.2):
+                        await answered.wait()
+                    assert not answered.is_set()
+                    allowed.set()
+        turns = (await http.get("/v1/talks/s1/turns")).json["turns"]
+        assert (turns[1]["state"], turns[1]["heard_chars"]) == ("interrupted", 8)
 
 
 @pytest.mark.trio
