@@ -126,8 +126,8 @@ class Session:
         if refusal := self._refuse(principal, text):
             return refusal
         settings = self.place.settings
-        if interrupt or settings.barge_in == "always":
-            self.interrupt("the user goes on")
+        goes_on = (interrupt or settings.barge_in == "always") and self.interrupt("the user goes on")
+        interrupted = next(iter(self.replies.values())) if goes_on else None  # they are made one after the other
         now = time.time()
         turns = self.conversation.say(
             text,
@@ -138,7 +138,7 @@ class Session:
         )
         self.change(touched_at=now)
         reply = self._add_reply(turns[-1], principal, tuple(turn.number for turn in turns[:-1]))
-        self.place.nursery.start_soon(self._store_said, turns, reply)
+        self.place.nursery.start_soon(self._store_said, turns, reply, interrupted)
         self._go_on()
         return reply
 
@@ -167,13 +167,18 @@ class Session:
         self.place.count(self.record.principal, 1)
         return reply
 
-    async def _store_said(self, turns: Sequence[TurnRecord], reply: Reply) -> None:
-        """Store what was said, and that it will be answered; the reply may be on its way meanwhile."""
+    async def _store_said(self, turns: Sequence[TurnRecord], reply: Reply, interrupted: Reply | None) -> None:
+        """Store what was said, that it will be answered, and the end of the reply that it has interrupted.
+
+        The reply may be on its way meanwhile.
+        """
         try:
             await self._commit(*(PutTurn(self.conversation.turns.get(turn.number, turn)) for turn in turns))
         except StoreError as fault:
             self._fail_unstored(reply, fault)
         else:
+            if interrupted is not None:
+                await interrupted.wait_ended()
             reply.is_stored = True
             reply.wake()
 

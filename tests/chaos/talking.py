@@ -145,19 +145,10 @@ class Talker(WebPeer):
 
     async def _say(self, saying: Saying, listening: trio.Nursery) -> None:
         """Say something until it is acknowledged, each time in other words, and do what its deed says."""
-        for attempt in range(1_000):
-            text = f"{saying.text} ({attempt})" if attempt else saying.text
-            said = Said(attrs.evolve(saying, text=text), trio.current_time())
-            said.may_be_interrupted = said.said_at < self._interrupts_until
-            self.talk.said.append(said)
-            if saying.interrupt:
-                self._begin_interruption()
-            over, enough = trio.Event(), trio.Event()
-            acknowledged = await listening.start(self._listen, said, enough, over)
-            if saying.interrupt:
-                self._end_interruption(answered=acknowledged)
-            if acknowledged:
-                break
+        over, enough = trio.Event(), trio.Event()
+        number = 0
+        while not (said := await self._say_once(saying, number, (enough, over), listening)).acknowledged:
+            number, over, enough = number + 1, trio.Event(), trio.Event()
             await trio.sleep(AGAIN_S)
         if saying.deed == "go on":
             return
@@ -168,12 +159,27 @@ class Talker(WebPeer):
             await over.wait()
         await self._until_ended(said)
 
+    async def _say_once(
+        self, saying: Saying, number: int, events: tuple[trio.Event, trio.Event], listening: trio.Nursery
+    ) -> Said:
+        """Try to say something; `events` are set when enough of the reply was heard, and at its end."""
+        text = f"{saying.text} ({number})" if number else saying.text
+        said = Said(attrs.evolve(saying, text=text), trio.current_time())
+        said.may_be_interrupted = said.said_at < self._interrupts_until
+        self.talk.said.append(said)
+        if saying.interrupt:
+            self._begin_interruption()
+        await listening.start(self._listen, said, *events)
+        if saying.interrupt:
+            self._end_interruption(answered=said.acknowledged)
+        return said
+
     async def _listen(
         self,
         said: Said,
         enough: trio.Event,
         over: trio.Event,
-        task_status: trio.TaskStatus[bool] = trio.TASK_STATUS_IGNORED,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Say it, tell whether it is acknowledged, and listen to the reply."""
         is_whole = said.saying.deed == "whole"
@@ -191,7 +197,7 @@ class Talker(WebPeer):
                     said.acknowledged = True
                     self._note(f"said {said.saying.text!r}: {said.saying.deed}")
                     self.ledger.note_answer()
-                    task_status.started(True)
+                    task_status.started()
                     await self._take_events(said, answer, enough)
         except BROKEN as fault:
             self.broken(self.talk.name, fault)
@@ -199,7 +205,7 @@ class Talker(WebPeer):
             enough.set()
             over.set()
             if is_whole or not said.acknowledged:
-                task_status.started(said.acknowledged)
+                task_status.started()
 
     def _take_refusal(self, said: Said, status: int, body: bytes) -> None:
         self.counts[f"texts answered {status}"] += 1

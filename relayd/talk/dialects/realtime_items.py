@@ -20,7 +20,7 @@ from relayd.talk.dialects.realtime_events import (
     new_id,
     take,
 )
-from relayd.talk.talks import Talk
+from relayd.talk.talks import Talk, Talks
 
 MAX_ID_CHARS = 64
 MAX_MESSAGE_CHARS = 2**20
@@ -46,6 +46,16 @@ def refusal_of(rejected: Rejected) -> EventError:
     """Return the error that says why something is refused."""
     kind = SERVER if STATUS.get(rejected.code, 400) >= 500 else INVALID
     return EventError(str(rejected.code), rejected.message, kind=kind)
+
+
+async def settle(talks: Talks) -> None:
+    """Wait until what was changed is stored.
+
+    Raises:
+        EventError: it cannot be.
+    """
+    if (refused := await talks.settle()) is not None:
+        raise refusal_of(refused)
 
 
 @attrs.frozen

@@ -24,7 +24,7 @@ from relayd.talk.dialects.realtime_events import (
     take,
     to_beta,
 )
-from relayd.talk.dialects.realtime_items import Items, parse_message, refusal_of
+from relayd.talk.dialects.realtime_items import Items, parse_message, refusal_of, settle
 from relayd.talk.dialects.realtime_models import speech_params
 from relayd.talk.dialects.realtime_response import Response
 from relayd.talk.dialects.realtime_settings import AUDIO, TEXT, Settings, changed, metadata_of, session_json
@@ -139,6 +139,7 @@ class RealtimeSession:
     async def _delete_item(self, event: Json) -> None:
         item = self.items.find(event)
         self.items.delete(item)
+        await settle(self.talks)
         await self.send("conversation.item.deleted", item_id=item.item_id)
 
     async def _retrieve_item(self, event: Json) -> None:
@@ -156,7 +157,8 @@ class RealtimeSession:
             message = f"the audio of this item, {sent_ms} ms, is shorter than {end_ms} ms"
             raise EventError("invalid_value", message, "audio_end_ms")
         item.truncated = True
-        self.talk.heard(item.number, item.samples_until(end_ms))
+        if self.talk.heard(item.number, item.samples_until(end_ms)):
+            await settle(self.talks)
         await self.send("conversation.item.truncated", item_id=item.item_id, content_index=0, audio_end_ms=end_ms)
 
     async def _cancel(self, event: Json) -> None:

@@ -587,3 +587,27 @@ async def test_what_foreign_clients_send_is_answered_without_an_error(
         item_id = done["output"][0]["id"]
         await client.say("conversation.item.truncate", item_id=item_id, content_index=0, audio_end_ms=3)
         assert (await client.next())["type"] == "conversation.item.truncated"
+
+
+@pytest.mark.trio
+async def test_what_is_truncated_or_deleted_is_stored_before_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with realtime(tmp_path) as (on, client):
+        await a_reply(on)
+        await client.user("Hi")
+        item_id = (await client.asked())["output"][0]["id"]
+        store, stored = on.daemon.relay.store, []
+        commit = store.commit
+
+        async def noted(*changes: Any) -> None:
+            await commit(*changes)
+            stored.extend([None] if not changes else [])  # one without changes waits for those before it
+
+        monkeypatch.setattr(store, "commit", noted)
+        await client.say("conversation.item.truncate", item_id=item_id, content_index=0, audio_end_ms=3)
+        await client.next("conversation.item.truncated")
+        assert len(stored) == 1
+        await client.say("conversation.item.delete", item_id=item_id)
+        await client.next("conversation.item.deleted")
+        assert len(stored) == 2

@@ -177,7 +177,9 @@ async def test_an_interruption_that_comes_with_the_text_is_not_lost(tmp_path: Pa
 
 @pytest.mark.trio
 @pytest.mark.parametrize("setting", ["never", "always"])
-async def test_a_new_text_interrupts_if_it_says_so_or_always(tmp_path: Path, setting: str) -> None:
+async def test_a_new_text_interrupts_if_it_says_so_or_always(
+    tmp_path: Path, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     never = trio.Event()
     answers: list[list[Step]] = [["Well, ", never], ["Fine."]]
     async with stage(tmp_path, talk={"barge_in": setting}) as on:
@@ -186,6 +188,17 @@ async def test_a_new_text_interrupts_if_it_says_so_or_always(tmp_path: Path, set
         talk = await on.open()
         first = said(talk.say("Count!"))
         await until(lambda: bool(first.text))
+        commit = on.daemon.relay.store.commit
+
+        async def after_the_text(*changes: Any) -> None:
+            if any(isinstance(change, PutTurn) and change.record.number == first.number for change in changes):
+                await until(lambda: committed.is_set())
+                assert not said(second).is_stored, "a text is acknowledged when what it interrupts is stored"
+            await commit(*changes)
+            committed.set()
+
+        committed = trio.Event()
+        monkeypatch.setattr(on.daemon.relay.store, "commit", after_the_text)
         second = talk.say("Stop!", interrupt=setting == "never")
         assert (await ended(first)).state == "interrupted"
         assert (await ended(second)).content == "Fine."
