@@ -597,7 +597,8 @@ async def test_what_is_truncated_or_deleted_is_stored_before_it_is_told(
         await a_reply(on)
         await client.user("Hi")
         item_id = (await client.asked())["output"][0]["id"]
-        store, stored = on.daemon.relay.store, []
+        store = on.daemon.relay.store
+        stored: list[None] = []
         commit = store.commit
 
         async def noted(*changes: Any) -> None:
