@@ -12,8 +12,8 @@ from tests.chaos.talk_plans import Saying, retort
 
 Turn = Mapping[str, Any]
 ENDED = ("done", "interrupted", "failed")
-#: How a reply may fail, or its speech, though nothing is wrong: no worker came for it in time.
-EXCUSED = ("no_worker", "queue_timeout")
+#: How a reply may fail, or its speech, though nothing is wrong: no worker came for it in time, or an operator paused.
+EXCUSED = ("no_worker", "queue_timeout", "space_paused")
 #: Of a conversation, how many combinations of what was heard at different times are looked at.
 MAX_PROMPTS = 4_096
 
