@@ -47,6 +47,7 @@ SCREENS_BY_NAME: dict[str, type[tables.TableScreen]] = {
     "clients": tables.Clients,
     "log": tables.Log,
     "audit": tables.Audit,
+    "talks": tables.Talks,
 }
 
 
@@ -318,7 +319,7 @@ class RelayTui(App[int]):
     def _find(self, text: str) -> list[tuple[str, str]]:
         wanted = text.lower().strip()
         found = [(f"screen/{name}", name) for name in SCREENS_BY_NAME if wanted in name]
-        for topic in ("spaces", "workers", "requests", "clients"):
+        for topic in ("spaces", "workers", "requests", "talks", "clients"):
             word = topic[:-1]
             for view in self.model.rows(topic):
                 if wanted and wanted not in searchable_text(view).lower():

@@ -19,11 +19,11 @@ from tui.model.relay_model import RelayModel, RowView
 #: How long to wait for the relay's first snapshot.
 ANSWER_S = 10.0
 #: The topics asked for; `history`, `log` and `audit` are only for the live screen.
-TOPICS = ("relay", "spaces", "workers", "requests", "clients")
+TOPICS = ("relay", "spaces", "workers", "requests", "talks", "clients")
 #: The width where no terminal reports one.
 WIDTH = 120
-#: Requests listed; the rest are only counted.
-MAX_REQUESTS = 20
+#: Requests, and conversations, listed; the rest are only counted.
+MAX_LISTED = 20
 
 Rows = dict[str, list[dict[str, Value]]]
 
@@ -64,7 +64,9 @@ def describe(rows: Rows, width: int | None = None, *, ascii_only: bool = False) 
         lines += ["", *_table("spaces", spaces, width)]
     lines += ["", *_table("workers", model.rows("workers"), width)]
     if live:
-        lines += ["", *_table("requests", live, width, MAX_REQUESTS)]
+        lines += ["", *_table("requests", live, width, MAX_LISTED)]
+    if talks := model.rows("talks"):
+        lines += ["", *_table("talks", talks, width, MAX_LISTED)]
     if ended:
         lines += ["", f"{ended} ended lately"]
     text = "\n".join(lines)

@@ -18,6 +18,7 @@ ROW_KEYS = {
     "spaces": "name",
     "workers": "worker_id",
     "requests": "request_id",
+    "talks": "talk_id",
     "clients": "connection_id",
     "history": "name",
     "log": "id",
@@ -35,6 +36,7 @@ COUNTS_ON: dict[str, dict[str, frozenset[str] | None]] = {
         "run_s": frozenset({"running"}),
         "ended_s": None,
     },
+    "talks": {"reply_s": None, "said_s": None},
     "clients": {"connected_s": None},
 }
 #: Deltas not read yet; beyond this, one snapshot of the state replaces them. 15 s at the relay's 4 a second.

@@ -33,7 +33,7 @@ Answer = dict[str, Value] | Rejected
 READ_ONLY_ACTIONS = frozenset({"describe", "list_tokens"})
 #: Actions that hold at once, and are answered when the store has them: `done` must outlive a relay that is killed.
 STORED_ACTIONS = frozenset(
-    {"cancel", "promote", "pause_space", "resume_space", "revoke_token", "drain_worker", "undrain_worker"}
+    {"cancel", "promote", "pause_space", "resume_space", "revoke_token", "drain_worker", "undrain_worker", "end_talk"}
 )
 NOT_STORED = (
     "the action holds, but is not stored: a relay that is started again before its disk takes it has forgotten it"
@@ -274,6 +274,14 @@ class OperatorHandler(ClientHandler):
         self.relay.store.post(*map(PutToken, revoked))
         return {"revoked": sorted(ids)}
 
+    async def _end_talk(self, steer: Steer) -> Answer:
+        talks, reason = self.relay.talks, f"ended by operator {self.principal.name}"
+        replies = await talks.end_replies(steer.target, reason) if talks is not None else None
+        if replies is None:
+            message = f"no conversation {steer.target!r} is in use; watch the topic talks for those that are"
+            return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message)
+        return {"replies": replies}
+
     async def _disconnect(self, steer: Steer) -> Answer:
         connection = self.relay.connections.get(steer.target)
         if connection is None:
@@ -304,6 +312,7 @@ ACTIONS: Mapping[str, Callable[[OperatorHandler, Steer], Awaitable[Answer]]] = {
     "create_token": OperatorHandler._create_token,
     "list_tokens": OperatorHandler._list_tokens,
     "revoke_token": OperatorHandler._revoke_token,
+    "end_talk": OperatorHandler._end_talk,
     "disconnect": OperatorHandler._disconnect,
     "describe": OperatorHandler._describe,
     "drain": OperatorHandler._drain,

@@ -8,7 +8,7 @@ import trio
 from protocol.link.base import Link
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Ack
-from protocol.wire.validators import Message
+from protocol.wire.validators import Message, Value
 from relayd.auth.tokens import Principal
 from relayd.config.schema import Config
 from relayd.core.principals import Principals
@@ -221,6 +221,23 @@ class ResultsOwner(Protocol):
 
     def acknowledge(self, worker_id: str, ack: Ack) -> None:
         """Send `ack` to a worker, if it is connected: it may forget the attempt."""
+
+
+class TalksPort(Protocol):
+    """The conversations, as an operator sees them."""
+
+    def in_use(self) -> list[str]:
+        """Return the ids of those that somebody has opened, or that are being answered."""
+
+    def row(self, talk_id: str) -> dict[str, Value] | None:
+        """Return the row of one; None if it is not in use."""
+
+    async def end_replies(self, talk_id: str, reason: str) -> int | None:
+        """End the replies of one, and wait until that is stored.
+
+        Returns:
+            How many there were; None if it is not in use.
+        """
 
 
 class Watcher(Protocol):

@@ -29,7 +29,7 @@ from relayd.core.clock import RelayClock
 from relayd.core.copies import Copies
 from relayd.core.feeds import Feeds
 from relayd.core.finalize import Finalizer
-from relayd.core.interfaces import ClientPort, ConnectionPort, Watcher, WorkerPort
+from relayd.core.interfaces import ClientPort, ConnectionPort, TalksPort, Watcher, WorkerPort
 from relayd.core.principals import Principals
 from relayd.core.retention import Retention
 from relayd.core.spaces import Spaces
@@ -64,6 +64,8 @@ class Relay:
     connections: dict[str, ConnectionPort] = attrs.field(factory=dict)
     clients: dict[str, ClientPort] = attrs.field(factory=dict)
     watchers: set[Watcher] = attrs.field(factory=set)
+    #: The conversations; None without [talk].
+    talks: TalksPort | None = None
     #: Set whenever a queue has moved, so that positions have to be sent.
     positions_changed: trio.Event = attrs.field(factory=trio.Event)
     #: Set when the daemon accepts nothing new and exits once the running requests have ended.

@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import attrs
 import msgpack
@@ -54,6 +55,8 @@ class Session:
     #: Number of the turn -> the reply, until it has ended.
     replies: dict[int, Reply] = attrs.field(factory=dict)
     is_deleted: bool = False
+    #: Those who have opened it.
+    openers: WeakSet[object] = attrs.field(factory=WeakSet)
     #: Number of the turn -> who asked for the reply.
     _principals: dict[int, Principal] = attrs.field(factory=dict)
     _turn: Turn | None = None
@@ -66,6 +69,11 @@ class Session:
     def is_idle(self) -> bool:
         """Whether no reply waits or is being made."""
         return not self.replies
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether somebody has opened it, or it is being answered."""
+        return not self.is_deleted and bool(self.replies or self.openers)
 
     def change(self, **fields: Any) -> None:
         """Change its record; the next commit stores it."""
@@ -235,7 +243,18 @@ class Session:
         waited = self._refuse_waiting(reply, CANCELLED, reason)
         if waited is not None:
             self.place.post(PutTurn(waited))
+            if self.place.history == "none":
+                self._drop(reply)
         return waited is not None
+
+    async def end_replies(self, reason: str) -> int:
+        """End the reply that is being made and those that wait, and wait until that is stored; returns how many."""
+        replies = list(self.replies.values())
+        for reply in replies:
+            self.cancel(reply, reason)
+        for reply in replies:
+            await reply.wait_ended()
+        return len(replies)
 
     def close(self, message: str) -> None:
         """End all of its replies, because it is deleted."""

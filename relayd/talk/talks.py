@@ -24,6 +24,7 @@ from relayd.talk.place import Place
 from relayd.talk.reply import Reply
 from relayd.talk.session import DELETED, Session, not_stored
 from relayd.talk.session import MAX_INSTRUCTIONS_CHARS as MAX_INSTRUCTIONS_CHARS
+from relayd.talk.talk_row import talk_row
 
 log = structlog.get_logger("relayd.talk")
 
@@ -42,6 +43,9 @@ class Talk:
 
     session: Session
     principal: Principal
+
+    def __attrs_post_init__(self) -> None:
+        self.session.openers.add(self)
 
     @property
     def talk_id(self) -> str:
@@ -138,14 +142,25 @@ class Talks:
 
     place: Place
     _index: TalkIndex = attrs.field(factory=TalkIndex)
-    #: By their ids: those that somebody uses; and all of those that are only in memory.
+    #: By their ids: those that are in use, whether kept or not; and all of those that are only in memory.
     _sessions: WeakValueDictionary[str, Session] = attrs.field(factory=WeakValueDictionary)
     _kept: dict[str, Session] = attrs.field(factory=dict)
 
-    @property
-    def open_sessions(self) -> list[Session]:
-        """Those that somebody uses."""
-        return list(self._sessions.values())
+    # -- for operators
+
+    def in_use(self) -> list[str]:
+        """Return the ids of those that somebody has opened, or that are being answered."""
+        return [talk_id for talk_id, session in self._sessions.items() if session.is_in_use]
+
+    def row(self, talk_id: str) -> dict[str, Value] | None:
+        """Return the row of one; None if it is not in use."""
+        session = self._sessions.get(talk_id)
+        return talk_row(session) if session is not None and session.is_in_use else None
+
+    async def end_replies(self, talk_id: str, reason: str) -> int | None:
+        """See `TalksPort.end_replies`."""
+        session = self._sessions.get(talk_id)
+        return await session.end_replies(reason) if session is not None and session.is_in_use else None
 
     # -- finding one
 
@@ -192,7 +207,9 @@ class Talks:
             return reject_readonly()
         record = _new_record(principal.name, "", "")
         place = attrs.evolve(self.place, kept=False)
-        return Talk(Session(place, record, Conversation(record.talk_id), lambda _record: None), principal)
+        session = Session(place, record, Conversation(record.talk_id), lambda _record: None)
+        self._sessions[record.talk_id] = session
+        return Talk(session, principal)
 
     def _refuse_names(self, session_id: str, user: str, instructions: str | None, *, is_known: bool) -> Rejected | None:
         details: dict[str, Value] = {}
@@ -355,5 +372,7 @@ async def open_talks(admission: Admission, tokens: TokenRegistry) -> AsyncIterat
     async with trio.open_nursery() as nursery:
         talks = Talks(Place(admission, tokens, nursery))
         nursery.start_soon(talks.serve)
+        admission.relay.talks = talks
         yield talks
+        admission.relay.talks = None
         nursery.cancel_scope.cancel()

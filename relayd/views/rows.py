@@ -24,7 +24,7 @@ from relayd.views.token_rows import Row
 #: Limit for the rows of one message, well below the 64 KiB of a control message.
 PAGE_BYTES = 24 * KIB
 PAGE_ROWS = 200
-TOPICS = ("relay", "spaces", "workers", "requests", "clients", "history", "log", "audit")
+TOPICS = ("relay", "spaces", "workers", "requests", "talks", "clients", "history", "log", "audit")
 VERSION = importlib.metadata.version("relayd")
 HOST = socket.gethostname()
 #: Number of ping intervals without a sign of life after which a worker is shown as stale.
@@ -267,6 +267,11 @@ def buffered_bytes(request: Request) -> int:
         for reader in frames.readers
     ]
     return max(waiting, default=0)
+
+
+def talk_row(relay: Relay, talk_id: str) -> Row | None:
+    """Return the row of a conversation; None if it is not in use, or there are none."""
+    return relay.talks.row(talk_id) if relay.talks is not None else None
 
 
 def client_row(relay: Relay, connection_id: str) -> Row | None:

@@ -27,6 +27,7 @@ from relayd.views.rows import (
     pages,
     relay_row,
     request_row,
+    talk_row,
     watched_space_row,
     worker_row,
 )
@@ -55,6 +56,7 @@ _COMPARED_ROWS: dict[str, Callable[[Relay, str], Row | None]] = {
     "relay": lambda relay, _key: relay_row(relay),
     "spaces": watched_space_row,
     "workers": worker_row,
+    "talks": talk_row,
     "clients": client_row,
 }
 Gone = dict[str, list[str]]
@@ -210,6 +212,8 @@ class WatchFeed:
             return sorted({*relay.spaces, *sent})
         if topic == "workers":
             return sorted({*relay.scheduler.state.workers, *sent})
+        if topic == "talks":
+            return list({*(relay.talks.in_use() if relay.talks is not None else ()), *sent})
         self._client_values = {key: values for key, values in self._client_values.items() if key in relay.clients}
         return [*self._active_clients(), *(key for key in sent if key not in relay.clients)]
 

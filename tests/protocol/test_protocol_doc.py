@@ -31,6 +31,7 @@ from relayd.config.schema import Limits, PrincipalLimits, SpaceConfig
 from relayd.connections.operator import ACTIONS, OperatorHandler
 from relayd.logs import recent
 from relayd.requests.summary import summarize
+from relayd.talk import talk_row
 from relayd.views import rows, token_rows
 from relayd.views.request_detail import request_detail
 
@@ -237,6 +238,7 @@ def keys_of(function: Any) -> set[str]:
         ("spaces", [rows.space_row, rows.watched_space_row]),
         ("workers", [rows.worker_row]),
         ("requests", [rows.request_row]),
+        ("talks", [talk_row.talk_row]),
         ("clients", [rows.client_row]),
         ("history", [rows.history_row]),
         ("log", [recent.log_row, recent.RecentRows.add]),

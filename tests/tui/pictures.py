@@ -52,6 +52,7 @@ PICTURES: dict[Path, Picture] = {
     DOCS / "clients.svg": Picture("broken", (80, 16), keys=("6",)),
     DOCS / "log.svg": Picture("broken", (100, 20), keys=("7",)),
     DOCS / "audit.svg": Picture("broken", (80, 12), keys=("8",)),
+    DOCS / "talks.svg": Picture("busy", (100, 12), keys=("9",)),
     DOCS / "confirm.svg": Picture("busy", (80, 20), keys=("4", "space", "space", "space", "x")),
     DOCS / "help.svg": Picture("busy", (80, 24), keys=("question_mark",)),
     DOCS / "light.svg": Picture("broken", (80, 20), "light", keys=("2",)),

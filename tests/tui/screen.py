@@ -57,6 +57,10 @@ def a_client(key: str, **other: Value) -> Row:
     return {"connection_id": key, "principal": "alice", "pending_bytes": 0, "slow": False, "requests": 0, **other}
 
 
+def a_talk(key: str, **other: Value) -> Row:
+    return {"talk_id": key, "principal": "alice", "session": "s-1", "state": "idle", "turns": 2, "waiting": 0, **other}
+
+
 def a_relay(**other: Value) -> Row:
     return {"name": "relay", "state": "serving", "uptime_s": 60.0, "workers": 1, "queued": 0, "running": 0, **other}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tui.screen import Stage, a_client, a_line, a_request, a_space, a_stage, a_worker
+from tests.tui.screen import Stage, a_client, a_line, a_request, a_space, a_stage, a_talk, a_worker
 from tui.model.columns import COLUMNS, choose
 from tui.screens.dialogs import ExportDialog, HelpDialog, JumpDialog
 
@@ -36,6 +36,7 @@ async def three_requests(stage: Stage) -> None:
         ("6", "clients"),
         ("7", "log"),
         ("8", "audit"),
+        ("9", "talks"),
     ],
 )
 async def test_a_number_shows_its_screen(key: str, crumb: str) -> None:
@@ -44,6 +45,7 @@ async def test_a_number_shows_its_screen(key: str, crumb: str) -> None:
             spaces=[a_space("tts", queued=1)],
             workers=[a_worker("gpu")],
             requests=[a_request(A, state="queued", position=1)],
+            talks=[a_talk("t1")],
             clients=[a_client("client1")],
             log=[a_line(1)],
             audit=[{"id": "1", "time": 1e9, "principal": "op", "action": "cancel", "target": A, "outcome": "done"}],
@@ -252,6 +254,7 @@ async def test_question_mark_lists_the_keys_of_this_screen() -> None:
         ("voi", "spaces", "voices"),
         ("bbbb", "requests", B),
         ("zoe", "clients", "conn7"),
+        ("anna-2", "talks", "t2"),
     ],
 )
 async def test_colon_jumps_to_anything_by_its_name(typed: str, crumb: str, cursor: str | None) -> None:
@@ -260,6 +263,7 @@ async def test_colon_jumps_to_anything_by_its_name(typed: str, crumb: str, curso
             spaces=[a_space("tts"), a_space("voices")],
             workers=[a_worker("w1", name="gpu-1"), a_worker("w2", name="gpu-2")],
             requests=[a_request(A), a_request(B)],
+            talks=[a_talk("t1"), a_talk("t2", session="anna-2")],
             clients=[a_client("conn6"), a_client("conn7", principal="Zoe")],
         )
         await stage.press("colon")

@@ -64,7 +64,7 @@ async def test_json_is_one_object_on_stdout(tmp_path: Path) -> None:
             capture_stdout=True,
             env=dict(os.environ),
         )
-    assert {"relay", "spaces", "workers", "requests", "clients"} == json.loads(done.stdout).keys()
+    assert {"relay", "spaces", "workers", "requests", "talks", "clients"} == json.loads(done.stdout).keys()
 
 
 def test_a_worker_cannot_steer_the_terminal_by_what_it_calls_itself() -> None:

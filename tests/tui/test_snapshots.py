@@ -68,7 +68,7 @@ async def test_the_same_scene_is_the_same_picture_twice(scene: str) -> None:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("keys", [(), *((key,) for key in "2345678"), ("question_mark",), ("4", "enter"), ("4", "x")])
+@pytest.mark.parametrize("keys", [(), *((key,) for key in "23456789"), ("question_mark",), ("4", "enter"), ("4", "x")])
 async def test_in_ascii_nothing_but_names_is_not_ascii(keys: tuple[str, ...]) -> None:
     async with at_scene("busy", (80, 24), "mono", keys=keys, ascii_only=True) as pilot:
         shown = "".join(re.findall(r"<text[^>]*>([^<]*)</text>", pilot.app.export_screenshot()))

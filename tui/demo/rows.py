@@ -3,10 +3,10 @@
 from typing import Any
 
 from protocol.wire.validators import Value
-from tui.demo.simulation import BYTES_PER_AUDIO_S, Client, Play, Request, Space, Worker
+from tui.demo.simulation import BYTES_PER_AUDIO_S, Client, Play, Request, Space, Talk, Worker
 
 Row = dict[str, Value]
-TOPICS = ("spaces", "workers", "requests", "clients", "log", "audit")
+TOPICS = ("spaces", "workers", "requests", "talks", "clients", "log", "audit")
 #: Rates are averaged over this many seconds.
 MINUTE_S = 60
 
@@ -18,6 +18,7 @@ def everything(play: Play) -> dict[str, list[Row]]:
         "spaces": [_space(play, one) for one in play.spaces.values()],
         "workers": [_worker(play, one) for one in play.workers.values()],
         "requests": [_request(play, one) for one in play.requests.values()],
+        "talks": [_talk(play, one) for one in play.talks.values()],
         "clients": [_client(play, one) for one in play.clients.values()],
         "history": [_history(play)],
         "log": list(play.log)[-200:],
@@ -35,6 +36,8 @@ def row(play: Play, topic: str, key: str) -> Row | None:
             return _worker(play, found) if (found := play.workers.get(key)) else None
         case "requests":
             return _request(play, found) if (found := play.requests.get(key)) else None
+        case "talks":
+            return _talk(play, play.talks[key])
         case "clients":
             return _client(play, found) if (found := play.clients.get(key)) else None
         case _:
@@ -171,6 +174,27 @@ def _request(play: Play, request: Request) -> Row:
         "buffered_bytes": int(request.audio_s * BYTES_PER_AUDIO_S) if slow else 0,
         "code": request.code,
         "message": request.message,
+    }
+
+
+def _talk(play: Play, talk: Talk) -> Row:
+    state, said_s = talk.state(play.now), round(play.now - talk.said, 1)
+    code, message = talk.failed
+    is_idle = state == "idle"
+    return {
+        "talk_id": talk.talk_id,
+        "principal": talk.part.principal,
+        "user": talk.part.user,
+        "session": talk.part.session,
+        "state": state,
+        "turns": talk.turns,
+        "waiting": talk.waiting,
+        "reply_s": None if is_idle else said_s,
+        "said_s": said_s,
+        "text_request": None if is_idle else f"{talk.turns:032x}",
+        "speech_request": None if is_idle else f"{talk.turns + 1:032x}",
+        "code": code,
+        "message": message,
     }
 
 

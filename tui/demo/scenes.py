@@ -44,12 +44,29 @@ class WorkerPart:
 
 
 @attrs.frozen(kw_only=True)
+class TalkPart:
+    """A conversation of a scene: something is said in it every `period_s`."""
+
+    principal: str
+    user: str
+    session: str
+    turns: int
+    period_s: float
+    #: Seconds since something was said in it.
+    said_s: float
+    waiting: int = 0
+    #: Code and message of its last reply that has ended.
+    failed: tuple[str, str] | tuple[None, None] = (None, None)
+
+
+@attrs.frozen(kw_only=True)
 class Scene:
     """Everything that the demo simulates."""
 
     spaces: tuple[SpacePart, ...] = ()
     workers: tuple[WorkerPart, ...] = ()
     principals: tuple[str, ...] = ()
+    talks: tuple[TalkPart, ...] = ()
     #: Recent audit entries: (seconds ago, principal, action, target, outcome, message).
     steered: tuple[tuple[float, str, str, str, str, str], ...] = ()
     #: Index in `principals` of the client that has stopped reading.
@@ -102,6 +119,12 @@ SCENES: dict[str, Scene] = {
             ),
         ),
         principals=PRINCIPALS,
+        talks=(
+            TalkPart(principal="alice", user="anna", session="anna-1", turns=12, period_s=19, said_s=3.5),
+            TalkPart(principal="studio-🎧", user="", session="desk-4", turns=38, period_s=27, said_s=1.2, waiting=1),
+            TalkPart(principal="王小明", user="小红", session="chat-208", turns=6, period_s=45, said_s=31),
+            TalkPart(principal="podcast-bot", user="", session="", turns=2, period_s=60, said_s=52),
+        ),
         steered=(
             (1260, "dana", "promote", "7f13a9c2", "done", ""),
             (75, "root", "undrain_worker", "gpu-box-1", "done", ""),
@@ -140,6 +163,18 @@ SCENES: dict[str, Scene] = {
             ),
         ),
         principals=PRINCIPALS,
+        talks=(
+            TalkPart(principal="alice", user="anna", session="anna-1", turns=12, period_s=1e9, said_s=41, waiting=2),
+            TalkPart(
+                principal="王小明",
+                user="小红",
+                session="chat-208",
+                turns=6,
+                period_s=1e9,
+                said_s=95,
+                failed=("no_worker", "no worker of space 'voices' is connected; say it again when there is one"),
+            ),
+        ),
         slow_client=3,
         steered=(
             (310, "dana", "pause_space", "tts-draft", "done", ""),

@@ -12,12 +12,14 @@ import attrs
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Rejected
 from protocol.wire.validators import Value
-from tui.demo.scenes import BEGIN_UNIX, FAILURES, TEXTS, Scene, SpacePart, WorkerPart
+from tui.demo.scenes import BEGIN_UNIX, FAILURES, TEXTS, Scene, SpacePart, TalkPart, WorkerPart
 
 #: The longest time that is simulated in one step.
 TICK_S = 0.25
 #: How many ended requests are kept; the relay does it by `results.retain_s`.
 MAX_ENDED = 120
+#: How long a model thinks.
+THINKS_S = 1.0
 #: The default of a space.
 QUEUE_TIMEOUT_S = 120.0
 #: Seconds for which counts are kept, for rates and sparklines.
@@ -109,6 +111,29 @@ class Client:
 
 
 @attrs.define(eq=False)
+class Talk:
+    """One simulated conversation; `said` is when something was last said in it."""
+
+    part: TalkPart
+    talk_id: str
+    said: float
+    turns: int
+    waiting: int
+    #: Code and message of its last reply that has ended.
+    failed: tuple[str, str] | tuple[None, None]
+    #: Whether its last reply was ended by the operator.
+    ended: bool = False
+
+    def state(self, now: float) -> str:
+        """What it does: it thinks first, and speaks for a third of the time; some never get so far."""
+        if self.ended or self.failed[0]:
+            return "idle"
+        if now - self.said < THINKS_S:
+            return "thinking"
+        return "speaking" if now - self.said < self.part.period_s / 3 else "idle"
+
+
+@attrs.define(eq=False)
 class Play:
     """The simulated relay of a scene.
 
@@ -125,6 +150,7 @@ class Play:
     workers: dict[str, Worker] = attrs.field(factory=dict)
     requests: dict[str, Request] = attrs.field(factory=dict)
     clients: dict[str, Client] = attrs.field(factory=dict)
+    talks: dict[str, Talk] = attrs.field(factory=dict)
     log: "deque[dict[str, Value]]" = attrs.field(factory=lambda: deque(maxlen=5_000))
     audit: "deque[dict[str, Value]]" = attrs.field(factory=lambda: deque(maxlen=1_000))
     touched: set[tuple[str, str]] = attrs.field(factory=set)
@@ -155,6 +181,9 @@ class Play:
         self.step(-self.now)
         for ago_s, who, action, target, outcome, message in self.scene.steered:
             self.audited(action, target, outcome, message, who=who, at=-ago_s)
+        for number, talking in enumerate(self.scene.talks, 1):
+            talk = Talk(talking, f"{number:032x}", -talking.said_s, talking.turns, talking.waiting, talking.failed)
+            self.talks[talk.talk_id] = talk
         self.touched.clear()
         self.gone.clear()
 
@@ -192,10 +221,21 @@ class Play:
                     self.end(request, "failed")
         for request in [one for one in self.requests.values() if one.state == "running"]:
             self._go_on(request, tick_s)
+        for talk in self.talks.values():
+            self._talk(talk, tick_s)
         ended = [one.request_id for one in self.requests.values() if one.ended is not None]
         for request_id in ended[: max(0, len(ended) - MAX_ENDED)]:
             del self.requests[request_id]
             self.gone.append(request_id)
+
+    def _talk(self, talk: Talk, tick_s: float) -> None:
+        """Say something when it is time, and note what has become of the reply."""
+        before = talk.state(self.now - tick_s)
+        if self.now - talk.said >= talk.part.period_s:
+            talk.said, talk.turns, talk.waiting, talk.ended = self.now, talk.turns + 2, 0, False
+        if (state := talk.state(self.now)) != before:
+            talk.waiting = 0 if state == "idle" else talk.waiting
+            self.touched.add(("talks", talk.talk_id))
 
     def _ask(self, space: Space, at: float) -> None:
         """Submit a request as a client."""
@@ -367,6 +407,11 @@ class Play:
             }
         )
         self.touched.add(("audit", str(self.lines)))
+
+    def end_talk(self, talk: Talk) -> None:
+        """End the replies of a conversation."""
+        talk.ended, talk.waiting = True, 0
+        self.touched.add(("talks", talk.talk_id))
 
     def disconnect(self, connection_id: str) -> Rejected | None:
         """Disconnect a client, which reconnects, or a worker, which does not."""

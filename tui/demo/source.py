@@ -110,8 +110,12 @@ class Demo:
             case "pause_space" | "resume_space" if space is not None:
                 space.paused = action == "pause_space"
                 play.touched.add(("spaces", target))
+            case "end_talk" if target in play.talks:
+                play.end_talk(play.talks[target])
             case "disconnect":
                 return play.disconnect(target)
+            case "end_talk":
+                return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"no conversation {target!r} is in use")
             case "cancel" | "promote":
                 return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, f"request {target} is unknown, or not queued")
             case _:

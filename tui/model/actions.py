@@ -34,13 +34,17 @@ def name_of(view: RowView) -> str:
         return f"worker {plain(view.text('name') or view.key)}"
     if view.topic == "spaces":
         return f"space {plain(view.key)}"
+    if view.topic == "talks":
+        return f"conversation {plain(view.text('session') or short_id(view.key))}"
     if view.topic == "clients":
         return f"{plain(view.text('principal') or 'client')} ({plain(short_id(view.key))})"
     return plain(view.key)
 
 
 def cancel(views: Sequence[RowView]) -> Plan | str:
-    """Cancel those of the requests that have not ended."""
+    """Cancel those of the requests that have not ended; end the replies of conversations."""
+    if views and views[0].topic == "talks":
+        return end_talks(views)
     live = [view for view in views if view.text("state") in LIVE]
     if not live:
         return "it has ended already" if len(views) == 1 else "they have ended already"
@@ -53,6 +57,18 @@ def cancel(views: Sequence[RowView]) -> Plan | str:
         effect = f"{speaking} of them speaking" if speaking else "none of them speaking yet"
         question = f"Cancel {len(live)} requests, {effect}?"
     return _plan(live, "cancel", question, f"cancelled {_these(live, 'request')}")
+
+
+def end_talks(views: Sequence[RowView]) -> Plan | str:
+    """End the replies that are being made in these conversations, and those that wait."""
+    live = [view for view in views if view.text("state") != "idle"]
+    if not live:
+        return "no reply is being made in it" if len(views) == 1 else "no reply is being made in them"
+    waiting = sum(int(view.number("waiting") or 0) for view in live)
+    whose = f" of {plain(live[0].text('principal'))}, {plain(live[0].text('state'))} now" if len(live) == 1 else ""
+    effect = f"{_count(waiting, 'waiting text')} will have no reply" if waiting else "It may be answered again"
+    question = f"End the replies in {_these(live, 'conversation')}{whose}? {effect}; what was said stays."
+    return _plan(live, "end_talk", question, f"ended the replies in {_these(live, 'conversation')}")
 
 
 def _speaks(view: RowView) -> bool:
@@ -148,7 +164,7 @@ class Action:
 ACTIONS = {
     action.name: action
     for action in (
-        Action("x", "cancel", "Cancel", frozenset({"requests"}), cancel),
+        Action("x", "cancel", "Cancel", frozenset({"requests", "talks"}), cancel),
         Action("T", "promote", "To the front", frozenset({"requests"}), promote),
         Action("d", "drain", "Drain/undrain", frozenset({"workers"}), drain),
         Action("P", "pause", "Pause/resume", frozenset({"spaces"}), pause),

@@ -191,6 +191,21 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         _number("attempt", "Try", 4, 3, warn=1),
         _number("readers", "Readers", 5, 7),
     ),
+    "talks": (
+        _column("principal", "Principal", ALWAYS, (10, 24), words("principal")),
+        _column("user", "User", 3, (8, 20), words("user")),
+        _column("session", "Session", ALWAYS, (12, 32), words("session")),
+        _state("talk", 10),
+        _number("turns", "Turns", 4, 5),
+        _number("waiting", "Waiting", 2, 7, warn=10),
+        _ageing("reply_s", "Reply", ALWAYS, 6, warn=30),
+        _ageing("said_s", "Said", 1, 6),
+        _column("code", "Error", 2, (12, 20), words("code", "bad", none="")),
+        _column("text_request", "Text", 5, 8, short("text_request", DIM)),
+        _column("speech_request", "Speech", 5, 8, short("speech_request", DIM)),
+        _column("talk_id", "Id", 6, 8, short("talk_id", DIM)),
+        _column("message", "Why", 7, (16, 80), words("message", DIM, none="")),
+    ),
     "clients": (
         _column("principal", "Principal", ALWAYS, (10, 28), words("principal")),
         _column("state", "State", ALWAYS, 6, client_state, lambda view: -int(bool(view.row.get("slow")))),
@@ -233,6 +248,7 @@ EMPTY: dict[str, str] = {
     "workers": "no worker has registered yet: run gpuworker run --relay URL --space NAME --engine ENGINE",
     "requests": 'no request yet: try relay say "Hello." --space NAME',
     "queue": "nothing waits in this space",
+    "talks": "no conversation is in use; relayd.toml needs [talk]: see docs/talk.md",
     "clients": "no client is connected",
     "log": "nothing has happened yet",
     "audit": "nobody has steered anything yet",
@@ -265,11 +281,18 @@ def _live_first(view: RowView) -> Any:
     return (rank, "", -(since or 0.0) if rank == 3 else (since or 0.0), view.key)
 
 
+def _answered_first(view: RowView) -> Any:
+    """The conversations that wait longest for their reply, then those in which something was said last."""
+    asked = view.born("reply_s")
+    return (asked is None, asked if asked is not None else -(view.born("said_s") or 0.0), view.key)
+
+
 _NATURAL: dict[str, Callable[[RowView], Any]] = {
     "spaces": _trouble_first("space"),
     "workers": _trouble_first("worker"),
     "requests": _live_first,
     "queue": lambda view: (view.position or 0, view.key),
+    "talks": _answered_first,
     "clients": lambda view: (not view.row.get("slow"), view.text("principal").casefold(), view.key),
     "log": lambda view: view.number("id") or 0,
     "audit": lambda view: -(view.number("id") or 0),

@@ -10,7 +10,7 @@ import attrs
 
 #: What a piece of text stands for; `themes` gives each its style.
 Token = Literal["", "good", "busy", "warn", "bad", "idle", "dim", "accent", "title"]
-Kind = Literal["relay", "space", "worker", "request", "client", "level", "outcome"]
+Kind = Literal["relay", "space", "worker", "request", "talk", "client", "level", "outcome"]
 
 
 @attrs.frozen
@@ -53,6 +53,12 @@ GLYPHS: dict[Kind, dict[str, Glyph]] = {
         "uploading": Glyph("↑", "accent", 2),
         "cancelled": Glyph("⊘", "dim"),
         "completed": Glyph("✓", "good"),
+    },
+    "talk": {
+        "speaking": Glyph("▸", "busy", 3),
+        "thinking": Glyph("●", "busy", 2),
+        "waiting": Glyph("◌", "", 1),
+        "idle": Glyph("○", "idle"),
     },
     "client": {
         "slow": Glyph("▲", "bad", 1),

@@ -133,6 +133,12 @@ class Clients(TableScreen):
     KIND = "clients"
 
 
+class Talks(TableScreen):
+    """Lists the conversations in use."""
+
+    KIND = "talks"
+
+
 class Log(TableScreen):
     """Shows the relay's log, the newest line last."""
 

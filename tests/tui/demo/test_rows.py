@@ -8,8 +8,10 @@ import trio
 
 from protocol.client.client import open_relay
 from protocol.wire.messages import Accepted, Done, Registered, Snapshot, Submit
+from relayd.talk.talks import Talks
 from tests.support.fake_worker import fake_worker
 from tests.support.relay import a_config, an_id, peer, running
+from tests.support.talking import ANN
 from tui.demo.source import Demo
 from tui.model.columns import COLUMNS
 
@@ -19,7 +21,8 @@ MADE = {"place", "state"}
 
 async def told_by_a_relay(tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A snapshot with a row in every topic, and the description of its request."""
-    async with running(a_config(tmp_path / "state")) as started, fake_worker(started.urls[0]) as worker:
+    config = a_config(tmp_path / "state", spaces={"tts": {}, "llm": {}}, talk={"reply": "llm"})
+    async with running(config) as started, fake_worker(started.urls[0]) as worker:
         await worker.peer.next(Registered)
         async with peer(started.urls[0], "client") as client, open_relay(started.urls[0], role="operator") as relay:
             request_id = an_id()
@@ -27,9 +30,13 @@ async def told_by_a_relay(tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any
             await client.next(Accepted)
             await worker.assigned()
             await relay.steer("pause_space", "tts")
+            talks = started.http_context.talks
+            assert isinstance(talks, Talks)
+            talk = await talks.open(ANN, "session-1")
             described = await relay.steer("describe", request_id)
             async with relay.watch() as watch:
                 snapshot = await anext(watch)
+            del talk
     assert isinstance(snapshot, Snapshot)
     return dict(snapshot.data), described
 

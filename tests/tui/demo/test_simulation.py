@@ -36,7 +36,7 @@ def test_deltas_bring_a_picture_to_where_a_new_snapshot_is(scene: str) -> None:
     for _ in range(120):
         told.apply(demo.step(0.5), 0.0)
     asked.apply(demo.snapshot(), 0.0)
-    for topic in ("requests", "workers"):
+    for topic in ("requests", "workers", "talks"):
         states = [{view.key: view.text("state") for view in model.rows(topic)} for model in (told, asked)]
         assert states[0] == states[1]
     for view in asked.rows("requests"):
@@ -110,6 +110,24 @@ def test_it_can_be_steered_and_says_who_did() -> None:
         "drain_worker",
         "pause_space",
     ]
+
+
+def test_the_replies_of_a_conversation_can_be_ended_and_others_go_on() -> None:
+    demo = Demo("busy")
+    talk_id = first(demo, "talks", waiting=1)["talk_id"]
+    assert isinstance(demo.steer_nowait("end_talk", talk_id), Done)
+    row = first(demo, "talks", talk_id=talk_id)
+    assert (row["state"], row["waiting"], row["reply_s"]) == ("idle", 0, None)
+    turns = row["turns"]
+    states = set()
+    for _ in range(100):
+        demo.step(0.5)
+        states.add(first(demo, "talks", talk_id=talk_id)["state"])
+    assert states == {"idle", "thinking", "speaking"}
+    assert first(demo, "talks", talk_id=talk_id)["turns"] > turns
+    refusal = demo.steer_nowait("end_talk", "nothing")
+    assert isinstance(refusal, Rejected)
+    assert refusal.code == "request_not_found"
 
 
 def test_it_refuses_as_a_relay_does() -> None:

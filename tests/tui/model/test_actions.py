@@ -8,7 +8,7 @@ import trio
 
 from protocol.wire.messages import Done
 from protocol.wire.validators import Value
-from tests.tui.screen import LOST, a_client, a_request, a_space, a_stage, a_worker
+from tests.tui.screen import LOST, a_client, a_request, a_space, a_stage, a_talk, a_worker
 from tui.screens.detail import LABEL
 
 A, B, C = ("a" * 32, "b" * 32, "c" * 32)
@@ -62,11 +62,38 @@ async def test_capital_k_disconnects_clients_and_workers() -> None:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize(("screen", "key"), [("6", "x"), ("4", "d"), ("3", "T"), ("4", "P"), ("2", "K")])
+async def test_x_ends_the_replies_of_conversations_after_it_has_asked() -> None:
+    async with a_stage(screen="9") as stage:
+        speaking = a_talk("t1", session="anna-1", state="speaking", reply_s=2.0, waiting=2)
+        waiting = a_talk("t2", session="bert-1", state="waiting", reply_s=1.0, waiting=1)
+        await stage.snapshot(talks=[speaking, waiting, a_talk("t3", said_s=9.0), a_talk("t4", said_s=1.0)])
+        assert stage.keys_shown == ["t1", "t2", "t4", "t3"]
+        await stage.press("x")
+        asked = " ".join(stage.text.split())
+        assert "End the replies in conversation anna-1 of alice, speaking now?" in asked
+        assert "2 waiting texts will have no reply" in asked
+        await stage.press("enter")
+        assert stage.source.asked == []
+        await stage.press("x", "y")
+        await stage.until(lambda: "ended the replies in conversation anna-1" in stage.text)
+        assert stage.table.show("t3")
+        await stage.press("x")
+        assert "no reply is being made in it" in stage.text
+        await stage.press("home", "space", "space", "x", "y")
+        await stage.until(lambda: len(stage.source.asked) == 3)
+        assert stage.source.asked == [("end_talk", "t1"), ("end_talk", "t1"), ("end_talk", "t2")]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("screen", "key"), [("6", "x"), ("4", "d"), ("3", "T"), ("4", "P"), ("2", "K"), ("9", "K")])
 async def test_a_key_that_is_not_for_these_rows_does_nothing(screen: str, key: str) -> None:
     async with a_stage(screen=screen) as stage:
         await stage.snapshot(
-            spaces=[a_space("tts")], workers=[a_worker("w1")], requests=[a_request(A)], clients=[a_client("conn1")]
+            spaces=[a_space("tts")],
+            workers=[a_worker("w1")],
+            requests=[a_request(A)],
+            talks=[a_talk("t")],
+            clients=[a_client("conn1")],
         )
         before = stage.app.screen
         await stage.press(key)

@@ -6,7 +6,7 @@ import pytest
 
 from protocol.wire.messages import Snapshot
 from protocol.wire.validators import Value
-from tests.tui.screen import a_client, a_line, a_relay, a_request, a_space, a_stage, a_worker
+from tests.tui.screen import a_client, a_line, a_relay, a_request, a_space, a_stage, a_talk, a_worker
 from tui.model.actions import TOPIC_OF
 from tui.model.columns import COLUMNS, natural
 from tui.model.relay_model import RelayModel
@@ -34,6 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "workers": a_worker("w"),
     "requests": a_request("r", worker_id="w", fraction=0.5, ended_s=1.0),
     "queue": a_request("r", state="queued", position=1, queued_s=1.0),
+    "talks": a_talk("t", reply_s=1.0, said_s=2.0, code="no_worker"),
     "clients": a_client("c"),
     "log": a_line(1),
     "audit": a_line(1, principal="op", action="cancel", target="r", outcome="done", message=""),
