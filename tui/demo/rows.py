@@ -3,7 +3,7 @@
 from typing import Any
 
 from protocol.wire.validators import Value
-from tui.demo.simulation import BYTES_PER_AUDIO_S, Client, Play, Request, Space, Talk, Worker
+from tui.demo.simulation import BYTES_PER_AUDIO_S, Client, Play, Request, Space, Talk, Worker, an_id
 
 Row = dict[str, Value]
 TOPICS = ("spaces", "workers", "requests", "talks", "clients", "log", "audit")
@@ -191,8 +191,8 @@ def _talk(play: Play, talk: Talk) -> Row:
         "waiting": talk.waiting,
         "reply_s": None if is_idle else said_s,
         "said_s": said_s,
-        "text_request": None if is_idle else f"{talk.turns:032x}",
-        "speech_request": None if is_idle else f"{talk.turns + 1:032x}",
+        "text_request": None if is_idle else an_id(talk.turns),
+        "speech_request": None if is_idle else an_id(talk.turns + 1),
         "code": code,
         "message": message,
     }

@@ -133,6 +133,11 @@ class Talk:
         return "speaking" if now - self.said < self.part.period_s / 3 else "idle"
 
 
+def an_id(number: int) -> str:
+    """An id of its own for each number; drawn apart from `Play.rng`, so that what that plays does not depend on it."""
+    return f"{random.Random(number).getrandbits(128):032x}"
+
+
 @attrs.define(eq=False)
 class Play:
     """The simulated relay of a scene.
@@ -182,7 +187,7 @@ class Play:
         for ago_s, who, action, target, outcome, message in self.scene.steered:
             self.audited(action, target, outcome, message, who=who, at=-ago_s)
         for number, talking in enumerate(self.scene.talks, 1):
-            talk = Talk(talking, f"{number:032x}", -talking.said_s, talking.turns, talking.waiting, talking.failed)
+            talk = Talk(talking, an_id(number), -talking.said_s, talking.turns, talking.waiting, talking.failed)
             self.talks[talk.talk_id] = talk
         self.touched.clear()
         self.gone.clear()

@@ -66,8 +66,8 @@ def end_talks(views: Sequence[RowView]) -> Plan | str:
         return "no reply is being made in it" if len(views) == 1 else "no reply is being made in them"
     waiting = sum(int(view.number("waiting") or 0) for view in live)
     whose = f" of {plain(live[0].text('principal'))}, {plain(live[0].text('state'))} now" if len(live) == 1 else ""
-    effect = f"{_count(waiting, 'waiting text')} will have no reply" if waiting else "It may be answered again"
-    question = f"End the replies in {_these(live, 'conversation')}{whose}? {effect}; what was said stays."
+    effect = f" {_count(waiting, 'waiting text')} will have no reply." if waiting else ""
+    question = f"End the replies in {_these(live, 'conversation')}{whose}?{effect} What was said stays."
     return _plan(live, "end_talk", question, f"ended the replies in {_these(live, 'conversation')}")
 
 
