@@ -131,7 +131,7 @@ async def test_what_was_heard_may_be_said_when_nobody_uses_the_conversation_any_
         await on.writer(lambda _: ["One two three."])
         await on.speaker()
         turn = (await http.ask("POST", "/v1/talks/s1/say", told={"text": "Count!"})).json["turn"]
-        await until(lambda: gc.collect() >= 0 and not on.talks.open_sessions)
+        await until(lambda: gc.collect() >= 0 and not on.talks.in_use())
         heard = await http.ask("POST", "/v1/talks/s1/heard", told={"number": turn["number"], "samples": 75})
         assert heard.status == 204
         turns = (await http.get("/v1/talks/s1/turns")).json["turns"]
