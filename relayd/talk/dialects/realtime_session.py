@@ -32,6 +32,8 @@ from relayd.talk.talks import Talk, Talks
 
 #: Responses that one session may have made at once, besides that of its conversation.
 MAX_ASIDE = 8
+#: Items that a response aside may be given.
+MAX_GIVEN = 200
 _id = text(2**20)
 
 
@@ -180,6 +182,8 @@ class RealtimeSession:
         fields = take(event, "response", mapping, {})
         is_aside = take(fields, "conversation", choice("auto", "none"), "auto", "response.") == "none"
         given = take(fields, "input", array_of(mapping), None, "response.")
+        if given is not None and len(given) > MAX_GIVEN:
+            raise EventError("invalid_value", f"response.input may have {MAX_GIVEN} items", "response.input")
         settings = changed(self.settings, fields, "response.", has_speech=self._has_speech)
         metadata, params = metadata_of(fields), speech_params(self.context, self.talks, settings, "response.")
         unfinished = self._unfinished

@@ -29,7 +29,7 @@ from relayd.talk.dialects.tts_server_params import faults_of, fitting
 
 #: Its name in the metrics.
 DIALECT = "tts_server"
-#: The limits of that server, for all clients together.
+#: The limits of that server, for each principal.
 MAX_CONNECTIONS = 100
 MAX_CONCURRENT = 10
 MAX_QUEUED = 50
@@ -54,40 +54,52 @@ def binary_message(kind: int, told: Message, pcm: bytes) -> bytes:
 
 
 @attrs.define(eq=False)
-class TtsServer:
-    """What all connections share."""
+class Usage:
+    """What the connections of one principal share."""
 
     running: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(MAX_CONCURRENT))
     connections: int = 0
     #: Requests that run or wait.
     requests: int = 0
 
+
+@attrs.define(eq=False)
+class TtsServer:
+    """What all connections share."""
+
+    #: By the names of the principals that are connected.
+    usages: dict[str, Usage] = attrs.field(factory=dict)
+
     async def serve(self, websocket: WebSocket) -> None:
         """Serve one connection."""
         context = context_of(websocket)
         try:
             principal = principal_of_socket(websocket, websocket.query_params.get("token"))
-            if self.connections >= MAX_CONNECTIONS:
+            usage = self.usages.get(principal.name) or Usage()
+            if usage.connections >= MAX_CONNECTIONS:
                 raise HttpError(ErrorCode.RATE_LIMITED, f"{MAX_CONNECTIONS} are connected; try again later", status=503)
         except HttpError as refusal:
             await deny(websocket, refusal)
             return
         websockets = context.relay.stats.talk.websockets
-        self.connections += 1
-        websockets[DIALECT] = self.connections
+        self.usages[principal.name] = usage
+        usage.connections += 1
+        websockets[DIALECT] = websockets.get(DIALECT, 0) + 1
         try:
             await websocket.accept()
-            await Connection(self, context, principal, JsonSocket(websocket)).run()
+            await Connection(usage, context, principal, JsonSocket(websocket)).run()
         finally:
-            self.connections -= 1
-            websockets[DIALECT] = self.connections
+            usage.connections -= 1
+            websockets[DIALECT] -= 1
+            if not usage.connections:
+                del self.usages[principal.name]
 
 
 @attrs.define(eq=False)
 class Connection:
     """One connection; what it has asked for ends with it."""
 
-    server: TtsServer
+    usage: Usage
     context: HttpContext
     principal: Principal
     socket: JsonSocket
@@ -133,10 +145,10 @@ class Connection:
             raise invalid(faults)
         if request_id in self._requests:
             raise invalid({"request_id": "is that of a request that runs"})
-        if self.server.requests >= MAX_CONCURRENT + MAX_QUEUED:
+        if self.usage.requests >= MAX_CONCURRENT + MAX_QUEUED:
             raise Failure("RATE_LIMITED", FULL)
         scope = self._requests[request_id] = trio.CancelScope()
-        self.server.requests += 1
+        self.usage.requests += 1
         nursery.start_soon(self._speak, request_id, params, scope)
 
     # -- one request
@@ -152,7 +164,7 @@ class Connection:
         try:
             with scope:
                 await self._progress(request_id, "processing", 0.0, "Processing request")
-                async with self.server.running:
+                async with self.usage.running:
                     try:
                         result = await self._stream(request_id, params)
                     except HttpError as refusal:
@@ -161,7 +173,7 @@ class Connection:
         except Failure as failure:
             await self._fail(request_id, failure)
         finally:
-            self.server.requests -= 1
+            self.usage.requests -= 1
             if self._requests.get(request_id) is scope:
                 del self._requests[request_id]
 

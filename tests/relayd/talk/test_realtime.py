@@ -349,6 +349,8 @@ async def test_a_response_aside_sees_the_conversation_and_leaves_it_alone(tmp_pa
         )
         assert aside["conversation_id"] is None
         assert aside["output"][0]["content"][0]["text"] == "First\n\nWhat is this about?"
+        await client.say("response.create", response={"conversation": "none", "input": told * 201})
+        assert (await client.fault())["message"] == "response.input may have 200 items"
         waits.set()
         assert (await client.done())["output"][0]["content"][0]["transcript"] == "First"
         await client.say("conversation.item.retrieve", item_id=aside["output"][0]["id"])

@@ -91,6 +91,20 @@ async def test_a_reply_that_was_made_when_the_relay_was_killed_is_finished(tmp_p
 
 
 @pytest.mark.trio
+async def test_a_reply_goes_on_with_the_rights_of_a_token_that_lives(tmp_path: Path) -> None:
+    async with stage(tmp_path) as on:
+        tokens, principal_named = on.daemon.tokens, on.talks.place.principal_named
+        assert principal_named("root").may_use("llm"), "it came over the unix socket, without a token"
+        first = tokens.create(role="client", name="ann", now=0.0, spaces=("llm",))
+        second = tokens.create(role="client", name="ann", now=1.0, spaces=("tts",))
+        assert principal_named("ann").spaces == ("llm",)
+        tokens.revoke(first.record.token_id, 2.0)
+        assert principal_named("ann").spaces == ("tts",)
+        tokens.revoke(second.record.token_id, 2.0)
+        assert not any(principal_named("ann").may_use(space) for space in on.daemon.relay.spaces)
+
+
+@pytest.mark.trio
 async def test_a_turn_is_done_when_its_speech_has_ended_also_if_that_was_cancelled(tmp_path: Path) -> None:
     async with stage(tmp_path) as on:
         await on.writer()

@@ -336,3 +336,20 @@ async def test_only_with_a_token_and_only_so_many(tmp_path: Path, monkeypatch: p
 async def test_the_path_is_there_only_where_the_settings_say_so(tmp_path: Path) -> None:
     async with serving(tmp_path, talk={"tts_server": False}) as (on, _, path):
         assert (await denial(on.daemon.urls[0], path))[0] == 404
+
+
+@pytest.mark.trio
+async def test_who_asks_for_all_that_he_may_keeps_nobody_else_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tts_server, "MAX_CONNECTIONS", 1)
+    async with serving(tmp_path) as (on, speaker, path), connected(on, path) as client:
+        speaker.lingers = trio.Event()
+        for number in range(60):
+            await client.ask(request_id=f"r-{number}")
+        await until(lambda: len(speaker.assigns) == 10)
+        async with connected(on, f"/tts?token={make_token(on.daemon, 'bob')}") as other:
+            await other.ask()
+            await until(lambda: [each.principal for each in speaker.assigns[10:]] == ["bob"])
+            speaker.lingers.set()
+            await other.until("complete")
