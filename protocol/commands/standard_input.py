@@ -54,8 +54,9 @@ class StandardInput:
         while self._read_ahead or not self.ended:
             if not self._read_ahead:
                 await self._read()
-            yield bytes(self._read_ahead)
-            self._read_ahead.clear()
+            if self._read_ahead:
+                yield bytes(self._read_ahead)
+                self._read_ahead.clear()
 
     async def _read(self) -> None:
         # Reading without Python's buffer, whose lock a read that was given up would keep until the program's end.
@@ -92,8 +93,10 @@ class TextDecoder:
 
 
 async def decoded(pieces: AsyncIterable[bytes]) -> AsyncIterator[str]:
-    """Decode pieces of UTF-8; see `TextDecoder`."""
+    """Decode pieces of UTF-8; see `TextDecoder`. What makes no whole character yet yields nothing."""
     decoder = TextDecoder()
     async for data in pieces:
-        yield decoder.decode(data)
-    yield decoder.decode(b"", final=True)
+        if text := decoder.decode(data):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text

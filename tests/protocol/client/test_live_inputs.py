@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 import trio
 import trio.testing
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from protocol import From, InputClosed, Live, ProtocolError, RelayClient, RequestFailed, RequestRejected, open_relay
@@ -85,6 +85,7 @@ async def test_nothing_is_fed_as_a_sign_of_life(autojump_clock: trio.testing.Moc
     by_hand=st.booleans(),
     earlier=st.sampled_from([0, 0, 3, 400_000, 900_000]),
 )
+@example(pieces=[300_000, 0, 1], cuts=[], by_hand=False, earlier=400_000)  # a sign of life below what is stored
 @settings(max_examples=60, deadline=None)
 def test_wherever_the_connection_is_cut_the_relay_gets_the_bytes_once_and_in_order(
     pieces: list[int], cuts: list[tuple[int, int]], by_hand: bool, earlier: int
