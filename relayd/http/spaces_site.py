@@ -53,12 +53,12 @@ def error_body(refusal: HttpError) -> dict[str, Value]:
 async def submit(http: HttpRequest) -> Response:
     """Submit a form with a `prompt`, and files, to a space."""
     space, context = find_space(http, http.path_params["space"]), context_of(http)
-    if not context.relay.workers.serving(space.name):
-        chinese = http.headers.get("accept-language", "").lower().startswith("zh")
-        message = "远程应用未连接" if chinese else "Remote app not connected"
-        raise HttpError(ErrorCode.NO_WORKER, message, retryable=True)
     with open_uploads(http) as uploads:
         body = await uploads.read(input_limits(http, space))
+        if not context.relay.workers.serving(space.name):
+            chinese = http.headers.get("accept-language", "").lower().startswith("zh")
+            message = "远程应用未连接" if chinese else "Remote app not connected"
+            raise HttpError(ErrorCode.NO_WORKER, message, retryable=True)
         form = Body(_params(space, body.fields) | {"detach": True}, body.uploads, is_form=True)
         order = build_submit(secrets.token_hex(16), space, form)
         inputs = {name: upload.data for name, upload in body.uploads.items()}
