@@ -278,7 +278,8 @@ class Talker(WebPeer):
             status, _ = await self._ask_talk("POST", "/heard", number=reply["number"], samples=played)
             said.heard = played if status == 204 else None
             self._note(f"has heard {played} samples of turn {reply['number']}: {status}")
-        unended = [each for each in self.talk.said if each.acknowledged and each.saying.text not in self.talk.ended_at]
+        # Also one that was not acknowledged may be there, and be the one that is interrupted.
+        unended = [each for each in self.talk.said if each.saying.text not in self.talk.ended_at]
         was_cut = self.counts["HTTP responses cut"]
         self._begin_interruption()
         status, told = await self._ask_talk("POST", "/interrupt")
