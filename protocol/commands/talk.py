@@ -192,7 +192,7 @@ class Repl:
         path = None if self.folder is None else _free_name(self.folder)
         writer = None if path is None else AudioWriter(path)
         try:
-            return self._hear(text, before, path, writer)
+            return self._follow(text, before, path, writer)
         except KeyboardInterrupt:
             answer = self.api.ask("POST", f"/v1/talks/{self.talk}/interrupt", {"reason": "Ctrl-C"})
             self._end_line()
@@ -206,7 +206,7 @@ class Repl:
             if path is not None and path.exists():
                 self.progress.note(f"wrote {path}")
 
-    def _hear(self, text: str, before: int, path: Path | None, writer: AudioWriter | None) -> bool:
+    def _follow(self, text: str, before: int, path: Path | None, writer: AudioWriter | None) -> bool:
         body = _without_none(text=text, speak=writer is not None, instructions=self.instructions)
         while True:
             try:

@@ -52,7 +52,7 @@ class Making:
     spoken: bool = False
     spoken_whole: bool = False
 
-    def heard(self, content: str) -> int | None:
+    def count_heard(self, content: str) -> int | None:
         """Return how many characters of its content were heard; None for all of them."""
         if not self.spoken:
             return None
@@ -167,7 +167,7 @@ class Conversation:
         waits = self.turns.get(making.number)
         assert waits is not None, "a reply that is being made is not deleted"
         content, making.content = making.content, ""
-        heard = making.heard(content) if state is not TurnState.DONE or making.played is not None else None
+        heard = making.count_heard(content) if state is not TurnState.DONE or making.played is not None else None
         return self._put(waits, state, code, message, content=content, heard_chars=heard)
 
     def _put(
@@ -190,7 +190,7 @@ class Conversation:
         self._waiting.remove(number)
         return self._put(self.turns[number], TurnState.FAILED, code, message)
 
-    def heard(self, number: int, samples: int) -> TurnRecord | None:
+    def note_played(self, number: int, samples: int) -> TurnRecord | None:
         """Note how much of the speech of a reply was played; returns the turn if it has ended and is changed by it."""
         if self.making is not None and self.making.number == number:
             self.making.played = samples
@@ -199,7 +199,7 @@ class Conversation:
         if made is None or turn is None:
             return None
         made.played = samples
-        now = attrs.evolve(turn, heard_chars=made.heard(turn.content))
+        now = attrs.evolve(turn, heard_chars=made.count_heard(turn.content))
         self.turns[number] = now
         return now if now != turn else None
 
@@ -237,7 +237,7 @@ class Conversation:
         chars, size = len(instructions), len(instructions.encode()) + MESSAGE_BYTES
         for each in sorted((each for each in self.turns if each < number), reverse=True):
             turn = self.turns[each]
-            content = heard_content(turn)
+            content = played_content(turn)
             if not content or not turn.ended:
                 continue
             chars += len(content)
@@ -246,12 +246,12 @@ class Conversation:
                 break
             newest.append(turn)
         newest.reverse()
-        system += [heard_content(turn) for turn in newest if turn.role == "system"]
+        system += [played_content(turn) for turn in newest if turn.role == "system"]
         messages: list[dict[str, str]] = [{"role": "system", "content": "\n\n".join(system)}] if system else []
         return messages + _alternating([turn for turn in newest if turn.role != "system"])
 
 
-def heard_content(turn: TurnRecord) -> str:
+def played_content(turn: TurnRecord) -> str:
     """Return what of a turn a listener has heard, without white space around it."""
     content = turn.content if turn.heard_chars is None else turn.content[: turn.heard_chars]
     return content.strip()
@@ -260,7 +260,7 @@ def heard_content(turn: TurnRecord) -> str:
 def _alternating(turns: Sequence[TurnRecord]) -> list[dict[str, str]]:
     messages: list[dict[str, str]] = []
     for turn in turns:
-        content = heard_content(turn)
+        content = played_content(turn)
         if messages and messages[-1]["role"] == turn.role:
             messages[-1]["content"] += f"\n\n{content}"
         elif messages or turn.role == "user":

@@ -41,7 +41,7 @@ class Reply:
     said_at: float
     #: Numbers of what it is a reply to.
     said: tuple[int, ...] = ()
-    on_heard: Callable[[int, int], bool] = lambda _number, _samples: False
+    on_played: Callable[[int, int], bool] = lambda _number, _samples: False
     #: The text so far.
     text: str = ""
     #: The request that speaks it, once there is one.
@@ -68,9 +68,9 @@ class Reply:
             self.ended = ended
         self.wake()
 
-    def heard(self, samples: int) -> None:
+    def note_played(self, samples: int) -> None:
         """Say how many samples of its speech were played; otherwise all that had come were."""
-        self.on_heard(self.number, samples)
+        self.on_played(self.number, samples)
 
     async def stored(self) -> TurnFailed | None:
         """Wait until what the user said is stored; returns why it is not."""

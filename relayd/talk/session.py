@@ -169,7 +169,7 @@ class Session:
     def _add_reply(self, turn: TurnRecord, principal: Principal, said: tuple[int, ...] = ()) -> Reply:
         assert turn.text_request is not None
         requests, now = (turn.text_request, turn.speech_request), trio.current_time()
-        reply = Reply(turn.number, *requests, said_at=now, said=said, on_heard=self.note_heard)
+        reply = Reply(turn.number, *requests, said_at=now, said=said, on_played=self.note_played)
         self.replies[turn.number] = reply
         self._principals[turn.number] = principal
         self.place.count(self.record.principal, 1)
@@ -221,9 +221,9 @@ class Session:
             self.place.post(DeleteTurns(self.record.talk_id, number, number))
         return deleted
 
-    def note_heard(self, number: int, samples: int) -> bool:
-        """See `Talk.heard`."""
-        turn = self.conversation.heard(number, max(0, samples))
+    def note_played(self, number: int, samples: int) -> bool:
+        """See `Talk.note_played`."""
+        turn = self.conversation.note_played(number, max(0, samples))
         if turn is not None:
             self.place.post(PutTurn(turn))
         return turn is not None

@@ -18,7 +18,8 @@ from relayd.auth.tokens import Principal, TokenRegistry, reject_readonly
 from relayd.core.admission import Admission
 from relayd.store.base import StoreError
 from relayd.store.records import DeleteTalk, Loaded, PutTalk, TalkRecord, TurnRecord
-from relayd.talk.conversation import Conversation
+from relayd.talk.conversation import Conversation, TurnState
+from relayd.talk.events import ReplyEnded
 from relayd.talk.index import TalkIndex
 from relayd.talk.place import Place
 from relayd.talk.reply import Reply
@@ -116,16 +117,20 @@ class Talk:
         return not self.principal.readonly and self.session.interrupt(reason)
 
     async def interrupt_for_good(self, reason: str = "interrupted") -> bool:
-        """Do the same, and wait until it is stored: it holds whatever happens to the relay."""
+        """Do the same, and wait until it is stored: it holds whatever happens to the relay.
+
+        Returns:
+            Whether it was in time.
+        """
         reply = next(iter(self.replies.values()), None)  # they are made one after the other
         if reply is None or not self.interrupt(reason):
             return False
-        await reply.wait_ended()
-        return True
+        ended = await reply.wait_ended()
+        return isinstance(ended, ReplyEnded) and ended.turn.state == TurnState.INTERRUPTED
 
-    def heard(self, number: int, samples: int) -> bool:
+    def note_played(self, number: int, samples: int) -> bool:
         """Say how many samples of the speech of a reply were played; whether that changes one that has ended."""
-        return not self.principal.readonly and self.session.note_heard(number, samples)
+        return not self.principal.readonly and self.session.note_played(number, samples)
 
     async def add(self, role: str, content: str) -> TurnRecord | Rejected:
         """Add a turn that is not answered: of the `user`, the `assistant` or the `system`."""

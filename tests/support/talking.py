@@ -1,5 +1,6 @@
 """A daemon that holds conversations: with a worker that answers as a test says, and one that speaks."""
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -44,7 +45,7 @@ def echo(messages: list[dict[str, str]]) -> Sequence[Step]:
 
 
 @attrs.define(eq=False)
-class FakeEngine:
+class FakeEngine(ABC):
     """Runs each request that its worker is given in a task of its own, until it is cancelled."""
 
     worker: FakeWorker
@@ -83,9 +84,9 @@ class FakeEngine:
         if scope.cancelled_caught:
             out.send(Cancelled)
 
+    @abstractmethod
     async def run(self, out: "Sending", fed: trio.MemoryReceiveChannel[Input]) -> None:
         """Make the frames of one request."""
-        raise NotImplementedError
 
 
 @attrs.define(eq=False)

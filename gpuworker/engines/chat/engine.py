@@ -117,14 +117,10 @@ class ChatEngine(ModelServerEngine):
 
     def _connect(self) -> tuple[str, ...]:
         """Start the HTTP client, and ask for the server's models."""
-        self.open_server()
-        try:
+        with self.opening():
             models = names_in(self.ask("/models", {}))
             self.choose_model(models)
-            return models
-        except BaseException:
-            self.close()
-            raise
+        return models
 
     # -- a run
 

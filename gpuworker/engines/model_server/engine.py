@@ -16,6 +16,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlsplit
@@ -88,8 +89,9 @@ class ModelServerEngine(Engine):
 
     # -- loading
 
-    def open_server(self) -> None:
-        """Start the HTTP client.
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Start the HTTP client, and end it again if the block fails.
 
         Raises:
             EngineError: it is not installed, or the key cannot be read.
@@ -101,6 +103,10 @@ class ModelServerEngine(Engine):
         key = _key(self.options["api_key_file"])
         self._server = Upstream(self.url, key, float(self.options["silence_s"] or 0), self.WORDS.server)
         self._server.open()
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            yield
+            stack.pop_all()
 
     def ask(self, path: str, query: Mapping[str, str]) -> Value:
         """The document at a path; None if the server has none there.

@@ -143,15 +143,11 @@ class OpenAiEngine(ModelServerEngine):
 
     def _connect(self) -> Offer:
         """Start the HTTP client, and ask what the server has."""
-        self.open_server()
-        try:
+        with self.opening():
             offer = self._dialect.offer(self.ask, self._settings)
             if self._dialect.NAMES_MODEL:
                 self.choose_model(offer.models)
-            return offer
-        except BaseException:
-            self.close()
-            raise
+        return offer
 
     # -- a run
 

@@ -12,7 +12,7 @@ import trio
 from protocol.wire.messages import Rejected
 from relayd.auth.tokens import Principal
 from relayd.http.audio.encoder import AudioExtraMissing
-from relayd.talk.conversation import heard_content
+from relayd.talk.conversation import played_content
 from relayd.talk.dialects.gpu_server_fields import Message, Refused, avatar_of, parse, session_of, user_of
 from relayd.talk.dialects.json_socket import JsonSocket, shown
 from relayd.talk.dialects.whole import WholeReply, whole_reply
@@ -142,7 +142,7 @@ class GpuServerConnection:
         if isinstance(reply, Rejected):
             raise Refused(reply.message)
         if interrupts:
-            _hear_nothing(talk)
+            _note_nothing_played(talk)
         self._unanswered += 1
         nursery.start_soon(self._reply, message, reply, is_streaming)
 
@@ -168,7 +168,7 @@ class GpuServerConnection:
         if len(audio) > most:
             audio, where = "", f"/v1/requests/{whole.turn.speech_request}/audio"
             fault = f"the speech is too long for a message (limits.max_backlog_bytes); it is at {where}"
-        told: Message = {"type": "text", "content": heard_content(whole.turn), "audio": audio, "role": "assistant"}
+        told: Message = {"type": "text", "content": played_content(whole.turn), "audio": audio, "role": "assistant"}
         if fault is not None:
             told["audio_error"] = fault
         if whole.turn.state == "interrupted":
@@ -195,7 +195,7 @@ class GpuServerConnection:
         talk = await self._open(session, create=False)
         made = next(iter(talk.replies.values()), None)
         interrupted = talk.interrupt("the client interrupted it")
-        _hear_nothing(talk)
+        _note_nothing_played(talk)
         if interrupted and made is not None:
             await made.wait_ended()  # then it holds, whatever happens to the relay
         await self._answer(message, {"type": "interrupted", "interrupted": interrupted})
@@ -213,7 +213,7 @@ class GpuServerConnection:
         return talk
 
 
-def _hear_nothing(talk: Talk) -> None:
+def _note_nothing_played(talk: Talk) -> None:
     """Note that nothing was heard of what has just been interrupted: a reply comes whole, or not at all."""
     if (making := talk.session.conversation.making) is not None:
-        talk.heard(making.number, 0)
+        talk.note_played(making.number, 0)

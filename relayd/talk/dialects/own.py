@@ -35,7 +35,7 @@ def routes() -> list[BaseRoute]:
         Route(f"{one}/turns/{{number:int}}", delete_turn, methods=["DELETE"]),
         Route(f"{one}/say", StreamingRoute(say), methods=["POST"]),
         Route(f"{one}/interrupt", interrupt, methods=["POST"]),
-        Route(f"{one}/heard", heard, methods=["POST"]),
+        Route(f"{one}/heard", note_played, methods=["POST"]),
     ]
 
 
@@ -109,11 +109,11 @@ async def interrupt(http: Request) -> Response:
     return JSONResponse({"interrupted": await talk.interrupt_for_good(reason)})
 
 
-async def heard(http: Request) -> Response:
+async def note_played(http: Request) -> Response:
     """Note how much of the speech of a reply was played."""
     principal_of(http)
     fields = await fields_of(http, _HEARD, "number", "samples")
     talk = await open_named(http, fields.get("user"))
-    if talk.heard(fields["number"], fields["samples"]):
+    if talk.note_played(fields["number"], fields["samples"]):
         or_refuse(await talks_of(http).settle())
     return Response(status_code=204)

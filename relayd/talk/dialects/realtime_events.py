@@ -36,7 +36,7 @@ class EventError(Exception):
 REQUIRED = object()
 
 
-def take(fields: Mapping[str, Any], name: str, rule: Rule, default: Any = None, path: str = "") -> Any:
+def read_field(fields: Mapping[str, Any], name: str, rule: Rule, default: Any = None, path: str = "") -> Any:
     """Return a field of an object; one that is null is missing.
 
     Args:

@@ -8,7 +8,7 @@ from protocol.wire.messages import Rejected
 from protocol.wire.validators import Value, array_of, choice, mapping, text
 from relayd.http.errors import STATUS
 from relayd.store.records import TurnRecord
-from relayd.talk.conversation import TurnState, heard_content
+from relayd.talk.conversation import TurnState, played_content
 from relayd.talk.dialects.realtime_events import (
     INVALID,
     REQUIRED,
@@ -18,7 +18,7 @@ from relayd.talk.dialects.realtime_events import (
     content_json,
     item_json,
     new_id,
-    take,
+    read_field,
 )
 from relayd.talk.talks import Talk, Talks
 
@@ -73,22 +73,22 @@ def parse_message(fields: Json, path: str = "item.") -> Message:
     Raises:
         EventError: it is no message, or has something besides text.
     """
-    kind = take(fields, "type", text(MAX_ID_CHARS), "message", path)
+    kind = read_field(fields, "type", text(MAX_ID_CHARS), "message", path)
     if kind != "message":
         raise EventError("unsupported", f"{path}type must be 'message', not {kind!r}", f"{path}type")
-    role = take(fields, "role", choice("user", "assistant", "system"), REQUIRED, path)
-    parts = take(fields, "content", array_of(mapping, 1), REQUIRED, path)
+    role = read_field(fields, "role", choice("user", "assistant", "system"), REQUIRED, path)
+    parts = read_field(fields, "content", array_of(mapping, 1), REQUIRED, path)
     texts = [_text_of(part, f"{path}content[{index}].") for index, part in enumerate(parts)]
-    item_id = take(fields, "id", _item_id, None, path)
+    item_id = read_field(fields, "id", _item_id, None, path)
     return Message(item_id or new_id("item"), role, "\n".join(texts))
 
 
 def _text_of(part: Json, path: str) -> str:
-    kind = take(part, "type", text(MAX_ID_CHARS), REQUIRED, path)
+    kind = read_field(part, "type", text(MAX_ID_CHARS), REQUIRED, path)
     if kind not in _TEXTS:
         message = f"{path}type must be 'input_text', not {kind!r}: only text is read"
         raise EventError("unsupported", message, f"{path}type")
-    found: str = take(part, _TEXTS[kind], _text, REQUIRED, path)
+    found: str = read_field(part, _TEXTS[kind], _text, REQUIRED, path)
     return found
 
 
@@ -182,7 +182,7 @@ class Items:
             EventError: it names none.
         """
         kind = str(event["type"]).rpartition(".")[2]
-        item_id = take(event, "item_id", text(MAX_MESSAGE_CHARS), REQUIRED)
+        item_id = read_field(event, "item_id", text(MAX_MESSAGE_CHARS), REQUIRED)
         item = self._by_id.get(item_id)
         if item is None or self._turn(item) is None:
             what = f"there is no item {item_id[:MAX_ID_CHARS]!r} in this conversation"
@@ -205,7 +205,7 @@ class Items:
     def message_of(self, item: Item) -> tuple[str, str]:
         """Return its role, and what was said or heard of it."""
         turn = self._turn(item)
-        return item.role, "" if turn is None else heard_content(turn)
+        return item.role, "" if turn is None else played_content(turn)
 
     def json(self, item: Item) -> Json:
         """Return an item as it is now."""

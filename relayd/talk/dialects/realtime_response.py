@@ -99,7 +99,7 @@ class Response:
     def abandon(self, reason: str = "the client has left") -> None:
         """End the reply, which nobody will be told of."""
         if self.item.spoken and not self.item.truncated:
-            self.talk.heard(self.reply.number, self.item.samples)
+            self.talk.note_played(self.reply.number, self.item.samples)
         self.talk.cancel(self.reply, reason)
 
     # -- what comes

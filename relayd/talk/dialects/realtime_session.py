@@ -13,7 +13,7 @@ from protocol.wire.messages import Rejected
 from protocol.wire.validators import array_of, choice, integer, mapping, text
 from relayd.auth.tokens import Principal
 from relayd.http.context import HttpContext
-from relayd.talk.conversation import heard_content
+from relayd.talk.conversation import played_content
 from relayd.talk.dialects.realtime_events import (
     REQUIRED,
     EventError,
@@ -21,7 +21,7 @@ from relayd.talk.dialects.realtime_events import (
     error_json,
     new_id,
     parse_event,
-    take,
+    read_field,
     to_beta,
 )
 from relayd.talk.dialects.realtime_items import Items, parse_message, refusal_of, settle
@@ -109,7 +109,7 @@ class RealtimeSession:
     # -- events of the client
 
     async def _do(self, event: Json) -> None:
-        kind = take(event, "type", _id, REQUIRED)
+        kind = read_field(event, "type", _id, REQUIRED)
         if kind in _EVENTS:
             await _EVENTS[kind](self, event)
         elif kind.startswith(("input_audio_buffer.", "output_audio_buffer.")):
@@ -123,7 +123,7 @@ class RealtimeSession:
         await self.send("input_audio_buffer.cleared")  # clients that interrupt clear it, even if it is empty
 
     async def _update(self, event: Json) -> None:
-        fields = take(event, "session", mapping, REQUIRED)
+        fields = read_field(event, "session", mapping, REQUIRED)
         if fields.get("model", self.model) not in (self.model, self.space):
             raise EventError("unsupported", "the model of a session stays; connect again for another", "session.model")
         settings = changed(self.settings, fields, "session.", has_speech=self._has_speech)
@@ -132,9 +132,9 @@ class RealtimeSession:
         await self.send("session.updated", session=self._json())
 
     async def _create_item(self, event: Json) -> None:
-        message = parse_message(take(event, "item", mapping, REQUIRED))
+        message = parse_message(read_field(event, "item", mapping, REQUIRED))
         previous = self.items.last_id
-        told = self.items.json(await self.items.create(message, take(event, "previous_item_id", _id)))
+        told = self.items.json(await self.items.create(message, read_field(event, "previous_item_id", _id)))
         await self.send("conversation.item.added", previous_item_id=previous, item=told)
         await self.send("conversation.item.done", previous_item_id=previous, item=told)
 
@@ -149,8 +149,8 @@ class RealtimeSession:
 
     async def _truncate_item(self, event: Json) -> None:
         item = self.items.find(event)
-        take(event, "content_index", integer(0, 0), 0)
-        end_ms = take(event, "audio_end_ms", integer(0), REQUIRED)
+        read_field(event, "content_index", integer(0, 0), 0)
+        end_ms = read_field(event, "audio_end_ms", integer(0), REQUIRED)
         if not item.rate:
             message = "this item has no audio of this session; only what was spoken in it can be truncated"
             raise EventError("invalid_value", message, "item_id")
@@ -159,12 +159,12 @@ class RealtimeSession:
             message = f"the audio of this item, {sent_ms} ms, is shorter than {end_ms} ms"
             raise EventError("invalid_value", message, "audio_end_ms")
         item.truncated = True
-        if self.talk.heard(item.number, item.samples_until(end_ms)):
+        if self.talk.note_played(item.number, item.samples_until(end_ms)):
             await settle(self.talks)
         await self.send("conversation.item.truncated", item_id=item.item_id, content_index=0, audio_end_ms=end_ms)
 
     async def _cancel(self, event: Json) -> None:
-        wanted = take(event, "response_id", _id)
+        wanted = read_field(event, "response_id", _id)
         for response in self._unfinished:
             if response.response_id == wanted or (wanted is None and response.items is not None):
                 response.cancel()
@@ -179,9 +179,9 @@ class RealtimeSession:
         return [response for response in self._responses if not response.finished.is_set()]
 
     async def _create_response(self, event: Json) -> None:
-        fields = take(event, "response", mapping, {})
-        is_aside = take(fields, "conversation", choice("auto", "none"), "auto", "response.") == "none"
-        given = take(fields, "input", array_of(mapping), None, "response.")
+        fields = read_field(event, "response", mapping, {})
+        is_aside = read_field(fields, "conversation", choice("auto", "none"), "auto", "response.") == "none"
+        given = read_field(fields, "input", array_of(mapping), None, "response.")
         if given is not None and len(given) > MAX_GIVEN:
             raise EventError("invalid_value", f"response.input may have {MAX_GIVEN} items", "response.input")
         settings = changed(self.settings, fields, "response.", has_speech=self._has_speech)
@@ -216,7 +216,7 @@ class RealtimeSession:
     async def _open_aside(self, given: list[Json] | None) -> Talk:
         """Open a conversation for one response: with what is given, or else with all of this one."""
         if given is None:
-            said = [(turn.role, heard_content(turn)) for turn in self.talk.turns if turn.ended]
+            said = [(turn.role, played_content(turn)) for turn in self.talk.turns if turn.ended]
         else:
             said = [self._said(item, f"response.input[{index}].") for index, item in enumerate(given)]
         talk = self.talks.open_unkept(self.principal)

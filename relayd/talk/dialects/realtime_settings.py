@@ -7,7 +7,7 @@ import attrs
 
 from protocol.wire.validators import Rule, Value, any_value, array_of, choice, integer, map_of, mapping, number, text
 from relayd.http.audio.encoder import MAX_SPEED, MIN_SPEED, PCM
-from relayd.talk.dialects.realtime_events import EventError, Json, take
+from relayd.talk.dialects.realtime_events import EventError, Json, read_field
 from relayd.talk.talks import MAX_INSTRUCTIONS_CHARS
 
 AUDIO, TEXT = "audio", "text"
@@ -65,23 +65,23 @@ def changed(settings: Settings, fields: Json, path: str, *, has_speech: bool) ->
     """
     _refuse_unsupported(fields, path)
     modalities = _either(fields, path, array_of(choice(AUDIO, TEXT), 1), "output_modalities", "modalities")
-    audio = take(fields, "audio", mapping, {}, path)
+    audio = read_field(fields, "audio", mapping, {}, path)
     at = f"{path}audio.output."
-    output = take(audio, "output", mapping, {}, f"{path}audio.")
-    _check_format(take(output, "format", any_value, FORMAT, at), f"{at}format")
-    beta_format = take(fields, "output_audio_format", text(MAX_NAME_CHARS), "pcm16", path)
+    output = read_field(audio, "output", mapping, {}, f"{path}audio.")
+    _check_format(read_field(output, "format", any_value, FORMAT, at), f"{at}format")
+    beta_format = read_field(fields, "output_audio_format", text(MAX_NAME_CHARS), "pcm16", path)
     if beta_format != "pcm16":
         raise EventError("invalid_value", f"output_audio_format must be 'pcm16', not {beta_format[:64]!r}", path)
-    voice = take(output, "voice", _voice, take(fields, "voice", _voice, settings.voice, path), at)
+    voice = read_field(output, "voice", _voice, read_field(fields, "voice", _voice, settings.voice, path), at)
     speeds = number(MIN_SPEED, MAX_SPEED)
-    speed = take(output, "speed", speeds, take(fields, "speed", speeds, settings.speed, path), at)
+    speed = read_field(output, "speed", speeds, read_field(fields, "speed", speeds, settings.speed, path), at)
     most = _either(fields, path, _most, "max_output_tokens", "max_response_output_tokens")
     made = attrs.evolve(
         settings,
-        instructions=take(fields, "instructions", text(MAX_INSTRUCTIONS_CHARS), settings.instructions, path),
+        instructions=read_field(fields, "instructions", text(MAX_INSTRUCTIONS_CHARS), settings.instructions, path),
         voice=voice["id"] if isinstance(voice, dict) else voice,
         speed=float(speed),
-        temperature=take(fields, "temperature", number(0, 2), settings.temperature, path),
+        temperature=read_field(fields, "temperature", number(0, 2), settings.temperature, path),
     )
     if most is not None:
         made = attrs.evolve(made, max_output_tokens=None if most == INF else most)
@@ -94,7 +94,7 @@ def changed(settings: Settings, fields: Json, path: str, *, has_speech: bool) ->
 
 
 def _either(fields: Json, path: str, rule: Rule, name: str, beta_name: str) -> Any:
-    return take(fields, name, rule, take(fields, beta_name, rule, None, path), path)
+    return read_field(fields, name, rule, read_field(fields, beta_name, rule, None, path), path)
 
 
 def _check_format(value: Value, path: str) -> None:
@@ -121,7 +121,7 @@ def metadata_of(fields: Json) -> dict[str, str] | None:
     Raises:
         EventError: it is not at most 16 short strings.
     """
-    metadata: dict[str, str] | None = take(fields, "metadata", _METADATA, None, "response.")
+    metadata: dict[str, str] | None = read_field(fields, "metadata", _METADATA, None, "response.")
     if metadata is not None and len(metadata) > 16:
         raise EventError("invalid_value", "response.metadata may have 16 keys", "response.metadata")
     return metadata

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from relayd.store.records import MAX_TURN_CHARS, TurnRecord
-from relayd.talk.conversation import MAX_PROMPT_BYTES, Conversation, TurnState, heard_content
+from relayd.talk.conversation import MAX_PROMPT_BYTES, Conversation, TurnState, played_content
 
 
 def say(conversation: Conversation, text: str | None, speech: str | None = None) -> TurnRecord:
@@ -72,11 +72,11 @@ def test_of_an_interrupted_reply_only_what_was_heard_is_told() -> None:
     talk.mark(14, 1400)
     talk.speech(700)
     ended = talk.end(TurnState.INTERRUPTED)
-    assert heard_content(ended) == "One two three."
-    assert talk.heard(ended.number, 750) is not None
+    assert played_content(ended) == "One two three."
+    assert talk.note_played(ended.number, 750) is not None
     assert prompt(talk)[-1] == ("assistant", "One two")
-    assert talk.heard(ended.number, 750) is None, "nothing new"
-    assert talk.heard(0, 1) is None
+    assert talk.note_played(ended.number, 750) is None, "nothing new"
+    assert talk.note_played(0, 1) is None
 
 
 def test_a_text_that_was_not_spoken_was_read() -> None:
@@ -99,8 +99,8 @@ def test_speech_without_marks_is_known_when_it_is_whole() -> None:
     talk.speech_ended(whole=True)
     ended = talk.end(TurnState.DONE)
     assert ended.heard_chars is None
-    assert talk.heard(ended.number, 900) == talk.turns[ended.number]
-    assert heard_content(talk.turns[ended.number]) == "One two"
+    assert talk.note_played(ended.number, 900) == talk.turns[ended.number]
+    assert played_content(talk.turns[ended.number]) == "One two"
 
 
 def test_a_reply_has_a_limit() -> None:
@@ -187,7 +187,7 @@ class Talking(RuleBasedStateMachine):
     @precondition(lambda self: self.ended)
     @rule(data=st.data(), samples=st.integers(0, 200))
     def heard(self, data: st.DataObject, samples: int) -> None:
-        self.talk.heard(data.draw(st.sampled_from(sorted(self.ended))), samples)
+        self.talk.note_played(data.draw(st.sampled_from(sorted(self.ended))), samples)
 
     @invariant()
     def the_prompt_holds_only_what_was_heard(self) -> None:

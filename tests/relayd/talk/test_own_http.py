@@ -122,7 +122,7 @@ async def test_what_is_sent_to_a_principal_in_one_piece_is_limited(tmp_path: Pat
             refused = await http.ask("POST", "/v1/talks/s1/say", told={"text": "Hello"})
             assert (refused.status, refused.error["code"]) == (429, "rate_limited")
         assert (await http.ask("POST", "/v1/talks/s1/say", told={"text": "Hello"})).json["audio"]
-        assert encoded.idle
+        await until(lambda: encoded.idle)
 
 
 @pytest.mark.trio

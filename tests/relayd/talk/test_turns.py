@@ -145,7 +145,7 @@ async def test_an_interrupted_reply_ends_at_once_and_only_what_was_heard_is_reme
         talk = await on.open()
         reply = said(talk.say("Count!"))
         await until(lambda: has_spoken(talk, 29))
-        reply.heard(150)
+        reply.note_played(150)
         assert talk.interrupt("enough")
         turn = await ended(reply)
         assert (turn.state, turn.content, turn.message) == ("interrupted", "One two three. Four five six.", "enough")
