@@ -35,6 +35,7 @@ import re
 import secrets
 import signal
 import sys
+import threading
 import time
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -265,7 +266,8 @@ class MockEngine(Engine):
             print(f"exiting with code {fail.get('code', 3)}, as the request asked", file=sys.stderr, flush=True)
             os._exit(fail.get("code", 3))
         if how == "freeze":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread: sent to the process, another thread may take it, and this one goes on for a moment.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         if how == "hang":
             print("hanging, as the request asked", file=sys.stderr, flush=True)
         while how == "hang":  # ignores `cancelled`: only a kill ends it
