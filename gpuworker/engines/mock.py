@@ -23,12 +23,17 @@ code: of `exit` (3); retryable and restart: of `raise`} |
 `hang` stops its own thread, `freeze` the whole process. With option `shared` all slots are seats of one process, as
 with an engine that batches on a GPU.
 
+With option `transcripts`, texts with `|` between them, it hears instead: what is loud is speech, and the first
+utterance has the first text as its transcript, a word in each piece, the next one the next, and after the last comes
+the first again.
+
 The inputs `audio`, `video` and `file` are optional, and may be live: an `output` before all else tells type, size and
 SHA-256 of each, so it waits for their ends.
 """
 
 import copy
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -55,6 +60,8 @@ from gpuworker.engines.base import (
     OutputChunk,
     ProgressChunk,
 )
+from gpuworker.hearing.hearing import Recognize, Segment, capabilities, hear
+from gpuworker.hearing.utterances import Utterance, loudness
 from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import Value
 
@@ -160,6 +167,7 @@ class MockEngine(Engine):
         "load_s": Option(kind=float, default=0.0, help="seconds that loading takes"),
         "load_fails": Option(kind=bool, default=False, help="loading fails"),
         "shared": Option(kind=bool, default=False, help="one process for all slots"),
+        "transcripts": Option(help="texts with | between them: hears these, instead of playing a tune"),
     }
 
     def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
@@ -169,11 +177,14 @@ class MockEngine(Engine):
         except ValueError as fault:
             raise OptionError(f"-o {fault}") from None
         self._tune: Tune | None = None
+        self._transcripts = str(self.options["transcripts"] or "").split("|")
         self.SHARED = bool(self.options["shared"])
 
     @property
     def capabilities(self) -> Capabilities:
         """Audio at the option's rate; by default reproducible by any mock that cuts it equally."""
+        if self._hears:
+            return capabilities(decodes=False, reproducible=True, fingerprint=str(self.options["transcripts"])[:200])
         cut = f"chunks of {self.options['chunk_ms']} ms"
         return Capabilities(
             format=self._format,
@@ -197,10 +208,30 @@ class MockEngine(Engine):
 
     def format_for(self, params: dict[str, Value]) -> AudioFormat | None:
         """The format of the tune; None for `output: text`."""
-        return None if params.get("output") == "text" else self._format
+        return None if self._hears or params.get("output") == "text" else self._format
+
+    @property
+    def _hears(self) -> bool:
+        return self.options["transcripts"] is not None
+
+    def _transcribe(self) -> Recognize:
+        """A function that recognizes the next of its texts in each utterance, however that sounds."""
+        texts = itertools.cycle(self._transcripts)
+
+        def recognize(utterance: Utterance, _params: Mapping[str, Value]) -> Iterator[Segment]:
+            self._sleep_until(time.monotonic() + float(self.options["delay_s"] or 0))
+            words = re.findall(r"\s*\S+", next(texts))
+            word_s = len(utterance.pcm) / 2 / utterance.sample_rate / max(1, len(words))
+            for number, word in enumerate(words):
+                yield Segment(word, number * word_s, (number + 1) * word_s, "en")
+
+        return recognize
 
     def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput | LiveInput]) -> Iterator[Chunk]:
         """Yield what came as inputs, then the tune, or the words, at the requested pace."""
+        if self._hears:
+            yield from hear(self._transcribe(), lambda _rate: loudness, params, inputs, cancelled=self.cancelled)
+            return
         if inputs:
             yield OutputChunk({name: _described(each) for name, each in inputs.items()})
         text = params["text"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
+from gpuworker.engines.audio_body import AudioBody, declared
 from gpuworker.engines.base import (
     Capabilities,
     Chunk,
@@ -29,7 +30,6 @@ from gpuworker.engines.model_server.engine import (
     read_extra,
 )
 from gpuworker.engines.model_server.refusals import Words, refusal
-from gpuworker.engines.openai.audio_body import AudioBody, declared
 from gpuworker.engines.openai.dialects import DIALECTS, Offer, Settings
 from protocol.speakable import speakable
 from protocol.wire.structs import AudioFormat

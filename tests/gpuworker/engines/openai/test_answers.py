@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpuworker.engines.audio_body import AudioBody, declared
 from gpuworker.engines.base import (
     AudioChunk,
     Chunk,
@@ -22,7 +23,6 @@ from gpuworker.engines.base import (
 )
 from gpuworker.engines.model_server.engine import names_in
 from gpuworker.engines.model_server.refusals import refusal
-from gpuworker.engines.openai.audio_body import AudioBody, declared
 from gpuworker.engines.openai.engine import OpenAiEngine
 from gpuworker.slots.run_engine import run_engine
 from protocol.wire.structs import AudioFormat
@@ -133,9 +133,9 @@ def test_a_format_that_was_given_holds_whatever_the_head_says() -> None:
         (PCM, {"content-type": "audio/wav"}, "neither PCM nor WAV"),
         (PCM, {"x-audio-bits-per-sample": "32"}, "sends 32-bit samples"),
         (PCM, {"x-audio-format": "pcm_f32le"}, "sends pcm_f32le samples"),
-        (PCM, {"x-audio-channels": "6"}, "cannot be sent: channels"),
+        (PCM, {"x-audio-channels": "6"}, "cannot be used: channels"),
         (wav(PCM, bits=24), {}, "24-bit samples of kind 1"),
-        (wav(PCM, 1), {}, "cannot be sent: sample_rate"),
+        (wav(PCM, 1), {}, "cannot be used: sample_rate"),
         (wav(PCM[:4]) + wav(PCM[:4], 48_000), {}, "audio of 48000 Hz with 1 channel after 24000 Hz"),
         (wav(PCM)[:12] + b"fmt \xff\xff\0\0" + bytes(100), {}, "an impossible length"),
         (wav(PCM)[:12] + b"data\xff\xff\0\0" + bytes(100), {}, "no format before its samples"),

@@ -1,4 +1,4 @@
-"""Reads the body of an answer as audio, in pieces of any size. Pure.
+"""Reads bytes as audio, in pieces of any size: the body of a speech server's answer, or an input. Pure.
 
 A body is PCM, or WAV, which its first bytes show whatever its type says: a server that is asked for PCM may only know
 WAV. WAVs may follow one another, a sentence each.
@@ -87,9 +87,13 @@ class AudioBody:
         head: what the head of the answer said.
         expected: the format of PCM whose head says nothing.
         fixed: the format is `expected` whatever the head says; a WAV of another format is refused.
+        sender: who sends it, in errors.
     """
 
-    def __init__(self, head: Declared, expected: AudioFormat, *, fixed: bool) -> None:
+    def __init__(
+        self, head: Declared, expected: AudioFormat, *, fixed: bool, sender: str = "the speech server"
+    ) -> None:
+        self._sender = sender
         self._head = head
         self._expected = expected
         self._fixed = fixed
@@ -125,7 +129,7 @@ class AudioBody:
             yield from self._begin()
             yield from self._more()
         if not self._made:
-            raise EngineError("the speech server made no audio of this; send another text")
+            raise EngineError(f"{self._sender} made no audio of this; send another text")
 
     def _begin(self) -> Iterator[Chunk]:
         head = bytes(self._held[:_WAV_HEAD_BYTES])
@@ -135,7 +139,7 @@ class AudioBody:
         kind = self._head.media_type
         if kind not in _RAW or head.startswith(_COMPRESSED):
             raise EngineError(
-                f"the speech server sent {kind[:64] or 'something'}, which is neither PCM nor WAV; its owner may try "
+                f"{self._sender} sent {kind[:64] or 'something'}, which is neither PCM nor WAV; its owner may try "
                 "-o response_format=wav"
             )
         rate, channels = self._head.sample_rate, self._head.channels
@@ -148,13 +152,13 @@ class AudioBody:
         try:
             found = AudioFormat(sample_rate=rate, channels=channels)
         except ValueError as fault:
-            raise EngineError(f"the speech server's audio cannot be sent: {fault}") from None
+            raise EngineError(f"{self._sender}'s audio cannot be used: {fault}") from None
         if self._format not in (None, found) or (self._fixed and found != self._expected):
             before = self._format or self._expected
             raise EngineError(
-                f"the speech server made audio of {_words(found)} after {_words(before)}"
+                f"{self._sender} made audio of {_words(found)} after {_words(before)}"
                 if self._format
-                else f"the speech server made audio of {_words(found)}, and not of {_words(before)}; its owner leaves "
+                else f"{self._sender} made audio of {_words(found)}, and not of {_words(before)}; its owner leaves "
                 "out -o sample_rate and channels"
             )
         if self._format is None:
@@ -194,7 +198,7 @@ class AudioBody:
         name, size = struct.unpack_from("<4sI", held)
         if name == b"data":
             if self._format is None:
-                raise EngineError("the speech server's WAV has no format before its samples")
+                raise EngineError(f"{self._sender}'s WAV has no format before its samples")
             self._samples = 1 << 62 if size == 0 or size >= ENDLESS_BYTES else size
             del held[:8]
             return True
@@ -202,16 +206,14 @@ class AudioBody:
             self._skip = 8 + size + size % 2
             return True
         if not 16 <= size <= MAX_FMT_BYTES:
-            raise EngineError("the speech server's WAV cannot be read: its format has an impossible length")
+            raise EngineError(f"{self._sender}'s WAV cannot be read: its format has an impossible length")
         if len(held) < 8 + size:
             return False
         coding, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", held, 8)
         if coding == _EXTENSIBLE and size >= 26:
             (coding,) = struct.unpack_from("<H", held, 8 + 24)
         if (coding, bits) not in ((_PCM, 16), (_FLOAT, 32)):
-            raise EngineError(
-                f"the speech server's WAV has {bits}-bit samples of kind {coding}; let it make 16-bit PCM"
-            )
+            raise EngineError(f"{self._sender}'s WAV has {bits}-bit samples of kind {coding}; let it make 16-bit PCM")
         self._float = coding == _FLOAT
         yield from self._started(rate, channels)
         self._skip = 8 + size + size % 2

@@ -1,0 +1,1 @@
+"""Hears: cuts what comes of a microphone into utterances, and has an engine recognize each."""
