@@ -11,7 +11,7 @@ import h11
 import structlog
 import trio
 from starlette.types import ASGIApp, Message, Scope
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocketDisconnect
 
 from protocol.link.base import CLOSE_S
 from protocol.link.limits import LinkLimits
@@ -28,7 +28,7 @@ from relayd.net.websocket_handshake import HandshakeRejected, Head, build_respon
 
 log = structlog.get_logger("relayd.http")
 
-NORMAL, BINARY_RECEIVED = 1000, 1003
+NORMAL = 1000
 #: The longest message of a peer; before its login, of `MAX_CONTROL_BYTES`.
 MAX_MESSAGE_BYTES = 1024 * 1024
 #: Messages that the handler has not read; with more, reading pauses.
@@ -43,18 +43,6 @@ LEAVE_S = 5.0
 #: Statuses of handshakes that the handler has not answered, by the code with which it would be closed otherwise.
 _STATUS = {NORMAL: 403, POLICY_VIOLATION: 401, GOING_AWAY: 503, INTERNAL_ERROR: 500}
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
-
-
-async def next_text(websocket: WebSocket) -> str | None:
-    """Return the next message of a peer that may send only text; None once the WebSocket is closed.
-
-    Starlette's `receive_text` takes a binary message for a fault of the endpoint; here it closes with 1003.
-    """
-    message = await websocket.receive()
-    text: str | None = message.get("text")
-    if text is None and message["type"] == "websocket.receive":
-        await websocket.close(BINARY_RECEIVED, "send text messages; this was a binary one")
-    return text
 
 
 @attrs.define(eq=False)

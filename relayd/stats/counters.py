@@ -3,7 +3,8 @@
 Frequent events only increment plain numbers; once a second, `sample` computes rates from them.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import attrs
@@ -99,6 +100,15 @@ class TalkStats:
     #: From what was said to the first word, and to the first sample, of the reply.
     first_word_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
     first_audio_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
+
+    @contextmanager
+    def connected(self, dialect: str) -> Iterator[None]:
+        """Count an open WebSocket in the block."""
+        self.websockets[dialect] = self.websockets.get(dialect, 0) + 1
+        try:
+            yield
+        finally:
+            self.websockets[dialect] -= 1
 
 
 @attrs.define(eq=False)

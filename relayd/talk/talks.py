@@ -33,6 +33,7 @@ log = structlog.get_logger("relayd.talk")
 #: first. Those that are listed are the latest.
 MAX_TALKS, MAX_IN_MEMORY, MAX_LISTED = 10_000, 500, 1_000
 MAX_USER_CHARS = MAX_SESSION_CHARS = 128
+USER_RULE = f"may have {MAX_USER_CHARS} printable characters"
 #: How often old conversations are looked for.
 PURGE_INTERVAL_S = 3_600.0
 DAY_S = 86_400.0
@@ -172,7 +173,7 @@ class Talks:
     async def open(
         self,
         principal: Principal,
-        session_id: str,
+        session_id: str | None,
         user: str = "",
         *,
         create: bool = True,
@@ -182,7 +183,7 @@ class Talks:
 
         Args:
             principal: whose it is.
-            session_id: the id that the client has given to it.
+            session_id: the id that the client has given to it; None to begin one with an id of the relay's.
             user: which of the principal's users it is with.
             create: whether to begin it if there is none.
             instructions: what the model is told first; None leaves it as it is.
@@ -190,8 +191,9 @@ class Talks:
         Returns:
             The conversation; or why there is none: the id is not one, there is no conversation, or it cannot be read.
         """
+        is_made, session_id = session_id is None, session_id or f"talk-{secrets.token_hex(12)}0"
         record = self._index.of(principal.name, user, session_id)
-        if refusal := self._refuse_names(session_id, user, instructions, is_known=record is not None):
+        if refusal := self._refuse_names(session_id, user, instructions, is_known=is_made or record is not None):
             return refusal
         if record is None:
             if not create:
@@ -205,6 +207,14 @@ class Talks:
             session.change(instructions=instructions)
             self.place.post(PutTalk(session.record))
         return session if isinstance(session, Rejected) else Talk(session, principal)
+
+    async def open_named(
+        self, principal: Principal, name: str, user: str = "", *, create: bool = False
+    ) -> Talk | Rejected:
+        """Open the conversation of a session, or the one with this id; otherwise as `open`."""
+        known = self.find(principal, name, user)
+        session_id, user = (known.session, known.user) if known is not None else (name, user)
+        return await self.open(principal, session_id, user, create=create)
 
     def open_unkept(self, principal: Principal) -> Talk | Rejected:
         """Begin a conversation that nobody else can find; whoever has begun it closes its session in the end."""
@@ -221,8 +231,8 @@ class Talks:
         is_usual = len(session_id) <= MAX_SESSION_CHARS and session_id.isprintable()
         if not is_known and not (is_usual and re.fullmatch(self.place.settings.session_id_pattern, session_id)):
             details["session"] = "is not an id of a session ([talk] session_id_pattern)"
-        if len(user) > MAX_USER_CHARS or not user.isprintable():
-            details["user"] = f"may have {MAX_USER_CHARS} printable characters"
+        if not is_user(user):
+            details["user"] = USER_RULE
         if instructions is not None and (len(instructions) > MAX_INSTRUCTIONS_CHARS or not _is_text(instructions)):
             details["instructions"] = f"may have {MAX_INSTRUCTIONS_CHARS} characters"
         if not details:
@@ -346,6 +356,11 @@ class Talks:
                 session.resume(self.place.principal_named(record.principal))
         except Exception:
             log.exception("internal error in conversation", talk=record.talk_id)
+
+
+def is_user(name: str) -> bool:
+    """Whether this may be the id of a user."""
+    return len(name) <= MAX_USER_CHARS and name.isprintable()
 
 
 def _new_record(principal: str, user: str, session_id: str) -> TalkRecord:

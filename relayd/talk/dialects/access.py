@@ -11,6 +11,7 @@ from protocol.wire.validators import Rule
 from relayd.http.authentication import principal_of
 from relayd.http.body_parser import MAX_FIELDS_BYTES, json_object, read_all
 from relayd.http.errors import HttpError
+from relayd.http.openai.extra_fields import check_text
 from relayd.talk.events import TurnFailed
 from relayd.talk.talks import Talk, Talks
 
@@ -39,6 +40,7 @@ async def fields_of(http: Request, rules: Mapping[str, Rule], *required: str) ->
         if name in fields:
             try:
                 rule(fields[name])
+                check_text(fields[name])
             except ValueError as fault:
                 faults[name] = str(fault)
     if faults:
@@ -55,11 +57,9 @@ async def open_named(http: Request, user: str | None = None, *, create: bool = F
     Raises:
         HttpError: there is none.
     """
-    principal, name, talks = principal_of(http), http.path_params["talk"], talks_of(http)
     user = http.query_params.get("user", "") if user is None else user
-    known = talks.find(principal, name, user)
-    session, user = (known.session, known.user) if known is not None else (name, user)
-    return or_refuse(await talks.open(principal, session, user, create=create))
+    name = http.path_params["talk"]
+    return or_refuse(await talks_of(http).open_named(principal_of(http), name, user, create=create))
 
 
 def or_refuse(value: T | Rejected) -> T:

@@ -24,7 +24,7 @@ from relayd.http.websocket_login import deny, principal_of_socket
 from relayd.talk.dialects.access import talks_of
 from relayd.talk.dialects.gpu_server_connection import DIALECT, GpuServerConnection
 from relayd.talk.dialects.json_socket import JsonSocket
-from relayd.talk.talks import MAX_USER_CHARS, Talks
+from relayd.talk.talks import USER_RULE, Talks, is_user
 
 SERVICE = "GPU Server WebSocket API"
 _USER = re.compile(r"user_(.+)", re.DOTALL)
@@ -72,9 +72,8 @@ async def _who(talks: Talks, principal: Principal, name: str) -> tuple[str | Non
         HttpError: there is no such session, or no such user can be.
     """
     if (user := _USER.fullmatch(name)) is not None:
-        if len(user[1]) > MAX_USER_CHARS or not user[1].isprintable():
-            message = f"the id of a user may have {MAX_USER_CHARS} printable characters"
-            raise HttpError(ErrorCode.FORBIDDEN, message)
+        if not is_user(user[1]):
+            raise HttpError(ErrorCode.FORBIDDEN, f"the id of a user {USER_RULE}")
         return user[1], None
     talk = await talks.open(principal, name, create=talks.place.settings.sessions == "open")
     if isinstance(talk, Rejected):

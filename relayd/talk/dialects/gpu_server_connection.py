@@ -14,7 +14,8 @@ from relayd.auth.tokens import Principal
 from relayd.http.audio.encoder import AudioExtraMissing
 from relayd.talk.conversation import played_content
 from relayd.talk.dialects.gpu_server_fields import Message, Refused, avatar_of, parse, session_of, user_of
-from relayd.talk.dialects.json_socket import JsonSocket, shown
+from relayd.talk.dialects.json_messages import shown
+from relayd.talk.dialects.json_socket import JsonSocket
 from relayd.talk.dialects.whole import WholeReply, whole_reply
 from relayd.talk.events import TurnFailed
 from relayd.talk.reply import Reply
@@ -75,16 +76,14 @@ class GpuServerConnection:
 
     async def run(self) -> None:
         """Serve it until it is closed; replies that are being made go on without it."""
-        websockets = self.talks.place.stats.websockets
-        websockets[DIALECT] = websockets.get(DIALECT, 0) + 1
         self._log_connected()
         try:
-            async with trio.open_nursery() as nursery:
-                async for data in self.socket.messages():
-                    await self._take(data, nursery)
-                nursery.cancel_scope.cancel()
+            with self.talks.place.stats.connected(DIALECT):
+                async with trio.open_nursery() as nursery:
+                    async for data in self.socket.messages():
+                        await self._take(data, nursery)
+                    nursery.cancel_scope.cancel()
         finally:
-            websockets[DIALECT] -= 1
             if self.user is not None:
                 log.info("Connection cleaned up (user-based):", connection_id=self.name)
             else:

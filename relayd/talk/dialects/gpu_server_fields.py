@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from relayd.talk.dialects.json_socket import parse_object, shown
+from relayd.talk.dialects.json_messages import parse_object, shown
 
 MAX_AVATAR_CHARS = 128
 

@@ -8,9 +8,6 @@ import attrs
 import trio
 from starlette.websockets import WebSocket
 
-#: Of what a client has sent, in an error that names it.
-MAX_SHOWN_CHARS = 128
-
 
 @attrs.define(eq=False)
 class JsonSocket:
@@ -39,26 +36,3 @@ class JsonSocket:
         """Send a binary message; otherwise as `send`."""
         async with self._turn:
             await self.websocket.send_bytes(data)
-
-
-def parse_object(text: str) -> dict[str, Any]:
-    """Parse a message.
-
-    Raises:
-        ValueError: it is not a JSON object.
-    """
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("it is not an object")
-    return value
-
-
-def shown(value: object) -> str:
-    """Return a value that a client has sent, as an error names it."""
-    if isinstance(value, list | dict):
-        return "an array" if isinstance(value, list) else "an object"
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"

@@ -4,7 +4,7 @@ from typing import Any
 
 from relayd.store.records import TURN_ENDED, TURN_LIVE
 from relayd.talk.session import MAX_TEXT_BYTES
-from relayd.talk.talks import MAX_INSTRUCTIONS_CHARS, MAX_USER_CHARS
+from relayd.talk.talks import MAX_INSTRUCTIONS_CHARS, MAX_SESSION_CHARS, MAX_USER_CHARS
 
 Schema = dict[str, Any]
 
@@ -123,7 +123,9 @@ PATHS: Schema = {
             "begin_talk",
             "Begin a conversation, or open one that is there",
             {200: _TALK, 201: _TALK},
-            body=_object(session={"type": "string", "maxLength": 128}, user=_USER, instructions=_INSTRUCTIONS),
+            body=_object(
+                session={"type": "string", "maxLength": MAX_SESSION_CHARS}, user=_USER, instructions=_INSTRUCTIONS
+            ),
         ),
     },
     "/v1/talks/{talk}": {

@@ -1,7 +1,5 @@
 """relayd's own way to talk over HTTP: `/v1/talks`. docs/talk.md describes it; what is said comes to `own_say`."""
 
-import secrets
-
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -9,17 +7,18 @@ from starlette.routing import BaseRoute, Route
 
 from protocol.wire.validators import Rule, choice, integer, optional, text
 from relayd.http.authentication import principal_of
+from relayd.http.body_parser import MAX_FIELDS_BYTES
 from relayd.http.errors import HttpError
 from relayd.http.streaming_response import StreamingRoute
 from relayd.talk.dialects.access import fields_of, open_named, or_refuse, talks_of
 from relayd.talk.dialects.own_say import say
 from relayd.talk.dialects.talk_json import talk_json, turn_json
-from relayd.talk.session import MAX_TEXT_BYTES
-from relayd.talk.talks import MAX_INSTRUCTIONS_CHARS, MAX_USER_CHARS
+from relayd.talk.talks import MAX_INSTRUCTIONS_CHARS, MAX_SESSION_CHARS, MAX_USER_CHARS
 
-_text, _user = text(MAX_TEXT_BYTES), text(MAX_USER_CHARS)
+#: A text that is too long for a turn is refused where all are; no field is longer than a body.
+_text, _user = text(MAX_FIELDS_BYTES), text(MAX_USER_CHARS)
 _instructions = optional(text(MAX_INSTRUCTIONS_CHARS))
-_NEW: dict[str, Rule] = {"session": text(128), "user": _user, "instructions": _instructions}
+_NEW: dict[str, Rule] = {"session": text(MAX_SESSION_CHARS), "user": _user, "instructions": _instructions}
 _TURN: dict[str, Rule] = {"role": choice("user", "assistant", "system"), "content": _text, "user": _user}
 _INTERRUPT: dict[str, Rule] = {"user": _user, "reason": text(200)}
 _HEARD: dict[str, Rule] = {"user": _user, "number": integer(0), "samples": integer(0)}
@@ -50,14 +49,10 @@ class AllTalks(HTTPEndpoint):
     async def post(self, http: Request) -> Response:
         """Begin one, with an id of its own or one that the client gives; one that is there is opened."""
         principal, fields = principal_of(http), await fields_of(http, _NEW)
-        session = fields.get("session") or f"talk-{secrets.token_hex(12)}0"
-        known = talks_of(http).find(principal, session, fields.get("user", "")) is not None
-        talk = or_refuse(
-            await talks_of(http).open(
-                principal, session, fields.get("user", ""), instructions=fields.get("instructions")
-            )
-        )
-        or_refuse(await talks_of(http).settle())
+        talks, session, user = talks_of(http), fields.get("session") or None, fields.get("user", "")
+        known = session is not None and talks.find(principal, session, user) is not None
+        talk = or_refuse(await talks.open(principal, session, user, instructions=fields.get("instructions")))
+        or_refuse(await talks.settle())
         headers = {"Location": f"/v1/talks/{talk.talk_id}"}
         return JSONResponse(talk_json(talk.record), 200 if known else 201, headers=headers)
 

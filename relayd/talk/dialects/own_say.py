@@ -9,10 +9,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.validators import Rule, Value, boolean, kind_of, optional, text
+from protocol.wire.validators import Rule, boolean, mapping, optional, text
 from relayd.http.audio.encoded_results import EncodedAudio
 from relayd.http.audio.encoder import AudioExtraMissing
 from relayd.http.authentication import principal_of
+from relayd.http.body_parser import MAX_FIELDS_BYTES
 from relayd.http.context import context_of, exchange_of
 from relayd.http.errors import HttpError
 from relayd.http.json_encoding import format_sse
@@ -23,22 +24,15 @@ from relayd.talk.dialects.talk_json import event_json, whole_json
 from relayd.talk.dialects.whole import whole_reply
 from relayd.talk.events import Event, TurnFailed
 from relayd.talk.reply import Reply
-from relayd.talk.session import MAX_TEXT_BYTES
 from relayd.talk.talks import MAX_INSTRUCTIONS_CHARS, MAX_USER_CHARS
 
-
-def _object(value: Value) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"must be an object, not {kind_of(value)}")
-
-
 _SAY: dict[str, Rule] = {
-    "text": text(MAX_TEXT_BYTES),
+    "text": text(MAX_FIELDS_BYTES),
     "user": text(MAX_USER_CHARS),
     "interrupt": boolean,
     "speak": boolean,
-    "params": _object,
-    "speech_params": _object,
+    "params": mapping,
+    "speech_params": mapping,
     "instructions": optional(text(MAX_INSTRUCTIONS_CHARS)),
 }
 

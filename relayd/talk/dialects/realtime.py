@@ -4,17 +4,18 @@ import trio
 from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from protocol.wire.messages import Rejected
 from relayd.auth.tokens import reject_readonly
 from relayd.http.context import context_of
 from relayd.http.errors import HttpError
 from relayd.http.openai.errors import error_body
 from relayd.http.websocket_login import deny, principal_of_socket
 from relayd.talk.dialects.access import or_refuse, talks_of
+from relayd.talk.dialects.json_socket import JsonSocket
 from relayd.talk.dialects.realtime_models import language_space
 from relayd.talk.dialects.realtime_session import RealtimeSession
-from relayd.talk.talks import Talk
 
+#: Its name in the metrics.
+DIALECT = "realtime"
 #: The subprotocol that is answered; a client need not offer any.
 REALTIME = "realtime"
 #: The beta, as a header or, from browsers, as a subprotocol.
@@ -35,7 +36,12 @@ async def realtime(websocket: WebSocket) -> None:
             raise HttpError.of(reject_readonly())
         model = websocket.query_params.get("model", "")
         space = language_space(context, talks, principal, model)
-        talk = await _open(websocket) if kept else or_refuse(talks.open_unkept(principal))
+        if kept:
+            name, is_open = websocket.query_params["conversation"], talks.place.settings.sessions == "open"
+            user = websocket.query_params.get("user", "")
+            talk = or_refuse(await talks.open_named(principal, name, user, create=is_open))
+        else:
+            talk = or_refuse(talks.open_unkept(principal))
     except HttpError as refusal:
         await deny(websocket, refusal, error_body(refusal))
         return
@@ -43,25 +49,12 @@ async def realtime(websocket: WebSocket) -> None:
     beta = _BETA_SUBPROTOCOL in offered or _BETA_HEADER in websocket.headers.get("openai-beta", "")
     await websocket.accept(REALTIME if REALTIME in offered else None)
     try:
-        async with trio.open_nursery() as nursery:
-            session = RealtimeSession(websocket, context, talks, principal, model or space, space, beta, talk, nursery)
-            await session.serve()
-            nursery.cancel_scope.cancel()
+        with talks.place.stats.connected(DIALECT):
+            async with trio.open_nursery() as nursery:
+                socket = JsonSocket(websocket)
+                session = RealtimeSession(socket, context, talks, principal, model or space, space, beta, talk, nursery)
+                await session.serve()
+                nursery.cancel_scope.cancel()
     finally:
         if not kept:
             talk.session.close("its client has left")
-
-
-async def _open(websocket: WebSocket) -> Talk:
-    """Open the stored conversation that the client names by its id or its session, or begin it.
-
-    Raises:
-        HttpError: there is none, and none may be begun.
-    """
-    principal, talks = principal_of_socket(websocket), talks_of(websocket)
-    name, user = websocket.query_params["conversation"], websocket.query_params.get("user", "")
-    known = talks.find(principal, name, user)
-    session, user = (known.session, known.user) if known is not None else (name, user)
-    opened = await talks.open(principal, session, user, create=talks.place.settings.sessions == "open")
-    assert isinstance(opened, Talk | Rejected)
-    return or_refuse(opened)

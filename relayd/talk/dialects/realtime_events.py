@@ -4,12 +4,12 @@ Events have the names of the API as it is now; `to_beta` gives them those of `Op
 """
 
 import base64
-import json
 import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from protocol.wire.validators import Rule, kind_of
+from protocol.wire.validators import Rule
+from relayd.talk.dialects.json_messages import parse_object
 
 Json = dict[str, Any]
 
@@ -75,13 +75,9 @@ def parse_event(message: str | bytes) -> Json:
     if isinstance(message, bytes):
         raise EventError("invalid_json", "events are JSON in text messages; this one is binary")
     try:
-        fields = json.loads(message, parse_constant=str)
-    except (ValueError, RecursionError) as fault:
-        why = fault if isinstance(fault, json.JSONDecodeError) else "it is nested too deep, or a number is too long"
-        raise EventError("invalid_json", f"an event must be JSON: {why}") from None
-    if not isinstance(fields, dict):
-        raise EventError("invalid_json", f"an event must be a JSON object, not {kind_of(fields)}")
-    return fields
+        return parse_object(message)
+    except ValueError as fault:
+        raise EventError("invalid_json", f"an event must be a JSON object: {fault}") from None
 
 
 # -- what is sent

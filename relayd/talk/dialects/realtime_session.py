@@ -1,19 +1,19 @@
 """One Realtime session: a client's events, done in order, and the responses that it asks for."""
 
-import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 import attrs
 import trio
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocketDisconnect
 
 from protocol.wire.messages import Rejected
 from protocol.wire.validators import array_of, choice, integer, mapping, text
 from relayd.auth.tokens import Principal
 from relayd.http.context import HttpContext
 from relayd.talk.conversation import played_content
+from relayd.talk.dialects.json_socket import JsonSocket
 from relayd.talk.dialects.realtime_events import (
     REQUIRED,
     EventError,
@@ -42,14 +42,13 @@ class RealtimeSession:
     """Serves one client.
 
     Args:
-        websocket: accepted.
         model: as the client has named it; `space` is what it stands for.
         beta: whether events have the names of the beta.
         talk: the conversation.
         nursery: in which responses run.
     """
 
-    websocket: WebSocket
+    socket: JsonSocket
     context: HttpContext
     talks: Talks
     principal: Principal
@@ -80,11 +79,10 @@ class RealtimeSession:
         for previous, item in self.items.restore():
             await self.send("conversation.item.added", previous_item_id=previous, item=item)
             await self.send("conversation.item.done", previous_item_id=previous, item=item)
-        while (message := await self.websocket.receive())["type"] == "websocket.receive":
+        async for message in self.socket.messages():
             event: Json = {}
             try:
-                given = message.get("text")
-                event = parse_event(message["bytes"] if given is None else given)
+                event = parse_event(message)
                 await self._do(event)
             except EventError as fault:
                 await self.send("error", error=error_json(fault, event.get("event_id")))
@@ -94,7 +92,7 @@ class RealtimeSession:
         event: Json = {"type": kind, "event_id": new_id("event"), **fields}
         told = to_beta(event) if self.beta else event
         if told is not None:
-            await self.websocket.send_text(json.dumps(told))
+            await self.socket.send(told)
 
     @property
     def _has_speech(self) -> bool:

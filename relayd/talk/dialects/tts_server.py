@@ -23,7 +23,8 @@ from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
 from relayd.http.request_stream import RequestStream, hold_submission
 from relayd.http.websocket_login import deny, principal_of_socket
-from relayd.talk.dialects.json_socket import JsonSocket, shown
+from relayd.talk.dialects.json_messages import shown
+from relayd.talk.dialects.json_socket import JsonSocket
 from relayd.talk.dialects.tts_server_errors import Failure, Message, failure_of, invalid, parse
 from relayd.talk.dialects.tts_server_params import faults_of, fitting
 
@@ -81,16 +82,14 @@ class TtsServer:
         except HttpError as refusal:
             await deny(websocket, refusal)
             return
-        websockets = context.relay.stats.talk.websockets
         self.usages[principal.name] = usage
         usage.connections += 1
-        websockets[DIALECT] = websockets.get(DIALECT, 0) + 1
         try:
-            await websocket.accept()
-            await Connection(usage, context, principal, JsonSocket(websocket)).run()
+            with context.relay.stats.talk.connected(DIALECT):
+                await websocket.accept()
+                await Connection(usage, context, principal, JsonSocket(websocket)).run()
         finally:
             usage.connections -= 1
-            websockets[DIALECT] -= 1
             if not usage.connections:
                 del self.usages[principal.name]
 

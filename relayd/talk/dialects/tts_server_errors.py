@@ -6,7 +6,7 @@ from typing import Any
 from protocol.wire.errors import ErrorCode
 from relayd.http.errors import HttpError
 from relayd.http.json_encoding import jsonable
-from relayd.talk.dialects.json_socket import parse_object
+from relayd.talk.dialects.json_messages import parse_object
 
 Message = dict[str, Any]
 

@@ -21,7 +21,6 @@ from relayd.http.app import Routes, make_app
 from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
 from relayd.http.request_stream import hold_submission
-from relayd.http.websocket import next_text
 from relayd.http.websocket_login import deny, principal_of_socket
 from tests.relayd.http.sample_handlers import Stage
 from tests.support.relay import Daemon, a_submit, daemon
@@ -177,7 +176,7 @@ class Sockets:
                 await websocket.send_text(f"{text} {refusal.code}")
 
         async with trio.open_nursery() as nursery:
-            while (text := await next_text(websocket)) is not None:
+            while (text := (await websocket.receive()).get("text")) is not None:
                 nursery.start_soon(speak, text)
             nursery.cancel_scope.cancel()
             self.left.set()

@@ -106,18 +106,6 @@ async def test_a_refusal_after_the_handshake_is_the_reason_of_the_close(
 
 
 @pytest.mark.trio
-async def test_a_binary_message_where_texts_are_expected_is_no_fault_of_the_endpoint(
-    tmp_path: Path, logs: Logs
-) -> None:
-    async with sockets(tmp_path) as (relay, endpoints):
-        async with socket_to(relay.urls[0], "/speech", make_token(relay)) as socket:
-            await socket.send_message(b"hello")
-            assert await closing(socket) == (1003, "send text messages; this was a binary one")
-        await endpoints.left.wait()
-    assert not faults(logs)
-
-
-@pytest.mark.trio
 async def test_an_interrupted_send_leaves_no_half_message(tmp_path: Path) -> None:
     async with (
         sockets(tmp_path) as (relay, endpoints),

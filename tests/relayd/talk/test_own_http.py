@@ -219,6 +219,42 @@ async def test_a_field_that_is_wrong_is_named(tmp_path: Path, told: dict[str, An
 
 
 @pytest.mark.trio
+async def test_a_text_is_too_long_by_its_bytes_in_whatever_it_comes(tmp_path: Path) -> None:
+    async with talking(tmp_path) as (_, http):
+        await http.ask("POST", "/v1/talks", told={"session": "s1"})
+        for path, told in (("say", {"text": "x" * 32_001}), ("turns", {"role": "user", "content": "你" * 10_667})):
+            refused = await http.ask("POST", f"/v1/talks/s1/{path}", told=told)
+            assert (refused.status, refused.error["code"]) == (413, "input_too_large")
+
+
+@pytest.mark.trio
+async def test_a_reason_with_half_a_surrogate_pair_is_refused_and_interrupts_nothing(tmp_path: Path) -> None:
+    async with talking(tmp_path) as (on, http):
+        go_on = trio.Event()
+        await on.writer(lambda _: ["One.", go_on])
+        await on.speaker()
+        async with visitor(on.daemon.url, token=await new_token(on.daemon)) as listening:
+            answer = await listening.open("POST", "/v1/talks/s1/say", told={"text": "Count!"}, headers=SSE)
+            await answer.until(b"event: mark")
+            refused = await http.ask("POST", "/v1/talks/s1/interrupt", told={"reason": "\ud800"})
+            assert (refused.status, list(refused.error["details"])) == (422, ["reason"])
+            go_on.set()
+            assert events_of(await answer.rest())[-1][2]["state"] == "done"
+
+
+@pytest.mark.trio
+async def test_the_relay_may_name_a_session_whatever_the_pattern_for_clients(tmp_path: Path) -> None:
+    async with talking(tmp_path, talk={"session_id_pattern": "[0-9]{6}"}) as (on, http):
+        await on.writer()
+        await on.speaker()
+        made = await http.ask("POST", "/v1/talks", told={})
+        assert made.status == 201
+        for name in (made.json["id"], made.json["session"]):
+            assert (await http.ask("POST", f"/v1/talks/{name}/say", told={"text": "Hello"})).status == 200
+        assert (await http.ask("POST", "/v1/talks", told={"session": "talk-1"})).status == 422
+
+
+@pytest.mark.trio
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
 async def test_what_fails_has_its_status_or_its_event(tmp_path: Path, accept: str) -> None:
     async with talking(tmp_path, http={"no_worker_wait_s": 0.05}) as (_, http):

@@ -10,6 +10,7 @@ import trio
 from starlette.websockets import WebSocketDisconnect
 
 from protocol.wire.structs import AudioFormat
+from relayd.talk.dialects.json_socket import JsonSocket
 from relayd.talk.dialects.realtime_session import RealtimeSession
 from tests.relayd.http.sample_sockets import denial
 from tests.relayd.talk.realtime_client import PATH, client_of, realtime
@@ -41,6 +42,7 @@ async def a_reply(on: Stage) -> None:
 async def test_a_text_is_answered_with_the_events_of_a_spoken_reply(tmp_path: Path) -> None:
     async with realtime(tmp_path) as (on, client):
         await a_reply(on)
+        assert on.daemon.relay.stats.talk.websockets == {"realtime": 1}
         created = client.got[0]["session"]
         assert created["output_modalities"] == ["audio"]
         assert created["audio"]["output"] == {
@@ -431,7 +433,7 @@ async def test_who_is_found_to_have_left_when_a_reply_is_sent_hears_no_more(tmp_
         await talk.add("user", "Hi")
         socket: Any = LeavingSocket()
         context = on.daemon.http_context
-        session = RealtimeSession(socket, context, on.talks, ANN, "llm", "llm", False, talk, nursery)
+        session = RealtimeSession(JsonSocket(socket), context, on.talks, ANN, "llm", "llm", False, talk, nursery)
         nursery.start_soon(session.serve)
         await until(lambda: len(writer.cancelled) == 1)
         await until(lambda: not on.talks.place.unended)

@@ -190,6 +190,8 @@ async def test_ping_is_answered(tmp_path: Path) -> None:
         await client.send({"type": "ping", "timestamp": 1234})
         answer = await client.answer()
         assert (answer["type"], answer["timestamp"], type(answer["server_time"])) == ("pong", 1234, int)
+        await client.send('{"type": "ping", "timestamp": NaN}')
+        assert (await client.answer())["timestamp"] == "NaN", "which is no JSON by itself"
         await client.send({"type": "ping"})
         assert (await client.answer())["timestamp"] == 0
 
