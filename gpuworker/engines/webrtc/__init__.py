@@ -1,0 +1,1 @@
+"""Engine `webrtc`: calls with browsers."""

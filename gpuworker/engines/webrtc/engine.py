@@ -1,0 +1,357 @@
+"""Engine `webrtc`: calls with browsers.
+
+A run is one of two kinds:
+
+- *peer*: its param is the browser's `offer`. The first output is the `answer`; then it tells states, what comes over
+  the data channel, and figures. It ends when either side hangs up.
+- *play*: its param is the id of a `peer`. What its inputs bring is heard and seen there, in real time.
+
+A call is a browser that a stranger may control, on open UDP ports: let this worker have nothing else.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import ipaddress
+import json
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gpuworker.engines.base import (
+    AudioChunk,
+    Capabilities,
+    Chunk,
+    Engine,
+    EngineError,
+    EngineInput,
+    InvalidParams,
+    LiveInput,
+    Missing,
+    Option,
+    OptionError,
+    OptionValue,
+    OutputChunk,
+    RequestContext,
+    RunStopped,
+)
+from gpuworker.engines.webrtc.ivf import IvfReader
+from gpuworker.engines.webrtc.offer import BadOffer, read_offer
+from protocol.install_hint import install_command
+from protocol.wire.errors import ErrorCode
+from protocol.wire.structs import AudioFormat, InputRule
+from protocol.wire.validators import Value
+
+if TYPE_CHECKING:
+    from gpuworker.engines.webrtc.gateway import Gateway
+    from gpuworker.engines.webrtc.peer import Peer
+    from gpuworker.engines.webrtc.play import Play
+
+ANSWER_S = 20.0
+#: How soon a cancel is noticed where no input tells of it.
+NAP_S = 0.02
+MICROPHONE = AudioFormat(sample_rate=16_000)
+IVF = "video/x-ivf"
+#: A loop to look at while nobody speaks, not a film: it is in memory for each call.
+MAX_IDLE_BYTES = 16 * 1024 * 1024
+#: A command is a line of JSON.
+MAX_LINE_CHARS = 64 * 1024
+NOBODY = RequestContext()
+
+PARAMS: dict[str, Value] = {
+    "type": "object",
+    "properties": {
+        "offer": {"type": "string", "maxLength": 65_536, "description": "the SDP of a browser's offer: begins a call"},
+        "listen": {"type": "boolean", "default": False, "description": "pass on the caller's microphone"},
+        "peer": {"type": "string", "maxLength": 64, "description": "the request id of a call: plays the inputs there"},
+    },
+    "oneOf": [{"required": ["offer"]}, {"required": ["peer"]}],
+    "additionalProperties": False,
+}
+INPUTS = {
+    "commands": InputRule(media_types=["application/x-ndjson", "text/plain"], live=True, patient=True),
+    "idle": InputRule(media_types=[IVF], max_bytes=MAX_IDLE_BYTES, live=True),
+    "audio": InputRule(media_types=["audio/L16"], max_bytes=512 * 1024 * 1024, live=True, patient=True),
+    "video": InputRule(media_types=[IVF], max_bytes=512 * 1024 * 1024, live=True, patient=True),
+}
+
+
+class WebRtcEngine(Engine):
+    """Answers offers, and plays on those peers; see the module's docstring."""
+
+    SUMMARY: ClassVar[str] = "calls with browsers (WebRTC): their offer is the param, speech and video are inputs"
+    OPTIONS: ClassVar[Mapping[str, Option]] = {
+        "ports": Option(default="50000-50199", help="UDP ports for calls; one for each call and address"),
+        "public_ip": Option(default="", help="the address that callers reach, if a router or a cloud translates it"),
+        "host": Option(default="", help="addresses of this machine to offer, with commas; all of them if not given"),
+        "ice_servers_file": Option(
+            help="file with STUN and TURN servers of the worker's own: a JSON list, as browsers have"
+        ),
+        "max_kbit_s": Option(kind=int, default=2_000, help="more video than this is thinned out to key frames"),
+    }
+    SHARED = True
+    default_slots = 50
+
+    def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
+        super().__init__(options)
+        self.ports = _ports(str(self.options["ports"]))
+        self.hosts = [_address("host", each) for each in str(self.options["host"] or "").split(",") if each]
+        self.public_ip = _address("public_ip", str(self.options["public_ip"])) if self.options["public_ip"] else ""
+        if int(self.options["max_kbit_s"] or 0) < 1:
+            raise OptionError(f"-o max_kbit_s={self.options['max_kbit_s']}: must be 1 or more")
+        self._gateway: Gateway | None = None
+        self._max_peers = 1
+
+    @classmethod
+    def missing(cls) -> list[Missing]:
+        """The WebRTC library."""
+        if importlib.util.find_spec("aiortc") and importlib.util.find_spec("av"):
+            return []
+        return [Missing("the aiortc package", install_command("webrtc"))]
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """A call may be silent for long, so it does not stream."""
+        return Capabilities(params=PARAMS, inputs=INPUTS)
+
+    def format_for(self, params: dict[str, Value]) -> AudioFormat | None:
+        """The format of the caller's microphone, if it is listened to."""
+        return MICROPHONE if params.get("listen") and "offer" in params else None
+
+    # -- loading
+
+    def load(self) -> None:
+        """Start the gateway.
+
+        Raises:
+            EngineError: what it needs is missing.
+        """
+        if missing := self.missing():
+            raise EngineError(f"{missing[0].what} is not installed: {missing[0].install}")
+        from gpuworker.engines.webrtc.gateway import Gateway  # imports aiortc
+        from gpuworker.engines.webrtc.peer import Settings
+        from gpuworker.engines.webrtc.play import silent_packet
+
+        settings = Settings(
+            ice_servers=_ice_servers(self.options["ice_servers_file"]),
+            public_ip=self.public_ip,
+            loopback=any(ipaddress.ip_address(host).is_loopback for host in self.hosts),
+            ports=str(self.options["ports"]),
+            max_bits_s=int(self.options["max_kbit_s"] or 0) * 1000.0,
+            silence=silent_packet(),
+        )
+        self._gateway = Gateway(settings, self.ports, self.hosts)
+        self._gateway.open()
+
+    def seats(self, count: int) -> Sequence[Engine]:
+        """Engines that share the gateway. Half of them may be calls: each needs another seat to be spoken to."""
+        self._max_peers = max(1, count // 2)
+        return [copy.copy(self) for _ in range(count)]
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._gateway is not None:
+            self._gateway.close()
+            self._gateway = None
+
+    # -- a run
+
+    def generate(
+        self, params: dict[str, Value], inputs: Mapping[str, EngineInput | LiveInput], context: RequestContext = NOBODY
+    ) -> Iterator[Chunk]:
+        """Hold a call, or play on one."""
+        assert self._gateway is not None
+        wrong = [name for name in inputs if (name in ("audio", "video")) != ("peer" in params)]
+        if wrong:
+            kind = "a call takes commands and idle" if "offer" in params else "a play takes audio and video"
+            raise EngineError(f"input {wrong[0]} does not belong here: {kind}", code=ErrorCode.INPUT_MISMATCH)
+        if "offer" in params:
+            return self._call(self._gateway, params, inputs, context.request_id)
+        return self._play(self._gateway, params["peer"], inputs)
+
+    def _call(
+        self, gateway: "Gateway", params: dict[str, Value], inputs: Mapping[str, Any], request_id: str
+    ) -> Iterator[Chunk]:
+        try:
+            offer = read_offer(params["offer"], loopback=gateway.settings.loopback)
+        except BadOffer as fault:
+            raise InvalidParams({"offer": str(fault)}) from None
+        if len(gateway.peers) >= self._max_peers:
+            message = f"all {self._max_peers} calls of this worker are taken; call later, or give it more --slots"
+            raise EngineError(message, retryable=True)
+        peer = gateway.do(gateway.open_peer(request_id, bool(params.get("listen"))))
+        try:
+            yield OutputChunk({"answer": gateway.do(peer.answer(offer), ANSWER_S)})
+            _begin(peer.events, self._obey, gateway, peer, inputs.get("commands"))
+            _begin(peer.events, self._show_idle, gateway, peer, inputs.get("idle"))
+            for event in self._events(peer.events):
+                yield event if isinstance(event, AudioChunk) else OutputChunk(event)
+        finally:
+            gateway.do(gateway.close_peer(request_id), ANSWER_S)
+
+    def _events(self, events: "queue.SimpleQueue[Any]") -> Iterator[Any]:
+        """What comes, until an end.
+
+        Raises:
+            EngineError: the end is an error.
+        """
+        while not self.cancelled():
+            with contextlib.suppress(queue.Empty):
+                event = events.get(timeout=NAP_S)
+                if isinstance(event, EngineError):
+                    raise event
+                if event is None:
+                    return
+                yield event
+
+    def _obey(self, gateway: "Gateway", peer: "Peer", commands: EngineInput | LiveInput | None) -> None:
+        """Do what the commands say, line by line."""
+        held = ""
+        for text in () if commands is None else commands.text():
+            *lines, held = (held + text).split("\n")
+            if len(held) > MAX_LINE_CHARS:
+                lines, held = [*lines, held], ""
+            for line in filter(str.strip, lines):
+                self._obey_one(gateway, peer, line)
+        if held.strip():
+            self._obey_one(gateway, peer, held)
+
+    def _obey_one(self, gateway: "Gateway", peer: "Peer", line: str) -> None:
+        try:
+            command = json.loads(line) if len(line) <= MAX_LINE_CHARS else None
+        except (ValueError, RecursionError):
+            command = None
+        if not isinstance(command, dict):
+            command = {}
+        if "candidate" in command:
+            try:
+                gateway.do(peer.add_candidate(command["candidate"]), ANSWER_S)
+            except ValueError as fault:
+                gateway.soon(peer.tell, {"error": str(fault)})
+        elif isinstance(command.get("send"), str):
+            gateway.soon(peer.send, command["send"])
+        elif command.get("hang_up") is True:
+            gateway.soon(peer.end, None)
+        else:
+            wanted = '{"candidate": {…}}, {"send": "text"} or {"hang_up": true}'
+            gateway.soon(peer.tell, {"error": f"a command is one line of JSON: {wanted}"})
+
+    def _show_idle(self, gateway: "Gateway", peer: "Peer", idle: EngineInput | LiveInput | None) -> None:
+        """Show the idle loop once all of it is there."""
+        reader = IvfReader()
+        pictures = [picture for data in idle or () for picture in reader.feed(data)]
+        if pictures and not pictures[0].key:
+            raise EngineError("the idle video does not begin with a key frame", code=ErrorCode.INPUT_MISMATCH)
+        if pictures:
+            gateway.soon(peer.screen.set_idle, pictures)
+
+    def _play(self, gateway: "Gateway", peer_id: str, inputs: Mapping[str, Any]) -> Iterator[Chunk]:
+        from gpuworker.engines.webrtc.play import Play
+
+        if (audio := inputs.get("audio")) is None:
+            raise EngineError("a play needs the input audio", code=ErrorCode.INPUT_MISSING)
+        peer = gateway.peer(peer_id)
+        sound = _format(audio.media_type)
+        play = Play(sound, has_video="video" in inputs)
+        gateway.soon(peer.add_play, play)
+        try:
+            _begin(play.events, self._read_audio, play, sound, audio)
+            _begin(play.events, self._read_video, play, inputs.get("video"))
+            for samples in self._events(play.events):
+                yield OutputChunk({"played": samples})
+            if not self.cancelled():
+                yield OutputChunk({"played": play.samples_played})
+        finally:
+            play.close()
+
+    @staticmethod
+    def _read_audio(play: "Play", sound: AudioFormat, audio: EngineInput | LiveInput) -> None:
+        from gpuworker.engines.webrtc.play import SpeechEncoder
+
+        encoder = SpeechEncoder(sound)
+        step = sound.sample_rate * sound.sample_bytes // 5
+        for data in audio:
+            for at in range(0, len(data), step):
+                play.add_packets(encoder.encode(data[at : at + step]))
+        play.add_packets(encoder.finish())
+        play.end_audio(encoder.samples)
+
+    @staticmethod
+    def _read_video(play: "Play", video: EngineInput | LiveInput | None) -> None:
+        reader = IvfReader()
+        for data in video or ():
+            for picture in reader.feed(data):
+                play.add_picture(picture)
+        play.end_video()
+
+
+def _begin(events: "queue.SimpleQueue[Any]", work: Callable[..., None], *arguments: object) -> None:
+    """Do something in a thread of its own; an error that it raises is an event, and a cancel ends the run."""
+
+    def run() -> None:
+        try:
+            work(*arguments)
+        except RunStopped:
+            events.put(None)
+        except EngineError as fault:
+            events.put(fault)
+        except Exception as fault:  # noqa: BLE001 - the seat waits for events: whatever it is must become one
+            events.put(EngineError(f"{type(fault).__name__}: {fault}"))
+
+    threading.Thread(target=run, name="webrtc input", daemon=True).start()
+
+
+def _format(media_type: str) -> AudioFormat:
+    """The format that a media type such as `audio/L16;rate=24000;channels=1` names.
+
+    Raises:
+        EngineError: it names none.
+    """
+    fields = dict(re.findall(r";\s*([a-z]+)=\"?(\d+)\"?", media_type.lower()))
+    try:
+        return AudioFormat(sample_rate=int(fields["rate"]), channels=int(fields.get("channels", "1")))
+    except (KeyError, ValueError):
+        message = f"the audio is {media_type[:80]!r}; give its rate: audio/L16;rate=24000;channels=1 (or 2)"
+        raise EngineError(message, code=ErrorCode.INPUT_MISMATCH) from None
+
+
+def _ports(given: str) -> range:
+    """The range of ports in option `ports`.
+
+    Raises:
+        OptionError: it is none.
+    """
+    first, _, last = given.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and 1024 <= int(first) <= int(last) <= 65_535):
+        raise OptionError(f"-o ports={given}: write a range of UDP ports from 1024 on, such as 50000-50199")
+    return range(int(first), int(last) + 1)
+
+
+def _address(name: str, given: str) -> str:
+    try:
+        return str(ipaddress.ip_address(given.strip()))
+    except ValueError:
+        raise OptionError(f"-o {name}={given}: write an IP address, not a name") from None
+
+
+def _ice_servers(path: OptionValue) -> list[Any]:
+    """The servers in a file.
+
+    Raises:
+        EngineError: it cannot be read, or holds something else.
+    """
+    if not path:
+        return []
+    from aiortc import RTCIceServer
+
+    try:
+        listed = json.loads(Path(str(path)).expanduser().read_text(encoding="utf-8"))
+        return [RTCIceServer(each["urls"], each.get("username"), each.get("credential")) for each in listed]
+    except OSError as fault:
+        raise EngineError(f"-o ice_servers_file={path} cannot be read: {fault.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        wanted = '[{"urls": "turn:…", "username": "…", "credential": "…"}]'
+        raise EngineError(f"-o ice_servers_file={path}: write a JSON list: {wanted}") from None

@@ -1,0 +1,114 @@
+"""The gateway: an event loop in a thread of its own, on which all peers of the worker live."""
+
+import asyncio
+import errno
+import random
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import aioice.ice
+
+from gpuworker.engines.base import EngineError
+from gpuworker.engines.webrtc.peer import Peer, Settings
+
+T = TypeVar("T")
+
+CLOSE_S = 5.0
+
+
+class PortLoop(asyncio.SelectorEventLoop):
+    """An event loop that takes UDP ports from a range where any would do: aiortc knows no range of ports.
+
+    Args:
+        ports: the range.
+    """
+
+    def __init__(self, ports: range) -> None:
+        super().__init__()
+        self._ports = ports
+
+    async def create_datagram_endpoint(  # type: ignore[override]
+        self, protocol_factory: Callable[[], Any], local_addr: Any = None, **more: Any
+    ) -> Any:
+        """Open a socket; on a free port of the range if it has an address and port 0.
+
+        Raises:
+            OSError: no port of the range is free.
+        """
+        if local_addr is None or local_addr[1] != 0:
+            return await super().create_datagram_endpoint(protocol_factory, local_addr=local_addr, **more)
+        for port in random.sample(self._ports, len(self._ports)):
+            try:
+                return await super().create_datagram_endpoint(
+                    protocol_factory, local_addr=(local_addr[0], port), **more
+                )
+            except OSError as fault:
+                if fault.errno != errno.EADDRINUSE:
+                    raise
+        raise OSError(errno.EADDRINUSE, "no port of the range is free")
+
+
+class Gateway:
+    """All peers of a worker.
+
+    Args:
+        settings: of each peer.
+        ports: the range of UDP ports.
+        hosts: the addresses that peers are offered; all of this machine's if empty.
+    """
+
+    def __init__(self, settings: Settings, ports: range, hosts: list[str]) -> None:
+        self.settings = settings
+        self.peers: dict[str, Peer] = {}
+        self._hosts = hosts
+        self._loop = PortLoop(ports)
+        self._thread = threading.Thread(target=self._run, name="webrtc", daemon=True)
+
+    def open(self) -> None:
+        """Start the loop."""
+        if self._hosts:
+            aioice.ice.get_host_addresses = lambda use_ipv4, use_ipv6: list(self._hosts)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def close(self) -> None:
+        """Hang up all peers, and end the loop."""
+        self.do(self._close_peers(), CLOSE_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_S)
+
+    async def _close_peers(self) -> None:
+        await asyncio.gather(*(peer.close() for peer in list(self.peers.values())), return_exceptions=True)
+
+    # -- for seats, in any thread
+
+    def do(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+        """Do something in the loop, and wait for its end."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    def soon(self, work: Callable[..., object], *arguments: object) -> None:
+        """Call something in the loop."""
+        self._loop.call_soon_threadsafe(work, *arguments)
+
+    async def open_peer(self, request_id: str, listen: bool) -> Peer:
+        """Make a peer; `close_peer` ends it."""
+        peer = self.peers[request_id] = Peer(self.settings, listen=listen)
+        return peer
+
+    async def close_peer(self, request_id: str) -> None:
+        """End a peer."""
+        await self.peers.pop(request_id).close()
+
+    def peer(self, request_id: str) -> Peer:
+        """A peer that was called.
+
+        Raises:
+            EngineError: there is none of this name, or it has ended.
+        """
+        if (peer := self.peers.get(request_id)) is None:
+            raise EngineError("there is no such call, or it has ended; call again, and play it there")
+        return peer
