@@ -478,6 +478,7 @@ async def open_relay(
         token=(token_from_environment() if token is None else token) or None,
         agent=agent if agent is not None else f"relay-client/{version('relayd')}",
         readonly=readonly,
+        video=True,
     )
     relay = RelayClient(reconnect=reconnect, on_reconnect=on_reconnect, on_up=on_up)
     connect = partial(

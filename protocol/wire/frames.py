@@ -5,7 +5,7 @@ from typing import ClassVar
 import attrs
 
 from protocol.wire.media_types import media_type_rule
-from protocol.wire.structs import KIB, AudioFormat, attempt_rule, request_id_rule, seq_rule
+from protocol.wire.structs import KIB, AudioFormat, VideoFormat, attempt_rule, request_id_rule, seq_rule
 from protocol.wire.validators import (
     Message,
     Value,
@@ -27,7 +27,7 @@ from protocol.wire.validators import (
 MAX_MESSAGE_BYTES = 1024 * KIB
 #: Size of `pcm` in one `audio` message: what a message has left after its envelope (below 200 bytes).
 MAX_PCM_BYTES = MAX_MESSAGE_BYTES - 1 * KIB
-#: Size of binary `data` in one `output` message; larger binary is sent in parts.
+#: Size of binary `data` in one `output` or `video` message; larger binary of an `output` is sent in parts.
 MAX_BINARY_BYTES = MAX_PCM_BYTES
 MAX_TEXT_CHARS = 4096
 #: What to do about `run_timeout`.
@@ -50,10 +50,11 @@ class Frame(Message):
 
 @attrs.frozen(kw_only=True)
 class Started(Frame):
-    """The engine has begun; `format` of the audio to come, None if there will be none."""
+    """The engine has begun; `format` of the audio and `video` of the pictures to come, None if there will be none."""
 
     TYPE: ClassVar[str] = "started"
     format: AudioFormat | None = struct_field(AudioFormat)
+    video: VideoFormat | None = struct_field(VideoFormat)
 
 
 @attrs.frozen(kw_only=True)
@@ -72,6 +73,20 @@ class Audio(Frame):
 
     TYPE: ClassVar[str] = "audio"
     pcm: bytes = field(binary(MAX_PCM_BYTES))
+
+
+@attrs.frozen(kw_only=True)
+class Video(Frame):
+    """One encoded picture in the `started` video format.
+
+    `pts`: when it is shown, in units of 1/90,000 s; of each picture later than of the one before. `key`: it needs no
+    picture before it.
+    """
+
+    TYPE: ClassVar[str] = "video"
+    data: bytes = field(binary(MAX_BINARY_BYTES))
+    pts: int = field(integer(0))
+    key: bool = field(boolean)
 
 
 @attrs.frozen(kw_only=True)

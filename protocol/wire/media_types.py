@@ -34,6 +34,7 @@ _STARTS = {
     b"PK\x03\x04": "application/zip",
     b"\x1f\x8b\x08": "application/gzip",
     b"glTF": "model/gltf-binary",
+    b"DKIF": "video/x-ivf",
 }
 #: Containers: their first bytes, and the kind that bytes 8 to 12 name.
 _CHUNKED = {
@@ -71,6 +72,7 @@ _SUFFIXES = {
     "image/jpeg": ".jpg",
     "image/webp": ".webp",
     "text/plain": ".txt",
+    "video/x-ivf": ".ivf",
     "video/x-matroska": ".mkv",
 }
 

@@ -24,12 +24,14 @@ from protocol.wire.frames import Frame as Frame
 from protocol.wire.frames import Output as Output
 from protocol.wire.frames import Progress as Progress
 from protocol.wire.frames import Started as Started
+from protocol.wire.frames import Video as Video
 from protocol.wire.structs import ID_PATTERN as ID_PATTERN
 from protocol.wire.structs import KIB as KIB
 from protocol.wire.structs import AudioFormat as AudioFormat
 from protocol.wire.structs import InputInfo as InputInfo
 from protocol.wire.structs import InputRule as InputRule
 from protocol.wire.structs import Running as Running
+from protocol.wire.structs import VideoFormat as VideoFormat
 from protocol.wire.structs import attempt_rule, input_name_rule, request_id_rule, seq_rule
 from protocol.wire.validators import Message as Message
 from protocol.wire.validators import (
@@ -90,6 +92,8 @@ class Hello(Message):
     agent: str = field(text(128), "")
     #: Asks for an operator's connection that may watch but not steer; the relay enforces it.
     readonly: bool = field(boolean, False)
+    #: Knows `video` frames; a client that does not is sent others in their place.
+    video: bool | None = field(optional(boolean), None)
 
 
 @attrs.frozen(kw_only=True)
@@ -510,9 +514,9 @@ def _table(*classes: type[Message]) -> dict[str, type[Message]]:
     return {cls.TYPE: cls for cls in classes}
 
 
-FRAMES: Table = _table(Started, Progress, Audio, Output, Completed, Failed, Cancelled)
+FRAMES: Table = _table(Started, Progress, Audio, Video, Output, Completed, Failed, Cancelled)
 #: Types that may exceed `MAX_CONTROL_BYTES`, up to `MAX_MESSAGE_BYTES`, and must then be flat maps.
-BULK = frozenset({"audio", "input", "output"})
+BULK = frozenset({"audio", "video", "input", "output"})
 
 FROM_ANYONE: Table = _table(Hello)
 FROM_CLIENT: Table = _table(Ping, Pong, Submit, Input, Cancel, Attach, Leave, Status, Spaces)

@@ -14,6 +14,7 @@ from protocol.wire.validators import (
     integer,
     map_field,
     map_of,
+    number,
     optional,
     text,
 )
@@ -50,6 +51,23 @@ class AudioFormat(Struct):
 
 
 @attrs.frozen(kw_only=True)
+class VideoFormat(Struct):
+    """The format of the pictures in `video` frames.
+
+    Args:
+        codec: `vp8`, the only one (RFC 6386).
+        width: pixels, 1..16,383.
+        height: as `width`.
+        fps: pictures a second that are meant; the `pts` of each says when it is shown.
+    """
+
+    codec: str = field(choice("vp8"), "vp8")
+    width: int = field(integer(1, 16_383))
+    height: int = field(integer(1, 16_383))
+    fps: float = field(number(1, 240))
+
+
+@attrs.frozen(kw_only=True)
 class InputInfo(Struct):
     """An input that a `submit` announces: whole, live, or piped from another request.
 
@@ -58,7 +76,7 @@ class InputInfo(Struct):
         size: in bytes; of a whole input.
         sha256: of a whole input, 64 lower-case hex digits.
         live: its bytes are sent while the request waits and runs; the last `input` says so.
-        from_: the request whose output it is: strings as UTF-8, or audio as PCM. The relay sends it.
+        from_: the request whose output it is: strings as UTF-8, audio as PCM, or video as IVF. The relay sends it.
     """
 
     media_type: str = field(text(128), "")

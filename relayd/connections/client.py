@@ -10,9 +10,11 @@ import structlog
 import trio
 
 from protocol.link.base import Link
-from protocol.wire.codec import decode, repair
+from protocol.wire.codec import decode, encode, repair
 from protocol.wire.errors import BadText, ErrorCode, LinkError, UnknownType
+from protocol.wire.frames import Output, Video
 from protocol.wire.messages import (
+    FRAMES,
     FROM_CLIENT,
     Accepted,
     Attach,
@@ -69,6 +71,8 @@ class ClientHandler:
     admission: Admission
     #: What its principal uses; None for one that is not limited.
     usage: PrincipalUsage | None = None
+    #: Whether it knows `video` frames; otherwise it gets others in their place.
+    knows_video: bool = False
     readers: dict[str, FrameReader] = attrs.field(factory=dict)
     held_requests: dict[str, Request] = attrs.field(factory=dict)
     #: The latest position of each request that is sent once the link has drained.
@@ -89,6 +93,9 @@ class ClientHandler:
 
     def send_frames(self, frames: list[bytes], size: int) -> None:
         """Send frames; no effect on a link that has ended."""
+        if not self.knows_video:
+            frames = [_without_video(data) for data in frames]
+            size = sum(map(len, frames))
         try:
             self.link.send_frames(frames)
         except LinkError:
@@ -394,6 +401,13 @@ ClientHandler.handlers = {
     Status: ClientHandler._status,
     Spaces: ClientHandler._spaces,
 }
+
+
+def _without_video(data: bytes) -> bytes:
+    """A frame for a client that ignores `video`, and would miss its number: an `output` in its place, of no value."""
+    if b"video" not in data or not isinstance(frame := decode(data, FRAMES), Video):
+        return data
+    return encode(Output(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq, mark={}))
 
 
 def _rate_limited(request_id: str, message: str, retry_after_s: float) -> Rejected:

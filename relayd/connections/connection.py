@@ -52,6 +52,8 @@ class Connection:
     release_slot: Callable[[], None]
     #: The peer's program and version.
     agent: str = ""
+    #: Whether the peer said that it knows `video` frames.
+    knows_video: bool = False
     connected_at: float = attrs.field(factory=trio.current_time)
     role_handler: RoleHandler | None = None
     #: What its principal uses; None for one that is not limited.

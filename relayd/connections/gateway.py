@@ -247,7 +247,13 @@ class Gateway:
         else:
             if isinstance(principal, Principal):
                 connection = Connection(
-                    secrets.token_hex(8), link, principal, self.relay, connection_slot.release, hello.agent
+                    secrets.token_hex(8),
+                    link,
+                    principal,
+                    self.relay,
+                    connection_slot.release,
+                    hello.agent,
+                    knows_video=bool(hello.video),
                 )
                 link.meter = None
                 if is_limited(principal):
@@ -357,6 +363,7 @@ class Gateway:
             connection.principal,
             self.relay,
             self.admission,
+            knows_video=connection.knows_video,
             tokens=self.tokens,
             nursery=nursery,
             drain=self.drain,
@@ -372,6 +379,7 @@ class Gateway:
             self.relay,
             self.admission,
             connection.usage,
+            connection.knows_video,
         )
         client.begin()
         return client

@@ -26,6 +26,7 @@ from protocol.wire.frames import (
     Output,
     Progress,
     Started,
+    Video,
 )
 from protocol.wire.messages import (
     FROM_WORKER,
@@ -386,16 +387,19 @@ class WorkerHandler:
             return
         if not self._is_next(request, frame):
             return
-        pcm_bytes, is_output = 0, isinstance(frame, Audio | Output)
+        pcm_bytes, is_output = 0, isinstance(frame, Audio | Video | Output)
         if isinstance(frame, Audio):
             pcm_bytes = len(frame.pcm)
             if request.format is None or pcm_bytes % request.format.sample_bytes:
                 raise ProtocolError("audio before `started` with a format, or not of whole samples")
+        elif isinstance(frame, Video):
+            if request.video is None:
+                raise ProtocolError("video before `started` with its format")
         elif isinstance(frame, Started):
-            if request.format is not None:
-                raise ProtocolError("a second `started`; the format of an attempt's audio cannot change")
+            if request.format is not None or request.video is not None:
+                raise ProtocolError("a second `started`; the formats of an attempt cannot change")
             self.relay.stats.count_restarted(request)
-            request.format = frame.format
+            request.format, request.video = frame.format, frame.video
         elif isinstance(frame, Progress):
             request.fraction = frame.fraction
             if self.usage is not None:
@@ -526,6 +530,7 @@ HANDLERS: Mapping[type[Message], Callable[[WorkerHandler, Any, bytes], None]] = 
     Started: WorkerHandler._frame,
     Progress: WorkerHandler._frame,
     Audio: WorkerHandler._frame,
+    Video: WorkerHandler._frame,
     Output: WorkerHandler._frame,
     Completed: WorkerHandler._last_frame,
     Failed: WorkerHandler._last_frame,

@@ -16,7 +16,7 @@ import trio
 
 from protocol.wire.audio_envelope import PREFIX_BYTES, audio_prefix, match_audio
 from protocol.wire.codec import decode, encode
-from protocol.wire.frames import Audio, Completed, Frame, Output, Progress, Started
+from protocol.wire.frames import Audio, Completed, Frame, Output, Progress, Started, Video
 from protocol.wire.messages import FRAMES, Ack, Submit
 from protocol.wire.validators import Value
 from relayd.core.interfaces import RelayState
@@ -314,7 +314,7 @@ class Copy:
                 break
             copied.append(encode(self._renamed(frame)))
             audio_bytes += self._note(frame)
-            is_output = is_output or isinstance(frame, Audio | Output)
+            is_output = is_output or isinstance(frame, Audio | Video | Output)
         if not copied:
             return
         entry = request.entry
@@ -334,7 +334,7 @@ class Copy:
             self._source_prefix = audio_prefix(frame.request_id, frame.attempt)
             return len(frame.pcm)
         if isinstance(frame, Started):
-            request.audio_bytes, request.format = 0, frame.format
+            request.audio_bytes, request.format, request.video = 0, frame.format, frame.video
         elif isinstance(frame, Progress):
             request.fraction = frame.fraction
         elif isinstance(frame, Output) and frame.mark is None:

@@ -11,7 +11,7 @@ import trio
 
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import MAX_REPORT_CHARS, Ack, Queued, Rejected, Submit, WorkerAway, WorkerBack
-from protocol.wire.structs import AudioFormat
+from protocol.wire.structs import AudioFormat, VideoFormat
 from protocol.wire.validators import Value
 from relayd.config.schema import SpaceConfig
 from relayd.frames.frame_log import FrameLog, Sink
@@ -128,6 +128,7 @@ class Request:
     first_frame_at: float | None = None
     ended_at: float | None = None
     format: AudioFormat | None = None
+    video: VideoFormat | None = None
     audio_bytes: int = 0
     fraction: float | None = None
     #: Whether there are `output` frames among its frames.

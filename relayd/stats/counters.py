@@ -198,7 +198,7 @@ class Stats:
     def count_restarted(self, request: Request) -> None:
         """Count the audio of an attempt whose output is discarded; the next one has its own format."""
         self._count_audio(request)
-        request.audio_bytes, request.format = 0, None
+        request.audio_bytes, request.format, request.video = 0, None, None
 
     def _count_audio(self, request: Request) -> None:
         """Add the audio of an ended attempt to the totals."""

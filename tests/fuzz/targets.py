@@ -38,7 +38,7 @@ INSTANCE = "fedcba9876543210fedcba9876543210"
 
 Map = dict[str, Value]
 _OF_FRAME: Map = {"request_id": ID, "attempt": 1, "seq": 0}
-HELLO: Map = {"type": "hello", "version": 1, "role": "client", "token": None, "agent": "", "readonly": False}
+HELLO: Map = {"type": "hello", "version": 1, "role": "client", "token": None, "readonly": False, "video": True}
 REGISTER: Map = {
     "type": "register",
     "worker": "box",
@@ -83,7 +83,9 @@ FROM_WORKERS: Sequence[Map] = (
     {"type": "draining"},
     _OF_FRAME | {"type": "started", "format": REGISTER["format"]},
     _OF_FRAME | {"type": "progress", "state": "generating", "fraction": 0.5, "message": ""},
+    _OF_FRAME | {"type": "started", "video": {"codec": "vp8", "width": 64, "height": 48, "fps": 25}},
     _OF_FRAME | {"type": "audio", "pcm": b"\0\0"},
+    _OF_FRAME | {"type": "video", "data": b"\0\1", "pts": 3600, "key": True},
     _OF_FRAME | {"type": "output", "data": {"text": "hello", "of": [1, 2.5, None]}},
     _OF_FRAME | {"type": "completed", "result": {"chunks": 1, "run_s": 0.1}},
     _OF_FRAME | {"type": "failed", "code": "engine_failed", "message": "no", "details": {}, "retryable": True},

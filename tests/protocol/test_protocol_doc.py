@@ -41,7 +41,7 @@ SECTIONS = re.findall(r"^#{2,4} (.+)\n((?:(?!#{2,4} ).*\n?)*)", DOC, re.MULTILIN
 MESSAGE_CLASSES = [
     cls for cls in vars(messages).values() if inspect.isclass(cls) and issubclass(cls, Message) and hasattr(cls, "TYPE")
 ]
-PARTS = [messages.AudioFormat, messages.InputInfo, messages.InputRule, messages.Running]
+PARTS = [messages.AudioFormat, messages.VideoFormat, messages.InputInfo, messages.InputRule, messages.Running]
 
 
 def section(heading: str) -> str:

@@ -244,9 +244,15 @@ class Peer:
 
 @asynccontextmanager
 async def peer(
-    url: str, role: str, token: str | None = None, *, readonly: bool = False, **link_options: Any
+    url: str,
+    role: str,
+    token: str | None = None,
+    *,
+    readonly: bool = False,
+    video: bool | None = True,
+    **link_options: Any,
 ) -> AsyncIterator[Peer]:
     """A logged-in connection; `link_options` are those of `open_link`."""
     async with open_link(parse_address(url), **link_options) as link:
-        hello = Hello(version=PROTOCOL_VERSION, role=role, token=token, readonly=readonly)
+        hello = Hello(version=PROTOCOL_VERSION, role=role, token=token, readonly=readonly, video=video)
         yield Peer(link, await log_in(link, hello))

@@ -49,6 +49,7 @@ from protocol.wire.structs import (
     InputInfo,
     InputRule,
     Running,
+    VideoFormat,
 )
 from protocol.wire.validators import Message
 
@@ -77,6 +78,12 @@ maps = st.dictionaries(words, values, max_size=4)
 seqs = st.integers(0, 2**31)
 attempts = st.integers(0, 1_000_000)
 formats = st.builds(AudioFormat, sample_rate=st.integers(8_000, 192_000), channels=st.integers(1, 2))
+videos = st.builds(
+    VideoFormat,
+    width=st.integers(1, 16_383),
+    height=st.integers(1, 16_383),
+    fps=st.integers(1, 240) | st.floats(1, 240),
+)
 offsets = st.integers(0, 2**50)
 received = st.dictionaries(names, offsets, max_size=2)
 running = st.lists(
@@ -127,6 +134,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "group": st.none() | words,
     "inputs": st.dictionaries(names, infos, max_size=3),
     "instance": ids,
+    "key": st.booleans(),
     "last": st.none() | st.booleans(),
     "limits": maps,
     "mark": st.none() | st.dictionaries(words, offsets, max_size=2),
@@ -145,6 +153,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "position": counts,
     "principal": words,
     "priority": st.integers(0, 9),
+    "pts": offsets,
     "queue_timeout_s": timeouts,
     "readonly": st.booleans(),
     "reason": words,
@@ -173,6 +182,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "token": st.none() | words,
     "topics": st.lists(words, max_size=3),
     "version": st.integers(1, 1000),
+    "video": st.none() | videos,
     "wait_s": numbers,
     "worker": words,
     "worker_id": words,
@@ -181,8 +191,10 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "assign.attempt": st.integers(1, 1_000_000),
     "assign.run_timeout_s": st.floats(0, 1e9),
+    "hello.video": st.none() | st.booleans(),
     "error.request_id": st.none() | words,
     "input.data": st.binary(max_size=200),
+    "video.data": st.binary(max_size=200),
     "output.more": st.none() | st.booleans(),
     "output.data": values.filter(lambda value: value is not None),
     "progress.state": st.sampled_from(["loading", "generating", "encoding"]),
@@ -378,7 +390,7 @@ def test_a_control_message_ends_at_64_kib_and_a_bulk_one_at_1_mib() -> None:
     assert len(encode(whole)) <= MAX_MESSAGE_BYTES
     with pytest.raises(ProtocolError, match="limit is 1048576"):
         unpack(msgpack.packb({"type": "audio", "pcm": bytes(MAX_MESSAGE_BYTES)}))
-    assert {"audio", "input", "output"} == BULK
+    assert {"audio", "video", "input", "output"} == BULK
 
 
 def test_a_large_message_must_be_flat() -> None:

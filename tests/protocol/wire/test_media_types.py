@@ -40,6 +40,7 @@ def test_a_list_accepts_a_type_whatever_its_case_and_parameters(
         (b"\0\0\0\x20ftypavif", "image/avif"),
         (b"\x1a\x45\xdf\xa3\x01\0\0\0\x42\x82\x84webm", "video/webm"),
         (b"\x1a\x45\xdf\xa3\x01\0\0\0\x42\x82\x88matroska", "video/x-matroska"),
+        (b"DKIF\0\0\x20\0VP80", "video/x-ivf"),
         (b"OggS" + bytes(24) + b"OpusHead", "audio/ogg"),
         (b"ID3\x04", "audio/mpeg"),
         (b"\xff\xfb\x90\x64", "audio/mpeg"),

@@ -16,6 +16,7 @@ from protocol.wire.frames import (
     Failed,
     Output,
     Started,
+    Video,
 )
 from protocol.wire.messages import (
     Ack,
@@ -37,6 +38,7 @@ from protocol.wire.validators import Message
 from tests.relayd.connections.audio_frames import PCM, heard
 from tests.support.cable import Cable
 from tests.support.fake_worker import FORMAT, SCHEMA, FakeWorker, fake_worker, identity
+from tests.support.pictures import KEY_PICTURE, VIDEO
 from tests.support.relay import a_submit, an_id, daemon, peer, until
 
 
@@ -543,17 +545,24 @@ async def test_a_worker_that_drains_gets_nothing_new(tmp_path: Path) -> None:
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize("fault", ["gap", "odd", "no format"])
+@pytest.mark.parametrize("fault", ["gap", "odd", "no format", "no video", "another started"])
 async def test_a_worker_that_breaks_the_rules_is_cut_off_by_their_name(tmp_path: Path, fault: str) -> None:
     async with daemon(tmp_path, limits={"worker_grace_s": 0.01}) as relay, peer(relay.url, "client") as client:
         submit = a_submit(retry="never")
         async with fake_worker(relay.url) as worker:
             client.send(submit)
             assign = await worker.assigned()
-            if fault != "no format":
+            if fault == "another started":
+                worker.send(Started(**identity(assign, 0), video=VIDEO))
+            elif fault != "no format":
                 worker.send(Started(**identity(assign, 0), format=FORMAT))
-            seq = {"gap": 2, "odd": 1, "no format": 0}[fault]
-            worker.send(Audio(**identity(assign, seq), pcm=b"abc" if fault == "odd" else b"ab"))
+            if fault == "no video":
+                worker.send(Video(**identity(assign, 1), data=KEY_PICTURE, pts=0, key=True))
+            elif fault == "another started":
+                worker.send(Started(**identity(assign, 1)))
+            else:
+                seq = {"gap": 2, "odd": 1, "no format": 0}[fault]
+                worker.send(Audio(**identity(assign, seq), pcm=b"abc" if fault == "odd" else b"ab"))
             assert (await worker.peer.next(Error)).code == "protocol_error"
         assert (await client.next(Failed)).code == "worker_lost"
         await relay.at_rest()
