@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import trio
 
-from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, MarkChunk, OutputChunk, ProgressChunk
+from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, MarkChunk, OutputChunk, ProgressChunk, VideoChunk
 from gpuworker.received_inputs import ReceivedInputs
 from gpuworker.slots.run_engine import RunResult
 from protocol.wire.audio_envelope import audio_prefix, pack_audio
@@ -21,6 +21,7 @@ from protocol.wire.frames import (
     Output,
     Progress,
     Started,
+    Video,
 )
 from protocol.wire.messages import Assign
 from protocol.wire.structs import (
@@ -102,6 +103,7 @@ class Attempt:
         self._began: float | None = None
         self._first_output_at: float | None = None
         self._pcm_bytes = 0
+        self._pictures = 0
         self._chunks = 0
 
     # -- for the feeder and the relay
@@ -175,6 +177,19 @@ class Attempt:
             for start in range(0, len(chunk.pcm), FRAME_PCM_BYTES):
                 pcm = chunk.pcm[start : start + FRAME_PCM_BYTES]
                 self._append_audio(pcm)
+        elif isinstance(chunk, VideoChunk):
+            self._on_output()
+            self._pictures += 1
+            self._append(
+                Video(
+                    request_id=self.request_id,
+                    attempt=self.number,
+                    seq=self.next_seq,
+                    data=chunk.data,
+                    pts=chunk.pts,
+                    key=chunk.key,
+                )
+            )
         elif isinstance(chunk, OutputChunk):
             self._on_output()
             self._append_output(chunk)
@@ -195,7 +210,13 @@ class Attempt:
         elif isinstance(chunk, FormatChunk):
             self._format = chunk.format
             self._append(
-                Started(request_id=self.request_id, attempt=self.number, seq=self.next_seq, format=chunk.format)
+                Started(
+                    request_id=self.request_id,
+                    attempt=self.number,
+                    seq=self.next_seq,
+                    format=chunk.format,
+                    video=chunk.video,
+                )
             )
 
     def _on_output(self) -> None:
@@ -274,6 +295,8 @@ class Attempt:
                 "samples": samples,
                 "sample_rate": self._format.sample_rate,
             }
+        if self._pictures:
+            figures["pictures"] = self._pictures
         return figures
 
     def _append_audio(self, pcm: bytes) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import attrs
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.structs import AudioFormat, InputRule
+from protocol.wire.structs import AudioFormat, InputRule, VideoFormat
 from protocol.wire.validators import Value
 
 OptionValue = str | int | float | bool | None
@@ -36,6 +36,21 @@ class AudioChunk:
     """
 
     pcm: bytes
+
+
+@attrs.frozen
+class VideoChunk:
+    """One picture in the request's video format.
+
+    Args:
+        data: as the codec encodes it, at most 1 MiB - 1 KiB; the first one of a request is a key frame.
+        pts: when it is shown, in units of 1/90,000 s; greater than that of the picture before.
+        key: it can be decoded without any picture before it.
+    """
+
+    data: bytes
+    pts: int
+    key: bool
 
 
 @attrs.frozen
@@ -66,9 +81,13 @@ class OutputChunk:
 
 @attrs.frozen
 class FormatChunk:
-    """The format of the audio to come, None if there will be none; an engine with `late_format` yields it first."""
+    """The formats of the audio and the video to come, None for what there will be none of.
+
+    An engine with `late_format` yields it first.
+    """
 
     format: AudioFormat | None
+    video: VideoFormat | None = None
 
 
 @attrs.frozen
@@ -84,7 +103,7 @@ class MarkChunk:
     sample: int
 
 
-Chunk = AudioChunk | ProgressChunk | OutputChunk | FormatChunk | MarkChunk
+Chunk = AudioChunk | VideoChunk | ProgressChunk | OutputChunk | FormatChunk | MarkChunk
 
 
 # -- what goes in ------------------------------------------------------------------------------------------------
@@ -214,21 +233,23 @@ class Capabilities:
 
     Args:
         format: of its audio, None if it makes none or does not know the format yet.
-        late_format: the format is known only during a run, from a `FormatChunk` as its first chunk.
+        video: the format of its pictures, likewise.
+        late_format: the formats are known only during a run, from a `FormatChunk` as its first chunk.
         streams: a run yields or reports something every few seconds from its beginning to its end. The relay takes a
             run that is silent for its space's `idle_timeout_s` for a hung one then, stops it and tries it again. Any
             other engine may be silent for as long as `run_timeout_s` allows.
         reproducible: equal params and inputs give equal chunks, in any process on this kind of machine. After a loss
             such a run is repeated and continues where it stopped, so declare it truthfully.
-        fingerprint: everything else that its samples depend on (model files, device, library versions), in at most
-            200 characters. Reproducible workers with equal engine, format and fingerprint replace each other in
-            mid-stream; others never do.
+        fingerprint: everything else that its samples and pictures depend on (model files, device, library versions,
+            the video's format), in at most 200 characters. Reproducible workers with equal engine, format and
+            fingerprint replace each other in mid-stream; others never do.
         params: JSON Schema (2020-12) of the params. The relay checks them before queueing. Put voices, models and
             the like here, as an `enum`.
         inputs: input name -> what is accepted.
     """
 
     format: AudioFormat | None = None
+    video: VideoFormat | None = None
     late_format: bool = False
     streams: bool = False
     reproducible: bool = False
@@ -430,6 +451,11 @@ class Engine(ABC):
         """The format of the audio that these params make; not called if the engine has `late_format`."""
         del params
         return self.capabilities.format
+
+    def video_for(self, params: dict[str, Value]) -> VideoFormat | None:
+        """The format of the pictures that these params make; not called if the engine has `late_format`."""
+        del params
+        return self.capabilities.video
 
     @abstractmethod
     def generate(self, params: dict[str, Value], inputs: Mapping[str, Any]) -> Iterator[Chunk]:

@@ -16,7 +16,8 @@ Params (all but `text` optional):
 | speed | seconds of audio made in a second of work; 0: as fast as possible (option `speed`, 1) |
 | delay_s | wait before the first chunk (option `delay_s`, 0) |
 | progress | a `progress` chunk before each this many chunks; 0: none |
-| output | `audio`, or `text`: one word in each chunk, with the blanks behind it, as `output` instead of audio |
+| output | `audio`; or instead of it `text`: one word in each chunk, with the blanks behind it, as `output`; or \
+`video`: a grey picture in each chunk, of 16 x 16, with a key frame each second |
 | fail | {how: raise, hang, exit, freeze or slow; at: the chunk before which, from 0; seconds: of `slow` (1); \
 code: of `exit` (3); retryable and restart: of `raise`} |
 
@@ -59,16 +60,21 @@ from gpuworker.engines.base import (
     OptionValue,
     OutputChunk,
     ProgressChunk,
+    VideoChunk,
 )
 from gpuworker.hearing.hearing import Recognize, Segment, capabilities, hear
 from gpuworker.hearing.utterances import Utterance, loudness
-from protocol.wire.structs import AudioFormat, InputRule
+from protocol.wire.ivf import PTS_HZ
+from protocol.wire.structs import AudioFormat, InputRule, VideoFormat
 from protocol.wire.validators import Value
 
 NOTE_MS = 200
 #: Sample rates; multiples of 5, so that a note consists of whole cycles and notes join without a click.
 NOTES_HZ = (220, 245, 260, 295, 330, 350, 390, 440, 495, 525, 585, 660, 700, 785, 880, 990)
 AMPLITUDE = 8_000
+#: VP8, as libvpx encodes them: a grey picture, and one that says that nothing has changed.
+KEY_PICTURE = bytes.fromhex("1002009d012a100010000047088585888584880202000619680000")
+NEXT_PICTURE = bytes.fromhex("b101000510ac00180018582ff400080000")
 #: Longest sleep between two checks of `cancelled`, seconds.
 NAP_S = 0.05
 FULL_LENGTH_CHARS = 200
@@ -83,7 +89,7 @@ PARAMS: dict[str, Value] = {
         "speed": {"type": "number", "minimum": 0, "maximum": 100_000},
         "delay_s": {"type": "number", "minimum": 0, "maximum": 3_600},
         "progress": {"type": "integer", "minimum": 0, "maximum": 1_000, "default": 0},
-        "output": {"enum": ["audio", "text"], "default": "audio"},
+        "output": {"enum": ["audio", "text", "video"], "default": "audio"},
         "fail": {
             "type": "object",
             "properties": {
@@ -207,8 +213,15 @@ class MockEngine(Engine):
         return [copy.copy(self) for _ in range(count)]
 
     def format_for(self, params: dict[str, Value]) -> AudioFormat | None:
-        """The format of the tune; None for `output: text`."""
-        return None if self._hears or params.get("output") == "text" else self._format
+        """The format of the tune; None for another `output`."""
+        return self._format if not self._hears and params.get("output", "audio") == "audio" else None
+
+    def video_for(self, params: dict[str, Value]) -> VideoFormat | None:
+        """The format of the pictures of `output: video`."""
+        if params.get("output") != "video":
+            return None
+        fps = 1 / max(0.005, self._figure(params, "chunk_ms") / 1000)
+        return VideoFormat(width=16, height=16, fps=max(1.0, fps))
 
     @property
     def _hears(self) -> bool:
@@ -234,12 +247,12 @@ class MockEngine(Engine):
             return
         if inputs:
             yield OutputChunk({name: _described(each) for name, each in inputs.items()})
-        text = params["text"]
         chunk_s = self._figure(params, "chunk_ms") / 1000
         speed = self._figure(params, "speed")
         progress = params.get("progress", 0)
         fail = params.get("fail", {})
-        pieces = self._words(text) if params.get("output") == "text" else self._audio(params, chunk_s)
+        make = {"text": self._words, "video": self._pictures}.get(params.get("output", "audio"), self._audio)
+        pieces = make(params, chunk_s)
         due = time.monotonic()
         self._sleep_until(due := due + self._figure(params, "delay_s"))
         number = 0
@@ -257,11 +270,15 @@ class MockEngine(Engine):
     def _figure(self, params: dict[str, Value], name: str) -> float:
         return float(params.get(name, self.options[name]) or 0)
 
+    @staticmethod
+    def _duration_s(params: dict[str, Value]) -> float:
+        return float(params.get("duration_s", default_duration_s(params["text"])))
+
     def _audio(self, params: dict[str, Value], chunk_s: float) -> Iterator[tuple[Chunk, float]]:
         assert self._tune is not None
         rate = self._format.sample_rate
         key = tune_key(params["text"], params.get("seed", 0))
-        total = round(params.get("duration_s", default_duration_s(params["text"])) * rate)
+        total = round(self._duration_s(params) * rate)
         step = max(1, round(chunk_s * rate))
         start = 0
         while start < total:
@@ -275,10 +292,18 @@ class MockEngine(Engine):
         return max(1, step // 2 + secrets.randbelow(step + 1))
 
     @staticmethod
-    def _words(text: str) -> Iterator[tuple[Chunk, float]]:
-        words = re.findall(r"\s*\S+\s*", text) or [""]
+    def _words(params: dict[str, Value], _chunk_s: float) -> Iterator[tuple[Chunk, float]]:
+        words = re.findall(r"\s*\S+\s*", params["text"]) or [""]
         for number, word in enumerate(words):
             yield OutputChunk(word), number / len(words)
+
+    def _pictures(self, params: dict[str, Value], chunk_s: float) -> Iterator[tuple[Chunk, float]]:
+        chunk_s = max(0.001, chunk_s)
+        total = math.ceil(self._duration_s(params) / chunk_s)
+        for number in range(total):
+            key = not number or math.floor(number * chunk_s) > math.floor((number - 1) * chunk_s)
+            pts = round(number * chunk_s * PTS_HZ)
+            yield VideoChunk(KEY_PICTURE if key else NEXT_PICTURE, pts, key), number / total
 
     def _sleep_until(self, due: float) -> None:
         while (left := due - time.monotonic()) > 0 and not self.cancelled():

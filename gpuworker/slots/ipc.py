@@ -3,8 +3,8 @@
 Worker to engine: `load` (engine, options, seats), `run` (slot, run, params, inputs, live, context), `feed` (slot, run,
 name, data, last), `cancel` (slot, run).
 Engine to worker: `progress` of a long load, `ready` (capabilities), `load_failed` (message), then a run's chunks
-`format` `audio` `progress` `output` `mark`, `asks` (run, name, taken) when it wants more of a live input, and `end`,
-all with `slot`. A slot is named by its place among those of the process, from 0.
+`format` `audio` `video` `progress` `output` `mark`, `asks` (run, name, taken) when it wants more of a live input, and
+`end`, all with `slot`. A slot is named by its place among those of the process, from 0.
 It is private to one version of gpuworker: both ends always come from the same installation.
 """
 
@@ -13,8 +13,17 @@ from typing import Any
 import attrs
 import msgpack
 
-from gpuworker.engines.base import AudioChunk, Capabilities, Chunk, FormatChunk, MarkChunk, OutputChunk, ProgressChunk
-from protocol.wire.structs import AudioFormat, InputRule
+from gpuworker.engines.base import (
+    AudioChunk,
+    Capabilities,
+    Chunk,
+    FormatChunk,
+    MarkChunk,
+    OutputChunk,
+    ProgressChunk,
+    VideoChunk,
+)
+from protocol.wire.structs import AudioFormat, InputRule, VideoFormat
 from protocol.wire.validators import Value, parse_struct
 
 #: Large enough for all inputs of a request; a longer message is a bug in gpuworker itself.
@@ -71,13 +80,15 @@ def encode_chunk(chunk: Chunk) -> IpcMessage:
     """Encode a chunk as a message."""
     if isinstance(chunk, AudioChunk):
         return {"is": "audio", "pcm": chunk.pcm}
+    if isinstance(chunk, VideoChunk):
+        return {"is": "video", "data": chunk.data, "pts": chunk.pts, "key": chunk.key}
     if isinstance(chunk, ProgressChunk):
         return {"is": "progress", **attrs.asdict(chunk)}
     if isinstance(chunk, OutputChunk):
         return {"is": "output", "data": chunk.data, "media_type": chunk.media_type}
     if isinstance(chunk, MarkChunk):
         return {"is": "mark", **attrs.asdict(chunk)}
-    return {"is": "format", "format": chunk.format.to_map() if chunk.format else None}
+    return {"is": "format", **_encode_formats(chunk)}
 
 
 def decode_chunk(message: IpcMessage) -> Chunk | None:
@@ -85,6 +96,8 @@ def decode_chunk(message: IpcMessage) -> Chunk | None:
     kind = message["is"]
     if kind == "audio":
         return AudioChunk(message["pcm"])
+    if kind == "video":
+        return VideoChunk(message["data"], message["pts"], message["key"])
     if kind == "progress":
         return ProgressChunk(message["state"], message["fraction"], message["message"])
     if kind == "output":
@@ -92,14 +105,28 @@ def decode_chunk(message: IpcMessage) -> Chunk | None:
     if kind == "mark":
         return MarkChunk(message["text_end"], message["sample"])
     if kind == "format":
-        return FormatChunk(parse_struct(AudioFormat, message["format"]) if message["format"] else None)
+        return FormatChunk(**_decode_formats(message))
     return None
+
+
+def _encode_formats(formats: FormatChunk | Capabilities) -> IpcMessage:
+    return {
+        "format": formats.format.to_map() if formats.format else None,
+        "video": formats.video.to_map() if formats.video else None,
+    }
+
+
+def _decode_formats(message: IpcMessage) -> dict[str, Any]:
+    return {
+        "format": parse_struct(AudioFormat, message["format"]) if message["format"] else None,
+        "video": parse_struct(VideoFormat, message["video"]) if message["video"] else None,
+    }
 
 
 def encode_capabilities(capabilities: Capabilities) -> dict[str, Value]:
     """Encode capabilities as a map."""
     return {
-        "format": capabilities.format.to_map() if capabilities.format else None,
+        **_encode_formats(capabilities),
         "late_format": capabilities.late_format,
         "streams": capabilities.streams,
         "reproducible": capabilities.reproducible,
@@ -112,7 +139,7 @@ def encode_capabilities(capabilities: Capabilities) -> dict[str, Value]:
 def decode_capabilities(message: dict[str, Value]) -> Capabilities:
     """Decode capabilities from a map."""
     return Capabilities(
-        format=parse_struct(AudioFormat, message["format"]) if message["format"] else None,
+        **_decode_formats(message),
         late_format=message["late_format"],
         streams=message["streams"],
         reproducible=message["reproducible"],

@@ -19,12 +19,14 @@ from gpuworker.engines.base import (
     OutputChunk,
     ProgressChunk,
     RequestContext,
+    VideoChunk,
     error_text,
     wire_text,
 )
 from gpuworker.engines.device_fault import DeviceFault, find_device_fault
 from gpuworker.engines.plain_values import plain
 from gpuworker.slots import ipc
+from gpuworker.slots.pictures import Pictures
 from gpuworker.speaking.speaking import TEXT, is_live_text, speak
 from protocol.wire import codec
 from protocol.wire.errors import ErrorCode
@@ -131,7 +133,7 @@ def run_engine(
             chunks = engine.generate(params, inputs, **more)
         try:
             if not late:
-                outlet.put(FormatChunk(engine.format_for(params)))
+                outlet.put(FormatChunk(engine.format_for(params), engine.video_for(params)))
             return _drain(chunks, outlet, cancelled)
         finally:
             if (close := getattr(chunks, "close", None)) is not None:
@@ -154,6 +156,7 @@ class _Output:
 
     def __init__(self, cancelled: Callable[[], bool], emit: Callable[[Chunk], None]) -> None:
         self.format_chunk: FormatChunk | None = None
+        self._pictures = Pictures(None)
         self._cancelled = cancelled
         self._emit = emit
 
@@ -166,11 +169,12 @@ class _Output:
         if isinstance(chunk, FormatChunk):
             if self.format_chunk is not None:
                 raise EngineError("the engine yielded its format twice, or too late")
-            self.format_chunk = chunk
+            self.format_chunk, self._pictures = chunk, Pictures(chunk.video)
         elif self.format_chunk is None:
             self.format_chunk = FormatChunk(None)
             self._emit(self.format_chunk)
-        if (fit := _validate_chunk(chunk, self.format_chunk)) is not None:
+        fit = self._pictures.fit(chunk) if isinstance(chunk, VideoChunk) else _validate_chunk(chunk, self.format_chunk)
+        if fit is not None:
             self._emit(fit)
 
     def report(self, progress: ProgressChunk) -> None:

@@ -5,7 +5,16 @@ from collections.abc import Iterator
 from numbers import Integral
 from typing import Any
 
-from gpuworker.engines.base import AudioChunk, Chunk, EngineError, FormatChunk, MarkChunk, OutputChunk, ProgressChunk
+from gpuworker.engines.base import (
+    AudioChunk,
+    Chunk,
+    EngineError,
+    FormatChunk,
+    MarkChunk,
+    OutputChunk,
+    ProgressChunk,
+    VideoChunk,
+)
 from gpuworker.engines.plain_values import is_array
 from protocol.wire.structs import AudioFormat
 
@@ -41,7 +50,7 @@ class Results:
             if not self.has_format:
                 self._format, self.has_format = value.format, True
                 yield value
-        elif isinstance(value, AudioChunk | OutputChunk | ProgressChunk | MarkChunk):
+        elif isinstance(value, AudioChunk | VideoChunk | OutputChunk | ProgressChunk | MarkChunk):
             if isinstance(value, AudioChunk) and self._format is None:
                 raise EngineError("an AudioChunk came before a FormatChunk; give -o sample_rate=… or yield one first")
             yield from self._after_format(None, value)

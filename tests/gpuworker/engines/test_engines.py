@@ -30,6 +30,7 @@ from gpuworker.engines.base import (
     OutputChunk,
     ProgressChunk,
     RequestContext,
+    VideoChunk,
 )
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine, parse_options
 from gpuworker.engines.espeak.engine import EspeakEngine, script_runs
@@ -37,9 +38,11 @@ from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, default_duration_s
 from gpuworker.slots import ipc
 from gpuworker.slots.run_engine import RunResult, run_engine
+from protocol.wire.frames import MAX_BINARY_BYTES
 from protocol.wire.params_schema import check_params, check_schema
-from protocol.wire.structs import AudioFormat
+from protocol.wire.structs import AudioFormat, VideoFormat
 from protocol.wire.validators import Value
+from tests.support.pictures import KEY_PICTURE, NEXT_PICTURE, VIDEO
 
 
 def never() -> bool:
@@ -635,6 +638,42 @@ class Scripted(Engine):
                 yield item
         finally:
             self.closed += 1
+
+
+def test_pictures_and_their_format_are_passed_on_whatever_holds_their_bytes() -> None:
+    items = [VideoChunk(bytearray(KEY_PICTURE), np.int64(0), np.bool_(True)), VideoChunk(NEXT_PICTURE, 90, False)]  # type: ignore[arg-type]
+    end, chunks = run(Scripted(*items, video=VIDEO), {})
+    assert end.outcome == "completed"
+    assert chunks == [FormatChunk(None, VIDEO), VideoChunk(KEY_PICTURE, 0, True), VideoChunk(NEXT_PICTURE, 90, False)]
+    late = Scripted(FormatChunk(MONO, VIDEO), *items, AudioChunk(b"\0\0"), late_format=True)
+    assert run(late, {})[1] == [FormatChunk(MONO, VIDEO), *chunks[1:], AudioChunk(b"\0\0")]
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ([VideoChunk(KEY_PICTURE, 0, True)], "before yielding its format: FormatChunk(format, video)"),
+        ([VIDEO, VideoChunk(NEXT_PICTURE, 0, False)], "first picture is no key frame"),
+        ([VIDEO, VideoChunk(NEXT_PICTURE, 0, True)], "first picture says key=True, and its bytes are no such VP8"),
+        ([VIDEO, VideoChunk(KEY_PICTURE, 0, False)], "says key=False"),
+        ([VIDEO, VideoChunk(b"\0" * 40, 0, True)], "says key=True"),
+        ([VIDEO, VideoChunk(b"", 0, True)], "has no bytes"),
+        ([VIDEO, VideoChunk("a picture", 0, True)], "has no bytes; `data` is one encoded picture"),  # type: ignore[arg-type]
+        ([VIDEO, VideoChunk(KEY_PICTURE + bytes(MAX_BINARY_BYTES), 0, True)], "encode it smaller"),
+        ([VIDEO, VideoChunk(KEY_PICTURE, -1, True)], "has a pts that is -1"),
+        ([VIDEO, VideoChunk(KEY_PICTURE, 0.5, True)], "has a pts that must be an integer"),  # type: ignore[arg-type]
+        (
+            [VIDEO, VideoChunk(KEY_PICTURE, 90, True), VideoChunk(NEXT_PICTURE, 90, False)],
+            "the picture after pts 90 has pts 90, and the one before 90; it must grow",
+        ),
+        ([attrs.evolve(VIDEO, width=17), VideoChunk(KEY_PICTURE, 0, True)], "is 16x16, and the format says 17x16"),
+    ],
+)
+def test_an_engine_whose_video_cannot_be_shown_is_told_what_is_wrong_with_it(items: list[Any], words: str) -> None:
+    chunks = [FormatChunk(None, item) if isinstance(item, VideoFormat) else item for item in items]
+    end, _ = run(Scripted(*chunks, late_format=True), {})
+    assert (end.outcome, end.code) == ("failed", "engine_failed")
+    assert words in end.message
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,16 @@ import pytest
 import trio
 import trio.testing
 
-from gpuworker.engines.base import AudioChunk, Chunk, Engine, FormatChunk, OptionValue, OutputChunk, RequestContext
+from gpuworker.engines.base import (
+    AudioChunk,
+    Chunk,
+    Engine,
+    FormatChunk,
+    OptionValue,
+    OutputChunk,
+    RequestContext,
+    VideoChunk,
+)
 from gpuworker.engines.catalog import find_engine, parse_options
 from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, Tune, tune_key
@@ -25,6 +34,7 @@ from gpuworker.slots.run_engine import RunResult
 from gpuworker.slots.slot import Job, Slot
 from gpuworker.slots.thread_slot import ThreadSlot
 from gpuworker.speaking.speaking import with_live_text
+from protocol.wire.structs import VideoFormat
 from protocol.wire.validators import Value
 from tests.gpuworker.engines.engine_package import NAME, install_engine
 
@@ -102,6 +112,17 @@ async def test_a_slot_process_streams_what_the_engine_makes_and_runs_one_request
             assert len(chunks) == 11
             assert pcm(chunks) == Tune(24_000).pcm(tune_key(text, 0), 0, 24_000)
         assert bench.slot.capabilities == with_live_text(_loaded_mock().capabilities)
+
+
+@pytest.mark.trio
+async def test_a_slot_process_streams_pictures_with_their_format() -> None:
+    async with serving(mock_slot()) as bench:
+        chunks: list[Chunk] = []
+        end = await bench.run({"text": "x", "output": "video", "duration_s": 2, "chunk_ms": 40}, chunks.append)
+        assert end == RunResult(outcome="completed")
+        assert chunks[0] == FormatChunk(None, VideoFormat(width=16, height=16, fps=25.0))
+        made = [(chunk.pts, chunk.key) for chunk in chunks if isinstance(chunk, VideoChunk)]
+        assert made == [(number * 3600, number in (0, 25)) for number in range(50)]
 
 
 def _loaded_mock() -> MockEngine:
