@@ -14,8 +14,9 @@ import trio
 
 from protocol.wire.codec import decode
 from protocol.wire.errors import ErrorCode
-from protocol.wire.frames import MAX_TEXT_CHARS, Audio, Cancelled, Completed, Failed, Frame, Output, Started
-from protocol.wire.media_types import accepts
+from protocol.wire.frames import MAX_TEXT_CHARS, Audio, Cancelled, Completed, Failed, Frame, Output, Started, Video
+from protocol.wire.ivf import IVF, ivf_header, ivf_picture
+from protocol.wire.media_types import accepts, essence
 from protocol.wire.messages import FRAMES, MAX_UNACKED_BYTES
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
@@ -88,6 +89,9 @@ class Pipe:
     #: Whether frames of it are missing, and why.
     _lost: str | None = None
     _format: AudioFormat | None = None
+    #: Whether the source's video is passed on, and nothing else; and what comes before its first picture.
+    _takes_video: bool = False
+    _ivf_header: bytes = b""
     _ended: bool = False
     _changed: trio.Event = attrs.field(factory=trio.Event)
 
@@ -200,6 +204,14 @@ class Pipe:
         """Return the bytes of a frame that are passed on."""
         if isinstance(frame, Started):
             self._format = frame.format
+            self._takes_video = frame.video is not None and self._wants_video()
+            self._ivf_header = ivf_header(frame.video) if frame.video is not None else b""
+        elif isinstance(frame, Video):
+            if self._takes_video:
+                header, self._ivf_header = self._ivf_header, b""
+                return header + ivf_picture(frame.data, frame.pts)
+        elif self._takes_video:
+            return b""
         elif isinstance(frame, Audio):
             return frame.pcm
         elif isinstance(frame, Output) and frame.mark is None:
@@ -207,6 +219,15 @@ class Pipe:
                 return frame.data.encode()
             return frame.data if isinstance(frame.data, bytes) else b""
         return b""
+
+    def _wants_video(self) -> bool:
+        """Whether the input takes the video of a source that makes some, and not its audio."""
+        request, name = self.request, self.name
+        rule = self.relay.spaces[request.submit.space].inputs.get(name)
+        if media_type := request.submit.inputs[name].media_type:
+            return essence(media_type) == IVF
+        accepted = rule.media_types if rule is not None else []
+        return self._format is None or (bool(accepted) and accepts(accepted, IVF))
 
     def _is_accepted(self, frame: Frame) -> bool:
         """Say what kind of input it is, if the submit left it open; whether the space accepts that."""
@@ -229,6 +250,8 @@ class Pipe:
     def _media_type_of(self, frame: Frame) -> str:
         if isinstance(frame, Output):
             return TEXT if isinstance(frame.data, str) else frame.media_type or ""
+        if isinstance(frame, Video):
+            return IVF
         if self._format is None:
             return ""
         return f"audio/L16;rate={self._format.sample_rate};channels={self._format.channels}"

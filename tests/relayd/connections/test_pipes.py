@@ -11,7 +11,7 @@ import attrs
 import pytest
 import trio
 
-from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Frame, Output, Started
+from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Frame, Output, Started, Video
 from protocol.wire.messages import (
     Accepted,
     Assign,
@@ -31,7 +31,8 @@ from protocol.wire.structs import InputInfo, Running
 from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.requests.request import Expiry, Request
 from relayd.store.records import AppendInput, ClearInput, DeleteRequest, PutRequest, RequestRecord
-from tests.support.fake_worker import FakeWorker, fake_worker, identity, samples
+from tests.support.fake_worker import FORMAT, FakeWorker, fake_worker, identity, samples
+from tests.support.pictures import PICTURES, VIDEO, ivf
 from tests.support.relay import Daemon, Peer, a_submit, an_id, an_input, daemon, new_token, peer, until
 
 PCM = [samples(100)]
@@ -187,6 +188,45 @@ async def test_a_chain_of_three_passes_on_text_then_sound(tmp_path: Path) -> Non
         says(ears, hearing, 0, "hello")
         ends(ears, hearing, 1)
         assert (await at.end_of(heard)).TYPE == "completed"
+        await at.daemon.at_rest()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("has_audio", [True, False])
+async def test_of_a_source_with_video_each_input_gets_what_it_accepts(tmp_path: Path, has_audio: bool) -> None:
+    kinds = {"video": ["video/*"], "any": [], "audio": ["audio/L16"]}
+    inputs = {name: {"live": True, "media_types": types} for name, types in kinds.items()}
+    async with (
+        stage(tmp_path, spaces={"screen": {}}) as at,
+        fake_worker(at.daemon.url, name="screen", spaces=("screen",), inputs=inputs) as screen,
+    ):
+        source, writing, _ = await at.write()
+        submits = {name: piped(source, name, space="screen", params={"text": "x"}) for name in inputs}
+        told = InputInfo(from_=source.request_id, media_type="video/x-ivf")
+        submits["told"] = a_submit(space="screen", params={"text": "x"}, inputs={"any": told})
+        for submit in submits.values():
+            await at.send(submit)
+        at.writer.send(Started(**identity(writing, 0), format=FORMAT if has_audio else None, video=VIDEO))
+        if has_audio:
+            at.writer.send(Audio(**identity(writing, 1), pcm=PCM[0]))
+        else:
+            says(at.writer, writing, 1, "words, and no picture")
+        for seq, (data, pts) in enumerate(PICTURES, 2):
+            at.writer.send(Video(**identity(writing, seq), data=data, pts=pts, key=seq == 2))
+        ends(at.writer, writing, 7)
+        if not has_audio:
+            failed = await at.end_of(submits.pop("audio"))
+            assert "is 'video/x-ivf', as its source makes it; accepted are audio/L16" in failed.message
+        got: dict[str, tuple[str, bytes]] = {}
+        for _ in submits:
+            assign = await screen.assigned()
+            (name,) = [name for name, each in submits.items() if each.request_id == assign.request_id]
+            (put,) = assign.inputs
+            got[name] = assign.inputs[put].media_type, await all_of(screen, assign, name=put)
+            ends(screen, assign, 0)
+        video, audio = ("video/x-ivf", ivf(PICTURES)), ("audio/L16;rate=24000;channels=1", PCM[0])
+        either = {"any": audio, "audio": audio} if has_audio else {"any": video}
+        assert got == {"video": video, "told": video} | either
         await at.daemon.at_rest()
 
 
