@@ -385,6 +385,7 @@ class Talk:
         max_context_chars: characters of it that the model is given, the newest.
         barge_in: `always`: a new text interrupts the reply that is being made; `never`: it waits, unless it asks.
         avatar: the avatar of connections that name none.
+        proxies: principals whose messages to the GPU server's door may name any user, not only the connection's.
         instructions: what the model is told first, where the conversation has none of its own.
         audio_format: of audio that is sent in one piece; `mp3` needs the extra `audio`.
     """
@@ -401,6 +402,7 @@ class Talk:
     max_context_chars: Annotated[int, integer(200, 50_000)] = 16_000
     barge_in: Annotated[Literal["never", "always"], choice("never", "always")] = "never"
     avatar: Annotated[str, text(128)] = ""
+    proxies: Annotated[tuple[str, ...], array_of(text(64))] = ()
     instructions: Annotated[str, text(4_000)] = ""
     audio_format: Annotated[Literal["wav", "mp3"], choice("wav", "mp3")] = "wav"
 

@@ -117,8 +117,12 @@ class Talk:
         """End the reply that is being made, and keep what was heard of it; False if there is none."""
         return not self.principal.readonly and self.session.interrupt(reason)
 
-    async def interrupt_for_good(self, reason: str = "interrupted") -> bool:
+    async def interrupt_for_good(self, reason: str = "interrupted", played: int | None = None) -> bool:
         """Do the same, and wait until it is stored: it holds whatever happens to the relay.
+
+        Args:
+            reason: why.
+            played: samples of its speech that were played; None if all that had come were.
 
         Returns:
             Whether it was in time.
@@ -126,6 +130,8 @@ class Talk:
         reply = next(iter(self.replies.values()), None)  # they are made one after the other
         if reply is None or not self.interrupt(reason):
             return False
+        if played is not None:
+            self.note_played(reply.number, played)
         ended = await reply.wait_ended()
         return isinstance(ended, ReplyEnded) and ended.turn.state == TurnState.INTERRUPTED
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import pytest
 import trio
 
 from protocol.wire.codec import decode
@@ -15,7 +16,8 @@ from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Output, St
 from protocol.wire.messages import FROM_RELAY, Assign, Cancel, Input, InputAck, Rejected
 from protocol.wire.structs import AudioFormat
 from relayd.auth.tokens import Principal
-from relayd.store.records import TurnRecord
+from relayd.store.base import StorageFull
+from relayd.store.records import PutTurn, TurnRecord
 from relayd.talk.events import Event, ReplyEnded, TextDelta, TurnFailed
 from relayd.talk.reply import Reply
 from relayd.talk.talks import Talk, Talks
@@ -272,3 +274,17 @@ async def failed(reply: Reply | Rejected) -> TurnFailed:
 def text_of(events: Sequence[Event]) -> str:
     """The text among events."""
     return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def fill(on: Stage, monkeypatch: pytest.MonkeyPatch, role: str, state: str) -> None:
+    """Let the store have no space for turns of this kind."""
+    store = on.daemon.relay.store
+    commit = store.commit
+
+    async def full(*changes: Any) -> None:
+        for change in changes:
+            if isinstance(change, PutTurn) and (change.record.role, str(change.record.state)) == (role, state):
+                raise StorageFull("no space left")
+        await commit(*changes)
+
+    monkeypatch.setattr(store, "commit", full)

@@ -48,8 +48,8 @@ class GpuServerConnection:
     name: str
     user: str | None
     session: str | None
-    #: Ids of sessions that were used here, for the log.
-    _contexts: set[str] = attrs.field(factory=set)
+    #: Users and ids of sessions that were used here, for the log.
+    _contexts: set[tuple[str, str]] = attrs.field(factory=set)
     #: Messages that have a reply, and were not answered yet.
     _unanswered: int = 0
     #: One reply with its audio is in memory at a time; others stay in their logs until it is sent.
@@ -128,11 +128,11 @@ class GpuServerConnection:
         if self._unanswered >= MAX_UNANSWERED:
             raise Refused(f"{MAX_UNANSWERED} messages wait for their answers on this connection; read some of them")
         session = session_of(message, self.session)
-        user, avatar = user_of(message, self.user, required=is_streaming), avatar_of(message, required=is_streaming)
+        user, avatar = self._user_of(message, required=is_streaming), avatar_of(message, required=is_streaming)
         content = message.get("content")
         if not isinstance(content, str):
             raise Refused("content is required" if content is None else "content must be text")
-        talk = await self._open(session, create=self.talks.place.settings.sessions == "open")
+        talk = await self._open(session, user, create=self.talks.place.settings.sessions == "open")
         if is_streaming:
             ids = {"engine_session_id": session, "session_id": session}
             log.info("Processing text with WebRTC streaming:", avatar_id=avatar, user_id=user, **ids)
@@ -175,7 +175,7 @@ class GpuServerConnection:
         return told
 
     async def _offer(self, message: Message, nursery: trio.Nursery) -> None:
-        user = user_of(message, self.user, required=True)
+        user = self._user_of(message, required=True)
         avatar_of(message, required=True)
         if not isinstance(message.get("sdp"), str):
             raise Refused("sdp is required")
@@ -184,30 +184,31 @@ class GpuServerConnection:
 
     async def _candidate(self, message: Message, nursery: trio.Nursery) -> None:
         """Nothing is answered to a candidate."""
-        user = user_of(message, self.user, required=True)
+        user = self._user_of(message, required=True)
         log.info(f"Received ICE candidate from session {self.name},", user_id=user)
 
     async def _interrupt(self, message: Message, nursery: trio.Nursery) -> None:
         """End the reply that is being made in a session; what waits behind it is answered."""
         session = session_of(message, self.session)
-        user_of(message, self.user, required=False)
-        talk = await self._open(session, create=False)
-        made = next(iter(talk.replies.values()), None)
-        interrupted = talk.interrupt("the client interrupted it")
-        _note_nothing_played(talk)
-        if interrupted and made is not None:
-            await made.wait_ended()  # then it holds, whatever happens to the relay
+        talk = await self._open(session, self._user_of(message, required=False), create=False)
+        interrupted = await talk.interrupt_for_good("the client interrupted it", played=0)
         await self._answer(message, {"type": "interrupted", "interrupted": interrupted})
 
-    async def _open(self, session: str, *, create: bool) -> Talk:
-        talk = await self.talks.open(self.principal, session, self.user or "", create=create)
+    def _user_of(self, message: Message, *, required: bool) -> str:
+        """Return the user of a message: the connection's, or any that a proxy names. Raises `Refused`."""
+        is_proxy = self.principal.name in self.talks.place.settings.proxies
+        return user_of(message, None if is_proxy else self.user, required=required) or self.user or ""
+
+    async def _open(self, session: str, user: str, *, create: bool) -> Talk:
+        user = user if self.user is not None else ""  # the connection of a session has no user
+        talk = await self.talks.open(self.principal, session, user, create=create)
         if isinstance(talk, Rejected):
             is_unknown = "session" in talk.details
             raise Refused(f"Invalid engine_session_id: {shown(session)}" if is_unknown else talk.message)
-        if self.user is not None and session not in self._contexts:
+        if self.user is not None and (user, session) not in self._contexts:
             if len(self._contexts) >= MAX_TALKS:
                 self._contexts.clear()
-            self._contexts.add(session)
+            self._contexts.add((user, session))
             log.info("Created session context for", engine_session_id=session)
         return talk
 

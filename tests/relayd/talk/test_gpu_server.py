@@ -16,7 +16,7 @@ from tests.relayd.http.sample_sockets import closing, denial, socket_to
 from tests.support.gpu_client import GOOD, GpuClient, gpu_client, pcm_of, without
 from tests.support.raw_http_client import visitor
 from tests.support.relay import kept_logs, until
-from tests.support.talking import Stage, Writer, speech_of, stage
+from tests.support.talking import Stage, Writer, fill, speech_of, stage
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
 
@@ -284,6 +284,41 @@ async def test_an_interrupted_reply_is_answered_and_what_waits_behind_it_too(tmp
         assert (second["message_id"], second["content"]) == (2, "Hello\n\nNext"), "nothing was heard of the first"
         again = await client.ask({"type": "interrupt", "engine_session_id": "uuid-session-1"})
         assert again["interrupted"] is False
+
+
+@pytest.mark.trio
+async def test_an_interruption_that_cannot_be_stored_is_not_told_to_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as (on, writer), gpu_client(on) as client:
+        writer.answer = lambda _: ["This takes long. ", trio.Event()]
+        await client.send(GOOD | {"message_id": 1})
+        session = (await on.open("uuid-session-1", user="6")).session
+        await until(lambda: session.conversation.making is not None and session.conversation.making.samples > 0)
+        fill(on, monkeypatch, "assistant", "interrupted")
+        await client.send({"type": "interrupt", "engine_session_id": "uuid-session-1", "message_id": 2})
+        answers = {answer["message_id"]: answer for answer in [await client.answer(), await client.answer()]}
+        assert (answers[1]["type"], answers[2]["interrupted"]) == ("error", False)
+
+
+@pytest.mark.trio
+async def test_a_proxy_speaks_for_any_user_and_nobody_else_does(tmp_path: Path) -> None:
+    async with serving(tmp_path, talk={"proxies": ["backend"]}) as (on, writer):
+        writer.answer = numbers
+        async with gpu_client(on, token=make_token(on.daemon, "backend")) as client:
+            for user, content in ((6, "First."), (7, "Second."), ("7", "Third.")):
+                answer = await client.ask(GOOD | {"user_id": user, "content": content})
+            assert answer["content"] == "Second. Third.", "of another user, another conversation"
+            assert (await client.error(GOOD | {"user_id": "x" * 129})) == "user may have 128 printable characters"
+            ended = await client.ask({"type": "interrupt", "engine_session_id": "uuid-session-1", "user_id": 7})
+            assert ended["interrupted"] is False
+            assert "Invalid engine_session_id" in await client.error(
+                {"type": "interrupt", "engine_session_id": "uuid-session-1", "user_id": 8}
+            )
+        backend = Principal(name="backend", role="client")
+        assert [talk.user for talk in on.talks.list(backend)] == ["7", "6"]
+        async with gpu_client(on) as client:
+            assert "is not that of this connection" in await client.error(GOOD | {"user_id": 7})
 
 
 @pytest.mark.trio

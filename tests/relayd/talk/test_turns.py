@@ -9,7 +9,6 @@ import trio
 from protocol.wire.messages import Rejected
 from relayd.auth.tokens import TokenRegistry
 from relayd.http.prometheus import HttpReading, Scrape
-from relayd.store.base import StorageFull
 from relayd.store.records import PutTurn
 from relayd.talk.conversation import MAX_PROMPT_BYTES, MAX_WAITING
 from relayd.talk.events import (
@@ -31,11 +30,11 @@ from tests.support.talking import (
     ANN,
     BOB,
     MESSAGES,
-    Stage,
     Step,
     ended,
     events_of,
     failed,
+    fill,
     said,
     speech_of,
     stage,
@@ -375,20 +374,6 @@ async def test_many_who_talk_at_once_have_their_share(tmp_path: Path) -> None:
 
 
 # -- the disk --------------------------------------------------------------------------------------------------------
-
-
-def fill(on: Stage, monkeypatch: pytest.MonkeyPatch, role: str, state: str) -> None:
-    """Let the store have no space for turns of this kind."""
-    store = on.daemon.relay.store
-    commit = store.commit
-
-    async def full(*changes: Any) -> None:
-        for change in changes:
-            if isinstance(change, PutTurn) and (change.record.role, str(change.record.state)) == (role, state):
-                raise StorageFull("no space left")
-        await commit(*changes)
-
-    monkeypatch.setattr(store, "commit", full)
 
 
 @pytest.mark.trio
