@@ -36,6 +36,7 @@ MAX_TALK_CHARS = 1_000_000
 #: Code of a reply that was cancelled while it waited.
 CANCELLED = "cancelled"
 DELETED = "this conversation was deleted; begin another one"
+NOT_KEPT = 'nothing is kept of conversations here ([talk] history = "none"); give what is to be known with the text'
 BROKEN = "internal error in this turn; see the relay's log"
 
 
@@ -206,6 +207,8 @@ class Session:
             return refusal
         if self.is_deleted:
             return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, DELETED)
+        if self.place.history == "none":
+            return Rejected.because(ErrorCode.FORBIDDEN, NOT_KEPT)
         turn = self.conversation.add(role, content, time.time())
         try:
             await self._commit(PutTurn(turn), *self._trim())

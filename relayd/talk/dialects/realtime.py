@@ -29,7 +29,8 @@ def routes() -> list[BaseRoute]:
 
 async def realtime(websocket: WebSocket) -> None:
     """Serve one client, to its end."""
-    context, talks, kept = context_of(websocket), talks_of(websocket), "conversation" in websocket.query_params
+    context, talks = context_of(websocket), talks_of(websocket)
+    kept = "conversation" in websocket.query_params and talks.place.history != "none"
     try:
         principal = principal_of_socket(websocket)
         if principal.readonly:

@@ -228,6 +228,16 @@ async def test_a_text_is_too_long_by_its_bytes_in_whatever_it_comes(tmp_path: Pa
 
 
 @pytest.mark.trio
+async def test_what_nobody_would_keep_is_not_added(tmp_path: Path) -> None:
+    async with talking(tmp_path, talk={"history": "none"}) as (_, http):
+        await http.ask("POST", "/v1/talks", told={"session": "s1"})
+        refused = await http.ask("POST", "/v1/talks/s1/turns", told={"role": "user", "content": "Hi"})
+        assert (refused.status, refused.error["code"]) == (403, "forbidden")
+        assert "[talk] history" in refused.error["message"]
+        assert (await http.get("/v1/talks/s1/turns")).json == {"turns": []}
+
+
+@pytest.mark.trio
 async def test_a_reason_with_half_a_surrogate_pair_is_refused_and_interrupts_nothing(tmp_path: Path) -> None:
     async with talking(tmp_path) as (on, http):
         go_on = trio.Event()

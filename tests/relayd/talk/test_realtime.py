@@ -391,6 +391,20 @@ async def test_a_stored_conversation_is_resumed_and_others_are_forgotten(tmp_pat
 
 
 @pytest.mark.trio
+async def test_without_a_history_a_conversation_lasts_as_long_as_its_connection(tmp_path: Path) -> None:
+    async with stage(tmp_path, talk={"history": "none"}) as on:
+        writer, token = await on.writer(), await new_token(on.daemon)
+        await on.speaker()
+        for _ in range(2):
+            async with client_of(on, f"{PATH}&conversation=chat-1", token=token) as client:
+                for text in ("Hi", "Again"):
+                    await client.user(text)
+                    await client.asked()
+        assert [len(prompt) for prompt in writer.prompts] == [1, 3, 1, 3]
+        assert not on.talks.list(ANN)
+
+
+@pytest.mark.trio
 async def test_who_leaves_hears_no_more(tmp_path: Path) -> None:
     never = trio.Event()
     async with stage(tmp_path) as on:
