@@ -1,5 +1,7 @@
 """The text of a held request: its strings, each once and in order, and how it ends."""
 
+from collections.abc import Callable, Mapping
+
 import attrs
 
 from protocol.wire.errors import ErrorCode
@@ -17,12 +19,14 @@ class TextStream:
     Attributes:
         ending: the object that the space puts out at the end, with `finish_reason` and `usage`; empty before, and if it
             puts out none.
+        on_object: called with each other object that the space puts out.
     """
 
     held: RequestStream
     #: `seq` of the next expected frame.
     _next_seq: int
     ending: dict[str, Value] = attrs.field(factory=dict)
+    on_object: Callable[[Mapping[str, Value]], None] = lambda _object: None
     #: Whether text was returned already.
     _delivered: bool = False
 
@@ -50,6 +54,8 @@ class TextStream:
                 continue
             if isinstance(frame.data, dict) and "finish_reason" in frame.data:
                 self.ending = frame.data
+            elif isinstance(frame.data, dict):
+                self.on_object(frame.data)
             elif isinstance(frame.data, str) and frame.data:
                 self._delivered = True
                 return frame.data

@@ -1,5 +1,7 @@
 """The models of OpenAI's API: the space that each stands for, and the lists of models and voices."""
 
+from contextlib import suppress
+
 import attrs
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,7 +16,7 @@ from relayd.core.space import Space
 from relayd.http.authentication import principal_of
 from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
-from relayd.http.openai.names import LANGUAGE, SPEECH, Kind, kinds_of, space_named, spaces_of
+from relayd.http.openai.names import KINDS, SPEECH, Kind, kinds_of, space_named, spaces_of
 from relayd.http.openai.speech_request import DEFAULT_VOICE, voices_of
 
 #: Names that a refusal lists.
@@ -47,21 +49,20 @@ def space_of(context: HttpContext, principal: Principal, model: str, kind: Kind)
 
 
 async def list_models(request: Request) -> Response:
-    """List the spaces that speak or write replies, as models."""
+    """List the spaces that speak, write replies or transcribe, as models."""
     relay = context_of(request).relay
-    found = {space.name: space for kind in (SPEECH, LANGUAGE) for space in _spaces(request, kind)}
+    found = {space.name: space for kind in KINDS for space in _spaces(request, kind)}
     return JSONResponse({"object": "list", "data": [_model(relay, found[name]) for name in sorted(found)]})
 
 
 async def show_model(request: Request) -> Response:
     """Return one model, or what a name stands for, under that name."""
     context, reader, name = context_of(request), _reader(request), request.path_params["model"]
-    first, second = kinds_of(name)
-    try:
-        space = space_of(context, reader, name, first)
-    except HttpError:
-        space = space_of(context, reader, name, second)
-    return JSONResponse(_model(context.relay, space, name))
+    *others, last = kinds_of(name)
+    for kind in others:
+        with suppress(HttpError):
+            return JSONResponse(_model(context.relay, space_of(context, reader, name, kind), name))
+    return JSONResponse(_model(context.relay, space_of(context, reader, name, last), name))
 
 
 async def list_audio_models(request: Request) -> Response:

@@ -1,8 +1,8 @@
 """Finds the space that a client's `model` stands for. Pure.
 
 OpenAI's clients have OpenAI's names built in. `[openai]` in relayd.toml says what they stand for; without it, they
-stand for the only space of the kind that is asked, one that speaks or one that writes replies, if the token may use
-just one.
+stand for the only space of the kind that is asked, one that speaks, one that writes replies or one that writes down
+what it hears, if the token may use just one.
 """
 
 import re
@@ -15,6 +15,7 @@ from relayd.config.schema import OpenAi
 from relayd.core.space import Space
 from relayd.http.openai.chat_request import converses
 from relayd.http.openai.speech_request import speaks
+from relayd.http.openai.transcription_request import transcribes
 
 #: The key for all other names in the tables of the settings.
 ANY = "*"
@@ -35,11 +36,15 @@ class Kind:
 
 SPEECH = Kind(speaks, re.compile(r"(openai/)?(tts-1|gpt-)[A-Za-z0-9._-]*"))
 LANGUAGE = Kind(converses, re.compile(r"(openai/)?(gpt-|chatgpt-|o[1-9](?![A-Za-z0-9]))[A-Za-z0-9._-]*"))
+TRANSCRIPTION = Kind(transcribes, re.compile(r"(openai/)?(whisper-1|gpt-[a-z0-9.-]*-transcribe[a-z0-9-]*)"))
+KINDS = (SPEECH, TRANSCRIPTION, LANGUAGE)
 
 
-def kinds_of(model: str) -> tuple[Kind, Kind]:
-    """Both kinds, the one first that a name sounds like."""
-    return (SPEECH, LANGUAGE) if "tts" in model or not LANGUAGE.builtin.fullmatch(model) else (LANGUAGE, SPEECH)
+def kinds_of(model: str) -> tuple[Kind, ...]:
+    """All kinds, the one first that a name sounds like."""
+    if TRANSCRIPTION.builtin.fullmatch(model):
+        return (TRANSCRIPTION, SPEECH, LANGUAGE)
+    return KINDS if "tts" in model or not LANGUAGE.builtin.fullmatch(model) else (LANGUAGE, TRANSCRIPTION, SPEECH)
 
 
 def spaces_of(kind: Kind, spaces: Iterable[Space], principal: Principal) -> list[Space]:

@@ -42,6 +42,7 @@ from relayd.http.openai.speech_request import (
     parse_speech,
     usage_of,
 )
+from relayd.http.openai.transcription import transcribe
 from relayd.http.openai.waiting import begun, refuse_to_wait, wait_for_worker
 from relayd.http.request_stream import RequestStream, cache_header, open_submission
 from relayd.http.streaming_response import ResponseWriter, StreamingRoute
@@ -57,6 +58,7 @@ def routes() -> list[BaseRoute]:
     return [
         Route("/v1/audio/speech", StreamingRoute(speak), methods=["POST"]),
         Route("/v1/chat/completions", StreamingRoute(complete), methods=["POST"]),
+        Route("/v1/audio/transcriptions", StreamingRoute(transcribe), methods=["POST"]),
         Route("/v1/audio/models", list_audio_models),
         Route("/v1/audio/voices", list_voices),
         Route("/v1/models", list_models),

@@ -6,7 +6,7 @@ from typing import Any
 from protocol.wire.messages import ENDED_STATES, LIVE_STATES, RETRY_POLICIES
 from protocol.wire.structs import ID_PATTERN
 from relayd.http.audio.encoder import CODINGS
-from relayd.http.requests_api.openapi_others import CHAT, OPENAI_ERROR, OTHER_PATHS, SPEECH
+from relayd.http.requests_api.openapi_others import CHAT, OPENAI_ERROR, OTHER_PATHS, SPEECH, TRANSCRIPTION
 from relayd.views.rows import VERSION
 
 Schema = dict[str, Any]
@@ -436,6 +436,7 @@ DOCUMENT: Schema = {
             "OpenAiError": OPENAI_ERROR,
             "Speech": SPEECH,
             "Chat": CHAT,
+            "Transcription": TRANSCRIPTION,
             "Spaces": _object({"spaces": {"type": "array", "items": _SPACE}}),
             "Status": _STATUS,
             "StatusAndOutputs": _STATUS_AND_OUTPUTS,

@@ -6,6 +6,7 @@ from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED
 from relayd.http.openai.chat_request import HINTS, MAX_MESSAGES, MAX_STOPS, ROLES
 from relayd.http.openai.json_body import MAX_NAME_CHARS
 from relayd.http.openai.speech_request import MAX_INPUT_CHARS
+from relayd.http.openai.transcription_request import FORMATS, MAX_PROMPT_CHARS, TEXT_TYPES
 
 Schema = dict[str, Any]
 
@@ -120,6 +121,20 @@ CHAT: Schema = {
     "required": ["model", "messages"],
     "additionalProperties": True,
 }
+TRANSCRIPTION: Schema = {
+    "type": "object",
+    "properties": {
+        "file": {"type": "string", "format": "binary", "description": "the sound"},
+        "model": {"type": "string", "maxLength": MAX_NAME_CHARS, "description": "a space, or a name in the settings"},
+        "language": {"type": "string", "maxLength": 32, "description": "that is spoken, such as en"},
+        "prompt": {"type": "string", "maxLength": MAX_PROMPT_CHARS, "description": "words that may occur"},
+        "temperature": {"type": "number", "minimum": 0, "maximum": 1},
+        "response_format": {"enum": list(FORMATS), "default": FORMATS[0]},
+        "stream": {"type": "boolean", "description": "true: events, as it is recognized"},
+    },
+    "required": ["file", "model"],
+    "additionalProperties": True,
+}
 
 OTHER_PATHS: Schema = {
     "/v1/audio/speech": {
@@ -156,6 +171,27 @@ OTHER_PATHS: Schema = {
                     "content": {"text/event-stream": {"schema": _EVENT}, "application/json": {"schema": _ANY_OBJECT}},
                 },
                 **_openai_errors(400, 401, 403, 404, 408, 410, 413, 429, 500, 502, 503, 504, 507),
+            },
+        }
+    },
+    "/v1/audio/transcriptions": {
+        "post": {
+            "operationId": "transcription",
+            "summary": "Write down what is said in a file, as OpenAI's clients ask for it",
+            "requestBody": {
+                "required": True,
+                "content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/Transcription"}}},
+            },
+            "responses": {
+                "200": {
+                    "description": "The transcript; or events, with `stream`.",
+                    "content": {
+                        "text/event-stream": {"schema": _EVENT},
+                        "application/json": {"schema": _ANY_OBJECT},
+                        **{kind: {"schema": {"type": "string"}} for kind in TEXT_TYPES},
+                    },
+                },
+                **_openai_errors(400, 401, 403, 404, 408, 410, 413, 415, 429, 500, 502, 503, 504, 507),
             },
         }
     },

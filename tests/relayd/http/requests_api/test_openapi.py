@@ -14,6 +14,7 @@ from schemathesis.checks import CHECKS
 from schemathesis.core.result import Ok
 from starlette.routing import Route
 
+from gpuworker.hearing.hearing import capabilities, params_schema
 from protocol.wire.codec import decode
 from protocol.wire.messages import FROM_RELAY, Assign
 from relayd.http import health_routes, spaces_site
@@ -32,6 +33,7 @@ GUIDE = (Path(__file__).parents[4] / "docs" / "http.md").read_text()
 #: Whether params are taken is for the space's own schema to say, which the document cannot know.
 LEFT_OUT = {"positive_data_acceptance"}
 EXAMPLES = 40
+HEARS: dict[str, Any] = {"params": params_schema(), "inputs": capabilities(decodes=True).inputs, "format": None}
 #: Paths that take nothing, not even a token.
 NOTHING_TO_REFUSE = {"/health", "/ready"}
 
@@ -68,15 +70,17 @@ async def test_the_relay_does_as_its_document_says(
 ) -> None:
     monkeypatch.setattr("relayd.auth.login_throttle.MAX_FAILURES", 1_000_000)  # wrong tokens are part of what is tried
     async with (
-        daemon(tmp_path, listen="127.0.0.1:0", spaces={"tts": {}, "llm": {}}) as relay,
+        daemon(tmp_path, listen="127.0.0.1:0", spaces={"tts": {}, "llm": {}, "stt": {}}) as relay,
         fake_worker(relay.url, slots=64) as worker,
         fake_worker(relay.url, name="model", slots=64, spaces=("llm",), params=MESSAGES, format=None) as model,
+        fake_worker(relay.url, name="ears", slots=64, spaces=("stt",), **HEARS) as ears,
     ):
         token = relay.tokens.create(role="client", name="ann", now=0.0).text
         url = re.sub("^ws", "http", relay.urls[0])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(speak_always, worker)
             nursery.start_soon(reply_always, model)
+            nursery.start_soon(reply_always, ears)
             async with visitor(relay.urls[0], token=token) as http:
                 posted = await http.ask("POST", "/v1/spaces/tts/requests", told={"params": {"text": "x"}})
                 assert (await http.get(posted.json["links"]["audio"])).status == 200
