@@ -28,6 +28,7 @@ from protocol.wire.messages import Accepted, Queued
 from protocol.wire.structs import AudioFormat
 from relayd.auth.tokens import TokenRegistry
 from relayd.config.loader import load_config
+from relayd.net.one_time_link import open_one_time_link
 from relayd.store.factory import open_offline
 from relayd.store.records import PutToken
 
@@ -61,6 +62,11 @@ class Demo:
     worker_token: str = ""
     #: Name -> process id.
     pids: dict[str, int] = attrs.field(factory=dict)
+
+    @property
+    def page(self) -> str:
+        """The address of the relay's page."""
+        return f"{self.url.replace('ws://', 'http://', 1)}/"
 
 
 async def run_demo(text: str, output: Path, keep: bool) -> None:
@@ -133,9 +139,13 @@ async def run_talk_demo(keep: bool) -> None:
                 for space, worker in workers.items():
                     await _wait_for_event(relay, worker, "worker registered", spaces=[space])
                     _print_step(worker.name, f"registered space {space!r}")
-                _print_login(demo)
                 kept = keep
-                if not keep:
+                if keep:
+                    _print_page(f"Talk in a browser, and log in with the token {demo.client_token}:", demo.page)
+                else:
+                    link = await stack.enter_async_context(open_one_time_link(f"{demo.page}#login={demo.client_token}"))
+                    _print_page("Talk in a browser; this link logs in, once:", link)
+                    _print_terminal(demo)
                     print("Ctrl-C ends all of it.", flush=True)
                     await _wait_until_one_ends([relay, *workers.values()])
     finally:
@@ -324,14 +334,16 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms"
 
 
-def _print_login(demo: Demo) -> None:
-    page = demo.url.replace("ws://", "http://", 1)
+def _print_page(words: str, address: str) -> None:
+    print(f"\n{words}\n  {address}", flush=True)
+
+
+def _print_terminal(demo: Demo) -> None:
     print(
-        f"\nTalk in a browser; the link logs in, as long as this demo runs:\n"
-        f"  {page}/#login={demo.client_token}\n"
         f"or in a terminal:\n"
         f"  export RELAY_URL={demo.url} RELAY_TOKEN={demo.client_token}\n"
-        f"  relay talk\n",
+        f"  relay talk\n"
+        f"That token logs in at {demo.page}, too.\n",
         flush=True,
     )
 

@@ -31,7 +31,7 @@ async def a_talk(folder: Path) -> AsyncIterator[tuple[BrowserPlace, Proc]]:
 
 
 async def by_link(window: Window, site: BrowserPlace) -> None:
-    """Open the link that `relayd demo --talk` prints."""
+    """Open the link to which that of `relayd demo --talk` leads."""
     await window.open(f"{site.url}#login={site.token}")
     await window.until("document.getElementById('talk-text').offsetHeight > 0")
 

@@ -33,8 +33,12 @@ async def test_the_demo_holds_conversations_until_it_is_ended(tmp_path: Path, tm
             while "Ctrl-C" not in said:
                 said += (await process.stdout.receive_some()).decode()
         environ = dict(re.findall(r"(RELAY_(?:URL|TOKEN))=(\S+)", said))
-        page, token = re.search(r"(http://127\.0\.0\.1:\d+)/#login=(\S+)", said).groups()  # type: ignore[union-attr]
-        assert environ == {"RELAY_URL": page.replace("http", "ws"), "RELAY_TOKEN": token}
+        link, page = re.findall(r"http://127\.0\.0\.1:\d+/\S*", said)
+        assert environ["RELAY_TOKEN"] not in link
+        first, again = await visit(link), await visit(link)
+        assert first == (303, f"{page.rstrip(',')}#login={environ['RELAY_TOKEN']}")
+        assert again == (410, "")
+        assert page.startswith(environ["RELAY_URL"].replace("ws", "http"))
         talk = ("talk", "-o", "spoken", "--session", "s1")
         out, told = await place.run("relay", *talk, stdin="Hello!\n\n你好\n".encode(), **environ)
         assert len(replies := out.decode().splitlines()) == 2
@@ -46,6 +50,14 @@ async def test_the_demo_holds_conversations_until_it_is_ended(tmp_path: Path, tm
         assert await demo.ended() == 0
     assert processes_in(tmpdir) == []
     assert is_empty(tmpdir)
+
+
+async def visit(link: str) -> tuple[int, str]:
+    """What a link answers, and where it leads."""
+    address, _, path = link.removeprefix("http://").partition("/")
+    async with visitor(f"http://{address}") as http:
+        answer = await http.get(f"/{path}")
+    return answer.status, answer.headers.get("location", "")
 
 
 async def lines_of(proc: Proc, count: int) -> list[str]:
