@@ -5,7 +5,7 @@ import contextlib
 import threading
 import time
 from array import array
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -20,7 +20,8 @@ from aiortc import (
     RTCPeerConnection,
     RTCSessionDescription,
 )
-from aiortc.mediastreams import MediaStreamError
+from aiortc.mediastreams import AudioStreamTrack, MediaStreamError
+from aiortc.rtp import RtcpPsfbPacket
 
 T = TypeVar("T")
 PATIENCE_S = 30.0
@@ -29,11 +30,46 @@ HEARD_HZ = 48_000
 
 @attrs.frozen
 class Seen:
-    """A picture as it was decoded: when, its width, and its middle's colour (YUV)."""
+    """A picture as it was decoded: when, its width, its middle's colour (YUV), and how bright its top is (`an_ivf`)."""
 
     at: float
     width: int
     colour: tuple[int, int, int]
+    top: int
+
+
+class _WatchingLoop(asyncio.SelectorEventLoop):
+    """An event loop that notes the size of each datagram."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self._sizes = sizes
+
+    async def create_datagram_endpoint(self, protocol_factory: Any, **more: Any) -> Any:  # type: ignore[override]
+        def watched() -> Any:
+            protocol = protocol_factory()
+            received = protocol.datagram_received
+
+            def note(data: bytes, address: Any) -> None:
+                self._sizes.append(len(data))
+                received(data, address)
+
+            protocol.datagram_received = note
+            return protocol
+
+        return await super().create_datagram_endpoint(watched, **more)
+
+
+class _Tone(AudioStreamTrack):
+    """A microphone that beeps."""
+
+    async def recv(self) -> av.AudioFrame:
+        frame = await super().recv()
+        assert isinstance(frame, av.AudioFrame)
+        count = np.arange(frame.samples)
+        wave = (np.sin(2 * np.pi * count * 20 / frame.samples) * 12_000).astype(np.int16)
+        frame.planes[0].update(wave.tobytes())
+        return frame
 
 
 class Caller:
@@ -42,19 +78,19 @@ class Caller:
     Args:
         video: whether it offers video.
         channel: label of the data channel that it opens; None for none.
-        microphone: the track that it sends, None if it only listens.
+        microphone: whether it sends a tone.
     """
 
-    def __init__(
-        self, *, video: bool = True, channel: str | None = None, microphone: MediaStreamTrack | None = None
-    ) -> None:
+    def __init__(self, *, video: bool = True, channel: str | None = None, microphone: bool = False) -> None:
         self.heard: list[tuple[float, bytes]] = []
         self.seen: list[Seen] = []
         self.said: list[str] = []
+        #: The sizes of the datagrams that came.
+        self.datagrams: list[int] = []
         self.connection: RTCPeerConnection = None  # type: ignore[assignment]  # made in its loop
         self.channel: RTCDataChannel | None = None
         self._wants = (video, channel, microphone)
-        self._loop = asyncio.new_event_loop()
+        self._loop = _WatchingLoop(self.datagrams)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -86,10 +122,10 @@ class Caller:
         video, label, microphone = self._wants
         connection = self.connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         connection.on("track", self._on_track)
-        if microphone is None:
-            connection.addTransceiver("audio", direction="recvonly")
+        if microphone:
+            connection.addTransceiver(_Tone(), direction="sendrecv")
         else:
-            connection.addTransceiver(microphone, direction="sendrecv")
+            connection.addTransceiver("audio", direction="recvonly")
         if video:
             connection.addTransceiver("video", direction="recvonly")
         if label is not None:
@@ -119,6 +155,23 @@ class Caller:
 
         self.do(send())
 
+    def report(self, packet: Callable[[int, int], RtcpPsfbPacket]) -> None:
+        """Send a report on its video; `packet` is given its own SSRC, and the video's."""
+        (receiver,) = [each.receiver for each in self.connection.getTransceivers() if each.kind == "video"]
+        ssrc = int(self.connection.remoteDescription.sdp.split("m=video")[1].split("a=ssrc:")[1].split()[0])
+        # aiortc has no public way to say this.
+        self.do(receiver._send_rtcp(packet(1, ssrc)))
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It neither sends nor takes anything during the block."""
+        released = threading.Event()
+        self._loop.call_soon_threadsafe(released.wait)
+        try:
+            yield
+        finally:
+            released.set()
+
     def _on_track(self, track: MediaStreamTrack) -> None:
         self._tasks.append(asyncio.ensure_future(self._take(track)))
 
@@ -132,7 +185,9 @@ class Caller:
                     self.heard.append((now, samples[::2].tobytes()))
                 elif isinstance(frame, av.VideoFrame):
                     middle = [_middle(plane) for plane in frame.planes]
-                    self.seen.append(Seen(now, frame.width, (middle[0], middle[1], middle[2])))
+                    self.seen.append(
+                        Seen(now, frame.width, (middle[0], middle[1], middle[2]), bytes(frame.planes[0])[0])
+                    )
 
     # -- what it heard and saw, for assertions
 
@@ -175,7 +230,7 @@ def _middle(plane: Any) -> int:
 
 
 def an_ivf(colour: tuple[int, int, int], pictures: int, *, size: int = 64, fps: int = 25, keys: int = 25) -> bytes:
-    """An IVF stream with VP8 of one colour (RGB) that flickers a little, with a key frame every `keys` pictures."""
+    """An IVF stream with VP8 of one colour (RGB), whose top grows brighter; a key frame every `keys` pictures."""
     encoder = av.CodecContext.create("libvpx", "w")
     assert isinstance(encoder, av.VideoCodecContext)
     encoder.width = encoder.height = size
@@ -188,7 +243,7 @@ def an_ivf(colour: tuple[int, int, int], pictures: int, *, size: int = 64, fps: 
     out = [head]
     for number in range(pictures):
         pixels = np.full((size, size, 3), colour, np.uint8)
-        pixels[: size // 4] = (number * 10) % 256
+        pixels[: size // 4] = (number * 2) % 256
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
         frame.pts = number
         for packet in encoder.encode(frame):

@@ -38,9 +38,10 @@ class Bandwidth:
             self._sent.popleft()
         return sum(size for _, size in self._sent) * 8 / WINDOW_S
 
-    def on_picture(self, now: float, size: int) -> None:
-        """A picture of `size` bytes was due."""
-        self._sent.append((now, size))
+    def on_pictures(self, now: float, size: int) -> None:
+        """Pictures of `size` bytes were due."""
+        if size:
+            self._sent.append((now, size))
 
     def on_remb(self, now: float, bits_s: float) -> None:
         """The peer reports what it takes its path to carry."""

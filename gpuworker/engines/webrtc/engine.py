@@ -170,7 +170,7 @@ class WebRtcEngine(Engine):
             raise EngineError(f"input {wrong[0]} does not belong here: {kind}", code=ErrorCode.INPUT_MISMATCH)
         if "offer" in params:
             return self._call(self._gateway, params, inputs, context.request_id)
-        return self._play(self._gateway, params["peer"], inputs)
+        return self._play(self._gateway, params["peer"], inputs, context.request_id)
 
     def _call(
         self, gateway: "Gateway", params: dict[str, Value], inputs: Mapping[str, Any], request_id: str
@@ -248,7 +248,7 @@ class WebRtcEngine(Engine):
         if pictures:
             gateway.soon(peer.screen.set_idle, pictures)
 
-    def _play(self, gateway: "Gateway", peer_id: str, inputs: Mapping[str, Any]) -> Iterator[Chunk]:
+    def _play(self, gateway: "Gateway", peer_id: str, inputs: Mapping[str, Any], request_id: str) -> Iterator[Chunk]:
         from gpuworker.engines.webrtc.play import Play
 
         if (audio := inputs.get("audio")) is None:
@@ -266,6 +266,8 @@ class WebRtcEngine(Engine):
                 yield OutputChunk({"played": play.samples_played})
         finally:
             play.close()
+            if not play.finished:  # a cancelled run can say no more, but the call can
+                gateway.soon(peer.tell, {"stopped": {"play": request_id, "played": play.samples_played}})
 
     @staticmethod
     def _read_audio(play: "Play", sound: AudioFormat, audio: EngineInput | LiveInput) -> None:

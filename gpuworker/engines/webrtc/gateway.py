@@ -80,6 +80,8 @@ class Gateway:
         self.do(self._close_peers(), CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_S)
+        if not self._loop.is_running():
+            self._loop.close()
 
     async def _close_peers(self) -> None:
         await asyncio.gather(*(peer.close() for peer in list(self.peers.values())), return_exceptions=True)

@@ -329,9 +329,10 @@ class Peer:
         play = self._plays[0] if self._plays else None
         packet = None if play is None else play.starts_slot(now)
         if self._video is not None:
-            keys_only = self._bandwidth.keys_only(now)
+            keys_only, before = self._bandwidth.keys_only(now), self.screen.due_bytes
             for pts, picture in self.screen.pictures(slot * SLOT_TICKS, play, keys_only=keys_only):
                 self._video.put(picture.data, pts)
+            self._bandwidth.on_pictures(now, self.screen.due_bytes - before)
         self._audio.put(self._settings.silence if packet is None else packet, slot * SLOT_SAMPLES)
         if play is not None and packet is not None:
             play.ends_slot()

@@ -23,11 +23,13 @@ class Screen:
     Attributes:
         shown: pictures that went out.
         dropped: pictures that came late, or were left out to save bandwidth.
+        due_bytes: of all pictures that came in time, also of those that were left out.
     """
 
     def __init__(self) -> None:
         self.shown = 0
         self.dropped = 0
+        self.due_bytes = 0
         self._idle: Sequence[Picture] = ()
         self._idle_ticks = 1
         self._idle_began = 0
@@ -85,6 +87,7 @@ class Screen:
                 yield max(at, due), picture
 
     def _passes(self, source: object, picture: Picture, keys_only: bool) -> bool:
+        self.due_bytes += len(picture.data)
         if picture.key:
             self._showing, self._whole, self._wants_key = source, True, False
         elif keys_only or self._showing is not source or not self._whole:
