@@ -23,6 +23,9 @@ from aiortc import (
 from aiortc.mediastreams import AudioStreamTrack, MediaStreamError
 from aiortc.rtp import RtcpPsfbPacket
 
+from protocol.wire.ivf import PTS_HZ, ivf_header, ivf_picture
+from protocol.wire.structs import VideoFormat
+
 T = TypeVar("T")
 PATIENCE_S = 30.0
 HEARD_HZ = 48_000
@@ -238,15 +241,11 @@ def an_ivf(colour: tuple[int, int, int], pictures: int, *, size: int = 64, fps: 
     encoder.time_base, encoder.framerate = Fraction(1, fps), Fraction(fps)
     encoder.gop_size = keys
     encoder.options = {"cpu-used": "-6", "deadline": "realtime", "lag-in-frames": "0"}
-    head = b"DKIF" + (0).to_bytes(2, "little") + (32).to_bytes(2, "little") + b"VP80"
-    head += size.to_bytes(2, "little") * 2 + (90_000).to_bytes(4, "little") + (1).to_bytes(4, "little") + bytes(8)
-    out = [head]
+    out = [ivf_header(VideoFormat(width=size, height=size, fps=fps))]
     for number in range(pictures):
         pixels = np.full((size, size, 3), colour, np.uint8)
         pixels[: size // 4] = (number * 2) % 256
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
         frame.pts = number
-        for packet in encoder.encode(frame):
-            data = bytes(packet)
-            out.append(len(data).to_bytes(4, "little") + (number * 90_000 // fps).to_bytes(8, "little") + data)
+        out += [ivf_picture(bytes(packet), number * PTS_HZ // fps) for packet in encoder.encode(frame)]
     return b"".join(out)

@@ -38,10 +38,10 @@ from gpuworker.engines.base import (
     RequestContext,
     RunStopped,
 )
-from gpuworker.engines.webrtc.ivf import IvfReader
 from gpuworker.engines.webrtc.offer import BadOffer, read_offer
 from protocol.install_hint import install_command
 from protocol.wire.errors import ErrorCode
+from protocol.wire.ivf import IVF, IvfReader, Picture
 from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import Value
 
@@ -54,7 +54,6 @@ ANSWER_S = 20.0
 #: How soon a cancel is noticed where no input tells of it.
 NAP_S = 0.02
 MICROPHONE = AudioFormat(sample_rate=16_000)
-IVF = "video/x-ivf"
 #: A loop to look at while nobody speaks, not a film: it is in memory for each call.
 MAX_IDLE_BYTES = 16 * 1024 * 1024
 #: A command is a line of JSON.
@@ -241,8 +240,7 @@ class WebRtcEngine(Engine):
 
     def _show_idle(self, gateway: "Gateway", peer: "Peer", idle: EngineInput | LiveInput | None) -> None:
         """Show the idle loop once all of it is there."""
-        reader = IvfReader()
-        pictures = [picture for data in idle or () for picture in reader.feed(data)]
+        pictures = list(_pictures(idle))
         if pictures and not pictures[0].key:
             raise EngineError("the idle video does not begin with a key frame", code=ErrorCode.INPUT_MISMATCH)
         if pictures:
@@ -283,10 +281,8 @@ class WebRtcEngine(Engine):
 
     @staticmethod
     def _read_video(play: "Play", video: EngineInput | LiveInput | None) -> None:
-        reader = IvfReader()
-        for data in video or ():
-            for picture in reader.feed(data):
-                play.add_picture(picture)
+        for picture in _pictures(video):
+            play.add_picture(picture)
         play.end_video()
 
 
@@ -304,6 +300,21 @@ def _begin(events: "queue.SimpleQueue[Any]", work: Callable[..., None], *argumen
             events.put(EngineError(f"{type(fault).__name__}: {fault}"))
 
     threading.Thread(target=run, name="webrtc input", daemon=True).start()
+
+
+def _pictures(video: EngineInput | LiveInput | None) -> Iterator[Picture]:
+    """The pictures of a video as they come.
+
+    Raises:
+        EngineError: it is none.
+    """
+    reader = IvfReader()
+    for data in video or ():
+        try:
+            yield from reader.feed(data)
+        except ValueError as fault:
+            message = f"the video cannot be read: {fault}; send {IVF} with VP8"
+            raise EngineError(message, code=ErrorCode.INPUT_MISMATCH) from None
 
 
 def _format(media_type: str) -> AudioFormat:

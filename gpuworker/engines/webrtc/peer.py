@@ -30,10 +30,10 @@ from aiortc.sdp import candidate_from_sdp
 
 from gpuworker.engines.base import AudioChunk, EngineError, InvalidParams
 from gpuworker.engines.webrtc.bandwidth import Bandwidth
-from gpuworker.engines.webrtc.ivf import TICKS_HZ
 from gpuworker.engines.webrtc.offer import MAX_CANDIDATES, Offer, is_useful
 from gpuworker.engines.webrtc.play import OPUS_HZ, SLOT_S, SLOT_SAMPLES, SLOT_TICKS, Play
 from gpuworker.engines.webrtc.screen import Screen
+from protocol.wire.ivf import PTS_HZ
 from protocol.wire.validators import Value
 
 #: A connection has to stand by then.
@@ -176,7 +176,7 @@ class Peer:
                 continue
             track = self._audio
             if kind == "video":
-                track = self._video = PacketTrack("video", TICKS_HZ)
+                track = self._video = PacketTrack("video", PTS_HZ)
             direction = "sendrecv" if self._listen and kind == "audio" else "sendonly"
             transceiver = self._connection.addTransceiver(track, direction=direction)
             known = RTCRtpSender.getCapabilities(kind).codecs

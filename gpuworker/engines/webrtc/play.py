@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator
 import av
 
 from gpuworker.engines.base import EngineError, RunStopped
-from gpuworker.engines.webrtc.ivf import TICKS_HZ, Picture
+from protocol.wire.ivf import PTS_HZ, Picture
 from protocol.wire.structs import AudioFormat
 
 OPUS_HZ = 48_000
 #: One packet of sound, and the unit in which peers are served.
 SLOT_S = 0.02
 SLOT_SAMPLES = round(OPUS_HZ * SLOT_S)
-SLOT_TICKS = round(TICKS_HZ * SLOT_S)
+SLOT_TICKS = round(PTS_HZ * SLOT_S)
 BITS_S = 32_000
 #: A play waits with what has come until there is so much of it, at its beginning and where it had to stop.
 READY_PACKETS = 5

@@ -6,15 +6,15 @@ picture that was left out.
 
 from collections.abc import Iterator, Sequence
 
-from gpuworker.engines.webrtc.ivf import TICKS_HZ, Picture
 from gpuworker.engines.webrtc.play import SLOT_TICKS, Play
+from protocol.wire.ivf import PTS_HZ, Picture
 
 #: A picture that comes later than this, against its audio, is left out, and all behind it to the next key frame.
-LATE_TICKS = TICKS_HZ // 10
+LATE_TICKS = PTS_HZ // 10
 #: The last picture of a play stands for so long if no other comes. Then the idle loop goes on.
-HOLD_TICKS = TICKS_HZ // 2
+HOLD_TICKS = PTS_HZ // 2
 #: A peer that asks for key frames gets no more of them than this: they are ten times as large.
-RESTART_TICKS = TICKS_HZ
+RESTART_TICKS = PTS_HZ
 
 
 class Screen:
@@ -45,9 +45,9 @@ class Screen:
     def set_idle(self, pictures: Sequence[Picture]) -> None:
         """Show these in a loop while no play has pictures; the first is a key frame."""
         first = pictures[0].pts
-        self._idle = [Picture(each.data, each.pts - first, each.key) for each in pictures]
+        self._idle = [Picture(each.data, each.pts - first) for each in pictures]
         last = self._idle[-1].pts
-        self._idle_ticks = last + (last // (len(pictures) - 1) if last else TICKS_HZ)
+        self._idle_ticks = last + (last // (len(pictures) - 1) if last else PTS_HZ)
         if self._showing is self:
             self._showing = None
 

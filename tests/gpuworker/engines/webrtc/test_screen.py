@@ -2,16 +2,19 @@
 
 import threading
 
-from gpuworker.engines.webrtc.ivf import TICKS_HZ, Picture
 from gpuworker.engines.webrtc.play import FIRST_PICTURE_S, READY_PACKETS, SLOT_S, SLOT_TICKS, Play
 from gpuworker.engines.webrtc.screen import Screen
+from protocol.wire.ivf import PTS_HZ, Picture
 from protocol.wire.structs import AudioFormat
 
-FRAME = TICKS_HZ // 25
+FRAME = PTS_HZ // 25
 
 
 def pictures(name: str, count: int, keys: int = 25) -> list[Picture]:
-    return [Picture(f"{name}{number}".encode(), number * FRAME, number % keys == 0) for number in range(count)]
+    """Pictures whose first byte says, as VP8's does, whether they are key frames."""
+    return [
+        Picture(bytes([number % keys != 0]) + f"{name}{number}".encode(), number * FRAME) for number in range(count)
+    ]
 
 
 IDLE = pictures("idle", 5, keys=100)
@@ -45,7 +48,7 @@ class Scene:
             packet = None if self.play is None else self.play.starts_slot(now)
             for at, picture in self.screen.pictures(self.slot * SLOT_TICKS, self.play, keys_only=keys_only):
                 self.times.append(at)
-                shown.append(picture.data.decode())
+                shown.append(picture.data[1:].decode())
             if self.play is not None and packet is not None:
                 self.play.ends_slot()
                 self.sounds += 1
