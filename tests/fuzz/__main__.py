@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.fuzz.mutate import mutations
 
-NAMES = ("codec", "frames", "http", "audio", "semantics")
+NAMES = ("codec", "frames", "http", "audio", "semantics", "sdp")
 #: Targets whose code is Python, and in this process.
 GUIDED = ("codec", "frames")
 #: Findings of one target after which it ends: one fault mostly has many inputs.

@@ -357,6 +357,18 @@ def semantics() -> Iterator[Target]:
         yield Target(run, [bytes((number,)) for number in range(64)])
 
 
+# -- calls -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sdp() -> Iterator[Target]:
+    """What browsers offer to engine `webrtc`, and their candidates: each is answered, or refused in words."""
+    from tests.fuzz.calls import SEEDS, a_gateway  # aiortc takes a second to import
+
+    with a_gateway() as run:
+        yield Target(run, SEEDS)
+
+
 TARGETS: Mapping[str, Callable[[], AbstractContextManager[Target]]] = {
-    each.__name__: each for each in (codec, frames, http, audio, semantics)
+    each.__name__: each for each in (codec, frames, http, audio, semantics, sdp)
 }

@@ -21,8 +21,8 @@ TUNE = Tune(24_000).pcm(tune_key("hello", 0), 0, 48_000)
 
 
 @asynccontextmanager
-async def a_place_for_calls(folder: Path) -> AsyncIterator[tuple[Place, Proc, Proc, RelayClient]]:
-    place = a_place(folder, CONFIG)
+async def a_place_for_calls(folder: Path, more: str = "") -> AsyncIterator[tuple[Place, Proc, Proc, RelayClient]]:
+    place = a_place(folder, CONFIG + more)
     async with a_relay(place) as relay, a_worker(place, relay, *WORKER) as worker:
         url = (await relay.event("listening"))["urls"][0]
         token, _ = await place.run("relayd", "token", "create", "--role", "client", "--name", "caller")

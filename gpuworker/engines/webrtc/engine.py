@@ -18,6 +18,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,7 +42,7 @@ from gpuworker.engines.base import (
 from gpuworker.engines.webrtc.offer import BadOffer, read_offer
 from protocol.install_hint import install_command
 from protocol.wire.errors import ErrorCode
-from protocol.wire.ivf import IVF, IvfReader, Picture
+from protocol.wire.ivf import IVF, PTS_HZ, IvfReader, Picture
 from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import Value
 
@@ -56,6 +57,8 @@ NAP_S = 0.02
 MICROPHONE = AudioFormat(sample_rate=16_000)
 #: A loop to look at while nobody speaks, not a film: it is in memory for each call.
 MAX_IDLE_BYTES = 16 * 1024 * 1024
+#: The least between two pictures: a call sends each as it is, 240 a second at most.
+LEAST_PTS = PTS_HZ // 250
 #: A command is a line of JSON.
 MAX_LINE_CHARS = 64 * 1024
 NOBODY = RequestContext()
@@ -309,12 +312,20 @@ def _pictures(video: EngineInput | LiveInput | None) -> Iterator[Picture]:
         EngineError: it is none.
     """
     reader = IvfReader()
+    before: int | None = None
     for data in video or ():
         try:
-            yield from reader.feed(data)
+            pictures = reader.feed(data)
         except ValueError as fault:
             message = f"the video cannot be read: {fault}; send {IVF} with VP8"
             raise EngineError(message, code=ErrorCode.INPUT_MISMATCH) from None
+        for picture in filter(attrgetter("data"), pictures):
+            if before is not None and picture.pts < before + LEAST_PTS:
+                message = f"the video has a picture at {picture.pts} after one at {before}, in 1/{PTS_HZ} s"
+                message += "; send 240 a second at most"
+                raise EngineError(message, code=ErrorCode.INPUT_MISMATCH)
+            before = picture.pts
+            yield picture
 
 
 def _format(media_type: str) -> AudioFormat:

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import random
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import aioice.ice
 
 from gpuworker.engines.base import EngineError
-from gpuworker.engines.webrtc.peer import Peer, Settings
+from gpuworker.engines.webrtc.peer import SOCKETS, Peer, Settings
 
 T = TypeVar("T")
 
@@ -40,13 +41,21 @@ class PortLoop(asyncio.SelectorEventLoop):
             return await super().create_datagram_endpoint(protocol_factory, local_addr=local_addr, **more)
         for port in random.sample(self._ports, len(self._ports)):
             try:
-                return await super().create_datagram_endpoint(
+                endpoint = await super().create_datagram_endpoint(
                     protocol_factory, local_addr=(local_addr[0], port), **more
                 )
             except OSError as fault:
                 if fault.errno != errno.EADDRINUSE:
                     raise
+            else:
+                SOCKETS.get().append(endpoint[0])
+                return endpoint
         raise OSError(errno.EADDRINUSE, "no port of the range is free")
+
+
+def _tell(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log in one line what went wrong in a task of aiortc's: what strangers send leads to many."""
+    print(f"webrtc: {context['message'][:100]}: {context.get('exception')!r}"[:300], file=sys.stderr, flush=True)
 
 
 class Gateway:
@@ -73,6 +82,7 @@ class Gateway:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
+        self._loop.set_exception_handler(_tell)
         self._loop.run_forever()
 
     def close(self) -> None:
@@ -84,7 +94,11 @@ class Gateway:
             self._loop.close()
 
     async def _close_peers(self) -> None:
-        await asyncio.gather(*(peer.close() for peer in list(self.peers.values())), return_exceptions=True)
+        await asyncio.gather(*(peer.close() for peer in list(self.peers.values())))
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     # -- for seats, in any thread
 

@@ -1,6 +1,8 @@
 """What a browser offers, and its candidates: read, checked and cleaned before aiortc sees them.
 
-A stranger writes them. Names are dropped: a `.local` one would have this machine ask its network for it by mDNS.
+A stranger writes them. Names are dropped: a `.local` one would have this machine ask its network for it by mDNS. A
+browser with such names alone is found by what it sends, so nothing is said to be the last candidate: aioice would give
+up at once.
 """
 
 import ipaddress
@@ -14,6 +16,7 @@ MAX_SDP_BYTES = 64 * 1024
 MAX_MEDIA = 3
 #: Of one peer. A browser has a handful; each is probed from every address of this machine.
 MAX_CANDIDATES = 32
+TYPES = ("host", "srflx", "prflx", "relay")
 KINDS = ("audio", "video", "application")
 _NEEDED = {
     "a=ice-ufrag:": "no ICE user",
@@ -65,12 +68,20 @@ def read_offer(sdp: str, *, loopback: bool = False) -> Offer:
         raise BadOffer("has two media of one kind; offer one audio, one video and one data channel at most")
     if not _hears(lines):
         raise BadOffer("does not receive audio; add a transceiver for audio, recvonly or sendrecv")
+    mids = [line[6:] for line in lines if line.startswith("a=mid:")]
+    if not set(_bundled(lines)) <= set(mids) or len(set(mids)) < len(mids):
+        raise BadOffer("bundles media that it does not have; send the whole SDP of a browser's offer")
     for start, lack in _NEEDED.items():
         if not any(line.startswith(start) for line in lines):
             raise BadOffer(f"has {lack}; send the whole SDP of a browser's offer")
     kept = list(_without_useless_candidates(lines, loopback))
     count = sum(line.startswith("a=candidate:") for line in kept)
     return Offer("\r\n".join(kept) + "\r\n", kinds, count)
+
+
+def _bundled(lines: list[str]) -> list[str]:
+    """The names of the media that share one transport."""
+    return [mid for line in lines if line.startswith("a=group:BUNDLE") for mid in line[14:].split()]
 
 
 def _hears(lines: list[str]) -> bool:
@@ -93,13 +104,14 @@ def _without_useless_candidates(lines: list[str], loopback: bool) -> Iterator[st
             if left == 0 or not is_useful(line[2:], loopback=loopback):
                 continue
             left -= 1
-        yield line
+        if line != "a=end-of-candidates":
+            yield line
 
 
 def is_useful(candidate: str, *, loopback: bool = False) -> bool:
     """Whether a candidate (`candidate:…`) is UDP to an address that may be called; names and all else are not."""
     fields = candidate.removeprefix("candidate:").split()
-    if len(fields) < 8 or fields[2].lower() != "udp" or fields[6] != "typ":
+    if len(fields) < 8 or fields[2].lower() != "udp" or fields[6] != "typ" or fields[7] not in TYPES:
         return False
     if not all(field.isascii() and field.isdigit() and len(field) < 12 for field in (fields[1], fields[3], fields[5])):
         return False

@@ -9,6 +9,7 @@ import queue
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from fractions import Fraction
 from typing import Any
 
@@ -58,6 +59,8 @@ MAX_TEXT_BYTES = 60 * 1024
 EVENTS_LABEL = "oai-events"
 MICROPHONE_HZ = 16_000
 
+#: Where the event loop notes the sockets of the peer that is being made.
+SOCKETS: ContextVar[list[asyncio.BaseTransport]] = ContextVar("sockets")
 Event = dict[str, Value] | AudioChunk | EngineError | None
 
 
@@ -137,6 +140,7 @@ class Peer:
         self._ended = False
         self._heard_at = 0.0
         self._candidates = 0
+        self._sockets: list[asyncio.BaseTransport] = []
         self._key_requests = 0
         self.screen = Screen()
 
@@ -153,6 +157,7 @@ class Peer:
         connection.on("datachannel", self._on_channel)
         connection.on("track", self._on_track)
         self._candidates = offer.candidates
+        SOCKETS.set(self._sockets)
         try:
             self._add_tracks(offer)
             await connection.setRemoteDescription(RTCSessionDescription(offer.sdp, "offer"))
@@ -161,6 +166,8 @@ class Peer:
             raise InvalidParams({"offer": f"cannot be answered: {_in_words(fault)}"}) from None
         sdp = connection.localDescription.sdp
         if "a=candidate:" not in sdp:
+            if self._sockets:
+                raise InvalidParams({"offer": "cannot be answered: its transport failed at once"})
             raise EngineError(
                 f"no UDP port is left for a call ({self._settings.ports}): hang up another one, "
                 "or give the worker more -o ports",
@@ -202,22 +209,22 @@ class Peer:
         sender._handle_rtcp_packet = watch  # type: ignore[method-assign]
 
     async def add_candidate(self, given: Any) -> None:
-        """Add a candidate, an `RTCIceCandidateInit` of the browser; None or an empty one says that it was the last.
+        """Add a candidate, an `RTCIceCandidateInit` of the browser.
 
-        Candidates that are of no use are ignored.
+        Candidates that are of no use are ignored, and so is what says that they are all (`offer`).
 
         Raises:
             ValueError: it is none.
         """
-        text, mid, index = "", None, None
-        if given is not None:
-            if not isinstance(given, dict) or not isinstance(given.get("candidate"), str):
-                raise ValueError("candidate must be what the browser's event has: {candidate, sdpMid, sdpMLineIndex}")
-            text, mid, index = given["candidate"], given.get("sdpMid"), given.get("sdpMLineIndex")
-        text = text.strip().removeprefix("a=")
-        if not text:
-            await self._connection.addIceCandidate(None)
+        if given is None:
             return
+        if not isinstance(given, dict) or not isinstance(given.get("candidate"), str):
+            raise ValueError("candidate must be what the browser's event has: {candidate, sdpMid, sdpMLineIndex}")
+        text, mid, index = (
+            given["candidate"].strip().removeprefix("a="),
+            given.get("sdpMid"),
+            given.get("sdpMLineIndex"),
+        )
         if not is_useful(text, loopback=self._settings.loopback) or self._candidates >= MAX_CANDIDATES:
             return
         self._candidates += 1
@@ -282,8 +289,12 @@ class Peer:
         self.end(None)
         for task in self._tasks:
             task.cancel()
-        with contextlib.suppress(asyncio.TimeoutError):
+        try:
             await asyncio.wait_for(self._connection.close(), CLOSE_S)
+        except Exception as fault:  # noqa: BLE001 - as in `answer`: what it leaves open is closed here
+            print(f"a call was not closed cleanly: {fault!r}"[:300], file=sys.stderr, flush=True)
+        for each in self._sockets:
+            each.close()
 
     def _begin(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)

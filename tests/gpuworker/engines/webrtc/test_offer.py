@@ -24,6 +24,16 @@ def test_local_names_are_dropped_so_that_no_stranger_chooses_what_is_looked_up()
     assert offer.candidates == 1
 
 
+def test_no_offer_says_that_it_has_no_further_candidates() -> None:
+    assert "a=end-of-candidates" not in read_offer(HEAD + AUDIO + LOCAL + "\r\na=end-of-candidates\r\n").sdp
+
+
+@pytest.mark.parametrize("mids", ["0 1", "1", "0 0 x"])
+def test_a_bundle_of_media_that_are_not_there_is_refused(mids: str) -> None:
+    with pytest.raises(BadOffer, match="bundles media that it does not have"):
+        read_offer(HEAD.replace("BUNDLE 0", f"BUNDLE {mids}") + AUDIO)
+
+
 def test_an_offer_has_at_most_three_media_and_64_kib() -> None:
     with pytest.raises(BadOffer, match="4 media"):
         read_offer(HEAD + AUDIO + "m=video 9 X 96\r\n" * MAX_MEDIA)
