@@ -19,9 +19,9 @@ DEPLOY = ROOT / "deploy"
 OPERATIONS = ROOT / "docs" / "operations.md"
 #: Documents whose examples have commands of ours.
 DOCUMENTS = (OPERATIONS, ROOT / "docs" / "metrics.md", ROOT / "docs" / "proxies.md")
-UNITS = ("relayd.service", "gpuworker.service")
+UNITS = ("relayd.service", "gpuworker.service", "gpuworker-webrtc.service")
 #: systemd's own figure, from 0 (nothing is exposed) to 10. A worker must reach its GPU, and torch writes code.
-MOST_EXPOSED = {"relayd.service": 1.5, "gpuworker.service": 2.0}
+MOST_EXPOSED = {"relayd.service": 1.5, "gpuworker.service": 2.0, "gpuworker-webrtc.service": 1.5}
 #: What a machine has is tested with; where there is no systemd, its own judgement is not to be had.
 ANALYZE = shutil.which("systemd-analyze")
 _UNITS_S = {"min": 60.0, "s": 1.0, "": 1.0}
@@ -80,8 +80,9 @@ def test_a_relay_that_was_drained_or_has_a_faulty_configuration_is_not_started_a
     assert unit["RestartPreventExitStatus"] == [str(USAGE)]
 
 
-def test_a_worker_that_was_drained_or_interrupted_is_not_started_again_and_one_that_failed_is() -> None:
-    unit = settings("gpuworker.service")
+@pytest.mark.parametrize("name", ["gpuworker.service", "gpuworker-webrtc.service"])
+def test_a_worker_that_was_drained_or_interrupted_is_not_started_again_and_one_that_failed_is(name: str) -> None:
+    unit = settings(name)
     assert unit["Restart"] == ["on-failure"]
     assert unit["SuccessExitStatus"] == [str(INTERRUPTED)]
     assert "RestartPreventExitStatus" not in unit

@@ -12,14 +12,12 @@ A call is a browser that a stranger may control, on open UDP ports: let this wor
 import contextlib
 import copy
 import importlib.util
-import ipaddress
 import json
 import queue
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpuworker.engines.base import (
@@ -40,6 +38,7 @@ from gpuworker.engines.base import (
     RunStopped,
 )
 from gpuworker.engines.webrtc.offer import BadOffer, read_offer
+from gpuworker.engines.webrtc.reach import read_reach
 from protocol.install_hint import install_command
 from protocol.wire.errors import ErrorCode
 from protocol.wire.ivf import IVF, PTS_HZ, IvfReader, Picture
@@ -99,9 +98,7 @@ class WebRtcEngine(Engine):
 
     def __init__(self, options: Mapping[str, OptionValue] | None = None) -> None:
         super().__init__(options)
-        self.ports = _ports(str(self.options["ports"]))
-        self.hosts = [_address("host", each) for each in str(self.options["host"] or "").split(",") if each]
-        self.public_ip = _address("public_ip", str(self.options["public_ip"])) if self.options["public_ip"] else ""
+        self._reach = read_reach(self.options)
         if int(self.options["max_kbit_s"] or 0) < 1:
             raise OptionError(f"-o max_kbit_s={self.options['max_kbit_s']}: must be 1 or more")
         self._gateway: Gateway | None = None
@@ -113,6 +110,22 @@ class WebRtcEngine(Engine):
         if importlib.util.find_spec("aiortc") and importlib.util.find_spec("av"):
             return []
         return [Missing("the aiortc package", install_command("webrtc"))]
+
+    @classmethod
+    def check(cls, options: Mapping[str, OptionValue], slots: int) -> list[Missing]:
+        """The library, addresses that are this machine's, and a free port on each."""
+        del slots
+        return cls.missing() or read_reach(options).lacking()
+
+    @classmethod
+    def outlook(cls, options: Mapping[str, OptionValue], slots: int) -> str:
+        """What callers will be offered.
+
+        Raises:
+            EngineError: the file with STUN and TURN servers cannot be used.
+        """
+        reach = read_reach(options)
+        return f"up to {min(max_peers(slots), len(reach.ports))} calls; {reach.describe()}"
 
     @property
     def capabilities(self) -> Capabilities:
@@ -133,24 +146,26 @@ class WebRtcEngine(Engine):
         """
         if missing := self.missing():
             raise EngineError(f"{missing[0].what} is not installed: {missing[0].install}")
-        from gpuworker.engines.webrtc.gateway import Gateway  # imports aiortc
+        from aiortc import RTCIceServer
+
+        from gpuworker.engines.webrtc.gateway import Gateway
         from gpuworker.engines.webrtc.peer import Settings
         from gpuworker.engines.webrtc.play import silent_packet
 
         settings = Settings(
-            ice_servers=_ice_servers(self.options["ice_servers_file"]),
-            public_ip=self.public_ip,
-            loopback=any(ipaddress.ip_address(host).is_loopback for host in self.hosts),
+            ice_servers=[RTCIceServer(**each) for each in self._reach.ice_servers()],
+            public_ip=self._reach.public_ip,
+            loopback=self._reach.loopback,
             ports=str(self.options["ports"]),
             max_bits_s=int(self.options["max_kbit_s"] or 0) * 1000.0,
             silence=silent_packet(),
         )
-        self._gateway = Gateway(settings, self.ports, self.hosts)
+        self._gateway = Gateway(settings, self._reach.ports, self._reach.hosts)
         self._gateway.open()
 
     def seats(self, count: int) -> Sequence[Engine]:
-        """Engines that share the gateway. Half of them may be calls: each needs another seat to be spoken to."""
-        self._max_peers = max(1, count // 2)
+        """Engines that share the gateway."""
+        self._max_peers = max_peers(count)
         return [copy.copy(self) for _ in range(count)]
 
     def close(self) -> None:
@@ -342,40 +357,6 @@ def _format(media_type: str) -> AudioFormat:
         raise EngineError(message, code=ErrorCode.INPUT_MISMATCH) from None
 
 
-def _ports(given: str) -> range:
-    """The range of ports in option `ports`.
-
-    Raises:
-        OptionError: it is none.
-    """
-    first, _, last = given.partition("-")
-    if not (first.isdecimal() and last.isdecimal() and 1024 <= int(first) <= int(last) <= 65_535):
-        raise OptionError(f"-o ports={given}: write a range of UDP ports from 1024 on, such as 50000-50199")
-    return range(int(first), int(last) + 1)
-
-
-def _address(name: str, given: str) -> str:
-    try:
-        return str(ipaddress.ip_address(given.strip()))
-    except ValueError:
-        raise OptionError(f"-o {name}={given}: write an IP address, not a name") from None
-
-
-def _ice_servers(path: OptionValue) -> list[Any]:
-    """The servers in a file.
-
-    Raises:
-        EngineError: it cannot be read, or holds something else.
-    """
-    if not path:
-        return []
-    from aiortc import RTCIceServer
-
-    try:
-        listed = json.loads(Path(str(path)).expanduser().read_text(encoding="utf-8"))
-        return [RTCIceServer(each["urls"], each.get("username"), each.get("credential")) for each in listed]
-    except OSError as fault:
-        raise EngineError(f"-o ice_servers_file={path} cannot be read: {fault.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        wanted = '[{"urls": "turn:…", "username": "…", "credential": "…"}]'
-        raise EngineError(f"-o ice_servers_file={path}: write a JSON list: {wanted}") from None
+def max_peers(slots: int) -> int:
+    """Half of the slots may be calls: each needs another one to be spoken to."""
+    return max(1, slots // 2)
