@@ -441,6 +441,7 @@ class Relay:
             result=result or {},
             run_s=round(now - request.entry.started_at, 3) if request.entry.state is State.RUNNING else None,
             audio_s=request.audio_s,
+            has_video=request.video is not None,
             has_outputs=request.has_outputs,
             report=request.report,
         )

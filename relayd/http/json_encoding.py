@@ -39,7 +39,7 @@ def status_json(relay: Relay, request: Request) -> dict[str, Any]:
         "retryable": request.outcome.retryable,
         "run_s": request.outcome.run_s,
         "result": jsonable(request.outcome.result) if entry.state is State.COMPLETED else None,
-        "links": {"self": url, "events": f"{url}/events", "audio": f"{url}/audio", "output": f"{url}/output"},
+        "links": {"self": url} | {name: f"{url}/{name}" for name in ("events", "audio", "video", "output")},
     }
 
 

@@ -7,8 +7,8 @@ import attrs
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Completed, Output, Started
 from protocol.wire.validators import Value
-from relayd.http.audio_stream import next_frame
 from relayd.http.errors import HttpError
+from relayd.http.media_stream import next_frame
 from relayd.http.request_stream import RequestStream
 
 

@@ -32,6 +32,7 @@ class Outcome:
         result: of a completed request; values that are too large to be kept are in the last frame only.
         run_s: how long its last attempt ran; None if there was none.
         audio_s: seconds of audio that it produced; None if it has no audio format.
+        has_video: whether it has a video format.
         has_outputs: whether there are `output` frames among its frames.
         report: for operators only, what its failed attempts printed.
     """
@@ -41,6 +42,7 @@ class Outcome:
     result: dict[str, Value] = attrs.field(factory=dict, converter=_bounded)
     run_s: float | None = None
     audio_s: float | None = None
+    has_video: bool = False
     has_outputs: bool = False
     report: str = ""
 

@@ -303,6 +303,11 @@ class Request:
             return self.outcome.audio_s
         return round(self.audio_bytes / self.format.sample_bytes / self.format.sample_rate, 3)
 
+    @property
+    def makes_video(self) -> bool:
+        """Whether the current attempt, or the one that it ended with, has a video format."""
+        return self.video is not None or self.outcome.has_video
+
     def delivered(self) -> dict[str, Value]:
         """Return how much was delivered, for the `details` of a failure; empty if nothing was."""
         if not self.log.next_seq:

@@ -40,6 +40,7 @@ def request_detail(relay: Relay, request: Request) -> Row:
         "run_timeout_s": request.run_timeout_s,
         "idle_timeout_s": request.idle_timeout_s,
         "format": request.format.to_map() if request.format else None,
+        "video": request.video.to_map() if request.video else None,
         "details": _bounded(request.details),
         "report": request.report.encode()[-REPORT_BYTES:].decode(errors="ignore"),
         "holders": len(request.holders),

@@ -25,11 +25,11 @@ from relayd.core.space import Space
 from relayd.http.audio.encoded_results import EncodedAudio
 from relayd.http.audio.encoder import PCM, AudioExtraMissing
 from relayd.http.audio.threaded_encoder import Transcoder, check_coding, open_transcoder
-from relayd.http.audio_stream import AudioStream, open_audio
 from relayd.http.authentication import principal_of
 from relayd.http.body_parser import open_uploads, read_all
 from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
+from relayd.http.media_stream import AudioStream, open_audio
 from relayd.http.openai.chat import complete
 from relayd.http.openai.errors import error_body, forbid_retry
 from relayd.http.openai.models import list_audio_models, list_models, list_voices, show_model, space_of

@@ -13,10 +13,10 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.structs import AudioFormat
 from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from relayd.http.audio.threaded_encoder import check_coding, open_transcoder
-from relayd.http.audio_stream import AudioStream, open_audio
 from relayd.http.authentication import principal_of
 from relayd.http.context import context_of
 from relayd.http.errors import CANCELLED, HttpError
+from relayd.http.media_stream import AudioStream, open_audio
 from relayd.http.request_stream import find_result, open_reader, wait_safe
 from relayd.http.streaming_response import ResponseWriter
 from relayd.requests.request import Request

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from protocol.wire.ivf import IVF
 from protocol.wire.messages import ENDED_STATES, LIVE_STATES, RETRY_POLICIES
 from protocol.wire.structs import ID_PATTERN
 from relayd.http.audio.encoder import CODINGS
@@ -145,7 +146,7 @@ _STATUS = _object(
         "retryable": _nullable("boolean", description="whether the same request may succeed later; null unless failed"),
         "run_s": _nullable("number", description="how long its last attempt ran; null until it has ended"),
         "result": _nullable("object", description="what the engine says of a completed request; null otherwise"),
-        "links": _object({name: {"type": "string"} for name in ("self", "events", "audio", "output")}),
+        "links": _object({name: {"type": "string"} for name in ("self", "events", "audio", "video", "output")}),
     }
 )
 _OUTPUTS = {
@@ -234,9 +235,9 @@ _FED_ANSWER = _object(
 )
 _LINK = _object(
     {
-        "url": {"type": "string", "description": "path of the result: its audio, or its first output"},
+        "url": {"type": "string", "description": "path of the result: its audio, its video, or its first output"},
         "expires_at": {"type": "string", "format": "date-time"},
-        "links": _object({name: {"type": "string"} for name in ("audio", "output")}),
+        "links": _object({name: {"type": "string"} for name in ("audio", "video", "output")}),
     }
 )
 _NUMBER = _parameter("number", "path", {"type": "integer", "minimum": 0}, "which output, from 0")
@@ -394,11 +395,24 @@ PATHS: Schema = {
             ),
         },
     },
+    "/v1/requests/{request_id}/video": {
+        "parameters": [_REQUEST_ID],
+        "get": {
+            "operationId": "video",
+            "summary": "Return the video as IVF, while the request runs or later",
+            "responses": _responses(
+                {"200": {"description": "The video.", "content": {IVF: _BYTES}}},
+                404,
+                409,
+                *_ENDED,
+            ),
+        },
+    },
     "/v1/requests/{request_id}/link": {
         "parameters": [_REQUEST_ID],
         "get": {
             "operationId": "link",
-            "summary": "Make a link to the audio and outputs of this request, which needs no token until it expires",
+            "summary": "Make a link to what this request has made, which needs no token until it expires",
             "parameters": [
                 _parameter(
                     "expires_s",

@@ -8,9 +8,9 @@ from starlette.requests import Request as HttpRequest
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Output
 from protocol.wire.media_types import BINARY, essence, suffix_of
-from relayd.http.audio_stream import next_frame
 from relayd.http.errors import HttpError
 from relayd.http.json_encoding import jsonable
+from relayd.http.media_stream import next_frame
 from relayd.http.request_stream import RequestStream, find_result, open_reader, wait_safe
 from relayd.http.requests_api.audio_download import check_result, start_range
 from relayd.http.streaming_response import ResponseWriter

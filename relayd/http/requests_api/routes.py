@@ -28,6 +28,7 @@ from relayd.http.requests_api.openapi import DOCUMENT
 from relayd.http.requests_api.output_download import send_output
 from relayd.http.requests_api.outputs import outputs_of
 from relayd.http.requests_api.submission import build_submit, find_space, input_limits
+from relayd.http.requests_api.video_download import send_video
 from relayd.http.streaming_response import StreamingRoute
 from relayd.scheduling.model import State
 from relayd.views.rows import space_row
@@ -53,6 +54,7 @@ def routes() -> list[BaseRoute]:
         Route(f"{one}/inputs/{{name}}", feed_input, methods=["PUT"]),
         Route(f"{one}/link", link),
         Route(f"{one}/audio", StreamingRoute(send_audio), methods=["GET"]),
+        Route(f"{one}/video", StreamingRoute(send_video), methods=["GET"]),
         Route(f"{one}/output", StreamingRoute(send_output), methods=["GET"]),
         Route(f"{one}/output/{{number}}", StreamingRoute(send_output), methods=["GET"]),
         Route("/openapi.json", openapi),
@@ -134,8 +136,12 @@ async def link(http: HttpRequest) -> Response:
         raise HttpError(ErrorCode.INVALID_PARAMS, message, details={"expires_s": message})
     grant = LinkGrant(int(time.time()) + int(text), principal.token_id or "")
     signed = f"{LINK}={context_of(http).links.make(result_name(request), grant)}"
-    links = {name: f"/v1/requests/{request_id}/{name}?{signed}" for name in ("audio", "output")}
-    made = "output" if request.entry.state is State.COMPLETED and request.audio_s is None else "audio"
+    links = {name: f"/v1/requests/{request_id}/{name}?{signed}" for name in ("audio", "video", "output")}
+    made = "audio"
+    if request.audio_s is None and request.makes_video:
+        made = "video"
+    elif request.audio_s is None and request.entry.state is State.COMPLETED:
+        made = "output"
     return JSONResponse({"url": links[made], "expires_at": iso_time(grant.expires_at), "links": links})
 
 
