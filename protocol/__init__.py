@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from protocol.client.stream import AudioRestarted as AudioRestarted
     from protocol.client.stream import Restarted as Restarted
     from protocol.client.stream import Stream as Stream
+    from protocol.client.stream import VideoRestarted as VideoRestarted
     from protocol.commands.wav_writer import AudioWriter as AudioWriter
     from protocol.wire.errors import ConnectError as ConnectError
     from protocol.wire.errors import InputClosed as InputClosed
@@ -47,6 +48,7 @@ _HOMES = {
     "RequestRejected": "wire.errors",
     "Restarted": "client.stream",
     "Stream": "client.stream",
+    "VideoRestarted": "client.stream",
     "open_relay": "client.client",
 }
 

@@ -23,9 +23,9 @@ import trio
 from protocol.client import client
 from protocol.client import inputs as sources
 from protocol.client import stream as streams
-from protocol.wire.frames import Frame
+from protocol.wire.frames import Frame, Video
 from protocol.wire.messages import Queued, StatusReply, Welcome
-from protocol.wire.structs import AudioFormat
+from protocol.wire.structs import AudioFormat, VideoFormat
 from protocol.wire.validators import Value
 
 T = TypeVar("T")
@@ -169,7 +169,10 @@ class _Waiting(Generic[T]):
 
 
 class Stream:
-    """The blocking form of `protocol.client.stream.Stream`: iterate over it, or over `events()` or `audio()`."""
+    """The blocking form of `protocol.client.stream.Stream`.
+
+    Iterate over it, or over `events()`, `audio()` or `video()`.
+    """
 
     def __init__(self, portal: _Portal, stream: streams.Stream) -> None:
         self._portal = portal
@@ -190,6 +193,11 @@ class Stream:
         return self._stream.format
 
     @property
+    def video_format(self) -> VideoFormat | None:
+        """The format of the video, once the first of it has arrived."""
+        return self._stream.video_format
+
+    @property
     def place(self) -> Queued | None:
         """The last known place in the queue."""
         return self._stream.place
@@ -201,6 +209,10 @@ class Stream:
     def audio(self, on_restart: Callable[[], None] | None = None) -> Iterator[bytes]:
         """Audio as it arrives; `on_restart` is called in Trio's thread and must not call this module."""
         return _Waiting(self._portal, self._stream.audio(on_restart))
+
+    def video(self, on_restart: Callable[[], None] | None = None) -> Iterator[Video]:
+        """Pictures as they arrive; `on_restart` as for `audio`."""
+        return _Waiting(self._portal, self._stream.video(on_restart))
 
     def result(self) -> dict[str, Value]:
         """The blocking form of `protocol.client.stream.Stream.result`."""

@@ -103,8 +103,9 @@ def _output() -> argparse.ArgumentParser:
         "--output",
         "-o",
         metavar="FILE",
-        help="write audio to this file, by its suffix as WAV, .mp3 or .pcm, or binary output as it is; - writes raw "
-        "PCM to standard output (default: SPACE-ID.wav in this directory, created when audio arrives)",
+        help="write audio to this file, by its suffix as WAV, .mp3 or .pcm, video as .ivf, or binary output as it is; "
+        "- writes raw PCM, or IVF, to standard output (default: SPACE-ID.wav or .ivf in this directory, created when "
+        "it arrives)",
     )
     return parser
 
@@ -137,7 +138,8 @@ def _add_submit_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_pair,
         metavar="NAME=ID",
-        help="the output of another request as an input: its text, or its audio as PCM, while it is made",
+        help="the output of another request as an input, while it is made: its text, its audio as PCM, or its video "
+        "as IVF, as the space takes it",
     )
     parser.add_argument(
         "--group", metavar="NAME", help="any name; relay cancel of one request of a group cancels the others, too"

@@ -32,6 +32,7 @@ function unpack(data, isBinary) {
   const message = isBinary ? decode(data) : null;
   if (typeof message?.type !== "string") throw new TypeError("a message that is no map with a type");
   if (message.type === "audio" && !(message.pcm instanceof Uint8Array)) throw new TypeError("audio without pcm");
+  if (message.type === "video" && !(message.data instanceof Uint8Array)) throw new TypeError("video without data");
   return message;
 }
 
@@ -117,7 +118,8 @@ class LiveInput {
 
 /**
  * One request. Events: `queued` and every frame, named by their type and with the message; with `audio` also the offset
- * of its bytes; and `restart` (bytes): a new attempt begins lower down, the audio from that byte on is void.
+ * of its bytes; and `restart` (bytes): a new attempt begins lower down, the audio from that byte on is void. A `video`
+ * is one encoded picture (§6.1), for the browser's VideoDecoder or, behind the header of IVF, for a file.
  * `done` is a promise of the result.
  */
 class Request extends EventEmitter {
@@ -238,7 +240,7 @@ export class RelayClient {
     this.#url.protocol = this.#url.protocol.replace(/^http/, "ws"); // the page's address means the same relay
     if (!["ws:", "wss:"].includes(this.#url.protocol)) throw new TypeError(`${url} is no ws:// or wss:// URL`);
     this.#url.pathname = this.#url.pathname.replace(/(\/v1(\/relay)?)?\/*$/, "/v1/relay"); // a prefix before it is kept
-    this.#hello = pack({ type: "hello", version: 1, role: "client", token: token || undefined, agent });
+    this.#hello = pack({ type: "hello", version: 1, role: "client", token: token || undefined, agent, video: true });
     this.#log = log;
   }
 

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import attrs
 import trio
@@ -29,6 +29,7 @@ from protocol.wire.frames import (
     Failed,
     Frame,
     Started,
+    Video,
 )
 from protocol.wire.messages import (
     Accepted,
@@ -40,7 +41,7 @@ from protocol.wire.messages import (
     WorkerAway,
     WorkerBack,
 )
-from protocol.wire.structs import AudioFormat
+from protocol.wire.structs import AudioFormat, VideoFormat
 from protocol.wire.validators import Value
 
 
@@ -59,6 +60,7 @@ class Restarted:
     seq: int
 
 
+FrameT = TypeVar("FrameT", bound=Frame)
 Event = Accepted | Queued | WorkerAway | WorkerBack | Restarted | Frame
 
 
@@ -66,12 +68,17 @@ class AudioRestarted(RequestFailed):
     """The audio starts again, and no `on_restart` was given; see `Stream.audio`."""
 
 
+class VideoRestarted(RequestFailed):
+    """The video starts again, and no `on_restart` was given; see `Stream.video`."""
+
+
 class Stream:
     """A submitted or attached request; made by `RelayClient.submit` and `RelayClient.attach`.
 
-    `async for frame in stream`, `stream.events()` and `stream.audio()` share one position: use one of them. Each ends
-    after `completed`. If the request ended otherwise, it raises RequestRejected, RequestFailed or RequestCancelled;
-    ProtocolError if the relay left out frames twice; LinkError if the relay is permanently unreachable.
+    `async for frame in stream`, `stream.events()`, `stream.audio()` and `stream.video()` share one position: use one of
+    them. Each ends after `completed`. If the request ended otherwise, it raises RequestRejected, RequestFailed or
+    RequestCancelled; ProtocolError if the relay left out frames twice; LinkError if the relay is permanently
+    unreachable.
 
     Frames that have not been read are kept here, so that a slow reader of one stream never holds up another. They are
     bounded by the relay's `max_result_bytes` (64 MiB by default).
@@ -81,6 +88,7 @@ class Stream:
         accepted: whether the relay has stored it safely.
         place: its last known place in the queue, None before the first and once it runs.
         format: of the audio, once `started` has arrived; None if there is no audio.
+        video_format: of the video, likewise.
         attempt: number of the attempt whose frames arrive now; 0 before the first frame.
         next_seq: number of the next expected frame.
         restarts: how often `Restarted` happened.
@@ -101,6 +109,7 @@ class Stream:
         self.accepted = False
         self.place: Queued | None = None
         self.format: AudioFormat | None = None
+        self.video_format: VideoFormat | None = None
         self.attempt = attempt
         self.next_seq = after_seq + 1
         self.restarts = 0
@@ -146,7 +155,17 @@ class Stream:
             on_restart: called when the audio starts again (see `Restarted`); audio delivered before is then void.
                 Without it AudioRestarted is raised, because continuing would play the beginning twice.
         """
-        return AudioChunks(self, on_restart)
+        return AudioChunks(MediaFrames(self, Audio, AudioRestarted, on_restart))
+
+    def video(self, on_restart: Callable[[], None] | None = None) -> "MediaFrames[Video]":
+        """Iterate over the pictures only; their `video_format` is known from the first on.
+
+        `protocol.wire.ivf` makes a file of them.
+
+        Args:
+            on_restart: as for `audio`; without it VideoRestarted is raised.
+        """
+        return MediaFrames(self, Video, VideoRestarted, on_restart)
 
     async def result(self) -> dict[str, Value]:
         """Wait for the end; return the figures of `completed`, with `queue_s` if this side could measure it.
@@ -377,7 +396,7 @@ class Stream:
         self.next_seq = frame.seq + 1
         self._events.append(frame)
         if isinstance(frame, Started):
-            self.format = frame.format
+            self.format, self.video_format = frame.format, frame.video
             self.place = None
             if self.queue_s is None and self._submit is not None:
                 self.queue_s = trio.current_time() - self._began_at
@@ -430,29 +449,47 @@ class Events:
         return await self._stream._next()
 
 
-class AudioChunks:
-    """The iterator returned by `Stream.audio`."""
+class MediaFrames(Generic[FrameT]):
+    """The iterator returned by `Stream.video`: frames of one kind, and `fault` where they start again."""
 
-    def __init__(self, stream: Stream, on_restart: Callable[[], None] | None) -> None:
+    def __init__(
+        self, stream: Stream, kind: type[FrameT], fault: type[RequestFailed], on_restart: Callable[[], None] | None
+    ) -> None:
         self._stream = stream
+        self._kind = kind
+        self._fault = fault
         self._on_restart = on_restart
         self._begun = stream._consumed_seq > 1  # `started` is number 0
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> bytes:
+    async def __anext__(self) -> FrameT:
         while True:
             event = await self._stream._next()
-            if isinstance(event, Audio):
+            if isinstance(event, self._kind):
                 self._begun = True
-                return event.pcm
+                return event
             if isinstance(event, Restarted) and self._begun:
                 self._begun = False
                 if self._on_restart is None:
-                    advice = "the audio starts again on another worker; pass on_restart to audio() to follow it"
-                    raise AudioRestarted(event.request_id, ErrorCode.WORKER_LOST, advice, {}, True)
+                    what = self._kind.TYPE
+                    advice = f"the {what} starts again on another worker; pass on_restart to {what}() to follow it"
+                    raise self._fault(event.request_id, ErrorCode.WORKER_LOST, advice, {}, True)
                 self._on_restart()
+
+
+class AudioChunks:
+    """The iterator returned by `Stream.audio`."""
+
+    def __init__(self, frames: MediaFrames[Audio]) -> None:
+        self._frames = frames
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return (await anext(self._frames)).pcm
 
 
 def _as_bytes(name: str, data: Piece) -> bytes:

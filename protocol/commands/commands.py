@@ -23,12 +23,13 @@ from protocol.commands.wav_writer import AudioWriter, check_audio_name
 from protocol.link.background import open_background
 from protocol.printable import printable, printable_json, printable_lines
 from protocol.wire.errors import EncodeError, ErrorCode, LinkError, RequestError, RequestRejected
-from protocol.wire.frames import Audio, Completed, Output, Started
+from protocol.wire.frames import Audio, Completed, Output, Started, Video
 from protocol.wire.frames import Progress as ProgressFrame
+from protocol.wire.ivf import IVF, ivf_header, ivf_picture
 from protocol.wire.media_types import BINARY, suffix_of
 from protocol.wire.messages import Queued, Snapshot, Welcome, WorkerAway, WorkerBack
 from protocol.wire.params_schema import check_params, takes_text
-from protocol.wire.structs import AudioFormat
+from protocol.wire.structs import AudioFormat, VideoFormat
 from protocol.wire.validators import Struct, Value
 
 #: How long to wait for the list of what a space accepts; without it, the refusal is printed as it came.
@@ -297,7 +298,9 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, Progress], Awaitable[None]]
 
 
 class Sink:
-    """Writes the output of a request: audio and binary to files, other values to stdout, the rest to stderr.
+    """Writes the output of a request: audio, video and binary to files, other values to stdout, the rest to stderr.
+
+    Of a request that makes audio and video, the file gets the one that its name says.
 
     Raises:
         ValueError: the options contradict each other.
@@ -312,6 +315,10 @@ class Sink:
         self._where = ""
         self._writer: AudioWriter | None = None
         self._format: AudioFormat | None = None
+        self._video: VideoFormat | None = None
+        #: Whether the file gets the video, and nothing else.
+        self._takes_video = False
+        self._pictures = 0
         self._binary_bytes = 0
         self._outputs = 0
         self._cached = False
@@ -347,11 +354,13 @@ class Sink:
                 self._progress.note(
                     f"{self._audio_s:.1f} s of audio were written to {self._where or 'standard output'}"
                 )
-        if self._format is not None and not self._audio_s and not self._outputs:
-            message = "the engine made no audio of this, so nothing was written; send something else to speak"
+        made = self._pictures if self._takes_video else self._audio_s or self._outputs
+        if (self._takes_video or self._format is not None) and not made:
+            what = "video of this" if self._takes_video else "audio of this"
+            message = f"the engine made no {what}, so nothing was written; send something else"
             raise RequestError(stream.request_id, ErrorCode.ENGINE_FAILED, message)
-        where = self._where if self._audio_s or self._binary_bytes else ""
-        self._progress.completed(self._audio_s, where, cached=self._cached)
+        where = self._where if self._audio_s or self._pictures or self._binary_bytes else ""
+        self._progress.completed(self._audio_s, where, cached=self._cached, pictures=self._pictures)
 
     @property
     def _audio_s(self) -> float:
@@ -366,14 +375,22 @@ class Sink:
             self._progress.started()
         elif isinstance(event, Started):
             self._progress.started()
-            self._format = event.format
+            self._format, self._video = event.format, event.video
+            self._takes_video = event.video is not None and (event.format is None or self._is_ivf)
             if self._format is not None and self._audio_s:  # another attempt
                 self._begin(self._format)
+            elif self._video is not None and self._pictures:
+                self._begin_video(self._video)
         elif isinstance(event, ProgressFrame):
             self._progress.progress(event.state, event.fraction, event.message)
         elif isinstance(event, Audio):
-            await self._write(event.pcm)
-            self._progress.audio(self._audio_s)
+            if not self._takes_video:
+                await self._write(event.pcm)
+                self._progress.audio(self._audio_s)
+        elif isinstance(event, Video):
+            if self._takes_video or self._format is None:
+                await self._write_picture(event)
+                self._progress.pictures(self._pictures)
         elif isinstance(event, Output) and event.mark is None:
             self._outputs += 1
             if isinstance(event.data, bytes):
@@ -404,12 +421,38 @@ class Sink:
             # A player reads a pipe in real time: waiting for it here would hold up the pings.
             await trio.to_thread.run_sync(self._writer.write, pcm, abandon_on_cancel=True)
 
+    @property
+    def _is_ivf(self) -> bool:
+        return Path(self._where).suffix.lower() == suffix_of(IVF)
+
+    def _begin_video(self, video: VideoFormat) -> None:
+        if self._writer is None:
+            self._where = f"{self._name}{suffix_of(IVF)}"
+            self._writer = AudioWriter(Path(self._where))
+        if self._where and not self._is_ivf:
+            name = Path(self._where)
+            advice = f"give such a name, then make {name.suffix} of it: ffmpeg -i FILE.ivf FILE{name.suffix}"
+            raise ValueError(f"{name}: video is written as .ivf; {advice}")
+        self._pictures = 0
+        self._writer.begin_binary(ivf_header(video))
+
+    async def _write_picture(self, picture: Video) -> None:
+        if not self._pictures:
+            if self._video is None:
+                raise ValueError("the request sends video without having sent its format")
+            self._begin_video(self._video)
+        assert self._writer is not None
+        self._pictures += 1
+        data = ivf_picture(picture.data, picture.pts)
+        await trio.to_thread.run_sync(self._writer.write_binary, data, abandon_on_cancel=self._pipe)
+
     async def _binary(self, data: bytes, media_type: str) -> None:
         if self._writer is None:
             self._where = f"{self._name}{suffix_of(media_type)}"
             self._writer = AudioWriter(Path(self._where))
-        if self._format is not None:
-            self._progress.note(f"{len(data)} bytes of binary output dropped: the output file contains the audio")
+        if self._format is not None or self._video is not None:
+            what = "video" if self._takes_video else "audio"
+            self._progress.note(f"{len(data)} bytes of binary output dropped: the output file contains the {what}")
             return
         self._binary_bytes += len(data)
         await trio.to_thread.run_sync(self._writer.write_binary, data, abandon_on_cancel=self._pipe)
@@ -429,10 +472,10 @@ class Sink:
 
 
 def _event_json(event: Event) -> dict[str, Value]:
-    """An event as a JSON line; audio is given by its size."""
-    if isinstance(event, Audio):
+    """An event as a JSON line; audio and pictures are given by their size."""
+    if isinstance(event, Audio | Video):
         row = event.to_map()
-        row["bytes"] = len(row.pop("pcm"))
+        row["bytes"] = len(row.pop("pcm" if isinstance(event, Audio) else "data"))
         return row
     if isinstance(event, Struct):
         return event.to_map()

@@ -61,10 +61,19 @@ class Progress:
             self._first_audio_s = self._clock() - self._began_at
         self._status(f"{seconds:.1f} s of audio{self._speed(seconds)}", urgent=False)
 
-    def completed(self, seconds: float, where: str, *, cached: bool = False) -> None:
-        """Show the successful end; `seconds` of audio, 0 if there was none; `cached`: of an equal request."""
+    def pictures(self, count: int) -> None:
+        """Show how many pictures of a video have arrived."""
+        self._status(f"{count} pictures", urgent=False)
+
+    def completed(self, seconds: float, where: str, *, cached: bool = False, pictures: int = 0) -> None:
+        """Show the successful end; `seconds` of audio or `pictures`, 0 if there were none.
+
+        With `cached` they are those of an equal request.
+        """
         took_s = self._clock() - self._began_at
-        if seconds:
+        if pictures:
+            text = f"{pictures} pictures in {took_s:.1f} s"
+        elif seconds:
             first = "" if self._first_audio_s is None else f", first audio after {self._first_audio_s:.2f} s"
             text = f"{seconds:.1f} s of audio in {took_s:.1f} s{self._speed(seconds)}{first}"
         else:

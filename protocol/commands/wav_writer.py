@@ -145,6 +145,11 @@ class AudioWriter:
         if self.is_wav:
             os.pwrite(self._fd, wav_header(self.format, self.data_bytes), 0)
 
+    def begin_binary(self, head: bytes) -> None:
+        """Begin bytes that are not audio, or begin them again; see `write_binary`."""
+        self._is_binary = False
+        self.write_binary(head)
+
     def write_binary(self, data: bytes) -> None:
         """Append bytes that are not audio; then no header is written, and `begin` must not follow.
 
@@ -156,6 +161,7 @@ class AudioWriter:
             raise RuntimeError("write_binary() after begin()")
         if self.is_file and not self._is_binary:
             os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
             self.is_wav = False
         self._is_binary = True
         self._made = None

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from protocol import ConnectError, InputClosed, Live, RequestFailed, RequestRejected, blocking
+from protocol.wire.frames import Completed, Started, Video
 from protocol.wire.messages import Cancel, Rejected, Spaces, SpacesReply, Status, StatusReply, Submit
 from tests.protocol.client.live_relay import LiveRelay
+from tests.support.pictures import PICTURES, VIDEO
 from tests.support.scripted_relay import ID, Connection, RelayThread, failed, frames, speak
 
 
@@ -33,6 +35,20 @@ def test_a_request_is_followed_without_trio(tmp_path: Path) -> None:
             assert stream.format is not None
         with relay.submit("tts", {"text": "hi"}) as stream:
             assert len(list(stream.events())) == 7
+
+
+def test_pictures_are_followed_without_trio(tmp_path: Path) -> None:
+    async def script(connection: Connection) -> None:
+        request_id = (await connection.accept()).request_id
+        connection.send(Started(request_id=request_id, attempt=1, seq=0, video=VIDEO))
+        for seq, (data, pts) in enumerate(PICTURES, 1):
+            connection.send(Video(request_id=request_id, attempt=1, seq=seq, data=data, pts=pts, key=not pts))
+        connection.send(Completed(request_id=request_id, attempt=1, seq=6))
+        await connection.hold()
+
+    with RelayThread(tmp_path, script) as url, blocking.open_relay(url) as relay, relay.submit("face") as stream:
+        assert [(picture.data, picture.pts) for picture in stream.video()] == PICTURES
+        assert stream.video_format == VIDEO
 
 
 def test_faults_come_out_as_they_are(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The client after a cut: what it sends again, where it resumes, and how it reports a new attempt."""
 
+from typing import Any
+
 import pytest
 import trio
 import trio.testing
@@ -12,6 +14,7 @@ from protocol import (
     RequestCancelled,
     RequestFailed,
     Restarted,
+    VideoRestarted,
 )
 from protocol.wire.codec import decode
 from protocol.wire.errors import LinkError
@@ -22,6 +25,7 @@ from protocol.wire.frames import (
     Failed,
     Frame,
     Started,
+    Video,
 )
 from protocol.wire.messages import (
     FROM_OPERATOR,
@@ -34,6 +38,7 @@ from protocol.wire.messages import (
     Submit,
 )
 from tests.protocol.client.scripted_client import A, B, C, all_audio, relay_with
+from tests.support.pictures import PICTURES, VIDEO
 from tests.support.scripted_relay import Connection, Script, frames, speak
 
 
@@ -294,6 +299,34 @@ async def test_a_new_attempt_from_the_beginning_is_told_to_who_takes_the_audio(
     async with relay_with(restarting) as relay, relay.submit("tts", retry="always") as stream:
         kinds = [type(event) async for event in stream.events()]
         assert kinds == [Accepted, Started, Audio, Audio, Restarted, Started, Audio, Audio, Completed]
+
+
+@pytest.mark.trio
+async def test_pictures_are_iterated_over_and_a_new_attempt_is_told_to_who_takes_them(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def showing(connection: Connection) -> None:
+        request_id = (await connection.accept()).request_id
+        for attempt in (1, 2):
+            of: dict[str, Any] = {"request_id": request_id, "attempt": attempt}
+            made = [Video(**of, seq=n, data=data, pts=pts, key=not pts) for n, (data, pts) in enumerate(PICTURES, 1)]
+            connection.send(Started(**of, seq=0, video=VIDEO), *made)
+            if attempt == 1:
+                await trio.sleep(1)
+            else:
+                connection.send(Completed(**of, seq=6))
+        await connection.hold()
+
+    async with relay_with(showing) as relay, relay.submit("face", retry="always") as stream:
+        got: list[tuple[bytes, int]] = []
+        async for picture in stream.video(on_restart=got.clear):
+            got.append((picture.data, picture.pts))
+            assert stream.video_format == VIDEO
+        assert got == PICTURES
+    async with relay_with(showing) as relay, relay.submit("face", retry="always") as stream:
+        with pytest.raises(VideoRestarted, match=r"pass on_restart to video\(\)"):
+            async for _picture in stream.video():
+                pass
 
 
 @pytest.mark.trio

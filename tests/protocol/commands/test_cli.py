@@ -9,7 +9,9 @@ import sys
 import time
 import wave
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 import trio
 
@@ -17,8 +19,12 @@ from protocol.cli import main
 from protocol.commands.progress import Progress, table
 from protocol.printable import printable, printable_json, printable_lines
 from protocol.wire.frames import (
+    Audio,
+    Completed,
+    Frame,
     Output,
     Started,
+    Video,
 )
 from protocol.wire.frames import Progress as ProgressFrame
 from protocol.wire.messages import (
@@ -38,8 +44,10 @@ from protocol.wire.messages import (
     Submit,
     Watch,
 )
+from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Value
 from tests.protocol.commands.conftest import WrittenInput
+from tests.support.pictures import PICTURES, VIDEO, ivf
 from tests.support.scripted_relay import FORMAT, ID, Connection, RelayThread, Script, failed, frames, speak
 
 PCM = b"\1\0" * 2400 + b"\2\0" * 2400 + b"\3\0" * 2400
@@ -300,6 +308,90 @@ def test_submit_prints_values_as_json_lines_and_writes_binary(capsys: pytest.Cap
     assert [line["type"] for line in lines] == ["accepted", "started", "progress", *["output"] * 5, "failed"]
     assert lines[5]["data"] == {"base64": "iVBORw=="}
     assert lines[-1]["code"] == "engine_failed"
+
+
+def shown(request_id: str, *, format_: AudioFormat | None = None, attempt: int = 1, ends: bool = True) -> list[Frame]:
+    """The frames of a request that makes video, and perhaps audio beside it."""
+    of: dict[str, Any] = {"request_id": request_id, "attempt": attempt}
+    made: list[Frame] = [Started(**of, seq=0, format=format_, video=VIDEO)]
+    for data, pts in PICTURES:
+        made.append(Video(**of, seq=len(made), data=data, pts=pts, key=not pts))
+        if format_ is not None:
+            made.append(Audio(**of, seq=len(made), pcm=PCM[:200]))
+    return [*made, *([Completed(**of, seq=len(made))] if ends else [])]
+
+
+@pytest.mark.parametrize(
+    ("argv", "makes_audio", "file"),
+    [
+        (["-o", "out.ivf"], False, "out.ivf"),
+        (["-o", "out.ivf"], True, "out.ivf"),
+        ([], False, "fn-*.ivf"),
+    ],
+)
+def test_video_is_written_as_ivf(
+    argv: list[str], makes_audio: bool, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def script(connection: Connection) -> None:
+        submit = await connection.accept()
+        connection.send(*shown(submit.request_id, format_=FORMAT if makes_audio else None))
+        await connection.hold()
+
+    assert run(script, "submit", "--space", "fn", *argv) == 0
+    (path,) = Path.cwd().glob("*.ivf")
+    assert path.match(file)
+    assert path.read_bytes() == ivf(PICTURES)
+    assert "5 pictures in" in capsys.readouterr().err
+
+
+def test_of_audio_and_video_a_file_of_another_name_gets_the_audio(capsys: pytest.CaptureFixture[str]) -> None:
+    async def script(connection: Connection) -> None:
+        submit = await connection.accept()
+        connection.send(*shown(submit.request_id, format_=FORMAT))
+        await connection.hold()
+
+    assert run(script, "submit", "--space", "fn", "-o", "out.wav", "--json") == 0
+    assert samples("out.wav") == PCM[:200] * 5
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["bytes"], row["pts"]) for row in rows if row["type"] == "video"] == [
+        (len(data), pts) for data, pts in PICTURES
+    ]
+
+
+def test_video_goes_to_a_pipe(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    async def script(connection: Connection) -> None:
+        connection.send(*shown((await connection.accept()).request_id))
+        await connection.hold()
+
+    assert run(script, "submit", "--space", "fn", "-o", "-", "-q") == 0
+    assert capfdbinary.readouterr() == (ivf(PICTURES), b"")
+
+
+def test_a_restarted_video_begins_the_file_anew() -> None:
+    async def script(connection: Connection) -> None:
+        request_id = (await connection.accept()).request_id
+        connection.send(*shown(request_id, ends=False))
+        await trio.to_thread.run_sync(wait_for_size, Path("out.ivf"), len(ivf(PICTURES)))
+        connection.send(*shown(request_id, attempt=2))
+        await connection.hold()
+
+    assert run(script, "submit", "--space", "fn", "-o", "out.ivf", "--retry", "always") == 0
+    assert Path("out.ivf").read_bytes() == ivf(PICTURES)
+
+
+@pytest.mark.parametrize("fault", ["name", "empty"])
+def test_a_video_that_is_not_written_is_told_and_leaves_no_file(fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async def script(connection: Connection) -> None:
+        started, *pictures, last = shown((await connection.accept()).request_id)
+        frames_ = [started, *pictures, last] if fault == "name" else [started, attrs.evolve(last, seq=1)]
+        connection.send(*frames_)
+        await connection.hold()
+
+    name = "out.mp4" if fault == "name" else "out.ivf"
+    assert run(script, "submit", "--space", "fn", "-o", name) == (2 if fault == "name" else 1)
+    assert not Path(name).exists()
+    words = "video is written as .ivf" if fault == "name" else "made no video of this, so nothing was written"
+    assert words in capsys.readouterr().err
 
 
 def test_submit_sends_inputs(capsys: pytest.CaptureFixture[str]) -> None:
