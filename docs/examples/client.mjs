@@ -189,8 +189,8 @@ class Request extends EventEmitter {
   /** The rules of §6 by their numbers. Rule 1 is the client's: it forgets a request that has ended. */
   #frame(frame) {
     const { type, attempt, seq } = frame;
-    if (attempt < this.#attempt) return; // 2: of an attempt that is over
-    if (type !== "failed" && type !== "cancelled") { // 3: those two are taken whatever their seq
+    if (type !== "failed" && type !== "cancelled") { // 2: those two are taken whatever their numbers
+      if (attempt < this.#attempt) return type === "completed" ? this.#anew() : undefined; // 3: of one that is over
       if (attempt === this.#attempt && seq < this.#next) return; // 4: a duplicate
       if (seq > this.#next) return this.#missing(); // 5
       if (seq < this.#next) { // 6: all from here on is void
@@ -206,6 +206,13 @@ class Request extends EventEmitter {
     if (type === "completed") this._end(null, frame.result ?? {});
     if (type === "failed") this._end(new RelayError(frame.code, frame.message, frame));
     if (type === "cancelled") this._end(new RelayError(type, frame.reason));
+  }
+
+  /** The relay was killed, and has completed an earlier attempt than the one whose frames are here. */
+  #anew() {
+    [this.#attempt, this.#next, this.bytes] = [0, 0, 0];
+    this.emit("restart", 0);
+    this._resume();
   }
 
   #missing() {

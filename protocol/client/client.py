@@ -66,6 +66,9 @@ from protocol.wire.validators import Message, Value
 
 #: Time to report that a request is no longer wanted. Without the report, the relay cancels it later by itself.
 LEAVE_S = 2.0
+#: With which a call about an accepted request is refused, and never its stream: what it asks for cannot be stored now,
+#: or the connection may only read.
+_OF_CALLS = frozenset({ErrorCode.STORAGE_FULL, ErrorCode.FORBIDDEN})
 Answer = TypeVar("Answer", bound=Message)
 
 
@@ -417,8 +420,17 @@ class RelayClient:
             stream.on_message(message)
 
     def _rejected(self, refusal: Rejected) -> None:
-        if not self._calls.rejected(refusal) and refusal.request_id is not None:
-            self._to_stream(refusal)
+        """Tell whoever asked, which it does not say. A stream may be refused at any time; a call's own answer comes.
+
+        A request that is not known ends both, since neither may wait for another answer.
+        """
+        stream = self._streams.get(refusal.request_id or "")
+        if stream is None or stream.ended or (stream.accepted and refusal.code in _OF_CALLS):
+            self._calls.rejected(refusal)
+            return
+        if refusal.code == ErrorCode.REQUEST_NOT_FOUND:
+            self._calls.rejected(refusal)
+        stream.on_message(refusal)
 
     def _error(self, error: Error) -> None:
         if error.code == ErrorCode.UNKNOWN_TYPE:  # the relay rejected a message of ours, without saying which

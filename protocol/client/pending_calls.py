@@ -52,14 +52,12 @@ class PendingCalls:
         if call in self._open:
             self._open.remove(call)
 
-    def rejected(self, refusal: Rejected) -> bool:
-        """Take a refusal; False if it answers no call."""
+    def rejected(self, refusal: Rejected) -> None:
+        """Take a refusal; one that answers no call is dropped."""
         call = next((one for one in self._open if one.correlation_id == refusal.request_id), None)
-        if call is None:
-            return False
-        target = call.ask.target if isinstance(call.ask, Steer) else refusal.request_id or ""
-        self._reject(call, target, refusal, refusal.retryable)
-        return True
+        if call is not None:
+            target = call.ask.target if isinstance(call.ask, Steer) else refusal.request_id or ""
+            self._reject(call, target, refusal, refusal.retryable)
 
     def reject_all(self, error: Error) -> None:
         """Fail all calls: the relay does not know one of these messages, and does not say which."""

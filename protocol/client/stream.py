@@ -371,27 +371,27 @@ class Stream:
             self._upload = None
 
     def _on_frame(self, frame: Frame) -> None:
-        if frame.attempt < self.attempt:
-            return  # from an attempt that is over
+        if isinstance(frame, Failed | Cancelled):
+            # Whatever its number: a relay that was killed may have forgotten the attempt and the frames that it sent,
+            # one whose disk is full drops frames, and an attach may have named a `seq` beyond the end.
+            self._on_end(frame)
+            return
+        if frame.attempt < self.attempt:  # from an attempt that is over
+            if isinstance(frame, Completed):
+                self._begin_anew(frame)
+            return
         if not self.attempt and self.next_seq:
             self.attempt = frame.attempt  # an attach that named no attempt accepts any
-        if frame.seq < self.next_seq and frame.attempt == self.attempt:
-            # Sent twice around a reconnect. But the last frame always counts: a relay that restarted and lost the
-            # frames before it may end the request itself, and an attach may have named a `seq` beyond the end.
-            if isinstance(frame, Failed | Cancelled):
-                self._on_end(frame)
-            elif isinstance(frame, Completed):
+        if frame.seq < self.next_seq and frame.attempt == self.attempt:  # sent twice around a reconnect
+            if isinstance(frame, Completed):  # an attach may have named a `seq` beyond the end
                 self._events.append(frame)
                 self._complete(frame)
             return
         if frame.seq > self.next_seq:
-            if isinstance(frame, Failed | Cancelled):
-                self._on_end(frame)  # the relay had to drop the frames before it
-            else:
-                self._on_gap(frame)
+            self._on_gap(frame)
             return
         if frame.seq < self.next_seq:
-            self._restart(frame)
+            self._restart(frame.attempt, frame.seq)
         self.attempt = frame.attempt
         self.next_seq = frame.seq + 1
         self._events.append(frame)
@@ -402,9 +402,13 @@ class Stream:
                 self.queue_s = trio.current_time() - self._began_at
         elif isinstance(frame, Completed):
             self._complete(frame)
-        elif isinstance(frame, Failed | Cancelled):
-            self._events.remove(frame)  # the exception reports it
-            self._on_end(frame)
+
+    def _begin_anew(self, frame: Completed) -> None:
+        """An earlier attempt has completed than the one whose frames are here, which a killed relay has forgotten."""
+        self._restart(frame.attempt, 0)
+        self.attempt = self.next_seq = 0
+        if self._link is not None and self._link.gone is None:  # else `open` asks
+            self._link.send(Attach(request_id=self.request_id))
 
     def _on_gap(self, frame: Frame) -> None:
         """Handle a missing frame, a fault of the relay or on the way: asking again over another link may help, once.
@@ -427,13 +431,13 @@ class Stream:
         else:
             self.fail(partial(RequestCancelled, self.request_id, frame.reason))
 
-    def _restart(self, frame: Frame) -> None:
-        """Void the frames from `frame.seq` on; the consumer is informed only if it has received some of them."""
-        kept = [event for event in self._events if not isinstance(event, Frame) or event.seq < frame.seq]
+    def _restart(self, attempt: int, seq: int) -> None:
+        """Void the frames from `seq` on; the consumer is informed only if it has received some of them."""
+        kept = [event for event in self._events if not isinstance(event, Frame) or event.seq < seq]
         self._events = deque(kept)
-        if self._consumed_seq > frame.seq:
+        if self._consumed_seq > seq:
             self.restarts += 1
-            self._events.append(Restarted(request_id=self.request_id, attempt=frame.attempt, seq=frame.seq))
+            self._events.append(Restarted(request_id=self.request_id, attempt=attempt, seq=seq))
 
 
 class Events:

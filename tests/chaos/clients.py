@@ -313,24 +313,29 @@ class Client:
 
     async def _cancelled(self, case: Case, other: Case | None = None) -> None:
         """Listen, and cancel it, or another one, in the middle."""
-        reception, aim = self._new_reception(case), other or case
+        reception = self._new_reception(case)
+        aims = [other or case, *([case.source] if case.source is not None and case.plan.grouped else [])]
+        ended = False
 
-        async def cancel() -> None:
-            for each in (aim, case, case.source):
-                if each is aim or (each is not None and case.plan.grouped):
-                    each.cancelled_at = trio.current_time()
-            self.ledger.note(aim.plan.name, "cancels it")
-            await self.relay.cancel(aim.request_id, "enough received")
+        async def cancel(*aims: Case) -> None:
+            for each in aims:
+                each.cancelled_at = trio.current_time()
+            self.ledger.note(aims[0].plan.name, "cancels it")
+            await self.relay.cancel(aims[0].request_id, "enough received")
 
         async def act(stream: Stream) -> bool:
-            if not await self._receive(stream, case, reception, case.plan.at_frame):
+            nonlocal ended
+            ended = await self._receive(stream, case, reception, case.plan.at_frame)
+            if not ended:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(cancel)
+                    nursery.start_soon(cancel, *aims)
                     await self._receive(stream, case, reception)
             return True
 
         await self._submit(case, act)
         self.ledger.close_reception(case, reception)
+        if ended and aims[-1] is not case:
+            await cancel(aims[-1])  # its source goes on for minutes otherwise
 
     async def _die(self, case: Case) -> bool:
         """Submit as a client that dies in the middle; True if it received the end before."""

@@ -186,16 +186,11 @@ export class Request {
   /** Apply the rules of §6, by their numbers. */
   #frame(frame) {
     const { type, attempt, seq } = frame;
-    if (attempt < this.#attempt) return; // 2
-    if (type !== "failed" && type !== "cancelled") { // 3
+    if (type !== "failed" && type !== "cancelled") { // 2
+      if (attempt < this.#attempt) return type === "completed" ? this.#anew() : undefined; // 3
       if (attempt === this.#attempt && seq < this.#next) return; // 4
       if (seq > this.#next) return this.#missing(); // 5
-      if (seq < this.#next) { // 6: everything from here on is void
-        this.#bytes = this.#bytesBefore[seq] ?? 0;
-        this.track.cut(this.#bytes);
-        this.outputs.length = this.#outputsBefore[seq] ?? 0;
-        this.changed(this, "output");
-      }
+      if (seq < this.#next) this.#void(seq); // 6
     }
     this.#attempt = attempt;
     this.#next = seq + 1;
@@ -203,6 +198,21 @@ export class Request {
     this.#outputsBefore[seq] = this.outputs.length;
     this.accepted = true;
     this[`_${type}`]?.(frame); // unknown types are ignored (§1)
+  }
+
+  /** Everything from this frame on is void. */
+  #void(seq) {
+    this.#bytes = this.#bytesBefore[seq] ?? 0;
+    this.track.cut(this.#bytes);
+    this.outputs.length = this.#outputsBefore[seq] ?? 0;
+    this.changed(this, "output");
+  }
+
+  /** The relay was killed, and has completed an earlier attempt than the one whose frames are here. */
+  #anew() {
+    this.#void(0);
+    [this.#attempt, this.#next] = [0, 0];
+    this.resume();
   }
 
   #missing() {

@@ -13,6 +13,7 @@ from protocol import (
     ProtocolError,
     RequestCancelled,
     RequestFailed,
+    RequestRejected,
     Restarted,
     VideoRestarted,
 )
@@ -155,15 +156,16 @@ async def test_a_request_the_relay_forgot_while_we_were_away_fails(autojump_cloc
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize("attempt", [0, 1, 2, 3])
 @pytest.mark.parametrize("seq", [0, 3, 9])
 async def test_an_end_below_or_beyond_what_was_heard_still_ends_the_request(
-    autojump_clock: trio.testing.MockClock, seq: int
+    autojump_clock: trio.testing.MockClock, seq: int, attempt: int
 ) -> None:
-    """A relay that was killed has lost the frames, one whose disk is full had to let go of them."""
+    """A relay that was killed has lost the frames, or the attempt; one whose disk is full had to let go of them."""
 
     async def first(connection: Connection) -> None:
         request_id = (await connection.accept()).request_id
-        connection.send(*frames(request_id, A, B)[:3])
+        connection.send(*frames(request_id, A, B, attempt=2)[:3])
         await connection.cut()
 
     async def second(connection: Connection) -> None:
@@ -171,13 +173,94 @@ async def test_an_end_below_or_beyond_what_was_heard_still_ends_the_request(
         words = "its worker did not come back"
         connection.send(
             Accepted(request_id=attach.request_id),
-            Failed(request_id=attach.request_id, attempt=1, seq=seq, code="worker_lost", message=words),
+            Failed(request_id=attach.request_id, attempt=attempt, seq=seq, code="worker_lost", message=words),
         )
         await connection.hold()
 
     async with relay_with(first, second) as relay, relay.submit("tts") as stream:
         with pytest.raises(RequestFailed, match="worker_lost"), trio.fail_after(60):
             await stream.result()
+
+
+@pytest.mark.trio
+async def test_what_an_earlier_attempt_completed_than_the_one_that_was_heard_is_read_from_the_start(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A relay was killed before it had stored that the attempt began, and the worker of the one before came back."""
+    attaches: list[Attach] = []
+
+    async def first(connection: Connection) -> None:
+        request_id = (await connection.accept()).request_id
+        connection.send(*frames(request_id, C, C, attempt=2)[:3])
+        await connection.cut()
+
+    async def second(connection: Connection) -> None:
+        for _ in range(2):
+            attaches.append(attach := await connection.expect(Attach))
+            connection.send(Accepted(request_id=attach.request_id))
+            connection.send(*frames(attach.request_id, A, B)[attach.after_seq + 1 :])
+        await connection.hold()
+
+    async with relay_with(first, second) as relay, relay.submit("tts") as stream:
+        pcm = b""
+        async for event in stream.events():
+            if isinstance(event, Restarted):
+                assert (event.attempt, event.seq, pcm) == (1, 0, C + C)
+                pcm = b""
+            elif isinstance(event, Audio):
+                pcm += event.pcm
+        assert pcm == A + B
+    assert [(attach.attempt, attach.after_seq) for attach in attaches] == [(2, 2), (0, -1)]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("code", ["request_not_found", "internal", "rate_limited"])
+async def test_a_listener_who_is_refused_hears_it_also_while_a_status_is_asked_for(
+    autojump_clock: trio.testing.MockClock, code: str
+) -> None:
+    asked = trio.Event()
+
+    async def script(connection: Connection) -> None:
+        request_id = (await connection.accept()).request_id
+        connection.send(*frames(request_id, A)[:2])
+        await connection.expect(Status)
+        connection.send(Rejected(request_id=request_id, code=code, message="its result cannot be read back"))
+        connection.send(StatusReply(request_id=request_id, space="tts", state="completed", attempt=1, next_seq=3))
+        await connection.hold()
+
+    async def ask(request_id: str) -> None:
+        if code == "request_not_found":  # whatever it was the answer to
+            with pytest.raises(RequestRejected):
+                await relay.status(request_id)
+        else:
+            assert (await relay.status(request_id)).state == "completed"
+        asked.set()
+
+    async with trio.open_nursery() as nursery, relay_with(script) as relay, relay.submit("tts") as stream:
+        nursery.start_soon(ask, stream.request_id)
+        with trio.fail_after(60):
+            with pytest.raises(RequestFailed, match="read back"):
+                await stream.result()
+            await asked.wait()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("code", ["storage_full", "forbidden"])
+async def test_what_only_a_status_or_a_cancel_is_refused_with_ends_no_stream(
+    autojump_clock: trio.testing.MockClock, code: str
+) -> None:
+    async def script(connection: Connection) -> None:
+        request_id = (await connection.accept()).request_id
+        await connection.expect(Status)
+        connection.send(Rejected(request_id=request_id, code=code, message="not now"))
+        connection.send(Rejected(request_id=request_id, code=code, message="nobody waits for this one"))
+        connection.send(*frames(request_id, A))
+        await connection.hold()
+
+    async with relay_with(script) as relay, relay.submit("tts") as stream:
+        with pytest.raises(RequestRejected, match="not now"):
+            await relay.status(stream.request_id)
+        assert [frame.pcm async for frame in stream if isinstance(frame, Audio)] == [A]
 
 
 async def leave_out_frame_2(connection: Connection) -> None:
