@@ -164,7 +164,7 @@ async def open_daemon(
             http = HttpServer(http_context, make_app(http_context, _talk_routes(http_context)))
             door_servers = [HttpServer(http_context, door.make_app(http_context)) for door in doors]
             await restore(relay, loaded)
-            nursery.start_soon(serve_settling, relay)
+            nursery.start_soon(serve_settling, relay, loaded.workers)
             nursery.start_soon(admission.serve)
             nursery.start_soon(relay.principals.serve)
             nursery.start_soon(serve_positions, relay)

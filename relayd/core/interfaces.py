@@ -152,6 +152,7 @@ class ClientPort(Protocol):
 class RelayState(Protocol):
     """The relay's state, as spaces and workers see it."""
 
+    draining: trio.Event
     config: Config
     store: Store
     nursery: trio.Nursery

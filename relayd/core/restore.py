@@ -1,7 +1,7 @@
 """Restores spaces, requests and results from the store when the daemon starts."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import attrs
 import structlog
@@ -21,6 +21,7 @@ from relayd.store.records import (
     COPIED,
     DeleteRequest,
     DeleteSpace,
+    DeleteWorker,
     Loaded,
     PutSpace,
     RequestRecord,
@@ -83,14 +84,26 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
         log.info("requests restored", requests=len(live), results=len(results))
 
 
-async def serve_settling(relay: Relay) -> None:
+async def serve_settling(relay: Relay, workers: Iterable[str]) -> None:
     """Hold back what is queued until the workers have come back: one of them may have run it for the relay before.
 
     That an attempt starts is stored without anybody waiting for it, and a killed relay may have been faster.
+
+    Args:
+        relay: a relay that was restored.
+        workers: ids of those that were connected to the relay before; without any, nothing is known of them.
     """
-    if relay.scheduler.state.settling:
-        await trio.sleep(UNHEARD_GRACE_S)
-        relay.apply(relay.scheduler.settle(trio.current_time()))
+    if not relay.scheduler.state.settling:
+        return
+    away = set(workers)
+    known = bool(away)
+    with trio.move_on_after(UNHEARD_GRACE_S):
+        while away or not known:
+            await relay.workers.joined.wait()
+            away.difference_update(relay.workers)
+    for worker_id in away:
+        relay.store.post(DeleteWorker(worker_id))
+    relay.apply(relay.scheduler.settle(trio.current_time()))
 
 
 async def _store_highest_attempts(relay: Relay, live: list[str]) -> None:

@@ -13,7 +13,7 @@ from relayd.core.interfaces import RelayState, WorkerPort
 from relayd.core.spaces import Spaces
 from relayd.requests.request import UNHEARD_GRACE_S, Request
 from relayd.scheduling.model import Finish, Registration, State, WorkerState
-from relayd.store.records import DeleteDrain, PutDrain
+from relayd.store.records import DeleteDrain, DeleteWorker, PutDrain, PutWorker
 
 log = structlog.get_logger("relayd")
 
@@ -80,6 +80,7 @@ class Workers(Mapping[str, WorkerPort]):
         if isinstance(joined, Rejected):
             return joined
         self._connected[port.worker_id] = port
+        self.relay.store.post(PutWorker(port.worker_id))
         self._remember_owner(port)
         stats = self.relay.stats.worker(port.worker_id)
         stats.name, stats.engine, stats.agent = register.worker, register.engine, port.agent
@@ -166,6 +167,8 @@ class Workers(Mapping[str, WorkerPort]):
         if self._connected.get(port.worker_id) is not port:
             return  # it has reconnected already
         del self._connected[port.worker_id]
+        if not self.relay.draining.is_set():  # otherwise the next relay waits for it
+            self.relay.store.post(DeleteWorker(port.worker_id))
         self._remember_owner(port)  # others may have registered many ids since it came
         self.relay.stats.worker(port.worker_id).heard_at = port.received_at
         away, decisions = self.relay.scheduler.unlink(port.worker_id, trio.current_time())

@@ -34,6 +34,7 @@ from relayd.store.records import (
     DeleteTalk,
     DeleteToken,
     DeleteTurns,
+    DeleteWorker,
     Loaded,
     PutDrain,
     PutRequest,
@@ -42,6 +43,7 @@ from relayd.store.records import (
     PutToken,
     PutTurn,
     PutUptime,
+    PutWorker,
     RequestRecord,
     SpaceRecord,
     StoredInput,
@@ -120,6 +122,7 @@ _MIGRATIONS = (
         options BLOB, at REAL NOT NULL, PRIMARY KEY (talk_id, number));
     CREATE INDEX unended_turns ON turns (talk_id, number) WHERE options IS NOT NULL;
     """,
+    "CREATE TABLE workers (worker_id TEXT NOT NULL UNIQUE);",
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 #: What is read of each table; one that lacks any of it is damaged.
@@ -132,6 +135,7 @@ COLUMNS = {
     ),
     "clock": "uptime_s",
     "drains": "worker_id",
+    "workers": "worker_id",
     "inputs": "request_id, name, data",
     "talks": "talk_id, principal, user, session, instructions, created_at, touched_at",
     "turns": (
@@ -237,7 +241,10 @@ class Database:
             return tuple(_parsed(rows, table, parse, damaged))
 
         try:
-            drains = [name for (name,) in self._reader.execute("SELECT worker_id FROM drains ORDER BY rowid")]
+            drains, workers = (
+                tuple(name for (name,) in self._reader.execute(query) if isinstance(name, str))
+                for query in ("SELECT worker_id FROM drains ORDER BY rowid", "SELECT worker_id FROM workers")
+            )
             times = [time for (time,) in self._reader.execute("SELECT uptime_s FROM clock")]
             spaces, tokens = records("spaces", "name", _space), records("tokens", "created_at, token_id", _token)
             requests = records("requests", "ticket, request_id", _request)
@@ -248,7 +255,8 @@ class Database:
                 tokens=tokens,
                 requests=tuple(each for each in requests if ("requests", each.request_id) not in damaged),
                 live_inputs=live_inputs,
-                drains=tuple(name for name in drains if isinstance(name, str)),
+                drains=drains,
+                workers=workers,
                 uptime_s=max((time for time in times if isinstance(time, float) and time < MAX_UPTIME_S), default=0.0),
                 talks=records("talks", "created_at, talk_id", _talk),
                 unended_turns=unended,
@@ -435,6 +443,10 @@ def _statements(change: Change) -> list[Statement]:
             return [("INSERT OR IGNORE INTO drains (worker_id) VALUES (?)", (worker_id,))]
         case DeleteDrain(worker_id):
             return [("DELETE FROM drains WHERE worker_id = ?", (worker_id,))]
+        case PutWorker(worker_id):
+            return [("INSERT OR IGNORE INTO workers (worker_id) VALUES (?)", (worker_id,))]
+        case DeleteWorker(worker_id):
+            return [("DELETE FROM workers WHERE worker_id = ?", (worker_id,))]
         case PutTalk(talk):
             return [_replace("talks", _columns(talk))]
         case DeleteTalk(talk_id):

@@ -15,6 +15,7 @@ from relayd.store.records import (
     DeleteTalk,
     DeleteToken,
     DeleteTurns,
+    DeleteWorker,
     Loaded,
     PutDrain,
     PutRequest,
@@ -23,6 +24,7 @@ from relayd.store.records import (
     PutToken,
     PutTurn,
     PutUptime,
+    PutWorker,
     RequestRecord,
     SpaceRecord,
     StoredInput,
@@ -45,6 +47,7 @@ class MemoryStore(Store):
         self._live_inputs: dict[str, dict[str, bytearray]] = {}
         self._ended_inputs: set[tuple[str, str]] = set()
         self._drains: dict[str, None] = {}
+        self._workers: dict[str, None] = {}
         self._talks: dict[str, TalkRecord] = {}
         self._turns: dict[str, dict[int, TurnRecord]] = {}
         self._uptime_s = 0.0
@@ -64,6 +67,7 @@ class MemoryStore(Store):
                 for request_id, each in self._live_inputs.items()
             },
             drains=tuple(self._drains),
+            workers=tuple(self._workers),
             uptime_s=self._uptime_s,
             talks=tuple(sorted(self._talks.values(), key=lambda record: (record.created_at, record.talk_id))),
             unended_turns=tuple(
@@ -116,6 +120,10 @@ class MemoryStore(Store):
                 self._drains[worker_id] = None
             case DeleteDrain(worker_id):
                 self._drains.pop(worker_id, None)
+            case PutWorker(worker_id):
+                self._workers[worker_id] = None
+            case DeleteWorker(worker_id):
+                self._workers.pop(worker_id, None)
             case PutTalk(talk):
                 self._talks[talk.talk_id] = talk
             case DeleteTalk(talk_id):

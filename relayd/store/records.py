@@ -307,6 +307,20 @@ class DeleteDrain:
 
 
 @attrs.frozen
+class PutWorker:
+    """A worker is connected: after a restart, it may come back with an attempt that the store missed."""
+
+    worker_id: str
+
+
+@attrs.frozen
+class DeleteWorker:
+    """A worker is no longer connected."""
+
+    worker_id: str
+
+
+@attrs.frozen
 class PutTalk:
     """Create or replace a conversation."""
 
@@ -355,6 +369,8 @@ Change = (
     | DeleteRequest
     | PutDrain
     | DeleteDrain
+    | PutWorker
+    | DeleteWorker
     | PutTalk
     | DeleteTalk
     | PutTurn
@@ -371,6 +387,7 @@ class Loaded:
         requests: in the order of their tickets.
         live_inputs: request id -> name -> what is stored of each live input of a live request that has pieces.
         drains: ids of drained workers, in the order in which they were drained.
+        workers: ids of the workers that were connected.
         uptime_s: the last stored value of the relay's clock.
         talks: in the order in which they were created.
         unended_turns: the replies that have not ended, conversation by conversation, in order.
@@ -383,6 +400,7 @@ class Loaded:
     requests: tuple[RequestRecord, ...] = ()
     live_inputs: Mapping[str, Mapping[str, StoredInput]] = attrs.field(factory=dict)
     drains: tuple[str, ...] = ()
+    workers: tuple[str, ...] = ()
     uptime_s: float = 0.0
     talks: tuple[TalkRecord, ...] = ()
     unended_turns: tuple[TurnRecord, ...] = ()

@@ -27,10 +27,10 @@ from protocol.wire.messages import (
     Steer,
 )
 from protocol.wire.structs import Running
-from relayd.store.records import PutRequest
+from relayd.store.records import PutRequest, PutWorker
 from tests.relayd.connections.audio_frames import PCM, heard
 from tests.support.fake_worker import fake_worker, identity
-from tests.support.relay import a_submit, an_id, an_input, daemon, peer, until
+from tests.support.relay import Daemon, a_submit, an_id, an_input, daemon, peer, until
 
 
 @pytest.mark.trio
@@ -128,20 +128,23 @@ async def test_a_timeout_that_passed_as_the_relay_was_killed_waits_for_a_worker_
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize("are_known", [False, True])
 async def test_what_a_killed_relay_had_started_is_not_given_to_another_worker_that_comes_back_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, are_known: bool
 ) -> None:
     monkeypatch.setattr("relayd.core.restore.UNHEARD_GRACE_S", 60.0)
-    submit, instance = a_submit(detach=True), an_id()
+    submit, instance, others = a_submit(detach=True), an_id(), an_id()
     async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
         client.send(submit)  # it is killed before it has stored that an attempt began
         await client.next(Accepted)
+        if are_known:
+            await relay.relay.store.commit(*(PutWorker(f"box-{each[:8]}") for each in (instance, others)))
     named = (Running(request_id=submit.request_id, attempt=1, next_seq=3),)
     spaces = {"tts": {"max_workers": 2}}
     async with (
         daemon(tmp_path, store="sqlite", spaces=spaces) as relay,
         peer(relay.url, "client") as client,
-        fake_worker(relay.url, name="other") as other,
+        fake_worker(relay.url, instance=others) as other,
     ):
         await other.peer.next(Registered)
         async with fake_worker(relay.url, instance=instance, running=named) as worker:
@@ -163,6 +166,49 @@ async def test_what_waits_is_started_soon_after_a_restart(tmp_path: Path, monkey
         await client.next(Accepted)
     async with daemon(tmp_path, store="sqlite") as relay, fake_worker(relay.url) as worker:
         assert (await worker.assigned()).request_id == submit.request_id
+
+
+@pytest.mark.trio
+async def test_what_waits_is_started_as_soon_as_all_workers_are_back_that_were_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.restore.UNHEARD_GRACE_S", 60.0)
+    submit, instances = a_submit(detach=True), [an_id(), an_id()]
+    spaces = {"tts": {"max_workers": 2}}
+    async with daemon(tmp_path, store="sqlite", spaces=spaces) as relay, peer(relay.url, "client") as client:
+        client.send(submit)
+        await client.next(Accepted)
+        await relay.relay.store.commit(*(PutWorker(f"box-{each[:8]}") for each in instances))
+    async with daemon(tmp_path, store="sqlite", spaces=spaces) as relay:
+        async with fake_worker(relay.url, instance=instances[0]) as cut:
+            await cut.peer.next(Registered)
+        async with fake_worker(relay.url, instance=instances[1]) as worker:
+            assert (await worker.assigned()).request_id == submit.request_id
+
+
+@pytest.mark.trio
+async def test_the_store_knows_which_workers_are_connected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relayd.core.restore.UNHEARD_GRACE_S", 0.1)
+
+    async def known(relay: Daemon) -> tuple[str, ...]:
+        await relay.relay.store.flush()
+        return (await relay.relay.store.load()).workers
+
+    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        client.send(a_submit(detach=True))
+        await client.next(Accepted)
+        await relay.relay.store.commit(PutWorker("gone-0"))
+    async with daemon(tmp_path, store="sqlite") as relay:
+        async with fake_worker(relay.url) as worker:
+            worker.speak(await worker.assigned(), PCM)
+            assert await known(relay) == tuple(relay.relay.workers), "the other did not come back"
+        await until(lambda: not relay.relay.workers)
+        assert await known(relay) == ()
+        async with fake_worker(relay.url) as worker:
+            await worker.peer.next(Registered)
+            relay.relay.draining.set()
+        await until(lambda: not relay.relay.workers)
+        assert len(await known(relay)) == 1, "the next relay waits for it"
 
 
 @pytest.mark.trio
