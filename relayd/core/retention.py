@@ -5,6 +5,7 @@ stay in memory; a request fails only if its frames fit neither in memory nor on 
 """
 
 import heapq
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from enum import Enum
@@ -35,6 +36,8 @@ REAP_INTERVAL_S = 5.0
 MAX_ENDED = 10_000
 #: Memory is freed down to this share of its limit, so that not every frame causes another round.
 LOW_WATER = 7 / 8
+#: A round that makes room looks at every result. Of many, it drops one in so many at once: then few rounds are needed.
+ONE_IN = 64
 #: Wait before another round when too little could be freed.
 RETRY_S = 0.25
 
@@ -60,6 +63,9 @@ class Retention:
     stored: dict[Request, Stored] = attrs.field(factory=dict)
     _pressed: trio.Event = attrs.field(factory=trio.Event)
     _full: bool = False
+    #: Principal -> for how many bytes no room could be made a moment ago, and when that is tried again.
+    _refused: dict[str, int] = attrs.field(factory=dict)
+    _try_again_at: float = 0.0
 
     def __attrs_post_init__(self) -> None:
         self.memory = MemoryBudget(self.relay.config.results.memory_bytes, on_exceeded=lambda: self._pressed.set())
@@ -207,14 +213,13 @@ class Retention:
 
         Those that only the cache keeps go first, then the oldest of the principal that has most.
         """
-        dropped = False
-        for request in self._in_order(self._all_stored(Stored.MEMORY), lambda request: request.log.memory_bytes):
-            if not self.memory.over:
+        dropped, unread = 0, [request for request in self._all_stored(Stored.MEMORY) if not request.log.readers]
+        for request in self._in_order(unread, lambda request: request.log.memory_bytes):
+            if not self.memory.over and dropped >= len(unread) // ONE_IN:
                 break
-            if not request.log.readers:
-                self._evict(request)
-                dropped = True
-        return dropped
+            self._evict(request)
+            dropped += 1
+        return dropped > 0
 
     def _heaviest_live(self) -> Request | None:
         """The largest live request of the principal whose live requests are largest."""
@@ -261,22 +266,34 @@ class Retention:
         assert self.spool is not None
         if self.spool.used_bytes + more <= self.spool.disk_bytes:
             return True
-        unread = [request for request in self._all_stored(Stored.FILE, Stored.BOTH) if not request.log.readers]
+        if (now := trio.current_time()) >= self._try_again_at:
+            self._refused.clear()
+            self._try_again_at = now + RETRY_S
         asking = self.relay.requests.get(frames.request_id) if frames is not None else None
+        who = asking.principal if asking is not None else ""
+        if more >= self._refused.get(who, math.inf):
+            return False
+        unread = [request for request in self._all_stored(Stored.FILE, Stored.BOTH) if not request.log.readers]
         if asking is not None:
             used = Counter[str]()
             for request in self.relay.requests.values():
                 used[request.principal] += self._file_bytes(request)
-            own_bytes = used[asking.principal] + more
-            unread = [r for r in unread if r.principal == asking.principal or used[r.principal] >= own_bytes]
+            own_bytes = used[who] + more
+            unread = [r for r in unread if r.principal == who or used[r.principal] >= own_bytes]
+        dropped = 0
         for request in self._in_order(unread, self._file_bytes):
-            if self.spool.used_bytes + more <= self.spool.disk_bytes:
+            fits = self.spool.used_bytes + more <= self.spool.disk_bytes
+            if fits and dropped >= len(unread) // ONE_IN:
                 break
             # Still: it may be read by now, or forgotten, and another request have its id and file.
             if request in self.stored and not request.log.readers:
                 self._evict(request)
                 await self.spool.remove(request.log)  # `_evict` has started this already; wait for it
-        return self.spool.used_bytes + more <= self.spool.disk_bytes
+                dropped += 1
+        if self.spool.used_bytes + more <= self.spool.disk_bytes:
+            return True
+        self._refused[who] = more
+        return False
 
     def _broken(self, frames: FrameLog, why: str) -> None:
         request = self.relay.requests.get(frames.request_id)

@@ -126,6 +126,44 @@ async def test_room_on_disk_is_not_made_of_what_is_being_read(tmp_path: Path) ->
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+async def test_of_many_results_several_go_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+    monkeypatch.setattr("relayd.core.retention.ONE_IN", 2)
+    async with ended(tmp_path, 6, store=store) as (relay, requests):
+        results = relay.relay.results
+        with read(requests[0].log), read(requests[1].log):
+            if results.spool is None:
+                results.memory.limit_bytes = results.memory.held_bytes - 1
+                results.memory.add(0)
+                await until(lambda: not results.memory.over)
+            else:
+                results.spool.disk_bytes = results.spool.used_bytes
+                assert await results.spool.make_room(1, FrameLog())
+        assert list(map(whole, requests)) == [True, True, False, False, True, True]
+
+
+@pytest.mark.trio
+async def test_where_no_room_can_be_made_nobody_looks_for_more_again_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.retention.RETRY_S", 60.0)
+    async with ended(tmp_path, 2, store="sqlite") as (relay, (first, second)):
+        spool = relay.relay.results.spool
+        assert spool is not None
+        spool.disk_bytes = spool.used_bytes
+        second.principal = "ann"
+        with read(first.log), read(second.log):
+            assert not await spool.make_room(10, first.log)
+        assert not await spool.make_room(10, first.log)
+        assert whole(first)
+        assert await spool.make_room(9, first.log), "less was not refused"
+        assert (whole(first), whole(second)) == (False, True)
+        with read(second.log):
+            assert not await spool.make_room(spool.disk_bytes, first.log)
+        assert await spool.make_room(spool.disk_bytes, second.log), "nor was another principal"
+
+
+@pytest.mark.trio
 async def test_who_begins_to_read_while_room_is_made_keeps_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
