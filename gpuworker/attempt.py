@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+import attrs
 import trio
 
 from gpuworker.engines.base import AudioChunk, Chunk, FormatChunk, MarkChunk, OutputChunk, ProgressChunk, VideoChunk
@@ -84,7 +85,7 @@ class Attempt:
         self.ended = False
         self.dropped = False
         self.outcome = ""
-        #: For operators, sent before the last frame of a failed attempt.
+        #: For operators, sent before the last frame of an attempt that has not completed.
         self.report = ""
         self.uploads = ReceivedInputs(assign.inputs, lambda name, taken: on_taken(self, name, taken))
         self.cancel_reason: str | None = None
@@ -233,11 +234,10 @@ class Attempt:
         if self.ended or self.dropped:
             return end
         if self.cancel_reason is not None:
-            end = RunResult(
-                outcome="cancelled"
-            )  # even if the engine has just finished: chunks since the cancel are lost
+            # Even if the engine has just finished: chunks since the cancel are lost.
+            end = RunResult(outcome="cancelled", report=end.report)
         if self._fault is not None:
-            end = self._fault
+            end = attrs.evolve(self._fault, report=self._fault.report or end.report)
         short = self.next_seq < self.from_seq  # the relay holds more frames of an earlier attempt than this one made
         if short and end.outcome == "completed":
             end = RunResult.failed(ErrorCode.ENGINE_FAILED, "the engine is not reproducible: it made less than before")

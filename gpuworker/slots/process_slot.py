@@ -193,7 +193,7 @@ class EngineHost:
         self._worked |= end.outcome == "completed"
         if not self.shared:
             child.end_run()
-            if end.outcome == "failed":
+            if end.outcome != "completed":
                 end = attrs.evolve(end, report=child.printed or end.report)
         if end.restart:
             self._end_runs(RESTARTED, slot, end)  # the process ends by itself

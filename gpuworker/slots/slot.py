@@ -74,9 +74,9 @@ class Run:
         """End the run; only the first call counts. A run that was asked to stop always ends as cancelled."""
         if self.end is None:
             if self._fault is not None:
-                end = attrs.evolve(self._fault, restart=end.restart)
+                end = attrs.evolve(self._fault, restart=end.restart, report=end.report)
             elif end.outcome == "failed" and self.cancel_asked.is_set():
-                end = RunResult(outcome="cancelled", restart=end.restart)
+                end = RunResult(outcome="cancelled", restart=end.restart, report=end.report)
             self.end = end
             self.ended.set()
 

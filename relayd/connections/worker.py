@@ -376,8 +376,11 @@ class WorkerHandler:
         self.relay.workers.drain(self.worker_id)
 
     def _report(self, report: Report, _data: bytes) -> None:
-        if (request := self.relay.attempt_of(self, report.request_id, report.attempt)) is not None:
-            request.add_report(f"attempt {report.attempt} on {self.worker_id}:\n{redacted(report.output)}")
+        """Take it as long as the worker holds the attempt: one that the relay itself has ended is stopped only then."""
+        request = self.relay.requests.get(report.request_id)
+        held = self.relay.scheduler.state.workers[self.worker_id].held
+        if request is not None and held.get(report.request_id) == report.attempt:
+            self.relay.add_report(request, f"attempt {report.attempt} on {self.worker_id}:\n{redacted(report.output)}")
 
     def _frame(self, frame: Frame, data: bytes) -> None:
         """Append a frame that is not the last to its log, or drop it if its attempt is over."""

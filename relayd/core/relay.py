@@ -473,6 +473,14 @@ class Relay:
         self.apply(decisions)
         self.copies.copy_passed_over(space.name)
 
+    def add_report(self, request: Request, text: str) -> None:
+        """Add what an attempt printed, which may come after the end that the relay has made."""
+        request.add_report(text)
+        if not request.live and request.has_result:  # without one it may be broken, and nothing of it is encoded again
+            request.outcome = attrs.evolve(request.outcome, report=request.report)
+            self.save_status(request)
+            self.mark_changed("requests", request.request_id)
+
     def is_finalizing(self, request: Request) -> bool:
         """Whether the end of a request is not stored yet."""
         return request in self.finalizer.unfinalized

@@ -34,7 +34,7 @@ class Outcome:
         audio_s: seconds of audio that it produced; None if it has no audio format.
         has_video: whether it has a video format.
         has_outputs: whether there are `output` frames among its frames.
-        report: for operators only, what its failed attempts printed.
+        report: for operators only, what its attempts that did not complete printed.
     """
 
     details: dict[str, Value] = attrs.field(factory=dict, converter=_bounded)

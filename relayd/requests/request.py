@@ -139,7 +139,7 @@ class Request:
     lost: tuple[str, str] | None = None
     #: Of the latest loss of an attempt; of the failure once it has ended.
     details: dict[str, Value] = attrs.field(factory=dict)
-    #: For operators only: what its failed attempts printed, the latest last.
+    #: For operators only: what its attempts that did not complete printed, the latest last.
     report: str = ""
     #: What else is known once it has ended.
     outcome: Outcome = NOT_ENDED

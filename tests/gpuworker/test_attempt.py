@@ -236,7 +236,7 @@ def test_the_first_fault_counts_and_stops_the_engine_and_a_cancel_does_not_hide_
     assert bench.stops == 2
     bench.attempt.cancel("enough")
     with trio_time():
-        assert bench.attempt.finish(DONE) is first
+        assert bench.attempt.finish(DONE) == first
 
 
 def test_a_chunk_that_cannot_be_sent_fails_the_attempt() -> None:

@@ -32,9 +32,10 @@ from gpuworker.slots.thread_slot import ThreadSlot
 from protocol.log_lines import LineFormatter
 from protocol.wire.codec import MAX_VALUES, decode
 from protocol.wire.errors import EncodeError
-from protocol.wire.frames import Completed, Failed, Frame, Output, Started
-from protocol.wire.messages import FROM_WORKER
+from protocol.wire.frames import Cancelled, Completed, Failed, Frame, Output, Started
+from protocol.wire.messages import FROM_WORKER, Cancel
 from protocol.wire.structs import KIB
+from tests.support.relay import until
 from tests.support.scripted_relay import FORMAT, ID, OTHER, Desk, ScriptedSlot, assign, run_with, script
 
 PATIENCE_S = 20
@@ -66,7 +67,7 @@ TOO_LARGE = {
 }
 
 
-def function_slot(kind: str, folder: Path, source: str) -> Slot:
+def function_slot(kind: str, folder: Path, source: str, **host: Any) -> Slot:
     source = textwrap.dedent(source)
     if kind == "thread":
         space: dict[str, Any] = {}
@@ -74,7 +75,7 @@ def function_slot(kind: str, folder: Path, source: str) -> Slot:
         return ThreadSlot(0, lambda: FunctionEngine({}, space["call"]))
     (folder / "contained_module.py").write_text(source)
     options = parse_options(find_engine("function").OPTIONS, ("call=contained_module:call",))
-    return ProcessSlot(0, EngineHost("function", options))
+    return ProcessSlot(0, EngineHost("function", options, **host))
 
 
 # -- what the wire cannot carry ----------------------------------------------------------------------------------
@@ -403,6 +404,7 @@ def test_no_log_line_carries_a_control_character_and_no_text_makes_a_line_of_its
 
 PRINTS = """
 import os
+import time
 
 def call(text: str, end: str = ""):
     print("heard", text)
@@ -411,7 +413,14 @@ def call(text: str, end: str = ""):
     if end == "die":
         print("dying of", text, flush=True)
         os._exit(3)
-    return text
+    while end == "wait":
+        time.sleep(0.01)
+    return forever() if end == "tell" else text
+
+def forever():
+    while True:
+        time.sleep(0.01)
+        yield "more"
 """
 
 
@@ -438,6 +447,33 @@ async def test_what_a_failed_attempt_printed_is_reported_and_nothing_of_another(
         assert "alice" not in report.output
         assert "Traceback" not in last.message
         assert "heard" not in last.message
+
+    with trio.fail_after(PATIENCE_S):
+        await run_with(script(relay), slots=(slot,))
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("run_timeout_s", [0.0, 0.1])
+@pytest.mark.parametrize("end", ["wait", "tell"])
+async def test_what_an_attempt_printed_that_is_cancelled_or_overdue_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, run_timeout_s: float
+) -> None:
+    """One that ends when it is asked, and one that is killed because it does not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work_module, "RUN_TIMEOUT_MARGIN_S", 0.5)
+    slot = function_slot("process", tmp_path, PRINTS, cancel_grace_s=0.3)
+    assert isinstance(slot, ProcessSlot)
+
+    async def relay(desk: Desk) -> None:
+        await desk.register()
+        desk.send(assign(params={"text": "words", "end": end}, run_timeout_s=run_timeout_s))
+        if not run_timeout_s:
+            await until(lambda: slot.host.child is not None and "words" in slot.host.child.printed)
+            desk.send(Cancel(request_id=ID, reason="enough"))
+        while not isinstance(await desk.hear(), Failed if run_timeout_s else Cancelled):
+            pass
+        (report,) = desk.reports
+        assert "heard words" in report.output
 
     with trio.fail_after(PATIENCE_S):
         await run_with(script(relay), slots=(slot,))

@@ -7,8 +7,8 @@ import pytest
 
 from protocol.wire.codec import encode
 from protocol.wire.errors import ErrorCode
-from protocol.wire.frames import Failed
-from protocol.wire.messages import MAX_REPORT_CHARS, Assign, Report, Status, StatusReply
+from protocol.wire.frames import Cancelled, Failed
+from protocol.wire.messages import MAX_REPORT_CHARS, Assign, Cancel, Report, Status, StatusReply
 from tests.relayd.views.test_watch import screen
 from tests.support.fake_worker import FakeWorker, fake_worker, identity
 from tests.support.raw_http_client import visitor
@@ -38,6 +38,29 @@ async def test_an_operator_reads_what_each_failed_attempt_printed_also_after_a_r
         assert "rly_w_[secret]" in told
     async with daemon(tmp_path, store="sqlite") as relay, screen(relay, readonly=True) as shown:
         assert (await shown.operator.steer("describe", submit.request_id))["report"] == told
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("why", ["run_timeout", "idle_timeout", "cancel"])
+async def test_what_an_attempt_printed_comes_also_if_the_relay_has_ended_it_meanwhile(tmp_path: Path, why: str) -> None:
+    timeouts = {} if why == "cancel" else {f"{why}_s": 0.05}
+    async with daemon(tmp_path, store="sqlite", spaces={"tts": timeouts}) as relay:
+        async with fake_worker(relay.url) as worker, peer(relay.url, "client") as client:
+            client.send(submit := a_submit(retry="never"))
+            assign = await worker.assigned()
+            if why == "cancel":
+                client.send(Cancel(request_id=submit.request_id))
+            await worker.peer.next(Cancel)
+            worker.send(Report(request_id=assign.request_id, attempt=1, output=PRINTED))
+            worker.send(Cancelled(**identity(assign, 0)))
+            await client.frames(submit)
+            worker.send(Report(request_id=assign.request_id, attempt=1, output="too late"))
+            await worker.peer.settled()
+        await relay.relay.store.flush()
+    async with daemon(tmp_path, store="sqlite") as relay, screen(relay, readonly=True) as shown:
+        told = (await shown.operator.steer("describe", submit.request_id))["report"]
+        assert PRINTED in told
+        assert "too late" not in told
 
 
 @pytest.mark.trio
