@@ -86,6 +86,45 @@ async def test_its_digest_is_the_browsers_own(site: BrowserPlace, browser: Brows
         assert await call(window, both, sizes) == [True] * len(sizes)
 
 
+#: A request of the page, given messages by hand: what it has, and what it says to the relay.
+REQUEST = """
+  const { Request } = await import("/request.js");
+  const said = [];
+  const link = { open: true, waiting: 0, send: (message) => said.push(message), drop: () => said.push("drop") };
+  const row = { id: "a", space: "tts", params: { text: "hi" }, made: Date.now() };
+  const request = new Request(link, row, () => {});
+  for (const message of values[0]) {
+    if (message.pcm) message.pcm = Uint8Array.from(message.pcm);
+    request.take(message);
+  }
+  const { state, failure, track } = request;
+  const asked = said.map(({ type, attempt, after_seq }) => [type, attempt, after_seq]);
+  return { state, code: failure?.code, samples: track.pieces.map((piece) => [...piece]).flat(), asked };
+"""
+STARTED = {"type": "started", "seq": 0, "format": {"sample_rate": 1000, "channels": 1}}
+
+
+def heard(attempt: int, *samples: int) -> list[dict[str, Any]]:
+    """The frames of an attempt without its last."""
+    audio = [{"type": "audio", "seq": seq, "pcm": [sample, 0]} for seq, sample in enumerate(samples, 1)]
+    return [{**frame, "attempt": attempt} for frame in (STARTED, *audio)]
+
+
+@pytest.mark.trio
+async def test_an_end_reaches_whoever_heard_an_attempt_that_a_killed_relay_forgot(
+    site: BrowserPlace, browser: Browser
+) -> None:
+    failed = {"type": "failed", "attempt": 1, "seq": 0, "code": "worker_lost", "message": "it did not come back"}
+    completed = {"type": "completed", "attempt": 1, "seq": 2, "result": {}}
+    async with a_window(browser) as window:
+        await window.open(site.url)
+        told = await call(window, REQUEST, [*heard(2, 7, 8), failed])
+        assert told == {"state": "failed", "code": "worker_lost", "samples": [7, 8], "asked": []}
+        again = [*heard(2, 7, 8), heard(1, 5)[1], completed, *heard(1, 5), completed]
+        told = await call(window, REQUEST, again)
+        assert told == {"state": "completed", "code": None, "samples": [5], "asked": [["attach", 0, -1]]}
+
+
 #: The audio thread, driven by hand: `steps` are lists of messages, and after each so many quanta are asked for.
 PLAYER = """
   window.sampleRate = 1000;

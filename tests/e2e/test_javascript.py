@@ -15,7 +15,7 @@ from protocol.wire.errors import LinkError
 from protocol.wire.messages import Attach
 from tests.protocol.client.live_relay import LiveRelay
 from tests.support.processes import Place, Proc, a_place, a_relay, a_worker
-from tests.support.scripted_relay import Connection, FakeRelay, frames, serve
+from tests.support.scripted_relay import Connection, FakeRelay, failed, frames, serve
 
 CLIENT = Path(__file__).parents[2] / "docs" / "examples" / "client.mjs"
 NODE = shutil.which("node")
@@ -234,6 +234,40 @@ async def test_a_message_that_breaks_the_rules_has_it_come_back_for_the_rest(tmp
     assert "the relay broke a rule" in said
     assert closed_with == [1002]
     assert sound_of(tmp_path / "whole.wav")[-1] == b"".join(PCM)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("ends", ["failed", "completed"])
+async def test_what_a_killed_relay_forgot_of_it_ends_it_or_is_read_from_the_start(tmp_path: Path, ends: str) -> None:
+    place = a_javascript_place(tmp_path)
+
+    async def speak_attempt_2(connection: Connection) -> None:
+        request_id = (await connection.accept()).request_id
+        connection.send(*frames(request_id, PCM[2], PCM[2], attempt=2, ends=False))
+        await connection.cut()
+
+    async def know_attempt_1(connection: Connection) -> None:
+        attach = await connection.expect(Attach)
+        assert (attach.attempt, attach.after_seq) == (2, 2)
+        if ends == "failed":
+            connection.send(failed(attach.request_id, attempt=1))
+        else:
+            connection.send(*frames(attach.request_id, *PCM)[3:])
+            attach = await connection.expect(Attach)
+            assert (attach.attempt, attach.after_seq) == (0, -1)
+            connection.send(*frames(attach.request_id, *PCM))
+        await connection.hold()
+
+    async with trio.open_nursery() as nursery:
+        fake = FakeRelay(nursery, speak_attempt_2, know_attempt_1)
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, lambda stream: serve(stream, fake.next_script()), [listener])
+        url = f"ws://127.0.0.1:{listener.socket.getsockname()[1]}"
+        code = 1 if ends == "failed" else 0
+        await place.run("client.mjs", url, "tts", "hi", "heard.wav", code=code, RELAY_TOKEN="any")
+        nursery.cancel_scope.cancel()
+    heard = sound_of(tmp_path / "heard.wav")[-1]
+    assert heard == (PCM[2] + PCM[2] if ends == "failed" else b"".join(PCM))
 
 
 @pytest.mark.trio
