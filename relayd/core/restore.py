@@ -1,7 +1,7 @@
 """Restores spaces, requests and results from the store when the daemon starts."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import attrs
 import structlog
@@ -78,32 +78,49 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
     for stored in sorted((each for each in known if each.promoted), key=lambda each: each.promoted):
         relay.scheduler.promote(stored.request_id)
     relay.copies.restore()
-    relay.scheduler.state.settling = any(relay.requests[key].entry.state is not State.RUNNING for key in live)
+    for entry in (relay.requests[key].entry for key in live):
+        if entry.state is not State.RUNNING:
+            relay.scheduler.state.spaces[entry.space].settling = True
     await _store_highest_attempts(relay, live)
     if live or results:
         log.info("requests restored", requests=len(live), results=len(results))
 
 
-async def serve_settling(relay: Relay, workers: Iterable[str]) -> None:
-    """Hold back what is queued until the workers have come back: one of them may have run it for the relay before.
+async def serve_settling(relay: Relay, workers: Collection[tuple[str, str]]) -> None:
+    """Hold back what waits until the workers of its space have come back: one of them may have run it before.
 
     That an attempt starts is stored without anybody waiting for it, and a killed relay may have been faster.
 
     Args:
         relay: a relay that was restored.
-        workers: ids of those that were connected to the relay before; without any, nothing is known of them.
+        workers: id and space of those that were connected before; of a space without any, nothing is known.
     """
-    if not relay.scheduler.state.settling:
-        return
-    away = set(workers)
-    known = bool(away)
+    settling = {name for name, space in relay.scheduler.state.spaces.items() if space.settling}
+    away, known = set(workers), {space for _, space in workers}
     with trio.move_on_after(UNHEARD_GRACE_S):
-        while away or not known:
+        while settling:
             await relay.workers.joined.wait()
-            away.difference_update(relay.workers)
-    for worker_id in away:
+            away = {(worker_id, space) for worker_id, space in away if worker_id not in relay.workers}
+            for name in (settling & known).difference(space for _, space in away):
+                settling.discard(name)
+                _settle(relay, name)
+    for name in settling:
+        _settle(relay, name)
+    for worker_id in {worker_id for worker_id, _ in away}:
         relay.store.post(DeleteWorker(worker_id))
-    relay.apply(relay.scheduler.settle(trio.current_time()))
+
+
+def _settle(relay: Relay, name: str) -> None:
+    """Let requests of a space start. How long they have waited since the restart does not count: none could start."""
+    if (space := relay.scheduler.state.spaces.get(name)) is None:
+        return  # it was deleted meanwhile
+    now = trio.current_time()
+    waiting = [relay.requests[entry.request_id] for entry in space.queue]
+    for request in waiting:
+        request.queued_at += now - max(request.restored_at, request.queued_at)
+        request.wake()
+    relay.store.post(*map(relay.status_update, waiting))
+    relay.apply(relay.scheduler.settle(name, now))
 
 
 async def _store_highest_attempts(relay: Relay, live: list[str]) -> None:

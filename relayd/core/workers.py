@@ -80,7 +80,7 @@ class Workers(Mapping[str, WorkerPort]):
         if isinstance(joined, Rejected):
             return joined
         self._connected[port.worker_id] = port
-        self.relay.store.post(PutWorker(port.worker_id))
+        self.relay.store.post(*(PutWorker(port.worker_id, name) for name in register.spaces))
         self._remember_owner(port)
         stats = self.relay.stats.worker(port.worker_id)
         stats.name, stats.engine, stats.agent = register.worker, register.engine, port.agent

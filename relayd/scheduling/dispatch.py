@@ -41,10 +41,11 @@ class Dispatcher:
 
     def _fill(self, now: float, decisions: list[Decision]) -> None:
         """Start queued requests on free slots, one per space in turn, so that no space starves another."""
-        if self.state.draining or self.state.settling:
+        if self.state.draining:
             return
         self._reserve_workers()
-        waiting = [space for space in self.state.spaces.values() if space.queue and not space.paused]
+        spaces = self.state.spaces.values()
+        waiting = [space for space in spaces if space.queue and not (space.paused or space.settling)]
         while waiting:
             waiting = [space for space in waiting if self._dispatch_one(space, now, decisions) and space.queue]
 
@@ -118,7 +119,8 @@ class Dispatcher:
                 running_on.alone_for = entry.request_id
         for entry in suspects:
             space = self.state.spaces[entry.space]
-            if entry.state is not State.QUEUED or space.paused or not self._may_run(space, entry.principal):
+            held_back = entry.state is not State.QUEUED or space.paused or space.settling
+            if held_back or not self._may_run(space, entry.principal):
                 continue
             choice = _candidates(entry, self.state.workers_of(space.name), self.state.fit_workers_of(space.name))
             if all(worker.shared for worker in choice):  # otherwise a slot with a process of its own will do

@@ -152,6 +152,8 @@ class SpaceState:
     name: str
     rules: SpaceRules
     paused: bool = False
+    #: True right after a restart with requests that wait: a worker may come back with an attempt that the store missed.
+    settling: bool = False
     queue: FairQueue[ScheduledRequest] = attrs.field(factory=FairQueue)
     running: dict[str, ScheduledRequest] = attrs.field(factory=dict)
     #: Admitted, and not yet in the queue: inputs on their way, the store still writing, or a source waited for.
@@ -194,8 +196,6 @@ class SchedulerState:
     entries: dict[str, ScheduledRequest] = attrs.field(factory=dict)
     #: True while the daemon drains: no more requests are started.
     draining: bool = False
-    #: True right after a restart with queued requests: a worker may come back with an attempt that the store missed.
-    settling: bool = False
     #: Spaces whose queue or speed changed since the caller last cleared this set.
     moved: set[str] = attrs.field(factory=set)
     #: Principal -> limit of its running requests in all spaces together.

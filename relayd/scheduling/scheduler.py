@@ -386,9 +386,9 @@ class Scheduler:
         else:
             self.dispatcher.push(entry)
 
-    def settle(self, now: float) -> list[Decision]:
-        """Start requests from now on: the workers that were connected before a restart have had time to come back."""
-        self.state.settling = False
+    def settle(self, name: str, now: float) -> list[Decision]:
+        """Start requests of a space from now on: its workers have had time to come back after a restart."""
+        self.state.spaces[name].settling = False
         return self.dispatcher.dispatch(now)
 
     def end(self, request_id: str, state: State, now: float) -> list[Decision]:

@@ -122,7 +122,7 @@ _MIGRATIONS = (
         options BLOB, at REAL NOT NULL, PRIMARY KEY (talk_id, number));
     CREATE INDEX unended_turns ON turns (talk_id, number) WHERE options IS NOT NULL;
     """,
-    "CREATE TABLE workers (worker_id TEXT NOT NULL UNIQUE);",
+    "CREATE TABLE workers (worker_id TEXT NOT NULL, space TEXT NOT NULL, PRIMARY KEY (worker_id, space));",
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 #: What is read of each table; one that lacks any of it is damaged.
@@ -135,7 +135,7 @@ COLUMNS = {
     ),
     "clock": "uptime_s",
     "drains": "worker_id",
-    "workers": "worker_id",
+    "workers": "worker_id, space",
     "inputs": "request_id, name, data",
     "talks": "talk_id, principal, user, session, instructions, created_at, touched_at",
     "turns": (
@@ -241,10 +241,8 @@ class Database:
             return tuple(_parsed(rows, table, parse, damaged))
 
         try:
-            drains, workers = (
-                tuple(name for (name,) in self._reader.execute(query) if isinstance(name, str))
-                for query in ("SELECT worker_id FROM drains ORDER BY rowid", "SELECT worker_id FROM workers")
-            )
+            drains = [name for (name,) in self._reader.execute("SELECT worker_id FROM drains ORDER BY rowid")]
+            workers = [tuple(row) for row in self._reader.execute("SELECT worker_id, space FROM workers")]
             times = [time for (time,) in self._reader.execute("SELECT uptime_s FROM clock")]
             spaces, tokens = records("spaces", "name", _space), records("tokens", "created_at, token_id", _token)
             requests = records("requests", "ticket, request_id", _request)
@@ -255,8 +253,10 @@ class Database:
                 tokens=tokens,
                 requests=tuple(each for each in requests if ("requests", each.request_id) not in damaged),
                 live_inputs=live_inputs,
-                drains=drains,
-                workers=workers,
+                drains=tuple(name for name in drains if isinstance(name, str)),
+                workers=tuple(
+                    (one, space) for one, space in workers if isinstance(one, str) and isinstance(space, str)
+                ),
                 uptime_s=max((time for time in times if isinstance(time, float) and time < MAX_UPTIME_S), default=0.0),
                 talks=records("talks", "created_at, talk_id", _talk),
                 unended_turns=unended,
@@ -443,8 +443,8 @@ def _statements(change: Change) -> list[Statement]:
             return [("INSERT OR IGNORE INTO drains (worker_id) VALUES (?)", (worker_id,))]
         case DeleteDrain(worker_id):
             return [("DELETE FROM drains WHERE worker_id = ?", (worker_id,))]
-        case PutWorker(worker_id):
-            return [("INSERT OR IGNORE INTO workers (worker_id) VALUES (?)", (worker_id,))]
+        case PutWorker(worker_id, space):
+            return [("INSERT OR IGNORE INTO workers (worker_id, space) VALUES (?, ?)", (worker_id, space))]
         case DeleteWorker(worker_id):
             return [("DELETE FROM workers WHERE worker_id = ?", (worker_id,))]
         case PutTalk(talk):

@@ -47,7 +47,7 @@ class MemoryStore(Store):
         self._live_inputs: dict[str, dict[str, bytearray]] = {}
         self._ended_inputs: set[tuple[str, str]] = set()
         self._drains: dict[str, None] = {}
-        self._workers: dict[str, None] = {}
+        self._workers: dict[tuple[str, str], None] = {}
         self._talks: dict[str, TalkRecord] = {}
         self._turns: dict[str, dict[int, TurnRecord]] = {}
         self._uptime_s = 0.0
@@ -120,10 +120,10 @@ class MemoryStore(Store):
                 self._drains[worker_id] = None
             case DeleteDrain(worker_id):
                 self._drains.pop(worker_id, None)
-            case PutWorker(worker_id):
-                self._workers[worker_id] = None
+            case PutWorker(worker_id, space):
+                self._workers[worker_id, space] = None
             case DeleteWorker(worker_id):
-                self._workers.pop(worker_id, None)
+                self._workers = {key: None for key in self._workers if key[0] != worker_id}
             case PutTalk(talk):
                 self._talks[talk.talk_id] = talk
             case DeleteTalk(talk_id):

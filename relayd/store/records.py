@@ -308,14 +308,15 @@ class DeleteDrain:
 
 @attrs.frozen
 class PutWorker:
-    """A worker is connected: after a restart, it may come back with an attempt that the store missed."""
+    """A worker of a space is connected: after a restart, it may come back with an attempt that the store missed."""
 
     worker_id: str
+    space: str
 
 
 @attrs.frozen
 class DeleteWorker:
-    """A worker is no longer connected."""
+    """A worker is no longer connected, whatever its spaces."""
 
     worker_id: str
 
@@ -387,7 +388,7 @@ class Loaded:
         requests: in the order of their tickets.
         live_inputs: request id -> name -> what is stored of each live input of a live request that has pieces.
         drains: ids of drained workers, in the order in which they were drained.
-        workers: ids of the workers that were connected.
+        workers: (worker id, space) of the workers that were connected.
         uptime_s: the last stored value of the relay's clock.
         talks: in the order in which they were created.
         unended_turns: the replies that have not ended, conversation by conversation, in order.
@@ -400,7 +401,7 @@ class Loaded:
     requests: tuple[RequestRecord, ...] = ()
     live_inputs: Mapping[str, Mapping[str, StoredInput]] = attrs.field(factory=dict)
     drains: tuple[str, ...] = ()
-    workers: tuple[str, ...] = ()
+    workers: tuple[tuple[str, str], ...] = ()
     uptime_s: float = 0.0
     talks: tuple[TalkRecord, ...] = ()
     unended_turns: tuple[TurnRecord, ...] = ()

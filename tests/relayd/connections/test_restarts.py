@@ -27,6 +27,7 @@ from protocol.wire.messages import (
     Steer,
 )
 from protocol.wire.structs import Running
+from relayd.scheduling.model import State
 from relayd.store.records import PutRequest, PutWorker
 from tests.relayd.connections.audio_frames import PCM, heard
 from tests.support.fake_worker import fake_worker, identity
@@ -138,7 +139,7 @@ async def test_what_a_killed_relay_had_started_is_not_given_to_another_worker_th
         client.send(submit)  # it is killed before it has stored that an attempt began
         await client.next(Accepted)
         if are_known:
-            await relay.relay.store.commit(*(PutWorker(f"box-{each[:8]}") for each in (instance, others)))
+            await relay.relay.store.commit(*(PutWorker(f"box-{each[:8]}", "tts") for each in (instance, others)))
     named = (Running(request_id=submit.request_id, attempt=1, next_seq=3),)
     spaces = {"tts": {"max_workers": 2}}
     async with (
@@ -178,7 +179,7 @@ async def test_what_waits_is_started_as_soon_as_all_workers_are_back_that_were_t
     async with daemon(tmp_path, store="sqlite", spaces=spaces) as relay, peer(relay.url, "client") as client:
         client.send(submit)
         await client.next(Accepted)
-        await relay.relay.store.commit(*(PutWorker(f"box-{each[:8]}") for each in instances))
+        await relay.relay.store.commit(*(PutWorker(f"box-{each[:8]}", "tts") for each in instances))
     async with daemon(tmp_path, store="sqlite", spaces=spaces) as relay:
         async with fake_worker(relay.url, instance=instances[0]) as cut:
             await cut.peer.next(Registered)
@@ -187,23 +188,74 @@ async def test_what_waits_is_started_as_soon_as_all_workers_are_back_that_were_t
 
 
 @pytest.mark.trio
+async def test_a_worker_that_does_not_come_back_holds_up_its_own_space_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.restore.UNHEARD_GRACE_S", 60.0)
+    submits, instance = [a_submit(space=space, detach=True) for space in ("tts", "other")], an_id()
+    spaces: dict[str, Any] = {"tts": {}, "other": {}, "third": {}}
+    async with daemon(tmp_path, store="sqlite", spaces=spaces) as relay, peer(relay.url, "client") as client:
+        for submit in submits:
+            client.send(submit)
+            await client.next(Accepted)
+        await relay.relay.store.commit(PutWorker(f"box-{instance[:8]}", "tts"), PutWorker("gone-0", "other"))
+    async with daemon(tmp_path, store="sqlite", spaces=spaces) as relay, peer(relay.url, "client") as client:
+        everything: dict[str, Any] = {"slots": 3, "spaces": tuple(spaces)}
+        async with fake_worker(relay.url, instance=instance, **everything) as worker:
+            assert (await worker.assigned()).request_id == submits[0].request_id
+            client.send(new := a_submit(space="third"))
+            assert (await worker.assigned()).request_id == new.request_id, "nothing waited there"
+            await relay.goes_on()
+            assert relay.relay.requests[submits[1].request_id].entry.state is State.QUEUED
+
+
+@pytest.mark.trio
+async def test_the_time_in_which_workers_are_waited_for_counts_for_no_queue_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.restore.UNHEARD_GRACE_S", 0.4)
+    old, new = a_submit(detach=True, queue_timeout_s=30.0), a_submit(detach=True)
+    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        client.send(old)
+        await client.next(Accepted)
+    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        client.send(new)
+        await client.next(Accepted)
+        waiting = [relay.relay.requests[submit.request_id] for submit in (old, new)]
+        before = [request.queued_at for request in waiting]
+        await until(lambda: not relay.relay.scheduler.state.spaces["tts"].settling)
+        waited_s = trio.current_time() - waiting[0].restored_at
+        shifts = [request.queued_at - was for request, was in zip(waiting, before, strict=True)]
+        assert 0.4 <= shifts[0] <= waited_s
+        assert 0.0 < shifts[1] < shifts[0]
+        assert waiting[1].queued_at <= trio.current_time()
+        queued_at = relay.relay.clock.of(waiting[0].queued_at)
+        await relay.relay.store.flush()
+        (stored,) = (each for each in (await relay.relay.store.load()).requests if each.request_id == old.request_id)
+        assert stored.since == queued_at
+
+
+@pytest.mark.trio
 async def test_the_store_knows_which_workers_are_connected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relayd.core.restore.UNHEARD_GRACE_S", 0.1)
 
-    async def known(relay: Daemon) -> tuple[str, ...]:
+    async def known(relay: Daemon) -> list[tuple[str, str]]:
         await relay.relay.store.flush()
-        return (await relay.relay.store.load()).workers
+        return sorted((await relay.relay.store.load()).workers)
 
-    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+    spaces: dict[str, Any] = {"tts": {}, "other": {}}
+    async with daemon(tmp_path, store="sqlite", spaces=spaces) as relay, peer(relay.url, "client") as client:
         client.send(a_submit(detach=True))
         await client.next(Accepted)
-        await relay.relay.store.commit(PutWorker("gone-0"))
-    async with daemon(tmp_path, store="sqlite") as relay:
-        async with fake_worker(relay.url) as worker:
+        await relay.relay.store.commit(PutWorker("gone-0", "tts"), PutWorker("gone-0", "other"))
+        assert await known(relay) == [("gone-0", "other"), ("gone-0", "tts")]
+    async with daemon(tmp_path, store="sqlite", spaces=spaces) as relay:
+        async with fake_worker(relay.url, spaces=("tts", "other")) as worker:
             worker.speak(await worker.assigned(), PCM)
-            assert await known(relay) == tuple(relay.relay.workers), "the other did not come back"
+            (one,) = relay.relay.workers
+            assert await known(relay) == [(one, "other"), (one, "tts")], "the other did not come back"
         await until(lambda: not relay.relay.workers)
-        assert await known(relay) == ()
+        assert await known(relay) == []
         async with fake_worker(relay.url) as worker:
             await worker.peer.next(Registered)
             relay.relay.draining.set()

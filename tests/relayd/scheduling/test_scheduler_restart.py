@@ -54,12 +54,12 @@ def test_an_attempt_after_a_restart_has_a_number_that_was_never_given_out() -> N
 def test_what_is_queued_waits_for_the_worker_that_may_have_run_it_already() -> None:
     bench = Bench(max_workers=2)
     bench.scheduler.restore(bench.entry("a", attempt_may_be_newer=True), bench.now)
-    bench.scheduler.state.settling = True
+    bench.scheduler.state.spaces["tts"].settling = True
     assert bench.join("other").decisions == []
     assert bench.join("old", {"a": 1}).resume == [bench["a"]]
     bench.queue("b")
     assert bench["b"].state is State.QUEUED
-    assert started(bench.scheduler.settle(bench.now)) == ["b"]
+    assert started(bench.scheduler.settle("tts", bench.now)) == ["b"]
 
 
 def test_requeueing_says_so_before_it_starts_anew() -> None:
