@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import trio
 
+from protocol.wire.errors import LinkError
 from protocol.wire.frames import (
     Audio,
     Cancelled,
@@ -188,6 +189,26 @@ async def test_what_waits_is_started_as_soon_as_all_workers_are_back_that_were_t
 
 
 @pytest.mark.trio
+async def test_a_relay_that_ends_in_order_leaves_word_of_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.core.restore.UNHEARD_GRACE_S", 60.0)
+    submit, instance = a_submit(detach=True), an_id()
+    async with (
+        daemon(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, instance=instance, slots=0),
+        peer(relay.url, "client") as client,
+    ):
+        client.send(submit)
+        await client.next(Queued)
+        relay.relay.draining.set()
+        with pytest.raises(LinkError):
+            await client.next(Accepted)
+    async with daemon(tmp_path, store="sqlite") as relay, fake_worker(relay.url, instance=instance) as worker:
+        assert (await worker.assigned()).request_id == submit.request_id
+
+
+@pytest.mark.trio
 async def test_a_worker_that_does_not_come_back_holds_up_its_own_space_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,11 +277,6 @@ async def test_the_store_knows_which_workers_are_connected(tmp_path: Path, monke
             assert await known(relay) == [(one, "other"), (one, "tts")], "the other did not come back"
         await until(lambda: not relay.relay.workers)
         assert await known(relay) == []
-        async with fake_worker(relay.url) as worker:
-            await worker.peer.next(Registered)
-            relay.relay.draining.set()
-        await until(lambda: not relay.relay.workers)
-        assert len(await known(relay)) == 1, "the next relay waits for it"
 
 
 @pytest.mark.trio
