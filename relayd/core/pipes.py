@@ -287,7 +287,7 @@ class Pipe:
         log.info("source of a request begins anew", request_id=request.request_id, source=fed.source_id)
         request.details = self._details(ErrorCode.WORKER_LOST.value, "its attempt was lost, and it begins anew")
         relay.apply(relay.scheduler.begin_anew(request.entry, fed.source_id, trio.current_time()))
-        if not request.live or not request.entry.waits:  # it fails, or is being cancelled
+        if not request.entry.waits:  # it fails, or is being cancelled
             self._ended = True
             return
         request.details = {}

@@ -223,9 +223,8 @@ class Workers(Mapping[str, WorkerPort]):
 
     def _mark_changed(self, worker_id: str) -> None:
         self.relay.mark_changed("workers", worker_id)
-        if worker := self.relay.scheduler.state.workers.get(worker_id):
-            for name in worker.spaces:
-                self.relay.mark_changed("spaces", name)
+        for name in self.relay.scheduler.state.workers[worker_id].spaces:
+            self.relay.mark_changed("spaces", name)
 
     def _tell_joined(self) -> None:
         self.joined.set()
@@ -289,7 +288,7 @@ class Workers(Mapping[str, WorkerPort]):
 
     def adopt_later_attempt(self, request: Request, attempt: int) -> None:
         """Switch to a later attempt, of which a client has frames: the relay was killed before it was stored."""
-        decisions = self.relay.scheduler.adopt_later_attempt(request.request_id, attempt, trio.current_time())
+        decisions = self.relay.scheduler.adopt_later_attempt(request.entry, attempt, trio.current_time())
         entry = request.entry
         adopted = entry.attempt == attempt and not any(isinstance(each, Finish) for each in decisions)
         if adopted and request.log.next_seq:

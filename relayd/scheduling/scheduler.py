@@ -503,22 +503,21 @@ class Scheduler:
         self.state.moved.add(space.name)
         return [Requeue(entry), *self.dispatcher.dispatch(now)]
 
-    def adopt_later_attempt(self, request_id: str, attempt: int, now: float) -> list[Decision]:
-        """Switch to a later attempt than the current one: a client has its frames, but it was not stored.
+    def adopt_later_attempt(self, entry: ScheduledRequest, attempt: int, now: float) -> list[Decision]:
+        """Switch a live request to a later attempt than its own: a client has frames of it, but it was not stored.
 
-        The client would drop every frame of the current attempt, even the last, so the current attempt cannot continue.
+        The client drops every frame of the current attempt, so this one cannot continue.
         The worker that runs the later attempt may still connect.
 
         A client can name only what may have begun before a restart: `highest_attempt` is 0 without one, and below the
         attempt as soon as one starts. At any other time only the scheduler changes the attempt number.
         """
-        entry = self.state.entries.get(request_id)
-        if entry is None or not entry.attempt < attempt <= entry.highest_attempt:
+        if not entry.attempt < attempt <= entry.highest_attempt:
             return []
         entry.attempt, entry.next_seq, entry.attempt_known_from_client = attempt, 0, True
         if entry.worker_lost_at is None:  # one that waits has no attempt to lose
             message = "a client has received frames of a later attempt, which was lost when the relay was killed"
-            return self.lose(request_id, ErrorCode.WORKER_LOST, message, now)
+            return self.lose(entry.request_id, ErrorCode.WORKER_LOST, message, now)
         self.dispatcher.forget_away(entry)
         entry.worker_id = None
         return []

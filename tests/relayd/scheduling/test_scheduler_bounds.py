@@ -384,7 +384,7 @@ def test_an_assignment_after_a_restart_has_a_number_that_was_never_given_out() -
     )
     assert started(bench.join().decisions) == ["a"]
     assert (bench["a"].attempt, worker(bench).held) == (3, {"a": 3})
-    assert bench.scheduler.adopt_later_attempt("a", 4, bench.now) == []
+    assert bench.scheduler.adopt_later_attempt(bench["a"], 4, bench.now) == []
     assert bench["a"].attempt == 3, "the store knows the number now"
 
 
@@ -392,7 +392,7 @@ def test_a_worker_that_has_an_attempt_which_was_not_stored_is_believed_and_then_
     bench = Bench()
     bench.scheduler.restore(bench.entry("a", attempt=1, attempt_may_be_newer=True), bench.now)
     bench.join(running={"a": 2})
-    assert bench.scheduler.adopt_later_attempt("a", 3, bench.now) == []
+    assert bench.scheduler.adopt_later_attempt(bench["a"], 3, bench.now) == []
     assert bench["a"].attempt == 2
 
 
@@ -411,13 +411,13 @@ def test_a_listeners_later_attempt_ends_the_one_that_runs_and_leaves_its_worker(
         bench.entry("a", state=State.RUNNING, attempt=1, worker_id="box", attempt_may_be_newer=True), bench.now
     )
     bench.join(running={"a": 1})
-    assert kinds(bench.scheduler.adopt_later_attempt("a", 2, bench.now)) == [("Stop", "a"), ("Requeue", "a")]
+    assert kinds(bench.scheduler.adopt_later_attempt(bench["a"], 2, bench.now)) == [("Stop", "a"), ("Requeue", "a")]
     assert started(bench.scheduler.release("box", "a", 1, bench.now)) == ["a"]
     assert bench["a"].attempt == 3
     bench.scheduler.restore(
         bench.entry("b", state=State.RUNNING, attempt=1, worker_id="old", attempt_may_be_newer=True), bench.now
     )
-    bench.scheduler.adopt_later_attempt("b", 2, bench.now)
+    bench.scheduler.adopt_later_attempt(bench["b"], 2, bench.now)
     assert "old" not in bench.scheduler.state.workers
 
 
@@ -430,7 +430,7 @@ def test_a_loss_is_given_back_only_for_the_attempt_that_was_lost() -> None:
     bench.join(running={"a": 1})
     assert bench["a"].losses == 0
     bench.scheduler.restore(bench.entry("b", attempt=1, losses=1, attempt_may_be_newer=True), bench.now)
-    bench.scheduler.adopt_later_attempt("b", 2, bench.now)
+    bench.scheduler.adopt_later_attempt(bench["b"], 2, bench.now)
     bench.join(running={"a": 1, "b": 2}, slots=2)
     assert bench["b"].losses == 1
 

@@ -85,7 +85,7 @@ def test_an_attempt_that_only_a_listener_knows_of_is_awaited_and_those_before_it
     bench = Bench(max_workers=2)
     away = {"worker_id": "old"} if state is State.RUNNING else {}
     bench.scheduler.restore(bench.entry("a", state=state, attempt=1, attempt_may_be_newer=True, **away), bench.now)
-    assert bench.scheduler.adopt_later_attempt("a", 2, bench.now) == []
+    assert bench.scheduler.adopt_later_attempt(bench["a"], 2, bench.now) == []
     assert bench.join("old", {"a": 1}, slots=0).abandon == ["a"]
     bench.now += 5
     assert bench.join("new", {"a": 2}, reproducible=TONE).resume == [bench["a"]]
@@ -99,14 +99,14 @@ def test_an_attempt_that_only_a_listener_knows_of_and_nobody_runs_ends_under_its
         bench.entry("a", state=State.RUNNING, attempt=1, attempt_may_be_newer=True, retry="never"), bench.now
     )
     bench["a"].next_seq = 3
-    assert bench.scheduler.adopt_later_attempt("a", 1, bench.now) == []
+    assert bench.scheduler.adopt_later_attempt(bench["a"], 1, bench.now) == []
     assert (bench["a"].next_seq, bench["a"].attempt_known_from_client) == (3, False), "it is that attempt already"
-    bench.scheduler.adopt_later_attempt("a", 2, bench.now)
+    bench.scheduler.adopt_later_attempt(bench["a"], 2, bench.now)
     assert bench["a"].next_seq == 0
     assert code_of(bench.lose("a")) is ErrorCode.WORKER_LOST
     assert bench["a"].attempt == 2, "a listener drops the end of an attempt before its own"
     for attempt in (0, 1, 2, 4):
-        assert bench.scheduler.adopt_later_attempt("a", attempt, bench.now) == []
+        assert bench.scheduler.adopt_later_attempt(bench["a"], attempt, bench.now) == []
     assert bench["a"].attempt == 2
 
 
@@ -114,7 +114,7 @@ def test_a_listener_cannot_raise_the_attempt_of_a_request_that_did_not_come_from
     bench = Bench()
     bench.queue("a")
     for attempt in range(1, 50):
-        assert bench.scheduler.adopt_later_attempt("a", attempt, bench.now) == []
+        assert bench.scheduler.adopt_later_attempt(bench["a"], attempt, bench.now) == []
     assert bench["a"].attempt == 0
 
 
@@ -122,12 +122,12 @@ def test_after_a_restart_a_listener_is_believed_once_and_not_at_all_when_an_atte
     bench = Bench()
     bench.scheduler.restore(bench.entry("a", attempt=1, attempt_may_be_newer=True), bench.now)
     for attempt in range(2, 50):
-        bench.scheduler.adopt_later_attempt("a", attempt, bench.now)
+        bench.scheduler.adopt_later_attempt(bench["a"], attempt, bench.now)
     assert bench["a"].attempt == 2
     bench.scheduler.restore(bench.entry("b", attempt=1, attempt_may_be_newer=True, ticket=2), bench.now)
     bench.join(slots=2)
     started_with = bench["b"].attempt
-    bench.scheduler.adopt_later_attempt("b", started_with + 1, bench.now)
+    bench.scheduler.adopt_later_attempt(bench["b"], started_with + 1, bench.now)
     assert bench["b"].attempt == started_with
 
 
@@ -144,13 +144,13 @@ def test_after_two_restarts_each_attempt_that_may_have_begun_is_believed_and_no_
     assert bench.join(running={"a": 3}).resume == [bench["a"]]
     assert bench["a"].attempt == 3
     bench = restored("a")
-    bench.scheduler.adopt_later_attempt("a", 4, bench.now)
+    bench.scheduler.adopt_later_attempt(bench["a"], 4, bench.now)
     assert bench["a"].attempt == 1
-    bench.scheduler.adopt_later_attempt("a", 3, bench.now)
+    bench.scheduler.adopt_later_attempt(bench["a"], 3, bench.now)
     assert bench["a"].attempt == 3
     bench = restored("a")
     bench.join(running={"a": 2})
-    bench.scheduler.adopt_later_attempt("a", 3, bench.now)
+    bench.scheduler.adopt_later_attempt(bench["a"], 3, bench.now)
     assert bench["a"].attempt == 3, "who has heard it would drop every frame of the second"
 
 
