@@ -197,7 +197,7 @@ class Workers(Mapping[str, WorkerPort]):
             return
         decisions = self.relay.scheduler.drain(worker_id, trio.current_time())
         log.info("worker draining", worker=worker_id)
-        self._mark_changed(worker_id)
+        self.relay.mark_changed("workers", worker_id)
         self.relay.apply(decisions)
 
     def drain_by_operator(self, worker_id: str, reason: str) -> None:
@@ -218,13 +218,8 @@ class Workers(Mapping[str, WorkerPort]):
             self.relay.store.post(DeleteDrain(worker_id))
         self.relay.apply(self.relay.scheduler.undrain(worker_id, trio.current_time()))
         log.info("worker accepts requests again", worker=worker_id)
-        self._mark_changed(worker_id)
-        self._tell_joined()
-
-    def _mark_changed(self, worker_id: str) -> None:
         self.relay.mark_changed("workers", worker_id)
-        for name in self.relay.scheduler.state.workers[worker_id].spaces:
-            self.relay.mark_changed("spaces", name)
+        self._tell_joined()
 
     def _tell_joined(self) -> None:
         self.joined.set()

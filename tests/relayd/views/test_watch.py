@@ -254,12 +254,13 @@ async def test_a_worker_that_falls_silent_is_stale_and_then_away_and_its_row_kee
 
 @pytest.mark.trio
 async def test_the_row_of_a_worker_says_whether_it_drains_and_how_many_slots_it_has_now(tmp_path: Path) -> None:
-    async with daemon(tmp_path) as relay, screen(relay, "workers") as shown, fake_worker(relay.url) as worker:
+    async with daemon(tmp_path) as relay, screen(relay, "workers", "spaces") as shown, fake_worker(relay.url) as worker:
         await shown.sees(lambda: shown.row("workers")["draining"] is False)
         (worker_id,) = shown.rows("workers")
         for action, drains in (("drain_worker", True), ("undrain_worker", False)):
             await shown.operator.steer(action, worker_id)
             await shown.sees(partial(lambda drains: shown.row("workers")["draining"] is drains, drains))
+            await shown.sees(partial(lambda drains: shown.rows("spaces")["tts"]["draining"] is drains, int(drains)))
         worker.send(attrs.evolve(worker.registration, slots=7))
         await shown.sees(lambda: shown.row("workers")["slots"] == 7)
         assert relay.relay.scheduler.state.workers[worker_id].slots == 7
