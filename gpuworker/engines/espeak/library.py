@@ -72,7 +72,9 @@ class LibEspeak:
         )
         if self.sample_rate <= 0:
             raise EngineError(f"libespeak-ng cannot read its data in {data_path}")
-        self.voices = self._list_voices()
+        #: Name -> the library's identifier.
+        self._voices = self._list_voices()
+        self.voices = sorted(self._voices)
         self._lock = threading.Lock()
         self._sink: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(0)
@@ -80,16 +82,16 @@ class LibEspeak:
         self._callback = _CALLBACK(self._on_audio)  # keep a reference, as ctypes does not
         self._lib.espeak_SetSynthCallback(self._callback)
 
-    def _list_voices(self) -> list[str]:
+    def _list_voices(self) -> dict[str, bytes]:
         found = self._lib.espeak_ListVoices(None)
-        names = set()
+        names: dict[str, bytes] = {}
         place = 0
         while found[place]:
             voice = found[place].contents
             if not voice.identifier.startswith(b"mb/"):  # these need mbrola, which is not included
-                names.add(ctypes.string_at(voice.languages + 1).decode())
+                names.setdefault(ctypes.string_at(voice.languages + 1).decode(), voice.identifier)
             place += 1
-        return sorted(names)
+        return names
 
     def speak(
         self, runs: list[tuple[str, str]], *, rate_wpm: int, pitch: int, volume: int
@@ -139,7 +141,9 @@ class LibEspeak:
         for number, (voice, text) in enumerate(runs):
             if self._stop.is_set():
                 return
-            if self._lib.espeak_SetVoiceByName(voice.encode()):
+            # It does not know some voices by the language that they have (en-gb, fr-fr).
+            set_voice = self._lib.espeak_SetVoiceByName
+            if set_voice(voice.encode()) and set_voice(self._voices[voice]):
                 raise EngineError(f"libespeak-ng rejected the voice {voice!r}")
             for parameter, value in ((_RATE, rate_wpm), (_PITCH, pitch), (_VOLUME, volume)):
                 self._lib.espeak_SetParameter(parameter, value, 0)

@@ -260,6 +260,13 @@ def test_espeak_takes_every_text_its_schema_lets_through(espeak: EspeakEngine) -
     assert set(faults) == {"text", "voice", "rate", "pitch", "x"}
 
 
+@pytest.mark.parametrize("voice", ["en-gb", "fr-fr", "chr-US-Qaaa-x-west", "de", "en-us-nyc", "yue"])
+def test_espeak_speaks_with_each_voice_that_it_offers(espeak: EspeakEngine, voice: str) -> None:
+    end, chunks = run(espeak, {"text": "Hello", "voice": voice})
+    assert (end.outcome, end.message) == ("completed", "")
+    assert level(pcm(chunks)) > 0.01
+
+
 def test_espeak_refuses_a_voice_option_that_is_none() -> None:
     engine = EspeakEngine(parse_options(EspeakEngine.OPTIONS, ["voice=nobody"]))
     with pytest.raises(OptionError, match="en-us"):
