@@ -28,6 +28,8 @@ from relayd.talk.reply import Reply
 PRIORITY = 3
 #: The live input of a space that speaks.
 TEXT = "text"
+#: The param by which a space that speaks is asked how the mouth stands.
+VISEMES = "visemes"
 #: Looks whether a worker has come are at least so far apart.
 MIN_LOOK_S = 0.05
 
@@ -169,11 +171,17 @@ class Turn:
         return Submit(
             request_id=request_id,
             space=space,
-            params=dict(self.speech_params),
+            params=self._asked_speech(space),
             inputs={TEXT: InputInfo(from_=self.reply.text_request)},
             priority=PRIORITY,
             group=self.reply.text_request,
         )
+
+    def _asked_speech(self, space: str) -> dict[str, Value]:
+        """The params of the speech; where its engine can say how the mouth stands, it is asked to."""
+        known = self.place.relay.spaces.get(space)
+        has_visemes = known is not None and VISEMES in known.params.get("properties", {})
+        return {**({VISEMES: True} if has_visemes else {}), **self.speech_params}
 
     def _open(self, held: HeldRequest, submit: Submit) -> Rejected | None:
         """Submit a request; or take it up again after a restart, when the store has it."""

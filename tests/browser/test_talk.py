@@ -22,10 +22,22 @@ STATES = "[...document.querySelectorAll('.turn')].map((turn) => turn.dataset.sta
 OPENING = "Number(document.querySelector('#face .mouth').dataset.opening)"
 
 
+#: Remembers how wide the mouth was at most.
+WATCH_WIDTH = """(() => {
+  const mouth = document.querySelector("#face .mouth");
+  window.widest = 0;
+  const look = () => { window.widest = Math.max(window.widest, Number(mouth.getAttribute("rx"))); };
+  new MutationObserver(look).observe(mouth, { attributes: true });
+  return true;
+})()"""
+
+
 @asynccontextmanager
-async def a_talk(folder: Path) -> AsyncIterator[tuple[BrowserPlace, Proc]]:
+async def a_talk(
+    folder: Path, workers: tuple[tuple[str, ...], ...] = WORKERS
+) -> AsyncIterator[tuple[BrowserPlace, Proc]]:
     async with a_site(folder, CONFIG) as (site, relay), AsyncExitStack() as stack:
-        for worker in WORKERS:
+        for worker in workers:
             await stack.enter_async_context(a_worker(site, relay, *worker))
         yield site, relay
 
@@ -107,6 +119,17 @@ async def test_a_relay_without_conversations_has_no_tab(site: BrowserPlace, brow
     async with a_window(browser) as window:
         await window.log_in(site)
         assert await window.js("document.getElementById('tabs').offsetHeight") == 0
+    assert browser.errors() == []
+
+
+@pytest.mark.trio
+async def test_the_mouth_follows_what_espeak_tells_of_it(tmp_path: Path, browser: Browser) -> None:
+    workers = (WORKERS[0], ("--space", "tts", "--engine", "espeak"))
+    async with a_talk(tmp_path, workers) as (site, _), a_window(browser) as window:
+        await by_link(window, site)
+        assert await window.js(WATCH_WIDTH)
+        await say(window, "Hello")
+        await window.until("window.widest > 15")  # an "ee"; by loudness alone it is never wider than 14.5
     assert browser.errors() == []
 
 

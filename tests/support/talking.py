@@ -134,7 +134,10 @@ class Writer(FakeEngine):
 
 @attrs.define(eq=False)
 class Speaker(FakeEngine):
-    """Speaks what it is fed, ten samples a character, and marks each piece; or the words of its param `text`."""
+    """Speaks what it is fed, ten samples a character, and marks each piece; or the words of its param `text`.
+
+    It makes visemes if it is asked to.
+    """
 
     format: AudioFormat = FORMAT
     #: Fails with this code after the first piece.
@@ -157,6 +160,8 @@ class Speaker(FakeEngine):
             text = data.decode()
             if len(text) > chars:
                 pcm = speech_of(text)[2 * samples :]
+                if out.assign.params.get("visemes"):
+                    out.send(Output, data={"visemes": [{"t": samples / self.format.sample_rate, "opening": 0.5}]})
                 samples, chars = len(text) * SAMPLES, len(text)
                 out.send(Audio, pcm=pcm)
                 out.send(Output, mark={"text_end": chars, "sample": samples})

@@ -4,8 +4,8 @@ It is not reproducible: its output depends a little on what the process spoke be
 """
 
 import importlib.util
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 from gpuworker.engines.base import (
     AudioChunk,
@@ -18,8 +18,10 @@ from gpuworker.engines.base import (
     Option,
     OptionError,
     OptionValue,
+    OutputChunk,
 )
 from gpuworker.engines.espeak.library import libespeak
+from gpuworker.engines.espeak.visemes import shapes
 from protocol.install_hint import install_command
 from protocol.speakable import speakable
 from protocol.wire.structs import AudioFormat
@@ -102,8 +104,28 @@ class EspeakEngine(Engine):
             pass
 
     def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput]) -> Iterator[Chunk]:
-        """Yield the speech in chunks of 100 ms."""
+        """Yield the speech in chunks of 100 ms, with param `visemes` those of each before it."""
         del inputs
+        return self._speech(params, 0)
+
+    def piecewise(
+        self, params: dict[str, Value], inputs: Mapping[str, EngineInput], **context: Any
+    ) -> Callable[[str], Iterator[Chunk]]:
+        """Speak a text piece by piece; the times of visemes go on from one to the next."""
+        del inputs, context
+        begin = 0
+
+        def say_next(text: str) -> Iterator[Chunk]:
+            nonlocal begin
+            for chunk in self._speech({**params, "text": text}, begin):
+                if isinstance(chunk, AudioChunk):
+                    begin += len(chunk.pcm) // 2
+                yield chunk
+
+        return say_next
+
+    def _speech(self, params: dict[str, Value], begin: int) -> Iterator[Chunk]:
+        """The speech of a text that begins at sample `begin` of its run."""
         text, voice = params["text"], params.get("voice", AUTO)
         if not speakable(text):
             raise InvalidParams({"text": "contains nothing to speak"})
@@ -111,15 +133,18 @@ class EspeakEngine(Engine):
             runs = script_runs(text, str(self.options["chinese_voice"]), str(self.options["voice"]))
         else:
             runs = [(voice, text)]
-        speech = libespeak().speak(
+        library = libespeak()
+        speech = library.speak(
             runs,
             rate_wpm=params.get("rate", 175),
             pitch=params.get("pitch", 50),
             volume=params.get("volume", 100),
         )
         try:
-            for pcm in speech:
-                yield AudioChunk(pcm)
+            for sound in speech:
+                if params.get("visemes") and (made := shapes(sound.phonemes, begin, library.sample_rate)):
+                    yield OutputChunk({"visemes": made})
+                yield AudioChunk(sound.pcm)
         finally:
             speech.close()
 
@@ -133,6 +158,11 @@ def _params(voices: list[str]) -> dict[str, Value]:
             "rate": {"type": "integer", "minimum": 80, "maximum": 450, "default": 175, "description": "words a minute"},
             "pitch": {"type": "integer", "minimum": 0, "maximum": 100, "default": 50},
             "volume": {"type": "integer", "minimum": 0, "maximum": 200, "default": 100},
+            "visemes": {
+                "type": "boolean",
+                "default": False,
+                "description": "tell how the mouth stands, and when",
+            },
         },
         "required": ["text"],
         "additionalProperties": False,

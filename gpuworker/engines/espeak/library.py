@@ -11,6 +11,9 @@ import queue
 import threading
 from collections.abc import Generator
 from functools import cache
+from typing import Any
+
+import attrs
 
 from gpuworker.engines.base import EngineError
 from protocol.install_hint import install_command
@@ -24,6 +27,8 @@ MAX_DATA_PATH_BYTES = 140
 
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _DONT_EXIT = 0x8000
+_PHONEME_EVENTS, _PHONEME_IPA = 0x0001, 0x0002
+_EVENT_END, _EVENT_PHONEME = 0, 7
 _CHARS_UTF8 = 1
 _END_PAUSE = 0x1000
 _RATE, _VOLUME, _PITCH = 1, 2, 3
@@ -44,7 +49,38 @@ class _Voice(ctypes.Structure):
     )
 
 
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+class _EventId(ctypes.Union):
+    _fields_ = (("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8))
+
+
+class _Event(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),  # ms
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", _EventId),
+    )
+
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Event))
+
+
+@attrs.frozen
+class Sound:
+    """A piece of speech.
+
+    Attributes:
+        pcm: its samples.
+        phonemes: those that begin in it or soon after it, in IPA ("" is a pause), each with the sample of the speech at
+            which it begins.
+    """
+
+    pcm: bytes
+    phonemes: list[tuple[int, str]]
 
 
 class LibEspeak:
@@ -68,7 +104,10 @@ class LibEspeak:
         self._lib.espeak_ListVoices.argtypes = [ctypes.c_void_p]
         self._lib.espeak_ListVoices.restype = ctypes.POINTER(ctypes.POINTER(_Voice))
         self.sample_rate: int = self._lib.espeak_Initialize(
-            _AUDIO_OUTPUT_SYNCHRONOUS, CHUNK_MS, _short(data_path).encode(), _DONT_EXIT
+            _AUDIO_OUTPUT_SYNCHRONOUS,
+            CHUNK_MS,
+            _short(data_path).encode(),
+            _DONT_EXIT | _PHONEME_EVENTS | _PHONEME_IPA,
         )
         if self.sample_rate <= 0:
             raise EngineError(f"libespeak-ng cannot read its data in {data_path}")
@@ -76,7 +115,9 @@ class LibEspeak:
         self._voices = self._list_voices()
         self.voices = sorted(self._voices)
         self._lock = threading.Lock()
-        self._sink: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._sink: queue.SimpleQueue[Sound | None] = queue.SimpleQueue()
+        #: Samples of the speech so far, and of those the runs that are spoken.
+        self._samples = self._run_begin = 0
         self._room = threading.Semaphore(0)
         self._stop = threading.Event()
         self._callback = _CALLBACK(self._on_audio)  # keep a reference, as ctypes does not
@@ -95,8 +136,8 @@ class LibEspeak:
 
     def speak(
         self, runs: list[tuple[str, str]], *, rate_wpm: int, pitch: int, volume: int
-    ) -> Generator[bytes, None, None]:
-        """Speak (voice, text) runs one after another, yielding each chunk as it is made.
+    ) -> Generator[Sound, None, None]:
+        """Speak (voice, text) runs one after another, yielding each piece as it is made.
 
         Closing the generator aborts the synthesis from inside its callback. A second caller waits for the first.
 
@@ -113,6 +154,7 @@ class LibEspeak:
             self._sink = queue.SimpleQueue()
             self._room = threading.Semaphore(AHEAD_CHUNKS)
             self._stop.clear()
+            self._samples = 0
             faults: list[EngineError] = []
 
             def work() -> None:
@@ -127,9 +169,9 @@ class LibEspeak:
             thread = threading.Thread(target=work, name="espeak", daemon=True)
             thread.start()
             try:
-                while (pcm := self._sink.get()) is not None:
+                while (sound := self._sink.get()) is not None:
                     self._room.release()
-                    yield pcm
+                    yield sound
             finally:
                 self._stop.set()
                 self._room.release()  # wakes a callback that waits for room, so that it sees the stop
@@ -147,12 +189,13 @@ class LibEspeak:
                 raise EngineError(f"libespeak-ng rejected the voice {voice!r}")
             for parameter, value in ((_RATE, rate_wpm), (_PITCH, pitch), (_VOLUME, volume)):
                 self._lib.espeak_SetParameter(parameter, value, 0)
+            self._run_begin = self._samples
             data = text.replace("\0", " ").encode()
             flags = _CHARS_UTF8 | (_END_PAUSE if number == len(runs) - 1 else 0)
             if result := self._lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, flags, None, None):
                 raise EngineError(f"libespeak-ng rejected the text (error {result})")
 
-    def _on_audio(self, samples: int | None, count: int, _events: int | None) -> int:
+    def _on_audio(self, samples: int | None, count: int, events: Any) -> int:
         # Nothing may be raised here: ctypes would print it and carry on.
         if self._stop.is_set():
             return _ABORT
@@ -160,8 +203,18 @@ class LibEspeak:
             self._room.acquire()
             if self._stop.is_set():
                 return _ABORT
-            self._sink.put(ctypes.string_at(samples, 2 * count))
+            self._samples += count
+            self._sink.put(Sound(ctypes.string_at(samples, 2 * count), self._phonemes(events)))
         return _GO_ON
+
+    def _phonemes(self, events: Any) -> list[tuple[int, str]]:
+        found = []
+        place = 0
+        while (event := events[place]).type != _EVENT_END:
+            if event.type == _EVENT_PHONEME:  # a name of more than 8 bytes is cut, perhaps within a letter
+                found.append((self._run_begin + event.sample, event.id.string.decode(errors="ignore")))
+            place += 1
+        return found
 
 
 def _short(data_path: str) -> str:

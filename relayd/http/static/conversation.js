@@ -202,7 +202,7 @@ export class Talk {
       if (!reply.stopped && this.#reply === reply) this.#play(talk, null, track);
     }
     if (kind === "speech") track.add(bytesOf(data.pcm));
-    if (kind === "extra" && Number.isFinite(data.data?.t)) (track.visemes ??= []).push(data.data);
+    if (kind === "extra" && Array.isArray(data.data?.visemes)) (track.visemes ??= []).push(...data.data.visemes);
     if (kind === "speech_ended") {
       track.end();
       if (data.code) this.#fault = data;

@@ -34,6 +34,7 @@ from gpuworker.engines.base import (
 )
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine, parse_options
 from gpuworker.engines.espeak.engine import EspeakEngine, script_runs
+from gpuworker.engines.espeak.visemes import VISEMES, viseme_of
 from gpuworker.engines.function.engine import FunctionEngine
 from gpuworker.engines.mock import MockEngine, default_duration_s
 from gpuworker.slots import ipc
@@ -265,6 +266,39 @@ def test_espeak_speaks_with_each_voice_that_it_offers(espeak: EspeakEngine, voic
     end, chunks = run(espeak, {"text": "Hello", "voice": voice})
     assert (end.outcome, end.message) == ("completed", "")
     assert level(pcm(chunks)) > 0.01
+
+
+def visemes(chunks: list[Chunk]) -> list[dict[str, Any]]:
+    return [shape for chunk in chunks if isinstance(chunk, OutputChunk) for shape in chunk.data["visemes"]]
+
+
+def test_espeak_tells_how_the_mouth_stands_if_it_is_asked(espeak: EspeakEngine) -> None:
+    text = {"text": "Mama, 你好. Two shoes."}
+    end, chunks = run(espeak, {**text, "visemes": True})
+    assert end.outcome == "completed"
+    made = visemes(chunks)
+    assert [shape["viseme"] for shape in made[:4]] == ["PP", "aa", "PP", "aa"]
+    assert {"U", "CH", "I", "SS", "sil"} <= {shape["viseme"] for shape in made}
+    assert made[0] == {"t": 0.0, "viseme": "PP", "opening": 0.0, "width": 0.5}
+    times = [shape["t"] for shape in made]
+    assert times == sorted(times)  # also over the change of the voice
+    seconds = len(pcm(chunks)) / 2 / 22_050
+    assert 0.8 * seconds < times[-1] <= seconds
+    heard_s = 0.0  # they come before their sound
+    for chunk in chunks:
+        if isinstance(chunk, AudioChunk):
+            heard_s += len(chunk.pcm) / 2 / 22_050
+        elif isinstance(chunk, OutputChunk):
+            assert chunk.data["visemes"][0]["t"] >= heard_s - 0.001
+    assert visemes(run(espeak, text)[1]) == []
+
+
+def test_a_phoneme_is_seen_by_its_letters_in_any_language() -> None:
+    seen = {name: viseme_of(name) for name in ("ˈɑː", "tʃ", "ts", "ˈaɪ", "m", "ɯ", "ʲ", "", "t͡s", "ˌyː", "w")}
+    assert list(seen.values()) == ["aa", "CH", "SS", "aa", "PP", "U", None, "sil", "SS", "U", "U"]
+    for opening, width in VISEMES.values():
+        assert 0 <= opening <= 1
+        assert 0 <= width <= 1
 
 
 def test_espeak_refuses_a_voice_option_that_is_none() -> None:

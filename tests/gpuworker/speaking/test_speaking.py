@@ -306,6 +306,16 @@ def test_espeak_speaks_each_piece(espeak: EspeakEngine) -> None:
     assert end.message == "text contains nothing to speak"
 
 
+def test_the_visemes_of_espeak_go_on_from_piece_to_piece(espeak: EspeakEngine) -> None:
+    end, chunks = speak(espeak, "Hello there, my friend. Good morning to you all.", visemes=True)
+    assert end.outcome == "completed"
+    times = [shape["t"] for chunk in chunks if isinstance(chunk, OutputChunk) for shape in chunk.data["visemes"]]
+    assert times == sorted(times)
+    first, last = (mark.sample / 22_050 for mark in marks(chunks))
+    assert any(0 < at - first < 0.3 for at in times)
+    assert first < times[-1] <= last
+
+
 def test_a_restart_is_asked_for_by_any_piece() -> None:
     calls: list[str] = []
 

@@ -13,6 +13,7 @@ from relayd.store.records import PutTurn
 from relayd.talk.conversation import MAX_PROMPT_BYTES, MAX_WAITING
 from relayd.talk.events import (
     Event,
+    Extra,
     ReplyEnded,
     Speech,
     SpeechEnded,
@@ -72,6 +73,19 @@ async def test_a_reply_comes_as_text_and_as_speech(tmp_path: Path) -> None:
         assert writer.assigns[1].params["temperature"] == 0.5
         await on.daemon.at_rest()
         assert not on.talks.place.unended
+
+
+@pytest.mark.trio
+async def test_an_engine_that_can_say_how_the_mouth_stands_is_asked_to(tmp_path: Path) -> None:
+    async with stage(tmp_path) as on:
+        await on.writer()
+        speaker = await on.speaker(params={"type": "object", "properties": {"visemes": {"type": "boolean"}}})
+        talk = await on.open()
+        events = await events_of(talk.say("Hello"))
+        made = [event.data for event in events if isinstance(event, Extra)]
+        assert made[0] == {"visemes": [{"t": 0.0, "opening": 0.5}]}
+        await ended(talk.say("And now?", speech_params={"visemes": False}))
+        assert [assign.params for assign in speaker.assigns] == [{"visemes": True}, {"visemes": False}]
 
 
 @pytest.mark.trio
