@@ -36,7 +36,7 @@ test: $(VENV)/.dev $(VENV)/.node $(VENV)/.debian $(VENV)/.chromium $(CLIENTS)/.c
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Left out: what starts processes or a browser, needs torch or Debian's programs, or takes longer than the rest together.
-SLOW := e2e chaos fuzz browser deploy bench gpuworker/engines/voxcpm gpuworker/engines/test_indextts2.py gpuworker/engines/openai/test_troubles.py gpuworker/slots \
+SLOW := e2e chaos fuzz browser deploy bench gpuworker/engines/voxcpm gpuworker/engines/test_indextts2.py gpuworker/engines/openai/test_troubles.py gpuworker/engines/webrtc/test_peers.py gpuworker/slots \
   gpuworker/test_cli.py tui/terminal tui/test_snapshots.py tui/test_app.py tui/test_keys.py conformance \
   relayd/connections/test_departed.py relayd/connections/test_login_timing.py relayd/http/requests_api/test_openapi.py relayd/http/test_prometheus.py relayd/store
 test-fast: $(VENV)/.fast ## what one runs while working: no process, browser, torch or disk fault; below 90 s
@@ -53,7 +53,7 @@ test-min: | $(BIN)/python ## client, worker and the relay's HTTP with the oldest
 	$(MIN_PIP) -c constraints.txt $(MIN_TOOLS)
 	$(MIN_PIP) -c constraints-min.txt -e .
 	$(MIN_PYTEST) tests/protocol tests/gpuworker tests/bench/test_commands.py tests/relayd/cli/test_extra.py \
-	  --ignore tests/gpuworker/engines/voxcpm $(addprefix --ignore tests/,protocol/test_protocol_doc.py gpuworker/engines/test_indextts2.py gpuworker/engines/chat gpuworker/engines/openai protocol/commands/test_mp3_writer.py)
+	  --ignore tests/gpuworker/engines/voxcpm $(addprefix --ignore tests/,protocol/test_protocol_doc.py gpuworker/engines/test_indextts2.py gpuworker/engines/chat gpuworker/engines/openai gpuworker/engines/webrtc protocol/commands/test_mp3_writer.py)
 	$(MIN_PIP) -c constraints-min.txt -e '.[relay]'
 	$(MIN_PYTEST) tests/relayd/logs tests/relayd/http \
 	  $(addprefix --ignore tests/relayd/http/,audio openai test_prometheus.py requests_api/test_openapi.py)

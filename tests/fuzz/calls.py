@@ -69,10 +69,10 @@ PATIENCE_S = 20.0
 @contextlib.contextmanager
 def a_gateway() -> Iterator[Callable[[bytes], None]]:
     """A gateway; the function offers it bytes, or a peer of its candidates, and raises unless each is answered."""
-    gateway = Gateway(Settings(loopback=True, ports="50600-50699"), range(50_600, 50_700), ["127.0.0.1"])
+    gateway = Gateway(Settings(loopback=True, ports="20600-20699"), range(20_600, 20_700), ["127.0.0.1"])
     gateway.open()
     try:
-        peer = gateway.do(gateway.open_peer("first", False))
+        peer = gateway.do(gateway.open_peer("first"))
         gateway.do(peer.answer(read_offer(SMALL.decode(), loopback=True)), PATIENCE_S)
 
         def run(data: bytes) -> None:
@@ -85,7 +85,7 @@ def a_gateway() -> Iterator[Callable[[bytes], None]]:
                 offer = read_offer(text, loopback=True)
             except BadOffer:
                 return
-            other = gateway.do(gateway.open_peer("other", False))
+            other = gateway.do(gateway.open_peer("other"))
             try:
                 answer = gateway.do(other.answer(offer), PATIENCE_S)
                 assert answer.startswith("v=0")

@@ -15,7 +15,7 @@ from tests.support.processes import PATIENCE_S, Place, Proc, a_place, a_relay, a
 
 CONFIG = "[spaces.calls]\nrun_timeout_s = 3600\n"
 BLUE, RED = (0, 0, 255), (255, 0, 0)
-WORKER = ("--engine", "webrtc", "--space", "calls", "-o", "host=127.0.0.1", "-o", "ports=50300-50399")
+WORKER = ("--engine", "webrtc", "--space", "calls", "-o", "host=127.0.0.1", "-o", "ports=20300-20399")
 L16 = "audio/L16;rate=24000;channels=1"
 TUNE = Tune(24_000).pcm(tune_key("hello", 0), 0, 48_000)
 

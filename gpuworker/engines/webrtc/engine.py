@@ -51,8 +51,9 @@ if TYPE_CHECKING:
     from gpuworker.engines.webrtc.play import Play
 
 ANSWER_S = 20.0
-#: How soon a cancel is noticed where no input tells of it.
-NAP_S = 0.02
+#: How soon a cancel is noticed where no input tells of it: a play is to be silent at once, and calls are many.
+PLAY_NAP_S = 0.02
+CALL_NAP_S = 0.25
 MICROPHONE = AudioFormat(sample_rate=16_000)
 #: A loop to look at while nobody speaks, not a film: it is in memory for each call.
 MAX_IDLE_BYTES = 16 * 1024 * 1024
@@ -186,11 +187,11 @@ class WebRtcEngine(Engine):
             kind = "a call takes commands and idle" if "offer" in params else "a play takes audio and video"
             raise EngineError(f"input {wrong[0]} does not belong here: {kind}", code=ErrorCode.INPUT_MISMATCH)
         if "offer" in params:
-            return self._call(self._gateway, params, inputs, context.request_id)
-        return self._play(self._gateway, params["peer"], inputs, context.request_id)
+            return self._call(self._gateway, params, inputs, context)
+        return self._play(self._gateway, params["peer"], inputs, context)
 
     def _call(
-        self, gateway: "Gateway", params: dict[str, Value], inputs: Mapping[str, Any], request_id: str
+        self, gateway: "Gateway", params: dict[str, Value], inputs: Mapping[str, Any], context: RequestContext
     ) -> Iterator[Chunk]:
         try:
             offer = read_offer(params["offer"], loopback=gateway.settings.loopback)
@@ -199,17 +200,18 @@ class WebRtcEngine(Engine):
         if len(gateway.peers) >= self._max_peers:
             message = f"all {self._max_peers} calls of this worker are taken; call later, or give it more --slots"
             raise EngineError(message, retryable=True)
-        peer = gateway.do(gateway.open_peer(request_id, bool(params.get("listen"))))
+        request_id, listen = context.request_id, bool(params.get("listen"))
+        peer = gateway.do(gateway.open_peer(request_id, context.principal, listen=listen))
         try:
             yield OutputChunk({"answer": gateway.do(peer.answer(offer), ANSWER_S)})
             _begin(peer.events, self._obey, gateway, peer, inputs.get("commands"))
             _begin(peer.events, self._show_idle, gateway, peer, inputs.get("idle"))
-            for event in self._events(peer.events):
+            for event in self._events(peer.events, CALL_NAP_S):
                 yield event if isinstance(event, AudioChunk) else OutputChunk(event)
         finally:
             gateway.do(gateway.close_peer(request_id), ANSWER_S)
 
-    def _events(self, events: "queue.SimpleQueue[Any]") -> Iterator[Any]:
+    def _events(self, events: "queue.SimpleQueue[Any]", nap_s: float) -> Iterator[Any]:
         """What comes, until an end.
 
         Raises:
@@ -217,7 +219,7 @@ class WebRtcEngine(Engine):
         """
         while not self.cancelled():
             with contextlib.suppress(queue.Empty):
-                event = events.get(timeout=NAP_S)
+                event = events.get(timeout=nap_s)
                 if isinstance(event, EngineError):
                     raise event
                 if event is None:
@@ -264,26 +266,28 @@ class WebRtcEngine(Engine):
         if pictures:
             gateway.soon(peer.screen.set_idle, pictures)
 
-    def _play(self, gateway: "Gateway", peer_id: str, inputs: Mapping[str, Any], request_id: str) -> Iterator[Chunk]:
+    def _play(
+        self, gateway: "Gateway", peer_id: str, inputs: Mapping[str, Any], context: RequestContext
+    ) -> Iterator[Chunk]:
         from gpuworker.engines.webrtc.play import Play
 
         if (audio := inputs.get("audio")) is None:
             raise EngineError("a play needs the input audio", code=ErrorCode.INPUT_MISSING)
-        peer = gateway.peer(peer_id)
+        peer = gateway.peer(peer_id, context.principal)
         sound = _format(audio.media_type)
         play = Play(sound, has_video="video" in inputs)
         gateway.soon(peer.add_play, play)
         try:
             _begin(play.events, self._read_audio, play, sound, audio)
             _begin(play.events, self._read_video, play, inputs.get("video"))
-            for samples in self._events(play.events):
+            for samples in self._events(play.events, PLAY_NAP_S):
                 yield OutputChunk({"played": samples})
             if not self.cancelled():
                 yield OutputChunk({"played": play.samples_played})
         finally:
             play.close()
             if not play.finished:  # a cancelled run can say no more, but the call can
-                gateway.soon(peer.tell, {"stopped": {"play": request_id, "played": play.samples_played}})
+                gateway.soon(peer.tell, {"stopped": {"play": context.request_id, "played": play.samples_played}})
 
     @staticmethod
     def _read_audio(play: "Play", sound: AudioFormat, audio: EngineInput | LiveInput) -> None:

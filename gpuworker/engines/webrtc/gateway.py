@@ -1,6 +1,7 @@
 """The gateway: an event loop in a thread of its own, on which all peers of the worker live."""
 
 import asyncio
+import concurrent.futures
 import errno
 import random
 import sys
@@ -103,28 +104,37 @@ class Gateway:
     # -- for seats, in any thread
 
     def do(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """Do something in the loop, and wait for its end."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+        """Do something in the loop, and wait for its end.
+
+        Raises:
+            EngineError: it takes too long.
+        """
+        doing = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return doing.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            doing.cancel()
+            raise EngineError("the worker's calls do not answer; try again later", retryable=True) from None
 
     def soon(self, work: Callable[..., object], *arguments: object) -> None:
         """Call something in the loop."""
         self._loop.call_soon_threadsafe(work, *arguments)
 
-    async def open_peer(self, request_id: str, listen: bool) -> Peer:
-        """Make a peer; `close_peer` ends it."""
-        peer = self.peers[request_id] = Peer(self.settings, listen=listen)
+    async def open_peer(self, request_id: str, principal: str = "", *, listen: bool = False) -> Peer:
+        """Make a peer of a principal; `close_peer` ends it."""
+        peer = self.peers[request_id] = Peer(self.settings, principal, listen=listen)
         return peer
 
     async def close_peer(self, request_id: str) -> None:
         """End a peer."""
         await self.peers.pop(request_id).close()
 
-    def peer(self, request_id: str) -> Peer:
-        """A peer that was called.
+    def peer(self, request_id: str, principal: str) -> Peer:
+        """A peer of a principal.
 
         Raises:
-            EngineError: there is none of this name, or it has ended.
+            EngineError: there is none of this name, it is another principal's, or it has ended.
         """
-        if (peer := self.peers.get(request_id)) is None:
+        if (peer := self.peers.get(request_id)) is None or peer.principal != principal:
             raise EngineError("there is no such call, or it has ended; call again, and play it there")
         return peer

@@ -115,14 +115,16 @@ class Peer:
 
     Args:
         settings: of the gateway.
+        principal: who may play on it.
         listen: whether its microphone is passed on.
 
     Attributes:
         events: what it tells: frames of the request; None when it has hung up, or the error that ended it.
     """
 
-    def __init__(self, settings: Settings, *, listen: bool) -> None:
+    def __init__(self, settings: Settings, principal: str, *, listen: bool) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.principal = principal
         self._settings = settings
         self._listen = listen
         # `iceServers=None` would ask a public STUN server.

@@ -11,18 +11,20 @@ from gpuworker.engines.webrtc.engine import WebRtcEngine
 from gpuworker.slots.run_engine import RunResult, run_engine
 from tests.support.caller import PATIENCE_S, Caller
 
-PORTS = "50400-50499"
+PORTS = "20400-20499"
 
 
 class Run:
     """One run in a seat."""
 
-    def __init__(self, engine: WebRtcEngine, params: Mapping[str, Any], inputs: Mapping[str, Any], name: str) -> None:
+    def __init__(
+        self, engine: WebRtcEngine, params: Mapping[str, Any], inputs: Mapping[str, Any], name: str, who: str = ""
+    ) -> None:
         self.chunks: list[Chunk] = []
         self.end: RunResult | None = None
         self._inputs = inputs
         self._cancelled = threading.Event()
-        context = RequestContext(request_id=name)
+        context = RequestContext(request_id=name, principal=who)
 
         def run() -> None:
             emit = self.chunks.append
@@ -81,10 +83,10 @@ class Seats:
         self._free = list(engine.seats(count))
         self._runs: list[Run] = []
 
-    def run(self, params: Mapping[str, Any], name: str = "", **inputs: Any) -> Run:
+    def run(self, params: Mapping[str, Any], name: str = "", who: str = "anna", **inputs: Any) -> Run:
         seat = self._free.pop()
         assert isinstance(seat, WebRtcEngine)
-        run = Run(seat, params, inputs, name)
+        run = Run(seat, params, inputs, name, who)
         self._runs.append(run)
         return run
 

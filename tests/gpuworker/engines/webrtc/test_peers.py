@@ -55,12 +55,12 @@ def test_calls_take_ports_of_the_range_and_are_refused_when_none_is_left() -> No
     with the_seats() as seats, Caller() as caller:
         run = seats.run({"offer": caller.offer()})
         assert all(first <= int(fields[5]) <= last for fields in candidates(run.until("answer")))
-    with the_seats(ports="50500-50500") as seats, Caller() as caller, Caller() as other:
+    with the_seats(ports="20500-20500") as seats, Caller() as caller, Caller() as other:
         held = seats.run({"offer": caller.offer()}, "held")
         held.until("answer")
         offer = other.offer()
         end = seats.run({"offer": offer}, "refused").ended()
-        assert end.message.startswith("no UDP port is left for a call (50500-50500)")
+        assert end.message.startswith("no UDP port is left for a call (20500-20500)")
         assert end.retryable
         held.cancel()
         held.ended()
@@ -252,6 +252,12 @@ def test_a_play_of_no_call_is_told_to_call_again() -> None:
         end = seats.run({"peer": "nobody"}, audio=live(L16)).ended()
         assert "call again" in end.message
         assert not end.retryable
+
+
+def test_nobody_plays_on_the_call_of_another_principal() -> None:
+    with the_seats() as seats, Caller() as caller:
+        seats.call(caller)
+        assert "there is no such call" in seats.run({"peer": "call"}, "play", "bert", audio=live(L16)).ended().message
 
 
 @pytest.mark.parametrize(
