@@ -375,6 +375,7 @@ class Talk:
     Args:
         reply: the space of the language model, which takes `messages`.
         speech: the space that speaks the replies; "" for text alone.
+        transcribe: the space that writes down what users say into a microphone; "" for none.
         listen: `HOST:PORT` of the door for clients of the GPU server; "" for none.
         tts_server: whether `/tts` is served, for clients of the VoxCPM server.
         sessions: `open`: whoever names a new session begins a conversation; `known`: it must have been created.
@@ -392,6 +393,7 @@ class Talk:
 
     reply: Annotated[str, space_name]
     speech: Annotated[str, _optional_space] = ""
+    transcribe: Annotated[str, _optional_space] = ""
     listen: Annotated[str, _listen] = ""
     tts_server: Annotated[bool, boolean] = False
     sessions: Annotated[Literal["open", "known"], choice("open", "known")] = "open"

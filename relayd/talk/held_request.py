@@ -55,6 +55,11 @@ class FrameQueue:
         return frame
 
     @property
+    def has_more(self) -> bool:
+        """Whether there is something to take now."""
+        return bool(self._frames)
+
+    @property
     def is_read(self) -> bool:
         """Whether everything was taken that there will be."""
         return self.request is not None and self._reader is None and not self._frames

@@ -11,6 +11,8 @@ import attrs
 import pytest
 import trio
 
+from gpuworker.hearing import hearing
+from gpuworker.hearing.utterances import Began, Ended, Utterance, Utterances, loudness
 from protocol.wire.codec import decode
 from protocol.wire.frames import Audio, Cancelled, Completed, Failed, Output, Started
 from protocol.wire.messages import FROM_RELAY, Assign, Cancel, Input, InputAck, Rejected
@@ -185,6 +187,61 @@ class Speaker(FakeEngine):
         out.send(Completed, result={})
 
 
+@attrs.define(eq=False)
+class Listener(FakeEngine):
+    """Hears utterances in what is loud, and understands what the test says, one text after the other."""
+
+    texts: list[str] = attrs.field(factory=list)
+    #: Waits for this before it understands anything.
+    ponders: trio.Event | None = None
+    #: Fails with this code instead of understanding.
+    fails_with: str | None = None
+
+    async def run(self, out: Sending, fed: trio.MemoryReceiveChannel[Input]) -> None:
+        """See `FakeEngine.run`."""
+        params = out.assign.params
+        cutter = Utterances(
+            24_000,
+            loudness,
+            threshold=params.get("threshold", 0.5),
+            silence_ms=params.get("silence_ms", 500),
+            prefix_ms=params.get("prefix_ms", 300),
+        )
+        out.send(Started, format=None)
+        whole = b""
+        async for piece in fed:
+            whole += piece.data
+            offset = piece.offset + len(piece.data)
+            ack = InputAck(request_id=piece.request_id, attempt=out.assign.attempt, name=piece.name, offset=offset)
+            self.worker.send(ack)
+            events = [*cutter.add(piece.data), *(cutter.finish() if piece.last else ())]
+            if params.get("turn_detection") == "none":
+                events = [Utterance(whole, 24_000, 0)] if piece.last else []
+            for event in events:
+                if not await self._tell(out, event):
+                    return
+            if piece.last:
+                break
+        out.send(Output, data={"finish_reason": "stop", "usage": {"type": "duration", "seconds": 1.0}})
+        out.send(Completed, result={})
+
+    async def _tell(self, out: Sending, event: Began | Ended | Utterance) -> bool:
+        if isinstance(event, Began):
+            out.send(Output, data={"speech_started": {"sample": event.sample}})
+        elif isinstance(event, Ended):
+            out.send(Output, data={"speech_stopped": {"sample": event.sample}})
+        else:
+            if self.ponders is not None:
+                await self.ponders.wait()
+            if self.fails_with is not None:
+                out.send(Failed, code=self.fails_with, message="as the test says")
+                return False
+            if text := self.texts.pop(0):
+                out.send(Output, data=text)
+            out.send(Output, data={"utterance": {"start": event.start, "end": event.end, "sample_rate": 24_000}})
+        return True
+
+
 def speech_of(text: str) -> bytes:
     """The samples in which `Speaker` says a text."""
     return b"".join(SAMPLES * (ord(char) % 0x7000).to_bytes(2, "little") for char in text)
@@ -221,6 +278,13 @@ class Stage:
         told: dict[str, Any] = {"params": {}, "format": made, "inputs": {"text": {"live": True}}, "slots": 4} | more
         speaker: Speaker = await self.nursery.start(self._serve, "tts", partial(Speaker, format=made), told)
         return speaker
+
+    async def listener(self, *texts: str, **more: Any) -> Listener:
+        """Connect a worker of the space `stt`."""
+        hears = hearing.capabilities(decodes=False)
+        told: dict[str, Any] = {"params": hears.params, "format": None, "inputs": hears.inputs, "slots": 4} | more
+        listener: Listener = await self.nursery.start(self._serve, "stt", partial(Listener, texts=list(texts)), told)
+        return listener
 
     async def _serve(
         self, space: str, engine: Any, told: dict[str, Any], task_status: trio.TaskStatus[FakeEngine]

@@ -108,6 +108,8 @@ def item_json(item_id: str, role: str, status: str, content: Json | None) -> Jso
 
 def content_json(role: str, text: str, *, spoken: bool = False) -> Json:
     """Return the content of a message."""
+    if role == "user" and spoken:
+        return {"type": "input_audio", "transcript": text}
     if role != "assistant":
         return {"type": "input_text", "text": text}
     return {"type": "output_audio", "transcript": text} if spoken else {"type": "output_text", "text": text}
@@ -196,7 +198,7 @@ def _beta_response(response: Json) -> Json:
 
 
 def _beta_session(session: Json) -> Json:
-    output = session["audio"]["output"]
+    output, given = session["audio"]["output"], session["audio"]["input"]
     return {
         "id": session["id"],
         "object": session["object"],
@@ -207,8 +209,8 @@ def _beta_session(session: Json) -> Json:
         "speed": output["speed"],
         "input_audio_format": "pcm16",
         "output_audio_format": "pcm16",
-        "input_audio_transcription": None,
-        "turn_detection": None,
+        "input_audio_transcription": given["transcription"],
+        "turn_detection": given["turn_detection"],
         "tools": [],
         "tool_choice": session["tool_choice"],
         "temperature": session["temperature"],

@@ -103,8 +103,8 @@ class Item:
     """A message of the conversation.
 
     Args:
-        number: of its turn.
-        spoken: whether it has audio.
+        number: of its turn; below 0 while it is not understood what was said.
+        spoken: whether it has audio, or had.
     """
 
     item_id: str
@@ -117,6 +117,11 @@ class Item:
     sent_s: float = 0.0
     speed: float = 1.0
     truncated: bool = False
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it is not understood yet what was said."""
+        return self.number < 0
 
     def samples_until(self, end_ms: int) -> int:
         """Return how many samples were made of what plays until then."""
@@ -155,9 +160,13 @@ class Items:
         self._by_id[item.item_id] = item
         if len(self._by_id) > self._most:
             kept = {turn.number for turn in self.talk.turns}
-            self._by_id = {each: item for each, item in self._by_id.items() if item.number in kept}
+            self._by_id = {each: item for each, item in self._by_id.items() if item.number in kept or item.is_pending}
             self._most = MIN_ITEMS + 2 * len(self._by_id)
         return item
+
+    def forget(self, item: Item) -> None:
+        """Know one no longer."""
+        self._by_id.pop(item.item_id, None)
 
     async def create(self, message: Message, previous_id: str | None) -> Item:
         """Add a message of the client to the conversation.
@@ -197,7 +206,7 @@ class Items:
         """
         if not self.talk.delete_turn(item.number):
             raise EventError("item_in_progress", "this item is being made; cancel its response first", "item_id")
-        self._by_id.pop(item.item_id, None)
+        self.forget(item)
 
     def _turn(self, item: Item) -> TurnRecord | None:
         return self.talk.turn(item.number)

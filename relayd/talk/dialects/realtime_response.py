@@ -90,10 +90,10 @@ class Response:
         finally:
             self.finished.set()
 
-    def cancel(self) -> None:
+    def cancel(self, reason: str = "client_cancelled") -> None:
         """End it: the client has heard what was sent, unless it has said that it has heard less."""
-        self._note("cancelled", reason="client_cancelled")
-        self.abandon("cancelled by the client")
+        self._note("cancelled", reason=reason)
+        self.abandon("cancelled by the client" if reason == "client_cancelled" else "the user has begun to speak")
         self._scope.cancel()
 
     def abandon(self, reason: str = "the client has left") -> None:

@@ -25,6 +25,8 @@ from relayd.talk.dialects.realtime_events import (
     to_beta,
 )
 from relayd.talk.dialects.realtime_items import Items, parse_message, refusal_of, settle
+from relayd.talk.dialects.realtime_listening import changed_listening
+from relayd.talk.dialects.realtime_microphone import Microphone
 from relayd.talk.dialects.realtime_models import speech_params
 from relayd.talk.dialects.realtime_response import Response
 from relayd.talk.dialects.realtime_settings import AUDIO, TEXT, Settings, changed, metadata_of, session_json
@@ -60,12 +62,25 @@ class RealtimeSession:
     session_id: str = attrs.field(factory=lambda: new_id("sess"))
     items: Items = attrs.field(init=False)
     settings: Settings = attrs.field(init=False)
+    #: None if nothing is heard.
+    microphone: Microphone | None = None
     #: Those that are being made; one at most is a part of the conversation.
     _responses: list[Response] = attrs.field(factory=list)
 
     def __attrs_post_init__(self) -> None:
         self.items = Items(self.talk)
         self.settings = Settings(modality=AUDIO if self._has_speech else TEXT)
+        if self.talks.place.settings.transcribe:
+            self.microphone = Microphone(
+                self.send,
+                self.talks.place,
+                self.principal,
+                self.talk,
+                self.items,
+                self._interrupt,
+                self._respond,
+                self.nursery,
+            )
 
     async def serve(self) -> None:
         """Serve it until its client leaves, which interrupts its replies."""
@@ -73,6 +88,8 @@ class RealtimeSession:
             await self._serve()
         for response in self._responses:
             response.abandon()
+        if self.microphone is not None:
+            self.microphone.close()
 
     async def _serve(self) -> None:
         await self.send("session.created", session=self._json())
@@ -102,7 +119,9 @@ class RealtimeSession:
         instructions = self.settings.instructions
         if instructions is None:
             instructions = self.talk.record.instructions or self.talks.place.settings.instructions
-        return session_json(self.session_id, self.model, self.settings, instructions)
+        listening = None if self.microphone is None else self.microphone.listening
+        ears = self.talks.place.settings.transcribe
+        return session_json(self.session_id, self.model, self.settings, instructions, listening, ears)
 
     # -- events of the client
 
@@ -110,15 +129,23 @@ class RealtimeSession:
         kind = read_field(event, "type", _id, REQUIRED)
         if kind in _EVENTS:
             await _EVENTS[kind](self, event)
+        elif kind in _HEARING and self.microphone is not None:
+            await _HEARING[kind](self.microphone, event)
         elif kind.startswith(("input_audio_buffer.", "output_audio_buffer.")):
-            message = f"{kind}: nothing is heard here; send what is said as text (conversation.item.create)"
+            message = (
+                f"{kind}: nothing is heard here ([talk] transcribe in relayd.toml); send what is said as text "
+                "(conversation.item.create)"
+            )
             raise EventError("unsupported", message, "type")
         else:
-            known = ", ".join(_EVENTS)
+            known = ", ".join((*_EVENTS, *_HEARING))
             raise EventError("unknown_event", f"{kind[:64]!r} is not an event; known are {known}", "type")
 
     async def _clear_input(self, event: Json) -> None:
-        await self.send("input_audio_buffer.cleared")  # clients that interrupt clear it, even if it is empty
+        if self.microphone is not None:
+            await self.microphone.clear(event)
+        else:
+            await self.send("input_audio_buffer.cleared")  # clients that interrupt clear it, even if it is empty
 
     async def _update(self, event: Json) -> None:
         fields = read_field(event, "session", mapping, REQUIRED)
@@ -126,11 +153,15 @@ class RealtimeSession:
             raise EventError("unsupported", "the model of a session stays; connect again for another", "session.model")
         settings = changed(self.settings, fields, "session.", has_speech=self._has_speech)
         speech_params(self.context, self.talks, settings, "session.")
+        if self.microphone is not None:
+            listening = changed_listening(self.microphone.listening, fields, "session.")
+            await self.microphone.change(listening)
         self.settings = settings
         await self.send("session.updated", session=self._json())
 
     async def _create_item(self, event: Json) -> None:
         message = parse_message(read_field(event, "item", mapping, REQUIRED))
+        await self._settled()
         previous = self.items.last_id
         told = self.items.json(await self.items.create(message, read_field(event, "previous_item_id", _id)))
         await self.send("conversation.item.added", previous_item_id=previous, item=told)
@@ -175,6 +206,29 @@ class RealtimeSession:
     @property
     def _unfinished(self) -> list[Response]:
         return [response for response in self._responses if not response.finished.is_set()]
+
+    async def _settled(self) -> None:
+        """Wait until what the user has said is a part of the conversation."""
+        if self.microphone is not None:
+            await self.microphone.settled()
+
+    async def _interrupt(self) -> None:
+        """End the response that is being made, because the user speaks."""
+        for response in self._unfinished:
+            if response.items is not None:
+                response.cancel("turn_detected")
+                await response.finished.wait()
+
+    async def _respond(self) -> None:
+        """Answer what the user has said, after what is being made."""
+        for response in self._unfinished:
+            if response.items is not None:
+                await response.finished.wait()
+        await self._create_response({"type": "response.create"})
+
+    async def _ask_response(self, event: Json) -> None:
+        await self._settled()
+        await self._create_response(event)
 
     async def _create_response(self, event: Json) -> None:
         fields = read_field(event, "response", mapping, {})
@@ -250,6 +304,10 @@ _EVENTS: dict[str, Callable[[RealtimeSession, Json], Awaitable[None]]] = {
     "conversation.item.truncate": RealtimeSession._truncate_item,
     "conversation.item.delete": RealtimeSession._delete_item,
     "input_audio_buffer.clear": RealtimeSession._clear_input,
-    "response.create": RealtimeSession._create_response,
+    "response.create": RealtimeSession._ask_response,
     "response.cancel": RealtimeSession._cancel,
+}
+_HEARING: dict[str, Callable[[Microphone, Json], Awaitable[None]]] = {
+    "input_audio_buffer.append": Microphone.append,
+    "input_audio_buffer.commit": Microphone.commit,
 }

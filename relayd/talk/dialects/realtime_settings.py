@@ -6,13 +6,12 @@ from typing import Any
 import attrs
 
 from protocol.wire.validators import Rule, Value, any_value, array_of, choice, integer, map_of, mapping, number, text
-from relayd.http.audio.encoder import MAX_SPEED, MIN_SPEED, PCM
+from relayd.http.audio.encoder import MAX_SPEED, MIN_SPEED
 from relayd.talk.dialects.realtime_events import EventError, Json, read_field
+from relayd.talk.dialects.realtime_listening import FORMAT, MAX_NAME_CHARS, Listening, check_format, listening_json
 from relayd.talk.talks import MAX_INSTRUCTIONS_CHARS
 
 AUDIO, TEXT = "audio", "text"
-FORMAT = {"type": "audio/pcm", "rate": PCM.sample_rate}
-MAX_NAME_CHARS = 256
 INF = "inf"
 
 
@@ -68,7 +67,7 @@ def changed(settings: Settings, fields: Json, path: str, *, has_speech: bool) ->
     audio = read_field(fields, "audio", mapping, {}, path)
     at = f"{path}audio.output."
     output = read_field(audio, "output", mapping, {}, f"{path}audio.")
-    _check_format(read_field(output, "format", any_value, FORMAT, at), f"{at}format")
+    check_format(read_field(output, "format", any_value, FORMAT, at), f"{at}format")
     beta_format = read_field(fields, "output_audio_format", text(MAX_NAME_CHARS), "pcm16", path)
     if beta_format != "pcm16":
         raise EventError("invalid_value", f"output_audio_format must be 'pcm16', not {beta_format[:64]!r}", path)
@@ -97,13 +96,6 @@ def _either(fields: Json, path: str, rule: Rule, name: str, beta_name: str) -> A
     return read_field(fields, name, rule, read_field(fields, beta_name, rule, None, path), path)
 
 
-def _check_format(value: Value, path: str) -> None:
-    fields = value if isinstance(value, dict) else {"type": value}
-    if fields.get("type") != FORMAT["type"] or fields.get("rate", PCM.sample_rate) != PCM.sample_rate:
-        message = f"{path} must be {{'type': 'audio/pcm', 'rate': {PCM.sample_rate}}}: that is what comes"
-        raise EventError("unsupported", message, path)
-
-
 def _refuse_unsupported(fields: Json, path: str) -> None:
     if fields.get("type", "realtime") != "realtime":
         raise EventError("unsupported", f"{path}type must be 'realtime'", f"{path}type")
@@ -127,7 +119,9 @@ def metadata_of(fields: Json) -> dict[str, str] | None:
     return metadata
 
 
-def session_json(session_id: str, model: str, settings: Settings, instructions: str) -> Json:
+def session_json(
+    session_id: str, model: str, settings: Settings, instructions: str, listening: Listening | None, ears: str
+) -> Json:
     """Return a session as its client sees it.
 
     Args:
@@ -135,6 +129,8 @@ def session_json(session_id: str, model: str, settings: Settings, instructions: 
         model: as the client has named it.
         settings: as they are.
         instructions: that the model is told.
+        listening: how the client is listened to; None if it is not.
+        ears: the space that does it.
     """
     return {
         "type": "realtime",
@@ -150,10 +146,7 @@ def session_json(session_id: str, model: str, settings: Settings, instructions: 
         "tracing": None,
         "truncation": "auto",
         "prompt": None,
-        "audio": {
-            "input": {"format": FORMAT, "transcription": None, "noise_reduction": None, "turn_detection": None},
-            "output": output_json(settings),
-        },
+        "audio": {"input": listening_json(listening, ears), "output": output_json(settings)},
     }
 
 
