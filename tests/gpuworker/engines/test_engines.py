@@ -283,7 +283,7 @@ def test_espeak_tells_how_the_mouth_stands_if_it_is_asked(espeak: EspeakEngine) 
     times = [shape["t"] for shape in made]
     assert times == sorted(times)  # also over the change of the voice
     seconds = len(pcm(chunks)) / 2 / 22_050
-    assert 0.8 * seconds < times[-1] <= seconds
+    assert 0.8 * seconds < times[-1] <= seconds + 0.001  # ms
     heard_s = 0.0  # they come before their sound
     for chunk in chunks:
         if isinstance(chunk, AudioChunk):

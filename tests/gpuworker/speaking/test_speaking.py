@@ -313,7 +313,7 @@ def test_the_visemes_of_espeak_go_on_from_piece_to_piece(espeak: EspeakEngine) -
     assert times == sorted(times)
     first, last = (mark.sample / 22_050 for mark in marks(chunks))
     assert any(0 < at - first < 0.3 for at in times)
-    assert first < times[-1] <= last
+    assert first < times[-1] <= last + 0.001  # ms
 
 
 def test_a_restart_is_asked_for_by_any_piece() -> None:
