@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from protocol import Live
+from protocol import From, Live
 from protocol.client.inputs import InputSource
 from protocol.wire.frames import Output
 from tests.support.caller import Caller, an_ivf
 from tests.support.calls import BLUE, L16, RED, TUNE, a_place_for_calls, until
+from tests.support.processes import a_worker
 
 
 @pytest.mark.trio
@@ -35,3 +36,33 @@ async def test_a_caller_hears_and_sees_what_is_played_on_its_call(tmp_path: Path
                 await trio.to_thread.run_sync(caller.wait, lambda: caller.seen[-1].colour[1] > 150)
                 await call.feed("commands", '{"hang_up": true}\n')
                 await until(call, "state", "closed")
+
+
+@pytest.mark.trio
+async def test_speech_and_video_that_are_still_made_are_heard_and_seen_by_pipes(tmp_path: Path) -> None:
+    async with a_place_for_calls(tmp_path, "[spaces.tts]\n") as (place, relay, _, client):
+        mock = ("--engine", "mock", "--space", "tts", "--slots", "2")
+        with Caller() as caller:
+            async with a_worker(place, relay, *mock):
+                offer = await trio.to_thread.run_sync(caller.offer)
+                inputs: dict[str, InputSource] = {"commands": Live(), "idle": (an_ivf(BLUE, 10), "video/x-ivf")}
+                async with client.submit("calls", {"offer": offer}, inputs=inputs) as call:
+                    await trio.to_thread.run_sync(caller.accept, await until(call, "answer"))
+                    await until(call, "state", "connected")
+                    said = {"text": "hello", "duration_s": 2, "speed": 4}
+                    video = said | {"output": "video", "chunk_ms": 40}
+                    async with (
+                        client.submit("tts", said, group="turn", detach=True) as speech,
+                        client.submit("tts", video, group="turn", detach=True) as face,
+                        client.submit(
+                            "calls",
+                            {"peer": call.request_id},
+                            inputs={"audio": From(speech.request_id), "video": From(face.request_id)},
+                            group="turn",
+                        ) as play,
+                    ):
+                        played = [frame.data["played"] async for frame in play if isinstance(frame, Output)]
+                    assert played[-1] == 48_000
+                    await trio.to_thread.run_sync(caller.wait, lambda: caller.hears(TUNE, 24_000, 0.6))
+                    assert sum(seen.width == 16 for seen in caller.seen) > 20, "the mock's pictures are small"
+                    await trio.to_thread.run_sync(caller.wait, lambda: caller.seen[-1].width == 64)

@@ -20,8 +20,10 @@ SLOT_S = 0.02
 SLOT_SAMPLES = round(OPUS_HZ * SLOT_S)
 SLOT_TICKS = round(PTS_HZ * SLOT_S)
 BITS_S = 32_000
-#: A play waits with what has come until there is so much of it, at its beginning and where it had to stop.
+#: A play waits with what has come until there is so much of it, at its beginning; where it had to stop, until there is
+#: twice as much as the time before: whoever makes sound no faster than it is heard must not make it stutter.
 READY_PACKETS = 5
+MOST_READY_PACKETS = 40
 #: At its beginning, it also waits for its first picture, for so long at most: pictures are made from the sound.
 FIRST_PICTURE_S = 0.3
 AHEAD_S = 2.0
@@ -112,6 +114,7 @@ class Play:
         # of the peer's loop
         self._sent = 0
         self._sounds = False
+        self._ready = READY_PACKETS
         self._waits_since: float | None = None
 
     # -- for the threads that fill it
@@ -188,6 +191,8 @@ class Play:
         """
         with self._changed:
             if self._closed or not self._packets:
+                if self._sounds:
+                    self._ready = min(2 * self._ready, MOST_READY_PACKETS)
                 self._sounds, self._waits_since = False, None
                 return None
             if not self._sounds and not self._may_sound(now):
@@ -198,7 +203,7 @@ class Play:
             return packet
 
     def _may_sound(self, now: float) -> bool:
-        if len(self._packets) < READY_PACKETS and self._total is None:
+        if len(self._packets) < self._ready and self._total is None:
             return False
         if self._waits_since is None:
             self._waits_since = now

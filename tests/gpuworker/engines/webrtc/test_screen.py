@@ -164,18 +164,21 @@ def test_without_an_idle_loop_nothing_is_shown_between_plays() -> None:
     assert scene.run(1) == []
 
 
-def test_sound_that_pauses_goes_on_when_some_has_gathered() -> None:
+def test_sound_that_pauses_goes_on_when_more_has_gathered_than_the_time_before() -> None:
     scene = Scene()
     play = scene.play = Play(AudioFormat(sample_rate=48_000), has_video=False)
     play.add_packets([b"sound"] * READY_PACKETS)
     scene.run(0.5)
     assert scene.sounds == READY_PACKETS
-    play.add_packets([b"sound"] * (READY_PACKETS - 1))
+    play.add_packets([b"sound"] * (2 * READY_PACKETS - 1))
     scene.run(0.5)
     assert scene.sounds == READY_PACKETS
     play.add_packets([b"sound"])
     scene.run(0.5)
-    assert scene.sounds == 2 * READY_PACKETS
+    assert scene.sounds == 3 * READY_PACKETS
+    play.add_packets([b"sound"] * 4 * READY_PACKETS)
+    scene.run(0.5)
+    assert scene.sounds == 7 * READY_PACKETS
 
 
 def test_a_play_reads_ahead_a_little_and_no_more() -> None:
