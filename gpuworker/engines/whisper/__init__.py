@@ -1,0 +1,1 @@
+"""Engine `whisper`: transcripts by faster-whisper."""
