@@ -19,10 +19,12 @@ from gpuworker.engines.base import (
     InvalidParams,
     MarkChunk,
     ProgressChunk,
+    VideoChunk,
 )
 from gpuworker.speaking.live_text import MOST_CHARS, pieces_of
+from protocol.wire.ivf import PTS_HZ
 from protocol.wire.params_schema import takes_text
-from protocol.wire.structs import AudioFormat, InputRule
+from protocol.wire.structs import InputRule
 from protocol.wire.validators import Value
 
 TEXT = "text"
@@ -62,7 +64,10 @@ def speak(
         EngineError: the text is empty or not UTF-8, a piece failed, or pieces have different formats.
     """
     capabilities = engine.capabilities
-    joint = _Joint(engine, None if capabilities.late_format else engine.format_for(params))
+    formats = FormatChunk(None)
+    if not capabilities.late_format:
+        formats = FormatChunk(engine.format_for(params), engine.video_for(params))
+    joint = _Joint(engine, formats)
     others = {name: given for name, given in inputs.items() if name != TEXT}
     say = engine.piecewise({name: value for name, value in params.items() if name != TEXT}, others, **context)
     most = max(1, min(MOST_CHARS, (_text_schema(capabilities) or {}).get("maxLength", MOST_CHARS)))
@@ -81,11 +86,13 @@ class _Joint:
         samples: of audio so far.
     """
 
-    def __init__(self, engine: Engine, format_: AudioFormat | None) -> None:
+    def __init__(self, engine: Engine, formats: FormatChunk) -> None:
         self.pieces = 0
         self.samples = 0
         self._bytes = 0
-        self._format = FormatChunk(format_)
+        self._format = formats
+        #: Time of the latest picture, and of the first one of this piece, in units of 1/90,000 s.
+        self._last_pts, self._first_pts = -1, 0
         self._has_format = not engine.capabilities.late_format
         self._report = engine.report
         engine.report = lambda progress: self._report(self._progress(progress))
@@ -97,6 +104,7 @@ class _Joint:
             EngineError: its format is not that of the pieces before.
         """
         self.pieces += 1
+        self._first_pts = self._next_pts()
         try:
             for chunk in chunks:
                 if isinstance(chunk, FormatChunk) and self._has_format:
@@ -118,7 +126,17 @@ class _Joint:
         elif isinstance(chunk, AudioChunk) and self._format.format is not None:
             self._bytes += len(chunk.pcm)
             self.samples = self._bytes // self._format.format.sample_bytes
+        elif isinstance(chunk, VideoChunk):
+            self._last_pts = self._first_pts + chunk.pts
+            return attrs.evolve(chunk, pts=self._last_pts)
         return chunk
+
+    def _next_pts(self) -> int:
+        """When a picture behind the pieces so far is shown: where their audio ends, if they have any."""
+        audio, video = self._format.format, self._format.video
+        if audio is not None:
+            return max(self._last_pts + 1, self.samples * PTS_HZ // audio.sample_rate)
+        return self._last_pts + round(PTS_HZ / video.fps) if video is not None and self._last_pts >= 0 else 0
 
     def _progress(self, progress: ProgressChunk) -> ProgressChunk:
         """The progress of the run, which nobody knows: it grows with each piece, and never reaches 1."""

@@ -21,6 +21,7 @@ from gpuworker.engines.base import (
     OutputChunk,
     ProgressChunk,
     RequestContext,
+    VideoChunk,
 )
 from gpuworker.engines.catalog import parse_options
 from gpuworker.engines.espeak.engine import EspeakEngine
@@ -32,6 +33,7 @@ from gpuworker.speaking.speaking import with_live_text
 from protocol.wire.structs import AudioFormat, InputRule
 from protocol.wire.validators import Value
 from tests.gpuworker.speaking.test_live_text import TEXTS
+from tests.support.pictures import PICTURES, VIDEO
 
 ENDS = ("completed", "failed", "cancelled")
 
@@ -327,3 +329,36 @@ def test_a_restart_is_asked_for_by_any_piece() -> None:
 
     end, _chunks = speak(a_function(partial(fails)), "First sentence. The second one, of them.")
     assert (end.outcome, end.restart, end.retryable) == ("failed", True, True)
+
+
+@pytest.mark.parametrize(
+    ("piece_s", "begins"),
+    [
+        (0.2, [0, 18_000, 36_000]),  # each piece has five pictures, and begins where the audio before it ends
+        (0.1, [0, 14_401, 28_802]),  # but never with a picture that is due before the last one
+        (None, [0, 18_000, 36_000]),
+    ],
+)
+def test_the_pictures_of_each_piece_follow_those_of_the_piece_before(piece_s: float | None, begins: list[int]) -> None:
+    rate = 8_000
+    audio = None if piece_s is None else AudioFormat(sample_rate=rate)
+
+    class Signing(Engine):
+        @property
+        def capabilities(self) -> Capabilities:
+            schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+            return Capabilities(format=audio, video=VIDEO, params=schema)
+
+        def load(self) -> None:
+            pass
+
+        def generate(self, params: dict[str, Value], inputs: Mapping[str, Any]) -> Iterator[Chunk]:
+            yield from [VideoChunk(data, pts, not pts) for data, pts in PICTURES]
+            if piece_s is not None:
+                yield AudioChunk(bytes(2 * round(piece_s * rate)))
+
+    end, chunks = speak(Signing(), "This is the first one.\n\nThis is the second one.\n\nThis is the third one.")
+    assert end.outcome == "completed", end
+    assert chunks[0] == FormatChunk(audio, VIDEO)
+    shown = [chunk.pts for chunk in chunks if isinstance(chunk, VideoChunk)]
+    assert shown == [begin + pts for begin in begins for _, pts in PICTURES]
