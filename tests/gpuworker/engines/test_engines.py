@@ -550,6 +550,16 @@ def test_whole_numbers_in_lists_and_dicts_are_ints_where_they_are_annotated_so()
     assert chunks[1] == OutputChunk(["[1, 2]", "{'a': [3]}", "[1.0]"])
 
 
+def test_a_function_may_yield_pictures_behind_their_format() -> None:
+    def call(text: str) -> Iterator[Chunk]:
+        if text == "video":
+            yield FormatChunk(None, VIDEO)
+        yield VideoChunk(KEY_PICTURE, 0, True)
+
+    assert run(function(call), {"text": "video"})[1] == [FormatChunk(None, VIDEO), VideoChunk(KEY_PICTURE, 0, True)]
+    assert "before yielding its format: FormatChunk(format, video)" in run(function(call), {"text": ""})[0].message
+
+
 def test_a_class_is_made_once_at_load_and_called() -> None:
     class Model:
         made = 0
