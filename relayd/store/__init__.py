@@ -15,6 +15,7 @@ from relayd.store.records import DeleteTalk as DeleteTalk
 from relayd.store.records import DeleteToken as DeleteToken
 from relayd.store.records import DeleteTurns as DeleteTurns
 from relayd.store.records import Loaded as Loaded
+from relayd.store.records import PutHeard as PutHeard
 from relayd.store.records import PutRequest as PutRequest
 from relayd.store.records import PutSpace as PutSpace
 from relayd.store.records import PutTalk as PutTalk

@@ -37,6 +37,7 @@ from relayd.store.records import (
     DeleteWorker,
     Loaded,
     PutDrain,
+    PutHeard,
     PutRequest,
     PutSpace,
     PutTalk,
@@ -453,6 +454,9 @@ def _statements(change: Change) -> list[Statement]:
             return [(f"DELETE FROM {table} WHERE talk_id = ?", (talk_id,)) for table in ("talks", "turns")]
         case PutTurn(turn):
             return [_put_turn(turn)]
+        case PutHeard(talk_id, number, heard_chars):
+            where = "WHERE talk_id = ? AND number = ?"
+            return [(f"UPDATE turns SET heard_chars = ? {where}", (heard_chars, talk_id, number))]
         case DeleteTurns(talk_id, first, last):
             return [("DELETE FROM turns WHERE talk_id = ? AND number BETWEEN ? AND ?", (talk_id, first, last))]
         case PutUptime(uptime_s):

@@ -18,6 +18,7 @@ from relayd.store.records import (
     DeleteWorker,
     Loaded,
     PutDrain,
+    PutHeard,
     PutRequest,
     PutSpace,
     PutTalk,
@@ -132,6 +133,10 @@ class MemoryStore(Store):
             case PutTurn(turn):
                 if turn.talk_id in self._talks:
                     self._turns.setdefault(turn.talk_id, {})[turn.number] = turn
+            case PutHeard(talk_id, number, heard_chars):
+                turns = self._turns.get(talk_id, {})
+                if number in turns:
+                    turns[number] = attrs.evolve(turns[number], heard_chars=heard_chars)
             case DeleteTurns(talk_id, first, last):
                 turns = self._turns.get(talk_id, {})
                 for number in [number for number in turns if first <= number <= last]:

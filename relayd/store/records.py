@@ -343,6 +343,15 @@ class PutTurn:
 
 
 @attrs.frozen
+class PutHeard:
+    """Note how much of a reply was heard; ignored if there is no such turn."""
+
+    talk_id: str
+    number: int
+    heard_chars: int | None
+
+
+@attrs.frozen
 class DeleteTurns:
     """Delete turns of a conversation: those numbered from `first` up to `last`."""
 
@@ -375,6 +384,7 @@ Change = (
     | PutTalk
     | DeleteTalk
     | PutTurn
+    | PutHeard
     | DeleteTurns
     | PutUptime
 )

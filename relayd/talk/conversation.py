@@ -70,7 +70,7 @@ class Conversation:
 
     Args:
         talk_id: its id.
-        turns: by number; those that wait are continued with `resume`.
+        turns: by number, in order; those that wait are continued with `resume`.
         spoken: of the last replies that were spoken, what was made of them but their content: for a listener who says
             later what was heard.
     """
@@ -81,10 +81,13 @@ class Conversation:
     _waiting: deque[int] = attrs.field(factory=deque)
     _spoken: dict[int, Making] = attrs.field(factory=dict)
     _next: int = 0
+    #: Characters of all turns.
+    _chars: int = 0
 
     def __attrs_post_init__(self) -> None:
         self._next = max(self.turns, default=-1) + 1
-        self._waiting.extend(number for number, turn in sorted(self.turns.items()) if not turn.ended)
+        self._waiting.extend(number for number, turn in self.turns.items() if not turn.ended)
+        self._chars = sum(len(turn.content) for turn in self.turns.values())
 
     @property
     def waiting(self) -> int:
@@ -97,6 +100,7 @@ class Conversation:
         """Add a turn that nobody answers."""
         turn = TurnRecord(talk_id=self.talk_id, number=self._take(), role=role, content=content, at=at)
         self.turns[turn.number] = turn
+        self._chars += len(content)
         return turn
 
     def say(self, text: str | None, at: float, **reply: Any) -> tuple[TurnRecord, ...]:
@@ -174,6 +178,7 @@ class Conversation:
         self, turn: TurnRecord, state: TurnState, code: str | None, message: str | None, **more: Any
     ) -> TurnRecord:
         ended = attrs.evolve(turn, state=state, code=code, message=message, options=None, **more)
+        self._chars += len(ended.content) - len(turn.content)
         self.turns[turn.number] = ended
         return ended
 
@@ -209,19 +214,18 @@ class Conversation:
         if turn is None or not turn.ended:
             return False
         del self.turns[number]
+        self._chars -= len(turn.content)
         self._spoken.pop(number, None)
         return True
 
     def trim(self, most: int, most_chars: int) -> int | None:
         """Delete the oldest ended turns over `most`, or over so many characters; returns the number of the last one."""
-        last, chars = None, sum(len(turn.content) for turn in self.turns.values())
-        for number in sorted(self.turns):
-            if len(self.turns) <= most and chars <= most_chars:
+        last = None
+        while len(self.turns) > most or self._chars > most_chars:
+            oldest = next(iter(self.turns))
+            if not self.delete(oldest):
                 break
-            chars -= len(self.turns[number].content)
-            if not self.delete(number):
-                break
-            last = number
+            last = oldest
         return last
 
     # -- the prompt
@@ -235,10 +239,9 @@ class Conversation:
         system = [instructions] if instructions else []
         newest: list[TurnRecord] = []
         chars, size = len(instructions), len(instructions.encode()) + MESSAGE_BYTES
-        for each in sorted((each for each in self.turns if each < number), reverse=True):
-            turn = self.turns[each]
+        for each, turn in reversed(self.turns.items()):
             content = played_content(turn)
-            if not content or not turn.ended:
+            if each >= number or not content or not turn.ended:
                 continue
             chars += len(content)
             size += len(content.encode()) + MESSAGE_BYTES

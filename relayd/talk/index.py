@@ -1,5 +1,7 @@
 """Which conversations there are: by principal, user and session. Pure."""
 
+from collections import Counter
+
 import attrs
 
 from relayd.store.records import TalkRecord
@@ -14,6 +16,8 @@ class TalkIndex:
 
     _records: dict[str, dict[_Key, TalkRecord]] = attrs.field(factory=dict)
     _by_id: dict[str, TalkRecord] = attrs.field(factory=dict)
+    #: Principal -> characters of the instructions of all of them.
+    _chars: Counter[str] = attrs.field(factory=Counter)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -21,6 +25,10 @@ class TalkIndex:
     def count(self, principal: str) -> int:
         """Return how many a principal has."""
         return len(self._records.get(principal, {}))
+
+    def instructions_chars(self, principal: str) -> int:
+        """Return how many characters of instructions a principal has in all of them."""
+        return self._chars[principal]
 
     def of(self, principal: str, user: str, session: str) -> TalkRecord | None:
         """Return the conversation of a session of one of a principal's users."""
@@ -43,8 +51,10 @@ class TalkIndex:
 
     def put(self, record: TalkRecord) -> None:
         """Add or replace a conversation."""
-        self._records.setdefault(record.principal, {})[record.user, record.session] = record
-        self._by_id[record.talk_id] = record
+        records = self._records.setdefault(record.principal, {})
+        known = records.get((record.user, record.session))
+        self._chars[record.principal] += len(record.instructions) - len(known.instructions if known is not None else "")
+        records[record.user, record.session] = self._by_id[record.talk_id] = record
 
     def remove(self, record: TalkRecord) -> None:
         """Forget a conversation."""
@@ -52,6 +62,7 @@ class TalkIndex:
         known = records.get((record.user, record.session))
         if known is not None and known.talk_id == record.talk_id:
             del records[record.user, record.session]
+            self._chars[record.principal] -= len(known.instructions)
             if not records:
-                del self._records[record.principal]
+                del self._records[record.principal], self._chars[record.principal]
         self._by_id.pop(record.talk_id, None)

@@ -17,7 +17,7 @@ from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal, reject_readonly
 from relayd.core.principals import RETRY_S, is_limited, limits_of
 from relayd.store.base import StoreError
-from relayd.store.records import Change, DeleteTurns, PutTalk, PutTurn, TalkRecord, TurnRecord
+from relayd.store.records import Change, DeleteTurns, PutHeard, PutTalk, PutTurn, TalkRecord, TurnRecord
 from relayd.talk.conversation import MAX_WAITING, Conversation, TurnState
 from relayd.talk.events import ReplyEnded, TurnFailed
 from relayd.talk.place import Place
@@ -31,8 +31,8 @@ MAX_TEXT_BYTES = 32_000
 MAX_INSTRUCTIONS_CHARS = 4_000
 #: Size of the params of both requests of a turn.
 MAX_PARAMS_BYTES = 8_000
-#: Of one conversation; the oldest turns go first.
-MAX_TALK_CHARS = 1_000_000
+#: Of one conversation that is stored, or kept in memory; the oldest turns go first.
+MAX_TALK_CHARS, MAX_CHARS_IN_MEMORY = 1_000_000, 100_000
 #: Code of a reply that was cancelled while it waited.
 CANCELLED = "cancelled"
 DELETED = "this conversation was deleted; begin another one"
@@ -85,7 +85,7 @@ class Session:
     @property
     def turns(self) -> list[TurnRecord]:
         """The turns, in order; a reply that is not stored as ended has what has come of it so far."""
-        return [self._as_it_is(turn) for _, turn in sorted(self.conversation.turns.items())]
+        return [self._as_it_is(turn) for turn in self.conversation.turns.values()]
 
     def turn(self, number: int) -> TurnRecord | None:
         """Return one of the turns; None if there is none."""
@@ -228,7 +228,7 @@ class Session:
         """See `Talk.note_played`."""
         turn = self.conversation.note_played(number, max(0, samples))
         if turn is not None:
-            self.place.post(PutTurn(turn))
+            self.place.post(PutHeard(turn.talk_id, number, turn.heard_chars))
         return turn is not None
 
     def interrupt(self, reason: str) -> bool:
@@ -345,6 +345,7 @@ class Session:
 
     async def _store_end(self, ended: TurnRecord, outcome: Outcome) -> tuple[TurnRecord, TurnFailed | None]:
         """Store how a reply has ended; returns it, and the failure that its listeners are told, if it is one."""
+        ended = self.conversation.turns.get(ended.number, ended)  # meanwhile somebody may have said what was heard
         try:
             await self._commit(PutTurn(ended), *self._trim())
         except StoreError as fault:
@@ -366,7 +367,8 @@ class Session:
             await self.place.commit(PutTalk(self.record), *changes)
 
     def _trim(self) -> list[Change]:
-        last = self.conversation.trim(self.place.settings.max_turns, MAX_TALK_CHARS)
+        most_chars = MAX_TALK_CHARS if self.place.is_durable else MAX_CHARS_IN_MEMORY
+        last = self.conversation.trim(self.place.settings.max_turns, most_chars)
         return [] if last is None else [DeleteTurns(self.record.talk_id, 0, last)]
 
     def _forget(self, reply: Reply) -> None:

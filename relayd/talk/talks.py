@@ -32,6 +32,8 @@ log = structlog.get_logger("relayd.talk")
 #: Conversations of one principal that are stored, or kept in memory; the one in which nothing was said for longest goes
 #: first. Those that are listed are the latest.
 MAX_TALKS, MAX_IN_MEMORY, MAX_LISTED = 10_000, 500, 1_000
+#: Of all conversations of one principal: they are in memory, whether somebody uses them or not.
+MAX_ALL_INSTRUCTIONS_CHARS = 4_000_000
 MAX_USER_CHARS = MAX_SESSION_CHARS = 128
 USER_RULE = f"may have {MAX_USER_CHARS} printable characters"
 #: How often old conversations are looked for.
@@ -211,6 +213,7 @@ class Talks:
         session = await self._session_of(record)
         if isinstance(session, Session) and instructions is not None and not principal.readonly:
             session.change(instructions=instructions)
+            self._make_room(session.record)
             self.place.post(PutTalk(session.record))
         return session if isinstance(session, Rejected) else Talk(session, principal)
 
@@ -264,13 +267,23 @@ class Talks:
 
     def _begin(self, principal: str, user: str, session_id: str) -> TalkRecord:
         record = _new_record(principal, user, session_id)
-        if self._index.count(principal) >= (MAX_TALKS if self.place.is_durable else MAX_IN_MEMORY):
-            oldest = next(filter(self._is_idle, reversed(self._index.all_of(principal))), None)
-            if oldest is not None:
-                self._forget(oldest, "there are too many conversations")
         self._remember(record)
+        self._make_room(record)
         self.place.post(PutTalk(record))
         return record
+
+    def _make_room(self, record: TalkRecord) -> None:
+        """Forget the oldest others of a principal until it has no more than it may have."""
+        index, principal = self._index, record.principal
+        most = MAX_TALKS if self.place.is_durable else MAX_IN_MEMORY
+        if index.count(principal) <= most and index.instructions_chars(principal) <= MAX_ALL_INSTRUCTIONS_CHARS:
+            return
+        for oldest in reversed(index.all_of(principal)):
+            is_over = index.count(principal) > most
+            if not is_over and index.instructions_chars(principal) <= MAX_ALL_INSTRUCTIONS_CHARS:
+                return
+            if (is_over or oldest.instructions) and oldest.talk_id != record.talk_id and self._is_idle(oldest):
+                self._forget(oldest, "there are too many conversations")
 
     def _remember(self, record: TalkRecord) -> None:
         self._index.put(record)

@@ -61,20 +61,26 @@ class EncodedResults:
         Raises:
             HttpError: too much is being sent to the principal; or an error of `encode`.
         """
+        async with self.encoding(principal):
+            key = (request.request_id, request.created_unix, name)
+            audio = self._find(key)
+            if audio is None:
+                body = await encode()
+                digest = await trio.to_thread.run_sync(lambda: hashlib.sha256(body).hexdigest())
+                audio = self._keep(key, EncodedAudio(body, f'"{digest[:32]}"'))
+        with self.sending(principal, audio):
+            yield audio
+
+    @asynccontextmanager
+    async def encoding(self, principal: str) -> AsyncIterator[None]:
+        """Wait until nothing else is being encoded as a whole for a principal; then, it is its turn in the block."""
         lock = self._locks.setdefault(principal, trio.Lock())
         try:
             async with lock:
-                key = (request.request_id, request.created_unix, name)
-                audio = self._find(key)
-                if audio is None:
-                    body = await encode()
-                    digest = await trio.to_thread.run_sync(lambda: hashlib.sha256(body).hexdigest())
-                    audio = self._keep(key, EncodedAudio(body, f'"{digest[:32]}"'))
+                yield
         finally:
             if not lock.locked():
                 self._locks.pop(principal, None)
-        with self.sending(principal, audio):
-            yield audio
 
     @contextmanager
     def sending(self, principal: str, audio: EncodedAudio) -> Iterator[None]:

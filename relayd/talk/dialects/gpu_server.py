@@ -18,7 +18,7 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Rejected
 from relayd.auth.tokens import Principal
 from relayd.http.app import make_door_app
-from relayd.http.context import HttpContext
+from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
 from relayd.http.websocket_login import deny, principal_of_socket
 from relayd.talk.dialects.access import talks_of
@@ -59,7 +59,8 @@ async def serve(websocket: WebSocket) -> None:
     except HttpError as refusal:
         await deny(websocket, _forbidden(refusal))
         return
-    connection = GpuServerConnection(JsonSocket(websocket), talks, principal, name, user, session)
+    socket, encoded = JsonSocket(websocket), context_of(websocket).encoded
+    connection = GpuServerConnection(socket, talks, encoded, principal, name, user, session)
     connection.log_mode()
     await websocket.accept()
     await connection.run()

@@ -11,6 +11,7 @@ import trio
 
 from protocol.wire.messages import Rejected
 from relayd.auth.tokens import Principal
+from relayd.http.audio.encoded_results import EncodedResults
 from relayd.http.audio.encoder import AudioExtraMissing
 from relayd.talk.conversation import played_content
 from relayd.talk.dialects.gpu_server_fields import Message, Refused, avatar_of, parse, session_of, user_of
@@ -44,6 +45,7 @@ class GpuServerConnection:
 
     socket: JsonSocket
     talks: Talks
+    encoded: EncodedResults
     principal: Principal
     name: str
     user: str | None
@@ -150,7 +152,8 @@ class GpuServerConnection:
         async with self._answering:
             self._unanswered -= 1
             try:
-                whole = await whole_reply(reply, self.talks.place.settings.audio_format)
+                async with self.encoded.encoding(self.principal.name):
+                    whole = await whole_reply(reply, self.talks.place.settings.audio_format)
             except AudioExtraMissing as fault:
                 await self._refuse(message, str(fault))
                 return

@@ -57,13 +57,15 @@ async def say(http: Request, reply: ResponseWriter) -> None:
 
 async def _send_whole(http: Request, made: Reply, reply: ResponseWriter, coding: str) -> None:
     await made.wait_ended()  # until then its speech is in its log, not here
+    encoded, principal = context_of(http).encoded, principal_of(http).name
     try:
-        whole = await whole_reply(made, coding)
+        async with encoded.encoding(principal):
+            whole = await whole_reply(made, coding)
     except AudioExtraMissing as fault:
         raise HttpError("format_unavailable", str(fault), status=501) from None
     if isinstance(whole, TurnFailed):
         raise failure_of(whole)
-    with context_of(http).encoded.sending(principal_of(http).name, EncodedAudio(whole.audio, "")):
+    with encoded.sending(principal, EncodedAudio(whole.audio, "")):
         await reply.answer(JSONResponse(whole_json(whole)))
 
 

@@ -25,6 +25,7 @@ from relayd.store import (
     DeleteTalk,
     DeleteToken,
     DeleteTurns,
+    PutHeard,
     PutRequest,
     PutSpace,
     PutTalk,
@@ -130,7 +131,9 @@ async def test_a_conversation_and_its_turns_are_there_after_a_restart(tmp_path: 
         assert await store.read_turns("talk-1") == tuple(said)
         assert await store.read_turns("talk-2") == await store.read_turns("talk-3") == ()
         store.post(PutTurn(turn(1, role="assistant")), DeleteTurns("talk-1", 0, 0))
-        assert [each.number for each in await store.read_turns("talk-1")] == [1, 2], "also what is only queued"
+        store.post(PutHeard("talk-1", 1, 3), PutHeard("talk-1", 2, None), PutHeard("talk-1", 7, 1))
+        told = [(each.number, each.heard_chars) for each in await store.read_turns("talk-1")]
+        assert told == [(1, 3), (2, None)], "also what is only queued"
         assert (await store.load()).unended_turns == ()
 
 
@@ -519,6 +522,9 @@ changes = st.one_of(
     st.builds(lambda number, said: PutTalk(talk(number, instructions=said)), talks, st.sampled_from(["", "Be brief."])),
     turns,
     turns,
+    st.builds(
+        lambda number, of, heard: PutHeard(f"talk-{of}", number, heard), numbers, talks, st.none() | st.integers(0, 9)
+    ),
     talks.map(lambda number: DeleteTalk(f"talk-{number}")),
     st.builds(lambda number, first, last: DeleteTurns(f"talk-{number}", first, last), talks, numbers, numbers),
 )

@@ -22,13 +22,19 @@ class Indexing(RuleBasedStateMachine):
         self.kept: list[TalkRecord] = []
         self.gone: list[TalkRecord] = []
 
-    @rule(principal=WHO, user=NAMES, session=NAMES, at=st.integers(0, 9))
-    def put(self, principal: str, user: str, session: str, at: int) -> None:
+    @rule(principal=WHO, user=NAMES, session=NAMES, at=st.integers(0, 9), told=st.sampled_from(["", "Be brief."]))
+    def put(self, principal: str, user: str, session: str, at: int, told: str) -> None:
         known = self.index.of(principal, user, session)
         number = len(self.kept) + len(self.gone)
         talk_id = known.talk_id if known is not None else str(number)
         record = TalkRecord(
-            talk_id=talk_id, principal=principal, user=user, session=session, created_at=0.0, touched_at=float(at)
+            talk_id=talk_id,
+            principal=principal,
+            user=user,
+            session=session,
+            instructions=told,
+            created_at=0.0,
+            touched_at=float(at),
         )
         self.kept = [each for each in self.kept if each.talk_id != talk_id] + [record]
         self.index.put(record)
@@ -61,6 +67,7 @@ class Indexing(RuleBasedStateMachine):
             assert sorted(each.talk_id for each in listed) == sorted(each.talk_id for each in own)
             assert [each.touched_at for each in listed] == sorted((each.touched_at for each in own), reverse=True)
             assert self.index.count(principal) == len(own)
+            assert self.index.instructions_chars(principal) == sum(len(each.instructions) for each in own)
         assert {each.talk_id for each in self.index.older_than(5.0)} == {
             each.talk_id for each in self.kept if each.touched_at < 5.0
         }

@@ -126,6 +126,26 @@ async def test_what_is_sent_to_a_principal_in_one_piece_is_limited(tmp_path: Pat
 
 
 @pytest.mark.trio
+async def test_one_whole_reply_of_a_principal_is_encoded_at_a_time(tmp_path: Path) -> None:
+    async with talking(tmp_path) as (on, http):
+        await on.writer()
+        await on.speaker()
+        encoded, answered = on.daemon.http_context.encoded, trio.Event()
+
+        async def say() -> None:
+            assert (await http.ask("POST", "/v1/talks/s1/say", told={"text": "Hello"})).json["audio"]
+            answered.set()
+
+        async with trio.open_nursery() as nursery, encoded.encoding("ann"):
+            nursery.start_soon(say)
+            await until(lambda: on.daemon.relay.stats.talk.turns == {"done": 1})
+            with trio.move_on_after(0.2):
+                await answered.wait()
+            assert not answered.is_set()
+        await until(lambda: encoded.idle)
+
+
+@pytest.mark.trio
 async def test_what_was_heard_may_be_said_when_nobody_uses_the_conversation_any_more(tmp_path: Path) -> None:
     async with talking(tmp_path) as (on, http):
         await on.writer(lambda _: ["One two three."])

@@ -228,6 +228,38 @@ async def test_old_turns_and_old_conversations_are_deleted(tmp_path: Path) -> No
 
 
 @pytest.mark.trio
+async def test_instructions_that_are_too_much_in_all_end_the_oldest_conversations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relayd.talk.talks.MAX_ALL_INSTRUCTIONS_CHARS", 100)
+    async with stage(tmp_path) as on:
+        await on.writer()
+        await on.speaker()
+        for number in range(6):
+            talk = await on.open(f"s{number}", instructions="" if number == 1 else 30 * "x")
+            await ended(talk.say("Hello"))
+        assert [talk.session for talk in on.talks.list(ANN)] == ["s5", "s4", "s3", "s1"], "s1 has none"
+        await on.open("s3", instructions=70 * "x")
+        assert {talk.session for talk in on.talks.list(ANN)} == {"s5", "s3", "s1"}, "the one that has changed stays"
+        await on.open("s9", principal=BOB, instructions=100 * "x")
+        assert len(on.talks.list(ANN)) == 3
+
+
+@pytest.mark.trio
+async def test_what_was_heard_of_a_reply_is_there_after_a_restart(tmp_path: Path) -> None:
+    async with stage(tmp_path) as on:
+        await on.writer(lambda _: ["One two three."])
+        await on.speaker()
+        talk = await on.open()
+        turn = await ended(talk.say("Count!"))
+        assert talk.note_played(turn.number, 75)
+        assert await on.talks.settle() is None
+    async with stage(tmp_path) as on:
+        heard = (await on.open()).turns[-1]
+        assert (heard.heard_chars, heard.content, heard.state) == (7, "One two three.", "done")
+
+
+@pytest.mark.trio
 async def test_a_deleted_conversation_stays_deleted_whatever_was_being_said(tmp_path: Path) -> None:
     never = trio.Event()
     async with stage(tmp_path) as on:
