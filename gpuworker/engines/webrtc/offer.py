@@ -68,8 +68,7 @@ def read_offer(sdp: str, *, loopback: bool = False) -> Offer:
         raise BadOffer("has two media of one kind; offer one audio, one video and one data channel at most")
     if not _hears(lines):
         raise BadOffer("does not receive audio; add a transceiver for audio, recvonly or sendrecv")
-    mids = [line[6:] for line in lines if line.startswith("a=mid:")]
-    if not set(_bundled(lines)) <= set(mids) or len(set(mids)) < len(mids):
+    if not set(_bundled(lines)) <= set(_mids(lines)):
         raise BadOffer("bundles media that it does not have; send the whole SDP of a browser's offer")
     for start, lack in _NEEDED.items():
         if not any(line.startswith(start) for line in lines):
@@ -82,6 +81,17 @@ def read_offer(sdp: str, *, loopback: bool = False) -> Offer:
 def _bundled(lines: list[str]) -> list[str]:
     """The names of the media that share one transport."""
     return [mid for line in lines if line.startswith("a=group:BUNDLE") for mid in line[14:].split()]
+
+
+def _mids(lines: list[str]) -> list[str]:
+    """The names of the media; the last one counts where one has several."""
+    mids: list[str] = []
+    for line in lines:
+        if line.startswith("m="):
+            mids.append("")
+        elif line.startswith("a=mid:") and mids:
+            mids[-1] = line[6:]
+    return mids
 
 
 def _hears(lines: list[str]) -> bool:

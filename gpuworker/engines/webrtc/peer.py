@@ -280,8 +280,8 @@ class Peer:
         """The peer has hung up, or is lost; what is played on it ends, too."""
         if self._ended:
             return
-        self._tell_state("closed")
-        self._ended = True
+        self._ended, self._state = True, "closed"
+        self.events.put({"state": "closed"})
         self.events.put(fault)
         while self._plays:
             self._plays.popleft().close(EngineError("the call has ended; call again, and play it there"))

@@ -34,6 +34,11 @@ def test_a_bundle_of_media_that_are_not_there_is_refused(mids: str) -> None:
         read_offer(HEAD.replace("BUNDLE 0", f"BUNDLE {mids}") + AUDIO)
 
 
+def test_media_with_two_names_have_the_last_one() -> None:
+    with pytest.raises(BadOffer, match="bundles media that it does not have"):
+        read_offer(HEAD + AUDIO + "a=mid:1\r\n")
+
+
 def test_an_offer_has_at_most_three_media_and_64_kib() -> None:
     with pytest.raises(BadOffer, match="4 media"):
         read_offer(HEAD + AUDIO + "m=video 9 X 96\r\n" * MAX_MEDIA)

@@ -13,6 +13,9 @@ from aiortc.rtp import RTCP_PSFB_APP, RTCP_PSFB_PLI, RtcpPsfbPacket, pack_remb_f
 
 from gpuworker.engines.base import EngineInput
 from gpuworker.engines.webrtc import peer as peers
+from gpuworker.engines.webrtc.gateway import Gateway
+from protocol.wire.ivf import ivf_header, ivf_picture
+from protocol.wire.structs import VideoFormat
 from tests.gpuworker.engines.webrtc.seats import PORTS, live, the_seats, wait
 from tests.support.caller import Caller, an_ivf
 from tests.support.calls import BLUE, L16, RED, TUNE
@@ -252,6 +255,45 @@ def test_a_play_of_no_call_is_told_to_call_again() -> None:
         end = seats.run({"peer": "nobody"}, audio=live(L16)).ended()
         assert "call again" in end.message
         assert not end.retryable
+
+
+def test_a_peer_that_says_more_than_is_taken_is_hung_up() -> None:
+    gateway = Gateway(peers.Settings(), range(20_500, 20_501), ["127.0.0.1"])
+    gateway.open()
+    try:
+        peer = gateway.do(gateway.open_peer("call"))
+        for _ in range(peers.MAX_EVENTS + 1_000):
+            gateway.soon(peer.tell, {"event": "more"})
+        gateway.do(gateway.close_peer("call"))
+        told = [peer.events.get() for _ in range(peer.events.qsize())]
+    finally:
+        gateway.close()
+    assert len(told) == peers.MAX_EVENTS + 3
+    assert told[-2] == {"state": "closed"}
+    assert "says more than the relay takes" in str(told[-1])
+
+
+@pytest.mark.parametrize(
+    ("pictures", "words"),
+    [
+        ([b"\1late", b"\0key"], "does not begin with a key frame"),
+        ([b"\0key"] * 2, "after one at 0"),
+        ([b"\0key", b"\0key", b"\0key"], "after one at 0"),
+    ],
+)
+def test_an_idle_loop_that_cannot_go_round_is_refused_in_words(pictures: list[bytes], words: str) -> None:
+    video = ivf_header(VideoFormat(width=16, height=16, fps=25))
+    step = 3_600 if words.startswith("does") else 0
+    video += b"".join(ivf_picture(data, number * step) for number, data in enumerate(pictures))
+    with the_seats() as seats, Caller() as caller:
+        run = seats.run({"offer": caller.offer()}, idle=EngineInput(video, "video/x-ivf"))
+        assert words in run.ended().message
+
+
+def test_an_idle_loop_of_one_picture_is_a_picture() -> None:
+    with the_seats() as seats, Caller() as caller:
+        seats.call(caller, idle=EngineInput(an_ivf(BLUE, 1), "video/x-ivf"))
+        wait(lambda: len(caller.seen) > 1)
 
 
 def test_nobody_plays_on_the_call_of_another_principal() -> None:
