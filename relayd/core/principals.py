@@ -272,9 +272,7 @@ class Principals:
             self._some_due = trio.Event()
             with trio.move_on_at(self._due[0][0] if self._due else float("inf")):
                 await self._some_due.wait()
-            if not self._due or self._due[0][0] > trio.current_time():
-                continue
-            _, _, usage = heapq.heappop(self._due)
+            _, _, usage = heapq.heappop(self._due)  # one that is still in debt is scheduled again
             usage.cpu.refill(trio.current_time())
             turns = len(usage.deferred)
             while turns and usage.deferred and usage.cpu.level >= 0.0:

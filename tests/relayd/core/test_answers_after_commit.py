@@ -17,6 +17,7 @@ from protocol.wire.messages import (
     Cancel,
     Done,
     Drain,
+    Input,
     Ping,
     Pong,
     Queued,
@@ -26,6 +27,7 @@ from protocol.wire.messages import (
     StatusReply,
     Steer,
 )
+from protocol.wire.structs import InputRule
 from protocol.wire.validators import Message
 from relayd.core import finalize
 from relayd.store.base import StorageFull
@@ -34,7 +36,7 @@ from relayd.store.records import Loaded
 from relayd.store.sqlite import SqliteStore
 from tests.support.fake_worker import fake_worker, identity
 from tests.support.raw_http_client import visitor
-from tests.support.relay import Daemon, Peer, a_submit, an_id, daemon, peer, until
+from tests.support.relay import Daemon, Peer, a_submit, an_id, an_input, daemon, peer, until
 
 SQLITE: dict[str, Any] = {"store": "sqlite"}
 
@@ -364,15 +366,18 @@ async def test_a_request_that_must_not_be_tried_again_starts_when_the_store_has_
 
 
 @pytest.mark.trio
-async def test_a_request_that_is_cancelled_while_its_start_is_stored_never_runs(tmp_path: Path, disk: Disk) -> None:
-    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client:
-        request_id = await accepted(client, retry="never")
+@pytest.mark.parametrize("end", ["cancel", "run_timeout"])
+async def test_a_request_that_ends_while_its_start_is_stored_never_runs(tmp_path: Path, disk: Disk, end: str) -> None:
+    limits = {"cancel_grace_s": 60.0}
+    async with daemon(tmp_path, **SQLITE, limits=limits) as relay, peer(relay.url, "client") as client:
+        request_id = await accepted(client, retry="never", run_timeout_s=0.2 if end == "run_timeout" else None)
         async with fake_worker(relay.url) as worker:
             with disk.stands():
                 await worker.peer.next(Registered)
-                client.send(Cancel(request_id=request_id))
+                if end == "cancel":
+                    client.send(Cancel(request_id=request_id))
                 await worker.peer.next(Cancel)
-            await client.next(Cancelled)
+            await client.next(Cancelled if end == "cancel" else Failed)
             await relay.at_rest()
             request_id = await accepted(client)
             assert (await worker.assigned()).request_id == request_id, "the slot is free, and nothing ran in it"
@@ -394,6 +399,52 @@ async def test_a_worker_that_reconnects_while_a_start_is_stored_is_assigned_it_o
                 stack.close()
                 assert (await worker.assigned()).request_id == request_id
                 assert not [message for message in await heard(worker.peer) if isinstance(message, Assign)]
+
+
+@pytest.mark.trio
+async def test_a_worker_that_goes_while_a_start_is_stored_is_assigned_it_when_it_is_back(
+    tmp_path: Path, disk: Disk
+) -> None:
+    inputs, rules = {"voice": an_input(b"abc")}, {"voice": InputRule()}
+    instance, submit = an_id(), a_submit(retry="never", inputs=inputs)
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client:
+        client.send(submit)
+        client.send(Input(request_id=submit.request_id, name="voice", offset=0, data=b"abc"))
+        await client.next(Accepted)
+        with disk.stands():
+            async with fake_worker(relay.url, instance=instance, inputs=rules) as worker:
+                await worker.peer.next(Registered)
+            await until(lambda: not relay.relay.workers)
+        await relay.relay.store.flush()
+        await relay.goes_on()
+        async with fake_worker(relay.url, instance=instance, inputs=rules) as worker:
+            assert (await worker.assigned()).request_id == submit.request_id
+            assert (await worker.peer.next(Input)).data == b"abc"
+
+
+@pytest.mark.trio
+async def test_that_an_attempt_starts_is_stored_soon(tmp_path: Path) -> None:
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client:
+        await accepted(client)
+        async with fake_worker(relay.url) as worker:
+            await worker.assigned()
+            await relay.relay.store.flush()
+            (record,) = in_store(relay).requests
+            assert (record.state, record.attempt) == ("running", 1)
+            assert record.worker_id in relay.relay.workers
+
+
+@pytest.mark.trio
+async def test_a_start_that_a_full_disk_does_not_take_is_stored_once_there_is_room(tmp_path: Path, disk: Disk) -> None:
+    async with daemon(tmp_path, **SQLITE) as relay, peer(relay.url, "client") as client:
+        await accepted(client, retry="never")
+        disk.full = True
+        async with fake_worker(relay.url) as worker:
+            await worker.assigned()
+            assert in_store(relay).requests[0].state == "queued"
+            disk.full = False
+            await relay.relay.store.flush()
+            assert in_store(relay).requests[0].state == "running"
 
 
 @pytest.mark.trio

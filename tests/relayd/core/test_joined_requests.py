@@ -179,6 +179,68 @@ async def test_what_waits_does_not_join_a_request_whose_frames_are_never_the_sam
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize("why_not", ["other frames each time", "it is being cancelled"])
+async def test_what_runs_is_not_joined_if_its_frames_are_not_to_be_had(tmp_path: Path, why_not: str) -> None:
+    kind = ONE if why_not == "it is being cancelled" else {}
+    async with (
+        a_relay(tmp_path, limits={"cancel_grace_s": 60.0}) as relay,
+        fake_worker(relay.url, slots=2, **kind) as worker,
+        peer(relay.url, "client") as client,
+    ):
+        client.send(first := a_submit())
+        assert (await worker.assigned()).request_id == first.request_id
+        if why_not == "it is being cancelled":
+            client.send(Cancel(request_id=first.request_id))
+            await worker.peer.next(Cancel)
+        client.send(second := a_submit())
+        assert (await worker.assigned()).request_id == second.request_id
+
+
+@pytest.mark.trio
+async def test_what_runs_on_a_worker_that_is_away_is_not_joined_where_another_makes_other_frames(
+    tmp_path: Path,
+) -> None:
+    async with a_relay(tmp_path, CACHE | {"max_workers": 2}) as relay, peer(relay.url, "client") as client:
+        async with fake_worker(relay.url, **ONE) as worker:
+            client.send(a_submit())
+            worker.speak(await worker.assigned(), PCM[:1], end=False)
+            await client.next(Audio)
+        async with fake_worker(relay.url, name="second", reproducible=True, fingerprint="two") as worker:
+            await worker.peer.next(Registered)
+            client.send(second := a_submit())
+            assert (await worker.assigned()).request_id == second.request_id
+
+
+@pytest.mark.trio
+async def test_what_lost_the_request_that_it_joined_goes_on_only_with_the_same_frames(tmp_path: Path) -> None:
+    instance, two = an_id(), {"reproducible": True, "fingerprint": "two"}
+    async with (
+        a_relay(tmp_path, CACHE | {"max_workers": 2}) as relay,
+        peer(relay.url, "client") as client,
+        peer(relay.url, "client") as other,
+    ):
+        async with fake_worker(relay.url, instance=instance, **ONE) as worker:
+            client.send(a_submit())
+            first = await worker.assigned()
+            worker.speak(first, PCM[:1], end=False)
+            await client.next(Audio)
+            other.send(joins := a_submit())
+            await other.next(Audio)
+        async with fake_worker(relay.url, name="second", **two) as second:
+            await second.peer.next(Registered)
+            client.send(a_submit())
+            second.speak(await second.assigned(), PCM[:2], end=False)
+            running = (Running(request_id=first.request_id, attempt=1, next_seq=2),)
+            async with fake_worker(relay.url, instance=instance, running=running, **ONE) as worker:
+                await worker.peer.next(Registered)
+                worker.send(
+                    Failed(**identity(first, 2), code="invalid_params", message="", details={}, retryable=False)
+                )
+                assign = await worker.assigned()
+                assert (assign.request_id, assign.from_seq) == (joins.request_id, 2)
+
+
+@pytest.mark.trio
 async def test_what_was_begun_elsewhere_and_joins_another_is_heard_from_its_beginning(tmp_path: Path) -> None:
     async with (
         a_relay(tmp_path, limits={"worker_grace_s": 0.05}) as relay,

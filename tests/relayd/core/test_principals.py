@@ -1,6 +1,8 @@
 """One principal's share: what is beyond it waits or is refused, and no other principal notices."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,57 @@ async def test_a_principal_that_has_its_share_still_lets_others_go_in_between(
         await until(lambda: not turn.left)
         nursery.cancel_scope.cancel()
     assert onlooker.left > 190
+
+
+@attrs.define(eq=False)
+class Waiting:
+    """One that waits for its turn, and does something then."""
+
+    resume: Callable[[], None]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("are_strangers", [False, True])
+async def test_those_who_wait_have_their_turns_in_order_and_strangers_the_latest_first(are_strangers: bool) -> None:
+    principals, came = Principals(), list[int]()
+    usage = principals.strangers() if are_strangers else principals.usage_of("ann")
+    for number in range(3):
+        principals.defer(usage, Waiting(partial(came.append, number)))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(principals.serve)
+        await until(lambda: len(came) == 3)
+        nursery.cancel_scope.cancel()
+    assert came == ([2, 1, 0] if are_strangers else [0, 1, 2])
+
+
+@pytest.mark.trio
+async def test_whoever_gives_up_waiting_in_the_turn_of_another_costs_nothing_and_a_turn_is_charged_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spent_s, principals, came = [0.0], Principals(), list[str]()
+    monkeypatch.setattr("time.thread_time", lambda: spent_s[0])
+    usage = principals.usage_of("ann")
+    usage.charge(0.001, trio.current_time())
+
+    def stay_alone() -> None:
+        usage.deferred.clear()
+        came.append("first")
+
+    def work() -> None:
+        usage.charge(2.0, trio.current_time())
+        spent_s[0] += 5.0
+        came.append("third")
+
+    principals.defer(usage, Waiting(stay_alone))
+    principals.defer(usage, Waiting(partial(came.append, "second")))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(principals.serve)
+        await until(lambda: bool(came))
+        principals.defer(usage, Waiting(work))
+        await until(lambda: len(came) == 2)
+        nursery.cancel_scope.cancel()
+    assert came == ["first", "third"]
+    assert usage.charged_s == pytest.approx(5.001)
 
 
 @pytest.mark.trio
