@@ -1,5 +1,7 @@
 """The relay is killed or drains, and is started again: what its requests, workers and clients get."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from protocol.wire.messages import (
 )
 from protocol.wire.structs import Running
 from relayd.scheduling.model import State
+from relayd.store.database import DATABASE_NAME
 from relayd.store.records import PutRequest, PutWorker
 from tests.relayd.connections.audio_frames import PCM, heard
 from tests.support.fake_worker import fake_worker, identity
@@ -277,6 +280,47 @@ async def test_the_store_knows_which_workers_are_connected(tmp_path: Path, monke
             assert await known(relay) == [(one, "other"), (one, "tts")], "the other did not come back"
         await until(lambda: not relay.relay.workers)
         assert await known(relay) == []
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("change", "has_ended", "then"),
+    [
+        ("UPDATE spaces SET config = '[]' WHERE name = 'made'", True, "cancelled"),
+        ("DELETE FROM spaces WHERE name = 'made'", False, "queued"),
+        ("DELETE FROM spaces WHERE name = 'made'", True, ""),
+    ],
+)
+async def test_of_a_space_that_is_missing_only_what_has_ended_is_forgotten_and_not_if_the_space_is_damaged(
+    tmp_path: Path, change: str, has_ended: bool, then: str
+) -> None:
+    submit = a_submit(space="made", detach=True)
+
+    async def state(relay: Daemon) -> str:
+        async with peer(relay.url, "operator") as operator:
+            operator.send(Status(request_id=submit.request_id))
+            reply = await operator.next(StatusReply, Rejected)
+            return str(reply.state) if isinstance(reply, StatusReply) else ""
+
+    async def make_space(relay: Daemon) -> None:
+        async with peer(relay.url, "operator") as operator:
+            operator.send(Steer(action="create_space", target="made"))
+            await operator.next(Done)
+
+    async with daemon(tmp_path, store="sqlite") as relay, peer(relay.url, "client") as client:
+        await make_space(relay)
+        client.send(submit)
+        await client.next(Accepted)
+        if has_ended:
+            client.send(Cancel(request_id=submit.request_id))
+            await client.next(Cancelled)
+    with closing(sqlite3.connect(tmp_path / DATABASE_NAME)) as database, database:
+        assert database.execute(change).rowcount == 1
+    async with daemon(tmp_path, store="sqlite") as relay:
+        assert await state(relay) == ""
+        await make_space(relay)
+    async with daemon(tmp_path, store="sqlite") as relay:
+        assert await state(relay) == then
 
 
 @pytest.mark.trio

@@ -172,33 +172,6 @@ async def test_requests_of_a_space_that_is_set_aside_are_kept_for_its_return(
 
 @pytest.mark.trio
 @pytest.mark.parametrize(
-    ("sql", "has_ended", "then"),
-    [
-        ("UPDATE spaces SET config = '[]' WHERE name = 'made'", True, "failed"),
-        ("DELETE FROM spaces WHERE name = 'made'", False, "queued"),
-        ("DELETE FROM spaces WHERE name = 'made'", True, ""),
-    ],
-)
-async def test_only_what_has_ended_in_a_space_that_was_deleted_goes_with_it(
-    filled: tuple[Path, dict[str, str]], sql: str, has_ended: bool, then: str
-) -> None:
-    folder, ids = filled
-    change(folder, sql)
-    if has_ended:
-        ended = (
-            "UPDATE requests SET state = 'failed', code = 'internal', message = '', ended_at = 1.0 WHERE request_id = ?"
-        )
-        change(folder, ended, ids["in made"])
-    async with daemon(folder, **SQLITE) as relay, peer(relay.url, "operator") as operator:
-        assert await state(relay, ids["in made"]) == ""
-        operator.send(Steer(action="create_space", target="made"))
-        await operator.next(Done)
-    async with daemon(folder, **SQLITE) as relay:
-        assert await state(relay, ids["in made"]) == then
-
-
-@pytest.mark.trio
-@pytest.mark.parametrize(
     ("column", "value"),
     [
         ("token_id", b"\x01"),
