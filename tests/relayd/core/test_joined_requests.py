@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,7 +182,7 @@ async def test_what_waits_does_not_join_a_request_whose_frames_are_never_the_sam
 @pytest.mark.trio
 @pytest.mark.parametrize("why_not", ["other frames each time", "it is being cancelled"])
 async def test_what_runs_is_not_joined_if_its_frames_are_not_to_be_had(tmp_path: Path, why_not: str) -> None:
-    kind = ONE if why_not == "it is being cancelled" else {}
+    kind: dict[str, Any] = ONE if why_not == "it is being cancelled" else {}
     async with (
         a_relay(tmp_path, limits={"cancel_grace_s": 60.0}) as relay,
         fake_worker(relay.url, slots=2, **kind) as worker,
@@ -213,7 +214,7 @@ async def test_what_runs_on_a_worker_that_is_away_is_not_joined_where_another_ma
 
 @pytest.mark.trio
 async def test_what_lost_the_request_that_it_joined_goes_on_only_with_the_same_frames(tmp_path: Path) -> None:
-    instance, two = an_id(), {"reproducible": True, "fingerprint": "two"}
+    instance, two = an_id(), ONE | {"fingerprint": "two"}
     async with (
         a_relay(tmp_path, CACHE | {"max_workers": 2}) as relay,
         peer(relay.url, "client") as client,
