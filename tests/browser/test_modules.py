@@ -23,6 +23,27 @@ async def call(window: Window, body: str, *values: Any) -> Any:
     return answer["told"]
 
 
+@pytest.mark.trio
+@pytest.mark.parametrize("rate", [8_000, 24_000, 44_100, 48_000])
+async def test_the_microphone_is_resampled_however_it_comes(site: BrowserPlace, browser: Browser, rate: int) -> None:
+    body = """
+      const { resampler } = await import("/microphone.js");
+      const [rate] = values;
+      const sound = Float32Array.from({ length: rate }, (_, i) => Math.sin((2 * Math.PI * 440 * i) / rate));
+      const [whole, pieces] = [resampler(rate)(sound), []];
+      const inPieces = resampler(rate);
+      for (let at = 0; at < rate; at += 777) pieces.push(...inPieces(sound.subarray(at, at + 777)));
+      const crossings = whole.filter((sample, i) => i && whole[i - 1] < 0 && sample >= 0).length;
+      return [whole.length, JSON.stringify(whole) === JSON.stringify(pieces), crossings];
+    """
+    async with a_window(browser) as window:
+        await window.open(site.url)
+        length, is_same, crossings = await call(window, body, rate)
+    assert abs(length - 24_000) < 5
+    assert is_same
+    assert abs(crossings - 440) <= 1
+
+
 SIZES = (0, 1, 15, 16, 31, 32, 255, 256, 65_535, 65_536, 300_000)
 VALUES: list[Any] = [
     *(None, True, False, 0.5, -1e300, float("inf"), "", "ä你🎵", "\ufeffmark"),

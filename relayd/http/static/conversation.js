@@ -2,6 +2,7 @@
 
 import { $, announce, make, set } from "./elements.js";
 import { Face } from "./face.js";
+import { Microphone } from "./microphone.js";
 import { kept } from "./storage.js";
 import { ask, bytesOf, events, readSpeech } from "./talks.js";
 import { Track } from "./track.js";
@@ -24,6 +25,8 @@ export class Talk {
   #heard = null; // {talk, number, track}: the reply that is played
   #fault = null;
   #drawn = "";
+  #microphone = null; // while it listens
+  #listens = false; // whether this relay understands speech
 
   constructor(player) {
     this.#player = player;
@@ -38,6 +41,7 @@ export class Talk {
       $("talk-form").requestSubmit();
     };
     $("talk-stop").onclick = () => this.stop();
+    $("talk-mic").onclick = () => (this.#microphone ? this.#deafen() : this.#listen());
     $("talk-new").onclick = () => this.#choose(null);
     $("talk-delete").onclick = () => this.#delete();
     $("talks").onchange = () => this.#choose($("talks").value || null);
@@ -69,6 +73,7 @@ export class Talk {
   /** There is nobody to talk for. */
   end() {
     this.#silence();
+    this.#deafen();
     [this.#talks, this.#turns, this.#open, this.#reply, this.#fault] = [[], [], null, null, null];
     this.#tracks.clear();
     kept("sessionStorage", "talk", null);
@@ -122,14 +127,42 @@ export class Talk {
     this.#try(() => ask(`v1/talks/${talk}/heard`, { method: "POST", body: { number, samples: track.at } }));
   }
 
-  async #say() {
-    const text = $("talk-text").value.trim();
+  /** Have the microphone heard: what is said there is said here, and interrupts the reply. */
+  async #listen() {
+    this.#player.unlock(24000); // while this counts as a user action
+    const microphone = new Microphone((what, data) => {
+      if (microphone !== this.#microphone) return;
+      if (what === "began" && (this.#reply || this.#heard)) this.stop();
+      if (what === "said") this.#say(data);
+      if (what === "ended") [this.#microphone, this.#fault] = [null, data];
+      this.draw();
+    });
+    [this.#microphone, this.#fault] = [microphone, null];
+    this.draw();
+    try {
+      await microphone.start();
+      if (this.#microphone !== microphone) microphone.stop(); // it was turned off while the browser asked
+    } catch (error) {
+      if (this.#microphone === microphone) this.#microphone = null;
+      this.#fault = { code: "microphone", message: say("no_microphone", { why: error.message }) };
+    }
+    this.draw();
+  }
+
+  #deafen() {
+    this.#microphone?.stop();
+    this.#microphone = null;
+    this.draw();
+  }
+
+  async #say(spoken = null) {
+    const text = spoken ?? $("talk-text").value.trim();
     if (!text) return;
     this.#player.unlock(this.#heard?.track.rate || 24000); // while this counts as a user action
     const before = this.#reply;
     if (before) before.stopped = true; // what is said interrupts the reply
     this.#silence();
-    $("talk-text").value = "";
+    if (spoken === null) $("talk-text").value = "";
     this.#fault = null;
     const reply = { text: "", said: text, track: new Track(), stopped: false, ended: false };
     this.#reply = reply;
@@ -261,7 +294,7 @@ export class Talk {
   }
 
   async #list() {
-    this.#talks = (await ask("v1/talks?user=")).talks;
+    ({ talks: this.#talks, transcribes: this.#listens } = await ask("v1/talks?user="));
     this.draw();
   }
 
@@ -304,6 +337,13 @@ export class Talk {
     $("talk-none").hidden = rows.length > 0;
     const running = reply || this.#turns.some(({ state }) => RUNNING.includes(state));
     $("talk-stop").disabled = !running && !this.#heard;
+    const mic = $("talk-mic");
+    mic.hidden = !this.#listens;
+    mic.disabled = !navigator.mediaDevices; // browsers give the microphone to secure contexts only
+    mic.title = mic.disabled ? say("talk_insecure") : "";
+    set(mic, say(this.#microphone ? "talk_deaf" : "talk_listen"));
+    mic.classList.toggle("recording", Boolean(this.#microphone));
+    mic.setAttribute("aria-pressed", String(Boolean(this.#microphone)));
     $("talk-delete").hidden = !this.#open;
     $("talk-fault").hidden = !this.#fault;
     if (this.#fault) set($("talk-fault"), fault(this.#fault));

@@ -114,10 +114,12 @@ _SAID = _operation(
     "say", "Say something and get the reply", {200: _REPLY}, 404, 410, 500, 501, 502, 503, 504, body=_SAY
 )
 _SAID["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "object"}}
+_TALKS = _list("talks", _TALK)
+_TALKS["properties"]["transcribes"] = {"type": "boolean", "description": "whether a space writes down what is spoken"}
 
 PATHS: Schema = {
     "/v1/talks": {
-        "get": _operation("talks", "List the conversations", {200: _list("talks", _TALK)})
+        "get": _operation("talks", "List the conversations", {200: _TALKS})
         | {"parameters": [_parameter("user", "query", {"type": "string"}, "only those of this user")]},
         "post": _operation(
             "begin_talk",

