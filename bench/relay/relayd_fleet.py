@@ -172,7 +172,8 @@ def _there(worker: Connection | None) -> Connection:
 def log_in(server: Server, role: str, receive_buffer: int | None = None) -> WebSocket:
     """Open a connection to the daemon, and log in."""
     sock = WebSocket(server.port, PATH, SUBPROTOCOL, receive_buffer)
-    ask(sock, Hello(version=PROTOCOL_VERSION, role=role, token=server.tokens[role], agent="bench"), Welcome)
+    hello = Hello(version=PROTOCOL_VERSION, role=role, token=server.tokens[role], agent="bench", video=True)
+    ask(sock, hello, Welcome)
     return sock
 
 

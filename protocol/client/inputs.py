@@ -34,7 +34,8 @@ class Live:
 
 @attrs.frozen
 class From:
-    """An input that the relay feeds with the output of another request: its text as UTF-8, or its audio as PCM.
+    """An input that the relay feeds with the output of another request: its text as UTF-8, its audio as PCM,
+    or its video as IVF, whichever the space takes.
 
     The request waits until the other one has put out something, and fails with `source_failed` if that one does.
     """

@@ -94,7 +94,7 @@ class ClientHandler:
     def send_frames(self, frames: list[bytes], size: int) -> None:
         """Send frames; no effect on a link that has ended."""
         if not self.knows_video:
-            frames = [_without_video(data) for data in frames]
+            frames = [_without_video(data) if b"video" in data else data for data in frames]
             size = sum(map(len, frames))
         try:
             self.link.send_frames(frames)
@@ -405,7 +405,7 @@ ClientHandler.handlers = {
 
 def _without_video(data: bytes) -> bytes:
     """A frame for a client that ignores `video`, and would miss its number: an `output` in its place, of no value."""
-    if b"video" not in data or not isinstance(frame := decode(data, FRAMES), Video):
+    if not isinstance(frame := decode(data, FRAMES), Video):
         return data
     return encode(Output(request_id=frame.request_id, attempt=frame.attempt, seq=frame.seq, mark={}))
 

@@ -27,7 +27,7 @@ from protocol.wire.messages import (
     Steer,
     Submit,
 )
-from protocol.wire.structs import InputInfo, Running
+from protocol.wire.structs import InputInfo, Running, VideoFormat
 from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.requests.request import Expiry, Request
 from relayd.store.records import AppendInput, ClearInput, DeleteRequest, PutRequest, RequestRecord
@@ -227,6 +227,39 @@ async def test_of_a_source_with_video_each_input_gets_what_it_accepts(tmp_path: 
         video, audio = ("video/x-ivf", ivf(PICTURES)), ("audio/L16;rate=24000;channels=1", PCM[0])
         either = {"any": audio, "audio": audio} if has_audio else {"any": video}
         assert got == {"video": video, "told": video} | either
+        await at.daemon.at_rest()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("is_fed", [True, False])
+async def test_a_video_that_begins_anew_is_a_whole_stream_again(tmp_path: Path, is_fed: bool) -> None:
+    def shows(assign: Assign, pictures: list[tuple[bytes, int]], video: VideoFormat) -> int:
+        at.writer.send(Started(**identity(assign, 0), video=video))
+        for seq, (data, pts) in enumerate(pictures, 1):
+            at.writer.send(Video(**identity(assign, seq), data=data, pts=pts, key=seq == 1))
+        return len(pictures) + 1
+
+    screen: dict[str, Any] = {"inputs": {"video": {"live": True, "media_types": ["video/x-ivf"]}}}
+    async with (
+        stage(tmp_path, spaces={"screen": {}}) as at,
+        fake_worker(at.daemon.url, name="screen", spaces=("screen",), **screen) as shown,
+    ):
+        source, writing, _ = await at.write(retry="always")
+        await at.send(piped(source, "video", space="screen", params={"text": "x"}))
+        seq = shows(writing, PICTURES[: 2 * is_fed], attrs.evolve(VIDEO, fps=10))
+        first = await shown.assigned() if is_fed else None
+        if first is not None:
+            size = len(ivf(PICTURES[:2]))
+            assert await taken(shown, first, size, name="video") == ivf(PICTURES[:2])
+        at.writer.send(Failed(**identity(writing, seq), code="engine_failed", message="oh", retryable=True))
+        writing = await at.writer.assigned()
+        ends(at.writer, writing, shows(writing, PICTURES, VIDEO))
+        if first is not None:
+            await shown.peer.next(Cancel)
+            stop(shown, first, 0)
+        second = await shown.assigned()
+        assert await all_of(shown, second, name="video") == ivf(PICTURES)
+        ends(shown, second, 0)
         await at.daemon.at_rest()
 
 
