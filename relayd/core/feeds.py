@@ -214,10 +214,14 @@ class Feeds:
         self.relay.fail(request, ErrorCode.INPUT_TOO_LARGE, f"{message}; send less, or raise the limit")
 
     def _most_bytes(self, request: Request, name: str) -> int:
-        """Return how large a live input may become, beside the others of its request."""
-        others = sum(info.size for info in request.submit.inputs.values())
-        others += sum(fed.known for each, fed in request.fed.items() if each != name)
-        most = max(0, self.relay.config.limits.max_input_bytes - others)
+        """Return how large a live input may become, beside the others of its request; a piped one, as a result."""
+        limits = self.relay.config.limits
+        if isinstance(request.fed[name], PipedInput):
+            most = limits.max_result_bytes
+        else:
+            others = sum(info.size for info in request.submit.inputs.values())
+            lives = [fed for each, fed in request.fed.items() if each != name and not isinstance(fed, PipedInput)]
+            most = max(0, limits.max_input_bytes - others - sum(fed.known for fed in lives))
         rule = self.relay.spaces[request.submit.space].inputs.get(name)
         return min(most, rule.max_bytes) if rule is not None else most
 

@@ -129,13 +129,15 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(tmp_path: Path, *, writer: dict[str, Any] | None = None, **options: Any) -> AsyncIterator[Stage]:
+async def stage(
+    tmp_path: Path, *, writer: dict[str, Any] | None = None, speaker: dict[str, Any] | None = None, **options: Any
+) -> AsyncIterator[Stage]:
     spaces = SPACES | options.pop("spaces", {})
     async with AsyncExitStack() as stack:
         relay = await stack.enter_async_context(daemon(tmp_path, spaces=spaces, **options))
         told = {"name": "writer", "spaces": ("llm",)} | RULES | (writer or {})
         writes = await stack.enter_async_context(fake_worker(relay.url, **told))
-        speaks = await stack.enter_async_context(fake_worker(relay.url, **RULES))
+        speaks = await stack.enter_async_context(fake_worker(relay.url, **RULES | (speaker or {})))
         client = await stack.enter_async_context(peer(relay.url, "client"))
         await until(lambda: len(relay.relay.workers) == 2)
         yield Stage(relay, client, writes, speaks)
@@ -683,8 +685,20 @@ async def test_a_source_whose_frames_are_lost_while_they_are_read_fails_the_requ
 
 
 @pytest.mark.trio
-async def test_a_source_larger_than_an_input_may_be_fails_the_request_alone(tmp_path: Path) -> None:
+async def test_a_source_may_be_larger_than_what_clients_may_send(tmp_path: Path) -> None:
     async with stage(tmp_path, limits={"max_input_bytes": 1_000}) as at:
+        source, writing, seq = await at.write("x" * 3_000)
+        await at.send(submit := piped(source))
+        ends(at.writer, writing, says(at.writer, writing, seq, "x" * 3_000))
+        speaking = await at.speaker.assigned()
+        assert await all_of(at.speaker, speaking) == b"x" * 6_000
+        at.speaker.speak(speaking, PCM)
+        assert (await at.end_of(submit)).TYPE == "completed"
+
+
+@pytest.mark.trio
+async def test_a_source_larger_than_an_input_may_be_fails_the_request_alone(tmp_path: Path) -> None:
+    async with stage(tmp_path, speaker={"inputs": {"text": {"live": True, "max_bytes": 1_000}}}) as at:
         source, writing, seq = await at.write("x" * 600)
         await at.send(submit := piped(source))
         says(at.writer, writing, seq, "x" * 600)
