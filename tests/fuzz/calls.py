@@ -77,6 +77,7 @@ PATIENCE_S = 20.0
 def a_gateway() -> Iterator[Callable[[bytes], None]]:
     """A gateway; the function offers it bytes, or a peer of its candidates, and raises unless each is answered."""
     gateway = Gateway(Settings(loopback=True, ports="20600-20699"), range(20_600, 20_700), ["127.0.0.1"])
+    gateway.max_peers = 2
     gateway.open()
     try:
         peer = gateway.do(gateway.open_peer("first"))
@@ -100,7 +101,7 @@ def a_gateway() -> Iterator[Callable[[bytes], None]]:
             except InvalidParams:
                 pass
             finally:
-                gateway.do(gateway.close_peer("other"), PATIENCE_S)
+                gateway.do(gateway.close_peer("other", other), PATIENCE_S)
 
         yield run
     finally:

@@ -103,7 +103,6 @@ class WebRtcEngine(Engine):
         if int(self.options["max_kbit_s"] or 0) < 1:
             raise OptionError(f"-o max_kbit_s={self.options['max_kbit_s']}: must be 1 or more")
         self._gateway: Gateway | None = None
-        self._max_peers = 1
 
     @classmethod
     def missing(cls) -> list[Missing]:
@@ -166,7 +165,8 @@ class WebRtcEngine(Engine):
 
     def seats(self, count: int) -> Sequence[Engine]:
         """Engines that share the gateway."""
-        self._max_peers = max_peers(count)
+        assert self._gateway is not None
+        self._gateway.max_peers = max_peers(count)
         return [copy.copy(self) for _ in range(count)]
 
     def close(self) -> None:
@@ -197,9 +197,6 @@ class WebRtcEngine(Engine):
             offer = read_offer(params["offer"], loopback=gateway.settings.loopback)
         except BadOffer as fault:
             raise InvalidParams({"offer": str(fault)}) from None
-        if len(gateway.peers) >= self._max_peers:
-            message = f"all {self._max_peers} calls of this worker are taken; call later, or give it more --slots"
-            raise EngineError(message, retryable=True)
         request_id, listen = context.request_id, bool(params.get("listen"))
         peer = gateway.do(gateway.open_peer(request_id, context.principal, listen=listen))
         try:
@@ -209,7 +206,7 @@ class WebRtcEngine(Engine):
             for event in self._events(peer.events, CALL_NAP_S):
                 yield event if isinstance(event, AudioChunk) else OutputChunk(event)
         finally:
-            gateway.do(gateway.close_peer(request_id), ANSWER_S)
+            gateway.do(gateway.close_peer(request_id, peer), ANSWER_S)
 
     def _events(self, events: "queue.SimpleQueue[Any]", nap_s: float) -> Iterator[Any]:
         """What comes, until an end.

@@ -66,10 +66,14 @@ class Gateway:
         settings: of each peer.
         ports: the range of UDP ports.
         hosts: the addresses that peers are offered; all of this machine's if empty.
+
+    Attributes:
+        max_peers: how many there may be at once.
     """
 
     def __init__(self, settings: Settings, ports: range, hosts: list[str]) -> None:
         self.settings = settings
+        self.max_peers = 1
         self.peers: dict[str, Peer] = {}
         self._hosts = hosts
         self._loop = PortLoop(ports)
@@ -121,13 +125,22 @@ class Gateway:
         self._loop.call_soon_threadsafe(work, *arguments)
 
     async def open_peer(self, request_id: str, principal: str = "", *, listen: bool = False) -> Peer:
-        """Make a peer of a principal; `close_peer` ends it."""
+        """Make a peer of a principal; `close_peer` ends it.
+
+        Raises:
+            EngineError: there are as many as there may be.
+        """
+        if len(self.peers) >= self.max_peers:
+            message = f"all {self.max_peers} calls of this worker are taken; call later, or give it more --slots"
+            raise EngineError(message, retryable=True)
         peer = self.peers[request_id] = Peer(self.settings, principal, listen=listen)
         return peer
 
-    async def close_peer(self, request_id: str) -> None:
+    async def close_peer(self, request_id: str, peer: Peer) -> None:
         """End a peer."""
-        await self.peers.pop(request_id).close()
+        if self.peers.get(request_id) is peer:
+            del self.peers[request_id]
+        await peer.close()
 
     def peer(self, request_id: str, principal: str) -> Peer:
         """A peer of a principal.
