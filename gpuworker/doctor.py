@@ -14,7 +14,7 @@ from typing import Literal
 import attrs
 
 from gpuworker.config import ConfigError, add_engine_options
-from gpuworker.engines.base import EngineError, OptionError
+from gpuworker.engines.base import Engine, EngineError, OptionError
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine, parse_options
 from protocol.client.address import Address, from_environment, read_token, token_from_environment
 from protocol.wire.errors import LinkError, LoginRefused, ProtocolError
@@ -103,7 +103,7 @@ def _engines() -> list[Finding]:
         lacking = engine.missing()
         findings += [
             Finding(what=what, outcome="missing", words=f"needs {lack.what}", install=lack.install) for lack in lacking
-        ] or [Finding(what=what, outcome="ok", words=engine.SUMMARY)]
+        ] or [Finding(what=what, outcome="ok", words=_told(engine))]
     return findings
 
 
@@ -128,7 +128,12 @@ def _engine(name: str, arguments: list[str], slots: int | None) -> list[Finding]
         outlook = engine.outlook(options, slots)
     except EngineError as fault:
         return [Finding(what=what, outcome="failed", words=str(fault))]
-    return [Finding(what=what, outcome="ok", words="; ".join(filter(None, (engine.SUMMARY, outlook))))]
+    return [Finding(what=what, outcome="ok", words=_told(engine, outlook))]
+
+
+def _told(engine: type[Engine], outlook: str = "") -> str:
+    live = f"live inputs: {', '.join(engine.LIVE_INPUTS)}" if engine.LIVE_INPUTS else ""
+    return "; ".join(filter(None, (engine.SUMMARY, live, outlook)))
 
 
 def _gpu() -> Finding:

@@ -372,6 +372,8 @@ class Engine(ABC):
     OPTIONS: ClassVar[Mapping[str, Option]] = {}
     #: One line for `gpuworker engines`.
     SUMMARY: ClassVar[str] = ""
+    #: The live inputs that its spaces will take, for `doctor`: its own, and `text` for one with a param `text`.
+    LIVE_INPUTS: ClassVar[tuple[str, ...]] = ()
     #: One load serves all slots of a worker: the engine's process asks `seats` for an engine for each slot.
     #: Of the class, or set by `__init__` where it depends on the options.
     SHARED: bool = False

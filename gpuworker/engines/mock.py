@@ -164,6 +164,7 @@ class MockEngine(Engine):
     """Plays a tune at a scripted pace, with scripted faults; see the module's docstring."""
 
     SUMMARY: ClassVar[str] = "a deterministic tune with scripted delays and faults, for tests and load"
+    LIVE_INPUTS: ClassVar[tuple[str, ...]] = ("audio", "file", "text", "video")
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "sample_rate": Option(kind=int, default=24_000, help="Hz"),
         "chunk_ms": Option(kind=int, default=100, help="audio in one chunk, unless the request sets it"),

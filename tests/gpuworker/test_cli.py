@@ -21,7 +21,9 @@ import trio
 from gpuworker.cli import main
 from gpuworker.config import ConfigError, WorkerConfig, add_run_options, read_config
 from gpuworker.engines.base import Missing
+from gpuworker.engines.catalog import find_engine
 from gpuworker.engines.espeak.engine import EspeakEngine
+from gpuworker.speaking.speaking import with_live_text
 from protocol.log_lines import JsonFormatter, LineFormatter
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Completed
@@ -117,6 +119,21 @@ def test_engines_lists_options_for_people_and_programs(capsys: pytest.CaptureFix
         "required": False,
         "help": "Hz",
     }
+
+
+@pytest.mark.parametrize("name", ["espeak", "mock", "eliza", "webrtc"])
+def test_doctor_tells_the_live_inputs_that_a_space_of_the_engine_will_take(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = find_engine(name)
+    engine = kind({option: kind.OPTIONS[option].default for option in kind.OPTIONS})
+    engine.load()
+    inputs = with_live_text(engine.capabilities).inputs
+    engine.close()
+    live = ", ".join(sorted(each for each, rule in inputs.items() if rule.live))
+    assert call("doctor", "--json", "--engine", name) == 0
+    found = next(found for found in json.loads(capsys.readouterr().out) if found["what"] == f"engine {name}")
+    assert (f"; live inputs: {live}" in found["words"]) if live else ("live inputs" not in found["words"])
 
 
 def test_doctor_tries_the_relay_and_the_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,6 +66,7 @@ class EspeakEngine(Engine):
     """Speaks with libespeak-ng and streams the audio from its callback."""
 
     SUMMARY: ClassVar[str] = "real speech by libespeak-ng in 140 languages; no weights, no GPU"
+    LIVE_INPUTS: ClassVar[tuple[str, ...]] = ("text",)
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "chinese_voice": Option(default="cmn", help="voice for Chinese characters if a request names none"),
         "voice": Option(default="en-us", help="voice for everything else if a request names none"),

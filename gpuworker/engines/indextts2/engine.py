@@ -88,6 +88,7 @@ class IndexTTS2Engine(Engine):
     """
 
     SUMMARY: ClassVar[str] = "speech by IndexTTS2: any voice from a recording, emotion steered; needs a GPU"
+    LIVE_INPUTS: ClassVar[tuple[str, ...]] = ("text",)
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "model_dir": Option(default="checkpoints", help="folder with config.yaml and the weights"),
         "version": Option(default="2", choices=tuple(_VERSIONS), help="the IndexTTS version of the weights"),

@@ -43,6 +43,7 @@ class OpenAiEngine(ModelServerEngine):
     """Asks a speech server; see the module's docstring."""
 
     SUMMARY: ClassVar[str] = "any OpenAI-compatible speech server on this network: -o url=http://127.0.0.1:8880/v1"
+    LIVE_INPUTS: ClassVar[tuple[str, ...]] = ("text",)
     WORDS = Words(
         server="the speech server",
         makes="audio",

@@ -76,6 +76,7 @@ class VoxcpmEngine(Engine):
     """Speech by a VoxCPM model, streamed step by step."""
 
     SUMMARY: ClassVar[str] = "speech by VoxCPM2, 1.5 and 0.5B: streaming, voices, cloning; a GPU is recommended"
+    LIVE_INPUTS: ClassVar[tuple[str, ...]] = ("text",)
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "model": Option(default="openbmb/VoxCPM2", help="Hugging Face id, or a folder with the model's files"),
         "lora": Option(help="an adapter (LoRA) for the model: a folder with lora_weights.safetensors, or such a file"),

@@ -85,6 +85,7 @@ class WebRtcEngine(Engine):
     """Answers offers, and plays on those peers; see the module's docstring."""
 
     SUMMARY: ClassVar[str] = "calls with browsers (WebRTC): their offer is the param, speech and video are inputs"
+    LIVE_INPUTS: ClassVar[tuple[str, ...]] = ("audio", "commands", "idle", "video")
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "ports": Option(default="50000-50199", help="UDP ports for calls; one for each call and address"),
         "public_ip": Option(default="", help="the address that callers reach, if a router or a cloud translates it"),

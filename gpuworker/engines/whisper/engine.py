@@ -49,6 +49,7 @@ class WhisperEngine(Engine):
     """Recognizes utterances with one model for all slots."""
 
     SUMMARY: ClassVar[str] = "transcripts by Whisper (faster-whisper), in 100 languages; CPU or GPU"
+    LIVE_INPUTS: ClassVar[tuple[str, ...]] = ("audio",)
     SHARED = True
     default_slots = 8
     OPTIONS: ClassVar[Mapping[str, Option]] = {
