@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import math
+from array import array
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,3 +123,60 @@ async def test_the_openai_package_interrupts(tmp_path: Path) -> None:
         with await client_of(place, relay) as client:
             await trio.to_thread.run_sync(partial(cancel, client))
         await relay.event("request cancelled")
+
+
+def tone(seconds: float) -> bytes:
+    """What the mock takes for speech."""
+    step = 2 * math.pi * 440 / 24_000
+    return array("h", (round(8_000 * math.sin(step * at)) for at in range(round(seconds * 24_000)))).tobytes()
+
+
+def say(connection: Any, pcm: bytes) -> None:
+    """Send it as a microphone would, in pieces of 100 ms, but faster."""
+    for start in range(0, len(pcm), 4_800):
+        connection.input_audio_buffer.append(audio=base64.b64encode(pcm[start : start + 4_800]).decode())
+
+
+def speak(client: Any) -> None:
+    """Speak, be answered, interrupt the answer by speaking on, and be answered again."""
+    silence = bytes(2 * 24_000)
+    with client.realtime.connect(model="gpt-realtime") as connection:
+        assert connection.recv().session.audio.input.turn_detection.type == "server_vad"
+        say(connection, tone(0.5) + silence)
+        heard, done = "", []
+        for event in connection:
+            match event.type:
+                case "conversation.item.input_audio_transcription.completed":
+                    heard += event.transcript + "|"
+                case "response.output_audio.delta" if heard == "Tell me a story.|":
+                    say(connection, tone(0.5) + silence)
+                    heard += "…"
+                case "input_audio_buffer.speech_started" if heard.endswith("…"):
+                    heard += "!"
+                case "response.done":
+                    done.append((event.response.status, getattr(event.response.status_details, "reason", None)))
+                    if len(done) == 2:
+                        said = event.response.output[0].content[0].transcript
+                        break
+                case "error":
+                    raise AssertionError(event)
+        assert heard == "Tell me a story.|…!Stop.|"
+        assert done == [("cancelled", "turn_detected"), ("completed", None)]
+        assert said.endswith("Stop. ")
+
+
+@pytest.mark.trio
+async def test_the_openai_package_is_heard_and_interrupts_by_speaking(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    config = CONFIG.replace("[talk]", '[talk]\ntranscribe = "stt"\ninstructions = "Be brief."') + "[spaces.stt]\n"
+    place = a_place(tmp_path, config)
+    words = ("--engine", "function", "-o", "call=model:reply", "--space", "llm")
+    ears = ("--engine", "mock", "-o", "transcripts=Tell me a story.|Stop.", "--space", "stt")
+    async with (
+        a_relay(place) as relay,
+        a_worker(place, relay, *words, PYTHONPATH=str(tmp_path)),
+        a_worker(place, relay, "--engine", "mock", "-o", "speed=1", "--space", "tts"),
+        a_worker(place, relay, *ears),
+    ):
+        with await client_of(place, relay) as client:
+            await trio.to_thread.run_sync(partial(speak, client))

@@ -223,6 +223,7 @@ _BODIES = [
     _post("/v1/spaces/tts/requests", "application/x-www-form-urlencoded", _FORM),
     _post("/v1/spaces/tts/requests", "multipart/form-data; boundary=b", _PARTS),
     _post("/v1/audio/speech", "application/json", _SPEECH),
+    _post("/v1/audio/transcriptions", "multipart/form-data; boundary=b", _PARTS.replace(b"voice", b"file")),
     _post("/v1/spaces/tts/requests", "application/json", _JSON, "Expect: 100-continue\r\n"),
     (
         b"POST /v1/spaces/tts/requests HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -314,6 +315,45 @@ def audio() -> Iterator[Target]:
     yield Target(run, [*seeds, *sizes, b"RIFF\0\0\0\0WAVE", b"ID3\x04\0\0\x7f\x7f\x7f\x7f", b"\xff\xfb\x90\x64"])
 
 
+@contextmanager
+def hearing() -> Iterator[Target]:
+    """Live inputs of spaces that transcribe: any bytes are heard to their end, or refused in words."""
+    import struct
+
+    from gpuworker.engines.base import Chunk, LiveInput, OutputChunk
+    from gpuworker.engines.catalog import parse_options
+    from gpuworker.engines.mock import MockEngine
+    from gpuworker.slots.run_engine import run_engine
+
+    engine = MockEngine(parse_options(MockEngine.OPTIONS, ["transcripts=Yes.|"]))
+    engine.load()
+
+    def run(data: bytes) -> None:
+        kind = "audio/wav" if data[:1] == b"R" else "audio/L16;rate=8000;channels=2"
+        live, step = LiveInput(kind), 1 + len(data) // 3
+        for start in range(0, len(data), step):
+            live.feed(data[start : start + step])
+        live.feed(b"", last=True)
+        chunks: list[Chunk] = []
+        result = run_engine(engine, {}, {"audio": live}, lambda: False, chunks.append)
+        told = [chunk.data for chunk in chunks if isinstance(chunk, OutputChunk)]
+        if result.outcome == "failed":
+            assert (result.code, result.report) == ("input_mismatch", ""), result
+        else:
+            assert told[-1]["finish_reason"] == "stop"
+            places = [next(iter(each.values())) for each in told[:-1] if isinstance(each, dict)]
+            assert all(place.get("start", 0) <= place.get("end", 2**40) for place in places)
+
+    loud = struct.pack("<2h", 9_000, -9_000) * 2_000
+    seeds = [loud, loud + bytes(20_000), bytes(2_000)]
+    for channels, bits, coding in ((1, 16, 1), (2, 16, 1), (1, 32, 3), (1, 8, 1), (0, 16, 1)):
+        size = channels * bits // 8
+        fmt = struct.pack("<4sIHHIIHH", b"fmt ", 16, coding, channels, 8_000, 8_000 * size, size, bits)
+        sizes = [struct.pack("<4sI", b"data", length) for length in (len(loud), 0, 0xFFFF_FFFF)]
+        seeds += [b"RIFF\0\0\0\0WAVE" + fmt + size + loud for size in sizes]
+    yield Target(run, [*seeds, b"RIFF\0\0\0\0WAVE"])
+
+
 # -- semantics -------------------------------------------------------------------------------------------------------
 
 
@@ -370,5 +410,5 @@ def sdp() -> Iterator[Target]:
 
 
 TARGETS: Mapping[str, Callable[[], AbstractContextManager[Target]]] = {
-    each.__name__: each for each in (codec, frames, http, audio, semantics, sdp)
+    each.__name__: each for each in (codec, frames, http, audio, hearing, semantics, sdp)
 }
