@@ -38,13 +38,15 @@ class EncodedResults:
     _kept_bytes: int = 0
     #: Principal -> what is being sent to it, and how often.
     _sending: dict[str, Counter[EncodedAudio]] = attrs.field(factory=dict)
+    #: Principal -> the answers in one piece that are being collected for it, with their sizes.
+    _collected: dict[str, dict[object, int]] = attrs.field(factory=dict)
     #: Principal -> the lock of its encoding; only of those who encode or wait for it.
     _locks: dict[str, trio.Lock] = attrs.field(factory=dict)
 
     @property
     def idle(self) -> bool:
         """Whether nothing is being encoded or sent."""
-        return not self._sending and not self._locks
+        return not self._sending and not self._locks and not self._collected
 
     @asynccontextmanager
     async def open(
@@ -90,10 +92,7 @@ class EncodedResults:
             HttpError: too much is being sent to the principal.
         """
         sent = self._sending.setdefault(principal, Counter())
-        others = sum(len(each.body) for each in sent if each is not audio)
-        if others and others + len(audio.body) > MAX_SENDING_BYTES:
-            message = "too much encoded audio is being sent to you at once; read it, then ask for more"
-            raise HttpError(ErrorCode.RATE_LIMITED, message, retry_after_s=2.0)
+        self._check_size(sum(len(each.body) for each in sent if each is not audio), len(audio.body))
         sent[audio] += 1
         try:
             yield
@@ -103,6 +102,31 @@ class EncodedResults:
                 del sent[audio]
             if not sent:
                 self._sending.pop(principal, None)
+
+    def collect(self, principal: str, answer: object, size: int) -> None:
+        """Count an answer that is collected to be sent to a principal in one piece.
+
+        Args:
+            principal: to whom it will be sent.
+            answer: the same object until it is sent.
+            size: bytes so far; 0 once it is sent, or given up.
+
+        Raises:
+            HttpError: there is too much of all such answers of the principal.
+        """
+        sizes = self._collected.setdefault(principal, {})
+        sizes.pop(answer, None)
+        if size:
+            self._check_size(sum(sizes.values()), size)
+            sizes[answer] = size
+        elif not sizes:
+            del self._collected[principal]
+
+    def _check_size(self, others: int, size: int) -> None:
+        """Refuse what is too much beside others; one by itself may always have its size."""
+        if others and others + size > MAX_SENDING_BYTES:
+            message = "too much encoded audio is being sent to you at once; read it, then ask for more"
+            raise HttpError(ErrorCode.RATE_LIMITED, message, retry_after_s=2.0)
 
     def _find(self, key: tuple[str, float, str]) -> EncodedAudio | None:
         if audio := self._kept.get(key):

@@ -176,6 +176,8 @@ async def _send(speech: Speech, audio: AudioStream, reply: ResponseWriter, heade
         if reply.started:
             await send.failed(refusal)
         raise
+    finally:
+        send.close()
 
 
 class _Bytes:
@@ -202,6 +204,9 @@ class _Bytes:
 
     async def failed(self, refusal: HttpError) -> None:
         """Report an error after the head was sent, before the connection is reset."""
+
+    def close(self) -> None:
+        """The response has ended."""
 
     async def _start(self) -> None:
         if not self.reply.started:
@@ -253,6 +258,11 @@ class _Whole(_Bytes):
                 f"the audio is larger than {self._max_bytes} bytes (limits.max_result_bytes); leave out stream: false"
             )
             raise HttpError(ErrorCode.RESULT_TOO_LARGE, message)
+        self._held.context.encoded.collect(self._held.principal.name, self, len(self._body))
+
+    def close(self) -> None:
+        """See `_Bytes.close`."""
+        self._held.context.encoded.collect(self._held.principal.name, self, 0)
 
     async def end(self, transcoder: Transcoder) -> None:
         """Send the complete audio."""

@@ -93,6 +93,20 @@ async def test_encoded_results_that_are_kept_or_being_sent_have_limits(
     assert results.idle
 
 
+def test_what_is_collected_for_a_principal_is_limited_while_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relayd.http.audio.encoded_results.MAX_SENDING_BYTES", 5)
+    results, first, second = EncodedResults(), object(), object()
+    results.collect("ann", first, 3)
+    results.collect("ann", second, 2)
+    results.collect("ben", object(), 9)
+    with pytest.raises(HttpError, match="at once"):
+        results.collect("ann", second, 3)
+    results.collect("ann", second, 0)
+    results.collect("ann", first, 9)  # by itself, any size
+    results.collect("ann", first, 0)
+    assert not results.idle, "ben's"
+
+
 @pytest.mark.trio
 @pytest.mark.parametrize("name", CODINGS)
 async def test_a_request_that_completed_without_a_sample_is_no_empty_file(tmp_path: Path, name: str) -> None:

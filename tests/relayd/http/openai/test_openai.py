@@ -18,6 +18,7 @@ from protocol.wire.frames import Audio, Completed, Failed, Started
 from protocol.wire.messages import Assign, Cancel, Input
 from protocol.wire.structs import AudioFormat, InputRule
 from relayd.core.workers import Workers
+from relayd.http.audio.encoded_results import MAX_SENDING_BYTES
 from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from tests.support.audio_compare import decoded, energy_likeness, of_pcm, spectral_likeness, speech_like
 from tests.support.fake_worker import FORMAT, SCHEMA, FakeWorker, fake_worker, identity
@@ -164,6 +165,23 @@ async def test_what_is_too_large_to_be_sent_whole_is_refused(tmp_path: Path) -> 
             told = await error_of(relay.url, response_format="wav", stream=False, speed=0.25)
         assert told[0] == 500
         assert told[1]["code"] == "result_too_large"
+
+
+@pytest.mark.trio
+async def test_whole_speeches_of_a_principal_that_are_too_much_together_are_refused(tmp_path: Path) -> None:
+    async with speaking(tmp_path) as (relay, worker):
+        encoded, other = relay.http_context.encoded, object()
+        encoded.collect("root", other, MAX_SENDING_BYTES)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(speak_once, worker)
+            told = await error_of(relay.url, response_format="wav", stream=False)
+        assert (told[0], told[1]["code"]) == (429, "rate_limited")
+        encoded.collect("root", other, 0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(speak_once, worker)
+            async with asking_to_speak(relay.url, response_format="wav", stream=False) as answer:
+                assert answer.status == 200
+        await until(lambda: encoded.idle)
 
 
 @pytest.mark.trio
