@@ -183,6 +183,8 @@ class Microphone:
 
     def _begin(self) -> _Stretch:
         settings, relay = self.place.settings, self.place.relay
+        if not settings.transcribe:  # since a reload
+            raise EventError("unsupported", "nothing is heard here any more ([talk] transcribe in relayd.toml)")
         refused = self.place.refuse_too_fast(self.principal)
         space = relay.spaces.get(settings.transcribe)
         known = space.params.get("properties", {}) if space is not None else {}
@@ -217,6 +219,8 @@ class Microphone:
                 if stretch.is_committed:  # it has ended without a word about it
                     await self._understood(stretch, "", 0.0)
         finally:
+            if stretch.is_committed:
+                self._settle(stretch)
             stretch.ear.close()
             stretch.told.set()
             self._stretches.remove(stretch)

@@ -353,3 +353,16 @@ async def test_the_beta_has_its_own_names(tmp_path: Path) -> None:
         assert added["item"]["content"] == [{"type": "input_audio", "transcript": None}]
         completed = await client.next("conversation.item.input_audio_transcription.completed")
         assert completed["transcript"] == "Hello."
+
+
+@pytest.mark.trio
+async def test_a_client_that_is_silent_for_long_is_heard_again(tmp_path: Path) -> None:
+    spaces = {"stt": {"run_timeout_s": 1.0}}
+    async with microphone(tmp_path, "One.", "Two.", spaces=spaces) as (on, client, listener):
+        await client.say("session.update", session={"audio": {"input": {"turn_detection": {"create_response": False}}}})
+        for text in ("One.", "Two."):
+            await speak(client, tone(0.3) + silence(0.7))
+            assert (await client.next("conversation.item.done"))["item"]["content"][0]["transcript"] == text
+            await until(lambda: all(not request.live for request in on.daemon.relay.requests.values()))
+        assert len(listener.assigns) == 2
+        assert "error" not in client.types()
