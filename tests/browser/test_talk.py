@@ -155,6 +155,9 @@ async def test_what_is_spoken_is_written_down_answered_and_interrupts(tmp_path: 
         await window.click("#talk-mic")
         await window.until("!document.getElementById('talk-mic').classList.contains('recording')")
         assert await window.js("document.getElementById('talk-fault').hidden")
+        narrow = {"width": 320, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        await window.cdp("Emulation.setDeviceMetricsOverride", **narrow)
+        assert await window.js("document.documentElement.scrollWidth") <= 320
     assert browser.errors() == []
 
 
