@@ -19,6 +19,8 @@ from relayd.talk.playing import Mark, heard_chars
 MAX_WAITING = 100
 #: Replies of one conversation of which somebody may still say what was heard.
 MAX_SPOKEN = 20
+#: Marks of one reply; of more than so many, every second is kept.
+MAX_MARKS = 256
 #: Size of all messages of one prompt in UTF-8: a request's params have 64 KiB.
 MAX_PROMPT_BYTES = 56_000
 #: What a message takes beside its text.
@@ -152,6 +154,8 @@ class Conversation:
         marks = self._made().marks
         if not marks or (text_end >= marks[-1].text_end and sample >= marks[-1].sample):
             marks.append(Mark(text_end, sample))
+        if len(marks) > MAX_MARKS:
+            del marks[-2::-2]
 
     def speech_ended(self, *, whole: bool) -> None:
         """Note that no more of its speech comes. If none came at all, its text is what was heard."""

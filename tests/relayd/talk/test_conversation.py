@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from relayd.store.records import MAX_TURN_CHARS, TurnRecord
-from relayd.talk.conversation import MAX_PROMPT_BYTES, Conversation, TurnState, played_content
+from relayd.talk.conversation import MAX_MARKS, MAX_PROMPT_BYTES, Conversation, TurnState, played_content
 
 
 def say(conversation: Conversation, text: str | None, speech: str | None = None) -> TurnRecord:
@@ -101,6 +101,23 @@ def test_speech_without_marks_is_known_when_it_is_whole() -> None:
     assert ended.heard_chars is None
     assert talk.note_played(ended.number, 900) == talk.turns[ended.number]
     assert played_content(talk.turns[ended.number]) == "One two"
+
+
+def test_of_a_very_long_speech_fewer_marks_are_kept_and_it_is_still_known_what_was_heard() -> None:
+    talk = Conversation("t")
+    say(talk, "Read it to me.", "b" * 32)
+    talk.begin()
+    for number in range(1, 1_001):
+        assert talk.delta("four ")
+        talk.speech(50)
+        talk.mark(5 * number, 50 * number)
+    assert talk.making is not None
+    assert len(talk.making.marks) <= MAX_MARKS
+    assert talk.making.marks[-1].text_end == 5_000
+    talk.making.played = 25_025
+    heard = talk.end(TurnState.INTERRUPTED).heard_chars
+    assert heard is not None
+    assert abs(heard - 2_500) <= 5
 
 
 def test_a_reply_has_a_limit() -> None:
