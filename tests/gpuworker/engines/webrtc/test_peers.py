@@ -58,12 +58,15 @@ def test_calls_take_ports_of_the_range_and_are_refused_when_none_is_left() -> No
     with the_seats() as seats, Caller() as caller:
         run = seats.run({"offer": caller.offer()})
         assert all(first <= int(fields[5]) <= last for fields in candidates(run.until("answer")))
-    with the_seats(ports="20500-20500") as seats, Caller() as caller, Caller() as other:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    with the_seats(ports=f"{port}-{port}") as seats, Caller() as caller, Caller() as other:
         held = seats.run({"offer": caller.offer()}, "held")
         held.until("answer")
         offer = other.offer()
         end = seats.run({"offer": offer}, "refused").ended()
-        assert end.message.startswith("no UDP port is left for a call (20500-20500)")
+        assert end.message.startswith(f"no UDP port is left for a call ({port}-{port})")
         assert end.retryable
         held.cancel()
         held.ended()

@@ -1,5 +1,6 @@
 """Where callers reach the worker: options that are wrong are refused in words, and `doctor` tells what callers get."""
 
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def doctor(*options: str) -> int:
 
 def test_doctor_tells_what_callers_are_offered(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor("--slots", "8", "-o", "host=127.0.0.1", "-o", "ports=20700-20709") == 0
-    assert "up to 4 calls; offers 127.0.0.1; 10 of the UDP ports 20700-20709 are free" in capsys.readouterr().out
+    words = r"up to 4 calls; offers 127.0.0.1; \d+ of the UDP ports 20700-20709 are free"
+    assert re.search(words, capsys.readouterr().out)
 
 
 def test_doctor_tells_that_no_port_is_free(capsys: pytest.CaptureFixture[str]) -> None:
