@@ -66,3 +66,22 @@ async def test_speech_and_video_that_are_still_made_are_heard_and_seen_by_pipes(
                     await trio.to_thread.run_sync(caller.wait, lambda: caller.hears(TUNE, 24_000, 0.6))
                     assert sum(seen.width == 16 for seen in caller.seen) > 20, "the mock's pictures are small"
                     await trio.to_thread.run_sync(caller.wait, lambda: caller.seen[-1].width == 64)
+
+
+@pytest.mark.trio
+async def test_the_microphone_of_a_call_is_piped_into_another_request(tmp_path: Path) -> None:
+    async with a_place_for_calls(tmp_path, "[spaces.tts]\n") as (place, relay, _, client):
+        with Caller(microphone=True) as caller:
+            async with a_worker(place, relay, "--engine", "mock", "--space", "tts"):
+                offer = await trio.to_thread.run_sync(caller.offer)
+                params = {"offer": offer, "listen": True}
+                async with client.submit("calls", params, inputs={"commands": Live()}) as call:
+                    await trio.to_thread.run_sync(caller.accept, await until(call, "answer"))
+                    heard = {"audio": From(call.request_id)}
+                    async with client.submit("tts", {"text": "", "output": "text"}, inputs=heard) as ear:
+                        await until(call, "state", "connected")
+                        await trio.to_thread.run_sync(caller.wait, lambda: len(caller.heard) > 50)
+                        await call.feed("commands", '{"hang_up": true}\n')
+                        told = await until(ear, "audio")
+    assert told["media_type"] == "audio/L16;rate=16000;channels=1"
+    assert told["size"] > 16_000
