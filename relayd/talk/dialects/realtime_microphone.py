@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import math
 import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -40,6 +41,8 @@ MIN_COMMIT_S = 0.1
 #: A request hears as much, and the next goes on where nobody speaks; in mid-speech, at the latest after the second.
 #: So it remains below a space's `run_timeout_s`, and its input below the relay's limit.
 STRETCH_S, LONGEST_STRETCH_S = 60.0, 300.0
+#: A microphone that sends nothing for so long gives back its slot; in mid-speech, what was said ends there.
+MUTED_S, MUTED_SPEECH_S = 30.0, 3.0
 #: After a failure, so long nothing is heard.
 REST_S = 1.0
 TRANSCRIPTION = "conversation.item.input_audio_transcription"
@@ -61,6 +64,7 @@ class _Stretch:
     detects: bool
     before: trio.Event
     began_at: float
+    fed_at: float
     told: trio.Event = attrs.field(factory=trio.Event)
     #: What is being said, or was said and is not understood yet.
     item: Item | None = None
@@ -68,6 +72,13 @@ class _Stretch:
     is_committed: bool = False
     is_speech: bool = False
     is_cleared: bool = False
+
+    @property
+    def muted_at(self) -> float:
+        """When it ends by itself unless more sound comes."""
+        if not self.detects or self.ear.is_ended:
+            return math.inf
+        return self.fed_at + (MUTED_SPEECH_S if self.is_speech else MUTED_S)
 
 
 @attrs.define(eq=False)
@@ -114,6 +125,7 @@ class Microphone:
             return
         stretch = await self._stretch()
         self._samples += len(pcm) // 2
+        stretch.fed_at = trio.current_time()
         await stretch.ear.feed(pcm)
 
     async def commit(self, event: Json) -> None:
@@ -204,7 +216,7 @@ class Microphone:
         before = self._stretches[-1].told if self._stretches else trio.Event()
         if not self._stretches:
             before.set()
-        stretch = _Stretch(ear, self._samples, detects, before, now)
+        stretch = _Stretch(ear, self._samples, detects, before, now, now)
         self._stretches.append(stretch)
         self.nursery.start_soon(self._listen, stretch)
         return stretch
@@ -214,7 +226,7 @@ class Microphone:
         try:
             await stretch.before.wait()
             with suppress(WebSocketDisconnect):  # whoever reads sees it, too
-                while (heard := await stretch.ear.next()) is not None and not stretch.is_cleared:
+                while (heard := await self._next(stretch)) is not None and not stretch.is_cleared:
                     await self._on_heard(stretch, heard)
                 if stretch.is_committed:  # it has ended without a word about it
                     await self._understood(stretch, "", 0.0)
@@ -226,6 +238,14 @@ class Microphone:
             self._stretches.remove(stretch)
 
     # -- what is heard
+
+    async def _next(self, stretch: _Stretch) -> Heard | None:
+        """Return what is heard next, and end a stretch in which nothing comes any more."""
+        while True:
+            with trio.move_on_at(stretch.muted_at):
+                return await stretch.ear.next()
+            if stretch is self._now and trio.current_time() >= stretch.muted_at:
+                await self.finish()
 
     async def _on_heard(self, stretch: _Stretch, heard: Heard) -> None:
         match heard:

@@ -366,3 +366,26 @@ async def test_a_client_that_is_silent_for_long_is_heard_again(tmp_path: Path) -
             await until(lambda: all(not request.live for request in on.daemon.relay.requests.values()))
         assert len(listener.assigns) == 2
         assert "error" not in client.types()
+
+
+@pytest.mark.trio
+async def test_a_microphone_that_is_muted_gives_back_its_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(realtime_microphone, "MUTED_S", 0.3)
+    async with microphone(tmp_path, "One.", "Two.") as (on, client, listener):
+        await client.say("session.update", session={"audio": {"input": {"turn_detection": {"create_response": False}}}})
+        for text in ("One.", "Two."):
+            await speak(client, tone(0.3) + silence(0.7))
+            assert (await client.next("conversation.item.done"))["item"]["content"][0]["transcript"] == text
+            await until(lambda: all(str(each.entry.state) == "completed" for each in on.daemon.relay.requests.values()))
+        assert len(listener.assigns) == 2
+
+
+@pytest.mark.trio
+async def test_who_is_muted_in_mid_speech_has_said_what_was_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(realtime_microphone, "MUTED_SPEECH_S", 0.3)
+    async with microphone(tmp_path, "Half of it.") as (_, client, _listener):
+        await speak(client, tone(0.5))
+        assert (await client.done())["status"] == "completed"
+        assert "input_audio_buffer.speech_stopped" in client.types()
