@@ -196,6 +196,8 @@ class Listener(FakeEngine):
     ponders: trio.Event | None = None
     #: Fails with this code instead of understanding.
     fails_with: str | None = None
+    #: Told first.
+    nonsense: list[Any] = attrs.field(factory=list)
 
     async def run(self, out: Sending, fed: trio.MemoryReceiveChannel[Input]) -> None:
         """See `FakeEngine.run`."""
@@ -208,6 +210,8 @@ class Listener(FakeEngine):
             prefix_ms=params.get("prefix_ms", 300),
         )
         out.send(Started, format=None)
+        for told in self.nonsense:
+            out.send(Output, data=told)
         whole = b""
         async for piece in fed:
             whole += piece.data

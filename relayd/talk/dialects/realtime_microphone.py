@@ -249,7 +249,7 @@ class Microphone:
 
     async def _on_heard(self, stretch: _Stretch, heard: Heard) -> None:
         match heard:
-            case SpeechBegan(sample=sample):
+            case SpeechBegan(sample=sample) if not stretch.is_committed:
                 stretch.is_speech, stretch.item = True, self._new_item()
                 ms = (stretch.base + sample) * 1000 // PCM_HZ
                 item_id = stretch.item.item_id
@@ -257,12 +257,12 @@ class Microphone:
                 detection = self.listening.turn_detection
                 if detection is None or detection.interrupt_response:
                     await self.interrupt()
-            case SpeechEnded(sample=sample) if stretch.item is not None:
+            case SpeechEnded(sample=sample) if stretch.item is not None and not stretch.is_committed:
                 stretch.is_speech, ms = False, (stretch.base + sample) * 1000 // PCM_HZ
                 item_id = stretch.item.item_id
                 await self.send("input_audio_buffer.speech_stopped", audio_end_ms=ms, item_id=item_id)
                 await self._commit(stretch)
-            case Said(text=text, samples=samples):
+            case Said(text=text, samples=samples) if stretch.is_committed:
                 await self._understood(stretch, text, samples / PCM_HZ)
             case HearingFailed(code=code, message=message):
                 await self._failed(stretch, code, message)

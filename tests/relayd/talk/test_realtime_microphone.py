@@ -389,3 +389,30 @@ async def test_who_is_muted_in_mid_speech_has_said_what_was_heard(
         await speak(client, tone(0.5))
         assert (await client.done())["status"] == "completed"
         assert "input_audio_buffer.speech_stopped" in client.types()
+
+
+@pytest.mark.trio
+async def test_a_worker_that_tells_nonsense_costs_nothing_but_what_it_heard(tmp_path: Path) -> None:
+    async with microphone(tmp_path, "Not told.", "Hello.") as (_, client, listener):
+        nonsense = [
+            {"speech_stopped": {"sample": 5}},
+            {"utterance": {"start": 0, "end": 9}},
+            {"speech_started": {"sample": 10}},
+            {"speech_started": {"sample": "?"}},
+            {"speech_stopped": {"sample": 20}},
+            {"speech_stopped": {"sample": 21}},
+            {"speech_started": {"sample": 30}},
+            {"utterance": {"start": 10, "end": 20}},
+            {"utterance": None},
+        ]
+        listener.nonsense = nonsense
+        await speak(client, tone(0.2))
+        completed = await client.next("conversation.item.input_audio_transcription.completed")
+        assert completed["transcript"] == ""
+        listener.nonsense = []
+        await client.user("Written.")  # which waits for all that was said
+        await client.say(
+            "session.update", session={"audio": {"input": {"turn_detection": {"silence_duration_ms": 600}}}}
+        )
+        await speak(client, tone(0.5) + silence(0.7))
+        assert (await client.done())["status"] == "completed"
