@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from gpuworker.engines.webrtc.peer import Peer
     from gpuworker.engines.webrtc.play import Play
 
-ANSWER_S = 20.0
 #: How soon a cancel is noticed where no input tells of it: a play is to be silent at once, and calls are many.
 PLAY_NAP_S = 0.02
 CALL_NAP_S = 0.25
@@ -201,13 +200,13 @@ class WebRtcEngine(Engine):
         request_id, listen = context.request_id, bool(params.get("listen"))
         peer = gateway.do(gateway.open_peer(request_id, context.principal, listen=listen))
         try:
-            yield OutputChunk({"answer": gateway.do(peer.answer(offer), ANSWER_S)})
+            yield OutputChunk({"answer": gateway.do(peer.answer(offer))})
             _begin(peer.events, self._obey, gateway, peer, inputs.get("commands"))
             _begin(peer.events, self._show_idle, gateway, peer, inputs.get("idle"))
             for event in self._events(peer.events, CALL_NAP_S):
                 yield event if isinstance(event, AudioChunk) else OutputChunk(event)
         finally:
-            gateway.do(gateway.close_peer(request_id, peer), ANSWER_S)
+            gateway.do(gateway.close_peer(request_id, peer))
 
     def _events(self, events: "queue.SimpleQueue[Any]", nap_s: float) -> Iterator[Any]:
         """What comes, until an end.
@@ -245,7 +244,7 @@ class WebRtcEngine(Engine):
             command = {}
         if "candidate" in command:
             try:
-                gateway.do(peer.add_candidate(command["candidate"]), ANSWER_S)
+                gateway.do(peer.add_candidate(command["candidate"]))
             except ValueError as fault:
                 gateway.soon(peer.tell, {"error": str(fault)})
         elif isinstance(command.get("send"), str):

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import errno
 import random
 import sys
@@ -16,6 +17,9 @@ from gpuworker.engines.webrtc.peer import SOCKETS, Peer, Settings
 
 T = TypeVar("T")
 
+#: Gathering candidates from a STUN or TURN server that is away takes 5 s.
+ANSWER_S = 20.0
+HANG_S = 2.0
 CLOSE_S = 5.0
 
 
@@ -92,7 +96,8 @@ class Gateway:
 
     def close(self) -> None:
         """Hang up all peers, and end the loop."""
-        self.do(self._close_peers(), CLOSE_S)
+        with contextlib.suppress(EngineError):
+            self.do(self._close_peers(), CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_S)
         if not self._loop.is_running():
@@ -107,18 +112,22 @@ class Gateway:
 
     # -- for seats, in any thread
 
-    def do(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+    def do(self, work: Coroutine[Any, Any, T], timeout_s: float = ANSWER_S) -> T:
         """Do something in the loop, and wait for its end.
 
         Raises:
-            EngineError: it takes too long.
+            EngineError: it takes too long. If the loop does nothing at all, the process is started anew.
         """
         doing = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return doing.result(timeout_s)
         except concurrent.futures.TimeoutError:
+            alive = threading.Event()
+            self.soon(alive.set)
+            hangs = not alive.wait(HANG_S)
             doing.cancel()
-            raise EngineError("the worker's calls do not answer; try again later", retryable=True) from None
+            message = "the worker's calls do not answer; try again later"
+            raise EngineError(message, retryable=True, restart=hangs) from None
 
     def soon(self, work: Callable[..., object], *arguments: object) -> None:
         """Call something in the loop."""
