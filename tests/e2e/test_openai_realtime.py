@@ -143,7 +143,7 @@ def speak(client: Any) -> None:
     with client.realtime.connect(model="gpt-realtime") as connection:
         assert connection.recv().session.audio.input.turn_detection.type == "server_vad"
         say(connection, tone(0.5) + silence)
-        heard, done = "", []
+        heard, said, done = "", "", []
         for event in connection:
             match event.type:
                 case "conversation.item.input_audio_transcription.completed":
