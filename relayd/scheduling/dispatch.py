@@ -158,10 +158,10 @@ class Dispatcher:
         to_visit = [entry]
         while to_visit:
             for source_id in to_visit.pop().sources - seen:
-                source = self.state.entries.get(source_id)
-                if source is not None and source.state is not State.RUNNING:
+                source = self.state.entries[source_id]
+                if source.state is not State.RUNNING:
                     return False
-                if source is not None and self._can_yield(source):
+                if self._can_yield(source):
                     to_visit.append(source)
                 seen.add(source_id)
         return True

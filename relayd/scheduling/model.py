@@ -257,7 +257,7 @@ class SchedulerState:
 
     def flows(self, entry: ScheduledRequest) -> bool:
         """Whether each source of a request runs or has ended."""
-        return all(self.entries[each].state is State.RUNNING for each in entry.sources if each in self.entries)
+        return all(self.entries[each].state is State.RUNNING for each in entry.sources)
 
     def pop_entry(self, request_id: str) -> ScheduledRequest | None:
         """Undo `add_entry`, for a request that has ended; None where there is no such live request."""

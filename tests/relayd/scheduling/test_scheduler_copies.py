@@ -38,8 +38,10 @@ def test_how_long_a_copy_took_says_nothing_of_the_next_run() -> None:
 def test_a_queued_request_can_become_a_copy() -> None:
     bench = Bench()
     bench.queue("a")
+    bench.scheduler.state.moved.clear()
     bench.scheduler.copy(bench["a"], TONE, bench.now)
     assert queue_of(bench) == []
+    assert bench.scheduler.state.moved == {"tts"}, "others have another place"
     assert bench["a"].copied
     assert bench.join().decisions == []
 

@@ -397,6 +397,39 @@ def test_an_attempt_that_began_just_before_a_restart_goes_on_although_its_reques
     assert not target.losses
 
 
+def test_what_goes_on_before_its_source_is_heard_and_is_lost_waits_for_it_like_any_other() -> None:
+    scheduler = a_scheduler()
+    source = an_entry(1, state=State.RUNNING, attempt=1, worker_id="one")
+    target = an_entry(2, source, state=State.QUEUED, attempt_may_be_newer=True, highest_attempt=1)
+    for entry in (source, target):
+        scheduler.restore(entry, 1.0)
+    scheduler.join(a_worker("two"), {target.request_id: 1}, 2.0)
+    scheduler.join(a_worker("three"), {}, 2.0)
+    scheduler.unlink("two", 3.0)
+    decisions = scheduler.lose(target.request_id, ErrorCode.WORKER_LOST, "it is gone", 4.0)
+    assert decisions == [Requeue(target), Wait(target)]
+
+
+def test_a_source_whose_worker_is_away_gives_no_slot_back_so_what_reads_it_starts() -> None:
+    scheduler = a_scheduler()
+    scheduler.add_space("tell", RULES)
+    scheduler.join(attrs.evolve(a_worker("one"), spaces=("tell",)), {}, 1.0)
+    scheduler.join(a_worker("two"), {}, 1.0)
+    first = attrs.evolve(an_entry(1), space="tell")
+    middle, last = an_entry(2, first), an_entry(3, an_entry(2))
+    for entry in (first, middle, last):
+        submit(scheduler, entry)
+    scheduler.note_source_output(middle, first.request_id, 1.0)
+    scheduler.note_source_output(last, middle.request_id, 1.0)
+    scheduler.unlink("two", 2.0)
+    scheduler.unlink("one", 2.0)
+    assert scheduler.lose(first.request_id, ErrorCode.WORKER_LOST, "it is gone", 3.0) == [Requeue(first)]
+    assert (first.state, middle.state, last.state) == (State.QUEUED, State.RUNNING, State.QUEUED)
+    joined = scheduler.join(a_worker("three"), {}, 4.0)
+    assert isinstance(joined, Registration)
+    assert joined.decisions == [Start(last, 0)]
+
+
 def test_a_request_that_waits_takes_no_upload_and_counts_as_queued() -> None:
     scheduler = a_scheduler()
     scheduler.join(a_worker(slots=2), {}, 1.0)
