@@ -65,7 +65,7 @@ class Retention:
     _full: bool = False
     #: Principal -> for how many bytes no room could be made a moment ago, and when that is tried again.
     _refused: dict[str, int] = attrs.field(factory=dict)
-    _try_again_at: float = 0.0
+    _try_again_at: float = -math.inf
 
     def __attrs_post_init__(self) -> None:
         self.memory = MemoryBudget(self.relay.config.results.memory_bytes, on_exceeded=lambda: self._pressed.set())

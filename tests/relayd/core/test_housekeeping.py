@@ -143,6 +143,18 @@ async def test_of_many_results_several_go_at_once(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.trio
+async def test_results_of_an_earlier_relay_make_room_like_any_other(tmp_path: Path) -> None:
+    async with ended(tmp_path, 1, store="sqlite") as (_, (request,)):
+        pass
+    async with daemon(tmp_path, store="sqlite") as relay:
+        spool = relay.relay.results.spool
+        assert spool is not None
+        spool.disk_bytes = spool.used_bytes
+        assert await spool.make_room(1, FrameLog())
+        assert not relay.relay.requests[request.request_id].has_result
+
+
+@pytest.mark.trio
 async def test_where_no_room_can_be_made_nobody_looks_for_more_again_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The client's stream listens to a frame log, over cuts, lost attempts and killed relays: it always has the end."""
 
+from collections import defaultdict
 from typing import Any, cast
 
 import attrs
@@ -54,26 +55,34 @@ class World:
     stored: int = 0
     highest: int = 0
     wire: Wire | None = None
+    #: Attempt -> its frames, which its worker keeps.
+    made: dict[int, list[bytes]] = attrs.field(factory=lambda: defaultdict(list))
 
     def frame(self) -> None:
         if not self.attempt:  # it waits
             self.lose()
-        self.log.append(encode(Audio(**self._next(), pcm=bytes([self.attempt, self.log.next_seq]))))
+        data = encode(Audio(**self._next(), pcm=bytes([self.attempt, self.log.next_seq])))
+        self.made[self.attempt].append(data)
+        self.log.append(data)
 
     def store(self) -> None:
         self.stored = self.attempt
 
     def lose(self) -> None:
+        """Another attempt begins; the store is not more than one behind."""
+        self.store()
         self.attempt = max(self.attempt, self.highest) + 1
         self.log.restart(self.attempt, 0)
 
     def kill(self) -> None:
-        """The next relay knows what was stored; what runs is made again."""
+        """The next relay knows what was stored, and the worker of that attempt comes back with its frames."""
         self.cut()
         self.highest = max(self.highest, self.stored) + 1
         self.log, self.attempt = FrameLog(), self.stored
         if self.attempt > 1:
             self.log.restart(self.attempt, 0)
+        for data in self.made[self.attempt]:
+            self.log.append(data)
 
     def cut(self) -> None:
         self.wire = None
