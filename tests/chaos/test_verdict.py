@@ -135,7 +135,9 @@ def test_a_request_may_time_out_in_the_queue_only_after_the_time_that_it_asked_f
 
 def test_an_attempt_without_output_is_awaited_for_less() -> None:
     never = attrs.evolve(PLAN, retry="never")
-    assert judge(never, received(never, "failed worker_lost", chunks=0), frozenset({Cause.WORKER_AWAY})) == []
+    reception = received(never, "failed worker_lost", chunks=0)
+    for reception.pieces in ([], [(0, b"")]):  # the second is a download that ended before its first sample
+        assert judge(never, reception, frozenset({Cause.WORKER_AWAY})) == []
 
 
 def test_a_cancelled_request_must_not_complete_and_a_failing_engine_neither() -> None:

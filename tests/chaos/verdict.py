@@ -82,7 +82,7 @@ def judge(plan: Plan, reception: Reception, causes: frozenset[Cause]) -> list[st
         causes: what happened to the request, as far as the harness knows.
     """
     complaints = _judge_samples(plan, reception)
-    lost = _losses(causes, had_output=bool(reception.pieces or reception.voided))
+    lost = _losses(causes, had_output=bool(reception.pcm or reception.voided))
     both_lost = (lost or plan.fail) and Cause.RELAY_RESTARTED in causes
     if reception.voided and plan.reproducible and not (both_lost or Cause.SOURCE_ANEW in causes):
         complaints.append("audio of a reproducible engine started again, though relay and worker were not both lost")
@@ -131,7 +131,7 @@ def _where(got: bytes, expected: bytes) -> str:
 
 
 def _judge_end(plan: Plan, reception: Reception, causes: frozenset[Cause]) -> str | None:
-    end, lost = reception.end, _losses(causes, had_output=bool(reception.pieces))
+    end, lost = reception.end, _losses(causes, had_output=bool(reception.pcm))
     if end == "completed":
         if plan.fail:
             return "it completed, although its engine fails"

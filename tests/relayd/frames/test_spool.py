@@ -522,6 +522,28 @@ async def test_a_log_that_is_dropped_while_room_is_made_leaves_no_file(tmp_path:
 
 
 @pytest.mark.trio
+async def test_a_log_that_begins_anew_while_room_is_made_is_written_as_it_is_then(tmp_path: Path) -> None:
+    async with a_bench(tmp_path, disk_bytes=0) as bench:
+        log = bench.log()
+        fill(log, frames(6, 1_000))
+        again = frames(3, 1_000, tag=1)
+
+        async def make_room(_more: int, _frames: FrameLog) -> bool:
+            await trio.lowlevel.checkpoint()
+            bench.spool.disk_bytes = 2**40
+            log.restart(2, 0)
+            fill(log, again)
+            return True
+
+        bench.spool.make_room = make_room
+        await bench.spool.spill(log)
+        assert (log.memory_bytes, log.file_part.frames) == (0, 3)
+        index = log.file_part.index
+        assert index is not None
+        assert bench.spool.folder.read(log.request_id, index) == again
+
+
+@pytest.mark.trio
 @pytest.mark.parametrize("missing", [0, 1])
 @pytest.mark.parametrize("call", ["spill", "seal"])
 async def test_files_may_take_exactly_what_they_are_allowed(tmp_path: Path, call: str, missing: int) -> None:
