@@ -104,3 +104,16 @@ def test_this_machine_may_be_called_only_if_it_offers_itself() -> None:
     candidate = "candidate:1 1 udp 1 127.0.0.1 9 typ host"
     assert is_useful(candidate, loopback=True)
     assert not is_useful(candidate)
+
+
+def test_only_the_audios_own_direction_counts() -> None:
+    video = "m=video 9 UDP/TLS/RTP/SAVPF 96\r\na=sendonly\r\n"
+    assert read_offer(HEAD + video + AUDIO).kinds == ("video", "audio")
+    assert read_offer(HEAD + AUDIO + video).kinds == ("audio", "video")
+    with pytest.raises(BadOffer, match="does not receive audio"):
+        read_offer(HEAD + AUDIO.replace("recvonly", "sendonly") + video.replace("sendonly", "recvonly"))
+
+
+def test_three_media_of_three_kinds_are_taken() -> None:
+    more = "m=video 9 UDP/TLS/RTP/SAVPF 96\r\nm=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\n"
+    assert read_offer(HEAD + AUDIO + more).kinds == ("audio", "video", "application")

@@ -213,3 +213,46 @@ def test_what_was_played_is_exact_in_samples_of_the_input() -> None:
     assert told == sorted(told)
     assert told[-1] == 8_500
     assert play.finished
+
+
+def test_pictures_between_two_slots_keep_their_own_times() -> None:
+    scene = Scene()
+    third = PTS_HZ // 30
+    scene.begin(0.4, [Picture(bytes([number != 0]) + b"talk", number * third) for number in range(12)])
+    scene.run(0.4)
+    assert scene.times == [number * third for number in range(12)]
+
+
+def test_an_idle_loop_keeps_its_own_times_and_may_begin_at_any() -> None:
+    scene = Scene()
+    third = PTS_HZ // 30
+    scene.screen.set_idle([Picture(bytes([number != 0]) + b"idle", 77_777 + number * third) for number in range(3)])
+    scene.run(0.2)
+    assert scene.times == [number * third for number in range(6)]
+
+
+def test_another_idle_loop_begins_at_once() -> None:
+    scene = Scene()
+    scene.run(0.1)
+    scene.screen.set_idle(pictures("other", 5, keys=100))
+    assert scene.run(0.08) == ["other0", "other1"]
+
+
+def test_the_idle_loop_restarts_only_if_it_is_asked_to() -> None:
+    scene = Scene()
+    scene.screen.set_idle(pictures("idle", 100, keys=1000))
+    assert scene.run(4) == [f"idle{number}" for number in range(100)]
+
+
+def test_the_idle_loop_goes_on_until_a_play_has_its_first_key_frame() -> None:
+    scene = Scene()
+    scene.begin(0.4, pictures("talk", 10)[3:])
+    assert scene.run(0.16) == ["idle0", "idle1", "idle2", "idle3"]
+
+
+def test_what_is_shown_and_left_out_is_counted() -> None:
+    scene = Scene()
+    scene.begin(1, pictures("talk", 25))
+    size = sum(len(each.data) for each in pictures("talk", 25))
+    scene.run(1, keys_only=True)
+    assert (scene.screen.shown, scene.screen.dropped, scene.screen.due_bytes) == (1, 24, size)
