@@ -203,6 +203,7 @@ async def test_origins_are_checked_and_listed_ones_may_read(tmp_path: Path) -> N
     async with daemon(tmp_path, allowed_origins=[friend]) as relay, visitor(relay.url) as http:
         evil = await http.ask("POST", "/v1/spaces/tts/requests", headers={"origin": "https://evil.example"}, told={})
         assert (evil.status, evil.error["code"]) == (403, "forbidden")
+        assert "https://evil.example is not in allowed_origins" in evil.error["message"]
         sandbox = await http.get("/v1/spaces", headers={"origin": "null"})
         assert sandbox.status == 403
         assert '"*"' in sandbox.error["message"]

@@ -541,6 +541,25 @@ async def test_a_deadline_in_the_queue_is_504_and_not_sent_again(tmp_path: Path,
 
 
 @pytest.mark.trio
+async def test_speech_that_is_kept_is_sent_without_a_worker(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"http": {"no_worker_wait_s": 0.02}, "spaces": {"tts": {"cache_s": 600.0}}}
+    heard: list[bytes] = []
+    async with daemon(tmp_path, **settings) as relay:
+        async with (
+            fake_worker(relay.url, params=VOICES, reproducible=True) as worker,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(speak_once, worker)
+            async with asking_to_speak(relay.url, response_format="pcm") as answer:
+                heard.append(await answer.body())
+        await until(lambda: not relay.relay.workers)
+        async with asking_to_speak(relay.url, response_format="pcm") as answer:
+            heard.append(await answer.body())
+        assert heard == [PCM, PCM]
+        assert (await error_of(relay.url, input="something else"))[0] == 503
+
+
+@pytest.mark.trio
 async def test_without_a_worker_it_is_503_within_the_wait_and_nothing_is_queued(tmp_path: Path) -> None:
     async with daemon(tmp_path, http={"no_worker_wait_s": 0.05}) as relay:
         status, told, headers = await error_of(relay.url)
