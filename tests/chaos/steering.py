@@ -201,6 +201,7 @@ class Operator:
             if row is not None and row["state"] in ("idle", "busy"):
                 return
             if row is not None and row["draining"]:
+                self.ledger.held_back.pop(row["worker_id"], None)
                 await self._undrain(row["worker_id"])
             await trio.sleep(GAP_S[1])
 
