@@ -86,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 def _space_options(create: argparse.ArgumentParser) -> None:
     import attrs
 
-    from relayd.config.schema import SpaceConfig, parse_annotation
+    from relayd.config.rules import parse_annotation
+    from relayd.config.schema import SpaceConfig
 
     create.add_argument("name")
     for field in attrs.fields(SpaceConfig):

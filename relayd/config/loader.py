@@ -10,14 +10,8 @@ from typing import Any, Literal, get_origin
 import attrs
 
 from protocol.wire.validators import Value
-from relayd.config.schema import (
-    SECTIONS,
-    is_loopback,
-    parse_annotation,
-    space_name,
-    split_listen,
-    structure,
-)
+from relayd.config.rules import is_loopback, parse_annotation, space_name, split_listen
+from relayd.config.schema import SECTIONS, structure
 from relayd.config.schema import Config as Config
 from relayd.config.schema import ConfigError as ConfigError
 from relayd.config.schema import Http as Http
@@ -29,6 +23,8 @@ from relayd.config.schema import SpaceConfig as SpaceConfig
 from relayd.config.schema import Tls as Tls
 
 SYSTEM_FILE = Path("/etc/relayd/relayd.toml")
+#: The shortest time after which the space of calls may end one.
+MIN_CALL_S = 600
 #: Size of `sun_path` on Linux, without the terminating NUL (unix(7)).
 MAX_SOCKET_PATH_BYTES = 107
 #: Variables that Kubernetes and Docker links set for a service named "relayd": not settings, and not typos either.
@@ -108,8 +104,8 @@ def _merge(raw: dict[str, Value], over: Mapping[str, Value]) -> None:
 
 def _make_absolute(raw: dict[str, Value], folder: Path) -> None:
     """Make paths absolute, relative to `folder`: the file's own for paths in the file, else the current one."""
-    tls = raw.get("tls")
-    for table, key in ((raw, "state_dir"), (tls, "cert"), (tls, "key")):
+    tls, webrtc = raw.get("tls"), raw.get("webrtc")
+    for table, key in ((raw, "state_dir"), (tls, "cert"), (tls, "key"), (webrtc, "turn_secret_file")):
         if isinstance(table, dict) and isinstance(path := table.get(key), str) and path and "\0" not in path:
             table[key] = str(folder / Path(path).expanduser())
 
@@ -207,6 +203,7 @@ def _find_conflicts(raw: Mapping[str, Value]) -> Iterator[str]:
         for key in ("cert", "key"):
             if isinstance(file := tls.get(key), str) and file and (error := _read_error(Path(file))):
                 yield f"tls.{key}: {file}: {error}"
+    yield from _find_conflicts_of_calls(talk, raw.get("webrtc"), spaces)
     limits = raw.get("limits")
     if isinstance(limits, dict):
         ping, dead = (
@@ -215,6 +212,31 @@ def _find_conflicts(raw: Mapping[str, Value]) -> Iterator[str]:
         )
         if isinstance(ping, int | float) and isinstance(dead, int | float) and dead < 2 * ping:
             yield f"limits.dead_after_s: is {dead}; it must be at least twice limits.ping_interval_s ({ping})"
+
+
+def _find_conflicts_of_calls(talk: Value, webrtc: Value, spaces: Value) -> Iterator[str]:
+    """Yield what keeps calls from lasting, or browsers from reaching them."""
+    if isinstance(talk, dict):
+        calls = talk.get("calls")
+        if talk.get("face") and not calls:
+            yield "talk.face: has no effect without talk.calls, the space through which calls go"
+        space = spaces.get(calls) if isinstance(spaces, dict) and isinstance(calls, str) else None
+        most_s = (
+            space.get("run_timeout_s", attrs.fields(SpaceConfig).run_timeout_s.default)
+            if isinstance(space, dict)
+            else None
+        )
+        if isinstance(most_s, int | float) and most_s < MIN_CALL_S:
+            yield (
+                f"spaces.{calls}.run_timeout_s: is {most_s}, after which a call would be cut off; "
+                f"it must be at least {MIN_CALL_S}, as in run_timeout_s = 14400 for four hours"
+            )
+    if isinstance(webrtc, dict):
+        file = webrtc.get("turn_secret_file")
+        if webrtc.get("turn_urls") and not file:
+            yield "webrtc.turn_secret_file: is required with webrtc.turn_urls: the file with the secret of the servers"
+        if isinstance(file, str) and file and (error := _read_error(Path(file))):
+            yield f"webrtc.turn_secret_file: {file}: {error}"
 
 
 def _read_error(path: Path) -> str:

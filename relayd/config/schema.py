@@ -6,37 +6,24 @@ run time) follow the same rules as the file.
 """
 
 import difflib
-import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_origin
 
 import attrs
 
 from protocol.log_lines import FORMATS, LEVELS
 from protocol.wire.frames import MAX_MESSAGE_BYTES
-from protocol.wire.messages import SPACE_PATTERN
-from protocol.wire.validators import (
-    FieldError,
-    Rule,
-    Value,
-    array_of,
-    boolean,
-    choice,
-    integer,
-    kind_of,
-    number,
-    optional,
-    text,
-)
+from protocol.wire.validators import Value, array_of, boolean, choice, integer, kind_of, number, optional, text
+from relayd.config import rules
+from relayd.config.rules import is_loopback, parse_annotation, split_listen
 
 KIB = 1024
 MIB = 1024 * KIB
 #: A format of the relay's log beside those of both daemons.
 PLAIN = "plain"
 
-Fields = list["attrs.Attribute[Any]"]
 SettingsT = TypeVar("SettingsT", bound=attrs.AttrsInstance)
 
 
@@ -53,193 +40,18 @@ class ConfigError(Exception):
         super().__init__("\n  ".join([f"{source}: {count}", *self.faults]))
 
 
-def split_listen(listen: str) -> tuple[str, int]:
-    """Split `HOST:PORT` into host and port; an IPv6 host must be in brackets.
-
-    Raises:
-        ValueError: `listen` is not valid; the message gives the right form.
-    """
-    host, colon, port = listen.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ValueError(f"{listen!r}: put an IPv6 address in brackets, as in [::1]:8765")
-    if not colon or not host or not re.fullmatch(r"[0-9]{1,5}", port):
-        raise ValueError(f"{listen!r} is not HOST:PORT; 0.0.0.0:8765 listens on every IPv4 address of the machine")
-    if int(port) > 65_535:
-        raise ValueError(f"port {port} is over 65535")
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` can be reached only from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-# -- rules of single settings -------------------------------------------------------------------------------------
-
-
-def _listen(value: Value) -> None:
-    text(255)(value)
-    if value:
-        split_listen(value)
-
-
-#: As browsers write it in `Origin` (RFC 6454 section 6.2); they write names in ASCII.
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s:/?#@\\\[\]]+)(?::([1-9][0-9]{0,4}))?", re.IGNORECASE)
-
-
-def _origin(value: Value) -> None:
-    text(255)(value)
-    if value == "*":
-        return
-    if "*" in value:
-        raise ValueError(f'{value!r}: an origin may have no wildcard; list each one, or write "*" for all')
-    if value == "null":
-        raise ValueError("'null' cannot be listed: every page without an origin sends it; only \"*\" lets them in")
-    match = _ORIGIN.fullmatch(value)
-    if match is None or not value.isascii():
-        raise ValueError(
-            f"{value!r} is not an origin like https://example.org or http://[::1]:3000 (scheme, host in ASCII, and "
-            "port if it is not the default; no path, no trailing slash)"
-        )
-    host, port = match[1].lower(), match[2]
-    if host[0] == "[" and (address := ipaddress.ip_address(host[1:-1])).compressed != host[1:-1]:
-        raise ValueError(f"{value!r}: browsers write this address as [{address.compressed}]")
-    if port is not None and int(port) > 65_535:
-        raise ValueError(f"{value!r}: port {port} is over 65535")
-
-
-def _network(value: Value) -> None:
-    text(64)(value)
-    try:
-        ipaddress.ip_network(value)
-    except ValueError as fault:
-        raise ValueError(f"{fault}; write an address or a network, as in 10.1.2.3 or 10.1.0.0/16") from None
-
-
-def _mode(value: Value) -> None:
-    integer(0)(value)
-    if value > 0o777:
-        raise ValueError(f"is {value}; write a file mode in octal, as in 0o660")
-
-
-def _path(value: Value) -> None:
-    if isinstance(value, Path):
-        return
-    text(4096)(value)
-    if not value or "\0" in value:
-        raise ValueError("must not be empty")
-
-
-def space_name(value: Value) -> None:
-    """Check a space name; raises `ValueError`."""
-    text(64, SPACE_PATTERN, "a space name (a letter or digit, then up to 63 letters, digits and . _ -)")(value)
-
-
-def _models(value: Value) -> None:
-    _each_in_table(value, space_name)
-
-
-def _voices(value: Value) -> None:
-    _each_in_table(value, _voice)
-
-
-def _voice(value: Value) -> None:
-    if isinstance(value, dict):  # by the name of a space: its own
-        _each_in_table(value, _voice_name)
-    else:
-        _voice_name(value)
-
-
-def _each_in_table(value: Value, rule: Rule) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f'must be a table of names, as in {{"tts-1" = "tts", "*" = "tts"}}, not {kind_of(value)}')
-    for key, inner in value.items():
-        try:
-            rule(inner)
-        except ValueError as fault:
-            raise ValueError(f"{key!r}: {fault}") from None
-
-
-def _voice_name(value: Value) -> None:
-    text(256)(value)
-    if not value:
-        raise ValueError("must not be empty")
-
-
-def _pattern(value: Value) -> None:
-    text(256)(value)
-    try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as fault:
-        raise ValueError(f"{value!r} is not a regular expression: {fault}") from None
-
-
-def _optional_space(value: Value) -> None:
-    if value != "":
-        space_name(value)
-
-
-_seconds = number(0.001, 1e7)
-_from_zero_s = number(0.0, 1e7)
-_count = integer(1, 1_000_000)
-_bytes = integer(1, 2**40)
-
-
-def parse_annotation(annotation: Any) -> tuple[Any, Rule | None]:
-    """Return the plain type and the annotated rule; None if there is no rule."""
-    if get_origin(annotation) is Annotated:
-        kind, rule = get_args(annotation)
-        return kind, rule
-    return annotation, None
-
-
-def _apply_rule(kind: Any, rule: Rule, value: Value) -> Value:
-    rule(value)
-    if kind is float:
-        return float(value)
-    if kind is Path:
-        return Path(value)
-    return tuple(value) if get_origin(kind) is tuple else value
-
-
-def _with_rules(_cls: type, fields: Fields) -> Fields:
-    """Apply every annotated rule on construction, too."""
-    return [_with_rule(field) for field in fields]
-
-
-def _with_rule(field: "attrs.Attribute[Any]") -> "attrs.Attribute[Any]":
-    kind, rule = parse_annotation(field.type)
-    if rule is None:
-        return field
-
-    def convert(value: Value) -> Value:
-        try:
-            return _apply_rule(kind, rule, value)
-        except ValueError as fault:
-            raise FieldError(f"{field.name}: {fault}") from None
-
-    return field.evolve(converter=convert)
-
-
 # -- the settings -------------------------------------------------------------------------------------------------
 
 
-@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class Tls:
     """The files of the certificate chain and its key, in PEM format."""
 
-    cert: Annotated[Path, _path]
-    key: Annotated[Path, _path]
+    cert: Annotated[Path, rules.path]
+    key: Annotated[Path, rules.path]
 
 
-@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class LogConfig:
     """Level and format of the log: `auto` is `console` on a terminal and `json` elsewhere; `plain` are the lines of
     other servers, `TIME - LOGGER - LEVEL - event key=value, key=value`.
@@ -251,7 +63,7 @@ class LogConfig:
     callsite: Annotated[bool, boolean] = False
 
 
-@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class PrincipalLimits:
     """What one principal may have, over all of its connections and spaces; a token may name other limits.
 
@@ -270,18 +82,18 @@ class PrincipalLimits:
         max_priority: highest priority; a request with a higher one gets this.
     """
 
-    max_connections: Annotated[int, _count] = 300
+    max_connections: Annotated[int, rules.count] = 300
     requests_per_s: Annotated[float, number(0.001, 1e6)] = 200.0
-    max_queued: Annotated[int, _count] = 1_000
-    max_running: Annotated[int | None, optional(_count)] = None
-    max_uploads: Annotated[int, _count] = 32
-    max_input_bytes: Annotated[int, _bytes] = 512 * MIB
-    max_readers: Annotated[int, _count] = 2_000
-    max_retained: Annotated[int, _count] = 5_000
+    max_queued: Annotated[int, rules.count] = 1_000
+    max_running: Annotated[int | None, optional(rules.count)] = None
+    max_uploads: Annotated[int, rules.count] = 32
+    max_input_bytes: Annotated[int, rules.size] = 512 * MIB
+    max_readers: Annotated[int, rules.count] = 2_000
+    max_retained: Annotated[int, rules.count] = 5_000
     max_priority: Annotated[int, integer(0, 9)] = 5
 
 
-@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class Limits:
     """Deadlines and sizes that apply to all connections and requests."""
 
@@ -289,29 +101,29 @@ class Limits:
     ping_interval_s: Annotated[float, number(0.01, 3600)] = 5.0
     dead_after_s: Annotated[float, number(0.02, 36_000)] = 15.0
     #: How long a request continues without a holder; 0 cancels it at once.
-    resume_window_s: Annotated[float, _from_zero_s] = 30.0
+    resume_window_s: Annotated[float, rules.from_zero_s] = 30.0
     #: How long a request on a disconnected worker waits for the worker to reconnect.
-    worker_grace_s: Annotated[float, _from_zero_s] = 30.0
-    stall_timeout_s: Annotated[float, _seconds] = 60.0
-    cancel_grace_s: Annotated[float, _from_zero_s] = 5.0
+    worker_grace_s: Annotated[float, rules.from_zero_s] = 30.0
+    stall_timeout_s: Annotated[float, rules.seconds] = 60.0
+    cancel_grace_s: Annotated[float, rules.from_zero_s] = 5.0
     #: With the daemon's own files, fits into the 1,024 descriptors that Linux allows by default.
-    max_connections: Annotated[int, _count] = 900
+    max_connections: Annotated[int, rules.count] = 900
     #: Connections that have not logged in; where there are more, the oldest of them are closed.
-    max_pending: Annotated[int, _count] = 4_096
+    max_pending: Annotated[int, rules.count] = 4_096
     #: The same, of one address; of an IPv6 address, of its /64 network. Not used behind a proxy.
-    max_pending_per_address: Annotated[int, _count] = 2_048
+    max_pending_per_address: Annotated[int, rules.count] = 2_048
     #: Per connection; must hold the largest message.
     max_backlog_bytes: Annotated[int, integer(2 * MAX_MESSAGE_BYTES, 2**40)] = 8 * MIB
-    max_input_bytes: Annotated[int, _bytes] = 32 * MIB
-    max_result_bytes: Annotated[int, _bytes] = 64 * MIB
+    max_input_bytes: Annotated[int, rules.size] = 32 * MIB
+    max_result_bytes: Annotated[int, rules.size] = 64 * MIB
     #: Bytes of a live input that are stored a second, and so passed on; four seconds of them may come at once.
-    live_input_bytes_s: Annotated[int, _bytes] = MIB
+    live_input_bytes_s: Annotated[int, rules.size] = MIB
     #: How long an engine waits for a live input whose feeder sends nothing.
-    feed_idle_timeout_s: Annotated[float, _seconds] = 30.0
+    feed_idle_timeout_s: Annotated[float, rules.seconds] = 30.0
     principal: PrincipalLimits = attrs.field(factory=PrincipalLimits)
 
 
-@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class Results:
     """How long and where the results of requests are kept.
 
@@ -321,12 +133,12 @@ class Results:
         disk_bytes: limit for all those files; the oldest results are deleted first.
     """
 
-    retain_s: Annotated[float, _from_zero_s] = 600.0
-    memory_bytes: Annotated[int, _bytes] = 256 * MIB
-    disk_bytes: Annotated[int, _bytes] = 2048 * MIB
+    retain_s: Annotated[float, rules.from_zero_s] = 600.0
+    memory_bytes: Annotated[int, rules.size] = 256 * MIB
+    disk_bytes: Annotated[int, rules.size] = 2048 * MIB
 
 
-@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class Http:
     """Settings of HTTP.
 
@@ -341,15 +153,15 @@ class Http:
             `public` everybody.
     """
 
-    max_wait_s: Annotated[float, _from_zero_s] = 120.0
-    no_worker_wait_s: Annotated[float, _from_zero_s] = 5.0
+    max_wait_s: Annotated[float, rules.from_zero_s] = 120.0
+    no_worker_wait_s: Annotated[float, rules.from_zero_s] = 5.0
     link_s: Annotated[int, integer(0, 31_536_000)] = 604_800
     lists: Annotated[Literal["token", "public"], choice("token", "public")] = "token"
     metrics: Annotated[Literal["token", "operator", "public"], choice("token", "operator", "public")] = "operator"
     keep_alive_s: Annotated[float, number(0.01, 3600)] = 30.0
 
 
-@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class OpenAi:
     """What the names that OpenAI's clients have built in stand for.
 
@@ -362,13 +174,13 @@ class OpenAi:
             take. Else any name is good where a token may use one space of the kind that is asked.
     """
 
-    models: Annotated[dict[str, str], _models] = attrs.field(factory=dict)
-    voices: Annotated[dict[str, str | dict[str, str]], _voices] = attrs.field(factory=dict)
+    models: Annotated[dict[str, str], rules.models] = attrs.field(factory=dict)
+    voices: Annotated[dict[str, str | dict[str, str]], rules.voices] = attrs.field(factory=dict)
     unknown_instructions: Annotated[Literal["ignore", "refuse"], choice("ignore", "refuse")] = "ignore"
     strict: Annotated[bool, boolean] = False
 
 
-@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class Talk:
     """Conversations: what is said is answered in one space and spoken in another.
 
@@ -376,6 +188,8 @@ class Talk:
         reply: the space of the language model, which takes `messages`.
         speech: the space that speaks the replies; "" for text alone.
         transcribe: the space that writes down what users say into a microphone; "" for none.
+        calls: the space through which calls go, of engine `webrtc`; "" for none.
+        face: the space that shows a face on calls; "" for calls without a picture.
         listen: `HOST:PORT` of the door for clients of the GPU server; "" for none.
         tts_server: whether `/tts` is served, for clients of the VoxCPM server.
         sessions: `open`: whoever names a new session begins a conversation; `known`: it must have been created.
@@ -391,13 +205,15 @@ class Talk:
         audio_format: of audio that is sent in one piece; `mp3` needs the extra `audio`.
     """
 
-    reply: Annotated[str, space_name]
-    speech: Annotated[str, _optional_space] = ""
-    transcribe: Annotated[str, _optional_space] = ""
-    listen: Annotated[str, _listen] = ""
+    reply: Annotated[str, rules.space_name]
+    speech: Annotated[str, rules.optional_space] = ""
+    transcribe: Annotated[str, rules.optional_space] = ""
+    calls: Annotated[str, rules.optional_space] = ""
+    face: Annotated[str, rules.optional_space] = ""
+    listen: Annotated[str, rules.listen] = ""
     tts_server: Annotated[bool, boolean] = False
     sessions: Annotated[Literal["open", "known"], choice("open", "known")] = "open"
-    session_id_pattern: Annotated[str, _pattern] = r"(?=.*[0-9])[A-Za-z0-9._-]{1,128}"
+    session_id_pattern: Annotated[str, rules.pattern] = r"(?=.*[0-9])[A-Za-z0-9._-]{1,128}"
     history: Annotated[Literal["disk", "memory", "none"], choice("disk", "memory", "none")] = "disk"
     retain_days: Annotated[float, number(0.001, 36_600)] = 30.0
     max_turns: Annotated[int, integer(2, 10_000)] = 500
@@ -409,7 +225,24 @@ class Talk:
     audio_format: Annotated[Literal["wav", "mp3"], choice("wav", "mp3")] = "wav"
 
 
-@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
+class WebRtc:
+    """What browsers need to reach the space of calls where they cannot directly.
+
+    Args:
+        turn_urls: of TURN servers, such as coturn, with `use-auth-secret`.
+        turn_secret_file: a file with their `static-auth-secret`.
+        turn_s: how long the credentials that are made from it are valid; a call may last no longer.
+        stun_urls: of STUN servers.
+    """
+
+    turn_urls: Annotated[tuple[str, ...], array_of(rules.turn_url)] = ()
+    turn_secret_file: Annotated[str, text(4096)] = ""
+    turn_s: Annotated[int, integer(60, 604_800)] = 14_400
+    stun_urls: Annotated[tuple[str, ...], array_of(rules.stun_url)] = ()
+
+
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class SpaceConfig:
     """One space. The timeouts are defaults for requests that do not set their own.
 
@@ -423,16 +256,16 @@ class SpaceConfig:
     """
 
     max_workers: Annotated[int, integer(1, 1_000)] = 1
-    max_queued: Annotated[int, _count] = 1_000
-    max_queued_per_principal: Annotated[int, _count] = 100
-    max_running_per_principal: Annotated[int | None, optional(_count)] = None
-    queue_timeout_s: Annotated[float, _seconds] = 120.0
-    run_timeout_s: Annotated[float, _seconds] = 120.0
-    idle_timeout_s: Annotated[float, _seconds] = 30.0
+    max_queued: Annotated[int, rules.count] = 1_000
+    max_queued_per_principal: Annotated[int, rules.count] = 100
+    max_running_per_principal: Annotated[int | None, optional(rules.count)] = None
+    queue_timeout_s: Annotated[float, rules.seconds] = 120.0
+    run_timeout_s: Annotated[float, rules.seconds] = 120.0
+    idle_timeout_s: Annotated[float, rules.seconds] = 30.0
     when_empty: Annotated[Literal["queue", "refuse"], choice("queue", "refuse")] = "queue"
     max_attempts: Annotated[int, integer(1, 100)] = 3
-    cache_s: Annotated[float, _from_zero_s] = 0.0
-    cache_bytes: Annotated[int, _bytes] = 256 * MIB
+    cache_s: Annotated[float, rules.from_zero_s] = 0.0
+    cache_bytes: Annotated[int, rules.size] = 256 * MIB
     cache_shared: Annotated[bool, boolean] = False
     description: Annotated[str, text(1_000)] = ""
 
@@ -459,7 +292,7 @@ class SpaceConfig:
         return frozenset(field.name for field in attrs.fields(cls))
 
 
-@attrs.frozen(kw_only=True, field_transformer=_with_rules)
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class Config:
     """All settings of one daemon.
 
@@ -475,16 +308,16 @@ class Config:
         store: `sqlite`, or `memory`, which keeps nothing after the end.
     """
 
-    listen: Annotated[str, _listen] = "127.0.0.1:8765"
-    state_dir: Annotated[Path, _path]
+    listen: Annotated[str, rules.listen] = "127.0.0.1:8765"
+    state_dir: Annotated[Path, rules.path]
     behind_proxy: Annotated[bool, boolean] = False
-    trusted_proxies: Annotated[tuple[str, ...], array_of(_network)] = ()
+    trusted_proxies: Annotated[tuple[str, ...], array_of(rules.network)] = ()
     plain_text: Annotated[bool, boolean] = False
-    allowed_origins: Annotated[tuple[str, ...], array_of(_origin)] = ()
+    allowed_origins: Annotated[tuple[str, ...], array_of(rules.origin)] = ()
     unix_socket: Annotated[bool, boolean] = True
-    unix_socket_mode: Annotated[int, _mode] = 0o600
+    unix_socket_mode: Annotated[int, rules.file_mode] = 0o600
     store: Annotated[Literal["sqlite", "memory"], choice("sqlite", "memory")] = "sqlite"
-    drain_timeout_s: Annotated[float, _from_zero_s] = 30.0
+    drain_timeout_s: Annotated[float, rules.from_zero_s] = 30.0
     tls: Tls | None = None
     log: LogConfig = attrs.field(factory=LogConfig)
     limits: Limits = attrs.field(factory=Limits)
@@ -492,6 +325,7 @@ class Config:
     http: Http = attrs.field(factory=Http)
     openai: OpenAi = attrs.field(factory=OpenAi)
     talk: Talk | None = None
+    webrtc: WebRtc = attrs.field(factory=WebRtc)
     spaces: dict[str, SpaceConfig] = attrs.field(factory=dict)
 
     @property
@@ -522,6 +356,7 @@ SECTIONS: Mapping[str, type[attrs.AttrsInstance]] = {
     "http": Http,
     "openai": OpenAi,
     "talk": Talk,
+    "webrtc": WebRtc,
 }
 
 
@@ -568,7 +403,7 @@ def _read_setting(field: "attrs.Attribute[Any]", value: Value, path: tuple[str, 
     kind, rule = parse_annotation(field.type)
     if rule is not None:
         try:
-            return _apply_rule(kind, rule, value)
+            return rules.apply_rule(kind, rule, value)
         except ValueError as fault:
             faults.append(f"{_join(*path)}: {fault}")
             return None

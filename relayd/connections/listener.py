@@ -20,7 +20,8 @@ import structlog
 import trio
 
 from relayd.auth.tokens import PeerCredentials, peer_credentials
-from relayd.config.schema import Config, split_listen
+from relayd.config.rules import split_listen
+from relayd.config.schema import Config
 from relayd.connections.budget import ConnectionSlot
 from relayd.connections.gateway import Gateway
 from relayd.http.server import Door, HttpServer

@@ -8,17 +8,8 @@ from hypothesis import strategies as st
 
 from protocol.wire.validators import FieldError
 from relayd.config.loader import default_state_dir, load_config
-from relayd.config.schema import (
-    Config,
-    ConfigError,
-    Limits,
-    LogConfig,
-    OpenAi,
-    SpaceConfig,
-    Tls,
-    is_loopback,
-    split_listen,
-)
+from relayd.config.rules import is_loopback, split_listen
+from relayd.config.schema import Config, ConfigError, Limits, LogConfig, OpenAi, SpaceConfig, Tls
 
 ROOT = Path(__file__).parents[3]
 HOME = {"HOME": "/home/ann"}
@@ -181,6 +172,13 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
         ('[talk]\nreply = "llm"\nsession_id_pattern = "a{99999999999}"', "is not a regular expression"),
         ('[talk]\nreply = "llm"\nhistory = "disc"', "talk.history: must be one of disk, memory, none"),
         ('[talk]\nreply = "llm"\nlisten = "0.0.0.0:19001"', "talk.listen: 0.0.0.0:19001 can be reached from other"),
+        ('[talk]\nreply = "llm"\nface = "face"', "talk.face: has no effect without talk.calls"),
+        ('[talk]\nreply = "llm"\ncalls = "a b"', "talk.calls: "),
+        ('[talk]\nreply = "llm"\ncalls = "calls"\n[spaces.calls]', "spaces.calls.run_timeout_s: is 120.0, after which"),
+        ('[webrtc]\nturn_secret_file = "relayd.toml"\nturn_urls = ["turn.example.org"]', "webrtc.turn_urls: "),
+                ('[webrtc]\nturn_urls = ["turn:turn.example.org:3478"]', "webrtc.turn_secret_file: is required"),
+        ('[webrtc]\nturn_secret_file = "no-such-file"', "no-such-file: No such file"),
+        ('[webrtc]\nstun_urls = ["turn:stun.example.org"]', "webrtc.stun_urls: "),
         ('[talk]\nreply = "llm"\nlisten = "19001"', "talk.listen: '19001' is not HOST:PORT"),
         ('[talk]\nreply = "llm"\ninstructions = "' + "x" * 4_001 + '"', "talk.instructions: "),
         ("listen = ", "is not TOML: Invalid value (at end of document)"),
@@ -258,6 +256,17 @@ def test_conversations_are_there_if_their_table_is(file: Path) -> None:
         False,
         False,
     ]
+
+
+def test_the_secret_of_turn_servers_is_a_file_beside_the_settings(file: Path) -> None:
+    (file.parent / "turn-secret").write_text("secret\n")
+    urls = ["turn:turn.example.org:3478", "turns:turn.example.org:443?transport=tcp"]
+    webrtc = load(file, f'[webrtc]\nturn_urls = {urls}\nturn_secret_file = "turn-secret"').webrtc
+    assert (webrtc.turn_urls, webrtc.turn_secret_file) == (tuple(urls), str(file.parent / "turn-secret"))
+    calls = '[talk]\nreply = "llm"\ncalls = "calls"\nface = "face"\n[spaces.calls]\nrun_timeout_s = 14400'
+    talk = load(file, calls).talk
+    assert talk is not None
+    assert (talk.calls, talk.face) == ("calls", "face")
 
 
 def test_what_others_can_reach_unencrypted_is_known_for_every_door(file: Path) -> None:
