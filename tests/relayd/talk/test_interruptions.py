@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ async def both(on: Stage) -> Writer:
     return await on.writer(endless)
 
 
+def _has_begun(writer: Writer, number: int) -> bool:
+    return len(writer.assigns) > number
+
+
 async def assert_nothing_is_left(on: Stage, session: str | None, user: str = "") -> None:
     """All texts are in the history, each with its end, and neither tasks nor samples nor requests are left of them."""
     await until(lambda: not any(on.daemon.relay.stats.talk.websockets.values()))
@@ -67,7 +72,7 @@ async def test_over_http(tmp_path: Path) -> None:
             async with trio.open_nursery() as nursery:
                 for number, text in enumerate([*TEXTS, LAST]):
                     nursery.start_soon(say, text)
-                    await until(lambda number=number: len(writer.assigns) > number)
+                    await until(partial(_has_begun, writer, number))
         assert ended == dict.fromkeys(TEXTS, "interrupted") | {LAST: "done"}
         await assert_nothing_is_left(on, "s1")
 
@@ -87,7 +92,7 @@ async def test_over_the_protocol_of_the_gpu_server(tmp_path: Path) -> None:
             nursery.start_soon(listen)
             for number, text in enumerate([*TEXTS, LAST]):
                 await client.send(GOOD | {"content": text, "interrupt": True, "message_id": text})
-                await until(lambda number=number: len(writer.assigns) > number)
+                await until(partial(_has_begun, writer, number))
         assert answers == dict.fromkeys(TEXTS, True) | {LAST: False}
         await assert_nothing_is_left(on, "uuid-session-1", "6")
 
@@ -128,7 +133,7 @@ async def test_over_the_protocol_of_the_voxcpm_server(tmp_path: Path) -> None:
                 while text not in results:
                     with trio.fail_after(10):
                         message = await socket.get_message()
-                    told = {"type": "audio"} if isinstance(message, bytes) else json.loads(message)
+                    told: dict[str, Any] = {"type": "audio"} if isinstance(message, bytes) else json.loads(message)
                     if told["type"] == "audio" and text not in (LAST, cancelled):
                         cancelled = text
                         await socket.send_message(json.dumps({"type": "cancel", "request_id": text}))
