@@ -97,6 +97,10 @@ class TalkStats:
     turns: dict[str, int] = attrs.field(factory=dict)
     #: Why replies were not spoken, or not to their end -> how many.
     unspoken: dict[str, int] = attrs.field(factory=dict)
+    #: Calls that live; that ended in order; and why others did not -> how many.
+    calls: int = 0
+    calls_hung_up: int = 0
+    calls_failed: dict[str, int] = attrs.field(factory=dict)
     #: From what was said to the first word, and to the first sample, of the reply.
     first_word_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))
     first_audio_s: Histogram = attrs.field(factory=lambda: Histogram(WAIT_S))

@@ -13,6 +13,8 @@ from relayd.frames.frame_log import LOW_WATER_BYTES, FrameReader
 from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition
 
+#: Of the requests of conversations: ahead of batch jobs, which have 5.
+PRIORITY = 3
 LOST = "the relay cannot read the result from its disk; see its log, and say it again"
 
 

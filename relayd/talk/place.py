@@ -15,6 +15,7 @@ from relayd.core.principals import too_fast
 from relayd.core.relay import Relay
 from relayd.stats.counters import TalkStats
 from relayd.store.records import Change
+from relayd.talk.calls import Calls
 from relayd.talk.conversation import Making
 
 #: Conversations of which it is kept how their last replies were spoken, whether somebody uses them or not.
@@ -29,12 +30,14 @@ class Place:
 
     Args:
         nursery: in which turns run.
+        calls: on which replies are played.
         kept: whether conversations outlive those who use them, as `history` says.
     """
 
     admission: Admission
     tokens: TokenRegistry
     nursery: trio.Nursery
+    calls: Calls
     kept: bool = True
     #: Principal -> its replies that wait or are being made.
     unended: Counter[str] = attrs.field(factory=Counter)

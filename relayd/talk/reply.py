@@ -22,6 +22,7 @@ from relayd.talk.events import (
     TurnFailed,
 )
 from relayd.talk.held_request import FrameQueue
+from relayd.talk.playback import Playback
 
 
 @attrs.define(eq=False)
@@ -46,6 +47,8 @@ class Reply:
     text: str = ""
     #: The request that speaks it, once there is one.
     speech: Request | None = None
+    #: What plays it on a call, once something does.
+    playback: Playback | None = None
     format: AudioFormat | None = None
     #: What is known of the end of its text; and the same, once its text is whole.
     finish: TextEnded = attrs.field(factory=TextEnded)

@@ -18,9 +18,12 @@ from relayd.auth.tokens import Principal, reject_readonly
 from relayd.core.principals import RETRY_S, is_limited, limits_of
 from relayd.store.base import StoreError
 from relayd.store.records import Change, DeleteTurns, PutHeard, PutTalk, PutTurn, TalkRecord, TurnRecord
+from relayd.talk.call import Call
+from relayd.talk.calls import TALK, key_of
 from relayd.talk.conversation import MAX_WAITING, Conversation, TurnState
 from relayd.talk.events import ReplyEnded, TurnFailed
 from relayd.talk.place import Place
+from relayd.talk.playback import Playback
 from relayd.talk.reply import Reply
 from relayd.talk.turn import Outcome, Turn
 
@@ -61,6 +64,8 @@ class Session:
     #: Number of the turn -> who asked for the reply.
     _principals: dict[int, Principal] = attrs.field(factory=dict)
     _turn: Turn | None = None
+    #: Number of the turn -> what plays it; its turn may have ended.
+    _playing: dict[int, Playback] = attrs.field(factory=dict)
     _is_serving: bool = False
     #: Whether the task has not begun yet; and why the reply that it begins with is interrupted already.
     _is_beginning: bool = False
@@ -73,8 +78,18 @@ class Session:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether somebody has opened it, or it is being answered."""
-        return not self.is_deleted and bool(self.replies or self.openers)
+        """Whether somebody has opened it, it is being answered, or what was replied is played."""
+        return not self.is_deleted and bool(self.replies or self.openers or self._playing)
+
+    @property
+    def is_playing(self) -> bool:
+        """Whether a reply is being played on a call."""
+        return bool(self._playing)
+
+    @property
+    def call_key(self) -> str:
+        """The key of the call that is one of this conversation."""
+        return key_of(TALK, self.record.talk_id)
 
     def change(self, **fields: Any) -> None:
         """Change its record; the next commit stores it."""
@@ -113,13 +128,16 @@ class Session:
         speech_params: Mapping[str, Value],
         instructions: str | None,
         space: str | None,
+        call: Call | None,
     ) -> Reply | Rejected:
         """See `Talk.say`."""
+        call = self.place.calls.find(principal, self.call_key) if call is None else call
         asked = {
             "params": dict(params),
             "speech": dict(speech_params),
             "instructions": instructions,
             "space": space,
+            "call": call.key if call is not None else None,
         }
         try:
             options = msgpack.packb(asked)
@@ -136,7 +154,7 @@ class Session:
             return refusal
         settings = self.place.settings
         goes_on = (interrupt or settings.barge_in == "always") and self.interrupt("the user goes on")
-        interrupted = next(iter(self.replies.values())) if goes_on else None  # they are made one after the other
+        interrupted = next(iter(self.replies.values()), None) if goes_on else None  # they are made one after the other
         now = time.time()
         turns = self.conversation.say(
             text,
@@ -233,16 +251,29 @@ class Session:
 
     def interrupt(self, reason: str) -> bool:
         """See `Talk.interrupt`."""
+        is_playing = self.is_playing
+        for playback in self._playing.values():
+            playback.cut(reason)
         if self._turn is not None:
             self._turn.interrupt(reason)
         elif self._is_beginning:
             self._interrupted = reason
-        return self._turn is not None or self._is_beginning
+        return self._turn is not None or self._is_beginning or is_playing
+
+    async def wait_silent(self) -> None:
+        """Wait until what was interrupted is not played any more, and it is stored what was heard of it."""
+        await self._wait_cut()
+        await self.place.commit()
+
+    async def _wait_cut(self) -> None:
+        for playback in [each for each in self._playing.values() if each.is_cut]:
+            await playback.settle()
 
     def cancel(self, reply: Reply, reason: str) -> bool:
         """See `Talk.cancel`."""
         if self._turn is not None and self._turn.reply is reply:
-            return self.interrupt(reason)
+            self._turn.interrupt(reason)
+            return True
         waited = self._refuse_waiting(reply, CANCELLED, reason)
         if waited is not None:
             self.place.post(PutTurn(waited))
@@ -255,6 +286,9 @@ class Session:
         replies = list(self.replies.values())
         for reply in replies:
             self.cancel(reply, reason)
+        if not replies and self.interrupt(reason):  # it is only played
+            await self.wait_silent()
+            return 1
         for reply in replies:
             await reply.wait_ended()
         return len(replies)
@@ -312,6 +346,9 @@ class Session:
     async def _make(self, turn: TurnRecord, reply: Reply) -> None:
         outcome = Outcome(TurnState.FAILED, ErrorCode.INTERNAL, BROKEN, retryable=True)
         try:
+            self._is_beginning = True
+            await self._wait_cut()  # the prompt has what was heard
+            self._is_beginning = False
             self._turn = self._begin(turn, reply)
             if self._interrupted is not None:
                 self._turn.interrupt(self._interrupted)
@@ -341,7 +378,42 @@ class Session:
         principal = self._principals[turn.number]
         params, speech_params = options.get("params", {}), options.get("speech", {})
         space = options.get("space") or settings.reply
-        return Turn(self.place, principal, self.conversation, reply, space, messages, params, speech_params)
+        call = self.place.calls.find(principal, options.get("call") or "")
+
+        def play(speech: str) -> Playback:
+            assert call is not None
+            return self._play(turn, speech, call)
+
+        return Turn(
+            self.place,
+            principal,
+            self.conversation,
+            reply,
+            space,
+            messages,
+            params,
+            speech_params,
+            play=play if call is not None else None,
+        )
+
+    def _play(self, turn: TurnRecord, speech: str, call: Call) -> Playback:
+        """Play the speech of a reply on a call."""
+
+        def on_end(playback: Playback) -> None:
+            del self._playing[turn.number]
+            if playback.tells_what_was_heard:
+                self.note_played(turn.number, playback.played)
+
+        playback = Playback(call, self._principals[turn.number], speech, turn.text_request or speech, on_end)
+        self._playing[turn.number] = playback
+        self.place.nursery.start_soon(self._run_playback, playback)
+        return playback
+
+    async def _run_playback(self, playback: Playback) -> None:
+        try:
+            await playback.run()
+        except Exception:
+            log.exception("internal error in conversation", talk=self.record.talk_id)
 
     async def _store_end(self, ended: TurnRecord, outcome: Outcome) -> tuple[TurnRecord, TurnFailed | None]:
         """Store how a reply has ended; returns it, and the failure that its listeners are told, if it is one."""

@@ -5,6 +5,7 @@ import time
 import trio
 
 from protocol.wire.validators import Value
+from relayd.talk.conversation import TurnState
 from relayd.talk.session import Session
 
 
@@ -21,7 +22,7 @@ def talk_row(session: Session) -> dict[str, Value]:
         "principal": record.principal,
         "user": record.user,
         "session": record.session,
-        "state": str(making.state) if making is not None else "waiting" if oldest is not None else "idle",
+        "state": str(making.state) if making is not None else "waiting" if oldest is not None else _quiet(session),
         "turns": len(conversation.turns),
         "waiting": conversation.waiting,
         "reply_s": round(now - oldest.said_at, 1) if oldest is not None else None,
@@ -31,3 +32,7 @@ def talk_row(session: Session) -> dict[str, Value]:
         "code": last.code if last is not None else None,
         "message": last.message if last is not None else None,
     }
+
+
+def _quiet(session: Session) -> str:
+    return str(TurnState.SPEAKING) if session.is_playing else "idle"

@@ -18,6 +18,8 @@ from relayd.auth.tokens import Principal, TokenRegistry, reject_readonly
 from relayd.core.admission import Admission
 from relayd.store.base import StoreError
 from relayd.store.records import DeleteTalk, Loaded, PutTalk, TalkRecord, TurnRecord
+from relayd.talk.call import Call
+from relayd.talk.calls import Calls
 from relayd.talk.conversation import Conversation, TurnState
 from relayd.talk.events import ReplyEnded
 from relayd.talk.index import TalkIndex
@@ -85,6 +87,7 @@ class Talk:
         speech_params: Mapping[str, Value] | None = None,
         instructions: str | None = None,
         space: str | None = None,
+        call: Call | None = None,
     ) -> Reply | Rejected:
         """Say something, and have it answered when what was said before is answered.
 
@@ -96,6 +99,7 @@ class Talk:
             speech_params: params of the request that speaks, such as `voice`.
             instructions: for this reply, instead of the conversation's.
             space: of the language model, instead of that of the settings.
+            call: on which it is played, instead of that of the conversation.
 
         Returns:
             The reply, whose listeners hear of it when what was said is stored; or why it is not answered.
@@ -109,6 +113,7 @@ class Talk:
             speech_params=speech_params or {},
             instructions=instructions,
             space=space,
+            call=call,
         )
 
     def cancel(self, reply: Reply, reason: str = "cancelled") -> bool:
@@ -116,7 +121,7 @@ class Talk:
         return not self.principal.readonly and self.session.cancel(reply, reason)
 
     def interrupt(self, reason: str = "interrupted") -> bool:
-        """End the reply that is being made, and keep what was heard of it; False if there is none."""
+        """End the reply that is being made or played, and keep what was heard of it; False if there is none."""
         return not self.principal.readonly and self.session.interrupt(reason)
 
     async def interrupt_for_good(self, reason: str = "interrupted", played: int | None = None) -> bool:
@@ -130,8 +135,11 @@ class Talk:
             Whether it was in time.
         """
         reply = next(iter(self.replies.values()), None)  # they are made one after the other
-        if reply is None or not self.interrupt(reason):
+        if not self.interrupt(reason):
             return False
+        if reply is None:  # it was only played
+            await self.session.wait_silent()
+            return True
         if played is not None:
             self.note_played(reply.number, played)
         ended = await reply.wait_ended()
@@ -353,7 +361,8 @@ class Talks:
     # -- after a restart
 
     async def restore(self, loaded: Loaded) -> None:
-        """Know the stored conversations again, and go on with their replies that have not ended."""
+        """Know the stored conversations again, and go on with their calls, and their replies that have not ended."""
+        self.place.calls.restore(self.place.principal_named)
         if not self.place.is_durable:  # what was stored before is kept as long as it would have been
             oldest = time.time() - self.place.settings.retain_days * DAY_S
             old = [DeleteTalk(record.talk_id) for record in loaded.talks if record.touched_at < oldest]
@@ -409,7 +418,7 @@ async def open_talks(admission: Admission, tokens: TokenRegistry) -> AsyncIterat
     Cancellation: leaves the replies that are being made; they are continued after a restart.
     """
     async with trio.open_nursery() as nursery:
-        talks = Talks(Place(admission, tokens, nursery))
+        talks = Talks(Place(admission, tokens, nursery, Calls(admission, nursery)))
         nursery.start_soon(talks.serve)
         admission.relay.talks = talks
         yield talks

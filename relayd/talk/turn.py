@@ -1,10 +1,12 @@
 """One turn: a request that makes the text of a reply, and one that speaks it, which is piped from the first.
 
-Both are ordinary requests of their principal: the fair queue, its limits and what a restart leaves of them are those
+On a call, others play what is spoken (`playback`), and go on when the turn has ended.
+
+All are ordinary requests of their principal: the fair queue, its limits and what a restart leaves of them are those
 of every request. A turn holds both until they have ended; what fails of the speech does not take the text away.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 import trio
@@ -20,12 +22,11 @@ from relayd.stats.counters import count
 from relayd.store.records import MAX_TURN_CHARS
 from relayd.talk.conversation import Conversation, TurnState
 from relayd.talk.events import SpeechEnded, TextEnded
-from relayd.talk.held_request import HeldRequest
+from relayd.talk.held_request import PRIORITY, HeldRequest
 from relayd.talk.place import Place
+from relayd.talk.playback import Playback
 from relayd.talk.reply import Reply
 
-#: Ahead of batch jobs, which have 5.
-PRIORITY = 3
 #: The live input of a space that speaks.
 TEXT = "text"
 #: The param by which a space that speaks is asked how the mouth stands.
@@ -53,6 +54,7 @@ class Turn:
         messages: the prompt.
         params: more params of the request that makes the text.
         speech_params: params of the one that speaks it.
+        play: plays what is spoken; None if it is not on a call.
     """
 
     place: Place
@@ -63,6 +65,7 @@ class Turn:
     messages: list[dict[str, str]]
     params: Mapping[str, Value]
     speech_params: Mapping[str, Value]
+    play: Callable[[str], Playback] | None = None
     _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     #: Why it is interrupted.
     _interrupted: str | None = None
@@ -103,6 +106,7 @@ class Turn:
             outcome = self._outcome()
             if outcome.state is not TurnState.DONE:
                 self._cancel(outcome.message or "the turn has ended")
+                await self._note_played()
             return outcome
         finally:
             now = trio.current_time()
@@ -121,6 +125,16 @@ class Turn:
         for request in (self._text.request, self._speech.request):
             if request is not None and request.live:
                 self.place.relay.cancel_group(request, reason)
+        if self.reply.playback is not None:
+            self.reply.playback.cut(reason)
+
+    async def _note_played(self) -> None:
+        """Note what was heard on a call of a reply that is cut off."""
+        playback = self.reply.playback
+        if playback is not None:
+            await playback.settle()
+            if playback.tells_what_was_heard:
+                self.conversation.note_played(self.reply.number, playback.played)
 
     # -- the requests
 
@@ -137,6 +151,8 @@ class Turn:
                 self._end_speech(refused.code, refused.message, retryable=refused.retryable)
             else:
                 reply.speech = self._speech.request
+                if self.play is not None:
+                    reply.playback = self.play(reply.speech_request)
                 reply.wake()
         patience_s = max(MIN_LOOK_S, self.place.relay.config.http.no_worker_wait_s)
         unserved_since: dict[str, float] = {}

@@ -290,6 +290,10 @@ class Stage:
         listener: Listener = await self.nursery.start(self._serve, "stt", partial(Listener, texts=list(texts)), told)
         return listener
 
+    async def engine(self, space: str, engine: Callable[..., FakeEngine], told: dict[str, Any]) -> Any:
+        """Connect a worker of a space, with an engine of its own."""
+        return await self.nursery.start(self._serve, space, engine, told)
+
     async def _serve(
         self, space: str, engine: Any, told: dict[str, Any], task_status: trio.TaskStatus[FakeEngine]
     ) -> None:

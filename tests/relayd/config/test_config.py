@@ -176,7 +176,7 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
         ('[talk]\nreply = "llm"\ncalls = "a b"', "talk.calls: "),
         ('[talk]\nreply = "llm"\ncalls = "calls"\n[spaces.calls]', "spaces.calls.run_timeout_s: is 120.0, after which"),
         ('[webrtc]\nturn_secret_file = "relayd.toml"\nturn_urls = ["turn.example.org"]', "webrtc.turn_urls: "),
-                ('[webrtc]\nturn_urls = ["turn:turn.example.org:3478"]', "webrtc.turn_secret_file: is required"),
+        ('[webrtc]\nturn_urls = ["turn:turn.example.org:3478"]', "webrtc.turn_secret_file: is required"),
         ('[webrtc]\nturn_secret_file = "no-such-file"', "no-such-file: No such file"),
         ('[webrtc]\nstun_urls = ["turn:stun.example.org"]', "webrtc.stun_urls: "),
         ('[talk]\nreply = "llm"\nlisten = "19001"', "talk.listen: '19001' is not HOST:PORT"),
