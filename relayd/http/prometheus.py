@@ -195,6 +195,9 @@ def _talk(stats: TalkStats) -> Iterator[Metric]:
         stats.unspoken,
         "code",
     )
+    yield _one("relayd_talk_calls", "Calls that live.", stats.calls)
+    ended = {"hung_up": stats.calls_hung_up} | stats.calls_failed
+    yield _one("relayd_talk_calls_total", "Calls that have ended, by how: hung_up, or an error code.", ended, "end")
     for name, documentation, histogram in (
         ("relayd_talk_first_word_seconds", "From what was said to the first word of the reply.", stats.first_word_s),
         ("relayd_talk_first_audio_seconds", "From what was said to the first sample of it.", stats.first_audio_s),

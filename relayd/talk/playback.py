@@ -9,6 +9,7 @@ from collections.abc import Callable
 from enum import StrEnum
 
 import attrs
+import structlog
 import trio
 
 from protocol.wire.errors import ErrorCode
@@ -21,6 +22,8 @@ from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 from relayd.talk.call import Call, face_params
 from relayd.talk.held_request import PRIORITY, HeldRequest
+
+log = structlog.get_logger("relayd.talk")
 
 AUDIO, VIDEO = "audio", "video"
 #: How long speech waits for its face, which is looked for so often.
@@ -225,3 +228,50 @@ class Playback:
         self._drop_face(f"the speech is played without its face: {why}")
         self._play = HeldRequest(self._wake)
         self._open_play(self.played)
+
+
+@attrs.define(eq=False)
+class Playbacks:
+    """What is played of one conversation.
+
+    Args:
+        nursery: in which it is followed.
+        note_played: called with the number of a turn, and how much of it was played, where that is not all.
+    """
+
+    nursery: trio.Nursery
+    note_played: Callable[[int, int], object]
+    #: Number of the turn -> what plays it; its turn may have ended.
+    _all: dict[int, Playback] = attrs.field(factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def start(self, number: int, call: Call, principal: Principal, speech: str, group: str) -> Playback:
+        """Play the speech of a turn on a call."""
+
+        def on_end(playback: Playback) -> None:
+            del self._all[number]
+            if playback.tells_what_was_heard:
+                self.note_played(number, playback.played)
+
+        playback = self._all[number] = Playback(call, principal, speech, group, on_end)
+        self.nursery.start_soon(self._run, playback)
+        return playback
+
+    async def _run(self, playback: Playback) -> None:
+        try:
+            await playback.run()
+        except Exception:
+            log.exception("internal error in what is played", request_id=playback.call.request_id)
+
+    def cut(self, reason: str) -> bool:
+        """End all of it; whether there was any."""
+        for playback in self._all.values():
+            playback.cut(reason)
+        return bool(self._all)
+
+    async def wait_cut(self) -> None:
+        """Wait until nothing is played that is to end."""
+        for playback in [each for each in self._all.values() if each.is_cut]:
+            await playback.settle()

@@ -23,7 +23,7 @@ from relayd.talk.calls import TALK, key_of
 from relayd.talk.conversation import MAX_WAITING, Conversation, TurnState
 from relayd.talk.events import ReplyEnded, TurnFailed
 from relayd.talk.place import Place
-from relayd.talk.playback import Playback
+from relayd.talk.playback import Playback, Playbacks
 from relayd.talk.reply import Reply
 from relayd.talk.turn import Outcome, Turn
 
@@ -64,12 +64,14 @@ class Session:
     #: Number of the turn -> who asked for the reply.
     _principals: dict[int, Principal] = attrs.field(factory=dict)
     _turn: Turn | None = None
-    #: Number of the turn -> what plays it; its turn may have ended.
-    _playing: dict[int, Playback] = attrs.field(factory=dict)
+    _playing: Playbacks = attrs.field(init=False)
     _is_serving: bool = False
     #: Whether the task has not begun yet; and why the reply that it begins with is interrupted already.
     _is_beginning: bool = False
     _interrupted: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        self._playing = Playbacks(self.place.nursery, self.note_played)
 
     @property
     def is_idle(self) -> bool:
@@ -251,9 +253,7 @@ class Session:
 
     def interrupt(self, reason: str) -> bool:
         """See `Talk.interrupt`."""
-        is_playing = self.is_playing
-        for playback in self._playing.values():
-            playback.cut(reason)
+        is_playing = self._playing.cut(reason)
         if self._turn is not None:
             self._turn.interrupt(reason)
         elif self._is_beginning:
@@ -262,12 +262,8 @@ class Session:
 
     async def wait_silent(self) -> None:
         """Wait until what was interrupted is not played any more, and it is stored what was heard of it."""
-        await self._wait_cut()
+        await self._playing.wait_cut()
         await self.place.commit()
-
-    async def _wait_cut(self) -> None:
-        for playback in [each for each in self._playing.values() if each.is_cut]:
-            await playback.settle()
 
     def cancel(self, reply: Reply, reason: str) -> bool:
         """See `Talk.cancel`."""
@@ -347,7 +343,7 @@ class Session:
         outcome = Outcome(TurnState.FAILED, ErrorCode.INTERNAL, BROKEN, retryable=True)
         try:
             self._is_beginning = True
-            await self._wait_cut()  # the prompt has what was heard
+            await self._playing.wait_cut()  # the prompt has what was heard
             self._is_beginning = False
             self._turn = self._begin(turn, reply)
             if self._interrupted is not None:
@@ -382,7 +378,7 @@ class Session:
 
         def play(speech: str) -> Playback:
             assert call is not None
-            return self._play(turn, speech, call)
+            return self._playing.start(turn.number, call, principal, speech, turn.text_request or speech)
 
         return Turn(
             self.place,
@@ -395,25 +391,6 @@ class Session:
             speech_params,
             play=play if call is not None else None,
         )
-
-    def _play(self, turn: TurnRecord, speech: str, call: Call) -> Playback:
-        """Play the speech of a reply on a call."""
-
-        def on_end(playback: Playback) -> None:
-            del self._playing[turn.number]
-            if playback.tells_what_was_heard:
-                self.note_played(turn.number, playback.played)
-
-        playback = Playback(call, self._principals[turn.number], speech, turn.text_request or speech, on_end)
-        self._playing[turn.number] = playback
-        self.place.nursery.start_soon(self._run_playback, playback)
-        return playback
-
-    async def _run_playback(self, playback: Playback) -> None:
-        try:
-            await playback.run()
-        except Exception:
-            log.exception("internal error in conversation", talk=self.record.talk_id)
 
     async def _store_end(self, ended: TurnRecord, outcome: Outcome) -> tuple[TurnRecord, TurnFailed | None]:
         """Store how a reply has ended; returns it, and the failure that its listeners are told, if it is one."""

@@ -122,9 +122,8 @@ class Gateway(FakeEngine):
 
     def hang_up(self) -> None:
         """Hang up all peers."""
-        for peer, out in list(self.peers.items()):
+        for out in self.peers.values():
             out.send(Completed, result={})
-            self._scopes.pop(peer)
 
     @property
     def sent(self) -> list[str]:

@@ -72,16 +72,17 @@ class FakeEngine(ABC):
             case Assign() as assign:
                 self.assigns.append(assign)
                 send, receive = trio.open_memory_channel[Input](1000)
-                self._fed[assign.request_id] = send
+                self._fed[assign.request_id], self._scopes[assign.request_id] = send, trio.CancelScope()
                 self.nursery.start_soon(self._run, assign, receive)
             case Input() as piece:
                 self._fed[piece.request_id].send_nowait(piece)
             case Cancel(request_id=request_id):
                 self.cancelled.append(request_id)
-                self._scopes[request_id].cancel()
+                if (scope := self._scopes.get(request_id)) is not None:  # it may end before it is assigned
+                    scope.cancel()
 
     async def _run(self, assign: Assign, fed: trio.MemoryReceiveChannel[Input]) -> None:
-        scope = self._scopes[assign.request_id] = trio.CancelScope()
+        scope = self._scopes[assign.request_id]
         out = Sending(self.worker, assign)
         with scope:
             await self.run(out, fed)
