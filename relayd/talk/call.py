@@ -74,6 +74,8 @@ class Call:
     _line: Line = attrs.field(init=False)
     #: The request that makes the picture for times of silence.
     _idle: HeldRequest | None = None
+    #: Those on whom it depends; without any at first, it depends on nobody.
+    _owners: set[object] = attrs.field(factory=set)
     _waiting: bytearray = attrs.field(factory=bytearray)
     #: Whether the peer has hung up.
     _is_over: bool = False
@@ -128,14 +130,16 @@ class Call:
         self._drop(reason)
         self._wake()
 
-    def hold(self) -> None:
-        """Keep it, whether somebody is connected to it or not."""
+    def hold(self, owner: object) -> None:
+        """Keep it as long as its owner does not let it go."""
+        self._owners.add(owner)
         if (request := self._line.request) is not None and request.live:
             request.hold(self._line)
 
-    def let_go(self) -> None:
-        """Keep it only as long as a request lives that nobody holds."""
-        if (request := self._line.request) is not None:
+    def let_go(self, owner: object) -> None:
+        """Without any owner, keep it only as long as a request lives that nobody holds."""
+        self._owners.discard(owner)
+        if not self._owners and (request := self._line.request) is not None:
             request.release(self._line, trio.current_time())
 
     # -- its course

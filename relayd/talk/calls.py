@@ -139,5 +139,5 @@ class Calls:
             call = Call(self.admission, principal, f"{kind}-{rest}", str(offer), "", self._on_end)
             call.take_up(request)
             if kind == TALK:
-                call.hold()
+                call.hold(self)
             self._begin(call)

@@ -129,7 +129,7 @@ class Talk:
 
         Args:
             reason: why.
-            played: samples of its speech that were played; None if all that had come were.
+            played: samples of its speech that were played, if it is on no call; None if all that had come were.
 
         Returns:
             Whether it was in time.
@@ -140,7 +140,7 @@ class Talk:
         if reply is None:  # it was only played
             await self.session.wait_silent()
             return True
-        if played is not None:
+        if played is not None and reply.playback is None:
             self.note_played(reply.number, played)
         ended = await reply.wait_ended()
         return isinstance(ended, ReplyEnded) and ended.turn.state == TurnState.INTERRUPTED

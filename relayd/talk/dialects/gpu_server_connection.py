@@ -1,6 +1,5 @@
 """One connection of a client of the GPU server: reads its messages in order, and answers each once."""
 
-import base64
 import re
 from collections.abc import Awaitable, Callable
 from datetime import datetime
@@ -13,11 +12,21 @@ from protocol.wire.messages import Rejected
 from relayd.auth.tokens import Principal
 from relayd.http.audio.encoded_results import EncodedResults
 from relayd.http.audio.encoder import AudioExtraMissing
-from relayd.talk.conversation import played_content
-from relayd.talk.dialects.gpu_server_fields import Message, Refused, avatar_of, parse, session_of, user_of
+from relayd.talk.call import Call
+from relayd.talk.calls import USER, key_of
+from relayd.talk.dialects.gpu_server_fields import (
+    Message,
+    Refused,
+    avatar_of,
+    candidate_of,
+    parse,
+    reply_json,
+    session_of,
+    user_of,
+)
 from relayd.talk.dialects.json_messages import shown
 from relayd.talk.dialects.json_socket import JsonSocket
-from relayd.talk.dialects.whole import WholeReply, whole_reply
+from relayd.talk.dialects.whole import whole_reply
 from relayd.talk.events import TurnFailed
 from relayd.talk.reply import Reply
 from relayd.talk.talks import MAX_TALKS, Talk, Talks
@@ -52,6 +61,8 @@ class GpuServerConnection:
     session: str | None
     #: Users and ids of sessions that were used here, for the log.
     _contexts: set[tuple[str, str]] = attrs.field(factory=set)
+    #: Those that it keeps.
+    _calls: set[Call] = attrs.field(factory=set)
     #: Messages that have a reply, and were not answered yet.
     _unanswered: int = 0
     #: One reply with its audio is in memory at a time; others stay in their logs until it is sent.
@@ -79,6 +90,7 @@ class GpuServerConnection:
     async def run(self) -> None:
         """Serve it until it is closed; replies that are being made go on without it."""
         self._log_connected()
+        self._call_of(self.user or "")  # it may have gone on without a connection
         try:
             with self.talks.place.stats.connected(DIALECT):
                 async with trio.open_nursery() as nursery:
@@ -86,6 +98,8 @@ class GpuServerConnection:
                         await self._take(data, nursery)
                     nursery.cancel_scope.cancel()
         finally:
+            for call in self._calls:
+                call.let_go(self)
             if self.user is not None:
                 log.info("Connection cleaned up (user-based):", connection_id=self.name)
             else:
@@ -139,7 +153,8 @@ class GpuServerConnection:
             ids = {"engine_session_id": session, "session_id": session}
             log.info("Processing text with WebRTC streaming:", avatar_id=avatar, user_id=user, **ids)
         interrupts = message.get("interrupt") is True or self.talks.place.settings.barge_in == "always"
-        reply = self.talks.place.refuse_too_fast(self.principal) or talk.say(content, interrupt=interrupts)
+        call = self._call_of(user) if is_streaming else None
+        reply = self.talks.place.refuse_too_fast(self.principal) or talk.say(content, interrupt=interrupts, call=call)
         if isinstance(reply, Rejected):
             raise Refused(reply.message)
         if interrupts:
@@ -160,35 +175,52 @@ class GpuServerConnection:
             if isinstance(whole, TurnFailed):
                 await self._refuse(message, whole.message)
                 return
-            await self._answer(message, self._reply_json(whole))
+            most = self.talks.place.relay.config.limits.max_backlog_bytes - OTHER_BYTES
+            await self._answer(message, reply_json(whole, most))
             if is_streaming:
                 log.info("WebRTC streaming response sent")
 
-    def _reply_json(self, whole: WholeReply) -> Message:
-        most = self.talks.place.relay.config.limits.max_backlog_bytes - OTHER_BYTES
-        audio, fault = base64.b64encode(whole.audio).decode(), whole.speech.message if whole.speech else None
-        if len(audio) > most:
-            audio, where = "", f"/v1/requests/{whole.turn.speech_request}/audio"
-            fault = f"the speech is too long for a message (limits.max_backlog_bytes); it is at {where}"
-        told: Message = {"type": "text", "content": played_content(whole.turn), "audio": audio, "role": "assistant"}
-        if fault is not None:
-            told["audio_error"] = fault
-        if whole.turn.state == "interrupted":
-            told["interrupted"] = True
-        return told
+    def _key_of(self, user: str) -> str:
+        return key_of(USER, *(("session", self.name) if self.user is None else ("user", user)))
+
+    def _call_of(self, user: str) -> Call | None:
+        """Return the call of a user, or of its session, and keep it; from another connection, too."""
+        call = self.talks.place.calls.find(self.principal, self._key_of(user))
+        if call is not None and call not in self._calls:
+            self._calls = {call, *(each for each in self._calls if not each.ended.is_set())}
+            call.hold(self)
+        return call
 
     async def _offer(self, message: Message, nursery: trio.Nursery) -> None:
-        user = self._user_of(message, required=True)
-        avatar_of(message, required=True)
-        if not isinstance(message.get("sdp"), str):
+        user, avatar = self._user_of(message, required=True), avatar_of(message, required=True)
+        if not isinstance(sdp := message.get("sdp"), str):
             raise Refused("sdp is required")
         log.info(f"Received WebRTC offer from session {self.name},", user_id=user)
-        raise Refused(NO_CALLS)
+        place = self.talks.place
+        if not place.calls.space:
+            raise Refused(NO_CALLS)
+        call = place.refuse_too_fast(self.principal) or place.calls.open(
+            self.principal, self._key_of(user), sdp, avatar
+        )
+        if isinstance(call, Rejected):
+            raise Refused(call.message)
+        self._call_of(user)
+        nursery.start_soon(self._answer_offer, message, user, call)
+
+    async def _answer_offer(self, message: Message, user: str, call: Call) -> None:
+        answer = await call.wait_answer()
+        if isinstance(answer, Rejected):
+            await self._refuse(message, answer.message)
+            return
+        await self._answer(message, {"type": "webrtc_answer", "sdp": answer})
+        log.info(f"WebRTC answer sent to user {user} with idle frames")
 
     async def _candidate(self, message: Message, nursery: trio.Nursery) -> None:
         """Nothing is answered to a candidate."""
         user = self._user_of(message, required=True)
         log.info(f"Received ICE candidate from session {self.name},", user_id=user)
+        if (call := self._call_of(user)) is not None and (candidate := candidate_of(message)) is not None:
+            call.command(candidate=candidate)
 
     async def _interrupt(self, message: Message, nursery: trio.Nursery) -> None:
         """End the reply that is being made in a session; what waits behind it is answered."""
@@ -217,6 +249,7 @@ class GpuServerConnection:
 
 
 def _note_nothing_played(talk: Talk) -> None:
-    """Note that nothing was heard of what has just been interrupted: a reply comes whole, or not at all."""
-    if (making := talk.session.conversation.making) is not None:
+    """Note that nothing was heard of what has just been interrupted: off a call, a reply comes whole or not at all."""
+    making = talk.session.conversation.making
+    if making is not None and talk.replies[making.number].playback is None:
         talk.note_played(making.number, 0)

@@ -1,10 +1,15 @@
 """The fields of messages to the GPU server, and what is said of those that are missing or wrong."""
 
+import base64
 from typing import Any
 
+from relayd.talk.conversation import played_content
 from relayd.talk.dialects.json_messages import parse_object, shown
+from relayd.talk.dialects.whole import WholeReply
 
 MAX_AVATAR_CHARS = 128
+MAX_CANDIDATE_CHARS = 1_000
+_CANDIDATE = ("candidate", "sdpMid", "sdpMLineIndex", "usernameFragment")
 
 Message = dict[str, Any]
 
@@ -76,3 +81,29 @@ def avatar_of(message: Message, *, required: bool) -> str:
     if not isinstance(given, str) or len(given) > MAX_AVATAR_CHARS:
         raise Refused(f"avatar_id must be text of at most {MAX_AVATAR_CHARS} characters")
     return given
+
+
+def candidate_of(message: Message) -> Message | None:
+    """Return the candidate of a message, as browsers have it; None if it is nothing that could be one."""
+    given = message.get("candidate")
+    fields = given if isinstance(given, dict) else {"candidate": given}
+    known = {name: fields[name] for name in _CANDIDATE if _is_short(fields.get(name))}
+    return known if isinstance(known.get("candidate"), str) else None
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, str | int) and len(str(value)) <= MAX_CANDIDATE_CHARS
+
+
+def reply_json(whole: WholeReply, most: int) -> Message:
+    """Return the answer to a text, with at most so many bytes of audio."""
+    audio, fault = base64.b64encode(whole.audio).decode(), whole.speech.message if whole.speech else None
+    if len(audio) > most:
+        audio, where = "", f"/v1/requests/{whole.turn.speech_request}/audio"
+        fault = f"the speech is too long for a message (limits.max_backlog_bytes); it is at {where}"
+    told: Message = {"type": "text", "content": played_content(whole.turn), "audio": audio, "role": "assistant"}
+    if fault is not None:
+        told["audio_error"] = fault
+    if whole.turn.state == "interrupted":
+        told["interrupted"] = True
+    return told
