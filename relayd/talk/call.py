@@ -32,6 +32,8 @@ MAX_WAITING_BYTES = 256 * 1024
 ANSWER_S, IDLE_S = 15.0, 5.0
 #: Code of a call that was ended here.
 ENDED = "cancelled"
+#: How long it is waited to hear how much was played of what was cut off; of so many it is kept.
+STOPPED_S, MAX_STOPPED = 0.5, 100
 FULL = "all lines of the space of calls are taken; call again later"
 
 
@@ -69,6 +71,9 @@ class Call:
     #: Gets what comes over the data channel.
     on_event: Callable[[str], None] = lambda _text: None
     ended: trio.Event = attrs.field(factory=trio.Event)
+    #: Request that was cut off -> samples of it that were played; of the last ones.
+    stopped: dict[str, int] = attrs.field(factory=dict)
+    _told: trio.Event = attrs.field(factory=trio.Event)
     _answered: trio.Event = attrs.field(factory=trio.Event)
     _changed: trio.Event = attrs.field(factory=trio.Event)
     _line: Line = attrs.field(init=False)
@@ -110,6 +115,13 @@ class Call:
         if self.answer is not None:
             return self.answer
         return self.failure or Rejected.because(ErrorCode.ENGINE_FAILED, "the call ended before it was answered")
+
+    async def wait_stopped(self, play: str) -> int | None:
+        """Return how much was played of what was cut off; None if nobody says so."""
+        with trio.move_on_after(STOPPED_S):
+            while play not in self.stopped and not self.ended.is_set():
+                await self._told.wait()
+        return self.stopped.get(play)
 
     def command(self, **command: Any) -> None:
         """Tell the peer something, once it has answered: a `candidate`, or what to `send` over its data channel."""
@@ -164,6 +176,7 @@ class Call:
             self._line.release(trio.current_time())
             self._answered.set()
             self.ended.set()
+            self._told.set()
             self._changed.set()
 
     async def _set_up(self) -> None:
@@ -248,6 +261,10 @@ class Call:
                     self.answer = answer
                     self._answered.set()
                     self._pump()
+                case Output(data={"stopped": {"play": str() as play, "played": int() as samples}}):
+                    self.stopped = {**dict(list(self.stopped.items())[-MAX_STOPPED:]), play: samples}
+                    self._told.set()
+                    self._told = trio.Event()
                 case Output(data={"event": str() as text}):
                     self.on_event(text)
                 case Completed():

@@ -29,7 +29,7 @@ AUDIO, VIDEO = "audio", "video"
 #: How long speech waits for its face, which is looked for so often.
 FACE_S, LOOK_S = 1.0, 0.1
 #: How long it is waited for the last word on what was played: it comes within two packets.
-CUT_S = 1.0
+CUT_S = 1.5
 
 
 class PlaybackState(StrEnum):
@@ -65,6 +65,7 @@ class Playback:
     _play: HeldRequest = attrs.field(init=False)
     _face: HeldRequest | None = None
     _waits_since: float | None = None
+    _is_face_bad: bool = False
     #: Whether it is to end before all is played.
     is_cut: bool = False
     _changed: trio.Event = attrs.field(factory=trio.Event)
@@ -115,11 +116,13 @@ class Playback:
             else:
                 self._open_face()
                 self._open_play()
-            while not self._take():
+            while not await self._take_all():
                 with trio.move_on_after(LOOK_S if self._face is not None else float("inf")):
                     await self._changed.wait()
                 self._changed = trio.Event()
                 self._go_without_late_face()
+            if self.state is not PlaybackState.PLAYED:
+                await self._note_stopped()
             self._drop_face("the speech has ended")
             self.on_end(self)
         finally:
@@ -181,8 +184,8 @@ class Playback:
 
     # -- what comes
 
-    def _take(self) -> bool:
-        """Take what has come; returns whether it has ended."""
+    def _take(self) -> None:
+        """Take what has come."""
         if self._play.refusal is not None:
             self.state = PlaybackState.FAILED
         while self.state is PlaybackState.PLAYING and (frame := self._play.take()) is not None:
@@ -199,15 +202,31 @@ class Playback:
         if self._face is not None:  # nobody else reads what it says
             while self._face.take() is not None:
                 pass
-        return self.state is not PlaybackState.PLAYING
 
     def _fail(self, failed: Failed) -> None:
         face = self._face.request if self._face is not None else None
         is_of_face = failed.code == ErrorCode.SOURCE_FAILED and face is not None
         if is_of_face and face is not None and failed.details.get("request_id") == face.request_id:
-            self._go_without_face("it has failed")
+            self._is_face_bad = True
         else:
             self.state = PlaybackState.CUT if self.is_cut else PlaybackState.FAILED
+
+    async def _note_stopped(self) -> None:
+        """Note how much was played of what was cut off: the call says it, and exactly."""
+        request = self._play.request
+        if request is not None and request.entry.attempt > 0:
+            samples = await self.call.wait_stopped(request.request_id)
+            self.played = self.played if samples is None else samples
+
+    async def _take_all(self) -> bool:
+        """Take what has come, and play what is left without the face if it has failed; returns whether it has ended."""
+        self._take()
+        if self._is_face_bad:
+            self._is_face_bad = False
+            await self._note_stopped()
+            self._go_without_face("it has failed")
+            self._take()
+        return self.state is not PlaybackState.PLAYING
 
     def _go_without_late_face(self) -> None:
         """Play without the face if that keeps the speech waiting."""
@@ -226,6 +245,9 @@ class Playback:
     def _go_without_face(self, why: str) -> None:
         self._play.release(trio.current_time())
         self._drop_face(f"the speech is played without its face: {why}")
+        if self.is_cut:
+            self.state = PlaybackState.CUT
+            return
         self._play = HeldRequest(self._wake)
         self._open_play(self.played)
 

@@ -86,7 +86,8 @@ class Gateway(FakeEngine):
         )
 
     async def _play(self, out: Sending, fed: trio.MemoryReceiveChannel[Input]) -> None:
-        peer, played, open_inputs = out.assign.params["peer"], 0, set(out.assign.inputs)
+        peer, start, open_inputs = out.assign.params["peer"], out.assign.params.get("start", 0), set(out.assign.inputs)
+        played, skip = start, 2 * start
         if peer not in self.peers:
             out.send(Failed, code="invalid_params", message="this call has ended; call again")
             return
@@ -96,18 +97,19 @@ class Gateway(FakeEngine):
                 if piece.name == "video":
                     self.seen[peer] += piece.data
                 else:
-                    most = len(piece.data) if self.stops_at is None else 2 * self.stops_at - 2 * played
-                    self.heard[peer] += piece.data[:most]
-                    played += len(piece.data[:most]) // 2
+                    skip, data = max(0, skip - len(piece.data)), piece.data[skip:]
+                    most = len(data) if self.stops_at is None else 2 * self.stops_at - 2 * played
+                    self.heard[peer] += data[:most]
+                    played += len(data[:most]) // 2
                     out.send(Output, data={"played": played})
-                    if self.stops_at is not None and len(piece.data) >= most:
+                    if self.stops_at is not None and len(data) >= most:
                         await self._stop(out)
                 if piece.last:
                     open_inputs.remove(piece.name)
                 if not open_inputs:
                     break
-        except trio.Cancelled:
-            out.send(Output, data={"played": played})
+        except trio.Cancelled:  # the run can say no more, but the call can
+            self.peers[peer].send(Output, data={"stopped": {"play": out.assign.request_id, "played": played}})
             raise
         else:
             out.send(Completed, result={})

@@ -68,6 +68,7 @@ PARAMS: dict[str, Value] = {
         "offer": {"type": "string", "maxLength": 65_536, "description": "the SDP of a browser's offer: begins a call"},
         "listen": {"type": "boolean", "default": False, "description": "pass on the caller's microphone"},
         "peer": {"type": "string", "maxLength": 64, "description": "the request id of a call: plays the inputs there"},
+        "start": {"type": "integer", "minimum": 0, "default": 0, "description": "sample of a play to begin with"},
     },
     "oneOf": [{"required": ["offer"]}, {"required": ["peer"]}],
     "additionalProperties": False,
@@ -188,7 +189,7 @@ class WebRtcEngine(Engine):
             raise EngineError(f"input {wrong[0]} does not belong here: {kind}", code=ErrorCode.INPUT_MISMATCH)
         if "offer" in params:
             return self._call(self._gateway, params, inputs, context)
-        return self._play(self._gateway, params["peer"], inputs, context)
+        return self._play(self._gateway, params, inputs, context)
 
     def _call(
         self, gateway: "Gateway", params: dict[str, Value], inputs: Mapping[str, Any], context: RequestContext
@@ -264,35 +265,38 @@ class WebRtcEngine(Engine):
             gateway.soon(peer.screen.set_idle, pictures)
 
     def _play(
-        self, gateway: "Gateway", peer_id: str, inputs: Mapping[str, Any], context: RequestContext
+        self, gateway: "Gateway", params: dict[str, Value], inputs: Mapping[str, Any], context: RequestContext
     ) -> Iterator[Chunk]:
         from gpuworker.engines.webrtc.play import Play
 
         if (audio := inputs.get("audio")) is None:
             raise EngineError("a play needs the input audio", code=ErrorCode.INPUT_MISSING)
-        peer = gateway.peer(peer_id, context.principal)
+        peer, start = gateway.peer(params["peer"], context.principal), int(params.get("start") or 0)
         sound = _format(audio.media_type)
         play = Play(sound, has_video="video" in inputs)
         gateway.soon(peer.add_play, play)
         try:
-            _begin(play.events, self._read_audio, play, sound, audio)
+            _begin(play.events, self._read_audio, play, sound, audio, start)
             _begin(play.events, self._read_video, play, inputs.get("video"))
             for samples in self._events(play.events, PLAY_NAP_S):
-                yield OutputChunk({"played": samples})
+                yield OutputChunk({"played": start + samples})
             if not self.cancelled():
-                yield OutputChunk({"played": play.samples_played})
+                yield OutputChunk({"played": start + play.samples_played})
         finally:
             play.close()
             if not play.finished:  # a cancelled run can say no more, but the call can
-                gateway.soon(peer.tell, {"stopped": {"play": context.request_id, "played": play.samples_played}})
+                played = start + play.samples_played
+                gateway.soon(peer.tell, {"stopped": {"play": context.request_id, "played": played}})
 
     @staticmethod
-    def _read_audio(play: "Play", sound: AudioFormat, audio: EngineInput | LiveInput) -> None:
+    def _read_audio(play: "Play", sound: AudioFormat, audio: EngineInput | LiveInput, start: int) -> None:
         from gpuworker.engines.webrtc.play import SpeechEncoder
 
         encoder = SpeechEncoder(sound)
         step = sound.sample_rate * sound.sample_bytes // 5
-        for data in audio:
+        skip = start * sound.sample_bytes
+        for piece in audio:
+            skip, data = max(0, skip - len(piece)), piece[skip:]
             for at in range(0, len(data), step):
                 play.add_packets(encoder.encode(data[at : at + step]))
         play.add_packets(encoder.finish())

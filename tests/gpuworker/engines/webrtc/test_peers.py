@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,18 @@ def test_plays_are_heard_one_after_another() -> None:
         assert first.ended().outcome == second.ended().outcome == "completed"
         assert first.told("played")[-1] + second.told("played")[-1] == len(TUNE) // 2
         wait(lambda: caller.hears(TUNE, 24_000, 0.6))
+
+
+def test_a_play_may_begin_in_the_middle_of_its_sound() -> None:
+    with the_seats() as seats, Caller() as caller:
+        seats.call(caller, idle=IDLE)
+        samples = len(TUNE) // 2
+        play = seats.run({"peer": "call", "start": samples - 2_400}, "a", audio=EngineInput(TUNE, L16))
+        began = time.monotonic()
+        assert play.ended().outcome == "completed"
+        assert play.told("played")[-1] == samples
+        assert min(play.told("played")) >= samples - 2_400
+        assert time.monotonic() - began < samples / 24_000
 
 
 def test_a_cancelled_play_is_silent_within_two_packets() -> None:
