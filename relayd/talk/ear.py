@@ -16,9 +16,8 @@ from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal
 from relayd.requests.live_input import LiveInput
 from relayd.scheduling.model import State
-from relayd.talk.held_request import HeldRequest
+from relayd.talk.held_request import PRIORITY, HeldRequest
 from relayd.talk.place import Place
-from relayd.talk.turn import PRIORITY
 
 #: Between two looks whether a worker has come.
 LOOK_S = 0.5
