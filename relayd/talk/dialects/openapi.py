@@ -63,6 +63,16 @@ _REPLY = {
     "required": ["turn", "text", "finish_reason", "usage", "audio", "speech"],
 }
 
+_ICE_SERVER = {
+    "type": "object",
+    "properties": {
+        "urls": {"type": "array", "items": {"type": "string"}},
+        "username": {"type": "string"},
+        "credential": {"type": "string"},
+    },
+    "required": ["urls"],
+}
+
 
 def _list(name: str, item: Schema) -> Schema:
     return {"type": "object", "properties": {name: {"type": "array", "items": item}}, "required": [name]}
@@ -118,6 +128,9 @@ _TALKS = _list("talks", _TALK)
 _TALKS["properties"]["transcribes"] = {"type": "boolean", "description": "whether a space writes down what is spoken"}
 
 PATHS: Schema = {
+    "/v1/talk/ice": {
+        "get": _operation("ice", "List the servers for calls", {200: _list("iceServers", _ICE_SERVER)}, 500)
+    },
     "/v1/talks": {
         "get": _operation("talks", "List the conversations", {200: _TALKS})
         | {"parameters": [_parameter("user", "query", {"type": "string"}, "only those of this user")]},

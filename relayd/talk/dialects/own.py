@@ -11,6 +11,7 @@ from relayd.http.body_parser import MAX_FIELDS_BYTES
 from relayd.http.errors import HttpError
 from relayd.http.streaming_response import StreamingRoute
 from relayd.talk.dialects.access import fields_of, open_named, or_refuse, talks_of
+from relayd.talk.dialects.ice import ice_servers
 from relayd.talk.dialects.own_say import say
 from relayd.talk.dialects.talk_json import talk_json, turn_json
 from relayd.talk.talks import MAX_INSTRUCTIONS_CHARS, MAX_SESSION_CHARS, MAX_USER_CHARS
@@ -28,6 +29,7 @@ def routes() -> list[BaseRoute]:
     """Return the routes."""
     one = "/v1/talks/{talk}"
     return [
+        Route("/v1/talk/ice", ice_servers, methods=["GET"]),
         Route("/v1/talks", AllTalks),
         Route(one, OneTalk),
         Route(f"{one}/turns", Turns),
