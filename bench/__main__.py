@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import cached, codec, store, talk, tenants, webrtc, worker
+from bench import cached, codec, face, store, talk, tenants, webrtc, worker
 from bench.figures import Row, table, verdict
 from bench.machine import machine_line
 from bench.relay import idle, relay
@@ -24,6 +24,7 @@ FIGURES: dict[str, Callable[[], list[Row]]] = {
     "cached": cached.measure,
     "talk": talk.measure,
     "webrtc": webrtc.measure,
+    "face": face.measure,
 }
 
 

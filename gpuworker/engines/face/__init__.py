@@ -1,0 +1,1 @@
+"""Engine `face`: a talking face, drawn from the sound of its speech."""
