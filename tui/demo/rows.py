@@ -244,6 +244,7 @@ def describe(play: Play, request: Request) -> Row:
         "group": None,
         "detach": False,
         "format": {"encoding": "pcm_s16le", "sample_rate": 48_000, "channels": 1},
+        "video": None,
         "readers": [
             {"connection_id": one.connection_id, "principal": one.principal, "behind_frames": 0}
             for one in play.clients.values()

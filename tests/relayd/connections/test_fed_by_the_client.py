@@ -13,6 +13,8 @@ from protocol.link.backoff import Backoff
 from protocol.link.connect import connect
 from protocol.wire.messages import Assign, Input, InputAck
 from relayd.core import feeds
+from relayd.requests.live_input import LiveInput
+from relayd.store.records import AppendInput, Change
 from tests.support.fake_worker import FakeWorker, fake_worker, samples
 from tests.support.relay import an_id, daemon, until
 
@@ -146,17 +148,20 @@ async def test_feeders_that_are_too_many_for_the_memory_are_held_back_and_go_on_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feeds, "MAX_PENDING_BYTES", 300_000)
-    held_back = 0
+    held_back: list[object] = []
+    hold_back = LiveInput.hold_back
+
+    def noted(fed: LiveInput, feeder: object) -> None:
+        held_back.append(feeder)
+        hold_back(fed, feeder)
+
+    monkeypatch.setattr(LiveInput, "hold_back", noted)
 
     async def submit(client: RelayClient, number: int) -> None:
         data = bytes([number]) * 600_000
         async with client.submit("check", inputs={"text": each(data, 70_000)}, detach=True) as stream:
             fed = relay.relay.requests[stream.request_id].fed["text"]
-            with trio.fail_after(20):
-                while not fed.ended:
-                    nonlocal held_back
-                    held_back += bool(fed.held_back)
-                    await trio.sleep(0.001)
+            await until(lambda: fed.ended)
             got = [
                 await relay.relay.store.read_live_input(stream.request_id, "text", at, 99_000)
                 for at in range(0, 600_000, 99_000)
@@ -167,11 +172,18 @@ async def test_feeders_that_are_too_many_for_the_memory_are_held_back_and_go_on_
         daemon(tmp_path) as relay,
         open_relay(relay.url) as first,
         open_relay(relay.url) as second,
-        trio.open_nursery() as nursery,
     ):
-        for number in range(6):
-            nursery.start_soon(submit, (first, second)[number % 2], number)
-    assert held_back
+        commit = relay.relay.store.commit
+
+        async def slow(*changes: Change) -> None:
+            if any(isinstance(change, AppendInput) for change in changes):
+                await until(lambda: bool(held_back))
+            await commit(*changes)
+
+        monkeypatch.setattr(relay.relay.store, "commit", slow)
+        async with trio.open_nursery() as nursery:
+            for number in range(6):
+                nursery.start_soon(submit, (first, second)[number % 2], number)
 
 
 @pytest.mark.trio

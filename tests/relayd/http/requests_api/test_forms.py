@@ -176,8 +176,11 @@ async def test_an_endless_upload_is_refused_at_its_cap_and_not_read_on(tmp_path:
 
 def half_a_body(method: str, path: str) -> bytes:
     """A request whose body stops after its first byte."""
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{{"
-    return head.encode()
+    media_type, first = "application/json", "{"
+    if "transcriptions" in path:
+        media_type, first = "multipart/form-data; boundary=x", "-"
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {media_type}\r\nContent-Length: 50\r\n\r\n"
+    return (head + first).encode()
 
 
 @pytest.mark.trio
