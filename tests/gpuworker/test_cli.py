@@ -121,7 +121,7 @@ def test_engines_lists_options_for_people_and_programs(capsys: pytest.CaptureFix
     }
 
 
-@pytest.mark.parametrize("name", ["espeak", "mock", "eliza", "webrtc"])
+@pytest.mark.parametrize("name", ["espeak", "mock", "eliza"])
 def test_doctor_tells_the_live_inputs_that_a_space_of_the_engine_will_take(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

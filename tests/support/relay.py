@@ -40,6 +40,7 @@ from relayd.daemon import Daemon as RelayDaemon
 from relayd.daemon import open_daemon
 from relayd.http.context import HttpContext
 from relayd.logs.setup import run_taps
+from tests.support.until import until as until
 
 
 def a_config(state_dir: Path, **overrides: Any) -> Config:
@@ -159,13 +160,6 @@ class Daemon:
             frames = await client.frames(submit)
             assert [frame.TYPE for frame in frames] == ["started", "audio", "completed"]
         await until(lambda: not self.relay.scheduler.state.workers_of("check"))
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Wait until other tasks have made it true."""
-    with trio.fail_after(10):
-        while not true():  # noqa: ASYNC110  there is no event for it
-            await trio.sleep(0.002)
 
 
 @asynccontextmanager

@@ -35,8 +35,8 @@ from protocol.wire.errors import EncodeError
 from protocol.wire.frames import Cancelled, Completed, Failed, Frame, Output, Started
 from protocol.wire.messages import FROM_WORKER, Cancel
 from protocol.wire.structs import KIB
-from tests.support.relay import until
 from tests.support.scripted_relay import FORMAT, ID, OTHER, Desk, ScriptedSlot, assign, run_with, script
+from tests.support.until import until
 
 PATIENCE_S = 20
 Emit = Callable[[Chunk], None]

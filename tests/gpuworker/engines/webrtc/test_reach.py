@@ -57,7 +57,9 @@ def doctor(*options: str) -> int:
 def test_doctor_tells_what_callers_are_offered(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor("--slots", "8", "-o", "host=127.0.0.1", "-o", "ports=20700-20709") == 0
     words = r"up to 4 calls; offers 127.0.0.1; \d+ of the UDP ports 20700-20709 are free"
-    assert re.search(words, capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(words, said)
+    assert "; live inputs: audio, commands, idle, video" in said
 
 
 def test_doctor_tells_that_no_port_is_free(capsys: pytest.CaptureFixture[str]) -> None:
