@@ -19,13 +19,22 @@ from relayd.http.errors import HttpError
 
 async def ice_servers(http: Request) -> Response:
     """Answer with the servers, and credentials for them that are valid for a while."""
+    return JSONResponse({"iceServers": await servers_of(http)})
+
+
+async def servers_of(http: Request) -> list[dict[str, Any]]:
+    """Return the servers for whoever asks.
+
+    Raises:
+        HttpError: the secret of the TURN servers cannot be read.
+    """
     principal, settings = principal_of(http), context_of(http).relay.config.webrtc
     try:
         secret = await trio.Path(settings.turn_secret_file).read_bytes() if settings.turn_urls else b""
     except OSError as fault:
         message = f"the secret of the TURN servers (webrtc.turn_secret_file) cannot be read: {fault.strerror}"
         raise HttpError(ErrorCode.INTERNAL, message) from None
-    return JSONResponse({"iceServers": servers(settings, secret.strip(), principal.name, int(time.time()))})
+    return servers(settings, secret.strip(), principal.name, int(time.time()))
 
 
 def servers(settings: WebRtc, secret: bytes, user: str, now: int) -> list[dict[str, Any]]:

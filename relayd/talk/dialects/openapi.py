@@ -12,10 +12,12 @@ _ERRORS = {
     400: "The body is not a JSON object.",
     401: "The token is missing or not valid.",
     403: "The token may not do this, or may not use the spaces of conversations.",
-    404: "The token's principal has no such conversation, or it has no such turn.",
+    404: "The token's principal has no such conversation, call or turn; or the relay takes no calls.",
     408: "The body arrived too slowly.",
     410: "A request of the turn was cancelled.",
+    412: "If-Match names another session of ICE.",
     413: "The text or the body is too large.",
+    415: "The body is of another media type.",
     422: "A field is not valid: `details` says which.",
     429: "Too much waits, or too much was asked. See Retry-After.",
     500: "Internal error, or the reply was too long.",
@@ -104,6 +106,15 @@ def _operation(
     return operation | {"responses": responses}
 
 
+def _of_sdp(name: str, summary: str, media_type: str, status: int) -> Schema:
+    """An operation whose body is SDP, or a fragment of it."""
+    operation = _operation(name, summary, {status: None}, 404, 408, 412, 413, 415, 422, 500, 502, 503, 504)
+    sdp: Schema = {"content": {media_type: {"schema": {"type": "string"}}}}
+    if status == 201:
+        operation["responses"]["201"] |= sdp
+    return operation | {"requestBody": {"required": True} | sdp}
+
+
 def _parameter(name: str, where: str, schema: Schema, description: str) -> Schema:
     return {"name": name, "in": where, "required": where == "path", "schema": schema, "description": description}
 
@@ -125,6 +136,7 @@ _SAID = _operation(
 )
 _SAID["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "object"}}
 _TALKS = _list("talks", _TALK)
+_TALKS["properties"]["calls"] = {"type": "boolean", "description": "whether there is a space through which calls go"}
 _TALKS["properties"]["transcribes"] = {"type": "boolean", "description": "whether a space writes down what is spoken"}
 
 PATHS: Schema = {
@@ -185,5 +197,14 @@ PATHS: Schema = {
             404,
             body=_object(("number", "samples"), number=_NUMBER, samples={"type": "integer", "minimum": 0}, user=_USER),
         ),
+    },
+    "/v1/talks/{talk}/whep": {
+        "parameters": [_NAME, _OF_USER],
+        "post": _of_sdp("whep", "Call a conversation by WHEP, to hear and see its replies", "application/sdp", 201),
+    },
+    "/v1/talks/{talk}/whep/{call}": {
+        "parameters": [_NAME, _parameter("call", "path", {"type": "string", "minLength": 1}, "as `Location` says")],
+        "patch": _of_sdp("trickle", "Bring candidates of ICE", "application/trickle-ice-sdpfrag", 204),
+        "delete": _operation("hang_up", "Hang up", {200: None}, 404),
     },
 }

@@ -14,6 +14,7 @@ from relayd.talk.dialects.access import fields_of, open_named, or_refuse, talks_
 from relayd.talk.dialects.ice import ice_servers
 from relayd.talk.dialects.own_say import say
 from relayd.talk.dialects.talk_json import talk_json, turn_json
+from relayd.talk.dialects.whep import OneCall, call_by_whep
 from relayd.talk.talks import MAX_INSTRUCTIONS_CHARS, MAX_SESSION_CHARS, MAX_USER_CHARS
 
 #: A text that is too long for a turn is refused where all are; no field is longer than a body.
@@ -37,6 +38,8 @@ def routes() -> list[BaseRoute]:
         Route(f"{one}/say", StreamingRoute(say), methods=["POST"]),
         Route(f"{one}/interrupt", interrupt, methods=["POST"]),
         Route(f"{one}/heard", note_played, methods=["POST"]),
+        Route(f"{one}/whep", call_by_whep, methods=["POST"]),
+        Route(f"{one}/whep/{{call}}", OneCall),
     ]
 
 
@@ -47,8 +50,9 @@ class AllTalks(HTTPEndpoint):
         """List them, the one in which something was said last first; with `?user=`, those of one user."""
         talks = talks_of(http)
         found = talks.list(principal_of(http), http.query_params.get("user"))
-        transcribes = bool(talks.place.settings.transcribe)
-        return JSONResponse({"talks": list(map(talk_json, found)), "transcribes": transcribes})
+        settings = talks.place.settings
+        can = {"transcribes": bool(settings.transcribe), "calls": bool(settings.calls)}
+        return JSONResponse({"talks": list(map(talk_json, found)), **can})
 
     async def post(self, http: Request) -> Response:
         """Begin one, with an id of its own or one that the client gives; one that is there is opened."""
