@@ -35,9 +35,9 @@ WATCH_WIDTH = """(() => {
 
 @asynccontextmanager
 async def a_talk(
-    folder: Path, workers: tuple[tuple[str, ...], ...] = WORKERS
+    folder: Path, workers: tuple[tuple[str, ...], ...] = WORKERS, config: str = CONFIG
 ) -> AsyncIterator[tuple[BrowserPlace, Proc]]:
-    async with a_site(folder, CONFIG) as (site, relay), AsyncExitStack() as stack:
+    async with a_site(folder, config) as (site, relay), AsyncExitStack() as stack:
         for worker in workers:
             await stack.enter_async_context(a_worker(site, relay, *worker))
         yield site, relay

@@ -1,5 +1,6 @@
 // The tab "Talk": conversations that the relay keeps, replies as they come, and their speech.
 
+import { Call } from "./call.js";
 import { $, announce, make, set } from "./elements.js";
 import { Face } from "./face.js";
 import { Microphone } from "./microphone.js";
@@ -27,6 +28,8 @@ export class Talk {
   #drawn = "";
   #microphone = null; // while it listens
   #listens = false; // whether this relay understands speech
+  #call = null; // while there is one: replies are heard on it
+  #calls = false; // whether this relay takes calls
 
   constructor(player) {
     this.#player = player;
@@ -42,6 +45,8 @@ export class Talk {
     };
     $("talk-stop").onclick = () => this.stop();
     $("talk-mic").onclick = () => (this.#microphone ? this.#deafen() : this.#listen());
+    $("talk-call").onclick = () => (this.#call ? this.#hangUp() : this.#ring());
+    $("talk-mute").onclick = () => this.#mute(!$("talk-video").muted);
     $("talk-new").onclick = () => this.#choose(null);
     $("talk-delete").onclick = () => this.#delete();
     $("talks").onchange = () => this.#choose($("talks").value || null);
@@ -74,6 +79,7 @@ export class Talk {
   end() {
     this.#silence();
     this.#deafen();
+    this.#hangUp();
     [this.#talks, this.#turns, this.#open, this.#reply, this.#fault] = [[], [], null, null, null];
     this.#tracks.clear();
     kept("sessionStorage", "talk", null);
@@ -110,7 +116,7 @@ export class Talk {
     this.#silence();
     const running = reply ?? this.#turns.some(({ state }) => RUNNING.includes(state));
     this.draw();
-    if (running && talk) await this.#try(() => ask(`v1/talks/${talk}/interrupt`, { method: "POST", body: {} }));
+    if ((running || this.#isOnCall) && talk) await this.#try(() => ask(`v1/talks/${talk}/interrupt`, { method: "POST", body: {} }));
   }
 
   /** End the sound, and tell the relay how much of it was played. */
@@ -125,6 +131,46 @@ export class Talk {
 
   #tellHeard(talk, number, track) {
     this.#try(() => ask(`v1/talks/${talk}/heard`, { method: "POST", body: { number, samples: track.at } }));
+  }
+
+  get #isOnCall() {
+    return this.#call?.state === "connected";
+  }
+
+  /** Call: from then on, the call is heard, and not what this page plays. */
+  async #ring() {
+    const call = new Call($("talk-video"), (why) => {
+      if (call !== this.#call) return;
+      if (call.state === "connected" && this.#heard) { // the call plays it, too
+        this.#player.forget(this.#heard.track);
+        this.#heard = null;
+        this.#face.follow(null);
+      }
+      if (call.state === "ended") this.#call = null;
+      if (why) this.#fault = { code: "call", message: say(why) };
+      const reply = this.#reply;
+      if (why && reply?.track.samples && !reply.stopped && !this.#heard) this.#play(this.#open, null, reply.track);
+      this.draw();
+    });
+    [this.#call, this.#fault] = [call, null];
+    this.#mute(false);
+    this.draw();
+    try {
+      await call.start(await this.#talkToSayIn());
+    } catch (error) {
+      if (call === this.#call) this.#fault = { code: error.code ?? "call", message: error.message };
+      call.end();
+    }
+    this.draw();
+  }
+
+  #hangUp() {
+    this.#call?.end();
+  }
+
+  #mute(muted) {
+    $("talk-video").muted = muted;
+    $("talk-mute").setAttribute("aria-pressed", String(muted));
   }
 
   /** Have the microphone heard: what is said there is said here, and interrupts the reply. */
@@ -210,7 +256,7 @@ export class Talk {
       if (!turn || RUNNING.includes(turn.state)) continue;
       if (turn.speech_request && !reply.stopped) {
         if (this.#heard?.track === track) this.#heard.number = turn.number;
-        else this.#play(talk, turn.number, track);
+        else if (!this.#isOnCall) this.#play(talk, turn.number, track);
         this.#tracks.set(turn.speech_request, track);
         await this.#try(() => readSpeech(turn.speech_request, track));
       }
@@ -232,7 +278,7 @@ export class Talk {
     if (kind === "text") reply.text += data.text;
     if (kind === "speech_started") {
       track.begin(data);
-      if (!reply.stopped && this.#reply === reply) this.#play(talk, null, track);
+      if (!reply.stopped && this.#reply === reply && !this.#isOnCall) this.#play(talk, null, track);
     }
     if (kind === "speech") track.add(bytesOf(data.pcm));
     if (kind === "extra" && Array.isArray(data.data?.visemes)) (track.visemes ??= []).push(...data.data.visemes);
@@ -245,7 +291,7 @@ export class Talk {
       if (!track.over) track.end();
       if (data.speech_request) this.#tracks.set(data.speech_request, track);
       if (this.#heard?.track === track) this.#heard.number = data.number;
-      else if (reply.stopped && track.samples) this.#tellHeard(talk, data.number, track);
+      else if (reply.stopped && track.samples && !this.#isOnCall) this.#tellHeard(talk, data.number, track);
       announce(`${say("talk_them")}: ${data.content}`);
     }
     if (kind === "failed") this.#fault = data;
@@ -276,6 +322,7 @@ export class Talk {
   }
 
   async #choose(id) {
+    this.#hangUp(); // it is a call of that conversation
     if (this.#reply) this.#reply.stopped = true;
     this.#silence();
     [this.#open, this.#turns, this.#reply, this.#fault] = [id, [], null, null];
@@ -294,7 +341,7 @@ export class Talk {
   }
 
   async #list() {
-    ({ talks: this.#talks, transcribes: this.#listens } = await ask("v1/talks?user="));
+    ({ talks: this.#talks, transcribes: this.#listens, calls: this.#calls } = await ask("v1/talks?user="));
     this.draw();
   }
 
@@ -336,7 +383,12 @@ export class Talk {
     if (atEnd) list.scrollTop = list.scrollHeight;
     $("talk-none").hidden = rows.length > 0;
     const running = reply || this.#turns.some(({ state }) => RUNNING.includes(state));
-    $("talk-stop").disabled = !running && !this.#heard;
+    $("talk-stop").disabled = !running && !this.#heard && !this.#isOnCall;
+    $("talk-call").hidden = !this.#calls || !window.RTCPeerConnection;
+    set($("talk-call"), say(!this.#call ? "talk_call" : this.#isOnCall ? "talk_hang_up" : "talk_calling"));
+    $("talk-call").setAttribute("aria-pressed", String(Boolean(this.#call)));
+    $("talk-mute").hidden = $("talk-video").hidden = !this.#isOnCall;
+    $("face").classList.toggle("gone", this.#isOnCall);
     const mic = $("talk-mic");
     mic.hidden = !this.#listens;
     mic.disabled = !navigator.mediaDevices; // browsers give the microphone to secure contexts only

@@ -10,12 +10,13 @@ export class Refusal extends Error {
   }
 }
 
-async function request(path, { method = "GET", body, accept = "*/*", signal } = {}) {
+async function request(path, { method = "GET", type = "application/json", body, accept = "*/*", signal } = {}) {
   const headers = { accept, authorization: `Bearer ${kept("sessionStorage", "token")}` };
-  if (body) headers["content-type"] = "application/json";
+  if (body) headers["content-type"] = type;
+  if (body && typeof body !== "string") body = JSON.stringify(body);
   let answer;
   try {
-    answer = await fetch(path, { method, headers, signal, cache: "no-store", body: body && JSON.stringify(body) });
+    answer = await fetch(path, { method, headers, signal, cache: "no-store", body });
   } catch (error) {
     throw new Refusal(0, { code: "connection", message: error.message });
   }
@@ -26,7 +27,12 @@ async function request(path, { method = "GET", body, accept = "*/*", signal } = 
 
 export async function ask(path, options) {
   const answer = await request(path, options);
-  return answer.status === 204 ? null : answer.json();
+  return answer.headers.get("content-type")?.startsWith("application/json") ? answer.json() : null;
+}
+
+/** Send what is not JSON; returns the `Response`. */
+export function post(path, type, body) {
+  return request(path, { method: "POST", type, body });
 }
 
 /** Yields [event, data] until the stream ends; throws if it cannot begin or is cut. */
