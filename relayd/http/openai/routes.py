@@ -50,7 +50,7 @@ from relayd.http.streaming_response import ResponseWriter, StreamingRoute
 log = structlog.get_logger("relayd.http")
 
 #: Path prefixes of this API, which has its own error format.
-PATHS = ("/v1/audio", "/v1/chat", "/v1/models")
+PATHS = ("/v1/audio", "/v1/chat", "/v1/models", "/v1/realtime")
 
 
 def routes() -> list[BaseRoute]:

@@ -202,6 +202,11 @@ PATHS: Schema = {
         "parameters": [_NAME, _OF_USER],
         "post": _of_sdp("whep", "Call a conversation by WHEP, to hear and see its replies", "application/sdp", 201),
     },
+    "/v1/realtime/calls": {"post": _of_sdp("realtime_call", "Call by OpenAI's Realtime API", "application/sdp", 201)},
+    "/v1/realtime/calls/{call}/hangup": {
+        "parameters": [_parameter("call", "path", {"type": "string", "minLength": 1}, "as `Location` says")],
+        "post": _operation("realtime_hang_up", "Hang up", {200: None}, 404),
+    },
     "/v1/talks/{talk}/whep/{call}": {
         "parameters": [_NAME, _parameter("call", "path", {"type": "string", "minLength": 1}, "as `Location` says")],
         "patch": _of_sdp("trickle", "Bring candidates of ICE", "application/trickle-ice-sdpfrag", 204),

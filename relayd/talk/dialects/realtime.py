@@ -9,6 +9,7 @@ from relayd.http.context import context_of
 from relayd.http.errors import HttpError
 from relayd.http.openai.errors import error_body
 from relayd.http.websocket_login import deny, principal_of_socket
+from relayd.talk.dialects import realtime_calls
 from relayd.talk.dialects.access import or_refuse, talks_of
 from relayd.talk.dialects.json_socket import JsonSocket
 from relayd.talk.dialects.realtime_models import language_space
@@ -24,7 +25,7 @@ _BETA_HEADER, _BETA_SUBPROTOCOL = "realtime=v1", "openai-beta.realtime-v1"
 
 def routes() -> list[BaseRoute]:
     """Return the routes."""
-    return [WebSocketRoute("/v1/realtime", realtime)]
+    return [WebSocketRoute("/v1/realtime", realtime), *realtime_calls.routes()]
 
 
 async def realtime(websocket: WebSocket) -> None:

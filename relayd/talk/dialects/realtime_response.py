@@ -1,5 +1,6 @@
 """One response of a Realtime session: a reply, told as its events."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import attrs
@@ -25,11 +26,24 @@ from relayd.talk.dialects.realtime_events import (
 from relayd.talk.dialects.realtime_items import Item, Items
 from relayd.talk.dialects.realtime_settings import AUDIO, Settings, output_json
 from relayd.talk.events import Event, ReplyEnded, Speech, SpeechEnded, SpeechStarted, TextDelta, TextEnded, TurnFailed
+from relayd.talk.playback import Playback
 from relayd.talk.reply import Reply
 from relayd.talk.talks import Talk
 
 #: What the reasons for which a model ends are called.
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+
+
+async def first_of(*waits: Callable[[], Awaitable[object]]) -> None:
+    """Wait for the first of several things."""
+    async with trio.open_nursery() as nursery:
+
+        async def wait(for_it: Callable[[], Awaitable[object]]) -> None:
+            await for_it()
+            nursery.cancel_scope.cancel()
+
+        for each in waits:
+            nursery.start_soon(wait, each)
 
 
 class Send(Protocol):
@@ -47,6 +61,7 @@ class Response:
         talk: in which it is a reply.
         items: of the conversation; None if it is not a part of that.
         metadata: as the client has attached it.
+        on_call: in which it is told how it is played on a call; None if its speech is sent as events.
     """
 
     send: Send
@@ -55,6 +70,7 @@ class Response:
     settings: Settings
     items: Items | None
     metadata: dict[str, str] | None
+    on_call: trio.Nursery | None = None
     response_id: str = attrs.field(factory=lambda: new_id("resp"))
     finished: trio.Event = attrs.field(factory=trio.Event)
     item: Item = attrs.field(init=False)
@@ -98,9 +114,22 @@ class Response:
 
     def abandon(self, reason: str = "the client has left") -> None:
         """End the reply, which nobody will be told of."""
-        if self.item.spoken and not self.item.truncated:
+        if self.item.spoken and not self.item.truncated and self.on_call is None:
             self.talk.note_played(self.reply.number, self.item.samples)
         self.talk.cancel(self.reply, reason)
+
+    async def wait_played(self) -> None:
+        """Wait until it is played on the call, or cut off there."""
+        if self.reply.playback is not None:
+            await self.reply.playback.ended.wait()
+
+    async def _tell_played(self, playback: Playback) -> None:
+        """Tell when it is heard on the call, and when it is not any more."""
+        await first_of(playback.started.wait, playback.ended.wait)
+        if playback.started.is_set():
+            await self.send("output_audio_buffer.started", response_id=self.response_id)
+            await playback.ended.wait()
+            await self.send("output_audio_buffer.stopped", response_id=self.response_id)
 
     # -- what comes
 
@@ -115,8 +144,10 @@ class Response:
                 self._usage = dict(event.usage)
                 if reason in _INCOMPLETE:
                     self._note("incomplete", reason=_INCOMPLETE[reason])
-            case SpeechStarted(format=made):
+            case SpeechStarted(format=made) if self.on_call is None:
                 await self._begin_speech(made)
+            case SpeechStarted() if self.on_call is not None and self.reply.playback is not None:
+                self.on_call.start_soon(self._tell_played, self.reply.playback)
             case Speech(pcm=pcm) if self._transcoder is not None:
                 await self._begin_item()
                 await self._send_audio(await self._transcoder.feed(pcm))

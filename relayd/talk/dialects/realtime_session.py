@@ -1,8 +1,8 @@
 """One Realtime session: a client's events, done in order, and the responses that it asks for."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import trio
@@ -12,8 +12,8 @@ from protocol.wire.messages import Rejected
 from protocol.wire.validators import array_of, choice, integer, mapping, text
 from relayd.auth.tokens import Principal
 from relayd.http.context import HttpContext
+from relayd.talk.call import Call
 from relayd.talk.conversation import played_content
-from relayd.talk.dialects.json_socket import JsonSocket
 from relayd.talk.dialects.realtime_events import (
     REQUIRED,
     EventError,
@@ -39,6 +39,16 @@ MAX_GIVEN = 200
 _id = text(2**20)
 
 
+class Carrier(Protocol):
+    """Brings events: a WebSocket, or the data channel of a call."""
+
+    def messages(self) -> AsyncIterator[str | bytes]:
+        """Return what comes, until its end."""
+
+    async def send(self, told: Json) -> None:
+        """Send an event."""
+
+
 @attrs.define(eq=False)
 class RealtimeSession:
     """Serves one client.
@@ -48,9 +58,10 @@ class RealtimeSession:
         beta: whether events have the names of the beta.
         talk: the conversation.
         nursery: in which responses run.
+        call: on which responses are heard; None where they are sent as events.
     """
 
-    socket: JsonSocket
+    carrier: Carrier
     context: HttpContext
     talks: Talks
     principal: Principal
@@ -59,6 +70,7 @@ class RealtimeSession:
     beta: bool
     talk: Talk
     nursery: trio.Nursery
+    call: Call | None = None
     session_id: str = attrs.field(factory=lambda: new_id("sess"))
     items: Items = attrs.field(init=False)
     settings: Settings = attrs.field(init=False)
@@ -70,7 +82,7 @@ class RealtimeSession:
     def __attrs_post_init__(self) -> None:
         self.items = Items(self.talk)
         self.settings = Settings(modality=AUDIO if self._has_speech else TEXT)
-        if self.talks.place.settings.transcribe:
+        if self.talks.place.settings.transcribe and self.call is None:
             self.microphone = Microphone(
                 self.send,
                 self.talks.place,
@@ -81,6 +93,16 @@ class RealtimeSession:
                 self._respond,
                 self.nursery,
             )
+
+    def configure(self, fields: Json) -> None:
+        """Set what a client asks for before it is served.
+
+        Raises:
+            EventError: a setting is not valid.
+        """
+        settings = changed(self.settings, fields, "session.", has_speech=self._has_speech)
+        speech_params(self.context, self.talks, settings, "session.")
+        self.settings = settings
 
     async def serve(self) -> None:
         """Serve it until its client leaves, which interrupts its replies."""
@@ -96,7 +118,7 @@ class RealtimeSession:
         for previous, item in self.items.restore():
             await self.send("conversation.item.added", previous_item_id=previous, item=item)
             await self.send("conversation.item.done", previous_item_id=previous, item=item)
-        async for message in self.socket.messages():
+        async for message in self.carrier.messages():
             event: Json = {}
             try:
                 event = parse_event(message)
@@ -109,7 +131,7 @@ class RealtimeSession:
         event: Json = {"type": kind, "event_id": new_id("event"), **fields}
         told = to_beta(event) if self.beta else event
         if told is not None:
-            await self.socket.send(told)
+            await self.carrier.send(told)
 
     @property
     def _has_speech(self) -> bool:
@@ -131,7 +153,7 @@ class RealtimeSession:
             await _EVENTS[kind](self, event)
         elif kind in _HEARING and self.microphone is not None:
             await _HEARING[kind](self.microphone, event)
-        elif kind.startswith(("input_audio_buffer.", "output_audio_buffer.")):
+        elif kind.startswith("input_audio_buffer."):
             message = (
                 f"{kind}: nothing is heard here ([talk] transcribe in relayd.toml); send what is said as text "
                 "(conversation.item.create)"
@@ -140,6 +162,13 @@ class RealtimeSession:
         else:
             known = ", ".join((*_EVENTS, *_HEARING))
             raise EventError("unknown_event", f"{kind[:64]!r} is not an event; known are {known}", "type")
+
+    async def _clear_output(self, event: Json) -> None:
+        """Silence the call."""
+        if self.call is None:
+            raise EventError("unsupported", "there is no call; truncate the item instead", "type")
+        await self.talk.interrupt_for_good("the client cleared what was to be heard")
+        await self.send("output_audio_buffer.cleared")
 
     async def _clear_input(self, event: Json) -> None:
         if self.microphone is not None:
@@ -258,10 +287,14 @@ class RealtimeSession:
             speech_params=params,
             instructions=settings.instructions,
             space=self.space,
+            call=self.call,
         )
         if isinstance(reply, Rejected):
             raise refusal_of(reply)
-        response = Response(self.send, talk, reply, settings, None if is_aside else self.items, metadata)
+        items = None if is_aside else self.items
+        response = Response(
+            self.send, talk, reply, settings, items, metadata, on_call=self.nursery if self.call else None
+        )
         self._responses.append(response)
         self.nursery.start_soon(self._follow, response)
 
@@ -294,6 +327,7 @@ class RealtimeSession:
         finally:
             self._responses.remove(response)
             if response.items is None:
+                await response.wait_played()
                 response.talk.session.close("its response has ended")
 
 
@@ -304,6 +338,7 @@ _EVENTS: dict[str, Callable[[RealtimeSession, Json], Awaitable[None]]] = {
     "conversation.item.truncate": RealtimeSession._truncate_item,
     "conversation.item.delete": RealtimeSession._delete_item,
     "input_audio_buffer.clear": RealtimeSession._clear_input,
+    "output_audio_buffer.clear": RealtimeSession._clear_output,
     "response.create": RealtimeSession._ask_response,
     "response.cancel": RealtimeSession._cancel,
 }

@@ -1,0 +1,174 @@
+"""OpenAI's Realtime API over WebRTC: `POST /v1/realtime/calls`. Events go over the data channel, speech as media."""
+
+import json
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import attrs
+import structlog
+import trio
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from protocol.wire.validators import Value
+from relayd.auth.tokens import Principal, reject_readonly
+from relayd.http.authentication import principal_of
+from relayd.http.body_parser import json_object, open_uploads, read_all
+from relayd.http.context import HttpContext, context_of
+from relayd.http.errors import HttpError
+from relayd.http.openai.json_body import invalid
+from relayd.talk.call import Call
+from relayd.talk.calls import MAX_OFFER_BYTES, SESSION, key_of
+from relayd.talk.dialects.access import or_refuse, talks_of
+from relayd.talk.dialects.realtime_events import EventError
+from relayd.talk.dialects.realtime_models import language_space
+from relayd.talk.dialects.realtime_session import RealtimeSession
+from relayd.talk.talks import Talks
+
+log = structlog.get_logger("relayd.talk.calls")
+
+#: Its name in the metrics.
+DIALECT = "realtime_call"
+SDP = "application/sdp"
+#: Events of a client that wait for those before.
+MAX_WAITING = 64
+
+
+def routes() -> list[BaseRoute]:
+    """Return the routes."""
+    calls = "/v1/realtime/calls"
+    return [Route(calls, call, methods=["POST"]), Route(f"{calls}/{{call}}/hangup", hang_up, methods=["POST"])]
+
+
+@attrs.define(eq=False)
+class DataChannel:
+    """The events of one call."""
+
+    call: Call
+    _send: trio.MemorySendChannel[str]
+    _receive: trio.MemoryReceiveChannel[str]
+
+    @classmethod
+    def of(cls, call: Call) -> "DataChannel":
+        """Take over the data channel of a call."""
+        channel = cls(call, *trio.open_memory_channel[str](MAX_WAITING))
+        call.on_event = channel._take
+        return channel
+
+    def _take(self, text: str) -> None:
+        try:
+            self._send.send_nowait(text)
+        except trio.WouldBlock:
+            self.call.hang_up(f"more than {MAX_WAITING} events waited; send them more slowly")
+
+    async def messages(self) -> AsyncIterator[str | bytes]:
+        """Return what comes, until the call ends."""
+        async for text in self._receive:
+            yield text
+
+    async def send(self, told: dict[str, Any]) -> None:
+        """Send a JSON object; nobody gets it once the call has ended."""
+        await self.call.send(json.dumps(told, ensure_ascii=False).encode(errors="replace").decode())
+
+    async def wait_ended(self) -> None:
+        """Wait for the end of the call, which ends `messages`."""
+        await self.call.ended.wait()
+        self._send.close()
+
+
+async def call(http: Request) -> Response:
+    """Answer an offer; the session lasts as long as the call."""
+    principal, talks = principal_of(http), talks_of(http)
+    if principal.readonly:
+        raise HttpError.of(reject_readonly())
+    offer, fields = await _read(http)
+    model = fields.get("model") or http.query_params.get("model") or ""
+    if not isinstance(model, str):
+        raise invalid({"session.model": "must be a string"}, status=400)
+    space = language_space(context_of(http), talks, principal, model)
+    begun = or_refuse(talks.place.calls.open(principal, key_of(SESSION, secrets.token_hex(16)), offer))
+    channel = DataChannel.of(begun)
+    begun.hold(channel)
+    started = trio.Event()
+    fault: list[EventError] = []
+
+    async def serve() -> None:
+        try:
+            await _serve(context_of(http), talks, principal, model or space, space, channel, fields, fault, started)
+        except Exception:
+            log.exception("internal error in a call", request_id=begun.request_id)
+        finally:
+            started.set()
+            begun.hang_up("its session has ended")
+
+    talks.place.nursery.start_soon(serve, name="realtime call")
+    await started.wait()
+    if fault:
+        raise invalid({fault[0].param or "session": fault[0].message}, status=400)
+    answer = or_refuse(await begun.wait_answer())
+    headers = {"Content-Type": SDP, "Location": f"/v1/realtime/calls/{begun.request_id}"}
+    return Response(answer, 201, headers=headers)
+
+
+async def hang_up(http: Request) -> Response:
+    """End a call."""
+    principal = principal_of(http)
+    if principal.readonly:
+        raise HttpError.of(reject_readonly())
+    found = talks_of(http).place.calls.with_id(principal, http.path_params["call"])
+    if found is None or found.ended.is_set():
+        raise HttpError("not_found", "there is no such call, or it has ended", status=404)
+    found.hang_up("the client hung up")
+    return Response(status_code=200)
+
+
+async def _read(http: Request) -> tuple[str, dict[str, Any]]:
+    """Return the offer, and the fields of the session."""
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == SDP:
+        return (await read_all(http, MAX_OFFER_BYTES)).decode(errors="replace"), {}
+    with open_uploads(http) as uploads:
+        body = await uploads.read(lambda _name, _kind: MAX_OFFER_BYTES)
+        fields: dict[str, Any] = {name: upload.data.decode(errors="replace") for name, upload in body.uploads.items()}
+        fields |= body.fields
+    offer, session = fields.get("sdp"), fields.get("session", {})
+    if not isinstance(offer, str) or not offer:
+        raise invalid({"sdp": "is required: the SDP of the offer"}, status=400)
+    if isinstance(session, str):
+        session = json_object(session.encode())
+    if not isinstance(session, dict):
+        raise invalid({"session": "must be an object"}, status=400)
+    return offer, session
+
+
+async def _serve(
+    context: HttpContext,
+    talks: Talks,
+    principal: Principal,
+    model: str,
+    space: str,
+    channel: DataChannel,
+    fields: dict[str, Value],
+    fault: list[EventError],
+    started: trio.Event,
+) -> None:
+    talk = or_refuse(talks.open_unkept(principal))
+    try:
+        with talks.place.stats.connected(DIALECT):
+            async with trio.open_nursery() as nursery:
+                session = RealtimeSession(
+                    channel, context, talks, principal, model, space, False, talk, nursery, call=channel.call
+                )
+                try:
+                    session.configure(fields)
+                except EventError as refusal:
+                    fault.append(refusal)
+                    return
+                started.set()
+                nursery.start_soon(channel.wait_ended)
+                await session.serve()
+                nursery.cancel_scope.cancel()
+    finally:
+        talk.session.close("its client has left")
