@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import attrs
@@ -12,11 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from protocol.wire.validators import Value
-from relayd.auth.tokens import Principal, reject_readonly
+from relayd.auth.tokens import reject_readonly
 from relayd.http.authentication import principal_of
 from relayd.http.body_parser import json_object, open_uploads, read_all
-from relayd.http.context import HttpContext, context_of
+from relayd.http.context import context_of
 from relayd.http.errors import HttpError
 from relayd.http.openai.json_body import invalid
 from relayd.talk.call import Call
@@ -24,8 +23,8 @@ from relayd.talk.calls import MAX_OFFER_BYTES, SESSION, key_of
 from relayd.talk.dialects.access import or_refuse, talks_of
 from relayd.talk.dialects.realtime_events import EventError
 from relayd.talk.dialects.realtime_models import language_space
-from relayd.talk.dialects.realtime_session import RealtimeSession
-from relayd.talk.talks import Talks
+from relayd.talk.dialects.realtime_session import RealtimeSession, settings_of
+from relayd.talk.talks import Talk, Talks
 
 log = structlog.get_logger("relayd.talk.calls")
 
@@ -87,29 +86,42 @@ async def call(http: Request) -> Response:
     model = fields.get("model") or http.query_params.get("model") or ""
     if not isinstance(model, str):
         raise invalid({"session.model": "must be a string"}, status=400)
-    space = language_space(context_of(http), talks, principal, model)
+    context = context_of(http)
+    space = language_space(context, talks, principal, model)
+    try:
+        settings = settings_of(context, talks, fields)
+    except EventError as fault:
+        raise invalid({fault.param or "session": fault.message}, status=400) from None
     begun = or_refuse(talks.place.calls.open(principal, key_of(SESSION, secrets.token_hex(16)), offer))
-    channel = DataChannel.of(begun)
-    begun.hold(channel)
-    started = trio.Event()
-    fault: list[EventError] = []
+    channel, talk = DataChannel.of(begun), or_refuse(talks.open_unkept(principal))
 
-    async def serve() -> None:
-        try:
-            await _serve(context_of(http), talks, principal, model or space, space, channel, fields, fault, started)
-        except Exception:
-            log.exception("internal error in a call", request_id=begun.request_id)
-        finally:
-            started.set()
-            begun.hang_up("its session has ended")
+    def begin(nursery: trio.Nursery) -> RealtimeSession:
+        named = model or space
+        session = RealtimeSession(channel, context, talks, principal, named, space, False, talk, nursery, begun)
+        session.settings = settings
+        return session
 
-    talks.place.nursery.start_soon(serve, name="realtime call")
-    await started.wait()
-    if fault:
-        raise invalid({fault[0].param or "session": fault[0].message}, status=400)
+    talks.place.nursery.start_soon(_serve, channel, talks, talk, begin, name="realtime call")
     answer = or_refuse(await begun.wait_answer())
     headers = {"Content-Type": SDP, "Location": f"/v1/realtime/calls/{begun.request_id}"}
     return Response(answer, 201, headers=headers)
+
+
+async def _serve(
+    channel: DataChannel, talks: Talks, talk: Talk, begin: Callable[[trio.Nursery], RealtimeSession]
+) -> None:
+    channel.call.hold(channel)
+    try:
+        with talks.place.stats.connected(DIALECT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(channel.wait_ended)
+                await begin(nursery).serve()
+                nursery.cancel_scope.cancel()
+    except Exception:
+        log.exception("internal error in a call", request_id=channel.call.request_id)
+    finally:
+        channel.call.hang_up("its session has ended")
+        talk.session.close("its client has left")
 
 
 async def hang_up(http: Request) -> Response:
@@ -141,34 +153,3 @@ async def _read(http: Request) -> tuple[str, dict[str, Any]]:
     if not isinstance(session, dict):
         raise invalid({"session": "must be an object"}, status=400)
     return offer, session
-
-
-async def _serve(
-    context: HttpContext,
-    talks: Talks,
-    principal: Principal,
-    model: str,
-    space: str,
-    channel: DataChannel,
-    fields: dict[str, Value],
-    fault: list[EventError],
-    started: trio.Event,
-) -> None:
-    talk = or_refuse(talks.open_unkept(principal))
-    try:
-        with talks.place.stats.connected(DIALECT):
-            async with trio.open_nursery() as nursery:
-                session = RealtimeSession(
-                    channel, context, talks, principal, model, space, False, talk, nursery, call=channel.call
-                )
-                try:
-                    session.configure(fields)
-                except EventError as refusal:
-                    fault.append(refusal)
-                    return
-                started.set()
-                nursery.start_soon(channel.wait_ended)
-                await session.serve()
-                nursery.cancel_scope.cancel()
-    finally:
-        talk.session.close("its client has left")

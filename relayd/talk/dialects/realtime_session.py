@@ -49,6 +49,24 @@ class Carrier(Protocol):
         """Send an event."""
 
 
+def settings_of(context: HttpContext, talks: Talks, fields: Json) -> Settings:
+    """Return the settings with which a session begins.
+
+    Args:
+        context: of the relay.
+        talks: whose settings name the space that speaks.
+        fields: of `session`, as the client has sent them.
+
+    Raises:
+        EventError: a setting is not valid.
+    """
+    has_speech = bool(talks.place.settings.speech)
+    settings = changed(Settings(modality=AUDIO if has_speech else TEXT), fields, "session.", has_speech=has_speech)
+    if fields:
+        speech_params(context, talks, settings, "session.")
+    return settings
+
+
 @attrs.define(eq=False)
 class RealtimeSession:
     """Serves one client.
@@ -81,7 +99,7 @@ class RealtimeSession:
 
     def __attrs_post_init__(self) -> None:
         self.items = Items(self.talk)
-        self.settings = Settings(modality=AUDIO if self._has_speech else TEXT)
+        self.settings = settings_of(self.context, self.talks, {})
         if self.talks.place.settings.transcribe and self.call is None:
             self.microphone = Microphone(
                 self.send,
@@ -93,16 +111,6 @@ class RealtimeSession:
                 self._respond,
                 self.nursery,
             )
-
-    def configure(self, fields: Json) -> None:
-        """Set what a client asks for before it is served.
-
-        Raises:
-            EventError: a setting is not valid.
-        """
-        settings = changed(self.settings, fields, "session.", has_speech=self._has_speech)
-        speech_params(self.context, self.talks, settings, "session.")
-        self.settings = settings
 
     async def serve(self) -> None:
         """Serve it until its client leaves, which interrupts its replies."""
