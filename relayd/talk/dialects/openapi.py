@@ -112,7 +112,7 @@ def _of_sdp(name: str, summary: str, media_type: str, status: int) -> Schema:
     sdp: Schema = {"content": {media_type: {"schema": {"type": "string"}}}}
     if status == 201:
         operation["responses"]["201"] |= sdp
-    return operation | {"requestBody": {"required": True} | sdp}
+    return operation | {"description": f"The body is {media_type}."}
 
 
 def _parameter(name: str, where: str, schema: Schema, description: str) -> Schema:
@@ -201,11 +201,6 @@ PATHS: Schema = {
     "/v1/talks/{talk}/whep": {
         "parameters": [_NAME, _OF_USER],
         "post": _of_sdp("whep", "Call a conversation by WHEP, to hear and see its replies", "application/sdp", 201),
-    },
-    "/v1/realtime/calls": {"post": _of_sdp("realtime_call", "Call by OpenAI's Realtime API", "application/sdp", 201)},
-    "/v1/realtime/calls/{call}/hangup": {
-        "parameters": [_parameter("call", "path", {"type": "string", "minLength": 1}, "as `Location` says")],
-        "post": _operation("realtime_hang_up", "Hang up", {200: None}, 404),
     },
     "/v1/talks/{talk}/whep/{call}": {
         "parameters": [_NAME, _parameter("call", "path", {"type": "string", "minLength": 1}, "as `Location` says")],
