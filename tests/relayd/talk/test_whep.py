@@ -101,13 +101,13 @@ async def test_what_cannot_be_a_call_is_refused_in_words(tmp_path: Path) -> None
     async with player(tmp_path) as (on, calls, http):
         assert (await http.ask("POST", "/v1/talks/s1/whep", told={"sdp": OFFER})).status == 415
         assert (await call(http, "v=1")).error["message"] == "the offer is no SDP; send what createOffer has made"
-        assert (await call(http, "v=0\r\n" + "x" * 70_000)).status == 413
         assert (await http.ask("POST", "/v1/talks/s2/whep", body=OFFER.encode(), headers=SDP)).status == 404
         where = (await call(http)).headers["location"]
         async with visitor(on.daemon.urls[0], token=make_token(on.daemon, "bob")) as other:
             assert (await other.ask("DELETE", where)).status == 404, "of another principal"
         assert len(calls.peers) == 1
-        assert (await call(http, "v=0\\r\\n" + "x" * 70_000)).status == 413
+        # The last request: the relay may close a connection whose body it has not read.
+        assert (await call(http, "v=0\r\n" + "x" * 70_000)).status == 413
 
 
 @pytest.mark.trio
