@@ -79,7 +79,9 @@ async def test_candidates_are_passed_on(tmp_path: Path) -> None:
         where, etag = answer.headers["location"], answer.headers["etag"]
 
         async def patch(fragment: str, **headers: str) -> int:
-            return (await http.ask("PATCH", where, body=fragment.encode(), headers=FRAGMENT | headers)).status
+            told = await http.ask("PATCH", where, body=fragment.encode(), headers=FRAGMENT | headers)
+            assert "etag" not in told.headers, "only a restart of ICE would tell a new one"
+            return told.status
 
         assert await patch(LINES, **{"if-match": etag}) == 204
         await until(lambda: len(calls.commands) == 2)
