@@ -72,3 +72,19 @@ async def test_without_a_gateway_or_when_it_dies_the_page_plays_by_itself(tmp_pa
         await say(window, "Hello")
         await window.until(HEARS)
     browser.errors()  # of what was refused
+
+
+@pytest.mark.trio
+async def test_a_call_whose_media_does_not_get_through_is_given_up(tmp_path: Path, browser: Browser) -> None:
+    async with a_talk(tmp_path, (*WORKERS, FACE, WORKER), CONFIG) as (site, _), a_window(browser) as window:
+        await by_link(window, site)
+        await window.js("(RTCPeerConnection.prototype.setRemoteDescription = async () => {}, true)")  # as without UDP
+        await window.click("#talk-call")
+        await say(window, "Hello")
+        await window.until(HEARS)
+        assert await window.words("#talk-call") == "Calling…"
+        await window.until(f"{FAULT}.includes('did not get through')")
+        assert await window.words("#talk-call") == "Call"
+        await say(window, "Hello again")
+        await window.until(HEARS)
+    assert browser.errors() == []
